@@ -1,0 +1,67 @@
+"""The eight candidate operations: their order, their shapes, the one convolution they fold to."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Convolution(NamedTuple):
+    """A separable convolution of the cell: depthwise ``kernel x kernel``, then pointwise."""
+
+    name: str
+    kernel: int
+    dilation: int
+
+    @property
+    def reach(self) -> int:
+        """How many pixels away from the centre the outermost tap lies; also the zero padding."""
+        return self.dilation * (self.kernel // 2)
+
+
+CONVOLUTIONS = (
+    Convolution("sep_conv_3x3", kernel=3, dilation=1),
+    Convolution("sep_conv_5x5", kernel=5, dilation=1),
+    Convolution("dil_conv_3x3", kernel=3, dilation=2),
+    Convolution("dil_conv_5x5", kernel=5, dilation=2),
+)
+
+# The order of alpha, of reports and of files.
+OPERATIONS = (
+    *(conv.name for conv in CONVOLUTIONS),
+    "avg_pool_3x3",
+    "max_pool_3x3",
+    "skip_connect",
+    "none",
+)
+AVG_POOL, MAX_POOL, SKIP, NONE = range(len(CONVOLUTIONS), len(OPERATIONS))
+
+FOLDED_SIZE = 2 * max(conv.reach for conv in CONVOLUTIONS) + 1
+
+
+def folded_convolution(mixture: Tensor, depthwise: tuple[Tensor, ...], pw: Tensor) -> Tensor:
+    """Folds the four convolutions and the skip connection of a cell into one convolution.
+
+    The mixture is linear in its convolutions, so K = sum_i a_i (pw_i o dw_i) + a_skip * identity
+    gives the same map in one zero-padded convolution with at most 41 non-zero taps. The two
+    poolings are not part of it.
+
+    Args:
+        mixture: (8,) the operations' weights a = softmax(alpha).
+        depthwise: the four depthwise kernels, (c, k, k) each, in the order of ``CONVOLUTIONS``.
+        pw: (4, c, c) pointwise kernels as [operation, output, input].
+
+    Returns:
+        K of shape (c, c, 9, 9) as [output, input, row, column], as ``conv2d`` takes it with
+        ``padding=4``, in the dtype of ``pw``.
+    """
+    channels = pw.shape[-1]
+    folded = pw.new_zeros(channels, channels, FOLDED_SIZE, FOLDED_SIZE)
+    centre = FOLDED_SIZE // 2
+    for i, (conv, dw) in enumerate(zip(CONVOLUTIONS, depthwise, strict=True)):
+        taps = slice(centre - conv.reach, centre + conv.reach + 1, conv.dilation)
+        folded[:, :, taps, taps] += mixture[i] * pw[i, :, :, None, None] * dw[None]
+    folded[:, :, centre, centre] += mixture[SKIP] * torch.eye(
+        channels, dtype=pw.dtype, device=pw.device
+    )
+    return folded
