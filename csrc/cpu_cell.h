@@ -9,7 +9,7 @@
 //
 // Few channels use the folded convolution K (41 taps, c x c); its gradient alone gives those of
 // alpha, the depthwise and the pointwise kernels. Many use the separable form, which costs less
-// arithmetic from about four channels on.
+// arithmetic from four channels on.
 #pragma once
 
 #include "cpu_kernels.h"
@@ -27,7 +27,6 @@ using naslora::kConvolutions;
 using naslora::kFoldedTaps;
 using naslora::kMaxPool;
 using naslora::kOperations;
-using naslora::kPoolTaps;
 using naslora::kReach;
 using naslora::kSkip;
 using naslora::kTaps;
@@ -35,12 +34,12 @@ using naslora::kWeightStart;
 using naslora::kWeightTaps;
 using naslora::Map;
 
-constexpr int64_t kMostFoldedChannels = 4;
+constexpr int64_t kMostFoldedChannels = 3;
 constexpr int64_t kTilePositions = 1024;  // planes of about 4 KiB, a few dozen of which fit L2
 constexpr int64_t kMostTasks = 64;        // bounds the memory of partial gradients
 constexpr int kMostOutputs = 4;
 constexpr int64_t kShortSum = 12;
-constexpr int kMostVectors = 6;  // that one step of a loop takes
+constexpr int kMostVectors = 8;  // that one step of a loop takes
 
 // ---- The two loops -------------------------------------------------------------------------
 
@@ -50,7 +49,7 @@ constexpr int kMostVectors = 6;  // that one step of a loop takes
 template <typename A, int O>
 void stencil_block(const A* source, const int64_t* offset, const A* weight, int64_t sources, A* out,
                    int64_t out_stride, int64_t count, bool accumulate) {
-  constexpr int U = O == 1 ? kMostVectors : O == 2 ? 4 : O == 3 ? 3 : 2;  // vectors that share a weight
+  constexpr int U = O == 1 ? kMostVectors : O == 2 ? 4 : O == 3 ? 3 : 2;  // share a weight
   for (int64_t p = 0; p < count; p += U * kLanes<A>) {
     Vec<A> sum[O][U] = {};
     if (accumulate)
@@ -74,7 +73,7 @@ void stencil_block(const A* source, const int64_t* offset, const A* weight, int6
   }
 }
 
-// result[s, o] += sum_p left_o[p] * source[offset[s] + p]   for p in [0, count)
+// result[s, o] += sum_p left_o[p] * source[offset[s] + p]   for p in [0, count), N sources s
 template <typename A, int O, int N>
 void correlate_block(const A* left, int64_t left_stride, const A* source, const int64_t* offset,
                      double* result, int64_t result_stride, int64_t count) {
@@ -89,6 +88,23 @@ void correlate_block(const A* left, int64_t left_stride, const A* source, const 
   }
   for (int s = 0; s < N; ++s)
     for (int o = 0; o < O; ++o) result[s * result_stride + o] += horizontal_sum<A>(sum[s][o]);
+}
+
+// The same for any number of sources, in blocks as equal as they come of at most N.
+template <typename A, int O, int N = 12 / O>  // 12 sums: as many as 16 registers have room for
+void correlate_sources(const A* left, int64_t left_stride, const A* source, const int64_t* offset,
+                       int64_t sources, double* result, int64_t result_stride, int64_t count) {
+  const int64_t blocks = ceil_div(sources, N);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = b * sources / blocks, size = (b + 1) * sources / blocks - begin;
+    if (size == N) {
+      correlate_block<A, O, N>(left, left_stride, source, offset + begin,
+                               result + begin * result_stride, result_stride, count);
+    } else if constexpr (N > 1) {
+      correlate_sources<A, O, N - 1>(left, left_stride, source, offset + begin, size,
+                                     result + begin * result_stride, result_stride, count);
+    }
+  }
 }
 
 // Whether a plane holds no infinity and no NaN.
@@ -131,8 +147,8 @@ struct Layout {
     t.bands = ceil_div(cell.height, t.band_rows);
     t.tiles = cell.batch * t.bands;
     t.tasks = larger(1, smaller(t.tiles, kMostTasks));  // an empty batch still sums to zero
-    t.origin = kReach * t.pitch + kReach;
-    t.used = (t.band_rows + 2 * kReach) * t.pitch + kReach;
+    t.origin = round_up(kReach * t.pitch + kReach, 16);  // so that most loads are aligned
+    t.used = t.origin + (t.band_rows + kReach) * t.pitch;
     t.plane = round_up(t.used + kMostVectors * kLanes<A>, 16);  // loops round up to blocks
     return t;
   }
@@ -163,7 +179,7 @@ struct Plan {
   const CellParameters<A> parameters;
   const bool folded;
   double mixture[kOperations];  // a; products with it are rounded once
-  int64_t tap[kFoldedTaps], transposed_tap[kFoldedTaps], pool_tap[kPoolTaps];
+  int64_t tap[kFoldedTaps], transposed_tap[kFoldedTaps];
   int64_t weight_tap[kAllWeightTaps], transposed_weight_tap[kAllWeightTaps];
   Buffer<int64_t> channel, unmixed;  // S, and the other channels
 
@@ -190,8 +206,6 @@ struct Plan {
         transposed_weight_tap[kWeightStart[i] + t] = -tap[kTaps.of_weight[i][t]];
       }
     }
-    for (int t = 0; t < kPoolTaps; ++t)
-      pool_tap[t] = naslora::pool_dy(t) * layout.pitch + naslora::pool_dx(t);
     int64_t others = 0;
     for (int64_t i = 0; i < c; ++i) channel[i] = cell.channels ? cell.channels[i] : i;
     for (int64_t k = 0; k < cell.rank; ++k) {
@@ -243,19 +257,15 @@ struct Plan {
     }
   }
 
-  // 1 / (valid pixels of the 3x3 window) on the map's pixels around the tile, 0 beside the map;
-  // and, where asked for, the tap at which each pixel's search for the maximum begins.
-  void pool_geometry(const Tile& tile, A* reciprocal, Integer<A>* first_tap) const {
+  // 1 / (valid pixels of the 3x3 window) on the map's pixels around the tile, 0 beside the map.
+  void pool_geometry(const Tile& tile, A* reciprocal) const {
     fill<A>(reciprocal, layout.plane, 0);
-    if (first_tap) fill<Integer<A>>(first_tap, layout.plane, 0);
     const int64_t begin = larger(0, tile.first_row - kReach);
     const int64_t end = smaller(cell.height, tile.first_row + tile.rows + kReach);
     for (int64_t y = begin; y < end; ++y) {
-      const int64_t at = layout.origin + (y - tile.first_row) * layout.pitch;
-      for (int64_t x = 0; x < cell.width; ++x) {
-        reciprocal[at + x] = A(1) / naslora::pool_count(y, x, cell.height, cell.width);
-        if (first_tap) first_tap[at + x] = naslora::pool_first_tap(y, x);
-      }
+      A* row = reciprocal + layout.origin + (y - tile.first_row) * layout.pitch;
+      for (int64_t x = 0; x < cell.width; ++x)
+        row[x] = A(1) / naslora::pool_count(y, x, cell.height, cell.width);
     }
   }
 
@@ -352,30 +362,32 @@ void depthwise(const Plan<S>& plan, const A* weights, const A* z, A* maps, const
 
 // ---- Forward -------------------------------------------------------------------------------
 
-// y += a_avg * avg_pool(z) + a_max * max_pool(z) for one channel's planes
+// y += a_avg * avg_pool(z) + a_max * max_pool(z) for one channel's planes. A window's sum and
+// maximum are those of its rows' sums and maxima.
 template <typename S, typename A>
 void add_pools(const Plan<S>& plan, const Tile& tile, const A* z, const A* reciprocal, A* padded,
-               A* row_max, A* y) {
-  const int64_t pitch = plan.layout.pitch, lanes = kLanes<A>;
-  plan.pad_with_lowest(z, reciprocal, padded);
+               A* row_sum, A* row_maximum, A* y) {
   const auto larger_of = [](Vec<A> maximum, Vec<A> value) {
     return naslora::max_pool_takes(value, maximum) ? value : maximum;
   };
-  const int64_t halo_begin = plan.start(1), halo_end = halo_begin + plan.count(tile, 1);
-  for (int64_t p = halo_begin; p < halo_end; p += lanes) {
-    const Vec<A> left = load<A>(padded + p - 1), middle = load<A>(padded + p);
-    store<A>(row_max + p, larger_of(larger_of(left, middle), load<A>(padded + p + 1)));
-  }
+  const int64_t pitch = plan.layout.pitch, lanes = kLanes<A>;
   const A average = static_cast<A>(plan.mixture[kAvgPool]);
   const A largest = static_cast<A>(plan.mixture[kMaxPool]);
-  const int64_t begin = plan.start(0), end = begin + plan.count(tile, 0);
+
+  plan.pad_with_lowest(z, reciprocal, padded);
+  int64_t begin = plan.start(1), end = begin + plan.count(tile, 1);
   for (int64_t p = begin; p < end; p += lanes) {
-    Vec<A> sum = {};
-    for (int t = 0; t < kPoolTaps; ++t) sum += load<A>(z + p + plan.pool_tap[t]);
-    const Vec<A> above = load<A>(row_max + p - pitch), middle = load<A>(row_max + p);
-    const Vec<A> maximum = larger_of(larger_of(above, middle), load<A>(row_max + p + pitch));
+    store<A>(row_sum + p, load<A>(z + p - 1) + load<A>(z + p) + load<A>(z + p + 1));
+    const Vec<A> maximum = larger_of(load<A>(padded + p - 1), load<A>(padded + p));
+    store<A>(row_maximum + p, larger_of(maximum, load<A>(padded + p + 1)));
+  }
+  begin = plan.start(0), end = begin + plan.count(tile, 0);
+  for (int64_t p = begin; p < end; p += lanes) {
+    const Vec<A> sum =
+        load<A>(row_sum + p - pitch) + load<A>(row_sum + p) + load<A>(row_sum + p + pitch);
+    const Vec<A> maximum = larger_of(load<A>(row_maximum + p - pitch), load<A>(row_maximum + p));
     store<A>(y + p, load<A>(y + p) + average * (sum * load<A>(reciprocal + p)) +
-                        largest * maximum);
+                        largest * larger_of(maximum, load<A>(row_maximum + p + pitch)));
   }
 }
 
@@ -390,14 +402,15 @@ void cell_forward(const Cell& cell, void* out) {
 
   parallel_tasks(layout.tasks, [&](int64_t first_task, int64_t last_task) {
     const int64_t convolved = plan.folded ? 0 : kConvolutions * c;
-    A *z, *y, *maps, *reciprocal, *padded, *row_max;
+    A *z, *y, *maps, *reciprocal, *padded, *row_sum, *row_maximum;
     const auto carve = [&](Arena arena) {
       z = arena.template take<A>(c * layout.plane);
       y = arena.template take<A>(c * layout.plane);
       maps = arena.template take<A>(convolved * layout.plane);
       reciprocal = arena.template take<A>(layout.plane);
       padded = arena.template take<A>(layout.plane);
-      row_max = arena.template take<A>(layout.plane);
+      row_sum = arena.template take<A>(layout.plane);
+      row_maximum = arena.template take<A>(layout.plane);
       return arena.size();
     };
     carve(Arena(naslora::thread_scratch(carve(Arena(nullptr)))));
@@ -408,7 +421,7 @@ void cell_forward(const Cell& cell, void* out) {
       const Tile tile = tile_at(layout, cell, index);
       const int64_t begin = plan.start(0), count = plan.count(tile, 0);
       plan.gather(cell.z, tile, z);
-      plan.pool_geometry(tile, reciprocal, nullptr);
+      if (index == first || layout.bands > 1) plan.pool_geometry(tile, reciprocal);
       if (plan.folded) {
         plan.stencil(z, weights.offset.data(), weights.convolution.data(), c * kFoldedTaps, y, c,
                      begin, count, false);
@@ -419,7 +432,7 @@ void cell_forward(const Cell& cell, void* out) {
         for (int64_t i = 0; i < c * layout.plane; ++i) y[i] += skip * z[i];
       }
       for (int64_t i = 0; i < c; ++i)
-        add_pools(plan, tile, z + i * layout.plane, reciprocal, padded, row_max,
+        add_pools(plan, tile, z + i * layout.plane, reciprocal, padded, row_sum, row_maximum,
                   y + i * layout.plane);
       plan.scatter(y, cell.z, tile, out);
     }
@@ -476,8 +489,8 @@ class Backward {
   struct Planes {
     A *z, *g, *dz;               // c planes each
     A *maps;                     // 4 c planes: the depthwise maps, then the pointwise gradients
-    A *reciprocal, *padded, *shared_g, *maximum;
-    Integer<A>*first_tap, *winner;
+    A *reciprocal, *padded, *shared_g, *row_g, *row_maximum, *routed_g;
+    Integer<A>*row_winner, *column_winner;  // -1, 0 or 1: before, at or after the pixel
     bool finite;  // z and g
 
     size_t carve(const Backward& b, Arena arena) {
@@ -489,9 +502,11 @@ class Backward {
       reciprocal = arena.template take<A>(plane);
       padded = arena.template take<A>(plane);
       shared_g = arena.template take<A>(plane);
-      maximum = arena.template take<A>(plane);
-      first_tap = arena.template take<Integer<A>>(plane);
-      winner = arena.template take<Integer<A>>(plane);
+      row_g = arena.template take<A>(plane);
+      row_maximum = arena.template take<A>(plane);
+      routed_g = arena.template take<A>(plane);
+      row_winner = arena.template take<Integer<A>>(plane);
+      column_winner = arena.template take<Integer<A>>(plane);
       return arena.size();
     }
   };
@@ -501,18 +516,20 @@ class Backward {
   void run_task(int64_t task, Planes& s) {
     double* sums = partials.data() + task * partial.size;
     if (want_parameters) fill<double>(sums, partial.size, 0);
+    double unused[3], *pools = want_parameters ? sums + partial.pools : unused;
     const int64_t first = task * layout().tiles / layout().tasks;
     const int64_t last = (task + 1) * layout().tiles / layout().tasks;
     for (int64_t index = first; index < last; ++index) {
       const Tile tile = tile_at(layout(), plan.cell, index);
       plan.gather(plan.cell.z, tile, s.z);
       plan.gather(grad_y, tile, s.g);
-      plan.pool_geometry(tile, s.reciprocal, s.first_tap);
+      if (index == first || layout().bands > 1) plan.pool_geometry(tile, s.reciprocal);
       s.finite = all_finite<A>(s.z, plan.c * layout().plane) &&
                  all_finite<A>(s.g, plan.c * layout().plane);
       if (plan.folded) run_folded(tile, s, sums);
       else run_separable(tile, s, sums);
-      for (int64_t i = 0; i < plan.c; ++i) run_pools(tile, i, s, sums + partial.pools);
+      if (gradients.z || gradients.alpha)
+        for (int64_t i = 0; i < plan.c; ++i) run_pools(tile, i, s, pools);
       if (gradients.z) plan.scatter(s.dz, grad_y, tile, gradients.z);
     }
   }
@@ -537,10 +554,21 @@ class Backward {
                 sums + partial.pointwise, c);
     }
     if (!gradients.z && !gradients.pw) return;
-    // The gradients of the depthwise maps, on all of the plane: what follows reads their padding.
-    for (int i = 0; i < kConvolutions; ++i)
+    // The gradients of the depthwise maps: those of the tile's pixels reach four rows further, and
+    // are zero beside the map.
+    const int64_t above = smaller(kReach, tile.first_row);
+    const int64_t below = smaller(kReach, plan.cell.height - tile.first_row - tile.rows);
+    const int64_t begin = plan.start(above);
+    const int64_t count = (above + tile.rows + below) * layout().pitch;
+    for (int i = 0; i < kConvolutions; ++i) {
+      for (int64_t in = 0; in < c; ++in) {
+        A* map = s.maps + (i * c + in) * plane;
+        fill<A>(map, begin, 0);
+        fill<A>(map + begin + count, plane - begin - count, 0);
+      }
       plan.stencil(s.g, forward.offset.data(), transposed.pointwise.data() + i * c * c, c,
-                   s.maps + i * c * plane, c, 0, layout().used, false);
+                   s.maps + i * c * plane, c, begin, count, false);
+    }
     for (int64_t in = 0; in < c; ++in) {
       for (int i = 0; i < kConvolutions; ++i) {
         const A* map = s.maps + (i * c + in) * plane;
@@ -560,55 +588,94 @@ class Backward {
   }
 
   // The poolings of one channel: dz += their adjoints; sums += da_avg, da_max, da_skip.
+  //
+  // The maximum of a window is the maximum of its rows' maxima, and its gradient goes back the
+  // same two steps. As the poolings pass on pixels or their means, da is <z, adjoint of g>.
   void run_pools(const Tile& tile, int64_t channel, const Planes& s, double* sums) {
     const A* z = s.z + channel * layout().plane;
     const A* g = s.g + channel * layout().plane;
-    const int64_t lanes = kLanes<A>, zero = 0;
-    plan.pad_with_lowest(z, s.reciprocal, s.padded);
-    for (int64_t p = 0; p < layout().plane; p += lanes)  // g / (pixels that were averaged)
-      store<A>(s.shared_g + p, load<A>(g + p) * load<A>(s.reciprocal + p));
-    find_maxima(tile, s);
-    if (gradients.alpha) {
-      double averages[kPoolTaps] = {};
-      correlate(tile, s, s.shared_g, 1, z, plan.pool_tap, plan.pool_tap, kPoolTaps, averages, 1);
-      for (int t = 0; t < kPoolTaps; ++t) sums[0] += averages[t];
-      correlate(tile, s, g, 1, s.maximum, &zero, nullptr, 1, sums + 1, 1);
-      correlate(tile, s, g, 1, z, &zero, nullptr, 1, sums + 2, 1);
-    }
-    if (gradients.z) route(tile, g, s, s.dz + channel * layout().plane);
+    pad_planes(z, g, s);
+    pool_rows(tile, s);
+    pool_columns(tile, g, s);
+    pool_adjoints(tile, z, g, s, s.dz + channel * layout().plane, sums);
   }
 
-  // The maximum of every pixel's window and the tap where it is, one row beyond the tile.
-  void find_maxima(const Tile& tile, const Planes& s) {
-    const int64_t begin = plan.start(1), end = begin + plan.count(tile, 1);
+  void pad_planes(const A* z, const A* g, const Planes& s) {
+    plan.pad_with_lowest(z, s.reciprocal, s.padded);
+    for (int64_t p = 0; p < layout().plane; p += kLanes<A>)  // g / (pixels that were averaged)
+      store<A>(s.shared_g + p, load<A>(g + p) * load<A>(s.reciprocal + p));
+  }
+
+  // Sums of three neighbours in a row of shared_g, maxima of z and which of the three they are.
+  void pool_rows(const Tile& tile, const Planes& s) {
+    const int64_t begin = plan.start(2), end = begin + plan.count(tile, 2);
     for (int64_t p = begin; p < end; p += kLanes<A>) {
-      Vec<A> maximum = broadcast<A>(-static_cast<A>(HUGE_VAL));
-      IndexVec<A> winner = load_index<A>(s.first_tap + p);
-      for (int t = 0; t < kPoolTaps; ++t) {
-        const Vec<A> value = load<A>(s.padded + p + plan.pool_tap[t]);
+      const A* g = s.shared_g + p;
+      store<A>(s.row_g + p, load<A>(g - 1) + load<A>(g) + load<A>(g + 1));
+      Vec<A> maximum = load<A>(s.padded + p - 1);
+      // If nothing is larger than -inf, the first pixel on the map wins.
+      IndexVec<A> winner = load<A>(s.reciprocal + p - 1) > 0 ? IndexVec<A>{} - 1 : IndexVec<A>{};
+      for (int dx = 0; dx <= 1; ++dx) {
+        const Vec<A> value = load<A>(s.padded + p + dx);
         const auto takes = naslora::max_pool_takes(value, maximum);
         maximum = takes ? value : maximum;
-        winner = takes ? IndexVec<A>{} + t : winner;
+        winner = takes ? IndexVec<A>{} + dx : winner;
       }
-      // Beside the map the maximum may be -inf, which a zero gradient would turn into NaN.
-      store<A>(s.maximum + p, load<A>(s.reciprocal + p) > 0 ? maximum : Vec<A>{});
-      store_index<A>(s.winner + p, winner);
+      store<A>(s.row_maximum + p, maximum);
+      store_index<A>(s.row_winner + p, winner);
     }
   }
 
-  // dz[p] += a_avg sum_t (g / count)[p - t] + a_max sum_t g[p - t] [t won at p - t]
-  void route(const Tile& tile, const A* g, const Planes& s, A* dz) {
-    const int64_t begin = plan.start(0), end = begin + plan.count(tile, 0);
+  // Which row of its window each pixel's maximum is in, then g brought to those rows' maxima.
+  void pool_columns(const Tile& tile, const A* g, const Planes& s) {
+    const int64_t pitch = layout().pitch;
+    int64_t begin = plan.start(1) - 1, end = begin + plan.count(tile, 1) + 2;
     for (int64_t p = begin; p < end; p += kLanes<A>) {
-      Vec<A> average = {}, routed = {};
-      for (int t = 0; t < kPoolTaps; ++t) {
-        const int64_t at = p - plan.pool_tap[t];
-        average += load<A>(s.shared_g + at);
-        routed += load_index<A>(s.winner + at) == t ? load<A>(g + at) : Vec<A>{};
+      Vec<A> maximum = load<A>(s.row_maximum + p - pitch);
+      IndexVec<A> winner =
+          load<A>(s.reciprocal + p - pitch) > 0 ? IndexVec<A>{} - 1 : IndexVec<A>{};
+      for (int dy = 0; dy <= 1; ++dy) {
+        const Vec<A> value = load<A>(s.row_maximum + p + dy * pitch);
+        const auto takes = naslora::max_pool_takes(value, maximum);
+        maximum = takes ? value : maximum;
+        winner = takes ? IndexVec<A>{} + dy : winner;
       }
-      store<A>(dz + p, load<A>(dz + p) + static_cast<A>(plan.mixture[kAvgPool]) * average +
-                           static_cast<A>(plan.mixture[kMaxPool]) * routed);
+      store_index<A>(s.column_winner + p, winner);
     }
+    begin = plan.start(0) - 1, end = begin + plan.count(tile, 0) + 2;
+    for (int64_t p = begin; p < end; p += kLanes<A>) {
+      Vec<A> sum = {};
+      for (int dy = -1; dy <= 1; ++dy) {
+        const int64_t at = p - dy * pitch;
+        sum += load_index<A>(s.column_winner + at) == dy ? load<A>(g + at) : Vec<A>{};
+      }
+      store<A>(s.routed_g + p, sum);
+    }
+  }
+
+  void pool_adjoints(const Tile& tile, const A* z, const A* g, const Planes& s, A* dz,
+                     double* sums) {
+    const int64_t pitch = layout().pitch, begin = plan.start(0), count = plan.count(tile, 0);
+    const A a_average = static_cast<A>(plan.mixture[kAvgPool]);
+    const A a_maximum = static_cast<A>(plan.mixture[kMaxPool]);
+    Vec<A> sum_average = {}, sum_maximum = {}, sum_skip = {};
+    for (int64_t p = begin; p < begin + count; p += kLanes<A>) {
+      const Vec<A> average =
+          load<A>(s.row_g + p - pitch) + load<A>(s.row_g + p) + load<A>(s.row_g + p + pitch);
+      Vec<A> maximum = {};
+      for (int dx = -1; dx <= 1; ++dx) {
+        const int64_t at = p - dx;
+        maximum += load_index<A>(s.row_winner + at) == dx ? load<A>(s.routed_g + at) : Vec<A>{};
+      }
+      if (gradients.z) store<A>(dz + p, load<A>(dz + p) + a_average * average + a_maximum * maximum);
+      const Vec<A> pixels = load_first<A>(z + p, begin + count - p);
+      sum_average += pixels * average;
+      sum_maximum += pixels * maximum;
+      sum_skip += pixels * load<A>(g + p);
+    }
+    sums[0] += horizontal_sum<A>(sum_average);
+    sums[1] += horizontal_sum<A>(sum_maximum);
+    sums[2] += horizontal_sum<A>(sum_skip);
   }
 
   // result[s, o] += sum over the tile's pixels of left_o[p] * source[offset[s] + p]. `tap` says
@@ -630,15 +697,8 @@ class Backward {
     }
     for_output_blocks(outputs, [&](int64_t o, auto size) {
       constexpr int O = decltype(size)::value;
-      constexpr int N = O == 1 ? 8 : O == 2 ? 4 : O == 3 ? 3 : 2;
-      const A* l = left + o * layout().plane + begin;
-      int64_t n = 0;
-      for (; n + N <= sources; n += N)
-        correlate_block<A, O, N>(l, layout().plane, source + begin, offset + n,
-                                 result + n * result_stride + o, result_stride, count);
-      for (; n < sources; ++n)
-        correlate_block<A, O, 1>(l, layout().plane, source + begin, offset + n,
-                                 result + n * result_stride + o, result_stride, count);
+      correlate_sources<A, O>(left + o * layout().plane + begin, layout().plane, source + begin,
+                              offset, sources, result + o, result_stride, count);
     });
   }
 

@@ -22,7 +22,6 @@ constexpr int kOperations = 8;
 constexpr int kKernelSize[kConvolutions] = {3, 5, 3, 5};
 constexpr int kDilation[kConvolutions] = {1, 1, 2, 2};
 constexpr int kReach = 4;       // the furthest tap of any operation: dil_conv_5x5
-constexpr int kPoolTaps = 9;    // the 3x3 window of both poolings, row by row
 constexpr int kWeightTaps[kConvolutions] = {9, 25, 9, 25};
 constexpr int kAllWeightTaps = 68;  // 9 + 25 + 9 + 25
 constexpr int kWeightStart[kConvolutions] = {0, 9, 34, 43};  // where each begins among the 68
@@ -65,9 +64,6 @@ constexpr TapTable kTaps = make_tap_table();
 constexpr int kCentreTap = kTaps.of_weight[0][4];
 static_assert(kTaps.dy[kFoldedTaps - 1] == kReach && kTaps.dx[kFoldedTaps - 1] == kReach,
               "the union of the four kernels has 41 taps");
-
-constexpr int pool_dy(int tap) { return tap / 3 - 1; }
-constexpr int pool_dx(int tap) { return tap % 3 - 1; }
 
 // ---- The mixture ---------------------------------------------------------------------------
 
@@ -126,11 +122,6 @@ NASLORA_HOST_DEVICE inline int pool_count(int64_t y, int64_t x, int64_t height, 
   const int rows = 1 + (y > 0) + (y + 1 < height);
   const int columns = 1 + (x > 0) + (x + 1 < width);
   return rows * columns;
-}
-
-// The window's first valid tap: where max_pool sends the gradient if everything is -inf.
-NASLORA_HOST_DEVICE inline int pool_first_tap(int64_t y, int64_t x) {
-  return (y > 0 ? 0 : 3) + (x > 0 ? 0 : 1);
 }
 
 // Walking the taps row by row, a later value replaces the maximum only if it is larger, so that
