@@ -13,9 +13,11 @@ constexpr int64_t kBlockRows = 16;   // rows worked on while they are in the cac
 constexpr int64_t kPartials = 32;    // partial gradients; bounds both their memory and the threads
 constexpr int64_t kFewestRows = 32;  // per partial gradient
 
-// out[t, k] = scale * sum_j x[t, j] m[k, j] for R rows and K ranks
+// out[t, k] = scale * sum_j x[t, j] m[k, j] for R rows and K ranks. Rows are too short for the
+// processor to guess that the next ones follow, so it is told: they are `ahead` elements further.
 template <typename A, int R, int K>
-void dot_block(const A* const* x, const A* m, int64_t columns, A scale, A* out, int64_t rank) {
+void dot_block(const A* const* x, const A* m, int64_t columns, A scale, A* out, int64_t rank,
+               int64_t ahead) {
   Vec<A> sum[R][K] = {};
   int64_t j = 0;
   for (; j + kLanes<A> <= columns; j += kLanes<A>) {
@@ -23,6 +25,7 @@ void dot_block(const A* const* x, const A* m, int64_t columns, A scale, A* out, 
     for (int k = 0; k < K; ++k) mv[k] = load<A>(m + k * columns + j);
     for (int t = 0; t < R; ++t) {
       const Vec<A> xv = load<A>(x[t] + j);
+      __builtin_prefetch(x[t] + j + ahead);
       for (int k = 0; k < K; ++k) sum[t][k] += xv * mv[k];
     }
   }
@@ -82,12 +85,12 @@ void for_rank_blocks(int64_t rank, const Body& body) {
 
 template <typename A>
 void dot_rows(const A* const* x, int64_t count, const A* matrix, int64_t columns, int64_t rank,
-              A scale, A* out) {
+              A scale, A* out, int64_t ahead) {
   for (int64_t t = 0; t < count; t += kRowBlock) {
     with_constant(smaller(kRowBlock, count - t), [&](auto rows) {
       for_rank_blocks(rank, [&](int64_t k, auto ranks) {
         dot_block<A, decltype(rows)::value, decltype(ranks)::value>(
-            x + t, matrix + k * columns, columns, scale, out + t * rank + k, rank);
+            x + t, matrix + k * columns, columns, scale, out + t * rank + k, rank, ahead);
       });
     });
   }
@@ -149,7 +152,7 @@ void low_rank_pass(const naslora::LowRankPass& p) {
                       buffer, x);
         if (p.matrix) {
           dot_rows<A>(x, count, static_cast<const A*>(p.matrix), columns, r,
-                      static_cast<A>(p.scale), small);
+                      static_cast<A>(p.scale), small, kRowBlock * p.x_stride);
           S* out = static_cast<S*>(p.product) + t * r;
           for (int64_t i = 0; i < count * r; ++i) out[i] = naslora::Narrow<S>::from(small[i]);
         }
