@@ -38,7 +38,8 @@ constexpr int64_t kMostFoldedChannels = 3;
 constexpr int64_t kTilePositions = 1024;  // planes of about 4 KiB, a few dozen of which fit L2
 constexpr int64_t kMostTasks = 64;        // bounds the memory of partial gradients
 constexpr int kMostOutputs = 4;
-constexpr int64_t kShortSum = 12;
+constexpr int64_t kShortSum = 12;  // terms
+constexpr int64_t kLongSum = 64;   // vectors
 constexpr int kMostVectors = 8;  // that one step of a loop takes
 
 // ---- The two loops -------------------------------------------------------------------------
@@ -73,21 +74,26 @@ void stencil_block(const A* source, const int64_t* offset, const A* weight, int6
   }
 }
 
-// result[s, o] += sum_p left_o[p] * source[offset[s] + p]   for p in [0, count), N sources s
+// result[s, o] += sum_p left_o[p] * source[offset[s] + p]   for p in [0, count), N sources s.
+// Long sums, too, are ones of shorter sums.
 template <typename A, int O, int N>
 void correlate_block(const A* left, int64_t left_stride, const A* source, const int64_t* offset,
                      double* result, int64_t result_stride, int64_t count) {
-  Vec<A> sum[N][O] = {};
-  for (int64_t p = 0; p < count; p += kLanes<A>) {
-    Vec<A> l[O];
-    for (int o = 0; o < O; ++o) l[o] = load_first<A>(left + o * left_stride + p, count - p);
-    for (int s = 0; s < N; ++s) {
-      const Vec<A> v = load<A>(source + offset[s] + p);
-      for (int o = 0; o < O; ++o) sum[s][o] += l[o] * v;
+  for (int64_t first = 0; first < count; first += kLongSum * kLanes<A>) {
+    const int64_t last = smaller(count, first + kLongSum * kLanes<A>);
+    Vec<A> sum[N][O] = {};
+    for (int64_t p = first; p < last; p += kLanes<A>) {
+      Vec<A> l[O];
+      for (int o = 0; o < O; ++o)
+        l[o] = first_lanes<A>(load<A>(left + o * left_stride + p), count - p);
+      for (int s = 0; s < N; ++s) {
+        const Vec<A> v = load<A>(source + offset[s] + p);
+        for (int o = 0; o < O; ++o) sum[s][o] += l[o] * v;
+      }
     }
+    for (int s = 0; s < N; ++s)
+      for (int o = 0; o < O; ++o) result[s * result_stride + o] += horizontal_sum<A>(sum[s][o]);
   }
-  for (int s = 0; s < N; ++s)
-    for (int o = 0; o < O; ++o) result[s * result_stride + o] += horizontal_sum<A>(sum[s][o]);
 }
 
 // The same for any number of sources, in blocks as equal as they come of at most N.
@@ -491,7 +497,7 @@ class Backward {
     A *maps;                     // 4 c planes: the depthwise maps, then the pointwise gradients
     A *reciprocal, *padded, *shared_g, *row_g, *row_maximum, *routed_g;
     Integer<A>*row_winner, *column_winner;  // -1, 0 or 1: before, at or after the pixel
-    bool finite;  // z and g
+    bool finite;  // z
 
     size_t carve(const Backward& b, Arena arena) {
       const int64_t c = b.plan.c, plane = b.layout().plane;
@@ -524,8 +530,7 @@ class Backward {
       plan.gather(plan.cell.z, tile, s.z);
       plan.gather(grad_y, tile, s.g);
       if (index == first || layout().bands > 1) plan.pool_geometry(tile, s.reciprocal);
-      s.finite = all_finite<A>(s.z, plan.c * layout().plane) &&
-                 all_finite<A>(s.g, plan.c * layout().plane);
+      s.finite = all_finite<A>(s.z, plan.c * layout().plane);
       if (plan.folded) run_folded(tile, s, sums);
       else run_separable(tile, s, sums);
       if (gradients.z || gradients.alpha)
@@ -541,7 +546,7 @@ class Backward {
                    s.dz, c, plan.start(0), plan.count(tile, 0), false);
     if (want_parameters)
       for (int64_t in = 0; in < c; ++in)
-        correlate(tile, s, s.g, c, s.z + in * layout().plane, plan.tap, plan.tap, kFoldedTaps,
+        correlate(tile, s, s.g, c, s.z + in * layout().plane, plan.tap, kFoldedTaps,
                   sums + partial.folded + in * kFoldedTaps * c, c);
   }
 
@@ -550,7 +555,7 @@ class Backward {
     const A skip = static_cast<A>(plan.mixture[kSkip]);
     if (want_parameters) {
       depthwise(plan, forward.convolution.data(), s.z, s.maps, tile);
-      correlate(tile, s, s.g, c, s.maps, forward.offset.data(), nullptr, kConvolutions * c,
+      correlate(tile, s, s.g, c, s.maps, forward.offset.data(), kConvolutions * c,
                 sums + partial.pointwise, c);
     }
     if (!gradients.z && !gradients.pw) return;
@@ -579,7 +584,7 @@ class Backward {
                        plan.start(0), plan.count(tile, 0), i > 0);
         if (gradients.pw)
           correlate(tile, s, map, 1, s.z + in * plane, plan.weight_tap + kWeightStart[i],
-                    plan.weight_tap + kWeightStart[i], kWeightTaps[i],
+                    kWeightTaps[i],
                     sums + partial.depthwise + weight, 1);
       }
     }
@@ -658,8 +663,8 @@ class Backward {
     const int64_t pitch = layout().pitch, begin = plan.start(0), count = plan.count(tile, 0);
     const A a_average = static_cast<A>(plan.mixture[kAvgPool]);
     const A a_maximum = static_cast<A>(plan.mixture[kMaxPool]);
-    Vec<A> sum_average = {}, sum_maximum = {}, sum_skip = {};
-    for (int64_t p = begin; p < begin + count; p += kLanes<A>) {
+    Vec<A> sum[3] = {};
+    for (int64_t p = begin, vectors = 1; p < begin + count; p += kLanes<A>, ++vectors) {
       const Vec<A> average =
           load<A>(s.row_g + p - pitch) + load<A>(s.row_g + p) + load<A>(s.row_g + p + pitch);
       Vec<A> maximum = {};
@@ -668,31 +673,31 @@ class Backward {
         maximum += load_index<A>(s.row_winner + at) == dx ? load<A>(s.routed_g + at) : Vec<A>{};
       }
       if (gradients.z) store<A>(dz + p, load<A>(dz + p) + a_average * average + a_maximum * maximum);
-      const Vec<A> pixels = load_first<A>(z + p, begin + count - p);
-      sum_average += pixels * average;
-      sum_maximum += pixels * maximum;
-      sum_skip += pixels * load<A>(g + p);
+      const int64_t left = begin + count - p;
+      const Vec<A> pixels = load<A>(z + p);
+      sum[0] += first_lanes<A>(pixels * average, left);
+      sum[1] += first_lanes<A>(pixels * maximum, left);
+      sum[2] += first_lanes<A>(pixels * load<A>(g + p), left);
+      if (vectors % kLongSum != 0 && left > kLanes<A>) continue;
+      for (int i = 0; i < 3; ++i) {
+        sums[i] += horizontal_sum<A>(sum[i]);
+        sum[i] = Vec<A>{};
+      }
     }
-    sums[0] += horizontal_sum<A>(sum_average);
-    sums[1] += horizontal_sum<A>(sum_maximum);
-    sums[2] += horizontal_sum<A>(sum_skip);
   }
 
-  // result[s, o] += sum over the tile's pixels of left_o[p] * source[offset[s] + p]. `tap` says
-  // which pixel a source is relative to p, where that may lie beside the map; else null.
+  // result[s, o] += sum over the tile's pixels of left_o[p] * source[offset[s] + p].
   //
-  // The loop also multiplies padding: zero, as long as everything is finite. Beside an infinity or
-  // NaN it would spread NaN to taps that no pixel of the map reaches, so those tiles are walked
-  // pixel by pixel.
+  // The loop multiplies the padding between rows, too: zeros of left, as long as z is finite. An
+  // infinity or NaN would spread to taps that no pixel reaches, so those tiles go pixel by pixel.
   void correlate(const Tile& tile, const Planes& s, const A* left, int64_t outputs, const A* source,
-                 const int64_t* offset, const int64_t* tap, int64_t sources, double* result,
-                 int64_t result_stride) {
+                 const int64_t* offset, int64_t sources, double* result, int64_t result_stride) {
     const int64_t begin = plan.start(0), count = plan.count(tile, 0);
     if (!s.finite) {
       for (int64_t o = 0; o < outputs; ++o)
         for (int64_t n = 0; n < sources; ++n)
           result[n * result_stride + o] +=
-              pixel_sum(tile, s, left + o * layout().plane, source + offset[n], tap ? tap[n] : 0);
+              pixel_sum(tile, left + o * layout().plane, source + offset[n]);
       return;
     }
     for_output_blocks(outputs, [&](int64_t o, auto size) {
@@ -702,12 +707,11 @@ class Backward {
     });
   }
 
-  A pixel_sum(const Tile& tile, const Planes& s, const A* left, const A* source, int64_t tap) {
+  A pixel_sum(const Tile& tile, const A* left, const A* source) const {
     A sum = 0;
     for (int64_t y = 0; y < tile.rows; ++y) {
       const int64_t row = layout().origin + y * layout().pitch;
-      for (int64_t p = row; p < row + plan.cell.width; ++p)
-        if (s.reciprocal[p + tap] > 0) sum += left[p] * source[p];
+      for (int64_t p = row; p < row + plan.cell.width; ++p) sum += left[p] * source[p];
     }
     return sum;
   }

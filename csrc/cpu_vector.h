@@ -56,12 +56,13 @@ template <typename A>
 inline void store(A* p, Vec<A> v) {
   *reinterpret_cast<typename Simd<A>::Unaligned*>(p) = v;
 }
-// The first `count` lanes of memory, and zeros.
+// v with zeros from lane `count` on.
 template <typename A>
-inline Vec<A> load_first(const A* p, int64_t count) {
-  if (count >= kLanes<A>) return load<A>(p);
-  A lanes[kLanes<A>] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+inline Vec<A> first_lanes(Vec<A> v, int64_t count) {
+  if (count >= kLanes<A>) return v;
+  A lanes[kLanes<A>];
+  store<A>(lanes, v);
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = i < count ? lanes[i] : 0;
   return load<A>(lanes);
 }
 template <typename A>
