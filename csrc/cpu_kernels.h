@@ -38,10 +38,10 @@ struct LowRankPass {
   const void* x;
   int64_t x_stride, tokens, columns, rank;
   double scale;
-  const void* matrix;  // (r, J), or null: no product
-  void* product;       // (T, r) = scale * x matrix^T
-  const void* rows;    // (T, r), or null: no gradient
-  void* gradient;      // [k, j] = scale * sum_t rows[t, k] x[t, j]
+  const void* matrix;  // (r, J)
+  void* product;       // (T, r) = scale * x matrix^T, or null: none
+  const void* rows;    // (T, r)
+  void* gradient;      // [k, j] = scale * sum_t rows[t, k] x[t, j], or null: none
   int64_t gradient_stride_k, gradient_stride_j;
 };
 

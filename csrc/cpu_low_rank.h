@@ -132,7 +132,7 @@ void low_rank_pass(const naslora::LowRankPass& p) {
   // Whole blocks of rows per task, so that only the last block of all is ragged.
   const int64_t tasks = larger(1, smaller(kPartials, p.tokens / kFewestRows));
   const int64_t task_rows = round_up(ceil_div(p.tokens, tasks), kRowBlock);
-  const int64_t partial_size = p.rows ? round_up(r * columns, 16) : 0;
+  const int64_t partial_size = p.gradient ? round_up(r * columns, 16) : 0;
   const Buffer<A> partials(tasks * partial_size);
 
   parallel_tasks(tasks, [&](int64_t first, int64_t last) {
@@ -150,13 +150,13 @@ void low_rank_pass(const naslora::LowRankPass& p) {
         const int64_t count = smaller(kBlockRows, end - t);
         point_at_rows(static_cast<const S*>(p.x) + t * p.x_stride, p.x_stride, count, columns,
                       buffer, x);
-        if (p.matrix) {
+        if (p.product) {
           dot_rows<A>(x, count, static_cast<const A*>(p.matrix), columns, r,
                       static_cast<A>(p.scale), small, kRowBlock * p.x_stride);
           S* out = static_cast<S*>(p.product) + t * r;
           for (int64_t i = 0; i < count * r; ++i) out[i] = naslora::Narrow<S>::from(small[i]);
         }
-        if (p.rows) {
+        if (p.gradient) {
           const S* rows = static_cast<const S*>(p.rows) + t * r;
           for (int64_t i = 0; i < count * r; ++i) small[i] = widen(rows[i]);
           outer_rows<A>(x, count, small, columns, r, partial);
@@ -164,7 +164,7 @@ void low_rank_pass(const naslora::LowRankPass& p) {
       }
     }
   });
-  if (!p.rows) return;
+  if (!p.gradient) return;
 
   // Second stage: every element adds its partials in task order.
   constexpr int64_t kSlice = 256;

@@ -175,7 +175,8 @@ def _nas_lora_linear_backward(
         decoder = _plain(lora_B.t(), dtype)
     _C.low_rank_pass(
         code, rows.data_ptr(), rows.stride(0), tokens, c_out, rank, scaling,
-        _address(decoder), _address(grad_y), _address(y), grad_B.data_ptr(), 1, rank,
+        _address(decoder), _address(grad_y), _address(y), grad_B.data_ptr() if need_lora_B else 0,
+        1, rank,
     )  # fmt: skip
 
     grad_z, grad_cell = grad_y, None
