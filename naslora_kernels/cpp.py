@@ -23,7 +23,7 @@ CAPABILITY_VARIABLE = "NASLORA_CPU_CAPABILITY"
 
 # The order of Dtype in csrc/cpu_kernels.h, and the dtype that each is computed in.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ACCUMULATORS = {dtype: torch.float32 for dtype in _DTYPE_CODES} | {torch.float64: torch.float64}
+_ACCUMULATORS = dict.fromkeys(_DTYPE_CODES, torch.float32) | {torch.float64: torch.float64}
 
 
 def unavailable_reason() -> str | None:
@@ -124,9 +124,7 @@ def _mixed_cell_backward(
     )
 
 
-def _nas_lora_linear(
-    x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, scaling
-):
+def _nas_lora_linear(x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, scaling):
     rows = _rows(x)  # (tokens, C_in)
     tokens, c_in = rows.shape
     c_out, rank = lora_B.shape

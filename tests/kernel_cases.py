@@ -60,9 +60,7 @@ class Case:
         arguments = dict(self.arguments)
         first = next(iter(arguments))
         arguments[first] = LAYOUTS[layout](arguments[first])
-        return Case(
-            self.function, arguments, self.options, LAYOUTS[gradient_layout](self.gradient)
-        )
+        return Case(self.function, arguments, self.options, LAYOUTS[gradient_layout](self.gradient))
 
     def run(self, backend, needed=None):
         """The result and the gradient of each argument in ``needed`` (None: of all), by name."""
@@ -121,9 +119,7 @@ def layer_case(grid, c_in, c_out, rank, c, seed=0, bias=True, scaling=1.5):
     arguments["lora_A"] = draw(rank, c_in) / c_in**0.5
     arguments["lora_B"] = draw(c_out, rank) / rank**0.5
     options["scaling"] = scaling
-    return Case(
-        "nas_lora_linear", {**arguments, **parameters}, options, draw(*grid, c_out)
-    )
+    return Case("nas_lora_linear", {**arguments, **parameters}, options, draw(*grid, c_out))
 
 
 def assert_as_good_as_reference(case, needed=None):
