@@ -10,6 +10,7 @@ SANITIZED = build/sanitize
 sanitize:
 	rm -rf $(SANITIZED)
 	NASLORA_SANITIZE=1 python setup.py -q build --build-base build/sanitize-objects --build-lib $(SANITIZED)
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	pytest -p no:cacheprovider -k "not compiled" tests/test_kernels_*.py

@@ -40,7 +40,7 @@ constexpr int64_t kMostTasks = 64;        // bounds the memory of partial gradie
 constexpr int kMostOutputs = 4;
 constexpr int64_t kShortSum = 12;  // terms
 constexpr int64_t kLongSum = 64;   // vectors
-constexpr int kMostVectors = 8;  // that one step of a loop takes
+constexpr int kMostVectors = 8;    // that one step of a loop takes
 
 // ---- The two loops -------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ struct Layout {
     t.band_rows = ceil_div(cell.height, t.bands);
     t.bands = ceil_div(cell.height, t.band_rows);
     t.tiles = cell.batch * t.bands;
-    t.tasks = larger(1, smaller(t.tiles, kMostTasks));  // an empty batch still sums to zero
+    t.tasks = larger(1, smaller(t.tiles, kMostTasks));   // an empty batch still sums to zero
     t.origin = round_up(kReach * t.pitch + kReach, 16);  // so that most loads are aligned
     t.used = t.origin + (t.band_rows + kReach) * t.pitch;
     t.plane = round_up(t.used + kMostVectors * kLanes<A>, 16);  // loops round up to blocks
@@ -253,8 +253,8 @@ struct Plan {
       for (int64_t i = 0; i < c; ++i)
         for (int64_t x = 0; x < cell.width; ++x)
           to[x * r + channel[i]] = naslora::Narrow<S>::from(from[i * layout.plane + x]);
-      const S* same = static_cast<const S*>(map.data) + tile.image * map.stride[0] +
-                      row * map.stride[1];
+      const S* same =
+          static_cast<const S*>(map.data) + tile.image * map.stride[0] + row * map.stride[1];
       for (int64_t i = 0; i < r - c; ++i) {
         const int64_t k = unmixed[i];
         for (int64_t x = 0; x < cell.width; ++x)
@@ -315,8 +315,10 @@ struct Weights {
       : convolution(plan.folded ? plan.c * plan.c * kFoldedTaps : plan.c * kAllWeightTaps),
         pointwise(plan.folded ? 0 : kConvolutions * plan.c * plan.c),
         offset(plan.folded ? plan.c * kFoldedTaps : kConvolutions * plan.c) {
-    if (plan.folded) fold(plan, transposed);
-    else separate(plan, transposed);
+    if (plan.folded)
+      fold(plan, transposed);
+    else
+      separate(plan, transposed);
   }
 
  private:
@@ -347,8 +349,10 @@ struct Weights {
         }
         for (int64_t out = 0; out < c; ++out) {
           const A weight = plan.parameters.pointwise(i, out, in);
-          if (transposed) pointwise[i * c * c + blocked(out, c, in, c)] = weight;
-          else pointwise[blocked(i * c + in, kConvolutions * c, out, c)] = plan.mixture[i] * weight;
+          if (transposed)
+            pointwise[i * c * c + blocked(out, c, in, c)] = weight;
+          else
+            pointwise[blocked(i * c + in, kConvolutions * c, out, c)] = plan.mixture[i] * weight;
         }
       }
     }
@@ -433,8 +437,8 @@ void cell_forward(const Cell& cell, void* out) {
                      begin, count, false);
       } else {
         depthwise(plan, weights.convolution.data(), z, maps, tile);
-        plan.stencil(maps, weights.offset.data(), weights.pointwise.data(), kConvolutions * c, y,
-                     c, begin, count, false);
+        plan.stencil(maps, weights.offset.data(), weights.pointwise.data(), kConvolutions * c, y, c,
+                     begin, count, false);
         for (int64_t i = 0; i < c * layout.plane; ++i) y[i] += skip * z[i];
       }
       for (int64_t i = 0; i < c; ++i)
@@ -493,11 +497,11 @@ class Backward {
 
  private:
   struct Planes {
-    A *z, *g, *dz;               // c planes each
-    A *maps;                     // 4 c planes: the depthwise maps, then the pointwise gradients
+    A *z, *g, *dz;  // c planes each
+    A* maps;        // 4 c planes: the depthwise maps, then the pointwise gradients
     A *reciprocal, *padded, *shared_g, *row_g, *row_maximum, *routed_g;
     Integer<A>*row_winner, *column_winner;  // -1, 0 or 1: before, at or after the pixel
-    bool finite;  // z
+    bool finite;                            // z
 
     size_t carve(const Backward& b, Arena arena) {
       const int64_t c = b.plan.c, plane = b.layout().plane;
@@ -531,8 +535,10 @@ class Backward {
       plan.gather(grad_y, tile, s.g);
       if (index == first || layout().bands > 1) plan.pool_geometry(tile, s.reciprocal);
       s.finite = all_finite<A>(s.z, plan.c * layout().plane);
-      if (plan.folded) run_folded(tile, s, sums);
-      else run_separable(tile, s, sums);
+      if (plan.folded)
+        run_folded(tile, s, sums);
+      else
+        run_separable(tile, s, sums);
       if (gradients.z || gradients.alpha)
         for (int64_t i = 0; i < plan.c; ++i) run_pools(tile, i, s, pools);
       if (gradients.z) plan.scatter(s.dz, grad_y, tile, gradients.z);
@@ -584,8 +590,7 @@ class Backward {
                        plan.start(0), plan.count(tile, 0), i > 0);
         if (gradients.pw)
           correlate(tile, s, map, 1, s.z + in * plane, plan.weight_tap + kWeightStart[i],
-                    kWeightTaps[i],
-                    sums + partial.depthwise + weight, 1);
+                    kWeightTaps[i], sums + partial.depthwise + weight, 1);
       }
     }
     if (gradients.z)
@@ -672,7 +677,8 @@ class Backward {
         const int64_t at = p - dx;
         maximum += load_index<A>(s.row_winner + at) == dx ? load<A>(s.routed_g + at) : Vec<A>{};
       }
-      if (gradients.z) store<A>(dz + p, load<A>(dz + p) + a_average * average + a_maximum * maximum);
+      if (gradients.z)
+        store<A>(dz + p, load<A>(dz + p) + a_average * average + a_maximum * maximum);
       const int64_t left = begin + count - p;
       const Vec<A> pixels = load<A>(z + p);
       sum[0] += first_lanes<A>(pixels * average, left);

@@ -229,16 +229,17 @@ void low_rank_expand(const naslora::LowRankExpand& p) {
       S* out = static_cast<S*>(p.out) + t * columns;
       A* target[kRowBlock];
       for (int64_t i = 0; i < count; ++i) {
-        if constexpr (std::is_same_v<S, A>) target[i] = out + i * columns;
-        else target[i] = buffer + i * columns;
+        if constexpr (std::is_same_v<S, A>)
+          target[i] = out + i * columns;
+        else
+          target[i] = buffer + i * columns;
       }
       with_constant(count, [&](auto size) {
         expand_block<A, decltype(size)::value>(u, static_cast<const A*>(p.matrix),
                                                static_cast<const A*>(p.bias), r, columns, target);
       });
       if constexpr (!std::is_same_v<S, A>)
-        for (int64_t i = 0; i < count * columns; ++i)
-          out[i] = naslora::Narrow<S>::from(buffer[i]);
+        for (int64_t i = 0; i < count * columns; ++i) out[i] = naslora::Narrow<S>::from(buffer[i]);
     }
   });
 }

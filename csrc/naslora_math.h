@@ -21,9 +21,9 @@ constexpr int kAvgPool = 4, kMaxPool = 5, kSkip = 6, kNone = 7;
 constexpr int kOperations = 8;
 constexpr int kKernelSize[kConvolutions] = {3, 5, 3, 5};
 constexpr int kDilation[kConvolutions] = {1, 1, 2, 2};
-constexpr int kReach = 4;       // the furthest tap of any operation: dil_conv_5x5
+constexpr int kReach = 4;  // the furthest tap of any operation: dil_conv_5x5
 constexpr int kWeightTaps[kConvolutions] = {9, 25, 9, 25};
-constexpr int kAllWeightTaps = 68;  // 9 + 25 + 9 + 25
+constexpr int kAllWeightTaps = 68;                           // 9 + 25 + 9 + 25
 constexpr int kWeightStart[kConvolutions] = {0, 9, 34, 43};  // where each begins among the 68
 
 // The four convolutions together touch 41 of the 9x9 window's pixels.
@@ -191,8 +191,7 @@ struct Narrow<float16> {
     const uint32_t bits = bits_of(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    const uint32_t normal =
-        (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     // Adding 0.5 aligns a value below 2^-14 to units of 2^-24, and rounds it to nearest even.
     const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
     const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;

@@ -140,14 +140,10 @@ template <typename Body>
 PyObject* compute(const Arguments& arguments, const Body& body) {
   if (!arguments.complete()) return nullptr;
   bool failed = false;
-  Py_BEGIN_ALLOW_THREADS
-  try {
-    body();
-  } catch (const std::exception&) {
+  Py_BEGIN_ALLOW_THREADS try { body(); } catch (const std::exception&) {
     failed = true;
   }
-  Py_END_ALLOW_THREADS
-  if (failed) return PyErr_NoMemory();  // nothing else is thrown
+  Py_END_ALLOW_THREADS if (failed) return PyErr_NoMemory();  // nothing else is thrown
   Py_RETURN_NONE;
 }
 
@@ -275,7 +271,7 @@ PyObject* build_info(PyObject*, PyObject*) {
   return names ? Py_BuildValue("(sN)", compiler, names) : nullptr;
 }
 
-#define NASLORA_FAST(function) \
+#define NASLORA_FAST(function)                                                           \
   {#function, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function)), \
    METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
@@ -291,8 +287,15 @@ PyMethodDef methods[] = {
 };
 #undef NASLORA_FAST
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C",    "NAS-LoRA's CPU kernels", -1, methods,
-                      nullptr,               nullptr, nullptr,                  nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_C",
+                      "NAS-LoRA's CPU kernels",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
 
 }  // namespace
 }  // namespace naslora

@@ -11,6 +11,7 @@ from kernel_cases import (
     INSTRUCTION_SETS,
     LAYOUTS,
     assert_as_good_as_reference,
+    assert_better_on_average,
     layer_case,
     needs_cpp,
 )
@@ -184,6 +185,7 @@ def test_random_shapes():
     def pick(low, high):
         return int(torch.randint(low, high + 1, (), generator=generator))
 
+    ratios = {}
     for seed in range(FUZZED_SHAPES):
         rank = pick(1, 24) if pick(0, 3) == 0 else pick(1, 6)
         shape = ((pick(0, 3), pick(1, 15), pick(1, 15)), pick(1, 90), pick(1, 150), rank)
@@ -196,6 +198,7 @@ def test_random_shapes():
             case = without_max_pool(case)
         case = case.to(dtype).laid_out(layout, gradient_layout)
         try:
-            assert_as_good_as_reference(case, needed)
+            assert_as_good_as_reference(case, needed, ratios)
         except AssertionError as error:
             raise AssertionError(f"{seed=} {shape=} {c=} {dtype} {layout=} {needed=}") from error
+    assert_better_on_average(ratios)
