@@ -31,12 +31,14 @@ LIBRARY.define(
 
 def gradient_like(tensor: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous gradient of ``tensor``, or an empty tensor if not needed."""
-    return tensor.new_empty(tensor.shape if needed else (0,), dtype=dtype)
+    if not needed:
+        return tensor.new_empty((0,), dtype=dtype)
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("naslora::mixed_cell", lib=LIBRARY)
 def _(z, alpha, depthwise, pw, channels):
-    return z.new_empty(z.shape)
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("naslora::mixed_cell_backward", lib=LIBRARY)
