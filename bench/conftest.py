@@ -29,11 +29,11 @@ def measure(benchmark):
     return run
 
 
-def parameters(competitors):
+def parameters(all_cases, competitors):
     """(case, competitor) pairs; compiled ones only where ``cases`` has them."""
     return [
         pytest.param(case, competitor, id=f"{cases.case_name(case)}-{competitor}")
-        for case in cases.CASES
+        for case in all_cases
         for competitor in competitors
         if "compiled" not in competitor or case in cases.COMPILED_CASES
     ]

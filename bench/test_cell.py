@@ -7,7 +7,7 @@ from conftest import parameters
 
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
 @pytest.mark.parametrize(
-    ("case", "competitor"), parameters(["cpp", "reference", "reference compiled"])
+    ("case", "competitor"), parameters(cases.CELL_CASES, ["cpp", "reference", "reference compiled"])
 )
 def test_cell(measure, case, competitor, direction):
     work = cases.cell_bytes(*case, direction), cases.cell_operations(*case, direction)

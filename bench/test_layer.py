@@ -8,7 +8,7 @@ COMPETITORS = ["cpp", "reference", "reference compiled", "PEFT LoRA", "frozen li
 
 
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
-@pytest.mark.parametrize(("case", "competitor"), parameters(COMPETITORS))
+@pytest.mark.parametrize(("case", "competitor"), parameters(cases.CASES, COMPETITORS))
 def test_layer(measure, case, competitor, direction):
     work = cases.layer_bytes(*case, direction), cases.layer_operations(*case, direction)
     measure(cases.layer_works(*case), competitor, direction, *work)
