@@ -65,11 +65,9 @@ class NASLoRALinear(nn.Module):
         """Moves the adapter to the base's device and dtype; beside 16-bit weights it is float32."""
         weight = self.base.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        for name, child in [*self._parameters.items(), *self._buffers.items()]:
-            if isinstance(child, nn.Parameter):
-                child.data = child.data.to(weight.device, dtype)
-            elif child is not None:
-                self._buffers[name] = child.to(weight.device)
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            setattr(self, name, nn.Parameter(parameter.detach().to(weight.device, dtype)))
+        self.channels = self.channels.to(weight.device)
         if self.cell is not None:
             self.cell.to(weight.device, dtype)
 
