@@ -210,6 +210,14 @@ class FixedMixture(nn.Module):
         return self.cell.mix(z, self.mixture).to(z.dtype)
 
 
+def restore_collapsed(tensors: dict[str, Tensor]) -> nn.Module:
+    """The collapsed cell that ``tensors``, its state dict, belongs to."""
+    if "kernel" in tensors:
+        return FoldedCell(tensors["kernel"], tensors["pooling"])
+    channels = tensors["cell.convolutions.0.1.bias"].shape[0]  # of the first depthwise convolution
+    return FixedMixture(PaperCell(channels, "identity", torch.Generator()), tensors["mixture"])
+
+
 PRESETS: dict[str, type[nn.Module]] = {"linear": LinearCell, "paper": PaperCell}
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from naslora.cell import restore_collapsed
 from naslora.errors import UserError
 from naslora.injection import adapter_layers, replace_module
 from naslora.layer import NASLoRALinear, as_grid
@@ -159,6 +160,30 @@ def unmerge(model: nn.Module) -> None:
         device = next(iter(merged.state_dict().values())).device
         replace_module(model, name, layer.to(device).train(merged.training))
     del model._naslora_unmerged
+
+
+def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, Tensor]) -> None:
+    """Gives an unadapted model the modules that a merged state dict belongs to, in place.
+
+    Args:
+        model: the original model; its tensors are not filled.
+        layers: the merged layers' names.
+        tensors: the merged model's state dict.
+    """
+    for name in layers:
+        prefix = f"{name}.lora_A"
+        if prefix not in tensors:
+            continue  # it merged into a plain nn.Linear
+        stored = {
+            key.removeprefix(f"{name}.mixture."): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.mixture.")
+        }
+        mixture = restore_collapsed(stored)
+        layer = MergedNASLoRALinear(
+            model.get_submodule(name), tensors[prefix], tensors[f"{name}.lora_B"], mixture
+        )
+        replace_module(model, name, layer)
 
 
 def _merge_exact(layer: NASLoRALinear) -> nn.Module:

@@ -687,7 +687,7 @@ def _panel(panel: Panel, class_names: list[str]) -> str:
         if labels is None:
             pictures.append(f"<div><span>{kind}: none</span></div>")
         else:
-            painted = _paint(panel.image, labels, class_names)
+            painted = paint(panel.image, labels, class_names)
             pictures.append(_picture(kind, panel.name, painted))
     dice = f"Dice {_number(panel.dice)}" if _known(panel.dice) else "no Dice"
     return (
@@ -708,7 +708,7 @@ def _picture(kind: str, name: str, pixels: np.ndarray) -> str:
     )
 
 
-def _paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.ndarray:
+def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.ndarray:
     """Tints each class in its colour and draws its border in full: (H, W, 3) uint8."""
     colours = np.zeros_like(image)
     for index in range(1, len(class_names)):

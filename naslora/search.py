@@ -115,6 +115,7 @@ class Search:
         seed: of the order of the images.
         directory: where checkpoints and TensorBoard files go.
         class_names: the foreground classes, for the metrics.
+        accelerator: of ``make_accelerator``.
     """
 
     def __init__(
@@ -125,8 +126,9 @@ class Search:
         seed: int,
         directory: Path,
         class_names: list[str],
+        accelerator: Accelerator,
     ) -> None:
-        self.accelerator = make_accelerator(config)
+        self.accelerator = accelerator
         self.model = model.to(self.accelerator.device)
         self.data, self.config, self.seed = data, config, seed
         self.directory, self.class_names = directory, class_names
@@ -169,7 +171,7 @@ class Search:
                 record = self._run_epoch()
                 self.history.append(record)
                 self.epoch += 1
-                self._save(is_best=_quality(record) > self.best_quality)
+                self._save(is_best=quality(record) > self.best_quality)
                 console.print(_line(record, self.config.epochs), highlight=False)
                 if writer is not None:
                     _log(writer, record, self.operations[-1], self.architecture is not None)
@@ -392,7 +394,7 @@ class Search:
     def _save(self, is_best: bool) -> None:
         """Writes the checkpoints; a kill at any moment leaves the previous ones whole."""
         if is_best:
-            self.best_quality = _quality(self.history[-1])
+            self.best_quality = quality(self.history[-1])
         if self.accelerator.is_main_process:
             if is_best:
                 save_adapter(self.model, self.directory / BEST)
@@ -465,7 +467,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _quality(record: dict[str, Any]) -> float:
+def quality(record: dict[str, Any]) -> float:
     """What the best epoch is chosen by: Dice on the validation split, 0 where it has no class."""
     return record["val_dice"] or 0.0
 
@@ -477,7 +479,7 @@ def _line(record: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {record['epoch'] + 1}/{epochs}  stage {record['stage']}  "
         f"loss {record['train_loss']:.3f}{searched}  val loss {record['val_loss']:.3f}  "
-        f"val Dice {_quality(record):.3f}{entropy}  {sum(record['seconds'].values()):.1f} s"
+        f"val Dice {quality(record):.3f}{entropy}  {sum(record['seconds'].values()):.1f} s"
     )
 
 
