@@ -1,8 +1,12 @@
 """The command line: naslora demo | train | evaluate | predict | merge | info."""
 
+import contextlib
+import functools
+import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,25 +29,46 @@ RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model."
 
 def main() -> None:
     """Runs a command; what the user can mend ends in one line and exit status 2."""
+    commands = (demo, train, evaluate, predict, merge, info)
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {
-                "demo": demo,
-                "train": train,
-                "evaluate": evaluate,
-                "predict": predict,
-                "merge": merge,
-                "info": info,
-            },
-            prog="naslora",
-            description="Fine-tune the Segment Anything Model with NAS-LoRA.",
-        )
+        _parse({command.__name__: _deferred(command) for command in commands})()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"naslora: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit("naslora: interrupted; --resume continues the run") from None
+
+
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A command that only takes its arguments, so that parsing and running can fail apart."""
+
+    @functools.wraps(command)
+    def take(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    return take
+
+
+def _parse(commands: dict[str, Callable[..., Callable[[], None]]]) -> Callable[[], None]:
+    """Parses the command line; a value that a configuration refuses stays a UserError."""
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="naslora",
+                description="Fine-tune the Segment Anything Model with NAS-LoRA.",
+            )
+    except SystemExit as exit:
+        # The parser reports a refused value on many lines; the refusal itself is among its causes.
+        cause: BaseException | None = exit
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(messages.getvalue())
+        raise
 
 
 def demo(

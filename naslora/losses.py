@@ -17,7 +17,7 @@ EPSILON = 1e-6
 def segmentation_loss(
     output: SegmentationOutput,
     target: Tensor,
-    class_loss: ClassLoss = "pixel",
+    class_loss: ClassLoss = "matching",
     lambda_seg: float = 1.0,
     lambda_cls: float = 1.0,
 ) -> Tensor:

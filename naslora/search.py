@@ -69,7 +69,7 @@ class SearchConfig:
     """Adam's weight decay for alpha."""
     clip_norm: float = 1.0
     """Largest norm of the weights' gradients; 0 clips nothing."""
-    class_loss: ClassLoss = "pixel"
+    class_loss: ClassLoss = "matching"
     """Loss of several classes: at every pixel, or by matching mask tokens to classes."""
     lambda_seg: float = 1.0
     """Weight of BCE + Dice."""
