@@ -43,7 +43,7 @@ def _adapter(method: str, **adapter: Any) -> Settings:
 
 STUDIES = {
     "search-start": Study(
-        datasets=("roads",),
+        datasets=("brain_deepgrey",),
         seeds=(0, 1, 2),
         common={
             "run": {"model": "mobile_sam", "image_size": 256},
@@ -59,20 +59,20 @@ STUDIES = {
             "NAS-PC-LoRA, kaiming": _adapter("nas-pc-lora", cell_init="kaiming"),
             "NAS-PC-LoRA, identity": _adapter("nas-pc-lora", cell_init="identity"),
         },
-        epochs={"roads": 25},
+        epochs={"brain_deepgrey": 16},
     ),
     "alpha-rate": Study(
-        datasets=("roads",),
+        datasets=("brain_deepgrey",),
         seeds=(0, 1, 2),
         common={
             "run": {"model": "mobile_sam", "image_size": 256},
-            "search": {"learning_rate": 3e-4, "search_start": 8},
+            "search": {"learning_rate": 3e-4, "search_start": 4},
         },
         variants={
             f"alpha rate {rate:g}": {"search": {"alpha_learning_rate": rate}}
             for rate in (3e-4, 3e-3, 1e-2, 3e-2, 1e-1)
         },
-        epochs={"roads": 25},
+        epochs={"brain_deepgrey": 16},
     ),
     "small-sets": Study(
         datasets=("he_nuclei", "roads"),
