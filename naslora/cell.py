@@ -142,10 +142,11 @@ class PaperCell(nn.Module):
     def __init__(self, channels: int, init: CellInit, generator: torch.Generator) -> None:
         super().__init__()
         del init  # batch norm fixes the gain of these operations, whatever their weights are
-        self.convolutions = nn.ModuleList(
-            nn.Sequential(*self._block(channels, conv), *self._block(channels, conv))
-            for conv in CONVOLUTIONS
-        )
+        with torch.random.fork_rng(devices=[]):  # PyTorch's own start is drawn, and replaced below
+            self.convolutions = nn.ModuleList(
+                nn.Sequential(*self._block(channels, conv), *self._block(channels, conv))
+                for conv in CONVOLUTIONS
+            )
         with torch.no_grad():
             for parameter in self.parameters():
                 if parameter.dim() == 4:

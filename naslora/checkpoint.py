@@ -42,6 +42,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """Loads what ``save_adapter`` saved, exactly; a model without adapters gets them injected.
 
+    Injecting freezes everything but the adapters: to train a loaded decoder on, unfreeze it again.
+
     Args:
         model: the model that was adapted, in its own or in its original form.
         directory: the folder that ``save_adapter`` wrote.
@@ -52,16 +54,19 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """
     directory = Path(directory)
     stored = read_json(directory / CONFIG_NAME)
-    if not isinstance(stored, dict) or not {"config", "layers"} <= stored.keys():
+    if not _is_adapter_configuration(stored):
         raise UserError(f"{directory / CONFIG_NAME} is not an adapter configuration of naslora")
     tensors = read_safetensors(directory / WEIGHTS_NAME)
     config = NASLoRAConfig.from_dict(stored["config"]) if stored["config"] else None
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     injected = inject(model, config) if config and not any(adapter_layers(model)) else []
     try:
         _check_fit(model, config, stored["layers"], tensors, directory)
     except UserError:
         for name in injected:
             replace_module(model, name, model.get_submodule(name).base)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         raise
     state = model.state_dict()
     with torch.no_grad():
@@ -94,6 +99,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _is_adapter_configuration(stored: object) -> bool:
+    return (
+        isinstance(stored, dict)
+        and isinstance(stored.get("config", 0), dict | None)
+        and isinstance(stored.get("layers"), list)
+    )
 
 
 def _check_fit(

@@ -36,7 +36,7 @@ class NASLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         generator = generator or torch.Generator().manual_seed(config.seed)
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.config = config
         self.rank = config.rank
         self.scaling = config.scaling
@@ -48,6 +48,7 @@ class NASLoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank))
         self._add_cell(config, generator)
         self._match_base()
+        base.requires_grad_(False)  # last, so that an impossible configuration changes nothing
 
     def _add_cell(self, config: NASLoRAConfig, generator: torch.Generator) -> None:
         c = config.cell_channels

@@ -12,6 +12,7 @@ The frozen weight acts on one token; the cell mixes neighbours. So folding a cel
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,10 @@ from naslora.layer import NASLoRALinear, as_grid
 MergeMode = Literal["exact", "center"]
 # On this many seeded white-noise tokens errors are measured where no images are given.
 NOISE_GRID = (2, 16, 16)
+
+# The layers that each merged model had. Kept beside the model, not in it: what is copied, saved or
+# counted of a merged model is the merged model alone.
+_originals: WeakKeyDictionary[nn.Module, dict[str, NASLoRALinear]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,11 @@ def merge(
         The relative errors, layer by layer.
 
     Raises:
-        UserError: an unknown mode, nothing to merge, a model merged before, no batches, or an
-            operation set that the mode cannot fold. The model is then unchanged.
+        UserError: an unknown mode, nothing to merge, a model merged before, no batches, batches
+            that miss a layer, or an operation set that the mode cannot fold. The model is then
+            unchanged.
     """
-    if getattr(model, "_naslora_unmerged", None):
+    if model in _originals:
         raise UserError("the model is merged already; call unmerge(model) first")
     layers = dict(adapter_layers(model))
     if not layers:
@@ -140,8 +146,7 @@ def merge(
     for name, module in merged.items():
         module.train(model.training)
         replace_module(model, name, module)
-    # A plain dict: the originals are no submodules, so the state dict is that of the merged model.
-    model._naslora_unmerged = layers
+    _originals[model] = layers
     source = "white noise" if calibration is None else "calibration images"
     return MergeReport(mode, source, errors)
 
@@ -152,14 +157,12 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         UserError: the model is not merged.
     """
-    originals: dict[str, NASLoRALinear] | None = getattr(model, "_naslora_unmerged", None)
-    if not originals:
+    if model not in _originals:
         raise UserError("the model is not merged")
-    for name, layer in originals.items():
+    for name, layer in _originals.pop(model).items():
         merged = model.get_submodule(name)
         device = next(iter(merged.state_dict().values())).device
         replace_module(model, name, layer.to(device).train(merged.training))
-    del model._naslora_unmerged
 
 
 def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, Tensor]) -> None:
@@ -219,8 +222,14 @@ MODES: dict[str, Callable[[NASLoRALinear], nn.Module]] = {
 def _folded_linear(layer: NASLoRALinear, token_map: Tensor) -> nn.Linear:
     """nn.Linear with W0 + s W_d M W_e, M = ``token_map`` (r, r); summed in float64."""
     base = layer.base
-    merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
-    merged = merged.to(base.weight.device, base.weight.dtype).requires_grad_(False)
+    merged = nn.utils.skip_init(
+        nn.Linear,
+        base.in_features,
+        base.out_features,
+        bias=base.bias is not None,
+        device=base.weight.device,
+        dtype=base.weight.dtype,
+    ).requires_grad_(False)
     update = layer.lora_B.double() @ token_map.double() @ layer.lora_A.double()
     merged.weight.copy_(base.weight.double() + layer.scaling * update)
     if base.bias is not None:
@@ -233,9 +242,11 @@ class _ErrorSums:
 
     def __init__(self) -> None:
         self.difference = self.update = self.output = 0.0
+        self.calls = 0
 
     def add(self, layer: NASLoRALinear, merged: nn.Module, x: Tensor) -> None:
         h = layer(x)
+        self.calls += 1
         self.difference += _squared_norm(merged(x) - h)
         self.update += _squared_norm(layer.update(x))
         self.output += _squared_norm(h)
@@ -287,16 +298,20 @@ def _errors_on_batches(
         return hook
 
     hooks = [layer.register_forward_pre_hook(compare(name)) for name, layer in layers.items()]
-    training, seen = model.training, 0
+    modes, seen = {module: module.training for module in model.modules()}, 0
     model.eval()
     try:
         for batch in batches:
             model(batch)
             seen += 1
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for handle in hooks:
             handle.remove()
     if seen == 0:
         raise UserError("calibration yielded no batches")
+    unseen = [name for name in layers if not sums[name].calls]
+    if unseen:
+        raise UserError(f"no calibration batch reached the layers {', '.join(unseen[:4])}")
     return [sums[name].relative(name) for name in layers]

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT, PromptEncoder
 from segment_anything.modeling.common import LayerNorm2d
+from timm.models.tiny_vit import tiny_vit_5m_224
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +43,7 @@ VITS = {
     "vit_h": ViT(1280, 32, 16, (7, 15, 23, 31)),
 }
 MODELS = (*VITS, "mobile_sam")
+_ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages)\.")
 
 
 def build_image_encoder(name: str, image_size: int) -> nn.Module:
@@ -85,7 +86,8 @@ class TinyViTEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        tiny_vit = timm.create_model("tiny_vit_5m_224", num_classes=0, drop_path_rate=0.0)
+        # Not by name from timm's registry, where MobileSAM's own package, once imported, puts its.
+        tiny_vit = tiny_vit_5m_224(num_classes=0, drop_path_rate=0.0)
         tiny_vit.stages[3].downsample.conv2.conv.stride = (1, 1)
         self.patch_embed = tiny_vit.patch_embed
         self.stages = tiny_vit.stages
@@ -141,7 +143,8 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> None:
         tensors = {_timm_name(key): value for key, value in tensors.items()}
     state = model.state_dict()
     fitted = {key: _fit(key, value, state) for key, value in tensors.items() if key in state}
-    _check_complete(path, name, fitted, state)
+    surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
+    _check_complete(path, name, fitted, state, surplus)
     model.load_state_dict({**state, **fitted})
     # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
     training = model.training
@@ -161,7 +164,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"checkpoint {path} is truncated or no PyTorch state dict: {reason}"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    ):
         raise UserError(f"checkpoint {path} holds no plain state dict of tensors")
     return tensors
 
@@ -186,21 +191,28 @@ def _resize(value: Tensor, size: torch.Size, mode: str) -> Tensor:
 
 
 def _check_complete(
-    path: Path, name: str, fitted: dict[str, Tensor], state: dict[str, Tensor]
+    path: Path,
+    name: str,
+    fitted: dict[str, Tensor],
+    state: dict[str, Tensor],
+    surplus: list[str],
 ) -> None:
     wrong = [key for key, value in fitted.items() if value.shape != state[key].shape]
     # Fresh by design: the class branch, and the counters that batch norm does not use here.
     optional = re.compile(r"mask_decoder\.class_head\.|num_batches_tracked$")
     missing = [key for key in state if key not in fitted and not optional.search(key)]
-    if not wrong and not missing:
+    if not wrong and not missing and not surplus:
         return
     examples = [
         f"{key} is {tuple(fitted[key].shape)} there and {tuple(state[key].shape)} in {name}"
         for key in wrong[:2]
-    ] + [f"{key} is missing" for key in missing[:2]]
+    ]
+    examples += [f"{key} is missing" for key in missing[:2]]
+    examples += [f"{key} is unknown to {name}" for key in surplus[:2]]
     raise UserError(
         f"checkpoint {path} does not fit model {name} ({len(wrong)} tensors of another shape, "
-        f"{len(missing)} missing): {'; '.join(examples)}; choose the --model it was made for"
+        f"{len(missing)} missing, {len(surplus)} too many): {'; '.join(examples)}; choose the "
+        "--model it was made for"
     )
 
 

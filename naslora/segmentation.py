@@ -150,7 +150,8 @@ class SamForSegmentation(nn.Module):
         """
         size = (self.image_size, self.image_size)
         if images.dim() != 4 or images.shape[1:] != (3, *size):
-            raise ValueError(f"images: expected (B, 3, {size[0]}, {size[1]}), got {images.shape}")
+            expected = f"(B, 3, {size[0]}, {size[1]})"
+            raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
         embedding = self.image_encoder((images - self.pixel_mean) / self.pixel_std)
         positions = self.prompt_encoder.get_dense_pe()
         no_mask = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)

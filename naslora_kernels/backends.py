@@ -66,9 +66,12 @@ def select_backend(x: Tensor, requested: str | None) -> ModuleType:
     return _loaded[_select(x.device.type, x.dtype, requested)]
 
 
-@torch.compiler.assume_constant_result
 def _select(device_type: str, dtype: torch.dtype, requested: str | None) -> str:
     return _choose(device_type, dtype, requested or os.environ.get(ENVIRONMENT_VARIABLE))
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
+_select._dynamo_marked_constant = True
 
 
 @functools.cache
