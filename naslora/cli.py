@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,10 @@ def main() -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit("naslora: interrupted; --resume continues the run") from None
+    finally:
+        # Left to the interpreter's end, its threads can abort the process and so its exit status.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

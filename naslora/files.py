@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,26 +14,25 @@ from naslora.errors import UserError
 def replaced_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; what is written there replaces it at the end.
 
-    On an error, or a kill at any moment, ``path`` keeps its old content.
+    On an error, or a kill at any moment, ``path`` keeps its old content. What a kill leaves of the
+    temporary file is overwritten by the next attempt.
+
+    Raises:
+        UserError: ``path`` cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     try:
         yield temporary
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,7 +59,9 @@ def _pixel_loss(
     scores = output.class_map()  # (B, K, S, S)
     probability = (scores + EPSILON) / (scores + EPSILON).sum(1, keepdim=True)
     mask = F.one_hot(target, scores.shape[1]).permute(0, 3, 1, 2).float()  # (B, K, S, S)
-    bce = F.binary_cross_entropy(probability.clamp(EPSILON, 1 - EPSILON), mask)
+    # By hand, as F.binary_cross_entropy refuses NaN, which the training loop is to see and tell.
+    right = torch.where(mask > 0, probability, 1 - probability)
+    bce = -right.clamp(EPSILON, 1 - EPSILON).log().mean()
     dice = _dice(probability, mask).mean()
     cross_entropy = F.nll_loss(probability.log(), target)
     return lambda_seg * (bce + dice) + lambda_cls * cross_entropy
@@ -86,6 +88,8 @@ def _matched_image(
     with torch.no_grad():
         cost = lambda_seg * torch.stack([_bce_dice(masks, mask.expand_as(masks)) for mask in truth])
         cost = cost - lambda_cls * classes.softmax(-1)[:, present].T  # (P, Q)
+        # A loss that is not finite is told by whoever trains; it must not fail in the assignment.
+        cost = cost.nan_to_num(posinf=0.0, neginf=0.0)
         which, token = linear_sum_assignment(cost.cpu().numpy())
     token = torch.as_tensor(token, device=masks.device)
     which = torch.as_tensor(which, device=masks.device)

@@ -13,6 +13,7 @@ tensorboard/           the curves for TensorBoard
 import csv
 import dataclasses
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -48,6 +51,7 @@ from naslora.report import Panel, paint, write_report
 from naslora.sam import checkpoint_blocks
 from naslora.search import BEST, Search, SearchConfig, make_accelerator, quality
 from naslora.segmentation import SamForSegmentation, build_model
+from naslora_kernels import available_backends
 
 METHODS = ("nas-pc-lora", "nas-lora", "lora", "decoder-only")
 Method = Literal["nas-pc-lora", "nas-lora", "lora", "decoder-only"]
@@ -117,7 +121,7 @@ class RunConfig:
         for name in ("data", "root", "checkpoint"):
             if values[name] is not None:
                 values[name] = str(Path(values[name]).resolve())
-        return values
+        return json.loads(json.dumps(values))  # tuples become lists, as in the file
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
@@ -126,8 +130,8 @@ class RunConfig:
         Raises:
             UserError: a field is unknown or out of range.
         """
-        values = dict(values)
         try:
+            values = dict(values)
             for name in ("data", "root", "checkpoint"):
                 values[name] = Path(values[name]) if values[name] is not None else None
             for name in ("class_names", "palette"):
@@ -158,19 +162,16 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, An
     accelerator = make_accelerator(config.search)
     check_output(config, output, resume)
     splits = find_splits(config)
-    samples = [sample for split in splits.values() for sample in split]
-    if accelerator.is_main_process:
-        check_with_progress(samples, config)
+    _check_together(accelerator, splits, config)
     model = build_adapted_model(config)
     counts = count_parameters(model)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(output / "config.json", config.to_dict())
     data = {name: _dataset(config, split, name) for name, split in splits.items()}
     seed = config.adapter.seed
     search = Search(model, data, config.search, seed, output, config.foreground_names, accelerator)
     if resume:
         search.resume()
+    if accelerator.is_main_process:
+        write_json(output / "config.json", config.to_dict())
     search.run()
     load_adapter(model, output / BEST)
     metrics = _final_metrics(search, counts, config)
@@ -187,9 +188,9 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         UserError: ``output`` is not empty, or, with ``resume``, belongs to another configuration.
     """
     if resume and (output / "config.json").is_file():
-        stored, given = read_json(output / "config.json"), config.to_dict()
-        if stored != given:
-            names = sorted(k for k in given if stored.get(k) != given[k])
+        stored = RunConfig.from_dict(read_json(output / "config.json"))
+        names = _differing(stored.to_dict(), config.to_dict())
+        if names:
             raise UserError(
                 f"{output} was started with another configuration (it differs in "
                 f"{', '.join(names)}); resume with the same one"
@@ -200,10 +201,20 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
     # The demo keeps its data inside the run's folder.
     own_data = output / "data" if config.root == output / "data" else None
     if output.is_dir() and any(path != own_data for path in output.iterdir()):
-        raise UserError(
-            f"{output} exists and is not empty; choose another --output, or add --resume to "
-            "continue the run in it"
-        )
+        advice = "" if resume else ", or add --resume to continue the run in it"
+        what = "holds files, but no run" if resume else "exists and is not empty"
+        raise UserError(f"{output} {what}; choose another --output{advice}")
+
+
+def _differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """The fields in which two configurations differ, as the command line names them."""
+    names = []
+    for name, value in given.items():
+        if isinstance(value, dict):
+            names += _differing(stored[name], value)
+        elif stored[name] != value:
+            names.append(name)
+    return names
 
 
 def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
@@ -224,6 +235,21 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     return splits
 
 
+def _check_together(
+    accelerator: Accelerator, splits: dict[str, list[Sample]], config: RunConfig
+) -> None:
+    """The main process reads every sample for all; none goes on before, or without the others."""
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            check_with_progress([sample for split in splits.values() for sample in split], config)
+        except UserError as error:
+            problem = str(error)
+    for found in gather_object([problem]):
+        if found is not None:
+            raise UserError(found)
+
+
 def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
     """Reads every sample once before a long run starts, so that a bad file shows now."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -236,7 +262,12 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
 
 
 def build_adapted_model(config: RunConfig) -> SamForSegmentation:
-    """The model of a run before training: pre-trained weights, fresh adapter, decoder trainable."""
+    """The model of a run before training: pre-trained weights, fresh adapter, decoder trainable.
+
+    Raises:
+        UserError: as ``build_model`` and ``inject``; the kernel backend cannot be used here.
+    """
+    _check_backend(config.adapter.backend)
     seed = config.adapter.seed
     model = build_model(
         config.model, config.image_size, config.num_classes, config.checkpoint, seed
@@ -247,6 +278,15 @@ def build_adapted_model(config: RunConfig) -> SamForSegmentation:
     if config.search.gradient_checkpointing:
         checkpoint_blocks(model.image_encoder)
     return model
+
+
+def _check_backend(name: str | None) -> None:
+    backends = available_backends()
+    if name is None or (name in backends and backends[name] is None):
+        return
+    reason = f"cannot be used here: {backends[name]}" if name in backends else "does not exist"
+    usable = ", ".join(known for known, reason in backends.items() if reason is None)
+    raise UserError(f"backend {name!r} {reason}; choose one of {usable}, or give none")
 
 
 def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
@@ -320,9 +360,9 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     if repeated:
         raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
     model, config = load_model(path)
-    dataset = SegmentationDataset(
-        [Sample(image, None, str(image)) for image in images], config.image_size, config.num_classes
-    )
+    samples = [Sample(image, None, "input") for image in images]
+    check_with_progress(samples, config)
+    dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
     model.to(make_accelerator(config.search).device)
     written = []
     for sample, item in zip(dataset.samples, dataset, strict=True):
@@ -375,14 +415,20 @@ def merge_run(path: Path, mode: str, output: Path, max_error: float | None = Non
 
 def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     stored = read_json(path / MERGED_CONFIG)
-    config = RunConfig.from_dict(stored["config"])
+    try:
+        config = RunConfig.from_dict(stored["config"])
+        names = [layer["name"] for layer in stored["report"]["layers"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {error}") from error
     model = build_model(config.model, config.image_size, config.num_classes)
     tensors = read_safetensors(path / "model.safetensors")
-    restore_merged(model, [layer["name"] for layer in stored["report"]["layers"]], tensors)
+    restore_merged(model, names, tensors)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path} does not hold a whole merged model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not hold a whole merged model: {reason}") from error
+    # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
     model.train()
     return model.eval(), config
 

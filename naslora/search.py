@@ -6,16 +6,18 @@ then alpha steps over a split held out for the architecture. First order, no dec
 re-training.
 
 Every random choice is a function of (seed, epoch, sample), and gradients are sums over the batch
-divided by its size. So a run does not depend on how many processes or forward passes share a batch,
-and a resumed run repeats the unbroken one.
+divided by its size. So a run does not depend on how many processes or forward passes share a batch
+(but for the preset `paper`, whose batch norms see one forward pass), and a resumed run repeats the
+unbroken one.
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +40,10 @@ from naslora_kernels import OPERATIONS
 
 BEST = "best"  # folder of the best adapter, by validation Dice
 LAST = "last.pt"  # everything that --resume needs
+PAPER_ALPHA_RATE = 3e-4
+ALPHA_TRAVEL = 2.0  # how far the chosen rate lets a logit move; see docs/experiments.md
+Schedule = Literal["linear", "cosine", "constant"]
+Precision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,11 @@ class SearchConfig:
     """Adam's rate for the weights at the start."""
     weight_decay: float = 1e-4
     """Adam's weight decay for the weights."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Schedule = "linear"
     """How the rate of the weights falls, to zero at the end."""
-    alpha_learning_rate: float = 3e-4
-    """Adam's rate for alpha, constant."""
+    alpha_learning_rate: float | None = None
+    """Adam's rate for alpha, constant. None chooses it by the number of alpha steps, so that small
+    sets search too: with it Adam moves a logit by 2 at most; never below the paper's 3e-4."""
     alpha_weight_decay: float = 1e-3
     """Adam's weight decay for alpha."""
     clip_norm: float = 1.0
@@ -77,7 +84,7 @@ class SearchConfig:
     """Weight of the classification loss."""
     flip: bool = True
     """Mirror half of the training images."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
     """Autocast precision."""
     gradient_checkpointing: bool = False
     """Recompute the encoder's blocks in the backward: less memory, a third more time."""
@@ -92,16 +99,35 @@ class SearchConfig:
             raise UserError("batch_size and accumulation must be at least 1")
         if not 0 <= self.arch_fraction < 1:
             raise UserError(f"arch_fraction must lie in [0, 1), got {self.arch_fraction}")
-        for name in ("learning_rate", "alpha_learning_rate", "weight_decay", "clip_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UserError(f"{name} must be finite and not negative")
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "alpha_learning_rate",
+            "alpha_weight_decay",
+            "clip_norm",
+            "lambda_seg",
+            "lambda_cls",
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name} must be finite and not negative, got {value}")
+        for name, choices in (
+            ("schedule", Schedule),
+            ("class_loss", ClassLoss),
+            ("mixed_precision", Precision),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise UserError(
+                    f"{name} must be one of {', '.join(get_args(choices))}, "
+                    f"got {getattr(self, name)!r}"
+                )
 
 
 class Group(NamedTuple):
     """The parameters that one kind of step trains, and their optimizer."""
 
     parameters: list[nn.Parameter]
-    optimizer: Any
+    optimizer: torch.optim.Optimizer
     clip_norm: float
 
 
@@ -142,7 +168,7 @@ class Search:
         self.architecture = self._group(
             architecture,
             clip_norm=0.0,
-            lr=config.alpha_learning_rate,
+            lr=config.alpha_learning_rate or PAPER_ALPHA_RATE,
             weight_decay=config.alpha_weight_decay,
             betas=(0.5, 0.999),
         )
@@ -151,8 +177,7 @@ class Search:
     def _group(self, parameters: list[nn.Parameter], clip_norm: float, **adam: Any) -> Group | None:
         if not parameters:
             return None
-        optimizer = torch.optim.Adam(parameters, **adam)
-        return Group(parameters, self.accelerator.prepare_optimizer(optimizer), clip_norm)
+        return Group(parameters, torch.optim.Adam(parameters, **adam), clip_norm)
 
     def run(self) -> None:
         """Trains from the current epoch to the last; writes checkpoints after every epoch.
@@ -163,6 +188,8 @@ class Search:
         main = self.accelerator.is_main_process
         console = Console(stderr=True, quiet=not main)
         writer = self._tensorboard() if main else None
+        if self.architecture is not None:
+            self.architecture.optimizer.param_groups[0]["lr"] = self._alpha_learning_rate()
         with _progress(console) as self.progress:
             self.task = self.progress.add_task(
                 "", total=self._steps_left(), loss=math.nan, rate=math.nan
@@ -172,7 +199,8 @@ class Search:
                 self.history.append(record)
                 self.epoch += 1
                 self._save(is_best=quality(record) > self.best_quality)
-                console.print(_line(record, self.config.epochs), highlight=False)
+                line = _line(record, self.config.epochs)
+                console.print(line, highlight=False, soft_wrap=True)
                 if writer is not None:
                     _log(writer, record, self.operations[-1], self.architecture is not None)
         if writer is not None:
@@ -195,6 +223,8 @@ class Search:
             arch_loss = self._optimise([self.architecture], "arch")
         arch_done = time.perf_counter()
         scores = self.evaluate("val")
+        if not math.isfinite(scores["loss"]):  # the epoch's last step spoilt the weights
+            self._stop(scores["loss"], "the validation images")
         self.operations.append(self._mixtures(epoch))
         return {
             "epoch": epoch,
@@ -237,14 +267,12 @@ class Search:
             loss = self._backward(batch, size)
             loss = self._sum_over_processes(groups, loss)
             if not math.isfinite(loss):
-                self._stop(loss, batch)
-            for group in groups:
-                if group.clip_norm:
-                    self.accelerator.clip_grad_norm_(group.parameters, group.clip_norm)
-                group.optimizer.step()
-                group.optimizer.zero_grad()
+                names = gather_object(list(batch["name"]) if batch else [])
+                self._stop(loss, ", ".join(names))
+            self._step(groups)
             total += loss * size
             self._advance(loss, size)
+        self._average_statistics()
         self._require_gradients([g for g in (self.weights, self.architecture) if g])
         return total / len(self.data[split])
 
@@ -282,11 +310,34 @@ class Search:
                 parameter.grad = grad.view_as(parameter).to(parameter.dtype)
         return float(loss)
 
-    def _stop(self, loss: float, batch: dict[str, Any] | None) -> None:
-        names = gather_object(list(batch["name"]) if batch else [])
+    def _step(self, groups: list[Group]) -> None:
+        # Accelerate's optimizers would end fp16's scaling at the first of two groups.
+        scaler = self.accelerator.scaler
+        for group in groups:
+            if scaler:
+                scaler.unscale_(group.optimizer)
+            if group.clip_norm:
+                nn.utils.clip_grad_norm_(group.parameters, group.clip_norm)
+            if scaler:
+                scaler.step(group.optimizer)
+            else:
+                group.optimizer.step()
+            group.optimizer.zero_grad()
+        if scaler:
+            scaler.update()
+
+    def _average_statistics(self) -> None:
+        """Gives every process the same batch norms; each has counted its own images so far."""
+        if self.accelerator.num_processes > 1:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d) and module.training:
+                    for statistic in (module.running_mean, module.running_var):
+                        statistic.copy_(self.accelerator.reduce(statistic, "mean"))
+
+    def _stop(self, loss: float, images: str) -> NoReturn:
         raise UserError(
-            f"the loss is {loss} in epoch {self.epoch} on {', '.join(names)}; the last good "
-            f"checkpoint is kept; lower --learning-rate, or use --mixed-precision no"
+            f"the loss is {loss} in epoch {self.epoch + 1}/{self.config.epochs} on {images}; the "
+            "last good checkpoint is kept; lower --learning-rate, or use --mixed-precision no"
         )
 
     def _require_gradients(self, groups: list[Group]) -> None:
@@ -375,14 +426,29 @@ class Search:
         layers = [name for name, layer in adapter_layers(self.model) if layer.alpha is not None]
         return {"operations": list(OPERATIONS), "layers": layers, "epochs": self.operations}
 
+    def _alpha_learning_rate(self) -> float:
+        """Adam's rate for alpha: the configured one, or one that fits the number of steps."""
+        if self.config.alpha_learning_rate is not None:
+            return self.config.alpha_learning_rate
+        steps = sum(self._alpha_steps(epoch) for epoch in range(self.config.epochs))
+        return max(PAPER_ALPHA_RATE, ALPHA_TRAVEL / max(steps, 1))
+
+    def _alpha_steps(self, epoch: int) -> int:
+        """How many steps update alpha in an epoch."""
+        if not self._searches(epoch):
+            return 0
+        return self._steps("train" if self.config.simultaneous else "arch")
+
+    def _steps(self, split: str) -> int:
+        return -(-len(self.data[split]) // self.config.batch_size)
+
     def _steps_left(self) -> int:
-        batches = {split: -(-len(d) // self.config.batch_size) for split, d in self.data.items()}
-        steps = 0
-        for epoch in range(self.epoch, self.config.epochs):
-            steps += batches["train"]
-            if self._searches(epoch) and not self.config.simultaneous:
-                steps += batches["arch"]
-        return steps
+        """Forward-backward batches from the current epoch to the last."""
+        own_steps = 0 if self.config.simultaneous else 1
+        return sum(
+            self._steps("train") + own_steps * self._alpha_steps(epoch)
+            for epoch in range(self.epoch, self.config.epochs)
+        )
 
     def _advance(self, loss: float, images: int) -> None:
         now = time.perf_counter()
@@ -426,9 +492,10 @@ class Search:
             return
         try:
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            unexpected = self.model.load_state_dict(state["model"], strict=False).unexpected_keys
-            if unexpected:
-                raise ValueError(f"it has {unexpected[0]}, which the model has not")
+            differing = state["model"].keys() ^ trained_state(self.model).keys()
+            if differing:
+                raise ValueError(f"it and the model differ in {min(differing)}")
+            self.model.load_state_dict(state["model"], strict=False)
             groups = [g for g in (self.weights, self.architecture) if g]
             for group, stored in zip(groups, state["optimizers"], strict=True):
                 group.optimizer.load_state_dict(stored)
@@ -447,11 +514,20 @@ def make_accelerator(config: SearchConfig) -> Accelerator:
     """The processes, device and precision of a run.
 
     Raises:
-        UserError: fp16 without a GPU.
+        UserError: fp16 without a GPU, or a launcher's processes cannot talk to each other here.
     """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed precision fp16 needs a GPU; use bf16 or no on a CPU")
-    return Accelerator(mixed_precision=config.mixed_precision)
+    # Without cpu=True Accelerate leaves processes without a GPU to themselves.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched, but Accelerate joins {accelerator.num_processes} "
+            f"on {accelerator.device.type}; launch one"
+        )
+    return accelerator
 
 
 def _progress(console: Console) -> Progress:
