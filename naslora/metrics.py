@@ -8,9 +8,9 @@ from torchmetrics.functional.segmentation import dice_score, mean_iou
 def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> dict[str, Tensor]:
     """Scores a batch image by image.
 
-    Binary segmentation scores the foreground; an image without foreground, in which none is
-    predicted, scores 1. With several classes the background is left out, and a class that is
-    neither in an image nor predicted there has no score in it (NaN).
+    The background is left out. A class that is neither in an image nor predicted there has no score
+    in it (NaN): were it counted as right, a model that predicts nothing would do well wherever many
+    images are empty.
 
     Args:
         prediction: (B, S, S) int64 labels.
@@ -31,10 +31,9 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> dict[s
     absent = ~torch.stack(
         [((prediction == k) | (target == k)).flatten(1).any(1) for k in range(1, labels)], 1
     )
-    empty = 1.0 if num_classes == 1 else torch.nan
     return {
-        "dice": dice.float().masked_fill(absent, empty),
-        "iou": iou.float().masked_fill(absent, empty),
+        "dice": dice.float().masked_fill(absent, torch.nan),
+        "iou": iou.float().masked_fill(absent, torch.nan),
         "accuracy": (prediction == target).float().mean((1, 2)),
     }
 

@@ -40,8 +40,10 @@ from naslora_kernels import OPERATIONS
 
 BEST = "best"  # folder of the best adapter, by validation Dice
 LAST = "last.pt"  # everything that --resume needs
-PAPER_ALPHA_RATE = 3e-4
-ALPHA_TRAVEL = 2.0  # how far the chosen rate lets a logit move; see docs/experiments.md
+# The automatic rate of alpha: the paper's at least, and such that over all its steps Adam can move
+# a logit by about ALPHA_TRAVEL; see docs/experiments.md.
+PAPER_ALPHA_RATE, MAX_ALPHA_RATE = 3e-4, 0.1
+ALPHA_TRAVEL = 2.0
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -70,8 +72,8 @@ class SearchConfig:
     schedule: Schedule = "linear"
     """How the rate of the weights falls, to zero at the end."""
     alpha_learning_rate: float | None = None
-    """Adam's rate for alpha, constant. None chooses it by the number of alpha steps, so that small
-    sets search too: with it Adam moves a logit by 2 at most; never below the paper's 3e-4."""
+    """Adam's rate for alpha, constant. None fits it to the number of alpha steps, so that small
+    sets search too: 2 / steps, within 3e-4 (the paper's) and 0.1."""
     alpha_weight_decay: float = 1e-3
     """Adam's weight decay for alpha."""
     clip_norm: float = 1.0
@@ -431,7 +433,7 @@ class Search:
         if self.config.alpha_learning_rate is not None:
             return self.config.alpha_learning_rate
         steps = sum(self._alpha_steps(epoch) for epoch in range(self.config.epochs))
-        return max(PAPER_ALPHA_RATE, ALPHA_TRAVEL / max(steps, 1))
+        return min(max(PAPER_ALPHA_RATE, ALPHA_TRAVEL / max(steps, 1)), MAX_ALPHA_RATE)
 
     def _alpha_steps(self, epoch: int) -> int:
         """How many steps update alpha in an epoch."""

@@ -32,12 +32,13 @@ def test_several_classes_by_hand():
 
 @pytest.mark.parametrize(
     "prediction, target, expected",
-    [(0, 0, 1.0), (1, 0, 0.0), (0, 1, 0.0), (1, 1, 1.0)],
+    [(0, 0, float("nan")), (1, 0, 0.0), (0, 1, 0.0), (1, 1, 1.0)],
 )
 def test_binary_full_and_empty(prediction, target, expected):
     shape = (1, 4, 4)
     scores = image_scores(torch.full(shape, prediction), torch.full(shape, target), 1)
-    assert scores["dice"].tolist() == scores["iou"].tolist() == [[expected]]
+    for name in ("dice", "iou"):
+        assert scores[name].tolist() == [[pytest.approx(expected, nan_ok=True)]]
 
 
 def test_a_class_absent_from_both_has_no_score():

@@ -386,17 +386,28 @@ def test_schedules(make_search, schedule, factor):
 @pytest.mark.parametrize(
     "changes, rate",
     [
-        ({}, 2 / 1),  # the one step of epoch 1
-        ({"epochs": 4, "batch_size": 1}, 2 / 6),  # two steps in each of the epochs 1, 2 and 3
-        ({"epochs": 1, "simultaneous": True}, 2 / 3),  # one step a batch of the 11 images
+        ({}, 0.5 / 1),  # the one step of epoch 1
+        ({"epochs": 4, "batch_size": 1}, 0.5 / 6),  # two steps in each of the epochs 1, 2 and 3
+        ({"epochs": 1, "simultaneous": True}, 0.5 / 3),  # one step a batch of the 11 images
         ({"alpha_learning_rate": 0.5}, 0.5),
     ],
 )
-def test_the_rate_of_alpha_fits_the_number_of_its_steps(make_search, changes, rate):
+def test_the_rate_of_alpha_fits_the_number_of_its_steps(make_search, monkeypatch, changes, rate):
+    # So short a run would otherwise be at the upper bound.
+    monkeypatch.setattr("naslora.search.ALPHA_TRAVEL", 0.5)
+    monkeypatch.setattr("naslora.search.MAX_ALPHA_RATE", 1.0)
     search, rates = make_search(**{"alpha_learning_rate": None, **changes}), []
     watch(search, "architecture", lambda g: rates.append(g.optimizer.param_groups[0]["lr"]))
     search.run()
     assert rates == [rate] * len(rates) != []
+
+
+@pytest.mark.parametrize("travel, rate", [(1e-6, 3e-4), (1e6, 0.1)])
+def test_the_rate_of_alpha_is_bounded(make_search, monkeypatch, travel, rate):
+    monkeypatch.setattr("naslora.search.ALPHA_TRAVEL", travel)
+    search = make_search(alpha_learning_rate=None, search_start=0, epochs=1)
+    search.run()
+    assert search.architecture.optimizer.param_groups[0]["lr"] == rate
 
 
 def test_clipping_bounds_the_weights_gradient_alone(make_search):
