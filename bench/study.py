@@ -93,14 +93,14 @@ STUDIES = {
         seeds=(0, 1, 2),
         common={
             "run": {"model": "mobile_sam", "image_size": 512},
-            "search": {"learning_rate": 3e-4, "batch_size": 2, "mixed_precision": "bf16"},
+            "search": {"learning_rate": 5e-4, "batch_size": 2, "mixed_precision": "bf16"},
         },
         variants={
             "NAS-PC-LoRA": _adapter("nas-pc-lora"),
             "LoRA": _adapter("lora"),
             "decoder only": _adapter("decoder-only"),
         },
-        epochs={"he_nuclei": 24, "roads": 10},
+        epochs={"he_nuclei": 24, "roads": 16},
     ),
 }
 

@@ -15,6 +15,7 @@ import dataclasses
 import io
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from naslora.data import (
     read_image,
 )
 from naslora.errors import UserError
+from naslora.evaluation import evaluate
 from naslora.files import read_json, replaced_file, write_json, write_text
 from naslora.injection import adapter_parameters, arch_parameters, inject
 from naslora.merging import MODES, MergeReport, merge, restore_merged, unmerge
@@ -165,7 +167,10 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, An
     _check_together(accelerator, splits, config)
     model = build_adapted_model(config)
     counts = count_parameters(model)
-    data = {name: _dataset(config, split, name) for name, split in splits.items()}
+    data = {
+        name: _dataset(config, split, flip=config.search.flip and name in ("train", "arch"))
+        for name, split in splits.items()
+    }
     seed = config.adapter.seed
     search = Search(model, data, config.search, seed, output, config.foreground_names, accelerator)
     if resume:
@@ -323,16 +328,16 @@ def evaluate_run(path: Path, split: str = "test", data: Path | None = None) -> d
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
     check_with_progress(splits[split], config)
-    search = Search(
-        model,
-        {split: _dataset(config, splits[split], split)},
-        config.search,
-        config.adapter.seed,
-        path,
+    accelerator = make_accelerator(config.search)
+    scores = evaluate(
+        model.to(accelerator.device),
+        _dataset(config, splits[split]),
+        accelerator,
+        config.search.loss,
         config.foreground_names,
-        make_accelerator(config.search),
+        config.search.batch_size,
     )
-    return {**search.evaluate(split), "images": len(splits[split])}
+    return {**scores, "images": len(splits[split])}
 
 
 def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
@@ -447,13 +452,13 @@ def count_parameters(model: SamForSegmentation) -> dict[str, int]:
     }
 
 
-def _dataset(config: RunConfig, samples: list[Sample], split: str) -> SegmentationDataset:
+def _dataset(config: RunConfig, samples: list[Sample], flip: bool = False) -> SegmentationDataset:
     return SegmentationDataset(
         samples,
         config.image_size,
         config.num_classes,
         config.palette,
-        flip=config.search.flip and split in ("train", "arch"),
+        flip=flip,
         seed=config.adapter.seed,
     )
 
@@ -462,7 +467,7 @@ def _image_batches(
     config: RunConfig, samples: list[Sample], device: torch.device
 ) -> Iterator[Tensor]:
     """(B, 3, S, S) batches of a split's images, in order."""
-    dataset = _dataset(config, samples, "val")
+    dataset = _dataset(config, samples)
     size = config.search.batch_size
     for start in range(0, len(dataset), size):
         items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
@@ -471,6 +476,7 @@ def _image_batches(
 
 def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) -> dict[str, Any]:
     """Metrics of the best epoch: on the test split, and again after each way of merging."""
+    started = time.perf_counter()
     best = max(search.history, key=quality)
     metrics: dict[str, Any] = {
         "test": search.evaluate("test"),
@@ -488,7 +494,8 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
             metrics["test_merged"][mode] = search.evaluate("test")
             metrics["merge"][mode] = report.to_dict()
             unmerge(search.model)
-    metrics["seconds"] = sum(sum(record["seconds"].values()) for record in search.history)
+    training = sum(sum(record["seconds"].values()) for record in search.history)
+    metrics["seconds"] = training + time.perf_counter() - started
     return metrics
 
 

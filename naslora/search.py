@@ -14,7 +14,6 @@ unbroken one.
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -25,17 +24,17 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from naslora.cell import mixture_entropy
 from naslora.checkpoint import save_adapter, trained_state
-from naslora.data import GlobalBatches, SegmentationDataset, collate
+from naslora.data import GlobalBatches, SegmentationDataset
 from naslora.errors import UserError
+from naslora.evaluation import evaluate, make_loader
 from naslora.files import replaced_file
 from naslora.injection import adapter_layers, arch_parameters
 from naslora.losses import ClassLoss, segmentation_loss
-from naslora.metrics import image_scores, summarise
+from naslora.segmentation import SegmentationOutput
 from naslora_kernels import OPERATIONS
 
 BEST = "best"  # folder of the best adapter, by validation Dice
@@ -124,6 +123,10 @@ class SearchConfig:
                     f"got {getattr(self, name)!r}"
                 )
 
+    def loss(self, output: SegmentationOutput, target: Tensor) -> Tensor:
+        """The loss of a batch, as ``segmentation_loss``."""
+        return segmentation_loss(output, target, self.class_loss, self.lambda_seg, self.lambda_cls)
+
 
 class Group(NamedTuple):
     """The parameters that one kind of step trains, and their optimizer."""
@@ -160,7 +163,7 @@ class Search:
         self.model = model.to(self.accelerator.device)
         self.data, self.config, self.seed = data, config, seed
         self.directory, self.class_names = directory, class_names
-        self.epoch, self.history, self.best_quality = 0, [], -1.0
+        self.epoch, self.history, self.best_quality = 0, [], (-1.0, -math.inf)
         architecture = arch_parameters(model)
         ours = {id(parameter) for parameter in architecture}
         weights = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
@@ -259,9 +262,10 @@ class Search:
         """
         self._require_gradients(groups)
         self.model.train()
-        batches = self._batches(split, shuffle=True)
+        batches = self._batches(split)
+        loader = make_loader(self.data[split], batches, self.config.workers, self.accelerator)
         total, self.step_started = 0.0, time.perf_counter()
-        for step, batch in enumerate(self._loader(split, batches)):
+        for step, batch in enumerate(loader):
             if self.weights in groups:
                 rate = self._learning_rate(step / len(batches))
                 self.weights.optimizer.param_groups[0]["lr"] = rate
@@ -292,13 +296,10 @@ class Search:
         return total
 
     def _loss(self, image: Tensor, mask: Tensor) -> Tensor:
-        config, device = self.config, self.accelerator.device
+        device = self.accelerator.device
         with self.accelerator.autocast():
             output = self.model(image.to(device, non_blocking=True))
-        target = mask.to(device, non_blocking=True)
-        return segmentation_loss(
-            output, target, config.class_loss, config.lambda_seg, config.lambda_cls
-        )
+        return self.config.loss(output, mask.to(device, non_blocking=True))
 
     def _sum_over_processes(self, groups: list[Group], loss: Tensor) -> float:
         """Sums gradients and loss over the processes, in one message."""
@@ -357,55 +358,27 @@ class Search:
         }
         return self.config.learning_rate * factor[self.config.schedule]
 
-    @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, Any]:
-        """Loss and metrics of a split, the same on every process."""
-        self.model.eval()
-        scores = []
-        for batch in self._loader(split, self._batches(split, shuffle=False)):
-            if batch is not None:
-                scores += self._score(batch)
-        scores = sorted(gather_object(scores), key=lambda score: score[0])
-        _, losses, *columns = zip(*scores, strict=True)
-        stacked = dict(zip(("dice", "iou", "accuracy"), map(torch.stack, columns), strict=True))
-        return {"loss": sum(losses) / len(losses), **summarise(stacked, self.class_names)}
-
-    def _score(self, batch: dict[str, Any]) -> list[tuple]:
-        device = self.accelerator.device
-        with self.accelerator.autocast():
-            output = self.model(batch["image"].to(device))
-        config, target = self.config, batch["mask"].to(device)
-        loss = segmentation_loss(
-            output, target, config.class_loss, config.lambda_seg, config.lambda_cls
+        """Loss and metrics of a split, as ``naslora.evaluation.evaluate``."""
+        config = self.config
+        return evaluate(
+            self.model,
+            self.data[split],
+            self.accelerator,
+            config.loss,
+            self.class_names,
+            config.batch_size,
+            config.workers,
         )
-        scores = image_scores(output.labels(), target, self.model.num_classes)
-        columns = [scores[name].cpu() for name in ("dice", "iou", "accuracy")]
-        return [(i, float(loss), *row) for i, *row in zip(batch["index"], *columns, strict=True)]
 
-    def _batches(self, split: str, shuffle: bool) -> GlobalBatches:
-        accelerator = self.accelerator
-        batches = GlobalBatches(
-            len(self.data[split]),
-            self.config.batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            shuffle,
-            self.seed,
-        )
+    def _batches(self, split: str) -> GlobalBatches:
+        """This epoch's batches; also tells the data set the epoch, on which its flips depend."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        count = len(self.data[split])
+        batches = GlobalBatches(count, self.config.batch_size, rank, world, seed=self.seed)
         batches.set_epoch(self.epoch)
         self.data[split].set_epoch(self.epoch)
         return batches
-
-    def _loader(self, split: str, batches: GlobalBatches) -> Iterator[dict[str, Any] | None]:
-        return iter(
-            DataLoader(
-                self.data[split],
-                batch_sampler=batches,
-                collate_fn=collate,
-                num_workers=self.config.workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-            )
-        )
 
     def _draw_channels(self) -> None:
         for i, (_, layer) in enumerate(adapter_layers(self.model)):
@@ -545,9 +518,12 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def quality(record: dict[str, Any]) -> float:
-    """What the best epoch is chosen by: Dice on the validation split, 0 where it has no class."""
-    return record["val_dice"] or 0.0
+def quality(record: dict[str, Any]) -> tuple[float, float]:
+    """What the best epoch is chosen by: Dice on the validation split, then the lower loss there.
+
+    The loss decides while a model predicts nothing yet, or where the split has no foreground.
+    """
+    return record["val_dice"] or 0.0, -record["val_loss"]
 
 
 def _line(record: dict[str, Any], epochs: int) -> str:
@@ -557,7 +533,7 @@ def _line(record: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {record['epoch'] + 1}/{epochs}  stage {record['stage']}  "
         f"loss {record['train_loss']:.3f}{searched}  val loss {record['val_loss']:.3f}  "
-        f"val Dice {quality(record):.3f}{entropy}  {sum(record['seconds'].values()):.1f} s"
+        f"val Dice {quality(record)[0]:.3f}{entropy}  {sum(record['seconds'].values()):.1f} s"
     )
 
 

@@ -322,7 +322,8 @@ def test_a_finished_run_finishes_again(naslora, run, data, tmp_path):
     result = naslora("train", "--data", data, *TRAIN, "--output", copy, "--resume")
     assert result.status == 0, result.err
     assert_bitwise_same(adapter(copy), adapter(run))
-    assert read(copy / "metrics.json") == read(run / "metrics.json")
+    metrics = [read(folder / "metrics.json") | {"seconds": None} for folder in (copy, run)]
+    assert metrics[0] == metrics[1]
 
 
 def test_resume_starts_a_run_that_is_not_there(naslora, make_data, tmp_path):
