@@ -38,17 +38,17 @@ def build_info() -> dict[str, object]:
     """What this installation consists of: for bug reports and benchmark records.
 
     Returns:
-        ``version`` of the package; ``compiled`` parts, ``compiler``, CUDA ``architectures`` and the
-        ``torch`` version they were built with (empty or None where nothing was compiled); the
-        ``torch_running`` now.
+        ``version`` of the package and of ``torch``; the ``compiled`` parts and their ``compiler``
+        (an empty list and None where nothing was compiled). With the C++ extension also the
+        ``instruction_sets`` in it, the ``instruction_set`` that this process uses, and whether it
+        ``shares_torch_threads``.
     """
     return {
         "version": importlib.metadata.version("naslora"),
+        "torch": torch.__version__,
         "compiled": [],
         "compiler": None,
-        "architectures": [],
-        "torch": None,
-        "torch_running": torch.__version__,
+        **_load("cpp").build_info(),
     }
 
 

@@ -73,7 +73,7 @@ def check_layer(
     check_cell("x", x, alpha, depthwise, pw, channels, rank)
     if isinstance(scaling, bool) or not isinstance(scaling, numbers.Real):
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # comparisons, which torch.compile can trace
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
 
 

@@ -1,4 +1,4 @@
-"""What tests of training, runs and the command line share: tiny data, a tiny SAM, the command."""
+"""What tests share: tiny data, a tiny SAM, the command, poisoned memory."""
 
 import contextlib
 import io
@@ -90,3 +90,13 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fills what torch.empty returns with NaN, so that reading it before writing it shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,252 @@
+"""What is measured: the cases, their competitors, and how much work each must do at least."""
+
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+
+import naslora_kernels
+from naslora_kernels import mixed_cell, nas_lora_linear
+from naslora_kernels.operations import CONVOLUTIONS
+
+# A compiled backward is timed several times on one forward, so it must not consume its inputs.
+torch._functorch.config.donated_buffer = False
+
+DIRECTIONS = ("forward", "backward", "both")
+RANKS = (3, 6, 12, 24)  # the paper's default, and its ablation
+SCALING = 32 / 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Maps of an encoder as ``attn.qkv`` gets them: (batch, height, width), C_in -> C_out."""
+
+    name: str
+    grid: tuple[int, int, int]
+    c_in: int = 768
+    c_out: int = 2304
+
+
+# SAM on an image of 1024 x 1024 pixels, in windows and whole; on one of 256 x 256; MobileSAM.
+WINDOWS = Shape("vit_b windows", (25, 14, 14))
+GLOBAL = Shape("vit_b global", (1, 64, 64))
+SMALL = Shape("vit_b 256px", (4, 14, 14))
+HUGE = Shape("vit_h windows", (25, 14, 14), 1280, 3840)
+TINY = Shape("tiny_vit", (25, 7, 7), 320, 960)
+CASES = (
+    *((WINDOWS, rank) for rank in RANKS),
+    (GLOBAL, 3),
+    (GLOBAL, 24),
+    (SMALL, 3),
+    (HUGE, 3),
+    (TINY, 3),
+)
+# Compiling takes some ten seconds a case, so it is measured on these alone.
+COMPILED_CASES = ((WINDOWS, 3), (WINDOWS, 24), (GLOBAL, 3))
+
+
+def case_name(case: tuple[Shape, int]) -> str:
+    shape, rank = case
+    return f"{shape.name} r={rank}"
+
+
+def channels_of(rank: int) -> int:
+    """The channels in the cell at the default ratio of 2/3."""
+    return max(1, round(2 / 3 * rank))
+
+
+def cell_parameters(rank: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A random cell on ``channels_of(rank)`` of ``rank`` channels."""
+    c = channels_of(rank)
+    parameters = {"alpha": 1e-3 * torch.randn(8)}
+    names = ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")
+    for name, conv in zip(names, CONVOLUTIONS, strict=True):
+        parameters[name] = torch.randn(c, conv.kernel, conv.kernel) / conv.kernel
+    parameters["pw"] = torch.randn(4, c, c) / c**0.5
+    return {name: value.to(dtype).requires_grad_() for name, value in parameters.items()}
+
+
+@dataclass
+class Work:
+    """One differentiable computation: what runs, on which leaves, with which incoming gradient."""
+
+    compute: Callable[[], Tensor]
+    leaves: list[Tensor]
+    gradient: Tensor
+
+    def forward(self) -> Tensor:
+        return self.compute()
+
+    def both(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.compute(), self.leaves, self.gradient)
+
+    def prepare_backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        """Runs the forward; the function returned runs the backward, as often as called."""
+        output = self.compute()
+        return lambda: torch.autograd.grad(output, self.leaves, self.gradient, retain_graph=True)
+
+    def function(self, direction: str) -> Callable[[], object]:
+        return self.prepare_backward() if direction == "backward" else getattr(self, direction)
+
+
+def cell_works(shape: Shape, rank: int) -> dict[str, Work]:
+    """The cell by the fused kernels, by the reference, and by the compiled reference."""
+    torch.manual_seed(0)
+    z = torch.randn(*shape.grid, rank, requires_grad=True)
+    parameters = cell_parameters(rank)
+    channels = torch.arange(channels_of(rank))
+    gradient = torch.randn(*shape.grid, rank)
+
+    def reference(z, parameters):
+        return mixed_cell(z, **parameters, channels=channels, backend="reference")
+
+    compiled = torch.compile(reference, fullgraph=True, dynamic=False)
+    computations = {
+        "cpp": lambda: mixed_cell(z, **parameters, channels=channels, backend="cpp"),
+        "reference": lambda: reference(z, parameters),
+        "reference compiled": lambda: compiled(z, parameters),
+    }
+    leaves = [z, *parameters.values()]
+    works = {name: Work(compute, leaves, gradient) for name, compute in computations.items()}
+    return _without_uncompiled(works, shape, rank)
+
+
+def _without_uncompiled(works: dict[str, Work], shape: Shape, rank: int) -> dict[str, Work]:
+    compiled = (shape, rank) in COMPILED_CASES
+    return {name: work for name, work in works.items() if compiled or "compiled" not in name}
+
+
+def layer_works(shape: Shape, rank: int) -> dict[str, Work]:
+    """The layer by the fused kernels, by the reference eager and compiled, PEFT's LoRA layer on the
+    same linear, and the frozen linear alone."""
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraConfig
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(shape.c_in, shape.c_out).requires_grad_(False)
+    x = torch.randn(*shape.grid, shape.c_in, requires_grad=True)
+    gradient = torch.randn(*shape.grid, shape.c_out)
+    lora_A = (torch.randn(rank, shape.c_in) / shape.c_in**0.5).requires_grad_()
+    lora_B = (torch.randn(shape.c_out, rank) / rank**0.5).requires_grad_()
+    cell = cell_parameters(rank)
+    channels = torch.arange(channels_of(rank))
+    frozen = {"weight": linear.weight, "bias": linear.bias}
+
+    def nas_lora(x, lora_A, lora_B, cell, backend):
+        return nas_lora_linear(
+            x, **frozen, lora_A=lora_A, lora_B=lora_B, **cell, channels=channels, scaling=SCALING,
+            backend=backend,
+        )  # fmt: skip
+
+    compiled = torch.compile(nas_lora, fullgraph=True, dynamic=False)
+    lora = LoraLinear(
+        linear, "default", config=LoraConfig(r=rank, lora_alpha=32), r=rank, lora_alpha=32
+    )
+    leaves = [x, lora_A, lora_B, *cell.values()]
+    peft_leaves = [x, *(p for p in lora.parameters() if p.requires_grad)]
+    works = {
+        "cpp": Work(lambda: nas_lora(x, lora_A, lora_B, cell, "cpp"), leaves, gradient),
+        "reference": Work(lambda: nas_lora(x, lora_A, lora_B, cell, "reference"), leaves, gradient),
+        "reference compiled": Work(
+            lambda: compiled(x, lora_A, lora_B, cell, "reference"), leaves, gradient
+        ),
+        "PEFT LoRA": Work(lambda: lora(x), peft_leaves, gradient),
+        "frozen linear": Work(lambda: F.linear(x, linear.weight, linear.bias), [x], gradient),
+    }
+    return _without_uncompiled(works, shape, rank)
+
+
+# ---- What must be moved and computed at the least ----------------------------------------------
+
+
+def cell_bytes(shape: Shape, rank: int, direction: str) -> int:
+    """Bytes of float32 maps: forward reads z and writes y, backward reads z and dy, writes dz."""
+    maps = {"forward": 2, "backward": 3, "both": 5}[direction]
+    return 4 * maps * torch.Size(shape.grid).numel() * rank
+
+
+def cell_operations(shape: Shape, rank: int, direction: str) -> int:
+    """Multiplications and additions of the separable form, two for each weight and pixel.
+
+    Forward: four depthwise and four pointwise convolutions. Backward: those for dz, for the
+    depthwise and pointwise gradients, and the depthwise maps once more, as none is kept.
+    """
+    c = channels_of(rank)
+    depthwise = sum(conv.kernel**2 for conv in CONVOLUTIONS) * c
+    pointwise = len(CONVOLUTIONS) * c * c
+    forward, backward = depthwise + pointwise, 3 * depthwise + 2 * pointwise
+    per_pixel = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    return 2 * torch.Size(shape.grid).numel() * per_pixel
+
+
+def layer_bytes(shape: Shape, rank: int, direction: str) -> int:
+    """Bytes that the adapter moves beside the frozen product, in float32.
+
+    Forward: x is read, and the output written once before the product is added to it. Backward:
+    the output's gradient and x are read, the input's gradient written before the product.
+    """
+    tokens = torch.Size(shape.grid).numel()
+    forward, backward = shape.c_in + shape.c_out, 2 * shape.c_in + shape.c_out
+    per_token = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    return 4 * tokens * per_token + cell_bytes(shape, rank, direction)
+
+
+def layer_operations(shape: Shape, rank: int, direction: str) -> int:
+    """Multiplications and additions beside the frozen product: two rank-r products forward, four
+    backward, and the cell."""
+    products = {"forward": 1, "backward": 2, "both": 3}[direction]
+    tokens = torch.Size(shape.grid).numel()
+    low_rank = 2 * tokens * rank * (shape.c_in + shape.c_out) * products
+    return low_rank + cell_operations(shape, rank, direction)
+
+
+# ---- The gate ----------------------------------------------------------------------------------
+
+
+def gate(works: dict[str, Work]) -> str | None:
+    """Why the kernels' results must not be timed, or None: held against the reference in float32.
+
+    Sums over up to 5000 pixels in float32 differ by about 1e-5 of the largest value.
+    """
+    names = ["output", *(f"gradient {i}" for i in range(len(works["cpp"].leaves)))]
+    results = ((work.forward(), *work.both()) for work in (works["cpp"], works["reference"]))
+    for name, kernel, reference in zip(names, *results, strict=True):
+        error = (kernel - reference).abs().max() / reference.abs().max()
+        if not error < 1e-4:
+            return f"the {name} differs from the reference by {error:.1e} of its largest value"
+    return None
+
+
+# ---- The machine -------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit that is checked out, marked if files differ from it; empty outside of git."""
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip()
+
+
+def environment() -> dict[str, object]:
+    """Device, versions and commit, to stand beside every number."""
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        **naslora_kernels.build_info(),
+    }

@@ -1,0 +1,98 @@
+"""The ratio table: ``python -m bench.ratios``, on an otherwise idle machine.
+
+Every competitor of a case is timed in turn, round after round, in this one process. A ratio is the
+median over rounds of (competitor's seconds / fused seconds), both of the same round. Cases whose
+kernels fail the correctness gate are refused, and the exit status is 1.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases
+import timing
+
+# Ratios that the design asks for, over forward + backward: {kind: {(shape, rank): {name: ratio}}}.
+# "frozen linear" is the other way round: the fused layer takes at most 1.06 x its time.
+TARGETS = {
+    ("cell", cases.WINDOWS, 3): {"reference": 6.0, "reference compiled": 4.0},
+    ("cell", cases.GLOBAL, 3): {"reference": 6.0, "reference compiled": 4.0},
+    ("cell", cases.WINDOWS, 24): {"reference": 3.0, "reference compiled": 3.0},
+    ("layer", cases.WINDOWS, 3): {"frozen linear": 1 / 1.06},
+}
+KINDS = {
+    "cell": (cases.cell_works, cases.cell_bytes, cases.cell_operations),
+    "layer": (cases.layer_works, cases.layer_bytes, cases.layer_operations),
+}
+
+
+def main() -> int:
+    """Prints the table; returns 1 if a case was refused or a target missed."""
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    bandwidth = timing.copy_bandwidth()
+    for name, value in cases.environment().items():
+        print(f"{name}: {value}")
+    print(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s\n")
+    print(
+        "| work | direction | competitor | p20 ms | p50 ms | p80 ms | x fused (p20, p80) | target "
+        "| MB | Mop | of copy bandwidth |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    )
+    good = True
+    for kind in arguments.kinds:
+        for case in cases.CASES:
+            if arguments.only in f"{kind} {cases.case_name(case)}":
+                for direction in arguments.directions:
+                    good &= report(kind, case, direction, arguments.rounds, bandwidth)
+    return 0 if good else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, default=["both"])
+    parser.add_argument("--only", default="", help="part of a case's name, e.g. 'windows r=3'")
+    parser.add_argument("--rounds", type=int, default=25, help="measurements of each competitor")
+    parser.add_argument("--threads", type=int, help="default: as many as torch chooses")
+    return parser.parse_args()
+
+
+def report(kind: str, case: tuple, direction: str, rounds: int, bandwidth: float) -> bool:
+    """Times one case and prints its rows; whether it passed the gate and met its targets."""
+    make_works, least_bytes, least_operations = KINDS[kind]
+    name = f"{kind} {cases.case_name(case)}"
+    works = make_works(*case)
+    refusal = cases.gate(works)
+    if refusal is not None:
+        print(f"| {name} | {direction} | refused: {refusal} |" + " |" * 8)
+        return False
+    functions = {competitor: work.function(direction) for competitor, work in works.items()}
+    seconds = timing.interleave(functions, rounds)
+    targets = TARGETS.get((kind, *case), {}) if direction == "both" else {}
+    good = True
+    for competitor, own in seconds.items():
+        times = timing.Times.of(own)
+        row = [name, direction, competitor]
+        row += [f"{1e3 * t:.3f}" for t in (times.p20, times.p50, times.p80)]
+        if competitor == "cpp":
+            moved = least_bytes(*case, direction)
+            reached = moved / times.p50 / bandwidth
+            operations = least_operations(*case, direction)
+            row += ["", "", f"{moved / 1e6:.2f}", f"{operations / 1e6:.1f}", f"{reached:.2f}"]
+        else:
+            ratios = timing.Times.of(
+                [other / fused for other, fused in zip(own, seconds["cpp"], strict=True)]
+            )
+            target = targets.get(competitor)
+            good &= target is None or ratios.p50 >= target
+            row.append(f"{ratios.p50:.3f} ({ratios.p20:.3f}, {ratios.p80:.3f})")
+            row += ["" if target is None else f"{target:.3f}", "", "", ""]
+        print("| " + " | ".join(row) + " |", flush=True)
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(main())

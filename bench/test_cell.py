@@ -1,0 +1,14 @@
+"""The mixed cell: ``pytest bench/test_cell.py --benchmark-enable``."""
+
+import cases
+import pytest
+from conftest import parameters
+
+
+@pytest.mark.parametrize("direction", cases.DIRECTIONS)
+@pytest.mark.parametrize(
+    ("case", "competitor"), parameters(["cpp", "reference", "reference compiled"])
+)
+def test_cell(measure, case, competitor, direction):
+    work = cases.cell_bytes(*case, direction), cases.cell_operations(*case, direction)
+    measure(cases.cell_works(*case), competitor, direction, *work)

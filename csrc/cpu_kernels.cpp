@@ -1,0 +1,46 @@
+// The CPU kernels for one instruction set. setup.py compiles this file once for each, with
+// NASLORA_ISA (its name) and NASLORA_VECTOR_BYTES (its vectors' size) defined.
+
+#include "cpu_kernels.h"
+
+#include "cpu_cell.h"
+#include "cpu_low_rank.h"
+
+namespace {
+
+// Calls body(S{}) with the storage type of `dtype`.
+template <typename Body>
+void with_storage(naslora::Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case naslora::Dtype::float32: return body(float{});
+    case naslora::Dtype::float64: return body(double{});
+    case naslora::Dtype::bfloat16: return body(naslora::bfloat16{});
+    case naslora::Dtype::float16: return body(naslora::float16{});
+  }
+}
+
+void forward(const Cell& cell, void* y) {
+  with_storage(cell.dtype, [&](auto s) { cell_forward<decltype(s)>(cell, y); });
+}
+void backward(const Cell& cell, const Map& grad_y, const CellGradients& gradients) {
+  with_storage(cell.dtype, [&](auto s) { cell_backward<decltype(s)>(cell, grad_y, gradients); });
+}
+void pass(const naslora::LowRankPass& p) {
+  with_storage(p.dtype, [&](auto s) { low_rank_pass<decltype(s)>(p); });
+}
+void expand(const naslora::LowRankExpand& p) {
+  with_storage(p.dtype, [&](auto s) { low_rank_expand<decltype(s)>(p); });
+}
+
+}  // namespace
+
+#define NASLORA_JOIN(a, b) a##b
+#define NASLORA_KERNELS(isa) NASLORA_JOIN(kernels_, isa)
+#define NASLORA_QUOTE(text) #text
+#define NASLORA_NAME(isa) NASLORA_QUOTE(isa)
+
+namespace naslora {
+extern const Kernels NASLORA_KERNELS(NASLORA_ISA);
+const Kernels NASLORA_KERNELS(NASLORA_ISA) = {NASLORA_NAME(NASLORA_ISA), forward, backward, pass,
+                                              expand};
+}  // namespace naslora

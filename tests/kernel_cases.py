@@ -1,0 +1,146 @@
+"""What the tests of the fused kernels share: random cases, memory layouts, and the error rule."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import naslora_kernels
+from naslora_kernels import cpp
+
+needs_cpp = naslora_kernels.available_backends()["cpp"]
+INSTRUCTION_SETS = [] if needs_cpp else cpp._C.capabilities()
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CELL = ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5", "pw")
+
+
+def contiguous(tensor):
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def channels_first(tensor):
+    """The same values with the last dimension outermost but one, as a conv's output permuted."""
+    return tensor.movedim(-1, 1).contiguous().movedim(1, -1)
+
+
+def every_second(tensor):
+    """The same values as a slice with step 2 of every dimension of a larger tensor."""
+    larger = tensor.new_full([2 * size for size in tensor.shape], float("nan"))
+    view = larger[tuple(slice(None, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def offset_rows(tensor):
+    """The same values inside wider rows, as a chunk of a joint projection has them."""
+    return F.pad(tensor, (3, 2), value=float("nan"))[..., 3:-2]
+
+
+LAYOUTS = {f.__name__: f for f in (contiguous, channels_first, every_second, offset_rows)}
+
+
+@dataclass
+class Case:
+    """Arguments by name, and the gradient of the result."""
+
+    function: str
+    arguments: dict
+    options: dict
+    gradient: torch.Tensor
+
+    def to(self, dtype, parameter_dtype=None):
+        """The case in another dtype; what is no parameter may differ from what is one."""
+        adapter = (*CELL, "lora_A", "lora_B")
+        arguments = {
+            name: value.to((parameter_dtype or dtype) if name in adapter else dtype)
+            for name, value in self.arguments.items()
+        }
+        return Case(self.function, arguments, self.options, self.gradient.to(dtype))
+
+    def laid_out(self, layout, gradient_layout):
+        arguments = dict(self.arguments)
+        first = next(iter(arguments))
+        arguments[first] = LAYOUTS[layout](arguments[first])
+        return Case(self.function, arguments, self.options, LAYOUTS[gradient_layout](self.gradient))
+
+    def run(self, backend, needed=None):
+        """The result and the gradient of each argument in ``needed`` (None: of all), by name."""
+        needed = set(self.arguments if needed is None else needed)
+        arguments = {
+            name: value.detach().requires_grad_(name in needed)
+            for name, value in self.arguments.items()
+        }
+        function = getattr(naslora_kernels, self.function)
+        result = function(**arguments, **self.options, backend=backend)
+        leaves = {name: arguments[name] for name in self.arguments if name in needed}
+        gradients = torch.autograd.grad(
+            result, list(leaves.values()), self.gradient, allow_unused=True, materialize_grads=True
+        )
+        return {"result": result.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def random_cell(generator, rank, c):
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    parameters = {
+        "alpha": draw(8),
+        "dw_sep3": draw(c, 3, 3) / 3,
+        "dw_sep5": draw(c, 5, 5) / 5,
+        "dw_dil3": draw(c, 3, 3) / 3,
+        "dw_dil5": draw(c, 5, 5) / 5,
+        "pw": draw(4, c, c) / max(c, 1) ** 0.5,
+    }
+    channels = torch.randperm(rank, generator=generator)[:c]
+    return parameters, {"channels": channels}
+
+
+def cell_case(shape, c, seed=0):
+    """A random ``mixed_cell`` on maps (B, H, W, r), in float64, its channels permuted."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters, options = random_cell(generator, shape[-1], c)
+    z = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return Case("mixed_cell", {"z": z, **parameters}, options, gradient)
+
+
+def layer_case(grid, c_in, c_out, rank, c, seed=0, bias=True, scaling=1.5):
+    """A random ``nas_lora_linear`` on a grid (B, H, W), in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    parameters, options = random_cell(generator, rank, c)
+    arguments = {"x": draw(*grid, c_in), "weight": draw(c_out, c_in) / c_in**0.5}
+    arguments["bias"] = draw(c_out)
+    if not bias:
+        del arguments["bias"]
+        options["bias"] = None
+    arguments["lora_A"] = draw(rank, c_in) / c_in**0.5
+    arguments["lora_B"] = draw(c_out, rank) / rank**0.5
+    options["scaling"] = scaling
+    return Case("nas_lora_linear", {**arguments, **parameters}, options, draw(*grid, c_out))
+
+
+def assert_as_good_as_reference(case, needed=None):
+    """Kernels err at most twice as much as the reference in the same dtype.
+
+    Errors are the largest distances to the reference in float64 on the same (rounded) inputs.
+    One unit in the last place of the largest value is granted on top: on small tensors the
+    reference is at times exact by luck. In float64 the truth itself carries the reference's
+    rounding, of sums over thousands of pixels that cancel: 1e-13 of the largest value.
+    """
+    kernel = case.run("cpp", needed)
+    reference = case.run("reference", needed)
+    truth = case.to(torch.float64).run("reference", needed)
+    assert kernel.keys() == reference.keys()
+    for name, exact in truth.items():
+        assert kernel[name].dtype == reference[name].dtype, name
+        assert kernel[name].shape == reference[name].shape, name
+        if not exact.numel():
+            continue
+        unit = max(torch.finfo(kernel[name].dtype).eps, 1e-13) * exact.abs().max()
+        allowed = 2 * (reference[name].double() - exact).abs().max() + unit
+        error = (kernel[name].double() - exact).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    return kernel

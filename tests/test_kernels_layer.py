@@ -1,0 +1,201 @@
+"""The adapter layer of the ``cpp`` backend against the reference."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import (
+    CELL,
+    DTYPES,
+    INSTRUCTION_SETS,
+    LAYOUTS,
+    assert_as_good_as_reference,
+    layer_case,
+    needs_cpp,
+)
+
+from naslora_kernels import cpp, nas_lora_linear
+from naslora_kernels.operations import MAX_POOL
+
+pytestmark = [
+    pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp)),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+ADAPTER = ("lora_A", "lora_B", *CELL)
+# (B, H, W), C_in, C_out, r, c: widths that are and are no multiple of a vector, numbers of tokens
+# that are and are no multiple of a block, one token, none, ranks in blocks of 1, 2 and 3.
+SHAPES = [
+    ((3, 14, 14), 64, 192, 3, 2),
+    ((1, 9, 13), 37, 51, 1, 1),
+    ((2, 7, 7), 128, 96, 4, 3),
+    ((1, 1, 1), 5, 3, 2, 1),
+    ((1, 33, 17), 24, 40, 24, 16),
+    ((2, 6, 5), 16, 1, 7, 5),
+    ((0, 14, 14), 16, 24, 3, 2),
+    ((2, 5, 5), 16, 24, 3, 0),
+]
+
+
+def without_max_pool(case):
+    """In 16 bits z is rounded, which at random changes which pixel is the largest, here as in
+    PyTorch, and sends a gradient elsewhere. The cell's tests cover the max-pool."""
+    case.arguments["alpha"][MAX_POOL] = -15.0  # a weight of about 1e-7
+    return case
+
+
+FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "300")) // 3
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_reference(shape, dtype, instruction_set):
+    case = layer_case(*shape)
+    if dtype in (torch.bfloat16, torch.float16):
+        case = without_max_pool(case)
+    case = case.to(dtype)
+    needed = ("x", *ADAPTER) if shape[-1] else ("x", "lora_A", "lora_B")
+    cpp._C.use_capability(instruction_set)
+    try:
+        assert_as_good_as_reference(case, needed)
+    finally:
+        cpp._C.use_capability(cpp.instruction_set())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_adapter_under_16_bit_activations(dtype):
+    case = without_max_pool(layer_case(*SHAPES[0])).to(dtype, parameter_dtype=torch.float32)
+    results = assert_as_good_as_reference(case, ("x", *ADAPTER))
+    assert results["x"].dtype == dtype
+    assert results["lora_A"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_the_frozen_linear_where_asked_for(bias):
+    case = layer_case(*SHAPES[0], bias=bias).to(torch.float32)
+    assert_as_good_as_reference(case)
+
+
+@pytest.mark.parametrize("gradient_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs_and_gradients(layout, gradient_layout):
+    case = layer_case(*SHAPES[2]).to(torch.float32)
+    assert_as_good_as_reference(case.laid_out(layout, gradient_layout), ("x", *ADAPTER))
+
+
+def test_expanded_input_and_gradient_and_transposed_parameters():
+    case = layer_case((1, 6, 5), 16, 24, 3, 2).to(torch.float32)
+    case.arguments["x"] = case.arguments["x"].expand(3, 6, 5, 16)
+    for name in ("lora_A", "lora_B", "weight"):
+        case.arguments[name] = case.arguments[name].t().contiguous().t()
+    case.gradient = torch.ones(()).expand(3, 6, 5, 24)
+    assert_as_good_as_reference(case)
+
+
+def test_gradcheck():
+    case = layer_case((1, 3, 4), 5, 4, 3, 2)
+    tensors = {name: t.requires_grad_() for name, t in case.arguments.items()}
+    assert torch.autograd.gradcheck(
+        lambda *values: nas_lora_linear(
+            **dict(zip(tensors, values, strict=True)), **case.options, backend="cpp"
+        ),
+        list(tensors.values()),
+    )
+
+
+@pytest.mark.parametrize(
+    "needed", [("x", "alpha"), ("x", "lora_A", "lora_B", *CELL[1:]), ("lora_B",), ("x",)], ids=str
+)
+def test_partial_gradients_equal_full_ones(needed):
+    case = layer_case(*SHAPES[0]).to(torch.float32)
+    full = case.run("cpp", ("x", *ADAPTER))
+    for name, value in case.run("cpp", needed).items():
+        assert torch.equal(value, full[name]), name
+
+
+def kept_for_backward(case, needed):
+    """The tensors kept for the backward, without the parameters."""
+    arguments = {n: t.requires_grad_(n in needed) for n, t in case.arguments.items()}
+    given = {id(arguments[n]) for n in (*ADAPTER, "weight")} | {id(case.options["channels"])}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        nas_lora_linear(**arguments, **case.options, backend="cpp")
+    return [tuple(t.shape) for t in kept if id(t) not in given]
+
+
+def test_keeps_x_and_z_for_the_backward():
+    case = layer_case(*SHAPES[0]).to(torch.float32)
+    x, z = (3, 14, 14, 64), (3, 14, 14, 3)
+    assert sorted(kept_for_backward(case, ("x", *ADAPTER))) == sorted([x, z])
+
+
+def test_keeps_only_z_in_an_architecture_step():
+    case = layer_case(*SHAPES[0]).to(torch.float32)
+    assert kept_for_backward(case, ("x", "alpha")) == [(3, 14, 14, 3)]
+
+
+def test_same_bits_on_any_number_of_threads():
+    case = layer_case((4, 14, 14), 96, 160, 6, 4).to(torch.float32)
+    # The frozen product is torch's, whose bits may depend on threads: leave it out.
+    case.arguments["weight"].zero_()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = case.run("cpp", ("x", *ADAPTER))
+        for count in (2, 2, 3):
+            torch.set_num_threads(count)
+            for name, value in case.run("cpp", ("x", *ADAPTER)).items():
+                assert torch.equal(value, expected[name]), name
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_zero_decoder_changes_nothing():
+    case = layer_case(*SHAPES[0]).to(torch.float32)
+    case.arguments["lora_B"].zero_()
+    x, weight, bias = (case.arguments[name] for name in ("x", "weight", "bias"))
+    torch.testing.assert_close(
+        case.run("cpp", ("x",))["result"], F.linear(x, weight, bias), rtol=0, atol=1e-6
+    )  # both are torch's product; the order of its sums may differ
+
+
+def test_row_offsets_beyond_32_bits():
+    # The memory between the two rows is reserved, but never touched.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    far, columns, rank = 2**31 + 5, 21, 3
+    x, matrix = torch.randn(2, columns), torch.randn(rank, columns)
+    storage = torch.empty(far + columns, dtype=torch.bfloat16)
+    distant = storage.as_strided((2, columns), (far, 1)).copy_(x)
+    product = torch.empty(2, rank, dtype=torch.bfloat16)
+    code = cpp._DTYPE_CODES[torch.bfloat16]
+    cpp._C.low_rank_pass(
+        code, distant.data_ptr(), far, 2, columns, rank, 1.0,
+        matrix.data_ptr(), product.data_ptr(), 0, 0, 0, 0,
+    )  # fmt: skip
+    expected = (distant.float() @ matrix.t()).bfloat16()
+    torch.testing.assert_close(product, expected)
+
+
+def test_random_shapes():
+    generator = torch.Generator().manual_seed(2025)
+
+    def pick(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for seed in range(FUZZED_SHAPES):
+        rank = pick(1, 24) if pick(0, 3) == 0 else pick(1, 6)
+        shape = ((pick(0, 3), pick(1, 15), pick(1, 15)), pick(1, 90), pick(1, 150), rank)
+        c = pick(1, rank)
+        dtype = DTYPES[pick(0, 3)]
+        layout, gradient_layout = (list(LAYOUTS)[pick(0, 3)] for _ in range(2))
+        needed = [name for name in ("x", *ADAPTER) if pick(0, 1)] or ["x"]
+        case = layer_case(*shape, c, seed)
+        if dtype in (torch.bfloat16, torch.float16):
+            case = without_max_pool(case)
+        case = case.to(dtype).laid_out(layout, gradient_layout)
+        try:
+            assert_as_good_as_reference(case, needed)
+        except AssertionError as error:
+            raise AssertionError(f"{seed=} {shape=} {c=} {dtype} {layout=} {needed=}") from error

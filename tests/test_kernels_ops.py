@@ -1,0 +1,237 @@
+"""The operators under PyTorch's own machinery: opcheck, compile, autocast, checkpointing, DDP."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_cases import CELL, cell_case, layer_case, needs_cpp
+from torch.utils.checkpoint import checkpoint
+
+import naslora_kernels
+from naslora_kernels import mixed_cell, nas_lora_linear
+
+pytestmark = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
+
+ADAPTER = ("lora_A", "lora_B", *CELL)
+GRID = ((2, 7, 6), 20, 24, 6)
+
+
+def test_is_the_default_on_cpus():
+    case = layer_case(*GRID, 4).to(torch.float32)
+    default, named = case.run(None), case.run("cpp")
+    assert all(torch.equal(default[name], named[name]) for name in named)
+    assert "NASLoRALinear" in str(
+        nas_lora_linear(
+            **{n: t.requires_grad_() for n, t in case.arguments.items()}, **case.options
+        ).grad_fn
+    )
+
+
+# ---- opcheck: schema, fake kernels, and aot dispatch of every operator -------------------------
+
+UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def cell_operands(case):
+    a = case.arguments
+    return (
+        a["alpha"],
+        [a[name] for name in ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")],
+        a["pw"],
+        case.options["channels"],
+    )
+
+
+@pytest.mark.parametrize("c", [0, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_cell(dtype, c):
+    case = cell_case((2, 5, 4, 6), c).to(dtype, parameter_dtype=torch.float32)
+    z, operands = case.arguments["z"], cell_operands(case)
+    torch.library.opcheck(torch.ops.naslora.mixed_cell, (z, *operands), test_utils=UTILS)
+    for need in ((True, True, True), (True, False, False), (False, True, True)):
+        torch.library.opcheck(
+            torch.ops.naslora.mixed_cell_backward,
+            (case.gradient, z, *operands, *need),
+            test_utils=UTILS,
+        )
+
+
+@pytest.mark.parametrize("c", [0, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_layer(dtype, c):
+    case = layer_case(*GRID, c).to(dtype, parameter_dtype=torch.float32)
+    a, operands = case.arguments, (*cell_operands(case), 1.5)
+    frozen = (a["x"], a["weight"])
+    adapter = (a["lora_A"], a["lora_B"])
+    for bias in (a["bias"], None):
+        torch.library.opcheck(
+            torch.ops.naslora.nas_lora_linear, (*frozen, bias, *adapter, *operands),
+            test_utils=UTILS,
+        )  # fmt: skip
+    z = torch.randn(2, 7, 6, 6).to(dtype)
+    for need in ([True] * 5, [True, False, False, True, False], [False, False, True, False, False]):
+        torch.library.opcheck(
+            torch.ops.naslora.nas_lora_linear_backward,
+            (case.gradient, a["x"], z, a["weight"], *adapter, *operands, *need),
+            test_utils=UTILS,
+        )
+
+
+# ---- torch.compile -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("make", [
+    lambda: (mixed_cell, cell_case((2, 5, 4, 6), 4)),
+    lambda: (nas_lora_linear, layer_case(*GRID, 4)),
+], ids=["cell", "layer"])  # fmt: skip
+def test_compiled_training_step_equals_eager(make, dynamic):
+    function, case = make()
+    case = case.to(torch.float32)
+    names = list(case.arguments)
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def step(*values):
+        result = function(**dict(zip(names, values, strict=True)), **case.options)
+        return (2 * result).square().sum()  # something for the compiler to fuse around it
+
+    def gradients(step):
+        leaves = [t.clone().requires_grad_() for t in case.arguments.values()]
+        return torch.autograd.grad(step(*leaves), leaves)
+
+    def eager(*values):
+        result = function(**dict(zip(names, values, strict=True)), **case.options)
+        return (2 * result).square().sum()
+
+    for name, compiled, expected in zip(names, gradients(step), gradients(eager), strict=True):
+        torch.testing.assert_close(
+            compiled, expected, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# ---- autocast, checkpointing, DDP --------------------------------------------------------------
+
+
+def test_autocast_computes_as_on_cast_tensors():
+    case = layer_case(*GRID, 4).to(torch.float32)
+    arguments = {n: t.requires_grad_(n != "weight") for n, t in case.arguments.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        h = nas_lora_linear(**arguments, **case.options, backend="cpp")
+    assert h.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(
+        h, [arguments["x"], arguments["lora_A"]], case.gradient.bfloat16()
+    )
+    cast = case.to(torch.bfloat16, parameter_dtype=torch.float32).run("cpp")
+    assert torch.equal(h, cast["result"])
+    # The gradient of x is cast back to the float32 of the leaf.
+    assert torch.equal(gradients[0], cast["x"].float())
+    assert torch.equal(gradients[1], cast["lora_A"])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(reentrant):
+    case = layer_case(*GRID, 4).to(torch.float32)
+    expected = case.run("cpp")
+    leaves = {n: t.clone().requires_grad_() for n, t in case.arguments.items()}
+
+    def layer(*values):
+        return nas_lora_linear(
+            **dict(zip(leaves, values, strict=True)), **case.options, backend="cpp"
+        )
+
+    h = checkpoint(layer, *leaves.values(), use_reentrant=reentrant)
+    h.backward(case.gradient)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, expected[name]), name
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+        for name in ADAPTER:
+            self.register_parameter(name, torch.nn.Parameter(case.arguments[name]))
+
+    def forward(self, x):
+        a = self.case.arguments
+        parameters = {name: getattr(self, name) for name in ADAPTER}
+        return nas_lora_linear(
+            x, a["weight"], a["bias"], **parameters, **self.case.options, backend="cpp"
+        )
+
+
+def test_distributed_data_parallel(tmp_path):
+    case = layer_case(*GRID, 4).to(torch.float32)
+    expected = case.run("cpp")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        # Without a search for unused parameters: every parameter gets its gradient.
+        module = torch.nn.parallel.DistributedDataParallel(Layer(case))
+        for _ in range(2):
+            module.zero_grad()
+            module(case.arguments["x"]).backward(case.gradient)
+        for name in ADAPTER:
+            assert torch.equal(getattr(module.module, name).grad, expected[name]), name
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_second_derivatives_are_refused():
+    case = cell_case((1, 3, 3, 3), 2)
+    z = case.arguments["z"].requires_grad_()
+    y = mixed_cell(**case.arguments, **case.options, backend="cpp")
+    (gradient,) = torch.autograd.grad(y.square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# ---- Which code runs ---------------------------------------------------------------------------
+
+PROBE = """
+import json, naslora_kernels
+print(json.dumps([naslora_kernels.available_backends()["cpp"], naslora_kernels.build_info()]))
+"""
+
+
+def probe(**environment):
+    output = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return json.loads(output)
+
+
+def test_build_info_says_what_runs():
+    info = naslora_kernels.build_info()
+    assert info["compiled"] == ["cpp"]
+    assert info["compiler"].split()[0] in ("gcc", "clang")
+    assert info["instruction_set"] in info["instruction_sets"]
+    assert info["shares_torch_threads"]
+
+
+def test_environment_chooses_the_instruction_set():
+    reason, info = probe(NASLORA_CPU_CAPABILITY="baseline")
+    assert reason is None
+    assert info["instruction_set"] == "baseline"
+
+
+def test_impossible_instruction_set_is_named():
+    reason, _ = probe(NASLORA_CPU_CAPABILITY="mmx")
+    assert "'mmx'" in reason
+    assert "baseline" in reason
+
+
+def test_other_devices_are_refused_by_name():
+    case = cell_case((1, 3, 3, 3), 2).to(torch.float32)
+    meta = {name: value.to("meta") for name, value in case.arguments.items()}
+    with pytest.raises(RuntimeError, match="the tensors are on 'meta'"):
+        mixed_cell(**meta, channels=torch.arange(2, device="meta"), backend="cpp")
