@@ -38,9 +38,10 @@ def build_info() -> dict[str, object]:
     """What this installation consists of: for bug reports and benchmark records.
 
     Returns:
-        ``version`` of the package and of ``torch``; the ``compiled`` parts and their ``compiler``
-        (an empty list and None where nothing was compiled). With the C++ extension also the
-        ``instruction_sets`` in it, the ``instruction_set`` that this process uses, and whether it
+        ``version`` of the package; ``torch``, the version that runs (the extension is built without
+        torch and serves any); the ``compiled`` parts, their ``compiler`` and the ``architectures``
+        they contain (CPU instruction sets), empty or None where nothing was compiled. With the C++
+        extension also the ``instruction_set`` that this process uses, and whether it
         ``shares_torch_threads``.
     """
     return {
@@ -48,6 +49,7 @@ def build_info() -> dict[str, object]:
         "torch": torch.__version__,
         "compiled": [],
         "compiler": None,
+        "architectures": [],
         **_load("cpp").build_info(),
     }
 
