@@ -2,9 +2,9 @@
 
 import functools
 
-import cases
 import pytest
-import timing
+
+from bench import cases, timing
 
 copy_bandwidth = functools.cache(timing.copy_bandwidth)
 environment = functools.cache(cases.environment)

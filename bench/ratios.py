@@ -7,13 +7,10 @@ kernels fail the correctness gate are refused, and the exit status is 1.
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-import timing
+from bench import cases, timing
 
 # Ratios that the design asks for, over forward + backward: {kind: {(shape, rank): {name: ratio}}}.
 # "frozen linear" is the other way round: the fused layer takes at most 1.06 x its time.

@@ -1,8 +1,9 @@
 """The mixed cell: ``pytest bench/test_cell.py --benchmark-enable``."""
 
-import cases
 import pytest
-from conftest import parameters
+
+from bench import cases
+from bench.conftest import parameters
 
 
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)

@@ -1,8 +1,9 @@
 """The adapter layer: ``pytest bench/test_layer.py --benchmark-enable``."""
 
-import cases
 import pytest
-from conftest import parameters
+
+from bench import cases
+from bench.conftest import parameters
 
 COMPETITORS = ["cpp", "reference", "reference compiled", "PEFT LoRA", "frozen linear"]
 

@@ -38,9 +38,10 @@ def build_info() -> dict[str, object]:
     """What this installation consists of: for bug reports and benchmark records.
 
     Returns:
-        ``version`` of the package and of ``torch``; the ``compiled`` parts and their ``compiler``
-        (an empty list and None where nothing was compiled). With the C++ extension also the
-        ``instruction_sets`` in it, the ``instruction_set`` that this process uses, and whether it
+        ``version`` of the package; ``torch``, the version that runs (the extension is built without
+        torch and serves any); the ``compiled`` parts, their ``compiler`` and the ``architectures``
+        they contain (CPU instruction sets), empty or None where nothing was compiled. With the C++
+        extension also the ``instruction_set`` that this process uses, and whether it
         ``shares_torch_threads``.
     """
     return {
@@ -48,6 +49,7 @@ def build_info() -> dict[str, object]:
         "torch": torch.__version__,
         "compiled": [],
         "compiler": None,
+        "architectures": [],
         **_load("cpp").build_info(),
     }
 
@@ -66,9 +68,12 @@ def select_backend(x: Tensor, requested: str | None) -> ModuleType:
     return _loaded[_select(x.device.type, x.dtype, requested)]
 
 
-@torch.compiler.assume_constant_result
 def _select(device_type: str, dtype: torch.dtype, requested: str | None) -> str:
     return _choose(device_type, dtype, requested or os.environ.get(ENVIRONMENT_VARIABLE))
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
+_select._dynamo_marked_constant = True
 
 
 @functools.cache

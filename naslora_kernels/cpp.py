@@ -63,7 +63,7 @@ def build_info() -> dict[str, object]:
     return {
         "compiled": ["cpp"],
         "compiler": compiler,
-        "instruction_sets": compiled,
+        "architectures": compiled,
         "instruction_set": instruction_set(),
         "shares_torch_threads": bool(_torch_parallel_for()),
     }

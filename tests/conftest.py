@@ -1,7 +1,95 @@
-"""Fixtures of the kernel tests."""
+"""What tests share: tiny data, a tiny SAM, the command, poisoned memory."""
 
+import contextlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from naslora import cli, sam
+
+torch.set_num_threads(1)
+
+SIZE = 32  # of the images, in pixels
+TINY = sam.ViT(width=32, depth=2, heads=2, global_blocks=(1,))
+
+
+def write_data(root: Path, classes: int = 2, **counts: int) -> Path:
+    """A CSV data set of bright discs on dark noise, as many a split as ``counts`` says."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:SIZE, :SIZE]
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    for split, count in counts.items():
+        lines = ["image,label"]
+        for i in range(count):
+            y, x = rng.integers(10, SIZE - 10, 2)
+            distance = np.hypot(rows - y, columns - x)
+            mask = sum((distance < 10 * k / (classes - 1)).astype(np.uint8) for k in range(classes))
+            mask = np.minimum(mask, classes - 1)
+            image = 200 * mask[..., None] / (classes - 1) + rng.integers(0, 40, (SIZE, SIZE, 3))
+            Image.fromarray(image.astype(np.uint8)).save(root / f"images/{split}{i}.png")
+            Image.fromarray(mask).save(root / f"masks/{split}{i}.png")
+            lines.append(f"images/{split}{i}.png,masks/{split}{i}.png")
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@dataclass
+class Result:
+    """What a command ended with and wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+def call(*arguments: object) -> Result:
+    """Runs ``naslora`` with the arguments in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["naslora", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+            except SystemExit as exit:
+                status = exit.code
+    # Accelerate keeps a process's precision; each command stands for a process of its own.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def naslora():
+    return call
+
+
+@pytest.fixture(scope="session")
+def make_data():
+    return write_data
+
+
+@pytest.fixture(scope="module")
+def tiny_vit():
+    """Makes ``vit_t`` so small that an epoch takes a blink."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sam.VITS, "vit_t", TINY)
+        yield TINY
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Lets a test choose the precision, whatever the test before it chose."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

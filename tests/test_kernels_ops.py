@@ -214,7 +214,7 @@ def test_build_info_says_what_runs():
     info = naslora_kernels.build_info()
     assert info["compiled"] == ["cpp"]
     assert info["compiler"].split()[0] in ("gcc", "clang")
-    assert info["instruction_set"] in info["instruction_sets"]
+    assert info["instruction_set"] in info["architectures"]
     assert info["shares_torch_threads"]
 
 

@@ -1,0 +1,160 @@
+"""The command line: naslora demo | train | evaluate | predict | merge | info."""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from naslora import demo_run, run
+from naslora.errors import UserError
+from naslora.merging import MergeMode
+from naslora.run import RunConfig
+from naslora_kernels import available_backends, build_info
+
+Flat = tyro.conf.OmitArgPrefixes
+Positional = tyro.conf.Positional
+OUTPUT = tyro.conf.arg(help="Folder for the results; new or empty.")
+RESUME = tyro.conf.arg(help="Continue the interrupted run in --output, with the same arguments.")
+RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model.")
+
+
+def main() -> None:
+    """Runs a command; what the user can mend ends in one line and exit status 2."""
+    commands = (demo, train, evaluate, predict, merge, info)
+    try:
+        _parse({command.__name__: _deferred(command) for command in commands})()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"naslora: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit("naslora: interrupted; --resume continues the run") from None
+    finally:
+        # Left to the interpreter's end, its threads can abort the process and so its exit status.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A command that only takes its arguments, so that parsing and running can fail apart."""
+
+    @functools.wraps(command)
+    def take(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    return take
+
+
+def _parse(commands: dict[str, Callable[..., Callable[[], None]]]) -> Callable[[], None]:
+    """Parses the command line; a value that a configuration refuses stays a UserError."""
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="naslora",
+                description="Fine-tune the Segment Anything Model with NAS-LoRA.",
+            )
+    except SystemExit as exit:
+        # The parser reports a refused value on many lines; the refusal itself is among its causes.
+        cause: BaseException | None = exit
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(messages.getvalue())
+        raise
+
+
+def demo(
+    output: Annotated[Path, OUTPUT],
+    epochs: Annotated[int, tyro.conf.arg(help="Epochs of training.")] = demo_run.EPOCHS,
+    seed: Annotated[int, tyro.conf.arg(help="Seed of the run.")] = 0,
+    resume: Annotated[bool, RESUME] = False,
+) -> None:
+    """Segment grey and white matter of the MNI152 brain: search, test, merge, report."""
+    _summarise(demo_run.run_demo(output, epochs, seed, resume), output)
+
+
+def train(
+    config: Annotated[RunConfig, Flat],
+    output: Annotated[Path, OUTPUT],
+    resume: Annotated[bool, RESUME] = False,
+) -> None:
+    """Fine-tune SAM on your images, then test, merge and report."""
+    _summarise(run.train(config, output, resume), output)
+
+
+def evaluate(
+    path: Annotated[Path, Positional, RUN],
+    split: Annotated[str, tyro.conf.arg(help="Which split to score.")] = "test",
+    data: Annotated[
+        Path | None, tyro.conf.arg(help="Another CSV data folder; default: the run's own data.")
+    ] = None,
+) -> None:
+    """Print a model's metrics on a split as JSON."""
+    print(json.dumps(run.evaluate_run(path, split, data), indent=2))
+
+
+def predict(
+    path: Annotated[Path, Positional, RUN],
+    inputs: Annotated[
+        tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
+    ],
+    output: Annotated[Path, tyro.conf.arg(help="Folder for masks and overlays.")],
+) -> None:
+    """Segment images; write a mask and an overlay for each."""
+    written = run.predict_run(path, inputs, output)
+    print(f"wrote {len(written)} masks and overlays to {output}")
+
+
+def merge(
+    path: Annotated[Path, Positional, tyro.conf.arg(metavar="RUN", help="Folder of a run.")],
+    output: Annotated[Path, OUTPUT],
+    mode: Annotated[
+        MergeMode,
+        tyro.conf.arg(help="exact: no loss, a small convolution stays; center: plain SAM layers."),
+    ] = "exact",
+    max_error: Annotated[
+        float | None,
+        tyro.conf.arg(help="Refuse if a layer loses more than this share of its update."),
+    ] = None,
+) -> None:
+    """Fold the trained adapters into the weights and write the model."""
+    print(run.merge_run(path, mode, output, max_error))
+    print(f"wrote {output / 'model.safetensors'}")
+
+
+def info() -> None:
+    """Print versions, compiled parts, and which kernel backends can be used here."""
+    print(json.dumps({"build": build_info(), "backends": available_backends()}, indent=2))
+
+
+def _summarise(metrics: dict[str, Any], output: Path) -> None:
+    """The numbers of a finished run as a table, and where to look next."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    table = Table("test images", "Dice", "IoU", "accuracy")
+    rows = {"best epoch": metrics["test"]}
+    rows |= {f"merged, {mode}": scores for mode, scores in metrics.get("test_merged", {}).items()}
+    for name, scores in rows.items():
+        values = [scores[metric] for metric in ("dice", "iou", "accuracy")]
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{metrics['trainable_parameters']:,} parameters trained in {metrics['seconds']:.0f} s; "
+        f"look at {output / 'report.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )

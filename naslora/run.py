@@ -1,0 +1,566 @@
+"""A run's folder: from a configuration to a trained, evaluated, merged and reported model.
+
+config.json            the whole configuration
+best/                  adapter (and decoder) of the best epoch, as ``save_adapter`` writes it
+last.pt                what --resume needs
+history.csv            one row an epoch
+operations.json        softmax(alpha) of every layer after every epoch
+metrics.json           test metrics, merge errors, counts, times
+report.html            all of it to look at
+tensorboard/           the curves for TensorBoard
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import save_file
+from torch import Tensor
+
+from naslora.checkpoint import load_adapter, read_safetensors
+from naslora.config import NASLoRAConfig
+from naslora.data import (
+    Sample,
+    SegmentationDataset,
+    check_samples,
+    hold_out,
+    list_images,
+    load_splits,
+    read_image,
+)
+from naslora.errors import UserError
+from naslora.evaluation import evaluate
+from naslora.files import read_json, replaced_file, write_json, write_text
+from naslora.injection import adapter_parameters, arch_parameters, inject
+from naslora.merging import MODES, MergeReport, merge, restore_merged, unmerge
+from naslora.metrics import image_scores
+from naslora.report import Panel, paint, write_report
+from naslora.sam import checkpoint_blocks
+from naslora.search import BEST, Search, SearchConfig, make_accelerator, quality
+from naslora.segmentation import SamForSegmentation, build_model
+from naslora_kernels import available_backends
+
+METHODS = ("nas-pc-lora", "nas-lora", "lora", "decoder-only")
+Method = Literal["nas-pc-lora", "nas-lora", "lora", "decoder-only"]
+FIXED_RATIOS = {"nas-lora": 1.0, "lora": 0.0}
+MERGED_CONFIG = "merged.json"
+PANELS = 6  # test images shown in the report
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result."""
+
+    data: Path | None = None
+    """Folder with train.csv, val.csv and test.csv (columns image,label) and perhaps arch.csv."""
+    dataset: str = "csv"
+    """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}) or `mni152`."""
+    root: Path | None = None
+    """Folder of the data set; `--data DIR` is short for `--dataset csv --root DIR`."""
+    model: str = "vit_b"
+    """vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM) or vit_t (small, trains on a CPU)."""
+    checkpoint: Path | None = None
+    """Pre-trained SAM checkpoint (.pth or .safetensors); without one the encoder is random."""
+    image_size: int = 1024
+    """Side to which images are resized, in pixels; a multiple of 16."""
+    num_classes: int = 1
+    """1 for binary masks, else the number of classes, the background (0) included."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes without the background, for tables and reports."""
+    palette: tuple[str, ...] | None = None
+    """One colour a class (#rrggbb) for masks that are colour images."""
+    method: Method = "nas-pc-lora"
+    """What is trained: a cell on part of the channels, on all, plain LoRA, or the decoder only."""
+    adapter: NASLoRAConfig = field(default_factory=NASLoRAConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        foreground = max(self.num_classes - 1, 1)
+        if self.class_names is not None and len(self.class_names) != foreground:
+            raise UserError(
+                f"class_names must name the {foreground} foreground classes, got "
+                f"{len(self.class_names)}"
+            )
+        if self.data is not None and (self.root is not None or self.dataset != "csv"):
+            raise UserError("give either --data DIR or --dataset NAME --root DIR, not both")
+
+    @property
+    def adapter_config(self) -> NASLoRAConfig | None:
+        """What the method injects; None if it trains the decoder only."""
+        if self.method == "decoder-only":
+            return None
+        ratio = FIXED_RATIOS.get(self.method, self.adapter.channel_ratio)
+        return dataclasses.replace(self.adapter, channel_ratio=ratio)
+
+    @property
+    def foreground_names(self) -> list[str]:
+        """The classes without the background."""
+        count = max(self.num_classes - 1, 1)
+        if self.class_names is not None:
+            return list(self.class_names)
+        return ["foreground"] if count == 1 else [f"class {k}" for k in range(1, count + 1)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; paths are absolute."""
+        values = dataclasses.asdict(self)
+        for name in ("data", "root", "checkpoint"):
+            if values[name] is not None:
+                values[name] = str(Path(values[name]).resolve())
+        return json.loads(json.dumps(values))  # tuples become lists, as in the file
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """The inverse of ``to_dict``.
+
+        Raises:
+            UserError: a field is unknown or out of range.
+        """
+        try:
+            values = dict(values)
+            for name in ("data", "root", "checkpoint"):
+                values[name] = Path(values[name]) if values[name] is not None else None
+            for name in ("class_names", "palette"):
+                values[name] = tuple(values[name]) if values[name] is not None else None
+            values["adapter"] = NASLoRAConfig.from_dict(values["adapter"])
+            values["search"] = SearchConfig(**values["search"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"this is no run configuration of this version: {error}") from error
+
+
+def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, Any]:
+    """Searches, evaluates, merges and reports; everything ends up in ``output``.
+
+    What the user gave is checked before anything is written.
+
+    Args:
+        config: the run.
+        output: the run's folder; must be new or empty unless ``resume``.
+        resume: continue the run in ``output`` where its last checkpoint stands.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        UserError: something the user gave cannot work.
+    """
+    accelerator = make_accelerator(config.search)
+    check_output(config, output, resume)
+    splits = find_splits(config)
+    _check_together(accelerator, splits, config)
+    model = build_adapted_model(config)
+    counts = count_parameters(model)
+    data = {
+        name: _dataset(config, split, flip=config.search.flip and name in ("train", "arch"))
+        for name, split in splits.items()
+    }
+    seed = config.adapter.seed
+    search = Search(model, data, config.search, seed, output, config.foreground_names, accelerator)
+    if resume:
+        search.resume()
+    if accelerator.is_main_process:
+        write_json(output / "config.json", config.to_dict())
+    search.run()
+    load_adapter(model, output / BEST)
+    metrics = _final_metrics(search, counts, config)
+    if accelerator.is_main_process:
+        _write_results(search, metrics, config, output)
+    accelerator.wait_for_everyone()
+    return metrics
+
+
+def check_output(config: RunConfig, output: Path, resume: bool) -> None:
+    """Refuses a folder that holds another run's results, or nothing to resume.
+
+    Raises:
+        UserError: ``output`` is not empty, or, with ``resume``, belongs to another configuration.
+    """
+    if resume and (output / "config.json").is_file():
+        stored = RunConfig.from_dict(read_json(output / "config.json"))
+        names = _differing(stored.to_dict(), config.to_dict())
+        if names:
+            raise UserError(
+                f"{output} was started with another configuration (it differs in "
+                f"{', '.join(names)}); resume with the same one"
+            )
+        return
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; choose another --output")
+    # The demo keeps its data inside the run's folder.
+    own_data = output / "data" if config.root == output / "data" else None
+    if output.is_dir() and any(path != own_data for path in output.iterdir()):
+        advice = "" if resume else ", or add --resume to continue the run in it"
+        what = "holds files, but no run" if resume else "exists and is not empty"
+        raise UserError(f"{output} {what}; choose another --output{advice}")
+
+
+def _differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """The fields in which two configurations differ, as the command line names them."""
+    names = []
+    for name, value in given.items():
+        if isinstance(value, dict):
+            names += _differing(stored[name], value)
+        elif stored[name] != value:
+            names.append(name)
+    return names
+
+
+def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
+    """The samples of each split; ``arch`` is there exactly when the method searches with it."""
+    root = config.data or config.root
+    if root is None:
+        raise UserError("no data: give --data DIR, or --dataset NAME --root DIR")
+    splits = load_splits(config.dataset, root)
+    searches = config.adapter_config is not None and config.adapter_config.channel_ratio > 0
+    if not searches or config.search.simultaneous:
+        # Without alpha steps of their own these images are training images like the others.
+        splits["train"] = splits["train"] + splits.pop("arch", [])
+    elif config.search.arch_fraction == 0:
+        splits.setdefault("arch", splits["train"])
+    elif "arch" not in splits:
+        fraction, seed = config.search.arch_fraction, config.adapter.seed
+        splits["train"], splits["arch"] = hold_out(splits["train"], fraction, seed)
+    return splits
+
+
+def _check_together(
+    accelerator: Accelerator, splits: dict[str, list[Sample]], config: RunConfig
+) -> None:
+    """The main process reads every sample for all; none goes on before, or without the others."""
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            check_with_progress([sample for split in splits.values() for sample in split], config)
+        except UserError as error:
+            problem = str(error)
+    for found in gather_object([problem]):
+        if found is not None:
+            raise UserError(found)
+
+
+def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
+    """Reads every sample once before a long run starts, so that a bad file shows now."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("checking the data", total=len(samples))
+
+        def advance(done: int, _: int) -> None:
+            progress.update(task, completed=done)
+
+        check_samples(samples, config.num_classes, config.palette, advance)
+
+
+def build_adapted_model(config: RunConfig) -> SamForSegmentation:
+    """The model of a run before training: pre-trained weights, fresh adapter, decoder trainable.
+
+    Raises:
+        UserError: as ``build_model`` and ``inject``; the kernel backend cannot be used here.
+    """
+    _check_backend(config.adapter.backend)
+    seed = config.adapter.seed
+    model = build_model(
+        config.model, config.image_size, config.num_classes, config.checkpoint, seed
+    )
+    if config.adapter_config is not None:
+        inject(model, config.adapter_config)
+        model.mask_decoder.requires_grad_(True)
+    if config.search.gradient_checkpointing:
+        checkpoint_blocks(model.image_encoder)
+    return model
+
+
+def _check_backend(name: str | None) -> None:
+    backends = available_backends()
+    if name is None or (name in backends and backends[name] is None):
+        return
+    reason = f"cannot be used here: {backends[name]}" if name in backends else "does not exist"
+    usable = ", ".join(known for known, reason in backends.items() if reason is None)
+    raise UserError(f"backend {name!r} {reason}; choose one of {usable}, or give none")
+
+
+def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
+    """The trained model of a run's folder, or the merged one of a folder that ``merge_run`` wrote.
+
+    Raises:
+        UserError: the folder is neither, or a file in it is missing or damaged.
+    """
+    if (path / MERGED_CONFIG).is_file():
+        return _load_merged(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is no run: it has neither config.json nor {MERGED_CONFIG}")
+    config = RunConfig.from_dict(read_json(path / "config.json"))
+    if not (path / BEST).is_dir():
+        raise UserError(f"{path} has no trained model yet: {path / BEST} does not exist")
+    model = build_adapted_model(config)
+    load_adapter(model, path / BEST)
+    return model.eval(), config
+
+
+def evaluate_run(path: Path, split: str = "test", data: Path | None = None) -> dict[str, Any]:
+    """Metrics of a trained or merged model on a split of its own data, or of another CSV folder.
+
+    Returns:
+        ``loss``, ``dice``, ``iou``, ``accuracy``, ``per_class`` and the number of ``images``.
+
+    Raises:
+        UserError: as ``load_model`` and ``find_splits``, or there is no such split.
+    """
+    model, config = load_model(path)
+    if data is not None:
+        config = dataclasses.replace(config, data=data, dataset="csv", root=None)
+    splits = find_splits(config)
+    if split not in splits:
+        raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
+    check_with_progress(splits[split], config)
+    accelerator = make_accelerator(config.search)
+    scores = evaluate(
+        model.to(accelerator.device),
+        _dataset(config, splits[split]),
+        accelerator,
+        config.search.loss,
+        config.foreground_names,
+        config.search.batch_size,
+    )
+    return {**scores, "images": len(splits[split])}
+
+
+def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
+    """Segments images: writes a mask and an overlay for each, at the image's own size.
+
+    Binary masks are 0/255, others class indices.
+
+    Args:
+        path: a run's folder, or a merged model's.
+        inputs: image files, or folders of images.
+        output: created if need be; NAME_mask.png and NAME_overlay.png.
+
+    Returns:
+        The masks that were written.
+
+    Raises:
+        UserError: as ``load_model``; an image is missing or unreadable, or two have the same name.
+    """
+    images = [
+        image for item in inputs for image in ([item] if item.is_file() else list_images(item))
+    ]
+    if not images:
+        raise UserError(f"there are no images in {', '.join(map(str, inputs))}")
+    repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
+    if repeated:
+        raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
+    model, config = load_model(path)
+    samples = [Sample(image, None, "input") for image in images]
+    check_with_progress(samples, config)
+    dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
+    model.to(make_accelerator(config.search).device)
+    written = []
+    for sample, item in zip(dataset.samples, dataset, strict=True):
+        labels = _predict(model, item["image"])
+        picture = read_image(sample)
+        mask = Image.fromarray(labels.astype(np.uint8)).resize(picture.size, Image.NEAREST)
+        shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
+        target = output / f"{sample.image.stem}_mask.png"
+        with replaced_file(target) as temporary:
+            shown.save(temporary, format="PNG")
+        with replaced_file(output / f"{sample.image.stem}_overlay.png") as temporary:
+            names = ["background", *config.foreground_names]
+            overlay = paint(np.asarray(picture), np.asarray(mask), names)
+            Image.fromarray(overlay).save(temporary, format="PNG")
+        written.append(target)
+    return written
+
+
+def merge_run(path: Path, mode: str, output: Path, max_error: float | None = None) -> MergeReport:
+    """Merges a run's trained model and writes it: merged.json and model.safetensors.
+
+    Errors are measured on the run's validation images.
+
+    Args:
+        path: a run's folder.
+        mode: as in ``naslora.merge``.
+        output: must be new or empty.
+        max_error: refuse if a layer's relative error of the update is larger.
+
+    Raises:
+        UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; choose another --output")
+    model, config = load_model(path)
+    splits = find_splits(config)
+    device = make_accelerator(config.search).device
+    report = merge(model.to(device), mode, _image_batches(config, splits["val"], device))
+    if max_error is not None and report.max_update_error > max_error:
+        raise UserError(
+            f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
+            f"more than --max-error {max_error:g}; nothing was written"
+        )
+    with replaced_file(output / "model.safetensors") as temporary:
+        state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, temporary)
+    write_json(output / MERGED_CONFIG, {"report": report.to_dict(), "config": config.to_dict()})
+    return report
+
+
+def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
+    stored = read_json(path / MERGED_CONFIG)
+    try:
+        config = RunConfig.from_dict(stored["config"])
+        names = [layer["name"] for layer in stored["report"]["layers"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {error}") from error
+    model = build_model(config.model, config.image_size, config.num_classes)
+    tensors = read_safetensors(path / "model.safetensors")
+    restore_merged(model, names, tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not hold a whole merged model: {reason}") from error
+    # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
+    model.train()
+    return model.eval(), config
+
+
+def count_parameters(model: SamForSegmentation) -> dict[str, int]:
+    """Numbers of parameters: frozen, decoder, adapter and architecture."""
+    architecture = sum(p.numel() for p in arch_parameters(model))
+    adapter = sum(p.numel() for p in adapter_parameters(model))
+    decoder = sum(p.numel() for p in model.mask_decoder.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    return {
+        "frozen": everything - decoder - adapter - architecture,
+        "decoder": decoder,
+        "adapter": adapter,
+        "architecture": architecture,
+    }
+
+
+def _dataset(config: RunConfig, samples: list[Sample], flip: bool = False) -> SegmentationDataset:
+    return SegmentationDataset(
+        samples,
+        config.image_size,
+        config.num_classes,
+        config.palette,
+        flip=flip,
+        seed=config.adapter.seed,
+    )
+
+
+def _image_batches(
+    config: RunConfig, samples: list[Sample], device: torch.device
+) -> Iterator[Tensor]:
+    """(B, 3, S, S) batches of a split's images, in order."""
+    dataset = _dataset(config, samples)
+    size = config.search.batch_size
+    for start in range(0, len(dataset), size):
+        items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
+        yield torch.stack(items).to(device)
+
+
+def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) -> dict[str, Any]:
+    """Metrics of the best epoch: on the test split, and again after each way of merging."""
+    started = time.perf_counter()
+    best = max(search.history, key=quality)
+    metrics: dict[str, Any] = {
+        "test": search.evaluate("test"),
+        "val": {name: best[f"val_{name}"] for name in ("loss", "dice", "iou", "accuracy")},
+        "best_epoch": best["epoch"],
+        "trainable_parameters": sum(counts.values()) - counts["frozen"],
+        "parameters": counts,
+        "images": {split: len(data) for split, data in search.data.items()},
+    }
+    if config.adapter_config is not None:
+        metrics |= {"test_merged": {}, "merge": {}}
+        for mode in _merge_modes(config):
+            batches = _image_batches(config, search.data["val"].samples, search.accelerator.device)
+            report = merge(search.model, mode, batches)
+            metrics["test_merged"][mode] = search.evaluate("test")
+            metrics["merge"][mode] = report.to_dict()
+            unmerge(search.model)
+    training = sum(sum(record["seconds"].values()) for record in search.history)
+    metrics["seconds"] = training + time.perf_counter() - started
+    return metrics
+
+
+def _merge_modes(config: RunConfig) -> list[str]:
+    # The preset `paper` is not linear: it has no centre taps to fold.
+    return ["exact"] if config.adapter.preset == "paper" else list(MODES)
+
+
+def _write_results(
+    search: Search, metrics: dict[str, Any], config: RunConfig, output: Path
+) -> None:
+    operations = search.operation_history()
+    write_text(output / "history.csv", _history_csv(search.history))
+    if operations is not None:
+        write_json(output / "operations.json", operations)
+    write_json(output / "metrics.json", metrics)
+    write_report(
+        output / "report.html",
+        config=config.to_dict(),
+        metrics=metrics,
+        history=search.history,
+        operations=operations,
+        panels=_panels(search, config),
+        class_names=["background", *config.foreground_names],
+    )
+
+
+def _history_csv(history: list[dict[str, Any]]) -> str:
+    rows = [
+        {**record, **{f"seconds_{name}": s for name, s in record["seconds"].items()}}
+        for record in history
+    ]
+    text = io.StringIO()
+    columns = [name for name in rows[0] if name != "seconds"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _panels(search: Search, config: RunConfig) -> list[Panel]:
+    """A few test images, evenly spread over the split."""
+    dataset = search.data["test"]
+    indices = np.linspace(0, len(dataset) - 1, min(PANELS, len(dataset))).round().astype(int)
+    panels = []
+    for item in (dataset[int(i)] for i in indices):
+        labels = _predict(search.model, item["image"])
+        scores = image_scores(
+            torch.from_numpy(labels)[None], item["mask"][None], config.num_classes
+        )
+        dice = float(scores["dice"].nanmean())
+        panels.append(
+            Panel(
+                name=item["name"],
+                image=(255 * item["image"]).round().byte().permute(1, 2, 0).numpy(),
+                truth=item["mask"].numpy(),
+                prediction=labels,
+                dice=None if math.isnan(dice) else dice,
+            )
+        )
+    return panels
+
+
+@torch.no_grad()
+def _predict(model: SamForSegmentation, image: Tensor) -> np.ndarray:
+    """(S, S) labels of one (3, S, S) image."""
+    model.eval()
+    return model(image[None].to(model.pixel_mean.device)).labels()[0].cpu().numpy()

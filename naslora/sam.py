@@ -1,0 +1,239 @@
+"""SAM's parts - image encoder, prompt encoder - at any image size, and its checkpoints.
+
+Encoders: Meta's plain ViTs (``vit_b``, ``vit_l``, ``vit_h``) with the official checkpoint files, a
+small one of the same kind (``vit_t``) that trains on a CPU, and MobileSAM's TinyViT
+(``mobile_sam``), built from timm under MobileSAM's checkpoint names.
+"""
+
+import pickle
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import ImageEncoderViT, PromptEncoder
+from segment_anything.modeling.common import LayerNorm2d
+from timm.models.tiny_vit import tiny_vit_5m_224
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from naslora.checkpoint import read_safetensors
+from naslora.errors import UserError
+
+EMBED_DIM = 256  # channels of SAM's image embedding
+PATCH_SIZE = 16  # pixels a side for one token of the image embedding, for every encoder
+
+
+class ViT(NamedTuple):
+    """Size of a plain SAM encoder; windows of 14 x 14 but in the global blocks."""
+
+    width: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]
+
+
+VITS = {
+    "vit_t": ViT(192, 12, 3, (2, 5, 8, 11)),
+    "vit_b": ViT(768, 12, 12, (2, 5, 8, 11)),
+    "vit_l": ViT(1024, 24, 16, (5, 11, 17, 23)),
+    "vit_h": ViT(1280, 32, 16, (7, 15, 23, 31)),
+}
+MODELS = (*VITS, "mobile_sam")
+_ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages)\.")
+
+
+def build_image_encoder(name: str, image_size: int) -> nn.Module:
+    """Builds an encoder with random weights; (B, 3, S, S) to (B, 256, S/16, S/16).
+
+    Args:
+        name: one of ``MODELS``.
+        image_size: S in pixels, a multiple of 16.
+
+    Raises:
+        UserError: an unknown name or a size that is no multiple of the patch.
+    """
+    if name not in MODELS:
+        raise UserError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
+        raise UserError(f"image size must be a multiple of {PATCH_SIZE}, got {image_size}")
+    if name == "mobile_sam":
+        return TinyViTEncoder()
+    size = VITS[name]
+    encoder = ImageEncoderViT(
+        img_size=image_size,
+        patch_size=PATCH_SIZE,
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.heads,
+        mlp_ratio=4,
+        out_chans=EMBED_DIM,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=size.global_blocks,
+    )
+    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)  # zero in SAM until a checkpoint fills it
+    return encoder
+
+
+class TinyViTEncoder(nn.Module):
+    """MobileSAM's encoder: TinyViT-5M whose last stage keeps its resolution, and SAM's neck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not by name from timm's registry, where MobileSAM's own package, once imported, puts its.
+        tiny_vit = tiny_vit_5m_224(num_classes=0, drop_path_rate=0.0)
+        tiny_vit.stages[3].downsample.conv2.conv.stride = (1, 1)
+        self.patch_embed = tiny_vit.patch_embed
+        self.stages = tiny_vit.stages
+        width = tiny_vit.num_features
+        self.neck = nn.Sequential(
+            nn.Conv2d(width, EMBED_DIM, 1, bias=False),
+            LayerNorm2d(EMBED_DIM),
+            nn.Conv2d(EMBED_DIM, EMBED_DIM, 3, padding=1, bias=False),
+            LayerNorm2d(EMBED_DIM),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) normalised images to (B, 256, S/16, S/16)."""
+        return self.neck(self.stages(self.patch_embed(images)))
+
+
+def build_prompt_encoder(image_size: int) -> PromptEncoder:
+    """SAM's prompt encoder; without prompts it gives the no-mask embedding and the positions."""
+    grid = image_size // PATCH_SIZE
+    return PromptEncoder(EMBED_DIM, (grid, grid), (image_size, image_size), mask_in_chans=16)
+
+
+def checkpoint_blocks(encoder: nn.Module) -> None:
+    """Recomputes each transformer block in the backward instead of keeping its activations."""
+    blocks = encoder.blocks if hasattr(encoder, "blocks") else _tiny_vit_blocks(encoder)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _tiny_vit_blocks(encoder: nn.Module) -> list[nn.Module]:
+    return [block for stage in encoder.stages for block in stage.blocks]
+
+
+def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> None:
+    """Loads a SAM checkpoint into ``model``, which has SAM's parts under SAM's names.
+
+    Position embeddings are resized to the model's grid. Of the mask decoder, what the model has not
+    (the IoU head, spare tokens and hypernetworks) is left out. Runs no code from the file.
+
+    Args:
+        model: has ``image_encoder``, ``prompt_encoder`` and ``mask_decoder``.
+        path: an official ``.pth`` file or the same as ``.safetensors``.
+        name: which of ``MODELS`` the model is.
+
+    Raises:
+        UserError: the file is missing, damaged, no SAM checkpoint, or one of another model size.
+    """
+    path = Path(path)
+    tensors = _read(path)
+    if not any(key.startswith("image_encoder.") for key in tensors):
+        raise UserError(f"{path} is no SAM checkpoint: it has no image_encoder weights")
+    if name == "mobile_sam":
+        tensors = {_timm_name(key): value for key, value in tensors.items()}
+    state = model.state_dict()
+    fitted = {key: _fit(key, value, state) for key, value in tensors.items() if key in state}
+    surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
+    _check_complete(path, name, fitted, state, surplus)
+    model.load_state_dict({**state, **fitted})
+    # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
+    training = model.training
+    model.train()
+    model.train(training)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"checkpoint {path} is truncated or no PyTorch state dict: {reason}"
+        ) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    ):
+        raise UserError(f"checkpoint {path} holds no plain state dict of tensors")
+    return tensors
+
+
+def _fit(key: str, value: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Gives a stored tensor the model's shape where SAM defines how; leaves the others alone."""
+    wanted = state[key].shape
+    if value.shape == wanted:
+        return value
+    if key == "image_encoder.pos_embed" and value.shape[-1] == wanted[-1]:
+        return _resize(value.permute(0, 3, 1, 2), wanted[1:3], "bicubic").permute(0, 2, 3, 1)
+    if re.search(r"attn\.rel_pos_[hw]$", key) and value.shape[1] == wanted[1]:
+        return _resize(value.T[None], wanted[:1], "linear")[0].T
+    if key == "mask_decoder.mask_tokens.weight" and value.shape[1] == wanted[1]:
+        kept = min(value.shape[0], wanted[0])
+        return torch.cat([value[:kept], state[key][kept:]])
+    return value
+
+
+def _resize(value: Tensor, size: torch.Size, mode: str) -> Tensor:
+    return F.interpolate(value.float(), size=tuple(size), mode=mode, align_corners=False)
+
+
+def _check_complete(
+    path: Path,
+    name: str,
+    fitted: dict[str, Tensor],
+    state: dict[str, Tensor],
+    surplus: list[str],
+) -> None:
+    wrong = [key for key, value in fitted.items() if value.shape != state[key].shape]
+    # Fresh by design: the class branch, and the counters that batch norm does not use here.
+    optional = re.compile(r"mask_decoder\.class_head\.|num_batches_tracked$")
+    missing = [key for key in state if key not in fitted and not optional.search(key)]
+    if not wrong and not missing and not surplus:
+        return
+    examples = [
+        f"{key} is {tuple(fitted[key].shape)} there and {tuple(state[key].shape)} in {name}"
+        for key in wrong[:2]
+    ]
+    examples += [f"{key} is missing" for key in missing[:2]]
+    examples += [f"{key} is unknown to {name}" for key in surplus[:2]]
+    raise UserError(
+        f"checkpoint {path} does not fit model {name} ({len(wrong)} tensors of another shape, "
+        f"{len(missing)} missing, {len(surplus)} too many): {'; '.join(examples)}; choose the "
+        "--model it was made for"
+    )
+
+
+# MobileSAM's names, and what timm calls the same modules.
+_TIMM_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    (r"patch_embed\.seq\.0\.", "patch_embed.conv1."),
+    (r"patch_embed\.seq\.2\.", "patch_embed.conv2."),
+    # MobileSAM reduces the resolution at the end of a stage, timm at the start of the next.
+    (
+        r"layers\.(\d)\.downsample\.",
+        lambda match: f"stages.{int(match.group(1)) + 1}.downsample.",
+    ),
+    (r"layers\.(\d)\.", r"stages.\1."),
+    (r"\.c\.weight$", ".conv.weight"),
+]
+
+
+def _timm_name(key: str) -> str:
+    prefix, dot, rest = key.partition(".")
+    if prefix != "image_encoder":
+        return key
+    for pattern, replacement in _TIMM_NAMES:
+        rest = re.sub(pattern, replacement, rest)
+    return prefix + dot + rest

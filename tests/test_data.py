@@ -1,0 +1,686 @@
+"""Data sets on disk, the decoding of masks, flips, and batches over processes."""
+
+import builtins
+import itertools
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from naslora.data import (
+    DATASETS,
+    GlobalBatches,
+    Sample,
+    SegmentationDataset,
+    check_samples,
+    collate,
+    hold_out,
+    list_images,
+    load_splits,
+    read_image,
+    read_mask,
+)
+from naslora.demo_data import write_mni152
+from naslora.errors import UserError
+
+GREYS = np.array([[0, 1, 2], [2, 1, 0]])
+BINARY = np.array([[0, 1, 1], [1, 0, 0]])
+
+
+def save(path: Path, pixels, dtype=np.uint8, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, dtype=dtype)).save(path, **options)
+    return path
+
+
+def random_pair(folder: Path, name: str, size=(6, 8), seed=0) -> tuple[Path, Path]:
+    rng = np.random.default_rng(seed)
+    image = save(folder / "images" / f"{name}.png", rng.integers(0, 256, (*size, 3)))
+    mask = save(folder / "masks" / f"{name}.png", 255 * rng.integers(0, 2, size))
+    return image, mask
+
+
+def write_csv(path: Path, *names: str, header: str = "image,label") -> None:
+    rows = [f"images/{name}.png,masks/{name}.png" for name in names]
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def csv_root(tmp_path):
+    for name in "abcde":
+        random_pair(tmp_path, name)
+    write_csv(tmp_path / "train.csv", "a", "b")
+    write_csv(tmp_path / "val.csv", "c")
+    write_csv(tmp_path / "test.csv", "d")
+    return tmp_path
+
+
+@pytest.fixture
+def folder_root(tmp_path):
+    for split, name in (("train", "a"), ("val", "b"), ("test", "c")):
+        random_pair(tmp_path / split, name)
+    return tmp_path
+
+
+def error_of(call, *args, **kwargs) -> str:
+    """The one line that ``call`` raises."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def sample_of(image: Path, mask: Path | None = None) -> Sample:
+    return Sample(image, mask, "train.csv row 2")
+
+
+def mask_of(path: Path) -> Sample:
+    return sample_of(path.with_name("unused.png"), path)
+
+
+# --- the files of a data set
+
+
+def test_csv_gives_each_row_with_its_line(csv_root):
+    splits = load_splits("csv", csv_root)
+    assert list(splits) == ["train", "val", "test"]
+    assert splits["train"] == [
+        Sample(csv_root / f"images/{name}.png", csv_root / f"masks/{name}.png", origin)
+        for name, origin in (("a", "train.csv row 2"), ("b", "train.csv row 3"))
+    ]
+    write_csv(csv_root / "arch.csv", "e")
+    assert [s.origin for s in load_splits("csv", csv_root)["arch"]] == ["arch.csv row 2"]
+
+
+def test_csv_from_a_spreadsheet_with_further_columns_and_a_blank_line(csv_root):
+    text = "\ufeffid, label, image\r\n\r\n7, masks/a.png, images/a.png\r\n"
+    (csv_root / "train.csv").write_bytes(text.encode())
+    (sample,) = load_splits("csv", csv_root)["train"]
+    assert sample == Sample(csv_root / "images/a.png", csv_root / "masks/a.png", "train.csv row 3")
+
+
+def test_csv_missing(csv_root):
+    (csv_root / "val.csv").unlink()
+    message = error_of(load_splits, "csv", csv_root)
+    assert "looked for train.csv, val.csv and test.csv, val.csv missing" in message
+    assert "holds images, masks, test.csv, train.csv" in message
+
+
+def test_csv_with_other_columns(csv_root):
+    write_csv(csv_root / "train.csv", "a", header="file;mask")
+    message = error_of(load_splits, "csv", csv_root)
+    assert "train.csv" in message and "image,label" in message and "found file;mask" in message
+
+
+@pytest.mark.parametrize("text", ["", "image,label\n"])
+def test_csv_empty(csv_root, text):
+    (csv_root / "val.csv").write_text(text)
+    assert re.search(r"val\.csv names no images", error_of(load_splits, "csv", csv_root))
+
+
+def test_csv_row_without_label(csv_root):
+    (csv_root / "train.csv").write_text("image,label\nimages/a.png\n")
+    message = error_of(load_splits, "csv", csv_root)
+    assert "train.csv: row 2 needs an image and a label" in message
+
+
+def test_csv_that_is_not_text(csv_root):
+    (csv_root / "train.csv").write_bytes(b"image,label\n\xff\xfe.png,b.png\n")
+    assert "train.csv is not a CSV file in UTF-8" in error_of(load_splits, "csv", csv_root)
+
+
+def test_csv_names_missing_files(csv_root):
+    write_csv(csv_root / "train.csv", "a", "x", "b")
+    (csv_root / "masks/b.png").unlink()
+    message = error_of(load_splits, "csv", csv_root)
+    assert "names 3 missing files" in message
+    assert f"first {csv_root / 'images/x.png'} (train.csv row 3)" in message
+
+
+def test_csv_with_a_duplicate_row(csv_root):
+    write_csv(csv_root / "train.csv", "a", "b", "a")
+    message = error_of(load_splits, "csv", csv_root)
+    assert message.startswith("train.csv row 2 and train.csv row 4: ")
+    assert "listed twice in train" in message
+
+
+def test_image_in_two_splits_by_two_spellings(csv_root):
+    (csv_root / "test.csv").write_text("image,label\nimages/../images/b.png,masks/d.png\n")
+    message = error_of(load_splits, "csv", csv_root)
+    assert message.startswith("train.csv row 3 and test.csv row 2: ")
+    assert "both in train and in test" in message
+
+
+def test_unknown_source_and_missing_root(tmp_path):
+    message = error_of(load_splits, "isic", tmp_path)
+    assert "'isic'" in message and all(name in message for name in DATASETS)
+    for source in ("csv", "folders"):
+        message = error_of(load_splits, source, tmp_path / "absent")
+        assert f"folder {tmp_path / 'absent'} does not exist" in message
+
+
+def test_folders_pair_by_stem_whatever_the_suffix(folder_root):
+    save(folder_root / "train/images/z.jpg", np.zeros((4, 4)))
+    save(folder_root / "train/masks/z.png", np.zeros((4, 4)))
+    (folder_root / "train/images/.DS_Store").write_bytes(b"")
+    (folder_root / "val/masks").rename(folder_root / "val/labels")
+    (folder_root / "val/images").rename(folder_root / "val/image")
+    splits = load_splits("folders", folder_root)
+    assert [(s.image.name, s.mask.name) for s in splits["train"]] == [
+        ("a.png", "a.png"),
+        ("z.jpg", "z.png"),
+    ]
+    (sample,) = splits["val"]
+    assert sample.image == folder_root / "val/image/b.png"
+    assert sample.mask == folder_root / "val/labels/b.png"
+    assert "val" in sample.origin and "arch" not in splits
+    random_pair(folder_root / "arch", "d")
+    assert len(load_splits("folders", folder_root)["arch"]) == 1
+
+
+@pytest.mark.parametrize("lacking", ["image", "mask"])
+def test_folders_with_unpaired_files(folder_root, lacking):
+    kept = "masks" if lacking == "image" else "images"
+    save(folder_root / "train" / kept / "lonely.png", np.zeros((4, 4)))
+    message = error_of(load_splits, "folders", folder_root)
+    assert f"1 of 2 files without {lacking}: lonely.png" in message
+
+
+def test_folders_missing_empty_or_ambiguous(folder_root):
+    save(folder_root / "train/images/a.jpg", np.zeros((4, 4)))
+    assert "a.jpg and a.png differ only" in error_of(load_splits, "folders", folder_root)
+    (folder_root / "train/images/a.jpg").unlink()
+    (folder_root / "test/labels").mkdir()
+    assert "found masks and labels" in error_of(load_splits, "folders", folder_root)
+    (folder_root / "test/labels").rmdir()
+    (folder_root / "val/images/b.png").unlink()
+    (folder_root / "val/masks/b.png").unlink()
+    assert "val holds no images" in error_of(load_splits, "folders", folder_root)
+    (folder_root / "val").rename(folder_root / "validation")
+    message = error_of(load_splits, "folders", folder_root)
+    assert "val missing" in message and "found test, train, validation" in message
+
+
+def test_list_images_is_sorted_and_leaves_other_files_out(csv_root):
+    (csv_root / "images/notes.txt").write_text("x")
+    assert [path.name for path in list_images(csv_root / "images")] == [
+        f"{name}.png" for name in "abcde"
+    ]
+
+
+# --- the split for the architecture
+
+
+def test_hold_out_is_a_repeatable_partition():
+    samples = [sample_of(Path(f"{i}.png")) for i in range(10)]
+    kept, held = hold_out(samples, 0.2, seed=3)
+    assert len(held) == 2 and sorted(kept + held) == sorted(samples)
+    assert kept == sorted(kept) and held == sorted(held)
+    assert (kept, held) == hold_out(samples, 0.2, seed=3)
+    assert len({tuple(hold_out(samples, 0.2, seed)[1]) for seed in range(5)}) > 1
+
+
+def test_hold_out_at_its_limits():
+    samples = [sample_of(Path(f"{i}.png")) for i in range(2)]
+    for fraction in (0.01, 0.99):
+        assert [len(part) for part in hold_out(samples, fraction, 0)] == [1, 1]
+    assert hold_out(samples[:1], 0, 0) == (samples[:1], [])
+    assert "at least 2" in error_of(hold_out, samples[:1], 0.2, 0)
+    assert "[0, 1)" in error_of(hold_out, samples, 1.0, 0)
+
+
+# --- images
+
+
+def test_sixteen_bit_greys_use_the_full_range(tmp_path):
+    # 65535 / 255 = 257, so 257 k must become k
+    path = save(tmp_path / "a.png", 257 * np.array([[0, 1, 128, 255]]), np.uint16)
+    values = np.asarray(read_image(sample_of(path)))
+    assert values.tolist() == [[[k] * 3 for k in (0, 1, 128, 255)]]
+
+
+def test_palette_alpha_and_cmyk_become_rgb(tmp_path):
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "p.png")
+    save(tmp_path / "rgba.png", [[[10, 20, 30, 0], [40, 50, 60, 9]]])
+    save(tmp_path / "la.png", [[[10, 0], [40, 255]]])
+    Image.new("CMYK", (2, 1), (0, 0, 0, 0)).save(tmp_path / "cmyk.tif")
+    expected = {
+        "p.png": [[10, 20, 30], [40, 50, 60]],
+        "rgba.png": [[10, 20, 30], [40, 50, 60]],
+        "la.png": [[10] * 3, [40] * 3],
+        "cmyk.tif": [[255] * 3, [255] * 3],
+    }
+    for name, pixels in expected.items():
+        assert np.asarray(read_image(sample_of(tmp_path / name))).tolist() == [pixels], name
+
+
+def test_exif_rotation_is_applied_to_image_and_size_check(tmp_path):
+    pixels = np.zeros((16, 32), np.uint8)
+    pixels[:, :16] = 255  # stored: the left half is bright
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: then the upper half is bright
+    image = save(tmp_path / "a.jpg", pixels, exif=exif)
+    upright = np.asarray(read_image(sample_of(image)))[..., 0]
+    assert upright.shape == (32, 16)
+    assert upright[:14].min() > 200 and upright[18:].max() < 55
+    upright_mask = save(tmp_path / "upright.png", np.zeros((32, 16)))
+    check_samples([sample_of(image, upright_mask)], 1)
+    stored_mask = save(tmp_path / "stored.png", np.zeros((16, 32)))
+    message = error_of(check_samples, [sample_of(image, stored_mask)], 1)
+    assert "16x32" in message and "32x16" in message
+
+
+def test_floating_point_and_wide_pixels_are_refused(tmp_path):
+    floats = save(tmp_path / "f.tif", [[0.5]], np.float32)
+    wide = save(tmp_path / "i.tif", [[70000]], np.int32)
+    assert "floating-point" in error_of(read_image, sample_of(floats))
+    assert "floating-point" in error_of(read_mask, mask_of(floats), 1)
+    assert "beyond 16 bits" in error_of(read_image, sample_of(wide))
+
+
+# --- masks
+
+
+def index_image(indices) -> Image.Image:
+    image = Image.fromarray(np.asarray(indices, np.uint8), "P")
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    return image
+
+
+@pytest.mark.parametrize("num_classes", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "high"), [(np.uint8, 1), (np.uint8, 255), (np.uint16, 1), (np.uint16, 65535)]
+)
+def test_masks_of_two_values(tmp_path, num_classes, dtype, high):
+    path = save(tmp_path / "m.png", BINARY * high, dtype)
+    mask = read_mask(mask_of(path), num_classes)
+    assert mask.dtype == np.int32 and mask.tolist() == BINARY.tolist()
+
+
+def test_masks_all_foreground_and_all_background(tmp_path):
+    for value, label in ((0, 0), (1, 1), (255, 1)):
+        path = save(tmp_path / f"{value}.png", np.full((2, 2), value))
+        assert (read_mask(mask_of(path), 1) == label).all()
+
+
+def test_masks_of_one_bit(tmp_path):
+    path = save(tmp_path / "m.png", BINARY, bool)
+    assert Image.open(path).mode == "1"
+    assert read_mask(mask_of(path), 1).tolist() == BINARY.tolist()
+
+
+@pytest.mark.parametrize("kind", ["grey", "grey16", "palette", "rgb", "grey+alpha"])
+def test_masks_of_indices(tmp_path, kind):
+    path = tmp_path / "m.png"
+    if kind == "palette":
+        index_image(GREYS).save(path)
+    elif kind == "rgb":
+        save(path, np.stack([GREYS] * 3, axis=-1))
+    elif kind == "grey+alpha":
+        save(path, np.stack([GREYS, np.full_like(GREYS, 255)], axis=-1))
+    else:
+        save(path, GREYS, np.uint16 if kind == "grey16" else np.uint8)
+    assert read_mask(mask_of(path), 3).tolist() == GREYS.tolist()
+
+
+@pytest.mark.parametrize("num_classes", [1, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_masks_are_thresholded(tmp_path, num_classes, channels):
+    expected = np.zeros((32, 32), int)
+    expected[5:21, 9:30] = 1
+    pixels = 255 * expected if channels == 1 else np.stack([255 * expected] * 3, axis=-1)
+    path = save(tmp_path / "m.jpg", pixels, quality=75)
+    assert len(np.unique(np.asarray(Image.open(path)))) > 2  # the compression did blur it
+    assert (read_mask(mask_of(path), num_classes) == expected).all()
+
+
+def test_jpeg_masks_of_classes_or_colours_are_refused(tmp_path):
+    path = save(tmp_path / "m.jpg", GREYS)
+    assert "save masks of colours" in error_of(read_mask, mask_of(path), 3)
+    assert "is a JPEG" in error_of(read_mask, mask_of(path), 1, ["#000000", "#ff0000"])
+
+
+def test_coloured_masks_of_a_binary_task(tmp_path):
+    path = save(tmp_path / "m.png", [[[0, 0, 0], [0, 0, 7], [128, 0, 0]]])
+    assert read_mask(mask_of(path), 1).tolist() == [[0, 1, 1]]
+
+
+PALETTE = ["#000000", "#ff0000", "#00ff00"]
+
+
+def test_coloured_masks_with_a_palette(tmp_path):
+    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]])
+    path = save(tmp_path / "rgb.png", colors[GREYS])
+    assert read_mask(mask_of(path), 3, PALETTE).tolist() == GREYS.tolist()
+    # a palette image's own indices give way to its colours
+    swapped = [PALETTE[0], PALETTE[2], PALETTE[1]]
+    index_image(GREYS).save(tmp_path / "p.png")
+    mask = read_mask(mask_of(tmp_path / "p.png"), 3, swapped)
+    assert mask.tolist() == np.array([0, 2, 1])[GREYS].tolist()
+    # greys are colours too
+    path = save(tmp_path / "grey.png", [[0, 85, 255]])
+    assert read_mask(mask_of(path), 3, ["#000000", "#555555", "#ffffff"]).tolist() == [[0, 1, 2]]
+    path = save(tmp_path / "two.png", [[[0, 0, 0], [255, 0, 0]]])
+    assert read_mask(mask_of(path), 1, PALETTE[:2]).tolist() == [[0, 1]]
+
+
+def test_colours_without_or_beyond_the_palette(tmp_path):
+    path = save(tmp_path / "m.png", [[[0, 0, 0], [255, 0, 0], [0, 0, 255]]])
+    message = error_of(read_mask, mask_of(path), 3)
+    assert "#000000, #0000ff, #ff0000" in message and "--palette" in message
+    message = error_of(read_mask, mask_of(path), 3, PALETTE)
+    assert "--palette lacks: #0000ff;" in message and str(path) in message
+
+
+@pytest.mark.parametrize(
+    "palette", [PALETTE[:2], [*PALETTE, "#ffffff"], ["#000000"] * 3, ["#000000", "x", "#fff"]]
+)
+def test_palettes_that_do_not_fit(palette):
+    assert "--palette" in error_of(SegmentationDataset, [], 8, 3, palette)
+    assert "--palette" in error_of(check_samples, [], 3, palette)
+
+
+@pytest.mark.parametrize(
+    ("values", "num_classes"),
+    [([0, 1, 2], 1), ([0, 2], 1), ([0, 128, 255], 1), ([0, 1, 255], 2), ([0, 1, 3], 3)],
+)
+def test_labels_beyond_the_classes(tmp_path, values, num_classes):
+    path = save(tmp_path / "m.png", [values])
+    message = error_of(read_mask, mask_of(path), num_classes)
+    assert message.startswith(f"train.csv row 2: mask {path} has the labels ")
+    assert f"labels {', '.join(map(str, values))}, beyond" in message
+    assert "--num-classes" in message
+
+
+# --- checking before a run
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return [
+        Sample(*random_pair(tmp_path, f"s{i}", (9 + i, 12), seed=i), f"train.csv row {i + 2}")
+        for i in range(5)
+    ]
+
+
+def test_check_samples_reports_progress(samples):
+    calls = []
+    check_samples(samples, 1, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(i, 5) for i in range(1, 6)]
+
+
+def test_check_samples_names_the_first_bad_row(samples):
+    save(samples[3].mask, np.zeros((3, 4)))
+    save(samples[1].mask, np.full((10, 12), 9))
+    message = error_of(check_samples, samples, 1)
+    assert message.startswith("train.csv row 3: ") and "labels 9, beyond" in message
+
+
+def test_sizes_that_differ(samples):
+    save(samples[2].mask, np.zeros((3, 4)))
+    dataset = SegmentationDataset(samples, 8, 1)
+    for call, argument in ((check_samples, (samples, 1)), (dataset.__getitem__, (2,))):
+        message = error_of(call, *argument)
+        assert message.startswith("train.csv row 4: ")
+        assert "12x11" in message and "4x3" in message and samples[2].mask.name in message
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("damage", ["truncated", "no image", "absent"])
+@pytest.mark.parametrize("which", ["image", "mask"])
+def test_unreadable_files(tmp_path, suffix, damage, which):
+    noise = 255 * np.random.default_rng(0).integers(0, 2, (64, 64))
+    paths = {name: save(tmp_path / f"{name}.{suffix}", noise) for name in ("image", "mask")}
+    bad = paths[which]
+    if damage == "truncated":
+        bad.write_bytes(bad.read_bytes()[: bad.stat().st_size * 2 // 3])
+    elif damage == "no image":
+        bad.write_text("hello")
+    else:
+        bad.unlink()
+    sample = sample_of(paths["image"], paths["mask"])
+    dataset = SegmentationDataset([sample], 8, 1)
+    for call, argument in ((check_samples, ([sample], 1)), (dataset.__getitem__, (0,))):
+        message = error_of(call, *argument)
+        assert message.startswith(f"train.csv row 2: {which} {bad} cannot be read (")
+
+
+# --- items
+
+
+def test_item_shapes_and_values(samples):
+    item = SegmentationDataset(samples, 16, 1)[1]
+    assert item["image"].shape == (3, 16, 16) and item["image"].dtype == torch.float32
+    assert item["image"].min() >= 0 and item["image"].max() <= 1
+    assert item["mask"].shape == (16, 16) and item["mask"].dtype == torch.int64
+    assert item["index"] == 1 and item["name"] == "s1.png"
+
+
+def test_item_at_its_own_size_is_the_file(tmp_path):
+    image, mask = random_pair(tmp_path, "a", (8, 8))
+    item = SegmentationDataset([sample_of(image, mask)], 8, 1)[0]
+    pixels = np.asarray(Image.open(image)).astype(np.float32) / 255
+    torch.testing.assert_close(item["image"], torch.from_numpy(pixels).permute(2, 0, 1))
+    assert (item["mask"].numpy() == np.asarray(Image.open(mask)) // 255).all()
+
+
+def test_item_is_squashed_with_antialiasing_and_nearest_labels(tmp_path):
+    # alternate black and white columns average to grey; sampling without antialiasing would not
+    columns = np.tile([0, 255], (8, 32))
+    image = save(tmp_path / "a.png", columns)
+    mask = save(tmp_path / "m.png", np.repeat([[0, 1, 2, 0]], 8, axis=0).repeat(16, axis=1))
+    item = SegmentationDataset([sample_of(image, mask)], 8, 3)[0]
+    inner = item["image"][:, :, 1:-1]
+    assert (inner - 0.5).abs().max() < 0.02  # rounding to 8 bits and the filter's ripple
+    assert item["mask"].tolist() == [[0, 0, 1, 1, 2, 2, 0, 0]] * 8
+
+
+def test_bicubic_overshoot_is_clamped(tmp_path):
+    image = save(tmp_path / "a.png", np.tile([0, 0, 255, 255], (4, 1)))
+    values = SegmentationDataset([sample_of(image)], 32, 1)[0]["image"]
+    assert values.min() == 0 and values.max() == 1
+
+
+def test_item_without_mask_and_names_of_nested_images(tmp_path):
+    paths = [save(tmp_path / name, np.zeros((4, 4))) for name in ("x/a.png", "y/z/a.png")]
+    dataset = SegmentationDataset([sample_of(path) for path in paths], 4, 1)
+    assert [dataset[i]["name"] for i in range(2)] == ["x/a.png", "y/z/a.png"]
+    assert "mask" not in dataset[0]
+    check_samples(dataset.samples, 1)
+
+
+# --- flips
+
+
+def flips_of(dataset, samples, epoch):
+    """Which items differ from the unflipped ones; they must then be their mirror images."""
+    plain = SegmentationDataset(samples, dataset.image_size, dataset.num_classes)
+    dataset.set_epoch(epoch)
+    flipped = []
+    for i in range(len(samples)):
+        item, upright = dataset[i], plain[i]
+        flipped.append(not torch.equal(item["image"], upright["image"]))
+        for key in ("image", "mask"):
+            expected = upright[key].flip(-1) if flipped[-1] else upright[key]
+            assert torch.equal(item[key], expected)
+    return flipped
+
+
+def test_flips_move_image_and_mask_alike_and_depend_on_seed_epoch_and_index(samples):
+    dataset = SegmentationDataset(samples, 16, 1, flip=True, seed=5)
+    epochs = [flips_of(dataset, samples, epoch) for epoch in range(12)]
+    again = SegmentationDataset(samples, 16, 1, flip=True, seed=5)
+    assert flips_of(again, samples, 7) == epochs[7]  # a resumed run
+    assert len(set(map(tuple, epochs))) > 1 and any(len(set(row)) > 1 for row in epochs)
+    other = SegmentationDataset(samples, 16, 1, flip=True, seed=6)
+    assert [flips_of(other, samples, epoch) for epoch in range(12)] != epochs
+
+
+def test_flips_are_half_of_all(samples):
+    dataset = SegmentationDataset(samples[:1] * 4000, 1, 1, flip=True)
+    share = np.mean([dataset._is_flipped(i) for i in range(4000)])
+    assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(4000)  # four standard deviations
+
+
+def test_flips_in_lasting_workers_follow_the_epoch(samples):
+    dataset = SegmentationDataset(samples, 8, 1, flip=True)
+    loader = DataLoader(
+        dataset, batch_size=2, collate_fn=collate, num_workers=2, persistent_workers=True
+    )
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        expected = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
+        loaded = torch.cat([batch["image"] for batch in loader])
+        assert torch.equal(loaded, expected)
+
+
+# --- batches
+
+
+def test_collate(samples):
+    dataset = SegmentationDataset(samples, 8, 1)
+    batch = collate([dataset[3], dataset[1]])
+    assert batch["image"].shape == (2, 3, 8, 8) and batch["mask"].shape == (2, 8, 8)
+    assert batch["index"].tolist() == [3, 1] and batch["name"] == ["s3.png", "s1.png"]
+    assert collate([]) is None
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (9, 4), (8, 4), (3, 4), (1, 1)])
+def test_global_batches_are_the_same_for_any_number_of_processes(
+    count, batch_size, world_size, shuffle
+):
+    alone = GlobalBatches(count, batch_size, shuffle=shuffle, seed=1)
+    shares = [
+        GlobalBatches(count, batch_size, rank, world_size, shuffle=shuffle, seed=1)
+        for rank in range(world_size)
+    ]
+    for epoch in (0, 3):
+        for batches in (alone, *shares):
+            batches.set_epoch(epoch)
+        whole = list(alone)
+        assert sorted(itertools.chain(*whole)) == list(range(count))
+        assert all(len(share) == len(whole) for share in shares)
+        for step, (batch, *parts) in enumerate(zip(whole, *shares, strict=True)):
+            assert alone.global_size(step) == len(batch) == sum(map(len, parts))
+            merged = [part[i] for i in range(len(batch)) for part in parts if i < len(part)]
+            assert merged == batch
+
+
+def test_global_batches_order_depends_on_seed_and_epoch():
+    def order(epoch, **options):
+        batches = GlobalBatches(20, 20, **options)
+        batches.set_epoch(epoch)
+        return next(iter(batches))
+
+    orders = [order(epoch, seed=seed) for seed in (0, 1, -1) for epoch in (0, 1)]
+    assert len(set(map(tuple, orders))) == 6
+    assert order(1, seed=1) == orders[3]
+    assert order(1, shuffle=False) == list(range(20))
+
+
+def test_global_batches_through_a_loader_with_an_empty_share(samples):
+    dataset = SegmentationDataset(samples, 8, 1)
+    batches = GlobalBatches(5, 4, rank=1, world_size=2, shuffle=False)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+    first, last = loader
+    assert first["index"].tolist() == [1, 3] and last is None
+
+
+def test_global_batches_refuse_wrong_arguments():
+    assert "batch size" in error_of(GlobalBatches, 4, 0)
+    with pytest.raises(ValueError, match="rank"):
+        GlobalBatches(4, 2, rank=2, world_size=2)
+
+
+# --- the demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    pytest.importorskip("nilearn")
+    root = tmp_path_factory.mktemp("demo") / "new" / "mni152"
+    write_mni152(root)
+    return root
+
+
+def test_demo_splits_lie_apart(demo):
+    splits = load_splits("mni152", demo)
+    planes = {
+        split: {int(sample.image.stem[1:]) for sample in samples}
+        for split, samples in splits.items()
+    }
+    assert {split: len(samples) for split, samples in splits.items()} == {
+        "train": 60,
+        "val": 12,
+        "test": 18,
+        "arch": 16,
+    }
+    for split in planes:
+        for other in planes.keys() - {split}:
+            assert min(abs(a - b) for a in planes[split] for b in planes[other]) > 4
+
+
+def test_demo_images_and_labels(demo):
+    samples = list(itertools.chain(*load_splits("mni152", demo).values()))
+    check_samples(samples, 3)
+    intensity = {0: [], 1: [], 2: []}
+    for sample in samples:
+        image = Image.open(sample.image)
+        assert image.mode == "L" and image.size == (192, 192)
+        mask = read_mask(sample, 3)
+        assert set(np.unique(mask)) == {0, 1, 2}
+        for label, values in intensity.items():
+            values.append(np.asarray(image)[mask == label])
+        # the window cuts no brain off
+        assert not any(edge.any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    background, grey, white = (np.median(np.concatenate(values)) for values in intensity.values())
+    assert background < grey < white  # as in any T1 image
+
+
+def test_demo_is_upright_and_not_mirrored(demo):
+    from nilearn import datasets
+
+    template = datasets.load_mni152_template(resolution=1)
+    # voxel indices grow to the right and to the front of the head
+    assert np.array_equal(template.affine[:3, :3], np.eye(3))
+    for z in (20, 84, 149):
+        image = np.asarray(Image.open(demo / f"images/z{z:03d}.png"))
+        plane = template.get_fdata()[2:194, 22:214, z]  # (x, y), the window around the brain
+        front_up = plane.T[::-1]
+        assert np.abs(image - 255 * front_up).max() < 0.51  # rounding to 8 bits
+
+
+def test_demo_appears_whole_and_is_left_alone_afterwards(demo):
+    assert os.listdir(demo.parent) == ["mni152"]
+    before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
+    write_mni152(demo)
+    assert before == {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
+
+
+def test_demo_does_not_overwrite_another_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    assert "not the demo data set" in error_of(write_mni152, tmp_path)
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_demo_without_nilearn_says_how_to_install_it(tmp_path, monkeypatch):
+    real_import = builtins.__import__
+
+    def without_nilearn(name, *args, **kwargs):
+        if name.split(".")[0] == "nilearn":
+            raise ModuleNotFoundError("No module named 'nilearn'")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_nilearn)
+    assert 'pip install "naslora[demo]"' in error_of(write_mni152, tmp_path / "new" / "demo")
+    assert os.listdir(tmp_path) == []

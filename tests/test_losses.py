@@ -1,0 +1,170 @@
+"""The losses against NumPy in float64, and where maps are empty or logits saturated."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from naslora.losses import segmentation_loss
+from naslora.segmentation import SegmentationOutput
+
+# Between float32 sums over a map and float64 ones: 256 terms of relative rounding 6e-8 each.
+TOLERANCE = 1e-5
+SIZE, CLASSES, TOKENS = 16, 3, 4
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x, axis=-1):
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def bce(logits, mask):
+    p = sigmoid(logits)
+    return -(mask * np.log(p) + (1 - mask) * np.log(1 - p)).mean()
+
+
+def dice(probability, mask):
+    return 1 - (2 * (probability * mask).sum() + 1) / (probability.sum() + mask.sum() + 1)
+
+
+def binary(logits, target, **weights):
+    masks = torch.as_tensor(np.asarray(logits), dtype=torch.float32)[:, None]
+    labels = torch.as_tensor(np.asarray(target))
+    return segmentation_loss(SegmentationOutput(masks, None), labels, **weights)
+
+
+@pytest.fixture
+def drawn():
+    """Mask logits (2, Q, S, S), class logits (2, Q, K + 1) and labels (2, S, S), as NumPy."""
+    rng = np.random.default_rng(0)
+    masks = 3 * rng.standard_normal((2, TOKENS, SIZE, SIZE))
+    classes = 2 * rng.standard_normal((2, TOKENS, CLASSES + 1))
+    return masks, classes, rng.integers(0, CLASSES, (2, SIZE, SIZE))
+
+
+def as_output(masks, classes, dtype=torch.float32):
+    masks = torch.tensor(masks, dtype=dtype, requires_grad=True)
+    classes = torch.tensor(classes, dtype=dtype, requires_grad=True)
+    return SegmentationOutput(masks, classes)
+
+
+def test_binary_is_the_mean_of_bce_plus_dice():
+    rng = np.random.default_rng(1)
+    logits, target = rng.standard_normal((3, 8, 8)), rng.integers(0, 2, (3, 8, 8))
+    expected = np.mean(
+        [bce(x, y) + dice(sigmoid(x), y) for x, y in zip(logits, target, strict=True)]
+    )
+    loss = binary(logits, target, lambda_seg=0.5, lambda_cls=7.0)
+    assert float(loss) == pytest.approx(0.5 * expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "logit, label, expected",
+    [
+        (40.0, 1, 0.0),  # all right: BCE 0, Dice 1 - (2 n + 1) / (2 n + 1)
+        (-40.0, 0, 0.0),  # rightly empty: 1 - 1 / 1
+        (
+            40.0,
+            0,
+            40 + 1 - 1 / 65,
+        ),  # all of n = 64 wrong: BCE is the logit
+        (-40.0, 1, 40 + 1 - 1 / 65),
+        (0.0, 1, np.log(2) + 1 - 65 / 97),  # undecided: overlap 2 * 32 + 1 over 32 + 64 + 1
+    ],
+)
+def test_binary_by_hand(logit, label, expected):
+    loss = binary(np.full((1, 8, 8), logit), np.full((1, 8, 8), label))
+    assert float(loss) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_pixel_loss(drawn):
+    masks, classes, labels = drawn
+    scores = np.einsum("bqk,bqhw->bkhw", softmax(classes)[..., :-1], sigmoid(masks))
+    p = scores / scores.sum(1, keepdims=True)
+    y = np.stack([labels == k for k in range(CLASSES)], 1).astype(float)
+    cross_entropy = -np.log((p * y).sum(1)).mean()
+    entropies = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
+    dices = np.mean([dice(p[b, k], y[b, k]) for b in range(2) for k in range(CLASSES)])
+    loss = segmentation_loss(as_output(masks, classes), torch.tensor(labels), "pixel", 0.5, 2.0)
+    # The scores are smoothed by 1e-6 before they are normalised.
+    assert loss.item() == pytest.approx(0.5 * (entropies + dices) + 2 * cross_entropy, rel=1e-4)
+
+
+def matching_by_brute_force(masks, classes, labels, lambda_seg, lambda_cls):
+    """One image: tries every assignment of tokens to the classes present."""
+    present = np.unique(labels)
+    truth = [(labels == k).astype(float) for k in present]
+    fit = np.array([[bce(m, y) + dice(sigmoid(m), y) for m in masks] for y in truth])
+    probability = softmax(classes)
+
+    def cost(tokens):
+        pairs = list(enumerate(tokens))
+        return sum(
+            lambda_seg * fit[i, q] - lambda_cls * probability[q, present[i]] for i, q in pairs
+        )
+
+    tokens = min(itertools.permutations(range(len(masks)), len(present)), key=cost)
+    wanted = np.full(len(masks), CLASSES)
+    wanted[list(tokens)] = present
+    weight = np.where(wanted == CLASSES, 0.1, 1.0)
+    nll = -np.log(probability[np.arange(len(masks)), wanted])
+    segmentation = np.mean([fit[i, q] for i, q in enumerate(tokens)])
+    return lambda_seg * segmentation + lambda_cls * (weight * nll).sum() / weight.sum()
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("absent", [None, 0, 2])
+def test_matching_finds_the_best_assignment(drawn, weights, absent):
+    masks, classes, labels = drawn
+    if absent is not None:
+        labels[labels == absent] = 1
+    expected = np.mean(
+        [
+            matching_by_brute_force(*image, *weights)
+            for image in zip(masks, classes, labels, strict=True)
+        ]
+    )
+    loss = segmentation_loss(as_output(masks, classes), torch.tensor(labels), "matching", *weights)
+    assert loss.item() == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_matching_is_the_default(drawn):
+    masks, classes, labels = drawn
+    output, labels = as_output(masks, classes), torch.tensor(labels)
+    assert segmentation_loss(output, labels) == segmentation_loss(output, labels, "matching")
+
+
+@pytest.mark.parametrize("class_loss", ["pixel", "matching"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("one_class", [False, True])
+def test_gradients_are_finite(drawn, class_loss, dtype, scale, one_class):
+    masks, classes, labels = drawn
+    output = as_output(scale * masks, scale * classes, dtype)
+    labels = torch.tensor(labels) * (0 if one_class else 1)
+    loss = segmentation_loss(output, labels, class_loss)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert output.masks.grad.isfinite().all() and output.classes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logit", [-1e4, 0.0, 1e4])
+@pytest.mark.parametrize("label", [0, 1])
+def test_binary_gradients_are_finite(dtype, logit, label):
+    masks = torch.full((1, 1, 8, 8), logit, dtype=dtype, requires_grad=True)
+    loss = segmentation_loss(SegmentationOutput(masks, None), torch.full((1, 8, 8), label))
+    loss.backward()
+    assert loss.isfinite() and masks.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("class_loss", ["pixel", "matching"])
+def test_a_nan_in_the_output_becomes_a_nan_loss(drawn, class_loss):
+    masks, classes, labels = drawn
+    output = as_output(np.full_like(masks, np.nan), classes)
+    assert segmentation_loss(output, torch.tensor(labels), class_loss).isnan()

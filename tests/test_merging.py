@@ -1,0 +1,586 @@
+"""Merging and its reports, against weights and errors that the tests compute themselves."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from segment_anything.modeling import ImageEncoderViT
+from torch import nn
+from torch.testing import assert_close
+
+from naslora import NASLoRAConfig, NASLoRALinear, UserError, inject, merge, unmerge
+from naslora.cell import FoldedCell
+from naslora.injection import adapter_layers
+from naslora.merging import NOISE_GRID, MergedNASLoRALinear, restore_merged
+from naslora_kernels import OPERATIONS
+
+torch.set_num_threads(1)
+
+SIZE, DEPTH = 64, 2
+AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
+SKIP = OPERATIONS.index("skip_connect")
+NEVER = -1e4  # exp(-1e4) is zero, in float64 as well
+
+
+def build_encoder() -> ImageEncoderViT:
+    """An unmodified segment_anything encoder: 4 x 4 tokens, a windowed and a global block."""
+    torch.manual_seed(0)
+    return ImageEncoderViT(
+        img_size=SIZE,
+        embed_dim=32,
+        depth=DEPTH,
+        num_heads=2,
+        out_chans=16,
+        use_rel_pos=True,
+        window_size=3,
+        global_attn_indexes=(1,),
+    ).eval()
+
+
+def randomize(module: nn.Module, seed: int = 3) -> None:
+    """Gives the adapters the look of trained ones: nothing at its start, statistics included."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in adapter_layers(module):
+        with torch.no_grad():
+            if layer.alpha is not None:
+                layer.alpha.normal_(generator=generator)
+            layer.lora_B.normal_(std=0.02, generator=generator)
+            for name, value in layer.state_dict().items():
+                if name.startswith("cell.") and value.is_floating_point():
+                    noise = 0.3 * torch.randn(value.shape, generator=generator)
+                    value.add_(noise.abs() if "var" in name else noise)
+
+
+def adapted_encoder(**options) -> ImageEncoderViT:
+    model = build_encoder()
+    inject(model, NASLoRAConfig(**options))
+    randomize(model)
+    return model
+
+
+def adapted_layer(dtype=torch.float32, c_in=16, c_out=12, **options) -> nn.Sequential:
+    """One layer, as the child of a model whose state dict calls it ``qkv``."""
+    torch.manual_seed(1)
+    model = nn.Sequential()
+    model.add_module("qkv", nn.Linear(c_in, c_out).to(dtype))
+    inject(model, NASLoRAConfig(target="qkv", **options))
+    randomize(model)
+    return model.eval()
+
+
+def tokens(*shape: int, dtype=torch.float32, seed: int = 8) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def images(seed: int = 5) -> torch.Tensor:
+    return tokens(2, 3, SIZE, SIZE, seed=seed)
+
+
+def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
+    return (difference.double().norm() / reference.double().norm()).item()
+
+
+def centre_map(layer: NASLoRALinear) -> np.ndarray:
+    """M (r, r) of mode "center", from its definition: what each operation does with one token."""
+    mixture = np.exp(layer.alpha.detach().double().numpy())
+    mixture /= mixture.sum()
+    matrix = np.eye(layer.rank)
+    channels = layer.channels.numpy()
+    block = (mixture[SKIP] + mixture[AVG_POOL] / 9) * np.eye(len(channels))
+    names = ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")
+    for i, name in enumerate(names):
+        depthwise = getattr(layer.cell, name).detach().double().numpy()
+        middle = depthwise.shape[-1] // 2
+        pointwise = layer.cell.pw[i].detach().double().numpy()
+        block += mixture[i] * pointwise * depthwise[:, middle, middle]
+    for row, out in enumerate(channels):
+        for column, source in enumerate(channels):
+            matrix[out, source] = block[row, column]
+    return matrix
+
+
+# ---------------------------------------------------------------- exact
+
+
+RATIOS = [0, 1 / 3, 2 / 3, 1]
+
+# float32 rounds at 6e-8. The cell adds some hundred products and the layer some ten more, in
+# another order and with the weights of the operations multiplied in beforehand: a few 1e-6.
+# 16-bit outputs are rounded to 2**-9 (bfloat16) or 2**-12 (float16) of their own size, the folded
+# weight as well, and the convolution and the poolings on the way: some five roundings.
+ROUNDING = {torch.float32: 5e-6, torch.bfloat16: 5 * 2**-9, torch.float16: 5 * 2**-12}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("preset", ["linear", "paper"])
+def test_exact_equals_the_unmerged_layer(preset, ratio, dtype):
+    model = adapted_layer(dtype, preset=preset, channel_ratio=ratio)
+    for shape in [(2, 7, 7, 16), (1, 1, 1, 16), (2, 3, 10, 16), (2, 25, 16)]:
+        x = tokens(*shape, dtype=dtype)
+        expected = model(x)
+        merge(model, "exact")
+        merged = model(x)
+        unmerge(model)
+        assert merged.dtype == dtype and merged.shape == expected.shape
+        assert relative(merged - expected, expected) < ROUNDING[dtype]
+        # Not by the adapter being small: it does change the output.
+        assert relative(model.qkv.base(x) - expected, expected) > 5 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("preset", ["linear", "paper"])
+def test_exact_equals_the_unmerged_encoder(preset, ratio):
+    model = adapted_encoder(preset=preset, channel_ratio=ratio)
+    with torch.no_grad():
+        expected = model(images())
+        assert relative(build_encoder()(images()) - expected, expected) > 1e-3
+        merge(model)
+        # Two blocks and the neck after them carry the rounding of a layer on.
+        assert relative(model(images()) - expected, expected) < 1e-5
+
+
+def test_exact_with_permuted_channels():
+    model = adapted_layer(rank=5, channel_ratio=0.6)
+    model.qkv.channels.copy_(torch.tensor([4, 0, 2]))
+    x = tokens(2, 6, 6, 16)
+    expected = model(x)
+    merge(model)
+    assert relative(model(x) - expected, expected) < ROUNDING[torch.float32]
+
+
+def test_plain_lora_merges_into_a_linear():
+    model = adapted_layer(channel_ratio=0)
+    layer = model.qkv
+    report = merge(model)
+    assert type(model.qkv) is nn.Linear
+    update = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    assert_close(model.qkv.weight, (layer.base.weight.double() + update).float(), rtol=0, atol=1e-7)
+    assert report.max_update_error < 1e-5
+
+
+def test_a_declared_grid_survives():
+    model = adapted_layer()
+    model.qkv.grid = (3, 5)
+    x = tokens(2, 15, 16)
+    expected = model(x)
+    merge(model)
+    assert relative(model(x) - expected, expected) < ROUNDING[torch.float32]
+
+
+def test_exact_under_autocast():
+    model = adapted_layer()
+    x = tokens(2, 6, 6, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(x)
+        merge(model)
+        merged = model(x)
+    assert merged.dtype == expected.dtype == torch.bfloat16
+    # Either side rounds x, the weights and what lies between; see ROUNDING.
+    assert relative(merged - expected, expected) < 2 * ROUNDING[torch.bfloat16]
+
+
+def only(*names: str) -> torch.Tensor:
+    """alpha with equal weights for some operations and exactly none for the others."""
+    alpha = torch.full((8,), NEVER)
+    alpha[[OPERATIONS.index(name) for name in names]] = 0.0
+    return alpha
+
+
+@pytest.mark.parametrize(
+    "operations, size",
+    [
+        (("skip_connect",), 1),
+        (("none",), 1),
+        (("sep_conv_3x3", "skip_connect"), 3),
+        (("sep_conv_5x5",), 5),
+        (("dil_conv_3x3", "avg_pool_3x3"), 5),
+        (("dil_conv_5x5", "sep_conv_3x3"), 9),
+    ],
+    ids=str,
+)
+def test_the_folded_kernel_is_cropped_to_its_taps(operations, size):
+    model = adapted_layer()
+    with torch.no_grad():
+        model.qkv.alpha.copy_(only(*operations))
+    x = tokens(2, 6, 6, 16)
+    expected = model(x)
+    merge(model)
+    assert model.qkv.mixture.kernel.shape == (2, 2, size, size)
+    assert relative(model(x) - expected, expected) < ROUNDING[torch.float32]
+
+
+def test_pooling_without_weight_is_not_computed(monkeypatch):
+    pooled = []
+    for name in ("avg_pool2d", "max_pool2d"):
+        function = getattr(torch.nn.functional, name)
+        monkeypatch.setattr(
+            torch.nn.functional,
+            name,
+            lambda *args, name=name, function=function, **kw: (
+                pooled.append(name) or function(*args, **kw)
+            ),
+        )
+    z = tokens(1, 4, 4, 2)
+    kernel = tokens(2, 2, 3, 3)
+    for weights, expected in [
+        ((0.0, 0.0), []),
+        ((0.5, 0.0), ["avg_pool2d"]),
+        ((0.0, 0.5), ["max_pool2d"]),
+        ((1e-30, 0.5), ["avg_pool2d", "max_pool2d"]),
+    ]:
+        pooled.clear()
+        FoldedCell(kernel, torch.tensor(weights))(z)
+        assert pooled == expected
+
+
+def test_merged_layers_restore_from_their_state_dict():
+    for preset in ("linear", "paper"):
+        model = adapted_encoder(preset=preset)
+        names = [name for name, _ in adapter_layers(model)]
+        merge(model)
+        tensors = model.state_dict()
+        other = build_encoder()
+        restore_merged(other, names, tensors)
+        other.load_state_dict(tensors)
+        with torch.no_grad():
+            assert torch.equal(other(images()), model(images()))
+
+
+def test_an_exactly_merged_layer_compiles_in_one_graph():
+    model = adapted_layer()
+    merge(model)
+    x = tokens(2, 25, 16)
+    compiled = torch.compile(model.qkv, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), model(x))
+
+
+# ---------------------------------------------------------------- center
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_center_is_the_original_module_with_the_folded_weight(ratio):
+    model = adapted_layer(channel_ratio=ratio)
+    layer = model.qkv
+    token_map = centre_map(layer) if ratio else np.eye(3)
+    update = layer.lora_B.detach().double().numpy() @ token_map
+    update = update @ layer.lora_A.detach().double().numpy()
+    expected = layer.base.weight.double() + layer.scaling * torch.from_numpy(update)
+    merge(model, "center")
+    assert type(model.qkv) is nn.Linear
+    # Summed in float64 and rounded once; weights are below 1.
+    assert_close(model.qkv.weight.double(), expected, rtol=2**-23, atol=1e-8)
+    assert torch.equal(model.qkv.bias, layer.base.bias)
+
+
+def test_center_with_permuted_channels():
+    model = adapted_layer(rank=5, channel_ratio=0.6)
+    layer = model.qkv
+    layer.channels.copy_(torch.tensor([4, 0, 2]))
+    update = layer.lora_B.double() @ torch.from_numpy(centre_map(layer)) @ layer.lora_A.double()
+    merge(model, "center")
+    expected = layer.base.weight.double() + layer.scaling * update
+    assert_close(model.qkv.weight.double(), expected, rtol=2**-23, atol=1e-8)
+
+
+def test_center_loads_strictly_into_an_unmodified_model():
+    model, original = adapted_encoder(), build_encoder()
+    originals = dict(adapter_layers(model))
+    weights = {
+        name: layer.base.weight.double()
+        + layer.scaling
+        * layer.lora_B.double()
+        @ torch.from_numpy(centre_map(layer))
+        @ layer.lora_A.double()
+        for name, layer in originals.items()
+    }
+    merge(model, "center")
+    state = model.state_dict()
+    assert list(state) == list(original.state_dict())
+    assert all(state[key].shape == value.shape for key, value in original.state_dict().items())
+    by_hand = build_encoder()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            by_hand.get_submodule(name).weight.copy_(weight)
+        original.load_state_dict(state, strict=True)
+        assert torch.equal(original(images()), model(images()))
+        # The weights agree to a rounding each; two blocks carry it on.
+        assert relative(original(images()) - by_hand(images()), by_hand(images())) < 1e-6
+
+
+def test_center_is_exact_for_a_pointwise_cell():
+    model = adapted_layer()
+    with torch.no_grad():
+        model.qkv.alpha[[AVG_POOL, MAX_POOL]] = NEVER
+        for depthwise in model.qkv.cell.depthwise:
+            middle = depthwise.shape[-1] // 2
+            taps = depthwise[:, middle, middle].clone()
+            depthwise.zero_()
+            depthwise[:, middle, middle] = taps
+    x = tokens(2, 6, 6, 16)
+    expected = model(x)
+    report = merge(model, "center")
+    assert relative(model(x) - expected, expected) < ROUNDING[torch.float32]
+    assert report.max_update_error < 1e-5
+
+
+# ---------------------------------------------------------------- reports
+
+
+def test_report_on_noise():
+    """The documented noise fed through both layers, by hand."""
+    model = adapted_layer()
+    layer = copy.deepcopy(model.qkv)
+    report = merge(model, "center")
+    noise = torch.randn(*NOISE_GRID, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        h, update = layer(noise), layer(noise) - layer.base(noise)
+        difference = model.qkv(noise) - h
+    (error,) = report.layers
+    assert error.name == "qkv" and (report.mode, report.source) == ("center", "white noise")
+    # The update is a difference of float32 outputs here, and computed alone there.
+    assert error.update_error == pytest.approx(relative(difference, update), rel=1e-4)
+    assert error.output_error == pytest.approx(relative(difference, h), rel=1e-4)
+    assert error.update_error > 0.1  # neighbours were dropped, and the report says so
+
+
+def test_report_on_calibration_batches():
+    """Sums over all batches of what each layer sees in the unmerged model."""
+    model = adapted_encoder().train()
+    batches = [images(seed) for seed in range(3)]
+    layers = dict(adapter_layers(model))
+    seen = {name: [] for name in layers}
+    recorded = copy.deepcopy(model)
+    for name in layers:
+        recorded.get_submodule(name).register_forward_hook(
+            lambda _, inputs, output, name=name: seen[name].append((inputs[0], output))
+        )
+    with torch.no_grad():
+        for batch in batches:
+            recorded(batch)
+    report = merge(model, "center", calibration=iter(batches))
+    assert report.source == "calibration images"
+    assert [error.name for error in report.layers] == list(layers)
+    for error in report.layers:
+        sums = np.zeros(3)
+        for x, h in seen[error.name]:
+            with torch.no_grad():
+                difference = model.get_submodule(error.name)(x) - h
+                update = h - layers[error.name].base(x)
+            sums += [float(v.double().square().sum()) for v in (difference, update, h)]
+        assert error.update_error == pytest.approx((sums[0] / sums[1]) ** 0.5, rel=1e-4)
+        assert error.output_error == pytest.approx((sums[0] / sums[2]) ** 0.5, rel=1e-4)
+    assert report.max_update_error == max(e.update_error for e in report.layers)
+    assert report.mean_update_error == pytest.approx(
+        np.mean([e.update_error for e in report.layers])
+    )
+    assert report.to_dict()["layers"][0]["name"] == report.layers[0].name
+    assert "2 layers" in str(report) and "'center'" in str(report)
+
+
+@pytest.mark.parametrize("preset", ["linear", "paper"])
+def test_exact_reports_rounding(preset):
+    """Of a layer in training mode too: what counts is how it evaluates."""
+    model = adapted_encoder(preset=preset).train()
+    assert merge(model, "exact").max_update_error < 1e-5
+    unmerge(model)
+    assert merge(model, "exact", calibration=[images()]).max_update_error < 1e-5
+
+
+def test_a_fresh_adapter_loses_nothing():
+    model = build_encoder()
+    inject(model, NASLoRAConfig())
+    report = merge(model, "center")
+    assert report.max_update_error == 0.0
+    with torch.no_grad():
+        assert torch.equal(model(images()), build_encoder()(images()))
+
+
+# ---------------------------------------------------------------- unmerge and state
+
+
+def snapshot(model: nn.Module) -> dict:
+    return {
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "training": [module.training for module in model.modules()],
+        "parameters": [(n, id(p), p.requires_grad, p.grad) for n, p in model.named_parameters()],
+        "values": {n: v.numpy().tobytes() for n, v in model.state_dict().items()},
+        "attributes": sorted(vars(model)),
+        "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
+    }
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("mode", ["exact", "center"])
+def test_unmerge_brings_the_very_same_layers_back(mode, calibrated):
+    model = adapted_encoder().train()
+    before = snapshot(model)
+    merge(model, mode, calibration=[images()] if calibrated else None)
+    assert not list(adapter_layers(model))
+    unmerge(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "preset, mode", [("linear", "exact"), ("linear", "center"), ("paper", "exact")]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_merging_keeps_the_training_mode_and_frozen_parameters(preset, mode, training):
+    model = adapted_encoder(preset=preset).train(training)
+    model.neck.requires_grad_(True)
+    model.blocks[0].mlp.train(not training)
+    merge(model, mode, calibration=[images()])
+    assert model.training is training and model.neck.training is training
+    assert model.blocks[0].mlp.training is (not training)
+    assert model.blocks[0].attn.qkv.training is training
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"neck.{name}" for name, _ in model.neck.named_parameters()}
+
+
+def test_statistics_do_not_move_while_merging():
+    model = adapted_encoder(preset="paper").train()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    merge(model, calibration=[images()])
+    merged = model.state_dict()
+    kept = {n: v.clone() for n, v in merged.items()}
+    unmerge(model)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert any(name.endswith("running_mean") for name in merged)
+    model.train()(images())  # training moves them, but not those of the merged copy
+    assert all(torch.equal(merged[n], v) for n, v in kept.items())
+    moved = {n: v for n, v in model.state_dict().items() if "running" in n}
+    assert not any(torch.equal(before[n], v) for n, v in moved.items())
+
+
+def test_paper_stays_in_evaluation_mode_once_merged():
+    model = adapted_encoder(preset="paper")
+    merge(model)
+    with torch.no_grad():
+        expected = model(images())
+        assert torch.equal(model.train()(images()), expected)
+
+
+def test_merging_leaves_the_global_generator_alone():
+    for options in ({}, {"channel_ratio": 0}, {"preset": "paper"}):
+        model = adapted_encoder(**options)
+        state = torch.get_rng_state()
+        merge(model)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", ["exact", "center"])
+def test_a_merged_model_carries_no_originals(mode, monkeypatch):
+    """Its copies and its state are those of the merged model alone."""
+    model = adapted_encoder()
+    merge(model, mode)
+    monkeypatch.setattr(NASLoRALinear, "__deepcopy__", None, raising=False)  # not to be called
+    twin = copy.deepcopy(model)
+    assert b"NASLoRAConfig" not in pickle.dumps(model)
+    assert not any("alpha" in name or "cell" in name for name in model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(twin(images()), model(images()))
+    with pytest.raises(UserError, match="the model is not merged"):
+        unmerge(twin)
+
+
+def test_originals_are_freed_with_the_model():
+    model = adapted_encoder()
+    originals = [weakref.ref(layer) for _, layer in adapter_layers(model)]
+    merge(model)
+    gc.collect()
+    assert all(original() is not None for original in originals)
+    del model
+    gc.collect()
+    assert all(original() is None for original in originals)
+
+
+def test_center_then_the_state_dict_has_no_trace_of_the_adapter():
+    model = adapted_encoder()
+    merge(model, "center")
+    assert not [name for name in model.state_dict() if "lora" in name or "base" in name]
+
+
+def test_exact_keeps_only_what_it_needs():
+    model = adapted_encoder()
+    merge(model)
+    layer = model.blocks[0].attn.qkv
+    assert isinstance(layer, MergedNASLoRALinear)
+    assert set(layer.state_dict()) == {
+        "base.weight",
+        "base.bias",
+        "lora_A",
+        "lora_B",
+        "mixture.kernel",
+        "mixture.pooling",
+    }
+    assert layer.lora_A.shape == (2, 32) and layer.lora_B.shape == (96, 2)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "options, arguments, message",
+    [
+        ({}, {"mode": "magic"}, "mode must be one of exact, center.*, got 'magic'"),
+        ({}, {"calibration": []}, "calibration yielded no batches"),
+        ({"preset": "paper"}, {"mode": "center"}, "'center' cannot fold the preset 'paper'"),
+    ],
+)
+def test_a_refused_merge_changes_nothing(options, arguments, message):
+    model = adapted_encoder(**options).train()
+    before = snapshot(model)
+    with pytest.raises(UserError, match=message) as error:
+        merge(model, **arguments)
+    assert "\n" not in str(error.value)
+    assert snapshot(model) == before
+    with pytest.raises(UserError, match="the model is not merged"):
+        unmerge(model)
+
+
+def test_a_failing_batch_changes_nothing():
+    model = adapted_encoder().train()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="conv2d"):
+        merge(model, calibration=[images(), "no batch"])
+    assert snapshot(model) == before
+
+
+def test_batches_that_miss_a_layer_are_refused():
+    """An error that was not measured is not reported as zero."""
+    model = adapted_encoder()
+    model.blocks[1].forward = nn.Identity().forward
+    before = snapshot(model)
+    with pytest.raises(UserError, match=r"no calibration batch reached .* blocks\.1\.attn\.qkv"):
+        merge(model, "center", calibration=[images()])
+    assert snapshot(model) == before
+
+
+def test_merging_twice_is_refused():
+    model = adapted_encoder()
+    merge(model)
+    before = snapshot(model)
+    with pytest.raises(UserError, match="merged already; call unmerge"):
+        merge(model, "center")
+    assert snapshot(model) == before
+
+
+def test_nothing_to_merge_or_unmerge():
+    model = build_encoder()
+    with pytest.raises(UserError, match="no NAS-LoRA layers"):
+        merge(model)
+    with pytest.raises(UserError, match="not merged"):
+        unmerge(model)
+
+
+def test_merge_unmerge_merge():
+    model = adapted_encoder()
+    first = merge(model, "center")
+    unmerge(model)
+    assert merge(model, "center") == first
+    unmerge(model)
+    merge(model, "exact")

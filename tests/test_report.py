@@ -1,0 +1,346 @@
+"""The report holds what the run measured, needs nothing beside it, and survives what is absent."""
+
+import copy
+import math
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from naslora.report import STAGE_2_LABEL, Panel, write_report
+
+OPERATIONS = [
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+    "avg_pool_3x3",
+    "max_pool_3x3",
+    "skip_connect",
+    "none",
+]
+LAYERS = [f"encoder.blocks.{index}.attn.qkv" for index in range(3)]
+VOID = {"meta", "img", "wbr"}
+HOSTILE = "<script>alert('1')</script>\"&$\\frac{"
+
+
+class Reader(HTMLParser):
+    """Checks that every element is closed in order; collects what the tests ask about."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.images, self.text = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.images += [attrs] if tag in ("img", "svg") else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def scores(dice):
+    return {
+        "dice": dice,
+        "iou": dice / (2 - dice),
+        "accuracy": 0.9512,
+        "per_class": {
+            "grey": {"dice": dice - 0.01, "iou": 0.7},
+            "white": {"dice": 0.8, "iou": 0.7},
+        },
+    }
+
+
+def layer_errors(error):
+    return [{"name": name, "update_error": error, "output_error": error / 10} for name in LAYERS]
+
+
+def epoch(index, stage):
+    return {
+        "epoch": index,
+        "stage": stage,
+        "train_loss": 1.0 / (1 + index),
+        "arch_loss": 0.5 if stage == 2 else None,
+        "val_loss": 0.8,
+        "val_dice": 0.5 + 0.1 * index,
+        "val_iou": 0.4,
+        "learning_rate": 1e-4,
+        "entropy": 2.0,
+        "seconds": {"weights": 2.0, "architecture": stage - 1.0, "evaluation": 0.5},
+    }
+
+
+def panel(side=24, name="slice 7", truth=True):
+    labels = np.arange(side * side).reshape(side, side) % 3
+    image = np.full((side, side, 3), 90, dtype=np.uint8)
+    return Panel(name, image, labels if truth else None, labels, 0.8765 if truth else None)
+
+
+@pytest.fixture
+def run():
+    uniform = [[1 / 8] * 8] * 3
+    final = [[0.3] + [0.1] * 7] * 3
+    return {
+        "config": {"method": "nas-pc-lora", "model": "vit_t", "dataset": "demo", "rank": 3},
+        "metrics": {
+            "test": scores(0.8421),
+            "val": scores(0.8532),
+            "best_epoch": 2,
+            "test_merged": {"exact": scores(0.8421), "center": scores(0.8021)},
+            "merge": {
+                "exact": {"source": "white noise", "layers": layer_errors(2e-7)},
+                "center": {"source": "white noise", "layers": layer_errors(0.45)},
+            },
+            "trainable_parameters": 4_123_456,
+            "parameters": {
+                "frozen": 5_000_000,
+                "decoder": 4_000_000,
+                "adapter": 123_432,
+                "architecture": 24,
+            },
+            "seconds": 171.3,
+            "images": {"train": 78, "arch": 20, "val": 21, "test": 24},
+        },
+        "history": [epoch(0, 1), epoch(1, 1), epoch(2, 2), epoch(3, 2)],
+        "operations": {
+            "operations": OPERATIONS,
+            "layers": LAYERS,
+            "epochs": [{"epoch": -1, "softmax": uniform}, {"epoch": 3, "softmax": final}],
+        },
+        "panels": [panel(), panel(name="no truth", truth=False)],
+        "class_names": ["background", "grey", "white"],
+    }
+
+
+@pytest.fixture
+def report(tmp_path):
+    def write(**parts):
+        path = tmp_path / "report.html"
+        write_report(path, **parts)
+        return path.read_text(encoding="utf-8")
+
+    return write
+
+
+MINIMAL = {
+    "config": {},
+    "metrics": {},
+    "history": [],
+    "operations": None,
+    "panels": [],
+    "class_names": [],
+}
+
+
+def headings(text):
+    return re.findall(r"<h2>(.*?)</h2>", text)
+
+
+def table_row(text, first):
+    """The cells that follow the row heading ``first``."""
+    cells = re.search(rf'<th scope="row">{re.escape(first)}</th>(.*?)</tr>', text).group(1)
+    return re.findall(r"<td>(.*?)</td>", cells)
+
+
+def assert_self_contained(text):
+    assert not re.search(r"https?:|<script|<link|@import|<iframe", text)
+    assert all(url.startswith("data:image/") for url in re.findall(r'\bsrc="([^"]*)', text))
+    assert all(url.startswith("#") for url in re.findall(r'\bhref="([^"]*)', text))
+    assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)", text))
+
+
+def test_full_report(report, run):
+    text = report(**run)
+    page = Reader(text)
+    assert_self_contained(text)
+    assert headings(text) == [
+        "Training",
+        "Operations",
+        "Examples",
+        "Parameters",
+        "Time",
+        "Scores",
+        "Merging",
+        "Configuration",
+    ]
+    assert "<h1>nas-pc-lora on vit_t for demo</h1>" in text
+    assert '<meta name="viewport"' in text
+    assert "78 training, 20 architecture, 21 validation, 24 test" in text
+    assert "2 min 51 s" in text
+    assert table_row(text, "Total trainable") == ["4,123,456"]
+    assert table_row(text, "exact")[:3] == ["0.8421", "0.8421", "+0.0000"]
+    center = ["0.8421", "0.8021", "−0.0400", "0.45", "0.45", "0.045", "0.045", "white noise"]  # noqa: RUF001
+    assert table_row(text, "center") == center
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_every_figure_has_an_alternative_text(report, run):
+    pictures = Reader(report(**run)).images
+    # Three curves, three of the search, the lossy merge; 3 + 2 pictures of the two panels.
+    assert len(pictures) == 7 + 5
+    assert all(picture.get("alt") or picture.get("aria-label") for picture in pictures)
+
+
+def test_figures_follow_the_colour_scheme(report, run):
+    drawings = "".join(re.findall(r"<svg.*?</svg>", report(**run), flags=re.DOTALL))
+    assert "var(--blue)" in drawings
+    assert not re.search(r"(?:fill|stroke): #", drawings)
+
+
+def test_times_average_over_the_epochs_that_had_such_steps(report, run):
+    text = report(**run)
+    assert table_row(text, "Weight steps") == ["8.0", "2.00", "4"]
+    assert table_row(text, "Architecture steps") == ["2.0", "1.00", "2"]
+    assert table_row(text, "Everything else")[0] == "159.3"  # 171.3 - 8 - 2 - 2
+
+
+def test_operation_weights(report, run):
+    text = report(**run)
+    assert f"uniform: ln 8 = {math.log(8):.3f}" in text
+    row = re.search(r'title="encoder.blocks.1.attn.qkv">1</th>(.*?)</tr>', text).group(1)
+    assert re.findall(r">(0\.\d+)<", row) == ["0.300"] + ["0.100"] * 7
+
+
+def test_minimal_report(report):
+    text = report(**MINIMAL)
+    Reader(text)
+    assert_self_contained(text)
+    assert headings(text) == ["Training", "Scores", "Configuration"]
+    assert "No epoch was finished" in text
+    assert "neither validation nor test scores" in text
+
+
+ABSENT = [
+    *("test", "val", "best_epoch", "test_merged", "merge", "trainable_parameters"),
+    *("parameters", "seconds", "images"),
+]
+
+
+@pytest.mark.parametrize("key", ABSENT)
+def test_any_metric_may_be_absent(report, run, key):
+    del run["metrics"][key]
+    Reader(report(**run))
+    Reader(report(**{**MINIMAL, "metrics": run["metrics"]}))
+
+
+@pytest.mark.parametrize("key", ["history", "operations", "panels", "class_names", "config"])
+def test_any_part_may_be_empty(report, run, key):
+    Reader(report(**{**run, key: MINIMAL[key]}))
+
+
+def test_unknown_numbers_are_shown_as_such(report, run):
+    history = [dict.fromkeys(run["history"][0]) | {"epoch": 0}]
+    history.append(run["history"][1] | {"train_loss": math.nan, "seconds": {}})
+    metrics = copy.deepcopy(run["metrics"])
+    metrics["test"] = {"dice": math.nan, "iou": None, "per_class": {"grey": None}}
+    metrics["merge"]["center"]["layers"][0]["update_error"] = None
+    text = report(**{**run, "history": history, "metrics": metrics})
+    Reader(text)
+    assert ">nan<" not in text.lower()
+    assert ">none</td>" not in text.lower()
+
+
+def test_without_test_split_the_headline_is_of_validation(report, run):
+    del run["metrics"]["test"], run["metrics"]["test_merged"]
+    text = report(**run)
+    assert "<dt>Validation Dice</dt><dd>0.8532" in text
+    assert "This run has no test scores." in text
+
+
+def test_search_without_recorded_states_says_so(report, run):
+    run["operations"]["epochs"] = []
+    assert "No state of the architecture was recorded." in report(**run)
+
+
+@pytest.mark.parametrize(
+    ("stages", "marked"),
+    [([1, 1], False), ([1, 2], True), ([2], True), ([2, 2], True), ([], False)],
+)
+def test_stage_2_is_marked_when_there_is_one(report, run, stages, marked):
+    history = [epoch(index, stage) for index, stage in enumerate(stages)]
+    assert (STAGE_2_LABEL in report(**{**run, "history": history})) is marked
+
+
+def test_best_epoch_is_marked(report, run):
+    assert "best: epoch 2, Dice 0.7000" in report(**run)
+    del run["metrics"]["best_epoch"]
+    assert "best: epoch" not in report(**run)
+
+
+def test_hostile_names_stay_text(report, run):
+    metrics = run["metrics"]
+    run["config"] = dict.fromkeys(("method", "model", "dataset", HOSTILE), HOSTILE)
+    run["class_names"] = ["background", HOSTILE, HOSTILE]
+    run["panels"] = [panel(name=HOSTILE), panel(name="not UTF-8: \udcff")]
+    run["operations"]["operations"] = [HOSTILE, *OPERATIONS[1:]]
+    run["operations"]["layers"] = [HOSTILE, "a", "b"]
+    metrics["test"]["per_class"] = {HOSTILE: {"dice": 0.5, "iou": 0.5}}
+    metrics["merge"] = {HOSTILE: {"source": HOSTILE, "layers": layer_errors(0.5)}}
+    metrics["merge"][HOSTILE]["layers"][0]["name"] = HOSTILE
+    metrics["test_merged"] = {HOSTILE: scores(0.5)}
+    metrics["images"] = {HOSTILE: 3}
+    text = report(**run)
+    page = Reader(text)
+    assert_self_contained(text)
+    assert HOSTILE in "".join(page.text)
+    assert "script" not in page.tags
+
+
+def test_labels_beyond_the_classes_are_named(report, run):
+    assert "ignored or unknown" not in report(**run)
+    run["panels"][0].truth[:4] = 255
+    assert "ignored or unknown" in report(**run)
+
+
+def test_size_with_six_large_noisy_pictures(report, run):
+    noise = np.random.default_rng(0).normal(128, 25, (700, 1000, 1)).repeat(3, -1)
+    image = noise.clip(0, 255).astype(np.uint8)
+    labels = (noise[..., 0] > 150).astype(int)
+    run["panels"] = [Panel(str(index), image, labels, labels, 1.0) for index in range(6)]
+    assert len(report(**run)) < 3_000_000
+
+
+def test_same_run_same_bytes(report, run):
+    assert report(**run) == report(**run)
+
+
+def test_failed_write_keeps_the_old_report(tmp_path, run, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(path, **run)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pyplot_is_never_imported(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from naslora.report import write_report;"
+        f"write_report(Path(sys.argv[1]), **{MINIMAL | {'history': [epoch(0, 1)]}!r});"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "report.html")], check=True)

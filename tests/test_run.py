@@ -1,0 +1,351 @@
+"""A run from its first file to its last: what it holds, that it reloads, that a kill is no loss."""
+
+import csv
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from naslora import demo_run, sam
+from naslora.checkpoint import read_safetensors
+from naslora.run import RunConfig
+from naslora.search import BEST, LAST
+from naslora.segmentation import SamForSegmentation
+from naslora_kernels import OPERATIONS
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+
+EPOCHS = 3
+# At a rate this high the little that is trained here predicts more than background.
+TRAIN = shlex.split(
+    f"--model vit_t --image-size 32 --num-classes 3 --class-names rim core --epochs {EPOCHS} "
+    "--search-start 1 --learning-rate 3e-3 --workers 0"
+)
+
+
+@pytest.fixture(scope="module")
+def data(make_data, tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "rings", classes=3, train=12, val=4, test=5)
+
+
+@pytest.fixture(scope="module")
+def run(naslora, data, tmp_path_factory):
+    """A finished run; tests only read it."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    result = naslora("train", "--data", data, *TRAIN, "--output", output)
+    assert result.status == 0, result.err
+    assert "best epoch" in result.out and "report.html" in result.out
+    return output
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def adapter(run):
+    return read_safetensors(run / BEST / "adapter_model.safetensors")
+
+
+def assert_bitwise_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+
+
+# --- What a run's folder holds ---
+
+
+def test_the_folder(run):
+    expected = {"best", "last.pt", "config.json", "metrics.json", "history.csv", "operations.json"}
+    assert {path.name for path in run.iterdir()} == expected | {"report.html", "tensorboard"}
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert {path.name for path in (run / BEST).iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    report = (run / "report.html").read_text()
+    assert "core" in report and "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_the_configuration_comes_back(run, data):
+    config = RunConfig.from_dict(read(run / "config.json"))
+    assert config.to_dict() == read(run / "config.json")
+    assert config.data == data.resolve() and config.class_names == ("rim", "core")
+    assert config.search.epochs == EPOCHS and config.search.learning_rate == 3e-3
+
+
+def test_metrics(run):
+    metrics = read(run / "metrics.json")
+    for scores in (metrics["test"], *metrics["test_merged"].values()):
+        assert 0 <= scores["dice"] <= 1 and 0 <= scores["iou"] <= scores["dice"]
+        assert set(scores["per_class"]) == {"rim", "core"}
+    assert metrics["test"]["dice"] > 0.05  # enough to tell a merged model from an empty one
+    assert set(metrics["test_merged"]) == set(metrics["merge"]) == {"exact", "center"}
+    # The promise of the exact merge: the same Dice to three decimals.
+    assert metrics["test_merged"]["exact"]["dice"] == pytest.approx(
+        metrics["test"]["dice"], abs=5e-4
+    )
+    assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
+    assert metrics["images"] == {"train": 10, "arch": 2, "val": 4, "test": 5}
+    assert metrics["seconds"] > 0
+
+
+def test_parameters_are_counted(run):
+    metrics = read(run / "metrics.json")
+    stored = adapter(run)
+    counted = sum(value.numel() for name, value in stored.items() if name[-8:] != "channels")
+    assert metrics["trainable_parameters"] == counted
+    assert metrics["parameters"]["architecture"] == 2 * len(OPERATIONS)
+    # r = 3 on two qkv of 32 to 96; on c = 2 channels 2 (9 + 25 + 9 + 25) taps and 4 * 2 * 2.
+    assert metrics["parameters"]["adapter"] == 2 * (3 * (32 + 96) + 2 * 68 + 16)
+
+
+def test_history_and_operations(run):
+    with (run / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [row["stage"] for row in rows] == ["1", "2", "2"]
+    assert [bool(row["arch_loss"]) for row in rows] == [False, True, True]
+    metrics = read(run / "metrics.json")
+    dice = [float(row["val_dice"]) for row in rows]
+    assert metrics["best_epoch"] == dice.index(max(dice)) and metrics["val"]["dice"] == max(dice)
+    operations = read(run / "operations.json")
+    assert operations["operations"] == list(OPERATIONS) and len(operations["layers"]) == 2
+    mixtures = np.array([entry["softmax"] for entry in operations["epochs"]])
+    assert mixtures.shape == (EPOCHS + 1, 2, 8) and np.allclose(mixtures.sum(-1), 1)
+
+
+# --- What can be done with it ---
+
+
+def scores_of(result):
+    assert result.status == 0, result.err
+    return json.loads(result.out)
+
+
+def test_evaluate_repeats_the_test(naslora, run):
+    scores = scores_of(naslora("evaluate", run))
+    assert scores.pop("images") == 5
+    # The same weights, images and batches in the same process: the same numbers.
+    assert scores == read(run / "metrics.json")["test"]
+    assert scores_of(naslora("evaluate", run, "--split", "val"))["images"] == 4
+
+
+def test_evaluate_on_other_data(naslora, run, make_data, tmp_path):
+    other = make_data(tmp_path / "other", classes=3, train=2, val=1, test=3)
+    assert scores_of(naslora("evaluate", run, "--data", other))["images"] == 3
+
+
+@pytest.mark.parametrize("mode", ["exact", "center"])
+def test_merge_then_evaluate(naslora, run, tmp_path, mode):
+    result = naslora("merge", run, "--mode", mode, "--output", tmp_path / mode)
+    assert result.status == 0 and f"mode {mode!r}" in result.out
+    assert {path.name for path in (tmp_path / mode).iterdir()} == {
+        "merged.json",
+        "model.safetensors",
+    }
+    scores = scores_of(naslora("evaluate", tmp_path / mode))
+    scores.pop("images")
+    assert scores == read(run / "metrics.json")["test_merged"][mode]
+
+
+def test_center_loads_into_an_untouched_model(naslora, run, tmp_path):
+    assert naslora("merge", run, "--mode", "center", "--output", tmp_path / "m").status == 0
+    model = SamForSegmentation("vit_t", 32, 3)
+    model.load_state_dict(read_safetensors(tmp_path / "m" / "model.safetensors"), strict=True)
+
+
+def test_a_merge_that_loses_too_much_writes_nothing(naslora, run, tmp_path):
+    options = ("--mode", "center", "--max-error", "1e-9", "--output", tmp_path / "m")
+    result = naslora("merge", run, *options)
+    assert result.status == 2 and "more than --max-error 1e-09" in result.err
+    assert not (tmp_path / "m").exists()
+
+
+def test_predict_files_and_folders(naslora, run, tmp_path):
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+    sizes = {"in/a.png": (40, 30), "in/b.jpg": (17, 50), "c.png": (64, 64)}
+    for name, size in sizes.items():
+        pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    result = naslora(
+        "predict", run, tmp_path / "in", tmp_path / "c.png", "--output", tmp_path / "o"
+    )
+    assert result.status == 0 and "wrote 3 masks" in result.out
+    for name, size in sizes.items():
+        stem = name.split("/")[-1][0]
+        mask = Image.open(tmp_path / "o" / f"{stem}_mask.png")
+        assert mask.size == size and set(np.unique(mask)) <= {0, 1, 2}
+        assert Image.open(tmp_path / "o" / f"{stem}_overlay.png").size == size
+    assert len(list((tmp_path / "o").iterdir())) == 6
+
+
+def test_predictions_are_what_was_scored(naslora, run, data, tmp_path):
+    images = sorted((data / "images").glob("test*.png"))
+    assert naslora("predict", run, *images, "--output", tmp_path / "o").status == 0
+    accuracy = [
+        np.mean(
+            np.asarray(Image.open(tmp_path / "o" / f"{image.stem}_mask.png"))
+            == np.asarray(Image.open(data / "masks" / image.name))
+        )
+        for image in images
+    ]
+    # Images are fed one by one here: a pixel on the border of two classes may fall otherwise.
+    expected = read(run / "metrics.json")["test"]["accuracy"]
+    assert np.mean(accuracy) == pytest.approx(expected, abs=2 / 32**2)
+
+
+@pytest.mark.parametrize("method", ["nas-lora", "lora", "decoder-only"])
+def test_every_method_trains_and_reloads(naslora, make_data, tmp_path, method):
+    data = make_data(tmp_path / "data", train=6, val=2, test=2)
+    options = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
+    output = tmp_path / "run"
+    result = naslora("train", "--data", data, *options, "--method", method, "--output", output)
+    assert result.status == 0, result.err
+    metrics, names = read(output / "metrics.json"), adapter(output).keys()
+    scores = scores_of(naslora("evaluate", output))
+    assert scores.pop("images") == 2 and scores == metrics["test"]
+    assert ("test_merged" in metrics) == (method != "decoder-only")
+    assert any("lora_A" in name for name in names) == (method != "decoder-only")
+    assert any("alpha" in name for name in names) == (method == "nas-lora")
+    assert (output / "operations.json").exists() == (method == "nas-lora")
+    if method == "nas-lora":
+        assert metrics["parameters"]["adapter"] == 2 * (3 * (32 + 96) + 3 * 68 + 4 * 9)
+    predicted = naslora("predict", output, data / "images/test0.png", "--output", tmp_path / "o")
+    mask = np.asarray(Image.open(tmp_path / "o" / "test0_mask.png"))
+    assert predicted.status == 0 and set(np.unique(mask)) <= {0, 255}
+
+
+def test_the_paper_preset_trains_and_merges(naslora, make_data, tmp_path):
+    data = make_data(tmp_path / "data", train=6, val=2, test=2)
+    options = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
+    result = naslora(
+        "train", "--data", data, *options, "--preset", "paper", "--output", tmp_path / "run"
+    )
+    assert result.status == 0, result.err
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert list(metrics["test_merged"]) == ["exact"]
+    assert naslora("merge", tmp_path / "run", "--output", tmp_path / "merged").status == 0
+    scores = scores_of(naslora("evaluate", tmp_path / "merged"))
+    assert scores["dice"] == metrics["test_merged"]["exact"]["dice"]
+
+
+# --- Resuming ---
+
+LAUNCH = """
+import torch
+from naslora import cli, sam
+torch.set_num_threads(1)
+sam.VITS["vit_t"] = sam.ViT(*{tiny!r})
+cli.main()
+"""
+LONG = shlex.split(
+    "--model vit_t --image-size 32 --num-classes 3 --class-names rim core --epochs 6 --rank 6 "
+    "--search-start 2 --learning-rate 1e-3 --batch-size 2 --workers 1 --channel-selection resample"
+)
+
+
+def kill_after(arguments, output, tiny, epochs):
+    """Starts a run and kills it, workers too, at a random moment after so many epochs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH.format(tiny=tuple(tiny)), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    started = time.monotonic()
+    while last_epoch(output) < epochs:
+        assert process.poll() is None and time.monotonic() - started < 120
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.5))
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (output / "metrics.json").exists()
+
+
+def last_epoch(output):
+    path = output / LAST
+    return torch.load(path, weights_only=True)["epoch"] if path.exists() else 0
+
+
+def without_seconds(history):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+
+
+@pytest.fixture(scope="module")
+def unbroken(naslora, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "unbroken"
+    result = naslora("train", "--data", data, *LONG, "--output", output)
+    assert result.status == 0, result.err
+    return output
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_killed_run_ends_as_an_unbroken_one(naslora, data, unbroken, tmp_path, tiny_vit, epochs):
+    arguments = ["train", "--data", data, *LONG, "--output"]
+    killed = tmp_path / "killed"
+    kill_after([*arguments, killed], killed, tiny_vit, epochs)
+    assert epochs <= last_epoch(killed) < 6
+    resumed = naslora(*arguments, killed, "--resume")
+    assert resumed.status == 0, resumed.err
+
+    assert_bitwise_same(adapter(killed), adapter(unbroken))
+    ours, theirs = (torch.load(run / LAST, weights_only=True) for run in (killed, unbroken))
+    assert_bitwise_same(ours["model"], theirs["model"])
+    assert without_seconds(ours["history"]) == without_seconds(theirs["history"])
+    assert ours["operations"] == theirs["operations"]
+    assert read(killed / "metrics.json")["test"] == read(unbroken / "metrics.json")["test"]
+    assert {p.name for p in killed.rglob("*.partial")} == set()
+
+
+def test_another_configuration_is_not_resumed(naslora, run, data):
+    before = (run / LAST).stat().st_mtime_ns
+    changed = ["--learning-rate", "1e-2", "--rank", "6", "--output", run, "--resume"]
+    result = naslora("train", "--data", data, *TRAIN, *changed)
+    assert result.status == 2
+    assert "it differs in rank, learning_rate" in result.err
+    assert (run / LAST).stat().st_mtime_ns == before
+
+
+def test_a_finished_run_finishes_again(naslora, run, data, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    result = naslora("train", "--data", data, *TRAIN, "--output", copy, "--resume")
+    assert result.status == 0, result.err
+    assert_bitwise_same(adapter(copy), adapter(run))
+    metrics = [read(folder / "metrics.json") | {"seconds": None} for folder in (copy, run)]
+    assert metrics[0] == metrics[1]
+
+
+def test_resume_starts_a_run_that_is_not_there(naslora, make_data, tmp_path):
+    data = make_data(tmp_path / "data", train=4, val=1, test=1)
+    options = shlex.split("--model vit_t --image-size 32 --epochs 1 --method lora --workers 0")
+    output = tmp_path / "run"
+    result = naslora("train", "--data", data, *options, "--output", output, "--resume")
+    assert result.status == 0 and (output / "metrics.json").exists()
+
+
+def test_the_demo(naslora, tmp_path, monkeypatch):
+    """The demo's own data and settings on small images, and again with --resume."""
+    pytest.importorskip("nilearn")
+
+    def small(**values):
+        return RunConfig(**{**values, "image_size": 48})
+
+    monkeypatch.setattr(demo_run, "RunConfig", small)
+    assert sam.VITS["vit_t"].depth == 2
+    for resume in ([], ["--resume"]):
+        result = naslora("demo", "--output", tmp_path / "demo", "--epochs", "1", *resume)
+        assert result.status == 0, result.err
+        metrics = read(tmp_path / "demo" / "metrics.json")
+        assert set(metrics["test"]["per_class"]) == {"grey matter", "white matter"}
+        assert metrics["images"] == {"train": 60, "val": 12, "test": 18, "arch": 16}

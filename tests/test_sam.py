@@ -1,0 +1,548 @@
+"""Encoders, SAM's checkpoints and the segmentation model, against segment_anything itself."""
+
+import copy
+import os
+import pickle
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from segment_anything import sam_model_registry
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+from torch import nn
+from torch.testing import assert_close
+
+from naslora import NASLoRAConfig, UserError, adapter_parameters, arch_parameters, inject
+from naslora import sam as sam_module
+from naslora.sam import MODELS, VITS, ViT, build_image_encoder, checkpoint_blocks
+from naslora.segmentation import SamForSegmentation, SegmentationOutput, build_model
+
+torch.set_num_threads(1)
+
+# Beside the checkout, where it is there at all; the weights are not part of the project.
+MOBILE_SAM = Path(__file__).parents[1].parent / "shared" / "weights" / "mobile_sam.safetensors"
+needs_mobile_sam = pytest.mark.skipif(
+    not MOBILE_SAM.is_file(), reason=f"needs MobileSAM's weights as {MOBILE_SAM}"
+)
+
+SMALL = ViT(width=32, depth=2, heads=2, global_blocks=(1,))
+
+
+def build_sam(size: int, vit: ViT = SMALL, mask_tokens: int = 4, seed: int = 0) -> Sam:
+    """Unmodified segment_anything with a small encoder and the decoder of the real models."""
+    torch.manual_seed(seed)
+    encoder = ImageEncoderViT(
+        img_size=size,
+        embed_dim=vit.width,
+        depth=vit.depth,
+        num_heads=vit.heads,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=vit.global_blocks,
+    )
+    for name, parameter in encoder.named_parameters():
+        if "pos" in name:  # zero until trained
+            nn.init.normal_(parameter, std=0.3)
+    return Sam(
+        encoder, PromptEncoder(256, (size // 16,) * 2, (size, size), 16), decoder(mask_tokens)
+    ).eval()
+
+
+def decoder(mask_tokens: int) -> MaskDecoder:
+    return MaskDecoder(
+        transformer_dim=256,
+        transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
+        num_multimask_outputs=mask_tokens - 1,
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_vit_b(monkeypatch):
+    """``vit_b`` stands for a small model in this file; the real sizes have their own test."""
+    monkeypatch.setitem(VITS, "vit_b", SMALL)
+
+
+@pytest.fixture(scope="module")
+def original():
+    return build_sam(64)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.save(original.state_dict(), folder / "sam.pth")
+    save_file(original.state_dict(), folder / "sam.safetensors")
+    return folder
+
+
+def pixels(size: int, batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(4))
+
+
+# ---------------------------------------------------------------- encoders
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [("vit_t", 16), ("vit_t", 64), ("vit_t", 96), ("vit_t", 256), ("mobile_sam", 64),
+     ("mobile_sam", 128), ("mobile_sam", 176)],
+)  # fmt: skip
+def test_encoders_give_a_sixteenth_of_the_image(name, size):
+    encoder = build_image_encoder(name, size).eval()
+    with torch.no_grad():
+        embedding = encoder(pixels(size, batch=1))
+    assert embedding.shape == (1, 256, size // 16, size // 16)
+    assert embedding.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
+def test_official_models_have_segment_anything_tensors(name, monkeypatch):
+    """Every name and shape of the encoder and the prompt encoder, at 1024 pixels."""
+    monkeypatch.undo()
+    with torch.device("meta"):
+        ours = SamForSegmentation(name).state_dict()
+        theirs = sam_model_registry[name]().state_dict()
+    shapes = {key: value.shape for key, value in theirs.items()}
+    parts = ("image_encoder.", "prompt_encoder.")
+    for key, value in ours.items():
+        if key.startswith(parts) or "mask_tokens" not in key:
+            assert value.shape == shapes[key], key
+    assert {k for k in ours if k.startswith(parts)} == {k for k in shapes if k.startswith(parts)}
+    assert [k for k in ours if k.startswith("mask_decoder.iou_prediction_head")] == []
+
+
+def test_vit_t_is_the_documented_size():
+    with torch.device("meta"):
+        encoder = build_image_encoder("vit_t", 256)
+    assert len(encoder.blocks) == 12 and encoder.blocks[0].attn.num_heads == 3
+    assert encoder.pos_embed.shape == (1, 16, 16, 192)
+
+
+def test_qkv_layers_that_inject_finds():
+    """12 in vit_t; the 10 of MobileSAM with the published widths, fed with square sequences."""
+    vit, mobile = SamForSegmentation("vit_t", 64), SamForSegmentation("mobile_sam", 64)
+    assert len(inject(vit, NASLoRAConfig())) == 12
+    names = inject(mobile, NASLoRAConfig())
+    widths = [mobile.get_submodule(name).in_features for name in names]
+    assert widths == [128] * 2 + [160] * 6 + [320] * 2
+    assert mobile(pixels(64)).masks.shape == (2, 1, 64, 64)
+
+
+@pytest.mark.parametrize("size", [0, 8, 100, -16])
+def test_image_sizes_must_fit_the_patch(size):
+    with pytest.raises(UserError, match=f"image size must be a multiple of 16, got {size}"):
+        SamForSegmentation("vit_t", size)
+
+
+def test_unknown_model():
+    with pytest.raises(UserError, match=r"model must be one of vit_t, .*mobile_sam, got 'vit_x'"):
+        SamForSegmentation("vit_x", 64)
+    assert MODELS == ("vit_t", "vit_b", "vit_l", "vit_h", "mobile_sam")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("file", ["sam.pth", "sam.safetensors"])
+def test_embedding_equals_segment_anything(original, checkpoints, file):
+    model = build_model("vit_b", 64, checkpoint=checkpoints / file).eval()
+    images = pixels(64)
+    with torch.no_grad():
+        expected = original.image_encoder(
+            torch.stack([original.preprocess(255 * i) for i in images])
+        )
+        actual = model.image_encoder((images - model.pixel_mean) / model.pixel_std)
+    # The same numbers, normalised on a scale of 1 here and of 255 there: float32 rounding.
+    assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for key, value in model.prompt_encoder.state_dict().items():
+        assert torch.equal(value, original.prompt_encoder.state_dict()[key]), key
+
+
+def test_masks_equal_those_of_segment_anything_with_one_token(original, checkpoints):
+    """SAM's decoder with a single mask token, as segment_anything computes it without prompts.
+
+    With SAM's four mask tokens the result differs: they attend to each other.
+    """
+    model = build_model("vit_b", 64, checkpoint=checkpoints / "sam.pth").eval()
+    single = decoder(mask_tokens=1).eval()
+    state = original.mask_decoder.state_dict()
+    state["mask_tokens.weight"] = state["mask_tokens.weight"][:1]
+    own = single.state_dict()
+    for key in own:  # the IoU head rates one mask here, and is not compared
+        if not key.startswith("iou_prediction_head."):
+            own[key].copy_(state[key])
+    images = pixels(64)
+    with torch.no_grad():
+        embedding = model.image_encoder((images - model.pixel_mean) / model.pixel_std)
+        sparse, dense = original.prompt_encoder(None, None, None)
+        expected = torch.cat(
+            [
+                single.predict_masks(
+                    one[None], original.prompt_encoder.get_dense_pe(), sparse, dense
+                )[0]
+                for one in embedding
+            ]
+        )
+        upsampled = F.interpolate(expected, (64, 64), mode="bilinear", align_corners=False)
+        actual = model(images)
+    assert expected.shape == (2, 1, 16, 16) and actual.classes is None
+    # float32: logits of a few units, summed in batches of another size.
+    assert_close(actual.masks, upsampled, rtol=1e-4, atol=1e-4)
+
+
+def test_multi_class_takes_what_sam_has(original, checkpoints):
+    """The first four of ten mask tokens and the first hypernetwork; the rest starts fresh."""
+    fresh = build_model("vit_b", 64, num_classes=3, seed=1)
+    model = build_model("vit_b", 64, num_classes=3, checkpoint=checkpoints / "sam.pth", seed=1)
+    tokens = model.mask_decoder.mask_tokens.weight
+    assert torch.equal(tokens[:4], original.mask_decoder.mask_tokens.weight)
+    assert torch.equal(tokens[4:], fresh.mask_decoder.mask_tokens.weight[4:])
+    assert torch.equal(model.mask_decoder.class_head.weight, fresh.mask_decoder.class_head.weight)
+    ours = model.mask_decoder.output_hypernetworks_mlps[0].layers[2].weight
+    assert torch.equal(ours, original.mask_decoder.output_hypernetworks_mlps[0].layers[2].weight)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_another_image_size_resizes_the_positions(original, checkpoints, size):
+    """4 x 4 tokens in the file, 2 x 2 or 6 x 6 in the model."""
+    model = build_model("vit_b", size, checkpoint=checkpoints / "sam.pth").eval()
+    grid, stored = size // 16, original.image_encoder
+    bicubic = F.interpolate(
+        stored.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False
+    )
+    assert_close(model.image_encoder.pos_embed, bicubic.permute(0, 2, 3, 1))
+    # Linear interpolation of the 7 relative positions at pixel centres, by NumPy.
+    count = 2 * grid - 1
+    at = (np.arange(count) + 0.5) * 7 / count - 0.5
+    for axis in ("rel_pos_h", "rel_pos_w"):
+        before = getattr(stored.blocks[1].attn, axis).detach().numpy()
+        columns = [np.interp(at, np.arange(7), column) for column in before.T]
+        actual = getattr(model.image_encoder.blocks[1].attn, axis)
+        assert actual.shape == (count, 16)
+        assert_close(actual.detach(), torch.tensor(np.stack(columns, 1), dtype=torch.float32))
+        windowed = getattr(model.image_encoder.blocks[0].attn, axis)
+        assert torch.equal(windowed, getattr(stored.blocks[0].attn, axis))
+    with torch.no_grad():
+        assert model(pixels(size)).masks.shape == (2, 1, size, size)
+
+
+def test_constant_positions_stay_constant(tmp_path):
+    """Interpolation neither scales nor shifts: what is the same everywhere stays so."""
+    source = build_sam(128)
+    for name, parameter in source.image_encoder.named_parameters():
+        if "pos" in name:
+            nn.init.constant_(parameter, 0.25)
+    torch.save(source.state_dict(), tmp_path / "sam.pth")
+    model = build_model("vit_b", 64, checkpoint=tmp_path / "sam.pth")
+    for name, parameter in model.image_encoder.named_parameters():
+        if "pos" in name:
+            assert_close(parameter, torch.full_like(parameter, 0.25))
+
+
+class Intruder:
+    """What a malicious checkpoint holds: unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def missing(folder, state):
+    return folder / "nowhere.pth", "nowhere.pth does not exist"
+
+
+def missing_safetensors(folder, state):
+    return folder / "nowhere.safetensors", "nowhere.safetensors does not exist"
+
+
+def truncated(folder, state):
+    torch.save(state, folder / "whole.pth")
+    content = (folder / "whole.pth").read_bytes()
+    (folder / "half.pth").write_bytes(content[: len(content) // 2])
+    return folder / "half.pth", "half.pth is truncated or no PyTorch state dict"
+
+
+def truncated_safetensors(folder, state):
+    save_file(state, folder / "whole.safetensors")
+    content = (folder / "whole.safetensors").read_bytes()
+    (folder / "half.safetensors").write_bytes(content[: len(content) // 2])
+    return folder / "half.safetensors", "half.safetensors is damaged or no safetensors file"
+
+
+def empty(folder, state):
+    (folder / "empty.pth").write_bytes(b"")
+    return folder / "empty.pth", "empty.pth is truncated or no PyTorch state dict"
+
+
+def text(folder, state):
+    (folder / "text.pth").write_text("<html>404: not found</html>\n")
+    return folder / "text.pth", "text.pth is truncated or no PyTorch state dict"
+
+
+def malicious(folder, state):
+    torch.save({**state, "extra": Intruder(folder / "intruder")}, folder / "evil.pth")
+    return folder / "evil.pth", "evil.pth is truncated or no PyTorch state dict"
+
+
+def malicious_pickle(folder, state):
+    (folder / "evil.pth").write_bytes(pickle.dumps(Intruder(folder / "intruder"), protocol=2))
+    return folder / "evil.pth", "evil.pth is truncated or no PyTorch state dict"
+
+
+def nested(folder, state):
+    torch.save({"model": state}, folder / "nested.pth")
+    return folder / "nested.pth", "nested.pth holds no plain state dict of tensors"
+
+
+def numbered(folder, state):
+    torch.save({0: torch.zeros(1)}, folder / "numbered.pth")
+    return folder / "numbered.pth", "numbered.pth holds no plain state dict of tensors"
+
+
+def foreign(folder, state):
+    torch.save({"layer1.weight": torch.zeros(2, 2)}, folder / "resnet.pth")
+    return folder / "resnet.pth", "resnet.pth is no SAM checkpoint: it has no image_encoder"
+
+
+def encoder_only(folder, state):
+    kept = {k: v for k, v in state.items() if k.startswith("image_encoder.")}
+    torch.save(kept, folder / "encoder.pth")
+    return folder / "encoder.pth", "encoder.pth does not fit model vit_b"
+
+
+def wider(folder, state):
+    torch.save(build_sam(64, SMALL._replace(width=48)).state_dict(), folder / "wide.pth")
+    return folder / "wide.pth", "wide.pth does not fit model vit_b .*--model it was made for"
+
+
+def deeper(folder, state):
+    torch.save(build_sam(64, SMALL._replace(depth=3)).state_dict(), folder / "deep.pth")
+    return folder / "deep.pth", "deep.pth does not fit model vit_b .*--model it was made for"
+
+
+def shallower(folder, state):
+    vit = SMALL._replace(depth=1, global_blocks=())
+    torch.save(build_sam(64, vit).state_dict(), folder / "flat.pth")
+    return folder / "flat.pth", "flat.pth does not fit model vit_b .*missing"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        missing, missing_safetensors, truncated, truncated_safetensors, empty, text, malicious,
+        malicious_pickle, nested, numbered, foreign, encoder_only, wider, deeper, shallower,
+    ],
+    ids=lambda make: make.__name__,
+)  # fmt: skip
+def test_bad_checkpoints_are_refused_in_one_line(original, tmp_path, make):
+    path, message = make(tmp_path, original.state_dict())
+    model = build_model("vit_b", 64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=message) as error:
+        sam_module.load_sam_checkpoint(model, path, "vit_b")
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not (tmp_path / "intruder").exists()
+
+
+# ---------------------------------------------------------------- MobileSAM's weights
+
+
+@needs_mobile_sam
+def test_mobile_sam_embedding_is_that_of_the_original():
+    """Numbers that MobileSAM's own implementation gave for this image, with the same weights."""
+    model = build_model("mobile_sam", 1024, checkpoint=MOBILE_SAM).eval()
+    with torch.no_grad():
+        embedding = model.image_encoder(wave(1024))
+    sample = embedding[0, 17::60, 5::25, 40]
+    expected = torch.tensor(EXPECTED_SAMPLE)
+    # Values below 1 after some thirty layers in float32; the implementations agree to 4e-7.
+    assert_close(sample, expected, rtol=0, atol=1e-5)
+    assert embedding.std().item() == pytest.approx(EXPECTED_STD, rel=1e-4)
+
+
+def wave(size: int) -> torch.Tensor:
+    """A normalised image with structure in both directions and another one in each channel."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    phase = torch.stack([x / 97 + y / 41, x / 23 - y / 61, (x + y) / 151]).float()
+    return (2 * phase.sin())[None]
+
+
+EXPECTED_SAMPLE = [
+    [-0.0012910, -0.0211010, 0.0100707],
+    [-0.2494578, -0.3606926, -0.4093044],
+    [-0.0314519, -0.0247031, 0.0095375],
+    [0.0478589, 0.0231462, 0.0232440],
+]
+EXPECTED_STD = 0.0953994
+
+
+@needs_mobile_sam
+def test_mobile_sam_weights_are_all_used():
+    """Every tensor of the file but those of the parts that the segmentation decoder drops."""
+    stored = load_file(MOBILE_SAM)
+    model = build_model("mobile_sam", 64, checkpoint=MOBILE_SAM)
+    state = model.state_dict()
+    for key, value in stored.items():
+        ours = sam_module._timm_name(key)
+        if ours in state and state[ours].shape == value.shape:
+            assert torch.equal(state[ours], value), key
+        else:
+            dropped = ("iou_prediction_head.", "output_hypernetworks_mlps.", "mask_tokens.weight")
+            assert key.removeprefix("mask_decoder.").startswith(dropped), key
+    with torch.no_grad():
+        assert model.eval()(pixels(64)).masks.isfinite().all()
+
+
+@needs_mobile_sam
+def test_mobile_sam_in_evaluation_mode_sees_the_loaded_attention_biases():
+    """TinyViT caches them at eval(): loading into a model in that mode must renew the cache."""
+    model = build_model("mobile_sam", 64).eval()
+    sam_module.load_sam_checkpoint(model, MOBILE_SAM, "mobile_sam")
+    assert not model.training
+    fresh = build_model("mobile_sam", 64, checkpoint=MOBILE_SAM).eval()
+    with torch.no_grad():
+        assert torch.equal(model(pixels(64)).masks, fresh(pixels(64)).masks)
+
+
+def test_a_mobile_sam_checkpoint_does_not_fit_a_vit(tmp_path):
+    model = build_model("mobile_sam", 64)
+    torch.save(model.state_dict(), tmp_path / "mobile.pth")
+    with pytest.raises(UserError, match="does not fit model vit_b"):
+        build_model("vit_b", 64, checkpoint=tmp_path / "mobile.pth")
+
+
+def test_a_vit_checkpoint_does_not_fit_mobile_sam(checkpoints):
+    with pytest.raises(UserError, match="does not fit model mobile_sam"):
+        build_model("mobile_sam", 64, checkpoint=checkpoints / "sam.pth")
+
+
+# ---------------------------------------------------------------- the segmentation model
+
+
+def test_only_the_decoder_trains():
+    model = SamForSegmentation("vit_b", 64)
+    trainable = {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"mask_decoder"}
+    model(pixels(64)).masks.mean().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) is not name.startswith("mask_decoder."), name
+
+
+def test_frozen_batch_norms_do_not_move_in_training_mode():
+    model = build_model("mobile_sam", 64).train()
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert norms and model.training and model.image_encoder.training
+    before = {n: copy.deepcopy(m.state_dict()) for n, m in norms.items()}
+    model(pixels(64))
+    for name, norm in norms.items():
+        assert all(torch.equal(before[name][k], v) for k, v in norm.state_dict().items()), name
+
+
+def test_batch_norms_of_an_adapter_do_move_in_training_mode():
+    model = build_model("vit_b", 64)
+    inject(model, NASLoRAConfig(preset="paper"))
+    model.train()(pixels(64))
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 2 * 8 and all(norm.num_batches_tracked == 1 for norm in norms)
+
+
+@pytest.mark.parametrize("name", ["vit_b", "mobile_sam"])
+def test_recomputed_blocks_give_the_same_gradients(name):
+    model = build_model(name, 64)
+    inject(model, NASLoRAConfig())
+    for parameter in adapter_parameters(model):  # lora_B leaves zero, so that all gradients live
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    recomputed = copy.deepcopy(model)
+    checkpoint_blocks(recomputed.image_encoder)
+    grads = []
+    for one in (model, recomputed):
+        output = one.train()(pixels(64)).masks
+        (output * torch.arange(output.numel()).view_as(output).sin()).mean().backward()
+        parameters = adapter_parameters(one) + arch_parameters(one)
+        grads.append([output.detach(), *(parameter.grad for parameter in parameters)])
+    assert all(grad.abs().sum() > 0 for grad in grads[0])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_recomputed_blocks_run_twice(monkeypatch):
+    model = build_model("vit_b", 64)
+    inject(model, NASLoRAConfig())
+    calls = []
+    for block in model.image_encoder.blocks:
+        block.norm1.register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpoint_blocks(model.image_encoder)
+    masks = model(pixels(64)).masks
+    assert len(calls) == 2
+    masks.mean().backward()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 48), (2, 3, 128, 128), (3, 64, 64), (2, 1, 64, 64)])
+def test_images_of_another_size_are_refused(shape):
+    with pytest.raises(ValueError, match=r"images: expected \(B, 3, 64, 64\), got \("):
+        SamForSegmentation("vit_b", 64)(torch.zeros(shape))
+
+
+def test_binary_uses_one_token():
+    model = build_model("vit_b", 64).eval()
+    assert model.mask_decoder.mask_tokens.num_embeddings == 1
+    with torch.no_grad():
+        output = model(pixels(64))
+    assert output.masks.shape == (2, 1, 64, 64) and output.classes is None
+    assert_close(output.class_map(), output.masks.sigmoid())
+    labels = output.labels()
+    assert labels.dtype == torch.int64 and labels.shape == (2, 64, 64)
+    assert torch.equal(labels.bool(), output.masks[:, 0] > 0)
+
+
+def test_class_map_is_the_papers():
+    """einsum("qk,qhw->khw", softmax(cls)[..., :-1], sigmoid(masks)), an image at a time."""
+    model = build_model("vit_b", 64, num_classes=3).eval()
+    with torch.no_grad():
+        output = model(pixels(64))
+    assert output.masks.shape == (2, 10, 64, 64) and output.classes.shape == (2, 10, 4)
+    scores = output.class_map()
+    assert scores.shape == (2, 3, 64, 64)
+    for i in range(2):
+        logits = output.classes[i].double().numpy()
+        classes = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        masks = 1 / (1 + np.exp(-output.masks[i].double().numpy()))
+        expected = np.einsum("qk,qhw->khw", classes[..., :-1], masks)
+        # float32 sums of ten products below 1.
+        assert_close(scores[i].double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+        assert np.array_equal(output.labels()[i].numpy(), scores[i].numpy().argmax(0))
+
+
+def test_class_map_of_16_bit_logits_is_float32():
+    output = SegmentationOutput(torch.zeros(1, 2, 4, 4).half(), torch.zeros(1, 2, 3).half())
+    assert output.class_map().dtype == torch.float32
+    assert_close(output.class_map(), torch.full((1, 2, 4, 4), 2 * 0.5 / 3))
+
+
+def test_class_counts_are_checked():
+    with pytest.raises(UserError, match="num_classes must be at least 1, got 0"):
+        SamForSegmentation("vit_b", 64, num_classes=0)
+    with pytest.raises(UserError, match="12 classes need as many mask tokens, got 10"):
+        SamForSegmentation("vit_b", 64, num_classes=12)
+
+
+def test_the_seed_decides_the_fresh_weights():
+    state = torch.get_rng_state()
+    one, two, other = (build_model("vit_b", 64, seed=s).state_dict() for s in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(one["image_encoder.pos_embed"], other["image_encoder.pos_embed"])

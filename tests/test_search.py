@@ -1,0 +1,537 @@
+"""The two-stage search: what each step moves, that no layout of a batch matters, when it stops."""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from naslora.checkpoint import read_safetensors, trained_state
+from naslora.config import NASLoRAConfig
+from naslora.data import SegmentationDataset
+from naslora.errors import UserError
+from naslora.injection import adapter_layers, arch_parameters
+from naslora.run import RunConfig, build_adapted_model, find_splits
+from naslora.search import BEST, LAST, Search, SearchConfig, make_accelerator
+
+pytestmark = pytest.mark.usefixtures("tiny_vit", "fresh_accelerate")
+
+RATE, ALPHA_RATE = 1e-3, 3e-4
+
+
+@pytest.fixture(scope="module")
+def data(make_data, tmp_path_factory):
+    """Of 11 training images 2 go to the architecture: batches of 4, 4, 1 and of 2."""
+    return make_data(tmp_path_factory.mktemp("data") / "binary", train=11, val=3, test=2)
+
+
+@pytest.fixture
+def make_search(data, tmp_path):
+    """A search of two epochs, the second of which is stage 2, with the changes that are given."""
+    count = 0
+
+    def make(method="nas-pc-lora", adapter=None, num_classes=1, **changes):
+        nonlocal count
+        count += 1
+        settings = {
+            "epochs": 2,
+            "search_start": 1,
+            "learning_rate": RATE,
+            "alpha_learning_rate": ALPHA_RATE,
+            "workers": 0,
+            **changes,
+        }
+        config = RunConfig(
+            data=data,
+            model="vit_t",
+            image_size=32,
+            num_classes=num_classes,
+            method=method,
+            adapter=NASLoRAConfig(**(adapter or {})),
+            search=SearchConfig(**settings),
+        )
+        splits = {
+            name: SegmentationDataset(samples, 32, num_classes, flip=name in ("train", "arch"))
+            for name, samples in find_splits(config).items()
+        }
+        model = build_adapted_model(config)
+        return Search(
+            model,
+            splits,
+            config.search,
+            seed=0,
+            directory=tmp_path / str(count),
+            class_names=config.foreground_names,
+            accelerator=make_accelerator(config.search),
+        )
+
+    return make
+
+
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def alphas(search):
+    return [alpha.detach().clone() for alpha in arch_parameters(search.model)]
+
+
+def all_equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def watch(search, name, seen):
+    """Calls ``seen`` with the group before each of its optimizer's steps."""
+    group = getattr(search, name)
+    step = group.optimizer.step
+
+    def watched():
+        seen(group)
+        step()
+
+    group.optimizer.step = watched
+
+
+# --- What moves ---
+
+
+def test_stage_1_leaves_alpha_and_stage_2_moves_it(make_search):
+    short, long = make_search(search_start=2), make_search(search_start=1)
+    start = alphas(short)
+    short.run()
+    long.run()
+    assert all_equal(alphas(short), start)
+    assert not any(torch.equal(a, b) for a, b in zip(alphas(long), start, strict=True))
+    assert [record["stage"] for record in long.history] == [1, 2]
+    assert [record["arch_loss"] is None for record in long.history] == [True, False]
+    epochs = long.operation_history()["epochs"]
+    assert [entry["epoch"] for entry in epochs] == [-1, 0, 1]
+    assert epochs[0]["softmax"] == epochs[1]["softmax"] != epochs[2]["softmax"]
+
+
+def test_a_step_touches_its_own_group_alone(make_search):
+    search = make_search()
+    groups = {"weights": search.weights, "architecture": search.architecture}
+    frozen = snapshot(search.model)
+    steps = []
+
+    def check(name):
+        other = groups["architecture" if name == "weights" else "weights"]
+
+        def seen(group):
+            assert all(p.grad is not None for p in group.parameters)
+            assert not any(p.requires_grad or p.grad is not None for p in other.parameters)
+            steps.append((name, [p.detach().clone() for p in other.parameters]))
+
+        return seen
+
+    for name in groups:
+        watch(search, name, check(name))
+    search.run()
+    assert [name for name, _ in steps] == ["weights"] * 6 + ["architecture"]
+    # Weights are as the last weight step left them, and alpha is as it was while weights moved.
+    assert all_equal(steps[-1][1], [p.detach() for p in search.weights.parameters])
+    assert all(all_equal(steps[0][1], alpha) for name, alpha in steps if name == "weights")
+    trained = trained_state(search.model)
+    after = search.model.state_dict()
+    assert all(torch.equal(frozen[name], after[name]) for name in after if name not in trained)
+
+
+def test_simultaneous_moves_both_from_the_first_step(make_search):
+    search = make_search(simultaneous=True, search_start=9, epochs=1)
+    start, steps = alphas(search), []
+    for name in ("weights", "architecture"):
+        watch(search, name, lambda group: steps.append(len(group.parameters)))
+    search.run()
+    # All 11 images train: three batches, each with a step of both optimizers.
+    assert steps == [len(search.weights.parameters), len(start)] * 3
+    assert not any(torch.equal(a, b) for a, b in zip(alphas(search), start, strict=True))
+    assert search.history[0]["stage"] == 2 and search.history[0]["arch_loss"] is None
+
+
+def test_the_search_may_start_at_once(make_search):
+    search = make_search(search_start=0, epochs=1)
+    start = alphas(search)
+    search.run()
+    assert search.history[0]["stage"] == 2 and math.isfinite(search.history[0]["arch_loss"])
+    assert not all_equal(alphas(search), start)
+
+
+@pytest.mark.parametrize("method", ["lora", "decoder-only"])
+def test_without_alpha_only_weights_train(make_search, method):
+    search = make_search(method)
+    start = snapshot(search.model)
+    search.run()
+    assert search.operation_history() is None and search.architecture is None
+    assert all(record["stage"] == 1 and record["entropy"] is None for record in search.history)
+    changed = {k for k, v in search.model.state_dict().items() if not torch.equal(v, start[k])}
+    assert changed == set(trained_state(search.model)) - {
+        f"{name}.channels" for name, _ in adapter_layers(search.model)
+    }
+
+
+def test_the_architecture_split_is_held_out(data):
+    config = RunConfig(data=data, search=SearchConfig(arch_fraction=0.2))
+    splits = find_splits(config)
+    images = {name: {sample.image for sample in samples} for name, samples in splits.items()}
+    assert len(images["train"]) == 9 and len(images["arch"]) == 2
+    assert not images["train"] & images["arch"]
+    for changes in ({"method": "lora"}, {"search": SearchConfig(simultaneous=True)}):
+        whole = find_splits(dataclasses.replace(config, **changes))
+        assert len(whole["train"]) == 11 and "arch" not in whole
+    shared = find_splits(dataclasses.replace(config, search=SearchConfig(arch_fraction=0)))
+    assert shared["arch"] == shared["train"]
+
+
+def test_resample_draws_channels_anew_each_epoch(make_search):
+    drawn = []
+    for _ in range(2):
+        search = make_search(
+            adapter={"rank": 12, "channel_ratio": 0.5, "channel_selection": "resample"}, epochs=3
+        )
+        epochs = [None] * 3
+
+        def note(_, search=search, epochs=epochs):
+            channels = [layer.channels.tolist() for _, layer in adapter_layers(search.model)]
+            assert epochs[search.epoch] in (None, channels)  # the same throughout an epoch
+            epochs[search.epoch] = channels
+
+        watch(search, "weights", note)
+        watch(search, "architecture", note)
+        search.run()
+        drawn.append(epochs)
+    assert drawn[0] == drawn[1]
+    assert len({str(channels) for channels in drawn[0]}) == 3
+    assert all(len(set(c)) == 6 and max(c) < 12 for layers in drawn[0] for c in layers)
+
+
+# --- No layout of a batch matters ---
+
+# Sums in another order differ by float32 rounding, about 1e-6 of a gradient. Adam divides by the
+# gradient's own size, so that a weight moves by about the rate whatever its gradient: where the
+# gradient is large against its rounding the difference stays far below the rate, and a weight with
+# next to no gradient may still go another way. Hence: nearly all weights within a hundredth of
+# one step at the full rate, and what the weights compute to float32 accuracy.
+WEIGHT_TOLERANCE, SHARE = RATE / 100, 0.99
+LOSS_TOLERANCE = 1e-4
+
+
+def assert_same_training(ours, theirs, history, other_history):
+    assert ours.keys() == theirs.keys()
+    far = total = 0
+    for name, value in ours.items():
+        # The bias of the keys shifts all logits of an attention alike: its gradient is rounding.
+        if name.endswith("k_proj.bias"):
+            continue
+        far += ((value - theirs[name]).abs() > WEIGHT_TOLERANCE).sum().item()
+        total += value.numel()
+    assert far <= (1 - SHARE) * total
+    for name in (name for name in ours if name.endswith(".alpha")):
+        torch.testing.assert_close(ours[name], theirs[name], atol=ALPHA_RATE / 100, rtol=0)
+    for record, other in zip(history, other_history, strict=True):
+        for name in ("train_loss", "arch_loss", "val_loss"):
+            expected = other[name] and pytest.approx(other[name], rel=LOSS_TOLERANCE)
+            assert record[name] == expected
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("num_classes", [1, 2])
+def test_accumulation_does_not_change_the_training(make_search, accumulation, num_classes):
+    whole = make_search(num_classes=num_classes)
+    parts = make_search(num_classes=num_classes, accumulation=accumulation)
+    whole.run()
+    parts.run()
+    ours, theirs = trained_state(whole.model), trained_state(parts.model)
+    assert_same_training(ours, theirs, whole.history, parts.history)
+
+
+def test_gradient_checkpointing_changes_nothing(make_search):
+    kept, recomputed = make_search(), make_search(gradient_checkpointing=True)
+    kept.run()
+    recomputed.run()
+    theirs = trained_state(recomputed.model)
+    # The same operations on the same numbers: equal to the bit.
+    assert all(torch.equal(v, theirs[k]) for k, v in trained_state(kept.model).items())
+
+
+LAUNCH = """
+import json, os, sys, torch
+from pathlib import Path
+from naslora import cli, sam
+from naslora.checkpoint import trained_state
+from naslora.search import Search
+
+tiny, folder, runs = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+sam.VITS["vit_t"] = sam.ViT(*tiny)
+train = Search.run
+
+def run(search):
+    train(search)
+    torch.save(trained_state(search.model), search.directory / f"rank{os.environ['RANK']}.pt")
+
+Search.run = run
+# Several commands share the processes, which join once and leave at the end.
+leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, int
+status = {}
+for name, arguments in runs.items():
+    sys.argv = ["naslora", "train", *arguments, "--output", str(Path(folder, name))]
+    try:
+        cli.main()
+    except SystemExit as exit:
+        status[name] = exit.code
+leave()
+Path(folder, f"status{os.environ['RANK']}.json").write_text(json.dumps(status))
+"""
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(make_data, tiny_vit, tmp_path_factory):
+    """Runs that two processes trained, in one launch: name -> arguments and output folder.
+
+    Of 11 images the last batch gets one, so that the second process has no share of it.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    common = shlex.split(
+        f"--model vit_t --image-size 32 --num-classes 3 --epochs 2 --search-start 1 "
+        f"--learning-rate {RATE} --alpha-learning-rate {ALPHA_RATE} --workers 0"
+    )
+    runs = {}
+    cases = {"odd": (11, "linear"), "even": (10, "linear"), "paper": (10, "paper")}
+    for name, (train, preset) in cases.items():
+        data = make_data(folder / f"{name}-data", classes=3, train=train, val=3, test=2)
+        runs[name] = ["--data", str(data), *common, "--preset", preset]
+    runs["bad"] = ["--data", str(folder / "nowhere"), *common]
+    unreadable = make_data(folder / "unreadable-data", classes=3, train=2, val=1, test=1)
+    (unreadable / "images/val0.png").write_bytes(b"")
+    runs["unreadable"] = ["--data", str(unreadable), *common]
+    (folder / "launch.py").write_text(LAUNCH)
+    launcher = shlex.split("torch.distributed.run --standalone --nproc-per-node 2")
+    what = json.dumps([tiny_vit, str(folder), runs])
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, folder / "launch.py", what],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder / "stderr").write_text(done.stderr)
+    return {name: (arguments, folder / name) for name, arguments in runs.items()}
+
+
+@pytest.mark.parametrize("name", ["odd", "even", "paper"])
+def test_two_processes_hold_the_same(in_two_processes, name):
+    """Batch norms included, which the preset `paper` has."""
+    _, output = in_two_processes[name]
+    first, second = (torch.load(output / f"rank{rank}.pt") for rank in (0, 1))
+    last = torch.load(output / LAST)["model"]
+    assert [k for k in last if not torch.equal(first[k], last[k])] == []
+    # Batch norms count their batches, and a process may have no share of one.
+    named = [k for k in last if not k.endswith("num_batches_tracked")]
+    assert [k for k in named if not torch.equal(first[k], second[k])] == []
+
+
+def test_two_processes_refuse_bad_input_once(in_two_processes):
+    _, output = in_two_processes["unreadable"]
+    for rank in (0, 1):
+        status = json.loads((output.parent / f"status{rank}.json").read_text())
+        assert status == {"bad": 2, "unreadable": 2}
+    text = (output.parent / "stderr").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("naslora: error: ")]
+    assert len(lines) == 2 and "val.csv row 2" in lines[1] and "Traceback" not in text
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["odd", "even"])
+def test_two_processes_train_as_one(naslora, in_two_processes, tmp_path, name):
+    arguments, two = in_two_processes[name]
+    result = naslora("train", *arguments, "--output", tmp_path)
+    assert result.status == 0, result.err
+    last = [torch.load(output / LAST) for output in (two, tmp_path)]
+    assert_same_training(*(s["model"] for s in last), *(s["history"] for s in last))
+    best = [
+        read_safetensors(output / BEST / "adapter_model.safetensors") for output in (two, tmp_path)
+    ]
+    assert_same_training(*best, [], [])
+
+
+# --- Schedules, clipping, precision ---
+
+
+@pytest.mark.parametrize(
+    "schedule, factor",
+    [
+        ("linear", lambda done: 1 - done),
+        ("cosine", lambda done: (1 + math.cos(math.pi * done)) / 2),
+        ("constant", lambda done: 1.0),
+    ],
+)
+def test_schedules(make_search, schedule, factor):
+    search, rates, alpha_rates = make_search(schedule=schedule), [], []
+    watch(search, "weights", lambda g: rates.append(g.optimizer.param_groups[0]["lr"]))
+    watch(search, "architecture", lambda g: alpha_rates.append(g.optimizer.param_groups[0]["lr"]))
+    search.run()
+    assert rates == pytest.approx([RATE * factor(step / 6) for step in range(6)])
+    assert alpha_rates == [ALPHA_RATE]
+    recorded = [record["learning_rate"] for record in search.history]
+    assert recorded == pytest.approx([RATE, RATE * factor(0.5)])
+
+
+@pytest.mark.parametrize(
+    "changes, rate",
+    [
+        ({}, 0.5 / 1),  # the one step of epoch 1
+        ({"epochs": 4, "batch_size": 1}, 0.5 / 6),  # two steps in each of the epochs 1, 2 and 3
+        ({"epochs": 1, "simultaneous": True}, 0.5 / 3),  # one step a batch of the 11 images
+        ({"alpha_learning_rate": 0.5}, 0.5),
+    ],
+)
+def test_the_rate_of_alpha_fits_the_number_of_its_steps(make_search, monkeypatch, changes, rate):
+    # So short a run would otherwise be at the upper bound.
+    monkeypatch.setattr("naslora.search.ALPHA_TRAVEL", 0.5)
+    monkeypatch.setattr("naslora.search.MAX_ALPHA_RATE", 1.0)
+    search, rates = make_search(**{"alpha_learning_rate": None, **changes}), []
+    watch(search, "architecture", lambda g: rates.append(g.optimizer.param_groups[0]["lr"]))
+    search.run()
+    assert rates == [rate] * len(rates) != []
+
+
+@pytest.mark.parametrize("travel, rate", [(1e-6, 3e-4), (1e6, 0.1)])
+def test_the_rate_of_alpha_is_bounded(make_search, monkeypatch, travel, rate):
+    monkeypatch.setattr("naslora.search.ALPHA_TRAVEL", travel)
+    search = make_search(alpha_learning_rate=None, search_start=0, epochs=1)
+    search.run()
+    assert search.architecture.optimizer.param_groups[0]["lr"] == rate
+
+
+def test_clipping_bounds_the_weights_gradient_alone(make_search):
+    norms = {}
+    for clip in (0.0, 1e-3):
+        search = make_search(clip_norm=clip, search_start=0, epochs=1)
+        norms[clip] = {"weights": [], "architecture": []}
+        for name, found in norms[clip].items():
+
+            def note(group, found=found):
+                grads = [p.grad.flatten() for p in group.parameters]
+                found.append(torch.cat(grads).norm().item())
+
+            watch(search, name, note)
+        search.run()
+    assert min(norms[0.0]["weights"]) > 0.1
+    # PyTorch adds 1e-6 to the norm that it divides by.
+    assert norms[1e-3]["weights"] == pytest.approx([1e-3] * 3, rel=1e-3)
+    assert 0 < norms[1e-3]["architecture"][0] != pytest.approx(1e-3)
+
+
+def test_bfloat16_trains_float32_weights(make_search):
+    search = make_search(mixed_precision="bf16")
+    start = snapshot(search.model)
+    search.run()
+    trained = trained_state(search.model)
+    assert all(v.dtype in (torch.float32, torch.int64) for v in trained.values())
+    assert any(not torch.equal(v, start[k]) for k, v in trained.items())
+    assert all(math.isfinite(record["val_loss"]) for record in search.history)
+
+
+@pytest.mark.parametrize("simultaneous", [False, True])
+def test_loss_scaling_changes_nothing(make_search, simultaneous):
+    """What fp16 does on a GPU, in float32: gradients are scaled, clipped as unscaled, stepped."""
+    plain, scaled = (make_search(simultaneous=simultaneous, clip_norm=0.1) for _ in range(2))
+    # It also doubles the scale at every step; powers of two scale without rounding.
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
+    plain.run()
+    scaled.run()
+    assert scaled.accelerator.scaler.get_scale() > 2.0**8
+    assert_same_training(
+        trained_state(plain.model), trained_state(scaled.model), plain.history, scaled.history
+    )
+
+
+def test_fp16_without_a_gpu_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        make_accelerator(SearchConfig(mixed_precision="fp16"))
+
+
+# --- Checkpoints, and when to stop ---
+
+
+def test_the_best_epoch_is_kept(make_search, monkeypatch):
+    search, states = make_search(epochs=4), []
+    dice = iter([0.3, 0.6, 0.6, None])
+
+    def evaluate(split):
+        states.append({name: v.clone() for name, v in trained_state(search.model).items()})
+        return {"loss": 1.0, "dice": next(dice), "iou": 0.5, "accuracy": 0.5}
+
+    monkeypatch.setattr(search, "evaluate", evaluate)
+    search.run()
+    best = read_safetensors(search.directory / BEST / "adapter_model.safetensors")
+    assert all(torch.equal(v, best[k]) for k, v in states[1].items())
+    assert search.best_quality[0] == 0.6
+    last = torch.load(search.directory / LAST)
+    assert last["epoch"] == 4 and all(
+        torch.equal(v, last["model"][k]) for k, v in states[3].items()
+    )
+
+
+def load_last(search):
+    state = torch.load(search.directory / LAST, weights_only=True)
+    assert all(value.isfinite().all() for value in state["model"].values())
+    return state["epoch"]
+
+
+@pytest.mark.parametrize("num_classes, class_loss", [(1, "pixel"), (2, "pixel"), (2, "matching")])
+def test_a_loss_that_is_not_finite_stops(make_search, num_classes, class_loss):
+    search = make_search(num_classes=num_classes, class_loss=class_loss)
+
+    def spoil(group):
+        if search.epoch == 1:
+            group.parameters[0].data.fill_(torch.nan)
+
+    watch(search, "weights", spoil)
+    with pytest.raises(UserError, match=r"loss is nan in epoch 2/2 on train\d+\.png, train") as e:
+        search.run()
+    # The first step of the epoch spoils the weights, so that its second batch of 4 shows it.
+    assert str(e.value).count(".png") == 4
+    assert load_last(search) == 1
+
+
+def test_weights_spoilt_by_the_last_step_are_not_kept(make_search):
+    search, steps = make_search(method="lora", epochs=2), []
+
+    def spoil(group):
+        steps.append(1)
+        if len(steps) == 6:  # epochs have three steps
+            group.parameters[0].grad.fill_(torch.inf)
+
+    watch(search, "weights", spoil)
+    with pytest.raises(UserError, match="epoch 2/2 on the validation images"):
+        search.run()
+    assert load_last(search) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"arch_fraction": 1.0}, r"arch_fraction must lie in \[0, 1\)"),
+        ({"learning_rate": math.nan}, "learning_rate must be finite"),
+        ({"alpha_weight_decay": -1.0}, "alpha_weight_decay must be finite and not negative"),
+        ({"lambda_cls": math.inf}, "lambda_cls"),
+        ({"schedule": "step"}, "schedule must be one of linear, cosine, constant, got 'step'"),
+        ({"class_loss": "focal"}, "class_loss must be one of"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of"),
+    ],
+)
+def test_settings_out_of_range(changes, message):
+    with pytest.raises(UserError, match=message):
+        SearchConfig(**changes)
