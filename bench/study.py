@@ -97,6 +97,7 @@ STUDIES = {
         },
         variants={
             "NAS-PC-LoRA": _adapter("nas-pc-lora"),
+            "NAS-PC-LoRA, nothing held out": {"search": {"arch_fraction": 0.0}},
             "LoRA": _adapter("lora"),
             "decoder only": _adapter("decoder-only"),
         },
@@ -171,9 +172,9 @@ def _directory(output: Path, dataset: str, name: str, seed: int) -> Path:
 def table(plan: Study, output: Path) -> str:
     """Mean and standard deviation over the seeds, of what tells the variants apart."""
     lines = [
-        "| data | variant | seeds | first epochs' loss | last loss | test Dice | test IoU | "
-        "entropy |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | variant | seeds | loss, epochs 2-5 | last loss | test Dice | test IoU "
+        "| Dice after center | entropy |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for dataset in plan.datasets:
         for name in plan.variants:
@@ -189,6 +190,7 @@ def _row(dataset: str, name: str, folders: list[Path]) -> str:
     histories = [torch.load(folder / "last.pt", weights_only=True)["history"] for folder in folders]
     early = [statistics.mean(r["train_loss"] for r in history[2:6]) for history in histories]
     entropies = [history[-1]["entropy"] for history in histories]
+    merged = [m["test_merged"]["center"]["dice"] for m in metrics if "test_merged" in m]
     cells = [
         dataset,
         name,
@@ -197,14 +199,16 @@ def _row(dataset: str, name: str, folders: list[Path]) -> str:
         _spread([history[-1]["train_loss"] for history in histories]),
         _spread([m["test"]["dice"] for m in metrics]),
         _spread([m["test"]["iou"] for m in metrics]),
+        _spread(merged) if merged else "-",
         "-" if entropies[0] is None else _spread(entropies),
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def _spread(values: list[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {spread:.3f}"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 if __name__ == "__main__":
