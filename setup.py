@@ -1,7 +1,8 @@
 """Builds the C++ extension; everything that does not need code stands in pyproject.toml.
 
 NASLORA_SKIP_EXT=1 builds no extension at all. NASLORA_SANITIZE=1 builds it with AddressSanitizer
-and UndefinedBehaviorSanitizer, for ``make sanitize``.
+and UndefinedBehaviorSanitizer, for ``make sanitize``. There is no CUDA code yet: NASLORA_SKIP_CUDA
+and TORCH_CUDA_ARCH_LIST change nothing, and NASLORA_FORCE_CUDA=1 fails.
 """
 
 import os
@@ -76,6 +77,9 @@ class BuildKernels(build_ext):
             target_lang="c++",
         )
 
+
+if enabled("NASLORA_FORCE_CUDA"):
+    raise SystemExit("NASLORA_FORCE_CUDA is set, but this version of naslora has no CUDA kernels")
 
 extension = Extension(
     "naslora_kernels._C",
