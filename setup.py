@@ -39,7 +39,7 @@ class BuildKernels(build_ext):
             self.build_kernels(ext)
         except Exception as error:  # no compiler, or one that is too old
             print(
-                f"naslora: the C++ extension was not built ({error}); "
+                f"naslora: the C++ extension was not built ({str(error)[:100]}); "
                 "everything will run on the PyTorch reference, which is slower"
             )
 
