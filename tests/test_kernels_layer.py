@@ -132,6 +132,26 @@ def test_keeps_x_and_z_for_the_backward():
     assert sorted(kept_for_backward(case, ("x", *ADAPTER))) == sorted([x, z])
 
 
+def test_keeps_as_many_bytes_as_plain_lora():
+    lora = pytest.importorskip("peft.tuners.lora")
+    linear = torch.nn.Linear(64, 96).requires_grad_(False)
+    layer = lora.Linear(linear, "default", lora.LoraConfig(r=3, lora_alpha=32), r=3, lora_alpha=32)
+    x = torch.randn(3, 14, 14, 64, requires_grad=True)
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    kept = {}
+
+    def note(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(x)
+    case = layer_case((3, 14, 14), 64, 96, 3, 2).to(torch.float32)
+    ours = sum(torch.Size(shape).numel() for shape in kept_for_backward(case, ("x", *ADAPTER)))
+    assert ours <= 1.02 * sum(kept.values())
+
+
 def test_keeps_only_z_in_an_architecture_step():
     case = layer_case(*SHAPES[0]).to(torch.float32)
     assert kept_for_backward(case, ("x", "alpha")) == [(3, 14, 14, 3)]

@@ -164,22 +164,31 @@ class Layer(torch.nn.Module):
         )
 
 
-def test_distributed_data_parallel(tmp_path):
-    case = layer_case(*GRID, 4).to(torch.float32)
-    expected = case.run("cpp")
+def train_under_ddp(rank, folder):
+    """One process of two: its half of the batch, two backward passes, its gradients to a file."""
+    torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    try:
-        # Without a search for unused parameters: every parameter gets its gradient.
-        module = torch.nn.parallel.DistributedDataParallel(Layer(case))
-        for _ in range(2):
-            module.zero_grad()
-            module(case.arguments["x"]).backward(case.gradient)
-        for name in ADAPTER:
-            assert torch.equal(getattr(module.module, name).grad, expected[name]), name
-    finally:
-        torch.distributed.destroy_process_group()
+    case = layer_case(*GRID, 4).to(torch.float32)
+    half = slice(rank, rank + 1)  # the batch has two maps
+    # Without a search for unused parameters: every parameter gets its gradient.
+    module = torch.nn.parallel.DistributedDataParallel(Layer(case))
+    for _ in range(2):
+        module.zero_grad()
+        module(case.arguments["x"][half]).backward(case.gradient[half])
+    torch.save({n: getattr(module.module, n).grad for n in ADAPTER}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path):
+    torch.multiprocessing.spawn(train_under_ddp, (str(tmp_path),), nprocs=2)
+    expected = layer_case(*GRID, 4).to(torch.float32).run("cpp")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in ADAPTER:
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        # DDP averages, the whole batch sums; the sums are taken in another order.
+        torch.testing.assert_close(2 * ranks[0][name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives_are_refused():
