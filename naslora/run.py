@@ -15,6 +15,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,7 @@ from naslora.sam import checkpoint_blocks
 from naslora.search import BEST, Search, SearchConfig, make_accelerator, quality
 from naslora.segmentation import SamForSegmentation, build_model
 from naslora_kernels import available_backends
+from naslora_kernels.backends import ENVIRONMENT_VARIABLE
 
 METHODS = ("nas-pc-lora", "nas-lora", "lora", "decoder-only")
 Method = Literal["nas-pc-lora", "nas-lora", "lora", "decoder-only"]
@@ -272,7 +274,7 @@ def build_adapted_model(config: RunConfig) -> SamForSegmentation:
     Raises:
         UserError: as ``build_model`` and ``inject``; the kernel backend cannot be used here.
     """
-    _check_backend(config.adapter.backend)
+    _check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
     seed = config.adapter.seed
     model = build_model(
         config.model, config.image_size, config.num_classes, config.checkpoint, seed

@@ -244,6 +244,11 @@ def test_settings_out_of_range(refuses_training, options, message):
     assert message in refuses_training(*options.split())
 
 
+def test_backend_that_the_environment_misnames(refuses_training, monkeypatch):
+    monkeypatch.setenv("NASLORA_BACKEND", "fast")
+    assert "backend 'fast' does not exist" in refuses_training()
+
+
 def test_fp16_on_a_cpu(refuses_training):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
