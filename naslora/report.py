@@ -36,7 +36,7 @@ PHASES = {
 ROUNDING = 1e-4
 # Pixels on the longer side of an embedded picture: 18 of them stay well below 3 MB.
 PICTURE_SIDE = 320
-MISSING = "–"  # noqa: RUF001 (an en dash, the usual mark of an empty cell)
+MISSING = "–"
 
 # Name: (light, dark). Figures are drawn in the light values, which are then replaced by the
 # variables; so no two light values may be equal.
@@ -564,7 +564,7 @@ def _draw_mean_weights(axes: Axes, names: list[str], weights: np.ndarray) -> Non
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * most.max())  # room for the numbers
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("mean of softmax(α) over the layers")  # noqa: RUF001
+    axes.set_xlabel("mean of softmax(α) over the layers")
 
 
 def _draw_path(
@@ -612,7 +612,7 @@ def _heat_map(names: list[str], layers: list[str], weights: np.ndarray, epoch: i
         cells = "".join(_heat_cell(float(weight), uniform, reach) for weight in row)
         rows.append(f'<tr><th scope="row" title="{escape(name)}">{escape(short)}</th>{cells}</tr>')
     caption = (
-        f"softmax(α) per layer after epoch {epoch}: blue above, orange below the uniform "  # noqa: RUF001
+        f"softmax(α) per layer after epoch {epoch}: blue above, orange below the uniform "
         f"{uniform:.3f}; the full tint is {reach:.3f} away from it."
     )
     return (
@@ -752,7 +752,7 @@ def _parameters(metrics: dict) -> str:
         "frozen": "Frozen",
         "decoder": "Decoder",
         "adapter": "Adapter",
-        "architecture": "Architecture (α)",  # noqa: RUF001
+        "architecture": "Architecture (α)",
     }
     counts = metrics["parameters"]
     rows = [[label, _count(counts.get(part))] for part, label in parts.items()]
