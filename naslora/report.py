@@ -36,7 +36,7 @@ PHASES = {
 ROUNDING = 1e-4
 # Pixels on the longer side of an embedded picture: 18 of them stay well below 3 MB.
 PICTURE_SIDE = 320
-MISSING = "–"
+MISSING = "–"  # an en dash, the usual mark of an empty cell
 
 # Name: (light, dark). Figures are drawn in the light values, which are then replaced by the
 # variables; so no two light values may be equal.

@@ -188,7 +188,7 @@ def test_full_report(report, run):
     assert "2 min 51 s" in text
     assert table_row(text, "Total trainable") == ["4,123,456"]
     assert table_row(text, "exact")[:3] == ["0.8421", "0.8421", "+0.0000"]
-    center = ["0.8421", "0.8021", "−0.0400", "0.45", "0.45", "0.045", "0.045", "white noise"]  # noqa: RUF001
+    center = ["0.8421", "0.8021", "−0.0400", "0.45", "0.45", "0.045", "0.045", "white noise"]
     assert table_row(text, "center") == center
     assert len(page.ids) == len(set(page.ids))
 
