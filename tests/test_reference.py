@@ -349,9 +349,10 @@ def test_layer_strides_do_not_matter():
     layer = make_layer()
     layer[0] = make_map(5, 4, seed=2).T
     layer[2] = make_map(5, 6, seed=4).T[::2]
-    run = lambda *tensors: nas_lora_linear(  # noqa: E731
-        *tensors, torch.tensor([2, 0]), 1.5, backend="reference"
-    )
+
+    def run(*tensors):
+        return nas_lora_linear(*tensors, torch.tensor([2, 0]), 1.5, backend="reference")
+
     grad = make_map(1, 1, 1, 4, seed=9).expand(2, 3, 4, 4)
     dense = [tensor.contiguous() for tensor in (x, *layer)]
     assert_close(run(x, *layer), run(*dense), **FLOAT64)
