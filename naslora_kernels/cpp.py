@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from naslora_kernels.ops import LIBRARY, MixedCell, NASLoRALinear, gradient_like
+from naslora_kernels.ops import MixedCell, NASLoRALinear, define_operators, gradient_like
 
 try:
     from naslora_kernels import _C
@@ -73,7 +73,7 @@ def mixed_cell(
     z: Tensor, alpha: Tensor, depthwise: tuple[Tensor, ...], pw: Tensor, channels: Tensor | None
 ) -> Tensor:
     """The cell of Eq. 2-3, in one pass over z forward and one backward."""
-    return MixedCell.apply(z, alpha, *depthwise, pw, channels)
+    return MixedCell.apply(z, alpha, *depthwise, pw, channels, "cpp")
 
 
 def nas_lora_linear(
@@ -90,7 +90,7 @@ def nas_lora_linear(
 ) -> Tensor:
     """Eq. 3; the adapter costs little more than reading its operands once."""
     return NASLoRALinear.apply(
-        x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling
+        x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, "cpp"
     )
 
 
@@ -259,7 +259,8 @@ if _C is not None:
     _C.set_parallel_for(_torch_parallel_for())
     if instruction_set():
         _C.use_capability(instruction_set())
-    LIBRARY.impl("mixed_cell", _mixed_cell, "CPU")
-    LIBRARY.impl("mixed_cell_backward", _mixed_cell_backward, "CPU")
-    LIBRARY.impl("nas_lora_linear", _nas_lora_linear, "CPU")
-    LIBRARY.impl("nas_lora_linear_backward", _nas_lora_linear_backward, "CPU")
+    _library = define_operators("cpp")
+    _library.impl("mixed_cell", _mixed_cell, "CPU")
+    _library.impl("mixed_cell_backward", _mixed_cell_backward, "CPU")
+    _library.impl("nas_lora_linear", _nas_lora_linear, "CPU")
+    _library.impl("nas_lora_linear_backward", _nas_lora_linear_backward, "CPU")

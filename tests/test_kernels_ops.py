@@ -50,10 +50,10 @@ def cell_operands(case):
 def test_opcheck_cell(dtype, c):
     case = cell_case((2, 5, 4, 6), c).to(dtype, parameter_dtype=torch.float32)
     z, operands = case.arguments["z"], cell_operands(case)
-    torch.library.opcheck(torch.ops.naslora.mixed_cell, (z, *operands), test_utils=UTILS)
+    torch.library.opcheck(torch.ops.naslora_cpp.mixed_cell, (z, *operands), test_utils=UTILS)
     for need in ((True, True, True), (True, False, False), (False, True, True)):
         torch.library.opcheck(
-            torch.ops.naslora.mixed_cell_backward,
+            torch.ops.naslora_cpp.mixed_cell_backward,
             (case.gradient, z, *operands, *need),
             test_utils=UTILS,
         )
@@ -68,13 +68,13 @@ def test_opcheck_layer(dtype, c):
     adapter = (a["lora_A"], a["lora_B"])
     for bias in (a["bias"], None):
         torch.library.opcheck(
-            torch.ops.naslora.nas_lora_linear, (*frozen, bias, *adapter, *operands),
+            torch.ops.naslora_cpp.nas_lora_linear, (*frozen, bias, *adapter, *operands),
             test_utils=UTILS,
         )  # fmt: skip
     z = torch.randn(2, 7, 6, 6).to(dtype)
     for need in ([True] * 5, [True, False, False, True, False], [False, False, True, False, False]):
         torch.library.opcheck(
-            torch.ops.naslora.nas_lora_linear_backward,
+            torch.ops.naslora_cpp.nas_lora_linear_backward,
             (case.gradient, a["x"], z, a["weight"], *adapter, *operands, *need),
             test_utils=UTILS,
         )
