@@ -61,7 +61,6 @@ def build_info() -> dict[str, object]:
         return {}
     compiler, compiled = _C.build_info()
     return {
-        "compiled": ["cpp"],
         "compiler": compiler,
         "architectures": compiled,
         "instruction_set": instruction_set(),
