@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.cell import restore_collapsed
+from naslora.cell import FoldedCell, restore_collapsed
 from naslora.errors import UserError
 from naslora.injection import adapter_layers, replace_module
 from naslora.layer import NASLoRALinear, as_grid
+from naslora_kernels import folded_linear
 
 MergeMode = Literal["exact", "center"]
 # On this many seeded white-noise tokens errors are measured where no images are given.
@@ -84,6 +85,7 @@ class MergedNASLoRALinear(nn.Module):
         lora_B: (C_out, c) the decoder's columns behind it, scaling included.
         mixture: the collapsed cell, on (B, H, W, c).
         grid: (H, W) of token sequences that are not square, or None.
+        backend: kernel backend; None takes the best that serves.
     """
 
     def __init__(
@@ -93,20 +95,38 @@ class MergedNASLoRALinear(nn.Module):
         lora_B: Tensor,
         mixture: nn.Module,
         grid: tuple[int, int] | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.base = base
         self.register_buffer("lora_A", lora_A)
-        self.register_buffer("lora_B", lora_B)
+        # Laid out by channel, as the kernels read it.
+        self.register_buffer("lora_B", lora_B.t().contiguous().t())
         self.mixture = mixture
         self.grid = grid
+        if grid is not None:  # a saved model has to know it
+            self.register_buffer("declared_grid", torch.tensor(grid))
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out; shapes as ``NASLoRALinear``."""
-        h = self.base(x)
-        z = F.linear(as_grid(x, self.grid), self.lora_A.to(x.dtype))  # (B, H, W, c)
-        update = F.linear(self.mixture(z), self.lora_B.to(z.dtype))  # (B, H, W, C_out)
-        return h + update.reshape(h.shape)
+        tokens = as_grid(x, self.grid)
+        if isinstance(self.mixture, FoldedCell):
+            h = folded_linear(
+                tokens,
+                self.base.weight,
+                self.base.bias,
+                self.lora_A,
+                self.lora_B,
+                self.mixture.kernel,
+                self.mixture.average,
+                self.mixture.maximum,
+                backend=self.backend,
+            )
+        else:
+            z = F.linear(tokens, self.lora_A.to(x.dtype))  # (B, H, W, c)
+            h = self.base(tokens) + F.linear(self.mixture(z), self.lora_B.to(z.dtype))
+        return h.reshape(*x.shape[:-1], h.shape[-1])
 
 
 def merge(
@@ -183,8 +203,13 @@ def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, T
             if key.startswith(f"{name}.mixture.")
         }
         mixture = restore_collapsed(stored)
+        grid = tensors.get(f"{name}.declared_grid")
         layer = MergedNASLoRALinear(
-            model.get_submodule(name), tensors[prefix], tensors[f"{name}.lora_B"], mixture
+            model.get_submodule(name),
+            tensors[prefix],
+            tensors[f"{name}.lora_B"],
+            mixture,
+            None if grid is None else tuple(grid.tolist()),
         )
         replace_module(model, name, layer)
 
@@ -201,6 +226,7 @@ def _merge_exact(layer: NASLoRALinear) -> nn.Module:
         layer.scaling * layer.lora_B.detach()[:, layer.channels],
         layer.cell.collapsed(layer.alpha),
         layer.grid,
+        layer.backend,
     )
 
 

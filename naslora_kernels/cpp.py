@@ -11,7 +11,16 @@ import os
 import torch
 from torch import Tensor
 
-from naslora_kernels.ops import LIBRARY, MixedCell, NASLoRALinear, gradient_like
+from naslora_kernels.ops import (
+    LIBRARY,
+    MixedCell,
+    NASLoRALinear,
+    folded_cell,
+    folded_linear,
+    gradient_like,
+)
+
+__all__ = ["folded_cell", "folded_linear", "mixed_cell", "nas_lora_linear"]
 
 try:
     from naslora_kernels import _C
@@ -208,6 +217,34 @@ def _nas_lora_linear_backward(
     return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), *grad_cell
 
 
+def _folded_cell(z, kernel, average, maximum):
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
+    taps = _plain(kernel, _ACCUMULATORS[z.dtype])
+    _C.folded_cell(
+        _DTYPE_CODES[z.dtype], *z.shape, taps.data_ptr(), taps.shape[-1], average, maximum,
+        z.data_ptr(), *z.stride(), y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def _folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum):
+    rows, grid, dtype = _rows(x), x.shape[:-1], _ACCUMULATORS[x.dtype]
+    tokens, c_in = rows.shape
+    c_out, c = lora_B.shape
+    h = x.new_empty((*grid, c_out))
+    taps, encoder = _plain(kernel, dtype), _plain(lora_A, dtype)
+    decoder = _plain(lora_B.t(), dtype)  # (c, C_out)
+    start = None if bias is None else _plain(bias, dtype)
+    # As in _nas_lora_linear h starts as the bias and the adapter's part.
+    _C.folded_update(
+        _DTYPE_CODES[x.dtype], *grid, c, taps.data_ptr(), taps.shape[-1], average, maximum,
+        rows.data_ptr(), rows.stride(0), c_in, encoder.data_ptr(), decoder.data_ptr(),
+        _address(start), c_out, h.data_ptr(),
+    )  # fmt: skip
+    h.view(tokens, c_out).addmm_(rows, weight.t())
+    return h
+
+
 class _CellArguments:
     """A cell's arguments as addresses; keeps the tensors behind them alive."""
 
@@ -263,3 +300,5 @@ if _C is not None:
     LIBRARY.impl("mixed_cell_backward", _mixed_cell_backward, "CPU")
     LIBRARY.impl("nas_lora_linear", _nas_lora_linear, "CPU")
     LIBRARY.impl("nas_lora_linear_backward", _nas_lora_linear_backward, "CPU")
+    LIBRARY.impl("folded_cell", _folded_cell, "CPU")
+    LIBRARY.impl("folded_linear", _folded_linear, "CPU")

@@ -28,6 +28,13 @@ LIBRARY.define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
+# What is left of both after the search: inference only.
+LIBRARY.define("folded_cell(Tensor z, Tensor kernel, float average, float maximum) -> Tensor")
+LIBRARY.define(
+    "folded_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+    "Tensor kernel, float average, float maximum) -> Tensor"
+)
+
 
 def gradient_like(tensor: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous gradient of ``tensor``, or an empty tensor if not needed."""
@@ -71,10 +78,22 @@ def _(
     )
 
 
+@torch.library.register_fake("naslora::folded_cell", lib=LIBRARY)
+def _(z, kernel, average, maximum):
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("naslora::folded_linear", lib=LIBRARY)
+def _(x, weight, bias, lora_A, lora_B, kernel, average, maximum):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 _mixed_cell = torch.ops.naslora.mixed_cell.default
 _mixed_cell_backward = torch.ops.naslora.mixed_cell_backward.default
 _nas_lora_linear = torch.ops.naslora.nas_lora_linear.default
 _nas_lora_linear_backward = torch.ops.naslora.nas_lora_linear_backward.default
+folded_cell = torch.ops.naslora.folded_cell.default
+folded_linear = torch.ops.naslora.folded_linear.default
 
 
 class MixedCell(torch.autograd.Function):
