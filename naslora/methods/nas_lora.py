@@ -28,4 +28,4 @@ def add_full(encoder: nn.Module, config: NASLoRAConfig) -> None:
 
 def merge_modes(config: NASLoRAConfig) -> list[str]:
     """The modes that can fold the cell: the preset `paper` is not linear, it has no centre taps."""
-    return ["exact"] if config.preset == "paper" else list(MODES)
+    return [mode for mode in MODES if mode != "center" or config.preset != "paper"]
