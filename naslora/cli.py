@@ -18,6 +18,7 @@ from rich.table import Table
 from naslora import demo_run, run
 from naslora.errors import UserError
 from naslora.merging import MergeMode
+from naslora.report import metric_rows
 from naslora.run import RunConfig
 from naslora_kernels import available_backends, build_info
 
@@ -101,9 +102,13 @@ def evaluate(
     data: Annotated[
         Path | None, tyro.conf.arg(help="Another CSV data folder; default: the run's own data.")
     ] = None,
+    resolution: Annotated[
+        run.Resolution | None,
+        tyro.conf.arg(help="Score at the model's size or at each mask's; default: the run's."),
+    ] = None,
 ) -> None:
     """Print a model's metrics on a split as JSON."""
-    print(json.dumps(run.evaluate_run(path, split, data), indent=2))
+    print(json.dumps(run.evaluate_run(path, split, data, resolution), indent=2))
 
 
 def predict(
@@ -152,9 +157,19 @@ def _summarise(metrics: dict[str, Any], output: Path) -> None:
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console()
     console.print(table)
+    console.print(_metric_table(metrics["test"]))
     console.print(
         f"{metrics['trainable_parameters']:,} parameters trained in {metrics['seconds']:.0f} s; "
         f"look at {output / 'report.html'}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _metric_table(scores: dict[str, Any]) -> Table:
+    """What the data set is reported by, and at which size the images were scored."""
+    head, rows = metric_rows(scores)
+    table = Table(*head, title=f"scored at the resolution {scores['resolution']}")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from naslora.files import replaced_file
+from naslora.metrics import METRICS
 
 STAGE_2_LABEL = "stage 2: architecture search"
 SPLITS = {"val": "Validation", "test": "Test"}
@@ -210,6 +211,7 @@ def write_report(
             ``data``) make the title.
         metrics: ``test``, ``val`` and each mode of ``test_merged`` hold ``dice``, ``iou``,
             ``accuracy`` and ``per_class`` (class name to ``dice`` and ``iou``), all in [0, 1];
+            ``test`` further ``metrics``, ``resolution`` and ``groups`` as of ``evaluate``;
             ``merge`` holds per mode ``source`` and ``layers`` (``name``, ``update_error``,
             ``output_error``, both relative); further ``best_epoch``, ``trainable_parameters``,
             ``parameters`` (``frozen``, ``decoder``, ``adapter``, ``architecture``), ``seconds``
@@ -786,7 +788,7 @@ def _scores(metrics: dict) -> str:
     if not splits:
         return _section("Scores", _note("This run has neither validation nor test scores."))
     tables = "".join(_score_table(label, scores) for label, scores in splits.items())
-    body = f'<div class="tables">{tables}</div>'
+    body = f'<div class="tables">{tables}</div>{_metric_table(metrics.get("test") or {})}'
     if not metrics.get("test"):
         body += _note("This run has no test scores.")
     return _section("Scores", body)
@@ -802,6 +804,36 @@ def _score_table(label: str, scores: dict) -> str:
     if _known(scores.get("accuracy")):
         label = f"{label}, pixel accuracy {_number(scores['accuracy'])}"
     return _table(["Class", "Dice", "IoU"], rows, label, total=True)
+
+
+def _metric_table(scores: dict) -> str:
+    """What the data set is reported by: over the whole test split, and over its groups."""
+    if not scores.get("metrics"):
+        return ""
+    head, rows = metric_rows(scores)
+    caption = f"Test, scored at the resolution {scores.get('resolution', MISSING)}"
+    return _table(head, rows, caption)
+
+
+def metric_rows(scores: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of text of a split's metrics, as ``naslora.evaluation.evaluate`` returns them.
+
+    A metric is a row, and so is each class of one that has a number for each.
+    """
+    groups = scores.get("groups") or {}
+    head = ["Metric", "All", *(f"{name} ({group['images']})" for name, group in groups.items())]
+    columns = [scores["metrics"], *(group["metrics"] for group in groups.values())]
+    rows = []
+    for name, value in scores["metrics"].items():
+        label = METRICS[name].label if name in METRICS else name
+        if isinstance(value, dict):
+            rows += [
+                [f"{label}, {part}", *(_number(column[name].get(part)) for column in columns)]
+                for part in value
+            ]
+        else:
+            rows.append([label, *(_number(column[name]) for column in columns)])
+    return head, rows
 
 
 def _merging(metrics: dict) -> str:

@@ -14,6 +14,7 @@ unbroken one.
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -361,7 +362,7 @@ class Search:
         }
         return self.config.learning_rate * factor[self.config.schedule]
 
-    def evaluate(self, split: str) -> dict[str, Any]:
+    def evaluate(self, split: str, metrics: Sequence[str] = ()) -> dict[str, Any]:
         """Loss and metrics of a split, as ``naslora.evaluation.evaluate``."""
         config = self.config
         return evaluate(
@@ -372,6 +373,7 @@ class Search:
             self.class_names,
             config.batch_size,
             config.workers,
+            metrics,
         )
 
     def _batches(self, split: str) -> GlobalBatches:
