@@ -29,7 +29,7 @@ NOISE_GRID = (2, 16, 16)
 
 # The layers that each merged model had. Kept beside the model, not in it: what is copied, saved or
 # counted of a merged model is the merged model alone.
-_originals: WeakKeyDictionary[nn.Module, dict[str, NASLoRALinear]] = WeakKeyDictionary()
+_originals: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,49 @@ def merge(
             that miss a layer, or an operation set that the mode cannot fold. The model is then
             unchanged.
     """
+    layers = dict(adapter_layers(model))
+    check_mergeable(model, layers, mode)
+    with torch.no_grad():
+        merged = {name: MODES[mode](layer) for name, layer in layers.items()}
+    return replace_by_merged(model, layers, merged, mode, calibration)
+
+
+def check_mergeable(model: nn.Module, layers: dict[str, nn.Module], mode: str) -> None:
+    """Refuses what ``merge`` refuses before it looks at a layer.
+
+    Raises:
+        UserError: an unknown mode, nothing to merge, or a model merged before.
+    """
     if model in _originals:
         raise UserError("the model is merged already; call unmerge(model) first")
-    layers = dict(adapter_layers(model))
     if not layers:
         raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")
     if mode not in MODES:
         raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    with torch.no_grad():
-        merged = {name: MODES[mode](layer) for name, layer in layers.items()}
-        if calibration is None:
-            errors = _errors_on_noise(layers, merged)
-        else:
-            errors = _errors_on_batches(model, layers, merged, calibration)
+
+
+@torch.no_grad()
+def replace_by_merged(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    merged: dict[str, nn.Module],
+    mode: str,
+    calibration: Iterable[Any] | None,
+) -> MergeReport:
+    """Measures what the merged modules lose and puts them where ``layers`` were, in place.
+
+    Args:
+        layers: the adapted layers by their names; what ``unmerge`` restores.
+        merged: their merged twins by the same names.
+        calibration: as in ``merge``.
+
+    Raises:
+        UserError: no batches, or batches that miss a layer. The model is then unchanged.
+    """
+    if calibration is None:
+        errors = _errors_on_noise(layers, merged)
+    else:
+        errors = _errors_on_batches(model, layers, merged, calibration)
     for name, module in merged.items():
         module.train(model.training)
         replace_module(model, name, module)
@@ -244,11 +274,12 @@ class _ErrorSums:
         self.difference = self.update = self.output = 0.0
         self.calls = 0
 
-    def add(self, layer: NASLoRALinear, merged: nn.Module, x: Tensor) -> None:
+    def add(self, layer: nn.Module, merged: nn.Module, x: Tensor) -> None:
         h = layer(x)
         self.calls += 1
         self.difference += _squared_norm(merged(x) - h)
-        self.update += _squared_norm(layer.update(x))
+        ours = isinstance(layer, NASLoRALinear)  # else PEFT's
+        self.update += _squared_norm(layer.update(x) if ours else h - layer.base_layer(x))
         self.output += _squared_norm(h)
 
     def relative(self, name: str) -> LayerError:
@@ -263,7 +294,7 @@ def _squared_norm(x: Tensor) -> float:
 
 
 def _errors_on_noise(
-    layers: dict[str, NASLoRALinear], merged: dict[str, nn.Module]
+    layers: dict[str, nn.Module], merged: dict[str, nn.Module]
 ) -> list[LayerError]:
     errors = []
     for name, layer in layers.items():
@@ -279,7 +310,7 @@ def _errors_on_noise(
 
 def _errors_on_batches(
     model: nn.Module,
-    layers: dict[str, NASLoRALinear],
+    layers: dict[str, nn.Module],
     merged: dict[str, nn.Module],
     batches: Iterable[Any],
 ) -> list[LayerError]:

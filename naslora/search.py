@@ -34,6 +34,7 @@ from naslora.evaluation import evaluate, make_loader
 from naslora.files import replaced_file
 from naslora.injection import adapter_layers, arch_parameters
 from naslora.losses import ClassLoss, segmentation_loss
+from naslora.methods import auxiliary_loss
 from naslora.segmentation import SegmentationOutput
 from naslora_kernels import OPERATIONS
 
@@ -299,7 +300,9 @@ class Search:
         device = self.accelerator.device
         with self.accelerator.autocast():
             output = self.model(image.to(device, non_blocking=True))
-        return self.config.loss(output, mask.to(device, non_blocking=True))
+        loss = self.config.loss(output, mask.to(device, non_blocking=True))
+        extra = auxiliary_loss(self.model)
+        return loss if extra is None else loss + extra
 
     def _sum_over_processes(self, groups: list[Group], loss: Tensor) -> float:
         """Sums gradients and loss over the processes, in one message."""
