@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from naslora.config import NASLoRAConfig
 from naslora.errors import UserError
 from naslora.files import read_json, write_json, write_text
 from naslora.merging import MODES
@@ -93,7 +94,7 @@ def compare(
     Raises:
         UserError: the recipe cannot work for any method, or belongs to another comparison.
     """
-    _check_distinct(methods, seeds)
+    _check_cells(config, methods, seeds)
     known = _open(config, output, resume)
     refusals = in_own_process(find_refusals, config, tuple(methods))
     if len(refusals) == len(methods):
@@ -123,7 +124,9 @@ def compare(
     return cells
 
 
-def _check_distinct(methods: Sequence[str], seeds: Sequence[int]) -> None:
+def _check_cells(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    if config.method != RunConfig.method or config.adapter.seed != NASLoRAConfig.seed:
+        raise UserError("compare takes --methods and --seeds, not --method or --seed")
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise UserError(f"methods must be among {', '.join(METHODS)}, got {unknown[0]!r}")
@@ -230,10 +233,10 @@ def run_cell(config: RunConfig, directory: Path) -> dict[str, Any]:
     """
     metrics = train(config, directory, resume=True)
     load = os.getloadavg()[0]
-    weights, everything = training_seconds(directory / "history.csv", metrics["images"]["train"])
-    model, _ = load_model(directory)
     device = make_accelerator(config.search).device
-    model.to(device)
+    memory = peak_memory(device)
+    weights, everything = training_seconds(directory / "history.csv", metrics["images"]["train"])
+    model = load_model(directory)[0].to(device)
     models = {"unmerged": model}
     for mode in merge_modes(config.method, config.adapter):
         models[mode] = copy.deepcopy(model)
@@ -249,13 +252,23 @@ def run_cell(config: RunConfig, directory: Path) -> dict[str, Any]:
         "best_epoch": metrics["best_epoch"],
         "weight_seconds": weights,
         "training_seconds": everything,
-        "peak_memory": metrics["peak_memory"],
+        "peak_memory": memory,
         "inference_seconds": inference_seconds(models, config),
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         "load": load,
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory, in bytes, that this process has had so far: the GPU's, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # absent on Windows, where the rest of the command line works
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
 def _scores(scores: dict[str, Any]) -> dict[str, float | None]:

@@ -289,7 +289,9 @@ def _best(rows: list[dict]) -> str:
         if known:
             row = choose(known, key=lambda row: row[key])
             value = format(factor * row[key], form) + unit
-            body += f"<div><dt>{name}</dt><dd>{value}<small>{escape(row['title'])}</small></dd></div>"
+            body += (
+                f"<div><dt>{name}</dt><dd>{value}<small>{escape(row['title'])}</small></dd></div>"
+            )
     return f'<dl class="headline">{body}</dl>'
 
 
