@@ -217,7 +217,7 @@ def inference_models(
 def inference(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], Tensor]:
     """Images in, mask logits out."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run() -> Tensor:
         with autocast(setting):
             return model(images).masks

@@ -339,6 +339,7 @@ def summarise(method: str, cells: list[Cell]) -> dict[str, Any]:
         "title": METHODS[method].title,
         "seeds": len(done),
         "missing": len(cells) - len(done),
+        "refused": any(cell.state == "refused" for cell in cells),
         "reason": "; ".join(broken),
     }
     if not done:
@@ -389,8 +390,8 @@ def main_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def _text_row(row: dict[str, Any], modes: list[str]) -> list[str]:
-    mark = f" ({row['missing']} seeds missing)" if row["missing"] and row["seeds"] else ""
-    mark = " (failed)" if not row["seeds"] else mark
+    mark = f" ({row['missing']} failed)" if row["missing"] else ""
+    mark = " (refused)" if row["refused"] else mark
     return [
         row["title"] + mark,
         _number(row, "trainable_parameters", 1e-6, ".3f"),
