@@ -1,4 +1,4 @@
-"""The command line: naslora demo | train | evaluate | predict | merge | info."""
+"""The command line: naslora demo | train | compare | evaluate | predict | merge | info."""
 
 import contextlib
 import functools
@@ -15,9 +15,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from naslora import compare as comparison
 from naslora import demo_run, run
 from naslora.errors import UserError
 from naslora.merging import MergeMode
+from naslora.methods import MethodName
 from naslora.report import metric_rows
 from naslora.run import RunConfig
 from naslora_kernels import available_backends, build_info
@@ -31,7 +33,7 @@ RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model."
 
 def main() -> None:
     """Runs a command; what the user can mend ends in one line and exit status 2."""
-    commands = (demo, train, evaluate, predict, merge, info)
+    commands = (demo, train, compare, evaluate, predict, merge, info)
     try:
         _parse({command.__name__: _deferred(command) for command in commands})()
     except UserError as error:
@@ -94,6 +96,19 @@ def train(
 ) -> None:
     """Fine-tune SAM on your images, then test, merge and report."""
     _summarise(run.train(config, output, resume), output)
+
+
+def compare(
+    config: Annotated[RunConfig, Flat],
+    methods: Annotated[tuple[MethodName, ...], tyro.conf.arg(help="The methods, row by row.")],
+    output: Annotated[Path, OUTPUT],
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each method's runs.")] = (0,),
+    resume: Annotated[
+        bool, tyro.conf.arg(help="Keep what --output has finished, and continue with the rest.")
+    ] = False,
+) -> None:
+    """Train several methods under one recipe; write tables and a report of quality and cost."""
+    comparison.compare(config, methods, seeds, output, resume)
 
 
 def evaluate(

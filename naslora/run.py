@@ -238,7 +238,7 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
     """
     if resume and (output / "config.json").is_file():
         stored = RunConfig.from_dict(read_json(output / "config.json"))
-        names = _differing(stored.to_dict(), config.to_dict())
+        names = differing(stored.to_dict(), config.to_dict())
         if names:
             raise UserError(
                 f"{output} was started with another configuration (it differs in "
@@ -255,12 +255,12 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         raise UserError(f"{output} {what}; choose another --output{advice}")
 
 
-def _differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """The fields in which two configurations differ, as the command line names them."""
     names = []
     for name, value in given.items():
         if isinstance(value, dict):
-            names += _differing(stored[name], value)
+            names += differing(stored[name], value)
         elif stored[name] != value:
             names.append(name)
     return names
@@ -474,7 +474,7 @@ def merge_run(path: Path, mode: str, output: Path, max_error: float | None = Non
     model, config = load_model(path)
     splits = find_splits(config)
     device = make_accelerator(config.search).device
-    report = merge(model.to(device), mode, _image_batches(config, splits["val"], device))
+    report = merge(model.to(device), mode, image_batches(config, splits["val"], device))
     if max_error is not None and report.max_update_error > max_error:
         raise UserError(
             f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
@@ -538,7 +538,7 @@ def make_dataset(
     )
 
 
-def _image_batches(
+def image_batches(
     config: RunConfig, samples: list[Sample], device: torch.device
 ) -> Iterator[Tensor]:
     """(B, 3, S, S) batches of a split's images, in order."""
@@ -565,7 +565,7 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
     if modes:
         metrics |= {"test_merged": {}, "merge": {}}
         for mode in modes:
-            batches = _image_batches(config, search.data["val"].samples, search.accelerator.device)
+            batches = image_batches(config, search.data["val"].samples, search.accelerator.device)
             report = merge(search.model, mode, batches)
             metrics["test_merged"][mode] = search.evaluate("test", config.metrics)
             metrics["merge"][mode] = report.to_dict()

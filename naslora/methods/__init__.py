@@ -9,13 +9,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from naslora.config import NASLoRAConfig
 from naslora.errors import UserError
 from naslora.injection import undone_on_error
 from naslora.merging import MergeMode, MergeReport
-from naslora.methods import decoder_only, nas_lora, peft_lora
+from naslora.methods import (
+    bitfit,
+    conv_lora,
+    decoder_only,
+    full,
+    mona,
+    nas_lora,
+    peft_lora,
+    sam_adapter,
+    vpt,
+)
 
 
 class Method(NamedTuple):
@@ -33,10 +44,21 @@ class Method(NamedTuple):
     """Fields of the configuration that decide its output beside the trained tensors."""
 
 
+LORA_FIELDS = ("rank", "lora_alpha")
 # In the order of the paper's tables.
 METHODS: dict[str, Method] = {
+    "full": Method("Full fine-tuning", full.add, why_unmerged=full.UNMERGED),
     "decoder-only": Method("Decoder only", decoder_only.add, why_unmerged=decoder_only.UNMERGED),
-    "lora": Method("LoRA", peft_lora.add_lora, peft_lora.merge, fields=("rank", "lora_alpha")),
+    "bitfit": Method("BitFit", bitfit.add, why_unmerged=bitfit.UNMERGED),
+    "vpt": Method("VPT", vpt.add, why_unmerged=vpt.UNMERGED),
+    "sam-adapter": Method("SAM-Adapter", sam_adapter.add, why_unmerged=sam_adapter.UNMERGED),
+    "mona": Method("Mona", mona.add, why_unmerged=mona.UNMERGED),
+    "lora": Method("LoRA", peft_lora.add_lora, peft_lora.merge, fields=LORA_FIELDS),
+    "dora": Method("DoRA", peft_lora.add_dora, peft_lora.merge, fields=LORA_FIELDS),
+    "vera": Method("VeRA", peft_lora.add_vera, peft_lora.merge),
+    "conv-lora": Method(
+        "Conv-LoRA", conv_lora.add, why_unmerged=conv_lora.UNMERGED, fields=LORA_FIELDS
+    ),
     "nas-lora": Method("NAS-LoRA", nas_lora.add_full, nas_lora.merge, fields=nas_lora.FIELDS),
     "nas-pc-lora": Method("NAS-PC-LoRA", nas_lora.add, nas_lora.merge, fields=nas_lora.FIELDS),
 }
@@ -60,7 +82,8 @@ def apply(name: str, model: nn.Module, config: NASLoRAConfig) -> None:
     Args:
         name: one of ``METHODS``.
         model: a model with an ``image_encoder``, of which nothing else changes; or the encoder.
-        config: the adapters' settings; a method takes what concerns it.
+        config: the adapters' settings, of which a method takes what concerns it; all that it draws
+            comes from ``seed``.
 
     Raises:
         UserError: an unknown name, a model that has a method already, or a method that does not fit
@@ -75,7 +98,9 @@ def apply(name: str, model: nn.Module, config: NASLoRAConfig) -> None:
     with undone_on_error(encoder):
         before = {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
         encoder.requires_grad_(False)
-        METHODS[name].add(encoder, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            METHODS[name].add(encoder, config)
         encoder.method = Applied(name, config, tuple(_own_tensors(encoder, before)))
 
 
@@ -105,8 +130,9 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """What the last forward in training mode adds to the loss; None if the method adds nothing."""
-    return None
+    """What the last forward adds to the loss in training, to be asked for once; None if nothing."""
+    balance = getattr(image_encoder(model), "balance", None)
+    return balance.take() if balance is not None else None
 
 
 def searches(name: str, config: NASLoRAConfig) -> bool:
