@@ -1,4 +1,4 @@
-"""The command line: naslora demo | train | compare | evaluate | predict | merge | info."""
+"""The command line: naslora demo | train | compare | ablate | evaluate | predict | merge | info."""
 
 import contextlib
 import functools
@@ -15,8 +15,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from naslora import ablation, demo_run, run
 from naslora import compare as comparison
-from naslora import demo_run, run
 from naslora.errors import UserError
 from naslora.merging import MergeMode
 from naslora.methods import MethodName
@@ -33,7 +33,7 @@ RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model."
 
 def main() -> None:
     """Runs a command; what the user can mend ends in one line and exit status 2."""
-    commands = (demo, train, compare, evaluate, predict, merge, info)
+    commands = (demo, train, compare, ablate, evaluate, predict, merge, info)
     try:
         _parse({command.__name__: _deferred(command) for command in commands})()
     except UserError as error:
@@ -109,6 +109,22 @@ def compare(
 ) -> None:
     """Train several methods under one recipe; write tables and a report of quality and cost."""
     comparison.compare(config, methods, seeds, output, resume)
+
+
+def ablate(
+    name: Annotated[
+        ablation.AblationName, Positional, tyro.conf.arg(help="What is varied.", metavar="WHAT")
+    ],
+    config: Annotated[RunConfig, Flat],
+    output: Annotated[Path, OUTPUT],
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each row's runs.")] = (0, 1, 2),
+    resume: Annotated[
+        bool,
+        tyro.conf.arg(help="Keep the finished runs in --output, of other ablations too."),
+    ] = False,
+) -> None:
+    """Vary operations, rank, blocks, the start of alpha or the channel ratio; write the table."""
+    print(ablation.ablate(name, config, seeds, output, resume))
 
 
 def evaluate(
