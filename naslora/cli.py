@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from naslora import compare as comparison
 from naslora.errors import UserError
 from naslora.merging import MergeMode
 from naslora.methods import MethodName
+from naslora.recipe import load_recipe
 from naslora.report import metric_rows
 from naslora.run import RunConfig
 from naslora_kernels import available_backends, build_info
@@ -35,7 +37,8 @@ def main() -> None:
     """Runs a command; what the user can mend ends in one line and exit status 2."""
     commands = (demo, train, compare, ablate, evaluate, predict, merge, info)
     try:
-        _parse({command.__name__: _deferred(command) for command in commands})()
+        recipe = _named_recipe(sys.argv[1:])
+        _parse({command.__name__: _deferred(command, recipe) for command in commands})()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"naslora: error: {error}", file=sys.stderr)
@@ -48,13 +51,35 @@ def main() -> None:
             torch.distributed.destroy_process_group()
 
 
-def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+def _named_recipe(arguments: list[str]) -> RunConfig | None:
+    """The settings that the other options override; the parser needs them before it parses."""
+    for option, value in zip(arguments, [*arguments[1:], None], strict=True):
+        name = value if option == "--recipe" else option.partition("--recipe=")[2]
+        if name:
+            return load_recipe(name)
+    return None
+
+
+def _deferred(
+    command: Callable[..., None], recipe: RunConfig | None
+) -> Callable[..., Callable[[], None]]:
     """A command that only takes its arguments, so that parsing and running can fail apart."""
 
     @functools.wraps(command)
     def take(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(command, *args, **kwargs)
 
+    if recipe is not None:
+        signature = inspect.signature(command)
+        parameters = [
+            # Only parameters that are named may follow one with a default.
+            parameter.replace(
+                kind=inspect.Parameter.KEYWORD_ONLY,
+                default=recipe if parameter.name == "config" else parameter.default,
+            )
+            for parameter in signature.parameters.values()
+        ]
+        take.__signature__ = signature.replace(parameters=parameters)
     return take
 
 
@@ -188,19 +213,15 @@ def _summarise(metrics: dict[str, Any], output: Path) -> None:
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console()
     console.print(table)
-    console.print(_metric_table(metrics["test"]))
+    head, rows = metric_rows(metrics["test"])
+    reported = Table(*head)
+    for row in rows:
+        reported.add_row(*row)
+    console.print(reported)
+    console.print(f"scored at the resolution {metrics['test']['resolution']}", highlight=False)
     console.print(
         f"{metrics['trainable_parameters']:,} parameters trained in {metrics['seconds']:.0f} s; "
         f"look at {output / 'report.html'}",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _metric_table(scores: dict[str, Any]) -> Table:
-    """What the data set is reported by, and at which size the images were scored."""
-    head, rows = metric_rows(scores)
-    table = Table(*head, title=f"scored at the resolution {scores['resolution']}")
-    for row in rows:
-        table.add_row(*row)
-    return table

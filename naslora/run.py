@@ -78,6 +78,9 @@ PANELS = 6  # test images shown in the report
 class RunConfig:
     """Everything that decides a run's result."""
 
+    recipe: str | None = None
+    """Where the other settings come from that are not given: a recipe that ships with naslora, such
+    as `isic2017/nas-pc-lora`, or a YAML file."""
     data: Path | None = None
     """Folder with train.csv, val.csv and test.csv (columns image,label) and perhaps arch.csv."""
     dataset: str = "csv"
@@ -201,6 +204,7 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, An
         UserError: something the user gave cannot work.
     """
     accelerator = make_accelerator(config.search)
+    _check_start(config)
     check_output(config, output, resume)
     splits = find_splits(config)
     _check_together(accelerator, splits, config)
@@ -228,6 +232,16 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, An
         _write_results(search, metrics, config, output)
     accelerator.wait_for_everyone()
     return metrics
+
+
+def _check_start(config: RunConfig) -> None:
+    """A recipe of the paper on an encoder without SAM's weights would train for days in vain."""
+    has_weights = config.model != "vit_t" and config.method != "full"
+    if config.recipe is not None and has_weights and config.checkpoint is None:
+        raise UserError(
+            f"recipe {config.recipe} starts from SAM's weights: give --checkpoint FILE, the "
+            f"{config.model} checkpoint"
+        )
 
 
 def check_output(config: RunConfig, output: Path, resume: bool) -> None:
