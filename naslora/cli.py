@@ -1,4 +1,4 @@
-"""The command line: naslora demo | train | compare | ablate | evaluate | predict | merge | info."""
+"""The command line, ``naslora COMMAND``: each command is a function below."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from naslora import ablation, demo_run, run
+from naslora import ablation, analysis, demo_run, run
 from naslora import compare as comparison
 from naslora.errors import UserError
 from naslora.merging import MergeMode
@@ -35,7 +35,7 @@ RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model."
 
 def main() -> None:
     """Runs a command; what the user can mend ends in one line and exit status 2."""
-    commands = (demo, train, compare, ablate, evaluate, predict, merge, info)
+    commands = (demo, train, compare, ablate, evaluate, analyse, predict, merge, info)
     try:
         recipe = _named_recipe(sys.argv[1:])
         _parse({command.__name__: _deferred(command, recipe) for command in commands})()
@@ -165,6 +165,20 @@ def evaluate(
 ) -> None:
     """Print a model's metrics on a split as JSON."""
     print(json.dumps(run.evaluate_run(path, split, data, resolution), indent=2))
+
+
+def analyse(
+    runs: Annotated[
+        tuple[Path, ...],
+        Positional,
+        tyro.conf.arg(metavar="RUN", help="Run folders that differ in their seed only."),
+    ],
+    output: Annotated[Path, OUTPUT],
+    images: Annotated[int, tyro.conf.arg(help="Test images to measure encoders on.")] = 100,
+) -> None:
+    """Compare a run's encoder with the frozen and a random one; show how the seeds converged."""
+    analysis.analyse(runs, output, images)
+    print(f"look at {output / 'report.html'}")
 
 
 def predict(
