@@ -271,7 +271,7 @@ struct Plan {
     for (int64_t y = begin; y < end; ++y) {
       A* row = reciprocal + layout.origin + (y - tile.first_row) * layout.pitch;
       for (int64_t x = 0; x < cell.width; ++x)
-        row[x] = A(1) / naslora::pool_count(y, x, cell.height, cell.width);
+        row[x] = naslora::pool_share<A>(y, x, cell.height, cell.width);
     }
   }
 
@@ -326,11 +326,10 @@ struct Weights {
     const int64_t c = plan.c, sources = c * kFoldedTaps;
     for (int64_t in = 0; in < c; ++in) {
       for (int64_t out = 0; out < c; ++out) {
-        double pair[kFoldedTaps];
-        naslora::fold_pair(plan.parameters, plan.mixture, out, in, pair);
         const int64_t from = transposed ? out : in, to = transposed ? in : out;
         for (int t = 0; t < kFoldedTaps; ++t)
-          convolution[blocked(from * kFoldedTaps + t, sources, to, c)] = pair[t];
+          convolution[blocked(from * kFoldedTaps + t, sources, to, c)] =
+              naslora::folded_weight(plan.parameters, plan.mixture, out, in, t, kTaps);
       }
       const int64_t* tap = transposed ? plan.transposed_tap : plan.tap;
       for (int t = 0; t < kFoldedTaps; ++t)
