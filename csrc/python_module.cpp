@@ -134,6 +134,43 @@ PyObject* cell_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return compute(a, [&] { kernels->cell_backward(cell, grad_y, gradients); });
 }
 
+FoldedCell folded_cell_argument(Arguments& a) {
+  FoldedCell cell = {};
+  cell.dtype = static_cast<Dtype>(a.integer());
+  cell.batch = a.integer();
+  cell.height = a.integer();
+  cell.width = a.integer();
+  cell.rank = cell.c = a.integer();
+  cell.kernel = a.address();
+  cell.kernel_size = a.integer();
+  cell.average = a.real();
+  cell.maximum = a.real();
+  return cell;
+}
+
+PyObject* folded_cell(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments a(values, count);
+  FoldedCell cell = folded_cell_argument(a);
+  cell.z = map_argument(a);
+  void* y = a.address();
+  return compute(a, [&] { kernels->folded_cell(cell, y); });
+}
+
+PyObject* folded_update(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments a(values, count);
+  FoldedUpdate p;
+  p.cell = folded_cell_argument(a);
+  p.x = a.address();
+  p.x_stride = a.integer();
+  p.columns = a.integer();
+  p.encoder = a.address();
+  p.decoder = a.address();
+  p.bias = a.address();
+  p.out_columns = a.integer();
+  p.h = a.address();
+  return compute(a, [&] { kernels->folded_update(p); });
+}
+
 PyObject* low_rank_pass(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
   LowRankPass p;
@@ -224,6 +261,8 @@ PyObject* build_info(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     NASLORA_FAST(cell_forward),
     NASLORA_FAST(cell_backward),
+    NASLORA_FAST(folded_cell),
+    NASLORA_FAST(folded_update),
     NASLORA_FAST(low_rank_pass),
     NASLORA_FAST(low_rank_expand),
     NASLORA_FAST(set_parallel_for),

@@ -131,7 +131,7 @@ __device__ void low_rank_gradient(const Reduction::LowRank& low_rank, int block,
   const int count = static_cast<int>(smaller(kColumnsPerBlock, low_rank.columns - first));
   shared.add_groups(static_cast<const A*>(low_rank.partials) + k * low_rank.columns + first,
                     low_rank.groups, low_rank.rank * low_rank.columns, count);
-  if (threadIdx.x < count)
+  if (static_cast<int>(threadIdx.x) < count)
     write(low_rank.gradient,
           transposed ? (first + threadIdx.x) * low_rank.rank + k
                      : k * low_rank.columns + first + threadIdx.x,
