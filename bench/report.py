@@ -252,7 +252,7 @@ def _ratio(times: Times | None) -> str:
     return "" if times is None else f"{times.p50:.3f} ({times.p20:.3f}, {times.p80:.3f})"
 
 
-def _plain(value: float | None | bool) -> str:
+def _plain(value: float | bool | None) -> str:
     return f"{value:.2f}" if value else ""
 
 
