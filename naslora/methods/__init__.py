@@ -45,7 +45,7 @@ class Method(NamedTuple):
 
 
 LORA_FIELDS = ("rank", "lora_alpha")
-# In the order of the paper's tables.
+# In the order in which tables name them.
 METHODS: dict[str, Method] = {
     "full": Method("Full fine-tuning", full.add, why_unmerged=full.UNMERGED),
     "decoder-only": Method("Decoder only", decoder_only.add, why_unmerged=decoder_only.UNMERGED),
@@ -97,10 +97,13 @@ def apply(name: str, model: nn.Module, config: NASLoRAConfig) -> None:
     encoder = image_encoder(model)
     with undone_on_error(encoder):
         before = {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
+        modules = set(encoder.modules())
         encoder.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             METHODS[name].add(encoder, config)
+        for module in set(encoder.modules()) - modules:
+            module.training = encoder.training
         encoder.method = Applied(name, config, tuple(_own_tensors(encoder, before)))
 
 
