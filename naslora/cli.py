@@ -133,7 +133,9 @@ def compare(
     ] = False,
 ) -> None:
     """Train several methods under one recipe; write tables and a report of quality and cost."""
-    comparison.compare(config, methods, seeds, output, resume)
+    cells = comparison.compare(config, methods, seeds, output, resume)
+    comparison.check_complete(cells, output)
+    print(f"look at {output / 'report.html'}")
 
 
 def ablate(

@@ -200,7 +200,11 @@ def _train_cell(config: RunConfig, method: str, seed: int, output: Path) -> Cell
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function in a fresh process, which ends with this one; raises what it raises."""
-    context = multiprocessing.get_context("spawn")
+    # From the server processes fork that have imported everything, but computed nothing yet.
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([__name__])
     try:
         with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
             return pool.submit(function, *arguments).result()
