@@ -176,7 +176,7 @@ def merge(
     check_mergeable(model, layers, mode)
     if mode == "calibrated" and calibration is None:
         raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
-    batches = None if calibration is None else list(calibration)
+    batches = calibration_batches(calibration)
     fits: dict[str, Fit] = {}
     with torch.no_grad():
         if mode == "calibrated":
@@ -187,6 +187,20 @@ def merge(
             fold = _merge_exact if mode == "exact" else _merge_center
             merged = {name: fold(layer) for name, layer in layers.items()}
     return replace_by_merged(model, layers, merged, mode, batches, fits)
+
+
+def calibration_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
+    """The batches as a list, as they are gone through more than once; None if there are none.
+
+    Raises:
+        UserError: there is something to go through, but it yields nothing.
+    """
+    if calibration is None:
+        return None
+    batches = list(calibration)
+    if not batches:
+        raise UserError("calibration yielded no batches")
+    return batches
 
 
 def check_mergeable(model: nn.Module, layers: dict[str, nn.Module], mode: str) -> None:
@@ -209,34 +223,30 @@ def replace_by_merged(
     layers: dict[str, nn.Module],
     merged: dict[str, nn.Module],
     mode: str,
-    calibration: Iterable[Any] | None,
+    batches: Sequence[Any] | None,
     fits: dict[str, Fit] | None = None,
 ) -> MergeReport:
     """Measures what the merged modules lose and puts them where ``layers`` were, in place.
 
     Args:
-        model: the model that has ``layers``.
         layers: the adapted layers by their names; what ``unmerge`` restores.
         merged: their merged twins by the same names.
-        mode: for the report.
-        calibration: as in ``merge``.
-        fits: of the layers that were fitted.
+        batches: of ``calibration_batches``.
+        fits: how each was calibrated, where it was.
 
     Raises:
-        UserError: batches that do not fit the model or miss a layer, or a value that is not
-            finite. The model is then unchanged.
+        UserError: batches that miss a layer, or values that are not finite. The model is then
+            unchanged.
     """
-    fits = fits or {}
-    batches = None if calibration is None else list(calibration)
-    errors = _errors(model, layers, merged, batches, fits)
+    errors = _errors(model, layers, merged, batches, fits or {})
     for name, module in merged.items():
         module.train(model.training)
         replace_module(model, name, module)
     _originals[model] = layers
     source = "white noise" if batches is None else "calibration images"
-    report = MergeReport(mode, source, errors, _warning(layers, fits))
+    report = MergeReport(mode, source, errors, _warning(layers, fits or {}))
     if report.warning:
-        warnings.warn(report.warning, stacklevel=3)
+        warnings.warn(report.warning, stacklevel=2)
     return report
 
 
@@ -305,7 +315,7 @@ def _merge_center(layer: NASLoRALinear) -> nn.Linear:
     return layer.folded(layer.centre() @ layer.lora_A.double())
 
 
-def _warning(layers: dict[str, nn.Module], fits: dict[str, Fit]) -> str | None:
+def _warning(layers: dict[str, NASLoRALinear], fits: dict[str, Fit]) -> str | None:
     """What is to be said about fits on few tokens."""
     scarce = {
         name: fit

@@ -8,7 +8,13 @@ from torch import nn
 
 from naslora.config import NASLoRAConfig
 from naslora.injection import find_targets
-from naslora.merging import MergeMode, MergeReport, check_mergeable, replace_by_merged
+from naslora.merging import (
+    MergeMode,
+    MergeReport,
+    calibration_batches,
+    check_mergeable,
+    replace_by_merged,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -64,7 +70,7 @@ def merge(
     }
     check_mergeable(model, layers, mode)
     merged = {name: _folded(layer) for name, layer in layers.items()}
-    return replace_by_merged(model, layers, merged, mode, calibration)
+    return replace_by_merged(model, layers, merged, mode, calibration_batches(calibration))
 
 
 def _folded(layer: nn.Module) -> nn.Linear:
