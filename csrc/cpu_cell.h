@@ -20,6 +20,7 @@ namespace {
 using naslora::Cell;
 using naslora::CellGradients;
 using naslora::CellParameters;
+using naslora::Grid;
 using naslora::kAllWeightTaps;
 using naslora::kAvgPool;
 using naslora::kCentreTap;
@@ -145,13 +146,13 @@ struct Layout {
   int64_t plane;   // positions of a plane
 
   template <typename A>
-  static Layout of(const Cell& cell) {
+  static Layout of(const Grid& grid) {
     Layout t;
-    t.pitch = cell.width + kReach;
-    t.bands = ceil_div(cell.height, smaller(cell.height, larger(8, kTilePositions / t.pitch)));
-    t.band_rows = ceil_div(cell.height, t.bands);
-    t.bands = ceil_div(cell.height, t.band_rows);
-    t.tiles = cell.batch * t.bands;
+    t.pitch = grid.width + kReach;
+    t.bands = ceil_div(grid.height, smaller(grid.height, larger(8, kTilePositions / t.pitch)));
+    t.band_rows = ceil_div(grid.height, t.bands);
+    t.bands = ceil_div(grid.height, t.band_rows);
+    t.tiles = grid.batch * t.bands;
     t.tasks = larger(1, smaller(t.tiles, kMostTasks));   // an empty batch still sums to zero
     t.origin = round_up(kReach * t.pitch + kReach, 16);  // so that most loads are aligned
     t.used = t.origin + (t.band_rows + kReach) * t.pitch;
@@ -164,9 +165,9 @@ struct Tile {
   int64_t image, first_row, rows;
 };
 
-Tile tile_at(const Layout& layout, const Cell& cell, int64_t index) {
+Tile tile_at(const Layout& layout, const Grid& grid, int64_t index) {
   const int64_t first = index % layout.bands * layout.band_rows;
-  return {index / layout.bands, first, smaller(layout.band_rows, cell.height - first)};
+  return {index / layout.bands, first, smaller(layout.band_rows, grid.height - first)};
 }
 
 template <typename T>
@@ -174,47 +175,25 @@ void fill(T* data, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) data[i] = value;
 }
 
-// The cell as one call uses it: what is constant over its tiles.
+// Maps cut into tiles, and what is done with a tile's planes.
 template <typename S>
-struct Plan {
+struct Tiles {
   using A = typename naslora::Accumulator<S>::type;
 
-  const Cell& cell;
+  const Grid& grid;
   const Layout layout;
   const int64_t c;
-  const CellParameters<A> parameters;
-  const bool folded;
-  double mixture[kOperations];  // a; products with it are rounded once
-  int64_t tap[kFoldedTaps], transposed_tap[kFoldedTaps];
-  int64_t weight_tap[kAllWeightTaps], transposed_weight_tap[kAllWeightTaps];
   Buffer<int64_t> channel, unmixed;  // S, and the other channels
 
-  explicit Plan(const Cell& cell)
-      : cell(cell),
-        layout(Layout::of<A>(cell)),
-        c(cell.c),
-        parameters{cell.c,
-                   {static_cast<const A*>(cell.dw[0]), static_cast<const A*>(cell.dw[1]),
-                    static_cast<const A*>(cell.dw[2]), static_cast<const A*>(cell.dw[3])},
-                   static_cast<const A*>(cell.pw)},
-        folded(cell.c <= kMostFoldedChannels),
-        channel(cell.c),
-        unmixed(cell.rank - cell.c) {
-    for (int i = 0; i < kOperations; ++i) mixture[i] = static_cast<const A*>(cell.alpha)[i];
-    naslora::softmax(mixture, mixture, [](double x) { return ::exp(x); });
-    for (int t = 0; t < kFoldedTaps; ++t) {
-      tap[t] = kTaps.dy[t] * layout.pitch + kTaps.dx[t];
-      transposed_tap[t] = -tap[t];
-    }
-    for (int i = 0; i < kConvolutions; ++i) {
-      for (int t = 0; t < kWeightTaps[i]; ++t) {
-        weight_tap[kWeightStart[i] + t] = tap[kTaps.of_weight[i][t]];
-        transposed_weight_tap[kWeightStart[i] + t] = -tap[kTaps.of_weight[i][t]];
-      }
-    }
+  explicit Tiles(const Grid& grid)
+      : grid(grid),
+        layout(Layout::of<A>(grid)),
+        c(grid.c),
+        channel(grid.c),
+        unmixed(grid.rank - grid.c) {
     int64_t others = 0;
-    for (int64_t i = 0; i < c; ++i) channel[i] = cell.channels ? cell.channels[i] : i;
-    for (int64_t k = 0; k < cell.rank; ++k) {
+    for (int64_t i = 0; i < c; ++i) channel[i] = grid.channels ? grid.channels[i] : i;
+    for (int64_t k = 0; k < grid.rank; ++k) {
       bool mixed = false;
       for (int64_t i = 0; i < c; ++i) mixed |= channel[i] == k;
       if (!mixed) unmixed[others++] = k;
@@ -224,20 +203,20 @@ struct Plan {
   // Positions of `halo` rows more than the tile on either side, from the first to the last pixel.
   int64_t start(int64_t halo) const { return layout.origin - halo * layout.pitch; }
   int64_t count(const Tile& tile, int64_t halo) const {
-    return (tile.rows + 2 * halo - 1) * layout.pitch + cell.width;
+    return (tile.rows + 2 * halo - 1) * layout.pitch + grid.width;
   }
 
   // Brings S of a map into zero-padded planes, with the four rows above and below the tile.
   void gather(const Map& map, const Tile& tile, A* planes) const {
     fill<A>(planes, c * layout.plane, 0);
     const int64_t begin = larger(0, tile.first_row - kReach);
-    const int64_t end = smaller(cell.height, tile.first_row + tile.rows + kReach);
+    const int64_t end = smaller(grid.height, tile.first_row + tile.rows + kReach);
     const S* image = static_cast<const S*>(map.data) + tile.image * map.stride[0];
     for (int64_t y = begin; y < end; ++y) {
       A* to = planes + layout.origin + (y - tile.first_row) * layout.pitch;
       for (int64_t i = 0; i < c; ++i) {
         const S* from = image + y * map.stride[1] + channel[i] * map.stride[3];
-        for (int64_t x = 0; x < cell.width; ++x)
+        for (int64_t x = 0; x < grid.width; ++x)
           to[i * layout.plane + x] = widen(from[x * map.stride[2]]);
       }
     }
@@ -245,19 +224,19 @@ struct Plan {
 
   // Writes a contiguous (B, H, W, r) map: planes into S, and `map` into the other channels.
   void scatter(const A* planes, const Map& map, const Tile& tile, void* out) const {
-    const int64_t r = cell.rank;
+    const int64_t r = grid.rank;
     for (int64_t y = 0; y < tile.rows; ++y) {
       const int64_t row = tile.first_row + y;
-      S* to = static_cast<S*>(out) + (tile.image * cell.height + row) * cell.width * r;
+      S* to = static_cast<S*>(out) + (tile.image * grid.height + row) * grid.width * r;
       const A* from = planes + layout.origin + y * layout.pitch;
       for (int64_t i = 0; i < c; ++i)
-        for (int64_t x = 0; x < cell.width; ++x)
+        for (int64_t x = 0; x < grid.width; ++x)
           to[x * r + channel[i]] = naslora::Narrow<S>::from(from[i * layout.plane + x]);
       const S* same =
           static_cast<const S*>(map.data) + tile.image * map.stride[0] + row * map.stride[1];
       for (int64_t i = 0; i < r - c; ++i) {
         const int64_t k = unmixed[i];
-        for (int64_t x = 0; x < cell.width; ++x)
+        for (int64_t x = 0; x < grid.width; ++x)
           to[x * r + k] = same[x * map.stride[2] + k * map.stride[3]];
       }
     }
@@ -267,11 +246,11 @@ struct Plan {
   void pool_geometry(const Tile& tile, A* reciprocal) const {
     fill<A>(reciprocal, layout.plane, 0);
     const int64_t begin = larger(0, tile.first_row - kReach);
-    const int64_t end = smaller(cell.height, tile.first_row + tile.rows + kReach);
+    const int64_t end = smaller(grid.height, tile.first_row + tile.rows + kReach);
     for (int64_t y = begin; y < end; ++y) {
       A* row = reciprocal + layout.origin + (y - tile.first_row) * layout.pitch;
-      for (int64_t x = 0; x < cell.width; ++x)
-        row[x] = A(1) / naslora::pool_count(y, x, cell.height, cell.width);
+      for (int64_t x = 0; x < grid.width; ++x)
+        row[x] = naslora::pool_share<A>(y, x, grid.height, grid.width);
     }
   }
 
@@ -289,6 +268,42 @@ struct Plan {
                                               out + o * layout.plane + begin, layout.plane, count,
                                               accumulate);
     });
+  }
+};
+
+// The cell as one call uses it: what is constant over its tiles.
+template <typename S>
+struct Plan : Tiles<S> {
+  using typename Tiles<S>::A;
+  using Tiles<S>::layout;
+
+  const Cell& cell;
+  const CellParameters<A> parameters;
+  const bool folded;
+  double mixture[kOperations];  // a; products with it are rounded once
+  int64_t tap[kFoldedTaps], transposed_tap[kFoldedTaps];
+  int64_t weight_tap[kAllWeightTaps], transposed_weight_tap[kAllWeightTaps];
+
+  explicit Plan(const Cell& cell)
+      : Tiles<S>(cell),
+        cell(cell),
+        parameters{cell.c,
+                   {static_cast<const A*>(cell.dw[0]), static_cast<const A*>(cell.dw[1]),
+                    static_cast<const A*>(cell.dw[2]), static_cast<const A*>(cell.dw[3])},
+                   static_cast<const A*>(cell.pw)},
+        folded(cell.c <= kMostFoldedChannels) {
+    for (int i = 0; i < kOperations; ++i) mixture[i] = static_cast<const A*>(cell.alpha)[i];
+    naslora::softmax(mixture, mixture, [](double x) { return ::exp(x); });
+    for (int t = 0; t < kFoldedTaps; ++t) {
+      tap[t] = kTaps.dy[t] * layout.pitch + kTaps.dx[t];
+      transposed_tap[t] = -tap[t];
+    }
+    for (int i = 0; i < kConvolutions; ++i) {
+      for (int t = 0; t < kWeightTaps[i]; ++t) {
+        weight_tap[kWeightStart[i] + t] = tap[kTaps.of_weight[i][t]];
+        transposed_weight_tap[kWeightStart[i] + t] = -tap[kTaps.of_weight[i][t]];
+      }
+    }
   }
 };
 
@@ -326,11 +341,10 @@ struct Weights {
     const int64_t c = plan.c, sources = c * kFoldedTaps;
     for (int64_t in = 0; in < c; ++in) {
       for (int64_t out = 0; out < c; ++out) {
-        double pair[kFoldedTaps];
-        naslora::fold_pair(plan.parameters, plan.mixture, out, in, pair);
         const int64_t from = transposed ? out : in, to = transposed ? in : out;
         for (int t = 0; t < kFoldedTaps; ++t)
-          convolution[blocked(from * kFoldedTaps + t, sources, to, c)] = pair[t];
+          convolution[blocked(from * kFoldedTaps + t, sources, to, c)] =
+              naslora::folded_weight(plan.parameters, plan.mixture, out, in, t, kTaps);
       }
       const int64_t* tap = transposed ? plan.transposed_tap : plan.tap;
       for (int t = 0; t < kFoldedTaps; ++t)
@@ -372,32 +386,39 @@ void depthwise(const Plan<S>& plan, const A* weights, const A* z, A* maps, const
 
 // ---- Forward -------------------------------------------------------------------------------
 
-// y += a_avg * avg_pool(z) + a_max * max_pool(z) for one channel's planes. A window's sum and
-// maximum are those of its rows' sums and maxima.
-template <typename S, typename A>
-void add_pools(const Plan<S>& plan, const Tile& tile, const A* z, const A* reciprocal, A* padded,
-               A* row_sum, A* row_maximum, A* y) {
+// y += average * avg_pool(z) + largest * max_pool(z) for one channel's planes, or one of the two. A
+// window's sum and maximum are those of its rows' sums and maxima.
+template <bool Average, bool Maximum, typename S, typename A>
+void add_pools(const Tiles<S>& tiles, const Tile& tile, A average, A largest, const A* z,
+               const A* reciprocal, A* padded, A* row_sum, A* row_maximum, A* y) {
   const auto larger_of = [](Vec<A> maximum, Vec<A> value) {
     return naslora::max_pool_takes(value, maximum) ? value : maximum;
   };
-  const int64_t pitch = plan.layout.pitch, lanes = kLanes<A>;
-  const A average = static_cast<A>(plan.mixture[kAvgPool]);
-  const A largest = static_cast<A>(plan.mixture[kMaxPool]);
+  const int64_t pitch = tiles.layout.pitch, lanes = kLanes<A>;
 
-  plan.pad_with_lowest(z, reciprocal, padded);
-  int64_t begin = plan.start(1), end = begin + plan.count(tile, 1);
+  if constexpr (Maximum) tiles.pad_with_lowest(z, reciprocal, padded);
+  int64_t begin = tiles.start(1), end = begin + tiles.count(tile, 1);
   for (int64_t p = begin; p < end; p += lanes) {
-    store<A>(row_sum + p, load<A>(z + p - 1) + load<A>(z + p) + load<A>(z + p + 1));
-    const Vec<A> maximum = larger_of(load<A>(padded + p - 1), load<A>(padded + p));
-    store<A>(row_maximum + p, larger_of(maximum, load<A>(padded + p + 1)));
+    if constexpr (Average)
+      store<A>(row_sum + p, load<A>(z + p - 1) + load<A>(z + p) + load<A>(z + p + 1));
+    if constexpr (Maximum) {
+      const Vec<A> maximum = larger_of(load<A>(padded + p - 1), load<A>(padded + p));
+      store<A>(row_maximum + p, larger_of(maximum, load<A>(padded + p + 1)));
+    }
   }
-  begin = plan.start(0), end = begin + plan.count(tile, 0);
+  begin = tiles.start(0), end = begin + tiles.count(tile, 0);
   for (int64_t p = begin; p < end; p += lanes) {
-    const Vec<A> sum =
-        load<A>(row_sum + p - pitch) + load<A>(row_sum + p) + load<A>(row_sum + p + pitch);
-    const Vec<A> maximum = larger_of(load<A>(row_maximum + p - pitch), load<A>(row_maximum + p));
-    store<A>(y + p, load<A>(y + p) + average * (sum * load<A>(reciprocal + p)) +
-                        largest * larger_of(maximum, load<A>(row_maximum + p + pitch)));
+    Vec<A> sum = load<A>(y + p);
+    if constexpr (Average) {
+      const Vec<A> nine =
+          load<A>(row_sum + p - pitch) + load<A>(row_sum + p) + load<A>(row_sum + p + pitch);
+      sum += average * (nine * load<A>(reciprocal + p));
+    }
+    if constexpr (Maximum) {
+      const Vec<A> maximum = larger_of(load<A>(row_maximum + p - pitch), load<A>(row_maximum + p));
+      sum += largest * larger_of(maximum, load<A>(row_maximum + p + pitch));
+    }
+    store<A>(y + p, sum);
   }
 }
 
@@ -409,6 +430,8 @@ void cell_forward(const Cell& cell, void* out) {
   const Layout& layout = plan.layout;
   const int64_t c = plan.c;
   const A skip = static_cast<A>(plan.mixture[kSkip]);
+  const A average = static_cast<A>(plan.mixture[kAvgPool]);
+  const A largest = static_cast<A>(plan.mixture[kMaxPool]);
 
   parallel_tasks(layout.tasks, [&](int64_t first_task, int64_t last_task) {
     const int64_t convolved = plan.folded ? 0 : kConvolutions * c;
@@ -442,8 +465,8 @@ void cell_forward(const Cell& cell, void* out) {
         for (int64_t i = 0; i < c * layout.plane; ++i) y[i] += skip * z[i];
       }
       for (int64_t i = 0; i < c; ++i)
-        add_pools(plan, tile, z + i * layout.plane, reciprocal, padded, row_sum, row_maximum,
-                  y + i * layout.plane);
+        add_pools<true, true>(plan, tile, average, largest, z + i * layout.plane, reciprocal, padded,
+                              row_sum, row_maximum, y + i * layout.plane);
       plan.scatter(y, cell.z, tile, out);
     }
   });

@@ -4,6 +4,7 @@
 #include "cpu_kernels.h"
 
 #include "cpu_cell.h"
+#include "cpu_folded_cell.h"
 #include "cpu_low_rank.h"
 
 namespace {
@@ -25,11 +26,17 @@ void forward(const Cell& cell, void* y) {
 void backward(const Cell& cell, const Map& grad_y, const CellGradients& gradients) {
   with_storage(cell.dtype, [&](auto s) { cell_backward<decltype(s)>(cell, grad_y, gradients); });
 }
+void folded(const FoldedCell& cell, void* y) {
+  with_storage(cell.dtype, [&](auto s) { folded_cell<decltype(s)>(cell, y); });
+}
 void pass(const naslora::LowRankPass& p) {
   with_storage(p.dtype, [&](auto s) { low_rank_pass<decltype(s)>(p); });
 }
 void expand(const naslora::LowRankExpand& p) {
   with_storage(p.dtype, [&](auto s) { low_rank_expand<decltype(s)>(p); });
+}
+void update(const naslora::FoldedUpdate& p) {
+  with_storage(p.cell.dtype, [&](auto s) { folded_update<decltype(s)>(p); });
 }
 
 }  // namespace
@@ -41,6 +48,6 @@ void expand(const naslora::LowRankExpand& p) {
 
 namespace naslora {
 extern const Kernels NASLORA_KERNELS(NASLORA_ISA);
-const Kernels NASLORA_KERNELS(NASLORA_ISA) = {NASLORA_NAME(NASLORA_ISA), forward, backward, pass,
-                                              expand};
+const Kernels NASLORA_KERNELS(NASLORA_ISA) = {
+    NASLORA_NAME(NASLORA_ISA), forward, backward, folded, pass, expand, update};
 }  // namespace naslora

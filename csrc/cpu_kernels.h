@@ -15,13 +15,23 @@ struct Map {  // (B, H, W, r) with any strides
   int64_t stride[4];
 };
 
-struct Cell {
+struct Grid {  // B maps of H x W pixels with r channels, c of which are convolved
   Dtype dtype;
   int64_t batch, height, width, rank, c;
   const int64_t* channels;  // (c,), or null for all
-  const void* alpha;        // (8,)
-  const void* dw[4];        // (c, k, k)
-  const void* pw;           // (4, c, c)
+};
+
+struct Cell : Grid {
+  const void* alpha;  // (8,)
+  const void* dw[4];  // (c, k, k)
+  const void* pw;     // (4, c, c)
+  Map z;
+};
+
+struct FoldedCell : Grid {  // c = r
+  const void* kernel;       // (c, c, k, k), k = 1, 3, ..., 9
+  int64_t kernel_size;
+  double average, maximum;  // weights of the poolings; what is zero is not computed
   Map z;
 };
 
@@ -55,12 +65,26 @@ struct LowRankExpand {  // out (T, J) = bias + scale * rows matrix
   void* out;
 };
 
+// h = bias + rows of (folded cell of x encoder^T) decoder: what the frozen product is added to.
+struct FoldedUpdate {
+  FoldedCell cell;  // z is not set: it lives during the call
+  const void* x;    // (T, J), T = B H W
+  int64_t x_stride, columns;
+  const void* encoder;  // (c, J)
+  const void* decoder;  // (c, C_out)
+  const void* bias;     // (C_out,) or null
+  int64_t out_columns;
+  void* h;  // (T, C_out)
+};
+
 struct Kernels {
   const char* name;
   void (*cell_forward)(const Cell&, void* y);  // y (B, H, W, r), contiguous
   void (*cell_backward)(const Cell&, const Map& grad_y, const CellGradients&);
+  void (*folded_cell)(const FoldedCell&, void* y);
   void (*low_rank_pass)(const LowRankPass&);
   void (*low_rank_expand)(const LowRankExpand&);
+  void (*folded_update)(const FoldedUpdate&);
 };
 
 // Work is cut into tasks by its shape alone, never by the number of threads, and partial sums

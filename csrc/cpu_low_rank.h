@@ -185,25 +185,29 @@ void low_rank_pass(const naslora::LowRankPass& p) {
   });
 }
 
-// out[t, j] = bias[j] + sum_k u[t, k] m[k, j] for R rows
-template <typename A, int R>
-void expand_block(const A* u, const A* m, const A* bias, int64_t rank, int64_t columns,
+// out[t, j] = bias[j] + sum_k u[t, k] m[k, j] for R rows and K ranks; or, for further ranks, added
+// to what is there.
+template <typename A, int R, int K>
+void expand_block(const A* u, const A* m, const A* bias, int64_t rank, int64_t columns, bool add,
                   A* const* out) {
+  Vec<A> scale[R][K];
+  for (int t = 0; t < R; ++t)
+    for (int k = 0; k < K; ++k) scale[t][k] = broadcast<A>(u[t * rank + k]);
   int64_t j = 0;
   for (; j + kLanes<A> <= columns; j += kLanes<A>) {
-    Vec<A> sum[R];
+    Vec<A> mv[K];
+    for (int k = 0; k < K; ++k) mv[k] = load<A>(m + k * columns + j);
     const Vec<A> start = bias ? load<A>(bias + j) : Vec<A>{};
-    for (int t = 0; t < R; ++t) sum[t] = start;
-    for (int64_t k = 0; k < rank; ++k) {
-      const Vec<A> mv = load<A>(m + k * columns + j);
-      for (int t = 0; t < R; ++t) sum[t] += u[t * rank + k] * mv;
+    for (int t = 0; t < R; ++t) {
+      Vec<A> sum = add ? load<A>(out[t] + j) : start;
+      for (int k = 0; k < K; ++k) sum += scale[t][k] * mv[k];
+      store<A>(out[t] + j, sum);
     }
-    for (int t = 0; t < R; ++t) store<A>(out[t] + j, sum[t]);
   }
   for (; j < columns; ++j) {
     for (int t = 0; t < R; ++t) {
-      A sum = bias ? bias[j] : 0;
-      for (int64_t k = 0; k < rank; ++k) sum += u[t * rank + k] * m[k * columns + j];
+      A sum = add ? out[t][j] : bias ? bias[j] : 0;
+      for (int k = 0; k < K; ++k) sum += u[t * rank + k] * m[k * columns + j];
       out[t][j] = sum;
     }
   }
@@ -234,9 +238,18 @@ void low_rank_expand(const naslora::LowRankExpand& p) {
         else
           target[i] = buffer + i * columns;
       }
-      with_constant(count, [&](auto size) {
-        expand_block<A, decltype(size)::value>(u, static_cast<const A*>(p.matrix),
-                                               static_cast<const A*>(p.bias), r, columns, target);
+      for_rank_blocks(r, [&](int64_t k, auto ranks) {
+        constexpr int K = decltype(ranks)::value;
+        const A* m = static_cast<const A*>(p.matrix) + k * columns;
+        const A* bias = static_cast<const A*>(p.bias);
+        if (k == 0) {  // a row that is not in the cache yet is written fastest on its own
+          for (int64_t i = 0; i < count; ++i)
+            expand_block<A, 1, K>(u + i * r, m, bias, r, columns, false, target + i);
+        } else {
+          with_constant(count, [&](auto size) {
+            expand_block<A, decltype(size)::value, K>(u + k, m, bias, r, columns, true, target);
+          });
+        }
       });
       if constexpr (!std::is_same_v<S, A>)
         for (int64_t i = 0; i < count * columns; ++i) out[i] = naslora::Narrow<S>::from(buffer[i]);

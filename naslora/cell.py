@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from naslora.config import CellInit
 from naslora.errors import UserError
-from naslora_kernels import folded_convolution, mixed_cell
+from naslora_kernels import folded_cell, folded_convolution, mixed_cell
 from naslora_kernels.operations import AVG_POOL, CONVOLUTIONS, MAX_POOL, SKIP
 
 
@@ -102,24 +102,25 @@ class FoldedCell(nn.Module):
     Args:
         kernel: (c, c, k, k) with k odd, as ``conv2d`` takes it; cropped to its non-zero taps.
         pooling: (2,) the weights of average and maximum pooling; a zero weight costs nothing.
+
+    Attributes:
+        average: the first of them, where the host can read it.
+        maximum: the second.
     """
 
     def __init__(self, kernel: Tensor, pooling: Tensor) -> None:
         super().__init__()
         self.register_buffer("kernel", _crop(kernel).clone())
         self.register_buffer("pooling", pooling.clone())
-        self._average, self._maximum = (weight != 0 for weight in pooling.tolist())
+        self.average, self.maximum = pooling.tolist()
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self.average, self.maximum = self.pooling.tolist()
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, H, W, c) to the same."""
-        maps = z.permute(0, 3, 1, 2)  # (B, c, H, W)
-        y = F.conv2d(maps, self.kernel.to(z.dtype), padding=self.kernel.shape[-1] // 2)
-        average, maximum = self.pooling.to(z.dtype)
-        if self._average:
-            y = y + average * F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
-        if self._maximum:
-            y = y + maximum * F.max_pool2d(maps, 3, 1, 1)
-        return y.permute(0, 2, 3, 1)
+        return folded_cell(z, self.kernel, self.average, self.maximum)
 
 
 def _crop(kernel: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ from naslora_kernels import OPERATIONS, nas_lora_linear
 
 ALPHA_INIT_STD = 1e-3  # the paper's start of alpha: a standard normal scaled by 0.001
 
+# The logit of an operation that is left out. Its softmax is exactly zero, and so is its gradient,
+# in any precision; weight decay cannot bring it back. Minus infinity would turn to NaN in Adam.
+LEFT_OUT = -1e4
+
 
 class NASLoRALinear(nn.Module):
     """A drop-in for the nn.Linear it wraps: h = W0 x + b0 + s W_d cell(W_e x) (paper, Eq. 3).
@@ -59,7 +63,11 @@ class NASLoRALinear(nn.Module):
             if config.channel_selection != "first":
                 self.draw_channels(generator)
             alpha = torch.randn(len(OPERATIONS), generator=generator)
-            self.alpha = nn.Parameter(ALPHA_INIT_STD * alpha)
+            alpha *= ALPHA_INIT_STD
+            if config.operations is not None:
+                left_out = [i for i, name in enumerate(OPERATIONS) if name not in config.operations]
+                alpha[left_out] = LEFT_OUT
+            self.alpha = nn.Parameter(alpha)
             self.cell = build_cell(config.preset, c, config.cell_init, generator)
 
     def _match_base(self) -> None:
@@ -129,16 +137,60 @@ class NASLoRALinear(nn.Module):
             backend=self.backend,
         )
 
+    def mixed(self, x: Tensor) -> Tensor:
+        """What the decoder gets: y = cell(W_e x), (B, H, W, r); shapes of x as ``forward``."""
+        return self._mixed(self._as_grid(x))
+
+    def centre(self) -> Tensor:
+        """(r, r) float64: what the cell does to a token through its centre taps alone (Eq. 6).
+
+        Raises:
+            UserError: the operation set has no such taps.
+        """
+        token_map = torch.eye(self.rank, dtype=torch.float64, device=self.lora_A.device)
+        if self.cell is not None:
+            centre = self.cell.centre(self.alpha).double()
+            token_map[self.channels[:, None], self.channels[None, :]] = centre
+        return token_map
+
+    def folded(self, linear_map: Tensor, offset: Tensor | None = None) -> nn.Linear:
+        """nn.Linear with W0 + s W_d L and b0 + s W_d g, summed in float64.
+
+        Args:
+            linear_map: (r, C_in) float64, L.
+            offset: (r,) float64, g; None, or a layer without a bias, takes none.
+        """
+        base = self.base
+        merged = nn.utils.skip_init(
+            nn.Linear,
+            base.in_features,
+            base.out_features,
+            bias=base.bias is not None,
+            device=base.weight.device,
+            dtype=base.weight.dtype,
+        ).requires_grad_(False)
+        decoder = self.scaling * self.lora_B.double()
+        with torch.no_grad():
+            merged.weight.copy_(base.weight.double() + decoder @ linear_map)
+            if base.bias is not None:
+                shift = 0.0 if offset is None else decoder @ offset
+                merged.bias.copy_(base.bias.double() + shift)
+        return merged
+
     def update(self, x: Tensor) -> Tensor:
         """The adapter's part of the output alone: s W_d cell(W_e x); shapes as ``forward``."""
         return self._update(self._as_grid(x)).reshape(*x.shape[:-1], self.out_features)
 
     def _update(self, tokens: Tensor) -> Tensor:
+        y = self._mixed(tokens)
+        return self.scaling * F.linear(y, self.lora_B.to(y.dtype))
+
+    def _mixed(self, tokens: Tensor) -> Tensor:
         z = F.linear(tokens, self.lora_A.to(tokens.dtype))  # (B, H, W, r)
-        if self.cell is not None:
-            channels = None if self.channels.shape[0] == self.rank else self.channels
-            z = self.cell(z, self.alpha, channels, self.backend)
-        return self.scaling * F.linear(z, self.lora_B.to(z.dtype))
+        if self.cell is None:
+            return z
+        channels = None if self.channels.shape[0] == self.rank else self.channels
+        return self.cell(z, self.alpha, channels, self.backend)
 
     def _as_grid(self, x: Tensor) -> Tensor:
         if self.cell is None:  # without a cell tokens have no neighbours: any shape will do

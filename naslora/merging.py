@@ -6,30 +6,37 @@ The frozen weight acts on one token; the cell mixes neighbours. So folding a cel
 - ``exact`` keeps what cannot fold - one small convolution on the c channels, and pooling - and
   loses nothing but rounding;
 - ``center`` reads Eq. 6 literally: the centre taps and the skip fold, the rest is dropped, and a
-  plain nn.Linear remains.
+  plain nn.Linear remains;
+- ``calibrated`` fits a plain nn.Linear to what the layer does on calibration images, layer by
+  layer; see ``calibration.py``.
 """
 
-from collections.abc import Callable, Iterable
+import math
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.cell import restore_collapsed
+from naslora.calibration import TOKENS_PER_INPUT, Fit, calibrate, check_reached, feed
+from naslora.cell import FoldedCell, restore_collapsed
 from naslora.errors import UserError
 from naslora.injection import adapter_layers, replace_module
 from naslora.layer import NASLoRALinear, as_grid
+from naslora_kernels import folded_linear
 
-MergeMode = Literal["exact", "center"]
+MergeMode = Literal["exact", "center", "calibrated"]
+MODES: tuple[str, ...] = get_args(MergeMode)
 # On this many seeded white-noise tokens errors are measured where no images are given.
 NOISE_GRID = (2, 16, 16)
 
 # The layers that each merged model had. Kept beside the model, not in it: what is copied, saved or
 # counted of a merged model is the merged model alone.
-_originals: WeakKeyDictionary[nn.Module, dict[str, NASLoRALinear]] = WeakKeyDictionary()
+_originals: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,13 @@ class LayerError:
     """|merged - layer| / |the adapter's part of the layer's output|."""
     output_error: float
     """|merged - layer| / |the layer's output|."""
+    tokens: int | None = None
+    """How many tokens the layer was fitted on; None if the mode fits nothing, as below."""
+    regularisation: float | None = None
+    """The penalty of the fit, relative to the mean variance of the layer's inputs."""
+    held_out_error: float | None = None
+    """Relative error of the update on tokens held out from the fit, with the layers before merged
+    likewise: what to expect on new images."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,8 @@ class MergeReport:
     """What the errors were measured on: "calibration images", or "white noise", on which
     neighbours share nothing and errors are about as large as they get."""
     layers: list[LayerError]
+    warning: str | None = None
+    """What the user should know before using the result."""
 
     @property
     def max_update_error(self) -> float:
@@ -68,11 +84,17 @@ class MergeReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"merged {len(self.layers)} layers with mode {self.mode!r}: relative error of the "
             f"update {self.mean_update_error:.2e} on average, {self.max_update_error:.2e} at most "
             f"(on {self.source})"
         )
+        fitted = [layer for layer in self.layers if layer.tokens is not None]
+        if fitted:
+            held_out = sum(layer.held_out_error for layer in fitted) / len(fitted)
+            fewest = min(layer.tokens for layer in fitted)
+            text += f"; {held_out:.2e} on held-out tokens, of at least {fewest:,} a layer"
+        return text
 
 
 class MergedNASLoRALinear(nn.Module):
@@ -84,6 +106,7 @@ class MergedNASLoRALinear(nn.Module):
         lora_B: (C_out, c) the decoder's columns behind it, scaling included.
         mixture: the collapsed cell, on (B, H, W, c).
         grid: (H, W) of token sequences that are not square, or None.
+        backend: kernel backend; None takes the best that serves.
     """
 
     def __init__(
@@ -93,20 +116,38 @@ class MergedNASLoRALinear(nn.Module):
         lora_B: Tensor,
         mixture: nn.Module,
         grid: tuple[int, int] | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.base = base
         self.register_buffer("lora_A", lora_A)
-        self.register_buffer("lora_B", lora_B)
+        # Laid out by channel, as the kernels read it.
+        self.register_buffer("lora_B", lora_B.t().contiguous().t())
         self.mixture = mixture
         self.grid = grid
+        if grid is not None:  # a saved model has to know it
+            self.register_buffer("declared_grid", torch.tensor(grid))
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out; shapes as ``NASLoRALinear``."""
-        h = self.base(x)
-        z = F.linear(as_grid(x, self.grid), self.lora_A.to(x.dtype))  # (B, H, W, c)
-        update = F.linear(self.mixture(z), self.lora_B.to(z.dtype))  # (B, H, W, C_out)
-        return h + update.reshape(h.shape)
+        tokens = as_grid(x, self.grid)
+        if isinstance(self.mixture, FoldedCell):
+            h = folded_linear(
+                tokens,
+                self.base.weight,
+                self.base.bias,
+                self.lora_A,
+                self.lora_B,
+                self.mixture.kernel,
+                self.mixture.average,
+                self.mixture.maximum,
+                backend=self.backend,
+            )
+        else:
+            z = F.linear(tokens, self.lora_A.to(x.dtype))  # (B, H, W, c)
+            h = self.base(tokens) + F.linear(self.mixture(z), self.lora_B.to(z.dtype))
+        return h.reshape(*x.shape[:-1], h.shape[-1])
 
 
 def merge(
@@ -119,36 +160,94 @@ def merge(
         mode: "exact": each layer becomes a ``MergedNASLoRALinear``, equal up to rounding (plain
             LoRA becomes an nn.Linear). "center": each layer becomes an nn.Linear, under the state
             dict keys of the original model; what the neighbours contributed is lost.
-        calibration: batches, each fed as ``model(batch)``, on which to measure the errors; None
-            measures them on seeded white noise.
+            "calibrated": likewise, but fitted to the calibration images, which recovers most of it.
+        calibration: batches, each fed as ``model(batch)``, on which to fit and to measure the
+            errors; they are kept in memory meanwhile. None measures errors on seeded white noise.
 
     Returns:
         The relative errors, layer by layer.
 
     Raises:
         UserError: an unknown mode, nothing to merge, a model merged before, no batches, batches
-            that miss a layer, or an operation set that the mode cannot fold. The model is then
-            unchanged.
+            that do not fit the model or miss a layer, too few tokens, values that are not finite,
+            or an operation set that the mode cannot fold. The model is then unchanged.
+    """
+    layers = dict(adapter_layers(model))
+    check_mergeable(model, layers, mode)
+    if mode == "calibrated" and calibration is None:
+        raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
+    batches = calibration_batches(calibration)
+    fits: dict[str, Fit] = {}
+    with torch.no_grad():
+        if mode == "calibrated":
+            fitted = calibrate(model, layers, batches)
+            fits = {name: fit for name, (fit, _) in fitted.items()}
+            merged = {name: fitted[name][1] for name in layers}
+        else:
+            fold = _merge_exact if mode == "exact" else _merge_center
+            merged = {name: fold(layer) for name, layer in layers.items()}
+    return replace_by_merged(model, layers, merged, mode, batches, fits)
+
+
+def calibration_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
+    """The batches as a list, as they are gone through more than once; None if there are none.
+
+    Raises:
+        UserError: there is something to go through, but it yields nothing.
+    """
+    if calibration is None:
+        return None
+    batches = list(calibration)
+    if not batches:
+        raise UserError("calibration yielded no batches")
+    return batches
+
+
+def check_mergeable(model: nn.Module, layers: dict[str, nn.Module], mode: str) -> None:
+    """Refuses what ``merge`` refuses before it looks at a layer.
+
+    Raises:
+        UserError: an unknown mode, nothing to merge, or a model merged before.
     """
     if model in _originals:
         raise UserError("the model is merged already; call unmerge(model) first")
-    layers = dict(adapter_layers(model))
     if not layers:
         raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")
     if mode not in MODES:
         raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    with torch.no_grad():
-        merged = {name: MODES[mode](layer) for name, layer in layers.items()}
-        if calibration is None:
-            errors = _errors_on_noise(layers, merged)
-        else:
-            errors = _errors_on_batches(model, layers, merged, calibration)
+
+
+@torch.no_grad()
+def replace_by_merged(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    merged: dict[str, nn.Module],
+    mode: str,
+    batches: Sequence[Any] | None,
+    fits: dict[str, Fit] | None = None,
+) -> MergeReport:
+    """Measures what the merged modules lose and puts them where ``layers`` were, in place.
+
+    Args:
+        layers: the adapted layers by their names; what ``unmerge`` restores.
+        merged: their merged twins by the same names.
+        batches: of ``calibration_batches``.
+        fits: how each was calibrated, where it was.
+
+    Raises:
+        UserError: batches that miss a layer, or values that are not finite. The model is then
+            unchanged.
+    """
+    errors = _errors(model, layers, merged, batches, fits or {})
     for name, module in merged.items():
         module.train(model.training)
         replace_module(model, name, module)
     _originals[model] = layers
-    source = "white noise" if calibration is None else "calibration images"
-    return MergeReport(mode, source, errors)
+    source = "white noise" if batches is None else "calibration images"
+    report = MergeReport(mode, source, errors, _warning(layers, fits or {}))
+    if report.warning:
+        warnings.warn(report.warning, stacklevel=2)
+    return report
 
 
 def unmerge(model: nn.Module) -> None:
@@ -183,58 +282,54 @@ def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, T
             if key.startswith(f"{name}.mixture.")
         }
         mixture = restore_collapsed(stored)
+        grid = tensors.get(f"{name}.declared_grid")
         layer = MergedNASLoRALinear(
-            model.get_submodule(name), tensors[prefix], tensors[f"{name}.lora_B"], mixture
+            model.get_submodule(name),
+            tensors[prefix],
+            tensors[f"{name}.lora_B"],
+            mixture,
+            None if grid is None else tuple(grid.tolist()),
         )
         replace_module(model, name, layer)
 
 
 def _merge_exact(layer: NASLoRALinear) -> nn.Module:
     """The channels that bypass the cell fold; the cell becomes one convolution and pooling."""
+    encoder = layer.lora_A.detach().double()
     if layer.cell is None:
-        return _folded_linear(layer, torch.eye(layer.rank, device=layer.lora_A.device))
-    bypass = torch.ones(layer.rank, device=layer.lora_A.device)
+        return layer.folded(encoder)
+    bypass = encoder.clone()
     bypass[layer.channels] = 0.0
     return MergedNASLoRALinear(
-        _folded_linear(layer, torch.diag(bypass)),
+        layer.folded(bypass),
         layer.lora_A.detach()[layer.channels].clone(),
         layer.scaling * layer.lora_B.detach()[:, layer.channels],
         layer.cell.collapsed(layer.alpha),
         layer.grid,
+        layer.backend,
     )
 
 
 def _merge_center(layer: NASLoRALinear) -> nn.Linear:
     """The cell's centre taps on its channels, the identity on the others, folded into W0."""
-    token_map = torch.eye(layer.rank, dtype=torch.float64, device=layer.lora_A.device)
-    if layer.cell is not None:
-        centre = layer.cell.centre(layer.alpha).double()
-        token_map[layer.channels[:, None], layer.channels[None, :]] = centre
-    return _folded_linear(layer, token_map)
+    return layer.folded(layer.centre() @ layer.lora_A.double())
 
 
-MODES: dict[str, Callable[[NASLoRALinear], nn.Module]] = {
-    "exact": _merge_exact,
-    "center": _merge_center,
-}
-
-
-def _folded_linear(layer: NASLoRALinear, token_map: Tensor) -> nn.Linear:
-    """nn.Linear with W0 + s W_d M W_e, M = ``token_map`` (r, r); summed in float64."""
-    base = layer.base
-    merged = nn.utils.skip_init(
-        nn.Linear,
-        base.in_features,
-        base.out_features,
-        bias=base.bias is not None,
-        device=base.weight.device,
-        dtype=base.weight.dtype,
-    ).requires_grad_(False)
-    update = layer.lora_B.double() @ token_map.double() @ layer.lora_A.double()
-    merged.weight.copy_(base.weight.double() + layer.scaling * update)
-    if base.bias is not None:
-        merged.bias.copy_(base.bias)
-    return merged
+def _warning(layers: dict[str, NASLoRALinear], fits: dict[str, Fit]) -> str | None:
+    """What is to be said about fits on few tokens."""
+    scarce = {
+        name: fit
+        for name, fit in fits.items()
+        if fit.tokens < TOKENS_PER_INPUT * layers[name].in_features
+    }
+    if not scarce:
+        return None
+    name, fit = min(scarce.items(), key=lambda item: item[1].tokens / item[1].linear_map.shape[1])
+    return (
+        f"{len(scarce)} layers were fitted on fewer tokens than they need; {name} saw "
+        f"{fit.tokens:,}, and should see {TOKENS_PER_INPUT * layers[name].in_features:,}: give "
+        "more calibration images"
+    )
 
 
 class _ErrorSums:
@@ -244,74 +339,56 @@ class _ErrorSums:
         self.difference = self.update = self.output = 0.0
         self.calls = 0
 
-    def add(self, layer: NASLoRALinear, merged: nn.Module, x: Tensor) -> None:
+    def add(self, layer: nn.Module, merged: nn.Module, x: Tensor) -> None:
         h = layer(x)
         self.calls += 1
         self.difference += _squared_norm(merged(x) - h)
-        self.update += _squared_norm(layer.update(x))
+        ours = isinstance(layer, NASLoRALinear)  # else PEFT's
+        self.update += _squared_norm(layer.update(x) if ours else h - layer.base_layer(x))
         self.output += _squared_norm(h)
 
-    def relative(self, name: str) -> LayerError:
+    def relative(self, name: str, fit: Fit | None) -> LayerError:
+        if not math.isfinite(self.difference + self.update + self.output):
+            raise UserError(
+                f"layer {name} meets values that are not finite; look for bad images, or merge in "
+                "float32"
+            )
         # An adapter that does nothing (lora_B = 0) loses nothing.
         update = (self.difference / self.update) ** 0.5 if self.update else 0.0
         output = (self.difference / self.output) ** 0.5 if self.output else 0.0
-        return LayerError(name, update, output)
+        if fit is None:
+            return LayerError(name, update, output)
+        return LayerError(name, update, output, fit.tokens, fit.regularisation, fit.held_out_error)
 
 
 def _squared_norm(x: Tensor) -> float:
     return float(x.double().square().sum())
 
 
-def _errors_on_noise(
-    layers: dict[str, NASLoRALinear], merged: dict[str, nn.Module]
-) -> list[LayerError]:
-    errors = []
-    for name, layer in layers.items():
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(*NOISE_GRID, layer.in_features, generator=generator)
-        sums, training = _ErrorSums(), layer.training
-        layer.eval()
-        sums.add(layer, merged[name], noise.to(layer.weight))
-        layer.train(training)
-        errors.append(sums.relative(name))
-    return errors
-
-
-def _errors_on_batches(
+def _errors(
     model: nn.Module,
-    layers: dict[str, NASLoRALinear],
+    layers: dict[str, nn.Module],
     merged: dict[str, nn.Module],
-    batches: Iterable[Any],
+    batches: Sequence[Any] | None,
+    fits: dict[str, Fit],
 ) -> list[LayerError]:
-    """Feeds the unmerged model and compares each layer with its merged twin on the way."""
-    sums = {name: _ErrorSums() for name in layers}
-    busy = False  # the twin is held against the layer by calling the layer again
-
-    def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal busy
-            if not busy:
-                busy = True
-                sums[name].add(layer, merged[name], inputs[0])
-                busy = False
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(compare(name)) for name, layer in layers.items()]
-    modes, seen = {module: module.training for module in model.modules()}, 0
-    model.eval()
-    try:
-        for batch in batches:
-            model(batch)
-            seen += 1
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for handle in hooks:
-            handle.remove()
-    if seen == 0:
-        raise UserError("calibration yielded no batches")
-    unseen = [name for name in layers if not sums[name].calls]
-    if unseen:
-        raise UserError(f"no calibration batch reached the layers {', '.join(unseen[:4])}")
-    return [sums[name].relative(name) for name in layers]
+    """Holds each layer against its merged twin: on noise, or on what it sees in the model."""
+    sums = {layer: _ErrorSums() for layer in layers.values()}
+    twins = {layer: merged[name] for name, layer in layers.items()}
+    if batches is None:
+        for layer in layers.values():
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(*NOISE_GRID, layer.in_features, generator=generator)
+            training = layer.training
+            layer.eval()
+            sums[layer].add(layer, twins[layer], noise.to(layer.weight))
+            layer.train(training)
+    else:
+        feed(
+            model,
+            batches,
+            lambda _, layer, x: sums[layer].add(layer, twins[layer], x),
+            list(layers.values()),
+        )
+        check_reached(layers, [layer for layer, own in sums.items() if own.calls])
+    return [sums[layer].relative(name, fits.get(name)) for name, layer in layers.items()]

@@ -7,13 +7,14 @@ re-training.
 
 Every random choice is a function of (seed, epoch, sample), and gradients are sums over the batch
 divided by its size. So a run does not depend on how many processes or forward passes share a batch
-(but for the preset `paper`, whose batch norms see one forward pass), and a resumed run repeats the
-unbroken one.
+(but for the preset `paper`, whose batch norms see one forward pass, and Conv-LoRA, whose noise and
+auxiliary loss are of one), and a resumed run repeats the unbroken one.
 """
 
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -34,6 +35,7 @@ from naslora.evaluation import evaluate, make_loader
 from naslora.files import replaced_file
 from naslora.injection import adapter_layers, arch_parameters
 from naslora.losses import ClassLoss, segmentation_loss
+from naslora.methods import auxiliary_loss
 from naslora.segmentation import SegmentationOutput
 from naslora_kernels import OPERATIONS
 
@@ -44,6 +46,7 @@ LAST = "last.pt"  # everything that --resume needs
 PAPER_ALPHA_RATE, MAX_ALPHA_RATE = 3e-4, 0.1
 ALPHA_TRAVEL = 2.0
 Schedule = Literal["linear", "cosine", "constant"]
+Optimizer = Literal["adam", "adamw"]
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -64,10 +67,12 @@ class SearchConfig:
     """Images per optimizer step, over all processes."""
     accumulation: int = 1
     """Forward passes over which a process spreads its share of a batch."""
+    optimizer: Optimizer = "adam"
+    """Of the weights: `adam`, or `adamw`, whose weight decay is apart from the gradient."""
     learning_rate: float = 1e-4
-    """Adam's rate for the weights at the start."""
+    """The optimizer's rate for the weights at the start."""
     weight_decay: float = 1e-4
-    """Adam's weight decay for the weights."""
+    """The optimizer's weight decay for the weights."""
     schedule: Schedule = "linear"
     """How the rate of the weights falls, to zero at the end."""
     alpha_learning_rate: float | None = None
@@ -113,6 +118,7 @@ class SearchConfig:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} must be finite and not negative, got {value}")
         for name, choices in (
+            ("optimizer", Optimizer),
             ("schedule", Schedule),
             ("class_loss", ClassLoss),
             ("mixed_precision", Precision),
@@ -167,11 +173,17 @@ class Search:
         architecture = arch_parameters(model)
         ours = {id(parameter) for parameter in architecture}
         weights = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+        optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         self.weights = self._group(
-            weights, config.clip_norm, lr=config.learning_rate, weight_decay=config.weight_decay
+            weights,
+            optimizers[config.optimizer],
+            clip_norm=config.clip_norm,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
         )
         self.architecture = self._group(
             architecture,
+            torch.optim.Adam,
             clip_norm=0.0,
             lr=config.alpha_learning_rate or PAPER_ALPHA_RATE,
             weight_decay=config.alpha_weight_decay,
@@ -179,10 +191,16 @@ class Search:
         )
         self.operations = [self._mixtures(epoch=-1)]
 
-    def _group(self, parameters: list[nn.Parameter], clip_norm: float, **adam: Any) -> Group | None:
+    def _group(
+        self,
+        parameters: list[nn.Parameter],
+        optimizer: type[torch.optim.Optimizer],
+        clip_norm: float,
+        **settings: Any,
+    ) -> Group | None:
         if not parameters:
             return None
-        return Group(parameters, torch.optim.Adam(parameters, **adam), clip_norm)
+        return Group(parameters, optimizer(parameters, **settings), clip_norm)
 
     def run(self) -> None:
         """Trains from the current epoch to the last; writes checkpoints after every epoch.
@@ -262,6 +280,7 @@ class Search:
         """
         self._require_gradients(groups)
         self.model.train()
+        self._seed_noise()
         batches = self._batches(split)
         loader = make_loader(self.data[split], batches, self.config.workers, self.accelerator)
         total, self.step_started = 0.0, time.perf_counter()
@@ -299,7 +318,9 @@ class Search:
         device = self.accelerator.device
         with self.accelerator.autocast():
             output = self.model(image.to(device, non_blocking=True))
-        return self.config.loss(output, mask.to(device, non_blocking=True))
+        loss = self.config.loss(output, mask.to(device, non_blocking=True))
+        extra = auxiliary_loss(self.model)
+        return loss if extra is None else loss + extra
 
     def _sum_over_processes(self, groups: list[Group], loss: Tensor) -> float:
         """Sums gradients and loss over the processes, in one message."""
@@ -358,7 +379,7 @@ class Search:
         }
         return self.config.learning_rate * factor[self.config.schedule]
 
-    def evaluate(self, split: str) -> dict[str, Any]:
+    def evaluate(self, split: str, metrics: Sequence[str] = ()) -> dict[str, Any]:
         """Loss and metrics of a split, as ``naslora.evaluation.evaluate``."""
         config = self.config
         return evaluate(
@@ -369,6 +390,7 @@ class Search:
             self.class_names,
             config.batch_size,
             config.workers,
+            metrics,
         )
 
     def _batches(self, split: str) -> GlobalBatches:
@@ -385,6 +407,11 @@ class Search:
             if layer.config.channel_selection == "resample":
                 seed = (self.seed * 10_007 + self.epoch) * 10_007 + i
                 layer.draw_channels(torch.Generator().manual_seed(seed))
+
+    def _seed_noise(self) -> None:
+        """Makes what the model itself draws while training a function of seed, epoch, process."""
+        process = self.accelerator.process_index
+        torch.manual_seed((self.seed * 10_007 + self.epoch) * 10_007 + process)
 
     def _mixtures(self, epoch: int) -> dict[str, Any]:
         mixtures = [a.detach().softmax(0).tolist() for a in arch_parameters(self.model)]

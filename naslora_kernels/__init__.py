@@ -1,20 +1,23 @@
 """NAS-LoRA's eight-operation mixed cell and adapter layer, as functions on tensors.
 
 ``mixed_cell`` and ``nas_lora_linear`` are the two differentiable functions (paper, Eq. 2-3).
-``folded_convolution`` collapses a cell's convolutions into one, which is what merging builds on.
+``folded_convolution`` collapses a cell's convolutions into one; ``folded_cell`` and
+``folded_linear`` compute what is left after the search, for inference.
 Several backends compute the same results; ``available_backends`` tells which of them can be used
 here. Importing this package compiles nothing, touches no GPU and imports no backend.
 """
 
 from naslora_kernels.backends import available_backends, build_info
-from naslora_kernels.functional import mixed_cell, nas_lora_linear
+from naslora_kernels.functional import folded_cell, folded_linear, mixed_cell, nas_lora_linear
 from naslora_kernels.operations import OPERATIONS, folded_convolution
 
 __all__ = [
     "OPERATIONS",
     "available_backends",
     "build_info",
+    "folded_cell",
     "folded_convolution",
+    "folded_linear",
     "mixed_cell",
     "nas_lora_linear",
 ]

@@ -11,7 +11,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from naslora_kernels.operations import CONVOLUTIONS, OPERATIONS
+from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE, OPERATIONS
 
 DEPTHWISE_NAMES = ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -57,6 +57,52 @@ def check_layer(
     Raises:
         TypeError, ValueError: as ``nas_lora_linear`` documents.
     """
+    rank = _check_low_rank(x, weight, bias, lora_A, lora_B)
+    check_cell("x", x, alpha, depthwise, pw, channels, rank)
+    _check_number("scaling", scaling)
+
+
+def check_folded_cell(name: str, maps: Tensor, c: int, kernel: Tensor, **pooling: float) -> None:
+    """Checks a folded cell on c channels; ``name`` and ``maps`` as in ``check_cell``.
+
+    Raises:
+        TypeError, ValueError: as ``folded_cell`` documents.
+    """
+    _check_grid(name, maps)
+    _check_tensor("kernel", kernel)
+    size = kernel.shape[-1] if kernel.dim() == 4 else 0
+    if size % 2 == 0 or size > FOLDED_SIZE:
+        raise ValueError(
+            f"kernel: expected shape (c, c, k, k) with k odd and at most {FOLDED_SIZE}, got "
+            f"{tuple(kernel.shape)}"
+        )
+    _check_parameter("kernel", kernel, (c, c, size, size), maps, name)
+    for argument, weight in pooling.items():
+        _check_number(argument, weight)
+
+
+def check_folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kernel: Tensor,
+    **pooling: float,
+) -> None:
+    """Checks the arguments of ``folded_linear``.
+
+    Raises:
+        TypeError, ValueError: as ``folded_linear`` documents.
+    """
+    c = _check_low_rank(x, weight, bias, lora_A, lora_B)
+    check_folded_cell("x", x, c, kernel, **pooling)
+
+
+def _check_low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+) -> int:
+    """Checks a linear layer and the two matrices of its adapter; returns the rank."""
     _check_grid("x", x)
     c_in = x.shape[-1]
     _check_matrix("weight", weight, ("C_out", c_in), x)
@@ -70,11 +116,14 @@ def check_layer(
     if rank == 0:
         raise ValueError("lora_A: expected a rank of at least 1, got shape (0, C_in)")
     _check_parameter("lora_B", lora_B, (c_out, rank), x, "x")
-    check_cell("x", x, alpha, depthwise, pw, channels, rank)
-    if isinstance(scaling, bool) or not isinstance(scaling, numbers.Real):
-        raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
-    if not -math.inf < scaling < math.inf:  # comparisons, which torch.compile can trace
-        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+    return rank
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:  # comparisons, which torch.compile can trace
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -100,7 +149,7 @@ def _check_parameter(
 ) -> None:
     """A floating parameter on the device of ``like``, either in its dtype or in float32."""
     _check_tensor(name, value)
-    if tuple(value.shape) != shape:
+    if value.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
     _check_device(name, value, like, like_name)
     if value.dtype != like.dtype and not (

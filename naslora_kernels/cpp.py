@@ -11,7 +11,13 @@ import os
 import torch
 from torch import Tensor
 
-from naslora_kernels.ops import MixedCell, NASLoRALinear, define_operators, gradient_like
+from naslora_kernels.ops import (
+    OPERATORS,
+    MixedCell,
+    NASLoRALinear,
+    define_operators,
+    gradient_like,
+)
 
 try:
     from naslora_kernels import _C
@@ -91,6 +97,25 @@ def nas_lora_linear(
     return NASLoRALinear.apply(
         x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, "cpp"
     )
+
+
+def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
+    """The cell after the search: one convolution, and what pooling remains."""
+    return OPERATORS["cpp"].folded_cell(z, kernel, average, maximum)
+
+
+def folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kernel: Tensor,
+    average: float,
+    maximum: float,
+) -> Tensor:
+    """The layer after the search."""
+    return OPERATORS["cpp"].folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum)
 
 
 def _mixed_cell(z, alpha, depthwise, pw, channels):
@@ -207,6 +232,34 @@ def _nas_lora_linear_backward(
     return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), *grad_cell
 
 
+def _folded_cell(z, kernel, average, maximum):
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
+    taps = _plain(kernel, _ACCUMULATORS[z.dtype])
+    _C.folded_cell(
+        _DTYPE_CODES[z.dtype], *z.shape, taps.data_ptr(), taps.shape[-1], average, maximum,
+        z.data_ptr(), *z.stride(), y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def _folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum):
+    rows, grid, dtype = _rows(x), x.shape[:-1], _ACCUMULATORS[x.dtype]
+    tokens, c_in = rows.shape
+    c_out, c = lora_B.shape
+    h = x.new_empty((*grid, c_out))
+    taps, encoder = _plain(kernel, dtype), _plain(lora_A, dtype)
+    decoder = _plain(lora_B.t(), dtype)  # (c, C_out)
+    start = None if bias is None else _plain(bias, dtype)
+    # As in _nas_lora_linear h starts as the bias and the adapter's part.
+    _C.folded_update(
+        _DTYPE_CODES[x.dtype], *grid, c, taps.data_ptr(), taps.shape[-1], average, maximum,
+        rows.data_ptr(), rows.stride(0), c_in, encoder.data_ptr(), decoder.data_ptr(),
+        _address(start), c_out, h.data_ptr(),
+    )  # fmt: skip
+    h.view(tokens, c_out).addmm_(rows, weight.t())
+    return h
+
+
 class _CellArguments:
     """A cell's arguments as addresses; keeps the tensors behind them alive."""
 
@@ -263,3 +316,5 @@ if _C is not None:
     _library.impl("mixed_cell_backward", _mixed_cell_backward, "CPU")
     _library.impl("nas_lora_linear", _nas_lora_linear, "CPU")
     _library.impl("nas_lora_linear_backward", _nas_lora_linear_backward, "CPU")
+    _library.impl("folded_cell", _folded_cell, "CPU")
+    _library.impl("folded_linear", _folded_linear, "CPU")

@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
+from naslora_kernels import reference
 from naslora_kernels.backends import select_backend
-from naslora_kernels.checks import check_cell, check_layer
+from naslora_kernels.checks import (
+    check_cell,
+    check_folded_cell,
+    check_folded_linear,
+    check_layer,
+)
 
 
 def mixed_cell(
@@ -95,6 +101,85 @@ def nas_lora_linear(
     return select_backend(x, backend).nas_lora_linear(
         x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, float(scaling)
     )
+
+
+def folded_cell(
+    z: Tensor,
+    kernel: Tensor,
+    average: float = 0.0,
+    maximum: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """A cell after the search, for inference: one convolution, and what pooling remains.
+
+    y = K * z + average * avg_pool_3x3(z) + maximum * max_pool_3x3(z), the result of ``mixed_cell``
+    on all channels where K is its ``folded_convolution`` and the poolings' weights are those of
+    the mixture. A pooling whose weight is zero is not computed. Where a gradient is due, and in
+    what torch.export traces, the PyTorch reference computes.
+
+    Args:
+        z: (B, H, W, c) floating maps, channels last; any strides; B may be 0.
+        kernel: (c, c, k, k) as ``conv2d`` takes it, k = 1, 3, 5, 7 or 9; zero padding.
+        average: weight of the average pooling, which divides by the number of valid pixels.
+        maximum: weight of the max-pooling.
+        backend: as in ``mixed_cell``.
+
+    Returns:
+        y of the shape and dtype of ``z``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``mixed_cell``.
+    """
+    check_folded_cell("z", z, z.shape[-1], kernel, average=average, maximum=maximum)
+    module = reference if _needs_reference(z, kernel) else select_backend(z, backend)
+    return module.folded_cell(z, kernel, float(average), float(maximum))
+
+
+def folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kernel: Tensor,
+    average: float = 0.0,
+    maximum: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer with a folded cell beside it, for inference: h = W x + b + W_d y(W_e x).
+
+    What ``nas_lora_linear`` is after the search. Autocast as there, gradients as in
+    ``folded_cell``.
+
+    Args:
+        x: (B, H, W, C_in) floating token grid; any strides; B may be 0.
+        weight: (C_out, C_in), in the dtype of ``x``; channels that bypass the cell are folded in.
+        bias: (C_out,), or None.
+        lora_A: (c, C_in) the encoder's rows that feed the cell.
+        lora_B: (C_out, c) the decoder's columns behind it, scaling included.
+        kernel, average, maximum: the cell, as in ``folded_cell``.
+        backend: as in ``mixed_cell``.
+
+    Returns:
+        h of shape (B, H, W, C_out) in the dtype of ``x`` (of autocast, where it is on).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``mixed_cell``.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    check_folded_linear(x, weight, bias, lora_A, lora_B, kernel, average=average, maximum=maximum)
+    tensors = (x, weight, bias, lora_A, lora_B, kernel)
+    module = reference if _needs_reference(*tensors) else select_backend(x, backend)
+    return module.folded_linear(*tensors, float(average), float(maximum))
+
+
+def _needs_reference(*tensors: Tensor | None) -> bool:
+    """Whether a folded cell has to be differentiable, or plain operators for other runtimes."""
+    if torch.compiler.is_exporting():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:

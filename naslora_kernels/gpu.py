@@ -1,6 +1,6 @@
 """The order of kernel launches of the cell and the adapter layer, once for both GPU backends.
 
-A backend gives the six primitives below, each one launch. Beside the frozen product a layer takes
+A backend gives the primitives below, each one launch. Beside the frozen product a layer takes
 three in the forward and six in the backward:
 
     forward   z = W_e x;  y = cell(z);  h = b0 + s W_d y;                   then h += W0 x
@@ -86,6 +86,11 @@ class Primitives(Protocol):
         """Adds up all partials and writes the gradients that are not None, in their dtypes.
         grad_A (r, C_in) is the sum of A_partials, grad_B (C_out, r) the transposed one of B's."""
 
+    def folded_cell_forward(
+        self, z: Tensor, kernel: Tensor, average: float, maximum: float, y: Tensor
+    ) -> None:
+        """y (B, H, W, c), contiguous, = the folded cell of z, of any strides."""
+
     def row_groups(self, tokens: int) -> int:
         """Into how many groups ``low_rank_pass`` cuts its rows."""
 
@@ -99,7 +104,14 @@ class Primitives(Protocol):
 def register(backend: str, primitives: Primitives) -> torch.library.Library:
     """Defines a backend's operators and registers this module's functions for them."""
     library = define_operators(backend)
-    for function in (mixed_cell, mixed_cell_backward, nas_lora_linear, nas_lora_linear_backward):
+    for function in (
+        mixed_cell,
+        mixed_cell_backward,
+        nas_lora_linear,
+        nas_lora_linear_backward,
+        folded_cell,
+        folded_linear,
+    ):
         kernel = functools.partial(function, primitives)
         library.impl(function.__name__, kernel, "CompositeExplicitAutograd")
     return library
@@ -166,21 +178,9 @@ def nas_lora_linear(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """The operator ``nas_lora_linear``: three launches and the frozen product."""
-    rows = _rows(x)  # (T, C_in)
-    c_out, rank = lora_B.shape
-    z = x.new_empty((*x.shape[:-1], rank))
-    h = x.new_empty((*x.shape[:-1], c_out))
-    if not rows.shape[0]:
-        return h, z
-    primitives.low_rank_pass(rows, lora_A, None, 1.0, z.view(-1, rank), None)
+    z = _encode(primitives, x, lora_A)
     y = mixed_cell(primitives, z, alpha, depthwise, pw, channels) if pw.shape[-1] else z
-    # h starts as the bias and the adapter's part, to which the product is added: updating h after
-    # the product would read and write all of it once more.
-    h_rows = h.view(-1, c_out)
-    bias = None if bias is None else bias.contiguous()
-    primitives.low_rank_expand(y.view(-1, rank), lora_B.t(), bias, scaling, h_rows)
-    h_rows.addmm_(rows, weight.t())
-    return h, z
+    return _decode(primitives, x, weight, bias, lora_B, y, scaling), z
 
 
 def nas_lora_linear_backward(
@@ -254,6 +254,62 @@ def nas_lora_linear_backward(
             B_partials, grad_B if need_lora_B else None,
         )  # fmt: skip
     return grad_x, grad_A, grad_B, *gradients.all
+
+
+def folded_cell(
+    primitives: Primitives, z: Tensor, kernel: Tensor, average: float, maximum: float
+) -> Tensor:
+    """The operator ``folded_cell``: one launch."""
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
+    if z.numel():
+        primitives.folded_cell_forward(z, kernel.contiguous(), average, maximum, y)
+    return y
+
+
+def folded_linear(
+    primitives: Primitives,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kernel: Tensor,
+    average: float,
+    maximum: float,
+) -> Tensor:
+    """The operator ``folded_linear``: three launches and the product."""
+    z = _encode(primitives, x, lora_A)
+    y = folded_cell(primitives, z, kernel, average, maximum)
+    return _decode(primitives, x, weight, bias, lora_B, y, 1.0)
+
+
+def _encode(primitives: Primitives, x: Tensor, lora_A: Tensor) -> Tensor:
+    """z = W_e x, (B, H, W, r)."""
+    z = x.new_empty((*x.shape[:-1], lora_A.shape[0]))
+    if z.numel():
+        primitives.low_rank_pass(_rows(x), lora_A, None, 1.0, z.flatten(0, -2), None)
+    return z
+
+
+def _decode(
+    primitives: Primitives,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_B: Tensor,
+    y: Tensor,
+    scaling: float,
+) -> Tensor:
+    """h = W x + b + s W_d y, (B, H, W, C_out)."""
+    h = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if h.numel():
+        # h starts as the bias and the adapter's part, to which the product is added: updating h
+        # after the product would read and write all of it once more.
+        rows = h.flatten(0, -2)
+        bias = None if bias is None else bias.contiguous()
+        primitives.low_rank_expand(y.flatten(0, -2), lora_B.t(), bias, scaling, rows)
+        rows.addmm_(_rows(x), weight.t())
+    return h
 
 
 class _Gradients:

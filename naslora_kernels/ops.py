@@ -30,6 +30,12 @@ _SCHEMAS = {
         "bool need_alpha, bool need_weights) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    # What is left of the two after the search: inference only.
+    "folded_cell": "(Tensor z, Tensor kernel, float average, float maximum) -> Tensor",
+    "folded_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor kernel, "
+        "float average, float maximum) -> Tensor"
+    ),
 }
 
 
@@ -40,6 +46,8 @@ class Operators(NamedTuple):
     mixed_cell_backward: OpOverload
     nas_lora_linear: OpOverload
     nas_lora_linear_backward: OpOverload
+    folded_cell: OpOverload
+    folded_linear: OpOverload
 
 
 OPERATORS: dict[str, Operators] = {}
@@ -96,11 +104,21 @@ def _fake_nas_lora_linear_backward(
     )
 
 
+def _fake_folded_cell(z, kernel, average, maximum):
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+def _fake_folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 _FAKES = {
     "mixed_cell": _fake_mixed_cell,
     "mixed_cell_backward": _fake_mixed_cell_backward,
     "nas_lora_linear": _fake_nas_lora_linear,
     "nas_lora_linear_backward": _fake_nas_lora_linear_backward,
+    "folded_cell": _fake_folded_cell,
+    "folded_linear": _fake_folded_linear,
 }
 
 

@@ -72,3 +72,33 @@ def nas_lora_linear(
         z = F.linear(x, lora_A.to(x.dtype))  # (B, H, W, r)
         y = mixed_cell(z, alpha, depthwise, pw, channels)  # (B, H, W, r)
         return h + scaling * F.linear(y, lora_B.to(x.dtype))
+
+
+def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
+    """y = K * z + average * avg_pool(z) + maximum * max_pool(z); 16-bit as in ``mixed_cell``."""
+    compute = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
+    with torch.autocast(z.device.type, enabled=False):
+        maps = z.to(compute).permute(0, 3, 1, 2)  # (B, c, H, W)
+        y = F.conv2d(maps, kernel.to(compute), padding=kernel.shape[-1] // 2)
+        if average:
+            y = y + average * F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
+        if maximum:
+            y = y + maximum * F.max_pool2d(maps, 3, 1, 1)
+        return y.permute(0, 2, 3, 1).to(z.dtype)
+
+
+def folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kernel: Tensor,
+    average: float,
+    maximum: float,
+) -> Tensor:
+    """h = W x + b + W_d y with y the folded cell of z = W_e x."""
+    with torch.autocast(x.device.type, enabled=False):
+        z = F.linear(x, lora_A.to(x.dtype))  # (B, H, W, c)
+        y = folded_cell(z, kernel, average, maximum)
+        return F.linear(x, weight, bias) + F.linear(y, lora_B.to(x.dtype))
