@@ -14,3 +14,10 @@ sanitize:
 	ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	pytest -p no:cacheprovider -k "not compiled" tests/test_kernels_*.py
+
+# On a machine with a GPU: builds what is not built, then everything of bench/gpu_check.py, whose
+# options go into CHECK. Needs no network.
+.PHONY: gpu-check
+gpu-check:
+	python setup.py -q build_ext --inplace
+	python -m bench.gpu_check $(CHECK)

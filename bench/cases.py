@@ -4,6 +4,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch._functorch.config
@@ -18,6 +19,19 @@ from naslora_kernels.operations import CONVOLUTIONS
 torch._functorch.config.donated_buffer = False
 
 DIRECTIONS = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and in which dtype a case is measured, and which kernels are."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    kernels: tuple[str, ...] = ("cpp",)
+    compiled: bool | None = None  # with the compiled reference; None: for COMPILED_CASES alone
+
+
+CPU = Setting()
 RANKS = (3, 6, 12, 24)  # the paper's default, and its ablation
 SCALING = 32 / 3
 
@@ -61,15 +75,15 @@ def channels_of(rank: int) -> int:
     return max(1, round(2 / 3 * rank))
 
 
-def cell_parameters(rank: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A random cell on ``channels_of(rank)`` of ``rank`` channels."""
+def cell_parameters(rank: int, device: str = "cpu") -> dict[str, Tensor]:
+    """A random cell on ``channels_of(rank)`` of ``rank`` channels, in float32."""
     c = channels_of(rank)
     parameters = {"alpha": 1e-3 * torch.randn(8)}
     names = ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")
     for name, conv in zip(names, CONVOLUTIONS, strict=True):
         parameters[name] = torch.randn(c, conv.kernel, conv.kernel) / conv.kernel
     parameters["pw"] = torch.randn(4, c, c) / c**0.5
-    return {name: value.to(dtype).requires_grad_() for name, value in parameters.items()}
+    return {name: value.to(device).requires_grad_() for name, value in parameters.items()}
 
 
 @dataclass
@@ -95,80 +109,86 @@ class Work:
         return self.prepare_backward() if direction == "backward" else getattr(self, direction)
 
 
-def cell_works(shape: Shape, rank: int) -> dict[str, Work]:
+def cell_works(shape: Shape, rank: int, setting: Setting = CPU) -> dict[str, Work]:
     """The cell by the fused kernels, by the reference, and by the compiled reference."""
     torch.manual_seed(0)
-    z = torch.randn(*shape.grid, rank, requires_grad=True)
-    parameters = cell_parameters(rank)
-    channels = torch.arange(channels_of(rank))
-    gradient = torch.randn(*shape.grid, rank)
+    z = torch.randn(*shape.grid, rank).to(setting.device, setting.dtype).requires_grad_()
+    parameters = cell_parameters(rank, setting.device)
+    channels = torch.arange(channels_of(rank), device=setting.device)
+    gradient = torch.randn(*shape.grid, rank).to(z)
 
-    def reference(z, parameters):
-        return mixed_cell(z, **parameters, channels=channels, backend="reference")
+    def cell(z, parameters, backend):
+        return mixed_cell(z, **parameters, channels=channels, backend=backend)
 
-    compiled = torch.compile(reference, fullgraph=True, dynamic=False)
+    compiled = torch.compile(cell, fullgraph=True, dynamic=False)
     computations = {
-        "cpp": lambda: mixed_cell(z, **parameters, channels=channels, backend="cpp"),
-        "reference": lambda: reference(z, parameters),
-        "reference compiled": lambda: compiled(z, parameters),
+        name: partial(cell, z, parameters, name) for name in (*setting.kernels, "reference")
     }
+    computations["reference compiled"] = lambda: compiled(z, parameters, "reference")
     leaves = [z, *parameters.values()]
     works = {name: Work(compute, leaves, gradient) for name, compute in computations.items()}
-    return _without_uncompiled(works, shape, rank)
+    return _without_uncompiled(works, shape, rank, setting)
 
 
-def _without_uncompiled(works: dict[str, Work], shape: Shape, rank: int) -> dict[str, Work]:
-    compiled = (shape, rank) in COMPILED_CASES
+def _without_uncompiled(
+    works: dict[str, Work], shape: Shape, rank: int, setting: Setting
+) -> dict[str, Work]:
+    compiled = setting.compiled
+    if compiled is None:
+        compiled = (shape, rank) in COMPILED_CASES
     return {name: work for name, work in works.items() if compiled or "compiled" not in name}
 
 
-def layer_works(shape: Shape, rank: int) -> dict[str, Work]:
+def layer_works(shape: Shape, rank: int, setting: Setting = CPU) -> dict[str, Work]:
     """The layer by the fused kernels, by the reference eager and compiled, PEFT's LoRA layer on the
-    same linear, and the frozen linear alone."""
+    same linear, and the frozen linear alone. Ours are float32 adapters, under 16-bit activations
+    too; PEFT's has the activations' dtype, in which it is fastest."""
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.lora import LoraConfig
 
     torch.manual_seed(0)
-    linear = torch.nn.Linear(shape.c_in, shape.c_out).requires_grad_(False)
-    x = torch.randn(*shape.grid, shape.c_in, requires_grad=True)
-    gradient = torch.randn(*shape.grid, shape.c_out)
-    lora_A = (torch.randn(rank, shape.c_in) / shape.c_in**0.5).requires_grad_()
-    lora_B = (torch.randn(shape.c_out, rank) / rank**0.5).requires_grad_()
-    cell = cell_parameters(rank)
-    channels = torch.arange(channels_of(rank))
+    like = {"device": setting.device, "dtype": setting.dtype}
+    linear = torch.nn.Linear(shape.c_in, shape.c_out).requires_grad_(False).to(**like)
+    x = torch.randn(*shape.grid, shape.c_in).to(**like).requires_grad_()
+    gradient = torch.randn(*shape.grid, shape.c_out).to(**like)
+    lora_A = torch.randn(rank, shape.c_in) / shape.c_in**0.5
+    lora_B = torch.randn(shape.c_out, rank) / rank**0.5
+    adapter = [matrix.to(setting.device).requires_grad_() for matrix in (lora_A, lora_B)]
+    cell = cell_parameters(rank, setting.device)
+    channels = torch.arange(channels_of(rank), device=setting.device)
     frozen = {"weight": linear.weight, "bias": linear.bias}
 
-    def nas_lora(x, lora_A, lora_B, cell, backend):
+    def nas_lora(x, adapter, cell, backend):
         return nas_lora_linear(
-            x, **frozen, lora_A=lora_A, lora_B=lora_B, **cell, channels=channels, scaling=SCALING,
-            backend=backend,
+            x, **frozen, lora_A=adapter[0], lora_B=adapter[1], **cell, channels=channels,
+            scaling=SCALING, backend=backend,
         )  # fmt: skip
 
     compiled = torch.compile(nas_lora, fullgraph=True, dynamic=False)
     lora = LoraLinear(
         linear, "default", config=LoraConfig(r=rank, lora_alpha=32), r=rank, lora_alpha=32
-    )
-    leaves = [x, lora_A, lora_B, *cell.values()]
-    peft_leaves = [x, *(p for p in lora.parameters() if p.requires_grad)]
+    ).to(**like)
+    leaves = [x, *adapter, *cell.values()]
     works = {
-        "cpp": Work(lambda: nas_lora(x, lora_A, lora_B, cell, "cpp"), leaves, gradient),
-        "reference": Work(lambda: nas_lora(x, lora_A, lora_B, cell, "reference"), leaves, gradient),
-        "reference compiled": Work(
-            lambda: compiled(x, lora_A, lora_B, cell, "reference"), leaves, gradient
-        ),
-        "PEFT LoRA": Work(lambda: lora(x), peft_leaves, gradient),
-        "frozen linear": Work(lambda: F.linear(x, linear.weight, linear.bias), [x], gradient),
+        name: Work(partial(nas_lora, x, adapter, cell, name), leaves, gradient)
+        for name in (*setting.kernels, "reference")
     }
-    return _without_uncompiled(works, shape, rank)
+    works["reference compiled"] = Work(
+        lambda: compiled(x, adapter, cell, "reference"), leaves, gradient
+    )
+    peft_leaves = [x, *(p for p in lora.parameters() if p.requires_grad)]
+    works["PEFT LoRA"] = Work(lambda: lora(x), peft_leaves, gradient)
+    works["frozen linear"] = Work(lambda: F.linear(x, linear.weight, linear.bias), [x], gradient)
+    return _without_uncompiled(works, shape, rank, setting)
 
 
 # ---- What must be moved and computed at the least ----------------------------------------------
 
 
-def cell_bytes(shape: Shape, rank: int, direction: str) -> int:
-    """Bytes of float32 maps: forward reads z and writes y, backward reads z and dy, writes dz."""
+def cell_bytes(shape: Shape, rank: int, direction: str, setting: Setting = CPU) -> int:
+    """Bytes of maps: forward reads z and writes y, backward reads z and dy, writes dz."""
     maps = {"forward": 2, "backward": 3, "both": 5}[direction]
-    return 4 * maps * torch.Size(shape.grid).numel() * rank
+    return setting.dtype.itemsize * maps * torch.Size(shape.grid).numel() * rank
 
 
 def cell_operations(shape: Shape, rank: int, direction: str) -> int:
@@ -185,8 +205,8 @@ def cell_operations(shape: Shape, rank: int, direction: str) -> int:
     return 2 * torch.Size(shape.grid).numel() * per_pixel
 
 
-def layer_bytes(shape: Shape, rank: int, direction: str) -> int:
-    """Bytes that the adapter moves beside the frozen product, in float32.
+def layer_bytes(shape: Shape, rank: int, direction: str, setting: Setting = CPU) -> int:
+    """Bytes that the adapter moves beside the frozen product.
 
     Forward: x is read, and the output written once before the product is added to it. Backward:
     the output's gradient and x are read, the input's gradient written before the product.
@@ -194,7 +214,7 @@ def layer_bytes(shape: Shape, rank: int, direction: str) -> int:
     tokens = torch.Size(shape.grid).numel()
     forward, backward = shape.c_in + shape.c_out, 2 * shape.c_in + shape.c_out
     per_token = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-    return 4 * tokens * per_token + cell_bytes(shape, rank, direction)
+    return setting.dtype.itemsize * tokens * per_token + cell_bytes(shape, rank, direction, setting)
 
 
 def layer_operations(shape: Shape, rank: int, direction: str) -> int:
@@ -209,25 +229,32 @@ def layer_operations(shape: Shape, rank: int, direction: str) -> int:
 # ---- The gate ----------------------------------------------------------------------------------
 
 
-def gate(works: dict[str, Work]) -> str | None:
-    """Why the kernels' results must not be timed, or None: held against the reference in float32.
+def gate(works: dict[str, Work], setting: Setting = CPU) -> str | None:
+    """Why the kernels' results must not be timed, or None: held against the reference.
 
-    Sums over up to 5000 pixels in float32 differ by about 1e-5 of the largest value.
+    Differences are relative, in the Frobenius norm. Sums over thousands of pixels differ by about
+    1e-6 in float32; 16-bit maps by a few units of 2^-8, and more where another pixel becomes the
+    largest by rounding.
     """
-    names = ["output", *(f"gradient {i}" for i in range(len(works["cpp"].leaves)))]
-    results = ((work.forward(), *work.both()) for work in (works["cpp"], works["reference"]))
-    for name, kernel, reference in zip(names, *results, strict=True):
-        error = (kernel - reference).abs().max() / reference.abs().max()
-        if not error < 1e-4:
-            return f"the {name} differs from the reference by {error:.1e} of its largest value"
+    bound = 1e-4 if setting.dtype.itemsize >= 4 else 5e-2
+    names = ["output", *(f"gradient {i}" for i in range(len(works["reference"].leaves)))]
+    references = (works["reference"].forward(), *works["reference"].both())
+    for kernel in setting.kernels:
+        results = (works[kernel].forward(), *works[kernel].both())
+        for name, result, reference in zip(names, results, references, strict=True):
+            error = (result - reference).float().norm() / reference.float().norm()
+            if not error < bound:
+                return f"{kernel}: the {name} differs from the reference by {error:.1e} of its norm"
     return None
 
 
 # ---- The machine -------------------------------------------------------------------------------
 
 
-def processor() -> str:
-    """The processor's name."""
+def processor(device: str = "cpu") -> str:
+    """The name of the processor, or of the GPU."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
@@ -243,10 +270,10 @@ def commit() -> str:
     return result.stdout.strip()
 
 
-def environment() -> dict[str, object]:
+def environment(device: str = "cpu") -> dict[str, object]:
     """Device, versions and commit, to stand beside every number."""
     return {
-        "processor": processor(),
+        "processor": processor(device),
         "threads": torch.get_num_threads(),
         "commit": commit(),
         **naslora_kernels.build_info(),

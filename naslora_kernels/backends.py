@@ -1,9 +1,9 @@
 """Which code computes the cell: the one place where backends plug in.
 
 A backend is a module of this package with ``unavailable_reason()``,
-``unsupported_reason(device_type, dtype)``, ``mixed_cell`` and ``nas_lora_linear``; the last two
-take the checked arguments of ``functional.py``. It is
-imported when it is first asked for. To add one, write the module and name it in ``BACKENDS``.
+``unsupported_reason(device_type, dtype)``, ``mixed_cell``, ``nas_lora_linear``, ``folded_cell`` and
+``folded_linear``; the last four take the checked arguments of ``functional.py``. It is imported
+when it is first asked for. To add one, write the module and name it in ``BACKENDS``.
 """
 
 import functools
@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import operator
 import os
 from types import ModuleType
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 # Best first: the automatic choice takes the first that serves the tensors at hand.
 BACKENDS = ("cuda", "triton", "cpp", "reference")
+COMPILED_BACKENDS = ("cpp", "cuda")  # these have a ``build_info()``, empty if there is no extension
 ENVIRONMENT_VARIABLE = "NASLORA_BACKEND"
 
 logger = logging.getLogger(__name__)
@@ -38,20 +40,23 @@ def build_info() -> dict[str, object]:
     """What this installation consists of: for bug reports and benchmark records.
 
     Returns:
-        ``version`` of the package; ``torch``, the version that runs (the extension is built without
-        torch and serves any); the ``compiled`` parts, their ``compiler`` and the ``architectures``
-        they contain (CPU instruction sets), empty or None where nothing was compiled. With the C++
-        extension also the ``instruction_set`` that this process uses, and whether it
-        ``shares_torch_threads``.
+        ``version`` of the package; ``torch``, the version that runs (the extensions are built
+        without torch and serve any); the ``compiled`` parts, the host ``compiler`` and the
+        ``architectures`` (CPU instruction sets) in the C++ extension, empty or None without it;
+        with it also the ``instruction_set`` that this process uses, and whether it
+        ``shares_torch_threads``; with the CUDA extension ``cuda_compiler`` and
+        ``cuda_architectures``.
     """
-    return {
+    parts = {n: _load(n).build_info() for n in COMPILED_BACKENDS if _exists(n)}
+    compiled = [name for name, part in parts.items() if part]
+    info = {
         "version": importlib.metadata.version("naslora"),
         "torch": torch.__version__,
-        "compiled": [],
+        "compiled": compiled,
         "compiler": None,
         "architectures": [],
-        **_load("cpp").build_info(),
     }
+    return functools.reduce(operator.or_, parts.values(), info)
 
 
 def select_backend(x: Tensor, requested: str | None) -> ModuleType:
@@ -96,9 +101,13 @@ def _refusal(name: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _unavailable_reason(name: str) -> str | None:
-    if importlib.util.find_spec(f"naslora_kernels.{name}") is None:
+    if not _exists(name):
         return "this version of naslora does not contain it"
     return _load(name).unavailable_reason()
+
+
+def _exists(name: str) -> bool:
+    return importlib.util.find_spec(f"naslora_kernels.{name}") is not None
 
 
 def _load(name: str) -> ModuleType:

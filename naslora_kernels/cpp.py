@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from naslora_kernels.ops import (
-    LIBRARY,
+    OPERATORS,
     MixedCell,
     NASLoRALinear,
-    folded_cell,
-    folded_linear,
+    define_operators,
     gradient_like,
 )
-
-__all__ = ["folded_cell", "folded_linear", "mixed_cell", "nas_lora_linear"]
 
 try:
     from naslora_kernels import _C
@@ -70,7 +67,6 @@ def build_info() -> dict[str, object]:
         return {}
     compiler, compiled = _C.build_info()
     return {
-        "compiled": ["cpp"],
         "compiler": compiler,
         "architectures": compiled,
         "instruction_set": instruction_set(),
@@ -82,7 +78,7 @@ def mixed_cell(
     z: Tensor, alpha: Tensor, depthwise: tuple[Tensor, ...], pw: Tensor, channels: Tensor | None
 ) -> Tensor:
     """The cell of Eq. 2-3, in one pass over z forward and one backward."""
-    return MixedCell.apply(z, alpha, *depthwise, pw, channels)
+    return MixedCell.apply(z, alpha, *depthwise, pw, channels, "cpp")
 
 
 def nas_lora_linear(
@@ -99,7 +95,7 @@ def nas_lora_linear(
 ) -> Tensor:
     """Eq. 3; the adapter costs little more than reading its operands once."""
     return NASLoRALinear.apply(
-        x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling
+        x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, "cpp"
     )
 
 
@@ -296,9 +292,12 @@ if _C is not None:
     _C.set_parallel_for(_torch_parallel_for())
     if instruction_set():
         _C.use_capability(instruction_set())
-    LIBRARY.impl("mixed_cell", _mixed_cell, "CPU")
-    LIBRARY.impl("mixed_cell_backward", _mixed_cell_backward, "CPU")
-    LIBRARY.impl("nas_lora_linear", _nas_lora_linear, "CPU")
-    LIBRARY.impl("nas_lora_linear_backward", _nas_lora_linear_backward, "CPU")
-    LIBRARY.impl("folded_cell", _folded_cell, "CPU")
-    LIBRARY.impl("folded_linear", _folded_linear, "CPU")
+    _library = define_operators("cpp")
+    _library.impl("mixed_cell", _mixed_cell, "CPU")
+    _library.impl("mixed_cell_backward", _mixed_cell_backward, "CPU")
+    _library.impl("nas_lora_linear", _nas_lora_linear, "CPU")
+    _library.impl("nas_lora_linear_backward", _nas_lora_linear_backward, "CPU")
+    _library.impl("folded_cell", _folded_cell, "CPU")
+    _library.impl("folded_linear", _folded_linear, "CPU")
+    # These need no gradients: the operators are the backend's functions.
+    folded_cell, folded_linear = OPERATORS["cpp"].folded_cell, OPERATORS["cpp"].folded_linear

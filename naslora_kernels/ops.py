@@ -1,39 +1,67 @@
-"""The operators ``torch.ops.naslora.*`` and the autograd functions around them.
+"""The operators ``torch.ops.naslora_<backend>.*`` and the autograd functions around them.
 
-An operator's schema and its shapes (for torch.compile and FakeTensor) stand here once; a backend
-registers its kernels for a device, as ``cpp.py`` does for the CPU. Backward operators take flags
+Every compiled backend has the same operators under a namespace of its own, so that several
+can serve one device. Their schemas and their shapes (for torch.compile and FakeTensor) stand here
+once; a backend calls ``define_operators`` and registers its kernels. Backward operators take flags
 for the gradients that are due, compute no other, and return an empty tensor in its place.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
-LIBRARY = torch.library.Library("naslora", "DEF")
-
 _CELL = "Tensor alpha, Tensor[] depthwise, Tensor pw, Tensor? channels"
-LIBRARY.define(f"mixed_cell(Tensor z, {_CELL}) -> Tensor")
-LIBRARY.define(
-    f"mixed_cell_backward(Tensor grad_y, Tensor z, {_CELL}, bool need_z, bool need_alpha, "
-    "bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    f"nas_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, {_CELL},"
-    " float scaling) -> (Tensor h, Tensor z)"
-)
-LIBRARY.define(
-    "nas_lora_linear_backward(Tensor grad_h, Tensor? x, Tensor z, Tensor weight, Tensor lora_A, "
-    f"Tensor lora_B, {_CELL}, float scaling, bool need_x, bool need_lora_A, bool need_lora_B, "
-    "bool need_alpha, bool need_weights) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_SCHEMAS = {
+    "mixed_cell": f"(Tensor z, {_CELL}) -> Tensor",
+    "mixed_cell_backward": (
+        f"(Tensor grad_y, Tensor z, {_CELL}, bool need_z, bool need_alpha, bool need_weights) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "nas_lora_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+        f"{_CELL}, float scaling) -> (Tensor h, Tensor z)"
+    ),
+    "nas_lora_linear_backward": (
+        "(Tensor grad_h, Tensor? x, Tensor z, Tensor weight, Tensor lora_A, Tensor lora_B, "
+        f"{_CELL}, float scaling, bool need_x, bool need_lora_A, bool need_lora_B, "
+        "bool need_alpha, bool need_weights) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # What is left of both after the search: inference only.
+    "folded_cell": "(Tensor z, Tensor kernel, float average, float maximum) -> Tensor",
+    "folded_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor kernel, "
+        "float average, float maximum) -> Tensor"
+    ),
+}
 
-# What is left of both after the search: inference only.
-LIBRARY.define("folded_cell(Tensor z, Tensor kernel, float average, float maximum) -> Tensor")
-LIBRARY.define(
-    "folded_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-    "Tensor kernel, float average, float maximum) -> Tensor"
-)
+
+class Operators(NamedTuple):
+    """One backend's operators."""
+
+    mixed_cell: OpOverload
+    mixed_cell_backward: OpOverload
+    nas_lora_linear: OpOverload
+    nas_lora_linear_backward: OpOverload
+    folded_cell: OpOverload
+    folded_linear: OpOverload
+
+
+OPERATORS: dict[str, Operators] = {}
+
+
+def define_operators(backend: str) -> torch.library.Library:
+    """Defines the operators of a backend; it registers its kernels with the library returned."""
+    library = torch.library.Library(f"naslora_{backend}", "DEF")
+    for name, schema in _SCHEMAS.items():
+        library.define(name + schema)
+        torch.library.register_fake(f"naslora_{backend}::{name}", _FAKES[name], lib=library)
+    namespace = getattr(torch.ops, f"naslora_{backend}")
+    OPERATORS[backend] = Operators(*(getattr(namespace, name).default for name in _SCHEMAS))
+    return library
 
 
 def gradient_like(tensor: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -43,13 +71,13 @@ def gradient_like(tensor: Tensor, needed: bool, dtype: torch.dtype | None = None
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("naslora::mixed_cell", lib=LIBRARY)
-def _(z, alpha, depthwise, pw, channels):
+def _fake_mixed_cell(z, alpha, depthwise, pw, channels):
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("naslora::mixed_cell_backward", lib=LIBRARY)
-def _(grad_y, z, alpha, depthwise, pw, channels, need_z, need_alpha, need_weights):
+def _fake_mixed_cell_backward(
+    grad_y, z, alpha, depthwise, pw, channels, need_z, need_alpha, need_weights
+):
     return (
         gradient_like(z, need_z),
         gradient_like(alpha, need_alpha),
@@ -57,14 +85,12 @@ def _(grad_y, z, alpha, depthwise, pw, channels, need_z, need_alpha, need_weight
     )
 
 
-@torch.library.register_fake("naslora::nas_lora_linear", lib=LIBRARY)
-def _(x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, scaling):
+def _fake_nas_lora_linear(x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, scaling):
     grid = x.shape[:-1]
     return x.new_empty((*grid, weight.shape[0])), x.new_empty((*grid, lora_A.shape[0]))
 
 
-@torch.library.register_fake("naslora::nas_lora_linear_backward", lib=LIBRARY)
-def _(
+def _fake_nas_lora_linear_backward(
     grad_h, x, z, weight, lora_A, lora_B, alpha, depthwise, pw, channels, scaling,
     need_x, need_lora_A, need_lora_B, need_alpha, need_weights,
 ):  # fmt: skip
@@ -78,46 +104,49 @@ def _(
     )
 
 
-@torch.library.register_fake("naslora::folded_cell", lib=LIBRARY)
-def _(z, kernel, average, maximum):
+def _fake_folded_cell(z, kernel, average, maximum):
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("naslora::folded_linear", lib=LIBRARY)
-def _(x, weight, bias, lora_A, lora_B, kernel, average, maximum):
+def _fake_folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_mixed_cell = torch.ops.naslora.mixed_cell.default
-_mixed_cell_backward = torch.ops.naslora.mixed_cell_backward.default
-_nas_lora_linear = torch.ops.naslora.nas_lora_linear.default
-_nas_lora_linear_backward = torch.ops.naslora.nas_lora_linear_backward.default
-folded_cell = torch.ops.naslora.folded_cell.default
-folded_linear = torch.ops.naslora.folded_linear.default
+_FAKES = {
+    "mixed_cell": _fake_mixed_cell,
+    "mixed_cell_backward": _fake_mixed_cell_backward,
+    "nas_lora_linear": _fake_nas_lora_linear,
+    "nas_lora_linear_backward": _fake_nas_lora_linear_backward,
+    "folded_cell": _fake_folded_cell,
+    "folded_linear": _fake_folded_linear,
+}
 
 
 class MixedCell(torch.autograd.Function):
-    """y = cell(z); arguments (z, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels)."""
+    """y = cell(z); arguments (z, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels, name of
+    the backend)."""
 
     @staticmethod
-    def forward(ctx, z, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels):
+    def forward(ctx, z, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels, backend):
         ctx.save_for_backward(z, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels)
-        return _mixed_cell(z, alpha, [dw_sep3, dw_sep5, dw_dil3, dw_dil5], pw, channels)
+        ctx.backend = backend
+        depthwise = [dw_sep3, dw_sep5, dw_dil3, dw_dil5]
+        return OPERATORS[backend].mixed_cell(z, alpha, depthwise, pw, channels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
         z, alpha, *depthwise, pw, channels = ctx.saved_tensors
         need = ctx.needs_input_grad
-        gradients = _mixed_cell_backward(
+        gradients = OPERATORS[ctx.backend].mixed_cell_backward(
             grad_y, z, alpha, depthwise, pw, channels, need[0], need[1], any(need[2:7])
         )
-        return *_due(gradients, need[:7]), None
+        return *_due(gradients, need[:7]), None, None
 
 
 class NASLoRALinear(torch.autograd.Function):
     """h = W0 x + b0 + s W_d cell(W_e x); arguments (x, weight, bias, lora_A, lora_B, alpha,
-    dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels, scaling).
+    dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels, scaling, name of the backend).
 
     Keeps x (where a weight's gradient needs it), z and the parameters: y is cheaper to compute
     again than to keep.
@@ -126,10 +155,10 @@ class NASLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weight, bias, lora_A, lora_B, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw,
-        channels, scaling,
+        channels, scaling, backend,
     ):  # fmt: skip
         depthwise = [dw_sep3, dw_sep5, dw_dil3, dw_dil5]
-        h, z = _nas_lora_linear(
+        h, z = OPERATORS[backend].nas_lora_linear(
             x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, scaling
         )
         need_weight, need_lora_A = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
@@ -137,7 +166,7 @@ class NASLoRALinear(torch.autograd.Function):
             x if need_weight or need_lora_A else None,
             z, weight, lora_A, lora_B, alpha, *depthwise, pw, channels,
         )  # fmt: skip
-        ctx.scaling = scaling
+        ctx.scaling, ctx.backend = scaling, backend
         return h
 
     @staticmethod
@@ -145,7 +174,7 @@ class NASLoRALinear(torch.autograd.Function):
     def backward(ctx, grad_h):
         x, z, weight, lora_A, lora_B, alpha, *depthwise, pw, channels = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grad_x, *gradients = _nas_lora_linear_backward(
+        grad_x, *gradients = OPERATORS[ctx.backend].nas_lora_linear_backward(
             grad_h, x, z, weight, lora_A, lora_B, alpha, depthwise, pw, channels, ctx.scaling,
             need[0], need[3], need[4], need[5], any(need[6:11]),
         )  # fmt: skip
@@ -155,6 +184,7 @@ class NASLoRALinear(torch.autograd.Function):
             rows.t() @ x.flatten(0, -2) if need[1] else None,
             rows.sum(0) if need[2] else None,
             *_due(gradients, need[3:11]),
+            None,
             None,
             None,
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,13 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from naslora import cli, sam
+from naslora_kernels import cpp
 
 torch.set_num_threads(1)
+# References that the kernels are held against compute in true float32 on GPUs, too.
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 SIZE = 32  # of the images, in pixels
 TINY = sam.ViT(width=32, depth=2, heads=2, global_blocks=(1,))
@@ -100,3 +106,15 @@ def poisoned_memory(monkeypatch):
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def instruction_set(request):
+    """Lets the C++ kernels compute with the instruction set of the test's target, if it has one."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    name = getattr(parameters.get("target"), "instruction_set", None)
+    if name is not None:
+        cpp._C.use_capability(name)
+    yield
+    if name is not None:
+        cpp._C.use_capability(cpp.instruction_set())

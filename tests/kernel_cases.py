@@ -1,16 +1,70 @@
 """What the tests of the fused kernels share: random cases, memory layouts, and the error rule."""
 
 import math
+import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import naslora_kernels
 from naslora_kernels import cpp
 
-needs_cpp = naslora_kernels.available_backends()["cpp"]
+UNAVAILABLE = naslora_kernels.available_backends()
+needs_cpp = UNAVAILABLE["cpp"]
 INSTRUCTION_SETS = [] if needs_cpp else cpp._C.capabilities()
+
+
+class Target(NamedTuple):
+    """A backend under test and where its tensors live."""
+
+    backend: str
+    device: str = "cpu"
+    instruction_set: str | None = None  # of the cpp backend; None leaves the best
+    simulated: bool = False  # Triton's interpreter, CUDA's emulation: exact, but slow
+
+    def __str__(self):
+        return "-".join(filter(None, (self.backend, self.instruction_set)))
+
+
+def _targets():
+    """Every backend: on its device, else simulated on the CPU, else skipped with the reason."""
+    yield pytest.param(Target("cpp"), marks=_skipped_for(UNAVAILABLE["cpp"]), id="cpp")
+    for backend in ("triton", "cuda"):
+        simulated = not torch.cuda.is_available()
+        target = Target(backend, "cpu" if simulated else "cuda", simulated=simulated)
+        yield pytest.param(target, marks=_skipped_for(UNAVAILABLE[backend]), id=backend)
+
+
+def _skipped_for(reason):
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+TARGETS = list(_targets())
+# With every instruction set of the cpp backend.
+ALL_TARGETS = [
+    *(pytest.param(Target("cpp", "cpu", name), id=f"cpp-{name}") for name in INSTRUCTION_SETS),
+    *(TARGETS if needs_cpp else TARGETS[1:]),
+]
+# A simulated target takes some 10 microseconds a pixel, channel and thread or tap.
+MOST_SIMULATED = int(os.environ.get("NASLORA_MOST_SIMULATED", "1300"))  # numbers in a map
+
+
+def targets_and(cases, size, targets=None):
+    """(target, case) pairs; simulated targets get the cases of at most MOST_SIMULATED numbers."""
+    pairs = []
+    for target in targets or TARGETS:
+        limit = MOST_SIMULATED if target.values[0].simulated else math.inf
+        fitting = [case for case in cases if size(case) <= limit]
+        pairs += [
+            pytest.param(target.values[0], case, marks=target.marks, id=f"{target.id}-{case}")
+            for case in fitting
+        ]
+    return pairs
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CELL = ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5", "pw")
 
@@ -63,14 +117,28 @@ class Case:
         arguments[first] = LAYOUTS[layout](arguments[first])
         return Case(self.function, arguments, self.options, LAYOUTS[gradient_layout](self.gradient))
 
-    def run(self, backend, needed=None):
-        """The result and the gradient of each argument in ``needed`` (None: of all), by name."""
+    def on(self, device):
+        """The case on another device; strides stay."""
+
+        def move(value):
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        arguments = {name: move(value) for name, value in self.arguments.items()}
+        options = {name: move(value) for name, value in self.options.items()}
+        return Case(self.function, arguments, options, move(self.gradient))
+
+    def run(self, target, needed=None):
+        """The result and the gradient of each argument in ``needed`` (None: of all), by name.
+
+        ``target`` is a Target, on whose device the case must be, or a backend's name, or None.
+        """
         needed = set(self.arguments if needed is None else needed)
         arguments = {
             name: value.detach().requires_grad_(name in needed)
             for name, value in self.arguments.items()
         }
         function = getattr(naslora_kernels, self.function)
+        backend = target.backend if isinstance(target, Target) else target
         result = function(**arguments, **self.options, backend=backend)
         leaves = {name: arguments[name] for name in self.arguments if name in needed}
         gradients = torch.autograd.grad(
@@ -123,7 +191,7 @@ def layer_case(grid, c_in, c_out, rank, c, seed=0, bias=True, scaling=1.5):
     return Case("nas_lora_linear", {**arguments, **parameters}, options, draw(*grid, c_out))
 
 
-def assert_as_good_as_reference(case, needed=None, ratios=None):
+def assert_as_good_as_reference(target, case, needed=None, ratios=None):
     """Kernels err at most twice as much as the reference in the same dtype.
 
     Errors are the largest distances to the reference in float64 on the same (rounded) inputs. On
@@ -133,7 +201,8 @@ def assert_as_good_as_reference(case, needed=None, ratios=None):
     the reference's rounding, 1e-13 of the largest value over thousands of pixels.
 
     Args:
-        case: what to run.
+        target: the backend under test.
+        case: what to run, on the CPU.
         needed: the arguments whose gradients are due; None means all.
         ratios: where given, collects the (kernel, reference) errors of every inexact result, for
             ``assert_better_on_average``.
@@ -141,7 +210,8 @@ def assert_as_good_as_reference(case, needed=None, ratios=None):
     Returns:
         What the kernels computed, by name.
     """
-    kernel = case.run("cpp", needed)
+    case = case.on(target.device)
+    kernel = case.run(target, needed)
     reference = case.run("reference", needed)
     truth = case.to(torch.float64).run("reference", needed)
     assert kernel.keys() == reference.keys()

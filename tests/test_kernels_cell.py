@@ -1,26 +1,28 @@
-"""The cell of the ``cpp`` backend against the reference."""
+"""The cell of every backend against the reference."""
 
+import math
 import os
 
 import pytest
 import torch
 from kernel_cases import (
+    ALL_TARGETS,
     CELL,
     DTYPES,
-    INSTRUCTION_SETS,
     LAYOUTS,
+    TARGETS,
     assert_as_good_as_reference,
     assert_better_on_average,
     cell_case,
     needs_cpp,
+    targets_and,
 )
 
-from naslora_kernels import cpp, mixed_cell
+from naslora_kernels import mixed_cell
 
-pytestmark = [
-    pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp)),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "instruction_set")
+only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
+every_target = pytest.mark.parametrize("target", TARGETS)
 
 # (B, H, W, r), c: the windows and global maps of SAM, TinyViT's, and the corners: one pixel, one
 # row, one column, odd sizes, maps cut into bands with a ragged last one, an empty batch, no
@@ -39,93 +41,101 @@ SHAPES = [
     ((1, 20, 300, 6), 5),
     ((0, 14, 14, 3), 2),
     ((2, 6, 6, 3), 0),
+    ((1, 14, 14, 3), 2),
+    ((1, 5, 6, 24), 16),
+    ((1, 20, 21, 3), 2),
 ]
 FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "300"))
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    cpp._C.use_capability(request.param)
-    yield request.param
-    cpp._C.use_capability(cpp.instruction_set())
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "c"), SHAPES)
-def test_matches_reference(shape, c, dtype, instruction_set):
-    assert_as_good_as_reference(cell_case(shape, c).to(dtype))
+@pytest.mark.parametrize(
+    ("target", "case"), targets_and(SHAPES, lambda case: math.prod(case[0]), ALL_TARGETS)
+)
+def test_matches_reference(target, case, dtype):
+    assert_as_good_as_reference(target, cell_case(*case).to(dtype))
 
 
+@every_target
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_parameters_under_16_bit_maps(dtype):
+def test_float32_parameters_under_16_bit_maps(target, dtype):
     case = cell_case((2, 9, 11, 6), 4).to(dtype, parameter_dtype=torch.float32)
-    results = assert_as_good_as_reference(case)
+    results = assert_as_good_as_reference(target, case)
     assert results["alpha"].dtype == torch.float32
 
 
+@every_target
 @pytest.mark.parametrize("gradient_layout", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_maps_and_gradients(layout, gradient_layout):
-    case = cell_case((2, 9, 5, 6), 4).to(torch.float32)
-    results = case.laid_out(layout, gradient_layout).run("cpp")
-    for name, expected in case.run("cpp").items():
+def test_strided_maps_and_gradients(target, layout, gradient_layout):
+    case = cell_case((2, 5, 4, 6), 4).to(torch.float32).on(target.device)
+    results = case.laid_out(layout, gradient_layout).run(target)
+    for name, expected in case.run(target).items():
         assert torch.equal(results[name], expected), name
         assert results[name].is_contiguous(), name
 
 
-def test_expanded_map_and_gradient():
-    case = cell_case((1, 6, 5, 4), 3).to(torch.float32)
+@every_target
+def test_expanded_map_and_gradient(target):
+    case = cell_case((1, 6, 5, 4), 3).to(torch.float32).on(target.device)
     case.arguments["z"] = case.arguments["z"].expand(3, 6, 5, 4)
-    case.gradient = torch.ones(()).expand(3, 6, 5, 4)  # as y.sum() sends it
-    assert_as_good_as_reference(case)
+    ones = torch.ones((), device=target.device)
+    case.gradient = ones.expand(3, 6, 5, 4)  # as y.sum() sends it
+    assert_as_good_as_reference(target, case)
 
 
+@every_target
 @pytest.mark.parametrize(("rank", "c"), [(3, 2), (6, 5)])
-def test_all_channels_by_default(rank, c):
-    case = cell_case((2, 5, 6, c), c)
+def test_all_channels_by_default(target, rank, c):
+    case = cell_case((2, 5, 6, c), c).on(target.device)
     order = case.options["channels"]
-    case.options["channels"] = torch.arange(c)
-    expected = case.run("cpp")
+    case.options["channels"] = torch.arange(c, device=target.device)
+    expected = case.run(target)
     case.options["channels"] = None
-    for name, value in case.run("cpp").items():
+    for name, value in case.run(target).items():
         assert torch.equal(value, expected[name]), name
     assert sorted(order.tolist()) == list(range(c))
 
 
-def test_other_channels_pass_bit_for_bit():
-    case = cell_case((2, 5, 6, 7), 3).to(torch.float32)
+@every_target
+def test_other_channels_pass_bit_for_bit(target):
+    case = cell_case((2, 5, 6, 7), 3).to(torch.float32).on(target.device)
     case.arguments["z"][0, 0, 0] = float("nan")
-    results = case.run("cpp")
+    results = case.run(target)
     others = [k for k in range(7) if k not in case.options["channels"]]
     assert torch.equal(results["result"][1, ..., others], case.arguments["z"][1, ..., others])
     assert torch.equal(results["z"][..., others], case.gradient[..., others])
     assert results["result"][0, 0, 0, others].isnan().all()
 
 
+@every_target
 @pytest.mark.parametrize(("rank", "c"), [(3, 2), (5, 4)])
-def test_gradcheck(rank, c):
-    case = cell_case((1, 4, 3, rank), c)
+def test_gradcheck(target, rank, c):
+    shape = (1, 2, 2, rank) if target.simulated else (1, 4, 3, rank)
+    case = cell_case(shape, c).on(target.device)
     inputs = [case.arguments[name].requires_grad_() for name in ("z", *CELL)]
     channels = case.options["channels"]
     assert torch.autograd.gradcheck(
-        lambda *tensors: mixed_cell(*tensors, channels, backend="cpp"), inputs
+        lambda *tensors: mixed_cell(*tensors, channels, backend=target.backend), inputs
     )
 
 
 # What each kind of training step asks for, and single arguments.
+@every_target
 @pytest.mark.parametrize("c", [2, 5])
 @pytest.mark.parametrize(
     "needed",
     [("z", "alpha"), ("z", *CELL[1:]), CELL, ("alpha",), ("z",), ("pw",), ("dw_dil5",)],
     ids=str,
 )
-def test_partial_gradients_equal_full_ones(needed, c):
-    case = cell_case((2, 8, 9, 6), c).to(torch.float32)
-    full = case.run("cpp")
-    for name, value in case.run("cpp", needed).items():
+def test_partial_gradients_equal_full_ones(target, needed, c):
+    case = cell_case((2, 5, 9, 6), c).to(torch.float32).on(target.device)
+    full = case.run(target)
+    for name, value in case.run(target, needed).items():
         assert torch.equal(value, full[name]), name
 
 
+@only_cpp
 @pytest.mark.parametrize("c", [2, 16])
 def test_same_bits_on_any_number_of_threads(c):
     case = cell_case((7, 14, 14, 24), c).to(torch.float32)
@@ -141,34 +151,37 @@ def test_same_bits_on_any_number_of_threads(c):
         torch.set_num_threads(threads)
 
 
+@every_target
 @pytest.mark.parametrize("c", [2, 5])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", [(0, 0), (3, 4), (5, 6)], ids=["corner", "middle", "far corner"])
 @pytest.mark.parametrize("argument", ["z", "gradient"])
-def test_non_finite_values_spread_as_in_pytorch(argument, where, value, c):
-    case = cell_case((2, 6, 7, 6), c)
-    target = case.gradient if argument == "gradient" else case.arguments["z"]
-    target[1, where[0], where[1], case.options["channels"][0]] = value
-    kernel, reference = case.run("cpp"), case.run("reference")
+def test_non_finite_values_spread_as_in_pytorch(target, argument, where, value, c):
+    case = cell_case((2, 6, 7, 6), c).on(target.device)
+    changed = case.gradient if argument == "gradient" else case.arguments["z"]
+    changed[1, where[0], where[1], case.options["channels"][0]] = value
+    kernel, reference = case.run(target), case.run("reference")
     for name, expected in reference.items():
         finite = expected.isfinite()
         assert torch.equal(kernel[name].isfinite(), finite), name
         torch.testing.assert_close(kernel[name][finite], expected[finite])
 
 
+@every_target
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_values_on_one_pixel(value):
-    case = cell_case((2, 1, 1, 3), 3)
+def test_non_finite_values_on_one_pixel(target, value):
+    case = cell_case((2, 1, 1, 3), 3).on(target.device)
     case.arguments["z"][0, 0, 0, 1] = value
-    kernel, reference = case.run("cpp"), case.run("reference")
+    kernel, reference = case.run(target), case.run("reference")
     for name, expected in reference.items():
         assert torch.equal(kernel[name].isfinite(), expected.isfinite()), name
 
 
 # Small integers make ties, -inf everywhere makes a window without a maximum above the padding.
+@every_target
 @pytest.mark.parametrize("maps", ["ties", "constant", "lowest", "nan among ties"])
-def test_max_pool_routes_ties_as_pytorch(maps):
-    case = cell_case((2, 6, 7, 3), 3)
+def test_max_pool_routes_ties_as_pytorch(target, maps):
+    case = cell_case((2, 6, 7, 3), 3).on(target.device)
     z = case.arguments["z"]
     if maps == "constant":
         z.fill_(1)
@@ -181,44 +194,49 @@ def test_max_pool_routes_ties_as_pytorch(maps):
     for name in CELL[1:]:  # the poolings and the skip alone
         case.arguments[name].zero_()
     case.arguments["alpha"][5] = 3.0
-    kernel, reference = case.run("cpp", ("z",)), case.run("reference", ("z",))
+    kernel, reference = case.run(target, ("z",)), case.run("reference", ("z",))
     if maps in ("ties", "constant"):
         torch.testing.assert_close(kernel["result"], reference["result"])
     torch.testing.assert_close(kernel["z"], reference["z"])
 
 
-def test_offsets_beyond_32_bits():
+@every_target
+def test_offsets_beyond_32_bits(target):
     # The memory between the two maps is reserved, but never touched.
     torch.utils.deterministic.fill_uninitialized_memory = False
     shape, far = (2, 5, 6, 3), 2**31 + 5
-    case = cell_case(shape, 2).to(torch.bfloat16)
-    storage = torch.empty(far + 90, dtype=torch.bfloat16)
+    case = cell_case(shape, 2).to(torch.bfloat16).on(target.device)
+    storage = torch.empty(far + 90, dtype=torch.bfloat16, device=target.device)
     distant = storage.as_strided(shape, (far, 18, 3, 1)).copy_(case.arguments["z"])
-    expected = case.run("cpp")
+    expected = case.run(target)
     case.arguments["z"] = distant
-    for name, value in case.run("cpp").items():
+    for name, value in case.run(target).items():
         assert torch.equal(value, expected[name]), name
 
 
-def test_random_shapes():
+@every_target
+def test_random_shapes(target):
     generator = torch.Generator().manual_seed(2024)
 
     def pick(low, high):
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     ratios = {}
-    for seed in range(FUZZED_SHAPES):
+    for seed in range(FUZZED_SHAPES // 20 if target.simulated else FUZZED_SHAPES):
         rank = pick(1, 24) if pick(0, 3) == 0 else pick(1, 6)
-        side = 70 if pick(0, 9) == 0 else 20
+        side = 6 if target.simulated else 70 if pick(0, 9) == 0 else 20
         shape, c = (pick(0, 3), pick(1, side), pick(1, side), rank), pick(0, rank)
         dtype = DTYPES[pick(0, 3)]
         layout, gradient_layout = (list(LAYOUTS)[pick(0, 3)] for _ in range(2))
         needed = [name for name in ("z", *CELL) if pick(0, 1)]
         if c == 0 or not needed:  # without channels the reference depends on z alone
             needed = ["z"]
-        case = cell_case(shape, c, seed).to(dtype).laid_out(layout, gradient_layout)
+        case = cell_case(shape, c, seed).to(dtype).on(target.device)
         try:
-            assert_as_good_as_reference(case, needed, ratios)
+            assert_as_good_as_reference(
+                target, case.laid_out(layout, gradient_layout), needed, ratios
+            )
         except AssertionError as error:
             raise AssertionError(f"{seed=} {shape=} {c=} {dtype} {layout=} {needed=}") from error
-    assert_better_on_average(ratios)
+    if not target.simulated:  # a dozen ratios say little
+        assert_better_on_average(ratios)

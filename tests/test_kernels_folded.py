@@ -213,11 +213,11 @@ def test_operators_are_well_formed():
     a = layer_arguments((2, 5, 4), 6, 8, 2, 3, torch.float32)
     checks = ("test_schema", "test_faketensor")  # they have no gradients to check
     torch.library.opcheck(
-        torch.ops.naslora.folded_linear.default, (*a.values(), 0.2, 0.3), test_utils=checks
+        torch.ops.naslora_cpp.folded_linear.default, (*a.values(), 0.2, 0.3), test_utils=checks
     )
     z = draw(2, 5, 4, 2, dtype=torch.float32)
     torch.library.opcheck(
-        torch.ops.naslora.folded_cell.default, (z, a["kernel"], 0.2, 0.3), test_utils=checks
+        torch.ops.naslora_cpp.folded_cell.default, (z, a["kernel"], 0.2, 0.3), test_utils=checks
     )
 
 

@@ -1,0 +1,58 @@
+"""``make gpu-check`` as far as a machine without a GPU can tell: its kernels step, on the CPU."""
+
+import json
+import sys
+
+import pytest
+import torch
+from kernel_cases import needs_cpp
+
+from bench import gpu_check
+from naslora_kernels import cpp
+
+CASE = "cell tiny_vit r=3 float32"
+
+
+def run(monkeypatch, output, *options):
+    arguments = ["--steps", "kernels", "--rounds", "3", "--only", CASE, "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *arguments, *options])
+    return gpu_check.main()
+
+
+@pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
+def test_leaves_a_record_and_a_table(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, tmp_path, "--device", "cpu") == 0
+    record = json.loads((tmp_path / "gpu_check.json").read_text())
+    rows = record["kernels"]["rows"]
+    assert {row["mode"] for row in rows} == {"cpp", "reference"}
+    assert {row["direction"] for row in rows} == {"forward", "both"}
+    assert all(0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] for row in rows)
+    # The forward reads and writes 25 maps of 7 x 7 x 3 float32 numbers.
+    assert rows[0]["adapter_bytes"] == 2 * 4 * 25 * 7 * 7 * 3
+    table = (tmp_path / "gpu_check.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"| {CASE} | both | cpp |" in table
+
+
+@pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
+def test_wrong_kernels_are_not_timed(monkeypatch, tmp_path):
+    right = cpp.mixed_cell
+    monkeypatch.setattr(cpp, "mixed_cell", lambda *arguments: 1.001 * right(*arguments))
+    assert run(monkeypatch, tmp_path, "--device", "cpu") == 1
+    record = json.loads((tmp_path / "gpu_check.json").read_text())["kernels"]
+    assert not record["rows"]
+    assert "not timed" in record["problems"][0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, tmp_path) == 1
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_or_takes_too_long_is_told():
+    failed = gpu_check._run([sys.executable, "-c", "print('3 failed'); raise SystemExit(1)"], 60)
+    assert failed == {"passed": False, "summary": "3 failed"}
+    late = gpu_check._run([sys.executable, "-c", "import time; time.sleep(9)"], 1)
+    assert not late["passed"]
+    assert "1 s" in late["summary"]
