@@ -123,15 +123,25 @@ def merge(
     output: Annotated[Path, OUTPUT],
     mode: Annotated[
         MergeMode,
-        tyro.conf.arg(help="exact: no loss, a small convolution stays; center: plain SAM layers."),
+        tyro.conf.arg(
+            help="exact: no loss, a small convolution stays; center, calibrated: plain SAM layers, "
+            "without what came from neighbours, or fitted to training images."
+        ),
     ] = "exact",
     max_error: Annotated[
         float | None,
         tyro.conf.arg(help="Refuse if a layer loses more than this share of its update."),
     ] = None,
+    images: Annotated[
+        int, tyro.conf.arg(help="Training images that mode calibrated is fitted to.")
+    ] = run.CALIBRATION_IMAGES,
 ) -> None:
     """Fold the trained adapters into the weights and write the model."""
-    print(run.merge_run(path, mode, output, max_error))
+    report, scores = run.merge_run(path, mode, output, max_error, images)
+    print(report)
+    before, after = (scores[when]["dice"] for when in ("before", "after"))
+    if before is not None and after is not None:
+        print(f"Dice on the validation images: {before:.4f} before, {after:.4f} after")
     print(f"wrote {output / 'model.safetensors'}")
 
 

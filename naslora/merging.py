@@ -172,18 +172,11 @@ def merge(
             that do not fit the model or miss a layer, too few tokens, values that are not finite,
             or an operation set that the mode cannot fold. The model is then unchanged.
     """
-    if model in _originals:
-        raise UserError("the model is merged already; call unmerge(model) first")
     layers = dict(adapter_layers(model))
-    if not layers:
-        raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")
-    if mode not in MODES:
-        raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    check_mergeable(model, layers, mode)
     if mode == "calibrated" and calibration is None:
         raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
     batches = None if calibration is None else list(calibration)
-    if batches is not None and not batches:
-        raise UserError("calibration yielded no batches")
     fits: dict[str, Fit] = {}
     with torch.no_grad():
         if mode == "calibrated":
@@ -193,15 +186,57 @@ def merge(
         else:
             fold = _merge_exact if mode == "exact" else _merge_center
             merged = {name: fold(layer) for name, layer in layers.items()}
-        errors = _errors(model, layers, merged, batches, fits)
+    return replace_by_merged(model, layers, merged, mode, batches, fits)
+
+
+def check_mergeable(model: nn.Module, layers: dict[str, NASLoRALinear], mode: str) -> None:
+    """Refuses what ``merge`` refuses before it looks at a layer.
+
+    Raises:
+        UserError: an unknown mode, nothing to merge, or a model merged before.
+    """
+    if model in _originals:
+        raise UserError("the model is merged already; call unmerge(model) first")
+    if not layers:
+        raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")
+    if mode not in MODES:
+        raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+
+
+@torch.no_grad()
+def replace_by_merged(
+    model: nn.Module,
+    layers: dict[str, NASLoRALinear],
+    merged: dict[str, nn.Module],
+    mode: str,
+    calibration: Iterable[Any] | None,
+    fits: dict[str, Fit] | None = None,
+) -> MergeReport:
+    """Measures what the merged modules lose and puts them where ``layers`` were, in place.
+
+    Args:
+        model: the model that has ``layers``.
+        layers: the adapted layers by their names; what ``unmerge`` restores.
+        merged: their merged twins by the same names.
+        mode: for the report.
+        calibration: as in ``merge``.
+        fits: of the layers that were fitted.
+
+    Raises:
+        UserError: batches that do not fit the model or miss a layer, or a value that is not
+            finite. The model is then unchanged.
+    """
+    fits = fits or {}
+    batches = None if calibration is None else list(calibration)
+    errors = _errors(model, layers, merged, batches, fits)
     for name, module in merged.items():
         module.train(model.training)
         replace_module(model, name, module)
     _originals[model] = layers
-    source = "white noise" if calibration is None else "calibration images"
+    source = "white noise" if batches is None else "calibration images"
     report = MergeReport(mode, source, errors, _warning(layers, fits))
     if report.warning:
-        warnings.warn(report.warning, stacklevel=2)
+        warnings.warn(report.warning, stacklevel=3)
     return report
 
 

@@ -61,6 +61,7 @@ METHODS = ("nas-pc-lora", "nas-lora", "lora", "decoder-only")
 Method = Literal["nas-pc-lora", "nas-lora", "lora", "decoder-only"]
 FIXED_RATIOS = {"nas-lora": 1.0, "lora": 0.0}
 MERGED_CONFIG = "merged.json"
+CALIBRATION_IMAGES = 16  # that mode `calibrated` is fitted to, unless told otherwise
 PANELS = 6  # test images shown in the report
 
 
@@ -330,16 +331,22 @@ def evaluate_run(path: Path, split: str = "test", data: Path | None = None) -> d
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
     check_with_progress(splits[split], config)
+    return {**evaluate_model(model, config, splits[split]), "images": len(splits[split])}
+
+
+def evaluate_model(
+    model: SamForSegmentation, config: RunConfig, samples: list[Sample]
+) -> dict[str, Any]:
+    """Loss and metrics of a run's model on some samples, as ``naslora.evaluation.evaluate``."""
     accelerator = make_accelerator(config.search)
-    scores = evaluate(
+    return evaluate(
         model.to(accelerator.device),
-        _dataset(config, splits[split]),
+        _dataset(config, samples),
         accelerator,
         config.search.loss,
         config.foreground_names,
         config.search.batch_size,
     )
-    return {**scores, "images": len(splits[split])}
 
 
 def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
@@ -388,16 +395,27 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     return written
 
 
-def merge_run(path: Path, mode: str, output: Path, max_error: float | None = None) -> MergeReport:
+def merge_run(
+    path: Path,
+    mode: str,
+    output: Path,
+    max_error: float | None = None,
+    images: int = CALIBRATION_IMAGES,
+) -> tuple[MergeReport, dict[str, Any]]:
     """Merges a run's trained model and writes it: merged.json and model.safetensors.
 
-    Errors are measured on the run's validation images.
+    Errors are measured on the run's validation images; mode "calibrated" is fitted to, and
+    measured on, training images.
 
     Args:
         path: a run's folder.
         mode: as in ``naslora.merge``.
         output: must be new or empty.
         max_error: refuse if a layer's relative error of the update is larger.
+        images: how many training images to fit to.
+
+    Returns:
+        The merge's report, and the validation scores ``before`` and ``after`` it.
 
     Raises:
         UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
@@ -406,8 +424,9 @@ def merge_run(path: Path, mode: str, output: Path, max_error: float | None = Non
         raise UserError(f"{output} exists and is not empty; choose another --output")
     model, config = load_model(path)
     splits = find_splits(config)
-    device = make_accelerator(config.search).device
-    report = merge(model.to(device), mode, _image_batches(config, splits["val"], device))
+    scores = {"before": evaluate_model(model, config, splits["val"])}
+    report = merge(model, mode, calibration(config, splits, mode, model.pixel_mean.device, images))
+    scores["after"] = evaluate_model(model, config, splits["val"])
     if max_error is not None and report.max_update_error > max_error:
         raise UserError(
             f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
@@ -416,8 +435,9 @@ def merge_run(path: Path, mode: str, output: Path, max_error: float | None = Non
     with replaced_file(output / "model.safetensors") as temporary:
         state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, temporary)
-    write_json(output / MERGED_CONFIG, {"report": report.to_dict(), "config": config.to_dict()})
-    return report
+    description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
+    write_json(output / MERGED_CONFIG, description)
+    return report, scores
 
 
 def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
@@ -490,10 +510,17 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
     }
     if config.adapter_config is not None:
         metrics |= {"test_merged": {}, "merge": {}}
+        samples = {split: data.samples for split, data in search.data.items()}
         for mode in _merge_modes(config):
-            batches = _image_batches(config, search.data["val"].samples, search.accelerator.device)
-            report = merge(search.model, mode, batches)
+            batches = calibration(config, samples, mode, search.accelerator.device)
+            try:
+                report = merge(search.model, mode, batches)
+            except UserError as error:  # too few images for the mode; the others still tell
+                metrics["merge"][mode] = {"refused": str(error)}
+                continue
             metrics["test_merged"][mode] = search.evaluate("test")
+            if mode == "center" and config.search.anneal_epochs:
+                metrics["annealing"] = _annealing(search)
             metrics["merge"][mode] = report.to_dict()
             unmerge(search.model)
     training = sum(sum(record["seconds"].values()) for record in search.history)
@@ -503,7 +530,40 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
 
 def _merge_modes(config: RunConfig) -> list[str]:
     # The preset `paper` is not linear: it has no centre taps to fold.
-    return ["exact"] if config.adapter.preset == "paper" else list(MODES)
+    return [mode for mode in MODES if mode != "center" or config.adapter.preset != "paper"]
+
+
+def calibration(
+    config: RunConfig,
+    splits: dict[str, list[Sample]],
+    mode: str,
+    device: torch.device,
+    images: int = CALIBRATION_IMAGES,
+) -> Iterator[Tensor]:
+    """What a way of merging is fitted to - training images, evenly spread - or measured on."""
+    if mode != "calibrated":
+        return _image_batches(config, splits["val"], device)
+    train = splits["train"] + splits.get("arch", [])
+    train = list(dict.fromkeys(train))  # an arch split may be the training images again
+    indices = np.linspace(0, len(train) - 1, min(images, len(train))).round().astype(int)
+    return _image_batches(config, [train[int(i)] for i in indices], device)
+
+
+def _annealing(search: Search) -> dict[str, Any]:
+    """Validation scores of the best epoch before, of every epoch while, and of the best epoch after
+    the cell gave up its neighbours, and of the model merged with `center`."""
+    names = ("epoch", "spatial", "val_loss", "val_dice", "val_iou")
+    epochs = {"before": [], "during": [], "after": []}
+    for record in search.history:
+        part = {0.0: "after", 1.0: "before"}.get(record["spatial"], "during")
+        epochs[part].append({name: record[name] for name in names})
+    merged = search.evaluate("val")
+    return {
+        "before": max(epochs["before"], key=quality, default=None),
+        "during": epochs["during"],
+        "after": max(epochs["after"], key=quality),
+        "merged": {f"val_{name}": merged[name] for name in ("loss", "dice", "iou")},
+    }
 
 
 def _write_results(
