@@ -1,4 +1,4 @@
-"""The command line: naslora demo | train | evaluate | predict | merge | info."""
+"""The command line: naslora demo | train | evaluate | predict | merge | export | info."""
 
 import contextlib
 import functools
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from naslora import demo_run, run
 from naslora.errors import UserError
+from naslora.export import Format, Part
 from naslora.merging import MergeMode
 from naslora.run import RunConfig
 from naslora_kernels import available_backends, build_info
@@ -30,7 +31,7 @@ RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model."
 
 def main() -> None:
     """Runs a command; what the user can mend ends in one line and exit status 2."""
-    commands = (demo, train, evaluate, predict, merge, info)
+    commands = (demo, train, evaluate, predict, merge, export, info)
     try:
         _parse({command.__name__: _deferred(command) for command in commands})()
     except UserError as error:
@@ -107,7 +108,13 @@ def evaluate(
 
 
 def predict(
-    path: Annotated[Path, Positional, RUN],
+    path: Annotated[
+        Path,
+        Positional,
+        tyro.conf.arg(
+            metavar="MODEL", help="Folder of a run or of a merged model, or an exported file."
+        ),
+    ],
     inputs: Annotated[
         tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
     ],
@@ -143,6 +150,27 @@ def merge(
     if before is not None and after is not None:
         print(f"Dice on the validation images: {before:.4f} before, {after:.4f} after")
     print(f"wrote {output / 'model.safetensors'}")
+
+
+def export(
+    path: Annotated[
+        Path, Positional, tyro.conf.arg(metavar="MERGED", help="Folder of a merged model.")
+    ],
+    output: Annotated[Path, tyro.conf.arg(help="The file: .onnx, .safetensors or .pt2.")],
+    format: Annotated[
+        Format,
+        tyro.conf.arg(
+            help="onnx, torch-export: images to class scores; safetensors: the state dict that "
+            "segment_anything or MobileSAM loads, of a model merged with center or calibrated."
+        ),
+    ] = "onnx",
+    part: Annotated[
+        Part, tyro.conf.arg(help="The whole model, or the image encoder alone.")
+    ] = "model",
+) -> None:
+    """Write a merged model for another runtime."""
+    run.export_run(path, format, output, part)
+    print(f"wrote {output}")
 
 
 def info() -> None:

@@ -12,6 +12,7 @@ tensorboard/           the curves for TensorBoard
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -46,6 +47,7 @@ from naslora.data import (
 )
 from naslora.errors import UserError
 from naslora.evaluation import evaluate
+from naslora.export import Description, Format, Part, Predict, export, load_exported
 from naslora.files import read_json, replaced_file, write_json, write_text
 from naslora.injection import adapter_parameters, arch_parameters, inject
 from naslora.merging import MODES, MergeReport, merge, restore_merged, unmerge
@@ -61,6 +63,7 @@ METHODS = ("nas-pc-lora", "nas-lora", "lora", "decoder-only")
 Method = Literal["nas-pc-lora", "nas-lora", "lora", "decoder-only"]
 FIXED_RATIOS = {"nas-lora": 1.0, "lora": 0.0}
 MERGED_CONFIG = "merged.json"
+LEFT_OUT = "left_out.safetensors"  # what the SAM checkpoint has and the model has not
 CALIBRATION_IMAGES = 16  # that mode `calibrated` is fitted to, unless told otherwise
 PANELS = 6  # test images shown in the report
 
@@ -250,7 +253,8 @@ def _check_together(
     problem = None
     if accelerator.is_main_process:
         try:
-            check_with_progress([sample for split in splits.values() for sample in split], config)
+            samples = [sample for split in splits.values() for sample in split]
+            check_with_progress(samples, config.num_classes, config.palette)
         except UserError as error:
             problem = str(error)
     for found in gather_object([problem]):
@@ -258,7 +262,9 @@ def _check_together(
             raise UserError(found)
 
 
-def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
+def check_with_progress(
+    samples: Sequence[Sample], num_classes: int, palette: tuple[str, ...] | None = None
+) -> None:
     """Reads every sample once before a long run starts, so that a bad file shows now."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("checking the data", total=len(samples))
@@ -266,7 +272,7 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
         def advance(done: int, _: int) -> None:
             progress.update(task, completed=done)
 
-        check_samples(samples, config.num_classes, config.palette, advance)
+        check_samples(samples, num_classes, palette, advance)
 
 
 def build_adapted_model(config: RunConfig) -> SamForSegmentation:
@@ -330,7 +336,7 @@ def evaluate_run(path: Path, split: str = "test", data: Path | None = None) -> d
     splits = find_splits(config)
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
-    check_with_progress(splits[split], config)
+    check_with_progress(splits[split], config.num_classes, config.palette)
     return {**evaluate_model(model, config, splits[split]), "images": len(splits[split])}
 
 
@@ -355,7 +361,7 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     Binary masks are 0/255, others class indices.
 
     Args:
-        path: a run's folder, or a merged model's.
+        path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
         inputs: image files, or folders of images.
         output: created if need be; NAME_mask.png and NAME_overlay.png.
 
@@ -363,7 +369,8 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
         The masks that were written.
 
     Raises:
-        UserError: as ``load_model``; an image is missing or unreadable, or two have the same name.
+        UserError: as ``load_model`` and ``load_exported``; an image is missing or unreadable, or
+            two have the same name.
     """
     images = [
         image for item in inputs for image in ([item] if item.is_file() else list_images(item))
@@ -373,26 +380,53 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
     if repeated:
         raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
-    model, config = load_model(path)
+    predict, description = load_exported(path) if path.is_file() else _load_predictor(path)
     samples = [Sample(image, None, "input") for image in images]
-    check_with_progress(samples, config)
-    dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
-    model.to(make_accelerator(config.search).device)
+    check_with_progress(samples, description.num_classes)
+    dataset = SegmentationDataset(samples, description.image_size, description.num_classes)
     written = []
     for sample, item in zip(dataset.samples, dataset, strict=True):
-        labels = _predict(model, item["image"])
+        labels = predict(item["image"][None])[0].numpy()
         picture = read_image(sample)
         mask = Image.fromarray(labels.astype(np.uint8)).resize(picture.size, Image.NEAREST)
-        shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
+        shown = mask.point(lambda value: 255 * value) if description.num_classes == 1 else mask
         target = output / f"{sample.image.stem}_mask.png"
         with replaced_file(target) as temporary:
             shown.save(temporary, format="PNG")
         with replaced_file(output / f"{sample.image.stem}_overlay.png") as temporary:
-            names = ["background", *config.foreground_names]
+            names = ["background", *description.class_names]
             overlay = paint(np.asarray(picture), np.asarray(mask), names)
             Image.fromarray(overlay).save(temporary, format="PNG")
         written.append(target)
     return written
+
+
+def _load_predictor(path: Path) -> tuple[Predict, Description]:
+    """As ``load_exported``, of a folder; on the run's device."""
+    model, config = load_model(path)
+    model.to(make_accelerator(config.search).device)
+    return functools.partial(_predict, model), _describe(config)
+
+
+def _describe(config: RunConfig, part: Part = "model") -> Description:
+    names = tuple(config.foreground_names)
+    return Description(config.model, config.image_size, config.num_classes, names, part)
+
+
+def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:
+    """Writes a merged model for another runtime, as ``naslora.export.export``.
+
+    Args:
+        path: a merged model's folder, or that of a run that has nothing to merge.
+        file_format: onnx, safetensors or torch-export.
+        output: the file.
+        part: "model", images to class scores, or "encoder", images to SAM's image embedding.
+
+    Raises:
+        UserError: as ``load_model`` and ``export``.
+    """
+    model, config = load_model(path)
+    export(model, _describe(config, part), file_format, output)
 
 
 def merge_run(
@@ -435,6 +469,9 @@ def merge_run(
     with replaced_file(output / "model.safetensors") as temporary:
         state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, temporary)
+    if model.left_out:
+        with replaced_file(output / LEFT_OUT) as temporary:
+            save_file({k: v.contiguous() for k, v in model.left_out.items()}, temporary)
     description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
     write_json(output / MERGED_CONFIG, description)
     return report, scores
@@ -455,6 +492,8 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not hold a whole merged model: {reason}") from error
+    if (path / LEFT_OUT).is_file():
+        model.left_out = read_safetensors(path / LEFT_OUT)
     # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
     model.train()
     return model.eval(), config
@@ -604,7 +643,7 @@ def _panels(search: Search, config: RunConfig) -> list[Panel]:
     indices = np.linspace(0, len(dataset) - 1, min(PANELS, len(dataset))).round().astype(int)
     panels = []
     for item in (dataset[int(i)] for i in indices):
-        labels = _predict(search.model, item["image"])
+        labels = _predict(search.model, item["image"][None])[0].numpy()
         scores = image_scores(
             torch.from_numpy(labels)[None], item["mask"][None], config.num_classes
         )
@@ -622,7 +661,7 @@ def _panels(search: Search, config: RunConfig) -> list[Panel]:
 
 
 @torch.no_grad()
-def _predict(model: SamForSegmentation, image: Tensor) -> np.ndarray:
-    """(S, S) labels of one (3, S, S) image."""
+def _predict(model: SamForSegmentation, images: Tensor) -> Tensor:
+    """(B, S, S) labels of (B, 3, S, S) images, on the CPU."""
     model.eval()
-    return model(image[None].to(model.pixel_mean.device)).labels()[0].cpu().numpy()
+    return model(images.to(model.pixel_mean.device)).labels().cpu()
