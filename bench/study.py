@@ -80,6 +80,9 @@ def _adapter(method: str, **adapter: Any) -> Settings:
     return {"run": {"method": method}, "adapter": adapter}
 
 
+# Plain LoRA in the fused kernels.
+LORA = _adapter("nas-pc-lora", channel_ratio=0.0)
+
 STUDIES = {
     "class-loss": Study(
         datasets=("mni152",),
@@ -102,7 +105,7 @@ STUDIES = {
             "search": {"learning_rate": 3e-4, "search_start": 1000, "arch_fraction": 0.0},
         },
         variants={
-            "LoRA": _adapter("lora"),
+            "LoRA": LORA,
             "NAS-LoRA, kaiming": _adapter("nas-lora", cell_init="kaiming"),
             "NAS-LoRA, kaiming, scaling x 8/3": _adapter(
                 "nas-lora", cell_init="kaiming", lora_alpha=LEVEL_GAIN
@@ -137,7 +140,7 @@ STUDIES = {
         variants={
             "NAS-PC-LoRA": _adapter("nas-pc-lora"),
             "NAS-PC-LoRA, nothing held out": {"search": {"arch_fraction": 0.0}},
-            "LoRA": _adapter("lora"),
+            "LoRA": LORA,
             "decoder only": _adapter("decoder-only"),
         },
         epochs={"he_nuclei": 24, "roads": 16},

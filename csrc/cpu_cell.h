@@ -250,7 +250,7 @@ struct Tiles {
     for (int64_t y = begin; y < end; ++y) {
       A* row = reciprocal + layout.origin + (y - tile.first_row) * layout.pitch;
       for (int64_t x = 0; x < grid.width; ++x)
-        row[x] = A(1) / naslora::pool_count(y, x, grid.height, grid.width);
+        row[x] = naslora::pool_share<A>(y, x, grid.height, grid.width);
     }
   }
 
@@ -341,11 +341,10 @@ struct Weights {
     const int64_t c = plan.c, sources = c * kFoldedTaps;
     for (int64_t in = 0; in < c; ++in) {
       for (int64_t out = 0; out < c; ++out) {
-        double pair[kFoldedTaps];
-        naslora::fold_pair(plan.parameters, plan.mixture, out, in, pair);
         const int64_t from = transposed ? out : in, to = transposed ? in : out;
         for (int t = 0; t < kFoldedTaps; ++t)
-          convolution[blocked(from * kFoldedTaps + t, sources, to, c)] = pair[t];
+          convolution[blocked(from * kFoldedTaps + t, sources, to, c)] =
+              naslora::folded_weight(plan.parameters, plan.mixture, out, in, t, kTaps);
       }
       const int64_t* tap = transposed ? plan.transposed_tap : plan.tap;
       for (int t = 0; t < kFoldedTaps; ++t)

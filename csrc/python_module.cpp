@@ -4,15 +4,12 @@
 // function. So it needs no torch when it is built, and no other build for another torch. It keeps
 // to Python's limited API, so one binary serves every Python from 3.10 on.
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <new>
 
 #include "cpu_kernels.h"
+#include "python_arguments.h"
 
 namespace naslora {
 
@@ -93,58 +90,11 @@ void run_tasks(int64_t count, TaskRange body, void* context) {
 
 namespace {
 
-// ---- Arguments: integers, read in order ------------------------------------------------------
-
-class Arguments {
- public:
-  Arguments(PyObject* const* values, Py_ssize_t count) : values_(values), count_(count) {}
-
-  int64_t integer() {
-    if (next_ >= count_) {
-      missing_ = true;
-      return 0;
-    }
-    return PyLong_AsLongLong(values_[next_++]);
-  }
-  double real() {
-    if (next_ >= count_) {
-      missing_ = true;
-      return 0;
-    }
-    return PyFloat_AsDouble(values_[next_++]);
-  }
-  void* address() { return reinterpret_cast<void*>(static_cast<intptr_t>(integer())); }
-  Map map() {
-    Map m;
-    m.data = address();
-    for (int64_t& stride : m.stride) stride = integer();
-    return m;
-  }
-
-  // Whether all were there and were numbers; sets Python's error otherwise.
-  bool complete() const {
-    if (PyErr_Occurred()) return false;
-    if (!missing_ && next_ == count_) return true;
-    PyErr_Format(PyExc_TypeError, "wrong number of arguments: %zd", count_);
-    return false;
-  }
-
- private:
-  PyObject* const* values_;
-  Py_ssize_t count_, next_ = 0;
-  bool missing_ = false;
-};
-
-// Computes without the interpreter's lock; C++ exceptions become Python's.
-template <typename Body>
-PyObject* compute(const Arguments& arguments, const Body& body) {
-  if (!arguments.complete()) return nullptr;
-  bool failed = false;
-  Py_BEGIN_ALLOW_THREADS try { body(); } catch (const std::exception&) {
-    failed = true;
-  }
-  Py_END_ALLOW_THREADS if (failed) return PyErr_NoMemory();  // nothing else is thrown
-  Py_RETURN_NONE;
+Map map_argument(Arguments& a) {
+  Map m;
+  m.data = a.address();
+  for (int64_t& stride : m.stride) stride = a.integer();
+  return m;
 }
 
 Cell cell_argument(Arguments& a) {
@@ -159,7 +109,7 @@ Cell cell_argument(Arguments& a) {
   cell.alpha = a.address();
   for (const void*& dw : cell.dw) dw = a.address();
   cell.pw = a.address();
-  cell.z = a.map();
+  cell.z = map_argument(a);
   return cell;
 }
 
@@ -175,7 +125,7 @@ PyObject* cell_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
 PyObject* cell_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
   const Cell cell = cell_argument(a);
-  const Map grad_y = a.map();
+  const Map grad_y = map_argument(a);
   CellGradients gradients;
   gradients.z = a.address();
   gradients.alpha = a.address();
@@ -201,7 +151,7 @@ FoldedCell folded_cell_argument(Arguments& a) {
 PyObject* folded_cell(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
   FoldedCell cell = folded_cell_argument(a);
-  cell.z = a.map();
+  cell.z = map_argument(a);
   void* y = a.address();
   return compute(a, [&] { kernels->folded_cell(cell, y); });
 }
@@ -308,9 +258,6 @@ PyObject* build_info(PyObject*, PyObject*) {
   return names ? Py_BuildValue("(sN)", compiler, names) : nullptr;
 }
 
-#define NASLORA_FAST(function)                                                           \
-  {#function, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function)), \
-   METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
     NASLORA_FAST(cell_forward),
     NASLORA_FAST(cell_backward),
@@ -324,7 +271,6 @@ PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
-#undef NASLORA_FAST
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,
                       "_C",

@@ -115,6 +115,7 @@ def export(
     if file_format == "safetensors":
         if description.part == "encoder":
             raise UserError("a SAM state dict is whole; export the part 'model'")
+        _check_layers(model, description)
         state = sam_state_dict(model.state_dict(), model.left_out, description.model)
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         with replaced_file(path) as temporary:
@@ -130,6 +131,19 @@ def export(
         torch.export.save(program, buffer, extra_files={KEY: description.to_json()})
         with replaced_file(path) as temporary:
             temporary.write_bytes(buffer.getvalue())
+
+
+def _check_layers(model: SamForSegmentation, description: Description) -> None:
+    with torch.device("meta"):
+        plain = SamForSegmentation(
+            description.model, description.image_size, description.num_classes
+        )
+    extra = sorted(model.state_dict().keys() - plain.state_dict().keys())
+    if extra:
+        raise UserError(
+            f"SAM has no {extra[0]}: merge with mode center or calibrated, or export to onnx or "
+            "torch-export"
+        )
 
 
 def _traced(module: nn.Module, size: int) -> torch.export.ExportedProgram:

@@ -36,7 +36,7 @@ NOISE_GRID = (2, 16, 16)
 
 # The layers that each merged model had. Kept beside the model, not in it: what is copied, saved or
 # counted of a merged model is the merged model alone.
-_originals: WeakKeyDictionary[nn.Module, dict[str, NASLoRALinear]] = WeakKeyDictionary()
+_originals: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def merge(
     check_mergeable(model, layers, mode)
     if mode == "calibrated" and calibration is None:
         raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
-    batches = None if calibration is None else list(calibration)
+    batches = calibration_batches(calibration)
     fits: dict[str, Fit] = {}
     with torch.no_grad():
         if mode == "calibrated":
@@ -189,7 +189,21 @@ def merge(
     return replace_by_merged(model, layers, merged, mode, batches, fits)
 
 
-def check_mergeable(model: nn.Module, layers: dict[str, NASLoRALinear], mode: str) -> None:
+def calibration_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
+    """The batches as a list, as they are gone through more than once; None if there are none.
+
+    Raises:
+        UserError: there is something to go through, but it yields nothing.
+    """
+    if calibration is None:
+        return None
+    batches = list(calibration)
+    if not batches:
+        raise UserError("calibration yielded no batches")
+    return batches
+
+
+def check_mergeable(model: nn.Module, layers: dict[str, nn.Module], mode: str) -> None:
     """Refuses what ``merge`` refuses before it looks at a layer.
 
     Raises:
@@ -206,35 +220,31 @@ def check_mergeable(model: nn.Module, layers: dict[str, NASLoRALinear], mode: st
 @torch.no_grad()
 def replace_by_merged(
     model: nn.Module,
-    layers: dict[str, NASLoRALinear],
+    layers: dict[str, nn.Module],
     merged: dict[str, nn.Module],
     mode: str,
-    calibration: Iterable[Any] | None,
+    batches: Sequence[Any] | None,
     fits: dict[str, Fit] | None = None,
 ) -> MergeReport:
     """Measures what the merged modules lose and puts them where ``layers`` were, in place.
 
     Args:
-        model: the model that has ``layers``.
         layers: the adapted layers by their names; what ``unmerge`` restores.
         merged: their merged twins by the same names.
-        mode: for the report.
-        calibration: as in ``merge``.
-        fits: of the layers that were fitted.
+        batches: of ``calibration_batches``.
+        fits: how each was calibrated, where it was.
 
     Raises:
-        UserError: batches that do not fit the model or miss a layer, or a value that is not
-            finite. The model is then unchanged.
+        UserError: batches that miss a layer, or values that are not finite. The model is then
+            unchanged.
     """
-    fits = fits or {}
-    batches = None if calibration is None else list(calibration)
-    errors = _errors(model, layers, merged, batches, fits)
+    errors = _errors(model, layers, merged, batches, fits or {})
     for name, module in merged.items():
         module.train(model.training)
         replace_module(model, name, module)
     _originals[model] = layers
     source = "white noise" if batches is None else "calibration images"
-    report = MergeReport(mode, source, errors, _warning(layers, fits))
+    report = MergeReport(mode, source, errors, _warning(layers, fits or {}))
     if report.warning:
         warnings.warn(report.warning, stacklevel=3)
     return report
@@ -329,11 +339,12 @@ class _ErrorSums:
         self.difference = self.update = self.output = 0.0
         self.calls = 0
 
-    def add(self, layer: NASLoRALinear, merged: nn.Module, x: Tensor) -> None:
+    def add(self, layer: nn.Module, merged: nn.Module, x: Tensor) -> None:
         h = layer(x)
         self.calls += 1
         self.difference += _squared_norm(merged(x) - h)
-        self.update += _squared_norm(layer.update(x))
+        ours = isinstance(layer, NASLoRALinear)  # else PEFT's
+        self.update += _squared_norm(layer.update(x) if ours else h - layer.base_layer(x))
         self.output += _squared_norm(h)
 
     def relative(self, name: str, fit: Fit | None) -> LayerError:
@@ -356,7 +367,7 @@ def _squared_norm(x: Tensor) -> float:
 
 def _errors(
     model: nn.Module,
-    layers: dict[str, NASLoRALinear],
+    layers: dict[str, nn.Module],
     merged: dict[str, nn.Module],
     batches: Sequence[Any] | None,
     fits: dict[str, Fit],

@@ -751,7 +751,7 @@ def _parameters(metrics: dict) -> str:
     parts = {
         "frozen": "Frozen",
         "decoder": "Decoder",
-        "adapter": "Adapter",
+        "adapter": "Trained in the encoder",
         "architecture": "Architecture (α)",
     }
     counts = metrics["parameters"]

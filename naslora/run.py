@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +49,17 @@ from naslora.errors import UserError
 from naslora.evaluation import evaluate
 from naslora.export import Description, Format, Part, Predict, export, load_exported
 from naslora.files import read_json, replaced_file, write_json, write_text
-from naslora.injection import adapter_parameters, arch_parameters, inject
-from naslora.merging import MODES, MergeReport, merge, restore_merged, unmerge
+from naslora.injection import arch_parameters
+from naslora.merging import MergeReport, restore_merged, unmerge
+from naslora.methods import (
+    METHODS,
+    MethodName,
+    apply,
+    merge,
+    merge_modes,
+    searches,
+    trainable_parameters,
+)
 from naslora.metrics import image_scores
 from naslora.report import Panel, paint, write_report
 from naslora.sam import checkpoint_blocks
@@ -59,9 +68,6 @@ from naslora.segmentation import SamForSegmentation, build_model
 from naslora_kernels import available_backends
 from naslora_kernels.backends import ENVIRONMENT_VARIABLE
 
-METHODS = ("nas-pc-lora", "nas-lora", "lora", "decoder-only")
-Method = Literal["nas-pc-lora", "nas-lora", "lora", "decoder-only"]
-FIXED_RATIOS = {"nas-lora": 1.0, "lora": 0.0}
 MERGED_CONFIG = "merged.json"
 LEFT_OUT = "left_out.safetensors"  # what the SAM checkpoint has and the model has not
 CALIBRATION_IMAGES = 16  # that mode `calibrated` is fitted to, unless told otherwise
@@ -90,8 +96,9 @@ class RunConfig:
     """Names of the classes without the background, for tables and reports."""
     palette: tuple[str, ...] | None = None
     """One colour a class (#rrggbb) for masks that are colour images."""
-    method: Method = "nas-pc-lora"
-    """What is trained: a cell on part of the channels, on all, plain LoRA, or the decoder only."""
+    method: MethodName = "nas-pc-lora"
+    """How the encoder is fine-tuned; plain LoRA in the fused kernels is `nas-pc-lora` with a
+    `--channel-ratio` of 0."""
     adapter: NASLoRAConfig = field(default_factory=NASLoRAConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
@@ -108,12 +115,9 @@ class RunConfig:
             raise UserError("give either --data DIR or --dataset NAME --root DIR, not both")
 
     @property
-    def adapter_config(self) -> NASLoRAConfig | None:
-        """What the method injects; None if it trains the decoder only."""
-        if self.method == "decoder-only":
-            return None
-        ratio = FIXED_RATIOS.get(self.method, self.adapter.channel_ratio)
-        return dataclasses.replace(self.adapter, channel_ratio=ratio)
+    def searches(self) -> bool:
+        """Whether the method has an alpha to search."""
+        return searches(self.method, self.adapter)
 
     @property
     def foreground_names(self) -> list[str]:
@@ -234,8 +238,7 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     if root is None:
         raise UserError("no data: give --data DIR, or --dataset NAME --root DIR")
     splits = load_splits(config.dataset, root)
-    searches = config.adapter_config is not None and config.adapter_config.channel_ratio > 0
-    if not searches or config.search.simultaneous:
+    if not config.searches or config.search.simultaneous:
         # Without alpha steps of their own these images are training images like the others.
         splits["train"] = splits["train"] + splits.pop("arch", [])
     elif config.search.arch_fraction == 0:
@@ -279,16 +282,14 @@ def build_adapted_model(config: RunConfig) -> SamForSegmentation:
     """The model of a run before training: pre-trained weights, fresh adapter, decoder trainable.
 
     Raises:
-        UserError: as ``build_model`` and ``inject``; the kernel backend cannot be used here.
+        UserError: as ``build_model`` and ``apply``; the kernel backend cannot be used here.
     """
     _check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
     seed = config.adapter.seed
     model = build_model(
         config.model, config.image_size, config.num_classes, config.checkpoint, seed
     )
-    if config.adapter_config is not None:
-        inject(model, config.adapter_config)
-        model.mask_decoder.requires_grad_(True)
+    apply(config.method, model, config.adapter)
     if config.search.gradient_checkpointing:
         checkpoint_blocks(model.image_encoder)
     return model
@@ -316,7 +317,10 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     config = RunConfig.from_dict(read_json(path / "config.json"))
     if not (path / BEST).is_dir():
         raise UserError(f"{path} has no trained model yet: {path / BEST} does not exist")
-    model = build_adapted_model(config)
+    _check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
+    model = build_model(
+        config.model, config.image_size, config.num_classes, config.checkpoint, config.adapter.seed
+    )
     load_adapter(model, path / BEST)
     return model.eval(), config
 
@@ -500,9 +504,10 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
 
 
 def count_parameters(model: SamForSegmentation) -> dict[str, int]:
-    """Numbers of parameters: frozen, decoder, adapter and architecture."""
+    """Numbers of parameters: frozen, decoder, adapter (what the method trains in the encoder, but
+    for alpha) and architecture (alpha)."""
     architecture = sum(p.numel() for p in arch_parameters(model))
-    adapter = sum(p.numel() for p in adapter_parameters(model))
+    adapter = sum(p.numel() for p in trainable_parameters(model)) - architecture
     decoder = sum(p.numel() for p in model.mask_decoder.parameters())
     everything = sum(p.numel() for p in model.parameters())
     return {
@@ -547,10 +552,11 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
         "parameters": counts,
         "images": {split: len(data) for split, data in search.data.items()},
     }
-    if config.adapter_config is not None:
+    modes = merge_modes(config.method, config.adapter)
+    if modes:
         metrics |= {"test_merged": {}, "merge": {}}
         samples = {split: data.samples for split, data in search.data.items()}
-        for mode in _merge_modes(config):
+        for mode in modes:
             batches = calibration(config, samples, mode, search.accelerator.device)
             try:
                 report = merge(search.model, mode, batches)
@@ -565,11 +571,6 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
     training = sum(sum(record["seconds"].values()) for record in search.history)
     metrics["seconds"] = training + time.perf_counter() - started
     return metrics
-
-
-def _merge_modes(config: RunConfig) -> list[str]:
-    # The preset `paper` is not linear: it has no centre taps to fold.
-    return [mode for mode in MODES if mode != "center" or config.adapter.preset != "paper"]
 
 
 def calibration(

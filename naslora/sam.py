@@ -239,19 +239,13 @@ def sam_state_dict(
     SAM has no place for, the class branch, is dropped.
 
     Args:
-        state: of a model whose adapters are merged into plain layers.
+        state: of a model that has no layers but SAM's.
         left_out: of ``load_sam_checkpoint``.
         name: which of ``MODELS`` the model is.
 
     Raises:
-        UserError: there is nothing to write back, or the model has layers that SAM has not.
+        UserError: the model was not made from a SAM checkpoint, so there is nothing to write back.
     """
-    extra = [key for key in state if key.endswith((".lora_A", ".alpha"))]
-    if extra:
-        raise UserError(
-            f"{extra[0].rpartition('.')[0]} is no layer of SAM's: merge with mode center or "
-            "calibrated, or export to onnx or torch-export"
-        )
     if not any(key.startswith("mask_decoder.iou_prediction_head.") for key in left_out):
         raise UserError(
             "the model was not made from a SAM checkpoint, so SAM's IoU head is missing; export to "

@@ -7,8 +7,8 @@ re-training.
 
 Every random choice is a function of (seed, epoch, sample), and gradients are sums over the batch
 divided by its size. So a run does not depend on how many processes or forward passes share a batch
-(but for the preset `paper`, whose batch norms see one forward pass), and a resumed run repeats the
-unbroken one.
+(but for the preset `paper`, whose batch norms see one forward pass, and Conv-LoRA, whose noise and
+auxiliary loss are of one), and a resumed run repeats the unbroken one.
 """
 
 import math
@@ -35,6 +35,7 @@ from naslora.evaluation import evaluate, make_loader
 from naslora.files import replaced_file
 from naslora.injection import adapter_layers, arch_parameters
 from naslora.losses import ClassLoss, segmentation_loss
+from naslora.methods import auxiliary_loss
 from naslora.segmentation import SegmentationOutput
 from naslora_kernels import OPERATIONS
 
@@ -281,6 +282,7 @@ class Search:
         """
         self._require_gradients(groups)
         self.model.train()
+        self._seed_noise()
         batches = self._batches(split)
         loader = make_loader(self.data[split], batches, self.config.workers, self.accelerator)
         total, self.step_started = 0.0, time.perf_counter()
@@ -318,7 +320,9 @@ class Search:
         device = self.accelerator.device
         with self.accelerator.autocast():
             output = self.model(image.to(device, non_blocking=True))
-        return self.config.loss(output, mask.to(device, non_blocking=True))
+        loss = self.config.loss(output, mask.to(device, non_blocking=True))
+        extra = auxiliary_loss(self.model)
+        return loss if extra is None else loss + extra
 
     def _sum_over_processes(self, groups: list[Group], loss: Tensor) -> float:
         """Sums gradients and loss over the processes, in one message."""
@@ -404,6 +408,11 @@ class Search:
             if layer.config.channel_selection == "resample":
                 seed = (self.seed * 10_007 + self.epoch) * 10_007 + i
                 layer.draw_channels(torch.Generator().manual_seed(seed))
+
+    def _seed_noise(self) -> None:
+        """Makes what the model itself draws while training a function of seed, epoch, process."""
+        process = self.accelerator.process_index
+        torch.manual_seed((self.seed * 10_007 + self.epoch) * 10_007 + process)
 
     def _mixtures(self, epoch: int) -> dict[str, Any]:
         mixtures = [a.detach().softmax(0).tolist() for a in arch_parameters(self.model)]

@@ -1,9 +1,9 @@
 """Which code computes the cell: the one place where backends plug in.
 
 A backend is a module of this package with ``unavailable_reason()``,
-``unsupported_reason(device_type, dtype)``, ``mixed_cell``, ``nas_lora_linear``, ``folded_cell`` and
-``folded_linear``; the last four take the checked arguments of ``functional.py``. It is imported
-when it is first asked for. To add one, write the module and name it in ``BACKENDS``.
+``unsupported_reason(device_type, dtype)`` and, on checked arguments, the four functions of
+``functional.py``. It is imported when it is first asked for. To add one, write the module and name
+it in ``BACKENDS``.
 """
 
 import functools

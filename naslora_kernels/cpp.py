@@ -99,6 +99,25 @@ def nas_lora_linear(
     )
 
 
+def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
+    """The cell after the search: one convolution, and what pooling remains."""
+    return OPERATORS["cpp"].folded_cell(z, kernel, average, maximum)
+
+
+def folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kernel: Tensor,
+    average: float,
+    maximum: float,
+) -> Tensor:
+    """The layer after the search."""
+    return OPERATORS["cpp"].folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum)
+
+
 def _mixed_cell(z, alpha, depthwise, pw, channels):
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
     cell = _CellArguments(z, alpha, depthwise, pw, channels)
@@ -299,5 +318,3 @@ if _C is not None:
     _library.impl("nas_lora_linear_backward", _nas_lora_linear_backward, "CPU")
     _library.impl("folded_cell", _folded_cell, "CPU")
     _library.impl("folded_linear", _folded_linear, "CPU")
-    # These need no gradients: the operators are the backend's functions.
-    folded_cell, folded_linear = OPERATORS["cpp"].folded_cell, OPERATORS["cpp"].folded_linear

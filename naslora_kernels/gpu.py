@@ -1,6 +1,6 @@
 """The order of kernel launches of the cell and the adapter layer, once for both GPU backends.
 
-A backend gives the six primitives below, each one launch. Beside the frozen product a layer takes
+A backend gives the primitives below, each one launch. Beside the frozen product a layer takes
 three in the forward and six in the backward:
 
     forward   z = W_e x;  y = cell(z);  h = b0 + s W_d y;                   then h += W0 x
@@ -178,21 +178,9 @@ def nas_lora_linear(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """The operator ``nas_lora_linear``: three launches and the frozen product."""
-    rows = _rows(x)  # (T, C_in)
-    c_out, rank = lora_B.shape
-    z = x.new_empty((*x.shape[:-1], rank))
-    h = x.new_empty((*x.shape[:-1], c_out))
-    if not rows.shape[0]:
-        return h, z
-    primitives.low_rank_pass(rows, lora_A, None, 1.0, z.view(-1, rank), None)
+    z = _encode(primitives, x, lora_A)
     y = mixed_cell(primitives, z, alpha, depthwise, pw, channels) if pw.shape[-1] else z
-    # h starts as the bias and the adapter's part, to which the product is added: updating h after
-    # the product would read and write all of it once more.
-    h_rows = h.view(-1, c_out)
-    bias = None if bias is None else bias.contiguous()
-    primitives.low_rank_expand(y.view(-1, rank), lora_B.t(), bias, scaling, h_rows)
-    h_rows.addmm_(rows, weight.t())
-    return h, z
+    return _decode(primitives, x, weight, bias, lora_B, y, scaling), z
 
 
 def nas_lora_linear_backward(
@@ -274,7 +262,7 @@ def folded_cell(
     """The operator ``folded_cell``: one launch."""
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
     if z.numel():
-        primitives.folded_cell_forward(z, kernel, average, maximum, y)
+        primitives.folded_cell_forward(z, kernel.contiguous(), average, maximum, y)
     return y
 
 
@@ -289,16 +277,38 @@ def folded_linear(
     average: float,
     maximum: float,
 ) -> Tensor:
-    """The operator ``folded_linear``: three launches and the product with the weight."""
-    rows, c = _rows(x), kernel.shape[0]
-    z = x.new_empty((*x.shape[:-1], c))
+    """The operator ``folded_linear``: three launches and the product."""
+    z = _encode(primitives, x, lora_A)
+    y = folded_cell(primitives, z, kernel, average, maximum)
+    return _decode(primitives, x, weight, bias, lora_B, y, 1.0)
+
+
+def _encode(primitives: Primitives, x: Tensor, lora_A: Tensor) -> Tensor:
+    """z = W_e x, (B, H, W, r)."""
+    z = x.new_empty((*x.shape[:-1], lora_A.shape[0]))
+    if z.numel():
+        primitives.low_rank_pass(_rows(x), lora_A, None, 1.0, z.flatten(0, -2), None)
+    return z
+
+
+def _decode(
+    primitives: Primitives,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_B: Tensor,
+    y: Tensor,
+    scaling: float,
+) -> Tensor:
+    """h = W x + b + s W_d y, (B, H, W, C_out)."""
     h = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    if rows.shape[0]:
-        primitives.low_rank_pass(rows, lora_A, None, 1.0, z.view(-1, c), None)
-        y = folded_cell(primitives, z, kernel, average, maximum)
-        h_rows = h.view(-1, weight.shape[0])
-        primitives.low_rank_expand(y.view(-1, c), lora_B.t(), bias, 1.0, h_rows)
-        h_rows.addmm_(rows, weight.t())
+    if h.numel():
+        # h starts as the bias and the adapter's part, to which the product is added: updating h
+        # after the product would read and write all of it once more.
+        rows = h.flatten(0, -2)
+        bias = None if bias is None else bias.contiguous()
+        primitives.low_rank_expand(y.flatten(0, -2), lora_B.t(), bias, scaling, rows)
+        rows.addmm_(_rows(x), weight.t())
     return h
 
 

@@ -1,6 +1,6 @@
 """The operators ``torch.ops.naslora_<backend>.*`` and the autograd functions around them.
 
-Every compiled backend has the same operators under a namespace of its own, so that several
+Every compiled backend has the same four operators under a namespace of its own, so that several
 can serve one device. Their schemas and their shapes (for torch.compile and FakeTensor) stand here
 once; a backend calls ``define_operators`` and registers its kernels. Backward operators take flags
 for the gradients that are due, compute no other, and return an empty tensor in its place.
@@ -30,7 +30,7 @@ _SCHEMAS = {
         "bool need_alpha, bool need_weights) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
-    # What is left of both after the search: inference only.
+    # What is left of the two after the search: inference only.
     "folded_cell": "(Tensor z, Tensor kernel, float average, float maximum) -> Tensor",
     "folded_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor kernel, "

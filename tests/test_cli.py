@@ -298,11 +298,11 @@ def test_resume_from_a_damaged_checkpoint(refused, run, clean_data):
 
 
 def test_adapter_of_other_shapes(refused, run):
-    config = json.loads((run / "config.json").read_text())
-    config["adapter"]["rank"] = 6
-    (run / "config.json").write_text(json.dumps(config))
+    stored = json.loads((run / "best" / "adapter_config.json").read_text())
+    stored["config"]["rank"] = 6
+    (run / "best" / "adapter_config.json").write_text(json.dumps(stored))
     line = refused("evaluate", run)
-    assert "does not fit this model" in line and "rank is 3 in the file, 6 here" in line
+    assert "does not fit this model" in line and "dw_sep5 has shape (2, 5, 5) in the file" in line
 
 
 def test_damaged_run(refused, run):

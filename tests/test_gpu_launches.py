@@ -70,6 +70,10 @@ class PlainPrimitives:
         if grad_B is not None:
             grad_B.copy_(B_partials.sum(0).t())
 
+    def folded_cell_forward(self, z, kernel, average, maximum, y):
+        self.calls.append("folded_cell_forward")
+        y.copy_(reference.folded_cell(z, kernel, average, maximum))
+
     def row_groups(self, tokens):
         return GROUPS
 
@@ -176,3 +180,14 @@ def test_cell_takes_one_and_two_launches():
             torch.testing.assert_close(value, expected[name])
     finally:
         library._destroy()
+
+
+def test_folded_layer_takes_three_launches():
+    primitives = PlainPrimitives()
+    case = layer_case((2, 5, 4), 7, 9, 3, 3)
+    kernel = torch.randn(3, 3, 5, 5, dtype=torch.float64)
+    names = ("x", "weight", "bias", "lora_A", "lora_B")
+    arguments = (*(case.arguments[name] for name in names), kernel, 0.3, 0.2)
+    h = gpu.folded_linear(primitives, *arguments)
+    assert primitives.calls == ["low_rank_pass", "folded_cell_forward", "low_rank_expand"]
+    torch.testing.assert_close(h, reference.folded_linear(*arguments))

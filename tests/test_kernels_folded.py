@@ -1,8 +1,19 @@
 """The folded cell and layer: their definition, the mixed cell, the reference, and refusals."""
 
+import math
+
 import pytest
 import torch
-from kernel_cases import DTYPES, INSTRUCTION_SETS, LAYOUTS, cell_case, layer_case, needs_cpp
+from kernel_cases import (
+    ALL_TARGETS,
+    DTYPES,
+    LAYOUTS,
+    TARGETS,
+    Target,
+    cell_case,
+    layer_case,
+    targets_and,
+)
 from torch.testing import assert_close
 
 import naslora_kernels
@@ -14,20 +25,22 @@ from naslora_kernels import (
     mixed_cell,
     nas_lora_linear,
 )
+from naslora_kernels.ops import OPERATORS
 
 AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
 POOLINGS = [(0.0, 0.0), (0.3, 0.0), (0.0, 0.4), (0.3, -0.4)]
-compiled_only = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
-BACKENDS = ["reference", pytest.param("cpp", marks=compiled_only)]
+every_kernel = pytest.mark.parametrize("target", TARGETS)
+every_backend = pytest.mark.parametrize(
+    "target", [pytest.param(Target("reference"), id="reference"), *TARGETS]
+)
 
 
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(dtype)
+def draw(*shape, seed=0, dtype=torch.float64, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
-def layer_arguments(grid, c_in, c_out, c, size, dtype=torch.float64):
+def layer_arguments(grid, c_in, c_out, c, size, dtype=torch.float64, device="cpu"):
     shapes = {
         "x": (*grid, c_in),
         "weight": (c_out, c_in),
@@ -37,7 +50,8 @@ def layer_arguments(grid, c_in, c_out, c, size, dtype=torch.float64):
         "kernel": (c, c, size, size),
     }
     return {
-        name: draw(*shape, seed=i, dtype=dtype) for i, (name, shape) in enumerate(shapes.items())
+        name: draw(*shape, seed=i, dtype=dtype, device=device)
+        for i, (name, shape) in enumerate(shapes.items())
     }
 
 
@@ -59,22 +73,23 @@ def by_hand(z, kernel, average, maximum):
     return y
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("average, maximum", POOLINGS)
 @pytest.mark.parametrize(
     "shape, size",
     [((2, 5, 7, 2), 3), ((1, 1, 1, 3), 9), ((2, 12, 4, 5), 9), ((1, 3, 3, 1), 1)],
     ids=str,
 )
-def test_is_its_definition(shape, size, average, maximum, backend):
-    z, kernel = draw(*shape), draw(shape[-1], shape[-1], size, size, seed=1)
-    y = folded_cell(z, kernel, average, maximum, backend=backend)
+def test_is_its_definition(target, shape, size, average, maximum):
+    z = draw(*shape, device=target.device)
+    kernel = draw(shape[-1], shape[-1], size, size, seed=1, device=target.device)
+    y = folded_cell(z, kernel, average, maximum, backend=target.backend)
     assert_close(y, by_hand(z, kernel, average, maximum), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_is_the_mixed_cell_with_its_convolutions_folded(backend):
-    arguments = cell_case((2, 9, 11, 3), 3).arguments
+@every_backend
+def test_is_the_mixed_cell_with_its_convolutions_folded(target):
+    arguments = cell_case((2, 9, 11, 3), 3).on(target.device).arguments
     z, alpha, *depthwise, pw = arguments.values()
     mixture = alpha.softmax(0)
     y = folded_cell(
@@ -82,17 +97,17 @@ def test_is_the_mixed_cell_with_its_convolutions_folded(backend):
         folded_convolution(mixture, tuple(depthwise), pw),
         float(mixture[AVG_POOL]),
         float(mixture[MAX_POOL]),
-        backend=backend,
+        backend=target.backend,
     )
     expected = mixed_cell(**arguments, backend="reference")
     assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("bias", [True, False])
-def test_is_the_layer_with_everything_folded(bias, backend):
+def test_is_the_layer_with_everything_folded(target, bias):
     """Channels that bypass the cell fold into the weight, the scaling into lora_B."""
-    case = layer_case((2, 6, 5), 16, 12, 5, 3, bias=bias)
+    case = layer_case((2, 6, 5), 16, 12, 5, 3, bias=bias).on(target.device)
     a, channels, scaling = case.arguments, case.options["channels"], case.options["scaling"]
     expected = nas_lora_linear(**a, **case.options, backend="reference")
     mixture = a["alpha"].softmax(0)
@@ -107,31 +122,33 @@ def test_is_the_layer_with_everything_folded(bias, backend):
         folded_convolution(mixture, depthwise, a["pw"]),
         float(mixture[AVG_POOL]),
         float(mixture[MAX_POOL]),
-        backend=backend,
+        backend=target.backend,
     )
     assert_close(h, expected, rtol=1e-12, atol=1e-12)
 
 
-@compiled_only
-@pytest.mark.parametrize("capability", INSTRUCTION_SETS)
+# (B, H, W), c, k
+SHAPES = [
+    ((3, 14, 14), 2, 9),
+    ((1, 64, 33), 3, 5),
+    ((2, 7, 7), 16, 9),
+    ((1, 5, 6), 16, 9),
+    ((1, 20, 21), 2, 7),
+    ((1, 1, 40), 1, 3),
+    ((0, 4, 4), 2, 3),
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory", "instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "grid, c, size",
-    [
-        ((3, 14, 14), 2, 9),
-        ((1, 64, 33), 3, 5),
-        ((2, 7, 7), 16, 9),
-        ((1, 1, 40), 1, 3),
-        ((0, 4, 4), 2, 3),
-    ],
-    ids=str,
+    ("target", "shape"),
+    targets_and(SHAPES, lambda shape: math.prod(shape[0]) * shape[1], ALL_TARGETS),
 )
-def test_kernels_are_as_good_as_the_reference(grid, c, size, dtype, capability, poisoned_memory):
-    from naslora_kernels import cpp
-
-    exact = layer_arguments(grid, 24, 36, c, size)
-    given = {name: value.to(dtype) for name, value in exact.items()}
-    z = draw(*grid, c, dtype=dtype)
+def test_kernels_are_as_good_as_the_reference(target, shape, dtype):
+    grid, c, size = shape
+    given = layer_arguments(grid, 24, 36, c, size, dtype, target.device)
+    z = draw(*grid, c, dtype=dtype, device=target.device)
     calls = {
         "cell": lambda a, z, backend: folded_cell(z, a["kernel"], 0.2, 0.3, backend=backend),
         "layer": lambda a, z, backend: folded_linear(
@@ -139,53 +156,50 @@ def test_kernels_are_as_good_as_the_reference(grid, c, size, dtype, capability, 
         ),
     }
     wide = {name: value.double() for name, value in given.items()}
-    cpp._C.use_capability(capability)
-    try:
-        for name, call in calls.items():
-            kernel, reference = call(given, z, "cpp"), call(given, z, "reference")
-            truth = call(wide, z.double(), "reference")
-            assert kernel.dtype == dtype and kernel.shape == truth.shape
-            if not truth.numel():
-                continue
-            # Twice the reference's error, and the ulps that kernel_cases grants.
-            unit = 2 * max(torch.finfo(dtype).eps, 1e-13) * truth.abs().max()
-            allowed = 2 * (reference.double() - truth).abs().max() + unit
-            assert (kernel.double() - truth).abs().max() <= allowed, name
-    finally:
-        cpp._C.use_capability(cpp.instruction_set())
+    for name, call in calls.items():
+        kernel, reference = call(given, z, target.backend), call(given, z, "reference")
+        truth = call(wide, z.double(), "reference")
+        assert kernel.dtype == dtype and kernel.shape == truth.shape
+        if not truth.numel():
+            continue
+        # Twice the reference's error, and the ulps that kernel_cases grants.
+        unit = 2 * max(torch.finfo(dtype).eps, 1e-13) * truth.abs().max()
+        allowed = 2 * (reference.double() - truth).abs().max() + unit
+        assert (kernel.double() - truth).abs().max() <= allowed, name
 
 
-@compiled_only
+@every_kernel
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout, poisoned_memory):
-    a = layer_arguments((2, 9, 6), 8, 12, 2, 5)
+def test_any_strides(target, layout):
+    a = layer_arguments((2, 9, 6), 8, 12, 2, 5, device=target.device)
     strided = {n: LAYOUTS[layout](v) if v.dim() > 1 else v for n, v in a.items()}
-    z = draw(2, 9, 6, 2)
+    z = draw(2, 9, 6, 2, device=target.device)
     assert_close(
-        folded_linear(**strided, average=0.2, maximum=0.3, backend="cpp"),
+        folded_linear(**strided, average=0.2, maximum=0.3, backend=target.backend),
         folded_linear(**a, average=0.2, maximum=0.3, backend="reference"),
     )
     assert_close(
-        folded_cell(LAYOUTS[layout](z), strided["kernel"], 0.2, 0.3, backend="cpp"),
+        folded_cell(LAYOUTS[layout](z), strided["kernel"], 0.2, 0.3, backend=target.backend),
         folded_cell(z, a["kernel"], 0.2, 0.3, backend="reference"),
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_pooling_without_weight_lets_infinities_alone(backend):
+@every_backend
+def test_a_pooling_without_weight_lets_infinities_alone(target):
     """0 * inf would be NaN."""
-    z = draw(1, 5, 5, 1)
+    z = draw(1, 5, 5, 1, device=target.device)
     z[0, 2, 2] = float("inf")
-    kernel = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    y = folded_cell(z, kernel, backend=backend)
+    kernel = torch.ones(1, 1, 1, 1).to(z)
+    y = folded_cell(z, kernel, backend=target.backend)
     assert torch.equal(y, z)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_adapter_in_float32_beside_16_bit(backend):
-    a = layer_arguments((2, 7, 7), 16, 24, 2, 5, torch.float32)
+@every_backend
+def test_adapter_in_float32_beside_16_bit(target):
+    a = layer_arguments((2, 7, 7), 16, 24, 2, 5, torch.float32, target.device)
     low = {n: v.bfloat16() if n in ("x", "weight", "bias") else v for n, v in a.items()}
-    h = folded_linear(**low, average=0.2, maximum=0.3, backend=backend)
+    h = folded_linear(**low, average=0.2, maximum=0.3, backend=target.backend)
     truth = folded_linear(
         **{n: v.double() for n, v in low.items()}, average=0.2, maximum=0.3, backend="reference"
     )
@@ -208,27 +222,24 @@ def test_gradients_come_from_the_reference():
     )
 
 
-@compiled_only
-def test_operators_are_well_formed():
-    a = layer_arguments((2, 5, 4), 6, 8, 2, 3, torch.float32)
+@every_kernel
+def test_operators_are_well_formed(target):
+    operators = OPERATORS[target.backend]
+    a = layer_arguments((2, 5, 4), 6, 8, 2, 3, torch.float32, target.device)
     checks = ("test_schema", "test_faketensor")  # they have no gradients to check
-    torch.library.opcheck(
-        torch.ops.naslora_cpp.folded_linear.default, (*a.values(), 0.2, 0.3), test_utils=checks
-    )
-    z = draw(2, 5, 4, 2, dtype=torch.float32)
-    torch.library.opcheck(
-        torch.ops.naslora_cpp.folded_cell.default, (z, a["kernel"], 0.2, 0.3), test_utils=checks
-    )
+    torch.library.opcheck(operators.folded_linear, (*a.values(), 0.2, 0.3), test_utils=checks)
+    z = draw(2, 5, 4, 2, dtype=torch.float32, device=target.device)
+    torch.library.opcheck(operators.folded_cell, (z, a["kernel"], 0.2, 0.3), test_utils=checks)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_in_one_graph(backend):
-    a = layer_arguments((2, 5, 4), 6, 8, 2, 3, torch.float32)
+@every_backend
+def test_compiles_in_one_graph(target):
+    a = layer_arguments((2, 5, 4), 6, 8, 2, 3, torch.float32, target.device)
     compiled = torch.compile(folded_linear, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert_close(
-            compiled(**a, average=0.2, maximum=0.3, backend=backend),
-            folded_linear(**a, average=0.2, maximum=0.3, backend=backend),
+            compiled(**a, average=0.2, maximum=0.3, backend=target.backend),
+            folded_linear(**a, average=0.2, maximum=0.3, backend=target.backend),
         )
 
 

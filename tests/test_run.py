@@ -206,27 +206,6 @@ def test_predictions_are_what_was_scored(naslora, run, data, tmp_path):
     assert np.mean(accuracy) == pytest.approx(expected, abs=2 / 32**2)
 
 
-@pytest.mark.parametrize("method", ["nas-lora", "lora", "decoder-only"])
-def test_every_method_trains_and_reloads(naslora, make_data, tmp_path, method):
-    data = make_data(tmp_path / "data", train=6, val=2, test=2)
-    options = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
-    output = tmp_path / "run"
-    result = naslora("train", "--data", data, *options, "--method", method, "--output", output)
-    assert result.status == 0, result.err
-    metrics, names = read(output / "metrics.json"), adapter(output).keys()
-    scores = scores_of(naslora("evaluate", output))
-    assert scores.pop("images") == 2 and scores == metrics["test"]
-    assert ("test_merged" in metrics) == (method != "decoder-only")
-    assert any("lora_A" in name for name in names) == (method != "decoder-only")
-    assert any("alpha" in name for name in names) == (method == "nas-lora")
-    assert (output / "operations.json").exists() == (method == "nas-lora")
-    if method == "nas-lora":
-        assert metrics["parameters"]["adapter"] == 2 * (3 * (32 + 96) + 3 * 68 + 4 * 9)
-    predicted = naslora("predict", output, data / "images/test0.png", "--output", tmp_path / "o")
-    mask = np.asarray(Image.open(tmp_path / "o" / "test0_mask.png"))
-    assert predicted.status == 0 and set(np.unique(mask)) <= {0, 255}
-
-
 def test_the_paper_preset_trains_and_merges(naslora, make_data, tmp_path):
     data = make_data(tmp_path / "data", train=6, val=2, test=2)
     options = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")

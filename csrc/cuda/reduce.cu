@@ -1,0 +1,176 @@
+// The second stage of every reduction, in one launch: adds up what groups of rows or of tiles left,
+// in their order, and writes the parameters' gradients.
+//
+// Each block has one task: the chain rule of alpha; that of one input channel's depthwise and
+// pointwise kernels; or 32 columns of grad_A or grad_B.
+#include "cell.cuh"
+
+namespace naslora {
+namespace {
+
+constexpr int kReduceThreads = 256;
+constexpr int kColumnsPerBlock = 32;
+constexpr int kOutputsAtOnce = 16;
+constexpr int kMostSums = kOutputsAtOnce * kFoldedTaps;
+
+struct ReduceArguments : Reduction {
+  int alpha_blocks, weight_blocks, A_blocks;  // in this order; the blocks after them are grad_B's
+};
+
+template <typename A>
+struct ReduceShared {
+  A* sums;    // [kMostSums]
+  A* slices;  // [kReduceThreads]
+  SharedMixture<A> mixture;
+  A* dw;  // [tap of all four]
+  A* pw;  // [operation][output]
+
+  NASLORA_HOST_DEVICE explicit ReduceShared(Carver& carver) {
+    sums = carver.take<A>(kMostSums);
+    slices = carver.take<A>(kReduceThreads);
+    mixture.take(carver);
+    dw = carver.take<A>(kAllWeightTaps);
+    pw = carver.take<A>(kConvolutions * kOutputsAtOnce);
+  }
+
+  // sums[i] = sum over groups of partials[group, i], for `count` neighbouring numbers. Where these
+  // are few, threads share the groups in slices, which are then added in order.
+  __device__ void add_groups(const A* partials, int64_t groups, int64_t stride, int count) const {
+    int width = kReduceThreads;
+    while (width / 2 >= count && width > kWarp) width /= 2;
+    const int count_of_slices = kReduceThreads / width, slice = threadIdx.x / width;
+    __syncthreads();  // others may still read the sums before these
+    for (int i = threadIdx.x % width; i < count; i += width) {
+      A sum = 0;
+#pragma unroll 8
+      for (int64_t g = slice; g < groups; g += count_of_slices) sum += partials[g * stride + i];
+      (count_of_slices > 1 ? slices[threadIdx.x] : sums[i]) = sum;
+    }
+    __syncthreads();
+    if (count_of_slices == 1) return;
+    for (int i = threadIdx.x; i < count; i += kReduceThreads) {
+      A sum = slices[i];
+      for (int s = 1; s < count_of_slices; ++s) sum += slices[s * width + i];
+      sums[i] = sum;
+    }
+    __syncthreads();
+  }
+};
+
+template <typename A>
+__device__ void alpha_gradient(const ReduceArguments& p, const ReduceShared<A>& shared) {
+  const int64_t pairs = channel_pairs(p.c, sizeof(A) == 8);
+  const int64_t stride = kernel_sums(p.c) + channel_pairs(p.c, true) * kMixtureSums;
+  const A* partials = static_cast<const A*>(p.cell_partials) + kernel_sums(p.c);
+  constexpr int kPairsAtOnce = kMostSums / kMixtureSums;
+  shared.mixture.stage(p.alpha);
+  A sum = 0;
+  for (int64_t first = 0; first < pairs; first += kPairsAtOnce) {
+    const int count = static_cast<int>(smaller(kPairsAtOnce, pairs - first));
+    shared.add_groups(partials + first * kMixtureSums, p.cell_groups, stride, count * kMixtureSums);
+    if (threadIdx.x < kMixtureSums)
+      for (int i = 0; i < count; ++i) sum += shared.sums[i * kMixtureSums + threadIdx.x];
+  }
+  __syncthreads();
+  if (threadIdx.x < kOperations) shared.sums[threadIdx.x] = threadIdx.x < kMixtureSums ? sum : 0;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  A gradient[kOperations];
+  softmax_backward(shared.mixture.a, shared.sums, gradient);
+#pragma unroll
+  for (int i = 0; i < kOperations; ++i) write(p.grad_alpha, i, gradient[i]);
+}
+
+// d dw_i[in, t] = a_i sum_out pw_i[out, in] dK[out, in, tap of t] and
+// d pw_i[out, in] = a_i sum_t dw_i[in, t] dK[out, in, tap of t], for one `in`.
+template <typename A>
+__device__ void weight_gradients(const ReduceArguments& p, const ReduceShared<A>& shared,
+                                 int64_t in) {
+  const int64_t stride = kernel_sums(p.c) + channel_pairs(p.c, true) * kMixtureSums;
+  const A* partials = static_cast<const A*>(p.cell_partials) + in * p.c * kFoldedTaps;
+  const TapTable& taps = *shared.mixture.taps;
+  shared.mixture.stage(p.alpha);
+  for (int t = threadIdx.x; t < kAllWeightTaps; t += kReduceThreads) {
+    const int op = operation_of(t);
+    shared.dw[t] = read<A>(of_operation(p.dw, op), in * weight_taps(op) + t - weight_start(op));
+  }
+  A depthwise = 0;
+  for (int64_t first = 0; first < p.c; first += kOutputsAtOnce) {
+    const int count = static_cast<int>(smaller(kOutputsAtOnce, p.c - first));
+    shared.add_groups(partials + first * kFoldedTaps, p.cell_groups, stride, count * kFoldedTaps);
+    for (int i = threadIdx.x; i < kConvolutions * count; i += kReduceThreads) {
+      const int op = i / count, out = i % count;
+      const int64_t index = (op * p.c + first + out) * p.c + in;
+      shared.pw[op * kOutputsAtOnce + out] = read<A>(p.pw, index);
+      A sum = 0;
+      for (int t = 0; t < weight_taps(op); ++t)
+        sum += shared.dw[weight_start(op) + t] *
+               shared.sums[out * kFoldedTaps + taps.of_weight[op][t]];
+      write(p.grad_pw, index, shared.mixture.a[op] * sum);
+    }
+    __syncthreads();
+    if (threadIdx.x < kAllWeightTaps) {
+      const int t = threadIdx.x, op = operation_of(t);
+      const int tap = taps.of_weight[op][t - weight_start(op)];
+      for (int out = 0; out < count; ++out)
+        depthwise += shared.pw[op * kOutputsAtOnce + out] * shared.sums[out * kFoldedTaps + tap];
+    }
+  }
+  if (threadIdx.x < kAllWeightTaps) {
+    const int t = threadIdx.x, op = operation_of(t);
+    write(of_operation(p.grad_dw, op), in * weight_taps(op) + t - weight_start(op),
+          shared.mixture.a[op] * depthwise);
+  }
+}
+
+template <typename A>
+__device__ void low_rank_gradient(const Reduction::LowRank& low_rank, int block, bool transposed,
+                                  const ReduceShared<A>& shared) {
+  const int tiles = static_cast<int>(ceil_div(low_rank.columns, kColumnsPerBlock));
+  const int64_t k = block / tiles, first = block % tiles * kColumnsPerBlock;
+  const int count = static_cast<int>(smaller(kColumnsPerBlock, low_rank.columns - first));
+  shared.add_groups(static_cast<const A*>(low_rank.partials) + k * low_rank.columns + first,
+                    low_rank.groups, low_rank.rank * low_rank.columns, count);
+  if (static_cast<int>(threadIdx.x) < count)
+    write(low_rank.gradient,
+          transposed ? (first + threadIdx.x) * low_rank.rank + k
+                     : k * low_rank.columns + first + threadIdx.x,
+          shared.sums[threadIdx.x]);
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kReduceThreads, 4)
+    reduce_gradients_kernel(const ReduceArguments p) {
+  Carver carver(shared_memory());
+  const ReduceShared<A> shared(carver);
+  int block = blockIdx.x;
+  if (block < p.alpha_blocks) return alpha_gradient(p, shared);
+  block -= p.alpha_blocks;
+  if (block < p.weight_blocks) return weight_gradients(p, shared, block);
+  block -= p.weight_blocks;
+  if (block < p.A_blocks) return low_rank_gradient(p.A, block, false, shared);
+  low_rank_gradient(p.B, block - p.A_blocks, true, shared);
+}
+
+}  // namespace
+
+void reduce_gradients(const Stream& stream, const Reduction& reduction) {
+  const auto low_rank_blocks = [](const Reduction::LowRank& p) {
+    return p.gradient.data ? p.rank * ceil_div(p.columns, kColumnsPerBlock) : 0;
+  };
+  ReduceArguments p{reduction, 0, 0, 0};
+  p.alpha_blocks = p.grad_alpha.data ? 1 : 0;
+  p.weight_blocks = static_cast<int>(p.grad_pw.data ? p.c : 0);
+  p.A_blocks = static_cast<int>(low_rank_blocks(p.A));
+  const int64_t blocks = p.alpha_blocks + p.weight_blocks + p.A_blocks + low_rank_blocks(p.B);
+  const auto run = [&](auto accumulator) {
+    using A = decltype(accumulator);
+    Carver carver(nullptr);
+    ReduceShared<A>{carver};
+    launch("reduce_gradients", reduce_gradients_kernel<A>, blocks, 1, kReduceThreads, carver.size(),
+           stream, p);
+  };
+  p.float64 ? run(double()) : run(float());
+}
+
+}  // namespace naslora
