@@ -17,12 +17,13 @@ import io
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor
 
+from naslora.cache import Cache
 from naslora.checkpoint import load_adapter, read_safetensors
 from naslora.config import NASLoRAConfig
 from naslora.data import (
@@ -41,10 +43,11 @@ from naslora.data import (
     SegmentationDataset,
     check_samples,
     hold_out,
+    in_threads,
     list_images,
-    load_splits,
     read_image,
 )
+from naslora.datasets import DataSet, count_differences, find_dataset, load_splits
 from naslora.errors import UserError
 from naslora.evaluation import evaluate
 from naslora.export import Description, Format, Part, Predict, export, load_exported
@@ -60,7 +63,7 @@ from naslora.methods import (
     searches,
     trainable_parameters,
 )
-from naslora.metrics import image_scores
+from naslora.metrics import check_metrics, image_scores
 from naslora.report import Panel, paint, write_report
 from naslora.sam import checkpoint_blocks
 from naslora.search import BEST, Search, SearchConfig, make_accelerator, quality
@@ -71,6 +74,7 @@ from naslora_kernels.backends import ENVIRONMENT_VARIABLE
 MERGED_CONFIG = "merged.json"
 LEFT_OUT = "left_out.safetensors"  # what the SAM checkpoint has and the model has not
 CALIBRATION_IMAGES = 16  # that mode `calibrated` is fitted to, unless told otherwise
+Resolution = Literal["network", "original"]
 PANELS = 6  # test images shown in the report
 
 
@@ -78,12 +82,19 @@ PANELS = 6  # test images shown in the report
 class RunConfig:
     """Everything that decides a run's result."""
 
+    recipe: str | None = None
+    """Where the other settings come from that are not given: a recipe that ships with naslora, such
+    as `isic2017/nas-pc-lora`, or a YAML file."""
     data: Path | None = None
     """Folder with train.csv, val.csv and test.csv (columns image,label) and perhaps arch.csv."""
     dataset: str = "csv"
-    """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}) or `mni152`."""
+    """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}), `mni152`, or a data
+    set of the paper as it is distributed: `isic2017`, `kvasir`, `cvc-clinicdb`, `camouflage`
+    (COD10K, CAMO, CHAMELEON), `sbu`, `leaf`, `roads`, `trans10k-v1`, `trans10k-v2`."""
     root: Path | None = None
     """Folder of the data set; `--data DIR` is short for `--dataset csv --root DIR`."""
+    cache: Path | None = None
+    """Folder in which decoded, resized images are kept for later epochs and runs."""
     model: str = "vit_b"
     """vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM) or vit_t (small, trains on a CPU)."""
     checkpoint: Path | None = None
@@ -91,11 +102,16 @@ class RunConfig:
     image_size: int = 1024
     """Side to which images are resized, in pixels; a multiple of 16."""
     num_classes: int = 1
-    """1 for binary masks, else the number of classes, the background (0) included."""
+    """1 for binary masks, else the number of classes, the background (0) included; the paper's data
+    sets know theirs."""
     class_names: tuple[str, ...] | None = None
     """Names of the classes without the background, for tables and reports."""
     palette: tuple[str, ...] | None = None
     """One colour a class (#rrggbb) for masks that are colour images."""
+    metrics: tuple[str, ...] | None = None
+    """What the test images are scored by; the default is what is reported on the data set."""
+    resolution: Resolution = "network"
+    """Size at which the test images are scored: the model's, or each mask's original one."""
     method: MethodName = "nas-pc-lora"
     """How the encoder is fine-tuned; plain LoRA in the fused kernels is `nas-pc-lora` with a
     `--channel-ratio` of 0."""
@@ -105,6 +121,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        self._take_what_is_known(find_dataset(self.dataset))
+        if self.resolution not in get_args(Resolution):
+            raise UserError(f"resolution must be network or original, got {self.resolution!r}")
         foreground = max(self.num_classes - 1, 1)
         if self.class_names is not None and len(self.class_names) != foreground:
             raise UserError(
@@ -113,6 +132,23 @@ class RunConfig:
             )
         if self.data is not None and (self.root is not None or self.dataset != "csv"):
             raise UserError("give either --data DIR or --dataset NAME --root DIR, not both")
+
+    def _take_what_is_known(self, dataset: DataSet) -> None:
+        """Number and names of the classes, and the metrics, of a data set that has its own."""
+        known = {}
+        if dataset.class_names:
+            binary = len(dataset.class_names) == 2
+            count = 1 if binary else len(dataset.class_names)
+            if self.num_classes not in (1, count):
+                raise UserError(f"{self.dataset} has {count} classes, got {self.num_classes}")
+            known["num_classes"] = count
+            if self.class_names is None:
+                known["class_names"] = dataset.class_names[1:]
+        if self.metrics is None:
+            known["metrics"] = dataset.metrics
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
+        check_metrics(self.metrics, self.num_classes)
 
     @property
     def searches(self) -> bool:
@@ -130,7 +166,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; paths are absolute."""
         values = dataclasses.asdict(self)
-        for name in ("data", "root", "checkpoint"):
+        for name in ("data", "root", "cache", "checkpoint"):
             if values[name] is not None:
                 values[name] = str(Path(values[name]).resolve())
         return json.loads(json.dumps(values))  # tuples become lists, as in the file
@@ -144,9 +180,9 @@ class RunConfig:
         """
         try:
             values = dict(values)
-            for name in ("data", "root", "checkpoint"):
+            for name in ("data", "root", "cache", "checkpoint"):
                 values[name] = Path(values[name]) if values[name] is not None else None
-            for name in ("class_names", "palette"):
+            for name in ("class_names", "palette", "metrics"):
                 values[name] = tuple(values[name]) if values[name] is not None else None
             values["adapter"] = NASLoRAConfig.from_dict(values["adapter"])
             values["search"] = SearchConfig(**values["search"])
@@ -172,13 +208,19 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, An
         UserError: something the user gave cannot work.
     """
     accelerator = make_accelerator(config.search)
+    _check_start(config)
     check_output(config, output, resume)
     splits = find_splits(config)
     _check_together(accelerator, splits, config)
     model = build_adapted_model(config)
     counts = count_parameters(model)
     data = {
-        name: _dataset(config, split, flip=config.search.flip and name in ("train", "arch"))
+        name: make_dataset(
+            config,
+            split,
+            flip=config.search.flip and name in ("train", "arch"),
+            truth=config.resolution == "original" and name == "test",
+        )
         for name, split in splits.items()
     }
     seed = config.adapter.seed
@@ -196,6 +238,16 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, An
     return metrics
 
 
+def _check_start(config: RunConfig) -> None:
+    """A recipe of the paper on an encoder without SAM's weights would train for days in vain."""
+    has_weights = config.model != "vit_t" and config.method != "full"
+    if config.recipe is not None and has_weights and config.checkpoint is None:
+        raise UserError(
+            f"recipe {config.recipe} starts from SAM's weights: give --checkpoint FILE, the "
+            f"{config.model} checkpoint"
+        )
+
+
 def check_output(config: RunConfig, output: Path, resume: bool) -> None:
     """Refuses a folder that holds another run's results, or nothing to resume.
 
@@ -204,7 +256,7 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
     """
     if resume and (output / "config.json").is_file():
         stored = RunConfig.from_dict(read_json(output / "config.json"))
-        names = _differing(stored.to_dict(), config.to_dict())
+        names = differing(stored.to_dict(), config.to_dict())
         if names:
             raise UserError(
                 f"{output} was started with another configuration (it differs in "
@@ -221,12 +273,12 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         raise UserError(f"{output} {what}; choose another --output{advice}")
 
 
-def _differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """The fields in which two configurations differ, as the command line names them."""
     names = []
     for name, value in given.items():
         if isinstance(value, dict):
-            names += _differing(stored[name], value)
+            names += differing(stored[name], value)
         elif stored[name] != value:
             names.append(name)
     return names
@@ -238,6 +290,13 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     if root is None:
         raise UserError("no data: give --data DIR, or --dataset NAME --root DIR")
     splits = load_splits(config.dataset, root)
+    differences = count_differences(config.dataset, splits)
+    if differences and os.environ.get("RANK", "0") == "0":
+        listed = ", ".join(differences)
+        print(
+            f"naslora: warning: {root} is not the paper's {config.dataset}: {listed}",
+            file=sys.stderr,
+        )
     if not config.searches or config.search.simultaneous:
         # Without alpha steps of their own these images are training images like the others.
         splits["train"] = splits["train"] + splits.pop("arch", [])
@@ -256,8 +315,7 @@ def _check_together(
     problem = None
     if accelerator.is_main_process:
         try:
-            samples = [sample for split in splits.values() for sample in split]
-            check_with_progress(samples, config.num_classes, config.palette)
+            check_with_progress([sample for split in splits.values() for sample in split], config)
         except UserError as error:
             problem = str(error)
     for found in gather_object([problem]):
@@ -265,9 +323,7 @@ def _check_together(
             raise UserError(found)
 
 
-def check_with_progress(
-    samples: Sequence[Sample], num_classes: int, palette: tuple[str, ...] | None = None
-) -> None:
+def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
     """Reads every sample once before a long run starts, so that a bad file shows now."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("checking the data", total=len(samples))
@@ -275,7 +331,10 @@ def check_with_progress(
         def advance(done: int, _: int) -> None:
             progress.update(task, completed=done)
 
-        check_samples(samples, num_classes, palette, advance)
+        if config.cache is None:
+            check_samples(samples, config.num_classes, config.palette, advance)
+        else:  # to fill the cache is to read everything once
+            in_threads(make_dataset(config, samples).read, samples, advance)
 
 
 def build_adapted_model(config: RunConfig) -> SamForSegmentation:
@@ -325,11 +384,22 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     return model.eval(), config
 
 
-def evaluate_run(path: Path, split: str = "test", data: Path | None = None) -> dict[str, Any]:
+def evaluate_run(
+    path: Path,
+    split: str = "test",
+    data: Path | None = None,
+    resolution: Resolution | None = None,
+) -> dict[str, Any]:
     """Metrics of a trained or merged model on a split of its own data, or of another CSV folder.
 
+    Args:
+        path: a run's folder, or a merged model's.
+        split: which split.
+        data: another CSV folder.
+        resolution: other than the run's own.
+
     Returns:
-        ``loss``, ``dice``, ``iou``, ``accuracy``, ``per_class`` and the number of ``images``.
+        What ``naslora.evaluation.evaluate`` returns, and the number of ``images``.
 
     Raises:
         UserError: as ``load_model`` and ``find_splits``, or there is no such split.
@@ -337,10 +407,12 @@ def evaluate_run(path: Path, split: str = "test", data: Path | None = None) -> d
     model, config = load_model(path)
     if data is not None:
         config = dataclasses.replace(config, data=data, dataset="csv", root=None)
+    if resolution is not None:
+        config = dataclasses.replace(config, resolution=resolution)
     splits = find_splits(config)
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
-    check_with_progress(splits[split], config.num_classes, config.palette)
+    check_with_progress(splits[split], config)
     return {**evaluate_model(model, config, splits[split]), "images": len(splits[split])}
 
 
@@ -351,11 +423,13 @@ def evaluate_model(
     accelerator = make_accelerator(config.search)
     return evaluate(
         model.to(accelerator.device),
-        _dataset(config, samples),
+        make_dataset(config, samples, truth=config.resolution == "original"),
         accelerator,
         config.search.loss,
         config.foreground_names,
         config.search.batch_size,
+        config.search.workers,
+        config.metrics,
     )
 
 
@@ -384,37 +458,40 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
     if repeated:
         raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
-    predict, description = load_exported(path) if path.is_file() else _load_predictor(path)
+    predict, config = _load_predictor(path)
     samples = [Sample(image, None, "input") for image in images]
-    check_with_progress(samples, description.num_classes)
-    dataset = SegmentationDataset(samples, description.image_size, description.num_classes)
+    check_with_progress(samples, config)
+    dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
     written = []
     for sample, item in zip(dataset.samples, dataset, strict=True):
         labels = predict(item["image"][None])[0].numpy()
         picture = read_image(sample)
         mask = Image.fromarray(labels.astype(np.uint8)).resize(picture.size, Image.NEAREST)
-        shown = mask.point(lambda value: 255 * value) if description.num_classes == 1 else mask
+        shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
         target = output / f"{sample.image.stem}_mask.png"
         with replaced_file(target) as temporary:
             shown.save(temporary, format="PNG")
         with replaced_file(output / f"{sample.image.stem}_overlay.png") as temporary:
-            names = ["background", *description.class_names]
+            names = ["background", *config.foreground_names]
             overlay = paint(np.asarray(picture), np.asarray(mask), names)
             Image.fromarray(overlay).save(temporary, format="PNG")
         written.append(target)
     return written
 
 
-def _load_predictor(path: Path) -> tuple[Predict, Description]:
-    """As ``load_exported``, of a folder; on the run's device."""
+def _load_predictor(path: Path) -> tuple[Predict, RunConfig]:
+    """What a folder or an exported file predicts with: (B, 3, S, S) images to (B, S, S) labels."""
+    if path.is_file():
+        predict, held = load_exported(path)
+        return predict, RunConfig(
+            model=held.model,
+            image_size=held.image_size,
+            num_classes=held.num_classes,
+            class_names=held.class_names,
+        )
     model, config = load_model(path)
     model.to(make_accelerator(config.search).device)
-    return functools.partial(_predict, model), _describe(config)
-
-
-def _describe(config: RunConfig, part: Part = "model") -> Description:
-    names = tuple(config.foreground_names)
-    return Description(config.model, config.image_size, config.num_classes, names, part)
+    return functools.partial(_predict, model), config
 
 
 def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:
@@ -430,7 +507,9 @@ def export_run(path: Path, file_format: Format, output: Path, part: Part = "mode
         UserError: as ``load_model`` and ``export``.
     """
     model, config = load_model(path)
-    export(model, _describe(config, part), file_format, output)
+    names = tuple(config.foreground_names)
+    held = Description(config.model, config.image_size, config.num_classes, names, part)
+    export(model, held, file_format, output)
 
 
 def merge_run(
@@ -518,7 +597,10 @@ def count_parameters(model: SamForSegmentation) -> dict[str, int]:
     }
 
 
-def _dataset(config: RunConfig, samples: list[Sample], flip: bool = False) -> SegmentationDataset:
+def make_dataset(
+    config: RunConfig, samples: list[Sample], flip: bool = False, truth: bool = False
+) -> SegmentationDataset:
+    """The samples as the run's model sees them; ``truth`` as in ``SegmentationDataset``."""
     return SegmentationDataset(
         samples,
         config.image_size,
@@ -526,14 +608,16 @@ def _dataset(config: RunConfig, samples: list[Sample], flip: bool = False) -> Se
         config.palette,
         flip=flip,
         seed=config.adapter.seed,
+        cache=None if config.cache is None else Cache(config.cache),
+        truth=truth,
     )
 
 
-def _image_batches(
+def image_batches(
     config: RunConfig, samples: list[Sample], device: torch.device
 ) -> Iterator[Tensor]:
     """(B, 3, S, S) batches of a split's images, in order."""
-    dataset = _dataset(config, samples)
+    dataset = make_dataset(config, samples)
     size = config.search.batch_size
     for start in range(0, len(dataset), size):
         items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
@@ -545,7 +629,7 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
     started = time.perf_counter()
     best = max(search.history, key=quality)
     metrics: dict[str, Any] = {
-        "test": search.evaluate("test"),
+        "test": search.evaluate("test", config.metrics),
         "val": {name: best[f"val_{name}"] for name in ("loss", "dice", "iou", "accuracy")},
         "best_epoch": best["epoch"],
         "trainable_parameters": sum(counts.values()) - counts["frozen"],
@@ -563,7 +647,7 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
             except UserError as error:  # too few images for the mode; the others still tell
                 metrics["merge"][mode] = {"refused": str(error)}
                 continue
-            metrics["test_merged"][mode] = search.evaluate("test")
+            metrics["test_merged"][mode] = search.evaluate("test", config.metrics)
             if mode == "center" and config.search.anneal_epochs:
                 metrics["annealing"] = _annealing(search)
             metrics["merge"][mode] = report.to_dict()
@@ -582,11 +666,11 @@ def calibration(
 ) -> Iterator[Tensor]:
     """What a way of merging is fitted to - training images, evenly spread - or measured on."""
     if mode != "calibrated":
-        return _image_batches(config, splits["val"], device)
+        return image_batches(config, splits["val"], device)
     train = splits["train"] + splits.get("arch", [])
     train = list(dict.fromkeys(train))  # an arch split may be the training images again
     indices = np.linspace(0, len(train) - 1, min(images, len(train))).round().astype(int)
-    return _image_batches(config, [train[int(i)] for i in indices], device)
+    return image_batches(config, [train[int(i)] for i in indices], device)
 
 
 def _annealing(search: Search) -> dict[str, Any]:

@@ -14,6 +14,7 @@ auxiliary loss are of one), and a resumed run repeats the unbroken one.
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -46,6 +47,7 @@ LAST = "last.pt"  # everything that --resume needs
 PAPER_ALPHA_RATE, MAX_ALPHA_RATE = 3e-4, 0.1
 ALPHA_TRAVEL = 2.0
 Schedule = Literal["linear", "cosine", "constant"]
+Optimizer = Literal["adam", "adamw"]
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -66,10 +68,12 @@ class SearchConfig:
     """Images per optimizer step, over all processes."""
     accumulation: int = 1
     """Forward passes over which a process spreads its share of a batch."""
+    optimizer: Optimizer = "adam"
+    """Of the weights: `adam`, or `adamw`, whose weight decay is apart from the gradient."""
     learning_rate: float = 1e-4
-    """Adam's rate for the weights at the start."""
+    """The optimizer's rate for the weights at the start."""
     weight_decay: float = 1e-4
-    """Adam's weight decay for the weights."""
+    """The optimizer's weight decay for the weights."""
     schedule: Schedule = "linear"
     """How the rate of the weights falls, to zero at the end."""
     alpha_learning_rate: float | None = None
@@ -127,6 +131,7 @@ class SearchConfig:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} must be finite and not negative, got {value}")
         for name, choices in (
+            ("optimizer", Optimizer),
             ("schedule", Schedule),
             ("class_loss", ClassLoss),
             ("mixed_precision", Precision),
@@ -181,11 +186,17 @@ class Search:
         architecture = arch_parameters(model)
         ours = {id(parameter) for parameter in architecture}
         weights = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+        optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         self.weights = self._group(
-            weights, config.clip_norm, lr=config.learning_rate, weight_decay=config.weight_decay
+            weights,
+            optimizers[config.optimizer],
+            clip_norm=config.clip_norm,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
         )
         self.architecture = self._group(
             architecture,
+            torch.optim.Adam,
             clip_norm=0.0,
             lr=config.alpha_learning_rate or PAPER_ALPHA_RATE,
             weight_decay=config.alpha_weight_decay,
@@ -195,10 +206,16 @@ class Search:
         if config.anneal_epochs and not set_spatial(model, 1.0):
             raise UserError("anneal_epochs anneals the cells of preset 'linear'; there are none")
 
-    def _group(self, parameters: list[nn.Parameter], clip_norm: float, **adam: Any) -> Group | None:
+    def _group(
+        self,
+        parameters: list[nn.Parameter],
+        optimizer: type[torch.optim.Optimizer],
+        clip_norm: float,
+        **settings: Any,
+    ) -> Group | None:
         if not parameters:
             return None
-        return Group(parameters, torch.optim.Adam(parameters, **adam), clip_norm)
+        return Group(parameters, optimizer(parameters, **settings), clip_norm)
 
     def run(self) -> None:
         """Trains from the current epoch to the last; writes checkpoints after every epoch.
@@ -381,7 +398,7 @@ class Search:
         }
         return self.config.learning_rate * factor[self.config.schedule]
 
-    def evaluate(self, split: str) -> dict[str, Any]:
+    def evaluate(self, split: str, metrics: Sequence[str] = ()) -> dict[str, Any]:
         """Loss and metrics of a split, as ``naslora.evaluation.evaluate``."""
         config = self.config
         return evaluate(
@@ -392,6 +409,7 @@ class Search:
             self.class_names,
             config.batch_size,
             config.workers,
+            metrics,
         )
 
     def _batches(self, split: str) -> GlobalBatches:

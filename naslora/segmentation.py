@@ -44,8 +44,12 @@ class SegmentationOutput:
 
     def labels(self) -> Tensor:
         """(B, S, S) int64: 0 or 1 at a threshold of 0.5 if binary, else the best class."""
-        scores = self.class_map()
-        return (scores[:, 0] > 0.5).long() if self.classes is None else scores.argmax(1)
+        return labels_of(self.class_map())
+
+
+def labels_of(class_map: Tensor) -> Tensor:
+    """(B, K, H, W) scores as of ``class_map`` to (B, H, W) int64 labels."""
+    return (class_map[:, 0] > 0.5).long() if class_map.shape[1] == 1 else class_map.argmax(1)
 
 
 class SegmentationDecoder(nn.Module):
@@ -107,7 +111,8 @@ class SamForSegmentation(nn.Module):
         name: one of ``naslora.sam.MODELS``.
         image_size: side S of the square images in pixels, a multiple of 16.
         num_classes: 1 for binary segmentation, else K classes with the background as class 0.
-        num_tokens: mask tokens of the multi-class decoder.
+        num_tokens: mask tokens of the multi-class decoder; None takes 10, or one a class where
+            there are more classes.
 
     Attributes:
         left_out: what its SAM checkpoint has and the model has not, for ``sam_state_dict``.
@@ -121,11 +126,12 @@ class SamForSegmentation(nn.Module):
         name: str,
         image_size: int = 1024,
         num_classes: int = 1,
-        num_tokens: int = MULTICLASS_TOKENS,
+        num_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise UserError(f"num_classes must be at least 1, got {num_classes}")
+        num_tokens = num_tokens or max(MULTICLASS_TOKENS, num_classes)
         if num_classes > 1 and num_tokens < num_classes:
             raise UserError(f"{num_classes} classes need as many mask tokens, got {num_tokens}")
         self.image_size = image_size
