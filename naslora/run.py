@@ -58,6 +58,7 @@ from naslora.methods import (
     METHODS,
     MethodName,
     apply,
+    check_merges,
     merge,
     merge_modes,
     searches,
@@ -540,6 +541,7 @@ def merge_run(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another --output")
     model, config = load_model(path)
+    check_merges(model)
     splits = find_splits(config)
     scores = {"before": evaluate_model(model, config, splits["val"])}
     report = merge(model, mode, calibration(config, splits, mode, model.pixel_mean.device, images))

@@ -165,13 +165,22 @@ def merge(
     Raises:
         UserError: as ``naslora.merge``; the method cannot be merged, and why.
     """
+    check_merges(model)
     present = applied(model)
-    if present is None:
-        return nas_lora.merge(model, mode, calibration)
-    method = METHODS[present.name]
-    if method.merge is None:
+    fold = METHODS[present.name].merge if present else nas_lora.merge
+    return fold(model, mode, calibration)
+
+
+def check_merges(model: nn.Module) -> None:
+    """Refuses a model whose method cannot be merged.
+
+    Raises:
+        UserError: and why it cannot.
+    """
+    present = applied(model)
+    if present is not None and METHODS[present.name].merge is None:
+        method = METHODS[present.name]
         raise UserError(f"{method.title} cannot be merged: {method.why_unmerged}")
-    return method.merge(model, mode, calibration)
 
 
 def _own_tensors(encoder: nn.Module, before: set[int]) -> list[str]:
