@@ -431,10 +431,11 @@ def _mean_text(row: dict[str, Any], name: str) -> str:
 def as_markdown(rows: list[dict[str, Any]], notes: list[str]) -> str:
     """The tables and what has to be said about them."""
     tables = [table for table in (main_table(rows), merged_table(rows)) if table[1]]
-    return "\n\n".join([*(_markdown_table(*table) for table in tables), *notes]) + "\n"
+    return "\n\n".join([*(markdown_table(*table) for table in tables), *notes]) + "\n"
 
 
-def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of text in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

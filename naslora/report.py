@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -24,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from naslora.files import replaced_file
+from naslora.metrics import METRICS
 
 STAGE_2_LABEL = "stage 2: architecture search"
 SPLITS = {"val": "Validation", "test": "Test"}
@@ -210,6 +212,7 @@ def write_report(
             ``data``) make the title.
         metrics: ``test``, ``val`` and each mode of ``test_merged`` hold ``dice``, ``iou``,
             ``accuracy`` and ``per_class`` (class name to ``dice`` and ``iou``), all in [0, 1];
+            ``test`` further ``metrics``, ``resolution`` and ``groups`` as of ``evaluate``;
             ``merge`` holds per mode ``source`` and ``layers`` (``name``, ``update_error``,
             ``output_error``, both relative); further ``best_epoch``, ``trainable_parameters``,
             ``parameters`` (``frozen``, ``decoder``, ``adapter``, ``architecture``), ``seconds``
@@ -363,6 +366,83 @@ def _draw_inference(axes: Axes, rows: list[dict]) -> None:
 def _draw_memory(axes: Axes, rows: list[dict]) -> None:
     axes.barh(range(len(rows)), 1e-6 * _column(rows, "peak_memory"), height=0.65, color=GREEN)
     axes.set_xlabel("MB")
+
+
+# Studies: pages of tables, drawings and pictures
+
+
+class Table(NamedTuple):
+    """A table of text."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+class Drawing(NamedTuple):
+    """A plot."""
+
+    name: str
+    """Unique on its page, and its file's."""
+    caption: str
+    draw: Callable[[Axes], None]
+    size: tuple[float, float] = (4.6, 3)
+    """In inches."""
+
+    def save(self, path: Path) -> None:
+        """Writes it as a PNG file."""
+        with matplotlib.style.context(["default", FIGURE_STYLE]):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure.add_subplot())
+            with replaced_file(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=150)
+
+
+class Picture(NamedTuple):
+    """Pixels, (H, W, 3) uint8."""
+
+    caption: str
+    image: np.ndarray
+
+
+Part = str | Table | Drawing | Picture  # a string is a note
+
+
+def write_study(path: Path, title: str, sections: dict[str, list[Part]], config: dict) -> None:
+    """Writes a study as one self-contained HTML file, atomically.
+
+    Args:
+        path: the file to write.
+        title: of the page.
+        sections: heading to parts, in order.
+        config: the configuration, shown whole at the end.
+    """
+    body = "".join(_section(escape(name), _parts(parts)) for name, parts in sections.items())
+    page = _page(title, f"<h1>{escape(title)}</h1>", body + _configuration(config))
+    with replaced_file(Path(path)) as temporary:
+        temporary.write_bytes(page.encode("utf-8", errors="xmlcharrefreplace"))
+
+
+def _parts(parts: list[Part]) -> str:
+    """Parts in order; neighbouring drawings and pictures stand side by side."""
+    html = ""
+    for kind, group in groupby(parts, key=type):
+        if kind is str:
+            html += "".join(_note(escape(text)) for text in group)
+        elif kind is Table:
+            html += "".join(_table(table.head, table.rows) for table in group)
+        elif kind is Drawing:
+            html += _figures(*(_figure(d.name, d.caption, d.draw, d.size) for d in group))
+        else:
+            html += _figures(*map(_picture_figure, group))
+    return html
+
+
+def _picture_figure(picture: Picture) -> str:
+    return (
+        f'<figure><img src="{_data_uri(picture.image)}" alt="{escape(picture.caption)}" '
+        f'style="width: 100%; height: auto"><figcaption>{escape(picture.caption)}</figcaption>'
+        "</figure>"
+    )
 
 
 # The page
@@ -817,15 +897,18 @@ def _panel(panel: Panel, class_names: list[str]) -> str:
 
 
 def _picture(kind: str, name: str, pixels: np.ndarray) -> str:
+    height, width = pixels.shape[:2]
+    return (
+        f'<div><img src="{_data_uri(pixels)}" width="{width}" height="{height}"'
+        f' alt="{kind} of {escape(name)}"><span>{kind}</span></div>'
+    )
+
+
+def _data_uri(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     # JPEG without colour subsampling: the edges of the overlay stay sharp at a fraction of a PNG.
     Image.fromarray(pixels).save(buffer, "JPEG", quality=88, subsampling=0)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    height, width = pixels.shape[:2]
-    return (
-        f'<div><img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}"'
-        f' alt="{kind} of {escape(name)}"><span>{kind}</span></div>'
-    )
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.ndarray:
@@ -906,7 +989,7 @@ def _scores(metrics: dict) -> str:
     if not splits:
         return _section("Scores", _note("This run has neither validation nor test scores."))
     tables = "".join(_score_table(label, scores) for label, scores in splits.items())
-    body = f'<div class="tables">{tables}</div>'
+    body = f'<div class="tables">{tables}</div>{_metric_table(metrics.get("test") or {})}'
     if not metrics.get("test"):
         body += _note("This run has no test scores.")
     return _section("Scores", body)
@@ -922,6 +1005,36 @@ def _score_table(label: str, scores: dict) -> str:
     if _known(scores.get("accuracy")):
         label = f"{label}, pixel accuracy {_number(scores['accuracy'])}"
     return _table(["Class", "Dice", "IoU"], rows, label, total=True)
+
+
+def _metric_table(scores: dict) -> str:
+    """What the data set is reported by: over the whole test split, and over its groups."""
+    if not scores.get("metrics"):
+        return ""
+    head, rows = metric_rows(scores)
+    caption = f"Test, scored at the resolution {scores.get('resolution', MISSING)}"
+    return _table(head, rows, caption)
+
+
+def metric_rows(scores: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of text of a split's metrics, as ``naslora.evaluation.evaluate`` returns them.
+
+    A metric is a row, and so is each class of one that has a number for each.
+    """
+    groups = scores.get("groups") or {}
+    head = ["Metric", "All", *(f"{name} ({group['images']})" for name, group in groups.items())]
+    columns = [scores["metrics"], *(group["metrics"] for group in groups.values())]
+    rows = []
+    for name, value in scores["metrics"].items():
+        label = METRICS[name].label if name in METRICS else name
+        if isinstance(value, dict):
+            rows += [
+                [f"{label}, {part}", *(_number(column[name].get(part)) for column in columns)]
+                for part in value
+            ]
+        else:
+            rows.append([label, *(_number(column[name]) for column in columns)])
+    return head, rows
 
 
 def _merging(metrics: dict) -> str:
