@@ -62,7 +62,7 @@ def pytest_addoption(parser):
     group.addoption("--device", default="cuda" if on_gpu else "cpu")
     group.addoption("--methods", default=",".join(METHODS), help="default: all")
     group.addoption("--compiled", default="", help="methods to time through torch.compile, too")
-    group.addoption("--rounds", type=int, default=9, help="measurements of each contestant")
+    group.addoption("--rounds", type=int, default=5, help="measurements of each contestant")
 
 
 def _runs_once(config):
