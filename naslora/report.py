@@ -38,6 +38,7 @@ PHASES = {
 ROUNDING = 1e-4
 # Pixels on the longer side of an embedded picture: 18 of them stay well below 3 MB.
 PICTURE_SIDE = 320
+PICTURE_ROW = 4 * PICTURE_SIDE  # of pictures that stand in a row
 MISSING = "–"  # an en dash, the usual mark of an empty cell
 
 # Name: (light, dark). Figures are drawn in the light values, which are then replaced by the
@@ -438,8 +439,10 @@ def _parts(parts: list[Part]) -> str:
 
 
 def _picture_figure(picture: Picture) -> str:
+    image = Image.fromarray(picture.image)
+    image.thumbnail((PICTURE_ROW, PICTURE_ROW))
     return (
-        f'<figure><img src="{_data_uri(picture.image)}" alt="{escape(picture.caption)}" '
+        f'<figure><img src="{_data_uri(np.asarray(image))}" alt="{escape(picture.caption)}" '
         f'style="width: 100%; height: auto"><figcaption>{escape(picture.caption)}</figcaption>'
         "</figure>"
     )
