@@ -99,6 +99,7 @@ CLAIMS = (
     ),
     Claim("inference merged with exact / untouched", _merged("exact"), at_most=1.01),
     Claim("inference merged with center / untouched", _merged("center"), at_most=1.01),
+    Claim("inference merged with calibrated / untouched", _merged("calibrated"), at_most=1.01),
     Claim(
         "bytes saved for the backward, NAS-PC-LoRA / LoRA",
         lambda m: m.saved("nas-pc-lora", "lora"),

@@ -1,6 +1,7 @@
 """Small adapted models, and what tests of merging ask of them."""
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
@@ -62,6 +63,12 @@ def tokens(*shape: int, dtype=torch.float32, seed: int = 8) -> torch.Tensor:
 
 def images(seed: int = 5) -> torch.Tensor:
     return tokens(2, 3, SIZE, SIZE, seed=seed)
+
+
+def smooth_images(count: int, seed: int) -> torch.Tensor:
+    """Images whose neighbourhoods look alike, as those of photographs do."""
+    noise = tokens(count, 3, 5, 5, seed=seed)
+    return F.interpolate(noise, (SIZE, SIZE), mode="bicubic")
 
 
 def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapted_models import (
-    SIZE,
     adapted_encoder,
     adapted_layer,
     build_encoder,
     images,
     randomize,
     relative,
+    smooth_images,
     snapshot,
     tokens,
 )
@@ -173,12 +173,6 @@ def test_layers_are_fitted_in_turn_on_what_the_merged_ones_give():
         assert_close(merged.bias, bias, rtol=1e-5, atol=1e-6)
         assert errors[name].tokens == 3 * 2 * 5 * 6
         inputs = F.gelu(F.linear(inputs, weight, bias))
-
-
-def smooth_images(count: int, seed: int) -> torch.Tensor:
-    """Images whose neighbourhoods look alike, as those of photographs do."""
-    noise = tokens(count, 3, 5, 5, seed=seed)
-    return F.interpolate(noise, (SIZE, SIZE), mode="bicubic")
 
 
 @torch.no_grad()
