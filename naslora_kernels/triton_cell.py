@@ -9,14 +9,18 @@ sums over lanes. That takes 68 + 4c multiplications a pixel and channel, the one
 that they fold to takes 41c. Only dL/dz needs that one, as its pointwise part comes first.
 
 A program is one warp, so that sums over pixels and lanes are shuffles and need no shared memory.
-Tap (DY, DX) of a kernel of SIZE x SIZE taps lies ``DY * DILATION`` rows away and so on; convolution
-i has SIZE 3, 5, 3, 5 and DILATION 1, 1, 2, 2.
 """
 
 import triton
 import triton.language as tl
 
 from naslora_kernels.triton_numbers import rounded
+
+# The convolutions, in the order of alpha.
+SIZES = tl.constexpr((3, 5, 3, 5))
+DILATIONS = tl.constexpr((1, 1, 2, 2))
+REACHES = tl.constexpr((1, 2, 2, 4))  # how far the outermost tap lies
+TAPS_BEFORE = tl.constexpr((0, 9, 34, 43))  # of the convolutions before
 
 # ---- Pixels, channels, weights -----------------------------------------------------------------
 
@@ -101,19 +105,26 @@ def softmax(alpha_ptr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _tap(DY: tl.constexpr, DX: tl.constexpr, I: tl.constexpr):
+    """Which tap of the I-th convolution lies (DY, DX) away."""
+    return ((DY + REACHES[I]) * SIZES[I] + DX + REACHES[I]) // DILATIONS[I]
+
+
+@triton.jit
 def _convolve(
-    z, rows, columns, mask, strides, dw, in_lanes,
-    SIZE: tl.constexpr, DILATION: tl.constexpr, DTYPE: tl.constexpr,
+    z, rows, columns, mask, strides, dw_ptr, lanes, in_lanes, I: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
-    """A depthwise convolution at (PIXELS, LANES) pointers z; (1, LANES) pointers dw to kernels."""
+    """The I-th depthwise convolution at (PIXELS, LANES) pointers z."""
+    REACH: tl.constexpr = REACHES[I]
+    DILATION: tl.constexpr = DILATIONS[I]
     total = tl.zeros(z.shape, DTYPE)
-    for tap in tl.static_range(SIZE * SIZE):
-        DY: tl.constexpr = (tap // SIZE - SIZE // 2) * DILATION
-        DX: tl.constexpr = (tap % SIZE - SIZE // 2) * DILATION
-        inside = mask & rows[DY + 4] & columns[DX + 4]
-        value = tl.load(z + (DY * strides[1] + DX * strides[2]), mask=inside, other=0.0)
-        weight = tl.load(dw + tap, mask=in_lanes, other=0.0)
-        total += value.to(DTYPE) * weight.to(DTYPE)
+    for DY in tl.static_range(-REACH, REACH + 1, DILATION):
+        for DX in tl.static_range(-REACH, REACH + 1, DILATION):
+            inside = mask & rows[DY + 4] & columns[DX + 4]
+            value = tl.load(z + (DY * strides[1] + DX * strides[2]), mask=inside, other=0.0)
+            dw = dw_ptr + lanes * (SIZES[I] * SIZES[I]) + _tap(DY, DX, I)
+            weight = tl.load(dw, mask=in_lanes, other=0.0)
+            total += value.to(DTYPE) * weight.to(DTYPE)
     return total
 
 
@@ -164,10 +175,8 @@ def cell_forward_kernel(
     mixed = a[4] * average + a[5] * maximum + a[6] * skipped
     convolved = ()
     for i in tl.static_range(4):
-        SIZE: tl.constexpr = 3 + 2 * (i % 2)
-        dw = depthwise[i] + lanes * (SIZE * SIZE)
         convolution = _convolve(
-            z, rows, columns, mask, strides, dw, in_lanes, SIZE, 1 + i // 2, DTYPE
+            z, rows, columns, mask, strides, depthwise[i], lanes, in_lanes, i, DTYPE
         )
         convolved = convolved + (convolution * a[i],)
     for o in range(CHANNELS):
@@ -233,22 +242,19 @@ def cell_backward_kernel(
         dw_sums = pw_sums + 4 * CHANNELS * CHANNELS
         a_sums = dw_sums + 68 * CHANNELS
         for i in tl.static_range(4):
-            SIZE: tl.constexpr = 3 + 2 * (i % 2)
-            DILATION: tl.constexpr = 1 + i // 2
             pw = pw_ptr + i * CHANNELS * CHANNELS
             if part // BLOCKS == i:
                 _pointwise_sums(
                     grad_y_ptr, z_ptr, depthwise[i], pw, channels_ptr,
                     pw_sums + i * CHANNELS * CHANNELS, a_sums + part, part % BLOCKS * BLOCK,
                     first, shape, grad_strides, strides,
-                    CHANNELS, LANES, PIXELS, BLOCK, STEPS, SIZE, DILATION, DTYPE,
+                    i, CHANNELS, LANES, PIXELS, BLOCK, STEPS, DTYPE,
                 )  # fmt: skip
             if part == 4 * BLOCKS + i:
-                TAPS_BEFORE: tl.constexpr = (i // 2) * 34 + (i % 2) * 9
                 _depthwise_sums(
-                    grad_y_ptr, z_ptr, pw, channels_ptr, dw_sums + TAPS_BEFORE * CHANNELS,
+                    grad_y_ptr, z_ptr, pw, channels_ptr, dw_sums + TAPS_BEFORE[i] * CHANNELS,
                     first, shape, grad_strides, strides,
-                    CHANNELS, LANES, PIXELS, STEPS, SIZE, DILATION, DTYPE,
+                    i, CHANNELS, LANES, PIXELS, STEPS, DTYPE,
                 )  # fmt: skip
         if part == PARTS - 1:
             _pooling_sums(
@@ -285,7 +291,7 @@ def _gradient_of_maps(
             inside = mask & rows[DY + 4] & columns[DX + 4]
             value = tl.load(z + (DY * strides[1] + DX * strides[2]), mask=inside, other=0.0)
             value = value.to(DTYPE)
-            bit: tl.constexpr = 1 << ((DY + 2) * 5 + DX + 2)
+            bit = 1 << ((DY + 2) * 5 + DX + 2)
             if DY < 0 or (DY == 0 and DX < 0):
                 beaten |= tl.where(inside & ~((centre > value) | (centre != centre)), bit, 0)
             elif DY > 0 or DX > 0:
@@ -298,7 +304,7 @@ def _gradient_of_maps(
             offset = DY * grad_strides[1] + DX * grad_strides[2]
             grad = tl.load(grad_y + offset, mask=inside, other=0.0).to(DTYPE)
             size = _window_size(y + DY, x + DX, shape[1], shape[2]).to(DTYPE)
-            window: tl.constexpr = 0b111_00111_00111 << ((DY + 1) * 5 + DX + 1)
+            window = 0b111_00111_00111 << ((DY + 1) * 5 + DX + 1)
             grad_z += a[4] * (grad / size) + tl.where((beaten & window) == 0, a[5] * grad, 0.0)
 
     for first in range(0, CHANNELS, BLOCK):
@@ -320,26 +326,21 @@ def _gradient_of_maps(
                     for _ in tl.static_range(BLOCK):
                         kernels = kernels + (tl.zeros((1, LANES), DTYPE),)
                     for i in tl.static_range(4):
-                        DILATION: tl.constexpr = 1 + i // 2
-                        HALF: tl.constexpr = 1 + i % 2
-                        REACH: tl.constexpr = HALF * DILATION
                         if (
-                            DY % DILATION == 0 and DX % DILATION == 0
-                            and DY >= -REACH and DY <= REACH and DX >= -REACH and DX <= REACH
+                            DY % DILATIONS[i] == 0 and DX % DILATIONS[i] == 0
+                            and DY * DY <= REACHES[i] * REACHES[i] and DX * DX <= REACHES[i] * REACHES[i]
                         ):  # fmt: skip
-                            SIZE: tl.constexpr = 2 * HALF + 1
-                            tap = (HALF - DY // DILATION) * SIZE + HALF - DX // DILATION
-                            dw = depthwise[i] + lanes * (SIZE * SIZE) + tap
+                            dw = depthwise[i] + lanes * (SIZES[i] * SIZES[i]) + _tap(-DY, -DX, i)
                             weight = tl.load(dw, mask=in_lanes, other=0.0).to(DTYPE)
                             sums = ()
                             for j in tl.static_range(BLOCK):
                                 sums = sums + (kernels[j] + weights[4 * j + i] * weight,)
                             kernels = sums
-                    inside = exists & rows[DY + 4] & columns[DX + 4]
-                    offset = DY * grad_strides[1] + DX * grad_strides[2]
+                    in_map = exists & rows[DY + 4] & columns[DX + 4]
+                    away = DY * grad_strides[1] + DX * grad_strides[2]
                     for j in tl.static_range(BLOCK):
-                        grad = tl.load(outputs[j] + offset, mask=inside & exist[j], other=0.0)
-                        grad_z += grad.to(DTYPE) * kernels[j]
+                        g = tl.load(outputs[j] + away, mask=in_map & exist[j], other=0.0)
+                        grad_z += g.to(DTYPE) * kernels[j]
 
     grad_z_pixels = grad_z_ptr + (start + tl.arange(0, PIXELS)[:, None]) * rank
     tl.store(grad_z_pixels + channels, rounded(grad_z, grad_z_ptr.dtype.element_ty), mask=mask)
@@ -354,10 +355,10 @@ def _gradient_of_maps(
 def _pointwise_sums(
     grad_y_ptr, z_ptr, dw_ptr, pw_ptr, channels_ptr, sums_ptr, a_sum_ptr, first_output, first,
     shape, grad_strides, strides,
-    CHANNELS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-    STEPS: tl.constexpr, SIZE: tl.constexpr, DILATION: tl.constexpr, DTYPE: tl.constexpr,
+    I: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """<g_o, dw * z> for BLOCK output channels o of a convolution, and its product with pw."""
+    """<g_o, dw * z> of the I-th convolution for BLOCK output channels o, and its product with pw."""
     lanes = tl.arange(0, LANES)[None, :]
     in_lanes = lanes < CHANNELS
     channels = _channel(channels_ptr, lanes, CHANNELS)
@@ -370,8 +371,7 @@ def _pointwise_sums(
         rows, columns = _around(y, shape[1]), _around(x, shape[2])
         mask = exists & in_lanes
         z = z_ptr + _offset(image, y, x, strides) + channels * strides[3]
-        dw = dw_ptr + lanes * (SIZE * SIZE)
-        convolved = _convolve(z, rows, columns, mask, strides, dw, in_lanes, SIZE, DILATION, DTYPE)
+        convolved = _convolve(z, rows, columns, mask, strides, dw_ptr, lanes, in_lanes, I, DTYPE)
         grad_pixels = grad_y_ptr + _offset(image, y, x, grad_strides)
         new_sums = ()
         for j in tl.static_range(BLOCK):
@@ -394,15 +394,18 @@ def _pointwise_sums(
 @triton.jit
 def _depthwise_sums(
     grad_y_ptr, z_ptr, pw_ptr, channels_ptr, sums_ptr, first, shape, grad_strides, strides,
-    CHANNELS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr,
-    SIZE: tl.constexpr, DILATION: tl.constexpr, DTYPE: tl.constexpr,
+    I: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr,
+    STEPS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """<pw^T g, z at each tap> of a convolution."""
+    """<pw^T g, z at each tap> of the I-th convolution."""
+    REACH: tl.constexpr = REACHES[I]
+    DILATION: tl.constexpr = DILATIONS[I]
+    TAPS: tl.constexpr = SIZES[I] * SIZES[I]
     lanes = tl.arange(0, LANES)[None, :]
     in_lanes = lanes < CHANNELS
     channels = _channel(channels_ptr, lanes, CHANNELS)
     sums = ()
-    for _ in tl.static_range(SIZE * SIZE):
+    for _ in tl.static_range(TAPS):
         sums = sums + (tl.zeros((PIXELS, LANES), DTYPE),)
     for step in range(STEPS):
         image, y, x, exists = _locate(first + step * PIXELS, shape, PIXELS)
@@ -417,19 +420,18 @@ def _depthwise_sums(
             weights = tl.load(pw_ptr + o * CHANNELS + lanes, mask=in_lanes, other=0.0)
             mixed += grad.to(DTYPE) * weights.to(DTYPE)
         new_sums = ()
-        for tap in tl.static_range(SIZE * SIZE):
-            DY: tl.constexpr = (tap // SIZE - SIZE // 2) * DILATION
-            DX: tl.constexpr = (tap % SIZE - SIZE // 2) * DILATION
-            inside = mask & rows[DY + 4] & columns[DX + 4]
-            value = tl.load(z + (DY * strides[1] + DX * strides[2]), mask=inside, other=0.0)
-            # An infinite gradient must not meet the zero that stands outside of the map.
-            term = tl.where(inside, mixed, 0.0) * value.to(DTYPE)
-            new_sums = new_sums + (sums[tap] + term,)
+        for DY in tl.static_range(-REACH, REACH + 1, DILATION):
+            for DX in tl.static_range(-REACH, REACH + 1, DILATION):
+                inside = mask & rows[DY + 4] & columns[DX + 4]
+                value = tl.load(z + (DY * strides[1] + DX * strides[2]), mask=inside, other=0.0)
+                # An infinite gradient must not meet the zero that stands outside of the map.
+                term = tl.where(inside, mixed, 0.0) * value.to(DTYPE)
+                new_sums = new_sums + (sums[len(new_sums)] + term,)
         sums = new_sums
 
     lane = tl.arange(0, LANES)
-    for tap in tl.static_range(SIZE * SIZE):
-        to = sums_ptr + lane * (SIZE * SIZE) + tap
+    for tap in tl.static_range(TAPS):
+        to = sums_ptr + lane * TAPS + tap
         tl.store(to, tl.sum(sums[tap], axis=0), mask=lane < CHANNELS)
 
 

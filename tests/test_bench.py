@@ -22,6 +22,7 @@ GOOD = {
     ("untouched", "inference"): 0.4,
     ("nas-pc-lora merged exact", "inference"): 0.402,
     ("nas-pc-lora merged center", "inference"): 0.4,
+    ("nas-pc-lora merged calibrated", "inference"): 0.398,
     ("conv-lora", "inference"): 0.5,
 }
 SAVED = {"lora": 1000, "nas-pc-lora": 1010}

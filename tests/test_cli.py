@@ -231,7 +231,6 @@ def test_unknown_data_set(refused, data, tmp_path):
         ("--model vit_x", "model must be one of vit_t"),
         ("--image-size 40", "multiple of 16, got 40"),
         ("--num-classes 0", "num_classes must be at least 1, got 0"),
-        ("--num-classes 11", "11 classes need as many mask tokens"),
         ("--num-classes 3 --class-names one", "class_names must name the 2 foreground classes"),
         ("--palette #000000 nocolour", "--palette"),
         ("--arch-fraction 1", "arch_fraction must lie in [0, 1)"),
