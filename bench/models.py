@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from bench import counts
 from naslora import NASLoRAConfig, arch_parameters
 from naslora.errors import UserError
 from naslora.methods import (
@@ -24,6 +25,7 @@ from naslora.search import SearchConfig
 from naslora.segmentation import SamForSegmentation, build_model
 
 UNTOUCHED = "untouched"
+MOST_INPUTS = 1280  # of a layer, in ViT-H
 COMPILED = " compiled"
 MERGED = " merged "
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -207,11 +209,17 @@ def inference_models(
         method, _, mode = name.partition(MERGED)
         if mode and method in models:
             models[name] = sharing_copy(models[method])
-            merge(models[name], mode, calibration)
+            merge(models[name], mode, enough(calibration) if mode == "calibrated" else calibration)
         elif not mode:
             with contextlib.suppress(UserError):
                 models[name] = adapted(method, base)
     return {name: model.eval() for name, model in models.items()}
+
+
+def enough(calibration: list[Tensor]) -> list[Tensor]:
+    """The images so often that the widest layer of the largest model may be fitted to them."""
+    tokens = sum(len(images) * (images.shape[-1] // 16) ** 2 for images in calibration)
+    return calibration * -(-MOST_INPUTS // tokens)
 
 
 def inference(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], Tensor]:
@@ -263,7 +271,8 @@ def _difference(contestant: Contestant, reference: Contestant) -> str | None:
 
 
 def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tensor) -> str | None:
-    """Why these models must not be timed, or None: exact merges change nothing but rounding."""
+    """Why these models must not be timed, or None: exact merges change nothing but rounding, and
+    merges that cost nothing leave the untouched model's modules and operators."""
     tolerance = 1e-4 if setting.precision == "no" else 0.1
     outputs = {name: inference(model, setting, images)() for name, model in models.items()}
     for name, output in outputs.items():
@@ -272,6 +281,15 @@ def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tenso
             error = (output - outputs[method]).norm() / outputs[method].norm()
             if not error < tolerance:
                 return f"{name} differs from {method} by {error:.1e} of its norm"
+        if mode in ("center", "calibrated"):
+            plain, merged = models[UNTOUCHED], models[name]
+            if [type(m) for m in plain.modules()] != [type(m) for m in merged.modules()]:
+                return f"{name} has other modules than the untouched model"
+            first, second = (
+                counts.count(inference(model, setting, images)) for model in (plain, merged)
+            )
+            if (first.operations, first.calls) != (second.operations, second.calls):
+                return f"{name} runs other operators than the untouched model"
         if "lora" in method and not mode and torch.equal(output, outputs[UNTOUCHED]):
             return f"{name} computes what the untouched model computes"
     return None
