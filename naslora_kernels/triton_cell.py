@@ -396,7 +396,7 @@ def _pointwise_sums(
     channels = _channel(channels_ptr, lanes, CHANNELS)
     sums_3x3 = tl.zeros((BLOCK, PIXELS, LANES), DTYPE)
     sums_5x5 = sums_3x3
-    for step in range(STEPS):
+    for step in tl.range(STEPS, disable_licm=True):
         image, y, x, exists = _locate(first + step * PIXELS, shape, PIXELS)
         mask = exists & in_lanes
         z = z_ptr + _offset(image, y, x, strides) + channels * strides[3]
@@ -434,7 +434,7 @@ def _depthwise_sums(
     channels = _channel(channels_ptr, lanes, CHANNELS)
     sums_3x3 = tl.zeros((32, PIXELS, LANES), DTYPE)
     sums_5x5 = sums_3x3
-    for step in range(STEPS):
+    for step in tl.range(STEPS, disable_licm=True):
         image, y, x, exists = _locate(first + step * PIXELS, shape, PIXELS)
         mask = exists & in_lanes
         grad_pixels = grad_y_ptr + _offset(image, y, x, grad_strides)
@@ -478,7 +478,7 @@ def _pooling_sums(
     channels = _channel(channels_ptr, lanes, CHANNELS)
     average_sum = tl.zeros((1, PIXELS, LANES), DTYPE)
     maximum_sum, skip_sum = average_sum, average_sum
-    for step in range(STEPS):
+    for step in tl.range(STEPS, disable_licm=True):
         image, y, x, exists = _locate(first + step * PIXELS, shape, PIXELS)
         mask = exists & in_lanes
         z = z_ptr + _offset(image, y, x, strides) + channels * strides[3]
