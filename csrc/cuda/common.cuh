@@ -79,6 +79,14 @@ class Carver {
   size_t size_ = 0;
 };
 
+// body(i) for i in [0, count), shared out among the block's threads. Not unrolled: a copy of the body
+// for each of a few rounds costs time to compile, and registers, but gains none to run.
+template <typename Body>
+__device__ inline void for_block(int count, const Body& body) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += blockDim.x) body(i);
+}
+
 template <typename Arguments>
 void launch(const char* name, void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y,
             int threads, size_t shared, const Stream& stream, Arguments arguments) {
