@@ -1,10 +1,17 @@
-"""Fixtures of the benchmarks: the correctness gate, and what stands beside every number."""
+"""Fixtures of the benchmarks: the correctness gate, what is timed in turn, and what stands beside
+every number."""
 
+import dataclasses
 import functools
+import gc
 
 import pytest
+import torch
 
-from bench import cases, timing
+from bench import cases, models, suite, timing
+from bench.models import Setting
+from naslora.methods import METHODS
+from naslora.sam import VITS, ViT
 
 copy_bandwidth = functools.cache(timing.copy_bandwidth)
 environment = functools.cache(cases.environment)
@@ -37,3 +44,100 @@ def parameters(all_cases, competitors):
         for competitor in competitors
         if "compiled" not in competitor or case in cases.COMPILED_CASES
     ]
+
+
+# ---- Whole models ------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    """What the groups training_step, inference, memory and startup measure."""
+    group = parser.getgroup("benchmarks of whole models")
+    on_gpu = torch.cuda.is_available()
+    group.addoption("--models", help="encoders; default: vit_b,vit_t, or vit_h on a GPU")
+    group.addoption("--image-size", type=int, default=1024 if on_gpu else 256, help="pixels")
+    group.addoption("--batch", type=int, default=1 if on_gpu else 4, help="images a step")
+    group.addoption(
+        "--precision", choices=list(models.PRECISIONS), default="bf16" if on_gpu else "no"
+    )
+    group.addoption("--device", default="cuda" if on_gpu else "cpu")
+    group.addoption("--methods", default=",".join(METHODS), help="default: all")
+    group.addoption("--compiled", default="", help="methods to time through torch.compile, too")
+    group.addoption("--rounds", type=int, default=9, help="measurements of each contestant")
+
+
+def _runs_once(config):
+    return config.getoption("benchmark_disable")
+
+
+def _settings(config):
+    """One setting an encoder; a tiny one where nothing is timed."""
+    if _runs_once(config):
+        return [Setting("vit_t", image_size=32, batch=2)]
+    names = config.getoption("models") or ("vit_h" if torch.cuda.is_available() else "vit_b,vit_t")
+    rest = [config.getoption(name) for name in ("image_size", "batch", "precision", "device")]
+    return [Setting(name, *rest) for name in names.split(",")]
+
+
+def _listed(config, option):
+    return [name for name in config.getoption(option).split(",") if name]
+
+
+def pytest_generate_tests(metafunc):
+    config = metafunc.config
+    methods, compiled = _listed(config, "methods"), _listed(config, "compiled")
+    if "setting" in metafunc.fixturenames:
+        metafunc.parametrize("setting", _settings(config), ids=str, scope="session")
+    if "training" in metafunc.fixturenames:
+        pairs = models.training_names(methods, compiled)
+        metafunc.parametrize("training", pairs, ids=" ".join)
+    if "inferring" in metafunc.fixturenames:
+        metafunc.parametrize("inferring", models.inference_names(methods))
+    if "method" in metafunc.fixturenames:
+        metafunc.parametrize("method", methods)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_when_run_once(pytestconfig):
+    """CI runs everything once; on a model that takes a blink."""
+    with pytest.MonkeyPatch.context() as patch:
+        if _runs_once(pytestconfig):
+            patch.setitem(VITS, "vit_t", ViT(width=32, depth=2, heads=2, global_blocks=(1,)))
+        yield
+
+
+@pytest.fixture(scope="session")
+def measured(pytestconfig):
+    """``measured(group, setting)``: everything of that group, measured together, once a session."""
+    methods, compiled = _listed(pytestconfig, "methods"), _listed(pytestconfig, "compiled")
+    rounds = 1 if _runs_once(pytestconfig) else pytestconfig.getoption("rounds")
+    groups = {
+        "training_step": lambda setting: suite.time_training(setting, methods, compiled, rounds),
+        "inference": lambda setting: suite.time_inference(setting, methods, rounds),
+        "memory": lambda setting: suite.measure_memory(setting, methods),
+    }
+
+    @functools.cache
+    def measure(group, setting):
+        result = groups[group](setting)
+        gc.collect()  # the models, before those of the next group are built
+        return result
+
+    return measure
+
+
+@pytest.fixture
+def record(benchmark):
+    """Gives a test's benchmark the samples that were taken in turn with the others'.
+
+    pytest-benchmark times one function at a time, and has no public door for samples.
+    """
+
+    def give(setting, seconds, **about):
+        benchmark.extra_info.update(dataclasses.asdict(setting), **about, **environment())
+        benchmark._mode = "interleaved"
+        if benchmark.enabled:
+            stats = benchmark._make_stats(iterations=1)
+            for sample in seconds:
+                stats.update(sample)
+
+    return give

@@ -1,7 +1,8 @@
-"""The command line: naslora demo | train | evaluate | predict | merge | info."""
+"""The command line, ``naslora COMMAND``: each command is a function below."""
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -15,9 +16,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from naslora import demo_run, run
+from naslora import ablation, analysis, demo_run, run
+from naslora import compare as comparison
 from naslora.errors import UserError
+from naslora.export import Format, Part
 from naslora.merging import MergeMode
+from naslora.methods import MethodName
+from naslora.recipe import load_recipe
+from naslora.report import metric_rows
 from naslora.run import RunConfig
 from naslora_kernels import available_backends, build_info
 
@@ -30,9 +36,10 @@ RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model."
 
 def main() -> None:
     """Runs a command; what the user can mend ends in one line and exit status 2."""
-    commands = (demo, train, evaluate, predict, merge, info)
+    commands = (demo, train, compare, ablate, evaluate, analyse, predict, merge, export, info)
     try:
-        _parse({command.__name__: _deferred(command) for command in commands})()
+        recipe = _named_recipe(sys.argv[1:])
+        _parse({command.__name__: _deferred(command, recipe) for command in commands})()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"naslora: error: {error}", file=sys.stderr)
@@ -45,13 +52,35 @@ def main() -> None:
             torch.distributed.destroy_process_group()
 
 
-def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+def _named_recipe(arguments: list[str]) -> RunConfig | None:
+    """The settings that the other options override; the parser needs them before it parses."""
+    for option, value in zip(arguments, [*arguments[1:], None], strict=True):
+        name = value if option == "--recipe" else option.partition("--recipe=")[2]
+        if name:
+            return load_recipe(name)
+    return None
+
+
+def _deferred(
+    command: Callable[..., None], recipe: RunConfig | None
+) -> Callable[..., Callable[[], None]]:
     """A command that only takes its arguments, so that parsing and running can fail apart."""
 
     @functools.wraps(command)
     def take(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(command, *args, **kwargs)
 
+    if recipe is not None:
+        signature = inspect.signature(command)
+        parameters = [
+            # Only parameters that are named may follow one with a default.
+            parameter.replace(
+                kind=inspect.Parameter.KEYWORD_ONLY,
+                default=recipe if parameter.name == "config" else parameter.default,
+            )
+            for parameter in signature.parameters.values()
+        ]
+        take.__signature__ = signature.replace(parameters=parameters)
     return take
 
 
@@ -95,19 +124,74 @@ def train(
     _summarise(run.train(config, output, resume), output)
 
 
+def compare(
+    config: Annotated[RunConfig, Flat],
+    methods: Annotated[tuple[MethodName, ...], tyro.conf.arg(help="The methods, row by row.")],
+    output: Annotated[Path, OUTPUT],
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each method's runs.")] = (0,),
+    resume: Annotated[
+        bool, tyro.conf.arg(help="Keep what --output has finished, and continue with the rest.")
+    ] = False,
+) -> None:
+    """Train several methods under one recipe; write tables and a report of quality and cost."""
+    cells = comparison.compare(config, methods, seeds, output, resume)
+    comparison.check_complete(cells, output)
+    print(f"look at {output / 'report.html'}")
+
+
+def ablate(
+    name: Annotated[
+        ablation.AblationName, Positional, tyro.conf.arg(help="What is varied.", metavar="WHAT")
+    ],
+    config: Annotated[RunConfig, Flat],
+    output: Annotated[Path, OUTPUT],
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each row's runs.")] = (0, 1, 2),
+    resume: Annotated[
+        bool,
+        tyro.conf.arg(help="Keep the finished runs in --output, of other ablations too."),
+    ] = False,
+) -> None:
+    """Vary operations, rank, blocks, the start of alpha or the channel ratio; write the table."""
+    print(ablation.ablate(name, config, seeds, output, resume))
+
+
 def evaluate(
     path: Annotated[Path, Positional, RUN],
     split: Annotated[str, tyro.conf.arg(help="Which split to score.")] = "test",
     data: Annotated[
         Path | None, tyro.conf.arg(help="Another CSV data folder; default: the run's own data.")
     ] = None,
+    resolution: Annotated[
+        run.Resolution | None,
+        tyro.conf.arg(help="Score at the model's size or at each mask's; default: the run's."),
+    ] = None,
 ) -> None:
     """Print a model's metrics on a split as JSON."""
-    print(json.dumps(run.evaluate_run(path, split, data), indent=2))
+    print(json.dumps(run.evaluate_run(path, split, data, resolution), indent=2))
+
+
+def analyse(
+    runs: Annotated[
+        tuple[Path, ...],
+        Positional,
+        tyro.conf.arg(metavar="RUN", help="Run folders that differ in their seed only."),
+    ],
+    output: Annotated[Path, OUTPUT],
+    images: Annotated[int, tyro.conf.arg(help="Test images to measure encoders on.")] = 100,
+) -> None:
+    """Compare a run's encoder with the frozen and a random one; show how the seeds converged."""
+    analysis.analyse(runs, output, images)
+    print(f"look at {output / 'report.html'}")
 
 
 def predict(
-    path: Annotated[Path, Positional, RUN],
+    path: Annotated[
+        Path,
+        Positional,
+        tyro.conf.arg(
+            metavar="MODEL", help="Folder of a run or of a merged model, or an exported file."
+        ),
+    ],
     inputs: Annotated[
         tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
     ],
@@ -123,16 +207,47 @@ def merge(
     output: Annotated[Path, OUTPUT],
     mode: Annotated[
         MergeMode,
-        tyro.conf.arg(help="exact: no loss, a small convolution stays; center: plain SAM layers."),
+        tyro.conf.arg(
+            help="exact: no loss, a small convolution stays; center, calibrated: plain SAM layers, "
+            "without what came from neighbours, or fitted to training images."
+        ),
     ] = "exact",
     max_error: Annotated[
         float | None,
         tyro.conf.arg(help="Refuse if a layer loses more than this share of its update."),
     ] = None,
+    images: Annotated[
+        int, tyro.conf.arg(help="Training images that mode calibrated is fitted to.")
+    ] = run.CALIBRATION_IMAGES,
 ) -> None:
     """Fold the trained adapters into the weights and write the model."""
-    print(run.merge_run(path, mode, output, max_error))
+    report, scores = run.merge_run(path, mode, output, max_error, images)
+    print(report)
+    before, after = (scores[when]["dice"] for when in ("before", "after"))
+    if before is not None and after is not None:
+        print(f"Dice on the validation images: {before:.4f} before, {after:.4f} after")
     print(f"wrote {output / 'model.safetensors'}")
+
+
+def export(
+    path: Annotated[
+        Path, Positional, tyro.conf.arg(metavar="MERGED", help="Folder of a merged model.")
+    ],
+    output: Annotated[Path, tyro.conf.arg(help="The file: .onnx, .safetensors or .pt2.")],
+    format: Annotated[
+        Format,
+        tyro.conf.arg(
+            help="onnx, torch-export: images to class scores; safetensors: the state dict that "
+            "segment_anything or MobileSAM loads, of a model merged with center or calibrated."
+        ),
+    ] = "onnx",
+    part: Annotated[
+        Part, tyro.conf.arg(help="The whole model, or the image encoder alone.")
+    ] = "model",
+) -> None:
+    """Write a merged model for another runtime."""
+    run.export_run(path, format, output, part)
+    print(f"wrote {output}")
 
 
 def info() -> None:
@@ -152,6 +267,12 @@ def _summarise(metrics: dict[str, Any], output: Path) -> None:
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console()
     console.print(table)
+    head, rows = metric_rows(metrics["test"])
+    reported = Table(*head)
+    for row in rows:
+        reported.add_row(*row)
+    console.print(reported)
+    console.print(f"scored at the resolution {metrics['test']['resolution']}", highlight=False)
     console.print(
         f"{metrics['trainable_parameters']:,} parameters trained in {metrics['seconds']:.0f} s; "
         f"look at {output / 'report.html'}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from naslora.errors import UserError
+from naslora_kernels import OPERATIONS
 
 ChannelSelection = Literal["first", "random", "resample"]
 CellInit = Literal["identity", "kaiming"]
@@ -37,6 +38,8 @@ class NASLoRAConfig:
     cell_init: CellInit = "identity"
     """Start of the cell's convolutions: near the identity, so that the mixture starts with gain 1,
     or kaiming-uniform, with which the search starts slower than LoRA."""
+    operations: tuple[str, ...] | None = None
+    """Which of the eight operations the cell mixes, for ablations; None means all."""
     seed: int = 0
     """Seed of every random number that ``inject`` draws."""
     backend: str | None = None
@@ -56,6 +59,7 @@ class NASLoRAConfig:
         _check_choice("channel_selection", self.channel_selection, ChannelSelection)
         _check_choice("cell_init", self.cell_init, CellInit)
         self._check_target()
+        self._check_operations()
         if self.blocks is not None:
             object.__setattr__(self, "blocks", tuple(self.blocks))
             if not self.blocks or len(set(self.blocks)) != len(self.blocks):
@@ -68,6 +72,17 @@ class NASLoRAConfig:
             re.compile(self.target)
         except (re.error, TypeError) as error:
             raise UserError(f"target is no regular expression: {self.target!r}: {error}") from error
+
+    def _check_operations(self) -> None:
+        if self.operations is None:
+            return
+        object.__setattr__(self, "operations", tuple(self.operations))
+        unknown = [name for name in self.operations if name not in OPERATIONS]
+        if unknown or not self.operations or len(set(self.operations)) != len(self.operations):
+            raise UserError(
+                f"operations must be distinct names out of {', '.join(OPERATIONS)}, got "
+                f"{', '.join(self.operations) or 'none'}"
+            )
 
     @property
     def scaling(self) -> float:

@@ -1,17 +1,17 @@
-"""Images with masks: the files of a data set, their decoding, and batches that no layout changes.
+"""Images with masks: their decoding, and batches that no number of processes changes.
 
-``load_splits`` finds the files and ``check_samples`` reads each of them once, so that what is wrong
-with the data is said before training starts. The flips and the order of an epoch are pure functions
+``check_samples`` reads every file once, so that what is wrong with the data is said before training
+starts. The flips and the order of an epoch are pure functions
 of the seed, the epoch and the sample's index: the same in any worker, with any number of processes,
 and in a run that was resumed.
 """
 
-import csv
+import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,14 +19,11 @@ from PIL import ExifTags, Image, ImageColor, ImageOps
 from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision.transforms.v2 import functional as transforms
 
-from naslora.demo_data import write_mni152
+from naslora.cache import Cache
 from naslora.errors import UserError
 
-REQUIRED_SPLITS = ("train", "val", "test")
-OPTIONAL_SPLIT = "arch"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
-IMAGE_FOLDERS = ("images", "image")
-MASK_FOLDERS = ("masks", "mask", "labels", "label")
+Encoding = Literal["labels", "threshold", "nonzero", "thirds"]
 
 # Each use of random numbers draws from a stream of its own.
 _HOLD_OUT, _ORDER, _FLIP = range(3)
@@ -38,34 +35,10 @@ class Sample(NamedTuple):
     image: Path
     mask: Path | None
     origin: str
-
-
-Splits = dict[str, list[Sample]]
-
-
-def load_splits(source: str, root: Path) -> Splits:
-    """Finds the files of a data set.
-
-    Args:
-        source: a key of ``DATASETS``: "csv" (``train.csv``, ``val.csv``, ``test.csv`` and perhaps
-            ``arch.csv`` with the columns ``image,label``, paths relative to ``root``), "folders"
-            (``train``, ``val``, ``test`` and perhaps ``arch``, each with ``images`` and ``masks``
-            whose files pair up by stem) or "mni152" (the demo, written to ``root`` on first use).
-        root: the folder of the data set.
-
-    Returns:
-        "train", "val", "test" and, where the data set has it, "arch" (the split that the
-        architecture is trained on): each a list of at least one sample, all with a mask.
-
-    Raises:
-        UserError: the source is unknown, files are missing or do not pair up, a CSV file is empty
-            or has other columns, or an image appears twice, in one split or in two.
-    """
-    if source not in DATASETS:
-        raise UserError(f"unknown data set {source!r}; known are: {', '.join(DATASETS)}")
-    splits = DATASETS[source](Path(root))
-    _check_distinct(splits)
-    return splits
+    encoding: Encoding = "labels"
+    """How the mask is drawn; see ``read_mask``."""
+    group: str | None = None
+    """A part of its split that is also scored on its own."""
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -74,7 +47,7 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         UserError: the folder does not exist.
     """
-    _check_folder(folder)
+    check_folder(folder)
     return sorted(
         path
         for path in folder.iterdir()
@@ -82,151 +55,14 @@ def list_images(folder: Path) -> list[Path]:
     )
 
 
-def _read_csv_splits(root: Path) -> Splits:
-    _check_folder(root)
-    missing = [f"{split}.csv" for split in REQUIRED_SPLITS if not (root / f"{split}.csv").is_file()]
-    if missing:
-        raise UserError(
-            f"{root}: looked for train.csv, val.csv and test.csv, {' and '.join(missing)} missing; "
-            f"the folder holds {_listing(p.name for p in root.iterdir())} (paired image and mask "
-            "folders are read with --dataset folders)"
-        )
-    splits = {split: _read_csv(root / f"{split}.csv") for split in REQUIRED_SPLITS}
-    optional = root / f"{OPTIONAL_SPLIT}.csv"
-    if optional.is_file():
-        splits[OPTIONAL_SPLIT] = _read_csv(optional)
-    return splits
-
-
-def _read_csv(path: Path) -> list[Sample]:
-    samples = []
-    try:
-        # utf-8-sig also reads files that a spreadsheet has begun with a byte order mark
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = reader.fieldnames or []
-            if columns and not {"image", "label"} <= set(columns):
-                raise UserError(
-                    f"{path}: expected the columns image,label in the first line, "
-                    f"found {_listing(columns)}"
-                )
-            for row in reader:
-                origin = f"{path.name} row {reader.line_num}"
-                if not row["image"] or not row["label"]:
-                    raise UserError(f"{path}: row {reader.line_num} needs an image and a label")
-                samples.append(
-                    Sample(path.parent / row["image"], path.parent / row["label"], origin)
-                )
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
-    if not samples:
-        raise UserError(f"{path} names no images; expected the line image,label and one per image")
-    _check_files_exist(path, samples)
-    return samples
-
-
-def _check_files_exist(csv_path: Path, samples: list[Sample]) -> None:
-    missing = [
-        (file, sample.origin)
-        for sample in samples
-        for file in (sample.image, sample.mask)
-        if not file.is_file()
-    ]
-    if missing:
-        file, origin = missing[0]
-        raise UserError(
-            f"{csv_path} names {len(missing)} missing file{'s' * (len(missing) > 1)}, first {file} "
-            f"({origin}); paths are relative to the folder of the CSV file"
-        )
-
-
-def _read_folder_splits(root: Path) -> Splits:
-    _check_folder(root)
-    missing = [split for split in REQUIRED_SPLITS if not (root / split).is_dir()]
-    if missing:
-        raise UserError(
-            f"{root}: looked for the folders train, val and test, {' and '.join(missing)} missing; "
-            f"found {_listing(p.name for p in root.iterdir())}"
-        )
-    splits = {split: _pair_folders(root / split) for split in REQUIRED_SPLITS}
-    if (root / OPTIONAL_SPLIT).is_dir():
-        splits[OPTIONAL_SPLIT] = _pair_folders(root / OPTIONAL_SPLIT)
-    return splits
-
-
-def _pair_folders(folder: Path) -> list[Sample]:
-    images = _files_by_stem(_only_folder(folder, IMAGE_FOLDERS))
-    masks = _files_by_stem(_only_folder(folder, MASK_FOLDERS))
-    for have, lack, what in ((images, masks, "mask"), (masks, images, "image")):
-        unpaired = [have[stem].name for stem in have if stem not in lack]
-        if unpaired:
-            raise UserError(
-                f"{folder}: {len(unpaired)} of {len(have)} files without {what}: "
-                f"{_listing(unpaired)}; an image and its mask share the name before the suffix"
-            )
-    if not images:
-        raise UserError(f"{folder} holds no images; read are {', '.join(IMAGE_SUFFIXES)}")
-    return [Sample(images[stem], masks[stem], f"folder {folder.name}") for stem in images]
-
-
-def _only_folder(parent: Path, names: Sequence[str]) -> Path:
-    found = [name for name in names if (parent / name).is_dir()]
-    if len(found) != 1:
-        raise UserError(
-            f"{parent}: expected one folder named {' or '.join(names)}, "
-            f"found {' and '.join(found) or 'none'}"
-        )
-    return parent / found[0]
-
-
-def _files_by_stem(folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for path in list_images(folder):
-        if path.stem in files:
-            raise UserError(
-                f"{folder}: {files[path.stem].name} and {path.name} differ only in their suffix; "
-                "remove one"
-            )
-        files[path.stem] = path
-    return files
-
-
-def _read_mni152(root: Path) -> Splits:
-    write_mni152(root)
-    return _read_csv_splits(root)
-
-
-# A data set is one entry: from its folder to its splits.
-DATASETS: dict[str, Callable[[Path], Splits]] = {
-    "csv": _read_csv_splits,
-    "folders": _read_folder_splits,
-    "mni152": _read_mni152,
-}
-
-
-def _check_distinct(splits: Splits) -> None:
-    seen: dict[Path, tuple[str, Sample]] = {}
-    for split, samples in splits.items():
-        for sample in samples:
-            # resolved, so that two spellings of a path, or a link, are one image
-            first_split, first = seen.setdefault(sample.image.resolve(), (split, sample))
-            if first is sample:
-                continue
-            what = (
-                f"is listed twice in {split}; remove one of the two"
-                if split == first_split
-                else f"is both in {first_split} and in {split}, so a score on one would be learned "
-                "from the other; keep it in one"
-            )
-            raise UserError(f"{first.origin} and {sample.origin}: the image {sample.image} {what}")
-
-
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raises a UserError where there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"the folder {folder} does not exist")
 
 
-def _listing(names: Iterator[str] | Sequence[str], limit: int = 8) -> str:
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """Names in order for a message, the first of them where they are many."""
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "nothing") + more
@@ -235,7 +71,7 @@ def _listing(names: Iterator[str] | Sequence[str], limit: int = 8) -> str:
 def hold_out(
     samples: Sequence[Sample], fraction: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples at random into those for the weights and those for the architecture.
+    """Splits samples at random into those kept and those held out for another purpose.
 
     Args:
         samples: what to split.
@@ -255,8 +91,8 @@ def hold_out(
         return list(samples), []
     if len(samples) < 2:
         raise UserError(
-            f"{len(samples)} training sample(s) cannot be split between weights and architecture; "
-            "give at least 2, or an arch split"
+            f"{len(samples)} training sample(s) cannot be split in two, to hold some out; "
+            "give at least 2, or a split of its own"
         )
     count = min(max(1, round(fraction * len(samples))), len(samples) - 1)
     chosen = set(_random(_HOLD_OUT, seed).permutation(len(samples))[:count].tolist())
@@ -292,10 +128,16 @@ def read_image(sample: Sample) -> Image.Image:
 def read_mask(sample: Sample, num_classes: int, palette: Sequence[str] | None = None) -> np.ndarray:
     """Reads a mask as class indices.
 
-    Without a palette, grey values and the indices of palette images are the classes; where there
-    are two, 0/255 (0/65535 at 16 bits) is read as 0/1, and a JPEG is thresholded at 128. Coloured
-    masks of a binary task are foreground where any channel is not zero. With a palette, every mask
-    is read by its colours.
+    The sample's encoding says how the mask is drawn:
+
+    - "labels": grey values and the indices of palette images are the classes; where there are two,
+      0/255 (0/65535 at 16 bits) is read as 0/1, and a JPEG is thresholded at 128. Coloured masks of
+      a binary task are foreground where any channel is not zero. With a palette, every mask is read
+      by its colours.
+    - "threshold": two classes, foreground from 128 of 255 on, for masks that were compressed or
+      smoothed; masks of nothing but 0 and 1 are read as such.
+    - "nonzero": two classes, foreground where any channel is not zero.
+    - "thirds": three classes, told apart by the mean of the channels: 0, 85 or 255.
 
     Args:
         sample: the mask's path, not None, is read.
@@ -310,13 +152,13 @@ def read_mask(sample: Sample, num_classes: int, palette: Sequence[str] | None = 
         UserError: the file cannot be read, holds labels or colours beyond the classes, or would
             need a palette; or the palette itself is wrong.
     """
-    return _read_mask(sample, num_classes, _palette_codes(palette, num_classes))
+    return _read_mask(sample, sample.mask, num_classes, _palette_codes(palette, num_classes))
 
 
-def _open(path: Path, where: str) -> tuple[Image.Image, str]:
+def _open(file: Path | io.BytesIO, where: str) -> tuple[Image.Image, str]:
     """Returns the upright image and the name of its file format."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return ImageOps.exif_transpose(image), image.format
     # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and others:
     # whatever it is, the file is what is wrong.
@@ -343,16 +185,21 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
         raise _unreadable(where, error) from error
 
 
-def _read_mask(sample: Sample, num_classes: int, codes: list[int] | None) -> np.ndarray:
+def _read_mask(
+    sample: Sample, file: Path | io.BytesIO, num_classes: int, codes: list[int] | None
+) -> np.ndarray:
     where = f"{sample.origin}: mask {sample.mask}"
-    image, file_format = _open(sample.mask, where)
+    image, file_format = _open(file, where)
     jpeg = file_format in ("JPEG", "MPO")
-    if jpeg and (codes is not None or num_classes > 2):
+    exact = codes is not None or num_classes > 2 or sample.encoding in ("nonzero", "thirds")
+    if jpeg and exact:
         raise UserError(
             f"{where} is a JPEG, whose compression changes labels and colours; "
             "save masks of colours or of more than two classes as PNG"
         )
-    if codes is not None:
+    if sample.encoding != "labels":
+        labels = _DECODERS[sample.encoding](image, where)
+    elif codes is not None:
         labels = _decode_colors(np.asarray(_to_rgb(image, where)), codes, where)
     else:
         labels = _decode_values(_pixel_values(image, where), num_classes, jpeg, where)
@@ -370,6 +217,43 @@ def _pixel_values(image: Image.Image, where: str) -> np.ndarray:
     return np.asarray(image).astype(np.int32)
 
 
+def _decode_threshold(image: Image.Image, where: str) -> np.ndarray:
+    rgb = np.asarray(_to_rgb(image, where))
+    values = _pixel_values(image, where)
+    if image.mode == "P":
+        if (rgb != rgb[..., :1]).any():  # a palette of colours only shows the indices
+            return values > 0
+        values = rgb[..., 0]
+    if values.max() <= 1:
+        return values.any(axis=2) if values.ndim == 3 else values > 0
+    return rgb.mean(axis=2) >= 128
+
+
+def _decode_nonzero(image: Image.Image, where: str) -> np.ndarray:
+    return np.asarray(_to_rgb(image, where)).any(axis=2)
+
+
+def _decode_thirds(image: Image.Image, where: str) -> np.ndarray:
+    means = np.asarray(_to_rgb(image, where)).mean(axis=2)
+    labels = np.full(means.shape, -1, dtype=np.int32)
+    for label, mean in enumerate((0, 85, 255)):
+        labels[means == mean] = label
+    if (labels < 0).any():
+        strange = np.unique(means[labels < 0])[:8].round(1).tolist()
+        raise UserError(
+            f"{where} has colours whose channels have the means {', '.join(map(str, strange))}; "
+            "expected are 0 (background), 85 (things) and 255 (stuff)"
+        )
+    return labels
+
+
+_DECODERS: dict[str, Callable[[Image.Image, str], np.ndarray]] = {
+    "threshold": _decode_threshold,
+    "nonzero": _decode_nonzero,
+    "thirds": _decode_thirds,
+}
+
+
 def _decode_values(values: np.ndarray, num_classes: int, jpeg: bool, where: str) -> np.ndarray:
     if values.ndim == 3:
         if jpeg:
@@ -381,7 +265,7 @@ def _decode_values(values: np.ndarray, num_classes: int, jpeg: bool, where: str)
         else:
             found = [_hex(code) for code in np.unique(_pack(values))]
             raise UserError(
-                f"{where} is coloured ({_listing(found)}); name the {num_classes} classes' colours "
+                f"{where} is coloured ({listing(found)}); name the {num_classes} classes' colours "
                 "in order with --palette, or save it as class indices"
             )
     highest = values.max()
@@ -418,7 +302,7 @@ def _decode_colors(rgb: np.ndarray, codes: list[int], where: str) -> np.ndarray:
     unknown = np.unique(packed[labels < 0])
     if unknown.size:
         raise UserError(
-            f"{where} has colours that --palette lacks: {_listing([_hex(c) for c in unknown])}; "
+            f"{where} has colours that --palette lacks: {listing([_hex(c) for c in unknown])}; "
             "add them as classes, or correct the mask"
         )
     return labels
@@ -475,12 +359,26 @@ def check_samples(
     def check(sample: Sample) -> None:
         size = _check_image(sample)
         if sample.mask is not None:
-            _check_sizes(sample, size, _read_mask(sample, num_classes, codes))
+            mask = _read_mask(sample, sample.mask, num_classes, codes)
+            _check_sizes(sample, size, mask)
 
+    in_threads(check, samples, progress)
+
+
+def in_threads(
+    work: Callable[[Sample], None],
+    samples: Sequence[Sample],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Calls ``work`` with every sample; what the first of them in their order raises is raised."""
     with ThreadPoolExecutor() as threads:
-        for done, _ in enumerate(threads.map(check, samples), start=1):
-            if progress is not None:
-                progress(done, len(samples))
+        try:
+            for done, _ in enumerate(threads.map(work, samples), start=1):
+                if progress is not None:
+                    progress(done, len(samples))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def _check_image(sample: Sample) -> tuple[int, int]:
@@ -515,6 +413,7 @@ class SegmentationDataset(Dataset):
 
     - ``image``: (3, S, S) float32 in [0, 1], RGB, resized bicubically with antialiasing;
     - ``mask``: (S, S) int64 class indices, resized to the nearest; absent where a sample has none;
+    - ``truth``: (H, W) int64, the mask at the size of its file; with ``truth=True`` only;
     - ``index``: int, the sample's place in ``samples``;
     - ``name``: str, the image's path below the folder that holds all images.
 
@@ -526,10 +425,13 @@ class SegmentationDataset(Dataset):
         flip: mirror half of the images, with their masks, left to right; which ones depends on
             ``seed``, the epoch and the index alone.
         seed: of the flips.
+        cache: where squashed images and masks are kept, so that a file is decoded once.
+        truth: also give every mask at its own size, upright and never mirrored.
 
     Raises:
-        UserError: the palette does not fit the classes; on access, as ``read_image`` and
-            ``read_mask`` do, and where an image and its mask have different sizes.
+        UserError: the palette does not fit the classes, or these the cache; on access, as
+            ``read_image`` and ``read_mask`` do, and where an image and its mask have different
+            sizes.
     """
 
     def __init__(
@@ -540,12 +442,18 @@ class SegmentationDataset(Dataset):
         palette: Sequence[str] | None = None,
         flip: bool = False,
         seed: int = 0,
+        cache: Cache | None = None,
+        truth: bool = False,
     ) -> None:
         self.samples = list(samples)
         self.image_size = image_size
         self.num_classes = num_classes
         self.flip = flip
         self.seed = seed
+        self.cache = cache
+        self.truth = truth
+        if cache is not None and num_classes > 256:
+            raise UserError(f"the cache holds up to 256 classes, not {num_classes}")
         self._codes = _palette_codes(palette, num_classes)
         self._names = _names_below_common_folder(self.samples)
         # In shared memory, so that workers which live for several epochs see it change
@@ -561,25 +469,64 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int | str]:
         sample = self.samples[index]
         flipped = self.flip and self._is_flipped(index)
-        size = (self.image_size, self.image_size)
-        image = read_image(sample)
-        # 8-bit resizing clamps what bicubic interpolation overshoots
-        resized = transforms.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
+        image, mask = self.read(sample)
         item = {
-            "image": _mirror(transforms.to_dtype(resized, torch.float32, scale=True), flipped),
+            "image": _mirror(transforms.to_dtype(image, torch.float32, scale=True), flipped),
             "index": index,
             "name": self._names[index],
         }
-        if sample.mask is not None:
-            mask = _read_mask(sample, self.num_classes, self._codes)
-            _check_sizes(sample, image.size, mask)
-            nearest = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
-            labels = torch.from_numpy(np.asarray(nearest).astype(np.int64))
-            item["mask"] = _mirror(labels, flipped)
+        if mask is not None:
+            item["mask"] = _mirror(mask.long(), flipped)
+        if self.truth:
+            truth = _read_mask(sample, sample.mask, self.num_classes, self._codes)
+            item["truth"] = torch.from_numpy(truth).long()
         return item
+
+    def read(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(3, S, S) uint8 and, where there is a mask, (S, S) labels; from the cache if it can."""
+        if self.cache is None:
+            return self._squash(sample, sample.image, sample.mask)
+        # The files are read whole and decoded from memory: what is kept belongs to the key even if
+        # a file is replaced meanwhile.
+        files = [_read_bytes(path, sample) for path in (sample.image, sample.mask) if path]
+        how = (self.image_size, self.num_classes, self._codes, sample.encoding)
+        entry = self.cache.get(files, repr(how), lambda: self._entry(sample, files))
+        pixels = torch.from_numpy(entry)
+        return pixels[:3], pixels[3] if sample.mask is not None else None
+
+    def _entry(self, sample: Sample, files: list[bytes]) -> np.ndarray:
+        """(3, S, S) uint8, the labels as a fourth channel."""
+        image, mask = self._squash(sample, *map(io.BytesIO, files))
+        channels = [image] if mask is None else [image, mask[None].to(torch.uint8)]
+        return torch.cat(channels).numpy()
+
+    def _squash(
+        self,
+        sample: Sample,
+        image_file: Path | io.BytesIO,
+        mask_file: Path | io.BytesIO | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        where = f"{sample.origin}: image {sample.image}"
+        image = _to_rgb(_open(image_file, where)[0], where)
+        size = (self.image_size, self.image_size)
+        # 8-bit resizing clamps what bicubic interpolation overshoots
+        pixels = transforms.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
+        if mask_file is None:
+            return pixels, None
+        mask = _read_mask(sample, mask_file, self.num_classes, self._codes)
+        _check_sizes(sample, image.size, mask)
+        nearest = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
+        return pixels, torch.from_numpy(np.array(nearest))
 
     def _is_flipped(self, index: int) -> bool:
         return bool(_random(_FLIP, self.seed, int(self._epoch), index).random() < 0.5)
+
+
+def _read_bytes(path: Path, sample: Sample) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(f"{sample.origin}: {path}", error) from error
 
 
 def _mirror(pixels: torch.Tensor, flipped: bool) -> torch.Tensor:
@@ -601,10 +548,14 @@ def collate(items: list[dict]) -> dict | None:
         items: of ``SegmentationDataset``; either all or none with a mask.
 
     Returns:
-        The items' tensors stacked, ``index`` as (B,) int64, ``name`` as a list; None for no items
-        (a process may have no share of a small last batch).
+        The items' tensors stacked, ``index`` as (B,) int64, ``name`` and ``truth`` as lists; None
+        for no items (a process may have no share of a small last batch).
     """
-    return default_collate(items) if items else None
+    if not items:
+        return None
+    truths = [item.pop("truth") for item in items if "truth" in item]
+    batch = default_collate(items)
+    return {**batch, "truth": truths} if truths else batch
 
 
 class GlobalBatches(Sampler[list[int]]):

@@ -1,7 +1,9 @@
 """Put NAS-LoRA into an existing model, and find its parameters again."""
 
+import copy
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ def inject(model: nn.Module, config: NASLoRAConfig) -> list[str]:
         UserError: no layer matches, a match is no nn.Linear, a block index is out of range, or the
             model has NAS-LoRA layers already. The model is then unchanged.
     """
-    names = _find_targets(model, config)
+    names = find_targets(model, config)
     generator = torch.Generator().manual_seed(config.seed)
     adapted = {name: NASLoRALinear(model.get_submodule(name), config, generator) for name in names}
     model.requires_grad_(False)
@@ -66,7 +68,32 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _find_targets(model: nn.Module, config: NASLoRAConfig) -> list[str]:
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Takes back, on an error, what was done meanwhile to the model's modules and to which of its
+    parameters require gradients; the tensors' values are not looked at."""
+    modules = [
+        (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
+        raise
+
+
+def find_targets(model: nn.Module, config: NASLoRAConfig) -> list[str]:
+    """The names of the nn.Linear layers that the configuration adapts, in model order.
+
+    Raises:
+        UserError: as ``inject``.
+    """
     present = [name for name, _ in adapter_layers(model)]
     if present:
         raise UserError(f"the model has NAS-LoRA layers already, the first is {present[0]!r}")

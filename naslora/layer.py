@@ -12,6 +12,10 @@ from naslora_kernels import OPERATIONS, nas_lora_linear
 
 ALPHA_INIT_STD = 1e-3  # the paper's start of alpha: a standard normal scaled by 0.001
 
+# The logit of an operation that is left out. Its softmax is exactly zero, and so is its gradient,
+# in any precision; weight decay cannot bring it back. Minus infinity would turn to NaN in Adam.
+LEFT_OUT = -1e4
+
 
 class NASLoRALinear(nn.Module):
     """A drop-in for the nn.Linear it wraps: h = W0 x + b0 + s W_d cell(W_e x) (paper, Eq. 3).
@@ -59,7 +63,11 @@ class NASLoRALinear(nn.Module):
             if config.channel_selection != "first":
                 self.draw_channels(generator)
             alpha = torch.randn(len(OPERATIONS), generator=generator)
-            self.alpha = nn.Parameter(ALPHA_INIT_STD * alpha)
+            alpha *= ALPHA_INIT_STD
+            if config.operations is not None:
+                left_out = [i for i, name in enumerate(OPERATIONS) if name not in config.operations]
+                alpha[left_out] = LEFT_OUT
+            self.alpha = nn.Parameter(alpha)
             self.cell = build_cell(config.preset, c, config.cell_init, generator)
 
     def _match_base(self) -> None:
@@ -115,7 +123,8 @@ class NASLoRALinear(nn.Module):
         if self.cell is None:
             alpha, weights = _empty_cell(self.lora_A)
         else:
-            alpha, weights = self.alpha, (*self.cell.depthwise, self.cell.pw)
+            alpha, depthwise, pw = self.cell.arguments(self.alpha)
+            weights = (*depthwise, pw)
         return nas_lora_linear(
             tokens,
             self.base.weight,

@@ -36,7 +36,7 @@ NOISE_GRID = (2, 16, 16)
 
 # The layers that each merged model had. Kept beside the model, not in it: what is copied, saved or
 # counted of a merged model is the merged model alone.
-_originals: WeakKeyDictionary[nn.Module, dict[str, NASLoRALinear]] = WeakKeyDictionary()
+_originals: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -172,18 +172,11 @@ def merge(
             that do not fit the model or miss a layer, too few tokens, values that are not finite,
             or an operation set that the mode cannot fold. The model is then unchanged.
     """
-    if model in _originals:
-        raise UserError("the model is merged already; call unmerge(model) first")
     layers = dict(adapter_layers(model))
-    if not layers:
-        raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")
-    if mode not in MODES:
-        raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    check_mergeable(model, layers, mode)
     if mode == "calibrated" and calibration is None:
         raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
-    batches = None if calibration is None else list(calibration)
-    if batches is not None and not batches:
-        raise UserError("calibration yielded no batches")
+    batches = calibration_batches(calibration)
     fits: dict[str, Fit] = {}
     with torch.no_grad():
         if mode == "calibrated":
@@ -193,15 +186,67 @@ def merge(
         else:
             fold = _merge_exact if mode == "exact" else _merge_center
             merged = {name: fold(layer) for name, layer in layers.items()}
-        errors = _errors(model, layers, merged, batches, fits)
+    return replace_by_merged(model, layers, merged, mode, batches, fits)
+
+
+def calibration_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
+    """The batches as a list, as they are gone through more than once; None if there are none.
+
+    Raises:
+        UserError: there is something to go through, but it yields nothing.
+    """
+    if calibration is None:
+        return None
+    batches = list(calibration)
+    if not batches:
+        raise UserError("calibration yielded no batches")
+    return batches
+
+
+def check_mergeable(model: nn.Module, layers: dict[str, nn.Module], mode: str) -> None:
+    """Refuses what ``merge`` refuses before it looks at a layer.
+
+    Raises:
+        UserError: an unknown mode, nothing to merge, or a model merged before.
+    """
+    if model in _originals:
+        raise UserError("the model is merged already; call unmerge(model) first")
+    if not layers:
+        raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")
+    if mode not in MODES:
+        raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+
+
+@torch.no_grad()
+def replace_by_merged(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    merged: dict[str, nn.Module],
+    mode: str,
+    batches: Sequence[Any] | None,
+    fits: dict[str, Fit] | None = None,
+) -> MergeReport:
+    """Measures what the merged modules lose and puts them where ``layers`` were, in place.
+
+    Args:
+        layers: the adapted layers by their names; what ``unmerge`` restores.
+        merged: their merged twins by the same names.
+        batches: of ``calibration_batches``.
+        fits: how each was calibrated, where it was.
+
+    Raises:
+        UserError: batches that miss a layer, or values that are not finite. The model is then
+            unchanged.
+    """
+    errors = _errors(model, layers, merged, batches, fits or {})
     for name, module in merged.items():
         module.train(model.training)
         replace_module(model, name, module)
     _originals[model] = layers
-    source = "white noise" if calibration is None else "calibration images"
-    report = MergeReport(mode, source, errors, _warning(layers, fits))
+    source = "white noise" if batches is None else "calibration images"
+    report = MergeReport(mode, source, errors, _warning(layers, fits or {}))
     if report.warning:
-        warnings.warn(report.warning, stacklevel=2)
+        warnings.warn(report.warning, stacklevel=3)
     return report
 
 
@@ -294,11 +339,12 @@ class _ErrorSums:
         self.difference = self.update = self.output = 0.0
         self.calls = 0
 
-    def add(self, layer: NASLoRALinear, merged: nn.Module, x: Tensor) -> None:
+    def add(self, layer: nn.Module, merged: nn.Module, x: Tensor) -> None:
         h = layer(x)
         self.calls += 1
         self.difference += _squared_norm(merged(x) - h)
-        self.update += _squared_norm(layer.update(x))
+        ours = isinstance(layer, NASLoRALinear)  # else PEFT's
+        self.update += _squared_norm(layer.update(x) if ours else h - layer.base_layer(x))
         self.output += _squared_norm(h)
 
     def relative(self, name: str, fit: Fit | None) -> LayerError:
@@ -321,7 +367,7 @@ def _squared_norm(x: Tensor) -> float:
 
 def _errors(
     model: nn.Module,
-    layers: dict[str, NASLoRALinear],
+    layers: dict[str, nn.Module],
     merged: dict[str, nn.Module],
     batches: Sequence[Any] | None,
     fits: dict[str, Fit],

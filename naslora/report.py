@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -24,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from naslora.files import replaced_file
+from naslora.metrics import METRICS
 
 STAGE_2_LABEL = "stage 2: architecture search"
 SPLITS = {"val": "Validation", "test": "Test"}
@@ -210,6 +212,7 @@ def write_report(
             ``data``) make the title.
         metrics: ``test``, ``val`` and each mode of ``test_merged`` hold ``dice``, ``iou``,
             ``accuracy`` and ``per_class`` (class name to ``dice`` and ``iou``), all in [0, 1];
+            ``test`` further ``metrics``, ``resolution`` and ``groups`` as of ``evaluate``;
             ``merge`` holds per mode ``source`` and ``layers`` (``name``, ``update_error``,
             ``output_error``, both relative); further ``best_epoch``, ``trainable_parameters``,
             ``parameters`` (``frozen``, ``decoder``, ``adapter``, ``architecture``), ``seconds``
@@ -243,6 +246,203 @@ def write_report(
     with replaced_file(Path(path)) as temporary:
         # File names that are not UTF-8 hold lone surrogates, which only a reference can write.
         temporary.write_bytes(page.encode("utf-8", errors="xmlcharrefreplace"))
+
+
+def write_comparison(
+    path: Path,
+    *,
+    config: dict,
+    tables: dict[str, tuple[list[str], list[list[str]]]],
+    rows: list[dict],
+    notes: list[str],
+) -> None:
+    """Writes the report of ``naslora compare`` as one self-contained HTML file, atomically.
+
+    Args:
+        path: the file to write.
+        config: the recipe, shown whole; ``model`` and ``dataset`` (or ``data``) make the title.
+        tables: heading to head and rows of text; one without rows is left out.
+        rows: one dict a method, as ``naslora.compare.summarise`` returns it; what the figures show.
+        notes: paragraphs below the tables.
+
+    Raises:
+        OSError: as ``write_report``.
+    """
+    title = _title({**config, "method": f"{len(rows)} methods"})
+    first, *others = [_section(name, _table(*table)) for name, table in tables.items() if table[1]]
+    body = _comparison_figures([row for row in rows if row["seeds"]])
+    sections = (first, "".join(map(_note, map(escape, notes))), body, *others)
+    header = f"<h1>{escape(title)}</h1>{_best(rows)}"
+    page = _page(title, header, "".join(sections) + _configuration(config))
+    with replaced_file(Path(path)) as temporary:
+        temporary.write_bytes(page.encode("utf-8", errors="xmlcharrefreplace"))
+
+
+def _best(rows: list[dict]) -> str:
+    """Cards: the method with the highest Dice, and with the least of what training costs."""
+    cards = (
+        ("Highest test Dice", "dice", max, ".3f", 1, ""),
+        ("Fewest trained parameters", "trainable_parameters", min, ".2f", 1e-6, " M"),
+        ("Fastest training", "training_seconds", min, ".3f", 1, " s/image"),
+        ("Least peak memory", "peak_memory", min, ",.0f", 1e-6, " MB"),
+    )
+    body = ""
+    for name, key, choose, form, factor, unit in cards:
+        known = [row for row in rows if _known(row.get(key))]
+        if known:
+            row = choose(known, key=lambda row: row[key])
+            value = format(factor * row[key], form) + unit
+            body += (
+                f"<div><dt>{name}</dt><dd>{value}<small>{escape(row['title'])}</small></dd></div>"
+            )
+    return f'<dl class="headline">{body}</dl>'
+
+
+def _comparison_figures(rows: list[dict]) -> str:
+    if not rows:
+        return ""
+    height = 0.9 + 0.3 * len(rows)
+    figures = {
+        "dice": ("Test Dice: a dot for each seed, a line at the mean.", _draw_dice),
+        "training": (
+            "Seconds for each training image of an epoch: weight steps, and steps for α.",
+            _draw_training,
+        ),
+        "inference": ("Seconds of one image, before and after merging.", _draw_inference),
+        "memory": ("Peak memory of the process that trained.", _draw_memory),
+    }
+    drawings = [
+        _figure(name, caption, partial(_draw_by_method, rows=rows, draw=draw), (4.6, height))
+        for name, (caption, draw) in figures.items()
+    ]
+    return _section("Pictures", _figures(*drawings))
+
+
+def _draw_by_method(axes: Axes, rows: list[dict], draw: Callable[[Axes, list[dict]], None]) -> None:
+    """Methods from top to bottom, in the order of the table."""
+    draw(axes, rows)
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, columnspacing=1)
+
+
+def _draw_dice(axes: Axes, rows: list[dict]) -> None:
+    for place, row in enumerate(rows):
+        values = [value for value in row["dice_values"] if _known(value)]
+        axes.plot(values, [place] * len(values), "o", color=BLUE, markersize=5, alpha=0.6)
+        if _known(row["dice"]):
+            axes.vlines(row["dice"], place - 0.35, place + 0.35, color=ORANGE, linewidth=2)
+    axes.set_xlabel("test Dice")
+
+
+def _draw_training(axes: Axes, rows: list[dict]) -> None:
+    places, weights = range(len(rows)), _column(rows, "weight_seconds")
+    architecture = _column(rows, "training_seconds") - weights
+    axes.barh(places, weights, height=0.65, color=BLUE, label="weights")
+    if (architecture > 0.005 * weights).any():
+        axes.barh(places, architecture, 0.65, left=weights, color=PURPLE, label="α")
+    axes.set_xlabel("seconds an image")
+
+
+def _draw_inference(axes: Axes, rows: list[dict]) -> None:
+    marks = {
+        "unmerged": ("unmerged", BLUE, "o"),
+        "exact": ("exact", ORANGE, "D"),
+        "center": ("center", GREEN, "s"),
+        "calibrated": ("calibrated", PURPLE, "^"),
+    }
+    for mode, (label, colour, marker) in marks.items():
+        seconds = _column(rows, f"inference_{mode}")
+        if np.isfinite(seconds).any():
+            style = {"marker": marker, "markersize": 5, "linestyle": "none", "alpha": 0.8}
+            axes.plot(seconds, range(len(rows)), color=colour, label=label, **style)
+    axes.set_xlabel("seconds an image")
+    axes.set_xlim(left=0)
+
+
+def _draw_memory(axes: Axes, rows: list[dict]) -> None:
+    axes.barh(range(len(rows)), 1e-6 * _column(rows, "peak_memory"), height=0.65, color=GREEN)
+    axes.set_xlabel("MB")
+
+
+# Studies: pages of tables, drawings and pictures
+
+
+class Table(NamedTuple):
+    """A table of text."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+class Drawing(NamedTuple):
+    """A plot."""
+
+    name: str
+    """Unique on its page, and its file's."""
+    caption: str
+    draw: Callable[[Axes], None]
+    size: tuple[float, float] = (4.6, 3)
+    """In inches."""
+
+    def save(self, path: Path) -> None:
+        """Writes it as a PNG file."""
+        with matplotlib.style.context(["default", FIGURE_STYLE]):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure.add_subplot())
+            with replaced_file(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=150)
+
+
+class Picture(NamedTuple):
+    """Pixels, (H, W, 3) uint8."""
+
+    caption: str
+    image: np.ndarray
+
+
+Part = str | Table | Drawing | Picture  # a string is a note
+
+
+def write_study(path: Path, title: str, sections: dict[str, list[Part]], config: dict) -> None:
+    """Writes a study as one self-contained HTML file, atomically.
+
+    Args:
+        path: the file to write.
+        title: of the page.
+        sections: heading to parts, in order.
+        config: the configuration, shown whole at the end.
+    """
+    body = "".join(_section(escape(name), _parts(parts)) for name, parts in sections.items())
+    page = _page(title, f"<h1>{escape(title)}</h1>", body + _configuration(config))
+    with replaced_file(Path(path)) as temporary:
+        temporary.write_bytes(page.encode("utf-8", errors="xmlcharrefreplace"))
+
+
+def _parts(parts: list[Part]) -> str:
+    """Parts in order; neighbouring drawings and pictures stand side by side."""
+    html = ""
+    for kind, group in groupby(parts, key=type):
+        if kind is str:
+            html += "".join(_note(escape(text)) for text in group)
+        elif kind is Table:
+            html += "".join(_table(table.head, table.rows) for table in group)
+        elif kind is Drawing:
+            html += _figures(*(_figure(d.name, d.caption, d.draw, d.size) for d in group))
+        else:
+            html += _figures(*map(_picture_figure, group))
+    return html
+
+
+def _picture_figure(picture: Picture) -> str:
+    return (
+        f'<figure><img src="{_data_uri(picture.image)}" alt="{escape(picture.caption)}" '
+        f'style="width: 100%; height: auto"><figcaption>{escape(picture.caption)}</figcaption>'
+        "</figure>"
+    )
 
 
 # The page
@@ -697,15 +897,18 @@ def _panel(panel: Panel, class_names: list[str]) -> str:
 
 
 def _picture(kind: str, name: str, pixels: np.ndarray) -> str:
+    height, width = pixels.shape[:2]
+    return (
+        f'<div><img src="{_data_uri(pixels)}" width="{width}" height="{height}"'
+        f' alt="{kind} of {escape(name)}"><span>{kind}</span></div>'
+    )
+
+
+def _data_uri(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     # JPEG without colour subsampling: the edges of the overlay stay sharp at a fraction of a PNG.
     Image.fromarray(pixels).save(buffer, "JPEG", quality=88, subsampling=0)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    height, width = pixels.shape[:2]
-    return (
-        f'<div><img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}"'
-        f' alt="{kind} of {escape(name)}"><span>{kind}</span></div>'
-    )
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.ndarray:
@@ -751,7 +954,7 @@ def _parameters(metrics: dict) -> str:
     parts = {
         "frozen": "Frozen",
         "decoder": "Decoder",
-        "adapter": "Adapter",
+        "adapter": "Trained in the encoder",
         "architecture": "Architecture (α)",
     }
     counts = metrics["parameters"]
@@ -786,7 +989,7 @@ def _scores(metrics: dict) -> str:
     if not splits:
         return _section("Scores", _note("This run has neither validation nor test scores."))
     tables = "".join(_score_table(label, scores) for label, scores in splits.items())
-    body = f'<div class="tables">{tables}</div>'
+    body = f'<div class="tables">{tables}</div>{_metric_table(metrics.get("test") or {})}'
     if not metrics.get("test"):
         body += _note("This run has no test scores.")
     return _section("Scores", body)
@@ -802,6 +1005,36 @@ def _score_table(label: str, scores: dict) -> str:
     if _known(scores.get("accuracy")):
         label = f"{label}, pixel accuracy {_number(scores['accuracy'])}"
     return _table(["Class", "Dice", "IoU"], rows, label, total=True)
+
+
+def _metric_table(scores: dict) -> str:
+    """What the data set is reported by: over the whole test split, and over its groups."""
+    if not scores.get("metrics"):
+        return ""
+    head, rows = metric_rows(scores)
+    caption = f"Test, scored at the resolution {scores.get('resolution', MISSING)}"
+    return _table(head, rows, caption)
+
+
+def metric_rows(scores: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of text of a split's metrics, as ``naslora.evaluation.evaluate`` returns them.
+
+    A metric is a row, and so is each class of one that has a number for each.
+    """
+    groups = scores.get("groups") or {}
+    head = ["Metric", "All", *(f"{name} ({group['images']})" for name, group in groups.items())]
+    columns = [scores["metrics"], *(group["metrics"] for group in groups.values())]
+    rows = []
+    for name, value in scores["metrics"].items():
+        label = METRICS[name].label if name in METRICS else name
+        if isinstance(value, dict):
+            rows += [
+                [f"{label}, {part}", *(_number(column[name].get(part)) for column in columns)]
+                for part in value
+            ]
+        else:
+            rows.append([label, *(_number(column[name]) for column in columns)])
+    return head, rows
 
 
 def _merging(metrics: dict) -> str:

@@ -12,16 +12,18 @@ tensorboard/           the curves for TensorBoard
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor
 
+from naslora.cache import Cache
 from naslora.checkpoint import load_adapter, read_safetensors
 from naslora.config import NASLoRAConfig
 from naslora.data import (
@@ -40,16 +43,27 @@ from naslora.data import (
     SegmentationDataset,
     check_samples,
     hold_out,
+    in_threads,
     list_images,
-    load_splits,
     read_image,
 )
+from naslora.datasets import DataSet, count_differences, find_dataset, load_splits
 from naslora.errors import UserError
 from naslora.evaluation import evaluate
+from naslora.export import Description, Format, Part, Predict, export, load_exported
 from naslora.files import read_json, replaced_file, write_json, write_text
-from naslora.injection import adapter_parameters, arch_parameters, inject
-from naslora.merging import MODES, MergeReport, merge, restore_merged, unmerge
-from naslora.metrics import image_scores
+from naslora.injection import arch_parameters
+from naslora.merging import MergeReport, restore_merged, unmerge
+from naslora.methods import (
+    METHODS,
+    MethodName,
+    apply,
+    merge,
+    merge_modes,
+    searches,
+    trainable_parameters,
+)
+from naslora.metrics import check_metrics, image_scores
 from naslora.report import Panel, paint, write_report
 from naslora.sam import checkpoint_blocks
 from naslora.search import BEST, Search, SearchConfig, make_accelerator, quality
@@ -57,10 +71,10 @@ from naslora.segmentation import SamForSegmentation, build_model
 from naslora_kernels import available_backends
 from naslora_kernels.backends import ENVIRONMENT_VARIABLE
 
-METHODS = ("nas-pc-lora", "nas-lora", "lora", "decoder-only")
-Method = Literal["nas-pc-lora", "nas-lora", "lora", "decoder-only"]
-FIXED_RATIOS = {"nas-lora": 1.0, "lora": 0.0}
 MERGED_CONFIG = "merged.json"
+LEFT_OUT = "left_out.safetensors"  # what the SAM checkpoint has and the model has not
+CALIBRATION_IMAGES = 16  # that mode `calibrated` is fitted to, unless told otherwise
+Resolution = Literal["network", "original"]
 PANELS = 6  # test images shown in the report
 
 
@@ -68,12 +82,19 @@ PANELS = 6  # test images shown in the report
 class RunConfig:
     """Everything that decides a run's result."""
 
+    recipe: str | None = None
+    """Where the other settings come from that are not given: a recipe that ships with naslora, such
+    as `isic2017/nas-pc-lora`, or a YAML file."""
     data: Path | None = None
     """Folder with train.csv, val.csv and test.csv (columns image,label) and perhaps arch.csv."""
     dataset: str = "csv"
-    """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}) or `mni152`."""
+    """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}), `mni152`, or a data
+    set of the paper as it is distributed: `isic2017`, `kvasir`, `cvc-clinicdb`, `camouflage`
+    (COD10K, CAMO, CHAMELEON), `sbu`, `leaf`, `roads`, `trans10k-v1`, `trans10k-v2`."""
     root: Path | None = None
     """Folder of the data set; `--data DIR` is short for `--dataset csv --root DIR`."""
+    cache: Path | None = None
+    """Folder in which decoded, resized images are kept for later epochs and runs."""
     model: str = "vit_b"
     """vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM) or vit_t (small, trains on a CPU)."""
     checkpoint: Path | None = None
@@ -81,19 +102,28 @@ class RunConfig:
     image_size: int = 1024
     """Side to which images are resized, in pixels; a multiple of 16."""
     num_classes: int = 1
-    """1 for binary masks, else the number of classes, the background (0) included."""
+    """1 for binary masks, else the number of classes, the background (0) included; the paper's data
+    sets know theirs."""
     class_names: tuple[str, ...] | None = None
     """Names of the classes without the background, for tables and reports."""
     palette: tuple[str, ...] | None = None
     """One colour a class (#rrggbb) for masks that are colour images."""
-    method: Method = "nas-pc-lora"
-    """What is trained: a cell on part of the channels, on all, plain LoRA, or the decoder only."""
+    metrics: tuple[str, ...] | None = None
+    """What the test images are scored by; the default is what is reported on the data set."""
+    resolution: Resolution = "network"
+    """Size at which the test images are scored: the model's, or each mask's original one."""
+    method: MethodName = "nas-pc-lora"
+    """How the encoder is fine-tuned; plain LoRA in the fused kernels is `nas-pc-lora` with a
+    `--channel-ratio` of 0."""
     adapter: NASLoRAConfig = field(default_factory=NASLoRAConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        self._take_what_is_known(find_dataset(self.dataset))
+        if self.resolution not in get_args(Resolution):
+            raise UserError(f"resolution must be network or original, got {self.resolution!r}")
         foreground = max(self.num_classes - 1, 1)
         if self.class_names is not None and len(self.class_names) != foreground:
             raise UserError(
@@ -103,13 +133,27 @@ class RunConfig:
         if self.data is not None and (self.root is not None or self.dataset != "csv"):
             raise UserError("give either --data DIR or --dataset NAME --root DIR, not both")
 
+    def _take_what_is_known(self, dataset: DataSet) -> None:
+        """Number and names of the classes, and the metrics, of a data set that has its own."""
+        known = {}
+        if dataset.class_names:
+            binary = len(dataset.class_names) == 2
+            count = 1 if binary else len(dataset.class_names)
+            if self.num_classes not in (1, count):
+                raise UserError(f"{self.dataset} has {count} classes, got {self.num_classes}")
+            known["num_classes"] = count
+            if self.class_names is None:
+                known["class_names"] = dataset.class_names[1:]
+        if self.metrics is None:
+            known["metrics"] = dataset.metrics
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
+        check_metrics(self.metrics, self.num_classes)
+
     @property
-    def adapter_config(self) -> NASLoRAConfig | None:
-        """What the method injects; None if it trains the decoder only."""
-        if self.method == "decoder-only":
-            return None
-        ratio = FIXED_RATIOS.get(self.method, self.adapter.channel_ratio)
-        return dataclasses.replace(self.adapter, channel_ratio=ratio)
+    def searches(self) -> bool:
+        """Whether the method has an alpha to search."""
+        return searches(self.method, self.adapter)
 
     @property
     def foreground_names(self) -> list[str]:
@@ -122,7 +166,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; paths are absolute."""
         values = dataclasses.asdict(self)
-        for name in ("data", "root", "checkpoint"):
+        for name in ("data", "root", "cache", "checkpoint"):
             if values[name] is not None:
                 values[name] = str(Path(values[name]).resolve())
         return json.loads(json.dumps(values))  # tuples become lists, as in the file
@@ -136,9 +180,9 @@ class RunConfig:
         """
         try:
             values = dict(values)
-            for name in ("data", "root", "checkpoint"):
+            for name in ("data", "root", "cache", "checkpoint"):
                 values[name] = Path(values[name]) if values[name] is not None else None
-            for name in ("class_names", "palette"):
+            for name in ("class_names", "palette", "metrics"):
                 values[name] = tuple(values[name]) if values[name] is not None else None
             values["adapter"] = NASLoRAConfig.from_dict(values["adapter"])
             values["search"] = SearchConfig(**values["search"])
@@ -164,13 +208,19 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, An
         UserError: something the user gave cannot work.
     """
     accelerator = make_accelerator(config.search)
+    _check_start(config)
     check_output(config, output, resume)
     splits = find_splits(config)
     _check_together(accelerator, splits, config)
     model = build_adapted_model(config)
     counts = count_parameters(model)
     data = {
-        name: _dataset(config, split, flip=config.search.flip and name in ("train", "arch"))
+        name: make_dataset(
+            config,
+            split,
+            flip=config.search.flip and name in ("train", "arch"),
+            truth=config.resolution == "original" and name == "test",
+        )
         for name, split in splits.items()
     }
     seed = config.adapter.seed
@@ -188,6 +238,16 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, An
     return metrics
 
 
+def _check_start(config: RunConfig) -> None:
+    """A recipe of the paper on an encoder without SAM's weights would train for days in vain."""
+    has_weights = config.model != "vit_t" and config.method != "full"
+    if config.recipe is not None and has_weights and config.checkpoint is None:
+        raise UserError(
+            f"recipe {config.recipe} starts from SAM's weights: give --checkpoint FILE, the "
+            f"{config.model} checkpoint"
+        )
+
+
 def check_output(config: RunConfig, output: Path, resume: bool) -> None:
     """Refuses a folder that holds another run's results, or nothing to resume.
 
@@ -196,7 +256,7 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
     """
     if resume and (output / "config.json").is_file():
         stored = RunConfig.from_dict(read_json(output / "config.json"))
-        names = _differing(stored.to_dict(), config.to_dict())
+        names = differing(stored.to_dict(), config.to_dict())
         if names:
             raise UserError(
                 f"{output} was started with another configuration (it differs in "
@@ -213,12 +273,12 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         raise UserError(f"{output} {what}; choose another --output{advice}")
 
 
-def _differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """The fields in which two configurations differ, as the command line names them."""
     names = []
     for name, value in given.items():
         if isinstance(value, dict):
-            names += _differing(stored[name], value)
+            names += differing(stored[name], value)
         elif stored[name] != value:
             names.append(name)
     return names
@@ -230,8 +290,14 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     if root is None:
         raise UserError("no data: give --data DIR, or --dataset NAME --root DIR")
     splits = load_splits(config.dataset, root)
-    searches = config.adapter_config is not None and config.adapter_config.channel_ratio > 0
-    if not searches or config.search.simultaneous:
+    differences = count_differences(config.dataset, splits)
+    if differences and os.environ.get("RANK", "0") == "0":
+        listed = ", ".join(differences)
+        print(
+            f"naslora: warning: {root} is not the paper's {config.dataset}: {listed}",
+            file=sys.stderr,
+        )
+    if not config.searches or config.search.simultaneous:
         # Without alpha steps of their own these images are training images like the others.
         splits["train"] = splits["train"] + splits.pop("arch", [])
     elif config.search.arch_fraction == 0:
@@ -265,23 +331,24 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
         def advance(done: int, _: int) -> None:
             progress.update(task, completed=done)
 
-        check_samples(samples, config.num_classes, config.palette, advance)
+        if config.cache is None:
+            check_samples(samples, config.num_classes, config.palette, advance)
+        else:  # to fill the cache is to read everything once
+            in_threads(make_dataset(config, samples).read, samples, advance)
 
 
 def build_adapted_model(config: RunConfig) -> SamForSegmentation:
     """The model of a run before training: pre-trained weights, fresh adapter, decoder trainable.
 
     Raises:
-        UserError: as ``build_model`` and ``inject``; the kernel backend cannot be used here.
+        UserError: as ``build_model`` and ``apply``; the kernel backend cannot be used here.
     """
     _check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
     seed = config.adapter.seed
     model = build_model(
         config.model, config.image_size, config.num_classes, config.checkpoint, seed
     )
-    if config.adapter_config is not None:
-        inject(model, config.adapter_config)
-        model.mask_decoder.requires_grad_(True)
+    apply(config.method, model, config.adapter)
     if config.search.gradient_checkpointing:
         checkpoint_blocks(model.image_encoder)
     return model
@@ -309,16 +376,30 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     config = RunConfig.from_dict(read_json(path / "config.json"))
     if not (path / BEST).is_dir():
         raise UserError(f"{path} has no trained model yet: {path / BEST} does not exist")
-    model = build_adapted_model(config)
+    _check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
+    model = build_model(
+        config.model, config.image_size, config.num_classes, config.checkpoint, config.adapter.seed
+    )
     load_adapter(model, path / BEST)
     return model.eval(), config
 
 
-def evaluate_run(path: Path, split: str = "test", data: Path | None = None) -> dict[str, Any]:
+def evaluate_run(
+    path: Path,
+    split: str = "test",
+    data: Path | None = None,
+    resolution: Resolution | None = None,
+) -> dict[str, Any]:
     """Metrics of a trained or merged model on a split of its own data, or of another CSV folder.
 
+    Args:
+        path: a run's folder, or a merged model's.
+        split: which split.
+        data: another CSV folder.
+        resolution: other than the run's own.
+
     Returns:
-        ``loss``, ``dice``, ``iou``, ``accuracy``, ``per_class`` and the number of ``images``.
+        What ``naslora.evaluation.evaluate`` returns, and the number of ``images``.
 
     Raises:
         UserError: as ``load_model`` and ``find_splits``, or there is no such split.
@@ -326,20 +407,30 @@ def evaluate_run(path: Path, split: str = "test", data: Path | None = None) -> d
     model, config = load_model(path)
     if data is not None:
         config = dataclasses.replace(config, data=data, dataset="csv", root=None)
+    if resolution is not None:
+        config = dataclasses.replace(config, resolution=resolution)
     splits = find_splits(config)
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
     check_with_progress(splits[split], config)
+    return {**evaluate_model(model, config, splits[split]), "images": len(splits[split])}
+
+
+def evaluate_model(
+    model: SamForSegmentation, config: RunConfig, samples: list[Sample]
+) -> dict[str, Any]:
+    """Loss and metrics of a run's model on some samples, as ``naslora.evaluation.evaluate``."""
     accelerator = make_accelerator(config.search)
-    scores = evaluate(
+    return evaluate(
         model.to(accelerator.device),
-        _dataset(config, splits[split]),
+        make_dataset(config, samples, truth=config.resolution == "original"),
         accelerator,
         config.search.loss,
         config.foreground_names,
         config.search.batch_size,
+        config.search.workers,
+        config.metrics,
     )
-    return {**scores, "images": len(splits[split])}
 
 
 def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
@@ -348,7 +439,7 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     Binary masks are 0/255, others class indices.
 
     Args:
-        path: a run's folder, or a merged model's.
+        path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
         inputs: image files, or folders of images.
         output: created if need be; NAME_mask.png and NAME_overlay.png.
 
@@ -356,7 +447,8 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
         The masks that were written.
 
     Raises:
-        UserError: as ``load_model``; an image is missing or unreadable, or two have the same name.
+        UserError: as ``load_model`` and ``load_exported``; an image is missing or unreadable, or
+            two have the same name.
     """
     images = [
         image for item in inputs for image in ([item] if item.is_file() else list_images(item))
@@ -366,14 +458,13 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
     if repeated:
         raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
-    model, config = load_model(path)
+    predict, config = _load_predictor(path)
     samples = [Sample(image, None, "input") for image in images]
     check_with_progress(samples, config)
     dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
-    model.to(make_accelerator(config.search).device)
     written = []
     for sample, item in zip(dataset.samples, dataset, strict=True):
-        labels = _predict(model, item["image"])
+        labels = predict(item["image"][None])[0].numpy()
         picture = read_image(sample)
         mask = Image.fromarray(labels.astype(np.uint8)).resize(picture.size, Image.NEAREST)
         shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
@@ -388,16 +479,60 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     return written
 
 
-def merge_run(path: Path, mode: str, output: Path, max_error: float | None = None) -> MergeReport:
+def _load_predictor(path: Path) -> tuple[Predict, RunConfig]:
+    """What a folder or an exported file predicts with: (B, 3, S, S) images to (B, S, S) labels."""
+    if path.is_file():
+        predict, held = load_exported(path)
+        return predict, RunConfig(
+            model=held.model,
+            image_size=held.image_size,
+            num_classes=held.num_classes,
+            class_names=held.class_names,
+        )
+    model, config = load_model(path)
+    model.to(make_accelerator(config.search).device)
+    return functools.partial(_predict, model), config
+
+
+def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:
+    """Writes a merged model for another runtime, as ``naslora.export.export``.
+
+    Args:
+        path: a merged model's folder, or that of a run that has nothing to merge.
+        file_format: onnx, safetensors or torch-export.
+        output: the file.
+        part: "model", images to class scores, or "encoder", images to SAM's image embedding.
+
+    Raises:
+        UserError: as ``load_model`` and ``export``.
+    """
+    model, config = load_model(path)
+    names = tuple(config.foreground_names)
+    held = Description(config.model, config.image_size, config.num_classes, names, part)
+    export(model, held, file_format, output)
+
+
+def merge_run(
+    path: Path,
+    mode: str,
+    output: Path,
+    max_error: float | None = None,
+    images: int = CALIBRATION_IMAGES,
+) -> tuple[MergeReport, dict[str, Any]]:
     """Merges a run's trained model and writes it: merged.json and model.safetensors.
 
-    Errors are measured on the run's validation images.
+    Errors are measured on the run's validation images; mode "calibrated" is fitted to, and
+    measured on, training images.
 
     Args:
         path: a run's folder.
         mode: as in ``naslora.merge``.
         output: must be new or empty.
         max_error: refuse if a layer's relative error of the update is larger.
+        images: how many training images to fit to.
+
+    Returns:
+        The merge's report, and the validation scores ``before`` and ``after`` it.
 
     Raises:
         UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
@@ -406,8 +541,9 @@ def merge_run(path: Path, mode: str, output: Path, max_error: float | None = Non
         raise UserError(f"{output} exists and is not empty; choose another --output")
     model, config = load_model(path)
     splits = find_splits(config)
-    device = make_accelerator(config.search).device
-    report = merge(model.to(device), mode, _image_batches(config, splits["val"], device))
+    scores = {"before": evaluate_model(model, config, splits["val"])}
+    report = merge(model, mode, calibration(config, splits, mode, model.pixel_mean.device, images))
+    scores["after"] = evaluate_model(model, config, splits["val"])
     if max_error is not None and report.max_update_error > max_error:
         raise UserError(
             f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
@@ -416,8 +552,12 @@ def merge_run(path: Path, mode: str, output: Path, max_error: float | None = Non
     with replaced_file(output / "model.safetensors") as temporary:
         state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, temporary)
-    write_json(output / MERGED_CONFIG, {"report": report.to_dict(), "config": config.to_dict()})
-    return report
+    if model.left_out:
+        with replaced_file(output / LEFT_OUT) as temporary:
+            save_file({k: v.contiguous() for k, v in model.left_out.items()}, temporary)
+    description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
+    write_json(output / MERGED_CONFIG, description)
+    return report, scores
 
 
 def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
@@ -435,15 +575,18 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not hold a whole merged model: {reason}") from error
+    if (path / LEFT_OUT).is_file():
+        model.left_out = read_safetensors(path / LEFT_OUT)
     # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
     model.train()
     return model.eval(), config
 
 
 def count_parameters(model: SamForSegmentation) -> dict[str, int]:
-    """Numbers of parameters: frozen, decoder, adapter and architecture."""
+    """Numbers of parameters: frozen, decoder, adapter (what the method trains in the encoder, but
+    for alpha) and architecture (alpha)."""
     architecture = sum(p.numel() for p in arch_parameters(model))
-    adapter = sum(p.numel() for p in adapter_parameters(model))
+    adapter = sum(p.numel() for p in trainable_parameters(model)) - architecture
     decoder = sum(p.numel() for p in model.mask_decoder.parameters())
     everything = sum(p.numel() for p in model.parameters())
     return {
@@ -454,7 +597,10 @@ def count_parameters(model: SamForSegmentation) -> dict[str, int]:
     }
 
 
-def _dataset(config: RunConfig, samples: list[Sample], flip: bool = False) -> SegmentationDataset:
+def make_dataset(
+    config: RunConfig, samples: list[Sample], flip: bool = False, truth: bool = False
+) -> SegmentationDataset:
+    """The samples as the run's model sees them; ``truth`` as in ``SegmentationDataset``."""
     return SegmentationDataset(
         samples,
         config.image_size,
@@ -462,14 +608,16 @@ def _dataset(config: RunConfig, samples: list[Sample], flip: bool = False) -> Se
         config.palette,
         flip=flip,
         seed=config.adapter.seed,
+        cache=None if config.cache is None else Cache(config.cache),
+        truth=truth,
     )
 
 
-def _image_batches(
+def image_batches(
     config: RunConfig, samples: list[Sample], device: torch.device
 ) -> Iterator[Tensor]:
     """(B, 3, S, S) batches of a split's images, in order."""
-    dataset = _dataset(config, samples)
+    dataset = make_dataset(config, samples)
     size = config.search.batch_size
     for start in range(0, len(dataset), size):
         items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
@@ -481,19 +629,27 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
     started = time.perf_counter()
     best = max(search.history, key=quality)
     metrics: dict[str, Any] = {
-        "test": search.evaluate("test"),
+        "test": search.evaluate("test", config.metrics),
         "val": {name: best[f"val_{name}"] for name in ("loss", "dice", "iou", "accuracy")},
         "best_epoch": best["epoch"],
         "trainable_parameters": sum(counts.values()) - counts["frozen"],
         "parameters": counts,
         "images": {split: len(data) for split, data in search.data.items()},
     }
-    if config.adapter_config is not None:
+    modes = merge_modes(config.method, config.adapter)
+    if modes:
         metrics |= {"test_merged": {}, "merge": {}}
-        for mode in _merge_modes(config):
-            batches = _image_batches(config, search.data["val"].samples, search.accelerator.device)
-            report = merge(search.model, mode, batches)
-            metrics["test_merged"][mode] = search.evaluate("test")
+        samples = {split: data.samples for split, data in search.data.items()}
+        for mode in modes:
+            batches = calibration(config, samples, mode, search.accelerator.device)
+            try:
+                report = merge(search.model, mode, batches)
+            except UserError as error:  # too few images for the mode; the others still tell
+                metrics["merge"][mode] = {"refused": str(error)}
+                continue
+            metrics["test_merged"][mode] = search.evaluate("test", config.metrics)
+            if mode == "center" and config.search.anneal_epochs:
+                metrics["annealing"] = _annealing(search)
             metrics["merge"][mode] = report.to_dict()
             unmerge(search.model)
     training = sum(sum(record["seconds"].values()) for record in search.history)
@@ -501,9 +657,37 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
     return metrics
 
 
-def _merge_modes(config: RunConfig) -> list[str]:
-    # The preset `paper` is not linear: it has no centre taps to fold.
-    return ["exact"] if config.adapter.preset == "paper" else list(MODES)
+def calibration(
+    config: RunConfig,
+    splits: dict[str, list[Sample]],
+    mode: str,
+    device: torch.device,
+    images: int = CALIBRATION_IMAGES,
+) -> Iterator[Tensor]:
+    """What a way of merging is fitted to - training images, evenly spread - or measured on."""
+    if mode != "calibrated":
+        return image_batches(config, splits["val"], device)
+    train = splits["train"] + splits.get("arch", [])
+    train = list(dict.fromkeys(train))  # an arch split may be the training images again
+    indices = np.linspace(0, len(train) - 1, min(images, len(train))).round().astype(int)
+    return image_batches(config, [train[int(i)] for i in indices], device)
+
+
+def _annealing(search: Search) -> dict[str, Any]:
+    """Validation scores of the best epoch before, of every epoch while, and of the best epoch after
+    the cell gave up its neighbours, and of the model merged with `center`."""
+    names = ("epoch", "spatial", "val_loss", "val_dice", "val_iou")
+    epochs = {"before": [], "during": [], "after": []}
+    for record in search.history:
+        part = {0.0: "after", 1.0: "before"}.get(record["spatial"], "during")
+        epochs[part].append({name: record[name] for name in names})
+    merged = search.evaluate("val")
+    return {
+        "before": max(epochs["before"], key=quality, default=None),
+        "during": epochs["during"],
+        "after": max(epochs["after"], key=quality),
+        "merged": {f"val_{name}": merged[name] for name in ("loss", "dice", "iou")},
+    }
 
 
 def _write_results(
@@ -544,7 +728,7 @@ def _panels(search: Search, config: RunConfig) -> list[Panel]:
     indices = np.linspace(0, len(dataset) - 1, min(PANELS, len(dataset))).round().astype(int)
     panels = []
     for item in (dataset[int(i)] for i in indices):
-        labels = _predict(search.model, item["image"])
+        labels = _predict(search.model, item["image"][None])[0].numpy()
         scores = image_scores(
             torch.from_numpy(labels)[None], item["mask"][None], config.num_classes
         )
@@ -562,7 +746,7 @@ def _panels(search: Search, config: RunConfig) -> list[Panel]:
 
 
 @torch.no_grad()
-def _predict(model: SamForSegmentation, image: Tensor) -> np.ndarray:
-    """(S, S) labels of one (3, S, S) image."""
+def _predict(model: SamForSegmentation, images: Tensor) -> Tensor:
+    """(B, S, S) labels of (B, 3, S, S) images, on the CPU."""
     model.eval()
-    return model(image[None].to(model.pixel_mean.device)).labels()[0].cpu().numpy()
+    return model(images.to(model.pixel_mean.device)).labels().cpu()

@@ -7,13 +7,14 @@ re-training.
 
 Every random choice is a function of (seed, epoch, sample), and gradients are sums over the batch
 divided by its size. So a run does not depend on how many processes or forward passes share a batch
-(but for the preset `paper`, whose batch norms see one forward pass), and a resumed run repeats the
-unbroken one.
+(but for the preset `paper`, whose batch norms see one forward pass, and Conv-LoRA, whose noise and
+auxiliary loss are of one), and a resumed run repeats the unbroken one.
 """
 
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from naslora.annealing import fixed, set_spatial, spatial_share
 from naslora.cell import mixture_entropy
 from naslora.checkpoint import save_adapter, trained_state
 from naslora.data import GlobalBatches, SegmentationDataset
@@ -34,6 +36,7 @@ from naslora.evaluation import evaluate, make_loader
 from naslora.files import replaced_file
 from naslora.injection import adapter_layers, arch_parameters
 from naslora.losses import ClassLoss, segmentation_loss
+from naslora.methods import auxiliary_loss
 from naslora.segmentation import SegmentationOutput
 from naslora_kernels import OPERATIONS
 
@@ -44,6 +47,7 @@ LAST = "last.pt"  # everything that --resume needs
 PAPER_ALPHA_RATE, MAX_ALPHA_RATE = 3e-4, 0.1
 ALPHA_TRAVEL = 2.0
 Schedule = Literal["linear", "cosine", "constant"]
+Optimizer = Literal["adam", "adamw"]
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -64,10 +68,12 @@ class SearchConfig:
     """Images per optimizer step, over all processes."""
     accumulation: int = 1
     """Forward passes over which a process spreads its share of a batch."""
+    optimizer: Optimizer = "adam"
+    """Of the weights: `adam`, or `adamw`, whose weight decay is apart from the gradient."""
     learning_rate: float = 1e-4
-    """Adam's rate for the weights at the start."""
+    """The optimizer's rate for the weights at the start."""
     weight_decay: float = 1e-4
-    """Adam's weight decay for the weights."""
+    """The optimizer's weight decay for the weights."""
     schedule: Schedule = "linear"
     """How the rate of the weights falls, to zero at the end."""
     alpha_learning_rate: float | None = None
@@ -75,6 +81,9 @@ class SearchConfig:
     sets search too: 2 / steps, within 3e-4 (the paper's) and 0.1."""
     alpha_weight_decay: float = 1e-3
     """Adam's weight decay for alpha."""
+    anneal_epochs: int = 0
+    """Last epochs in which the cell gives up its neighbours, in the first half of them step by
+    step, so that merging with `center` loses nothing; 0 keeps the whole cell."""
     clip_norm: float = 1.0
     """Largest norm of the weights' gradients; 0 clips nothing."""
     class_loss: ClassLoss = "matching"
@@ -93,9 +102,18 @@ class SearchConfig:
     """Data loading processes."""
 
     def __post_init__(self) -> None:
-        for name, minimum in (("epochs", 1), ("search_start", 0), ("workers", 0)):
+        for name, minimum in (
+            ("epochs", 1),
+            ("search_start", 0),
+            ("workers", 0),
+            ("anneal_epochs", 0),
+        ):
             if getattr(self, name) < minimum:
                 raise UserError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if self.anneal_epochs > self.epochs:
+            raise UserError(
+                f"anneal_epochs must be at most epochs, {self.epochs}, got {self.anneal_epochs}"
+            )
         if self.batch_size < 1 or self.accumulation < 1:
             raise UserError("batch_size and accumulation must be at least 1")
         if not 0 <= self.arch_fraction < 1:
@@ -113,6 +131,7 @@ class SearchConfig:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} must be finite and not negative, got {value}")
         for name, choices in (
+            ("optimizer", Optimizer),
             ("schedule", Schedule),
             ("class_loss", ClassLoss),
             ("mixed_precision", Precision),
@@ -163,26 +182,40 @@ class Search:
         self.model = model.to(self.accelerator.device)
         self.data, self.config, self.seed = data, config, seed
         self.directory, self.class_names = directory, class_names
-        self.epoch, self.history, self.best_quality = 0, [], (-1.0, -math.inf)
+        self.epoch, self.history, self.best_quality = 0, [], (-math.inf,)
         architecture = arch_parameters(model)
         ours = {id(parameter) for parameter in architecture}
         weights = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+        optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         self.weights = self._group(
-            weights, config.clip_norm, lr=config.learning_rate, weight_decay=config.weight_decay
+            weights,
+            optimizers[config.optimizer],
+            clip_norm=config.clip_norm,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
         )
         self.architecture = self._group(
             architecture,
+            torch.optim.Adam,
             clip_norm=0.0,
             lr=config.alpha_learning_rate or PAPER_ALPHA_RATE,
             weight_decay=config.alpha_weight_decay,
             betas=(0.5, 0.999),
         )
         self.operations = [self._mixtures(epoch=-1)]
+        if config.anneal_epochs and not set_spatial(model, 1.0):
+            raise UserError("anneal_epochs anneals the cells of preset 'linear'; there are none")
 
-    def _group(self, parameters: list[nn.Parameter], clip_norm: float, **adam: Any) -> Group | None:
+    def _group(
+        self,
+        parameters: list[nn.Parameter],
+        optimizer: type[torch.optim.Optimizer],
+        clip_norm: float,
+        **settings: Any,
+    ) -> Group | None:
         if not parameters:
             return None
-        return Group(parameters, torch.optim.Adam(parameters, **adam), clip_norm)
+        return Group(parameters, optimizer(parameters, **settings), clip_norm)
 
     def run(self) -> None:
         """Trains from the current epoch to the last; writes checkpoints after every epoch.
@@ -208,6 +241,7 @@ class Search:
                 console.print(line, highlight=False, soft_wrap=True)
                 if writer is not None:
                     _log(writer, record, self.operations[-1], self.architecture is not None)
+        set_spatial(self.model, 1.0)  # what was saved is annealed already
         if writer is not None:
             writer.close()
 
@@ -217,6 +251,8 @@ class Search:
     def _run_epoch(self) -> dict[str, Any]:
         config, epoch = self.config, self.epoch
         self._draw_channels()
+        spatial = spatial_share(epoch, config.epochs, config.anneal_epochs)
+        set_spatial(self.model, spatial)
         started = time.perf_counter()
         groups = [self.weights]
         if config.simultaneous and self.architecture:
@@ -234,6 +270,7 @@ class Search:
         return {
             "epoch": epoch,
             "stage": 2 if self._searches(epoch) else 1,
+            "spatial": spatial,
             "train_loss": train_loss,
             "arch_loss": arch_loss,
             "val_loss": scores["loss"],
@@ -262,6 +299,7 @@ class Search:
         """
         self._require_gradients(groups)
         self.model.train()
+        self._seed_noise()
         batches = self._batches(split)
         loader = make_loader(self.data[split], batches, self.config.workers, self.accelerator)
         total, self.step_started = 0.0, time.perf_counter()
@@ -299,7 +337,9 @@ class Search:
         device = self.accelerator.device
         with self.accelerator.autocast():
             output = self.model(image.to(device, non_blocking=True))
-        return self.config.loss(output, mask.to(device, non_blocking=True))
+        loss = self.config.loss(output, mask.to(device, non_blocking=True))
+        extra = auxiliary_loss(self.model)
+        return loss if extra is None else loss + extra
 
     def _sum_over_processes(self, groups: list[Group], loss: Tensor) -> float:
         """Sums gradients and loss over the processes, in one message."""
@@ -358,7 +398,7 @@ class Search:
         }
         return self.config.learning_rate * factor[self.config.schedule]
 
-    def evaluate(self, split: str) -> dict[str, Any]:
+    def evaluate(self, split: str, metrics: Sequence[str] = ()) -> dict[str, Any]:
         """Loss and metrics of a split, as ``naslora.evaluation.evaluate``."""
         config = self.config
         return evaluate(
@@ -369,6 +409,7 @@ class Search:
             self.class_names,
             config.batch_size,
             config.workers,
+            metrics,
         )
 
     def _batches(self, split: str) -> GlobalBatches:
@@ -385,6 +426,11 @@ class Search:
             if layer.config.channel_selection == "resample":
                 seed = (self.seed * 10_007 + self.epoch) * 10_007 + i
                 layer.draw_channels(torch.Generator().manual_seed(seed))
+
+    def _seed_noise(self) -> None:
+        """Makes what the model itself draws while training a function of seed, epoch, process."""
+        process = self.accelerator.process_index
+        torch.manual_seed((self.seed * 10_007 + self.epoch) * 10_007 + process)
 
     def _mixtures(self, epoch: int) -> dict[str, Any]:
         mixtures = [a.detach().softmax(0).tolist() for a in arch_parameters(self.model)]
@@ -438,7 +484,8 @@ class Search:
             self.best_quality = quality(self.history[-1])
         if self.accelerator.is_main_process:
             if is_best:
-                save_adapter(self.model, self.directory / BEST)
+                with fixed(self.model):
+                    save_adapter(self.model, self.directory / BEST)
             with replaced_file(self.directory / LAST) as temporary:
                 torch.save(self._state(), temporary)
         self.accelerator.wait_for_everyone()
@@ -518,22 +565,25 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def quality(record: dict[str, Any]) -> tuple[float, float]:
+def quality(record: dict[str, Any]) -> tuple[float, ...]:
     """What the best epoch is chosen by: Dice on the validation split, then the lower loss there.
 
-    The loss decides while a model predicts nothing yet, or where the split has no foreground.
+    The loss decides while a model predicts nothing yet, or where the split has no foreground. With
+    annealing only the epochs that end it count.
     """
-    return record["val_dice"] or 0.0, -record["val_loss"]
+    return -record["spatial"], record["val_dice"] or 0.0, -record["val_loss"]
 
 
 def _line(record: dict[str, Any], epochs: int) -> str:
     """One epoch in a line of text, for logs."""
     searched = "" if record["arch_loss"] is None else f"  arch loss {record['arch_loss']:.3f}"
     entropy = "" if record["entropy"] is None else f"  entropy {record['entropy']:.3f}"
+    spatial = "" if record["spatial"] == 1 else f"  spatial {record['spatial']:.2f}"
     return (
         f"epoch {record['epoch'] + 1}/{epochs}  stage {record['stage']}  "
         f"loss {record['train_loss']:.3f}{searched}  val loss {record['val_loss']:.3f}  "
-        f"val Dice {quality(record)[0]:.3f}{entropy}  {sum(record['seconds'].values()):.1f} s"
+        f"val Dice {record['val_dice'] or 0.0:.3f}{entropy}{spatial}  "
+        f"{sum(record['seconds'].values()):.1f} s"
     )
 
 

@@ -44,8 +44,12 @@ class SegmentationOutput:
 
     def labels(self) -> Tensor:
         """(B, S, S) int64: 0 or 1 at a threshold of 0.5 if binary, else the best class."""
-        scores = self.class_map()
-        return (scores[:, 0] > 0.5).long() if self.classes is None else scores.argmax(1)
+        return labels_of(self.class_map())
+
+
+def labels_of(class_map: Tensor) -> Tensor:
+    """(B, K, H, W) scores as of ``class_map`` to (B, H, W) int64 labels."""
+    return (class_map[:, 0] > 0.5).long() if class_map.shape[1] == 1 else class_map.argmax(1)
 
 
 class SegmentationDecoder(nn.Module):
@@ -107,7 +111,11 @@ class SamForSegmentation(nn.Module):
         name: one of ``naslora.sam.MODELS``.
         image_size: side S of the square images in pixels, a multiple of 16.
         num_classes: 1 for binary segmentation, else K classes with the background as class 0.
-        num_tokens: mask tokens of the multi-class decoder.
+        num_tokens: mask tokens of the multi-class decoder; None takes 10, or one a class where
+            there are more classes.
+
+    Attributes:
+        left_out: what its SAM checkpoint has and the model has not, for ``sam_state_dict``.
 
     Raises:
         UserError: a value is out of range.
@@ -118,15 +126,17 @@ class SamForSegmentation(nn.Module):
         name: str,
         image_size: int = 1024,
         num_classes: int = 1,
-        num_tokens: int = MULTICLASS_TOKENS,
+        num_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise UserError(f"num_classes must be at least 1, got {num_classes}")
+        num_tokens = num_tokens or max(MULTICLASS_TOKENS, num_classes)
         if num_classes > 1 and num_tokens < num_classes:
             raise UserError(f"{num_classes} classes need as many mask tokens, got {num_tokens}")
         self.image_size = image_size
         self.num_classes = num_classes
+        self.left_out: dict[str, Tensor] = {}
         self.image_encoder = build_image_encoder(name, image_size).requires_grad_(False)
         self.prompt_encoder = build_prompt_encoder(image_size).requires_grad_(False)
         self.mask_decoder = SegmentationDecoder(num_classes, num_tokens if num_classes > 1 else 1)
@@ -176,5 +186,5 @@ def build_model(
         torch.manual_seed(seed)
         model = SamForSegmentation(name, image_size, num_classes)
     if checkpoint is not None:
-        load_sam_checkpoint(model, checkpoint, name)
+        model.left_out = load_sam_checkpoint(model, checkpoint, name)
     return model

@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from naslora.data import (
-    DATASETS,
     GlobalBatches,
     Sample,
     SegmentationDataset,
@@ -21,10 +20,10 @@ from naslora.data import (
     collate,
     hold_out,
     list_images,
-    load_splits,
     read_image,
     read_mask,
 )
+from naslora.datasets import DATASETS, load_splits
 from naslora.demo_data import write_mni152
 from naslora.errors import UserError
 
@@ -197,14 +196,15 @@ def test_folders_missing_empty_or_ambiguous(folder_root):
     assert "a.jpg and a.png differ only" in error_of(load_splits, "folders", folder_root)
     (folder_root / "train/images/a.jpg").unlink()
     (folder_root / "test/labels").mkdir()
-    assert "found masks and labels" in error_of(load_splits, "folders", folder_root)
+    assert "found test/labels and test/masks" in error_of(load_splits, "folders", folder_root)
     (folder_root / "test/labels").rmdir()
     (folder_root / "val/images/b.png").unlink()
     (folder_root / "val/masks/b.png").unlink()
-    assert "val holds no images" in error_of(load_splits, "folders", folder_root)
+    assert "val/images holds no images" in error_of(load_splits, "folders", folder_root)
     (folder_root / "val").rename(folder_root / "validation")
     message = error_of(load_splits, "folders", folder_root)
-    assert "val missing" in message and "found test, train, validation" in message
+    assert "; val/images|image, val/masks|mask|labels|label missing; found" in message
+    assert "test/images, test/masks, train/images, train/masks, validation/images" in message
 
 
 def test_list_images_is_sorted_and_leaves_other_files_out(csv_root):

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from naslora.metrics import image_scores, summarise
+from naslora.errors import UserError
+from naslora.metrics import METRICS, check_metrics, image_scores, saliency_scores, summarise
 
 # Scores are ratios of whole numbers in float32.
 TOLERANCE = 1e-6
@@ -20,6 +22,7 @@ def test_binary_by_hand():
         "dice": [[pytest.approx(0.5)]],  # 2 * 1 / (2 + 2)
         "iou": [[pytest.approx(1 / 3)]],
         "accuracy": [pytest.approx(0.5)],
+        "confusion": [[[1, 1], [1, 1]]],
     }
 
 
@@ -94,3 +97,142 @@ def test_summarise_without_any_class():
     }
     summary = summarise(scores, ["a"])
     assert (summary["dice"], summary["iou"], summary["accuracy"]) == (None, None, 1.0)
+
+
+# --- what data sets are reported by, by hand
+
+
+def metrics_of(names, prediction, target, num_classes=1):
+    scores = score(prediction, target, num_classes)
+    classes = [f"class {k}" for k in range(1, max(num_classes, 2))]
+    return summarise(scores, classes, names)["metrics"]
+
+
+def test_thresholded_jaccard_counts_a_failure_as_zero():
+    # IoU of the images: 1/1, 2/3 = 0.67 (kept), 3/5 = 0.6 (a failure)
+    prediction = [[[1, 0, 0, 0, 0]], [[1, 1, 0, 0, 0]], [[1, 1, 1, 0, 0]]]
+    target = [[[1, 0, 0, 0, 0]], [[1, 1, 1, 0, 0]], [[1, 1, 1, 1, 1]]]
+    values = metrics_of(["iou", "t_iou"], prediction, target)
+    assert values["iou"] == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+    assert values["t_iou"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_balanced_error_rate_both_ways():
+    # First image: TPR 1/1, TNR 2/3; second: TPR 1/3, TNR 1/1. All pixels: TPR 2/4, TNR 3/4.
+    prediction, target = [[[1, 1, 0, 0]], [[1, 0, 0, 0]]], [[[1, 0, 0, 0]], [[1, 1, 1, 0]]]
+    values = metrics_of(["ber", "ber_pooled"], prediction, target)
+    first, second = 1 - (1 + 2 / 3) / 2, 1 - (1 / 3 + 1) / 2
+    assert values["ber"] == pytest.approx(100 * (first + second) / 2)
+    assert values["ber_pooled"] == pytest.approx(100 * (1 - (2 / 4 + 3 / 4) / 2))
+
+
+def test_balanced_error_rate_leaves_out_images_of_one_class():
+    prediction, target = [[[1, 0]], [[0, 0]]], [[[1, 0]], [[0, 0]]]
+    assert metrics_of(["ber", "ber_pooled"], prediction, target) == {"ber": 0.0, "ber_pooled": 0.0}
+    assert metrics_of(["ber", "ber_pooled"], [[[0, 1]]], [[[0, 0]]]) == {
+        "ber": None,
+        "ber_pooled": None,
+    }
+
+
+THREE = (
+    [[[0, 1, 1, 2, 2, 0]], [[1, 1, 0, 0, 0, 0]]],  # prediction
+    [[[0, 1, 2, 2, 2, 1]], [[1, 1, 1, 0, 0, 0]]],  # truth
+)
+
+
+def test_trans10k_by_hand():
+    # Counts over both images, rows truth: 0: [4, 0, 0]; 1: [2, 3, 0]; 2: [0, 1, 2]
+    names = ["pixel_accuracy", "miou", "foreground_accuracy", "foreground_miou", "index_mae"]
+    values = metrics_of([*names, "class_iou", "mber"], *THREE, num_classes=3)
+    iou = [4 / 6, 3 / 6, 2 / 3]
+    assert values["pixel_accuracy"] == pytest.approx(9 / 12)
+    assert values["foreground_accuracy"] == pytest.approx(5 / 8)
+    assert values["miou"] == pytest.approx(sum(iou) / 3)
+    assert values["foreground_miou"] == pytest.approx(sum(iou[1:]) / 2)
+    assert list(values["class_iou"].values()) == pytest.approx(iou)
+    assert list(values["class_iou"]) == ["background", "class 1", "class 2"]
+    # First image: |1-2| + |0-1| over 6 pixels; second: |0-1| over 6
+    assert values["index_mae"] == pytest.approx((2 / 6 + 1 / 6) / 2)
+    # Class 1: first image TP 1 of 2, others right 3 of 4; second TP 2 of 3, others 3 of 3.
+    # Class 2: in the first image only, TP 2 of 3, others right 2 of 3.
+    one = ((1 - (1 / 2 + 3 / 4) / 2) + (1 - (2 / 3 + 3 / 3) / 2)) / 2
+    two = 1 - (2 / 3 + 2 / 3) / 2
+    assert values["mber"] == pytest.approx(100 * (one + two) / 2)
+
+
+def test_a_class_that_is_nowhere_has_no_iou():
+    values = metrics_of(["miou", "class_iou"], [[[0, 1]]], [[[0, 1]]], num_classes=4)
+    assert values["miou"] == 1.0
+    assert list(values["class_iou"].values()) == [1.0, 1.0, None, None]
+
+
+def test_global_iou_agrees_with_torchmetrics():
+    rng = np.random.default_rng(0)
+    prediction, target = (torch.tensor(rng.integers(0, 5, (7, 8, 8))) for _ in range(2))
+    values = summarise(image_scores(prediction, target, 5), list("abcd"), ["miou", "class_iou"])
+    whole = multiclass_jaccard_index(prediction, target, 5, average="none").tolist()
+    assert list(values["metrics"]["class_iou"].values()) == pytest.approx(whole, abs=TOLERANCE)
+    mean = float(multiclass_jaccard_index(prediction, target, 5, average="macro"))
+    assert values["metrics"]["miou"] == pytest.approx(mean, abs=TOLERANCE)
+
+
+def test_saliency_by_hand():
+    # The map is stretched from 51..204 of 255 to 0..1: 0, 1/3, 2/3, 1; so the error is 1/3 at two
+    # pixels of eight.
+    probability = torch.tensor([[0.2, 0.4, 0.6, 0.8]] * 2)
+    target = torch.tensor([[0, 0, 1, 1]] * 2)
+    scores = saliency_scores(probability, target)
+    assert float(scores["mae"]) == pytest.approx((0 + 1 / 3 + 1 / 3 + 0) / 4)
+    assert set(scores) == {"s_alpha", "e_phi", "f_w_beta", "f_w_beta_0.3", "mae"}
+
+
+def test_saliency_of_perfect_and_inverted_maps():
+    target = torch.zeros(32, 32, dtype=torch.int64)
+    target[8:20, 10:24] = 1
+    perfect, inverted = (saliency_scores(p.float(), target) for p in (target, 1 - target))
+    for name in ("s_alpha", "f_w_beta", "f_w_beta_0.3"):
+        assert float(perfect[name]) == pytest.approx(1, abs=1e-6) and float(inverted[name]) < 0.1
+    # At 255 of the 256 thresholds the map is the truth, at 0 it is all foreground.
+    assert 0.99 < float(perfect["e_phi"]) <= 1 and float(inverted["e_phi"]) < 0.05
+    assert (float(perfect["mae"]), float(inverted["mae"])) == (0, 1)
+
+
+def test_saliency_agrees_with_the_library_over_a_set():
+    # The library sums up a whole set; means of single images have to give the same.
+    import py_sod_metrics as sod
+
+    rng = np.random.default_rng(1)
+    measures = {
+        "s_alpha": sod.Smeasure(),
+        "e_phi": sod.Emeasure(),
+        "f_w_beta": sod.WeightedFmeasure(beta=1),
+        "f_w_beta_0.3": sod.WeightedFmeasure(beta=0.3),
+        "mae": sod.MAE(),
+    }
+    images = []
+    for _ in range(3):
+        pixels = rng.integers(0, 256, (16, 16)).astype(np.uint8)
+        truth = np.zeros((16, 16), np.uint8)
+        truth[4 : rng.integers(6, 15), 4:10] = 1
+        for measure in measures.values():
+            measure.step(pixels, 255 * truth)
+        images.append(saliency_scores(torch.tensor(pixels / 255), torch.tensor(truth)))
+    results = {name: measure.get_results() for name, measure in measures.items()}
+    expected = {
+        "s_alpha": results["s_alpha"]["sm"],
+        "e_phi": results["e_phi"]["em"]["curve"].mean(),
+        "f_w_beta": results["f_w_beta"]["wfm"],
+        "f_w_beta_0.3": results["f_w_beta_0.3"]["wfm"],
+        "mae": results["mae"]["mae"],
+    }
+    for name, value in expected.items():
+        own = np.mean([float(image[name]) for image in images])
+        assert own == pytest.approx(float(value), abs=1e-12)
+    assert expected["f_w_beta"] != pytest.approx(expected["f_w_beta_0.3"], abs=1e-3)
+
+
+def test_metrics_that_do_not_fit_are_refused():
+    check_metrics(list(METRICS), num_classes=1)
+    with pytest.raises(UserError, match="'ber' is defined for binary masks only"):
+        check_metrics(["dice", "ber"], num_classes=3)

@@ -537,7 +537,7 @@ def test_class_counts_are_checked():
     with pytest.raises(UserError, match="num_classes must be at least 1, got 0"):
         SamForSegmentation("vit_b", 64, num_classes=0)
     with pytest.raises(UserError, match="12 classes need as many mask tokens, got 10"):
-        SamForSegmentation("vit_b", 64, num_classes=12)
+        SamForSegmentation("vit_b", 64, num_classes=12, num_tokens=10)
 
 
 def test_the_seed_decides_the_fresh_weights():

@@ -1,0 +1,277 @@
+"""Whole models of every method on the same frozen weights, and the steps that are timed of them."""
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from naslora import NASLoRAConfig, arch_parameters
+from naslora.errors import UserError
+from naslora.methods import (
+    apply,
+    auxiliary_loss,
+    merge,
+    merge_modes,
+    searches,
+    trainable_parameters,
+)
+from naslora.search import SearchConfig
+from naslora.segmentation import SamForSegmentation, build_model
+
+UNTOUCHED = "untouched"
+COMPILED = " compiled"
+MERGED = " merged "
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEARCH = SearchConfig()
+# Adapters end in a zero matrix and gates start level. Small random values stand for trained ones:
+# every gradient is then due, every merge changes something, and every expert gets its windows.
+SPREAD = 0.02
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a comparison of methods runs on."""
+
+    model: str
+    image_size: int
+    batch: int
+    precision: str = "no"
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        kind = "" if self.precision == "no" else f" {self.precision}"
+        return f"{self.model} {self.image_size}px x{self.batch}{kind}"
+
+
+class Contestant:
+    """One method's model, as it trains."""
+
+    def __init__(self, method: str, model: SamForSegmentation, setting: Setting) -> None:
+        self.method, self.model, self.setting = method, model, setting
+        self.images, self.masks = batch(setting)
+        self.alpha = arch_parameters(model)
+        ours = {id(parameter) for parameter in self.alpha}
+        adapter = [p for p in trainable_parameters(model) if id(p) not in ours]
+        self.weights = [*model.mask_decoder.parameters(), *adapter]
+
+    @cached_property
+    def weight_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.weights, SEARCH.learning_rate)
+
+    @cached_property
+    def alpha_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.alpha, 3e-4, betas=(0.5, 0.999))
+
+    def loss(self) -> Tensor:
+        with autocast(self.setting):
+            output = self.model(self.images)
+        loss = SEARCH.loss(output, self.masks)
+        extra = auxiliary_loss(self.model)
+        return loss if extra is None else loss + extra
+
+    def weight_step(self) -> None:
+        """What ``naslora.search`` does with one batch in an epoch's weight steps."""
+        self._require_gradients(self.weights)
+        self.loss().backward()
+        nn.utils.clip_grad_norm_(self.weights, SEARCH.clip_norm)
+        self.weight_optimizer.step()
+        self.weight_optimizer.zero_grad()
+
+    def architecture_step(self) -> None:
+        """The same in its architecture steps: only alpha requires gradients."""
+        self._require_gradients(self.alpha)
+        self.loss().backward()
+        self.alpha_optimizer.step()
+        self.alpha_optimizer.zero_grad()
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """The loss and all its gradients, for the gate."""
+        parameters = [*self.weights, *self.alpha]
+        self._require_gradients(parameters)
+        torch.manual_seed(0)
+        loss = self.loss()
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+    def _require_gradients(self, parameters: list[Tensor]) -> None:
+        chosen = {id(parameter) for parameter in parameters}
+        for parameter in (*self.weights, *self.alpha):
+            parameter.requires_grad_(id(parameter) in chosen)
+        self.model.train()
+
+
+def batch(setting: Setting) -> tuple[Tensor, Tensor]:
+    """Random images (B, 3, S, S) in [0, 1] and labels (B, S, S)."""
+    generator = torch.Generator().manual_seed(1)
+    size = (setting.batch, 3, setting.image_size, setting.image_size)
+    images = torch.rand(size, generator=generator)
+    return images.to(setting.device), (images[:, 0] > 0.5).long().to(setting.device)
+
+
+def autocast(setting: Setting) -> torch.autocast:
+    dtype = PRECISIONS[setting.precision]
+    return torch.autocast(setting.device, dtype, enabled=dtype is not None)
+
+
+def untouched(setting: Setting) -> SamForSegmentation:
+    """SAM as it came, with random weights."""
+    return build_model(setting.model, setting.image_size).to(setting.device).eval()
+
+
+def adapted(method: str, base: SamForSegmentation, **config: object) -> SamForSegmentation:
+    """``base`` with a method applied, as if trained a little; big frozen tensors are shared.
+
+    Raises:
+        UserError: the method does not fit.
+    """
+    model = sharing_copy(base, share=method != "full")
+    apply(method, model, NASLoRAConfig(**config))
+    fill_zeros(trainable_parameters(model))
+    return model
+
+
+def sharing_copy(model: nn.Module, share: bool = True) -> nn.Module:
+    """A copy that shares the encoder's weight matrices, which no method but ``full`` trains."""
+    shared = [p for p in model.image_encoder.parameters() if share and p.dim() > 1]
+    return copy.deepcopy(model, {id(p): p for p in shared})
+
+
+@torch.no_grad()
+def fill_zeros(parameters: Iterable[Tensor]) -> None:
+    """Gives parameters that start at zero small random values."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in parameters:
+        if parameter.dim() > 1 and not parameter.any():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(SPREAD * values)
+
+
+def contestants(
+    setting: Setting, methods: Iterable[str], base: SamForSegmentation, compiled: Iterable[str] = ()
+) -> dict[str, Contestant]:
+    """Models that train, by name; with those of ``compiled`` once more through ``torch.compile``.
+
+    A method that does not fit the encoder is left out.
+    """
+    found = {}
+    for method, how in itertools.chain(
+        ((method, "") for method in methods), ((method, COMPILED) for method in compiled)
+    ):
+        try:
+            model = adapted(method, base)
+        except UserError:
+            continue
+        if how:
+            compile_blocks(model)
+        found[method + how] = Contestant(method, model, setting)
+    return found
+
+
+def compile_blocks(model: SamForSegmentation) -> None:
+    """``torch.compile`` of every transformer block: blocks of a kind share one compilation, which
+    compiling the whole encoder would repeat twelve times."""
+    for block in model.image_encoder.blocks:
+        block.compile(dynamic=False)
+
+
+def training_names(methods: Iterable[str], compiled: Iterable[str]) -> list[tuple[str, str]]:
+    """(contestant, step) of all that can be timed training."""
+    names = [*methods, *(method + COMPILED for method in compiled)]
+    steps = {True: ("weights", "architecture", "epoch"), False: ("weights",)}
+    return [
+        (name, step)
+        for name in names
+        for step in steps[searches(name.removesuffix(COMPILED), NASLoRAConfig())]
+    ]
+
+
+def inference_names(methods: Iterable[str]) -> list[str]:
+    """All that can be timed without training: ``untouched``, methods, methods merged."""
+    names = [UNTOUCHED]
+    for method in methods:
+        modes = merge_modes(method, NASLoRAConfig())
+        names += [method, *(method + MERGED + mode for mode in modes)]
+    return names
+
+
+def inference_models(
+    methods: Iterable[str], base: SamForSegmentation, calibration: list[Tensor]
+) -> dict[str, nn.Module]:
+    """The untouched model; every method before merging, and after each of its ways to merge."""
+    models = {UNTOUCHED: base}
+    for name in inference_names(methods)[1:]:
+        method, _, mode = name.partition(MERGED)
+        if mode and method in models:
+            models[name] = sharing_copy(models[method])
+            merge(models[name], mode, calibration)
+        elif not mode:
+            with contextlib.suppress(UserError):
+                models[name] = adapted(method, base)
+    return {name: model.eval() for name, model in models.items()}
+
+
+def inference(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], Tensor]:
+    """Images in, mask logits out."""
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        with autocast(setting):
+            return model(images).masks
+
+    return run
+
+
+# ---- The gate ----------------------------------------------------------------------------------
+
+
+def gate_training(found: dict[str, Contestant], base: SamForSegmentation) -> str | None:
+    """Why these models must not be timed, or None.
+
+    The fused kernels are held against the reference on the same weights, and every compiled model
+    against itself uncompiled. Twelve layers of float32 in another order differ by 1e-4 or so.
+    """
+    for name, contestant in found.items():
+        method = contestant.method
+        if contestant.alpha:
+            twin = adapted(method, base, backend="reference")
+        elif name.endswith(COMPILED):
+            twin = adapted(method, base)
+        else:
+            continue
+        other = Contestant(method, twin, contestant.setting)
+        error = _difference(contestant, other)
+        if error is not None:
+            return f"{name}: {error}"
+    return None
+
+
+def _difference(contestant: Contestant, reference: Contestant) -> str | None:
+    tolerance = 1e-3 if contestant.setting.precision == "no" else 0.1
+    results = contestant.gradients(), reference.gradients()
+    # Some gradients are zero but for rounding, as of the keys' biases in front of a softmax.
+    rounding = 1e-5 * torch.cat([value.flatten() for value in results[1]]).norm()
+    for i, (value, expected) in enumerate(zip(*results, strict=True)):
+        error = (value - expected).norm() / (expected.norm() + rounding)
+        if not error < tolerance:
+            what = "loss" if i == 0 else f"gradient {i - 1} of {tuple(value.shape)}"
+            return f"the {what} differs from the reference by {error:.1e} of its norm"
+    return None
+
+
+def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tensor) -> str | None:
+    """Why these models must not be timed, or None: exact merges change nothing but rounding."""
+    tolerance = 1e-4 if setting.precision == "no" else 0.1
+    outputs = {name: inference(model, setting, images)() for name, model in models.items()}
+    for name, output in outputs.items():
+        method, _, mode = name.partition(MERGED)
+        if mode == "exact":
+            error = (output - outputs[method]).norm() / outputs[method].norm()
+            if not error < tolerance:
+                return f"{name} differs from {method} by {error:.1e} of its norm"
+        if "lora" in method and not mode and torch.equal(output, outputs[UNTOUCHED]):
+            return f"{name} computes what the untouched model computes"
+    return None

@@ -1,0 +1,266 @@
+"""The paper's Table 5 and its cost claims, from measurements: ``python -m bench.report FILE``.
+
+FILE is what ``pytest bench/ --benchmark-only --benchmark-json FILE`` wrote; several are read as
+one. A ratio is the median over rounds of two contestants' seconds in the same round. The exit
+status is 1 if a claim fails or was not measured.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.models import COMPILED, MERGED, UNTOUCHED, Setting
+from bench.timing import Times
+from naslora.methods import METHODS
+
+# Table 5 of the paper, on a V100: iterations a second, training and inference.
+PAPER = {
+    "bitfit": (1.82, 4.62),
+    "sam-adapter": (1.73, 4.38),
+    "vpt": (1.41, 4.39),
+    "lora": (1.64, 4.62),
+    "conv-lora": (1.22, 3.64),
+    "dora": (1.61, 4.62),
+    "vera": (13.14, 4.62),
+    "nas-pc-lora": (1.57, 4.62),
+}
+PAPER_EPOCH = {"lora": 20.3, "nas-pc-lora": 25.2}  # minutes, with the steps for alpha
+CLAIMED = ("vit_b", "vit_l", "vit_h")  # SAM's encoders; for smaller ones the ratios are only shown
+
+
+@dataclass
+class Measured:
+    """What the files hold of one setting."""
+
+    seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    """By (contestant, step), round by round; the step is "inference" without training."""
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By method: bytes, as ``bench.suite.measure_memory``."""
+
+    def ratio(self, one: tuple[str, str], other: tuple[str, str]) -> Times | None:
+        """Seconds of one / seconds of the other, over the rounds; None if one was not measured."""
+        if one not in self.seconds or other not in self.seconds:
+            return None
+        rounds = zip(self.seconds[one], self.seconds[other], strict=True)
+        return Times.of([a / b for a, b in rounds])
+
+    def saved(self, one: str, other: str) -> Times | None:
+        """The same of the bytes saved for the backward, which do not vary."""
+        if one not in self.memory or other not in self.memory:
+            return None
+        ratio = self.memory[one]["saved"] / self.memory[other]["saved"]
+        return Times(ratio, ratio, ratio)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A ratio, and what it must be."""
+
+    text: str
+    ratio: Callable[[Measured], Times | None]
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def holds(self, value: float) -> bool:
+        return self.at_most >= value if self.at_least is None else self.at_least <= value
+
+    @property
+    def bound(self) -> str:
+        return f"≤ {self.at_most}" if self.at_least is None else f"≥ {self.at_least}"
+
+
+OURS = ("nas-pc-lora", "weights")
+
+
+def _merged(mode: str) -> Callable[[Measured], Times | None]:
+    ours = f"nas-pc-lora{MERGED}{mode}", "inference"
+    return lambda m: m.ratio(ours, (UNTOUCHED, "inference"))
+
+
+CLAIMS = (
+    Claim(
+        "a weight step of NAS-PC-LoRA / of PEFT's LoRA",
+        lambda m: m.ratio(OURS, ("lora", "weights")),
+        at_most=0.97,
+    ),
+    Claim(
+        "a weight step of Conv-LoRA / of NAS-PC-LoRA",
+        lambda m: m.ratio(("conv-lora", "weights"), OURS),
+        at_least=1.4,
+    ),
+    Claim(
+        "an architecture step / a weight step of NAS-PC-LoRA",
+        lambda m: m.ratio(("nas-pc-lora", "architecture"), OURS),
+        at_most=1.0,
+    ),
+    Claim("inference merged with exact / untouched", _merged("exact"), at_most=1.01),
+    Claim("inference merged with center / untouched", _merged("center"), at_most=1.01),
+    Claim("inference merged with calibrated / untouched", _merged("calibrated"), at_most=1.01),
+    Claim(
+        "bytes saved for the backward, NAS-PC-LoRA / LoRA",
+        lambda m: m.saved("nas-pc-lora", "lora"),
+        at_most=1.02,
+    ),
+)
+
+
+def main() -> int:
+    """Prints the tables and the claims; returns 1 if a claim fails or was not measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    files = parser.parse_args().files
+    entries = [entry for path in files for entry in json.loads(path.read_text())["benchmarks"]]
+    print(about(entries))
+    measured = by_setting(entries)
+    good = bool(measured)
+    for setting, numbers in measured.items():
+        print(f"\n## {setting}\n")
+        print("\n\n".join(filter(None, (training(numbers), inference(numbers), memory(numbers)))))
+        if setting.model in CLAIMED:
+            text, held = claims(numbers)
+            print(f"\n{text}")
+            good &= held
+    if startup := startup_table(entries):
+        print(f"\n## startup\n\n{startup}")
+    return 0 if good else 1
+
+
+def by_setting(entries: list[dict]) -> dict[Setting, Measured]:
+    """Sorts the entries of the groups training_step, inference and memory."""
+    found: dict[Setting, Measured] = {}
+    for entry in entries:
+        info = entry["extra_info"]
+        if entry["group"] not in ("training_step", "inference", "memory"):
+            continue
+        names = ("model", "image_size", "batch", "precision", "device")
+        measured = found.setdefault(Setting(*(info[name] for name in names)), Measured())
+        if entry["group"] == "memory":
+            measured.memory[info["contestant"]] = info
+        else:
+            step = info.get("step", "inference")
+            measured.seconds[info["contestant"], step] = entry["stats"]["data"]
+    return found
+
+
+def about(entries: list[dict]) -> str:
+    """Device, versions and commits of the entries that tell them."""
+    names = ("processor", "device", "threads", "commit", "version", "torch", "instruction_set")
+    lines = []
+    for name in names:
+        values = {str(e["extra_info"][name]) for e in entries if name in e["extra_info"]}
+        lines += [f"{name}: {', '.join(sorted(values))}"] if values else []
+    return "\n".join(lines)
+
+
+def training(measured: Measured) -> str:
+    """Table 5's training columns beside the paper's."""
+    rows = []
+    for name, step in measured.seconds:
+        if step != "weights":
+            continue
+        paper = PAPER.get(name)
+        rows.append(
+            [
+                _title(name),
+                _milliseconds(measured, (name, "weights")),
+                _ratio(measured.ratio((name, "weights"), ("lora", "weights"))),
+                _plain(paper and PAPER["lora"][0] / paper[0]),
+                _milliseconds(measured, (name, "architecture")),
+                _ratio(measured.ratio((name, "architecture"), (name, "weights"))),
+                _ratio(measured.ratio((name, "epoch"), ("lora", "weights"))),
+                _plain(name in PAPER_EPOCH and PAPER_EPOCH[name] / PAPER_EPOCH["lora"]),
+            ]
+        )
+    head = ["Method", "weight step, ms (p20, p80)", "× LoRA", "paper", "architecture step, ms"]
+    return _table([*head, "× its weight step", "epoch with α × LoRA", "paper"], rows)
+
+
+def inference(measured: Measured) -> str:
+    """Table 5's inference column: every method before and after merging."""
+    rows = []
+    for name, step in measured.seconds:
+        if step != "inference":
+            continue
+        paper = PAPER.get(name)
+        rows.append(
+            [
+                _title(name),
+                _milliseconds(measured, (name, step)),
+                _ratio(measured.ratio((name, step), (UNTOUCHED, step))),
+                _plain(paper and PAPER["lora"][1] / paper[1]),
+            ]
+        )
+    return _table(["Model", "inference, ms (p20, p80)", "× untouched", "paper × LoRA"], rows)
+
+
+def memory(measured: Measured) -> str:
+    """Bytes of a training step."""
+    columns = {
+        "saved": "saved for the backward, MB",
+        "peak": "peak of a weight step, MB",
+        "architecture_saved": "saved, architecture step, MB",
+        "architecture_peak": "peak, architecture step, MB",
+    }
+    rows = [
+        [_title(name), *(f"{info[c] / 1e6:,.1f}" if c in info else "" for c in columns)]
+        for name, info in measured.memory.items()
+    ]
+    return _table(["Method", *columns.values()], rows)
+
+
+def startup_table(entries: list[dict]) -> str:
+    """Medians of the group startup."""
+    rows = [
+        [entry["name"], f"{1e3 * statistics.median(entry['stats']['data']):,.1f}"]
+        for entry in entries
+        if entry["group"] == "startup"
+    ]
+    return _table(["What", "ms"], rows)
+
+
+def claims(measured: Measured) -> tuple[str, bool]:
+    """The claims as a table, and whether all of them hold."""
+    rows, good = [], True
+    for claim in CLAIMS:
+        value = claim.ratio(measured)
+        held = value is not None and claim.holds(value.p50)
+        verdict = "not measured" if value is None else "holds" if held else "FAILS"
+        rows.append([claim.text, claim.bound, _ratio(value), verdict])
+        good &= held
+    return _table(["Claim", "asked", "measured (p20, p80)", ""], rows), good
+
+
+def _title(name: str) -> str:
+    for separator in (MERGED, COMPILED):
+        method, found, rest = name.partition(separator)
+        if found:
+            return f"{METHODS[method].title},{separator}{rest}".strip()
+    return METHODS[name].title if name in METHODS else name
+
+
+def _milliseconds(measured: Measured, key: tuple[str, str]) -> str:
+    if key not in measured.seconds:
+        return ""
+    times = Times.of(measured.seconds[key])
+    return f"{1e3 * times.p50:,.0f} ({1e3 * times.p20:,.0f}, {1e3 * times.p80:,.0f})"
+
+
+def _ratio(times: Times | None) -> str:
+    return "" if times is None else f"{times.p50:.3f} ({times.p20:.3f}, {times.p80:.3f})"
+
+
+def _plain(value: float | bool | None) -> str:
+    return f"{value:.2f}" if value else ""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

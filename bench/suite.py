@@ -1,0 +1,113 @@
+"""What the groups of whole-model benchmarks measure, one setting at a time.
+
+Contestants take turns, round after round, in one process: what else the machine does then falls on
+all alike, and a ratio may be taken round by round. Nothing is timed that fails its gate.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from bench import counts, models, timing
+from bench.models import Setting
+
+Samples = dict[tuple[str, str], list[float]]  # (contestant, step): seconds, round by round
+
+# As in the paper's Table 5: an epoch takes a weight step for every batch of the training data, and
+# a fifth as many architecture steps (25.2 minutes instead of 21.1).
+ARCHITECTURE_STEPS = 0.2
+
+
+def time_training(
+    setting: Setting, methods: Iterable[str], compiled: Iterable[str], rounds: int
+) -> Samples:
+    """Seconds of each method's ``weights`` step; of those that search, the ``architecture`` step,
+    and ``epoch``, both for each batch of an epoch.
+
+    Raises:
+        RuntimeError: a gate failed.
+    """
+    base = models.untouched(setting)
+    found = models.contestants(setting, methods, base, compiled)
+    _refuse(models.gate_training(found, base))
+    functions = {}
+    for name, contestant in found.items():
+        functions[name, "weights"] = contestant.weight_step
+        if contestant.alpha:
+            functions[name, "architecture"] = contestant.architecture_step
+    seconds = _interleave(functions, setting, rounds)
+    for name, step in list(seconds):
+        if step == "architecture":
+            pairs = zip(seconds[name, "weights"], seconds[name, step], strict=True)
+            seconds[name, "epoch"] = [w + ARCHITECTURE_STEPS * a for w, a in pairs]
+    return seconds
+
+
+def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a batch through the ``untouched`` model, every method's, and its merged ones.
+
+    Raises:
+        RuntimeError: a gate failed.
+    """
+    images, _ = models.batch(setting)
+    found = models.inference_models(methods, models.untouched(setting), [images])
+    _refuse(models.gate_inference(found, setting, images))
+    functions = {name: models.inference(model, setting, images) for name, model in found.items()}
+    return _interleave(functions, setting, rounds)
+
+
+def measure_memory(
+    setting: Setting, methods: Iterable[str]
+) -> dict[str, tuple[float, dict[str, int]]]:
+    """By method: seconds of a counted weight step, and bytes of a step.
+
+    ``saved`` is kept for the backward beside the model's own tensors; ``peak`` is the most that
+    lived at once beside what was there before: on the CPU counted tensor by tensor, on a GPU as its
+    allocator tells. ``architecture_*`` is the same of an architecture step.
+    """
+    measured = {}
+    for name, contestant in models.contestants(setting, methods, models.untouched(setting)).items():
+        contestant.weight_step()  # makes the optimizer's state
+        started = time.perf_counter()
+        numbers = {"peak": _peak(contestant.weight_step, setting)}
+        seconds = time.perf_counter() - started
+        numbers["saved"] = counts.saved_bytes(contestant.loss, contestant.model)
+        if contestant.alpha:
+            contestant.architecture_step()
+            numbers["architecture_peak"] = _peak(contestant.architecture_step, setting)
+            saved = counts.saved_bytes(contestant.loss, contestant.model)
+            numbers["architecture_saved"] = saved
+        measured[name] = seconds, numbers
+    return measured
+
+
+def _peak(step: Callable[[], None], setting: Setting) -> int:
+    if setting.device == "cpu":
+        return counts.count(step).peak
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise RuntimeError(f"not timed, as the gate failed: {reason}")
+
+
+def _interleave(functions: dict, setting: Setting, rounds: int) -> Samples:
+    if setting.device != "cpu":
+        functions = {key: _synchronized(function) for key, function in functions.items()}
+    return timing.interleave(functions, rounds)
+
+
+def _synchronized(function: Callable[[], object]) -> Callable[[], None]:
+    @functools.wraps(function)
+    def run() -> None:
+        function()
+        torch.cuda.synchronize()
+
+    return run

@@ -1,0 +1,12 @@
+"""A batch through whole models: ``pytest bench/test_inference.py --benchmark-only``."""
+
+import pytest
+
+pytestmark = pytest.mark.benchmark(group="inference")
+
+
+def test_inference(record, measured, setting, inferring):
+    samples = measured("inference", setting)
+    if inferring not in samples:
+        pytest.skip(f"{inferring} does not fit {setting.model}")
+    record(setting, samples[inferring], contestant=inferring)

@@ -1,0 +1,13 @@
+"""Steps of whole models: ``pytest bench/test_training_step.py --benchmark-only``."""
+
+import pytest
+
+pytestmark = pytest.mark.benchmark(group="training_step")
+
+
+def test_training_step(record, measured, setting, training):
+    samples = measured("training_step", setting)
+    contestant, step = training
+    if training not in samples:
+        pytest.skip(f"{contestant} does not fit {setting.model}")
+    record(setting, samples[training], contestant=contestant, step=step)

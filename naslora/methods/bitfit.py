@@ -1,0 +1,21 @@
+"""BitFit (arXiv 2106.10199): every bias of the encoder is trained, and nothing else."""
+
+from torch import nn
+
+from naslora.config import NASLoRAConfig
+from naslora.methods.encoders import refuse
+
+UNMERGED = "it trains the encoder's own biases, there is nothing to fold"
+
+
+def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
+    """Lets the biases of linear layers, convolutions and norms train.
+
+    Raises:
+        UserError: the encoder has none.
+    """
+    biases = [p for name, p in encoder.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if not biases:
+        raise refuse("bitfit", encoder, "biases")
+    for bias in biases:
+        bias.requires_grad_(True)

@@ -1,0 +1,97 @@
+"""Mona (arXiv 2311.15010): an adapter of multi-scale convolutions after attention and after MLP.
+
+As defined in the paper, so without the dropout that its authors' code adds.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from naslora.config import NASLoRAConfig
+from naslora.methods.encoders import (
+    AdaptedBlock,
+    beside,
+    is_plain_vit,
+    is_tiny_vit,
+    refuse,
+    tiny_vit_stages,
+)
+
+WIDTH = 64  # channels of the convolutions
+KERNELS = (3, 5, 7)
+SCALE_START = 1e-6  # of the normalised input
+UNMERGED = "its convolutions and GELU are not linear in a token, no weight stands for them"
+
+
+class Mona(nn.Module):
+    """x + up(gelu(mix(down(s1 norm(x) + s2 x)))) on (B, H, W, C).
+
+    mix: the mean of depthwise 3 x 3, 5 x 5 and 7 x 7 convolutions beside the identity, then a
+    pointwise one beside the identity.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.norm_scale = nn.Parameter(SCALE_START * torch.ones(channels))
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.down = nn.Linear(channels, WIDTH)
+        self.depthwise = nn.ModuleList(
+            nn.Conv2d(WIDTH, WIDTH, kernel, padding=kernel // 2, groups=WIDTH) for kernel in KERNELS
+        )
+        self.pointwise = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.up = nn.Linear(WIDTH, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        z = self.down(self.norm(x) * self.norm_scale + x * self.scale)
+        z = z.permute(0, 3, 1, 2)  # (B, 64, H, W)
+        z = z + sum(conv(z) for conv in self.depthwise) / len(self.depthwise)
+        z = z + self.pointwise(z)
+        return x + self.up(nn.functional.gelu(z.permute(0, 2, 3, 1)))
+
+
+class MonaBlock(AdaptedBlock):
+    """A block of SAM's plain ViT with a Mona after each half."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.mona1, self.mona2 = _mona(block), _mona(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mona1(self.attention(x))
+        return self.mona2(x + self.mlp(self.norm2(x)))
+
+
+class MonaThenConv(nn.Module):
+    """TinyViT's convolution between attention and MLP, with a Mona before it."""
+
+    def __init__(self, mona: Mona, conv: nn.Module) -> None:
+        super().__init__()
+        self.mona, self.conv = mona, conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        return self.conv(self.mona(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
+    """Puts two Monas into every block with attention.
+
+    Raises:
+        UserError: the encoder is neither a plain ViT nor TinyViT.
+    """
+    if is_plain_vit(encoder):
+        for index, block in enumerate(encoder.blocks):
+            encoder.blocks[index] = MonaBlock(block)
+    elif is_tiny_vit(encoder):
+        for stage in tiny_vit_stages(encoder):
+            for index, block in enumerate(stage.blocks):
+                block.local_conv = MonaThenConv(_mona(block), block.local_conv)
+                stage.blocks[index] = nn.Sequential(block, _mona(block))
+    else:
+        raise refuse("mona", encoder, "the blocks of SAM's plain ViTs or of MobileSAM's TinyViT")
+
+
+def _mona(block: nn.Module) -> Mona:
+    weight = block.attn.proj.weight
+    return beside(Mona(weight.shape[0]), weight)

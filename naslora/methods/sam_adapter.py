@@ -1,0 +1,137 @@
+"""SAM-Adapter (arXiv 2304.09148): what an image's high frequencies say is added before each block.
+
+A small patch embedding of the high frequencies and a projection of the encoder's own patch
+embedding are summed; per block a small MLP, and one projection that the blocks share, turn the sum
+into what is added to the tokens. TinyViT, whose width changes, gets that once for each stage.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from naslora.config import NASLoRAConfig
+from naslora.methods.encoders import beside, is_plain_vit, is_tiny_vit, refuse, tiny_vit_stages
+
+SCALE_FACTOR = 16  # of the encoder's width to the adapter's
+MASKED = 0.25  # share of the spectrum, its lowest frequencies, that is masked out
+WEIGHT_START = 0.02  # standard deviation
+UNMERGED = "what it adds depends on the image, no weight stands for it"
+
+
+class Prompts(nn.Module):
+    """The layers that make what the blocks of one stage add to their tokens.
+
+    Args:
+        width: C of the tokens.
+        depth: number of blocks.
+        stride: pixels a side for one token.
+    """
+
+    def __init__(self, width: int, depth: int, stride: int) -> None:
+        super().__init__()
+        hidden = width // SCALE_FACTOR
+        self.patch_embed = nn.Conv2d(3, hidden, stride, stride)
+        self.embed = nn.Linear(width, hidden)
+        self.block_mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(hidden, hidden), nn.GELU()) for _ in range(depth)
+        )
+        self.up = nn.Linear(hidden, width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=WEIGHT_START)
+                nn.init.zeros_(module.bias)
+        nn.init.kaiming_normal_(self.patch_embed.weight, mode="fan_out")
+        nn.init.zeros_(self.patch_embed.bias)
+
+
+class SamAdapter(nn.Module):
+    """The prompts of every stage, and the hooks by which an encoder gets them."""
+
+    def __init__(self, stages: list[Prompts]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.features: list[Tensor] = []  # of each stage, for the image in the encoder now
+
+    def see_image(self, encoder: nn.Module, inputs: tuple[Tensor]) -> None:
+        """Before the encoder: embeds the high frequencies of its (B, 3, S, S) images."""
+        high = high_frequencies(inputs[0])
+        embedded = (stage.patch_embed(high) for stage in self.stages)
+        self.features = [features.permute(0, 2, 3, 1) for features in embedded]
+
+    def see_embedding(
+        self, stage: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor | None = None
+    ) -> None:
+        """After a stage's embedding, or before its blocks: adds a projection of the tokens."""
+        tokens = inputs[0] if output is None else output  # (B, H, W, C)
+        self.features[stage] = self.features[stage] + self.stages[stage].embed(tokens)
+
+    def prompt(
+        self, stage: int, index: int, block: nn.Module, inputs: tuple[Tensor]
+    ) -> tuple[Tensor]:
+        """Before a block: adds its prompt to its tokens."""
+        prompts = self.stages[stage]
+        return (inputs[0] + prompts.up(prompts.block_mlps[index](self.features[stage])),)
+
+    def forget(self, encoder: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        """After the encoder: lets go of the features and of the graph behind them."""
+        self.features = []
+
+
+@torch.no_grad()
+def high_frequencies(images: Tensor) -> Tensor:
+    """|images without their low frequencies|: a centred quarter of the spectrum is masked out.
+
+    (B, 3, H, W) to the same; in float32 even for 16-bit images.
+    """
+    height, width = images.shape[-2:]
+    half = int((MASKED * height * width) ** 0.5 / 2)
+    rows, columns = (
+        slice(height // 2 - half, height // 2 + half),
+        slice(width // 2 - half, width // 2 + half),
+    )
+    spectrum = torch.fft.fftshift(torch.fft.fft2(images.float()), dim=(-2, -1))
+    spectrum[..., rows, columns] = 0
+    return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real.abs().to(images.dtype)
+
+
+def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
+    """Adds the prompts to every block with attention, by hooks.
+
+    Raises:
+        UserError: the encoder is neither a plain ViT nor TinyViT.
+    """
+    if is_plain_vit(encoder):
+        stages = [list(encoder.blocks)]
+        strides = [encoder.patch_embed.proj.stride[0]]
+    elif is_tiny_vit(encoder):
+        stages = [list(stage.blocks) for stage in tiny_vit_stages(encoder)]
+        strides = _tiny_vit_strides(encoder)
+    else:
+        raise refuse("sam-adapter", encoder, "SAM's plain ViTs or MobileSAM's TinyViT")
+    weights = [blocks[0].attn.proj.weight for blocks in stages]
+    adapter = SamAdapter(
+        [
+            beside(Prompts(weight.shape[0], len(blocks), stride), weight)
+            for weight, blocks, stride in zip(weights, stages, strides, strict=True)
+        ]
+    )
+    encoder.sam_adapter = adapter
+    encoder.register_forward_pre_hook(adapter.see_image)
+    encoder.register_forward_hook(adapter.forget)
+    if is_plain_vit(encoder):
+        encoder.patch_embed.register_forward_hook(partial(adapter.see_embedding, 0))
+    else:
+        for i, stage in enumerate(tiny_vit_stages(encoder)):
+            stage.blocks.register_forward_pre_hook(partial(adapter.see_embedding, i))
+    for i, blocks in enumerate(stages):
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(adapter.prompt, i, index))
+
+
+def _tiny_vit_strides(encoder: nn.Module) -> list[int]:
+    """Pixels a side for a token of each stage with attention: 8, 16 and 16 in MobileSAM."""
+    strides = [encoder.patch_embed.stride]
+    for stage in tiny_vit_stages(encoder):
+        strides.append(strides[-1] * stage.downsample.conv2.conv.stride[0])
+    return strides[1:]

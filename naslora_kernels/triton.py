@@ -1,0 +1,278 @@
+"""The ``triton`` backend: how the kernels of ``triton_*.py`` are launched, and in what shapes.
+
+Nothing here is tuned at run time: tiles depend on shapes alone, so that CUDA graphs can capture the
+launches and every card gives the same bits. Triton is imported with the first launch.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from naslora_kernels import gpu
+from naslora_kernels.ops import MixedCell, NASLoRALinear
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's interpreter, on the CPU
+
+
+def unavailable_reason() -> str | None:
+    """Why Triton cannot be used, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU, and TRITON_INTERPRET=1 is not set"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (7, 5):
+        return f"it needs a GPU of compute capability 7.5, this one has {major}.{minor}"
+    return None
+
+
+def unsupported_reason(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why these tensors cannot be served, or None."""
+    expected = "cpu" if INTERPRETED else "cuda"
+    if device_type != expected:
+        return f"it computes on {expected!r}, the tensors are on {device_type!r}"
+    return None if dtype in DTYPES else f"it has no kernels for {dtype}"
+
+
+def mixed_cell(
+    z: Tensor, alpha: Tensor, depthwise: tuple[Tensor, ...], pw: Tensor, channels: Tensor | None
+) -> Tensor:
+    """The cell of Eq. 2-3: one launch forward, two backward."""
+    return MixedCell.apply(z, alpha, *depthwise, pw, channels, "triton")
+
+
+def nas_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    alpha: Tensor,
+    depthwise: tuple[Tensor, ...],
+    pw: Tensor,
+    channels: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Eq. 3: three launches forward and six backward beside the frozen product."""
+    return NASLoRALinear.apply(
+        x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, "triton"
+    )
+
+
+# ---- Tiles -------------------------------------------------------------------------------------
+
+
+class CellTiles(NamedTuple):
+    """How ``cell_forward_kernel`` and ``cell_backward_kernel`` cut their maps."""
+
+    lanes: int  # channels of S, padded
+    pixels: int  # of a tile
+    steps: int  # tiles of a group
+    block: int  # output channels at a time
+    groups: int
+    parts: int  # programs of a group
+
+
+@functools.cache
+def cell_tiles(pixels: int, c: int) -> CellTiles:
+    """Tiles for so many pixels in all maps.
+
+    A thread has one number of the map where that fills the threads of a large card (132 x 512), and
+    two where there are more, which halves what it loads of the weights. A group is as small as
+    spreads the sums over some 1500 programs, but at least 32 pixels, and at most 256: then its
+    partial sums are a tenth of the maps that they are summed from.
+    """
+    lanes = _power_of_2(c)
+    numbers = 4096 if INTERPRETED else 32 if pixels * lanes <= 132 * 512 else 64
+    tile = max(1, numbers // lanes)
+    block = -(-c // -(-c // 8))
+    parts = 4 * -(-c // block) + 5
+    group = min(max(_power_of_2(-(-pixels * parts // 1500)), 32), 256)
+    group = max(group, tile)
+    return CellTiles(lanes, tile, group // tile, block, -(-pixels // group), parts)
+
+
+class RowTiles(NamedTuple):
+    """How the low-rank kernels cut a matrix of (tokens, columns)."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+@functools.cache
+def row_tiles(tokens: int) -> RowTiles:
+    """Tiles for so many tokens: a group of rows for each processor of a large card, but at most 128
+    rows, and 4096 numbers."""
+    rows = min(max(_power_of_2(-(-tokens // 132)), 16), 128)
+    return RowTiles(rows, 4096 // rows, 8)
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << (int(number) - 1).bit_length()
+
+
+# ---- Launches ----------------------------------------------------------------------------------
+
+
+class Primitives:
+    """The primitives that ``gpu.py`` asks for, each one launch."""
+
+    def __init__(self, launch) -> None:
+        self._launch = launch  # (kernel, grid, *arguments, **constants)
+
+    def low_rank_pass(
+        self,
+        rows: Tensor,
+        matrix: Tensor | None,
+        u: Tensor | None,
+        scale: float,
+        product: Tensor | None,
+        partials: Tensor | None,
+    ) -> None:
+        from naslora_kernels import triton_low_rank as kernels
+
+        tokens, columns = rows.shape
+        rank = (product if u is None else u).shape[1]
+        tiles = row_tiles(tokens)
+        groups, span = -(-tokens // tiles.rows), columns
+        if product is None:  # then columns can be spread over programs, too
+            spans = max(1, min(528 // groups, -(-columns // tiles.columns)))
+            span = -(-columns // spans)
+            span = -(-span // tiles.columns) * tiles.columns
+        constants = dict(RANK=rank, ROWS=tiles.rows, COLUMNS=tiles.columns)
+        kernel = kernels.low_rank_pass_kernel
+        if rank > 4:
+            kernel = kernels.low_rank_pass_dot_kernel
+            constants["LANES"] = max(16, _power_of_2(rank))
+        strides = (0, 0) if matrix is None else matrix.stride()
+        self._launch(
+            kernel, (groups, -(-columns // span)), rows, matrix, u, product, partials, scale,
+            tokens, columns, rows.stride(0), *strides, span, **constants,
+            num_warps=tiles.num_warps,
+        )  # fmt: skip
+
+    def low_rank_expand(
+        self, u: Tensor, matrix: Tensor, bias: Tensor | None, scale: float, out: Tensor
+    ) -> None:
+        from naslora_kernels.triton_low_rank import low_rank_expand_kernel
+
+        tokens, columns = out.shape
+        rank = u.shape[1]
+        rows, width = 16, 256
+        self._launch(
+            low_rank_expand_kernel, (-(-tokens // rows), -(-columns // width)),
+            u, matrix, bias, out, scale, tokens, columns, *matrix.stride(),
+            RANK=rank, BLOCK=next(b for b in range(8, 0, -1) if rank % b == 0), ROWS=rows, COLUMNS=width, num_warps=8,
+        )  # fmt: skip
+
+    def cell_forward(
+        self,
+        z: Tensor,
+        alpha: Tensor,
+        depthwise: list[Tensor],
+        pw: Tensor,
+        channels: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        from naslora_kernels.triton_cell import cell_forward_kernel
+
+        batch, height, width, rank = z.shape
+        pixels, c = batch * height * width, pw.shape[-1]
+        tiles = cell_tiles(pixels, c)
+        self._launch(
+            cell_forward_kernel, (-(-pixels // tiles.pixels),),
+            z, alpha, *depthwise, pw, channels, y, pixels, height, width, rank, *z.stride(),
+            CHANNELS=c, LANES=tiles.lanes, RANK_LANES=_power_of_2(rank), PIXELS=tiles.pixels,
+            num_warps=1,
+        )  # fmt: skip
+
+    def cell_backward(
+        self,
+        grad_y: Tensor,
+        z: Tensor,
+        alpha: Tensor,
+        depthwise: list[Tensor],
+        pw: Tensor,
+        channels: Tensor | None,
+        grad_z: Tensor | None,
+        partials: Tensor | None,
+    ) -> None:
+        from naslora_kernels.triton_cell import cell_backward_kernel
+
+        batch, height, width, rank = z.shape
+        pixels, c = batch * height * width, pw.shape[-1]
+        tiles = cell_tiles(pixels, c)
+        map_programs = 0 if grad_z is None else -(-pixels // tiles.pixels)
+        sum_programs = 0 if partials is None else tiles.groups * tiles.parts
+        self._launch(
+            cell_backward_kernel, (map_programs + sum_programs,),
+            grad_y, z, alpha, *depthwise, pw, channels, grad_z, partials,
+            pixels, height, width, rank, *grad_y.stride(), *z.stride(), map_programs,
+            CHANNELS=c, LANES=tiles.lanes, RANK_LANES=_power_of_2(rank), PIXELS=tiles.pixels,
+            BLOCK=tiles.block, STEPS=tiles.steps, num_warps=1,
+        )  # fmt: skip
+
+    def reduce_gradients(
+        self,
+        cell_partials: Tensor | None,
+        alpha: Tensor,
+        depthwise: list[Tensor],
+        pw: Tensor,
+        grad_alpha: Tensor | None,
+        grad_depthwise: list[Tensor] | None,
+        grad_pw: Tensor | None,
+        A_partials: Tensor | None,
+        grad_A: Tensor | None,
+        B_partials: Tensor | None,
+        grad_B: Tensor | None,
+    ) -> None:
+        from naslora_kernels.triton_gradients import reduce_gradients_kernel
+
+        columns = 32
+        c = pw.shape[-1]
+        sums = [(0, 0, 0) if p is None else p.shape for p in (A_partials, B_partials)]
+        (A_groups, rank, c_in), (B_groups, B_rank, c_out) = sums
+        rank = rank or B_rank
+        weight_programs = 0 if grad_pw is None else -(-(4 * c + 68) * c // columns)
+        alpha_programs = 0 if grad_alpha is None else 1
+        A_programs, B_programs = -(-rank * c_in // columns), -(-rank * c_out // columns)
+        self._launch(
+            reduce_gradients_kernel,
+            (weight_programs + alpha_programs + A_programs + B_programs,),
+            cell_partials, 0 if cell_partials is None else cell_partials.shape[0], alpha,
+            grad_alpha, *(grad_depthwise or [None] * 4), grad_pw,
+            A_partials, A_groups, grad_A, c_in, B_partials, B_groups, grad_B, c_out, rank,
+            weight_programs, alpha_programs, A_programs,
+            CHANNELS=c, BLOCKS=-(-c // 8), GROUPS=32, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+
+    def row_groups(self, tokens: int) -> int:
+        return -(-tokens // row_tiles(tokens).rows)
+
+    def cell_groups(self, batch: int, height: int, width: int, c: int) -> int:
+        return cell_tiles(batch * height * width, c).groups
+
+    def cell_partial_size(self, c: int) -> int:
+        return (4 * c + 68) * c + 4 * -(-c // 8) + 3
+
+
+def _launch(kernel, grid, *arguments, **constants) -> None:
+    """Launches on the device where the first argument is."""
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+_library = gpu.register("triton", Primitives(_launch))

@@ -1,0 +1,141 @@
+"""Miniature trees of the paper's data sets, in the very layouts in which they are distributed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIZE = (24, 32)  # height, width
+DISC = np.hypot(*(np.mgrid[: SIZE[0], : SIZE[1]] - np.array([[[12]], [[16]]]))) < 9
+BINARY = 255 * DISC.astype(np.uint8)
+LEFT = np.mgrid[: SIZE[0], : SIZE[1]][1] < 16
+# Background 0, things (left half of the disc) 1, stuff (right half) 2
+CLASSES = np.where(DISC, np.where(LEFT, 1, 2), 0).astype(np.uint8)
+V1_COLOURS = np.array([(0, 0, 0), (255, 0, 0), (255, 255, 255)], dtype=np.uint8)
+
+
+def picture(path: Path, seed: int = 0, **options) -> None:
+    """A bright disc on dark noise, as the suffix says."""
+    noise = np.random.default_rng(seed).integers(0, 50, (*SIZE, 3))
+    save(path, (180 * DISC[..., None] + noise).astype(np.uint8), **options)
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def isic2017(root: Path) -> None:
+    numbers = iter(range(10))
+    for part, count in (("Training", 4), ("Validation", 1), ("Test_v2", 2)):
+        for number in (next(numbers) for _ in range(count)):
+            name = f"ISIC_{number:07d}"
+            picture(root / f"ISIC-2017_{part}_Data/{name}.jpg", number)
+            picture(root / f"ISIC-2017_{part}_Data/{name}_superpixels.png", number)
+            mask = root / f"ISIC-2017_{part}_Part1_GroundTruth/{name}_segmentation.png"
+            save(mask, BINARY)
+        (root / f"ISIC-2017_{part}_Data/ISIC-2017_{part}_Data_metadata.csv").write_text("image_id")
+
+
+def pranet(root: Path) -> None:
+    for i in range(5):
+        for name in (f"cju{i}qkwl35piu0993l0dewei2", str(i)):
+            picture(root / f"TrainDataset/image/{name}.png", i)
+            save(root / f"TrainDataset/masks/{name}.png", BINARY)
+    for folder, name in (("Kvasir", "cju9a"), ("CVC-ClinicDB", "99"), ("ETIS", "1")):
+        picture(root / f"TestDataset/{folder}/images/{name}.png", 9)
+        save(root / f"TestDataset/{folder}/masks/{name}.png", BINARY)
+
+
+def kvasir_raw(root: Path) -> None:
+    for i in range(10):
+        picture(root / f"images/cju{i}.jpg", i)
+        # Colour JPEGs, whose compression leaves greys around every edge
+        save(root / f"masks/cju{i}.jpg", np.stack([BINARY] * 3, 2), quality=75)
+    (root / "kavsir_bboxes.json").write_text("{}")
+
+
+def cvc_raw(root: Path) -> None:
+    for i in range(1, 11):
+        picture(root / f"Original/{i}.tif", i)
+        save(root / f"Ground Truth/{i}.tif", BINARY)
+
+
+def camouflage(root: Path) -> None:
+    for i in range(10):
+        picture(root / f"TrainDataset/Imgs/camourflage_{i:05d}.jpg", i)
+        soft = np.where(DISC, 250, 3).astype(np.uint8)  # smoothed masks are not only 0 and 255
+        save(root / f"TrainDataset/GT/camourflage_{i:05d}.png", soft)
+    for folder, name in (("CAMO", "camourflage_1"), ("CHAMELEON", "animal-1"), ("COD10K", "COD-1")):
+        picture(root / f"TestDataset/{folder}/Imgs/{name}.jpg", 10)
+        save(root / f"TestDataset/{folder}/GT/{name}.png", BINARY)
+    picture(root / "TestDataset/CHAMELEON/Imgs/animal-2.JPG", 11)  # as there: the case differs
+    save(root / "TestDataset/CHAMELEON/GT/Animal-2.png", BINARY)
+
+
+def sbu(root: Path) -> None:
+    for folder, count in (("SBUTrain4KRecoveredSmall", 10), ("SBU-Test", 2)):
+        for i in range(count):
+            picture(root / folder / f"ShadowImages/lssd{i}.jpg", i)
+            save(root / folder / f"ShadowMasks/lssd{i}.png", BINARY)
+
+
+def leaf_mask(path: Path) -> None:
+    save(path, np.where(DISC[..., None], (128, 0, 0), 0).astype(np.uint8))
+
+
+def leaf(root: Path) -> None:
+    for folder, count in (("train", 10), ("test", 2)):
+        for i in range(count):
+            picture(root / folder / f"images/{folder}{i:05d}.jpg", i)
+            leaf_mask(root / folder / f"masks/{folder}{i:05d}.png")
+
+
+def leaf_flat(root: Path) -> None:
+    for i in range(12):
+        picture(root / f"images/{i:05d}.jpg", i)
+        leaf_mask(root / f"masks/{i:05d}.png")
+
+
+def roads(root: Path) -> None:
+    for split, count in (("train", 3), ("val", 1), ("test", 1)):
+        for i in range(count):
+            name = f"{split}_{i}_15"
+            picture(root / f"tiff/{split}/{name}.tiff", i)
+            save(root / f"tiff/{split}_labels/{name}.tif", BINARY)
+
+
+def trans10k_v1(root: Path) -> None:
+    for part, count in (
+        ("train", 3),
+        *((f"{s}/{g}", 1) for s in ("validation", "test") for g in ("easy", "hard")),
+    ):
+        for i in range(count):
+            picture(root / part / f"images/{i}.jpg", i)
+            save(root / part / f"masks/{i}_mask.png", V1_COLOURS[CLASSES])
+
+
+def trans10k_v2(root: Path) -> None:
+    for part, count in (("train", 3), ("validation", 1), ("test", 1)):
+        for i in range(count):
+            picture(root / part / f"images/{i}.jpg", i)
+            path = root / part / f"masks_12/{i}_mask.png"
+            save(path, CLASSES)
+            mask = Image.fromarray(np.where(CLASSES == 2, 11, CLASSES).astype(np.uint8))
+            mask.putpalette(bytes(range(30, 66)))  # colours for people; the indices are the classes
+            mask.save(path)
+
+
+# Name of the tree: what writes it
+TREES: dict[str, Callable[[Path], None]] = {
+    "isic2017": isic2017,
+    "kvasir": pranet,
+    "cvc-clinicdb": pranet,
+    "camouflage": camouflage,
+    "sbu": sbu,
+    "leaf": leaf,
+    "roads": roads,
+    "trans10k-v1": trans10k_v1,
+    "trans10k-v2": trans10k_v2,
+}

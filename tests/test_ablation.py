@@ -1,0 +1,205 @@
+"""Ablations: what is varied, what an operation that is left out does, and the sweep's folder."""
+
+import csv
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from naslora import NASLoRAConfig, NASLoRALinear, ablation
+from naslora.ablation import ABLATIONS, BASE, variants_of
+from naslora.errors import UserError
+from naslora.files import read_json
+from naslora.injection import arch_parameters
+from naslora.run import RunConfig, build_adapted_model
+from naslora.search import SearchConfig
+from naslora_kernels import OPERATIONS
+
+SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--batch-size", 2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, make_data) -> Path:
+    return make_data(tmp_path_factory.mktemp("data") / "data", train=4, val=1, test=2)
+
+
+# --- what is varied
+
+
+def test_operations_are_left_out_by_family():
+    variants = {
+        v.title: v.config.adapter.operations for v in variants_of("operations", RunConfig())
+    }
+    assert variants == {
+        "all operations": None,
+        "without convolution": OPERATIONS[4:],
+        "without pooling": (*OPERATIONS[:4], *OPERATIONS[6:]),
+        "without skip/no connection": OPERATIONS[:6],
+    }
+
+
+def test_ranks_and_ratios_are_the_papers():
+    ranks = [v.config.adapter for v in variants_of("rank", RunConfig())]
+    # Two thirds of the channels pass through the cell
+    assert [(c.rank, c.cell_channels) for c in ranks] == [(3, 2), (6, 4), (12, 8), (24, 16)]
+    ratios = [v.config.adapter for v in variants_of("channel-ratio", RunConfig())]
+    assert [c.cell_channels for c in ratios] == [3, 2, 1]
+
+
+def test_blocks_are_halves_of_the_encoders():
+    config = RunConfig(model="vit_t", image_size=32)
+    assert {v.title: v.config.adapter.blocks for v in variants_of("blocks", config)} == {
+        "1 to 6": (0, 1, 2, 3, 4, 5),
+        "7 to 12": (6, 7, 8, 9, 10, 11),
+        "1 to 12 (all)": None,
+    }
+
+
+def test_starts_of_alpha():
+    config = RunConfig(search=SearchConfig(epochs=30, search_start=10))
+    assert {
+        v.title: (v.config.search.simultaneous, v.config.search.search_start)
+        for v in variants_of("alpha-start", config)
+    } == {
+        "0 (simultaneously)": (True, 10),
+        "0 (stage-wise)": (False, 0),
+        "10": (False, 10),
+        "20": (False, 20),
+    }
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_exactly_one_row_is_the_unchanged_method(name):
+    config = RunConfig(model="vit_t", image_size=32)
+    rows = variants_of(name, config)
+    assert [row.config for row in rows if row.folder == BASE] == [config]
+    assert len({row.folder for row in rows}) == len(rows)
+
+
+def test_what_cannot_be_ablated():
+    with pytest.raises(UserError, match="'lora' has no cell to ablate"):
+        variants_of("operations", RunConfig(method="lora"))
+    config = RunConfig(adapter=NASLoRAConfig(operations=OPERATIONS[:4]))
+    with pytest.raises(UserError, match="ablate operations sets what"):
+        variants_of("operations", config)
+
+
+# --- operations that are left out
+
+
+def config_of(*operations: str, preset: str = "linear") -> RunConfig:
+    adapter = NASLoRAConfig(operations=operations, preset=preset)
+    return RunConfig(model="vit_t", image_size=32, adapter=adapter)
+
+
+@pytest.mark.parametrize("preset", ["linear", "paper"])
+def test_what_is_left_out_stays_out_through_training(tiny_vit, preset):
+    kept = OPERATIONS[4:]
+    model = build_adapted_model(config_of(*kept, preset=preset)).train()
+    alpha = arch_parameters(model)
+    optimizer = torch.optim.Adam(alpha, lr=0.1, weight_decay=1e-3)
+    weights = [p for p in model.parameters() if p.requires_grad and all(p is not a for a in alpha)]
+    for parameter in weights:  # lora_B is zero at the start, and would give alpha no gradient
+        torch.nn.init.normal_(parameter, std=0.1)
+    start = [a.detach().clone() for a in alpha]
+    for _ in range(20):
+        model(torch.rand(1, 3, 32, 32)).masks.square().mean().backward()
+        assert all(a.grad[:4].eq(0).all() for a in alpha)
+        optimizer.step()
+        optimizer.zero_grad()
+    for before, after in zip(start, alpha, strict=True):
+        mixture = after.detach().softmax(0)
+        assert mixture[:4].eq(0).all() and mixture.isfinite().all()
+        assert float(mixture.sum()) == pytest.approx(1)
+        assert not torch.equal(before[4:], after[4:])
+
+
+@pytest.mark.parametrize("operation, factor", [("skip_connect", 1.0), ("none", 0.0)])
+def test_one_operation_alone_is_what_it_says(operation, factor):
+    config = NASLoRAConfig(channel_ratio=1.0, operations=(operation,))
+    layer = NASLoRALinear(torch.nn.Linear(8, 12), config)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 4, 4, 8)
+    update = layer.scaling * (x @ layer.lora_A.T) @ layer.lora_B.T
+    # float32 rounding of sums of eight and three products, times a scaling of 11
+    torch.testing.assert_close(layer(x), layer.base(x) + factor * update, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("operations", [(), ("conv_7x7",), ("none", "none")])
+def test_operations_that_do_not_exist(operations):
+    with pytest.raises(UserError, match="operations must be distinct names out of sep_conv_3x3"):
+        NASLoRAConfig(operations=operations)
+
+
+# --- the sweep
+
+
+def sweep(naslora, data, output, name, *more):
+    arguments = ("--data", data, "--output", output, "--seeds", 0, 1, *SMALL)
+    return naslora("ablate", name, *arguments, "--epochs", 1, "--search-start", 0, *more)
+
+
+@pytest.fixture(scope="module")
+def study(naslora, data, tiny_vit, tmp_path_factory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("study") / "out"
+    result = sweep(naslora, data, output, "channel-ratio")
+    assert result.status == 0, result.err
+    return output, result.out
+
+
+def test_the_table_is_that_of_the_runs(study):
+    output, printed = study
+    assert printed.count("\n") == 2 + 3 and "2/3 (2 of 3 channels) | 2 |" in printed
+    assert printed.strip() in (output / "channel-ratio/table.md").read_text()
+    with (output / "channel-ratio/table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row, folder in zip(rows, ("ratio-3-3", "base", "ratio-1-3"), strict=True):
+        dice, base = (
+            [read_json(output / f"runs/{f}/{s}/metrics.json")["test"]["dice"] for s in (0, 1)]
+            for f in (folder, "base")
+        )
+        assert float(row["dice"]) == pytest.approx(statistics.mean(dice))
+        assert float(row["dice_spread"]) == pytest.approx(statistics.stdev(dice))
+        if folder == "base":
+            assert row["difference"] == ""
+        else:
+            difference = statistics.mean([a - b for a, b in zip(dice, base, strict=True)])
+            assert float(row["difference"]) == pytest.approx(difference, abs=1e-12)
+    report = (output / "channel-ratio/report.html").read_text()
+    assert "Ablation of nas-pc-lora on vit_t: channel-ratio" in report and "<svg" in report
+
+
+def test_a_sweep_resumes_and_keeps_finished_cells(naslora, data, tiny_vit, study):
+    output, printed = study
+    (output / "runs/ratio-1-3/1/report.html").unlink()
+    again = sweep(naslora, data, output, "channel-ratio", "--resume")
+    assert again.out == printed and again.err.count("ablate: channel-ratio, cell") == 1
+    assert "cell 6 of 6: 1/3 (1 of 3 channels), seed 1" in again.err
+
+
+def test_ablations_share_the_runs_of_the_unchanged_method(
+    naslora, data, tiny_vit, study, monkeypatch
+):
+    output, _ = study
+    trained = []
+
+    def train(config, directory, resume):
+        trained.append(directory.relative_to(output / "runs").as_posix())
+        shutil.copytree(output / "runs/base/0", directory)
+
+    monkeypatch.setattr(ablation, "train", train)
+    result = sweep(naslora, data, output, "blocks", "--resume")
+    assert result.status == 0, result.err
+    assert trained == ["first-half/0", "last-half/0", "first-half/1", "last-half/1"]
+
+
+def test_a_sweep_refuses_what_is_not_its_own(naslora, data, tiny_vit, study, tmp_path):
+    output, _ = study
+    assert "exists and is not empty" in sweep(naslora, data, output, "rank").err
+    other = sweep(naslora, data, output, "channel-ratio", "--resume", "--learning-rate", 1e-3)
+    assert other.status == 2 and "started with another configuration" in other.err
+    assert "differs in learning_rate" in other.err
+    twice = naslora("ablate", "rank", "--data", data, "--output", tmp_path / "b", "--seeds", 1, 1)
+    assert "seeds must be distinct" in twice.err

@@ -1,0 +1,207 @@
+"""The paper's claims on cost, held to counts: operations, operator calls, bytes kept.
+
+No load on the machine changes them; seconds are measured in ``bench``.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import cases, counts, models
+from bench.models import MERGED, UNTOUCHED, Setting
+from naslora import sam
+from naslora.methods import METHODS
+from naslora_kernels import mixed_cell, nas_lora_linear
+
+# Two blocks as wide as a real encoder's are narrow: small, and yet a frozen product dwarfs a cell.
+ENCODER = sam.ViT(width=384, depth=2, heads=6, global_blocks=(1,))
+SETTING = Setting("vit_t", image_size=64, batch=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """The counts are of the CPU kernels; the tests run Triton's on the CPU, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NASLORA_BACKEND", "cpp")
+        yield
+
+
+@pytest.fixture(scope="module")
+def base():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sam.VITS, "vit_t", ENCODER)
+        yield models.untouched(SETTING)
+
+
+@pytest.fixture(scope="module")
+def contestants(base):
+    return models.contestants(SETTING, METHODS, base)
+
+
+@pytest.fixture(scope="module")
+def steps(contestants):
+    """Counts of forward and backward, and bytes kept in between, of every method."""
+
+    def measure(contestant, step):
+        step()  # leaves unfrozen what the step trains
+        counted = counts.count(lambda: contestant.loss().backward())
+        contestant.model.zero_grad()
+        return counted, counts.saved_bytes(contestant.loss, contestant.model)
+
+    found = {(name, "weights"): measure(c, c.weight_step) for name, c in contestants.items()}
+    searching = {name: c for name, c in contestants.items() if c.alpha}
+    found |= {(name, "alpha"): measure(c, c.architecture_step) for name, c in searching.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def inference(base):
+    images, _ = models.batch(SETTING)
+    found = models.inference_models(METHODS, base, [images])
+    return {
+        name: counts.count(models.inference(model, SETTING, images))
+        for name, model in found.items()
+    }
+
+
+# --- A training step ---
+
+
+@pytest.mark.parametrize("method", ["nas-lora", "nas-pc-lora"])
+def test_a_weight_step_costs_what_lora_costs(steps, method):
+    (ours, ours_saved), (lora, lora_saved) = steps[method, "weights"], steps["lora", "weights"]
+    # The cell adds 41 c^2 multiplications a token and pass to the 4 C^2 of a frozen product.
+    assert lora.operations < ours.operations < 1.01 * lora.operations
+    assert ours.calls < lora.calls
+    assert ours_saved <= 1.001 * lora_saved  # alpha's mixture is a few bytes
+    assert ours.peak <= 1.001 * lora.peak
+
+
+def test_conv_lora_costs_more(steps):
+    conv, conv_saved = steps["conv-lora", "weights"]
+    ours, ours_saved = steps["nas-pc-lora", "weights"]
+    floor, _ = steps["decoder-only", "weights"]
+    # Its experts are launched one after the other, with their resizing, forward and backward.
+    assert conv.calls - floor.calls > 2 * (ours.calls - floor.calls)
+    assert conv.operations > ours.operations
+    assert conv_saved > 1.01 * ours_saved and conv.peak > ours.peak
+
+
+def test_decoder_only_is_the_floor(steps):
+    floor, floor_saved = steps["decoder-only", "weights"]
+    for (name, _), (counted, saved) in steps.items():
+        if name != "decoder-only":  # all the others run backward through the encoder
+            assert counted.operations > 1.3 * floor.operations and saved > floor_saved
+
+
+@pytest.mark.parametrize("method", ["nas-lora", "nas-pc-lora"])
+def test_an_architecture_step_computes_no_weight_gradient(contestants, steps, method):
+    contestant = contestants[method]
+    contestant.architecture_step()
+    contestant.loss().backward()
+    assert all(parameter.grad is None for parameter in contestant.weights)
+    assert all(alpha.grad.abs().sum() > 0 for alpha in contestant.alpha)
+    contestant.model.zero_grad()
+    (alpha, alpha_saved), (weights, saved) = steps[method, "alpha"], steps[method, "weights"]
+    # Without their gradients the decoder's products run backward once instead of twice.
+    decoder = decoder_forward_operations(contestant)
+    assert alpha.operations < weights.operations - 0.9 * decoder
+    assert alpha.calls < weights.calls and alpha_saved < saved and alpha.peak < weights.peak
+
+
+def decoder_forward_operations(contestant):
+    model = contestant.model
+    embedding = torch.zeros(SETTING.batch, 256, 4, 4)
+    with torch.no_grad():
+        positions = model.prompt_encoder.get_dense_pe()
+        prompt = torch.zeros(1, 256, 1, 1)
+        return counts.count(lambda: model.mask_decoder(embedding, positions, prompt)).operations
+
+
+# --- Inference ---
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "nas-lora", "nas-pc-lora"])
+def test_a_merge_into_the_weights_leaves_the_untouched_model(inference, method):
+    merged = [
+        counted
+        for name, counted in inference.items()
+        if name.startswith(method + MERGED)
+        and not (method.startswith("nas-") and name.endswith("exact"))
+    ]
+    assert merged and all(counted == inference[UNTOUCHED] for counted in merged)
+
+
+@pytest.mark.parametrize("method", ["nas-lora", "nas-pc-lora"])
+def test_an_exact_merge_costs_a_percent_at_most(inference, method):
+    merged, before = inference[f"{method}{MERGED}exact"], inference[method]
+    assert merged.operations <= 1.01 * inference[UNTOUCHED].operations
+    assert before.operations <= 1.01 * inference[UNTOUCHED].operations
+
+
+def test_adapters_that_never_merge_cost_more(inference):
+    untouched = inference[UNTOUCHED]
+    for method in ("conv-lora", "sam-adapter", "mona", "vpt"):
+        assert inference[method].calls > untouched.calls
+        assert inference[method].operations > untouched.operations
+
+
+# --- The counting itself ---
+
+
+@pytest.mark.parametrize("rank", [6, 24])
+def test_operations_of_the_kernels_are_those_of_the_reference(rank):
+    """Above three channels both compute the separable form, which torch counts in the reference."""
+    torch.manual_seed(0)
+    cell = cases.cell_parameters(rank)
+    channels = torch.arange(cases.channels_of(rank))
+    z = torch.randn(2, 6, 5, rank)
+
+    def forward(backend):
+        return counts.count(lambda: mixed_cell(z, **cell, channels=channels, backend=backend))
+
+    assert forward("cpp").operations == forward("reference").operations > 0
+
+
+def test_operations_of_lora_in_the_kernels_are_those_of_its_products():
+    tokens, c_in, c_out, rank = 2 * 4 * 4, 16, 40, 3
+    x = torch.randn(2, 4, 4, c_in, requires_grad=True)
+    weight = torch.randn(c_out, c_in)
+    lora_A = torch.randn(rank, c_in, requires_grad=True)
+    lora_B = torch.randn(c_out, rank, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = (*(torch.zeros(0, k, k) for k in (3, 5, 3, 5)), torch.zeros(4, 0, 0))
+
+    def fused():
+        h = nas_lora_linear(
+            x, weight, None, lora_A, lora_B, torch.zeros(8), *empty, none, backend="cpp"
+        )
+        h.sum().backward()
+
+    def plain():
+        h = F.linear(x, weight) + F.linear(F.linear(x, lora_A), lora_B)
+        h.sum().backward()
+
+    counted = counts.count(fused).operations
+    assert counted == counts.count(plain).operations
+    # Forward once; backward for x, and for x and the weights of the two skinny products.
+    assert counted == 2 * tokens * (2 * c_in * c_out + 3 * rank * (c_in + c_out))
+
+
+def test_peak_and_saved_bytes_of_known_functions():
+    x = torch.randn(1000, requires_grad=True)
+
+    def three_at_once():
+        y = x.detach() + 1  # 4000 bytes
+        z = y + 1  # 8000
+        del y  # 4000
+        return z + 1  # 8000
+
+    assert counts.count(three_at_once).peak == 8000
+    assert counts.count(three_at_once).calls == 3
+
+    class Doubling(torch.nn.Module):
+        def forward(self):
+            return (x * x.exp()).sum()  # keeps x, and exp(x) twice: for itself and the product
+
+    assert counts.saved_bytes(Doubling(), torch.nn.Module()) == 2 * 4000

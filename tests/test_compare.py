@@ -1,0 +1,316 @@
+"""``naslora compare``: what it refuses, marks, keeps and writes."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+from naslora import compare
+from naslora.compare import Cell
+from naslora.errors import UserError
+from naslora.methods import METHODS
+from naslora.run import RunConfig
+from naslora.search import SearchConfig
+
+TRAIN = shlex.split(
+    "--model mobile_sam --image-size 64 --epochs 1 --search-start 0 --arch-fraction 0.5 --workers 0"
+)
+# VPT needs a plain ViT, and this is MobileSAM's TinyViT.
+METHOD_NAMES = ("lora", "vpt", "nas-pc-lora")
+
+
+# --- Killed, resumed, and what is there at the end ---
+
+
+@pytest.fixture(scope="module")
+def data(make_data, tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "discs", train=4, val=2, test=2)
+
+
+@pytest.fixture(scope="module")
+def arguments(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("comparisons") / "all"
+    return output, [
+        *("compare", "--methods", *METHOD_NAMES, "--seeds", 3, 4),
+        *("--data", data, *TRAIN, "--output", output),
+    ]
+
+
+@pytest.fixture(scope="module")
+def killed(arguments):
+    """A comparison that was killed once its first cell had finished."""
+    output, options = arguments
+    process = subprocess.Popen(
+        [sys.executable, "-m", "naslora", *map(str, options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    started = time.monotonic()
+    while not any(cell["state"] == "done" for cell in record(output)):
+        assert process.poll() is None and time.monotonic() - started < 300
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while group_lives(process.pid):  # the cell that was training has to end by itself
+        assert time.monotonic() - started < 300
+        time.sleep(0.02)
+    return output, options
+
+
+@pytest.fixture(scope="module")
+def finished(naslora, killed):
+    """The same, resumed: the command's result, its folder, what had been finished before."""
+    output, options = killed
+    before = modified(output / "runs/lora/3")
+    return naslora(*options, "--resume"), output, before
+
+
+def record(output):
+    path = output / compare.RECORD
+    return json.loads(path.read_text())["cells"] if path.exists() else []
+
+
+def group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_refused_methods_end_in_one_line_and_status_2(finished):
+    result, _, _ = finished
+    assert result.status == 2
+    errors = [line for line in result.err.splitlines() if "error" in line]
+    assert len(errors) == 1 and "2 of 6 cells have no result (vpt: " in errors[0]
+    # It was refused, with the reason, before anything trained.
+    assert result.err.index("vpt is left out: ") < result.err.index("cell 1 of 3")
+    assert "TinyViT" in errors[0]
+
+
+def test_resuming_keeps_the_finished_cell(finished):
+    result, output, before = finished
+    assert before and modified(output / "runs/lora/3") == before
+    assert "cell 3 of 3" in result.err and "4 of" not in result.err.replace("2 of 6", "")
+
+
+def test_every_cell_is_a_run(finished, naslora):
+    _, output, _ = finished
+    states = {(cell["method"], cell["seed"]): cell["state"] for cell in record(output)}
+    expected = {(name, seed): "done" for name in METHOD_NAMES for seed in (3, 4)}
+    assert states == expected | {("vpt", 3): "refused", ("vpt", 4): "refused"}
+    for name in ("lora", "nas-pc-lora"):
+        config = json.loads((output / f"runs/{name}/4/config.json").read_text())
+        assert config["method"] == name and config["adapter"]["seed"] == 4
+        scores = json.loads(naslora("evaluate", output / f"runs/{name}/4").out)
+        numbers = next(c for c in record(output) if (c["method"], c["seed"]) == (name, 4))
+        assert numbers["numbers"]["scores"]["dice"] == pytest.approx(scores["dice"], nan_ok=True)
+
+
+def test_tables_of_a_comparison(finished):
+    _, output, _ = finished
+    rows = list(csv.DictReader((output / "table.csv").open()))
+    assert [row["method"] for row in rows] == list(METHOD_NAMES)
+    lora, vpt, ours = rows
+    # r = 3 on MobileSAM's ten qkv layers: 3 * (4 * C_in) each; see PAPER_NOTES on TinyViT's widths.
+    adapters = 3 * 4 * (2 * 128 + 6 * 160 + 2 * 320)
+    assert int(lora["trainable_parameters"]) == 3_505_536 + adapters
+    assert vpt["trainable_parameters"] == "" and "TinyViT" in vpt["reason"]
+    assert float(lora["weight_seconds"]) == pytest.approx(float(lora["training_seconds"]), rel=0.01)
+    assert float(ours["training_seconds"]) > 1.05 * float(ours["weight_seconds"])
+    assert 2e8 < float(ours["peak_memory"]) < 8e9
+    assert float(ours["inference_exact"]) > 0 and lora["inference_center"] == ""
+    markdown = (output / "table.md").read_text()
+    assert "| VPT (refused) |" in markdown and "one cell at a time" in markdown
+    report = (output / "report.html").read_text()
+    assert "VPT (refused)" in report and report.count("<svg") == 4
+    assert not re.search(r"https?:|<script|<link", report)
+
+
+def test_a_method_is_added_later(finished, naslora, arguments, data):
+    _, output, _ = finished
+    before = modified(output / "runs/lora")
+    options = ["--methods", "decoder-only", "lora", "--seeds", 3, "--data", data, *TRAIN]
+    result = naslora("compare", *options, "--output", output, "--resume")
+    assert result.status == 0, result.err
+    assert "cell 1 of 1: decoder-only" in result.err and modified(output / "runs/lora") == before
+    rows = list(csv.DictReader((output / "table.csv").open()))
+    assert [(row["method"], row["seeds"]) for row in rows] == [("decoder-only", "1"), ("lora", "2")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--epochs", 2], "differs in epochs"),
+        (["--methods", "lora", "lora"], "distinct"),
+        (["--seeds", 1, 1], "distinct"),
+        (["--seed", 5], "--seeds"),
+        (["--method", "lora"], "--methods"),
+    ],
+)
+def test_bad_arguments(finished, naslora, arguments, changed, words):
+    output, options = arguments
+    before = modified(output)
+    result = naslora(*options, *changed, "--resume")
+    assert result.status == 2 and words in result.err and len(result.err.splitlines()) == 1
+    assert modified(output) == before
+
+
+def test_a_folder_in_use_is_refused(finished, naslora, arguments):
+    result = naslora(*arguments[1])
+    assert result.status == 2 and "not empty" in result.err
+
+
+def test_bad_data_is_refused_before_anything_is_written(naslora, make_data, tmp_path):
+    data = make_data(tmp_path / "data", train=2, val=1, test=1)
+    (data / "images/train0.png").write_bytes(b"no picture")
+    options = ["--methods", "lora", "--data", data, *TRAIN, "--output", tmp_path / "out"]
+    result = naslora("compare", *options)
+    assert result.status == 2 and "train0.png" in result.err and not (tmp_path / "out").exists()
+
+
+# --- The order of things, on cells that do not train ---
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Compares with cells whose outcome ``outcomes`` holds; returns what ran."""
+    ran = []
+
+    def run(outcomes, methods=("lora", "mona"), seeds=(0, 1), **options):
+        def answer(function, config, argument):
+            if function is compare.find_refusals:
+                return {}
+            key = config.method, config.adapter.seed
+            ran.append(key)
+            if isinstance(outcomes.get(key), BaseException):
+                raise outcomes[key]
+            return numbers(outcomes.get(key, 0.5))
+
+        monkeypatch.setattr(compare, "in_own_process", answer)
+        monkeypatch.setattr(compare, "write_comparison", lambda *_, **__: None)  # half a second
+        ran.clear()
+        config = RunConfig(data=tmp_path, search=SearchConfig(epochs=2))
+        return compare.compare(config, methods, seeds, tmp_path / "out", **options), ran
+
+    return run
+
+
+def numbers(dice, **changed):
+    return {
+        "parameters": 1000,
+        "trainable_parameters": 250,
+        "scores": {"dice": dice, "iou": dice and dice / 2, "accuracy": 0.9},
+        "merged_scores": {"exact": {"dice": dice, "iou": 0.1, "accuracy": 0.9}},
+        "best_epoch": 1,
+        "weight_seconds": 0.5,
+        "training_seconds": 0.75,
+        "peak_memory": 10**9,
+        "inference_seconds": {"unmerged": 0.2, "exact": 0.1},
+        "threads": 1,
+        "processors": 2,
+        "device": "cpu",
+        "load": 1.0,
+    } | changed
+
+
+def test_seeds_are_the_outer_loop(quick):
+    _, ran = quick({})
+    assert ran == [("lora", 0), ("mona", 0), ("lora", 1), ("mona", 1)]
+
+
+def test_a_failed_cell_is_marked_and_tried_again(quick, tmp_path):
+    failure = RuntimeError("its process\nwas killed")
+    cells, ran = quick({("mona", 0): failure})
+    assert len(ran) == 4 and [cell.state for cell in cells].count("failed") == 1
+    table = (tmp_path / "out/table.md").read_text()
+    assert (
+        "| Mona (1 failed) |" in table and "seed 0: RuntimeError: its process was killed" in table
+    )
+    with pytest.raises(UserError, match=r"1 of 4 cells have no result \(mona: RuntimeError"):
+        compare.check_complete(cells, tmp_path / "out")
+    cells, ran = quick({}, resume=True)
+    assert ran == [("mona", 0)] and all(cell.state == "done" for cell in cells)
+    assert "failed" not in (tmp_path / "out/table.md").read_text()
+    compare.check_complete(cells, tmp_path / "out")
+
+
+def test_an_interrupt_keeps_the_finished_cells(quick, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        quick({("lora", 1): KeyboardInterrupt()})
+    assert [cell["seed"] for cell in record(tmp_path / "out")] == [0, 0]
+    _, ran = quick({}, resume=True)
+    assert ran == [("lora", 1), ("mona", 1)]
+
+
+def test_all_methods_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "in_own_process", lambda *_: {"vpt": "it needs a plain ViT"})
+    with pytest.raises(UserError, match="no method fits: vpt: it needs a plain ViT"):
+        compare.compare(RunConfig(data=tmp_path), ["vpt"], [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- Numbers ---
+
+
+def test_a_row():
+    cells = [Cell("lora", i, "done", numbers=numbers(dice)) for i, dice in enumerate((0.4, 0.5))]
+    cells[1].numbers.update(weight_seconds=0.7, peak_memory=2 * 10**9)
+    row = compare.summarise("lora", cells)
+    assert row["dice"] == pytest.approx(0.45) and row["iou"] == pytest.approx(0.225)
+    assert row["dice_spread"] == pytest.approx(statistics.stdev([0.4, 0.5]))
+    assert row["weight_seconds"] == pytest.approx(0.6) and row["peak_memory"] == 2 * 10**9
+    assert row["share_of_parameters"] == 0.25 and row["inference_exact"] == 0.1
+    head, [text] = compare.main_table([row])
+    shown = dict(zip(head, text, strict=True))
+    assert shown["Dice"] == "0.450 ± 0.071" and shown["Of all, %"] == "25.00"
+    assert shown["Peak memory, MB"] == "2,000" and shown["merged, exact"] == "0.100"
+
+
+def test_one_seed_has_no_spread_and_unknown_scores_no_mean():
+    assert compare.mean_and_spread([0.25]) == (0.25, None)
+    assert compare.mean_and_spread([0.25, None]) == (None, None)
+    row = compare.summarise("lora", [Cell("lora", 0, "done", numbers=numbers(None))])
+    assert "–" in compare.as_markdown([row], [])
+
+
+def test_load_decides_whether_times_compare():
+    def note(load):
+        cell = Cell("lora", 0, "done", numbers=numbers(0.5, load=load))
+        return compare.notes_on([compare.summarise("lora", [cell])], [cell])[1]
+
+    assert "so times compare." in note(1.2) and "only roughly" in note(3.0)
+
+
+def test_training_seconds(tmp_path):
+    lines = ["seconds_weights,seconds_architecture", "2.0,0.0", "4.0,3.0"]
+    (tmp_path / "history.csv").write_text("\n".join(lines))
+    # 6 s of weight steps and 3 s of alpha's over two epochs of 10 images.
+    assert compare.training_seconds(tmp_path / "history.csv", 10) == pytest.approx((0.3, 0.45))
+
+
+def test_a_process_of_its_own():
+    assert compare.in_own_process(os.getpid) != os.getpid()
+    with pytest.raises(UserError, match="epochs must be at least 1"):
+        compare.in_own_process(SearchConfig, 0)
+    with pytest.raises(RuntimeError, match="its process was killed"):
+        compare.in_own_process(os._exit, 1)
+
+
+def test_every_method_has_a_row():
+    rows = [compare.summarise(m, [Cell(m, 0, "done", numbers=numbers(0.5))]) for m in METHODS]
+    text = compare.as_markdown(rows, ["a note"])
+    assert text.count("| 0.500 |") >= len(METHODS) and text.endswith("a note\n")

@@ -1,0 +1,807 @@
+"""The methods that the paper compares: what each trains, computes, stores and merges."""
+
+import copy
+import json
+import math
+import shlex
+import statistics
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from naslora import NASLoRAConfig, UserError, inject, load_adapter, save_adapter, unmerge
+from naslora import run as run_module
+from naslora.checkpoint import read_safetensors
+from naslora.methods import (
+    METHODS,
+    applied,
+    apply,
+    auxiliary_loss,
+    conv_lora,
+    merge,
+    merge_modes,
+    mona,
+    sam_adapter,
+    searches,
+    trainable_parameters,
+    vpt,
+)
+from naslora.sam import checkpoint_blocks
+from naslora.segmentation import SamForSegmentation, build_model
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+
+DECODER = 3_505_536  # parameters of the mask decoder for binary segmentation
+ENCODERS = ("vit_t", "mobile_sam")
+SIZE = 64  # of the images in pixels: TinyViT's last windows are then not full
+REFUSED = {("vpt", "mobile_sam")}
+FITTING = [(m, e) for m in METHODS for e in ENCODERS if (m, e) not in REFUSED]
+LORA_KIND = ("lora", "dora", "vera", "conv-lora", "nas-lora", "nas-pc-lora")
+PEFT = ("lora", "dora", "vera")
+MERGING = (*PEFT, "nas-lora", "nas-pc-lora")
+
+
+@pytest.fixture
+def make():
+    """Models with a method in evaluation mode; ``lively`` ones compute more than a fresh one."""
+
+    def build(method, encoder="vit_t", lively=False, config=None):
+        model = build_model(encoder, SIZE).eval()
+        apply(method, model, config or NASLoRAConfig())
+        if lively:
+            enliven(model)
+        return model
+
+    return build
+
+
+def enliven(model):
+    """Moves everything trainable in the encoder, so that no gradient is zero by construction."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
+def images(count=2, seed=0):
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def embed(model):
+    return model.image_encoder(images())
+
+
+def loss_of(model, batch):
+    """A training loss whose gradient is large enough to reach everything."""
+    loss = model(batch).masks.square().mean()
+    extra = auxiliary_loss(model)
+    return loss if extra is None else loss + extra
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def differing(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return {name for name in ours if not torch.equal(ours[name], theirs[name])}
+
+
+# --- What is trained ---
+
+# (method, configuration, parameters on ViT-H beside the decoder): the arithmetic of the layers'
+# sizes, 32 blocks of width 1280 on 64 x 64 tokens. The paper's totals, in millions, follow.
+COUNTS = [
+    ("full", {}, 637_026_048),  # SAM's image encoder
+    ("decoder-only", {}, 0),  # 3.51
+    # norms 2 * 1280, qkv 3840, projection 1280, MLP 5120 + 1280; patch embedding; two neck norms
+    ("bitfit", {}, 32 * 14_080 + 1280 + 2 * 256),  # 3.96
+    ("vpt", {}, 32 * 12 * 1280),  # 4.00
+    (
+        "sam-adapter",
+        {},
+        (3 * 16 * 16 * 80 + 80) + (1280 * 80 + 80) + 32 * (80 * 80 + 80) + (80 * 1280 + 1280),
+    ),  # 3.98
+    (
+        "mona",
+        {},
+        64 * (4 * 1280 + (1280 * 64 + 64) + 64 * (9 + 25 + 49 + 3) + (64 * 64 + 64)
+              + (64 * 1280 + 1280)),
+    ),  # 17.08, which no definition found gives: this one gives 15.02
+    ("lora", {}, 32 * 3 * (1280 + 3840)),  # 4.00
+    ("dora", {}, 32 * (3 * (1280 + 3840) + 3840)),  # 4.04, for a magnitude of length 1280
+    ("vera", {}, 32 * (256 + 3840)),  # 0.32 in all, which no definition found gives
+    ("conv-lora", {}, 32 * (3 * (1280 + 3840) + 8 * (27 * 3 + 3) + 2 * 3 * 8)),  # 4.02
+    ("nas-lora", {}, 32 * (3 * (1280 + 3840) + (9 + 25 + 9 + 25) * 3 + 4 * 9 + 8)),
+    ("nas-lora", {"preset": "paper"}, 32 * (3 * (1280 + 3840) + 168 * 3 + 8 * 9 + 8)),  # 4.016
+    ("nas-pc-lora", {"preset": "paper"}, 32 * (3 * (1280 + 3840) + 168 * 2 + 8 * 4 + 8)),  # 4.009
+    (
+        "nas-pc-lora",
+        {"preset": "paper", "channel_ratio": 1 / 3},
+        32 * (3 * (1280 + 3840) + 168 + 8 + 8),
+    ),  # 4.003
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method, config, parameters", COUNTS)
+def test_parameters_on_vit_h(method, config, parameters):
+    with torch.device("meta"):
+        model = SamForSegmentation("vit_h", 1024)
+    apply(method, model, NASLoRAConfig(**config))
+    assert sum(p.numel() for p in trainable_parameters(model)) == parameters
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == DECODER + parameters
+    counts = run_module.count_parameters(model)
+    assert counts["decoder"] == DECODER
+    assert counts["adapter"] + counts["architecture"] == parameters
+    assert counts["architecture"] == (32 * 8 if searches(method, NASLoRAConfig()) else 0)
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_every_method_is_counted():
+    assert {method for method, *_ in COUNTS} == set(METHODS)
+
+
+def test_bitfit_trains_the_biases_and_nothing_else(make):
+    for encoder in ENCODERS:
+        model = make("bitfit", encoder).image_encoder
+        with_bias = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
+        biases = [
+            module.bias
+            for module in model.modules()
+            if isinstance(module, with_bias) or type(module).__name__ == "LayerNorm2d"
+        ]
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        assert {id(p) for p in trainable} == {id(b) for b in biases if b is not None}
+
+
+@pytest.mark.parametrize("method, encoder", FITTING)
+def test_gradients_reach_all_that_trains_and_nothing_else(make, method, encoder):
+    model = make(method, encoder, lively=True).train()
+    if encoder == "mobile_sam":  # untrained, some of its norms scale with zero
+        for module in model.image_encoder.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
+    for seed in range(6 if method == "conv-lora" else 1):  # until every expert was chosen
+        torch.manual_seed(seed)
+        loss_of(model, images(8, seed)).backward()
+    names = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert names == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("method", LORA_KIND)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_fresh_lora_changes_no_output(make, method, encoder):
+    before = embed(build_model(encoder, SIZE).eval())
+    assert torch.equal(embed(make(method, encoder)), before)
+
+
+@pytest.mark.parametrize("method, encoder", FITTING)
+def test_the_seed_decides_the_start(make, method, encoder):
+    one, other = (state_of(make(method, encoder)) for _ in range(2))
+    assert not differing(one, other)
+    reseeded = state_of(make(method, encoder, config=NASLoRAConfig(seed=1)))
+    drawn = method not in ("full", "decoder-only", "bitfit")
+    assert bool(differing(one, reseeded)) == drawn
+
+
+@pytest.mark.parametrize("method, encoder", FITTING)
+def test_gradient_checkpointing_changes_nothing(make, method, encoder):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make(method, encoder, lively=True).train()
+        if checkpointing:
+            checkpoint_blocks(model.image_encoder)
+        torch.manual_seed(0)
+        loss_of(model, images()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert auxiliary_loss(model) is None  # what the backward repeated is not kept
+    for plain, repeated in zip(*gradients, strict=True):
+        assert (plain is None) == (repeated is None)
+        if plain is not None:  # the same operations in the same order; threads may split sums
+            torch.testing.assert_close(repeated, plain, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("method, encoder", FITTING)
+def test_bfloat16_autocast_trains_float32_weights(make, method, encoder):
+    model = make(method, encoder, lively=True).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, images())
+    loss.backward()
+    assert loss.isfinite()
+    trained = [p for p in trainable_parameters(model) if p.grad is not None]
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in trained)
+    assert all(p.grad.isfinite().all() for p in trained)
+
+
+# --- What is refused, before anything changes ---
+
+
+def outline(model):
+    """Modules, parameters, hooks: what an attempt must not leave changed."""
+    return (
+        [(name, type(module), len(module._forward_pre_hooks)) for name, module in
+         model.named_modules()],
+        [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+    )  # fmt: skip
+
+
+def assert_refused(method, model, words, config=None):
+    before = outline(model)
+    with pytest.raises(UserError, match=words):
+        apply(method, model, config or NASLoRAConfig())
+    assert outline(model) == before and applied(model) is None
+
+
+def test_vpt_does_not_fit_tiny_vit():
+    model = build_model("mobile_sam", SIZE)
+    assert_refused("vpt", model, "vpt needs the attention of SAM's plain ViTs.*TinyViTEncoder")
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "decoder-only")])
+def test_another_encoder_is_refused(method):
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, bias=False))
+    assert_refused(method, model, "needs|no layer matches")
+
+
+@pytest.mark.parametrize("method", LORA_KIND)
+def test_a_target_that_matches_nothing_is_refused(method):
+    config = NASLoRAConfig(target="attn.query$")
+    assert_refused(method, build_model("vit_t", SIZE), "no layer matches", config)
+
+
+def test_one_method_a_model(make):
+    model = make("bitfit")
+    with pytest.raises(UserError, match="has a method already: bitfit"):
+        apply("lora", model, NASLoRAConfig())
+    assert applied(model).name == "bitfit"
+    with pytest.raises(UserError, match="method must be one of full, decoder-only, bitfit"):
+        apply("adalora", build_model("vit_t", SIZE), NASLoRAConfig())
+
+
+def test_an_encoder_alone_can_be_adapted():
+    encoder = build_model("vit_t", SIZE).image_encoder
+    apply("mona", encoder, NASLoRAConfig())
+    assert trainable_parameters(encoder) == [p for p in encoder.parameters() if p.requires_grad]
+
+
+# --- What is stored ---
+
+
+@pytest.mark.parametrize("method, encoder", FITTING)
+def test_what_was_saved_loads(make, tmp_path, method, encoder):
+    model = make(method, encoder, lively=True)
+    with torch.no_grad():
+        for name, buffer in model.image_encoder.named_buffers():
+            if name in applied(model).tensors and buffer.is_floating_point():
+                buffer += 0.1  # not what a fresh one holds
+    save_adapter(model, tmp_path)
+    fresh = build_model(encoder, SIZE).eval()
+    embed(fresh)  # TinyViT then remembers its attention biases
+    load_adapter(fresh, tmp_path)
+    assert applied(fresh) == applied(model)
+    assert not differing(state_of(fresh), state_of(model))
+    assert torch.equal(embed(fresh), embed(model))
+    # Again, into a model that has the method already.
+    again = make(method, encoder)
+    load_adapter(again, tmp_path)
+    assert not differing(state_of(again), state_of(model))
+
+
+def test_veras_frozen_matrices_are_stored_once(make, tmp_path):
+    model = make("vera")
+    save_adapter(model, tmp_path)
+    stored = read_safetensors(tmp_path / "adapter_model.safetensors")
+    matrices = [name for name in stored if "vera_A" in name or "vera_B" in name]
+    assert len(matrices) == 2
+    one, other = (block.attn.qkv for block in model.image_encoder.blocks)
+    assert one.vera_A["default"].data_ptr() == other.vera_A["default"].data_ptr()
+
+
+@pytest.mark.parametrize("method, words", [
+    ("dora", "the method is lora in the file, dora here"),
+    ("vpt", "the method is lora in the file, vpt here"),
+    ("lora", "rank is 3 in the file, 6 here"),
+    ("lora", r"lora_A.default.weight has shape \(3, 32\) in the file, \(6, 32\) in the model"),
+])  # fmt: skip
+def test_an_adapter_for_another_model_lists_what_differs(make, tmp_path, method, words):
+    save_adapter(make("lora"), tmp_path)
+    model = make(method, config=NASLoRAConfig(rank=6))
+    before = state_of(model)
+    with pytest.raises(UserError, match=words):
+        load_adapter(model, tmp_path)
+    assert not differing(state_of(model), before)
+
+
+def test_an_adapter_for_another_encoder_changes_nothing(make, tmp_path):
+    for method, words in (("vpt", "needs the attention"), ("mona", "is not in the model")):
+        save_adapter(make(method), tmp_path)
+        model = build_model("mobile_sam", SIZE)
+        before = outline(model)
+        with pytest.raises(UserError, match=words):
+            load_adapter(model, tmp_path)
+        assert outline(model) == before and applied(model) is None
+
+
+@pytest.mark.parametrize("ratio", [0.0, 2 / 3])
+def test_adapters_of_versions_without_methods_load(tmp_path, ratio):
+    """They say nothing of a method: what was ``lora`` then has no cell but our layers."""
+    model = build_model("vit_t", SIZE)
+    inject(model, NASLoRAConfig(channel_ratio=ratio))
+    model.mask_decoder.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    description = json.loads(path.read_text())
+    assert description.pop("method") is None
+    path.write_text(json.dumps(description))
+    fresh = build_model("vit_t", SIZE)
+    load_adapter(fresh, tmp_path)
+    assert not differing(state_of(fresh), state_of(model))
+
+
+# --- What merges ---
+
+
+@pytest.mark.parametrize("method", MERGING)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_merged_computes_the_same(make, method, encoder):
+    model = make(method, encoder, lively=True)
+    before, state = embed(model), state_of(model)
+    report = merge(model, "exact")
+    after = embed(model)
+    # Rounding of float32 through the blocks; the adapters change the output by far more.
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+    untouched = build_model(encoder, SIZE).eval()
+    assert (embed(untouched) - before).abs().max() > 1e-3 * before.abs().max()
+    layers = [n for n, _ in untouched.named_modules() if n.endswith("attn.qkv")]
+    assert [layer.name for layer in report.layers] == layers
+    # An update is a small part of an output, so its own relative error is that much larger.
+    assert report.max_update_error < 1e-3 and report.source == "white noise"
+    if method in PEFT:
+        assert state_of(model).keys() == untouched.state_dict().keys()
+        assert type(model.get_submodule(layers[0])) is nn.Linear
+    unmerge(model)
+    assert not differing(state_of(model), state)
+    assert torch.equal(embed(model), before)
+
+
+@pytest.mark.parametrize("method", PEFT)
+def test_merge_errors_are_measured_on_images(make, method):
+    model = make(method, lively=True)
+    report = merge(model.image_encoder, "center", calibration=[images()])
+    assert report.source == "calibration images" and 0 < report.max_update_error < 1e-3
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in MERGING])
+def test_what_cannot_merge_says_why(make, method):
+    model = make(method)
+    before = outline(model)
+    assert merge_modes(method, NASLoRAConfig()) == []
+    with pytest.raises(UserError, match=r"cannot be merged: .{20}"):
+        merge(model)
+    assert outline(model) == before
+
+
+def test_merge_modes():
+    assert merge_modes("dora", NASLoRAConfig()) == ["exact"]
+    assert set(merge_modes("nas-lora", NASLoRAConfig())) >= {"exact", "center"}
+    assert merge_modes("nas-pc-lora", NASLoRAConfig(preset="paper")) == ["exact"]
+
+
+# --- Conv-LoRA against its formula, worked out with NumPy in float64 ---
+
+
+def cubic(t, a=-0.75):
+    """Keys' kernel with the coefficient that PyTorch and OpenCV use."""
+    t = abs(t)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
+
+
+def bicubic(size, new_size):
+    """(new_size, size) matrix of bicubic resizing along one axis: pixel centres, edges repeated."""
+    matrix = np.zeros((new_size, size))
+    for row in range(new_size):
+        place = (row + 0.5) * size / new_size - 0.5
+        first = math.floor(place)
+        for tap in range(first - 1, first + 3):
+            matrix[row, min(max(tap, 0), size - 1)] += cubic(place - tap)
+    return matrix
+
+
+def expert_output(z, weight, bias, ratio):
+    """One (r, H, W) map through an expert: up by ``ratio``, 3 x 3 convolution, GELU, back."""
+    height, width = z.shape[1:]
+    z = bicubic(height, height * ratio) @ z @ bicubic(width, width * ratio).T
+    padded = np.pad(z, ((0, 0), (1, 1), (1, 1)))
+    out = np.zeros_like(z)
+    for row in range(3):
+        for column in range(3):
+            shifted = padded[:, row : row + z.shape[1], column : column + z.shape[2]]
+            out += np.einsum("oi,ihw->ohw", weight[:, :, row, column], shifted)
+    out += bias[:, None, None]
+    out = out * (1 + np.vectorize(math.erf)(out / math.sqrt(2))) / 2
+    return bicubic(height * ratio, height) @ out @ bicubic(width * ratio, width).T
+
+
+def conv_lora_formula(layer, x, noise=None):
+    """The output for a (B, H, W, C) array, the experts chosen, and the auxiliary loss.
+
+    ``noise``: (B, 8) standard normal in training, None in evaluation mode.
+    """
+    p = {name: value.detach().double().numpy() for name, value in layer.state_dict().items()}
+    normal = statistics.NormalDist()
+    update, chosen, load = [], [], np.zeros(8)
+    for index, tokens in enumerate(x):
+        z = np.einsum("hwc,rc->rhw", tokens, p["lora_A"])
+        pooled = z.mean((1, 2))
+        clean = p["gate"] @ pooled
+        logits = clean
+        if noise is not None:
+            deviation = np.log1p(np.exp(p["noise"] @ pooled)) + 1e-2
+            logits = clean + deviation * noise[index]
+            for i in range(8):  # would expert i be the first, were its noise drawn again?
+                rival = np.delete(logits, i).max()
+                load[i] += normal.cdf((clean[i] - rival) / deviation[i])
+        best = int(logits.argmax())
+        chosen.append(best)
+        weight, bias = p[f"experts.{best}.weight"], p[f"experts.{best}.bias"]
+        y = z + expert_output(z, weight, bias, best + 1)
+        update.append(np.einsum("rhw,or->hwo", y, p["lora_B"]))
+    h = x @ p["base.weight"].T + p["base.bias"] + 32 / 3 * np.stack(update)
+    if noise is None:
+        return h, chosen, None
+    importance = np.bincount(chosen, minlength=8).astype(float)
+    variation = sum(
+        statistics.variance(counted) / statistics.mean(counted) ** 2
+        for counted in (importance.tolist(), load.tolist())
+    )
+    return h, chosen, 1e-2 * variation
+
+
+@pytest.fixture
+def conv_lora_layer():
+    """A layer in float64 whose gate tells maps apart, and so tries every expert."""
+
+    def build(dtype=torch.float64):
+        torch.manual_seed(0)
+        base = nn.Linear(6, 10).to(dtype).requires_grad_(False)
+        layer = conv_lora.ConvLoRALinear(base, NASLoRAConfig(), conv_lora.Balance())
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                if not name.startswith("base"):
+                    parameter += 0.5 * torch.randn_like(parameter)
+            layer.gate.mul_(3)
+        return layer
+
+    return build
+
+
+@pytest.mark.parametrize("shape", [(24, 5, 4, 6), (24, 1, 1, 6), (1, 3, 7, 6)])
+def test_conv_lora_evaluates_its_formula(conv_lora_layer, shape):
+    layer = conv_lora_layer().eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    expected, chosen, _ = conv_lora_formula(layer, x.numpy())
+    assert len(set(chosen)) >= min(4, shape[0])
+    # Rounding of float64; sums in another order. Values are about 10.
+    torch.testing.assert_close(layer(x), torch.from_numpy(expected), rtol=1e-11, atol=1e-11)
+    layer.balance.start(layer, ())
+    layer(x)
+    assert layer.balance.take() is None  # only training balances
+
+
+@pytest.mark.parametrize("shape", [(24, 5, 4, 6), (24, 1, 1, 6), (1, 3, 7, 6)])
+def test_conv_lora_trains_by_its_formula(conv_lora_layer, shape):
+    layer = conv_lora_layer().train()
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.manual_seed(3)
+    noise = torch.randn(shape[0], 8, dtype=torch.float64)
+    expected, chosen, loss = conv_lora_formula(layer, x.numpy(), noise.numpy())
+    _, quiet, _ = conv_lora_formula(layer, x.numpy())
+    assert shape[0] == 1 or chosen != quiet  # the noise decides some of the choices
+    layer.balance.start(layer, ())
+    torch.manual_seed(3)
+    torch.testing.assert_close(layer(x), torch.from_numpy(expected), rtol=1e-11, atol=1e-11)
+    # The variation's denominators, at least 1/64 here, are kept from zero by 1e-10.
+    assert layer.balance.take().item() == pytest.approx(loss, rel=1e-7)
+    assert layer.balance.take() is None
+
+
+def test_conv_lora_takes_sequences(conv_lora_layer):
+    layer = conv_lora_layer().eval()
+    x = torch.randn(5, 4, 4, 6, dtype=torch.float64)
+    assert torch.equal(layer(x.flatten(1, 2)), layer(x).flatten(1, 2))
+    with pytest.raises(ValueError, match="15 tokens"):
+        layer(torch.randn(2, 15, 6, dtype=torch.float64))
+
+
+def test_conv_lora_gradients(conv_lora_layer):
+    """Of the output and of the auxiliary loss, by finite differences; the noise stays the same."""
+    layer = conv_lora_layer().train()
+    names, parameters = zip(
+        *((n, p) for n, p in layer.named_parameters() if p.requires_grad), strict=True
+    )
+    x = torch.randn(3, 2, 3, 6, dtype=torch.float64, requires_grad=True)
+
+    def compute(x, *values):
+        torch.manual_seed(1)
+        layer.balance.start(layer, ())
+        h = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+        return h, layer.balance.take()
+
+    assert torch.autograd.gradcheck(compute, (x, *parameters))
+
+
+def test_conv_lora_calls_each_chosen_expert_once(conv_lora_layer):
+    layer = conv_lora_layer().eval()
+    calls = []
+    for index, expert in enumerate(layer.experts):
+        expert.register_forward_hook(
+            lambda module, inputs, output, index=index: calls.append((index, len(output)))
+        )
+    x = torch.randn(24, 5, 4, 6, dtype=torch.float64)
+    with torch.no_grad():
+        layer.gate[2] = layer.gate[5] = 0  # never the largest of these logits
+        layer(x)
+    _, chosen, _ = conv_lora_formula(layer, x.numpy())
+    assert calls == [(i, chosen.count(i)) for i in range(8) if i in chosen]
+    assert len(calls) < 8
+
+
+def test_the_auxiliary_loss_sums_over_the_layers(make):
+    model = make("conv-lora", lively=True).train()
+    assert auxiliary_loss(model) is None
+    layers = [block.attn.qkv for block in model.image_encoder.blocks]
+    singles = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, *_: singles.append(layer.balance.losses[-1]))
+        for layer in layers
+    ]
+    model(images())
+    for hook in hooks:
+        hook.remove()
+    total = auxiliary_loss(model)
+    assert len(singles) == 2
+    torch.testing.assert_close(total, singles[0] + singles[1])
+    total.backward()
+    assert all(layer.gate.grad.any() and layer.lora_A.grad.any() for layer in layers)
+    model.eval()(images())
+    assert auxiliary_loss(model) is None
+    assert all(auxiliary_loss(make(method)) is None for method in METHODS)
+
+
+# --- VPT against attention over the prompts and the window together ---
+
+
+def prompted_attention(block, tokens):
+    """(H, W, C): the image's rows of plain attention over [prompts, tokens] of one window."""
+    attn, heads = block.attn, block.attn.num_heads
+    height, width, channels = tokens.shape
+    head = channels // heads
+    both = torch.cat([block.norm1(block.prompts), tokens.reshape(-1, channels)])  # (12 + N, C)
+    q, k, v = attn.qkv(both).split(channels, dim=1)
+    places = [(row, column) for row in range(height) for column in range(width)]
+    outputs = []
+    for part in (slice(h * head, (h + 1) * head) for h in range(heads)):
+        logits = q[:, part] @ k[:, part].T / head**0.5
+        bias = torch.zeros_like(logits)
+        for i, (row, column) in enumerate(places):
+            for j, (other_row, other_column) in enumerate(places):
+                r_h = attn.rel_pos_h[row - other_row + height - 1]
+                r_w = attn.rel_pos_w[column - other_column + width - 1]
+                bias[12 + i, 12 + j] = q[12 + i, part] @ (r_h + r_w)
+        outputs.append((logits + bias).softmax(-1) @ v[:, part])
+    return attn.proj(torch.cat(outputs, 1)[12:]).reshape(tokens.shape)
+
+
+@pytest.mark.parametrize("index", [0, 1])  # in windows of 14 x 14, and over the whole grid
+def test_vpt_attends_to_prompts_and_window(make, index):
+    model = make("vpt", lively=True)
+    block = model.image_encoder.blocks[index]
+    x = torch.randn(2, 4, 4, 32)
+    with torch.no_grad():
+        for name, parameter in block.attn.named_parameters():
+            if "rel_pos" in name:
+                parameter.normal_()
+        expected = []
+        for tokens in block.norm1(x):
+            padded = tokens if index == 1 else F.pad(tokens, (0, 0, 0, 10, 0, 10))
+            expected.append(prompted_attention(block, padded)[:4, :4])
+        attended = x + torch.stack(expected)
+        expected = attended + block.mlp(block.norm2(attended))
+        # Rounding of float32 over some 200 keys.
+        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+    assert block.window_size == (14 if index == 0 else 0) and vpt.PROMPTS == 12
+
+
+# --- Mona and SAM-Adapter against their equations ---
+
+
+def test_mona_computes_its_equation():
+    torch.manual_seed(0)
+    layer, x = mona.Mona(8), torch.randn(2, 5, 9, 8)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
+        normal = (x - mean) / (variance + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
+        z = layer.down(normal * layer.norm_scale + x * layer.scale).permute(0, 3, 1, 2)
+        # The three convolutions and the identity are one 7 x 7 convolution.
+        kernel, bias = torch.zeros(64, 1, 7, 7), torch.zeros(64)
+        for size, conv in zip((3, 5, 7), layer.depthwise, strict=True):
+            edge = (7 - size) // 2
+            kernel += F.pad(conv.weight, (edge,) * 4) / 3
+            bias += conv.bias / 3
+        kernel[:, :, 3, 3] += 1
+        z = F.conv2d(z, kernel, bias, padding=3, groups=64)
+        pointwise = layer.pointwise.weight[:, :, 0, 0] + torch.eye(64)
+        z = torch.einsum("oi,bihw->bhwo", pointwise, z) + layer.pointwise.bias
+        expected = x + F.gelu(z) @ layer.up.weight.T + layer.up.bias
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_monas_follow_attention_and_mlp(make):
+    model = make("mona", lively=True)
+    plain = build_model("vit_t", SIZE).image_encoder.blocks[1]
+    block, x = model.image_encoder.blocks[1], torch.randn(2, 4, 4, 32)
+    with torch.no_grad():
+        attended = block.mona1(x + plain.attn(plain.norm1(x)))
+        expected = block.mona2(attended + plain.mlp(plain.norm2(attended)))
+        torch.testing.assert_close(block(x), expected)
+
+
+def test_monas_follow_attention_and_mlp_in_tiny_vit(make):
+    model = make("mona", "mobile_sam", lively=True)
+    plain = build_model("mobile_sam", SIZE).eval().image_encoder.stages[1].blocks[0]
+    block, after = model.image_encoder.stages[1].blocks[0]
+    x = torch.randn(2, 7, 7, 128)  # one window
+    with torch.no_grad():
+        attended = x + plain.attn(x.flatten(1, 2)).view_as(x)
+        convolved = plain.local_conv(block.local_conv.mona(attended).permute(0, 3, 1, 2))
+        tokens = convolved.permute(0, 2, 3, 1)
+        expected = after(tokens + plain.mlp(tokens))
+        torch.testing.assert_close(after(block(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_high_frequencies_lose_the_low_ones():
+    place = torch.arange(64.0) * 2 * torch.pi / 64
+    low, high = torch.cos(10 * place), torch.cos(20 * place)  # the mask reaches to 16
+    image = (3 + low[:, None] * low + high[:, None] + low).expand(2, 3, 64, 64)
+    expected = high[:, None].abs().expand(2, 3, 64, 64)
+    # Rounding of a float32 transform of values up to 6.
+    torch.testing.assert_close(sam_adapter.high_frequencies(image), expected, rtol=0, atol=1e-5)
+
+
+def test_sam_adapter_adds_its_prompts_before_each_block(make):
+    model = make("sam-adapter", lively=True)
+    encoder, batch = model.image_encoder, images()
+    prompts = encoder.sam_adapter.stages[0]
+    plain = build_model("vit_t", SIZE).image_encoder
+    with torch.no_grad():
+        tokens = plain.patch_embed(batch)  # (B, 4, 4, 32)
+        high = sam_adapter.high_frequencies(batch)
+        features = prompts.patch_embed(high).permute(0, 2, 3, 1) + prompts.embed(tokens)
+        tokens = tokens + plain.pos_embed
+        for block, mlp in zip(plain.blocks, prompts.block_mlps, strict=True):
+            tokens = block(tokens + prompts.up(F.gelu(mlp[0](features))))
+        expected = plain.neck(tokens.permute(0, 3, 1, 2))
+        torch.testing.assert_close(encoder(batch), expected)
+    assert encoder.sam_adapter.features == []
+
+
+def test_sam_adapter_serves_each_stage_of_tiny_vit(make):
+    model = make("sam-adapter", "mobile_sam", lively=True)
+    encoder, batch = model.image_encoder, images()
+    plain = build_model("mobile_sam", SIZE).eval().image_encoder
+    with torch.no_grad():
+        high = sam_adapter.high_frequencies(batch)
+        x = plain.stages[0](plain.patch_embed(batch))
+        for prompts, stage in zip(encoder.sam_adapter.stages, plain.stages[1:], strict=True):
+            tokens = stage.downsample(x).permute(0, 2, 3, 1)
+            features = prompts.patch_embed(high).permute(0, 2, 3, 1) + prompts.embed(tokens)
+            for block, mlp in zip(stage.blocks, prompts.block_mlps, strict=True):
+                tokens = block(tokens + prompts.up(F.gelu(mlp[0](features))))
+            x = tokens.permute(0, 3, 1, 2)
+        torch.testing.assert_close(encoder(batch), plain.neck(x))
+    assert [stage.up.in_features for stage in encoder.sam_adapter.stages] == [8, 10, 20]
+
+
+def test_a_trained_model_can_be_copied(make):
+    """What a forward leaves behind, a graph above all, would forbid it."""
+    for method in METHODS:
+        model = make(method, lively=True).train()
+        loss_of(model, images()).backward()
+        twin = copy.deepcopy(model).eval()
+        assert torch.equal(embed(twin), embed(model.eval()))
+
+
+# --- Runs ---
+
+TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 --workers 0")
+
+
+@pytest.fixture(scope="module")
+def data(make_data, tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "data", train=8, val=2, test=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
+    """Two steps train what the method trains and nothing else; the other commands follow."""
+    models, build = [], run_module.build_adapted_model
+
+    def watched(config):
+        model = build(config)
+        models.extend([model, copy.deepcopy(model)])
+        return model
+
+    monkeypatch.setattr(run_module, "build_adapted_model", watched)
+    output = tmp_path / "run"
+    result = naslora("train", "--data", data, *TRAIN, "--method", method, "--output", output)
+    assert result.status == 0, result.err
+    model, start = models
+    trained = {n for n, p in start.named_parameters() if p.requires_grad}
+    changed = differing(state_of(model), state_of(start))
+    buffers = {name for name, _ in start.named_buffers()}
+    if method == "conv-lora":  # an expert that no map chose gets no gradient
+        trained = {name for name in trained if ".experts." not in name}
+        changed = {name for name in changed if ".experts." not in name}
+    assert changed - buffers == trained
+    assert any("image_encoder" in name for name in changed) == (method != "decoder-only")
+
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["images"]["train"] == (6 if method.startswith("nas-") else 8)
+    assert list(metrics.get("test_merged", {})) == merge_modes(method, NASLoRAConfig())
+    assert (output / "operations.json").exists() == method.startswith("nas-")
+    parameters = sum(p.numel() for p in trainable_parameters(start))
+    assert metrics["trainable_parameters"] == parameters + sum(
+        p.numel() for p in start.mask_decoder.parameters()
+    )
+    assert method in (output / "report.html").read_text()
+
+    scores = json.loads(naslora("evaluate", output).out)
+    assert scores.pop("images") == 2 and scores == metrics["test"]
+    result = naslora("predict", output, data / "images/test0.png", "--output", tmp_path / "o")
+    mask = np.asarray(Image.open(tmp_path / "o" / "test0_mask.png"))
+    assert result.status == 0 and set(np.unique(mask)) <= {0, 255}
+    merged = naslora("merge", output, "--output", tmp_path / "merged")
+    if method not in MERGING:
+        assert merged.status == 2 and not (tmp_path / "merged").exists()
+        assert "cannot be merged: " in merged.err and merged.err.count("\n") == 1
+        return
+    assert merged.status == 0, merged.err
+    merged_scores = json.loads(naslora("evaluate", tmp_path / "merged").out)
+    assert merged_scores["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-5)
+
+
+def test_conv_loras_noise_is_the_same_in_a_resumed_run(naslora, data, tmp_path):
+    """Two epochs at once, and two with a stop between them."""
+    options = ["--data", data, *TRAIN, "--method", "conv-lora", "--schedule", "constant"]
+    runs = [tmp_path / "unbroken", tmp_path / "resumed"]
+    assert naslora("train", *options, "--epochs", 2, "--output", runs[0]).status == 0
+    assert naslora("train", *options, "--output", runs[1]).status == 0
+    config = json.loads((runs[1] / "config.json").read_text())
+    config["search"]["epochs"] = 2
+    (runs[1] / "config.json").write_text(json.dumps(config))
+    torch.rand(7)  # whatever else has been drawn
+    resumed = naslora("train", *options, "--epochs", 2, "--output", runs[1], "--resume")
+    assert resumed.status == 0, resumed.err
+    one, other = (torch.load(run / "last.pt", weights_only=True)["model"] for run in runs)
+    assert not differing(one, other)
+
+
+def test_a_method_that_does_not_fit_is_refused_before_anything_is_written(naslora, data, tmp_path):
+    options = shlex.split("--model mobile_sam --image-size 64 --method vpt --workers 0")
+    result = naslora("train", "--data", data, *options, "--output", tmp_path / "run")
+    assert result.status == 2 and not (tmp_path / "run").exists()
+    assert "method vpt needs" in result.err and len(result.err.strip().splitlines()) == 1
