@@ -95,7 +95,7 @@ void launch(const char* name, void (*kernel)(Arguments), int64_t blocks_x, int64
   void* pointers[] = {&arguments};
   if (blocks_x > INT32_MAX || blocks_y > 65535) check(name, cudaErrorInvalidConfiguration);
 #if defined(NASLORA_EMULATION)
-  check(name, emulation::launch([&] { kernel(arguments); }, grid, threads, shared));
+  check(name, emulation::launch(name, [&] { kernel(arguments); }, grid, threads, shared));
   (void)pointers;
 #else
   check(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers,
