@@ -72,7 +72,7 @@ def _runs_once(config):
 def _settings(config):
     """One setting an encoder; a tiny one where nothing is timed."""
     if _runs_once(config):
-        return [Setting("vit_t", image_size=32, batch=2)]
+        return [Setting("vit_t", image_size=64, batch=4)]  # tokens enough to calibrate on
     names = config.getoption("models") or ("vit_h" if torch.cuda.is_available() else "vit_b,vit_t")
     rest = [config.getoption(name) for name in ("image_size", "batch", "precision", "device")]
     return [Setting(name, *rest) for name in names.split(",")]

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from naslora.methods import (
     searches,
     trainable_parameters,
 )
+from naslora.sam import PATCH_SIZE, VITS
 from naslora.search import SearchConfig
 from naslora.segmentation import SamForSegmentation, build_model
 
@@ -106,9 +108,9 @@ class Contestant:
         self.model.train()
 
 
-def batch(setting: Setting) -> tuple[Tensor, Tensor]:
+def batch(setting: Setting, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random images (B, 3, S, S) in [0, 1] and labels (B, S, S)."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     size = (setting.batch, 3, setting.image_size, setting.image_size)
     images = torch.rand(size, generator=generator)
     return images.to(setting.device), (images[:, 0] > 0.5).long().to(setting.device)
@@ -201,9 +203,13 @@ def inference_names(methods: Iterable[str]) -> list[str]:
 
 
 def inference_models(
-    methods: Iterable[str], base: SamForSegmentation, calibration: list[Tensor]
+    methods: Iterable[str], base: SamForSegmentation, setting: Setting
 ) -> dict[str, nn.Module]:
     """The untouched model; every method before merging, and after each of its ways to merge."""
+    # Calibrated merging wants four tokens for each input of a layer.
+    tokens = setting.batch * (setting.image_size // PATCH_SIZE) ** 2
+    batches = math.ceil(4 * VITS[setting.model].width / tokens)
+    calibration = [batch(setting, seed)[0] for seed in range(batches)]
     models = {UNTOUCHED: base}
     for name in inference_names(methods)[1:]:
         method, _, mode = name.partition(MERGED)

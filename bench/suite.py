@@ -53,7 +53,7 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dic
         RuntimeError: a gate failed.
     """
     images, _ = models.batch(setting)
-    found = models.inference_models(methods, models.untouched(setting), [images])
+    found = models.inference_models(methods, models.untouched(setting), setting)
     _refuse(models.gate_inference(found, setting, images))
     functions = {name: models.inference(model, setting, images) for name, model in found.items()}
     return _interleave(functions, setting, rounds)
