@@ -37,11 +37,11 @@ from naslora.methods import METHODS, apply, merge, merge_modes
 from naslora.report import MISSING, write_comparison
 from naslora.run import (
     RunConfig,
+    calibration,
     check_output,
     check_with_progress,
     differing,
     find_splits,
-    image_batches,
     load_model,
     train,
 )
@@ -236,9 +236,13 @@ def run_cell(config: RunConfig, directory: Path) -> dict[str, Any]:
     model = load_model(directory)[0].to(device)
     models = {"unmerged": model}
     for mode in merge_modes(config.method, config.adapter):
-        models[mode] = copy.deepcopy(model)
-        batches = image_batches(config, find_splits(config)["val"], device)
-        merge(models[mode], mode, batches)
+        merged = copy.deepcopy(model)
+        batches = calibration(config, find_splits(config), mode, device)
+        try:
+            merge(merged, mode, batches)
+        except UserError:  # too few images for the mode, as the run's metrics tell
+            continue
+        models[mode] = merged
     return {
         "parameters": sum(metrics["parameters"].values()),
         "trainable_parameters": metrics["trainable_parameters"],
