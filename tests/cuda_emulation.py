@@ -15,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SOURCES = ("cell.cu", "low_rank.cu", "reduce.cu", "python_module.cpp")
 FLAGS = (
-    "-std=c++17 -O1 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas "
-    "-DNASLORA_EMULATION -DPy_LIMITED_API=0x030A0000 -U_FORTIFY_SOURCE"
-).split()
+    *("-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-DNASLORA_EMULATION", "-DPy_LIMITED_API=0x030A0000"),
+)
 INFO = ('-DNASLORA_NVCC_VERSION="emulation"', '-DNASLORA_CUDA_ARCHITECTURES=""')
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 

@@ -67,12 +67,13 @@ struct DenseConvolution {
   }
   __device__ void finish() {}
   __device__ void add(const A* plane, int source, A (&sum)[2][N]) const {
-    A part[2][N] = {};
     const A* weight = weights + source * size * size * N;
-    for (int dy = -(size / 2); dy <= size / 2; ++dy)
+    for (int dy = -(size / 2); dy <= size / 2; ++dy) {
+      A part[2][N] = {};
       for (int dx = -(size / 2); dx <= size / 2; ++dx, weight += N)
         add_tap<N>(plane, dy * Planes::kRow + dx, weight, part);
-    naslora::add(part, sum);
+      naslora::add(part, sum);
+    }
   }
   __device__ A average(const Arguments& cell) const { return static_cast<A>(cell.average); }
   __device__ A maximum(const Arguments& cell) const { return static_cast<A>(cell.maximum); }
