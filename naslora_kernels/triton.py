@@ -74,29 +74,27 @@ class CellTiles(NamedTuple):
 
     lanes: int  # channels of S, padded
     pixels: int  # of a tile
-    steps: int  # tiles of a group
     block: int  # output channels at a time
-    groups: int
     parts: int  # programs of a group
+    steps: int  # tiles of a group
+    groups: int
 
 
 @functools.cache
 def cell_tiles(pixels: int, c: int) -> CellTiles:
     """Tiles for so many pixels in all maps.
 
-    A thread has one number of the map where that fills the threads of a large card (132 x 512), and
-    two where there are more, which halves what it loads of the weights. A group is as small as
-    spreads the sums over some 1500 programs, but at least 32 pixels, and at most 256: then its
-    partial sums are a tenth of the maps that they are summed from.
+    A thread has one channel of one pixel. A group is as small as spreads the sums over some 1500
+    programs, but at least 32 pixels, and at most 256: then its partial sums are a tenth of the maps
+    that they are summed from.
     """
     lanes = _power_of_2(c)
-    numbers = 4096 if INTERPRETED else 32 if pixels * lanes <= 132 * 512 else 64
-    tile = max(1, numbers // lanes)
-    block = -(-c // -(-c // 8))
-    parts = 4 * -(-c // block) + 5
+    tile = max(1, (4096 if INTERPRETED else 32) // lanes)
+    block = min(lanes, 8)
+    parts = 2 * -(-c // block) + 3
     group = min(max(_power_of_2(-(-pixels * parts // 1500)), 32), 256)
     group = max(group, tile)
-    return CellTiles(lanes, tile, group // tile, block, -(-pixels // group), parts)
+    return CellTiles(lanes, tile, block, parts, group // tile, -(-pixels // group))
 
 
 class RowTiles(NamedTuple):

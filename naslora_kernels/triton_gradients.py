@@ -92,7 +92,7 @@ def _store_alpha(total, column, a, grad_alpha_ptr, BLOCKS: tl.constexpr):
     mean = a[7] * 0
     for k in tl.static_range(7):
         if k < 4:
-            mine = column // BLOCKS == k
+            mine = (column % 4 == k) & (column < 4 * BLOCKS)
         else:
             mine = column == 4 * BLOCKS + k - 4
         grad_a = grad_a + (tl.sum(tl.where(mine, total, 0.0), axis=0),)

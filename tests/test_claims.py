@@ -18,14 +18,6 @@ ENCODER = sam.ViT(width=384, depth=2, heads=6, global_blocks=(1,))
 SETTING = Setting("vit_t", image_size=64, batch=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_the_cpu():
-    """The counts are of the CPU kernels; the tests run Triton's on the CPU, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NASLORA_BACKEND", "cpp")
-        yield
-
-
 @pytest.fixture(scope="module")
 def base():
     with pytest.MonkeyPatch.context() as patch:
@@ -57,10 +49,9 @@ def steps(contestants):
 @pytest.fixture(scope="module")
 def inference(base):
     images, _ = models.batch(SETTING)
-    found = models.inference_models(METHODS, base, [images])
     return {
         name: counts.count(models.inference(model, SETTING, images))
-        for name, model in found.items()
+        for name, model in models.inference_models(METHODS, base, SETTING).items()
     }
 
 

@@ -231,6 +231,8 @@ def test_unknown_data_set(refused, data, tmp_path):
         ("--model vit_x", "model must be one of vit_t"),
         ("--image-size 40", "multiple of 16, got 40"),
         ("--num-classes 0", "num_classes must be at least 1, got 0"),
+        ("--metrics speed", "metrics must be among"),
+        ("--num-classes 3 --metrics s_alpha", "'s_alpha' is defined for binary masks only"),
         ("--num-classes 3 --class-names one", "class_names must name the 2 foreground classes"),
         ("--palette #000000 nocolour", "--palette"),
         ("--arch-fraction 1", "arch_fraction must lie in [0, 1)"),

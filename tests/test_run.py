@@ -231,7 +231,8 @@ cli.main()
 """
 LONG = shlex.split(
     "--model vit_t --image-size 32 --num-classes 3 --class-names rim core --epochs 6 --rank 6 "
-    "--search-start 2 --learning-rate 1e-3 --batch-size 2 --workers 1 --channel-selection resample"
+    "--search-start 2 --learning-rate 1e-3 --batch-size 2 --workers 1 --channel-selection resample "
+    "--anneal-epochs 4"
 )
 
 
