@@ -159,11 +159,11 @@ def merge(
 
     Args:
         model: a model that ``apply`` or ``naslora.inject`` adapted.
-        mode: as in ``naslora.merge``.
-        calibration: as in ``naslora.merge``.
+        mode: what becomes of a searched cell, as in ``naslora.merging.merge``.
+        calibration: batches on which to measure errors, as there.
 
     Raises:
-        UserError: as ``naslora.merge``; the method cannot be merged, and why.
+        UserError: as there; the method cannot be merged, and why.
     """
     check_merges(model)
     present = applied(model)
