@@ -116,7 +116,9 @@ def low_rank_expand_kernel(
             out += widened(u)[:, None] * widened(weights)[None, :].to(out.dtype)
     out *= scale
     if bias_ptr is not None:
-        out += widened(tl.load(bias_ptr + column, mask=in_columns, other=0.0))[None, :].to(out.dtype)
+        out += widened(tl.load(bias_ptr + column, mask=in_columns, other=0.0))[None, :].to(
+            out.dtype
+        )
     to = out_ptr + row[:, None] * columns + column[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     tl.store(to, rounded(out, out_ptr.dtype.element_ty), mask=mask)

@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, which reads it then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -19,8 +23,6 @@ from naslora_kernels import cpp
 torch.set_num_threads(1)
 # References that the kernels are held against compute in true float32 on GPUs, too.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 SIZE = 32  # of the images, in pixels
 TINY = sam.ViT(width=32, depth=2, heads=2, global_blocks=(1,))
