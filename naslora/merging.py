@@ -131,23 +131,23 @@ class MergedNASLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out; shapes as ``NASLoRALinear``."""
-        tokens = as_grid(x, self.grid)
-        if isinstance(self.mixture, FoldedCell):
+        tokens, base, mixture = as_grid(x, self.grid), self.base, self.mixture
+        if isinstance(mixture, FoldedCell):
             h = folded_linear(
                 tokens,
-                self.base.weight,
-                self.base.bias,
+                base.weight,
+                base.bias,
                 self.lora_A,
                 self.lora_B,
-                self.mixture.kernel,
-                self.mixture.average,
-                self.mixture.maximum,
+                mixture.kernel,
+                mixture.average,
+                mixture.maximum,
                 backend=self.backend,
             )
         else:
             z = F.linear(tokens, self.lora_A.to(x.dtype))  # (B, H, W, c)
-            h = self.base(tokens) + F.linear(self.mixture(z), self.lora_B.to(z.dtype))
-        return h.reshape(*x.shape[:-1], h.shape[-1])
+            h = base(tokens) + F.linear(mixture(z), self.lora_B.to(z.dtype))
+        return h if x.dim() == 4 else h.reshape(*x.shape[:-1], h.shape[-1])
 
 
 def merge(
