@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from naslora_kernels.triton_cell import softmax
-from naslora_kernels.triton_numbers import rounded, widened
+from naslora_kernels.triton_numbers import rounded
 
 
 @triton.jit
@@ -29,14 +29,25 @@ def reduce_gradients_kernel(
             total = _sum_groups(cell_ptr, cell_groups, SIZE, column, WEIGHTS, GROUPS, COLUMNS)
             grad_depthwise = (grad_sep3_ptr, grad_sep5_ptr, grad_dil3_ptr, grad_dil5_ptr)
             _store_weights(
-                total, column, softmax(alpha_ptr, cell_ptr.dtype.element_ty), grad_depthwise, grad_pw_ptr, CHANNELS
+                total,
+                column,
+                softmax(alpha_ptr, cell_ptr.dtype.element_ty),
+                grad_depthwise,
+                grad_pw_ptr,
+                CHANNELS,
             )
     elif program < weight_programs + alpha_programs:
         if grad_alpha_ptr is not None:
             total = _sum_groups(
                 cell_ptr + WEIGHTS, cell_groups, SIZE, columns, SIZE - WEIGHTS, GROUPS, COLUMNS
             )
-            _store_alpha(total, columns, softmax(alpha_ptr, cell_ptr.dtype.element_ty), grad_alpha_ptr, BLOCKS)
+            _store_alpha(
+                total,
+                columns,
+                softmax(alpha_ptr, cell_ptr.dtype.element_ty),
+                grad_alpha_ptr,
+                BLOCKS,
+            )
     elif program < weight_programs + alpha_programs + A_programs:
         if grad_A_ptr is not None:
             column = (program - weight_programs - alpha_programs).to(tl.int64) * COLUMNS + columns
