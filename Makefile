@@ -15,6 +15,21 @@ sanitize:
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	pytest -p no:cacheprovider -k "not compiled" tests/test_kernels_*.py
 
+# Compiles the CUDA kernels for every architecture that nvcc knows; prints what each kernel takes, and
+# fails on warnings and on registers that spill.
+.PHONY: nvcc-check
+nvcc-check:
+	python tests/nvcc_check.py
+
+# The CUDA kernels, emulated on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer. Their
+# shared memory is an allocation of just its size, and NaN when a block begins.
+.PHONY: cuda-sanitize
+cuda-sanitize:
+	NASLORA_CUDA_EMULATION=$$(python tests/cuda_emulation.py --sanitize) \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	pytest -p no:cacheprovider -k "cuda and not compiled" tests/test_cuda_primitives.py tests/test_kernels_*.py
+
 # On a machine with a GPU: builds what is not built, then everything of bench/gpu_check.py, whose
 # options go into CHECK. Needs no network.
 .PHONY: gpu-check

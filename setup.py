@@ -1,12 +1,19 @@
-"""Builds the C++ extension; everything that does not need code stands in pyproject.toml.
+"""Builds the C++ and CUDA extensions; everything that needs no code stands in pyproject.toml.
 
-NASLORA_SKIP_EXT=1 builds no extension at all. NASLORA_SANITIZE=1 builds it with AddressSanitizer
-and UndefinedBehaviorSanitizer, for ``make sanitize``. There is no CUDA code yet: NASLORA_SKIP_CUDA
-and TORCH_CUDA_ARCH_LIST change nothing, and NASLORA_FORCE_CUDA=1 fails.
+The CUDA extension is built where nvcc is: below CUDA_HOME or CUDA_PATH, on the PATH, or in
+/usr/local/cuda. TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which compute capabilities; without
+it, for all that nvcc knows from 7.5 on. Neither extension needs torch to build.
+
+NASLORA_SKIP_EXT=1 builds no extension at all, NASLORA_SKIP_CUDA=1 none for CUDA;
+NASLORA_FORCE_CUDA=1 fails where the latter cannot be built. NASLORA_SANITIZE=1 builds the C++
+extension with AddressSanitizer and UndefinedBehaviorSanitizer, for ``make sanitize``.
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,74 +32,160 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+OLDEST_ARCHITECTURE = 75
+
+
+class BuildError(Exception):
+    """What kept the CUDA extension from being built, in one line."""
 
 
 def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0").lower() not in ("", "0", "false", "no", "off")
 
 
+def find_nvcc() -> str | None:
+    roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    candidates = [os.path.join(root, "bin", "nvcc") for root in roots if root]
+    candidates += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((nvcc for nvcc in candidates if nvcc and os.path.exists(nvcc)), None)
+
+
+def run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
+        raise BuildError(f"{command[0]}: {next((x for x in lines if 'error' in x), lines[-1])}")
+    return result.stdout
+
+
+def known_architectures(nvcc: str) -> list[int]:
+    """What nvcc compiles for, from the oldest that the kernels serve; 90 is 9.0."""
+    found = {int(number) for number in re.findall(r"compute_(\d+)\b", run(nvcc, "--list-gpu-arch"))}
+    return sorted(number for number in found if number >= OLDEST_ARCHITECTURE)
+
+
+def architectures(nvcc: str) -> list[str]:
+    """sm_* for machine code and compute_* for PTX, which serves later devices."""
+    known = known_architectures(nvcc)
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not wanted:
+        return [*(f"sm_{number}" for number in known), f"compute_{known[-1]}"]
+    chosen = []
+    for entry in re.split(r"[;,\s]+", wanted.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not match or int(match[1] + match[2]) not in known:
+            names = ", ".join(f"{number // 10}.{number % 10}" for number in known)
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {entry!r} is none of {names} or such a +PTX")
+        name = match[1] + match[2] + match[3]
+        chosen += [f"sm_{name}"] + ([f"compute_{name}"] if match[4] else [])
+    return chosen
+
+
+def code_flags(chosen: list[str]) -> list[str]:
+    """nvcc's flags for the architectures, one for each that it has to compile."""
+    code = {}
+    for name in chosen:
+        code.setdefault(f"compute_{name.split('_')[1]}", []).append(name)
+    return [f"-gencode=arch={arch},code=[{','.join(names)}]" for arch, names in code.items()]
+
+
 class BuildKernels(build_ext):
-    """Compiles the kernels once per instruction set, and lets an install succeed without them."""
+    """Builds what can be built, and lets an install succeed without the rest."""
 
     def build_extension(self, ext):
+        cuda = ext.name.endswith("_CUDA")
         try:
-            self.build_kernels(ext)
+            (self.build_cuda if cuda else self.build_cpu)(ext)
         except Exception as error:  # no compiler, or one that is too old
+            if cuda and enabled("NASLORA_FORCE_CUDA"):
+                raise SystemExit(f"naslora: the CUDA extension was not built: {error}") from None
             print(
-                f"naslora: the C++ extension was not built ({str(error)[:100]}); "
-                "everything will run on the PyTorch reference, which is slower"
+                f"naslora: the {'CUDA' if cuda else 'C++'} extension was not built "
+                f"({str(error)[:200]}); everything will run on "
+                + ("the other backends" if cuda else "the PyTorch reference, which is slower")
             )
 
-    def build_kernels(self, ext):
+    def compile(self, ext, source, name, macros, flags):
+        return self.compiler.compile(
+            [source],
+            output_dir=str(Path(self.build_temp) / name),
+            macros=ext.define_macros + macros,
+            include_dirs=ext.include_dirs,
+            extra_postargs=flags,
+            depends=ext.depends,
+        )
+
+    def output(self, ext) -> str:
+        path = Path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    def build_cpu(self, ext):
+        """Compiles the kernels once per instruction set."""
         sanitize = enabled("NASLORA_SANITIZE")
         flags = FLAGS + (SANITIZE if sanitize else [])
-        macros = ext.define_macros + ([("NASLORA_POISON", None)] if sanitize else [])
-        objects = []
-
-        def build(source, name, extra_macros, extra_flags=()):
-            objects.extend(
-                self.compiler.compile(
-                    [source],
-                    output_dir=str(Path(self.build_temp) / name),
-                    macros=macros + extra_macros,
-                    include_dirs=ext.include_dirs,
-                    extra_postargs=[*flags, *extra_flags],
-                    depends=ext.depends,
-                )
-            )
-
+        poison = [("NASLORA_POISON", None)] if sanitize else []
         kernels, module = ext.sources
+        objects = []
         for name, vector_bytes, isa_flags in INSTRUCTION_SETS:
             isa = [("NASLORA_ISA", name), ("NASLORA_VECTOR_BYTES", str(vector_bytes))]
-            build(kernels, name, isa, isa_flags)
+            objects += self.compile(ext, kernels, name, poison + isa, flags + isa_flags)
         names = " ".join(f"X({name})" for name, _, _ in INSTRUCTION_SETS)
-        build(module, "module", [("NASLORA_FOR_EACH_ISA(X)", names)])
-
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
+        isas = [("NASLORA_FOR_EACH_ISA(X)", names)]
+        objects += self.compile(ext, module, "module", poison + isas, flags)
         self.compiler.link_shared_object(
             objects,
-            str(output),
+            self.output(ext),
             extra_postargs=SANITIZE if sanitize else [],
             target_lang="c++",
         )
 
+    def build_cuda(self, ext):
+        """Compiles the kernels with nvcc, and the Python part with the host's compiler."""
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise BuildError("no nvcc below CUDA_HOME, on the PATH or in /usr/local/cuda")
+        chosen = architectures(nvcc)
+        version = re.search(r"release ([\d.]+)", run(nvcc, "--version"))[1]
+        *kernels, module = ext.sources
+        info = [
+            ("NASLORA_NVCC_VERSION", f'"nvcc {version}"'),
+            ("NASLORA_CUDA_ARCHITECTURES", f'"{" ".join(chosen)}"'),
+        ]
+        objects = self.compile(ext, module, "cuda", info, FLAGS)
+        for source in kernels:
+            objects.append(str(Path(self.build_temp) / f"{Path(source).stem}.cu.o"))
+            run(nvcc, *NVCC_FLAGS, *code_flags(chosen), "-c", source, "-o", objects[-1])
+        run(nvcc, "-shared", "--cudart=static", *objects, "-o", self.output(ext))
 
-if enabled("NASLORA_FORCE_CUDA"):
-    raise SystemExit("NASLORA_FORCE_CUDA is set, but this version of naslora has no CUDA kernels")
 
-extension = Extension(
-    "naslora_kernels._C",
-    sources=["csrc/cpu_kernels.cpp", "csrc/python_module.cpp"],
-    depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
-    define_macros=[("Py_LIMITED_API", "0x030A0000")],
-    py_limited_api=True,
-    optional=True,
-    language="c++",
-)
+def extension(name: str, sources: list[str], headers: str) -> Extension:
+    return Extension(
+        f"naslora_kernels.{name}",
+        sources=sources,
+        depends=[str(path) for path in sorted(Path("csrc").glob(headers))],
+        define_macros=[("Py_LIMITED_API", "0x030A0000")],
+        py_limited_api=True,
+        optional=True,
+        language="c++",
+    )
 
-setup(
-    ext_modules=[] if enabled("NASLORA_SKIP_EXT") else [extension],
-    cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+
+def extensions() -> list[Extension]:
+    if enabled("NASLORA_SKIP_EXT"):
+        return []
+    found = [extension("_C", ["csrc/cpu_kernels.cpp", "csrc/python_module.cpp"], "*.h")]
+    wanted = enabled("NASLORA_FORCE_CUDA") or find_nvcc()
+    if wanted and not enabled("NASLORA_SKIP_CUDA") and not enabled("NASLORA_SANITIZE"):
+        sources = ["cell.cu", "low_rank.cu", "reduce.cu", "python_module.cpp"]
+        found.append(extension("_CUDA", [f"csrc/cuda/{name}" for name in sources], "**/*.*h"))
+    return found
+
+
+if __name__ == "__main__":  # tests look up the functions above
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildKernels},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -62,7 +62,7 @@ def pytest_addoption(parser):
     group.addoption("--device", default="cuda" if on_gpu else "cpu")
     group.addoption("--methods", default=",".join(METHODS), help="default: all")
     group.addoption("--compiled", default="", help="methods to time through torch.compile, too")
-    group.addoption("--rounds", type=int, default=9, help="measurements of each contestant")
+    group.addoption("--rounds", type=int, default=5, help="measurements of each contestant")
 
 
 def _runs_once(config):
@@ -72,7 +72,7 @@ def _runs_once(config):
 def _settings(config):
     """One setting an encoder; a tiny one where nothing is timed."""
     if _runs_once(config):
-        return [Setting("vit_t", image_size=32, batch=2)]
+        return [Setting("vit_t", image_size=64, batch=4)]  # tokens enough to calibrate on
     names = config.getoption("models") or ("vit_h" if torch.cuda.is_available() else "vit_b,vit_t")
     rest = [config.getoption(name) for name in ("image_size", "batch", "precision", "device")]
     return [Setting(name, *rest) for name in names.split(",")]

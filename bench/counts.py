@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from naslora_kernels import ops  # noqa: F401 - defines torch.ops.naslora
+from naslora_kernels import available_backends
 from naslora_kernels.operations import CONVOLUTIONS
+from naslora_kernels.ops import OPERATORS
 
 TAPS = 41  # of the folded convolution; see docs/cpu_kernels.md
 FOLDED_UP_TO = 3  # channels; more are convolved one operation after the other
@@ -31,7 +32,13 @@ class Counts:
 
 def count(function: Callable[[], object]) -> Counts:
     """Runs ``function`` and counts."""
-    flops = FlopCounterMode(display=False, custom_mapping=OPERATIONS)
+    available_backends()  # loads them, and so defines their operators
+    formulas = {
+        getattr(operators, name).overloadpacket: formula
+        for operators in OPERATORS.values()
+        for name, formula in FORMULAS.items()
+    }
+    flops = FlopCounterMode(display=False, custom_mapping=formulas)
     with flops, _Calls() as calls:
         function()
     return Counts(flops.get_total_flops(), calls.calls, calls.peak)
@@ -99,7 +106,7 @@ def _cell(tokens: int, c: int, passes: int) -> int:
     return 2 * tokens * passes * (TAPS * c * c if c <= FOLDED_UP_TO else separable)
 
 
-def _linear(x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, *_, out_shape=None, **__) -> int:
+def _linear(x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, *_, **__) -> int:
     tokens, c_in = x[:-1].numel(), x[-1]
     c_out, rank = lora_B
     return 2 * tokens * (c_in * c_out + rank * (c_in + c_out)) + _cell(tokens, pw[-1], passes=1)
@@ -130,9 +137,20 @@ def _cell_backward(
     return _cell(z[:-1].numel(), pw[-1], need_z + (need_alpha or need_weights))
 
 
-OPERATIONS = {
-    torch.ops.naslora.mixed_cell: _cell_forward,
-    torch.ops.naslora.mixed_cell_backward: _cell_backward,
-    torch.ops.naslora.nas_lora_linear: _linear,
-    torch.ops.naslora.nas_lora_linear_backward: _linear_backward,
+def _folded_cell(z, kernel, *_, **__) -> int:
+    return 2 * z[:-1].numel() * kernel.numel()
+
+
+def _folded_linear(x, weight, bias, lora_A, lora_B, kernel, *_, **__) -> int:
+    c_out, c_in = weight
+    return 2 * x[:-1].numel() * (c_in * c_out + lora_A[0] * (c_in + c_out) + kernel.numel())
+
+
+FORMULAS = {
+    "mixed_cell": _cell_forward,
+    "mixed_cell_backward": _cell_backward,
+    "nas_lora_linear": _linear,
+    "nas_lora_linear_backward": _linear_backward,
+    "folded_cell": _folded_cell,
+    "folded_linear": _folded_linear,
 }

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from bench import counts
 from naslora import NASLoRAConfig, arch_parameters
 from naslora.errors import UserError
 from naslora.methods import (
@@ -20,10 +22,12 @@ from naslora.methods import (
     searches,
     trainable_parameters,
 )
+from naslora.sam import PATCH_SIZE, VITS
 from naslora.search import SearchConfig
 from naslora.segmentation import SamForSegmentation, build_model
 
 UNTOUCHED = "untouched"
+MOST_INPUTS = 1280  # of a layer, in ViT-H
 COMPILED = " compiled"
 MERGED = " merged "
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,9 +108,9 @@ class Contestant:
         self.model.train()
 
 
-def batch(setting: Setting) -> tuple[Tensor, Tensor]:
+def batch(setting: Setting, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random images (B, 3, S, S) in [0, 1] and labels (B, S, S)."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     size = (setting.batch, 3, setting.image_size, setting.image_size)
     images = torch.rand(size, generator=generator)
     return images.to(setting.device), (images[:, 0] > 0.5).long().to(setting.device)
@@ -199,19 +203,29 @@ def inference_names(methods: Iterable[str]) -> list[str]:
 
 
 def inference_models(
-    methods: Iterable[str], base: SamForSegmentation, calibration: list[Tensor]
+    methods: Iterable[str], base: SamForSegmentation, setting: Setting
 ) -> dict[str, nn.Module]:
     """The untouched model; every method before merging, and after each of its ways to merge."""
+    # Calibrated merging wants four tokens for each input of a layer.
+    tokens = setting.batch * (setting.image_size // PATCH_SIZE) ** 2
+    batches = math.ceil(4 * VITS[setting.model].width / tokens)
+    calibration = [batch(setting, seed)[0] for seed in range(batches)]
     models = {UNTOUCHED: base}
     for name in inference_names(methods)[1:]:
         method, _, mode = name.partition(MERGED)
         if mode and method in models:
             models[name] = sharing_copy(models[method])
-            merge(models[name], mode, calibration)
+            merge(models[name], mode, enough(calibration) if mode == "calibrated" else calibration)
         elif not mode:
             with contextlib.suppress(UserError):
                 models[name] = adapted(method, base)
     return {name: model.eval() for name, model in models.items()}
+
+
+def enough(calibration: list[Tensor]) -> list[Tensor]:
+    """The images so often that the widest layer of the largest model may be fitted to them."""
+    tokens = sum(len(images) * (images.shape[-1] // 16) ** 2 for images in calibration)
+    return calibration * -(-MOST_INPUTS // tokens)
 
 
 def inference(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], Tensor]:
@@ -263,7 +277,8 @@ def _difference(contestant: Contestant, reference: Contestant) -> str | None:
 
 
 def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tensor) -> str | None:
-    """Why these models must not be timed, or None: exact merges change nothing but rounding."""
+    """Why these models must not be timed, or None: exact merges change nothing but rounding, and
+    merges that cost nothing leave the untouched model's modules and operators."""
     tolerance = 1e-4 if setting.precision == "no" else 0.1
     outputs = {name: inference(model, setting, images)() for name, model in models.items()}
     for name, output in outputs.items():
@@ -272,6 +287,15 @@ def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tenso
             error = (output - outputs[method]).norm() / outputs[method].norm()
             if not error < tolerance:
                 return f"{name} differs from {method} by {error:.1e} of its norm"
+        if mode in ("center", "calibrated"):
+            plain, merged = models[UNTOUCHED], models[name]
+            if [type(m) for m in plain.modules()] != [type(m) for m in merged.modules()]:
+                return f"{name} has other modules than the untouched model"
+            first, second = (
+                counts.count(inference(model, setting, images)) for model in (plain, merged)
+            )
+            if (first.operations, first.calls) != (second.operations, second.calls):
+                return f"{name} runs other operators than the untouched model"
         if "lora" in method and not mode and torch.equal(output, outputs[UNTOUCHED]):
             return f"{name} computes what the untouched model computes"
     return None

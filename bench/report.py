@@ -99,6 +99,7 @@ CLAIMS = (
     ),
     Claim("inference merged with exact / untouched", _merged("exact"), at_most=1.01),
     Claim("inference merged with center / untouched", _merged("center"), at_most=1.01),
+    Claim("inference merged with calibrated / untouched", _merged("calibrated"), at_most=1.01),
     Claim(
         "bytes saved for the backward, NAS-PC-LoRA / LoRA",
         lambda m: m.saved("nas-pc-lora", "lora"),
@@ -197,18 +198,21 @@ def inference(measured: Measured) -> str:
 
 
 def memory(measured: Measured) -> str:
-    """Bytes of a training step."""
+    """What steps take: bytes, operations, calls; of a weight step / of an architecture step."""
     columns = {
-        "saved": "saved for the backward, MB",
-        "peak": "peak of a weight step, MB",
-        "architecture_saved": "saved, architecture step, MB",
-        "architecture_peak": "peak, architecture step, MB",
+        "saved": ("saved for the backward, MB", 1e-6, ",.1f"),
+        "peak": ("peak, MB", 1e-6, ",.1f"),
+        "operations": ("10⁹ operations", 1e-9, ",.1f"),
+        "calls": ("operator calls", 1, ","),
     }
-    rows = [
-        [_title(name), *(f"{info[c] / 1e6:,.1f}" if c in info else "" for c in columns)]
-        for name, info in measured.memory.items()
-    ]
-    return _table(["Method", *columns.values()], rows)
+    rows = []
+    for name, info in measured.memory.items():
+        row = [_title(name)]
+        for key, (_, factor, form) in columns.items():
+            values = [info[k] for k in (key, f"architecture_{key}") if k in info]
+            row.append(" / ".join(format(factor * value, form) for value in values))
+        rows.append(row)
+    return _table(["Method", *(head for head, _, _ in columns.values())], rows)
 
 
 def startup_table(entries: list[dict]) -> str:

@@ -9,21 +9,57 @@ kept: an interrupted study continues where it was, and two processes may share o
 import dataclasses
 import os
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
-from naslora import NASLoRAConfig
-from naslora.files import read_json
-from naslora.run import RunConfig, train
+from naslora import NASLoRAConfig, merge
+from naslora.files import read_json, write_json
+from naslora.run import RunConfig, calibration, evaluate_model, find_splits, load_model, train
 from naslora.search import SearchConfig
 
 Settings = dict[str, dict[str, Any]]  # of RunConfig ("run"), of the adapter, of the search
+Column = Callable[[dict[str, Any], list[dict[str, Any]]], float | None]  # of metrics and history
 
+DONE = "study.json"  # a finished cell's metrics
 # A LoRA whose gain is that of a mixture of which 3/8 pass the signal on.
 LEVEL_GAIN = 32.0 * 8 / 3
+
+
+TRAINING: dict[str, Column] = {
+    "loss, epochs 2-5": lambda _, history: statistics.mean(r["train_loss"] for r in history[2:6]),
+    "last loss": lambda _, history: history[-1]["train_loss"],
+    "test Dice": lambda metrics, _: metrics["test"]["dice"],
+    "test IoU": lambda metrics, _: metrics["test"]["iou"],
+    "Dice after center": lambda metrics, _: _merged(metrics, "center"),
+    "entropy": lambda _, history: history[-1]["entropy"],
+}
+
+
+def _merged(metrics: dict[str, Any], mode: str) -> float | None:
+    """Test Dice after a merge."""
+    return metrics.get("test_merged", {}).get(mode, {}).get("dice")
+
+
+def _mean(metrics: dict[str, Any], mode: str, error: str) -> float:
+    """Mean over the layers of an error of a merge."""
+    return statistics.mean(layer[error] for layer in metrics["merge"][mode]["layers"])
+
+
+MERGING: dict[str, Column] = {
+    "before": lambda metrics, _: metrics["test"]["dice"],
+    "exact": lambda metrics, _: _merged(metrics, "exact"),
+    "center": lambda metrics, _: _merged(metrics, "center"),
+    "calibrated, 8": lambda metrics, _: _merged(metrics, "calibrated, 8"),
+    "calibrated, 16": lambda metrics, _: _merged(metrics, "calibrated"),
+    "error of exact": lambda metrics, _: _mean(metrics, "exact", "update_error"),
+    "of center": lambda metrics, _: _mean(metrics, "center", "update_error"),
+    "of calibrated, 8": lambda metrics, _: _mean(metrics, "calibrated, 8", "held_out_error"),
+    "of calibrated, 16": lambda metrics, _: _mean(metrics, "calibrated", "held_out_error"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +71,9 @@ class Study:
     common: Settings
     variants: dict[str, Settings]
     epochs: dict[str, int]
+    columns: dict[str, Column] = dataclasses.field(default_factory=lambda: TRAINING)
+    few_images: int | None = None
+    """Also merges with ``calibrated`` on so many images."""
 
 
 def _adapter(method: str, **adapter: Any) -> Settings:
@@ -106,6 +145,27 @@ STUDIES = {
         },
         epochs={"he_nuclei": 24, "roads": 16},
     ),
+    # Test Dice before and after merging, then the layers' mean relative error of the update; of
+    # `calibrated` on held-out tokens.
+    "merging": Study(
+        datasets=("he_nuclei", "brain_deepgrey"),
+        seeds=(0, 1, 2),
+        common={
+            "run": {"image_size": 256},
+            "search": {"batch_size": 2, "arch_fraction": 0.0},
+        },
+        variants={
+            f"{title}{', annealed' * (anneal > 0)}": {
+                "run": {"model": model},
+                "search": {"learning_rate": rate, "anneal_epochs": anneal},
+            }
+            for title, model, rate in (("MobileSAM", "mobile_sam", 5e-4), ("vit_t", "vit_t", 1e-3))
+            for anneal in (0, 6)
+        },
+        epochs={"he_nuclei": 24, "brain_deepgrey": 16},
+        columns=MERGING,
+        few_images=8,
+    ),
 }
 
 
@@ -141,7 +201,7 @@ def _train_cell(
     plan: Study, dataset: str, name: str, seed: int, data: Path, weights: Path, output: Path
 ) -> None:
     directory = _directory(output, dataset, name, seed)
-    if (directory / "metrics.json").exists():
+    if (directory / DONE).exists():
         return
     variant = plan.variants[name]
     merged = {
@@ -156,7 +216,9 @@ def _train_cell(
     if dataset == "mni152":
         source = {"dataset": "mni152", "root": output.parent / "mni152"}
     else:
-        source = {"data": data / dataset, "checkpoint": weights}
+        source = {"data": data / dataset}
+        if merged["run"]["model"] == "mobile_sam":
+            source["checkpoint"] = weights
     config = RunConfig(
         **source,
         adapter=NASLoRAConfig(seed=seed, **merged["adapter"]),
@@ -164,7 +226,20 @@ def _train_cell(
         **merged["run"],
     )
     print(f"== {dataset}, {name}, seed {seed}", flush=True)
-    train(config, directory, resume=directory.exists())
+    metrics = train(config, directory, resume=directory.exists())
+    if plan.few_images is not None:
+        _merge_with(plan.few_images, directory, metrics)
+    write_json(directory / DONE, metrics)
+
+
+def _merge_with(images: int, directory: Path, metrics: dict[str, Any]) -> None:
+    """Adds a merge on fewer images to the metrics of a finished run."""
+    model, config = load_model(directory)
+    splits = find_splits(config)
+    batches = calibration(config, splits, "calibrated", torch.device("cpu"), images)
+    name = f"calibrated, {images}"
+    metrics["merge"][name] = merge(model, "calibrated", batches).to_dict()
+    metrics["test_merged"][name] = evaluate_model(model, config, splits["test"])
 
 
 def _directory(output: Path, dataset: str, name: str, seed: int) -> Path:
@@ -174,41 +249,34 @@ def _directory(output: Path, dataset: str, name: str, seed: int) -> Path:
 
 def table(plan: Study, output: Path) -> str:
     """Mean and standard deviation over the seeds, of what tells the variants apart."""
-    lines = [
-        "| data | variant | seeds | loss, epochs 2-5 | last loss | test Dice | test IoU "
-        "| Dice after center | entropy |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["data", "variant", "seeds", *plan.columns]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for dataset in plan.datasets:
         for name in plan.variants:
             folders = [_directory(output, dataset, name, seed) for seed in plan.seeds]
-            folders = [folder for folder in folders if (folder / "metrics.json").exists()]
+            folders = [folder for folder in folders if (folder / DONE).exists()]
             if folders:
-                lines.append(_row(dataset, name, folders))
+                cells = [_spread(_values(column, folders)) for column in plan.columns.values()]
+                row = " | ".join([dataset, name, str(len(folders)), *cells])
+                lines.append(f"| {row} |")
     return "\n".join(lines)
 
 
-def _row(dataset: str, name: str, folders: list[Path]) -> str:
-    metrics = [read_json(folder / "metrics.json") for folder in folders]
-    histories = [torch.load(folder / "last.pt", weights_only=True)["history"] for folder in folders]
-    early = [statistics.mean(r["train_loss"] for r in history[2:6]) for history in histories]
-    entropies = [history[-1]["entropy"] for history in histories]
-    merged = [m["test_merged"]["center"]["dice"] for m in metrics if "test_merged" in m]
-    cells = [
-        dataset,
-        name,
-        str(len(folders)),
-        _spread(early),
-        _spread([history[-1]["train_loss"] for history in histories]),
-        _spread([m["test"]["dice"] for m in metrics]),
-        _spread([m["test"]["iou"] for m in metrics]),
-        _spread(merged) if merged else "-",
-        "-" if entropies[0] is None else _spread(entropies),
+def _values(column: Column, folders: list[Path]) -> list[float | None]:
+    return [
+        column(
+            read_json(folder / DONE),
+            torch.load(folder / "last.pt", weights_only=True)["history"],
+        )
+        for folder in folders
     ]
-    return f"| {' | '.join(cells)} |"
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float | None]) -> str:
+    if None in values:
+        return "-"
+    if max(values) < 1e-3:  # rounding
+        return f"{max(values):.0e}"
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"

@@ -4,6 +4,7 @@ Contestants take turns, round after round, in one process: what else the machine
 all alike, and a ratio may be taken round by round. Nothing is timed that fails its gate.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable
@@ -52,7 +53,7 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dic
         RuntimeError: a gate failed.
     """
     images, _ = models.batch(setting)
-    found = models.inference_models(methods, models.untouched(setting), [images])
+    found = models.inference_models(methods, models.untouched(setting), setting)
     _refuse(models.gate_inference(found, setting, images))
     functions = {name: models.inference(model, setting, images) for name, model in found.items()}
     return _interleave(functions, setting, rounds)
@@ -61,36 +62,33 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dic
 def measure_memory(
     setting: Setting, methods: Iterable[str]
 ) -> dict[str, tuple[float, dict[str, int]]]:
-    """By method: seconds of a counted weight step, and bytes of a step.
+    """By method: seconds of a counted weight step, and what a step takes, as ``bench.counts``.
 
-    ``saved`` is kept for the backward beside the model's own tensors; ``peak`` is the most that
-    lived at once beside what was there before: on the CPU counted tensor by tensor, on a GPU as its
-    allocator tells. ``architecture_*`` is the same of an architecture step.
+    ``saved`` bytes are kept for the backward; ``peak`` is the most that lived at once, on a GPU as
+    its allocator tells. ``architecture_*`` is the same of an architecture step.
     """
     measured = {}
     for name, contestant in models.contestants(setting, methods, models.untouched(setting)).items():
-        contestant.weight_step()  # makes the optimizer's state
         started = time.perf_counter()
-        numbers = {"peak": _peak(contestant.weight_step, setting)}
+        numbers = _counted(contestant, contestant.weight_step)
         seconds = time.perf_counter() - started
-        numbers["saved"] = counts.saved_bytes(contestant.loss, contestant.model)
         if contestant.alpha:
-            contestant.architecture_step()
-            numbers["architecture_peak"] = _peak(contestant.architecture_step, setting)
-            saved = counts.saved_bytes(contestant.loss, contestant.model)
-            numbers["architecture_saved"] = saved
+            of_alpha = _counted(contestant, contestant.architecture_step)
+            numbers |= {f"architecture_{key}": value for key, value in of_alpha.items()}
         measured[name] = seconds, numbers
     return measured
 
 
-def _peak(step: Callable[[], None], setting: Setting) -> int:
-    if setting.device == "cpu":
-        return counts.count(step).peak
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def _counted(contestant: models.Contestant, step: Callable[[], None]) -> dict[str, int]:
+    step()  # makes the optimizer's state, and leaves unfrozen what the step trains
+    numbers = {"saved": counts.saved_bytes(contestant.loss, contestant.model)}
+    numbers |= dataclasses.asdict(counts.count(step))
+    if contestant.setting.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        numbers["peak"] = torch.cuda.max_memory_allocated() - before
+    return numbers
 
 
 def _refuse(reason: str | None) -> None:
@@ -101,7 +99,7 @@ def _refuse(reason: str | None) -> None:
 def _interleave(functions: dict, setting: Setting, rounds: int) -> Samples:
     if setting.device != "cpu":
         functions = {key: _synchronized(function) for key, function in functions.items()}
-    return timing.interleave(functions, rounds)
+    return timing.interleave(functions, rounds, target=0)  # each call is long enough
 
 
 def _synchronized(function: Callable[[], object]) -> Callable[[], None]:

@@ -33,22 +33,25 @@ def interleave(
     Args:
         functions: what to time, by name.
         rounds: measurements of each.
-        target: seconds that a measurement should take at least.
+        target: seconds that a measurement should take at least; 0 repeats nothing.
     """
     repeats = {}
     for name, function in functions.items():
         function()  # compiles, allocates
-        start = time.perf_counter()
-        function()
-        repeats[name] = max(1, round(target / (time.perf_counter() - start)))
+        repeats[name] = max(1, round(target / _seconds(function, 1))) if target else 1
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                function()
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
+            seconds[name].append(_seconds(function, repeats[name]))
     return seconds
+
+
+def _seconds(function: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of so many calls."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
 
 
 def copy_bandwidth(megabytes: int = 128) -> float:

@@ -5,7 +5,8 @@ from naslora.config import NASLoRAConfig
 from naslora.errors import UserError
 from naslora.injection import adapter_parameters, arch_parameters, inject
 from naslora.layer import NASLoRALinear
-from naslora.merging import MergeReport, merge, unmerge
+from naslora.merging import MergeReport, unmerge
+from naslora.methods import merge
 
 __all__ = [
     "MergeReport",

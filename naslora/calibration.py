@@ -220,8 +220,10 @@ def feed(
         layers: the layers to observe.
 
     Raises:
-        UserError: a batch does not fit the model.
+        UserError: there are no batches, or one does not fit the model.
     """
+    if not batches:
+        raise UserError("calibration yielded no batches")
     busy = False  # what `observe` makes the layer compute is not to be observed
     index = 0
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from naslora.annealing import annealed_alpha, annealed_kernel
 from naslora.config import CellInit
 from naslora.errors import UserError
 from naslora_kernels import folded_cell, folded_convolution, mixed_cell
@@ -45,6 +46,9 @@ class LinearCell(nn.Module):
     IDENTITY_GAIN = 5 / 4
     IDENTITY_NOISE = 0.02
 
+    # How much of its neighbours a token gets. Annealing takes it from 1 to 0 (``annealing.py``).
+    spatial = 1.0
+
     def __init__(self, channels: int, init: CellInit, generator: torch.Generator) -> None:
         super().__init__()
         make = self._near_identity if init == "identity" else self._kaiming
@@ -73,27 +77,36 @@ class LinearCell(nn.Module):
         """The depthwise kernels in the order of the operations."""
         return self.dw_sep3, self.dw_sep5, self.dw_dil3, self.dw_dil5
 
+    def arguments(self, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """The logits, depthwise and pointwise kernels as ``mixed_cell`` takes them."""
+        if self.spatial == 1.0:
+            return alpha, self.depthwise, self.pw
+        depthwise = tuple(annealed_kernel(dw, self.spatial) for dw in self.depthwise)
+        return annealed_alpha(alpha, self.spatial), depthwise, self.pw
+
     def forward(
         self, z: Tensor, alpha: Tensor, channels: Tensor | None, backend: str | None = None
     ) -> Tensor:
-        return mixed_cell(z, alpha, *self.depthwise, self.pw, channels, backend=backend)
+        alpha, depthwise, pw = self.arguments(alpha)
+        return mixed_cell(z, alpha, *depthwise, pw, channels, backend=backend)
 
     def collapsed(self, alpha: Tensor) -> nn.Module:
-        mixture = alpha.detach().double().softmax(0)
-        kernel = self._folded(mixture)
+        mixture, kernel = self._folded(alpha)
         return FoldedCell(kernel.to(self.pw.dtype), mixture[[AVG_POOL, MAX_POOL]].to(alpha.dtype))
 
     def centre(self, alpha: Tensor) -> Tensor:
         # A pooling has no weights. Its centre tap is 1/9 for the average; the maximum has none.
-        mixture = alpha.detach().double().softmax(0)
-        kernel = self._folded(mixture)
+        mixture, kernel = self._folded(alpha)
         middle = kernel.shape[-1] // 2
         average = mixture[AVG_POOL] / 9 * torch.eye(kernel.shape[0]).to(kernel)
         return kernel[:, :, middle, middle] + average
 
-    def _folded(self, mixture: Tensor) -> Tensor:
-        depthwise = tuple(dw.detach().double() for dw in self.depthwise)
-        return folded_convolution(mixture, depthwise, self.pw.detach().double())
+    @torch.no_grad()
+    def _folded(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """(8,) mixture and (c, c, 9, 9) kernel in float64."""
+        alpha, depthwise, pw = self.arguments(alpha)
+        mixture = alpha.double().softmax(0)
+        return mixture, folded_convolution(mixture, [dw.double() for dw in depthwise], pw.double())
 
 
 class FoldedCell(nn.Module):

@@ -19,6 +19,7 @@ from rich.table import Table
 from naslora import ablation, analysis, demo_run, run
 from naslora import compare as comparison
 from naslora.errors import UserError
+from naslora.export import Format, Part
 from naslora.merging import MergeMode
 from naslora.methods import MethodName
 from naslora.recipe import load_recipe
@@ -35,7 +36,7 @@ RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model."
 
 def main() -> None:
     """Runs a command; what the user can mend ends in one line and exit status 2."""
-    commands = (demo, train, compare, ablate, evaluate, analyse, predict, merge, info)
+    commands = (demo, train, compare, ablate, evaluate, analyse, predict, merge, export, info)
     try:
         recipe = _named_recipe(sys.argv[1:])
         _parse({command.__name__: _deferred(command, recipe) for command in commands})()
@@ -184,7 +185,13 @@ def analyse(
 
 
 def predict(
-    path: Annotated[Path, Positional, RUN],
+    path: Annotated[
+        Path,
+        Positional,
+        tyro.conf.arg(
+            metavar="MODEL", help="Folder of a run or of a merged model, or an exported file."
+        ),
+    ],
     inputs: Annotated[
         tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
     ],
@@ -200,16 +207,47 @@ def merge(
     output: Annotated[Path, OUTPUT],
     mode: Annotated[
         MergeMode,
-        tyro.conf.arg(help="exact: no loss, a small convolution stays; center: plain SAM layers."),
+        tyro.conf.arg(
+            help="exact: no loss, a small convolution stays; center, calibrated: plain SAM layers, "
+            "without what came from neighbours, or fitted to training images."
+        ),
     ] = "exact",
     max_error: Annotated[
         float | None,
         tyro.conf.arg(help="Refuse if a layer loses more than this share of its update."),
     ] = None,
+    images: Annotated[
+        int, tyro.conf.arg(help="Training images that mode calibrated is fitted to.")
+    ] = run.CALIBRATION_IMAGES,
 ) -> None:
     """Fold the trained adapters into the weights and write the model."""
-    print(run.merge_run(path, mode, output, max_error))
+    report, scores = run.merge_run(path, mode, output, max_error, images)
+    print(report)
+    before, after = (scores[when]["dice"] for when in ("before", "after"))
+    if before is not None and after is not None:
+        print(f"Dice on the validation images: {before:.4f} before, {after:.4f} after")
     print(f"wrote {output / 'model.safetensors'}")
+
+
+def export(
+    path: Annotated[
+        Path, Positional, tyro.conf.arg(metavar="MERGED", help="Folder of a merged model.")
+    ],
+    output: Annotated[Path, tyro.conf.arg(help="The file: .onnx, .safetensors or .pt2.")],
+    format: Annotated[
+        Format,
+        tyro.conf.arg(
+            help="onnx, torch-export: images to class scores; safetensors: the state dict that "
+            "segment_anything or MobileSAM loads, of a model merged with center or calibrated."
+        ),
+    ] = "onnx",
+    part: Annotated[
+        Part, tyro.conf.arg(help="The whole model, or the image encoder alone.")
+    ] = "model",
+) -> None:
+    """Write a merged model for another runtime."""
+    run.export_run(path, format, output, part)
+    print(f"wrote {output}")
 
 
 def info() -> None:

@@ -37,11 +37,11 @@ from naslora.methods import METHODS, apply, merge, merge_modes
 from naslora.report import MISSING, write_comparison
 from naslora.run import (
     RunConfig,
+    calibration,
     check_output,
     check_with_progress,
     differing,
     find_splits,
-    image_batches,
     load_model,
     train,
 )
@@ -89,7 +89,7 @@ def compare(
             have been added.
 
     Returns:
-        The cells, in the order in which they ran.
+        The cells, seed by seed.
 
     Raises:
         UserError: the recipe cannot work for any method, or belongs to another comparison.
@@ -101,27 +101,20 @@ def compare(
         raise UserError(f"no method fits: {_listed(refusals)}")
     for method, reason in refusals.items():
         _say(f"{method} is left out: {reason}")
-    cells, started, trained = [], time.perf_counter(), 0
-    order = [(method, seed) for seed in seeds for method in methods]
-    pending = [key for key in order if key[0] not in refusals and not _is_done(known.get(key))]
-    for method, seed in order:
-        key = method, seed
+    keys = [(method, seed) for seed in seeds for method in methods]
+    for method, seed in keys:
         if method in refusals:
-            cell = Cell(method, seed, "refused", refusals[method])
-        elif key not in pending:
-            cell = known[key]
-        else:
-            _say(f"cell {trained + 1} of {len(pending)}: {method}, seed {seed}")
-            cell = _train_cell(config, method, seed, output)
-            trained += 1
-            left = (time.perf_counter() - started) / trained * (len(pending) - trained)
-            _say(f"{_outcome(cell)}; about {left / 60:.0f} min left")
-        known[key] = cell
-        cells.append(cell)
-        if cell.state != "refused":
-            _write(config, list(known.values()), methods, output)
-    _write(config, list(known.values()), methods, output)
-    return cells
+            known[method, seed] = Cell(method, seed, "refused", refusals[method])
+    pending = [key for key in keys if key[0] not in refusals and not _is_done(known.get(key))]
+    _write(config, known, methods, output)
+    started = time.perf_counter()
+    for number, (method, seed) in enumerate(pending, 1):
+        _say(f"cell {number} of {len(pending)}: {method}, seed {seed}")
+        cell = known[method, seed] = _train_cell(config, method, seed, output)
+        _write(config, known, methods, output)
+        left = (time.perf_counter() - started) / number * (len(pending) - number)
+        _say(f"{_outcome(cell)}; about {left / 60:.0f} min left")
+    return [known[key] for key in keys]
 
 
 def _check_cells(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> None:
@@ -243,9 +236,13 @@ def run_cell(config: RunConfig, directory: Path) -> dict[str, Any]:
     model = load_model(directory)[0].to(device)
     models = {"unmerged": model}
     for mode in merge_modes(config.method, config.adapter):
-        models[mode] = copy.deepcopy(model)
-        batches = image_batches(config, find_splits(config)["val"], device)
-        merge(models[mode], mode, batches)
+        merged = copy.deepcopy(model)
+        batches = calibration(config, find_splits(config), mode, device)
+        try:
+            merge(merged, mode, batches)
+        except UserError:  # too few images for the mode, as the run's metrics tell
+            continue
+        models[mode] = merged
     return {
         "parameters": sum(metrics["parameters"].values()),
         "trainable_parameters": metrics["trainable_parameters"],
@@ -316,10 +313,12 @@ def _synchronize(tensor: Tensor) -> None:
 # ---- Tables ------------------------------------------------------------------------------------
 
 
-def _write(config: RunConfig, cells: list[Cell], methods: Sequence[str], output: Path) -> None:
-    stored = [dataclasses.asdict(cell) for cell in cells]
+def _write(
+    config: RunConfig, known: dict[tuple[str, int], Cell], methods: Sequence[str], output: Path
+) -> None:
+    stored = [dataclasses.asdict(cell) for cell in known.values()]
     write_json(output / RECORD, {"recipe": _recipe(config), "cells": stored})
-    shown = [cell for cell in cells if cell.method in methods]
+    shown = [cell for cell in known.values() if cell.method in methods]
     rows = [summarise(method, [c for c in shown if c.method == method]) for method in methods]
     notes = notes_on(rows, shown)
     write_text(output / "table.csv", as_csv(rows))

@@ -75,6 +75,11 @@ def block_statistics(
     finally:
         for handle in handles:
             handle.remove()
+    if any(distance.count == 0 for distance in distances):
+        raise UserError(
+            "attention distances cannot be measured: the run's method attends to more tokens than "
+            "the image's"
+        )
     return [
         BlockStatistics(i + 1, block.window_size or None, distance.value, amplitude.value)
         for i, (block, distance, amplitude) in enumerate(
@@ -163,13 +168,6 @@ def _without_padding(found: Tensor, window: int, grid: tuple[int, int]) -> Tenso
     """(B * windows, h, w) of windows to (B, H, W) of the image's tokens."""
     height, width = grid
     if window == 0:
-        window = max(found.shape[1:])
-    if found.shape[1:] != (window, window) and found.shape[1:] != grid:
-        raise UserError(
-            f"the attention sees {found.shape[1]} x {found.shape[2]} tokens, not the image's: the "
-            "run's method adds some, and distances to these are not defined"
-        )
-    if found.shape[1:] == grid:
         return found
     padded = tuple(side + -side % window for side in grid)
     return window_unpartition(found[..., None], window, padded, (height, width))[..., 0]

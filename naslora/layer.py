@@ -123,7 +123,8 @@ class NASLoRALinear(nn.Module):
         if self.cell is None:
             alpha, weights = _empty_cell(self.lora_A)
         else:
-            alpha, weights = self.alpha, (*self.cell.depthwise, self.cell.pw)
+            alpha, depthwise, pw = self.cell.arguments(self.alpha)
+            weights = (*depthwise, pw)
         return nas_lora_linear(
             tokens,
             self.base.weight,

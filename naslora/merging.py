@@ -246,7 +246,7 @@ def replace_by_merged(
     source = "white noise" if batches is None else "calibration images"
     report = MergeReport(mode, source, errors, _warning(layers, fits or {}))
     if report.warning:
-        warnings.warn(report.warning, stacklevel=2)
+        warnings.warn(report.warning, stacklevel=3)
     return report
 
 

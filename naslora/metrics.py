@@ -9,8 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
-from torchmetrics.functional.segmentation import dice_score, mean_iou
 
 from naslora.errors import UserError
 
@@ -36,6 +34,10 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores
         share of pixels with the right label; ``confusion`` (B, K, K) int64, how many pixels of the
         class of the row have the label of the column, K = 2 if binary.
     """
+    # Imported here, as they import matplotlib's pyplot; the labels below are wanted without it.
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+    from torchmetrics.functional.segmentation import dice_score, mean_iou
+
     labels = max(num_classes, 2)
     dice = dice_score(
         prediction, target, labels, include_background=False, average="none", input_format="index"

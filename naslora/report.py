@@ -38,6 +38,7 @@ PHASES = {
 ROUNDING = 1e-4
 # Pixels on the longer side of an embedded picture: 18 of them stay well below 3 MB.
 PICTURE_SIDE = 320
+PICTURE_ROW = 4 * PICTURE_SIDE  # of pictures that stand in a row
 MISSING = "–"  # an en dash, the usual mark of an empty cell
 
 # Name: (light, dark). Figures are drawn in the light values, which are then replaced by the
@@ -438,8 +439,10 @@ def _parts(parts: list[Part]) -> str:
 
 
 def _picture_figure(picture: Picture) -> str:
+    image = Image.fromarray(picture.image)
+    image.thumbnail((PICTURE_ROW, PICTURE_ROW))
     return (
-        f'<figure><img src="{_data_uri(picture.image)}" alt="{escape(picture.caption)}" '
+        f'<figure><img src="{_data_uri(np.asarray(image))}" alt="{escape(picture.caption)}" '
         f'style="width: 100%; height: auto"><figcaption>{escape(picture.caption)}</figcaption>'
         "</figure>"
     )
@@ -1046,6 +1049,13 @@ def _merging(metrics: dict) -> str:
     rows, figures, notes = [], [], []
     for index, mode in enumerate(modes):
         merge = merges.get(mode) or {}
+        notes += [
+            _note(f"{escape(mode)}: {escape(str(merge[key]))}.")
+            for key in ("refused", "warning")
+            if merge.get(key)
+        ]
+        if merge.get("refused"):
+            continue
         layers = merge.get("layers") or []
         rows.append(_merge_row(mode, before, (merged.get(mode) or {}).get("dice"), merge))
         worst = _reduce(max, [layer.get("update_error") for layer in layers])
@@ -1056,8 +1066,29 @@ def _merging(metrics: dict) -> str:
         elif worst is not None:
             figures.append(_merge_figure(index, mode, layers))
     head = ["Mode", "Test Dice before", "Test Dice after", "Difference", "Update error, mean"]
-    head += ["Update error, max", "Output error, mean", "Output error, max", "Measured on"]
-    return _section("Merging", _table(head, rows) + "".join(notes) + _figures(*figures))
+    head += ["Update error, max", "Output error, mean", "Output error, max"]
+    head += ["Update error on held-out tokens, mean", "Measured on"]
+    annealing = _annealing(metrics.get("annealing") or {})
+    return _section("Merging", _table(head, rows) + "".join(notes) + annealing + _figures(*figures))
+
+
+def _annealing(annealing: dict) -> str:
+    """What it cost on the validation images that the cell gave up its neighbours."""
+    if not annealing:
+        return ""
+    named = [("best epoch before annealing", annealing.get("before"))]
+    named += [("annealing", record) for record in annealing.get("during") or []]
+    named += [("best epoch after it", annealing.get("after"))]
+    named += [("that epoch merged with center", annealing.get("merged"))]
+    rows = []
+    for name, record in named:
+        if record:
+            epoch = record.get("epoch")
+            cells = [name, MISSING if epoch is None else str(epoch + 1)]
+            cells.append(_number(record.get("spatial"), ".2f"))
+            rows.append(cells + [_number(record.get(f"val_{k}")) for k in ("dice", "iou", "loss")])
+    head = ["Annealing", "Epoch", "Share of the neighbours", "Val Dice", "Val IoU", "Val loss"]
+    return _table(head, rows)
 
 
 def _merge_row(mode: str, before: float | None, after: float | None, merge: dict) -> list[str]:
@@ -1066,6 +1097,8 @@ def _merge_row(mode: str, before: float | None, after: float | None, merge: dict
     for key in ("update_error", "output_error"):
         errors = [layer.get(key) for layer in merge.get("layers") or []]
         cells += [_number(_reduce(function, errors), ".3g") for function in (_mean, max)]
+    held_out = [layer.get("held_out_error") for layer in merge.get("layers") or []]
+    cells.append(_number(_reduce(_mean, held_out), ".3g"))
     return [*cells, str(merge.get("source") or MISSING)]
 
 

@@ -12,6 +12,7 @@ tensorboard/           the curves for TensorBoard
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -49,6 +50,7 @@ from naslora.data import (
 from naslora.datasets import DataSet, count_differences, find_dataset, load_splits
 from naslora.errors import UserError
 from naslora.evaluation import evaluate
+from naslora.export import Description, Format, Part, Predict, export, load_exported
 from naslora.files import read_json, replaced_file, write_json, write_text
 from naslora.injection import arch_parameters
 from naslora.merging import MergeReport, restore_merged, unmerge
@@ -56,6 +58,7 @@ from naslora.methods import (
     METHODS,
     MethodName,
     apply,
+    check_merges,
     merge,
     merge_modes,
     searches,
@@ -70,6 +73,8 @@ from naslora_kernels import available_backends
 from naslora_kernels.backends import ENVIRONMENT_VARIABLE
 
 MERGED_CONFIG = "merged.json"
+LEFT_OUT = "left_out.safetensors"  # what the SAM checkpoint has and the model has not
+CALIBRATION_IMAGES = 16  # that mode `calibrated` is fitted to, unless told otherwise
 Resolution = Literal["network", "original"]
 PANELS = 6  # test images shown in the report
 
@@ -409,10 +414,17 @@ def evaluate_run(
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
     check_with_progress(splits[split], config)
+    return {**evaluate_model(model, config, splits[split]), "images": len(splits[split])}
+
+
+def evaluate_model(
+    model: SamForSegmentation, config: RunConfig, samples: list[Sample]
+) -> dict[str, Any]:
+    """Loss and metrics of a run's model on some samples, as ``naslora.evaluation.evaluate``."""
     accelerator = make_accelerator(config.search)
-    scores = evaluate(
+    return evaluate(
         model.to(accelerator.device),
-        make_dataset(config, splits[split], truth=config.resolution == "original"),
+        make_dataset(config, samples, truth=config.resolution == "original"),
         accelerator,
         config.search.loss,
         config.foreground_names,
@@ -420,7 +432,6 @@ def evaluate_run(
         config.search.workers,
         config.metrics,
     )
-    return {**scores, "images": len(splits[split])}
 
 
 def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
@@ -429,7 +440,7 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     Binary masks are 0/255, others class indices.
 
     Args:
-        path: a run's folder, or a merged model's.
+        path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
         inputs: image files, or folders of images.
         output: created if need be; NAME_mask.png and NAME_overlay.png.
 
@@ -437,7 +448,8 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
         The masks that were written.
 
     Raises:
-        UserError: as ``load_model``; an image is missing or unreadable, or two have the same name.
+        UserError: as ``load_model`` and ``load_exported``; an image is missing or unreadable, or
+            two have the same name.
     """
     images = [
         image for item in inputs for image in ([item] if item.is_file() else list_images(item))
@@ -447,14 +459,13 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
     if repeated:
         raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
-    model, config = load_model(path)
+    predict, config = _load_predictor(path)
     samples = [Sample(image, None, "input") for image in images]
     check_with_progress(samples, config)
     dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
-    model.to(make_accelerator(config.search).device)
     written = []
     for sample, item in zip(dataset.samples, dataset, strict=True):
-        labels = _predict(model, item["image"])
+        labels = predict(item["image"][None])[0].numpy()
         picture = read_image(sample)
         mask = Image.fromarray(labels.astype(np.uint8)).resize(picture.size, Image.NEAREST)
         shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
@@ -469,16 +480,60 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     return written
 
 
-def merge_run(path: Path, mode: str, output: Path, max_error: float | None = None) -> MergeReport:
+def _load_predictor(path: Path) -> tuple[Predict, RunConfig]:
+    """What a folder or an exported file predicts with: (B, 3, S, S) images to (B, S, S) labels."""
+    if path.is_file():
+        predict, held = load_exported(path)
+        return predict, RunConfig(
+            model=held.model,
+            image_size=held.image_size,
+            num_classes=held.num_classes,
+            class_names=held.class_names,
+        )
+    model, config = load_model(path)
+    model.to(make_accelerator(config.search).device)
+    return functools.partial(_predict, model), config
+
+
+def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:
+    """Writes a merged model for another runtime, as ``naslora.export.export``.
+
+    Args:
+        path: a merged model's folder, or that of a run that has nothing to merge.
+        file_format: onnx, safetensors or torch-export.
+        output: the file.
+        part: "model", images to class scores, or "encoder", images to SAM's image embedding.
+
+    Raises:
+        UserError: as ``load_model`` and ``export``.
+    """
+    model, config = load_model(path)
+    names = tuple(config.foreground_names)
+    held = Description(config.model, config.image_size, config.num_classes, names, part)
+    export(model, held, file_format, output)
+
+
+def merge_run(
+    path: Path,
+    mode: str,
+    output: Path,
+    max_error: float | None = None,
+    images: int = CALIBRATION_IMAGES,
+) -> tuple[MergeReport, dict[str, Any]]:
     """Merges a run's trained model and writes it: merged.json and model.safetensors.
 
-    Errors are measured on the run's validation images.
+    Errors are measured on the run's validation images; mode "calibrated" is fitted to, and
+    measured on, training images.
 
     Args:
         path: a run's folder.
         mode: as in ``naslora.merge``.
         output: must be new or empty.
         max_error: refuse if a layer's relative error of the update is larger.
+        images: how many training images to fit to.
+
+    Returns:
+        The merge's report, and the validation scores ``before`` and ``after`` it.
 
     Raises:
         UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
@@ -486,9 +541,11 @@ def merge_run(path: Path, mode: str, output: Path, max_error: float | None = Non
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another --output")
     model, config = load_model(path)
+    check_merges(model)
     splits = find_splits(config)
-    device = make_accelerator(config.search).device
-    report = merge(model.to(device), mode, image_batches(config, splits["val"], device))
+    scores = {"before": evaluate_model(model, config, splits["val"])}
+    report = merge(model, mode, calibration(config, splits, mode, model.pixel_mean.device, images))
+    scores["after"] = evaluate_model(model, config, splits["val"])
     if max_error is not None and report.max_update_error > max_error:
         raise UserError(
             f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
@@ -497,8 +554,12 @@ def merge_run(path: Path, mode: str, output: Path, max_error: float | None = Non
     with replaced_file(output / "model.safetensors") as temporary:
         state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, temporary)
-    write_json(output / MERGED_CONFIG, {"report": report.to_dict(), "config": config.to_dict()})
-    return report
+    if model.left_out:
+        with replaced_file(output / LEFT_OUT) as temporary:
+            save_file({k: v.contiguous() for k, v in model.left_out.items()}, temporary)
+    description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
+    write_json(output / MERGED_CONFIG, description)
+    return report, scores
 
 
 def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
@@ -516,6 +577,8 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not hold a whole merged model: {reason}") from error
+    if (path / LEFT_OUT).is_file():
+        model.left_out = read_safetensors(path / LEFT_OUT)
     # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
     model.train()
     return model.eval(), config
@@ -578,15 +641,55 @@ def _final_metrics(search: Search, counts: dict[str, int], config: RunConfig) ->
     modes = merge_modes(config.method, config.adapter)
     if modes:
         metrics |= {"test_merged": {}, "merge": {}}
+        samples = {split: data.samples for split, data in search.data.items()}
         for mode in modes:
-            batches = image_batches(config, search.data["val"].samples, search.accelerator.device)
-            report = merge(search.model, mode, batches)
+            batches = calibration(config, samples, mode, search.accelerator.device)
+            try:
+                report = merge(search.model, mode, batches)
+            except UserError as error:  # too few images for the mode; the others still tell
+                metrics["merge"][mode] = {"refused": str(error)}
+                continue
             metrics["test_merged"][mode] = search.evaluate("test", config.metrics)
+            if mode == "center" and config.search.anneal_epochs:
+                metrics["annealing"] = _annealing(search)
             metrics["merge"][mode] = report.to_dict()
             unmerge(search.model)
     training = sum(sum(record["seconds"].values()) for record in search.history)
     metrics["seconds"] = training + time.perf_counter() - started
     return metrics
+
+
+def calibration(
+    config: RunConfig,
+    splits: dict[str, list[Sample]],
+    mode: str,
+    device: torch.device,
+    images: int = CALIBRATION_IMAGES,
+) -> Iterator[Tensor]:
+    """What a way of merging is fitted to - training images, evenly spread - or measured on."""
+    if mode != "calibrated":
+        return image_batches(config, splits["val"], device)
+    train = splits["train"] + splits.get("arch", [])
+    train = list(dict.fromkeys(train))  # an arch split may be the training images again
+    indices = np.linspace(0, len(train) - 1, min(images, len(train))).round().astype(int)
+    return image_batches(config, [train[int(i)] for i in indices], device)
+
+
+def _annealing(search: Search) -> dict[str, Any]:
+    """Validation scores of the best epoch before, of every epoch while, and of the best epoch after
+    the cell gave up its neighbours, and of the model merged with `center`."""
+    names = ("epoch", "spatial", "val_loss", "val_dice", "val_iou")
+    epochs = {"before": [], "during": [], "after": []}
+    for record in search.history:
+        part = {0.0: "after", 1.0: "before"}.get(record["spatial"], "during")
+        epochs[part].append({name: record[name] for name in names})
+    merged = search.evaluate("val")
+    return {
+        "before": max(epochs["before"], key=quality, default=None),
+        "during": epochs["during"],
+        "after": max(epochs["after"], key=quality),
+        "merged": {f"val_{name}": merged[name] for name in ("loss", "dice", "iou")},
+    }
 
 
 def _write_results(
@@ -627,7 +730,7 @@ def _panels(search: Search, config: RunConfig) -> list[Panel]:
     indices = np.linspace(0, len(dataset) - 1, min(PANELS, len(dataset))).round().astype(int)
     panels = []
     for item in (dataset[int(i)] for i in indices):
-        labels = _predict(search.model, item["image"])
+        labels = _predict(search.model, item["image"][None])[0].numpy()
         scores = image_scores(
             torch.from_numpy(labels)[None], item["mask"][None], config.num_classes
         )
@@ -645,7 +748,7 @@ def _panels(search: Search, config: RunConfig) -> list[Panel]:
 
 
 @torch.no_grad()
-def _predict(model: SamForSegmentation, image: Tensor) -> np.ndarray:
-    """(S, S) labels of one (3, S, S) image."""
+def _predict(model: SamForSegmentation, images: Tensor) -> Tensor:
+    """(B, S, S) labels of (B, 3, S, S) images, on the CPU."""
     model.eval()
-    return model(image[None].to(model.pixel_mean.device)).labels()[0].cpu().numpy()
+    return model(images.to(model.pixel_mean.device)).labels().cpu()

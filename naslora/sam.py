@@ -121,11 +121,15 @@ def _tiny_vit_blocks(encoder: nn.Module) -> list[nn.Module]:
     return [block for stage in encoder.stages for block in stage.blocks]
 
 
-def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> None:
+def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[str, Tensor]:
     """Loads a SAM checkpoint into ``model``, which has SAM's parts under SAM's names.
 
     Position embeddings are resized to the model's grid. Of the mask decoder, what the model has not
     (the IoU head, spare tokens and hypernetworks) is left out. Runs no code from the file.
+
+    Returns:
+        What was left out or changed its size, as it is in the file but under the model's names:
+        ``sam_state_dict`` writes it back.
 
     Args:
         model: has ``image_encoder``, ``prompt_encoder`` and ``mask_decoder``.
@@ -146,6 +150,15 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> None:
     surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
     _check_complete(path, name, fitted, state, surplus)
     model.load_state_dict({**state, **fitted})
+    _drop_caches(model)
+    return {
+        key: value
+        for key, value in tensors.items()
+        if key not in state or value.shape != state[key].shape
+    }
+
+
+def _drop_caches(model: nn.Module) -> None:
     # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
     training = model.training
     model.train()
@@ -216,6 +229,41 @@ def _check_complete(
     )
 
 
+def sam_state_dict(
+    state: dict[str, Tensor], left_out: dict[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """The state dict that ``segment_anything``, or MobileSAM, loads strictly.
+
+    What SAM has in the same size is the model's own; the rest is the original checkpoint's: the
+    embeddings of another image size, the decoder's IoU head, spare tokens and hypernetworks. What
+    SAM has no place for, the class branch, is dropped.
+
+    Args:
+        state: of a model that has no layers but SAM's.
+        left_out: of ``load_sam_checkpoint``.
+        name: which of ``MODELS`` the model is.
+
+    Raises:
+        UserError: the model was not made from a SAM checkpoint, so there is nothing to write back.
+    """
+    if not any(key.startswith("mask_decoder.iou_prediction_head.") for key in left_out):
+        raise UserError(
+            "the model was not made from a SAM checkpoint, so SAM's IoU head is missing; export to "
+            "onnx or torch-export"
+        )
+    merged = {k: v for k, v in state.items() if not k.startswith("mask_decoder.class_head.")}
+    merged |= left_out
+    tokens = "mask_decoder.mask_tokens.weight"
+    if tokens in left_out:
+        kept = min(len(state[tokens]), len(left_out[tokens]))
+        merged[tokens] = torch.cat(
+            [state[tokens][:kept], left_out[tokens][kept:].to(state[tokens])]
+        )
+    if name == "mobile_sam":
+        merged = {_mobile_sam_name(key): value for key, value in merged.items()}
+    return merged
+
+
 # MobileSAM's names, and what timm calls the same modules.
 _TIMM_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"patch_embed\.seq\.0\.", "patch_embed.conv1."),
@@ -230,10 +278,31 @@ _TIMM_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
 ]
 
 
+# The other way round.
+_MOBILE_SAM_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    (r"^patch_embed\.conv1\.", "patch_embed.seq.0."),
+    (r"^patch_embed\.conv2\.", "patch_embed.seq.2."),
+    (
+        r"^stages\.(\d)\.downsample\.",
+        lambda match: f"layers.{int(match.group(1)) - 1}.downsample.",
+    ),
+    (r"^stages\.(\d)\.", r"layers.\1."),
+    (r"\.conv\.weight$", ".c.weight"),
+]
+
+
 def _timm_name(key: str) -> str:
+    return _renamed(key, _TIMM_NAMES)
+
+
+def _mobile_sam_name(key: str) -> str:
+    return _renamed(key, _MOBILE_SAM_NAMES)
+
+
+def _renamed(key: str, names: list[tuple[str, str | Callable[[re.Match], str]]]) -> str:
     prefix, dot, rest = key.partition(".")
     if prefix != "image_encoder":
         return key
-    for pattern, replacement in _TIMM_NAMES:
+    for pattern, replacement in names:
         rest = re.sub(pattern, replacement, rest)
     return prefix + dot + rest

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from naslora.annealing import fixed, set_spatial, spatial_share
 from naslora.cell import mixture_entropy
 from naslora.checkpoint import save_adapter, trained_state
 from naslora.data import GlobalBatches, SegmentationDataset
@@ -80,6 +81,9 @@ class SearchConfig:
     sets search too: 2 / steps, within 3e-4 (the paper's) and 0.1."""
     alpha_weight_decay: float = 1e-3
     """Adam's weight decay for alpha."""
+    anneal_epochs: int = 0
+    """Last epochs in which the cell gives up its neighbours, in the first half of them step by
+    step, so that merging with `center` loses nothing; 0 keeps the whole cell."""
     clip_norm: float = 1.0
     """Largest norm of the weights' gradients; 0 clips nothing."""
     class_loss: ClassLoss = "matching"
@@ -98,9 +102,18 @@ class SearchConfig:
     """Data loading processes."""
 
     def __post_init__(self) -> None:
-        for name, minimum in (("epochs", 1), ("search_start", 0), ("workers", 0)):
+        for name, minimum in (
+            ("epochs", 1),
+            ("search_start", 0),
+            ("workers", 0),
+            ("anneal_epochs", 0),
+        ):
             if getattr(self, name) < minimum:
                 raise UserError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if self.anneal_epochs > self.epochs:
+            raise UserError(
+                f"anneal_epochs must be at most epochs, {self.epochs}, got {self.anneal_epochs}"
+            )
         if self.batch_size < 1 or self.accumulation < 1:
             raise UserError("batch_size and accumulation must be at least 1")
         if not 0 <= self.arch_fraction < 1:
@@ -169,7 +182,7 @@ class Search:
         self.model = model.to(self.accelerator.device)
         self.data, self.config, self.seed = data, config, seed
         self.directory, self.class_names = directory, class_names
-        self.epoch, self.history, self.best_quality = 0, [], (-1.0, -math.inf)
+        self.epoch, self.history, self.best_quality = 0, [], (-math.inf,)
         architecture = arch_parameters(model)
         ours = {id(parameter) for parameter in architecture}
         weights = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
@@ -190,6 +203,8 @@ class Search:
             betas=(0.5, 0.999),
         )
         self.operations = [self._mixtures(epoch=-1)]
+        if config.anneal_epochs and not set_spatial(model, 1.0):
+            raise UserError("anneal_epochs anneals the cells of preset 'linear'; there are none")
 
     def _group(
         self,
@@ -226,6 +241,7 @@ class Search:
                 console.print(line, highlight=False, soft_wrap=True)
                 if writer is not None:
                     _log(writer, record, self.operations[-1], self.architecture is not None)
+        set_spatial(self.model, 1.0)  # what was saved is annealed already
         if writer is not None:
             writer.close()
 
@@ -235,6 +251,8 @@ class Search:
     def _run_epoch(self) -> dict[str, Any]:
         config, epoch = self.config, self.epoch
         self._draw_channels()
+        spatial = spatial_share(epoch, config.epochs, config.anneal_epochs)
+        set_spatial(self.model, spatial)
         started = time.perf_counter()
         groups = [self.weights]
         if config.simultaneous and self.architecture:
@@ -252,6 +270,7 @@ class Search:
         return {
             "epoch": epoch,
             "stage": 2 if self._searches(epoch) else 1,
+            "spatial": spatial,
             "train_loss": train_loss,
             "arch_loss": arch_loss,
             "val_loss": scores["loss"],
@@ -465,7 +484,8 @@ class Search:
             self.best_quality = quality(self.history[-1])
         if self.accelerator.is_main_process:
             if is_best:
-                save_adapter(self.model, self.directory / BEST)
+                with fixed(self.model):
+                    save_adapter(self.model, self.directory / BEST)
             with replaced_file(self.directory / LAST) as temporary:
                 torch.save(self._state(), temporary)
         self.accelerator.wait_for_everyone()
@@ -545,22 +565,25 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def quality(record: dict[str, Any]) -> tuple[float, float]:
+def quality(record: dict[str, Any]) -> tuple[float, ...]:
     """What the best epoch is chosen by: Dice on the validation split, then the lower loss there.
 
-    The loss decides while a model predicts nothing yet, or where the split has no foreground.
+    The loss decides while a model predicts nothing yet, or where the split has no foreground. With
+    annealing only the epochs that end it count.
     """
-    return record["val_dice"] or 0.0, -record["val_loss"]
+    return -record["spatial"], record["val_dice"] or 0.0, -record["val_loss"]
 
 
 def _line(record: dict[str, Any], epochs: int) -> str:
     """One epoch in a line of text, for logs."""
     searched = "" if record["arch_loss"] is None else f"  arch loss {record['arch_loss']:.3f}"
     entropy = "" if record["entropy"] is None else f"  entropy {record['entropy']:.3f}"
+    spatial = "" if record["spatial"] == 1 else f"  spatial {record['spatial']:.2f}"
     return (
         f"epoch {record['epoch'] + 1}/{epochs}  stage {record['stage']}  "
         f"loss {record['train_loss']:.3f}{searched}  val loss {record['val_loss']:.3f}  "
-        f"val Dice {quality(record)[0]:.3f}{entropy}  {sum(record['seconds'].values()):.1f} s"
+        f"val Dice {record['val_dice'] or 0.0:.3f}{entropy}{spatial}  "
+        f"{sum(record['seconds'].values()):.1f} s"
     )
 
 

@@ -114,6 +114,9 @@ class SamForSegmentation(nn.Module):
         num_tokens: mask tokens of the multi-class decoder; None takes 10, or one a class where
             there are more classes.
 
+    Attributes:
+        left_out: what its SAM checkpoint has and the model has not, for ``sam_state_dict``.
+
     Raises:
         UserError: a value is out of range.
     """
@@ -133,6 +136,7 @@ class SamForSegmentation(nn.Module):
             raise UserError(f"{num_classes} classes need as many mask tokens, got {num_tokens}")
         self.image_size = image_size
         self.num_classes = num_classes
+        self.left_out: dict[str, Tensor] = {}
         self.image_encoder = build_image_encoder(name, image_size).requires_grad_(False)
         self.prompt_encoder = build_prompt_encoder(image_size).requires_grad_(False)
         self.mask_decoder = SegmentationDecoder(num_classes, num_tokens if num_classes > 1 else 1)
@@ -182,5 +186,5 @@ def build_model(
         torch.manual_seed(seed)
         model = SamForSegmentation(name, image_size, num_classes)
     if checkpoint is not None:
-        load_sam_checkpoint(model, checkpoint, name)
+        model.left_out = load_sam_checkpoint(model, checkpoint, name)
     return model

@@ -20,6 +20,7 @@ from torch import Tensor
 
 # Best first: the automatic choice takes the first that serves the tensors at hand.
 BACKENDS = ("cuda", "triton", "cpp", "reference")
+GPU_BACKENDS = ("cuda", "triton")  # on CPUs only simulated, for tests, which name them
 COMPILED_BACKENDS = ("cpp", "cuda")  # these have a ``build_info()``, empty if there is no extension
 ENVIRONMENT_VARIABLE = "NASLORA_BACKEND"
 
@@ -84,7 +85,8 @@ _select._dynamo_marked_constant = True
 @functools.cache
 def _choose(device_type: str, dtype: torch.dtype, named: str | None) -> str:
     if not named:
-        name = next(n for n in BACKENDS if _refusal(n, device_type, dtype) is None)
+        candidates = [n for n in BACKENDS if device_type != "cpu" or n not in GPU_BACKENDS]
+        name = next(n for n in candidates if _refusal(n, device_type, dtype) is None)
         logger.info("NAS-LoRA computes %s on %s with backend %r", dtype, device_type, name)
         return name
     if named not in BACKENDS:

@@ -4,7 +4,7 @@ The extension is CUDA C++ over addresses and streams, so it depends on no versio
 function below is one launch, on the current stream of the tensors' device.
 
 For tests where no GPU is, NASLORA_CUDA_EMULATION names an extension built from the same sources for
-the CPU (``make cuda-emulation``), which then computes on CPU tensors, slowly.
+the CPU (``python tests/cuda_emulation.py``), which then computes on CPU tensors, slowly.
 """
 
 import importlib.machinery
@@ -84,7 +84,7 @@ def build_info() -> dict[str, object]:
 
 
 def architectures() -> list[str]:
-    """What was compiled: ``sm_80`` is machine code, ``compute_90`` PTX for that and what follows."""
+    """What was compiled: ``sm_80`` is machine code, ``compute_90`` is PTX."""
     return _CUDA.build_info()[1].split()
 
 
@@ -93,7 +93,6 @@ def _serves(architectures: list[str], capability: tuple[int, int]) -> bool:
 
     With a suffix it runs nowhere but on the version it names.
     """
-    major, minor = capability
     for architecture in architectures:
         kind, of_major, of_minor, suffix = re.fullmatch(
             r"(sm|compute)_(\d+)(\d)([af]?)", architecture
@@ -101,7 +100,7 @@ def _serves(architectures: list[str], capability: tuple[int, int]) -> bool:
         built = (int(of_major), int(of_minor))
         if built == capability:
             return True
-        if not suffix and built < capability and (kind == "compute" or built[0] == major):
+        if not suffix and built < capability and (kind == "compute" or built[0] == capability[0]):
             return True
     return False
 

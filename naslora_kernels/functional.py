@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from naslora_kernels import reference
 from naslora_kernels.backends import select_backend
 from naslora_kernels.checks import (
     check_cell,
@@ -132,8 +131,8 @@ def folded_cell(
         TypeError, ValueError, RuntimeError: as ``mixed_cell``.
     """
     check_folded_cell("z", z, z.shape[-1], kernel, average=average, maximum=maximum)
-    module = reference if _needs_reference(z, kernel) else select_backend(z, backend)
-    return module.folded_cell(z, kernel, float(average), float(maximum))
+    backend = "reference" if _needs_reference(z, kernel) else backend
+    return select_backend(z, backend).folded_cell(z, kernel, float(average), float(maximum))
 
 
 def folded_linear(
@@ -171,8 +170,8 @@ def folded_linear(
     x, weight, bias = _autocast(x, weight, bias)
     check_folded_linear(x, weight, bias, lora_A, lora_B, kernel, average=average, maximum=maximum)
     tensors = (x, weight, bias, lora_A, lora_B, kernel)
-    module = reference if _needs_reference(*tensors) else select_backend(x, backend)
-    return module.folded_linear(*tensors, float(average), float(maximum))
+    backend = "reference" if _needs_reference(*tensors) else backend
+    return select_backend(x, backend).folded_linear(*tensors, float(average), float(maximum))
 
 
 def _needs_reference(*tensors: Tensor | None) -> bool:

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cuda_emulation
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 import naslora_kernels
 from naslora_kernels import cpp
 
+if not torch.cuda.is_available() and cuda_emulation.compiler():
+    os.environ.setdefault("NASLORA_CUDA_EMULATION", str(cuda_emulation.build()))
 UNAVAILABLE = naslora_kernels.available_backends()
 needs_cpp = UNAVAILABLE["cpp"]
 INSTRUCTION_SETS = [] if needs_cpp else cpp._C.capabilities()
@@ -23,7 +26,7 @@ class Target(NamedTuple):
     backend: str
     device: str = "cpu"
     instruction_set: str | None = None  # of the cpp backend; None leaves the best
-    simulated: bool = False  # Triton's interpreter, CUDA's emulation: exact, but slow
+    simulated: bool = False  # by Triton's interpreter, which is slow; CUDA's emulation is not
 
     def __str__(self):
         return "-".join(filter(None, (self.backend, self.instruction_set)))
@@ -33,8 +36,8 @@ def _targets():
     """Every backend: on its device, else simulated on the CPU, else skipped with the reason."""
     yield pytest.param(Target("cpp"), marks=_skipped_for(UNAVAILABLE["cpp"]), id="cpp")
     for backend in ("triton", "cuda"):
-        simulated = not torch.cuda.is_available()
-        target = Target(backend, "cpu" if simulated else "cuda", simulated=simulated)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        target = Target(backend, device, simulated=device == "cpu" and backend == "triton")
         yield pytest.param(target, marks=_skipped_for(UNAVAILABLE[backend]), id=backend)
 
 

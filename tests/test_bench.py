@@ -22,6 +22,7 @@ GOOD = {
     ("untouched", "inference"): 0.4,
     ("nas-pc-lora merged exact", "inference"): 0.402,
     ("nas-pc-lora merged center", "inference"): 0.4,
+    ("nas-pc-lora merged calibrated", "inference"): 0.398,
     ("conv-lora", "inference"): 0.5,
 }
 SAVED = {"lora": 1000, "nas-pc-lora": 1010}
@@ -35,7 +36,8 @@ def entries(seconds, saved=SAVED, info=INFO):
         stats = {"data": [factor * seconds for seconds in ROUNDS]}
         found.append({"group": group, "name": "x", "extra_info": about, "stats": stats})
     for contestant, size in saved.items():
-        about = info | {"contestant": contestant, "saved": size, "peak": 3 * size}
+        numbers = {"saved": size, "peak": 3 * size, "operations": 10**9, "calls": 1234}
+        about = info | {"contestant": contestant} | numbers
         stats = {"data": [1.0]}
         found.append({"group": "memory", "name": "x", "extra_info": about, "stats": stats})
     return found

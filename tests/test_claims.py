@@ -49,10 +49,9 @@ def steps(contestants):
 @pytest.fixture(scope="module")
 def inference(base):
     images, _ = models.batch(SETTING)
-    found = models.inference_models(METHODS, base, [images])
     return {
         name: counts.count(models.inference(model, SETTING, images))
-        for name, model in found.items()
+        for name, model in models.inference_models(METHODS, base, SETTING).items()
     }
 
 

@@ -54,15 +54,14 @@ def killed(arguments):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    started = time.monotonic()
-    while not any(cell["state"] == "done" for cell in record(output)):
-        assert process.poll() is None and time.monotonic() - started < 300
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    while group_lives(process.pid):  # the cell that was training has to end by itself
-        assert time.monotonic() - started < 300
-        time.sleep(0.02)
+    try:
+        wait_for(lambda: any(cell["state"] == "done" for cell in record(output)), process)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not group_lives(process.pid))  # a cell has to end with its parent
+    finally:
+        if group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
     return output, options
 
 
@@ -72,6 +71,14 @@ def finished(naslora, killed):
     output, options = killed
     before = modified(output / "runs/lora/3")
     return naslora(*options, "--resume"), output, before
+
+
+def wait_for(condition, process=None):
+    started = time.monotonic()
+    while not condition():
+        assert process is None or process.poll() is None, "the comparison ended by itself"
+        assert time.monotonic() - started < 600
+        time.sleep(0.02)
 
 
 def record(output):
@@ -254,6 +261,14 @@ def test_an_interrupt_keeps_the_finished_cells(quick, tmp_path):
     assert [cell["seed"] for cell in record(tmp_path / "out")] == [0, 0]
     _, ran = quick({}, resume=True)
     assert ran == [("lora", 1), ("mona", 1)]
+
+
+def test_an_interrupt_of_the_first_cell_can_be_resumed(quick, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        quick({("lora", 0): KeyboardInterrupt()})
+    (tmp_path / "out/runs/lora/0").mkdir(parents=True)  # as a killed run leaves it, perhaps
+    _, ran = quick({}, resume=True)
+    assert len(ran) == 4
 
 
 def test_all_methods_refused(monkeypatch, tmp_path):

@@ -8,7 +8,15 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from segment_anything.modeling import ImageEncoderViT
+from adapted_models import (
+    adapted_encoder,
+    adapted_layer,
+    build_encoder,
+    images,
+    relative,
+    snapshot,
+    tokens,
+)
 from torch import nn
 from torch.testing import assert_close
 
@@ -20,68 +28,9 @@ from naslora_kernels import OPERATIONS
 
 torch.set_num_threads(1)
 
-SIZE, DEPTH = 64, 2
 AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
 SKIP = OPERATIONS.index("skip_connect")
 NEVER = -1e4  # exp(-1e4) is zero, in float64 as well
-
-
-def build_encoder() -> ImageEncoderViT:
-    """An unmodified segment_anything encoder: 4 x 4 tokens, a windowed and a global block."""
-    torch.manual_seed(0)
-    return ImageEncoderViT(
-        img_size=SIZE,
-        embed_dim=32,
-        depth=DEPTH,
-        num_heads=2,
-        out_chans=16,
-        use_rel_pos=True,
-        window_size=3,
-        global_attn_indexes=(1,),
-    ).eval()
-
-
-def randomize(module: nn.Module, seed: int = 3) -> None:
-    """Gives the adapters the look of trained ones: nothing at its start, statistics included."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, layer in adapter_layers(module):
-        with torch.no_grad():
-            if layer.alpha is not None:
-                layer.alpha.normal_(generator=generator)
-            layer.lora_B.normal_(std=0.02, generator=generator)
-            for name, value in layer.state_dict().items():
-                if name.startswith("cell.") and value.is_floating_point():
-                    noise = 0.3 * torch.randn(value.shape, generator=generator)
-                    value.add_(noise.abs() if "var" in name else noise)
-
-
-def adapted_encoder(**options) -> ImageEncoderViT:
-    model = build_encoder()
-    inject(model, NASLoRAConfig(**options))
-    randomize(model)
-    return model
-
-
-def adapted_layer(dtype=torch.float32, c_in=16, c_out=12, **options) -> nn.Sequential:
-    """One layer, as the child of a model whose state dict calls it ``qkv``."""
-    torch.manual_seed(1)
-    model = nn.Sequential()
-    model.add_module("qkv", nn.Linear(c_in, c_out).to(dtype))
-    inject(model, NASLoRAConfig(target="qkv", **options))
-    randomize(model)
-    return model.eval()
-
-
-def tokens(*shape: int, dtype=torch.float32, seed: int = 8) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def images(seed: int = 5) -> torch.Tensor:
-    return tokens(2, 3, SIZE, SIZE, seed=seed)
-
-
-def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
-    return (difference.double().norm() / reference.double().norm()).item()
 
 
 def centre_map(layer: NASLoRALinear) -> np.ndarray:
@@ -410,23 +359,21 @@ def test_a_fresh_adapter_loses_nothing():
 # ---------------------------------------------------------------- unmerge and state
 
 
-def snapshot(model: nn.Module) -> dict:
-    return {
-        "modules": [(name, id(module)) for name, module in model.named_modules()],
-        "training": [module.training for module in model.modules()],
-        "parameters": [(n, id(p), p.requires_grad, p.grad) for n, p in model.named_parameters()],
-        "values": {n: v.numpy().tobytes() for n, v in model.state_dict().items()},
-        "attributes": sorted(vars(model)),
-        "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
-    }
-
-
-@pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("mode", ["exact", "center"])
-def test_unmerge_brings_the_very_same_layers_back(mode, calibrated):
+@pytest.mark.parametrize(
+    "mode, calibration",
+    [
+        ("exact", None),
+        ("center", None),
+        ("exact", [images()]),
+        ("center", [images()]),
+        ("calibrated", [images(seed) for seed in range(4)]),
+    ],
+    ids=["exact", "center", "exact-images", "center-images", "calibrated"],
+)
+def test_unmerge_brings_the_very_same_layers_back(mode, calibration):
     model = adapted_encoder().train()
     before = snapshot(model)
-    merge(model, mode, calibration=[images()] if calibrated else None)
+    merge(model, mode, calibration)
     assert not list(adapter_layers(model))
     unmerge(model)
     assert snapshot(model) == before

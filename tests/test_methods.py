@@ -394,7 +394,8 @@ def test_what_cannot_merge_says_why(make, method):
 def test_merge_modes():
     assert merge_modes("dora", NASLoRAConfig()) == ["exact"]
     assert set(merge_modes("nas-lora", NASLoRAConfig())) >= {"exact", "center"}
-    assert merge_modes("nas-pc-lora", NASLoRAConfig(preset="paper")) == ["exact"]
+    paper = merge_modes("nas-pc-lora", NASLoRAConfig(preset="paper"))
+    assert "exact" in paper and "center" not in paper  # its cell is not linear
 
 
 # --- Conv-LoRA against its formula, worked out with NumPy in float64 ---

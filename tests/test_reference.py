@@ -663,6 +663,7 @@ import {package}
 
 assert not [n for n in attempts if n.split(".")[0] == "triton"], "it imports triton"
 loaded = set(sys.modules) - before
+assert "peft" not in loaded  # with Transformers behind it, it takes seconds
 assert not torch.cuda.is_initialized()
 for backend in ("reference", "cpp", "triton", "cuda"):
     assert "naslora_kernels." + backend not in loaded, backend

@@ -475,7 +475,7 @@ def test_the_best_epoch_is_kept(make_search, monkeypatch):
     search.run()
     best = read_safetensors(search.directory / BEST / "adapter_model.safetensors")
     assert all(torch.equal(v, best[k]) for k, v in states[1].items())
-    assert search.best_quality[0] == 0.6
+    assert search.best_quality[1] == 0.6
     last = torch.load(search.directory / LAST)
     assert last["epoch"] == 4 and all(
         torch.equal(v, last["model"][k]) for k, v in states[3].items()

@@ -35,7 +35,7 @@ struct MixedConvolution {
   }
   __device__ void finish() { fold(parameters, mixture.a, *mixture.taps, false, weights); }
   __device__ void add(const A* plane, int source, A (&sum)[2][N]) const {
-    convolve<1>(plane, weights + source * kFoldedTaps * N, sum);
+    convolve(plane, weights + source * kFoldedTaps * N, sum);
   }
   __device__ A average(const Arguments&) const { return mixture.a[kAvgPool]; }
   __device__ A maximum(const Arguments&) const { return mixture.a[kMaxPool]; }
@@ -57,23 +57,23 @@ struct DenseConvolution {
   __device__ void begin(const Arguments&) {}
   __device__ void stage(const Arguments& cell, int64_t out, int64_t in) {
     const int taps = size * size;
-    for (int i = threadIdx.x; i < N * taps * N; i += blockDim.x) {
+    for_block(N * taps * N, [&](int i) {
       const int target = i % N, tap = i / N % taps, source = i / (N * taps);
       A value = 0;
       if (out + target < cell.c && in + source < cell.c)
         value = read<A>(cell.kernel, ((out + target) * cell.c + in + source) * taps + tap);
       weights[i] = value;
-    }
+    });
   }
   __device__ void finish() {}
   __device__ void add(const A* plane, int source, A (&sum)[2][N]) const {
-    A part[2][N] = {};
     const A* weight = weights + source * size * size * N;
-    for (int dy = -(size / 2); dy <= size / 2; ++dy)
+    for (int dy = -(size / 2); dy <= size / 2; ++dy) {
+      A part[2][N] = {};
       for (int dx = -(size / 2); dx <= size / 2; ++dx, weight += N)
         add_tap<N>(plane, dy * Planes::kRow + dx, weight, part);
-#pragma unroll
-    for (int n = 0; n < N; ++n) sum[0][n] += part[0][n], sum[1][n] += part[1][n];
+      naslora::add(part, sum);
+    }
   }
   __device__ A average(const Arguments& cell) const { return static_cast<A>(cell.average); }
   __device__ A maximum(const Arguments& cell) const { return static_cast<A>(cell.maximum); }
@@ -105,20 +105,20 @@ __device__ void copy_other_channels(const Map& map, const Maps& maps, const Tili
   for (int64_t first = 0; first < maps.rank; first += kChannelsAtOnce) {
     const int count = static_cast<int>(smaller(kChannelsAtOnce, maps.rank - first));
     __syncthreads();
-    for (int i = threadIdx.x; i < count; i += blockDim.x) mixed[i] = false;
+    for_block(count, [&](int i) { mixed[i] = false; });
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < maps.c; i += blockDim.x) {
+    for_block(maps.c, [&](int i) {
       const int64_t k = maps.channels[i] - first;
       if (k >= 0 && k < count) mixed[k] = true;
-    }
+    });
     __syncthreads();
-    for (int i = threadIdx.x; i < tile.rows * tile.columns * count; i += blockDim.x) {
+    for_block(tile.rows * tile.columns * count, [&](int i) {
       const int k = i % count, column = i / count % tile.columns, row = i / count / tile.columns;
-      if (mixed[k]) continue;
+      if (mixed[k]) return;
       const int64_t y = tile.y + row, x = tile.x + column;
       out[((tile.image * tiling.height + y) * tiling.width + x) * maps.rank + first + k] =
           from[y * map.stride[1] + x * map.stride[2] + (first + k) * map.stride[3]];
-    }
+    });
   }
 }
 
@@ -237,33 +237,35 @@ struct InputShared {
 
   __device__ void find_winners(const Tiling& tiling, const Tile& tile) const {
     const int width = tile.columns + 2, pixels = (tile.rows + 2) * width;
-    for (int i = threadIdx.x; i < N * pixels; i += blockDim.x) {
+    for_block(N * pixels, [&](int i) {
       const int n = i / pixels, row = i % pixels / width - 1, column = i % width - 1;
       const A* at = z + n * Planes::kChannel + Planes::kOrigin + row * Planes::kRow + column;
       const Window<A> window(at, Planes::kRow, 1, tile.y + row, tile.x + column, tiling);
       winner[(n * kWinnerRow + row + 1) * kWinnerRow + column + 1] =
           static_cast<char>(window.winner);
-    }
+    });
   }
 
-  // What the two poolings of channel n send to pixel (row, column) of the tile.
-  __device__ A pool_adjoints(const Tiling& tiling, const Tile& tile, int n, int row,
-                             int column) const {
-    const int y = tile.y + row, x = tile.x + column;
-    A average = 0, maximum = 0;
+  // Adds what the two poolings send to pixel (row, column) of the tile.
+  __device__ void add_pool_adjoints(const Tiling& tiling, const Tile& tile, int row, int column,
+                                    A (&sum)[N]) const {
+    A average[N] = {}, maximum[N] = {};
+#pragma unroll 1
+    for (int q = 0; q < 9; ++q) {  // the pixels whose windows hold this one
+      const int dy = q / 3 - 1, dx = q % 3 - 1, y = tile.y + row + dy, x = tile.x + column + dx;
+      if (y < 0 || y >= tiling.height || x < 0 || x >= tiling.width) continue;
+      const A share = pool_share<A>(y, x, tiling.height, tiling.width);
+      const A* gradient = g + Planes::kOrigin + (row + dy) * Planes::kRow + column + dx;
+      const char* won = winner + (row + dy + 1) * kWinnerRow + column + dx + 1;
 #pragma unroll
-    for (int dy = -1; dy <= 1; ++dy) {
-#pragma unroll
-      for (int dx = -1; dx <= 1; ++dx) {
-        if (y + dy < 0 || y + dy >= tiling.height || x + dx < 0 || x + dx >= tiling.width) continue;
-        const A gradient = g[n * Planes::kChannel + Planes::kOrigin + (row + dy) * Planes::kRow +
-                             column + dx];
-        average += gradient * pool_share<A>(y + dy, x + dx, tiling.height, tiling.width);
-        const int won = winner[(n * kWinnerRow + row + dy + 1) * kWinnerRow + column + dx + 1];
-        if (won == (1 - dy) * 3 + 1 - dx) maximum += gradient;
+      for (int n = 0; n < N; ++n) {
+        average[n] += share * gradient[n * Planes::kChannel];
+        if (won[n * kWinnerRow * kWinnerRow] == 8 - q) maximum[n] += gradient[n * Planes::kChannel];
       }
     }
-    return mixture.a[kAvgPool] * average + mixture.a[kMaxPool] * maximum;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      sum[n] += mixture.a[kAvgPool] * average[n] + mixture.a[kMaxPool] * maximum[n];
   }
 };
 
@@ -277,7 +279,6 @@ __device__ void input_gradient(const BackwardArguments& p, int tile_index, int64
   const Pixels pixels;
 
   A sum[2][N] = {};
-  shared.mixture.stage(p.cell.alpha);
   for (int64_t source = 0; source < c; source += N) {
     shared.parameters.stage(p.cell, source, first);
     stage<S, N, Planes>(p.grad_y, p.cell, source, p.tiling, tile, shared.g);
@@ -288,17 +289,13 @@ __device__ void input_gradient(const BackwardArguments& p, int tile_index, int64
     __syncthreads();
 #pragma unroll 1
     for (int n = 0; n < N && source + n < c; ++n)
-      convolve<-1>(shared.g + n * Planes::kChannel + pixels.offset(),
+      convolve(shared.g + n * Planes::kChannel + pixels.offset(),
                    shared.weights + n * kFoldedTaps * N, sum);
     if (source == first) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (pixels.inside(tile, i))
-            sum[i][n] +=
-                shared.pool_adjoints(p.tiling, tile, n, pixels.row + i, pixels.column);
-      }
+      for (int i = 0; i < 2; ++i)
+        if (pixels.inside(tile, i))
+          shared.add_pool_adjoints(p.tiling, tile, pixels.row + i, pixels.column, sum[i]);
     }
     __syncthreads();
   }
@@ -317,7 +314,7 @@ struct KernelShared {
   using Z = Interleaved<N, kReach, kSide + 1>;  // odd, so that rows begin in other banks
   using G = Interleaved<N, 0, kTile>;
   static constexpr int kSlices = kThreads / kFoldedTaps;
-  SharedMixture<A> mixture;  // only its taps
+  SharedMixture<A> mixture;
   SharedParameters<A, N> parameters;
   A* z;
   A* g;
@@ -346,7 +343,6 @@ __device__ void kernel_gradient(const BackwardArguments& p, int group, int pair)
   const int64_t out = pair / p.channel_groups * N, in = pair % p.channel_groups * N;
   const int slices = blockDim.x / kFoldedTaps;
   const int tap = threadIdx.x % kFoldedTaps, slice = threadIdx.x / kFoldedTaps;
-  shared.mixture.stage_taps();
   shared.parameters.stage(p.cell, out, in);
   __syncthreads();
   const int offset = shared.mixture.taps->dy[tap] * Z::kRow + shared.mixture.taps->dx[tap] * Z::kPixel;
@@ -360,10 +356,10 @@ __device__ void kernel_gradient(const BackwardArguments& p, int group, int pair)
     stage<S, N, G>(p.grad_y, p.cell, out, p.tiling, tile, shared.g);
     __syncthreads();
     if (slice < slices) {
-      A part[N][N] = {};
       for (int row = slice; row < tile.rows; row += slices) {
         const A* z = shared.z + Z::kOrigin + offset + row * Z::kRow;
         const A* g = shared.g + row * G::kRow;
+        A part[N][N] = {};  // a short sum, whose rounding errors stay small
         for (int column = 0; column < tile.columns; ++column) {
           const Pack<A, N> right = load_pack<N>(z + column * Z::kPixel);
           const Pack<A, N> left = load_pack<N>(g + column * G::kPixel);
@@ -372,22 +368,22 @@ __device__ void kernel_gradient(const BackwardArguments& p, int group, int pair)
 #pragma unroll
             for (int i = 0; i < N; ++i) part[o][i] += left.lane[o] * right.lane[i];
         }
+#pragma unroll
+        for (int o = 0; o < N; ++o)
+#pragma unroll
+          for (int i = 0; i < N; ++i) sum[o][i] += part[o][i];
       }
-#pragma unroll
-      for (int o = 0; o < N; ++o)
-#pragma unroll
-        for (int i = 0; i < N; ++i) sum[o][i] += part[o][i];
     }
     if (out != in) continue;
-    for (int i = threadIdx.x; i < tile.rows * tile.columns * N; i += blockDim.x) {
+    for_block(tile.rows * tile.columns * N, [&](int i) {
       const int n = i % N, row = i / N / tile.columns, column = i / N % tile.columns;
       const Window<A> window(shared.z + Z::kOrigin + row * Z::kRow + column * Z::kPixel + n,
                              Z::kRow, Z::kPixel, tile.y + row, tile.x + column, p.tiling);
       const A g = shared.g[row * G::kRow + column * G::kPixel + n];
-      if (in + n >= c) continue;
+      if (in + n >= c) return;
       average += g * window.average;
       maximum += g * window.maximum;
-    }
+    });
   }
 
   // The slices' sums together are dL/dK of these tiles; dL/da_i is its product with pw_i dw_i.
@@ -402,9 +398,9 @@ __device__ void kernel_gradient(const BackwardArguments& p, int group, int pair)
   A mixture[kMixtureSums] = {};
   mixture[kAvgPool] = average, mixture[kMaxPool] = maximum;
   A* partials = static_cast<A*>(p.partials) + group * p.partial_size;
-  for (int e = threadIdx.x; e < kFoldedTaps * N * N; e += blockDim.x) {
+  for_block(kFoldedTaps * N * N, [&](int e) {
     const int t = e % kFoldedTaps, o = e / kFoldedTaps % N, i = e / kFoldedTaps / N;
-    if (out + o >= c || in + i >= c) continue;
+    if (out + o >= c || in + i >= c) return;
     A total = 0;
     for (int s = 0; s < slices; ++s) total += shared.sums[((s * kFoldedTaps + t) * N + o) * N + i];
     partials[((in + i) * c + out + o) * kFoldedTaps + t] = total;
@@ -416,7 +412,7 @@ __device__ void kernel_gradient(const BackwardArguments& p, int group, int pair)
                        shared.parameters.depthwise(op, in + i, w);
     }
     if (t == kCentreTap && out + o == in + i) mixture[kSkip] += total;
-  }
+  });
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
@@ -437,6 +433,11 @@ __device__ void kernel_gradient(const BackwardArguments& p, int group, int pair)
 
 template <typename S, int N>
 __global__ void __launch_bounds__(kThreads, 4) cell_backward_kernel(const BackwardArguments p) {
+  // Both kinds of blocks lay it out first; and it is best computed while registers are free.
+  Carver carver(shared_memory());
+  SharedMixture<AccumulatorOf<S>> mixture;
+  mixture.take(carver);
+  mixture.stage(p.cell.alpha);
   const int block = blockIdx.x;
   if (block < p.kernel_blocks) {
     kernel_gradient<S, N>(p, block % p.groups, block / p.groups);

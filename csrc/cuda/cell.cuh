@@ -6,8 +6,6 @@
 // N: 2 where the cell has no more, else 4, so that any number of them fits.
 #pragma once
 
-#include <utility>
-
 #include "common.cuh"
 
 namespace naslora {
@@ -123,7 +121,7 @@ struct Window {
     A sum = 0;
     maximum = -static_cast<A>(HUGE_VAL);
     winner = (y == 0) * 3 + (x == 0);
-#pragma unroll
+#pragma unroll 1
     for (int dy = -1; dy <= 1; ++dy) {
 #pragma unroll
       for (int dx = -1; dx <= 1; ++dx) {
@@ -160,23 +158,49 @@ __device__ inline void add_tap(const A* plane, int offset, const A* weight, A (&
     sum[1][n] += w.lane[n] * below;
   }
 }
-
-// The taps of a folded cell as numbers that the compiler knows; `kSign` is -1 for the transposed one.
-template <int kTap>
-struct OffsetOf {
-  static constexpr int kOffset = kTaps.dy[kTap] * Planes::kRow + kTaps.dx[kTap];
-};
-template <int kSign, int N, typename A, int... kTap>
-__device__ inline void add_taps(const A* plane, const A* weights, A (&sum)[2][N],
-                                std::integer_sequence<int, kTap...>) {
-  (add_tap<N>(plane, kSign * OffsetOf<kTap>::kOffset, weights + kTap * N, sum), ...);
-}
-template <int kSign, int N, typename A>
-__device__ inline void convolve(const A* plane, const A* weights, A (&sum)[2][N]) {
-  A part[2][N] = {};  // a short sum, whose rounding errors stay small
-  add_taps<kSign>(plane, weights, part, std::make_integer_sequence<int, kFoldedTaps>());
+template <int N, typename A>
+__device__ inline void add(const A (&part)[2][N], A (&sum)[2][N]) {
 #pragma unroll
   for (int n = 0; n < N; ++n) sum[0][n] += part[0][n], sum[1][n] += part[1][n];
+}
+
+// One row of taps in columns kX.
+template <int... kX>
+struct TapRow {
+  template <int N, typename A>
+  __device__ static void add(const A* plane, const A* weights, A (&sum)[2][N]) {
+    int tap = 0;
+    (add_tap<N>(plane, kX, weights + N * tap++, sum), ...);
+  }
+  // Whether these are the taps from `first` on.
+  static constexpr bool are(int first, int dy) {
+    int tap = first;
+    return ((kTaps.dy[tap] == dy && kTaps.dx[tap++] == kX) && ...);
+  }
+};
+using FarRow = TapRow<-4, -2, 0, 2, 4>;           // 4 from the centre's
+using WideRow = TapRow<-4, -2, -1, 0, 1, 2, 4>;   // 2 from it, and itself
+using NearRow = TapRow<-2, -1, 0, 1, 2>;          // 1 from it
+static_assert(FarRow::are(0, -4) && WideRow::are(5, -2) && NearRow::are(12, -1) &&
+                  WideRow::are(17, 0) && NearRow::are(24, 1) && WideRow::are(29, 2) &&
+                  FarRow::are(36, 4),
+              "the seven rows of the 41 taps");
+
+// sum += the convolution of a plane with the weights [tap][n] of a folded cell. The sums are of few
+// terms, whose rounding errors stay small; the loop keeps ptxas from loading all taps at once.
+template <int N, typename A>
+__device__ inline void convolve(const A* plane, const A* weights, A (&sum)[2][N]) {
+#pragma unroll 1
+  for (int side = -1; side <= 1; side += 2) {
+    A part[2][N] = {};
+    FarRow::add<N>(plane + side * 4 * Planes::kRow, weights + (side < 0 ? 0 : 36) * N, part);
+    WideRow::add<N>(plane + side * 2 * Planes::kRow, weights + (side < 0 ? 5 : 29) * N, part);
+    NearRow::add<N>(plane + side * Planes::kRow, weights + (side < 0 ? 12 : 24) * N, part);
+    add(part, sum);
+  }
+  A part[2][N] = {};
+  WideRow::add<N>(plane, weights + 17 * N, part);
+  add(part, sum);
 }
 
 // Which convolution one of the 68 depthwise taps belongs to, and that convolution's parameter: chosen
@@ -208,34 +232,36 @@ struct SharedParameters {
 
   __device__ void stage(const Cell& cell, int64_t out, int64_t in) {
     first_out = out, first_in = in;
-    for (int i = threadIdx.x; i < kConvolutions * N * N; i += blockDim.x) {
+    for_block(kConvolutions * N * N, [&](int i) {
       const int op = i / (N * N), o = i / N % N, n = i % N;
       A value = 0;
       if (out + o < cell.c && in + n < cell.c)
         value = read<A>(cell.pw, (op * cell.c + out + o) * cell.c + in + n);
       pw[i] = value;
-    }
-    for (int i = threadIdx.x; i < N * kAllWeightTaps; i += blockDim.x) {
+    });
+    for_block(N * kAllWeightTaps, [&](int i) {
       const int n = i / kAllWeightTaps, t = i % kAllWeightTaps;
       const int op = operation_of(t), index = t - weight_start(op);
       A value = 0;
       if (in + n < cell.c)
         value = read<A>(of_operation(cell.dw, op), (in + n) * weight_taps(op) + index);
       dw[i] = value;
-    }
+    });
   }
 };
 
-// K of N sources and N targets as `convolve` takes it: [source][tap][target].
+// K of N sources and N targets as `convolve` takes it: [source][tap][target]. The transposed K has
+// the taps of the opposite pixels, which come in the opposite order.
 template <typename A, int N>
 __device__ void fold(const SharedParameters<A, N>& parameters, const A* mixture,
                      const TapTable& taps, bool transposed, A* weights) {
-  for (int i = threadIdx.x; i < N * kFoldedTaps * N; i += blockDim.x) {
+  for_block(N * kFoldedTaps * N, [&](int i) {
     const int target = i % N, tap = i / N % kFoldedTaps, source = i / (N * kFoldedTaps);
     const int64_t out = parameters.first_out + (transposed ? source : target);
     const int64_t in = parameters.first_in + (transposed ? target : source);
-    weights[i] = folded_weight(parameters, mixture, out, in, tap, taps);
-  }
+    weights[i] = folded_weight(parameters, mixture, out, in,
+                               transposed ? kFoldedTaps - 1 - tap : tap, taps);
+  });
 }
 
 __device__ const TapTable kDeviceTaps = make_tap_table();
@@ -255,13 +281,9 @@ struct SharedMixture {
     taps = carver.take<TapTable>(1);
     a = carver.take<A>(kOperations);
   }
-  __device__ void stage_taps() const {
-    const auto* table = reinterpret_cast<const uint32_t*>(&kDeviceTaps);
-    for (unsigned i = threadIdx.x; i < sizeof(TapTable) / sizeof *table; i += blockDim.x)
-      reinterpret_cast<uint32_t*>(taps)[i] = table[i];
-  }
   __device__ void stage(const Parameter& alpha) const {
-    stage_taps();
+    const auto* table = reinterpret_cast<const uint32_t*>(&kDeviceTaps);
+    for_block(sizeof(TapTable) / sizeof *table, [&](int i) {  reinterpret_cast<uint32_t*>(taps)[i] = table[i]; });
     if (threadIdx.x != blockDim.x - 1) return;
     A logits[kOperations];
 #pragma unroll

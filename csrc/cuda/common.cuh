@@ -79,6 +79,14 @@ class Carver {
   size_t size_ = 0;
 };
 
+// body(i) for i in [0, count), shared out among the block's threads. Not unrolled: a copy of the body
+// for each of a few rounds costs time to compile, and registers, but gains none to run.
+template <typename Body>
+__device__ inline void for_block(int count, const Body& body) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += blockDim.x) body(i);
+}
+
 template <typename Arguments>
 void launch(const char* name, void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y,
             int threads, size_t shared, const Stream& stream, Arguments arguments) {
@@ -87,7 +95,7 @@ void launch(const char* name, void (*kernel)(Arguments), int64_t blocks_x, int64
   void* pointers[] = {&arguments};
   if (blocks_x > INT32_MAX || blocks_y > 65535) check(name, cudaErrorInvalidConfiguration);
 #if defined(NASLORA_EMULATION)
-  check(name, emulation::launch([&] { kernel(arguments); }, grid, threads, shared));
+  check(name, emulation::launch(name, [&] { kernel(arguments); }, grid, threads, shared));
   (void)pointers;
 #else
   check(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers,

@@ -68,6 +68,14 @@ constexpr int kWarp = 32, kMostThreads = 1024;
 constexpr size_t kMostShared = 48 * 1024;
 constexpr size_t kStack = 128 * 1024;
 
+struct Launch {
+  const char* kernel;
+  unsigned blocks_x, blocks_y;
+  int threads;
+  size_t shared_bytes;
+};
+inline std::vector<Launch> launches;  // since they were last asked for
+
 struct Group {  // a block or a warp
   int size, arrived, ended;
   int line;  // of the barrier at which those that arrived are
@@ -195,12 +203,13 @@ inline void run_block(size_t shared_bytes) {
   setcontext(&threads[0].context);
 }
 
-inline cudaError_t launch(std::function<void()> kernel, dim3 grid, int block_threads,
-                          size_t shared_bytes) {
+inline cudaError_t launch(const char* name, std::function<void()> kernel, dim3 grid,
+                          int block_threads, size_t shared_bytes) {
   if (!grid.x || !grid.y || block_threads < 1 || block_threads > kMostThreads)
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > kMostShared) return cudaErrorInvalidValue;
   const std::lock_guard<std::mutex> lock(busy);
+  launches.push_back({name, grid.x, grid.y, block_threads, shared_bytes});
   if (threads.empty()) threads = std::vector<Thread>(kMostThreads);
   body = std::move(kernel);
   count = block_threads;

@@ -243,14 +243,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
   if (!p.product) return;
   __syncthreads();
   S* product = static_cast<S*>(p.product) + first_row * p.rank;
-  for (int i = threadIdx.x; i < group_rows * block_ranks; i += blockDim.x) {
+  for_block(group_rows * block_ranks, [&](int i) {
     const int k = block_rank + i % block_ranks;
     A sum = 0;
     for (int w = 0; w < p.warps.columns; ++w)
       sum += shared.products[w * p.group_rows * block_ranks + i];
     if (k < rank)
       product[i / block_ranks * rank + k] = Narrow<S>::from(static_cast<A>(p.scale) * sum);
-  }
+  });
 }
 
 // ---- out = bias + scale u matrix -------------------------------------------------------------
@@ -306,13 +306,13 @@ __device__ void stage_expand(const ExpandArguments& p, const ExpandShared<S>& sh
     shared.matrix[i - in_warp + shared.position(in_warp)] = element;
   }
   const int rows = static_cast<int>(p.block_rows);
-  for (int i = threadIdx.x; i < p.rank_tile * rows; i += blockDim.x) {
+  for_block(p.rank_tile * rows, [&](int i) {
     const int64_t rank = first_rank + i % p.rank_tile, row = first_row + i / p.rank_tile;
     A weight = 0;
     if (rank < p.rank && row < p.tokens)
       weight = static_cast<A>(p.scale) * widen(static_cast<const S*>(p.u)[row * p.rank + rank]);
     shared.u[i % p.rank_tile * rows + i / p.rank_tile] = weight;
-  }
+  });
 }
 
 template <typename S, bool kAligned>

@@ -5,6 +5,9 @@
 // device's primary context, in which torch's addresses and streams are valid.
 #include "../python_arguments.h"
 #include "kernels.h"
+#if defined(NASLORA_EMULATION)
+#include "emulation.h"
+#endif
 
 namespace naslora {
 namespace {
@@ -169,6 +172,21 @@ PyObject* build_info(PyObject*, PyObject*) {
   return Py_BuildValue("(ss)", NASLORA_NVCC_VERSION, NASLORA_CUDA_ARCHITECTURES);
 }
 
+#if defined(NASLORA_EMULATION)
+// launches() -> (kernel, blocks in x, in y, threads, bytes of shared memory) of each since last time
+PyObject* launches(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (const emulation::Launch& l : emulation::launches) {
+    PyObject* entry = Py_BuildValue("(sIIin)", l.kernel, l.blocks_x, l.blocks_y, l.threads,
+                                    static_cast<Py_ssize_t>(l.shared_bytes));
+    if (!list || !entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
+    Py_XDECREF(entry);
+  }
+  emulation::launches.clear();
+  return list;
+}
+#endif
+
 PyMethodDef methods[] = {
     NASLORA_FAST(cell_forward),
     NASLORA_FAST(cell_backward),
@@ -179,6 +197,9 @@ PyMethodDef methods[] = {
     NASLORA_FAST(row_groups),
     NASLORA_FAST(cell_groups),
     NASLORA_FAST(cell_partial_size),
+#if defined(NASLORA_EMULATION)
+    {"launches", launches, METH_NOARGS, nullptr},
+#endif
     {"build_info", build_info, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -48,11 +48,11 @@ struct ReduceShared {
     }
     __syncthreads();
     if (count_of_slices == 1) return;
-    for (int i = threadIdx.x; i < count; i += kReduceThreads) {
+    for_block(count, [&](int i) {
       A sum = slices[i];
       for (int s = 1; s < count_of_slices; ++s) sum += slices[s * width + i];
       sums[i] = sum;
-    }
+    });
     __syncthreads();
   }
 };
@@ -90,15 +90,15 @@ __device__ void weight_gradients(const ReduceArguments& p, const ReduceShared<A>
   const A* partials = static_cast<const A*>(p.cell_partials) + in * p.c * kFoldedTaps;
   const TapTable& taps = *shared.mixture.taps;
   shared.mixture.stage(p.alpha);
-  for (int t = threadIdx.x; t < kAllWeightTaps; t += kReduceThreads) {
+  for_block(kAllWeightTaps, [&](int t) {
     const int op = operation_of(t);
     shared.dw[t] = read<A>(of_operation(p.dw, op), in * weight_taps(op) + t - weight_start(op));
-  }
+  });
   A depthwise = 0;
   for (int64_t first = 0; first < p.c; first += kOutputsAtOnce) {
     const int count = static_cast<int>(smaller(kOutputsAtOnce, p.c - first));
     shared.add_groups(partials + first * kFoldedTaps, p.cell_groups, stride, count * kFoldedTaps);
-    for (int i = threadIdx.x; i < kConvolutions * count; i += kReduceThreads) {
+    for_block(kConvolutions * count, [&](int i) {
       const int op = i / count, out = i % count;
       const int64_t index = (op * p.c + first + out) * p.c + in;
       shared.pw[op * kOutputsAtOnce + out] = read<A>(p.pw, index);
@@ -107,7 +107,7 @@ __device__ void weight_gradients(const ReduceArguments& p, const ReduceShared<A>
         sum += shared.dw[weight_start(op) + t] *
                shared.sums[out * kFoldedTaps + taps.of_weight[op][t]];
       write(p.grad_pw, index, shared.mixture.a[op] * sum);
-    }
+    });
     __syncthreads();
     if (threadIdx.x < kAllWeightTaps) {
       const int t = threadIdx.x, op = operation_of(t);

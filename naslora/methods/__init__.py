@@ -159,19 +159,28 @@ def merge(
 
     Args:
         model: a model that ``apply`` or ``naslora.inject`` adapted.
-        mode: as in ``naslora.merge``.
-        calibration: as in ``naslora.merge``.
+        mode: what becomes of a searched cell, as in ``naslora.merging.merge``.
+        calibration: batches on which to measure errors, as there.
 
     Raises:
-        UserError: as ``naslora.merge``; the method cannot be merged, and why.
+        UserError: as there; the method cannot be merged, and why.
+    """
+    check_merges(model)
+    present = applied(model)
+    fold = METHODS[present.name].merge if present else nas_lora.merge
+    return fold(model, mode, calibration)
+
+
+def check_merges(model: nn.Module) -> None:
+    """Refuses a model whose method cannot be merged.
+
+    Raises:
+        UserError: and why it cannot.
     """
     present = applied(model)
-    if present is None:
-        return nas_lora.merge(model, mode, calibration)
-    method = METHODS[present.name]
-    if method.merge is None:
+    if present is not None and METHODS[present.name].merge is None:
+        method = METHODS[present.name]
         raise UserError(f"{method.title} cannot be merged: {method.why_unmerged}")
-    return method.merge(model, mode, calibration)
 
 
 def _own_tensors(encoder: nn.Module, before: set[int]) -> list[str]:

@@ -1,9 +1,11 @@
-"""What the methods know of the encoders: SAM's plain ViTs, and MobileSAM's TinyViT."""
+"""What the methods know of the encoders: SAM's plain ViTs, and MobileSAM's TinyViT.
+
+``segment_anything`` is imported where it is used: importing it loads torchvision, and so Triton.
+"""
 
 from typing import TypeVar
 
 import torch
-from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 from torch import Tensor, nn
 
 from naslora.errors import UserError
@@ -56,6 +58,8 @@ class AdaptedBlock(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         """The block's first half: x + attention, in windows where the block has them."""
+        from segment_anything.modeling.image_encoder import window_partition, window_unpartition
+
         windows = self.norm1(x)
         if self.window_size > 0:
             windows, padded = window_partition(windows, self.window_size)

@@ -9,7 +9,7 @@ from torch import nn
 
 from naslora.config import NASLoRAConfig
 from naslora.injection import inject
-from naslora.merging import merge
+from naslora.merging import MODES, merge
 
 __all__ = ["FIELDS", "add", "add_full", "merge", "merge_modes"]
 
@@ -28,4 +28,4 @@ def add_full(encoder: nn.Module, config: NASLoRAConfig) -> None:
 
 def merge_modes(config: NASLoRAConfig) -> list[str]:
     """The modes that can fold the cell: the preset `paper` is not linear, it has no centre taps."""
-    return ["exact"] if config.preset == "paper" else ["exact", "center"]
+    return [mode for mode in MODES if mode != "center" or config.preset != "paper"]

@@ -6,7 +6,6 @@ they ask no queries and get no MLP here: the image tokens come out the same.
 """
 
 import torch
-from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
 from torch import Tensor, nn
 
 from naslora.config import NASLoRAConfig
@@ -31,6 +30,8 @@ class PromptedBlock(AdaptedBlock):
         self.prompts = nn.Parameter(beside(prompts, weight))
 
     def attend(self, windows: Tensor) -> Tensor:
+        from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
+
         attn = self.attn
         batch, height, width, channels = windows.shape
         heads, tokens = attn.num_heads, height * width

@@ -1,0 +1,86 @@
+"""Small adapted models, and what tests of merging ask of them."""
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import ImageEncoderViT
+from torch import nn
+
+from naslora import NASLoRAConfig, inject
+from naslora.injection import adapter_layers
+
+SIZE, DEPTH = 64, 2
+
+
+def build_encoder() -> ImageEncoderViT:
+    """An unmodified segment_anything encoder: 4 x 4 tokens, a windowed and a global block."""
+    torch.manual_seed(0)
+    return ImageEncoderViT(
+        img_size=SIZE,
+        embed_dim=32,
+        depth=DEPTH,
+        num_heads=2,
+        out_chans=16,
+        use_rel_pos=True,
+        window_size=3,
+        global_attn_indexes=(1,),
+    ).eval()
+
+
+def randomize(module: nn.Module, seed: int = 3) -> None:
+    """Gives the adapters the look of trained ones: nothing at its start, statistics included."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in adapter_layers(module):
+        with torch.no_grad():
+            if layer.alpha is not None:
+                layer.alpha.normal_(generator=generator)
+            layer.lora_B.normal_(std=0.02, generator=generator)
+            for name, value in layer.state_dict().items():
+                if name.startswith("cell.") and value.is_floating_point():
+                    noise = 0.3 * torch.randn(value.shape, generator=generator)
+                    value.add_(noise.abs() if "var" in name else noise)
+
+
+def adapted_encoder(**options) -> ImageEncoderViT:
+    model = build_encoder()
+    inject(model, NASLoRAConfig(**options))
+    randomize(model)
+    return model
+
+
+def adapted_layer(dtype=torch.float32, c_in=16, c_out=12, **options) -> nn.Sequential:
+    """One layer, as the child of a model whose state dict calls it ``qkv``."""
+    torch.manual_seed(1)
+    model = nn.Sequential()
+    model.add_module("qkv", nn.Linear(c_in, c_out).to(dtype))
+    inject(model, NASLoRAConfig(target="qkv", **options))
+    randomize(model)
+    return model.eval()
+
+
+def tokens(*shape: int, dtype=torch.float32, seed: int = 8) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def images(seed: int = 5) -> torch.Tensor:
+    return tokens(2, 3, SIZE, SIZE, seed=seed)
+
+
+def smooth_images(count: int, seed: int) -> torch.Tensor:
+    """Images whose neighbourhoods look alike, as those of photographs do."""
+    noise = tokens(count, 3, 5, 5, seed=seed)
+    return F.interpolate(noise, (SIZE, SIZE), mode="bicubic")
+
+
+def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
+    return (difference.double().norm() / reference.double().norm()).item()
+
+
+def snapshot(model: nn.Module) -> dict:
+    return {
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "training": [module.training for module in model.modules()],
+        "parameters": [(n, id(p), p.requires_grad, p.grad) for n, p in model.named_parameters()],
+        "values": {n: v.numpy().tobytes() for n, v in model.state_dict().items()},
+        "attributes": sorted(vars(model)),
+        "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
+    }

@@ -1,0 +1,224 @@
+"""Analysis of a run: attention distances and amplitudes by hand, and the command's folder."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from segment_anything.modeling.image_encoder import Attention
+from timm.models.tiny_vit import Attention as TinyAttention
+
+from naslora import sam
+from naslora.encoder_statistics import (
+    attention_distances,
+    block_statistics,
+    relative_log_amplitude,
+)
+from naslora.errors import UserError
+from naslora.run import RunConfig, build_adapted_model
+
+SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--epochs", 2, "--batch-size", 2)
+
+
+# --- attention distance
+
+
+def mean_distances(side: int) -> np.ndarray:
+    """(side, side): the mean distance of each cell of a grid to all, itself included."""
+    cells = [(i, j) for i in range(side) for j in range(side)]
+    means = [np.mean([math.dist(a, b) for b in cells]) for a in cells]
+    return np.array(means).reshape(side, side)
+
+
+@pytest.mark.parametrize("side", [1, 4, 7])
+def test_attention_without_preference_has_the_mean_distance_of_the_grid(side):
+    attention = Attention(8, num_heads=2, use_rel_pos=True, input_size=(side, side))
+    torch.nn.init.zeros_(attention.qkv.weight)
+    torch.nn.init.zeros_(attention.qkv.bias)
+    found = attention_distances(attention, torch.rand(3, side, side, 8))
+    assert found.shape == (3, side, side)
+    # float32 softmax and sums of up to 49 terms
+    np.testing.assert_allclose(found[0].detach().numpy(), mean_distances(side), rtol=1e-5)
+
+
+def test_attention_to_one_place_has_the_distance_to_it():
+    # Keys are their token, queries all ask for the first token's direction, strongly.
+    attention = Attention(2, num_heads=1, qkv_bias=True)
+    with torch.no_grad():
+        attention.qkv.weight.zero_()
+        attention.qkv.bias.zero_()
+        attention.qkv.bias[:2] = torch.tensor([200.0, 0.0])  # q
+        attention.qkv.weight[2:4] = torch.eye(2)  # k
+    x = torch.zeros(1, 3, 4, 2)
+    x[..., 1] = 1
+    x[0, 1, 2] = torch.tensor([1.0, 0.0])
+    expected = [[math.dist((i, j), (1, 2)) for j in range(4)] for i in range(3)]
+    found = attention_distances(attention, x)[0].detach()
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)  # exp(-141) is what is left
+
+
+@pytest.mark.parametrize("kind", ["plain", "tiny"])
+def test_the_recomputed_attention_is_the_models(kind, monkeypatch):
+    """The weights are those that the module's own forward multiplies the values by."""
+    torch.manual_seed(0)
+    side, heads, width = 7, 2, 8
+    if kind == "plain":
+        attention = Attention(width, heads, use_rel_pos=True, input_size=(side, side))
+        torch.nn.init.normal_(attention.rel_pos_h)
+        torch.nn.init.normal_(attention.rel_pos_w)
+        x = 3 * torch.randn(2, side, side, width)
+    else:
+        attention = TinyAttention(width, width // heads, heads, 1, (side, side))
+        attention.eval()
+        torch.nn.init.normal_(attention.attention_biases)
+        x = 3 * torch.randn(2, side * side, width)
+    seen = []
+    softmax = torch.Tensor.softmax
+
+    def watch(logits, dim):
+        seen.append(softmax(logits, dim))
+        return seen[-1]
+
+    attention.fused_attn = False
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.Tensor, "softmax", watch)
+        attention(x)
+    weights = seen[0].view(2, heads, side**2, side**2)
+    cells = torch.tensor([(i, j) for i in range(side) for j in range(side)]).float()
+    expected = (weights * (cells[:, None] - cells).norm(dim=-1)).sum(-1).mean(1)
+    found = attention_distances(attention, x).detach()
+    # float32 rounding of products and sums of 49 terms
+    torch.testing.assert_close(found.flatten(1), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- log amplitude
+
+
+def test_a_checkerboard_on_a_grey_has_the_amplitudes_it_was_made_of():
+    rows, columns = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+    board = (-1.0) ** (rows + columns)
+    maps = (5 + 0.25 * board)[None, ..., None].expand(1, 6, 6, 3)
+    # The amplitude of frequency 0 is 36 * 5, that of the highest 36 * 0.25
+    found = relative_log_amplitude(maps)
+    assert found.tolist() == [pytest.approx(math.log(0.25 / 5), abs=1e-5)]
+
+
+def test_a_constant_map_has_no_high_frequency():
+    assert float(relative_log_amplitude(torch.ones(1, 8, 8, 2))) < -15
+
+
+# --- encoders
+
+
+def encoder_of(model: str, size: int) -> torch.nn.Module:
+    config = RunConfig(model=model, image_size=size)
+    return build_adapted_model(config).image_encoder.eval()
+
+
+def test_every_block_of_a_vit_in_pixels(monkeypatch):
+    # A grid of 16 tokens in windows of 14: four windows, padded to 28 x 28. Queries without
+    # preference are as far from all cells of a window as the grid is; those of the padding are out.
+    monkeypatch.setitem(sam.VITS, "vit_t", sam.ViT(width=32, depth=2, heads=2, global_blocks=(1,)))
+    encoder = encoder_of("vit_t", 256)
+    for block in encoder.blocks:
+        torch.nn.init.zeros_(block.attn.qkv.base.weight)
+        torch.nn.init.zeros_(block.attn.qkv.base.bias)
+    windowed, everywhere = block_statistics(encoder, torch.rand(2, 1, 3, 256, 256), 256)
+    window, grid = mean_distances(14), mean_distances(16)
+    parts = [window, window[:, :2], window[:2], window[:2, :2]]
+    expected = 16 * np.concatenate([part.flatten() for part in parts]).mean()
+    assert windowed.attention_distance == pytest.approx(expected, rel=1e-4)
+    assert everywhere.attention_distance == pytest.approx(16 * grid.mean(), rel=1e-4)
+    assert (windowed.block, windowed.window) == (1, 14)
+    assert (everywhere.block, everywhere.window) == (2, None)
+    assert math.isfinite(windowed.log_amplitude)
+
+
+def test_every_block_of_mobile_sam():
+    found = block_statistics(encoder_of("mobile_sam", 128), [torch.rand(1, 3, 128, 128)], 128)
+    assert [block.window for block in found] == [7] * 2 + [14] * 6 + [7] * 2
+    # The first stage with attention has tokens of 8 pixels, the others of 16; no token can look
+    # farther than across its window.
+    sides = [8 * 7] * 2 + [16 * 14] * 6 + [16 * 7] * 2
+    for block, side in zip(found, sides, strict=True):
+        assert 0 < block.attention_distance < side
+
+
+def test_methods_that_add_tokens_are_refused(tiny_vit):
+    config = RunConfig(model="vit_t", image_size=32, method="vpt")
+    with pytest.raises(UserError, match="attends to more tokens than"):
+        block_statistics(build_adapted_model(config).image_encoder, [torch.rand(1, 3, 32, 32)], 32)
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def runs(naslora, make_data, tiny_vit, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    data = make_data(root / "data", train=4, val=1, test=3)
+    folders = [root / f"seed{seed}" for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        arguments = ("--data", data, "--output", folder, "--seed", seed, "--search-start", 1)
+        result = naslora("train", *arguments, *SMALL)
+        assert result.status == 0, result.err
+    return folders
+
+
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_folder(naslora, runs, tmp_path):
+    result = naslora("analyse", *runs, "--output", tmp_path / "analysis", "--images", 2)
+    assert result.status == 0, result.err
+    output = tmp_path / "analysis"
+    rows = read(output / "encoder.csv")
+    models = [row["model"] for row in rows]
+    assert models == ["random"] * 2 + ["frozen"] * 2 + ["trained"] * 2  # two blocks each
+    names = ("attention_distance", "log_amplitude", "gradcam", "predictions", "convergence")
+    for name in (*names, "operations"):
+        assert np.asarray(Image.open(output / f"{name}.png")).std() > 0
+    report = (output / "report.html").read_text()
+    for heading in ("Table 4", "Fig. 4", "Fig. 3", "Fig. C1", "Fig. C2"):
+        assert heading in report
+    assert "Means over 2 test images" in report
+
+    # Convergence: mean and standard deviation over the two seeds, from their histories
+    histories = [[float(row["val_dice"]) for row in read(run / "history.csv")] for run in runs]
+    for row, a, b in zip(read(output / "convergence.csv"), *histories, strict=True):
+        assert float(row["mean_val_dice"]) == pytest.approx((a + b) / 2)
+        spread = abs(a - b) / math.sqrt(2)
+        assert float(row["standard_deviation"]) == pytest.approx(spread, abs=1e-12)
+    operations = read(output / "operations.csv")
+    assert sum(float(row["mean_weight"]) for row in operations) == pytest.approx(1)
+    shares = [float(row["share_of_layers_where_largest"]) for row in operations]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_the_trained_encoder_is_frozen_but_for_its_adapters(runs, naslora, tmp_path):
+    # lora_B is zero at the start and hardly more after two epochs: the trained encoder looks where
+    # the frozen one does, and the random one, drawn from another seed, elsewhere.
+    naslora("analyse", runs[0], "--output", tmp_path / "analysis")
+    rows = read(tmp_path / "analysis/encoder.csv")
+    distances = {}
+    for row in rows:
+        distances.setdefault(row["model"], []).append(float(row["attention_distance"]))
+    trained, frozen, random = (np.array(distances[m]) for m in ("trained", "frozen", "random"))
+    assert np.abs(trained - frozen).max() < np.abs(random - frozen).max()
+
+
+def test_what_cannot_be_analysed(naslora, runs, make_data, tmp_path):
+    message = naslora("analyse", tmp_path / "nowhere", "--output", tmp_path / "a").err
+    assert "is no run" in message
+    assert "exists and is not empty" in naslora("analyse", *runs, "--output", runs[0]).err
+    message = naslora("analyse", runs[0], "--output", tmp_path / "a", "--images", 0).err
+    assert "images must be at least 1" in message
+    data = make_data(tmp_path / "data", train=2, val=1, test=1)
+    other = naslora("train", "--data", data, "--output", tmp_path / "other", *SMALL)
+    assert other.status == 0
+    message = naslora("analyse", runs[0], tmp_path / "other", "--output", tmp_path / "a").err
+    assert "is a run of another configuration" in message

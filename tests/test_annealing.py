@@ -1,0 +1,115 @@
+"""Annealing: its schedule, the annealed cell against its definition, and what ends up on disk."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adapted_models import adapted_layer, relative, tokens
+from torch.testing import assert_close
+
+from naslora import load_adapter, merge, save_adapter, unmerge
+from naslora.annealing import fixed, set_spatial, spatial_share
+from naslora.checkpoint import trained_state
+from naslora_kernels import OPERATIONS
+from naslora_kernels.operations import CONVOLUTIONS
+
+AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
+SKIP = OPERATIONS.index("skip_connect")
+
+
+@pytest.mark.parametrize(
+    "epochs, anneal, expected",
+    [
+        (3, 0, [1, 1, 1]),
+        (3, 1, [1, 1, 0]),
+        (4, 2, [1, 1, 0, 0]),
+        (6, 4, [1, 1, 0.5, 0, 0, 0]),
+        (6, 6, [2 / 3, 1 / 3, 0, 0, 0, 0]),
+        (2, 2, [0, 0]),
+    ],
+)
+def test_schedule(epochs, anneal, expected):
+    assert [spatial_share(e, epochs, anneal) for e in range(epochs)] == pytest.approx(expected)
+
+
+def annealed_by_hand(layer, z, share):
+    """The mixture with each operation moved to its centre as far as ``share`` says."""
+    mixture, cell = layer.alpha.softmax(0), layer.cell
+    maps = z.permute(0, 3, 1, 2)
+    c = maps.shape[1]
+    y = mixture[SKIP] * maps
+    for i, conv in enumerate(CONVOLUTIONS):
+        dw = cell.depthwise[i].clone()
+        centre = dw[:, conv.kernel // 2, conv.kernel // 2].clone()
+        dw *= share
+        dw[:, conv.kernel // 2, conv.kernel // 2] = centre
+        d = F.conv2d(maps, dw[:, None], padding=conv.reach, dilation=conv.dilation, groups=c)
+        y = y + mixture[i] * F.conv2d(d, cell.pw[i][:, :, None, None])
+    average = F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
+    y = y + mixture[AVG_POOL] * (share * average + (1 - share) * maps / 9)
+    y = y + mixture[MAX_POOL] * share * F.max_pool2d(maps, 3, 1, 1)
+    return y.permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
+def test_the_annealed_cell_is_its_definition(share):
+    model = adapted_layer(torch.float64, rank=3, channel_ratio=1.0)
+    layer = model.qkv
+    layer.cell.spatial = share
+    z = tokens(2, 6, 7, 3, dtype=torch.float64)
+    y = layer.cell(z, layer.alpha, None)
+    assert_close(y, annealed_by_hand(layer, z, share), rtol=1e-12, atol=1e-12)
+    x = tokens(2, 6, 7, 16, dtype=torch.float64)
+    z = x @ layer.lora_A.T
+    update = layer.scaling * annealed_by_hand(layer, z, share) @ layer.lora_B.T
+    assert_close(layer(x), layer.base(x) + update, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_gradients_are_those_of_the_definition(share):
+    """At zero, too, where the logarithm of a pooling's share is not."""
+    layer = adapted_layer(torch.float64, rank=3, channel_ratio=1.0).qkv
+    layer.cell.spatial = share
+    z = tokens(2, 6, 7, 3, dtype=torch.float64)
+    weight = tokens(2, 6, 7, 3, dtype=torch.float64, seed=4)
+    parameters = [layer.alpha, *layer.cell.depthwise, layer.cell.pw]
+    ours = torch.autograd.grad((weight * layer.cell(z, layer.alpha, None)).sum(), parameters)
+    theirs = torch.autograd.grad((weight * annealed_by_hand(layer, z, share)).sum(), parameters)
+    for gradient, expected in zip(ours, theirs, strict=True):
+        assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_once_annealed_the_zero_cost_merge_is_exact(dtype):
+    model = adapted_layer(dtype)
+    x = tokens(2, 6, 6, 16, dtype=dtype)
+    errors = {}
+    for share in (1.0, 0.5, 0.0):
+        set_spatial(model, share)
+        expected = model(x)
+        report = merge(model, "center")
+        errors[share] = relative(model(x) - expected, expected)
+        unmerge(model)
+    assert errors[1.0] > errors[0.5] > 5 * errors[0.0]
+    # Rounding of a layer: see ROUNDING in test_merging.py.
+    assert errors[0.0] < {torch.float32: 5e-6, torch.bfloat16: 5 * 2**-9}[dtype]
+    assert dtype != torch.float32 or report.max_update_error < 1e-5
+
+
+@torch.no_grad()
+def test_an_annealed_adapter_is_saved_as_what_it_computes(tmp_path):
+    model = adapted_layer()
+    set_spatial(model, 0.25)
+    x = tokens(2, 6, 6, 16)
+    expected = model(x)
+    before = {name: value.clone() for name, value in trained_state(model).items()}
+    with fixed(model):
+        assert relative(model(x) - expected, expected) < 1e-6
+        save_adapter(model, tmp_path)
+    assert model.qkv.cell.spatial == 0.25
+    assert all(torch.equal(before[name], value) for name, value in trained_state(model).items())
+    other = adapted_layer(seed=5)
+    load_adapter(other, tmp_path)
+    assert other.qkv.cell.spatial == 1.0
+    assert relative(other(x) - expected, expected) < 1e-6

@@ -1,0 +1,330 @@
+"""Calibrated merging, against least squares that numpy solves, and against a slow pass by hand."""
+
+import itertools
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from adapted_models import (
+    adapted_encoder,
+    adapted_layer,
+    build_encoder,
+    images,
+    randomize,
+    relative,
+    smooth_images,
+    snapshot,
+    tokens,
+)
+from torch import nn
+from torch.testing import assert_close
+
+from naslora import NASLoRAConfig, UserError, inject, merge, unmerge
+from naslora.calibration import FOLDS, PENALTIES, Moments, fit
+from naslora.injection import adapter_layers
+
+torch.set_num_threads(1)
+
+
+def ridge(x, y, prior, penalty, bias=True):
+    """(G, g) by numpy's lstsq: rows of zeros towards the prior make its penalty.
+
+    Minimises mean |y - G x - g|^2 + penalty * v * |G - prior|^2, v the mean variance of x.
+    """
+    e = y - x @ prior.T
+    mean_x, mean_e = (v.mean(0) if bias else np.zeros(v.shape[1]) for v in (x, e))
+    centred = (x - mean_x) / len(x) ** 0.5
+    weight = (penalty * (centred**2).sum() / x.shape[1]) ** 0.5
+    rows = np.concatenate([centred, weight * np.eye(x.shape[1])])
+    values = np.concatenate([(e - mean_e) / len(x) ** 0.5, np.zeros((x.shape[1], y.shape[1]))])
+    difference = np.linalg.lstsq(rows, values, rcond=None)[0].T
+    return prior + difference, mean_e - difference @ mean_x
+
+
+def problem(tokens=400, c_in=12, rank=3, seed=0):
+    """Inputs off centre and unevenly spread, noisy targets, a prior and a decoder."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, c_in)) * np.linspace(0.1, 2, c_in) + rng.normal(size=c_in)
+    y = x @ rng.normal(size=(c_in, rank)) + 0.5 + 0.3 * rng.normal(size=(tokens, rank))
+    return x, y, rng.normal(size=(rank, c_in)), rng.normal(size=(7, rank))
+
+
+def fitted(x, y, prior, decoder, bias=True):
+    moments = Moments(len(x), x.shape[1], y.shape[1], torch.device("cpu"))
+    for part in np.array_split(np.arange(len(x)), 3):  # batches that do not end where folds do
+        moments.add(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
+    return fit(moments, torch.from_numpy(prior), torch.from_numpy(decoder), bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_normal_equations_solve_the_ridge_regression(bias):
+    x, y, prior, decoder = problem()
+    result = fitted(x, y, prior, decoder, bias)
+    linear_map, offset = ridge(x, y, prior, result.regularisation, bias)
+    assert result.tokens == len(x)
+    # float64; the normal equations square a condition number of some 1e3.
+    assert_close(result.linear_map.numpy(), linear_map, rtol=1e-8, atol=1e-9)
+    assert_close(result.offset.numpy(), offset, rtol=1e-8, atol=1e-9)
+    assert bias or not result.offset.any()
+
+
+@pytest.mark.parametrize("count", [400, 14])
+def test_the_penalty_is_chosen_on_held_out_tokens(count):
+    """Every penalty on every fold, by hand; few tokens want another penalty than many."""
+    x, y, prior, decoder = problem(count)
+    result = fitted(x, y, prior, decoder)
+    bounds = [round(count * fold / FOLDS) for fold in range(FOLDS + 1)]
+    errors = []
+    for penalty in PENALTIES:
+        total = 0.0
+        for first, last in itertools.pairwise(bounds):
+            held_out = np.arange(first, last)
+            rest = np.setdiff1d(np.arange(count), held_out)
+            linear_map, offset = ridge(x[rest], y[rest], prior, penalty)
+            residual = y[held_out] - x[held_out] @ linear_map.T - offset
+            total += ((residual @ decoder.T) ** 2).sum()
+        errors.append((total / ((y @ decoder.T) ** 2).sum()) ** 0.5)
+    assert result.regularisation == PENALTIES[int(np.argmin(errors))]
+    assert result.held_out_error == pytest.approx(min(errors), rel=1e-6)
+
+
+def test_few_tokens_end_near_the_prior():
+    """Targets that say nothing of x: what is learnt from them is not carried into the weights."""
+    x, _, prior, decoder = problem(60)
+    rng = np.random.default_rng(1)
+    y = x @ prior.T + rng.normal(size=(60, 3))
+    result = fitted(x, y, prior, decoder)
+    unpenalised, _ = ridge(x, y, prior, 0.0)
+    distance = np.linalg.norm(result.linear_map.numpy() - prior)
+    assert distance < 0.2 * np.linalg.norm(unpenalised - prior)
+
+
+def neighbourhoods(maps):
+    """(B, H, W, 18): a token's own two values and those of its eight neighbours, zero outside."""
+    batch, _, height, width = maps.shape
+    return F.unfold(maps, 3, padding=1).view(batch, 18, height, width).permute(0, 2, 3, 1)
+
+
+def test_a_spatial_part_that_the_input_holds_is_recovered():
+    """Tokens that know their neighbours: a linear layer can do what a 3 x 3 convolution does."""
+    model = adapted_layer(c_in=18, c_out=12, rank=2, channel_ratio=1.0)
+    layer = model.qkv
+    with torch.no_grad():
+        layer.lora_A[:, [tap for tap in range(18) if tap % 9 != 4]] = 0.0  # the centre's alone
+        layer.alpha.fill_(-1e4)
+        layer.alpha[[0, 6]] = 0.0  # sep_conv_3x3 and the skip connection
+    maps = [tokens(2, 2, 6, 6, seed=seed) for seed in range(4)]
+    report = merge(model, "calibrated", [neighbourhoods(m) for m in maps])
+    assert type(model.qkv) is nn.Linear
+    new = neighbourhoods(tokens(2, 2, 7, 5, seed=9))
+    with torch.no_grad():
+        expected, merged = layer(new), model(new)
+    assert relative(layer.update(new), expected) > 0.05
+    # The weakest penalty, 1e-8 of the variance, and float32's rounding.
+    assert relative(merged - expected, expected) < 1e-6
+    assert report.layers[0].held_out_error < 1e-5
+    unmerge(model)
+    assert merge(model, "center", [new]).max_update_error > 0.1
+
+
+class TwoLayers(nn.Module):
+    """Two adapted layers, registered in the order opposite to that in which they are called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.second = nn.Linear(10, 6)
+        self.first = nn.Linear(8, 10)
+        inject(self, NASLoRAConfig(target="first|second"))
+        randomize(self)
+
+    def forward(self, x):
+        return self.second(F.gelu(self.first(x)))
+
+
+@torch.no_grad()
+def test_layers_are_fitted_in_turn_on_what_the_merged_ones_give():
+    model = TwoLayers().eval()
+    batches = [tokens(2, 5, 6, 8, seed=seed) for seed in range(3)]
+    first, second = model.first, model.second
+    # By hand: everything of the unmerged model first.
+    x = torch.cat(batches)
+    hidden = F.gelu(first(x))
+    targets = [first.mixed(x), second.mixed(hidden)]
+    report = merge(model, "calibrated", batches)
+    errors = {error.name: error for error in report.layers}
+    inputs = x
+    for name, layer, y in (("first", first, targets[0]), ("second", second, targets[1])):
+        prior = (layer.centre() @ layer.lora_A.double()).numpy()
+        linear_map, offset = ridge(
+            inputs.double().reshape(-1, inputs.shape[-1]).numpy(),
+            y.double().reshape(-1, 3).numpy(),
+            prior,
+            errors[name].regularisation,
+        )
+        decoder = layer.scaling * layer.lora_B.double().numpy()
+        weight = torch.from_numpy(layer.weight.double().numpy() + decoder @ linear_map).float()
+        bias = torch.from_numpy(layer.bias.double().numpy() + decoder @ offset).float()
+        merged = getattr(model, name)
+        assert_close(merged.weight, weight, rtol=1e-5, atol=1e-6)
+        assert_close(merged.bias, bias, rtol=1e-5, atol=1e-6)
+        assert errors[name].tokens == 3 * 2 * 5 * 6
+        inputs = F.gelu(F.linear(inputs, weight, bias))
+
+
+@torch.no_grad()
+def test_it_loses_less_than_center_on_new_images():
+    model = adapted_encoder()
+    new = smooth_images(4, seed=99)
+    expected, errors = model(new), {}
+    for mode in ("center", "calibrated"):
+        report = merge(model, mode, [smooth_images(4, seed) for seed in range(4)])
+        errors[mode] = relative(model(new) - expected, expected)
+        unmerge(model)
+    assert errors["calibrated"] < 0.85 * errors["center"]
+    assert all(0 < error.held_out_error < 1 for error in report.layers)
+    assert json.loads(json.dumps(report.to_dict()))["layers"][0]["tokens"] == 16 * 36
+    assert "on held-out tokens, of at least 256 a layer" in str(report)
+
+
+def test_the_result_loads_strictly_into_an_unmodified_model():
+    model = adapted_encoder()
+    merge(model, "calibrated", [images(seed) for seed in range(8)])
+    original = build_encoder()
+    assert list(model.state_dict()) == list(original.state_dict())
+    original.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(original(images()), model(images()))
+
+
+def test_a_preset_that_is_not_linear_can_be_calibrated():
+    model = adapted_encoder(preset="paper")
+    batches = [smooth_images(4, seed) for seed in range(4)]
+    report = merge(model, "calibrated", batches)
+    assert type(model.blocks[0].attn.qkv) is nn.Linear
+    assert all(error.held_out_error < 1 for error in report.layers)
+
+
+def test_plain_lora_stays_exact():
+    model = adapted_encoder(channel_ratio=0)
+    with torch.no_grad():
+        expected = model(images())
+        report = merge(model, "calibrated", [images(seed) for seed in range(8)])
+        assert relative(model(images()) - expected, expected) < 1e-5
+    assert report.max_update_error < 1e-4
+
+
+def test_a_layer_without_a_bias_gets_none():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("qkv", nn.Linear(8, 6, bias=False))
+    inject(model, NASLoRAConfig(target="qkv"))
+    randomize(model)
+    merge(model.eval(), "calibrated", [tokens(4, 6, 6, 8)])
+    assert model.qkv.bias is None and list(model.state_dict()) == ["qkv.weight"]
+
+
+def test_any_iterable_will_do():
+    reports = []
+    for calibration in (
+        [images(seed) for seed in range(8)],
+        (images(seed) for seed in range(8)),
+        torch.utils.data.DataLoader(torch.cat([images(s) for s in range(8)]), batch_size=2),
+    ):
+        model = adapted_encoder()
+        reports.append(merge(model, "calibrated", calibration))
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_few_tokens_are_reported_with_a_warning():
+    model = adapted_encoder()
+    with pytest.warns(UserWarning, match=r"1 layers .* fewer tokens .* saw 64, and should see 128"):
+        report = merge(model, "calibrated", [images(seed) for seed in range(2)])
+    assert "blocks.1.attn.qkv" in report.warning
+    unmerge(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert merge(model, "calibrated", [images(s) for s in range(8)]).warning is None
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def spoilt(value: float) -> torch.Tensor:
+    batch = images(1).clone()
+    batch[0, 0, 0, 0] = value
+    return batch
+
+
+@pytest.mark.parametrize(
+    "mode, calibration, message",
+    [
+        ("calibrated", None, "'calibrated' needs images"),
+        ("calibrated", [], "yielded no batches"),
+        ("calibrated", iter(()), "yielded no batches"),
+        ("calibrated", [images()[:1]], "sees 16 tokens .* fewer than its 32 inputs; give more"),
+        ("calibrated", [tokens(2, 3, 48, 48)], r"batch 1 of shape \(2, 3, 48, 48\) does not fit"),
+        ("center", [images(), tokens(2, 3, 80, 80)], "batch 2 of shape .* does not fit"),
+        ("calibrated", [images(0), images(1), spoilt(float("nan"))], "not finite"),
+        ("calibrated", [images(0), images(1), spoilt(float("inf"))], "not finite"),
+        ("exact", [spoilt(float("nan"))], "not finite"),
+        ("center", [spoilt(float("inf"))], "not finite"),
+    ],
+    ids=[
+        "no-calibration",
+        "empty-list",
+        "empty-iterator",
+        "too-few",
+        "smaller-images",
+        "larger-images",
+        "calibrated-nan",
+        "calibrated-inf",
+        "exact-nan",
+        "center-inf",
+    ],
+)
+def test_what_cannot_work_is_refused_and_changes_nothing(mode, calibration, message):
+    model = adapted_encoder().train()
+    before = snapshot(model)
+    with pytest.raises(UserError, match=message) as error:
+        merge(model, mode, calibration)
+    assert "\n" not in str(error.value)
+    assert snapshot(model) == before
+    with pytest.raises(UserError, match="the model is not merged"):
+        unmerge(model)
+
+
+def test_a_failure_half_way_leaves_no_layer_merged():
+    """Another size turns up only after the first layers were replaced."""
+    model = adapted_encoder()
+    before = snapshot(model)
+    calls = 0
+    forward = model.blocks[1].attn.forward
+
+    def fail_later(x):
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise RuntimeError("out of luck")
+        return forward(x)
+
+    model.blocks[1].attn.forward = fail_later
+    with pytest.raises(UserError, match=r"batch 1 .* does not fit the model: out of luck"):
+        merge(model, "calibrated", [images(seed) for seed in range(4)])
+    assert calls == 5  # four in the unmerged model, one more with the first layer merged
+    del model.blocks[1].attn.forward
+    assert snapshot(model) == before
+
+
+def test_merging_twice_is_refused():
+    model = adapted_encoder()
+    batches = [images(seed) for seed in range(8)]
+    merge(model, "calibrated", batches)
+    before = snapshot(model)
+    with pytest.raises(UserError, match="merged already; call unmerge"):
+        merge(model, "calibrated", batches)
+    assert snapshot(model) == before
+    assert not list(adapter_layers(model))

@@ -1,0 +1,363 @@
+"""Exported models: what other runtimes compute, what other packages load, and refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from adapted_models import adapted_encoder, images, randomize, relative, smooth_images, tokens
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
+
+from naslora import NASLoRAConfig, UserError, inject, merge, sam
+from naslora.export import Description, Embedding, Scores, export, load_exported
+from naslora.run import merge_run
+from naslora.sam import PATCH_SIZE, build_image_encoder, load_sam_checkpoint
+from naslora.segmentation import SamForSegmentation, build_model
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+SIZE = 64
+
+
+def original_sam(size: int) -> Sam:
+    """An unmodified segment_anything model around a small encoder."""
+    torch.manual_seed(0)
+    grid = size // PATCH_SIZE
+    return Sam(
+        image_encoder=build_image_encoder("vit_t", size),
+        prompt_encoder=PromptEncoder(256, (grid, grid), (size, size), mask_in_chans=16),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(2, 256, num_heads=8, mlp_dim=2048),
+            transformer_dim=256,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+        ),
+    ).eval()
+
+
+def segmenter(size=SIZE, num_classes=1, checkpoint=None, mode="exact") -> SamForSegmentation:
+    """A merged model whose encoder and decoder are not at their start."""
+    model = build_model("vit_t", size, num_classes, checkpoint).eval()
+    inject(model, NASLoRAConfig())
+    randomize(model)
+    with torch.no_grad():
+        for parameter in model.mask_decoder.parameters():
+            parameter.add_(0.01)
+    merge(model, mode)
+    return model
+
+
+def description(model: SamForSegmentation, part="model") -> Description:
+    names = tuple(f"class {k}" for k in range(1, max(model.num_classes, 2)))
+    return Description("vit_t", model.image_size, model.num_classes, names, part)
+
+
+def run_onnx(path, x: torch.Tensor) -> torch.Tensor:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options)
+    return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+# ---------------------------------------------------------------- graphs
+
+
+# Two sizes, so that nothing of one image size is built in; the second has windows that are padded.
+@pytest.mark.parametrize(
+    "size, num_classes, mode, part",
+    [
+        (64, 1, "exact", "model"),
+        (240, 3, "exact", "model"),
+        (240, 1, "center", "encoder"),
+        (64, 1, "exact", "encoder"),
+    ],
+)
+def test_onnx_runtime_computes_what_pytorch_does(size, num_classes, mode, part, tmp_path):
+    import onnx
+
+    model = segmenter(size, num_classes, mode=mode)
+    path = tmp_path / "model.onnx"
+    export(model, description(model, part), "onnx", path)
+    module = (Scores if part == "model" else Embedding)(model)
+    for batch in (1, 3):  # traced with two
+        x = tokens(batch, 3, size, size).sigmoid()
+        with torch.no_grad():
+            expected = module(x)
+        # The contract; float32 rounding over a few layers stays far below it.
+        torch.testing.assert_close(run_onnx(path, x), expected, rtol=1e-4, atol=1e-4)
+    assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_torch_export_computes_what_pytorch_does(tmp_path):
+    model = segmenter(num_classes=3)
+    path = tmp_path / "model.pt2"
+    export(model, description(model), "torch-export", path)
+    program = torch.export.load(path)
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in operators if "naslora" in name]  # loads where naslora is not
+    x = tokens(3, 3, SIZE, SIZE).sigmoid()
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), Scores(model)(x))
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
+    """A protobuf file ends at 2 GiB, which a ViT-H passes."""
+    monkeypatch.setattr("naslora.export.MOST_BYTES", 1000)
+    model = segmenter()
+    path = tmp_path / "model.onnx"
+    export(model, description(model, "encoder"), "onnx", path)
+    assert path.stat().st_size < 2e6 < (tmp_path / "model.onnx.data").stat().st_size
+    x = tokens(1, 3, SIZE, SIZE).sigmoid()
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(path, x), Embedding(model)(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["exact", "center"])
+def test_a_merged_model_compiles_in_one_graph(mode):
+    model = adapted_encoder()
+    merge(model, mode)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), model(images()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["exact", "center", "calibrated"])
+def test_a_merged_model_runs_in_16_bits(mode):
+    """As the model in float32 does, up to the rounding of every layer to 8 bits."""
+    model = adapted_encoder()
+    merge(model, mode, [smooth_images(4, seed) for seed in range(4)])
+    expected = model(images())
+    low = model.bfloat16()(images().bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert relative(low.float() - expected, expected) < 10 * 2**-9
+
+
+# ---------------------------------------------------------------- SAM's own format
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The state dict of an unmodified SAM at twice the size at which the model is adapted."""
+    path = tmp_path / "sam.safetensors"
+    save_file(original_sam(2 * SIZE).state_dict(), path)
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_classes", [1, 3])
+@pytest.mark.parametrize("mode", ["center", "calibrated"])
+def test_segment_anything_loads_it_strictly(mode, num_classes, checkpoint, tmp_path):
+    model = build_model("vit_t", SIZE, num_classes, checkpoint).eval()
+    inject(model, NASLoRAConfig())
+    randomize(model)
+    for parameter in model.mask_decoder.parameters():
+        parameter.add_(0.01)
+    merge(model, mode, [smooth_images(4, seed) for seed in range(4)])
+    path = tmp_path / "merged.safetensors"
+    export(model, description(model), "safetensors", path)
+
+    exported, before = load_file(path), load_file(checkpoint)
+    assert exported.keys() == before.keys()
+    original_sam(2 * SIZE).load_state_dict(exported, strict=True)
+    own = model.state_dict()
+    changed = {name for name in before if not torch.equal(exported[name], before[name])}
+    # Encoder: the merged layers alone; what was resized for the model is as it was.
+    qkv = {f"image_encoder.blocks.{i}.attn.qkv.{p}" for i in (0, 1) for p in ("weight", "bias")}
+    assert {name for name in changed if "encoder" in name} == (
+        qkv if mode == "calibrated" else {name for name in qkv if name.endswith("weight")}
+    )
+    assert all(torch.equal(exported[name], own[name]) for name in qkv)
+    # Decoder: all that was trained, and of what was dropped the original.
+    trained = {name for name in own if name.startswith("mask_decoder.")} & before.keys()
+    assert trained <= changed
+    assert {name for name in changed if name.startswith("mask_decoder.")} == trained
+    tokens_before = before["mask_decoder.mask_tokens.weight"]
+    kept = min(len(own["mask_decoder.mask_tokens.weight"]), 4)
+    rows = exported["mask_decoder.mask_tokens.weight"]
+    assert torch.equal(rows[:kept], own["mask_decoder.mask_tokens.weight"][:kept])
+    assert torch.equal(rows[kept:], tokens_before[kept:])
+
+
+@torch.no_grad()
+def test_it_loads_back_as_a_checkpoint(checkpoint, tmp_path):
+    model = segmenter(checkpoint=checkpoint, mode="center")
+    path = tmp_path / "merged.safetensors"
+    export(model, description(model), "safetensors", path)
+    again = build_model("vit_t", SIZE, 1, path).eval()
+    x = tokens(2, 3, SIZE, SIZE).sigmoid()
+    assert torch.equal(again(x).masks, model(x).masks)
+    other = SamForSegmentation("vit_t", 2 * SIZE)
+    load_sam_checkpoint(other, path, "vit_t")  # at the checkpoint's own size, too
+
+
+def test_mobile_sam_gets_its_own_names(tmp_path):
+    torch.manual_seed(0)
+    model = SamForSegmentation("mobile_sam", SIZE)
+    state = {sam._mobile_sam_name(k): v.clone() for k, v in model.state_dict().items()}
+    spare = original_sam(SIZE).state_dict()
+    state |= {k: v for k, v in spare.items() if k.startswith("mask_decoder.") and k not in state}
+    state["mask_decoder.mask_tokens.weight"] = spare["mask_decoder.mask_tokens.weight"]
+    # Names as MobileSAM's checkpoint has them.
+    assert {
+        "image_encoder.patch_embed.seq.0.c.weight",
+        "image_encoder.patch_embed.seq.2.bn.running_mean",
+        "image_encoder.layers.0.downsample.conv2.c.weight",
+        "image_encoder.layers.1.blocks.0.local_conv.c.weight",
+        "image_encoder.layers.3.blocks.1.attn.attention_biases",
+        "image_encoder.neck.0.weight",
+    } <= state.keys()
+    state["image_encoder.head.weight"] = torch.ones(3, 320)  # unused, and kept all the same
+    save_file(state, tmp_path / "mobile.safetensors")
+    model = build_model("mobile_sam", SIZE, 1, tmp_path / "mobile.safetensors").eval()
+    inject(model, NASLoRAConfig())
+    randomize(model)
+    merge(model, "center")
+    path = tmp_path / "merged.safetensors"
+    export(model, Description("mobile_sam", SIZE, 1, ("foreground",)), "safetensors", path)
+    exported = load_file(path)
+    assert exported.keys() == state.keys()
+    assert all(exported[name].shape == state[name].shape for name in state)
+    differing = {name for name in state if not torch.equal(exported[name], state[name])}
+    assert differing and all(name.endswith("attn.qkv.weight") for name in differing)
+
+
+# ---------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_an_exported_file_predicts_what_the_model_does(suffix, tmp_path):
+    model = segmenter(num_classes=3)  # binary ones: from the command line, below
+    path = tmp_path / f"model{suffix}"
+    export(model, description(model), {".onnx": "onnx", ".pt2": "torch-export"}[suffix], path)
+    predict, held = load_exported(path)
+    assert held == description(model)
+    x = tokens(2, 3, SIZE, SIZE).sigmoid()
+    with torch.no_grad():
+        expected = model(x).labels()
+    # A pixel may fall otherwise where two scores are equal up to rounding.
+    assert (predict(x) == expected).float().mean() > 0.999
+
+
+@pytest.fixture(scope="module")
+def folders(naslora, make_data, tmp_path_factory, tiny_vit):
+    """A binary run from a SAM checkpoint, and its merged models by mode."""
+    root = tmp_path_factory.mktemp("export")
+    save_file(original_sam(32).state_dict(), root / "sam.safetensors")
+    data = make_data(root / "data", train=6, val=2, test=2)
+    options = (
+        f"--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0 "
+        f"--learning-rate 3e-3 --checkpoint {root / 'sam.safetensors'}"
+    )
+    result = naslora("train", "--data", data, *options.split(), "--output", root / "run")
+    assert result.status == 0, result.err
+    for mode in ("exact", "center"):
+        merge_run(root / "run", mode, root / mode)
+    return root
+
+
+def test_export_and_predict_from_the_command_line(naslora, folders, tmp_path):
+    """Every way from one merged model to masks ends in the same masks."""
+    pictures = sorted((folders / "data" / "images").glob("test*.png"))
+    sources = [folders / "center"]
+    for file_format, suffix in (("onnx", "onnx"), ("torch-export", "pt2"), ("safetensors",) * 2):
+        path = tmp_path / f"model.{suffix}"
+        result = naslora("export", folders / "center", "--output", path, "--format", file_format)
+        assert result.status == 0 and f"wrote {path}" in result.out, result.err
+        sources.append(path)
+    masks = []
+    for i, source in enumerate(sources):
+        result = naslora("predict", source, *pictures, "--output", tmp_path / str(i))
+        assert result.status == 0 and "wrote 2 masks" in result.out, result.err
+        assert len(list((tmp_path / str(i)).glob("*_overlay.png"))) == 2
+        files = sorted((tmp_path / str(i)).glob("*_mask.png"))
+        masks.append([np.asarray(Image.open(file)) for file in files])
+    assert len(masks[0]) == 2 and set(np.unique(masks[0])) <= {0, 255}
+    for others in masks[1:]:
+        # Images are fed one by one everywhere; a pixel at 0.5 up to rounding may fall otherwise.
+        assert np.mean([np.mean(a == b) for a, b in zip(masks[0], others, strict=True)]) > 0.999
+
+
+def refused(naslora, *arguments) -> str:
+    result = naslora(*arguments)
+    assert result.status == 2 and result.out == ""
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("naslora: error: "), result.err
+    return lines[0]
+
+
+def test_what_cannot_be_exported_is_refused(naslora, folders, tmp_path):
+    file = tmp_path / "m.safetensors"
+    command = ("export", folders / "run", "--output", file, "--format", "safetensors")
+    assert "the model is not merged" in refused(naslora, *command)
+    command = ("export", folders / "exact", "--output", file, "--format", "safetensors")
+    assert "SAM has no image_encoder" in refused(naslora, *command)
+    command = ("export", folders / "center", "--output", tmp_path / "m.bin")
+    assert "has to end in .onnx" in refused(naslora, *command)
+    command = ("export", folders / "center", "--output", file, "--format", "safetensors")
+    assert "is whole" in refused(naslora, *command, "--part", "encoder")
+    assert "neither config.json" in refused(
+        naslora, "export", tmp_path, "--output", tmp_path / "m.onnx"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_sam_checkpoint_is_no_sam(tmp_path):
+    model = segmenter(mode="center")
+    with pytest.raises(UserError, match="not made from a SAM checkpoint"):
+        export(model, description(model), "safetensors", tmp_path / "m.safetensors")
+
+
+def test_files_that_predict_nothing_are_refused(naslora, folders, checkpoint, tmp_path):
+    picture = next((folders / "data" / "images").glob("test*.png"))
+
+    def error(path):
+        return refused(naslora, "predict", path, picture, "--output", tmp_path / "o")
+
+    assert "sam.safetensors was not written by naslora export" in error(checkpoint)
+    for name in ("a.onnx", "a.pt2", "a.safetensors"):
+        (tmp_path / name).write_bytes(b"nothing that anyone wrote")
+        assert f"{name} is damaged or of another format" in error(tmp_path / name)
+    (tmp_path / "a.txt").write_text("words")
+    assert "a.txt is no exported model" in error(tmp_path / "a.txt")
+    model = segmenter(num_classes=3, checkpoint=checkpoint, mode="center")
+    export(model, description(model), "safetensors", tmp_path / "classes.safetensors")
+    assert "no place for the branch that tells classes" in error(tmp_path / "classes.safetensors")
+    export(model, description(model, "encoder"), "torch-export", tmp_path / "encoder.pt2")
+    assert "holds the image encoder alone" in error(tmp_path / "encoder.pt2")
+
+
+def test_a_merged_folder_says_what_merging_changed(folders):
+    for mode in ("exact", "center"):
+        stored = json.loads((folders / mode / "merged.json").read_text())
+        assert {"before", "after"} == stored["scores"].keys()
+        for scores in stored["scores"].values():
+            assert {"dice", "iou", "loss"} <= scores.keys()
+    exact = json.loads((folders / "exact" / "merged.json").read_text())["scores"]
+    assert exact["after"]["loss"] == pytest.approx(exact["before"]["loss"], rel=1e-4)
+    names = load_file(folders / "center" / "model.safetensors").keys()
+    assert not [name for name in names if "lora" in name or "mixture" in name]
+
+
+def test_a_merged_layer_is_a_plain_linear_in_the_graph():
+    """Zero cost: the same modules and the same number of operations as the untouched encoder."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts, kinds = [], []
+    for adapted in (False, True):
+        model = build_model("vit_t", SIZE).eval().image_encoder
+        if adapted:
+            inject(model, NASLoRAConfig())
+            randomize(model)
+            merge(model, "center")
+        kinds.append([(name, type(module)) for name, module in model.named_modules()])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens(1, 3, SIZE, SIZE))
+        counts.append(counter.get_flop_counts())
+    assert kinds[0] == kinds[1] and nn.Linear in dict(kinds[0]).values()
+    assert counts[0] == counts[1]
