@@ -8,6 +8,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,7 @@ class CellTiles(NamedTuple):
     parts: int  # programs of a group
     steps: int  # tiles of a group
     groups: int
+    num_warps: int
 
 
 @functools.cache
@@ -116,23 +118,48 @@ def cell_tiles(pixels: int, c: int) -> CellTiles:
     parts = 2 * -(-c // block) + 3
     group = min(max(_power_of_2(-(-pixels * parts // 1500)), 32), 256)
     group = max(group, tile)
-    return CellTiles(lanes, tile, block, parts, group // tile, -(-pixels // group))
-
-
-class RowTiles(NamedTuple):
-    """How the low-rank kernels cut a matrix of (tokens, columns)."""
-
-    rows: int
-    columns: int
-    num_warps: int
+    num_warps = max(1, lanes // 32)
+    return CellTiles(lanes, tile, block, parts, group // tile, -(-pixels // group), num_warps)
 
 
 @functools.cache
-def row_tiles(tokens: int) -> RowTiles:
-    """Tiles for so many tokens: a group of rows for each processor of a large card, but at most 128
-    rows, and 4096 numbers."""
-    rows = min(max(_power_of_2(-(-tokens // 132)), 16), 128)
-    return RowTiles(rows, 4096 // rows, 8)
+def group_rows(tokens: int) -> int:
+    """How many rows a group of ``low_rank_pass`` has: one group for each processor of a large card,
+    but at most 128 rows, a share of 0.05 of which the partial sums of three ranks take."""
+    return min(max(_power_of_2(-(-tokens // 132)), 16), 128)
+
+
+class PassTiles(NamedTuple):
+    """How a kernel of ``low_rank_pass`` cuts the rows of a group."""
+
+    constants: dict[str, object]
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def pass_tiles(
+    tokens: int, rank: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> PassTiles:
+    """Tiles for so many tokens, by the kernel that ``low_rank_pass`` takes for these ranks.
+
+    Few ranks of 32-bit numbers and more are multiplied one by one. Others go to the tensor cores,
+    or, in 32 bits and where a card has none for bfloat16, to products from shared memory.
+    """
+    rows = group_rows(tokens)
+    widen = dtype == torch.bfloat16 and capability < (8, 0)
+    exact = widen or dtype in (torch.float32, torch.float64)
+    if rank <= 4 and exact:
+        tile, columns = rows, 4096 // rows
+        constants = {}
+    else:
+        tile = min(rows, 64)
+        columns = (2048 if exact else 4096) // tile
+        lanes = max(16, _power_of_2(rank))
+        constants = {"LANES": lanes, "STEPS": rows // tile, "WIDEN": widen}
+    constants |= {"RANK": rank, "ROWS": tile, "COLUMNS": columns}
+    return PassTiles(constants, columns, num_warps=8, num_stages=1 if exact else 3)
 
 
 def _power_of_2(number: int) -> int:
@@ -146,8 +173,9 @@ def _power_of_2(number: int) -> int:
 class Primitives:
     """The primitives that ``gpu.py`` asks for, each one launch."""
 
-    def __init__(self, launch) -> None:
-        self._launch = launch  # (kernel, grid, *arguments, **constants)
+    def __init__(self, launch: Callable, capability: Callable) -> None:
+        self._launch = launch  # of (kernel, grid, *arguments, **constants)
+        self._capability = capability  # of a device
 
     def low_rank_pass(
         self,
@@ -162,22 +190,18 @@ class Primitives:
 
         tokens, columns = rows.shape
         rank = (product if u is None else u).shape[1]
-        tiles = row_tiles(tokens)
-        groups, span = -(-tokens // tiles.rows), columns
+        tiles = pass_tiles(tokens, rank, rows.dtype, self._capability(rows.device))
+        groups, span = self.row_groups(tokens), columns
         if product is None:  # then columns can be spread over programs, too
             spans = max(1, min(528 // groups, -(-columns // tiles.columns)))
-            span = -(-columns // spans)
-            span = -(-span // tiles.columns) * tiles.columns
-        constants = dict(RANK=rank, ROWS=tiles.rows, COLUMNS=tiles.columns)
-        kernel = kernels.low_rank_pass_kernel
-        if rank > 4:
-            kernel = kernels.low_rank_pass_dot_kernel
-            constants["LANES"] = max(16, _power_of_2(rank))
-        strides = (0, 0) if matrix is None else matrix.stride()
+            span = -(-columns // (spans * tiles.columns)) * tiles.columns
+        by_dot = "LANES" in tiles.constants
         self._launch(
-            kernel, (groups, -(-columns // span)), rows, matrix, u, product, partials, scale,
-            tokens, columns, rows.stride(0), *strides, span, **constants,
-            num_warps=tiles.num_warps,
+            kernels.low_rank_pass_dot_kernel if by_dot else kernels.low_rank_pass_kernel,
+            (groups, -(-columns // span)),
+            rows, matrix, u, product, partials, *_in_two(scale), tokens, columns, rows.stride(0),
+            *((0, 0) if matrix is None else matrix.stride()), span, **tiles.constants,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
     def low_rank_expand(
@@ -187,11 +211,11 @@ class Primitives:
 
         tokens, columns = out.shape
         rank = u.shape[1]
-        rows, width = 16, 256
+        block = next(block for block in range(8, 0, -1) if rank % block == 0)
         self._launch(
-            low_rank_expand_kernel, (-(-tokens // rows), -(-columns // width)),
-            u, matrix, bias, out, scale, tokens, columns, *matrix.stride(),
-            RANK=rank, BLOCK=next(b for b in range(8, 0, -1) if rank % b == 0), ROWS=rows, COLUMNS=width, num_warps=8,
+            low_rank_expand_kernel, (-(-tokens // 16), -(-columns // 256)),
+            u, matrix, bias, out, *_in_two(scale), tokens, columns, *matrix.stride(),
+            RANK=rank, BLOCK=block, ROWS=16, COLUMNS=256, num_warps=4,
         )  # fmt: skip
 
     def cell_forward(
@@ -212,7 +236,7 @@ class Primitives:
             cell_forward_kernel, (-(-pixels // tiles.pixels),),
             z, alpha, *depthwise, pw, channels, y, pixels, height, width, rank, *z.stride(),
             CHANNELS=c, LANES=tiles.lanes, RANK_LANES=_power_of_2(rank), PIXELS=tiles.pixels,
-            num_warps=1,
+            num_warps=tiles.num_warps,
         )  # fmt: skip
 
     def cell_backward(
@@ -238,7 +262,7 @@ class Primitives:
             grad_y, z, alpha, *depthwise, pw, channels, grad_z, partials,
             pixels, height, width, rank, *grad_y.stride(), *z.stride(), map_programs,
             CHANNELS=c, LANES=tiles.lanes, RANK_LANES=_power_of_2(rank), PIXELS=tiles.pixels,
-            BLOCK=tiles.block, STEPS=tiles.steps, num_warps=1,
+            BLOCK=tiles.block, STEPS=tiles.steps, num_warps=tiles.num_warps,
         )  # fmt: skip
 
     def reduce_gradients(
@@ -259,6 +283,7 @@ class Primitives:
 
         columns = 32
         c = pw.shape[-1]
+        blocks = -(-c // 8)
         sums = [(0, 0, 0) if p is None else p.shape for p in (A_partials, B_partials)]
         (A_groups, rank, c_in), (B_groups, B_rank, c_out) = sums
         rank = rank or B_rank
@@ -272,7 +297,7 @@ class Primitives:
             grad_alpha, *(grad_depthwise or [None] * 4), grad_pw,
             A_partials, A_groups, grad_A, c_in, B_partials, B_groups, grad_B, c_out, rank,
             weight_programs, alpha_programs, A_programs,
-            CHANNELS=c, BLOCKS=-(-c // 8), GROUPS=32, COLUMNS=columns, num_warps=4,
+            CHANNELS=c, BLOCKS=blocks, GROUPS=32, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
 
     def folded_cell_forward(
@@ -283,17 +308,16 @@ class Primitives:
         batch, height, width, c = z.shape
         pixels = batch * height * width
         tiles = cell_tiles(pixels, c)
-        near = [ctypes.c_float(weight).value for weight in (average, maximum)]
         self._launch(
             folded_cell_kernel, (-(-pixels // tiles.pixels),),
-            z, kernel, y, near[0], average - near[0], near[1], maximum - near[1],
+            z, kernel, y, *_in_two(average), *_in_two(maximum),
             pixels, height, width, *z.stride(),
             SIZE=kernel.shape[-1], AVERAGES=average != 0, MAXIMA=maximum != 0,
-            CHANNELS=c, LANES=tiles.lanes, PIXELS=tiles.pixels, num_warps=1,
+            CHANNELS=c, LANES=tiles.lanes, PIXELS=tiles.pixels, num_warps=tiles.num_warps,
         )  # fmt: skip
 
     def row_groups(self, tokens: int) -> int:
-        return -(-tokens // row_tiles(tokens).rows)
+        return -(-tokens // group_rows(tokens))
 
     def cell_groups(self, batch: int, height: int, width: int, c: int) -> int:
         return cell_tiles(batch * height * width, c).groups
@@ -312,4 +336,16 @@ def _launch(kernel, grid, *arguments, **constants) -> None:
         kernel[grid](*arguments, **constants)
 
 
-_library = gpu.register("triton", Primitives(_launch))
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability; for a graph that is traced without one, that of most."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+
+
+def _in_two(number: float) -> tuple[float, float]:
+    """A number as float32, which is what Triton passes, and what that leaves."""
+    near = ctypes.c_float(number).value
+    return near, number - near
+
+
+_library = gpu.register("triton", Primitives(_launch, _capability))

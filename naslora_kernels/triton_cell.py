@@ -6,9 +6,9 @@ around, one or two apart, which a thread keeps in its registers. They are read f
 
 Of the four convolutions, two have taps that lie one apart (3 x 3 and 5 x 5), two have them two
 apart, so each pair works on one tile. They stay separable: a depthwise sum of each, then the
-pointwise mixing as sums over lanes. That takes 68 + 4c multiplications a pixel and channel, the one
-c x c convolution that they fold to takes 41c. Only dL/dz needs that one, as its pointwise part comes
-first.
+pointwise mixing as sums over lanes. That takes 68 + 4c multiplications a pixel and channel, where
+the one c x c convolution that they fold to takes 41c. Only dL/dz needs that one, as its pointwise
+part comes first.
 
 A program is one warp, so that sums over pixels and lanes are shuffles and need no shared memory.
 """
@@ -364,7 +364,7 @@ def _load_outputs(
     grad_pixels, channels_ptr, first_output, stride_c, mask,
     CHANNELS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BLOCK output channels, each the same in all lanes; (BLOCK, PIXELS, LANES)."""
+    """The gradients of BLOCK output channels, the same in all lanes; (BLOCK, PIXELS, LANES)."""
     output = first_output + tl.arange(0, BLOCK)[:, None, None] + tl.zeros((1, 1, LANES), tl.int32)
     at = grad_pixels + _channel(channels_ptr, output, CHANNELS) * stride_c
     return tl.load(at, mask=mask & (output < CHANNELS), other=0.0).to(DTYPE)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from naslora_kernels.triton_cell import softmax
-from naslora_kernels.triton_numbers import rounded, widened
+from naslora_kernels.triton_numbers import rounded
 
 
 @triton.jit

@@ -1,124 +1,143 @@
-"""Triton kernels of the adapter's skinny products: each reads or writes its rows once.
-
-Up to four ranks, the products are sums of elementwise ones in registers; beyond, matrix products.
-"""
+"""Triton kernels of the adapter's skinny products: each reads or writes its rows once."""
 
 import triton
 import triton.language as tl
 
-from naslora_kernels.triton_numbers import dot, rounded, widened
+from naslora_kernels.triton_numbers import dot, rounded, whole, widened
 
 
 @triton.jit
 def low_rank_pass_kernel(
-    rows_ptr, matrix_ptr, u_ptr, product_ptr, partials_ptr, scale, tokens, columns, row_stride,
-    matrix_stride_r, matrix_stride_c, span,
+    rows_ptr, matrix_ptr, u_ptr, product_ptr, partials_ptr, scale, scale_rest,
+    tokens, columns, row_stride, matrix_stride_r, matrix_stride_c, span,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """product = scale rows matrix^T and partials[group] = scale u^T rows, either may be None.
 
-    Program (g, s) takes ROWS rows and ``span`` columns: all of them where it has a product to sum.
+    Program (g, s) takes ROWS rows and ``span`` columns, all of them where it has a product to sum.
+    For few ranks: a thread keeps its terms of the product for each rank, and adds them up at last.
     """
+    DTYPE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float64 else tl.float32
+    scale = whole(scale, scale_rest, DTYPE)
+    matrix_stride_r = tl.cast(matrix_stride_r, tl.int64)
     group = tl.program_id(0).to(tl.int64)
     row = group * ROWS + tl.arange(0, ROWS)  # (ROWS,)
     in_rows = row < tokens
-    lanes = tl.arange(0, COLUMNS)
     first = tl.program_id(1) * span
-    row_ptrs = rows_ptr + row[:, None] * row_stride
+    rows_ptr += row[:, None] * row_stride
 
     sums, u = (), ()
     for k in tl.static_range(RANK):
         if product_ptr is not None:
-            sums = sums + (widened(tl.zeros((ROWS, COLUMNS), rows_ptr.dtype.element_ty)),)
+            sums = sums + (tl.zeros((ROWS, COLUMNS), DTYPE),)
         if partials_ptr is not None:
-            u = u + (widened(tl.load(u_ptr + row * RANK + k, mask=in_rows, other=0.0))[:, None],)
+            u = u + (tl.load(u_ptr + row * RANK + k, mask=in_rows, other=0.0).to(DTYPE)[:, None],)
     for start in range(first, tl.minimum(first + span, columns), COLUMNS):
-        column = start + lanes
+        column = start + tl.arange(0, COLUMNS)  # (COLUMNS,)
         in_columns = column < columns
         mask = in_rows[:, None] & in_columns[None, :]
-        values = widened(tl.load(row_ptrs + column[None, :], mask=mask, other=0.0))
+        values = tl.load(rows_ptr + column[None, :], mask=mask, other=0.0).to(DTYPE)
         if product_ptr is not None:
+            at = matrix_ptr + column.to(tl.int64) * matrix_stride_c
             new_sums = ()
             for k in tl.static_range(RANK):
-                at = matrix_ptr + k * matrix_stride_r + column.to(tl.int64) * matrix_stride_c
-                weights = widened(tl.load(at, mask=in_columns, other=0.0))
-                new_sums = new_sums + (sums[k] + values * weights[None, :].to(values.dtype),)
+                weights = tl.load(at + k * matrix_stride_r, mask=in_columns, other=0.0).to(DTYPE)
+                new_sums = new_sums + (sums[k] + values * weights[None, :],)
             sums = new_sums
         if partials_ptr is not None:
             for k in tl.static_range(RANK):
-                total = tl.sum(values * u[k], axis=0) * scale
                 to = partials_ptr + (group * RANK + k) * columns + column
-                tl.store(to, total, mask=in_columns)
+                tl.store(to, tl.sum(values * u[k], axis=0) * scale, mask=in_columns)
     if product_ptr is not None:
         for k in tl.static_range(RANK):
-            total = tl.sum(sums[k], axis=1) * scale
-            total = rounded(total, product_ptr.dtype.element_ty)
+            total = rounded(tl.sum(sums[k], axis=1) * scale, product_ptr.dtype.element_ty)
             tl.store(product_ptr + row * RANK + k, total, mask=in_rows)
 
 
 @triton.jit
 def low_rank_pass_dot_kernel(
-    rows_ptr, matrix_ptr, u_ptr, product_ptr, partials_ptr, scale, tokens, columns, row_stride,
-    matrix_stride_r, matrix_stride_c, span,
+    rows_ptr, matrix_ptr, u_ptr, product_ptr, partials_ptr, scale, scale_rest,
+    tokens, columns, row_stride, matrix_stride_r, matrix_stride_c, span,
     RANK: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """As ``low_rank_pass_kernel``, by matrix products on RANK ranks padded to LANES."""
+    """As ``low_rank_pass_kernel``, by matrix products of ROWS rows, in STEPS steps, with RANK ranks
+    padded to LANES. WIDEN where 16-bit products are not to be had."""
+    DTYPE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float64 else tl.float32
+    scale = whole(scale, scale_rest, DTYPE)
+    matrix_stride_r = tl.cast(matrix_stride_r, tl.int64)
     group = tl.program_id(0).to(tl.int64)
-    row = group * ROWS + tl.arange(0, ROWS)
-    in_rows = row < tokens
-    lanes = tl.arange(0, COLUMNS)
-    ranks = tl.arange(0, LANES)
-    in_ranks = ranks < RANK
+    row = group * (ROWS * STEPS) + tl.arange(0, ROWS)
+    rank = tl.arange(0, LANES)
+    in_ranks = rank < RANK
     first = tl.program_id(1) * span
-    row_ptrs = rows_ptr + row[:, None] * row_stride
 
-    sums = widened(tl.zeros((ROWS, LANES), rows_ptr.dtype.element_ty))
-    if partials_ptr is not None:
-        u_mask = in_ranks[:, None] & in_rows[None, :]
-        u = tl.load(u_ptr + row[None, :] * RANK + ranks[:, None], mask=u_mask, other=0.0)
-    for start in range(first, tl.minimum(first + span, columns), COLUMNS):
-        column = start + lanes
-        in_columns = column < columns
-        mask = in_rows[:, None] & in_columns[None, :]
-        values = tl.load(row_ptrs + column[None, :], mask=mask, other=0.0)
+    sums, u = (), ()
+    for step in tl.static_range(STEPS):
         if product_ptr is not None:
-            at = matrix_ptr + ranks[None, :] * matrix_stride_r + column[:, None] * matrix_stride_c
-            weights_mask = in_columns[:, None] & in_ranks[None, :]
-            weights = tl.load(at, mask=weights_mask, other=0.0)
-            sums = dot(values, weights, sums)
+            sums = sums + (tl.zeros((ROWS, LANES), DTYPE),)
         if partials_ptr is not None:
-            total = dot(u, values, tl.zeros((LANES, COLUMNS), sums.dtype)) * scale
-            to = partials_ptr + (group * RANK + ranks[:, None]) * columns + column[None, :]
-            tl.store(to, total, mask=in_ranks[:, None] & in_columns[None, :])
+            token = row[None, :] + step * ROWS
+            mask = in_ranks[:, None] & (token < tokens)
+            some_u = tl.load(u_ptr + token * RANK + rank[:, None], mask=mask, other=0.0)
+            u = u + (widened(some_u) if WIDEN else some_u,)
+    for start in range(first, tl.minimum(first + span, columns), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        in_columns = column < columns
+        if product_ptr is not None:
+            at = matrix_ptr + column[:, None].to(tl.int64) * matrix_stride_c
+            mask = in_columns[:, None] & in_ranks[None, :]
+            weights = tl.load(at + rank[None, :] * matrix_stride_r, mask=mask, other=0.0)
+            weights = widened(weights) if WIDEN else weights
+        if partials_ptr is not None:
+            total = tl.zeros((LANES, COLUMNS), DTYPE)
+        new_sums = ()
+        for step in tl.static_range(STEPS):
+            token = row[:, None] + step * ROWS
+            mask = (token < tokens) & in_columns[None, :]
+            at = rows_ptr + token * row_stride + column[None, :]
+            values = tl.load(at, mask=mask, other=0.0)
+            values = widened(values) if WIDEN else values
+            if product_ptr is not None:
+                new_sums = new_sums + (sums[step] + dot(values, weights, DTYPE),)
+            if partials_ptr is not None:
+                total += dot(u[step], values, DTYPE)
+        sums = new_sums
+        if partials_ptr is not None:
+            to = partials_ptr + (group * RANK + rank[:, None]) * columns + column[None, :]
+            tl.store(to, total * scale, mask=in_ranks[:, None] & in_columns[None, :])
     if product_ptr is not None:
-        to = product_ptr + row[:, None] * RANK + ranks[None, :]
-        values = rounded(sums * scale, product_ptr.dtype.element_ty)
-        tl.store(to, values, mask=in_rows[:, None] & in_ranks[None, :])
+        for step in tl.static_range(STEPS):
+            token = row[:, None] + step * ROWS
+            values = rounded(sums[step] * scale, product_ptr.dtype.element_ty)
+            to = product_ptr + token * RANK + rank[None, :]
+            tl.store(to, values, mask=(token < tokens) & in_ranks[None, :])
 
 
 @triton.jit
 def low_rank_expand_kernel(
-    u_ptr, matrix_ptr, bias_ptr, out_ptr, scale, tokens, columns, matrix_stride_r, matrix_stride_c,
+    u_ptr, matrix_ptr, bias_ptr, out_ptr, scale, scale_rest, tokens, columns,
+    matrix_stride_r, matrix_stride_c,
     RANK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = bias + scale u matrix, on a tile of ROWS x COLUMNS; BLOCK ranks, a divisor of RANK, at a
-    time."""
+    """out = bias + scale u matrix, on a tile of ROWS x COLUMNS; BLOCK ranks at a time, a divisor of
+    RANK."""
+    DTYPE: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_rows, in_columns = row < tokens, column < columns
-    out = widened(tl.zeros((ROWS, COLUMNS), out_ptr.dtype.element_ty))
+    matrix_ptr += column.to(tl.int64) * matrix_stride_c
+    matrix_stride_r = tl.cast(matrix_stride_r, tl.int64)
+    out = tl.zeros((ROWS, COLUMNS), DTYPE)
     for first in range(0, RANK, BLOCK):
         for j in tl.static_range(BLOCK):
             k = first + j
-            u = tl.load(u_ptr + row * RANK + k, mask=in_rows, other=0.0)
-            at = matrix_ptr + k * matrix_stride_r + column.to(tl.int64) * matrix_stride_c
-            weights = tl.load(at, mask=in_columns, other=0.0)
-            out += widened(u)[:, None] * widened(weights)[None, :].to(out.dtype)
-    out *= scale
+            u = tl.load(u_ptr + row * RANK + k, mask=in_rows, other=0.0).to(DTYPE)
+            weights = tl.load(matrix_ptr + k * matrix_stride_r, mask=in_columns, other=0.0)
+            out += u[:, None] * weights.to(DTYPE)[None, :]
+    out *= whole(scale, scale_rest, DTYPE)
     if bias_ptr is not None:
-        out += widened(tl.load(bias_ptr + column, mask=in_columns, other=0.0))[None, :].to(
-            out.dtype
-        )
+        out += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(DTYPE)[None, :]
     to = out_ptr + row[:, None] * columns + column[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     tl.store(to, rounded(out, out_ptr.dtype.element_ty), mask=mask)

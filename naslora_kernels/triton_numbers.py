@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the dtype sums are kept in, and rounding to a stored dtype."""
+"""What the Triton kernels share: the dtype of sums, rounding to a stored dtype, products."""
 
 import triton
 import triton.language as tl
@@ -29,18 +29,23 @@ def rounded(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, total):
-    """total + a b, in the dtype of ``total``; a and b of one stored dtype, or one of them float32.
+def whole(number, rest, dtype: tl.constexpr):
+    """A float argument in full: Triton passes float32, so the launch adds what that leaves."""
+    return tl.cast(number, dtype) + tl.cast(rest, dtype)
+
+
+@triton.jit
+def dot(a, b, dtype: tl.constexpr):
+    """a b, summed in ``dtype``; of two dtypes one is float32.
 
     A float32 matrix beside a 16-bit one is split into its rounded value and the rest, so that it
-    loses nothing to the tensor cores' 16 bits.
+    loses nothing to the 16 bits of the tensor cores.
     """
     if INTERPRETED:
-        return tl.dot(a.to(total.dtype), b.to(total.dtype), total, out_dtype=total.dtype)
+        return tl.dot(a.to(dtype), b.to(dtype), out_dtype=dtype)
     elif a.dtype == b.dtype:
-        return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+        return tl.dot(a, b, input_precision="ieee", out_dtype=dtype)
     else:
         near = b.to(a.dtype)
-        rest = (b - near.to(b.dtype)).to(a.dtype)
-        total = tl.dot(a, near, total, out_dtype=total.dtype)
-        return tl.dot(a, rest, total, out_dtype=total.dtype)
+        total = tl.dot(a, near, out_dtype=dtype)
+        return tl.dot(a, (b - near.to(tl.float32)).to(a.dtype), total, out_dtype=dtype)
