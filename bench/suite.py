@@ -56,7 +56,7 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dic
     found = models.inference_models(methods, models.untouched(setting), setting)
     _refuse(models.gate_inference(found, setting, images))
     functions = {name: models.inference(model, setting, images) for name, model in found.items()}
-    return _interleave(functions, setting, rounds)
+    return _interleave(functions, setting, rounds, warm=True)  # by the gate
 
 
 def measure_memory(
@@ -96,10 +96,10 @@ def _refuse(reason: str | None) -> None:
         raise RuntimeError(f"not timed, as the gate failed: {reason}")
 
 
-def _interleave(functions: dict, setting: Setting, rounds: int) -> Samples:
+def _interleave(functions: dict, setting: Setting, rounds: int, warm: bool = False) -> dict:
     if setting.device != "cpu":
         functions = {key: _synchronized(function) for key, function in functions.items()}
-    return timing.interleave(functions, rounds, target=0)  # each call is long enough
+    return timing.interleave(functions, rounds, target=0, warm=warm)  # each call is long enough
 
 
 def _synchronized(function: Callable[[], object]) -> Callable[[], None]:

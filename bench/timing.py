@@ -23,7 +23,10 @@ class Times:
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]], rounds: int, target: float = 0.02
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    target: float = 0.02,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds per call of each function, one after the other in every round.
 
@@ -34,10 +37,12 @@ def interleave(
         functions: what to time, by name.
         rounds: measurements of each.
         target: seconds that a measurement should take at least; 0 repeats nothing.
+        warm: every function has been called before.
     """
     repeats = {}
     for name, function in functions.items():
-        function()  # compiles, allocates
+        if not warm:
+            function()  # compiles, allocates
         repeats[name] = max(1, round(target / _seconds(function, 1))) if target else 1
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
