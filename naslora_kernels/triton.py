@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from naslora_kernels import gpu
-from naslora_kernels.ops import MixedCell, NASLoRALinear
+from naslora_kernels.ops import OPERATORS, MixedCell, NASLoRALinear
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's interpreter, on the CPU
@@ -65,6 +65,27 @@ def nas_lora_linear(
     """Eq. 3: three launches forward and six backward beside the frozen product."""
     return NASLoRALinear.apply(
         x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, "triton"
+    )
+
+
+def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
+    """The cell after the search: one launch."""
+    return OPERATORS["triton"].folded_cell(z, kernel, average, maximum)
+
+
+def folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kernel: Tensor,
+    average: float,
+    maximum: float,
+) -> Tensor:
+    """The layer after the search: three launches beside the product."""
+    return OPERATORS["triton"].folded_linear(
+        x, weight, bias, lora_A, lora_B, kernel, average, maximum
     )
 
 
@@ -277,6 +298,21 @@ class Primitives:
             A_partials, A_groups, grad_A, c_in, B_partials, B_groups, grad_B, c_out, rank,
             weight_programs, alpha_programs, A_programs,
             CHANNELS=c, BLOCKS=blocks, GROUPS=32, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+
+    def folded_cell_forward(
+        self, z: Tensor, kernel: Tensor, average: float, maximum: float, y: Tensor
+    ) -> None:
+        from naslora_kernels.triton_cell import folded_cell_kernel
+
+        batch, height, width, c = z.shape
+        pixels = batch * height * width
+        tiles = cell_tiles(pixels, c)
+        self._launch(
+            folded_cell_kernel, (-(-pixels // tiles.pixels),),
+            z, kernel, y, *_in_two(average), *_in_two(maximum), pixels, height, width, *z.stride(),
+            AVERAGE=average != 0, MAXIMUM=maximum != 0, SIZE=kernel.shape[-1],
+            CHANNELS=c, LANES=tiles.lanes, PIXELS=tiles.pixels, num_warps=tiles.num_warps,
         )  # fmt: skip
 
     def row_groups(self, tokens: int) -> int:
