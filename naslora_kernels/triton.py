@@ -303,16 +303,15 @@ class Primitives:
     def folded_cell_forward(
         self, z: Tensor, kernel: Tensor, average: float, maximum: float, y: Tensor
     ) -> None:
-        from naslora_kernels.triton_folded import folded_cell_kernel
+        from naslora_kernels.triton_cell import folded_cell_kernel
 
         batch, height, width, c = z.shape
         pixels = batch * height * width
         tiles = cell_tiles(pixels, c)
         self._launch(
             folded_cell_kernel, (-(-pixels // tiles.pixels),),
-            z, kernel, y, *_in_two(average), *_in_two(maximum),
-            pixels, height, width, *z.stride(),
-            SIZE=kernel.shape[-1], AVERAGES=average != 0, MAXIMA=maximum != 0,
+            z, kernel, y, *_in_two(average), *_in_two(maximum), pixels, height, width, *z.stride(),
+            AVERAGE=average != 0, MAXIMUM=maximum != 0, SIZE=kernel.shape[-1],
             CHANNELS=c, LANES=tiles.lanes, PIXELS=tiles.pixels, num_warps=tiles.num_warps,
         )  # fmt: skip
 

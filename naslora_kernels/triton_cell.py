@@ -1,4 +1,4 @@
-"""Triton kernels of the mixed cell, forward and backward.
+"""Triton kernels of the mixed cell, forward and backward, and of the folded cell.
 
 A tile is (TAPS, PIXELS, LANES): consecutive pixels of all maps in row-major order, so that nothing
 is wasted whatever the shape of a map; a lane for each channel of S; and in front the 5 x 5 pixels
@@ -16,7 +16,7 @@ A program is one warp, so that sums over pixels and lanes are shuffles and need 
 import triton
 import triton.language as tl
 
-from naslora_kernels.triton_numbers import rounded
+from naslora_kernels.triton_numbers import rounded, whole
 
 # ---- Pixels, channels, taps --------------------------------------------------------------------
 
@@ -493,3 +493,58 @@ def _pooling_sums(
     tl.store(sums_ptr, tl.sum(average_sum))
     tl.store(sums_ptr + 1, tl.sum(maximum_sum))
     tl.store(sums_ptr + 2, tl.sum(skip_sum))
+
+
+# ---- After the search --------------------------------------------------------------------------
+
+
+@triton.jit
+def folded_cell_kernel(
+    z_ptr, kernel_ptr, y_ptr, average, average_rest, maximum, maximum_rest,
+    pixels, height, width, stride_b, stride_h, stride_w, stride_c,
+    AVERAGE: tl.constexpr, MAXIMUM: tl.constexpr, SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """y = kernel * z, of (CHANNELS, CHANNELS, SIZE, SIZE) weights, plus what pooling is due.
+
+    Here a lane is an output channel, and the input channels come one after the other, 32 of a
+    kernel's taps at a time.
+    """
+    DTYPE: tl.constexpr = tl.float64 if z_ptr.dtype.element_ty == tl.float64 else tl.float32
+    shape = (pixels, height, width)
+    strides = (stride_b, tl.cast(stride_h, tl.int64), tl.cast(stride_w, tl.int64), stride_c)
+    lanes = _lanes(LANES)
+    in_lanes = lanes < CHANNELS
+    start = tl.program_id(0).to(tl.int64) * PIXELS
+    image, y, x, exists = _locate(start, shape, PIXELS)
+    mask = exists & in_lanes
+    z_pixels = z_ptr + _offset(image, y, x, strides)  # (1, PIXELS, 1)
+
+    result = tl.zeros((1, PIXELS, LANES), DTYPE)
+    if AVERAGE or MAXIMUM:
+        z = z_pixels + lanes.to(tl.int64) * stride_c
+        values, inside = _load_taps(z, y, x, mask, shape, strides, 1, DTYPE)
+        averages, maxima = _pool(values, inside, y, x, shape, DTYPE)
+        if AVERAGE:
+            result += whole(average, average_rest, DTYPE) * averages
+        if MAXIMUM:
+            result += whole(maximum, maximum_rest, DTYPE) * maxima
+    for channel in tl.range(CHANNELS, disable_licm=True):
+        # Every lane loads it for itself, as in _load_kernels.
+        z = z_pixels + tl.full((1, 1, LANES), channel, tl.int64) * stride_c
+        for first in tl.static_range(0, SIZE * SIZE, 32):
+            tap = first + tl.arange(0, 32)[:, None, None]
+            row, column = tap // SIZE, tap % SIZE
+            dy, dx = row - SIZE // 2, column - SIZE // 2
+            in_rows = (row < SIZE) & (y + dy >= 0) & (y + dy < height)
+            in_columns = (x + dx >= 0) & (x + dx < width)
+            at = z + (dy * strides[1] + dx * strides[2])
+            values = tl.load(at, mask=mask & in_rows & in_columns, other=0.0).to(DTYPE)
+            at = (lanes * CHANNELS + channel) * (SIZE * SIZE) + (row * SIZE + column)
+            at = tl.broadcast_to(kernel_ptr + at, (32, PIXELS, LANES))
+            weights = tl.load(at, mask=in_lanes & (row < SIZE), other=0.0).to(DTYPE)
+            terms = tl.where(row < SIZE, values * weights, 0.0)
+            result += tl.sum(terms, axis=0, keep_dims=True)
+
+    to = y_ptr + (start + tl.arange(0, PIXELS)[None, :, None]) * CHANNELS + lanes
+    tl.store(to, rounded(result, y_ptr.dtype.element_ty), mask=mask)
