@@ -162,8 +162,13 @@ def test_non_finite_values_spread_as_in_pytorch(target, argument, where, value, 
     changed[1, where[0], where[1], case.options["channels"][0]] = value
     kernel, reference = case.run(target), case.run("reference")
     for name, expected in reference.items():
-        finite = expected.isfinite()
-        assert torch.equal(kernel[name].isfinite(), finite), name
+        finite, spared = expected.isfinite(), kernel[name].isfinite()
+        assert spared[finite].all(), name
+        assert not spared.all() or finite.all(), name
+        if name in ("result", "z"):
+            # PyTorch's gradients of weights may multiply the padding, so that NaN reaches every
+            # tap; a kernel that leaves the padding out keeps more of them finite.
+            assert torch.equal(spared, finite), name
         torch.testing.assert_close(kernel[name][finite], expected[finite])
 
 
