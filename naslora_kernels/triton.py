@@ -326,8 +326,8 @@ class Primitives:
 
 
 def _launch(kernel, grid, *arguments, **constants) -> None:
-    """Launches on the device where the first argument is."""
-    device = arguments[0].device
+    """Launches on the device where the tensors are."""
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, **constants)
