@@ -11,13 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from naslora_kernels.ops import (
-    OPERATORS,
-    MixedCell,
-    NASLoRALinear,
-    define_operators,
-    gradient_like,
-)
+from naslora_kernels.ops import define_operators, entry_points, gradient_like
 
 try:
     from naslora_kernels import _C
@@ -74,48 +68,7 @@ def build_info() -> dict[str, object]:
     }
 
 
-def mixed_cell(
-    z: Tensor, alpha: Tensor, depthwise: tuple[Tensor, ...], pw: Tensor, channels: Tensor | None
-) -> Tensor:
-    """The cell of Eq. 2-3, in one pass over z forward and one backward."""
-    return MixedCell.apply(z, alpha, *depthwise, pw, channels, "cpp")
-
-
-def nas_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    alpha: Tensor,
-    depthwise: tuple[Tensor, ...],
-    pw: Tensor,
-    channels: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """Eq. 3; the adapter costs little more than reading its operands once."""
-    return NASLoRALinear.apply(
-        x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, "cpp"
-    )
-
-
-def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
-    """The cell after the search: one convolution, and what pooling remains."""
-    return OPERATORS["cpp"].folded_cell(z, kernel, average, maximum)
-
-
-def folded_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    kernel: Tensor,
-    average: float,
-    maximum: float,
-) -> Tensor:
-    """The layer after the search."""
-    return OPERATORS["cpp"].folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum)
+mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("cpp")
 
 
 def _mixed_cell(z, alpha, depthwise, pw, channels):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from naslora_kernels import gpu
-from naslora_kernels.ops import OPERATORS, MixedCell, NASLoRALinear
+from naslora_kernels.ops import entry_points
 
 EMULATION_VARIABLE = "NASLORA_CUDA_EMULATION"
 _emulation = os.environ.get(EMULATION_VARIABLE)
@@ -105,50 +105,7 @@ def _serves(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def mixed_cell(
-    z: Tensor, alpha: Tensor, depthwise: tuple[Tensor, ...], pw: Tensor, channels: Tensor | None
-) -> Tensor:
-    """The cell of Eq. 2-3, in one launch forward and two backward."""
-    return MixedCell.apply(z, alpha, *depthwise, pw, channels, "cuda")
-
-
-def nas_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    alpha: Tensor,
-    depthwise: tuple[Tensor, ...],
-    pw: Tensor,
-    channels: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """Eq. 3, in three launches forward and six backward beside the frozen products."""
-    return NASLoRALinear.apply(
-        x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, "cuda"
-    )
-
-
-def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
-    """The cell after the search, in one launch."""
-    return OPERATORS["cuda"].folded_cell(z, kernel, average, maximum)
-
-
-def folded_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    kernel: Tensor,
-    average: float,
-    maximum: float,
-) -> Tensor:
-    """The layer after the search, in three launches beside the product."""
-    return OPERATORS["cuda"].folded_linear(
-        x, weight, bias, lora_A, lora_B, kernel, average, maximum
-    )
+mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("cuda")
 
 
 # ---- The primitives of gpu.py ------------------------------------------------------------------

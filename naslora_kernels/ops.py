@@ -6,6 +6,7 @@ once; a backend calls ``define_operators`` and registers its kernels. Backward o
 for the gradients that are due, compute no other, and return an empty tensor in its place.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -193,3 +194,26 @@ class NASLoRALinear(torch.autograd.Function):
 def _due(gradients, need):
     """None in place of each gradient that was not asked for."""
     return [gradient if due else None for gradient, due in zip(gradients, need, strict=True)]
+
+
+def entry_points(backend: str) -> tuple[Callable[..., Tensor], ...]:
+    """What a compiled backend computes on checked arguments, over its operators: ``mixed_cell``,
+    ``nas_lora_linear``, ``folded_cell``, ``folded_linear``, as the reference has them."""
+
+    def mixed_cell(z, alpha, depthwise, pw, channels):
+        return MixedCell.apply(z, alpha, *depthwise, pw, channels, backend)
+
+    def nas_lora_linear(x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, scaling):
+        return NASLoRALinear.apply(
+            x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, backend
+        )
+
+    def folded_cell(z, kernel, average, maximum):
+        return OPERATORS[backend].folded_cell(z, kernel, average, maximum)
+
+    def folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum):
+        return OPERATORS[backend].folded_linear(
+            x, weight, bias, lora_A, lora_B, kernel, average, maximum
+        )
+
+    return mixed_cell, nas_lora_linear, folded_cell, folded_linear

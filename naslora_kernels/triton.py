@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from naslora_kernels import gpu
-from naslora_kernels.ops import OPERATORS, MixedCell, NASLoRALinear
+from naslora_kernels.ops import entry_points
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's interpreter, on the CPU
@@ -43,50 +43,7 @@ def unsupported_reason(device_type: str, dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"it has no kernels for {dtype}"
 
 
-def mixed_cell(
-    z: Tensor, alpha: Tensor, depthwise: tuple[Tensor, ...], pw: Tensor, channels: Tensor | None
-) -> Tensor:
-    """The cell of Eq. 2-3: one launch forward, two backward."""
-    return MixedCell.apply(z, alpha, *depthwise, pw, channels, "triton")
-
-
-def nas_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    alpha: Tensor,
-    depthwise: tuple[Tensor, ...],
-    pw: Tensor,
-    channels: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """Eq. 3: three launches forward and six backward beside the frozen product."""
-    return NASLoRALinear.apply(
-        x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, "triton"
-    )
-
-
-def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
-    """The cell after the search: one launch."""
-    return OPERATORS["triton"].folded_cell(z, kernel, average, maximum)
-
-
-def folded_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    kernel: Tensor,
-    average: float,
-    maximum: float,
-) -> Tensor:
-    """The layer after the search: three launches beside the product."""
-    return OPERATORS["triton"].folded_linear(
-        x, weight, bias, lora_A, lora_B, kernel, average, maximum
-    )
+mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("triton")
 
 
 # ---- Tiles -------------------------------------------------------------------------------------
