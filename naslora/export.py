@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -156,12 +157,8 @@ def _traced(module: nn.Module, size: int) -> torch.export.ExportedProgram:
 def _write_onnx(
     program: torch.export.ExportedProgram, description: Description, path: Path
 ) -> None:
-    try:
-        import onnxscript  # noqa: F401  what torch exports with
-    except ImportError as error:
-        raise UserError(
-            "exporting to ONNX needs onnxscript; run pip install 'naslora[export]'"
-        ) from error
+    if find_spec("onnxscript") is None:  # torch exports with it
+        raise UserError("exporting to ONNX needs onnxscript; run pip install 'naslora[export]'")
     with _quiet():
         converted = torch.onnx.export(
             program,
