@@ -13,10 +13,13 @@ them up in order. So the bits are the same on every card and in every run.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.utils._pytree import tree_leaves
 
 from naslora_kernels.ops import define_operators, gradient_like
 
@@ -101,8 +104,17 @@ class Primitives(Protocol):
         """How many numbers a group of ``cell_backward`` leaves."""
 
 
-def register(backend: str, primitives: Primitives) -> torch.library.Library:
-    """Defines a backend's operators and registers this module's functions for them."""
+def register(
+    backend: str, primitives: Primitives, traced: Primitives | None = None
+) -> torch.library.Library:
+    """Defines a backend's operators and registers this module's functions for them.
+
+    Args:
+        backend: the end of the operators' namespace.
+        primitives: launch the kernels.
+        traced: put the launches into a graph that torch.compile traces, so that it plans memory
+            across them and fuses what stands between them; None leaves operators opaque to it.
+    """
     library = define_operators(backend)
     for function in (
         mixed_cell,
@@ -112,9 +124,22 @@ def register(backend: str, primitives: Primitives) -> torch.library.Library:
         folded_cell,
         folded_linear,
     ):
-        kernel = functools.partial(function, primitives)
-        library.impl(function.__name__, kernel, "CompositeExplicitAutograd")
+        name, kernel = function.__name__, functools.partial(function, primitives)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        if traced is not None:
+            inlined = functools.partial(_inline, functools.partial(function, traced))
+            name = f"naslora_{backend}::{name}"
+            torch.library.register_torch_dispatch(name, FunctionalTensorMode, inlined, lib=library)
     return library
+
+
+def _inline(function: Callable, mode: FunctionalTensorMode, operator, types, args, kwargs):
+    """Traces ``function`` in place of an operator whose shapes are known: tiles depend on them."""
+    sizes = (size for leaf in tree_leaves(args) if isinstance(leaf, Tensor) for size in leaf.shape)
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return mode.__torch_dispatch__(operator, types, args, kwargs)
+    with mode:
+        return function(*args, **(kwargs or {}))
 
 
 def mixed_cell(

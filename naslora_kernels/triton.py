@@ -292,6 +292,11 @@ def _launch(kernel, grid, *arguments, **constants) -> None:
         kernel[grid](*arguments, **constants)
 
 
+def _trace(kernel, grid, *arguments, **constants) -> None:
+    """Puts a launch into the graph that torch.compile traces."""
+    torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
+
+
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     """A GPU's compute capability; for a graph that is traced without one, that of most."""
@@ -304,4 +309,8 @@ def _in_two(number: float) -> tuple[float, float]:
     return near, number - near
 
 
-_library = gpu.register("triton", Primitives(_launch, _capability))
+_library = gpu.register(
+    "triton",
+    Primitives(_launch, _capability),
+    traced=None if INTERPRETED else Primitives(_trace, _capability),  # needs compiled kernels
+)

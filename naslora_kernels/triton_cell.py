@@ -192,7 +192,12 @@ def cell_forward_kernel(
     strides = (stride_b, tl.cast(stride_h, tl.int64), tl.cast(stride_w, tl.int64), stride_c)
     lanes = _lanes(LANES)
     in_lanes = lanes < CHANNELS
-    channels = _channel(channels_ptr, lanes, CHANNELS)  # (1, 1, LANES)
+    # Written out, as PyTorch takes a pointer for written to if a store's address comes from a call
+    # that had it.
+    if channels_ptr is None:
+        channels = lanes.to(tl.int64)
+    else:
+        channels = tl.load(channels_ptr + tl.minimum(lanes, CHANNELS - 1))  # (1, 1, LANES)
     start = tl.program_id(0).to(tl.int64) * PIXELS
     image, y, x, exists = _locate(start, shape, PIXELS)
     mask = exists & in_lanes
@@ -304,7 +309,10 @@ def _gradient_of_maps(
     """dL/dz of PIXELS pixels, gathered from the pixels that they were spread to."""
     lanes = _lanes(LANES)
     in_lanes = lanes < CHANNELS
-    channels = _channel(channels_ptr, lanes, CHANNELS)
+    if channels_ptr is None:  # written out, as in the forward
+        channels = lanes.to(tl.int64)
+    else:
+        channels = tl.load(channels_ptr + tl.minimum(lanes, CHANNELS - 1))
     image, y, x, exists = _locate(start, shape, PIXELS)
     mask = exists & in_lanes
     z = z_ptr + _offset(image, y, x, strides) + channels * strides[3]

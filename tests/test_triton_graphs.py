@@ -1,0 +1,61 @@
+"""What torch.compile sees of the ``triton`` backend: the launches themselves, each with the very
+arguments that it writes to."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+WRITTEN = {
+    "cell_forward_kernel": {"y_ptr"},
+    "cell_backward_kernel": {"grad_z_ptr", "partials_ptr"},
+    "low_rank_expand_kernel": {"out_ptr"},
+}
+PASSES = ("low_rank_pass_kernel", "low_rank_pass_dot_kernel")  # for 32 and for 16 bits
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    """The JSON of triton_graphs.py."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    program = Path(__file__).with_name("triton_graphs.py")
+    result = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "assuming every input is mutated" not in result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("trained", "backward"), [("weights", 6), ("architecture", 4)])
+def test_launches_are_visible(graphs, dtype, trained, backward):
+    seen = graphs[f"{dtype} {trained}"]
+    assert not seen["opaque"]
+    assert not seen["written back"]  # inputs that were taken for outputs
+    assert len(seen["forward"]) == 3
+    assert len(seen["backward"]) == backward
+    for kernel, written in (*seen["forward"], *seen["backward"]):
+        if kernel in PASSES:
+            assert set(written) <= {"product_ptr", "partials_ptr"}
+        elif kernel == "reduce_gradients_kernel":
+            assert all(name.startswith("grad_") for name in written)
+        else:
+            assert set(written) == WRITTEN[kernel]
+
+
+def test_operators_stay_whole_for_unknown_shapes(graphs):
+    seen = graphs["dynamic"]
+    assert seen["opaque"] == [
+        "naslora_triton.nas_lora_linear.default",
+        "naslora_triton.nas_lora_linear_backward.default",
+    ]
+    assert not seen["forward"] + seen["backward"]

@@ -1,0 +1,100 @@
+"""Prints what torch.compile sees of the ``triton`` backend, as JSON: the kernels' launches in the
+graphs of a layer's forward and backward, with the arguments that each writes to.
+
+A program of its own, as Triton's interpreter, which the tests run under, has nothing to trace. It
+needs no GPU: nothing is launched, and the target is only named.
+"""
+
+import json
+
+import torch
+import triton
+from functorch.compile import make_boxed_func
+from torch._functorch.aot_autograd import aot_function
+from torch._higher_order_ops.triton_kernel_wrap import get_kernel, kernel_side_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from triton.backends.compiler import GPUTarget
+
+from naslora_kernels import triton as backend
+
+RANK, CHANNELS = 3, 2
+CELL = [(CHANNELS, size, size) for size in (3, 5, 3, 5)] + [(4, CHANNELS, CHANNELS)]
+
+
+class Hopper:
+    """As much of a Triton driver as asking what a kernel writes to takes."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+def launches(graph: Graph) -> list[list]:
+    """[kernel's name, arguments that it writes to] of each launch, in order."""
+    functional = torch.ops.higher_order.triton_kernel_wrapper_functional
+    nodes = [node for node in graph.nodes if node.target is functional]
+    return [
+        [get_kernel(node.kwargs["kernel_idx"]).fn.__name__, sorted(node.kwargs["tensors_to_clone"])]
+        for node in nodes
+    ]
+
+
+def traced(dtype: torch.dtype, trained: str, dynamic: bool = False) -> dict[str, object]:
+    """The launches of one layer, and what else of its graphs is of interest.
+
+    Args:
+        dtype: of the maps; parameters are float32.
+        trained: ``weights`` or ``architecture``.
+        dynamic: whether the batch is of any size.
+    """
+    weights = trained == "weights"
+    kernel_side_table.reset_table()
+    graphs: dict[str, Graph] = {}
+
+    def keep(name: str):
+        def compiler(module: GraphModule, inputs: list) -> object:
+            graphs[name] = module.graph
+            return make_boxed_func(module.forward)
+
+        return compiler
+
+    x = torch.empty(2, 14, 14, 64, dtype=dtype)
+    sizes = [DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC] + 3 * [DimDynamic.STATIC]
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        x = mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(sizes)).requires_grad_()
+        weight, bias = torch.empty(96, 64, dtype=dtype), torch.empty(96, dtype=dtype)
+        adapter = [torch.empty(shape, requires_grad=weights) for shape in ((RANK, 64), (96, RANK))]
+        alpha = torch.empty(8, requires_grad=not weights)
+        cell = [torch.empty(shape, requires_grad=weights) for shape in CELL]
+        channels = torch.empty(CHANNELS, dtype=torch.int64)
+
+        def layer(x, weight, bias, lora_A, lora_B, alpha, channels, *cell):
+            depthwise, pw = list(cell[:4]), cell[4]
+            h = backend.nas_lora_linear(
+                x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, 1.5
+            )
+            return h.relu()
+
+        compiled = aot_function(layer, keep("forward"), keep("backward"))
+        compiled(x, weight, bias, *adapter, alpha, channels, *cell).sum().backward()
+    names = [str(node.target) for graph in graphs.values() for node in graph.nodes]
+    return {
+        **{name: launches(graph) for name, graph in graphs.items()},
+        "opaque": [name for name in names if "naslora" in name],
+        "written back": [name for name in names if "copy_" in name],
+    }
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(Hopper())
+    cases = {
+        f"{dtype} {trained}": traced(getattr(torch, dtype), trained)
+        for dtype in ("float32", "bfloat16")
+        for trained in ("weights", "architecture")
+    }
+    cases["dynamic"] = traced(torch.float32, "weights", dynamic=True)
+    print(json.dumps(cases))
