@@ -83,10 +83,10 @@ def _store_weights(total, column, a, grad_depthwise, grad_pw_ptr, CHANNELS: tl.c
     """dL/dpw and dL/ddw from their sums, which lack the factor a_i."""
     PW: tl.constexpr = CHANNELS * CHANNELS
     for i in tl.static_range(4):
-        TAPS: tl.constexpr = 9 + 16 * (i % 2)
-        BEFORE: tl.constexpr = 4 * PW + (i // 2 * 34 + i % 2 * 9) * CHANNELS
+        taps = 9 + 16 * (i % 2)
+        before = 4 * PW + (i // 2 * 34 + i % 2 * 9) * CHANNELS
         _store_range(total * a[i], column - i * PW, grad_pw_ptr + i * PW, PW)
-        _store_range(total * a[i], column - BEFORE, grad_depthwise[i], TAPS * CHANNELS)
+        _store_range(total * a[i], column - before, grad_depthwise[i], taps * CHANNELS)
 
 
 @triton.jit

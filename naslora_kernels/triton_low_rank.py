@@ -77,9 +77,9 @@ def low_rank_pass_dot_kernel(
         if product_ptr is not None:
             sums = sums + (tl.zeros((ROWS, LANES), DTYPE),)
         if partials_ptr is not None:
-            token = row[None, :] + step * ROWS
-            mask = in_ranks[:, None] & (token < tokens)
-            some_u = tl.load(u_ptr + token * RANK + rank[:, None], mask=mask, other=0.0)
+            u_token = row[None, :] + step * ROWS
+            in_u = in_ranks[:, None] & (u_token < tokens)
+            some_u = tl.load(u_ptr + u_token * RANK + rank[:, None], mask=in_u, other=0.0)
             u = u + (widened(some_u) if WIDEN else some_u,)
     for start in range(first, tl.minimum(first + span, columns), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
