@@ -77,7 +77,9 @@ def low_rank_pass_dot_kernel(
         if product_ptr is not None:
             sums = sums + (tl.zeros((ROWS, LANES), DTYPE),)
         if partials_ptr is not None:
-            some_u = _load_transposed(u_ptr, row + step * ROWS, tokens, rank, RANK)
+            u_token = row[None, :] + step * ROWS
+            in_u = in_ranks[:, None] & (u_token < tokens)
+            some_u = tl.load(u_ptr + u_token * RANK + rank[:, None], mask=in_u, other=0.0)
             u = u + (widened(some_u) if WIDEN else some_u,)
     for start in range(first, tl.minimum(first + span, columns), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -110,13 +112,6 @@ def low_rank_pass_dot_kernel(
             values = rounded(sums[step] * scale, product_ptr.dtype.element_ty)
             to = product_ptr + token * RANK + rank[None, :]
             tl.store(to, values, mask=(token < tokens) & in_ranks[None, :])
-
-
-@triton.jit
-def _load_transposed(u_ptr, token, tokens, rank, RANK: tl.constexpr):
-    """u^T of some tokens, (LANES, ROWS)."""
-    mask = (rank < RANK)[:, None] & (token < tokens)[None, :]
-    return tl.load(u_ptr + token[None, :] * RANK + rank[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
