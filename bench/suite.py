@@ -6,6 +6,7 @@ all alike, and a ratio may be taken round by round. Nothing is timed that fails 
 
 import dataclasses
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterable
 
@@ -67,16 +68,23 @@ def measure_memory(
     ``saved`` bytes are kept for the backward; ``peak`` is the most that lived at once, on a GPU as
     its allocator tells. ``architecture_*`` is the same of an architecture step.
     """
+    base = models.untouched(setting)
     measured = {}
-    for name, contestant in models.contestants(setting, methods, models.untouched(setting)).items():
-        started = time.perf_counter()
-        numbers = _counted(contestant, contestant.weight_step)
-        seconds = time.perf_counter() - started
-        if contestant.alpha:
-            of_alpha = _counted(contestant, contestant.architecture_step)
-            numbers |= {f"architecture_{key}": value for key, value in of_alpha.items()}
-        measured[name] = seconds, numbers
+    for method in methods:  # one model at a time: each step takes gigabytes
+        for name, contestant in models.contestants(setting, [method], base).items():
+            measured[name] = _measured(contestant)
+        gc.collect()
     return measured
+
+
+def _measured(contestant: models.Contestant) -> tuple[float, dict[str, int]]:
+    started = time.perf_counter()
+    numbers = _counted(contestant, contestant.weight_step)
+    seconds = time.perf_counter() - started
+    if contestant.alpha:
+        of_alpha = _counted(contestant, contestant.architecture_step)
+        numbers |= {f"architecture_{key}": value for key, value in of_alpha.items()}
+    return seconds, numbers
 
 
 def _counted(contestant: models.Contestant, step: Callable[[], None]) -> dict[str, int]:
