@@ -19,7 +19,13 @@ sanitize:
 # fails on warnings and on registers that spill.
 .PHONY: nvcc-check
 nvcc-check:
-	python tests/nvcc_check.py
+	python -m bench.cuda_resources
+
+# Compiles the Triton kernels for the oldest card and one of each later generation, without any;
+# prints what each takes, and fails on registers that spill.
+.PHONY: triton-check
+triton-check:
+	python -m bench.triton_resources
 
 # The CUDA kernels, emulated on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer. Their
 # shared memory is an allocation of just its size, and NaN when a block begins.

@@ -4,22 +4,24 @@ import os
 import subprocess
 import sys
 
-import nvcc_check
 import pytest
 from setuptools import Distribution
 
+from bench import cuda_resources
+from bench.resources import Usage, table
 from naslora_kernels import cuda
 
-setup = nvcc_check.load_setup()
+setup = cuda_resources.load_setup()
 NVCC = setup.find_nvcc()
+SWITCHES = ("SKIP_EXT", "SKIP_CUDA", "FORCE_CUDA")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
 @needs_nvcc
 def test_every_kernel_compiles_without_warning_and_without_spills():
-    usages = nvcc_check.check(NVCC, list(nvcc_check.NAMED))
+    usages = cuda_resources.check(NVCC, list(cuda_resources.NAMED))
     kernels = {usage.kernel for usage in usages}
-    assert len(usages) == len(kernels) * len(nvcc_check.NAMED)
+    assert len(usages) == len(kernels) * len(cuda_resources.NAMED)
     assert {kernel.split("<")[0] for kernel in kernels} == {
         "cell_forward", "cell_backward", "low_rank_pass", "low_rank_expand", "reduce_gradients",
     }  # fmt: skip
@@ -35,9 +37,9 @@ ptxas info    : Function properties for _Z8a_kernelIfLi2EEvi
     16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 656 bytes cmem[0]
 """
-    usage = nvcc_check.Usage("a<float, 2>", "sm_80", 40, 1024, 16, 12)
-    assert nvcc_check.parse(report) == [usage]
-    assert nvcc_check.table([usage]).splitlines()[1].split() == ["a<float,", "2>", "40*"]
+    usage = Usage("a<float, 2>", "sm_80", 40, 1024, 16, 12)
+    assert cuda_resources.parse(report) == [usage]
+    assert table([usage]).splitlines()[1].split() == ["a<float,", "2>", "40*"]
 
 
 # ---- setup.py ----------------------------------------------------------------------------------
@@ -58,7 +60,8 @@ def fake_nvcc(tmp_path, monkeypatch):
     )
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    for variable in ("TORCH_CUDA_ARCH_LIST", *(f"NASLORA_{v}" for v in SWITCHES)):
+        monkeypatch.delenv(variable, raising=False)
     return str(nvcc)
 
 

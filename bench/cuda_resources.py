@@ -12,22 +12,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+
+from bench.resources import Usage, summary, table
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NAMED = (75, 80, 90, 100)  # the oldest, and one of each generation of data-centre cards
-
-
-class Usage(NamedTuple):
-    """What one kernel takes on one architecture; memory in bytes, a thread's but for ``shared``."""
-
-    kernel: str
-    architecture: str
-    registers: int
-    shared: int  # static; the kernels ask for theirs at launch
-    stack: int
-    spilled: int
 
 
 def load_setup():
@@ -94,19 +84,6 @@ def check(nvcc: str, architectures: list[int]) -> list[Usage]:
         return [usage for report in reports for usage in report]
 
 
-def table(usages: list[Usage]) -> str:
-    """Registers by kernel and architecture, a star where any spill."""
-    architectures = list(dict.fromkeys(usage.architecture for usage in usages))
-    cells = {(u.kernel, u.architecture): f"{u.registers}{'*' if u.spilled else ''}" for u in usages}
-    kernels = sorted({usage.kernel for usage in usages})
-    width = max(map(len, kernels))
-    lines = [" ".join([f"{'registers':{width}}", *(f"{a:>7}" for a in architectures)])]
-    for kernel in kernels:
-        row = (f"{cells[kernel, a]:>7}" for a in architectures)
-        lines.append(" ".join([f"{kernel:{width}}", *row]))
-    return "\n".join(lines)
-
-
 def main() -> None:
     setup = load_setup()
     nvcc = setup.find_nvcc()
@@ -115,6 +92,7 @@ def main() -> None:
     architectures = [int(a) for a in sys.argv[1:]] or setup.known_architectures(nvcc)
     usages = check(nvcc, architectures)
     print(table(usages))
+    print(f"\n{summary(usages)}\n")
     spilled = sum(usage.spilled for usage in usages)
     print(
         f"{len(usages)} kernels: {spilled} bytes spilled, "

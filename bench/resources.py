@@ -1,0 +1,57 @@
+"""What compiled GPU kernels take of a processor: registers, shared memory, spills."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Usage(NamedTuple):
+    """What one kernel takes on one architecture; memory in bytes, a thread's but for ``shared``."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+
+def table(usages: Sequence[Usage]) -> str:
+    """Registers by kernel and architecture, a star where any spill."""
+    architectures = list(dict.fromkeys(usage.architecture for usage in usages))
+    cells = {(u.kernel, u.architecture): f"{u.registers}{'*' if u.spilled else ''}" for u in usages}
+    kernels = sorted({usage.kernel for usage in usages})
+    width = max(map(len, kernels))
+    lines = [" ".join([f"{'registers':{width}}", *(f"{a:>7}" for a in architectures)])]
+    for kernel in kernels:
+        row = (f"{cells.get((kernel, a), ''):>7}" for a in architectures)
+        lines.append(" ".join([f"{kernel:{width}}", *row]))
+    return "\n".join(lines)
+
+
+def summary(usages: Sequence[Usage]) -> str:
+    """The ranges over all variants of each kernel, as Markdown."""
+    architectures = list(dict.fromkeys(usage.architecture for usage in usages))
+    lines = [
+        f"| kernel | variants | registers: {' | '.join(architectures)} | shared, KiB | spilled |",
+        "|---|---|" + "---|" * len(architectures) + "---|---|",
+    ]
+    for name in sorted({_family(usage) for usage in usages}):
+        family = [usage for usage in usages if _family(usage) == name]
+        registers = [
+            _range([u.registers for u in family if u.architecture == a]) for a in architectures
+        ]
+        shared = _range([round(usage.shared / 1024, 1) for usage in family])
+        spilled = sum(usage.spilled for usage in family)
+        variants = len({usage.kernel for usage in family})
+        lines.append(f"| {name} | {variants} | {' | '.join(registers)} | {shared} | {spilled} |")
+    return "\n".join(lines)
+
+
+def _family(usage: Usage) -> str:
+    """A kernel's name without what it was compiled for: ``a<float, 2>`` is an ``a``."""
+    return usage.kernel.partition("<")[0].partition(" ")[0]
+
+
+def _range(numbers: Sequence[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"

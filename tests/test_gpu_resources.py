@@ -1,0 +1,129 @@
+"""What GPU kernels take and move, found out without a GPU: ``bench/resources.py`` and others."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import cases, gpu_bytes, launches, triton_resources
+from bench.resources import Usage, summary
+from naslora_kernels import triton
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+SHAPE = cases.Shape("small", (2, 14, 14), 64, 96)
+ROWS = 2 * 14 * 14
+
+
+# ---- What Triton's kernels take ----------------------------------------------------------------
+
+
+def run(*arguments, **environment):
+    """The command, outside of Triton's interpreter, under which nothing is compiled."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.triton_resources", *arguments]
+    return subprocess.run(
+        command, env={**inherited, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", ["75", "80", "90", "100"])
+def test_triton_kernels_compile_for_real_cards_without_spills(capability):
+    result = run(capability, "--quick", "--dtypes", "bfloat16")
+    assert result.returncode == 0, result.stderr
+    for kernel in (
+        "cell_forward", "cell_backward", "folded_cell", "low_rank_pass", "low_rank_expand",
+        "reduce_gradients",
+    ):  # fmt: skip
+        assert f"\n| {kernel}" in result.stdout
+    assert result.stdout.splitlines()[-1].endswith(" kernels compiled, 0 problems")
+
+
+@needs_triton
+def test_refuses_under_the_interpreter():
+    result = run("90", TRITON_INTERPRET="1")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("triton_resources: TRITON_INTERPRET=1 is set")
+
+
+def test_report_of_cuobjdump_is_read():
+    line = " Function a_kernel:\n  REG:40 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:632 TEXTURE:0\n"
+    assert triton_resources.parse(line) == {"registers": 40, "stack": 16, "spilled": 24}
+    with pytest.raises(ValueError, match="reports 2 kernels"):
+        triton_resources.parse(line * 2)
+
+
+def test_problems_are_told_one_by_one():
+    usages = [
+        Usage("fine", "sm_90", 255, 227 * 1024, 0, 0),
+        Usage("spills", "sm_90", 255, 0, 16, 16),
+        Usage("big", "sm_75", 40, 65 * 1024, 0, 0),
+    ]
+    assert triton_resources.problems(usages) == [
+        "spills, sm_90: 16 bytes of a thread's registers spill",
+        "big, sm_75: 66560 bytes of shared memory, of 65536",
+    ]
+
+
+def test_summary_gives_ranges_over_variants():
+    usages = [
+        Usage("a<float>", "sm_80", 40, 0, 0, 0),
+        Usage("a<half>", "sm_80", 64, 2048, 0, 0),
+        Usage("a<float>", "sm_90", 32, 0, 0, 8),
+    ]
+    assert summary(usages).splitlines()[0].startswith("| kernel | variants | registers: sm_80 |")
+    assert summary(usages).splitlines()[2] == "| a | 2 | 40-64 | 32 | 0-2 | 8 |"
+
+
+# ---- What a launch moves -----------------------------------------------------------------------
+
+
+def counted(work, rank=3, dtype=torch.bfloat16):
+    operands = launches.Operands(SHAPE, rank, dtype)
+    sizes = triton.Primitives(None, lambda device: (9, 0))
+    return gpu_bytes.count(launches.WORKS[work], operands, sizes)
+
+
+def test_launches_are_within_the_budget():
+    assert gpu_bytes.within_budget()
+
+
+def test_forward_reads_the_input_once_and_writes_the_output_once():
+    encode, cell, decode = counted("layer, forward")
+    maps = 2 * ROWS * 3
+    assert encode == ("low_rank_pass", 2 * ROWS * 64 + 4 * 3 * 64, maps)
+    parameters = 4 * (8 + 2 * (9 + 25 + 9 + 25) + 4 * 2 * 2) + 8 * 2
+    assert cell == ("cell_forward", maps + parameters, maps)
+    assert decode == ("low_rank_expand", maps + 4 * 3 * 96 + 2 * 96, 2 * ROWS * 96)
+
+
+def test_partial_sums_are_written_once_and_read_once():
+    backward = counted("layer, backward, weight step")
+    assert [launch.kernel for launch in backward] == [
+        "cell_forward", "low_rank_pass", "cell_backward", "low_rank_pass", "low_rank_expand",
+        "reduce_gradients",
+    ]  # fmt: skip
+    decoder, cell, encoder = backward[1], backward[2], backward[3]
+    maps = 2 * ROWS * 3
+    partials = (decoder.written - maps) + (cell.written - maps) + encoder.written
+    parameters = 4 * (8 + 2 * (9 + 25 + 9 + 25) + 4 * 2 * 2)  # folded again in the last launch
+    assert backward[-1].read == partials + parameters
+
+
+@pytest.mark.parametrize("work", ["layer, forward", "layer, backward, weight step"])
+def test_a_large_batch_moves_little_beyond_the_least(work):
+    case = gpu_bytes.CASES[0]
+    operands = launches.Operands(*case, gpu_bytes.DTYPE)
+    moved = sum(
+        launch.read + launch.written
+        for launch in gpu_bytes.count(
+            launches.WORKS[work], operands, gpu_bytes.backends()["triton"]
+        )
+    )
+    assert moved < 1.1 * gpu_bytes.least_bytes(work, case)
