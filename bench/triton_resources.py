@@ -174,7 +174,10 @@ def main() -> int:
     jobs = list(itertools.product(arguments.capabilities, dtypes))
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         compiled = pool.map(compile_for, *zip(*jobs, strict=True), itertools.repeat(shapes))
-        usages = [usage for of_job in compiled for usage in of_job]
+        usages = []
+        for (capability, dtype), of_job in zip(jobs, compiled, strict=True):
+            print(f"sm_{capability} {dtype}: {len(of_job)} kernels", file=sys.stderr)
+            usages += of_job
     print(table(usages))
     print(f"\n{summary(usages)}\n")
     found = problems(usages)

@@ -18,6 +18,8 @@ from naslora_kernels import gpu
 from naslora_kernels.ops import entry_points
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Where the assembler, left to itself, spills a few bytes to fit one more program on a processor.
+ALL_REGISTERS = {"maxnreg": 255}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's interpreter, on the CPU
 
 
@@ -102,17 +104,18 @@ def pass_tiles(
     """Tiles for so many tokens, by the kernel that ``low_rank_pass`` takes for these ranks.
 
     Few ranks of 32-bit numbers and more are multiplied one by one. Others go to the tensor cores,
-    or, in 32 bits and where a card has none for bfloat16, to products from shared memory.
+    or, in 32 bits, to products from shared memory. So do those in 16 bits before capability 8.0:
+    there bfloat16 has no tensor cores, and on those for float16 Triton's products spill.
     """
     rows = group_rows(tokens)
-    widen = dtype == torch.bfloat16 and capability < (8, 0)
-    exact = widen or dtype in (torch.float32, torch.float64)
+    widen = dtype.itemsize == 2 and capability < (8, 0)
+    exact = widen or dtype.itemsize > 2
     if rank <= 4 and exact:
         tile, columns = rows, 4096 // rows
         constants = {}
     else:
         tile = min(rows, 64)
-        columns = (2048 if exact else 4096) // tile
+        columns = 2048 // tile if exact else 64
         lanes = max(16, _power_of_2(rank))
         constants = {"LANES": lanes, "STEPS": rows // tile, "WIDEN": widen}
     constants |= {"RANK": rank, "ROWS": tile, "COLUMNS": columns}
@@ -159,6 +162,7 @@ class Primitives:
             rows, matrix, u, product, partials, *_in_two(scale), tokens, columns, rows.stride(0),
             *((0, 0) if matrix is None else matrix.stride()), span, **tiles.constants,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            **(ALL_REGISTERS if by_dot else {}),
         )  # fmt: skip
 
     def low_rank_expand(
@@ -169,10 +173,12 @@ class Primitives:
         tokens, columns = out.shape
         rank = u.shape[1]
         block = next(block for block in range(8, 0, -1) if rank % block == 0)
+        tile = 64 if out.dtype == torch.float64 else 256
         self._launch(
-            low_rank_expand_kernel, (-(-tokens // 16), -(-columns // 256)),
+            low_rank_expand_kernel, (-(-tokens // 16), -(-columns // tile)),
             u, matrix, bias, out, *_in_two(scale), tokens, columns, *matrix.stride(),
-            RANK=rank, BLOCK=block, ROWS=16, COLUMNS=256, num_warps=4,
+            RANK=rank, BLOCK=block, ROWS=16, COLUMNS=tile, num_warps=4,
+            **(ALL_REGISTERS if out.dtype == torch.float64 else {}),
         )  # fmt: skip
 
     def cell_forward(
@@ -219,7 +225,7 @@ class Primitives:
             grad_y, z, alpha, *depthwise, pw, channels, grad_z, partials,
             pixels, height, width, rank, *grad_y.stride(), *z.stride(), map_programs,
             CHANNELS=c, LANES=tiles.lanes, RANK_LANES=_power_of_2(rank), PIXELS=tiles.pixels,
-            BLOCK=tiles.block, STEPS=tiles.steps, num_warps=tiles.num_warps,
+            BLOCK=tiles.block, STEPS=tiles.steps, num_warps=tiles.num_warps, **ALL_REGISTERS,
         )  # fmt: skip
 
     def reduce_gradients(
@@ -270,6 +276,7 @@ class Primitives:
             z, kernel, y, *_in_two(average), *_in_two(maximum), pixels, height, width, *z.stride(),
             AVERAGE=average != 0, MAXIMUM=maximum != 0, SIZE=kernel.shape[-1],
             CHANNELS=c, LANES=tiles.lanes, PIXELS=tiles.pixels, num_warps=tiles.num_warps,
+            **(ALL_REGISTERS if z.dtype == torch.float64 else {}),
         )  # fmt: skip
 
     def row_groups(self, tokens: int) -> int:
@@ -284,6 +291,8 @@ class Primitives:
 
 def _launch(kernel, grid, *arguments, **constants) -> None:
     """Launches on the device where the tensors are."""
+    if torch.version.hip:
+        constants.pop("maxnreg", None)
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -293,7 +302,8 @@ def _launch(kernel, grid, *arguments, **constants) -> None:
 
 
 def _trace(kernel, grid, *arguments, **constants) -> None:
-    """Puts a launch into the graph that torch.compile traces."""
+    """Puts a launch into the graph that torch.compile traces, which knows no ``maxnreg``."""
+    constants.pop("maxnreg", None)
     torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
 
 

@@ -540,7 +540,7 @@ def folded_cell_kernel(
     for channel in tl.range(CHANNELS, disable_licm=True):
         # Every lane loads it for itself, as in _load_kernels.
         z = z_pixels + tl.full((1, 1, LANES), channel, tl.int64) * stride_c
-        for first in tl.static_range(0, SIZE * SIZE, 32):
+        for first in tl.range(0, SIZE * SIZE, 32, disable_licm=True):
             tap = first + tl.arange(0, 32)[:, None, None]
             row, column = tap // SIZE, tap % SIZE
             dy, dx = row - SIZE // 2, column - SIZE // 2
