@@ -99,7 +99,9 @@ class Contestant:
         self._require_gradients(parameters)
         torch.manual_seed(0)
         loss = self.loss()
-        return loss.detach(), *torch.autograd.grad(loss, parameters)
+        # Zero for the experts of Conv-LoRA that no window chose.
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return loss.detach(), *grads
 
     def _require_gradients(self, parameters: list[Tensor]) -> None:
         chosen = {id(parameter) for parameter in parameters}
@@ -179,7 +181,8 @@ def compile_blocks(model: SamForSegmentation) -> None:
     """``torch.compile`` of every transformer block: blocks of a kind share one compilation, which
     compiling the whole encoder would repeat twelve times."""
     for block in model.image_encoder.blocks:
-        block.compile(dynamic=False)
+        # The random numbers of eager mode, by which Conv-LoRA chooses experts: the gate compares.
+        block.compile(dynamic=False, options={"fallback_random": True})
 
 
 def training_names(methods: Iterable[str], compiled: Iterable[str]) -> list[tuple[str, str]]:
