@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from bench import report, suite
+from bench import models, report, suite
 from bench.models import Setting
 from naslora.methods import METHODS
+from naslora.sam import VITS, ViT
 
 INFO = {"model": "vit_b", "image_size": 256, "batch": 4, "precision": "no", "device": "cpu"}
 # Seconds of three rounds; the machine slows down meanwhile, for all alike.
@@ -125,3 +126,15 @@ def test_nothing_is_timed_that_fails_its_gate(monkeypatch):
 
 def test_the_papers_table_names_our_methods():
     assert set(report.PAPER) < set(METHODS)
+
+
+def test_gate_takes_experts_that_no_window_chose(monkeypatch):
+    """Four windows cannot choose eight experts; the others have no gradient."""
+    tiny = ViT(width=32, depth=2, heads=2, global_blocks=(1,))
+    monkeypatch.setitem(VITS, "vit_t", tiny)
+    setting = Setting("vit_t", image_size=64, batch=4)
+    base = models.untouched(setting)
+    (contestant,) = models.contestants(setting, ["conv-lora"], base).values()
+    assert any(not gradient.any() for gradient in contestant.gradients())
+    # By that name it is held against another of its kind, whether or not it was compiled.
+    assert models.gate_training({"conv-lora" + models.COMPILED: contestant}, base) is None
