@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
   const S* rows = static_cast<const S*>(p.rows) + first_row * p.row_stride;
   A* products_of_warp = shared.products + column_warp * static_cast<int>(p.group_rows) * block_ranks +
                         rank_warp * kRanks;
-  const S* u = static_cast<const S*>(p.u) + first_row * rank + first_rank;
+  // A warp without ranks reads another's: its sums are not written.
+  const S* u = static_cast<const S*>(p.u) + first_row * rank + (first_rank < rank ? first_rank : 0);
 
   for (int tile = 0; tile < columns; tile += p.warps.columns * kWarpColumns) {
     const int first = tile + column_warp * kWarpColumns;
