@@ -11,7 +11,7 @@ import torch
 from bench import cases, models, suite, timing
 from bench.models import Setting
 from naslora.methods import METHODS
-from naslora.sam import VITS, ViT
+from naslora.sam.encoders import VITS, ViT
 
 copy_bandwidth = functools.cache(timing.copy_bandwidth)
 environment = functools.cache(cases.environment)

@@ -18,11 +18,14 @@ import tyro
 from PIL import Image
 
 from bench.cases import environment
-from naslora.data import GlobalBatches
-from naslora.datasets import load_splits
-from naslora.evaluation import make_loader
-from naslora.run import RunConfig, build_adapted_model, make_dataset
-from naslora.search import SearchConfig, make_accelerator
+from naslora.data.datasets import load_splits
+from naslora.data.sampling import GlobalBatches
+from naslora.training.accelerator import make_accelerator
+from naslora.training.evaluation import make_loader
+from naslora.training.run_config import RunConfig
+from naslora.training.run_data import make_dataset
+from naslora.training.run_model import build_adapted_model
+from naslora.training.search_config import SearchConfig
 
 
 def main(

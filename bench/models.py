@@ -22,9 +22,9 @@ from naslora.methods import (
     searches,
     trainable_parameters,
 )
-from naslora.sam import PATCH_SIZE, VITS
-from naslora.search import SearchConfig
-from naslora.segmentation import SamForSegmentation, build_model
+from naslora.sam.encoders import PATCH_SIZE, VITS
+from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.training.search_config import SearchConfig
 
 UNTOUCHED = "untouched"
 MOST_INPUTS = 1280  # of a layer, in ViT-H
@@ -79,7 +79,7 @@ class Contestant:
         return loss if extra is None else loss + extra
 
     def weight_step(self) -> None:
-        """What ``naslora.search`` does with one batch in an epoch's weight steps."""
+        """What ``naslora.training.search`` does with one batch in an epoch's weight steps."""
         self._require_gradients(self.weights)
         self.loss().backward()
         nn.utils.clip_grad_norm_(self.weights, SEARCH.clip_norm)

@@ -18,8 +18,11 @@ import tyro
 
 from naslora import NASLoRAConfig, merge
 from naslora.files import read_json, write_json
-from naslora.run import RunConfig, calibration, evaluate_model, find_splits, load_model, train
-from naslora.search import SearchConfig
+from naslora.trained import evaluate_model, load_model
+from naslora.training.run import train
+from naslora.training.run_config import RunConfig
+from naslora.training.run_data import calibration, find_splits
+from naslora.training.search_config import SearchConfig
 
 Settings = dict[str, dict[str, Any]]  # of RunConfig ("run"), of the adapter, of the search
 Column = Callable[[dict[str, Any], list[dict[str, Any]]], float | None]  # of metrics and history

@@ -16,15 +16,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from naslora import ablation, analysis, demo_run, run
-from naslora import compare as comparison
+from naslora import trained
+from naslora.adapter.merging import MergeMode
 from naslora.errors import UserError
-from naslora.export import Format, Part
-from naslora.merging import MergeMode
 from naslora.methods import MethodName
-from naslora.recipe import load_recipe
-from naslora.report import metric_rows
-from naslora.run import RunConfig
+from naslora.report.run_report import metric_rows
+from naslora.sam.export import Format, Part
+from naslora.study import ablation, analysis
+from naslora.study import compare as comparison
+from naslora.training import demo as demo_run
+from naslora.training import run
+from naslora.training.recipe import load_recipe
+from naslora.training.run_config import Resolution, RunConfig
+from naslora.training.run_data import CALIBRATION_IMAGES
 from naslora_kernels import available_backends, build_info
 
 Flat = tyro.conf.OmitArgPrefixes
@@ -162,12 +166,12 @@ def evaluate(
         Path | None, tyro.conf.arg(help="Another CSV data folder; default: the run's own data.")
     ] = None,
     resolution: Annotated[
-        run.Resolution | None,
+        Resolution | None,
         tyro.conf.arg(help="Score at the model's size or at each mask's; default: the run's."),
     ] = None,
 ) -> None:
     """Print a model's metrics on a split as JSON."""
-    print(json.dumps(run.evaluate_run(path, split, data, resolution), indent=2))
+    print(json.dumps(trained.evaluate_run(path, split, data, resolution), indent=2))
 
 
 def analyse(
@@ -198,7 +202,7 @@ def predict(
     output: Annotated[Path, tyro.conf.arg(help="Folder for masks and overlays.")],
 ) -> None:
     """Segment images; write a mask and an overlay for each."""
-    written = run.predict_run(path, inputs, output)
+    written = trained.predict_run(path, inputs, output)
     print(f"wrote {len(written)} masks and overlays to {output}")
 
 
@@ -218,10 +222,10 @@ def merge(
     ] = None,
     images: Annotated[
         int, tyro.conf.arg(help="Training images that mode calibrated is fitted to.")
-    ] = run.CALIBRATION_IMAGES,
+    ] = CALIBRATION_IMAGES,
 ) -> None:
     """Fold the trained adapters into the weights and write the model."""
-    report, scores = run.merge_run(path, mode, output, max_error, images)
+    report, scores = trained.merge_run(path, mode, output, max_error, images)
     print(report)
     before, after = (scores[when]["dice"] for when in ("before", "after"))
     if before is not None and after is not None:
@@ -246,7 +250,7 @@ def export(
     ] = "model",
 ) -> None:
     """Write a merged model for another runtime."""
-    run.export_run(path, format, output, part)
+    trained.export_run(path, format, output, part)
     print(f"wrote {output}")
 
 

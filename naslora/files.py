@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from naslora.errors import UserError
 
 
@@ -58,3 +62,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file to the CPU.
+
+    Raises:
+        UserError: it is missing, truncated or no safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error

@@ -17,7 +17,8 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from naslora import cli, sam
+from naslora import cli
+from naslora.sam import encoders as sam
 from naslora_kernels import cpp
 
 torch.set_num_threads(1)

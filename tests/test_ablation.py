@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from naslora import NASLoRAConfig, NASLoRALinear, ablation
-from naslora.ablation import ABLATIONS, BASE, variants_of
+from naslora import NASLoRAConfig, NASLoRALinear
+from naslora.adapter.injection import arch_parameters
 from naslora.errors import UserError
 from naslora.files import read_json
-from naslora.injection import arch_parameters
-from naslora.run import RunConfig, build_adapted_model
-from naslora.search import SearchConfig
+from naslora.study import ablation
+from naslora.study.ablation import ABLATIONS, BASE, variants_of
+from naslora.training.run_config import RunConfig
+from naslora.training.run_model import build_adapted_model
+from naslora.training.search_config import SearchConfig
 from naslora_kernels import OPERATIONS
 
 SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--batch-size", 2)

@@ -28,10 +28,10 @@ from naslora import (
     load_adapter,
     save_adapter,
 )
-from naslora.cell import LinearCell, mixture_entropy
-from naslora.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from naslora.injection import adapter_layers
-from naslora.segmentation import SamForSegmentation
+from naslora.adapter.cell import LinearCell, mixture_entropy
+from naslora.adapter.injection import adapter_layers
+from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
+from naslora.sam.segmentation import SamForSegmentation
 
 torch.set_num_threads(1)
 
@@ -706,7 +706,7 @@ def test_files_are_replaced_as_a_whole(tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr("naslora.checkpoint.save_file", fail)
+    monkeypatch.setattr("naslora.adapter.storage.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(adapted_sam(), tmp_path)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

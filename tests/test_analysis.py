@@ -10,14 +10,15 @@ from PIL import Image
 from segment_anything.modeling.image_encoder import Attention
 from timm.models.tiny_vit import Attention as TinyAttention
 
-from naslora import sam
-from naslora.encoder_statistics import (
+from naslora.errors import UserError
+from naslora.sam import encoders as sam
+from naslora.study.encoder_statistics import (
     attention_distances,
     block_statistics,
     relative_log_amplitude,
 )
-from naslora.errors import UserError
-from naslora.run import RunConfig, build_adapted_model
+from naslora.training.run_config import RunConfig
+from naslora.training.run_model import build_adapted_model
 
 SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--epochs", 2, "--batch-size", 2)
 

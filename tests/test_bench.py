@@ -9,7 +9,7 @@ import pytest
 from bench import models, report, suite
 from bench.models import Setting
 from naslora.methods import METHODS
-from naslora.sam import VITS, ViT
+from naslora.sam.encoders import VITS, ViT
 
 INFO = {"model": "vit_b", "image_size": 256, "batch": 4, "precision": "no", "device": "cpu"}
 # Seconds of three rounds; the machine slows down meanwhile, for all alike.

@@ -23,8 +23,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, UserError, inject, merge, unmerge
-from naslora.calibration import FOLDS, PENALTIES, Moments, fit
-from naslora.injection import adapter_layers
+from naslora.adapter.calibration import FOLDS, PENALTIES, Moments, fit
+from naslora.adapter.injection import adapter_layers
 
 torch.set_num_threads(1)
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from bench import cases, counts, models
 from bench.models import MERGED, UNTOUCHED, Setting
-from naslora import sam
 from naslora.methods import METHODS
+from naslora.sam import encoders as sam
 from naslora_kernels import mixed_cell, nas_lora_linear
 
 # Two blocks as wide as a real encoder's are narrow: small, and yet a frozen product dwarfs a cell.

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from naslora import sam
-from naslora.config import NASLoRAConfig
-from naslora.run import RunConfig
-from naslora.search import LAST, SearchConfig
-from naslora.segmentation import SamForSegmentation
+from naslora.adapter.config import NASLoRAConfig
+from naslora.results import LAST
+from naslora.sam import encoders as sam
+from naslora.sam.segmentation import SamForSegmentation
+from naslora.training.run_config import RunConfig
+from naslora.training.search_config import SearchConfig
 from naslora_kernels import available_backends
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")

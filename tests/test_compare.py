@@ -13,12 +13,12 @@ import time
 
 import pytest
 
-from naslora import compare
-from naslora.compare import Cell
 from naslora.errors import UserError
 from naslora.methods import METHODS
-from naslora.run import RunConfig
-from naslora.search import SearchConfig
+from naslora.study import compare
+from naslora.study.compare import Cell
+from naslora.training.run_config import RunConfig
+from naslora.training.search_config import SearchConfig
 
 TRAIN = shlex.split(
     "--model mobile_sam --image-size 64 --epochs 1 --search-start 0 --arch-fraction 0.5 --workers 0"

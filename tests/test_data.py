@@ -12,19 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from naslora.data import (
-    GlobalBatches,
-    Sample,
-    SegmentationDataset,
-    check_samples,
-    collate,
-    hold_out,
-    list_images,
-    read_image,
-    read_mask,
-)
-from naslora.datasets import DATASETS, load_splits
-from naslora.demo_data import write_mni152
+from naslora.data.dataset import SegmentationDataset, collate
+from naslora.data.datasets import DATASETS, load_splits
+from naslora.data.demo_data import write_mni152
+from naslora.data.masks import Sample, check_samples, list_images, read_image, read_mask
+from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.errors import UserError
 
 GREYS = np.array([[0, 1, 2], [2, 1, 0]])

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from naslora.cache import Cache
-from naslora.data import Sample, SegmentationDataset, check_samples, read_mask
-from naslora.datasets import DATASETS, count_differences, load_splits
+from naslora.data.cache import Cache
+from naslora.data.dataset import SegmentationDataset
+from naslora.data.datasets import DATASETS, count_differences, load_splits
+from naslora.data.masks import Sample, check_samples, read_mask
 from naslora.errors import UserError
-from naslora.run import RunConfig
+from naslora.training.run_config import RunConfig
 
 V2_CLASSES = np.where(miniatures.CLASSES == 2, 11, miniatures.CLASSES)
 
@@ -153,7 +154,7 @@ def test_the_expected_counts_add_up_to_the_papers(name, train, test):
 
 def test_a_paper_sized_list_is_split_as_expected():
     # The counts of drawn splits, from lists as long as the paper's.
-    from naslora.datasets import _split_polyps, _with_validation
+    from naslora.data.paper_sets import _split_polyps, _with_validation
 
     def sizes(splits):
         return [len(splits[split]) for split in ("train", "val", "test")]

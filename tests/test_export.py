@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
-from naslora import NASLoRAConfig, UserError, inject, merge, sam
-from naslora.export import Description, Embedding, Scores, export, load_exported
-from naslora.run import merge_run
-from naslora.sam import PATCH_SIZE, build_image_encoder, load_sam_checkpoint
-from naslora.segmentation import SamForSegmentation, build_model
+from naslora import NASLoRAConfig, UserError, inject, merge
+from naslora.sam import encoders as sam
+from naslora.sam.checkpoint import load_sam_checkpoint
+from naslora.sam.encoders import PATCH_SIZE, build_image_encoder
+from naslora.sam.export import Description, Embedding, Scores, export, load_exported
+from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.trained import merge_run
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -107,7 +109,7 @@ def test_torch_export_computes_what_pytorch_does(tmp_path):
 
 def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     """A protobuf file ends at 2 GiB, which a ViT-H passes."""
-    monkeypatch.setattr("naslora.export.MOST_BYTES", 1000)
+    monkeypatch.setattr("naslora.sam.export.MOST_BYTES", 1000)
     model = segmenter()
     path = tmp_path / "model.onnx"
     export(model, description(model, "encoder"), "onnx", path)

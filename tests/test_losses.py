@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from naslora.losses import segmentation_loss
-from naslora.segmentation import SegmentationOutput
+from naslora.sam.losses import segmentation_loss
+from naslora.sam.segmentation import SegmentationOutput
 
 # Between float32 sums over a map and float64 ones: 256 terms of relative rounding 6e-8 each.
 TOLERANCE = 1e-5

@@ -21,9 +21,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, NASLoRALinear, UserError, inject, merge, unmerge
-from naslora.cell import FoldedCell
-from naslora.injection import adapter_layers
-from naslora.merging import NOISE_GRID, MergedNASLoRALinear, restore_merged
+from naslora.adapter.cell import FoldedCell
+from naslora.adapter.injection import adapter_layers
+from naslora.adapter.merging import NOISE_GRID, MergedNASLoRALinear, restore_merged
 from naslora_kernels import OPERATIONS
 
 torch.set_num_threads(1)

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, inject, load_adapter, save_adapter, unmerge
-from naslora import run as run_module
-from naslora.checkpoint import read_safetensors
+from naslora.files import read_safetensors
 from naslora.methods import (
     METHODS,
     applied,
@@ -30,8 +29,9 @@ from naslora.methods import (
     trainable_parameters,
     vpt,
 )
-from naslora.sam import checkpoint_blocks
-from naslora.segmentation import SamForSegmentation, build_model
+from naslora.sam.encoders import checkpoint_blocks
+from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.training import run as run_module
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 

@@ -9,9 +9,11 @@ import pytest
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
-from naslora.recipe import load_recipe, shipped_recipes
-from naslora.run import build_adapted_model, find_splits, make_dataset
-from naslora.search import Search, make_accelerator
+from naslora.training.accelerator import make_accelerator
+from naslora.training.recipe import load_recipe, shipped_recipes
+from naslora.training.run_data import find_splits, make_dataset
+from naslora.training.run_model import build_adapted_model
+from naslora.training.search import Search
 
 SMALL = {"model": "vit_t", "image_size": 32}
 

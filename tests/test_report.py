@@ -11,7 +11,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from naslora.report import STAGE_2_LABEL, Panel, write_report
+from naslora.report.figures import STAGE_2_LABEL
+from naslora.report.pictures import Panel
+from naslora.report.run_report import write_report
 
 OPERATIONS = [
     "sep_conv_3x3",
@@ -340,7 +342,7 @@ def test_failed_write_keeps_the_old_report(tmp_path, run, monkeypatch):
 
 def test_pyplot_is_never_imported(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from naslora.report import write_report;"
+        "import sys; from pathlib import Path; from naslora.report.page import write_report;"
         f"write_report(Path(sys.argv[1]), **{MINIMAL | {'history': [epoch(0, 1)]}!r});"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

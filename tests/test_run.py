@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from naslora import demo_run, sam
-from naslora.checkpoint import read_safetensors
-from naslora.run import RunConfig
-from naslora.search import BEST, LAST
-from naslora.segmentation import SamForSegmentation
+from naslora.files import read_safetensors
+from naslora.results import BEST, LAST
+from naslora.sam import encoders as sam
+from naslora.sam.segmentation import SamForSegmentation
+from naslora.training import demo as demo_run
+from naslora.training.run_config import RunConfig
 from naslora_kernels import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -224,7 +225,8 @@ def test_the_paper_preset_trains_and_merges(naslora, make_data, tmp_path):
 
 LAUNCH = """
 import torch
-from naslora import cli, sam
+from naslora import cli
+from naslora.sam import encoders as sam
 torch.set_num_threads(1)
 sam.VITS["vit_t"] = sam.ViT(*{tiny!r})
 cli.main()

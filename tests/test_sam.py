@@ -23,9 +23,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, UserError, adapter_parameters, arch_parameters, inject
-from naslora import sam as sam_module
-from naslora.sam import MODELS, VITS, ViT, build_image_encoder, checkpoint_blocks
-from naslora.segmentation import SamForSegmentation, SegmentationOutput, build_model
+from naslora.sam import encoders as sam_module
+from naslora.sam.encoders import MODELS, VITS, ViT, build_image_encoder, checkpoint_blocks
+from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, build_model
 
 torch.set_num_threads(1)
 

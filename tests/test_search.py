@@ -11,13 +11,19 @@ import sys
 import pytest
 import torch
 
-from naslora.checkpoint import read_safetensors, trained_state
-from naslora.config import NASLoRAConfig
-from naslora.data import SegmentationDataset
+from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.injection import adapter_layers, arch_parameters
+from naslora.adapter.storage import trained_state
+from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError
-from naslora.injection import adapter_layers, arch_parameters
-from naslora.run import RunConfig, build_adapted_model, find_splits
-from naslora.search import BEST, LAST, Search, SearchConfig, make_accelerator
+from naslora.files import read_safetensors
+from naslora.results import BEST, LAST
+from naslora.training.accelerator import make_accelerator
+from naslora.training.run_config import RunConfig
+from naslora.training.run_data import find_splits
+from naslora.training.run_model import build_adapted_model
+from naslora.training.search import Search
+from naslora.training.search_config import SearchConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_vit", "fresh_accelerate")
 
@@ -262,9 +268,10 @@ def test_gradient_checkpointing_changes_nothing(make_search):
 LAUNCH = """
 import json, os, sys, torch
 from pathlib import Path
-from naslora import cli, sam
-from naslora.checkpoint import trained_state
-from naslora.search import Search
+from naslora import cli
+from naslora.sam import encoders as sam
+from naslora.adapter.storage import trained_state
+from naslora.training.search import Search
 
 tiny, folder, runs = json.loads(sys.argv[1])
 torch.set_num_threads(1)
@@ -394,8 +401,8 @@ def test_schedules(make_search, schedule, factor):
 )
 def test_the_rate_of_alpha_fits_the_number_of_its_steps(make_search, monkeypatch, changes, rate):
     # So short a run would otherwise be at the upper bound.
-    monkeypatch.setattr("naslora.search.ALPHA_TRAVEL", 0.5)
-    monkeypatch.setattr("naslora.search.MAX_ALPHA_RATE", 1.0)
+    monkeypatch.setattr("naslora.training.search.ALPHA_TRAVEL", 0.5)
+    monkeypatch.setattr("naslora.training.search.MAX_ALPHA_RATE", 1.0)
     search, rates = make_search(**{"alpha_learning_rate": None, **changes}), []
     watch(search, "architecture", lambda g: rates.append(g.optimizer.param_groups[0]["lr"]))
     search.run()
@@ -404,7 +411,7 @@ def test_the_rate_of_alpha_fits_the_number_of_its_steps(make_search, monkeypatch
 
 @pytest.mark.parametrize("travel, rate", [(1e-6, 3e-4), (1e6, 0.1)])
 def test_the_rate_of_alpha_is_bounded(make_search, monkeypatch, travel, rate):
-    monkeypatch.setattr("naslora.search.ALPHA_TRAVEL", travel)
+    monkeypatch.setattr("naslora.training.search.ALPHA_TRAVEL", travel)
     search = make_search(alpha_learning_rate=None, search_start=0, epochs=1)
     search.run()
     assert search.architecture.optimizer.param_groups[0]["lr"] == rate

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from naslora.config import NASLoRAConfig
+from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.injection import undone_on_error
+from naslora.adapter.merging import MergeMode, MergeReport
 from naslora.errors import UserError
-from naslora.injection import undone_on_error
-from naslora.merging import MergeMode, MergeReport
 from naslora.methods import (
     bitfit,
     conv_lora,
@@ -37,7 +37,7 @@ class Method(NamedTuple):
     add: Callable[[nn.Module, NASLoRAConfig], None]
     """Adds to a frozen encoder, in place, what the method trains; only that requires gradients."""
     merge: Callable[..., MergeReport] | None = None
-    """Folds it into the frozen weights, as ``naslora.merging.merge``; None if that cannot be."""
+    """Folds it into the frozen weights, as ``naslora.merge``; None if that cannot be."""
     why_unmerged: str = ""
     """Why it cannot be folded."""
     fields: tuple[str, ...] = ()
@@ -159,7 +159,7 @@ def merge(
 
     Args:
         model: a model that ``apply`` or ``naslora.inject`` adapted.
-        mode: what becomes of a searched cell, as in ``naslora.merging.merge``.
+        mode: what becomes of a searched cell, as in ``naslora.adapter.merging.merge``.
         calibration: batches on which to measure errors, as there.
 
     Raises:

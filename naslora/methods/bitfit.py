@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from naslora.config import NASLoRAConfig
+from naslora.adapter.config import NASLoRAConfig
 from naslora.methods.encoders import refuse
 
 UNMERGED = "it trains the encoder's own biases, there is nothing to fold"

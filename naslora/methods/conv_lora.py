@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.config import NASLoRAConfig
-from naslora.injection import find_targets, replace_module
-from naslora.layer import as_grid
+from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.injection import find_targets, replace_module
+from naslora.adapter.layer import as_grid
 from naslora.methods.encoders import beside
 
 EXPERTS = 8

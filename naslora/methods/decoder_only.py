@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from naslora.config import NASLoRAConfig
+from naslora.adapter.config import NASLoRAConfig
 
 UNMERGED = "it leaves the encoder as it is, there is nothing to fold"
 

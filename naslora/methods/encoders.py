@@ -21,7 +21,7 @@ def is_plain_vit(encoder: nn.Module) -> bool:
 
 
 def is_tiny_vit(encoder: nn.Module) -> bool:
-    """Whether it is MobileSAM's encoder, a ``naslora.sam.TinyViTEncoder``."""
+    """Whether it is MobileSAM's encoder, a ``naslora.sam.encoders.TinyViTEncoder``."""
     return len(tiny_vit_stages(encoder)) > 0
 
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from naslora.config import NASLoRAConfig
+from naslora.adapter.config import NASLoRAConfig
 
 UNMERGED = "it trains the encoder's own weights, there is nothing to fold"
 

@@ -6,7 +6,7 @@ As defined in the paper, so without the dropout that its authors' code adds.
 import torch
 from torch import Tensor, nn
 
-from naslora.config import NASLoRAConfig
+from naslora.adapter.config import NASLoRAConfig
 from naslora.methods.encoders import (
     AdaptedBlock,
     beside,

@@ -7,9 +7,9 @@ import dataclasses
 
 from torch import nn
 
-from naslora.config import NASLoRAConfig
-from naslora.injection import inject
-from naslora.merging import MODES, merge
+from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.injection import inject
+from naslora.adapter.merging import MODES, merge
 
 __all__ = ["FIELDS", "add", "add_full", "merge", "merge_modes"]
 

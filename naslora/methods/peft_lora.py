@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from naslora.config import NASLoRAConfig
-from naslora.injection import find_targets
-from naslora.merging import (
+from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.injection import find_targets
+from naslora.adapter.merging import (
     MergeMode,
     MergeReport,
     calibration_batches,

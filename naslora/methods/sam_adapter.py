@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from naslora.config import NASLoRAConfig
+from naslora.adapter.config import NASLoRAConfig
 from naslora.methods.encoders import beside, is_plain_vit, is_tiny_vit, refuse, tiny_vit_stages
 
 SCALE_FACTOR = 16  # of the encoder's width to the adapter's

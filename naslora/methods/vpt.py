@@ -8,7 +8,7 @@ they ask no queries and get no MLP here: the image tokens come out the same.
 import torch
 from torch import Tensor, nn
 
-from naslora.config import NASLoRAConfig
+from naslora.adapter.config import NASLoRAConfig
 from naslora.methods.encoders import AdaptedBlock, beside, is_plain_vit, refuse
 
 PROMPTS = 12  # tokens a block

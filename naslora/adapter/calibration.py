@@ -1,0 +1,286 @@
+"""Calibrated merging: a linear layer fitted, on calibration images, to what its cell does.
+
+A layer's update is s W_d y, with y (r numbers a token) what the cell makes of a token and its
+neighbours. Neighbours look alike, so much of y can be told from the token's own input x:
+y ~ G x + g by ridge regression, and s W_d G, s W_d g fold into the frozen weight and bias.
+
+- Layer by layer: each is fitted on the inputs that the layers merged before it give, towards what
+  the unmerged model computed, so that later layers take back what earlier ones lost.
+- The penalty pulls G to the cell's centre taps (mode "center"), not to zero: with little data the
+  result is that of "center", and with more it moves away as far as held-out tokens agree.
+- Only sums of products are kept, (C_in + r + 1)^2 numbers in float64 for each of a few groups of
+  tokens, and r numbers a token for the targets. The groups are the folds of a cross-validation
+  that chooses the penalty; they follow each other in the stream, so that hardly a token has its
+  neighbour in another group.
+
+The images pass once through the unmerged model, then once for every layer, up to that layer: for
+L layers about 1 + L / 2 passes. Nothing is assumed of the model but that it calls its layers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from naslora.adapter.cell import LinearCell
+from naslora.adapter.injection import replace_module
+from naslora.adapter.layer import NASLoRALinear
+from naslora.errors import UserError
+
+FOLDS = 4
+# Of the mean variance of a layer's inputs. The last leaves the centre taps as they are.
+PENALTIES = tuple(10.0**k for k in range(-8, 4))
+# A weight of a layer wants this many tokens; fewer are used all the same, with a warning.
+TOKENS_PER_INPUT = 4
+CHUNK = 4096  # tokens widened to float64 at a time
+
+Observe = Callable[[int, NASLoRALinear, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """y ~ G x + g for one layer."""
+
+    linear_map: Tensor
+    """(r, C_in) float64: G."""
+    offset: Tensor
+    """(r,) float64: g; zero where the layer has no bias."""
+    tokens: int
+    regularisation: float
+    """The penalty, relative to the mean variance of the inputs."""
+    held_out_error: float
+    """Relative error of the update on tokens that the fit had not seen, over all folds."""
+
+
+class Moments:
+    """Sums of products of v = (x, y, 1) over tokens, in float64, for each of FOLDS groups."""
+
+    def __init__(self, tokens: int, c_in: int, rank: int, device: torch.device) -> None:
+        size = c_in + rank + 1
+        self.sums = torch.zeros(FOLDS, size, size, dtype=torch.float64, device=device)
+        self.bounds = [round(tokens * fold / FOLDS) for fold in range(FOLDS + 1)]
+        self.seen = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds the next tokens: x (T, C_in), y (T, r)."""
+        for fold in range(FOLDS):
+            first = max(self.bounds[fold] - self.seen, 0)
+            last = min(self.bounds[fold + 1] - self.seen, len(x))
+            for start in range(first, last, CHUNK):
+                part = slice(start, min(start + CHUNK, last))
+                v = torch.cat([x[part].double(), y[part].double()], 1)
+                v = torch.cat([v, v.new_ones(len(v), 1)], 1)
+                self.sums[fold] += v.T @ v
+        self.seen += len(x)
+
+
+def fit(moments: Moments, prior: Tensor, decoder: Tensor, bias: bool) -> Fit:
+    """Ridge regression of y on x, towards a prior, the penalty chosen by cross-validation.
+
+    Args:
+        moments: sums over all tokens.
+        prior: (r, C_in) the map to which the penalty pulls.
+        decoder: (C_out, r) W_d, in whose outputs errors are measured.
+        bias: whether there is an offset g.
+
+    Returns:
+        The fit on all tokens with the penalty whose held-out error is least.
+    """
+    rank, c_in = prior.shape
+    metric = decoder.double().T @ decoder.double()
+    total = moments.sums.sum(0)
+    held_out = torch.zeros(len(PENALTIES), dtype=torch.float64, device=total.device)
+    for fold in moments.sums:
+        for i, (linear_map, offset) in enumerate(_solve(total - fold, prior, bias)):
+            residual = torch.cat([-linear_map, torch.eye(rank).to(total), -offset[:, None]], 1)
+            held_out[i] += ((residual @ fold @ residual.T) * metric).sum()
+    updates = (total[c_in:-1, c_in:-1] * metric).sum()
+    best = int(held_out.argmin())
+    [(linear_map, offset)] = _solve(total, prior, bias, PENALTIES[best : best + 1])
+    error = float((held_out[best].clamp(min=0) / updates).sqrt()) if updates > 0 else 0.0
+    return Fit(linear_map, offset, int(total[-1, -1]), PENALTIES[best], error)
+
+
+def _solve(
+    sums: Tensor, prior: Tensor, bias: bool, penalties: Sequence[float] = PENALTIES
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(G, g) for each penalty: prior + the ridge regression of y - prior x."""
+    c_in = prior.shape[1]
+    change = torch.eye(len(sums)).to(sums)  # of variables, from y to y - prior x
+    change[c_in:-1, :c_in] = -prior
+    moments = change @ (sums / sums[-1, -1]) @ change.T
+    mean = moments[:-1, -1] if bias else torch.zeros_like(moments[:-1, -1])
+    covariance = moments[:-1, :-1] - torch.outer(mean, mean)
+    variance = covariance[:c_in, :c_in].diagonal().mean().clamp(min=1e-300)
+    for penalty in penalties:
+        regular = covariance[:c_in, :c_in] + penalty * variance * torch.eye(c_in).to(sums)
+        factor = torch.linalg.cholesky(regular)
+        difference = torch.cholesky_solve(covariance[:c_in, c_in:], factor).T  # (r, C_in)
+        yield prior + difference, mean[c_in:] - difference @ mean[:c_in]
+
+
+def calibrate(
+    model: nn.Module, layers: dict[str, NASLoRALinear], batches: Sequence[Any]
+) -> dict[str, tuple[Fit, nn.Linear]]:
+    """Fits every layer, each with the ones before it merged; the model ends as it was.
+
+    Args:
+        model: a model that calls ``layers``.
+        layers: its adapted layers by name.
+        batches: what the model is fed with.
+
+    Returns:
+        For every layer its fit and the nn.Linear it gives.
+
+    Raises:
+        UserError: a batch does not fit the model or does not reach a layer, a value is not finite,
+            or there are fewer tokens than inputs.
+    """
+    names = {layer: name for name, layer in layers.items()}
+    targets: dict[NASLoRALinear, dict[int, Tensor]] = {}  # in the order in which layers are called
+
+    def keep_target(batch: int, layer: NASLoRALinear, x: Tensor) -> None:
+        y = layer.mixed(x).reshape(-1, layer.rank)
+        targets.setdefault(layer, {}).setdefault(batch, y)
+
+    feed(model, batches, keep_target, list(layers.values()))
+    check_reached(layers, targets)
+    for layer, ys in targets.items():
+        _check_tokens(names[layer], layer, sum(len(y) for y in ys.values()))
+    fits = {}
+    try:
+        for layer, ys in targets.items():
+            name = names[layer]
+            fits[name] = _fit_layer(model, name, layer, ys, batches)
+            replace_module(model, name, fits[name][1])
+    finally:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+    return fits
+
+
+def _check_tokens(name: str, layer: NASLoRALinear, tokens: int) -> None:
+    if tokens < layer.in_features:
+        raise UserError(
+            f"layer {name} sees {tokens} tokens of the calibration images, fewer than its "
+            f"{layer.in_features} inputs; give more images"
+        )
+
+
+def _fit_layer(
+    model: nn.Module,
+    name: str,
+    layer: NASLoRALinear,
+    targets: dict[int, Tensor],
+    batches: Sequence[Any],
+) -> tuple[Fit, nn.Linear]:
+    tokens = sum(len(y) for y in targets.values())
+    moments = Moments(tokens, layer.in_features, layer.rank, layer.weight.device)
+
+    def add(batch: int, layer: NASLoRALinear, x: Tensor) -> None:
+        moments.add(x.reshape(-1, layer.in_features), targets[batch])
+        raise _Reached
+
+    feed(model, batches, add, [layer])
+    if not moments.sums.isfinite().all():
+        raise UserError(
+            f"layer {name} meets values that are not finite on the calibration images; look for "
+            "bad images, or merge in float32"
+        )
+    fitted = fit(moments, _prior(layer), layer.lora_B, layer.bias is not None)
+    return fitted, layer.folded(fitted.linear_map, fitted.offset)
+
+
+def _prior(layer: NASLoRALinear) -> Tensor:
+    """(r, C_in): what the adapter does through its centre taps; without such taps, through the
+    channels that bypass the cell."""
+    if layer.cell is None or isinstance(layer.cell, LinearCell):
+        return layer.centre() @ layer.lora_A.double()
+    prior = layer.lora_A.double().clone()
+    prior[layer.channels] = 0.0
+    return prior
+
+
+class _Reached(Exception):
+    """Ends a forward pass where the rest of it is not needed."""
+
+
+def feed(
+    model: nn.Module, batches: Sequence[Any], observe: Observe, layers: Sequence[NASLoRALinear]
+) -> None:
+    """Feeds the batches in evaluation mode; ``observe`` gets what each call of a layer is given.
+
+    Args:
+        model: left as it was.
+        batches: each fed as ``model(batch)``.
+        observe: called with the batch's index, the layer and its input.
+        layers: the layers to observe.
+
+    Raises:
+        UserError: there are no batches, or one does not fit the model.
+    """
+    if not batches:
+        raise UserError("calibration yielded no batches")
+    busy = False  # what `observe` makes the layer compute is not to be observed
+    index = 0
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal busy
+        if busy:
+            return
+        busy = True
+        try:
+            observe(index, layer, inputs[0])
+        finally:
+            busy = False
+
+    with _evaluating(model), torch.no_grad():
+        handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+        try:
+            for index, batch in enumerate(batches):
+                _feed_one(model, batch, index)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _feed_one(model: nn.Module, batch: Any, index: int) -> None:
+    try:
+        model(batch)
+    except _Reached:
+        pass
+    except UserError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"calibration batch {index + 1}{shape} does not fit the model: {reason}"
+        ) from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def check_reached(layers: dict[str, NASLoRALinear], reached: Any) -> None:
+    """Refuses calibration that says nothing about some layer.
+
+    Raises:
+        UserError: a layer is not among ``reached``.
+    """
+    unseen = [name for name, layer in layers.items() if layer not in reached]
+    if unseen:
+        raise UserError(f"no calibration batch reached the layers {', '.join(unseen[:4])}")

@@ -1,0 +1,119 @@
+"""Put NAS-LoRA into an existing model, and find its parameters again."""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.layer import NASLoRALinear
+from naslora.errors import UserError
+
+
+def inject(model: nn.Module, config: NASLoRAConfig) -> list[str]:
+    """Replaces the matching nn.Linear layers by ``NASLoRALinear``, in place; freezes all else.
+
+    Every random number comes from ``config.seed``: the same model and configuration give the same
+    adapter on every device.
+
+    Args:
+        model: any model whose target layers see (B, H, W, C) or (B, N, C) token grids.
+        config: what to inject where.
+
+    Returns:
+        The names of the replaced layers, in model order.
+
+    Raises:
+        UserError: no layer matches, a match is no nn.Linear, a block index is out of range, or the
+            model has NAS-LoRA layers already. The model is then unchanged.
+    """
+    names = find_targets(model, config)
+    generator = torch.Generator().manual_seed(config.seed)
+    adapted = {name: NASLoRALinear(model.get_submodule(name), config, generator) for name in names}
+    model.requires_grad_(False)
+    for name, layer in adapted.items():
+        layer.train(model.training)
+        replace_module(model, name, layer)
+    return names
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, NASLoRALinear]]:
+    """The model's NAS-LoRA layers with their names, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, NASLoRALinear):
+            yield name, module
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' weights - lora_A, lora_B and the operations' - without alpha."""
+    return [
+        parameter
+        for _, layer in adapter_layers(model)
+        for name, parameter in layer.named_parameters()
+        if name != "alpha" and not name.startswith("base.")
+    ]
+
+
+def arch_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The architecture logits alpha, one (8,) tensor a layer; empty for plain LoRA."""
+    return [layer.alpha for _, layer in adapter_layers(model) if layer.alpha is not None]
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts ``module`` where the submodule ``name`` was."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Takes back, on an error, what was done meanwhile to the model's modules and to which of its
+    parameters require gradients; the tensors' values are not looked at."""
+    modules = [
+        (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
+        raise
+
+
+def find_targets(model: nn.Module, config: NASLoRAConfig) -> list[str]:
+    """The names of the nn.Linear layers that the configuration adapts, in model order.
+
+    Raises:
+        UserError: as ``inject``.
+    """
+    present = [name for name, _ in adapter_layers(model)]
+    if present:
+        raise UserError(f"the model has NAS-LoRA layers already, the first is {present[0]!r}")
+    pattern = re.compile(config.target)
+    matches = [name for name, _ in model.named_modules() if name and pattern.search(name)]
+    if not matches:
+        linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        raise UserError(
+            f"no layer matches target {config.target!r}; the model's nn.Linear layers are: "
+            f"{', '.join(linear[:8]) or 'none'}{' ...' if len(linear) > 8 else ''}"
+        )
+    for name in matches:
+        if not isinstance(model.get_submodule(name), nn.Linear):
+            kind = type(model.get_submodule(name)).__name__
+            raise UserError(f"target {config.target!r} matches {name!r}, a {kind}, not nn.Linear")
+    if config.blocks is None:
+        return matches
+    if max(config.blocks) >= len(matches):
+        raise UserError(
+            f"blocks must lie in 0..{len(matches) - 1}, as {len(matches)} layers match, got "
+            f"{list(config.blocks)}"
+        )
+    return [matches[block] for block in sorted(config.blocks)]

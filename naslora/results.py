@@ -1,0 +1,333 @@
+"""What a run leaves behind: the types of its records, and their one reader and writer.
+
+JSON and CSV files keep the layout of version 0.1.0. A field with the metadata ``OPTIONAL`` is left
+out of a JSON file while it is None; every other None is written as null. In a CSV file a nested
+record becomes columns with its field's name in front, and None is an empty cell.
+"""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from naslora.adapter.merging import LayerError
+from naslora.errors import UserError
+from naslora.files import read_json, write_json, write_text
+
+# The files of a run's folder.
+CONFIG = "config.json"
+BEST = "best"
+"""Folder of the best epoch's adapter, as ``save_adapter`` writes it."""
+LAST = "last.pt"
+"""Everything that ``--resume`` needs."""
+HISTORY = "history.csv"
+OPERATIONS_JSON = "operations.json"
+METRICS_JSON = "metrics.json"
+REPORT = "report.html"
+
+OPTIONAL = {"optional": True}
+"""Metadata of a dataclass field that is absent from JSON while it is None."""
+
+Record = TypeVar("Record")
+MetricValue = float | None | dict[str, float | None]
+"""A metric's number; None where it is undefined; for a metric of classes, one number a class."""
+
+
+# ---- An epoch ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PhaseSeconds:
+    """Seconds that an epoch spent in each phase."""
+
+    weights: float
+    architecture: float
+    evaluation: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole epoch."""
+        return self.weights + self.architecture + self.evaluation
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of training: a row of history.csv."""
+
+    epoch: int
+    """Counted from 0."""
+    stage: int
+    """1 while only the weights train, 2 once alpha trains as well."""
+    spatial: float
+    """Share in [0, 1] that the cell takes from neighbouring tokens; below 1 only in annealing."""
+    train_loss: float
+    arch_loss: float | None
+    """Mean loss of the architecture steps; None in an epoch without any."""
+    val_loss: float
+    val_dice: float | None
+    """In [0, 1], like the other scores; None if no validation image has a score."""
+    val_iou: float | None
+    val_accuracy: float | None
+    learning_rate: float
+    """Rate of the weights at the start of the epoch."""
+    entropy: float | None
+    """Entropy of softmax(alpha) in nats, mean over the layers; None without alpha."""
+    seconds: PhaseSeconds
+
+    @property
+    def quality(self) -> tuple[float, ...]:
+        """The key by which the best epoch is chosen; greater is better.
+
+        Validation Dice decides, then the lower validation loss. The loss decides while a model
+        predicts nothing yet, or where the split has no foreground. With annealing only the epochs
+        that end it count.
+        """
+        return -self.spatial, self.val_dice or 0.0, -self.val_loss
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The state of the search after an epoch."""
+
+    epoch: int
+    """-1 is the state before training."""
+    softmax: list[list[float]]
+    """softmax(alpha): one list a layer, one weight an operation."""
+
+
+@dataclass(frozen=True)
+class OperationHistory:
+    """The path of alpha through training: operations.json."""
+
+    operations: list[str]
+    layers: list[str]
+    epochs: list[Mixture]
+
+
+# ---- Scores --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Scores of one foreground class, in [0, 1]; None if no image has it."""
+
+    dice: float | None
+    iou: float | None
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of a part of a split that is also scored on its own."""
+
+    images: int
+    metrics: dict[str, MetricValue]
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """Loss and scores of a model on a split. Scores lie in [0, 1]; None means undefined."""
+
+    loss: float | None = None
+    dice: float | None = None
+    iou: float | None = None
+    accuracy: float | None = None
+    per_class: dict[str, ClassScores] | None = field(default=None, metadata=OPTIONAL)
+    metrics: dict[str, MetricValue] | None = field(default=None, metadata=OPTIONAL)
+    """What the data set is reported by, by the names of ``naslora.metrics.METRICS``."""
+    resolution: str | None = field(default=None, metadata=OPTIONAL)
+    """Size at which ``metrics`` were taken, in words."""
+    groups: dict[str, GroupScores] | None = field(default=None, metadata=OPTIONAL)
+    images: int | None = field(default=None, metadata=OPTIONAL)
+
+
+# ---- A run ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters by part of the model."""
+
+    frozen: int
+    decoder: int
+    adapter: int
+    """What the method trains in the encoder, without alpha."""
+    architecture: int
+    """Alpha."""
+
+    @property
+    def trainable(self) -> int:
+        """All parameters that train."""
+        return self.decoder + self.adapter + self.architecture
+
+    @property
+    def total(self) -> int:
+        """All parameters of the model."""
+        return self.frozen + self.trainable
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A way of merging, tried on the trained model: its report, or why it was refused."""
+
+    mode: str | None = field(default=None, metadata=OPTIONAL)
+    source: str | None = field(default=None, metadata=OPTIONAL)
+    """What the errors were measured on."""
+    layers: list[LayerError] | None = field(default=None, metadata=OPTIONAL)
+    warning: str | None = None
+    refused: str | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class AnnealingState:
+    """Validation scores of one epoch, or of the merged model, which has no epoch."""
+
+    epoch: int | None = field(default=None, metadata=OPTIONAL)
+    spatial: float | None = field(default=None, metadata=OPTIONAL)
+    val_loss: float | None = None
+    val_dice: float | None = None
+    val_iou: float | None = None
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """What annealing the cell cost on the validation images."""
+
+    before: AnnealingState | None
+    """The best epoch before annealing; None if annealing begins with the first epoch."""
+    during: list[AnnealingState]
+    after: AnnealingState
+    """The best epoch after annealing."""
+    merged: AnnealingState
+    """That epoch, merged with mode ``center``."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run reports: metrics.json."""
+
+    test: SplitScores | None = field(default=None, metadata=OPTIONAL)
+    val: SplitScores | None = field(default=None, metadata=OPTIONAL)
+    best_epoch: int | None = field(default=None, metadata=OPTIONAL)
+    trainable_parameters: int | None = field(default=None, metadata=OPTIONAL)
+    parameters: ParameterCounts | None = field(default=None, metadata=OPTIONAL)
+    images: dict[str, int] | None = field(default=None, metadata=OPTIONAL)
+    """Number of images by split."""
+    test_merged: dict[str, SplitScores] | None = field(default=None, metadata=OPTIONAL)
+    """Test scores by way of merging."""
+    merge: dict[str, MergeResult] | None = field(default=None, metadata=OPTIONAL)
+    annealing: Annealing | None = field(default=None, metadata=OPTIONAL)
+    seconds: float | None = field(default=None, metadata=OPTIONAL)
+    """Seconds of training and of the final evaluation."""
+
+
+# ---- Reading and writing -------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> Any:
+    """Turns records, and containers of records, into JSON-ready values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: to_json(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if getattr(value, f.name) is not None or not f.metadata.get("optional")
+        }
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(kind: type[Record], values: Any, where: object) -> Record:
+    """Makes a record of JSON-ready values.
+
+    Args:
+        kind: the type to make.
+        values: what ``to_json`` returned; unknown keys are ignored.
+        where: the file, for the message.
+
+    Raises:
+        UserError: a value is missing or has another type; the message names the first one.
+    """
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where} is not a {kind.__name__} of this version: {error}") from error
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Writes a record, or a container of records, as a JSON file, atomically."""
+    write_json(path, to_json(record))
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Reads a record from a JSON file.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds something else; as ``from_json``.
+    """
+    return from_json(kind, read_json(path), path)
+
+
+def as_csv(rows: Sequence[Any]) -> str:
+    """The rows as CSV text.
+
+    Args:
+        rows: records, or dictionaries of column to value; a column that a row lacks is empty.
+    """
+    flat = [_flatten(row) for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Writes rows, as for ``as_csv``, to a CSV file, atomically."""
+    write_text(path, as_csv(rows))
+
+
+def read_rows(path: Path, kind: type[Record]) -> list[Record]:
+    """Reads the records of a CSV file that ``write_rows`` wrote.
+
+    Raises:
+        UserError: the file is missing or has other columns.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [_unflatten(kind, row) for row in csv.DictReader(file)]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (msgspec.ValidationError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} does not hold rows of {kind.__name__}: {error}") from error
+
+
+def _flatten(row: Any) -> dict[str, Any]:
+    values = (
+        row
+        if isinstance(row, dict)
+        else {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+    )
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{name}_{inner}": item for inner, item in _flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _unflatten(kind: type[Record], row: dict[str, str]) -> Record:
+    values: dict[str, Any] = {name: cell if cell != "" else None for name, cell in row.items()}
+    for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(f.type):
+            inner = dataclasses.fields(f.type)
+            values[f.name] = {g.name: values.get(f"{f.name}_{g.name}") for g in inner}
+    return msgspec.convert(values, kind, strict=False)

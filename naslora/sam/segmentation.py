@@ -1,0 +1,193 @@
+"""SAM for semantic segmentation: a frozen encoder, constant prompts, a trained mask decoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.mask_decoder import MLP
+from torch import Tensor, nn
+
+from naslora.errors import UserError
+from naslora.sam.checkpoint import load_sam_checkpoint
+from naslora.sam.encoders import EMBED_DIM, build_image_encoder, build_prompt_encoder
+
+# ImageNet mean and standard deviation, as SAM's encoders expect them, for images in [0, 1].
+PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+MULTICLASS_TOKENS = 10
+
+
+@dataclass
+class SegmentationOutput:
+    """What the decoder predicts for B images of S x S pixels with Q mask tokens."""
+
+    masks: Tensor
+    """(B, Q, S, S) mask logits, upsampled bilinearly to the image."""
+    classes: Tensor | None
+    """(B, Q, K + 1) class logits of the mask tokens, "no object" last; None if binary."""
+
+    def class_map(self) -> Tensor:
+        """(B, K, S, S) scores, K = 1 if binary: a probability then, else the paper's class map
+        sum_q softmax(classes)_qk sigmoid(masks)_q."""
+        masks = self.masks.float().sigmoid()
+        if self.classes is None:
+            return masks
+        classes = self.classes.float().softmax(-1)[..., :-1]
+        return torch.einsum("bqk,bqhw->bkhw", classes, masks)
+
+    def labels(self) -> Tensor:
+        """(B, S, S) int64: 0 or 1 at a threshold of 0.5 if binary, else the best class."""
+        return labels_of(self.class_map())
+
+
+def labels_of(class_map: Tensor) -> Tensor:
+    """(B, K, H, W) scores as of ``class_map`` to (B, H, W) int64 labels."""
+    return (class_map[:, 0] > 0.5).long() if class_map.shape[1] == 1 else class_map.argmax(1)
+
+
+class SegmentationDecoder(nn.Module):
+    """SAM's mask decoder for semantic segmentation; its parameters keep SAM's names.
+
+    The IoU head is gone. Binary: one mask token with its hypernetwork. Several classes: the mask
+    tokens share one hypernetwork, and ``class_head`` classifies them.
+    """
+
+    def __init__(self, num_classes: int, num_tokens: int) -> None:
+        super().__init__()
+        self.transformer = TwoWayTransformer(
+            depth=2, embedding_dim=EMBED_DIM, mlp_dim=2048, num_heads=8
+        )
+        self.iou_token = nn.Embedding(1, EMBED_DIM)
+        self.mask_tokens = nn.Embedding(num_tokens, EMBED_DIM)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(EMBED_DIM, EMBED_DIM // 4, kernel_size=2, stride=2),
+            LayerNorm2d(EMBED_DIM // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(EMBED_DIM // 4, EMBED_DIM // 8, kernel_size=2, stride=2),
+            nn.GELU(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            [MLP(EMBED_DIM, EMBED_DIM, EMBED_DIM // 8, num_layers=3)]
+        )
+        self.class_head = nn.Linear(EMBED_DIM, num_classes + 1) if num_classes > 1 else None
+
+    def forward(
+        self, embedding: Tensor, positions: Tensor, dense_prompt: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predicts masks and classes.
+
+        Args:
+            embedding: (B, 256, g, g) image embedding.
+            positions: (1, 256, g, g) positional encoding of its tokens.
+            dense_prompt: (1, 256, 1, 1) embedding that stands for "no mask prompt".
+
+        Returns:
+            (B, Q, 4g, 4g) mask logits and (B, Q, K + 1) class logits, or None if binary.
+        """
+        batch, channels, height, width = embedding.shape
+        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = tokens.expand(batch, -1, -1)  # (B, 1 + Q, 256)
+        positions = positions.expand(batch, -1, -1, -1)
+        tokens, source = self.transformer(embedding + dense_prompt, positions, tokens)
+        tokens = tokens[:, 1:]  # (B, Q, 256)
+        source = source.transpose(1, 2).reshape(batch, channels, height, width)
+        upscaled = self.output_upscaling(source)  # (B, 32, 4g, 4g)
+        weights = self.output_hypernetworks_mlps[0](tokens)  # (B, Q, 32)
+        masks = torch.einsum("bqc,bchw->bqhw", weights, upscaled)
+        return masks, None if self.class_head is None else self.class_head(tokens)
+
+
+class SamForSegmentation(nn.Module):
+    """SAM without interaction: images in, masks out. Only the decoder is left trainable.
+
+    Args:
+        name: one of ``naslora.sam.encoders.MODELS``.
+        image_size: side S of the square images in pixels, a multiple of 16.
+        num_classes: 1 for binary segmentation, else K classes with the background as class 0.
+        num_tokens: mask tokens of the multi-class decoder; None takes 10, or one a class where
+            there are more classes.
+
+    Attributes:
+        left_out: what its SAM checkpoint has and the model has not, for ``sam_state_dict``.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int = 1024,
+        num_classes: int = 1,
+        num_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise UserError(f"num_classes must be at least 1, got {num_classes}")
+        num_tokens = num_tokens or max(MULTICLASS_TOKENS, num_classes)
+        if num_classes > 1 and num_tokens < num_classes:
+            raise UserError(f"{num_classes} classes need as many mask tokens, got {num_tokens}")
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.left_out: dict[str, Tensor] = {}
+        self.image_encoder = build_image_encoder(name, image_size).requires_grad_(False)
+        self.prompt_encoder = build_prompt_encoder(image_size).requires_grad_(False)
+        self.mask_decoder = SegmentationDecoder(num_classes, num_tokens if num_classes > 1 else 1)
+        mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
+        self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "SamForSegmentation":
+        """As of nn.Module, but frozen batch norms of the encoder keep their statistics."""
+        super().train(mode)
+        for module in self.image_encoder.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """Segments (B, 3, S, S) RGB images in [0, 1].
+
+        Raises:
+            ValueError: images of another size.
+        """
+        size = (self.image_size, self.image_size)
+        if images.dim() != 4 or images.shape[1:] != (3, *size):
+            expected = f"(B, 3, {size[0]}, {size[1]})"
+            raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
+        embedding = self.image_encoder((images - self.pixel_mean) / self.pixel_std)
+        positions = self.prompt_encoder.get_dense_pe()
+        no_mask = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        masks, classes = self.mask_decoder(embedding, positions, no_mask)
+        masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
+        return SegmentationOutput(masks, classes)
+
+
+def build_model(
+    name: str,
+    image_size: int,
+    num_classes: int = 1,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+) -> SamForSegmentation:
+    """Builds SAM for segmentation, random weights drawn from ``seed``, and loads a checkpoint.
+
+    Raises:
+        UserError: as ``SamForSegmentation`` and ``load_sam_checkpoint``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SamForSegmentation(name, image_size, num_classes)
+    if checkpoint is not None:
+        model.left_out = load_sam_checkpoint(model, checkpoint, name)
+    return model
+
+
+@torch.no_grad()
+def predict_labels(model: SamForSegmentation, images: Tensor) -> Tensor:
+    """(B, S, S) labels of (B, 3, S, S) images, on the CPU."""
+    model.eval()
+    return model(images.to(model.pixel_mean.device)).labels().cpu()

@@ -1,0 +1,265 @@
+"""A finished run: loading its model, and evaluating, predicting, merging and exporting it."""
+
+import dataclasses
+import functools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+
+from naslora.adapter.merging import MergeReport, restore_merged
+from naslora.adapter.storage import load_adapter
+from naslora.data.dataset import SegmentationDataset
+from naslora.data.masks import Sample, list_images, read_image
+from naslora.errors import UserError
+from naslora.files import read_json, read_safetensors, replaced_file, write_json
+from naslora.methods import (
+    check_merges,
+    merge,
+)
+from naslora.report.pictures import paint
+from naslora.results import BEST
+from naslora.sam.export import Description, Format, Part, Predict, export, load_exported
+from naslora.sam.segmentation import SamForSegmentation, build_model, predict_labels
+from naslora.training.accelerator import make_accelerator
+from naslora.training.evaluation import evaluate
+from naslora.training.run_config import Resolution, RunConfig
+from naslora.training.run_data import (
+    CALIBRATION_IMAGES,
+    calibration,
+    check_with_progress,
+    find_splits,
+    make_dataset,
+)
+from naslora.training.run_model import check_backend
+from naslora_kernels.backends import ENVIRONMENT_VARIABLE
+
+MERGED_CONFIG = "merged.json"
+
+
+LEFT_OUT = "left_out.safetensors"  # what the SAM checkpoint has and the model has not
+
+
+def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
+    """The trained model of a run's folder, or the merged one of a folder that ``merge_run`` wrote.
+
+    Raises:
+        UserError: the folder is neither, or a file in it is missing or damaged.
+    """
+    if (path / MERGED_CONFIG).is_file():
+        return _load_merged(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is no run: it has neither config.json nor {MERGED_CONFIG}")
+    config = RunConfig.from_dict(read_json(path / "config.json"))
+    if not (path / BEST).is_dir():
+        raise UserError(f"{path} has no trained model yet: {path / BEST} does not exist")
+    check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
+    model = build_model(
+        config.model, config.image_size, config.num_classes, config.checkpoint, config.adapter.seed
+    )
+    load_adapter(model, path / BEST)
+    return model.eval(), config
+
+
+def evaluate_run(
+    path: Path,
+    split: str = "test",
+    data: Path | None = None,
+    resolution: Resolution | None = None,
+) -> dict[str, Any]:
+    """Metrics of a trained or merged model on a split of its own data, or of another CSV folder.
+
+    Args:
+        path: a run's folder, or a merged model's.
+        split: which split.
+        data: another CSV folder.
+        resolution: other than the run's own.
+
+    Returns:
+        What ``naslora.training.evaluation.evaluate`` returns, and the number of ``images``.
+
+    Raises:
+        UserError: as ``load_model`` and ``find_splits``, or there is no such split.
+    """
+    model, config = load_model(path)
+    if data is not None:
+        config = dataclasses.replace(config, data=data, dataset="csv", root=None)
+    if resolution is not None:
+        config = dataclasses.replace(config, resolution=resolution)
+    splits = find_splits(config)
+    if split not in splits:
+        raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
+    check_with_progress(splits[split], config)
+    return {**evaluate_model(model, config, splits[split]), "images": len(splits[split])}
+
+
+def evaluate_model(
+    model: SamForSegmentation, config: RunConfig, samples: list[Sample]
+) -> dict[str, Any]:
+    """Loss and metrics of a run's model on some samples, as ``evaluate``."""
+    accelerator = make_accelerator(config.search)
+    return evaluate(
+        model.to(accelerator.device),
+        make_dataset(config, samples, truth=config.resolution == "original"),
+        accelerator,
+        config.search.loss,
+        config.foreground_names,
+        config.search.batch_size,
+        config.search.workers,
+        config.metrics,
+    )
+
+
+def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
+    """Segments images: writes a mask and an overlay for each, at the image's own size.
+
+    Binary masks are 0/255, others class indices.
+
+    Args:
+        path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
+        inputs: image files, or folders of images.
+        output: created if need be; NAME_mask.png and NAME_overlay.png.
+
+    Returns:
+        The masks that were written.
+
+    Raises:
+        UserError: as ``load_model`` and ``load_exported``; an image is missing or unreadable, or
+            two have the same name.
+    """
+    images = [
+        image for item in inputs for image in ([item] if item.is_file() else list_images(item))
+    ]
+    if not images:
+        raise UserError(f"there are no images in {', '.join(map(str, inputs))}")
+    repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
+    if repeated:
+        raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
+    predict, config = _load_predictor(path)
+    samples = [Sample(image, None, "input") for image in images]
+    check_with_progress(samples, config)
+    dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
+    written = []
+    for sample, item in zip(dataset.samples, dataset, strict=True):
+        labels = predict(item["image"][None])[0].numpy()
+        picture = read_image(sample)
+        mask = Image.fromarray(labels.astype(np.uint8)).resize(picture.size, Image.NEAREST)
+        shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
+        target = output / f"{sample.image.stem}_mask.png"
+        with replaced_file(target) as temporary:
+            shown.save(temporary, format="PNG")
+        with replaced_file(output / f"{sample.image.stem}_overlay.png") as temporary:
+            names = ["background", *config.foreground_names]
+            overlay = paint(np.asarray(picture), np.asarray(mask), names)
+            Image.fromarray(overlay).save(temporary, format="PNG")
+        written.append(target)
+    return written
+
+
+def _load_predictor(path: Path) -> tuple[Predict, RunConfig]:
+    """What a folder or an exported file predicts with: (B, 3, S, S) images to (B, S, S) labels."""
+    if path.is_file():
+        predict, held = load_exported(path)
+        return predict, RunConfig(
+            model=held.model,
+            image_size=held.image_size,
+            num_classes=held.num_classes,
+            class_names=held.class_names,
+        )
+    model, config = load_model(path)
+    model.to(make_accelerator(config.search).device)
+    return functools.partial(predict_labels, model), config
+
+
+def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:
+    """Writes a merged model for another runtime, as ``naslora.export.export``.
+
+    Args:
+        path: a merged model's folder, or that of a run that has nothing to merge.
+        file_format: onnx, safetensors or torch-export.
+        output: the file.
+        part: "model", images to class scores, or "encoder", images to SAM's image embedding.
+
+    Raises:
+        UserError: as ``load_model`` and ``export``.
+    """
+    model, config = load_model(path)
+    names = tuple(config.foreground_names)
+    held = Description(config.model, config.image_size, config.num_classes, names, part)
+    export(model, held, file_format, output)
+
+
+def merge_run(
+    path: Path,
+    mode: str,
+    output: Path,
+    max_error: float | None = None,
+    images: int = CALIBRATION_IMAGES,
+) -> tuple[MergeReport, dict[str, Any]]:
+    """Merges a run's trained model and writes it: merged.json and model.safetensors.
+
+    Errors are measured on the run's validation images; mode "calibrated" is fitted to, and
+    measured on, training images.
+
+    Args:
+        path: a run's folder.
+        mode: as in ``naslora.merge``.
+        output: must be new or empty.
+        max_error: refuse if a layer's relative error of the update is larger.
+        images: how many training images to fit to.
+
+    Returns:
+        The merge's report, and the validation scores ``before`` and ``after`` it.
+
+    Raises:
+        UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; choose another --output")
+    model, config = load_model(path)
+    check_merges(model)
+    splits = find_splits(config)
+    scores = {"before": evaluate_model(model, config, splits["val"])}
+    report = merge(model, mode, calibration(config, splits, mode, model.pixel_mean.device, images))
+    scores["after"] = evaluate_model(model, config, splits["val"])
+    if max_error is not None and report.max_update_error > max_error:
+        raise UserError(
+            f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
+            f"more than --max-error {max_error:g}; nothing was written"
+        )
+    with replaced_file(output / "model.safetensors") as temporary:
+        state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, temporary)
+    if model.left_out:
+        with replaced_file(output / LEFT_OUT) as temporary:
+            save_file({k: v.contiguous() for k, v in model.left_out.items()}, temporary)
+    description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
+    write_json(output / MERGED_CONFIG, description)
+    return report, scores
+
+
+def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
+    stored = read_json(path / MERGED_CONFIG)
+    try:
+        config = RunConfig.from_dict(stored["config"])
+        names = [layer["name"] for layer in stored["report"]["layers"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {error}") from error
+    model = build_model(config.model, config.image_size, config.num_classes)
+    tensors = read_safetensors(path / "model.safetensors")
+    restore_merged(model, names, tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not hold a whole merged model: {reason}") from error
+    if (path / LEFT_OUT).is_file():
+        model.left_out = read_safetensors(path / LEFT_OUT)
+    # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
+    model.train()
+    return model.eval(), config

@@ -1,0 +1,133 @@
+"""Loss and metrics of a model on a split."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from naslora.data.dataset import SegmentationDataset, collate
+from naslora.data.sampling import GlobalBatches
+from naslora.metrics import METRICS, Scores, image_scores, saliency_scores, summarise
+from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
+
+Loss = Callable[[SegmentationOutput, Tensor], Tensor]
+
+
+def make_loader(
+    dataset: SegmentationDataset, batches: GlobalBatches, workers: int, accelerator: Accelerator
+) -> DataLoader:
+    """Loads this process's share of each batch: dicts as of ``collate``, None for no share."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: SamForSegmentation,
+    dataset: SegmentationDataset,
+    accelerator: Accelerator,
+    loss: Loss,
+    class_names: list[str],
+    batch_size: int,
+    workers: int = 0,
+    metrics: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Scores every image of a split, at the size at which the model sees it.
+
+    Where the data set also gives the masks at their own size, images are scored at that size: the
+    class map is resized bilinearly before it is thresholded.
+
+    Args:
+        model: on the accelerator's device; is put into evaluation mode.
+        dataset: images with masks.
+        accelerator: processes share the images; each returns the whole result.
+        loss: of a batch of outputs and (B, S, S) labels.
+        class_names: the foreground classes' names.
+        batch_size: over all processes.
+        workers: data loading processes.
+        metrics: names of ``naslora.metrics.METRICS``.
+
+    Returns:
+        ``loss``, a mean over images, and what ``summarise`` returns. With ``metrics`` also the
+        ``resolution``, in words, and where samples have groups, ``groups``: for each the number of
+        its ``images`` and its ``metrics``.
+    """
+    model.eval()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = GlobalBatches(len(dataset), batch_size, rank, world, shuffle=False)
+    saliency = any(METRICS[name].saliency for name in metrics)
+    records = []
+    for batch in make_loader(dataset, batches, workers, accelerator):
+        if batch is not None:
+            records += _score(model, batch, accelerator, loss, saliency)
+    records = sorted(gather_object(records), key=lambda record: record[0])  # by the image's index
+    _, losses, scores = zip(*records, strict=True)
+    summary = {"loss": sum(losses) / len(losses), **_summary(scores, class_names, metrics)}
+    if metrics:
+        size = dataset.image_size
+        summary["resolution"] = "of each mask" if dataset.truth else f"{size} x {size}"
+        groups = _groups(dataset, scores, class_names, metrics)
+        if groups:
+            summary["groups"] = groups
+    return summary
+
+
+def _groups(
+    dataset: SegmentationDataset,
+    scores: Sequence[Scores],
+    class_names: list[str],
+    metrics: Sequence[str],
+) -> dict[str, Any]:
+    members: dict[str, list[Scores]] = {}
+    for sample, own in zip(dataset.samples, scores, strict=True):
+        if sample.group:
+            members.setdefault(sample.group, []).append(own)
+    return {
+        group: {"images": len(own), "metrics": _summary(own, class_names, metrics)["metrics"]}
+        for group, own in members.items()
+    }
+
+
+def _summary(
+    scores: Sequence[Scores], class_names: list[str], metrics: Sequence[str]
+) -> dict[str, Any]:
+    stacked = {name: torch.stack([own[name] for own in scores]) for name in scores[0]}
+    return summarise(stacked, class_names, metrics)
+
+
+def _score(
+    model: SamForSegmentation,
+    batch: dict[str, Any],
+    accelerator: Accelerator,
+    loss: Loss,
+    saliency: bool,
+) -> list[tuple[int, float, Scores]]:
+    """Of every image its index, the loss of its batch, and its scores."""
+    with accelerator.autocast():
+        output = model(batch["image"].to(accelerator.device))
+    mask = batch["mask"].to(accelerator.device)
+    mean_loss = float(loss(output, mask))
+    truths = [truth.to(accelerator.device) for truth in batch.get("truth", mask)]
+    return [
+        (int(index), mean_loss, _image_scores(scores[None], truth, model.num_classes, saliency))
+        for index, scores, truth in zip(batch["index"], output.class_map(), truths, strict=True)
+    ]
+
+
+def _image_scores(class_map: Tensor, truth: Tensor, num_classes: int, saliency: bool) -> Scores:
+    """Scores of one (1, K, S, S) class map at the size of its (H, W) truth."""
+    if class_map.shape[-2:] != truth.shape:
+        class_map = F.interpolate(class_map, truth.shape, mode="bilinear", align_corners=False)
+    scores = image_scores(labels_of(class_map), truth[None], num_classes)
+    own = {name: values[0].cpu() for name, values in scores.items()}
+    return own | saliency_scores(class_map[0, 0], truth) if saliency else own

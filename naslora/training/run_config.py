@@ -1,0 +1,145 @@
+"""The configuration of a run: everything that decides its result."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from naslora.adapter.config import NASLoRAConfig
+from naslora.data.datasets import find_dataset
+from naslora.data.layouts import DataSet
+from naslora.errors import UserError
+from naslora.methods import (
+    METHODS,
+    MethodName,
+    searches,
+)
+from naslora.metrics import check_metrics
+from naslora.training.search_config import SearchConfig
+
+Resolution = Literal["network", "original"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result."""
+
+    recipe: str | None = None
+    """Where the other settings come from that are not given: a recipe that ships with naslora, such
+    as `isic2017/nas-pc-lora`, or a YAML file."""
+    data: Path | None = None
+    """Folder with train.csv, val.csv and test.csv (columns image,label) and perhaps arch.csv."""
+    dataset: str = "csv"
+    """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}), `mni152`, or a data
+    set of the paper as it is distributed: `isic2017`, `kvasir`, `cvc-clinicdb`, `camouflage`
+    (COD10K, CAMO, CHAMELEON), `sbu`, `leaf`, `roads`, `trans10k-v1`, `trans10k-v2`."""
+    root: Path | None = None
+    """Folder of the data set; `--data DIR` is short for `--dataset csv --root DIR`."""
+    cache: Path | None = None
+    """Folder in which decoded, resized images are kept for later epochs and runs."""
+    model: str = "vit_b"
+    """vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM) or vit_t (small, trains on a CPU)."""
+    checkpoint: Path | None = None
+    """Pre-trained SAM checkpoint (.pth or .safetensors); without one the encoder is random."""
+    image_size: int = 1024
+    """Side to which images are resized, in pixels; a multiple of 16."""
+    num_classes: int = 1
+    """1 for binary masks, else the number of classes, the background (0) included; the paper's data
+    sets know theirs."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes without the background, for tables and reports."""
+    palette: tuple[str, ...] | None = None
+    """One colour a class (#rrggbb) for masks that are colour images."""
+    metrics: tuple[str, ...] | None = None
+    """What the test images are scored by; the default is what is reported on the data set."""
+    resolution: Resolution = "network"
+    """Size at which the test images are scored: the model's, or each mask's original one."""
+    method: MethodName = "nas-pc-lora"
+    """How the encoder is fine-tuned; plain LoRA in the fused kernels is `nas-pc-lora` with a
+    `--channel-ratio` of 0."""
+    adapter: NASLoRAConfig = field(default_factory=NASLoRAConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        self._take_what_is_known(find_dataset(self.dataset))
+        if self.resolution not in get_args(Resolution):
+            raise UserError(f"resolution must be network or original, got {self.resolution!r}")
+        foreground = max(self.num_classes - 1, 1)
+        if self.class_names is not None and len(self.class_names) != foreground:
+            raise UserError(
+                f"class_names must name the {foreground} foreground classes, got "
+                f"{len(self.class_names)}"
+            )
+        if self.data is not None and (self.root is not None or self.dataset != "csv"):
+            raise UserError("give either --data DIR or --dataset NAME --root DIR, not both")
+
+    def _take_what_is_known(self, dataset: DataSet) -> None:
+        """Number and names of the classes, and the metrics, of a data set that has its own."""
+        known = {}
+        if dataset.class_names:
+            binary = len(dataset.class_names) == 2
+            count = 1 if binary else len(dataset.class_names)
+            if self.num_classes not in (1, count):
+                raise UserError(f"{self.dataset} has {count} classes, got {self.num_classes}")
+            known["num_classes"] = count
+            if self.class_names is None:
+                known["class_names"] = dataset.class_names[1:]
+        if self.metrics is None:
+            known["metrics"] = dataset.metrics
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
+        check_metrics(self.metrics, self.num_classes)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the method has an alpha to search."""
+        return searches(self.method, self.adapter)
+
+    @property
+    def foreground_names(self) -> list[str]:
+        """The classes without the background."""
+        count = max(self.num_classes - 1, 1)
+        if self.class_names is not None:
+            return list(self.class_names)
+        return ["foreground"] if count == 1 else [f"class {k}" for k in range(1, count + 1)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; paths are absolute."""
+        values = dataclasses.asdict(self)
+        for name in ("data", "root", "cache", "checkpoint"):
+            if values[name] is not None:
+                values[name] = str(Path(values[name]).resolve())
+        return json.loads(json.dumps(values))  # tuples become lists, as in the file
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """The inverse of ``to_dict``.
+
+        Raises:
+            UserError: a field is unknown or out of range.
+        """
+        try:
+            values = dict(values)
+            for name in ("data", "root", "cache", "checkpoint"):
+                values[name] = Path(values[name]) if values[name] is not None else None
+            for name in ("class_names", "palette", "metrics"):
+                values[name] = tuple(values[name]) if values[name] is not None else None
+            values["adapter"] = NASLoRAConfig.from_dict(values["adapter"])
+            values["search"] = SearchConfig(**values["search"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"this is no run configuration of this version: {error}") from error
+
+
+def differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """The fields in which two configurations differ, as the command line names them."""
+    names = []
+    for name, value in given.items():
+        if isinstance(value, dict):
+            names += differing(stored[name], value)
+        elif stored[name] != value:
+            names.append(name)
+    return names

@@ -1,0 +1,103 @@
+"""The images of a run: its splits, their check before training, and what merging is fitted to."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from naslora.data.cache import Cache
+from naslora.data.dataset import SegmentationDataset
+from naslora.data.datasets import count_differences, load_splits
+from naslora.data.masks import Sample, check_samples, in_threads
+from naslora.data.sampling import hold_out
+from naslora.errors import UserError
+from naslora.training.run_config import RunConfig
+
+
+def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
+    """The samples of each split; ``arch`` is there exactly when the method searches with it."""
+    root = config.data or config.root
+    if root is None:
+        raise UserError("no data: give --data DIR, or --dataset NAME --root DIR")
+    splits = load_splits(config.dataset, root)
+    differences = count_differences(config.dataset, splits)
+    if differences and os.environ.get("RANK", "0") == "0":
+        listed = ", ".join(differences)
+        print(
+            f"naslora: warning: {root} is not the paper's {config.dataset}: {listed}",
+            file=sys.stderr,
+        )
+    if not config.searches or config.search.simultaneous:
+        # Without alpha steps of their own these images are training images like the others.
+        splits["train"] = splits["train"] + splits.pop("arch", [])
+    elif config.search.arch_fraction == 0:
+        splits.setdefault("arch", splits["train"])
+    elif "arch" not in splits:
+        fraction, seed = config.search.arch_fraction, config.adapter.seed
+        splits["train"], splits["arch"] = hold_out(splits["train"], fraction, seed)
+    return splits
+
+
+def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
+    """Reads every sample once before a long run starts, so that a bad file shows now."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("checking the data", total=len(samples))
+
+        def advance(done: int, _: int) -> None:
+            progress.update(task, completed=done)
+
+        if config.cache is None:
+            check_samples(samples, config.num_classes, config.palette, advance)
+        else:  # to fill the cache is to read everything once
+            in_threads(make_dataset(config, samples).read, samples, advance)
+
+
+def make_dataset(
+    config: RunConfig, samples: list[Sample], flip: bool = False, truth: bool = False
+) -> SegmentationDataset:
+    """The samples as the run's model sees them; ``truth`` as in ``SegmentationDataset``."""
+    return SegmentationDataset(
+        samples,
+        config.image_size,
+        config.num_classes,
+        config.palette,
+        flip=flip,
+        seed=config.adapter.seed,
+        cache=None if config.cache is None else Cache(config.cache),
+        truth=truth,
+    )
+
+
+def image_batches(
+    config: RunConfig, samples: list[Sample], device: torch.device
+) -> Iterator[Tensor]:
+    """(B, 3, S, S) batches of a split's images, in order."""
+    dataset = make_dataset(config, samples)
+    size = config.search.batch_size
+    for start in range(0, len(dataset), size):
+        items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
+        yield torch.stack(items).to(device)
+
+
+CALIBRATION_IMAGES = 16  # that mode `calibrated` is fitted to, unless told otherwise
+
+
+def calibration(
+    config: RunConfig,
+    splits: dict[str, list[Sample]],
+    mode: str,
+    device: torch.device,
+    images: int = CALIBRATION_IMAGES,
+) -> Iterator[Tensor]:
+    """What a way of merging is fitted to - training images, evenly spread - or measured on."""
+    if mode != "calibrated":
+        return image_batches(config, splits["val"], device)
+    train = splits["train"] + splits.get("arch", [])
+    train = list(dict.fromkeys(train))  # an arch split may be the training images again
+    indices = np.linspace(0, len(train) - 1, min(images, len(train))).round().astype(int)
+    return image_batches(config, [train[int(i)] for i in indices], device)
