@@ -1,4 +1,4 @@
-"""The command line, ``naslora COMMAND``: each command is a function below."""
+"""The command line, ``naslora COMMAND``: each command is a function of this file."""
 
 import contextlib
 import functools
@@ -21,6 +21,7 @@ from naslora.adapter.merging import MergeMode
 from naslora.errors import UserError
 from naslora.methods import MethodName
 from naslora.report.run_report import metric_rows
+from naslora.results import REPORT, RunResult, to_json
 from naslora.sam.export import Format, Part
 from naslora.study import ablation, analysis
 from naslora.study import compare as comparison
@@ -39,7 +40,7 @@ RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model."
 
 
 def main() -> None:
-    """Runs a command; what the user can mend ends in one line and exit status 2."""
+    """Runs a command; a ``UserError`` becomes one line of text and exit status 2."""
     commands = (demo, train, compare, ablate, evaluate, analyse, predict, merge, export, info)
     try:
         recipe = _named_recipe(sys.argv[1:])
@@ -51,13 +52,14 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit("naslora: interrupted; --resume continues the run") from None
     finally:
-        # Left to the interpreter's end, its threads can abort the process and so its exit status.
+        # The group's threads, if they live until the interpreter ends, can abort the process and
+        # change its exit status.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def _named_recipe(arguments: list[str]) -> RunConfig | None:
-    """The settings that the other options override; the parser needs them before it parses."""
+    """Loads the recipe that --recipe names: its settings are the defaults of the parser."""
     for option, value in zip(arguments, [*arguments[1:], None], strict=True):
         name = value if option == "--recipe" else option.partition("--recipe=")[2]
         if name:
@@ -68,7 +70,10 @@ def _named_recipe(arguments: list[str]) -> RunConfig | None:
 def _deferred(
     command: Callable[..., None], recipe: RunConfig | None
 ) -> Callable[..., Callable[[], None]]:
-    """A command that only takes its arguments, so that parsing and running can fail apart."""
+    """Wraps a command so that it takes its arguments now and runs later.
+
+    An error of the parser and an error of the command can then be told apart.
+    """
 
     @functools.wraps(command)
     def take(*args: Any, **kwargs: Any) -> Callable[[], None]:
@@ -77,7 +82,7 @@ def _deferred(
     if recipe is not None:
         signature = inspect.signature(command)
         parameters = [
-            # Only parameters that are named may follow one with a default.
+            # After one with a default, a parameter without one has to be keyword-only.
             parameter.replace(
                 kind=inspect.Parameter.KEYWORD_ONLY,
                 default=recipe if parameter.name == "config" else parameter.default,
@@ -89,7 +94,11 @@ def _deferred(
 
 
 def _parse(commands: dict[str, Callable[..., Callable[[], None]]]) -> Callable[[], None]:
-    """Parses the command line; a value that a configuration refuses stays a UserError."""
+    """Parses the command line.
+
+    Raises:
+        UserError: a configuration refuses a value.
+    """
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -99,7 +108,7 @@ def _parse(commands: dict[str, Callable[..., Callable[[], None]]]) -> Callable[[
                 description="Fine-tune the Segment Anything Model with NAS-LoRA.",
             )
     except SystemExit as exit:
-        # The parser reports a refused value on many lines; the refusal itself is among its causes.
+        # The parser reports a refused value on many lines. The UserError is one of its causes.
         cause: BaseException | None = exit
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__context__
@@ -115,7 +124,7 @@ def demo(
     seed: Annotated[int, tyro.conf.arg(help="Seed of the run.")] = 0,
     resume: Annotated[bool, RESUME] = False,
 ) -> None:
-    """Segment grey and white matter of the MNI152 brain: search, test, merge, report."""
+    """Segment grey and white matter of the MNI152 brain: train, test, merge, report."""
     _summarise(demo_run.run_demo(output, epochs, seed, resume), output)
 
 
@@ -130,11 +139,11 @@ def train(
 
 def compare(
     config: Annotated[RunConfig, Flat],
-    methods: Annotated[tuple[MethodName, ...], tyro.conf.arg(help="The methods, row by row.")],
+    methods: Annotated[tuple[MethodName, ...], tyro.conf.arg(help="The methods, one a row.")],
     output: Annotated[Path, OUTPUT],
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each method's runs.")] = (0,),
     resume: Annotated[
-        bool, tyro.conf.arg(help="Keep what --output has finished, and continue with the rest.")
+        bool, tyro.conf.arg(help="Keep the finished runs in --output, and continue the others.")
     ] = False,
 ) -> None:
     """Train several methods under one recipe; write tables and a report of quality and cost."""
@@ -145,14 +154,16 @@ def compare(
 
 def ablate(
     name: Annotated[
-        ablation.AblationName, Positional, tyro.conf.arg(help="What is varied.", metavar="WHAT")
+        ablation.AblationName,
+        Positional,
+        tyro.conf.arg(help="The setting to vary.", metavar="WHAT"),
     ],
     config: Annotated[RunConfig, Flat],
     output: Annotated[Path, OUTPUT],
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each row's runs.")] = (0, 1, 2),
     resume: Annotated[
         bool,
-        tyro.conf.arg(help="Keep the finished runs in --output, of other ablations too."),
+        tyro.conf.arg(help="Keep the finished runs in --output, also those of other ablations."),
     ] = False,
 ) -> None:
     """Vary operations, rank, blocks, the start of alpha or the channel ratio; write the table."""
@@ -161,29 +172,32 @@ def ablate(
 
 def evaluate(
     path: Annotated[Path, Positional, RUN],
-    split: Annotated[str, tyro.conf.arg(help="Which split to score.")] = "test",
+    split: Annotated[str, tyro.conf.arg(help="The split to score.")] = "test",
     data: Annotated[
         Path | None, tyro.conf.arg(help="Another CSV data folder; default: the run's own data.")
     ] = None,
     resolution: Annotated[
         Resolution | None,
-        tyro.conf.arg(help="Score at the model's size or at each mask's; default: the run's."),
+        tyro.conf.arg(
+            help="Size to score at: the model's, or each mask's; default: the run's setting."
+        ),
     ] = None,
 ) -> None:
     """Print a model's metrics on a split as JSON."""
-    print(json.dumps(trained.evaluate_run(path, split, data, resolution), indent=2))
+    scores = trained.evaluate_run(path, split, data, resolution)
+    print(json.dumps(to_json(scores), indent=2))
 
 
 def analyse(
     runs: Annotated[
         tuple[Path, ...],
         Positional,
-        tyro.conf.arg(metavar="RUN", help="Run folders that differ in their seed only."),
+        tyro.conf.arg(metavar="RUN", help="Run folders that differ only in their seed."),
     ],
     output: Annotated[Path, OUTPUT],
     images: Annotated[int, tyro.conf.arg(help="Test images to measure encoders on.")] = 100,
 ) -> None:
-    """Compare a run's encoder with the frozen and a random one; show how the seeds converged."""
+    """Compare a run's encoder with the frozen one and a random one; show convergence by seed."""
     analysis.analyse(runs, output, images)
     print(f"look at {output / 'report.html'}")
 
@@ -212,22 +226,22 @@ def merge(
     mode: Annotated[
         MergeMode,
         tyro.conf.arg(
-            help="exact: no loss, a small convolution stays; center, calibrated: plain SAM layers, "
-            "without what came from neighbours, or fitted to training images."
+            help="exact: no loss, a small convolution stays. center: plain SAM layers, only the "
+            "cell's centre taps. calibrated: plain SAM layers, fitted to training images."
         ),
     ] = "exact",
     max_error: Annotated[
         float | None,
-        tyro.conf.arg(help="Refuse if a layer loses more than this share of its update."),
+        tyro.conf.arg(help="Refuse if a layer's relative error of the update is larger than this."),
     ] = None,
     images: Annotated[
-        int, tyro.conf.arg(help="Training images that mode calibrated is fitted to.")
+        int, tyro.conf.arg(help="Number of training images that mode calibrated is fitted to.")
     ] = CALIBRATION_IMAGES,
 ) -> None:
     """Fold the trained adapters into the weights and write the model."""
     report, scores = trained.merge_run(path, mode, output, max_error, images)
     print(report)
-    before, after = (scores[when]["dice"] for when in ("before", "after"))
+    before, after = scores.before.dice, scores.after.dice
     if before is not None and after is not None:
         print(f"Dice on the validation images: {before:.4f} before, {after:.4f} after")
     print(f"wrote {output / 'model.safetensors'}")
@@ -241,8 +255,8 @@ def export(
     format: Annotated[
         Format,
         tyro.conf.arg(
-            help="onnx, torch-export: images to class scores; safetensors: the state dict that "
-            "segment_anything or MobileSAM loads, of a model merged with center or calibrated."
+            help="onnx, torch-export: images to class scores. safetensors: the state dict that "
+            "segment_anything or MobileSAM loads; needs a model merged with center or calibrated."
         ),
     ] = "onnx",
     part: Annotated[
@@ -259,27 +273,27 @@ def info() -> None:
     print(json.dumps({"build": build_info(), "backends": available_backends()}, indent=2))
 
 
-def _summarise(metrics: dict[str, Any], output: Path) -> None:
-    """The numbers of a finished run as a table, and where to look next."""
+def _summarise(result: RunResult, output: Path) -> None:
+    """Prints the scores of a finished run, and the path of its report."""
     if os.environ.get("RANK", "0") != "0":
         return
     table = Table("test images", "Dice", "IoU", "accuracy")
-    rows = {"best epoch": metrics["test"]}
-    rows |= {f"merged, {mode}": scores for mode, scores in metrics.get("test_merged", {}).items()}
+    rows = {"best epoch": result.test}
+    rows |= {f"merged, {mode}": scores for mode, scores in (result.test_merged or {}).items()}
     for name, scores in rows.items():
-        values = [scores[metric] for metric in ("dice", "iou", "accuracy")]
+        values = (scores.dice, scores.iou, scores.accuracy)
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console()
     console.print(table)
-    head, rows = metric_rows(metrics["test"])
+    head, lines = metric_rows(to_json(result.test))
     reported = Table(*head)
-    for row in rows:
-        reported.add_row(*row)
+    for line in lines:
+        reported.add_row(*line)
     console.print(reported)
-    console.print(f"scored at the resolution {metrics['test']['resolution']}", highlight=False)
+    console.print(f"scored at the resolution {result.test.resolution}", highlight=False)
     console.print(
-        f"{metrics['trainable_parameters']:,} parameters trained in {metrics['seconds']:.0f} s; "
-        f"look at {output / 'report.html'}",
+        f"{result.trainable_parameters:,} parameters trained in {result.seconds:.0f} s; "
+        f"look at {output / REPORT}",
         highlight=False,
         soft_wrap=True,
     )

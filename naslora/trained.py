@@ -1,29 +1,32 @@
-"""A finished run: loading its model, and evaluating, predicting, merging and exporting it."""
+"""A finished run: loading its model, and evaluating, predicting, merging and exporting it.
+
+``merge_run`` writes a folder that every function here takes instead of a run's:
+
+merged.json               the configuration, the merge's report, validation scores before and after
+model.safetensors         the whole merged model
+left_out.safetensors      tensors of the SAM checkpoint that the model lacks, for export
+"""
 
 import dataclasses
 import functools
-import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
-from naslora.adapter.merging import MergeReport, restore_merged
+from naslora.adapter.merging import MergeMode, MergeReport, restore_merged
 from naslora.adapter.storage import load_adapter
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.masks import Sample, list_images, read_image
 from naslora.errors import UserError
-from naslora.files import read_json, read_safetensors, replaced_file, write_json
-from naslora.methods import (
-    check_merges,
-    merge,
-)
+from naslora.files import read_json, read_safetensors, replaced_file
+from naslora.methods import check_merges, merge
 from naslora.report.pictures import paint
-from naslora.results import BEST
+from naslora.results import BEST, CONFIG, SplitScores, write_record
 from naslora.sam.export import Description, Format, Part, Predict, export, load_exported
 from naslora.sam.segmentation import SamForSegmentation, build_model, predict_labels
 from naslora.training.accelerator import make_accelerator
@@ -36,34 +39,67 @@ from naslora.training.run_data import (
     find_splits,
     make_dataset,
 )
-from naslora.training.run_model import check_backend
-from naslora_kernels.backends import ENVIRONMENT_VARIABLE
+from naslora.training.run_model import build_frozen_model
 
 MERGED_CONFIG = "merged.json"
+MERGED_WEIGHTS = "model.safetensors"
+LEFT_OUT = "left_out.safetensors"
 
 
-LEFT_OUT = "left_out.safetensors"  # what the SAM checkpoint has and the model has not
+@dataclass(frozen=True)
+class MergeScores:
+    """Scores on the validation images before and after a merge."""
+
+    before: SplitScores
+    after: SplitScores
+
+
+# ---- Loading -------------------------------------------------------------------------------------
 
 
 def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
-    """The trained model of a run's folder, or the merged one of a folder that ``merge_run`` wrote.
+    """Loads the model of a run's folder, or of a folder that ``merge_run`` wrote.
+
+    Returns:
+        The model in evaluation mode, on the CPU, and the run's configuration.
 
     Raises:
         UserError: the folder is neither, or a file in it is missing or damaged.
     """
     if (path / MERGED_CONFIG).is_file():
         return _load_merged(path)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is no run: it has neither config.json nor {MERGED_CONFIG}")
-    config = RunConfig.from_dict(read_json(path / "config.json"))
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path} is no run: it has neither {CONFIG} nor {MERGED_CONFIG}")
+    config = RunConfig.from_dict(read_json(path / CONFIG))
     if not (path / BEST).is_dir():
         raise UserError(f"{path} has no trained model yet: {path / BEST} does not exist")
-    check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
-    model = build_model(
-        config.model, config.image_size, config.num_classes, config.checkpoint, config.adapter.seed
-    )
+    model = build_frozen_model(config)
     load_adapter(model, path / BEST)
     return model.eval(), config
+
+
+def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
+    stored = read_json(path / MERGED_CONFIG)
+    try:
+        config = RunConfig.from_dict(stored["config"])
+        names = [layer["name"] for layer in stored["report"]["layers"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {error}") from error
+    model = build_model(config.model, config.image_size, config.num_classes)
+    tensors = read_safetensors(path / MERGED_WEIGHTS)
+    restore_merged(model, names, tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not hold a whole merged model: {reason}") from error
+    if (path / LEFT_OUT).is_file():
+        model.left_out = read_safetensors(path / LEFT_OUT)
+    model.train()  # a change of mode drops the attention biases that TinyViT has cached
+    return model.eval(), config
+
+
+# ---- Evaluating ----------------------------------------------------------------------------------
 
 
 def evaluate_run(
@@ -71,17 +107,14 @@ def evaluate_run(
     split: str = "test",
     data: Path | None = None,
     resolution: Resolution | None = None,
-) -> dict[str, Any]:
-    """Metrics of a trained or merged model on a split of its own data, or of another CSV folder.
+) -> SplitScores:
+    """Scores a trained or merged model on a split of its own data, or of another CSV folder.
 
     Args:
         path: a run's folder, or a merged model's.
-        split: which split.
-        data: another CSV folder.
-        resolution: other than the run's own.
-
-    Returns:
-        What ``naslora.training.evaluation.evaluate`` returns, and the number of ``images``.
+        split: the name of the split.
+        data: another CSV folder; None takes the run's own data.
+        resolution: the size at which images are scored; None takes the run's own setting.
 
     Raises:
         UserError: as ``load_model`` and ``find_splits``, or there is no such split.
@@ -94,13 +127,14 @@ def evaluate_run(
     splits = find_splits(config)
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
-    check_with_progress(splits[split], config)
-    return {**evaluate_model(model, config, splits[split]), "images": len(splits[split])}
+    samples = splits[split]
+    check_with_progress(samples, config)
+    return dataclasses.replace(evaluate_model(model, config, samples), images=len(samples))
 
 
 def evaluate_model(
     model: SamForSegmentation, config: RunConfig, samples: list[Sample]
-) -> dict[str, Any]:
+) -> SplitScores:
     """Loss and metrics of a run's model on some samples, as ``evaluate``."""
     accelerator = make_accelerator(config.search)
     return evaluate(
@@ -111,8 +145,11 @@ def evaluate_model(
         config.foreground_names,
         config.search.batch_size,
         config.search.workers,
-        config.metrics,
+        config.metrics or (),
     )
+
+
+# ---- Predicting ----------------------------------------------------------------------------------
 
 
 def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
@@ -123,7 +160,7 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     Args:
         path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
         inputs: image files, or folders of images.
-        output: created if need be; NAME_mask.png and NAME_overlay.png.
+        output: created if needed; gets NAME_mask.png and NAME_overlay.png.
 
     Returns:
         The masks that were written.
@@ -132,6 +169,27 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
         UserError: as ``load_model`` and ``load_exported``; an image is missing or unreadable, or
             two have the same name.
     """
+    images = _find_images(inputs)
+    predict, config = _load_predictor(path)
+    samples = [Sample(image, None, "input") for image in images]
+    check_with_progress(samples, config)
+    dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
+    names = ["background", *config.foreground_names]
+    written = []
+    for sample, item in zip(dataset.samples, dataset, strict=True):
+        labels = predict(item["image"][None])[0].numpy()
+        picture = read_image(sample)
+        mask = Image.fromarray(labels.astype(np.uint8))
+        mask = mask.resize(picture.size, Image.Resampling.NEAREST)
+        overlay = Image.fromarray(paint(np.asarray(picture), np.asarray(mask), names))
+        shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
+        written.append(output / f"{sample.image.stem}_mask.png")
+        _save_png(shown, written[-1])
+        _save_png(overlay, output / f"{sample.image.stem}_overlay.png")
+    return written
+
+
+def _find_images(inputs: Sequence[Path]) -> list[Path]:
     images = [
         image for item in inputs for image in ([item] if item.is_file() else list_images(item))
     ]
@@ -140,29 +198,16 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
     if repeated:
         raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
-    predict, config = _load_predictor(path)
-    samples = [Sample(image, None, "input") for image in images]
-    check_with_progress(samples, config)
-    dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
-    written = []
-    for sample, item in zip(dataset.samples, dataset, strict=True):
-        labels = predict(item["image"][None])[0].numpy()
-        picture = read_image(sample)
-        mask = Image.fromarray(labels.astype(np.uint8)).resize(picture.size, Image.NEAREST)
-        shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
-        target = output / f"{sample.image.stem}_mask.png"
-        with replaced_file(target) as temporary:
-            shown.save(temporary, format="PNG")
-        with replaced_file(output / f"{sample.image.stem}_overlay.png") as temporary:
-            names = ["background", *config.foreground_names]
-            overlay = paint(np.asarray(picture), np.asarray(mask), names)
-            Image.fromarray(overlay).save(temporary, format="PNG")
-        written.append(target)
-    return written
+    return images
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    with replaced_file(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def _load_predictor(path: Path) -> tuple[Predict, RunConfig]:
-    """What a folder or an exported file predicts with: (B, 3, S, S) images to (B, S, S) labels."""
+    """Loads a folder or an exported file as a function: (B, 3, S, S) images to (B, S, S) labels."""
     if path.is_file():
         predict, held = load_exported(path)
         return predict, RunConfig(
@@ -176,11 +221,74 @@ def _load_predictor(path: Path) -> tuple[Predict, RunConfig]:
     return functools.partial(predict_labels, model), config
 
 
-def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:
-    """Writes a merged model for another runtime, as ``naslora.export.export``.
+# ---- Merging and exporting -----------------------------------------------------------------------
+
+
+def merge_run(
+    path: Path,
+    mode: MergeMode,
+    output: Path,
+    max_error: float | None = None,
+    images: int = CALIBRATION_IMAGES,
+) -> tuple[MergeReport, MergeScores]:
+    """Merges a run's trained model and writes it to a folder.
+
+    Errors are measured on the run's validation images. Mode "calibrated" is fitted to, and
+    measured on, training images.
 
     Args:
-        path: a merged model's folder, or that of a run that has nothing to merge.
+        path: a run's folder.
+        mode: as in ``naslora.merge``.
+        output: must be new or empty.
+        max_error: the merge is refused if a layer's relative error of the update is larger.
+        images: number of training images that mode "calibrated" is fitted to.
+
+    Returns:
+        The merge's report, and the validation scores before and after it.
+
+    Raises:
+        UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; choose another --output")
+    model, config = load_model(path)
+    check_merges(model)
+    splits = find_splits(config)
+    before = evaluate_model(model, config, splits["val"])
+    report = merge(model, mode, calibration(config, splits, mode, model.pixel_mean.device, images))
+    scores = MergeScores(before, evaluate_model(model, config, splits["val"]))
+    if max_error is not None and report.max_update_error > max_error:
+        raise UserError(
+            f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
+            f"more than --max-error {max_error:g}; nothing was written"
+        )
+    _write_merged(model, report, scores, config, output)
+    return report, scores
+
+
+def _write_merged(
+    model: SamForSegmentation,
+    report: MergeReport,
+    scores: MergeScores,
+    config: RunConfig,
+    output: Path,
+) -> None:
+    """Writes the folder of a merged model; merged.json, by which it is known, comes last."""
+    with replaced_file(output / MERGED_WEIGHTS) as temporary:
+        state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, temporary)
+    if model.left_out:
+        with replaced_file(output / LEFT_OUT) as temporary:
+            save_file({k: v.contiguous() for k, v in model.left_out.items()}, temporary)
+    description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
+    write_record(output / MERGED_CONFIG, description)
+
+
+def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:
+    """Writes a merged model for another runtime, as ``naslora.sam.export.export``.
+
+    Args:
+        path: a merged model's folder, or that of a run without anything to merge.
         file_format: onnx, safetensors or torch-export.
         output: the file.
         part: "model", images to class scores, or "encoder", images to SAM's image embedding.
@@ -192,74 +300,3 @@ def export_run(path: Path, file_format: Format, output: Path, part: Part = "mode
     names = tuple(config.foreground_names)
     held = Description(config.model, config.image_size, config.num_classes, names, part)
     export(model, held, file_format, output)
-
-
-def merge_run(
-    path: Path,
-    mode: str,
-    output: Path,
-    max_error: float | None = None,
-    images: int = CALIBRATION_IMAGES,
-) -> tuple[MergeReport, dict[str, Any]]:
-    """Merges a run's trained model and writes it: merged.json and model.safetensors.
-
-    Errors are measured on the run's validation images; mode "calibrated" is fitted to, and
-    measured on, training images.
-
-    Args:
-        path: a run's folder.
-        mode: as in ``naslora.merge``.
-        output: must be new or empty.
-        max_error: refuse if a layer's relative error of the update is larger.
-        images: how many training images to fit to.
-
-    Returns:
-        The merge's report, and the validation scores ``before`` and ``after`` it.
-
-    Raises:
-        UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not empty; choose another --output")
-    model, config = load_model(path)
-    check_merges(model)
-    splits = find_splits(config)
-    scores = {"before": evaluate_model(model, config, splits["val"])}
-    report = merge(model, mode, calibration(config, splits, mode, model.pixel_mean.device, images))
-    scores["after"] = evaluate_model(model, config, splits["val"])
-    if max_error is not None and report.max_update_error > max_error:
-        raise UserError(
-            f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
-            f"more than --max-error {max_error:g}; nothing was written"
-        )
-    with replaced_file(output / "model.safetensors") as temporary:
-        state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, temporary)
-    if model.left_out:
-        with replaced_file(output / LEFT_OUT) as temporary:
-            save_file({k: v.contiguous() for k, v in model.left_out.items()}, temporary)
-    description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
-    write_json(output / MERGED_CONFIG, description)
-    return report, scores
-
-
-def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
-    stored = read_json(path / MERGED_CONFIG)
-    try:
-        config = RunConfig.from_dict(stored["config"])
-        names = [layer["name"] for layer in stored["report"]["layers"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {error}") from error
-    model = build_model(config.model, config.image_size, config.num_classes)
-    tensors = read_safetensors(path / "model.safetensors")
-    restore_merged(model, names, tensors)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not hold a whole merged model: {reason}") from error
-    if (path / LEFT_OUT).is_file():
-        model.left_out = read_safetensors(path / LEFT_OUT)
-    # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
-    model.train()
-    return model.eval(), config

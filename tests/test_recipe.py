@@ -79,7 +79,7 @@ def test_each_trains_two_steps(name, trees, tiny_vit, tmp_path, fresh_accelerate
     assert any(key.startswith("image_encoder.") for key in changed) == (
         config.method != "decoder-only"
     )
-    assert (trained.history[0]["arch_loss"] is not None) == config.searches
+    assert (trained.history[0].arch_loss is not None) == config.searches
 
 
 @pytest.mark.parametrize("name", ["sbu/nas-pc-lora", "camouflage/lora"])

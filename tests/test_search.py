@@ -17,7 +17,7 @@ from naslora.adapter.storage import trained_state
 from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError
 from naslora.files import read_safetensors
-from naslora.results import BEST, LAST
+from naslora.results import BEST, LAST, Epoch, SplitScores, from_json
 from naslora.training.accelerator import make_accelerator
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits
@@ -113,11 +113,11 @@ def test_stage_1_leaves_alpha_and_stage_2_moves_it(make_search):
     long.run()
     assert all_equal(alphas(short), start)
     assert not any(torch.equal(a, b) for a, b in zip(alphas(long), start, strict=True))
-    assert [record["stage"] for record in long.history] == [1, 2]
-    assert [record["arch_loss"] is None for record in long.history] == [True, False]
-    epochs = long.operation_history()["epochs"]
-    assert [entry["epoch"] for entry in epochs] == [-1, 0, 1]
-    assert epochs[0]["softmax"] == epochs[1]["softmax"] != epochs[2]["softmax"]
+    assert [record.stage for record in long.history] == [1, 2]
+    assert [record.arch_loss is None for record in long.history] == [True, False]
+    epochs = long.operation_history().epochs
+    assert [entry.epoch for entry in epochs] == [-1, 0, 1]
+    assert epochs[0].softmax == epochs[1].softmax != epochs[2].softmax
 
 
 def test_a_step_touches_its_own_group_alone(make_search):
@@ -157,14 +157,14 @@ def test_simultaneous_moves_both_from_the_first_step(make_search):
     # All 11 images train: three batches, each with a step of both optimizers.
     assert steps == [len(search.weights.parameters), len(start)] * 3
     assert not any(torch.equal(a, b) for a, b in zip(alphas(search), start, strict=True))
-    assert search.history[0]["stage"] == 2 and search.history[0]["arch_loss"] is None
+    assert search.history[0].stage == 2 and search.history[0].arch_loss is None
 
 
 def test_the_search_may_start_at_once(make_search):
     search = make_search(search_start=0, epochs=1)
     start = alphas(search)
     search.run()
-    assert search.history[0]["stage"] == 2 and math.isfinite(search.history[0]["arch_loss"])
+    assert search.history[0].stage == 2 and math.isfinite(search.history[0].arch_loss)
     assert not all_equal(alphas(search), start)
 
 
@@ -174,7 +174,7 @@ def test_without_alpha_only_weights_train(make_search, method):
     start = snapshot(search.model)
     search.run()
     assert search.operation_history() is None and search.architecture is None
-    assert all(record["stage"] == 1 and record["entropy"] is None for record in search.history)
+    assert all(record.stage == 1 and record.entropy is None for record in search.history)
     changed = {k for k, v in search.model.state_dict().items() if not torch.equal(v, start[k])}
     assert changed == set(trained_state(search.model)) - {
         f"{name}.channels" for name, _ in adapter_layers(search.model)
@@ -241,8 +241,9 @@ def assert_same_training(ours, theirs, history, other_history):
         torch.testing.assert_close(ours[name], theirs[name], atol=ALPHA_RATE / 100, rtol=0)
     for record, other in zip(history, other_history, strict=True):
         for name in ("train_loss", "arch_loss", "val_loss"):
-            expected = other[name] and pytest.approx(other[name], rel=LOSS_TOLERANCE)
-            assert record[name] == expected
+            expected = getattr(other, name)
+            expected = expected and pytest.approx(expected, rel=LOSS_TOLERANCE)
+            assert getattr(record, name) == expected
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
@@ -361,7 +362,10 @@ def test_two_processes_train_as_one(naslora, in_two_processes, tmp_path, name):
     result = naslora("train", *arguments, "--output", tmp_path)
     assert result.status == 0, result.err
     last = [torch.load(output / LAST) for output in (two, tmp_path)]
-    assert_same_training(*(s["model"] for s in last), *(s["history"] for s in last))
+    assert_same_training(
+        *(s["model"] for s in last),
+        *(from_json(list[Epoch], s["history"], "last.pt") for s in last),
+    )
     best = [
         read_safetensors(output / BEST / "adapter_model.safetensors") for output in (two, tmp_path)
     ]
@@ -386,7 +390,7 @@ def test_schedules(make_search, schedule, factor):
     search.run()
     assert rates == pytest.approx([RATE * factor(step / 6) for step in range(6)])
     assert alpha_rates == [ALPHA_RATE]
-    recorded = [record["learning_rate"] for record in search.history]
+    recorded = [record.learning_rate for record in search.history]
     assert recorded == pytest.approx([RATE, RATE * factor(0.5)])
 
 
@@ -443,7 +447,7 @@ def test_bfloat16_trains_float32_weights(make_search):
     trained = trained_state(search.model)
     assert all(v.dtype in (torch.float32, torch.int64) for v in trained.values())
     assert any(not torch.equal(v, start[k]) for k, v in trained.items())
-    assert all(math.isfinite(record["val_loss"]) for record in search.history)
+    assert all(math.isfinite(record.val_loss) for record in search.history)
 
 
 @pytest.mark.parametrize("simultaneous", [False, True])
@@ -476,7 +480,7 @@ def test_the_best_epoch_is_kept(make_search, monkeypatch):
 
     def evaluate(split):
         states.append({name: v.clone() for name, v in trained_state(search.model).items()})
-        return {"loss": 1.0, "dice": next(dice), "iou": 0.5, "accuracy": 0.5}
+        return SplitScores(loss=1.0, dice=next(dice), iou=0.5, accuracy=0.5)
 
     monkeypatch.setattr(search, "evaluate", evaluate)
     search.run()

@@ -1,10 +1,10 @@
 """The demo: a small SAM learns the tissues of the MNI152 brain on a CPU, in minutes."""
 
 from pathlib import Path
-from typing import Any
 
 from naslora.adapter.config import NASLoRAConfig
 from naslora.data.demo_data import write_mni152
+from naslora.results import RunResult
 from naslora.training.run import check_output, train
 from naslora.training.run_config import RunConfig
 from naslora.training.search_config import SearchConfig
@@ -12,17 +12,17 @@ from naslora.training.search_config import SearchConfig
 EPOCHS = 18  # in four minutes on two cores
 
 
-def run_demo(output: Path, epochs: int, seed: int, resume: bool) -> dict[str, Any]:
+def run_demo(output: Path, epochs: int, seed: int, resume: bool) -> RunResult:
     """Writes the data to ``output/data`` and the run to ``output``.
 
-    The encoder is a ``vit_t`` with random, frozen weights, as no pre-trained ones ship with the
-    package; the adapters and the decoder learn, with rates that suit so short a run.
+    The encoder is a ``vit_t`` with random, frozen weights, because the package ships no pre-trained
+    ones. The adapters and the decoder learn, at a rate that suits a run this short.
 
     Returns:
         The content of metrics.json.
 
     Raises:
-        UserError: as ``train``; nilearn, which holds the images, is not installed.
+        UserError: as ``train``; nilearn, whose package holds the images, is not installed.
     """
     config = RunConfig(
         dataset="mni152",

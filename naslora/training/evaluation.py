@@ -1,6 +1,6 @@
 """Loss and metrics of a model on a split."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.sampling import GlobalBatches
 from naslora.metrics import METRICS, Scores, image_scores, saliency_scores, summarise
-from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
-
-Loss = Callable[[SegmentationOutput, Tensor], Tensor]
+from naslora.results import GroupScores, SplitScores, from_json
+from naslora.sam.segmentation import SamForSegmentation, labels_of
+from naslora.training.step import Loss
 
 
 def make_loader(
@@ -41,7 +41,7 @@ def evaluate(
     batch_size: int,
     workers: int = 0,
     metrics: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> SplitScores:
     """Scores every image of a split, at the size at which the model sees it.
 
     Where the data set also gives the masks at their own size, images are scored at that size: the
@@ -58,9 +58,8 @@ def evaluate(
         metrics: names of ``naslora.metrics.METRICS``.
 
     Returns:
-        ``loss``, a mean over images, and what ``summarise`` returns. With ``metrics`` also the
-        ``resolution``, in words, and where samples have groups, ``groups``: for each the number of
-        its ``images`` and its ``metrics``.
+        The loss as a mean over images, and the scores. Without ``metrics`` there are neither
+        ``metrics`` nor ``resolution`` nor ``groups``.
     """
     model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -72,14 +71,12 @@ def evaluate(
             records += _score(model, batch, accelerator, loss, saliency)
     records = sorted(gather_object(records), key=lambda record: record[0])  # by the image's index
     _, losses, scores = zip(*records, strict=True)
-    summary = {"loss": sum(losses) / len(losses), **_summary(scores, class_names, metrics)}
+    summary = _summary(scores, class_names, metrics)
     if metrics:
         size = dataset.image_size
         summary["resolution"] = "of each mask" if dataset.truth else f"{size} x {size}"
-        groups = _groups(dataset, scores, class_names, metrics)
-        if groups:
-            summary["groups"] = groups
-    return summary
+        summary["groups"] = _groups(dataset, scores, class_names, metrics) or None
+    return from_json(SplitScores, {"loss": sum(losses) / len(losses), **summary}, "scores")
 
 
 def _groups(
@@ -87,13 +84,13 @@ def _groups(
     scores: Sequence[Scores],
     class_names: list[str],
     metrics: Sequence[str],
-) -> dict[str, Any]:
+) -> dict[str, GroupScores]:
     members: dict[str, list[Scores]] = {}
     for sample, own in zip(dataset.samples, scores, strict=True):
         if sample.group:
             members.setdefault(sample.group, []).append(own)
     return {
-        group: {"images": len(own), "metrics": _summary(own, class_names, metrics)["metrics"]}
+        group: GroupScores(len(own), _summary(own, class_names, metrics)["metrics"])
         for group, own in members.items()
     }
 

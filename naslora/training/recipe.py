@@ -1,8 +1,8 @@
 """Recipes: a run's settings as YAML, one file for each row of the paper's Tables 1 to 3.
 
-A recipe holds fields of ``RunConfig``, those of its adapter and of its search in ``adapter:`` and
-``search:``, and may build on another file, ``base:``, whose settings it overrides. What ships with
-the package lies in ``recipes/DATASET/METHOD.yaml``.
+A recipe holds fields of ``RunConfig``; the fields of its adapter and its search stand below
+``adapter:`` and ``search:``. It may name another file as ``base:``, whose settings it overrides.
+The recipes of the package are the files ``naslora/recipes/DATASET/METHOD.yaml``.
 """
 
 import re
@@ -18,32 +18,32 @@ from naslora.training.search_config import SearchConfig
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 PATHS = ("data", "root", "cache", "checkpoint")
-# YAML 1.1 takes 1e-4 for text, as it lacks a point.
+# YAML 1.1 reads 1e-4 as text, because the number has no point.
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 
 
 def shipped_recipes() -> list[str]:
-    """The names of the recipes that come with the package, DATASET/METHOD."""
+    """Names of the recipes of the package, DATASET/METHOD, sorted."""
     files = FOLDER.glob("*/*.yaml")
     return sorted(f"{f.parent.name}/{f.stem}" for f in files if not f.stem.startswith("_"))
 
 
 def load_recipe(name: str) -> RunConfig:
-    """The settings of a recipe.
+    """Reads the settings of a recipe.
 
     Args:
         name: a shipped recipe, such as "isic2017/nas-pc-lora", or the path of a YAML file.
 
     Raises:
-        UserError: there is none of this name, the file is no recipe, or a setting is out of range.
+        UserError: no recipe has this name, the file is not a recipe, or a setting is out of range.
     """
     path = FOLDER / f"{name}.yaml" if name in shipped_recipes() else Path(name)
     if not path.is_file():
         names = [recipe.split("/") for recipe in shipped_recipes()]
         datasets, methods = (", ".join(sorted(set(part))) for part in zip(*names, strict=True))
         raise UserError(
-            f"there is no recipe {name!r}; recipes are DATASET/METHOD, of {datasets} and "
-            f"{methods}, or the path of a YAML file"
+            f"there is no recipe {name!r}; give DATASET/METHOD (data sets: {datasets}; methods: "
+            f"{methods}), or the path of a YAML file"
         )
     values = _read(path)
     try:
@@ -55,7 +55,7 @@ def load_recipe(name: str) -> RunConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The settings in a file, on top of those of its base."""
+    """Reads the settings of a file and of its base; the file's own win."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

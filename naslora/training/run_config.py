@@ -10,11 +10,7 @@ from naslora.adapter.config import NASLoRAConfig
 from naslora.data.datasets import find_dataset
 from naslora.data.layouts import DataSet
 from naslora.errors import UserError
-from naslora.methods import (
-    METHODS,
-    MethodName,
-    searches,
-)
+from naslora.methods import METHODS, MethodName, searches
 from naslora.metrics import check_metrics
 from naslora.training.search_config import SearchConfig
 
@@ -26,18 +22,18 @@ class RunConfig:
     """Everything that decides a run's result."""
 
     recipe: str | None = None
-    """Where the other settings come from that are not given: a recipe that ships with naslora, such
-    as `isic2017/nas-pc-lora`, or a YAML file."""
+    """Source of the settings that are not given: a recipe that ships with naslora, such as
+    `isic2017/nas-pc-lora`, or a YAML file."""
     data: Path | None = None
-    """Folder with train.csv, val.csv and test.csv (columns image,label) and perhaps arch.csv."""
+    """Folder with train.csv, val.csv and test.csv (columns image,label), optionally arch.csv."""
     dataset: str = "csv"
     """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}), `mni152`, or a data
-    set of the paper as it is distributed: `isic2017`, `kvasir`, `cvc-clinicdb`, `camouflage`
+    set of the paper in its original layout: `isic2017`, `kvasir`, `cvc-clinicdb`, `camouflage`
     (COD10K, CAMO, CHAMELEON), `sbu`, `leaf`, `roads`, `trans10k-v1`, `trans10k-v2`."""
     root: Path | None = None
     """Folder of the data set; `--data DIR` is short for `--dataset csv --root DIR`."""
     cache: Path | None = None
-    """Folder in which decoded, resized images are kept for later epochs and runs."""
+    """Folder that keeps decoded, resized images for later epochs and runs."""
     model: str = "vit_b"
     """vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM) or vit_t (small, trains on a CPU)."""
     checkpoint: Path | None = None
@@ -45,26 +41,26 @@ class RunConfig:
     image_size: int = 1024
     """Side to which images are resized, in pixels; a multiple of 16."""
     num_classes: int = 1
-    """1 for binary masks, else the number of classes, the background (0) included; the paper's data
-    sets know theirs."""
+    """1 for binary masks, else the number of classes, the background (0) included. The paper's data
+    sets set it themselves."""
     class_names: tuple[str, ...] | None = None
     """Names of the classes without the background, for tables and reports."""
     palette: tuple[str, ...] | None = None
-    """One colour a class (#rrggbb) for masks that are colour images."""
+    """One colour per class (#rrggbb), for masks that are colour images."""
     metrics: tuple[str, ...] | None = None
-    """What the test images are scored by; the default is what is reported on the data set."""
+    """Metrics of the test images; the default is the data set's own."""
     resolution: Resolution = "network"
-    """Size at which the test images are scored: the model's, or each mask's original one."""
+    """Size at which test images are scored: `network`, the model's, or `original`, each mask's."""
     method: MethodName = "nas-pc-lora"
-    """How the encoder is fine-tuned; plain LoRA in the fused kernels is `nas-pc-lora` with a
-    `--channel-ratio` of 0."""
+    """Fine-tuning method of the encoder. Plain LoRA in the fused kernels is `nas-pc-lora` with
+    `--channel-ratio 0`."""
     adapter: NASLoRAConfig = field(default_factory=NASLoRAConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        self._take_what_is_known(find_dataset(self.dataset))
+        self._fill_in(find_dataset(self.dataset))
         if self.resolution not in get_args(Resolution):
             raise UserError(f"resolution must be network or original, got {self.resolution!r}")
         foreground = max(self.num_classes - 1, 1)
@@ -76,9 +72,9 @@ class RunConfig:
         if self.data is not None and (self.root is not None or self.dataset != "csv"):
             raise UserError("give either --data DIR or --dataset NAME --root DIR, not both")
 
-    def _take_what_is_known(self, dataset: DataSet) -> None:
-        """Number and names of the classes, and the metrics, of a data set that has its own."""
-        known = {}
+    def _fill_in(self, dataset: DataSet) -> None:
+        """Sets the number and names of the classes, and the metrics, that the data set defines."""
+        known: dict[str, Any] = {}
         if dataset.class_names:
             binary = len(dataset.class_names) == 2
             count = 1 if binary else len(dataset.class_names)
@@ -91,16 +87,16 @@ class RunConfig:
             known["metrics"] = dataset.metrics
         for name, value in known.items():
             object.__setattr__(self, name, value)
-        check_metrics(self.metrics, self.num_classes)
+        check_metrics(self.metrics or (), self.num_classes)
 
     @property
     def searches(self) -> bool:
-        """Whether the method has an alpha to search."""
+        """Whether the method has architecture parameters alpha."""
         return searches(self.method, self.adapter)
 
     @property
     def foreground_names(self) -> list[str]:
-        """The classes without the background."""
+        """Names of the classes without the background."""
         count = max(self.num_classes - 1, 1)
         if self.class_names is not None:
             return list(self.class_names)

@@ -1,4 +1,4 @@
-"""The images of a run: its splits, their check before training, and what merging is fitted to."""
+"""The images of a run: its splits, their check before training, and the images for merging."""
 
 import os
 import sys
@@ -18,9 +18,17 @@ from naslora.data.sampling import hold_out
 from naslora.errors import UserError
 from naslora.training.run_config import RunConfig
 
+CALIBRATION_IMAGES = 16  # default number of training images for mode `calibrated`
+
 
 def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
-    """The samples of each split; ``arch`` is there exactly when the method searches with it."""
+    """Finds the samples of each split: ``train``, ``val``, ``test`` and, for alpha steps, ``arch``.
+
+    ``arch`` is present exactly when the method takes alpha steps of their own.
+
+    Raises:
+        UserError: no data is given, or as ``load_splits``.
+    """
     root = config.data or config.root
     if root is None:
         raise UserError("no data: give --data DIR, or --dataset NAME --root DIR")
@@ -33,7 +41,7 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
             file=sys.stderr,
         )
     if not config.searches or config.search.simultaneous:
-        # Without alpha steps of their own these images are training images like the others.
+        # No alpha steps of their own: these images are training images like the others.
         splits["train"] = splits["train"] + splits.pop("arch", [])
     elif config.search.arch_fraction == 0:
         splits.setdefault("arch", splits["train"])
@@ -44,7 +52,11 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
 
 
 def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
-    """Reads every sample once before a long run starts, so that a bad file shows now."""
+    """Reads every sample once, so that a bad file is found before a long run starts.
+
+    Raises:
+        UserError: as ``check_samples``.
+    """
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("checking the data", total=len(samples))
 
@@ -53,14 +65,14 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
 
         if config.cache is None:
             check_samples(samples, config.num_classes, config.palette, advance)
-        else:  # to fill the cache is to read everything once
+        else:  # filling the cache reads everything once
             in_threads(make_dataset(config, samples).read, samples, advance)
 
 
 def make_dataset(
     config: RunConfig, samples: list[Sample], flip: bool = False, truth: bool = False
 ) -> SegmentationDataset:
-    """The samples as the run's model sees them; ``truth`` as in ``SegmentationDataset``."""
+    """Makes the data set that the run's model sees; ``truth`` as in ``SegmentationDataset``."""
     return SegmentationDataset(
         samples,
         config.image_size,
@@ -76,15 +88,12 @@ def make_dataset(
 def image_batches(
     config: RunConfig, samples: list[Sample], device: torch.device
 ) -> Iterator[Tensor]:
-    """(B, 3, S, S) batches of a split's images, in order."""
+    """Yields the images in order, as (B, 3, S, S) float32 batches on the device."""
     dataset = make_dataset(config, samples)
     size = config.search.batch_size
     for start in range(0, len(dataset), size):
         items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
         yield torch.stack(items).to(device)
-
-
-CALIBRATION_IMAGES = 16  # that mode `calibrated` is fitted to, unless told otherwise
 
 
 def calibration(
@@ -94,7 +103,11 @@ def calibration(
     device: torch.device,
     images: int = CALIBRATION_IMAGES,
 ) -> Iterator[Tensor]:
-    """What a way of merging is fitted to - training images, evenly spread - or measured on."""
+    """Yields the image batches that a way of merging needs.
+
+    Mode ``calibrated`` is fitted to, and measured on, ``images`` training images, evenly spread.
+    The other modes are measured on the validation images.
+    """
     if mode != "calibrated":
         return image_batches(config, splits["val"], device)
     train = splits["train"] + splits.get("arch", [])

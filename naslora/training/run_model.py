@@ -4,10 +4,8 @@ import os
 
 from naslora.adapter.injection import arch_parameters
 from naslora.errors import UserError
-from naslora.methods import (
-    apply,
-    trainable_parameters,
-)
+from naslora.methods import apply, trainable_parameters
+from naslora.results import ParameterCounts
 from naslora.sam.encoders import checkpoint_blocks
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.training.run_config import RunConfig
@@ -16,23 +14,33 @@ from naslora_kernels.backends import ENVIRONMENT_VARIABLE
 
 
 def build_adapted_model(config: RunConfig) -> SamForSegmentation:
-    """The model of a run before training: pre-trained weights, fresh adapter, decoder trainable.
+    """Builds the model of a run before training.
+
+    Its encoder has the pre-trained weights, frozen, and a fresh adapter. Its decoder is trainable.
 
     Raises:
-        UserError: as ``build_model`` and ``apply``; the kernel backend cannot be used here.
+        UserError: as ``build_frozen_model`` and ``apply``.
     """
-    check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
-    seed = config.adapter.seed
-    model = build_model(
-        config.model, config.image_size, config.num_classes, config.checkpoint, seed
-    )
+    model = build_frozen_model(config)
     apply(config.method, model, config.adapter)
     if config.search.gradient_checkpointing:
         checkpoint_blocks(model.image_encoder)
     return model
 
 
-def check_backend(name: str | None) -> None:
+def build_frozen_model(config: RunConfig) -> SamForSegmentation:
+    """Builds the model of a run without its adapter.
+
+    Raises:
+        UserError: as ``build_model``; the kernel backend cannot be used here.
+    """
+    _check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
+    return build_model(
+        config.model, config.image_size, config.num_classes, config.checkpoint, config.adapter.seed
+    )
+
+
+def _check_backend(name: str | None) -> None:
     backends = available_backends()
     if name is None or (name in backends and backends[name] is None):
         return
@@ -41,16 +49,11 @@ def check_backend(name: str | None) -> None:
     raise UserError(f"backend {name!r} {reason}; choose one of {usable}, or give none")
 
 
-def count_parameters(model: SamForSegmentation) -> dict[str, int]:
-    """Numbers of parameters: frozen, decoder, adapter (what the method trains in the encoder, but
-    for alpha) and architecture (alpha)."""
+def count_parameters(model: SamForSegmentation) -> ParameterCounts:
+    """Counts the parameters by part of the model."""
     architecture = sum(p.numel() for p in arch_parameters(model))
     adapter = sum(p.numel() for p in trainable_parameters(model)) - architecture
     decoder = sum(p.numel() for p in model.mask_decoder.parameters())
     everything = sum(p.numel() for p in model.parameters())
-    return {
-        "frozen": everything - decoder - adapter - architecture,
-        "decoder": decoder,
-        "adapter": adapter,
-        "architecture": architecture,
-    }
+    frozen = everything - decoder - adapter - architecture
+    return ParameterCounts(frozen, decoder, adapter, architecture)

@@ -1,28 +1,27 @@
 """The two-stage search (paper, Algorithm 1): weights first, then weights and alpha in turn.
 
-Two Adam optimizers share one model. Stage 1 trains the weights - mask decoder, lora_A, lora_B, the
-operations - with alpha frozen. In stage 2 every epoch takes weight steps over the training split,
-then alpha steps over a split held out for the architecture. First order, no decoding, no
-re-training.
+Two optimizers share one model. Stage 1 trains the weights (mask decoder, lora_A, lora_B, the
+operations' weights) with alpha frozen. In stage 2 every epoch takes weight steps over the training
+split, then alpha steps over the split for the architecture. The search is first order; nothing is
+decoded or re-trained afterwards.
 
 Every random choice is a function of (seed, epoch, sample), and gradients are sums over the batch
-divided by its size. So a run does not depend on how many processes or forward passes share a batch
-(but for the preset `paper`, whose batch norms see one forward pass, and Conv-LoRA, whose noise and
-auxiliary loss are of one), and a resumed run repeats the unbroken one.
+divided by its size. So the result does not depend on how many processes or forward passes share a
+batch, and a resumed run repeats the unbroken one. Two cases are exceptions: the batch norms of the
+preset `paper` see one forward pass, and so do the noise and the auxiliary loss of Conv-LoRA.
 """
 
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from naslora.adapter.annealing import fixed, set_spatial, spatial_share
@@ -33,37 +32,59 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
 from naslora.files import replaced_file
-from naslora.methods import auxiliary_loss
-from naslora.results import BEST, LAST
+from naslora.results import (
+    BEST,
+    LAST,
+    Epoch,
+    Mixture,
+    OperationHistory,
+    PhaseSeconds,
+    SplitScores,
+    from_json,
+    to_json,
+)
 from naslora.training.evaluation import evaluate, make_loader
+from naslora.training.progress import SearchProgress, epoch_line, log_epoch
 from naslora.training.search_config import SearchConfig
+from naslora.training.step import (
+    Group,
+    accumulate_gradients,
+    apply_gradients,
+    average_batch_norms,
+    require_gradients,
+    sum_over_processes,
+)
 from naslora_kernels import OPERATIONS
 
-# The automatic rate of alpha: the paper's at least, and such that over all its steps Adam can move
-# a logit by about ALPHA_TRAVEL; see docs/experiments.md.
+# Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps;
+# docs/experiments.md has the measurements behind them.
 PAPER_ALPHA_RATE, MAX_ALPHA_RATE = 3e-4, 0.1
 ALPHA_TRAVEL = 2.0
-
-
-class Group(NamedTuple):
-    """The parameters that one kind of step trains, and their optimizer."""
-
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    clip_norm: float
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 class Search:
     """Trains one model; ``run`` does it all.
 
     Args:
-        model: a ``SamForSegmentation`` whose trainable parameters are what is trained.
-        data: the splits ``train`` and ``val``, and ``arch`` where alpha is searched on its own.
+        model: a ``SamForSegmentation`` whose parameters that require gradients are trained.
+        data: the splits ``train`` and ``val``, and ``arch`` where alpha has steps of its own.
         config: how to train.
-        seed: of the order of the images.
+        seed: seed of the order of the images.
         directory: where checkpoints and TensorBoard files go.
         class_names: the foreground classes, for the metrics.
-        accelerator: of ``make_accelerator``.
+        accelerator: made by ``make_accelerator``.
+
+    Attributes:
+        epoch: the current epoch, counted from 0.
+        history: the finished epochs.
+        operations: the mixtures before training and after every epoch.
+        best_quality: the greatest ``Epoch.quality`` so far.
+        weights: the weights and their optimizer.
+        architecture: alpha and its optimizer; None for a method without alpha.
+
+    Raises:
+        UserError: annealing is asked for, but no cell can be annealed.
     """
 
     def __init__(
@@ -77,214 +98,44 @@ class Search:
         accelerator: Accelerator,
     ) -> None:
         self.accelerator = accelerator
-        self.model = model.to(self.accelerator.device)
+        self.model = model.to(accelerator.device)
         self.data, self.config, self.seed = data, config, seed
         self.directory, self.class_names = directory, class_names
-        self.epoch, self.history, self.best_quality = 0, [], (-math.inf,)
-        architecture = arch_parameters(model)
-        ours = {id(parameter) for parameter in architecture}
-        weights = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
-        optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        self.weights = self._group(
-            weights,
-            optimizers[config.optimizer],
-            clip_norm=config.clip_norm,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-        )
-        self.architecture = self._group(
-            architecture,
-            torch.optim.Adam,
-            clip_norm=0.0,
-            lr=config.alpha_learning_rate or PAPER_ALPHA_RATE,
-            weight_decay=config.alpha_weight_decay,
-            betas=(0.5, 0.999),
-        )
-        self.operations = [self._mixtures(epoch=-1)]
+        self.epoch = 0
+        self.history: list[Epoch] = []
+        self.best_quality: tuple[float, ...] = (-math.inf,)
+        self.operations = [self._mixture(epoch=-1)]
+        self.has_alpha = bool(arch_parameters(model))
+        self.weights = self._weight_group()
+        self.architecture = self._architecture_group() if self.has_alpha else None
+        self.progress = SearchProgress()
         if config.anneal_epochs and not set_spatial(model, 1.0):
             raise UserError("anneal_epochs anneals the cells of preset 'linear'; there are none")
 
-    def _group(
-        self,
-        parameters: list[nn.Parameter],
-        optimizer: type[torch.optim.Optimizer],
-        clip_norm: float,
-        **settings: Any,
-    ) -> Group | None:
-        if not parameters:
-            return None
-        return Group(parameters, optimizer(parameters, **settings), clip_norm)
+    # ---- Optimizers ------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Trains from the current epoch to the last; writes checkpoints after every epoch.
-
-        Raises:
-            UserError: the loss is not finite; the message names the batch's files.
-        """
-        main = self.accelerator.is_main_process
-        console = Console(stderr=True, quiet=not main)
-        writer = self._tensorboard() if main else None
-        if self.architecture is not None:
-            self.architecture.optimizer.param_groups[0]["lr"] = self._alpha_learning_rate()
-        with _progress(console) as self.progress:
-            self.task = self.progress.add_task(
-                "", total=self._steps_left(), loss=math.nan, rate=math.nan
-            )
-            while self.epoch < self.config.epochs:
-                record = self._run_epoch()
-                self.history.append(record)
-                self.epoch += 1
-                self._save(is_best=quality(record) > self.best_quality)
-                line = _line(record, self.config.epochs)
-                console.print(line, highlight=False, soft_wrap=True)
-                if writer is not None:
-                    _log(writer, record, self.operations[-1], self.architecture is not None)
-        set_spatial(self.model, 1.0)  # what was saved is annealed already
-        if writer is not None:
-            writer.close()
-
-    def _tensorboard(self) -> SummaryWriter:
-        return SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.epoch)
-
-    def _run_epoch(self) -> dict[str, Any]:
-        config, epoch = self.config, self.epoch
-        self._draw_channels()
-        spatial = spatial_share(epoch, config.epochs, config.anneal_epochs)
-        set_spatial(self.model, spatial)
-        started = time.perf_counter()
-        groups = [self.weights]
-        if config.simultaneous and self.architecture:
-            groups.append(self.architecture)
-        train_loss = self._optimise(groups, "train")
-        weights_done = time.perf_counter()
-        arch_loss = None
-        if self._searches(epoch) and not config.simultaneous:
-            arch_loss = self._optimise([self.architecture], "arch")
-        arch_done = time.perf_counter()
-        scores = self.evaluate("val")
-        if not math.isfinite(scores["loss"]):  # the epoch's last step spoilt the weights
-            self._stop(scores["loss"], "the validation images")
-        self.operations.append(self._mixtures(epoch))
-        return {
-            "epoch": epoch,
-            "stage": 2 if self._searches(epoch) else 1,
-            "spatial": spatial,
-            "train_loss": train_loss,
-            "arch_loss": arch_loss,
-            "val_loss": scores["loss"],
-            "val_dice": scores["dice"],
-            "val_iou": scores["iou"],
-            "val_accuracy": scores["accuracy"],
-            "learning_rate": self._learning_rate(0),
-            "entropy": self._entropy(),
-            "seconds": {
-                "weights": weights_done - started,
-                "architecture": arch_done - weights_done,
-                "evaluation": time.perf_counter() - arch_done,
-            },
-        }
-
-    def _searches(self, epoch: int) -> bool:
-        """Whether alpha is updated in this epoch."""
-        started = self.config.simultaneous or epoch >= self.config.search_start
-        return self.architecture is not None and started
-
-    def _optimise(self, groups: list[Group], split: str) -> float:
-        """One epoch of optimizer steps over a split; returns the mean loss of its images.
-
-        Only the groups' parameters require gradients meanwhile: an architecture step computes none
-        for the weights, and a weight step none for alpha.
-        """
-        self._require_gradients(groups)
-        self.model.train()
-        self._seed_noise()
-        batches = self._batches(split)
-        loader = make_loader(self.data[split], batches, self.config.workers, self.accelerator)
-        total, self.step_started = 0.0, time.perf_counter()
-        for step, batch in enumerate(loader):
-            if self.weights in groups:
-                rate = self._learning_rate(step / len(batches))
-                self.weights.optimizer.param_groups[0]["lr"] = rate
-            size = batches.global_size(step)
-            loss = self._backward(batch, size)
-            loss = self._sum_over_processes(groups, loss)
-            if not math.isfinite(loss):
-                names = gather_object(list(batch["name"]) if batch else [])
-                self._stop(loss, ", ".join(names))
-            self._step(groups)
-            total += loss * size
-            self._advance(loss, size)
-        self._average_statistics()
-        self._require_gradients([g for g in (self.weights, self.architecture) if g])
-        return total / len(self.data[split])
-
-    def _backward(self, batch: dict[str, Any] | None, size: int) -> Tensor:
-        """Adds up gradients and loss of this process's share of a batch of ``size`` images."""
-        total = torch.zeros((), device=self.accelerator.device)
-        if batch is None:
-            return total
-        parts = min(self.config.accumulation, len(batch["image"]))
-        images, masks = batch["image"].chunk(parts), batch["mask"].chunk(parts)
-        for image, mask in zip(images, masks, strict=True):
-            loss = self._loss(image, mask) * (len(image) / size)
-            self.accelerator.backward(loss)
-            total += loss.detach()
-        return total
-
-    def _loss(self, image: Tensor, mask: Tensor) -> Tensor:
-        device = self.accelerator.device
-        with self.accelerator.autocast():
-            output = self.model(image.to(device, non_blocking=True))
-        loss = self.config.loss(output, mask.to(device, non_blocking=True))
-        extra = auxiliary_loss(self.model)
-        return loss if extra is None else loss + extra
-
-    def _sum_over_processes(self, groups: list[Group], loss: Tensor) -> float:
-        """Sums gradients and loss over the processes, in one message."""
-        if self.accelerator.num_processes > 1:
-            parameters = [p for group in groups for p in group.parameters]
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            flat = torch.cat([*(grad.flatten().float() for grad in grads), loss.reshape(1)])
-            sizes = [*(parameter.numel() for parameter in parameters), 1]
-            *summed, loss = self.accelerator.reduce(flat, "sum").split(sizes)
-            for parameter, grad in zip(parameters, summed, strict=True):
-                parameter.grad = grad.view_as(parameter).to(parameter.dtype)
-        return float(loss)
-
-    def _step(self, groups: list[Group]) -> None:
-        # Accelerate's optimizers would end fp16's scaling at the first of two groups.
-        scaler = self.accelerator.scaler
-        for group in groups:
-            if scaler:
-                scaler.unscale_(group.optimizer)
-            if group.clip_norm:
-                nn.utils.clip_grad_norm_(group.parameters, group.clip_norm)
-            if scaler:
-                scaler.step(group.optimizer)
-            else:
-                group.optimizer.step()
-            group.optimizer.zero_grad()
-        if scaler:
-            scaler.update()
-
-    def _average_statistics(self) -> None:
-        """Gives every process the same batch norms; each has counted its own images so far."""
-        if self.accelerator.num_processes > 1:
-            for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d) and module.training:
-                    for statistic in (module.running_mean, module.running_var):
-                        statistic.copy_(self.accelerator.reduce(statistic, "mean"))
-
-    def _stop(self, loss: float, images: str) -> NoReturn:
-        raise UserError(
-            f"the loss is {loss} in epoch {self.epoch + 1}/{self.config.epochs} on {images}; the "
-            "last good checkpoint is kept; lower --learning-rate, or use --mixed-precision no"
+    def _weight_group(self) -> Group:
+        config, alphas = self.config, {id(alpha) for alpha in arch_parameters(self.model)}
+        weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in alphas]
+        optimizer = OPTIMIZERS[config.optimizer](
+            weights, lr=config.learning_rate, weight_decay=config.weight_decay
         )
+        return Group(weights, optimizer, config.clip_norm)
 
-    def _require_gradients(self, groups: list[Group]) -> None:
-        for group in (self.weights, self.architecture):
-            for parameter in group.parameters if group else ():
-                parameter.requires_grad_(group in groups)
+    def _architecture_group(self) -> Group:
+        alphas = arch_parameters(self.model)
+        optimizer = torch.optim.Adam(
+            alphas,
+            lr=self._alpha_learning_rate(),
+            weight_decay=self.config.alpha_weight_decay,
+            betas=(0.5, 0.999),
+        )
+        return Group(alphas, optimizer, clip_norm=0.0)
+
+    @property
+    def groups(self) -> list[Group]:
+        """All groups that train."""
+        return [self.weights] if self.architecture is None else [self.weights, self.architecture]
 
     def _learning_rate(self, part: float) -> float:
         """The weights' rate after ``part`` of the current epoch."""
@@ -296,7 +147,142 @@ class Search:
         }
         return self.config.learning_rate * factor[self.config.schedule]
 
-    def evaluate(self, split: str, metrics: Sequence[str] = ()) -> dict[str, Any]:
+    def _alpha_learning_rate(self) -> float:
+        """Adam's rate for alpha: the configured one, or one that fits the number of steps."""
+        if self.config.alpha_learning_rate is not None:
+            return self.config.alpha_learning_rate
+        steps = sum(self._alpha_steps(epoch) for epoch in range(self.config.epochs))
+        return min(max(PAPER_ALPHA_RATE, ALPHA_TRAVEL / max(steps, 1)), MAX_ALPHA_RATE)
+
+    # ---- Stages and steps ------------------------------------------------------------------------
+
+    def _searches(self, epoch: int) -> bool:
+        """Whether an epoch updates alpha."""
+        started = self.config.simultaneous or epoch >= self.config.search_start
+        return self.has_alpha and started
+
+    def _alpha_steps(self, epoch: int) -> int:
+        """How many steps of an epoch update alpha."""
+        if not self._searches(epoch):
+            return 0
+        return self._steps("train" if self.config.simultaneous else "arch")
+
+    def _steps(self, split: str) -> int:
+        return -(-len(self.data[split]) // self.config.batch_size)
+
+    def _steps_left(self) -> int:
+        """Batches with a backward, from the current epoch to the last."""
+        own_steps = 0 if self.config.simultaneous else 1
+        return sum(
+            self._steps("train") + own_steps * self._alpha_steps(epoch)
+            for epoch in range(self.epoch, self.config.epochs)
+        )
+
+    def run(self) -> None:
+        """Trains from the current epoch to the last; writes checkpoints after every epoch.
+
+        Raises:
+            UserError: the loss is not finite; the message names the batch's files.
+        """
+        main = self.accelerator.is_main_process
+        console = Console(stderr=True, quiet=not main)
+        writer = self._tensorboard() if main else None
+        with self.progress.shown(console, self._steps_left()):
+            while self.epoch < self.config.epochs:
+                record = self._run_epoch()
+                self.history.append(record)
+                self.epoch += 1
+                self._save(is_best=record.quality > self.best_quality)
+                console.print(
+                    epoch_line(record, self.config.epochs), highlight=False, soft_wrap=True
+                )
+                if writer is not None:
+                    log_epoch(writer, record, self.operations[-1] if self.has_alpha else None)
+        set_spatial(self.model, 1.0)  # the saved adapters are annealed already
+        if writer is not None:
+            writer.close()
+
+    def _tensorboard(self) -> SummaryWriter:
+        return SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.epoch)
+
+    def _run_epoch(self) -> Epoch:
+        config, epoch = self.config, self.epoch
+        self._draw_channels()
+        spatial = spatial_share(epoch, config.epochs, config.anneal_epochs)
+        set_spatial(self.model, spatial)
+        started = time.perf_counter()
+        train_loss = self._optimise(self.groups if config.simultaneous else [self.weights], "train")
+        weights_done = time.perf_counter()
+        arch_loss = None
+        if self.architecture is not None and self._searches(epoch) and not config.simultaneous:
+            arch_loss = self._optimise([self.architecture], "arch")
+        arch_done = time.perf_counter()
+        scores = self.evaluate("val")
+        if scores.loss is None or not math.isfinite(
+            scores.loss
+        ):  # the last step spoilt the weights
+            self._stop(scores.loss, "the validation images")
+        self.operations.append(self._mixture(epoch))
+        return Epoch(
+            epoch=epoch,
+            stage=2 if self._searches(epoch) else 1,
+            spatial=spatial,
+            train_loss=train_loss,
+            arch_loss=arch_loss,
+            val_loss=scores.loss,
+            val_dice=scores.dice,
+            val_iou=scores.iou,
+            val_accuracy=scores.accuracy,
+            learning_rate=self._learning_rate(0),
+            entropy=self._entropy(),
+            seconds=PhaseSeconds(
+                weights=weights_done - started,
+                architecture=arch_done - weights_done,
+                evaluation=time.perf_counter() - arch_done,
+            ),
+        )
+
+    def _optimise(self, groups: list[Group], split: str) -> float:
+        """Takes one epoch of steps over a split; returns the mean loss of its images."""
+        require_gradients(groups, among=self.groups)
+        self.model.train()
+        self._seed_noise()
+        batches = self._batches(split)
+        loader = make_loader(self.data[split], batches, self.config.workers, self.accelerator)
+        total = 0.0
+        self.progress.start_pass()
+        for step, batch in enumerate(loader):
+            if any(group is self.weights for group in groups):
+                rate = self._learning_rate(step / len(batches))
+                self.weights.optimizer.param_groups[0]["lr"] = rate
+            size = batches.global_size(step)
+            loss = self._take_step(groups, batch, size)
+            total += loss * size
+            self.progress.advance(f"epoch {self.epoch + 1}/{self.config.epochs}", loss, size)
+        average_batch_norms(self.model, self.accelerator)
+        require_gradients(self.groups, among=self.groups)
+        return total / len(self.data[split])
+
+    def _take_step(self, groups: list[Group], batch: dict[str, Any] | None, size: int) -> float:
+        """Takes one step of the groups' optimizers on a batch of ``size`` images; its mean loss."""
+        config = self.config
+        own = accumulate_gradients(
+            self.model, batch, size, config.loss, config.accumulation, self.accelerator
+        )
+        loss = sum_over_processes(groups, own, self.accelerator)
+        if not math.isfinite(loss):
+            names = gather_object(list(batch["name"]) if batch else [])
+            self._stop(loss, ", ".join(names))
+        apply_gradients(groups, self.accelerator.scaler)
+        return loss
+
+    def _stop(self, loss: float | None, images: str) -> NoReturn:
+        raise UserError(
+            f"the loss is {loss} in epoch {self.epoch + 1}/{self.config.epochs} on {images}; the "
+            "last good checkpoint is kept; lower --learning-rate, or use --mixed-precision no"
+        )
+
+    def evaluate(self, split: str, metrics: Sequence[str] = ()) -> SplitScores:
         """Loss and metrics of a split, as ``naslora.training.evaluation.evaluate``."""
         config = self.config
         return evaluate(
@@ -310,8 +296,10 @@ class Search:
             metrics,
         )
 
+    # ---- Random choices --------------------------------------------------------------------------
+
     def _batches(self, split: str) -> GlobalBatches:
-        """This epoch's batches; also tells the data set the epoch, on which its flips depend."""
+        """This epoch's batches of a split. Sets the epoch on which the split's flips depend."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         count = len(self.data[split])
         batches = GlobalBatches(count, self.config.batch_size, rank, world, seed=self.seed)
@@ -326,60 +314,33 @@ class Search:
                 layer.draw_channels(torch.Generator().manual_seed(seed))
 
     def _seed_noise(self) -> None:
-        """Makes what the model itself draws while training a function of seed, epoch, process."""
+        """Makes what the model draws in training a function of seed, epoch and process."""
         process = self.accelerator.process_index
         torch.manual_seed((self.seed * 10_007 + self.epoch) * 10_007 + process)
 
-    def _mixtures(self, epoch: int) -> dict[str, Any]:
-        mixtures = [a.detach().softmax(0).tolist() for a in arch_parameters(self.model)]
-        return {"epoch": epoch, "softmax": mixtures}
+    # ---- The state of the search -----------------------------------------------------------------
+
+    def _mixture(self, epoch: int) -> Mixture:
+        softmax = [alpha.detach().softmax(0).tolist() for alpha in arch_parameters(self.model)]
+        return Mixture(epoch, softmax)
 
     def _entropy(self) -> float | None:
         entropies = [mixture_entropy(alpha) for alpha in arch_parameters(self.model)]
         return sum(entropies) / len(entropies) if entropies else None
 
-    def operation_history(self) -> dict[str, Any] | None:
-        """softmax(alpha) of every layer after every epoch; epoch -1 is the start."""
-        if self.architecture is None:
+    def operation_history(self) -> OperationHistory | None:
+        """softmax(alpha) of every layer after every epoch; None for a method without alpha."""
+        if not self.has_alpha:
             return None
         layers = [name for name, layer in adapter_layers(self.model) if layer.alpha is not None]
-        return {"operations": list(OPERATIONS), "layers": layers, "epochs": self.operations}
+        return OperationHistory(list(OPERATIONS), layers, self.operations)
 
-    def _alpha_learning_rate(self) -> float:
-        """Adam's rate for alpha: the configured one, or one that fits the number of steps."""
-        if self.config.alpha_learning_rate is not None:
-            return self.config.alpha_learning_rate
-        steps = sum(self._alpha_steps(epoch) for epoch in range(self.config.epochs))
-        return min(max(PAPER_ALPHA_RATE, ALPHA_TRAVEL / max(steps, 1)), MAX_ALPHA_RATE)
-
-    def _alpha_steps(self, epoch: int) -> int:
-        """How many steps update alpha in an epoch."""
-        if not self._searches(epoch):
-            return 0
-        return self._steps("train" if self.config.simultaneous else "arch")
-
-    def _steps(self, split: str) -> int:
-        return -(-len(self.data[split]) // self.config.batch_size)
-
-    def _steps_left(self) -> int:
-        """Forward-backward batches from the current epoch to the last."""
-        own_steps = 0 if self.config.simultaneous else 1
-        return sum(
-            self._steps("train") + own_steps * self._alpha_steps(epoch)
-            for epoch in range(self.epoch, self.config.epochs)
-        )
-
-    def _advance(self, loss: float, images: int) -> None:
-        now = time.perf_counter()
-        rate = images / (now - self.step_started)
-        self.step_started = now
-        description = f"epoch {self.epoch + 1}/{self.config.epochs}"
-        self.progress.update(self.task, advance=1, description=description, loss=loss, rate=rate)
+    # ---- Checkpoints -----------------------------------------------------------------------------
 
     def _save(self, is_best: bool) -> None:
         """Writes the checkpoints; a kill at any moment leaves the previous ones whole."""
         if is_best:
-            self.best_quality = quality(self.history[-1])
+            self.best_quality = self.history[-1].quality
         if self.accelerator.is_main_process:
             if is_best:
                 with fixed(self.model):
@@ -389,15 +350,14 @@ class Search:
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> dict[str, Any]:
-        groups = [g for g in (self.weights, self.architecture) if g]
         scaler = self.accelerator.scaler
         return {
             "epoch": self.epoch,
             "best_quality": self.best_quality,
-            "history": self.history,
-            "operations": self.operations,
+            "history": to_json(self.history),
+            "operations": to_json(self.operations),
             "model": trained_state(self.model),
-            "optimizers": [group.optimizer.state_dict() for group in groups],
+            "optimizers": [group.optimizer.state_dict() for group in self.groups],
             "scaler": scaler.state_dict() if scaler else None,
         }
 
@@ -412,67 +372,24 @@ class Search:
             return
         try:
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            differing = state["model"].keys() ^ trained_state(self.model).keys()
-            if differing:
-                raise ValueError(f"it and the model differ in {min(differing)}")
-            self.model.load_state_dict(state["model"], strict=False)
-            groups = [g for g in (self.weights, self.architecture) if g]
-            for group, stored in zip(groups, state["optimizers"], strict=True):
-                group.optimizer.load_state_dict(stored)
-        except Exception as error:  # whatever a damaged file can raise ends in the same advice
+            self._restore(state, path)
+        except Exception as error:  # a damaged file can raise anything; the advice is the same
             reason = str(error).strip().split("\n")[0]
             raise UserError(
                 f"cannot resume from {path}: {reason}; start a new run with another --output"
             ) from error
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
+        """Takes over a checkpoint; the counters last, once everything else has fitted."""
+        differing = state["model"].keys() ^ trained_state(self.model).keys()
+        if differing:
+            raise ValueError(f"it and the model differ in {min(differing)}")
+        history = from_json(list[Epoch], state["history"], path)
+        operations = from_json(list[Mixture], state["operations"], path)
+        self.model.load_state_dict(state["model"], strict=False)
+        for group, stored in zip(self.groups, state["optimizers"], strict=True):
+            group.optimizer.load_state_dict(stored)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_quality = state["epoch"], state["best_quality"]
-        self.history, self.operations = state["history"], state["operations"]
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("{task.fields[rate]:.1f} images/s"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-
-
-def quality(record: dict[str, Any]) -> tuple[float, ...]:
-    """What the best epoch is chosen by: Dice on the validation split, then the lower loss there.
-
-    The loss decides while a model predicts nothing yet, or where the split has no foreground. With
-    annealing only the epochs that end it count.
-    """
-    return -record["spatial"], record["val_dice"] or 0.0, -record["val_loss"]
-
-
-def _line(record: dict[str, Any], epochs: int) -> str:
-    """One epoch in a line of text, for logs."""
-    searched = "" if record["arch_loss"] is None else f"  arch loss {record['arch_loss']:.3f}"
-    entropy = "" if record["entropy"] is None else f"  entropy {record['entropy']:.3f}"
-    spatial = "" if record["spatial"] == 1 else f"  spatial {record['spatial']:.2f}"
-    return (
-        f"epoch {record['epoch'] + 1}/{epochs}  stage {record['stage']}  "
-        f"loss {record['train_loss']:.3f}{searched}  val loss {record['val_loss']:.3f}  "
-        f"val Dice {record['val_dice'] or 0.0:.3f}{entropy}{spatial}  "
-        f"{sum(record['seconds'].values()):.1f} s"
-    )
-
-
-def _log(
-    writer: SummaryWriter, record: dict[str, Any], mixtures: dict[str, Any], searched: bool
-) -> None:
-    for name, value in record.items():
-        if isinstance(value, float):
-            writer.add_scalar(name, value, record["epoch"])
-    if searched:
-        mean = torch.tensor(mixtures["softmax"]).mean(0)
-        for name, weight in zip(OPERATIONS, mean.tolist(), strict=True):
-            writer.add_scalar(f"operations/{name}", weight, record["epoch"])
-    writer.flush()
+        self.history, self.operations = history, operations

@@ -30,44 +30,45 @@ class SearchConfig:
     simultaneous: bool = False
     """Ablation: update weights and alpha together, on the training split, from epoch 0."""
     arch_fraction: float = 0.2
-    """Share of the training images held out for alpha where the data has no `arch` split of its
-    own; 0 takes the alpha steps on the training images."""
+    """Share of the training images held out for alpha, if the data has no `arch` split. With 0 the
+    alpha steps use the training images."""
     batch_size: int = 4
     """Images per optimizer step, over all processes."""
     accumulation: int = 1
     """Forward passes over which a process spreads its share of a batch."""
     optimizer: Optimizer = "adam"
-    """Of the weights: `adam`, or `adamw`, whose weight decay is apart from the gradient."""
+    """Optimizer of the weights: `adam`, or `adamw` with decoupled weight decay."""
     learning_rate: float = 1e-4
-    """The optimizer's rate for the weights at the start."""
+    """Learning rate of the weights at the start."""
     weight_decay: float = 1e-4
-    """The optimizer's weight decay for the weights."""
+    """Weight decay of the weights."""
     schedule: Schedule = "linear"
-    """How the rate of the weights falls, to zero at the end."""
+    """How the rate of the weights falls: to zero at the end, or not at all (`constant`)."""
     alpha_learning_rate: float | None = None
-    """Adam's rate for alpha, constant. None fits it to the number of alpha steps, so that small
-    sets search too: 2 / steps, within 3e-4 (the paper's) and 0.1."""
+    """Adam's constant rate for alpha. None fits it to the number of alpha steps, so that small sets
+    search too: 2 / steps, but at least 3e-4 (the paper's) and at most 0.1."""
     alpha_weight_decay: float = 1e-3
-    """Adam's weight decay for alpha."""
+    """Adam's weight decay of alpha."""
     anneal_epochs: int = 0
-    """Last epochs in which the cell gives up its neighbours, in the first half of them step by
-    step, so that merging with `center` loses nothing; 0 keeps the whole cell."""
+    """Number of last epochs that anneal the cell to its pointwise part, so that merging with
+    `center` is exact. The share of the neighbours falls over the first half of them and is zero
+    in the second. 0 keeps the whole cell."""
     clip_norm: float = 1.0
-    """Largest norm of the weights' gradients; 0 clips nothing."""
+    """Largest norm of the weights' gradients; 0 does not clip."""
     class_loss: ClassLoss = "matching"
-    """Loss of several classes: at every pixel, or by matching mask tokens to classes."""
+    """Loss of several classes: at every `pixel`, or by `matching` mask tokens to classes."""
     lambda_seg: float = 1.0
     """Weight of BCE + Dice."""
     lambda_cls: float = 1.0
     """Weight of the classification loss."""
     flip: bool = True
-    """Mirror half of the training images."""
+    """Mirror half of the training images, left to right."""
     mixed_precision: Precision = "no"
     """Autocast precision."""
     gradient_checkpointing: bool = False
-    """Recompute the encoder's blocks in the backward: less memory, a third more time."""
+    """Recompute the encoder's blocks in the backward: less memory, about a third more time."""
     workers: int = 2
-    """Data loading processes."""
+    """Number of data loading processes."""
 
     def __post_init__(self) -> None:
         for name, minimum in (

@@ -1,0 +1,153 @@
+"""The results of a run: the best epoch scored, merged in every way, scored again, reported."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from naslora.adapter.merging import unmerge
+from naslora.errors import UserError
+from naslora.methods import merge, merge_modes
+from naslora.metrics import image_scores
+from naslora.report.pictures import Panel
+from naslora.report.run_report import write_report
+from naslora.results import (
+    HISTORY,
+    METRICS_JSON,
+    OPERATIONS_JSON,
+    REPORT,
+    Annealing,
+    AnnealingState,
+    Epoch,
+    MergeResult,
+    ParameterCounts,
+    RunResult,
+    SplitScores,
+    to_json,
+    write_record,
+    write_rows,
+)
+from naslora.sam.segmentation import predict_labels
+from naslora.training.run_config import RunConfig
+from naslora.training.run_data import calibration
+from naslora.training.search import Search
+
+PANELS = 6  # test images shown in the report
+
+
+def final_result(search: Search, counts: ParameterCounts, config: RunConfig) -> RunResult:
+    """Scores the best epoch on the test split, and again after each way of merging.
+
+    Args:
+        search: a finished search whose model holds the best epoch's adapter.
+        counts: the model's parameters.
+        config: the run.
+    """
+    started = time.perf_counter()
+    best = max(search.history, key=lambda epoch: epoch.quality)
+    test = search.evaluate("test", config.metrics)
+    merges = _try_merges(search, config)
+    training = sum(epoch.seconds.total for epoch in search.history)
+    return RunResult(
+        test=test,
+        val=SplitScores(best.val_loss, best.val_dice, best.val_iou, best.val_accuracy),
+        best_epoch=best.epoch,
+        trainable_parameters=counts.trainable,
+        parameters=counts,
+        images={split: len(data) for split, data in search.data.items()},
+        test_merged=merges[0] if merges else None,
+        merge=merges[1] if merges else None,
+        annealing=merges[2] if merges else None,
+        seconds=training + time.perf_counter() - started,
+    )
+
+
+def _try_merges(
+    search: Search, config: RunConfig
+) -> tuple[dict[str, SplitScores], dict[str, MergeResult], Annealing | None] | None:
+    """Merges in every way, scores each, and takes it back; None if the method cannot be merged."""
+    modes = merge_modes(config.method, config.adapter)
+    if not modes:
+        return None
+    scores: dict[str, SplitScores] = {}
+    results: dict[str, MergeResult] = {}
+    annealing = None
+    samples = {split: data.samples for split, data in search.data.items()}
+    for mode in modes:
+        batches = calibration(config, samples, mode, search.accelerator.device)
+        try:
+            report = merge(search.model, mode, batches)
+        except UserError as error:  # for example too few images for the mode; the others go on
+            results[mode] = MergeResult(refused=str(error))
+            continue
+        scores[mode] = search.evaluate("test", config.metrics)
+        if mode == "center" and config.search.anneal_epochs:
+            annealing = _annealing(search)
+        results[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
+        unmerge(search.model)
+    return scores, results, annealing
+
+
+def _annealing(search: Search) -> Annealing:
+    """What annealing cost; the model is merged with mode ``center`` now."""
+
+    def state(epoch: Epoch) -> AnnealingState:
+        scores = epoch.val_loss, epoch.val_dice, epoch.val_iou
+        return AnnealingState(epoch.epoch, epoch.spatial, *scores)
+
+    def best(epochs: list[Epoch]) -> Epoch | None:
+        return max(epochs, key=lambda epoch: epoch.quality, default=None)
+
+    before = best([epoch for epoch in search.history if epoch.spatial == 1])
+    after = best([epoch for epoch in search.history if epoch.spatial == 0])
+    assert after is not None  # the last epoch of annealing has no share of the neighbours left
+    merged = search.evaluate("val")
+    return Annealing(
+        before=None if before is None else state(before),
+        during=[state(epoch) for epoch in search.history if 0 < epoch.spatial < 1],
+        after=state(after),
+        merged=AnnealingState(val_loss=merged.loss, val_dice=merged.dice, val_iou=merged.iou),
+    )
+
+
+def write_results(search: Search, result: RunResult, config: RunConfig, output: Path) -> None:
+    """Writes history.csv, operations.json, metrics.json and, last, report.html."""
+    operations = search.operation_history()
+    write_rows(output / HISTORY, search.history)
+    if operations is not None:
+        write_record(output / OPERATIONS_JSON, operations)
+    write_record(output / METRICS_JSON, result)
+    write_report(
+        output / REPORT,
+        config=config.to_dict(),
+        metrics=to_json(result),
+        history=to_json(search.history),
+        operations=to_json(operations),
+        panels=_panels(search, config),
+        class_names=["background", *config.foreground_names],
+    )
+
+
+def _panels(search: Search, config: RunConfig) -> list[Panel]:
+    """A few test images, evenly spread over the split."""
+    dataset = search.data["test"]
+    indices = np.linspace(0, len(dataset) - 1, min(PANELS, len(dataset))).round().astype(int)
+    panels = []
+    for item in (dataset[int(i)] for i in indices):
+        labels = predict_labels(search.model, item["image"][None])[0].numpy()
+        scores = image_scores(
+            torch.from_numpy(labels)[None], item["mask"][None], config.num_classes
+        )
+        dice = float(scores["dice"].nanmean())
+        panels.append(
+            Panel(
+                name=item["name"],
+                image=(255 * item["image"]).round().byte().permute(1, 2, 0).numpy(),
+                truth=item["mask"].numpy(),
+                prediction=labels,
+                dice=None if math.isnan(dice) else dice,
+            )
+        )
+    return panels
