@@ -275,7 +275,7 @@ def info() -> None:
 
 def _summarise(result: RunResult, output: Path) -> None:
     """Prints the scores of a finished run, and the path of its report."""
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or result.test is None:
         return
     table = Table("test images", "Dice", "IoU", "accuracy")
     rows = {"best epoch": result.test}

@@ -47,7 +47,7 @@ def final_result(search: Search, counts: ParameterCounts, config: RunConfig) -> 
     """
     started = time.perf_counter()
     best = max(search.history, key=lambda epoch: epoch.quality)
-    test = search.evaluate("test", config.metrics)
+    test = search.evaluate("test", config.metrics or ())
     merges = _try_merges(search, config)
     training = sum(epoch.seconds.total for epoch in search.history)
     return RunResult(
@@ -82,7 +82,7 @@ def _try_merges(
         except UserError as error:  # for example too few images for the mode; the others go on
             results[mode] = MergeResult(refused=str(error))
             continue
-        scores[mode] = search.evaluate("test", config.metrics)
+        scores[mode] = search.evaluate("test", config.metrics or ())
         if mode == "center" and config.search.anneal_epochs:
             annealing = _annealing(search)
         results[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)

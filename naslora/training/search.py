@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from naslora.adapter.annealing import fixed, set_spatial, spatial_share
@@ -43,6 +42,7 @@ from naslora.results import (
     from_json,
     to_json,
 )
+from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.evaluation import evaluate, make_loader
 from naslora.training.progress import SearchProgress, epoch_line, log_epoch
 from naslora.training.search_config import SearchConfig
@@ -67,7 +67,7 @@ class Search:
     """Trains one model; ``run`` does it all.
 
     Args:
-        model: a ``SamForSegmentation`` whose parameters that require gradients are trained.
+        model: its parameters that require gradients are trained.
         data: the splits ``train`` and ``val``, and ``arch`` where alpha has steps of its own.
         config: how to train.
         seed: seed of the order of the images.
@@ -89,7 +89,7 @@ class Search:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: SamForSegmentation,
         data: dict[str, SegmentationDataset],
         config: SearchConfig,
         seed: int,

@@ -114,4 +114,5 @@ def average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d) and module.training:
                 for statistic in (module.running_mean, module.running_var):
-                    statistic.copy_(accelerator.reduce(statistic, "mean"))
+                    if statistic is not None:
+                        statistic.copy_(accelerator.reduce(statistic, "mean"))
