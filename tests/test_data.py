@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.datasets import DATASETS, load_splits
 from naslora.data.demo_data import write_mni152
-from naslora.data.masks import Sample, check_samples, list_images, read_image, read_mask
+from naslora.data.layouts import list_images
+from naslora.data.masks import Sample, check_samples, read_image, read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.errors import UserError
 
@@ -518,7 +519,7 @@ def test_flips_move_image_and_mask_alike_and_depend_on_seed_epoch_and_index(samp
 
 def test_flips_are_half_of_all(samples):
     dataset = SegmentationDataset(samples[:1] * 4000, 1, 1, flip=True)
-    share = np.mean([dataset._is_flipped(i) for i in range(4000)])
+    share = np.mean([dataset.is_flipped(i) for i in range(4000)])
     assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(4000)  # four standard deviations
 
 

@@ -154,7 +154,7 @@ def test_the_expected_counts_add_up_to_the_papers(name, train, test):
 
 def test_a_paper_sized_list_is_split_as_expected():
     # The counts of drawn splits, from lists as long as the paper's.
-    from naslora.data.paper_sets import _split_polyps, _with_validation
+    from naslora.data.paper_sets import split_polyps, with_validation
 
     def sizes(splits):
         return [len(splits[split]) for split in ("train", "val", "test")]
@@ -165,12 +165,12 @@ def test_a_paper_sized_list_is_split_as_expected():
     def expected(name):
         return [DATASETS[name].counts[split] for split in ("train", "val", "test")]
 
-    assert sizes(_split_polyps(samples(1000), 100 / 1000)) == expected("kvasir")
-    assert sizes(_split_polyps(samples(612), 62 / 612)) == expected("cvc-clinicdb")
-    assert sizes(_with_validation(samples(900), samples(100), 0.2)) == expected("kvasir")
-    assert sizes(_with_validation(samples(4085), samples(638), 0.1)) == expected("sbu")
-    assert sizes(_with_validation(samples(498), samples(90), 0.1)) == expected("leaf")
-    assert sizes(_with_validation(samples(4040), [], 0.1))[:2] == [3636, 404]
+    assert sizes(split_polyps(samples(1000), 100 / 1000)) == expected("kvasir")
+    assert sizes(split_polyps(samples(612), 62 / 612)) == expected("cvc-clinicdb")
+    assert sizes(with_validation(samples(900), samples(100), 0.2)) == expected("kvasir")
+    assert sizes(with_validation(samples(4085), samples(638), 0.1)) == expected("sbu")
+    assert sizes(with_validation(samples(498), samples(90), 0.1)) == expected("leaf")
+    assert sizes(with_validation(samples(4040), [], 0.1))[:2] == [3636, 404]
 
 
 # --- what is wrong is told by name
@@ -224,7 +224,7 @@ def test_strange_colours_of_trans10k_are_named(tmp_path):
     path = tmp_path / "train/masks/1_mask.png"
     miniatures.save(path, np.full((*miniatures.SIZE, 3), 7, np.uint8))
     message = error_of(check_samples, load_splits("trans10k-v1", tmp_path)["train"], 3)
-    assert str(path) in message and "means 7.0; expected are 0 (background), 85 (things)" in message
+    assert str(path) in message and "means 7.0; expected 0 (background), 85 (things)" in message
 
 
 # --- how binary masks are drawn
@@ -279,7 +279,7 @@ def test_the_cache_changes_no_pixel_and_is_used(tmp_path, monkeypatch):
     tree(tmp_path, "sbu")
     plain = list(dataset_of(tmp_path, None, flip=True))
     first = list(dataset_of(tmp_path, tmp_path / "cache", flip=True))
-    monkeypatch.setattr(SegmentationDataset, "_squash", None)  # nothing is decoded any more
+    monkeypatch.setattr(SegmentationDataset, "resize", None)  # nothing is decoded any more
     second = list(dataset_of(tmp_path, tmp_path / "cache", flip=True))
     for a, b, c in zip(plain, first, second, strict=True):
         assert items_equal(a, b) and items_equal(a, c)
@@ -351,7 +351,7 @@ def test_processes_share_a_cache(tmp_path):
 
 def test_a_cache_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in error_of(Cache, tmp_path / "file/cache")
+    assert "cannot be created" in error_of(Cache, tmp_path / "file/cache")
 
 
 # --- what a run knows of its data set
