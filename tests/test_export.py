@@ -12,8 +12,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, inject, merge
-from naslora.sam import encoders as sam
-from naslora.sam.checkpoint import load_sam_checkpoint
+from naslora.sam.checkpoint import load_sam_checkpoint, mobile_sam_name
 from naslora.sam.encoders import PATCH_SIZE, build_image_encoder
 from naslora.sam.export import Description, Embedding, Scores, export, load_exported
 from naslora.sam.segmentation import SamForSegmentation, build_model
@@ -202,7 +201,7 @@ def test_it_loads_back_as_a_checkpoint(checkpoint, tmp_path):
 def test_mobile_sam_gets_its_own_names(tmp_path):
     torch.manual_seed(0)
     model = SamForSegmentation("mobile_sam", SIZE)
-    state = {sam._mobile_sam_name(k): v.clone() for k, v in model.state_dict().items()}
+    state = {mobile_sam_name(k): v.clone() for k, v in model.state_dict().items()}
     spare = original_sam(SIZE).state_dict()
     state |= {k: v for k, v in spare.items() if k.startswith("mask_decoder.") and k not in state}
     state["mask_decoder.mask_tokens.weight"] = spare["mask_decoder.mask_tokens.weight"]
@@ -301,9 +300,11 @@ def test_what_cannot_be_exported_is_refused(naslora, folders, tmp_path):
     command = ("export", folders / "exact", "--output", file, "--format", "safetensors")
     assert "SAM has no image_encoder" in refused(naslora, *command)
     command = ("export", folders / "center", "--output", tmp_path / "m.bin")
-    assert "has to end in .onnx" in refused(naslora, *command)
+    assert "must end in .onnx for format onnx" in refused(naslora, *command)
     command = ("export", folders / "center", "--output", file, "--format", "safetensors")
-    assert "is whole" in refused(naslora, *command, "--part", "encoder")
+    assert "a SAM state dict contains the whole model" in refused(
+        naslora, *command, "--part", "encoder"
+    )
     assert "neither config.json" in refused(
         naslora, "export", tmp_path, "--output", tmp_path / "m.onnx"
     )
@@ -325,14 +326,16 @@ def test_files_that_predict_nothing_are_refused(naslora, folders, checkpoint, tm
     assert "sam.safetensors was not written by naslora export" in error(checkpoint)
     for name in ("a.onnx", "a.pt2", "a.safetensors"):
         (tmp_path / name).write_bytes(b"nothing that anyone wrote")
-        assert f"{name} is damaged or of another format" in error(tmp_path / name)
+        assert f"{name} is damaged or has another format" in error(tmp_path / name)
     (tmp_path / "a.txt").write_text("words")
-    assert "a.txt is no exported model" in error(tmp_path / "a.txt")
+    assert "a.txt is not an exported model" in error(tmp_path / "a.txt")
     model = segmenter(num_classes=3, checkpoint=checkpoint, mode="center")
     export(model, description(model), "safetensors", tmp_path / "classes.safetensors")
-    assert "no place for the branch that tells classes" in error(tmp_path / "classes.safetensors")
+    assert "SAM has no classification branch for 3 classes" in error(
+        tmp_path / "classes.safetensors"
+    )
     export(model, description(model, "encoder"), "torch-export", tmp_path / "encoder.pt2")
-    assert "holds the image encoder alone" in error(tmp_path / "encoder.pt2")
+    assert "holds only the image encoder" in error(tmp_path / "encoder.pt2")
 
 
 def test_a_merged_folder_says_what_merging_changed(folders):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, UserError, adapter_parameters, arch_parameters, inject
-from naslora.sam import encoders as sam_module
+from naslora.sam.checkpoint import load_sam_checkpoint, timm_name
 from naslora.sam.encoders import MODELS, VITS, ViT, build_image_encoder, checkpoint_blocks
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, build_model
 
@@ -141,7 +141,9 @@ def test_qkv_layers_that_inject_finds():
 
 @pytest.mark.parametrize("size", [0, 8, 100, -16])
 def test_image_sizes_must_fit_the_patch(size):
-    with pytest.raises(UserError, match=f"image size must be a multiple of 16, got {size}"):
+    with pytest.raises(
+        UserError, match=f"image_size must be a positive multiple of 16, got {size}"
+    ):
         SamForSegmentation("vit_t", size)
 
 
@@ -272,7 +274,7 @@ def truncated(folder, state):
     torch.save(state, folder / "whole.pth")
     content = (folder / "whole.pth").read_bytes()
     (folder / "half.pth").write_bytes(content[: len(content) // 2])
-    return folder / "half.pth", "half.pth is truncated or no PyTorch state dict"
+    return folder / "half.pth", "half.pth is truncated or is not a PyTorch state dict"
 
 
 def truncated_safetensors(folder, state):
@@ -284,37 +286,37 @@ def truncated_safetensors(folder, state):
 
 def empty(folder, state):
     (folder / "empty.pth").write_bytes(b"")
-    return folder / "empty.pth", "empty.pth is truncated or no PyTorch state dict"
+    return folder / "empty.pth", "empty.pth is truncated or is not a PyTorch state dict"
 
 
 def text(folder, state):
     (folder / "text.pth").write_text("<html>404: not found</html>\n")
-    return folder / "text.pth", "text.pth is truncated or no PyTorch state dict"
+    return folder / "text.pth", "text.pth is truncated or is not a PyTorch state dict"
 
 
 def malicious(folder, state):
     torch.save({**state, "extra": Intruder(folder / "intruder")}, folder / "evil.pth")
-    return folder / "evil.pth", "evil.pth is truncated or no PyTorch state dict"
+    return folder / "evil.pth", "evil.pth is truncated or is not a PyTorch state dict"
 
 
 def malicious_pickle(folder, state):
     (folder / "evil.pth").write_bytes(pickle.dumps(Intruder(folder / "intruder"), protocol=2))
-    return folder / "evil.pth", "evil.pth is truncated or no PyTorch state dict"
+    return folder / "evil.pth", "evil.pth is truncated or is not a PyTorch state dict"
 
 
 def nested(folder, state):
     torch.save({"model": state}, folder / "nested.pth")
-    return folder / "nested.pth", "nested.pth holds no plain state dict of tensors"
+    return folder / "nested.pth", "nested.pth is not a plain state dict of tensors"
 
 
 def numbered(folder, state):
     torch.save({0: torch.zeros(1)}, folder / "numbered.pth")
-    return folder / "numbered.pth", "numbered.pth holds no plain state dict of tensors"
+    return folder / "numbered.pth", "numbered.pth is not a plain state dict of tensors"
 
 
 def foreign(folder, state):
     torch.save({"layer1.weight": torch.zeros(2, 2)}, folder / "resnet.pth")
-    return folder / "resnet.pth", "resnet.pth is no SAM checkpoint: it has no image_encoder"
+    return folder / "resnet.pth", "resnet.pth holds no SAM checkpoint: it has no image_encoder"
 
 
 def encoder_only(folder, state):
@@ -325,12 +327,18 @@ def encoder_only(folder, state):
 
 def wider(folder, state):
     torch.save(build_sam(64, SMALL._replace(width=48)).state_dict(), folder / "wide.pth")
-    return folder / "wide.pth", "wide.pth does not fit model vit_b .*--model it was made for"
+    return (
+        folder / "wide.pth",
+        "wide.pth does not fit model vit_b .*--model that the checkpoint was made for",
+    )
 
 
 def deeper(folder, state):
     torch.save(build_sam(64, SMALL._replace(depth=3)).state_dict(), folder / "deep.pth")
-    return folder / "deep.pth", "deep.pth does not fit model vit_b .*--model it was made for"
+    return (
+        folder / "deep.pth",
+        "deep.pth does not fit model vit_b .*--model that the checkpoint was made for",
+    )
 
 
 def shallower(folder, state):
@@ -352,7 +360,7 @@ def test_bad_checkpoints_are_refused_in_one_line(original, tmp_path, make):
     model = build_model("vit_b", 64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(UserError, match=message) as error:
-        sam_module.load_sam_checkpoint(model, path, "vit_b")
+        load_sam_checkpoint(model, path, "vit_b")
     assert "\n" not in str(error.value)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert not (tmp_path / "intruder").exists()
@@ -397,7 +405,7 @@ def test_mobile_sam_weights_are_all_used():
     model = build_model("mobile_sam", 64, checkpoint=MOBILE_SAM)
     state = model.state_dict()
     for key, value in stored.items():
-        ours = sam_module._timm_name(key)
+        ours = timm_name(key)
         if ours in state and state[ours].shape == value.shape:
             assert torch.equal(state[ours], value), key
         else:
@@ -411,7 +419,7 @@ def test_mobile_sam_weights_are_all_used():
 def test_mobile_sam_in_evaluation_mode_sees_the_loaded_attention_biases():
     """TinyViT caches them at eval(): loading into a model in that mode must renew the cache."""
     model = build_model("mobile_sam", 64).eval()
-    sam_module.load_sam_checkpoint(model, MOBILE_SAM, "mobile_sam")
+    load_sam_checkpoint(model, MOBILE_SAM, "mobile_sam")
     assert not model.training
     fresh = build_model("mobile_sam", 64, checkpoint=MOBILE_SAM).eval()
     with torch.no_grad():
@@ -536,7 +544,7 @@ def test_class_map_of_16_bit_logits_is_float32():
 def test_class_counts_are_checked():
     with pytest.raises(UserError, match="num_classes must be at least 1, got 0"):
         SamForSegmentation("vit_b", 64, num_classes=0)
-    with pytest.raises(UserError, match="12 classes need as many mask tokens, got 10"):
+    with pytest.raises(UserError, match="num_tokens must be at least num_classes, 12, got 10"):
         SamForSegmentation("vit_b", 64, num_classes=12, num_tokens=10)
 
 
