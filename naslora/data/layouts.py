@@ -21,7 +21,7 @@ Splits = dict[str, list[Sample]]
 
 
 class DataSet(NamedTuple):
-    """How a data set is read, and what is known about it in advance."""
+    """How a data set is read, and the properties that do not depend on its files."""
 
     read: Callable[[Path], Splits]
     """Reads the splits from the folder of the data set."""

@@ -122,7 +122,8 @@ def export(
         description: the description of the model. Its ``part`` selects what is exported.
         file_format: "safetensors": the state dict of the SAM, or MobileSAM, that the model was
             made from. "onnx", "torch-export": a graph that maps images to the class map, or to the
-            image embedding. It accepts any batch size and one image size.
+            image embedding. It accepts one image size and
+            batch sizes up to ``MOST_IMAGES``.
         path: the file; its suffix must be that of the format.
 
     Raises:
