@@ -1,5 +1,22 @@
-"""The one exception that the command line turns into a line of text and exit status 2."""
+"""The exception for mistakes of the user, and how its messages list names."""
+
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work; the message says what is wrong and what to do."""
+    """An input from the user cannot be used. The message states the problem and its remedy.
+
+    The command line prints the message as one line and exits with status 2.
+    """
+
+
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """Sorts names and joins them for a message.
+
+    Args:
+        names: the names; "nothing" stands for none.
+        limit: names beyond this number are only counted.
+    """
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return (", ".join(ordered[:limit]) or "nothing") + more

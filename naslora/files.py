@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a run that is killed, never meets a half-written one."""
+"""Atomic writing of files, and reading of JSON and safetensors files."""
 
 import json
 import os
@@ -16,10 +16,13 @@ from naslora.errors import UserError
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; what is written there replaces it at the end.
+    """Yields a temporary path. The file that the body writes there replaces ``path`` at the end.
 
-    On an error, or a kill at any moment, ``path`` keeps its old content. What a kill leaves of the
-    temporary file is overwritten by the next attempt.
+    If the body raises, or the process is killed, ``path`` keeps its old content. The next call
+    overwrites the temporary file that a killed process leaves.
+
+    Args:
+        path: the file to write; missing parent folders are created.
 
     Raises:
         UserError: ``path`` cannot be written.
@@ -40,13 +43,21 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` atomically."""
+    """Writes ``text`` in UTF-8, atomically.
+
+    Raises:
+        UserError: ``path`` cannot be written.
+    """
     with replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically."""
+    """Writes ``value`` as indented JSON, atomically.
+
+    Raises:
+        UserError: ``path`` cannot be written.
+    """
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -54,7 +65,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        UserError: it is missing or no JSON.
+        UserError: the file is missing, cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -68,7 +79,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file to the CPU.
 
     Raises:
-        UserError: it is missing, truncated or no safetensors file.
+        UserError: the file is missing, truncated, or not a safetensors file.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")

@@ -1,10 +1,11 @@
-"""Segmentation metrics: each image is scored once, and summed up as each data set's papers do.
+"""Segmentation metrics: the scores of each image, and their summaries over a data set.
 
-Shares lie in [0, 1]; balanced error rates are percentages, as they are printed everywhere.
+Each data set has metrics of its own, which its papers report. Metrics lie in [0, 1], except for
+balanced error rates, which are percentages in all papers, and for ``index_mae``.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,16 +13,20 @@ from torch import Tensor
 
 from naslora.errors import UserError
 
-T_IOU = 0.65  # below it the thresholded Jaccard index counts an image as a failure
+T_IOU = 0.65
+"""The thresholded Jaccard index counts the IoU of an image as 0 below this value."""
 
-Scores = dict[str, Tensor]  # of N images: (N, ...) each
+Scores = dict[str, Tensor]
+"""Scores by name, from ``image_scores`` and ``saliency_scores``; (N, ...) tensors for N images."""
+
+# ---- Scores of images ----------------------------------------------------------------------------
 
 
 def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores:
-    """Scores a batch image by image.
+    """Scores each image of a batch.
 
-    The background is left out. A class that is neither in an image nor predicted there has no score
-    in it (NaN): were it counted as right, a model that predicts nothing would do well wherever many
+    Dice and IoU are for the foreground classes. They are NaN for a class that is neither in the
+    image nor in its prediction. A score of 1 would favour a model that predicts nothing, if many
     images are empty.
 
     Args:
@@ -30,11 +35,13 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores
         num_classes: 1 if binary, else K.
 
     Returns:
-        ``dice`` and ``iou`` of shape (B, C) with C the foreground classes; ``accuracy`` (B,), the
-        share of pixels with the right label; ``confusion`` (B, K, K) int64, how many pixels of the
-        class of the row have the label of the column, K = 2 if binary.
+        ``dice`` and ``iou``: (B, C) float32 for C foreground classes. ``accuracy``: (B,) float32,
+        the share of pixels with the right label. ``confusion``: (B, K, K) int64, the number of
+        pixels with the true class of the row and the predicted class of the column; K = 2 if
+        binary.
     """
-    # Imported here, as they import matplotlib's pyplot; the labels below are wanted without it.
+    # Imported here, because torchmetrics imports matplotlib's pyplot, and ``METRICS`` is needed
+    # without it.
     from torchmetrics.functional.classification import multiclass_confusion_matrix
     from torchmetrics.functional.segmentation import dice_score, mean_iou
 
@@ -61,20 +68,20 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores
 
 
 def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
-    """The measures of salient and camouflaged object detection, by PySODMetrics.
+    """Scores one image by the measures of salient object detection, with PySODMetrics.
 
-    As is the rule there, the map is rounded to 8 bits and stretched to its full range.
+    As in that field, the map is rounded to 8 bits and stretched to its full range.
 
     Args:
-        probability: (H, W) of the foreground, in [0, 1].
+        probability: (H, W) probability of the foreground, in [0, 1].
         target: (H, W) labels 0 and 1.
 
     Returns:
-        Numbers of the image, () float64 each: ``s_alpha`` (structure), ``e_phi`` (alignment, mean
-        over the thresholds), ``f_w_beta`` and ``f_w_beta_0.3`` (weighted F, with beta squared 1 as
-        in the library, and 0.3 as in Conv-LoRA's tables), ``mae``.
+        () float64 each: ``s_alpha``, the structure measure; ``e_phi``, the alignment measure, mean
+        over the thresholds; ``f_w_beta`` and ``f_w_beta_0.3``, the weighted F-measure with beta
+        squared 1, the library's default, and 0.3, as in Conv-LoRA's tables; ``mae``.
     """
-    import py_sod_metrics as sod  # it imports for a second, and few data sets need it
+    import py_sod_metrics as sod  # imported here: it takes a second, and few data sets need it
 
     prediction = (255 * probability.cpu().float().numpy()).round().astype(np.uint8)
     truth = 255 * target.cpu().numpy().astype(np.uint8)
@@ -92,65 +99,45 @@ def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
     return scores
 
 
-def summarise(
-    scores: Scores, class_names: list[str], metrics: Sequence[str] = ()
-) -> dict[str, object]:
-    """Averages the scores of all images: first over images, then over foreground classes.
-
-    Args:
-        scores: ``image_scores`` of N images, and ``saliency_scores`` where a metric needs them.
-        class_names: the foreground classes' names.
-        metrics: names of ``METRICS``.
-
-    Returns:
-        ``dice``, ``iou``, ``accuracy``, and ``per_class`` with dice and iou by class name; a class
-        that no image has is None and left out of the mean. ``metrics`` by name, where any are
-        asked for; ``class_iou`` among them is a dict by class name, the background first.
-    """
-    dice, iou = scores["dice"].nanmean(0), scores["iou"].nanmean(0)  # (C,)
-    summary = {
-        "dice": _number(dice.nanmean()),
-        "iou": _number(iou.nanmean()),
-        "accuracy": _number(scores["accuracy"].mean()),
-        "per_class": {
-            name: {"dice": _number(dice[i]), "iou": _number(iou[i])}
-            for i, name in enumerate(class_names)
-        },
-    }
-    if metrics:
-        summary["metrics"] = {name: METRICS[name].of(scores) for name in metrics}
-    if "class_iou" in metrics:
-        names = ["background", *class_names]
-        values = map(_number, _global_iou(scores))
-        summary["metrics"]["class_iou"] = dict(zip(names, values, strict=True))
-    return summary
+# ---- Metrics of a data set -----------------------------------------------------------------------
 
 
-def _number(value: Tensor) -> float | None:
-    return None if value.isnan() else float(value)
+class Metric(NamedTuple):
+    """A metric that a data set is reported by."""
+
+    label: str
+    """Its name in tables."""
+    of: Callable[[Scores], Tensor]
+    """Computes it from the scores of all images: () for a number, or (K,) for one number a class.
+    NaN where it is undefined."""
+    binary: bool = False
+    """Whether it is defined for binary masks only."""
+    saliency: bool = False
+    """Whether it needs ``saliency_scores``."""
 
 
-def _mean_over_classes(values: Tensor) -> float | None:
-    """Of (N, C): over the images that have a class, then over the classes."""
-    return _number(values.nanmean(0).nanmean())
+def _mean_over_classes(values: Tensor) -> Tensor:
+    """Means of (N, C) values: first over the images that have a class, then over the classes."""
+    return values.nanmean(0).nanmean()
 
 
-def _thresholded_iou(scores: Scores) -> float | None:
+def _thresholded_iou(scores: Scores) -> Tensor:
     iou = scores["iou"]
     return _mean_over_classes(torch.where(iou < T_IOU, 0.0, iou))
 
 
 def _balanced_error(confusion: Tensor) -> Tensor:
-    """100 (1 - (TPR + TNR) / 2) of (..., 2, 2) counts; NaN where a class is not in the truth."""
+    """Computes 100 (1 - (TPR + TNR) / 2) of (..., 2, 2) counts; NaN if a class has no pixel."""
     counts = confusion.double()
     rates = counts.diagonal(dim1=-2, dim2=-1) / counts.sum(-1)  # (..., 2): TNR, TPR
     return 100 * (1 - rates.mean(-1))
 
 
-def _class_error(scores: Scores) -> float | None:
-    """Trans10K's mBER: a class's error is averaged over the images that contain it.
+def _class_error(scores: Scores) -> Tensor:
+    """Computes Trans10K's mBER: the mean over the classes of their balanced error rates.
 
-    As in its authors' code, a pixel of another class counts as right only with its own label.
+    The error rate of a class is averaged over the images that contain the class. As in the code of
+    Trans10K's authors, a pixel of another class is right only if it has its own label.
     """
     counts = scores["confusion"].double()  # (N, K, K)
     right = counts.diagonal(dim1=1, dim2=2)  # (N, K)
@@ -161,57 +148,44 @@ def _class_error(scores: Scores) -> float | None:
     return _mean_over_classes(100 * (1 - (positive + negative)[:, 1:] / 2))
 
 
-def _index_error(scores: Scores) -> float | None:
-    """Mean |index of the prediction - index of the truth|, per image."""
-    counts = scores["confusion"].double()
+def _index_error(scores: Scores) -> Tensor:
+    """Computes |predicted index - true index|, mean over the pixels, then over the images."""
+    counts = scores["confusion"].double()  # (N, K, K)
     index = torch.arange(counts.shape[1], dtype=torch.float64)
     distance = (index[:, None] - index).abs()
-    return _number(((distance * counts).sum((1, 2)) / counts.sum((1, 2))).mean())
+    return ((distance * counts).sum((1, 2)) / counts.sum((1, 2))).mean()
 
 
 def _global_iou(scores: Scores) -> Tensor:
-    """(K,) over the pixels of all images; NaN for a class that is nowhere."""
-    counts = scores["confusion"].sum(0).double()
+    """Computes (K,) IoU over the pixels of all images; NaN for a class without pixels."""
+    counts = scores["confusion"].sum(0).double()  # (K, K)
     right = counts.diagonal()
     return right / (counts.sum(0) + counts.sum(1) - right)
 
 
-def _global_accuracy(scores: Scores, first: int) -> float | None:
-    """Share of the pixels of the classes from ``first`` on that have the right label."""
+def _global_accuracy(scores: Scores, first: int) -> Tensor:
+    """Computes the share of right labels among the pixels of the classes ``first`` .. K-1."""
     counts = scores["confusion"].sum(0).double()[first:]
-    return _number(counts[:, first:].diagonal().sum() / counts.sum())
-
-
-class Metric(NamedTuple):
-    """A number that some data set is reported by."""
-
-    label: str
-    """What tables call it."""
-    of: Callable[[Scores], object]
-    """From the scores of all images to the number; None where it is not defined."""
-    binary: bool = False
-    """Whether it is defined for two classes only."""
-    saliency: bool = False
-    """Whether it needs ``saliency_scores``."""
+    return counts[:, first:].diagonal().sum() / counts.sum()
 
 
 def _saliency(name: str, label: str) -> Metric:
-    return Metric(label, lambda scores: _number(scores[name].mean()), binary=True, saliency=True)
+    return Metric(label, lambda scores: scores[name].mean(), binary=True, saliency=True)
 
 
 METRICS: dict[str, Metric] = {
     "iou": Metric("IoU (Jaccard)", lambda scores: _mean_over_classes(scores["iou"])),
     "t_iou": Metric(f"T-Jac (IoU, 0 below {T_IOU})", _thresholded_iou),
     "dice": Metric("Dice", lambda scores: _mean_over_classes(scores["dice"])),
-    "accuracy": Metric("Accuracy", lambda scores: _number(scores["accuracy"].mean())),
+    "accuracy": Metric("Accuracy", lambda scores: scores["accuracy"].mean()),
     "ber": Metric(
         "BER, mean over images",
-        lambda scores: _number(_balanced_error(scores["confusion"]).nanmean()),
+        lambda scores: _balanced_error(scores["confusion"]).nanmean(),
         binary=True,
     ),
     "ber_pooled": Metric(
         "BER, over all pixels",
-        lambda scores: _number(_balanced_error(scores["confusion"].sum(0))),
+        lambda scores: _balanced_error(scores["confusion"].sum(0)),
         binary=True,
     ),
     "s_alpha": _saliency("s_alpha", "S_α"),
@@ -222,15 +196,13 @@ METRICS: dict[str, Metric] = {
     "pixel_accuracy": Metric(
         "Accuracy over all pixels", lambda scores: _global_accuracy(scores, first=0)
     ),
-    "miou": Metric(
-        "mIoU with the background", lambda scores: _number(_global_iou(scores).nanmean())
-    ),
+    "miou": Metric("mIoU with the background", lambda scores: _global_iou(scores).nanmean()),
     "class_iou": Metric("IoU over all pixels", _global_iou),
     "foreground_accuracy": Metric(
         "Accuracy without the background", lambda scores: _global_accuracy(scores, first=1)
     ),
     "foreground_miou": Metric(
-        "mIoU without the background", lambda scores: _number(_global_iou(scores)[1:].nanmean())
+        "mIoU without the background", lambda scores: _global_iou(scores)[1:].nanmean()
     ),
     "index_mae": Metric("MAE of the class index", _index_error),
     "mber": Metric("mBER", _class_error),
@@ -238,13 +210,62 @@ METRICS: dict[str, Metric] = {
 
 
 def check_metrics(names: Sequence[str], num_classes: int) -> None:
-    """Refuses metrics that do not exist or are not defined for so many classes.
+    """Checks that metrics exist and are defined for a number of classes.
+
+    Args:
+        names: names of ``METRICS``.
+        num_classes: 1 if binary, else K.
 
     Raises:
-        UserError: says which.
+        UserError: a metric is unknown or is defined for binary masks only.
     """
     for name in names:
         if name not in METRICS:
             raise UserError(f"metrics must be among {', '.join(METRICS)}, got {name!r}")
         if METRICS[name].binary and num_classes > 1:
             raise UserError(f"metric {name!r} is defined for binary masks only")
+
+
+# ---- The summary ---------------------------------------------------------------------------------
+
+
+def summarise(
+    scores: Scores, class_names: Sequence[str], metrics: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Averages the scores of all images: first over the images, then over the foreground classes.
+
+    Args:
+        scores: ``image_scores`` of N images, and ``saliency_scores`` if a metric needs them.
+        class_names: names of the foreground classes.
+        metrics: names of ``METRICS``.
+
+    Returns:
+        ``dice``, ``iou`` and ``accuracy``: a number, or None if undefined. ``per_class``: for each
+        class name its ``dice`` and ``iou``, None for a class that no image has; such classes do not
+        count in the means. ``metrics``, only if some are given: their values by name. A value is a
+        number, None if undefined, or a number for each class name, the background first.
+    """
+    dice, iou = scores["dice"].nanmean(0), scores["iou"].nanmean(0)  # (C,)
+    summary: dict[str, Any] = {
+        "dice": _number(dice.nanmean()),
+        "iou": _number(iou.nanmean()),
+        "accuracy": _number(scores["accuracy"].mean()),
+        "per_class": {
+            name: {"dice": _number(dice[i]), "iou": _number(iou[i])}
+            for i, name in enumerate(class_names)
+        },
+    }
+    if metrics:
+        names = ["background", *class_names]
+        summary["metrics"] = {name: _value(METRICS[name].of(scores), names) for name in metrics}
+    return summary
+
+
+def _value(values: Tensor, class_names: Sequence[str]) -> float | dict[str, float | None] | None:
+    if values.dim() == 0:
+        return _number(values)
+    return dict(zip(class_names, map(_number, values), strict=True))
+
+
+def _number(value: Tensor) -> float | None:
+    return None if value.isnan() else float(value)

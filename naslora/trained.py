@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from naslora.adapter.merging import MergeMode, MergeReport, restore_merged
 from naslora.adapter.storage import load_adapter
 from naslora.data.dataset import SegmentationDataset
-from naslora.data.masks import Sample, list_images, read_image
+from naslora.data.layouts import list_images
+from naslora.data.masks import Sample, read_image
 from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors, replaced_file
 from naslora.methods import check_merges, merge

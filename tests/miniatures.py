@@ -1,4 +1,4 @@
-"""Miniature trees of the paper's data sets, in the very layouts in which they are distributed."""
+"""Small copies of the paper's data sets, with the folders and file names that are distributed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ V1_COLOURS = np.array([(0, 0, 0), (255, 0, 0), (255, 255, 255)], dtype=np.uint8)
 
 
 def picture(path: Path, seed: int = 0, **options) -> None:
-    """A bright disc on dark noise, as the suffix says."""
+    """Writes a bright disc on dark noise; the suffix selects the format."""
     noise = np.random.default_rng(seed).integers(0, 50, (*SIZE, 3))
     save(path, (180 * DISC[..., None] + noise).astype(np.uint8), **options)
 
@@ -51,7 +51,7 @@ def pranet(root: Path) -> None:
 def kvasir_raw(root: Path) -> None:
     for i in range(10):
         picture(root / f"images/cju{i}.jpg", i)
-        # Colour JPEGs, whose compression leaves greys around every edge
+        # Colour JPEGs: the compression makes grey values at edges.
         save(root / f"masks/cju{i}.jpg", np.stack([BINARY] * 3, 2), quality=75)
     (root / "kavsir_bboxes.json").write_text("{}")
 
@@ -65,12 +65,13 @@ def cvc_raw(root: Path) -> None:
 def camouflage(root: Path) -> None:
     for i in range(10):
         picture(root / f"TrainDataset/Imgs/camourflage_{i:05d}.jpg", i)
-        soft = np.where(DISC, 250, 3).astype(np.uint8)  # smoothed masks are not only 0 and 255
+        soft = np.where(DISC, 250, 3).astype(np.uint8)  # a smoothed mask
         save(root / f"TrainDataset/GT/camourflage_{i:05d}.png", soft)
     for folder, name in (("CAMO", "camourflage_1"), ("CHAMELEON", "animal-1"), ("COD10K", "COD-1")):
         picture(root / f"TestDataset/{folder}/Imgs/{name}.jpg", 10)
         save(root / f"TestDataset/{folder}/GT/{name}.png", BINARY)
-    picture(root / "TestDataset/CHAMELEON/Imgs/animal-2.JPG", 11)  # as there: the case differs
+    # The original also has names that differ in case.
+    picture(root / "TestDataset/CHAMELEON/Imgs/animal-2.JPG", 11)
     save(root / "TestDataset/CHAMELEON/GT/Animal-2.png", BINARY)
 
 
@@ -123,11 +124,10 @@ def trans10k_v2(root: Path) -> None:
             path = root / part / f"masks_12/{i}_mask.png"
             save(path, CLASSES)
             mask = Image.fromarray(np.where(CLASSES == 2, 11, CLASSES).astype(np.uint8))
-            mask.putpalette(bytes(range(30, 66)))  # colours for people; the indices are the classes
+            mask.putpalette(bytes(range(30, 66)))  # for display; the indices are the classes
             mask.save(path)
 
 
-# Name of the tree: what writes it
 TREES: dict[str, Callable[[Path], None]] = {
     "isic2017": isic2017,
     "kvasir": pranet,
@@ -139,3 +139,4 @@ TREES: dict[str, Callable[[Path], None]] = {
     "trans10k-v1": trans10k_v1,
     "trans10k-v2": trans10k_v2,
 }
+"""By the name of the data set, the function that writes its folders."""

@@ -1,4 +1,4 @@
-"""Data sets on disk, the decoding of masks, flips, and batches over processes."""
+"""Users' layouts, decoding of images and masks, items, flips, batches, and the demo data set."""
 
 import builtins
 import itertools
@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.datasets import DATASETS, load_splits
 from naslora.data.demo_data import write_mni152
-from naslora.data.masks import Sample, check_samples, list_images, read_image, read_mask
+from naslora.data.layouts import list_images
+from naslora.data.masks import Sample, check_samples, read_image, read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.errors import UserError
 
@@ -59,7 +60,7 @@ def folder_root(tmp_path):
 
 
 def error_of(call, *args, **kwargs) -> str:
-    """The one line that ``call`` raises."""
+    """Returns the one-line message of the UserError that ``call`` raises."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     message = str(caught.value)
@@ -75,7 +76,7 @@ def mask_of(path: Path) -> Sample:
     return sample_of(path.with_name("unused.png"), path)
 
 
-# --- the files of a data set
+# --- users' layouts
 
 
 def test_csv_gives_each_row_with_its_line(csv_root):
@@ -199,14 +200,14 @@ def test_folders_missing_empty_or_ambiguous(folder_root):
     assert "test/images, test/masks, train/images, train/masks, validation/images" in message
 
 
-def test_list_images_is_sorted_and_leaves_other_files_out(csv_root):
+def test_list_images_is_sorted_and_ignores_other_files(csv_root):
     (csv_root / "images/notes.txt").write_text("x")
     assert [path.name for path in list_images(csv_root / "images")] == [
         f"{name}.png" for name in "abcde"
     ]
 
 
-# --- the split for the architecture
+# --- held-out splits
 
 
 def test_hold_out_is_a_repeatable_partition():
@@ -256,9 +257,9 @@ def test_palette_alpha_and_cmyk_become_rgb(tmp_path):
 
 def test_exif_rotation_is_applied_to_image_and_size_check(tmp_path):
     pixels = np.zeros((16, 32), np.uint8)
-    pixels[:, :16] = 255  # stored: the left half is bright
+    pixels[:, :16] = 255  # in the file, the left half is bright
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: then the upper half is bright
+    exif[0x0112] = 6  # rotate clockwise: then the upper half is bright
     image = save(tmp_path / "a.jpg", pixels, exif=exif)
     upright = np.asarray(read_image(sample_of(image)))[..., 0]
     assert upright.shape == (32, 16)
@@ -330,7 +331,7 @@ def test_jpeg_masks_are_thresholded(tmp_path, num_classes, channels):
     expected[5:21, 9:30] = 1
     pixels = 255 * expected if channels == 1 else np.stack([255 * expected] * 3, axis=-1)
     path = save(tmp_path / "m.jpg", pixels, quality=75)
-    assert len(np.unique(np.asarray(Image.open(path)))) > 2  # the compression did blur it
+    assert len(np.unique(np.asarray(Image.open(path)))) > 2  # the compression blurred it
     assert (read_mask(mask_of(path), num_classes) == expected).all()
 
 
@@ -352,12 +353,12 @@ def test_coloured_masks_with_a_palette(tmp_path):
     colors = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]])
     path = save(tmp_path / "rgb.png", colors[GREYS])
     assert read_mask(mask_of(path), 3, PALETTE).tolist() == GREYS.tolist()
-    # a palette image's own indices give way to its colours
+    # a palette image is read by its colours, not by its indices
     swapped = [PALETTE[0], PALETTE[2], PALETTE[1]]
     index_image(GREYS).save(tmp_path / "p.png")
     mask = read_mask(mask_of(tmp_path / "p.png"), 3, swapped)
     assert mask.tolist() == np.array([0, 2, 1])[GREYS].tolist()
-    # greys are colours too
+    # greys are valid colours
     path = save(tmp_path / "grey.png", [[0, 85, 255]])
     assert read_mask(mask_of(path), 3, ["#000000", "#555555", "#ffffff"]).tolist() == [[0, 1, 2]]
     path = save(tmp_path / "two.png", [[[0, 0, 0], [255, 0, 0]]])
@@ -392,7 +393,7 @@ def test_labels_beyond_the_classes(tmp_path, values, num_classes):
     assert "--num-classes" in message
 
 
-# --- checking before a run
+# --- the check before a run
 
 
 @pytest.fixture
@@ -465,13 +466,13 @@ def test_item_at_its_own_size_is_the_file(tmp_path):
 
 
 def test_item_is_squashed_with_antialiasing_and_nearest_labels(tmp_path):
-    # alternate black and white columns average to grey; sampling without antialiasing would not
+    # Alternating black and white columns average to grey, but only with antialiasing.
     columns = np.tile([0, 255], (8, 32))
     image = save(tmp_path / "a.png", columns)
     mask = save(tmp_path / "m.png", np.repeat([[0, 1, 2, 0]], 8, axis=0).repeat(16, axis=1))
     item = SegmentationDataset([sample_of(image, mask)], 8, 3)[0]
     inner = item["image"][:, :, 1:-1]
-    assert (inner - 0.5).abs().max() < 0.02  # rounding to 8 bits and the filter's ripple
+    assert (inner - 0.5).abs().max() < 0.02  # rounding to 8 bits and the ripple of the filter
     assert item["mask"].tolist() == [[0, 0, 1, 1, 2, 2, 0, 0]] * 8
 
 
@@ -493,7 +494,7 @@ def test_item_without_mask_and_names_of_nested_images(tmp_path):
 
 
 def flips_of(dataset, samples, epoch):
-    """Which items differ from the unflipped ones; they must then be their mirror images."""
+    """Returns which items are flipped, and checks that these are mirror images of the others."""
     plain = SegmentationDataset(samples, dataset.image_size, dataset.num_classes)
     dataset.set_epoch(epoch)
     flipped = []
@@ -518,7 +519,7 @@ def test_flips_move_image_and_mask_alike_and_depend_on_seed_epoch_and_index(samp
 
 def test_flips_are_half_of_all(samples):
     dataset = SegmentationDataset(samples[:1] * 4000, 1, 1, flip=True)
-    share = np.mean([dataset._is_flipped(i) for i in range(4000)])
+    share = np.mean([dataset.is_flipped(i) for i in range(4000)])
     assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(4000)  # four standard deviations
 
 
@@ -594,7 +595,7 @@ def test_global_batches_refuse_wrong_arguments():
         GlobalBatches(4, 2, rank=2, world_size=2)
 
 
-# --- the demo
+# --- the demo data set
 
 
 @pytest.fixture(scope="module")
@@ -633,7 +634,7 @@ def test_demo_images_and_labels(demo):
         assert set(np.unique(mask)) == {0, 1, 2}
         for label, values in intensity.items():
             values.append(np.asarray(image)[mask == label])
-        # the window cuts no brain off
+        # the window contains the whole brain
         assert not any(edge.any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     background, grey, white = (np.median(np.concatenate(values)) for values in intensity.values())
     assert background < grey < white  # as in any T1 image
@@ -652,7 +653,7 @@ def test_demo_is_upright_and_not_mirrored(demo):
         assert np.abs(image - 255 * front_up).max() < 0.51  # rounding to 8 bits
 
 
-def test_demo_appears_whole_and_is_left_alone_afterwards(demo):
+def test_demo_is_complete_and_is_not_changed_afterwards(demo):
     assert os.listdir(demo.parent) == ["mni152"]
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
     write_mni152(demo)

@@ -1,4 +1,4 @@
-"""The paper's data sets, read from miniature trees in the layouts in which they are distributed."""
+"""The paper's data sets, read from small copies of their folders, and the cache."""
 
 import multiprocessing
 import os
@@ -41,7 +41,7 @@ def error_of(call, *args) -> str:
     [
         ("isic2017", miniatures.isic2017, (4, 1, 2)),
         ("kvasir", miniatures.pranet, (4, 1, 1)),
-        ("kvasir", miniatures.kvasir_raw, (7, 2, 1)),  # of 10 a tenth tests, of 9 a fifth validates
+        ("kvasir", miniatures.kvasir_raw, (7, 2, 1)),  # test: 1/10 of 10; val: 1/5 of the other 9
         ("cvc-clinicdb", miniatures.pranet, (4, 1, 1)),
         ("cvc-clinicdb", miniatures.cvc_raw, (7, 2, 1)),
         ("camouflage", miniatures.camouflage, (9, 1, 4)),
@@ -53,7 +53,7 @@ def error_of(call, *args) -> str:
         ("trans10k-v2", miniatures.trans10k_v2, (3, 1, 1)),
     ],
 )
-def test_a_layout_is_read_whole_and_its_masks_are_decoded(tmp_path, name, write, sizes):
+def test_every_file_of_a_layout_is_read_and_its_masks_are_decoded(tmp_path, name, write, sizes):
     write(tmp_path)
     splits = load_splits(name, tmp_path)
     assert {split: len(samples) for split, samples in splits.items()} == dict(
@@ -68,12 +68,12 @@ def test_a_layout_is_read_whole_and_its_masks_are_decoded(tmp_path, name, write,
     }.get(name, miniatures.DISC)
     for sample in samples:
         mask = read_mask(sample, config.num_classes)
-        # A JPEG mask may be off by its compression, along the edge of the disc only.
+        # The compression of a JPEG mask may change pixels at the edge of the disc.
         wrong = (mask != expected).mean()
         assert wrong < 0.02 if sample.mask.suffix == ".jpg" else wrong == 0
 
 
-def test_isic_leaves_superpixels_out_and_pairs_by_name(tmp_path):
+def test_isic_ignores_superpixels_and_pairs_by_name(tmp_path):
     for sample in load_splits("isic2017", tree(tmp_path, "isic2017"))["train"]:
         assert sample.mask.stem == f"{sample.image.stem}_segmentation"
         assert sample.image.suffix == ".jpg"
@@ -130,8 +130,8 @@ def test_counts_are_checked_against_the_paper(tmp_path):
     assert count_differences("csv", {"train": [], "val": [], "test": []}) == []
 
 
-# Appendix B: Kvasir 1000 and CVC-ClinicDB 612 images, nine tenths for training; COD10K + CAMO
-# 3040 + 1000 for training; SBU 4085; leaf disease 498 + 90.
+# Appendix B. Kvasir: 1000 images, CVC-ClinicDB: 612, 90 % of each for training. COD10K and CAMO:
+# 3040 and 1000 for training. SBU: 4085 for training. Leaf disease: 498 for training, 90 for test.
 @pytest.mark.parametrize(
     "name, train, test",
     [
@@ -153,8 +153,8 @@ def test_the_expected_counts_add_up_to_the_papers(name, train, test):
 
 
 def test_a_paper_sized_list_is_split_as_expected():
-    # The counts of drawn splits, from lists as long as the paper's.
-    from naslora.data.paper_sets import _split_polyps, _with_validation
+    # The splits that are drawn at random, from lists of the paper's length.
+    from naslora.data.paper_sets import split_polyps, with_validation
 
     def sizes(splits):
         return [len(splits[split]) for split in ("train", "val", "test")]
@@ -165,15 +165,15 @@ def test_a_paper_sized_list_is_split_as_expected():
     def expected(name):
         return [DATASETS[name].counts[split] for split in ("train", "val", "test")]
 
-    assert sizes(_split_polyps(samples(1000), 100 / 1000)) == expected("kvasir")
-    assert sizes(_split_polyps(samples(612), 62 / 612)) == expected("cvc-clinicdb")
-    assert sizes(_with_validation(samples(900), samples(100), 0.2)) == expected("kvasir")
-    assert sizes(_with_validation(samples(4085), samples(638), 0.1)) == expected("sbu")
-    assert sizes(_with_validation(samples(498), samples(90), 0.1)) == expected("leaf")
-    assert sizes(_with_validation(samples(4040), [], 0.1))[:2] == [3636, 404]
+    assert sizes(split_polyps(samples(1000), 100 / 1000)) == expected("kvasir")
+    assert sizes(split_polyps(samples(612), 62 / 612)) == expected("cvc-clinicdb")
+    assert sizes(with_validation(samples(900), samples(100), 0.2)) == expected("kvasir")
+    assert sizes(with_validation(samples(4085), samples(638), 0.1)) == expected("sbu")
+    assert sizes(with_validation(samples(498), samples(90), 0.1)) == expected("leaf")
+    assert sizes(with_validation(samples(4040), [], 0.1))[:2] == [3636, 404]
 
 
-# --- what is wrong is told by name
+# --- error messages
 
 
 @pytest.mark.parametrize("name", miniatures.TREES)
@@ -219,15 +219,15 @@ def test_an_unreadable_file_is_named(tmp_path):
     assert str(path) in message and "tiff/val" in message
 
 
-def test_strange_colours_of_trans10k_are_named(tmp_path):
+def test_unknown_colours_of_trans10k_are_named(tmp_path):
     tree(tmp_path, "trans10k-v1")
     path = tmp_path / "train/masks/1_mask.png"
     miniatures.save(path, np.full((*miniatures.SIZE, 3), 7, np.uint8))
     message = error_of(check_samples, load_splits("trans10k-v1", tmp_path)["train"], 3)
-    assert str(path) in message and "means 7.0; expected are 0 (background), 85 (things)" in message
+    assert str(path) in message and "means 7.0; expected 0 (background), 85 (things)" in message
 
 
-# --- how binary masks are drawn
+# --- encodings of binary masks
 
 
 def threshold(path: Path) -> np.ndarray:
@@ -245,14 +245,14 @@ def test_threshold_reads_greys_bits_and_palettes(tmp_path):
     miniatures.save(tmp_path / "deep.png", np.array([[0, 32000, 33000, 65535]], np.uint16))
     assert threshold(tmp_path / "deep.png").tolist() == [[0, 0, 1, 1]]
     indices = Image.fromarray(np.array([[0, 1]], np.uint8))
-    # A dark red, as palettes of class colours have it, and an inverted black and white
+    # A palette with dark red, as class colours have it, and one with black and white exchanged.
     for palette, expected in ((b"\0\0\0\x80\0\0", [[0, 1]]), (b"\xff\xff\xff\0\0\0", [[1, 0]])):
         indices.putpalette(palette)
         indices.save(tmp_path / "palette.png")
         assert threshold(tmp_path / "palette.png").tolist() == expected
 
 
-def test_a_rotated_photograph_meets_its_mask_upright(tmp_path):
+def test_a_rotated_photograph_is_compared_upright_with_its_mask(tmp_path):
     tree(tmp_path, "sbu")
     sample = load_splits("sbu", tmp_path)["test"][0]
     with Image.open(sample.image) as image:
@@ -279,7 +279,7 @@ def test_the_cache_changes_no_pixel_and_is_used(tmp_path, monkeypatch):
     tree(tmp_path, "sbu")
     plain = list(dataset_of(tmp_path, None, flip=True))
     first = list(dataset_of(tmp_path, tmp_path / "cache", flip=True))
-    monkeypatch.setattr(SegmentationDataset, "_squash", None)  # nothing is decoded any more
+    monkeypatch.setattr(SegmentationDataset, "resize", None)  # decoding would fail now
     second = list(dataset_of(tmp_path, tmp_path / "cache", flip=True))
     for a, b, c in zip(plain, first, second, strict=True):
         assert items_equal(a, b) and items_equal(a, c)
@@ -292,18 +292,18 @@ def test_the_cache_is_never_stale(tmp_path):
     before, sample = dataset[0], dataset.samples[0]
     stat = sample.mask.stat()
     miniatures.save(sample.mask, 255 - miniatures.BINARY)
-    os.utime(sample.mask, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # not even the time differs
+    os.utime(sample.mask, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the time does not change
     assert torch.equal(dataset[0]["mask"], 1 - before["mask"])
     larger = SegmentationDataset([sample], 24, 1, cache=Cache(tmp_path / "cache"))
     assert larger[0]["image"].shape == (3, 24, 24)
     as_labels = SegmentationDataset(
         [sample._replace(encoding="labels")], 16, 3, cache=Cache(tmp_path / "cache")
     )
-    # 0/255 is no mask of three classes, however it was cached for one.
+    # 0/255 is not a mask of three classes. The entry for one class must not be used.
     assert "beyond the 3 classes" in error_of(as_labels.__getitem__, 0)
 
 
-def test_a_damaged_entry_is_made_anew(tmp_path):
+def test_a_damaged_entry_is_created_again(tmp_path):
     tree(tmp_path, "sbu")
     dataset = dataset_of(tmp_path, tmp_path / "cache")
     expected = dataset[0]
@@ -314,7 +314,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path):
         assert len(entry.read_bytes()) > 200
 
 
-def test_errors_are_not_cached_and_sizes_stay_checked(tmp_path):
+def test_errors_are_not_cached_and_sizes_are_still_checked(tmp_path):
     tree(tmp_path, "sbu")
     dataset = dataset_of(tmp_path, tmp_path / "cache")
     list(dataset)
@@ -351,10 +351,10 @@ def test_processes_share_a_cache(tmp_path):
 
 def test_a_cache_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in error_of(Cache, tmp_path / "file/cache")
+    assert "cannot be created" in error_of(Cache, tmp_path / "file/cache")
 
 
-# --- what a run knows of its data set
+# --- classes and metrics of a run
 
 
 def test_a_run_takes_classes_and_metrics_from_its_data_set():

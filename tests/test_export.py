@@ -1,4 +1,4 @@
-"""Exported models: what other runtimes compute, what other packages load, and refusals."""
+"""Exported models: computed by other runtimes, loaded by other packages; and error messages."""
 
 import json
 
@@ -12,8 +12,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, inject, merge
-from naslora.sam import encoders as sam
-from naslora.sam.checkpoint import load_sam_checkpoint
+from naslora.sam.checkpoint import load_sam_checkpoint, mobile_sam_name
 from naslora.sam.encoders import PATCH_SIZE, build_image_encoder
 from naslora.sam.export import Description, Embedding, Scores, export, load_exported
 from naslora.sam.segmentation import SamForSegmentation, build_model
@@ -25,7 +24,7 @@ SIZE = 64
 
 
 def original_sam(size: int) -> Sam:
-    """An unmodified segment_anything model around a small encoder."""
+    """Builds segment_anything's own model with a small encoder."""
     torch.manual_seed(0)
     grid = size // PATCH_SIZE
     return Sam(
@@ -42,7 +41,7 @@ def original_sam(size: int) -> Sam:
 
 
 def segmenter(size=SIZE, num_classes=1, checkpoint=None, mode="exact") -> SamForSegmentation:
-    """A merged model whose encoder and decoder are not at their start."""
+    """Builds a merged model whose adapter and decoder differ from their initial values."""
     model = build_model("vit_t", size, num_classes, checkpoint).eval()
     inject(model, NASLoRAConfig())
     randomize(model)
@@ -68,7 +67,7 @@ def run_onnx(path, x: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- graphs
 
 
-# Two sizes, so that nothing of one image size is built in; the second has windows that are padded.
+# Two sizes test that no constant depends on the image size. The second one has padded windows.
 @pytest.mark.parametrize(
     "size, num_classes, mode, part",
     [
@@ -85,11 +84,11 @@ def test_onnx_runtime_computes_what_pytorch_does(size, num_classes, mode, part, 
     path = tmp_path / "model.onnx"
     export(model, description(model, part), "onnx", path)
     module = (Scores if part == "model" else Embedding)(model)
-    for batch in (1, 3):  # traced with two
+    for batch in (1, 3):  # the trace has a batch of two
         x = tokens(batch, 3, size, size).sigmoid()
         with torch.no_grad():
             expected = module(x)
-        # The contract; float32 rounding over a few layers stays far below it.
+        # float32 rounding over a few layers, with a margin.
         torch.testing.assert_close(run_onnx(path, x), expected, rtol=1e-4, atol=1e-4)
     assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
     assert not list(tmp_path.glob(".*"))
@@ -101,14 +100,14 @@ def test_torch_export_computes_what_pytorch_does(tmp_path):
     export(model, description(model), "torch-export", path)
     program = torch.export.load(path)
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert not [name for name in operators if "naslora" in name]  # loads where naslora is not
+    assert not [name for name in operators if "naslora" in name]  # it must load without naslora
     x = tokens(3, 3, SIZE, SIZE).sigmoid()
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), Scores(model)(x))
 
 
 def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
-    """A protobuf file ends at 2 GiB, which a ViT-H passes."""
+    """A protobuf file is limited to 2 GiB; the weights of a ViT-H exceed it."""
     monkeypatch.setattr("naslora.sam.export.MOST_BYTES", 1000)
     model = segmenter()
     path = tmp_path / "model.onnx"
@@ -131,7 +130,7 @@ def test_a_merged_model_compiles_in_one_graph(mode):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["exact", "center", "calibrated"])
 def test_a_merged_model_runs_in_16_bits(mode):
-    """As the model in float32 does, up to the rounding of every layer to 8 bits."""
+    """Equals the float32 result up to the rounding of each layer to 8 bits."""
     model = adapted_encoder()
     merge(model, mode, [smooth_images(4, seed) for seed in range(4)])
     expected = model(images())
@@ -145,7 +144,7 @@ def test_a_merged_model_runs_in_16_bits(mode):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """The state dict of an unmodified SAM at twice the size at which the model is adapted."""
+    """Writes the state dict of segment_anything's model for images of twice the size."""
     path = tmp_path / "sam.safetensors"
     save_file(original_sam(2 * SIZE).state_dict(), path)
     return path
@@ -169,13 +168,13 @@ def test_segment_anything_loads_it_strictly(mode, num_classes, checkpoint, tmp_p
     original_sam(2 * SIZE).load_state_dict(exported, strict=True)
     own = model.state_dict()
     changed = {name for name in before if not torch.equal(exported[name], before[name])}
-    # Encoder: the merged layers alone; what was resized for the model is as it was.
+    # Encoder: only the merged layers change. Resized positions have their original values.
     qkv = {f"image_encoder.blocks.{i}.attn.qkv.{p}" for i in (0, 1) for p in ("weight", "bias")}
     assert {name for name in changed if "encoder" in name} == (
         qkv if mode == "calibrated" else {name for name in qkv if name.endswith("weight")}
     )
     assert all(torch.equal(exported[name], own[name]) for name in qkv)
-    # Decoder: all that was trained, and of what was dropped the original.
+    # Decoder: all trained tensors change. The tensors that the model lacks are the original ones.
     trained = {name for name in own if name.startswith("mask_decoder.")} & before.keys()
     assert trained <= changed
     assert {name for name in changed if name.startswith("mask_decoder.")} == trained
@@ -196,17 +195,17 @@ def test_it_loads_back_as_a_checkpoint(checkpoint, tmp_path):
     assert own.keys() == reloaded.keys()
     assert not [name for name in own if not torch.equal(own[name], reloaded[name])]
     other = SamForSegmentation("vit_t", 2 * SIZE)
-    load_sam_checkpoint(other, path, "vit_t")  # at the checkpoint's own size, too
+    load_sam_checkpoint(other, path, "vit_t")  # at the image size of the checkpoint
 
 
 def test_mobile_sam_gets_its_own_names(tmp_path):
     torch.manual_seed(0)
     model = SamForSegmentation("mobile_sam", SIZE)
-    state = {sam._mobile_sam_name(k): v.clone() for k, v in model.state_dict().items()}
+    state = {mobile_sam_name(k): v.clone() for k, v in model.state_dict().items()}
     spare = original_sam(SIZE).state_dict()
     state |= {k: v for k, v in spare.items() if k.startswith("mask_decoder.") and k not in state}
     state["mask_decoder.mask_tokens.weight"] = spare["mask_decoder.mask_tokens.weight"]
-    # Names as MobileSAM's checkpoint has them.
+    # Names from MobileSAM's checkpoint.
     assert {
         "image_encoder.patch_embed.seq.0.c.weight",
         "image_encoder.patch_embed.seq.2.bn.running_mean",
@@ -215,7 +214,7 @@ def test_mobile_sam_gets_its_own_names(tmp_path):
         "image_encoder.layers.3.blocks.1.attn.attention_biases",
         "image_encoder.neck.0.weight",
     } <= state.keys()
-    state["image_encoder.head.weight"] = torch.ones(3, 320)  # unused, and kept all the same
+    state["image_encoder.head.weight"] = torch.ones(3, 320)  # unused, but kept
     save_file(state, tmp_path / "mobile.safetensors")
     model = build_model("mobile_sam", SIZE, 1, tmp_path / "mobile.safetensors").eval()
     inject(model, NASLoRAConfig())
@@ -235,7 +234,7 @@ def test_mobile_sam_gets_its_own_names(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_an_exported_file_predicts_what_the_model_does(suffix, tmp_path):
-    model = segmenter(num_classes=3)  # binary ones: from the command line, below
+    model = segmenter(num_classes=3)  # a test of the command line has a binary model
     path = tmp_path / f"model{suffix}"
     export(model, description(model), {".onnx": "onnx", ".pt2": "torch-export"}[suffix], path)
     predict, held = load_exported(path)
@@ -243,13 +242,13 @@ def test_an_exported_file_predicts_what_the_model_does(suffix, tmp_path):
     x = tokens(2, 3, SIZE, SIZE).sigmoid()
     with torch.no_grad():
         expected = model(x).labels()
-    # A pixel may fall otherwise where two scores are equal up to rounding.
+    # Labels may differ at pixels where two scores are equal up to rounding.
     assert (predict(x) == expected).float().mean() > 0.999
 
 
 @pytest.fixture(scope="module")
 def folders(naslora, make_data, tmp_path_factory, tiny_vit):
-    """A binary run from a SAM checkpoint, and its merged models by mode."""
+    """A folder with a binary run from a SAM checkpoint, and its merged models by mode."""
     root = tmp_path_factory.mktemp("export")
     save_file(original_sam(32).state_dict(), root / "sam.safetensors")
     data = make_data(root / "data", train=6, val=2, test=2)
@@ -265,7 +264,7 @@ def folders(naslora, make_data, tmp_path_factory, tiny_vit):
 
 
 def test_export_and_predict_from_the_command_line(naslora, folders, tmp_path):
-    """Every way from one merged model to masks ends in the same masks."""
+    """All formats of one merged model must predict the same masks."""
     pictures = sorted((folders / "data" / "images").glob("test*.png"))
     sources = [folders / "center"]
     for file_format, suffix in (("onnx", "onnx"), ("torch-export", "pt2"), ("safetensors",) * 2):
@@ -282,7 +281,7 @@ def test_export_and_predict_from_the_command_line(naslora, folders, tmp_path):
         masks.append([np.asarray(Image.open(file)) for file in files])
     assert len(masks[0]) == 2 and set(np.unique(masks[0])) <= {0, 255}
     for others in masks[1:]:
-        # Images are fed one by one everywhere; a pixel at 0.5 up to rounding may fall otherwise.
+        # Labels may differ at pixels whose probability is 0.5 up to rounding.
         assert np.mean([np.mean(a == b) for a, b in zip(masks[0], others, strict=True)]) > 0.999
 
 
@@ -301,9 +300,11 @@ def test_what_cannot_be_exported_is_refused(naslora, folders, tmp_path):
     command = ("export", folders / "exact", "--output", file, "--format", "safetensors")
     assert "SAM has no image_encoder" in refused(naslora, *command)
     command = ("export", folders / "center", "--output", tmp_path / "m.bin")
-    assert "has to end in .onnx" in refused(naslora, *command)
+    assert "must end in .onnx for format onnx" in refused(naslora, *command)
     command = ("export", folders / "center", "--output", file, "--format", "safetensors")
-    assert "is whole" in refused(naslora, *command, "--part", "encoder")
+    assert "a SAM state dict contains the whole model" in refused(
+        naslora, *command, "--part", "encoder"
+    )
     assert "neither config.json" in refused(
         naslora, "export", tmp_path, "--output", tmp_path / "m.onnx"
     )
@@ -325,14 +326,16 @@ def test_files_that_predict_nothing_are_refused(naslora, folders, checkpoint, tm
     assert "sam.safetensors was not written by naslora export" in error(checkpoint)
     for name in ("a.onnx", "a.pt2", "a.safetensors"):
         (tmp_path / name).write_bytes(b"nothing that anyone wrote")
-        assert f"{name} is damaged or of another format" in error(tmp_path / name)
+        assert f"{name} is damaged or has another format" in error(tmp_path / name)
     (tmp_path / "a.txt").write_text("words")
-    assert "a.txt is no exported model" in error(tmp_path / "a.txt")
+    assert "a.txt is not an exported model" in error(tmp_path / "a.txt")
     model = segmenter(num_classes=3, checkpoint=checkpoint, mode="center")
     export(model, description(model), "safetensors", tmp_path / "classes.safetensors")
-    assert "no place for the branch that tells classes" in error(tmp_path / "classes.safetensors")
+    assert "SAM has no classification branch for 3 classes" in error(
+        tmp_path / "classes.safetensors"
+    )
     export(model, description(model, "encoder"), "torch-export", tmp_path / "encoder.pt2")
-    assert "holds the image encoder alone" in error(tmp_path / "encoder.pt2")
+    assert "holds only the image encoder" in error(tmp_path / "encoder.pt2")
 
 
 def test_a_merged_folder_says_what_merging_changed(folders):
@@ -348,7 +351,7 @@ def test_a_merged_folder_says_what_merging_changed(folders):
 
 
 def test_a_merged_layer_is_a_plain_linear_in_the_graph():
-    """Zero cost: the same modules and the same number of operations as the untouched encoder."""
+    """A merged encoder has the modules and the number of operations of the original one."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counts, kinds = [], []

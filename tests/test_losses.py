@@ -1,4 +1,4 @@
-"""The losses against NumPy in float64, and where maps are empty or logits saturated."""
+"""The losses against NumPy in float64, also for empty maps and saturated logits."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import torch
 from naslora.sam.losses import segmentation_loss
 from naslora.sam.segmentation import SegmentationOutput
 
-# Between float32 sums over a map and float64 ones: 256 terms of relative rounding 6e-8 each.
+# Sums over a map in float32 against float64: 256 terms, each with a relative rounding of 6e-8.
 TOLERANCE = 1e-5
 SIZE, CLASSES, TOKENS = 16, 3, 4
 
@@ -40,7 +40,7 @@ def binary(logits, target, **weights):
 
 @pytest.fixture
 def drawn():
-    """Mask logits (2, Q, S, S), class logits (2, Q, K + 1) and labels (2, S, S), as NumPy."""
+    """Random mask logits (2, Q, S, S), class logits (2, Q, K + 1) and labels (2, S, S)."""
     rng = np.random.default_rng(0)
     masks = 3 * rng.standard_normal((2, TOKENS, SIZE, SIZE))
     classes = 2 * rng.standard_normal((2, TOKENS, CLASSES + 1))
@@ -67,12 +67,8 @@ def test_binary_is_the_mean_of_bce_plus_dice():
     "logit, label, expected",
     [
         (40.0, 1, 0.0),  # all right: BCE 0, Dice 1 - (2 n + 1) / (2 n + 1)
-        (-40.0, 0, 0.0),  # rightly empty: 1 - 1 / 1
-        (
-            40.0,
-            0,
-            40 + 1 - 1 / 65,
-        ),  # all of n = 64 wrong: BCE is the logit
+        (-40.0, 0, 0.0),  # all right and empty: Dice 1 - 1 / 1
+        (40.0, 0, 40 + 1 - 1 / 65),  # all n = 64 pixels wrong: BCE is the logit
         (-40.0, 1, 40 + 1 - 1 / 65),
         (0.0, 1, np.log(2) + 1 - 65 / 97),  # undecided: overlap 2 * 32 + 1 over 32 + 64 + 1
     ],
@@ -91,12 +87,12 @@ def test_pixel_loss(drawn):
     entropies = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
     dices = np.mean([dice(p[b, k], y[b, k]) for b in range(2) for k in range(CLASSES)])
     loss = segmentation_loss(as_output(masks, classes), torch.tensor(labels), "pixel", 0.5, 2.0)
-    # The scores are smoothed by 1e-6 before they are normalised.
+    # The tolerance: the loss adds 1e-6 to the scores before it normalises them.
     assert loss.item() == pytest.approx(0.5 * (entropies + dices) + 2 * cross_entropy, rel=1e-4)
 
 
 def matching_by_brute_force(masks, classes, labels, lambda_seg, lambda_cls):
-    """One image: tries every assignment of tokens to the classes present."""
+    """Computes the loss of one image by trying every assignment of tokens to its classes."""
     present = np.unique(labels)
     truth = [(labels == k).astype(float) for k in present]
     fit = np.array([[bce(m, y) + dice(sigmoid(m), y) for m in masks] for y in truth])

@@ -1,4 +1,4 @@
-"""The metrics by hand and against counts in NumPy, and what they say about absent classes."""
+"""The metrics against values computed by hand, counts in NumPy, and other libraries."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 from naslora.errors import UserError
 from naslora.metrics import METRICS, check_metrics, image_scores, saliency_scores, summarise
 
-# Scores are ratios of whole numbers in float32.
+# The scores are ratios of integers, rounded to float32.
 TOLERANCE = 1e-6
 
 
@@ -45,7 +45,7 @@ def test_binary_full_and_empty(prediction, target, expected):
 
 
 def test_a_class_absent_from_both_has_no_score():
-    # Class 1 is right, 2 is missed, 3 is made up, 4 is nowhere.
+    # Class 1 is right, 2 is missed, 3 is predicted wrongly, 4 is absent.
     scores = score([[[1, 1, 3, 0]]], [[[1, 1, 2, 0]]], num_classes=5)
     for name in ("dice", "iou"):
         values = scores[name][0].tolist()
@@ -70,7 +70,7 @@ def test_agrees_with_counts(num_classes):
         assert float(scores["accuracy"][image]) == pytest.approx(accuracy, abs=TOLERANCE)
 
 
-def test_summarise_leaves_out_what_has_no_score():
+def test_summarise_ignores_undefined_scores():
     nan = float("nan")
     scores = {
         "dice": torch.tensor([[0.5, nan, nan], [1.0, 0.25, nan]]),
@@ -78,7 +78,7 @@ def test_summarise_leaves_out_what_has_no_score():
         "accuracy": torch.tensor([0.5, 1.0]),
     }
     assert summarise(scores, ["a", "b", "c"]) == {
-        "dice": 0.5,  # of 0.75 and 0.25: over images first, then over classes
+        "dice": 0.5,  # mean of 0.75 and 0.25: first over images, then over classes
         "iou": pytest.approx((0.625 + 0.5) / 2),
         "accuracy": 0.75,
         "per_class": {
@@ -99,7 +99,7 @@ def test_summarise_without_any_class():
     assert (summary["dice"], summary["iou"], summary["accuracy"]) == (None, None, 1.0)
 
 
-# --- what data sets are reported by, by hand
+# --- metrics of data sets
 
 
 def metrics_of(names, prediction, target, num_classes=1):
@@ -126,7 +126,7 @@ def test_balanced_error_rate_both_ways():
     assert values["ber_pooled"] == pytest.approx(100 * (1 - (2 / 4 + 3 / 4) / 2))
 
 
-def test_balanced_error_rate_leaves_out_images_of_one_class():
+def test_balanced_error_rate_ignores_images_of_one_class():
     prediction, target = [[[1, 0]], [[0, 0]]], [[[1, 0]], [[0, 0]]]
     assert metrics_of(["ber", "ber_pooled"], prediction, target) == {"ber": 0.0, "ber_pooled": 0.0}
     assert metrics_of(["ber", "ber_pooled"], [[[0, 1]]], [[[0, 0]]]) == {
@@ -178,8 +178,8 @@ def test_global_iou_agrees_with_torchmetrics():
 
 
 def test_saliency_by_hand():
-    # The map is stretched from 51..204 of 255 to 0..1: 0, 1/3, 2/3, 1; so the error is 1/3 at two
-    # pixels of eight.
+    # The map is stretched from 51 .. 204 of 255 to 0 .. 1: 0, 1/3, 2/3, 1. The error is then 1/3 at
+    # four of eight pixels.
     probability = torch.tensor([[0.2, 0.4, 0.6, 0.8]] * 2)
     target = torch.tensor([[0, 0, 1, 1]] * 2)
     scores = saliency_scores(probability, target)
@@ -193,13 +193,13 @@ def test_saliency_of_perfect_and_inverted_maps():
     perfect, inverted = (saliency_scores(p.float(), target) for p in (target, 1 - target))
     for name in ("s_alpha", "f_w_beta", "f_w_beta_0.3"):
         assert float(perfect[name]) == pytest.approx(1, abs=1e-6) and float(inverted[name]) < 0.1
-    # At 255 of the 256 thresholds the map is the truth, at 0 it is all foreground.
+    # The thresholded map equals the truth at 255 of the 256 thresholds. At 0 it is all foreground.
     assert 0.99 < float(perfect["e_phi"]) <= 1 and float(inverted["e_phi"]) < 0.05
     assert (float(perfect["mae"]), float(inverted["mae"])) == (0, 1)
 
 
 def test_saliency_agrees_with_the_library_over_a_set():
-    # The library sums up a whole set; means of single images have to give the same.
+    # The library averages over a whole set. The mean over single images must be equal.
     import py_sod_metrics as sod
 
     rng = np.random.default_rng(1)

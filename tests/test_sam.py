@@ -1,4 +1,4 @@
-"""Encoders, SAM's checkpoints and the segmentation model, against segment_anything itself."""
+"""Encoders, checkpoints and the segmentation model, against segment_anything."""
 
 import copy
 import os
@@ -23,13 +23,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, UserError, adapter_parameters, arch_parameters, inject
-from naslora.sam import encoders as sam_module
+from naslora.sam.checkpoint import load_sam_checkpoint, timm_name
 from naslora.sam.encoders import MODELS, VITS, ViT, build_image_encoder, checkpoint_blocks
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, build_model
 
 torch.set_num_threads(1)
 
-# Beside the checkout, where it is there at all; the weights are not part of the project.
+# The weights are not part of the project. The tests that need them are skipped without them.
 MOBILE_SAM = Path(__file__).parents[1].parent / "shared" / "weights" / "mobile_sam.safetensors"
 needs_mobile_sam = pytest.mark.skipif(
     not MOBILE_SAM.is_file(), reason=f"needs MobileSAM's weights as {MOBILE_SAM}"
@@ -39,7 +39,7 @@ SMALL = ViT(width=32, depth=2, heads=2, global_blocks=(1,))
 
 
 def build_sam(size: int, vit: ViT = SMALL, mask_tokens: int = 4, seed: int = 0) -> Sam:
-    """Unmodified segment_anything with a small encoder and the decoder of the real models."""
+    """Builds segment_anything's own model with a small encoder and a decoder of full size."""
     torch.manual_seed(seed)
     encoder = ImageEncoderViT(
         img_size=size,
@@ -52,7 +52,7 @@ def build_sam(size: int, vit: ViT = SMALL, mask_tokens: int = 4, seed: int = 0) 
         global_attn_indexes=vit.global_blocks,
     )
     for name, parameter in encoder.named_parameters():
-        if "pos" in name:  # zero until trained
+        if "pos" in name:  # zero without a checkpoint
             nn.init.normal_(parameter, std=0.3)
     return Sam(
         encoder, PromptEncoder(256, (size // 16,) * 2, (size, size), 16), decoder(mask_tokens)
@@ -69,7 +69,7 @@ def decoder(mask_tokens: int) -> MaskDecoder:
 
 @pytest.fixture(autouse=True)
 def small_vit_b(monkeypatch):
-    """``vit_b`` stands for a small model in this file; the real sizes have their own test."""
+    """Makes ``vit_b`` small in this file. One test checks the real sizes."""
     monkeypatch.setitem(VITS, "vit_b", SMALL)
 
 
@@ -108,7 +108,7 @@ def test_encoders_give_a_sixteenth_of_the_image(name, size):
 
 @pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
 def test_official_models_have_segment_anything_tensors(name, monkeypatch):
-    """Every name and shape of the encoder and the prompt encoder, at 1024 pixels."""
+    """Compares all names and shapes of the encoder and the prompt encoder, at 1024 pixels."""
     monkeypatch.undo()
     with torch.device("meta"):
         ours = SamForSegmentation(name).state_dict()
@@ -130,7 +130,7 @@ def test_vit_t_is_the_documented_size():
 
 
 def test_qkv_layers_that_inject_finds():
-    """12 in vit_t; the 10 of MobileSAM with the published widths, fed with square sequences."""
+    """12 layers in vit_t; 10 in MobileSAM, with the published widths and (B, N, C) inputs."""
     vit, mobile = SamForSegmentation("vit_t", 64), SamForSegmentation("mobile_sam", 64)
     assert len(inject(vit, NASLoRAConfig())) == 12
     names = inject(mobile, NASLoRAConfig())
@@ -141,7 +141,9 @@ def test_qkv_layers_that_inject_finds():
 
 @pytest.mark.parametrize("size", [0, 8, 100, -16])
 def test_image_sizes_must_fit_the_patch(size):
-    with pytest.raises(UserError, match=f"image size must be a multiple of 16, got {size}"):
+    with pytest.raises(
+        UserError, match=f"image_size must be a positive multiple of 16, got {size}"
+    ):
         SamForSegmentation("vit_t", size)
 
 
@@ -163,14 +165,14 @@ def test_embedding_equals_segment_anything(original, checkpoints, file):
             torch.stack([original.preprocess(255 * i) for i in images])
         )
         actual = model.image_encoder((images - model.pixel_mean) / model.pixel_std)
-    # The same numbers, normalised on a scale of 1 here and of 255 there: float32 rounding.
+    # float32 rounding: the images are normalised on a scale of 1 here, and of 255 in SAM.
     assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     for key, value in model.prompt_encoder.state_dict().items():
         assert torch.equal(value, original.prompt_encoder.state_dict()[key]), key
 
 
 def test_masks_equal_those_of_segment_anything_with_one_token(original, checkpoints):
-    """SAM's decoder with a single mask token, as segment_anything computes it without prompts.
+    """Compares with SAM's decoder with one mask token and without prompts.
 
     With SAM's four mask tokens the result differs: they attend to each other.
     """
@@ -179,7 +181,7 @@ def test_masks_equal_those_of_segment_anything_with_one_token(original, checkpoi
     state = original.mask_decoder.state_dict()
     state["mask_tokens.weight"] = state["mask_tokens.weight"][:1]
     own = single.state_dict()
-    for key in own:  # the IoU head rates one mask here, and is not compared
+    for key in own:  # the IoU head has another size for one mask; it is not compared
         if not key.startswith("iou_prediction_head."):
             own[key].copy_(state[key])
     images = pixels(64)
@@ -197,12 +199,12 @@ def test_masks_equal_those_of_segment_anything_with_one_token(original, checkpoi
         upsampled = F.interpolate(expected, (64, 64), mode="bilinear", align_corners=False)
         actual = model(images)
     assert expected.shape == (2, 1, 16, 16) and actual.classes is None
-    # float32: logits of a few units, summed in batches of another size.
+    # float32 rounding of logits of a few units, summed in batches of different sizes.
     assert_close(actual.masks, upsampled, rtol=1e-4, atol=1e-4)
 
 
-def test_multi_class_takes_what_sam_has(original, checkpoints):
-    """The first four of ten mask tokens and the first hypernetwork; the rest starts fresh."""
+def test_multi_class_loads_the_tensors_that_fit(original, checkpoints):
+    """Loads the first four of ten mask tokens and the first hypernetwork; the rest is random."""
     fresh = build_model("vit_b", 64, num_classes=3, seed=1)
     model = build_model("vit_b", 64, num_classes=3, checkpoint=checkpoints / "sam.pth", seed=1)
     tokens = model.mask_decoder.mask_tokens.weight
@@ -222,7 +224,7 @@ def test_another_image_size_resizes_the_positions(original, checkpoints, size):
         stored.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False
     )
     assert_close(model.image_encoder.pos_embed, bicubic.permute(0, 2, 3, 1))
-    # Linear interpolation of the 7 relative positions at pixel centres, by NumPy.
+    # Linear interpolation of the 7 relative positions at the centres of pixels, in NumPy.
     count = 2 * grid - 1
     at = (np.arange(count) + 0.5) * 7 / count - 0.5
     for axis in ("rel_pos_h", "rel_pos_w"):
@@ -238,7 +240,7 @@ def test_another_image_size_resizes_the_positions(original, checkpoints, size):
 
 
 def test_constant_positions_stay_constant(tmp_path):
-    """Interpolation neither scales nor shifts: what is the same everywhere stays so."""
+    """Interpolation must not scale: a constant embedding stays constant."""
     source = build_sam(128)
     for name, parameter in source.image_encoder.named_parameters():
         if "pos" in name:
@@ -251,7 +253,7 @@ def test_constant_positions_stay_constant(tmp_path):
 
 
 class Intruder:
-    """What a malicious checkpoint holds: unpickling it makes a file."""
+    """Content of a malicious checkpoint: unpickling it creates a folder."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -272,7 +274,7 @@ def truncated(folder, state):
     torch.save(state, folder / "whole.pth")
     content = (folder / "whole.pth").read_bytes()
     (folder / "half.pth").write_bytes(content[: len(content) // 2])
-    return folder / "half.pth", "half.pth is truncated or no PyTorch state dict"
+    return folder / "half.pth", "half.pth is truncated or is not a PyTorch state dict"
 
 
 def truncated_safetensors(folder, state):
@@ -284,37 +286,37 @@ def truncated_safetensors(folder, state):
 
 def empty(folder, state):
     (folder / "empty.pth").write_bytes(b"")
-    return folder / "empty.pth", "empty.pth is truncated or no PyTorch state dict"
+    return folder / "empty.pth", "empty.pth is truncated or is not a PyTorch state dict"
 
 
 def text(folder, state):
     (folder / "text.pth").write_text("<html>404: not found</html>\n")
-    return folder / "text.pth", "text.pth is truncated or no PyTorch state dict"
+    return folder / "text.pth", "text.pth is truncated or is not a PyTorch state dict"
 
 
 def malicious(folder, state):
     torch.save({**state, "extra": Intruder(folder / "intruder")}, folder / "evil.pth")
-    return folder / "evil.pth", "evil.pth is truncated or no PyTorch state dict"
+    return folder / "evil.pth", "evil.pth is truncated or is not a PyTorch state dict"
 
 
 def malicious_pickle(folder, state):
     (folder / "evil.pth").write_bytes(pickle.dumps(Intruder(folder / "intruder"), protocol=2))
-    return folder / "evil.pth", "evil.pth is truncated or no PyTorch state dict"
+    return folder / "evil.pth", "evil.pth is truncated or is not a PyTorch state dict"
 
 
 def nested(folder, state):
     torch.save({"model": state}, folder / "nested.pth")
-    return folder / "nested.pth", "nested.pth holds no plain state dict of tensors"
+    return folder / "nested.pth", "nested.pth is not a plain state dict of tensors"
 
 
 def numbered(folder, state):
     torch.save({0: torch.zeros(1)}, folder / "numbered.pth")
-    return folder / "numbered.pth", "numbered.pth holds no plain state dict of tensors"
+    return folder / "numbered.pth", "numbered.pth is not a plain state dict of tensors"
 
 
 def foreign(folder, state):
     torch.save({"layer1.weight": torch.zeros(2, 2)}, folder / "resnet.pth")
-    return folder / "resnet.pth", "resnet.pth is no SAM checkpoint: it has no image_encoder"
+    return folder / "resnet.pth", "resnet.pth holds no SAM checkpoint: it has no image_encoder"
 
 
 def encoder_only(folder, state):
@@ -325,12 +327,18 @@ def encoder_only(folder, state):
 
 def wider(folder, state):
     torch.save(build_sam(64, SMALL._replace(width=48)).state_dict(), folder / "wide.pth")
-    return folder / "wide.pth", "wide.pth does not fit model vit_b .*--model it was made for"
+    return (
+        folder / "wide.pth",
+        "wide.pth does not fit model vit_b .*--model that the checkpoint was made for",
+    )
 
 
 def deeper(folder, state):
     torch.save(build_sam(64, SMALL._replace(depth=3)).state_dict(), folder / "deep.pth")
-    return folder / "deep.pth", "deep.pth does not fit model vit_b .*--model it was made for"
+    return (
+        folder / "deep.pth",
+        "deep.pth does not fit model vit_b .*--model that the checkpoint was made for",
+    )
 
 
 def shallower(folder, state):
@@ -352,7 +360,7 @@ def test_bad_checkpoints_are_refused_in_one_line(original, tmp_path, make):
     model = build_model("vit_b", 64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(UserError, match=message) as error:
-        sam_module.load_sam_checkpoint(model, path, "vit_b")
+        load_sam_checkpoint(model, path, "vit_b")
     assert "\n" not in str(error.value)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert not (tmp_path / "intruder").exists()
@@ -363,19 +371,19 @@ def test_bad_checkpoints_are_refused_in_one_line(original, tmp_path, make):
 
 @needs_mobile_sam
 def test_mobile_sam_embedding_is_that_of_the_original():
-    """Numbers that MobileSAM's own implementation gave for this image, with the same weights."""
+    """Compares with values that MobileSAM's implementation computed with the same weights."""
     model = build_model("mobile_sam", 1024, checkpoint=MOBILE_SAM).eval()
     with torch.no_grad():
         embedding = model.image_encoder(wave(1024))
     sample = embedding[0, 17::60, 5::25, 40]
     expected = torch.tensor(EXPECTED_SAMPLE)
-    # Values below 1 after some thirty layers in float32; the implementations agree to 4e-7.
+    # float32 rounding of values below 1 after about thirty layers; the measured difference is 4e-7.
     assert_close(sample, expected, rtol=0, atol=1e-5)
     assert embedding.std().item() == pytest.approx(EXPECTED_STD, rel=1e-4)
 
 
 def wave(size: int) -> torch.Tensor:
-    """A normalised image with structure in both directions and another one in each channel."""
+    """Makes a normalised image that varies in both directions, differently in each channel."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     phase = torch.stack([x / 97 + y / 41, x / 23 - y / 61, (x + y) / 151]).float()
     return (2 * phase.sin())[None]
@@ -392,12 +400,12 @@ EXPECTED_STD = 0.0953994
 
 @needs_mobile_sam
 def test_mobile_sam_weights_are_all_used():
-    """Every tensor of the file but those of the parts that the segmentation decoder drops."""
+    """Every tensor is loaded, except for the parts that the segmentation decoder lacks."""
     stored = load_file(MOBILE_SAM)
     model = build_model("mobile_sam", 64, checkpoint=MOBILE_SAM)
     state = model.state_dict()
     for key, value in stored.items():
-        ours = sam_module._timm_name(key)
+        ours = timm_name(key)
         if ours in state and state[ours].shape == value.shape:
             assert torch.equal(state[ours], value), key
         else:
@@ -409,9 +417,9 @@ def test_mobile_sam_weights_are_all_used():
 
 @needs_mobile_sam
 def test_mobile_sam_in_evaluation_mode_sees_the_loaded_attention_biases():
-    """TinyViT caches them at eval(): loading into a model in that mode must renew the cache."""
+    """TinyViT caches them in evaluation mode, so loading must renew the cache."""
     model = build_model("mobile_sam", 64).eval()
-    sam_module.load_sam_checkpoint(model, MOBILE_SAM, "mobile_sam")
+    load_sam_checkpoint(model, MOBILE_SAM, "mobile_sam")
     assert not model.training
     fresh = build_model("mobile_sam", 64, checkpoint=MOBILE_SAM).eval()
     with torch.no_grad():
@@ -464,7 +472,7 @@ def test_batch_norms_of_an_adapter_do_move_in_training_mode():
 def test_recomputed_blocks_give_the_same_gradients(name):
     model = build_model(name, 64)
     inject(model, NASLoRAConfig())
-    for parameter in adapter_parameters(model):  # lora_B leaves zero, so that all gradients live
+    for parameter in adapter_parameters(model):  # lora_B is not zero, so that no gradient is zero
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     recomputed = copy.deepcopy(model)
     checkpoint_blocks(recomputed.image_encoder)
@@ -510,7 +518,7 @@ def test_binary_uses_one_token():
 
 
 def test_class_map_is_the_papers():
-    """einsum("qk,qhw->khw", softmax(cls)[..., :-1], sigmoid(masks)), an image at a time."""
+    """Computes einsum("qk,qhw->khw", softmax(cls)[..., :-1], sigmoid(masks)) for each image."""
     model = build_model("vit_b", 64, num_classes=3).eval()
     with torch.no_grad():
         output = model(pixels(64))
@@ -522,7 +530,7 @@ def test_class_map_is_the_papers():
         classes = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         masks = 1 / (1 + np.exp(-output.masks[i].double().numpy()))
         expected = np.einsum("qk,qhw->khw", classes[..., :-1], masks)
-        # float32 sums of ten products below 1.
+        # float32 rounding of sums of ten products below 1.
         assert_close(scores[i].double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
         assert np.array_equal(output.labels()[i].numpy(), scores[i].numpy().argmax(0))
 
@@ -536,7 +544,7 @@ def test_class_map_of_16_bit_logits_is_float32():
 def test_class_counts_are_checked():
     with pytest.raises(UserError, match="num_classes must be at least 1, got 0"):
         SamForSegmentation("vit_b", 64, num_classes=0)
-    with pytest.raises(UserError, match="12 classes need as many mask tokens, got 10"):
+    with pytest.raises(UserError, match="num_tokens must be at least num_classes, 12, got 10"):
         SamForSegmentation("vit_b", 64, num_classes=12, num_tokens=10)
 
 

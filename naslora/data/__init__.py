@@ -1,0 +1,1 @@
+"""Data sets: locating, decoding, caching, sampling and batching of images and masks."""

@@ -1,4 +1,7 @@
-"""Decoded and resized images on disk, under a key of their content: never stale, safe to share."""
+"""A cache of decoded and resized images on disk.
+
+The key of an entry is a hash of the files' content, so an edited file never gets an old entry.
+"""
 
 import hashlib
 import os
@@ -11,21 +14,22 @@ import PIL
 
 from naslora.errors import UserError
 
-# Part of every key: a change of what an entry holds, or of the decoder, makes a new one.
+# Part of every key: increase the number when the content of entries changes. Another decoder may
+# decode a file to other pixels.
 VERSION = f"1 Pillow {PIL.__version__}"
 
 
 class Cache:
     """A folder of arrays. Any number of workers, processes and runs may share it.
 
-    An entry's name is a hash of the files' content and of what is done to them, so that an edited
-    file has another entry. Entries appear whole; what cannot be read back is made anew.
+    Entries are written atomically. An entry that cannot be read is created again. The folder only
+    grows; it may be deleted while no run uses it.
 
     Args:
-        directory: created if need be. It only grows; delete it at any time when no run uses it.
+        directory: the folder; it is created if it does not exist.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -33,15 +37,18 @@ class Cache:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cache {directory} cannot be made: {error.strerror}") from error
+            raise UserError(f"cache {directory} cannot be created: {error.strerror}") from error
 
     def get(self, files: Sequence[bytes], how: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array of these files, made if it is not there.
+        """Reads an entry, or creates it.
 
         Args:
             files: the content of the files that the array depends on.
-            how: everything else that it depends on.
-            make: makes the array; what it raises is raised, and nothing is kept.
+            how: everything else that the array depends on, as text.
+            make: computes the array of a new entry. If it raises, no entry is written.
+
+        Returns:
+            The array that ``make`` returns, or returned when the entry was created.
 
         Raises:
             UserError: the entry cannot be written.
@@ -55,7 +62,7 @@ class Cache:
         return array
 
     def _write(self, path: Path, array: np.ndarray) -> None:
-        # A name of its own for each writer: two workers may meet at the same file.
+        # Each writer uses its own temporary name, because two workers may write the same entry.
         try:
             descriptor, name = tempfile.mkstemp(suffix=".partial", dir=self.directory)
             try:
@@ -69,14 +76,14 @@ class Cache:
         except OSError as error:
             raise UserError(
                 f"cache {self.directory} cannot be written: {error.strerror}; free some space, or "
-                "leave out --cache"
+                "omit --cache"
             ) from error
 
 
 def _key(files: Sequence[bytes], how: str) -> str:
     digest = hashlib.blake2b(f"{VERSION} {how}".encode(), digest_size=20)
     for content in files:
-        # With its length, so that no two lists of files run into the same bytes
+        # The length separates the files: two lists must not concatenate to the same bytes.
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
     return digest.hexdigest()

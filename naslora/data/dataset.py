@@ -1,19 +1,15 @@
-"""Images with masks: their decoding, and batches that no number of processes changes.
-
-``check_samples`` reads every file once, so that what is wrong with the data is said before training
-starts. The flips and the order of an epoch are pure functions
-of the seed, the epoch and the sample's index: the same in any worker, with any number of processes,
-and in a run that was resumed.
-"""
+"""The data set that a training loop reads: resized images and masks, flips, and collation."""
 
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional as transforms
 
@@ -31,32 +27,52 @@ from naslora.data.sampling import FLIP, seeded_generator
 from naslora.errors import UserError
 
 
-class SegmentationDataset(Dataset):
-    """Images and masks squashed to a square, by index.
+class Item(TypedDict, total=False):
+    """One sample of ``SegmentationDataset``."""
 
-    An item is a dict of
+    image: Tensor
+    """(3, S, S) float32 in [0, 1], RGB, resized bicubically with antialiasing."""
+    index: int
+    """Position of the sample in ``SegmentationDataset.samples``."""
+    name: str
+    """Path of the image, relative to the folder that contains all images."""
+    mask: Tensor
+    """(S, S) int64 class indices, resized to the nearest pixel. Absent without a mask."""
+    truth: Tensor
+    """(H, W) int64 class indices at the size of the file, never flipped. Only on request."""
 
-    - ``image``: (3, S, S) float32 in [0, 1], RGB, resized bicubically with antialiasing;
-    - ``mask``: (S, S) int64 class indices, resized to the nearest; absent where a sample has none;
-    - ``truth``: (H, W) int64, the mask at the size of its file; with ``truth=True`` only;
-    - ``index``: int, the sample's place in ``samples``;
-    - ``name``: str, the image's path below the folder that holds all images.
+
+class Batch(TypedDict, total=False):
+    """B items of ``SegmentationDataset``."""
+
+    image: Tensor
+    """(B, 3, S, S) float32."""
+    index: Tensor
+    """(B,) int64."""
+    name: list[str]
+    mask: Tensor
+    """(B, S, S) int64. Absent without masks."""
+    truth: list[Tensor]
+    """(H, W) int64 each; sizes may differ. Only on request."""
+
+
+class SegmentationDataset(Dataset[Item]):
+    """Images and masks, resized to a square without keeping the aspect ratio.
 
     Args:
-        samples: what to read.
-        image_size: S, in pixels.
+        samples: the samples to read.
+        image_size: side S of the square, in pixels.
         num_classes: as in ``read_mask``.
         palette: as in ``read_mask``.
-        flip: mirror half of the images, with their masks, left to right; which ones depends on
-            ``seed``, the epoch and the index alone.
-        seed: of the flips.
-        cache: where squashed images and masks are kept, so that a file is decoded once.
-        truth: also give every mask at its own size, upright and never mirrored.
+        flip: whether to mirror half of the images, with their masks, from left to right. The choice
+            depends only on the seed, the epoch and the index.
+        seed: seed of the flips.
+        cache: cache for the resized images and masks; None decodes a file at each access.
+        truth: whether items contain ``truth``.
 
     Raises:
-        UserError: the palette does not fit the classes, or these the cache; on access, as
-            ``read_image`` and ``read_mask`` do, and where an image and its mask have different
-            sizes.
+        UserError: the palette does not fit the classes, or the cache cannot store so many classes.
+            On access: as ``read_image`` and ``read_mask``, or an image and its mask differ in size.
     """
 
     def __init__(
@@ -78,24 +94,24 @@ class SegmentationDataset(Dataset):
         self.cache = cache
         self.truth = truth
         if cache is not None and num_classes > 256:
-            raise UserError(f"the cache holds up to 256 classes, not {num_classes}")
+            raise UserError(f"the cache supports at most 256 classes, got {num_classes}")
         self._codes = palette_codes(palette, num_classes)
         self._names = _names_below_common_folder(self.samples)
-        # In shared memory, so that workers which live for several epochs see it change
+        # In shared memory, because persistent workers must see the change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the flips depend on; call it before iterating over the epoch."""
+        """Sets the epoch that the flips depend on. Call it before the epoch's iteration."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int | str]:
+    def __getitem__(self, index: int) -> Item:
         sample = self.samples[index]
-        flipped = self.flip and self._is_flipped(index)
+        flipped = self.is_flipped(index)
         image, mask = self.read(sample)
-        item = {
+        item: Item = {
             "image": _mirror(transforms.to_dtype(image, torch.float32, scale=True), flipped),
             "index": index,
             "name": self._names[index],
@@ -107,12 +123,24 @@ class SegmentationDataset(Dataset):
             item["truth"] = torch.from_numpy(truth).long()
         return item
 
-    def read(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(3, S, S) uint8 and, where there is a mask, (S, S) labels; from the cache if it can."""
+    def is_flipped(self, index: int) -> bool:
+        """Returns whether the item is mirrored in the current epoch."""
+        if not self.flip:
+            return False
+        return bool(seeded_generator(FLIP, self.seed, int(self._epoch), index).random() < 0.5)
+
+    def read(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
+        """Reads a resized image and mask, from the cache if there is one.
+
+        Returns:
+            (3, S, S) uint8, and (S, S) class indices, None without a mask.
+
+        Raises:
+            UserError: as ``resize``, or the cache cannot be written.
+        """
         if self.cache is None:
-            return self._squash(sample, sample.image, sample.mask)
-        # The files are read whole and decoded from memory: what is kept belongs to the key even if
-        # a file is replaced meanwhile.
+            return self.resize(sample, sample.image, sample.mask)
+        # The key and the entry are made from the same bytes, even if a file is replaced meanwhile.
         files = [_read_bytes(path, sample) for path in (sample.image, sample.mask) if path]
         how = (self.image_size, self.num_classes, self._codes, sample.encoding)
         entry = self.cache.get(files, repr(how), lambda: self._entry(sample, files))
@@ -120,21 +148,35 @@ class SegmentationDataset(Dataset):
         return pixels[:3], pixels[3] if sample.mask is not None else None
 
     def _entry(self, sample: Sample, files: list[bytes]) -> np.ndarray:
-        """(3, S, S) uint8, the labels as a fourth channel."""
-        image, mask = self._squash(sample, *map(io.BytesIO, files))
+        """Makes a cache entry: (3, S, S) uint8, or (4, S, S) with the class indices last."""
+        image, mask = self.resize(sample, *map(io.BytesIO, files))
         channels = [image] if mask is None else [image, mask[None].to(torch.uint8)]
         return torch.cat(channels).numpy()
 
-    def _squash(
+    def resize(
         self,
         sample: Sample,
         image_file: Path | io.BytesIO,
         mask_file: Path | io.BytesIO | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decodes an image and its mask and resizes both.
+
+        Args:
+            sample: the encoding of the mask, and the names for messages.
+            image_file: path or content of the image.
+            mask_file: path or content of the mask; None for none.
+
+        Returns:
+            (3, S, S) uint8, and (S, S) int32 class indices, None without a mask.
+
+        Raises:
+            UserError: as ``read_image`` and ``read_mask``, or the image and the mask differ in
+                size.
+        """
         where = f"{sample.origin}: image {sample.image}"
         image = to_rgb(open_upright(image_file, where)[0], where)
         size = (self.image_size, self.image_size)
-        # 8-bit resizing clamps what bicubic interpolation overshoots
+        # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
         pixels = transforms.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
         if mask_file is None:
             return pixels, None
@@ -142,9 +184,6 @@ class SegmentationDataset(Dataset):
         check_sizes(sample, image.size, mask)
         nearest = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
         return pixels, torch.from_numpy(np.array(nearest))
-
-    def _is_flipped(self, index: int) -> bool:
-        return bool(seeded_generator(FLIP, self.seed, int(self._epoch), index).random() < 0.5)
 
 
 def _read_bytes(path: Path, sample: Sample) -> bytes:
@@ -154,7 +193,7 @@ def _read_bytes(path: Path, sample: Sample) -> bytes:
         raise unreadable(f"{sample.origin}: {path}", error) from error
 
 
-def _mirror(pixels: torch.Tensor, flipped: bool) -> torch.Tensor:
+def _mirror(pixels: Tensor, flipped: bool) -> Tensor:
     return transforms.horizontal_flip(pixels) if flipped else pixels
 
 
@@ -166,18 +205,19 @@ def _names_below_common_folder(samples: Sequence[Sample]) -> list[str]:
     return [Path(path).relative_to(common).as_posix() for path in paths]
 
 
-def collate(items: list[dict]) -> dict | None:
-    """Makes a batch of a data set's items.
+def collate(items: list[Item]) -> Batch | None:
+    """Makes a batch of items.
 
     Args:
-        items: of ``SegmentationDataset``; either all or none with a mask.
+        items: items of one ``SegmentationDataset``. All of them have a mask, or none has.
 
     Returns:
-        The items' tensors stacked, ``index`` as (B,) int64, ``name`` and ``truth`` as lists; None
-        for no items (a process may have no share of a small last batch).
+        The batch. None for no items: a process may have no share of a small last batch.
     """
     if not items:
         return None
     truths = [item.pop("truth") for item in items if "truth" in item]
-    batch = default_collate(items)
-    return {**batch, "truth": truths} if truths else batch
+    batch: Batch = default_collate(items)
+    if truths:
+        batch["truth"] = truths
+    return batch

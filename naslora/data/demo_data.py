@@ -1,4 +1,4 @@
-"""The built-in demo data set: axial slices of the MNI152 brain with its grey and white matter."""
+"""The demo data set: axial slices of the MNI152 brain template, with grey and white matter."""
 
 import csv
 import tempfile
@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from naslora.data.layouts import Splits, read_csv
 from naslora.errors import UserError
 
-# Axial slices of the 1 mm volume, both ends included: a test block in the middle of the brain, and
-# 4 slices left out between any two blocks, so that no slice has a near copy in another split.
+# Blocks of axial slices of the 1 mm volume: split, first and last slice. The test block is in the
+# middle of the brain. 4 slices between two blocks are unused, because neighbouring slices are
+# almost equal and must not lie in different splits.
 BLOCKS = (
     ("train", 20, 43),
     ("val", 48, 59),
@@ -23,7 +25,7 @@ BLOCKS = (
 )
 SPLITS = ("train", "arch", "val", "test")
 
-# Rows and columns, of a slice turned upright, that hold the brain with a margin of 5 pixels or more
+# Rows and columns of an upright slice that contain the brain with a margin of at least 5 pixels.
 WINDOW = (slice(19, 211), slice(2, 194))
 
 README = """\
@@ -35,22 +37,32 @@ One averaged brain shows that a method runs and learns; it says nothing about ne
 """
 
 
-def write_mni152(directory: Path) -> None:
-    """Writes the demo as a data set of CSV files, from files inside nilearn, without the network.
-
-    The axial slices that hold brain are cut into contiguous blocks, from the neck upwards: train
-    (24 slices), val (12), train (16), test (18), train (12), arch (16), train (8), with 4 slices
-    left out between blocks. Images are 8-bit greys and masks class indices (0 everything else, 1
-    grey matter, 2 white matter), both PNG, cut to the 192 x 192 pixels around the brain.
-
-    The directory appears whole or not at all; one that is already there is left alone.
-
-    Args:
-        directory: to be made; will hold ``train.csv``, ``arch.csv``, ``val.csv``, ``test.csv``,
-            ``images``, ``masks`` and ``README.txt``.
+def read_mni152(root: Path) -> Splits:
+    """Reads the demo data set from ``root`` and writes it there first if necessary.
 
     Raises:
-        UserError: nilearn is not installed, or the directory holds something else.
+        UserError: as ``write_mni152``.
+    """
+    write_mni152(root)
+    return read_csv(root)
+
+
+def write_mni152(directory: Path) -> None:
+    """Writes the demo data set with CSV files. It uses files inside nilearn and no network.
+
+    The axial slices of the brain form contiguous blocks, from the neck upwards: train (24 slices),
+    val (12), train (16), test (18), train (12), arch (16), train (8). 4 slices between two blocks
+    are unused. Images are 8-bit greys. Masks are class indices: 0 everything else, 1 grey matter,
+    2 white matter. Both are PNG files of the 192 x 192 pixels around the brain.
+
+    The directory is created complete or not at all. An existing demo data set is not changed.
+
+    Args:
+        directory: the folder to create. It will contain ``train.csv``, ``arch.csv``, ``val.csv``,
+            ``test.csv``, ``images``, ``masks`` and ``README.txt``.
+
+    Raises:
+        UserError: nilearn is not installed, or the directory contains something else.
     """
     directory = Path(directory)
     if _is_complete(directory):
@@ -65,7 +77,7 @@ def write_mni152(directory: Path) -> None:
         try:
             whole.rename(directory)
         except OSError:
-            # Another process may have been quicker
+            # Another process may have created the directory in the meantime.
             if not _is_complete(directory):
                 raise
 
@@ -92,7 +104,7 @@ def _write(directory: Path, volumes: list[np.ndarray]) -> None:
 def _slices(
     t1: np.ndarray, grey: np.ndarray, white: np.ndarray
 ) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
-    """Yields split, z, image and mask, both (192, 192) uint8."""
+    """Yields the split, z, the image and the mask of each slice; both (192, 192) uint8."""
     for split, first, last in BLOCKS:
         for z in range(first, last + 1):
             tissue = np.stack([grey[..., z], white[..., z]])
@@ -102,15 +114,19 @@ def _slices(
 
 
 def _load_volumes() -> list[np.ndarray]:
-    """T1 intensity, grey and white matter probability: (197, 233, 189) in [0, 1] along x, y, z."""
-    try:
+    """Loads T1 intensity, grey and white matter probability.
+
+    Returns:
+        Three (197, 233, 189) arrays in [0, 1], with the axes x, y, z.
+    """
+    try:  # nilearn is an optional package
         from nilearn import datasets
         from nilearn.image import get_data
     except ImportError as error:
         raise UserError(
             f'the demo data needs nilearn ({error}); install it with: pip install "naslora[demo]"'
         ) from error
-    # 1 mm is the resolution stored, so nothing is resampled
+    # nilearn stores the templates at 1 mm, so this resolution resamples nothing.
     volumes = (
         datasets.load_mni152_template(resolution=1),
         datasets.load_mni152_gm_template(resolution=1),
@@ -120,5 +136,5 @@ def _load_volumes() -> list[np.ndarray]:
 
 
 def _upright(plane: np.ndarray) -> np.ndarray:
-    """(197, 233) along x, y -> (192, 192) uint8 with the front of the head up."""
+    """Rotates a (197, 233) slice, axes x, y, to (192, 192) uint8 with the front of the head up."""
     return np.ascontiguousarray(np.rot90(plane)[WINDOW], dtype=np.uint8)

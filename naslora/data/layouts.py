@@ -1,7 +1,6 @@
-"""The data sets: the layouts in which they are distributed, their splits, labels and metrics.
+"""The layouts for users' own images, and the pairing of image and mask folders.
 
-``csv`` and ``folders`` read anyone's images, ``mni152`` is the demo, and the others are the data
-sets of the paper's study (its Appendix B), each read as its authors distribute it.
+A layout is a function that turns the folder of a data set into its splits.
 """
 
 import csv
@@ -11,42 +10,47 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from naslora.data.demo_data import write_mni152
-from naslora.data.masks import IMAGE_SUFFIXES, Encoding, Sample, check_folder, list_images, listing
-from naslora.errors import UserError
-
-Splits = dict[str, list[Sample]]
+from naslora.data.masks import Encoding, Sample
+from naslora.errors import UserError, listing
 
 REQUIRED_SPLITS = ("train", "val", "test")
 OPTIONAL_SPLIT = "arch"
-IMAGE_FOLDERS = "images|image"
-MASK_FOLDERS = "masks|mask|labels|label"
+
+Splits = dict[str, list[Sample]]
+"""The samples of each split. "arch", where it exists, is the split that alpha is trained on."""
 
 
 class DataSet(NamedTuple):
-    """What is known of a data set beside its files."""
+    """How a data set is read, and the properties that do not depend on its files."""
 
     read: Callable[[Path], Splits]
-    """From its folder to its splits."""
+    """Reads the splits from the folder of the data set."""
     metrics: tuple[str, ...] = ("dice", "iou", "accuracy")
-    """What the paper reports on it, names of ``naslora.metrics.METRICS``."""
+    """Metrics that the paper reports on it: names of ``naslora.metrics.METRICS``."""
     counts: Mapping[str, int] = MappingProxyType({})
-    """How many images the paper has in each split, and in each group of the test split."""
+    """The paper's number of images in each split, or in each group of the test split."""
     class_names: tuple[str, ...] = ()
-    """The classes of its masks, the background first; none if the user has to tell."""
+    """Names of the classes, the background first; empty if the user defines the classes."""
 
 
-# ---- Anyone's images ----------------------------------------------------------------------------
+# ---- CSV files -----------------------------------------------------------------------------------
 
 
 def read_csv(root: Path) -> Splits:
-    check_folder(root)
+    """Reads train.csv, val.csv, test.csv and, if it exists, arch.csv.
+
+    Each file has the columns ``image`` and ``label``, with paths relative to ``root``.
+
+    Raises:
+        UserError: a file is missing, is not such a CSV file, or names files that do not exist.
+    """
+    _check_folder(root)
     missing = [f"{split}.csv" for split in REQUIRED_SPLITS if not (root / f"{split}.csv").is_file()]
     if missing:
         raise UserError(
             f"{root}: looked for train.csv, val.csv and test.csv, {' and '.join(missing)} missing; "
-            f"the folder holds {listing(p.name for p in root.iterdir())} (paired image and mask "
-            "folders are read with --dataset folders)"
+            f"the folder holds {listing(p.name for p in root.iterdir())} (--dataset folders reads "
+            "folders of images and masks)"
         )
     splits = {split: _read_csv(root / f"{split}.csv") for split in REQUIRED_SPLITS}
     optional = root / f"{OPTIONAL_SPLIT}.csv"
@@ -58,7 +62,7 @@ def read_csv(root: Path) -> Splits:
 def _read_csv(path: Path) -> list[Sample]:
     samples = []
     try:
-        # utf-8-sig also reads files that a spreadsheet has begun with a byte order mark
+        # utf-8-sig accepts the byte order mark with which some spreadsheets start a file.
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             columns = reader.fieldnames or []
@@ -87,7 +91,7 @@ def _check_files_exist(csv_path: Path, samples: list[Sample]) -> None:
         (file, sample.origin)
         for sample in samples
         for file in (sample.image, sample.mask)
-        if not file.is_file()
+        if file is not None and not file.is_file()
     ]
     if missing:
         file, origin = missing[0]
@@ -97,48 +101,76 @@ def _check_files_exist(csv_path: Path, samples: list[Sample]) -> None:
         )
 
 
+# ---- Folders -------------------------------------------------------------------------------------
+
+IMAGE_FOLDER = "images|image"
+MASK_FOLDER = "masks|mask|labels|label"
+
+
 def read_folders(root: Path) -> Splits:
+    """Reads train, val, test and, if it exists, arch, each with an image and a mask folder.
+
+    Raises:
+        UserError: as ``locate_folders`` and ``pair_files``.
+    """
     names = list(REQUIRED_SPLITS)
     if (root / OPTIONAL_SPLIT).is_dir():
         names.append(OPTIONAL_SPLIT)
-    wanted = [f"{name}/{kind}" for name in names for kind in (IMAGE_FOLDERS, MASK_FOLDERS)]
-    folders = locate_folders(root, *wanted)
+    wanted = [(f"{name}/{IMAGE_FOLDER}", f"{name}/{MASK_FOLDER}") for name in names]
     return {
-        name: pair_files(images, masks, f"folder {name}")
-        for name, images, masks in zip(names, folders[::2], folders[1::2], strict=True)
+        name: pair_files(folders, f"folder {name}")
+        for name, folders in zip(names, locate_folders(root, *wanted), strict=True)
     }
 
 
-def read_mni152(root: Path) -> Splits:
-    write_mni152(root)
-    return read_csv(root)
+class Folders(NamedTuple):
+    """A folder of images and the folder of their masks."""
+
+    images: Path
+    masks: Path
 
 
-# ---- The paper's data sets ----------------------------------------------------------------------
+def locate_folders(root: Path, *wanted: tuple[str, str]) -> list[Folders]:
+    """Locates pairs of folders below ``root``. The case of their names is ignored.
 
-
-# ---- Folders and pairs --------------------------------------------------------------------------
-
-
-def locate_folders(root: Path, *wanted: str) -> list[Path]:
-    """Folders below ``root``, whatever the case of their names; ``a|b`` is a or b.
+    Args:
+        root: the folder of the data set.
+        wanted: for each pair, the paths of the image and of the mask folder, relative to ``root``.
+            In a path, ``a|b`` accepts both names.
 
     Raises:
-        UserError: some are missing, or two fit; it lists what was looked for and what was found.
+        UserError: a folder is missing, or two folders match one path. The message lists the
+            expected and the existing folders.
     """
-    check_folder(root)
-    found = {path: _descend(root, path) for path in wanted}
+    _check_folder(root)
+    paths = [path for pair in wanted for path in pair]
+    found = {path: _descend(root, path) for path in paths}
     missing = [path for path, folders in found.items() if not folders]
     if missing:
         raise UserError(
-            f"{root}: looked for the folders {', '.join(wanted)}; {', '.join(missing)} missing; "
+            f"{root}: looked for the folders {', '.join(paths)}; {', '.join(missing)} missing; "
             f"found {_below(root)}"
         )
     for path, folders in found.items():
         if len(folders) > 1:
             names = " and ".join(str(folder.relative_to(root)) for folder in folders)
             raise UserError(f"{root}: expected one folder {path}, found {names}; remove one")
-    return [folders[0] for folders in found.values()]
+    return [Folders(found[images][0], found[masks][0]) for images, masks in wanted]
+
+
+def has_folder(root: Path, name: str) -> bool:
+    """Returns whether ``root`` contains the folder ``name``; as in ``locate_folders``.
+
+    Raises:
+        UserError: ``root`` does not exist.
+    """
+    _check_folder(root)
+    return bool(_descend(root, name))
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"the folder {folder} does not exist")
 
 
 def _descend(root: Path, path: str) -> list[Path]:
@@ -154,13 +186,8 @@ def _descend(root: Path, path: str) -> list[Path]:
     return folders
 
 
-def has_folder(root: Path, name: str) -> bool:
-    check_folder(root)
-    return bool(_descend(root, name))
-
-
 def _below(root: Path) -> str:
-    """What a folder holds, and what its folders hold, as far as it fits into a line."""
+    """Lists the entries of a folder and the folders in them, shortened to fit into one line."""
     entries = []
     for path in sorted(root.iterdir()):
         inner = path.iterdir() if path.is_dir() else ()
@@ -169,43 +196,63 @@ def _below(root: Path) -> str:
     return listing(entries, limit=12)
 
 
+# ---- Pairs ---------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Lists the files with a suffix of ``IMAGE_SUFFIXES``, sorted and without hidden files.
+
+    Raises:
+        UserError: the folder does not exist.
+    """
+    _check_folder(folder)
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+
+
 def pair_files(
-    images: Path,
-    masks: Path,
+    folders: Folders,
     origin: str,
     encoding: Encoding = "labels",
     suffix: str = "",
     skip: str | None = None,
     group: str | None = None,
 ) -> list[Sample]:
-    """The images of a folder with their masks, which have the same stem, whatever its case.
+    """Pairs each image of a folder with the mask of the same stem. The case is ignored.
 
     Args:
-        images: folder of images.
-        masks: folder of masks.
-        origin: what to call the place in messages.
-        encoding: of the masks.
-        suffix: what a mask's stem may have behind its image's.
-        skip: regular expression; files whose stem it matches belong to something else.
-        group: of the samples.
+        folders: the image folder and the mask folder.
+        origin: the samples' origin, for messages.
+        encoding: the encoding of the masks.
+        suffix: text that a mask's stem may have after the stem of its image.
+        skip: regular expression; files with a matching stem are ignored.
+        group: the samples' group.
 
     Raises:
-        UserError: there are no images, or a file has no partner; it is named.
+        UserError: there are no images, two images or two masks have the same stem, or a file has
+            no partner.
     """
-    pictures = _files_by_stem(images, skip)
-    labels = _files_by_stem(masks, skip, suffix)
-    for have, lack, what in ((pictures, labels, "mask"), (labels, pictures, "image")):
-        unpaired = [have[stem].name for stem in have if stem not in lack]
+    images = _files_by_stem(folders.images, skip)
+    masks = _files_by_stem(folders.masks, skip, suffix)
+    for files, partners, kind in ((images, masks, "mask"), (masks, images, "image")):
+        unpaired = [files[stem].name for stem in files if stem not in partners]
         if unpaired:
-            ending = f", a mask's with {suffix} behind it" if suffix else ""
+            ending = f" (the mask's may end in {suffix})" if suffix else ""
             raise UserError(
-                f"{images.parent}: {len(unpaired)} of {len(have)} files without {what}: "
-                f"{listing(unpaired)}; an image and its mask share the name before the suffix"
-                f"{ending}"
+                f"{folders.images.parent}: {len(unpaired)} of {len(files)} files without {kind}: "
+                f"{listing(unpaired)}; an image and its mask must have the same name before the "
+                f"suffix{ending}"
             )
-    if not pictures:
-        raise UserError(f"{images} holds no images; read are {', '.join(IMAGE_SUFFIXES)}")
-    return [Sample(pictures[stem], labels[stem], origin, encoding, group) for stem in pictures]
+    if not images:
+        raise UserError(
+            f"{folders.images} holds no images; supported suffixes: {', '.join(IMAGE_SUFFIXES)}"
+        )
+    return [Sample(images[stem], masks[stem], origin, encoding, group) for stem in images]
 
 
 def _files_by_stem(folder: Path, skip: str | None, suffix: str = "") -> dict[str, Path]:

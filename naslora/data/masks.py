@@ -1,7 +1,7 @@
-"""Reading images and masks: decoding, labels, and the checks before a run."""
+"""Decoding of images and masks, and the check of all files before a run."""
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -9,135 +9,151 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps
 
-from naslora.errors import UserError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
-
+from naslora.errors import UserError, listing
 
 Encoding = Literal["labels", "threshold", "nonzero", "thirds"]
 
 
 class Sample(NamedTuple):
-    """One image, its mask where there is one, and where the user named them, for messages."""
+    """One image with its mask."""
 
     image: Path
+    """File of the image."""
     mask: Path | None
+    """File of the mask; None for an image without one."""
     origin: str
+    """The entry that names the files, such as "train.csv row 2". Messages start with it."""
     encoding: Encoding = "labels"
-    """How the mask is drawn; see ``read_mask``."""
+    """How the mask stores its labels; see ``read_mask``."""
     group: str | None = None
-    """A part of its split that is also scored on its own."""
+    """Part of the split that also gets its own scores; None for none."""
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Returns the folder's files with a suffix of ``IMAGE_SUFFIXES``, hidden ones left out, sorted.
-
-    Raises:
-        UserError: the folder does not exist.
-    """
-    check_folder(folder)
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-
-
-def check_folder(folder: Path) -> None:
-    """Raises a UserError where there is no such folder."""
-    if not folder.is_dir():
-        raise UserError(f"the folder {folder} does not exist")
-
-
-def listing(names: Iterable[str], limit: int = 8) -> str:
-    """Names in order for a message, the first of them where they are many."""
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "nothing") + more
+# ---- Images --------------------------------------------------------------------------------------
 
 
 def read_image(sample: Sample) -> Image.Image:
-    """Reads an image as it is meant to be seen.
+    """Reads an image upright and in colour.
 
     Args:
-        sample: the image's path is read.
+        sample: only its image is read.
 
     Returns:
-        An RGB image of 8 bits, rotated as its EXIF tag says; palettes are resolved, alpha is
-        dropped, and 16-bit greys are scaled by 255 / 65535 (stretch them beforehand where the
-        images use only a part of their range).
+        An 8-bit RGB image, rotated by its EXIF orientation. Palette indices become colours. The
+        alpha channel is dropped. 16-bit greys are scaled by 255 / 65535; images that use a part of
+        the 16-bit range should be stretched before.
 
     Raises:
-        UserError: the file is missing, no image, truncated, or of a pixel type that is not read.
+        UserError: the file is missing, truncated, not an image, or has an unsupported pixel type.
     """
     where = f"{sample.origin}: image {sample.image}"
     image, _ = open_upright(sample.image, where)
     return to_rgb(image, where)
 
 
-def read_mask(sample: Sample, num_classes: int, palette: Sequence[str] | None = None) -> np.ndarray:
-    """Reads a mask as class indices.
-
-    The sample's encoding says how the mask is drawn:
-
-    - "labels": grey values and the indices of palette images are the classes; where there are two,
-      0/255 (0/65535 at 16 bits) is read as 0/1, and a JPEG is thresholded at 128. Coloured masks of
-      a binary task are foreground where any channel is not zero. With a palette, every mask is read
-      by its colours.
-    - "threshold": two classes, foreground from 128 of 255 on, for masks that were compressed or
-      smoothed; masks of nothing but 0 and 1 are read as such.
-    - "nonzero": two classes, foreground where any channel is not zero.
-    - "thirds": three classes, told apart by the mean of the channels: 0, 85 or 255.
+def open_upright(file: Path | io.BytesIO, where: str) -> tuple[Image.Image, str | None]:
+    """Decodes an image file and rotates the image by its EXIF orientation.
 
     Args:
-        sample: the mask's path, not None, is read.
-        num_classes: 1 for a binary task (masks of 0 and 1); K >= 2 for classes 0 .. K-1, of which 0
-            is the background.
-        palette: colours such as "#ff0000", one per class in order, two for a binary task.
+        file: path or content.
+        where: the start of an error message: the origin and the path.
 
     Returns:
-        (H, W) int32, upright as its EXIF tag says.
+        The image, and the name of its file format, such as "PNG".
 
     Raises:
-        UserError: the file cannot be read, holds labels or colours beyond the classes, or would
-            need a palette; or the palette itself is wrong.
+        UserError: the file is missing, truncated or not an image.
     """
-    return decode_mask(sample, sample.mask, num_classes, palette_codes(palette, num_classes))
-
-
-def open_upright(file: Path | io.BytesIO, where: str) -> tuple[Image.Image, str]:
-    """Returns the upright image and the name of its file format."""
     try:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image), image.format
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and others:
-    # whatever it is, the file is what is wrong.
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and others.
+    # Each of them means that the file is bad.
     except Exception as error:
         raise unreadable(where, error) from error
 
 
 def unreadable(where: str, error: Exception) -> UserError:
+    """Makes the error for a file that cannot be read; ``where`` as in ``open_upright``."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return UserError(f"{where} cannot be read ({reason}); replace the file or remove its entry")
 
 
 def to_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Converts an image to 8-bit RGB, as ``read_image`` describes.
+
+    Raises:
+        UserError: the pixels are floating-point numbers or exceed 16 bits.
+    """
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f"{where} has grey values beyond 16 bits; save it with 8 or 16 bits")
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
-        raise UserError(f"{where} has floating-point pixels; save it with 8 or 16 bits")
+        raise _floating_point(where)
     try:
         return image.convert("RGB")
     except ValueError as error:
         raise unreadable(where, error) from error
 
 
+def _floating_point(where: str) -> UserError:
+    return UserError(f"{where} has floating-point pixels; save it with 8 or 16 bits")
+
+
+# ---- Masks ---------------------------------------------------------------------------------------
+
+
+def read_mask(sample: Sample, num_classes: int, palette: Sequence[str] | None = None) -> np.ndarray:
+    """Reads a mask as class indices.
+
+    The sample's encoding says how the mask stores its labels:
+
+    - "labels": grey values, and the indices of palette images, are the class indices. A mask of two
+      classes may also use 0 and 255 (0 and 65535 with 16 bits). A JPEG of two classes is
+      thresholded at 128. In a coloured mask of two classes, a pixel is foreground if any channel is
+      not zero. With ``palette``, every mask is read by its colours.
+    - "threshold": two classes; grey values from 128 of 255 on are foreground. It suits masks that
+      were compressed or smoothed. A mask with no value above 1 is read as class indices.
+    - "nonzero": two classes; a pixel is foreground if any channel is not zero.
+    - "thirds": three classes; the mean of the channels is 0, 85 or 255.
+
+    Args:
+        sample: only its mask is read.
+        num_classes: 1 for a binary task, with the labels 0 and 1. K >= 2 for the labels 0 .. K-1;
+            label 0 is the background.
+        palette: colours such as "#ff0000", one a class in order; two for a binary task.
+
+    Returns:
+        (H, W) int32, rotated by the EXIF orientation.
+
+    Raises:
+        UserError: the sample has no mask, the file cannot be read, it contains labels or colours
+            outside the classes, it needs a palette, or the palette is invalid.
+    """
+    return decode_mask(sample, sample.mask, num_classes, palette_codes(palette, num_classes))
+
+
 def decode_mask(
-    sample: Sample, file: Path | io.BytesIO, num_classes: int, codes: list[int] | None
+    sample: Sample, file: Path | io.BytesIO | None, num_classes: int, codes: list[int] | None
 ) -> np.ndarray:
+    """Decodes a mask, as ``read_mask``.
+
+    Args:
+        sample: its encoding is used, and its origin and mask name the file in messages.
+        file: path or content of the mask.
+        num_classes: as in ``read_mask``.
+        codes: the palette, from ``palette_codes``.
+
+    Returns:
+        (H, W) int32.
+
+    Raises:
+        UserError: as ``read_mask``.
+    """
+    if file is None:
+        raise UserError(f"{sample.origin}: image {sample.image} has no mask")
     where = f"{sample.origin}: mask {sample.mask}"
     image, file_format = open_upright(file, where)
     jpeg = file_format in ("JPEG", "MPO")
@@ -157,9 +173,9 @@ def decode_mask(
 
 
 def _pixel_values(image: Image.Image, where: str) -> np.ndarray:
-    """(H, W) of greys or palette indices, or (H, W, 3) of colours; int32."""
+    """Returns (H, W) greys or palette indices, or (H, W, 3) colours; int32."""
     if image.mode == "F":
-        raise UserError(f"{where} has floating-point pixels; save it with 8 or 16 bits")
+        raise _floating_point(where)
     if image.mode in ("LA", "La"):
         image = image.getchannel(0)
     elif image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
@@ -168,19 +184,19 @@ def _pixel_values(image: Image.Image, where: str) -> np.ndarray:
 
 
 def _decode_threshold(image: Image.Image, where: str) -> np.ndarray:
-    rgb = np.asarray(to_rgb(image, where))
+    rgb = np.asarray(to_rgb(image, where))  # (H, W, 3)
     values = _pixel_values(image, where)
     if image.mode == "P":
-        if (rgb != rgb[..., :1]).any():  # a palette of colours only shows the indices
+        if (rgb != rgb[..., :1]).any():  # a coloured palette only displays the indices
             return values > 0
         values = rgb[..., 0]
     if values.max() <= 1:
-        return values.any(axis=2) if values.ndim == 3 else values > 0
+        return np.any(values, axis=2) if values.ndim == 3 else values > 0
     return rgb.mean(axis=2) >= 128
 
 
 def _decode_nonzero(image: Image.Image, where: str) -> np.ndarray:
-    return np.asarray(to_rgb(image, where)).any(axis=2)
+    return np.any(np.asarray(to_rgb(image, where)), axis=2)
 
 
 def _decode_thirds(image: Image.Image, where: str) -> np.ndarray:
@@ -189,15 +205,15 @@ def _decode_thirds(image: Image.Image, where: str) -> np.ndarray:
     for label, mean in enumerate((0, 85, 255)):
         labels[means == mean] = label
     if (labels < 0).any():
-        strange = np.unique(means[labels < 0])[:8].round(1).tolist()
+        unknown = np.unique(means[labels < 0])[:8].round(1).tolist()
         raise UserError(
-            f"{where} has colours whose channels have the means {', '.join(map(str, strange))}; "
-            "expected are 0 (background), 85 (things) and 255 (stuff)"
+            f"{where} has pixels whose channels have the means {', '.join(map(str, unknown))}; "
+            "expected 0 (background), 85 (things) and 255 (stuff)"
         )
     return labels
 
 
-_DECODERS: dict[str, Callable[[Image.Image, str], np.ndarray]] = {
+_DECODERS: dict[Encoding, Callable[[Image.Image, str], np.ndarray]] = {
     "threshold": _decode_threshold,
     "nonzero": _decode_nonzero,
     "thirds": _decode_thirds,
@@ -211,7 +227,7 @@ def _decode_values(values: np.ndarray, num_classes: int, jpeg: bool, where: str)
         elif (values == values[..., :1]).all():
             values = values[..., 0]
         elif num_classes == 1:
-            return values.any(axis=2)
+            return np.any(values, axis=2)
         else:
             found = [_hex(code) for code in np.unique(_pack(values))]
             raise UserError(
@@ -223,8 +239,8 @@ def _decode_values(values: np.ndarray, num_classes: int, jpeg: bool, where: str)
         return values >= 128
     if values.min() >= 0 and highest < max(num_classes, 2):
         return values
-    # Exactly 0 and the maximum: a tolerance would take an index mask that marks ignored pixels
-    # with 255 for a binary one.
+    # Only 0 and the maximum are accepted. With a tolerance, a mask of class indices that marks
+    # ignored pixels with 255 would pass as a binary mask.
     if num_classes <= 2 and highest in (255, 65535) and np.isin(values, (0, highest)).all():
         return values > 0
     raise UserError(_beyond_classes(values, num_classes, where))
@@ -245,7 +261,7 @@ def _beyond_classes(values: np.ndarray, num_classes: int, where: str) -> str:
 
 
 def _decode_colors(rgb: np.ndarray, codes: list[int], where: str) -> np.ndarray:
-    packed = _pack(rgb)
+    packed = _pack(rgb)  # (H, W)
     labels = np.full(packed.shape, -1, dtype=np.int32)
     for label, code in enumerate(codes):
         labels[packed == code] = label
@@ -259,6 +275,15 @@ def _decode_colors(rgb: np.ndarray, codes: list[int], where: str) -> np.ndarray:
 
 
 def palette_codes(palette: Sequence[str] | None, num_classes: int) -> list[int] | None:
+    """Converts a palette to the numbers that ``decode_mask`` compares colours with.
+
+    Returns:
+        One integer a class, red in its highest byte; None without a palette.
+
+    Raises:
+        UserError: a colour is not valid, colours repeat, or their number is not that of the
+            classes.
+    """
     if palette is None:
         return None
     try:
@@ -275,7 +300,7 @@ def palette_codes(palette: Sequence[str] | None, num_classes: int) -> list[int] 
 
 
 def _pack(rgb: np.ndarray) -> np.ndarray:
-    """(..., 3) of 0..255 -> (...) int32, red in the highest byte."""
+    """Packs (..., 3) values of 0 .. 255 into (...) int32, red in the highest byte."""
     red, green, blue = np.moveaxis(rgb.astype(np.int32), -1, 0)
     return (red << 16) | (green << 8) | blue
 
@@ -284,25 +309,29 @@ def _hex(code: int) -> str:
     return f"#{code:06x}"
 
 
+# ---- The check before a run ----------------------------------------------------------------------
+
+
 def check_samples(
     samples: Sequence[Sample],
     num_classes: int,
     palette: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Reads every sample once, so that a bad file ends a run in its first seconds.
+    """Reads every sample once, so that a bad file stops a run before training starts.
 
-    Files are decoded in threads, JPEG images at a fraction of their size.
+    Threads decode the files. JPEG images are decoded at an eighth of their size.
 
     Args:
-        samples: what a run will read.
+        samples: the samples of a run.
         num_classes: as in ``read_mask``.
         palette: as in ``read_mask``.
-        progress: is called as ``progress(done, total)`` after each sample.
+        progress: called as ``progress(done, total)`` after each sample.
 
     Raises:
-        UserError: of the first sample, in their order, with a file that cannot be read, an image
-            and a mask of different sizes, or labels beyond the classes.
+        UserError: a file cannot be read, an image and its mask differ in size, a mask contains
+            labels outside the classes, or the palette is invalid. The message names the first bad
+            sample in the order of ``samples``.
     """
     codes = palette_codes(palette, num_classes)
 
@@ -316,11 +345,19 @@ def check_samples(
 
 
 def in_threads(
-    work: Callable[[Sample], None],
+    work: Callable[[Sample], object],
     samples: Sequence[Sample],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Calls ``work`` with every sample; what the first of them in their order raises is raised."""
+    """Calls ``work`` with every sample, in threads.
+
+    If calls raise, the exception of the first such sample in the order of ``samples`` is raised.
+
+    Args:
+        work: called with one sample; its return value is ignored.
+        samples: the samples.
+        progress: called as ``progress(done, total)`` after each sample.
+    """
     with ThreadPoolExecutor() as threads:
         try:
             for done, _ in enumerate(threads.map(work, samples), start=1):
@@ -332,25 +369,37 @@ def in_threads(
 
 
 def _check_image(sample: Sample) -> tuple[int, int]:
-    """Returns the upright image's (width, height) after decoding all of the file."""
+    """Decodes the whole image file and returns the (width, height) of the upright image."""
     where = f"{sample.origin}: image {sample.image}"
     try:
         with Image.open(sample.image) as image:
             size = image.size
-            # Orientations 5 to 8 turn by 90 degrees
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            image.draft("RGB", (1, 1))  # a JPEG is read to its end, but at an eighth of its size
+            # EXIF orientations 5 to 8 rotate by 90 degrees.
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # A JPEG is read to its end at an eighth of its size, which is faster.
+            image.draft("RGB", (1, 1))
             image.load()
-    except Exception as error:  # as in _open
+    except Exception as error:  # any exception, as in open_upright
         raise unreadable(where, error) from error
     to_rgb(image, where)
-    return size[::-1] if turned else size
+    return size[::-1] if rotated else size
 
 
 def check_sizes(sample: Sample, image_size: tuple[int, int], mask: np.ndarray) -> None:
+    """Checks that an image and its mask have the same size.
+
+    Args:
+        sample: names the files in the message.
+        image_size: (width, height) of the upright image.
+        mask: (H, W).
+
+    Raises:
+        UserError: the sizes differ.
+    """
     height, width = mask.shape
     if image_size != (width, height):
         raise UserError(
             f"{sample.origin}: image {sample.image} has {image_size[0]}x{image_size[1]} pixels "
-            f"(width x height), its mask {sample.mask} {width}x{height}; they must be the same"
+            f"(width x height), its mask {sample.mask} has {width}x{height}; the sizes must be the "
+            "same"
         )

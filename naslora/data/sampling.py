@@ -1,4 +1,8 @@
-"""Random choices over samples: pure functions of seed, epoch and index."""
+"""Random choices over samples: held-out splits, and the order and batches of an epoch.
+
+Every choice is a pure function of the seed, the epoch and the index. It is therefore the same in
+every worker, with any number of processes, and in a resumed run.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,26 +12,37 @@ from torch.utils.data import Sampler
 from naslora.data.masks import Sample
 from naslora.errors import UserError
 
-# Each use of random numbers draws from a stream of its own.
 HOLD_OUT, ORDER, FLIP = range(3)
+"""Streams of random numbers, one for each use, so that one use does not change another."""
+
+
+def seeded_generator(stream: int, seed: int, *path: int) -> np.random.Generator:
+    """Makes the generator for one random choice.
+
+    Args:
+        stream: ``HOLD_OUT``, ``ORDER`` or ``FLIP``.
+        seed: any integer.
+        path: further integers that the choice depends on, such as the epoch and the index.
+    """
+    # NumPy mixes all integers of the tuple into the state. The modulus makes negative seeds valid.
+    return np.random.default_rng((stream, seed % 2**64, *path))
 
 
 def hold_out(
     samples: Sequence[Sample], fraction: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples at random into those kept and those held out for another purpose.
+    """Splits samples at random into two parts.
 
     Args:
-        samples: what to split.
-        fraction: the share to hold out, in [0, 1); above 0 at least one sample is held out and at
-            least one is kept.
-        seed: the same seed and samples give the same split.
+        samples: the samples to split.
+        fraction: share to hold out, in [0, 1). If it is not 0, both parts get at least one sample.
+        seed: equal seeds and samples give equal splits.
 
     Returns:
-        The samples kept and those held out, both in the order in which they came.
+        The kept and the held-out samples, both in their original order.
 
     Raises:
-        UserError: the fraction is outside [0, 1), or there are fewer than two samples to split.
+        UserError: the fraction is outside [0, 1), or fewer than two samples are to be split.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"the held-out fraction must be in [0, 1), got {fraction}")
@@ -35,8 +50,8 @@ def hold_out(
         return list(samples), []
     if len(samples) < 2:
         raise UserError(
-            f"{len(samples)} training sample(s) cannot be split in two, to hold some out; "
-            "give at least 2, or a split of its own"
+            f"no sample can be held out from {len(samples)} training sample(s); "
+            "give at least 2, or provide the held-out split"
         )
     count = min(max(1, round(fraction * len(samples))), len(samples) - 1)
     chosen = set(seeded_generator(HOLD_OUT, seed).permutation(len(samples))[:count].tolist())
@@ -44,29 +59,24 @@ def hold_out(
     return kept, [samples[i] for i in sorted(chosen)]
 
 
-def seeded_generator(stream: int, seed: int, *path: int) -> np.random.Generator:
-    # NumPy seeds from any tuple of integers, so that no two (epoch, index) share a state; the
-    # modulus admits negative seeds.
-    return np.random.default_rng((stream, seed % 2**64, *path))
-
-
 class GlobalBatches(Sampler[list[int]]):
-    """This process's share of each batch, where the batches are the same for any number of them.
+    """Yields this process's share of each batch. The number of processes does not change batches.
 
-    The samples of an epoch, in an order that depends on the seed and the epoch alone, are cut into
-    batches over all processes; none is dropped, so the last may be smaller. Process r of n takes
-    every n-th sample of each batch from the r-th on, which may be none of a small one.
+    The order of the samples depends only on the seed and the epoch. A batch is shared by all
+    processes. No sample is dropped, so the last batch may be smaller. Process r of n takes the
+    samples r, r + n, r + 2n, ... of each batch; its share of a small batch may be empty.
 
     Args:
-        count: the number of samples.
-        batch_size: of a batch over all processes.
-        rank: of this process.
-        world_size: the number of processes.
-        shuffle: False keeps the samples in order, for evaluation.
-        seed: of the order.
+        count: number of samples.
+        batch_size: number of samples in a batch, over all processes.
+        rank: rank of this process, 0 .. world_size - 1.
+        world_size: number of processes.
+        shuffle: False keeps the order of the samples, for evaluation.
+        seed: seed of the order.
 
     Raises:
         UserError: the batch size is below 1.
+        ValueError: the rank is out of range.
     """
 
     def __init__(
@@ -91,11 +101,11 @@ class GlobalBatches(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the order depends on; call it before iterating over the epoch."""
+        """Sets the epoch that the order depends on. Call it before the epoch's iteration."""
         self.epoch = epoch
 
     def global_size(self, step: int) -> int:
-        """The number of samples that all processes together have in the epoch's batch ``step``."""
+        """Returns the number of samples over all processes in the epoch's batch ``step``."""
         return min(self.batch_size, self.count - step * self.batch_size)
 
     def __len__(self) -> int:

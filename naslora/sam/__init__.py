@@ -1,0 +1,1 @@
+"""SAM for semantic segmentation: encoders, checkpoints, model, losses and export."""

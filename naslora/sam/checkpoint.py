@@ -1,4 +1,4 @@
-"""SAM checkpoints: loading them at any image size, and writing them back."""
+"""SAM checkpoints: loading them into a model of any image size, and writing them back."""
 
 import pickle
 import re
@@ -12,33 +12,42 @@ from torch import Tensor, nn
 from naslora.errors import UserError
 from naslora.files import read_safetensors
 
+MASK_TOKENS = "mask_decoder.mask_tokens.weight"
+
+# ---- Loading -------------------------------------------------------------------------------------
+
 _ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages)\.")
+# These tensors may be missing: the classification branch starts with random weights, and the
+# batch norms of a SAM encoder do not use their counters.
+_OPTIONAL = re.compile(r"mask_decoder\.class_head\.|num_batches_tracked$")
 
 
 def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[str, Tensor]:
-    """Loads a SAM checkpoint into ``model``, which has SAM's parts under SAM's names.
+    """Loads a SAM checkpoint. It executes no code from the file.
 
-    Position embeddings are resized to the model's grid. Of the mask decoder, what the model has not
-    (the IoU head, spare tokens and hypernetworks) is left out. Runs no code from the file.
-
-    Returns:
-        What was left out or changed its size, as it is in the file but under the model's names:
-        ``sam_state_dict`` writes it back.
+    Position embeddings are resized to the model's token grid. Mask-decoder tensors that the model
+    lacks are not loaded: the IoU head, and surplus mask tokens and hypernetworks.
 
     Args:
-        model: has ``image_encoder``, ``prompt_encoder`` and ``mask_decoder``.
-        path: an official ``.pth`` file or the same as ``.safetensors``.
-        name: which of ``MODELS`` the model is.
+        model: a model with ``image_encoder``, ``prompt_encoder`` and ``mask_decoder``, whose
+            parameters have SAM's names.
+        path: an official ``.pth`` file, or the same tensors as ``.safetensors``.
+        name: the model's name in ``MODELS``.
+
+    Returns:
+        The tensors of the file that were not loaded or were resized, with their original values
+        and the model's names. ``sam_state_dict`` writes them back.
 
     Raises:
-        UserError: the file is missing, damaged, no SAM checkpoint, or one of another model size.
+        UserError: the file is missing, damaged, not a SAM checkpoint, or has the tensors of another
+            model. The model is then unchanged.
     """
     path = Path(path)
     tensors = _read(path)
     if not any(key.startswith("image_encoder.") for key in tensors):
-        raise UserError(f"{path} is no SAM checkpoint: it has no image_encoder weights")
+        raise UserError(f"{path} holds no SAM checkpoint: it has no image_encoder weights")
     if name == "mobile_sam":
-        tensors = {_timm_name(key): value for key, value in tensors.items()}
+        tensors = {timm_name(key): value for key, value in tensors.items()}
     state = model.state_dict()
     fitted = {key: _fit(key, value, state) for key, value in tensors.items() if key in state}
     surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
@@ -53,7 +62,7 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
 
 
 def _drop_caches(model: nn.Module) -> None:
-    # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
+    # In evaluation mode, TinyViT caches its attention biases. A change of mode drops the cache.
     training = model.training
     model.train()
     model.train(training)
@@ -69,25 +78,25 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"checkpoint {path} is truncated or no PyTorch state dict: {reason}"
+            f"checkpoint {path} is truncated or is not a PyTorch state dict: {reason}"
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
     ):
-        raise UserError(f"checkpoint {path} holds no plain state dict of tensors")
+        raise UserError(f"checkpoint {path} is not a plain state dict of tensors")
     return tensors
 
 
 def _fit(key: str, value: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Gives a stored tensor the model's shape where SAM defines how; leaves the others alone."""
+    """Converts a stored tensor to the model's shape, as SAM does, or returns it unchanged."""
     wanted = state[key].shape
     if value.shape == wanted:
         return value
-    if key == "image_encoder.pos_embed" and value.shape[-1] == wanted[-1]:
+    if key == "image_encoder.pos_embed" and value.shape[-1] == wanted[-1]:  # (1, H, W, C)
         return _resize(value.permute(0, 3, 1, 2), wanted[1:3], "bicubic").permute(0, 2, 3, 1)
-    if re.search(r"attn\.rel_pos_[hw]$", key) and value.shape[1] == wanted[1]:
+    if re.search(r"attn\.rel_pos_[hw]$", key) and value.shape[1] == wanted[1]:  # (2 size - 1, C)
         return _resize(value.T[None], wanted[:1], "linear")[0].T
-    if key == "mask_decoder.mask_tokens.weight" and value.shape[1] == wanted[1]:
+    if key == MASK_TOKENS and value.shape[1] == wanted[1]:  # (Q, 256)
         kept = min(value.shape[0], wanted[0])
         return torch.cat([value[:kept], state[key][kept:]])
     return value
@@ -104,41 +113,45 @@ def _check_complete(
     state: dict[str, Tensor],
     surplus: list[str],
 ) -> None:
+    """Raises a UserError unless ``fitted`` fills the model's ``state`` and ``surplus`` is empty."""
     wrong = [key for key, value in fitted.items() if value.shape != state[key].shape]
-    # Fresh by design: the class branch, and the counters that batch norm does not use here.
-    optional = re.compile(r"mask_decoder\.class_head\.|num_batches_tracked$")
-    missing = [key for key in state if key not in fitted and not optional.search(key)]
+    missing = [key for key in state if key not in fitted and not _OPTIONAL.search(key)]
     if not wrong and not missing and not surplus:
         return
     examples = [
-        f"{key} is {tuple(fitted[key].shape)} there and {tuple(state[key].shape)} in {name}"
+        f"{key} has shape {tuple(fitted[key].shape)} in the file, {tuple(state[key].shape)} in the "
+        "model"
         for key in wrong[:2]
     ]
     examples += [f"{key} is missing" for key in missing[:2]]
-    examples += [f"{key} is unknown to {name}" for key in surplus[:2]]
+    examples += [f"{key} is not in the model" for key in surplus[:2]]
     raise UserError(
         f"checkpoint {path} does not fit model {name} ({len(wrong)} tensors of another shape, "
-        f"{len(missing)} missing, {len(surplus)} too many): {'; '.join(examples)}; choose the "
-        "--model it was made for"
+        f"{len(missing)} missing, {len(surplus)} not in the model): {'; '.join(examples)}; choose "
+        "the --model that the checkpoint was made for"
     )
+
+
+# ---- Writing back --------------------------------------------------------------------------------
 
 
 def sam_state_dict(
     state: dict[str, Tensor], left_out: dict[str, Tensor], name: str
 ) -> dict[str, Tensor]:
-    """The state dict that ``segment_anything``, or MobileSAM, loads strictly.
+    """Makes a state dict that ``segment_anything``, or MobileSAM, loads strictly.
 
-    What SAM has in the same size is the model's own; the rest is the original checkpoint's: the
-    embeddings of another image size, the decoder's IoU head, spare tokens and hypernetworks. What
-    SAM has no place for, the class branch, is dropped.
+    Tensors with the same shape in the checkpoint and the model come from the model. The others come
+    from the checkpoint: position embeddings of another image size, the IoU head, and the mask
+    tokens and hypernetworks that the model lacks. SAM has no classification branch, so the model's
+    is not written.
 
     Args:
-        state: of a model that has no layers but SAM's.
-        left_out: of ``load_sam_checkpoint``.
-        name: which of ``MODELS`` the model is.
+        state: state dict of a model whose layers are all SAM's: merged, or without an adapter.
+        left_out: what ``load_sam_checkpoint`` returned.
+        name: the model's name in ``MODELS``.
 
     Raises:
-        UserError: the model was not made from a SAM checkpoint, so there is nothing to write back.
+        UserError: the model was not made from a SAM checkpoint.
     """
     if not any(key.startswith("mask_decoder.iou_prediction_head.") for key in left_out):
         raise UserError(
@@ -147,22 +160,23 @@ def sam_state_dict(
         )
     merged = {k: v for k, v in state.items() if not k.startswith("mask_decoder.class_head.")}
     merged |= left_out
-    tokens = "mask_decoder.mask_tokens.weight"
-    if tokens in left_out:
-        kept = min(len(state[tokens]), len(left_out[tokens]))
-        merged[tokens] = torch.cat(
-            [state[tokens][:kept], left_out[tokens][kept:].to(state[tokens])]
-        )
+    if MASK_TOKENS in left_out:
+        own, original = state[MASK_TOKENS], left_out[MASK_TOKENS]  # (Q, 256)
+        kept = min(len(own), len(original))
+        merged[MASK_TOKENS] = torch.cat([own[:kept], original[kept:].to(own)])
     if name == "mobile_sam":
-        merged = {_mobile_sam_name(key): value for key, value in merged.items()}
+        merged = {mobile_sam_name(key): value for key, value in merged.items()}
     return merged
 
 
-# MobileSAM's names, and what timm calls the same modules.
-_TIMM_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+# ---- MobileSAM's names ---------------------------------------------------------------------------
+
+_Renaming = list[tuple[str, str | Callable[[re.Match[str]], str]]]
+
+_TO_TIMM: _Renaming = [
     (r"patch_embed\.seq\.0\.", "patch_embed.conv1."),
     (r"patch_embed\.seq\.2\.", "patch_embed.conv2."),
-    # MobileSAM reduces the resolution at the end of a stage, timm at the start of the next.
+    # MobileSAM reduces the resolution at the end of a stage, timm at the start of the next one.
     (
         r"layers\.(\d)\.downsample\.",
         lambda match: f"stages.{int(match.group(1)) + 1}.downsample.",
@@ -171,9 +185,7 @@ _TIMM_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"\.c\.weight$", ".conv.weight"),
 ]
 
-
-# The other way round.
-_MOBILE_SAM_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+_TO_MOBILE_SAM: _Renaming = [
     (r"^patch_embed\.conv1\.", "patch_embed.seq.0."),
     (r"^patch_embed\.conv2\.", "patch_embed.seq.2."),
     (
@@ -185,18 +197,20 @@ _MOBILE_SAM_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
 ]
 
 
-def _timm_name(key: str) -> str:
-    return _renamed(key, _TIMM_NAMES)
+def timm_name(key: str) -> str:
+    """Converts a parameter name of MobileSAM to the name that timm's TinyViT uses."""
+    return _renamed(key, _TO_TIMM)
 
 
-def _mobile_sam_name(key: str) -> str:
-    return _renamed(key, _MOBILE_SAM_NAMES)
+def mobile_sam_name(key: str) -> str:
+    """Inverts ``timm_name``."""
+    return _renamed(key, _TO_MOBILE_SAM)
 
 
-def _renamed(key: str, names: list[tuple[str, str | Callable[[re.Match], str]]]) -> str:
+def _renamed(key: str, renaming: _Renaming) -> str:
     prefix, dot, rest = key.partition(".")
     if prefix != "image_encoder":
         return key
-    for pattern, replacement in names:
+    for pattern, replacement in renaming:
         rest = re.sub(pattern, replacement, rest)
     return prefix + dot + rest

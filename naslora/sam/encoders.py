@@ -1,10 +1,11 @@
-"""SAM's parts - image encoder, prompt encoder - at any image size, and its checkpoints.
+"""SAM's image encoders and its prompt encoder, built for any image size.
 
-Encoders: Meta's plain ViTs (``vit_b``, ``vit_l``, ``vit_h``) with the official checkpoint files, a
-small one of the same kind (``vit_t``) that trains on a CPU, and MobileSAM's TinyViT
-(``mobile_sam``), built from timm under MobileSAM's checkpoint names.
+- ``vit_b``, ``vit_l``, ``vit_h``: the plain ViTs of SAM.
+- ``vit_t``: a small ViT of the same kind, which trains on a CPU.
+- ``mobile_sam``: MobileSAM's TinyViT, built from timm.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -16,20 +17,26 @@ from torch.utils.checkpoint import checkpoint
 
 from naslora.errors import UserError
 
-EMBED_DIM = 256  # channels of SAM's image embedding
-PATCH_SIZE = 16  # pixels a side for one token of the image embedding, for every encoder
+EMBED_DIM = 256
+"""Channels of SAM's image embedding."""
+PATCH_SIZE = 16
+"""Side in pixels of the image patch of one token of the image embedding, for every encoder."""
 
 
 class ViT(NamedTuple):
-    """Size of a plain SAM encoder; windows of 14 x 14 but in the global blocks."""
+    """Size of a plain ViT encoder."""
 
     width: int
+    """Channels of a token."""
     depth: int
+    """Number of transformer blocks."""
     heads: int
+    """Number of attention heads in a block."""
     global_blocks: tuple[int, ...]
+    """Indices of the blocks with global attention. The others use windows of 14 x 14 tokens."""
 
 
-VITS = {
+VITS: dict[str, ViT] = {
     "vit_t": ViT(192, 12, 3, (2, 5, 8, 11)),
     "vit_b": ViT(768, 12, 12, (2, 5, 8, 11)),
     "vit_l": ViT(1024, 24, 16, (5, 11, 17, 23)),
@@ -39,19 +46,21 @@ MODELS = (*VITS, "mobile_sam")
 
 
 def build_image_encoder(name: str, image_size: int) -> nn.Module:
-    """Builds an encoder with random weights; (B, 3, S, S) to (B, 256, S/16, S/16).
+    """Builds an image encoder with random weights.
+
+    The encoder maps (B, 3, S, S) normalised images to (B, 256, S/16, S/16).
 
     Args:
         name: one of ``MODELS``.
-        image_size: S in pixels, a multiple of 16.
+        image_size: S in pixels, a positive multiple of 16.
 
     Raises:
-        UserError: an unknown name or a size that is no multiple of the patch.
+        UserError: the name is unknown, or the size is not a positive multiple of 16.
     """
     if name not in MODELS:
         raise UserError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
-        raise UserError(f"image size must be a multiple of {PATCH_SIZE}, got {image_size}")
+        raise UserError(f"image_size must be a positive multiple of {PATCH_SIZE}, got {image_size}")
     if name == "mobile_sam":
         return TinyViTEncoder()
     size = VITS[name]
@@ -69,16 +78,21 @@ def build_image_encoder(name: str, image_size: int) -> nn.Module:
         window_size=14,
         global_attn_indexes=size.global_blocks,
     )
-    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)  # zero in SAM until a checkpoint fills it
+    # SAM starts with zeros, because a checkpoint replaces them. Random weights must train, too.
+    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
     return encoder
 
 
 class TinyViTEncoder(nn.Module):
-    """MobileSAM's encoder: TinyViT-5M whose last stage keeps its resolution, and SAM's neck."""
+    """MobileSAM's image encoder: TinyViT-5M with SAM's neck.
+
+    The last stage does not reduce the resolution, so that a token covers 16 x 16 pixels.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        # Not by name from timm's registry, where MobileSAM's own package, once imported, puts its.
+        # Called directly, because importing MobileSAM's own package replaces the entry of this
+        # name in timm's registry.
         tiny_vit = tiny_vit_5m_224(num_classes=0, drop_path_rate=0.0)
         tiny_vit.stages[3].downsample.conv2.conv.stride = (1, 1)
         self.patch_embed = tiny_vit.patch_embed
@@ -92,22 +106,31 @@ class TinyViTEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised images to (B, 256, S/16, S/16)."""
+        """Maps (B, 3, S, S) normalised images to (B, 256, S/16, S/16)."""
         return self.neck(self.stages(self.patch_embed(images)))
 
 
 def build_prompt_encoder(image_size: int) -> PromptEncoder:
-    """SAM's prompt encoder; without prompts it gives the no-mask embedding and the positions."""
+    """Builds SAM's prompt encoder, which provides the no-mask embedding and the positions.
+
+    Args:
+        image_size: side of the images in pixels, a multiple of 16.
+    """
     grid = image_size // PATCH_SIZE
     return PromptEncoder(EMBED_DIM, (grid, grid), (image_size, image_size), mask_in_chans=16)
 
 
 def checkpoint_blocks(encoder: nn.Module) -> None:
-    """Recomputes each transformer block in the backward instead of keeping its activations."""
-    blocks = encoder.blocks if hasattr(encoder, "blocks") else _tiny_vit_blocks(encoder)
-    for block in blocks:
+    """Makes the backward recompute each transformer block instead of keeping its activations.
+
+    Args:
+        encoder: an encoder of ``build_image_encoder``; it is changed in place.
+    """
+    for block in _blocks(encoder):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def _tiny_vit_blocks(encoder: nn.Module) -> list[nn.Module]:
-    return [block for stage in encoder.stages for block in stage.blocks]
+def _blocks(encoder: nn.Module) -> Iterator[nn.Module]:
+    stages = encoder.stages.children() if isinstance(encoder, TinyViTEncoder) else [encoder]
+    for stage in stages:
+        yield from stage.get_submodule("blocks").children()

@@ -1,4 +1,4 @@
-"""SAM for semantic segmentation: a frozen encoder, constant prompts, a trained mask decoder."""
+"""SAM for semantic segmentation: frozen encoder, constant prompts, trainable mask decoder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +14,30 @@ from naslora.errors import UserError
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import EMBED_DIM, build_image_encoder, build_prompt_encoder
 
-# ImageNet mean and standard deviation, as SAM's encoders expect them, for images in [0, 1].
+# SAM's encoders expect images that are normalised by the mean and standard deviation of ImageNet.
+# The values are for images in [0, 1].
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 MULTICLASS_TOKENS = 10
+"""Default number of mask tokens for several classes."""
 
 
 @dataclass
 class SegmentationOutput:
-    """What the decoder predicts for B images of S x S pixels with Q mask tokens."""
+    """Prediction for B images of S x S pixels, with Q mask tokens and K classes."""
 
     masks: Tensor
-    """(B, Q, S, S) mask logits, upsampled bilinearly to the image."""
+    """(B, Q, S, S) mask logits, upsampled bilinearly to the image size; Q = 1 if binary."""
     classes: Tensor | None
     """(B, Q, K + 1) class logits of the mask tokens, "no object" last; None if binary."""
 
     def class_map(self) -> Tensor:
-        """(B, K, S, S) scores, K = 1 if binary: a probability then, else the paper's class map
-        sum_q softmax(classes)_qk sigmoid(masks)_q."""
+        """Computes the scores of the classes at each pixel.
+
+        Returns:
+            (B, K, S, S) float32. Binary: K = 1, the probability of the foreground. Several classes:
+            the paper's class map, sum_q softmax(classes)_qk sigmoid(masks)_q.
+        """
         masks = self.masks.float().sigmoid()
         if self.classes is None:
             return masks
@@ -39,20 +45,32 @@ class SegmentationOutput:
         return torch.einsum("bqk,bqhw->bkhw", classes, masks)
 
     def labels(self) -> Tensor:
-        """(B, S, S) int64: 0 or 1 at a threshold of 0.5 if binary, else the best class."""
+        """Computes the (B, S, S) int64 labels, as ``labels_of``."""
         return labels_of(self.class_map())
 
 
 def labels_of(class_map: Tensor) -> Tensor:
-    """(B, K, H, W) scores as of ``class_map`` to (B, H, W) int64 labels."""
+    """Converts a class map to labels.
+
+    Args:
+        class_map: (B, K, H, W) scores, from ``SegmentationOutput.class_map``.
+
+    Returns:
+        (B, H, W) int64. K = 1: 1 where the score exceeds 0.5, else 0. K > 1: the class with the
+        highest score.
+    """
     return (class_map[:, 0] > 0.5).long() if class_map.shape[1] == 1 else class_map.argmax(1)
 
 
 class SegmentationDecoder(nn.Module):
-    """SAM's mask decoder for semantic segmentation; its parameters keep SAM's names.
+    """SAM's mask decoder for semantic segmentation. Its parameters have SAM's names.
 
-    The IoU head is gone. Binary: one mask token with its hypernetwork. Several classes: the mask
+    It has no IoU head. Binary: one mask token with one hypernetwork. Several classes: the mask
     tokens share one hypernetwork, and ``class_head`` classifies them.
+
+    Args:
+        num_classes: 1 if binary, else K.
+        num_tokens: number Q of mask tokens.
     """
 
     def __init__(self, num_classes: int, num_tokens: int) -> None:
@@ -82,10 +100,10 @@ class SegmentationDecoder(nn.Module):
         Args:
             embedding: (B, 256, g, g) image embedding.
             positions: (1, 256, g, g) positional encoding of its tokens.
-            dense_prompt: (1, 256, 1, 1) embedding that stands for "no mask prompt".
+            dense_prompt: (1, 256, 1, 1) no-mask embedding.
 
         Returns:
-            (B, Q, 4g, 4g) mask logits and (B, Q, K + 1) class logits, or None if binary.
+            (B, Q, 4g, 4g) mask logits, and (B, Q, K + 1) class logits, None if binary.
         """
         batch, channels, height, width = embedding.shape
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
@@ -101,21 +119,24 @@ class SegmentationDecoder(nn.Module):
 
 
 class SamForSegmentation(nn.Module):
-    """SAM without interaction: images in, masks out. Only the decoder is left trainable.
+    """SAM without prompts from a user. Only the mask decoder is trainable.
 
     Args:
         name: one of ``naslora.sam.encoders.MODELS``.
-        image_size: side S of the square images in pixels, a multiple of 16.
-        num_classes: 1 for binary segmentation, else K classes with the background as class 0.
-        num_tokens: mask tokens of the multi-class decoder; None takes 10, or one a class where
-            there are more classes.
+        image_size: side S of the square images in pixels, a positive multiple of 16.
+        num_classes: 1 for binary segmentation, else K, with the background as class 0.
+        num_tokens: number of mask tokens for several classes; None uses 10, or K if K > 10.
 
     Attributes:
-        left_out: what its SAM checkpoint has and the model has not, for ``sam_state_dict``.
+        left_out: tensors of the SAM checkpoint that the model lacks or has in another size, for
+            ``sam_state_dict``.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: an argument is out of range.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -129,7 +150,9 @@ class SamForSegmentation(nn.Module):
             raise UserError(f"num_classes must be at least 1, got {num_classes}")
         num_tokens = num_tokens or max(MULTICLASS_TOKENS, num_classes)
         if num_classes > 1 and num_tokens < num_classes:
-            raise UserError(f"{num_classes} classes need as many mask tokens, got {num_tokens}")
+            raise UserError(
+                f"num_tokens must be at least num_classes, {num_classes}, got {num_tokens}"
+            )
         self.image_size = image_size
         self.num_classes = num_classes
         self.left_out: dict[str, Tensor] = {}
@@ -141,7 +164,10 @@ class SamForSegmentation(nn.Module):
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "SamForSegmentation":
-        """As of nn.Module, but frozen batch norms of the encoder keep their statistics."""
+        """Sets the mode of all modules, except for frozen batch norms of the encoder.
+
+        They stay in evaluation mode, so that training does not change their statistics.
+        """
         super().train(mode)
         for module in self.image_encoder.modules():
             if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
@@ -152,7 +178,7 @@ class SamForSegmentation(nn.Module):
         """Segments (B, 3, S, S) RGB images in [0, 1].
 
         Raises:
-            ValueError: images of another size.
+            ValueError: the images have another shape.
         """
         size = (self.image_size, self.image_size)
         if images.dim() != 4 or images.shape[1:] != (3, *size):
@@ -173,7 +199,14 @@ def build_model(
     checkpoint: str | Path | None = None,
     seed: int = 0,
 ) -> SamForSegmentation:
-    """Builds SAM for segmentation, random weights drawn from ``seed``, and loads a checkpoint.
+    """Builds SAM for segmentation and loads a checkpoint.
+
+    Args:
+        name: as in ``SamForSegmentation``.
+        image_size: as in ``SamForSegmentation``.
+        num_classes: as in ``SamForSegmentation``.
+        checkpoint: a SAM checkpoint, ``.pth`` or ``.safetensors``; None keeps random weights.
+        seed: seed of the random weights. The global random state is not changed.
 
     Raises:
         UserError: as ``SamForSegmentation`` and ``load_sam_checkpoint``.
@@ -188,6 +221,14 @@ def build_model(
 
 @torch.no_grad()
 def predict_labels(model: SamForSegmentation, images: Tensor) -> Tensor:
-    """(B, S, S) labels of (B, 3, S, S) images, on the CPU."""
+    """Segments images.
+
+    Args:
+        model: on any device; it is set to evaluation mode.
+        images: (B, 3, S, S) RGB in [0, 1], on any device.
+
+    Returns:
+        (B, S, S) int64 labels on the CPU.
+    """
     model.eval()
     return model(images.to(model.pixel_mean.device)).labels().cpu()
