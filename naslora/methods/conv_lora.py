@@ -156,7 +156,7 @@ def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
         UserError: as ``naslora.inject``.
     """
     encoder.balance = balance = Balance()
-    for name in find_targets(encoder, config):
+    for name in find_targets(encoder, config.target, config.blocks):
         layer = ConvLoRALinear(encoder.get_submodule(name), config, balance)
         replace_module(encoder, name, layer)
     encoder.register_forward_pre_hook(balance.start)

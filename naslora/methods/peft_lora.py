@@ -55,7 +55,7 @@ def _add(encoder: nn.Module, config: NASLoRAConfig, peft_config: "PeftConfig") -
     """Lets PEFT wrap the target layers, in place."""
     from peft import get_peft_model
 
-    peft_config.target_modules = find_targets(encoder, config)
+    peft_config.target_modules = list(find_targets(encoder, config.target, config.blocks))
     get_peft_model(encoder, peft_config)
 
 
