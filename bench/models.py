@@ -15,6 +15,7 @@ from bench import counts
 from naslora import NASLoRAConfig, arch_parameters
 from naslora.errors import UserError
 from naslora.methods import (
+    METHODS,
     apply,
     auxiliary_loss,
     merge,
@@ -134,14 +135,14 @@ def adapted(method: str, base: SamForSegmentation, **config: object) -> SamForSe
     Raises:
         UserError: the method does not fit.
     """
-    model = sharing_copy(base, share=method != "full")
+    model = sharing_copy(base, share=not METHODS[method].trains_encoder)
     apply(method, model, NASLoRAConfig(**config))
     fill_zeros(trainable_parameters(model))
     return model
 
 
 def sharing_copy(model: nn.Module, share: bool = True) -> nn.Module:
-    """A copy that shares the encoder's weight matrices, which no method but ``full`` trains."""
+    """A copy, which with ``share`` shares the encoder's weight matrices."""
     shared = [p for p in model.image_encoder.parameters() if share and p.dim() > 1]
     return copy.deepcopy(model, {id(p): p for p in shared})
 

@@ -13,15 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from naslora.adapter.merging import MergeReport, restore_merged
-from naslora.adapter.storage import load_adapter
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.masks import Sample, list_images, read_image
 from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors, replaced_file, write_json
-from naslora.methods import (
-    check_merges,
-    merge,
-)
+from naslora.methods import check_merges, load_adapter, merge
 from naslora.report.pictures import paint
 from naslora.results import BEST
 from naslora.sam.export import Description, Format, Part, Predict, export, load_exported

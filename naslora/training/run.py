@@ -23,14 +23,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from naslora.adapter.merging import unmerge
-from naslora.adapter.storage import load_adapter
 from naslora.data.masks import Sample
 from naslora.errors import UserError
 from naslora.files import read_json, write_json, write_text
-from naslora.methods import (
-    merge,
-    merge_modes,
-)
+from naslora.methods import METHODS, load_adapter, merge, merge_modes
 from naslora.metrics import image_scores
 from naslora.report.pictures import Panel
 from naslora.report.run_report import write_report
@@ -94,7 +90,7 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> dict[str, An
 
 def _check_start(config: RunConfig) -> None:
     """A recipe of the paper on an encoder without SAM's weights would train for days in vain."""
-    has_weights = config.model != "vit_t" and config.method != "full"
+    has_weights = config.model != "vit_t" and not METHODS[config.method].trains_encoder
     if config.recipe is not None and has_weights and config.checkpoint is None:
         raise UserError(
             f"recipe {config.recipe} starts from SAM's weights: give --checkpoint FILE, the "
