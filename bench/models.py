@@ -300,6 +300,17 @@ def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tenso
             )
             if (first.operations, first.calls) != (second.operations, second.calls):
                 return f"{name} runs other operators than the untouched model"
-        if "lora" in method and not mode and torch.equal(output, outputs[UNTOUCHED]):
+        moved = _trains_new_matrices(models[name], models[UNTOUCHED])
+        if moved and torch.equal(output, outputs[UNTOUCHED]):
             return f"{name} computes what the untouched model computes"
     return None
+
+
+def _trains_new_matrices(model: nn.Module, untouched: nn.Module) -> bool:
+    """Whether a method added matrices to train; ``fill_zeros`` leaves none of them zero."""
+    trained = {id(parameter) for parameter in trainable_parameters(model)}
+    known = {name for name, _ in untouched.named_parameters()}
+    return any(
+        parameter.dim() > 1 and id(parameter) in trained and name not in known
+        for name, parameter in model.named_parameters()
+    )
