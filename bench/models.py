@@ -15,6 +15,7 @@ from bench import counts
 from naslora import NASLoRAConfig, arch_parameters
 from naslora.errors import UserError
 from naslora.methods import (
+    METHODS,
     apply,
     auxiliary_loss,
     merge,
@@ -134,14 +135,14 @@ def adapted(method: str, base: SamForSegmentation, **config: object) -> SamForSe
     Raises:
         UserError: the method does not fit.
     """
-    model = sharing_copy(base, share=method != "full")
+    model = sharing_copy(base, share=not METHODS[method].trains_encoder)
     apply(method, model, NASLoRAConfig(**config))
     fill_zeros(trainable_parameters(model))
     return model
 
 
 def sharing_copy(model: nn.Module, share: bool = True) -> nn.Module:
-    """A copy that shares the encoder's weight matrices, which no method but ``full`` trains."""
+    """A copy, which with ``share`` shares the encoder's weight matrices."""
     shared = [p for p in model.image_encoder.parameters() if share and p.dim() > 1]
     return copy.deepcopy(model, {id(p): p for p in shared})
 
@@ -299,6 +300,17 @@ def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tenso
             )
             if (first.operations, first.calls) != (second.operations, second.calls):
                 return f"{name} runs other operators than the untouched model"
-        if "lora" in method and not mode and torch.equal(output, outputs[UNTOUCHED]):
+        moved = _trains_new_matrices(models[name], models[UNTOUCHED])
+        if moved and torch.equal(output, outputs[UNTOUCHED]):
             return f"{name} computes what the untouched model computes"
     return None
+
+
+def _trains_new_matrices(model: nn.Module, untouched: nn.Module) -> bool:
+    """Whether a method added matrices to train; ``fill_zeros`` leaves none of them zero."""
+    trained = {id(parameter) for parameter in trainable_parameters(model)}
+    known = {name for name, _ in untouched.named_parameters()}
+    return any(
+        parameter.dim() > 1 and id(parameter) in trained and name not in known
+        for name, parameter in model.named_parameters()
+    )

@@ -1,12 +1,21 @@
-"""NAS-LoRA for the Segment Anything Model: inject, search, merge (arXiv 2512.03499)."""
+"""NAS-LoRA for the Segment Anything Model: inject, search, merge (arXiv 2512.03499).
+
+Importing the package imports the adapter alone. ``load_adapter`` needs the table of all methods,
+so that name is resolved on first use (module ``__getattr__``, PEP 562).
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.injection import adapter_parameters, arch_parameters, inject
 from naslora.adapter.layer import NASLoRALinear
-from naslora.adapter.merging import MergeReport, unmerge
-from naslora.adapter.storage import load_adapter, save_adapter
+from naslora.adapter.merge_report import MergeReport
+from naslora.adapter.merging import merge, unmerge
+from naslora.adapter.storage import save_adapter
 from naslora.errors import UserError
-from naslora.methods import merge
+
+if TYPE_CHECKING:
+    from naslora.methods import load_adapter
 
 __all__ = [
     "MergeReport",
@@ -21,3 +30,15 @@ __all__ = [
     "save_adapter",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_adapter":
+        from naslora.methods import load_adapter  # imports every method
+
+        return load_adapter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

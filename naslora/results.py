@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from naslora.adapter.merging import LayerError
+from naslora.adapter.merge_report import LayerError
 from naslora.errors import UserError
 from naslora.files import read_json, write_json, write_text
 

@@ -18,14 +18,14 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
-from naslora.adapter.merging import MergeMode, MergeReport, restore_merged
-from naslora.adapter.storage import load_adapter
+from naslora.adapter.merge_report import MergeMode, MergeReport
+from naslora.adapter.merging import restore_merged
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.layouts import list_images
 from naslora.data.masks import Sample, read_image
 from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors, replaced_file
-from naslora.methods import check_merges, merge
+from naslora.methods import check_merges, load_adapter, merge
 from naslora.report.pictures import paint
 from naslora.results import BEST, CONFIG, SplitScores, write_record
 from naslora.sam.export import Description, Format, Part, Predict, export, load_exported

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from segment_anything.modeling import (
 from torch import nn
 from torch.testing import assert_close
 
+import naslora
 from naslora import (
     NASLoRAConfig,
     NASLoRALinear,
@@ -26,6 +29,7 @@ from naslora import (
     arch_parameters,
     inject,
     load_adapter,
+    methods,
     save_adapter,
 )
 from naslora.adapter.cell import LinearCell, mixture_entropy
@@ -88,6 +92,31 @@ def adapted_sam(**options) -> Sam:
     model = build_sam()
     inject(model, NASLoRAConfig(**options))
     return model
+
+
+# ---------------------------------------------------------------- what importing imports
+
+
+def test_importing_inject_imports_the_adapter_alone():
+    """No baseline, no data reader, no report."""
+    code = "import sys; from naslora import inject; print(*sorted(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = {name for name in result.stdout.split() if name.split(".")[0] == "naslora"}
+    rooms = {name for name in loaded if not name.startswith("naslora.adapter.")}
+    assert rooms == {"naslora", "naslora.adapter", "naslora.errors", "naslora.files"}
+    for heavy in ("triton", "torchvision", "segment_anything", "peft", "matplotlib"):
+        assert heavy not in result.stdout.split()
+
+
+def test_every_public_name_can_be_imported():
+    assert {name for name in naslora.__all__ if hasattr(naslora, name)} == set(naslora.__all__)
+    assert set(naslora.__all__) <= set(dir(naslora))
+    assert naslora.load_adapter is load_adapter is methods.load_adapter
+    assert naslora.merge is methods.merge
+    with pytest.raises(AttributeError, match="module 'naslora' has no attribute 'injct'"):
+        _ = naslora.injct
 
 
 # ---------------------------------------------------------------- configuration
@@ -238,7 +267,7 @@ def adapted_names(**options) -> list[str]:
             {"target": "norm1$"},
             "matches 'image_encoder.blocks.0.norm1', a LayerNorm, not nn.Linear",
         ),
-        ({"blocks": (0, 3)}, r"blocks must lie in 0\.\.2, as 3 layers match, got \[0, 3\]"),
+        ({"blocks": (0, 3)}, r"blocks must lie in 0\.\.2, because 3 layers match, got \[0, 3\]"),
         ({"preset": "maximal"}, "preset must be one of linear, paper, got 'maximal'"),
     ],
 )

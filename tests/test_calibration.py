@@ -24,6 +24,7 @@ from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, UserError, inject, merge, unmerge
 from naslora.adapter.calibration import FOLDS, PENALTIES, Moments, fit
+from naslora.adapter.cell import LEFT_OUT
 from naslora.adapter.injection import adapter_layers
 
 torch.set_num_threads(1)
@@ -114,7 +115,7 @@ def test_a_spatial_part_that_the_input_holds_is_recovered():
     layer = model.qkv
     with torch.no_grad():
         layer.lora_A[:, [tap for tap in range(18) if tap % 9 != 4]] = 0.0  # the centre's alone
-        layer.alpha.fill_(-1e4)
+        layer.alpha.fill_(LEFT_OUT)
         layer.alpha[[0, 6]] = 0.0  # sep_conv_3x3 and the skip connection
     maps = [tokens(2, 2, 6, 6, seed=seed) for seed in range(4)]
     report = merge(model, "calibrated", [neighbourhoods(m) for m in maps])

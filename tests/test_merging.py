@@ -21,7 +21,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, NASLoRALinear, UserError, inject, merge, unmerge
-from naslora.adapter.cell import FoldedCell
+from naslora.adapter.cell import LEFT_OUT, FoldedCell
 from naslora.adapter.injection import adapter_layers
 from naslora.adapter.merging import NOISE_GRID, MergedNASLoRALinear, restore_merged
 from naslora_kernels import OPERATIONS
@@ -30,7 +30,6 @@ torch.set_num_threads(1)
 
 AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
 SKIP = OPERATIONS.index("skip_connect")
-NEVER = -1e4  # exp(-1e4) is zero, in float64 as well
 
 
 def centre_map(layer: NASLoRALinear) -> np.ndarray:
@@ -141,7 +140,7 @@ def test_exact_under_autocast():
 
 def only(*names: str) -> torch.Tensor:
     """alpha with equal weights for some operations and exactly none for the others."""
-    alpha = torch.full((8,), NEVER)
+    alpha = torch.full((8,), LEFT_OUT)
     alpha[[OPERATIONS.index(name) for name in names]] = 0.0
     return alpha
 
@@ -271,7 +270,7 @@ def test_center_loads_strictly_into_an_unmodified_model():
 def test_center_is_exact_for_a_pointwise_cell():
     model = adapted_layer()
     with torch.no_grad():
-        model.qkv.alpha[[AVG_POOL, MAX_POOL]] = NEVER
+        model.qkv.alpha[[AVG_POOL, MAX_POOL]] = LEFT_OUT
         for depthwise in model.qkv.cell.depthwise:
             middle = depthwise.shape[-1] // 2
             taps = depthwise[:, middle, middle].clone()

@@ -27,7 +27,6 @@ from naslora.methods import (
     sam_adapter,
     searches,
     trainable_parameters,
-    vpt,
 )
 from naslora.sam.encoders import checkpoint_blocks
 from naslora.sam.segmentation import SamForSegmentation, build_model
@@ -477,7 +476,7 @@ def conv_lora_layer():
     def build(dtype=torch.float64):
         torch.manual_seed(0)
         base = nn.Linear(6, 10).to(dtype).requires_grad_(False)
-        layer = conv_lora.ConvLoRALinear(base, NASLoRAConfig(), conv_lora.Balance())
+        layer = conv_lora.ConvLoRALinear(base, conv_lora.ConvLoRAConfig(), conv_lora.Balance())
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
                 if not name.startswith("base"):
@@ -622,7 +621,7 @@ def test_vpt_attends_to_prompts_and_window(make, index):
         expected = attended + block.mlp(block.norm2(attended))
         # Rounding of float32 over some 200 keys.
         torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
-    assert block.window_size == (14 if index == 0 else 0) and vpt.PROMPTS == 12
+    assert block.window_size == (14 if index == 0 else 0) and block.prompts.shape == (12, 32)
 
 
 # --- Mona and SAM-Adapter against their equations ---
@@ -630,7 +629,7 @@ def test_vpt_attends_to_prompts_and_window(make, index):
 
 def test_mona_computes_its_equation():
     torch.manual_seed(0)
-    layer, x = mona.Mona(8), torch.randn(2, 5, 9, 8)
+    layer, x = mona.Mona(8, width=64), torch.randn(2, 5, 9, 8)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -761,9 +760,9 @@ def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
     assert any("image_encoder" in name for name in changed) == (method != "decoder-only")
 
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["images"]["train"] == (6 if method.startswith("nas-") else 8)
+    assert metrics["images"]["train"] == (6 if searches(method) else 8)
     assert list(metrics.get("test_merged", {})) == merge_modes(method, NASLoRAConfig())
-    assert (output / "operations.json").exists() == method.startswith("nas-")
+    assert (output / "operations.json").exists() == searches(method)
     parameters = sum(p.numel() for p in trainable_parameters(start))
     assert metrics["trainable_parameters"] == parameters + sum(
         p.numel() for p in start.mask_decoder.parameters()

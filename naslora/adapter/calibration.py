@@ -1,26 +1,27 @@
-"""Calibrated merging: a linear layer fitted, on calibration images, to what its cell does.
+"""Calibrated merging: a linear layer fitted, on calibration images, to the output of a cell.
 
-A layer's update is s W_d y, with y (r numbers a token) what the cell makes of a token and its
-neighbours. Neighbours look alike, so much of y can be told from the token's own input x:
-y ~ G x + g by ridge regression, and s W_d G, s W_d g fold into the frozen weight and bias.
+A layer's update is s W_d y. y has r numbers a token, which the cell computes from the token and its
+neighbours. Neighbouring tokens are alike, so the token's own input x predicts much of y:
+y ~ G x + g by ridge regression, and s W_d G and s W_d g fold into the frozen weight and bias.
 
-- Layer by layer: each is fitted on the inputs that the layers merged before it give, towards what
-  the unmerged model computed, so that later layers take back what earlier ones lost.
-- The penalty pulls G to the cell's centre taps (mode "center"), not to zero: with little data the
-  result is that of "center", and with more it moves away as far as held-out tokens agree.
-- Only sums of products are kept, (C_in + r + 1)^2 numbers in float64 for each of a few groups of
-  tokens, and r numbers a token for the targets. The groups are the folds of a cross-validation
-  that chooses the penalty; they follow each other in the stream, so that hardly a token has its
+- Layers are fitted one after the other. A layer's inputs come from the model with the layers before
+  it merged; its targets are what the unmerged model computed. So later layers correct errors of
+  earlier ones.
+- The penalty pulls G to the cell's centre taps (mode "center"), not to zero. With little data the
+  result is that of "center". With more it moves away as far as held-out tokens agree.
+- Only sums of products are kept: (C_in + r + 1)^2 numbers in float64 for each of a few groups of
+  tokens, and r numbers a token for the targets. The groups are the folds of a cross-validation that
+  chooses the penalty. They are consecutive in the stream of tokens, so that few tokens have a
   neighbour in another group.
 
-The images pass once through the unmerged model, then once for every layer, up to that layer: for
-L layers about 1 + L / 2 passes. Nothing is assumed of the model but that it calls its layers.
+The images pass once through the unmerged model, then once for every layer, up to that layer: about
+1 + L / 2 passes for L layers. The only assumption on the model is that it calls its layers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,13 @@ from naslora.adapter.layer import NASLoRALinear
 from naslora.errors import UserError
 
 FOLDS = 4
-# Of the mean variance of a layer's inputs. The last leaves the centre taps as they are.
+# Relative to the mean variance of a layer's inputs. The last one keeps the centre taps.
 PENALTIES = tuple(10.0**k for k in range(-8, 4))
-# A weight of a layer wants this many tokens; fewer are used all the same, with a warning.
+# Tokens that a layer should see for each of its inputs. Fewer give a warning.
 TOKENS_PER_INPUT = 4
-CHUNK = 4096  # tokens widened to float64 at a time
+CHUNK = 4096  # tokens converted to float64 at a time
 
-Observe = Callable[[int, NASLoRALinear, Tensor], None]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,25 @@ class Fit:
     offset: Tensor
     """(r,) float64: g; zero where the layer has no bias."""
     tokens: int
+    """Number of tokens of the calibration images that the layer saw."""
     regularisation: float
     """The penalty, relative to the mean variance of the inputs."""
     held_out_error: float
-    """Relative error of the update on tokens that the fit had not seen, over all folds."""
+    """Relative error of the update on tokens held out from the fit, over all folds."""
 
 
 class Moments:
-    """Sums of products of v = (x, y, 1) over tokens, in float64, for each of FOLDS groups."""
+    """Sums of products of v = (x, y, 1) over tokens, in float64, for each of FOLDS groups.
+
+    Args:
+        tokens: how many will be added in all.
+        c_in: size of x.
+        rank: size of y.
+        device: where the sums are kept.
+
+    Attributes:
+        sums: (FOLDS, C_in + r + 1, C_in + r + 1).
+    """
 
     def __init__(self, tokens: int, c_in: int, rank: int, device: torch.device) -> None:
         size = c_in + rank + 1
@@ -78,7 +90,7 @@ class Moments:
 
 
 def fit(moments: Moments, prior: Tensor, decoder: Tensor, bias: bool) -> Fit:
-    """Ridge regression of y on x, towards a prior, the penalty chosen by cross-validation.
+    """Ridge regression of y on x, towards a prior, with the penalty chosen by cross-validation.
 
     Args:
         moments: sums over all tokens.
@@ -123,21 +135,21 @@ def _solve(
 
 
 def calibrate(
-    model: nn.Module, layers: dict[str, NASLoRALinear], batches: Sequence[Any]
+    model: nn.Module, layers: Mapping[str, NASLoRALinear], batches: Sequence[Any]
 ) -> dict[str, tuple[Fit, nn.Linear]]:
-    """Fits every layer, each with the ones before it merged; the model ends as it was.
+    """Fits every layer, each with the layers before it merged. The model is unchanged at the end.
 
     Args:
         model: a model that calls ``layers``.
         layers: its adapted layers by name.
-        batches: what the model is fed with.
+        batches: each fed as ``model(batch)``.
 
     Returns:
-        For every layer its fit and the nn.Linear it gives.
+        For every layer its fit and the nn.Linear that the fit gives.
 
     Raises:
-        UserError: a batch does not fit the model or does not reach a layer, a value is not finite,
-            or there are fewer tokens than inputs.
+        UserError: a batch does not fit the model, no batch reaches some layer, a value is not
+            finite, or there are fewer tokens than inputs.
     """
     names = {layer: name for name, layer in layers.items()}
     targets: dict[NASLoRALinear, dict[int, Tensor]] = {}  # in the order in which layers are called
@@ -195,8 +207,8 @@ def _fit_layer(
 
 
 def _prior(layer: NASLoRALinear) -> Tensor:
-    """(r, C_in): what the adapter does through its centre taps; without such taps, through the
-    channels that bypass the cell."""
+    """(r, C_in): the adapter's map through the cell's centre taps. If the cell has no such taps,
+    its map through the channels that bypass the cell."""
     if layer.cell is None or isinstance(layer.cell, LinearCell):
         return layer.centre() @ layer.lora_A.double()
     prior = layer.lora_A.double().clone()
@@ -209,14 +221,17 @@ class _Reached(Exception):
 
 
 def feed(
-    model: nn.Module, batches: Sequence[Any], observe: Observe, layers: Sequence[NASLoRALinear]
+    model: nn.Module,
+    batches: Sequence[Any],
+    observe: Callable[[int, Layer, Tensor], None],
+    layers: Sequence[Layer],
 ) -> None:
-    """Feeds the batches in evaluation mode; ``observe`` gets what each call of a layer is given.
+    """Feeds the batches in evaluation mode and passes each input of a layer to ``observe``.
 
     Args:
-        model: left as it was.
+        model: its modules' modes are restored at the end.
         batches: each fed as ``model(batch)``.
-        observe: called with the batch's index, the layer and its input.
+        observe: called with the batch's index, the layer and its input, before the layer computes.
         layers: the layers to observe.
 
     Raises:
@@ -224,10 +239,10 @@ def feed(
     """
     if not batches:
         raise UserError("calibration yielded no batches")
-    busy = False  # what `observe` makes the layer compute is not to be observed
+    busy = False  # `observe` calls layers itself; these calls are not observed
     index = 0
 
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         nonlocal busy
         if busy:
             return
@@ -252,9 +267,7 @@ def _feed_one(model: nn.Module, batch: Any, index: int) -> None:
         model(batch)
     except _Reached:
         pass
-    except UserError:
-        raise
-    except torch.OutOfMemoryError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError) as error:
         shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
@@ -275,8 +288,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_reached(layers: dict[str, NASLoRALinear], reached: Any) -> None:
-    """Refuses calibration that says nothing about some layer.
+def check_reached(layers: Mapping[str, nn.Module], reached: Collection[nn.Module]) -> None:
+    """Refuses calibration batches that do not reach every layer.
 
     Raises:
         UserError: a layer is not among ``reached``.

@@ -1,8 +1,8 @@
-"""Put NAS-LoRA into an existing model, and find its parameters again."""
+"""Puts NAS-LoRA into an existing model, and finds its layers and parameters again."""
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,17 +27,18 @@ def inject(model: nn.Module, config: NASLoRAConfig) -> list[str]:
         The names of the replaced layers, in model order.
 
     Raises:
-        UserError: no layer matches, a match is no nn.Linear, a block index is out of range, or the
-            model has NAS-LoRA layers already. The model is then unchanged.
+        UserError: no layer matches, a match is no nn.Linear, a block index is out of range, there
+            is no such preset, or the model has NAS-LoRA layers already. The model is then
+            unchanged.
     """
-    names = find_targets(model, config)
+    targets = find_targets(model, config.target, config.blocks)
     generator = torch.Generator().manual_seed(config.seed)
-    adapted = {name: NASLoRALinear(model.get_submodule(name), config, generator) for name in names}
+    adapted = {name: NASLoRALinear(base, config, generator) for name, base in targets.items()}
     model.requires_grad_(False)
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
-    return names
+    return list(targets)
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, NASLoRALinear]]:
@@ -48,7 +49,7 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, NASLoRALinear]]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' weights - lora_A, lora_B and the operations' - without alpha."""
+    """The adapters' weights without alpha: lora_A, lora_B and the operations'."""
     return [
         parameter
         for _, layer in adapter_layers(model)
@@ -62,6 +63,49 @@ def arch_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [layer.alpha for _, layer in adapter_layers(model) if layer.alpha is not None]
 
 
+def find_targets(
+    model: nn.Module, target: str, blocks: Sequence[int] | None = None
+) -> dict[str, nn.Linear]:
+    """The nn.Linear layers to adapt with their names, in model order.
+
+    Args:
+        model: a model without NAS-LoRA layers.
+        target: a regular expression, searched in the modules' names.
+        blocks: which of the matches to take, counted from 0; None for all.
+
+    Raises:
+        UserError: no layer matches, a match is no nn.Linear, a block index is out of range, or the
+            model has NAS-LoRA layers already.
+    """
+    present = [name for name, _ in adapter_layers(model)]
+    if present:
+        raise UserError(f"the model has NAS-LoRA layers already, the first is {present[0]!r}")
+    pattern = re.compile(target)
+    matches = {}
+    for name, module in model.named_modules():
+        if not name or not pattern.search(name):
+            continue
+        if not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            raise UserError(f"target {target!r} matches {name!r}, a {kind}, not nn.Linear")
+        matches[name] = module
+    if not matches:
+        linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        raise UserError(
+            f"no layer matches target {target!r}; the model's nn.Linear layers are: "
+            f"{', '.join(linear[:8]) or 'none'}{' ...' if len(linear) > 8 else ''}"
+        )
+    if blocks is None:
+        return matches
+    if max(blocks) >= len(matches):
+        raise UserError(
+            f"blocks must lie in 0..{len(matches) - 1}, because {len(matches)} layers match, got "
+            f"{list(blocks)}"
+        )
+    names = list(matches)
+    return {names[block]: matches[names[block]] for block in sorted(blocks)}
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts ``module`` where the submodule ``name`` was."""
     parent, _, child = name.rpartition(".")
@@ -70,8 +114,10 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Takes back, on an error, what was done meanwhile to the model's modules and to which of its
-    parameters require gradients; the tensors' values are not looked at."""
+    """If the body raises, restores modules and ``requires_grad``. Tensor values are not restored.
+
+    The attributes of every module are restored, its hooks included.
+    """
     modules = [
         (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for module in model.modules()
@@ -86,34 +132,3 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, required in trainable:
             parameter.requires_grad_(required)
         raise
-
-
-def find_targets(model: nn.Module, config: NASLoRAConfig) -> list[str]:
-    """The names of the nn.Linear layers that the configuration adapts, in model order.
-
-    Raises:
-        UserError: as ``inject``.
-    """
-    present = [name for name, _ in adapter_layers(model)]
-    if present:
-        raise UserError(f"the model has NAS-LoRA layers already, the first is {present[0]!r}")
-    pattern = re.compile(config.target)
-    matches = [name for name, _ in model.named_modules() if name and pattern.search(name)]
-    if not matches:
-        linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        raise UserError(
-            f"no layer matches target {config.target!r}; the model's nn.Linear layers are: "
-            f"{', '.join(linear[:8]) or 'none'}{' ...' if len(linear) > 8 else ''}"
-        )
-    for name in matches:
-        if not isinstance(model.get_submodule(name), nn.Linear):
-            kind = type(model.get_submodule(name)).__name__
-            raise UserError(f"target {config.target!r} matches {name!r}, a {kind}, not nn.Linear")
-    if config.blocks is None:
-        return matches
-    if max(config.blocks) >= len(matches):
-        raise UserError(
-            f"blocks must lie in 0..{len(matches) - 1}, as {len(matches)} layers match, got "
-            f"{list(config.blocks)}"
-        )
-    return [matches[block] for block in sorted(config.blocks)]

@@ -6,15 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.cell import LinearCell, build_cell
+from naslora.adapter.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
 from naslora.adapter.config import NASLoRAConfig
 from naslora_kernels import OPERATIONS, nas_lora_linear
 
-ALPHA_INIT_STD = 1e-3  # the paper's start of alpha: a standard normal scaled by 0.001
-
-# The logit of an operation that is left out. Its softmax is exactly zero, and so is its gradient,
-# in any precision; weight decay cannot bring it back. Minus infinity would turn to NaN in Adam.
-LEFT_OUT = -1e4
+ALPHA_INIT_STD = 1e-3  # the paper starts alpha from a standard normal scaled by 0.001
 
 
 class NASLoRALinear(nn.Module):
@@ -23,6 +19,11 @@ class NASLoRALinear(nn.Module):
     Takes (B, H, W, C_in), or (B, N, C_in) with N a square number or ``grid`` set to (H, W), and
     returns the same shape with C_out channels. lora_B starts at zero, so a fresh layer computes
     what its base computes.
+
+    Args:
+        base: the nn.Linear to adapt. It is frozen.
+        config: the adapter's settings.
+        generator: where the random numbers come from; None seeds one with ``config.seed``.
 
     Attributes:
         base: the frozen nn.Linear.
@@ -33,7 +34,16 @@ class NASLoRALinear(nn.Module):
         channels: (c,) int64, the channels that pass through the cell.
         grid: (H, W) of token sequences that are not square, or None.
         config: the configuration it was made with.
+
+    Raises:
+        UserError: there is no such preset.
     """
+
+    channels: Tensor
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    alpha: nn.Parameter | None
+    cell: Cell | None
 
     def __init__(
         self, base: nn.Linear, config: NASLoRAConfig, generator: torch.Generator | None = None
@@ -57,8 +67,8 @@ class NASLoRALinear(nn.Module):
     def _add_cell(self, config: NASLoRAConfig, generator: torch.Generator) -> None:
         c = config.cell_channels
         self.register_buffer("channels", torch.arange(c))
-        self.alpha: nn.Parameter | None = None
-        self.cell: nn.Module | None = None
+        self.alpha = None
+        self.cell = None
         if c > 0:
             if config.channel_selection != "first":
                 self.draw_channels(generator)
@@ -71,7 +81,7 @@ class NASLoRALinear(nn.Module):
             self.cell = build_cell(config.preset, c, config.cell_init, generator)
 
     def _match_base(self) -> None:
-        """Moves the adapter to the base's device and dtype; beside 16-bit weights it is float32."""
+        """Moves the adapter to the base's device and dtype. Beside 16-bit weights it is float32."""
         weight = self.base.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for name, parameter in list(self.named_parameters(recurse=False)):
@@ -82,23 +92,23 @@ class NASLoRALinear(nn.Module):
 
     @torch.no_grad()
     def draw_channels(self, generator: torch.Generator) -> None:
-        """Draws the channels that pass through the cell anew, in rising order."""
+        """Draws new channels that pass through the cell, in rising order."""
         drawn = torch.randperm(self.rank, generator=generator)[: self.channels.shape[0]]
         self.channels.copy_(drawn.sort().values)
 
     @property
     def in_features(self) -> int:
-        """C_in, as of the nn.Linear."""
+        """C_in."""
         return self.base.in_features
 
     @property
     def out_features(self) -> int:
-        """C_out, as of the nn.Linear."""
+        """C_out."""
         return self.base.out_features
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight; code that reads a linear layer's device or dtype finds it here."""
+        """The frozen weight. Code that reads a linear layer's device or dtype finds it here."""
         return self.base.weight
 
     @property
@@ -120,26 +130,28 @@ class NASLoRALinear(nn.Module):
         return h.reshape(*x.shape[:-1], self.out_features)
 
     def _fused(self, tokens: Tensor) -> Tensor:
-        if self.cell is None:
-            alpha, weights = _empty_cell(self.lora_A)
+        if isinstance(self.cell, LinearCell) and self.alpha is not None:
+            arguments = self.cell.arguments(self.alpha)
         else:
-            alpha, depthwise, pw = self.cell.arguments(self.alpha)
-            weights = (*depthwise, pw)
+            arguments = _empty_cell(self.lora_A)
         return nas_lora_linear(
             tokens,
             self.base.weight,
             self.base.bias,
             self.lora_A,
             self.lora_B,
-            alpha,
-            *weights,
-            None if self.channels.shape[0] == self.rank else self.channels,
+            *arguments,
+            self._selected_channels(),
             self.scaling,
             backend=self.backend,
         )
 
+    def _selected_channels(self) -> Tensor | None:
+        """(c,) int64, or None for all."""
+        return None if self.channels.shape[0] == self.rank else self.channels
+
     def mixed(self, x: Tensor) -> Tensor:
-        """What the decoder gets: y = cell(W_e x), (B, H, W, r); shapes of x as ``forward``."""
+        """The decoder's input y = cell(W_e x), (B, H, W, r). Shapes of x as in ``forward``."""
         return self._mixed(self._as_grid(x))
 
     def centre(self) -> Tensor:
@@ -149,7 +161,7 @@ class NASLoRALinear(nn.Module):
             UserError: the operation set has no such taps.
         """
         token_map = torch.eye(self.rank, dtype=torch.float64, device=self.lora_A.device)
-        if self.cell is not None:
+        if self.cell is not None and self.alpha is not None:
             centre = self.cell.centre(self.alpha).double()
             token_map[self.channels[:, None], self.channels[None, :]] = centre
         return token_map
@@ -159,7 +171,7 @@ class NASLoRALinear(nn.Module):
 
         Args:
             linear_map: (r, C_in) float64, L.
-            offset: (r,) float64, g; None, or a layer without a bias, takes none.
+            offset: (r,) float64, g; None for zero. A layer without a bias ignores it.
         """
         base = self.base
         merged = nn.utils.skip_init(
@@ -179,7 +191,7 @@ class NASLoRALinear(nn.Module):
         return merged
 
     def update(self, x: Tensor) -> Tensor:
-        """The adapter's part of the output alone: s W_d cell(W_e x); shapes as ``forward``."""
+        """The adapter's part of the output, s W_d cell(W_e x). Shapes as in ``forward``."""
         return self._update(self._as_grid(x)).reshape(*x.shape[:-1], self.out_features)
 
     def _update(self, tokens: Tensor) -> Tensor:
@@ -190,20 +202,24 @@ class NASLoRALinear(nn.Module):
         z = F.linear(tokens, self.lora_A.to(tokens.dtype))  # (B, H, W, r)
         if self.cell is None:
             return z
-        channels = None if self.channels.shape[0] == self.rank else self.channels
-        return self.cell(z, self.alpha, channels, self.backend)
+        return self.cell(z, self.alpha, self._selected_channels(), self.backend)
 
     def _as_grid(self, x: Tensor) -> Tensor:
-        if self.cell is None:  # without a cell tokens have no neighbours: any shape will do
+        if self.cell is None:  # tokens have no neighbours without a cell, so any shape works
             return x.reshape(-1, 1, 1, x.shape[-1])
         return as_grid(x, self.grid)
 
     def extra_repr(self) -> str:
+        """The adapter's numbers, for ``print(model)``."""
         return f"rank={self.rank}, cell_channels={self.channels.shape[0]}, scaling={self.scaling:g}"
 
 
 def as_grid(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Views (B, N, C) tokens as a (B, H, W, C) grid; leaves a grid as it is.
+    """Views (B, N, C) tokens as a (B, H, W, C) grid; returns (B, H, W, C) unchanged.
+
+    Args:
+        x: the tokens.
+        grid: (H, W); None for a square.
 
     Raises:
         ValueError: another number of dimensions, or N neither square nor the declared grid.
@@ -221,8 +237,8 @@ def as_grid(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
     return x.reshape(x.shape[0], height, width, x.shape[2])
 
 
-def _empty_cell(like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The arguments of a cell on no channels: the kernels then compute plain LoRA."""
-    alpha = like.new_zeros(len(OPERATIONS))
-    weights = tuple(like.new_zeros(0, k, k) for k in (3, 5, 3, 5))
-    return alpha, (*weights, like.new_zeros(4, 0, 0))
+def _empty_cell(like: Tensor) -> CellArguments:
+    """A cell on no channels, with which the kernels compute plain LoRA."""
+    sep3, sep5, dil3, dil5 = [like.new_zeros(0, size, size) for size in (3, 5, 3, 5)]
+    alpha, pw = like.new_zeros(len(OPERATIONS)), like.new_zeros(4, 0, 0)
+    return CellArguments(alpha, sep3, sep5, dil3, dil5, pw)

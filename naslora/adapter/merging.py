@@ -1,104 +1,49 @@
-"""Merging: what the search found, folded into the weights, with its loss told.
+"""Merging: folds trained adapters into the frozen weights and reports the error.
 
 The frozen weight acts on one token; the cell mixes neighbours. So folding a cell into the weight
 (paper, Eq. 6-7) is exact only for its pointwise part:
 
-- ``exact`` keeps what cannot fold - one small convolution on the c channels, and pooling - and
-  loses nothing but rounding;
-- ``center`` reads Eq. 6 literally: the centre taps and the skip fold, the rest is dropped, and a
-  plain nn.Linear remains;
-- ``calibrated`` fits a plain nn.Linear to what the layer does on calibration images, layer by
-  layer; see ``calibration.py``.
+- ``exact`` keeps what cannot fold: one small convolution on the c channels, and pooling. The error
+  is rounding.
+- ``center`` reads Eq. 6 literally: the centre taps and the skip connection fold, the rest is
+  dropped, and a plain nn.Linear remains.
+- ``calibrated`` fits a plain nn.Linear to the layer's output on calibration images, layer by layer;
+  see ``calibration.py``.
 """
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from naslora.adapter.applied import applied
 from naslora.adapter.calibration import TOKENS_PER_INPUT, Fit, calibrate, check_reached, feed
 from naslora.adapter.cell import FoldedCell, restore_collapsed
 from naslora.adapter.injection import adapter_layers, replace_module
 from naslora.adapter.layer import NASLoRALinear, as_grid
+from naslora.adapter.merge_report import MODES, LayerError, MergeMode, MergeReport
 from naslora.errors import UserError
 from naslora_kernels import folded_linear
 
-MergeMode = Literal["exact", "center", "calibrated"]
-MODES: tuple[str, ...] = get_args(MergeMode)
-# On this many seeded white-noise tokens errors are measured where no images are given.
+# Batch, height and width of the seeded white noise on which errors are measured without images.
 NOISE_GRID = (2, 16, 16)
 
-# The layers that each merged model had. Kept beside the model, not in it: what is copied, saved or
-# counted of a merged model is the merged model alone.
-_originals: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
+# The layers that each merged model had, for ``unmerge``. As attributes of the model they would be
+# part of its state dict, its parameters, its copies and its pickles. The keys are weak, so the
+# layers are freed with the model.
+_originals: WeakKeyDictionary[nn.Module, Mapping[str, nn.Module]] = WeakKeyDictionary()
 
-
-@dataclass(frozen=True)
-class LayerError:
-    """How far one merged layer is from the layer it replaces, as relative Frobenius norms."""
-
-    name: str
-    update_error: float
-    """|merged - layer| / |the adapter's part of the layer's output|."""
-    output_error: float
-    """|merged - layer| / |the layer's output|."""
-    tokens: int | None = None
-    """How many tokens the layer was fitted on; None if the mode fits nothing, as below."""
-    regularisation: float | None = None
-    """The penalty of the fit, relative to the mean variance of the layer's inputs."""
-    held_out_error: float | None = None
-    """Relative error of the update on tokens held out from the fit, with the layers before merged
-    likewise: what to expect on new images."""
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge lost, layer by layer."""
-
-    mode: str
-    source: str
-    """What the errors were measured on: "calibration images", or "white noise", on which
-    neighbours share nothing and errors are about as large as they get."""
-    layers: list[LayerError]
-    warning: str | None = None
-    """What the user should know before using the result."""
-
-    @property
-    def max_update_error(self) -> float:
-        """The largest relative error of an update."""
-        return max(layer.update_error for layer in self.layers)
-
-    @property
-    def mean_update_error(self) -> float:
-        """The mean relative error of the updates."""
-        return sum(layer.update_error for layer in self.layers) / len(self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        text = (
-            f"merged {len(self.layers)} layers with mode {self.mode!r}: relative error of the "
-            f"update {self.mean_update_error:.2e} on average, {self.max_update_error:.2e} at most "
-            f"(on {self.source})"
-        )
-        fitted = [layer for layer in self.layers if layer.tokens is not None]
-        if fitted:
-            held_out = sum(layer.held_out_error for layer in fitted) / len(fitted)
-            fewest = min(layer.tokens for layer in fitted)
-            text += f"; {held_out:.2e} on held-out tokens, of at least {fewest:,} a layer"
-        return text
+Update = Callable[[Any, Tensor, Tensor], Tensor]
+"""Takes a layer, its input and its output. Returns the adapter's part of the output."""
 
 
 class MergedNASLoRALinear(nn.Module):
-    """An exactly merged layer: the pointwise part sits in ``base``, a small convolution remains.
+    """An exactly merged layer: ``base`` holds the pointwise part, a small convolution remains.
 
     Attributes:
         base: nn.Linear with the channels that bypass the cell folded in.
@@ -106,8 +51,11 @@ class MergedNASLoRALinear(nn.Module):
         lora_B: (C_out, c) the decoder's columns behind it, scaling included.
         mixture: the collapsed cell, on (B, H, W, c).
         grid: (H, W) of token sequences that are not square, or None.
-        backend: kernel backend; None takes the best that serves.
+        backend: kernel backend; None takes the best that can compute here.
     """
+
+    lora_A: Tensor
+    lora_B: Tensor
 
     def __init__(
         self,
@@ -125,7 +73,7 @@ class MergedNASLoRALinear(nn.Module):
         self.register_buffer("lora_B", lora_B.t().contiguous().t())
         self.mixture = mixture
         self.grid = grid
-        if grid is not None:  # a saved model has to know it
+        if grid is not None:  # the state dict must hold it, so that a saved model can be restored
             self.register_buffer("declared_grid", torch.tensor(grid))
         self.backend = backend
 
@@ -153,47 +101,77 @@ class MergedNASLoRALinear(nn.Module):
 def merge(
     model: nn.Module, mode: MergeMode = "exact", calibration: Iterable[Any] | None = None
 ) -> MergeReport:
-    """Merges every NAS-LoRA layer of ``model`` into its frozen linear, in place.
+    """Folds the model's adapters into the frozen weights, in place. ``unmerge`` undoes it.
+
+    LoRA, DoRA and VeRA become plain nn.Linear layers, exactly in every mode.
 
     Args:
-        model: a model that ``inject`` adapted.
-        mode: "exact": each layer becomes a ``MergedNASLoRALinear``, equal up to rounding (plain
-            LoRA becomes an nn.Linear). "center": each layer becomes an nn.Linear, under the state
-            dict keys of the original model; what the neighbours contributed is lost.
-            "calibrated": likewise, but fitted to the calibration images, which recovers most of it.
-        calibration: batches, each fed as ``model(batch)``, on which to fit and to measure the
-            errors; they are kept in memory meanwhile. None measures errors on seeded white noise.
+        model: a model that ``inject`` or ``naslora.methods.apply`` adapted.
+        mode: what a searched cell becomes. "exact": each layer becomes a ``MergedNASLoRALinear``,
+            equal up to rounding (plain LoRA becomes an nn.Linear). "center": each layer becomes an
+            nn.Linear, under the state dict keys of the original model, without the contribution of
+            neighbouring tokens. "calibrated": an nn.Linear too, but fitted to the calibration
+            images, which recovers most of that contribution.
+        calibration: batches, each fed as ``model(batch)``, on which layers are fitted and errors
+            measured. They are kept in memory until the merge ends. None measures errors on seeded
+            white noise.
 
     Returns:
         The relative errors, layer by layer.
 
     Raises:
-        UserError: an unknown mode, nothing to merge, a model merged before, no batches, batches
-            that do not fit the model or miss a layer, too few tokens, values that are not finite,
-            or an operation set that the mode cannot fold. The model is then unchanged.
+        UserError: a method that cannot be merged, an unknown mode, nothing to merge, a model merged
+            before, no batches, batches that do not fit the model or do not reach a layer, too few
+            tokens, values that are not finite, or an operation set that the mode cannot fold. The
+            model is then unchanged.
     """
+    present = applied(model)
+    fold = merge_cells if present is None else present.method.require_merge()
+    return fold(model, mode, calibration)
+
+
+def check_merges(model: nn.Module) -> None:
+    """Refuses a model whose applied method cannot be merged.
+
+    Raises:
+        UserError: it cannot. The message says why.
+    """
+    present = applied(model)
+    if present is not None:
+        present.method.require_merge()
+
+
+def merge_cells(
+    model: nn.Module, mode: MergeMode, calibration: Iterable[Any] | None
+) -> MergeReport:
+    """``merge`` for the layers of ``inject``."""
     layers = dict(adapter_layers(model))
     check_mergeable(model, layers, mode)
-    if mode == "calibrated" and calibration is None:
-        raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
     batches = calibration_batches(calibration)
+    if mode == "calibrated" and batches is None:
+        raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
     fits: dict[str, Fit] = {}
+    merged: dict[str, nn.Module] = {}
     with torch.no_grad():
-        if mode == "calibrated":
+        if mode == "calibrated" and batches is not None:
             fitted = calibrate(model, layers, batches)
             fits = {name: fit for name, (fit, _) in fitted.items()}
             merged = {name: fitted[name][1] for name in layers}
         else:
             fold = _merge_exact if mode == "exact" else _merge_center
             merged = {name: fold(layer) for name, layer in layers.items()}
-    return replace_by_merged(model, layers, merged, mode, batches, fits)
+    return replace_by_merged(model, layers, merged, mode, batches, _update, fits)
+
+
+def _update(layer: NASLoRALinear, x: Tensor, h: Tensor) -> Tensor:
+    return layer.update(x)
 
 
 def calibration_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
-    """The batches as a list, as they are gone through more than once; None if there are none.
+    """The batches as a list, because they are used more than once; None if none are given.
 
     Raises:
-        UserError: there is something to go through, but it yields nothing.
+        UserError: ``calibration`` is given and yields nothing.
     """
     if calibration is None:
         return None
@@ -203,8 +181,8 @@ def calibration_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
     return batches
 
 
-def check_mergeable(model: nn.Module, layers: dict[str, nn.Module], mode: str) -> None:
-    """Refuses what ``merge`` refuses before it looks at a layer.
+def check_mergeable(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -> None:
+    """The checks of ``merge`` that do not depend on the layers' values.
 
     Raises:
         UserError: an unknown mode, nothing to merge, or a model merged before.
@@ -220,38 +198,43 @@ def check_mergeable(model: nn.Module, layers: dict[str, nn.Module], mode: str) -
 @torch.no_grad()
 def replace_by_merged(
     model: nn.Module,
-    layers: dict[str, nn.Module],
-    merged: dict[str, nn.Module],
+    layers: Mapping[str, nn.Module],
+    merged: Mapping[str, nn.Module],
     mode: str,
     batches: Sequence[Any] | None,
-    fits: dict[str, Fit] | None = None,
+    update: Update,
+    fits: Mapping[str, Fit] | None = None,
 ) -> MergeReport:
-    """Measures what the merged modules lose and puts them where ``layers`` were, in place.
+    """Measures the errors of the merged modules and puts them in place of ``layers``.
 
     Args:
-        layers: the adapted layers by their names; what ``unmerge`` restores.
-        merged: their merged twins by the same names.
-        batches: of ``calibration_batches``.
-        fits: how each was calibrated, where it was.
+        model: the adapted model.
+        layers: the adapted layers by their names, which ``unmerge`` restores. They have the
+            attributes ``in_features`` and ``weight``.
+        merged: the merged modules by the same names.
+        mode: the mode of the merge, for the report.
+        batches: the result of ``calibration_batches``.
+        update: computes the adapter's part of a layer's output.
+        fits: the fits of calibrated layers.
 
     Raises:
-        UserError: batches that miss a layer, or values that are not finite. The model is then
-            unchanged.
+        UserError: batches that do not reach a layer, or values that are not finite. The model is
+            then unchanged.
     """
-    errors = _errors(model, layers, merged, batches, fits or {})
+    errors = _errors(model, layers, merged, batches, update, fits or {})
     for name, module in merged.items():
         module.train(model.training)
         replace_module(model, name, module)
     _originals[model] = layers
     source = "white noise" if batches is None else "calibration images"
-    report = MergeReport(mode, source, errors, _warning(layers, fits or {}))
+    report = MergeReport(mode, source, errors, _warning(fits or {}))
     if report.warning:
-        warnings.warn(report.warning, stacklevel=3)
+        warnings.warn(report.warning, stacklevel=5)  # at the call of ``merge``
     return report
 
 
 def unmerge(model: nn.Module) -> None:
-    """Takes the last ``merge`` back: the very layers return, on the device where the model is now.
+    """Undoes the last ``merge``: the same layers return, on the device where the model is now.
 
     Raises:
         UserError: the model is not merged.
@@ -265,10 +248,10 @@ def unmerge(model: nn.Module) -> None:
 
 
 def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, Tensor]) -> None:
-    """Gives an unadapted model the modules that a merged state dict belongs to, in place.
+    """Puts into an unadapted model the modules that a merged state dict belongs to, in place.
 
     Args:
-        model: the original model; its tensors are not filled.
+        model: the original model. Its tensors are not filled.
         layers: the merged layers' names.
         tensors: the merged model's state dict.
     """
@@ -284,11 +267,11 @@ def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, T
         mixture = restore_collapsed(stored)
         grid = tensors.get(f"{name}.declared_grid")
         layer = MergedNASLoRALinear(
-            model.get_submodule(name),
+            cast(nn.Linear, model.get_submodule(name)),
             tensors[prefix],
             tensors[f"{name}.lora_B"],
             mixture,
-            None if grid is None else tuple(grid.tolist()),
+            None if grid is None else (int(grid[0]), int(grid[1])),
         )
         replace_module(model, name, layer)
 
@@ -296,7 +279,7 @@ def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, T
 def _merge_exact(layer: NASLoRALinear) -> nn.Module:
     """The channels that bypass the cell fold; the cell becomes one convolution and pooling."""
     encoder = layer.lora_A.detach().double()
-    if layer.cell is None:
+    if layer.cell is None or layer.alpha is None:
         return layer.folded(encoder)
     bypass = encoder.clone()
     bypass[layer.channels] = 0.0
@@ -310,24 +293,25 @@ def _merge_exact(layer: NASLoRALinear) -> nn.Module:
     )
 
 
-def _merge_center(layer: NASLoRALinear) -> nn.Linear:
+def _merge_center(layer: NASLoRALinear) -> nn.Module:
     """The cell's centre taps on its channels, the identity on the others, folded into W0."""
     return layer.folded(layer.centre() @ layer.lora_A.double())
 
 
-def _warning(layers: dict[str, NASLoRALinear], fits: dict[str, Fit]) -> str | None:
-    """What is to be said about fits on few tokens."""
+def _warning(fits: Mapping[str, Fit]) -> str | None:
+    """The warning about fits on too few tokens; None if there are none."""
+    inputs = {name: fit.linear_map.shape[1] for name, fit in fits.items()}
     scarce = {
-        name: fit
+        name: fit.tokens / inputs[name]
         for name, fit in fits.items()
-        if fit.tokens < TOKENS_PER_INPUT * layers[name].in_features
+        if fit.tokens < TOKENS_PER_INPUT * inputs[name]
     }
     if not scarce:
         return None
-    name, fit = min(scarce.items(), key=lambda item: item[1].tokens / item[1].linear_map.shape[1])
+    name = min(scarce, key=lambda name: scarce[name])
     return (
         f"{len(scarce)} layers were fitted on fewer tokens than they need; {name} saw "
-        f"{fit.tokens:,}, and should see {TOKENS_PER_INPUT * layers[name].in_features:,}: give "
+        f"{fits[name].tokens:,}, and should see {TOKENS_PER_INPUT * inputs[name]:,}: give "
         "more calibration images"
     )
 
@@ -339,12 +323,11 @@ class _ErrorSums:
         self.difference = self.update = self.output = 0.0
         self.calls = 0
 
-    def add(self, layer: nn.Module, merged: nn.Module, x: Tensor) -> None:
+    def add(self, layer: Any, merged: nn.Module, update: Update, x: Tensor) -> None:
         h = layer(x)
         self.calls += 1
         self.difference += _squared_norm(merged(x) - h)
-        ours = isinstance(layer, NASLoRALinear)  # else PEFT's
-        self.update += _squared_norm(layer.update(x) if ours else h - layer.base_layer(x))
+        self.update += _squared_norm(update(layer, x, h))
         self.output += _squared_norm(h)
 
     def relative(self, name: str, fit: Fit | None) -> LayerError:
@@ -353,7 +336,7 @@ class _ErrorSums:
                 f"layer {name} meets values that are not finite; look for bad images, or merge in "
                 "float32"
             )
-        # An adapter that does nothing (lora_B = 0) loses nothing.
+        # The error of an adapter whose update is zero (lora_B = 0) is zero.
         update = (self.difference / self.update) ** 0.5 if self.update else 0.0
         output = (self.difference / self.output) ** 0.5 if self.output else 0.0
         if fit is None:
@@ -367,28 +350,28 @@ def _squared_norm(x: Tensor) -> float:
 
 def _errors(
     model: nn.Module,
-    layers: dict[str, nn.Module],
-    merged: dict[str, nn.Module],
+    layers: Mapping[str, Any],
+    merged: Mapping[str, nn.Module],
     batches: Sequence[Any] | None,
-    fits: dict[str, Fit],
+    update: Update,
+    fits: Mapping[str, Fit],
 ) -> list[LayerError]:
-    """Holds each layer against its merged twin: on noise, or on what it sees in the model."""
+    """Compares each layer with its merged module: on noise, or on its inputs in the model."""
     sums = {layer: _ErrorSums() for layer in layers.values()}
     twins = {layer: merged[name] for name, layer in layers.items()}
+
+    def compare(batch: int, layer: Any, x: Tensor) -> None:
+        sums[layer].add(layer, twins[layer], update, x)
+
     if batches is None:
         for layer in layers.values():
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(*NOISE_GRID, layer.in_features, generator=generator)
             training = layer.training
             layer.eval()
-            sums[layer].add(layer, twins[layer], noise.to(layer.weight))
+            compare(0, layer, noise.to(layer.weight))
             layer.train(training)
     else:
-        feed(
-            model,
-            batches,
-            lambda _, layer, x: sums[layer].add(layer, twins[layer], x),
-            list(layers.values()),
-        )
+        feed(model, batches, compare, list(layers.values()))
         check_reached(layers, [layer for layer, own in sums.items() if own.calls])
     return [sums[layer].relative(name, fits.get(name)) for name, layer in layers.items()]

@@ -1,5 +1,7 @@
 """Adapters on disk: adapter_config.json and adapter_model.safetensors, only what was trained."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +9,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.applied import Method, applied, apply_method, find_method, own_names
+from naslora.adapter.config import OUTPUT_FIELDS, MethodConfig, NASLoRAConfig
 from naslora.adapter.injection import adapter_layers, inject, undone_on_error
 from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors, replaced_file, write_json
-from naslora.methods import METHODS, applied, apply, own_names
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Description:
+    """The content of adapter_config.json."""
+
+    method: str | None
+    """Name of the method; None for a model of ``inject`` or one without adapters."""
+    config: dict[str, Any] | None
+    """Fields of the method's configuration; None for a model without adapters."""
+    layers: list[str]
+    """Names of the NAS-LoRA layers."""
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -25,21 +39,25 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     Args:
         model: a model that ``inject`` or ``naslora.methods.apply`` adapted, or one without adapters
             of which a part is trained.
-        directory: created if need be.
+        directory: created if it does not exist.
 
     Raises:
-        UserError: the model has nothing that was trained.
+        UserError: the model has no adapter and no trainable parameter.
     """
     directory = Path(directory)
     layers = dict(adapter_layers(model))
     tensors = trained_state(model)
     if not tensors:
         raise UserError("there is nothing to save: the model has no adapter and nothing trainable")
-    method = applied(model)
-    config = method or next(iter(layers.values()), None)
+    present = applied(model)
+    config: MethodConfig | None = None
+    if present is not None:
+        config = present.config
+    elif layers:
+        config = next(iter(layers.values())).config
     description = {
-        "method": method.name if method else None,
-        "config": config.config.to_dict() if config else None,
+        "method": present.name if present else None,
+        "config": config.to_dict() if config else None,
         "layers": list(layers),
     }
     write_json(directory / CONFIG_NAME, description)
@@ -47,29 +65,34 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         save_file({k: v.cpu().contiguous() for k, v in _once(tensors).items()}, temporary)
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Loads what ``save_adapter`` saved, exactly; a model without adapters gets them first.
-
-    That freezes what applying or injecting them freezes: to train on, unfreeze it again.
+def load_adapter(model: nn.Module, directory: str | Path, methods: Mapping[str, Method]) -> None:
+    """``naslora.load_adapter`` with a table of methods.
 
     Args:
-        model: the model that was adapted, in its own or in its original form.
-        directory: the folder that ``save_adapter`` wrote.
+        model: as there.
+        directory: as there.
+        methods: the methods that a file may name, by their names.
 
     Raises:
-        UserError: a file is missing or damaged, or does not fit the model; the message lists the
-            mismatches. The model is then as it was.
+        UserError: as there.
     """
     directory = Path(directory)
-    stored = read_json(directory / CONFIG_NAME)
-    if not _is_adapter_configuration(stored):
-        raise UserError(f"{directory / CONFIG_NAME} is not an adapter configuration of naslora")
+    stored = _read_description(directory / CONFIG_NAME)
     tensors = read_safetensors(directory / WEIGHTS_NAME)
-    config = NASLoRAConfig.from_dict(stored["config"]) if stored["config"] else None
     with undone_on_error(model):
         if applied(model) is None and not any(adapter_layers(model)):
-            _adapt(model, stored.get("method"), config)
-        _check_fit(model, stored, config, tensors, directory)
+            _adapt(model, stored, methods)
+        problems = [
+            *_differing_layers(model, stored),
+            *_differing_settings(model, stored, methods),
+            *_differing_tensors(model, tensors),
+        ]
+        if problems:
+            listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
+            raise UserError(
+                f"the adapter in {directory} does not fit this model ({len(problems)} mismatches): "
+                f"{listed}"
+            )
     state = model.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -78,13 +101,6 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     training = model.training
     model.train()
     model.train(training)
-
-
-def _adapt(model: nn.Module, method: str | None, config: NASLoRAConfig | None) -> None:
-    if method is not None:
-        apply(method, model, config or NASLoRAConfig())
-    elif config is not None:  # ``inject`` made it, or a version without methods
-        inject(model, config)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -96,8 +112,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_names(model: nn.Module) -> set[str]:
-    """What belongs to the adapters - alpha, channels, statistics and frozen buffers included - by
-    names in ``model.state_dict()``."""
+    """The adapters' tensors, by their names in ``model.state_dict()``: parameters, alpha, channels,
+    statistics of norms and frozen buffers."""
     ours = tuple(f"{name}." if name else "" for name, _ in adapter_layers(model))
     bases = tuple(f"{prefix}base." for prefix in ours)
     return own_names(model) | {
@@ -108,40 +124,73 @@ def adapter_names(model: nn.Module) -> set[str]:
 
 
 def _once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of tensors that share their memory, as the layers' frozen matrices do in VeRA, the first."""
-    first: dict[tuple[int, torch.Size] | str, str] = {}
+    """The first of each group of tensors that share their memory, such as VeRA's matrices."""
+    first: dict[object, str] = {}
     for name, tensor in tensors.items():
         first.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else name, name)
     return {name: tensors[name] for name in first.values()}
 
 
-def _is_adapter_configuration(stored: object) -> bool:
-    return (
+def _read_description(path: Path) -> Description:
+    stored = read_json(path)
+    if not (
         isinstance(stored, dict)
         and isinstance(stored.get("method"), str | None)
         and isinstance(stored.get("config", 0), dict | None)
         and isinstance(stored.get("layers"), list)
-    )
+    ):
+        raise UserError(f"{path} is not an adapter configuration of naslora")
+    return Description(stored.get("method"), stored["config"], stored["layers"])
 
 
-def _check_fit(
-    model: nn.Module,
-    stored: dict[str, Any],
-    config: NASLoRAConfig | None,
-    tensors: dict[str, Tensor],
-    directory: Path,
-) -> None:
-    """Raises a UserError that lists every way in which the stored adapter does not fit."""
-    layers, present, method = stored["layers"], dict(adapter_layers(model)), applied(model)
-    problems = [
-        f"layer {name} is not adapted in the model" for name in layers if name not in present
+def _adapt(model: nn.Module, stored: Description, methods: Mapping[str, Method]) -> None:
+    if stored.method is not None:
+        method = find_method(methods, stored.method)
+        apply_method(method, model, method.read_config(stored.config or {}))
+    elif stored.config is not None:  # written for ``inject``, or by a version without methods
+        inject(model, NASLoRAConfig.from_dict(stored.config))
+
+
+def _differing_layers(model: nn.Module, stored: Description) -> list[str]:
+    present = {name for name, _ in adapter_layers(model)}
+    missing = [name for name in stored.layers if name not in present]
+    surplus = [name for name, _ in adapter_layers(model) if name not in stored.layers]
+    return [
+        *(f"layer {name} is not adapted in the model" for name in missing),
+        *(f"layer {name} is not in the file" for name in surplus),
     ]
-    problems += [f"layer {name} is not in the file" for name in present if name not in layers]
-    if method and stored.get("method") not in (None, method.name):
-        problems.append(f"the method is {stored['method']} in the file, {method.name} here")
-    elif config:
-        problems += _differing_fields(model, config)
+
+
+def _differing_settings(
+    model: nn.Module, stored: Description, methods: Mapping[str, Method]
+) -> list[str]:
+    """Differences of method and configuration that change the output of equal tensors."""
+    present, layer = applied(model), next((layer for _, layer in adapter_layers(model)), None)
+    ours: MethodConfig
+    method: Method | None
+    if present is not None:
+        if stored.method not in (None, present.name):
+            return [f"the method is {stored.method} in the file, {present.name} here"]
+        ours, fields, method = present.config, present.method.fields, present.method
+    elif layer is not None:
+        ours, fields, method = layer.config, OUTPUT_FIELDS, methods.get(stored.method or "")
+    else:
+        return []
+    if stored.config is None:
+        return []
+    theirs = method.read_config(stored.config) if method else NASLoRAConfig.from_dict(stored.config)
+    if type(theirs) is not type(ours):
+        return [f"the method is {stored.method} in the file, the model has NAS-LoRA layers"]
+    return [
+        f"{field} is {getattr(theirs, field)} in the file, {getattr(ours, field)} here"
+        for field in fields
+        if getattr(ours, field) != getattr(theirs, field)
+    ]
+
+
+def _differing_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     state = model.state_dict()
+    problems = []
     for name, tensor in tensors.items():
         if name not in state:
             problems.append(f"{name} is not in the model")
@@ -150,22 +199,7 @@ def _check_fit(
             problems.append(f"{name} has shape {shapes}")
     ours = adapter_names(model)
     expected = _once({name: tensor for name, tensor in state.items() if name in ours})
-    problems += [f"{name} is missing in the file" for name in sorted(expected - tensors.keys())]
-    if problems:
-        listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
-        raise UserError(
-            f"the adapter in {directory} does not fit this model ({len(problems)} mismatches): "
-            f"{listed}"
-        )
-
-
-def _differing_fields(model: nn.Module, config: NASLoRAConfig) -> list[str]:
-    """How the model's configuration differs from a stored one in what the tensors do not show."""
-    method, layer = applied(model), next((layer for _, layer in adapter_layers(model)), None)
-    ours = method or layer
-    fields = METHODS[method.name].fields if method else METHODS["nas-pc-lora"].fields
-    return [
-        f"{field} is {getattr(config, field)} in the file, {getattr(ours.config, field)} here"
-        for field in fields
-        if ours and getattr(ours.config, field) != getattr(config, field)
+    problems += [
+        f"{name} is missing in the file" for name in sorted(expected.keys() - tensors.keys())
     ]
+    return problems

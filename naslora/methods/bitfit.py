@@ -1,15 +1,24 @@
 """BitFit (arXiv 2106.10199): every bias of the encoder is trained, and nothing else."""
 
+from dataclasses import dataclass
+
 from torch import nn
 
-from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.applied import Method
+from naslora.adapter.config import MethodConfig
 from naslora.methods.encoders import refuse
 
-UNMERGED = "it trains the encoder's own biases, there is nothing to fold"
+
+@dataclass(frozen=True)
+class BitFitConfig(MethodConfig):
+    """The settings of BitFit."""
+
+    seed: int = 0
+    """BitFit draws no random number."""
 
 
-def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
-    """Lets the biases of linear layers, convolutions and norms train.
+def add(encoder: nn.Module, config: BitFitConfig) -> None:
+    """Makes the biases of linear layers, convolutions and norms trainable.
 
     Raises:
         UserError: the encoder has none.
@@ -19,3 +28,12 @@ def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
         raise refuse("bitfit", encoder, "biases")
     for bias in biases:
         bias.requires_grad_(True)
+
+
+METHOD = Method(
+    "bitfit",
+    "BitFit",
+    BitFitConfig,
+    add,
+    why_unmerged="it trains the encoder's own biases, there is nothing to fold",
+)

@@ -1,11 +1,29 @@
-"""The encoder stays as it is: only the mask decoder is trained."""
+"""The encoder is unchanged: only the mask decoder is trained."""
+
+from dataclasses import dataclass
 
 from torch import nn
 
-from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.applied import Method
+from naslora.adapter.config import MethodConfig
 
-UNMERGED = "it leaves the encoder as it is, there is nothing to fold"
+
+@dataclass(frozen=True)
+class DecoderOnlyConfig(MethodConfig):
+    """The settings of training the decoder alone."""
+
+    seed: int = 0
+    """The method draws no random number."""
 
 
-def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
+def add(encoder: nn.Module, config: DecoderOnlyConfig) -> None:
     """Adds nothing."""
+
+
+METHOD = Method(
+    "decoder-only",
+    "Decoder only",
+    DecoderOnlyConfig,
+    add,
+    why_unmerged="it leaves the encoder unchanged, there is nothing to fold",
+)

@@ -1,22 +1,23 @@
-"""What the methods know of the encoders: SAM's plain ViTs, and MobileSAM's TinyViT.
+"""The encoders that methods support: SAM's plain ViTs, and MobileSAM's TinyViT.
 
-``segment_anything`` is imported where it is used: importing it loads torchvision, and so Triton.
+``segment_anything`` is imported inside functions, because it loads torchvision, and so Triton.
+Attributes of encoders are untyped here: they belong to ``segment_anything`` and to timm.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from naslora.errors import UserError
 
-New = TypeVar("New", Tensor, nn.Module)
+New = TypeVar("New", bound=Tensor | nn.Module)
 
 
 def is_plain_vit(encoder: nn.Module) -> bool:
-    """Whether it is a ViT of ``segment_anything``, or of code that kept its parts' names."""
+    """Whether it is a ViT of ``segment_anything``, or of code with the same names of parts."""
     parts = ("norm1", "attn", "norm2", "mlp", "window_size")
-    blocks = getattr(encoder, "blocks", ())
+    blocks: Any = getattr(encoder, "blocks", ())
     return len(blocks) > 0 and all(hasattr(block, part) for block in blocks for part in parts)
 
 
@@ -25,27 +26,35 @@ def is_tiny_vit(encoder: nn.Module) -> bool:
     return len(tiny_vit_stages(encoder)) > 0
 
 
-def tiny_vit_stages(encoder: nn.Module) -> list[nn.Module]:
-    """The stages of a TinyViT that have attention; they see (B, C, H, W), their blocks
+def tiny_vit_stages(encoder: nn.Module) -> list[Any]:
+    """The stages of a TinyViT that have attention. A stage sees (B, C, H, W), its blocks see
     (B, H, W, C)."""
-    stages = getattr(encoder, "stages", ())
+    stages: Any = getattr(encoder, "stages", ())
     return [stage for stage in stages if hasattr(stage.blocks[0], "attn")]
 
 
 def refuse(method: str, encoder: nn.Module, needs: str) -> UserError:
-    """The error for an encoder that a method does not fit."""
+    """The error for an encoder that a method does not support."""
     return UserError(f"method {method} needs {needs}; this encoder is a {type(encoder).__name__}")
 
 
 def beside(new: New, weight: Tensor) -> New:
-    """Moves something new to a frozen weight's device and dtype; beside 16 bits it is float32."""
-    return new.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    """Moves new tensors to a frozen weight's device and dtype. Beside 16-bit weights they are
+    float32."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return cast(New, new.to(weight.device, dtype))
 
 
 class AdaptedBlock(nn.Module):
-    """A transformer block of SAM taken apart, its parts under their names; computes the same."""
+    """A transformer block of SAM with its halves as methods, for subclasses to change.
 
-    def __init__(self, block: nn.Module) -> None:
+    Its parts keep their names, and it computes what the block computes.
+
+    Args:
+        block: a block of a plain ViT.
+    """
+
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm1, self.attn = block.norm1, block.attn
         self.norm2, self.mlp = block.norm2, block.mlp
@@ -57,7 +66,7 @@ class AdaptedBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def attention(self, x: Tensor) -> Tensor:
-        """The block's first half: x + attention, in windows where the block has them."""
+        """The block's first half: x + attention, in windows where the block has windows."""
         from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 
         windows = self.norm1(x)

@@ -1,12 +1,18 @@
 """Mona (arXiv 2311.15010): an adapter of multi-scale convolutions after attention and after MLP.
 
-As defined in the paper, so without the dropout that its authors' code adds.
+As the paper defines it, without the dropout in its authors' code.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter import checks
+from naslora.adapter.applied import Method
+from naslora.adapter.config import MethodConfig
 from naslora.methods.encoders import (
     AdaptedBlock,
     beside,
@@ -16,35 +22,56 @@ from naslora.methods.encoders import (
     tiny_vit_stages,
 )
 
-WIDTH = 64  # channels of the convolutions
 KERNELS = (3, 5, 7)
-SCALE_START = 1e-6  # of the normalised input
-UNMERGED = "its convolutions and GELU are not linear in a token, no weight stands for them"
+SCALE_START = 1e-6  # initial weight of the normalised input
+
+
+@dataclass(frozen=True)
+class MonaConfig(MethodConfig):
+    """The settings of Mona.
+
+    Raises:
+        UserError: a value is out of its range. The message names the field.
+    """
+
+    CHECKS: ClassVar[Mapping[str, checks.Check]] = {
+        **MethodConfig.CHECKS,
+        "width": checks.whole(1),
+    }
+
+    width: int = 64
+    """Number of channels of the convolutions."""
+    seed: int = 0
+    """Seed of every random number that the method draws."""
 
 
 class Mona(nn.Module):
     """x + up(gelu(mix(down(s1 norm(x) + s2 x)))) on (B, H, W, C).
 
-    mix: the mean of depthwise 3 x 3, 5 x 5 and 7 x 7 convolutions beside the identity, then a
-    pointwise one beside the identity.
+    mix: the mean of depthwise 3 x 3, 5 x 5 and 7 x 7 convolutions plus the identity, then a
+    pointwise convolution plus the identity.
+
+    Args:
+        channels: C.
+        width: channels between ``down`` and ``up``.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.norm_scale = nn.Parameter(SCALE_START * torch.ones(channels))
         self.scale = nn.Parameter(torch.ones(channels))
-        self.down = nn.Linear(channels, WIDTH)
+        self.down = nn.Linear(channels, width)
         self.depthwise = nn.ModuleList(
-            nn.Conv2d(WIDTH, WIDTH, kernel, padding=kernel // 2, groups=WIDTH) for kernel in KERNELS
+            nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width) for kernel in KERNELS
         )
-        self.pointwise = nn.Conv2d(WIDTH, WIDTH, 1)
-        self.up = nn.Linear(WIDTH, channels)
+        self.pointwise = nn.Conv2d(width, width, 1)
+        self.up = nn.Linear(width, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
         z = self.down(self.norm(x) * self.norm_scale + x * self.scale)
-        z = z.permute(0, 3, 1, 2)  # (B, 64, H, W)
+        z = z.permute(0, 3, 1, 2)  # (B, width, H, W)
         z = z + sum(conv(z) for conv in self.depthwise) / len(self.depthwise)
         z = z + self.pointwise(z)
         return x + self.up(nn.functional.gelu(z.permute(0, 2, 3, 1)))
@@ -53,11 +80,12 @@ class Mona(nn.Module):
 class MonaBlock(AdaptedBlock):
     """A block of SAM's plain ViT with a Mona after each half."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any, width: int) -> None:
         super().__init__(block)
-        self.mona1, self.mona2 = _mona(block), _mona(block)
+        self.mona1, self.mona2 = _mona(block, width), _mona(block, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
         x = self.mona1(self.attention(x))
         return self.mona2(x + self.mlp(self.norm2(x)))
 
@@ -74,7 +102,7 @@ class MonaThenConv(nn.Module):
         return self.conv(self.mona(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
-def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
+def add(encoder: Any, config: MonaConfig) -> None:
     """Puts two Monas into every block with attention.
 
     Raises:
@@ -82,16 +110,25 @@ def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
     """
     if is_plain_vit(encoder):
         for index, block in enumerate(encoder.blocks):
-            encoder.blocks[index] = MonaBlock(block)
+            encoder.blocks[index] = MonaBlock(block, config.width)
     elif is_tiny_vit(encoder):
         for stage in tiny_vit_stages(encoder):
             for index, block in enumerate(stage.blocks):
-                block.local_conv = MonaThenConv(_mona(block), block.local_conv)
-                stage.blocks[index] = nn.Sequential(block, _mona(block))
+                block.local_conv = MonaThenConv(_mona(block, config.width), block.local_conv)
+                stage.blocks[index] = nn.Sequential(block, _mona(block, config.width))
     else:
         raise refuse("mona", encoder, "the blocks of SAM's plain ViTs or of MobileSAM's TinyViT")
 
 
-def _mona(block: nn.Module) -> Mona:
+def _mona(block: Any, width: int) -> Mona:
     weight = block.attn.proj.weight
-    return beside(Mona(weight.shape[0]), weight)
+    return beside(Mona(weight.shape[0], width), weight)
+
+
+METHOD = Method(
+    "mona",
+    "Mona",
+    MonaConfig,
+    add,
+    why_unmerged="its convolutions and GELU are not linear in a token, no weight stands for them",
+)

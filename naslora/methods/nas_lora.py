@@ -7,25 +7,55 @@ import dataclasses
 
 from torch import nn
 
-from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.applied import Method
+from naslora.adapter.config import OUTPUT_FIELDS, NASLoRAConfig
 from naslora.adapter.injection import inject
-from naslora.adapter.merging import MODES, merge
-
-__all__ = ["FIELDS", "add", "add_full", "merge", "merge_modes"]
-
-FIELDS = ("rank", "lora_alpha", "preset")
+from naslora.adapter.merge_report import MODES, MergeMode
+from naslora.adapter.merging import merge_cells
 
 
 def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
-    """NAS-PC-LoRA: ``config.channel_ratio`` of the channels pass through the cell."""
+    """NAS-PC-LoRA: the share ``config.channel_ratio`` of the channels passes through the cell."""
     inject(encoder, config)
 
 
 def add_full(encoder: nn.Module, config: NASLoRAConfig) -> None:
-    """NAS-LoRA: all channels pass through the cell."""
+    """NAS-LoRA: all channels pass through the cell, whatever ``config.channel_ratio`` is."""
     inject(encoder, dataclasses.replace(config, channel_ratio=1.0))
 
 
-def merge_modes(config: NASLoRAConfig) -> list[str]:
-    """The modes that can fold the cell: the preset `paper` is not linear, it has no centre taps."""
+def has_cell(config: NASLoRAConfig) -> bool:
+    """Whether NAS-PC-LoRA has a cell to search."""
+    return config.cell_channels > 0
+
+
+def always_searches(config: NASLoRAConfig) -> bool:
+    """NAS-LoRA has a cell in every configuration."""
+    return True
+
+
+def merge_modes(config: NASLoRAConfig) -> list[MergeMode]:
+    """The modes that can fold the cell. The preset `paper` is not linear: it has no centre taps."""
     return [mode for mode in MODES if mode != "center" or config.preset != "paper"]
+
+
+NAS_LORA = Method(
+    "nas-lora",
+    "NAS-LoRA",
+    NASLoRAConfig,
+    add_full,
+    merge_cells,
+    merge_modes,
+    fields=OUTPUT_FIELDS,
+    searches=always_searches,
+)
+NAS_PC_LORA = Method(
+    "nas-pc-lora",
+    "NAS-PC-LoRA",
+    NASLoRAConfig,
+    add,
+    merge_cells,
+    merge_modes,
+    fields=OUTPUT_FIELDS,
+    searches=has_cell,
+)

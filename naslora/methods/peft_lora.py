@@ -2,78 +2,123 @@
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.applied import OWN, Method
+from naslora.adapter.config import MethodConfig
 from naslora.adapter.injection import find_targets
-from naslora.adapter.merging import (
-    MergeMode,
-    MergeReport,
-    calibration_batches,
-    check_mergeable,
-    replace_by_merged,
-)
+from naslora.adapter.merge_report import MergeMode, MergeReport
+from naslora.adapter.merging import calibration_batches, check_mergeable, replace_by_merged
+from naslora.methods.low_rank import OUTPUT_FIELDS, LowRankConfig
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-# PEFT is imported where it is used: with Transformers behind it, that takes seconds.
+# PEFT is imported inside functions: it imports Transformers, which takes seconds.
 
 
-def add_lora(encoder: nn.Module, config: NASLoRAConfig) -> None:
-    """LoRA (arXiv 2106.09685): W0 x + b0 + (lora_alpha / r) W_d W_e x, the paper's Eq. 1."""
-    from peft import LoraConfig
-
-    _add(encoder, config, LoraConfig(r=config.rank, lora_alpha=config.lora_alpha))
+@dataclass(frozen=True)
+class LoRAConfig(LowRankConfig):
+    """The settings of LoRA."""
 
 
-def add_dora(encoder: nn.Module, config: NASLoRAConfig) -> None:
-    """DoRA (arXiv 2402.09353): LoRA on the weight's directions beside a trained magnitude.
+@dataclass(frozen=True)
+class DoRAConfig(LowRankConfig):
+    """The settings of DoRA."""
 
-    PEFT's magnitude is one number an output, 3840 a layer of ViT-H and 4.12 M parameters in all;
-    the paper's 4.04 M needs one an input, 1280 a layer.
+
+@dataclass(frozen=True)
+class VeRAConfig(MethodConfig):
+    """The settings of VeRA.
+
+    Raises:
+        UserError: a value is out of its range. The message names the field.
+    """
+
+    # A rank costs VeRA one parameter a layer, LoRA C_in + C_out. So LoRA's rank is not VeRA's.
+    rank: int = field(default=256, metadata=OWN)
+    """Rank r of the random matrices; 256 is PEFT's default."""
+    target: str = r"(^|\.)attn\.qkv$"
+    """Regular expression, searched in module names: the nn.Linear layers to adapt."""
+    blocks: tuple[int, ...] | None = None
+    """Which of the matching layers to adapt, counted from 0 in model order; None means all."""
+    seed: int = 0
+    """Seed of every random number that the method draws, the random matrices included."""
+
+
+def add_lora(encoder: Any, config: LoRAConfig) -> None:
+    """LoRA (arXiv 2106.09685): W0 x + b0 + (lora_alpha / r) W_d W_e x, the paper's Eq. 1.
+
+    Raises:
+        UserError: as ``naslora.inject``, here and below.
     """
     from peft import LoraConfig
 
-    _add(encoder, config, LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, use_dora=True))
+    _add(encoder, config, LoraConfig(r=config.rank, lora_alpha=_alpha(config)))
 
 
-def add_vera(encoder: nn.Module, config: NASLoRAConfig) -> None:
-    """VeRA (arXiv 2310.11454): trained scales around random matrices that all layers share.
+def add_dora(encoder: Any, config: DoRAConfig) -> None:
+    """DoRA (arXiv 2402.09353): LoRA on the weight's directions, and a trained magnitude.
 
-    A rank costs it one parameter a layer, so its rank is PEFT's default, 256, whatever
-    ``config.rank`` says.
+    PEFT's magnitude has one number an output: 3840 a layer of ViT-H, and 4.12 M parameters in all.
+    The paper's 4.04 M are those of one number an input: 1280 a layer.
     """
+    from peft import LoraConfig
+
+    _add(encoder, config, LoraConfig(r=config.rank, lora_alpha=_alpha(config), use_dora=True))
+
+
+def add_vera(encoder: Any, config: VeRAConfig) -> None:
+    """VeRA (arXiv 2310.11454): trained scales around random matrices that all layers share."""
     from peft import VeraConfig
 
-    _add(encoder, config, VeraConfig(projection_prng_key=config.seed))
+    _add(encoder, config, VeraConfig(r=config.rank, projection_prng_key=config.seed))
 
 
-def _add(encoder: nn.Module, config: NASLoRAConfig, peft_config: "PeftConfig") -> None:
-    """Lets PEFT wrap the target layers, in place."""
+def _alpha(config: LowRankConfig) -> Any:
+    """PEFT annotates its ``lora_alpha`` as an integer and takes any number."""
+    return config.lora_alpha
+
+
+def _add(encoder: Any, config: LowRankConfig | VeRAConfig, peft_config: Any) -> None:
+    """PEFT wraps the target layers, in place."""
     from peft import get_peft_model
 
-    peft_config.target_modules = find_targets(encoder, config)
+    peft_config.target_modules = list(find_targets(encoder, config.target, config.blocks))
     get_peft_model(encoder, peft_config)
 
 
 def merge(
     model: nn.Module, mode: MergeMode = "exact", calibration: Iterable[Any] | None = None
 ) -> MergeReport:
-    """Folds PEFT's layers into the nn.Linear layers they wrap; every mode is exact."""
+    """Folds PEFT's layers into the nn.Linear layers they wrap. Every mode is exact."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = {
+    layers: dict[str, Any] = {
         n: module for n, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     }
     check_mergeable(model, layers, mode)
     merged = {name: _folded(layer) for name, layer in layers.items()}
-    return replace_by_merged(model, layers, merged, mode, calibration_batches(calibration))
+    batches = calibration_batches(calibration)
+    return replace_by_merged(model, layers, merged, mode, batches, _update)
 
 
-def _folded(layer: nn.Module) -> nn.Linear:
-    folded = copy.deepcopy(layer)  # PEFT merges in place, and the layer is what unmerging restores
+def _folded(layer: Any) -> nn.Linear:
+    folded = copy.deepcopy(layer)  # PEFT merges in place, and unmerging restores ``layer``
     folded.merge(safe_merge=True)
     return folded.get_base_layer()
+
+
+def _update(layer: Any, x: Tensor, h: Tensor) -> Tensor:
+    """The adapter's part of the output h."""
+    return h - layer.base_layer(x)
+
+
+def merge_modes(config: Any) -> list[MergeMode]:
+    """All modes give the same result."""
+    return ["exact"]
+
+
+LORA = Method("lora", "LoRA", LoRAConfig, add_lora, merge, merge_modes, fields=OUTPUT_FIELDS)
+DORA = Method("dora", "DoRA", DoRAConfig, add_dora, merge, merge_modes, fields=OUTPUT_FIELDS)
+VERA = Method("vera", "VeRA", VeRAConfig, add_vera, merge, merge_modes)

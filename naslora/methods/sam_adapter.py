@@ -1,36 +1,60 @@
-"""SAM-Adapter (arXiv 2304.09148): what an image's high frequencies say is added before each block.
+"""SAM-Adapter (arXiv 2304.09148): prompts from an image's high frequencies before each block.
 
 A small patch embedding of the high frequencies and a projection of the encoder's own patch
-embedding are summed; per block a small MLP, and one projection that the blocks share, turn the sum
-into what is added to the tokens. TinyViT, whose width changes, gets that once for each stage.
+embedding are summed. A small MLP for each block, then one projection that the blocks share, turn
+the sum into the prompt, which is added to the block's tokens. The width of TinyViT changes from
+stage to stage, so it gets these layers once for each stage.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter import checks
+from naslora.adapter.applied import Method
+from naslora.adapter.config import MethodConfig
+from naslora.errors import UserError
 from naslora.methods.encoders import beside, is_plain_vit, is_tiny_vit, refuse, tiny_vit_stages
 
-SCALE_FACTOR = 16  # of the encoder's width to the adapter's
-MASKED = 0.25  # share of the spectrum, its lowest frequencies, that is masked out
+MASKED = 0.25  # share of the spectrum, its lowest frequencies, that is set to zero
 WEIGHT_START = 0.02  # standard deviation
-UNMERGED = "what it adds depends on the image, no weight stands for it"
+
+
+@dataclass(frozen=True)
+class SAMAdapterConfig(MethodConfig):
+    """The settings of SAM-Adapter.
+
+    Raises:
+        UserError: a value is out of its range. The message names the field.
+    """
+
+    CHECKS: ClassVar[Mapping[str, checks.Check]] = {
+        **MethodConfig.CHECKS,
+        "scale_factor": checks.whole(1),
+    }
+
+    scale_factor: int = 16
+    """The encoder's width divided by the adapter's."""
+    seed: int = 0
+    """Seed of every random number that the method draws."""
 
 
 class Prompts(nn.Module):
-    """The layers that make what the blocks of one stage add to their tokens.
+    """The layers that compute the prompts of the blocks of one stage.
 
     Args:
         width: C of the tokens.
+        hidden: channels of the adapter.
         depth: number of blocks.
         stride: pixels a side for one token.
     """
 
-    def __init__(self, width: int, depth: int, stride: int) -> None:
+    def __init__(self, width: int, hidden: int, depth: int, stride: int) -> None:
         super().__init__()
-        hidden = width // SCALE_FACTOR
         self.patch_embed = nn.Conv2d(3, hidden, stride, stride)
         self.embed = nn.Linear(width, hidden)
         self.block_mlps = nn.ModuleList(
@@ -42,47 +66,59 @@ class Prompts(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=WEIGHT_START)
                 nn.init.zeros_(module.bias)
         nn.init.kaiming_normal_(self.patch_embed.weight, mode="fan_out")
+        assert self.patch_embed.bias is not None
         nn.init.zeros_(self.patch_embed.bias)
 
 
 class SamAdapter(nn.Module):
-    """The prompts of every stage, and the hooks by which an encoder gets them."""
+    """The prompts of every stage, and the hooks that add them to an encoder's tokens.
+
+    Args:
+        stages: the layers of each stage.
+
+    Attributes:
+        features: (B, H, W, hidden) of each stage, during the encoder's forward; else empty.
+    """
 
     def __init__(self, stages: list[Prompts]) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.features: list[Tensor] = []  # of each stage, for the image in the encoder now
+        self.stages: Any = nn.ModuleList(stages)
+        self.features: list[Tensor] = []
 
-    def see_image(self, encoder: nn.Module, inputs: tuple[Tensor]) -> None:
+    def see_image(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Before the encoder: embeds the high frequencies of its (B, 3, S, S) images."""
         high = high_frequencies(inputs[0])
-        embedded = (stage.patch_embed(high) for stage in self.stages)
+        embedded = [stage.patch_embed(high) for stage in self.stages]
         self.features = [features.permute(0, 2, 3, 1) for features in embedded]
 
     def see_embedding(
-        self, stage: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor | None = None
+        self,
+        stage: int,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        output: Tensor | None = None,
     ) -> None:
         """After a stage's embedding, or before its blocks: adds a projection of the tokens."""
         tokens = inputs[0] if output is None else output  # (B, H, W, C)
         self.features[stage] = self.features[stage] + self.stages[stage].embed(tokens)
 
     def prompt(
-        self, stage: int, index: int, block: nn.Module, inputs: tuple[Tensor]
+        self, stage: int, index: int, block: nn.Module, inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor]:
         """Before a block: adds its prompt to its tokens."""
         prompts = self.stages[stage]
         return (inputs[0] + prompts.up(prompts.block_mlps[index](self.features[stage])),)
 
-    def forget(self, encoder: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        """After the encoder: lets go of the features and of the graph behind them."""
+    def forget(self, encoder: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """After the encoder: drops the features, and with them their autograd graph."""
         self.features = []
 
 
 @torch.no_grad()
 def high_frequencies(images: Tensor) -> Tensor:
-    """|images without their low frequencies|: a centred quarter of the spectrum is masked out.
+    """|images without their low frequencies|: the central quarter of the spectrum is set to zero.
 
-    (B, 3, H, W) to the same; in float32 even for 16-bit images.
+    (B, 3, H, W) to the same. The transform is computed in float32.
     """
     height, width = images.shape[-2:]
     half = int((MASKED * height * width) ** 0.5 / 2)
@@ -95,11 +131,12 @@ def high_frequencies(images: Tensor) -> Tensor:
     return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real.abs().to(images.dtype)
 
 
-def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
+def add(encoder: Any, config: SAMAdapterConfig) -> None:
     """Adds the prompts to every block with attention, by hooks.
 
     Raises:
-        UserError: the encoder is neither a plain ViT nor TinyViT.
+        UserError: the encoder is neither a plain ViT nor TinyViT, or it is narrower than
+            ``config.scale_factor``.
     """
     if is_plain_vit(encoder):
         stages = [list(encoder.blocks)]
@@ -109,11 +146,10 @@ def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
         strides = _tiny_vit_strides(encoder)
     else:
         raise refuse("sam-adapter", encoder, "SAM's plain ViTs or MobileSAM's TinyViT")
-    weights = [blocks[0].attn.proj.weight for blocks in stages]
     adapter = SamAdapter(
         [
-            beside(Prompts(weight.shape[0], len(blocks), stride), weight)
-            for weight, blocks, stride in zip(weights, stages, strides, strict=True)
+            _prompts(blocks, stride, config.scale_factor)
+            for blocks, stride in zip(stages, strides, strict=True)
         ]
     )
     encoder.sam_adapter = adapter
@@ -129,9 +165,28 @@ def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
             block.register_forward_pre_hook(partial(adapter.prompt, i, index))
 
 
-def _tiny_vit_strides(encoder: nn.Module) -> list[int]:
+def _prompts(blocks: list[Any], stride: int, scale_factor: int) -> Prompts:
+    weight = blocks[0].attn.proj.weight
+    width = weight.shape[0]
+    if scale_factor > width:
+        raise UserError(
+            f"scale_factor must be at most the encoder's width {width}, got {scale_factor}"
+        )
+    return beside(Prompts(width, width // scale_factor, len(blocks), stride), weight)
+
+
+def _tiny_vit_strides(encoder: Any) -> list[int]:
     """Pixels a side for a token of each stage with attention: 8, 16 and 16 in MobileSAM."""
     strides = [encoder.patch_embed.stride]
     for stage in tiny_vit_stages(encoder):
         strides.append(strides[-1] * stage.downsample.conv2.conv.stride[0])
     return strides[1:]
+
+
+METHOD = Method(
+    "sam-adapter",
+    "SAM-Adapter",
+    SAMAdapterConfig,
+    add,
+    why_unmerged="its prompts depend on the image, no weight stands for them",
+)

@@ -178,8 +178,7 @@ def _ranks(config: RunConfig) -> list[Variant]:
 
 def _blocks(config: RunConfig) -> list[Variant]:
     encoder = build_model(config.model, config.image_size).image_encoder
-    every = dataclasses.replace(config.adapter, blocks=None)
-    count = len(find_targets(encoder, every))
+    count = len(find_targets(encoder, config.adapter.target))
     halves = {
         f"1 to {count // 2}": ("first-half", tuple(range(count // 2))),
         f"{count // 2 + 1} to {count}": ("last-half", tuple(range(count // 2, count))),

@@ -15,10 +15,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from naslora.adapter.storage import load_adapter
 from naslora.data.masks import Sample
 from naslora.errors import UserError
 from naslora.files import read_json, write_json
+from naslora.methods import METHODS, load_adapter
 from naslora.results import BEST, CONFIG, RunResult
 from naslora.training.accelerator import make_accelerator
 from naslora.training.run_config import RunConfig, differing
@@ -80,7 +80,7 @@ def _check_start(config: RunConfig) -> None:
 
     Such a run would train for days and show nothing. ``vit_t`` has no SAM weights to start from.
     """
-    expected = config.model != "vit_t" and config.method != "full"
+    expected = config.model != "vit_t" and not METHODS[config.method].trains_encoder
     if config.recipe is not None and expected and config.checkpoint is None:
         raise UserError(
             f"recipe {config.recipe} starts from SAM's weights: give --checkpoint FILE, the "

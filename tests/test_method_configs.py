@@ -1,0 +1,214 @@
+"""The configurations of the methods: what each takes, refuses, stores and reads."""
+
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+
+from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter
+from naslora.methods import METHODS, applied, apply, configure, merge_modes, searches
+from naslora.methods.conv_lora import ConvLoRAConfig
+from naslora.methods.mona import MonaConfig
+from naslora.methods.peft_lora import DoRAConfig, LoRAConfig, VeRAConfig
+from naslora.methods.sam_adapter import SAMAdapterConfig
+from naslora.methods.vpt import VPTConfig
+from naslora.sam.segmentation import build_model
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+
+SIZE = 64
+SETTINGS = NASLoRAConfig(
+    rank=6, lora_alpha=16.0, target="qkv$", blocks=(1,), seed=4, preset="paper"
+)
+
+# (configuration other than the default, a tensor whose shape shows it on an encoder of width 32)
+CHANGED = {
+    "vpt": (VPTConfig(prompts=5), "blocks.0.prompts", (5, 32)),
+    "sam-adapter": (SAMAdapterConfig(scale_factor=4), "sam_adapter.stages.0.up.weight", (32, 8)),
+    "mona": (MonaConfig(width=8), "blocks.1.mona2.up.weight", (32, 8)),
+    "lora": (LoRAConfig(rank=5), "blocks.0.attn.qkv.lora_A.default.weight", (5, 32)),
+    "dora": (DoRAConfig(rank=5), "blocks.0.attn.qkv.lora_A.default.weight", (5, 32)),
+    "vera": (VeRAConfig(rank=7), "blocks.0.attn.qkv.vera_lambda_d.default", (7,)),
+    "conv-lora": (ConvLoRAConfig(experts=3, blocks=(1,)), "blocks.1.attn.qkv.gate", (3, 3)),
+    "nas-lora": (NASLoRAConfig(rank=4), "blocks.0.attn.qkv.cell.pw", (4, 4, 4)),
+    "nas-pc-lora": (NASLoRAConfig(rank=6), "blocks.0.attn.qkv.cell.pw", (4, 4, 4)),
+}
+
+
+def assert_equal_states(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- Types and checks ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_configuration_is_frozen_and_survives_json(method):
+    config = CHANGED[method][0] if method in CHANGED else METHODS[method].config(seed=3)
+    assert type(config) is METHODS[method].config
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+    with pytest.raises(UserError, match="unknown fields: colour"):
+        type(config).from_dict({"colour": "red"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_configuration_has_the_fields_that_its_method_uses(method):
+    lora = {"rank", "lora_alpha", "target", "blocks", "seed"}
+    expected = {
+        "vpt": {"prompts", "seed"},
+        "sam-adapter": {"scale_factor", "seed"},
+        "mona": {"width", "seed"},
+        "lora": lora,
+        "dora": lora,
+        "vera": lora - {"lora_alpha"},
+        "conv-lora": lora | {"experts"},
+        "nas-lora": set(NASLoRAConfig().to_dict()),
+        "nas-pc-lora": set(NASLoRAConfig().to_dict()),
+    }
+    assert set(configure(method).to_dict()) == expected.get(method, {"seed"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shared_fields_are_checked_alike(method):
+    config, bad = METHODS[method].config, {"rank": 0, "lora_alpha": 0.0, "target": "(", "seed": -1}
+    bad |= {"blocks": (1, 1), "width": 0, "prompts": 0, "scale_factor": True, "experts": 1}
+    for name in configure(method).to_dict().keys() & bad.keys():
+        with pytest.raises(UserError, match=name) as error:
+            config(**{name: bad[name]})
+        assert "\n" not in str(error.value)
+
+
+# --- What a method takes ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_nas_lora_configuration_gives_the_shared_fields(method):
+    taken = configure(method, SETTINGS)
+    assert type(taken) is METHODS[method].config
+    for name, value in taken.to_dict().items():
+        if method == "vera" and name == "rank":
+            assert value == 256  # a rank of VeRA costs less than a rank of LoRA
+        elif name in SETTINGS.to_dict():
+            assert value == getattr(SETTINGS, name), name
+        else:
+            assert value == getattr(METHODS[method].config(), name), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_none_means_the_defaults(method):
+    assert configure(method) == METHODS[method].config()
+    one, other = build_model("vit_t", SIZE), build_model("vit_t", SIZE)
+    apply(method, one)
+    apply(method, other, NASLoRAConfig())
+    assert applied(one) == applied(other)
+    assert_equal_states(one, other)
+
+
+@pytest.mark.parametrize("method, config, words", [
+    ("mona", VPTConfig(), "method mona takes a MonaConfig or a NASLoRAConfig, got a VPTConfig"),
+    ("lora", DoRAConfig(), "method lora takes a LoRAConfig or a NASLoRAConfig, got a DoRAConfig"),
+    ("adalora", None, "method must be one of full, .*, got 'adalora'"),
+])  # fmt: skip
+def test_other_configurations_are_refused(method, config, words):
+    model = build_model("vit_t", SIZE)
+    with pytest.raises(UserError, match=words) as error:
+        apply(method, model, config)
+    assert "\n" not in str(error.value) and applied(model) is None
+
+
+def test_sam_adapter_needs_a_width_of_at_least_its_factor():
+    model = build_model("vit_t", SIZE)
+    with pytest.raises(UserError, match="scale_factor must be at most the encoder's width 32"):
+        apply("sam-adapter", model, SAMAdapterConfig(scale_factor=33))
+    assert applied(model) is None
+
+
+def test_what_a_configuration_decides():
+    assert searches("nas-pc-lora") and not searches("nas-pc-lora", NASLoRAConfig(channel_ratio=0))
+    assert searches("nas-lora", NASLoRAConfig(channel_ratio=0))
+    assert not any(searches(name) for name in METHODS if not name.startswith("nas-"))
+    assert merge_modes("vera", VeRAConfig(rank=4)) == ["exact"]
+    assert [name for name, method in METHODS.items() if method.trains_encoder] == ["full"]
+    assert [n for n, m in METHODS.items() if m.auxiliary_loss is not None] == ["conv-lora"]
+    for method in METHODS.values():
+        assert bool(method.why_unmerged) == (method.merge is None)
+
+
+# --- What is stored ---
+
+
+@pytest.mark.parametrize("method", CHANGED)
+def test_a_file_rebuilds_its_configuration(tmp_path, method):
+    config, tensor, shape = CHANGED[method]
+    model = build_model("vit_t", SIZE)
+    apply(method, model, config)
+    assert model.image_encoder.state_dict()[tensor].shape == shape
+    save_adapter(model, tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["method"] == method
+    assert stored["config"] == json.loads(json.dumps(config.to_dict()))
+    fresh = build_model("vit_t", SIZE)
+    load_adapter(fresh, tmp_path)
+    assert applied(fresh) == applied(model)
+    assert_equal_states(fresh, model)
+
+
+def rewrite_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"config": changes}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_of_version_0_1_0_load(tmp_path, method):
+    """They hold every field of NASLoRAConfig, whatever the method."""
+    model = build_model("vit_t", SIZE)
+    apply(method, model, SETTINGS)
+    save_adapter(model, tmp_path)
+    rewrite_config(tmp_path, **SETTINGS.to_dict())
+    fresh, again = build_model("vit_t", SIZE), build_model("vit_t", SIZE)
+    load_adapter(fresh, tmp_path)
+    assert applied(fresh) == applied(model)
+    assert_equal_states(fresh, model)
+    apply(method, again, SETTINGS)
+    load_adapter(again, tmp_path)
+    assert_equal_states(again, model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unknown_fields_in_a_file_are_refused(tmp_path, method):
+    model = build_model("vit_t", SIZE)
+    apply(method, model)
+    save_adapter(model, tmp_path)
+    for known in (METHODS[method].config(), NASLoRAConfig()):
+        rewrite_config(tmp_path, **known.to_dict(), colour="red")
+        fresh = build_model("vit_t", SIZE)
+        before = list(fresh.state_dict())
+        with pytest.raises(UserError, match=r"unknown fields: .*colour"):
+            load_adapter(fresh, tmp_path)
+        assert applied(fresh) is None and list(fresh.state_dict()) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_record_survives_pickling(method):
+    model = build_model("vit_t", SIZE)
+    apply(method, model)
+    assert pickle.loads(pickle.dumps(applied(model))) == applied(model)
+
+
+def test_another_methods_file_does_not_fit_injected_layers(tmp_path):
+    model, other = build_model("vit_t", SIZE), build_model("vit_t", SIZE)
+    apply("mona", model)
+    save_adapter(model, tmp_path)
+    apply("nas-pc-lora", other)
+    with pytest.raises(UserError, match="the method is mona in the file, nas-pc-lora here"):
+        load_adapter(other, tmp_path)
+    del other.image_encoder.method
+    with pytest.raises(UserError, match="is mona in the file, the model has NAS-LoRA layers"):
+        load_adapter(other, tmp_path)
