@@ -1,11 +1,30 @@
 # The few commands that need more than one line. Everything else: CONTRIBUTING.md.
 
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Fails if a formatter would change a file, and if the linter or the type checker finds an error.
+.PHONY: lint
+lint:
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CPP_FILES)
+	mdformat --check *.md docs
+	mypy
+
+# Formats every file.
+.PHONY: format
+format:
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP_FILES)
+	mdformat *.md docs
+
 CXX ?= g++
 SANITIZED = build/sanitize
 
-# The kernel tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, its
-# scratch memory filled with NaN. Leaves the installed extension alone. What torch.compile generates
-# is not ours to sanitize.
+# The kernel tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer. Its
+# scratch memory is filled with NaN. The installed extension stays as it is. Tests of compiled code
+# are left out, because torch.compile generates code of its own.
 .PHONY: sanitize
 sanitize:
 	rm -rf $(SANITIZED)
@@ -15,20 +34,20 @@ sanitize:
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	pytest -p no:cacheprovider -k "not compiled" tests/test_kernels_*.py
 
-# Compiles the CUDA kernels for every architecture that nvcc knows; prints what each kernel takes, and
-# fails on warnings and on registers that spill.
+# Compiles the CUDA kernels for every architecture that nvcc knows. Prints the registers and the
+# shared memory of each kernel. Fails on warnings and on registers that spill.
 .PHONY: nvcc-check
 nvcc-check:
 	python -m bench.cuda_resources
 
-# Compiles the Triton kernels for the oldest card and one of each later generation, without any;
-# prints what each takes, and fails on registers that spill.
+# Compiles the Triton kernels for the oldest card and one of each later generation. Needs no GPU.
+# Prints the registers and the shared memory of each kernel. Fails on registers that spill.
 .PHONY: triton-check
 triton-check:
 	python -m bench.triton_resources
 
-# The CUDA kernels, emulated on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer. Their
-# shared memory is an allocation of just its size, and NaN when a block begins.
+# The CUDA kernels, emulated on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer. The
+# shared memory is an allocation of exactly its size. It is filled with NaN when a block starts.
 .PHONY: cuda-sanitize
 cuda-sanitize:
 	NASLORA_CUDA_EMULATION=$$(python tests/cuda_emulation.py --sanitize) \
@@ -36,8 +55,8 @@ cuda-sanitize:
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	pytest -p no:cacheprovider -k "cuda and not compiled" tests/test_cuda_primitives.py tests/test_kernels_*.py
 
-# On a machine with a GPU: builds what is not built, then everything of bench/gpu_check.py, whose
-# options go into CHECK. Needs no network.
+# On a machine with a GPU: builds missing extensions, then runs bench/gpu_check.py with the options
+# in CHECK. Needs no network.
 .PHONY: gpu-check
 gpu-check:
 	python setup.py -q build_ext --inplace

@@ -1,0 +1,142 @@
+"""The documentation is true to the tree: links, file names, modules, commands and their options."""
+
+import pkgutil
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = [
+    path
+    for folder in ("naslora", "naslora_kernels", "csrc", "bench", "tests", "docs")
+    for path in (ROOT / folder).rglob("*.*")
+]
+SOURCE_FILE = r"[\w.-]+\.(?:py|h|cpp|cu|cuh)"
+PATH_IN_THE_TREE = r"(?:naslora|naslora_kernels|csrc|bench|tests|docs)/[\w./-]+"
+# Options of pip, pytest and torchrun, which the pages also use.
+FOREIGN_OPTIONS = {"--benchmark-disable", "--nproc-per-node"}
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def spans(page: Path) -> list[str]:
+    """The inline code of a page."""
+    return [
+        span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", without_blocks(read(page)))
+    ]
+
+
+def blocks(page: Path) -> list[str]:
+    """The code blocks of a page, with continued lines joined."""
+    found = re.findall(r"^```\w*\n(.*?)^```", read(page), flags=re.DOTALL | re.MULTILINE)
+    return [block.replace("\\\n", " ") for block in found]
+
+
+@cache
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(read(page)), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture(scope="module")
+def options_of(naslora):
+    """Options that a command's help lists; None if there is no such command."""
+
+    @cache
+    def options(command: str) -> set[str] | None:
+        result = naslora(command, "--help")
+        return set(re.findall(r"--[a-z][\w-]*", result.out)) if result.status == 0 else None
+
+    return options
+
+
+def test_readme_has_at_most_150_lines():
+    assert len(read(ROOT / "README.md").splitlines()) <= 150
+
+
+@every_page
+def test_lines_other_than_tables_have_at_most_100_columns(page):
+    lines = read(page).splitlines()
+    assert not [line for line in lines if len(line) > 100 and not line.startswith("|")]
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(read(page))):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+@every_page
+def test_named_files_exist(page):
+    names = {path.name for path in SOURCES}
+    for span in spans(page):
+        if re.fullmatch(SOURCE_FILE, span):
+            assert span in names, span
+        elif re.fullmatch(PATH_IN_THE_TREE, span) and "DATASET" not in span:
+            assert (ROOT / span).exists(), span
+
+
+@every_page
+def test_named_modules_and_functions_exist(page):
+    for text in (*spans(page), *blocks(page)):
+        for name in re.findall(r"(?<![\w./])(naslora(?:_kernels)?(?:\.\w+)+)", text):
+            pkgutil.resolve_name(name)
+        for name in re.findall(r"python -m ((?:bench|naslora)[\w.]*)", text):
+            assert (ROOT / f"{name.replace('.', '/')}.py").exists() or name == "naslora", name
+
+
+@every_page
+def test_commands_and_their_options_exist(page, options_of):
+    for text in (*spans(page), *blocks(page)):
+        for line in re.split(r"\n|&&|\|", text):
+            match = re.match(r"\s*(?:NASLORA_\w+=\S+ )?naslora ([a-z]+)\b(.*)", line.split(" #")[0])
+            if match:
+                known = options_of(match[1])
+                assert known is not None, line
+                assert set(re.findall(r"--[a-z][\w-]*", match[2])) <= known, line
+
+
+@every_page
+def test_options_named_alone_exist(page, options_of):
+    commands = set(re.findall(r"[a-z]+", naslora_commands()))
+    known = set().union(FOREIGN_OPTIONS, *(options_of(command) or () for command in commands))
+    bench = "".join(read(path) for path in SOURCES if path.parent.name == "bench")
+    for span in spans(page):
+        if match := re.match(r"--[a-z][\w-]*", span):
+            assert match[0] in known or f'"{match[0]}"' in bench, span
+
+
+def naslora_commands() -> str:
+    """The tuple of commands in the command line's source."""
+    return re.search(r"commands = \(([^)]*)\)", read(ROOT / "naslora" / "cli.py"))[1]
+
+
+@every_page
+def test_recipes_make_targets_and_variables_exist(page):
+    makefile = read(ROOT / "Makefile")
+    code = "".join(read(p) for p in (ROOT / "setup.py", *SOURCES) if p.suffix in (".py", ".cpp"))
+    for text in (*spans(page), *blocks(page)):
+        for recipe in re.findall(r"--recipe ([a-z][\w/-]+)", text):
+            assert (ROOT / "naslora" / "recipes" / f"{recipe}.yaml").exists(), recipe
+        for target in re.findall(r"(?:^|\n)make ([\w-]+)", text):
+            assert f"\n{target}:" in makefile, target
+        for variable in re.findall(r"NASLORA_[A-Z_]+", text):
+            assert variable.removeprefix("NASLORA_") in code, variable
