@@ -20,7 +20,8 @@ from naslora import trained
 from naslora.adapter.merging import MergeMode
 from naslora.errors import UserError
 from naslora.methods import MethodName
-from naslora.report.run_report import metric_rows
+from naslora.report.sections.scores import metric_table
+from naslora.results import SplitScores, from_json
 from naslora.sam.export import Format, Part
 from naslora.study import ablation, analysis
 from naslora.study import compare as comparison
@@ -271,7 +272,8 @@ def _summarise(metrics: dict[str, Any], output: Path) -> None:
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console()
     console.print(table)
-    head, rows = metric_rows(metrics["test"])
+    # until training returns records
+    head, rows = metric_table(from_json(SplitScores, metrics["test"], "metrics"))
     reported = Table(*head)
     for row in rows:
         reported.add_row(*row)

@@ -34,7 +34,7 @@ from naslora.methods import (
 from naslora.metrics import image_scores
 from naslora.report.pictures import Panel
 from naslora.report.run_report import write_report
-from naslora.results import BEST
+from naslora.results import BEST, Epoch, OperationHistory, RunResult, from_json
 from naslora.sam.segmentation import predict_labels
 from naslora.training.accelerator import make_accelerator
 from naslora.training.run_config import RunConfig, differing
@@ -203,9 +203,10 @@ def _write_results(
     write_report(
         output / "report.html",
         config=config.to_dict(),
-        metrics=metrics,
-        history=search.history,
-        operations=operations,
+        # until training returns records
+        result=from_json(RunResult, metrics, output),
+        history=from_json(list[Epoch], search.history, output),
+        operations=from_json(OperationHistory | None, operations, output),
         panels=_panels(search, config),
         class_names=["background", *config.foreground_names],
     )
