@@ -20,7 +20,7 @@ from naslora import trained
 from naslora.adapter.merging import MergeMode
 from naslora.errors import UserError
 from naslora.methods import MethodName
-from naslora.report.run_report import metric_rows
+from naslora.report.sections.scores import metric_table
 from naslora.results import REPORT, RunResult, to_json
 from naslora.sam.export import Format, Part
 from naslora.study import ablation, analysis
@@ -75,10 +75,10 @@ def _deferred(
     An error of the parser and an error of the command can then be told apart.
     """
 
-    @functools.wraps(command)
     def take(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(command, *args, **kwargs)
 
+    functools.update_wrapper(take, command)
     if recipe is not None:
         signature = inspect.signature(command)
         parameters = [
@@ -89,7 +89,7 @@ def _deferred(
             )
             for parameter in signature.parameters.values()
         ]
-        take.__signature__ = signature.replace(parameters=parameters)
+        vars(take)["__signature__"] = signature.replace(parameters=parameters)
     return take
 
 
@@ -285,7 +285,7 @@ def _summarise(result: RunResult, output: Path) -> None:
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console()
     console.print(table)
-    head, lines = metric_rows(to_json(result.test))
+    head, lines = metric_table(result.test)
     reported = Table(*head)
     for line in lines:
         reported.add_row(*line)

@@ -225,6 +225,101 @@ class RunResult:
     """Seconds of training and of the final evaluation."""
 
 
+# ---- A comparison --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeanScores:
+    """Means over the images and classes of a split, in [0, 1]; None means undefined."""
+
+    dice: float | None
+    iou: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class CellNumbers:
+    """What ``naslora compare`` measures of one method with one seed."""
+
+    parameters: int
+    """All parameters of the model."""
+    trainable_parameters: int
+    scores: MeanScores
+    """On the test split."""
+    merged_scores: dict[str, MeanScores]
+    """The same after each way of merging."""
+    best_epoch: int
+    weight_seconds: float
+    """Seconds of the weight steps of an epoch, per training image."""
+    training_seconds: float
+    """Seconds of all steps of an epoch, those for alpha included, per training image."""
+    peak_memory: int
+    """In bytes."""
+    inference_seconds: dict[str, float]
+    """Seconds of one image, by model: ``unmerged``, and each way of merging."""
+    threads: int
+    """Threads of PyTorch while the cell ran."""
+    processors: int | None
+    """Processors of the machine; None if unknown."""
+    device: str
+    load: float
+    """Load average of the machine over the last minute of training."""
+
+
+@dataclass(frozen=True)
+class MeanAndSpread:
+    """A number over the seeds."""
+
+    mean: float | None
+    """None if the number of a seed is unknown."""
+    spread: float | None
+    """Standard deviation with n - 1 degrees of freedom; None for a single seed."""
+    values: list[float | None]
+    """One number a seed."""
+
+
+@dataclass(frozen=True)
+class MethodNumbers:
+    """What ``naslora compare`` reports of a method over the seeds."""
+
+    trainable_parameters: int
+    share_of_parameters: float
+    """Trained share of all parameters, in [0, 1]."""
+    dice: MeanAndSpread
+    """On the test split, like the other scores."""
+    iou: MeanAndSpread
+    accuracy: MeanAndSpread
+    weight_seconds: float
+    """As in ``CellNumbers``, the median over the seeds."""
+    training_seconds: float
+    """As in ``CellNumbers``, the median over the seeds."""
+    peak_memory: int
+    """In bytes, the maximum over the seeds."""
+    inference_seconds: dict[str, float]
+    """As in ``CellNumbers``, the median over the seeds."""
+    merged_dice: dict[str, MeanAndSpread]
+    """Test Dice after each way of merging."""
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """A method in the table of a comparison."""
+
+    method: str
+    title: str
+    """The method's name in tables."""
+    seeds: int
+    """Number of finished cells."""
+    missing: int
+    """Number of cells without numbers."""
+    refused: bool
+    """True if the method does not fit the encoder."""
+    reason: str
+    """Why cells are missing; empty if none is."""
+    numbers: MethodNumbers | None = None
+    """None while no cell is finished."""
+
+
 # ---- Reading and writing -------------------------------------------------------------------------
 
 

@@ -177,8 +177,8 @@ def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
     dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
     names = ["background", *config.foreground_names]
     written = []
-    for sample, item in zip(dataset.samples, dataset, strict=True):
-        labels = predict(item["image"][None])[0].numpy()
+    for index, sample in enumerate(samples):
+        labels = predict(dataset[index]["image"][None])[0].numpy()
         picture = read_image(sample)
         mask = Image.fromarray(labels.astype(np.uint8))
         mask = mask.resize(picture.size, Image.Resampling.NEAREST)

@@ -13,7 +13,7 @@ from naslora.adapter.injection import arch_parameters
 from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.study import ablation
-from naslora.study.ablation import ABLATIONS, BASE, variants_of
+from naslora.study.variants import ABLATIONS, BASE, variants_of
 from naslora.training.run_config import RunConfig
 from naslora.training.run_model import build_adapted_model
 from naslora.training.search_config import SearchConfig

@@ -10,13 +10,24 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
+from naslora.results import CellNumbers, Epoch, MeanAndSpread, MeanScores, PhaseSeconds
 from naslora.study import compare
-from naslora.study.compare import Cell
+from naslora.study.comparison_table import (
+    Cell,
+    as_markdown,
+    csv_row,
+    main_table,
+    notes_on,
+    summarise,
+)
+from naslora.study.measurement import training_seconds
+from naslora.study.sweep import in_own_process, mean_and_spread
 from naslora.training.run_config import RunConfig
 from naslora.training.search_config import SearchConfig
 
@@ -217,21 +228,22 @@ def quick(monkeypatch, tmp_path):
 
 
 def numbers(dice, **changed):
-    return {
-        "parameters": 1000,
-        "trainable_parameters": 250,
-        "scores": {"dice": dice, "iou": dice and dice / 2, "accuracy": 0.9},
-        "merged_scores": {"exact": {"dice": dice, "iou": 0.1, "accuracy": 0.9}},
-        "best_epoch": 1,
-        "weight_seconds": 0.5,
-        "training_seconds": 0.75,
-        "peak_memory": 10**9,
-        "inference_seconds": {"unmerged": 0.2, "exact": 0.1},
-        "threads": 1,
-        "processors": 2,
-        "device": "cpu",
-        "load": 1.0,
-    } | changed
+    measured = CellNumbers(
+        parameters=1000,
+        trainable_parameters=250,
+        scores=MeanScores(dice, dice and dice / 2, 0.9),
+        merged_scores={"exact": MeanScores(dice, 0.1, 0.9)},
+        best_epoch=1,
+        weight_seconds=0.5,
+        training_seconds=0.75,
+        peak_memory=10**9,
+        inference_seconds={"unmerged": 0.2, "exact": 0.1},
+        threads=1,
+        processors=2,
+        device="cpu",
+        load=1.0,
+    )
+    return replace(measured, **changed)
 
 
 def test_seeds_are_the_outer_loop(quick):
@@ -282,50 +294,55 @@ def test_all_methods_refused(monkeypatch, tmp_path):
 
 
 def test_a_row():
-    cells = [Cell("lora", i, "done", numbers=numbers(dice)) for i, dice in enumerate((0.4, 0.5))]
-    cells[1].numbers.update(weight_seconds=0.7, peak_memory=2 * 10**9)
-    row = compare.summarise("lora", cells)
-    assert row["dice"] == pytest.approx(0.45) and row["iou"] == pytest.approx(0.225)
-    assert row["dice_spread"] == pytest.approx(statistics.stdev([0.4, 0.5]))
-    assert row["weight_seconds"] == pytest.approx(0.6) and row["peak_memory"] == 2 * 10**9
-    assert row["share_of_parameters"] == 0.25 and row["inference_exact"] == 0.1
-    head, [text] = compare.main_table([row])
+    costly = numbers(0.5, weight_seconds=0.7, peak_memory=2 * 10**9)
+    cells = [Cell("lora", i, "done", numbers=own) for i, own in enumerate((numbers(0.4), costly))]
+    row = summarise("lora", cells)
+    found = row.numbers
+    assert found.dice.mean == pytest.approx(0.45) and found.iou.mean == pytest.approx(0.225)
+    assert found.dice.spread == pytest.approx(statistics.stdev([0.4, 0.5]))
+    assert found.weight_seconds == pytest.approx(0.6) and found.peak_memory == 2 * 10**9
+    assert found.share_of_parameters == 0.25 and found.inference_seconds["exact"] == 0.1
+    columns = csv_row(row)
+    assert columns["dice"] == found.dice.mean and columns["inference_exact"] == 0.1
+    head, [text] = main_table([row])
     shown = dict(zip(head, text, strict=True))
     assert shown["Dice"] == "0.450 ± 0.071" and shown["Of all, %"] == "25.00"
     assert shown["Peak memory, MB"] == "2,000" and shown["merged, exact"] == "0.100"
 
 
 def test_one_seed_has_no_spread_and_unknown_scores_no_mean():
-    assert compare.mean_and_spread([0.25]) == (0.25, None)
-    assert compare.mean_and_spread([0.25, None]) == (None, None)
-    row = compare.summarise("lora", [Cell("lora", 0, "done", numbers=numbers(None))])
-    assert "–" in compare.as_markdown([row], [])
+    assert mean_and_spread([0.25]) == MeanAndSpread(0.25, None, [0.25])
+    assert mean_and_spread([0.25, None]) == MeanAndSpread(None, None, [0.25, None])
+    row = summarise("lora", [Cell("lora", 0, "done", numbers=numbers(None))])
+    assert "–" in as_markdown([row], [])
 
 
 def test_load_decides_whether_times_compare():
     def note(load):
         cell = Cell("lora", 0, "done", numbers=numbers(0.5, load=load))
-        return compare.notes_on([compare.summarise("lora", [cell])], [cell])[1]
+        return notes_on([summarise("lora", [cell])], [cell])[1]
 
     assert "so times compare." in note(1.2) and "only roughly" in note(3.0)
 
 
-def test_training_seconds(tmp_path):
-    lines = ["seconds_weights,seconds_architecture", "2.0,0.0", "4.0,3.0"]
-    (tmp_path / "history.csv").write_text("\n".join(lines))
+def test_training_seconds():
+    history = [
+        Epoch(0, 1, 1.0, 1.0, None, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, PhaseSeconds(2.0, 0.0, 1.0)),
+        Epoch(1, 2, 1.0, 1.0, 1.0, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, PhaseSeconds(4.0, 3.0, 1.0)),
+    ]
     # 6 s of weight steps and 3 s of alpha's over two epochs of 10 images.
-    assert compare.training_seconds(tmp_path / "history.csv", 10) == pytest.approx((0.3, 0.45))
+    assert training_seconds(history, 10) == pytest.approx((0.3, 0.45))
 
 
 def test_a_process_of_its_own():
-    assert compare.in_own_process(os.getpid) != os.getpid()
+    assert in_own_process(os.getpid) != os.getpid()
     with pytest.raises(UserError, match="epochs must be at least 1"):
-        compare.in_own_process(SearchConfig, 0)
+        in_own_process(SearchConfig, 0)
     with pytest.raises(RuntimeError, match="its process was killed"):
-        compare.in_own_process(os._exit, 1)
+        in_own_process(os._exit, 1)
 
 
 def test_every_method_has_a_row():
-    rows = [compare.summarise(m, [Cell(m, 0, "done", numbers=numbers(0.5))]) for m in METHODS]
-    text = compare.as_markdown(rows, ["a note"])
+    rows = [summarise(m, [Cell(m, 0, "done", numbers=numbers(0.5))]) for m in METHODS]
+    text = as_markdown(rows, ["a note"])
     assert text.count("| 0.500 |") >= len(METHODS) and text.endswith("a note\n")

@@ -1,19 +1,31 @@
 """The report holds what the run measured, needs nothing beside it, and survives what is absent."""
 
-import copy
 import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from naslora.report.figures import STAGE_2_LABEL
+from naslora.adapter.merging import LayerError
+from naslora.report.curves import STAGE_2_LABEL
 from naslora.report.pictures import Panel
 from naslora.report.run_report import write_report
+from naslora.results import (
+    ClassScores,
+    Epoch,
+    MergeResult,
+    Mixture,
+    OperationHistory,
+    ParameterCounts,
+    PhaseSeconds,
+    RunResult,
+    SplitScores,
+)
 
 OPERATIONS = [
     "sep_conv_3x3",
@@ -61,34 +73,33 @@ class Reader(HTMLParser):
 
 
 def scores(dice):
-    return {
-        "dice": dice,
-        "iou": dice / (2 - dice),
-        "accuracy": 0.9512,
-        "per_class": {
-            "grey": {"dice": dice - 0.01, "iou": 0.7},
-            "white": {"dice": 0.8, "iou": 0.7},
-        },
-    }
+    return SplitScores(
+        dice=dice,
+        iou=dice / (2 - dice),
+        accuracy=0.9512,
+        per_class={"grey": ClassScores(dice - 0.01, 0.7), "white": ClassScores(0.8, 0.7)},
+    )
 
 
 def layer_errors(error):
-    return [{"name": name, "update_error": error, "output_error": error / 10} for name in LAYERS]
+    return [LayerError(name, error, error / 10) for name in LAYERS]
 
 
 def epoch(index, stage):
-    return {
-        "epoch": index,
-        "stage": stage,
-        "train_loss": 1.0 / (1 + index),
-        "arch_loss": 0.5 if stage == 2 else None,
-        "val_loss": 0.8,
-        "val_dice": 0.5 + 0.1 * index,
-        "val_iou": 0.4,
-        "learning_rate": 1e-4,
-        "entropy": 2.0,
-        "seconds": {"weights": 2.0, "architecture": stage - 1.0, "evaluation": 0.5},
-    }
+    return Epoch(
+        epoch=index,
+        stage=stage,
+        spatial=1.0,
+        train_loss=1.0 / (1 + index),
+        arch_loss=0.5 if stage == 2 else None,
+        val_loss=0.8,
+        val_dice=0.5 + 0.1 * index,
+        val_iou=0.4,
+        val_accuracy=0.9,
+        learning_rate=1e-4,
+        entropy=2.0,
+        seconds=PhaseSeconds(weights=2.0, architecture=stage - 1.0, evaluation=0.5),
+    )
 
 
 def panel(side=24, name="slice 7", truth=True):
@@ -103,31 +114,26 @@ def run():
     final = [[0.3] + [0.1] * 7] * 3
     return {
         "config": {"method": "nas-pc-lora", "model": "vit_t", "dataset": "demo", "rank": 3},
-        "metrics": {
-            "test": scores(0.8421),
-            "val": scores(0.8532),
-            "best_epoch": 2,
-            "test_merged": {"exact": scores(0.8421), "center": scores(0.8021)},
-            "merge": {
-                "exact": {"source": "white noise", "layers": layer_errors(2e-7)},
-                "center": {"source": "white noise", "layers": layer_errors(0.45)},
+        "result": RunResult(
+            test=scores(0.8421),
+            val=scores(0.8532),
+            best_epoch=2,
+            test_merged={"exact": scores(0.8421), "center": scores(0.8021)},
+            merge={
+                "exact": MergeResult(source="white noise", layers=layer_errors(2e-7)),
+                "center": MergeResult(source="white noise", layers=layer_errors(0.45)),
             },
-            "trainable_parameters": 4_123_456,
-            "parameters": {
-                "frozen": 5_000_000,
-                "decoder": 4_000_000,
-                "adapter": 123_432,
-                "architecture": 24,
-            },
-            "seconds": 171.3,
-            "images": {"train": 78, "arch": 20, "val": 21, "test": 24},
-        },
+            trainable_parameters=4_123_456,
+            parameters=ParameterCounts(
+                frozen=5_000_000, decoder=4_000_000, adapter=123_432, architecture=24
+            ),
+            seconds=171.3,
+            images={"train": 78, "arch": 20, "val": 21, "test": 24},
+        ),
         "history": [epoch(0, 1), epoch(1, 1), epoch(2, 2), epoch(3, 2)],
-        "operations": {
-            "operations": OPERATIONS,
-            "layers": LAYERS,
-            "epochs": [{"epoch": -1, "softmax": uniform}, {"epoch": 3, "softmax": final}],
-        },
+        "operations": OperationHistory(
+            OPERATIONS, LAYERS, [Mixture(-1, uniform), Mixture(3, final)]
+        ),
         "panels": [panel(), panel(name="no truth", truth=False)],
         "class_names": ["background", "grey", "white"],
     }
@@ -145,7 +151,7 @@ def report(tmp_path):
 
 MINIMAL = {
     "config": {},
-    "metrics": {},
+    "result": RunResult(),
     "history": [],
     "operations": None,
     "panels": [],
@@ -240,9 +246,9 @@ ABSENT = [
 
 @pytest.mark.parametrize("key", ABSENT)
 def test_any_metric_may_be_absent(report, run, key):
-    del run["metrics"][key]
+    run["result"] = replace(run["result"], **{key: None})
     Reader(report(**run))
-    Reader(report(**{**MINIMAL, "metrics": run["metrics"]}))
+    Reader(report(**{**MINIMAL, "result": run["result"]}))
 
 
 @pytest.mark.parametrize("key", ["history", "operations", "panels", "class_names", "config"])
@@ -251,26 +257,30 @@ def test_any_part_may_be_empty(report, run, key):
 
 
 def test_unknown_numbers_are_shown_as_such(report, run):
-    history = [dict.fromkeys(run["history"][0]) | {"epoch": 0}]
-    history.append(run["history"][1] | {"train_loss": math.nan, "seconds": {}})
-    metrics = copy.deepcopy(run["metrics"])
-    metrics["test"] = {"dice": math.nan, "iou": None, "per_class": {"grey": None}}
-    metrics["merge"]["center"]["layers"][0]["update_error"] = None
-    text = report(**{**run, "history": history, "metrics": metrics})
+    nan, nothing = math.nan, PhaseSeconds(math.nan, math.nan, math.nan)
+    history = [
+        Epoch(0, 1, nan, nan, None, nan, None, None, None, nan, None, nothing),
+        replace(run["history"][1], train_loss=nan, seconds=nothing),
+    ]
+    unknown = SplitScores(dice=nan, per_class={"grey": ClassScores(None, None)})
+    result = replace(run["result"], test=unknown)
+    layers = result.merge["center"].layers
+    layers[0] = replace(layers[0], update_error=nan)
+    text = report(**{**run, "history": history, "result": result})
     Reader(text)
     assert ">nan<" not in text.lower()
     assert ">none</td>" not in text.lower()
 
 
 def test_without_test_split_the_headline_is_of_validation(report, run):
-    del run["metrics"]["test"], run["metrics"]["test_merged"]
+    run["result"] = replace(run["result"], test=None, test_merged=None)
     text = report(**run)
     assert "<dt>Validation Dice</dt><dd>0.8532" in text
     assert "This run has no test scores." in text
 
 
 def test_search_without_recorded_states_says_so(report, run):
-    run["operations"]["epochs"] = []
+    run["operations"] = replace(run["operations"], epochs=[])
     assert "No state of the architecture was recorded." in report(**run)
 
 
@@ -285,22 +295,25 @@ def test_stage_2_is_marked_when_there_is_one(report, run, stages, marked):
 
 def test_best_epoch_is_marked(report, run):
     assert "best: epoch 2, Dice 0.7000" in report(**run)
-    del run["metrics"]["best_epoch"]
+    run["result"] = replace(run["result"], best_epoch=None)
     assert "best: epoch" not in report(**run)
 
 
 def test_hostile_names_stay_text(report, run):
-    metrics = run["metrics"]
     run["config"] = dict.fromkeys(("method", "model", "dataset", HOSTILE), HOSTILE)
     run["class_names"] = ["background", HOSTILE, HOSTILE]
     run["panels"] = [panel(name=HOSTILE), panel(name="not UTF-8: \udcff")]
-    run["operations"]["operations"] = [HOSTILE, *OPERATIONS[1:]]
-    run["operations"]["layers"] = [HOSTILE, "a", "b"]
-    metrics["test"]["per_class"] = {HOSTILE: {"dice": 0.5, "iou": 0.5}}
-    metrics["merge"] = {HOSTILE: {"source": HOSTILE, "layers": layer_errors(0.5)}}
-    metrics["merge"][HOSTILE]["layers"][0]["name"] = HOSTILE
-    metrics["test_merged"] = {HOSTILE: scores(0.5)}
-    metrics["images"] = {HOSTILE: 3}
+    run["operations"] = replace(
+        run["operations"], operations=[HOSTILE, *OPERATIONS[1:]], layers=[HOSTILE, "a", "b"]
+    )
+    layers = [LayerError(HOSTILE, 0.5, 0.05), *layer_errors(0.5)[1:]]
+    run["result"] = replace(
+        run["result"],
+        test=replace(scores(0.8421), per_class={HOSTILE: ClassScores(0.5, 0.5)}),
+        merge={HOSTILE: MergeResult(source=HOSTILE, layers=layers)},
+        test_merged={HOSTILE: scores(0.5)},
+        images={HOSTILE: 3},
+    )
     text = report(**run)
     page = Reader(text)
     assert_self_contained(text)
@@ -342,7 +355,8 @@ def test_failed_write_keeps_the_old_report(tmp_path, run, monkeypatch):
 
 def test_pyplot_is_never_imported(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from naslora.report.page import write_report;"
+        "import sys; from pathlib import Path; from naslora.report.run_report import write_report;"
+        "from naslora.results import Epoch, PhaseSeconds, RunResult;"
         f"write_report(Path(sys.argv[1]), **{MINIMAL | {'history': [epoch(0, 1)]}!r});"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -1,19 +1,16 @@
-"""The report of a run: one HTML file that needs nothing beside it, written from plain data.
+"""The HTML page around a report: its style, its title and the configuration at its end.
 
-Figures are inline SVG in the colours of the page (CSS variables), so they follow its light and
-dark scheme; photographs are embedded as data URIs. Nothing is loaded and no script runs.
+A page is one file. It loads nothing and runs no script.
 """
 
 import json
 from html import escape
-from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from naslora.files import replaced_file
-from naslora.report.figures import PALETTE, Drawing, figure_group, svg_figure
-from naslora.report.html import details, html_table, note, section
-from naslora.report.pictures import Picture, picture_figure
+from naslora.report.figures import PALETTE
+from naslora.report.html import details, section
 
 CSS = """
 :root { color-scheme: light dark; %(light)s }
@@ -83,53 +80,27 @@ pre { overflow-x: auto; padding: 1rem; border-radius: .5rem; background: var(--c
 """
 
 
-# Studies: pages of tables, drawings and pictures
-
-
-class Table(NamedTuple):
-    """A table of text."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-
-Part = str | Table | Drawing | Picture  # a string is a note
-
-
-def write_study(path: Path, title: str, sections: dict[str, list[Part]], config: dict) -> None:
-    """Writes a study as one self-contained HTML file, atomically.
+def write_page(path: Path, title: str, header: str, main: str) -> None:
+    """Writes a page, atomically.
 
     Args:
-        path: the file to write.
-        title: of the page.
-        sections: heading to parts, in order.
-        config: the configuration, shown whole at the end.
+        path: the file to write. Its folder is made if needed.
+        title: plain text.
+        header: HTML above the sections.
+        main: HTML of the sections.
+
+    Raises:
+        UserError: the file cannot be created.
+        OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
-    body = "".join(section(escape(name), _parts(parts)) for name, parts in sections.items())
-    page = html_page(title, f"<h1>{escape(title)}</h1>", body + configuration(config))
-    with replaced_file(Path(path)) as temporary:
+    page = _html_page(title, header, main)
+    with replaced_file(path) as temporary:
+        # The name of an image need not be UTF-8. Python holds such bytes as lone surrogates, which
+        # UTF-8 cannot encode, but a character reference can.
         temporary.write_bytes(page.encode("utf-8", errors="xmlcharrefreplace"))
 
 
-def _parts(parts: list[Part]) -> str:
-    """Parts in order; neighbouring drawings and pictures stand side by side."""
-    html = ""
-    for kind, group in groupby(parts, key=type):
-        if kind is str:
-            html += "".join(note(escape(text)) for text in group)
-        elif kind is Table:
-            html += "".join(html_table(table.head, table.rows) for table in group)
-        elif kind is Drawing:
-            html += figure_group(*(svg_figure(d.name, d.caption, d.draw, d.size) for d in group))
-        else:
-            html += figure_group(*map(picture_figure, group))
-    return html
-
-
-# The page
-
-
-def html_page(title: str, header: str, main: str) -> str:
+def _html_page(title: str, header: str, main: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -152,23 +123,16 @@ def _variables(scheme: int) -> str:
     return " ".join(f"--{name}: {colours[scheme]};" for name, colours in PALETTE.items())
 
 
-# Numbers as text
-
-
-# Figures
-
-
-# Sections, in the order of the page
-
-
-def page_title(config: dict) -> str:
+def page_title(config: dict[str, Any]) -> str:
+    """The title of a run's page: method, model and data set, as far as they are set."""
     method, model = config.get("method"), config.get("model")
     data = config.get("dataset") or config.get("data")
     parts = (method, model and f"on {model}", data and f"for {data}")
     return " ".join(str(part) for part in parts if part) or "A run of naslora"
 
 
-def configuration(config: dict) -> str:
+def configuration(config: dict[str, Any]) -> str:
+    """The section with the whole configuration, folded."""
     text = json.dumps(config, indent=2, ensure_ascii=False, default=str)
     return section(
         "Configuration", details("Every setting of this run", f"<pre>{escape(text)}</pre>")

@@ -1,24 +1,19 @@
-"""Pictures: images with their labels painted over them, embedded as JPEG."""
+"""Images with labels painted over them, and how they are embedded in a page."""
 
 import base64
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from naslora.report.html import is_known, number, section
-
-# Pixels on the longer side of an embedded picture: 18 of them stay well below 3 MB.
+# Pixels on the longer side of an embedded picture. 18 of them take well below 3 MB.
 PICTURE_SIDE = 320
+ROW_SIDE = 4 * PICTURE_SIDE  # the same for a picture that shows several images in a row
 
-
-PICTURE_ROW = 4 * PICTURE_SIDE  # of pictures that stand in a row
-
-
-# Colours of classes on pictures, apart from each other for every kind of colour vision.
+# Colours of the classes, distinct for every kind of colour vision.
 OVERLAY = (
     (230, 159, 0),
     (86, 180, 233),
@@ -31,40 +26,38 @@ OVERLAY = (
     (140, 86, 75),
     (23, 190, 207),
 )
-
-
-OVERLAY_UNKNOWN = (128, 128, 128)
+UNKNOWN_COLOUR = (128, 128, 128)
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One example: a picture beside its truth and its prediction.
-
-    Attributes:
-        name: what to call it, for instance the file's name.
-        image: (H, W, 3) uint8 RGB.
-        truth: (H, W) integer labels, None where there is no truth.
-        prediction: (H, W) integer labels.
-        dice: Dice of this image, in [0, 1], None where it is not known.
-    """
+    """An image with its truth and its prediction."""
 
     name: str
+    """Shown below the pictures, for instance the file's name."""
     image: np.ndarray
+    """(H, W, 3) uint8 RGB."""
     truth: np.ndarray | None
+    """(H, W) integer labels; None if the image has no truth."""
     prediction: np.ndarray
+    """(H, W) integer labels."""
     dice: float | None
+    """Dice of this image in [0, 1]; None if unknown."""
 
 
 class Picture(NamedTuple):
-    """Pixels, (H, W, 3) uint8."""
+    """A picture with its caption."""
 
     caption: str
+    """Plain text; the alternative text as well."""
     image: np.ndarray
+    """(H, W, 3) uint8 RGB."""
 
 
 def picture_figure(picture: Picture) -> str:
+    """The picture as a <figure> as wide as the page."""
     image = Image.fromarray(picture.image)
-    image.thumbnail((PICTURE_ROW, PICTURE_ROW))
+    image.thumbnail((ROW_SIDE, ROW_SIDE))
     return (
         f'<figure><img src="{data_uri(np.asarray(image))}" alt="{escape(picture.caption)}" '
         f'style="width: 100%; height: auto"><figcaption>{escape(picture.caption)}</figcaption>'
@@ -72,75 +65,30 @@ def picture_figure(picture: Picture) -> str:
     )
 
 
-def panel_section(panels: list[Panel], class_names: list[str]) -> str:
-    if not panels:
-        return ""
-    labels = [label for panel in panels for label in (panel.truth, panel.prediction)]
-    strange = any(_unknown(label, class_names).any() for label in labels if label is not None)
-    legend = [(name, _colour(index)) for index, name in enumerate(class_names) if index > 0]
-    legend += [("ignored or unknown", OVERLAY_UNKNOWN)] if strange else []
-    swatches = "".join(
-        f'<li><i style="background: rgb{colour}"></i>{escape(name)}</li>' for name, colour in legend
-    )
-    figures = "".join(_panel(_shrink(panel), class_names) for panel in panels)
-    body = f'<ul class="legend">{swatches}</ul><div class="panels">{figures}</div>'
-    return section("Examples", body)
-
-
-def _shrink(panel: Panel) -> Panel:
-    """The panel at no more than ``PICTURE_SIDE`` pixels a side."""
-    height, width = panel.image.shape[:2]
-    scale = min(1.0, PICTURE_SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-
-    def resize(labels: np.ndarray) -> np.ndarray:
-        pixels = Image.fromarray(np.asarray(labels, dtype=np.int32))
-        return np.asarray(pixels.resize(size, Image.Resampling.NEAREST))
-
-    return replace(
-        panel,
-        image=np.asarray(Image.fromarray(panel.image).resize(size, Image.Resampling.LANCZOS)),
-        truth=None if panel.truth is None else resize(panel.truth),
-        prediction=resize(panel.prediction),
-    )
-
-
-def _panel(panel: Panel, class_names: list[str]) -> str:
-    pictures = [_picture("Image", panel.name, panel.image)]
-    for kind, labels in (("Truth", panel.truth), ("Prediction", panel.prediction)):
-        if labels is None:
-            pictures.append(f"<div><span>{kind}: none</span></div>")
-        else:
-            painted = paint(panel.image, labels, class_names)
-            pictures.append(_picture(kind, panel.name, painted))
-    dice = f"Dice {number(panel.dice)}" if is_known(panel.dice) else "no Dice"
-    return (
-        f'<figure><div class="pictures">{"".join(pictures)}</div>'
-        f"<figcaption>{escape(panel.name)} · {dice}</figcaption></figure>"
-    )
-
-
-def _picture(kind: str, name: str, pixels: np.ndarray) -> str:
-    height, width = pixels.shape[:2]
-    return (
-        f'<div><img src="{data_uri(pixels)}" width="{width}" height="{height}"'
-        f' alt="{kind} of {escape(name)}"><span>{kind}</span></div>'
-    )
-
-
 def data_uri(pixels: np.ndarray) -> str:
+    """(H, W, 3) uint8 pixels as the data URI of a JPEG."""
     buffer = io.BytesIO()
-    # JPEG without colour subsampling: the edges of the overlay stay sharp at a fraction of a PNG.
+    # JPEG without colour subsampling keeps the edges of the overlay sharp in a fraction of a PNG's
+    # size.
     Image.fromarray(pixels).save(buffer, "JPEG", quality=88, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.ndarray:
-    """Tints each class in its colour and draws its border in full: (H, W, 3) uint8."""
+    """Tints each class in its colour and draws its border in the full colour.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        labels: (H, W) integer labels; 0, the background, is left unpainted.
+        class_names: names of the labels 0, 1, ...; other labels are painted grey.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
     colours = np.zeros_like(image)
     for index in range(1, len(class_names)):
-        colours[labels == index] = _colour(index)
-    colours[_unknown(labels, class_names)] = OVERLAY_UNKNOWN
+        colours[labels == index] = class_colour(index)
+    colours[unknown(labels, class_names)] = UNKNOWN_COLOUR
     neighbours = np.pad(labels, 1, mode="edge")
     around = (neighbours[:-2, 1:-1], neighbours[2:, 1:-1], neighbours[1:-1, :-2])
     border = np.any([labels != other for other in (*around, neighbours[1:-1, 2:])], axis=0)
@@ -149,9 +97,11 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.n
     return blend.round().astype(np.uint8)
 
 
-def _unknown(labels: np.ndarray, class_names: list[str]) -> np.ndarray:
+def unknown(labels: np.ndarray, class_names: list[str]) -> np.ndarray:
+    """(H, W) bool of (H, W) labels: True where a label has no class name."""
     return (labels < 0) | (labels >= max(1, len(class_names)))
 
 
-def _colour(label: int) -> tuple[int, int, int]:
+def class_colour(label: int) -> tuple[int, int, int]:
+    """RGB colour of a foreground class; ten colours in turn."""
     return OVERLAY[(label - 1) % len(OVERLAY)]

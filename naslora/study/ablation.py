@@ -1,63 +1,88 @@
-"""``naslora ablate``: one knob of the method turned, all else kept (paper, Tables 6-9 and D1).
+"""``naslora ablate``: varies one setting of the method (paper, Tables 6-9 and D1).
 
-Every (variant, seed) is a run of ``train``. The unchanged method is a variant of every
-ablation; several ablations in one folder share its runs.
+Every (variant, seed) is a cell: a run of ``train``. The cells run in this process, because an
+ablation does not measure memory. The unchanged method is a variant of every ablation, so several
+ablations in one folder share its runs.
 
 runs/VARIANT/SEED/           a cell, as ``naslora train`` leaves it; finished ones are kept
 ABLATION/table.md, .csv      one row a variant
-ABLATION/report.html         the same to look at
+ABLATION/report.html         the table, and a plot of the seeds
 """
 
-import csv
-import dataclasses
-import io
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 
-from naslora.adapter.injection import find_targets
 from naslora.errors import UserError
-from naslora.files import read_json, write_text
+from naslora.files import write_text
 from naslora.metrics import METRICS
-from naslora.report.figures import BLUE, INK, ORANGE, Drawing
-from naslora.report.html import MISSING
-from naslora.report.page import Table, write_study
-from naslora.sam.segmentation import build_model
-from naslora.study.compare import markdown_table, mean_and_spread
+from naslora.report.figures import Drawing
+from naslora.report.numbers import MISSING
+from naslora.report.row_plots import DOTS_CAPTION, draw_dice, draw_row_axis, plot_height
+from naslora.report.study_report import Part, write_study
+from naslora.report.tables import Table, markdown_table
+from naslora.results import (
+    HISTORY,
+    METRICS_JSON,
+    REPORT,
+    Epoch,
+    MeanAndSpread,
+    RunResult,
+    read_record,
+    read_rows,
+    write_rows,
+)
+from naslora.study import sweep
+from naslora.study.sweep import (
+    CellKey,
+    cell_keys,
+    check_distinct,
+    mean_and_spread,
+    mean_text,
+    run_cells,
+    spread_columns,
+)
+from naslora.study.variants import BASE, AblationName, Variant, changed, variants_of
 from naslora.training.run import check_output, train
 from naslora.training.run_config import RunConfig
-from naslora_kernels import OPERATIONS
 
-AblationName = Literal["operations", "rank", "blocks", "alpha-start", "channel-ratio"]
-BASE = "base"  # folder of the unchanged method
-RANKS = (3, 6, 12, 24)
-FAMILIES = {
-    "convolution": OPERATIONS[:4],
-    "pooling": OPERATIONS[4:6],
-    "skip/no connection": OPERATIONS[6:],
-}
+NOTE = (
+    "Test scores, mean ± standard deviation over the seeds. The difference is that to the "
+    "unchanged method, seed by seed: mean ± standard deviation."
+)
+
+say = partial(sweep.say, "ablate")
 
 
-class Variant(NamedTuple):
-    """A row of an ablation's table."""
-
-    title: str
-    folder: str
-    """Of its runs; ``BASE`` for the unchanged method."""
-    config: RunConfig
-
-
-class Cell(NamedTuple):
-    """What a run measured: names of metrics to test scores, and what tells the variants apart."""
+@dataclass(frozen=True)
+class Cell:
+    """What a run measured."""
 
     scores: dict[str, float | None]
+    """Test scores by the names of ``naslora.metrics.METRICS``; metrics of classes are left out."""
     trainable_parameters: int
     entropy: float | None
+    """Entropy of softmax(alpha) after the last epoch, in nats; None without alpha."""
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """A variant in the table of an ablation."""
+
+    title: str
+    seeds: int
+    """Number of finished cells. Without any, all numbers below are None or empty."""
+    trainable_parameters: int | None
+    scores: dict[str, MeanAndSpread]
+    """As in ``Cell``."""
+    difference: MeanAndSpread | None
+    """Test Dice minus that of the unchanged method with the same seed; None for that method."""
+    entropy: MeanAndSpread | None
+    """As in ``Cell``."""
 
 
 def ablate(
@@ -67,14 +92,14 @@ def ablate(
     output: Path,
     resume: bool = False,
 ) -> str:
-    """Trains what an ablation lacks in ``output``, and writes its table after every cell.
+    """Trains the cells that ``output`` lacks, and writes the table after every cell.
 
     Args:
-        name: which of ``ABLATIONS``.
-        config: the unchanged method; its seed is replaced.
-        seeds: of each variant's runs.
+        name: a key of ``ABLATIONS``.
+        config: the unchanged method. Its seed is replaced.
+        seeds: seeds of each variant's runs.
         output: must be new or empty unless ``resume``.
-        resume: keep the finished cells in ``output``, continue the others.
+        resume: keep the finished cells in ``output`` and continue the others.
 
     Returns:
         The table as Markdown.
@@ -84,252 +109,133 @@ def ablate(
             cells of another configuration; or as ``naslora.training.run.train``.
     """
     variants = variants_of(name, config)
-    if len(set(seeds)) != len(seeds) or not seeds:
-        raise UserError(f"seeds must be distinct, got {' '.join(map(str, seeds)) or 'none'}")
+    check_distinct("seeds", seeds)
     if not resume:
         check_output(config, output, resume)
-    cells: dict[tuple[str, int], Cell] = {}
-    keys = [(variant, seed) for seed in seeds for variant in variants]
-    started, trained = time.perf_counter(), 0
-    for done, (variant, seed) in enumerate(keys):
-        directory = output / "runs" / variant.folder / str(seed)
-        cell_config = _with(variant.config, adapter={"seed": seed})
-        check_output(cell_config, directory, resume=True)
-        if not (directory / "report.html").is_file():  # what a run writes last
-            _say(f"{name}, cell {done + 1} of {len(keys)}: {variant.title}, seed {seed}")
-            train(cell_config, directory, resume=True)
-            trained += 1
-            left = (time.perf_counter() - started) / trained * (len(keys) - done - 1)
-            _say(f"at most {left / 60:.0f} min left")
-        cells[variant.folder, seed] = _read_cell(directory)
-        table = _write(name, variants, seeds, cells, output)
-    return table
+    by_folder = {variant.folder: variant for variant in variants}
+    keys = cell_keys(list(by_folder), seeds)
+    configs = {key: changed(by_folder[key.row].config, adapter={"seed": key.seed}) for key in keys}
+    cells, pending = {}, {}
+    for number, key in enumerate(keys, 1):
+        folder = key.folder(output)
+        check_output(configs[key], folder, resume=True)
+        if (folder / REPORT).is_file():  # the last file that a run writes
+            cells[key] = _read_cell(folder)
+        else:
+            title = by_folder[key.row].title
+            pending[key] = f"{name}, cell {number} of {len(keys)}: {title}, seed {key.seed}"
+
+    def run(key: CellKey) -> Cell:
+        train(configs[key], key.folder(output), resume=True)
+        return _read_cell(key.folder(output))
+
+    def write() -> None:
+        if cells:
+            _write(output / name, name, variants, _rows(variants, seeds, cells))
+
+    run_cells(pending, cells, run, write, say)
+    return markdown_table(text_table(_rows(variants, seeds, cells)))
 
 
-def _say(text: str) -> None:
-    print(f"ablate: {text}", file=sys.stderr, flush=True)
-
-
-def _read_cell(directory: Path) -> Cell:
-    metrics = read_json(directory / "metrics.json")
-    test = metrics["test"]
-    scores = {"dice": test["dice"], **test["metrics"]}
-    with (directory / "history.csv").open(encoding="utf-8", newline="") as file:
-        *_, last = csv.DictReader(file)
+def _read_cell(folder: Path) -> Cell:
+    result = read_record(folder / METRICS_JSON, RunResult)
+    if result.test is None or result.trainable_parameters is None:
+        raise UserError(f"{folder / METRICS_JSON} has no test scores or no count of parameters")
+    scores = {"dice": result.test.dice, **(result.test.metrics or {})}
     return Cell(
         {name: value for name, value in scores.items() if not isinstance(value, dict)},
-        metrics["trainable_parameters"],
-        float(last["entropy"]) if last["entropy"] else None,
+        result.trainable_parameters,
+        read_rows(folder / HISTORY, Epoch)[-1].entropy,
     )
 
 
-# ---- What is varied -----------------------------------------------------------------------------
+# ---- The table -----------------------------------------------------------------------------------
 
 
-def variants_of(name: AblationName, config: RunConfig) -> list[Variant]:
-    """The rows of an ablation; one of them is the configuration itself.
-
-    Raises:
-        UserError: the configuration's method has no cell, or a knob of the ablation is turned
-            already.
-    """
-    if not config.searches:
-        raise UserError(f"method {config.method!r} has no cell to ablate; use nas-pc-lora")
-    variants = ABLATIONS[name](config)
-    if not any(variant.folder == BASE for variant in variants):
-        raise UserError(f"ablate {name} sets what --method and the adapter's options set already")
-    return variants
-
-
-def _with(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
-    """The configuration with other fields of its ``adapter`` or its ``search``."""
-    changed = {
-        part: dataclasses.replace(getattr(config, part), **fields) for part, fields in parts.items()
-    }
-    return dataclasses.replace(config, **changed)
-
-
-def _variants(config: RunConfig, rows: dict[str, tuple[str, RunConfig]]) -> list[Variant]:
-    """Of title to (folder, configuration); what equals the configuration is ``BASE``."""
+def _rows(
+    variants: Sequence[Variant], seeds: Sequence[int], cells: Mapping[CellKey, Cell]
+) -> list[AblationRow]:
+    base = [cells.get(CellKey(BASE, seed)) for seed in seeds]
     return [
-        Variant(title, BASE if varied == config else folder, varied)
-        for title, (folder, varied) in rows.items()
-    ]
-
-
-def _operations(config: RunConfig) -> list[Variant]:
-    rows = {"all operations": ("all-operations", _with(config, adapter={"operations": None}))}
-    for family, left_out in FAMILIES.items():
-        kept = tuple(name for name in OPERATIONS if name not in left_out)
-        folder = "without-" + family.replace("/", "-").replace(" ", "-")
-        rows[f"without {family}"] = (folder, _with(config, adapter={"operations": kept}))
-    return _variants(config, rows)
-
-
-def _ranks(config: RunConfig) -> list[Variant]:
-    return _variants(
-        config,
-        {
-            f"r = {r}": (f"rank-{r}", _with(config, adapter={"rank": r}))
-            for r in sorted({*RANKS, config.adapter.rank})
-        },
-    )
-
-
-def _blocks(config: RunConfig) -> list[Variant]:
-    encoder = build_model(config.model, config.image_size).image_encoder
-    count = len(find_targets(encoder, config.adapter.target))
-    halves = {
-        f"1 to {count // 2}": ("first-half", tuple(range(count // 2))),
-        f"{count // 2 + 1} to {count}": ("last-half", tuple(range(count // 2, count))),
-        f"1 to {count} (all)": ("all-blocks", None),
-    }
-    return _variants(
-        config,
-        {
-            title: (folder, _with(config, adapter={"blocks": blocks}))
-            for title, (folder, blocks) in halves.items()
-        },
-    )
-
-
-def _alpha_starts(config: RunConfig) -> list[Variant]:
-    """As in the paper, where alpha starts in epoch 10: at once, as configured, twice as late."""
-    own = config.search.search_start
-    rows = {"0 (simultaneously)": ("simultaneous", _with(config, search={"simultaneous": True}))}
-    for start in dict.fromkeys((0, own, 2 * own)):
-        title = "0 (stage-wise)" if start == 0 else str(start)
-        rows[title] = (f"alpha-from-{start}", _with(config, search={"search_start": start}))
-    return _variants(config, rows)
-
-
-def _channel_ratios(config: RunConfig) -> list[Variant]:
-    rank = config.adapter.rank
-    rows = {}
-    for third in (3, 2, 1):
-        varied = _with(config, adapter={"channel_ratio": third / 3})
-        rows[f"{third}/3 ({varied.adapter.cell_channels} of {rank} channels)"] = (
-            f"ratio-{third}-3",
-            varied,
-        )
-    return _variants(config, rows)
-
-
-ABLATIONS: dict[AblationName, Callable[[RunConfig], list[Variant]]] = {
-    "operations": _operations,
-    "rank": _ranks,
-    "blocks": _blocks,
-    "alpha-start": _alpha_starts,
-    "channel-ratio": _channel_ratios,
-}
-
-
-# ---- The table ----------------------------------------------------------------------------------
-
-
-def _write(
-    name: AblationName,
-    variants: list[Variant],
-    seeds: Sequence[int],
-    cells: dict[tuple[str, int], Cell],
-    output: Path,
-) -> str:
-    rows = [
-        _row(variant, [cells.get((variant.folder, seed)) for seed in seeds], _base(cells, seeds))
+        _row(variant, [cells.get(CellKey(variant.folder, seed)) for seed in seeds], base)
         for variant in variants
     ]
-    head, text = text_table(rows)
-    notes = [
-        "Test scores, mean ± standard deviation over the seeds. The difference is that to the "
-        "unchanged method, seed by seed: mean ± standard deviation."
-    ]
-    write_text(output / name / "table.csv", _as_csv(rows))
-    markdown = markdown_table(head, text)
-    write_text(output / name / "table.md", f"{markdown}\n\n{notes[0]}\n")
-    base = next(variant.config for variant in variants if variant.folder == BASE)
-    height = 0.9 + 0.3 * len(rows)
-    caption = "Test Dice: a dot for each seed, a line at the mean."
-    dots = Drawing("dice", caption, partial(_draw_dots, rows=rows), (6, height))
-    sections = {"Table": [Table(head, text), *notes], "Seeds": [dots]}
-    title = f"Ablation of {base.method} on {base.model}: {name}"
-    write_study(output / name / "report.html", title, sections, base.to_dict())
-    return markdown
 
 
-def _base(cells: dict[tuple[str, int], Cell], seeds: Sequence[int]) -> list[Cell | None]:
-    return [cells.get((BASE, seed)) for seed in seeds]
-
-
-def _row(variant: Variant, cells: list[Cell | None], base: list[Cell | None]) -> dict[str, Any]:
-    """One row as numbers: means, spreads and the values of every seed; without cells, its title."""
-    row: dict[str, Any] = {"variant": variant.title, "seeds": sum(c is not None for c in cells)}
-    pairs = [(own, other) for own, other in zip(cells, base, strict=True) if own and other]
-    known = [cell for cell in cells if cell]
+def _row(
+    variant: Variant, cells: Sequence[Cell | None], base: Sequence[Cell | None]
+) -> AblationRow:
+    """A row of the cells of a variant and of the unchanged method, one a seed."""
+    known = [cell for cell in cells if cell is not None]
     if not known:
-        return row
-    row["trainable_parameters"] = known[0].trainable_parameters
-    for metric in known[0].scores:
-        values = [cell.scores[metric] for cell in known]
-        row[metric], row[f"{metric}_spread"] = mean_and_spread(values)
-        row[f"{metric}_values"] = values
-    differences = [
-        own.scores["dice"] - other.scores["dice"]
-        for own, other in pairs
-        if None not in (own.scores["dice"], other.scores["dice"])
-    ]
-    if variant.folder != BASE and differences:
-        row["difference"], row["difference_spread"] = mean_and_spread(differences)
-    if known[0].entropy is not None:
-        row["entropy"], row["entropy_spread"] = mean_and_spread([c.entropy for c in known])
-    return row
+        return AblationRow(variant.title, 0, None, {}, None, None)
+    differences = []
+    for own, other in zip(cells, base, strict=True):
+        dice = own.scores["dice"] if own else None
+        base_dice = other.scores["dice"] if other else None
+        if dice is not None and base_dice is not None:
+            differences.append(dice - base_dice)
+    differs = variant.folder != BASE and differences
+    searched = known[0].entropy is not None
+    return AblationRow(
+        title=variant.title,
+        seeds=len(known),
+        trainable_parameters=known[0].trainable_parameters,
+        scores={
+            metric: mean_and_spread([cell.scores[metric] for cell in known])
+            for metric in known[0].scores
+        },
+        difference=mean_and_spread(differences) if differs else None,
+        entropy=mean_and_spread([cell.entropy for cell in known]) if searched else None,
+    )
 
 
-def text_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table as text."""
-    first = next(row for row in rows if row["seeds"])
-    metrics = [name.removesuffix("_values") for name in first if name.endswith("_values")]
+def text_table(rows: Sequence[AblationRow]) -> Table:
+    """The rows as text. At least one of them has a finished cell."""
+    metrics = list(next(row.scores for row in rows if row.seeds))
     head = ["Variant", "Seeds", "Trainable, M", *(METRICS[name].label for name in metrics)]
     head += ["Difference in Dice", "Entropy of α"]
     text = []
     for row in rows:
-        trained = row.get("trainable_parameters")
-        cells = [row["variant"], str(row["seeds"])]
+        trained = row.trainable_parameters
+        cells = [row.title, str(row.seeds)]
         cells.append(MISSING if trained is None else f"{trained / 1e6:.4f}")
-        cells += [_mean_text(row, name) for name in metrics]
-        cells += [_mean_text(row, "difference", "+.3f"), _mean_text(row, "entropy")]
+        cells += [mean_text(row.scores.get(name)) for name in metrics]
+        cells += [mean_text(row.difference, "+.3f"), mean_text(row.entropy)]
         text.append(cells)
-    return head, text
+    return Table(head, text)
 
 
-def _mean_text(row: dict[str, Any], name: str, form: str = ".3f") -> str:
-    mean, spread = row.get(name), row.get(f"{name}_spread")
-    if mean is None:
-        return MISSING
-    return format(mean, form) + ("" if spread is None else f" ± {spread:.3f}")
+def csv_row(row: AblationRow) -> dict[str, Any]:
+    """A row of table.csv; numbers that are unknown are absent."""
+    columns: dict[str, Any] = {"variant": row.title, "seeds": row.seeds}
+    if row.trainable_parameters is not None:
+        columns["trainable_parameters"] = row.trainable_parameters
+    for name, score in row.scores.items():
+        columns |= spread_columns(name, score)
+        columns[f"{name}_values"] = " ".join(map(str, score.values))
+    if row.difference is not None:
+        columns |= spread_columns("difference", row.difference)
+    if row.entropy is not None:
+        columns |= spread_columns("entropy", row.entropy)
+    return columns
 
 
-def _as_csv(rows: list[dict[str, Any]]) -> str:
-    columns = dict.fromkeys(name for row in rows for name in row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        values = {
-            name: " ".join(map(str, value)) if isinstance(value, list) else value
-            for name, value in row.items()
-        }
-        writer.writerow(values)
-    return text.getvalue()
+def _write(
+    folder: Path, name: AblationName, variants: Sequence[Variant], rows: Sequence[AblationRow]
+) -> None:
+    """Writes the table in all formats to the ablation's folder."""
+    table = text_table(rows)
+    write_rows(folder / "table.csv", [csv_row(row) for row in rows])
+    write_text(folder / "table.md", f"{markdown_table(table)}\n\n{NOTE}\n")
+    base = next(variant.config for variant in variants if variant.folder == BASE)
+    size = (6, plot_height(len(rows)))
+    dots = Drawing("dice", DOTS_CAPTION, partial(_draw_dots, rows=rows), size)
+    title = f"Ablation of {base.method} on {base.model}: {name}"
+    sections: dict[str, list[Part]] = {"Table": [table, NOTE], "Seeds": [dots]}
+    write_study(folder / REPORT, title, sections, base.to_dict())
 
 
-def _draw_dots(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for place, row in enumerate(rows):
-        values = [value for value in row.get("dice_values", ()) if value is not None]
-        axes.plot(values, [place] * len(values), "o", color=BLUE, markersize=5, alpha=0.6)
-        if row.get("dice") is not None:
-            axes.vlines(row["dice"], place - 0.35, place + 0.35, color=ORANGE, linewidth=2)
-    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("test Dice")
+def _draw_dots(axes: Axes, rows: Sequence[AblationRow]) -> None:
+    draw_dice(axes, [row.scores.get("dice") for row in rows])
+    draw_row_axis(axes, [row.title for row in rows])

@@ -5,12 +5,10 @@ gradcam.png             where the encoder's last block sees the foreground (Fig.
 predictions.png         test images, truth and prediction (Fig. 3)
 convergence.csv, .png   validation Dice by epoch, over the runs' seeds (Fig. C1)
 operations.csv, .png    how the search has distributed the operations (Fig. C2)
-report.html             all of it
+report.html             all of these
 """
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,21 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from naslora.data.dataset import Item
 from naslora.data.masks import Sample
 from naslora.errors import UserError
-from naslora.files import read_json, replaced_file, write_text
-from naslora.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, Drawing
-from naslora.report.page import Part, Table, write_study
+from naslora.files import replaced_file
+from naslora.report.figures import BLUE, MUTED, ORANGE, Drawing
 from naslora.report.pictures import Picture, paint
+from naslora.report.study_report import Part, write_study
+from naslora.report.tables import Table
+from naslora.results import REPORT, write_rows
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
+from naslora.study.grad_cam import heat_map, heat_overlay
+from naslora.study.seeds import read_history, write_convergence, write_operations
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
 from naslora.training.run import check_output
@@ -37,16 +40,20 @@ from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset
 
 SHOWN = 4  # images in the picture panels
+SIZE = (4.6, 3)  # of a plot, in inches
 COLOURS = {"random": MUTED, "frozen": ORANGE, "trained": BLUE}
-Statistics = dict[str, list[BlockStatistics]]  # by model
+Statistics = dict[str, list[BlockStatistics]]
+"""The blocks of each model, by the name of the model."""
+
+"""An item of a ``SegmentationDataset``."""
 
 
 def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0) -> None:
-    """Analyses a trained run, and how it converged over the seeds of several.
+    """Analyses a trained run, and the convergence over the seeds of several runs.
 
     Args:
-        runs: folders of runs of one configuration with different seeds; the first is analysed
-            itself.
+        runs: folders of runs of one configuration with different seeds. The first run's encoder is
+            analysed.
         output: must be new or empty.
         images: how many test images the encoders are measured on, at most.
         seed: of the draw of the images and of the random encoder.
@@ -58,12 +65,12 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
     if images < 1:
         raise UserError(f"images must be at least 1, got {images}")
     model, config = load_model(runs[0])
-    histories = [_read_history(run, config) for run in runs]
+    histories = [read_history(run, config) for run in runs]
     check_output(config, output, resume=False)
     samples = find_splits(config)["test"]
-    drawn = _draw(samples, images, seed)
+    drawn = _draw_samples(samples, images, seed)
     device = make_accelerator(config.search).device
-    models = _encoders(model, config, seed)
+    models = _models(model, config, seed)
     statistics = {
         name: block_statistics(
             other.to(device).image_encoder, _batches(other, config, drawn), config.image_size
@@ -74,40 +81,46 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
         "Inductive bias (Table 4)": _write_statistics(statistics, len(drawn), output),
         "Grad-CAM (Fig. 4)": _write_heat_maps(models, config, samples, output),
         "Predictions (Fig. 3)": _write_predictions(model, config, samples, output),
-        "Convergence (Fig. C1)": _write_convergence(histories, config, output),
+        "Convergence (Fig. C1)": write_convergence(histories, config, output),
     }
     if config.searches:
-        sections["Operations (Fig. C2)"] = _write_operations(runs, output)
+        sections["Operations (Fig. C2)"] = write_operations(runs, output)
     title = f"Analysis of {config.method} on {config.model}"
-    write_study(output / "report.html", title, sections, config.to_dict())
+    write_study(output / REPORT, title, sections, config.to_dict())
 
 
-def _draw(samples: list[Sample], count: int, seed: int) -> list[Sample]:
+def _draw_samples(samples: list[Sample], count: int, seed: int) -> list[Sample]:
     chosen = np.random.default_rng(seed).permutation(len(samples))[:count]
     return [samples[i] for i in sorted(chosen)]
 
 
-def _encoders(
+def _models(
     trained: SamForSegmentation, config: RunConfig, seed: int
 ) -> dict[str, SamForSegmentation]:
-    """From random weights over the frozen ones to the trained; frozen ones may be random, too."""
+    """A random, the frozen and the trained model, by name.
+
+    The frozen model of a run without a checkpoint is random as well.
+    """
     build = partial(build_model, config.model, config.image_size, config.num_classes)
-    # A seed apart from the run's: without a checkpoint its frozen encoder is the random one.
+    # The seed differs from the run's, so that the random encoder is not that frozen one.
     models = {"random": build(seed=config.adapter.seed + 1 + seed)}
     models["frozen"] = build(config.checkpoint, config.adapter.seed)
     return {**{name: model.eval() for name, model in models.items()}, "trained": trained}
 
 
-def _batches(
-    model: SamForSegmentation, config: RunConfig, samples: list[Sample]
-) -> Iterator[Tensor]:
-    """One image at a time, as the encoder takes it."""
-    for item in make_dataset(config, samples):
+def _items(config: RunConfig, samples: list[Sample]) -> Iterator[Item]:
+    dataset = make_dataset(config, samples)
+    return (dataset[index] for index in range(len(dataset)))
+
+
+def _batches(model: Any, config: RunConfig, samples: list[Sample]) -> Iterator[Tensor]:
+    """(1, 3, S, S) normalised images, as the encoder takes them."""
+    for item in _items(config, samples):
         image = item["image"].to(model.pixel_mean.device)
         yield ((image - model.pixel_mean) / model.pixel_std)[None]
 
 
-# ---- Table 4 ------------------------------------------------------------------------------------
+# ---- Table 4 -------------------------------------------------------------------------------------
 
 
 def _write_statistics(statistics: Statistics, images: int, output: Path) -> list[Part]:
@@ -116,14 +129,30 @@ def _write_statistics(statistics: Statistics, images: int, output: Path) -> list
         for name, blocks in statistics.items()
         for block in blocks
     ]
-    write_text(output / "encoder.csv", _as_csv(rows))
-    names = {
-        "attention_distance": "Mean attention distance of each block, in pixels.",
-        "log_amplitude": "Relative log amplitude of the highest frequency after each block.",
-    }
+    write_rows(output / "encoder.csv", rows)
     drawings = [
-        Drawing(name, caption, partial(_draw_blocks, statistics=statistics, key=name))
-        for name, caption in names.items()
+        Drawing(
+            "attention_distance",
+            "Mean attention distance of each block, in pixels.",
+            partial(
+                _draw_blocks,
+                statistics=statistics,
+                quantity=lambda block: block.attention_distance,
+                label="attention distance, pixels",
+            ),
+            SIZE,
+        ),
+        Drawing(
+            "log_amplitude",
+            "Relative log amplitude of the highest frequency after each block.",
+            partial(
+                _draw_blocks,
+                statistics=statistics,
+                quantity=lambda block: block.log_amplitude,
+                label="log amplitude",
+            ),
+            SIZE,
+        ),
     ]
     for drawing in drawings:
         drawing.save(output / f"{drawing.name}.png")
@@ -136,225 +165,82 @@ def _table_4(statistics: Statistics) -> Table:
     for quantity in ("distance, px", "log amplitude"):
         head += [f"{name}: {quantity}" for name in statistics]
     rows = []
-    for blocks in zip(*statistics.values(), strict=True):
-        cells = [
-            str(blocks[0].block),
-            "global" if blocks[0].window is None else str(blocks[0].window),
-        ]
+    for blocks in zip(*statistics.values(), strict=True):  # the same block of each model
+        first = blocks[0]
+        cells = [str(first.block), "global" if first.window is None else str(first.window)]
         cells += [f"{block.attention_distance:.1f}" for block in blocks]
         rows.append([*cells, *(f"{block.log_amplitude:.2f}" for block in blocks)])
     return Table(head, rows)
 
 
-def _draw_blocks(axes: Axes, statistics: Statistics, key: str) -> None:
+def _draw_blocks(
+    axes: Axes, statistics: Statistics, quantity: Callable[[BlockStatistics], float], label: str
+) -> None:
     for name, blocks in statistics.items():
         numbers = [block.block for block in blocks]
-        values = [getattr(block, key) for block in blocks]
-        axes.plot(numbers, values, "o-", color=COLOURS[name], label=name)
+        axes.plot(numbers, list(map(quantity, blocks)), "o-", color=COLOURS[name], label=name)
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    unit = ", pixels" if key == "attention_distance" else ""
-    axes.set_ylabel(key.replace("_", " ") + unit)
+    axes.set_ylabel(label)
     axes.legend()
 
 
-# ---- Pictures -----------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
-def _shown(config: RunConfig, samples: list[Sample]) -> list[dict[str, Any]]:
+def _shown(config: RunConfig, samples: list[Sample]) -> list[Item]:
     """Test images with some foreground, evenly spread."""
-    items = (item for item in make_dataset(config, samples) if item["mask"].any())
-    found = list(items)
+    found = [item for item in _items(config, samples) if item["mask"].any()]
     places = np.linspace(0, len(found) - 1, min(SHOWN, len(found))).round().astype(int)
     return [found[i] for i in places]
 
 
-def _pixels(item: dict[str, Any]) -> np.ndarray:
+def _pixels(item: Item) -> np.ndarray:
+    """(S, S, 3) uint8 RGB."""
     return (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()
 
 
-def _write_pictures(path: Path, rows: list[list[np.ndarray]]) -> None:
-    """A grid of pictures with white gaps, as one PNG."""
+def _write_pictures(path: Path, rows: list[tuple[str, list[np.ndarray]]]) -> list[Part]:
+    """Writes a grid of pictures with white gaps as one PNG file, and returns it for the report.
+
+    Args:
+        path: the file; not written without rows.
+        rows: caption and (S, S, 3) uint8 pictures of each row.
+    """
+    if not rows:
+        return ["No test image has any foreground."]
+    gap = ((0, 4), (0, 4), (0, 0))
     lines = [
-        np.concatenate([np.pad(p, ((0, 4), (0, 4), (0, 0)), constant_values=255) for p in row], 1)
-        for row in rows
+        np.concatenate([np.pad(picture, gap, constant_values=255) for picture in row], 1)
+        for _, row in rows
     ]
     with replaced_file(path) as temporary:
         Image.fromarray(np.concatenate(lines)).save(temporary, format="PNG")
+    return [Picture(caption, np.concatenate(row, axis=1)) for caption, row in rows]
 
 
 def _write_predictions(
-    model: SamForSegmentation, config: RunConfig, samples: list[Sample], output: Path
+    model: Any, config: RunConfig, samples: list[Sample], output: Path
 ) -> list[Part]:
     names = ["background", *config.foreground_names]
-    rows, parts = [], []
+    rows = []
     for item in _shown(config, samples):
         with torch.no_grad():
             image = item["image"][None].to(model.pixel_mean.device)
             labels = model.eval()(image).labels()[0].cpu().numpy()
         pixels = _pixels(item)
         row = [pixels, paint(pixels, item["mask"].numpy(), names), paint(pixels, labels, names)]
-        rows.append(row)
-        parts.append(
-            Picture(f"{item['name']}: image, truth, prediction", np.concatenate(row, axis=1))
-        )
-    if not rows:
-        return ["No test image has any foreground."]
-    _write_pictures(output / "predictions.png", rows)
-    return parts
-
-
-class _Foreground(nn.Module):
-    """Images to (B, K, S, S) scores that have gradients everywhere: logits where it is binary."""
-
-    def __init__(self, model: SamForSegmentation) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        output = self.model(images)
-        return output.masks if output.classes is None else output.class_map()
-
-
-def heat_map(model: SamForSegmentation, image: Tensor, mask: Tensor) -> np.ndarray:
-    """Grad-CAM (Selvaraju et al. 2017) of the foreground's score at the encoder's last block.
-
-    Args:
-        model: trained or not.
-        image: (3, S, S) in [0, 1].
-        mask: (S, S) labels; the score is summed over the pixels of the truth's foreground.
-
-    Returns:
-        (S, S) in [0, 1].
-    """
-    from pytorch_grad_cam import GradCAM  # it imports for seconds
-
-    encoder = model.image_encoder
-    last = encoder.blocks[-1] if hasattr(encoder, "blocks") else encoder.stages[-1].blocks[-1]
-
-    def target(scores: Tensor) -> Tensor:
-        if scores.shape[0] == 1:
-            return scores[0][mask.to(scores.device) > 0].sum()
-        return sum(scores[k][mask.to(scores.device) == k].sum() for k in range(1, len(scores)))
-
-    # Frozen encoders have gradients only towards an input that wants them.
-    images = image[None].to(model.pixel_mean.device).requires_grad_(True)
-    layers = {"target_layers": [last], "reshape_transform": lambda x: x.permute(0, 3, 1, 2)}
-    with GradCAM(_Foreground(model.eval()), **layers) as cam:
-        heat = cam(images, [target])[0]
-    model.zero_grad(set_to_none=True)
-    return heat
+        rows.append((f"{item['name']}: image, truth, prediction", row))
+    return _write_pictures(output / "predictions.png", rows)
 
 
 def _write_heat_maps(
     models: dict[str, SamForSegmentation], config: RunConfig, samples: list[Sample], output: Path
 ) -> list[Part]:
-    from pytorch_grad_cam.utils.image import show_cam_on_image
-
-    rows, parts = [], []
+    rows = []
     for item in _shown(config, samples):
         pixels = _pixels(item)
-        row = [pixels]
-        for model in models.values():
-            heat = heat_map(model, item["image"], item["mask"])
-            row.append(show_cam_on_image(np.float32(pixels) / 255, heat, use_rgb=True))
-        rows.append(row)
-        caption = f"{item['name']}: image, {', '.join(models)}"
-        parts.append(Picture(caption, np.concatenate(row, axis=1)))
-    if not rows:
-        return ["No test image has any foreground."]
-    _write_pictures(output / "gradcam.png", rows)
-    return parts
-
-
-# ---- Convergence and operations -----------------------------------------------------------------
-
-
-def _read_history(run: Path, first: RunConfig) -> list[dict[str, str]]:
-    config = RunConfig.from_dict(read_json(run / "config.json"))
-    given, own = config.to_dict(), first.to_dict()
-    given["adapter"]["seed"] = own["adapter"]["seed"]
-    if given != own:
-        raise UserError(f"{run} is a run of another configuration; give runs that differ in seed")
-    try:
-        with (run / "history.csv").open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"{run} is not finished: it has no history.csv") from error
-
-
-def _write_convergence(
-    histories: list[list[dict[str, str]]], config: RunConfig, output: Path
-) -> list[Part]:
-    curves = np.array([[float(row["val_dice"] or "nan") for row in rows] for rows in histories])
-    mean = curves.mean(0)
-    spread = curves.std(0, ddof=1) if len(curves) > 1 else np.full(len(mean), np.nan)
-    rows = [
-        {"epoch": epoch, "mean_val_dice": m, "standard_deviation": s}
-        for epoch, (m, s) in enumerate(zip(mean, spread, strict=True))
-    ]
-    write_text(output / "convergence.csv", _as_csv(rows))
-    start = config.search.search_start if config.searches else None
-    caption = f"Validation Dice by epoch, mean of {len(curves)} seeds and standard deviation."
-    draw = partial(_draw_convergence, mean=mean, spread=spread, start=start)
-    drawing = Drawing("convergence", caption, draw)
-    drawing.save(output / "convergence.png")
-    return [drawing]
-
-
-def _draw_convergence(axes: Axes, mean: np.ndarray, spread: np.ndarray, start: int | None) -> None:
-    epochs = np.arange(len(mean))
-    axes.plot(epochs, mean, color=BLUE)
-    if np.isfinite(spread).any():
-        axes.fill_between(epochs, mean - spread, mean + spread, color=BLUE, alpha=0.25, linewidth=0)
-    if start is not None and 0 < start < len(mean):
-        axes.axvline(start - 0.5, color=MUTED, linestyle="--", linewidth=1)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("validation Dice")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _write_operations(runs: Sequence[Path], output: Path) -> list[Part]:
-    stored = [read_json(run / "operations.json") for run in runs]
-    names = stored[0]["operations"]
-    last = np.array([run["epochs"][-1]["softmax"] for run in stored])  # (runs, layers, operations)
-    chosen = last.argmax(-1)
-    rows = [
-        {
-            "operation": name,
-            "mean_weight": last[..., i].mean(),
-            "spread_over_runs": last[..., i].mean(1).std(ddof=1) if len(runs) > 1 else None,
-            "share_of_layers_where_largest": (chosen == i).mean(),
-        }
-        for i, name in enumerate(names)
-    ]
-    write_text(output / "operations.csv", _as_csv(rows))
-    caption = (
-        f"Mean of softmax(α) over {last.shape[1]} layers of {len(runs)} runs, and the share of the "
-        "layers in which an operation has the largest weight."
-    )
-    drawing = Drawing("operations", caption, partial(_draw_operations, rows=rows), (5.4, 3.2))
-    drawing.save(output / "operations.png")
-    return [drawing]
-
-
-def _draw_operations(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    places = np.arange(len(rows))
-    weights = [row["mean_weight"] for row in rows]
-    spread = [row["spread_over_runs"] or 0 for row in rows]
-    axes.barh(places - 0.2, weights, 0.38, xerr=spread, color=BLUE, ecolor=INK, label="mean weight")
-    shares = [row["share_of_layers_where_largest"] for row in rows]
-    axes.barh(places + 0.2, shares, 0.38, color=GREEN, label="share of layers")
-    axes.axvline(1 / len(rows), color=ORANGE, linestyle="--", linewidth=1, label="uniform")
-    axes.set_yticks(places, [row["operation"] for row in rows])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
-
-
-def _as_csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+        heats = [heat_map(model, item["image"], item["mask"]) for model in models.values()]
+        row = [pixels, *(heat_overlay(pixels, heat) for heat in heats)]
+        rows.append((f"{item['name']}: image, {', '.join(models)}", row))
+    return _write_pictures(output / "gradcam.png", rows)

@@ -1,11 +1,11 @@
 """How local an encoder is, block by block (paper, Table 4).
 
-The mean attention distance (Raghu et al. 2021) says how far a token looks, the relative log
-amplitude (Park and Kim 2022) how much of the high frequencies its output keeps.
+The mean attention distance (Raghu et al. 2021) is how far a token looks. The relative log amplitude
+(Park and Kim 2022) is how much of the high frequencies the output of a block keeps.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from segment_anything.modeling.image_encoder import add_decomposed_rel_pos, window_unpartition
@@ -19,13 +19,14 @@ class BlockStatistics(NamedTuple):
     """Means over images of one transformer block."""
 
     block: int
-    """From 1, as the paper counts."""
+    """Counted from 1, as in the paper."""
     window: int | None
-    """Side of its attention windows in tokens; None if a token sees the whole image."""
+    """Side of the attention windows in tokens; None if a token sees the whole image."""
     attention_distance: float
     """In pixels of the image, mean over heads and queries."""
     log_amplitude: float
-    """Of the highest diagonal frequency, relative to that of frequency 0; natural logarithm."""
+    """Natural logarithm of the amplitude of the highest diagonal frequency over that of frequency
+    0."""
 
 
 @torch.no_grad()
@@ -34,15 +35,16 @@ def block_statistics(
 ) -> list[BlockStatistics]:
     """Measures every transformer block of an image encoder.
 
-    A query that only pads a window is left out; a key that pads one is attended to, and counts.
+    Queries that pad a window are left out. Keys that pad a window count, because the model attends
+    to them.
 
     Args:
         encoder: a plain ViT of SAM, or MobileSAM's TinyViT; adapted or not.
-        images: (B, 3, S, S) batches as the encoder takes them, normalised.
-        image_size: S in pixels, the unit of the distances.
+        images: (B, 3, S, S) normalised batches, as the encoder takes them.
+        image_size: S in pixels.
 
     Raises:
-        UserError: an encoder of another kind, or one whose method adds tokens to the image's.
+        UserError: the encoder is of another kind, or its method adds tokens to those of the image.
     """
     blocks = _blocks(encoder)
     encoder.eval()
@@ -51,16 +53,16 @@ def block_statistics(
     grids: list[tuple[int, int]] = [(0, 0)] * len(blocks)
     handles = []
 
-    def watch(i: int, block: nn.Module) -> None:
-        def before_block(_, inputs: tuple[Tensor, ...]) -> None:
-            grids[i] = inputs[0].shape[1:3]
+    def watch(i: int, block: Any) -> None:
+        def before_block(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            grids[i] = inputs[0].shape[1], inputs[0].shape[2]
 
         def before_attention(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             found = attention_distances(attention, inputs[0])  # (B * windows, h, w)
             found = _without_padding(found, block.window_size, grids[i])
             distances[i].add(found * image_size / grids[i][0])
 
-        def after_block(_, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def after_block(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             amplitudes[i].add(relative_log_amplitude(output))
 
         handles.append(block.register_forward_pre_hook(before_block))
@@ -78,7 +80,7 @@ def block_statistics(
     if any(distance.count == 0 for distance in distances):
         raise UserError(
             "attention distances cannot be measured: the run's method attends to more tokens than "
-            "the image's"
+            "those of the image"
         )
     return [
         BlockStatistics(i + 1, block.window_size or None, distance.value, amplitude.value)
@@ -89,6 +91,8 @@ def block_statistics(
 
 
 class _Mean:
+    """A running mean of the elements of tensors."""
+
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
 
@@ -101,24 +105,26 @@ class _Mean:
         return self.total / self.count
 
 
-def _blocks(encoder: nn.Module) -> list[nn.Module]:
+def _blocks(encoder: Any) -> list[Any]:
+    """The transformer blocks: modules of segment_anything or of timm."""
     if is_plain_vit(encoder):
         return list(encoder.blocks)
-    blocks = [block for stage in tiny_vit_stages(encoder) for block in stage.blocks]
+    stages: list[Any] = tiny_vit_stages(encoder)
+    blocks = [block for stage in stages for block in stage.blocks]
     if not blocks:
         raise UserError(f"cannot analyse a {type(encoder).__name__}: it has no attention blocks")
     return blocks
 
 
-def attention_distances(attention: nn.Module, x: Tensor) -> Tensor:
-    """How far each query looks, in tokens: sum_k attention_qk |position_q - position_k|.
+def attention_distances(attention: Any, x: Tensor) -> Tensor:
+    """Attention distance of each query: sum_k attention_qk |position_q - position_k|.
 
     Args:
-        attention: of segment_anything, or of timm's TinyViT.
-        x: its input, (B, h, w, C) or (B, h * w, C) with h = w.
+        attention: attention module of segment_anything, or of timm's TinyViT.
+        x: its input, (B, h, w, C), or (B, h * w, C) with h = w.
 
     Returns:
-        (B, h, w), mean over the heads.
+        (B, h, w) float32 distances in tokens, mean over the heads.
     """
     batch = x.shape[0]
     h, w = x.shape[1:3] if x.dim() == 4 else attention.resolution
@@ -131,7 +137,7 @@ def attention_distances(attention: nn.Module, x: Tensor) -> Tensor:
     away = torch.cdist(places, places)  # (N, N)
     distance = x.new_zeros(batch, h * w, dtype=torch.float32)
     heads = q.shape[1]
-    for head in range(heads):  # one at a time: all of a global block's would take gigabytes
+    for head in range(heads):  # one at a time: all heads of a global block would take gigabytes
         logits = q[:, head] @ k[:, head].transpose(-2, -1)  # (B, N, N)
         if x.dim() == 3:
             logits = logits + attention.get_attention_biases(x.device)[head]
@@ -148,16 +154,16 @@ def attention_distances(attention: nn.Module, x: Tensor) -> Tensor:
     return distance.view(batch, h, w)
 
 
-def _plain_queries_and_keys(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, heads, N, d) each; the queries scaled."""
+def _plain_queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, (B, heads, N, d) each; the queries are scaled."""
     batch, h, w, _ = x.shape
     qkv = attention.qkv(x).reshape(batch, h * w, 3, attention.num_heads, -1)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q * attention.scale, k
 
 
-def _tiny_queries_and_keys(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """As above; TinyViT normalises inside and keeps q, k, v of a head together."""
+def _tiny_queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of TinyViT, which normalises its input and keeps q, k and v of a head together."""
     batch, tokens, _ = x.shape
     qkv = attention.qkv(attention.norm(x)).view(batch, tokens, attention.num_heads, -1)
     q, k = qkv[..., : 2 * attention.key_dim].transpose(1, 2).chunk(2, dim=-1)
@@ -165,22 +171,26 @@ def _tiny_queries_and_keys(attention: nn.Module, x: Tensor) -> tuple[Tensor, Ten
 
 
 def _without_padding(found: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
-    """(B * windows, h, w) of windows to (B, H, W) of the image's tokens."""
-    height, width = grid
+    """Values of windows, (B * windows, h, w), as values of the image's tokens, (B, H, W)."""
     if window == 0:
         return found
     padded = tuple(side + -side % window for side in grid)
-    return window_unpartition(found[..., None], window, padded, (height, width))[..., 0]
+    return window_unpartition(found[..., None], window, padded, grid)[..., 0]
 
 
 def relative_log_amplitude(features: Tensor) -> Tensor:
-    """(B,) of (B, H, W, C) maps: log amplitude of the highest diagonal frequency less that of 0.
+    """Log amplitude of the highest diagonal frequency minus that of frequency 0.
 
-    The logarithms of the two-dimensional Fourier transform's amplitudes are averaged over the
-    channels.
+    The log amplitudes of the two-dimensional Fourier transform are averaged over the channels.
+
+    Args:
+        features: (B, H, W, C) maps.
+
+    Returns:
+        (B,) float32.
     """
     amplitude = torch.fft.fft2(features.float(), dim=(1, 2)).abs()
-    # Some 1e-6 of what is usual, so that a map without a frequency has no infinite logarithm
+    # The offset, about 1e-6 of a usual amplitude, keeps the logarithm of zero finite.
     logarithm = (amplitude + 1e-6).log().mean(-1)  # (B, H, W)
     height, width = logarithm.shape[1:]
     return logarithm[:, height // 2, width // 2] - logarithm[:, 0, 0]

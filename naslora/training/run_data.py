@@ -70,7 +70,7 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
 
 
 def make_dataset(
-    config: RunConfig, samples: list[Sample], flip: bool = False, truth: bool = False
+    config: RunConfig, samples: Sequence[Sample], flip: bool = False, truth: bool = False
 ) -> SegmentationDataset:
     """Makes the data set that the run's model sees; ``truth`` as in ``SegmentationDataset``."""
     return SegmentationDataset(

@@ -25,7 +25,6 @@ from naslora.results import (
     ParameterCounts,
     RunResult,
     SplitScores,
-    to_json,
     write_record,
     write_rows,
 )
@@ -122,9 +121,9 @@ def write_results(search: Search, result: RunResult, config: RunConfig, output: 
     write_report(
         output / REPORT,
         config=config.to_dict(),
-        metrics=to_json(result),
-        history=to_json(search.history),
-        operations=to_json(operations),
+        result=result,
+        history=search.history,
+        operations=operations,
         panels=_panels(search, config),
         class_names=["background", *config.foreground_names],
     )

@@ -1,0 +1,104 @@
+"""Section "Merging": what folding the adapter into the weights costs, by way of merging."""
+
+from functools import partial
+from html import escape
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from naslora.adapter.merging import LayerError
+from naslora.report.figures import BLUE, ORANGE, Drawing, as_array, figure_group
+from naslora.report.html import note, section
+from naslora.report.numbers import MISSING, average, is_known, number, reduce_known
+from naslora.report.sections.operations import short_names
+from naslora.report.tables import Table, html_table
+from naslora.results import Annealing, AnnealingState, MergeResult, RunResult
+
+ROUNDING = 1e-4  # a smaller relative error is rounding, and no bar of it would be visible
+
+
+def merging_section(result: RunResult) -> str:
+    """The section; empty if nothing was merged."""
+    merged, merges = result.test_merged or {}, result.merge or {}
+    modes = list(dict.fromkeys((*merged, *merges)))
+    if not modes:
+        return ""
+    before = result.test.dice if result.test else None
+    rows, notes, figures = [], "", []
+    for index, mode in enumerate(modes):
+        merge = merges.get(mode, MergeResult())
+        for text in (merge.refused, merge.warning):
+            notes += note(f"{escape(mode)}: {escape(text)}.") if text else ""
+        if merge.refused:
+            continue
+        layers = merge.layers or []
+        after = merged[mode].dice if mode in merged else None
+        rows.append([mode, *_merge_cells(before, after, layers), merge.source or MISSING])
+        worst = reduce_known(max, [layer.update_error for layer in layers])
+        if worst is not None and worst < ROUNDING:
+            largest = number(worst, ".1e")
+            notes += note(f"{escape(mode)}: no error beyond rounding, at most {largest}.")
+        elif worst is not None:
+            figures.append(_errors_by_layer(f"merge{index}", mode, layers))
+    head = ["Mode", "Test Dice before", "Test Dice after", "Difference", "Update error, mean"]
+    head += ["Update error, max", "Output error, mean", "Output error, max"]
+    head += ["Update error on held-out tokens, mean", "Measured on"]
+    annealing = html_table(_annealing_table(result.annealing)) if result.annealing else ""
+    table = html_table(Table(head, rows))
+    return section("Merging", table + notes + annealing + figure_group(figures))
+
+
+def _merge_cells(before: float | None, after: float | None, layers: list[LayerError]) -> list[str]:
+    difference = after - before if is_known(before) and is_known(after) else None
+    cells = [number(before), number(after), number(difference, "+.4f")]
+    update = [layer.update_error for layer in layers]
+    output = [layer.output_error for layer in layers]
+    for errors in (update, output):
+        cells.append(number(reduce_known(average, errors), ".3g"))
+        cells.append(number(reduce_known(max, errors), ".3g"))
+    held_out = [layer.held_out_error for layer in layers]
+    return [*cells, number(reduce_known(average, held_out), ".3g")]
+
+
+def _annealing_table(annealing: Annealing) -> Table:
+    """What annealing the cell cost on the validation images."""
+    named: list[tuple[str, AnnealingState | None]] = [
+        ("best epoch before annealing", annealing.before),
+        *(("annealing", state) for state in annealing.during),
+        ("best epoch after it", annealing.after),
+        ("that epoch merged with center", annealing.merged),
+    ]
+    rows = [
+        [
+            name,
+            MISSING if state.epoch is None else str(state.epoch + 1),
+            number(state.spatial, ".2f"),
+            number(state.val_dice),
+            number(state.val_iou),
+            number(state.val_loss),
+        ]
+        for name, state in named
+        if state is not None
+    ]
+    head = ["Annealing", "Epoch", "Share of the neighbours", "Val Dice", "Val IoU", "Val loss"]
+    return Table(head, rows)
+
+
+def _errors_by_layer(name: str, mode: str, layers: list[LayerError]) -> Drawing:
+    caption = f"Relative error of each layer after the merge ({mode})."
+    return Drawing(name, caption, partial(_draw_merge_errors, layers=layers), (7.2, 3))
+
+
+def _draw_merge_errors(axes: Axes, layers: list[LayerError]) -> None:
+    names = short_names([layer.name for layer in layers])
+    places = np.arange(len(names))
+    update = as_array(layer.update_error for layer in layers)
+    output = as_array(layer.output_error for layer in layers)
+    axes.bar(places - 0.2, update, width=0.38, color=BLUE, label="update")
+    axes.bar(places + 0.2, output, width=0.38, color=ORANGE, label="output")
+    axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 3 else 0)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative error")
+    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)

@@ -1,0 +1,180 @@
+"""Section "Operations": which operations the search prefers (paper, Fig. C2).
+
+The weight of an operation is its share in softmax(alpha).
+"""
+
+import math
+from functools import partial
+from html import escape
+from itertools import takewhile
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from naslora.report.curves import draw_epoch_axis, marker
+from naslora.report.figures import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    Drawing,
+    figure_group,
+)
+from naslora.report.html import note, section
+from naslora.results import Epoch, OperationHistory
+
+# One colour a family of operations, one dash a member, in the order of alpha.
+OPERATION_LINES = (
+    (BLUE, "-"),
+    (BLUE, "--"),
+    (ORANGE, "-"),
+    (ORANGE, "--"),
+    (GREEN, "-"),
+    (GREEN, "--"),
+    (PURPLE, "-"),
+    (MUTED, ":"),
+)
+
+
+def operations_section(operations: OperationHistory | None, history: list[Epoch]) -> str:
+    """The section; empty if ``operations`` is None."""
+    if operations is None:
+        return ""
+    names, layers = operations.operations, operations.layers
+    if not operations.epochs or not layers:
+        return section("Operations", note("No state of the architecture was recorded."))
+    path = np.array([state.softmax for state in operations.epochs])  # (epochs, layers, operations)
+    steps = np.array([state.epoch for state in operations.epochs])
+    last = int(steps[-1])
+    figures = figure_group(
+        (
+            Drawing(
+                "mean",
+                f"Mean weight over the {len(layers)} layers after epoch {last}; thin lines span "
+                "the layers from the least to the greatest.",
+                partial(_draw_mean_weights, names=names, weights=path[-1]),
+            ),
+            Drawing(
+                "path",
+                "Mean weight over the layers by epoch, from the start (epoch \N{MINUS SIGN}1).",
+                partial(_draw_path, names=names, history=history, steps=steps, path=path),
+            ),
+            Drawing(
+                "entropy",
+                "Entropy of the weights, mean over the layers; the lower, the more decided.",
+                partial(_draw_entropy, history=history, steps=steps, path=path),
+            ),
+        )
+    )
+    return section("Operations", figures + _heat_map(names, layers, path[-1], last))
+
+
+def _draw_mean_weights(axes: Axes, names: list[str], weights: np.ndarray) -> None:
+    mean, least, most = weights.mean(0), weights.min(0), weights.max(0)
+    rows = np.arange(len(names))
+    axes.barh(rows, mean, height=0.72, color=BLUE)
+    axes.hlines(rows, least, most, color=INK, linewidth=1)
+    for row, (value, end) in enumerate(zip(mean, most, strict=True)):
+        text = f"{value:.3f}"
+        axes.annotate(text, (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.axvline(1 / len(names), color=ORANGE, linestyle="--", linewidth=1, label="uniform")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    axes.set_yticks(rows, names)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18 * most.max())  # room for the numbers
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("mean of softmax(α) over the layers")
+
+
+def _draw_path(
+    axes: Axes, names: list[str], history: list[Epoch], steps: np.ndarray, path: np.ndarray
+) -> None:
+    for index, (name, weights) in enumerate(zip(names, path.mean(1).T, strict=True)):
+        colour, dash = OPERATION_LINES[index % len(OPERATION_LINES)]
+        alone = "o" if len(steps) == 1 else None  # a line needs two points to be seen
+        axes.plot(steps, weights, dash, color=colour, marker=alone, label=name)
+    axes.set_ylabel("mean weight")
+    axes.figure.legend(loc="outside lower center", ncols=3, handlelength=2.6, columnspacing=1.2)
+    draw_epoch_axis(axes, history)
+
+
+def _draw_entropy(axes: Axes, history: list[Epoch], steps: np.ndarray, path: np.ndarray) -> None:
+    # 0 log 0 = 0, so any finite logarithm will do there.
+    entropy = -(path * np.log(np.where(path > 0, path, 1))).sum(-1).mean(1)
+    count = path.shape[-1]
+    axes.axhline(math.log(count), color=ORANGE, linestyle="--", linewidth=1)
+    axes.plot(steps, entropy, color=BLUE, marker=marker(len(steps)))
+    axes.annotate(
+        f"uniform: ln {count} = {math.log(count):.3f}",
+        (1, math.log(count)),
+        (0, -3),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=8,
+        color=ORANGE,
+    )
+    axes.set_ylabel("entropy, nats")
+    axes.margins(y=0.15)
+    draw_epoch_axis(axes, history)
+
+
+def _heat_map(names: list[str], layers: list[str], weights: np.ndarray, epoch: int) -> str:
+    """A table of layers by operations, tinted by the distance from the uniform weight.
+
+    Args:
+        names: of the operations.
+        layers: names of the layers.
+        weights: (layers, operations).
+        epoch: after which the weights were taken.
+    """
+    uniform = 1 / len(names)
+    # A distance below 0.01 is hardly a preference. The floor keeps the tint of it faint.
+    reach = max(0.01, float(np.abs(weights - uniform).max()))
+    head = "".join(f'<th scope="col">{_breakable(name)}</th>' for name in names)
+    rows = []
+    for name, short, row in zip(layers, short_names(layers), weights, strict=True):
+        cells = "".join(_heat_cell(float(weight), uniform, reach) for weight in row)
+        rows.append(f'<tr><th scope="row" title="{escape(name)}">{escape(short)}</th>{cells}</tr>')
+    caption = (
+        f"softmax(α) per layer after epoch {epoch}: blue above, orange below the uniform "
+        f"{uniform:.3f}; the full tint is {reach:.3f} away from it."
+    )
+    return (
+        f'<figure class="heat"><figcaption>{caption}</figcaption><div class="scroll"><table><thead>'
+        f'<tr><th scope="col">Layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        "</div></figure>"
+    )
+
+
+def _heat_cell(weight: float, uniform: float, reach: float) -> str:
+    hue = "blue" if weight > uniform else "orange"
+    heat = 60 * abs(weight - uniform) / reach  # percent; a fuller tint would hide the number
+    return f'<td style="--hue: var(--{hue}); --heat: {heat:.0f}%">{weight:.3f}</td>'
+
+
+def _breakable(name: str) -> str:
+    return escape(name).replace("_", "_<wbr>")
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Removes the parts of dotted names that all of them start and end with.
+
+    Returns the names unchanged if one of them would become empty.
+    """
+    parts = [name.split(".") for name in names]
+    start = _shared(parts)
+    parts = [part[start:] for part in parts]
+    end = _shared([part[::-1] for part in parts])
+    short = [".".join(part[: len(part) - end]) for part in parts]
+    return short if all(short) else names
+
+
+def _shared(parts: list[list[str]]) -> int:
+    """The number of first elements that all the lists share."""
+    columns = zip(*parts, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
