@@ -1,4 +1,4 @@
-"""Small adapted models, and what tests of merging ask of them."""
+"""Small adapted models, and helpers for tests of merging."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def build_encoder() -> ImageEncoderViT:
 
 
 def randomize(module: nn.Module, seed: int = 3) -> None:
-    """Gives the adapters the look of trained ones: nothing at its start, statistics included."""
+    """Moves all parameters and statistics of the adapters away from their start."""
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adapter_layers(module):
         with torch.no_grad():
@@ -66,7 +66,7 @@ def images(seed: int = 5) -> torch.Tensor:
 
 
 def smooth_images(count: int, seed: int) -> torch.Tensor:
-    """Images whose neighbourhoods look alike, as those of photographs do."""
+    """Images whose neighbouring tokens are alike, as in photographs."""
     noise = tokens(count, 3, 5, 5, seed=seed)
     return F.interpolate(noise, (SIZE, SIZE), mode="bicubic")
 

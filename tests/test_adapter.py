@@ -77,12 +77,12 @@ def predict(model: Sam) -> list[dict]:
 
 
 def train(model: nn.Module, steps: int = 2) -> None:
-    """A few steps, so that lora_B and all behind it leave their start."""
+    """Takes a few steps, so that lora_B and the parameters behind it leave their start."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     for step in range(steps):
         optimizer.zero_grad()
-        # Not the plain mean of squares, which the last layer norm would hold constant.
+        # Not the plain mean of squares: the last layer norm holds it constant.
         output = embed(model, seed=step)
         (output * torch.arange(output.numel()).view_as(output).sin()).mean().backward()
         optimizer.step()
@@ -210,7 +210,7 @@ def test_gradients_reach_the_whole_adapter_and_nothing_else(preset, channel_sele
             assert parameter.grad is None and torch.equal(parameter, frozen[name]), name
             continue
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # Batch norm takes the mean away again, so a bias before it has no gradient but rounding.
+        # Batch norm subtracts the mean, so the gradient of a bias before it is only rounding.
         before_norm = re.search(r"convolutions\.\d\.[1256]\.bias$", name)
         assert before_norm or parameter.grad.abs().sum() > 0, name
 
@@ -448,7 +448,7 @@ def test_attributes_of_a_linear():
 
 
 def gains(init: str, channels: int, seeds: int = 20) -> torch.Tensor:
-    """What the fresh mixture makes of a constant map of ones, away from the border."""
+    """The fresh mixture of a constant map of ones, away from the border."""
     result = []
     for seed in range(seeds):
         cell = LinearCell(channels, init, torch.Generator().manual_seed(seed))
@@ -572,7 +572,7 @@ def test_only_what_was_trained_is_saved(tmp_path):
 
 
 def test_a_model_without_adapters_stores_its_trained_part(tmp_path):
-    """Decoder only: no adapter, and the files still carry everything that was trained."""
+    """Decoder only: there is no adapter, and the files hold everything that was trained."""
     model = build_sam(seed=1)
     model.requires_grad_(False).mask_decoder.requires_grad_(True)
     save_adapter(model, tmp_path)
@@ -645,7 +645,7 @@ def test_another_preset_is_listed(tmp_path):
 
 
 def test_an_adapter_for_another_width_leaves_the_original_model_as_it_was(tmp_path):
-    """Injection happens on the way; it must be taken back, frozen parameters included."""
+    """Loading injects first. The error must undo that, and restore `requires_grad`."""
     trained_sam(tmp_path)
     model = nn.Module()
     model.image_encoder = ImageEncoderViT(
@@ -726,7 +726,7 @@ def test_damaged_files_are_named_and_the_model_stays(tmp_path, damage, message):
 
 
 def test_files_are_replaced_as_a_whole(tmp_path, monkeypatch):
-    """A save that fails half-way leaves the old files, and no others."""
+    """A save that fails while writing leaves the old files, and no others."""
     trained_sam(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {CONFIG_NAME, WEIGHTS_NAME}

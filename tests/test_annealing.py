@@ -1,4 +1,4 @@
-"""Annealing: its schedule, the annealed cell against its definition, and what ends up on disk."""
+"""Annealing: its schedule, the annealed cell against its definition, and the saved adapter."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_schedule(epochs, anneal, expected):
 
 
 def annealed_by_hand(layer, z, share):
-    """The mixture with each operation moved to its centre as far as ``share`` says."""
+    """The mixture in which neighbours keep ``share`` of each operation."""
     mixture, cell = layer.alpha.softmax(0), layer.cell
     maps = z.permute(0, 3, 1, 2)
     c = maps.shape[1]
@@ -67,7 +67,7 @@ def test_the_annealed_cell_is_its_definition(share):
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_gradients_are_those_of_the_definition(share):
-    """At zero, too, where the logarithm of a pooling's share is not."""
+    """Also at share 0, whose logarithm is infinite."""
     layer = adapted_layer(torch.float64, rank=3, channel_ratio=1.0).qkv
     layer.cell.spatial = share
     z = tokens(2, 6, 7, 3, dtype=torch.float64)

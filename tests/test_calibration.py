@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 
 
 def ridge(x, y, prior, penalty, bias=True):
-    """(G, g) by numpy's lstsq: rows of zeros towards the prior make its penalty.
+    """(G, g) by numpy's lstsq. The penalty is written as further rows with zero targets.
 
     Minimises mean |y - G x - g|^2 + penalty * v * |G - prior|^2, v the mean variance of x.
     """
@@ -74,7 +74,7 @@ def test_the_normal_equations_solve_the_ridge_regression(bias):
 
 @pytest.mark.parametrize("count", [400, 14])
 def test_the_penalty_is_chosen_on_held_out_tokens(count):
-    """Every penalty on every fold, by hand; few tokens want another penalty than many."""
+    """Every penalty on every fold, by hand. The best penalty depends on the number of tokens."""
     x, y, prior, decoder = problem(count)
     result = fitted(x, y, prior, decoder)
     bounds = [round(count * fold / FOLDS) for fold in range(FOLDS + 1)]
@@ -93,7 +93,7 @@ def test_the_penalty_is_chosen_on_held_out_tokens(count):
 
 
 def test_few_tokens_end_near_the_prior():
-    """Targets that say nothing of x: what is learnt from them is not carried into the weights."""
+    """Targets that are unrelated to x: noise must not move the weights far from the prior."""
     x, _, prior, decoder = problem(60)
     rng = np.random.default_rng(1)
     y = x @ prior.T + rng.normal(size=(60, 3))
@@ -110,11 +110,12 @@ def neighbourhoods(maps):
 
 
 def test_a_spatial_part_that_the_input_holds_is_recovered():
-    """Tokens that know their neighbours: a linear layer can do what a 3 x 3 convolution does."""
+    """Tokens that contain their neighbours' values: then a 3 x 3 convolution is a linear map."""
     model = adapted_layer(c_in=18, c_out=12, rank=2, channel_ratio=1.0)
     layer = model.qkv
     with torch.no_grad():
-        layer.lora_A[:, [tap for tap in range(18) if tap % 9 != 4]] = 0.0  # the centre's alone
+        # Only the inputs from the centre count.
+        layer.lora_A[:, [tap for tap in range(18) if tap % 9 != 4]] = 0.0
         layer.alpha.fill_(LEFT_OUT)
         layer.alpha[[0, 6]] = 0.0  # sep_conv_3x3 and the skip connection
     maps = [tokens(2, 2, 6, 6, seed=seed) for seed in range(4)]
@@ -132,7 +133,7 @@ def test_a_spatial_part_that_the_input_holds_is_recovered():
 
 
 class TwoLayers(nn.Module):
-    """Two adapted layers, registered in the order opposite to that in which they are called."""
+    """Two adapted layers, registered in the reverse of the order in which they are called."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +152,7 @@ def test_layers_are_fitted_in_turn_on_what_the_merged_ones_give():
     model = TwoLayers().eval()
     batches = [tokens(2, 5, 6, 8, seed=seed) for seed in range(3)]
     first, second = model.first, model.second
-    # By hand: everything of the unmerged model first.
+    # By hand. The targets come from the unmerged model.
     x = torch.cat(batches)
     hidden = F.gelu(first(x))
     targets = [first.mixed(x), second.mixed(hidden)]
@@ -299,7 +300,7 @@ def test_what_cannot_work_is_refused_and_changes_nothing(mode, calibration, mess
 
 
 def test_a_failure_half_way_leaves_no_layer_merged():
-    """Another size turns up only after the first layers were replaced."""
+    """The forward fails only after the first layer was replaced."""
     model = adapted_encoder()
     before = snapshot(model)
     calls = 0

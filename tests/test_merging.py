@@ -76,7 +76,7 @@ def test_exact_equals_the_unmerged_layer(preset, ratio, dtype):
         unmerge(model)
         assert merged.dtype == dtype and merged.shape == expected.shape
         assert relative(merged - expected, expected) < ROUNDING[dtype]
-        # Not by the adapter being small: it does change the output.
+        # The adapter is not too small to matter: it changes the output.
         assert relative(model.qkv.base(x) - expected, expected) > 5 * ROUNDING[dtype]
 
 
@@ -88,7 +88,7 @@ def test_exact_equals_the_unmerged_encoder(preset, ratio):
         expected = model(images())
         assert relative(build_encoder()(images()) - expected, expected) > 1e-3
         merge(model)
-        # Two blocks and the neck after them carry the rounding of a layer on.
+        # Two blocks and the neck propagate the rounding of a layer.
         assert relative(model(images()) - expected, expected) < 1e-5
 
 
@@ -134,12 +134,12 @@ def test_exact_under_autocast():
         merge(model)
         merged = model(x)
     assert merged.dtype == expected.dtype == torch.bfloat16
-    # Either side rounds x, the weights and what lies between; see ROUNDING.
+    # Both sides round x, the weights and intermediate values; see ROUNDING.
     assert relative(merged - expected, expected) < 2 * ROUNDING[torch.bfloat16]
 
 
 def only(*names: str) -> torch.Tensor:
-    """alpha with equal weights for some operations and exactly none for the others."""
+    """alpha with equal weights for some operations and weight zero for the others."""
     alpha = torch.full((8,), LEFT_OUT)
     alpha[[OPERATIONS.index(name) for name in names]] = 0.0
     return alpha
@@ -263,7 +263,7 @@ def test_center_loads_strictly_into_an_unmodified_model():
             by_hand.get_submodule(name).weight.copy_(weight)
         original.load_state_dict(state, strict=True)
         assert torch.equal(original(images()), model(images()))
-        # The weights agree to a rounding each; two blocks carry it on.
+        # Each weight agrees to one rounding; two blocks propagate it.
         assert relative(original(images()) - by_hand(images()), by_hand(images())) < 1e-6
 
 
@@ -297,14 +297,14 @@ def test_report_on_noise():
         difference = model.qkv(noise) - h
     (error,) = report.layers
     assert error.name == "qkv" and (report.mode, report.source) == ("center", "white noise")
-    # The update is a difference of float32 outputs here, and computed alone there.
+    # Here the update is a difference of float32 outputs; ``merge`` computes it directly.
     assert error.update_error == pytest.approx(relative(difference, update), rel=1e-4)
     assert error.output_error == pytest.approx(relative(difference, h), rel=1e-4)
-    assert error.update_error > 0.1  # neighbours were dropped, and the report says so
+    assert error.update_error > 0.1  # neighbours were dropped, and the report shows it
 
 
 def test_report_on_calibration_batches():
-    """Sums over all batches of what each layer sees in the unmerged model."""
+    """Sums over all batches of each layer's inputs in the unmerged model."""
     model = adapted_encoder().train()
     batches = [images(seed) for seed in range(3)]
     layers = dict(adapter_layers(model))
@@ -339,7 +339,7 @@ def test_report_on_calibration_batches():
 
 @pytest.mark.parametrize("preset", ["linear", "paper"])
 def test_exact_reports_rounding(preset):
-    """Of a layer in training mode too: what counts is how it evaluates."""
+    """Also for a model in training mode: errors are measured in evaluation mode."""
     model = adapted_encoder(preset=preset).train()
     assert merge(model, "exact").max_update_error < 1e-5
     unmerge(model)
@@ -403,7 +403,7 @@ def test_statistics_do_not_move_while_merging():
     unmerge(model)
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     assert any(name.endswith("running_mean") for name in merged)
-    model.train()(images())  # training moves them, but not those of the merged copy
+    model.train()(images())  # training moves these statistics, not those of the merged copy
     assert all(torch.equal(merged[n], v) for n, v in kept.items())
     moved = {n: v for n, v in model.state_dict().items() if "running" in n}
     assert not any(torch.equal(before[n], v) for n, v in moved.items())

@@ -59,7 +59,7 @@ def make():
 
 
 def enliven(model):
-    """Moves everything trainable in the encoder, so that no gradient is zero by construction."""
+    """Moves every trained parameter of the encoder, so that no gradient is zero by design."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable_parameters(model):
@@ -111,10 +111,10 @@ COUNTS = [
         {},
         64 * (4 * 1280 + (1280 * 64 + 64) + 64 * (9 + 25 + 49 + 3) + (64 * 64 + 64)
               + (64 * 1280 + 1280)),
-    ),  # 17.08, which no definition found gives: this one gives 15.02
+    ),  # 17.08; no definition that we found gives it, this one gives 15.02
     ("lora", {}, 32 * 3 * (1280 + 3840)),  # 4.00
     ("dora", {}, 32 * (3 * (1280 + 3840) + 3840)),  # 4.04, for a magnitude of length 1280
-    ("vera", {}, 32 * (256 + 3840)),  # 0.32 in all, which no definition found gives
+    ("vera", {}, 32 * (256 + 3840)),  # 0.32 in all; no definition that we found gives it
     ("conv-lora", {}, 32 * (3 * (1280 + 3840) + 8 * (27 * 3 + 3) + 2 * 3 * 8)),  # 4.02
     ("nas-lora", {}, 32 * (3 * (1280 + 3840) + (9 + 25 + 9 + 25) * 3 + 4 * 9 + 8)),
     ("nas-lora", {"preset": "paper"}, 32 * (3 * (1280 + 3840) + 168 * 3 + 8 * 9 + 8)),  # 4.016
@@ -166,7 +166,7 @@ def test_gradients_reach_all_that_trains_and_nothing_else(make, method, encoder)
         for module in model.image_encoder.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.ones_(module.weight)
-    for seed in range(6 if method == "conv-lora" else 1):  # until every expert was chosen
+    for seed in range(6 if method == "conv-lora" else 1):  # until every expert was selected
         torch.manual_seed(seed)
         loss_of(model, images(8, seed)).backward()
     names = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -199,7 +199,8 @@ def test_gradient_checkpointing_changes_nothing(make, method, encoder):
         torch.manual_seed(0)
         loss_of(model, images()).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-        assert auxiliary_loss(model) is None  # what the backward repeated is not kept
+        # The backward repeats forwards; their losses are not kept.
+        assert auxiliary_loss(model) is None
     for plain, repeated in zip(*gradients, strict=True):
         assert (plain is None) == (repeated is None)
         if plain is not None:  # the same operations in the same order; threads may split sums
@@ -222,7 +223,7 @@ def test_bfloat16_autocast_trains_float32_weights(make, method, encoder):
 
 
 def outline(model):
-    """Modules, parameters, hooks: what an attempt must not leave changed."""
+    """Modules, parameters and hooks, which a refused attempt must not change."""
     return (
         [(name, type(module), len(module._forward_pre_hooks)) for name, module in
          model.named_modules()],
@@ -278,10 +279,10 @@ def test_what_was_saved_loads(make, tmp_path, method, encoder):
     with torch.no_grad():
         for name, buffer in model.image_encoder.named_buffers():
             if name in applied(model).tensors and buffer.is_floating_point():
-                buffer += 0.1  # not what a fresh one holds
+                buffer += 0.1  # a value that a fresh one lacks
     save_adapter(model, tmp_path)
     fresh = build_model(encoder, SIZE).eval()
-    embed(fresh)  # TinyViT then remembers its attention biases
+    embed(fresh)  # TinyViT then caches its attention biases
     load_adapter(fresh, tmp_path)
     assert applied(fresh) == applied(model)
     assert not differing(state_of(fresh), state_of(model))
@@ -329,7 +330,7 @@ def test_an_adapter_for_another_encoder_changes_nothing(make, tmp_path):
 
 @pytest.mark.parametrize("ratio", [0.0, 2 / 3])
 def test_adapters_of_versions_without_methods_load(tmp_path, ratio):
-    """They say nothing of a method: what was ``lora`` then has no cell but our layers."""
+    """Their files name no method. Plain LoRA was a NAS-LoRA layer without a cell then."""
     model = build_model("vit_t", SIZE)
     inject(model, NASLoRAConfig(channel_ratio=ratio))
     model.mask_decoder.requires_grad_(True)
@@ -397,7 +398,7 @@ def test_merge_modes():
     assert "exact" in paper and "center" not in paper  # its cell is not linear
 
 
-# --- Conv-LoRA against its formula, worked out with NumPy in float64 ---
+# --- Conv-LoRA against its formula, computed with NumPy in float64 ---
 
 
 def cubic(t, a=-0.75):
@@ -471,7 +472,7 @@ def conv_lora_formula(layer, x, noise=None):
 
 @pytest.fixture
 def conv_lora_layer():
-    """A layer in float64 whose gate tells maps apart, and so tries every expert."""
+    """A layer in float64 whose gate separates maps, so that several experts are selected."""
 
     def build(dtype=torch.float64):
         torch.manual_seed(0)
@@ -512,7 +513,7 @@ def test_conv_lora_trains_by_its_formula(conv_lora_layer, shape):
     layer.balance.start(layer, ())
     torch.manual_seed(3)
     torch.testing.assert_close(layer(x), torch.from_numpy(expected), rtol=1e-11, atol=1e-11)
-    # The variation's denominators, at least 1/64 here, are kept from zero by 1e-10.
+    # The variation adds 1e-10 to its denominators, which are at least 1/64 here.
     assert layer.balance.take().item() == pytest.approx(loss, rel=1e-7)
     assert layer.balance.take() is None
 
@@ -526,7 +527,7 @@ def test_conv_lora_takes_sequences(conv_lora_layer):
 
 
 def test_conv_lora_gradients(conv_lora_layer):
-    """Of the output and of the auxiliary loss, by finite differences; the noise stays the same."""
+    """Gradients of output and auxiliary loss by finite differences, with the same noise."""
     layer = conv_lora_layer().train()
     names, parameters = zip(
         *((n, p) for n, p in layer.named_parameters() if p.requires_grad), strict=True
@@ -717,7 +718,7 @@ def test_sam_adapter_serves_each_stage_of_tiny_vit(make):
 
 
 def test_a_trained_model_can_be_copied(make):
-    """What a forward leaves behind, a graph above all, would forbid it."""
+    """A forward must leave no autograd graph behind, because graphs cannot be copied."""
     for method in METHODS:
         model = make(method, lively=True).train()
         loss_of(model, images()).backward()
@@ -753,7 +754,7 @@ def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
     trained = {n for n, p in start.named_parameters() if p.requires_grad}
     changed = differing(state_of(model), state_of(start))
     buffers = {name for name, _ in start.named_buffers()}
-    if method == "conv-lora":  # an expert that no map chose gets no gradient
+    if method == "conv-lora":  # an expert without maps gets no gradient
         trained = {name for name in trained if ".experts." not in name}
         changed = {name for name in changed if ".experts." not in name}
     assert changed - buffers == trained
@@ -793,7 +794,7 @@ def test_conv_loras_noise_is_the_same_in_a_resumed_run(naslora, data, tmp_path):
     config = json.loads((runs[1] / "config.json").read_text())
     config["search"]["epochs"] = 2
     (runs[1] / "config.json").write_text(json.dumps(config))
-    torch.rand(7)  # whatever else has been drawn
+    torch.rand(7)  # other code may draw from the generator
     resumed = naslora("train", *options, "--epochs", 2, "--output", runs[1], "--resume")
     assert resumed.status == 0, resumed.err
     one, other = (torch.load(run / "last.pt", weights_only=True)["model"] for run in runs)

@@ -94,7 +94,7 @@ class Method:
         shared = [
             field.name
             for field in dataclasses.fields(self.config)
-            if field.name in known and field.metadata != OWN
+            if field.name in known and not field.metadata.get("own")
         ]
         return self.config(**{name: getattr(settings, name) for name in shared})
 
