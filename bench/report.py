@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.models import COMPILED, MERGED, UNTOUCHED, Setting
 from bench.timing import Times
 from naslora.methods import METHODS
+from naslora.report.tables import Table, markdown_table
 
 # Table 5 of the paper, on a V100: iterations a second, training and inference.
 PAPER = {
@@ -261,8 +262,7 @@ def _plain(value: float | bool | None) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+    return markdown_table(Table(head, rows)) if rows else ""
 
 
 if __name__ == "__main__":

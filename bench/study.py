@@ -3,7 +3,7 @@
     python -m bench.study search-start --data DIR --weights mobile_sam.safetensors --output DIR
 
 DIR of ``--data`` holds the data sets as folders (train.csv, val.csv, test.csv). Finished cells are
-kept: an interrupted study continues where it was, and two processes may share one ``--output``.
+kept, so an interrupted study can continue. Two processes can share one ``--output``.
 """
 
 import dataclasses
@@ -17,57 +17,75 @@ import torch
 import tyro
 
 from naslora import NASLoRAConfig, merge
-from naslora.files import read_json, write_json
+from naslora.report.tables import Table, markdown_table
+from naslora.results import (
+    HISTORY,
+    Epoch,
+    MergeResult,
+    RunResult,
+    SplitScores,
+    from_json,
+    read_record,
+    read_rows,
+    write_record,
+)
+from naslora.study.sweep import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
 from naslora.training.run import train
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration, find_splits
 from naslora.training.search_config import SearchConfig
 
-Settings = dict[str, dict[str, Any]]  # of RunConfig ("run"), of the adapter, of the search
-Column = Callable[[dict[str, Any], list[dict[str, Any]]], float | None]  # of metrics and history
+Settings = dict[str, dict[str, Any]]
+"""Fields of RunConfig ("run"), of its adapter ("adapter") and of its search ("search")."""
+Column = Callable[[RunResult, list[Epoch]], float | None]
+"""A number of a finished run."""
 
-DONE = "study.json"  # a finished cell's metrics
-# A LoRA whose gain is that of a mixture of which 3/8 pass the signal on.
+DONE = "study.json"  # what a finished cell reports
+# At the start 3/8 of the mixture pass the signal on. This lora_alpha restores the gain of LoRA.
 LEVEL_GAIN = 32.0 * 8 / 3
 
 
+def _dice(result: RunResult, mode: str | None = None) -> float | None:
+    """Test Dice, after a merge if ``mode`` is given."""
+    scores = result.test if mode is None else (result.test_merged or {}).get(mode)
+    return scores.dice if scores else None
+
+
 TRAINING: dict[str, Column] = {
-    "loss, epochs 2-5": lambda _, history: statistics.mean(r["train_loss"] for r in history[2:6]),
-    "last loss": lambda _, history: history[-1]["train_loss"],
-    "test Dice": lambda metrics, _: metrics["test"]["dice"],
-    "test IoU": lambda metrics, _: metrics["test"]["iou"],
-    "Dice after center": lambda metrics, _: _merged(metrics, "center"),
-    "entropy": lambda _, history: history[-1]["entropy"],
+    "loss, epochs 2-5": lambda _, history: statistics.mean(e.train_loss for e in history[2:6]),
+    "last loss": lambda _, history: history[-1].train_loss,
+    "test Dice": lambda result, _: _dice(result),
+    "test IoU": lambda result, _: result.test.iou if result.test else None,
+    "Dice after center": lambda result, _: _dice(result, "center"),
+    "entropy": lambda _, history: history[-1].entropy,
 }
 
 
-def _merged(metrics: dict[str, Any], mode: str) -> float | None:
-    """Test Dice after a merge."""
-    return metrics.get("test_merged", {}).get(mode, {}).get("dice")
-
-
-def _mean(metrics: dict[str, Any], mode: str, error: str) -> float:
-    """Mean over the layers of an error of a merge."""
-    return statistics.mean(layer[error] for layer in metrics["merge"][mode]["layers"])
+def _error(result: RunResult, mode: str, held_out: bool = False) -> float | None:
+    """Mean over the layers of the update's relative error after a merge."""
+    layers = (result.merge or {})[mode].layers or []
+    if held_out:
+        return mean_and_spread([layer.held_out_error for layer in layers]).mean
+    return statistics.mean(layer.update_error for layer in layers)
 
 
 MERGING: dict[str, Column] = {
-    "before": lambda metrics, _: metrics["test"]["dice"],
-    "exact": lambda metrics, _: _merged(metrics, "exact"),
-    "center": lambda metrics, _: _merged(metrics, "center"),
-    "calibrated, 8": lambda metrics, _: _merged(metrics, "calibrated, 8"),
-    "calibrated, 16": lambda metrics, _: _merged(metrics, "calibrated"),
-    "error of exact": lambda metrics, _: _mean(metrics, "exact", "update_error"),
-    "of center": lambda metrics, _: _mean(metrics, "center", "update_error"),
-    "of calibrated, 8": lambda metrics, _: _mean(metrics, "calibrated, 8", "held_out_error"),
-    "of calibrated, 16": lambda metrics, _: _mean(metrics, "calibrated", "held_out_error"),
+    "before": lambda result, _: _dice(result),
+    "exact": lambda result, _: _dice(result, "exact"),
+    "center": lambda result, _: _dice(result, "center"),
+    "calibrated, 8": lambda result, _: _dice(result, "calibrated, 8"),
+    "calibrated, 16": lambda result, _: _dice(result, "calibrated"),
+    "error of exact": lambda result, _: _error(result, "exact"),
+    "of center": lambda result, _: _error(result, "center"),
+    "of calibrated, 8": lambda result, _: _error(result, "calibrated, 8", held_out=True),
+    "of calibrated, 16": lambda result, _: _error(result, "calibrated", held_out=True),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A table: rows are variants, columns data sets; every cell is trained with each seed."""
+    """Variants, each trained on every data set with every seed."""
 
     datasets: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -76,7 +94,7 @@ class Study:
     epochs: dict[str, int]
     columns: dict[str, Column] = dataclasses.field(default_factory=lambda: TRAINING)
     few_images: int | None = None
-    """Also merges with ``calibrated`` on so many images."""
+    """If given, models are also merged with ``calibrated`` on this number of images."""
 
 
 def _adapter(method: str, **adapter: Any) -> Settings:
@@ -148,8 +166,8 @@ STUDIES = {
         },
         epochs={"he_nuclei": 24, "roads": 16},
     ),
-    # Test Dice before and after merging, then the layers' mean relative error of the update; of
-    # `calibrated` on held-out tokens.
+    # Test Dice before and after merging, then the mean relative error of the layers' updates. That
+    # of `calibrated` is on held-out tokens.
     "merging": Study(
         datasets=("he_nuclei", "brain_deepgrey"),
         seeds=(0, 1, 2),
@@ -229,20 +247,28 @@ def _train_cell(
         **merged["run"],
     )
     print(f"== {dataset}, {name}, seed {seed}", flush=True)
-    metrics = train(config, directory, resume=directory.exists())
+    # until training returns records
+    result = from_json(RunResult, train(config, directory, resume=directory.exists()), directory)
     if plan.few_images is not None:
-        _merge_with(plan.few_images, directory, metrics)
-    write_json(directory / DONE, metrics)
+        result = _merged_with(plan.few_images, directory, result)
+    write_record(directory / DONE, result)
 
 
-def _merge_with(images: int, directory: Path, metrics: dict[str, Any]) -> None:
-    """Adds a merge on fewer images to the metrics of a finished run."""
+def _merged_with(images: int, directory: Path, result: RunResult) -> RunResult:
+    """The result of a finished run, with a merge on fewer images added."""
     model, config = load_model(directory)
     splits = find_splits(config)
     batches = calibration(config, splits, "calibrated", torch.device("cpu"), images)
     name = f"calibrated, {images}"
-    metrics["merge"][name] = merge(model, "calibrated", batches).to_dict()
-    metrics["test_merged"][name] = evaluate_model(model, config, splits["test"])
+    report = merge(model, "calibrated", batches)
+    merged = MergeResult(report.mode, report.source, report.layers, report.warning)
+    # until training returns records
+    scores = from_json(SplitScores, evaluate_model(model, config, splits["test"]), directory)
+    return dataclasses.replace(
+        result,
+        merge={**(result.merge or {}), name: merged},
+        test_merged={**(result.test_merged or {}), name: scores},
+    )
 
 
 def _directory(output: Path, dataset: str, name: str, seed: int) -> Path:
@@ -251,38 +277,27 @@ def _directory(output: Path, dataset: str, name: str, seed: int) -> Path:
 
 
 def table(plan: Study, output: Path) -> str:
-    """Mean and standard deviation over the seeds, of what tells the variants apart."""
-    header = ["data", "variant", "seeds", *plan.columns]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    """The numbers of the finished cells in Markdown: mean ± standard deviation over the seeds."""
+    rows = []
     for dataset in plan.datasets:
         for name in plan.variants:
             folders = [_directory(output, dataset, name, seed) for seed in plan.seeds]
             folders = [folder for folder in folders if (folder / DONE).exists()]
-            if folders:
-                cells = [_spread(_values(column, folders)) for column in plan.columns.values()]
-                row = " | ".join([dataset, name, str(len(folders)), *cells])
-                lines.append(f"| {row} |")
-    return "\n".join(lines)
+            runs = [
+                (read_record(folder / DONE, RunResult), read_rows(folder / HISTORY, Epoch))
+                for folder in folders
+            ]
+            if runs:
+                numbers = [[column(*run) for run in runs] for column in plan.columns.values()]
+                rows.append([dataset, name, str(len(runs)), *map(_text, numbers)])
+    return markdown_table(Table(["data", "variant", "seeds", *plan.columns], rows))
 
 
-def _values(column: Column, folders: list[Path]) -> list[float | None]:
-    return [
-        column(
-            read_json(folder / DONE),
-            torch.load(folder / "last.pt", weights_only=True)["history"],
-        )
-        for folder in folders
-    ]
-
-
-def _spread(values: list[float | None]) -> str:
-    if None in values:
-        return "-"
-    if max(values) < 1e-3:  # rounding
-        return f"{max(values):.0e}"
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+def _text(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) == len(values) and max(known) < 1e-3:  # rounding
+        return f"{max(known):.0e}"
+    return mean_text(mean_and_spread(values))
 
 
 if __name__ == "__main__":

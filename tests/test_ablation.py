@@ -84,7 +84,7 @@ def test_what_cannot_be_ablated():
     with pytest.raises(UserError, match="'lora' has no cell to ablate"):
         variants_of("operations", RunConfig(method="lora"))
     config = RunConfig(adapter=NASLoRAConfig(operations=OPERATIONS[:4]))
-    with pytest.raises(UserError, match="ablate operations sets what"):
+    with pytest.raises(UserError, match="ablate operations has no row for the configured value"):
         variants_of("operations", config)
 
 

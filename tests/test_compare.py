@@ -322,7 +322,7 @@ def test_load_decides_whether_times_compare():
         cell = Cell("lora", 0, "done", numbers=numbers(0.5, load=load))
         return notes_on([summarise("lora", [cell])], [cell])[1]
 
-    assert "so times compare." in note(1.2) and "only roughly" in note(3.0)
+    assert "so the times are comparable." in note(1.2) and "only roughly" in note(3.0)
 
 
 def test_training_seconds():

@@ -48,7 +48,7 @@ def write_comparison(
         section(name, html_table(table)) for name, table in tables.items() if table.rows
     ]
     known = {row.title: row.numbers for row in rows if row.numbers is not None}
-    plots = section("Pictures", _plots(known)) if known else ""
+    plots = section("Plots", _plots(known)) if known else ""
     paragraphs = "".join(note(escape(text)) for text in notes)
     header = f'<h1>{escape(title)}</h1><dl class="headline">{_best(known)}</dl>'
     body = "".join((first, paragraphs, plots, *others, configuration(config)))
@@ -85,7 +85,7 @@ def _plots(known: Titled) -> str:
         ("dice", DOTS_CAPTION, _draw_dice),
         (
             "training",
-            "Seconds for each training image of an epoch: weight steps, and steps for α.",
+            "Seconds per training image of an epoch: weight steps, and steps for α.",
             _draw_training,
         ),
         ("inference", "Seconds of one image, before and after merging.", _draw_inference),

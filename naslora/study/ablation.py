@@ -46,13 +46,13 @@ from naslora.study.sweep import (
     run_cells,
     spread_columns,
 )
-from naslora.study.variants import BASE, AblationName, Variant, changed, variants_of
+from naslora.study.variants import BASE, AblationName, Variant, variants_of, with_adapter
 from naslora.training.run import check_output, train
 from naslora.training.run_config import RunConfig
 
 NOTE = (
-    "Test scores, mean ± standard deviation over the seeds. The difference is that to the "
-    "unchanged method, seed by seed: mean ± standard deviation."
+    "Test scores: mean ± standard deviation over the seeds. The difference from the unchanged "
+    "method is taken seed by seed, then summarised in the same way."
 )
 
 say = partial(sweep.say, "ablate")
@@ -114,7 +114,7 @@ def ablate(
         check_output(config, output, resume)
     by_folder = {variant.folder: variant for variant in variants}
     keys = cell_keys(list(by_folder), seeds)
-    configs = {key: changed(by_folder[key.row].config, adapter={"seed": key.seed}) for key in keys}
+    configs = {key: with_adapter(by_folder[key.row].config, seed=key.seed) for key in keys}
     cells, pending = {}, {}
     for number, key in enumerate(keys, 1):
         folder = key.folder(output)

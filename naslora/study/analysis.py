@@ -156,7 +156,7 @@ def _write_statistics(statistics: Statistics, images: int, output: Path) -> list
     ]
     for drawing in drawings:
         drawing.save(output / f"{drawing.name}.png")
-    note = f"Means over {images} test images; for the attention, over heads and queries as well."
+    note = f"Means over {images} test images. Distances are also means over heads and queries."
     return [*drawings, _table_4(statistics), note]
 
 

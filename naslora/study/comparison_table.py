@@ -174,9 +174,9 @@ def notes_on(rows: Sequence[ComparisonRow], cells: Sequence[Cell]) -> list[str]:
     """What the numbers of a table are, under what load they were taken, and what is missing."""
     done = [cell.numbers for cell in cells if cell.numbers is not None]
     notes = [
-        "Scores are means over the test images, then means ± standard deviations over the seeds; "
-        "times are medians and memory the most over the seeds. Training seconds are those of all "
-        "steps for each training image of an epoch, steps for α included."
+        "Scores are means over the test images, then mean ± standard deviation over the seeds. "
+        "Times are medians over the seeds, memory is the maximum. Training seconds are those of "
+        "all steps of an epoch, steps for α included, per training image."
     ]
     if done:
         notes.append(_load_note(done))
@@ -193,5 +193,5 @@ def _load_note(done: Sequence[CellNumbers]) -> str:
     )
     # A cell adds one to the load for each of its threads. Half a one covers the system.
     if max(loads) > threads + 0.5:
-        return f"{note}: other work ran beside the cells, so times compare only roughly."
-    return f"{note}: nothing of weight ran beside the cells, so times compare."
+        return f"{note}: other work ran beside the cells, so the times are only roughly comparable."
+    return f"{note}: little else ran beside the cells, so the times are comparable."

@@ -121,7 +121,7 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
         with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool as error:
-        raise RuntimeError("its process was killed; did the memory suffice?") from error
+        raise RuntimeError("its process was killed, perhaps for lack of memory") from error
 
 
 def _end_with_parent() -> None:

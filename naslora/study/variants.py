@@ -36,100 +36,90 @@ def variants_of(name: AblationName, config: RunConfig) -> list[Variant]:
     """The rows of an ablation. One of them is the configuration itself.
 
     Raises:
-        UserError: the configuration's method has no cell, or the configuration changes already what
-            the ablation varies.
+        UserError: the configuration's method has no cell, or no row has the configured value of
+            what the ablation varies.
     """
     if not config.searches:
         raise UserError(f"method {config.method!r} has no cell to ablate; use nas-pc-lora")
-    variants = ABLATIONS[name](config)
+    variants = [
+        variant._replace(folder=BASE) if variant.config == config else variant
+        for variant in ABLATIONS[name](config)
+    ]
     if not any(variant.folder == BASE for variant in variants):
-        raise UserError(f"ablate {name} sets what --method and the adapter's options set already")
+        raise UserError(
+            f"ablate {name} has no row for the configured value; leave the option that it varies "
+            "at its default"
+        )
     return variants
 
 
-def changed(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
-    """The configuration with changed fields.
-
-    Args:
-        config: the configuration.
-        parts: ``adapter`` and ``search``, each with its changed fields by name.
-    """
-    replaced: dict[str, Any] = {
-        part: dataclasses.replace(getattr(config, part), **fields) for part, fields in parts.items()
-    }
-    return dataclasses.replace(config, **replaced)
+def with_adapter(config: RunConfig, **fields: Any) -> RunConfig:
+    """The configuration with changed fields of its adapter."""
+    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **fields))
 
 
-def _variants(config: RunConfig, rows: dict[str, tuple[str, RunConfig]]) -> list[Variant]:
-    """Makes variants of {title: (folder, configuration)}.
-
-    A variant that equals the unchanged configuration gets the folder ``BASE``.
-    """
-    return [
-        Variant(title, BASE if varied == config else folder, varied)
-        for title, (folder, varied) in rows.items()
-    ]
+def with_search(config: RunConfig, **fields: Any) -> RunConfig:
+    """The configuration with changed fields of its search."""
+    return dataclasses.replace(config, search=dataclasses.replace(config.search, **fields))
 
 
 def _operations(config: RunConfig) -> list[Variant]:
-    rows = {"all operations": ("all-operations", changed(config, adapter={"operations": None}))}
+    """All operations, and each family left out."""
+    variants = [
+        Variant("all operations", "all-operations", with_adapter(config, operations=None)),
+    ]
     for family, left_out in FAMILIES.items():
         kept = tuple(name for name in OPERATIONS if name not in left_out)
         folder = "without-" + family.replace("/", "-").replace(" ", "-")
-        rows[f"without {family}"] = (folder, changed(config, adapter={"operations": kept}))
-    return _variants(config, rows)
+        varied = with_adapter(config, operations=kept)
+        variants.append(Variant(f"without {family}", folder, varied))
+    return variants
 
 
 def _ranks(config: RunConfig) -> list[Variant]:
-    return _variants(
-        config,
-        {
-            f"r = {r}": (f"rank-{r}", changed(config, adapter={"rank": r}))
-            for r in sorted({*RANKS, config.adapter.rank})
-        },
-    )
+    """The paper's ranks, and the configured one."""
+    return [
+        Variant(f"r = {rank}", f"rank-{rank}", with_adapter(config, rank=rank))
+        for rank in sorted({*RANKS, config.adapter.rank})
+    ]
 
 
 def _blocks(config: RunConfig) -> list[Variant]:
+    """Adapters in the first half, the last half, or all of the encoder's blocks."""
     encoder = build_model(config.model, config.image_size).image_encoder
+    every = with_adapter(config, blocks=None)
     count = len(find_targets(encoder, config.adapter.target))
-    halves = {
-        f"1 to {count // 2}": ("first-half", tuple(range(count // 2))),
-        f"{count // 2 + 1} to {count}": ("last-half", tuple(range(count // 2, count))),
-        f"1 to {count} (all)": ("all-blocks", None),
-    }
-    return _variants(
-        config,
-        {
-            title: (folder, changed(config, adapter={"blocks": blocks}))
-            for title, (folder, blocks) in halves.items()
-        },
-    )
+    first, last = tuple(range(count // 2)), tuple(range(count // 2, count))
+    return [
+        Variant(f"1 to {len(first)}", "first-half", with_adapter(config, blocks=first)),
+        Variant(f"{len(first) + 1} to {count}", "last-half", with_adapter(config, blocks=last)),
+        Variant(f"1 to {count} (all)", "all-blocks", every),
+    ]
 
 
 def _alpha_starts(config: RunConfig) -> list[Variant]:
     """Alpha starts at once, at the configured epoch, or at twice that epoch.
 
-    The paper starts alpha in epoch 10 and varies 0, 10 and 20.
+    The paper starts alpha in epoch 10, and varies 0, 10 and 20.
     """
     own = config.search.search_start
-    rows = {"0 (simultaneously)": ("simultaneous", changed(config, search={"simultaneous": True}))}
+    simultaneous = with_search(config, simultaneous=True)
+    variants = [Variant("0 (simultaneously)", "simultaneous", simultaneous)]
     for start in dict.fromkeys((0, own, 2 * own)):
         title = "0 (stage-wise)" if start == 0 else str(start)
-        rows[title] = (f"alpha-from-{start}", changed(config, search={"search_start": start}))
-    return _variants(config, rows)
+        varied = with_search(config, search_start=start)
+        variants.append(Variant(title, f"alpha-from-{start}", varied))
+    return variants
 
 
 def _channel_ratios(config: RunConfig) -> list[Variant]:
-    rank = config.adapter.rank
-    rows = {}
+    """All, two thirds, or one third of the channels pass through the cell."""
+    variants = []
     for third in (3, 2, 1):
-        varied = changed(config, adapter={"channel_ratio": third / 3})
-        rows[f"{third}/3 ({varied.adapter.cell_channels} of {rank} channels)"] = (
-            f"ratio-{third}-3",
-            varied,
-        )
-    return _variants(config, rows)
+        varied = with_adapter(config, channel_ratio=third / 3)
+        channels = f"{varied.adapter.cell_channels} of {config.adapter.rank} channels"
+        variants.append(Variant(f"{third}/3 ({channels})", f"ratio-{third}-3", varied))
+    return variants
 
 
 ABLATIONS: dict[AblationName, Callable[[RunConfig], list[Variant]]] = {

@@ -37,7 +37,7 @@ def merging_section(result: RunResult) -> str:
         worst = reduce_known(max, [layer.update_error for layer in layers])
         if worst is not None and worst < ROUNDING:
             largest = number(worst, ".1e")
-            notes += note(f"{escape(mode)}: no error beyond rounding, at most {largest}.")
+            notes += note(f"{escape(mode)}: errors are rounding, at most {largest}.")
         elif worst is not None:
             figures.append(_errors_by_layer(f"merge{index}", mode, layers))
     head = ["Mode", "Test Dice before", "Test Dice after", "Difference", "Update error, mean"]
@@ -65,8 +65,8 @@ def _annealing_table(annealing: Annealing) -> Table:
     named: list[tuple[str, AnnealingState | None]] = [
         ("best epoch before annealing", annealing.before),
         *(("annealing", state) for state in annealing.during),
-        ("best epoch after it", annealing.after),
-        ("that epoch merged with center", annealing.merged),
+        ("best epoch after annealing", annealing.after),
+        ("the same epoch, merged with center", annealing.merged),
     ]
     rows = [
         [

@@ -52,8 +52,8 @@ def operations_section(operations: OperationHistory | None, history: list[Epoch]
         (
             Drawing(
                 "mean",
-                f"Mean weight over the {len(layers)} layers after epoch {last}; thin lines span "
-                "the layers from the least to the greatest.",
+                f"Mean weight over the {len(layers)} layers after epoch {last}. Thin lines span "
+                "the range over the layers.",
                 partial(_draw_mean_weights, names=names, weights=path[-1]),
             ),
             Drawing(
@@ -63,7 +63,7 @@ def operations_section(operations: OperationHistory | None, history: list[Epoch]
             ),
             Drawing(
                 "entropy",
-                "Entropy of the weights, mean over the layers; the lower, the more decided.",
+                "Entropy of the weights, mean over the layers. It falls as preferences form.",
                 partial(_draw_entropy, history=history, steps=steps, path=path),
             ),
         )
@@ -141,8 +141,8 @@ def _heat_map(names: list[str], layers: list[str], weights: np.ndarray, epoch: i
         cells = "".join(_heat_cell(float(weight), uniform, reach) for weight in row)
         rows.append(f'<tr><th scope="row" title="{escape(name)}">{escape(short)}</th>{cells}</tr>')
     caption = (
-        f"softmax(α) per layer after epoch {epoch}: blue above, orange below the uniform "
-        f"{uniform:.3f}; the full tint is {reach:.3f} away from it."
+        f"softmax(α) per layer after epoch {epoch}. Blue is above, orange below the uniform weight "
+        f"{uniform:.3f}. The full tint is a distance of {reach:.3f}."
     )
     return (
         f'<figure class="heat"><figcaption>{caption}</figcaption><div class="scroll"><table><thead>'

@@ -26,7 +26,7 @@ def training_section(history: list[Epoch], best: int | None) -> str:
             Drawing("loss", "Loss by epoch.", partial(_draw_losses, history=history)),
             Drawing(
                 "score",
-                "Dice and IoU on the validation images by epoch, the best epoch marked.",
+                "Dice and IoU on the validation images by epoch. A star marks the best epoch.",
                 partial(_draw_scores, history=history, best=best),
             ),
             Drawing("rate", "Learning rate of the weights.", partial(_draw_rate, history=history)),
