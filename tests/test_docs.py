@@ -1,5 +1,6 @@
-"""The documentation is true to the tree: links, file names, modules, commands and their options."""
+"""The documentation is true to the tree: links, file names, modules, commands, options, floors."""
 
+import ast
 import pkgutil
 import re
 from functools import cache
@@ -18,6 +19,31 @@ SOURCE_FILE = r"[\w.-]+\.(?:py|h|cpp|cu|cuh)"
 PATH_IN_THE_TREE = r"(?:naslora|naslora_kernels|csrc|bench|tests|docs)/[\w./-]+"
 # Options of pip, pytest and torchrun, which the pages also use.
 FOREIGN_OPTIONS = {"--benchmark-disable", "--nproc-per-node"}
+
+# The rooms of docs/architecture.md, from the ground floor up. A room may import from lower floors.
+FLOORS = {
+    "naslora": (
+        {"errors"},
+        {"files"},
+        {"adapter"},
+        {"methods", "sam", "data", "metrics", "results"},
+        {"report"},
+        {"training"},
+        {"trained"},
+        {"study"},
+        {"cli"},
+        {"__init__", "__main__"},
+    ),
+    "naslora_kernels": (
+        {"cell", "operations", "tensors"},
+        {"ops"},
+        {"launches"},
+        {"cpp", "cuda", "triton", "reference"},
+        {"checks", "backends"},
+        {"functional"},
+        {"__init__"},
+    ),
+}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -140,3 +166,34 @@ def test_recipes_make_targets_and_variables_exist(page):
             assert f"\n{target}:" in makefile, target
         for variable in re.findall(r"NASLORA_[A-Z_]+", text):
             assert variable.removeprefix("NASLORA_") in code, variable
+
+
+def imports_between_rooms(package: str) -> set[tuple[str, str]]:
+    """Pairs (room that imports, room that is imported), imports inside functions included."""
+    pairs = set()
+    for path in (ROOT / package).rglob("*.py"):
+        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            parts = [name.split(".") for name in names]
+            pairs |= {(room, part[1]) for part in parts if part[0] == package and len(part) > 1}
+    return {pair for pair in pairs if pair[0] != pair[1]}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_rooms_import_from_lower_floors_only(package):
+    floor = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
+    pairs = imports_between_rooms(package)
+    known = {room for pair in pairs for room in pair} - {"_C", "_CUDA"}  # compiled
+    assert known <= set(floor)
+    assert not [(a, b) for a, b in pairs if b in floor and floor[b] >= floor[a]]
+
+
+def test_kernels_know_nothing_of_naslora():
+    for path in (ROOT / "naslora_kernels").rglob("*.py"):
+        assert not re.search(r"^\s*(?:from|import) naslora\b(?!_)", read(path), re.MULTILINE), path
