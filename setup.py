@@ -160,11 +160,12 @@ class BuildKernels(build_ext):
         run(nvcc, "-shared", "--cudart=static", *objects, "-o", self.output(ext))
 
 
-def extension(name: str, sources: list[str], headers: str) -> Extension:
+def extension(name: str, folder: str, sources: list[str]) -> Extension:
+    headers = [path for part in ("shared", folder) for path in Path("csrc", part).glob("*.*h")]
     return Extension(
         f"naslora_kernels.{name}",
-        sources=sources,
-        depends=[str(path) for path in sorted(Path("csrc").glob(headers))],
+        sources=[f"csrc/{folder}/{source}" for source in sources],
+        depends=[str(path) for path in sorted(headers)],  # also what an sdist includes
         define_macros=[("Py_LIMITED_API", "0x030A0000")],
         py_limited_api=True,
         optional=True,
@@ -175,11 +176,11 @@ def extension(name: str, sources: list[str], headers: str) -> Extension:
 def extensions() -> list[Extension]:
     if enabled("NASLORA_SKIP_EXT"):
         return []
-    found = [extension("_C", ["csrc/cpu_kernels.cpp", "csrc/python_module.cpp"], "*.h")]
+    found = [extension("_C", "cpu", ["kernels.cpp", "python_module.cpp"])]
     wanted = enabled("NASLORA_FORCE_CUDA") or find_nvcc()
     if wanted and not enabled("NASLORA_SKIP_CUDA") and not enabled("NASLORA_SANITIZE"):
-        sources = ["cell.cu", "low_rank.cu", "reduce.cu", "python_module.cpp"]
-        found.append(extension("_CUDA", [f"csrc/cuda/{name}" for name in sources], "**/*.*h"))
+        sources = ["cell_forward.cu", "cell_backward.cu", "low_rank_pass.cu", "low_rank_expand.cu"]
+        found.append(extension("_CUDA", "cuda", [*sources, "reduce.cu", "python_module.cpp"]))
     return found
 
 

@@ -13,7 +13,10 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("cell.cu", "low_rank.cu", "reduce.cu", "python_module.cpp")
+SOURCES = (
+    *("cell_forward.cu", "cell_backward.cu", "low_rank_pass.cu", "low_rank_expand.cu"),
+    *("reduce.cu", "python_module.cpp"),
+)
 FLAGS = (
     *("-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),

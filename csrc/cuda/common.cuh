@@ -1,7 +1,7 @@
-// What all kernels share: launching, shared memory, storage types.
+// What all kernels use: launching, shared memory, parameters, vectors of 16 bytes.
 //
-// The kernels are CUDA C++17 over addresses. `emulation.h` lets a plain C++ compiler build them
-// for the CPU instead, block after block, so that tests run them where no GPU is.
+// The kernels are CUDA C++17 over addresses. With `emulation.h` a plain C++ compiler builds them
+// for the CPU instead, so that tests can run them without a GPU.
 #pragma once
 
 #if defined(NASLORA_EMULATION)
@@ -14,44 +14,40 @@
 #include <stdexcept>
 #include <string>
 
-#include "../naslora_math.h"
+#include "../shared/arena.h"
+#include "../shared/cell_math.h"
 #include "kernels.h"
 
 namespace naslora {
 
 constexpr int kWarp = 32;
-constexpr size_t kSharedMemory = 48 * 1024;  // what every block may use without asking
-
-NASLORA_HOST_DEVICE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-NASLORA_HOST_DEVICE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-NASLORA_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- Launching -----------------------------------------------------------------------------
 
 inline void check(const char* kernel, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call would report it again
+  cudaGetLastError();  // clears the error, so that the next call does not report it again
   throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current, and the one before it afterwards.
+// Makes a device current, and restores the previous one at the end of the scope.
 class DeviceGuard {
  public:
   DeviceGuard(const char* kernel, int device) {
-    check(kernel, cudaGetDevice(&before_));
-    changed_ = before_ != device;
+    check(kernel, cudaGetDevice(&previous_));
+    changed_ = previous_ != device;
     if (changed_) check(kernel, cudaSetDevice(device));
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (changed_) cudaSetDevice(previous_);
   }
 
  private:
-  int before_ = 0;
+  int previous_ = 0;
   bool changed_ = false;
 };
 
-// The dynamic shared memory of the block, or a null pointer where there is none: on the host.
+// The dynamic shared memory of the block.
 __device__ inline char* shared_memory() {
 #if defined(NASLORA_EMULATION)
   return emulation::shared_memory();
@@ -61,26 +57,19 @@ __device__ inline char* shared_memory() {
 #endif
 }
 
-// Cuts arrays off the shared memory. A kernel's layout is a struct that takes its arrays from a
-// Carver; with a null base that only adds up the sizes, for the launch.
-class Carver {
- public:
-  NASLORA_HOST_DEVICE explicit Carver(char* base) : base_(base) {}
-  template <typename T>
-  NASLORA_HOST_DEVICE T* take(int64_t count) {
-    char* piece = base_ ? base_ + size_ : nullptr;
-    size_ += (count * sizeof(T) + 15) / 16 * 16;
-    return reinterpret_cast<T*>(piece);
-  }
-  NASLORA_HOST_DEVICE size_t size() const { return size_; }
+using SharedArena = Arena<16>;  // bytes of the widest load
 
- private:
-  char* base_;
-  size_t size_ = 0;
-};
+// Places a layout in the shared memory of the block. The launch asks for as many bytes as `measure`
+// returns for the same arguments (arena.h).
+template <typename Layout, typename... Arguments>
+__device__ inline Layout place_in_shared(const Arguments&... arguments) {
+  SharedArena arena(shared_memory());
+  return Layout(arena, arguments...);
+}
 
-// body(i) for i in [0, count), shared out among the block's threads. Not unrolled: a copy of the body
-// for each of a few rounds costs time to compile, and registers, but gains none to run.
+// Calls body(i) for i in [0, count), divided among the threads of the block. The loop is not
+// unrolled: that would take registers and time to compile, and would not make the few rounds
+// faster.
 template <typename Body>
 __device__ inline void for_block(int count, const Body& body) {
 #pragma unroll 1
@@ -104,13 +93,10 @@ void launch(const char* name, void (*kernel)(Arguments), int64_t blocks_x, int64
   check(name, cudaGetLastError());
 }
 
-// ---- Storage types -------------------------------------------------------------------------
+// ---- Parameters ----------------------------------------------------------------------------
 
-template <typename S>
-using AccumulatorOf = typename Accumulator<S>::type;
-
-// An element of a parameter, whose dtype need not be the maps'. Loads under a condition, and none
-// that a conversion has to wait for inside a branch, so that those of a loop are in flight together.
+// An element of a parameter of any dtype. The loads are conditional, but no conversion waits for
+// one inside a branch. So the loads of several rounds of a loop are in flight together.
 template <typename A>
 __device__ inline A read(const Parameter& p, int64_t i) {
   const bool is_float32 = p.dtype == Dtype::float32;
@@ -139,7 +125,9 @@ __device__ inline void write(const Parameter& p, int64_t i, A value) {
     static_cast<float16*>(p.data)[i] = Narrow<float16>::from(value);
 }
 
-// Sixteen bytes, which one instruction loads or stores where they are aligned.
+// ---- Vectors -------------------------------------------------------------------------------
+
+// Sixteen bytes, which one instruction loads or stores if they are aligned.
 template <typename S>
 struct alignas(16) Vector {
   static constexpr int kSize = 16 / sizeof(S);
@@ -157,17 +145,6 @@ __device__ inline void store_vector(S* to, const Vector<S>& v) {
   uint4 bits;
   memcpy(&bits, &v, sizeof bits);
   *reinterpret_cast<uint4*>(to) = bits;
-}
-
-// body(S{}) for the storage type that dtype names
-template <typename Body>
-void with_storage(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::float32: return body(float{});
-    case Dtype::float64: return body(double{});
-    case Dtype::bfloat16: return body(bfloat16{});
-    case Dtype::float16: return body(float16{});
-  }
 }
 
 }  // namespace naslora

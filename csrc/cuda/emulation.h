@@ -1,11 +1,11 @@
-// Builds the CUDA sources for the CPU, so that tests can run the kernels where no GPU is.
+// Builds the CUDA sources for the CPU, so that tests can run the kernels without a GPU.
 //
 // Blocks run one after another. The threads of a block are coroutines that run until they reach a
-// barrier: there each waits, until the last of its block or, at a warp's barriers and shuffles, of
-// its warp has arrived. What the hardware leaves undefined ends the process with a message: a
-// barrier that a thread of the group passes by, or different barriers at once. Shared memory holds
-// NaN when a block begins, and is an allocation of just the size asked for, so that
-// AddressSanitizer sees what lies beside it.
+// barrier. There each waits until all threads of its block have arrived or, at a shuffle or a
+// warp's barrier, all threads of its warp. Undefined behaviour of barriers ends the process with a
+// message: a barrier that a thread of the group skips, or threads that wait at different barriers.
+// Shared memory holds NaN when a block begins. It is an allocation of exactly the size asked for,
+// so that AddressSanitizer detects accesses beyond it.
 #pragma once
 
 #include <setjmp.h>
@@ -47,7 +47,7 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-// ---- The few functions of the runtime that launching takes ------------------------------------
+// ---- The functions of the CUDA runtime that launching uses --------------------------------
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 
@@ -74,11 +74,11 @@ struct Launch {
   int threads;
   size_t shared_bytes;
 };
-inline std::vector<Launch> launches;  // since they were last asked for
+inline std::vector<Launch> launches;  // since Python last read them
 
 struct Group {  // a block or a warp
   int size, arrived, ended;
-  int line;  // of the barrier at which those that arrived are
+  int line;  // of the barrier where the arrived threads wait
 };
 
 struct Thread {
@@ -86,7 +86,7 @@ struct Thread {
   bool started;
   std::unique_ptr<char[]> stack;
   ucontext_t context;
-  jmp_buf resume;  // once started: setjmp, unlike getcontext, takes no system call
+  jmp_buf resume;  // for a started thread: unlike getcontext, setjmp makes no system call
   char exchange[2][8];
   int parity;
 };
@@ -100,17 +100,17 @@ inline std::unique_ptr<char[]> shared;
 inline std::mutex busy;
 
 [[noreturn]] inline void fail(const char* what, int line) {
-  fprintf(stderr, "CUDA emulation: block (%u, %u), thread %d, line %d: %s\n", blockIdx.x, blockIdx.y,
-          current, line, what);
+  fprintf(stderr, "CUDA emulation: block (%u, %u), thread %d, line %d: %s\n", blockIdx.x,
+          blockIdx.y, current, line, what);
   abort();
 }
 
 inline char* shared_memory() { return shared.get(); }
 inline Group& warp_of(int thread) { return warps[thread / kWarp]; }
 
-// Goes on where `to` stopped, and returns when someone comes back to `self`.
+// Continues `to` where it stopped. Returns when another thread switches back to `self`.
 inline void switch_context(Thread& self, Thread& to) {
-#if defined(__SANITIZE_ADDRESS__)  // which takes longjmp to stay on its stack
+#if defined(__SANITIZE_ADDRESS__)  // it requires that longjmp stays on one stack
   volatile bool back = false;
   getcontext(&self.context);
   if (back) return;
@@ -124,14 +124,14 @@ inline void switch_context(Thread& self, Thread& to) {
 #endif
 }
 
-// Leaves the current thread for the next one that can run; back to the scheduler if none is left.
+// Continues the next thread that can run, or the scheduler if all threads have ended.
 inline void switch_thread() {
   Thread& self = threads[current];
   int next = current;
   do next = (next + 1) % count;
   while (threads[next].state != Thread::ready && next != current);
   if (next == current) {
-    if (block.ended < count) fail("all threads that are left wait", block.line);
+    if (block.ended < count) fail("all threads that have not ended wait", block.line);
     setcontext(&scheduler);
   }
   current = next;
@@ -139,7 +139,7 @@ inline void switch_thread() {
   switch_context(self, threads[next]);
 }
 
-// Waits until the whole block or warp has come here.
+// Waits until the whole block or warp has arrived.
 inline void wait(bool whole_block, int line) {
   Group& group = whole_block ? block : warp_of(current);
   if (group.ended) fail("this barrier waits for threads that have ended", line);
@@ -157,8 +157,8 @@ T shuffle_xor(T value, int lanes, int line) {
   static_assert(sizeof(T) <= 8, "a register or two");
   Thread& self = threads[current];
   const int other = current ^ lanes;
-  if (other >= count) fail("a shuffle with a lane that is not there", line);
-  const int parity = self.parity;  // no lane can be more than one shuffle ahead of another
+  if (other >= count) fail("a shuffle with a lane that does not exist", line);
+  const int parity = self.parity;  // two slots: no lane is more than one shuffle ahead of another
   self.parity = 1 - parity;
   memcpy(self.exchange[parity], &value, sizeof(T));
   wait(false, line);
@@ -187,12 +187,12 @@ inline void run_block(size_t shared_bytes) {
     thread.started = false;
     thread.parity = 0;
     getcontext(&thread.context);
-    ASAN_UNPOISON_MEMORY_REGION(thread.stack.get(), kStack);  // of the block before
+    ASAN_UNPOISON_MEMORY_REGION(thread.stack.get(), kStack);  // of the previous block
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;
     makecontext(&thread.context, thread_main, 0);
   }
-  // Returns here, through setcontext, when all threads have ended.
+  // When all threads have ended, setcontext returns here.
   volatile bool finished = false;
   getcontext(&scheduler);
   if (finished) return;

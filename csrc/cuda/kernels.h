@@ -1,90 +1,112 @@
-// What the CUDA kernels offer to the Python module. Each function is one kernel launch on the given
-// device and stream; it throws std::runtime_error with the kernel's name if the launch fails.
+// The interface of the CUDA kernels. Each function is one launch on the given device and stream. If
+// the launch fails it throws std::runtime_error with the kernel's name and CUDA's message.
 //
-// Addresses are the device's. Maps are (B, H, W, r) with strides in elements; everything else is
-// contiguous unless it has strides. Parameters are of the maps' dtype or float32, each for itself;
-// partial sums are float32, or float64 where the maps are.
+// Addresses are device addresses. Strides are in elements; what has no strides is contiguous. Every
+// parameter has the dtype of the maps or float32. Partial sums are float32, or float64 where the
+// maps are. A null output is not needed.
 #pragma once
 
-#include <cstdint>
+#include "../shared/vocabulary.h"
 
 namespace naslora {
 
-enum class Dtype : int64_t { float32, float64, bfloat16, float16 };
-
-struct Map {
-  const void* data;
-  int64_t stride[4];
-};
-
-struct Parameter {  // null: none
+// A weight, a factor, a bias or a gradient of one, with its own dtype. Null data: there is none.
+struct Parameter {
   void* data;
   Dtype dtype;
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(data, dtype);
+  }
 };
 
 struct Stream {
   int device;
   void* handle;
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(device, handle);
+  }
 };
 
-struct Maps {
-  Dtype dtype;
-  int64_t batch, height, width, rank, c;
-  const int64_t* channels;  // (c,), those of the maps that take part, or null for all
+struct Cell : CellShape {
   Map z;
-};
-
-struct Cell : Maps {
   Parameter alpha;  // (8,)
   Parameter dw[4];  // (c, k, k)
   Parameter pw;     // (4, c, c)
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(static_cast<CellShape&>(*this), z, alpha, dw, pw);
+  }
 };
 
-// y (B, H, W, r) = the mixed cell of z
+// y (B, H, W, r) of the mixed cell.
 void cell_forward(const Stream&, const Cell&, void* y);
 
-// grad_z (B, H, W, r) and partials (cell_groups, cell_partial_size); null is not due
+// grad_z (B, H, W, r) and partials (cell_groups, cell_partial_size).
 void cell_backward(const Stream&, const Cell&, const Map& grad_y, void* grad_z, void* partials);
 int64_t cell_groups(int64_t batch, int64_t height, int64_t width, int64_t c);
 int64_t cell_partial_size(int64_t c);
 
-// y (B, H, W, r) = kernel * z + average avg_pool(z) + maximum max_pool(z)
-struct FoldedCell : Maps {
-  Parameter kernel;  // (c, c, size, size) as [out, in, row, column]
-  int64_t size;      // odd, at most 9
-  double average, maximum;
+// y = kernel * z + avg_weight avg_pool(z) + max_weight max_pool(z). A pooling of weight zero is not
+// added.
+struct FoldedCell : CellShape {
+  Map z;
+  Parameter kernel;     // (c, c, k, k) as [out, in, row, column]
+  int64_t kernel_size;  // k = 1, 3, 5, 7 or 9
+  double avg_weight, max_weight;
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(static_cast<CellShape&>(*this), z, kernel, kernel_size, avg_weight, max_weight);
+  }
 };
 void folded_cell_forward(const Stream&, const FoldedCell&, void* y);
 
-// The skinny products of a low-rank adapter: of rows (T, J), each row contiguous, read once
+// product = scale x factor^T and partials whose sum is scale u^T x, in one pass over x.
 struct LowRankPass {
   Dtype dtype;
-  const void* rows;
-  int64_t row_stride, tokens, columns, rank;
-  Parameter matrix;  // (r, J)
-  int64_t matrix_stride[2];
+  const void* x;  // (T, J), each row contiguous
+  int64_t x_stride, tokens, features, rank;
+  Parameter factor;  // (r, J)
+  int64_t factor_stride[2];
   const void* u;  // (T, r)
   double scale;
-  void* product;   // (T, r) = scale rows matrix^T, or null
-  void* partials;  // (row_groups, r, J), whose sum is scale u^T rows, or null
+  void* product;   // (T, r), or null
+  void* partials;  // (token_groups, r, J), or null
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(dtype, x, x_stride, tokens, features, rank, factor, factor_stride, u, scale, product,
+           partials);
+  }
 };
 void low_rank_pass(const Stream&, const LowRankPass&);
-int64_t row_groups(int64_t tokens);
+int64_t token_groups(int64_t tokens);
 
-struct LowRankExpand {  // out (T, J) = bias + scale u matrix
+// out = bias + scale u factor
+struct LowRankExpand {
   Dtype dtype;
   const void* u;  // (T, r)
-  int64_t tokens, columns, rank;
-  Parameter matrix;  // (r, J)
-  int64_t matrix_stride[2];
+  int64_t tokens, features, rank;
+  Parameter factor;  // (r, J)
+  int64_t factor_stride[2];
   Parameter bias;  // (J,), or none
   double scale;
-  void* out;
+  void* out;  // (T, J)
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(dtype, u, tokens, features, rank, factor, factor_stride, bias, scale, out);
+  }
 };
 void low_rank_expand(const Stream&, const LowRankExpand&);
 
-// The second stage: adds up partial sums over their groups and writes gradients. Null is not due;
-// grad_dw and grad_pw are due together.
+// The second stage: adds the partial sums of all groups in order and writes gradients. grad_dw and
+// grad_pw are needed together.
 struct Reduction {
   bool float64;  // the partials
   int64_t cell_groups, c;
@@ -92,10 +114,22 @@ struct Reduction {
   Parameter alpha, dw[4], pw;
   Parameter grad_alpha, grad_dw[4], grad_pw;
   struct LowRank {
-    int64_t groups, rank, columns;
+    int64_t groups, rank, features;
     const void* partials;  // (groups, r, J)
     Parameter gradient;
-  } A, B;  // gradients (r, J) and, transposed, (J, r)
+
+    template <typename Arguments>
+    void read_from(Arguments& a) {
+      a.read(groups, rank, features, partials, gradient);
+    }
+  };
+  LowRank A, B;  // the gradient of A is (r, J), that of B is transposed: (J, r)
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(float64, cell_groups, c, cell_partials, alpha, dw, pw, grad_alpha, grad_dw, grad_pw, A,
+           B);
+  }
 };
 void reduce_gradients(const Stream&, const Reduction&);
 

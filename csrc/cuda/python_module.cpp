@@ -1,9 +1,11 @@
-// naslora_kernels._CUDA: hands addresses, sizes and streams from Python to the CUDA kernels.
+// naslora_kernels._CUDA: passes addresses, sizes and streams from Python to the CUDA kernels.
 //
-// Like _C it knows no PyTorch and keeps to Python's limited API: one binary serves every torch and
-// every Python from 3.10 on. The CUDA runtime is linked into it; what it shares with torch is the
-// device's primary context, in which torch's addresses and streams are valid.
-#include "../python_arguments.h"
+// Like _C it does not use PyTorch's C++ API, so one binary serves every torch. The CUDA runtime is
+// linked statically. It shares the primary context of the device with torch, so torch's addresses
+// and streams are valid here.
+#include <tuple>
+
+#include "../shared/python_arguments.h"
 #include "kernels.h"
 #if defined(NASLORA_EMULATION)
 #include "emulation.h"
@@ -12,168 +14,78 @@
 namespace naslora {
 namespace {
 
-Dtype dtype_argument(Arguments& a) { return static_cast<Dtype>(a.integer()); }
-
-Stream stream_argument(Arguments& a) {
-  Stream stream;
-  stream.device = static_cast<int>(a.integer());
-  stream.handle = a.address();
-  return stream;
-}
-
-Map map_argument(Arguments& a) {
-  Map m;
-  m.data = a.address();
-  for (int64_t& stride : m.stride) stride = a.integer();
-  return m;
-}
-
-Parameter parameter_argument(Arguments& a) {
-  Parameter p;
-  p.data = a.address();
-  p.dtype = dtype_argument(a);
-  return p;
-}
-
-void maps_argument(Arguments& a, Maps& maps) {
-  maps.dtype = dtype_argument(a);
-  for (int64_t* size : {&maps.batch, &maps.height, &maps.width, &maps.rank}) *size = a.integer();
-  maps.c = a.integer();
-  maps.channels = static_cast<const int64_t*>(a.address());
-  maps.z = map_argument(a);
-}
-
-Cell cell_argument(Arguments& a) {
-  Cell cell;
-  maps_argument(a, cell);
-  cell.alpha = parameter_argument(a);
-  for (Parameter& dw : cell.dw) dw = parameter_argument(a);
-  cell.pw = parameter_argument(a);
-  return cell;
-}
-
-Reduction::LowRank low_rank_argument(Arguments& a) {
-  Reduction::LowRank p;
-  p.groups = a.integer();
-  p.rank = a.integer();
-  p.columns = a.integer();
-  p.partials = a.address();
-  p.gradient = parameter_argument(a);
-  return p;
-}
-
-PyObject* cell_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
+// A method whose arguments are a stream and the fields of one struct.
+template <typename Fields, void (*kernel)(const Stream&, const Fields&)>
+PyObject* call(PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
-  const Stream stream = stream_argument(a);
-  const Cell cell = cell_argument(a);
-  void* y = a.address();
-  return compute(a, [&] { naslora::cell_forward(stream, cell, y); });
+  Stream stream;
+  Fields fields;
+  a.read(stream, fields);
+  return compute(a, [&] { kernel(stream, fields); });
+}
+PyObject* low_rank_pass(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  return call<LowRankPass, naslora::low_rank_pass>(values, count);
+}
+PyObject* low_rank_expand(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  return call<LowRankExpand, naslora::low_rank_expand>(values, count);
+}
+PyObject* reduce_gradients(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  return call<Reduction, naslora::reduce_gradients>(values, count);
+}
+
+// A method whose arguments are a stream, a cell and y.
+template <typename AnyCell, void (*kernel)(const Stream&, const AnyCell&, void*)>
+PyObject* call_forward(PyObject* const* values, Py_ssize_t count) {
+  Arguments a(values, count);
+  Stream stream;
+  AnyCell cell;
+  void* y;
+  a.read(stream, cell, y);
+  return compute(a, [&] { kernel(stream, cell, y); });
+}
+PyObject* cell_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  return call_forward<Cell, naslora::cell_forward>(values, count);
+}
+PyObject* folded_cell_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  return call_forward<FoldedCell, naslora::folded_cell_forward>(values, count);
 }
 
 PyObject* cell_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
-  const Stream stream = stream_argument(a);
-  const Cell cell = cell_argument(a);
-  const Map grad_y = map_argument(a);
-  void* grad_z = a.address();
-  void* partials = a.address();
+  Stream stream;
+  Cell cell;
+  Map grad_y;
+  void *grad_z, *partials;
+  a.read(stream, cell, grad_y, grad_z, partials);
   return compute(a, [&] { naslora::cell_backward(stream, cell, grad_y, grad_z, partials); });
 }
 
-PyObject* folded_cell_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
+// A method that computes a number from some numbers.
+template <typename... Numbers>
+PyObject* number(int64_t (*function)(Numbers...), PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
-  const Stream stream = stream_argument(a);
-  FoldedCell cell;
-  maps_argument(a, cell);
-  cell.kernel = parameter_argument(a);
-  cell.size = a.integer();
-  cell.average = a.real();
-  cell.maximum = a.real();
-  void* y = a.address();
-  return compute(a, [&] { naslora::folded_cell_forward(stream, cell, y); });
+  std::tuple<Numbers...> numbers;
+  std::apply([&](auto&... n) { a.read(n...); }, numbers);
+  return a.complete() ? PyLong_FromLongLong(std::apply(function, numbers)) : nullptr;
 }
-
-PyObject* low_rank_pass(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  const Stream stream = stream_argument(a);
-  LowRankPass p;
-  p.dtype = dtype_argument(a);
-  p.rows = a.address();
-  p.row_stride = a.integer();
-  p.tokens = a.integer();
-  p.columns = a.integer();
-  p.rank = a.integer();
-  p.matrix = parameter_argument(a);
-  for (int64_t& stride : p.matrix_stride) stride = a.integer();
-  p.u = a.address();
-  p.scale = a.real();
-  p.product = a.address();
-  p.partials = a.address();
-  return compute(a, [&] { naslora::low_rank_pass(stream, p); });
-}
-
-PyObject* low_rank_expand(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  const Stream stream = stream_argument(a);
-  LowRankExpand p;
-  p.dtype = dtype_argument(a);
-  p.u = a.address();
-  p.tokens = a.integer();
-  p.columns = a.integer();
-  p.rank = a.integer();
-  p.matrix = parameter_argument(a);
-  for (int64_t& stride : p.matrix_stride) stride = a.integer();
-  p.bias = parameter_argument(a);
-  p.scale = a.real();
-  p.out = a.address();
-  return compute(a, [&] { naslora::low_rank_expand(stream, p); });
-}
-
-PyObject* reduce_gradients(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  const Stream stream = stream_argument(a);
-  Reduction p;
-  p.float64 = a.integer();
-  p.cell_groups = a.integer();
-  p.c = a.integer();
-  p.cell_partials = a.address();
-  p.alpha = parameter_argument(a);
-  for (Parameter& dw : p.dw) dw = parameter_argument(a);
-  p.pw = parameter_argument(a);
-  p.grad_alpha = parameter_argument(a);
-  for (Parameter& dw : p.grad_dw) dw = parameter_argument(a);
-  p.grad_pw = parameter_argument(a);
-  p.A = low_rank_argument(a);
-  p.B = low_rank_argument(a);
-  return compute(a, [&] { naslora::reduce_gradients(stream, p); });
-}
-
 PyObject* row_groups(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  const int64_t tokens = a.integer();
-  return a.complete() ? PyLong_FromLongLong(naslora::row_groups(tokens)) : nullptr;
+  return number(token_groups, values, count);
 }
-
 PyObject* cell_groups(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  const int64_t batch = a.integer(), height = a.integer(), width = a.integer(), c = a.integer();
-  if (!a.complete()) return nullptr;
-  return PyLong_FromLongLong(naslora::cell_groups(batch, height, width, c));
+  return number(naslora::cell_groups, values, count);
 }
-
 PyObject* cell_partial_size(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  const int64_t c = a.integer();
-  return a.complete() ? PyLong_FromLongLong(naslora::cell_partial_size(c)) : nullptr;
+  return number(naslora::cell_partial_size, values, count);
 }
 
-// build_info() -> (nvcc's version, architectures compiled), both as setup.py names them
+// build_info() -> (nvcc's version, the compiled architectures), both from setup.py
 PyObject* build_info(PyObject*, PyObject*) {
   return Py_BuildValue("(ss)", NASLORA_NVCC_VERSION, NASLORA_CUDA_ARCHITECTURES);
 }
 
 #if defined(NASLORA_EMULATION)
-// launches() -> (kernel, blocks in x, in y, threads, bytes of shared memory) of each since last time
+// launches() -> (kernel, blocks in x, in y, threads, bytes of shared memory) of every launch since
+// the last call
 PyObject* launches(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
   for (const emulation::Launch& l : emulation::launches) {
@@ -188,15 +100,15 @@ PyObject* launches(PyObject*, PyObject*) {
 #endif
 
 PyMethodDef methods[] = {
-    NASLORA_FAST(cell_forward),
-    NASLORA_FAST(cell_backward),
-    NASLORA_FAST(folded_cell_forward),
-    NASLORA_FAST(low_rank_pass),
-    NASLORA_FAST(low_rank_expand),
-    NASLORA_FAST(reduce_gradients),
-    NASLORA_FAST(row_groups),
-    NASLORA_FAST(cell_groups),
-    NASLORA_FAST(cell_partial_size),
+    NASLORA_METHOD(cell_forward),
+    NASLORA_METHOD(cell_backward),
+    NASLORA_METHOD(folded_cell_forward),
+    NASLORA_METHOD(low_rank_pass),
+    NASLORA_METHOD(low_rank_expand),
+    NASLORA_METHOD(reduce_gradients),
+    NASLORA_METHOD(row_groups),
+    NASLORA_METHOD(cell_groups),
+    NASLORA_METHOD(cell_partial_size),
 #if defined(NASLORA_EMULATION)
     {"launches", launches, METH_NOARGS, nullptr},
 #endif
@@ -204,17 +116,9 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT,
-                      "_CUDA",
-                      "NAS-LoRA's CUDA kernels",
-                      -1,
-                      methods,
-                      nullptr,
-                      nullptr,
-                      nullptr,
-                      nullptr};
-
 }  // namespace
 }  // namespace naslora
 
-PyMODINIT_FUNC PyInit__CUDA() { return PyModule_Create(&naslora::module); }
+PyMODINIT_FUNC PyInit__CUDA() {
+  return naslora::make_module("_CUDA", "NAS-LoRA's CUDA kernels", naslora::methods);
+}

@@ -1,45 +1,44 @@
-// The second stage of every reduction, in one launch: adds up what groups of rows or of tiles left,
-// in their order, and writes the parameters' gradients.
+// The second stage of every reduction, in one launch: adds the partial sums of all groups in order,
+// and writes the parameters' gradients.
 //
-// Each block has one task: the chain rule of alpha; that of one input channel's depthwise and
-// pointwise kernels; or 32 columns of grad_A or grad_B.
-#include "cell.cuh"
+// Each block does one of three things: the gradient of alpha; the gradients of dw and pw for one
+// input channel; or 32 features of grad_A or grad_B for one rank.
+#include "cell_weights.cuh"
 
 namespace naslora {
 namespace {
 
 constexpr int kReduceThreads = 256;
-constexpr int kColumnsPerBlock = 32;
+constexpr int kFeaturesPerBlock = 32;
 constexpr int kOutputsAtOnce = 16;
 constexpr int kMostSums = kOutputsAtOnce * kFoldedTaps;
 
 struct ReduceArguments : Reduction {
-  int alpha_blocks, weight_blocks, A_blocks;  // in this order; the blocks after them are grad_B's
+  int alpha_blocks, weight_blocks, A_blocks;  // in this order; grad_B has the blocks after them
 };
 
 template <typename A>
 struct ReduceShared {
   A* sums;    // [kMostSums]
   A* slices;  // [kReduceThreads]
-  SharedMixture<A> mixture;
-  A* dw;  // [tap of all four]
-  A* pw;  // [operation][output]
+  SharedTables<A> tables;
+  A* dw;  // [weight tap]
+  A* pw;  // [op][output]
 
-  NASLORA_HOST_DEVICE explicit ReduceShared(Carver& carver) {
-    sums = carver.take<A>(kMostSums);
-    slices = carver.take<A>(kReduceThreads);
-    mixture.take(carver);
-    dw = carver.take<A>(kAllWeightTaps);
-    pw = carver.take<A>(kConvolutions * kOutputsAtOnce);
-  }
+  NASLORA_HOST_DEVICE explicit ReduceShared(SharedArena& arena)
+      : sums(arena.take<A>(kMostSums)),
+        slices(arena.take<A>(kReduceThreads)),
+        tables(arena),
+        dw(arena.take<A>(kAllWeightTaps)),
+        pw(arena.take<A>(kConvolutions * kOutputsAtOnce)) {}
 
-  // sums[i] = sum over groups of partials[group, i], for `count` neighbouring numbers. Where these
-  // are few, threads share the groups in slices, which are then added in order.
+  // sums[i] = sum over groups of partials[group, i], for `count` neighbouring numbers. If these are
+  // few, threads divide the groups into slices, which are then added in order.
   __device__ void add_groups(const A* partials, int64_t groups, int64_t stride, int count) const {
     int width = kReduceThreads;
     while (width / 2 >= count && width > kWarp) width /= 2;
     const int count_of_slices = kReduceThreads / width, slice = threadIdx.x / width;
-    __syncthreads();  // others may still read the sums before these
+    __syncthreads();  // other threads may still read the previous sums
     for (int i = threadIdx.x % width; i < count; i += width) {
       A sum = 0;
 #pragma unroll 8
@@ -60,10 +59,10 @@ struct ReduceShared {
 template <typename A>
 __device__ void alpha_gradient(const ReduceArguments& p, const ReduceShared<A>& shared) {
   const int64_t pairs = channel_pairs(p.c, sizeof(A) == 8);
-  const int64_t stride = kernel_sums(p.c) + channel_pairs(p.c, true) * kMixtureSums;
+  const int64_t stride = partial_size(p.c);
   const A* partials = static_cast<const A*>(p.cell_partials) + kernel_sums(p.c);
   constexpr int kPairsAtOnce = kMostSums / kMixtureSums;
-  shared.mixture.stage(p.alpha);
+  shared.tables.load(p.alpha);
   A sum = 0;
   for (int64_t first = 0; first < pairs; first += kPairsAtOnce) {
     const int count = static_cast<int>(smaller(kPairsAtOnce, pairs - first));
@@ -76,23 +75,22 @@ __device__ void alpha_gradient(const ReduceArguments& p, const ReduceShared<A>& 
   __syncthreads();
   if (threadIdx.x != 0) return;
   A gradient[kOperations];
-  softmax_backward(shared.mixture.a, shared.sums, gradient);
+  softmax_backward(shared.tables.mixture, shared.sums, gradient);
 #pragma unroll
   for (int i = 0; i < kOperations; ++i) write(p.grad_alpha, i, gradient[i]);
 }
 
-// d dw_i[in, t] = a_i sum_out pw_i[out, in] dK[out, in, tap of t] and
-// d pw_i[out, in] = a_i sum_t dw_i[in, t] dK[out, in, tap of t], for one `in`.
+// grad_dw and grad_pw of one input channel: the chain rule of cell_math.h.
 template <typename A>
 __device__ void weight_gradients(const ReduceArguments& p, const ReduceShared<A>& shared,
                                  int64_t in) {
-  const int64_t stride = kernel_sums(p.c) + channel_pairs(p.c, true) * kMixtureSums;
+  const int64_t stride = partial_size(p.c);
   const A* partials = static_cast<const A*>(p.cell_partials) + in * p.c * kFoldedTaps;
-  const TapTable& taps = *shared.mixture.taps;
-  shared.mixture.stage(p.alpha);
+  const TapTable& taps = *shared.tables.taps;
+  shared.tables.load(p.alpha);
   for_block(kAllWeightTaps, [&](int t) {
-    const int op = operation_of(t);
-    shared.dw[t] = read<A>(of_operation(p.dw, op), in * weight_taps(op) + t - weight_start(op));
+    const int op = op_of(t);
+    shared.dw[t] = read<A>(of_op(p.dw, op), in * weight_taps(op) + t - weight_start(op));
   });
   A depthwise = 0;
   for (int64_t first = 0; first < p.c; first += kOutputsAtOnce) {
@@ -102,47 +100,46 @@ __device__ void weight_gradients(const ReduceArguments& p, const ReduceShared<A>
       const int op = i / count, out = i % count;
       const int64_t index = (op * p.c + first + out) * p.c + in;
       shared.pw[op * kOutputsAtOnce + out] = read<A>(p.pw, index);
-      A sum = 0;
-      for (int t = 0; t < weight_taps(op); ++t)
-        sum += shared.dw[weight_start(op) + t] *
-               shared.sums[out * kFoldedTaps + taps.of_weight[op][t]];
-      write(p.grad_pw, index, shared.mixture.a[op] * sum);
+      const A sum = sum_over_taps<A>(
+          op, taps, [&](int t) { return shared.dw[weight_start(op) + t]; },
+          [&](int tap) { return shared.sums[out * kFoldedTaps + tap]; });
+      write(p.grad_pw, index, shared.tables.mixture[op] * sum);
     });
     __syncthreads();
     if (threadIdx.x < kAllWeightTaps) {
-      const int t = threadIdx.x, op = operation_of(t);
+      const int t = threadIdx.x, op = op_of(t);
       const int tap = taps.of_weight[op][t - weight_start(op)];
-      for (int out = 0; out < count; ++out)
-        depthwise += shared.pw[op * kOutputsAtOnce + out] * shared.sums[out * kFoldedTaps + tap];
+      add_over_outputs(
+          count, [&](int out) { return shared.pw[op * kOutputsAtOnce + out]; },
+          [&](int out) { return shared.sums[out * kFoldedTaps + tap]; }, depthwise);
     }
   }
   if (threadIdx.x < kAllWeightTaps) {
-    const int t = threadIdx.x, op = operation_of(t);
-    write(of_operation(p.grad_dw, op), in * weight_taps(op) + t - weight_start(op),
-          shared.mixture.a[op] * depthwise);
+    const int t = threadIdx.x, op = op_of(t);
+    write(of_op(p.grad_dw, op), in * weight_taps(op) + t - weight_start(op),
+          shared.tables.mixture[op] * depthwise);
   }
 }
 
 template <typename A>
 __device__ void low_rank_gradient(const Reduction::LowRank& low_rank, int block, bool transposed,
                                   const ReduceShared<A>& shared) {
-  const int tiles = static_cast<int>(ceil_div(low_rank.columns, kColumnsPerBlock));
-  const int64_t k = block / tiles, first = block % tiles * kColumnsPerBlock;
-  const int count = static_cast<int>(smaller(kColumnsPerBlock, low_rank.columns - first));
-  shared.add_groups(static_cast<const A*>(low_rank.partials) + k * low_rank.columns + first,
-                    low_rank.groups, low_rank.rank * low_rank.columns, count);
+  const int tiles = static_cast<int>(ceil_div(low_rank.features, kFeaturesPerBlock));
+  const int64_t k = block / tiles, first = block % tiles * kFeaturesPerBlock;
+  const int count = static_cast<int>(smaller(kFeaturesPerBlock, low_rank.features - first));
+  shared.add_groups(static_cast<const A*>(low_rank.partials) + k * low_rank.features + first,
+                    low_rank.groups, low_rank.rank * low_rank.features, count);
   if (static_cast<int>(threadIdx.x) < count)
     write(low_rank.gradient,
           transposed ? (first + threadIdx.x) * low_rank.rank + k
-                     : k * low_rank.columns + first + threadIdx.x,
+                     : k * low_rank.features + first + threadIdx.x,
           shared.sums[threadIdx.x]);
 }
 
 template <typename A>
 __global__ void __launch_bounds__(kReduceThreads, 4)
     reduce_gradients_kernel(const ReduceArguments p) {
-  Carver carver(shared_memory());
-  const ReduceShared<A> shared(carver);
+  const auto shared = place_in_shared<ReduceShared<A>>();
   int block = blockIdx.x;
   if (block < p.alpha_blocks) return alpha_gradient(p, shared);
   block -= p.alpha_blocks;
@@ -156,7 +153,7 @@ __global__ void __launch_bounds__(kReduceThreads, 4)
 
 void reduce_gradients(const Stream& stream, const Reduction& reduction) {
   const auto low_rank_blocks = [](const Reduction::LowRank& p) {
-    return p.gradient.data ? p.rank * ceil_div(p.columns, kColumnsPerBlock) : 0;
+    return p.gradient.data ? p.rank * ceil_div(p.features, kFeaturesPerBlock) : 0;
   };
   ReduceArguments p{reduction, 0, 0, 0};
   p.alpha_blocks = p.grad_alpha.data ? 1 : 0;
@@ -165,10 +162,8 @@ void reduce_gradients(const Stream& stream, const Reduction& reduction) {
   const int64_t blocks = p.alpha_blocks + p.weight_blocks + p.A_blocks + low_rank_blocks(p.B);
   const auto run = [&](auto accumulator) {
     using A = decltype(accumulator);
-    Carver carver(nullptr);
-    ReduceShared<A>{carver};
-    launch("reduce_gradients", reduce_gradients_kernel<A>, blocks, 1, kReduceThreads, carver.size(),
-           stream, p);
+    launch("reduce_gradients", reduce_gradients_kernel<A>, blocks, 1, kReduceThreads,
+           measure<ReduceShared<A>, SharedArena>(), stream, p);
   };
   p.float64 ? run(double()) : run(float());
 }

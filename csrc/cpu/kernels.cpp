@@ -1,24 +1,14 @@
 // The CPU kernels for one instruction set. setup.py compiles this file once for each, with
-// NASLORA_ISA (its name) and NASLORA_VECTOR_BYTES (its vectors' size) defined.
+// NASLORA_ISA (its name) and NASLORA_VECTOR_BYTES (the size of its vectors) defined.
+#include "kernels.h"
 
-#include "cpu_kernels.h"
+#include "cell_backward.h"
+#include "cell_forward.h"
+#include "folded_cell.h"
+#include "low_rank.h"
 
-#include "cpu_cell.h"
-#include "cpu_folded_cell.h"
-#include "cpu_low_rank.h"
-
+namespace naslora {
 namespace {
-
-// Calls body(S{}) with the storage type of `dtype`.
-template <typename Body>
-void with_storage(naslora::Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case naslora::Dtype::float32: return body(float{});
-    case naslora::Dtype::float64: return body(double{});
-    case naslora::Dtype::bfloat16: return body(naslora::bfloat16{});
-    case naslora::Dtype::float16: return body(naslora::float16{});
-  }
-}
 
 void forward(const Cell& cell, void* y) {
   with_storage(cell.dtype, [&](auto s) { cell_forward<decltype(s)>(cell, y); });
@@ -29,13 +19,13 @@ void backward(const Cell& cell, const Map& grad_y, const CellGradients& gradient
 void folded(const FoldedCell& cell, void* y) {
   with_storage(cell.dtype, [&](auto s) { folded_cell<decltype(s)>(cell, y); });
 }
-void pass(const naslora::LowRankPass& p) {
+void pass(const LowRankPass& p) {
   with_storage(p.dtype, [&](auto s) { low_rank_pass<decltype(s)>(p); });
 }
-void expand(const naslora::LowRankExpand& p) {
+void expand(const LowRankExpand& p) {
   with_storage(p.dtype, [&](auto s) { low_rank_expand<decltype(s)>(p); });
 }
-void update(const naslora::FoldedUpdate& p) {
+void update(const FoldedUpdate& p) {
   with_storage(p.cell.dtype, [&](auto s) { folded_update<decltype(s)>(p); });
 }
 
@@ -46,8 +36,8 @@ void update(const naslora::FoldedUpdate& p) {
 #define NASLORA_QUOTE(text) #text
 #define NASLORA_NAME(isa) NASLORA_QUOTE(isa)
 
-namespace naslora {
 extern const Kernels NASLORA_KERNELS(NASLORA_ISA);
 const Kernels NASLORA_KERNELS(NASLORA_ISA) = {
     NASLORA_NAME(NASLORA_ISA), forward, backward, folded, pass, expand, update};
+
 }  // namespace naslora

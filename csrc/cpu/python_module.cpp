@@ -1,19 +1,18 @@
-// naslora_kernels._C: hands addresses and sizes from Python to the kernels.
+// naslora_kernels._C: passes addresses and sizes from Python to the CPU kernels.
 //
-// It knows no PyTorch: tensors come as addresses, and torch's thread pool as the address of a C
-// function. So it needs no torch when it is built, and no other build for another torch. It keeps
-// to Python's limited API, so one binary serves every Python from 3.10 on.
-
+// It does not use PyTorch's C++ API: tensors come as addresses, and torch's thread pool as the
+// address of a C function. So it builds without torch, and one binary serves every torch.
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "cpu_kernels.h"
-#include "python_arguments.h"
+#include "../shared/python_arguments.h"
+#include "kernels.h"
 
 namespace naslora {
 
-// setup.py defines NASLORA_FOR_EACH_ISA(X) as X(name) for every set compiled, the best last.
+// setup.py defines NASLORA_FOR_EACH_ISA(X) as X(name) for every compiled instruction set, best
+// last.
 #define NASLORA_DECLARE(isa) extern const Kernels kernels_##isa;
 NASLORA_FOR_EACH_ISA(NASLORA_DECLARE)
 #undef NASLORA_DECLARE
@@ -34,17 +33,18 @@ bool machine_has(const char* name) {
 const Kernels* const compiled[] = {NASLORA_FOR_EACH_ISA(NASLORA_ADDRESS)};
 #undef NASLORA_ADDRESS
 
-const Kernels* kernels = nullptr;  // those that this process uses
+const Kernels* kernels = nullptr;  // of the instruction set in use
 
-// torch_parallel_for of torch's stable C interface; null runs everything on the calling thread.
+// torch_parallel_for of torch's stable C interface. If null, the calling thread runs everything.
 using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, TaskRange body,
                                      void* context);
 TorchParallelFor torch_parallel_for = nullptr;
 
+// Memory that grows to the largest request.
 class Scratch {
  public:
   ~Scratch() { host_free(data_); }
-  void* of(size_t bytes) {
+  void* at_least(size_t bytes) {
     if (bytes > size_) {
       host_free(data_);
       data_ = nullptr;
@@ -66,7 +66,7 @@ void* host_allocate(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, bytes ? bytes : 1) != 0) throw std::bad_alloc();
 #if defined(NASLORA_POISON)
-  memset(memory, 0xff, bytes);  // NaN, so that tests see what is read before it is written
+  memset(memory, 0xff, bytes);  // NaN, so that tests detect reads of unwritten memory
 #endif
   return memory;
 }
@@ -75,7 +75,7 @@ void host_free(void* memory) { free(memory); }
 
 void* thread_scratch(size_t bytes) {
   thread_local Scratch scratch;
-  void* memory = scratch.of(bytes);
+  void* memory = scratch.at_least(bytes);
 #if defined(NASLORA_POISON)
   memset(memory, 0xff, bytes);
 #endif
@@ -90,130 +90,59 @@ void run_tasks(int64_t count, TaskRange body, void* context) {
 
 namespace {
 
-Map map_argument(Arguments& a) {
-  Map m;
-  m.data = a.address();
-  for (int64_t& stride : m.stride) stride = a.integer();
-  return m;
-}
-
-Cell cell_argument(Arguments& a) {
-  Cell cell;
-  cell.dtype = static_cast<Dtype>(a.integer());
-  cell.batch = a.integer();
-  cell.height = a.integer();
-  cell.width = a.integer();
-  cell.rank = a.integer();
-  cell.c = a.integer();
-  cell.channels = static_cast<const int64_t*>(a.address());
-  cell.alpha = a.address();
-  for (const void*& dw : cell.dw) dw = a.address();
-  cell.pw = a.address();
-  cell.z = map_argument(a);
-  return cell;
-}
-
-// ---- The functions ---------------------------------------------------------------------------
-
 PyObject* cell_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
-  const Cell cell = cell_argument(a);
-  void* y = a.address();
+  Cell cell;
+  void* y;
+  a.read(cell, y);
   return compute(a, [&] { kernels->cell_forward(cell, y); });
 }
 
 PyObject* cell_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
-  const Cell cell = cell_argument(a);
-  const Map grad_y = map_argument(a);
+  Cell cell;
+  Map grad_y;
   CellGradients gradients;
-  gradients.z = a.address();
-  gradients.alpha = a.address();
-  for (void*& dw : gradients.dw) dw = a.address();
-  gradients.pw = a.address();
+  a.read(cell, grad_y, gradients);
   return compute(a, [&] { kernels->cell_backward(cell, grad_y, gradients); });
-}
-
-FoldedCell folded_cell_argument(Arguments& a) {
-  FoldedCell cell = {};
-  cell.dtype = static_cast<Dtype>(a.integer());
-  cell.batch = a.integer();
-  cell.height = a.integer();
-  cell.width = a.integer();
-  cell.rank = cell.c = a.integer();
-  cell.kernel = a.address();
-  cell.kernel_size = a.integer();
-  cell.average = a.real();
-  cell.maximum = a.real();
-  return cell;
 }
 
 PyObject* folded_cell(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
-  FoldedCell cell = folded_cell_argument(a);
-  cell.z = map_argument(a);
-  void* y = a.address();
+  FoldedCell cell;
+  void* y;
+  a.read(cell, cell.z, y);
   return compute(a, [&] { kernels->folded_cell(cell, y); });
 }
 
+// A method whose arguments are the fields of one struct.
+template <typename Fields, void (*Kernels::*kernel)(const Fields&)>
+PyObject* call(PyObject* const* values, Py_ssize_t count) {
+  Arguments a(values, count);
+  Fields fields = {};
+  a.read(fields);
+  return compute(a, [&] { (kernels->*kernel)(fields); });
+}
 PyObject* folded_update(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  FoldedUpdate p;
-  p.cell = folded_cell_argument(a);
-  p.x = a.address();
-  p.x_stride = a.integer();
-  p.columns = a.integer();
-  p.encoder = a.address();
-  p.decoder = a.address();
-  p.bias = a.address();
-  p.out_columns = a.integer();
-  p.h = a.address();
-  return compute(a, [&] { kernels->folded_update(p); });
+  return call<FoldedUpdate, &Kernels::folded_update>(values, count);
 }
-
 PyObject* low_rank_pass(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  LowRankPass p;
-  p.dtype = static_cast<Dtype>(a.integer());
-  p.x = a.address();
-  p.x_stride = a.integer();
-  p.tokens = a.integer();
-  p.columns = a.integer();
-  p.rank = a.integer();
-  p.scale = a.real();
-  p.matrix = a.address();
-  p.product = a.address();
-  p.rows = a.address();
-  p.gradient = a.address();
-  p.gradient_stride_k = a.integer();
-  p.gradient_stride_j = a.integer();
-  return compute(a, [&] { kernels->low_rank_pass(p); });
+  return call<LowRankPass, &Kernels::low_rank_pass>(values, count);
 }
-
 PyObject* low_rank_expand(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  LowRankExpand p;
-  p.dtype = static_cast<Dtype>(a.integer());
-  p.rows = a.address();
-  p.matrix = a.address();
-  p.bias = a.address();
-  p.tokens = a.integer();
-  p.columns = a.integer();
-  p.rank = a.integer();
-  p.scale = a.real();
-  p.out = a.address();
-  return compute(a, [&] { kernels->low_rank_expand(p); });
+  return call<LowRankExpand, &Kernels::low_rank_expand>(values, count);
 }
 
 PyObject* set_parallel_for(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
-  void* function = a.address();
+  void* function;
+  a.read(function);
   if (!a.complete()) return nullptr;
   torch_parallel_for = reinterpret_cast<TorchParallelFor>(function);
   Py_RETURN_NONE;
 }
 
-// capabilities() -> the instruction sets in this binary that this machine has, the best last
+// capabilities() -> the compiled instruction sets that this machine has, best last
 PyObject* capabilities(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const Kernels* k : compiled) {
@@ -259,33 +188,23 @@ PyObject* build_info(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    NASLORA_FAST(cell_forward),
-    NASLORA_FAST(cell_backward),
-    NASLORA_FAST(folded_cell),
-    NASLORA_FAST(folded_update),
-    NASLORA_FAST(low_rank_pass),
-    NASLORA_FAST(low_rank_expand),
-    NASLORA_FAST(set_parallel_for),
+    NASLORA_METHOD(cell_forward),
+    NASLORA_METHOD(cell_backward),
+    NASLORA_METHOD(folded_cell),
+    NASLORA_METHOD(folded_update),
+    NASLORA_METHOD(low_rank_pass),
+    NASLORA_METHOD(low_rank_expand),
+    NASLORA_METHOD(set_parallel_for),
     {"capabilities", capabilities, METH_NOARGS, nullptr},
     {"use_capability", use_capability, METH_O, nullptr},
     {"build_info", build_info, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT,
-                      "_C",
-                      "NAS-LoRA's CPU kernels",
-                      -1,
-                      methods,
-                      nullptr,
-                      nullptr,
-                      nullptr,
-                      nullptr};
-
 }  // namespace
 }  // namespace naslora
 
 PyMODINIT_FUNC PyInit__C() {
   naslora::kernels = naslora::compiled[0];
-  return PyModule_Create(&naslora::module);
+  return naslora::make_module("_C", "NAS-LoRA's CPU kernels", naslora::methods);
 }
