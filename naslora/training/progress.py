@@ -28,7 +28,7 @@ class SearchProgress:
     def __init__(self) -> None:
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        self.step_started = 0.0
+        self.description, self.step_started = "", 0.0
 
     @contextmanager
     def shown(self, console: Console, steps: int) -> Iterator[None]:
@@ -46,17 +46,20 @@ class SearchProgress:
             yield
         self.bar = None
 
-    def start_pass(self) -> None:
-        """Starts the clock of a pass over a split."""
+    def start_pass(self, description: str) -> None:
+        """Starts the clock of a pass over a split, and names the pass."""
+        self.description = description
         self.step_started = time.perf_counter()
 
-    def advance(self, description: str, loss: float, images: int) -> None:
-        """Counts one step over ``images`` images."""
+    def advance(self, loss: float, images: int) -> None:
+        """Counts one step with its mean loss over ``images`` images."""
         now = time.perf_counter()
         rate = images / (now - self.step_started)
         self.step_started = now
         if self.bar is not None:
-            self.bar.update(self.task, advance=1, description=description, loss=loss, rate=rate)
+            self.bar.update(
+                self.task, advance=1, loss=loss, rate=rate, description=self.description
+            )
 
 
 def epoch_line(record: Epoch, epochs: int) -> str:

@@ -12,17 +12,13 @@ tensorboard/           the curves for TensorBoard
 
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-
-from naslora.data.masks import Sample
 from naslora.errors import UserError
 from naslora.files import read_json, write_json
 from naslora.methods import METHODS, load_adapter
 from naslora.results import BEST, CONFIG, RunResult
 from naslora.training.accelerator import make_accelerator
 from naslora.training.run_config import RunConfig, differing
-from naslora.training.run_data import check_with_progress, find_splits, make_dataset
+from naslora.training.run_data import prepare_data
 from naslora.training.run_model import build_adapted_model, count_parameters
 from naslora.training.run_results import final_result, write_results
 from naslora.training.search import Search
@@ -47,19 +43,9 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> RunResult:
     accelerator = make_accelerator(config.search)
     _check_start(config)
     check_output(config, output, resume)
-    splits = find_splits(config)
-    _check_together(accelerator, splits, config)
+    data = prepare_data(config, accelerator)
     model = build_adapted_model(config)
     counts = count_parameters(model)
-    data = {
-        name: make_dataset(
-            config,
-            split,
-            flip=config.search.flip and name in ("train", "arch"),
-            truth=config.resolution == "original" and name == "test",
-        )
-        for name, split in splits.items()
-    }
     seed = config.adapter.seed
     search = Search(model, data, config.search, seed, output, config.foreground_names, accelerator)
     if resume:
@@ -111,22 +97,3 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         advice = "" if resume else ", or add --resume to continue the run in it"
         what = "holds files, but no run" if resume else "exists and is not empty"
         raise UserError(f"{output} {what}; choose another --output{advice}")
-
-
-def _check_together(
-    accelerator: Accelerator, splits: dict[str, list[Sample]], config: RunConfig
-) -> None:
-    """The main process reads every sample for all. All processes wait here.
-
-    Raises:
-        UserError: in every process, if the main process found a problem.
-    """
-    problem = None
-    if accelerator.is_main_process:
-        try:
-            check_with_progress([sample for split in splits.values() for sample in split], config)
-        except UserError as error:
-            problem = str(error)
-    for found in gather_object([problem]):
-        if found is not None:
-            raise UserError(found)

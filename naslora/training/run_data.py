@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -19,6 +21,36 @@ from naslora.errors import UserError
 from naslora.training.run_config import RunConfig
 
 CALIBRATION_IMAGES = 16  # default number of training images for mode `calibrated`
+
+
+def prepare_data(config: RunConfig, accelerator: Accelerator) -> dict[str, SegmentationDataset]:
+    """Finds the images of a run, reads each once, and makes the data set of each split.
+
+    The main process reads for all. All processes wait here; if it finds a problem, all of them
+    raise.
+
+    Raises:
+        UserError: as ``find_splits`` and ``check_with_progress``.
+    """
+    splits = find_splits(config)
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            check_with_progress([sample for split in splits.values() for sample in split], config)
+        except UserError as error:
+            problem = str(error)
+    for found in gather_object([problem]):
+        if found is not None:
+            raise UserError(found)
+    return {
+        name: make_dataset(
+            config,
+            samples,
+            flip=config.search.flip and name in ("train", "arch"),
+            truth=config.resolution == "original" and name == "test",
+        )
+        for name, samples in splits.items()
+    }
 
 
 def find_splits(config: RunConfig) -> dict[str, list[Sample]]:

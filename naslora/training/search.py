@@ -14,12 +14,12 @@ preset `paper` see one forward pass, and so do the noise and the auxiliary loss 
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
@@ -46,14 +46,7 @@ from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.evaluation import evaluate, make_loader
 from naslora.training.progress import SearchProgress, epoch_line, log_epoch
 from naslora.training.search_config import SearchConfig
-from naslora.training.step import (
-    Group,
-    accumulate_gradients,
-    apply_gradients,
-    average_batch_norms,
-    require_gradients,
-    sum_over_processes,
-)
+from naslora.training.step import Group, LossNotFiniteError, train_pass
 from naslora_kernels import OPERATIONS
 
 # Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps;
@@ -79,6 +72,8 @@ class Search:
         epoch: the current epoch, counted from 0.
         history: the finished epochs.
         operations: the mixtures before training and after every epoch.
+        layers: the adapted layers with their names.
+        alphas: the architecture parameters; empty for a method without them.
         best_quality: the greatest ``Epoch.quality`` so far.
         weights: the weights and their optimizer.
         architecture: alpha and its optimizer; None for a method without alpha.
@@ -104,10 +99,11 @@ class Search:
         self.epoch = 0
         self.history: list[Epoch] = []
         self.best_quality: tuple[float, ...] = (-math.inf,)
+        self.layers = list(adapter_layers(model))
+        self.alphas = arch_parameters(model)
         self.operations = [self._mixture(epoch=-1)]
-        self.has_alpha = bool(arch_parameters(model))
         self.weights = self._weight_group()
-        self.architecture = self._architecture_group() if self.has_alpha else None
+        self.architecture = self._architecture_group() if self.alphas else None
         self.progress = SearchProgress()
         if config.anneal_epochs and not set_spatial(model, 1.0):
             raise UserError("anneal_epochs anneals the cells of preset 'linear'; there are none")
@@ -115,7 +111,7 @@ class Search:
     # ---- Optimizers ------------------------------------------------------------------------------
 
     def _weight_group(self) -> Group:
-        config, alphas = self.config, {id(alpha) for alpha in arch_parameters(self.model)}
+        config, alphas = self.config, {id(alpha) for alpha in self.alphas}
         weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in alphas]
         optimizer = OPTIMIZERS[config.optimizer](
             weights, lr=config.learning_rate, weight_decay=config.weight_decay
@@ -123,19 +119,23 @@ class Search:
         return Group(weights, optimizer, config.clip_norm)
 
     def _architecture_group(self) -> Group:
-        alphas = arch_parameters(self.model)
         optimizer = torch.optim.Adam(
-            alphas,
+            self.alphas,
             lr=self._alpha_learning_rate(),
             weight_decay=self.config.alpha_weight_decay,
             betas=(0.5, 0.999),
         )
-        return Group(alphas, optimizer, clip_norm=0.0)
+        return Group(self.alphas, optimizer, clip_norm=0.0)
 
     @property
     def groups(self) -> list[Group]:
         """All groups that train."""
         return [self.weights] if self.architecture is None else [self.weights, self.architecture]
+
+    def _set_learning_rate(self, groups: list[Group], part: float) -> None:
+        """Sets the weights' rate after ``part`` of the current epoch, if the weights train."""
+        if any(group is self.weights for group in groups):
+            self.weights.optimizer.param_groups[0]["lr"] = self._learning_rate(part)
 
     def _learning_rate(self, part: float) -> float:
         """The weights' rate after ``part`` of the current epoch."""
@@ -159,7 +159,7 @@ class Search:
     def _searches(self, epoch: int) -> bool:
         """Whether an epoch updates alpha."""
         started = self.config.simultaneous or epoch >= self.config.search_start
-        return self.has_alpha and started
+        return bool(self.alphas) and started
 
     def _alpha_steps(self, epoch: int) -> int:
         """How many steps of an epoch update alpha."""
@@ -197,7 +197,7 @@ class Search:
                     epoch_line(record, self.config.epochs), highlight=False, soft_wrap=True
                 )
                 if writer is not None:
-                    log_epoch(writer, record, self.operations[-1] if self.has_alpha else None)
+                    log_epoch(writer, record, self.operations[-1] if self.alphas else None)
         set_spatial(self.model, 1.0)  # the saved adapters are annealed already
         if writer is not None:
             writer.close()
@@ -244,37 +244,25 @@ class Search:
 
     def _optimise(self, groups: list[Group], split: str) -> float:
         """Takes one epoch of steps over a split; returns the mean loss of its images."""
-        require_gradients(groups, among=self.groups)
-        self.model.train()
         self._seed_noise()
         batches = self._batches(split)
         loader = make_loader(self.data[split], batches, self.config.workers, self.accelerator)
-        total = 0.0
-        self.progress.start_pass()
-        for step, batch in enumerate(loader):
-            if any(group is self.weights for group in groups):
-                rate = self._learning_rate(step / len(batches))
-                self.weights.optimizer.param_groups[0]["lr"] = rate
-            size = batches.global_size(step)
-            loss = self._take_step(groups, batch, size)
-            total += loss * size
-            self.progress.advance(f"epoch {self.epoch + 1}/{self.config.epochs}", loss, size)
-        average_batch_norms(self.model, self.accelerator)
-        require_gradients(self.groups, among=self.groups)
-        return total / len(self.data[split])
-
-    def _take_step(self, groups: list[Group], batch: dict[str, Any] | None, size: int) -> float:
-        """Takes one step of the groups' optimizers on a batch of ``size`` images; its mean loss."""
-        config = self.config
-        own = accumulate_gradients(
-            self.model, batch, size, config.loss, config.accumulation, self.accelerator
-        )
-        loss = sum_over_processes(groups, own, self.accelerator)
-        if not math.isfinite(loss):
-            names = gather_object(list(batch["name"]) if batch else [])
-            self._stop(loss, ", ".join(names))
-        apply_gradients(groups, self.accelerator.scaler)
-        return loss
+        self.progress.start_pass(f"epoch {self.epoch + 1}/{self.config.epochs}")
+        try:
+            return train_pass(
+                self.model,
+                groups,
+                [g for g in self.groups if all(g is not group for group in groups)],
+                batches,
+                loader,
+                self.config.loss,
+                self.config.accumulation,
+                self.accelerator,
+                before_step=partial(self._set_learning_rate, groups),
+                after_step=self.progress.advance,
+            )
+        except LossNotFiniteError as error:
+            self._stop(error.loss, error.images)
 
     def _stop(self, loss: float | None, images: str) -> NoReturn:
         raise UserError(
@@ -308,7 +296,7 @@ class Search:
         return batches
 
     def _draw_channels(self) -> None:
-        for i, (_, layer) in enumerate(adapter_layers(self.model)):
+        for i, (_, layer) in enumerate(self.layers):
             if layer.config.channel_selection == "resample":
                 seed = (self.seed * 10_007 + self.epoch) * 10_007 + i
                 layer.draw_channels(torch.Generator().manual_seed(seed))
@@ -321,18 +309,18 @@ class Search:
     # ---- The state of the search -----------------------------------------------------------------
 
     def _mixture(self, epoch: int) -> Mixture:
-        softmax = [alpha.detach().softmax(0).tolist() for alpha in arch_parameters(self.model)]
+        softmax = [alpha.detach().softmax(0).tolist() for alpha in self.alphas]
         return Mixture(epoch, softmax)
 
     def _entropy(self) -> float | None:
-        entropies = [mixture_entropy(alpha) for alpha in arch_parameters(self.model)]
+        entropies = [mixture_entropy(alpha) for alpha in self.alphas]
         return sum(entropies) / len(entropies) if entropies else None
 
     def operation_history(self) -> OperationHistory | None:
         """softmax(alpha) of every layer after every epoch; None for a method without alpha."""
-        if not self.has_alpha:
+        if not self.alphas:
             return None
-        layers = [name for name, layer in adapter_layers(self.model) if layer.alpha is not None]
+        layers = [name for name, layer in self.layers if layer.alpha is not None]
         return OperationHistory(list(OPERATIONS), layers, self.operations)
 
     # ---- Checkpoints -----------------------------------------------------------------------------

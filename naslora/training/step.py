@@ -1,16 +1,20 @@
-"""One optimizer step over all processes: the loss, its gradients, and their application.
+"""A pass of optimizer steps over a split, by all processes together.
 
 Gradients are sums over the images of the global batch, divided by its size. So a step does not
 depend on how many processes or forward passes share the batch.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from naslora.data.sampling import GlobalBatches
 from naslora.methods import auxiliary_loss
 from naslora.sam.segmentation import SegmentationOutput
 
@@ -26,18 +30,84 @@ class Group(NamedTuple):
     """Largest norm of the group's gradients; 0 does not clip."""
 
 
-def require_gradients(groups: Sequence[Group], among: Sequence[Group]) -> None:
-    """Lets the parameters of ``groups`` require gradients, and no others of ``among``.
+def train_pass(
+    model: nn.Module,
+    groups: Sequence[Group],
+    frozen: Sequence[Group],
+    batches: GlobalBatches,
+    loader: Iterable[dict[str, Any] | None],
+    loss: Loss,
+    passes: int,
+    accelerator: Accelerator,
+    before_step: Callable[[float], None],
+    after_step: Callable[[float, int], None],
+) -> float:
+    """Takes a step of the groups' optimizers on every batch.
 
-    An architecture step then computes no gradient for the weights, and a weight step none for
-    alpha.
+    Args:
+        model: images to a ``SegmentationOutput``; is put into training mode.
+        groups: what trains.
+        frozen: what requires no gradient meanwhile, so that none is computed. An architecture step
+            freezes the weights, and a weight step alpha.
+        batches: the sizes of the global batches.
+        loader: this process's share of each batch; None for no share.
+        loss: the mean loss of a forward pass; the method's auxiliary loss is added to it.
+        passes: forward passes over which a process spreads its share.
+        accelerator: the processes, device, precision and loss scaling.
+        before_step: called with the part of the pass that is done, in [0, 1).
+        after_step: called with a batch's mean loss and its number of images.
+
+    Returns:
+        The mean loss over the images.
+
+    Raises:
+        LossNotFiniteError: in every process; no step is taken on that batch.
     """
-    for group in among:
-        for parameter in group.parameters:
-            parameter.requires_grad_(any(group is chosen for chosen in groups))
+    model.train()
+    total = 0.0
+    with _without_gradients(frozen):
+        for step, batch in enumerate(loader):
+            before_step(step / len(batches))
+            size = batches.global_size(step)
+            own = _accumulate_gradients(model, batch, size, loss, passes, accelerator)
+            mean = _sum_over_processes(groups, own, accelerator)
+            if not math.isfinite(mean):
+                names = gather_object(list(batch["name"]) if batch else [])
+                raise LossNotFiniteError(mean, ", ".join(names))
+            _apply_gradients(groups, accelerator.scaler)
+            total += mean * size
+            after_step(mean, size)
+    _average_batch_norms(model, accelerator)
+    return total / batches.count
 
 
-def accumulate_gradients(
+class LossNotFiniteError(Exception):
+    """The loss of a batch is infinite or NaN.
+
+    Attributes:
+        loss: the loss.
+        images: the names of the batch's images.
+    """
+
+    def __init__(self, loss: float, images: str) -> None:
+        super().__init__(f"the loss is {loss} on {images}")
+        self.loss, self.images = loss, images
+
+
+@contextmanager
+def _without_gradients(groups: Sequence[Group]) -> Iterator[None]:
+    """Lets the groups' parameters require no gradients while the body runs."""
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _accumulate_gradients(
     model: nn.Module,
     batch: dict[str, Any] | None,
     size: int,
@@ -75,7 +145,7 @@ def accumulate_gradients(
     return total
 
 
-def sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accelerator) -> float:
+def _sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accelerator) -> float:
     """Sums the groups' gradients, in place, and the loss over the processes, in one message."""
     if accelerator.num_processes > 1:
         parameters = [p for group in groups for p in group.parameters]
@@ -88,7 +158,7 @@ def sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accel
     return float(loss)
 
 
-def apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None) -> None:
+def _apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None) -> None:
     """Clips the gradients, takes one step of each group's optimizer, and clears the gradients.
 
     Accelerate's own optimizers are not used: with fp16 they would end the loss scaling at the
@@ -108,7 +178,7 @@ def apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None
         scaler.update()
 
 
-def average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
+def _average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
     """Gives every process the same batch-norm statistics: the mean of what each has counted."""
     if accelerator.num_processes > 1:
         for module in model.modules():
