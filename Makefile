@@ -1,4 +1,4 @@
-# The few commands that need more than one line. Everything else: CONTRIBUTING.md.
+# Commands that need more than one line. CONTRIBUTING.md lists the others.
 
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
