@@ -13,7 +13,7 @@ from bench import cases
 from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.launches import Launches, Primitives
 from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE
-from naslora_kernels.ops import CellNeed, LayerNeed
+from naslora_kernels.ops import CellNeed, LayerNeed, SavedLayer
 
 
 class Operands:
@@ -48,9 +48,8 @@ def layer_forward(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
 def layer_backward(primitives: Primitives, of: Operands, needed: str) -> tuple[Tensor, ...]:
     """The gradients ``needed``, of x, A, B, alpha and the weights of the operations."""
     need = LayerNeed(*(name in needed.split() for name in ("x", "A", "B", "alpha", "weights")))
-    return Launches(primitives).nas_lora_linear_backward(
-        of.grad_h, of.x, of.z, of.linear, of.cell, cases.SCALING, need
-    )
+    saved = SavedLayer(of.x, of.z, of.linear, of.cell, cases.SCALING)
+    return Launches(primitives).nas_lora_linear_backward(of.grad_h, saved, need)
 
 
 def cell_forward(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:

@@ -33,6 +33,7 @@ from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.ops import (
     CellNeed,
     LayerNeed,
+    SavedLayer,
     cell_gradients,
     define_operators,
     flat_kernels,
@@ -142,8 +143,9 @@ class GPUPrimitives(Primitives):
         return gradient.new_empty(shape, dtype=ACCUMULATORS[gradient.dtype])
 
     def cell_partials(self, z: Tensor, cell: Cell, gradients: Sequence[Maybe]) -> CellPartials:
+        batch, height, width, _ = z.shape
         c = cell.pw.shape[-1]
-        shape = (self.cell_groups(*z.shape[:-1], c), self.cell_partial_size(c))
+        shape = (self.cell_groups(batch, height, width, c), self.cell_partial_size(c))
         return z.new_empty(shape, dtype=ACCUMULATORS[z.dtype])
 
 
@@ -187,20 +189,14 @@ class Launches:
         return self._decode(x, x_rows, linear, y, scaling), z
 
     def nas_lora_linear_backward(
-        self,
-        grad_h: Tensor,
-        x: Tensor | None,
-        z: Tensor,
-        linear: LoRALinear,
-        cell: Cell,
-        scaling: float,
-        need: LayerNeed,
+        self, grad_h: Tensor, saved: SavedLayer, need: LayerNeed
     ) -> tuple[Tensor, ...]:
         """Six launches and the frozen product."""
         primitives = self._primitives
+        x, z, linear, cell, scaling = saved
         grad_rows = rows(grad_h)  # (T, C_out)
         tokens = grad_rows.shape[0]
-        grad_x, grad_A, grad_B = layer_gradients(z, linear, need)
+        grad_x, grad_A, grad_B = layer_gradients(saved, need)
         gradients = cell_gradients(cell, need)
         if not tokens:
             return grad_x, grad_A.zero_(), grad_B.zero_(), *_zeros(gradients)

@@ -79,6 +79,19 @@ class LayerNeed(NamedTuple):
     weights: bool
 
 
+class SavedLayer(NamedTuple):
+    """What the forward of a layer keeps for its backward."""
+
+    x: Tensor | None
+    """(B, H, W, C_in); None if the gradient of ``lora_A`` is not needed."""
+    z: Tensor
+    """(B, H, W, r)."""
+    linear: LoRALinear
+    """Without its bias."""
+    cell: Cell
+    scaling: float
+
+
 class Kernels(Protocol):
     """What a backend computes, one method per operator. Arguments are checked."""
 
@@ -96,19 +109,9 @@ class Kernels(Protocol):
         """Returns h (B, H, W, C_out) and z = W_e x (B, H, W, r)."""
 
     def nas_lora_linear_backward(
-        self,
-        grad_h: Tensor,
-        x: Tensor | None,
-        z: Tensor,
-        linear: LoRALinear,
-        cell: Cell,
-        scaling: float,
-        need: LayerNeed,
+        self, grad_h: Tensor, saved: SavedLayer, need: LayerNeed
     ) -> tuple[Tensor, ...]:
-        """Returns the gradients of x, lora_A, lora_B and of the cell's six parameters.
-
-        ``x`` may be None if ``need.lora_A`` is false. ``linear.bias`` is None.
-        """
+        """Returns the gradients of x, lora_A, lora_B and of the cell's six parameters."""
 
     def folded_cell(self, z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
         """Returns y (B, H, W, c)."""
@@ -135,8 +138,8 @@ def flat_kernels(kernels: Kernels) -> dict[str, Callable[..., Any]]:
         grad_h: Tensor, x: Tensor | None, z: Tensor, weight: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
         linear, cell = LoRALinear(weight, None, *rest[:2]), Cell(*rest[2:6])
-        need = LayerNeed(*rest[7:])
-        return kernels.nas_lora_linear_backward(grad_h, x, z, linear, cell, rest[6], need)
+        saved = SavedLayer(x, z, linear, cell, rest[6])
+        return kernels.nas_lora_linear_backward(grad_h, saved, LayerNeed(*rest[7:]))
 
     def folded_linear(x: Tensor, *rest: Any) -> Tensor:
         return kernels.folded_linear(x, LoRALinear(*rest[:4]), *rest[4:])
@@ -170,16 +173,9 @@ class _Shapes:
         return x.new_empty((*grid, c_out)), x.new_empty((*grid, rank))
 
     def nas_lora_linear_backward(
-        self,
-        grad_h: Tensor,
-        x: Tensor | None,
-        z: Tensor,
-        linear: LoRALinear,
-        cell: Cell,
-        scaling: float,
-        need: LayerNeed,
+        self, grad_h: Tensor, saved: SavedLayer, need: LayerNeed
     ) -> tuple[Tensor, ...]:
-        return (*layer_gradients(z, linear, need), *cell_gradients(cell, need))
+        return (*layer_gradients(saved, need), *cell_gradients(saved.cell, need))
 
     def folded_cell(self, z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
         return torch.empty_like(z, memory_format=torch.contiguous_format)
@@ -196,8 +192,9 @@ def cell_gradients(cell: Cell, need: CellNeed | LayerNeed) -> list[Tensor]:
     return [gradient_like(cell.alpha, need.alpha), *weights]
 
 
-def layer_gradients(z: Tensor, linear: LoRALinear, need: LayerNeed) -> tuple[Tensor, ...]:
+def layer_gradients(saved: SavedLayer, need: LayerNeed) -> tuple[Tensor, ...]:
     """Returns uninitialised gradients of x, lora_A and lora_B, of size 0 where not needed."""
+    z, linear = saved.z, saved.linear
     return (
         z.new_empty((*z.shape[:-1], linear.weight.shape[1]) if need.x else (0,)),
         gradient_like(linear.lora_A, need.lora_A),
@@ -280,7 +277,8 @@ class NASLoRALinear(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, lora_A, lora_B, *cell = ctx.saved_tensors
         need_x, need_weight, need_bias, *needed = ctx.needs_input_grad[2:13]
-        need = LayerNeed(need_x, *needed[:3], any(needed[3:]))
+        need_A, need_B, need_alpha, *need_weights = needed
+        need = LayerNeed(need_x, need_A, need_B, need_alpha, any(need_weights))
         cell = Cell.unflatten(cell)
         grad_x, *gradients = OPERATORS[ctx.backend].nas_lora_linear_backward(
             grad_h, x, z, weight, lora_A, lora_B, *cell, ctx.scaling, *need

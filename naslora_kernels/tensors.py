@@ -24,6 +24,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def last_size(*tensors: Tensor | None) -> int:
+    """Returns the size of the last dimension of the first tensor that is not None."""
+    return next(tensor for tensor in tensors if tensor is not None).shape[-1]
+
+
 def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
     """Returns an uninitialised contiguous gradient of ``tensor``, of size 0 if not needed."""
     if not needed:

@@ -10,7 +10,7 @@ from kernel_cases import CELL, cell_case, layer_case
 from naslora_kernels import reference
 from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.launches import GPUPrimitives, Launches, register
-from naslora_kernels.ops import LayerNeed
+from naslora_kernels.ops import LayerNeed, SavedLayer
 
 ADAPTER = ("lora_A", "lora_B", *CELL)
 GROUPS = 2
@@ -106,9 +106,8 @@ def layer_results(case, needed):
     h, z = launches.nas_lora_linear(x, linear, cell, scaling)
     forward, primitives.calls = primitives.calls, []
     need = LayerNeed(*(name in needed for name in ("x", "lora_A", "lora_B", "alpha", "pw")))
-    gradients = launches.nas_lora_linear_backward(
-        case.gradient, x, z, linear._replace(bias=None), cell, scaling, need
-    )
+    saved = SavedLayer(x, z, linear._replace(bias=None), cell, scaling)
+    gradients = launches.nas_lora_linear_backward(case.gradient, saved, need)
     results = {"result": h, **dict(zip(("x", *ADAPTER), gradients, strict=True))}
     return {n: results[n] for n in ("result", *needed)}, forward, primitives.calls
 

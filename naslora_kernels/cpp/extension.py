@@ -12,7 +12,7 @@ import os
 import torch
 
 try:
-    from naslora_kernels import _C
+    from naslora_kernels import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C = None
     _import_error = error
@@ -65,7 +65,7 @@ def _torch_parallel_for() -> int:
         function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
     except (AttributeError, OSError):
         return 0
-    return ctypes.cast(function, ctypes.c_void_p).value
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 if _C is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.cpp.extension import _C
 from naslora_kernels.launches import CellPartials, CellSums, Launches, MatrixSums, Maybe, Primitives
-from naslora_kernels.tensors import ACCUMULATORS, DTYPE_CODES, address, rows
+from naslora_kernels.tensors import ACCUMULATORS, DTYPE_CODES, address, last_size, rows
 
 
 class CPULaunches(Launches):
@@ -37,7 +37,7 @@ class CPULaunches(Launches):
         matrices = (encoder.data_ptr(), decoder.data_ptr(), address(start))
         # As in Launches._decode, h starts as the bias and the adapter's part.
         _C.folded_update(*cell, *inputs, *matrices, c_out, h.data_ptr())
-        h.view(-1, c_out).addmm_(x_rows, weight.t())
+        h.view(x_rows.shape[0], c_out).addmm_(x_rows, weight.t())
         return h
 
 
@@ -55,10 +55,8 @@ class CPUPrimitives(Primitives):
     def low_rank_pass(
         self, rows: Tensor, matrix: Maybe, u: Maybe, scale: float, product: Maybe, partials: Maybe
     ) -> None:
-        tokens, columns = rows.shape
         matrix = None if matrix is None else _plain(matrix, ACCUMULATORS[rows.dtype])
-        rank = partials.shape[0] if matrix is None else matrix.shape[0]
-        maps = (rows.data_ptr(), rows.stride(0), tokens, columns, rank)
+        maps = (rows.data_ptr(), rows.stride(0), *rows.shape, last_size(u, product))
         products = (address(matrix), address(product), address(u))
         sums = (0, 0, 0) if partials is None else (partials.data_ptr(), *partials.stride())
         _C.low_rank_pass(DTYPE_CODES[rows.dtype], *maps, scale, *products, *sums)

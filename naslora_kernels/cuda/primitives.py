@@ -11,7 +11,7 @@ from torch import Tensor
 from naslora_kernels.cell import Cell
 from naslora_kernels.cuda.extension import _CUDA, EMULATION
 from naslora_kernels.launches import CellPartials, CellSums, GPUPrimitives, MatrixSums, Maybe
-from naslora_kernels.tensors import DTYPE_CODES, address
+from naslora_kernels.tensors import DTYPE_CODES, address, last_size
 
 
 class CUDAPrimitives(GPUPrimitives):
@@ -20,8 +20,8 @@ class CUDAPrimitives(GPUPrimitives):
     def low_rank_pass(
         self, rows: Tensor, matrix: Maybe, u: Maybe, scale: float, product: Maybe, partials: Maybe
     ) -> None:
-        rank = partials.shape[1] if product is None else product.shape[-1]
-        maps = (DTYPE_CODES[rows.dtype], rows.data_ptr(), rows.stride(0), *rows.shape, rank)
+        shape = (rows.stride(0), *rows.shape, last_size(u, product))
+        maps = (DTYPE_CODES[rows.dtype], rows.data_ptr(), *shape)
         strides = (0, 0) if matrix is None else matrix.stride()
         sums = (address(u), scale, address(product), address(partials))
         _CUDA.low_rank_pass(*_stream(rows), *maps, *_parameter(matrix), *strides, *sums)

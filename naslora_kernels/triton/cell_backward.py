@@ -69,24 +69,20 @@ def cell_backward_kernel(
     strides = (stride_b, tl.cast(stride_h, tl.int64), tl.cast(stride_w, tl.int64), stride_c)
     grad_row, grad_column = tl.cast(grad_stride_h, tl.int64), tl.cast(grad_stride_w, tl.int64)
     grad_strides = (grad_stride_b, grad_row, grad_column, grad_stride_c)
+    maps = (grad_y_ptr, grad_strides, z_ptr, strides, shape)
     depthwise = (dw_sep3_ptr, dw_sep5_ptr, dw_dil3_ptr, dw_dil5_ptr)
     program = tl.program_id(0)
     if program < map_programs:
         if grad_z_ptr is not None:
             start = program.to(tl.int64) * PIXELS
+            weights = (alpha_ptr, depthwise, pw_ptr)
             map_gradient(
-                grad_y_ptr,
-                z_ptr,
-                alpha_ptr,
-                depthwise,
-                pw_ptr,
+                maps,
                 channels_ptr,
-                grad_z_ptr,
                 start,
-                shape,
+                weights,
+                grad_z_ptr,
                 rank,
-                grad_strides,
-                strides,
                 CHANNELS,
                 LANES,
                 RANK_LANES,
@@ -98,60 +94,43 @@ def cell_backward_kernel(
         part = (program - map_programs) % PARTS
         first = group * (STEPS * PIXELS)
         sums = partials_ptr + group * SIZE
-        grad_y, z = (grad_y_ptr, grad_strides), (z_ptr, strides)
         for pair in tl.static_range(2):
             pw = 2 * pair * CHANNELS * CHANNELS
             if part // BLOCKS == pair:
                 block = part % BLOCKS
                 pointwise_sums(
-                    grad_y,
-                    z,
+                    maps,
+                    channels_ptr,
+                    first,
                     depthwise[2 * pair],
                     depthwise[2 * pair + 1],
                     pw_ptr + pw,
-                    channels_ptr,
                     sums + PW + pw,
                     sums + A_CONVOLUTIONS + 4 * block + 2 * pair,
                     block * BLOCK,
-                    first,
-                    shape,
                     pair + 1,
                     CHANNELS,
                     LANES,
                     PIXELS,
                     BLOCK,
                     STEPS,
-                    DTYPE,
                 )
             if part == 2 * BLOCKS + pair:
+                sums_3x3 = sums + (DW_DIL3 if pair else DW_SEP3)
+                sums_5x5 = sums + (DW_DIL5 if pair else DW_SEP5)
                 depthwise_sums(
-                    grad_y,
-                    z,
-                    pw_ptr + pw,
+                    maps,
                     channels_ptr,
-                    sums + (DW_DIL3 if pair else DW_SEP3),
-                    sums + (DW_DIL5 if pair else DW_SEP5),
                     first,
-                    shape,
+                    pw_ptr + pw,
+                    sums_3x3,
+                    sums_5x5,
                     pair + 1,
                     CHANNELS,
                     LANES,
                     PIXELS,
                     BLOCK,
                     STEPS,
-                    DTYPE,
                 )
         if part == PARTS - 1:
-            pooling_sums(
-                grad_y,
-                z,
-                channels_ptr,
-                sums + A_OTHERS,
-                first,
-                shape,
-                CHANNELS,
-                LANES,
-                PIXELS,
-                STEPS,
-                DTYPE,
-            )
+            pooling_sums(maps, channels_ptr, first, sums + A_OTHERS, CHANNELS, LANES, PIXELS, STEPS)

@@ -20,25 +20,25 @@ from naslora_kernels.triton.pixels import (
 
 @triton.jit
 def map_gradient(
-    grad_y_ptr,
-    z_ptr,
-    alpha_ptr,
-    depthwise,
-    pw_ptr,
+    maps,
     channels_ptr,
-    grad_z_ptr,
     start,
-    shape,
+    weights,
+    grad_z_ptr,
     rank,
-    grad_strides,
-    strides,
     CHANNELS: tl.constexpr,
     LANES: tl.constexpr,
     RANK_LANES: tl.constexpr,
     PIXELS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Writes dL/dz of PIXELS pixels from ``start`` on. ``depthwise`` are the four pointers."""
+    """Writes dL/dz of PIXELS pixels from ``start`` on.
+
+    ``maps`` are those of ``parameter_sums.py``; ``weights`` are the pointers of alpha, of the four
+    depthwise kernels, and of pw.
+    """
+    grad_y_ptr, grad_strides, z_ptr, strides, shape = maps
+    alpha_ptr, depthwise, pw_ptr = weights
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
     if channels_ptr is None:  # not channel_numbers, for the reason in cell_forward_kernel
@@ -53,9 +53,8 @@ def map_gradient(
     a = softmax(alpha_ptr, DTYPE)
 
     beaten = _beaten(z, y, x, mask, shape, strides, DTYPE)
-    pooled = _pooling_gradient(grad_y, y, x, mask, shape, grad_strides, beaten, a, DTYPE)
     grad_z = a[6] * tl.load(grad_y, mask=mask, other=0.0).to(DTYPE)
-    grad_z += pooled
+    grad_z += _pooling_gradient(grad_y, y, x, mask, shape, grad_strides, beaten, a, DTYPE)
 
     # The folded convolution: for each output channel a kernel from there to here.
     row, column = tap_positions()
@@ -68,8 +67,7 @@ def map_gradient(
             pw_3x3 = tl.load(pw, mask=in_lanes, other=0.0).to(DTYPE)
             pw_5x5 = tl.load(pw + CHANNELS * CHANNELS, mask=in_lanes, other=0.0).to(DTYPE)
             kernel = (a[2 * pair] * pw_3x3) * dw_3x3 + (a[2 * pair + 1] * pw_5x5) * dw_5x5
-            output = tl.full((1, 1, LANES), o, tl.int32)
-            channel = channel_numbers(channels_ptr, output, CHANNELS)
+            channel = channel_numbers(channels_ptr, tl.full((1, 1, LANES), o, tl.int32), CHANNELS)
             at = grad_pixels + channel * grad_strides[3]
             grads, _ = load_taps(at, y, x, mask, shape, grad_strides, pair + 1, DTYPE)
             terms = tl.where(within(row, column, 2), grads * kernel, 0.0)

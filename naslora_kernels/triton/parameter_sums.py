@@ -1,7 +1,8 @@
 """Triton code of the partial sums of a cell's gradients: three kinds of programs for each group.
 
-A group is STEPS tiles of PIXELS pixels from ``first`` on. The arguments ``z`` and ``grad_y`` are
-pairs (pointer, strides). ``partial_sums.py`` states where the sums lie.
+A group is STEPS tiles of PIXELS pixels from ``first`` on. ``maps`` are grad_y and its strides, z
+and its strides, and the shape (pixels, height, width). The sums have the dtype of the partial sums.
+``partial_sums.py`` states where they lie.
 """
 
 import triton
@@ -22,29 +23,28 @@ from naslora_kernels.triton.pixels import (
 
 @triton.jit
 def pointwise_sums(
-    grad_y,
-    z,
+    maps,
+    channels_ptr,
+    first,
     dw_3x3_ptr,
     dw_5x5_ptr,
     pw_ptr,
-    channels_ptr,
     pw_sums,
     a_sums,
     first_output,
-    first,
-    shape,
     DILATION: tl.constexpr,
     CHANNELS: tl.constexpr,
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
-    DTYPE: tl.constexpr,
 ):
     """Writes <g_o, dw * z> of a pair of convolutions for BLOCK output channels o, and <pw, that>.
 
     ``pw_ptr`` and ``pw_sums`` point to the first convolution of the pair.
     """
+    DTYPE: tl.constexpr = pw_sums.dtype.element_ty
+    grad_y_ptr, grad_strides, z_ptr, strides, shape = maps
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
     channels = channel_numbers(channels_ptr, lanes, CHANNELS)
@@ -53,12 +53,12 @@ def pointwise_sums(
     for step in tl.range(STEPS, disable_licm=True):
         image, y, x, exists = locate(first + step * PIXELS, shape, PIXELS)
         mask = exists & in_lanes
-        at = z[0] + pixel_offset(image, y, x, z[1]) + channels * z[1][3]
-        values, _ = load_taps(at, y, x, mask, shape, z[1], DILATION, DTYPE)
+        at = z_ptr + pixel_offset(image, y, x, strides) + channels * strides[3]
+        values, _ = load_taps(at, y, x, mask, shape, strides, DILATION, DTYPE)
         by_3x3, by_5x5 = convolve(values, dw_3x3_ptr, dw_5x5_ptr, in_lanes, LANES, PIXELS, DTYPE)
-        pixels = grad_y[0] + pixel_offset(image, y, x, grad_y[1])
+        pixels = grad_y_ptr + pixel_offset(image, y, x, grad_strides)
         grads = _load_outputs(
-            pixels, channels_ptr, first_output, grad_y[1][3], mask, CHANNELS, LANES, BLOCK, DTYPE
+            pixels, channels_ptr, first_output, grad_strides[3], mask, CHANNELS, LANES, BLOCK, DTYPE
         )
         sums_3x3 += grads * by_3x3
         sums_5x5 += grads * by_5x5
@@ -76,23 +76,22 @@ def pointwise_sums(
 
 @triton.jit
 def depthwise_sums(
-    grad_y,
-    z,
-    pw_ptr,
+    maps,
     channels_ptr,
+    first,
+    pw_ptr,
     sums_3x3_ptr,
     sums_5x5_ptr,
-    first,
-    shape,
     DILATION: tl.constexpr,
     CHANNELS: tl.constexpr,
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
-    DTYPE: tl.constexpr,
 ):
     """Writes <pw^T g, z at each tap> of a pair of convolutions."""
+    DTYPE: tl.constexpr = sums_3x3_ptr.dtype.element_ty
+    grad_y_ptr, grad_strides, z_ptr, strides, shape = maps
     row, column = tap_positions()
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
@@ -102,20 +101,20 @@ def depthwise_sums(
     for step in tl.range(STEPS, disable_licm=True):
         image, y, x, exists = locate(first + step * PIXELS, shape, PIXELS)
         mask = exists & in_lanes
-        pixels = grad_y[0] + pixel_offset(image, y, x, grad_y[1])
+        pixels = grad_y_ptr + pixel_offset(image, y, x, grad_strides)
         grad_3x3 = tl.zeros((1, PIXELS, LANES), DTYPE)
         grad_5x5 = grad_3x3
         for o in range(0, CHANNELS, BLOCK):
             grads = _load_outputs(
-                pixels, channels_ptr, o, grad_y[1][3], mask, CHANNELS, LANES, BLOCK, DTYPE
+                pixels, channels_ptr, o, grad_strides[3], mask, CHANNELS, LANES, BLOCK, DTYPE
             )
             pw_3x3 = _load_pointwise(pw_ptr, o, CHANNELS, LANES, PIXELS, BLOCK, DTYPE)
             pw_5x5_ptr = pw_ptr + CHANNELS * CHANNELS
             pw_5x5 = _load_pointwise(pw_5x5_ptr, o, CHANNELS, LANES, PIXELS, BLOCK, DTYPE)
             grad_3x3 += tl.sum(grads * pw_3x3, axis=0, keep_dims=True)
             grad_5x5 += tl.sum(grads * pw_5x5, axis=0, keep_dims=True)
-        at = z[0] + pixel_offset(image, y, x, z[1]) + channels * z[1][3]
-        values, inside = load_taps(at, y, x, mask, shape, z[1], DILATION, DTYPE)
+        at = z_ptr + pixel_offset(image, y, x, strides) + channels * strides[3]
+        values, inside = load_taps(at, y, x, mask, shape, strides, DILATION, DTYPE)
         # An infinite gradient times a zero outside of the map would be NaN.
         in_3x3 = inside & within(row, column, 1)
         sums_3x3 += tl.where(in_3x3, grad_3x3 * values, 0.0)
@@ -131,19 +130,18 @@ def depthwise_sums(
 
 @triton.jit
 def pooling_sums(
-    grad_y,
-    z,
+    maps,
     channels_ptr,
-    sums_ptr,
     first,
-    shape,
+    sums_ptr,
     CHANNELS: tl.constexpr,
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
     STEPS: tl.constexpr,
-    DTYPE: tl.constexpr,
 ):
     """Writes <g, average>, <g, maximum>, <g, z>."""
+    DTYPE: tl.constexpr = sums_ptr.dtype.element_ty
+    grad_y_ptr, grad_strides, z_ptr, strides, shape = maps
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
     channels = channel_numbers(channels_ptr, lanes, CHANNELS)
@@ -152,10 +150,10 @@ def pooling_sums(
     for step in tl.range(STEPS, disable_licm=True):
         image, y, x, exists = locate(first + step * PIXELS, shape, PIXELS)
         mask = exists & in_lanes
-        at = z[0] + pixel_offset(image, y, x, z[1]) + channels * z[1][3]
-        grad_at = grad_y[0] + pixel_offset(image, y, x, grad_y[1]) + channels * grad_y[1][3]
+        at = z_ptr + pixel_offset(image, y, x, strides) + channels * strides[3]
+        grad_at = grad_y_ptr + pixel_offset(image, y, x, grad_strides) + channels * grad_strides[3]
         grad = tl.load(grad_at, mask=mask, other=0.0).to(DTYPE)
-        values, inside = load_taps(at, y, x, mask, shape, z[1], 1, DTYPE)
+        values, inside = load_taps(at, y, x, mask, shape, strides, 1, DTYPE)
         average, maximum = pool(values, inside, y, x, shape, DTYPE)
         skipped = tl.load(at, mask=mask, other=0.0).to(DTYPE)
         average_sum += grad * average

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from naslora_kernels.cell import Cell
 from naslora_kernels.launches import CellPartials, CellSums, GPUPrimitives, MatrixSums, Maybe
+from naslora_kernels.tensors import last_size
 from naslora_kernels.triton.partial_sums import partial_sums
 from naslora_kernels.triton.tiles import cell_tiles, group_rows, pass_tiles, power_of_2
 
@@ -44,7 +45,7 @@ class TritonPrimitives(GPUPrimitives):
         from naslora_kernels.triton.low_rank import low_rank_pass_dot_kernel, low_rank_pass_kernel
 
         tokens, columns = rows.shape
-        rank = partials.shape[1] if product is None else product.shape[-1]
+        rank = last_size(u, product)
         tiles = pass_tiles(tokens, rank, rows.dtype, self._capability(rows.device))
         groups, span = self.row_groups(tokens), columns
         if product is None:  # then programs can share the columns, too
