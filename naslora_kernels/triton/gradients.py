@@ -34,6 +34,7 @@ def reduce_gradients_kernel(
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALPHA_COLUMNS: tl.constexpr,
     PW: tl.constexpr,
     DW_SEP3: tl.constexpr,
     DW_SEP5: tl.constexpr,
@@ -45,17 +46,17 @@ def reduce_gradients_kernel(
 ):
     """Adds up partial sums, COLUMNS columns in each program.
 
-    The first programs write the gradients of the cell's weights, the next one that of alpha, the
-    next ones grad_A (rank, A_columns), the last ones grad_B (B_columns, rank).
-    PW, ..., SIZE are the layout of a group's sums of the cell: ``partial_sums.py``.
+    The first programs write the gradients of the cell's weights. The next one writes that of alpha
+    from all of its columns, padded to ALPHA_COLUMNS. The next ones write grad_A (rank, A_columns).
+    The last ones write grad_B (B_columns, rank). PW, ..., SIZE are the layout of a group's sums of
+    the cell: ``partial_sums.py``.
 
     Over 60 lines because Triton and torch.compile take the arguments one by one.
     """
     program = tl.program_id(0)
-    columns = tl.arange(0, COLUMNS)
     if program < weight_programs:
         if grad_pw_ptr is not None:
-            column = program * COLUMNS + columns
+            column = program * COLUMNS + tl.arange(0, COLUMNS)
             total = _sum_groups(
                 cell_ptr, cell_groups, SIZE, column, A_CONVOLUTIONS, GROUPS, COLUMNS
             )
@@ -68,19 +69,21 @@ def reduce_gradients_kernel(
     elif program < weight_programs + alpha_programs:
         if grad_alpha_ptr is not None:
             first, length = cell_ptr + A_CONVOLUTIONS, SIZE - A_CONVOLUTIONS
-            total = _sum_groups(first, cell_groups, SIZE, columns, length, GROUPS, COLUMNS)
+            columns = tl.arange(0, ALPHA_COLUMNS)
+            total = _sum_groups(first, cell_groups, SIZE, columns, length, GROUPS, ALPHA_COLUMNS)
             a = softmax(alpha_ptr, cell_ptr.dtype.element_ty)
             _store_alpha(total, columns, a, A_OTHERS - A_CONVOLUTIONS, grad_alpha_ptr)
     elif program < weight_programs + alpha_programs + A_programs:
         if grad_A_ptr is not None:
-            column = (program - weight_programs - alpha_programs).to(tl.int64) * COLUMNS + columns
+            program -= weight_programs + alpha_programs
+            column = program.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
             size = rank * A_columns
             total = _sum_groups(A_ptr, A_groups, size, column, size, GROUPS, COLUMNS)
             to = grad_A_ptr + column
             tl.store(to, rounded(total, grad_A_ptr.dtype.element_ty), mask=column < size)
     elif grad_B_ptr is not None:
         program -= weight_programs + alpha_programs + A_programs
-        column = program.to(tl.int64) * COLUMNS + columns
+        column = program.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         size = rank * B_columns
         total = _sum_groups(B_ptr, B_groups, size, column, size, GROUPS, COLUMNS)
         to = grad_B_ptr + column % B_columns * rank + column // B_columns

@@ -151,6 +151,8 @@ class TritonPrimitives(GPUPrimitives):
         A_groups, A_rank, c_in = (0, 0, 0) if A_partials is None else A_partials.shape
         B_groups, B_rank, c_out = (0, 0, 0) if B_partials is None else B_partials.shape
         weights = layout.a_convolutions - layout.pw
+        # One program sums all terms of alpha. Up to 56 channels they fit in as many columns.
+        alpha_columns = max(columns, power_of_2(layout.size - layout.a_convolutions))
         weight_programs = 0 if gradients[-1] is None else -(-weights // columns)
         alpha_programs = 0 if gradients[0] is None else 1
         A_programs, B_programs = -(-A_rank * c_in // columns), -(-B_rank * c_out // columns)
@@ -160,7 +162,7 @@ class TritonPrimitives(GPUPrimitives):
             *(cell_partials, cell_groups, cell.alpha, *gradients),
             *(A_partials, A_groups, grad_A, c_in, B_partials, B_groups, grad_B, c_out),
             *(A_rank or B_rank, weight_programs, alpha_programs, A_programs),
-            **{"CHANNELS": c, "GROUPS": 32, "COLUMNS": columns},
+            **{"CHANNELS": c, "GROUPS": 32, "COLUMNS": columns, "ALPHA_COLUMNS": alpha_columns},
             **layout.constants,
             num_warps=4,
         )
