@@ -302,8 +302,8 @@ def register(
         backend: the end of the operators' namespace.
         primitives: launch the kernels.
         traced: put the launches into a graph that torch.compile traces. The compiler then plans
-            memory across the launches and fuses what stands between them. If None, the compiler
-            cannot see into the operators.
+            memory across the launches and fuses the operators between them. If None, the compiler
+            does not see the launches.
     """
     library = define_operators(backend, Launches(primitives), "CompositeExplicitAutograd")
     if traced is not None:

@@ -8,8 +8,8 @@ A tile is a block (TAPS, PIXELS, LANES).
 - TAPS are the 5 x 5 pixels around a pixel, one or two pixels apart. A thread keeps them in its
   registers. They are read from the cache.
 
-Of the four convolutions, two have taps one pixel apart (3 x 3 and 5 x 5), and two have taps two
-pixels apart. Each pair works on one tile. The convolutions stay separable: a depthwise sum for
+Two of the four convolutions have taps one pixel apart (3 x 3 and 5 x 5). The other two have taps
+two pixels apart. Each pair works on one tile. The convolutions stay separable: a depthwise sum for
 each, then the pointwise mixing as sums over lanes. That takes 68 + 4c multiplications for a pixel
 and channel. The one c x c convolution that they fold to takes 41c. Only dL/dz needs the folded one,
 because its pointwise part comes first.
