@@ -1,10 +1,10 @@
-"""Bytes that every GPU kernel moves, and the time below which they cannot be moved.
+"""Counts the bytes that every GPU kernel moves, and the least time that moving them takes.
 
     python -m bench.gpu_bytes
 
 Counts the tensors that each launch of a layer and a cell reads and writes, each once: weights and
-neighbouring pixels are read again from a cache. Prints Markdown; ends with status 1 where a layer
-launches more often than its budget allows.
+neighbouring pixels are read again from a cache. Prints Markdown. Exits with status 1 if a layer
+launches more kernels than its budget allows.
 """
 
 import inspect
@@ -17,7 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from bench import cases, launches
 from bench.gpu_check import BATCH, GLOBAL
-from naslora_kernels import cuda, gpu, triton
+from naslora_kernels import cuda
+from naslora_kernels.cuda.primitives import CUDAPrimitives
+from naslora_kernels.launches import Primitives
+from naslora_kernels.triton.primitives import TritonPrimitives
 
 BANDWIDTH = 3.0e12  # bytes per second that copies reach on an H100 with HBM3
 CASES = ((BATCH, 3), (BATCH, 24), (GLOBAL, 3), (cases.TINY, 3))
@@ -40,34 +43,34 @@ class Launch(NamedTuple):
 
 
 class Counter:
-    """Primitives that compute nothing, and note which tensors each would read and write."""
+    """Primitives that compute nothing and record which bytes each would read and write."""
 
-    def __init__(self, sizes: gpu.Primitives) -> None:
+    def __init__(self, sizes: Primitives) -> None:
         self.launches: list[Launch] = []
-        # Into how many groups sums are cut is the backend's choice.
-        self.row_groups, self.cell_groups = sizes.row_groups, sizes.cell_groups
-        self.cell_partial_size = sizes.cell_partial_size
+        # The backend chooses into how many groups sums are divided.
+        self.prepare = sizes.prepare
+        self.matrix_partials, self.cell_partials = sizes.matrix_partials, sizes.cell_partials
 
     def __getattr__(self, primitive: str):
-        signature = inspect.signature(getattr(gpu.Primitives, primitive))
+        signature = inspect.signature(getattr(Primitives, primitive))
 
         def count(*arguments) -> None:
-            read = written = 0
-            for name, value in signature.bind(self, *arguments).arguments.items():
-                if writes(primitive, name):
-                    written += _bytes(value)
-                else:
-                    read += _bytes(value)
-            self.launches.append(Launch(primitive, read, written))
+            named = signature.bind(self, *arguments).arguments
+            del named["self"]
+            written = [named.pop(name) for name in WRITTEN & named.keys()]
+            self.launches.append(Launch(primitive, _bytes(list(named.values())), _bytes(written)))
 
         return count
 
+    def reduce_gradients(self, cell, sums, A, B) -> None:
+        all_sums = [some for some in (sums, A, B) if some is not None]
+        read = _bytes([cell.parameters, *(partials for partials, _ in all_sums)])
+        written = _bytes([gradients for _, gradients in all_sums])
+        self.launches.append(Launch("reduce_gradients", read, written))
 
-def writes(primitive: str, name: str) -> bool:
-    """Whether a primitive writes to the argument, as the names in ``gpu.Primitives`` say."""
-    if primitive == "reduce_gradients":
-        return name.startswith("grad_")
-    return name in ("product", "partials", "y", "grad_z", "out")
+
+# The arguments that the primitives other than ``reduce_gradients`` write to.
+WRITTEN = {"product", "partials", "y", "grad_z", "out"}
 
 
 def _bytes(value: object) -> int:
@@ -75,17 +78,17 @@ def _bytes(value: object) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def count(work: launches.Work, operands: launches.Operands, sizes: gpu.Primitives) -> list[Launch]:
+def count(work: launches.Work, operands: launches.Operands, sizes: Primitives) -> list[Launch]:
     """The launches of one work, by the grouping of a backend."""
     counter = Counter(sizes)
     work(counter, operands)
     return counter.launches
 
 
-def backends() -> dict[str, gpu.Primitives]:
-    """The backends whose grouping is known here: ``cuda`` where its extension was built."""
-    known = {"triton": triton.Primitives(None, lambda device: (9, 0))}
-    return known | ({"cuda": cuda} if hasattr(cuda, "row_groups") else {})
+def backends() -> dict[str, Primitives]:
+    """The backends whose grouping is known here; ``cuda`` only if its extension was built."""
+    known = {"triton": TritonPrimitives(None, lambda device: (9, 0))}
+    return known | ({"cuda": CUDAPrimitives()} if cuda.build_info() else {})
 
 
 def rows(backend: str, case: tuple[cases.Shape, int]) -> list[str]:

@@ -1,5 +1,7 @@
-"""What the GPU backends are asked to do, without a GPU: the order of launches of
-``naslora_kernels/gpu.py`` over tensors that have shapes alone."""
+"""The launches of the GPU backends, without a GPU.
+
+Runs the order of launches of ``naslora_kernels/launches.py`` over tensors that have only shapes.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bench import cases
-from naslora_kernels import gpu
-from naslora_kernels.operations import CONVOLUTIONS
-
-FOLDED_SIZE = 9  # of the kernel that all operations fold to: as far as the furthest tap reaches
+from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.launches import Launches, Primitives
+from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE
+from naslora_kernels.ops import CellNeed, LayerNeed, SavedLayer
 
 
 class Operands:
@@ -23,9 +25,13 @@ class Operands:
         c = cases.channels_of(rank)
         self.x, self.z = maps(*shape.grid, shape.c_in), maps(*shape.grid, rank)
         self.grad_y, self.grad_h = maps(*shape.grid, rank), maps(*shape.grid, shape.c_out)
-        self.weight, self.bias = maps(shape.c_out, shape.c_in), maps(shape.c_out)
-        self.adapter = (numbers(rank, shape.c_in), numbers(shape.c_out, rank))
-        self.cell = (
+        self.linear = LoRALinear(
+            maps(shape.c_out, shape.c_in),
+            maps(shape.c_out),
+            numbers(rank, shape.c_in),
+            numbers(shape.c_out, rank),
+        )
+        self.cell = Cell(
             numbers(8),
             [numbers(c, conv.kernel, conv.kernel) for conv in CONVOLUTIONS],
             numbers(4, c, c),
@@ -34,39 +40,35 @@ class Operands:
         self.folded = (numbers(rank, rank, FOLDED_SIZE, FOLDED_SIZE), 0.3, 0.2)
 
 
-def layer_forward(primitives: gpu.Primitives, of: Operands) -> tuple[Tensor, ...]:
+def layer_forward(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
     """h and z."""
-    frozen = (of.weight, of.bias)
-    return gpu.nas_lora_linear(primitives, of.x, *frozen, *of.adapter, *of.cell, cases.SCALING)
+    return Launches(primitives).nas_lora_linear(of.x, of.linear, of.cell, cases.SCALING)
 
 
-def layer_backward(primitives: gpu.Primitives, of: Operands, needed: str) -> tuple[Tensor, ...]:
+def layer_backward(primitives: Primitives, of: Operands, needed: str) -> tuple[Tensor, ...]:
     """The gradients ``needed``, of x, A, B, alpha and the weights of the operations."""
-    flags = [name in needed.split() for name in ("x", "A", "B", "alpha", "weights")]
-    frozen = (of.grad_h, of.x, of.z, of.weight)
-    return gpu.nas_lora_linear_backward(
-        primitives, *frozen, *of.adapter, *of.cell, cases.SCALING, *flags
-    )
+    need = LayerNeed(*(name in needed.split() for name in ("x", "A", "B", "alpha", "weights")))
+    saved = SavedLayer(of.x, of.z, of.linear, of.cell, cases.SCALING)
+    return Launches(primitives).nas_lora_linear_backward(of.grad_h, saved, need)
 
 
-def cell_forward(primitives: gpu.Primitives, of: Operands) -> tuple[Tensor, ...]:
+def cell_forward(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
     """y."""
-    return (gpu.mixed_cell(primitives, of.z, *of.cell),)
+    return (Launches(primitives).mixed_cell(of.z, of.cell),)
 
 
-def cell_backward(primitives: gpu.Primitives, of: Operands, needed: str) -> tuple[Tensor, ...]:
+def cell_backward(primitives: Primitives, of: Operands, needed: str) -> tuple[Tensor, ...]:
     """The gradients ``needed``, of z, alpha and the weights of the operations."""
-    flags = [name in needed.split() for name in ("z", "alpha", "weights")]
-    return gpu.mixed_cell_backward(primitives, of.grad_y, of.z, *of.cell, *flags)
+    need = CellNeed(*(name in needed.split() for name in ("z", "alpha", "weights")))
+    return Launches(primitives).mixed_cell_backward(of.grad_y, of.z, of.cell, need)
 
 
-def folded_layer(primitives: gpu.Primitives, of: Operands) -> tuple[Tensor, ...]:
-    """h of a layer that was merged."""
-    frozen = (of.weight, of.bias)
-    return (gpu.folded_linear(primitives, of.x, *frozen, *of.adapter, *of.folded),)
+def folded_layer(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
+    """h of a merged layer."""
+    return (Launches(primitives).folded_linear(of.x, of.linear, *of.folded),)
 
 
-Work = Callable[[gpu.Primitives, Operands], tuple[Tensor, ...]]
+Work = Callable[[Primitives, Operands], tuple[Tensor, ...]]
 
 # What training, search and inference do.
 WORKS: dict[str, Work] = {
@@ -77,7 +79,7 @@ WORKS: dict[str, Work] = {
     "cell, backward": partial(cell_backward, needed="z alpha weights"),
     "folded layer, forward": folded_layer,
 }
-# Other gradients that may be due, for which the same kernels are compiled in another way.
+# Other sets of gradients. The same kernels are compiled differently for them.
 OTHER_WORKS: dict[str, Work] = {
     "layer, everything": partial(layer_backward, needed="x A B alpha weights"),
     "layer, lora_B alone": partial(layer_backward, needed="B"),

@@ -24,7 +24,7 @@ import torch
 from bench import cases, launches
 from bench.gpu_check import CASES
 from bench.resources import Usage, summary, table
-from naslora_kernels.triton import Primitives
+from naslora_kernels.triton.primitives import TritonPrimitives
 
 # The oldest card, and one of each generation of data-centre cards: bytes of shared memory that one
 # block may have (CUDA C++ Programming Guide, technical specifications per compute capability).
@@ -61,7 +61,7 @@ class Compiler:
         self.usages: dict[str, Usage] = {}  # by the hash of the compiled kernel
         self._numbers: dict[str, int] = {}  # of variants, by kernel
         triton.runtime.driver.set_active(AbsentCard(capability))
-        self.primitives = Primitives(self._compile, lambda device: divmod(capability, 10))
+        self.primitives = TritonPrimitives(self._compile, lambda device: divmod(capability, 10))
         self.label = ""  # of what is being compiled, to tell variants apart
 
     def _compile(self, kernel, grid, *arguments, **constants) -> None:

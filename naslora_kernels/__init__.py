@@ -1,10 +1,11 @@
 """NAS-LoRA's eight-operation mixed cell and adapter layer, as functions on tensors.
 
-``mixed_cell`` and ``nas_lora_linear`` are the two differentiable functions (paper, Eq. 2-3).
-``folded_convolution`` collapses a cell's convolutions into one; ``folded_cell`` and
-``folded_linear`` compute what is left after the search, for inference.
-Several backends compute the same results; ``available_backends`` tells which of them can be used
-here. Importing this package compiles nothing, touches no GPU and imports no backend.
+``mixed_cell`` and ``nas_lora_linear`` are differentiable (paper, Eq. 2-3). ``folded_convolution``
+folds the convolutions of a cell into one. ``folded_cell`` and ``folded_linear`` compute the cell
+and the layer after the search, for inference.
+
+Several backends compute the same results. ``available_backends`` says which of them can be used.
+Importing this package compiles nothing, touches no GPU and imports no backend.
 """
 
 from naslora_kernels.backends import available_backends, build_info

@@ -1,9 +1,7 @@
-"""Which code computes the cell: the one place where backends plug in.
+"""Chooses the backend that computes. Backends plug in here and nowhere else.
 
-A backend is a module of this package with ``unavailable_reason()``,
-``unsupported_reason(device_type, dtype)`` and, on checked arguments, the four functions of
-``functional.py``. It is imported when it is first asked for. To add one, write the module and name
-it in ``BACKENDS``.
+A backend is a module of this package that implements ``Backend``. It is imported when it is first
+needed. To add a backend, write the module and add its name to ``BACKENDS``.
 """
 
 import functools
@@ -13,44 +11,76 @@ import importlib.util
 import logging
 import operator
 import os
-from types import ModuleType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-# Best first: the automatic choice takes the first that serves the tensors at hand.
+from naslora_kernels.cell import Cell, LoRALinear
+
+# Best first: the automatic choice takes the first backend that serves the tensors.
 BACKENDS = ("cuda", "triton", "cpp", "reference")
-GPU_BACKENDS = ("cuda", "triton")  # on CPUs only simulated, for tests, which name them
-COMPILED_BACKENDS = ("cpp", "cuda")  # these have a ``build_info()``, empty if there is no extension
+# On a CPU these are simulated. That is slow, so the automatic choice skips them: tests name them.
+GPU_BACKENDS = ("cuda", "triton")
+# These have a ``build_info()``, which is empty if the extension was not built.
+COMPILED_BACKENDS = ("cpp", "cuda")
 ENVIRONMENT_VARIABLE = "NASLORA_BACKEND"
 
 logger = logging.getLogger(__name__)
-_loaded: dict[str, ModuleType] = {}
+
+
+class Backend(Protocol):
+    """The functions of a backend's module.
+
+    The last four compute what the functions of the same names in ``functional.py`` document, on
+    arguments that have been checked.
+    """
+
+    def unavailable_reason(self) -> str | None:
+        """Returns why the backend cannot be used in this process, or None."""
+
+    def unsupported_reason(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """Returns why the backend cannot serve tensors of a device and dtype, or None."""
+
+    def mixed_cell(self, z: Tensor, cell: Cell) -> Tensor: ...
+
+    def nas_lora_linear(
+        self, x: Tensor, linear: LoRALinear, cell: Cell, scaling: float
+    ) -> Tensor: ...
+
+    def folded_cell(self, z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor: ...
+
+    def folded_linear(
+        self, x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
+    ) -> Tensor: ...
+
+
+# The modules that ``_load`` has imported, by the backend's name.
+_loaded: dict[str, Backend] = {}
 
 
 def available_backends() -> dict[str, str | None]:
-    """Tells which backends can be used in this process.
-
-    Returns:
-        For each backend None, or the reason why it cannot be used.
-    """
+    """Returns for each backend None, or the reason why this process cannot use it."""
     return {name: _unavailable_reason(name) for name in reversed(BACKENDS)}
 
 
 def build_info() -> dict[str, object]:
-    """What this installation consists of: for bug reports and benchmark records.
+    """Describes this installation, for bug reports and benchmark records.
 
     Returns:
-        ``version`` of the package; ``torch``, the version that runs (the extensions are built
-        without torch and serve any); the ``compiled`` parts, the host ``compiler`` and the
-        ``architectures`` (CPU instruction sets) in the C++ extension, empty or None without it;
-        with it also the ``instruction_set`` that this process uses, and whether it
-        ``shares_torch_threads``; with the CUDA extension ``cuda_compiler`` and
-        ``cuda_architectures``.
+        ``version``: of the package.
+        ``torch``: the version that runs. The extensions are built without torch and serve any.
+        ``compiled``: the backends whose extensions were built.
+        ``compiler``: of the C++ extension; None without it.
+        ``architectures``: the CPU instruction sets in the C++ extension; empty without it.
+        ``instruction_set``: the one that this process uses. Only with the C++ extension.
+        ``shares_torch_threads``: whether the kernels run on torch's threads. Only with the C++
+        extension.
+        ``cuda_compiler``, ``cuda_architectures``: only with the CUDA extension.
     """
-    parts = {n: _load(n).build_info() for n in COMPILED_BACKENDS if _exists(n)}
+    parts = {n: cast(Any, _load(n)).build_info() for n in COMPILED_BACKENDS if _exists(n)}
     compiled = [name for name, part in parts.items() if part]
-    info = {
+    info: dict[str, object] = {
         "version": importlib.metadata.version("naslora"),
         "torch": torch.__version__,
         "compiled": compiled,
@@ -60,16 +90,17 @@ def build_info() -> dict[str, object]:
     return functools.reduce(operator.or_, parts.values(), info)
 
 
-def select_backend(x: Tensor, requested: str | None) -> ModuleType:
-    """Returns the backend that will compute on tensors like ``x``.
+def select_backend(x: Tensor, requested: str | None) -> Backend:
+    """Returns the backend that computes on tensors like ``x``.
 
     Args:
-        x: a tensor of the device and dtype that the call works on.
-        requested: a backend's name; None obeys NASLORA_BACKEND, else takes the best that serves.
+        x: a tensor with the device and dtype of the call.
+        requested: a backend's name. None takes NASLORA_BACKEND if it is set, else the best backend
+            that serves the tensors.
 
     Raises:
-        ValueError: no backend has that name.
-        RuntimeError: the named backend cannot serve; the message says why.
+        ValueError: no backend has the name.
+        RuntimeError: the named backend cannot serve the call. The message says why.
     """
     return _loaded[_select(x.device.type, x.dtype, requested)]
 
@@ -78,8 +109,9 @@ def _select(device_type: str, dtype: torch.dtype, requested: str | None) -> str:
     return _choose(device_type, dtype, requested or os.environ.get(ENVIRONMENT_VARIABLE))
 
 
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-_select._dynamo_marked_constant = True
+# torch.compiler.assume_constant_result sets the same attribute, but calling it would import the
+# compiler, and with it Triton.
+_select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -112,6 +144,6 @@ def _exists(name: str) -> bool:
     return importlib.util.find_spec(f"naslora_kernels.{name}") is not None
 
 
-def _load(name: str) -> ModuleType:
-    _loaded[name] = importlib.import_module(f"naslora_kernels.{name}")
+def _load(name: str) -> Backend:
+    _loaded[name] = cast(Backend, importlib.import_module(f"naslora_kernels.{name}"))
     return _loaded[name]

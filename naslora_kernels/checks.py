@@ -1,7 +1,7 @@
-"""Argument checks of the public functions: each names the argument, what was expected, what came.
+"""Argument checks of the public functions.
 
-They cost a few microseconds, touch no data on a GPU, and are the only checks: backends trust their
-arguments.
+Each error names the argument, what was expected and what came. The checks cost a few microseconds
+and read no data from a GPU. There are no others: backends trust their arguments.
 """
 
 import math
@@ -11,64 +11,65 @@ import weakref
 import torch
 from torch import Tensor
 
+from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE, OPERATIONS
+from naslora_kernels.tensors import DTYPES
 
 DEPTHWISE_NAMES = ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def check_cell(
-    name: str,
-    maps: Tensor,
-    alpha: Tensor,
-    depthwise: tuple[Tensor, ...],
-    pw: Tensor,
-    channels: Tensor | None,
-    rank: int | None = None,
-) -> None:
-    """Checks a cell's arguments; ``name`` and ``maps`` are the tensor that sets device and dtype.
+def check_cell(name: str, maps: Tensor, cell: Cell, rank: int | None = None) -> None:
+    """Checks a mixed cell.
+
+    Args:
+        name: the name of the argument ``maps``.
+        maps: (B, H, W, channels); its device and dtype are those that the parameters must fit.
+        cell: the parameters and channels to check.
+        rank: the number r of channels that the cell gets; None if it is that of ``maps``.
 
     Raises:
         TypeError, ValueError: as ``mixed_cell`` documents.
     """
-    _check_grid(name, maps)
-    r = maps.shape[-1] if rank is None else rank
-    c = r if channels is None else _check_channels(channels, r, maps.device, name)
+    if rank is None:
+        _check_grid(name, maps)
+        rank = maps.shape[-1]
+    alpha, depthwise, pw, channels = cell
+    c = rank if channels is None else _check_channels(channels, rank, maps.device, name)
     _check_parameter("alpha", alpha, (len(OPERATIONS),), maps, name)
     for argument, conv, dw in zip(DEPTHWISE_NAMES, CONVOLUTIONS, depthwise, strict=True):
         _check_parameter(argument, dw, (c, conv.kernel, conv.kernel), maps, name)
     _check_parameter("pw", pw, (len(CONVOLUTIONS), c, c), maps, name)
 
 
-def check_layer(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    alpha: Tensor,
-    depthwise: tuple[Tensor, ...],
-    pw: Tensor,
-    channels: Tensor | None,
-    scaling: float,
-) -> None:
+def check_layer(x: Tensor, linear: LoRALinear, cell: Cell, scaling: float) -> None:
     """Checks the arguments of ``nas_lora_linear``.
 
     Raises:
         TypeError, ValueError: as ``nas_lora_linear`` documents.
     """
-    rank = _check_low_rank(x, weight, bias, lora_A, lora_B)
-    check_cell("x", x, alpha, depthwise, pw, channels, rank)
+    rank = _check_linear(x, linear)
+    check_cell("x", x, cell, rank)
     _check_number("scaling", scaling)
 
 
-def check_folded_cell(name: str, maps: Tensor, c: int, kernel: Tensor, **pooling: float) -> None:
-    """Checks a folded cell on c channels; ``name`` and ``maps`` as in ``check_cell``.
+def check_folded_cell(
+    name: str, maps: Tensor, kernel: Tensor, average: float, maximum: float, c: int | None = None
+) -> None:
+    """Checks a folded cell.
+
+    Args:
+        name: the name of the argument ``maps``.
+        maps: (B, H, W, channels); its device and dtype are those that the kernel must fit.
+        kernel, average, maximum: the arguments to check.
+        c: the number of channels that the cell gets; None if it is that of ``maps``.
 
     Raises:
         TypeError, ValueError: as ``folded_cell`` documents.
     """
-    _check_grid(name, maps)
+    if c is None:
+        _check_grid(name, maps)
+        c = maps.shape[-1]
     _check_tensor("kernel", kernel)
     size = kernel.shape[-1] if kernel.dim() == 4 else 0
     if size % 2 == 0 or size > FOLDED_SIZE:
@@ -77,34 +78,27 @@ def check_folded_cell(name: str, maps: Tensor, c: int, kernel: Tensor, **pooling
             f"{tuple(kernel.shape)}"
         )
     _check_parameter("kernel", kernel, (c, c, size, size), maps, name)
-    for argument, weight in pooling.items():
-        _check_number(argument, weight)
+    _check_number("average", average)
+    _check_number("maximum", maximum)
 
 
 def check_folded_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    kernel: Tensor,
-    **pooling: float,
+    x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
 ) -> None:
     """Checks the arguments of ``folded_linear``.
 
     Raises:
         TypeError, ValueError: as ``folded_linear`` documents.
     """
-    c = _check_low_rank(x, weight, bias, lora_A, lora_B)
-    check_folded_cell("x", x, c, kernel, **pooling)
+    c = _check_linear(x, linear)
+    check_folded_cell("x", x, kernel, average, maximum, c)
 
 
-def _check_low_rank(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
-) -> int:
-    """Checks a linear layer and the two matrices of its adapter; returns the rank."""
+def _check_linear(x: Tensor, linear: LoRALinear) -> int:
+    """Checks x, a linear layer and the two matrices of its adapter. Returns the rank."""
     _check_grid("x", x)
     c_in = x.shape[-1]
+    weight, bias, lora_A, lora_B = linear
     _check_matrix("weight", weight, ("C_out", c_in), x)
     _check_same_dtype("weight", weight, x)
     c_out = weight.shape[0]
@@ -122,7 +116,7 @@ def _check_low_rank(
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # comparisons, which torch.compile can trace
+    if not -math.inf < value < math.inf:  # torch.compile can trace comparisons, not math.isfinite
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
@@ -132,8 +126,9 @@ def _check_tensor(name: str, value: object) -> None:
 
 
 def _check_grid(name: str, value: Tensor) -> None:
+    """Checks a channels-last map of a dtype that the backends compute."""
     _check_tensor(name, value)
-    if value.dtype not in FLOAT_DTYPES:
+    if value.dtype not in DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}"
         )
@@ -147,22 +142,26 @@ def _check_grid(name: str, value: Tensor) -> None:
 def _check_parameter(
     name: str, value: Tensor, shape: tuple[int, ...], like: Tensor, like_name: str
 ) -> None:
-    """A floating parameter on the device of ``like``, either in its dtype or in float32."""
+    """Checks a parameter on the device of ``like``.
+
+    Its dtype is that of ``like``, or float32 if ``like`` has 16 bits.
+    """
     _check_tensor(name, value)
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
-    _check_device(name, value, like, like_name)
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device}, the device of {like_name}, got {value.device}"
+        )
     if value.dtype != like.dtype and not (
-        value.dtype == torch.float32 and like.dtype in (torch.bfloat16, torch.float16)
+        value.dtype == torch.float32 and like.dtype in _HALF_DTYPES
     ):
-        allowed = str(like.dtype)
-        if like.dtype in (torch.bfloat16, torch.float16):
-            allowed += " or torch.float32"
+        allowed = f"{like.dtype}{' or torch.float32' if like.dtype in _HALF_DTYPES else ''}"
         raise TypeError(f"{name}: expected {allowed} to go with {like_name}, got {value.dtype}")
 
 
 def _check_matrix(name: str, value: Tensor, shape: tuple[str, int], x: Tensor) -> None:
-    """A matrix whose number of columns is given, and whose number of rows is free."""
+    """Checks a matrix with a given number of columns and any number of rows."""
     _check_tensor(name, value)
     rows, columns = shape
     if value.dim() != 2 or value.shape[1] != columns:
@@ -178,14 +177,8 @@ def _check_same_dtype(name: str, value: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name}: expected {x.dtype} to go with x, got {value.dtype}")
 
 
-def _check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
-    if value.device != like.device:
-        raise ValueError(
-            f"{name}: expected device {like.device}, where {like_name} is, got {value.device}"
-        )
-
-
 def _check_channels(channels: Tensor, rank: int, device: torch.device, like_name: str) -> int:
+    """Checks the channels S of a cell on r = ``rank`` channels. Returns their number c."""
     _check_tensor("channels", channels)
     if channels.dtype != torch.int64:
         raise TypeError(f"channels: expected torch.int64, got {channels.dtype}")
@@ -196,21 +189,22 @@ def _check_channels(channels: Tensor, rank: int, device: torch.device, like_name
         )
     if channels.device != device:
         raise ValueError(
-            f"channels: expected device {device}, where {like_name} is, got {channels.device}"
+            f"channels: expected device {device}, the device of {like_name}, got {channels.device}"
         )
     _check_channel_values(channels, rank)
     return channels.shape[0]
 
 
-# Reading channels back from a GPU would stall it, so a tensor already seen is not read again.
-# Keyed by identity and version: an in-place change makes it a new one.
-_seen_channels: dict[int, tuple[weakref.ref, int | None, int]] = {}
+# Channels whose values have been checked, by identity, with their version and the rank. Reading
+# values back from a GPU stalls it, so the same tensor is read once. An in-place change raises the
+# version, so a changed tensor is read again.
+_seen_channels: dict[int, tuple[weakref.ref[Tensor], int | None, int]] = {}
 
 
 def _check_channel_values(channels: Tensor, rank: int) -> None:
     if torch.compiler.is_compiling() or channels.is_meta:
-        return  # values are not there to be read; the eager call has the check
-    # Inference tensors keep no version, so a change of theirs would go unseen.
+        return  # the values cannot be read; the first eager call checks them
+    # Inference tensors have no version. A change would go unnoticed, so they are always read.
     version = None if channels.is_inference() else channels._version
     seen = _seen_channels.get(id(channels))
     if version is not None and seen and seen[0]() is channels and seen[1:] == (version, rank):

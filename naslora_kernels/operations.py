@@ -1,4 +1,4 @@
-"""The eight candidate operations: their order, their shapes, the one convolution they fold to."""
+"""The eight candidate operations: their order, their shapes, and the convolution they fold to."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,15 @@ class Convolution(NamedTuple):
     """A separable convolution of the cell: depthwise ``kernel x kernel``, then pointwise."""
 
     name: str
+    """Its name in reports and files."""
     kernel: int
+    """The side of the depthwise kernel, in taps."""
     dilation: int
+    """The distance between neighbouring taps, in pixels."""
 
     @property
     def reach(self) -> int:
-        """How many pixels away from the centre the outermost tap lies; also the zero padding."""
+        """The distance of the outermost tap from the centre, in pixels: the zero padding."""
         return self.dilation * (self.kernel // 2)
 
 
@@ -26,7 +29,7 @@ CONVOLUTIONS = (
     Convolution("dil_conv_5x5", kernel=5, dilation=2),
 )
 
-# The order of alpha, of reports and of files.
+# alpha, reports and files have this order.
 OPERATIONS = (
     *(conv.name for conv in CONVOLUTIONS),
     "avg_pool_3x3",
@@ -36,15 +39,16 @@ OPERATIONS = (
 )
 AVG_POOL, MAX_POOL, SKIP, NONE = range(len(CONVOLUTIONS), len(OPERATIONS))
 
+# The side of the convolution that all operations fold to, in taps.
 FOLDED_SIZE = 2 * max(conv.reach for conv in CONVOLUTIONS) + 1
 
 
 def folded_convolution(mixture: Tensor, depthwise: tuple[Tensor, ...], pw: Tensor) -> Tensor:
     """Folds the four convolutions and the skip connection of a cell into one convolution.
 
-    The mixture is linear in its convolutions, so K = sum_i a_i (pw_i o dw_i) + a_skip * identity
-    gives the same map in one zero-padded convolution with at most 41 non-zero taps. The two
-    poolings are not part of it.
+    K = sum_i a_i (pw_i o dw_i) + a_skip * identity. The mixture is linear in its convolutions, so
+    one zero-padded convolution with K, which has at most 41 non-zero taps, gives the same map. The
+    two poolings are not part of K.
 
     Args:
         mixture: (8,) the operations' weights a = softmax(alpha).
@@ -52,8 +56,8 @@ def folded_convolution(mixture: Tensor, depthwise: tuple[Tensor, ...], pw: Tenso
         pw: (4, c, c) pointwise kernels as [operation, output, input].
 
     Returns:
-        K of shape (c, c, 9, 9) as [output, input, row, column], as ``conv2d`` takes it with
-        ``padding=4``, in the dtype of ``pw``.
+        K (c, c, 9, 9) as [output, input, row, column], in the dtype of ``pw``. ``conv2d`` takes it
+        with ``padding=4``.
     """
     channels = pw.shape[-1]
     folded = pw.new_zeros(channels, channels, FOLDED_SIZE, FOLDED_SIZE)

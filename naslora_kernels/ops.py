@@ -1,18 +1,24 @@
 """The operators ``torch.ops.naslora_<backend>.*`` and the autograd functions around them.
 
-Every compiled backend has the same four operators under a namespace of its own, so that several
-can serve one device. Their schemas and their shapes (for torch.compile and FakeTensor) stand here
-once; a backend calls ``define_operators`` and registers its kernels. Backward operators take flags
-for the gradients that are due, compute no other, and return an empty tensor in its place.
+Every compiled backend has the same six operators in a namespace of its own, so that several
+backends can serve one device. This module states their schemas and their shapes (for torch.compile
+and FakeTensor) once. It is also the only place that turns the flat arguments of a schema into
+``Cell`` and ``LoRALinear``: a backend implements ``Kernels`` over these tuples.
+
+Backward operators take one flag per gradient. A gradient that is not needed is not computed: an
+empty tensor takes its place.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
+
+from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.tensors import DTYPES, gradient_like
 
 _CELL = "Tensor alpha, Tensor[] depthwise, Tensor pw, Tensor? channels"
 _SCHEMAS = {
@@ -31,7 +37,7 @@ _SCHEMAS = {
         "bool need_alpha, bool need_weights) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
-    # What is left of the two after the search: inference only.
+    # The same two after the search. They have no backward.
     "folded_cell": "(Tensor z, Tensor kernel, float average, float maximum) -> Tensor",
     "folded_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor kernel, "
@@ -51,169 +57,273 @@ class Operators(NamedTuple):
     folded_linear: OpOverload
 
 
+# The operators of every backend that has been loaded, by its name.
 OPERATORS: dict[str, Operators] = {}
 
 
-def define_operators(backend: str) -> torch.library.Library:
-    """Defines the operators of a backend; it registers its kernels with the library returned."""
-    library = torch.library.Library(f"naslora_{backend}", "DEF")
+class CellNeed(NamedTuple):
+    """Which gradients of a cell are needed; ``weights`` are the depthwise kernels and pw."""
+
+    z: bool
+    alpha: bool
+    weights: bool
+
+
+class LayerNeed(NamedTuple):
+    """Which gradients of a layer are needed; ``weights`` are the depthwise kernels and pw."""
+
+    x: bool
+    lora_A: bool
+    lora_B: bool
+    alpha: bool
+    weights: bool
+
+
+class SavedLayer(NamedTuple):
+    """What the forward of a layer keeps for its backward."""
+
+    x: Tensor | None
+    """(B, H, W, C_in); None if the gradient of ``lora_A`` is not needed."""
+    z: Tensor
+    """(B, H, W, r)."""
+    linear: LoRALinear
+    """Without its bias."""
+    cell: Cell
+    scaling: float
+
+
+class Kernels(Protocol):
+    """What a backend computes, one method per operator. Arguments are checked."""
+
+    def mixed_cell(self, z: Tensor, cell: Cell) -> Tensor:
+        """Returns y (B, H, W, r)."""
+
+    def mixed_cell_backward(
+        self, grad_y: Tensor, z: Tensor, cell: Cell, need: CellNeed
+    ) -> tuple[Tensor, ...]:
+        """Returns the gradients of z and of the cell's six parameters."""
+
+    def nas_lora_linear(
+        self, x: Tensor, linear: LoRALinear, cell: Cell, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """Returns h (B, H, W, C_out) and z = W_e x (B, H, W, r)."""
+
+    def nas_lora_linear_backward(
+        self, grad_h: Tensor, saved: SavedLayer, need: LayerNeed
+    ) -> tuple[Tensor, ...]:
+        """Returns the gradients of x, lora_A, lora_B and of the cell's six parameters."""
+
+    def folded_cell(self, z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
+        """Returns y (B, H, W, c)."""
+
+    def folded_linear(
+        self, x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
+    ) -> Tensor:
+        """Returns h (B, H, W, C_out)."""
+
+
+def flat_kernels(kernels: Kernels) -> dict[str, Callable[..., Any]]:
+    """Returns the kernels as functions of the flat arguments of the schemas, by operator."""
+
+    def mixed_cell(z: Tensor, *cell: Any) -> Tensor:
+        return kernels.mixed_cell(z, Cell(*cell))
+
+    def mixed_cell_backward(grad_y: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return kernels.mixed_cell_backward(grad_y, z, Cell(*rest[:4]), CellNeed(*rest[4:]))
+
+    def nas_lora_linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return kernels.nas_lora_linear(x, LoRALinear(*rest[:4]), Cell(*rest[4:8]), rest[8])
+
+    def nas_lora_linear_backward(
+        grad_h: Tensor, x: Tensor | None, z: Tensor, weight: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        linear, cell = LoRALinear(weight, None, *rest[:2]), Cell(*rest[2:6])
+        saved = SavedLayer(x, z, linear, cell, rest[6])
+        return kernels.nas_lora_linear_backward(grad_h, saved, LayerNeed(*rest[7:]))
+
+    def folded_linear(x: Tensor, *rest: Any) -> Tensor:
+        return kernels.folded_linear(x, LoRALinear(*rest[:4]), *rest[4:])
+
+    return {
+        "mixed_cell": mixed_cell,
+        "mixed_cell_backward": mixed_cell_backward,
+        "nas_lora_linear": nas_lora_linear,
+        "nas_lora_linear_backward": nas_lora_linear_backward,
+        "folded_cell": kernels.folded_cell,
+        "folded_linear": folded_linear,
+    }
+
+
+class _Shapes:
+    """The results of every operator as uninitialised tensors; implements ``Kernels``."""
+
+    def mixed_cell(self, z: Tensor, cell: Cell) -> Tensor:
+        return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+    def mixed_cell_backward(
+        self, grad_y: Tensor, z: Tensor, cell: Cell, need: CellNeed
+    ) -> tuple[Tensor, ...]:
+        return gradient_like(z, need.z), *cell_gradients(cell, need)
+
+    def nas_lora_linear(
+        self, x: Tensor, linear: LoRALinear, cell: Cell, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        grid = x.shape[:-1]
+        c_out, rank = linear.lora_B.shape
+        return x.new_empty((*grid, c_out)), x.new_empty((*grid, rank))
+
+    def nas_lora_linear_backward(
+        self, grad_h: Tensor, saved: SavedLayer, need: LayerNeed
+    ) -> tuple[Tensor, ...]:
+        return (*layer_gradients(saved, need), *cell_gradients(saved.cell, need))
+
+    def folded_cell(self, z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
+        return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+    def folded_linear(
+        self, x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
+    ) -> Tensor:
+        return x.new_empty((*x.shape[:-1], linear.weight.shape[0]))
+
+
+def cell_gradients(cell: Cell, need: CellNeed | LayerNeed) -> list[Tensor]:
+    """Returns uninitialised gradients of the six parameters, of size 0 where not needed."""
+    weights = [gradient_like(weight, need.weights) for weight in (*cell.depthwise, cell.pw)]
+    return [gradient_like(cell.alpha, need.alpha), *weights]
+
+
+def layer_gradients(saved: SavedLayer, need: LayerNeed) -> tuple[Tensor, ...]:
+    """Returns uninitialised gradients of x, lora_A and lora_B, of size 0 where not needed."""
+    z, linear = saved.z, saved.linear
+    return (
+        z.new_empty((*z.shape[:-1], linear.weight.shape[1]) if need.x else (0,)),
+        gradient_like(linear.lora_A, need.lora_A),
+        gradient_like(linear.lora_B, need.lora_B),
+    )
+
+
+def define_operators(backend: str, kernels: Kernels, dispatch_key: str) -> torch.library.Library:
+    """Defines the operators of a backend and registers its kernels.
+
+    Args:
+        backend: the end of the operators' namespace.
+        kernels: what the operators compute.
+        dispatch_key: the key of PyTorch's dispatcher that the kernels serve.
+
+    Returns:
+        The library. The operators exist as long as it does.
+    """
+    namespace = f"naslora_{backend}"
+    library = torch.library.Library(namespace, "DEF")
+    implementations, shapes = flat_kernels(kernels), flat_kernels(_Shapes())
     for name, schema in _SCHEMAS.items():
         library.define(name + schema)
-        torch.library.register_fake(f"naslora_{backend}::{name}", _FAKES[name], lib=library)
-    namespace = getattr(torch.ops, f"naslora_{backend}")
-    OPERATORS[backend] = Operators(*(getattr(namespace, name).default for name in _SCHEMAS))
+        library.impl(name, implementations[name], dispatch_key)
+        torch.library.register_fake(f"{namespace}::{name}", shapes[name], lib=library)
+    defined = getattr(torch.ops, namespace)
+    OPERATORS[backend] = Operators(*(getattr(defined, name).default for name in _SCHEMAS))
     return library
 
 
-def gradient_like(tensor: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous gradient of ``tensor``, or an empty tensor if not needed."""
-    if not needed:
-        return tensor.new_empty((0,), dtype=dtype)
-    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _fake_mixed_cell(z, alpha, depthwise, pw, channels):
-    return torch.empty_like(z, memory_format=torch.contiguous_format)
-
-
-def _fake_mixed_cell_backward(
-    grad_y, z, alpha, depthwise, pw, channels, need_z, need_alpha, need_weights
-):
-    return (
-        gradient_like(z, need_z),
-        gradient_like(alpha, need_alpha),
-        *(gradient_like(weight, need_weights) for weight in (*depthwise, pw)),
-    )
-
-
-def _fake_nas_lora_linear(x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, scaling):
-    grid = x.shape[:-1]
-    return x.new_empty((*grid, weight.shape[0])), x.new_empty((*grid, lora_A.shape[0]))
-
-
-def _fake_nas_lora_linear_backward(
-    grad_h, x, z, weight, lora_A, lora_B, alpha, depthwise, pw, channels, scaling,
-    need_x, need_lora_A, need_lora_B, need_alpha, need_weights,
-):  # fmt: skip
-    grad_x_shape = (*z.shape[:-1], weight.shape[1]) if need_x else (0,)
-    return (
-        z.new_empty(grad_x_shape),
-        gradient_like(lora_A, need_lora_A),
-        gradient_like(lora_B, need_lora_B),
-        gradient_like(alpha, need_alpha),
-        *(gradient_like(weight, need_weights) for weight in (*depthwise, pw)),
-    )
-
-
-def _fake_folded_cell(z, kernel, average, maximum):
-    return torch.empty_like(z, memory_format=torch.contiguous_format)
-
-
-def _fake_folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-_FAKES = {
-    "mixed_cell": _fake_mixed_cell,
-    "mixed_cell_backward": _fake_mixed_cell_backward,
-    "nas_lora_linear": _fake_nas_lora_linear,
-    "nas_lora_linear_backward": _fake_nas_lora_linear_backward,
-    "folded_cell": _fake_folded_cell,
-    "folded_linear": _fake_folded_linear,
-}
+def unsupported(served: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Returns why a backend for devices of type ``served`` cannot serve these tensors, or None."""
+    if device_type != served:
+        return f"it computes on {served!r}, the tensors are on {device_type!r}"
+    return None if dtype in DTYPES else f"it has no kernels for {dtype}"
 
 
 class MixedCell(torch.autograd.Function):
-    """y = cell(z); arguments (z, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels, name of
-    the backend)."""
+    """y = cell(z); arguments: the backend's name, z, and the seven values of ``Cell.flatten``."""
 
     @staticmethod
-    def forward(ctx, z, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels, backend):
-        ctx.save_for_backward(z, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels)
+    def forward(ctx: Any, backend: str, z: Tensor, *cell: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(z, *cell)
         ctx.backend = backend
-        depthwise = [dw_sep3, dw_sep5, dw_dil3, dw_dil5]
-        return OPERATORS[backend].mixed_cell(z, alpha, depthwise, pw, channels)
+        return OPERATORS[backend].mixed_cell(z, *Cell.unflatten(cell))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
-        z, alpha, *depthwise, pw, channels = ctx.saved_tensors
-        need = ctx.needs_input_grad
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        z, *cell = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:8]  # z, alpha, the depthwise kernels, pw
         gradients = OPERATORS[ctx.backend].mixed_cell_backward(
-            grad_y, z, alpha, depthwise, pw, channels, need[0], need[1], any(need[2:7])
+            grad_y, z, *Cell.unflatten(cell), needed[0], needed[1], any(needed[2:])
         )
-        return *_due(gradients, need[:7]), None, None
+        return (None, *_only(gradients, needed), None)
 
 
 class NASLoRALinear(torch.autograd.Function):
-    """h = W0 x + b0 + s W_d cell(W_e x); arguments (x, weight, bias, lora_A, lora_B, alpha,
-    dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels, scaling, name of the backend).
+    """h = W0 x + b0 + s W_d cell(W_e x).
 
-    Keeps x (where a weight's gradient needs it), z and the parameters: y is cheaper to compute
-    again than to keep.
+    Arguments: the backend's name, the scaling s, x, weight, bias, lora_A, lora_B, and the seven
+    values of ``Cell.flatten``. Keeps x (only if a weight's gradient needs it), z and the
+    parameters. y is not kept: computing it again is cheaper.
     """
 
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, lora_A, lora_B, alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw,
-        channels, scaling, backend,
-    ):  # fmt: skip
-        depthwise = [dw_sep3, dw_sep5, dw_dil3, dw_dil5]
-        h, z = OPERATORS[backend].nas_lora_linear(
-            x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, scaling
-        )
-        need_weight, need_lora_A = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        ctx.save_for_backward(
-            x if need_weight or need_lora_A else None,
-            z, weight, lora_A, lora_B, alpha, *depthwise, pw, channels,
-        )  # fmt: skip
+    def forward(  # type: ignore[override]
+        ctx: Any, backend: str, scaling: float, x: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        linear, cell = LoRALinear(*tensors[:4]), tensors[4:]
+        h, z = OPERATORS[backend].nas_lora_linear(x, *linear, *Cell.unflatten(cell), scaling)
+        keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # for weight or lora_A
+        kept = x if keep_x else None
+        ctx.save_for_backward(kept, z, linear.weight, linear.lora_A, linear.lora_B, *cell)
         ctx.scaling, ctx.backend = scaling, backend
         return h
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_h):
-        x, z, weight, lora_A, lora_B, alpha, *depthwise, pw, channels = ctx.saved_tensors
-        need = ctx.needs_input_grad
+    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, weight, lora_A, lora_B, *cell = ctx.saved_tensors
+        need_x, need_weight, need_bias, *needed = ctx.needs_input_grad[2:13]
+        need_A, need_B, need_alpha, *need_weights = needed
+        need = LayerNeed(need_x, need_A, need_B, need_alpha, any(need_weights))
+        cell = Cell.unflatten(cell)
         grad_x, *gradients = OPERATORS[ctx.backend].nas_lora_linear_backward(
-            grad_h, x, z, weight, lora_A, lora_B, alpha, depthwise, pw, channels, ctx.scaling,
-            need[0], need[3], need[4], need[5], any(need[6:11]),
-        )  # fmt: skip
-        rows = grad_h.flatten(0, -2)  # (tokens, C_out)
+            grad_h, x, z, weight, lora_A, lora_B, *cell, ctx.scaling, *need
+        )
+        grad_rows = grad_h.flatten(0, -2)  # (tokens, C_out)
         return (
-            grad_x if need[0] else None,
-            rows.t() @ x.flatten(0, -2) if need[1] else None,
-            rows.sum(0) if need[2] else None,
-            *_due(gradients, need[3:11]),
             None,
             None,
+            grad_x if need_x else None,
+            grad_rows.t() @ x.flatten(0, -2) if need_weight else None,
+            grad_rows.sum(0) if need_bias else None,
+            *_only(gradients, needed),
             None,
         )
 
 
-def _due(gradients, need):
-    """None in place of each gradient that was not asked for."""
-    return [gradient if due else None for gradient, due in zip(gradients, need, strict=True)]
+def _only(gradients: Iterable[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Replaces every gradient that is not needed with None."""
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
-def entry_points(backend: str) -> tuple[Callable[..., Tensor], ...]:
-    """What a compiled backend computes on checked arguments, over its operators: ``mixed_cell``,
-    ``nas_lora_linear``, ``folded_cell``, ``folded_linear``, as the reference has them."""
+class EntryPoints(NamedTuple):
+    """The four functions of a backend, on checked arguments; ``reference.py`` has the same."""
 
-    def mixed_cell(z, alpha, depthwise, pw, channels):
-        return MixedCell.apply(z, alpha, *depthwise, pw, channels, backend)
+    mixed_cell: Callable[[Tensor, Cell], Tensor]
+    nas_lora_linear: Callable[[Tensor, LoRALinear, Cell, float], Tensor]
+    folded_cell: Callable[[Tensor, Tensor, float, float], Tensor]
+    folded_linear: Callable[[Tensor, LoRALinear, Tensor, float, float], Tensor]
 
-    def nas_lora_linear(x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, scaling):
-        return NASLoRALinear.apply(
-            x, weight, bias, lora_A, lora_B, alpha, *depthwise, pw, channels, scaling, backend
-        )
 
-    def folded_cell(z, kernel, average, maximum):
+def entry_points(backend: str) -> EntryPoints:
+    """Returns the four functions of a compiled backend, which call its operators."""
+
+    def mixed_cell(z: Tensor, cell: Cell) -> Tensor:
+        return MixedCell.apply(backend, z, *cell.flatten())
+
+    def nas_lora_linear(x: Tensor, linear: LoRALinear, cell: Cell, scaling: float) -> Tensor:
+        return NASLoRALinear.apply(backend, scaling, x, *linear, *cell.flatten())
+
+    def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
         return OPERATORS[backend].folded_cell(z, kernel, average, maximum)
 
-    def folded_linear(x, weight, bias, lora_A, lora_B, kernel, average, maximum):
-        return OPERATORS[backend].folded_linear(
-            x, weight, bias, lora_A, lora_B, kernel, average, maximum
-        )
+    def folded_linear(
+        x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
+    ) -> Tensor:
+        return OPERATORS[backend].folded_linear(x, *linear, kernel, average, maximum)
 
-    return mixed_cell, nas_lora_linear, folded_cell, folded_linear
+    return EntryPoints(mixed_cell, nas_lora_linear, folded_cell, folded_linear)

@@ -1,36 +1,37 @@
-"""The definition of right: the mixed cell and the adapter layer in readable PyTorch.
+"""The definition of correct: the mixed cell and the adapter layer in readable PyTorch.
 
-Every other backend is held against these functions. They run on any device, in any float dtype,
-under autograd and torch.compile. Arguments are trusted; ``functional.py`` has checked them.
+Every other backend is tested against these functions. They run on any device, in any float dtype,
+under autograd and torch.compile. They trust their arguments: ``functional.py`` has checked them.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.operations import AVG_POOL, CONVOLUTIONS, MAX_POOL, SKIP
+from naslora_kernels.tensors import ACCUMULATORS
 
 
 def unavailable_reason() -> str | None:
-    """The reference can always be used."""
+    """Returns None: the reference can always be used."""
     return None
 
 
 def unsupported_reason(device_type: str, dtype: torch.dtype) -> str | None:
-    """The reference serves every device and floating dtype."""
+    """Returns None: the reference serves every device and floating dtype."""
     return None
 
 
-def mixed_cell(
-    z: Tensor, alpha: Tensor, depthwise: tuple[Tensor, ...], pw: Tensor, channels: Tensor | None
-) -> Tensor:
+def mixed_cell(z: Tensor, cell: Cell) -> Tensor:
     """Eq. 2-3: y_S = sum_i softmax(alpha)_i O_i(z_S); channels outside S pass unchanged.
 
     16-bit inputs are computed in float32 and rounded once, at the end.
     """
+    alpha, depthwise, pw, channels = cell
     if pw.shape[-1] == 0:  # S is empty: plain LoRA
         return z.clone()
-    compute = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
+    compute = ACCUMULATORS[z.dtype]
     with torch.autocast(z.device.type, enabled=False):
         selected = z if channels is None else z.index_select(-1, channels)  # (B, H, W, c)
         maps = selected.to(compute).permute(0, 3, 1, 2)  # (B, c, H, W)
@@ -54,29 +55,19 @@ def _separable(maps: Tensor, dw: Tensor, pw: Tensor, dilation: int) -> Tensor:
     return F.conv2d(depthwise, pw.to(maps.dtype)[:, :, None, None])
 
 
-def nas_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    alpha: Tensor,
-    depthwise: tuple[Tensor, ...],
-    pw: Tensor,
-    channels: Tensor | None,
-    scaling: float,
-) -> Tensor:
+def nas_lora_linear(x: Tensor, linear: LoRALinear, cell: Cell, scaling: float) -> Tensor:
     """Eq. 3: h = W0 x + b0 + s W_d y with y the mixed cell of z = W_e x."""
+    weight, bias, lora_A, lora_B = linear
     with torch.autocast(x.device.type, enabled=False):
         h = F.linear(x, weight, bias)  # (B, H, W, C_out)
         z = F.linear(x, lora_A.to(x.dtype))  # (B, H, W, r)
-        y = mixed_cell(z, alpha, depthwise, pw, channels)  # (B, H, W, r)
+        y = mixed_cell(z, cell)  # (B, H, W, r)
         return h + scaling * F.linear(y, lora_B.to(x.dtype))
 
 
 def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
     """y = K * z + average * avg_pool(z) + maximum * max_pool(z); 16-bit as in ``mixed_cell``."""
-    compute = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
+    compute = ACCUMULATORS[z.dtype]
     with torch.autocast(z.device.type, enabled=False):
         maps = z.to(compute).permute(0, 3, 1, 2)  # (B, c, H, W)
         y = F.conv2d(maps, kernel.to(compute), padding=kernel.shape[-1] // 2)
@@ -88,16 +79,10 @@ def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Te
 
 
 def folded_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    kernel: Tensor,
-    average: float,
-    maximum: float,
+    x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
 ) -> Tensor:
     """h = W x + b + W_d y with y the folded cell of z = W_e x."""
+    weight, bias, lora_A, lora_B = linear
     with torch.autocast(x.device.type, enabled=False):
         z = F.linear(x, lora_A.to(x.dtype))  # (B, H, W, c)
         y = folded_cell(z, kernel, average, maximum)

@@ -1,4 +1,4 @@
-"""What GPU kernels take and move, found out without a GPU: ``bench/resources.py`` and others."""
+"""Registers and bytes of the GPU kernels, without a GPU: ``bench/resources.py`` and others."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ import torch
 
 from bench import cases, gpu_bytes, launches, triton_resources
 from bench.resources import Usage, summary
-from naslora_kernels import triton
+from naslora_kernels.triton.primitives import TritonPrimitives
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -86,7 +86,7 @@ def test_summary_gives_ranges_over_variants():
 
 def counted(work, rank=3, dtype=torch.bfloat16):
     operands = launches.Operands(SHAPE, rank, dtype)
-    sizes = triton.Primitives(None, lambda device: (9, 0))
+    sizes = TritonPrimitives(None, lambda device: (9, 0))
     return gpu_bytes.count(launches.WORKS[work], operands, sizes)
 
 

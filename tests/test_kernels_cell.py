@@ -135,6 +135,12 @@ def test_partial_gradients_equal_full_ones(target, needed, c):
         assert torch.equal(value, full[name]), name
 
 
+@every_target
+def test_gradient_of_alpha_with_many_channels(target):
+    """Every eight channels add four terms: here they are more than the 32 columns of a program."""
+    assert_as_good_as_reference(target, cell_case((1, 1, 2, 57), 57).to(torch.float32), ("alpha",))
+
+
 @only_cpp
 @pytest.mark.parametrize("c", [2, 16])
 def test_same_bits_on_any_number_of_threads(c):

@@ -21,6 +21,7 @@ from kernel_cases import (
 
 from naslora_kernels import cpp, nas_lora_linear
 from naslora_kernels.operations import MAX_POOL
+from naslora_kernels.tensors import DTYPE_CODES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "instruction_set")
 only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
@@ -209,11 +210,9 @@ def test_row_offsets_beyond_32_bits():
     storage = torch.empty(far + columns, dtype=torch.bfloat16)
     distant = storage.as_strided((2, columns), (far, 1)).copy_(x)
     product = torch.empty(2, rank, dtype=torch.bfloat16)
-    code = cpp._DTYPE_CODES[torch.bfloat16]
-    cpp._C.low_rank_pass(
-        code, distant.data_ptr(), far, 2, columns, rank, 1.0,
-        matrix.data_ptr(), product.data_ptr(), 0, 0, 0, 0,
-    )  # fmt: skip
+    maps = (DTYPE_CODES[torch.bfloat16], distant.data_ptr(), far, 2, columns, rank)
+    no_sums = (0, 0, 0, 0)
+    cpp._C.low_rank_pass(*maps, 1.0, matrix.data_ptr(), product.data_ptr(), *no_sums)
     expected = (distant.float() @ matrix.t()).bfloat16()
     torch.testing.assert_close(product, expected)
 

@@ -1,5 +1,4 @@
-"""What torch.compile sees of the ``triton`` backend: the launches themselves, each with the very
-arguments that it writes to."""
+"""What torch.compile sees of the ``triton`` backend: its launches, and what each writes to."""
 
 import importlib.util
 import json

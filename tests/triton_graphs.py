@@ -1,8 +1,8 @@
-"""Prints what torch.compile sees of the ``triton`` backend, as JSON: the kernels' launches in the
-graphs of a layer's forward and backward, with the arguments that each writes to.
+"""Prints what torch.compile sees of the ``triton`` backend, as JSON.
 
-A program of its own, as Triton's interpreter, which the tests run under, has nothing to trace. It
-needs no GPU: nothing is launched, and the target is only named.
+That is the launches in the graphs of a layer's forward and backward, with the arguments that each
+writes to. The tests run under Triton's interpreter, which has nothing to trace, so this is a
+program of its own. It needs no GPU: nothing is launched, and the target is only a name.
 """
 
 import json
@@ -18,13 +18,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from triton.backends.compiler import GPUTarget
 
 from naslora_kernels import triton as backend
+from naslora_kernels.cell import Cell, LoRALinear
 
 RANK, CHANNELS = 3, 2
 CELL = [(CHANNELS, size, size) for size in (3, 5, 3, 5)] + [(4, CHANNELS, CHANNELS)]
 
 
 class Hopper:
-    """As much of a Triton driver as asking what a kernel writes to takes."""
+    """The part of a Triton driver that is needed to ask what a kernel writes to."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -44,12 +45,12 @@ def launches(graph: Graph) -> list[list]:
 
 
 def traced(dtype: torch.dtype, trained: str, dynamic: bool = False) -> dict[str, object]:
-    """The launches of one layer, and what else of its graphs is of interest.
+    """The launches of one layer, and the operators that stayed opaque or copy back.
 
     Args:
         dtype: of the maps; parameters are float32.
         trained: ``weights`` or ``architecture``.
-        dynamic: whether the batch is of any size.
+        dynamic: whether the batch has any size.
     """
     weights = trained == "weights"
     kernel_side_table.reset_table()
@@ -73,10 +74,8 @@ def traced(dtype: torch.dtype, trained: str, dynamic: bool = False) -> dict[str,
         channels = torch.empty(CHANNELS, dtype=torch.int64)
 
         def layer(x, weight, bias, lora_A, lora_B, alpha, channels, *cell):
-            depthwise, pw = list(cell[:4]), cell[4]
-            h = backend.nas_lora_linear(
-                x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, channels, 1.5
-            )
+            linear = LoRALinear(weight, bias, lora_A, lora_B)
+            h = backend.nas_lora_linear(x, linear, Cell.unflatten([alpha, *cell, channels]), 1.5)
             return h.relu()
 
         compiled = aot_function(layer, keep("forward"), keep("backward"))

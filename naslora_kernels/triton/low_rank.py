@@ -1,21 +1,39 @@
-"""Triton kernels of the adapter's skinny products: each reads or writes its rows once."""
+"""Triton kernels of the products with lora_A and lora_B. Each reads or writes its rows once."""
+
+# ruff: noqa: RUF005  (Triton compiles only a part of Python)
 
 import triton
 import triton.language as tl
 
-from naslora_kernels.triton_numbers import dot, rounded, whole, widened
+from naslora_kernels.triton.arithmetic import dot, rounded, whole, widened
 
 
 @triton.jit
 def low_rank_pass_kernel(
-    rows_ptr, matrix_ptr, u_ptr, product_ptr, partials_ptr, scale, scale_rest,
-    tokens, columns, row_stride, matrix_stride_r, matrix_stride_c, span,
-    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """product = scale rows matrix^T and partials[group] = scale u^T rows, either may be None.
+    rows_ptr,
+    matrix_ptr,
+    u_ptr,
+    product_ptr,
+    partials_ptr,
+    scale,
+    scale_rest,
+    tokens,
+    columns,
+    row_stride,
+    matrix_stride_r,
+    matrix_stride_c,
+    span,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """product = scale rows matrix^T and partials[group] = scale u^T rows; either may be None.
 
-    Program (g, s) takes ROWS rows and ``span`` columns, all of them where it has a product to sum.
-    For few ranks: a thread keeps its terms of the product for each rank, and adds them up at last.
+    Program (g, s) takes ROWS rows and ``span`` columns. If there is a product, ``span`` is all
+    columns. This kernel is for few ranks: a thread keeps its terms of the product for each rank and
+    adds them up at the end.
+
+    Over 60 lines because Triton and torch.compile take the arguments one by one.
     """
     DTYPE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = whole(scale, scale_rest, DTYPE)
@@ -56,13 +74,33 @@ def low_rank_pass_kernel(
 
 @triton.jit
 def low_rank_pass_dot_kernel(
-    rows_ptr, matrix_ptr, u_ptr, product_ptr, partials_ptr, scale, scale_rest,
-    tokens, columns, row_stride, matrix_stride_r, matrix_stride_c, span,
-    RANK: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """As ``low_rank_pass_kernel``, by matrix products of ROWS rows, in STEPS steps, with RANK ranks
-    padded to LANES. WIDEN where 16-bit products are not to be had."""
+    rows_ptr,
+    matrix_ptr,
+    u_ptr,
+    product_ptr,
+    partials_ptr,
+    scale,
+    scale_rest,
+    tokens,
+    columns,
+    row_stride,
+    matrix_stride_r,
+    matrix_stride_c,
+    span,
+    RANK: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Computes what ``low_rank_pass_kernel`` computes, by matrix products.
+
+    A group is STEPS tiles of ROWS rows. RANK ranks are padded to LANES. WIDEN: the card has no
+    16-bit products.
+
+    Over 60 lines because both products share one loop over the columns, which reads the rows once.
+    """
     DTYPE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = whole(scale, scale_rest, DTYPE)
     matrix_stride_r = tl.cast(matrix_stride_r, tl.int64)
@@ -116,12 +154,25 @@ def low_rank_pass_dot_kernel(
 
 @triton.jit
 def low_rank_expand_kernel(
-    u_ptr, matrix_ptr, bias_ptr, out_ptr, scale, scale_rest, tokens, columns,
-    matrix_stride_r, matrix_stride_c,
-    RANK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """out = bias + scale u matrix, on a tile of ROWS x COLUMNS; BLOCK ranks at a time, a divisor of
-    RANK."""
+    u_ptr,
+    matrix_ptr,
+    bias_ptr,
+    out_ptr,
+    scale,
+    scale_rest,
+    tokens,
+    columns,
+    matrix_stride_r,
+    matrix_stride_c,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """out = bias + scale u matrix, on a tile of ROWS x COLUMNS, BLOCK ranks at a time.
+
+    BLOCK divides RANK.
+    """
     DTYPE: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,0 +1,32 @@
+"""The ``cpp`` backend: the C++ kernels of ``csrc`` on CPU tensors."""
+
+import functools
+
+from naslora_kernels.cpp.extension import (
+    _C,
+    CAPABILITY_VARIABLE,
+    build_info,
+    instruction_set,
+    unavailable_reason,
+)
+from naslora_kernels.cpp.primitives import CPULaunches
+from naslora_kernels.ops import define_operators, entry_points, unsupported
+
+__all__ = [
+    "CAPABILITY_VARIABLE",
+    "_C",
+    "build_info",
+    "folded_cell",
+    "folded_linear",
+    "instruction_set",
+    "mixed_cell",
+    "nas_lora_linear",
+    "unavailable_reason",
+    "unsupported_reason",
+]
+
+mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("cpp")
+unsupported_reason = functools.partial(unsupported, "cpu")
+
+if _C is not None:
+    _library = define_operators("cpp", CPULaunches(), "CPU")

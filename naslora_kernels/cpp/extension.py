@@ -1,0 +1,74 @@
+"""Loads the C++ extension ``naslora_kernels._C`` and says how it was built and how it runs.
+
+The extension is plain C++ over addresses, so it depends on no version of torch. When it is loaded,
+it gets torch's own thread pool, so it runs on as many threads as ``torch.set_num_threads`` says. It
+computes with the best instruction set of this processor, or the one that NASLORA_CPU_CAPABILITY
+names.
+"""
+
+import ctypes
+import os
+
+import torch
+
+try:
+    from naslora_kernels import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    _C = None
+    _import_error = error
+
+CAPABILITY_VARIABLE = "NASLORA_CPU_CAPABILITY"
+
+
+def unavailable_reason() -> str | None:
+    """Returns why the extension cannot be used, or None."""
+    if _C is None:
+        return (
+            f"the C++ extension is missing ({_import_error}); reinstall naslora with a C++17 "
+            "compiler (GCC or Clang) present and NASLORA_SKIP_EXT unset"
+        )
+    if instruction_set() is None:
+        return (
+            f"{CAPABILITY_VARIABLE}={os.environ[CAPABILITY_VARIABLE]!r} is not one of "
+            f"{', '.join(_C.capabilities())}"
+        )
+    return None
+
+
+def instruction_set() -> str | None:
+    """Returns the instruction set to compute with; None if the environment names none of them."""
+    best = _C.capabilities()[-1]
+    wanted = os.environ.get(CAPABILITY_VARIABLE) or best
+    return wanted if wanted in _C.capabilities() else None
+
+
+def build_info() -> dict[str, object]:
+    """Returns how the extension was compiled and what it uses; empty without the extension."""
+    if _C is None:
+        return {}
+    compiler, compiled = _C.build_info()
+    return {
+        "compiler": compiler,
+        "architectures": compiled,
+        "instruction_set": instruction_set(),
+        "shares_torch_threads": bool(_torch_parallel_for()),
+    }
+
+
+def _torch_parallel_for() -> int:
+    """Returns the address of torch's C function ``torch_parallel_for``, or 0 if there is none.
+
+    The function runs work on torch's threads. It is looked up in the libraries that ``torch._C``
+    is linked with.
+    """
+    try:
+        function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
+    except (AttributeError, OSError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+if _C is not None:
+    _C.set_parallel_for(_torch_parallel_for())
+    if instruction_set():
+        _C.use_capability(instruction_set())

@@ -1,0 +1,36 @@
+"""What the backends share about tensors: dtypes, the dtype of sums, rows, addresses."""
+
+import torch
+from torch import Tensor
+
+# The dtypes that every backend computes. Their order is that of the enum Dtype in csrc.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+# The dtype in which maps of a dtype are computed and summed.
+ACCUMULATORS = {
+    dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES
+}
+
+
+def rows(grid: Tensor) -> Tensor:
+    """Returns (..., channels) as a matrix (tokens, channels) whose rows are contiguous."""
+    matrix = grid.flatten(0, -2)
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Returns the address of a tensor's first element; 0, a null pointer, for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def last_size(*tensors: Tensor | None) -> int:
+    """Returns the size of the last dimension of the first tensor that is not None."""
+    return next(tensor for tensor in tensors if tensor is not None).shape[-1]
+
+
+def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
+    """Returns an uninitialised contiguous gradient of ``tensor``, of size 0 if not needed."""
+    if not needed:
+        return tensor.new_empty((0,))
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,0 +1,179 @@
+"""What the Triton kernels of a cell share: how they find pixels, channels and taps.
+
+A tile is a block (TAPS, PIXELS, LANES).
+
+- PIXELS are consecutive pixels of all maps in row-major order. So no thread is idle, whatever the
+  shape of a map.
+- LANES are the channels of S, one lane each.
+- TAPS are the 5 x 5 pixels around a pixel, one or two pixels apart. A thread keeps them in its
+  registers. They are read from the cache.
+
+Two of the four convolutions have taps one pixel apart (3 x 3 and 5 x 5). The other two have taps
+two pixels apart. Each pair works on one tile. The convolutions stay separable: a depthwise sum for
+each, then the pointwise mixing as sums over lanes. That takes 68 + 4c multiplications for a pixel
+and channel. The one c x c convolution that they fold to takes 41c. Only dL/dz needs the folded one,
+because its pointwise part comes first.
+
+A program is one warp, so sums over pixels and lanes are shuffles and need no shared memory.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(start, shape, PIXELS: tl.constexpr):
+    """Finds the PIXELS pixels from ``start`` (int64) on; ``shape`` is (pixels, height, width).
+
+    Returns their map, row and column, and whether they exist; each (1, PIXELS, 1).
+    """
+    pixels, height, width = shape
+    area = height * width
+    first_map = start // area
+    step = tl.arange(0, PIXELS)[None, :, None]
+    pixel = (start - first_map * area).to(tl.int32) + step
+    return first_map + pixel // area, pixel % area // width, pixel % width, start + step < pixels
+
+
+@triton.jit
+def pixel_offset(image, y, x, strides):
+    """Returns where pixels begin, in elements (int64)."""
+    return image * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def lane_numbers(LANES: tl.constexpr):
+    """Returns 0..LANES-1; (1, 1, LANES).
+
+    Contiguity is hidden from Triton so that it does not vectorise parameter loads, which would
+    need shuffles between threads.
+    """
+    return tl.max_contiguous(tl.arange(0, LANES)[None, None, :], (1, 1, 1))
+
+
+@triton.jit
+def channel_numbers(channels_ptr, i, CHANNELS: tl.constexpr):
+    """Returns the i-th channels of S (int64) for a block ``i``; some channel of S if i >= c."""
+    i = tl.minimum(i, CHANNELS - 1)
+    if channels_ptr is None:
+        return i.to(tl.int64)
+    else:
+        return tl.load(channels_ptr + i)
+
+
+@triton.jit
+def copy_other_channels(
+    from_ptr,
+    stride_c,
+    to_ptr,
+    channels_ptr,
+    rank,
+    mask,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Copies the channels outside S of pixels at (1, PIXELS, 1) pointers; LANES >= rank."""
+    lanes = tl.arange(0, LANES)[None, None, :]
+    mask = mask & (lanes < rank)
+    for i in range(CHANNELS):
+        mask = mask & (lanes != tl.load(channels_ptr + i))
+    values = tl.load(from_ptr + lanes * stride_c, mask=mask, other=0.0)
+    tl.store(to_ptr + lanes, values, mask=mask)
+
+
+@triton.jit
+def tap_positions():
+    """Returns row and column of the 5 x 5 taps, -2..2, padded to 32; (TAPS, 1, 1)."""
+    tap = tl.arange(0, 32)[:, None, None]
+    return tap // 5 - 2, tap % 5 - 2
+
+
+@triton.jit
+def within(row, column, REACH: tl.constexpr):
+    """Returns whether a kernel with this reach has the tap."""
+    return (row >= -REACH) & (row <= REACH) & (column >= -REACH) & (column <= REACH)
+
+
+@triton.jit
+def load_taps(pointers, y, x, mask, shape, strides, DILATION: tl.constexpr, DTYPE: tl.constexpr):
+    """Loads all taps around pixels at (1, PIXELS, LANES) pointers.
+
+    Returns the values, zero outside of the map, and whether a tap lies in the map;
+    (TAPS, PIXELS, LANES).
+    """
+    row, column = tap_positions()
+    dy, dx = row * DILATION, column * DILATION
+    in_rows = (y + dy >= 0) & (y + dy < shape[1])
+    in_columns = (x + dx >= 0) & (x + dx < shape[2])
+    inside = mask & within(row, column, 2) & in_rows & in_columns
+    values = tl.load(pointers + (dy * strides[1] + dx * strides[2]), mask=inside, other=0.0)
+    return values.to(DTYPE), inside
+
+
+@triton.jit
+def load_kernels(
+    dw_3x3_ptr,
+    dw_5x5_ptr,
+    in_lanes,
+    MIRRORED: tl.constexpr,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Loads the depthwise kernels of a pair of convolutions; (TAPS, PIXELS, LANES) each.
+
+    Every pixel loads them for itself: a broadcast would move them between threads.
+    """
+    row, column = tap_positions()
+    if MIRRORED:
+        row, column = -row, -column
+    lanes = lane_numbers(LANES)
+    at_3x3 = dw_3x3_ptr + lanes * 9 + ((row + 1) * 3 + column + 1)
+    at_5x5 = dw_5x5_ptr + lanes * 25 + ((row + 2) * 5 + column + 2)
+    at_3x3 = tl.broadcast_to(at_3x3, (32, PIXELS, LANES))
+    at_5x5 = tl.broadcast_to(at_5x5, (32, PIXELS, LANES))
+    dw_3x3 = tl.load(at_3x3, mask=in_lanes & within(row, column, 1), other=0.0)
+    dw_5x5 = tl.load(at_5x5, mask=in_lanes & within(row, column, 2), other=0.0)
+    return dw_3x3.to(DTYPE), dw_5x5.to(DTYPE)
+
+
+@triton.jit
+def convolve(
+    values,
+    dw_3x3_ptr,
+    dw_5x5_ptr,
+    in_lanes,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Returns a pair of depthwise convolutions of loaded taps, (1, PIXELS, LANES) each."""
+    dw_3x3, dw_5x5 = load_kernels(dw_3x3_ptr, dw_5x5_ptr, in_lanes, False, LANES, PIXELS, DTYPE)
+    row, column = tap_positions()
+    # An infinite value times the zero of a tap that the kernel lacks would be NaN.
+    by_3x3 = tl.sum(tl.where(within(row, column, 1), values * dw_3x3, 0.0), axis=0, keep_dims=True)
+    by_5x5 = tl.sum(tl.where(within(row, column, 2), values * dw_5x5, 0.0), axis=0, keep_dims=True)
+    return by_3x3, by_5x5
+
+
+@triton.jit
+def window_size(y, x, shape):
+    """Returns how many valid pixels the 3 x 3 window around a pixel has: avg_pool's divisor."""
+    rows = 1 + (y > 0).to(tl.int32) + (y + 1 < shape[1]).to(tl.int32)
+    columns = 1 + (x > 0).to(tl.int32) + (x + 1 < shape[2]).to(tl.int32)
+    return rows * columns
+
+
+@triton.jit
+def pool(values, inside, y, x, shape, DTYPE: tl.constexpr):
+    """Returns the averages and the maxima of the 3 x 3 windows, (1, PIXELS, LANES) each."""
+    row, column = tap_positions()
+    in_3x3 = within(row, column, 1)
+    total = tl.sum(tl.where(in_3x3, values, 0.0), axis=0, keep_dims=True)
+    in_window = inside & in_3x3
+    is_nan = values != values
+    candidates = tl.where(in_window & ~is_nan, values, float("-inf"))
+    maximum = tl.max(candidates, axis=0, keep_dims=True)
+    nans = tl.sum((in_window & is_nan).to(tl.int32), axis=0, keep_dims=True)
+    average = total / window_size(y, x, shape).to(DTYPE)
+    return average, tl.where(nans > 0, float("nan"), maximum)

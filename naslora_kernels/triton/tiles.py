@@ -1,0 +1,105 @@
+"""How the Triton kernels divide their work.
+
+Nothing is tuned at run time. Tiles depend on shapes alone, so CUDA graphs can capture the launches
+and every card gives the same bits.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs on the CPU
+
+
+class CellTiles(NamedTuple):
+    """How ``cell_forward_kernel`` and ``cell_backward_kernel`` divide their maps."""
+
+    lanes: int
+    """The channels of S, padded to a power of two."""
+    pixels: int
+    """Pixels of a tile."""
+    block: int
+    """Output channels that a program sums at a time."""
+    blocks: int
+    """Blocks of output channels."""
+    parts: int
+    """Programs that share the sums of one group."""
+    steps: int
+    """Tiles of a group."""
+    groups: int
+    """Groups of pixels; each leaves one set of partial sums."""
+    num_warps: int
+
+
+@functools.cache
+def cell_tiles(pixels: int, c: int) -> CellTiles:
+    """Returns the tiles for the number of pixels in all maps.
+
+    A thread holds one channel of one pixel. A group is small enough to spread the sums over some
+    1500 programs. It has at least 32 pixels. It has at most 256, for which the partial sums are a
+    tenth of the maps.
+    """
+    lanes = power_of_2(c)
+    tile = max(1, (4096 if INTERPRETED else 32) // lanes)
+    block = min(lanes, 8)
+    blocks = -(-c // block)
+    parts = 2 * blocks + 3
+    group = min(max(power_of_2(-(-pixels * parts // 1500)), 32), 256)
+    group = max(group, tile)
+    num_warps = max(1, lanes // 32)
+    steps, groups = group // tile, -(-pixels // group)
+    return CellTiles(lanes, tile, block, blocks, parts, steps, groups, num_warps)
+
+
+@functools.cache
+def group_rows(tokens: int) -> int:
+    """Returns how many rows a group of ``low_rank_pass`` has.
+
+    There is one group for each processor of a large card. A group has at most 128 rows: then the
+    partial sums of three ranks move 0.05 of the bytes that the rows move.
+    """
+    return min(max(power_of_2(-(-tokens // 132)), 16), 128)
+
+
+class PassTiles(NamedTuple):
+    """How a kernel of ``low_rank_pass`` divides the rows of a group."""
+
+    constants: dict[str, object]
+    """The constants of the kernel."""
+    columns: int
+    """Columns of a tile."""
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def pass_tiles(
+    tokens: int, rank: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> PassTiles:
+    """Returns the tiles for so many tokens, for the kernel that suits the rank and the dtype.
+
+    Up to four ranks in 32 and 64 bits are multiplied one by one. Other products use the tensor
+    cores or, in 32 and 64 bits, products from shared memory. 16-bit maps are widened on cards
+    before capability 8.0: they have no tensor cores for bfloat16, and Triton's float16 products
+    spill there.
+    """
+    rows = group_rows(tokens)
+    widen = dtype.itemsize == 2 and capability < (8, 0)
+    exact = widen or dtype.itemsize > 2
+    constants: dict[str, object] = {}
+    if rank <= 4 and exact:
+        tile, columns = rows, 4096 // rows
+    else:
+        tile = min(rows, 64)
+        columns = 2048 // tile if exact else 64
+        lanes = max(16, power_of_2(rank))
+        constants = {"LANES": lanes, "STEPS": rows // tile, "WIDEN": widen}
+    constants |= {"RANK": rank, "ROWS": tile, "COLUMNS": columns}
+    return PassTiles(constants, columns, num_warps=8, num_stages=1 if exact else 3)
+
+
+def power_of_2(number: int) -> int:
+    """Returns the smallest power of two that is not less than ``number``."""
+    return 1 << (int(number) - 1).bit_length()
