@@ -1,7 +1,5 @@
 """Arithmetic of all Triton kernels: the dtype of sums, rounding, products, softmax."""
 
-# ruff: noqa: RUF005  (Triton compiles only a part of Python)
-
 import triton
 import triton.language as tl
 

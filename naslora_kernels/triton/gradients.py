@@ -1,7 +1,5 @@
 """Triton kernel of the second stage: adds up the groups' partial sums in order."""
 
-# ruff: noqa: RUF005, SIM108  (Triton compiles only a part of Python)
-
 import triton
 import triton.language as tl
 

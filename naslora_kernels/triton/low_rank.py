@@ -1,7 +1,5 @@
 """Triton kernels of the products with lora_A and lora_B. Each reads or writes its rows once."""
 
-# ruff: noqa: RUF005  (Triton compiles only a part of Python)
-
 import triton
 import triton.language as tl
 
