@@ -23,8 +23,6 @@ from naslora.results import (
     Epoch,
     MergeResult,
     RunResult,
-    SplitScores,
-    from_json,
     read_record,
     read_rows,
     write_record,
@@ -247,8 +245,7 @@ def _train_cell(
         **merged["run"],
     )
     print(f"== {dataset}, {name}, seed {seed}", flush=True)
-    # until training returns records
-    result = from_json(RunResult, train(config, directory, resume=directory.exists()), directory)
+    result = train(config, directory, resume=directory.exists())
     if plan.few_images is not None:
         result = _merged_with(plan.few_images, directory, result)
     write_record(directory / DONE, result)
@@ -262,8 +259,7 @@ def _merged_with(images: int, directory: Path, result: RunResult) -> RunResult:
     name = f"calibrated, {images}"
     report = merge(model, "calibrated", batches)
     merged = MergeResult(report.mode, report.source, report.layers, report.warning)
-    # until training returns records
-    scores = from_json(SplitScores, evaluate_model(model, config, splits["test"]), directory)
+    scores = evaluate_model(model, config, splits["test"])
     return dataclasses.replace(
         result,
         merge={**(result.merge or {}), name: merged},
