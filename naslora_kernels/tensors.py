@@ -24,9 +24,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def last_size(*tensors: Tensor | None) -> int:
-    """Returns the size of the last dimension of the first tensor that is not None."""
-    return next(tensor for tensor in tensors if tensor is not None).shape[-1]
+def last_size(tensor: Tensor | None, other: Tensor | None) -> int:
+    """Returns the size of the last dimension of a tensor, or of the other one if it is None."""
+    given = other if tensor is None else tensor
+    assert given is not None, "at least one tensor is expected"
+    return given.shape[-1]
 
 
 def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
