@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from naslora.adapter.base_state import override_save_pretrained
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.modules import adapter_layers, replace_module
@@ -37,6 +38,7 @@ def inject(model: nn.Module, config: NASLoRAConfig) -> list[str]:
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
+    override_save_pretrained(model)
     return list(targets)
 
 
