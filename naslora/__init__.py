@@ -6,11 +6,14 @@ so that name is resolved on first use (module ``__getattr__``, PEP 562).
 
 from typing import TYPE_CHECKING, Any
 
+from naslora.adapter.base_state import base_state_dict, load_base_state_dict
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.injection import adapter_parameters, arch_parameters, inject
 from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.merge_report import MergeReport
-from naslora.adapter.merging import merge, unmerge
+from naslora.adapter.merged import unmerge
+from naslora.adapter.merged_files import load_merged, save_merged
+from naslora.adapter.merging import merge
 from naslora.adapter.storage import save_adapter
 from naslora.errors import UserError
 
@@ -24,10 +27,14 @@ __all__ = [
     "UserError",
     "adapter_parameters",
     "arch_parameters",
+    "base_state_dict",
     "inject",
     "load_adapter",
+    "load_base_state_dict",
+    "load_merged",
     "merge",
     "save_adapter",
+    "save_merged",
     "unmerge",
 ]
 

@@ -6,7 +6,7 @@ loss ask the record. Only code that starts from a name needs the table of method
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from naslora.adapter.config import MethodConfig, NASLoRAConfig, field_names
-from naslora.adapter.injection import undone_on_error
 from naslora.adapter.merge_report import MergeMode, MergeReport
+from naslora.adapter.modules import undone_on_error
 from naslora.errors import UserError
 
 RECORD = "method"  # the encoder's attribute that holds the record
@@ -24,8 +24,9 @@ OWN = {"own": True}
 """Metadata of a configuration's field that ``NASLoRAConfig`` does not set, although it has a field
 of the same name."""
 
-Merge = Callable[[nn.Module, MergeMode, Iterable[Any] | None], MergeReport]
-"""Folds a method into the frozen weights, as ``naslora.merge``."""
+Merge = Callable[[nn.Module, MergeMode, Any], MergeReport]
+"""Folds a method into the frozen weights, as ``naslora.merge``. Takes the model, the mode, and what
+``calibration_batches`` takes."""
 
 
 def never(config: Any) -> bool:
