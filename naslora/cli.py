@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from naslora import trained
-from naslora.adapter.merging import MergeMode
+from naslora.adapter.merge_report import MergeMode
 from naslora.errors import UserError
 from naslora.methods import MethodName
 from naslora.report.sections.scores import metric_table

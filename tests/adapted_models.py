@@ -6,7 +6,7 @@ from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 from naslora import NASLoRAConfig, inject
-from naslora.adapter.injection import adapter_layers
+from naslora.adapter.modules import adapter_layers
 
 SIZE, DEPTH = 64, 2
 

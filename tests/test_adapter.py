@@ -33,7 +33,7 @@ from naslora import (
     save_adapter,
 )
 from naslora.adapter.cell import LinearCell, mixture_entropy
-from naslora.adapter.injection import adapter_layers
+from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
 from naslora.sam.segmentation import SamForSegmentation
 

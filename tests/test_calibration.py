@@ -25,7 +25,7 @@ from torch.testing import assert_close
 from naslora import NASLoRAConfig, UserError, inject, merge, unmerge
 from naslora.adapter.calibration import FOLDS, PENALTIES, Moments, fit
 from naslora.adapter.cell import LEFT_OUT
-from naslora.adapter.injection import adapter_layers
+from naslora.adapter.modules import adapter_layers
 
 torch.set_num_threads(1)
 

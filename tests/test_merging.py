@@ -23,9 +23,9 @@ from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, NASLoRALinear, UserError, inject, merge, unmerge
 from naslora.adapter.cell import LEFT_OUT, FoldedCell
-from naslora.adapter.injection import adapter_layers
 from naslora.adapter.merged import MergedNASLoRALinear, restore_merged
 from naslora.adapter.merging import NOISE_GRID
+from naslora.adapter.modules import adapter_layers
 from naslora_kernels import OPERATIONS
 
 torch.set_num_threads(1)

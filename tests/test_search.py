@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from naslora.adapter.config import NASLoRAConfig
-from naslora.adapter.injection import adapter_layers, arch_parameters
+from naslora.adapter.injection import arch_parameters
+from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import trained_state
 from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError

@@ -1,6 +1,7 @@
 """NASLoRALinear: a frozen nn.Linear with a searchable low-rank adapter beside it."""
 
-import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from naslora.adapter.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
 from naslora.adapter.config import NASLoRAConfig
-from naslora_kernels import OPERATIONS, nas_lora_linear
+from naslora.adapter.grid import Grid, GridHint, as_grid
+from naslora_kernels import OPERATIONS, nas_lora_linear, reference
+from naslora_kernels.cell import Cell
 
 ALPHA_INIT_STD = 1e-3  # the paper starts alpha from a standard normal scaled by 0.001
 
@@ -17,9 +20,12 @@ ALPHA_INIT_STD = 1e-3  # the paper starts alpha from a standard normal scaled by
 class NASLoRALinear(nn.Module):
     """A drop-in for the nn.Linear it wraps: h = W0 x + b0 + s W_d cell(W_e x) (paper, Eq. 3).
 
-    Takes (B, H, W, C_in), or (B, N, C_in) with N a square number or ``grid`` set to (H, W), and
-    returns the same shape with C_out channels. lora_B starts at zero, so a fresh layer computes
-    what its base computes.
+    Takes (B, H, W, C_in), or (B, N, C_in), and returns the same shape with C_out channels. N tokens
+    are ``grid``, or else what ``hint`` states, or else a square. lora_B starts at zero, so a fresh
+    layer computes what its base computes.
+
+    The adapter computes in float32 beside 16-bit weights. ``half``, ``bfloat16`` and ``to`` cast
+    ``base`` alone; float64 casts all.
 
     Args:
         base: the nn.Linear to adapt. It is frozen.
@@ -34,6 +40,7 @@ class NASLoRALinear(nn.Module):
         cell: the operations' weights, or None for plain LoRA.
         channels: (c,) int64, the channels that pass through the cell.
         grid: (H, W) of token sequences that are not square, or None.
+        hint: what the host model states of the layer's tokens, or None.
         config: the configuration it was made with.
 
     Raises:
@@ -45,6 +52,7 @@ class NASLoRALinear(nn.Module):
     lora_B: nn.Parameter
     alpha: nn.Parameter | None
     cell: Cell | None
+    hint: GridHint | None = None
 
     def __init__(
         self, base: nn.Linear, config: NASLoRAConfig, generator: torch.Generator | None = None
@@ -56,17 +64,18 @@ class NASLoRALinear(nn.Module):
         self.rank = config.rank
         self.scaling = config.scaling
         self.backend = config.backend
-        self.grid: tuple[int, int] | None = None
+        self.grid: Grid | None = None
         bound = base.in_features**-0.5  # kaiming-uniform(a=sqrt(5)) of a (r, C_in) matrix
         lora_A = torch.empty(self.rank, base.in_features)
         self.lora_A = nn.Parameter(lora_A.uniform_(-bound, bound, generator=generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank))
         self._add_cell(config, generator)
-        self._match_base()
+        self.follow_base()
         base.requires_grad_(False)  # last, so that an impossible configuration changes nothing
 
     def _add_cell(self, config: NASLoRAConfig, generator: torch.Generator) -> None:
         c = config.cell_channels
+        self.all_channels = c == self.rank
         self.register_buffer("channels", torch.arange(c))
         self.alpha = None
         self.cell = None
@@ -81,15 +90,37 @@ class NASLoRALinear(nn.Module):
             self.alpha = nn.Parameter(alpha)
             self.cell = build_cell(config.preset, c, config.cell_init, generator)
 
-    def _match_base(self) -> None:
+    def follow_base(self) -> None:
         """Moves the adapter to the base's device and dtype. Beside 16-bit weights it is float32."""
         weight = self.base.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            setattr(self, name, nn.Parameter(parameter.detach().to(weight.device, dtype)))
-        self.channels = self.channels.to(weight.device)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(weight.device, dtype if tensor.is_floating_point() else None)
+
+        super()._apply(moved, recurse=False)
         if self.cell is not None:
-            self.cell.to(weight.device, dtype)
+            self.cell._apply(moved)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NASLoRALinear":
+        """Applies a cast or move to ``base``, and to the adapter without its casts to 16 bit.
+
+        Alpha and the adapter's weights train in float32. In 16 bit their small steps are lost, and
+        Adam's become NaN.
+        """
+
+        def applied(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if not result.is_floating_point():
+                return result
+            dtype = torch.promote_types(result.dtype, torch.float32)
+            return result if dtype == result.dtype else tensor.to(result.device, dtype)
+
+        if recurse:
+            self.base._apply(fn)
+            if self.cell is not None:
+                self.cell._apply(applied)
+        return super()._apply(applied, recurse=False)
 
     @torch.no_grad()
     def draw_channels(self, generator: torch.Generator) -> None:
@@ -121,8 +152,10 @@ class NASLoRALinear(nn.Module):
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out.
 
         Raises:
-            ValueError: any other shape, or N neither square nor the declared grid.
+            ValueError: any other shape, or N tokens that are not the layer's grid.
         """
+        if torch.jit.is_tracing():
+            return self._traced(x)
         tokens = self._as_grid(x)
         if self.cell is None or isinstance(self.cell, LinearCell):
             h = self._fused(tokens)
@@ -147,9 +180,29 @@ class NASLoRALinear(nn.Module):
             backend=self.backend,
         )
 
+    def _traced(self, x: Tensor) -> Tensor:
+        """``forward`` in plain operators, because ``torch.jit.trace`` cannot record the kernels.
+
+        The checks of the public functions are left out: they read values, and a repeated call skips
+        some, so the tracer would find two different graphs. Its warnings of
+        numbers that become constants, such as c, are left out, too.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            tokens = self._as_grid(x)
+            y = F.linear(tokens, self.lora_A.to(tokens.dtype))
+            if isinstance(self.cell, LinearCell) and self.alpha is not None:
+                alpha, *depthwise, pw = self.cell.arguments(self.alpha)
+                cell = Cell(alpha, depthwise, pw, self._selected_channels())
+                y = reference.mixed_cell(y, cell)
+            elif self.cell is not None:
+                y = self.cell(y, self.alpha, self._selected_channels())
+        h = self.base(tokens) + self.scaling * F.linear(y, self.lora_B.to(y.dtype))
+        return h.reshape(*x.shape[:-1], self.out_features)
+
     def _selected_channels(self) -> Tensor | None:
         """(c,) int64, or None for all."""
-        return None if self.channels.shape[0] == self.rank else self.channels
+        return None if self.all_channels else self.channels
 
     def mixed(self, x: Tensor) -> Tensor:
         """The decoder's input y = cell(W_e x), (B, H, W, r). Shapes of x as in ``forward``."""
@@ -208,7 +261,7 @@ class NASLoRALinear(nn.Module):
     def _as_grid(self, x: Tensor) -> Tensor:
         if self.cell is None:  # tokens have no neighbours without a cell, so any shape works
             return x.reshape(-1, 1, 1, x.shape[-1])
-        return as_grid(x, self.grid)
+        return as_grid(x, self.grid, self.hint)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
@@ -223,29 +276,6 @@ class NASLoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """The adapter's numbers, for ``print(model)``."""
         return f"rank={self.rank}, cell_channels={self.channels.shape[0]}, scaling={self.scaling:g}"
-
-
-def as_grid(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Views (B, N, C) tokens as a (B, H, W, C) grid; returns (B, H, W, C) unchanged.
-
-    Args:
-        x: the tokens.
-        grid: (H, W); None for a square.
-
-    Raises:
-        ValueError: another number of dimensions, or N neither square nor the declared grid.
-    """
-    if x.dim() == 4:
-        return x
-    if x.dim() != 3:
-        raise ValueError(f"x: expected (B, H, W, C_in) or (B, N, C_in), got {tuple(x.shape)}")
-    height, width = grid or (math.isqrt(x.shape[1]),) * 2
-    if height * width != x.shape[1]:
-        raise ValueError(
-            f"x: {x.shape[1]} tokens are no {height} x {width} grid; set the layer's `grid` to "
-            "(H, W), or leave out layers that see extra tokens"
-        )
-    return x.reshape(x.shape[0], height, width, x.shape[2])
 
 
 def _empty_cell(like: Tensor) -> CellArguments:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.adapter.cell import FoldedCell, restore_collapsed
-from naslora.adapter.layer import as_grid
+from naslora.adapter.grid import as_grid
 from naslora.adapter.modules import check_model, replace_module
 from naslora.errors import UserError
 from naslora_kernels import folded_linear

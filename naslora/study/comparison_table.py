@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from naslora.adapter.merging import MODES
+from naslora.adapter.merge_report import MODES
 from naslora.methods import METHODS
 from naslora.report.numbers import MISSING
 from naslora.report.tables import Table, markdown_table

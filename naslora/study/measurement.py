@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.merging import MergeMode
+from naslora.adapter.merge_report import MergeMode
 from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
 from naslora.results import (
