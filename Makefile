@@ -1,11 +1,11 @@
-# The few commands that need more than one line. Everything else: CONTRIBUTING.md.
+# Commands that need more than one line. CONTRIBUTING.md lists the others.
 
 CXX ?= g++
 SANITIZED = build/sanitize
 
-# The kernel tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, its
-# scratch memory filled with NaN. Leaves the installed extension alone. What torch.compile generates
-# is not ours to sanitize.
+# Runs the kernel tests on an extension that is built with AddressSanitizer and
+# UndefinedBehaviorSanitizer and whose scratch memory is filled with NaN. The installed extension is
+# not changed. Compiled tests are left out: torch.compile generates code that is not ours.
 .PHONY: sanitize
 sanitize:
 	rm -rf $(SANITIZED)
@@ -15,8 +15,8 @@ sanitize:
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	pytest -p no:cacheprovider -k "not compiled" tests/test_kernels_*.py
 
-# Compiles the CUDA kernels for every architecture that nvcc knows; prints what each kernel takes, and
-# fails on warnings and on registers that spill.
+# Compiles the CUDA kernels for every architecture that nvcc knows and prints the registers and memory
+# of each kernel. Fails on warnings and on register spills.
 .PHONY: nvcc-check
 nvcc-check:
 	python -m bench.cuda_resources
@@ -27,8 +27,9 @@ nvcc-check:
 triton-check:
 	python -m bench.triton_resources
 
-# The CUDA kernels, emulated on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer. Their
-# shared memory is an allocation of just its size, and NaN when a block begins.
+# Runs the tests of the CUDA kernels, emulated on the CPU, under AddressSanitizer and
+# UndefinedBehaviorSanitizer. Shared memory is an allocation of exactly its size and holds NaN when a
+# block begins.
 .PHONY: cuda-sanitize
 cuda-sanitize:
 	NASLORA_CUDA_EMULATION=$$(python tests/cuda_emulation.py --sanitize) \

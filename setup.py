@@ -1,12 +1,15 @@
-"""Builds the C++ and CUDA extensions; everything that needs no code stands in pyproject.toml.
+"""Builds the C++ and CUDA extensions. The rest of the package is configured in pyproject.toml.
 
-The CUDA extension is built where nvcc is: below CUDA_HOME or CUDA_PATH, on the PATH, or in
-/usr/local/cuda. TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which compute capabilities; without
-it, for all that nvcc knows from 7.5 on. Neither extension needs torch to build.
+The CUDA extension is built if there is an nvcc: below CUDA_HOME or CUDA_PATH, on the PATH, or in
+/usr/local/cuda. TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") names the compute capabilities to build for.
+The default is every capability from 7.5 on that nvcc knows. Neither extension needs torch to build.
 
-NASLORA_SKIP_EXT=1 builds no extension at all, NASLORA_SKIP_CUDA=1 none for CUDA;
-NASLORA_FORCE_CUDA=1 fails where the latter cannot be built. NASLORA_SANITIZE=1 builds the C++
-extension with AddressSanitizer and UndefinedBehaviorSanitizer, for ``make sanitize``.
+Environment variables:
+    NASLORA_SKIP_EXT=1: builds no extension.
+    NASLORA_SKIP_CUDA=1: builds no CUDA extension.
+    NASLORA_FORCE_CUDA=1: fails if the CUDA extension cannot be built.
+    NASLORA_SANITIZE=1: builds the C++ extension with AddressSanitizer and
+        UndefinedBehaviorSanitizer, for ``make sanitize``.
 """
 
 import os
@@ -19,9 +22,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# Name, vector size in bytes, flags. All go into one binary, the best last; which one runs is
-# chosen at run time, from what the processor says it can do. With AVX-512 the vectors stay at 32
-# bytes: its 32 registers help, 64-byte vectors measured slower on maps 14 pixels wide.
+# Name, vector size in bytes, flags. All are compiled into one binary, the best last. At run time
+# the processor's features decide which one is used. With AVX-512 the vectors keep 32 bytes: its 32
+# registers help, but vectors of 64 bytes measured slower on maps that are 14 pixels wide. The
+# baseline is linked first (csrc/cpu/vector.h says why).
 INSTRUCTION_SETS = [("baseline", 16, [])]  # SSE2 on x86-64, NEON on AArch64
 if platform.machine().lower() in ("x86_64", "amd64"):
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -37,7 +41,7 @@ OLDEST_ARCHITECTURE = 75
 
 
 class BuildError(Exception):
-    """What kept the CUDA extension from being built, in one line."""
+    """The reason why the CUDA extension cannot be built, in one line."""
 
 
 def enabled(variable: str) -> bool:
@@ -60,13 +64,17 @@ def run(*command: str) -> str:
 
 
 def known_architectures(nvcc: str) -> list[int]:
-    """What nvcc compiles for, from the oldest that the kernels serve; 90 is 9.0."""
+    """Capabilities that nvcc and the kernels support, in ascending order; 90 means 9.0."""
     found = {int(number) for number in re.findall(r"compute_(\d+)\b", run(nvcc, "--list-gpu-arch"))}
     return sorted(number for number in found if number >= OLDEST_ARCHITECTURE)
 
 
 def architectures(nvcc: str) -> list[str]:
-    """sm_* for machine code and compute_* for PTX, which serves later devices."""
+    """What to compile: ``sm_*`` is machine code, ``compute_*`` is PTX, which serves later devices.
+
+    Raises:
+        BuildError: TORCH_CUDA_ARCH_LIST has an entry that nvcc or the kernels do not support.
+    """
     known = known_architectures(nvcc)
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not wanted:
@@ -76,14 +84,16 @@ def architectures(nvcc: str) -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match or int(match[1] + match[2]) not in known:
             names = ", ".join(f"{number // 10}.{number % 10}" for number in known)
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {entry!r} is none of {names} or such a +PTX")
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: {entry!r} is not one of {names}, with or without +PTX"
+            )
         name = match[1] + match[2] + match[3]
         chosen += [f"sm_{name}"] + ([f"compute_{name}"] if match[4] else [])
     return chosen
 
 
 def code_flags(chosen: list[str]) -> list[str]:
-    """nvcc's flags for the architectures, one for each that it has to compile."""
+    """The flags of nvcc for the architectures, one flag for each capability."""
     code = {}
     for name in chosen:
         code.setdefault(f"compute_{name.split('_')[1]}", []).append(name)
@@ -91,13 +101,13 @@ def code_flags(chosen: list[str]) -> list[str]:
 
 
 class BuildKernels(build_ext):
-    """Builds what can be built, and lets an install succeed without the rest."""
+    """Builds the extensions that can be built. An install succeeds without the others."""
 
     def build_extension(self, ext):
         cuda = ext.name.endswith("_CUDA")
         try:
             (self.build_cuda if cuda else self.build_cpu)(ext)
-        except Exception as error:  # no compiler, or one that is too old
+        except Exception as error:  # for example no compiler, or one that is too old
             if cuda and enabled("NASLORA_FORCE_CUDA"):
                 raise SystemExit(f"naslora: the CUDA extension was not built: {error}") from None
             print(
@@ -142,7 +152,7 @@ class BuildKernels(build_ext):
         )
 
     def build_cuda(self, ext):
-        """Compiles the kernels with nvcc, and the Python part with the host's compiler."""
+        """Compiles the kernels with nvcc, and the Python module with the host's compiler."""
         nvcc = find_nvcc()
         if nvcc is None:
             raise BuildError("no nvcc below CUDA_HOME, on the PATH or in /usr/local/cuda")
@@ -184,7 +194,7 @@ def extensions() -> list[Extension]:
     return found
 
 
-if __name__ == "__main__":  # tests look up the functions above
+if __name__ == "__main__":  # tests import the functions above
     setup(
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildKernels},

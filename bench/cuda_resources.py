@@ -1,7 +1,7 @@
-"""Compiles the CUDA kernels and says what each takes: ``make nvcc-check``.
+"""Compiles the CUDA kernels and prints what each uses: ``make nvcc-check``.
 
-Prints registers, memory and spills of every kernel for the architectures named, or for all that
-nvcc knows, as ptxas reports them. Fails on a warning, and on a register that spills to memory.
+Prints registers, memory and spills of every kernel, as ptxas reports them, for the architectures on
+the command line. The default is all that nvcc knows. Fails on a warning and on a register spill.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ NAMED = (75, 80, 90, 100)  # the oldest, and one of each generation of data-cent
 
 
 def load_setup():
-    """setup.py as a module: it finds nvcc and names architectures."""
+    """setup.py as a module, for its functions that find nvcc and name architectures."""
     spec = importlib.util.spec_from_file_location("naslora_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ def compile_for(nvcc: str, source: Path, architecture: int) -> list[Usage]:
     """Compiles one file for one architecture.
 
     Raises:
-        RuntimeError: with the compilers' messages, on errors and on warnings.
+        RuntimeError: the compiler reports an error or a warning; the message holds its output.
     """
     setup = load_setup()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def compile_for(nvcc: str, source: Path, architecture: int) -> list[Usage]:
 
 
 def parse(report: str) -> list[Usage]:
-    """The kernels in what ``ptxas -v`` prints."""
+    """Reads the usage of every kernel from the output of ``ptxas -v``."""
     usages = []
     for entry in report.split("Compiling entry function ")[1:]:
         symbol, architecture = re.match(r"'(\S+)' for '(\w+)'", entry).groups()
@@ -69,7 +69,7 @@ def parse(report: str) -> list[Usage]:
 
 
 def kernel_name(symbol: str) -> str:
-    """cell_forward<float, 2, MixedConvolution>: demangled, without namespaces and arguments."""
+    """The demangled name without namespaces and arguments: ``cell_forward<float, 2, ...>``."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
     name = re.sub(r"naslora::|\(anonymous namespace\)::", "", name.strip())
     kernel, arguments = re.match(r"(?:void )?(\w+?)_kernel<(.*)>\(", name).groups()
@@ -77,7 +77,7 @@ def kernel_name(symbol: str) -> str:
 
 
 def check(nvcc: str, architectures: list[int]) -> list[Usage]:
-    """Every kernel on every architecture; compiles as many at once as there are processors."""
+    """Compiles every kernel for every architecture, with one compiler per processor."""
     jobs = [(source, architecture) for architecture in architectures for source in SOURCES]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = pool.map(lambda job: compile_for(nvcc, *job), jobs)
@@ -100,7 +100,7 @@ def main() -> None:
         f"{sum(usage.shared for usage in usages)} bytes of static shared memory"
     )
     if spilled:
-        sys.exit("registers spill (marked *)")
+        sys.exit("some kernels spill registers (marked *)")
 
 
 if __name__ == "__main__":

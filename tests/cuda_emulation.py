@@ -1,6 +1,6 @@
-"""Builds the CUDA kernels for the CPU, as csrc/cuda/emulation.h lets a plain C++ compiler do.
+"""Builds the CUDA kernels for the CPU with a plain C++ compiler and csrc/cuda/emulation.h.
 
-``python tests/cuda_emulation.py [--sanitize]`` prints where the extension lies.
+``python tests/cuda_emulation.py [--sanitize]`` prints the path of the extension.
 """
 
 import concurrent.futures
@@ -27,12 +27,16 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 
 def compiler() -> str | None:
-    """The C++ compiler, if there is one."""
+    """The path of a C++ compiler, or None."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "c++"))), None)
 
 
 def build(sanitize: bool = False) -> Path:
-    """Builds what these sources and flags do not have a binary of yet; returns the binary."""
+    """Builds the extension, unless these sources and flags were built before; returns its path.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler fails.
+    """
     flags = (compiler(), *FLAGS, *INFO, *(SANITIZE if sanitize else ()))
     flags += (f"-I{sysconfig.get_paths()['include']}",)
     digest = hashlib.sha256(" ".join(flags).encode())
@@ -53,7 +57,7 @@ def build(sanitize: bool = False) -> Path:
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, SOURCES))
-    # Renamed when it is whole: another process may be building the same.
+    # Renamed when it is complete, as another process may build the same binary.
     unfinished = folder / f"{os.getpid()}.so"
     subprocess.run([*flags, "-shared", *objects, "-o", str(unfinished)], check=True)
     os.replace(unfinished, binary)

@@ -1,4 +1,4 @@
-"""How the CUDA kernels are built, without a GPU: setup.py, nvcc's report, what a build serves."""
+"""Building the CUDA kernels, without a GPU: setup.py, the report of nvcc, the served devices."""
 
 import os
 import subprocess
@@ -26,11 +26,11 @@ def test_every_kernel_compiles_without_warning_and_without_spills():
         "cell_forward", "cell_backward", "low_rank_pass", "low_rank_expand", "reduce_gradients",
     }  # fmt: skip
     assert not [usage for usage in usages if usage.spilled or usage.stack]
-    # Blocks that need no more registers than these find room in pairs, at the least.
+    # With at most 128 registers, at least two blocks of 256 threads fit a multiprocessor.
     assert all(usage.registers <= 128 for usage in usages)
 
 
-def test_report_of_ptxas_is_read():
+def test_report_of_ptxas_is_parsed():
     report = """
 ptxas info    : Compiling entry function '_Z8a_kernelIfLi2EEvi' for 'sm_80'
 ptxas info    : Function properties for _Z8a_kernelIfLi2EEvi
@@ -47,7 +47,7 @@ ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 656 bytes c
 
 @pytest.fixture
 def fake_nvcc(tmp_path, monkeypatch):
-    """A compiler that knows 5.0 to 9.0 and compiles nothing, below CUDA_HOME."""
+    """A fake nvcc below CUDA_HOME that lists 5.0 to 9.0 and fails to compile."""
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text(
@@ -65,7 +65,7 @@ def fake_nvcc(tmp_path, monkeypatch):
     return str(nvcc)
 
 
-def test_nvcc_is_looked_for_below_cuda_home_first(fake_nvcc):
+def test_nvcc_below_cuda_home_is_found_first(fake_nvcc):
     assert setup.find_nvcc() == fake_nvcc
 
 
@@ -84,7 +84,7 @@ def test_architectures(wanted, expected, fake_nvcc, monkeypatch):
     assert setup.architectures(fake_nvcc) == expected
 
 
-def test_code_of_one_architecture_is_compiled_once():
+def test_each_capability_is_compiled_once():
     assert setup.code_flags(["sm_80", "sm_90", "compute_90"]) == [
         "-gencode=arch=compute_80,code=[sm_80]",
         "-gencode=arch=compute_90,code=[sm_90,compute_90]",
@@ -97,7 +97,7 @@ def test_unknown_architectures_are_refused_in_one_line(unknown, fake_nvcc, monke
     with pytest.raises(setup.BuildError) as error:
         setup.architectures(fake_nvcc)
     assert str(error.value) == (
-        f"TORCH_CUDA_ARCH_LIST: {unknown!r} is none of 7.5, 8.0, 9.0 or such a +PTX"
+        f"TORCH_CUDA_ARCH_LIST: {unknown!r} is not one of 7.5, 8.0, 9.0, with or without +PTX"
     )
 
 
@@ -109,7 +109,7 @@ def build_cuda(tmp_path):
     builder.build_extension(extension)
 
 
-def test_failed_build_is_told_in_one_line(fake_nvcc, tmp_path, monkeypatch, capsys):
+def test_failed_build_is_reported_in_one_line(fake_nvcc, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.1")
     build_cuda(tmp_path)
     (line,) = capsys.readouterr().out.splitlines()
@@ -117,14 +117,14 @@ def test_failed_build_is_told_in_one_line(fake_nvcc, tmp_path, monkeypatch, caps
     assert line.endswith("everything will run on the other backends")
 
 
-def test_failed_build_is_fatal_where_forced(fake_nvcc, tmp_path, monkeypatch):
+def test_failed_build_is_fatal_if_forced(fake_nvcc, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.1")
     monkeypatch.setenv("NASLORA_FORCE_CUDA", "1")
     with pytest.raises(SystemExit, match=r"^naslora: the CUDA extension was not built: TORCH_CUDA"):
         build_cuda(tmp_path)
 
 
-def test_message_of_the_compiler_is_passed_on(fake_nvcc):
+def test_message_of_the_compiler_is_reported(fake_nvcc):
     with pytest.raises(setup.BuildError, match=r"nvcc: kernel.cu\(7\): error: no such luck$"):
         setup.run(fake_nvcc, "-c", "kernel.cu")
 
@@ -143,7 +143,7 @@ def test_environment_chooses_what_is_built(variable, names, fake_nvcc, monkeypat
     assert [e.name.removeprefix("naslora_kernels.") for e in setup.extensions()] == names
 
 
-# ---- What a build serves -----------------------------------------------------------------------
+# ---- The devices that a build serves -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_environment_chooses_what_is_built(variable, names, fake_nvcc, monkeypat
         (["sm_80"], (8, 9), True),  # a later minor version
         (["sm_86"], (8, 0), False),  # an earlier one
         (["sm_80"], (9, 0), False),  # another major version
-        (["sm_80", "compute_80"], (9, 0), True),  # PTX serves what follows
+        (["sm_80", "compute_80"], (9, 0), True),  # PTX serves later versions
         (["compute_90"], (8, 0), False),
         (["sm_90a"], (9, 0), True),
-        (["sm_100a"], (10, 3), False),  # a suffix binds it to that version
+        (["sm_100a"], (10, 3), False),  # a suffix restricts it to that version
         (["compute_90a"], (10, 0), False),
         (["sm_75", "compute_121"], (12, 1), True),
         ([], (8, 0), False),

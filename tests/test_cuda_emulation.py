@@ -1,4 +1,4 @@
-"""The emulation of CUDA's blocks that the kernel tests run on: that it tells right from wrong."""
+"""The emulation of CUDA blocks that the kernel tests run on: it detects wrong kernels."""
 
 import subprocess
 
@@ -8,7 +8,7 @@ import pytest
 compiler = cuda_emulation.compiler()
 pytestmark = pytest.mark.skipif(compiler is None, reason="no C++ compiler to build kernels with")
 
-# One kernel per way to use barriers and memory; the first argument picks it.
+# One kernel per way to use barriers and memory. The first argument chooses the kernel.
 PROGRAM = r"""
 #include "emulation.h"
 #include <string>
@@ -31,11 +31,11 @@ void one_thread_ends_while_others_wait() {
   if (threadIdx.x == 40) return;
   __syncthreads();
 }
-void one_thread_passes_the_barrier_by() {
+void one_thread_skips_the_barrier() {
   if (threadIdx.x != 40) __syncthreads();
   __syncthreads();
 }
-void a_lane_passes_the_shuffle_by() {
+void a_lane_skips_the_shuffle() {
   if (threadIdx.x != 40) __shfl_xor_sync(0xffffffffu, 1, 1);
 }
 void two_barriers_at_once() {
@@ -55,8 +55,8 @@ int main(int, char** argv) {
       {"sums", sums_a_block},
       {"ends before", one_thread_ends_before_the_barrier},
       {"ends later", one_thread_ends_while_others_wait},
-      {"passes by", one_thread_passes_the_barrier_by},
-      {"lane", a_lane_passes_the_shuffle_by},
+      {"skips", one_thread_skips_the_barrier},
+      {"lane", a_lane_skips_the_shuffle},
       {"two", two_barriers_at_once},
       {"unwritten", reads_memory_never_written},
       {"beyond", writes_beyond_its_memory},
@@ -87,19 +87,19 @@ def test_threads_meet_at_barriers_and_shuffles(program):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "words"),
+    ("kernel", "message"),
     [
         ("ends before", "waits for threads that have ended"),
         ("ends later", "ends while others wait at a barrier"),
-        ("passes by", "other threads wait at another barrier"),
+        ("skips", "other threads wait at another barrier"),
         ("lane", "ends while others wait at a barrier"),
         ("two", "other threads wait at another barrier"),
     ],
 )
-def test_what_barriers_do_not_allow_ends_with_words(kernel, words, program):
+def test_wrong_use_of_barriers_ends_with_a_message(kernel, message, program):
     result = run(program, kernel)
     assert result.returncode < 0  # aborted
-    assert words in result.stderr
+    assert message in result.stderr
     assert "block (0, 0), thread" in result.stderr
 
 
@@ -107,7 +107,7 @@ def test_shared_memory_begins_as_nan(program):
     assert "nan" in run(program, "unwritten").stdout
 
 
-def test_sanitizer_sees_the_end_of_shared_memory(program):
+def test_sanitizer_detects_the_end_of_shared_memory(program):
     result = run(program, "beyond")
     assert result.returncode
     assert "heap-buffer-overflow" in result.stderr

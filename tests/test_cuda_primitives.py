@@ -1,6 +1,6 @@
-"""The primitives of the ``cuda`` backend on the corners that whole layers rarely have.
+"""The primitives of the ``cuda`` backend, on shapes that whole layers rarely have.
 
-They run on a GPU, or emulated on the CPU. Expected values are plain PyTorch in float64.
+They run on a GPU, or emulated on the CPU. Expected values come from plain PyTorch in float64.
 """
 
 import pytest
@@ -16,7 +16,7 @@ pytestmark = [
     *next(t.marks for t in TARGETS if t.values[0].backend == "cuda"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-only_emulated = pytest.mark.skipif(not EMULATED, reason="the emulation counts launches, a GPU not")
+only_emulated = pytest.mark.skipif(not EMULATED, reason="only the emulation counts launches")
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +32,23 @@ def accumulator(dtype):
 
 
 def assert_close(result, expected, terms=1):
-    """Rounded once to its dtype, after sums of ``terms`` numbers of about 1 in the accumulator's.
+    """Allows one rounding to the result's dtype and the error of sums of ``terms`` numbers near 1.
 
-    The sums are of short sums, so their error is a few roundings of their size, which is about the
-    root of ``terms``; 16 covers the largest of thousands, and in float64 the truth's own error.
+    A sum is about the square root of ``terms`` large. As the kernels add short sums, its error is a
+    few roundings of that size. The factor 16 covers the largest error of thousands of sums and, in
+    float64, the error of the expected values.
     """
     eps = torch.finfo(result.dtype).eps
     sums = torch.finfo(accumulator(result.dtype)).eps * 16 * terms**0.5
     torch.testing.assert_close(result.double(), expected.double(), rtol=eps, atol=eps / 8 + sums)
 
 
-# ---- The skinny products -----------------------------------------------------------------------
+# ---- The low-rank products ---------------------------------------------------------------------
 
-# (T, C, r): one number; rows of several rounds of warps; widths no multiple of 16 bytes; few
-# columns, so that warps share rows; ranks of one, several and more than one block's groups.
-SKINNY = [
+# (T, J, r): one number; features that take several rounds of warps; rows of x that are no multiple
+# of 16 bytes; few features, so that warps divide the tokens; ranks for one group, for several, and
+# for more than one block.
+LOW_RANK = [
     (1, 1, 1),
     (7, 5, 2),
     (33, 64, 3),
@@ -61,7 +63,7 @@ SKINNY = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SKINNY, ids=str)
+@pytest.mark.parametrize("shape", LOW_RANK, ids=str)
 def test_low_rank_pass(shape, dtype, draw):
     tokens, columns, rank = shape
     rows, u = draw(tokens, columns, dtype=dtype), draw(tokens, rank, dtype=dtype)
@@ -73,7 +75,7 @@ def test_low_rank_pass(shape, dtype, draw):
     assert_close(product, 0.5 * rows.double() @ matrix.double().t(), columns)
     assert_close(partials.sum(0), 0.5 * u.double().t() @ rows.double(), tokens)
 
-    # Each alone gives the same bits.
+    # Product and partials have the same bits if only one of them is computed.
     alone = torch.empty_like(product), torch.empty_like(partials)
     cuda.low_rank_pass(rows, matrix, None, 0.5, alone[0], None)
     cuda.low_rank_pass(rows, None, u, 0.5, None, alone[1])
@@ -82,7 +84,7 @@ def test_low_rank_pass(shape, dtype, draw):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SKINNY, ids=str)
+@pytest.mark.parametrize("shape", LOW_RANK, ids=str)
 @pytest.mark.parametrize("biased", [True, False])
 def test_low_rank_expand(shape, dtype, biased, draw):
     tokens, columns, rank = shape
@@ -95,7 +97,7 @@ def test_low_rank_expand(shape, dtype, biased, draw):
 
 
 @pytest.mark.parametrize("offset", [0, 1, 8])
-def test_rows_that_begin_anywhere(offset, draw):
+def test_rows_with_any_alignment(offset, draw):
     wide = draw(30, 160, dtype=torch.bfloat16)
     rows, matrix = wide[:, offset : offset + 128], draw(3, 128)
     u = draw(30, 3, dtype=torch.bfloat16)
@@ -108,7 +110,7 @@ def test_rows_that_begin_anywhere(offset, draw):
     assert all(map(torch.equal, *results))
 
 
-def test_what_lies_beyond_a_row_is_not_read(draw):
+def test_memory_beyond_a_row_is_not_read(draw):
     wide = torch.full((12, 512), float("nan"), dtype=torch.bfloat16, device=TARGET.device)
     wide[:, :248] = draw(12, 248, dtype=torch.bfloat16)
     rows, matrix = wide[:, :248], draw(3, 248)
@@ -129,13 +131,13 @@ def test_an_infinity_stays_in_its_row_and_column(draw):
 
 # ---- The cell ----------------------------------------------------------------------------------
 
-# (B, H, W, r), c: more maps than groups of tiles, channels of many groups, more channels outside
-# than are copied at once.
+# (B, H, W, r), c: more images than groups of tiles; many groups of channels; more channels outside
+# the cell than are copied at once.
 CELLS = [((70, 3, 4, 3), 2), ((2, 17, 33, 5), 5), ((1, 4, 5, 40), 37), ((1, 2, 3, 600), 3)]
 
 
 def run_cell(case):
-    """y, grad_z and the parameters' gradients by the four primitives of a cell, by name."""
+    """Runs the four primitives of a cell; returns y, grad_z and parameter gradients by name."""
     alpha, *depthwise, pw = (case.arguments[name] for name in CELL)
     z, cell = case.arguments["z"], (alpha, depthwise, pw, case.options["channels"])
     y, grad_z = torch.empty_like(z), torch.empty_like(z)
@@ -170,8 +172,8 @@ def test_each_parameter_may_be_float32(wide):
         assert torch.equal(value.bfloat16(), expected[name]), name
 
 
-def test_gradients_by_themselves():
-    """What is not due is not needed, and changes nothing."""
+def test_each_gradient_alone():
+    """Each gradient has the same bits if only it is computed."""
     case = cell_case((3, 6, 5, 6), 5).to(torch.float32).on(TARGET.device)
     alpha, *depthwise, pw = (case.arguments[name] for name in CELL)
     z, cell = case.arguments["z"], (alpha, depthwise, pw, case.options["channels"])
@@ -224,7 +226,7 @@ def test_folded_cell(c, size, dtype, draw):
     assert_close(y, expected.movedim(1, -1), c * size * size)
 
 
-def test_pools_without_weight_are_not_there(draw):
+def test_pools_of_weight_zero_are_not_added(draw):
     z, kernel = draw(1, 6, 6, 1), torch.ones(1, 1, 1, 1, device=TARGET.device)
     z[0, 2, 2, 0] = float("nan")
     y = torch.empty_like(z)
@@ -277,7 +279,7 @@ def test_grids_depend_on_shapes_alone_and_fill_large_cards():
     for tokens in (4900, 6400, 19600, 10**6):
         assert cuda.row_groups(tokens) >= 132
     assert cuda.row_groups(1) == 1
-    # Of a group no more than 96 rows, so that its sums stay short.
+    # A group has at most 96 tokens, so that its sums stay short.
     assert all(96 * cuda.row_groups(t) >= t for t in (1, 97, 4900, 10**6))
     assert cuda.cell_groups(25, 14, 14, 2) == 25
     assert all(cuda.cell_groups(4096, 14, 14, c) <= 64 for c in (1, 2, 3, 16, 24, 100))

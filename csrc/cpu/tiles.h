@@ -3,15 +3,13 @@
 // A tile is a band of whole rows of one image. Its selected channels are copied to planes, which
 // stay in the cache:
 //
-//     position 0
-//       |   h h h h h 0 0 0 0     the halo: kReach rows of the image above the tile, or zeros
-//       |   h h h h h 0 0 0 0
-//     origin -> p p p p p 0 0 0 0     the tile: `width` pixels, then kReach zeros
-//           p p p p p 0 0 0 0     `row_stride` positions further
-//           h h h h h 0 0 0 0     the halo below
-//           h h h h h 0 0 0 0
-//           slack of a few vectors: loops round up to whole vectors
-//     plane_size
+//     position 0 ->  h h h h h 0 0 0 0    the halo: kReach rows above the tile, or zeros
+//                    h h h h h 0 0 0 0
+//     origin ----->  p p p p p 0 0 0 0    the tile: `width` pixels, then kReach zeros
+//                    p p p p p 0 0 0 0    each row is `row_stride` positions after the last one
+//                    h h h h h 0 0 0 0    the halo below
+//                    h h h h h 0 0 0 0
+//     plane_size ->  after some slack, as loops round up to whole vectors
 //
 // The zeros on the right of a row are also the halo on the left of the next row. So every tap is
 // one constant offset, and a loop over a tile is a loop over a flat range of positions. The zeros

@@ -179,8 +179,9 @@ __device__ inline void correlate(const AccumulatorOf<S>* z_tile, const Accumulat
 // average += <g, avg_pool(z)> and maximum += <g, max_pool(z)> over the thread's share of a tile.
 template <typename S, int N>
 __device__ inline void add_pool_products(const KernelGradientShared<S, N>& shared,
-                                         const Tiling& tiling, const Tile& tile, int64_t channels,
-                                         AccumulatorOf<S>& average, AccumulatorOf<S>& maximum) {
+                                         const Tiling& tiling, const Tile& tile, int64_t in,
+                                         int64_t c, AccumulatorOf<S>& average,
+                                         AccumulatorOf<S>& maximum) {
   using A = AccumulatorOf<S>;
   using Z = typename KernelGradientShared<S, N>::Z;
   using G = typename KernelGradientShared<S, N>::G;
@@ -190,7 +191,7 @@ __device__ inline void add_pool_products(const KernelGradientShared<S, N>& share
         shared.z + Z::kOrigin + row * Z::kRowStride + column * Z::kPixelStride + n, Z::kRowStride,
         Z::kPixelStride, tile.y + row, tile.x + column, tiling);
     const A g = shared.g[row * G::kRowStride + column * G::kPixelStride + n];
-    if (n >= channels) return;
+    if (in + n >= c) return;
     average += g * window.average;
     maximum += g * window.maximum;
   });
@@ -262,7 +263,7 @@ __device__ void kernel_gradient(const BackwardArguments& p, int group, int pair)
     __syncthreads();
     if (slice < slices)
       correlate<S, N>(shared.z + Z::kOrigin + offset, shared.g, tile, slice, slices, sum);
-    if (out == in) add_pool_products(shared, p.tiling, tile, c - in, average, maximum);
+    if (out == in) add_pool_products(shared, p.tiling, tile, in, c, average, maximum);
   }
 
   if (slice < slices) {

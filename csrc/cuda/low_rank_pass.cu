@@ -119,7 +119,15 @@ struct PassThread {
         A row[kFeatures];
 #pragma unroll
         for (int j = 0; j < kFeatures; ++j) row[j] = piece[i].get(j);
-        if (p.partials && t + i < end) add_partial(t + i, row, partial);
+        if (p.partials && t + i < end) {
+#pragma unroll
+          for (int k = 0; k < kRanks; ++k) {
+            const int at = first_rank + k < rank ? k : 0;  // no sum beyond the last rank is written
+            const A weight = widen(u[(t + i) * rank + at]);
+#pragma unroll
+            for (int j = 0; j < kFeatures; ++j) partial[k][j] += weight * row[j];
+          }
+        }
         if (!p.product) continue;
 #pragma unroll
         for (int k = 0; k < kRanks; ++k) {
@@ -136,17 +144,6 @@ struct PassThread {
           for (int k = 0; k < kRanks; ++k) to[k] = (again ? to[k] : 0) + sums[0][k];
         }
       }
-    }
-  }
-
-  __device__ void add_partial(int token, const A (&row)[kFeatures],
-                              A (&partial)[kRanks][kFeatures]) const {
-#pragma unroll
-    for (int k = 0; k < kRanks; ++k) {
-      const int at = first_rank + k < rank ? k : 0;  // sums beyond the last rank are not written
-      const A weight = widen(u[token * rank + at]);
-#pragma unroll
-      for (int j = 0; j < kFeatures; ++j) partial[k][j] += weight * row[j];
     }
   }
 

@@ -1,8 +1,9 @@
 // The vocabulary of csrc: each concept has one name, on the CPU and in CUDA.
 //
 // Data
-//   map           A tensor (B, H, W, r), channels last, with any strides: z, y or a gradient of
-//   one. row, column   Always of an image's pixels. rank r        The number of channels of a map.
+//   map           A tensor (B, H, W, r), channels last, with any strides: z, y or a gradient.
+//   row, column   Of an image's pixels. A row of a matrix is named with its matrix: a row of x.
+//   rank r        The number of channels of a map.
 //   selected      The c of r channels that pass through the cell; the set S of the paper. The
 //                 others are the rest. They are copied.
 //   token         One pixel as a row of the wide matrix x (T, J); T = B H W.
@@ -34,9 +35,8 @@
 //   arena         Hands out arrays of one allocation.
 //   scratch       On the CPU: memory of one thread, kept between calls.
 //   shared        In CUDA: the shared memory of one block.
-//   task, group   The work behind one partial sum: a range of tiles or of tokens. The CPU calls it
-//   a
-//                 task, CUDA a group.
+//   task, group   The work behind one partial sum: a range of tiles or of tokens. It is a task on
+//                 the CPU, a group in CUDA.
 //   partials      The partial sums of all tasks or groups. The second stage adds them in order.
 #pragma once
 
