@@ -9,7 +9,7 @@ namespace naslora {
 // ---- The partial sums of the backward ------------------------------------------------------
 //
 // A group of tiles leaves grad_K as [in][out][tap]. After it, each pair of channel groups (N
-// outputs and N inputs) leaves what it adds to grad_a of all operations except the last, whose is
+// outputs and N inputs) leaves what it adds to grad_a, without the last operation, whose grad_a is
 // zero.
 
 constexpr int kMixtureSums = kOperations - 1;

@@ -12,7 +12,7 @@ from naslora.adapter.cell import LEFT_OUT, Cell, CellArguments, LinearCell, buil
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.grid import Grid, GridHint, as_grid
 from naslora_kernels import OPERATIONS, nas_lora_linear, reference
-from naslora_kernels.cell import Cell
+from naslora_kernels.cell import Cell as CellTensors
 
 ALPHA_INIT_STD = 1e-3  # the paper starts alpha from a standard normal scaled by 0.001
 
@@ -193,7 +193,7 @@ class NASLoRALinear(nn.Module):
             y = F.linear(tokens, self.lora_A.to(tokens.dtype))
             if isinstance(self.cell, LinearCell) and self.alpha is not None:
                 alpha, *depthwise, pw = self.cell.arguments(self.alpha)
-                cell = Cell(alpha, depthwise, pw, self._selected_channels())
+                cell = CellTensors(alpha, depthwise, pw, self._selected_channels())
                 y = reference.mixed_cell(y, cell)
             elif self.cell is not None:
                 y = self.cell(y, self.alpha, self._selected_channels())
