@@ -99,6 +99,7 @@ def select_backend(x: Tensor, requested: str | None) -> Backend:
             that serves the tensors.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: no backend has the name.
         RuntimeError: the named backend cannot serve the call. The message says why.
     """
@@ -106,6 +107,8 @@ def select_backend(x: Tensor, requested: str | None) -> Backend:
 
 
 def _select(device_type: str, dtype: torch.dtype, requested: str | None) -> str:
+    if requested is not None and not isinstance(requested, str):
+        raise TypeError(f"backend: expected a name or None, got {type(requested).__name__}")
     return _choose(device_type, dtype, requested or os.environ.get(ENVIRONMENT_VARIABLE))
 
 

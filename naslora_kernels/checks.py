@@ -4,8 +4,8 @@ Each error names the argument, what was expected and what came. The checks cost 
 and read no data from a GPU. There are no others: backends trust their arguments.
 """
 
-import math
 import numbers
+import sys
 import weakref
 
 import torch
@@ -116,13 +116,17 @@ def _check_linear(x: Tensor, linear: LoRALinear) -> int:
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # torch.compile can trace comparisons, not math.isfinite
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    # torch.compile can trace comparisons, not math.isfinite.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        shown = value if isinstance(value, float) else f"a {type(value).__name__} beyond float64"
+        raise ValueError(f"{name}: expected a finite number, got {shown}")
 
 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
 
 
 def _check_grid(name: str, value: Tensor) -> None:
@@ -195,17 +199,19 @@ def _check_channels(channels: Tensor, rank: int, device: torch.device, like_name
     return channels.shape[0]
 
 
-# Channels whose values have been checked, by identity, with their version and the rank. Reading
-# values back from a GPU stalls it, so the same tensor is read once. An in-place change raises the
-# version, so a changed tensor is read again.
-_seen_channels: dict[int, tuple[weakref.ref[Tensor], int | None, int]] = {}
+# Channels on a GPU whose values have been checked, by identity, with their version and the rank.
+# Reading values back from a GPU stalls it, so the same tensor is read once. An in-place change
+# raises the version, so a changed tensor is read again. Writes through ``.data`` do not raise it, so
+# the values on a CPU, where reading is cheap, are read in every call.
+_seen_channels: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
 
 def _check_channel_values(channels: Tensor, rank: int) -> None:
     if torch.compiler.is_compiling() or channels.is_meta:
         return  # the values cannot be read; the first eager call checks them
-    # Inference tensors have no version. A change would go unnoticed, so they are always read.
-    version = None if channels.is_inference() else channels._version
+    # Inference tensors have no version, so they are read in every call as well.
+    cached = channels.device.type != "cpu" and not channels.is_inference()
+    version = channels._version if cached else None
     seen = _seen_channels.get(id(channels))
     if version is not None and seen and seen[0]() is channels and seen[1:] == (version, rank):
         return
@@ -214,6 +220,8 @@ def _check_channel_values(channels: Tensor, rank: int) -> None:
         raise ValueError(f"channels: expected values in 0..{rank - 1}, got {values}")
     if len(set(values)) != len(values):
         raise ValueError(f"channels: expected distinct values, got {values}")
+    if version is None:
+        return
     key = id(channels)
     reference = weakref.ref(channels, lambda _: _seen_channels.pop(key, None))
     _seen_channels[key] = (reference, version, rank)
