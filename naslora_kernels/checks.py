@@ -201,8 +201,8 @@ def _check_channels(channels: Tensor, rank: int, device: torch.device, like_name
 
 # Channels on a GPU whose values have been checked, by identity, with their version and the rank.
 # Reading values back from a GPU stalls it, so the same tensor is read once. An in-place change
-# raises the version, so a changed tensor is read again. Writes through ``.data`` do not raise it, so
-# the values on a CPU, where reading is cheap, are read in every call.
+# raises the version, so a changed tensor is read again. Writes through ``.data`` do not raise it:
+# values on a CPU, where reading is cheap, are read in every call.
 _seen_channels: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
 
