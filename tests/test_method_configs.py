@@ -113,6 +113,7 @@ def test_none_means_the_defaults(method):
 @pytest.mark.parametrize("method, config, words", [
     ("mona", VPTConfig(), "method mona takes a MonaConfig or a NASLoRAConfig, got a VPTConfig"),
     ("lora", DoRAConfig(), "method lora takes a LoRAConfig or a NASLoRAConfig, got a DoRAConfig"),
+    ("nas-lora", MonaConfig(), "method nas-lora takes a NASLoRAConfig, got a MonaConfig"),
     ("adalora", None, "method must be one of full, .*, got 'adalora'"),
 ])  # fmt: skip
 def test_other_configurations_are_refused(method, config, words):

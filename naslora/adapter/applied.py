@@ -91,8 +91,9 @@ class Method:
         if isinstance(settings, self.config):
             return settings
         if not isinstance(settings, NASLoRAConfig):
+            accepted = dict.fromkeys([self.config.__name__, NASLoRAConfig.__name__])
             raise UserError(
-                f"method {self.name} takes a {self.config.__name__} or a NASLoRAConfig, got a "
+                f"method {self.name} takes a {' or a '.join(accepted)}, got a "
                 f"{type(settings).__name__}"
             )
         known = set(field_names(NASLoRAConfig))
