@@ -40,8 +40,8 @@ def choice(literal: Any) -> Check:
 
 def number(name: str, value: Any) -> float:
     """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
+        raise UserError(f"{name} must be a finite number, got {_short(value)}")
     return value
 
 
@@ -61,22 +61,36 @@ def channel_ratio(name: str, value: Any) -> float:
 
 def pattern(name: str, value: Any) -> str:
     """A regular expression."""
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be a regular expression, which is a string, got {value!r}")
     try:
         re.compile(value)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise UserError(f"{name} is no regular expression: {value!r}: {error}") from error
     return value
+
+
+def target(name: str, value: Any) -> str:
+    """``pattern`` for the field ``target``, which a list of names is often given to."""
+    if isinstance(value, list | tuple | set):
+        raise UserError(
+            f"{name} must be a regular expression, which is a string, got {value!r}; "
+            "target_modules takes a list of names"
+        )
+    return pattern(name, value)
 
 
 def blocks(name: str, value: Any) -> tuple[int, ...] | None:
     """Distinct indices, as a tuple; or None."""
     if value is None:
         return None
-    indices = tuple(value)
-    if not indices or len(set(indices)) != len(indices):
-        raise UserError(f"{name} must be distinct indices, or None, got {indices}")
+    indices = _tuple(value)
+    if not indices:
+        raise UserError(f"{name} must be distinct indices, or None, got {value!r}")
     for index in indices:
         whole(0)(name, index)
+    if len(set(indices)) != len(indices):
+        raise UserError(f"{name} must be distinct indices, or None, got {indices}")
     return indices
 
 
@@ -84,10 +98,43 @@ def operations(name: str, value: Any) -> tuple[str, ...] | None:
     """Distinct names of operations, as a tuple; or None."""
     if value is None:
         return None
-    names = tuple(value)
-    if not names or len(set(names)) != len(names) or set(names) - set(OPERATIONS):
+    names = _tuple(value)
+    known = all(operation in OPERATIONS for operation in names)
+    if not names or not known or len(set(names)) != len(names):
         raise UserError(
             f"{name} must be distinct names out of {', '.join(OPERATIONS)}, got "
-            f"{', '.join(names) or 'none'}"
+            f"{', '.join(map(str, names)) or repr(value)}"
         )
     return names
+
+
+def patterns(name: str, value: Any) -> tuple[str, ...]:
+    """Names or regular expressions, as a tuple: one string, or several."""
+    several = (value,) if isinstance(value, str) else _tuple(value)
+    empty = not several and value not in ((), [])
+    if empty or not all(isinstance(one, str) and one for one in several):
+        raise UserError(f"{name} must be names or regular expressions of modules, got {value!r}")
+    for one in several:
+        pattern(name, one)
+    return several
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    """The items of a collection. A string and what cannot be iterated over have none."""
+    try:
+        return () if isinstance(value, str) else tuple(value)
+    except TypeError:
+        return ()
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _short(value: object) -> str:
+    """A value for a message. Python refuses to print an integer of thousands of digits."""
+    huge = isinstance(value, int) and abs(value) >= 10**40
+    return "an integer of more than 40 digits" if huge else repr(value)

@@ -1,9 +1,11 @@
 """Configurations: what all methods' configurations share, and the configuration of NAS-LoRA."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from naslora.adapter import checks
 from naslora.errors import UserError
@@ -76,6 +78,7 @@ class NASLoRAConfig(MethodConfig):
 
     CHECKS: ClassVar[Mapping[str, checks.Check]] = {
         **MethodConfig.CHECKS,
+        "target": checks.target,
         "channel_ratio": checks.channel_ratio,
         "channel_selection": checks.choice(ChannelSelection),
         "cell_init": checks.choice(CellInit),
@@ -106,6 +109,15 @@ class NASLoRAConfig(MethodConfig):
     """Seed of every random number that ``inject`` draws."""
     backend: str | None = None
     """Kernel backend; None takes the best that can compute here."""
+    if TYPE_CHECKING:  # ``_accepting_aliases`` adds these to the constructor
+        r: InitVar[int | None] = None
+        target_modules: InitVar[str | Sequence[str] | None] = None
+        modules_to_save: Sequence[str] = ()
+
+        def __post_init__(self, r: Any, target_modules: Any) -> None: ...
+
+    else:
+        modules_to_save = ()
 
     @property
     def scaling(self) -> float:
@@ -117,3 +129,59 @@ class NASLoRAConfig(MethodConfig):
         """Number of channels that pass through the cell: c = max(1, round(ratio * r)), and c = 0
         for ratio 0."""
         return max(1, round(self.channel_ratio * self.rank)) if self.channel_ratio > 0 else 0
+
+
+def _accepting_aliases(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of ``NASLoRAConfig`` with three names of PEFT's ``LoraConfig``.
+
+    They are no fields: ``to_dict``, the files and the command line do not have them.
+    """
+
+    @functools.wraps(init)
+    def constructor(
+        self: NASLoRAConfig,
+        *args: Any,
+        r: int | None = None,
+        target_modules: str | Sequence[str] | None = None,
+        modules_to_save: str | Sequence[str] | None = None,
+        **fields: Any,
+    ) -> None:
+        """Takes the fields, and these aliases.
+
+        Args:
+            args: the fields in their order.
+            r: the field ``rank``.
+            target_modules: sets the field ``target``: a list of suffixes of module names, or one
+                regular expression that must match the whole name.
+            modules_to_save: what stays trainable beside the adapter, as the argument ``train`` of
+                ``inject``. It is kept as an attribute. ``dataclasses.replace`` drops it.
+            fields: the fields by name.
+
+        Raises:
+            UserError: a value is out of its range, or a field and its alias are both given.
+        """
+        for name, alias, value in (("rank", "r", r), ("target", "target_modules", target_modules)):
+            if value is None:
+                continue
+            if args or name in fields:
+                raise UserError(f"give {name} or {alias}, not both, got {alias}={value!r}")
+            fields[name] = value if alias == "r" else _target_of(target_modules)
+        init(self, *args, **fields)
+        if modules_to_save is not None:
+            patterns = checks.patterns("modules_to_save", modules_to_save)
+            object.__setattr__(self, "modules_to_save", patterns)
+
+    return constructor
+
+
+NASLoRAConfig.__init__ = _accepting_aliases(NASLoRAConfig.__init__)  # type: ignore[method-assign]
+
+
+def _target_of(target_modules: Any) -> str:
+    """The regular expression for ``target`` that selects what PEFT's ``target_modules`` selects."""
+    patterns = checks.patterns("target_modules", target_modules)
+    if not patterns:
+        raise UserError("target_modules must name at least one module, got none")
+    if isinstance(target_modules, str):
+        return rf"^(?:{target_modules})$"
+    return rf"(^|\.)(?:{'|'.join(map(re.escape, patterns))})$"
