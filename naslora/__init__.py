@@ -10,7 +10,8 @@ from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.injection import adapter_parameters, arch_parameters, inject
 from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.merge_report import MergeReport
-from naslora.adapter.merging import merge, unmerge
+from naslora.adapter.merged import unmerge
+from naslora.adapter.merging import merge
 from naslora.adapter.storage import save_adapter
 from naslora.errors import UserError
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from naslora.adapter.merge_report import MergeMode, MergeReport
-from naslora.adapter.merging import restore_merged
+from naslora.adapter.merged import restore_merged
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.layouts import list_images
 from naslora.data.masks import Sample, read_image

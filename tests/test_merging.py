@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from torch.testing import assert_close
 from naslora import NASLoRAConfig, NASLoRALinear, UserError, inject, merge, unmerge
 from naslora.adapter.cell import LEFT_OUT, FoldedCell
 from naslora.adapter.injection import adapter_layers
-from naslora.adapter.merging import NOISE_GRID, MergedNASLoRALinear, restore_merged
+from naslora.adapter.merged import MergedNASLoRALinear, restore_merged
+from naslora.adapter.merging import NOISE_GRID
 from naslora_kernels import OPERATIONS
 
 torch.set_num_threads(1)
@@ -436,8 +438,65 @@ def test_a_merged_model_carries_no_originals(mode, monkeypatch):
     assert not any("alpha" in name or "cell" in name for name in model.state_dict())
     with torch.no_grad():
         assert torch.equal(twin(images()), model(images()))
-    with pytest.raises(UserError, match="the model is not merged"):
+    with pytest.raises(UserError, match="it was read from a file"):
+        unmerge(pickle.loads(pickle.dumps(model)))
+
+
+def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: v.clone() for n, v in model.state_dict().items() if "lora_" in n}
+
+
+@pytest.mark.parametrize("mode", ["exact", "center"])
+def test_a_deep_copy_can_be_unmerged(mode):
+    """The layers of a copy are as they were when it was copied, and they are its own."""
+    model = adapted_encoder()
+    layers = dict(adapter_layers(model))
+    before = adapters(model)
+    with torch.no_grad():
+        expected = model(images())
+    merge(model, mode)
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    unmerge(model)
+    assert dict(adapter_layers(model)) == layers
+    for twin in twins:
+        with torch.no_grad():
+            for parameter in model.parameters():  # the original trains on
+                parameter.add_(1.0)
         unmerge(twin)
+        assert all(torch.equal(before[n], v) for n, v in adapters(twin).items())
+        assert not {*twin.parameters()} & {*model.parameters()}
+        with torch.no_grad():
+            assert torch.equal(twin(images()), expected)
+    assert not {*twins[0].parameters()} & {*twins[1].parameters()}
+
+
+def test_a_copy_of_a_copy_can_be_unmerged():
+    model = adapted_encoder()
+    before = adapters(model)
+    merge(model)
+    twin = copy.deepcopy(copy.deepcopy(model))
+    del model
+    gc.collect()
+    unmerge(twin)
+    assert all(torch.equal(before[n], v) for n, v in adapters(twin).items())
+
+
+def test_unmerge_through_a_parent_and_a_part():
+    model = adapted_encoder().train()
+    before = snapshot(model)
+    parent = nn.Sequential(nn.Identity(), model)
+    merge(model, "center")
+    unmerge(parent)
+    assert snapshot(model) == before
+    merge(parent)
+    with pytest.raises(UserError, match="merged already; call unmerge"):
+        merge(model)
+    unmerge(model.blocks[0])
+    unmerge(model.blocks[1])
+    assert snapshot(model) == before
+    merge(parent)
+    with pytest.raises(UserError, match="single merged layer; give the model around it"):
+        unmerge(model.blocks[0].attn.qkv)
 
 
 def test_originals_are_freed_with_the_model():
@@ -498,9 +557,88 @@ def test_a_refused_merge_changes_nothing(options, arguments, message):
 def test_a_failing_batch_changes_nothing():
     model = adapted_encoder().train()
     before = snapshot(model)
-    with pytest.raises(TypeError, match="conv2d"):
+    message = r"^calibration batch 2, a str, does not fit the model: conv2d.*; forward=lambda "
+    with pytest.raises(UserError, match=message) as error:
         merge(model, calibration=[images(), "no batch"])
+    assert "\n" not in str(error.value)
     assert snapshot(model) == before
+
+
+class Host(nn.Module):
+    """An encoder in a model that takes other arguments than a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = adapted_encoder()
+
+    def forward(self, pixels: torch.Tensor, size: int) -> torch.Tensor:
+        return self.encoder(pixels[..., :size, :size])
+
+
+@pytest.mark.parametrize("mode", ["exact", "center", "calibrated"])
+def test_forward_feeds_the_batches_of_any_host(mode):
+    batches = [images(seed) for seed in range(4)]
+    plain = adapted_encoder()
+    expected = merge(plain, mode, batches)
+    host = Host()
+    report = merge(
+        host,
+        mode,
+        [{"pixels": batch, "size": batch.shape[-1]} for batch in batches],
+        forward=lambda model, batch: model(**batch),
+    )
+    assert [
+        replace(error, name=error.name.removeprefix("encoder.")) for error in report.layers
+    ] == (expected.layers)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(host.state_dict()[f"encoder.{name}"], value)
+
+
+def test_a_host_without_forward_gets_the_advice():
+    host = Host()
+    before = snapshot(host)
+    for batch in [images(), {"pixels": images()}]:
+        message = r"missing 1 required positional argument: 'size'; forward=lambda model, batch: "
+        with pytest.raises(UserError, match=message):
+            merge(host, calibration=[batch])
+    with pytest.raises(AttributeError, match="'int' object has no attribute 'pixels'"):
+        merge(host, calibration=[3], forward=lambda model, batch: model(batch.pixels))
+    assert snapshot(host) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"calibration": "images/"}, "calibration must be an iterable of batches.*, got a str"),
+        ({"calibration": images()}, r"calibration must be .* \[batch\], got a Tensor"),
+        ({"calibration": {"pixels": images()}}, "calibration must be .*, got a dict"),
+        ({"calibration": 3}, "calibration must be .*, got a int"),
+        ({"calibration": [images()], "forward": 3}, "forward must be a function .*, got int"),
+        ({"forward": print}, "forward feeds calibration batches: give calibration as well"),
+        ({"mode": None}, "mode must be one of .*, got None"),
+        ({"mode": ["exact"]}, "mode must be one of"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    model = adapted_encoder()
+    before = snapshot(model)
+    with pytest.raises(UserError, match=message) as error:
+        merge(model, **arguments)
+    assert "\n" not in str(error.value)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("function", [merge, unmerge])
+@pytest.mark.parametrize("model", [None, {}, "vit_b"])
+def test_merging_no_model_is_refused(function, model):
+    kind = type(model).__name__
+    with pytest.raises(UserError, match=f"^model must be a torch.nn.Module, got {kind}$"):
+        function(model)
+
+
+def test_a_single_layer_is_refused():
+    with pytest.raises(UserError, match="model is a single layer; give the model around it"):
+        merge(adapted_layer().qkv)
 
 
 def test_batches_that_miss_a_layer_are_refused():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from naslora.adapter.cell import LinearCell
-from naslora.adapter.injection import adapter_layers
+from naslora.adapter.modules import adapter_layers
 
 
 def spatial_share(epoch: int, epochs: int, anneal_epochs: int) -> float:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from naslora.adapter.config import MethodConfig, NASLoRAConfig, field_names
-from naslora.adapter.injection import undone_on_error
 from naslora.adapter.merge_report import MergeMode, MergeReport
+from naslora.adapter.modules import undone_on_error
 from naslora.errors import UserError
 
 RECORD = "method"  # the encoder's attribute that holds the record

@@ -18,7 +18,8 @@ The images pass once through the unmerged model, then once for every layer, up t
 1 + L / 2 passes for L layers. The only assumption on the model is that it calls its layers.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from naslora.adapter.cell import LinearCell
-from naslora.adapter.injection import replace_module
 from naslora.adapter.layer import NASLoRALinear
+from naslora.adapter.modules import replace_module
 from naslora.errors import UserError
 
 FOLDS = 4
@@ -39,6 +40,18 @@ TOKENS_PER_INPUT = 4
 CHUNK = 4096  # tokens converted to float64 at a time
 
 Layer = TypeVar("Layer", bound=nn.Module)
+Forward = Callable[[Any, Any], Any]
+"""Takes the model and a batch, and runs the model on the batch. What it returns is not used."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration batches, and how the model takes one."""
+
+    batches: Iterable[Any]
+    """The batches."""
+    forward: Forward | None = None
+    """Feeds a batch; None calls ``model(batch)``."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +147,54 @@ def _solve(
         yield prior + difference, mean[c_in:] - difference @ mean[:c_in]
 
 
+def check_calibration(
+    calibration: Iterable[Any] | None, forward: Forward | None
+) -> Calibration | None:
+    """Checks the arguments of ``merge``. Takes no batch yet.
+
+    Raises:
+        UserError: ``calibration`` is no iterable of batches, ``forward`` is no function, or there
+            is nothing to feed.
+    """
+    if forward is not None and not callable(forward):
+        kind = type(forward).__name__
+        raise UserError(f"forward must be a function of the model and a batch, got {kind}")
+    if calibration is None:
+        if forward is not None:
+            raise UserError("forward feeds calibration batches: give calibration as well")
+        return None
+    if isinstance(calibration, (str, bytes, Tensor, Mapping)) or not (
+        hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")
+    ):
+        kind = type(calibration).__name__
+        raise UserError(f"calibration must be an iterable of batches such as [batch], got a {kind}")
+    return Calibration(calibration, forward)
+
+
+def calibration_batches(calibration: Iterable[Any] | Calibration | None) -> Calibration | None:
+    """The batches as a list, because they are used more than once; None if none are given.
+
+    Raises:
+        UserError: ``calibration`` is given and yields nothing.
+    """
+    if calibration is None:
+        return None
+    given = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    batches = list(given.batches)
+    if not batches:
+        raise UserError("calibration yielded no batches")
+    return Calibration(batches, given.forward)
+
+
 def calibrate(
-    model: nn.Module, layers: Mapping[str, NASLoRALinear], batches: Sequence[Any]
+    model: nn.Module, layers: Mapping[str, NASLoRALinear], batches: Calibration
 ) -> dict[str, tuple[Fit, nn.Linear]]:
     """Fits every layer, each with the layers before it merged. The model is unchanged at the end.
 
     Args:
         model: a model that calls ``layers``.
         layers: its adapted layers by name.
-        batches: each fed as ``model(batch)``.
+        batches: the result of ``calibration_batches``.
 
     Returns:
         For every layer its fit and the nn.Linear that the fit gives.
@@ -187,7 +239,7 @@ def _fit_layer(
     name: str,
     layer: NASLoRALinear,
     targets: dict[int, Tensor],
-    batches: Sequence[Any],
+    batches: Calibration,
 ) -> tuple[Fit, nn.Linear]:
     tokens = sum(len(y) for y in targets.values())
     moments = Moments(tokens, layer.in_features, layer.rank, layer.weight.device)
@@ -222,7 +274,7 @@ class _Reached(Exception):
 
 def feed(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Calibration,
     observe: Callable[[int, Layer, Tensor], None],
     layers: Sequence[Layer],
 ) -> None:
@@ -230,15 +282,13 @@ def feed(
 
     Args:
         model: its modules' modes are restored at the end.
-        batches: each fed as ``model(batch)``.
+        batches: the result of ``calibration_batches``.
         observe: called with the batch's index, the layer and its input, before the layer computes.
         layers: the layers to observe.
 
     Raises:
-        UserError: there are no batches, or one does not fit the model.
+        UserError: a batch does not fit the model.
     """
-    if not batches:
-        raise UserError("calibration yielded no batches")
     busy = False  # `observe` calls layers itself; these calls are not observed
     index = 0
 
@@ -252,29 +302,49 @@ def feed(
         finally:
             busy = False
 
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model), _eager(), torch.no_grad():
         handles = [layer.register_forward_pre_hook(hook) for layer in layers]
         try:
-            for index, batch in enumerate(batches):
-                _feed_one(model, batch, index)
+            for index, batch in enumerate(batches.batches):
+                _feed_one(model, batch, index, batches.forward)
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _feed_one(model: nn.Module, batch: Any, index: int) -> None:
+def _feed_one(model: nn.Module, batch: Any, index: int, forward: Forward | None) -> None:
+    # A model that takes other arguments raises one of the last three. Those of the user's own
+    # function keep their traceback.
+    wrong = (RuntimeError, ValueError)
+    if forward is None:
+        wrong = (*wrong, TypeError, AttributeError, KeyError)
     try:
-        model(batch)
+        if forward is None:
+            model(batch)
+        else:
+            forward(model, batch)
     except _Reached:
         pass
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError) as error:
-        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
+    except wrong as error:
+        kind = type(batch).__name__
+        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f", a {kind},"
         reason = str(error).strip().split("\n")[0]
+        advice = "" if forward else "; forward=lambda model, batch: ... feeds batches otherwise"
         raise UserError(
-            f"calibration batch {index + 1}{shape} does not fit the model: {reason}"
+            f"calibration batch {index + 1}{shape} does not fit the model: {reason}{advice}"
         ) from error
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Runs what ``torch.compile`` compiled as it was written: compiled code skips new hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

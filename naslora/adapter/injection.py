@@ -1,15 +1,14 @@
-"""Puts NAS-LoRA into an existing model, and finds its layers and parameters again."""
+"""Puts NAS-LoRA into an existing model, and finds its parameters again."""
 
-import copy
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.layer import NASLoRALinear
+from naslora.adapter.modules import adapter_layers, replace_module
 from naslora.errors import UserError
 
 
@@ -39,13 +38,6 @@ def inject(model: nn.Module, config: NASLoRAConfig) -> list[str]:
         layer.train(model.training)
         replace_module(model, name, layer)
     return list(targets)
-
-
-def adapter_layers(model: nn.Module) -> Iterator[tuple[str, NASLoRALinear]]:
-    """The model's NAS-LoRA layers with their names, in model order."""
-    for name, module in model.named_modules():
-        if isinstance(module, NASLoRALinear):
-            yield name, module
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -104,31 +96,3 @@ def find_targets(
         )
     names = list(matches)
     return {names[block]: matches[names[block]] for block in sorted(blocks)}
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` where the submodule ``name`` was."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-@contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """If the body raises, restores modules and ``requires_grad``. Tensor values are not restored.
-
-    The attributes of every module are restored, its hooks included.
-    """
-    modules = [
-        (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
-        for module in model.modules()
-    ]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for module, attributes in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-        for parameter, required in trainable:
-            parameter.requires_grad_(required)
-        raise

@@ -13,121 +13,94 @@ The frozen weight acts on one token; the cell mixes neighbours. So folding a cel
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from naslora.adapter.applied import applied
-from naslora.adapter.calibration import TOKENS_PER_INPUT, Fit, calibrate, check_reached, feed
-from naslora.adapter.cell import FoldedCell, restore_collapsed
-from naslora.adapter.injection import adapter_layers, replace_module
-from naslora.adapter.layer import NASLoRALinear, as_grid
+from naslora.adapter.calibration import (
+    TOKENS_PER_INPUT,
+    Calibration,
+    Fit,
+    Forward,
+    calibrate,
+    calibration_batches,
+    check_calibration,
+    check_reached,
+    feed,
+)
+from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.merge_report import MODES, LayerError, MergeMode, MergeReport
+from naslora.adapter.merged import MergedNASLoRALinear, mark_merged, merged_modules
+from naslora.adapter.modules import adapter_layers, check_model, replace_module
+from naslora.adapter.wrappers import bare, in_one_piece
 from naslora.errors import UserError
-from naslora_kernels import folded_linear
 
 # Batch, height and width of the seeded white noise on which errors are measured without images.
 NOISE_GRID = (2, 16, 16)
-
-# The layers that each merged model had, for ``unmerge``. As attributes of the model they would be
-# part of its state dict, its parameters, its copies and its pickles. The keys are weak, so the
-# layers are freed with the model.
-_originals: WeakKeyDictionary[nn.Module, Mapping[str, nn.Module]] = WeakKeyDictionary()
 
 Update = Callable[[Any, Tensor, Tensor], Tensor]
 """Takes a layer, its input and its output. Returns the adapter's part of the output."""
 
 
-class MergedNASLoRALinear(nn.Module):
-    """An exactly merged layer: ``base`` holds the pointwise part, a small convolution remains.
-
-    Attributes:
-        base: nn.Linear with the channels that bypass the cell folded in.
-        lora_A: (c, C_in) the encoder's rows that feed the cell.
-        lora_B: (C_out, c) the decoder's columns behind it, scaling included.
-        mixture: the collapsed cell, on (B, H, W, c).
-        grid: (H, W) of token sequences that are not square, or None.
-        backend: kernel backend; None takes the best that can compute here.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-
-    def __init__(
-        self,
-        base: nn.Linear,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        mixture: nn.Module,
-        grid: tuple[int, int] | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.register_buffer("lora_A", lora_A)
-        # Laid out by channel, as the kernels read it.
-        self.register_buffer("lora_B", lora_B.t().contiguous().t())
-        self.mixture = mixture
-        self.grid = grid
-        if grid is not None:  # the state dict must hold it, so that a saved model can be restored
-            self.register_buffer("declared_grid", torch.tensor(grid))
-        self.backend = backend
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C_in) or (B, N, C_in) to the same with C_out; shapes as ``NASLoRALinear``."""
-        tokens, base, mixture = as_grid(x, self.grid), self.base, self.mixture
-        if isinstance(mixture, FoldedCell):
-            h = folded_linear(
-                tokens,
-                base.weight,
-                base.bias,
-                self.lora_A,
-                self.lora_B,
-                mixture.kernel,
-                mixture.average,
-                mixture.maximum,
-                backend=self.backend,
-            )
-        else:
-            z = F.linear(tokens, self.lora_A.to(x.dtype))  # (B, H, W, c)
-            h = base(tokens) + F.linear(mixture(z), self.lora_B.to(z.dtype))
-        return h if x.dim() == 4 else h.reshape(*x.shape[:-1], h.shape[-1])
-
-
 def merge(
-    model: nn.Module, mode: MergeMode = "exact", calibration: Iterable[Any] | None = None
+    model: nn.Module,
+    mode: MergeMode = "exact",
+    calibration: Iterable[Any] | None = None,
+    *,
+    forward: Forward | None = None,
 ) -> MergeReport:
     """Folds the model's adapters into the frozen weights, in place. ``unmerge`` undoes it.
 
     LoRA, DoRA and VeRA become plain nn.Linear layers, exactly in every mode.
 
     Args:
-        model: a model that ``inject`` or ``naslora.methods.apply`` adapted.
+        model: a model that ``inject`` or ``naslora.methods.apply`` adapted. It may be inside
+            wrappers such as DistributedDataParallel or ``torch.compile``. With sharded tensors
+            (``fully_shard``) every process must call this; each holds the merged layers in one
+            piece, and during the merge a copy of the whole model.
         mode: what a searched cell becomes. "exact": each layer becomes a ``MergedNASLoRALinear``,
             equal up to rounding (plain LoRA becomes an nn.Linear). "center": each layer becomes an
             nn.Linear, under the state dict keys of the original model, without the contribution of
             neighbouring tokens. "calibrated": an nn.Linear too, but fitted to the calibration
             images, which recovers most of that contribution.
-        calibration: batches, each fed as ``model(batch)``, on which layers are fitted and errors
-            measured. They are kept in memory until the merge ends. None measures errors on seeded
-            white noise.
+        calibration: batches on which layers are fitted and errors measured. They are kept in memory
+            until the merge ends. None measures errors on seeded white noise.
+        forward: feeds a batch, as ``forward(model, batch)``, for example
+            ``lambda model, batch: model(**batch)``. It must run in evaluation mode without
+            gradients. None calls ``model(batch)``.
 
     Returns:
         The relative errors, layer by layer.
 
     Raises:
-        UserError: a method that cannot be merged, an unknown mode, nothing to merge, a model merged
-            before, no batches, batches that do not fit the model or do not reach a layer, too few
-            tokens, values that are not finite, or an operation set that the mode cannot fold. The
-            model is then unchanged.
+        UserError: an argument of a wrong type, a method that cannot be merged, an unknown mode,
+            nothing to merge, a model merged before, no batches, batches that do not fit the model
+            or do not reach a layer, too few tokens, values that are not finite, or an operation set
+            that the mode cannot fold. The model is then unchanged.
     """
+    check_model(model)
+    given = check_calibration(calibration, forward)
+    model = bare(model)
     present = applied(model)
     fold = merge_cells if present is None else present.method.require_merge()
-    return fold(model, mode, calibration)
+    whole = in_one_piece(model)
+    report = fold(whole, mode, given)
+    if whole is not model:
+        _move_merged(whole, model, mode)
+    return report
+
+
+def _move_merged(whole: nn.Module, model: nn.Module, mode: str) -> None:
+    """Puts the merged modules of a copy in one piece into the sharded model it was copied from."""
+    for name, module in list(merged_modules(whole)):
+        if mode == "calibrated" and distributed.is_initialized():
+            for tensor in module.state_dict().values():  # the processes may have fed other images
+                distributed.broadcast(tensor, 0)
+        mark_merged(module, model.get_submodule(name))
+        replace_module(model, name, module)
 
 
 def check_merges(model: nn.Module) -> None:
@@ -142,7 +115,7 @@ def check_merges(model: nn.Module) -> None:
 
 
 def merge_cells(
-    model: nn.Module, mode: MergeMode, calibration: Iterable[Any] | None
+    model: nn.Module, mode: MergeMode, calibration: Iterable[Any] | Calibration | None
 ) -> MergeReport:
     """``merge`` for the layers of ``inject``."""
     layers = dict(adapter_layers(model))
@@ -167,30 +140,18 @@ def _update(layer: NASLoRALinear, x: Tensor, h: Tensor) -> Tensor:
     return layer.update(x)
 
 
-def calibration_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
-    """The batches as a list, because they are used more than once; None if none are given.
-
-    Raises:
-        UserError: ``calibration`` is given and yields nothing.
-    """
-    if calibration is None:
-        return None
-    batches = list(calibration)
-    if not batches:
-        raise UserError("calibration yielded no batches")
-    return batches
-
-
 def check_mergeable(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -> None:
     """The checks of ``merge`` that do not depend on the layers' values.
 
     Raises:
         UserError: an unknown mode, nothing to merge, or a model merged before.
     """
-    if model in _originals:
+    if any(merged_modules(model)):
         raise UserError("the model is merged already; call unmerge(model) first")
     if not layers:
         raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")
+    if "" in layers:
+        raise UserError("model is a single layer; give the model around it")
     if mode not in MODES:
         raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
@@ -201,7 +162,7 @@ def replace_by_merged(
     layers: Mapping[str, nn.Module],
     merged: Mapping[str, nn.Module],
     mode: str,
-    batches: Sequence[Any] | None,
+    batches: Calibration | None,
     update: Update,
     fits: Mapping[str, Fit] | None = None,
 ) -> MergeReport:
@@ -224,56 +185,13 @@ def replace_by_merged(
     errors = _errors(model, layers, merged, batches, update, fits or {})
     for name, module in merged.items():
         module.train(model.training)
+        mark_merged(module, layers[name])
         replace_module(model, name, module)
-    _originals[model] = layers
     source = "white noise" if batches is None else "calibration images"
     report = MergeReport(mode, source, errors, _warning(fits or {}))
     if report.warning:
         warnings.warn(report.warning, stacklevel=5)  # at the call of ``merge``
     return report
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undoes the last ``merge``: the same layers return, on the device where the model is now.
-
-    Raises:
-        UserError: the model is not merged.
-    """
-    if model not in _originals:
-        raise UserError("the model is not merged")
-    for name, layer in _originals.pop(model).items():
-        merged = model.get_submodule(name)
-        device = next(iter(merged.state_dict().values())).device
-        replace_module(model, name, layer.to(device).train(merged.training))
-
-
-def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, Tensor]) -> None:
-    """Puts into an unadapted model the modules that a merged state dict belongs to, in place.
-
-    Args:
-        model: the original model. Its tensors are not filled.
-        layers: the merged layers' names.
-        tensors: the merged model's state dict.
-    """
-    for name in layers:
-        prefix = f"{name}.lora_A"
-        if prefix not in tensors:
-            continue  # it merged into a plain nn.Linear
-        stored = {
-            key.removeprefix(f"{name}.mixture."): value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}.mixture.")
-        }
-        mixture = restore_collapsed(stored)
-        grid = tensors.get(f"{name}.declared_grid")
-        layer = MergedNASLoRALinear(
-            cast(nn.Linear, model.get_submodule(name)),
-            tensors[prefix],
-            tensors[f"{name}.lora_B"],
-            mixture,
-            None if grid is None else (int(grid[0]), int(grid[1])),
-        )
-        replace_module(model, name, layer)
 
 
 def _merge_exact(layer: NASLoRALinear) -> nn.Module:
@@ -352,7 +270,7 @@ def _errors(
     model: nn.Module,
     layers: Mapping[str, Any],
     merged: Mapping[str, nn.Module],
-    batches: Sequence[Any] | None,
+    batches: Calibration | None,
     update: Update,
     fits: Mapping[str, Fit],
 ) -> list[LayerError]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from naslora.adapter.applied import Method, applied, apply_method, find_method, own_names
 from naslora.adapter.config import OUTPUT_FIELDS, MethodConfig, NASLoRAConfig
-from naslora.adapter.injection import adapter_layers, inject, undone_on_error
+from naslora.adapter.injection import inject
+from naslora.adapter.modules import adapter_layers, undone_on_error
 from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors, replaced_file, write_json
 

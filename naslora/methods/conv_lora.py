@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from naslora.adapter import checks
 from naslora.adapter.applied import Method
 from naslora.adapter.config import MethodConfig
-from naslora.adapter.injection import find_targets, replace_module
+from naslora.adapter.injection import find_targets
 from naslora.adapter.layer import as_grid
+from naslora.adapter.modules import replace_module
 from naslora.methods.encoders import beside
 from naslora.methods.low_rank import OUTPUT_FIELDS, LowRankConfig
 

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from naslora.adapter.applied import OWN, Method
+from naslora.adapter.calibration import calibration_batches
 from naslora.adapter.config import MethodConfig
 from naslora.adapter.injection import find_targets
 from naslora.adapter.merge_report import MergeMode, MergeReport
-from naslora.adapter.merging import calibration_batches, check_mergeable, replace_by_merged
+from naslora.adapter.merging import check_mergeable, replace_by_merged
 from naslora.methods.low_rank import OUTPUT_FIELDS, LowRankConfig
 
 # PEFT is imported inside functions: it imports Transformers, which takes seconds.

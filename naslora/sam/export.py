@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from naslora.adapter.injection import adapter_layers
+from naslora.adapter.modules import adapter_layers
 from naslora.errors import UserError
 from naslora.files import replaced_file
 from naslora.sam.checkpoint import sam_state_dict

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from naslora.adapter.merging import unmerge
+from naslora.adapter.merged import unmerge
 from naslora.errors import UserError
 from naslora.methods import merge, merge_modes
 from naslora.metrics import image_scores

@@ -25,7 +25,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from naslora.adapter.annealing import fixed, set_spatial, spatial_share
 from naslora.adapter.cell import mixture_entropy
-from naslora.adapter.injection import adapter_layers, arch_parameters
+from naslora.adapter.injection import arch_parameters
+from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import save_adapter, trained_state
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches

@@ -1,0 +1,204 @@
+"""Merged layers: what stands in a merged model, and how it remembers the layers it replaces."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from naslora.adapter.cell import FoldedCell, restore_collapsed
+from naslora.adapter.layer import as_grid
+from naslora.adapter.modules import check_model, replace_module
+from naslora.errors import UserError
+from naslora_kernels import folded_linear
+
+MARK = "merged_from"  # the attribute of a merged module that holds its ``MergedFrom``
+
+
+class MergedNASLoRALinear(nn.Module):
+    """An exactly merged layer: ``base`` holds the pointwise part, a small convolution remains.
+
+    Attributes:
+        base: nn.Linear with the channels that bypass the cell folded in.
+        lora_A: (c, C_in) the encoder's rows that feed the cell.
+        lora_B: (C_out, c) the decoder's columns behind it, scaling included.
+        mixture: the collapsed cell, on (B, H, W, c).
+        grid: (H, W) of token sequences that are not square, or None.
+        backend: kernel backend; None takes the best that can compute here.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        mixture: nn.Module,
+        grid: tuple[int, int] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.register_buffer("lora_A", lora_A)
+        # Laid out by channel, as the kernels read it.
+        self.register_buffer("lora_B", lora_B.t().contiguous().t())
+        self.mixture = mixture
+        self.grid = grid
+        if grid is not None:  # the state dict must hold it, so that a saved model can be restored
+            self.register_buffer("declared_grid", torch.tensor(grid))
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C_in) or (B, N, C_in) to the same with C_out; shapes as ``NASLoRALinear``."""
+        tokens, base, mixture = as_grid(x, self.grid), self.base, self.mixture
+        if isinstance(mixture, FoldedCell):
+            h = folded_linear(
+                tokens,
+                base.weight,
+                base.bias,
+                self.lora_A,
+                self.lora_B,
+                mixture.kernel,
+                mixture.average,
+                mixture.maximum,
+                backend=self.backend,
+            )
+        else:
+            z = F.linear(tokens, self.lora_A.to(x.dtype))  # (B, H, W, c)
+            h = base(tokens) + F.linear(mixture(z), self.lora_B.to(z.dtype))
+        return h if x.dim() == 4 else h.reshape(*x.shape[:-1], h.shape[-1])
+
+
+class _Kept:
+    """A replaced layer, which a merged module and its copies share until one of them is unmerged.
+
+    So a copy of a merged model costs no memory for the layers that were replaced.
+    """
+
+    def __init__(self, layer: nn.Module | None) -> None:
+        self.layer = layer
+        self.holders: WeakSet[MergedFrom] = WeakSet()
+
+
+class MergedFrom:
+    """The layer that a merged module replaces, for ``unmerge``.
+
+    It is no module, so the layer is no part of the merged model's state dict or parameters. It is
+    pickled as None: a pickle holds the merged model alone.
+
+    Args:
+        layer: the layer; None if it is unknown, because the merged model was read from files.
+    """
+
+    def __init__(self, layer: nn.Module | None) -> None:
+        self._kept = _Kept(layer)
+        self._kept.holders.add(self)
+        self._is_copy = False
+
+    @property
+    def known(self) -> bool:
+        """Whether the layer is known."""
+        return self._kept.layer is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MergedFrom":
+        twin = object.__new__(MergedFrom)
+        twin._kept, twin._is_copy = self._kept, True
+        self._kept.holders.add(twin)
+        return twin
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def take(self) -> nn.Module:
+        """The layer itself, and in copies of the merged module a copy of the layer.
+
+        The layer may be trained on afterwards. That does not change the other copies.
+        """
+        layer = cast(nn.Module, self._kept.layer)
+        self._kept.holders.discard(self)
+        if not self._kept.holders:
+            return layer
+        if self._is_copy:
+            return copy.deepcopy(layer)
+        self._kept.layer = copy.deepcopy(layer)
+        return layer
+
+
+def mark_merged(module: nn.Module, layer: nn.Module | None) -> None:
+    """Records in a merged module the layer that it replaces, or that the layer is unknown."""
+    setattr(module, MARK, MergedFrom(layer))
+
+
+def merged_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The merged modules of a model with their names, in model order."""
+    for name, module in model.named_modules():
+        if MARK in vars(module):
+            yield name, module
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undoes ``merge``: the same layers return, on the device where the model is now.
+
+    Args:
+        model: the merged model, a part of it, a model around it, or a deep copy. The layers of a
+            deep copy are copies of the layers that were merged.
+
+    Raises:
+        UserError: ``model`` is not merged, is a single merged layer, or was read from files. The
+            model is then unchanged.
+    """
+    check_model(model)
+    merged = dict(merged_modules(model))
+    if not merged:
+        raise UserError("the model is not merged")
+    if "" in merged:
+        raise UserError("model is a single merged layer; give the model around it")
+    origins: dict[str, MergedFrom | None] = {n: getattr(m, MARK) for n, m in merged.items()}
+    for name, origin in origins.items():
+        if origin is None or not origin.known:
+            raise UserError(
+                f"the model cannot be unmerged: it was read from a file, which does not hold the "
+                f"adapter of {name}; load the original model, and its adapter with load_adapter"
+            )
+    for name, origin in origins.items():
+        module = merged[name]
+        device = next(iter(module.state_dict().values())).device
+        layer = cast(MergedFrom, origin).take()
+        replace_module(model, name, layer.to(device).train(module.training))
+
+
+def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, Tensor]) -> None:
+    """Puts into an unadapted model the modules that a merged state dict belongs to, in place.
+
+    Args:
+        model: the original model. Its tensors are not filled.
+        layers: the merged layers' names.
+        tensors: the merged model's state dict.
+    """
+    for name in layers:
+        prefix = f"{name}.lora_A"
+        base = cast(nn.Linear, model.get_submodule(name))
+        if prefix not in tensors:
+            mark_merged(base, None)  # it merged into a plain nn.Linear
+            continue
+        stored = {
+            key.removeprefix(f"{name}.mixture."): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.mixture.")
+        }
+        mixture = restore_collapsed(stored)
+        grid = tensors.get(f"{name}.declared_grid")
+        layer = MergedNASLoRALinear(
+            base,
+            tensors[prefix],
+            tensors[f"{name}.lora_B"],
+            mixture,
+            None if grid is None else (int(grid[0]), int(grid[1])),
+        )
+        mark_merged(layer, None)
+        replace_module(model, name, layer)

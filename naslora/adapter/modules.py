@@ -1,0 +1,55 @@
+"""Finds NAS-LoRA layers in a model, replaces modules, and restores a model after an error."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from naslora.adapter.layer import NASLoRALinear
+from naslora.errors import UserError
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, NASLoRALinear]]:
+    """The model's NAS-LoRA layers with their names, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, NASLoRALinear):
+            yield name, module
+
+
+def check_model(model: object) -> None:
+    """Refuses an argument ``model`` that is no module.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts ``module`` where the submodule ``name`` was."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """If the body raises, restores modules and ``requires_grad``. Tensor values are not restored.
+
+    The attributes of every module are restored, its hooks included.
+    """
+    modules = [
+        (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
+        raise
