@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from naslora.adapter.config import MethodConfig, NASLoRAConfig, field_names
+from naslora.adapter.frozen_norms import keep_frozen
 from naslora.adapter.merge_report import MergeMode, MergeReport
 from naslora.adapter.modules import undone_on_error
 from naslora.errors import UserError
+
+ENCODERS = ("image_encoder", "vision_encoder")
+"""Names of image encoders: SAM's own, and Hugging Face's."""
 
 RECORD = "method"  # the encoder's attribute that holds the record
 
@@ -155,7 +159,8 @@ def apply_method(method: Method, model: nn.Module, settings: MethodConfig | None
 
     Args:
         method: the method.
-        model: a model with an ``image_encoder``, of which nothing else changes; or the encoder.
+        model: a model with an ``image_encoder`` (or, as Hugging Face names it, ``vision_encoder``),
+            of which nothing else changes; or the encoder.
         settings: as in ``Method.configure``. Every random number comes from its ``seed``.
 
     Raises:
@@ -176,6 +181,7 @@ def apply_method(method: Method, model: nn.Module, settings: MethodConfig | None
             method.add(encoder, config)
         for module in set(encoder.modules()) - modules:
             module.training = encoder.training
+        keep_frozen(encoder, except_in=set(encoder.modules()) - modules)
         setattr(encoder, RECORD, Applied(method, config, tuple(_own_tensors(encoder, before))))
 
 
@@ -185,14 +191,21 @@ def applied(model: nn.Module) -> Applied | None:
 
 
 def image_encoder(model: nn.Module) -> nn.Module:
-    """The model's ``image_encoder``, or the model itself, which then is the encoder."""
-    return getattr(model, "image_encoder", model)
+    """The model's image encoder, or the model itself, which then is the encoder."""
+    name = _encoder_name(model)
+    return model if name is None else getattr(model, name)
+
+
+def _encoder_name(model: nn.Module) -> str | None:
+    """The name of the model's image encoder; None if the model has none."""
+    present = (name for name in ENCODERS if isinstance(getattr(model, name, None), nn.Module))
+    return next(present, None)
 
 
 def own_names(model: nn.Module) -> set[str]:
     """The applied method's tensors, by their names in ``model.state_dict()``."""
-    present = applied(model)
-    prefix = "image_encoder." if image_encoder(model) is not model else ""
+    present, encoder = applied(model), _encoder_name(model)
+    prefix = "" if encoder is None else f"{encoder}."
     return {prefix + name for name in present.tensors} if present else set()
 
 

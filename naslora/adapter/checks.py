@@ -62,7 +62,7 @@ def channel_ratio(name: str, value: Any) -> float:
 def pattern(name: str, value: Any) -> str:
     """A regular expression."""
     if not isinstance(value, str):
-        raise UserError(f"{name} must be a regular expression, which is a string, got {value!r}")
+        raise UserError(f"{name} is no regular expression: {value!r} is no string")
     try:
         re.compile(value)
     except re.error as error:
@@ -74,8 +74,7 @@ def target(name: str, value: Any) -> str:
     """``pattern`` for the field ``target``, which a list of names is often given to."""
     if isinstance(value, list | tuple | set):
         raise UserError(
-            f"{name} must be a regular expression, which is a string, got {value!r}; "
-            "target_modules takes a list of names"
+            f"{name} is no regular expression: {value!r}; target_modules takes a list of names"
         )
     return pattern(name, value)
 

@@ -1,43 +1,138 @@
 """Puts NAS-LoRA into an existing model, and finds its parameters again."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from naslora.adapter import checks
 from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.frozen_norms import keep_frozen
+from naslora.adapter.grid import place_hint
 from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.modules import adapter_layers, replace_module
 from naslora.errors import UserError
 
 
-def inject(model: nn.Module, config: NASLoRAConfig) -> list[str]:
+def inject(
+    model: nn.Module, config: NASLoRAConfig | None = None, *, train: str | Sequence[str] = ()
+) -> list[str]:
     """Replaces the matching nn.Linear layers by ``NASLoRALinear``, in place; freezes all else.
 
-    Every random number comes from ``config.seed``: the same model and configuration give the same
-    adapter on every device.
+    Frozen batch norms stay in evaluation mode from then on, also after ``model.train()``. Norms
+    that are made trainable later follow the next ``model.train()``. Every random number comes from
+    ``config.seed``: the same model and configuration give the same adapter on every device.
 
     Args:
         model: any model whose target layers see (B, H, W, C) or (B, N, C) token grids.
-        config: what to inject where.
+        config: what to inject where; None for the defaults.
+        train: what is trained beside the adapter, such as ``("mask_decoder",)``: names of modules
+            or parameters, ends of names that follow a dot, or regular expressions that match a
+            whole name. ``config.modules_to_save`` adds to it. The frozen weights of adapted layers
+            stay frozen.
 
     Returns:
         The names of the replaced layers, in model order.
 
     Raises:
-        UserError: no layer matches, a match is no nn.Linear, a block index is out of range, there
-            is no such preset, or the model has NAS-LoRA layers already. The model is then
-            unchanged.
+        UserError: an argument of a wrong type, no layer matches, a match is no nn.Linear, a block
+            index is out of range, there is no such preset, a pattern of ``train`` matches nothing,
+            or the model has NAS-LoRA layers already. The model is then unchanged.
     """
+    config = NASLoRAConfig() if config is None else config
+    check_model(model)
+    check_config(config)
+    patterns = (*checks.patterns("train", train), *config.modules_to_save)
     targets = find_targets(model, config.target, config.blocks)
-    generator = torch.Generator().manual_seed(config.seed)
-    adapted = {name: NASLoRALinear(base, config, generator) for name, base in targets.items()}
+    frozen = {id(parameter) for base in targets.values() for parameter in base.parameters()}
+    trained = _matching_parameters(model, patterns, frozen)
+    adapted = build_layers(model, targets, config)
     model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    keep_frozen(model, except_in=_matching_modules(model, patterns))
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
     return list(targets)
+
+
+def check_model(model: object) -> None:
+    """Refuses what is no model.
+
+    Raises:
+        UserError: it is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_config(config: object) -> None:
+    """Refuses what is no ``NASLoRAConfig``.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(config, NASLoRAConfig):
+        raise UserError(f"config must be a NASLoRAConfig or None, got {type(config).__name__}")
+
+
+def build_layers(
+    model: nn.Module, targets: Mapping[str, nn.Linear], config: NASLoRAConfig
+) -> dict[str, NASLoRALinear]:
+    """New layers around the targets, by the targets' names. The model is not changed, except that
+    the targets are frozen."""
+    generator = torch.Generator().manual_seed(config.seed)
+    layers = {name: NASLoRALinear(base, config, generator) for name, base in targets.items()}
+    for name, layer in layers.items():
+        place_hint(model, name, layer)
+    return layers
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return (
+        name == pattern
+        or name.endswith(f".{pattern}")
+        or bool(name and re.fullmatch(pattern, name))
+    )
+
+
+def _matching_modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+    return [
+        module
+        for name, module in model.named_modules()
+        if any(_matches(pattern, name) for pattern in patterns)
+    ]
+
+
+def _matching_parameters(
+    model: nn.Module, patterns: Sequence[str], frozen: Collection[int]
+) -> list[nn.Parameter]:
+    """The parameters that the patterns of ``train`` select.
+
+    Args:
+        model: the model without its adapters.
+        patterns: as the argument ``train`` of ``inject``.
+        frozen: the ids of parameters that no pattern selects.
+
+    Raises:
+        UserError: a pattern selects nothing.
+    """
+    selected: list[nn.Parameter] = []
+    for pattern in patterns:
+        modules = _matching_modules(model, [pattern])
+        parameters = [p for module in modules for p in module.parameters()]
+        parameters += [p for name, p in model.named_parameters() if _matches(pattern, name)]
+        trainable = [p for p in parameters if id(p) not in frozen and p.is_floating_point()]
+        if not trainable:
+            children = ", ".join(name for name, _ in model.named_children())
+            raise UserError(
+                f"train: {pattern!r} matches no module with parameters to train; the model's "
+                f"parts are: {children or 'none'}"
+            )
+        selected += trainable
+    return selected
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,6 +1,7 @@
 """NASLoRALinear: a frozen nn.Linear with a searchable low-rank adapter beside it."""
 
-import math
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from naslora.adapter.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
 from naslora.adapter.config import NASLoRAConfig
-from naslora_kernels import OPERATIONS, nas_lora_linear
+from naslora.adapter.grid import Grid, GridHint, as_grid
+from naslora_kernels import OPERATIONS, nas_lora_linear, reference
 
 ALPHA_INIT_STD = 1e-3  # the paper starts alpha from a standard normal scaled by 0.001
 
@@ -16,9 +18,12 @@ ALPHA_INIT_STD = 1e-3  # the paper starts alpha from a standard normal scaled by
 class NASLoRALinear(nn.Module):
     """A drop-in for the nn.Linear it wraps: h = W0 x + b0 + s W_d cell(W_e x) (paper, Eq. 3).
 
-    Takes (B, H, W, C_in), or (B, N, C_in) with N a square number or ``grid`` set to (H, W), and
-    returns the same shape with C_out channels. lora_B starts at zero, so a fresh layer computes
-    what its base computes.
+    Takes (B, H, W, C_in), or (B, N, C_in), and returns the same shape with C_out channels. N tokens
+    are ``grid``, or else what ``hint`` states, or else a square. lora_B starts at zero, so a fresh
+    layer computes what its base computes.
+
+    The adapter computes in float32 beside 16-bit weights. ``half``, ``bfloat16`` and ``to`` cast
+    ``base`` alone; float64 casts all.
 
     Args:
         base: the nn.Linear to adapt. It is frozen.
@@ -33,6 +38,7 @@ class NASLoRALinear(nn.Module):
         cell: the operations' weights, or None for plain LoRA.
         channels: (c,) int64, the channels that pass through the cell.
         grid: (H, W) of token sequences that are not square, or None.
+        hint: what the host model states of the layer's tokens, or None.
         config: the configuration it was made with.
 
     Raises:
@@ -44,6 +50,7 @@ class NASLoRALinear(nn.Module):
     lora_B: nn.Parameter
     alpha: nn.Parameter | None
     cell: Cell | None
+    hint: GridHint | None = None
 
     def __init__(
         self, base: nn.Linear, config: NASLoRAConfig, generator: torch.Generator | None = None
@@ -55,7 +62,7 @@ class NASLoRALinear(nn.Module):
         self.rank = config.rank
         self.scaling = config.scaling
         self.backend = config.backend
-        self.grid: tuple[int, int] | None = None
+        self.grid: Grid | None = None
         bound = base.in_features**-0.5  # kaiming-uniform(a=sqrt(5)) of a (r, C_in) matrix
         lora_A = torch.empty(self.rank, base.in_features)
         self.lora_A = nn.Parameter(lora_A.uniform_(-bound, bound, generator=generator))
@@ -66,6 +73,7 @@ class NASLoRALinear(nn.Module):
 
     def _add_cell(self, config: NASLoRAConfig, generator: torch.Generator) -> None:
         c = config.cell_channels
+        self.all_channels = c == self.rank
         self.register_buffer("channels", torch.arange(c))
         self.alpha = None
         self.cell = None
@@ -89,6 +97,26 @@ class NASLoRALinear(nn.Module):
         self.channels = self.channels.to(weight.device)
         if self.cell is not None:
             self.cell.to(weight.device, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NASLoRALinear":
+        """Applies a cast or move to ``base``, and to the adapter without its casts to 16 bit.
+
+        Alpha and the adapter's weights train in float32. In 16 bit their small steps are lost, and
+        Adam's become NaN.
+        """
+
+        def applied(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if not result.is_floating_point():
+                return result
+            dtype = torch.promote_types(result.dtype, torch.float32)
+            return result if dtype == result.dtype else tensor.to(result.device, dtype)
+
+        if recurse:
+            self.base._apply(fn)
+            if self.cell is not None:
+                self.cell._apply(applied)
+        return super()._apply(applied, recurse=False)
 
     @torch.no_grad()
     def draw_channels(self, generator: torch.Generator) -> None:
@@ -120,8 +148,10 @@ class NASLoRALinear(nn.Module):
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out.
 
         Raises:
-            ValueError: any other shape, or N neither square nor the declared grid.
+            ValueError: any other shape, or N tokens that are not the layer's grid.
         """
+        if torch.jit.is_tracing():
+            return self._traced(x)
         tokens = self._as_grid(x)
         if self.cell is None or isinstance(self.cell, LinearCell):
             h = self._fused(tokens)
@@ -146,9 +176,29 @@ class NASLoRALinear(nn.Module):
             backend=self.backend,
         )
 
+    def _traced(self, x: Tensor) -> Tensor:
+        """``forward`` in plain operators, because ``torch.jit.trace`` cannot record the kernels.
+
+        The checks of the public functions are left out: they read values, and a repeated call skips
+        some, so the tracer would find two different graphs. Its warnings of
+        numbers that become constants, such as c, are left out, too.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            tokens = self._as_grid(x)
+            y = F.linear(tokens, self.lora_A.to(tokens.dtype))
+            if isinstance(self.cell, LinearCell) and self.alpha is not None:
+                cell = self.cell.arguments(self.alpha)
+                channels = self._selected_channels()
+                y = reference.mixed_cell(y, cell.alpha, cell.depthwise, cell.pw, channels)
+            elif self.cell is not None:
+                y = self.cell(y, self.alpha, self._selected_channels())
+        h = self.base(tokens) + self.scaling * F.linear(y, self.lora_B.to(y.dtype))
+        return h.reshape(*x.shape[:-1], self.out_features)
+
     def _selected_channels(self) -> Tensor | None:
         """(c,) int64, or None for all."""
-        return None if self.channels.shape[0] == self.rank else self.channels
+        return None if self.all_channels else self.channels
 
     def mixed(self, x: Tensor) -> Tensor:
         """The decoder's input y = cell(W_e x), (B, H, W, r). Shapes of x as in ``forward``."""
@@ -207,34 +257,11 @@ class NASLoRALinear(nn.Module):
     def _as_grid(self, x: Tensor) -> Tensor:
         if self.cell is None:  # tokens have no neighbours without a cell, so any shape works
             return x.reshape(-1, 1, 1, x.shape[-1])
-        return as_grid(x, self.grid)
+        return as_grid(x, self.grid, self.hint)
 
     def extra_repr(self) -> str:
         """The adapter's numbers, for ``print(model)``."""
         return f"rank={self.rank}, cell_channels={self.channels.shape[0]}, scaling={self.scaling:g}"
-
-
-def as_grid(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Views (B, N, C) tokens as a (B, H, W, C) grid; returns (B, H, W, C) unchanged.
-
-    Args:
-        x: the tokens.
-        grid: (H, W); None for a square.
-
-    Raises:
-        ValueError: another number of dimensions, or N neither square nor the declared grid.
-    """
-    if x.dim() == 4:
-        return x
-    if x.dim() != 3:
-        raise ValueError(f"x: expected (B, H, W, C_in) or (B, N, C_in), got {tuple(x.shape)}")
-    height, width = grid or (math.isqrt(x.shape[1]),) * 2
-    if height * width != x.shape[1]:
-        raise ValueError(
-            f"x: {x.shape[1]} tokens are no {height} x {width} grid; set the layer's `grid` to "
-            "(H, W), or leave out layers that see extra tokens"
-        )
-    return x.reshape(x.shape[0], height, width, x.shape[2])
 
 
 def _empty_cell(like: Tensor) -> CellArguments:

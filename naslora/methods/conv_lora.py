@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from naslora.adapter import checks
 from naslora.adapter.applied import Method
 from naslora.adapter.config import MethodConfig
+from naslora.adapter.grid import Grid, GridHint, as_grid, place_hint
 from naslora.adapter.injection import find_targets
-from naslora.adapter.layer import as_grid
 from naslora.adapter.modules import replace_module
 from naslora.methods.encoders import beside
 from naslora.methods.low_rank import OUTPUT_FIELDS, LowRankConfig
@@ -90,12 +90,16 @@ class ConvLoRALinear(nn.Module):
         gate: (experts, r) the logits' weights; zero.
         noise: (experts, r) the noise's weights; zero.
         experts: convolutions, r to r.
+        grid: (H, W) of token sequences that are not square, or None.
+        hint: what the encoder states of the layer's tokens, or None.
     """
 
     def __init__(self, base: nn.Linear, config: ConvLoRAConfig, balance: Balance) -> None:
         super().__init__()
         rank = config.rank
         self.balance, self.scaling = balance, config.scaling
+        self.grid: Grid | None = None
+        self.hint: GridHint | None = None
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
@@ -110,8 +114,8 @@ class ConvLoRALinear(nn.Module):
         self.base = base
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C_in) or (B, N, C_in), N a square, to the same with C_out."""
-        z = as_grid(F.linear(x, self.lora_A), None)  # (B, H, W, r)
+        """(B, H, W, C_in) or (B, N, C_in) to the same with C_out."""
+        z = as_grid(F.linear(x, self.lora_A), self.grid, self.hint)  # (B, H, W, r)
         chosen, counts = self.choose(z.mean((1, 2)))
         sizes = counts.tolist()  # waits for the device, once: the shapes below depend on the sizes
         h = self.base(x)  # keeps the device busy while the experts' many small calls are queued
@@ -206,7 +210,9 @@ def add(encoder: Any, config: ConvLoRAConfig) -> None:
     """
     encoder.balance = balance = Balance()
     for name, base in find_targets(encoder, config.target, config.blocks).items():
-        replace_module(encoder, name, ConvLoRALinear(base, config, balance))
+        layer = ConvLoRALinear(base, config, balance)
+        place_hint(encoder, name, layer)
+        replace_module(encoder, name, layer)
     encoder.register_forward_pre_hook(balance.start)
     encoder.register_forward_hook(balance.stop)
 

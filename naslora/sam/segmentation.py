@@ -10,6 +10,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
+from naslora.adapter.frozen_norms import keep_frozen
 from naslora.errors import UserError
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import EMBED_DIM, build_image_encoder, build_prompt_encoder
@@ -121,6 +122,8 @@ class SegmentationDecoder(nn.Module):
 class SamForSegmentation(nn.Module):
     """SAM without prompts from a user. Only the mask decoder is trainable.
 
+    Frozen batch norms of the encoder stay in evaluation mode, also after ``train()``.
+
     Args:
         name: one of ``naslora.sam.encoders.MODELS``.
         image_size: side S of the square images in pixels, a positive multiple of 16.
@@ -157,22 +160,12 @@ class SamForSegmentation(nn.Module):
         self.num_classes = num_classes
         self.left_out: dict[str, Tensor] = {}
         self.image_encoder = build_image_encoder(name, image_size).requires_grad_(False)
+        keep_frozen(self.image_encoder)
         self.prompt_encoder = build_prompt_encoder(image_size).requires_grad_(False)
         self.mask_decoder = SegmentationDecoder(num_classes, num_tokens if num_classes > 1 else 1)
         mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
-
-    def train(self, mode: bool = True) -> "SamForSegmentation":
-        """Sets the mode of all modules, except for frozen batch norms of the encoder.
-
-        They stay in evaluation mode, so that training does not change their statistics.
-        """
-        super().train(mode)
-        for module in self.image_encoder.modules():
-            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
-                module.eval()
-        return self
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Segments (B, 3, S, S) RGB images in [0, 1].

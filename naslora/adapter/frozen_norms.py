@@ -1,0 +1,63 @@
+"""Frozen batch norms that stay in evaluation mode, whatever the host calls.
+
+``model.train()`` puts every batch norm into training mode, also those of a frozen encoder. Their
+running statistics then follow the training images, and a saved adapter does not contain them. So
+``inject`` and ``naslora.methods.apply`` give such norms a subclass of their own class that ignores
+``train()`` while the norm's weight does not train. It is set as ``__class__``: the object, its
+hooks, its names in the state dict and ``isinstance`` stay as they are.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+
+class FrozenNorm:
+    """Mixed into the class of a batch norm that must not follow the training images."""
+
+    host_class: type[nn.Module]
+
+    def train(self: Any, mode: bool = True) -> Any:
+        """Sets the mode; evaluation mode while the norm's weight does not require gradients."""
+        weight = self.weight
+        return super().train(mode and weight is not None and weight.requires_grad)  # type: ignore[misc]
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (self.host_class,), self.__getstate__()
+
+
+def keep_frozen(model: nn.Module, except_in: Iterable[nn.Module] = ()) -> None:
+    """Keeps the model's frozen batch norms in evaluation mode from now on.
+
+    A norm that is made trainable later is in training mode again after the next ``train()``.
+
+    Args:
+        model: frozen where it should be. A batch norm without parameters counts as frozen.
+        except_in: modules whose batch norms are left alone.
+    """
+    left_alone = {norm for module in except_in for norm in module.modules()}
+    for module in model.modules():
+        if not isinstance(module, _BatchNorm) or module in left_alone:
+            continue
+        if isinstance(module, FrozenNorm | _LazyNormBase):
+            continue
+        if module.weight is None or not module.weight.requires_grad:
+            module.__class__ = _frozen_class(type(module))
+            module.train(module.training)
+
+
+@functools.cache
+def _frozen_class(host_class: type[nn.Module]) -> type[nn.Module]:
+    """The subclass. It has the name of ``host_class``, so the model is printed as before."""
+    names = {"__module__": host_class.__module__, "__qualname__": host_class.__qualname__}
+    attributes = {**names, "__doc__": host_class.__doc__, "host_class": host_class}
+    return type(host_class.__name__, (FrozenNorm, host_class), attributes)
+
+
+def _rebuild(host_class: type[nn.Module]) -> nn.Module:
+    """An empty frozen norm, whose state ``copy`` and ``pickle`` fill in."""
+    frozen = _frozen_class(host_class)
+    return frozen.__new__(frozen)
