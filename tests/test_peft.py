@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -108,7 +109,7 @@ def test_plain_peft_refuses_the_files_instead_of_dropping_the_cells(tmp_path):
 
 
 def test_files_of_plain_lora_are_refused(tmp_path, encoder):
-    files_of(get_peft_model(encoder, LoraConfig(target_modules=["qkv"])), tmp_path)
+    files_of(peft.get_peft_model(encoder, LoraConfig(target_modules=["qkv"])), tmp_path)
     with pytest.raises(UserError, match=r"peft_type must be NASLORA, got .*LORA"):
         from_pretrained(build_encoder(), tmp_path)
 
@@ -175,6 +176,43 @@ def test_merging_in_place_and_merging_two_adapters_are_refused():
         model.merge_and_unload(adapter_names=["default", "second"])
 
 
+def test_frozen_batch_norms_stay_as_they_are_and_trained_ones_do_not():
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 6), "norm": nn.BatchNorm2d(6), "head": head()})
+    config = NasLoraConfig(target_modules=["qkv"], modules_to_save=["head"])
+    adapted = get_peft_model(model, config).train()
+    assert not model["norm"].training
+    assert model["head"].modules_to_save["default"][0].training
+    assert adapted.training
+
+
+def head() -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(6))
+
+
+def test_the_adapter_stays_float32_when_the_host_casts():
+    model = wrapped().half()
+    kinds = {name.partition("qkv.")[2]: p.dtype for name, p in model.named_parameters()}
+    assert kinds["base_layer.weight"] == torch.float16
+    assert {dtype for name, dtype in kinds.items() if "lora_nas" in name} == {torch.float32}
+
+
+def test_token_sequences_take_the_grid_that_the_host_states():
+    class Host(nn.Module):
+        grid_size = (2, 6)
+
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 6)
+
+        def forward(self, x):
+            return self.qkv(x)
+
+    model = get_peft_model(Host(), NasLoraConfig(target_modules=["qkv"]))
+    model.add_adapter("second", NasLoraConfig(target_modules=["qkv"]))
+    model.set_adapter("second")
+    assert model(torch.randn(1, 12, 8)).shape == (1, 12, 6)
+
+
 def test_copies_are_independent():
     model = wrapped()
     expected = model(images())
@@ -203,6 +241,11 @@ def test_what_the_cell_does_not_support_is_refused(encoder, options, message):
 def test_plain_lora_beside_it_is_refused():
     with pytest.raises(UserError, match="takes NasLoraConfig, got LoraConfig"):
         wrapped().add_adapter("plain", LoraConfig(target_modules=["qkv"]))
+
+
+def test_a_configuration_of_plain_lora_is_refused(encoder):
+    with pytest.raises(UserError, match="config must be a NasLoraConfig, got LoraConfig"):
+        get_peft_model(encoder, LoraConfig(target_modules=["qkv"]))
 
 
 def test_inject_after_it_is_refused():

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from naslora.adapter.config import CellInit, ChannelSelection, NASLoRAConfig
+from naslora.adapter.frozen_norms import keep_frozen
+from naslora.adapter.grid import place_hint
 from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.merging import merge as merge_model
 from naslora.errors import UserError
@@ -203,7 +206,10 @@ class NasLoraLinear(nn.Module, LoraLayer):
         seed = settings.seed + zlib.crc32(kwargs.get("target_name", "").encode())
         generator = torch.Generator().manual_seed(seed)
         base = cast(nn.Linear, self.get_base_layer())
-        self.lora_nas[adapter_name] = NasLoraAdapter(base, settings, generator)
+        adapter = NasLoraAdapter(base, settings, generator)
+        for other in list(self.lora_nas.values())[:1]:  # what the host states of the tokens
+            adapter.grid, adapter.hint = other.grid, other.hint
+        self.lora_nas[adapter_name] = adapter
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = settings.scaling
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -268,6 +274,35 @@ class NasLoraLinear(nn.Module, LoraLayer):
         return f"adapters={list(self.lora_nas)}"
 
 
+def get_peft_model(model: nn.Module, config: NasLoraConfig, **options: Any) -> PeftModel:
+    """PEFT's ``get_peft_model``, which also does what ``inject`` does for the host.
+
+    Frozen batch norms stay in evaluation mode after ``model.train()``. Layers that see token
+    sequences take the grid that the host states.
+
+    Args:
+        model: the base model; it is changed in place.
+        config: the adapter's configuration.
+        options: as PEFT's ``get_peft_model``, such as ``adapter_name``.
+
+    Raises:
+        UserError: ``config`` is not a ``NasLoraConfig``.
+    """
+    if not isinstance(config, NasLoraConfig):
+        raise UserError(f"config must be a NasLoraConfig, got {type(config).__name__}")
+    return _prepared(cast(PeftModel, peft.get_peft_model(model, config, **options)))
+
+
+def _prepared(model: PeftModel) -> PeftModel:
+    host = model.get_base_model()
+    keep_frozen(host)
+    for name, module in host.named_modules():
+        if isinstance(module, NasLoraLinear):
+            for adapter in module.lora_nas.values():
+                place_hint(host, name, adapter)
+    return model
+
+
 def from_pretrained(
     model: nn.Module, directory: str | Path, adapter_name: str = "default", **options: Any
 ) -> PeftModel:
@@ -284,4 +319,6 @@ def from_pretrained(
     """
     config = NasLoraConfig.from_pretrained(str(directory))
     config.inference_mode = not options.get("is_trainable", False)
-    return PeftModel.from_pretrained(model, str(directory), adapter_name, config=config, **options)
+    return _prepared(
+        PeftModel.from_pretrained(model, str(directory), adapter_name, config=config, **options)
+    )
