@@ -6,12 +6,24 @@ so that name is resolved on first use (module ``__getattr__``, PEP 562).
 
 from typing import TYPE_CHECKING, Any
 
+from naslora.adapter.alpha_search import (
+    AlphaSearch,
+    param_groups,
+    print_trainable_parameters,
+    weight_parameters,
+)
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.injection import adapter_parameters, arch_parameters, inject
 from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.merge_report import MergeReport
 from naslora.adapter.merged import unmerge
 from naslora.adapter.merging import merge
+from naslora.adapter.named import (
+    active_adapter,
+    add_adapter,
+    disable_adapter,
+    set_adapter,
+)
 from naslora.adapter.storage import save_adapter
 from naslora.errors import UserError
 
@@ -19,17 +31,25 @@ if TYPE_CHECKING:
     from naslora.methods import load_adapter
 
 __all__ = [
+    "AlphaSearch",
     "MergeReport",
     "NASLoRAConfig",
     "NASLoRALinear",
     "UserError",
+    "active_adapter",
     "adapter_parameters",
+    "add_adapter",
     "arch_parameters",
+    "disable_adapter",
     "inject",
     "load_adapter",
     "merge",
+    "param_groups",
+    "print_trainable_parameters",
     "save_adapter",
+    "set_adapter",
     "unmerge",
+    "weight_parameters",
 ]
 
 

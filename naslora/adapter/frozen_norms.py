@@ -45,19 +45,19 @@ def keep_frozen(model: nn.Module, except_in: Iterable[nn.Module] = ()) -> None:
         if isinstance(module, FrozenNorm | _LazyNormBase):
             continue
         if module.weight is None or not module.weight.requires_grad:
-            module.__class__ = _frozen_class(type(module))
+            module.__class__ = _frozen_class(type(module))  # type: ignore[assignment]
             module.train(module.training)
 
 
 @functools.cache
-def _frozen_class(host_class: type[nn.Module]) -> type[nn.Module]:
+def _frozen_class(host_class: Any) -> Any:
     """The subclass. It has the name of ``host_class``, so the model is printed as before."""
     names = {"__module__": host_class.__module__, "__qualname__": host_class.__qualname__}
     attributes = {**names, "__doc__": host_class.__doc__, "host_class": host_class}
     return type(host_class.__name__, (FrozenNorm, host_class), attributes)
 
 
-def _rebuild(host_class: type[nn.Module]) -> nn.Module:
+def _rebuild(host_class: Any) -> Any:
     """An empty frozen norm, whose state ``copy`` and ``pickle`` fill in."""
     frozen = _frozen_class(host_class)
     return frozen.__new__(frozen)

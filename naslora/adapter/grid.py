@@ -62,7 +62,7 @@ def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None) -> Gri
         ValueError: they are not a smaller window.
     """
     side = math.isqrt(count)
-    if grid is None and hint is not None:
+    if hint is not None and grid in (None, hint.grid):
         if hint.window and hint.grid[0] == hint.grid[1] > side and side * side == count:
             return side, side
         raise ValueError(

@@ -14,6 +14,9 @@ from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.modules import adapter_layers, replace_module
 from naslora.errors import UserError
 
+NAMED = "named_adapters"
+"""Attribute of a model with several adapters; copies and pickles of the model contain it."""
+
 
 def inject(
     model: nn.Module, config: NASLoRAConfig | None = None, *, train: str | Sequence[str] = ()
@@ -43,6 +46,8 @@ def inject(
     config = NASLoRAConfig() if config is None else config
     check_model(model)
     check_config(config)
+    if hasattr(model, NAMED):
+        raise UserError("the model has NAS-LoRA layers already; add_adapter adds another adapter")
     patterns = (*checks.patterns("train", train), *config.modules_to_save)
     targets = find_targets(model, config.target, config.blocks)
     frozen = {id(parameter) for base in targets.values() for parameter in base.parameters()}

@@ -68,7 +68,7 @@ class NASLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(lora_A.uniform_(-bound, bound, generator=generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank))
         self._add_cell(config, generator)
-        self._match_base()
+        self.follow_base()
         base.requires_grad_(False)  # last, so that an impossible configuration changes nothing
 
     def _add_cell(self, config: NASLoRAConfig, generator: torch.Generator) -> None:
@@ -88,15 +88,17 @@ class NASLoRALinear(nn.Module):
             self.alpha = nn.Parameter(alpha)
             self.cell = build_cell(config.preset, c, config.cell_init, generator)
 
-    def _match_base(self) -> None:
+    def follow_base(self) -> None:
         """Moves the adapter to the base's device and dtype. Beside 16-bit weights it is float32."""
         weight = self.base.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            setattr(self, name, nn.Parameter(parameter.detach().to(weight.device, dtype)))
-        self.channels = self.channels.to(weight.device)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(weight.device, dtype if tensor.is_floating_point() else None)
+
+        super()._apply(moved, recurse=False)
         if self.cell is not None:
-            self.cell.to(weight.device, dtype)
+            self.cell._apply(moved)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NASLoRALinear":
         """Applies a cast or move to ``base``, and to the adapter without its casts to 16 bit.

@@ -1,0 +1,206 @@
+"""The search in a training loop of one's own: kinds of parameters, and steps of alpha.
+
+The loop trains the weights as it trains any model. ``AlphaSearch.step`` then takes a step of the
+architecture parameters alpha on other images (paper, Algorithm 1, first order).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from naslora.adapter import checks
+from naslora.adapter.injection import arch_parameters, check_model
+from naslora.adapter.wrappers import bare
+from naslora.errors import UserError
+
+NO_ALPHA = (
+    "the loss of loss_fn does not depend on alpha; compute it with the model that loss_fn is "
+    "given, with gradients on"
+)
+LossFunction = Callable[[nn.Module, Any], Tensor]
+"""Takes the model and a batch. Returns the loss, a scalar."""
+
+
+def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Everything trainable except alpha: adapters' weights and the trained parts of the host."""
+    alphas = {id(alpha) for alpha in arch_parameters(model)}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in alphas]
+
+
+def param_groups(
+    model: nn.Module, lr: float, alpha_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: the weights, and alpha if it has a rate.
+
+    Args:
+        model: an adapted model.
+        lr: learning rate of the weights.
+        alpha_lr: learning rate of alpha; None leaves alpha to an ``AlphaSearch``.
+        weight_decay: of the weights. Alpha has none: Adam scales the decay up to the size of its
+            small gradients, and the search would be undone.
+
+    Returns:
+        The weights' group, then alpha's, if ``alpha_lr`` is given and the model has alpha.
+    """
+    groups = [{"params": weight_parameters(model), "lr": lr, "weight_decay": weight_decay}]
+    alphas = arch_parameters(model)
+    if alpha_lr is not None and alphas:
+        groups.append({"params": alphas, "lr": alpha_lr, "weight_decay": 0.0})
+    return groups
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints how many parameters train and how many there are, in PEFT's words."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+class AlphaSearch:
+    """Steps of alpha beside a training loop of one's own.
+
+    It has its own Adam. A step does not change the weights, nor their gradients. It runs the model
+    below its wrappers (DistributedDataParallel, torch.compile) and averages alpha's gradients over
+    the processes itself, so DistributedDataParallel needs no ``find_unused_parameters``: alpha and
+    the weights both require gradients when it wraps the model, and the steps of the weights go
+    through it. Every process must call ``step`` equally often.
+
+    The loss is scaled by a power of two before the backward pass, as with fp16 it has to be. With
+    other dtypes that changes nothing. A step whose gradients are not finite is skipped.
+
+    Args:
+        model: an adapted model, in wrappers or not.
+        lr: learning rate of alpha.
+        start: when the search starts: an epoch if ``step`` is given epochs, else a number of calls.
+        betas: of Adam.
+
+    Attributes:
+        calls: how often ``step`` was called.
+        optimizer: the Adam of alpha.
+
+    Raises:
+        UserError: the model has no alpha, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        start: int = 0,
+        betas: tuple[float, float] = (0.5, 0.999),
+    ) -> None:
+        check_model(model)
+        checks.positive("lr", lr)
+        checks.whole(0)("start", start)
+        self.model = bare(model)
+        self.alphas = arch_parameters(self.model)
+        if not self.alphas:
+            raise UserError("the model has no alpha to search; inject NAS-LoRA with a cell first")
+        if any(hasattr(alpha, "full_tensor") for alpha in self.alphas):
+            raise UserError(
+                "AlphaSearch cannot train sharded parameters (fully_shard); give alpha a group of "
+                "the weights' optimizer: param_groups(model, lr, alpha_lr)"
+            )
+        self.start = start
+        self.calls = 0
+        self.optimizer = torch.optim.Adam(self.alphas, lr=lr, betas=betas)
+        self._scaler = torch.amp.GradScaler(self.alphas[0].device.type)
+
+    def step(self, batch: Any, loss_fn: LossFunction, epoch: int | None = None) -> float | None:
+        """Takes a step of alpha on a batch.
+
+        Args:
+            batch: what ``loss_fn`` takes; images that the weights do not train on, if possible.
+            loss_fn: takes the bare model and the batch, and returns the loss, a scalar. Autocast
+                belongs into it.
+            epoch: the current epoch; None counts the calls instead.
+
+        Returns:
+            The loss, averaged over the processes; None before ``start``.
+
+        Raises:
+            UserError: the loss is no scalar tensor, or does not depend on alpha.
+        """
+        now = self.calls if epoch is None else epoch
+        self.calls += 1
+        self._clear()  # DistributedDataParallel fills them in the steps of the weights, too
+        if now < self.start:
+            return None
+        with self._alpha_alone():
+            try:
+                # Autocast could return copies of the weights that still require gradients.
+                torch.clear_autocast_cache()
+                loss = loss_fn(self.model, batch)
+                _check_loss(loss)
+                self._scaler.scale(loss).backward()
+                if all(alpha.grad is None for alpha in self.alphas):
+                    raise UserError(NO_ALPHA)
+                mean = self._average(loss.detach())
+                self._scaler.step(self.optimizer)
+                self._scaler.update()
+            finally:
+                self._clear()
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, the scale of the loss, and the number of calls."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "calls": self.calls,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what ``state_dict`` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.calls = state["calls"]
+
+    def _clear(self) -> None:
+        for alpha in self.alphas:
+            alpha.grad = None
+
+    @contextmanager
+    def _alpha_alone(self) -> Iterator[None]:
+        """Lets alpha require gradients, and nothing else, while the body runs."""
+        weights = weight_parameters(self.model)
+        required = [alpha.requires_grad for alpha in self.alphas]
+        _require(weights, [False] * len(weights))
+        _require(self.alphas, [True] * len(self.alphas))
+        try:
+            yield
+        finally:
+            _require(weights, [True] * len(weights))
+            _require(self.alphas, required)
+
+    def _average(self, loss: Tensor) -> float:
+        """Averages alpha's gradients, in place, and the loss over the processes, in one message."""
+        if distributed.is_available() and distributed.is_initialized():
+            processes = distributed.get_world_size()
+            if processes > 1:
+                grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in self.alphas]
+                place = self.alphas[0]
+                flat = torch.cat([part.flatten().to(place) for part in (*grads, loss)])
+                distributed.all_reduce(flat)
+                flat /= processes
+                *means, loss = flat.split([*(grad.numel() for grad in grads), 1])
+                for alpha, mean in zip(self.alphas, means, strict=True):
+                    alpha.grad = mean.view_as(alpha).to(alpha)
+        return float(loss)
+
+
+def _require(parameters: Sequence[nn.Parameter], required: Sequence[bool]) -> None:
+    for parameter, value in zip(parameters, required, strict=True):
+        parameter.requires_grad_(value)
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(f"loss_fn must return a scalar tensor, got {got}")
+    if not loss.requires_grad:
+        raise UserError(NO_ALPHA)

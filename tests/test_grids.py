@@ -1,0 +1,226 @@
+"""Which (H, W) a sequence of tokens has: what the host states, else a square."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from adapted_models import adapted_layer, relative, tokens
+from torch import nn
+
+from naslora import NASLoRAConfig, inject, merge
+from naslora.adapter.grid import find_hint
+from naslora.adapter.injection import adapter_layers
+from naslora.methods import apply
+
+
+class Attention(nn.Module):
+    def __init__(self, **stated) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        for name, value in stated.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.qkv(x)
+
+
+class Block(nn.Module):
+    def __init__(self, stated=(), **attention) -> None:
+        super().__init__()
+        self.attn = Attention(**attention)
+        self.mlp = nn.Sequential(nn.Linear(48, 16))
+        for name, value in dict(stated).items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.mlp(self.attn(x))
+
+
+class Host(nn.Module):
+    def __init__(self, block: Block, **stated) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([block])
+        for name, value in stated.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.blocks[0](x)
+
+
+HOSTS = {
+    "patch_embed": lambda h, w: Host(Block(), patch_embed=SimpleNamespace(grid_size=(h, w))),
+    "window of the attention": lambda h, w: Host(Block(window_size=(h, w))),
+    "window of the block": lambda h, w: Host(Block({"window_size": (h, w)})),
+    "resolution": lambda h, w: Host(Block(resolution=(h, w))),
+    "grid_size": lambda h, w: Host(Block(), grid_size=(h, w)),
+    "config": lambda h, w: Host(
+        Block(), config=SimpleNamespace(image_size=(4 * h, 4 * w), patch_size=4)
+    ),
+}
+hosts = pytest.mark.parametrize("make", HOSTS.values(), ids=HOSTS)
+
+
+def injected(host: Host, **options) -> Host:
+    inject(host, NASLoRAConfig(**options))
+    [(_, layer)] = adapter_layers(host)
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
+    return host.eval()
+
+
+@hosts
+def test_the_grid_that_the_host_states_is_taken(make):
+    """The silent loss: 8 x 32 tokens were taken as 16 x 16."""
+    model = injected(make(8, 32))
+    x = tokens(2, 256, 16)
+    expected = model(x.reshape(2, 8, 32, 16)).reshape(2, 256, 16)
+    assert torch.equal(model(x), expected)
+    square = model(x.reshape(2, 16, 16, 16)).reshape(2, 256, 16)
+    assert relative(square - expected, expected) > 1e-3
+
+
+@hosts
+def test_a_class_token_is_refused(make):
+    """The silent loss: a class token beside 5 x 7 tokens was taken as a part of 6 x 6."""
+    with pytest.raises(ValueError, match=r"36 tokens at layer 'blocks.0.attn.qkv' are not the 5 x"):
+        injected(make(5, 7))(tokens(1, 36, 16))
+
+
+@pytest.mark.parametrize("make", [HOSTS["patch_embed"], HOSTS["config"]])
+def test_another_square_is_refused_in_one_line(make):
+    with pytest.raises(ValueError) as raised:
+        injected(make(4, 4))(tokens(1, 9, 16))
+    message = str(raised.value)
+    assert "\n" not in message and "`layer.grid = (H, W)`" in message and "leave" in message
+
+
+@hosts
+def test_the_grid_that_the_user_sets_wins(make):
+    model = injected(make(8, 32))
+    x = tokens(2, 256, 16)
+    model.blocks[0].attn.qkv.grid = (16, 16)
+    assert torch.equal(model(x), model(x.reshape(2, 16, 16, 16)).reshape(2, 256, 16))
+
+
+@hosts
+def test_merged_layers_and_copies_keep_the_grid(make):
+    model = injected(make(8, 32))
+    x = tokens(2, 256, 16)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    merge(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)  # rounding of the merge
+
+
+@hosts
+def test_a_square_grid_adds_nothing_to_the_merged_state(make):
+    model = injected(make(4, 4))
+    merge(model)
+    assert not any("grid" in name for name in model.state_dict())
+
+
+def test_conv_lora_takes_the_grid_too():
+    model = HOSTS["patch_embed"](8, 32)
+    apply("conv-lora", model)
+    layer = model.blocks[0].attn.qkv
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
+    x = tokens(2, 256, 16)
+    model.eval()
+    assert torch.equal(model(x), model(x.reshape(2, 8, 32, 16)).reshape(2, 256, 16))
+    with pytest.raises(ValueError, match="not the 8 x 32 grid"):
+        model(tokens(1, 16, 16))
+
+
+def test_a_host_that_states_nothing_has_square_sequences():
+    model = adapted_layer(c_out=16)
+    assert model.qkv.hint is None
+    x = tokens(1, 36, 16)
+    assert torch.equal(model(x), model(x.reshape(1, 6, 6, 16)).reshape(1, 36, 16))
+    with pytest.raises(ValueError, match=r"35 tokens are no 5 x 5 grid; set the layer's `grid`"):
+        model(tokens(1, 35, 16))
+
+
+def test_windows_may_shrink_to_small_images():
+    model = injected(HOSTS["window of the block"](7, 7))
+    assert model(tokens(1, 16, 16)).shape == (1, 16, 16)
+    with pytest.raises(ValueError, match="64 tokens"):
+        model(tokens(1, 64, 16))
+
+
+STATES_NOTHING = {
+    "global block in an encoder with windows": Host(Block({"window_size": 0}), window_size=14),
+    "one number on an attention": Host(Block(window_size=64)),
+    "a number of splines": Host(Block(), grid_size=5),
+    "stages": Host(
+        Block(), config=SimpleNamespace(image_size=64, patch_size=4, depths=[2, 2], window_size=7)
+    ),
+    "no patch size": Host(Block(), config=SimpleNamespace(image_size=64)),
+    "a dictionary": Host(Block(), config={"image_size": 64, "patch_size": 4}),
+}
+
+
+@pytest.mark.parametrize("host", STATES_NOTHING.values(), ids=STATES_NOTHING)
+def test_what_states_no_grid(host):
+    assert find_hint(host, "blocks.0.attn.qkv") is None
+
+
+def test_the_mlp_of_a_windowed_block_sees_no_window():
+    assert find_hint(HOSTS["window of the block"](7, 7), "blocks.0.mlp.0") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "grid"),
+    [
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, (80, 112), (5, 7)),
+        ("swin_tiny_patch4_window7_224", {}, (64, 64), None),
+        ("tiny_vit_5m_224", {}, (64, 64), None),
+    ],
+)
+def test_models_of_timm(name, options, size, grid):
+    if grid is not None:
+        options = {**options, "img_size": size}
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, **options).eval()
+    x = tokens(1, 3, *size) if grid else tokens(1, 3, 224, 224)
+    expected = model(x)
+    inject(model)
+    torch.testing.assert_close(model(x), expected)
+    layer = next(layer for _, layer in adapter_layers(model))
+    assert layer.grid == grid and layer.hint is not None
+
+
+def test_a_class_token_of_timm_is_refused():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(80, 112), num_classes=0)
+    inject(model)
+    with pytest.raises(ValueError, match=r"36 tokens .* 5 x 7 grid of the model's patch_embed"):
+        model(tokens(1, 3, 80, 112))
+
+
+def test_a_vit_of_hugging_face():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=(80, 112),
+        patch_size=16,
+    )
+    model = transformers.ViTModel(config)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    inject(
+        model, NASLoRAConfig(target_modules=[next(n for n in names if "quer" in n or "q_" in n)])
+    )
+    with pytest.raises(ValueError, match=r"36 tokens .* 5 x 7 grid of the model's config"):
+        model(tokens(1, 3, 80, 112))
+
+
+def test_the_grid_compiles_in_one_graph():
+    model = injected(HOSTS["patch_embed"](8, 32))
+    x = tokens(2, 256, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
