@@ -12,11 +12,13 @@ from naslora.adapter.alpha_search import (
     print_trainable_parameters,
     weight_parameters,
 )
+from naslora.adapter.base_state import base_state_dict, load_base_state_dict
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.injection import adapter_parameters, arch_parameters, inject
 from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.merge_report import MergeReport
 from naslora.adapter.merged import unmerge
+from naslora.adapter.merged_files import load_merged, save_merged
 from naslora.adapter.merging import merge
 from naslora.adapter.named import (
     active_adapter,
@@ -40,13 +42,17 @@ __all__ = [
     "adapter_parameters",
     "add_adapter",
     "arch_parameters",
+    "base_state_dict",
     "disable_adapter",
     "inject",
     "load_adapter",
+    "load_base_state_dict",
+    "load_merged",
     "merge",
     "param_groups",
     "print_trainable_parameters",
     "save_adapter",
+    "save_merged",
     "set_adapter",
     "unmerge",
     "weight_parameters",

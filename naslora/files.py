@@ -30,11 +30,14 @@ def replaced_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
         temporary.touch()
+        mode = temporary.stat().st_mode
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     try:
         yield temporary
+        temporary.chmod(mode)  # safetensors makes the file unreadable for others
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)

@@ -16,10 +16,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import save_file
 
 from naslora.adapter.merge_report import MergeMode, MergeReport
-from naslora.adapter.merged import restore_merged
+from naslora.adapter.merged_files import (
+    MERGED_CONFIG,
+    MERGED_WEIGHTS,
+    load_merged,
+    merged_state,
+)
+from naslora.adapter.storage import write_tensors
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.layouts import list_images
 from naslora.data.masks import Sample, read_image
@@ -42,8 +47,6 @@ from naslora.training.run_data import (
 )
 from naslora.training.run_model import build_frozen_model
 
-MERGED_CONFIG = "merged.json"
-MERGED_WEIGHTS = "model.safetensors"
 LEFT_OUT = "left_out.safetensors"
 
 
@@ -83,20 +86,12 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     stored = read_json(path / MERGED_CONFIG)
     try:
         config = RunConfig.from_dict(stored["config"])
-        names = [layer["name"] for layer in stored["report"]["layers"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {error}") from error
     model = build_model(config.model, config.image_size, config.num_classes)
-    tensors = read_safetensors(path / MERGED_WEIGHTS)
-    restore_merged(model, names, tensors)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not hold a whole merged model: {reason}") from error
+    load_merged(model, path)
     if (path / LEFT_OUT).is_file():
         model.left_out = read_safetensors(path / LEFT_OUT)
-    model.train()  # a change of mode drops the attention biases that TinyViT has cached
     return model.eval(), config
 
 
@@ -275,12 +270,9 @@ def _write_merged(
     output: Path,
 ) -> None:
     """Writes the folder of a merged model; merged.json, by which it is known, comes last."""
-    with replaced_file(output / MERGED_WEIGHTS) as temporary:
-        state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, temporary)
+    write_tensors(output / MERGED_WEIGHTS, merged_state(model))
     if model.left_out:
-        with replaced_file(output / LEFT_OUT) as temporary:
-            save_file({k: v.contiguous() for k, v in model.left_out.items()}, temporary)
+        write_tensors(output / LEFT_OUT, model.left_out)
     description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
     write_record(output / MERGED_CONFIG, description)
 

@@ -6,7 +6,7 @@ loss ask the record. Only code that starts from a name needs the table of method
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,9 @@ OWN = {"own": True}
 """Metadata of a configuration's field that ``NASLoRAConfig`` does not set, although it has a field
 of the same name."""
 
-Merge = Callable[[nn.Module, MergeMode, Iterable[Any] | None], MergeReport]
-"""Folds a method into the frozen weights, as ``naslora.merge``."""
+Merge = Callable[[nn.Module, MergeMode, Any], MergeReport]
+"""Folds a method into the frozen weights, as ``naslora.merge``. Takes the model, the mode, and what
+``calibration_batches`` takes."""
 
 
 def never(config: Any) -> bool:

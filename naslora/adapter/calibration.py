@@ -315,7 +315,7 @@ def feed(
 def _feed_one(model: nn.Module, batch: Any, index: int, forward: Forward | None) -> None:
     # A model that takes other arguments raises one of the last three. Those of the user's own
     # function keep their traceback.
-    wrong = (RuntimeError, ValueError)
+    wrong: tuple[type[Exception], ...] = (RuntimeError, ValueError)
     if forward is None:
         wrong = (*wrong, TypeError, AttributeError, KeyError)
     try:

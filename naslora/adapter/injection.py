@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from naslora.adapter import checks
+from naslora.adapter.base_state import override_save_pretrained
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.frozen_norms import keep_frozen
 from naslora.adapter.grid import place_hint
@@ -60,6 +61,7 @@ def inject(
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
+    override_save_pretrained(model)
     return list(targets)
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -260,6 +261,16 @@ class NASLoRALinear(nn.Module):
         if self.cell is None:  # tokens have no neighbours without a cell, so any shape works
             return x.reshape(-1, 1, 1, x.shape[-1])
         return as_grid(x, self.grid, self.hint)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Also loads the weight and bias under the names that they had before ``inject``."""
+        for name in ("weight", "bias"):
+            original, own = f"{prefix}{name}", f"{prefix}base.{name}"
+            if original in state_dict and own not in state_dict:
+                state_dict[own] = state_dict.pop(original)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """The adapter's numbers, for ``print(model)``."""

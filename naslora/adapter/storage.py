@@ -1,28 +1,40 @@
-"""Adapters on disk: adapter_config.json and adapter_model.safetensors, only what was trained."""
+"""Writes adapters: adapter_config.json and adapter_model.safetensors, only what was trained.
 
-from collections.abc import Mapping
+``loading.py`` reads them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from naslora.adapter.applied import Method, applied, apply_method, find_method, own_names
-from naslora.adapter.config import OUTPUT_FIELDS, MethodConfig, NASLoRAConfig
-from naslora.adapter.injection import inject
-from naslora.adapter.modules import adapter_layers, undone_on_error
-from naslora.errors import UserError
-from naslora.files import read_json, read_safetensors, replaced_file, write_json
+from naslora.adapter.applied import applied, own_names
+from naslora.adapter.config import MethodConfig
+from naslora.adapter.merged import merged_modules
+from naslora.adapter.modules import adapter_layers, check_model
+from naslora.adapter.wrappers import bare, bare_paths, bare_state, gathered, is_sharded, one_writer
+from naslora.errors import UserError, listing
+from naslora.files import replaced_file, write_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_TYPE = "NASLORA"
+
+Include = Literal["trainable", "adapter"] | Iterable[str]
+"""What is saved: see ``save_adapter``."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """The content of adapter_config.json."""
+    """The content of adapter_config.json.
+
+    The file also holds ``peft_type``, "NASLORA" or None for a model without NAS-LoRA layers, which
+    PEFT's files have too. Version 0.1.0 wrote neither it nor ``base_model_name_or_path``.
+    """
 
     method: str | None
     """Name of the method; None for a model of ``inject`` or one without adapters."""
@@ -30,177 +42,164 @@ class Description:
     """Fields of the method's configuration; None for a model without adapters."""
     layers: list[str]
     """Names of the NAS-LoRA layers."""
+    base_model_name_or_path: str | None = None
+    """Where Transformers loaded the model from; None for other models."""
 
 
-def save_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Saves what was trained: the adapters, and every other parameter that requires gradients.
+def save_adapter(model: nn.Module, directory: str | Path, include: Include = "trainable") -> None:
+    """Saves what was trained, under the names of the model without any wrappers.
 
     Both files are replaced atomically.
 
     Args:
         model: a model that ``inject`` or ``naslora.methods.apply`` adapted, or one without adapters
-            of which a part is trained.
+            of which a part is trained. It may be inside wrappers such as DistributedDataParallel or
+            ``torch.compile``. With sharded tensors (``fully_shard``) every process must call this,
+            and the first one writes.
         directory: created if it does not exist.
+        include: "trainable" saves the adapters, every other parameter that requires gradients, and
+            the statistics of norms whose parameters do. "adapter" saves the adapters alone. Regular
+            expressions save the adapters and the tensors in whose names one of them is found.
 
     Raises:
-        UserError: the model has no adapter and no trainable parameter.
+        UserError: the model is merged, has no adapter and nothing else to save, or a regular
+            expression matches nothing.
     """
-    directory = Path(directory)
-    layers = dict(adapter_layers(model))
-    tensors = trained_state(model)
+    check_model(model)
+    tensors = selected_state(model, include)
     if not tensors:
         raise UserError("there is nothing to save: the model has no adapter and nothing trainable")
-    present = applied(model)
+    whole = {name: gathered(tensor) for name, tensor in unshared(tensors).items()}
+    with one_writer(model) as writes:
+        if writes:
+            write_adapter(model, Path(directory), whole)
+
+
+def write_adapter(model: nn.Module, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes both files of an adapter.
+
+    Args:
+        model: the adapted model.
+        directory: the folder.
+        tensors: what adapter_model.safetensors will hold.
+    """
+    stored = describe(model)
+    description = {
+        "peft_type": PEFT_TYPE if stored.layers else None,
+        "base_model_name_or_path": stored.base_model_name_or_path,
+        "method": stored.method,
+        "config": stored.config,
+        "layers": stored.layers,
+    }
+    write_json(directory / CONFIG_NAME, description)
+    write_tensors(directory / WEIGHTS_NAME, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file, atomically."""
+    with replaced_file(path) as temporary:
+        save_file({name: v.cpu().contiguous() for name, v in tensors.items()}, temporary)
+
+
+def describe(model: nn.Module) -> Description:
+    """The description of an adapted model."""
+    present, layers = applied(bare(model)), dict(adapter_layers(model))
     config: MethodConfig | None = None
     if present is not None:
         config = present.config
     elif layers:
         config = next(iter(layers.values())).config
-    description = {
-        "method": present.name if present else None,
-        "config": config.to_dict() if config else None,
-        "layers": list(layers),
-    }
-    write_json(directory / CONFIG_NAME, description)
-    with replaced_file(directory / WEIGHTS_NAME) as temporary:
-        save_file({k: v.cpu().contiguous() for k, v in _once(tensors).items()}, temporary)
+    return Description(
+        present.name if present else None,
+        config.to_dict() if config else None,
+        layer_names(model),
+        base_model(model),
+    )
 
 
-def load_adapter(model: nn.Module, directory: str | Path, methods: Mapping[str, Method]) -> None:
-    """``naslora.load_adapter`` with a table of methods.
+def layer_names(model: nn.Module) -> list[str]:
+    """The NAS-LoRA layers' names in the model without wrappers, in model order."""
+    paths = bare_paths(model)
+    return [paths[name] for name, _ in adapter_layers(model)]
 
-    Args:
-        model: as there.
-        directory: as there.
-        methods: the methods that a file may name, by their names.
+
+def base_model(model: nn.Module) -> str | None:
+    """Where Transformers loaded the model from, a name or a path; None for other models."""
+    name = getattr(bare(model), "name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def selected_state(model: nn.Module, include: Include) -> dict[str, Tensor]:
+    """What ``save_adapter`` saves, by its names in the model without wrappers. Not gathered.
 
     Raises:
-        UserError: as there.
+        UserError: the model is merged, or ``include`` is wrong or matches nothing.
     """
-    directory = Path(directory)
-    stored = _read_description(directory / CONFIG_NAME)
-    tensors = read_safetensors(directory / WEIGHTS_NAME)
-    with undone_on_error(model):
-        if applied(model) is None and not any(adapter_layers(model)):
-            _adapt(model, stored, methods)
-        problems = [
-            *_differing_layers(model, stored),
-            *_differing_settings(model, stored, methods),
-            *_differing_tensors(model, tensors),
-        ]
-        if problems:
-            listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
-            raise UserError(
-                f"the adapter in {directory} does not fit this model ({len(problems)} mismatches): "
-                f"{listed}"
-            )
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            state[name].copy_(tensor)
-    # TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
-    training = model.training
-    model.train()
-    model.train(training)
+    if any(merged_modules(model)):
+        raise UserError(
+            "the model is merged, so its adapter is folded away: call unmerge first, or save the "
+            "merged model with save_merged"
+        )
+    if include == "trainable":
+        return trained_state(model)
+    state, names = bare_state(model), adapter_names(model)
+    if include != "adapter":
+        for pattern in _patterns(include):
+            matches = {name for name in state if pattern.search(name)}
+            if not matches:
+                raise UserError(
+                    f"include: no tensor's name matches {pattern.pattern!r}; the model has the "
+                    f"parts {listing({name.partition('.')[0] for name in state})}"
+                )
+            names |= matches
+    return {name: tensor.detach() for name, tensor in state.items() if name in names}
+
+
+def _patterns(include: Any) -> list[re.Pattern[str]]:
+    if isinstance(include, str) or not isinstance(include, Iterable):
+        raise UserError(
+            f"include must be 'trainable', 'adapter' or a list of regular expressions, got "
+            f"{include!r}"
+        )
+    try:
+        return [re.compile(pattern) for pattern in include]
+    except (re.error, TypeError) as error:
+        raise UserError(f"include is no list of regular expressions: {error}") from error
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors and every other parameter that requires gradients, by their names in
-    ``model.state_dict()``."""
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    names = trainable | adapter_names(model)
-    return {n: tensor.detach() for n, tensor in model.state_dict().items() if n in names}
-
-
-def adapter_names(model: nn.Module) -> set[str]:
-    """The adapters' tensors, by their names in ``model.state_dict()``: parameters, alpha, channels,
-    statistics of norms and frozen buffers."""
-    ours = tuple(f"{name}." if name else "" for name, _ in adapter_layers(model))
-    bases = tuple(f"{prefix}base." for prefix in ours)
-    return own_names(model) | {
-        name
-        for name in model.state_dict()
-        if ours and name.startswith(ours) and not name.startswith(bases)
+    """The adapters' tensors, every other parameter that requires gradients, and the buffers beside
+    such parameters (statistics of norms), by their names in the model without wrappers."""
+    state, names = bare_state(model, keep_vars=True), adapter_names(model)
+    trained = {name for name, tensor in state.items() if tensor.requires_grad}
+    parts = {name.rpartition(".")[0] for name in trained}
+    return {
+        name: tensor.detach()
+        for name, tensor in state.items()
+        if name in trained
+        or name in names
+        or (not isinstance(tensor, nn.Parameter) and name.rpartition(".")[0] in parts)
     }
 
 
-def _once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def adapter_names(model: nn.Module) -> set[str]:
+    """The adapters' tensors, by their names in the model without wrappers: parameters, alpha,
+    channels, statistics of norms and frozen buffers."""
+    ours = tuple(f"{name}." if name else "" for name in layer_names(model))
+    bases = tuple(f"{prefix}base." for prefix in ours)
+    return own_names(bare(model)) | {
+        name
+        for name in (bare_state(model) if ours else ())
+        if name.startswith(ours) and not name.startswith(bases)
+    }
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first of each group of tensors that share their memory, such as VeRA's matrices."""
     first: dict[object, str] = {}
     for name, tensor in tensors.items():
-        first.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else name, name)
+        local: Any = tensor
+        if is_sharded(tensor):
+            local = local.to_local()
+        first.setdefault((local.data_ptr(), tensor.shape) if local.numel() else name, name)
     return {name: tensors[name] for name in first.values()}
-
-
-def _read_description(path: Path) -> Description:
-    stored = read_json(path)
-    if not (
-        isinstance(stored, dict)
-        and isinstance(stored.get("method"), str | None)
-        and isinstance(stored.get("config", 0), dict | None)
-        and isinstance(stored.get("layers"), list)
-    ):
-        raise UserError(f"{path} is not an adapter configuration of naslora")
-    return Description(stored.get("method"), stored["config"], stored["layers"])
-
-
-def _adapt(model: nn.Module, stored: Description, methods: Mapping[str, Method]) -> None:
-    if stored.method is not None:
-        method = find_method(methods, stored.method)
-        apply_method(method, model, method.read_config(stored.config or {}))
-    elif stored.config is not None:  # written for ``inject``, or by a version without methods
-        inject(model, NASLoRAConfig.from_dict(stored.config))
-
-
-def _differing_layers(model: nn.Module, stored: Description) -> list[str]:
-    present = {name for name, _ in adapter_layers(model)}
-    missing = [name for name in stored.layers if name not in present]
-    surplus = [name for name, _ in adapter_layers(model) if name not in stored.layers]
-    return [
-        *(f"layer {name} is not adapted in the model" for name in missing),
-        *(f"layer {name} is not in the file" for name in surplus),
-    ]
-
-
-def _differing_settings(
-    model: nn.Module, stored: Description, methods: Mapping[str, Method]
-) -> list[str]:
-    """Differences of method and configuration that change the output of equal tensors."""
-    present, layer = applied(model), next((layer for _, layer in adapter_layers(model)), None)
-    ours: MethodConfig
-    method: Method | None
-    if present is not None:
-        if stored.method not in (None, present.name):
-            return [f"the method is {stored.method} in the file, {present.name} here"]
-        ours, fields, method = present.config, present.method.fields, present.method
-    elif layer is not None:
-        ours, fields, method = layer.config, OUTPUT_FIELDS, methods.get(stored.method or "")
-    else:
-        return []
-    if stored.config is None:
-        return []
-    theirs = method.read_config(stored.config) if method else NASLoRAConfig.from_dict(stored.config)
-    if type(theirs) is not type(ours):
-        return [f"the method is {stored.method} in the file, the model has NAS-LoRA layers"]
-    return [
-        f"{field} is {getattr(theirs, field)} in the file, {getattr(ours, field)} here"
-        for field in fields
-        if getattr(ours, field) != getattr(theirs, field)
-    ]
-
-
-def _differing_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    state = model.state_dict()
-    problems = []
-    for name, tensor in tensors.items():
-        if name not in state:
-            problems.append(f"{name} is not in the model")
-        elif state[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in the model"
-            problems.append(f"{name} has shape {shapes}")
-    ours = adapter_names(model)
-    expected = _once({name: tensor for name, tensor in state.items() if name in ours})
-    problems += [
-        f"{name} is missing in the file" for name in sorted(expected.keys() - tensors.keys())
-    ]
-    return problems

@@ -7,6 +7,8 @@ tensors; what is saved or merged is gathered. Gathering is collective: every pro
 """
 
 import copy
+import sys
+from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +18,10 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from naslora.errors import UserError
+
 # The attribute in which each kind of wrapper holds its model.
-HOLDERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+HOLDERS = ("_orig_mod", "_checkpoint_wrapped_module")
 HOLDER = "module"
 HELD_IN_MODULE = (DistributedDataParallel, DataParallel, AveragedModel)
 # Libraries whose wrappers hold a model in ``module``: ModelEmaV2 and V3, DeepSpeedEngine.
@@ -43,10 +47,16 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def bare_paths(model: nn.Module) -> dict[str, str]:
-    """The names of all submodules, mapped to their names in the model without any wrappers."""
+    """The names of all submodules, mapped to their names in the model without any wrappers.
+
+    Raises:
+        UserError: a part is inside FSDP1, which flattens its parameters.
+    """
     paths = {"": ""}
     holders = {"": holder(model)}
     for name, module in model.named_modules(remove_duplicate=False):
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise UserError("FullyShardedDataParallel flattens parameters: use fully_shard (FSDP2)")
         if name:
             parent, _, child = name.rpartition(".")
             wrapped = child == holders[parent]
@@ -57,6 +67,8 @@ def bare_paths(model: nn.Module) -> dict[str, str]:
 
 def bare_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
     """The state dict under the names of the bare model, without the wrappers' own tensors.
+
+    Entries that are no tensors are left out.
 
     Args:
         model: the model, in wrappers or not.
@@ -71,7 +83,7 @@ def bare_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
             path, _, part = path.rpartition(".")
             leaf = f"{part}.{leaf}"
         own = leaf in modules[path]._buffers or leaf in modules[path]._parameters
-        if not (own and holder(modules[path])):
+        if not (own and holder(modules[path])) and isinstance(tensor, Tensor):
             state[f"{paths[path]}.{leaf}".lstrip(".")] = tensor
     return state
 
@@ -96,6 +108,18 @@ def matching_name(name: str, known: Collection[str]) -> str:
     return name
 
 
+def drop_caches(model: nn.Module) -> None:
+    """Makes a model forget what it computed from old weights.
+
+    TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
+    """
+    training = {module: module.training for module in model.modules()}
+    model.train()
+    for module, mode in training.items():
+        if module.training != mode:
+            module.train(mode)
+
+
 # ---- Sharded tensors -----------------------------------------------------------------------------
 
 
@@ -105,8 +129,24 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether any parameter or buffer of the model is a DTensor."""
-    return any(is_sharded(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    """Whether ``fully_shard`` manages a part of the model, or any of its tensors is a DTensor."""
+    tensors = (*model.parameters(), *model.buffers())
+    return bool(_managed(model)) or any(is_sharded(tensor) for tensor in tensors)
+
+
+def _managed(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes time
+    return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered parameters that FSDP keeps after a forward pass.
+
+    Values that are written into them would be lost.
+    """
+    for module in _managed(model):
+        module.reshard()
 
 
 @torch.no_grad()
@@ -150,22 +190,29 @@ def in_one_piece(model: nn.Module) -> nn.Module:
     """
     if not sharded(model):
         return model
-    from torch.distributed.fsdp import FSDPModule  # loads much of torch.distributed
-
+    reshard(model)
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(tensor): _like(tensor) for tensor in tensors}
-    managed = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    managed = _managed(model)
     for module in managed:  # their classes refuse to be copied
         plain = type(module).__mro__[type(module)._orig_cls_mro_index]
         memo[id(module)] = object.__new__(plain)
     for module in managed:
-        # The hooks gather and shard the original's tensors.
-        attributes = {
-            name: type(value)() if name.startswith("_forward") and "hooks" in name else value
-            for name, value in vars(module).items()
-        }
-        vars(memo[id(module)]).update(copy.deepcopy(attributes, memo))
+        vars(memo[id(module)]).update(copy.deepcopy(_without_fsdp(vars(module)), memo))
     return copy.deepcopy(model, memo)
+
+
+def _without_fsdp(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A module's attributes without the state of FSDP, and without the hooks that gather."""
+    kept = {n: v for n, v in attributes.items() if not n.startswith("__composable_api_state_key")}
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = kept[name].items()
+        kept[name] = OrderedDict((key, hook) for key, hook in hooks if not _is_of_fsdp(hook))
+    return kept
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from naslora.adapter import storage
+from naslora.adapter import loading
 from naslora.adapter.applied import (
     Applied,
     Method,
@@ -21,6 +21,7 @@ from naslora.adapter.applied import (
     find_method,
     trainable_parameters,
 )
+from naslora.adapter.base_state import override_save_pretrained
 from naslora.adapter.config import MethodConfig
 from naslora.adapter.merge_report import MergeMode
 from naslora.adapter.merging import check_merges, merge
@@ -104,6 +105,7 @@ def apply(name: str, model: nn.Module, config: MethodConfig | None = None) -> No
             already, or an encoder that the method does not support. The model is then unchanged.
     """
     apply_method(find_method(METHODS, name), model, config)
+    override_save_pretrained(model)
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -119,7 +121,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
         UserError: a file is missing or damaged, or does not fit the model. The message lists the
             mismatches. The model is then unchanged.
     """
-    storage.load_adapter(model, directory, METHODS)
+    loading.load_adapter(model, directory, METHODS)
 
 
 def searches(name: str, settings: MethodConfig | None = None) -> bool:

@@ -1,0 +1,217 @@
+"""The frozen model inside an adapted one: its tensors under the names they had before ``inject``.
+
+Transformers' ``save_pretrained`` writes a model's state dict, and ``from_pretrained`` drops names
+that it does not know, such as ``attn.qkv.base.weight``. So ``inject`` puts a ``SavePretrained`` in
+front of the method.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, distributed, nn
+
+from naslora.adapter.applied import applied
+from naslora.adapter.merged import MergedNASLoRALinear, merged_modules
+from naslora.adapter.modules import adapter_layers, check_model
+from naslora.adapter.storage import (
+    adapter_names,
+    layer_names,
+    selected_state,
+    unshared,
+    write_adapter,
+)
+from naslora.adapter.wrappers import (
+    bare,
+    bare_state,
+    copy_into,
+    drop_caches,
+    gathered,
+    matching_name,
+    reshard,
+    sharded,
+)
+from naslora.errors import UserError, listing
+
+ADAPTER_FOLDER = "naslora_adapter"
+"""The folder for ``load_adapter`` inside the one that ``save_pretrained`` writes."""
+
+
+class IncompatibleKeys(NamedTuple):
+    """What ``load_base_state_dict`` did not load."""
+
+    missing_keys: list[str]
+    """Names of the model that the state dict lacks."""
+    unexpected_keys: list[str]
+    """Names of the state dict that the model lacks."""
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors but the adapters', under the names they had before ``inject``.
+
+    The state dict loads strictly into an unadapted model. Other parts that were trained, such as a
+    mask decoder, are in it as they are now.
+
+    Args:
+        model: a model that ``inject`` or ``naslora.methods.apply`` gave NAS-LoRA layers, inside
+            wrappers or not. With sharded tensors every process must call this, and gets them whole.
+
+    Returns:
+        The tensors, which share the model's memory unless they were sharded.
+
+    Raises:
+        UserError: the model is merged, or adapted with another method.
+    """
+    return {name: gathered(tensor) for name, tensor in _base_tensors(model).items()}
+
+
+def load_base_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
+) -> IncompatibleKeys:
+    """Loads a checkpoint of the unadapted model into an adapted one. The adapter stays as it is.
+
+    Args:
+        model: as in ``base_state_dict``.
+        state: the tensors under the names of the unadapted model, with the parts of wrappers
+            (``module.``) or without.
+        strict: whether missing and unexpected names are an error.
+
+    Returns:
+        The names that were not loaded.
+
+    Raises:
+        UserError: as ``base_state_dict``; ``state`` is no mapping of tensors, or does not fit the
+            model. The model is then unchanged.
+    """
+    check_model(model)
+    reshard(model)
+    targets = _base_tensors(model)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError("state must be a state dict, a mapping from names to tensors")
+    renamed = _adapted_names(model)
+    known = {*targets, *renamed}
+    sources = {}
+    for given, tensor in state.items():
+        name = matching_name(given, known)
+        sources[renamed.get(name, name)] = tensor
+    missing = [name for name in targets if name not in sources]
+    unexpected = [name for name in sources if name not in targets]
+    if strict and (missing or unexpected):
+        raise UserError(
+            f"the state dict does not fit the model: it lacks {listing(missing)}; the model lacks "
+            f"{listing(unexpected)}"
+        )
+    fitting = {name: source for name, source in sources.items() if name in targets}
+    for name, source in fitting.items():
+        if source.shape != targets[name].shape:
+            shapes = f"{tuple(source.shape)} in the state dict, {tuple(targets[name].shape)} here"
+            raise UserError(f"{name} has shape {shapes}")
+    for name, source in fitting.items():
+        copy_into(targets[name], source)
+    drop_caches(model)
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``base_state_dict``, not gathered."""
+    check_model(model)
+    if any(merged_modules(model)):
+        raise UserError("the model is merged, so its weights have changed: call unmerge first")
+    present = applied(bare(model))
+    if present is not None and not any(adapter_layers(model)):
+        raise UserError(
+            f"the model is adapted with method {present.name}; only models with NAS-LoRA layers "
+            "have a base state dict"
+        )
+    return _without_adapter(model, bare_state(model))
+
+
+def _without_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``state`` but the adapters', under the names they had before ``inject``."""
+    adapter, renamed = adapter_names(model), _adapted_names(model)
+    return {renamed.get(name, name): v for name, v in state.items() if name not in adapter}
+
+
+def _adapted_names(model: nn.Module) -> dict[str, str]:
+    """The names of the adapted layers' weights and biases, mapped to those before ``inject``."""
+    prefixes = [f"{name}." if name else "" for name in layer_names(model)]
+    return {f"{p}base.{leaf}": f"{p}{leaf}" for p in prefixes for leaf in ("weight", "bias")}
+
+
+# ---- Transformers --------------------------------------------------------------------------------
+
+
+class SavePretrained:
+    """Stands in front of a model's ``save_pretrained``, as an attribute of the model.
+
+    It writes the weights under the names they had before ``inject``, so that ``from_pretrained``
+    finds all of them. The adapter's tensors stand beside them, so that Transformers' ``Trainer``
+    resumes. ``load_adapter`` reads the adapter from the folder ``naslora_adapter``.
+
+    Args:
+        model: the model whose method it stands for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the arguments of the model's own method.
+
+        Raises:
+            UserError: the model is merged with mode "exact", the method takes no state dict, or the
+                argument ``push_to_hub`` is given.
+        """
+        model: Any = self.model
+        own = type(model).save_pretrained
+        if any(isinstance(module, MergedNASLoRALinear) for module in model.modules()):
+            raise UserError(
+                "save_pretrained cannot store a model merged with mode 'exact': call "
+                "naslora.save_merged(model, directory), or merge with mode 'center'"
+            )
+        signature = inspect.signature(own)
+        if not any(adapter_layers(model)):
+            folder = signature.bind(model, *args, **kwargs).arguments.get("save_directory", "")
+            if (Path(folder) / ADAPTER_FOLDER).exists():
+                raise UserError(
+                    f"{folder} holds the adapter of an earlier save, which is not on the model "
+                    "any more: choose another folder"
+                )
+            return own(model, *args, **kwargs)
+        if "state_dict" not in signature.parameters:
+            raise UserError(
+                f"{type(model).__name__}.save_pretrained cannot store an adapted model: call "
+                "naslora.save_adapter(model, directory)"
+            )
+        given = signature.bind(model, *args, **kwargs)
+        if given.arguments.get("push_to_hub"):
+            raise UserError(
+                "save_pretrained(push_to_hub=True) leaves out the adapter's folder: call "
+                "model.push_to_hub(repo_id)"
+            )
+        state = given.arguments.get("state_dict")
+        if state is None:
+            state = {name: gathered(tensor) for name, tensor in bare_state(model).items()}
+        names = unshared(selected_state(model, "trainable"))
+        adapter = {name: state[name] for name in names if name in state}
+        complete = len(adapter) == len(names)  # the caller may have passed a part of the tensors
+        beside = {name: state[name] for name in adapter_names(model) if name in state}
+        given.arguments["state_dict"] = {**_without_adapter(model, state), **beside}
+        result = own(*given.args, **given.kwargs)
+        first = not (sharded(model) and distributed.is_initialized() and distributed.get_rank())
+        if complete and first and given.arguments.get("is_main_process", True):
+            folder = Path(given.arguments["save_directory"]) / ADAPTER_FOLDER
+            write_adapter(model, folder, adapter)
+        return result
+
+
+def override_save_pretrained(model: nn.Module) -> None:
+    """Puts a ``SavePretrained`` in front of the ``save_pretrained`` of all adapted parts, in place.
+
+    Args:
+        model: the adapted model. Parts of it can have such a method as well.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained") and any(adapter_layers(module)):
+            vars(module)["save_pretrained"] = SavePretrained(module)

@@ -1,0 +1,168 @@
+"""Reads the adapters that ``storage.py`` wrote into a model, exactly or not at all."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from naslora.adapter.applied import Method, applied, apply_method, find_method
+from naslora.adapter.base_state import override_save_pretrained
+from naslora.adapter.config import OUTPUT_FIELDS, MethodConfig, NASLoRAConfig
+from naslora.adapter.injection import inject
+from naslora.adapter.merged import merged_modules
+from naslora.adapter.modules import adapter_layers, check_model, undone_on_error
+from naslora.adapter.storage import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Description,
+    adapter_names,
+    layer_names,
+    unshared,
+)
+from naslora.adapter.wrappers import (
+    bare,
+    bare_state,
+    copy_into,
+    drop_caches,
+    matching_name,
+    reshard,
+)
+from naslora.errors import UserError
+from naslora.files import read_json, read_safetensors
+
+
+def load_adapter(model: nn.Module, directory: str | Path, methods: Mapping[str, Method]) -> None:
+    """``naslora.load_adapter`` with a table of methods.
+
+    Args:
+        model: as there.
+        directory: as there.
+        methods: the methods that a file may name, by their names.
+
+    Raises:
+        UserError: as there.
+    """
+    check_model(model)
+    if any(merged_modules(model)):
+        raise UserError("the model is merged: call unmerge before load_adapter")
+    directory = Path(directory)
+    stored = read_description(directory / CONFIG_NAME)
+    tensors = read_safetensors(directory / WEIGHTS_NAME)
+    _check_promise(directory, stored, tensors, methods)
+    reshard(model)
+    with undone_on_error(model):
+        if applied(bare(model)) is None and not any(adapter_layers(model)):
+            _adapt(bare(model), stored, methods)
+            override_save_pretrained(model)
+        state = bare_state(model)
+        tensors = {matching_name(name, state): tensor for name, tensor in tensors.items()}
+        problems = [
+            *_differing_layers(layer_names(model), stored),
+            *_differing_settings(bare(model), stored, methods),
+            *_differing_tensors(model, state, tensors),
+        ]
+        if problems:
+            listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
+            raise UserError(
+                f"the adapter in {directory} does not fit this model ({len(problems)} mismatches): "
+                f"{listed}"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            copy_into(state[name], tensor)
+    drop_caches(model)
+
+
+def read_description(path: Path) -> Description:
+    """Reads adapter_config.json.
+
+    Raises:
+        UserError: the file is missing or is no adapter configuration of naslora.
+    """
+    stored = read_json(path)
+    if not (
+        isinstance(stored, dict)
+        and isinstance(stored.get("method"), str | None)
+        and isinstance(stored.get("config", 0), dict | None)
+        and isinstance(stored.get("layers"), list)
+    ):
+        raise UserError(f"{path} is not an adapter configuration of naslora")
+    origin = stored.get("base_model_name_or_path")
+    return Description(stored.get("method"), stored["config"], stored["layers"], origin)
+
+
+def _check_promise(
+    directory: Path, stored: Description, tensors: Collection[str], methods: Mapping[str, Method]
+) -> None:
+    """Refuses the files of a merged model, which version 0.1.0 wrote."""
+    prefixes = tuple(f"{layer}." if layer else "" for layer in stored.layers)
+    method = methods.get(stored.method or "")
+    searched = stored.method is None or (method is not None and method.config is NASLoRAConfig)
+    promised = bool(prefixes) or (searched and stored.config is not None)
+    if promised and not (prefixes and any(name.startswith(prefixes) for name in tensors)):
+        raise UserError(
+            f"{directory} holds no tensor of an adapter, although its {CONFIG_NAME} describes one: "
+            "the model was merged before it was saved"
+        )
+
+
+def _adapt(model: nn.Module, stored: Description, methods: Mapping[str, Method]) -> None:
+    if stored.method is not None:
+        method = find_method(methods, stored.method)
+        apply_method(method, model, method.read_config(stored.config or {}))
+    elif stored.config is not None:  # written for ``inject``, or by a version without methods
+        inject(model, NASLoRAConfig.from_dict(stored.config))
+
+
+def _differing_layers(present: Collection[str], stored: Description) -> list[str]:
+    layers = [matching_name(name, present) for name in stored.layers]
+    return [
+        *(f"layer {name} is not adapted in the model" for name in layers if name not in present),
+        *(f"layer {name} is not in the file" for name in present if name not in layers),
+    ]
+
+
+def _differing_settings(
+    model: nn.Module, stored: Description, methods: Mapping[str, Method]
+) -> list[str]:
+    """Differences of method and configuration that change the output of equal tensors."""
+    present, layer = applied(model), next((layer for _, layer in adapter_layers(model)), None)
+    ours: MethodConfig
+    method: Method | None
+    if present is not None:
+        if stored.method not in (None, present.name):
+            return [f"the method is {stored.method} in the file, {present.name} here"]
+        ours, fields, method = present.config, present.method.fields, present.method
+    elif layer is not None:
+        ours, fields, method = layer.config, OUTPUT_FIELDS, methods.get(stored.method or "")
+    else:
+        return []
+    if stored.config is None:
+        return []
+    theirs = method.read_config(stored.config) if method else NASLoRAConfig.from_dict(stored.config)
+    if type(theirs) is not type(ours):
+        return [f"the method is {stored.method} in the file, the model has NAS-LoRA layers"]
+    return [
+        f"{field} is {getattr(theirs, field)} in the file, {getattr(ours, field)} here"
+        for field in fields
+        if getattr(ours, field) != getattr(theirs, field)
+    ]
+
+
+def _differing_tensors(
+    model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    problems = []
+    for name, tensor in tensors.items():
+        if name not in state:
+            problems.append(f"{name} is not in the model")
+        elif state[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in the model"
+            problems.append(f"{name} has shape {shapes}")
+    ours = adapter_names(model)
+    expected = unshared({name: tensor for name, tensor in state.items() if name in ours})
+    problems += [
+        f"{name} is missing in the file" for name in sorted(expected.keys() - tensors.keys())
+    ]
+    return problems

@@ -1,0 +1,129 @@
+"""Merged models on disk: merged.json and model.safetensors, the whole merged model."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from naslora.adapter.merged import merged_modules, restore_merged
+from naslora.adapter.modules import adapter_layers, check_model, undone_on_error
+from naslora.adapter.storage import PEFT_TYPE, base_model, unshared, write_tensors
+from naslora.adapter.wrappers import (
+    bare,
+    bare_paths,
+    bare_state,
+    copy_into,
+    drop_caches,
+    gathered,
+    one_writer,
+    reshard,
+)
+from naslora.errors import UserError, listing
+from naslora.files import read_json, read_safetensors, write_json
+
+MERGED_CONFIG = "merged.json"
+MERGED_WEIGHTS = "model.safetensors"
+
+
+def save_merged(model: nn.Module, directory: str | Path) -> None:
+    """Saves a merged model as a whole. ``load_merged`` reads it.
+
+    Both files are replaced atomically.
+
+    Args:
+        model: a merged model, inside wrappers or not. With sharded tensors every process must call
+            this, and the first one writes.
+        directory: created if it does not exist.
+
+    Raises:
+        UserError: the model is not merged.
+    """
+    check_model(model)
+    paths = bare_paths(model)
+    layers = [paths[name] for name, _ in merged_modules(model)]
+    if not layers:
+        raise UserError("the model is not merged: call merge first, or save_adapter")
+    description = {
+        "peft_type": PEFT_TYPE,
+        "base_model_name_or_path": base_model(model),
+        "layers": layers,
+    }
+    tensors = merged_state(model)
+    directory = Path(directory)
+    with one_writer(model) as writes:
+        if writes:
+            write_tensors(directory / MERGED_WEIGHTS, tensors)
+            write_json(directory / MERGED_CONFIG, description)
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """What model.safetensors holds: all tensors, gathered, those that share memory once."""
+    return {name: gathered(tensor) for name, tensor in unshared(bare_state(model)).items()}
+
+
+def load_merged(model: nn.Module, directory: str | Path) -> None:
+    """Loads what ``save_merged`` or ``naslora merge`` wrote, exactly, in place.
+
+    Args:
+        model: the original model, unadapted.
+        directory: the folder.
+
+    Raises:
+        UserError: the model is adapted or merged, a file is missing or damaged, or does not fit the
+            model. The message lists the mismatches. The model is then unchanged.
+    """
+    check_model(model)
+    if any(adapter_layers(model)) or any(merged_modules(model)):
+        raise UserError("load_merged needs the original model: this one is adapted or merged")
+    directory = Path(directory)
+    names = _layers(directory / MERGED_CONFIG)
+    tensors = read_safetensors(directory / MERGED_WEIGHTS)
+    reshard(model)
+    with undone_on_error(model):
+        missing = [name for name in names if not _has_linear(bare(model), name)]
+        if missing:
+            raise UserError(
+                f"the merged model in {directory} does not fit this model: it has no nn.Linear "
+                f"{listing(missing)}"
+            )
+        restore_merged(bare(model), names, tensors)
+        state = bare_state(model)
+        problems = _mismatches(state, tensors)
+        if problems:
+            listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
+            raise UserError(f"{directory} does not hold a whole merged model: {listed}")
+    for name, tensor in tensors.items():
+        copy_into(state[name], tensor)
+    drop_caches(model)
+
+
+def _layers(path: Path) -> list[str]:
+    """The merged layers' names. ``naslora merge`` writes them as those of the merge's report."""
+    stored = read_json(path)
+    try:
+        if "report" in stored:
+            return [str(layer["name"]) for layer in stored["report"]["layers"]]
+        return [str(name) for name in stored["layers"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} describes no merged model: {error}") from error
+
+
+def _has_linear(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(name), nn.Linear)
+    except AttributeError:
+        return False
+
+
+def _mismatches(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
+    expected: Collection[str] = unshared(state)
+    return [
+        *(f"{name} is missing in the file" for name in expected if name not in tensors),
+        *(f"{name} is not in the model" for name in tensors if name not in state),
+        *(
+            f"{name} has shape {tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in "
+            "the model"
+            for name, tensor in tensors.items()
+            if name in state and state[name].shape != tensor.shape
+        ),
+    ]

@@ -1,0 +1,327 @@
+"""Adapters and merges of models inside wrappers, and of models that FSDP2 shards."""
+
+import copy
+import os
+import socket
+from contextlib import contextmanager
+
+import pytest
+import torch
+from adapted_models import (
+    adapted_encoder,
+    build_encoder,
+    images,
+    randomize,
+    relative,
+    snapshot,
+)
+from safetensors.torch import load_file, save_file
+from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
+
+from naslora import (
+    NASLoRAConfig,
+    UserError,
+    base_state_dict,
+    inject,
+    load_adapter,
+    load_base_state_dict,
+    load_merged,
+    merge,
+    save_adapter,
+    save_merged,
+    unmerge,
+)
+from naslora.adapter.modules import adapter_layers
+from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
+from naslora.adapter.wrappers import bare, bare_state, in_one_piece
+
+torch.set_num_threads(1)
+
+
+@contextmanager
+def processes(rank: int = 0, size: int = 1, port: int | None = None):
+    """A gloo process group."""
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    with processes():
+        yield
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_parts(model: nn.Module) -> nn.Module:
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = compiled(block)
+    return model
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """The state dict has no trace of this wrapper, but the names of modules do."""
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    model.blocks[1].attn.qkv = checkpoint_wrapper(model.blocks[1].attn.qkv)
+    return model
+
+
+def several(model: nn.Module) -> nn.Module:
+    return AveragedModel(compiled(nn.parallel.DistributedDataParallel(compiled_parts(model))))
+
+
+WRAPPERS = {
+    "DDP": nn.parallel.DistributedDataParallel,
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "compile": compiled,
+    "compiled blocks": compiled_parts,
+    "checkpointed": checkpointed,
+}
+
+
+def trained_encoder(**options) -> nn.Module:
+    """An adapted encoder of which the neck is trained as well."""
+    model = adapted_encoder(**options)
+    # DDP breaks when a model loses its last buffer, as this one would when it is merged.
+    model.register_buffer("pixel_mean", torch.zeros(3), persistent=False)
+    model.neck.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.neck.parameters():
+            parameter.add_(0.1)
+    return model
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_adapters_of_wrapped_models_are_those_of_bare_ones(wrap, tmp_path, process_group):
+    plain = trained_encoder()
+    save_adapter(plain, tmp_path / "plain")
+    wrapped = wrap(trained_encoder())
+    save_adapter(wrapped, tmp_path / "wrapped")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        files = [(tmp_path / folder / name).read_bytes() for folder in ("plain", "wrapped")]
+        assert files[0] == files[1]
+    with torch.no_grad():
+        expected = plain(images())
+        bare_again = build_encoder()
+        load_adapter(bare_again, tmp_path / "wrapped")
+        assert torch.equal(bare_again(images()), expected)
+        other = trained_encoder(seed=7)
+        randomize(other, 9)
+        other = wrap(other)
+        assert not torch.equal(bare(other)(images()), expected)
+        load_adapter(other, tmp_path / "plain")
+        assert torch.equal(bare(other)(images()), expected)
+        unadapted = build_encoder()
+        if wrap is nn.parallel.DistributedDataParallel:  # it refuses models without gradients
+            unadapted.neck.requires_grad_(True)
+        unadapted = wrap(unadapted) if wrap is not checkpointed else unadapted
+        load_adapter(unadapted, tmp_path / "plain")
+        assert torch.equal(bare(unadapted)(images()), expected)
+
+
+def test_the_average_of_weights_is_saved_and_loaded(tmp_path):
+    model = trained_encoder()
+    averaged = AveragedModel(model, avg_fn=lambda mean, value, count: (mean + value) / 2)
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    averaged.update_parameters(model)
+    save_adapter(averaged, tmp_path)
+    assert not [name for name in load_file(tmp_path / WEIGHTS_NAME) if "averaged" in name]
+    other = build_encoder()
+    load_adapter(other, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(other(images()), averaged(images()))
+        assert not torch.equal(other(images()), model(images()))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_files_of_0_1_0_with_the_names_of_wrappers_load(prefix, tmp_path):
+    trained = trained_encoder()
+    save_adapter(trained, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS_NAME)
+    save_file({f"{prefix}{k}": v for k, v in stored.items()}, tmp_path / WEIGHTS_NAME)
+    description = (tmp_path / CONFIG_NAME).read_text()
+    (tmp_path / CONFIG_NAME).write_text(description.replace('"blocks.', f'"{prefix}blocks.'))
+    assert f"{prefix}blocks.0" in (tmp_path / CONFIG_NAME).read_text()
+    for model in (build_encoder(), adapted_encoder(seed=5)):
+        load_adapter(model, tmp_path)
+        with torch.no_grad():
+            assert torch.equal(model(images()), trained(images()))
+
+
+def test_a_part_called_module_keeps_its_name(tmp_path):
+    """Only wrappers are stripped, not models that call a part of them `module`."""
+    host = nn.Module()
+    host.module = build_encoder()
+    inject(host, NASLoRAConfig())
+    assert bare(host) is host
+    save_adapter(host, tmp_path)
+    assert all(name.startswith("module.blocks.") for name in load_file(tmp_path / WEIGHTS_NAME))
+    load_adapter(host, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["exact", "center", "calibrated"])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrapped_models_merge(wrap, mode, tmp_path, process_group):
+    batches = [images(seed) for seed in range(4)]
+    plain = trained_encoder().eval()
+    with torch.no_grad():
+        before = plain(images())
+    expected = merge(plain, mode, batches)
+    model = wrap(trained_encoder()).eval()
+    modules = snapshot(model)["modules"]
+    with torch.no_grad():
+        bare(model)(images())  # compiles
+    report = merge(model, mode, batches)
+    assert [e.update_error for e in report.layers] == [e.update_error for e in expected.layers]
+    with torch.no_grad():
+        assert torch.equal(model(images()), plain(images()))
+    save_merged(model, tmp_path)
+    loaded = build_encoder()
+    load_merged(loaded, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), plain(images()))
+    unmerge(model)
+    assert snapshot(model)["modules"] == modules
+    with torch.no_grad():
+        assert torch.equal(model(images()), before)
+
+
+def test_original_checkpoints_load_into_wrapped_models(process_group):
+    original = build_encoder()
+    with torch.no_grad():
+        original.pos_embed.add_(1.0)
+    model = several(trained_encoder())
+    adapter = {n: v.clone() for n, v in bare_state(model).items() if "lora" in n}
+    load_base_state_dict(model, original.state_dict())
+    assert all(torch.equal(bare_state(model)[n], v) for n, v in adapter.items())
+    state = base_state_dict(model)
+    assert state.keys() == original.state_dict().keys()
+    assert all(torch.equal(state[n], v) for n, v in original.state_dict().items())
+
+
+def test_fsdp1_is_refused(process_group):
+    class FullyShardedDataParallel(nn.Sequential):
+        """Stands for torch's, which needs a GPU."""
+
+    with pytest.raises(UserError, match=r"use fully_shard \(FSDP2\)"):
+        save_adapter(FullyShardedDataParallel(adapted_encoder()), "never")
+
+
+# ---------------------------------------------------------------- FSDP2
+
+
+def shard(model: nn.Module, parts: bool = True) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for block in model.blocks if parts else ():
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def check_fsdp2(folder, parts: bool) -> None:
+    """Saves, loads, merges and unmerges, on every process."""
+    plain = trained_encoder().eval()
+    model = shard(trained_encoder().eval(), parts)
+    with torch.no_grad():
+        expected = plain(images())
+    assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    save_adapter(model, folder / "adapter")
+    with torch.no_grad():
+        assert torch.equal(model(images()), expected)  # the root stays gathered after this
+    save_adapter(model, folder / "gathered")
+    for name in ("adapter", "gathered"):
+        loaded = build_encoder()
+        load_adapter(loaded, folder / name)
+        with torch.no_grad():
+            assert torch.equal(loaded(images()), expected)
+    other = shard(randomized := trained_encoder(seed=3).eval(), parts)
+    with torch.no_grad():
+        randomized.neck[0].weight.mul_(2.0)
+        assert not torch.equal(other(images()), expected)
+        load_adapter(other, folder / "adapter")
+        assert torch.equal(other(images()), expected)
+    state = base_state_dict(model)
+    assert state.keys() == build_encoder().state_dict().keys()
+    assert all(
+        value.shape == plain_value.shape
+        for value, plain_value in zip(state.values(), base_state_dict(plain).values(), strict=True)
+    )
+    original = build_encoder().state_dict()
+    load_base_state_dict(other, original)
+    assert all(torch.equal(v, original[n]) for n, v in base_state_dict(other).items())
+    for mode in ("exact", "center", "calibrated"):
+        twin = copy.deepcopy(plain)
+        # Every process fits to images of its own; those of the first one count.
+        first = [images(seed) for seed in range(4)]
+        merge(twin, mode, first)
+        own = [images(seed + 10 * distributed.get_rank()) for seed in range(4)]
+        merge(model, mode, own)
+        with torch.no_grad():
+            merged = twin(images())
+            assert relative(merged - expected, expected) > 0
+            assert torch.equal(model(images()), merged)
+        save_merged(model, folder / mode)
+        loaded = build_encoder()
+        load_merged(loaded, folder / mode)
+        with torch.no_grad():
+            assert torch.equal(loaded(images()), merged)
+        unmerge(model)
+        assert len(list(adapter_layers(model))) == 2
+        with torch.no_grad():
+            assert torch.equal(model(images()), expected)
+
+
+@pytest.mark.parametrize("parts", [True, False], ids=["blocks", "root"])
+def test_fsdp2_on_one_process(parts, tmp_path, process_group):
+    check_fsdp2(tmp_path, parts)
+
+
+def worker(rank: int, port: int, folder) -> None:
+    with processes(rank, 2, port):
+        check_fsdp2(folder, True)
+
+
+def test_fsdp2_on_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, tmp_path), nprocs=2)
+    assert sorted(os.listdir(tmp_path / "adapter")) == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+def test_a_copy_in_one_piece_leaves_the_sharded_model_alone(process_group):
+    model = shard(trained_encoder().eval())
+    calls = []
+    model.neck.register_forward_hook(lambda *_: calls.append(1))
+    twin = in_one_piece(model)
+    assert not any(hasattr(parameter, "full_tensor") for parameter in twin.parameters())
+    assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    assert type(twin) is type(build_encoder())
+    with torch.no_grad():
+        assert torch.equal(twin(images()), model(images()))
+    assert len(calls) == 2  # hooks of the user stay
+    assert [p.requires_grad for p in twin.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+    plain = build_encoder()
+    assert in_one_piece(plain) is plain
