@@ -1,0 +1,471 @@
+"""The search in a training loop of one's own: parameters, steps of alpha, processes."""
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing
+from adapted_models import adapted_encoder, adapted_layer, build_encoder, images, tokens
+from torch import distributed, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from naslora import (
+    AlphaSearch,
+    NASLoRAConfig,
+    UserError,
+    arch_parameters,
+    inject,
+    param_groups,
+    print_trainable_parameters,
+    weight_parameters,
+)
+
+
+def squares(model, batch):
+    return model(batch).square().mean()
+
+
+def trainable(**options) -> nn.Sequential:
+    """An adapted layer, and a head that trains beside it."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("qkv", nn.Linear(16, 12))
+    model.add_module("head", nn.Linear(12, 4))
+    inject(model, NASLoRAConfig(target="qkv", **options), train="head")
+    with torch.no_grad():
+        model.qkv.lora_B.normal_(std=0.1)
+    return model
+
+
+def batch(seed: int = 0) -> torch.Tensor:
+    return tokens(2, 4, 4, 16, seed=seed)
+
+
+# ---- What trains ---------------------------------------------------------------------------------
+
+
+def test_train_names_what_stays_trainable():
+    model = build_encoder()
+    inject(model, train=("neck", "blocks.1.norm1", r"blocks\.\d\.norm2", "pos_embed"))
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    ours = {n for n in names if "qkv" in n}
+    assert not any(".base." in name for name in ours)
+    parts = {name.rpartition(".")[0] for name in names - ours - {"pos_embed"}}
+    assert parts == {
+        "neck.0", "neck.1", "neck.2", "neck.3",
+        "blocks.1.norm1", "blocks.0.norm2", "blocks.1.norm2",
+    }  # fmt: skip
+    assert "pos_embed" in names
+
+
+def test_modules_to_save_is_train():
+    twins = trainable(), nn.Sequential()
+    torch.manual_seed(0)
+    twins[1].add_module("qkv", nn.Linear(16, 12))
+    twins[1].add_module("head", nn.Linear(12, 4))
+    inject(twins[1], NASLoRAConfig(target_modules=["qkv"], modules_to_save=["head"]))
+    one, other = ({n for n, p in twin.named_parameters() if p.requires_grad} for twin in twins)
+    assert one == other
+
+
+def test_adapted_layers_in_a_trained_part_keep_their_frozen_weights():
+    model = build_encoder()
+    inject(model, train="blocks")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(".base." in name for name in trained)
+    assert "blocks.0.attn.proj.weight" in trained
+
+
+@pytest.mark.parametrize("pattern", ["decoder", "hea", "ead", "qkv", "head.0"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern):
+    model = nn.Sequential()
+    model.add_module("qkv", nn.Linear(16, 12))
+    model.add_module("head", nn.Linear(12, 4))
+    with pytest.raises(UserError, match=f"train: '{pattern}' matches no module .* qkv, head"):
+        inject(model, NASLoRAConfig(target="qkv"), train=("head", pattern))
+    assert isinstance(model.qkv, nn.Linear)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((None,), {}, "model must be a torch.nn.Module, got NoneType"),
+        ((nn.Linear(2, 2), {}), {}, "config must be a NASLoRAConfig or None, got dict"),
+        ((nn.Linear(2, 2), "r=3"), {}, "config must be a NASLoRAConfig or None, got str"),
+        ((nn.Linear(2, 2),), {"train": 3}, "train must be names or regular expressions"),
+        ((nn.Linear(2, 2),), {"train": ["["]}, "train is no regular expression"),
+    ],
+)
+def test_inject_refuses_what_it_cannot_take(arguments, options, message):
+    with pytest.raises(UserError, match=message):
+        inject(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": ["qkv"]}, "target is no .*target_modules takes a list of names"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
+        ({"r": 0}, "rank must be a whole number of at least 1"),
+        ({"r": 4, "rank": 3}, "give rank or r, not both"),
+        ({"target": "a", "target_modules": ["b"]}, "give target or target_modules, not both"),
+        ({"target_modules": 3}, "target_modules must be names"),
+        ({"target_modules": []}, "target_modules must name at least one"),
+        ({"target_modules": "["}, "target_modules is no regular expression"),
+        ({"modules_to_save": [3]}, "modules_to_save must be names"),
+        ({"blocks": 3}, "blocks must be distinct indices"),
+    ],
+)
+def test_configuration_refuses_in_one_line(options, message):
+    with pytest.raises(UserError, match=message) as raised:
+        NASLoRAConfig(**options)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_names_of_peft():
+    config = NASLoRAConfig(r=6, target_modules=["attn.qkv", "attn.proj"], modules_to_save="neck")
+    assert config.rank == 6 and config.modules_to_save == ("neck",)
+    assert config.to_dict() == NASLoRAConfig(rank=6, target=config.target).to_dict()
+    assert "target_modules" not in config.to_dict()
+    model = build_encoder()
+    names = inject(model, config)
+    assert set(names) == {f"blocks.{i}.attn.{name}" for i in (0, 1) for name in ("qkv", "proj")}
+    whole = NASLoRAConfig(target_modules=r"blocks\.1\.attn\.qkv")
+    assert inject(build_encoder(), whole) == ["blocks.1.attn.qkv"]
+
+
+def test_kinds_of_parameters():
+    model = trainable()
+    alphas = arch_parameters(model)
+    weights = weight_parameters(model)
+    assert len(weights) + len(alphas) == sum(p.requires_grad for p in model.parameters())
+    assert not {id(p) for p in weights} & {id(p) for p in alphas}
+    first, second = param_groups(model, 1e-3, alpha_lr=1e-2, weight_decay=0.1)
+    assert (first["lr"], first["weight_decay"]) == (1e-3, 0.1) and first["params"] == weights
+    assert (second["lr"], second["weight_decay"]) == (1e-2, 0.0)
+    assert [id(p) for p in second["params"]] == [id(p) for p in alphas]
+    assert len(param_groups(model, 1e-3)) == 1
+    assert len(param_groups(trainable(channel_ratio=0), 1e-3, alpha_lr=1e-2)) == 1
+    torch.optim.AdamW(param_groups(model, 1e-3, 1e-2))
+
+
+def test_the_line_of_peft(capsys):
+    model = trainable()
+    print_trainable_parameters(model)
+    count = sum(p.numel() for p in model.parameters())
+    trained = count - 16 * 12 - 12
+    expected = f"trainable params: {trained:,d} || all params: {count:,d} || trainable%: "
+    assert capsys.readouterr().out == f"{expected}{100 * trained / count:.4f}\n"
+
+
+# ---- Steps of alpha ------------------------------------------------------------------------------
+
+
+def test_a_step_moves_alpha_alone():
+    model = trainable()
+    squares(model, batch(1)).backward()
+    weights = weight_parameters(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    gradients = [p.grad.clone() for p in weights]
+    loss = AlphaSearch(model, lr=0.01).step(batch(), squares)
+    assert loss == pytest.approx(squares(model, batch()).item(), rel=0.1)
+    after = dict(model.named_parameters())
+    assert {n for n, p in before.items() if not p.equal(after[n])} == {"qkv.alpha"}
+    assert all(torch.equal(p.grad, g) for p, g in zip(weights, gradients, strict=True))
+    assert all(p.requires_grad for p in weights)
+    assert model.qkv.alpha.grad is None and model.qkv.alpha.requires_grad
+
+
+def test_steps_are_those_of_plain_adam():
+    model = trainable()
+    twin = copy.deepcopy(model)
+    search = AlphaSearch(model, lr=0.01)
+    optimizer = torch.optim.Adam(arch_parameters(twin), lr=0.01, betas=(0.5, 0.999))
+    for seed in range(3):
+        loss = squares(twin, batch(seed))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert search.step(batch(seed), squares) == loss.item()
+        assert torch.equal(model.qkv.alpha, twin.qkv.alpha)
+
+
+def test_the_search_starts_late():
+    model = trainable()
+    search = AlphaSearch(model, lr=0.01, start=2)
+    assert [search.step(batch(), squares) is None for _ in range(3)] == [True, True, False]
+    search = AlphaSearch(model, lr=0.01, start=2)
+    assert search.step(batch(), squares, epoch=1) is None
+    assert search.step(batch(), squares, epoch=2) is not None
+
+
+def test_before_the_start_stale_gradients_are_cleared():
+    model = trainable()
+    search = AlphaSearch(model, lr=0.01, start=5)
+    squares(model, batch()).backward()
+    search.step(batch(), squares)
+    assert model.qkv.alpha.grad is None and model.head.weight.grad is not None
+
+
+def test_an_error_restores_the_weights():
+    model = trainable()
+    search = AlphaSearch(model, lr=0.01)
+    required = [p.requires_grad for p in model.parameters()]
+
+    def fails(model, batch):
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == ["qkv.alpha"]
+        raise RuntimeError("bad image")
+
+    with pytest.raises(RuntimeError, match="bad image"):
+        search.step(batch(), fails)
+    assert [p.requires_grad for p in model.parameters()] == required
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda model, x: model(x), "loss_fn must return a scalar tensor"),
+        (lambda model, x: squares(model, x).item(), "loss_fn must return a scalar tensor"),
+        (lambda model, x: squares(model, x).detach(), "does not depend on alpha"),
+        (lambda model, x: x.requires_grad_().mean(), "does not depend on alpha"),
+    ],
+)
+def test_a_loss_that_cannot_train_alpha_is_refused(loss_fn, message):
+    model = trainable()
+    with pytest.raises(UserError, match=message):
+        AlphaSearch(model, lr=0.01).step(batch(), loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0}, "lr must be greater than 0"),
+        ({"lr": "fast"}, "lr must be a finite number"),
+        ({"lr": 0.1, "start": -1}, "start must be a whole number"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        AlphaSearch(trainable(), **options)
+
+
+def test_a_model_without_alpha_is_refused():
+    with pytest.raises(UserError, match="has no alpha to search"):
+        AlphaSearch(trainable(channel_ratio=0), lr=0.01)
+    with pytest.raises(UserError, match="model must be"):
+        AlphaSearch(None, lr=0.01)
+
+
+def test_a_resumed_search_goes_on():
+    model = trainable()
+    search = AlphaSearch(model, lr=0.01, start=1)
+    for seed in range(3):
+        search.step(batch(seed), squares)
+    twin = copy.deepcopy(model)
+    resumed = AlphaSearch(twin, lr=0.5, start=1)
+    resumed.load_state_dict(copy.deepcopy(search.state_dict()))
+    for one, own in ((search, model), (resumed, twin)):
+        one.step(batch(7), squares)
+        assert one.calls == 4 and own.qkv.alpha.isfinite().all()
+    assert torch.equal(model.qkv.alpha, twin.qkv.alpha)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_survive_16_bit(dtype):
+    """Without a scaled loss, fp16 rounds all gradients of this loss to zero."""
+    model = trainable()
+    before = model.qkv.alpha.detach().clone()
+    search = AlphaSearch(model, lr=0.01)
+
+    def tiny(model, x):
+        with torch.autocast("cpu", dtype):
+            return model(x).square().mean() * 1e-3
+
+    for _ in range(5):
+        search.step(batch(), tiny)
+    assert model.qkv.alpha.isfinite().all() and (model.qkv.alpha - before).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        DataParallel,
+        AveragedModel,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: torch.compile(DataParallel(model), backend="eager"),
+    ],
+    ids=["DataParallel", "AveragedModel", "compile", "both"],
+)
+def test_wrappers_are_looked_through(wrap):
+    model = trainable()
+    wrapped = wrap(model)
+    alpha = arch_parameters(wrapped)[0]
+    before = alpha.detach().clone()
+    weights = torch.optim.SGD(weight_parameters(wrapped), lr=0.1)
+    search = AlphaSearch(wrapped, lr=0.01)
+    for seed in range(2):
+        squares(wrapped, batch(seed)).backward()
+        weights.step()
+        weights.zero_grad()
+        search.step(batch(seed), squares)
+    assert not torch.equal(alpha, before)
+
+
+def test_a_host_with_gradient_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    model = adapted_encoder()
+    search = AlphaSearch(model, lr=0.01)
+    for reentrant in (False, True):
+        x = images().requires_grad_()
+        loss = search.step(
+            x, lambda m, x, r=reentrant: checkpoint(m, x, use_reentrant=r).square().mean()
+        )
+        assert loss is not None
+
+
+def test_accelerate(fresh_accelerate):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = trainable()
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-2))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    search = AlphaSearch(prepared, lr=0.01)
+    before = model.qkv.alpha.detach().clone()
+    for seed in range(2):
+        accelerator.backward(squares(prepared, batch(seed)))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert search.step(batch(seed), squares) is not None
+    assert not torch.equal(model.qkv.alpha, before)
+
+
+# ---- Two processes -------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train(model, wrapped, share, steps=3) -> list[float]:
+    """Steps of the weights, then of alpha, on the images that ``share`` takes of a batch."""
+    weights = torch.optim.SGD(weight_parameters(wrapped), lr=0.1)
+    search = AlphaSearch(wrapped, lr=0.01, start=1)
+    losses = []
+    for step in range(steps):
+        squares(wrapped, share(batch(step))).backward()
+        weights.step()
+        weights.zero_grad()
+        loss = search.step(share(batch(10 + step)), squares)
+        losses.append(float("nan") if loss is None else loss)
+    assert all(p.grad is None for p in arch_parameters(model))
+    return losses
+
+
+def worker(rank: int, port: int, compiled: bool, options: dict, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = trainable()
+    wrapped = DistributedDataParallel(model, **options)
+    if compiled:
+        wrapped = torch.compile(wrapped, backend="eager")
+    losses = train(model, wrapped, lambda x: x[rank : rank + 1])
+    torch.save((losses, model.state_dict()), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("compiled", "options"),
+    [
+        (False, {}),
+        (False, {"gradient_as_bucket_view": True}),
+        (False, {"static_graph": True}),
+        (True, {}),
+    ],
+    ids=["plain", "bucket views", "static graph", "compiled"],
+)
+def test_two_processes_agree_with_one(compiled, options, tmp_path):
+    """Both stages under DistributedDataParallel, without ``find_unused_parameters``."""
+    torch.multiprocessing.spawn(
+        worker, (free_port(), compiled, options, str(tmp_path)), nprocs=2, join=True
+    )
+    (losses, state), (other_losses, other) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
+    model = trainable()
+    expected = train(model, model, lambda x: x)
+    torch.testing.assert_close(losses, other_losses, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0, equal_nan=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], other[name])
+        # Sums over images in another order; Adam's first steps divide by their own size.
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+# ---- 16 bit, tracing -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["linear", "paper"])
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (lambda model: model.half(), torch.float16),
+        (lambda model: model.bfloat16(), torch.bfloat16),
+        (lambda model: model.to(torch.bfloat16), torch.bfloat16),
+        (lambda model: model.to("cpu", torch.float16), torch.float16),
+    ],
+    ids=["half", "bfloat16", "to", "to device and dtype"],
+)
+def test_the_adapter_stays_float32(preset, cast, dtype):
+    """The silent loss: after ``model.half()`` training was NaN at the second step."""
+    model = adapted_layer(preset=preset)
+    layer = model.qkv
+    before = {n: p.clone() for n, p in layer.state_dict().items() if not n.startswith("base.")}
+    parameters = [id(p) for p in model.parameters()]
+    cast(model)
+    assert layer.base.weight.dtype == layer.base.bias.dtype == dtype
+    after = layer.state_dict()
+    assert all(after[n].dtype == p.dtype and after[n].equal(p) for n, p in before.items())
+    assert [id(p) for p in model.parameters()] == parameters
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for seed in range(3):
+        loss = model(tokens(2, 4, 4, 16, dtype=dtype, seed=seed)).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
+
+
+def test_float64_casts_are_followed():
+    model = adapted_layer().double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model(tokens(1, 4, 4, 16, dtype=torch.float64)).dtype == torch.float64
+    assert {p.dtype for p in model.float().parameters()} == {torch.float32}
+    assert {p.dtype for p in adapted_layer().double().half().qkv.cell.parameters()} == {
+        torch.float32
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"channel_ratio": 0}])
+def test_a_traced_model_computes_what_the_model_computes(options, tmp_path):
+    model = adapted_encoder(**options)
+    traced = torch.jit.trace(model, images())
+    traced.save(tmp_path / "traced.pt")
+    x = images(9)
+    # The traced model computes with the reference, the model with the kernels.
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(x), model(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 16), (2, 16, 16)])
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_tracing_warns_of_nothing_and_takes_other_batches(shape):
+    model = adapted_layer()
+    traced = torch.jit.trace(model, tokens(*shape))
+    other = tokens(5, *shape[1:])
+    torch.testing.assert_close(traced(other), model(other))
