@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import HFValidationError
 from torch import nn
 
+from naslora.adapter.base_state import ADAPTER_FOLDER
 from naslora.adapter.storage import CONFIG_NAME, save_adapter
 from naslora.errors import UserError
 from naslora.files import read_json, write_text
@@ -16,8 +17,6 @@ from naslora.methods import load_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Where save_pretrained of an injected Hugging Face model puts the adapter alone.
-ADAPTER_FOLDER = "naslora_adapter"
 
 # What huggingface_hub raises. Its errors of the network and of the Hub derive from OSError.
 REFUSALS = (HFValidationError, OSError)
