@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [
     path
-    for folder in ("naslora", "naslora_kernels", "csrc", "bench", "tests", "docs")
+    for folder in ("naslora", "naslora_kernels", "csrc", "bench", "tests", "docs", "examples")
     for path in (ROOT / folder).rglob("*.*")
 ]
 SOURCE_FILE = r"[\w.-]+\.(?:py|h|cpp|cu|cuh)"
-PATH_IN_THE_TREE = r"(?:naslora|naslora_kernels|csrc|bench|tests|docs)/[\w./-]+"
+PATH_IN_THE_TREE = r"(?:naslora|naslora_kernels|csrc|bench|tests|docs|examples)/[\w./-]+"
 # Options of pip, pytest and torchrun, which the pages also use.
 FOREIGN_OPTIONS = {"--benchmark-disable", "--nproc-per-node"}
 
@@ -27,8 +27,8 @@ FLOORS = {
         {"files"},
         {"adapter"},
         {"methods", "sam", "data", "metrics", "results"},
-        {"report"},
-        {"training"},
+        {"report", "integrations"},
+        {"training", "peft"},
         {"trained"},
         {"study"},
         {"cli"},

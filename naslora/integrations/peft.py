@@ -1,0 +1,324 @@
+"""NAS-LoRA inside PEFT, through PEFT's registration of custom LoRA modules.
+
+PEFT lists its methods in a closed enumeration (``PeftType``), and ``register_peft_method`` refuses
+names outside it. So NAS-LoRA registers as a custom module of PEFT's LoRA: ``NasLoraConfig`` is a
+``LoraConfig`` that makes PEFT's LoRA build ``NasLoraLinear`` instead of its own layers. Its files
+name the type "NASLORA", which a plain ``PeftModel.from_pretrained`` refuses; without that, PEFT
+would build plain LoRA layers and drop the cells.
+"""
+
+import dataclasses
+import inspect
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from naslora.adapter.config import CellInit, ChannelSelection, NASLoRAConfig
+from naslora.adapter.frozen_norms import keep_frozen
+from naslora.adapter.grid import place_hint
+from naslora.adapter.layer import NASLoRALinear
+from naslora.adapter.merging import merge as merge_model
+from naslora.errors import UserError
+
+PEFT_TYPE = "NASLORA"  # in the files only; PEFT itself takes the layers for LoRA
+
+# Options of LoRA that the cell does not support, with the values that leave them off.
+UNSUPPORTED = {
+    "lora_dropout": 0.0,
+    "use_dora": False,
+    "use_rslora": False,
+    "lora_bias": False,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
+
+
+@dataclass
+class NasLoraConfig(LoraConfig):
+    """Configuration of NAS-LoRA for PEFT's ``get_peft_model``.
+
+    A ``LoraConfig`` with the fields of ``NASLoRAConfig``. ``target_modules`` is PEFT's: a list of
+    suffixes, or a regular expression that matches the whole name.
+
+    Raises:
+        UserError: a value is out of its range, an option of LoRA is set that the cell does not
+            support, or PEFT is too old.
+    """
+
+    r: int = 3
+    """LoRA rank: the number of channels between encoder and decoder."""
+    lora_alpha: int = 32
+    """Numerator of the scaling lora_alpha / r of the adapter's output."""
+    target_modules: list[str] | str | None = r"(.*\.)?attn\.qkv"
+    """The nn.Linear layers to adapt."""
+    channel_ratio: float = 2 / 3
+    """As in ``NASLoRAConfig``, and so are the fields below."""
+    preset: str = "linear"
+    channel_selection: ChannelSelection = "first"
+    cell_init: CellInit = "identity"
+    operations: tuple[str, ...] | None = None
+    seed: int = 0
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if "config" not in inspect.signature(LoraLayer.update_layer).parameters:
+            raise UserError("naslora.peft needs peft 0.19 or newer; run pip install -U peft")
+        super().__post_init__()
+        for name, off in UNSUPPORTED.items():
+            value = getattr(self, name, off)
+            if value != off:
+                raise UserError(f"{name} must be {off!r}, got {value!r}: NAS-LoRA has no such part")
+        self.adapter_config(self.r, self.lora_alpha)  # checks the values
+        self._register_custom_module({nn.Linear: cast(type[nn.Module], NasLoraLinear)})
+
+    def adapter_config(self, rank: int, lora_alpha: float) -> NASLoRAConfig:
+        """The configuration of one layer, whose rank and alpha PEFT's patterns may change."""
+        shared = {field.name for field in dataclasses.fields(NASLoRAConfig)}
+        own = {field.name for field in dataclasses.fields(NasLoraConfig)} & shared
+        values = {name: getattr(self, name) for name in own - {"rank", "lora_alpha"}}
+        return NASLoRAConfig(rank=rank, lora_alpha=lora_alpha, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values, with ``peft_type`` "NASLORA"."""
+        return {**super().to_dict(), "peft_type": PEFT_TYPE}
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> "NasLoraConfig":
+        """The inverse of ``to_dict``.
+
+        Raises:
+            UserError: the file describes another method of PEFT.
+        """
+        kind = kwargs.pop("peft_type", PEFT_TYPE)
+        if kind != PEFT_TYPE:
+            raise UserError(f"peft_type must be {PEFT_TYPE}, got {kind!r}; load it with PEFT")
+        return cls(**kwargs)
+
+
+class NasLoraAdapter(NASLoRALinear):
+    """One adapter of a ``NasLoraLinear``: a ``NASLoRALinear`` under names that PEFT can store.
+
+    The base belongs to the ``NasLoraLinear``, so it is no submodule here. PEFT inserts the
+    adapter's name behind the last "lora_" of a tensor's name, so lora_A and lora_B are registered
+    as ``encoder`` and ``decoder``. A state dict holds the cell's tensors as ``cell_NAME`` instead
+    of ``cell.NAME``. Functions that find NAS-LoRA layers by their type find these:
+    ``arch_parameters``, ``AlphaSearch``, ``merge``.
+    """
+
+    def __init__(
+        self, base: nn.Linear, config: NASLoRAConfig, generator: torch.Generator | None = None
+    ) -> None:
+        # Until the names below exist, the properties raise AttributeError, and torch's own lookup
+        # finds what the parent class registers.
+        super().__init__(base, config, generator)
+        encoder, decoder = self._parameters.pop("lora_A"), self._parameters.pop("lora_B")
+        self._held = [self._modules.pop("base")]  # in a list, torch does not see a submodule
+        self.encoder, self.decoder = encoder, decoder
+
+    def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> dict[str, Any]:
+        """As in torch, with the cell's tensors under flat names."""
+        state = super().state_dict(*args, prefix=prefix, **options)
+        for name in [name for name in state if name.startswith(f"{prefix}cell.")]:
+            state[prefix + _flat(name.removeprefix(prefix))] = state.pop(name)
+        return state
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *arguments: Any) -> None:
+        for name in super().state_dict():
+            if prefix + _flat(name) in state:
+                state[prefix + name] = state.pop(prefix + _flat(name))
+        super()._load_from_state_dict(state, prefix, *arguments)
+
+    @property
+    def base(self) -> nn.Linear:  # type: ignore[override]
+        """The frozen nn.Linear."""
+        return cast(nn.Linear, self._held[0])
+
+    @property
+    def lora_A(self) -> nn.Parameter:  # type: ignore[override]
+        """(r, C_in) encoder W_e."""
+        return cast(nn.Parameter, self.encoder)
+
+    @property
+    def lora_B(self) -> nn.Parameter:  # type: ignore[override]
+        """(C_out, r) decoder W_d."""
+        return cast(nn.Parameter, self.decoder)
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+class NasLoraLinear(nn.Module, LoraLayer):
+    """PEFT's layer for NAS-LoRA: a frozen nn.Linear and its named adapters.
+
+    Args:
+        base_layer: the nn.Linear to adapt.
+        adapter_name: the first adapter's name.
+        r: LoRA rank.
+        lora_alpha: numerator of the scaling.
+        config: a ``NasLoraConfig``.
+        kwargs: what PEFT passes to its layers beside; ``target_name`` seeds the random numbers.
+    """
+
+    adapter_layer_names = ("lora_nas",)
+    other_param_names = ("r", "lora_alpha", "scaling")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        config: LoraConfig,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.lora_nas = nn.ModuleDict()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        """Adds an adapter.
+
+        Raises:
+            UserError: ``config`` is not a ``NasLoraConfig``.
+        """
+        if not isinstance(config, NasLoraConfig):
+            raise UserError(
+                f"adapter {adapter_name!r}: this layer takes NasLoraConfig, got "
+                f"{type(config).__name__}"
+            )
+        settings = config.adapter_config(r, lora_alpha)
+        # Each layer draws numbers of its own. crc32 is the same in every process.
+        seed = settings.seed + zlib.crc32(kwargs.get("target_name", "").encode())
+        generator = torch.Generator().manual_seed(seed)
+        base = cast(nn.Linear, self.get_base_layer())
+        adapter = NasLoraAdapter(base, settings, generator)
+        for other in list(self.lora_nas.values())[:1]:  # what the host states of the tokens
+            adapter.grid, adapter.hint = other.grid, other.hint
+        self.lora_nas[adapter_name] = adapter
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = settings.scaling
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, H, W, C_in) or (B, N, C_in) to the same with C_out, as ``NASLoRALinear``.
+
+        Raises:
+            UserError: the batch names an adapter for each sample (``adapter_names``).
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise UserError("adapter_names: NAS-LoRA has one adapter for a whole batch")
+        active = [name for name in self.active_adapters if name in self.lora_nas]
+        if self.disable_adapters or not active:
+            return self.base_layer(x, *args)
+        layers = [self.lora_nas[name] for name in active]
+        for name, layer in zip(active, layers, strict=True):
+            layer.scaling = self.scaling[name]  # PEFT may have rescaled it
+        h = layers[0](x)
+        for layer in layers[1:]:
+            h = h + layer.update(x)
+        return h
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Refuses: the cell mixes neighbouring tokens, so it does not fold into the base in place.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "merge_adapter cannot fold a NAS-LoRA cell in place; call merge_and_unload(), which "
+            "is exact, or naslora.merge(model, 'center') before it"
+        )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: Sequence[str] | None
+    ) -> nn.Module:
+        """What PEFT's ``unload`` and ``merge_and_unload`` put in this layer's place.
+
+        Args:
+            merge: False returns the untouched nn.Linear. True returns the layer that
+                ``naslora.merge`` left, or else merges exactly.
+            safe_merge: whether to refuse values that are not finite. They are refused always.
+            adapter_names: the adapter to merge, one; None for the active one.
+
+        Raises:
+            UserError: several adapters, or values that are not finite.
+        """
+        if not merge:
+            return self.get_base_layer()
+        names = [name for name in adapter_names or self.active_adapters if name in self.lora_nas]
+        if len(names) != 1:
+            raise UserError(f"one adapter merges at a time, got {', '.join(names) or 'none'}")
+        alone = nn.Sequential(self.lora_nas[names[0]])
+        if isinstance(alone[0], NASLoRALinear):
+            alone[0].scaling = self.scaling[names[0]]
+            merge_model(alone, "exact")
+        return alone[0]
+
+    def extra_repr(self) -> str:
+        """The adapters' names, for ``print(model)``."""
+        return f"adapters={list(self.lora_nas)}"
+
+
+def get_peft_model(model: nn.Module, config: NasLoraConfig, **options: Any) -> PeftModel:
+    """PEFT's ``get_peft_model``, which also does what ``inject`` does for the host.
+
+    Frozen batch norms stay in evaluation mode after ``model.train()``. Layers that see token
+    sequences take the grid that the host states.
+
+    Args:
+        model: the base model; it is changed in place.
+        config: the adapter's configuration.
+        options: as PEFT's ``get_peft_model``, such as ``adapter_name``.
+
+    Raises:
+        UserError: ``config`` is not a ``NasLoraConfig``.
+    """
+    if not isinstance(config, NasLoraConfig):
+        raise UserError(f"config must be a NasLoraConfig, got {type(config).__name__}")
+    return _prepared(cast(PeftModel, peft.get_peft_model(model, config, **options)))
+
+
+def _prepared(model: PeftModel) -> PeftModel:
+    host = model.get_base_model()
+    keep_frozen(host)
+    for name, module in host.named_modules():
+        if isinstance(module, NasLoraLinear):
+            for adapter in module.lora_nas.values():
+                place_hint(host, name, adapter)
+    return model
+
+
+def from_pretrained(
+    model: nn.Module, directory: str | Path, adapter_name: str = "default", **options: Any
+) -> PeftModel:
+    """``PeftModel.from_pretrained`` for NAS-LoRA.
+
+    Args:
+        model: the base model.
+        directory: a folder of ``PeftModel.save_pretrained``, or a repository of the Hub.
+        adapter_name: the adapter's name.
+        options: as ``PeftModel.from_pretrained``, such as ``is_trainable``.
+
+    Raises:
+        UserError: the files hold no NAS-LoRA adapter, or do not fit the model.
+    """
+    config = NasLoraConfig.from_pretrained(str(directory))
+    config.inference_mode = not options.get("is_trainable", False)
+    return _prepared(
+        PeftModel.from_pretrained(model, str(directory), adapter_name, config=config, **options)
+    )

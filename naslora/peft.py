@@ -1,0 +1,5 @@
+"""NAS-LoRA inside PEFT: ``get_peft_model(model, NasLoraConfig(...))``. Needs peft 0.19 or newer."""
+
+from naslora.integrations.peft import NasLoraConfig, from_pretrained, get_peft_model
+
+__all__ = ["NasLoraConfig", "from_pretrained", "get_peft_model"]

@@ -1,0 +1,144 @@
+"""Small random SAMs of transformers, synthetic images and masks, and a loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2MaskDecoderConfig,
+    Sam2Model,
+    Sam2PromptEncoderConfig,
+    Sam2VisionConfig,
+    SamConfig,
+    SamMaskDecoderConfig,
+    SamModel,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
+
+SIZE = 64
+
+
+def build_sam() -> SamModel:
+    """4 x 4 tokens, a windowed and a global block."""
+    torch.manual_seed(0)
+    vision = SamVisionConfig(
+        hidden_size=32,
+        output_channels=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=16,
+        window_size=3,
+        global_attn_indexes=[1],
+        mlp_dim=64,
+        num_pos_feats=8,
+    )
+    prompt = SamPromptEncoderConfig(
+        hidden_size=16, image_size=SIZE, patch_size=16, mask_input_channels=4
+    )
+    decoder = SamMaskDecoderConfig(
+        hidden_size=16,
+        mlp_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        iou_head_hidden_dim=16,
+    )
+    return started(
+        SamModel,
+        SamConfig(
+            vision_config=vision.to_dict(),
+            prompt_encoder_config=prompt.to_dict(),
+            mask_decoder_config=decoder.to_dict(),
+        ),
+    )
+
+
+def build_sam2() -> Sam2Model:
+    """Four stages of Hiera, from 16 x 16 to 2 x 2 tokens."""
+    torch.manual_seed(0)
+    backbone = Sam2HieraDetConfig(
+        hidden_size=16,
+        num_attention_heads=1,
+        image_size=[SIZE, SIZE],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[16, 32, 64, 128],
+        num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[8, 4, 4, 2],
+        window_positional_embedding_background_size=[4, 4],
+        global_attention_blocks=[3],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=backbone.to_dict(),
+        backbone_channel_list=[128, 64, 32, 16],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=16,
+    )
+    prompt = Sam2PromptEncoderConfig(
+        hidden_size=16, image_size=SIZE, patch_size=16, mask_input_channels=4
+    )
+    decoder = Sam2MaskDecoderConfig(
+        hidden_size=16,
+        mlp_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        iou_head_hidden_dim=16,
+    )
+    return started(
+        Sam2Model,
+        Sam2Config(
+            vision_config=vision.to_dict(),
+            prompt_encoder_config=prompt.to_dict(),
+            mask_decoder_config=decoder.to_dict(),
+        ),
+    )
+
+
+def started(kind: type[nn.Module], config) -> nn.Module:
+    """A random model. Transformers starts so small that every mask is 0; this one does not."""
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return model
+
+
+def samples(count: int, seed: int = 0) -> list[dict]:
+    """Bright squares on noise, as a data set of a Trainer."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        mask = torch.zeros(SIZE, SIZE)
+        top, left = torch.randint(0, SIZE // 2, (2,), generator=generator).tolist()
+        mask[top : top + SIZE // 2, left : left + SIZE // 2] = 1
+        image = 2 * mask + 0.3 * torch.randn(3, SIZE, SIZE, generator=generator)
+        box = torch.tensor([[0.0, 0.0, SIZE, SIZE]])
+        found.append({"pixel_values": image, "input_boxes": box, "labels": mask})
+    return found
+
+
+def batch_of(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    found = samples(count, seed)
+    return {name: torch.stack([sample[name] for sample in found]) for name in found[0]}
+
+
+def mask_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross-entropy of the first mask; the arguments are those of ``compute_loss_func``."""
+    masks = outputs.pred_masks[:, 0, :1]  # (B, 1, h, w)
+    target = F.interpolate(labels[:, None], masks.shape[-2:])
+    return F.binary_cross_entropy_with_logits(masks, target)
+
+
+def batch_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The same for the callback."""
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    return mask_loss(model(**batch), labels)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    batch = batch_of(2, seed=7)
+    del batch["labels"]
+    with torch.no_grad():
+        return model.eval()(**batch).pred_masks

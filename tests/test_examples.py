@@ -1,0 +1,125 @@
+"""Each example runs as a user runs it; so do the README's lines of Python."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from segment_anything import modeling
+
+import naslora
+from naslora.adapter.modules import adapter_layers
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# By the example: the library that it needs beside naslora, and how Python starts it.
+RUNS = {
+    "plain_loop": ("segment_anything", ()),
+    "samed_style": ("segment_anything", ()),
+    "lightning_loop": ("lightning", ()),
+    "hf_trainer": ("transformers", ()),
+    "ddp": ("torch.distributed", LAUNCHER),
+}
+
+
+def run(name: str, *arguments: str) -> str:
+    library, launcher = RUNS[name]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def losses(output: str) -> list[float]:
+    own = re.findall(r"^epoch \d+: loss ([\d.]+)$", output, flags=re.MULTILINE)
+    trainers = re.findall(r"'loss': '?([\d.]+)", output)
+    return [float(loss) for loss in own or trainers]
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*RUNS, "model_and_data"}
+
+
+@pytest.mark.parametrize("name", [*RUNS, "model_and_data"])
+def test_examples_are_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_example_trains_and_saves(name, tmp_path):
+    output = run(name, "--output", str(tmp_path))
+    found = losses(output)
+    assert len(found) == 4
+    assert found[-1] < found[0]
+    folder = tmp_path / "naslora_adapter" if name == "hf_trainer" else tmp_path
+    assert (folder / "adapter_model.safetensors").is_file()
+    if name == "hf_trainer":
+        assert "the outputs differ by at most 0.0e+00" in output
+
+
+def test_an_example_takes_images_from_a_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for i in range(8):
+        mask = np.zeros((40, 50), np.uint8)
+        mask[10:30, 5 * i : 5 * i + 15] = 255
+        image = (mask[..., None] // 2 + rng.integers(0, 99, (40, 50, 3))).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / f"images/{i}.png")
+        Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
+    data = ("--data", str(tmp_path), "--epochs", "2", "--output", str(tmp_path / "out"))
+    assert len(losses(run("plain_loop", *data))) == 2
+
+
+def tiny_sam(size: int) -> modeling.Sam:
+    torch.manual_seed(0)
+    encoder = modeling.ImageEncoderViT(
+        size, 16, embed_dim=32, depth=2, num_heads=2, out_chans=32, use_rel_pos=True, window_size=3
+    )
+    prompts = modeling.PromptEncoder(32, (size // 16,) * 2, (size, size), mask_in_chans=4)
+    transformer = modeling.TwoWayTransformer(1, embedding_dim=32, num_heads=2, mlp_dim=64)
+    decoder = modeling.MaskDecoder(transformer_dim=32, transformer=transformer)
+    return modeling.Sam(encoder, prompts, decoder)
+
+
+@pytest.mark.parametrize("size", [64, 80])
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_the_printed_lines_run_at_any_image_size(page, size, tmp_path, monkeypatch, capsys):
+    text = (ROOT / page).read_text()
+    code = re.search(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)[1]
+    monkeypatch.chdir(tmp_path)
+    registry = {"vit_b": lambda checkpoint: tiny_sam(size)}
+    monkeypatch.setattr("segment_anything.sam_model_registry", registry)
+    images = torch.rand(4, 3, size, size)
+
+    def loss_fn(sam, batch):
+        features = sam.image_encoder(batch)
+        sparse, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
+        position = sam.prompt_encoder.get_dense_pe()
+        masks, _ = sam.mask_decoder(features, position, sparse, dense, multimask_output=False)
+        return masks.square().mean()
+
+    def train_step(sam, batch, optimizer):
+        optimizer.zero_grad()
+        loss_fn(sam, batch).backward()
+        optimizer.step()
+
+    batches = {"train": [images[:2]], "held_out": [images[2:]]}
+    scope = {**batches, "loss_fn": loss_fn, "train_step": train_step}
+    exec(code, scope)
+    assert "merged 2 layers" in capsys.readouterr().out
+    fresh = tiny_sam(size)
+    naslora.load_adapter(fresh, tmp_path / "adapter")
+    assert any(layer.lora_B.any() for _, layer in adapter_layers(fresh))

@@ -1,0 +1,253 @@
+"""NAS-LoRA as a custom module of PEFT: forward, training, files, several adapters, merging."""
+
+import copy
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from naslora import NASLoRAConfig, UserError, arch_parameters, inject, merge
+from naslora.adapter.merging import MergedNASLoRALinear
+from naslora.peft import NasLoraConfig, from_pretrained, get_peft_model
+from tests.adapted_models import adapted_encoder, build_encoder, images
+
+
+def wrapped(**options) -> PeftModel:
+    """An adapted encoder in evaluation mode, with trainable parameters away from their start."""
+    model = get_peft_model(build_encoder(), NasLoraConfig(**options))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(noise, alpha=0.1)
+    return model.eval()
+
+
+def files_of(model: PeftModel, directory) -> dict:
+    model.save_pretrained(directory)
+    return json.loads((directory / "adapter_config.json").read_text())
+
+
+@pytest.fixture
+def encoder():
+    return build_encoder()
+
+
+def test_a_new_adapter_does_not_change_the_output(encoder):
+    expected = encoder(images())
+    assert torch.equal(get_peft_model(encoder, NasLoraConfig())(images()), expected)
+
+
+def test_it_computes_what_inject_computes():
+    ours, theirs = adapted_encoder(), get_peft_model(build_encoder(), NasLoraConfig())
+    state = {
+        name.replace(".qkv.base.", ".qkv.base_layer.")
+        .replace(".lora_A", ".lora_nas.default.encoder")
+        .replace(".lora_B", ".lora_nas.default.decoder")
+        .replace(".qkv.alpha", ".qkv.lora_nas.default.alpha")
+        .replace(".qkv.channels", ".qkv.lora_nas.default.channels")
+        .replace(".qkv.cell.", ".qkv.lora_nas.default.cell_"): value
+        for name, value in ours.state_dict().items()
+    }
+    theirs.get_base_model().load_state_dict(state)
+    assert torch.equal(theirs(images()), ours(images()))
+
+
+def test_layers_start_from_different_numbers():
+    first, second = (
+        layer.encoder
+        for layer in get_peft_model(build_encoder(), NasLoraConfig()).modules()
+        if hasattr(layer, "encoder")
+    )
+    assert not torch.equal(first, second)
+
+
+def test_training_moves_the_adapter_and_modules_to_save_alone(encoder):
+    model = get_peft_model(encoder, NasLoraConfig(modules_to_save=["neck"])).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=1e-2)
+    for _ in range(2):  # lora_B is zero before the first step, so the rest moves in the second
+        model(images()).abs().mean().backward()
+        optimizer.step()
+    moved = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    trained = {n for n in before if ("lora_nas" in n and "channels" not in n) or "modules_to" in n}
+    assert moved == trained
+
+
+def test_the_searchs_tools_find_the_architecture_parameters():
+    assert [p.shape for p in arch_parameters(wrapped())] == [(8,), (8,)]
+
+
+@pytest.mark.parametrize("preset", ["linear", "paper"])
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_files_round_trip_under_any_name(tmp_path, preset, name):
+    model = wrapped(preset=preset, r=4, channel_ratio=0.5, modules_to_save=["neck"])
+    stored = files_of(model, tmp_path)
+    assert (stored["peft_type"], stored["preset"], stored["r"]) == ("NASLORA", preset, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns about missing and unexpected tensors
+        again = from_pretrained(build_encoder(), tmp_path, name).eval()
+    assert torch.equal(again(images()), model(images()))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_a_loaded_adapter_trains_on_when_asked(tmp_path):
+    files_of(wrapped(), tmp_path)
+    again = from_pretrained(build_encoder(), tmp_path, is_trainable=True)
+    assert all(alpha.requires_grad for alpha in arch_parameters(again))
+
+
+def test_plain_peft_refuses_the_files_instead_of_dropping_the_cells(tmp_path):
+    files_of(wrapped(), tmp_path)
+    with pytest.raises(KeyError, match="NASLORA"):
+        PeftModel.from_pretrained(build_encoder(), tmp_path)
+
+
+def test_files_of_plain_lora_are_refused(tmp_path, encoder):
+    files_of(peft.get_peft_model(encoder, LoraConfig(target_modules=["qkv"])), tmp_path)
+    with pytest.raises(UserError, match=r"peft_type must be NASLORA, got .*LORA"):
+        from_pretrained(build_encoder(), tmp_path)
+
+
+def test_adapters_are_switched_disabled_and_deleted(encoder):
+    plain, model = encoder(images()), wrapped()
+    first = model(images())
+    model.add_adapter("second", NasLoraConfig(r=6))
+    model.set_adapter("second")
+    assert torch.equal(model(images()), plain)
+    model.set_adapter("default")
+    assert torch.equal(model(images()), first)
+    with model.disable_adapter():
+        assert torch.equal(model(images()), plain)
+    model.delete_adapter("second")
+    assert torch.equal(model(images()), first)
+
+
+def test_two_active_adapters_add_their_updates():
+    layer = nn.Sequential()
+    layer.add_module("qkv", nn.Linear(8, 6))
+    x = torch.randn(2, 4, 5, 8)
+    model = get_peft_model(layer, NasLoraConfig(target_modules=["qkv"]))
+    model.add_adapter("second", NasLoraConfig(target_modules=["qkv"], r=5))
+    outputs = {}
+    for module in model.modules():
+        if hasattr(module, "decoder"):
+            nn.init.normal_(module.decoder)
+    for names in (["default"], ["second"], ["default", "second"]):
+        model.base_model.set_adapter(names)
+        outputs[len(outputs)] = model(x)
+    expected = outputs[0] + outputs[1] - layer.qkv.base_layer(x)
+    torch.testing.assert_close(outputs[2], expected)  # float32 rounding
+
+
+def test_merge_and_unload_is_exact():
+    model = wrapped()
+    expected = model(images())
+    merged = model.merge_and_unload()
+    assert isinstance(merged.blocks[0].attn.qkv, MergedNASLoRALinear)
+    # Rounding of two blocks in float32, relative to the largest output.
+    assert (merged(images()) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_center_merge_leaves_the_original_model(encoder):
+    model = wrapped()
+    merge(model, mode="center")
+    expected = model(images())
+    merged = model.merge_and_unload()
+    assert merged.state_dict().keys() == encoder.state_dict().keys()
+    assert torch.equal(merged(images()), expected)
+
+
+def test_unload_returns_the_untouched_model(encoder):
+    assert torch.equal(wrapped().unload()(images()), encoder(images()))
+
+
+def test_merging_in_place_and_merging_two_adapters_are_refused():
+    model = wrapped()
+    with pytest.raises(UserError, match=r"call merge_and_unload\(\)"):
+        model.merge_adapter()
+    model.add_adapter("second", NasLoraConfig())
+    with pytest.raises(UserError, match="one adapter merges at a time, got default, second"):
+        model.merge_and_unload(adapter_names=["default", "second"])
+
+
+def test_frozen_batch_norms_stay_as_they_are_and_trained_ones_do_not():
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 6), "norm": nn.BatchNorm2d(6), "head": head()})
+    config = NasLoraConfig(target_modules=["qkv"], modules_to_save=["head"])
+    adapted = get_peft_model(model, config).train()
+    assert not model["norm"].training
+    assert model["head"].modules_to_save["default"][0].training
+    assert adapted.training
+
+
+def head() -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(6))
+
+
+def test_the_adapter_stays_float32_when_the_host_casts():
+    model = wrapped().half()
+    kinds = {name.partition("qkv.")[2]: p.dtype for name, p in model.named_parameters()}
+    assert kinds["base_layer.weight"] == torch.float16
+    assert {dtype for name, dtype in kinds.items() if "lora_nas" in name} == {torch.float32}
+
+
+def test_token_sequences_take_the_grid_that_the_host_states():
+    class Host(nn.Module):
+        grid_size = (2, 6)
+
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 6)
+
+        def forward(self, x):
+            return self.qkv(x)
+
+    model = get_peft_model(Host(), NasLoraConfig(target_modules=["qkv"]))
+    model.add_adapter("second", NasLoraConfig(target_modules=["qkv"]))
+    model.set_adapter("second")
+    assert model(torch.randn(1, 12, 8)).shape == (1, 12, 6)
+
+
+def test_copies_are_independent():
+    model = wrapped()
+    expected = model(images())
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images()), expected)
+    for alpha in arch_parameters(twin):
+        alpha.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(images()), expected)
+    assert not torch.equal(twin(images()), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout must be 0.0, got 0.1"),
+        ({"use_dora": True}, "use_dora must be False, got True"),
+        ({"channel_ratio": 2}, r"channel_ratio must lie in \[0, 1\]"),
+        ({"preset": "none such"}, "preset"),
+    ],
+)
+def test_what_the_cell_does_not_support_is_refused(encoder, options, message):
+    with pytest.raises(UserError, match=message):
+        get_peft_model(encoder, NasLoraConfig(**options))
+
+
+def test_plain_lora_beside_it_is_refused():
+    with pytest.raises(UserError, match="takes NasLoraConfig, got LoraConfig"):
+        wrapped().add_adapter("plain", LoraConfig(target_modules=["qkv"]))
+
+
+def test_a_configuration_of_plain_lora_is_refused(encoder):
+    with pytest.raises(UserError, match="config must be a NasLoraConfig, got LoraConfig"):
+        get_peft_model(encoder, LoraConfig(target_modules=["qkv"]))
+
+
+def test_inject_after_it_is_refused():
+    with pytest.raises(UserError, match="has NAS-LoRA layers already"):
+        inject(wrapped(), NASLoRAConfig())
