@@ -35,7 +35,7 @@ from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.merge_report import MODES, LayerError, MergeMode, MergeReport
 from naslora.adapter.merged import MergedNASLoRALinear, can_unmerge, mark_merged, merged_modules
 from naslora.adapter.modules import adapter_layers, check_model, replace_module
-from naslora.adapter.wrappers import bare, in_one_piece
+from naslora.adapter.wrappers import in_one_piece, unwrap
 from naslora.errors import UserError
 
 # Batch, height and width of the seeded white noise on which errors are measured without images.
@@ -83,7 +83,7 @@ def merge(
     """
     check_model(model)
     given = check_calibration(calibration, forward)
-    model = bare(model)
+    model = unwrap(model)
     present = applied(model)
     fold = merge_cells if present is None else present.method.require_merge()
     whole = in_one_piece(model)

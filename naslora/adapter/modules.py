@@ -37,17 +37,22 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """If the body raises, restores modules and ``requires_grad``. Tensor values are not restored.
 
-    The attributes of every module are restored, its hooks included.
+    The class and the attributes of every module are restored, its hooks included.
     """
     modules = [
-        (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
+        (
+            module,
+            type(module),
+            {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()},
+        )
         for module in model.modules()
     ]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for module, attributes in modules:
+        for module, own_class, attributes in modules:
+            module.__class__ = own_class
             vars(module).clear()
             vars(module).update(attributes)
         for parameter, required in trainable:
