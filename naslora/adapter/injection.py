@@ -57,10 +57,11 @@ def inject(
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    keep_frozen(model, except_in=_matching_modules(model, patterns))
+    modules = _matching_modules(model, patterns)
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
+    keep_frozen(model, modules)
     override_save_pretrained(model)
     return list(targets)
 

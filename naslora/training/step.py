@@ -63,9 +63,9 @@ def train_pass(
     Raises:
         LossNotFiniteError: in every process; no step is taken on that batch.
     """
-    model.train()
     total = 0.0
     with _without_gradients(frozen):
+        model.train()  # after the freeze, by which batch norms decide whether they train
         for step, batch in enumerate(loader):
             before_step(step / len(batches))
             size = batches.global_size(step)
