@@ -35,7 +35,7 @@ from naslora import (
 )
 from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
-from naslora.adapter.wrappers import bare, bare_state, in_one_piece
+from naslora.adapter.wrappers import bare_state, in_one_piece, unwrap
 
 torch.set_num_threads(1)
 
@@ -122,15 +122,15 @@ def test_adapters_of_wrapped_models_are_those_of_bare_ones(wrap, tmp_path, proce
         other = trained_encoder(seed=7)
         randomize(other, 9)
         other = wrap(other)
-        assert not torch.equal(bare(other)(images()), expected)
+        assert not torch.equal(unwrap(other)(images()), expected)
         load_adapter(other, tmp_path / "plain")
-        assert torch.equal(bare(other)(images()), expected)
+        assert torch.equal(unwrap(other)(images()), expected)
         unadapted = build_encoder()
         if wrap is nn.parallel.DistributedDataParallel:  # it refuses models without gradients
             unadapted.neck.requires_grad_(True)
         unadapted = wrap(unadapted) if wrap is not checkpointed else unadapted
         load_adapter(unadapted, tmp_path / "plain")
-        assert torch.equal(bare(unadapted)(images()), expected)
+        assert torch.equal(unwrap(unadapted)(images()), expected)
 
 
 def test_the_average_of_weights_is_saved_and_loaded(tmp_path):
@@ -171,7 +171,7 @@ def test_a_part_called_module_keeps_its_name(tmp_path):
     host = nn.Module()
     host.module = build_encoder()
     inject(host, NASLoRAConfig())
-    assert bare(host) is host
+    assert unwrap(host) is host
     save_adapter(host, tmp_path)
     assert all(name.startswith("module.blocks.") for name in load_file(tmp_path / WEIGHTS_NAME))
     load_adapter(host, tmp_path)
@@ -188,7 +188,7 @@ def test_wrapped_models_merge(wrap, mode, tmp_path, process_group):
     model = wrap(trained_encoder()).eval()
     modules = snapshot(model)["modules"]
     with torch.no_grad():
-        bare(model)(images())  # compiles
+        unwrap(model)(images())  # compiles
     report = merge(model, mode, batches)
     assert [e.update_error for e in report.layers] == [e.update_error for e in expected.layers]
     with torch.no_grad():

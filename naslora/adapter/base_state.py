@@ -23,7 +23,6 @@ from naslora.adapter.storage import (
     write_adapter,
 )
 from naslora.adapter.wrappers import (
-    bare,
     bare_state,
     copy_into,
     drop_caches,
@@ -31,6 +30,7 @@ from naslora.adapter.wrappers import (
     matching_name,
     reshard,
     sharded,
+    unwrap,
 )
 from naslora.errors import UserError, listing
 
@@ -118,7 +118,7 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     check_model(model)
     if any(merged_modules(model)):
         raise UserError("the model is merged, so its weights have changed: call unmerge first")
-    present = applied(bare(model))
+    present = applied(unwrap(model))
     if present is not None and not any(adapter_layers(model)):
         raise UserError(
             f"the model is adapted with method {present.name}; only models with NAS-LoRA layers "

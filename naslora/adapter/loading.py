@@ -21,12 +21,12 @@ from naslora.adapter.storage import (
     unshared,
 )
 from naslora.adapter.wrappers import (
-    bare,
     bare_state,
     copy_into,
     drop_caches,
     matching_name,
     reshard,
+    unwrap,
 )
 from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors
@@ -52,14 +52,14 @@ def load_adapter(model: nn.Module, directory: str | Path, methods: Mapping[str, 
     _check_promise(directory, stored, tensors, methods)
     reshard(model)
     with undone_on_error(model):
-        if applied(bare(model)) is None and not any(adapter_layers(model)):
-            _adapt(bare(model), stored, methods)
+        if applied(unwrap(model)) is None and not any(adapter_layers(model)):
+            _adapt(unwrap(model), stored, methods)
             override_save_pretrained(model)
         state = bare_state(model)
         tensors = {matching_name(name, state): tensor for name, tensor in tensors.items()}
         problems = [
             *_differing_layers(layer_names(model), stored),
-            *_differing_settings(bare(model), stored, methods),
+            *_differing_settings(unwrap(model), stored, methods),
             *_differing_tensors(model, state, tensors),
         ]
         if problems:

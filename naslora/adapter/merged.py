@@ -141,6 +141,12 @@ def merged_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def can_unmerge(model: nn.Module) -> bool:
+    """Whether the layers that all merged modules replace are known."""
+    origins = (getattr(module, MARK) for _, module in merged_modules(model))
+    return all(origin is not None and origin.known for origin in origins)
+
+
 def unmerge(model: nn.Module) -> None:
     """Undoes ``merge``: the same layers return, on the device where the model is now.
 
@@ -158,17 +164,14 @@ def unmerge(model: nn.Module) -> None:
         raise UserError("the model is not merged")
     if "" in merged:
         raise UserError("model is a single merged layer; give the model around it")
-    origins: dict[str, MergedFrom | None] = {n: getattr(m, MARK) for n, m in merged.items()}
-    for name, origin in origins.items():
-        if origin is None or not origin.known:
-            raise UserError(
-                f"the model cannot be unmerged: it was read from a file, which does not hold the "
-                f"adapter of {name}; load the original model, and its adapter with load_adapter"
-            )
-    for name, origin in origins.items():
-        module = merged[name]
+    if not can_unmerge(model):
+        raise UserError(
+            "the model cannot be unmerged: it was read from a file, which does not hold the "
+            "adapter; load the original model, and its adapter with load_adapter"
+        )
+    for name, module in merged.items():
         device = next(iter(module.state_dict().values())).device
-        layer = cast(MergedFrom, origin).take()
+        layer = cast(MergedFrom, getattr(module, MARK)).take()
         replace_module(model, name, layer.to(device).train(module.training))
 
 

@@ -9,7 +9,6 @@ from naslora.adapter.merged import merged_modules, restore_merged
 from naslora.adapter.modules import adapter_layers, check_model, undone_on_error
 from naslora.adapter.storage import PEFT_TYPE, base_model, unshared, write_tensors
 from naslora.adapter.wrappers import (
-    bare,
     bare_paths,
     bare_state,
     copy_into,
@@ -17,6 +16,7 @@ from naslora.adapter.wrappers import (
     gathered,
     one_writer,
     reshard,
+    unwrap,
 )
 from naslora.errors import UserError, listing
 from naslora.files import read_json, read_safetensors, write_json
@@ -80,13 +80,13 @@ def load_merged(model: nn.Module, directory: str | Path) -> None:
     tensors = read_safetensors(directory / MERGED_WEIGHTS)
     reshard(model)
     with undone_on_error(model):
-        missing = [name for name in names if not _has_linear(bare(model), name)]
+        missing = [name for name in names if not _has_linear(unwrap(model), name)]
         if missing:
             raise UserError(
                 f"the merged model in {directory} does not fit this model: it has no nn.Linear "
                 f"{listing(missing)}"
             )
-        restore_merged(bare(model), names, tensors)
+        restore_merged(unwrap(model), names, tensors)
         state = bare_state(model)
         problems = _mismatches(state, tensors)
         if problems:

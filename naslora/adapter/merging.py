@@ -33,9 +33,9 @@ from naslora.adapter.calibration import (
 )
 from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.merge_report import MODES, LayerError, MergeMode, MergeReport
-from naslora.adapter.merged import MergedNASLoRALinear, mark_merged, merged_modules
+from naslora.adapter.merged import MergedNASLoRALinear, can_unmerge, mark_merged, merged_modules
 from naslora.adapter.modules import adapter_layers, check_model, replace_module
-from naslora.adapter.wrappers import bare, in_one_piece
+from naslora.adapter.wrappers import in_one_piece, unwrap
 from naslora.errors import UserError
 
 # Batch, height and width of the seeded white noise on which errors are measured without images.
@@ -83,7 +83,7 @@ def merge(
     """
     check_model(model)
     given = check_calibration(calibration, forward)
-    model = bare(model)
+    model = unwrap(model)
     present = applied(model)
     fold = merge_cells if present is None else present.method.require_merge()
     whole = in_one_piece(model)
@@ -147,6 +147,8 @@ def check_mergeable(model: nn.Module, layers: Mapping[str, nn.Module], mode: str
         UserError: an unknown mode, nothing to merge, or a model merged before.
     """
     if any(merged_modules(model)):
+        if not can_unmerge(model):
+            raise UserError("there is nothing to merge: the model was merged before it was loaded")
         raise UserError("the model is merged already; call unmerge(model) first")
     if not layers:
         raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")

@@ -16,7 +16,14 @@ from naslora.adapter.applied import applied, own_names
 from naslora.adapter.config import MethodConfig
 from naslora.adapter.merged import merged_modules
 from naslora.adapter.modules import adapter_layers, check_model
-from naslora.adapter.wrappers import bare, bare_paths, bare_state, gathered, is_sharded, one_writer
+from naslora.adapter.wrappers import (
+    bare_paths,
+    bare_state,
+    gathered,
+    is_sharded,
+    one_writer,
+    unwrap,
+)
 from naslora.errors import UserError, listing
 from naslora.files import replaced_file, write_json
 
@@ -103,7 +110,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def describe(model: nn.Module) -> Description:
     """The description of an adapted model."""
-    present, layers = applied(bare(model)), dict(adapter_layers(model))
+    present, layers = applied(unwrap(model)), dict(adapter_layers(model))
     config: MethodConfig | None = None
     if present is not None:
         config = present.config
@@ -125,7 +132,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 def base_model(model: nn.Module) -> str | None:
     """Where Transformers loaded the model from, a name or a path; None for other models."""
-    name = getattr(bare(model), "name_or_path", None)
+    name = getattr(unwrap(model), "name_or_path", None)
     return name if isinstance(name, str) and name else None
 
 
@@ -187,7 +194,7 @@ def adapter_names(model: nn.Module) -> set[str]:
     channels, statistics of norms and frozen buffers."""
     ours = tuple(f"{name}." if name else "" for name in layer_names(model))
     bases = tuple(f"{prefix}base." for prefix in ours)
-    return own_names(bare(model)) | {
+    return own_names(unwrap(model)) | {
         name
         for name in (bare_state(model) if ours else ())
         if name.startswith(ours) and not name.startswith(bases)

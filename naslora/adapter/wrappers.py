@@ -39,7 +39,7 @@ def holder(module: nn.Module) -> str | None:
     return HOLDER if wraps and HOLDER in children else None
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The model without the wrappers around it. Wrappers of its submodules stay."""
     while (name := holder(model)) is not None:
         model = model.get_submodule(name)
