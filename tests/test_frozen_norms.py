@@ -138,6 +138,26 @@ def test_the_norms_of_the_cell_train():
     assert moved(model, before) and all("qkv.cell" in name for name in moved(model, before))
 
 
+def test_the_norms_of_the_cell_pause_while_alpha_alone_trains():
+    """As in the search: its steps of alpha freeze the weights, then call ``train()``."""
+    model = Host()
+    inject(model, NASLoRAConfig(target="qkv", preset="paper"))
+    before = statistics(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("alpha"))
+    model.train()(images())
+    assert not moved(model, before)
+
+
+def test_norms_without_parameters_train_in_a_trained_part():
+    model = Host()
+    model.decoder[1] = nn.BatchNorm2d(4, affine=False)
+    inject(model, CONFIG, train="decoder")
+    before = statistics(model)
+    model.train()(images())
+    assert moved(model, before) == {"decoder.1.running_mean", "decoder.1.running_var"}
+
+
 def test_a_merged_model_keeps_its_statistics():
     model = Host()
     inject(model, CONFIG)

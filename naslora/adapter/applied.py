@@ -182,7 +182,7 @@ def apply_method(method: Method, model: nn.Module, settings: MethodConfig | None
             method.add(encoder, config)
         for module in set(encoder.modules()) - modules:
             module.training = encoder.training
-        keep_frozen(encoder, except_in=set(encoder.modules()) - modules)
+        keep_frozen(encoder)
         setattr(encoder, RECORD, Applied(method, config, tuple(_own_tensors(encoder, before))))
 
 

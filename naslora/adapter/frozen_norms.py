@@ -2,7 +2,7 @@
 
 ``model.train()`` puts every batch norm into training mode, also those of a frozen encoder. Their
 running statistics then follow the training images, and a saved adapter does not contain them. So
-``inject`` and ``naslora.methods.apply`` give such norms a subclass of their own class that ignores
+``inject`` and ``naslora.methods.apply`` give batch norms a subclass of their own class that ignores
 ``train()`` while the norm's weight does not train. It is set as ``__class__``: the object, its
 hooks, its names in the state dict and ``isinstance`` stay as they are.
 """
@@ -29,23 +29,22 @@ class FrozenNorm:
         return _rebuild, (self.host_class,), self.__getstate__()
 
 
-def keep_frozen(model: nn.Module, except_in: Iterable[nn.Module] = ()) -> None:
-    """Keeps the model's frozen batch norms in evaluation mode from now on.
+def keep_frozen(model: nn.Module, trained: Iterable[nn.Module] = ()) -> None:
+    """Keeps the model's batch norms in evaluation mode while their weights do not train.
 
     A norm that is made trainable later is in training mode again after the next ``train()``.
 
     Args:
-        model: frozen where it should be. A batch norm without parameters counts as frozen.
-        except_in: modules whose batch norms are left alone.
+        model: the model. The norms of adapters count too: they pause while alpha alone trains.
+        trained: modules that train. Their batch norms without parameters are left alone; all
+            others without parameters count as frozen.
     """
-    left_alone = {norm for module in except_in for norm in module.modules()}
+    left_alone = {norm for module in trained for norm in module.modules()}
     for module in model.modules():
-        if not isinstance(module, _BatchNorm) or module in left_alone:
+        if not isinstance(module, _BatchNorm) or isinstance(module, FrozenNorm | _LazyNormBase):
             continue
-        if isinstance(module, FrozenNorm | _LazyNormBase):
-            continue
-        if module.weight is None or not module.weight.requires_grad:
-            module.__class__ = _frozen_class(type(module))  # type: ignore[assignment]
+        if module.weight is not None or module not in left_alone:
+            module.__class__ = _frozen_class(type(module))  # type: ignore[assignment, arg-type]
             module.train(module.training)
 
 

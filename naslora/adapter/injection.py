@@ -57,11 +57,12 @@ def inject(
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    keep_frozen(model, except_in=_matching_modules(model, patterns))
+    modules = _matching_modules(model, patterns)
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
     override_save_pretrained(model)
+    keep_frozen(model, modules)
     return list(targets)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from naslora.adapter.applied import applied
 from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.frozen_norms import keep_frozen
 from naslora.adapter.injection import (
     NAMED,
     adapter_layers,
@@ -76,6 +77,8 @@ def add_adapter(model: nn.Module, name: str, config: NASLoRAConfig | None = None
     try:
         targets = find_targets(host, config.target, config.blocks)
         layers = build_layers(host, targets, config)
+        for layer in layers.values():
+            keep_frozen(layer)
     finally:
         _swap(host, {}, active)
     adapters.layers[name] = layers
