@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from naslora.adapter import checks
 from naslora.adapter.injection import arch_parameters, check_model
-from naslora.adapter.wrappers import bare
+from naslora.adapter.wrappers import unwrap
 from naslora.errors import UserError
 
 NO_ALPHA = (
@@ -96,7 +96,7 @@ class AlphaSearch:
         check_model(model)
         checks.positive("lr", lr)
         checks.whole(0)("start", start)
-        self.model = bare(model)
+        self.model = unwrap(model)
         self.alphas = arch_parameters(self.model)
         if not self.alphas:
             raise UserError("the model has no alpha to search; inject NAS-LoRA with a cell first")

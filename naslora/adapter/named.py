@@ -24,7 +24,7 @@ from naslora.adapter.injection import (
     replace_module,
 )
 from naslora.adapter.layer import NASLoRALinear
-from naslora.adapter.wrappers import bare
+from naslora.adapter.wrappers import unwrap
 from naslora.errors import UserError
 
 DEFAULT = "default"
@@ -60,7 +60,7 @@ def add_adapter(model: nn.Module, name: str, config: NASLoRAConfig | None = None
             model is then unchanged.
     """
     check_model(model)
-    model = bare(model)
+    model = unwrap(model)
     if not isinstance(name, str) or not name:
         raise UserError(f"name must be a name, got {name!r}")
     if applied(model) is not None:
@@ -107,7 +107,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the adapter that computes; None if the model has none or they are disabled."""
-    model = bare(model)
+    model = unwrap(model)
     if not any(adapter_layers(model)):
         return None
     return _find(model)[1].active
@@ -146,7 +146,7 @@ def _find(model: nn.Module) -> tuple[nn.Module, NamedAdapters]:
         UserError: the model has no adapter, or is merged.
     """
     check_model(model)
-    model = bare(model)
+    model = unwrap(model)
     for module in model.modules():
         adapters = getattr(module, NAMED, None)
         if isinstance(adapters, NamedAdapters):
