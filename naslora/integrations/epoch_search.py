@@ -63,7 +63,7 @@ class EpochSearch:
                 "the model has no alpha to search: call inject(model, config) before training, "
                 "with channel_ratio greater than 0"
             )
-        if self._model is not model:
+        if self.search is None or self._model is not model:
             self._model, self.search = model, AlphaSearch(model, self.lr, self.start)
         if self._stored is not None:
             self.search.load_state_dict(self._stored)

@@ -10,7 +10,11 @@ from naslora.integrations.epoch_search import EpochSearch, Loss
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:  # the same library under its older name
-    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning import (  # type: ignore[assignment]
+        Callback,
+        LightningModule,
+        Trainer,
+    )
 
 
 class AlphaCallback(Callback):

@@ -125,7 +125,9 @@ class NasLoraAdapter(NASLoRALinear):
         self._held = [self._modules.pop("base")]  # in a list, torch does not see a submodule
         self.encoder, self.decoder = encoder, decoder
 
-    def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, prefix: str = "", **options: Any
+    ) -> dict[str, Any]:
         """As in torch, with the cell's tensors under flat names."""
         state = super().state_dict(*args, prefix=prefix, **options)
         for name in [name for name in state if name.startswith(f"{prefix}cell.")]:
@@ -207,12 +209,16 @@ class NasLoraLinear(nn.Module, LoraLayer):
         generator = torch.Generator().manual_seed(seed)
         base = cast(nn.Linear, self.get_base_layer())
         adapter = NasLoraAdapter(base, settings, generator)
-        for other in list(self.lora_nas.values())[:1]:  # what the host states of the tokens
+        for other in self.adapters()[:1]:  # what the host states of the tokens
             adapter.grid, adapter.hint = other.grid, other.hint
         self.lora_nas[adapter_name] = adapter
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = settings.scaling
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def adapters(self) -> list[NasLoraAdapter]:
+        """All adapters of this layer."""
+        return [cast(NasLoraAdapter, adapter) for adapter in self.lora_nas.values()]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out, as ``NASLoRALinear``.
@@ -225,7 +231,7 @@ class NasLoraLinear(nn.Module, LoraLayer):
         active = [name for name in self.active_adapters if name in self.lora_nas]
         if self.disable_adapters or not active:
             return self.base_layer(x, *args)
-        layers = [self.lora_nas[name] for name in active]
+        layers = [cast(NasLoraAdapter, self.lora_nas[name]) for name in active]
         for name, layer in zip(active, layers, strict=True):
             layer.scaling = self.scaling[name]  # PEFT may have rescaled it
         h = layers[0](x)
@@ -298,7 +304,7 @@ def _prepared(model: PeftModel) -> PeftModel:
     keep_frozen(host)
     for name, module in host.named_modules():
         if isinstance(module, NasLoraLinear):
-            for adapter in module.lora_nas.values():
+            for adapter in module.adapters():
                 place_hint(host, name, adapter)
     return model
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from naslora.errors import UserError
@@ -77,28 +76,17 @@ class AlphaCallback(TrainerCallback):
         return self._search.losses
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Freezes alpha before the Trainer makes its optimizer."""
-        self._search.attach(model)
+        self._search.attach(kwargs["model"])
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: Optimizer,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks the optimizer. Reads the state of the search if the Trainer resumes."""
-        self._search.attach(model)
-        self._search.check_optimizer(model, optimizer)
+        self._search.attach(kwargs["model"])
+        self._search.check_optimizer(kwargs["model"], kwargs["optimizer"])
         if state.global_step > 0:
             path = checkpoint(args, state) / STATE_NAME
             if path.is_file():
@@ -107,28 +95,18 @@ class AlphaCallback(TrainerCallback):
                 warnings.warn(f"{path} does not exist, so alpha's Adam starts anew", stacklevel=2)
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draws channels."""
-        self._search.draw_channels(model, int(state.epoch or 0))
+        self._search.draw_channels(kwargs["model"], int(state.epoch or 0))
 
     def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Takes the epoch's alpha steps."""
         # state.epoch is the number of epochs done, as a sum of fractions; max_steps may cut one.
         epoch = max(math.ceil((state.epoch or 0) - 1e-6) - 1, 0)
-        self._search.run(model, epoch, lambda batch: send_to_device(batch, args.device))
+        self._search.run(kwargs["model"], epoch, lambda batch: send_to_device(batch, args.device))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
