@@ -24,7 +24,7 @@ def unavailable_reason() -> str | None:
     """Returns why the extension cannot be used, or None."""
     if _C is None:
         return (
-            f"the C++ extension is missing ({_import_error}); reinstall naslora with a C++17 "
+            f"the C++ extension is not there ({_import_error}); reinstall naslora with a C++17 "
             "compiler (GCC or Clang) present and NASLORA_SKIP_EXT unset"
         )
     if instruction_set() is None:

@@ -44,8 +44,8 @@ def unavailable_reason() -> str | None:
     """Returns why the extension cannot be used, or None."""
     if _CUDA is None:
         return (
-            f"the CUDA extension is missing ({_import_error}); reinstall naslora with nvcc on the "
-            "PATH or below CUDA_HOME, and NASLORA_SKIP_CUDA unset"
+            f"the CUDA extension is not there ({_import_error}); reinstall naslora with nvcc on "
+            "the PATH or below CUDA_HOME, and NASLORA_SKIP_CUDA unset"
         )
     if EMULATION:
         return None
