@@ -136,9 +136,9 @@ def test_parameters_on_vit_h(method, config, parameters):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == DECODER + parameters
     counts = run_module.count_parameters(model)
-    assert counts["decoder"] == DECODER
-    assert counts["adapter"] + counts["architecture"] == parameters
-    assert counts["architecture"] == (32 * 8 if searches(method, NASLoRAConfig()) else 0)
+    assert counts.decoder == DECODER
+    assert counts.adapter + counts.architecture == parameters
+    assert counts.architecture == (32 * 8 if searches(method, NASLoRAConfig()) else 0)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
 
 
