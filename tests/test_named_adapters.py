@@ -129,6 +129,15 @@ def test_saving_takes_the_active_adapter(tmp_path):
         assert torch.equal(fresh(images()), expected(images()))
 
 
+def test_saving_while_disabled_is_refused(tmp_path):
+    """The layers are away then, so the file would hold the rest of what trains, and no adapter."""
+    model = two_adapters()
+    model.neck.requires_grad_(True)
+    with disable_adapter(model), pytest.raises(UserError, match="outside of disable_adapter"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_merged_adapter_must_be_unmerged_first():
     model = two_adapters()
     merge(model)

@@ -12,11 +12,8 @@ from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.frozen_norms import keep_frozen
 from naslora.adapter.grid import place_hint
 from naslora.adapter.layer import NASLoRALinear
-from naslora.adapter.modules import adapter_layers, check_model, replace_module
+from naslora.adapter.modules import NAMED, adapter_layers, check_model, replace_module
 from naslora.errors import UserError
-
-NAMED = "named_adapters"
-"""Attribute of a model with several adapters; copies and pickles of the model contain it."""
 
 
 def inject(

@@ -9,6 +9,9 @@ from torch import nn
 from naslora.adapter.layer import NASLoRALinear
 from naslora.errors import UserError
 
+NAMED = "named_adapters"
+"""Attribute of a model with several adapters; copies and pickles of the model contain it."""
+
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, NASLoRALinear]]:
     """The model's NAS-LoRA layers with their names, in model order."""

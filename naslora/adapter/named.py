@@ -14,9 +14,9 @@ from torch import nn
 from naslora.adapter.applied import applied
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.frozen_norms import keep_frozen
-from naslora.adapter.injection import NAMED, build_layers, check_config, find_targets
+from naslora.adapter.injection import build_layers, check_config, find_targets
 from naslora.adapter.layer import NASLoRALinear
-from naslora.adapter.modules import adapter_layers, check_model, replace_module
+from naslora.adapter.modules import NAMED, adapter_layers, check_model, replace_module
 from naslora.adapter.wrappers import unwrap
 from naslora.errors import UserError
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from naslora.adapter.applied import applied, own_names
 from naslora.adapter.config import MethodConfig
 from naslora.adapter.merged import merged_modules
-from naslora.adapter.modules import adapter_layers, check_model
+from naslora.adapter.modules import NAMED, adapter_layers, check_model
 from naslora.adapter.wrappers import (
     bare_paths,
     bare_state,
@@ -69,8 +69,8 @@ def save_adapter(model: nn.Module, directory: str | Path, include: Include = "tr
             expressions save the adapters and the tensors in whose names one of them is found.
 
     Raises:
-        UserError: the model is merged, has no adapter and nothing else to save, or a regular
-            expression matches nothing.
+        UserError: the model is merged, its adapters are disabled, it has no adapter and nothing
+            else to save, or a regular expression matches nothing.
     """
     check_model(model)
     tensors = selected_state(model, include)
@@ -140,13 +140,16 @@ def selected_state(model: nn.Module, include: Include) -> dict[str, Tensor]:
     """What ``save_adapter`` saves, by its names in the model without wrappers. Not gathered.
 
     Raises:
-        UserError: the model is merged, or ``include`` is wrong or matches nothing.
+        UserError: the model is merged, its adapters are disabled, or ``include`` is wrong or
+            matches nothing.
     """
     if any(merged_modules(model)):
         raise UserError(
             "the model is merged, so its adapter is folded away: call unmerge first, or save the "
             "merged model with save_merged"
         )
+    if getattr(getattr(unwrap(model), NAMED, None), "disabled", False):
+        raise UserError("the adapters are disabled: save them outside of disable_adapter")
     if include == "trainable":
         return trained_state(model)
     state, names = bare_state(model), adapter_names(model)
