@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from kernel_cases import CELL, DTYPES, TARGETS, cell_case, layer_case
 
 from naslora_kernels import cuda, reference
+from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.cuda.primitives import CUDAPrimitives
+from naslora_kernels.launches import CellSums, MatrixSums
 
 TARGET = next(t.values[0] for t in TARGETS if t.values[0].backend == "cuda")
 EMULATED = TARGET.device == "cpu"
+primitives = CUDAPrimitives()
 pytestmark = [
     *next(t.marks for t in TARGETS if t.values[0].backend == "cuda"),
     pytest.mark.usefixtures("poisoned_memory"),
@@ -69,16 +73,16 @@ def test_low_rank_pass(shape, dtype, draw):
     rows, u = draw(tokens, columns, dtype=dtype), draw(tokens, rank, dtype=dtype)
     matrix = draw(columns, rank, dtype=dtype).t()
     product = torch.empty(tokens, rank, dtype=dtype, device=TARGET.device)
-    groups = cuda.row_groups(tokens)
+    groups = primitives.row_groups(tokens)
     partials = torch.empty(groups, rank, columns, dtype=accumulator(dtype), device=TARGET.device)
-    cuda.low_rank_pass(rows, matrix, u, 0.5, product, partials)
+    primitives.low_rank_pass(rows, matrix, u, 0.5, product, partials)
     assert_close(product, 0.5 * rows.double() @ matrix.double().t(), columns)
     assert_close(partials.sum(0), 0.5 * u.double().t() @ rows.double(), tokens)
 
     # Product and partials have the same bits if only one of them is computed.
     alone = torch.empty_like(product), torch.empty_like(partials)
-    cuda.low_rank_pass(rows, matrix, None, 0.5, alone[0], None)
-    cuda.low_rank_pass(rows, None, u, 0.5, None, alone[1])
+    primitives.low_rank_pass(rows, matrix, None, 0.5, alone[0], None)
+    primitives.low_rank_pass(rows, None, u, 0.5, None, alone[1])
     assert torch.equal(alone[0], product)
     assert torch.equal(alone[1], partials)
 
@@ -91,7 +95,7 @@ def test_low_rank_expand(shape, dtype, biased, draw):
     u, matrix = draw(tokens, rank, dtype=dtype), draw(rank, columns, dtype=dtype)
     bias = draw(columns, dtype=dtype) if biased else None
     out = torch.empty(tokens, columns, dtype=dtype, device=TARGET.device)
-    cuda.low_rank_expand(u, matrix, bias, 0.5, out)
+    primitives.low_rank_expand(u, matrix, bias, 0.5, out)
     expected = 0.5 * u.double() @ matrix.double()
     assert_close(out, expected + bias.double() if biased else expected, rank + 1)
 
@@ -104,8 +108,8 @@ def test_rows_with_any_alignment(offset, draw):
     results = []
     for same_rows in (rows, rows.contiguous()):
         product = torch.empty(30, 3, dtype=torch.bfloat16, device=TARGET.device)
-        partials = torch.empty(cuda.row_groups(30), 3, 128, device=TARGET.device)
-        cuda.low_rank_pass(same_rows, matrix, u, 1.0, product, partials)
+        partials = torch.empty(primitives.row_groups(30), 3, 128, device=TARGET.device)
+        primitives.low_rank_pass(same_rows, matrix, u, 1.0, product, partials)
         results.append((product, partials))
     assert all(map(torch.equal, *results))
 
@@ -115,7 +119,7 @@ def test_memory_beyond_a_row_is_not_read(draw):
     wide[:, :248] = draw(12, 248, dtype=torch.bfloat16)
     rows, matrix = wide[:, :248], draw(3, 248)
     product = torch.empty(12, 3, dtype=torch.bfloat16, device=TARGET.device)
-    cuda.low_rank_pass(rows, matrix, None, 1.0, product, None)
+    primitives.low_rank_pass(rows, matrix, None, 1.0, product, None)
     assert_close(product, rows.double() @ matrix.double().t(), 248)
 
 
@@ -123,8 +127,8 @@ def test_an_infinity_stays_in_its_row_and_column(draw):
     rows, matrix, u = draw(50, 70), draw(4, 70), draw(50, 4)
     rows[20, 30] = float("inf")
     product = torch.empty(50, 4, device=TARGET.device)
-    partials = torch.empty(cuda.row_groups(50), 4, 70, device=TARGET.device)
-    cuda.low_rank_pass(rows, matrix, u, 1.0, product, partials)
+    partials = torch.empty(primitives.row_groups(50), 4, 70, device=TARGET.device)
+    primitives.low_rank_pass(rows, matrix, u, 1.0, product, partials)
     assert product.isfinite().all(1).logical_not().nonzero().tolist() == [[20]]
     assert partials.sum(0).isfinite().all(0).logical_not().nonzero().tolist() == [[30]]
 
@@ -136,21 +140,21 @@ def test_an_infinity_stays_in_its_row_and_column(draw):
 CELLS = [((70, 3, 4, 3), 2), ((2, 17, 33, 5), 5), ((1, 4, 5, 40), 37), ((1, 2, 3, 600), 3)]
 
 
+def cell_of(case):
+    return Cell.unflatten([*(case.arguments[name] for name in CELL), case.options["channels"]])
+
+
 def run_cell(case):
     """Runs the four primitives of a cell; returns y, grad_z and parameter gradients by name."""
-    alpha, *depthwise, pw = (case.arguments[name] for name in CELL)
-    z, cell = case.arguments["z"], (alpha, depthwise, pw, case.options["channels"])
+    z, cell = case.arguments["z"], cell_of(case)
     y, grad_z = torch.empty_like(z), torch.empty_like(z)
-    cuda.cell_forward(z, *cell, y)
-    c = pw.shape[-1]
-    size = cuda.cell_groups(*z.shape[:-1], c), cuda.cell_partial_size(c)
+    primitives.cell_forward(z, cell, y)
+    c = cell.pw.shape[-1]
+    size = primitives.cell_groups(*z.shape[:-1], c), primitives.cell_partial_size(c)
     partials = torch.empty(size, dtype=accumulator(z.dtype), device=z.device)
-    cuda.cell_backward(case.gradient, z, *cell, grad_z, partials)
-    gradients = [torch.empty_like(t) for t in (alpha, *depthwise, pw)]
-    cuda.reduce_gradients(
-        partials, alpha, depthwise, pw, gradients[0], gradients[1:5], gradients[5],
-        None, None, None, None,
-    )  # fmt: skip
+    primitives.cell_backward(case.gradient, z, cell, grad_z, partials)
+    gradients = [torch.empty_like(t) for t in cell.parameters]
+    primitives.reduce_gradients(cell, CellSums(partials, gradients), None, None)
     return dict(zip(("result", "z", *CELL), (y, grad_z, *gradients), strict=True))
 
 
@@ -175,21 +179,19 @@ def test_each_parameter_may_be_float32(wide):
 def test_each_gradient_alone():
     """Each gradient has the same bits if only it is computed."""
     case = cell_case((3, 6, 5, 6), 5).to(torch.float32).on(TARGET.device)
-    alpha, *depthwise, pw = (case.arguments[name] for name in CELL)
-    z, cell = case.arguments["z"], (alpha, depthwise, pw, case.options["channels"])
+    z, cell = case.arguments["z"], cell_of(case)
     expected = run_cell(case)
     grad_z = torch.empty_like(z)
-    cuda.cell_backward(case.gradient, z, *cell, grad_z, None)
+    primitives.cell_backward(case.gradient, z, cell, grad_z, None)
     assert torch.equal(grad_z, expected["z"])
 
     partials = torch.empty(
-        cuda.cell_groups(3, 6, 5, 5), cuda.cell_partial_size(5), device=TARGET.device
+        primitives.cell_groups(3, 6, 5, 5), primitives.cell_partial_size(5), device=TARGET.device
     )
-    cuda.cell_backward(case.gradient, z, *cell, None, partials)
-    grad_alpha = torch.empty_like(alpha)
-    cuda.reduce_gradients(
-        partials, alpha, depthwise, pw, grad_alpha, None, None, None, None, None, None
-    )
+    primitives.cell_backward(case.gradient, z, cell, None, partials)
+    grad_alpha = torch.empty_like(cell.alpha)
+    sums = CellSums(partials, [grad_alpha, None, None, None, None, None])
+    primitives.reduce_gradients(cell, sums, None, None)
     assert torch.equal(grad_alpha, expected["alpha"])
 
 
@@ -199,10 +201,9 @@ def test_reduction_of_the_adapters_gradients(dtype, draw):
     B_partials = draw(130, 4, 45, dtype=accumulator(dtype))
     grad_A = torch.empty(4, 70, dtype=dtype, device=TARGET.device)
     grad_B = torch.empty(45, 4, dtype=dtype, device=TARGET.device)
-    alpha, *depthwise, pw = (cell_case((1, 1, 1, 1), 1).arguments[name] for name in CELL)
-    cuda.reduce_gradients(
-        None, alpha, depthwise, pw, None, None, None, A_partials, grad_A, B_partials, grad_B
-    )
+    cell = cell_of(cell_case((1, 1, 1, 1), 1))
+    A, B = MatrixSums(A_partials, grad_A), MatrixSums(B_partials, grad_B)
+    primitives.reduce_gradients(cell, None, A, B)
     assert_close(grad_A, A_partials.double().sum(0), 9)
     assert_close(grad_B, B_partials.double().sum(0).t(), 130)
 
@@ -216,7 +217,7 @@ def test_reduction_of_the_adapters_gradients(dtype, draw):
 def test_folded_cell(c, size, dtype, draw):
     z, kernel = draw(2, 9, 18, c, dtype=dtype), draw(c, c, size, size, dtype=dtype)
     y = torch.empty_like(z)
-    cuda.folded_cell_forward(z, kernel, 0.3, 0.6, y)
+    primitives.folded_cell_forward(z, kernel, 0.3, 0.6, y)
     maps = z.double().movedim(-1, 1)
     expected = (
         F.conv2d(maps, kernel.double(), padding=size // 2)
@@ -230,7 +231,7 @@ def test_pools_of_weight_zero_are_not_added(draw):
     z, kernel = draw(1, 6, 6, 1), torch.ones(1, 1, 1, 1, device=TARGET.device)
     z[0, 2, 2, 0] = float("nan")
     y = torch.empty_like(z)
-    cuda.folded_cell_forward(z, kernel, 0.0, 0.0, y)
+    primitives.folded_cell_forward(z, kernel, 0.0, 0.0, y)
     assert torch.equal(y.isnan(), z.isnan())
 
 
@@ -248,11 +249,9 @@ def test_layer_takes_three_and_six_launches():
     case = layer_case((2, 14, 14), 96, 128, 3, 2).to(torch.float32)
     leaves = {name: t.requires_grad_() for name, t in case.arguments.items() if name != "weight"}
     cuda._CUDA.launches()
-    h = cuda.nas_lora_linear(
-        *(case.arguments[name] for name in ("x", "weight", "bias", "lora_A", "lora_B", "alpha")),
-        [case.arguments[name] for name in CELL[1:5]], case.arguments["pw"],
-        case.options["channels"], 1.0,
-    )  # fmt: skip
+    names = ("weight", "bias", "lora_A", "lora_B")
+    linear = LoRALinear(*(case.arguments[name] for name in names))
+    h = cuda.nas_lora_linear(case.arguments["x"], linear, cell_of(case), 1.0)
     forward = [launch[0] for launch in cuda._CUDA.launches()]
     torch.autograd.grad(h, list(leaves.values()), case.gradient)
     backward = [launch[0] for launch in cuda._CUDA.launches()]
@@ -277,18 +276,17 @@ def test_shared_memory_fits_every_device(rank, c, dtype):
 
 def test_grids_depend_on_shapes_alone_and_fill_large_cards():
     for tokens in (4900, 6400, 19600, 10**6):
-        assert cuda.row_groups(tokens) >= 132
-    assert cuda.row_groups(1) == 1
+        assert primitives.row_groups(tokens) >= 132
+    assert primitives.row_groups(1) == 1
     # A group has at most 96 tokens, so that its sums stay short.
-    assert all(96 * cuda.row_groups(t) >= t for t in (1, 97, 4900, 10**6))
-    assert cuda.cell_groups(25, 14, 14, 2) == 25
-    assert all(cuda.cell_groups(4096, 14, 14, c) <= 64 for c in (1, 2, 3, 16, 24, 100))
+    assert all(96 * primitives.row_groups(t) >= t for t in (1, 97, 4900, 10**6))
+    assert primitives.cell_groups(25, 14, 14, 2) == 25
+    assert all(primitives.cell_groups(4096, 14, 14, c) <= 64 for c in (1, 2, 3, 16, 24, 100))
 
 
 def test_a_cell_without_channels_and_an_empty_batch_take_none():
     z = torch.ones(2, 3, 3, 3, device=TARGET.device)
     case = cell_case((2, 3, 3, 3), 0).to(torch.float32).on(TARGET.device)
-    arguments = [case.arguments[name] for name in CELL]
-    cell = (arguments[0], arguments[1:5], arguments[5], case.options["channels"])
-    assert torch.equal(cuda.mixed_cell(z, *cell), reference.mixed_cell(z, *cell))
-    assert cuda.mixed_cell(z[:0], *cell).shape == (0, 3, 3, 3)
+    cell = cell_of(case)
+    assert torch.equal(cuda.mixed_cell(z, cell), reference.mixed_cell(z, cell))
+    assert cuda.mixed_cell(z[:0], cell).shape == (0, 3, 3, 3)

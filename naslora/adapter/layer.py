@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from naslora.adapter.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.grid import Grid, GridHint, as_grid
-from naslora_kernels import OPERATIONS, nas_lora_linear, reference
+from naslora_kernels import OPERATIONS, nas_lora_linear
 from naslora_kernels.cell import Cell as CellTensors
 
 ALPHA_INIT_STD = 1e-3  # the paper starts alpha from a standard normal scaled by 0.001
@@ -187,6 +187,8 @@ class NASLoRALinear(nn.Module):
         some, so the tracer would find two different graphs. Its warnings of
         numbers that become constants, such as c, are left out, too.
         """
+        from naslora_kernels import reference  # a backend, so it is imported when it is needed
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             tokens = self._as_grid(x)
