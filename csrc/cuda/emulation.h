@@ -131,7 +131,7 @@ inline void switch_thread() {
   do next = (next + 1) % count;
   while (threads[next].state != Thread::ready && next != current);
   if (next == current) {
-    if (block.ended < count) fail("all threads that have not ended wait", block.line);
+    if (block.ended < count) fail("every thread that still runs is waiting", block.line);
     setcontext(&scheduler);
   }
   current = next;

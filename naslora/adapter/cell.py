@@ -7,6 +7,7 @@ mixture does to a single token. ``PRESETS`` names the cells. A new preset change
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,26 +55,26 @@ class CellArguments(NamedTuple):
         return self.dw_sep3, self.dw_sep5, self.dw_dil3, self.dw_dil5
 
 
-class Cell(nn.Module):
+class Cell(nn.Module, ABC):
     """What a preset provides. c is the number of channels that pass through the cell."""
 
+    @abstractmethod
     def forward(
         self, z: Tensor, alpha: Tensor, channels: Tensor | None, backend: str | None = None
     ) -> Tensor:
         """Eq. 3 on (B, H, W, r) maps. ``channels`` is (c,) int64, or None for all."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collapsed(self, alpha: Tensor) -> nn.Module:
         """The trained mixture as a fixed module on (B, H, W, c) maps, equal up to rounding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def centre(self, alpha: Tensor) -> Tensor:
         """(c, c): what the mixture does to a token through its centre taps alone (Eq. 6).
 
         Raises:
             UserError: the operations have no such taps.
         """
-        raise NotImplementedError
 
 
 # ---- Preset "linear" -----------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -19,7 +20,7 @@ OUTPUT_FIELDS = ("rank", "lora_alpha", "preset")
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(ABC):
     """Base class of the methods' configurations, which are frozen dataclasses.
 
     Raises:
@@ -42,9 +43,9 @@ class MethodConfig:
                 object.__setattr__(self, name, value)
 
     @property
+    @abstractmethod
     def seed(self) -> int:
-        """Seed of every random number that the method draws when it is added to a model."""
-        raise NotImplementedError(f"{type(self).__name__} lacks the field seed")
+        """Seed of every random number that the method draws; each configuration has the field."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
@@ -68,6 +69,53 @@ def field_names(config: type[MethodConfig]) -> list[str]:
     return [field.name for field in dataclasses.fields(config)]
 
 
+def _with_peft_names(cls: type[Config]) -> type[Config]:
+    """Lets the constructor of ``NASLoRAConfig`` take three names of PEFT's ``LoraConfig``.
+
+    They are no fields: ``to_dict``, the files and the command line do not have them.
+    """
+    patched: Any = cls
+    init = patched.__init__
+
+    @functools.wraps(init)
+    def constructor(
+        self: Config,
+        *args: Any,
+        r: int | None = None,
+        target_modules: str | Sequence[str] | None = None,
+        modules_to_save: str | Sequence[str] | None = None,
+        **fields: Any,
+    ) -> None:
+        """Takes the fields, and these aliases.
+
+        Args:
+            args: the fields in their order.
+            r: the field ``rank``.
+            target_modules: sets the field ``target``: a list of suffixes of module names, or one
+                regular expression that must match the whole name.
+            modules_to_save: what stays trainable beside the adapter, as the argument ``train`` of
+                ``inject``. It is kept as an attribute. ``dataclasses.replace`` drops it.
+            fields: the fields by name.
+
+        Raises:
+            UserError: a value is out of its range, or a field and its alias are both given.
+        """
+        for name, alias, value in (("rank", "r", r), ("target", "target_modules", target_modules)):
+            if value is None:
+                continue
+            if args or name in fields:
+                raise UserError(f"give {name} or {alias}, not both, got {alias}={value!r}")
+            fields[name] = value if alias == "r" else _target_of(target_modules)
+        init(self, *args, **fields)
+        if modules_to_save is not None:
+            patterns = checks.patterns("modules_to_save", modules_to_save)
+            object.__setattr__(self, "modules_to_save", patterns)
+
+    patched.__init__ = constructor
+    return cls
+
+
+@_with_peft_names
 @dataclass(frozen=True)
 class NASLoRAConfig(MethodConfig):
     """What ``inject`` puts into a model.
@@ -109,7 +157,7 @@ class NASLoRAConfig(MethodConfig):
     """Seed of every random number that ``inject`` draws."""
     backend: str | None = None
     """Kernel backend; None takes the best that can compute here."""
-    if TYPE_CHECKING:  # ``_accepting_aliases`` adds these to the constructor
+    if TYPE_CHECKING:  # ``_with_peft_names`` adds these to the constructor
         r: InitVar[int | None] = None
         target_modules: InitVar[str | Sequence[str] | None] = None
         modules_to_save: Sequence[str] = ()
@@ -129,52 +177,6 @@ class NASLoRAConfig(MethodConfig):
         """Number of channels that pass through the cell: c = max(1, round(ratio * r)), and c = 0
         for ratio 0."""
         return max(1, round(self.channel_ratio * self.rank)) if self.channel_ratio > 0 else 0
-
-
-def _accepting_aliases(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor of ``NASLoRAConfig`` with three names of PEFT's ``LoraConfig``.
-
-    They are no fields: ``to_dict``, the files and the command line do not have them.
-    """
-
-    @functools.wraps(init)
-    def constructor(
-        self: NASLoRAConfig,
-        *args: Any,
-        r: int | None = None,
-        target_modules: str | Sequence[str] | None = None,
-        modules_to_save: str | Sequence[str] | None = None,
-        **fields: Any,
-    ) -> None:
-        """Takes the fields, and these aliases.
-
-        Args:
-            args: the fields in their order.
-            r: the field ``rank``.
-            target_modules: sets the field ``target``: a list of suffixes of module names, or one
-                regular expression that must match the whole name.
-            modules_to_save: what stays trainable beside the adapter, as the argument ``train`` of
-                ``inject``. It is kept as an attribute. ``dataclasses.replace`` drops it.
-            fields: the fields by name.
-
-        Raises:
-            UserError: a value is out of its range, or a field and its alias are both given.
-        """
-        for name, alias, value in (("rank", "r", r), ("target", "target_modules", target_modules)):
-            if value is None:
-                continue
-            if args or name in fields:
-                raise UserError(f"give {name} or {alias}, not both, got {alias}={value!r}")
-            fields[name] = value if alias == "r" else _target_of(target_modules)
-        init(self, *args, **fields)
-        if modules_to_save is not None:
-            patterns = checks.patterns("modules_to_save", modules_to_save)
-            object.__setattr__(self, "modules_to_save", patterns)
-
-    return constructor
-
-
-NASLoRAConfig.__init__ = _accepting_aliases(NASLoRAConfig.__init__)  # type: ignore[method-assign]
 
 
 def _target_of(target_modules: Any) -> str:

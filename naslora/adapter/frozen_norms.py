@@ -9,23 +9,25 @@ hooks, its names in the state dict and ``isinstance`` stay as they are.
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
+Norm = TypeVar("Norm", bound="FrozenNorm")
 
-class FrozenNorm:
+
+class FrozenNorm(_BatchNorm):
     """Mixed into the class of a batch norm that must not follow the training images."""
 
     host_class: type[nn.Module]
 
-    def train(self: Any, mode: bool = True) -> Any:
+    def train(self: Norm, mode: bool = True) -> Norm:
         """Sets the mode; evaluation mode while the norm's weight does not require gradients."""
-        weight = self.weight
-        return super().train(mode and weight is not None and weight.requires_grad)  # type: ignore[misc]
+        trains = self.weight is not None and self.weight.requires_grad
+        return super().train(mode and trains)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (self.host_class,), self.__getstate__()
 
 

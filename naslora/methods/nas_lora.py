@@ -21,7 +21,8 @@ def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
 
 def add_full(encoder: nn.Module, config: NASLoRAConfig) -> None:
     """NAS-LoRA: all channels pass through the cell, whatever ``config.channel_ratio`` is."""
-    inject(encoder, dataclasses.replace(config, channel_ratio=1.0))
+    full = dataclasses.replace(config, channel_ratio=1.0)
+    inject(encoder, full, train=config.modules_to_save)
 
 
 def has_cell(config: NASLoRAConfig) -> bool:
