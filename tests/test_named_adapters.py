@@ -22,6 +22,7 @@ from naslora import (
     set_adapter,
     unmerge,
 )
+from naslora.adapter.modules import adapter_layers
 from naslora.methods import apply, trainable_parameters
 
 SECOND = NASLoRAConfig(rank=4, target=r"attn\.(qkv|proj)$", seed=1)
@@ -127,6 +128,21 @@ def test_saving_takes_the_active_adapter(tmp_path):
         fresh = build_encoder()
         load_adapter(fresh, tmp_path / name)
         assert torch.equal(fresh(images()), expected(images()))
+
+
+def test_a_deep_copy_that_was_unmerged_still_switches():
+    model = two_adapters()
+    x = images()
+    second = model(x)
+    merge(model, "center")
+    twin = copy.deepcopy(model)
+    unmerge(twin)
+    set_adapter(twin, "default")
+    set_adapter(twin, "second")
+    assert torch.equal(twin(x), second)
+    bases = {id(layer.base) for _, layer in adapter_layers(twin)}
+    set_adapter(twin, "default")
+    assert {id(layer.base) for _, layer in adapter_layers(twin)} < bases
 
 
 def test_saving_while_disabled_is_refused(tmp_path):

@@ -8,6 +8,7 @@ layers that are not in the model are neither in its state dict nor among its par
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
@@ -143,10 +144,8 @@ def _find(model: nn.Module) -> tuple[nn.Module, NamedAdapters]:
     for module in model.modules():
         adapters = getattr(module, NAMED, None)
         if isinstance(adapters, NamedAdapters):
-            active = adapters.layers[adapters.active]
-            present = (module.get_submodule(name) is layer for name, layer in active.items())
-            if not adapters.disabled and not all(present):
-                raise UserError("the adapter is merged; call unmerge(model) first")
+            if not adapters.disabled:
+                adapters.layers[adapters.active] = _present(module, adapters)
             return module, adapters
     layers = dict(adapter_layers(model))
     if not layers:
@@ -154,11 +153,29 @@ def _find(model: nn.Module) -> tuple[nn.Module, NamedAdapters]:
     return model, NamedAdapters({DEFAULT: layers}, DEFAULT)
 
 
+def _present(host: nn.Module, adapters: NamedAdapters) -> dict[str, NASLoRALinear]:
+    """The layers of the active adapter that are in the model.
+
+    They are not always the layers of the record: ``unmerge`` gives a deep copy layers of its own.
+
+    Raises:
+        UserError: the adapter is merged.
+    """
+    present = {}
+    for name in adapters.layers[adapters.active]:
+        layer = host.get_submodule(name)
+        if not isinstance(layer, NASLoRALinear):
+            raise UserError("the adapter is merged; call unmerge(model) first")
+        present[name] = layer
+    return present
+
+
 def _swap(model: nn.Module, out: dict[str, NASLoRALinear], into: dict[str, NASLoRALinear]) -> None:
     """Puts the layers ``into`` in place of the layers ``out``, whose frozen layers return."""
     for name, layer in out.items():
         replace_module(model, name, layer.base)
     for name, layer in into.items():
+        layer.base = cast(nn.Linear, model.get_submodule(name))
         layer.follow_base()
         layer.train(model.get_submodule(name).training)
         replace_module(model, name, layer)
