@@ -159,7 +159,11 @@ def _known_cells(config: RunConfig, output: Path, resume: bool) -> dict[CellKey,
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:
-    """The configuration that all cells share, as JSON-ready values."""
+    """The configuration that all cells share, as JSON-ready values.
+
+    A cell has its own method and seed. Those written here are placeholders, which files of 0.1.0
+    hold as well.
+    """
     return cell_config(config, "decoder-only", seed=0).to_dict()
 
 
