@@ -17,7 +17,11 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -36,8 +40,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 OLDEST_ARCHITECTURE = 75
+
+Result = TypeVar("Result")
 
 
 class BuildError(Exception):
@@ -46,6 +52,12 @@ class BuildError(Exception):
 
 def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0").lower() not in ("", "0", "false", "no", "off")
+
+
+def in_parallel(jobs: list[Callable[[], Result]]) -> list[Result]:
+    """Runs compilers side by side, one for each processor. The results keep their order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda job: job(), jobs))
 
 
 def find_nvcc() -> str | None:
@@ -137,15 +149,16 @@ class BuildKernels(build_ext):
         flags = FLAGS + (SANITIZE if sanitize else [])
         poison = [("NASLORA_POISON", None)] if sanitize else []
         kernels, module = ext.sources
-        objects = []
-        for name, vector_bytes, isa_flags in INSTRUCTION_SETS:
-            isa = [("NASLORA_ISA", name), ("NASLORA_VECTOR_BYTES", str(vector_bytes))]
-            objects += self.compile(ext, kernels, name, poison + isa, flags + isa_flags)
         names = " ".join(f"X({name})" for name, _, _ in INSTRUCTION_SETS)
         isas = [("NASLORA_FOR_EACH_ISA(X)", names)]
-        objects += self.compile(ext, module, "module", poison + isas, flags)
+        jobs = [partial(self.compile, ext, module, "module", poison + isas, flags)]
+        for name, vector_bytes, isa_flags in INSTRUCTION_SETS:
+            isa = [("NASLORA_ISA", name), ("NASLORA_VECTOR_BYTES", str(vector_bytes))]
+            macros, own_flags = poison + isa, flags + isa_flags
+            jobs.append(partial(self.compile, ext, kernels, name, macros, own_flags))
+        module_objects, *kernel_objects = in_parallel(jobs)
         self.compiler.link_shared_object(
-            objects,
+            [path for objects in (*kernel_objects, module_objects) for path in objects],
             self.output(ext),
             extra_postargs=SANITIZE if sanitize else [],
             target_lang="c++",
@@ -164,9 +177,14 @@ class BuildKernels(build_ext):
             ("NASLORA_CUDA_ARCHITECTURES", f'"{" ".join(chosen)}"'),
         ]
         objects = self.compile(ext, module, "cuda", info, FLAGS)
+        # Processors that are left over when each file has one serve the architectures of a file.
+        threads = f"--threads={max(1, (os.cpu_count() or 1) // len(kernels))}"
+        jobs = []
         for source in kernels:
             objects.append(str(Path(self.build_temp) / f"{Path(source).stem}.cu.o"))
-            run(nvcc, *NVCC_FLAGS, *code_flags(chosen), "-c", source, "-o", objects[-1])
+            command = [nvcc, *NVCC_FLAGS, threads, *code_flags(chosen), "-c", source]
+            jobs.append(partial(run, *command, "-o", objects[-1]))
+        in_parallel(jobs)
         run(nvcc, "-shared", "--cudart=static", *objects, "-o", self.output(ext))
 
 

@@ -6,10 +6,11 @@ DIR of ``--data`` holds the data sets as folders (train.csv, val.csv, test.csv).
 kept, so an interrupted study can continue. Two processes can share one ``--output``.
 """
 
+import csv
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 import tyro
 
 from naslora import NASLoRAConfig, merge
+from naslora.data.layouts import REQUIRED_SPLITS
+from naslora.report.numbers import MISSING
 from naslora.report.tables import Table, markdown_table
 from naslora.results import (
     HISTORY,
@@ -26,7 +29,9 @@ from naslora.results import (
     read_record,
     read_rows,
     write_record,
+    write_rows,
 )
+from naslora.study.paired import paired_difference
 from naslora.study.sweep import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
 from naslora.training.run import train
@@ -36,6 +41,8 @@ from naslora.training.search_config import SearchConfig
 
 Settings = dict[str, dict[str, Any]]
 """Fields of RunConfig ("run"), of its adapter ("adapter") and of its search ("search")."""
+Run = tuple[RunResult, list[Epoch]]
+"""What a finished run reports."""
 Column = Callable[[RunResult, list[Epoch]], float | None]
 """A number of a finished run."""
 
@@ -93,6 +100,11 @@ class Study:
     columns: dict[str, Column] = dataclasses.field(default_factory=lambda: TRAINING)
     few_images: int | None = None
     """If given, models are also merged with ``calibrated`` on this number of images."""
+    train_images: int | None = None
+    """If given, so many of the training images are used, evenly spread, and as large a part of the
+    validation images."""
+    reference: str | None = None
+    """The variant from which the paired differences of the others are taken, in test Dice."""
 
 
 def _adapter(method: str, **adapter: Any) -> Settings:
@@ -101,6 +113,14 @@ def _adapter(method: str, **adapter: Any) -> Settings:
 
 # Plain LoRA in the fused kernels.
 LORA = _adapter("nas-pc-lora", channel_ratio=0.0)
+
+# Settings of version 0.1.0.
+COUPLED = {
+    "optimizer": "adam",
+    "cell_weight_decay": 1e-4,
+    "alpha_weight_decay": 1e-3,
+}
+CONSTANT_ALPHA = {"alpha_schedule": "constant"}
 
 STUDIES = {
     "class-loss": Study(
@@ -121,7 +141,7 @@ STUDIES = {
         seeds=(0, 1, 2),
         common={
             "run": {"model": "mobile_sam", "image_size": 256},
-            "search": {"learning_rate": 3e-4, "search_start": 1000, "arch_fraction": 0.0},
+            "search": {"learning_rate": 3e-4, "search_start": 1000},
         },
         variants={
             "LoRA": LORA,
@@ -157,12 +177,41 @@ STUDIES = {
             "search": {"learning_rate": 5e-4, "batch_size": 2, "mixed_precision": "bf16"},
         },
         variants={
-            "NAS-PC-LoRA": _adapter("nas-pc-lora"),
-            "NAS-PC-LoRA, nothing held out": {"search": {"arch_fraction": 0.0}},
+            "NAS-PC-LoRA": {"search": {"arch_data": "hold-out"}},
+            "NAS-PC-LoRA, nothing held out": {"search": {"arch_fraction": 1.0}},
             "LoRA": LORA,
             "decoder only": _adapter("decoder-only"),
         },
         epochs={"he_nuclei": 24, "roads": 16},
+    ),
+    # What held NAS-PC-LoRA back: each suspect with and without, on a part of the training images.
+    "suspects": Study(
+        datasets=("kvasir_seg", "leaf_disease"),
+        seeds=(0, 1, 2, 3, 4),
+        common={
+            "run": {"model": "mobile_sam", "image_size": 224},
+            "search": {"learning_rate": 5e-4, "mixed_precision": "bf16"},
+        },
+        variants={
+            "LoRA": LORA,
+            "NAS-PC-LoRA": {},
+            "all of 0.1.0": {"search": COUPLED | {"arch_data": "hold-out"} | CONSTANT_ALPHA},
+            "coupled weight decay": {"search": COUPLED},
+            "alpha: hold-out": {"search": {"arch_data": "hold-out"}},
+            "alpha: rotate": {"search": {"arch_data": "rotate"}},
+            "alpha: constant rate": {"search": CONSTANT_ALPHA},
+            "alpha: never": {"search": {"search_start": 1000}},
+            "start: skip": _adapter("nas-pc-lora", cell_init="skip"),
+            "cell's rate x 10": {"search": {"cell_learning_rate": 5e-3}},
+            "skip, cell's rate x 10": {
+                "adapter": {"cell_init": "skip"},
+                "search": {"cell_learning_rate": 5e-3},
+            },
+            "NAS-LoRA": _adapter("nas-lora"),
+        },
+        epochs={"kvasir_seg": 6, "leaf_disease": 6},
+        train_images=240,
+        reference="LoRA",
     ),
     # Test Dice before and after merging, then the mean relative error of the layers' updates. That
     # of `calibrated` is on held-out tokens.
@@ -171,7 +220,7 @@ STUDIES = {
         seeds=(0, 1, 2),
         common={
             "run": {"image_size": 256},
-            "search": {"batch_size": 2, "arch_fraction": 0.0},
+            "search": {"batch_size": 2, "arch_fraction": 1.0},
         },
         variants={
             f"{title}{', annealed' * (anneal > 0)}": {
@@ -195,6 +244,7 @@ def main(
     output: Path,
     seed: tuple[int, ...] | None = None,
     variant: tuple[str, ...] | None = None,
+    dataset: tuple[str, ...] | None = None,
     table_only: bool = False,
 ) -> None:
     """Trains a study and prints its table.
@@ -206,13 +256,14 @@ def main(
         output: folder for the runs.
         seed: only these seeds; for sharing the work among processes.
         variant: only these rows.
+        dataset: only these data sets.
         table_only: train nothing, print what is there.
     """
     plan = STUDIES[study]
     for number in () if table_only else seed or plan.seeds:
-        for dataset in plan.datasets:
+        for folder in dataset or plan.datasets:
             for name in variant or plan.variants:
-                _train_cell(plan, dataset, name, number, data, weights, output / study)
+                _train_cell(plan, folder, name, number, data, weights, output / study)
     print(table(plan, output / study))
 
 
@@ -235,7 +286,7 @@ def _train_cell(
     if dataset == "mni152":
         source = {"dataset": "mni152", "root": output.parent / "mni152"}
     else:
-        source = {"data": data / dataset}
+        source = {"data": _part(data / dataset, plan.train_images, output / "data")}
         if merged["run"]["model"] == "mobile_sam":
             source["checkpoint"] = weights
     config = RunConfig(
@@ -249,6 +300,24 @@ def _train_cell(
     if plan.few_images is not None:
         result = _merged_with(plan.few_images, directory, result)
     write_record(directory / DONE, result)
+
+
+def _part(folder: Path, count: int | None, output: Path) -> Path:
+    """The folder of a data set, or a new one that lists ``count`` of its training images, and as
+    large a part of its validation images."""
+    if count is None:
+        return folder
+    part = output / f"{folder.name}-{count}"
+    for split in REQUIRED_SPLITS:
+        with (folder / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        if split == "train":
+            step = max(len(rows) / count, 1)
+        if split != "test":
+            rows = [rows[int(i * step)] for i in range(round(len(rows) / step))]
+        named = [{name: str((folder / path).resolve()) for name, path in r.items()} for r in rows]
+        write_rows(part / f"{split}.csv", named)
+    return part
 
 
 def _merged_with(images: int, directory: Path, result: RunResult) -> RunResult:
@@ -277,16 +346,38 @@ def table(plan: Study, output: Path) -> str:
     rows = []
     for dataset in plan.datasets:
         for name in plan.variants:
-            folders = [_directory(output, dataset, name, seed) for seed in plan.seeds]
-            folders = [folder for folder in folders if (folder / DONE).exists()]
-            runs = [
-                (read_record(folder / DONE, RunResult), read_rows(folder / HISTORY, Epoch))
-                for folder in folders
-            ]
+            runs = _runs(plan, output, dataset, name)
             if runs:
-                numbers = [[column(*run) for run in runs] for column in plan.columns.values()]
+                finished = runs.values()
+                numbers = [[column(*run) for run in finished] for column in plan.columns.values()]
                 rows.append([dataset, name, str(len(runs)), *map(_text, numbers)])
-    return markdown_table(Table(["data", "variant", "seeds", *plan.columns], rows))
+                if plan.reference is not None:
+                    rows[-1].append(_gain(runs, _runs(plan, output, dataset, plan.reference)))
+    head = ["data", "variant", "seeds", *plan.columns]
+    head += [] if plan.reference is None else [f"Dice − {plan.reference}"]
+    return markdown_table(Table(head, rows))
+
+
+def _runs(plan: Study, output: Path, dataset: str, name: str) -> dict[int, Run]:
+    """The finished runs of a cell of the table, by seed."""
+    folders = {seed: _directory(output, dataset, name, seed) for seed in plan.seeds}
+    return {
+        seed: (read_record(folder / DONE, RunResult), read_rows(folder / HISTORY, Epoch))
+        for seed, folder in folders.items()
+        if (folder / DONE).exists()
+    }
+
+
+def _gain(runs: Mapping[int, Run], others: Mapping[int, Run]) -> str:
+    """Mean and 95 % interval of the difference in test Dice, over the seeds of both."""
+    own, other = (
+        {seed: _dice(result) or 0.0 for seed, (result, _) in part.items()}
+        for part in (runs, others)
+    )
+    difference = paired_difference("", own, other)
+    if difference.low is None or own == other:
+        return MISSING
+    return f"{difference.mean:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
 
 
 def _text(values: list[float | None]) -> str:

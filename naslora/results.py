@@ -320,6 +320,26 @@ class ComparisonRow:
     """None while no cell is finished."""
 
 
+@dataclass(frozen=True)
+class PairedDifference:
+    """What a method gains in test Dice on another method, paired over the seeds of both."""
+
+    title: str
+    """The method's name in tables."""
+    seeds: list[int]
+    """The seeds that both methods have."""
+    values: list[float]
+    """One difference a seed."""
+    mean: float | None = None
+    """None without a shared seed."""
+    low: float | None = None
+    """Lower end of the 95 % confidence interval of the mean; None if there is none."""
+    high: float | None = None
+    """Upper end of the interval."""
+    reason: str = ""
+    """Why there is no interval."""
+
+
 # ---- Reading and writing -------------------------------------------------------------------------
 
 

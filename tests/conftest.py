@@ -7,12 +7,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import cuda_emulation
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports Triton, which reads it then
+# Without a GPU, Triton's kernels are interpreted and the CUDA kernels emulated. Both variables are
+# read when the backends are imported.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if cuda_emulation.compiler():
+        os.environ.setdefault("NASLORA_CUDA_EMULATION", str(cuda_emulation.build()))
 
 from accelerate.state import AcceleratorState
 from PIL import Image

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cuda_emulation
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,6 @@ import torch.nn.functional as F
 import naslora_kernels
 from naslora_kernels import cpp
 
-if not torch.cuda.is_available() and cuda_emulation.compiler():
-    os.environ.setdefault("NASLORA_CUDA_EMULATION", str(cuda_emulation.build()))
 UNAVAILABLE = naslora_kernels.available_backends()
 needs_cpp = UNAVAILABLE["cpp"]
 INSTRUCTION_SETS = [] if needs_cpp else cpp._C.capabilities()

@@ -136,7 +136,7 @@ def test_every_public_name_can_be_imported():
         ("channel_ratio", 1.5, r"channel_ratio must lie in \[0, 1\]"),
         ("channel_ratio", float("nan"), "channel_ratio must be a finite number"),
         ("channel_selection", "last", "channel_selection must be one of first, random, resample"),
-        ("cell_init", "zero", "cell_init must be one of identity, kaiming"),
+        ("cell_init", "zero", "cell_init must be one of identity, skip, kaiming"),
         ("target", "(", "target is no regular expression"),
         ("target", 3, "target is no regular expression"),
         ("blocks", (), "blocks must be distinct indices"),

@@ -22,6 +22,7 @@ from naslora import (
     print_trainable_parameters,
     weight_parameters,
 )
+from naslora.adapter.injection import cell_parameters
 
 
 def squares(model, batch):
@@ -144,11 +145,15 @@ def test_kinds_of_parameters():
     weights = weight_parameters(model)
     assert len(weights) + len(alphas) == sum(p.requires_grad for p in model.parameters())
     assert not {id(p) for p in weights} & {id(p) for p in alphas}
-    first, second = param_groups(model, 1e-3, alpha_lr=1e-2, weight_decay=0.1)
-    assert (first["lr"], first["weight_decay"]) == (1e-3, 0.1) and first["params"] == weights
+    first, cells, second = param_groups(model, 1e-3, alpha_lr=1e-2, weight_decay=0.1)
+    assert (first["lr"], first["weight_decay"]) == (1e-3, 0.1)
+    assert (cells["lr"], cells["weight_decay"]) == (1e-3, 0.0)
+    assert {id(p) for p in first["params"] + cells["params"]} == {id(p) for p in weights}
+    assert len(first["params"]) + len(cells["params"]) == len(weights)
+    assert [id(p) for p in cells["params"]] == [id(p) for p in cell_parameters(model)]
     assert (second["lr"], second["weight_decay"]) == (1e-2, 0.0)
     assert [id(p) for p in second["params"]] == [id(p) for p in alphas]
-    assert len(param_groups(model, 1e-3)) == 1
+    assert len(param_groups(model, 1e-3)) == 2
     assert len(param_groups(trainable(channel_ratio=0), 1e-3, alpha_lr=1e-2)) == 1
     torch.optim.AdamW(param_groups(model, 1e-3, 1e-2))
 

@@ -236,7 +236,8 @@ def test_unknown_data_set(refused, data, tmp_path):
         ("--num-classes 3 --metrics s_alpha", "'s_alpha' is defined for binary masks only"),
         ("--num-classes 3 --class-names one", "class_names must name the 2 foreground classes"),
         ("--palette #000000 nocolour", "--palette"),
-        ("--arch-fraction 1", "arch_fraction must lie in [0, 1)"),
+        ("--arch-fraction 0", "arch_fraction must lie in (0, 1]"),
+        ("--arch-data split", "has no split 'arch'"),
         ("--learning-rate -1", "learning_rate must be finite and not negative, got -1.0"),
         ("--epochs 0", "epochs must be at least 1"),
         ("--backend fast", "backend 'fast' does not exist; choose one of reference"),
@@ -333,7 +334,7 @@ def test_not_a_run(refused, data, tmp_path):
 
 
 def test_unknown_split(refused, run):
-    assert "split must be one of train, val, test, arch, got 'dev'" in refused(
+    assert "split must be one of train, val, test, got 'dev'" in refused(
         "evaluate", run, "--split", "dev"
     )
 

@@ -552,9 +552,9 @@ def test_collate(samples):
 def test_global_batches_are_the_same_for_any_number_of_processes(
     count, batch_size, world_size, shuffle
 ):
-    alone = GlobalBatches(count, batch_size, shuffle=shuffle, seed=1)
+    alone = GlobalBatches(range(count), batch_size, shuffle=shuffle, seed=1)
     shares = [
-        GlobalBatches(count, batch_size, rank, world_size, shuffle=shuffle, seed=1)
+        GlobalBatches(range(count), batch_size, rank, world_size, shuffle=shuffle, seed=1)
         for rank in range(world_size)
     ]
     for epoch in (0, 3):
@@ -571,7 +571,7 @@ def test_global_batches_are_the_same_for_any_number_of_processes(
 
 def test_global_batches_order_depends_on_seed_and_epoch():
     def order(epoch, **options):
-        batches = GlobalBatches(20, 20, **options)
+        batches = GlobalBatches(range(20), 20, **options)
         batches.set_epoch(epoch)
         return next(iter(batches))
 
@@ -583,7 +583,7 @@ def test_global_batches_order_depends_on_seed_and_epoch():
 
 def test_global_batches_through_a_loader_with_an_empty_share(samples):
     dataset = SegmentationDataset(samples, 8, 1)
-    batches = GlobalBatches(5, 4, rank=1, world_size=2, shuffle=False)
+    batches = GlobalBatches(range(5), 4, rank=1, world_size=2, shuffle=False)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
     first, last = loader
     assert first["index"].tolist() == [1, 3] and last is None
@@ -592,7 +592,7 @@ def test_global_batches_through_a_loader_with_an_empty_share(samples):
 def test_global_batches_refuse_wrong_arguments():
     assert "batch size" in error_of(GlobalBatches, 4, 0)
     with pytest.raises(ValueError, match="rank"):
-        GlobalBatches(4, 2, rank=2, world_size=2)
+        GlobalBatches(range(4), 2, rank=2, world_size=2)
 
 
 # --- the demo data set

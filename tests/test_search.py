@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from naslora.adapter.config import NASLoRAConfig
-from naslora.adapter.injection import arch_parameters
+from naslora.adapter.injection import arch_parameters, cell_parameters
 from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import trained_state
 from naslora.data.dataset import SegmentationDataset
@@ -20,6 +20,7 @@ from naslora.errors import UserError
 from naslora.files import read_safetensors
 from naslora.results import BEST, LAST, Epoch, SplitScores, from_json
 from naslora.training.accelerator import make_accelerator
+from naslora.training.epoch_images import EpochImages
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits
 from naslora.training.run_model import build_adapted_model
@@ -182,17 +183,97 @@ def test_without_alpha_only_weights_train(make_search, method):
     }
 
 
-def test_the_architecture_split_is_held_out(data):
-    config = RunConfig(data=data, search=SearchConfig(arch_fraction=0.2))
-    splits = find_splits(config)
-    images = {name: {sample.image for sample in samples} for name, samples in splits.items()}
-    assert len(images["train"]) == 9 and len(images["arch"]) == 2
-    assert not images["train"] & images["arch"]
-    for changes in ({"method": "lora"}, {"search": SearchConfig(simultaneous=True)}):
-        whole = find_splits(dataclasses.replace(config, **changes))
-        assert len(whole["train"]) == 11 and "arch" not in whole
-    shared = find_splits(dataclasses.replace(config, search=SearchConfig(arch_fraction=0)))
-    assert shared["arch"] == shared["train"]
+def epoch_images(arch_data, train=10, arch=0, **changes):
+    config = SearchConfig(arch_data=arch_data, search_start=1, **changes)
+    return EpochImages(config, train, arch, searches=True, seed=3)
+
+
+def test_redraw_takes_another_part_each_epoch_and_leaves_the_weights_all_images():
+    images = epoch_images("redraw")
+    drawn = [tuple(images.of_alpha(epoch)) for epoch in range(4)]
+    assert len(set(drawn)) > 1 and all(len(set(part)) == 2 for part in drawn)
+    assert [list(images.of_weights(epoch)) for epoch in range(4)] == [list(range(10))] * 4
+    assert list(epoch_images("redraw", arch_fraction=1.0).of_alpha(0)) == list(range(10))
+    assert list(epoch_images("redraw", train=1).of_alpha(0)) == [0]
+
+
+def test_rotate_leaves_out_the_part_of_its_epoch():
+    images = epoch_images("rotate")
+    assert list(images.of_weights(0)) == list(range(10))  # alpha takes no steps yet
+    parts = [set(images.of_alpha(epoch)) for epoch in (1, 2, 3)]
+    assert len({frozenset(part) for part in parts}) > 1
+    for epoch, part in zip((1, 2, 3), parts, strict=True):
+        weights = images.of_weights(epoch)
+        assert set(weights) == set(range(10)) - part and len(weights) == 10
+
+
+def test_hold_out_never_shows_its_part_to_the_weights():
+    images = epoch_images("hold-out")
+    part = set(images.of_alpha(0))
+    for epoch in range(3):
+        weights = images.of_weights(epoch)
+        assert set(images.of_alpha(epoch)) == part and len(part) == 2
+        assert set(weights) == set(range(10)) - part and len(weights) == 10
+    assert list(images.of_weights(0)) != list(images.of_weights(1))  # other images come twice
+
+
+def test_the_datas_own_split_takes_no_weight_steps_away():
+    images = epoch_images(None, train=8, arch=3)
+    assert list(images.of_alpha(5)) == [0, 1, 2]
+    assert len(images.of_weights(0)) == 11 and set(images.of_weights(0)) == set(range(8))
+
+
+def test_a_single_image_cannot_be_held_out():
+    with pytest.raises(UserError, match="at least 2"):
+        epoch_images("hold-out", train=1).of_alpha(0)
+
+
+@pytest.mark.parametrize("arch_data", ["redraw", "rotate", "hold-out"])
+def test_every_choice_takes_as_many_weight_steps(make_search, arch_data):
+    search, steps = make_search(arch_data=arch_data), []
+    watch(search, "weights", steps.append)
+    search.run()
+    assert len(steps) == 6  # of 11 images in batches of four, twice
+
+
+def test_the_own_split_joins_the_training_images_unless_alpha_takes_it(data, make_data, tmp_path):
+    own = make_data(tmp_path / "own", train=3, arch=2, val=1, test=1)
+    config = RunConfig(data=own)
+    for arch_data in (None, "split"):
+        chosen = SearchConfig(arch_data=arch_data)
+        splits = find_splits(dataclasses.replace(config, search=chosen))
+        assert len(splits["train"]) == 3 and len(splits["arch"]) == 2
+    for changes in (
+        {"method": "lora"},
+        {"search": SearchConfig(simultaneous=True)},
+        {"search": SearchConfig(arch_data="redraw")},
+    ):
+        splits = find_splits(dataclasses.replace(config, **changes))
+        assert len(splits["train"]) == 5 and "arch" not in splits
+    with pytest.raises(UserError, match="has no split 'arch'"):
+        find_splits(RunConfig(data=data, search=SearchConfig(arch_data="split")))
+
+
+def test_a_configuration_of_version_0_1_0_keeps_its_meaning():
+    old = {"weight_decay": 1e-3, "arch_fraction": 0.2}
+    config = SearchConfig.from_dict(old)
+    assert config == SearchConfig(
+        arch_data="hold-out", optimizer="adam", weight_decay=1e-3, cell_weight_decay=1e-3,
+        alpha_schedule="constant", alpha_weight_decay=1e-3,
+    )  # fmt: skip
+    everything = SearchConfig.from_dict({**old, "arch_fraction": 0.0})
+    assert (everything.arch_data, everything.arch_fraction) == ("redraw", 1.0)
+    assert SearchConfig.from_dict(dataclasses.asdict(SearchConfig())) == SearchConfig()
+
+
+def test_the_cell_has_a_rate_and_a_decay_of_its_own(make_search):
+    search, rates = make_search(cell_learning_rate=2 * RATE, cell_weight_decay=0.5), []
+    watch(search, "weights", lambda g: rates.append([p["lr"] for p in g.optimizer.param_groups]))
+    others, cell = search.weights.optimizer.param_groups
+    assert {id(p) for p in cell["params"]} == {id(p) for p in cell_parameters(search.model)}
+    assert (others["weight_decay"], cell["weight_decay"]) == (1e-4, 0.5)
+    search.run()
+    assert all(second == pytest.approx(2 * first) for first, second in rates) and len(rates) == 6
 
 
 def test_resample_draws_channels_anew_each_epoch(make_search):
@@ -390,34 +471,39 @@ def test_schedules(make_search, schedule, factor):
     watch(search, "architecture", lambda g: alpha_rates.append(g.optimizer.param_groups[0]["lr"]))
     search.run()
     assert rates == pytest.approx([RATE * factor(step / 6) for step in range(6)])
-    assert alpha_rates == [ALPHA_RATE]
+    assert alpha_rates == [ALPHA_RATE * factor(0.5)]
     recorded = [record.learning_rate for record in search.history]
     assert recorded == pytest.approx([RATE, RATE * factor(0.5)])
 
 
 @pytest.mark.parametrize(
-    "changes, rate",
+    "changes, rates",
     [
-        ({}, 0.5 / 1),  # the one step of epoch 1
-        ({"epochs": 4, "batch_size": 1}, 0.5 / 6),  # two steps in each of the epochs 1, 2 and 3
-        ({"epochs": 1, "simultaneous": True}, 0.5 / 3),  # one step a batch of the 11 images
-        ({"alpha_learning_rate": 0.5}, 0.5),
+        ({}, [0.5]),  # the one step of epoch 1
+        # Two steps in each of the epochs 1, 2 and 3.
+        ({"epochs": 4, "batch_size": 1}, [0.5 / 15 * part for part in (6, 5, 4, 3, 2, 1)]),
+        ({"epochs": 4, "batch_size": 1, "alpha_schedule": "constant"}, [0.5 / 6] * 6),
+        # One step a batch of the 11 images.
+        ({"epochs": 1, "simultaneous": True}, [0.5 / 6 * part for part in (3, 2, 1)]),
+        ({"alpha_learning_rate": 0.5, "alpha_schedule": "constant"}, [0.5]),
     ],
 )
-def test_the_rate_of_alpha_fits_the_number_of_its_steps(make_search, monkeypatch, changes, rate):
+def test_the_rates_of_alpha_add_up(make_search, monkeypatch, changes, rates):
     # So short a run would otherwise be at the upper bound.
     monkeypatch.setattr("naslora.training.search.ALPHA_TRAVEL", 0.5)
     monkeypatch.setattr("naslora.training.search.MAX_ALPHA_RATE", 1.0)
-    search, rates = make_search(**{"alpha_learning_rate": None, **changes}), []
-    watch(search, "architecture", lambda g: rates.append(g.optimizer.param_groups[0]["lr"]))
+    search, seen = make_search(**{"alpha_learning_rate": None, **changes}), []
+    watch(search, "architecture", lambda g: seen.append(g.optimizer.param_groups[0]["lr"]))
     search.run()
-    assert rates == [rate] * len(rates) != []
+    assert seen == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("travel, rate", [(1e-6, 3e-4), (1e6, 0.1)])
 def test_the_rate_of_alpha_is_bounded(make_search, monkeypatch, travel, rate):
     monkeypatch.setattr("naslora.training.search.ALPHA_TRAVEL", travel)
-    search = make_search(alpha_learning_rate=None, search_start=0, epochs=1)
+    search = make_search(
+        alpha_learning_rate=None, alpha_schedule="constant", search_start=0, epochs=1
+    )
     search.run()
     assert search.architecture.optimizer.param_groups[0]["lr"] == rate
 
@@ -535,7 +621,9 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(make_search):
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"batch_size": 0}, "batch_size"),
-        ({"arch_fraction": 1.0}, r"arch_fraction must lie in \[0, 1\)"),
+        ({"arch_fraction": 0.0}, r"arch_fraction must lie in \(0, 1\]"),
+        ({"arch_fraction": 1.0, "arch_data": "rotate"}, "leaves no images for the weights"),
+        ({"arch_data": "half"}, "arch_data must be one of redraw, rotate, hold-out, split, got"),
         ({"learning_rate": math.nan}, "learning_rate must be finite"),
         ({"alpha_weight_decay": -1.0}, "alpha_weight_decay must be finite and not negative"),
         ({"lambda_cls": math.inf}, "lambda_cls"),

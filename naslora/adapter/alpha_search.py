@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from naslora.adapter import checks
-from naslora.adapter.injection import arch_parameters
+from naslora.adapter.injection import arch_parameters, cell_parameters
 from naslora.adapter.modules import check_model
 from naslora.adapter.wrappers import unwrap
 from naslora.errors import UserError
@@ -34,19 +34,25 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
 def param_groups(
     model: nn.Module, lr: float, alpha_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: the weights, and alpha if it has a rate.
+    """Groups for an optimizer: the weights, the cells' weights, and alpha if it has a rate.
 
     Args:
         model: an adapted model.
         lr: learning rate of the weights.
         alpha_lr: learning rate of alpha; None leaves alpha to an ``AlphaSearch``.
-        weight_decay: of the weights. Alpha has none: Adam scales the decay up to the size of its
-            small gradients, and the search would be undone.
+        weight_decay: of the weights. The cells and alpha have none: Adam scales the decay up to
+            the size of their small gradients, and the search would be undone.
 
     Returns:
-        The weights' group, then alpha's, if ``alpha_lr`` is given and the model has alpha.
+        The group of the weights without the cells'; the cells', if the model has cells; alpha's,
+        if ``alpha_lr`` is given and the model has alpha.
     """
-    groups = [{"params": weight_parameters(model), "lr": lr, "weight_decay": weight_decay}]
+    cells = [parameter for parameter in cell_parameters(model) if parameter.requires_grad]
+    own = {id(parameter) for parameter in cells}
+    weights = [p for p in weight_parameters(model) if id(p) not in own]
+    groups = [{"params": weights, "lr": lr, "weight_decay": weight_decay}]
+    if cells:
+        groups.append({"params": cells, "lr": lr, "weight_decay": 0.0})
     alphas = arch_parameters(model)
     if alpha_lr is not None and alphas:
         groups.append({"params": alphas, "lr": alpha_lr, "weight_decay": 0.0})

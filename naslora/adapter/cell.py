@@ -91,17 +91,18 @@ class LinearCell(Cell):
     """
 
     # With this gain on the four convolutions, average, maximum and skip add up to one on a
-    # locally constant map while alpha is uniform: (4 * 5/4 + 3) / 8 = 1.
+    # locally constant map while alpha is uniform: (4 * 5/4 + 3) / 8 = 1. A greater weight of the
+    # skip connection leaves the sum as it is, because the others sink together.
     IDENTITY_GAIN = 5 / 4
     IDENTITY_NOISE = 0.02
 
     def __init__(self, channels: int, init: CellInit, generator: torch.Generator) -> None:
         super().__init__()
         self.spatial = 1.0
-        make = self._near_identity if init == "identity" else self._kaiming
+        make = self._kaiming if init == "kaiming" else self._near_identity
         kernels = [make(channels, conv.kernel, generator) for conv in CONVOLUTIONS]
         self.dw_sep3, self.dw_sep5, self.dw_dil3, self.dw_dil5 = kernels
-        if init == "identity":
+        if init != "kaiming":
             pw = torch.eye(channels).repeat(len(CONVOLUTIONS), 1, 1) * self.IDENTITY_GAIN
             pw += self.IDENTITY_NOISE * torch.randn(pw.shape, generator=generator)
         else:

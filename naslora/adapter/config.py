@@ -12,7 +12,7 @@ from naslora.adapter import checks
 from naslora.errors import UserError
 
 ChannelSelection = Literal["first", "random", "resample"]
-CellInit = Literal["identity", "kaiming"]
+CellInit = Literal["identity", "skip", "kaiming"]
 Config = TypeVar("Config", bound="MethodConfig")
 
 OUTPUT_FIELDS = ("rank", "lora_alpha", "preset")
@@ -149,8 +149,9 @@ class NASLoRAConfig(MethodConfig):
     """Which channels pass through the cell: the first ones, a random draw, or a new draw each
     epoch."""
     cell_init: CellInit = "identity"
-    """Start of the cell's convolutions: `identity` (near the identity, so that the mixture has gain
-    1) or `kaiming` (kaiming-uniform; the search then starts slower than LoRA)."""
+    """Start of the cell: `identity` (convolutions near the identity, so that the mixture has gain
+    1), `skip` (the same, and alpha favours the skip connection, so that the start is close to
+    LoRA) or `kaiming` (kaiming-uniform convolutions; the search then starts slower than LoRA)."""
     operations: tuple[str, ...] | None = None
     """Which of the eight operations the cell mixes, for ablations; None means all."""
     seed: int = 0

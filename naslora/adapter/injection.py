@@ -3,7 +3,6 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from naslora.adapter import checks
@@ -11,7 +10,7 @@ from naslora.adapter.base_state import override_save_pretrained
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.frozen_norms import keep_frozen
 from naslora.adapter.grid import place_hint
-from naslora.adapter.layer import NASLoRALinear
+from naslora.adapter.layer import NASLoRALinear, layer_generator
 from naslora.adapter.modules import NAMED, adapter_layers, check_model, replace_module
 from naslora.errors import UserError
 
@@ -22,8 +21,9 @@ def inject(
     """Replaces the matching nn.Linear layers by ``NASLoRALinear``, in place; freezes all else.
 
     Frozen batch norms stay in evaluation mode from then on, also after ``model.train()``. Norms
-    that are made trainable later follow the next ``model.train()``. Every random number comes from
-    ``config.seed``: the same model and configuration give the same adapter on every device.
+    that are made trainable later follow the next ``model.train()``. A layer's random
+    numbers come from ``config.seed`` and its name: the same model and configuration give the same
+    adapter on every device.
 
     Args:
         model: any model whose target layers see (B, H, W, C) or (B, N, C) token grids.
@@ -78,8 +78,10 @@ def build_layers(
 ) -> dict[str, NASLoRALinear]:
     """New layers around the targets, by the targets' names. The model is not changed, except that
     the targets are frozen."""
-    generator = torch.Generator().manual_seed(config.seed)
-    layers = {name: NASLoRALinear(base, config, generator) for name, base in targets.items()}
+    layers = {
+        name: NASLoRALinear(base, config, layer_generator(config.seed, name))
+        for name, base in targets.items()
+    }
     for name, layer in layers.items():
         place_hint(model, name, layer)
     return layers
@@ -138,6 +140,12 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         for name, parameter in layer.named_parameters()
         if name != "alpha" and not name.startswith("base.")
     ]
+
+
+def cell_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the cells' operations; empty for plain LoRA."""
+    cells = [layer.cell for _, layer in adapter_layers(model) if layer.cell is not None]
+    return [parameter for cell in cells for parameter in cell.parameters()]
 
 
 def arch_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """NASLoRALinear: a frozen nn.Linear with a searchable low-rank adapter beside it."""
 
+import hashlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,26 @@ from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.grid import Grid, GridHint, as_grid
 from naslora_kernels import OPERATIONS, nas_lora_linear
 from naslora_kernels.cell import Cell as CellTensors
+from naslora_kernels.operations import SKIP
 
 ALPHA_INIT_STD = 1e-3  # the paper starts alpha from a standard normal scaled by 0.001
+SKIP_LEAD = 3.0  # with cell_init "skip": e^3 times the weight of each other operation
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """A layer's own stream of random numbers, a function of the seed and the layer's name.
+
+    Every low-rank method draws lora_A first. So methods with equal seeds and ranks start from equal
+    lora_A in every layer, whatever else they draw.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def draw_lora_A(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
+    """(rank, in_features) start of W_e: kaiming-uniform(a=sqrt(5)), as in PEFT."""
+    bound = in_features**-0.5
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
 
 
 class NASLoRALinear(nn.Module):
@@ -65,9 +84,7 @@ class NASLoRALinear(nn.Module):
         self.scaling = config.scaling
         self.backend = config.backend
         self.grid: Grid | None = None
-        bound = base.in_features**-0.5  # kaiming-uniform(a=sqrt(5)) of a (r, C_in) matrix
-        lora_A = torch.empty(self.rank, base.in_features)
-        self.lora_A = nn.Parameter(lora_A.uniform_(-bound, bound, generator=generator))
+        self.lora_A = nn.Parameter(draw_lora_A(self.rank, base.in_features, generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank))
         self._add_cell(config, generator)
         self.follow_base()
@@ -84,6 +101,8 @@ class NASLoRALinear(nn.Module):
                 self.draw_channels(generator)
             alpha = torch.randn(len(OPERATIONS), generator=generator)
             alpha *= ALPHA_INIT_STD
+            if config.cell_init == "skip":
+                alpha[SKIP] += SKIP_LEAD
             if config.operations is not None:
                 left_out = [i for i, name in enumerate(OPERATIONS) if name not in config.operations]
                 alpha[left_out] = LEFT_OUT

@@ -5,14 +5,16 @@ every worker, with any number of processes, and in a resumed run.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from naslora.data.masks import Sample
 from naslora.errors import UserError
 
-HOLD_OUT, ORDER, FLIP = range(3)
+Entry = TypeVar("Entry")
+
+HOLD_OUT, ORDER, FLIP, REFILL = range(4)
 """Streams of random numbers, one for each use, so that one use does not change another."""
 
 
@@ -20,7 +22,7 @@ def seeded_generator(stream: int, seed: int, *path: int) -> np.random.Generator:
     """Makes the generator for one random choice.
 
     Args:
-        stream: ``HOLD_OUT``, ``ORDER`` or ``FLIP``.
+        stream: one of the constants above.
         seed: any integer.
         path: further integers that the choice depends on, such as the epoch and the index.
     """
@@ -29,14 +31,15 @@ def seeded_generator(stream: int, seed: int, *path: int) -> np.random.Generator:
 
 
 def hold_out(
-    samples: Sequence[Sample], fraction: float, seed: int
-) -> tuple[list[Sample], list[Sample]]:
+    samples: Sequence[Entry], fraction: float, seed: int, *path: int
+) -> tuple[list[Entry], list[Entry]]:
     """Splits samples at random into two parts.
 
     Args:
         samples: the samples to split.
         fraction: share to hold out, in [0, 1). If it is not 0, both parts get at least one sample.
         seed: equal seeds and samples give equal splits.
+        path: further integers that the choice depends on, such as the epoch.
 
     Returns:
         The kept and the held-out samples, both in their original order.
@@ -53,10 +56,33 @@ def hold_out(
             f"no sample can be held out from {len(samples)} training sample(s); "
             "give at least 2, or provide the held-out split"
         )
-    count = min(max(1, round(fraction * len(samples))), len(samples) - 1)
-    chosen = set(seeded_generator(HOLD_OUT, seed).permutation(len(samples))[:count].tolist())
+    chosen = _draw(len(samples), min(_share(fraction, samples), len(samples) - 1), seed, path)
     kept = [sample for i, sample in enumerate(samples) if i not in chosen]
     return kept, [samples[i] for i in sorted(chosen)]
+
+
+def draw_part(samples: Sequence[Entry], fraction: float, seed: int, *path: int) -> list[Entry]:
+    """Draws a part of the samples, at least one, in their original order.
+
+    Arguments as for ``hold_out``; ``fraction`` may be 1.
+    """
+    chosen = _draw(len(samples), _share(fraction, samples), seed, path)
+    return [samples[i] for i in sorted(chosen)]
+
+
+def _share(fraction: float, samples: Sequence[Entry]) -> int:
+    return max(1, round(fraction * len(samples)))
+
+
+def _draw(count: int, size: int, seed: int, path: Sequence[int]) -> set[int]:
+    return set(seeded_generator(HOLD_OUT, seed, *path).permutation(count)[:size].tolist())
+
+
+def refill(indices: Sequence[int], count: int, seed: int, epoch: int) -> list[int]:
+    """The indices, and as many of them again, at random, as are missing to ``count``."""
+    order = seeded_generator(REFILL, seed, epoch).permutation(len(indices))
+    again = np.resize(order, max(count - len(indices), 0)).tolist()
+    return [*indices, *(indices[i] for i in again)]
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -67,7 +93,7 @@ class GlobalBatches(Sampler[list[int]]):
     samples r, r + n, r + 2n, ... of each batch; its share of a small batch may be empty.
 
     Args:
-        count: number of samples.
+        indices: the samples, by their indices in the data set.
         batch_size: number of samples in a batch, over all processes.
         rank: rank of this process, 0 .. world_size - 1.
         world_size: number of processes.
@@ -81,7 +107,7 @@ class GlobalBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        count: int,
+        indices: Sequence[int],
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -92,7 +118,8 @@ class GlobalBatches(Sampler[list[int]]):
             raise UserError(f"the batch size must be at least 1, got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 to world_size - 1 = {world_size - 1}, got {rank}")
-        self.count = count
+        self.indices = indices
+        self.count = len(indices)
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
@@ -112,8 +139,9 @@ class GlobalBatches(Sampler[list[int]]):
         return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(self.count))
+        order = list(self.indices)
         if self.shuffle:
-            order = seeded_generator(ORDER, self.seed, self.epoch).permutation(self.count).tolist()
+            shuffled = seeded_generator(ORDER, self.seed, self.epoch).permutation(self.count)
+            order = [order[i] for i in shuffled]
         for start in range(0, self.count, self.batch_size):
             yield order[start : start + self.batch_size][self.rank :: self.world_size]

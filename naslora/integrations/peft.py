@@ -9,7 +9,6 @@ would build plain LoRA layers and drop the cells.
 
 import dataclasses
 import inspect
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from naslora.adapter.config import CellInit, ChannelSelection, NASLoRAConfig
 from naslora.adapter.frozen_norms import keep_frozen
 from naslora.adapter.grid import place_hint
-from naslora.adapter.layer import NASLoRALinear
+from naslora.adapter.layer import NASLoRALinear, layer_generator
 from naslora.adapter.merging import merge as merge_model
 from naslora.errors import UserError
 
@@ -204,9 +203,7 @@ class NasLoraLinear(nn.Module, LoraLayer):
                 f"{type(config).__name__}"
             )
         settings = config.adapter_config(r, lora_alpha)
-        # Each layer draws numbers of its own. crc32 is the same in every process.
-        seed = settings.seed + zlib.crc32(kwargs.get("target_name", "").encode())
-        generator = torch.Generator().manual_seed(seed)
+        generator = layer_generator(settings.seed, kwargs.get("target_name", ""))
         base = cast(nn.Linear, self.get_base_layer())
         adapter = NasLoraAdapter(base, settings, generator)
         for other in self.adapters()[:1]:  # what the host states of the tokens

@@ -6,7 +6,6 @@ applies GELU and resizes it back. The gate's input is the map's mean. In trainin
 (arXiv 1701.06538), and an auxiliary loss balances the experts.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from naslora.adapter.applied import Method
 from naslora.adapter.config import MethodConfig
 from naslora.adapter.grid import Grid, GridHint, as_grid, place_hint
 from naslora.adapter.injection import find_targets
+from naslora.adapter.layer import draw_lora_A, layer_generator
 from naslora.adapter.modules import replace_module
 from naslora.methods.encoders import beside
 from naslora.methods.low_rank import OUTPUT_FIELDS, LowRankConfig
@@ -82,6 +82,7 @@ class ConvLoRALinear(nn.Module):
         base: the frozen nn.Linear.
         config: the adapter's settings.
         balance: where the layer adds its auxiliary loss.
+        generator: where lora_A comes from. The experts draw from PyTorch's global generator.
 
     Attributes:
         base: the frozen nn.Linear.
@@ -94,14 +95,19 @@ class ConvLoRALinear(nn.Module):
         hint: what the encoder states of the layer's tokens, or None.
     """
 
-    def __init__(self, base: nn.Linear, config: ConvLoRAConfig, balance: Balance) -> None:
+    def __init__(
+        self,
+        base: nn.Linear,
+        config: ConvLoRAConfig,
+        balance: Balance,
+        generator: torch.Generator,
+    ) -> None:
         super().__init__()
         rank = config.rank
         self.balance, self.scaling = balance, config.scaling
         self.grid: Grid | None = None
         self.hint: GridHint | None = None
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(draw_lora_A(rank, base.in_features, generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         self.gate = nn.Parameter(torch.zeros(config.experts, rank))
         self.noise = nn.Parameter(torch.zeros(config.experts, rank))
@@ -210,7 +216,7 @@ def add(encoder: Any, config: ConvLoRAConfig) -> None:
     """
     encoder.balance = balance = Balance()
     for name, base in find_targets(encoder, config.target, config.blocks).items():
-        layer = ConvLoRALinear(base, config, balance)
+        layer = ConvLoRALinear(base, config, balance, layer_generator(config.seed, name))
         place_hint(encoder, name, layer)
         replace_module(encoder, name, layer)
     encoder.register_forward_pre_hook(balance.start)

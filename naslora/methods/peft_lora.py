@@ -5,12 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from naslora.adapter.applied import OWN, Method
 from naslora.adapter.calibration import calibration_batches
 from naslora.adapter.config import MethodConfig
 from naslora.adapter.injection import find_targets
+from naslora.adapter.layer import draw_lora_A, layer_generator
 from naslora.adapter.merge_report import MergeMode, MergeReport
 from naslora.adapter.merging import check_mergeable, replace_by_merged
 from naslora.methods.low_rank import OUTPUT_FIELDS, LowRankConfig
@@ -56,6 +58,7 @@ def add_lora(encoder: Any, config: LoRAConfig) -> None:
     from peft import LoraConfig
 
     _add(encoder, config, LoraConfig(r=config.rank, lora_alpha=_alpha(config)))
+    _draw_lora_A(encoder, config)
 
 
 def add_dora(encoder: Any, config: DoRAConfig) -> None:
@@ -67,6 +70,7 @@ def add_dora(encoder: Any, config: DoRAConfig) -> None:
     from peft import LoraConfig
 
     _add(encoder, config, LoraConfig(r=config.rank, lora_alpha=_alpha(config), use_dora=True))
+    _draw_lora_A(encoder, config)
 
 
 def add_vera(encoder: Any, config: VeRAConfig) -> None:
@@ -89,15 +93,29 @@ def _add(encoder: Any, config: LowRankConfig | VeRAConfig, peft_config: Any) -> 
     get_peft_model(encoder, peft_config)
 
 
+@torch.no_grad()
+def _draw_lora_A(encoder: nn.Module, config: LowRankConfig) -> None:
+    """Replaces PEFT's start of lora_A by the one of ``draw_lora_A``, of the same distribution.
+
+    PEFT draws all layers from one stream, so a layer's numbers would depend on the layers before.
+    """
+    for name, layer in _peft_layers(encoder).items():
+        weight = layer.lora_A["default"].weight
+        generator = layer_generator(config.seed, name)
+        weight.copy_(draw_lora_A(config.rank, layer.in_features, generator))
+
+
+def _peft_layers(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
 def merge(
     model: nn.Module, mode: MergeMode = "exact", calibration: Iterable[Any] | None = None
 ) -> MergeReport:
     """Folds PEFT's layers into the nn.Linear layers they wrap. Every mode is exact."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers: dict[str, Any] = {
-        n: module for n, module in model.named_modules() if isinstance(module, BaseTunerLayer)
-    }
+    layers = _peft_layers(model)
     check_mergeable(model, layers, mode)
     merged = {name: _folded(layer) for name, layer in layers.items()}
     batches = calibration_batches(calibration)

@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from naslora.report.figures import BLUE, GREEN, ORANGE, PURPLE, Drawing, as_array, figure_group
+from naslora.report.figures import (
+    BLUE,
+    GREEN,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    Drawing,
+    as_array,
+    figure_group,
+)
 from naslora.report.html import card, note, section
 from naslora.report.numbers import is_known
 from naslora.report.page import configuration, page_title, write_page
 from naslora.report.row_plots import DOTS_CAPTION, draw_dice, draw_row_axis, plot_height
 from naslora.report.tables import Table, html_table
-from naslora.results import ComparisonRow, MethodNumbers
+from naslora.results import ComparisonRow, MethodNumbers, PairedDifference
 
 Titled = Mapping[str, MethodNumbers]
 """The numbers of the methods that have any, by title, in the order of the table."""
@@ -28,6 +37,8 @@ def write_comparison(
     tables: Mapping[str, Table],
     rows: Sequence[ComparisonRow],
     notes: Sequence[str],
+    reference: str,
+    differences: Sequence[PairedDifference],
 ) -> None:
     """Writes the report of ``naslora compare`` as one self-contained HTML file, atomically.
 
@@ -38,6 +49,8 @@ def write_comparison(
         tables: tables by heading; at least one has rows. A table without rows is left out.
         rows: one record a method, for the cards and the plots.
         notes: paragraphs below the first table, as plain text.
+        reference: title of the method that the others are compared with.
+        differences: what the others gain on it; those without an interval are not drawn.
 
     Raises:
         UserError: the file cannot be created.
@@ -48,7 +61,8 @@ def write_comparison(
         section(name, html_table(table)) for name, table in tables.items() if table.rows
     ]
     known = {row.title: row.numbers for row in rows if row.numbers is not None}
-    plots = section("Plots", _plots(known)) if known else ""
+    forest = _forest(reference, [d for d in differences if d.low is not None])
+    plots = section("Plots", _plots(known, forest)) if known else ""
     paragraphs = "".join(note(escape(text)) for text in notes)
     header = f'<h1>{escape(title)}</h1><dl class="headline">{_best(known)}</dl>'
     body = "".join((first, paragraphs, plots, *others, configuration(config)))
@@ -80,7 +94,7 @@ def _best_card(
     return card(name, form.format(by_title[title]), escape(title))
 
 
-def _plots(known: Titled) -> str:
+def _plots(known: Titled, forest: Sequence[Drawing]) -> str:
     plots = (
         ("dice", DOTS_CAPTION, _draw_dice),
         (
@@ -92,10 +106,34 @@ def _plots(known: Titled) -> str:
         ("memory", "Peak memory of the process that trained.", _draw_memory),
     )
     size = (4.6, plot_height(len(known)))
-    return figure_group(
+    drawings = [
         Drawing(name, caption, partial(_draw_by_method, known=known, draw=draw), size)
         for name, caption, draw in plots
+    ]
+    return figure_group([*forest, *drawings])
+
+
+def _forest(reference: str, differences: Sequence[PairedDifference]) -> list[Drawing]:
+    """The forest plot of the differences; none without an interval."""
+    if not differences:
+        return []
+    caption = (
+        f"Test Dice minus that of {reference}, paired over the seeds: a dot for each seed, the "
+        "mean, and its 95 % confidence interval."
     )
+    draw = partial(_draw_forest, differences=differences)
+    return [Drawing("differences", caption, draw, (4.6, plot_height(len(differences))))]
+
+
+def _draw_forest(axes: Axes, differences: Sequence[PairedDifference]) -> None:
+    axes.axvline(0, color=MUTED, linewidth=1)
+    for place, difference in enumerate(differences):
+        axes.plot(difference.values, [place] * len(difference.values), "o", color=BLUE, alpha=0.4)
+        ends = as_array([difference.low, difference.high])
+        axes.plot(ends, [place, place], color=ORANGE, linewidth=2)
+        axes.plot(as_array([difference.mean]), [place], "D", color=ORANGE, markersize=6)
+    draw_row_axis(axes, [difference.title for difference in differences])
+    axes.set_xlabel("difference in test Dice")
 
 
 def _draw_by_method(

@@ -6,6 +6,7 @@ One cell runs at a time.
 compare.json         the recipe, and what every cell measured
 runs/METHOD/SEED/    the cell's run, as ``naslora train`` leaves it
 table.md, table.csv  one row a method, in the shape of the paper's Tables 1 and 2
+differences.csv      what each method gains on LoRA, paired over the seeds
 report.html          the tables, and plots of them
 """
 
@@ -22,6 +23,7 @@ from naslora.report.comparison_report import write_comparison
 from naslora.results import (
     REPORT,
     CellNumbers,
+    PairedDifference,
     from_json,
     read_record,
     to_json,
@@ -40,6 +42,7 @@ from naslora.study.comparison_table import (
     summarise,
 )
 from naslora.study.measurement import cell_config, find_refusals, run_cell
+from naslora.study.paired import paired_differences, paired_table
 from naslora.study.sweep import CellKey, cell_keys, check_distinct, in_own_process, run_cells
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig, differing
@@ -141,10 +144,7 @@ def _known_cells(config: RunConfig, output: Path, resume: bool) -> dict[CellKey,
         check_output(config, output, resume)
         return {}
     stored = read_record(path, StoredComparison)
-    try:
-        names = differing(stored.recipe, _recipe(config))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a comparison of this version: {error}") from error
+    names = differing(RunConfig.from_dict(stored.recipe).to_dict(), _recipe(config))
     if names:
         raise UserError(
             f"{output} was started with another recipe (it differs in {', '.join(names)}); resume "
@@ -186,16 +186,40 @@ def _write(config: RunConfig, cells: list[Cell], methods: Sequence[str], output:
     write_record(output / RECORD, StoredComparison(_recipe(config), stored))
     shown = [cell for cell in cells if cell.method in methods]
     rows = [summarise(method, [c for c in shown if c.method == method]) for method in methods]
+    reference, differences = _differences(shown, methods)
+    tables = {
+        "Comparison": main_table(rows),
+        f"Differences from {reference}": paired_table(reference, differences),
+        "Dice after merging": merged_table(rows),
+    }
     notes = notes_on(rows, shown)
     write_rows(output / "table.csv", [csv_row(row) for row in rows])
-    write_text(output / "table.md", as_markdown(rows, notes))
+    write_rows(output / "differences.csv", differences)
+    write_text(output / "table.md", as_markdown(tables, notes))
     write_comparison(
         output / REPORT,
         config=_recipe(config),
-        tables={"Comparison": main_table(rows), "Dice after merging": merged_table(rows)},
+        tables=tables,
         rows=rows,
+        reference=reference,
+        differences=differences,
         notes=notes,
     )
+
+
+def _differences(
+    cells: Sequence[Cell], methods: Sequence[str]
+) -> tuple[str, list[PairedDifference]]:
+    """The title of the method that the others are compared with, and their differences from it."""
+    scores: dict[str, dict[int, float]] = {}
+    for method in methods:
+        own = {c.seed: c.numbers.scores.dice for c in cells if c.method == method and c.numbers}
+        known = {seed: dice for seed, dice in own.items() if dice is not None}
+        if known:
+            scores[method] = known
+    titles = {method: METHODS[method].title for method in methods}
+    reference, differences = paired_differences(scores, titles)
+    return METHODS[reference].title, differences
 
 
 # ---- Messages ------------------------------------------------------------------------------------

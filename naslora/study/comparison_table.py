@@ -1,7 +1,7 @@
 """The tables of a comparison: one row a method, in the shape of the paper's Tables 1 and 2."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,10 +161,12 @@ def merged_table(rows: Sequence[ComparisonRow]) -> Table:
     )
 
 
-def as_markdown(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> str:
-    """The tables that have rows, and the notes below them."""
-    tables = [table for table in (main_table(rows), merged_table(rows)) if table.rows]
-    return "\n\n".join([*map(markdown_table, tables), *notes]) + "\n"
+def as_markdown(tables: Mapping[str, Table], notes: Sequence[str]) -> str:
+    """The tables that have rows, below their headings but for the first, and the notes."""
+    filled = [(name, markdown_table(table)) for name, table in tables.items() if table.rows]
+    (_, first), *others = filled
+    sections = [first, *(f"**{name}**\n\n{text}" for name, text in others)]
+    return "\n\n".join([*sections, *notes]) + "\n"
 
 
 # ---- Notes ---------------------------------------------------------------------------------------

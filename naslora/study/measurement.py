@@ -80,7 +80,8 @@ def run_cell(config: RunConfig, directory: Path) -> CellNumbers:
     load = os.getloadavg()[0]
     device = make_accelerator(config.search).device
     memory = peak_memory(device)  # before the copies below
-    images = (result.images or {})["train"]
+    splits = result.images or {}
+    images = splits["train"] + splits.get("arch", 0)  # the weight steps of an epoch take as many
     weights, everything = training_seconds(read_rows(directory / HISTORY, Epoch), images)
     if result.parameters is None or result.test is None or result.best_epoch is None:
         raise UserError(f"the run in {directory} reports no counts or no test scores")

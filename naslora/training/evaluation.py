@@ -63,7 +63,7 @@ def evaluate(
     """
     model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
-    batches = GlobalBatches(len(dataset), batch_size, rank, world, shuffle=False)
+    batches = GlobalBatches(range(len(dataset)), batch_size, rank, world, shuffle=False)
     saliency = any(METRICS[name].saliency for name in metrics)
     records = []
     for batch in make_loader(dataset, batches, workers, accelerator):

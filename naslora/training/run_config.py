@@ -124,7 +124,7 @@ class RunConfig:
             for name in ("class_names", "palette", "metrics"):
                 values[name] = tuple(values[name]) if values[name] is not None else None
             values["adapter"] = NASLoRAConfig.from_dict(values["adapter"])
-            values["search"] = SearchConfig(**values["search"])
+            values["search"] = SearchConfig.from_dict(values["search"])
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise UserError(f"this is no run configuration of this version: {error}") from error

@@ -15,8 +15,8 @@ from torch import Tensor
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import count_differences, load_splits
+from naslora.data.layouts import OPTIONAL_SPLIT
 from naslora.data.masks import Sample, check_samples, in_threads
-from naslora.data.sampling import hold_out
 from naslora.errors import UserError
 from naslora.training.run_config import RunConfig
 
@@ -54,12 +54,13 @@ def prepare_data(config: RunConfig, accelerator: Accelerator) -> dict[str, Segme
 
 
 def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
-    """Finds the samples of each split: ``train``, ``val``, ``test`` and, for alpha steps, ``arch``.
+    """Finds the samples of each split: ``train``, ``val`` and ``test``.
 
-    ``arch`` is present exactly when the method takes alpha steps of their own.
+    ``arch`` is present if the method takes alpha steps on the data's own split. Otherwise those
+    images are training images like the others.
 
     Raises:
-        UserError: no data is given, or as ``load_splits``.
+        UserError: no data is given, ``arch_data`` is `split` and there is none; as ``load_splits``.
     """
     root = config.data or config.root
     if root is None:
@@ -72,14 +73,15 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
             f"naslora: warning: {root} is not the paper's {config.dataset}: {listed}",
             file=sys.stderr,
         )
-    if not config.searches or config.search.simultaneous:
-        # No alpha steps of their own: these images are training images like the others.
-        splits["train"] = splits["train"] + splits.pop("arch", [])
-    elif config.search.arch_fraction == 0:
-        splits.setdefault("arch", splits["train"])
-    elif "arch" not in splits:
-        fraction, seed = config.search.arch_fraction, config.adapter.seed
-        splits["train"], splits["arch"] = hold_out(splits["train"], fraction, seed)
+    wanted = config.search.arch_data
+    if wanted == "split" and OPTIONAL_SPLIT not in splits:
+        raise UserError(
+            f"arch_data is split, but {root} has no split {OPTIONAL_SPLIT!r}; add one, or choose "
+            "redraw"
+        )
+    searches = config.searches and not config.search.simultaneous
+    if not searches or wanted not in ("split", None):
+        splits["train"] = splits["train"] + splits.pop(OPTIONAL_SPLIT, [])
     return splits
 
 

@@ -2,8 +2,8 @@
 
 Two optimizers share one model. Stage 1 trains the weights (mask decoder, lora_A, lora_B, the
 operations' weights) with alpha frozen. In stage 2 every epoch takes weight steps over the training
-split, then alpha steps over the split for the architecture. The search is first order; nothing is
-decoded or re-trained afterwards.
+images, then alpha steps over the images that ``EpochImages`` gives alpha. The search is first
+order; nothing is decoded or re-trained afterwards.
 
 Every random choice is a function of (seed, epoch, sample), and gradients are sums over the batch
 divided by its size. So the result does not depend on how many processes or forward passes share a
@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from naslora.adapter.annealing import fixed, set_spatial, spatial_share
 from naslora.adapter.cell import mixture_entropy
-from naslora.adapter.injection import arch_parameters
+from naslora.adapter.injection import arch_parameters, cell_parameters
 from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import save_adapter, trained_state
 from naslora.data.dataset import SegmentationDataset
@@ -44,14 +44,14 @@ from naslora.results import (
     to_json,
 )
 from naslora.sam.segmentation import SamForSegmentation
+from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader
 from naslora.training.progress import SearchProgress, epoch_line, log_epoch
-from naslora.training.search_config import SearchConfig
+from naslora.training.search_config import Schedule, SearchConfig
 from naslora.training.step import Group, LossNotFiniteError, train_pass
 from naslora_kernels import OPERATIONS
 
-# Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps;
-# docs/experiments.md has the measurements behind them.
+# Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps.
 PAPER_ALPHA_RATE, MAX_ALPHA_RATE = 3e-4, 0.1
 ALPHA_TRAVEL = 2.0
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -62,7 +62,7 @@ class Search:
 
     Args:
         model: its parameters that require gradients are trained.
-        data: the splits ``train`` and ``val``, and ``arch`` where alpha has steps of its own.
+        data: the splits ``train`` and ``val``, and ``arch`` where alpha has images of its own.
         config: how to train.
         seed: seed of the order of the images.
         directory: where checkpoints and TensorBoard files go.
@@ -73,6 +73,7 @@ class Search:
         epoch: the current epoch, counted from 0.
         history: the finished epochs.
         operations: the mixtures before training and after every epoch.
+        images: which images an epoch's steps take.
         layers: the adapted layers with their names.
         alphas: the architecture parameters; empty for a method without them.
         best_quality: the greatest ``Epoch.quality`` so far.
@@ -80,7 +81,8 @@ class Search:
         architecture: alpha and its optimizer; None for a method without alpha.
 
     Raises:
-        UserError: annealing is asked for, but no cell can be annealed.
+        UserError: annealing is asked for, but no cell can be annealed; no image can be held out
+            for alpha.
     """
 
     def __init__(
@@ -103,6 +105,9 @@ class Search:
         self.layers = list(adapter_layers(model))
         self.alphas = arch_parameters(model)
         self.operations = [self._mixture(epoch=-1)]
+        arch = len(data["arch"]) if "arch" in data else 0
+        own_steps = bool(self.alphas) and not config.simultaneous
+        self.images = EpochImages(config, len(data["train"]), arch, own_steps, seed)
         self.weights = self._weight_group()
         self.architecture = self._architecture_group() if self.alphas else None
         self.progress = SearchProgress()
@@ -112,48 +117,63 @@ class Search:
     # ---- Optimizers ------------------------------------------------------------------------------
 
     def _weight_group(self) -> Group:
-        config, alphas = self.config, {id(alpha) for alpha in self.alphas}
-        weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in alphas]
+        """The weights in two parameter groups: the cells' weights are the second."""
+        config = self.config
+        cell = [p for p in cell_parameters(self.model) if p.requires_grad]
+        others = {id(parameter) for parameter in [*cell, *self.alphas]}
+        weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in others]
+        rate = config.cell_learning_rate
+        parameters = [
+            {"params": weights, "weight_decay": config.weight_decay},
+            {
+                "params": cell,
+                "lr": config.learning_rate if rate is None else rate,
+                "weight_decay": config.cell_weight_decay,
+            },
+        ]
         optimizer = OPTIMIZERS[config.optimizer](
-            weights, lr=config.learning_rate, weight_decay=config.weight_decay
+            parameters if cell else parameters[:1], lr=config.learning_rate
         )
-        return Group(weights, optimizer, config.clip_norm)
+        return Group(weights + cell, optimizer, config.clip_norm, config.schedule)
 
     def _architecture_group(self) -> Group:
-        optimizer = torch.optim.Adam(
+        config = self.config
+        optimizer = OPTIMIZERS[config.optimizer](
             self.alphas,
             lr=self._alpha_learning_rate(),
-            weight_decay=self.config.alpha_weight_decay,
+            weight_decay=config.alpha_weight_decay,
             betas=(0.5, 0.999),
         )
-        return Group(self.alphas, optimizer, clip_norm=0.0)
+        return Group(self.alphas, optimizer, 0.0, config.alpha_schedule or config.schedule)
 
     @property
     def groups(self) -> list[Group]:
         """All groups that train."""
         return [self.weights] if self.architecture is None else [self.weights, self.architecture]
 
-    def _set_learning_rate(self, groups: list[Group], part: float) -> None:
-        """Sets the weights' rate after ``part`` of the current epoch, if the weights train."""
-        if any(group is self.weights for group in groups):
-            self.weights.optimizer.param_groups[0]["lr"] = self._learning_rate(part)
+    def _set_learning_rates(self, groups: list[Group], part: float) -> None:
+        """Sets the rates of the groups after ``part`` of the current epoch."""
+        for group in groups:
+            group.set_rate(self._factor(group.schedule, self.epoch, part))
 
-    def _learning_rate(self, part: float) -> float:
-        """The weights' rate after ``part`` of the current epoch."""
-        done = (self.epoch + part) / self.config.epochs
-        factor = {
-            "linear": 1 - done,
-            "cosine": (1 + math.cos(math.pi * done)) / 2,
-            "constant": 1.0,
-        }
-        return self.config.learning_rate * factor[self.config.schedule]
+    def _factor(self, schedule: Schedule, epoch: int, part: float) -> float:
+        """What a rate is multiplied by after ``part`` of an epoch."""
+        return self.config.factor(schedule, (epoch + part) / self.config.epochs)
 
     def _alpha_learning_rate(self) -> float:
-        """Adam's rate for alpha: the configured one, or one that fits the number of steps."""
-        if self.config.alpha_learning_rate is not None:
-            return self.config.alpha_learning_rate
-        steps = sum(self._alpha_steps(epoch) for epoch in range(self.config.epochs))
-        return min(max(PAPER_ALPHA_RATE, ALPHA_TRAVEL / max(steps, 1)), MAX_ALPHA_RATE)
+        """The rate of alpha at the start: the configured one, or one that fits the steps."""
+        config = self.config
+        if config.alpha_learning_rate is not None:
+            return config.alpha_learning_rate
+        schedule = config.alpha_schedule or config.schedule
+        steps = {epoch: self._alpha_steps(epoch) for epoch in range(config.epochs)}
+        factors = sum(
+            self._factor(schedule, epoch, step / count)
+            for epoch, count in steps.items()
+            for step in range(count)
+        )
+        rate = ALPHA_TRAVEL / factors if factors else MAX_ALPHA_RATE
+        return min(max(PAPER_ALPHA_RATE, rate), MAX_ALPHA_RATE)
 
     # ---- Stages and steps ------------------------------------------------------------------------
 
@@ -166,16 +186,19 @@ class Search:
         """How many steps of an epoch update alpha."""
         if not self._searches(epoch):
             return 0
-        return self._steps("train" if self.config.simultaneous else "arch")
+        return self._weight_steps() if self.config.simultaneous else self._own_alpha_steps()
 
-    def _steps(self, split: str) -> int:
-        return -(-len(self.data[split]) // self.config.batch_size)
+    def _weight_steps(self) -> int:
+        return -(-self.images.per_epoch // self.config.batch_size)
+
+    def _own_alpha_steps(self) -> int:
+        """How many steps an epoch of the search takes for alpha alone."""
+        return -(-self.images.alpha_count() // self.config.batch_size)
 
     def _steps_left(self) -> int:
         """Batches with a backward, from the current epoch to the last."""
-        own_steps = 0 if self.config.simultaneous else 1
         return sum(
-            self._steps("train") + own_steps * self._alpha_steps(epoch)
+            self._weight_steps() + (self._own_alpha_steps() if self._searches(epoch) else 0)
             for epoch in range(self.epoch, self.config.epochs)
         )
 
@@ -212,11 +235,13 @@ class Search:
         spatial = spatial_share(epoch, config.epochs, config.anneal_epochs)
         set_spatial(self.model, spatial)
         started = time.perf_counter()
-        train_loss = self._optimise(self.groups if config.simultaneous else [self.weights], "train")
+        groups = self.groups if config.simultaneous else [self.weights]
+        train_loss = self._optimise(groups, "train", self.images.of_weights(epoch))
         weights_done = time.perf_counter()
         arch_loss = None
         if self.architecture is not None and self._searches(epoch) and not config.simultaneous:
-            arch_loss = self._optimise([self.architecture], "arch")
+            split = "arch" if "arch" in self.data else "train"
+            arch_loss = self._optimise([self.architecture], split, self.images.of_alpha(epoch))
         arch_done = time.perf_counter()
         scores = self.evaluate("val")
         if scores.loss is None or not math.isfinite(
@@ -234,7 +259,7 @@ class Search:
             val_dice=scores.dice,
             val_iou=scores.iou,
             val_accuracy=scores.accuracy,
-            learning_rate=self._learning_rate(0),
+            learning_rate=config.learning_rate * self._factor(config.schedule, epoch, 0),
             entropy=self._entropy(),
             seconds=PhaseSeconds(
                 weights=weights_done - started,
@@ -243,10 +268,10 @@ class Search:
             ),
         )
 
-    def _optimise(self, groups: list[Group], split: str) -> float:
-        """Takes one epoch of steps over a split; returns the mean loss of its images."""
+    def _optimise(self, groups: list[Group], split: str, images: Sequence[int]) -> float:
+        """Takes one epoch of steps over images of a split; returns their mean loss."""
         self._seed_noise()
-        batches = self._batches(split)
+        batches = self._batches(split, images)
         loader = make_loader(self.data[split], batches, self.config.workers, self.accelerator)
         self.progress.start_pass(f"epoch {self.epoch + 1}/{self.config.epochs}")
         try:
@@ -259,7 +284,7 @@ class Search:
                 self.config.loss,
                 self.config.accumulation,
                 self.accelerator,
-                before_step=partial(self._set_learning_rate, groups),
+                before_step=partial(self._set_learning_rates, groups),
                 after_step=self.progress.advance,
             )
         except LossNotFiniteError as error:
@@ -287,11 +312,10 @@ class Search:
 
     # ---- Random choices --------------------------------------------------------------------------
 
-    def _batches(self, split: str) -> GlobalBatches:
-        """This epoch's batches of a split. Sets the epoch on which the split's flips depend."""
+    def _batches(self, split: str, images: Sequence[int]) -> GlobalBatches:
+        """This epoch's batches of images of a split. Sets the epoch on which their flips depend."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        count = len(self.data[split])
-        batches = GlobalBatches(count, self.config.batch_size, rank, world, seed=self.seed)
+        batches = GlobalBatches(images, self.config.batch_size, rank, world, seed=self.seed)
         batches.set_epoch(self.epoch)
         self.data[split].set_epoch(self.epoch)
         return batches

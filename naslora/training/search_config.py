@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 
 Optimizer = Literal["adam", "adamw"]
+
+
+ArchData = Literal["redraw", "rotate", "hold-out", "split"]
 
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -29,26 +32,38 @@ class SearchConfig:
     """First epoch (T1, counted from 0) that also updates alpha."""
     simultaneous: bool = False
     """Ablation: update weights and alpha together, on the training split, from epoch 0."""
+    arch_data: ArchData | None = None
+    """Images of the alpha steps: `redraw`, a part of the training images drawn anew each epoch;
+    `rotate`, the same, but that epoch's weight steps leave it out; `hold-out`, a fixed part that
+    the weights never see; `split`, the data's own `arch` split. None is `split` if the data has
+    one, else `redraw`. An epoch has equally many weight steps with each of them."""
     arch_fraction: float = 0.2
-    """Share of the training images held out for alpha, if the data has no `arch` split. With 0 the
-    alpha steps use the training images."""
+    """Size of that part, as a share of the training images."""
     batch_size: int = 4
     """Images per optimizer step, over all processes."""
     accumulation: int = 1
     """Forward passes over which a process spreads its share of a batch."""
-    optimizer: Optimizer = "adam"
-    """Optimizer of the weights: `adam`, or `adamw` with decoupled weight decay."""
+    optimizer: Optimizer = "adamw"
+    """Optimizer of the weights and of alpha: `adamw` with decoupled weight decay, or `adam`, which
+    adds the decay to the gradients."""
     learning_rate: float = 1e-4
     """Learning rate of the weights at the start."""
     weight_decay: float = 1e-4
-    """Weight decay of the weights."""
+    """Weight decay of the weights, without the cell's."""
+    cell_learning_rate: float | None = None
+    """Learning rate of the cell's weights at the start. None takes that of the other weights."""
+    cell_weight_decay: float = 0.0
+    """Weight decay of the cell's weights."""
     schedule: Schedule = "linear"
-    """How the rate of the weights falls: to zero at the end, or not at all (`constant`)."""
+    """How the rates fall: to zero at the end of training, or not at all (`constant`)."""
     alpha_learning_rate: float | None = None
-    """Adam's constant rate for alpha. None fits it to the number of alpha steps, so that small sets
-    search too: 2 / steps, but at least 3e-4 (the paper's) and at most 0.1."""
-    alpha_weight_decay: float = 1e-3
-    """Adam's weight decay of alpha."""
+    """Rate of alpha at the start of training. None fits it to the number of alpha steps, so that
+    small sets search too: the rates of all steps add up to 2, but it is at least 3e-4 (the paper's)
+    and at most 0.1."""
+    alpha_schedule: Schedule | None = None
+    """How alpha's rate falls. None takes `schedule`."""
+    alpha_weight_decay: float = 0.0
+    """Weight decay of alpha."""
     anneal_epochs: int = 0
     """Number of last epochs that anneal the cell to its pointwise part, so that merging with
     `center` is exact. The share of the neighbours falls over the first half of them and is zero
@@ -85,11 +100,12 @@ class SearchConfig:
             )
         if self.batch_size < 1 or self.accumulation < 1:
             raise UserError("batch_size and accumulation must be at least 1")
-        if not 0 <= self.arch_fraction < 1:
-            raise UserError(f"arch_fraction must lie in [0, 1), got {self.arch_fraction}")
+        self._check_arch_data()
         for name in (
             "learning_rate",
             "weight_decay",
+            "cell_learning_rate",
+            "cell_weight_decay",
             "alpha_learning_rate",
             "alpha_weight_decay",
             "clip_norm",
@@ -102,14 +118,55 @@ class SearchConfig:
         for name, choices in (
             ("optimizer", Optimizer),
             ("schedule", Schedule),
+            ("alpha_schedule", Schedule),
+            ("arch_data", ArchData),
             ("class_loss", ClassLoss),
             ("mixed_precision", Precision),
         ):
-            if getattr(self, name) not in get_args(choices):
+            optional = name in ("alpha_schedule", "arch_data")
+            allowed = (*get_args(choices), None) if optional else get_args(choices)
+            if getattr(self, name) not in allowed:
                 raise UserError(
                     f"{name} must be one of {', '.join(get_args(choices))}, "
                     f"got {getattr(self, name)!r}"
                 )
+
+    def _check_arch_data(self) -> None:
+        if not 0 < self.arch_fraction <= 1:
+            raise UserError(f"arch_fraction must lie in (0, 1], got {self.arch_fraction}")
+        if self.arch_fraction == 1 and self.arch_data in ("rotate", "hold-out"):
+            raise UserError(
+                f"arch_fraction 1 leaves no images for the weights with arch_data {self.arch_data}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SearchConfig":
+        """The configuration that a run's file holds.
+
+        Version 0.1.0 had fewer settings. Those that its files lack get the values that it used.
+
+        Raises:
+            UserError: a field is out of range.
+            TypeError: a field is unknown.
+        """
+        if "arch_data" not in values:
+            fraction = values.get("arch_fraction", 0.2)
+            values = {
+                "arch_data": "hold-out" if fraction else "redraw",
+                "optimizer": "adam",
+                "cell_weight_decay": values.get("weight_decay", 1e-4),
+                "alpha_schedule": "constant",
+                "alpha_weight_decay": 1e-3,
+                **values,
+                "arch_fraction": fraction or 1.0,
+            }
+        return cls(**values)
+
+    def factor(self, schedule: Schedule, done: float) -> float:
+        """What a rate is multiplied by after the share ``done`` of all epochs, in [0, 1]."""
+        if schedule == "linear":
+            return 1 - done
+        return (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1.0
 
     def loss(self, output: SegmentationOutput, target: Tensor) -> Tensor:
         """The loss of a batch, as ``segmentation_loss``."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from naslora.data.sampling import GlobalBatches
 from naslora.methods import auxiliary_loss
 from naslora.sam.segmentation import SegmentationOutput
+from naslora.training.search_config import Schedule
 
 Loss = Callable[[SegmentationOutput, Tensor], Tensor]
 
@@ -28,6 +29,13 @@ class Group(NamedTuple):
     optimizer: torch.optim.Optimizer
     clip_norm: float
     """Largest norm of the group's gradients; 0 does not clip."""
+    schedule: Schedule
+    """How its rates fall."""
+
+    def set_rate(self, factor: float) -> None:
+        """Sets the optimizer's rates to ``factor`` times their values at the start."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
 
 def train_pass(
