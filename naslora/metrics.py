@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 
 T_IOU = 0.65
@@ -31,7 +32,7 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores
 
     Args:
         prediction: (B, H, W) int64 labels.
-        target: (B, H, W) int64 labels.
+        target: (B, H, W) int64 labels. Pixels with the label ``IGNORED`` do not count.
         num_classes: 1 if binary, else K.
 
     Returns:
@@ -46,6 +47,10 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores
     from torchmetrics.functional.segmentation import dice_score, mean_iou
 
     labels = max(num_classes, 2)
+    counted = target != IGNORED
+    # Background that is predicted as background changes neither the Dice nor the IoU of the others.
+    prediction = prediction.where(counted, 0)
+    truth_labels, target = target, target.where(counted, 0)
     dice = dice_score(
         prediction, target, labels, include_background=False, average="none", input_format="index"
     )
@@ -54,17 +59,24 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores
     )
     confusion = torch.stack(
         [
-            multiclass_confusion_matrix(image, truth, labels, validate_args=False)
-            for image, truth in zip(prediction, target, strict=True)
+            multiclass_confusion_matrix(
+                image, truth, labels, ignore_index=IGNORED, validate_args=False
+            )
+            for image, truth in zip(prediction, truth_labels, strict=True)
         ]
     )
     absent = (confusion.sum(1) + confusion.sum(2))[:, 1:] == 0
     return {
         "dice": dice.float().masked_fill(absent, torch.nan),
         "iou": iou.float().masked_fill(absent, torch.nan),
-        "accuracy": (prediction == target).float().mean((1, 2)),
+        "accuracy": _share((prediction == target) & counted, counted),
         "confusion": confusion,
     }
+
+
+def _share(right: Tensor, counted: Tensor) -> Tensor:
+    """(B,) the share of right pixels of (B, H, W) among those that count; NaN if none does."""
+    return right.sum((1, 2)) / counted.sum((1, 2))
 
 
 def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
@@ -153,7 +165,7 @@ def _index_error(scores: Scores) -> Tensor:
     counts = scores["confusion"].double()  # (N, K, K)
     index = torch.arange(counts.shape[1], dtype=torch.float64)
     distance = (index[:, None] - index).abs()
-    return ((distance * counts).sum((1, 2)) / counts.sum((1, 2))).mean()
+    return ((distance * counts).sum((1, 2)) / counts.sum((1, 2))).nanmean()
 
 
 def _global_iou(scores: Scores) -> Tensor:
@@ -177,7 +189,7 @@ METRICS: dict[str, Metric] = {
     "iou": Metric("IoU (Jaccard)", lambda scores: _mean_over_classes(scores["iou"])),
     "t_iou": Metric(f"T-Jac (IoU, 0 below {T_IOU})", _thresholded_iou),
     "dice": Metric("Dice", lambda scores: _mean_over_classes(scores["dice"])),
-    "accuracy": Metric("Accuracy", lambda scores: scores["accuracy"].mean()),
+    "accuracy": Metric("Accuracy", lambda scores: scores["accuracy"].nanmean()),
     "ber": Metric(
         "BER, mean over images",
         lambda scores: _balanced_error(scores["confusion"]).nanmean(),
@@ -249,7 +261,7 @@ def summarise(
     summary: dict[str, Any] = {
         "dice": _number(dice.nanmean()),
         "iou": _number(iou.nanmean()),
-        "accuracy": _number(scores["accuracy"].mean()),
+        "accuracy": _number(scores["accuracy"].nanmean()),
         "per_class": {
             name: {"dice": _number(dice[i]), "iou": _number(iou[i])}
             for i, name in enumerate(class_names)

@@ -56,6 +56,11 @@ def kvasir_raw(root: Path) -> None:
     (root / "kavsir_bboxes.json").write_text("{}")
 
 
+def polyps_raw(root: Path) -> None:
+    kvasir_raw(root / "Kvasir-SEG")
+    cvc_raw(root / "CVC-ClinicDB")
+
+
 def cvc_raw(root: Path) -> None:
     for i in range(1, 11):
         picture(root / f"Original/{i}.tif", i)

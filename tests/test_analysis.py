@@ -17,10 +17,28 @@ from naslora.study.encoder_statistics import (
     block_statistics,
     relative_log_amplitude,
 )
+from naslora.study.operation_losses import moved_to_skip
 from naslora.training.run_config import RunConfig
 from naslora.training.run_model import build_adapted_model
+from naslora_kernels.operations import SKIP
 
 SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--epochs", 2, "--batch-size", 2)
+
+
+# --- operations
+
+
+def test_a_weight_that_moves_to_skip_keeps_the_sum_and_comes_back():
+    alphas = {"a": torch.randn(8), "b": torch.randn(8)}
+    before = {name: alpha.clone() for name, alpha in alphas.items()}
+    weights = before["a"].softmax(0)
+    with moved_to_skip(alphas, {"a": 2}):
+        moved = alphas["a"].softmax(0)
+        assert moved[2] == 0 and moved[SKIP] == pytest.approx(float(weights[SKIP] + weights[2]))
+        others = [i for i in range(8) if i not in (2, SKIP)]
+        torch.testing.assert_close(moved[others], weights[others])
+        assert torch.equal(alphas["b"], before["b"])
+    assert all(torch.equal(alphas[name], before[name]) for name in alphas)
 
 
 # --- attention distance
@@ -198,6 +216,16 @@ def test_the_folder(naslora, runs, tmp_path):
     assert sum(float(row["mean_weight"]) for row in operations) == pytest.approx(1)
     shares = [float(row["share_of_layers_where_largest"]) for row in operations]
     assert sum(shares) == pytest.approx(1)
+    losses = read(output / "operation_losses.csv")
+    assert [row["layer"] for row in losses] == [
+        *(f"image_encoder.blocks.{block}.attn.qkv" for block in (0, 1)),
+        "all layers",
+        *(f"random operations, draw {draw}" for draw in range(1, 6)),
+    ]
+    assert float(losses[2]["weight"]) == pytest.approx(
+        (float(losses[0]["weight"]) + float(losses[1]["weight"])) / 2
+    )
+    assert "Operations moved to skip" in report
 
 
 def test_the_trained_encoder_is_frozen_but_for_its_adapters(runs, naslora, tmp_path):

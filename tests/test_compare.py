@@ -23,6 +23,7 @@ from naslora.study.comparison_table import (
     as_markdown,
     csv_row,
     main_table,
+    merged_table,
     notes_on,
     summarise,
 )
@@ -314,7 +315,7 @@ def test_one_seed_has_no_spread_and_unknown_scores_no_mean():
     assert mean_and_spread([0.25]) == MeanAndSpread(0.25, None, [0.25])
     assert mean_and_spread([0.25, None]) == MeanAndSpread(None, None, [0.25, None])
     row = summarise("lora", [Cell("lora", 0, "done", numbers=numbers(None))])
-    assert "–" in as_markdown([row], [])
+    assert "–" in as_markdown({"Comparison": main_table([row])}, [])
 
 
 def test_load_decides_whether_times_compare():
@@ -344,5 +345,5 @@ def test_a_process_of_its_own():
 
 def test_every_method_has_a_row():
     rows = [summarise(m, [Cell(m, 0, "done", numbers=numbers(0.5))]) for m in METHODS]
-    text = as_markdown(rows, ["a note"])
+    text = as_markdown({"Comparison": main_table(rows), "Merged": merged_table(rows)}, ["a note"])
     assert text.count("| 0.500 |") >= len(METHODS) and text.endswith("a note\n")

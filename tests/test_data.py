@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.datasets import DATASETS, load_splits
 from naslora.data.demo_data import write_mni152
 from naslora.data.layouts import list_images
-from naslora.data.masks import Sample, check_samples, read_image, read_mask
+from naslora.data.masks import IGNORED, Sample, check_samples, read_image, read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.errors import UserError
+from naslora.training.run_config import RunConfig
 
 GREYS = np.array([[0, 1, 2], [2, 1, 0]])
 BINARY = np.array([[0, 1, 1], [1, 0, 0]])
@@ -322,6 +324,55 @@ def test_masks_of_indices(tmp_path, kind):
     else:
         save(path, GREYS, np.uint16 if kind == "grey16" else np.uint8)
     assert read_mask(mask_of(path), 3).tolist() == GREYS.tolist()
+
+
+@pytest.mark.parametrize("kind", ["grey", "grey16", "rgb"])
+def test_the_ignored_label(tmp_path, kind):
+    path = tmp_path / "m.png"
+    labels = np.where(GREYS == 2, 11, GREYS)
+    if kind == "rgb":
+        save(path, np.stack([labels] * 3, axis=-1))
+    else:
+        save(path, labels, np.uint16 if kind == "grey16" else np.uint8)
+    expected = np.where(GREYS == 2, IGNORED, GREYS)
+    for num_classes in (1, 2, 11):
+        mask = read_mask(mask_of(path), num_classes, ignore_index=11)
+        assert mask.tolist() == expected.tolist()
+    assert "beyond" in error_of(read_mask, mask_of(path), 3, ignore_index=12)
+    assert "beyond" in error_of(read_mask, mask_of(path), 3)
+
+
+def test_the_ignored_label_of_a_binary_mask(tmp_path):
+    path = save(tmp_path / "m.png", np.array([[0, 128, 255]]))
+    assert read_mask(mask_of(path), 1, ignore_index=128).tolist() == [[0, IGNORED, 1]]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_ignored_label_passes_through_the_data_set(tmp_path, cached):
+    image = save(tmp_path / "i.png", np.zeros((4, 4, 3)))
+    mask = save(tmp_path / "m.png", np.full((4, 4), 11))
+    cache = Cache(tmp_path / "cache") if cached else None
+    sample = sample_of(image, mask)
+    dataset = SegmentationDataset([sample], 32, 11, cache=cache, truth=True, ignore_index=11)
+    for _ in range(2):
+        assert (dataset[0]["mask"] == IGNORED).all() and (dataset[0]["truth"] == IGNORED).all()
+    check_samples([sample], 11, ignore_index=11)
+    other = SegmentationDataset([sample], 32, 11, cache=cache)
+    assert "beyond the 11 classes" in error_of(other.__getitem__, 0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"palette": ("#000000", "#ffffff")}, "needs masks of class indices"),
+        ({"dataset": "leaf"}, "needs masks of class indices"),
+        ({"ignore_index": 0}, "must be in 1 to 65535, got 0"),
+        ({"num_classes": 12}, "must be none of the 12 classes 0 to 11"),
+        ({"metrics": ("s_alpha",)}, "'s_alpha' cannot leave out pixels"),
+    ],
+)
+def test_where_no_label_can_be_ignored(options, message):
+    assert message in error_of(RunConfig, **{"ignore_index": 11, **options})
 
 
 @pytest.mark.parametrize("num_classes", [1, 2])

@@ -44,6 +44,8 @@ def error_of(call, *args) -> str:
         ("kvasir", miniatures.kvasir_raw, (7, 2, 1)),  # test: 1/10 of 10; val: 1/5 of the other 9
         ("cvc-clinicdb", miniatures.pranet, (4, 1, 1)),
         ("cvc-clinicdb", miniatures.cvc_raw, (7, 2, 1)),
+        ("polyp", miniatures.pranet, (8, 2, 2)),
+        ("polyp", miniatures.polyps_raw, (14, 4, 2)),
         ("camouflage", miniatures.camouflage, (9, 1, 4)),
         ("sbu", miniatures.sbu, (9, 1, 2)),
         ("leaf", miniatures.leaf, (9, 1, 2)),
@@ -88,6 +90,15 @@ def test_polyp_sets_share_a_training_folder_and_take_their_own_images(tmp_path):
         "Kvasir",
         "CVC-ClinicDB",
     ]
+
+
+def test_the_joint_polyp_set_scores_each_set_on_its_own(tmp_path):
+    miniatures.pranet(tmp_path)
+    joint = load_splits("polyp", tmp_path)
+    assert [sample.group for sample in joint["test"]] == ["Kvasir-SEG", "CVC-ClinicDB"]
+    assert {sample.group for sample in joint["train"] + joint["val"]} == {None}
+    apart = [load_splits(name, tmp_path) for name in ("kvasir", "cvc-clinicdb")]
+    assert joint["train"] == apart[0]["train"] + apart[1]["train"]
 
 
 def test_drawn_splits_are_the_same_every_time_and_lie_apart(tmp_path):

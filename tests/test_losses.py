@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from naslora.data.masks import IGNORED
 from naslora.sam.losses import segmentation_loss
 from naslora.sam.segmentation import SegmentationOutput
 
@@ -49,7 +50,8 @@ def drawn():
 
 def as_output(masks, classes, dtype=torch.float32):
     masks = torch.tensor(masks, dtype=dtype, requires_grad=True)
-    classes = torch.tensor(classes, dtype=dtype, requires_grad=True)
+    if classes is not None:
+        classes = torch.tensor(classes, dtype=dtype, requires_grad=True)
     return SegmentationOutput(masks, classes)
 
 
@@ -164,3 +166,27 @@ def test_a_nan_in_the_output_becomes_a_nan_loss(drawn, class_loss):
     masks, classes, labels = drawn
     output = as_output(np.full_like(masks, np.nan), classes)
     assert segmentation_loss(output, torch.tensor(labels), class_loss).isnan()
+
+
+@pytest.mark.parametrize("class_loss", ["binary", "pixel", "matching"])
+def test_ignored_pixels_do_not_count(drawn, class_loss):
+    """The loss of maps whose right half is ignored is that of their left half."""
+    masks, classes, target = drawn
+    half = masks.shape[-1] // 2
+    if class_loss == "binary":
+        masks, classes, target, kind = (
+            masks[:, :1],
+            None,
+            (target > 0).astype(target.dtype),
+            "pixel",
+        )
+    else:
+        kind = class_loss
+    left = as_output(masks[..., :half], classes)
+    expected = segmentation_loss(left, torch.from_numpy(target[..., :half].copy()), kind)
+    ignored = target.copy()
+    ignored[..., half:] = IGNORED
+    whole = segmentation_loss(as_output(masks, classes), torch.from_numpy(ignored), kind)
+    torch.testing.assert_close(whole, expected)
+    nothing = torch.full(target.shape, IGNORED)
+    assert torch.isfinite(segmentation_loss(as_output(masks, classes), nothing, kind))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
+from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 from naslora.metrics import METRICS, check_metrics, image_scores, saliency_scores, summarise
 
@@ -236,3 +237,22 @@ def test_metrics_that_do_not_fit_are_refused():
     check_metrics(list(METRICS), num_classes=1)
     with pytest.raises(UserError, match="'ber' is defined for binary masks only"):
         check_metrics(["dice", "ber"], num_classes=3)
+
+
+def test_ignored_pixels_do_not_count():
+    """Scores of a map whose right half is ignored are those of its left half."""
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randint(0, 3, (2, 6, 8), generator=generator)
+    target = torch.randint(0, 3, (2, 6, 8), generator=generator)
+    left = image_scores(prediction[..., :4], target[..., :4], 3)
+    target[..., 4:] = IGNORED
+    whole = image_scores(prediction, target, 3)
+    for name, values in left.items():
+        torch.testing.assert_close(whole[name], values, msg=name)
+
+
+def test_an_image_without_a_counted_pixel_has_no_score():
+    nothing = torch.full((1, 2, 2), IGNORED)
+    scores = image_scores(torch.ones(1, 2, 2, dtype=torch.int64), nothing, 1)
+    assert summarise(scores, ["a"])["accuracy"] is None
+    assert summarise(scores, ["a"])["dice"] is None

@@ -97,7 +97,7 @@ def test_metrics(run):
         metrics["test"]["dice"], abs=5e-4
     )
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
-    assert metrics["images"] == {"train": 10, "arch": 2, "val": 4, "test": 5}
+    assert metrics["images"] == {"train": 12, "val": 4, "test": 5}
     assert metrics["seconds"] > 0
 
 
@@ -332,3 +332,20 @@ def test_the_demo(naslora, tmp_path, monkeypatch):
         metrics = read(tmp_path / "demo" / "metrics.json")
         assert set(metrics["test"]["per_class"]) == {"grey matter", "white matter"}
         assert metrics["images"] == {"train": 60, "val": 12, "test": 18, "arch": 16}
+
+
+def test_a_run_with_an_ignored_label(naslora, make_data, tmp_path):
+    """The label of the cores is 11 and is ignored: rims are the only foreground."""
+    data = make_data(tmp_path / "data", classes=3, train=4, val=2, test=2)
+    for path in (data / "masks").iterdir():
+        labels = np.asarray(Image.open(path))
+        Image.fromarray(np.where(labels == 2, 11, labels).astype(np.uint8)).save(path)
+    options = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 --workers 0")
+    output = tmp_path / "run"
+    arguments = ("train", "--data", data, *options, "--output", output)
+    refused = naslora(*arguments)
+    assert refused.status == 2 and "beyond the two classes" in refused.err
+    result = naslora(*arguments, "--ignore-index", 11)
+    assert result.status == 0, result.err
+    assert 0 < read(output / "metrics.json")["test"]["accuracy"] < 1
+    assert naslora("evaluate", output).status == 0

@@ -4,7 +4,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ class SegmentationDataset(Dataset[Item]):
         seed: seed of the flips.
         cache: cache for the resized images and masks; None decodes a file at each access.
         truth: whether items contain ``truth``.
+        ignore_index: as in ``read_mask``.
 
     Raises:
         UserError: the palette does not fit the classes, or the cache cannot store so many classes.
@@ -85,6 +86,7 @@ class SegmentationDataset(Dataset[Item]):
         seed: int = 0,
         cache: Cache | None = None,
         truth: bool = False,
+        ignore_index: int | None = None,
     ) -> None:
         self.samples = list(samples)
         self.image_size = image_size
@@ -93,6 +95,7 @@ class SegmentationDataset(Dataset[Item]):
         self.seed = seed
         self.cache = cache
         self.truth = truth
+        self.ignore_index = ignore_index
         if cache is not None and num_classes > 256:
             raise UserError(f"the cache supports at most 256 classes, got {num_classes}")
         self._codes = palette_codes(palette, num_classes)
@@ -119,7 +122,9 @@ class SegmentationDataset(Dataset[Item]):
         if mask is not None:
             item["mask"] = _mirror(mask.long(), flipped)
         if self.truth:
-            truth = decode_mask(sample, sample.mask, self.num_classes, self._codes)
+            truth = decode_mask(
+                sample, sample.mask, self.num_classes, self._codes, self.ignore_index
+            )
             item["truth"] = torch.from_numpy(truth).long()
         return item
 
@@ -142,7 +147,9 @@ class SegmentationDataset(Dataset[Item]):
             return self.resize(sample, sample.image, sample.mask)
         # The key and the entry are made from the same bytes, even if a file is replaced meanwhile.
         files = [_read_bytes(path, sample) for path in (sample.image, sample.mask) if path]
-        how = (self.image_size, self.num_classes, self._codes, sample.encoding)
+        how: tuple[Any, ...] = (self.image_size, self.num_classes, self._codes, sample.encoding)
+        if self.ignore_index is not None:
+            how += (self.ignore_index,)
         entry = self.cache.get(files, repr(how), lambda: self._entry(sample, files))
         pixels = torch.from_numpy(entry)
         return pixels[:3], pixels[3] if sample.mask is not None else None
@@ -180,7 +187,7 @@ class SegmentationDataset(Dataset[Item]):
         pixels = transforms.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
         if mask_file is None:
             return pixels, None
-        mask = decode_mask(sample, mask_file, self.num_classes, self._codes)
+        mask = decode_mask(sample, mask_file, self.num_classes, self._codes, self.ignore_index)
         check_sizes(sample, image.size, mask)
         nearest = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
         return pixels, torch.from_numpy(np.array(nearest))

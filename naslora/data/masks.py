@@ -104,8 +104,16 @@ def _floating_point(where: str) -> UserError:
 
 # ---- Masks ---------------------------------------------------------------------------------------
 
+IGNORED = 255
+"""The label of pixels that neither the loss nor a metric counts."""
 
-def read_mask(sample: Sample, num_classes: int, palette: Sequence[str] | None = None) -> np.ndarray:
+
+def read_mask(
+    sample: Sample,
+    num_classes: int,
+    palette: Sequence[str] | None = None,
+    ignore_index: int | None = None,
+) -> np.ndarray:
     """Reads a mask as class indices.
 
     The sample's encoding says how the mask stores its labels:
@@ -124,19 +132,26 @@ def read_mask(sample: Sample, num_classes: int, palette: Sequence[str] | None = 
         num_classes: 1 for a binary task, with the labels 0 and 1. K >= 2 for the labels 0 .. K-1;
             label 0 is the background.
         palette: colours such as "#ff0000", one a class in order; two for a binary task.
+        ignore_index: the label of pixels without a known class, in masks of the encoding "labels";
+            None for no such label.
 
     Returns:
-        (H, W) int32, rotated by the EXIF orientation.
+        (H, W) int32, rotated by the EXIF orientation. ``IGNORED`` stands for ``ignore_index``.
 
     Raises:
         UserError: the sample has no mask, the file cannot be read, it contains labels or colours
             outside the classes, it needs a palette, or the palette is invalid.
     """
-    return decode_mask(sample, sample.mask, num_classes, palette_codes(palette, num_classes))
+    codes = palette_codes(palette, num_classes)
+    return decode_mask(sample, sample.mask, num_classes, codes, ignore_index)
 
 
 def decode_mask(
-    sample: Sample, file: Path | io.BytesIO | None, num_classes: int, codes: list[int] | None
+    sample: Sample,
+    file: Path | io.BytesIO | None,
+    num_classes: int,
+    codes: list[int] | None,
+    ignore_index: int | None = None,
 ) -> np.ndarray:
     """Decodes a mask, as ``read_mask``.
 
@@ -145,6 +160,7 @@ def decode_mask(
         file: path or content of the mask.
         num_classes: as in ``read_mask``.
         codes: the palette, from ``palette_codes``.
+        ignore_index: as in ``read_mask``.
 
     Returns:
         (H, W) int32.
@@ -168,8 +184,21 @@ def decode_mask(
     elif codes is not None:
         labels = _decode_colors(np.asarray(to_rgb(image, where)), codes, where)
     else:
-        labels = _decode_values(_pixel_values(image, where), num_classes, jpeg, where)
+        values = _pixel_values(image, where)
+        if values.ndim == 3 and not jpeg and (values == values[..., :1]).all():
+            values = values[..., 0]
+        if ignore_index is not None and values.ndim == 2 and not jpeg:
+            return _decode_with_ignored(values, ignore_index, num_classes, where)
+        labels = _decode_values(values, num_classes, jpeg, where)
     return labels.astype(np.int32, copy=False)
+
+
+def _decode_with_ignored(
+    values: np.ndarray, ignore_index: int, num_classes: int, where: str
+) -> np.ndarray:
+    ignored = values == ignore_index
+    labels = _decode_values(np.where(ignored, 0, values), num_classes, False, where)
+    return np.where(ignored, IGNORED, labels).astype(np.int32)
 
 
 def _pixel_values(image: Image.Image, where: str) -> np.ndarray:
@@ -224,8 +253,6 @@ def _decode_values(values: np.ndarray, num_classes: int, jpeg: bool, where: str)
     if values.ndim == 3:
         if jpeg:
             values = values.mean(axis=2)
-        elif (values == values[..., :1]).all():
-            values = values[..., 0]
         elif num_classes == 1:
             return np.any(values, axis=2)
         else:
@@ -316,6 +343,7 @@ def check_samples(
     samples: Sequence[Sample],
     num_classes: int,
     palette: Sequence[str] | None = None,
+    ignore_index: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Reads every sample once, so that a bad file stops a run before training starts.
@@ -326,6 +354,7 @@ def check_samples(
         samples: the samples of a run.
         num_classes: as in ``read_mask``.
         palette: as in ``read_mask``.
+        ignore_index: as in ``read_mask``.
         progress: called as ``progress(done, total)`` after each sample.
 
     Raises:
@@ -338,7 +367,7 @@ def check_samples(
     def check(sample: Sample) -> None:
         size = _check_image(sample)
         if sample.mask is not None:
-            mask = decode_mask(sample, sample.mask, num_classes, codes)
+            mask = decode_mask(sample, sample.mask, num_classes, codes, ignore_index)
             check_sizes(sample, size, mask)
 
     in_threads(check, samples, progress)

@@ -71,6 +71,27 @@ def read_cvc_clinicdb(root: Path) -> Splits:
     return split_polyps(pair_files(folders, "Original", "threshold"), share=62 / 612)
 
 
+def read_polyp(root: Path) -> Splits:
+    """Kvasir-SEG and CVC-ClinicDB together, as Conv-LoRA trains on them.
+
+    The root holds PraNet's folders, or the two original data sets in folders of their names. Each
+    is a group of the test split.
+    """
+    together = has_folder(root, "TrainDataset")
+    parts = {
+        name: read(root if together else root / name)
+        for name, read in (("Kvasir-SEG", read_kvasir), ("CVC-ClinicDB", read_cvc_clinicdb))
+    }
+    return {
+        split: [
+            sample._replace(group=name) if split == "test" else sample
+            for name, splits in parts.items()
+            for sample in splits[split]
+        ]
+        for split in REQUIRED_SPLITS
+    }
+
+
 def _read_pranet(root: Path, name: str, skip: str) -> Splits:
     """Reads the folders that PraNet's authors distribute.
 
@@ -226,6 +247,12 @@ PAPER_SETS: dict[str, DataSet] = {
         read_cvc_clinicdb,
         metrics=SALIENCY,
         counts={"train": 440, "val": 110, "test": 62},
+        class_names=("background", "polyp"),
+    ),
+    "polyp": DataSet(
+        read_polyp,
+        metrics=SALIENCY,
+        counts={"train": 1160, "val": 290, "test": 162},
         class_names=("background", "polyp"),
     ),
     "camouflage": DataSet(

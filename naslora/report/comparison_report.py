@@ -62,7 +62,8 @@ def write_comparison(
     ]
     known = {row.title: row.numbers for row in rows if row.numbers is not None}
     forest = _forest(reference, [d for d in differences if d.low is not None])
-    plots = section("Plots", _plots(known, forest)) if known else ""
+    drawings = [*forest, *_plots(known)]
+    plots = section("Plots", figure_group(drawings)) if drawings else ""
     paragraphs = "".join(note(escape(text)) for text in notes)
     header = f'<h1>{escape(title)}</h1><dl class="headline">{_best(known)}</dl>'
     body = "".join((first, paragraphs, plots, *others, configuration(config)))
@@ -94,7 +95,9 @@ def _best_card(
     return card(name, form.format(by_title[title]), escape(title))
 
 
-def _plots(known: Titled, forest: Sequence[Drawing]) -> str:
+def _plots(known: Titled) -> list[Drawing]:
+    if not known:
+        return []
     plots = (
         ("dice", DOTS_CAPTION, _draw_dice),
         (
@@ -106,11 +109,10 @@ def _plots(known: Titled, forest: Sequence[Drawing]) -> str:
         ("memory", "Peak memory of the process that trained.", _draw_memory),
     )
     size = (4.6, plot_height(len(known)))
-    drawings = [
+    return [
         Drawing(name, caption, partial(_draw_by_method, known=known, draw=draw), size)
         for name, caption, draw in plots
     ]
-    return figure_group([*forest, *drawings])
 
 
 def _forest(reference: str, differences: Sequence[PairedDifference]) -> list[Drawing]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from naslora.data.masks import IGNORED
 from naslora.sam.segmentation import SegmentationOutput
 
 ClassLoss = Literal["pixel", "matching"]
@@ -27,7 +28,8 @@ def segmentation_loss(
 
     Args:
         output: the prediction for B images of S x S pixels.
-        target: (B, S, S) int64 labels: 0 and 1 if binary, else 0 .. K-1.
+        target: (B, S, S) int64 labels: 0 and 1 if binary, else 0 .. K-1. Pixels with the label
+            ``IGNORED`` do not count.
         class_loss: the loss for several classes; binary segmentation ignores it. "pixel" follows
             the paper's text: BCE, Dice and the cross-entropy compare the class map, normalised over
             the classes, with the labels at every pixel. "matching" follows Conv-LoRA and
@@ -41,24 +43,45 @@ def segmentation_loss(
         () float32.
     """
     if output.classes is None:
-        mask = target.float()  # (B, S, S)
-        return lambda_seg * _bce_dice(output.masks[:, 0].float(), mask).mean()
+        mask = (target == 1).float()  # (B, S, S)
+        return lambda_seg * _bce_dice(output.masks[:, 0].float(), mask, _counted(target)).mean()
     if class_loss == "pixel":
         return _pixel_loss(output, target, lambda_seg, lambda_cls)
     return _matching_loss(output.masks, output.classes, target, lambda_seg, lambda_cls)
 
 
-def _bce_dice(logits: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 9 and 10: BCE plus Dice of (..., S, S) logits, one value a map."""
-    bce = F.binary_cross_entropy_with_logits(logits, mask, reduction="none").mean((-2, -1))
-    return bce + _dice(logits.sigmoid(), mask)
+def _counted(target: Tensor) -> Tensor | None:
+    """Which pixels count, as float32 of the labels' shape; None if all do, the usual case."""
+    counted = target != IGNORED
+    return None if bool(counted.all()) else counted.float()
 
 
-def _dice(probability: Tensor, mask: Tensor) -> Tensor:
+def _bce_dice(logits: Tensor, mask: Tensor, counted: Tensor | None) -> Tensor:
+    """Eq. 9 and 10: BCE plus Dice of (..., S, S) logits, one value a map.
+
+    Args:
+        logits: (..., S, S).
+        mask: the same shape, 0 or 1.
+        counted: (S, S) or of the same shape, 1 where a pixel counts; None if all do.
+    """
+    bce = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
+    return _mean(bce, counted) + _dice(logits.sigmoid(), mask, counted)
+
+
+def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean of (..., S, S) over the pixels that count; 0 if none does."""
+    if counted is None:
+        return values.mean((-2, -1))
+    return (values * counted).sum((-2, -1)) / counted.sum((-2, -1)).clamp(min=1)
+
+
+def _dice(probability: Tensor, mask: Tensor, counted: Tensor | None) -> Tensor:
     """Eq. 10: 1 - 2 sum(y p) / (sum y + sum p), one value a map.
 
     One pixel is added to the numerator and the denominator, so that an empty map has a loss.
     """
+    if counted is not None:
+        probability, mask = probability * counted, mask * counted
     overlap = 2 * (probability * mask).sum((-2, -1)) + 1
     return 1 - overlap / (probability.sum((-2, -1)) + mask.sum((-2, -1)) + 1)
 
@@ -68,12 +91,15 @@ def _pixel_loss(
 ) -> Tensor:
     scores = output.class_map()  # (B, K, S, S)
     probability = (scores + EPSILON) / (scores + EPSILON).sum(1, keepdim=True)
-    mask = F.one_hot(target, scores.shape[1]).permute(0, 3, 1, 2).float()  # (B, K, S, S)
+    counted = _counted(target)
+    known = target if counted is None else target.where(counted > 0, 0)
+    mask = F.one_hot(known, scores.shape[1]).permute(0, 3, 1, 2).float()  # (B, K, S, S)
+    own = None if counted is None else counted[:, None]  # for all classes
     # F.binary_cross_entropy raises on NaN. The training loop must get NaN, because it reports it.
     right = torch.where(mask > 0, probability, 1 - probability)
-    bce = -right.clamp(EPSILON, 1 - EPSILON).log().mean()
-    dice = _dice(probability, mask).mean()
-    cross_entropy = F.nll_loss(probability.log(), target)
+    bce = _mean(-right.clamp(EPSILON, 1 - EPSILON).log(), own).mean()
+    dice = _dice(probability, mask, own).mean()
+    cross_entropy = _mean(F.nll_loss(probability.log(), known, reduction="none"), counted).mean()
     return lambda_seg * (bce + dice) + lambda_cls * cross_entropy
 
 
@@ -91,10 +117,15 @@ def _matched_image(
     masks: Tensor, classes: Tensor, labels: Tensor, lambda_seg: float, lambda_cls: float
 ) -> Tensor:
     """Computes the loss of one image: (Q, S, S) masks, (Q, K + 1) classes, (S, S) labels."""
+    counted = _counted(labels)
     present = labels.unique()
+    present = present[present != IGNORED]
+    if not len(present):  # no pixel counts
+        return 0.0 * (masks.sum() + classes.sum())
     truth = (labels == present[:, None, None]).float()  # (P, S, S)
     with torch.no_grad():
-        cost = lambda_seg * torch.stack([_bce_dice(masks, mask.expand_as(masks)) for mask in truth])
+        fits = [_bce_dice(masks, mask.expand_as(masks), counted) for mask in truth]
+        cost = lambda_seg * torch.stack(fits)
         cost = cost - lambda_cls * classes.softmax(-1)[:, present].T  # (P, Q)
         # The assignment raises on values that are not finite. The training loop must get them in
         # the loss, because it reports them.
@@ -107,5 +138,5 @@ def _matched_image(
     wanted[token] = present[which]
     weight = torch.ones(classes.shape[-1], device=masks.device)
     weight[no_object] = NO_OBJECT_WEIGHT
-    segmentation = _bce_dice(masks[token], truth[which]).mean()
+    segmentation = _bce_dice(masks[token], truth[which], counted).mean()
     return lambda_seg * segmentation + lambda_cls * F.cross_entropy(classes, wanted, weight)

@@ -5,6 +5,7 @@ gradcam.png             where the encoder's last block sees the foreground (Fig.
 predictions.png         test images, truth and prediction (Fig. 3)
 convergence.csv, .png   validation Dice by epoch, over the runs' seeds (Fig. C1)
 operations.csv, .png    how the search has distributed the operations (Fig. C2)
+operation_losses.csv, .png  what the chosen operations are worth, beside random ones
 report.html             all of these
 """
 
@@ -32,6 +33,7 @@ from naslora.results import REPORT, write_rows
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
 from naslora.study.grad_cam import heat_map, heat_overlay
+from naslora.study.operation_losses import write_operation_losses
 from naslora.study.seeds import read_history, write_convergence, write_operations
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
@@ -85,6 +87,8 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
     }
     if config.searches:
         sections["Operations (Fig. C2)"] = write_operations(runs, output)
+        losses = write_operation_losses(model, config, seed, output)
+        sections["Operations moved to skip"] = losses
     title = f"Analysis of {config.method} on {config.model}"
     write_study(output / REPORT, title, sections, config.to_dict())
 

@@ -40,7 +40,7 @@ def heat_map(model: SamForSegmentation, image: Tensor, mask: Tensor) -> np.ndarr
     def target(scores: Tensor) -> Tensor:
         labels = mask.to(scores.device)
         if scores.shape[0] == 1:
-            return scores[0][labels > 0].sum()
+            return scores[0][labels == 1].sum()
         return torch.stack([scores[k][labels == k].sum() for k in range(1, len(scores))]).sum()
 
     # The encoder is frozen, so gradients reach its last block only on the way to the image.

@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 from naslora.adapter.config import NASLoRAConfig
 from naslora.data.datasets import find_dataset
 from naslora.data.layouts import DataSet
+from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 from naslora.methods import METHODS, MethodName, searches
-from naslora.metrics import check_metrics
+from naslora.metrics import METRICS, check_metrics
 from naslora.training.search_config import SearchConfig
 
 Resolution = Literal["network", "original"]
@@ -28,8 +29,9 @@ class RunConfig:
     """Folder with train.csv, val.csv and test.csv (columns image,label), optionally arch.csv."""
     dataset: str = "csv"
     """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}), `mni152`, or a data
-    set of the paper in its original layout: `isic2017`, `kvasir`, `cvc-clinicdb`, `camouflage`
-    (COD10K, CAMO, CHAMELEON), `sbu`, `leaf`, `roads`, `trans10k-v1`, `trans10k-v2`."""
+    set of the paper in its original layout: `isic2017`, `kvasir`, `cvc-clinicdb`, `polyp` (the two
+    together), `camouflage` (COD10K, CAMO, CHAMELEON), `sbu`, `leaf`, `roads`, `trans10k-v1`,
+    `trans10k-v2`."""
     root: Path | None = None
     """Folder of the data set; `--data DIR` is short for `--dataset csv --root DIR`."""
     cache: Path | None = None
@@ -47,6 +49,9 @@ class RunConfig:
     """Names of the classes without the background, for tables and reports."""
     palette: tuple[str, ...] | None = None
     """One colour per class (#rrggbb), for masks that are colour images."""
+    ignore_index: int | None = None
+    """Label of pixels without a known class, in masks of class indices: left out of the loss and
+    the metrics."""
     metrics: tuple[str, ...] | None = None
     """Metrics of the test images; the default is the data set's own."""
     resolution: Resolution = "network"
@@ -63,6 +68,7 @@ class RunConfig:
         self._fill_in(find_dataset(self.dataset))
         if self.resolution not in get_args(Resolution):
             raise UserError(f"resolution must be network or original, got {self.resolution!r}")
+        self._check_ignore_index()
         foreground = max(self.num_classes - 1, 1)
         if self.class_names is not None and len(self.class_names) != foreground:
             raise UserError(
@@ -71,6 +77,26 @@ class RunConfig:
             )
         if self.data is not None and (self.root is not None or self.dataset != "csv"):
             raise UserError("give either --data DIR or --dataset NAME --root DIR, not both")
+
+    def _check_ignore_index(self) -> None:
+        if self.ignore_index is None:
+            return
+        if self.palette is not None or self.dataset not in ("csv", "folders"):
+            raise UserError(
+                "ignore_index needs masks of class indices: --data DIR or --dataset folders, "
+                "without --palette"
+            )
+        if not 0 < self.ignore_index < 65536:
+            raise UserError(f"ignore_index must be in 1 to 65535, got {self.ignore_index}")
+        classes = max(self.num_classes, 2)
+        if self.ignore_index < classes or classes > IGNORED:
+            raise UserError(
+                f"ignore_index must be none of the {classes} classes 0 to {classes - 1}, and there "
+                f"may be at most {IGNORED} classes, got {self.ignore_index}"
+            )
+        for name in self.metrics or ():
+            if METRICS[name].saliency:
+                raise UserError(f"metric {name!r} cannot leave out pixels; drop --ignore-index")
 
     def _fill_in(self, dataset: DataSet) -> None:
         """Sets the number and names of the classes, and the metrics, that the data set defines."""

@@ -98,7 +98,7 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
             progress.update(task, completed=done)
 
         if config.cache is None:
-            check_samples(samples, config.num_classes, config.palette, advance)
+            check_samples(samples, config.num_classes, config.palette, config.ignore_index, advance)
         else:  # filling the cache reads everything once
             in_threads(make_dataset(config, samples).read, samples, advance)
 
@@ -116,6 +116,7 @@ def make_dataset(
         seed=config.adapter.seed,
         cache=None if config.cache is None else Cache(config.cache),
         truth=truth,
+        ignore_index=config.ignore_index,
     )
 
 

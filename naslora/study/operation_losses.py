@@ -1,0 +1,173 @@
+"""Whether the search finds operations that matter: what moving their weight to `skip` costs.
+
+Each layer's chosen operation is the one with the largest weight, `skip` excepted. Its weight is
+moved to `skip`, in one layer or in all, and the validation images are scored again. Random
+operations, drawn among the others of each layer, are the control.
+
+operation_losses.csv    one row a layer, one for all layers, and one a draw
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from naslora.adapter.cell import LEFT_OUT
+from naslora.adapter.modules import adapter_layers
+from naslora.errors import UserError
+from naslora.report.figures import BLUE, INK, MUTED, ORANGE, Drawing
+from naslora.report.row_plots import draw_row_axis, plot_height
+from naslora.report.study_report import Part
+from naslora.results import write_rows
+from naslora.sam.segmentation import SamForSegmentation
+from naslora.trained import evaluate_model
+from naslora.training.run_config import RunConfig
+from naslora.training.run_data import find_splits
+from naslora_kernels import OPERATIONS
+from naslora_kernels.operations import SKIP
+
+RANDOM_DRAWS = 5
+ALL_LAYERS = "all layers"
+
+Operations = Mapping[str, int]
+"""An operation's index by the name of its layer."""
+
+
+@dataclass(frozen=True)
+class OperationLoss:
+    """A row of operation_losses.csv: validation Dice that is lost when weights move to `skip`."""
+
+    layer: str
+    """The layer, ``ALL_LAYERS``, or the random draw over all layers."""
+    operation: str
+    """The operation that loses its weight; empty for all layers."""
+    weight: float
+    """The weight that moves, a mean over the layers."""
+    dice_lost: float
+    """Dice of the trained model minus that of the changed one."""
+
+
+def write_operation_losses(
+    model: SamForSegmentation, config: RunConfig, seed: int, output: Path
+) -> list[Part]:
+    """Measures what the chosen operations, and random ones, are worth on the validation images.
+
+    Args:
+        model: a trained model whose layers have cells.
+        config: its run.
+        seed: of the random operations.
+        output: folder for operation_losses.csv and operation_losses.png.
+
+    Returns:
+        The parts of the report.
+
+    Raises:
+        UserError: no validation image has a foreground to score.
+    """
+    samples = find_splits(config)["val"]
+    alphas = {name: layer.alpha for name, layer in adapter_layers(model) if layer.alpha is not None}
+    weights = {name: alpha.detach().double().softmax(0) for name, alpha in alphas.items()}
+    chosen = {name: _largest(own) for name, own in weights.items()}
+    random = _random_operations(weights, chosen, seed)
+
+    def dice(operations: Operations) -> float:
+        with moved_to_skip(alphas, operations):
+            found = evaluate_model(model, config, samples).dice
+        if found is None:
+            raise UserError("no validation image has a foreground, so no operation can be scored")
+        return found
+
+    whole = dice({})
+    cases = [(name, OPERATIONS[index], {name: index}) for name, index in chosen.items()]
+    cases.append((ALL_LAYERS, "", chosen))
+    cases += [(f"random operations, draw {i + 1}", "", draw) for i, draw in enumerate(random)]
+    shown = track(cases, "moving weights to skip", console=Console(stderr=True), transient=True)
+    rows = [
+        OperationLoss(layer, operation, _mean_weight(weights, moved), whole - dice(moved))
+        for layer, operation, moved in shown
+    ]
+    write_rows(output / "operation_losses.csv", rows)
+    drawing = Drawing("operation_losses", _caption(rows), partial(_draw, rows=rows), _size(rows))
+    drawing.save(output / "operation_losses.png")
+    return [drawing]
+
+
+@contextmanager
+def moved_to_skip(alphas: Mapping[str, Tensor], operations: Operations) -> Iterator[None]:
+    """Moves the weight of an operation to `skip`, in each of the given layers.
+
+    Args:
+        alphas: (8,) logits by layer; they are restored at the end.
+        operations: what to move.
+    """
+    before = {name: alphas[name].detach().clone() for name in operations}
+    try:
+        with torch.no_grad():
+            for name, index in operations.items():
+                logs = alphas[name].double().log_softmax(0)
+                logs[SKIP] = torch.logaddexp(logs[SKIP], logs[index])
+                logs[index] = LEFT_OUT
+                alphas[name].copy_(logs)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, alpha in before.items():
+                alphas[name].copy_(alpha)
+
+
+def _largest(weights: Tensor) -> int:
+    others = weights.clone()
+    others[SKIP] = -1
+    return int(others.argmax())
+
+
+def _random_operations(
+    weights: Mapping[str, Tensor], chosen: Operations, seed: int
+) -> list[dict[str, int]]:
+    """For each draw an operation a layer: neither `skip`, nor the chosen one, nor left out."""
+    generator = np.random.default_rng(seed)
+    others = {
+        name: [i for i in range(len(own)) if i not in (SKIP, chosen[name]) and own[i] > 0]
+        for name, own in weights.items()
+    }
+    return [
+        {name: int(generator.choice(own)) for name, own in others.items() if own}
+        for _ in range(RANDOM_DRAWS)
+    ]
+
+
+def _mean_weight(weights: Mapping[str, Tensor], moved: Operations) -> float:
+    return sum(float(weights[name][index]) for name, index in moved.items()) / max(len(moved), 1)
+
+
+def _caption(rows: list[OperationLoss]) -> str:
+    lost = [row.dice_lost for row in rows if row.layer.startswith("random")]
+    chosen = next(row.dice_lost for row in rows if row.layer == ALL_LAYERS)
+    return (
+        "Validation Dice lost when the weight of the chosen operation moves to skip, in one layer "
+        f"or in all ({chosen:.4f}), and when that of a random other operation does in all layers "
+        f"(mean {np.mean(lost):.4f} of {len(lost)} draws)."
+    )
+
+
+def _size(rows: list[OperationLoss]) -> tuple[float, float]:
+    return (6.4, plot_height(len(rows)))
+
+
+def _draw(axes: Axes, rows: list[OperationLoss]) -> None:
+    colours = [
+        ORANGE if row.layer == ALL_LAYERS else BLUE if row.operation else MUTED for row in rows
+    ]
+    axes.barh(range(len(rows)), [row.dice_lost for row in rows], 0.65, color=colours)
+    axes.axvline(0, color=INK, linewidth=1)
+    titles = [f"{row.layer}: {row.operation}" if row.operation else row.layer for row in rows]
+    draw_row_axis(axes, titles)
+    axes.set_xlabel("validation Dice lost")
