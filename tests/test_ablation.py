@@ -202,6 +202,6 @@ def test_a_sweep_refuses_what_is_not_its_own(naslora, data, tiny_vit, study, tmp
     assert "exists and is not empty" in sweep(naslora, data, output, "rank").err
     other = sweep(naslora, data, output, "channel-ratio", "--resume", "--learning-rate", 1e-3)
     assert other.status == 2 and "started with another configuration" in other.err
-    assert "differs in learning_rate" in other.err
+    assert "it has learning_rate" in other.err
     twice = naslora("ablate", "rank", "--data", data, "--output", tmp_path / "b", "--seeds", 1, 1)
     assert "seeds must be distinct" in twice.err

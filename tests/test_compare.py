@@ -173,7 +173,7 @@ def test_a_method_is_added_later(finished, naslora, arguments, data):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (["--epochs", 2], "differs in epochs"),
+        (["--epochs", 2], "it has epochs 1"),
         (["--methods", "lora", "lora"], "distinct"),
         (["--seeds", 1, 1], "distinct"),
         (["--seed", 5], "--seeds"),

@@ -296,7 +296,7 @@ def test_another_configuration_is_not_resumed(naslora, run, data):
     changed = ["--learning-rate", "1e-2", "--rank", "6", "--output", run, "--resume"]
     result = naslora("train", "--data", data, *TRAIN, *changed)
     assert result.status == 2
-    assert "it differs in rank, learning_rate" in result.err
+    assert "it has rank 3, learning_rate 0.003)" in result.err
     assert (run / LAST).stat().st_mtime_ns == before
 
 

@@ -481,7 +481,7 @@ def test_schedules(make_search, schedule, factor):
     [
         ({}, [0.5]),  # the one step of epoch 1
         # Two steps in each of the epochs 1, 2 and 3.
-        ({"epochs": 4, "batch_size": 1}, [0.5 / 15 * part for part in (6, 5, 4, 3, 2, 1)]),
+        ({"epochs": 4, "batch_size": 1}, [0.5 / 21 * part for part in (6, 5, 4, 3, 2, 1)]),
         ({"epochs": 4, "batch_size": 1, "alpha_schedule": "constant"}, [0.5 / 6] * 6),
         # One step a batch of the 11 images.
         ({"epochs": 1, "simultaneous": True}, [0.5 / 6 * part for part in (3, 2, 1)]),

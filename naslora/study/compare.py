@@ -147,7 +147,7 @@ def _known_cells(config: RunConfig, output: Path, resume: bool) -> dict[CellKey,
     names = differing(RunConfig.from_dict(stored.recipe).to_dict(), _recipe(config))
     if names:
         raise UserError(
-            f"{output} was started with another recipe (it differs in {', '.join(names)}); resume "
+            f"{output} was started with another recipe (it has {', '.join(names)}); resume "
             "with the same one"
         )
     cells = {}

@@ -85,7 +85,7 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         names = differing(stored.to_dict(), config.to_dict())
         if names:
             raise UserError(
-                f"{output} was started with another configuration (it differs in "
+                f"{output} was started with another configuration (it has "
                 f"{', '.join(names)}); resume with the same one"
             )
         return

@@ -157,11 +157,11 @@ class RunConfig:
 
 
 def differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """The fields in which two configurations differ, as the command line names them."""
-    names = []
+    """The fields in which two configurations differ, with the stored values, as text."""
+    found = []
     for name, value in given.items():
         if isinstance(value, dict):
-            names += differing(stored[name], value)
+            found += differing(stored[name], value)
         elif stored[name] != value:
-            names.append(name)
-    return names
+            found.append(f"{name} {stored[name]}")
+    return found

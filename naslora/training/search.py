@@ -117,24 +117,22 @@ class Search:
     # ---- Optimizers ------------------------------------------------------------------------------
 
     def _weight_group(self) -> Group:
-        """The weights in two parameter groups: the cells' weights are the second."""
-        config = self.config
-        cell = [p for p in cell_parameters(self.model) if p.requires_grad]
-        others = {id(parameter) for parameter in [*cell, *self.alphas]}
-        weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in others]
-        rate = config.cell_learning_rate
+        """The weights; the cells' are a parameter group of their own if their settings differ."""
+        config, rate = self.config, self.config.cell_learning_rate
+        others = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        cells = {
+            "lr": config.learning_rate if rate is None else rate,
+            "weight_decay": config.cell_weight_decay,
+        }
+        own = set() if cells == others else {id(p) for p in cell_parameters(self.model)}
+        alphas = {id(alpha) for alpha in self.alphas}
+        weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in alphas]
         parameters = [
-            {"params": weights, "weight_decay": config.weight_decay},
-            {
-                "params": cell,
-                "lr": config.learning_rate if rate is None else rate,
-                "weight_decay": config.cell_weight_decay,
-            },
+            {"params": [p for p in weights if id(p) not in own], **others},
+            {"params": [p for p in weights if id(p) in own], **cells},
         ]
-        optimizer = OPTIMIZERS[config.optimizer](
-            parameters if cell else parameters[:1], lr=config.learning_rate
-        )
-        return Group(weights + cell, optimizer, config.clip_norm, config.schedule)
+        optimizer = OPTIMIZERS[config.optimizer]([g for g in parameters if g["params"]])
+        return Group(optimizer, config.clip_norm, config.schedule)
 
     def _architecture_group(self) -> Group:
         config = self.config
@@ -144,7 +142,7 @@ class Search:
             weight_decay=config.alpha_weight_decay,
             betas=(0.5, 0.999),
         )
-        return Group(self.alphas, optimizer, 0.0, config.alpha_schedule or config.schedule)
+        return Group(optimizer, 0.0, config.alpha_schedule or config.schedule)
 
     @property
     def groups(self) -> list[Group]:
@@ -154,7 +152,7 @@ class Search:
     def _set_learning_rates(self, groups: list[Group], part: float) -> None:
         """Sets the rates of the groups after ``part`` of the current epoch."""
         for group in groups:
-            group.set_rate(self._factor(group.schedule, self.epoch, part))
+            group.set_rates(self._factor(group.schedule, self.epoch, part))
 
     def _factor(self, schedule: Schedule, epoch: int, part: float) -> float:
         """What a rate is multiplied by after ``part`` of an epoch."""

@@ -7,7 +7,7 @@ depend on how many processes or forward passes share the batch.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,20 +22,28 @@ from naslora.training.search_config import Schedule
 Loss = Callable[[SegmentationOutput, Tensor], Tensor]
 
 
-class Group(NamedTuple):
-    """The parameters that one kind of step trains, and their optimizer."""
+class Group:
+    """The parameters that one kind of step trains, and their optimizer.
 
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    clip_norm: float
-    """Largest norm of the group's gradients; 0 does not clip."""
-    schedule: Schedule
-    """How its rates fall."""
+    Args:
+        optimizer: of all parameters of the group.
+        clip_norm: largest norm of the group's gradients; 0 does not clip.
+        schedule: how the optimizer's rates fall.
+    """
 
-    def set_rate(self, factor: float) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, clip_norm: float, schedule: Schedule
+    ) -> None:
+        self.optimizer, self.clip_norm, self.schedule = optimizer, clip_norm, schedule
+        self.parameters: list[nn.Parameter] = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+
+    def set_rates(self, factor: float) -> None:
         """Sets the optimizer's rates to ``factor`` times their values at the start."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = factor * rate
 
 
 def train_pass(
