@@ -155,7 +155,16 @@ def test_tables_of_a_comparison(finished):
     markdown = (output / "table.md").read_text()
     assert "| VPT (refused) |" in markdown and "one cell at a time" in markdown
     report = (output / "report.html").read_text()
-    assert "VPT (refused)" in report and report.count("<svg") == 4
+    assert "VPT (refused)" in report and report.count("<svg") == 5  # the forest plot included
+    (difference,) = csv.DictReader((output / "differences.csv").open())
+    dice = {
+        (cell["method"], cell["seed"]): cell["numbers"]["scores"]["dice"]
+        for cell in record(output)
+        if cell["state"] == "done"
+    }
+    gains = [dice["nas-pc-lora", seed] - dice["lora", seed] for seed in (3, 4)]
+    assert difference["title"] == "NAS-PC-LoRA"
+    assert float(difference["mean"]) == pytest.approx(statistics.mean(gains), abs=1e-12)
     assert not re.search(r"https?:|<script|<link", report)
 
 
@@ -191,6 +200,23 @@ def test_bad_arguments(finished, naslora, arguments, changed, words):
 def test_a_folder_in_use_is_refused(finished, naslora, arguments):
     result = naslora(*arguments[1])
     assert result.status == 2 and "not empty" in result.err
+
+
+def test_a_comparison_under_the_defaults_of_0_1_0_is_refused_by_their_names(
+    finished, naslora, arguments, tmp_path
+):
+    stored = json.loads((arguments[0] / compare.RECORD).read_text())
+    for name in ("arch_data", "cell_learning_rate", "cell_weight_decay", "alpha_schedule"):
+        del stored["recipe"]["search"][name]
+    stored["recipe"]["search"] |= {"optimizer": "adam", "alpha_weight_decay": 1e-3}
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / compare.RECORD).write_text(json.dumps(stored))
+    options = arguments[1][: arguments[1].index("--output")]
+    result = naslora(*options, "--output", old, "--resume")
+    assert result.status == 2 and len(result.err.splitlines()) == 1
+    for setting in ("arch_data hold-out", "optimizer adam", "alpha_schedule constant"):
+        assert setting in result.err
 
 
 def test_bad_data_is_refused_before_anything_is_written(naslora, make_data, tmp_path):
