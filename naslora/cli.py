@@ -214,10 +214,21 @@ def predict(
         tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
     ],
     output: Annotated[Path, tyro.conf.arg(help="Folder for masks and overlays.")],
+    skip_errors: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Go on past images that cannot be read, list them at the end, and exit with 1."
+        ),
+    ] = False,
 ) -> None:
     """Segment images; write a mask and an overlay for each."""
-    written = trained.predict_run(path, inputs, output)
+    errors: list[UserError] = []
+    written = trained.predict_run(path, inputs, output, errors.append if skip_errors else None)
     print(f"wrote {len(written)} masks and overlays to {output}")
+    for error in errors:
+        print(f"naslora: skipped: {error}", file=sys.stderr)
+    if errors:
+        raise SystemExit(1)
 
 
 def merge(

@@ -254,9 +254,14 @@ def summarise(
     Returns:
         ``dice``, ``iou`` and ``accuracy``: a number, or None if undefined. ``per_class``: for each
         class name its ``dice`` and ``iou``, None for a class that no image has; such classes do not
-        count in the means. ``metrics``, only if some are given: their values by name. A value is a
-        number, None if undefined, or a number for each class name, the background first.
+        count in the means. If no image has foreground, all of these are None. ``metrics``, only if
+        some are given: their values by name. A value is a number, None if undefined, or a number
+        for each class name, the background first.
     """
+    if "confusion" in scores and not scores["confusion"][:, 1:].any():
+        # Dice and IoU of no foreground are no results.
+        undefined = {name: torch.full_like(scores[name], torch.nan) for name in ("dice", "iou")}
+        scores = {**scores, **undefined}
     dice, iou = scores["dice"].nanmean(0), scores["iou"].nanmean(0)  # (C,)
     summary: dict[str, Any] = {
         "dice": _number(dice.nanmean()),

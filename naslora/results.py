@@ -21,6 +21,7 @@ from naslora.files import read_json, write_json, write_text
 
 # The files of a run's folder.
 CONFIG = "config.json"
+DATA = "data.json"
 BEST = "best"
 """Folder of the best epoch's adapter, as ``save_adapter`` writes it."""
 LAST = "last.pt"

@@ -9,13 +9,17 @@ left_out.safetensors      tensors of the SAM checkpoint that the model lacks, fo
 
 import dataclasses
 import functools
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torchvision.transforms.v2 import functional as transforms
 
 from naslora.adapter.merge_report import MergeMode, MergeReport
 from naslora.adapter.merged_files import (
@@ -25,6 +29,7 @@ from naslora.adapter.merged_files import (
     merged_state,
 )
 from naslora.adapter.storage import write_tensors
+from naslora.data.contents import warnings_about
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.layouts import list_images
 from naslora.data.masks import Sample, read_image
@@ -124,7 +129,8 @@ def evaluate_run(
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
     samples = splits[split]
-    check_with_progress(samples, config)
+    for warning in warnings_about({split: check_with_progress(samples, config)}):
+        print(f"naslora: warning: {warning}", file=sys.stderr)
     return dataclasses.replace(evaluate_model(model, config, samples), images=len(samples))
 
 
@@ -148,46 +154,76 @@ def evaluate_model(
 # ---- Predicting ----------------------------------------------------------------------------------
 
 
-def predict_run(path: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
+MASK_ENDING, OVERLAY_ENDING = "_mask.png", "_overlay.png"
+# The text entry of PNG files that ``predict_run`` writes, by which it knows them.
+_SOFTWARE = ("Software", "naslora predict")
+
+
+def predict_run(
+    path: Path,
+    inputs: Sequence[Path],
+    output: Path,
+    on_error: Callable[[UserError], None] | None = None,
+) -> list[Path]:
     """Segments images: writes a mask and an overlay for each, at the image's own size.
 
-    Binary masks are 0/255, others class indices.
+    Binary masks are 0/255, others class indices. Images are read one after another, so that the
+    memory depends on the largest of them only: about 8 bytes a pixel.
 
     Args:
         path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
-        inputs: image files, or folders of images.
+        inputs: image files, or folders of images. Masks and overlays of an earlier call in such a
+            folder are no images.
         output: created if needed; gets NAME_mask.png and NAME_overlay.png.
+        on_error: called with the error of an image that cannot be read; the other images are
+            segmented. If None, every image is read before the first mask is written, and the
+            first error is raised.
 
     Returns:
         The masks that were written.
 
     Raises:
-        UserError: as ``load_model`` and ``load_exported``; an image is missing or unreadable, or
-            two have the same name.
+        UserError: as ``load_model`` and ``load_exported``; an image is missing or unreadable, two
+            have the same name, or a mask or an overlay would overwrite an input.
     """
     images = _find_images(inputs)
+    _check_targets(images, output)
     predict, config = _load_predictor(path)
     samples = [Sample(image, None, "input") for image in images]
-    check_with_progress(samples, config)
+    if on_error is None:
+        check_with_progress(samples, config)
     dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
     names = ["background", *config.foreground_names]
     written = []
-    for index, sample in enumerate(samples):
-        labels = predict(dataset[index]["image"][None])[0].numpy()
-        picture = read_image(sample)
-        mask = Image.fromarray(labels.astype(np.uint8))
-        mask = mask.resize(picture.size, Image.Resampling.NEAREST)
-        overlay = Image.fromarray(paint(np.asarray(picture), np.asarray(mask), names))
+    for sample in samples:
+        try:
+            picture = read_image(sample)
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        image = transforms.to_dtype(dataset.resize_image(picture), torch.float32, scale=True)
+        labels = predict(image[None])[0].numpy().astype(np.uint8)
+        mask = Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST)
+        pixels = np.asarray(picture)
+        del picture  # a large image counts
+        overlay = Image.fromarray(paint(pixels, np.asarray(mask), names))
+        del pixels
         shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
-        written.append(output / f"{sample.image.stem}_mask.png")
+        written.append(output / f"{sample.image.stem}{MASK_ENDING}")
         _save_png(shown, written[-1])
-        _save_png(overlay, output / f"{sample.image.stem}_overlay.png")
+        _save_png(overlay, output / f"{sample.image.stem}{OVERLAY_ENDING}")
     return written
 
 
 def _find_images(inputs: Sequence[Path]) -> list[Path]:
     images = [
-        image for item in inputs for image in ([item] if item.is_file() else list_images(item))
+        image
+        for item in inputs
+        for image in (
+            [item] if item.is_file() else [i for i in list_images(item) if not _is_own(i)]
+        )
     ]
     if not images:
         raise UserError(f"there are no images in {', '.join(map(str, inputs))}")
@@ -197,9 +233,35 @@ def _find_images(inputs: Sequence[Path]) -> list[Path]:
     return images
 
 
+def _is_own(image: Path) -> bool:
+    """Returns whether ``predict_run`` wrote a file."""
+    if not image.name.endswith((MASK_ENDING, OVERLAY_ENDING)):
+        return False
+    try:
+        with Image.open(image) as opened:
+            return opened.info.get(_SOFTWARE[0]) == _SOFTWARE[1]
+    except Exception:  # Pillow raises many kinds; the check of the images reports it
+        return False
+
+
+def _check_targets(images: Sequence[Path], output: Path) -> None:
+    """Refuses to overwrite an input."""
+    resolved = {image.resolve() for image in images}
+    for image in images:
+        for ending in (MASK_ENDING, OVERLAY_ENDING):
+            target = output / f"{image.stem}{ending}"
+            if target.resolve() in resolved:
+                raise UserError(
+                    f"{target} is an input, and the prediction for {image} would overwrite it; "
+                    "choose another --output"
+                )
+
+
 def _save_png(image: Image.Image, path: Path) -> None:
+    text = PngInfo()
+    text.add_text(*_SOFTWARE)
     with replaced_file(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=text)
 
 
 def _load_predictor(path: Path) -> tuple[Predict, RunConfig]:

@@ -49,13 +49,28 @@ def mixed_cell(
 
     alpha, the depthwise kernels and pw have the dtype of z, or float32 if z has 16 bits.
 
+    Infinity and NaN: with finite parameters, the same elements of y and of dL/dz are finite as in
+    the reference. Where the reference is not finite, no backend is, but it may return NaN for an
+    infinity. A parameter or an incoming gradient that is not finite may spread further than in the
+    reference: the zeros around a map are multiplied too. Sums run in another order, so near the
+    largest number of the dtype they may overflow where the reference does not, and the reverse. If
+    B is 0, gradients are 0, whatever the parameters hold.
+
+    float16 has steps of 6e-8 below 6e-5. Smaller results and gradients have errors of some percent;
+    scale the loss, as ``torch.amp.GradScaler`` does.
+
+    ``channels`` may change between calls, also through ``.data``. On a CPU every pass checks its
+    values. On a GPU they are read again when the tensor's version changes; values that are out of
+    range without that give a wrong y, but no access outside the map.
+
     Returns:
         y (B, H, W, r) in the dtype of ``z``.
 
     Raises:
         TypeError: an argument is not a tensor or has a wrong dtype.
         ValueError: an argument has a wrong shape, device or channel, or the backend is unknown.
-        RuntimeError: the named backend cannot serve this call.
+        RuntimeError: the named backend cannot serve this call. Raised by the backward: a saved
+            tensor's shape, dtype or storage has changed since the forward.
     """
     cell = Cell(alpha, (dw_sep3, dw_sep5, dw_dil3, dw_dil5), pw, channels)
     check_cell("z", z, cell)
@@ -83,7 +98,9 @@ def nas_lora_linear(
 
     h = W0 x + b0 + s W_d y with y the mixed cell of z = W_e x. The result is differentiable in
     every floating argument. Under autocast, ``x``, ``weight`` and ``bias`` are cast to its dtype
-    unless they are float64. A float32 adapter is not cast, and its gradients are float32.
+    unless they are float64. A float32 adapter is not cast, and its gradients are float32. z and
+    dL/dy are rounded to the dtype of ``x``. Infinity, NaN and small numbers are as in
+    ``mixed_cell``.
 
     Args:
         x: (B, H, W, C_in) token grid, in one of the dtypes of ``mixed_cell``. Any strides. B may

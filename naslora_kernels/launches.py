@@ -39,6 +39,7 @@ from naslora_kernels.ops import (
     flat_kernels,
     layer_gradients,
 )
+from naslora_kernels.saved import check_saved_cell, check_saved_layer
 from naslora_kernels.tensors import ACCUMULATORS, gradient_like, rows
 
 Maybe: TypeAlias = Tensor | None  # None: the tensor does not exist or is not needed
@@ -165,6 +166,7 @@ class Launches:
         self, grad_y: Tensor, z: Tensor, cell: Cell, need: CellNeed
     ) -> tuple[Tensor, ...]:
         """Two launches."""
+        check_saved_cell(grad_y, z, cell)
         gradients = cell_gradients(cell, need)
         grad_z = gradient_like(z, need.z)
         if not z.numel() or cell.pw.shape[-1] == 0:
@@ -192,6 +194,7 @@ class Launches:
         self, grad_h: Tensor, saved: SavedLayer, need: LayerNeed
     ) -> tuple[Tensor, ...]:
         """Six launches and the frozen product."""
+        check_saved_layer(grad_h, saved)
         primitives = self._primitives
         x, z, linear, cell, scaling = saved
         grad_rows = rows(grad_h)  # (T, C_out)

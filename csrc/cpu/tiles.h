@@ -16,6 +16,9 @@
 // cost a few wasted lanes, but vectors are full even on maps as small as 14x14.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "../shared/cell_math.h"
 #include "memory.h"
 #include "plane_loops.h"
@@ -76,13 +79,20 @@ struct Tiles {
         c(shape.c),
         selected(shape.c),
         rest(shape.rank - shape.c) {
-    int64_t others = 0;
+    // The channels are copied first: the caller's may change while the kernel runs.
     for (int64_t i = 0; i < c; ++i) selected[i] = shape.channels ? shape.channels[i] : i;
+    int64_t others = 0, found = 0;
     for (int64_t k = 0; k < shape.rank; ++k) {
       bool is_selected = false;
       for (int64_t i = 0; i < c; ++i) is_selected |= selected[i] == k;
-      if (!is_selected) rest[others++] = k;
+      if (is_selected)
+        ++found;
+      else if (others < shape.rank - c)
+        rest[others++] = k;
     }
+    if (found != c)
+      throw std::invalid_argument("channels: expected distinct values in 0.." +
+                                  std::to_string(shape.rank - 1));
   }
 
   // Calls body(tile, new_geometry) for the tiles of some tasks. `new_geometry` says whether the

@@ -67,8 +67,10 @@ struct Interleaved {
   static constexpr int kSize = (kTile + 2 * Halo) * kRowStride;
 };
 
-__device__ inline int64_t selected_channel(const int64_t* channels, int64_t i) {
-  return channels ? channels[i] : i;
+// The i-th selected channel, within the map whatever `channels` holds: the host checks its values
+// once, and they may change later without its notice.
+__device__ inline int64_t selected_channel(const CellShape& shape, int64_t i) {
+  return shape.channels ? larger(0, smaller(shape.channels[i], shape.rank - 1)) : i;
 }
 
 // Brings the selected channels first, ..., first + N - 1 of a tile and its halo to shared memory.
@@ -81,7 +83,7 @@ __device__ void load_tile(const Map& map, const CellShape& shape, int64_t first,
   const int pixels = (tile.rows + 2 * kHalo) * width;
   const bool exists = first + n < shape.c;
   const S* from = static_cast<const S*>(map.data) + tile.image * map.stride[0];
-  if (exists) from += selected_channel(shape.channels, first + n) * map.stride[3];
+  if (exists) from += selected_channel(shape, first + n) * map.stride[3];
 #pragma unroll 4
   for (int i = threadIdx.x / N; i < pixels; i += blockDim.x / N) {
     const int row = i / width, column = i % width;
@@ -121,8 +123,7 @@ __device__ void store_pixels(const AccumulatorOf<S> (&sum)[2][N], const CellShap
     S* to = out + (row * tiling.width + tile.x + pixels.column) * shape.rank;
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      if (first + n < shape.c)
-        to[selected_channel(shape.channels, first + n)] = Narrow<S>::from(sum[i][n]);
+      if (first + n < shape.c) to[selected_channel(shape, first + n)] = Narrow<S>::from(sum[i][n]);
   }
 }
 

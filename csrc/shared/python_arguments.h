@@ -10,6 +10,7 @@
 
 #include <exception>
 #include <new>
+#include <stdexcept>
 #include <string>
 
 #include "vocabulary.h"
@@ -85,6 +86,9 @@ PyObject* compute(const Arguments& arguments, const Body& body) {
   std::string message;
   Py_BEGIN_ALLOW_THREADS try { body(); } catch (const std::bad_alloc&) {
     type = PyExc_MemoryError;
+  } catch (const std::invalid_argument& error) {
+    type = PyExc_ValueError;
+    message = error.what();
   } catch (const std::exception& error) {
     type = PyExc_RuntimeError;
     message = error.what();

@@ -182,15 +182,20 @@ class SegmentationDataset(Dataset[Item]):
         """
         where = f"{sample.origin}: image {sample.image}"
         image = to_rgb(open_upright(image_file, where)[0], where)
-        size = (self.image_size, self.image_size)
-        # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
-        pixels = transforms.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
+        pixels = self.resize_image(image)
         if mask_file is None:
             return pixels, None
         mask = decode_mask(sample, mask_file, self.num_classes, self._codes, self.ignore_index)
         check_sizes(sample, image.size, mask)
+        size = (self.image_size, self.image_size)
         nearest = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
         return pixels, torch.from_numpy(np.array(nearest))
+
+    def resize_image(self, image: Image.Image) -> Tensor:
+        """Resizes an RGB image to (3, S, S) uint8."""
+        # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
+        size = (self.image_size, self.image_size)
+        return transforms.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
 
 
 def _read_bytes(path: Path, sample: Sample) -> bytes:

@@ -74,6 +74,9 @@ def data_uri(pixels: np.ndarray) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
+PAINTED_PIXELS = 1 << 18  # at once, to bound the memory for numbers of 8 bytes
+
+
 def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.ndarray:
     """Tints each class in its colour and draws its border in the full colour.
 
@@ -85,11 +88,22 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.n
     Returns:
         (H, W, 3) uint8 RGB.
     """
+    painted = np.empty_like(image)
+    neighbours = np.pad(labels, 1, mode="edge")
+    rows = max(1, PAINTED_PIXELS // max(1, image.shape[1]))
+    for top in range(0, len(image), rows):
+        band = neighbours[top : top + rows + 2]
+        painted[top : top + rows] = _paint_rows(image[top : top + rows], band, class_names)
+    return painted
+
+
+def _paint_rows(image: np.ndarray, neighbours: np.ndarray, class_names: list[str]) -> np.ndarray:
+    """Paints rows of an image; ``neighbours`` are their labels with one more on every side."""
+    labels = neighbours[1:-1, 1:-1]
     colours = np.zeros_like(image)
     for index in range(1, len(class_names)):
         colours[labels == index] = class_colour(index)
     colours[unknown(labels, class_names)] = UNKNOWN_COLOUR
-    neighbours = np.pad(labels, 1, mode="edge")
     around = (neighbours[:-2, 1:-1], neighbours[2:, 1:-1], neighbours[1:-1, :-2])
     border = np.any([labels != other for other in (*around, neighbours[1:-1, 2:])], axis=0)
     opacity = np.where(border, 1, 0.45) * (labels != 0)

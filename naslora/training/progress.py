@@ -66,11 +66,12 @@ def epoch_line(record: Epoch, epochs: int) -> str:
     """One epoch in a line of text, for logs."""
     searched = "" if record.arch_loss is None else f"  arch loss {record.arch_loss:.3f}"
     entropy = "" if record.entropy is None else f"  entropy {record.entropy:.3f}"
+    dice = "-" if record.val_dice is None else f"{record.val_dice:.3f}"
     spatial = "" if record.spatial == 1 else f"  spatial {record.spatial:.2f}"
     return (
         f"epoch {record.epoch + 1}/{epochs}  stage {record.stage}  "
         f"loss {record.train_loss:.3f}{searched}  val loss {record.val_loss:.3f}  "
-        f"val Dice {record.val_dice or 0.0:.3f}{entropy}{spatial}  "
+        f"val Dice {dice}{entropy}{spatial}  "
         f"{record.seconds.total:.1f} s"
     )
 

@@ -2,6 +2,7 @@
 
 config.json            the whole configuration
 best/                  adapter (and decoder) of the best epoch, as ``save_adapter`` writes it
+data.json              checksums of the images and masks, which --resume compares
 last.pt                everything that --resume needs
 history.csv            one row an epoch
 operations.json        softmax(alpha) of every layer after every epoch
@@ -12,10 +13,11 @@ tensorboard/           the curves for TensorBoard
 
 from pathlib import Path
 
+from naslora.data.contents import to_json
 from naslora.errors import UserError
 from naslora.files import read_json, write_json
 from naslora.methods import METHODS, load_adapter
-from naslora.results import BEST, CONFIG, RunResult
+from naslora.results import BEST, CONFIG, DATA, RunResult
 from naslora.training.accelerator import make_accelerator
 from naslora.training.run_config import RunConfig, differing
 from naslora.training.run_data import prepare_data
@@ -43,7 +45,7 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> RunResult:
     accelerator = make_accelerator(config.search)
     _check_start(config)
     check_output(config, output, resume)
-    data = prepare_data(config, accelerator)
+    data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
     model = build_adapted_model(config)
     counts = count_parameters(model)
     seed = config.adapter.seed
@@ -52,6 +54,7 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> RunResult:
         search.resume()
     if accelerator.is_main_process:
         write_json(output / CONFIG, config.to_dict())
+        write_json(output / DATA, to_json(contents))
     search.run()
     load_adapter(model, output / BEST)
     result = final_result(search, counts, config)

@@ -2,7 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,36 +15,60 @@ from rich.progress import Progress
 from torch import Tensor
 
 from naslora.data.cache import Cache
+from naslora.data.contents import Content, Contents, check_unchanged, content_of, warnings_about
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import count_differences, load_splits
 from naslora.data.layouts import OPTIONAL_SPLIT
-from naslora.data.masks import Sample, check_samples, in_threads
+from naslora.data.masks import Sample, check_sample, has_foreground, in_threads, palette_codes
 from naslora.errors import UserError
+from naslora.files import read_json
 from naslora.training.run_config import RunConfig
 
 CALIBRATION_IMAGES = 16  # default number of training images for mode `calibrated`
 
 
-def prepare_data(config: RunConfig, accelerator: Accelerator) -> dict[str, SegmentationDataset]:
+class RunData(NamedTuple):
+    """The data of a run."""
+
+    datasets: dict[str, SegmentationDataset]
+    """The data set of each split."""
+    contents: Contents
+    """What the files hold; empty in all but the main process."""
+
+
+def prepare_data(
+    config: RunConfig, accelerator: Accelerator, record: Path | None = None
+) -> RunData:
     """Finds the images of a run, reads each once, and makes the data set of each split.
 
     The main process reads for all. All processes wait here; if it finds a problem, all of them
-    raise.
+    raise. It warns of splits without foreground and of copies of training images.
+
+    Args:
+        config: the run.
+        accelerator: the processes.
+        record: the file in which a run that is resumed recorded its data; None for a new run. Runs
+            of version 0.1.0 have no such file.
 
     Raises:
-        UserError: as ``find_splits`` and ``check_with_progress``.
+        UserError: as ``find_splits`` and ``check_with_progress``, or as ``check_unchanged``.
     """
     splits = find_splits(config)
     problem = None
+    contents: Contents = {}
     if accelerator.is_main_process:
         try:
-            check_with_progress([sample for split in splits.values() for sample in split], config)
+            contents = _read_contents(splits, config)
+            if record is not None and record.is_file():
+                check_unchanged(read_json(record), contents, record)
         except UserError as error:
             problem = str(error)
+        for warning in warnings_about(contents):
+            print(f"naslora: warning: {warning}", file=sys.stderr)
     for found in gather_object([problem]):
         if found is not None:
             raise UserError(found)
-    return {
+    datasets = {
         name: make_dataset(
             config,
             samples,
@@ -51,6 +77,13 @@ def prepare_data(config: RunConfig, accelerator: Accelerator) -> dict[str, Segme
         )
         for name, samples in splits.items()
     }
+    return RunData(datasets, contents)
+
+
+def _read_contents(splits: dict[str, list[Sample]], config: RunConfig) -> Contents:
+    """Reads every sample once, as ``check_with_progress``, and returns what the files hold."""
+    read = iter(check_with_progress([s for split in splits.values() for s in split], config))
+    return {name: [next(read) for _ in split] for name, split in splits.items()}
 
 
 def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
@@ -85,8 +118,11 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     return splits
 
 
-def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
+def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Content]:
     """Reads every sample once, so that a bad file is found before a long run starts.
+
+    Returns:
+        What the files of each sample hold.
 
     Raises:
         UserError: as ``check_samples``.
@@ -97,10 +133,22 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> None:
         def advance(done: int, _: int) -> None:
             progress.update(task, completed=done)
 
-        if config.cache is None:
-            check_samples(samples, config.num_classes, config.palette, config.ignore_index, advance)
-        else:  # filling the cache reads everything once
-            in_threads(make_dataset(config, samples).read, samples, advance)
+        return in_threads(_reader(samples, config), samples, advance)
+
+
+def _reader(samples: Sequence[Sample], config: RunConfig) -> Callable[[Sample], Content]:
+    codes = palette_codes(config.palette, config.num_classes)
+    dataset = None if config.cache is None else make_dataset(config, samples)
+
+    def read(sample: Sample) -> Content:
+        if dataset is None:
+            return content_of(
+                sample, check_sample(sample, config.num_classes, codes, config.ignore_index)
+            )
+        _, mask = dataset.read(sample)  # filling the cache reads everything once
+        return content_of(sample, mask is not None and has_foreground(mask.numpy()))
+
+    return read
 
 
 def make_dataset(

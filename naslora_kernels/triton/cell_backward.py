@@ -101,6 +101,7 @@ def cell_backward_kernel(
                 pointwise_sums(
                     maps,
                     channels_ptr,
+                    rank,
                     first,
                     depthwise[2 * pair],
                     depthwise[2 * pair + 1],
@@ -121,6 +122,7 @@ def cell_backward_kernel(
                 depthwise_sums(
                     maps,
                     channels_ptr,
+                    rank,
                     first,
                     pw_ptr + pw,
                     sums_3x3,
@@ -133,4 +135,5 @@ def cell_backward_kernel(
                     STEPS,
                 )
         if part == PARTS - 1:
-            pooling_sums(maps, channels_ptr, first, sums + A_OTHERS, CHANNELS, LANES, PIXELS, STEPS)
+            others = sums + A_OTHERS
+            pooling_sums(maps, channels_ptr, rank, first, others, CHANNELS, LANES, PIXELS, STEPS)

@@ -12,6 +12,7 @@ from naslora_kernels.triton.pixels import (
     locate,
     pixel_offset,
     pool,
+    within_rank,
 )
 
 
@@ -54,6 +55,7 @@ def cell_forward_kernel(
         channels = lanes.to(tl.int64)
     else:
         channels = tl.load(channels_ptr + tl.minimum(lanes, CHANNELS - 1))  # (1, 1, LANES)
+        channels = within_rank(channels, rank)
     start = tl.program_id(0).to(tl.int64) * PIXELS
     image, y, x, exists = locate(start, shape, PIXELS)
     mask = exists & in_lanes

@@ -15,6 +15,7 @@ from naslora_kernels.triton.pixels import (
     tap_positions,
     window_size,
     within,
+    within_rank,
 )
 
 
@@ -45,6 +46,7 @@ def map_gradient(
         channels = lanes.to(tl.int64)
     else:
         channels = tl.load(channels_ptr + tl.minimum(lanes, CHANNELS - 1))
+        channels = within_rank(channels, rank)
     image, y, x, exists = locate(start, shape, PIXELS)
     mask = exists & in_lanes
     z = z_ptr + pixel_offset(image, y, x, strides) + channels * strides[3]
@@ -67,7 +69,8 @@ def map_gradient(
             pw_3x3 = tl.load(pw, mask=in_lanes, other=0.0).to(DTYPE)
             pw_5x5 = tl.load(pw + CHANNELS * CHANNELS, mask=in_lanes, other=0.0).to(DTYPE)
             kernel = (a[2 * pair] * pw_3x3) * dw_3x3 + (a[2 * pair + 1] * pw_5x5) * dw_5x5
-            channel = channel_numbers(channels_ptr, tl.full((1, 1, LANES), o, tl.int32), CHANNELS)
+            output = tl.full((1, 1, LANES), o, tl.int32)
+            channel = channel_numbers(channels_ptr, output, rank, CHANNELS)
             at = grad_pixels + channel * grad_strides[3]
             grads, _ = load_taps(at, y, x, mask, shape, grad_strides, pair + 1, DTYPE)
             terms = tl.where(within(row, column, 2), grads * kernel, 0.0)

@@ -25,6 +25,7 @@ from naslora_kernels.triton.pixels import (
 def pointwise_sums(
     maps,
     channels_ptr,
+    rank,
     first,
     dw_3x3_ptr,
     dw_5x5_ptr,
@@ -47,7 +48,7 @@ def pointwise_sums(
     grad_y_ptr, grad_strides, z_ptr, strides, shape = maps
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
-    channels = channel_numbers(channels_ptr, lanes, CHANNELS)
+    channels = channel_numbers(channels_ptr, lanes, rank, CHANNELS)
     sums_3x3 = tl.zeros((BLOCK, PIXELS, LANES), DTYPE)
     sums_5x5 = sums_3x3
     for step in tl.range(STEPS, disable_licm=True):
@@ -58,7 +59,16 @@ def pointwise_sums(
         by_3x3, by_5x5 = convolve(values, dw_3x3_ptr, dw_5x5_ptr, in_lanes, LANES, PIXELS, DTYPE)
         pixels = grad_y_ptr + pixel_offset(image, y, x, grad_strides)
         grads = _load_outputs(
-            pixels, channels_ptr, first_output, grad_strides[3], mask, CHANNELS, LANES, BLOCK, DTYPE
+            pixels,
+            channels_ptr,
+            rank,
+            first_output,
+            grad_strides[3],
+            mask,
+            CHANNELS,
+            LANES,
+            BLOCK,
+            DTYPE,
         )
         sums_3x3 += grads * by_3x3
         sums_5x5 += grads * by_5x5
@@ -78,6 +88,7 @@ def pointwise_sums(
 def depthwise_sums(
     maps,
     channels_ptr,
+    rank,
     first,
     pw_ptr,
     sums_3x3_ptr,
@@ -95,7 +106,7 @@ def depthwise_sums(
     row, column = tap_positions()
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
-    channels = channel_numbers(channels_ptr, lanes, CHANNELS)
+    channels = channel_numbers(channels_ptr, lanes, rank, CHANNELS)
     sums_3x3 = tl.zeros((32, PIXELS, LANES), DTYPE)
     sums_5x5 = sums_3x3
     for step in tl.range(STEPS, disable_licm=True):
@@ -106,7 +117,7 @@ def depthwise_sums(
         grad_5x5 = grad_3x3
         for o in range(0, CHANNELS, BLOCK):
             grads = _load_outputs(
-                pixels, channels_ptr, o, grad_strides[3], mask, CHANNELS, LANES, BLOCK, DTYPE
+                pixels, channels_ptr, rank, o, grad_strides[3], mask, CHANNELS, LANES, BLOCK, DTYPE
             )
             pw_3x3 = _load_pointwise(pw_ptr, o, CHANNELS, LANES, PIXELS, BLOCK, DTYPE)
             pw_5x5_ptr = pw_ptr + CHANNELS * CHANNELS
@@ -132,6 +143,7 @@ def depthwise_sums(
 def pooling_sums(
     maps,
     channels_ptr,
+    rank,
     first,
     sums_ptr,
     CHANNELS: tl.constexpr,
@@ -144,7 +156,7 @@ def pooling_sums(
     grad_y_ptr, grad_strides, z_ptr, strides, shape = maps
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
-    channels = channel_numbers(channels_ptr, lanes, CHANNELS)
+    channels = channel_numbers(channels_ptr, lanes, rank, CHANNELS)
     average_sum = tl.zeros((1, PIXELS, LANES), DTYPE)
     maximum_sum, skip_sum = average_sum, average_sum
     for step in tl.range(STEPS, disable_licm=True):
@@ -168,6 +180,7 @@ def pooling_sums(
 def _load_outputs(
     grad_pixels,
     channels_ptr,
+    rank,
     first_output,
     stride_c,
     mask,
@@ -181,7 +194,7 @@ def _load_outputs(
     (BLOCK, PIXELS, LANES)
     """
     output = first_output + tl.arange(0, BLOCK)[:, None, None] + tl.zeros((1, 1, LANES), tl.int32)
-    at = grad_pixels + channel_numbers(channels_ptr, output, CHANNELS) * stride_c
+    at = grad_pixels + channel_numbers(channels_ptr, output, rank, CHANNELS) * stride_c
     return tl.load(at, mask=mask & (output < CHANNELS), other=0.0).to(DTYPE)
 
 

@@ -52,13 +52,22 @@ def lane_numbers(LANES: tl.constexpr):
 
 
 @triton.jit
-def channel_numbers(channels_ptr, i, CHANNELS: tl.constexpr):
+def channel_numbers(channels_ptr, i, rank, CHANNELS: tl.constexpr):
     """Returns the i-th channels of S (int64) for a block ``i``; some channel of S if i >= c."""
     i = tl.minimum(i, CHANNELS - 1)
     if channels_ptr is None:
         return i.to(tl.int64)
     else:
-        return tl.load(channels_ptr + i)
+        return within_rank(tl.load(channels_ptr + i), rank)
+
+
+@triton.jit
+def within_rank(channels, rank):
+    """Returns channels inside the map, whatever the tensor of channels holds.
+
+    The host checks the values once. They may change later without its notice.
+    """
+    return tl.maximum(tl.minimum(channels, rank - 1), 0)
 
 
 @triton.jit

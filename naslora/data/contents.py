@@ -1,0 +1,130 @@
+"""What the files of a data set hold: copies between splits, empty masks, changes since a start.
+
+Files are compared by their bytes. A copy that was saved anew, for instance as another format, is
+not found.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from naslora.data.masks import Sample, unreadable
+from naslora.errors import UserError, listing
+
+
+class Content(NamedTuple):
+    """One sample's files."""
+
+    image: str
+    """Path of the image."""
+    image_digest: str
+    """BLAKE2b of the bytes of the image file, 32 hexadecimal digits."""
+    mask_digest: str | None
+    """The same of the mask; None without a mask."""
+    foreground: bool
+    """Whether the mask has a pixel of another class than 0."""
+
+
+Contents = Mapping[str, Sequence[Content]]
+"""The samples of each split, in order."""
+
+
+def content_of(sample: Sample, foreground: bool) -> Content:
+    """Reads the bytes of a sample's files.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    mask = None if sample.mask is None else _digest(sample.mask, sample)
+    return Content(str(sample.image), _digest(sample.image, sample), mask, foreground)
+
+
+def _digest(path: Path, sample: Sample) -> str:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.blake2b(digest_size=16)
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise unreadable(f"{sample.origin}: {path}", error) from error
+    return digest.hexdigest()
+
+
+def warnings_about(contents: Contents) -> list[str]:
+    """Names the splits without foreground and those with copies of training images.
+
+    Args:
+        contents: the splits of a run.
+
+    Returns:
+        A line for each of them.
+    """
+    lines = [
+        f"all {len(split)} masks of the split {name!r} are empty, so it has no Dice; check the "
+        "masks and --num-classes"
+        for name, split in contents.items()
+        if split and not any(content.foreground for content in split)
+    ]
+    trained = {
+        content.image_digest: content.image
+        for name in ("train", "arch")
+        for content in contents.get(name, ())
+    }
+    for name in ("val", "test"):
+        copies = [own for own in contents.get(name, ()) if own.image_digest in trained]
+        if copies:
+            first = copies[0]
+            lines.append(
+                f"{len(copies)} of {len(contents[name])} images of the split {name!r} are copies "
+                f"of training images, first {first.image} of {trained[first.image_digest]}; its "
+                "scores are too good; remove them from one of the splits"
+            )
+    return lines
+
+
+def check_unchanged(stored: Any, contents: Contents, path: Path) -> None:
+    """Checks that the data is the data that a run was started with.
+
+    Args:
+        stored: the content of ``path``, a ``to_json`` of the run's start.
+        contents: the data now.
+        path: names the file in messages.
+
+    Raises:
+        UserError: images or masks changed, are missing or are new, or ``stored`` is no such record.
+            The message names the first of them.
+    """
+    try:
+        before = {name: [Content(*row) for row in rows] for name, rows in stored.items()}
+        changes = [
+            change
+            for name in dict.fromkeys([*before, *contents])
+            for change in _changes(before.get(name, []), list(contents.get(name, ())))
+        ]
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}; start a new run") from error
+    if changes:
+        raise UserError(
+            f"the data has changed since the run was started: {listing(changes, limit=4)}; restore "
+            "it, or start a new run with another --output"
+        )
+
+
+def _changes(before: Sequence[Content], now: Sequence[Content]) -> list[str]:
+    old, new = ({content.image: content for content in split} for split in (before, now))
+    changes = [f"{image} is missing" for image in old.keys() - new.keys()]
+    changes += [f"{image} is new" for image in new.keys() - old.keys()]
+    for image in old.keys() & new.keys():
+        if old[image].image_digest != new[image].image_digest:
+            changes.append(f"{image} has another content")
+        elif old[image].mask_digest != new[image].mask_digest:
+            changes.append(f"the mask of {image} has another content")
+    if not changes and [content.image for content in before] != [content.image for content in now]:
+        changes.append(f"{now[0].image} and others are in another order")
+    return changes
+
+
+def to_json(contents: Contents) -> dict[str, list[list[Any]]]:
+    """Returns the contents as ``check_unchanged`` reads them from a JSON file."""
+    return {name: [list(content) for content in split] for name, split in contents.items()}

@@ -1,0 +1,97 @@
+"""Checks that a backward still gets the tensors that its forward saved.
+
+Autograd notices in-place changes of saved tensors by their version. Assignments to ``.data`` and
+changes of a storage do not raise it. A kernel that trusted such tensors would read out of bounds.
+The checks read no values and cost a few microseconds a backward.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from naslora_kernels.cell import Cell
+from naslora_kernels.operations import CONVOLUTIONS, OPERATIONS
+from naslora_kernels.ops import SavedLayer
+
+_CELL_NAMES = ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5", "pw")
+_Expected = tuple[str, Tensor, tuple[int, ...]]  # name, tensor, shape
+
+
+def check_saved_cell(grad_y: Tensor, z: Tensor, cell: Cell) -> None:
+    """Checks what ``mixed_cell`` saved, against the gradient of its result.
+
+    Raises:
+        RuntimeError: a tensor has another shape, device or dtype than in the forward, or its
+            storage no longer holds it.
+    """
+    _check(grad_y, [("z", z, tuple(grad_y.shape)), *_cell(cell)], maps=("z",))
+
+
+def check_saved_layer(grad_h: Tensor, saved: SavedLayer) -> None:
+    """Checks what ``nas_lora_linear`` saved, against the gradient of its result.
+
+    Raises:
+        RuntimeError: as ``check_saved_cell``.
+    """
+    x, z, (weight, _, lora_A, lora_B), cell, _ = saved
+    *grid, c_out = grad_h.shape
+    rank, c_in = z.shape[-1], weight.shape[-1]
+    expected = [
+        ("z", z, (*grid, rank)),
+        ("weight", weight, (c_out, c_in)),
+        ("lora_A", lora_A, (rank, c_in)),
+        ("lora_B", lora_B, (c_out, rank)),
+        *_cell(cell),
+    ]
+    if x is not None:
+        expected.append(("x", x, (*grid, c_in)))
+    _check(grad_h, expected, maps=("x", "z", "weight"))
+
+
+def _cell(cell: Cell) -> list[_Expected]:
+    # The median of three sizes, so that the message names the one tensor that changed.
+    sizes = (*cell.pw.shape[-1:], *cell.depthwise[0].shape[:1], *cell.depthwise[1].shape[:1])
+    c = sorted(sizes)[len(sizes) // 2] if sizes else 0
+    kernels = [(c, conv.kernel, conv.kernel) for conv in CONVOLUTIONS]
+    shapes = [(len(OPERATIONS),), *kernels, (len(CONVOLUTIONS), c, c)]
+    expected: list[_Expected] = list(zip(_CELL_NAMES, cell.parameters, shapes, strict=True))
+    if cell.channels is not None:
+        expected.append(("channels", cell.channels, (c,)))
+    return expected
+
+
+def _check(gradient: Tensor, expected: Iterable[_Expected], maps: tuple[str, ...]) -> None:
+    device, dtype = gradient.device, gradient.dtype
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise _changed(name, f"expected shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise _changed(name, f"expected device {device}, got {tensor.device}")
+        wanted = torch.int64 if name == "channels" else dtype
+        if tensor.dtype != wanted and (
+            name in maps or name == "channels" or not tensor.is_floating_point()
+        ):
+            raise _changed(name, f"expected {wanted}, got {tensor.dtype}")
+        if device.type == "cpu" and not _held(tensor):
+            raise _changed(name, "its storage has been freed or made smaller")
+
+
+def _held(tensor: Tensor) -> bool:
+    """Returns whether the storage of a tensor on a CPU is large enough for it."""
+    if not tensor.numel():
+        return True
+    last = tensor.numel() - 1
+    if not tensor.is_contiguous():
+        last = sum(
+            stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        )
+    end = tensor.storage_offset() + last + 1
+    return tensor.untyped_storage().nbytes() >= end * tensor.element_size()
+
+
+def _changed(name: str, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name}: {what}; it changed between forward and backward: keep what the forward got until "
+        "backward has run"
+    )

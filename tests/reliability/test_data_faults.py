@@ -1,0 +1,250 @@
+"""Faults of the data: empty masks, copies between splits, changes between starts, bad images."""
+
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from naslora.data.masks import LARGE, Sample, check_samples
+from naslora.files import read_json
+from naslora.report.pictures import paint
+from naslora.sam import encoders
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+
+TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
+
+
+@pytest.fixture(scope="module")
+def clean_data(make_data, tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "data", train=4, val=2, test=2)
+
+
+@pytest.fixture
+def data(clean_data, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(clean_data, tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def run(naslora, clean_data, tmp_path_factory):
+    """A finished run on the clean data; tests only read it."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    result = naslora("train", "--data", clean_data, *TRAIN, "--output", output)
+    assert result.status == 0, result.err
+    assert "warning" not in result.err
+    return output
+
+
+def empty(mask):
+    Image.new("L", Image.open(mask).size).save(mask)
+
+
+# ---- What the splits hold ------------------------------------------------------------------------
+
+
+def test_a_split_of_empty_masks_has_a_warning_and_no_dice(naslora, data, tmp_path):
+    for split in ("val", "test"):
+        for mask in (data / "masks").glob(f"{split}*"):
+            empty(mask)
+    result = naslora("train", "--data", data, *TRAIN, "--output", tmp_path / "run")
+    assert result.status == 0
+    for split in ("val", "test"):
+        line = (
+            f"naslora: warning: all 2 masks of the split '{split}' are empty, so it has no Dice; "
+            "check the masks and --num-classes\n"
+        )
+        assert result.err.count(line) == 1
+    assert "0.0000" not in result.out and "val Dice -" in result.err
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    for scores in (metrics["test"], metrics["val"], metrics["test_merged"]["exact"]):
+        assert scores["dice"] is None and scores["iou"] is None
+    assert metrics["test"]["metrics"]["dice"] is None
+    assert metrics["test"]["accuracy"] is not None
+    result = naslora("evaluate", tmp_path / "run")
+    assert result.status == 0 and "all 2 masks of the split 'test' are empty" in result.err
+
+
+def test_copies_of_training_images_in_the_test_split(naslora, data, tmp_path):
+    copied, original = (sorted((data / "images").glob(f"{s}*"))[0] for s in ("test", "train"))
+    shutil.copy(original, copied)
+    result = naslora("train", "--data", data, *TRAIN, "--output", tmp_path / "run")
+    assert result.status == 0
+    assert (
+        "naslora: warning: 1 of 2 images of the split 'test' are copies of training images, first "
+        f"{copied} of {original}; its scores are too good; remove them from one of the splits\n"
+    ) in result.err
+
+
+def change_image(data):
+    image = sorted((data / "images").glob("train*"))[1]
+    pixels = np.array(Image.open(image))
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(image)
+    return f"{image} has another content"
+
+
+def change_mask(data):
+    mask = sorted((data / "masks").glob("val*"))[0]
+    empty(mask)
+    return f"the mask of {data / 'images' / mask.name} has another content"
+
+
+def remove_row(data):
+    rows = (data / "train.csv").read_text().splitlines()
+    (data / "train.csv").write_text("\n".join(rows[:-1]) + "\n")
+    return f"{data / rows[-1].split(',')[0]} is missing"
+
+
+def add_row(data):
+    image = sorted((data / "images").glob("train*"))[0]
+    shutil.copy(image, data / "images" / "more.png")
+    with (data / "train.csv").open("a") as file:
+        file.write(f"images/more.png,masks/{image.name}\n")
+    return f"{data / 'images' / 'more.png'} is new"
+
+
+def reorder(data):
+    head, *rows = (data / "train.csv").read_text().splitlines()
+    (data / "train.csv").write_text("\n".join([head, *rows[::-1]]) + "\n")
+    return f"{data / rows[-1].split(',')[0]} and others are in another order"
+
+
+@pytest.mark.parametrize("change", [change_image, change_mask, remove_row, add_row, reorder])
+def test_data_that_changed_between_starts_is_named(naslora, data, tmp_path, change):
+    command = ("train", "--data", data, *TRAIN, "--output", tmp_path / "run")
+    assert naslora(*command).status == 0
+    before = (tmp_path / "run" / "data.json").read_bytes()
+    what = change(data)
+    result = naslora(*command, "--resume")
+    assert result.status == 2
+    assert result.err.splitlines()[-1] == (
+        f"naslora: error: the data has changed since the run was started: {what}; restore it, or "
+        "start a new run with another --output"
+    )
+    assert (tmp_path / "run" / "data.json").read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_resumes(naslora, run, clean_data, tmp_path):
+    """Version 0.1.0 wrote no data.json."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "data.json").unlink()
+    result = naslora("train", "--data", clean_data, *TRAIN, "--output", copy, "--resume")
+    assert result.status == 0 and (copy / "data.json").is_file()
+
+
+@pytest.mark.parametrize("content", ['{"train": [["a"]]}', "[]", '{"train": 3}', '{"train": null}'])
+def test_a_damaged_record_of_the_data(naslora, run, clean_data, tmp_path, content):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "data.json").write_text(content)
+    result = naslora("train", "--data", clean_data, *TRAIN, "--output", copy, "--resume")
+    assert result.status == 2
+    assert f"{copy / 'data.json'} is damaged: " in result.err.splitlines()[-1]
+
+
+# ---- predict -------------------------------------------------------------------------------------
+
+
+def images(folder, count, size=(20, 16)):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    return folder
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def test_predict_into_its_input_folder(naslora, run, tmp_path):
+    folder = images(tmp_path / "in", 3)
+    for _ in range(2):
+        result = naslora("predict", run, folder, "--output", folder)
+        assert result.status == 0 and "wrote 3 masks and overlays" in result.out
+    assert len(list(folder.iterdir())) == 9
+
+
+def test_predict_does_not_overwrite_an_input(naslora, run, tmp_path):
+    """A mask that predict did not write, such as one drawn by hand, is an image like the others."""
+    folder = images(tmp_path / "in", 1)
+    drawn = folder / "000_mask.png"
+    shutil.copy(folder / "000.png", drawn)
+    before = drawn.read_bytes()
+    result = naslora("predict", run, folder, "--output", folder)
+    assert result.status == 2 and len(result.err.splitlines()) == 1
+    assert f"{drawn} is an input, and the prediction for {folder / '000.png'}" in result.err
+    assert drawn.read_bytes() == before and len(list(folder.iterdir())) == 2
+
+
+def test_a_truncated_image_stops_predict_before_it_writes(naslora, run, tmp_path):
+    folder = images(tmp_path / "in", 200)
+    truncate(folder / "120.png")
+    result = naslora("predict", run, folder, "--output", tmp_path / "out")
+    assert result.status == 2 and not (tmp_path / "out").exists()
+    assert f"image {folder / '120.png'} cannot be read" in result.err.splitlines()[-1]
+
+
+def test_predict_goes_on_past_a_truncated_image(naslora, run, tmp_path):
+    folder = images(tmp_path / "in", 20)
+    truncate(folder / "007.png")
+    (folder / "011.png").write_bytes(b"")
+    result = naslora("predict", run, folder, "--output", tmp_path / "out", "--skip-errors")
+    assert result.status == 1 and "wrote 18 masks and overlays" in result.out
+    skipped = [line for line in result.err.splitlines() if line.startswith("naslora: skipped: ")]
+    assert [name in line for name, line in zip(("007", "011"), skipped, strict=True)] == [True] * 2
+    assert len(list((tmp_path / "out").iterdir())) == 36
+
+
+def test_skip_errors_without_errors(naslora, run, tmp_path):
+    folder = images(tmp_path / "in", 2)
+    result = naslora("predict", run, folder, "--output", tmp_path / "out", "--skip-errors")
+    assert result.status == 0 and "skipped" not in result.err
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+def test_painting_takes_little_memory():
+    image = np.zeros((2000, 2000, 3), np.uint8)
+    labels = np.zeros((2000, 2000), np.uint8)
+    labels[500:1500, 500:1500] = 1
+    tracemalloc.start()
+    painted = paint(image, labels, ["background", "foreground"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert painted[1000, 1000].any() and not painted[0, 0].any()
+    assert peak < 4 * image.nbytes  # it was 17 times as much
+
+
+def test_large_images_are_checked(tmp_path):
+    side = int(LARGE**0.5) + 1
+    Image.new("RGB", (side, side)).save(tmp_path / "large.png")
+    sample = Sample(tmp_path / "large.png", None, "input")
+    assert check_samples([sample, sample], 1) == [False, False]
+
+
+@pytest.mark.campaign
+def test_an_image_of_81_megapixels(run, tmp_path):
+    """Peak memory of the whole process, some 500 MiB of which are PyTorch's."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 255, (900, 900, 3), dtype=np.uint8)
+    Image.fromarray(small).resize((9000, 9000)).save(tmp_path / "large.jpg")
+    code = (
+        "from naslora.sam import encoders\n"
+        f"encoders.VITS['vit_t'] = encoders.{encoders.VITS['vit_t']!r}\n"
+        "from naslora.cli import main\nmain()\n"
+    )
+    command = [sys.executable, "-c", code, "predict", run, tmp_path / "large.jpg"]
+    subprocess.run([*map(str, command), "--output", str(tmp_path / "out")], check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB
+    print(f"peak memory of predict: {peak:.2f} GiB")
+    assert Image.open(tmp_path / "out" / "large_mask.png").size == (9000, 9000)
+    assert peak < 2.0

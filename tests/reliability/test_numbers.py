@@ -1,0 +1,137 @@
+"""What the kernels promise about infinity, NaN, overflow and the small numbers of float16.
+
+``mixed_cell`` states the contract. The reference defines which elements are finite.
+"""
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import (
+    CELL,
+    DTYPES,
+    TARGETS,
+    assert_as_good_as_reference,
+    cell_case,
+    layer_case,
+)
+
+VALUES = [float("inf"), float("-inf"), float("nan")]
+# Rows of 4 and 8 numbers: see amx_reads_past_rows in kernel_cases.py.
+KINDS = {
+    "cell, folded": lambda grid, seed=0: cell_case((*grid, 5), 2, seed),
+    "cell, separable": lambda grid, seed=0: cell_case((*grid, 5), 4, seed),
+    "layer": lambda grid, seed=0: layer_case(grid, 8, 8, 4, 2, seed),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def with_dtypes(*simulated_marks):
+    """Targets and dtypes. Triton's interpreter is slow, so it gets one dtype, and the marks."""
+    pairs = []
+    for parameter in TARGETS:
+        target, marks = parameter.values[0], [*parameter.marks]
+        if target.simulated:
+            marks += simulated_marks
+        for dtype in DTYPES[:1] if target.simulated else DTYPES:
+            pairs.append(pytest.param(target, dtype, marks=marks, id=f"{parameter.id}-{dtype}"))
+    return pytest.mark.parametrize("target, dtype", pairs)
+
+
+targets = pytest.mark.parametrize("target", TARGETS)
+
+
+def with_value(case, name, value):
+    tensor = case.gradient if name == "gradient" else case.arguments[name]
+    tensor.view(-1)[tensor.numel() // 2] = value
+    return case
+
+
+@targets
+@kinds
+@pytest.mark.parametrize("value", VALUES)
+def test_an_empty_batch_has_zero_gradients(target, kind, value):
+    """A sum over no pixels is zero. The reference returns NaN, its softmax times zero."""
+    for name in CELL:
+        case = with_value(KINDS[kind]((0, 3, 3)).to(torch.float32), name, value)
+        for result in case.on(target.device).run(target).values():
+            assert not result.count_nonzero() and result.isfinite().all(), name
+
+
+def maps_of(target):
+    return (
+        [(1, 3, 4)]
+        if target.simulated
+        else [(1, 6, 7), (1, 14, 14), (1, 1, 1)][: 3 if target.backend == "cpp" else 1]
+    )
+
+
+@with_dtypes()
+@kinds
+def test_a_map_that_is_not_finite(target, kind, dtype):
+    """With finite parameters the same elements of y and of dL/dz are finite as in the reference."""
+    for grid, value in itertools.product(maps_of(target), VALUES):
+        case = KINDS[kind](grid).to(dtype)
+        first = next(iter(case.arguments))
+        case = with_value(case, first, value).on(target.device)
+        kernel, reference = case.run(target), case.run("reference")
+        for name in ("result", first):
+            expected = reference[name].isfinite()
+            assert torch.equal(kernel[name].isfinite(), expected), (name, grid, value)
+
+
+@with_dtypes(pytest.mark.campaign)  # a minute each
+@kinds
+def test_nothing_hides_an_infinity_or_a_nan(target, kind, dtype):
+    """Where the reference is not finite, the kernels are not. They may say NaN instead of infinity,
+    and may spread a parameter's or a gradient's NaN to more elements."""
+    for grid, value in itertools.product(maps_of(target), VALUES):
+        for name in (*KINDS[kind](grid).arguments, "gradient"):
+            case = with_value(KINDS[kind](grid).to(dtype), name, value).on(target.device)
+            kernel, reference = case.run(target), case.run("reference")
+            for result, expected in reference.items():
+                if name == "gradient" and result.startswith("dw") and target.simulated:
+                    continue  # some taps reach no pixel of its small map; it does not compute them
+                hidden = kernel[result].isfinite() & ~expected.isfinite()
+                assert not hidden.any(), (name, result, grid, value)
+
+
+def scaled(case, **factors):
+    for name, factor in factors.items():
+        tensor = case.gradient if name == "gradient" else case.arguments[name]
+        tensor.mul_(factor)
+    return case
+
+
+@targets
+@pytest.mark.parametrize("maps, gradients", [(1e30, 1e-30), (1e-30, 1e30), (1e17, 1e17)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "layer"])
+def test_large_and_small_numbers(target, kind, maps, gradients):
+    """No overflow as long as every product of two arguments and every sum is below the largest."""
+    grid = maps_of(target)[0]
+    case = scaled(KINDS[kind](grid), z=maps, gradient=gradients).to(torch.float32)
+    assert_as_good_as_reference(target, case)
+
+
+@targets
+@pytest.mark.parametrize("exponent", range(-5, 2))
+@pytest.mark.parametrize("parameters", [torch.float16, torch.float32])
+@kinds
+def test_small_numbers_in_float16(target, kind, parameters, exponent):
+    """float16 has steps of 6e-8 below 6e-5, so errors of some percent are its own.
+
+    z and dL/dy of a layer, and every result, are rounded to float16. An error is at most that of
+    the reference, which rounds at more places, and some steps.
+    """
+    grid = maps_of(target)[0]
+    for seed in range(1 if target.simulated else 5):
+        case = KINDS[kind](grid, seed)
+        case = scaled(case, **{next(iter(case.arguments)): 10.0**exponent, "gradient": 0.01})
+        case = case.to(torch.float16, parameters).on(target.device)
+        kernel, reference = case.run(target), case.run("reference")
+        truth = case.to(torch.float64).run("reference")
+        for name, exact in truth.items():
+            error = (kernel[name].double() - exact).abs().max()
+            reference_error = (reference[name].double() - exact).abs().max()
+            step = max(2.0**-24, 1e-3 * float(exact.abs().max()))
+            assert error <= 2 * reference_error + 2 * step, name
