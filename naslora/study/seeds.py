@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from naslora.errors import UserError
-from naslora.files import read_json
 from naslora.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, Drawing
 from naslora.report.study_report import Part
 from naslora.results import (
@@ -23,7 +22,7 @@ from naslora.results import (
     read_rows,
     write_rows,
 )
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import RunConfig, read_config
 
 # ---- Convergence ---------------------------------------------------------------------------------
 
@@ -49,7 +48,7 @@ def read_history(run: Path, first: RunConfig) -> list[Epoch]:
     Raises:
         UserError: the configurations differ in more than their seed, or the run is not finished.
     """
-    config = RunConfig.from_dict(read_json(run / CONFIG))
+    config = read_config(run / CONFIG)
     given, own = config.to_dict(), first.to_dict()
     given["adapter"]["seed"] = own["adapter"]["seed"]
     if given != own:
