@@ -279,7 +279,7 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # a damaged archive can raise anything
-        raise UserError(f"{path} is damaged or no zip archive: {reason_of(error)}") from error
+        raise UserError(f"{path} is damaged or has another format: {reason_of(error)}") from error
     if damaged is not None:
         raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
 
@@ -296,6 +296,11 @@ def reason_of(error: BaseException) -> str:
 
 
 # ---- Checksums -----------------------------------------------------------------------------------
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _json_checksum(value: dict[str, Any]) -> str:

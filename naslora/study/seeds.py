@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from naslora import results
 from naslora.errors import UserError
 from naslora.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, Drawing
 from naslora.report.study_report import Part
@@ -19,7 +20,6 @@ from naslora.results import (
     Epoch,
     OperationHistory,
     read_record,
-    read_rows,
     write_rows,
 )
 from naslora.training.run_config import RunConfig, read_config
@@ -55,7 +55,7 @@ def read_history(run: Path, first: RunConfig) -> list[Epoch]:
         raise UserError(f"{run} is a run of another configuration; give runs that differ in seed")
     if not (run / HISTORY).is_file():
         raise UserError(f"{run} is not finished: it has no {HISTORY}")
-    return read_rows(run / HISTORY, Epoch)
+    return results.read_history(run)
 
 
 def write_convergence(histories: list[list[Epoch]], config: RunConfig, output: Path) -> list[Part]:
