@@ -4,12 +4,16 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import tyro
@@ -19,6 +23,8 @@ from rich.table import Table
 from naslora import trained
 from naslora.adapter.merge_report import MergeMode
 from naslora.errors import UserError
+from naslora.files import disk_error
+from naslora.locks import locked
 from naslora.methods import MethodName
 from naslora.report.sections.scores import metric_table
 from naslora.results import REPORT, RunResult, to_json
@@ -39,18 +45,41 @@ RESUME = tyro.conf.arg(help="Continue the interrupted run in --output, with the 
 RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model.")
 
 
+RESUMABLE = ("demo", "train", "compare", "ablate")
+"""Commands with --resume."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 def main() -> None:
-    """Runs a command; a ``UserError`` becomes one line of text and exit status 2."""
-    commands = (demo, train, compare, ablate, evaluate, analyse, predict, merge, export, info)
+    """Runs a command.
+
+    What the user or the machine refuses becomes one line of text and exit status 2. SIGINT and
+    SIGTERM become one line and status 130 and 143.
+    """
     try:
-        recipe = _named_recipe(sys.argv[1:])
-        _parse({command.__name__: _deferred(command, recipe) for command in commands})()
+        with _signals():
+            _run(sys.argv[1:])
+            sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"naslora: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit("naslora: interrupted; --resume continues the run") from None
+        _fail(str(error))
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "number", signal.SIGINT)
+        what = "terminated" if number == signal.SIGTERM else "interrupted"
+        resumable = bool({*RESUMABLE} & {*sys.argv[1:2]})
+        advice = "; --resume continues the run" if resumable else ""
+        _fail(f"{what}{advice}", 128 + number, kind="")
+    except (MemoryError, RuntimeError, OSError) as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        _fail(reason)
     finally:
         # The group's threads, if they live until the interpreter ends, can abort the process and
         # change its exit status.
@@ -58,9 +87,83 @@ def main() -> None:
             torch.distributed.destroy_process_group()
 
 
+def _run(arguments: list[str]) -> None:
+    commands = (demo, train, compare, ablate, evaluate, analyse, predict, merge, export, info)
+    recipe = _named_recipe(arguments)
+    deferred = {command.__name__: _deferred(command, recipe) for command in commands}
+    if not arguments:
+        with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(SystemExit):
+            _parse(deferred, ["--help"])
+        raise SystemExit(2)
+    _parse(deferred, arguments)()
+
+
+def _fail(text: str, status: int = 2, kind: str = "error: ") -> NoReturn:
+    """Ends the process with one line of text."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            print(f"naslora: {kind}{' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _refusal(error: Exception) -> str | None:
+    """What the machine refused; None for any other error, which is a defect of naslora."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "there is not enough memory; lower --batch-size or --image-size, or use a GPU"
+    reason = disk_error(error)
+    if reason is None and isinstance(error, OSError) and error.errno is not None:
+        reason = error.strerror
+    if reason is None:
+        return None
+    name = getattr(error, "filename", None)
+    if name is not None:
+        return f"{str(name)[:300]}: {reason}"
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would write the rest when it ends, fail again and print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"the results cannot be printed: {reason}"
+    return reason
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Turns the first SIGINT or SIGTERM into ``Interrupted``. A second one ends the process.
+
+    An OSError of a thread prints nothing: TensorBoard's writer raises it in the main thread, too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if arrived:
+            os._exit(128 + number)
+        arrived.append(number)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    excepthook = threading.excepthook
+
+    def report(arguments: Any) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            excepthook(arguments)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = excepthook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _named_recipe(arguments: list[str]) -> RunConfig | None:
     """Loads the recipe that --recipe names: its settings are the defaults of the parser."""
-    for option, value in zip(arguments, [*arguments[1:], None], strict=True):
+    for option, value in itertools.zip_longest(arguments, arguments[1:]):
         name = value if option == "--recipe" else option.partition("--recipe=")[2]
         if name:
             return load_recipe(name)
@@ -93,11 +196,13 @@ def _deferred(
     return take
 
 
-def _parse(commands: dict[str, Callable[..., Callable[[], None]]]) -> Callable[[], None]:
+def _parse(
+    commands: dict[str, Callable[..., Callable[[], None]]], arguments: list[str]
+) -> Callable[[], None]:
     """Parses the command line.
 
     Raises:
-        UserError: a configuration refuses a value.
+        UserError: the parser or a configuration refuses a value.
     """
     messages = io.StringIO()
     try:
@@ -106,6 +211,7 @@ def _parse(commands: dict[str, Callable[..., Callable[[], None]]]) -> Callable[[
                 commands,
                 prog="naslora",
                 description="Fine-tune the Segment Anything Model with NAS-LoRA.",
+                args=arguments,
             )
     except SystemExit as exit:
         # The parser reports a refused value on many lines. The UserError is one of its causes.
@@ -114,8 +220,19 @@ def _parse(commands: dict[str, Callable[..., Callable[[], None]]]) -> Callable[[
             cause = cause.__context__
         if cause is not None:
             raise cause from None
-        sys.stderr.write(messages.getvalue())
-        raise
+        if exit.code in (0, None):
+            raise
+        raise UserError(_parser_message(messages.getvalue())) from None
+
+
+def _parser_message(text: str) -> str:
+    """The parser's message, which it prints in a box of many lines, as one line."""
+    # The box is drawn in ASCII where the terminal has no other characters.
+    lines = [line.strip(" │|") for line in text.splitlines() if line[:1] not in ("╭", "╰", "+")]
+    parts = [" ".join(part.split()) for part in re.split(r"\n[─-]{3,}\n", "\n".join(lines))]
+    kept = [part.rstrip(". ") for part in parts if "helptext" not in part]
+    command = re.search(r"(naslora[a-z ]*) --help", parts[-1])
+    return f"{'; '.join(kept)[:1500]}; see {command.group(1) if command else 'naslora'} --help"
 
 
 def demo(
@@ -147,7 +264,8 @@ def compare(
     ] = False,
 ) -> None:
     """Train several methods under one recipe; write tables and a report of quality and cost."""
-    cells = comparison.compare(config, methods, seeds, output, resume)
+    with locked(output):
+        cells = comparison.compare(config, methods, seeds, output, resume)
     comparison.check_complete(cells, output)
     print(f"look at {output / 'report.html'}")
 
@@ -167,7 +285,9 @@ def ablate(
     ] = False,
 ) -> None:
     """Vary operations, rank, blocks, the start of alpha or the channel ratio; write the table."""
-    print(ablation.ablate(name, config, seeds, output, resume))
+    with locked(output):
+        table = ablation.ablate(name, config, seeds, output, resume)
+    print(table)
 
 
 def evaluate(
@@ -198,7 +318,8 @@ def analyse(
     images: Annotated[int, tyro.conf.arg(help="Test images to measure encoders on.")] = 100,
 ) -> None:
     """Compare a run's encoder with the frozen one and a random one; show convergence by seed."""
-    analysis.analyse(runs, output, images)
+    with locked(output):
+        analysis.analyse(runs, output, images)
     print(f"look at {output / 'report.html'}")
 
 

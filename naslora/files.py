@@ -1,17 +1,36 @@
-"""Atomic writing of files, and reading of JSON and safetensors files."""
+"""Atomic writing of files and folders, and reading of JSON, safetensors and PyTorch files.
 
+JSON and safetensors files carry the SHA-256 of their content, which reading them verifies. Files of
+version 0.1.0 have none and are read without. PyTorch's files are zip archives, which carry a CRC-32
+of each record.
+"""
+
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from naslora.errors import UserError
+
+FORMAT = 1
+"""Version of the files' format, under the key "version" in JSON files. Those of 0.1.0 have none."""
+CHECKSUM = "sha256"
+"""Key of the checksum in JSON files and in the metadata of safetensors files."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -25,7 +44,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
         path: the file to write; missing parent folders are created.
 
     Raises:
-        UserError: ``path`` cannot be written.
+        UserError: ``path`` cannot be written, for instance because the disk is full.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -41,8 +60,60 @@ def replaced_file(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except Exception as error:  # the writers of the formats raise exceptions of many types
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder. It becomes ``path`` at the end.
+
+    If the body raises, nothing is left. The next call removes what a killed process leaves.
+
+    Args:
+        path: must not exist, or be an empty folder; missing parent folders are created.
+
+    Raises:
+        UserError: ``path`` cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary, path)
+    except UserError as error:  # it names the temporary folder
+        raise UserError(str(error).replace(str(temporary), str(path))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What the disk refused, and the advice; None if ``error`` has another cause."""
+    link: BaseException | None = error
+    while link is not None:
+        number = link.errno if isinstance(link, OSError) else None
+        if isinstance(link, SafetensorError):  # it names the number in its text only
+            found = re.search(r"os error (\d+)", str(link))
+            number = int(found.group(1)) if found else None
+        if number in DISK_ERRORS:
+            advice = ""
+            if number in (errno.ENOSPC, errno.EDQUOT):
+                advice = "; free some space and run the command again, with --resume if it has that"
+            return os.strerror(number or 0) + advice
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,37 +127,195 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically.
+    """Writes ``value`` as indented JSON, atomically. A dictionary also gets version and checksum.
 
     Raises:
         UserError: ``path`` cannot be written.
     """
+    if isinstance(value, dict):
+        value = {"version": FORMAT, **value}
+        value[CHECKSUM] = _json_checksum(value)
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file with its checksum, atomically.
+
+    Args:
+        path: the file.
+        tensors: what it holds, by name.
+        metadata: further metadata.
 
     Raises:
-        UserError: the file is missing, cannot be read, or is not JSON.
+        UserError: ``path`` cannot be written.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    described = dict(metadata or {})
+    described[CHECKSUM] = _tensors_checksum(whole, described)
+    with replaced_file(path) as temporary:
+        save_file(whole, temporary, metadata=described)
+
+
+def write_torch(path: Path, value: Any) -> None:
+    """Writes ``value`` with ``torch.save``, atomically.
+
+    Raises:
+        UserError: ``path`` cannot be written.
+    """
+    # A Python file: PyTorch's own one does not name the operating system's error.
+    with replaced_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(value, file)
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file. Version and checksum are verified, and left out of a dictionary.
+
+    Raises:
+        UserError: the file is missing, cannot be read, is not JSON, does not match its checksum, or
+            is of a later version.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be read as JSON: it is nested too deeply") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        return value
+    check_version(path, value.get("version", 0))
+    stored = value.pop(CHECKSUM, None)
+    if stored is not None and stored != _json_checksum(value):
+        raise UserError(
+            f"{path} does not match its checksum: it is damaged or was edited; if you edited it, "
+            f"remove its entry {CHECKSUM!r}"
+        )
+    value.pop("version", None)
+    return value
+
+
+def check_version(path: Path, version: Any) -> None:
+    """Refuses a file of a later version.
+
+    Raises:
+        UserError: ``version`` is no number, or is greater than ``FORMAT``.
+    """
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise UserError(f"{path}: version must be a whole number, got {str(version)[:40]!r}")
+    if version > FORMAT:
+        raise UserError(
+            f"{path} has version {version} of the format, and this naslora reads versions up to "
+            f"{FORMAT}: update naslora"
+        )
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file to the CPU.
+    """Reads a safetensors file to the CPU, and verifies its checksum if it has one.
 
     Raises:
-        UserError: the file is missing, truncated, or not a safetensors file.
+        UserError: the file is missing, truncated, not a safetensors file, or does not match its
+            checksum.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    stored = metadata.pop(CHECKSUM, None)
+    if stored is not None and stored != _tensors_checksum(tensors, metadata):
+        raise UserError(f"{path} is damaged: it does not match its checksum; use another copy")
+    return tensors
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names in a safetensors file.
+
+    Raises:
+        UserError: the file is missing, truncated or not a safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def read_torch(path: Path, device: torch.device | str = "cpu") -> Any:
+    """Reads a file that ``write_torch`` wrote. It executes no code from the file.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds other objects than tensors and plain
+            values.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        check_archive(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{path} is damaged: {reason_of(error)}") from error
+
+
+def check_archive(path: Path) -> None:
+    """Verifies the CRC-32 of every record of a zip archive, such as PyTorch writes.
+
+    Raises:
+        UserError: a record is damaged, or the file is no zip archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged archive can raise anything
+        raise UserError(f"{path} is damaged or has another format: {reason_of(error)}") from error
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, for a message of ours.
+
+    PyTorch's advice to load with ``weights_only=False`` is left out, because that runs code.
+    """
+    text = " ".join(str(error).strip().split("\n")[0].split())
+    if "weights_only" in text or "Weights only" in text:
+        return "it holds other objects than tensors and plain values, or is no PyTorch file"
+    return text[:300] or type(error).__name__
+
+
+# ---- Checksums -----------------------------------------------------------------------------------
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _json_checksum(value: dict[str, Any]) -> str:
+    """SHA-256 of a dictionary as JSON with sorted keys, without its own entry."""
+    content = {key: item for key, item in value.items() if key != CHECKSUM}
+    content = json.loads(json.dumps(content))  # keys become text, as in the file
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of names, dtypes, shapes and values of CPU tensors, and of the metadata."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        head = [name, str(tensor.dtype), list(tensor.shape)]
+        digest.update(json.dumps(head).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ import msgspec
 
 from naslora.adapter.merge_report import LayerError
 from naslora.errors import UserError
-from naslora.files import read_json, write_json, write_text
+from naslora.files import file_checksum, read_json, write_json, write_text
 
 # The files of a run's folder.
 CONFIG = "config.json"
@@ -224,6 +224,8 @@ class RunResult:
     annealing: Annealing | None = field(default=None, metadata=OPTIONAL)
     seconds: float | None = field(default=None, metadata=OPTIONAL)
     """Seconds of training and of the final evaluation."""
+    history_sha256: str | None = field(default=None, metadata=OPTIONAL)
+    """SHA-256 of history.csv, which has no place for it; None in the files of 0.1.0."""
 
 
 # ---- A comparison --------------------------------------------------------------------------------
@@ -423,6 +425,22 @@ def read_rows(path: Path, kind: type[Record]) -> list[Record]:
         raise UserError(f"{path} does not exist") from error
     except (msgspec.ValidationError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} does not hold rows of {kind.__name__}: {error}") from error
+
+
+def read_history(run: Path) -> list[Epoch]:
+    """Reads history.csv of a finished run, and verifies the checksum that metrics.json holds.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    history = read_rows(run / HISTORY, Epoch)
+    stored = read_record(run / METRICS_JSON, RunResult).history_sha256
+    if stored is not None and stored != file_checksum(run / HISTORY):
+        raise UserError(
+            f"{run / HISTORY} is damaged or was edited: it does not match the checksum in "
+            f"{METRICS_JSON}; run train with --resume, which writes it again"
+        )
+    return history
 
 
 def _flatten(row: Any) -> dict[str, Any]:

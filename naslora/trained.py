@@ -28,13 +28,21 @@ from naslora.adapter.merged_files import (
     load_merged,
     merged_state,
 )
-from naslora.adapter.storage import write_tensors
+from naslora.adapter.storage import WEIGHTS_NAME
 from naslora.data.contents import warnings_about
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.layouts import list_images
 from naslora.data.masks import Sample, read_image
-from naslora.errors import UserError
-from naslora.files import read_json, read_safetensors, replaced_file
+from naslora.errors import UserError, listing
+from naslora.files import (
+    read_json,
+    read_safetensors,
+    replaced_file,
+    replaced_folder,
+    tensor_names,
+    write_tensors,
+)
+from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
 from naslora.report.pictures import paint
 from naslora.results import BEST, CONFIG, SplitScores, write_record
@@ -42,7 +50,7 @@ from naslora.sam.export import Description, Format, Part, Predict, export, load_
 from naslora.sam.segmentation import SamForSegmentation, build_model, predict_labels
 from naslora.training.accelerator import make_accelerator
 from naslora.training.evaluation import evaluate
-from naslora.training.run_config import Resolution, RunConfig
+from naslora.training.run_config import Resolution, RunConfig, read_config
 from naslora.training.run_data import (
     CALIBRATION_IMAGES,
     calibration,
@@ -79,10 +87,18 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
         return _load_merged(path)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path} is no run: it has neither {CONFIG} nor {MERGED_CONFIG}")
-    config = RunConfig.from_dict(read_json(path / CONFIG))
+    config = read_config(path / CONFIG)
     if not (path / BEST).is_dir():
         raise UserError(f"{path} has no trained model yet: {path / BEST} does not exist")
     model = build_frozen_model(config)
+    # Files of 0.1.0 do not list the tensors of the mask decoder, which every run trains.
+    decoder = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    missing = decoder - tensor_names(path / BEST / WEIGHTS_NAME)
+    if missing:
+        raise UserError(
+            f"{path / BEST / WEIGHTS_NAME} lacks {len(missing)} tensors of the mask decoder: "
+            f"{listing(missing, 3)}; use another copy"
+        )
     load_adapter(model, path / BEST)
     return model.eval(), config
 
@@ -91,8 +107,9 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     stored = read_json(path / MERGED_CONFIG)
     try:
         config = RunConfig.from_dict(stored["config"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {error}") from error
+    except (KeyError, TypeError, UserError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {reason}") from error
     model = build_model(config.model, config.image_size, config.num_classes)
     load_merged(model, path)
     if (path / LEFT_OUT).is_file():
@@ -188,6 +205,16 @@ def predict_run(
     """
     images = _find_images(inputs)
     _check_targets(images, output)
+    with locked(output):
+        return _predict(path, images, output, on_error)
+
+
+def _predict(
+    path: Path,
+    images: list[Path],
+    output: Path,
+    on_error: Callable[[UserError], None] | None,
+) -> list[Path]:
     predict, config = _load_predictor(path)
     samples = [Sample(image, None, "input") for image in images]
     if on_error is None:
@@ -307,8 +334,19 @@ def merge_run(
     Raises:
         UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not empty; choose another --output")
+    if max_error is not None and not max_error >= 0:
+        raise UserError(f"max_error must be a number of at least 0, got {max_error}")
+    if images < 1:
+        raise UserError(f"images must be at least 1, got {images}")
+    with locked(output, folder=False):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output} exists and is not empty; choose another --output")
+        return _merge(path, mode, output, max_error, images)
+
+
+def _merge(
+    path: Path, mode: MergeMode, output: Path, max_error: float | None, images: int
+) -> tuple[MergeReport, MergeScores]:
     model, config = load_model(path)
     check_merges(model)
     splits = find_splits(config)
@@ -331,12 +369,13 @@ def _write_merged(
     config: RunConfig,
     output: Path,
 ) -> None:
-    """Writes the folder of a merged model; merged.json, by which it is known, comes last."""
-    write_tensors(output / MERGED_WEIGHTS, merged_state(model))
-    if model.left_out:
-        write_tensors(output / LEFT_OUT, model.left_out)
+    """Writes the folder of a merged model, which appears when all its files are written."""
     description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
-    write_record(output / MERGED_CONFIG, description)
+    with replaced_folder(output) as folder:
+        write_tensors(folder / MERGED_WEIGHTS, merged_state(model))
+        if model.left_out:
+            write_tensors(folder / LEFT_OUT, model.left_out)
+        write_record(folder / MERGED_CONFIG, description)
 
 
 def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:
@@ -354,4 +393,5 @@ def export_run(path: Path, file_format: Format, output: Path, part: Part = "mode
     model, config = load_model(path)
     names = tuple(config.foreground_names)
     held = Description(config.model, config.image_size, config.num_classes, names, part)
-    export(model, held, file_format, output)
+    with locked(output, folder=False):
+        export(model, held, file_format, output)

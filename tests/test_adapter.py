@@ -35,6 +35,7 @@ from naslora import (
 from naslora.adapter.cell import LinearCell, mixture_entropy
 from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
+from naslora.files import write_json
 from naslora.sam.segmentation import SamForSegmentation
 
 torch.set_num_threads(1)
@@ -690,7 +691,7 @@ def wrong_types(folder):
 def bad_rank(folder):
     stored = json.loads((folder / CONFIG_NAME).read_text())
     stored["config"]["rank"] = -3
-    (folder / CONFIG_NAME).write_text(json.dumps(stored))
+    write_json(folder / CONFIG_NAME, stored)  # with a checksum that matches
 
 
 def drop_a_tensor(folder):
@@ -731,11 +732,11 @@ def test_files_are_replaced_as_a_whole(tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {CONFIG_NAME, WEIGHTS_NAME}
 
-    def fail(tensors, path):
+    def fail(tensors, path, metadata):
         path.write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr("naslora.adapter.storage.save_file", fail)
+    monkeypatch.setattr("naslora.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(adapted_sam(), tmp_path)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -31,7 +31,7 @@ from naslora.adapter.base_state import ADAPTER_FOLDER
 from naslora.adapter.merged_files import MERGED_CONFIG, MERGED_WEIGHTS
 from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME, trained_state
-from naslora.files import write_text
+from naslora.files import read_json, write_text
 
 torch.set_num_threads(1)
 
@@ -198,7 +198,8 @@ def test_a_file_without_the_adapter_it_promises_is_refused(description, tmp_path
     """Version 0.1.0 saved merged models so."""
     model = trained_encoder()
     save_adapter(model, tmp_path)
-    stored = json.loads((tmp_path / CONFIG_NAME).read_text())
+    stored = read_json(tmp_path / CONFIG_NAME)
+    del stored["other_tensors"]
     (tmp_path / CONFIG_NAME).write_text(json.dumps({**stored, **description}))
     neck = {n: v for n, v in load_file(tmp_path / WEIGHTS_NAME).items() if n.startswith("neck.")}
     save_file(neck, tmp_path / WEIGHTS_NAME)

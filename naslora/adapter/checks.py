@@ -4,26 +4,86 @@ A check takes a field's name and its value. It returns the value to store, or ra
 that names the field, what was expected and what came.
 """
 
+import dataclasses
 import math
 import re
+import time
 from collections.abc import Callable
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+import regex
 
 from naslora.errors import UserError
 from naslora_kernels import OPERATIONS
+from naslora_kernels.backends import BACKENDS
 
 Check = Callable[[str, Any], Any]
+MOST_RANK = 1024
+"""Largest rank. A layer of SAM has 1280 channels at most."""
+MOST_SEED = 2**32 - 1
+"""Largest seed: seeds are multiplied by 10007 twice, and generators take 64 bits."""
+LONGEST_PATTERN = 1000
+"""Most characters of a regular expression."""
+PATTERN_SECONDS = 2.0
+"""Longest time of a regular expression for all names of a model."""
 
 
-def whole(minimum: int) -> Check:
-    """A check for integers of at least ``minimum``."""
+def whole(minimum: int, maximum: int | None = None) -> Check:
+    """A check for integers from ``minimum`` to ``maximum``, both included."""
 
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise UserError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+            raise UserError(
+                f"{name} must be a whole number of at least {minimum}, got {_short(value)}"
+            )
+        if maximum is not None and value > maximum:
+            raise UserError(f"{name} must be at most {maximum}, got {_short(value)}")
         return value
 
     return check
+
+
+def text(name: str, value: Any) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be a string, got {_short(value)}")
+    return value
+
+
+def backend(name: str, value: Any) -> str | None:
+    """Name of a kernel backend, whether it can be used here or not; or None."""
+    if value is not None and value not in BACKENDS:
+        known = ", ".join(reversed(BACKENDS))
+        raise UserError(
+            f"{name} {_short(value)} does not exist; choose one of {known}, or give none"
+        )
+    return value
+
+
+def check_types(kind: type, values: Any) -> None:
+    """Checks the types of a configuration's values against its annotations.
+
+    Args:
+        kind: a dataclass whose fields are numbers, strings, paths, tuples of them or dataclasses.
+        values: values read from a file, by field. A path is a string there. Fields that are
+            dataclasses are not checked.
+
+    Raises:
+        UserError: a value has another type, or a field is unknown. The message names the field.
+    """
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{kind.__name__} has no field {str(name)[:40]!r} in this version")
+        if dataclasses.is_dataclass(hints[name]):
+            continue
+        hint = str | None if hints[name] == Path | None else hints[name]
+        try:
+            msgspec.convert(value, hint)
+        except msgspec.ValidationError as error:
+            raise UserError(f"{name}: {error}".replace("`", "")) from error
 
 
 def choice(literal: Any) -> Check:
@@ -63,11 +123,50 @@ def pattern(name: str, value: Any) -> str:
     """A regular expression."""
     if not isinstance(value, str):
         raise UserError(f"{name} is no regular expression: {value!r} is no string")
+    if len(value) > LONGEST_PATTERN:
+        raise UserError(
+            f"{name} must be a regular expression of at most {LONGEST_PATTERN} characters, got "
+            f"{len(value)}"
+        )
     try:
         re.compile(value)
-    except re.error as error:
+        regex.compile(value)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise UserError(f"{name} is no regular expression: {value!r}: {error}") from error
     return value
+
+
+class Pattern:
+    """A regular expression that takes ``PATTERN_SECONDS`` for all its searches, at most.
+
+    It can come from a file that somebody else wrote. Some expressions need years for a short name.
+
+    Args:
+        name: what the expression is, for the message.
+        expression: has passed ``pattern``.
+    """
+
+    def __init__(self, name: str, expression: str) -> None:
+        self.name, self.expression = name, expression
+        self._compiled = regex.compile(expression)
+        self._left = PATTERN_SECONDS
+
+    def search(self, text: str) -> bool:
+        """Whether the expression matches somewhere in ``text``.
+
+        Raises:
+            UserError: the searches have taken too long.
+        """
+        started = time.monotonic()
+        try:
+            found = self._compiled.search(text, timeout=max(self._left, 1e-3)) is not None
+        except TimeoutError as error:
+            raise UserError(
+                f"{self.name} {self.expression!r} takes more than {PATTERN_SECONDS:g} seconds to "
+                "search the names of the model; give a simpler regular expression"
+            ) from error
+        self._left -= time.monotonic() - started
+        return found
 
 
 def target(name: str, value: Any) -> str:
@@ -98,11 +197,11 @@ def operations(name: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
     names = _tuple(value)
-    known = all(operation in OPERATIONS for operation in names)
-    if not names or not known or len(set(names)) != len(names):
+    known = all(isinstance(name, str) and name in OPERATIONS for name in names)
+    if not known or not names or len(set(names)) != len(names):
         raise UserError(
             f"{name} must be distinct names out of {', '.join(OPERATIONS)}, got "
-            f"{', '.join(map(str, names)) or repr(value)}"
+            f"{', '.join(map(str, names))[:200] or _short(value)}"
         )
     return names
 
@@ -135,5 +234,7 @@ def _finite(value: float) -> bool:
 
 def _short(value: object) -> str:
     """A value for a message. Python refuses to print an integer of thousands of digits."""
-    huge = isinstance(value, int) and abs(value) >= 10**40
-    return "an integer of more than 40 digits" if huge else repr(value)
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "an integer of more than 40 digits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -28,11 +28,12 @@ class MethodConfig(ABC):
     """
 
     CHECKS: ClassVar[Mapping[str, checks.Check]] = {
-        "rank": checks.whole(1),
+        "rank": checks.whole(1, checks.MOST_RANK),
         "lora_alpha": checks.positive,
         "target": checks.pattern,
         "blocks": checks.blocks,
-        "seed": checks.whole(0),
+        "seed": checks.whole(0, checks.MOST_SEED),
+        "backend": checks.backend,
     }
     """How each field is checked, by its name. A configuration adds the checks of its own fields."""
 
@@ -58,6 +59,8 @@ class MethodConfig(ABC):
         Raises:
             UserError: a field is unknown or out of range.
         """
+        if not isinstance(values, dict):
+            raise UserError(f"adapter configuration must be a dictionary, got {str(values)[:40]!r}")
         unknown = sorted(set(values) - set(field_names(cls)))
         if unknown:
             raise UserError(f"adapter configuration has unknown fields: {', '.join(unknown)}")
@@ -126,6 +129,7 @@ class NASLoRAConfig(MethodConfig):
 
     CHECKS: ClassVar[Mapping[str, checks.Check]] = {
         **MethodConfig.CHECKS,
+        "preset": checks.text,
         "target": checks.target,
         "channel_ratio": checks.channel_ratio,
         "channel_selection": checks.choice(ChannelSelection),

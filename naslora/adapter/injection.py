@@ -170,7 +170,7 @@ def find_targets(
     present = [name for name, _ in adapter_layers(model)]
     if present:
         raise UserError(f"the model has NAS-LoRA layers already, the first is {present[0]!r}")
-    pattern = re.compile(target)
+    pattern = checks.Pattern("target", target)
     matches = {}
     for name, module in model.named_modules():
         if not name or not pattern.search(name):

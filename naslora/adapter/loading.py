@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from naslora.adapter.wrappers import (
     reshard,
     unwrap,
 )
-from naslora.errors import UserError
+from naslora.errors import UserError, listing
 from naslora.files import read_json, read_safetensors
 
 
@@ -85,17 +86,36 @@ def read_description(path: Path) -> Description:
         isinstance(stored, dict)
         and isinstance(stored.get("method"), str | None)
         and isinstance(stored.get("config", 0), dict | None)
-        and isinstance(stored.get("layers"), list)
+        and _is_names(stored.get("layers"))
+        and (stored.get("other_tensors") is None or _is_names(stored["other_tensors"]))
     ):
         raise UserError(f"{path} is not an adapter configuration of naslora")
-    origin = stored.get("base_model_name_or_path")
-    return Description(stored.get("method"), stored["config"], stored["layers"], origin)
+    return Description(
+        stored.get("method"),
+        stored["config"],
+        stored["layers"],
+        stored.get("base_model_name_or_path"),
+        stored.get("other_tensors"),
+    )
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _check_promise(
     directory: Path, stored: Description, tensors: Collection[str], methods: Mapping[str, Method]
 ) -> None:
-    """Refuses the files of a merged model, which version 0.1.0 wrote."""
+    """Refuses files that lack tensors which adapter_config.json promises.
+
+    Version 0.1.0 wrote such files for a merged model.
+    """
+    missing = sorted({*(stored.other_tensors or ())} - {*tensors})
+    if missing:
+        raise UserError(
+            f"{directory / WEIGHTS_NAME} lacks {len(missing)} of the tensors that {CONFIG_NAME} "
+            f"names: {listing(missing, 3)}; use another copy"
+        )
     prefixes = tuple(f"{layer}." if layer else "" for layer in stored.layers)
     method = methods.get(stored.method or "")
     searched = stored.method is None or (method is not None and method.config is NASLoRAConfig)
@@ -160,9 +180,40 @@ def _differing_tensors(
         elif state[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in the model"
             problems.append(f"{name} has shape {shapes}")
+        else:
+            problems += value_problems(name, tensor, state[name])
+    for name, (_, layer) in zip(layer_names(model), adapter_layers(model), strict=True):
+        problems += _channel_problems(f"{name}.channels".lstrip("."), layer.rank, tensors)
     ours = adapter_names(model)
     expected = unshared({name: tensor for name, tensor in state.items() if name in ours})
     problems += [
         f"{name} is missing in the file" for name in sorted(expected.keys() - tensors.keys())
     ]
     return problems
+
+
+def value_problems(name: str, tensor: Tensor, present: Tensor) -> list[str]:
+    """Problems of a tensor from a file: a dtype of another kind, NaN, infinities.
+
+    Args:
+        name: its name, for the messages.
+        tensor: the tensor of the file.
+        present: the model's tensor that it replaces, of the same shape.
+    """
+    floating = tensor.is_floating_point()
+    if tensor.dtype != present.dtype and not (floating and present.is_floating_point()):
+        return [f"{name} has dtype {tensor.dtype} in the file, {present.dtype} in the model"]
+    if floating and not tensor.float().isfinite().all():
+        return [f"{name} holds NaN or infinities in the file"]
+    return []
+
+
+def _channel_problems(name: str, rank: int, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Problems of the channels of a layer's cell, which index its ``rank`` channels."""
+    channels = tensors.get(name)
+    if channels is None or channels.is_floating_point() or channels.dim() != 1:
+        return []  # reported as a missing tensor, a dtype or a shape
+    values = channels.tolist()
+    if len(set(values)) == len(values) and all(0 <= value < rank for value in values):
+        return []
+    return [f"{name} must be distinct numbers from 0 to {rank - 1}, and is {values[:8]}"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from naslora.adapter.merged import merged_modules, restore_merged
 from naslora.adapter.modules import adapter_layers, check_model, undone_on_error
-from naslora.adapter.storage import PEFT_TYPE, base_model, unshared, write_tensors
+from naslora.adapter.storage import PEFT_TYPE, base_model, unshared
 from naslora.adapter.wrappers import (
     bare_paths,
     bare_state,
@@ -19,7 +19,7 @@ from naslora.adapter.wrappers import (
     unwrap,
 )
 from naslora.errors import UserError, listing
-from naslora.files import read_json, read_safetensors, write_json
+from naslora.files import read_json, read_safetensors, write_json, write_tensors
 
 MERGED_CONFIG = "merged.json"
 MERGED_WEIGHTS = "model.safetensors"
@@ -101,9 +101,12 @@ def _layers(path: Path) -> list[str]:
     """The merged layers' names. ``naslora merge`` writes them as those of the merge's report."""
     stored = read_json(path)
     try:
-        if "report" in stored:
-            return [str(layer["name"]) for layer in stored["report"]["layers"]]
-        return [str(name) for name in stored["layers"]]
+        described = "report" in stored
+        layers = stored["report"]["layers"] if described else stored["layers"]
+        names = [layer["name"] if described else layer for layer in layers]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a layer's name is no string")
+        return names
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} describes no merged model: {error}") from error
 
@@ -125,5 +128,10 @@ def _mismatches(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[st
             "the model"
             for name, tensor in tensors.items()
             if name in state and state[name].shape != tensor.shape
+        ),
+        *(
+            f"{name} has dtype {tensor.dtype} in the file, {state[name].dtype} in the model"
+            for name, tensor in tensors.items()
+            if name in state and state[name].is_floating_point() != tensor.is_floating_point()
         ),
     ]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from naslora.adapter.applied import applied, own_names
@@ -25,7 +24,7 @@ from naslora.adapter.wrappers import (
     unwrap,
 )
 from naslora.errors import UserError, listing
-from naslora.files import replaced_file, write_json
+from naslora.files import write_json, write_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -40,7 +39,8 @@ class Description:
     """The content of adapter_config.json.
 
     The file also holds ``peft_type``, "NASLORA" or None for a model without NAS-LoRA layers, which
-    PEFT's files have too. Version 0.1.0 wrote neither it nor ``base_model_name_or_path``.
+    PEFT's files have too. Version 0.1.0 wrote neither it nor ``base_model_name_or_path`` nor
+    ``other_tensors``.
     """
 
     method: str | None
@@ -51,6 +51,9 @@ class Description:
     """Names of the NAS-LoRA layers."""
     base_model_name_or_path: str | None = None
     """Where Transformers loaded the model from; None for other models."""
+    other_tensors: list[str] | None = None
+    """Names of the tensors beside the adapters', such as a mask decoder's, in the file with the
+    weights; None in a file of 0.1.0."""
 
 
 def save_adapter(model: nn.Module, directory: str | Path, include: Include = "trainable") -> None:
@@ -97,15 +100,10 @@ def write_adapter(model: nn.Module, directory: Path, tensors: Mapping[str, Tenso
         "method": stored.method,
         "config": stored.config,
         "layers": stored.layers,
+        "other_tensors": sorted(tensors.keys() - adapter_names(model)),
     }
     write_json(directory / CONFIG_NAME, description)
     write_tensors(directory / WEIGHTS_NAME, tensors)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file, atomically."""
-    with replaced_file(path) as temporary:
-        save_file({name: v.cpu().contiguous() for name, v in tensors.items()}, temporary)
 
 
 def describe(model: nn.Module) -> Description:

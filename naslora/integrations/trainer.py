@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from naslora.errors import UserError
-from naslora.files import replaced_file
+from naslora.files import read_torch, write_torch
 from naslora.integrations.epoch_search import EpochSearch, Loss
 
 STATE_NAME = "alpha_search.pt"  # beside Trainer's own files in a checkpoint
@@ -90,7 +89,7 @@ class AlphaCallback(TrainerCallback):
         if state.global_step > 0:
             path = checkpoint(args, state) / STATE_NAME
             if path.is_file():
-                self._search.load_state_dict(torch.load(path, weights_only=True))
+                self._search.load_state_dict(read_torch(path))
             else:
                 warnings.warn(f"{path} does not exist, so alpha's Adam starts anew", stacklevel=2)
 
@@ -113,8 +112,7 @@ class AlphaCallback(TrainerCallback):
     ) -> None:
         """Writes the state of the search into the Trainer's checkpoint."""
         if state.is_world_process_zero:
-            with replaced_file(checkpoint(args, state) / STATE_NAME) as temporary:
-                torch.save(self._search.state_dict(), temporary)
+            write_torch(checkpoint(args, state) / STATE_NAME, self._search.state_dict())
 
 
 def checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -1,6 +1,5 @@
 """SAM checkpoints: loading them into a model of any image size, and writing them back."""
 
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.errors import UserError
-from naslora.files import read_safetensors
+from naslora.files import read_safetensors, reason_of
 
 MASK_TOKENS = "mask_decoder.mask_tokens.weight"
 
@@ -75,10 +74,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"checkpoint {path} does not exist")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(
-            f"checkpoint {path} is truncated or is not a PyTorch state dict: {reason}"
+            f"checkpoint {path} is truncated or is not a PyTorch state dict: {reason_of(error)}"
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()

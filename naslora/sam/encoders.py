@@ -22,6 +22,9 @@ EMBED_DIM = 256
 PATCH_SIZE = 16
 """Side in pixels of the image patch of one token of the image embedding, for every encoder."""
 
+LARGEST_IMAGE = 4096
+"""Largest side of an image in pixels: 65,536 tokens."""
+
 
 class ViT(NamedTuple):
     """Size of a plain ViT encoder."""
@@ -61,6 +64,8 @@ def build_image_encoder(name: str, image_size: int) -> nn.Module:
         raise UserError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
         raise UserError(f"image_size must be a positive multiple of {PATCH_SIZE}, got {image_size}")
+    if image_size > LARGEST_IMAGE:
+        raise UserError(f"image_size must be at most {LARGEST_IMAGE} pixels, got {image_size}")
     if name == "mobile_sam":
         return TinyViTEncoder()
     size = VITS[name]

@@ -4,6 +4,7 @@ Each file contains a ``Description`` of its model, so that it needs no other fil
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -14,15 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import msgspec
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from naslora.adapter.modules import adapter_layers
 from naslora.errors import UserError
-from naslora.files import replaced_file
+from naslora.files import check_archive, disk_error, reason_of, replaced_file, write_tensors
 from naslora.sam.checkpoint import sam_state_dict
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
 
@@ -37,6 +38,10 @@ EXAMPLE_IMAGES = 2
 """Batch size of the traced example. The graph accepts other batch sizes."""
 MOST_IMAGES = 1024
 """Largest batch size that the graph accepts."""
+# Field 14 of a ModelProto, 80 bytes long: a key of 12 bytes, and a value of 64.
+CHECKSUM_HEAD = b"\x72\x50\x0a\x0cnaslora_256a\x12\x40"
+CHECKSUM_HEAD_OF_TWO = b"\x72\x50\x0a\x0cnaslora_256b\x12\x40"
+"""How the checksum of an ONNX file begins: of one file, and of one with NAME.onnx.data."""
 MOST_BYTES = 1_900_000_000
 """Largest size of weights inside an ONNX file, because a protobuf file is limited to 2 GiB. Larger
 weights are written to a second file."""
@@ -73,9 +78,8 @@ class Description:
             UserError: ``text`` is not a description.
         """
         try:
-            values = json.loads(text or "")
-            return cls(**values | {"class_names": tuple(values["class_names"])})
-        except (ValueError, TypeError, KeyError) as error:
+            return msgspec.json.decode(text or "", type=cls)
+        except msgspec.MsgspecError as error:
             raise UserError(f"{path} was not written by naslora export") from error
 
 
@@ -152,9 +156,7 @@ def _write_state_dict(model: SamForSegmentation, description: Description, path:
         raise UserError("a SAM state dict contains the whole model; export the part 'model'")
     _check_layers(model, description)
     state = sam_state_dict(model.state_dict(), model.left_out, description.model)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with replaced_file(path) as temporary:
-        save_file(tensors, temporary, metadata={KEY: description.to_json()})
+    write_tensors(path, state, {KEY: description.to_json()})
 
 
 def _check_layers(model: SamForSegmentation, description: Description) -> None:
@@ -193,12 +195,81 @@ def _write_onnx(
     converted.model.metadata_props[KEY] = description.to_json()
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     if size > MOST_BYTES:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not atomic: NAME.onnx contains the name of NAME.onnx.data, so neither can be renamed.
-        converted.save(path, external_data=True)
+        _write_two_files(converted, path)
         return
     with replaced_file(path) as temporary:
         converted.save(temporary, external_data=False)
+        _append_checksum(temporary)
+
+
+def _write_two_files(converted: Any, path: Path) -> None:
+    """Writes NAME.onnx and NAME.onnx.data. An error removes both.
+
+    Not atomic: NAME.onnx contains the name of NAME.onnx.data, so neither can be renamed.
+    """
+    data = _data_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # known by this file, a killed export leaves no model
+    try:
+        converted.save(path, external_data=True)
+        _append_checksum(path, data)
+    except Exception as error:  # the writers of the format raise exceptions of many types
+        path.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}") from error
+
+
+def _data_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
+def _checksum_field(path: Path, content: int, data: Path | None) -> bytes:
+    """The checksum of an ONNX file as one more entry of ``metadata_props``, in protobuf's encoding.
+
+    A protobuf message may be continued by further fields, so the entry is the end of the file.
+
+    Args:
+        path: the file.
+        content: number of its bytes that the checksum covers.
+        data: the file with the weights, which it covers as well; None if there is none.
+    """
+    digest = hashlib.sha256()
+    for file, left in ((path, content), (data, None)):
+        if file is not None:
+            with file.open("rb") as stream:
+                while chunk := stream.read(min(left, 1 << 20) if left is not None else 1 << 20):
+                    digest.update(chunk)
+                    left = None if left is None else left - len(chunk)
+    return (CHECKSUM_HEAD if data is None else CHECKSUM_HEAD_OF_TWO) + digest.hexdigest().encode()
+
+
+def _append_checksum(path: Path, data: Path | None = None) -> None:
+    field = _checksum_field(path, path.stat().st_size, data)
+    with path.open("ab") as file:
+        file.write(field)
+
+
+def _check_onnx(path: Path) -> None:
+    """Verifies the checksum of an ONNX file. Files of 0.1.0 have none.
+
+    Raises:
+        UserError: the file, or the one with its weights, does not match it.
+    """
+    length = len(CHECKSUM_HEAD) + 64
+    content = path.stat().st_size - length
+    if content < 0:
+        return
+    with path.open("rb") as file:
+        file.seek(content)
+        stored = file.read()
+    if not stored.startswith((CHECKSUM_HEAD, CHECKSUM_HEAD_OF_TWO)):
+        return
+    data = _data_file(path) if stored.startswith(CHECKSUM_HEAD_OF_TWO) else None
+    if stored != _checksum_field(path, content, data):
+        raise UserError(f"{path} is damaged: it does not match its checksum; export it again")
 
 
 def _write_program(
@@ -262,8 +333,13 @@ def _load_onnx(path: Path) -> tuple[_ClassMap, Description]:
         raise UserError(
             "predicting with ONNX needs onnxruntime; run pip install 'naslora[export]'"
         ) from error
-    session: Any = _read(path, lambda: onnxruntime.InferenceSession(str(path)))
-    metadata = session.get_modelmeta().custom_metadata_map
+
+    def load() -> Any:
+        _check_onnx(path)
+        session = onnxruntime.InferenceSession(str(path))
+        return session, session.get_modelmeta().custom_metadata_map
+
+    session, metadata = _read(path, load)
 
     def class_map(images: Tensor) -> Tensor:
         (result,) = session.run(None, {"images": np.ascontiguousarray(images.numpy())})
@@ -274,8 +350,14 @@ def _load_onnx(path: Path) -> tuple[_ClassMap, Description]:
 
 def _load_program(path: Path) -> tuple[_ClassMap, Description]:
     extra = {KEY: ""}
-    program: Any = _read(path, lambda: torch.export.load(path, extra_files=extra))
-    return program.module(), Description.from_json(extra[KEY], path)
+
+    def load() -> Any:
+        check_archive(path)
+        return torch.export.load(path, extra_files=extra).module()
+
+    with _quiet():
+        module = _read(path, load)
+    return module, Description.from_json(extra[KEY], path)
 
 
 def _load_state_dict(path: Path) -> tuple[_ClassMap, Description]:
@@ -299,6 +381,7 @@ def _read(path: Path, read: Callable[[], Any]) -> Any:
         raise UserError(f"{path} does not exist")
     try:
         return read()
+    except UserError:
+        raise
     except Exception as error:  # the libraries of the formats raise exceptions of many types
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} is damaged or has another format: {reason}") from error
+        raise UserError(f"{path} is damaged or has another format: {reason_of(error)}") from error

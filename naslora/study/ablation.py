@@ -26,14 +26,12 @@ from naslora.report.row_plots import DOTS_CAPTION, draw_dice, draw_row_axis, plo
 from naslora.report.study_report import Part, write_study
 from naslora.report.tables import Table, markdown_table
 from naslora.results import (
-    HISTORY,
     METRICS_JSON,
     REPORT,
-    Epoch,
     MeanAndSpread,
     RunResult,
+    read_history,
     read_record,
-    read_rows,
     write_rows,
 )
 from naslora.study import sweep
@@ -145,7 +143,7 @@ def _read_cell(folder: Path) -> Cell:
     return Cell(
         {name: value for name, value in scores.items() if not isinstance(value, dict)},
         result.trainable_parameters,
-        read_rows(folder / HISTORY, Epoch)[-1].entropy,
+        read_history(folder)[-1].entropy,
     )
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from naslora import results
 from naslora.errors import UserError
-from naslora.files import read_json
 from naslora.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, Drawing
 from naslora.report.study_report import Part
 from naslora.results import (
@@ -20,10 +20,9 @@ from naslora.results import (
     Epoch,
     OperationHistory,
     read_record,
-    read_rows,
     write_rows,
 )
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import RunConfig, read_config
 
 # ---- Convergence ---------------------------------------------------------------------------------
 
@@ -49,14 +48,14 @@ def read_history(run: Path, first: RunConfig) -> list[Epoch]:
     Raises:
         UserError: the configurations differ in more than their seed, or the run is not finished.
     """
-    config = RunConfig.from_dict(read_json(run / CONFIG))
+    config = read_config(run / CONFIG)
     given, own = config.to_dict(), first.to_dict()
     given["adapter"]["seed"] = own["adapter"]["seed"]
     if given != own:
         raise UserError(f"{run} is a run of another configuration; give runs that differ in seed")
     if not (run / HISTORY).is_file():
         raise UserError(f"{run} is not finished: it has no {HISTORY}")
-    return read_rows(run / HISTORY, Epoch)
+    return results.read_history(run)
 
 
 def write_convergence(histories: list[list[Epoch]], config: RunConfig, output: Path) -> list[Part]:

@@ -6,6 +6,7 @@ the folder runs/ROW/SEED of the sweep's output.
 
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -119,7 +120,12 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
         context.set_forkserver_preload([function.__module__])
     try:
         with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
-            return pool.submit(function, *arguments).result()
+            try:
+                return pool.submit(function, *arguments).result()
+            except KeyboardInterrupt:  # the pool would wait for the process
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
     except BrokenProcessPool as error:
         raise RuntimeError("its process was killed, perhaps for lack of memory") from error
 
@@ -127,8 +133,10 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
 def _end_with_parent() -> None:
     """Ends this process when its parent ends.
 
-    Otherwise the cell of a killed sweep would train on in a folder that a resumed sweep uses.
+    Otherwise the cell of a killed sweep would train on in a folder that a resumed sweep uses. An
+    interrupt from the terminal is the parent's, which then terminates this process.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # a pool starts this process
 

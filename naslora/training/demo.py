@@ -4,6 +4,7 @@ from pathlib import Path
 
 from naslora.adapter.config import NASLoRAConfig
 from naslora.data.demo_data import write_mni152
+from naslora.locks import locked
 from naslora.results import RunResult
 from naslora.training.run import check_output, train
 from naslora.training.run_config import RunConfig
@@ -34,6 +35,7 @@ def run_demo(output: Path, epochs: int, seed: int, resume: bool) -> RunResult:
         adapter=NASLoRAConfig(seed=seed),
         search=SearchConfig(epochs=epochs, search_start=epochs // 3, learning_rate=1e-3),
     )
-    check_output(config, output, resume)
-    write_mni152(output / "data")
-    return train(config, output, resume)
+    with locked(output):
+        check_output(config, output, resume)
+        write_mni152(output / "data")
+        return train(config, output, resume)

@@ -11,15 +11,20 @@ report.html            all of it to look at; written last
 tensorboard/           the curves for TensorBoard
 """
 
+from contextlib import ExitStack
 from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from naslora.data.contents import to_json
 from naslora.errors import UserError
-from naslora.files import read_json, write_json
+from naslora.files import write_json
+from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
 from naslora.results import BEST, CONFIG, DATA, RunResult
 from naslora.training.accelerator import make_accelerator
-from naslora.training.run_config import RunConfig, differing
+from naslora.training.run_config import RunConfig, differing, read_config
 from naslora.training.run_data import prepare_data
 from naslora.training.run_model import build_adapted_model, count_parameters
 from naslora.training.run_results import final_result, write_results
@@ -40,10 +45,29 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> RunResult:
         The content of metrics.json.
 
     Raises:
-        UserError: something the user gave cannot work.
+        UserError: something the user gave cannot work, or another process uses ``output``.
     """
     accelerator = make_accelerator(config.search)
     _check_start(config)
+    with ExitStack() as lock:
+        _take_lock(output, accelerator, lock)
+        return _train(config, output, resume, accelerator)
+
+
+def _take_lock(output: Path, accelerator: Accelerator, lock: ExitStack) -> None:
+    """Locks the folder in the main process. All processes wait here; all raise if it fails."""
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            lock.enter_context(locked(output))
+        except UserError as error:
+            problem = str(error)
+    for found in gather_object([problem]):
+        if found is not None:
+            raise UserError(found)
+
+
+def _train(config: RunConfig, output: Path, resume: bool, accelerator: Accelerator) -> RunResult:
     check_output(config, output, resume)
     data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
     model = build_adapted_model(config)
@@ -84,7 +108,7 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         UserError: ``output`` is not empty, or, with ``resume``, belongs to another configuration.
     """
     if resume and (output / CONFIG).is_file():
-        stored = RunConfig.from_dict(read_json(output / CONFIG))
+        stored = read_config(output / CONFIG)
         names = differing(stored.to_dict(), config.to_dict())
         if names:
             raise UserError(

@@ -6,16 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from naslora.adapter.checks import check_types
 from naslora.adapter.config import NASLoRAConfig
 from naslora.data.datasets import find_dataset
 from naslora.data.layouts import DataSet
 from naslora.data.masks import IGNORED
 from naslora.errors import UserError
+from naslora.files import read_json
 from naslora.methods import METHODS, MethodName, searches
 from naslora.metrics import METRICS, check_metrics
 from naslora.training.search_config import SearchConfig
 
 Resolution = Literal["network", "original"]
+MOST_CLASSES = 256
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ class RunConfig:
             )
         if self.data is not None and (self.root is not None or self.dataset != "csv"):
             raise UserError("give either --data DIR or --dataset NAME --root DIR, not both")
+        if self.num_classes > MOST_CLASSES:
+            raise UserError(
+                f"num_classes must be at most {MOST_CLASSES}, because masks have 8 bits, got "
+                f"{self.num_classes}"
+            )
 
     def _check_ignore_index(self) -> None:
         if self.ignore_index is None:
@@ -145,6 +153,7 @@ class RunConfig:
         """
         try:
             values = dict(values)
+            check_types(cls, values)
             for name in ("data", "root", "cache", "checkpoint"):
                 values[name] = Path(values[name]) if values[name] is not None else None
             for name in ("class_names", "palette", "metrics"):
@@ -152,8 +161,25 @@ class RunConfig:
             values["adapter"] = NASLoRAConfig.from_dict(values["adapter"])
             values["search"] = SearchConfig.from_dict(values["search"])
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            raise UserError(f"this is no run configuration of this version: no {error}") from error
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"this is no run configuration of this version: {error}") from error
+
+
+def read_config(path: Path) -> RunConfig:
+    """Reads config.json of a run.
+
+    Raises:
+        UserError: the file is missing or damaged, or a field is missing, unknown or out of range.
+    """
+    values = read_json(path)
+    try:
+        return RunConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """The results of a run: the best epoch scored, merged in every way, scored again, reported."""
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from naslora.adapter.merged import unmerge
 from naslora.errors import UserError
+from naslora.files import file_checksum
 from naslora.methods import merge, merge_modes
 from naslora.metrics import image_scores
 from naslora.report.pictures import Panel
@@ -117,7 +119,8 @@ def write_results(search: Search, result: RunResult, config: RunConfig, output: 
     write_rows(output / HISTORY, search.history)
     if operations is not None:
         write_record(output / OPERATIONS_JSON, operations)
-    write_record(output / METRICS_JSON, result)
+    checksum = file_checksum(output / HISTORY)
+    write_record(output / METRICS_JSON, dataclasses.replace(result, history_sha256=checksum))
     write_report(
         output / REPORT,
         config=config.to_dict(),

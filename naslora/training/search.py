@@ -21,17 +21,19 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from naslora.adapter.annealing import fixed, set_spatial, spatial_share
 from naslora.adapter.cell import mixture_entropy
 from naslora.adapter.injection import arch_parameters, cell_parameters
+from naslora.adapter.loading import value_problems
 from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import save_adapter, trained_state
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
-from naslora.files import replaced_file
+from naslora.files import FORMAT, check_version, read_torch, reason_of, write_torch
 from naslora.results import (
     BEST,
     LAST,
@@ -356,13 +358,13 @@ class Search:
             if is_best:
                 with fixed(self.model):
                     save_adapter(self.model, self.directory / BEST)
-            with replaced_file(self.directory / LAST) as temporary:
-                torch.save(self._state(), temporary)
+            write_torch(self.directory / LAST, self._state())
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
         return {
+            "version": FORMAT,
             "epoch": self.epoch,
             "best_quality": self.best_quality,
             "history": to_json(self.history),
@@ -382,25 +384,45 @@ class Search:
         if not path.exists():
             return
         try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            self._restore(state, path)
+            self._restore(read_torch(path, self.accelerator.device), path)
         except Exception as error:  # a damaged file can raise anything; the advice is the same
-            reason = str(error).strip().split("\n")[0]
+            reason = f"it has no {error}" if isinstance(error, KeyError) else reason_of(error)
             raise UserError(
                 f"cannot resume from {path}: {reason}; start a new run with another --output"
             ) from error
 
-    def _restore(self, state: dict[str, Any], path: Path) -> None:
+    def _restore(self, state: Any, path: Path) -> None:
         """Takes over a checkpoint; the counters last, once everything else has fitted."""
-        differing = state["model"].keys() ^ trained_state(self.model).keys()
-        if differing:
-            raise ValueError(f"it and the model differ in {min(differing)}")
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not a checkpoint")
+        check_version(path, state.get("version", 0))
         history = from_json(list[Epoch], state["history"], path)
         operations = from_json(list[Mixture], state["operations"], path)
-        self.model.load_state_dict(state["model"], strict=False)
+        epoch = from_json(int, state["epoch"], path)
+        quality = from_json(tuple[float, ...], state["best_quality"], path)
+        if not epoch == len(history) == len(operations) - 1 <= self.config.epochs:
+            raise ValueError(
+                f"it holds epoch {epoch} of {self.config.epochs}, {len(history)} records of epochs "
+                f"and {len(operations)} of operations"
+            )
+        self._check_tensors(state["model"])
         for group, stored in zip(self.groups, state["optimizers"], strict=True):
-            group.optimizer.load_state_dict(stored)
+            group.load_optimizer(stored)
+        self.model.load_state_dict(state["model"], strict=False)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.best_quality = state["epoch"], state["best_quality"]
+        self.epoch, self.best_quality = epoch, quality
         self.history, self.operations = history, operations
+
+    def _check_tensors(self, stored: dict[str, Tensor]) -> None:
+        """Checks a checkpoint's tensors of the model: names, shapes, dtypes, finite values."""
+        own = trained_state(self.model)
+        differing = stored.keys() ^ own.keys()
+        if differing:
+            raise ValueError(f"it and the model differ in {min(differing)}")
+        for name, tensor in own.items():
+            if stored[name].shape != tensor.shape:
+                shapes = f"{tuple(stored[name].shape)}, {tuple(tensor.shape)} in the model"
+                raise ValueError(f"{name} has shape {shapes}")
+            for problem in value_problems(name, stored[name], tensor):
+                raise ValueError(problem)

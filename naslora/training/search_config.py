@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from naslora.adapter.checks import check_types
 from naslora.errors import UserError
 from naslora.sam.losses import ClassLoss, segmentation_loss
 from naslora.sam.segmentation import SegmentationOutput
@@ -20,6 +21,9 @@ ArchData = Literal["redraw", "rotate", "hold-out", "split"]
 
 
 Precision = Literal["no", "bf16", "fp16"]
+
+MOST_EPOCHS, MOST_WORKERS = 1_000_000, 1024
+"""Greater numbers are mistakes, and would exhaust the memory before the first step."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,9 @@ class SearchConfig:
         ):
             if getattr(self, name) < minimum:
                 raise UserError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        for name, maximum in (("epochs", MOST_EPOCHS), ("workers", MOST_WORKERS)):
+            if getattr(self, name) > maximum:
+                raise UserError(f"{name} must be at most {maximum}, got {getattr(self, name)}")
         if self.anneal_epochs > self.epochs:
             raise UserError(
                 f"anneal_epochs must be at most epochs, {self.epochs}, got {self.anneal_epochs}"
@@ -149,6 +156,8 @@ class SearchConfig:
             UserError: a field is out of range.
             TypeError: a field is unknown.
         """
+        if not isinstance(values, dict):
+            raise TypeError(f"search must be a dictionary, got {values!r}")
         if "arch_data" not in values:
             fraction = values.get("arch_fraction", 0.2)
             values = {
@@ -160,6 +169,7 @@ class SearchConfig:
                 **values,
                 "arch_fraction": fraction or 1.0,
             }
+        check_types(cls, values)
         return cls(**values)
 
     def factor(self, schedule: Schedule, done: float) -> float:

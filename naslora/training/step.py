@@ -45,6 +45,23 @@ class Group:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = factor * rate
 
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Loads the optimizer's state.
+
+        Raises:
+            ValueError: it is that of other parameters, or holds NaN or infinities.
+        """
+        self.optimizer.load_state_dict(state)
+        numbers = [value for group in self.optimizer.param_groups for value in group.values()]
+        if any(isinstance(value, float) and not math.isfinite(value) for value in numbers):
+            raise ValueError("the optimizer's settings hold NaN or infinities")
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape not in (parameter.shape, torch.Size()):
+                    raise ValueError(f"the optimizer's {name} has shape {tuple(moment.shape)}")
+                if not moment.isfinite().all():
+                    raise ValueError(f"the optimizer's {name} holds NaN or infinities")
+
 
 def train_pass(
     model: nn.Module,

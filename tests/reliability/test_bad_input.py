@@ -1,0 +1,159 @@
+"""The corpus of bad inputs, bad_inputs.yaml: each costs one line and an exit status."""
+
+import json
+import pickle
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from naslora.files import read_json, write_json
+from reliability.conftest import TRAIN, one_line
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+
+CORPUS = yaml.safe_load((Path(__file__).parent / "bad_inputs.yaml").read_text())
+LONG = "a" * 1500
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def spoil_json(path: Path, key: str, value: Any) -> None:
+    """Sets a field, whose path has dots, and the checksum that matches."""
+    stored = read_json(path)
+    *parents, name = key.split(".")
+    inner = stored
+    for parent in parents:
+        inner = inner[parent]
+    inner[name] = value
+    write_json(path, stored)
+
+
+def spoil_tensors(path: Path, pattern: str, value: Any) -> None:
+    """Changes the tensors whose names match; the file is then one of 0.1.0, without checksum."""
+    changed = {}
+    for name, tensor in load_file(path).items():
+        if not re.search(pattern, name):
+            changed[name] = tensor
+        elif value in ("nan", "inf") or isinstance(value, float):
+            changed[name] = torch.full_like(tensor, float(value))
+        elif value == "integer":
+            changed[name] = tensor.to(torch.int8)
+        elif value == "floating":
+            changed[name] = tensor.float()
+        elif value != "delete":
+            changed[name] = torch.tensor(value)
+    save_file(changed, path)
+
+
+def spoil_torch(path: Path, key: str, value: Any) -> None:
+    stored = torch.load(path, weights_only=True)
+    if key == "everything":
+        stored = value
+    elif value == "delete":
+        del stored[key]
+    else:
+        stored[key] = value
+    torch.save(stored, path)
+
+
+def spoil_file(world: Path, case: dict[str, Any]) -> None:
+    kind = next(k for k in case if k not in ("run", "line", "content", "repeat"))
+    path = world / case[kind]
+    if kind == "text":
+        path.write_text(case["content"] if "content" in case else case["repeat"] * 200_000)
+    elif kind == "remove":
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif kind == "stale":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "sha256": "0" * 64}))
+    elif kind == "truncate":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "pickle":
+        torch.save({"image_encoder.pos_embed": Evil()}, path)
+        path.with_suffix(".pkl").write_bytes(pickle.dumps(Evil()))
+    elif kind == "flip":
+        content = bytearray(path.read_bytes())
+        content[2 * len(content) // 3] ^= 4
+        path.write_bytes(content)
+    else:
+        raise ValueError(f"unknown kind {kind}")
+
+
+def cases():
+    for group in CORPUS:
+        for case in group["cases"]:
+            kind = next((k for k in ("json", "tensors", "torch") if k in group), None)
+            name = case["line"] if isinstance(case, dict) else "-".join(map(str, case[:-1]))
+            yield pytest.param(group, kind, case, id=f"{group['name']}-{name[:60]}")
+
+
+def command(text: str, world: Path, clean: Path, **more: str) -> list[str]:
+    words = shlex.split(text.replace("{input}", more.get("input", "")).replace("\\", "\\\\"))
+    names = {"w": world, "long": LONG, "data": clean / "data", "sam": clean / "sam.safetensors"}
+    line: list[str] = []
+    for word in words:
+        if word == "{train}":
+            line += TRAIN
+            continue
+        for name, value in names.items():
+            word = word.replace(f"{{{name}}}", str(value))
+        line.append(word)
+    return line
+
+
+@pytest.mark.parametrize("group, kind, case", cases())
+def test_one_line_and_a_status(naslora, world, clean_world, capfd, group, kind, case):
+    text, line = group.get("run"), case["line"] if isinstance(case, dict) else case[-1]
+    if isinstance(case, dict):
+        spoil_file(world, case)
+        arguments = command(case["run"], world, clean_world)
+    elif kind is None:
+        arguments = command(text, world, clean_world, input=quoted(case[0]))
+    else:
+        spoil = {"json": spoil_json, "tensors": spoil_tensors, "torch": spoil_torch}[kind]
+        spoil(world / group[kind], *case[:-1])
+        arguments = command(text, world, clean_world)
+    before = sorted(path for path in world.rglob("*"))
+    result = naslora(*arguments)
+    message = one_line(result.err)
+    assert line in message, message
+    assert result.status == 2 and message.startswith("naslora: error: ")
+    assert len(message) < 2500 and "weights_only" not in message
+    assert result.out == "" and "Traceback" not in capfd.readouterr().err
+    assert sorted(path for path in world.rglob("*")) == before
+
+
+def quoted(text: str) -> str:
+    """Options with parentheses as the shell would take them in quotes."""
+    return " ".join(word if word[0] in "{-" else shlex.quote(word) for word in text.split())
+
+
+def test_there_are_enough_bad_inputs():
+    assert sum(len(group["cases"]) for group in CORPUS) >= 120
+
+
+def test_no_arguments_print_the_usage(naslora):
+    result = naslora()
+    assert result.status == 2 and result.out == ""
+    assert "usage: naslora" in result.err and "train" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_damage_behind_a_checksum_that_matches(naslora, world):
+    """A file of 0.1.0, without checksums and version, still loads."""
+    for path in (world / "run/config.json", world / "run/best/adapter_config.json"):
+        stored = read_json(path)
+        stored.pop("other_tensors", None)
+        path.write_text(json.dumps(stored))
+    path = world / "run/best/adapter_model.safetensors"
+    save_file(load_file(path), path)
+    assert naslora("evaluate", world / "run").status == 0

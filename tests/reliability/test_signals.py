@@ -1,0 +1,144 @@
+"""SIGINT and SIGTERM: one line, an exit status, no process left, and a run that can go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from naslora.files import read_json
+from reliability.conftest import TRAIN, one_line, wait_for
+from reliability.test_kills import assert_same
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+
+SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+
+
+def group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number, status, word", SIGNALS)
+def test_a_signal_in_training(forked, naslora, clean_world, tmp_path, number, status, word):
+    options = ("--checkpoint", clean_world / "sam.safetensors")
+    command = ("train", "--data", clean_world / "data", *TRAIN, *options)
+    output = ("--output", tmp_path / "run")
+    run = forked(*command, *output)
+    wait_for(lambda: (tmp_path / "run/config.json").exists())
+    run.kill(number)
+    ended = run.wait()
+    assert ended.status == status
+    assert one_line(ended.err) == f"naslora: {word}; --resume continues the run"
+    assert naslora(*command, *output, "--resume").status == 0
+    assert_same(tmp_path / "run", clean_world / "run")
+
+
+@pytest.mark.parametrize("number, status, word", SIGNALS)
+def test_workers_end_with_the_run(forked, clean_world, tmp_path, number, status, word):
+    options = ("--workers", 2, "--epochs", 500)
+    command = ("train", "--data", clean_world / "data", *TRAIN, *options)
+    run = forked(*command, "--output", tmp_path / "run")
+    wait_for(lambda: (tmp_path / "run/last.pt").exists())
+    # Ctrl-C reaches every process of the terminal, and a scheduler's SIGTERM often the first alone.
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)
+    else:
+        run.kill(number)
+    ended = run.wait()
+    assert ended.status == status, ended.err
+    assert word in one_line(ended.err)
+    wait_for(lambda: not group_lives(run.pid), 15)
+
+
+@pytest.mark.parametrize("number, status, word", SIGNALS)
+def test_commands_that_cannot_resume(forked, clean_world, tmp_path, number, status, word):
+    command = ("merge", clean_world / "run", "--output", tmp_path / "merged")
+
+    def prepare():
+        real = os.fsync
+
+        def fsync(descriptor):
+            os.kill(os.getpid(), number)
+            real(descriptor)
+
+        os.fsync = fsync
+
+    ended = forked(*command, prepare=prepare).wait()
+    assert ended.status == status and one_line(ended.err) == f"naslora: {word}"
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("number, status, word", SIGNALS)
+def test_a_signal_in_a_comparison(clean_world, tmp_path, number, status, word):
+    """The cell's own process ends, too."""
+    options = ("--data", clean_world / "data", *TRAIN, "--epochs", 500)
+    command = ("compare", "--methods", "lora", *options, "--output", tmp_path / "all")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "naslora", *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: (tmp_path / "all/runs/lora/0/config.json").exists())
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert one_line(err) == f"naslora: {word}; --resume continues the run"
+    wait_for(lambda: not group_lives(process.pid), 15)
+    assert read_json(tmp_path / "all/compare.json")
+
+
+@pytest.mark.parametrize("delay", [0.3, pytest.param(1.5, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("number, status, word", SIGNALS)
+def test_a_signal_at_the_start(number, status, word, delay):
+    """While torch and the other libraries are imported."""
+    code = (
+        "import sys, time, naslora.__main__ as start\nprint('started', flush=True)\nstart.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "info"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "started\n"
+    time.sleep(delay)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    if process.returncode:  # else the machine is so fast that the command has ended
+        assert process.returncode == status, err
+        assert one_line(err) in ("naslora: interrupted", "naslora: terminated")
+
+
+def test_a_second_signal_ends_at_once(forked, clean_world, tmp_path):
+    command = ("train", "--data", clean_world / "data", *TRAIN, "--epochs", 500)
+
+    def prepare():
+        from naslora.training.search import Search
+
+        def stubborn(self):
+            while True:
+                try:
+                    time.sleep(600)
+                except KeyboardInterrupt:
+                    (tmp_path / "first").touch()
+
+        Search.run = stubborn
+
+    run = forked(*command, "--output", tmp_path / "run", prepare=prepare)
+    wait_for(lambda: (tmp_path / "run/config.json").exists())
+    run.kill(signal.SIGTERM)
+    wait_for(lambda: (tmp_path / "first").exists())
+    run.kill(signal.SIGTERM)
+    assert run.wait().status == 143
