@@ -12,7 +12,7 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -41,11 +41,21 @@ from naslora.training.search_config import SearchConfig
 
 Settings = dict[str, dict[str, Any]]
 """Fields of RunConfig ("run"), of its adapter ("adapter") and of its search ("search")."""
-Run = tuple[RunResult, list[Epoch]]
-"""What a finished run reports."""
+Numbers = dict[str, float | None]
+"""The columns of a finished cell."""
 Column = Callable[[RunResult, list[Epoch]], float | None]
 """A number of a finished run."""
 
+
+class Key(NamedTuple):
+    """Names a cell."""
+
+    data: str
+    variant: str
+    seed: int
+
+
+Cells = dict[Key, Numbers]
 DONE = "study.json"  # what a finished cell reports
 # At the start 3/8 of the mixture pass the signal on. This lora_alpha restores the gain of LoRA.
 LEVEL_GAIN = 32.0 * 8 / 3
@@ -245,6 +255,7 @@ def main(
     seed: tuple[int, ...] | None = None,
     variant: tuple[str, ...] | None = None,
     dataset: tuple[str, ...] | None = None,
+    save: Path | None = None,
     table_only: bool = False,
 ) -> None:
     """Trains a study and prints its table.
@@ -257,22 +268,27 @@ def main(
         seed: only these seeds; for sharing the work among processes.
         variant: only these rows.
         dataset: only these data sets.
+        save: CSV file with one row a finished cell. Cells in it are not trained again. It is
+            written at the end.
         table_only: train nothing, print what is there.
     """
     plan = STUDIES[study]
+    done = finished(plan, output / study, save)
     for number in () if table_only else seed or plan.seeds:
         for folder in dataset or plan.datasets:
             for name in variant or plan.variants:
-                _train_cell(plan, folder, name, number, data, weights, output / study)
-    print(table(plan, output / study))
+                if Key(folder, name, number) not in done:
+                    _train_cell(plan, folder, name, number, data, weights, output / study)
+    done = finished(plan, output / study, save)
+    if save is not None:
+        save_cells(done, save)
+    print(table(plan, done))
 
 
 def _train_cell(
     plan: Study, dataset: str, name: str, seed: int, data: Path, weights: Path, output: Path
 ) -> None:
     directory = _directory(output, dataset, name, seed)
-    if (directory / DONE).exists():
-        return
     variant = plan.variants[name]
     merged = {
         part: plan.common.get(part, {}) | variant.get(part, {})
@@ -341,41 +357,62 @@ def _directory(output: Path, dataset: str, name: str, seed: int) -> Path:
     return output / dataset / slug / str(seed)
 
 
-def table(plan: Study, output: Path) -> str:
+def finished(plan: Study, output: Path, save: Path | None) -> Cells:
+    """The numbers of the cells that have run: those in ``save``, and those in ``output``."""
+    cells: Cells = {}
+    if save is not None and save.is_file():
+        with save.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                key = Key(row.pop("data"), row.pop("variant"), int(row.pop("seed")))
+                cells[key] = {name: float(text) if text else None for name, text in row.items()}
+    for dataset in plan.datasets:
+        for name in plan.variants:
+            for seed in plan.seeds:
+                folder = _directory(output, dataset, name, seed)
+                if (folder / DONE).exists():
+                    run = read_record(folder / DONE, RunResult), read_rows(folder / HISTORY, Epoch)
+                    numbers = {title: column(*run) for title, column in plan.columns.items()}
+                    cells[Key(dataset, name, seed)] = numbers
+    return cells
+
+
+def save_cells(cells: Cells, path: Path) -> None:
+    """Writes one row a cell, sorted."""
+    rows = [
+        {"data": key.data, "variant": key.variant, "seed": key.seed, **cells[key]}
+        for key in sorted(cells)
+    ]
+    write_rows(path, rows)
+
+
+def table(plan: Study, cells: Cells) -> str:
     """The numbers of the finished cells in Markdown: mean ± standard deviation over the seeds."""
     rows = []
     for dataset in plan.datasets:
         for name in plan.variants:
-            runs = _runs(plan, output, dataset, name)
-            if runs:
-                finished = runs.values()
-                numbers = [[column(*run) for run in finished] for column in plan.columns.values()]
-                rows.append([dataset, name, str(len(runs)), *map(_text, numbers)])
+            own = _by_seed(cells, dataset, name)
+            if own:
+                numbers = [[cell[title] for cell in own.values()] for title in plan.columns]
+                rows.append([dataset, name, str(len(own)), *map(_text, numbers)])
                 if plan.reference is not None:
-                    rows[-1].append(_gain(runs, _runs(plan, output, dataset, plan.reference)))
+                    rows[-1].append(_gain(own, _by_seed(cells, dataset, plan.reference)))
     head = ["data", "variant", "seeds", *plan.columns]
     head += [] if plan.reference is None else [f"Dice − {plan.reference}"]
     return markdown_table(Table(head, rows))
 
 
-def _runs(plan: Study, output: Path, dataset: str, name: str) -> dict[int, Run]:
-    """The finished runs of a cell of the table, by seed."""
-    folders = {seed: _directory(output, dataset, name, seed) for seed in plan.seeds}
-    return {
-        seed: (read_record(folder / DONE, RunResult), read_rows(folder / HISTORY, Epoch))
-        for seed, folder in folders.items()
-        if (folder / DONE).exists()
-    }
+def _by_seed(cells: Cells, dataset: str, name: str) -> dict[int, Numbers]:
+    return {k.seed: cells[k] for k in sorted(cells) if (k.data, k.variant) == (dataset, name)}
 
 
-def _gain(runs: Mapping[int, Run], others: Mapping[int, Run]) -> str:
+def _gain(own: Mapping[int, Numbers], others: Mapping[int, Numbers]) -> str:
     """Mean and 95 % interval of the difference in test Dice, over the seeds of both."""
-    own, other = (
-        {seed: _dice(result) or 0.0 for seed, (result, _) in part.items()}
-        for part in (runs, others)
+    ours, theirs = (
+        {seed: numbers["test Dice"] or 0.0 for seed, numbers in part.items()}
+        for part in (own, others)
     )
-    difference = paired_difference("", own, other)
-    if difference.low is None or own == other:
+    difference = paired_difference("", ours, theirs)
+    if difference.low is None or ours == theirs:
         return MISSING
     return f"{difference.mean:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
 
