@@ -18,7 +18,7 @@ from rich.table import Table
 
 from naslora import trained
 from naslora.adapter.merge_report import MergeMode
-from naslora.errors import UserError
+from naslora.errors import LostProcessError, UserError
 from naslora.methods import MethodName
 from naslora.report.sections.scores import metric_table
 from naslora.results import REPORT, RunResult, to_json
@@ -46,7 +46,7 @@ def main() -> None:
         recipe = _named_recipe(sys.argv[1:])
         _parse({command.__name__: _deferred(command, recipe) for command in commands})()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LostProcessError):
             print(f"naslora: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -13,12 +13,14 @@ tensorboard/           the curves for TensorBoard
 
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from naslora.data.contents import to_json
 from naslora.errors import UserError
 from naslora.files import read_json, write_json
 from naslora.methods import METHODS, load_adapter
 from naslora.results import BEST, CONFIG, DATA, RunResult
-from naslora.training.accelerator import make_accelerator
+from naslora.training.accelerator import check_shared, lost_processes, make_accelerator
 from naslora.training.run_config import RunConfig, differing
 from naslora.training.run_data import prepare_data
 from naslora.training.run_model import build_adapted_model, count_parameters
@@ -41,8 +43,14 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> RunResult:
 
     Raises:
         UserError: something the user gave cannot work.
+        LostProcessError: another process of the run ended, or did not answer in time.
     """
     accelerator = make_accelerator(config.search)
+    with lost_processes():
+        return _train(config, output, resume, accelerator)
+
+
+def _train(config: RunConfig, output: Path, resume: bool, accelerator: Accelerator) -> RunResult:
     _check_start(config)
     check_output(config, output, resume)
     data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
@@ -55,6 +63,7 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> RunResult:
     if accelerator.is_main_process:
         write_json(output / CONFIG, config.to_dict())
         write_json(output / DATA, to_json(contents))
+    check_shared(output / DATA, accelerator)
     search.run()
     load_adapter(model, output / BEST)
     result = final_result(search, counts, config)

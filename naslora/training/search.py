@@ -384,7 +384,7 @@ class Search:
         if not path.exists():
             return
         try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             self._restore(state, path)
         except Exception as error:  # a damaged file can raise anything; the advice is the same
             reason = str(error).strip().split("\n")[0]
