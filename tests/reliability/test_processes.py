@@ -1,5 +1,6 @@
-"""Runs that several processes share: buckets of gradients, other numbers of processes, dead ones."""
+"""Runs that several processes share: gradients in buckets, resuming on others, dead processes."""
 
+import itertools
 import os
 import shlex
 import signal
@@ -159,6 +160,7 @@ def test_nothing_to_sum(monkeypatch):
     assert sum_over_two([]) == [1]
 
 
+@pytest.mark.campaign
 def test_buckets_change_no_bit(launch, data, tmp_path):
     """A sum over two processes has one order, however it is cut."""
     for name, bucket in (("whole", 1 << 23), ("cut", 500)):
@@ -210,9 +212,8 @@ def test_two_agents_train_as_one(launch, data, alone, tmp_path):
 def test_processes_that_do_not_share_the_output(launch, data, tmp_path):
     """Two relative paths stand for the file systems of two machines."""
     folders = [tmp_path / "one", tmp_path / "two"]
-    code = "import os, sys\nos.chdir(sys.argv.pop(1 + int(os.environ['RANK'])))\nsys.argv.pop({})\n"
-    text = launch.script.read_text()
-    launch.script.write_text(code.format("2 - int(os.environ['RANK'])") + text)
+    code = "import os, sys\nos.chdir(sys.argv[1 + int(os.environ['RANK'])])\ndel sys.argv[1:3]\n"
+    launch.script.write_text(code + launch.script.read_text())
     for folder in folders:
         folder.mkdir()
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", "run")
@@ -233,9 +234,14 @@ def wait_for(path, processes, seconds=90):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("dead", [0, 1])
-@pytest.mark.parametrize("when", [CONFIG, LAST])
+FAST = [(signal.SIGKILL, 0, LAST), (signal.SIGKILL, 1, LAST), (signal.SIGSTOP, 1, LAST)]
+ENDINGS = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.campaign)
+    for case in itertools.product((signal.SIGKILL, signal.SIGSTOP), (0, 1), (CONFIG, LAST))
+]
+
+
+@pytest.mark.parametrize("how, dead, when", ENDINGS)
 def test_one_dead_process_ends_the_others(launch, data, tmp_path, dead, how, when):
     """A killed process shows at once, a hung one after the timeout."""
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 500, "--output", tmp_path / "run")
