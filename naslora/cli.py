@@ -22,7 +22,7 @@ from rich.table import Table
 
 from naslora import trained
 from naslora.adapter.merge_report import MergeMode
-from naslora.errors import UserError
+from naslora.errors import LostProcessError, UserError
 from naslora.files import disk_error
 from naslora.locks import locked
 from naslora.methods import MethodName
@@ -68,7 +68,7 @@ def main() -> None:
             _run(sys.argv[1:])
             sys.stdout.flush()
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), every_process=isinstance(error, LostProcessError))
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "number", signal.SIGINT)
         what = "terminated" if number == signal.SIGTERM else "interrupted"
@@ -98,9 +98,11 @@ def _run(arguments: list[str]) -> None:
     _parse(deferred, arguments)()
 
 
-def _fail(text: str, status: int = 2, kind: str = "error: ") -> NoReturn:
-    """Ends the process with one line of text."""
-    if os.environ.get("RANK", "0") == "0":
+def _fail(
+    text: str, status: int = 2, kind: str = "error: ", every_process: bool = False
+) -> NoReturn:
+    """Ends the process with one line of text, which the first process of a run prints, or all."""
+    if every_process or os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             print(f"naslora: {kind}{' '.join(text.split())}", file=sys.stderr)
     raise SystemExit(status) from None

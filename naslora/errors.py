@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class LostProcessError(UserError):
+    """Another process of the run has ended or does not answer. Every other process reports it."""
+
+
 def listing(names: Iterable[str], limit: int = 8) -> str:
     """Sorts names and joins them for a message.
 

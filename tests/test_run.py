@@ -66,8 +66,9 @@ def assert_bitwise_same(ours, theirs):
 
 
 def test_the_folder(run):
-    expected = {"best", "last.pt", "config.json", "metrics.json", "history.csv", "operations.json"}
-    assert {path.name for path in run.iterdir()} == expected | {"report.html", "tensorboard"}
+    expected = {"best", "last.pt", "config.json", "data.json", "metrics.json", "history.csv"}
+    expected |= {"operations.json", "report.html", "tensorboard"}
+    assert {path.name for path in run.iterdir()} == expected
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert {path.name for path in (run / BEST).iterdir()} == {
         "adapter_config.json",

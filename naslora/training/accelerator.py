@@ -1,12 +1,24 @@
 """The processes, device and precision of a run."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-from naslora.errors import UserError
+from naslora.errors import LostProcessError, UserError
 from naslora.training.search_config import SearchConfig
+
+TIMEOUT_VARIABLE = "NASLORA_PROCESS_TIMEOUT"
+"""Environment variable: the seconds that a process waits for the others.
+
+They wait while the main process reads the data and writes the report, so it must not be too short.
+"""
+DEFAULT_TIMEOUT = 1800.0
 
 
 def make_accelerator(config: SearchConfig) -> Accelerator:
@@ -14,12 +26,17 @@ def make_accelerator(config: SearchConfig) -> Accelerator:
 
     Raises:
         UserError: fp16 without a GPU, or Accelerate joins fewer processes than were launched.
+        LostProcessError: a process does not join in time.
     """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed precision fp16 needs a GPU; use bf16 or no on a CPU")
     # Without cpu=True Accelerate does not join processes that have no GPU.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=_timeout()))
+    with lost_processes():
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, cpu=on_cpu, kwargs_handlers=[group]
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -27,3 +44,48 @@ def make_accelerator(config: SearchConfig) -> Accelerator:
             f"on {accelerator.device.type}; launch one"
         )
     return accelerator
+
+
+def _timeout() -> float:
+    given = os.environ.get(TIMEOUT_VARIABLE) or str(DEFAULT_TIMEOUT)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        raise UserError(f"{TIMEOUT_VARIABLE} must be a number of seconds above 0, got {given!r}")
+    return seconds
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Turns the error of a process that waits for one that is gone into a ``LostProcessError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = isinstance(error, torch.distributed.DistError) or any(
+            sign in text for sign in ("gloo", "Gloo", "NCCL", "Connection closed by peer")
+        )
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not lost:
+            raise
+        raise LostProcessError(
+            f"process {os.environ.get('RANK', 0)} has lost another process of the run, which ended "
+            f"or did not answer within {_timeout():g} s; start all of them again with --resume"
+        ) from error
+
+
+def check_shared(path: Path, accelerator: Accelerator) -> None:
+    """Checks that all processes see a file that the main process has written.
+
+    Raises:
+        UserError: in every process; processes on another machine have another file system.
+    """
+    accelerator.wait_for_everyone()
+    seen = gather_object([path.stat().st_mtime_ns if path.is_file() else None])
+    blind = [rank for rank, written in enumerate(seen) if written != seen[0]]
+    if blind:
+        raise UserError(
+            f"the processes {', '.join(map(str, blind))} do not see {path}; give an --output on a "
+            "file system that all machines share"
+        )

@@ -23,7 +23,7 @@ from naslora.files import write_json
 from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
 from naslora.results import BEST, CONFIG, DATA, RunResult
-from naslora.training.accelerator import make_accelerator
+from naslora.training.accelerator import check_shared, lost_processes, make_accelerator
 from naslora.training.run_config import RunConfig, differing, read_config
 from naslora.training.run_data import prepare_data
 from naslora.training.run_model import build_adapted_model, count_parameters
@@ -46,10 +46,11 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> RunResult:
 
     Raises:
         UserError: something the user gave cannot work, or another process uses ``output``.
+        LostProcessError: another process of the run ended, or did not answer in time.
     """
     accelerator = make_accelerator(config.search)
     _check_start(config)
-    with ExitStack() as lock:
+    with lost_processes(), ExitStack() as lock:
         _take_lock(output, accelerator, lock)
         return _train(config, output, resume, accelerator)
 
@@ -79,6 +80,7 @@ def _train(config: RunConfig, output: Path, resume: bool, accelerator: Accelerat
     if accelerator.is_main_process:
         write_json(output / CONFIG, config.to_dict())
         write_json(output / DATA, to_json(contents))
+    check_shared(output / DATA, accelerator)
     search.run()
     load_adapter(model, output / BEST)
     result = final_result(search, counts, config)

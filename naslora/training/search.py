@@ -384,7 +384,7 @@ class Search:
         if not path.exists():
             return
         try:
-            self._restore(read_torch(path, self.accelerator.device), path)
+            self._restore(read_torch(path), path)
         except Exception as error:  # a damaged file can raise anything; the advice is the same
             reason = f"it has no {error}" if isinstance(error, KeyError) else reason_of(error)
             raise UserError(

@@ -20,6 +20,8 @@ from naslora.sam.segmentation import SegmentationOutput
 from naslora.training.search_config import Schedule
 
 Loss = Callable[[SegmentationOutput, Tensor], Tensor]
+BUCKET = 1 << 23
+"""Numbers of gradients that processes send each other at once: 32 MiB of float32."""
 
 
 class Group:
@@ -179,16 +181,35 @@ def _accumulate_gradients(
 
 
 def _sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accelerator) -> float:
-    """Sums the groups' gradients, in place, and the loss over the processes, in one message."""
-    if accelerator.num_processes > 1:
-        parameters = [p for group in groups for p in group.parameters]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    """Sums the groups' gradients, in place, and the loss over the processes.
+
+    Gradients travel in buckets, so that the copy in float32 stays small if a whole encoder trains.
+    The loss travels with every bucket; the last sum counts.
+    """
+    if accelerator.num_processes == 1:
+        return float(loss)
+    parameters = [p for group in groups for p in group.parameters]
+    for bucket in _buckets(parameters):
+        for parameter in bucket:
+            if parameter.grad is None:  # this process has no share of the batch
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [p.grad for p in bucket if p.grad is not None]
         flat = torch.cat([*(grad.flatten().float() for grad in grads), loss.reshape(1)])
-        sizes = [*(parameter.numel() for parameter in parameters), 1]
-        *summed, loss = accelerator.reduce(flat, "sum").split(sizes)
-        for parameter, grad in zip(parameters, summed, strict=True):
-            parameter.grad = grad.view_as(parameter).to(parameter.dtype)
-    return float(loss)
+        *summed, total = accelerator.reduce(flat, "sum").split([*map(Tensor.numel, grads), 1])
+        for grad, sum_of_all in zip(grads, summed, strict=True):
+            grad.copy_(sum_of_all.view_as(grad))
+    return float(total)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Cuts the parameters, in order, into lists of about BUCKET numbers; at least one list."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(map(Tensor.numel, bucket)) + parameter.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    yield bucket
 
 
 def _apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None) -> None:

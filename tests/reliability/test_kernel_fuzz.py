@@ -89,23 +89,22 @@ def test_channels_in_a_compiled_graph(value):
         compiled(options["channels"])
 
 
-def hammer(function, seconds_of_calls):
-    """Calls forward and backward while another thread writes to ``channels``; counts refusals."""
-    arguments, options = tensors(function)
-    channels, done = options["channels"], threading.Event()
+def hammer(function, calls):
+    """Calls a function while another thread writes to ``channels``; returns the refusals."""
+    channels, done = torch.tensor([3, 0]), threading.Event()
 
     def write():
         while not done.is_set():
-            for value in (*BAD, 3, 1):
+            for value in (1, 2, 3, *BAD, 1, 2, 3):
                 channels.data[0] = value
 
     writer = threading.Thread(target=write)
     writer.start()
     refused = 0
     try:
-        for _ in range(seconds_of_calls):
+        for _ in range(calls):
             try:
-                function(**arguments, **options, backend="cpp").sum().backward()
+                function(channels)
             except ValueError as error:
                 assert str(error).startswith("channels: expected ")
                 refused += 1
@@ -115,9 +114,39 @@ def hammer(function, seconds_of_calls):
     return refused
 
 
-@pytest.mark.parametrize("function", [mixed_cell, nas_lora_linear])
-def test_channels_written_by_another_thread(function):
-    assert hammer(function, 200) > 0
+def public_call(function):
+    """Forward and backward of a public function, of given channels."""
+    arguments, options = tensors(function)
+    del options["channels"]
+    return lambda channels: (
+        function(**arguments, **options, channels=channels, backend="cpp").sum().backward()
+    )
+
+
+def operator_call():
+    """Forward and backward of the operators: here the kernels alone check the channels."""
+    arguments, _ = tensors(mixed_cell)
+    z, alpha, *weights = (value.detach() for value in arguments.values())
+    operators = torch.ops.naslora_cpp
+
+    def call(channels):
+        cell = (alpha, weights[:4], weights[4], channels)
+        y = operators.mixed_cell(z, *cell)
+        operators.mixed_cell_backward(y, z, *cell, True, True, True)
+
+    return call
+
+
+CALLS = {
+    "mixed_cell": lambda: public_call(mixed_cell),
+    "nas_lora_linear": lambda: public_call(nas_lora_linear),
+    "operators": operator_call,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_channels_written_by_another_thread(call):
+    assert hammer(CALLS[call](), 500) > 0
 
 
 @pytest.mark.parametrize("target", TARGETS[1:])
@@ -291,9 +320,11 @@ def test_ten_thousand_random_calls():
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("function", [mixed_cell, nas_lora_linear])
-def test_channels_written_by_another_thread_for_long(function):
-    assert hammer(function, 5000) > 0
+@pytest.mark.parametrize("call", CALLS)
+def test_channels_written_by_another_thread_for_long(call):
+    refused = hammer(CALLS[call](), 20000)
+    print(f"{call}: {refused} of 20000 calls refused")
+    assert refused > 0
 
 
 @pytest.mark.parametrize("size", [1, 3, 9])

@@ -1,0 +1,272 @@
+"""Runs that several processes share: gradients in buckets, resuming on others, dead processes."""
+
+import itertools
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_search import ALPHA_RATE, RATE, assert_same_training
+
+from naslora.results import CONFIG, LAST, Epoch, from_json
+from naslora.training import step
+from naslora.training.accelerator import TIMEOUT_VARIABLE
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+
+# STOP_AFTER names an epoch after which every process is interrupted.
+LAUNCH = """
+import os, torch
+from naslora import cli
+from naslora.sam import encoders
+from naslora.training import step
+from naslora.training.search import Search
+
+torch.set_num_threads(1)
+encoders.VITS["vit_t"] = encoders.{tiny}
+step.BUCKET = int(os.environ.get("BUCKET", step.BUCKET))
+save = Search._save
+
+def save_and_stop(search, is_best):
+    save(search, is_best)
+    if str(search.epoch) == os.environ.get("STOP_AFTER"):
+        raise KeyboardInterrupt
+
+Search._save = save_and_stop
+cli.main()
+"""
+OPTIONS = shlex.split(
+    f"--model vit_t --image-size 32 --num-classes 3 --search-start 1 --learning-rate {RATE} "
+    f"--alpha-learning-rate {ALPHA_RATE} --workers 0"
+)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def data(make_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "data"
+    return make_data(folder, classes=3, train=7, val=3, test=2)
+
+
+@pytest.fixture
+def launch(tiny_vit, tmp_path):
+    """Starts processes of one command; ends those that still run at the end of the test."""
+    script = tmp_path / "launch.py"
+    script.write_text(LAUNCH.format(tiny=repr(tiny_vit)))
+    started = []
+
+    def start(count, *arguments, **environment):
+        port = free_port()
+        processes = []
+        for rank in range(count):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environ = {**(group if count > 1 else {}), **environment, "OMP_NUM_THREADS": 1}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, script, *map(str, arguments)],
+                    env=os.environ | {name: str(value) for name, value in environ.items()},
+                    stderr=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    text=True,
+                )
+            )
+        started.extend(processes)
+        return processes
+
+    start.script = script
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def finish(processes, status=0, timeout=120):
+    errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    assert [process.returncode for process in processes] == [status] * len(processes), errors
+    return errors
+
+
+def last_of(output):
+    return torch.load(output / LAST)
+
+
+def assert_same(*outputs):
+    """Equal but for rounding: the processes' sums of gradients are taken in another order."""
+    states = [last_of(output) for output in outputs]
+    histories = [from_json(list[Epoch], state["history"], LAST) for state in states]
+    assert_same_training(*(state["model"] for state in states), *histories)
+
+
+@pytest.fixture(scope="module")
+def alone(naslora, data, tmp_path_factory):
+    """Three epochs of one process."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", output)
+    assert naslora(*arguments).status == 0
+    return output
+
+
+# ---- Buckets -------------------------------------------------------------------------------------
+
+
+def sum_over_two(parameters):
+    """Calls ``_sum_over_processes`` as if another process had the same; returns message sizes."""
+    sizes = []
+
+    def reduce(flat, how):
+        assert how == "sum" and flat.dtype == torch.float32
+        sizes.append(flat.numel())
+        return 2 * flat
+
+    group = SimpleNamespace(parameters=parameters)
+    accelerator = SimpleNamespace(num_processes=2, reduce=reduce)
+    assert step._sum_over_processes([group], torch.tensor(1.5), accelerator) == 3.0
+    return sizes
+
+
+@pytest.mark.parametrize("bucket", [1, 10, 25, 10**6])
+def test_gradients_travel_in_buckets(monkeypatch, bucket):
+    monkeypatch.setattr(step, "BUCKET", bucket)
+    shapes = [(3, 4), (5,), (), (30,), (2, 2)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32]
+    parameters = [
+        torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    for i, parameter in enumerate(parameters[:-1]):  # the last has no gradient here
+        parameter.grad = torch.full_like(parameter, i + 1)
+    sizes = sum_over_two(parameters)
+    assert max(sizes) <= max(bucket, 30) + 1
+    assert sum(sizes) == sum(p.numel() for p in parameters) + len(sizes)
+    for i, parameter in enumerate(parameters):
+        expected = 0 if i == 4 else 2 * (i + 1)
+        assert parameter.grad.dtype == parameter.dtype and (parameter.grad == expected).all()
+
+
+def test_nothing_to_sum(monkeypatch):
+    assert sum_over_two([]) == [1]
+
+
+@pytest.mark.campaign
+def test_buckets_change_no_bit(launch, data, tmp_path):
+    """A sum over two processes has one order, however it is cut."""
+    for name, bucket in (("whole", 1 << 23), ("cut", 500)):
+        arguments = ("train", "--data", data, *OPTIONS, "--epochs", 1, "--method", "full")
+        finish(launch(2, *arguments, "--output", tmp_path / name, BUCKET=bucket))
+    whole, cut = (last_of(tmp_path / name)["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+# ---- Other numbers of processes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_a_run_resumes_on_another_number_of_processes(launch, data, alone, tmp_path, first, then):
+    arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", tmp_path / "run")
+    finish(launch(first, *arguments, STOP_AFTER=1), status=1)
+    assert last_of(tmp_path / "run")["epoch"] == 1
+    finish(launch(then, *arguments, "--resume"))
+    assert_same(tmp_path / "run", alone)
+
+
+def test_two_agents_train_as_one(launch, data, alone, tmp_path):
+    """Two launchers, as on two machines, that meet at a rendezvous on the loopback address."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    agent = shlex.split(
+        f"torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id run "
+        f"--rdzv-endpoint {endpoint} --local-addr 127.0.0.1"
+    )
+    arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", tmp_path / "run")
+    command = [sys.executable, "-m", *agent, launch.script, *map(str, arguments)]
+    agents = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        finish(agents, timeout=180)
+    finally:
+        for process in agents:
+            process.kill()
+    assert_same(tmp_path / "run", alone)
+
+
+def test_processes_that_do_not_share_the_output(launch, data, tmp_path):
+    """Two relative paths stand for the file systems of two machines."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    code = "import os, sys\nos.chdir(sys.argv[1 + int(os.environ['RANK'])])\ndel sys.argv[1:3]\n"
+    launch.script.write_text(code + launch.script.read_text())
+    for folder in folders:
+        folder.mkdir()
+    arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", "run")
+    errors = finish(launch(2, *folders, *arguments), status=2)
+    assert (
+        "the processes 1 do not see run/data.json; give an --output on a file system" in errors[0]
+    )
+    assert not (folders[0] / "run" / LAST).exists()
+
+
+# ---- Dead processes ------------------------------------------------------------------------------
+
+
+def wait_for(path, processes, seconds=90):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end and all(p.poll() is None for p in processes)
+        time.sleep(0.1)
+
+
+FAST = [(signal.SIGKILL, 0, LAST), (signal.SIGKILL, 1, LAST), (signal.SIGSTOP, 1, LAST)]
+ENDINGS = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.campaign)
+    for case in itertools.product((signal.SIGKILL, signal.SIGSTOP), (0, 1), (CONFIG, LAST))
+]
+
+
+@pytest.mark.parametrize("how, dead, when", ENDINGS)
+def test_one_dead_process_ends_the_others(launch, data, tmp_path, dead, how, when):
+    """A killed process shows at once, a hung one after the timeout."""
+    arguments = ("train", "--data", data, *OPTIONS, "--epochs", 500, "--output", tmp_path / "run")
+    timeout = 5 if how == signal.SIGSTOP else 600
+    processes = launch(2, *arguments, **{TIMEOUT_VARIABLE: timeout})
+    wait_for(tmp_path / "run" / when, processes)
+    processes[dead].send_signal(how)
+    started = time.monotonic()
+    alive = processes[1 - dead]
+    _, text = alive.communicate(timeout=90)
+    assert alive.returncode == 2, text
+    lines = [line for line in text.splitlines() if line.startswith("naslora: error: ")]
+    assert lines == [
+        f"naslora: error: process {1 - dead} has lost another process of the run, which ended or "
+        f"did not answer within {timeout} s; start all of them again with --resume"
+    ]
+    assert "Traceback" not in text
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon", "inf"])
+def test_a_timeout_that_is_no_time(naslora, data, tmp_path, monkeypatch, value):
+    monkeypatch.setenv(TIMEOUT_VARIABLE, value)
+    result = naslora("train", "--data", data, *OPTIONS, "--output", tmp_path / "run")
+    assert result.status == 2
+    assert result.err == (
+        f"naslora: error: {TIMEOUT_VARIABLE} must be a number of seconds above 0, got {value!r}\n"
+    )
