@@ -208,6 +208,8 @@ def _predict(path: Path, images: list[Path], output: Path) -> list[Path]:
 
 
 def _find_images(inputs: Sequence[Path]) -> list[Path]:
+    if not inputs:
+        raise UserError("there is nothing to segment: give at least one IMAGE, a file or a folder")
     images = [
         image for item in inputs for image in ([item] if item.is_file() else list_images(item))
     ]

@@ -68,8 +68,23 @@ def clean_world(naslora, make_data, tiny_world_vit, tmp_path_factory):
 
 @pytest.fixture
 def world(clean_world, tmp_path):
-    """A copy to spoil. Its run still reads the data and the checkpoint of ``clean_world``."""
-    return shutil.copytree(clean_world, tmp_path / "world")
+    """A copy whose files are links: ``own`` makes one that can be spoilt. A world has 200 MB."""
+    return shutil.copytree(clean_world, tmp_path / "world", copy_function=os.symlink)
+
+
+def own(path: Path) -> Path:
+    """Replaces a link in a ``world`` by the file."""
+    content = path.read_bytes() if path.exists() else b""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept(tmp_path):
+    """Removes a test's files, because runs are large."""
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 @dataclass

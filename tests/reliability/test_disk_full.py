@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,7 @@ def test_a_disk_that_is_full_at_every_write_of_a_run(forked, naslora, clean_worl
             break
         refused(ended)
         resume(naslora, command, output, clean_world)
+        shutil.rmtree(output)
         places += 1
     assert places >= 10
     print(f"places where the disk was full: {places}")
