@@ -66,7 +66,7 @@ def main() -> None:
     try:
         with _signals():
             _run(sys.argv[1:])
-            sys.stdout.flush()
+            _flush_results()
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt as interrupt:
@@ -119,13 +119,16 @@ def _refusal(error: Exception) -> str | None:
     name = getattr(error, "filename", None)
     if name is not None:
         return f"{str(name)[:300]}: {reason}"
+    return reason
+
+
+def _flush_results() -> None:
+    """Writes what was printed. Python would print a traceback if it failed when it ends."""
     try:
         sys.stdout.flush()
-    except OSError:
-        # Python would write the rest when it ends, fail again and print a traceback.
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return f"the results cannot be printed: {reason}"
-    return reason
+        raise UserError(f"the results cannot be printed: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ VERSION = f"2 Pillow {PIL.__version__}"
 class Cache:
     """A folder of arrays. Any number of workers, processes and runs may share it.
 
-    Entries are written atomically, with a CRC-32. An entry that is damaged is created again. The folder only
-    grows; it may be deleted while no run uses it.
+    Entries are written atomically, with a CRC-32. An entry that is damaged is created again. The
+    folder only grows; it may be deleted while no run uses it.
 
     Args:
         directory: the folder; it is created if it does not exist.

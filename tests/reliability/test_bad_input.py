@@ -112,7 +112,7 @@ def command(text: str, world: Path, clean: Path, **more: str) -> list[str]:
     return line
 
 
-@pytest.mark.parametrize("group, kind, case", cases())
+@pytest.mark.parametrize("group, kind, case", list(cases()))
 def test_one_line_and_a_status(naslora, world, clean_world, capfd, group, kind, case):
     text, line = group.get("run"), case["line"] if isinstance(case, dict) else case[-1]
     if isinstance(case, dict):
