@@ -23,7 +23,7 @@ from rich.table import Table
 from naslora import trained
 from naslora.adapter.merge_report import MergeMode
 from naslora.errors import UserError
-from naslora.files import disk_error
+from naslora.files import disk_error, reason_of
 from naslora.locks import locked
 from naslora.methods import MethodName
 from naslora.report.sections.scores import metric_table
@@ -111,6 +111,8 @@ def _refusal(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "there is not enough memory; lower --batch-size or --image-size, or use a GPU"
+    if "DataLoader worker" in text and "killed by signal" in text:
+        return f"{reason_of(error)}; lower --workers, or free some memory"
     reason = disk_error(error)
     if reason is None and isinstance(error, OSError) and error.errno is not None:
         reason = error.strerror
