@@ -61,3 +61,8 @@ cuda-sanitize:
 gpu-check:
 	python setup.py -q build_ext --inplace
 	python -m bench.gpu_check $(CHECK)
+
+# The long part of tests/reliability: at most an hour on two cores. CAMPAIGN adds options of pytest.
+.PHONY: campaign
+campaign:
+	OMP_NUM_THREADS=1 pytest -m "campaign or not campaign" -rP --tb=short tests/reliability $(CAMPAIGN)

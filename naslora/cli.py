@@ -23,7 +23,7 @@ from rich.table import Table
 from naslora import trained
 from naslora.adapter.merge_report import MergeMode
 from naslora.errors import LostProcessError, UserError
-from naslora.files import disk_error
+from naslora.files import disk_error, reason_of
 from naslora.locks import locked
 from naslora.methods import MethodName
 from naslora.report.sections.scores import metric_table
@@ -66,7 +66,7 @@ def main() -> None:
     try:
         with _signals():
             _run(sys.argv[1:])
-            sys.stdout.flush()
+            _flush_results()
     except UserError as error:
         _fail(str(error), every_process=isinstance(error, LostProcessError))
     except KeyboardInterrupt as interrupt:
@@ -113,6 +113,8 @@ def _refusal(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "there is not enough memory; lower --batch-size or --image-size, or use a GPU"
+    if "DataLoader worker" in text and "killed by signal" in text:
+        return f"{reason_of(error)}; lower --workers, or free some memory"
     reason = disk_error(error)
     if reason is None and isinstance(error, OSError) and error.errno is not None:
         reason = error.strerror
@@ -121,13 +123,16 @@ def _refusal(error: Exception) -> str | None:
     name = getattr(error, "filename", None)
     if name is not None:
         return f"{str(name)[:300]}: {reason}"
+    return reason
+
+
+def _flush_results() -> None:
+    """Writes what was printed. Python would print a traceback if it failed when it ends."""
     try:
         sys.stdout.flush()
-    except OSError:
-        # Python would write the rest when it ends, fail again and print a traceback.
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return f"the results cannot be printed: {reason}"
-    return reason
+        raise UserError(f"the results cannot be printed: {error.strerror}") from error
 
 
 @contextlib.contextmanager

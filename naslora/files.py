@@ -46,7 +46,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: ``path`` cannot be written, for instance because the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: ``path`` cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -99,6 +99,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a killed process left the file or folder, which means nothing."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
 def disk_error(error: BaseException) -> str | None:
     """What the disk refused, and the advice; None if ``error`` has another cause."""
     link: BaseException | None = error
@@ -107,6 +116,9 @@ def disk_error(error: BaseException) -> str | None:
         if isinstance(link, SafetensorError):  # it names the number in its text only
             found = re.search(r"os error (\d+)", str(link))
             number = int(found.group(1)) if found else None
+        elif isinstance(link, RuntimeError):  # PyTorch's shared memory
+            found = re.search(r"unable to \w+ .*\((\d+)\)", str(link))
+            number = int(found.group(1)) if found else number
         if number in DISK_ERRORS:
             advice = ""
             if number in (errno.ENOSPC, errno.EDQUOT):
@@ -189,12 +201,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         return value
-    check_version(path, value.get("version", 0))
+    version = value.get("version", 0)
+    check_version(path, version)
     stored = value.pop(CHECKSUM, None)
-    if stored is not None and stored != _json_checksum(value):
+    if (stored is not None or version > 0) and stored != _json_checksum(value):
         raise UserError(
             f"{path} does not match its checksum: it is damaged or was edited; if you edited it, "
-            f"remove its entry {CHECKSUM!r}"
+            f"remove its entries {CHECKSUM!r} and 'version'"
         )
     value.pop("version", None)
     return value

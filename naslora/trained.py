@@ -245,6 +245,8 @@ def _predict(
 
 
 def _find_images(inputs: Sequence[Path]) -> list[Path]:
+    if not inputs:
+        raise UserError("there is nothing to segment: give at least one IMAGE, a file or a folder")
     images = [
         image
         for item in inputs

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import regex
@@ -80,6 +80,8 @@ def check_types(kind: type, values: Any) -> None:
         if dataclasses.is_dataclass(hints[name]):
             continue
         hint = str | None if hints[name] == Path | None else hints[name]
+        if get_origin(hint) is Literal:  # the configuration's own check lists the choices
+            hint = str
         try:
             msgspec.convert(value, hint)
         except msgspec.ValidationError as error:

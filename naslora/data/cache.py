@@ -4,8 +4,10 @@ The key of an entry is a hash of the files' content, so an edited file never get
 """
 
 import hashlib
+import io
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,14 +18,14 @@ from naslora.errors import UserError
 
 # Part of every key: increase the number when the content of entries changes. Another decoder may
 # decode a file to other pixels.
-VERSION = f"1 Pillow {PIL.__version__}"
+VERSION = f"2 Pillow {PIL.__version__}"
 
 
 class Cache:
     """A folder of arrays. Any number of workers, processes and runs may share it.
 
-    Entries are written atomically. An entry that cannot be read is created again. The folder only
-    grows; it may be deleted while no run uses it.
+    Entries are written atomically, with a CRC-32. An entry that is damaged is created again. The
+    folder only grows; it may be deleted while no run uses it.
 
     Args:
         directory: the folder; it is created if it does not exist.
@@ -55,7 +57,7 @@ class Cache:
         """
         path = self.directory / f"{_key(files, how)}.npy"
         try:
-            return np.load(path)
+            return _read(path)
         except (OSError, ValueError, EOFError):
             array = make()
         self._write(path, array)
@@ -67,7 +69,10 @@ class Cache:
             descriptor, name = tempfile.mkstemp(suffix=".partial", dir=self.directory)
             try:
                 with open(descriptor, "wb") as file:
-                    np.save(file, array)
+                    content = io.BytesIO()
+                    np.save(content, array)
+                    file.write(content.getbuffer())
+                    file.write(_checksum(content.getbuffer()))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(name, path)
@@ -78,6 +83,18 @@ class Cache:
                 f"cache {self.directory} cannot be written: {error.strerror}; free some space, or "
                 "omit --cache"
             ) from error
+
+
+def _read(path: Path) -> np.ndarray:
+    """Raises a ValueError if the entry does not match its checksum."""
+    content = memoryview(path.read_bytes())
+    if _checksum(content[:-4]) != content[-4:]:
+        raise ValueError(f"{path} is damaged")
+    return np.load(io.BytesIO(content[:-4]))
+
+
+def _checksum(content: memoryview) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def _key(files: Sequence[bytes], how: str) -> str:

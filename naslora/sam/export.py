@@ -283,16 +283,18 @@ def _write_program(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides the exporter's progress and the deprecation warnings of other packages."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Hides progress and the warnings of other packages, some of which hold tracebacks."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 # ---- Prediction ----------------------------------------------------------------------------------

@@ -135,6 +135,8 @@ def _check_arguments(config: RunConfig, methods: Sequence[str], seeds: Sequence[
         raise UserError(f"methods must be among {', '.join(METHODS)}, got {unknown[0]!r}")
     check_distinct("methods", methods)
     check_distinct("seeds", seeds)
+    for seed in seeds:
+        cell_config(config, methods[0], seed)  # refuses a seed that is out of range
 
 
 def _known_cells(config: RunConfig, output: Path, resume: bool) -> dict[CellKey, Cell]:

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 
 from naslora.data.contents import to_json
 from naslora.errors import UserError
-from naslora.files import write_json
+from naslora.files import is_temporary, write_json
 from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
 from naslora.results import BEST, CONFIG, DATA, RunResult
@@ -122,7 +122,9 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         raise UserError(f"{output} is a file; choose another --output")
     # The demo keeps its data inside the run's folder.
     own_data = output / "data" if config.root == output / "data" else None
-    if output.is_dir() and any(path != own_data for path in output.iterdir()):
+    if output.is_dir() and any(
+        path != own_data and not is_temporary(path) for path in output.iterdir()
+    ):
         advice = "" if resume else ", or add --resume to continue the run in it"
         what = "holds files, but no run" if resume else "exists and is not empty"
         raise UserError(f"{output} {what}; choose another --output{advice}")

