@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 
 T_IOU = 0.65
@@ -23,7 +22,9 @@ Scores = dict[str, Tensor]
 # ---- Scores of images ----------------------------------------------------------------------------
 
 
-def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores:
+def image_scores(
+    prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None = None
+) -> Scores:
     """Scores each image of a batch.
 
     Dice and IoU are for the foreground classes. They are NaN for a class that is neither in the
@@ -32,8 +33,9 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores
 
     Args:
         prediction: (B, H, W) int64 labels.
-        target: (B, H, W) int64 labels. Pixels with the label ``IGNORED`` do not count.
+        target: (B, H, W) int64 labels.
         num_classes: 1 if binary, else K.
+        ignore_index: label of the pixels that do not count; None if all count.
 
     Returns:
         ``dice`` and ``iou``: (B, C) float32 for C foreground classes. ``accuracy``: (B,) float32,
@@ -47,7 +49,9 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores
     from torchmetrics.functional.segmentation import dice_score, mean_iou
 
     labels = max(num_classes, 2)
-    counted = target != IGNORED
+    counted = torch.ones_like(target, dtype=torch.bool)
+    if ignore_index is not None:
+        counted = target != ignore_index
     # Background that is predicted as background changes neither the Dice nor the IoU of the others.
     prediction = prediction.where(counted, 0)
     truth_labels, target = target, target.where(counted, 0)
@@ -60,7 +64,7 @@ def image_scores(prediction: Tensor, target: Tensor, num_classes: int) -> Scores
     confusion = torch.stack(
         [
             multiclass_confusion_matrix(
-                image, truth, labels, ignore_index=IGNORED, validate_args=False
+                image, truth, labels, ignore_index=ignore_index, validate_args=False
             )
             for image, truth in zip(prediction, truth_labels, strict=True)
         ]

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 from naslora.metrics import METRICS, check_metrics, image_scores, saliency_scores, summarise
 
@@ -245,14 +244,15 @@ def test_ignored_pixels_do_not_count():
     prediction = torch.randint(0, 3, (2, 6, 8), generator=generator)
     target = torch.randint(0, 3, (2, 6, 8), generator=generator)
     left = image_scores(prediction[..., :4], target[..., :4], 3)
-    target[..., 4:] = IGNORED
-    whole = image_scores(prediction, target, 3)
+    target[..., 4:] = 77
+    whole = image_scores(prediction, target, 3, ignore_index=77)
     for name, values in left.items():
         torch.testing.assert_close(whole[name], values, msg=name)
 
 
 def test_an_image_without_a_counted_pixel_has_no_score():
-    nothing = torch.full((1, 2, 2), IGNORED)
-    scores = image_scores(torch.ones(1, 2, 2, dtype=torch.int64), nothing, 1)
+    nothing = torch.full((1, 2, 2), 77)
+    ones = torch.ones(1, 2, 2, dtype=torch.int64)
+    scores = image_scores(ones, nothing, 1, ignore_index=77)
     assert summarise(scores, ["a"])["accuracy"] is None
     assert summarise(scores, ["a"])["dice"] is None

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from naslora.data.masks import IGNORED
 from naslora.sam.segmentation import SegmentationOutput
 
 ClassLoss = Literal["pixel", "matching"]
@@ -23,13 +22,13 @@ def segmentation_loss(
     class_loss: ClassLoss = "matching",
     lambda_seg: float = 1.0,
     lambda_cls: float = 1.0,
+    ignore_index: int | None = None,
 ) -> Tensor:
     """Computes the loss of a batch: the mean over its images.
 
     Args:
         output: the prediction for B images of S x S pixels.
-        target: (B, S, S) int64 labels: 0 and 1 if binary, else 0 .. K-1. Pixels with the label
-            ``IGNORED`` do not count.
+        target: (B, S, S) int64 labels: 0 and 1 if binary, else 0 .. K-1.
         class_loss: the loss for several classes; binary segmentation ignores it. "pixel" follows
             the paper's text: BCE, Dice and the cross-entropy compare the class map, normalised over
             the classes, with the labels at every pixel. "matching" follows Conv-LoRA and
@@ -38,22 +37,21 @@ def segmentation_loss(
             tokens.
         lambda_seg: weight of BCE + Dice.
         lambda_cls: weight of the cross-entropy. Binary segmentation has no cross-entropy.
+        ignore_index: label of the pixels that do not count; None if all count.
 
     Returns:
         () float32.
     """
+    counted = None
+    if ignore_index is not None and (target == ignore_index).any():  # most batches have none
+        counted = (target != ignore_index).float()
+        target = target.where(counted > 0, 0)
     if output.classes is None:
-        mask = (target == 1).float()  # (B, S, S)
-        return lambda_seg * _bce_dice(output.masks[:, 0].float(), mask, _counted(target)).mean()
+        mask = target.float()  # (B, S, S)
+        return lambda_seg * _bce_dice(output.masks[:, 0].float(), mask, counted).mean()
     if class_loss == "pixel":
-        return _pixel_loss(output, target, lambda_seg, lambda_cls)
-    return _matching_loss(output.masks, output.classes, target, lambda_seg, lambda_cls)
-
-
-def _counted(target: Tensor) -> Tensor | None:
-    """Which pixels count, as float32 of the labels' shape; None if all do, the usual case."""
-    counted = target != IGNORED
-    return None if bool(counted.all()) else counted.float()
+        return _pixel_loss(output, target, counted, lambda_seg, lambda_cls)
+    return _matching_loss(output.masks, output.classes, target, counted, lambda_seg, lambda_cls)
 
 
 def _bce_dice(logits: Tensor, mask: Tensor, counted: Tensor | None) -> Tensor:
@@ -87,39 +85,50 @@ def _dice(probability: Tensor, mask: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def _pixel_loss(
-    output: SegmentationOutput, target: Tensor, lambda_seg: float, lambda_cls: float
+    output: SegmentationOutput,
+    target: Tensor,
+    counted: Tensor | None,
+    lambda_seg: float,
+    lambda_cls: float,
 ) -> Tensor:
     scores = output.class_map()  # (B, K, S, S)
     probability = (scores + EPSILON) / (scores + EPSILON).sum(1, keepdim=True)
-    counted = _counted(target)
-    known = target if counted is None else target.where(counted > 0, 0)
-    mask = F.one_hot(known, scores.shape[1]).permute(0, 3, 1, 2).float()  # (B, K, S, S)
+    mask = F.one_hot(target, scores.shape[1]).permute(0, 3, 1, 2).float()  # (B, K, S, S)
     own = None if counted is None else counted[:, None]  # for all classes
     # F.binary_cross_entropy raises on NaN. The training loop must get NaN, because it reports it.
     right = torch.where(mask > 0, probability, 1 - probability)
     bce = _mean(-right.clamp(EPSILON, 1 - EPSILON).log(), own).mean()
     dice = _dice(probability, mask, own).mean()
-    cross_entropy = _mean(F.nll_loss(probability.log(), known, reduction="none"), counted).mean()
+    cross_entropy = _mean(F.nll_loss(probability.log(), target, reduction="none"), counted).mean()
     return lambda_seg * (bce + dice) + lambda_cls * cross_entropy
 
 
 def _matching_loss(
-    masks: Tensor, classes: Tensor, target: Tensor, lambda_seg: float, lambda_cls: float
+    masks: Tensor,
+    classes: Tensor,
+    target: Tensor,
+    counted: Tensor | None,
+    lambda_seg: float,
+    lambda_cls: float,
 ) -> Tensor:
+    own = [None] * len(target) if counted is None else counted
     losses = [
         _matched_image(*image, lambda_seg, lambda_cls)
-        for image in zip(masks.float(), classes.float(), target, strict=True)
+        for image in zip(masks.float(), classes.float(), target, own, strict=True)
     ]
     return torch.stack(losses).mean()
 
 
 def _matched_image(
-    masks: Tensor, classes: Tensor, labels: Tensor, lambda_seg: float, lambda_cls: float
+    masks: Tensor,
+    classes: Tensor,
+    labels: Tensor,
+    counted: Tensor | None,
+    lambda_seg: float,
+    lambda_cls: float,
 ) -> Tensor:
     """Computes the loss of one image: (Q, S, S) masks, (Q, K + 1) classes, (S, S) labels."""
-    counted = _counted(labels)
-    present = labels.unique()
-    present = present[present != IGNORED]
+    present = labels.unique() if counted is None else labels[counted > 0].unique()
     if not len(present):  # no pixel counts
         return 0.0 * (masks.sum() + classes.sum())
     truth = (labels == present[:, None, None]).float()  # (P, S, S)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from naslora.data.dataset import SegmentationDataset, collate
+from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
 from naslora.metrics import METRICS, Scores, image_scores, saliency_scores, summarise
 from naslora.results import GroupScores, SplitScores, from_json
@@ -125,6 +126,6 @@ def _image_scores(class_map: Tensor, truth: Tensor, num_classes: int, saliency: 
     """Scores of one (1, K, S, S) class map at the size of its (H, W) truth."""
     if class_map.shape[-2:] != truth.shape:
         class_map = F.interpolate(class_map, truth.shape, mode="bilinear", align_corners=False)
-    scores = image_scores(labels_of(class_map), truth[None], num_classes)
+    scores = image_scores(labels_of(class_map), truth[None], num_classes, IGNORED)
     own = {name: values[0].cpu() for name, values in scores.items()}
     return own | saliency_scores(class_map[0, 0], truth) if saliency else own

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from naslora.adapter.merged import unmerge
+from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 from naslora.files import file_checksum
 from naslora.methods import merge, merge_modes
@@ -140,7 +141,7 @@ def _panels(search: Search, config: RunConfig) -> list[Panel]:
     for item in (dataset[int(i)] for i in indices):
         labels = predict_labels(search.model, item["image"][None])[0].numpy()
         scores = image_scores(
-            torch.from_numpy(labels)[None], item["mask"][None], config.num_classes
+            torch.from_numpy(labels)[None], item["mask"][None], config.num_classes, IGNORED
         )
         dice = float(scores["dice"].nanmean())
         panels.append(

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from naslora.adapter.checks import check_types
+from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 from naslora.sam.losses import ClassLoss, segmentation_loss
 from naslora.sam.segmentation import SegmentationOutput
@@ -179,5 +180,8 @@ class SearchConfig:
         return (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1.0
 
     def loss(self, output: SegmentationOutput, target: Tensor) -> Tensor:
-        """The loss of a batch, as ``segmentation_loss``."""
-        return segmentation_loss(output, target, self.class_loss, self.lambda_seg, self.lambda_cls)
+        """The loss of a batch, as ``segmentation_loss``; pixels with the label ``IGNORED`` do not
+        count."""
+        return segmentation_loss(
+            output, target, self.class_loss, self.lambda_seg, self.lambda_cls, IGNORED
+        )
