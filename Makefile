@@ -24,7 +24,8 @@ SANITIZED = build/sanitize
 
 # The kernel tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer. Its
 # scratch memory is filled with NaN. The installed extension stays as it is. Tests of compiled code
-# are left out, because torch.compile generates code of its own.
+# are left out, because torch.compile generates code of its own. pythonpath replaces that of
+# pyproject.toml, by which the installed extension of this folder would come first.
 .PHONY: sanitize
 sanitize:
 	rm -rf $(SANITIZED)
@@ -32,7 +33,8 @@ sanitize:
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-	pytest -p no:cacheprovider -k "not compiled" tests/test_kernels_*.py tests/reliability/test_kernel_fuzz.py
+	pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -k "not compiled" \
+	    tests/test_kernels_*.py tests/reliability/test_kernel_fuzz.py
 
 # Compiles the CUDA kernels for every architecture that nvcc knows. Prints the registers and the
 # shared memory of each kernel. Fails on warnings and on registers that spill.

@@ -37,6 +37,7 @@ FLOORS = {
     "naslora_kernels": (
         {"cell", "operations", "tensors"},
         {"ops"},
+        {"saved"},
         {"launches"},
         {"cpp", "cuda", "triton", "reference"},
         {"checks", "backends"},
