@@ -33,7 +33,7 @@ sanitize:
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-	pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -k "not compiled" \
+	pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -m "" -k "not compiled" \
 	    tests/test_kernels_*.py tests/reliability/test_kernel_fuzz.py
 
 # Compiles the CUDA kernels for every architecture that nvcc knows. Prints the registers and the
