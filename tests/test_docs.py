@@ -24,7 +24,7 @@ FOREIGN_OPTIONS = {"--benchmark-disable", "--nproc-per-node"}
 FLOORS = {
     "naslora": (
         {"errors"},
-        {"files"},
+        {"files", "locks"},
         {"adapter"},
         {"methods", "sam", "data", "metrics", "results"},
         {"report", "integrations"},
