@@ -52,7 +52,8 @@ def mixed_cell(
     Infinity and NaN: with finite parameters, the same elements of y and of dL/dz are finite as in
     the reference. Where the reference is not finite, no backend is, but it may return NaN for an
     infinity. A parameter or an incoming gradient that is not finite may spread further than in the
-    reference: the zeros around a map are multiplied too. Sums run in another order, so near the
+    reference: the zeros around a map are multiplied too. Triton may leave out a tap that reaches no
+    pixel, whatever it holds. Sums run in another order, so near the
     largest number of the dtype they may overflow where the reference does not, and the reverse. If
     B is 0, gradients are 0, whatever the parameters hold.
 
