@@ -32,7 +32,7 @@ def run(*arguments, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", ["75", "80", "90", "100"])
+@pytest.mark.parametrize("capability", ["75", "100"])  # the ends; `make triton-check` has them all
 def test_triton_kernels_compile_for_real_cards_without_spills(capability):
     result = run(capability, "--quick", "--dtypes", "bfloat16")
     assert result.returncode == 0, result.stderr

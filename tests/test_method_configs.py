@@ -164,7 +164,7 @@ def rewrite_config(folder, **changes):
     path = folder / "adapter_config.json"
     stored = json.loads(path.read_text())
     for name in ("version", "sha256", "other_tensors"):  # which 0.1.0 did not write
-        del stored[name]
+        stored.pop(name, None)
     path.write_text(json.dumps(stored | {"config": changes}))
 
 

@@ -14,30 +14,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from safetensors.torch import save_file
 
 from naslora import cli
+from naslora.sam import encoders
 from naslora.sam.segmentation import SamForSegmentation
 
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
 
 
 @pytest.fixture(scope="session")
-def tiny_world_vit():
-    """``tiny_vit`` for fixtures of the session."""
-    from conftest import TINY
-
-    from naslora.sam import encoders
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(encoders.VITS, "vit_t", TINY)
-        yield TINY
-
-
-@pytest.fixture(scope="session")
-def clean_world(naslora, make_data, tiny_world_vit, tmp_path_factory):
+def clean_world(naslora, make_data, tmp_path_factory):
     """A folder with data, a checkpoint, a finished run, and what its commands write."""
     world = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:  # undone before tests of other files run
+        patch.setitem(encoders.VITS, "vit_t", TINY)
+        write_world(world, naslora, make_data)
+    return world
+
+
+def write_world(world: Path, naslora: Callable, make_data: Callable) -> None:
+    """Writes the files of ``clean_world``."""
     make_data(world / "data", train=4, val=2, test=2)
     torch.manual_seed(0)
     state = SamForSegmentation("vit_t", 32).state_dict()
@@ -64,7 +62,6 @@ def clean_world(naslora, make_data, tiny_world_vit, tmp_path_factory):
     ):
         result = naslora(*command)
         assert result.status == 0, result.err
-    return world
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import shlex
 import signal
 import socket
@@ -176,12 +177,13 @@ def test_buckets_change_no_bit(launch, data, tmp_path):
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
 def test_a_run_resumes_on_another_number_of_processes(launch, data, alone, tmp_path, first, then):
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", tmp_path / "run")
-    finish(launch(first, *arguments, STOP_AFTER=1), status=1)
+    finish(launch(first, *arguments, STOP_AFTER=1), status=130)
     assert last_of(tmp_path / "run")["epoch"] == 1
     finish(launch(then, *arguments, "--resume"))
     assert_same(tmp_path / "run", alone)
 
 
+@pytest.mark.campaign
 def test_two_agents_train_as_one(launch, data, alone, tmp_path):
     """Two launchers, as on two machines, that meet at a rendezvous on the loopback address."""
     endpoint = f"127.0.0.1:{free_port()}"
@@ -209,6 +211,7 @@ def test_two_agents_train_as_one(launch, data, alone, tmp_path):
     assert_same(tmp_path / "run", alone)
 
 
+@pytest.mark.campaign
 def test_processes_that_do_not_share_the_output(launch, data, tmp_path):
     """Two relative paths stand for the file systems of two machines."""
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -234,7 +237,7 @@ def wait_for(path, processes, seconds=90):
         time.sleep(0.1)
 
 
-FAST = [(signal.SIGKILL, 0, LAST), (signal.SIGKILL, 1, LAST), (signal.SIGSTOP, 1, LAST)]
+FAST = [(signal.SIGKILL, 0, LAST), (signal.SIGSTOP, 1, LAST)]
 ENDINGS = [
     pytest.param(*case, marks=() if case in FAST else pytest.mark.campaign)
     for case in itertools.product((signal.SIGKILL, signal.SIGSTOP), (0, 1), (CONFIG, LAST))
@@ -270,3 +273,27 @@ def test_a_timeout_that_is_no_time(naslora, data, tmp_path, monkeypatch, value):
     assert result.err == (
         f"naslora: error: {TIMEOUT_VARIABLE} must be a number of seconds above 0, got {value!r}\n"
     )
+
+
+@pytest.mark.campaign
+def test_two_processes_killed_at_random_moments_resume_to_equal_bits(launch, data, tmp_path):
+    command = ("train", "--data", data, *OPTIONS, "--epochs", 3)
+    started = time.monotonic()
+    finish(launch(2, *command, "--output", tmp_path / "whole"))
+    seconds = time.monotonic() - started
+    draw, kills, run = random.Random(0), 0, tmp_path / "run"
+    for _ in range(6):
+        resume = ("--resume",) if (run / CONFIG).exists() else ()
+        processes = launch(2, *command, "--output", run, *resume)
+        time.sleep(draw.uniform(0.3, 0.9) * seconds)
+        for process in processes:
+            kills += process.poll() is None
+            process.kill()
+        for process in processes:
+            process.communicate()
+    finish(launch(2, *command, "--output", run, "--resume"))
+    whole, resumed = last_of(tmp_path / "whole"), last_of(run)
+    assert whole["model"].keys() == resumed["model"].keys()
+    assert all(whole["model"][name].equal(resumed["model"][name]) for name in whole["model"])
+    assert kills >= 6
+    print(f"kills of two processes: {kills}")
