@@ -13,8 +13,9 @@ import numpy as np
 import tyro
 
 from naslora.errors import UserError
+from naslora.records import read_record
 from naslora.report.tables import Table, markdown_table
-from naslora.results import OPERATIONS_JSON, OperationHistory, read_record
+from naslora.results import OPERATIONS_JSON, OperationHistory
 from naslora_kernels import OPERATIONS
 from naslora_kernels.operations import SKIP
 

@@ -17,16 +17,9 @@ import tyro
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
+from naslora.records import from_json, read_record, read_rows, write_rows
 from naslora.report.tables import Table, markdown_table
-from naslora.results import (
-    HISTORY,
-    CellNumbers,
-    Epoch,
-    from_json,
-    read_record,
-    read_rows,
-    write_rows,
-)
+from naslora.results import HISTORY, CellNumbers, Epoch
 from naslora.study.compare import RECORD, StoredComparison
 from naslora.study.paired import Scores, paired_difference, paired_table
 from naslora.study.sweep import CellKey, mean_and_spread, mean_text

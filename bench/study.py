@@ -19,18 +19,10 @@ import tyro
 
 from naslora import NASLoRAConfig, merge
 from naslora.data.layouts import REQUIRED_SPLITS
+from naslora.records import read_record, read_rows, write_record, write_rows
 from naslora.report.numbers import MISSING
 from naslora.report.tables import Table, markdown_table
-from naslora.results import (
-    HISTORY,
-    Epoch,
-    MergeResult,
-    RunResult,
-    read_record,
-    read_rows,
-    write_record,
-    write_rows,
-)
+from naslora.results import HISTORY, Epoch, MergeResult, RunResult
 from naslora.study.paired import paired_difference
 from naslora.study.sweep import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model

@@ -26,8 +26,9 @@ from naslora.errors import LostProcessError, UserError
 from naslora.files import disk_error, reason_of
 from naslora.locks import locked
 from naslora.methods import MethodName
+from naslora.records import to_json
 from naslora.report.sections.scores import metric_table
-from naslora.results import REPORT, RunResult, to_json
+from naslora.results import REPORT, RunResult
 from naslora.sam.export import Format, Part
 from naslora.study import ablation, analysis
 from naslora.study import compare as comparison

@@ -1,23 +1,15 @@
-"""What a run leaves behind: the types of its records, and their one reader and writer.
+"""What a run leaves behind: the names of its files, and the types of their records.
 
-JSON and CSV files keep the layout of version 0.1.0. A field with the metadata ``OPTIONAL`` is left
-out of a JSON file while it is None; every other None is written as null. In a CSV file a nested
-record becomes columns with its field's name in front, and None is an empty cell.
+``records.py`` reads and writes them. The files keep the layout of version 0.1.0.
 """
 
-import csv
-import dataclasses
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
 
 from naslora.adapter.merge_report import LayerError
 from naslora.errors import UserError
-from naslora.files import file_checksum, read_json, write_json, write_text
+from naslora.files import file_checksum
+from naslora.records import OPTIONAL, read_record, read_rows
 
 # The files of a run's folder.
 CONFIG = "config.json"
@@ -31,10 +23,6 @@ OPERATIONS_JSON = "operations.json"
 METRICS_JSON = "metrics.json"
 REPORT = "report.html"
 
-OPTIONAL = {"optional": True}
-"""Metadata of a dataclass field that is absent from JSON while it is None."""
-
-Record = TypeVar("Record")
 MetricValue = float | None | dict[str, float | None]
 """A metric's number; None where it is undefined; for a metric of classes, one number a class."""
 
@@ -343,88 +331,7 @@ class PairedDifference:
     """Why there is no interval."""
 
 
-# ---- Reading and writing -------------------------------------------------------------------------
-
-
-def to_json(value: Any) -> Any:
-    """Turns records, and containers of records, into JSON-ready values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: to_json(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if getattr(value, f.name) is not None or not f.metadata.get("optional")
-        }
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    return value
-
-
-def from_json(kind: type[Record], values: Any, where: object) -> Record:
-    """Makes a record of JSON-ready values.
-
-    Args:
-        kind: the type to make.
-        values: what ``to_json`` returned; unknown keys are ignored.
-        where: the file, for the message.
-
-    Raises:
-        UserError: a value is missing or has another type; the message names the first one.
-    """
-    try:
-        return msgspec.convert(values, kind)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{where} is not a {kind.__name__} of this version: {error}") from error
-
-
-def write_record(path: Path, record: Any) -> None:
-    """Writes a record, or a container of records, as a JSON file, atomically."""
-    write_json(path, to_json(record))
-
-
-def read_record(path: Path, kind: type[Record]) -> Record:
-    """Reads a record from a JSON file.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or holds something else; as ``from_json``.
-    """
-    return from_json(kind, read_json(path), path)
-
-
-def as_csv(rows: Sequence[Any]) -> str:
-    """The rows as CSV text.
-
-    Args:
-        rows: records, or dictionaries of column to value; a column that a row lacks is empty.
-    """
-    flat = [_flatten(row) for row in rows]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
-
-
-def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Writes rows, as for ``as_csv``, to a CSV file, atomically."""
-    write_text(path, as_csv(rows))
-
-
-def read_rows(path: Path, kind: type[Record]) -> list[Record]:
-    """Reads the records of a CSV file that ``write_rows`` wrote.
-
-    Raises:
-        UserError: the file is missing or has other columns.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [_unflatten(kind, row) for row in csv.DictReader(file)]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (msgspec.ValidationError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} does not hold rows of {kind.__name__}: {error}") from error
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def read_history(run: Path) -> list[Epoch]:
@@ -441,27 +348,3 @@ def read_history(run: Path) -> list[Epoch]:
             f"{METRICS_JSON}; run train with --resume, which writes it again"
         )
     return history
-
-
-def _flatten(row: Any) -> dict[str, Any]:
-    values = (
-        row
-        if isinstance(row, dict)
-        else {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
-    )
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(value):
-            flat |= {f"{name}_{inner}": item for inner, item in _flatten(value).items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _unflatten(kind: type[Record], row: dict[str, str]) -> Record:
-    values: dict[str, Any] = {name: cell if cell != "" else None for name, cell in row.items()}
-    for f in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if dataclasses.is_dataclass(f.type):
-            inner = dataclasses.fields(f.type)
-            values[f.name] = {g.name: values.get(f"{f.name}_{g.name}") for g in inner}
-    return msgspec.convert(values, kind, strict=False)

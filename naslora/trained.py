@@ -44,8 +44,9 @@ from naslora.files import (
 )
 from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
+from naslora.records import write_record
 from naslora.report.pictures import paint
-from naslora.results import BEST, CONFIG, SplitScores, write_record
+from naslora.results import BEST, CONFIG, SplitScores
 from naslora.sam.export import Description, Format, Part, Predict, export, load_exported
 from naslora.sam.segmentation import SamForSegmentation, build_model, predict_labels
 from naslora.training.accelerator import make_accelerator

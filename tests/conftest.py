@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,15 @@ def call(*arguments: object) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
+def group_lives(group: int) -> bool:
+    """Whether a process of the group still runs."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="session")
 def naslora():
     return call
@@ -88,6 +98,18 @@ def naslora():
 @pytest.fixture(scope="session")
 def make_data():
     return write_data
+
+
+@pytest.fixture(scope="module")
+def clean_data(make_data, tmp_path_factory):
+    """Images that tests only read."""
+    return make_data(tmp_path_factory.mktemp("data") / "data", train=4, val=2, test=2)
+
+
+@pytest.fixture
+def data(clean_data, tmp_path):
+    """A copy of ``clean_data`` to spoil."""
+    return shutil.copytree(clean_data, tmp_path / "data")
 
 
 @pytest.fixture(scope="module")

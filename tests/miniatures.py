@@ -1,10 +1,14 @@
-"""Small copies of the paper's data sets, with the folders and file names that are distributed."""
+"""Small copies of the paper's data sets, with the folders and file names that are distributed, and
+the check that a run makes of its files."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from naslora.data.checking import check_sample, in_threads
+from naslora.data.masks import palette_codes
 
 SIZE = (24, 32)  # height, width
 DISC = np.hypot(*(np.mgrid[: SIZE[0], : SIZE[1]] - np.array([[[12]], [[16]]]))) < 9
@@ -36,6 +40,14 @@ def isic2017(root: Path) -> None:
             mask = root / f"ISIC-2017_{part}_Part1_GroundTruth/{name}_segmentation.png"
             save(mask, BINARY)
         (root / f"ISIC-2017_{part}_Data/ISIC-2017_{part}_Data_metadata.csv").write_text("image_id")
+
+
+def check_samples(samples, num_classes, palette=None, ignore_index=None, progress=None):
+    """Reads every sample once, as ``naslora train`` does before a run."""
+    codes = palette_codes(palette, num_classes)
+    return in_threads(
+        lambda sample: check_sample(sample, num_classes, codes, ignore_index), samples, progress
+    )
 
 
 def pranet(root: Path) -> None:

@@ -28,17 +28,6 @@ COMMANDS = ("demo", "train", "evaluate", "predict", "merge", "info")
 
 
 @pytest.fixture(scope="module")
-def clean_data(make_data, tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "data", train=4, val=2, test=2)
-
-
-@pytest.fixture
-def data(clean_data, tmp_path):
-    """A copy to spoil."""
-    return shutil.copytree(clean_data, tmp_path / "data")
-
-
-@pytest.fixture(scope="module")
 def clean_run(naslora, clean_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "run"
     result = naslora("train", "--data", clean_data, *TRAIN, "--output", output)

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from conftest import group_lives
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
@@ -96,14 +97,6 @@ def wait_for(condition, process=None):
 def record(output):
     path = output / compare.RECORD
     return json.loads(path.read_text())["cells"] if path.exists() else []
-
-
-def group_lives(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def modified(folder):

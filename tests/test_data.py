@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from miniatures import check_samples
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -17,7 +18,7 @@ from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.datasets import DATASETS, load_splits
 from naslora.data.demo_data import write_mni152
 from naslora.data.layouts import list_images
-from naslora.data.masks import IGNORED, Sample, check_samples, read_image, read_mask
+from naslora.data.masks import IGNORED, Sample, read_image, read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.errors import UserError
 from naslora.training.run_config import RunConfig

@@ -9,12 +9,13 @@ import miniatures
 import numpy as np
 import pytest
 import torch
+from miniatures import check_samples
 from PIL import ExifTags, Image
 
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import DATASETS, count_differences, load_splits
-from naslora.data.masks import Sample, check_samples, read_mask
+from naslora.data.masks import Sample, read_mask
 from naslora.errors import UserError
 from naslora.training.run_config import RunConfig
 

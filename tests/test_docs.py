@@ -25,7 +25,7 @@ FLOORS = {
     "naslora": (
         {"errors"},
         {"files", "locks"},
-        {"adapter"},
+        {"records", "adapter"},
         {"methods", "sam", "data", "metrics", "results"},
         {"report", "integrations"},
         {"training", "peft"},

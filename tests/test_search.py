@@ -18,7 +18,8 @@ from naslora.adapter.storage import trained_state
 from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError
 from naslora.files import read_safetensors
-from naslora.results import BEST, LAST, Epoch, SplitScores, from_json
+from naslora.records import from_json
+from naslora.results import BEST, LAST, Epoch, SplitScores
 from naslora.training.accelerator import make_accelerator
 from naslora.training.epoch_images import EpochImages
 from naslora.training.run_config import RunConfig

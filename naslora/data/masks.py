@@ -1,22 +1,14 @@
-"""Decoding of images and masks, and the check of all files before a run."""
+"""Decoding of images and masks."""
 
 import io
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 from naslora.errors import UserError, listing
-
-T = TypeVar("T")
-LARGE = 1 << 24
-"""Pixels of an image from which on threads decode one at a time, to bound their memory."""
-_one_large = threading.Lock()
 
 Encoding = Literal["labels", "threshold", "nonzero", "thirds"]
 
@@ -346,120 +338,9 @@ def _hex(code: int) -> str:
     return f"#{code:06x}"
 
 
-# ---- The check before a run ----------------------------------------------------------------------
-
-
-def check_samples(
-    samples: Sequence[Sample],
-    num_classes: int,
-    palette: Sequence[str] | None = None,
-    ignore_index: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[bool]:
-    """Reads every sample once, so that a bad file stops a run before training starts.
-
-    Threads decode the files. JPEG images are decoded at an eighth of their size.
-
-    Args:
-        samples: the samples of a run.
-        num_classes: as in ``read_mask``.
-        palette: as in ``read_mask``.
-        ignore_index: as in ``read_mask``.
-        progress: called as ``progress(done, total)`` after each sample.
-
-    Returns:
-        For each sample whether its mask has foreground, as ``check_sample``.
-
-    Raises:
-        UserError: a file cannot be read, an image and its mask differ in size, a mask contains
-            labels outside the classes, or the palette is invalid. The message names the first bad
-            sample in the order of ``samples``.
-    """
-    codes = palette_codes(palette, num_classes)
-    return in_threads(
-        lambda sample: check_sample(sample, num_classes, codes, ignore_index), samples, progress
-    )
-
-
-def check_sample(
-    sample: Sample, num_classes: int, codes: list[int] | None, ignore_index: int | None = None
-) -> bool:
-    """Reads a sample once.
-
-    Args:
-        sample: the sample.
-        num_classes: as in ``read_mask``.
-        codes: the palette, from ``palette_codes``.
-        ignore_index: as in ``read_mask``.
-
-    Returns:
-        Whether the mask has a pixel of another class than 0. False without a mask.
-
-    Raises:
-        UserError: as ``check_samples``.
-    """
-    size = _check_image(sample)
-    if sample.mask is None:
-        return False
-    mask = decode_mask(sample, sample.mask, num_classes, codes, ignore_index)
-    check_sizes(sample, size, mask)
-    return has_foreground(mask)
-
-
 def has_foreground(labels: np.ndarray) -> bool:
     """Whether a pixel that counts has another label than 0."""
     return bool(((labels != 0) & (labels != IGNORED)).any())
-
-
-def in_threads(
-    work: Callable[[Sample], T],
-    samples: Sequence[Sample],
-    progress: Callable[[int, int], None] | None = None,
-) -> list[T]:
-    """Calls ``work`` with every sample, in threads.
-
-    If calls raise, the exception of the first such sample in the order of ``samples`` is raised.
-
-    Args:
-        work: called with one sample.
-        samples: the samples.
-        progress: called as ``progress(done, total)`` after each sample.
-
-    Returns:
-        What ``work`` returned, in the order of ``samples``.
-    """
-    results = []
-    with ThreadPoolExecutor() as threads:
-        try:
-            for done, result in enumerate(threads.map(work, samples), start=1):
-                results.append(result)
-                if progress is not None:
-                    progress(done, len(samples))
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-    return results
-
-
-def _check_image(sample: Sample) -> tuple[int, int]:
-    """Decodes the whole image file and returns the (width, height) of the upright image."""
-    where = f"{sample.origin}: image {sample.image}"
-    try:
-        with Image.open(sample.image) as image:
-            size = image.size
-            # EXIF orientations 5 to 8 rotate by 90 degrees.
-            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            # A JPEG is read to its end at an eighth of its size, which is faster.
-            image.draft("RGB", (1, 1))
-            with _one_large if image.width * image.height > LARGE else nullcontext():
-                image.load()
-                to_rgb(image, where)
-                image.close()
-    except UserError:
-        raise
-    except Exception as error:  # any exception, as in open_upright
-        raise unreadable(where, error) from error
-    return size[::-1] if rotated else size
 
 
 def check_sizes(sample: Sample, image_size: tuple[int, int], mask: np.ndarray) -> None:

@@ -20,20 +20,13 @@ from matplotlib.axes import Axes
 from naslora.errors import UserError
 from naslora.files import write_text
 from naslora.metrics import METRICS
+from naslora.records import read_record, write_rows
 from naslora.report.figures import Drawing
 from naslora.report.numbers import MISSING
 from naslora.report.row_plots import DOTS_CAPTION, draw_dice, draw_row_axis, plot_height
 from naslora.report.study_report import Part, write_study
 from naslora.report.tables import Table, markdown_table
-from naslora.results import (
-    METRICS_JSON,
-    REPORT,
-    MeanAndSpread,
-    RunResult,
-    read_history,
-    read_record,
-    write_rows,
-)
+from naslora.results import METRICS_JSON, REPORT, MeanAndSpread, RunResult, read_history
 from naslora.study import sweep
 from naslora.study.sweep import (
     CellKey,

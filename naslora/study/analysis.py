@@ -25,11 +25,12 @@ from naslora.data.dataset import Item
 from naslora.data.masks import Sample
 from naslora.errors import UserError
 from naslora.files import replaced_file
+from naslora.records import write_rows
 from naslora.report.figures import BLUE, MUTED, ORANGE, Drawing
 from naslora.report.pictures import Picture, paint
 from naslora.report.study_report import Part, write_study
 from naslora.report.tables import Table
-from naslora.results import REPORT, write_rows
+from naslora.results import REPORT
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
 from naslora.study.grad_cam import heat_map, heat_overlay

@@ -19,17 +19,9 @@ from typing import Any
 from naslora.errors import UserError
 from naslora.files import write_text
 from naslora.methods import METHODS
+from naslora.records import from_json, read_record, to_json, write_record, write_rows
 from naslora.report.comparison_report import write_comparison
-from naslora.results import (
-    REPORT,
-    CellNumbers,
-    PairedDifference,
-    from_json,
-    read_record,
-    to_json,
-    write_record,
-    write_rows,
-)
+from naslora.results import REPORT, CellNumbers, PairedDifference
 from naslora.study import sweep
 from naslora.study.comparison_table import (
     Cell,

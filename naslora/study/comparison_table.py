@@ -162,7 +162,7 @@ def merged_table(rows: Sequence[ComparisonRow]) -> Table:
 
 
 def as_markdown(tables: Mapping[str, Table], notes: Sequence[str]) -> str:
-    """The tables that have rows, below their headings but for the first, and the notes."""
+    """The tables that have rows, with a heading from the second on, and the notes below them."""
     filled = [(name, markdown_table(table)) for name, table in tables.items() if table.rows]
     (_, first), *others = filled
     sections = [first, *(f"**{name}**\n\n{text}" for name, text in others)]

@@ -19,14 +19,8 @@ from torch import Tensor, nn
 from naslora.adapter.merge_report import MergeMode
 from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
-from naslora.results import (
-    HISTORY,
-    CellNumbers,
-    Epoch,
-    MeanScores,
-    SplitScores,
-    read_rows,
-)
+from naslora.records import read_rows
+from naslora.results import HISTORY, CellNumbers, Epoch, MeanScores, SplitScores
 from naslora.sam.segmentation import build_model
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator

@@ -23,10 +23,10 @@ from torch import Tensor
 from naslora.adapter.cell import LEFT_OUT
 from naslora.adapter.modules import adapter_layers
 from naslora.errors import UserError
+from naslora.records import write_rows
 from naslora.report.figures import BLUE, INK, MUTED, ORANGE, Drawing
 from naslora.report.row_plots import draw_row_axis, plot_height
 from naslora.report.study_report import Part
-from naslora.results import write_rows
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.trained import evaluate_model
 from naslora.training.run_config import RunConfig

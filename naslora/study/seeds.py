@@ -11,17 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from naslora import results
 from naslora.errors import UserError
+from naslora.records import read_record, write_rows
 from naslora.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, Drawing
 from naslora.report.study_report import Part
-from naslora.results import (
-    CONFIG,
-    HISTORY,
-    OPERATIONS_JSON,
-    Epoch,
-    OperationHistory,
-    read_record,
-    write_rows,
-)
+from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, Epoch, OperationHistory
 from naslora.training.run_config import RunConfig, read_config
 
 # ---- Convergence ---------------------------------------------------------------------------------

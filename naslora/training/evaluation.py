@@ -14,7 +14,8 @@ from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
 from naslora.metrics import METRICS, Scores, image_scores, saliency_scores, summarise
-from naslora.results import GroupScores, SplitScores, from_json
+from naslora.records import from_json
+from naslora.results import GroupScores, SplitScores
 from naslora.sam.segmentation import SamForSegmentation, labels_of
 from naslora.training.step import Loss
 

@@ -15,11 +15,12 @@ from rich.progress import Progress
 from torch import Tensor
 
 from naslora.data.cache import Cache
+from naslora.data.checking import check_sample, in_threads
 from naslora.data.contents import Content, Contents, check_unchanged, content_of, warnings_about
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import count_differences, load_splits
 from naslora.data.layouts import OPTIONAL_SPLIT
-from naslora.data.masks import Sample, check_sample, has_foreground, in_threads, palette_codes
+from naslora.data.masks import Sample, has_foreground, palette_codes
 from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.training.run_config import RunConfig
@@ -125,7 +126,7 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
         What the files of each sample hold.
 
     Raises:
-        UserError: as ``check_samples``.
+        UserError: as ``check_sample``, for the first bad sample; the palette is invalid.
     """
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("checking the data", total=len(samples))

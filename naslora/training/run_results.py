@@ -14,6 +14,7 @@ from naslora.errors import UserError
 from naslora.files import file_checksum
 from naslora.methods import merge, merge_modes
 from naslora.metrics import image_scores
+from naslora.records import write_record, write_rows
 from naslora.report.pictures import Panel
 from naslora.report.run_report import write_report
 from naslora.results import (
@@ -28,8 +29,6 @@ from naslora.results import (
     ParameterCounts,
     RunResult,
     SplitScores,
-    write_record,
-    write_rows,
 )
 from naslora.sam.segmentation import predict_labels
 from naslora.training.run_config import RunConfig

@@ -34,17 +34,8 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
 from naslora.files import FORMAT, check_version, read_torch, reason_of, write_torch
-from naslora.results import (
-    BEST,
-    LAST,
-    Epoch,
-    Mixture,
-    OperationHistory,
-    PhaseSeconds,
-    SplitScores,
-    from_json,
-    to_json,
-)
+from naslora.records import from_json, to_json
+from naslora.results import BEST, LAST, Epoch, Mixture, OperationHistory, PhaseSeconds, SplitScores
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader

@@ -9,9 +9,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from miniatures import check_samples
 from PIL import Image
 
-from naslora.data.masks import LARGE, Sample, check_samples
+from naslora.data.checking import LARGE
+from naslora.data.masks import Sample
 from naslora.files import read_json
 from naslora.report.pictures import paint
 from naslora.sam import encoders
@@ -19,17 +21,6 @@ from naslora.sam import encoders
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
-
-
-@pytest.fixture(scope="module")
-def clean_data(make_data, tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "data", train=4, val=2, test=2)
-
-
-@pytest.fixture
-def data(clean_data, tmp_path):
-    """A copy to spoil."""
-    return shutil.copytree(clean_data, tmp_path / "data")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from naslora.files import read_json, read_safetensors, read_torch
-from naslora.results import LAST, Epoch, read_rows
+from naslora.records import read_rows
+from naslora.results import LAST, Epoch
 from reliability.conftest import TRAIN, wait_for
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -87,9 +88,12 @@ def arguments(world, output):
     )
 
 
-def kill_and_resume(forked, naslora, world, output, prepare):
+def kill_and_resume(forked, naslora, world, output, prepare) -> bool:
+    """Kills a run and resumes it; returns False if the run ended before the kill."""
     command, out = arguments(world, output)
     ended = forked(*command, *out, prepare=prepare).wait()
+    if ended.status == 0:
+        return False
     assert ended.status == -signal.SIGKILL, ended.err
     if output.exists():
         check_files(output)
@@ -98,12 +102,13 @@ def kill_and_resume(forked, naslora, world, output, prepare):
     assert result.status == 0, result.err
     assert_same(output, world / "run")
     assert not list(output.rglob(".*.partial"))
+    return True
 
 
 @pytest.mark.parametrize("moment", ["half", "before", "after"])
 def test_a_kill_while_the_checkpoint_is_written(forked, naslora, clean_world, tmp_path, moment):
     # config.json, best's two files, last.pt
-    kill_and_resume(forked, naslora, clean_world, tmp_path / "run", kill_at(4, moment))
+    assert kill_and_resume(forked, naslora, clean_world, tmp_path / "run", kill_at(4, moment))
 
 
 @pytest.mark.campaign
@@ -111,19 +116,9 @@ def test_a_kill_while_the_checkpoint_is_written(forked, naslora, clean_world, tm
 def test_a_kill_in_every_write_of_a_run(forked, naslora, clean_world, tmp_path, moment):
     kills = 0
     for write in range(1, 100):
-        command, out = arguments(clean_world, tmp_path / f"run{write}")
-        ended = forked(*command, *out, prepare=kill_at(write, moment)).wait()
-        if ended.status == 0:
+        run = tmp_path / f"run{write}"
+        if not kill_and_resume(forked, naslora, clean_world, run, kill_at(write, moment)):
             break
-        assert ended.status == -signal.SIGKILL, ended.err
-        run = out[1]
-        if run.exists():
-            check_files(run)
-        resume = ("--resume",) if (run / "config.json").exists() else ()
-        result = naslora(*command, *out, *resume)
-        assert result.status == 0, result.err
-        assert_same(run, clean_world / "run")
-        assert not list(run.rglob(".*.partial"))
         shutil.rmtree(run)
         kills += 1
     assert kills >= 9

@@ -15,7 +15,8 @@ import pytest
 import torch
 from test_search import ALPHA_RATE, RATE, assert_same_training
 
-from naslora.results import CONFIG, LAST, Epoch, from_json
+from naslora.records import from_json
+from naslora.results import CONFIG, LAST, Epoch
 from naslora.training import step
 from naslora.training.accelerator import TIMEOUT_VARIABLE
 
@@ -105,7 +106,7 @@ def last_of(output):
 
 
 def assert_same(*outputs):
-    """Equal but for rounding: the processes' sums of gradients are taken in another order."""
+    """Equal up to rounding: the processes' sums of gradients are taken in another order."""
     states = [last_of(output) for output in outputs]
     histories = [from_json(list[Epoch], state["history"], LAST) for state in states]
     assert_same_training(*(state["model"] for state in states), *histories)

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from conftest import group_lives
 
 from naslora.files import read_json
 from reliability.conftest import TRAIN, one_line, wait_for
@@ -15,14 +16,6 @@ from reliability.test_kills import assert_same
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
 SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-
-
-def group_lives(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("number, status, word", SIGNALS)
