@@ -10,10 +10,9 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -23,7 +22,7 @@ from rich.table import Table
 from naslora import trained
 from naslora.adapter.merge_report import MergeMode
 from naslora.errors import LostProcessError, UserError
-from naslora.files import disk_error, reason_of
+from naslora.exits import fail, flush_results, refusal, signals
 from naslora.locks import locked
 from naslora.methods import MethodName
 from naslora.records import to_json
@@ -50,14 +49,6 @@ RESUMABLE = ("demo", "train", "compare", "ablate")
 """Commands with --resume."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
 def main() -> None:
     """Runs a command.
 
@@ -65,22 +56,22 @@ def main() -> None:
     SIGTERM become one line and status 130 and 143.
     """
     try:
-        with _signals():
+        with signals():
             _run(sys.argv[1:])
-            _flush_results()
+            flush_results()
     except UserError as error:
-        _fail(str(error), every_process=isinstance(error, LostProcessError))
+        fail(str(error), every_process=isinstance(error, LostProcessError))
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "number", signal.SIGINT)
         what = "terminated" if number == signal.SIGTERM else "interrupted"
         resumable = bool({*RESUMABLE} & {*sys.argv[1:2]})
         advice = "; --resume continues the run" if resumable else ""
-        _fail(f"{what}{advice}", 128 + number, kind="")
+        fail(f"{what}{advice}", 128 + number, kind="")
     except (MemoryError, RuntimeError, OSError) as error:
-        reason = _refusal(error)
+        reason = refusal(error)
         if reason is None:
             raise
-        _fail(reason)
+        fail(reason)
     finally:
         # The group's threads, if they live until the interpreter ends, can abort the process and
         # change its exit status.
@@ -97,76 +88,6 @@ def _run(arguments: list[str]) -> None:
             _parse(deferred, ["--help"])
         raise SystemExit(2)
     _parse(deferred, arguments)()
-
-
-def _fail(
-    text: str, status: int = 2, kind: str = "error: ", every_process: bool = False
-) -> NoReturn:
-    """Ends the process with one line of text, which the first process of a run prints, or all."""
-    if every_process or os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            print(f"naslora: {kind}{' '.join(text.split())}", file=sys.stderr)
-    raise SystemExit(status) from None
-
-
-def _refusal(error: Exception) -> str | None:
-    """What the machine refused; None for any other error, which is a defect of naslora."""
-    text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return "there is not enough memory; lower --batch-size or --image-size, or use a GPU"
-    if "DataLoader worker" in text and "killed by signal" in text:
-        return f"{reason_of(error)}; lower --workers, or free some memory"
-    reason = disk_error(error)
-    if reason is None and isinstance(error, OSError) and error.errno is not None:
-        reason = error.strerror
-    if reason is None:
-        return None
-    name = getattr(error, "filename", None)
-    if name is not None:
-        return f"{str(name)[:300]}: {reason}"
-    return reason
-
-
-def _flush_results() -> None:
-    """Writes what was printed. Python would print a traceback if it failed when it ends."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise UserError(f"the results cannot be printed: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Turns the first SIGINT or SIGTERM into ``Interrupted``. A second one ends the process.
-
-    An OSError of a thread prints nothing: TensorBoard's writer raises it in the main thread, too.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    arrived: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if arrived:
-            os._exit(128 + number)
-        arrived.append(number)
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    excepthook = threading.excepthook
-
-    def report(arguments: Any) -> None:
-        if not isinstance(arguments.exc_value, OSError):
-            excepthook(arguments)
-
-    threading.excepthook = report
-    try:
-        yield
-    finally:
-        threading.excepthook = excepthook
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _named_recipe(arguments: list[str]) -> RunConfig | None:

@@ -31,6 +31,7 @@ FLOORS = {
         {"training", "peft"},
         {"trained"},
         {"study"},
+        {"exits"},
         {"cli"},
         {"__init__", "__main__"},
     ),

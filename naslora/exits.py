@@ -1,0 +1,92 @@
+"""How a command ends: signals, what the machine refuses, and the one line of text for each."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+
+from naslora.errors import UserError
+from naslora.files import disk_error, reason_of
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def fail(
+    text: str, status: int = 2, kind: str = "error: ", every_process: bool = False
+) -> NoReturn:
+    """Ends the process with one line of text, which the first process of a run prints, or all."""
+    if every_process or os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            print(f"naslora: {kind}{' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def refusal(error: Exception) -> str | None:
+    """What the machine refused; None for any other error, which is a defect of naslora."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "there is not enough memory; lower --batch-size or --image-size, or use a GPU"
+    if "DataLoader worker" in text and "killed by signal" in text:
+        return f"{reason_of(error)}; lower --workers, or free some memory"
+    reason = disk_error(error)
+    if reason is None and isinstance(error, OSError) and error.errno is not None:
+        reason = error.strerror
+    if reason is None:
+        return None
+    name = getattr(error, "filename", None)
+    if name is not None:
+        return f"{str(name)[:300]}: {reason}"
+    return reason
+
+
+def flush_results() -> None:
+    """Writes what was printed. Python would print a traceback if it failed when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"the results cannot be printed: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[None]:
+    """Turns the first SIGINT or SIGTERM into ``Interrupted``. A second one ends the process.
+
+    An OSError of a thread prints nothing: TensorBoard's writer raises it in the main thread, too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if arrived:
+            os._exit(128 + number)
+        arrived.append(number)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    excepthook = threading.excepthook
+
+    def report(arguments: Any) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            excepthook(arguments)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = excepthook
+        for number, handler in before.items():
+            signal.signal(number, handler)
