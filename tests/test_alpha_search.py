@@ -359,7 +359,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def train(model, wrapped, share, steps=3) -> list[float]:
+def train(model, wrapped, share, steps=3) -> tuple[list[float], AlphaSearch]:
     """Steps of the weights, then of alpha, on the images that ``share`` takes of a batch."""
     weights = torch.optim.SGD(weight_parameters(wrapped), lr=0.1)
     search = AlphaSearch(wrapped, lr=0.01, start=1)
@@ -371,7 +371,7 @@ def train(model, wrapped, share, steps=3) -> list[float]:
         loss = search.step(share(batch(10 + step)), squares)
         losses.append(float("nan") if loss is None else loss)
     assert all(p.grad is None for p in arch_parameters(model))
-    return losses
+    return losses, search
 
 
 def worker(rank: int, port: int, compiled: bool, options: dict, folder: str) -> None:
@@ -382,7 +382,8 @@ def worker(rank: int, port: int, compiled: bool, options: dict, folder: str) -> 
     wrapped = DistributedDataParallel(model, **options)
     if compiled:
         wrapped = torch.compile(wrapped, backend="eager")
-    losses = train(model, wrapped, lambda x: x[rank : rank + 1])
+    # A loop of one's own has its search until it has left the group.
+    losses, _search = train(model, wrapped, lambda x: x[rank : rank + 1])
     torch.save((losses, model.state_dict()), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -404,7 +405,7 @@ def test_two_processes_agree_with_one(compiled, options, tmp_path):
     )
     (losses, state), (other_losses, other) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     model = trainable()
-    expected = train(model, model, lambda x: x)
+    expected, _ = train(model, model, lambda x: x)
     torch.testing.assert_close(losses, other_losses, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0, equal_nan=True)
     for name, tensor in model.state_dict().items():

@@ -116,6 +116,7 @@ class AlphaSearch:
         self.calls = 0
         self.optimizer = torch.optim.Adam(self.alphas, lr=lr, betas=betas)
         self._scaler = torch.amp.GradScaler(self.alphas[0].device.type)
+        self._message: Any = None
 
     def step(self, batch: Any, loss_fn: LossFunction, epoch: int | None = None) -> float | None:
         """Takes a step of alpha on a batch.
@@ -192,7 +193,10 @@ class AlphaSearch:
                 grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in self.alphas]
                 place = self.alphas[0]
                 flat = torch.cat([part.flatten().to(place) for part in (*grads, loss)])
-                distributed.all_reduce(flat)
+                # Kept until the next step: the group's thread would need Python's lock to free it,
+                # and would wait for ever if this process held the lock and left the group.
+                self._message = distributed.all_reduce(flat, async_op=True)
+                self._message.wait()
                 flat /= processes
                 *means, loss = flat.split([*(grad.numel() for grad in grads), 1])
                 for alpha, mean in zip(self.alphas, means, strict=True):

@@ -1,5 +1,6 @@
 """What the campaign shares: a small world of every file that naslora writes, forked commands."""
 
+import faulthandler
 import fcntl
 import os
 import shlex
@@ -21,6 +22,8 @@ from naslora import cli
 from naslora.sam import encoders
 from naslora.sam.segmentation import SamForSegmentation
 
+# Seconds after which a forked command that hangs prints where, and ends.
+LONGEST = 300
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
 
 
@@ -126,6 +129,7 @@ class Forked:
             os.dup2(write, number)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
         sys.argv = ["naslora", *arguments]
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
         try:
             prepare()
             cli.main()
