@@ -67,4 +67,4 @@ gpu-check:
 # The long part of tests/reliability: at most an hour on two cores. CAMPAIGN adds options of pytest.
 .PHONY: campaign
 campaign:
-	OMP_NUM_THREADS=1 pytest -m "campaign or not campaign" -rP --tb=short tests/reliability $(CAMPAIGN)
+	OMP_NUM_THREADS=1 pytest -m "campaign or not campaign" -rP --tb=short --timeout=1800 tests/reliability tests/test_run.py $(CAMPAIGN)

@@ -274,7 +274,7 @@ def unbroken(naslora, data, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.campaign), 3])
 def test_a_killed_run_ends_as_an_unbroken_one(naslora, data, unbroken, tmp_path, tiny_vit, epochs):
     arguments = ["train", "--data", data, *LONG, "--output"]
     killed = tmp_path / "killed"

@@ -176,7 +176,7 @@ def test_buckets_change_no_bit(launch, data, tmp_path):
 # ---- Other numbers of processes ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 2, marks=pytest.mark.campaign)])
 def test_a_run_resumes_on_another_number_of_processes(launch, data, alone, tmp_path, first, then):
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", tmp_path / "run")
     finish(launch(first, *arguments, STOP_AFTER=1), status=130)
