@@ -16,79 +16,94 @@
 namespace naslora {
 namespace {
 
+// What a block of queries has during its part. Rows of `stride` have a number for each query.
 template <typename A>
-struct BackwardScratch {
-  // Of a block of keys.
-  A *key_panels, *value_panels, *keys;
-  A *grad_keys, *grad_values;
-  // Of a block of queries.
-  A *queries, *grad_out, *rel_h, *rel_w;
-  A *scores, *grad_scores;
-  // Of a part.
-  A *delta, *grad_queries, *grad_rel_h, *grad_rel_w;
-  int64_t grad_column_stride;
+struct QueryData {
+  A *queries, *grad_out;                       // (queries, width); queries are scaled
+  A *queries_t, *grad_out_t;                   // (d, stride)
+  A *rel_h, *rel_w, *grad_rel_h, *grad_rel_w;  // (H, stride) or (W, stride)
+  A *lse, *delta;                              // (stride,)
+  A* grad_queries;                             // (queries, width)
 
   template <typename Arena>
-  BackwardScratch(Arena& arena, const Attention& a, const AttentionPlan& p)
-      : key_panels(arena.template take<A>(p.panels)),
-        value_panels(arena.template take<A>(p.panels)),
-        keys(arena.template take<A>(p.keys * p.width)),
-        grad_keys(arena.template take<A>(round_up(p.keys, kBlockRows) * p.width)),
-        grad_values(arena.template take<A>(round_up(p.keys, kBlockRows) * p.width)),
-        queries(arena.template take<A>(p.query_block * p.width)),
+  QueryData(Arena& arena, const AttentionPlan& p)
+      : queries(arena.template take<A>(p.query_block * p.width)),
         grad_out(arena.template take<A>(p.query_block * p.width)),
-        rel_h(arena.template take<A>(p.query_block * p.block_rows)),
-        rel_w(arena.template take<A>(p.query_block * p.column_stride)),
-        scores(arena.template take<A>(p.query_block * p.score_stride)),
-        grad_scores(arena.template take<A>(p.query_block * p.score_stride)),
-        delta(arena.template take<A>(p.part_tokens())),
-        grad_queries(arena.template take<A>(p.part_tokens() * p.width)),
-        grad_rel_h(arena.template take<A>(p.part_tokens() * a.height)),
-        grad_rel_w(arena.template take<A>(p.part_tokens() * wide(a))),
-        grad_column_stride(wide(a)) {}
-
-  // The last vector of a block of columns may lie beyond the row.
-  static int64_t wide(const Attention& a) { return round_up(a.width, kLanes<A>) + kLanes<A>; }
+        queries_t(arena.template take<A>(p.a.dim * p.stride)),
+        grad_out_t(arena.template take<A>(p.a.dim * p.stride)),
+        rel_h(arena.template take<A>(p.a.height * p.stride)),
+        rel_w(arena.template take<A>(p.a.width * p.stride)),
+        grad_rel_h(arena.template take<A>(p.a.height * p.stride)),
+        grad_rel_w(arena.template take<A>(p.a.width * p.stride)),
+        lse(arena.template take<A>(p.stride)),
+        delta(arena.template take<A>(p.stride)),
+        grad_queries(arena.template take<A>(round_up(p.query_block, kBlockRows) * p.width)) {}
 };
 
-// delta = the row sums of grad_o * o.
-template <typename S, typename A>
-void row_products(const HeadRows<S>& grad_o, const HeadRows<S>& o, int64_t first, int64_t count,
-                  int64_t dim, A* delta) {
-  for (int64_t i = 0; i < count; ++i) {
-    const S *g = grad_o.row(first + i), *out = o.row(first + i);
-    A sum = 0;
-    for (int64_t c = 0; c < dim; ++c) sum += widen(g[c]) * widen(out[c]);
-    delta[i] = sum;
-  }
-}
-
-// Scores become p, and grad_scores, which hold dp, become ds.
 template <typename A>
-inline void softmax_gradient(A* scores, A* grad_scores, int64_t count, A lse, A delta) {
-  for (int64_t j = 0; j < count; j += kLanes<A>) {
-    const Vec<A> p = exponential<A>(load(scores + j) - lse);
-    store<A>(scores + j, p);
-    store<A>(grad_scores + j, p * (load(grad_scores + j) - delta));
-  }
-}
+struct KeyData {
+  A *keys, *values, *grad_keys, *grad_values;  // of a block, (keys, width)
+  A *scores, *grad_scores;                     // of a tile, (keys, stride)
 
-// Adds ds of a query to its gradients of rel_h and rel_w.
+  template <typename Arena>
+  KeyData(Arena& arena, const AttentionPlan& p) {
+    const int64_t rows = round_up(p.keys, kBlockRows);
+    keys = arena.template take<A>(rows * p.width);
+    values = arena.template take<A>(rows * p.width);
+    grad_keys = arena.template take<A>(rows * p.width);
+    grad_values = arena.template take<A>(rows * p.width);
+    scores = arena.template take<A>(rows * p.stride);
+    grad_scores = arena.template take<A>(rows * p.stride);
+  }
+};
+
 template <typename A>
-inline void add_bias_gradients(const A* grad_scores, const KeyBlock& keys, A* rel_h, A* rel_w) {
+struct BackwardScratch {
+  const AttentionPlan& plan;
+  KeyData<A> keys;
+  int64_t block_bytes;
+  char* blocks;
+
+  template <typename Arena>
+  BackwardScratch(Arena& arena, const AttentionPlan& p)
+      : plan(p),
+        keys(arena, p),
+        block_bytes(measure<QueryData<A>, ScratchArena>(p)),
+        blocks(arena.template take<char>(block_bytes * p.most_of_part())) {}
+
+  // The data of a part's block of queries.
+  QueryData<A> queries(int64_t index) const {
+    ScratchArena arena(blocks + index * block_bytes);
+    return QueryData<A>(arena, plan);
+  }
+};
+
+// Of some queries, one a lane: the products of scores become p, and grad_scores, which hold dp,
+// become ds. Adds ds to the gradients of rel_h and rel_w.
+template <typename A>
+inline void softmax_gradient(const KeyBlock& keys, int64_t stride, int64_t i, const QueryData<A>& q,
+                             A* scores, A* grad_scores) {
+  const Vec<A> lse = load(q.lse + i), delta = load(q.delta + i);
   for (int64_t k = 0; k < keys.rows; ++k) {
-    const A* from = grad_scores + k * keys.columns;
-    Vec<A> total = {};
-    for (int64_t l = 0; l < keys.columns; l += kLanes<A>) {
-      const Vec<A> g = first_lanes<A>(load(from + l), keys.columns - l);
-      store<A>(rel_w + l, load(rel_w + l) + g);
-      total += g;
+    const int64_t row = (keys.row + k) * stride + i;
+    const Vec<A> row_bias = load(q.rel_h + row);
+    Vec<A> row_sum = load(q.grad_rel_h + row);
+    for (int64_t l = 0; l < keys.columns; ++l) {
+      const int64_t column = (keys.column + l) * stride + i;
+      const int64_t at = (k * keys.columns + l) * stride + i;
+      const Vec<A> score = load(scores + at) + (row_bias + load(q.rel_w + column));
+      const Vec<A> p = exponential<A>(score - lse);
+      const Vec<A> g = p * (load(grad_scores + at) - delta);
+      store<A>(scores + at, p);
+      store<A>(grad_scores + at, g);
+      store<A>(q.grad_rel_w + column, load(q.grad_rel_w + column) + g);
+      row_sum += g;
     }
-    rel_h[k] += horizontal_sum<A>(total);
+    store<A>(q.grad_rel_h + row, row_sum);
   }
 }
 
-// The gradients of one call: what is needed, and where the parts' sums go.
+// One call: what is needed, and where the sums of the parts go.
 template <typename S>
 struct AttentionBackward {
   using A = AccumulatorOf<S>;
@@ -98,8 +113,8 @@ struct AttentionBackward {
   const AttentionPlan plan;
   const bool need_scores;  // ds
   const int64_t head_size;
-  // (heads, parts, tokens, dim) each, if there are several parts
-  Buffer<A> key_partials, value_partials;
+  // (tasks, tokens, d) each, if a head has several parts
+  Buffer<A> key_sums, value_sums;
 
   AttentionBackward(const Attention& a, const AttentionGradients& g)
       : a(a),
@@ -107,124 +122,124 @@ struct AttentionBackward {
         plan(AttentionPlan::of<A>(a)),
         need_scores(g.q || g.k || g.rel_h || g.rel_w),
         head_size(plan.tokens * a.dim),
-        key_partials(plan.parts > 1 && g.k ? plan.tasks * head_size : 0),
-        value_partials(plan.parts > 1 && g.v ? plan.tasks * head_size : 0) {}
+        key_sums(plan.parts > 1 && g.k ? plan.tasks * head_size : 0),
+        value_sums(plan.parts > 1 && g.v ? plan.tasks * head_size : 0) {}
 
   void run() const {
     parallel_tasks(plan.tasks, [&](int64_t first, int64_t last) {
-      const auto scratch = place_in_scratch<BackwardScratch<A>>(a, plan);
+      const auto scratch = place_in_scratch<BackwardScratch<A>>(plan);
       for (int64_t task = first; task < last; ++task) part(task, scratch);
     });
-    if (plan.parts > 1)
-      parallel_tasks(plan.heads, [&](int64_t first, int64_t last) {
-        for (int64_t head = first; head < last; ++head) {
-          if (g.k) add_parts(key_partials, head, g.k);
-          if (g.v) add_parts(value_partials, head, g.v);
-        }
-      });
+    if (plan.parts == 1) return;
+    parallel_tasks(plan.images_heads, [&](int64_t first, int64_t last) {
+      for (int64_t head = first; head < last; ++head) {
+        if (g.k) add_parts(key_sums, head, g.k);
+        if (g.v) add_parts(value_sums, head, g.v);
+      }
+    });
   }
 
   void part(int64_t task, const BackwardScratch<A>& scratch) const {
     const int64_t head = task / plan.parts, part = task % plan.parts;
-    const int64_t begin = plan.first_query_block(part), end = plan.first_query_block(part + 1);
-    const int64_t first = plan.query(begin).first;
-    const int64_t count = plan.query(end - 1).first + plan.query(end - 1).count - first;
-    row_products<S, A>({g.grad_o, a, head}, {g.o, a, head}, first, count, a.dim, scratch.delta);
-    fill<A>(scratch.grad_queries, count * plan.width, 0);
-    fill<A>(scratch.grad_rel_h, count * a.height, 0);
-    fill<A>(scratch.grad_rel_w, count * scratch.grad_column_stride, 0);
+    const int64_t begin = plan.first_of_part(part), count = plan.first_of_part(part + 1) - begin;
+    for (int64_t q = 0; q < count; ++q)
+      load_queries(head, plan.queries_of(begin + q), scratch.queries(q));
     for (int64_t b = 0; b < plan.key_blocks(); ++b) {
-      const KeyBlock keys = plan.key_block(a, b);
-      load_keys(head, keys, scratch);
-      for (int64_t q = begin; q < end; ++q) tile(head, keys, plan.query(q), first, scratch);
-      if (g.k) store_keys(scratch.grad_keys, keys, task, key_partials, g.k);
-      if (g.v) store_keys(scratch.grad_values, keys, task, value_partials, g.v);
+      const KeyBlock keys = plan.keys_of(b);
+      load_keys(head, keys, scratch.keys);
+      for (int64_t q = 0; q < count; ++q)
+        tile(keys, plan.queries_of(begin + q).count, scratch.keys, scratch.queries(q));
+      if (g.k) store_keys(scratch.keys.grad_keys, keys, task, key_sums, g.k);
+      if (g.v) store_keys(scratch.keys.grad_values, keys, task, value_sums, g.v);
     }
-    if (g.q)
-      store_rows<S, A>(scratch.grad_queries, plan.width, count, static_cast<A>(a.scale), a, head,
-                       first, g.q);
-    const int64_t row = head * plan.tokens + first;
-    if (g.rel_h) store_bias(scratch.grad_rel_h, a.height, count, a.height, row, g.rel_h);
-    if (g.rel_w)
-      store_bias(scratch.grad_rel_w, scratch.grad_column_stride, count, a.width, row, g.rel_w);
+    for (int64_t q = 0; q < count; ++q)
+      store_queries(head, plan.queries_of(begin + q), scratch.queries(q));
   }
 
-  void load_keys(int64_t head, const KeyBlock& keys, const BackwardScratch<A>& scratch) const {
-    load_panels<S, A>({a.k, a, head}, keys.first, keys.count, a.dim, scratch.key_panels);
-    if (need_scores)
-      load_panels<S, A>({a.v, a, head}, keys.first, keys.count, a.dim, scratch.value_panels);
-    if (g.q)
-      load_rows<S, A>({a.k, a, head}, keys.first, keys.count, 0, a.dim, 1, scratch.keys,
-                      plan.width);
-    const int64_t rows = round_up(keys.count, kBlockRows);
-    fill<A>(scratch.grad_keys, rows * plan.width, 0);
-    fill<A>(scratch.grad_values, rows * plan.width, 0);
+  void load_queries(int64_t head, const QueryBlock& block, const QueryData<A>& q) const {
+    const int64_t first = block.first, count = block.count, stride = plan.stride;
+    const HeadRows<S> grad_o(g.grad_o, a, head), o(g.o, a, head);
+    const A scale = static_cast<A>(a.scale);
+    load_rows<S, A>({a.q, a, head}, first, count, a.dim, scale, q.queries, plan.width);
+    load_rows<S, A>(grad_o, first, count, a.dim, 1, q.grad_out, plan.width);
+    load_transposed<S, A>({a.q, a, head}, first, count, a.dim, scale, q.queries_t, stride);
+    load_transposed<S, A>(grad_o, first, count, a.dim, 1, q.grad_out_t, stride);
+    load_transposed<S, A>({a.rel_h, a, head}, first, count, a.height, 1, q.rel_h, stride);
+    load_transposed<S, A>({a.rel_w, a, head}, first, count, a.width, 1, q.rel_w, stride);
+    fill<A>(q.grad_rel_h, a.height * stride, 0);
+    fill<A>(q.grad_rel_w, a.width * stride, 0);
+    fill<A>(q.lse, stride, 0);
+    fill<A>(q.delta, stride, 0);
+    const A* lse = static_cast<const A*>(g.lse) + head * plan.tokens + first;
+    for (int64_t i = 0; i < count; ++i) {
+      q.lse[i] = lse[i];
+      const S *gradient = grad_o[first + i], *out = o[first + i];
+      for (int64_t c = 0; c < a.dim; ++c) q.delta[i] += widen(gradient[c]) * widen(out[c]);
+    }
+    fill<A>(q.grad_queries, round_up(plan.query_block, kBlockRows) * plan.width, 0);
   }
 
-  // `first` is the first query of the part.
-  void tile(int64_t head, const KeyBlock& keys, const QueryBlock& queries, int64_t first,
-            const BackwardScratch<A>& scratch) const {
-    const int64_t width = plan.width, stride = plan.score_stride;
-    load_rows<S, A>({a.q, a, head}, queries.first, queries.count, 0, a.dim, static_cast<A>(a.scale),
-                    scratch.queries, width);
-    load_rows<S, A>({g.grad_o, a, head}, queries.first, queries.count, 0, a.dim, 1,
-                    scratch.grad_out, width);
-    load_rows<S, A>({a.rel_h, a, head}, queries.first, queries.count, keys.row, keys.rows, 1,
-                    scratch.rel_h, plan.block_rows);
-    load_rows<S, A>({a.rel_w, a, head}, queries.first, queries.count, keys.column, keys.columns, 1,
-                    scratch.rel_w, plan.column_stride);
-    fill_bias<A>(plan, keys, queries.count, scratch.rel_h, scratch.rel_w, scratch.scores);
-    const int64_t panel = kPanel<A> * a.dim;
-    product<A>(queries.count, keys.count, a.dim, {scratch.queries, width, 1},
-               {scratch.key_panels, kPanel<A>, panel}, true, scratch.scores, stride);
+  void load_keys(int64_t head, const KeyBlock& block, const KeyData<A>& k) const {
+    load_rows<S, A>({a.k, a, head}, block.first, block.count, a.dim, 1, k.keys, plan.width);
+    load_rows<S, A>({a.v, a, head}, block.first, block.count, a.dim, 1, k.values, plan.width);
+    const int64_t size = round_up(block.count, kBlockRows) * plan.width;
+    fill<A>(k.grad_keys, size, 0);
+    fill<A>(k.grad_values, size, 0);
+  }
+
+  void tile(const KeyBlock& block, int64_t queries, const KeyData<A>& k,
+            const QueryData<A>& q) const {
+    const int64_t width = plan.width, stride = plan.stride, keys = block.count;
+    product<A>(keys, queries, a.dim, {k.keys, width, 1}, q.queries_t, stride, false, k.scores,
+               stride);
     if (need_scores)
-      product<A>(queries.count, keys.count, a.dim, {scratch.grad_out, width, 1},
-                 {scratch.value_panels, kPanel<A>, panel}, false, scratch.grad_scores, stride);
-    const A* lse = static_cast<const A*>(g.lse) + head * plan.tokens;
-    for (int64_t i = 0; i < queries.count; ++i) {
-      const int64_t token = queries.first + i, own = token - first;
-      A* grad_scores = scratch.grad_scores + i * stride;
-      softmax_gradient<A>(scratch.scores + i * stride, grad_scores, keys.count, lse[token],
-                          scratch.delta[own]);
-      if (g.rel_h || g.rel_w)
-        add_bias_gradients<A>(grad_scores, keys, scratch.grad_rel_h + own * a.height + keys.row,
-                              scratch.grad_rel_w + own * scratch.grad_column_stride + keys.column);
-    }
+      product<A>(keys, queries, a.dim, {k.values, width, 1}, q.grad_out_t, stride, false,
+                 k.grad_scores, stride);
+    for (int64_t i = 0; i < queries; i += kLanes<A>)
+      softmax_gradient<A>(block, stride, i, q, k.scores, k.grad_scores);
     if (g.v)
-      product<A>(keys.count, width, queries.count, {scratch.scores, 1, stride},
-                 {scratch.grad_out, width, kPanel<A>}, true, scratch.grad_values, width);
+      product<A>(keys, width, queries, {k.scores, stride, 1}, q.grad_out, width, true,
+                 k.grad_values, width);
     if (g.k)
-      product<A>(keys.count, width, queries.count, {scratch.grad_scores, 1, stride},
-                 {scratch.queries, width, kPanel<A>}, true, scratch.grad_keys, width);
+      product<A>(keys, width, queries, {k.grad_scores, stride, 1}, q.queries, width, true,
+                 k.grad_keys, width);
     if (g.q)
-      product<A>(queries.count, width, keys.count, {scratch.grad_scores, stride, 1},
-                 {scratch.keys, width, kPanel<A>}, true,
-                 scratch.grad_queries + (queries.first - first) * width, width);
+      product<A>(queries, width, keys, {k.grad_scores, 1, stride}, k.keys, width, true,
+                 q.grad_queries, width);
   }
 
   // Writes a block's gradients of keys or values: to the output, or to the sums of the part.
-  void store_keys(const A* from, const KeyBlock& keys, int64_t task, const Buffer<A>& partials,
+  void store_keys(const A* from, const KeyBlock& keys, int64_t task, const Buffer<A>& sums,
                   void* out) const {
     if (plan.parts == 1)
       return store_rows<S, A>(from, plan.width, keys.count, 1, a, task, keys.first, out);
-    A* to = partials.data() + task * head_size + keys.first * a.dim;
+    A* to = sums.data() + task * head_size + keys.first * a.dim;
     for (int64_t j = 0; j < keys.count; ++j)
       for (int64_t c = 0; c < a.dim; ++c) to[j * a.dim + c] = from[j * plan.width + c];
   }
 
-  void add_parts(const Buffer<A>& partials, int64_t head, void* out) const {
-    A* sum = partials.data() + head * plan.parts * head_size;
+  void add_parts(const Buffer<A>& sums, int64_t head, void* out) const {
+    A* total = sums.data() + head * plan.parts * head_size;
     for (int64_t part = 1; part < plan.parts; ++part)
-      for (int64_t i = 0; i < head_size; ++i) sum[i] += sum[part * head_size + i];
-    store_rows<S, A>(sum, a.dim, plan.tokens, 1, a, head, 0, out);
+      for (int64_t i = 0; i < head_size; ++i) total[i] += total[part * head_size + i];
+    store_rows<S, A>(total, a.dim, plan.tokens, 1, a, head, 0, out);
   }
 
-  static void store_bias(const A* from, int64_t stride, int64_t count, int64_t columns, int64_t row,
-                         void* out) {
-    S* to = static_cast<S*>(out) + row * columns;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < columns; ++c)
-        to[i * columns + c] = Narrow<S>::from(from[i * stride + c]);
+  void store_queries(int64_t head, const QueryBlock& block, const QueryData<A>& q) const {
+    if (g.q)
+      store_rows<S, A>(q.grad_queries, plan.width, block.count, static_cast<A>(a.scale), a, head,
+                       block.first, g.q);
+    if (g.rel_h) store_bias(head, block, q.grad_rel_h, a.height, g.rel_h);
+    if (g.rel_w) store_bias(head, block, q.grad_rel_w, a.width, g.rel_w);
+  }
+
+  // Transposes the gradients of rel_h or rel_w back to (queries, features).
+  void store_bias(int64_t head, const QueryBlock& block, const A* from, int64_t features,
+                  void* out) const {
+    S* to = static_cast<S*>(out) + (head * plan.tokens + block.first) * features;
+    for (int64_t i = 0; i < block.count; ++i)
+      for (int64_t c = 0; c < features; ++c)
+        to[i * features + c] = Narrow<S>::from(from[c * plan.stride + i]);
   }
 };
 

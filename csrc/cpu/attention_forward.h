@@ -15,81 +15,98 @@ constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
 template <typename A>
 struct ForwardScratch {
-  A *keys, *values;            // of the head: a block's panels; (tokens, width)
-  A *queries, *rel_h, *rel_w;  // of a block of queries
-  A *scores, *out;             // of a tile; (queries, width)
-  A *maximum, *sum;            // of each row of scores so far
+  A *keys, *values;            // of the head, (tokens, width) each
+  A *queries, *rel_h, *rel_w;  // of a block of queries: (d, stride), (H, stride), (W, stride)
+  A* scores;                   // of a tile, (keys, stride)
+  A *maximum, *sum, *keep;     // of each query, so far
+  A* out;                      // (queries, width)
 
   template <typename Arena>
   ForwardScratch(Arena& arena, const AttentionPlan& p)
-      : keys(arena.template take<A>(p.key_blocks() * p.panels)),
+      : keys(arena.template take<A>((p.tokens + kBlockRows) * p.width)),
         values(arena.template take<A>(p.tokens * p.width)),
-        queries(arena.template take<A>(p.query_block * p.width)),
-        rel_h(arena.template take<A>(p.query_block * p.block_rows)),
-        rel_w(arena.template take<A>(p.query_block * p.column_stride)),
-        scores(arena.template take<A>(p.query_block * p.score_stride)),
-        out(arena.template take<A>(p.query_block * p.width)),
-        maximum(arena.template take<A>(p.query_block)),
-        sum(arena.template take<A>(p.query_block)) {}
+        queries(arena.template take<A>(p.a.dim * p.stride)),
+        rel_h(arena.template take<A>(p.a.height * p.stride)),
+        rel_w(arena.template take<A>(p.a.width * p.stride)),
+        scores(arena.template take<A>(round_up(p.keys, kBlockRows) * p.stride)),
+        maximum(arena.template take<A>(p.stride)),
+        sum(arena.template take<A>(p.stride)),
+        keep(arena.template take<A>(p.stride)),
+        out(arena.template take<A>(round_up(p.query_block, kBlockRows) * p.width)) {}
 };
 
+// Goes on with the softmax of some queries, one a lane. Their scores q k become exp(score -
+// maximum) with the biases in the score. What was summed with a smaller maximum is due to be
+// multiplied by `keep`. A query whose scores are all -inf keeps the maximum -inf and the sum 0,
+// until the division by the sum makes NaN of them. The maximum ignores NaN, but the sum does not.
 template <typename A>
-inline A horizontal_max(Vec<A> v) {
-  A lanes[kLanes<A>];
-  store<A>(lanes, v);
-  A highest = lanes[0];
-  for (int i = 1; i < kLanes<A>; ++i) highest = lanes[i] > highest ? lanes[i] : highest;
-  return highest;
-}
-
-// Goes on with the softmax of a row. Its scores become exp(score - maximum), and what was summed
-// with a smaller maximum is scaled. A row of -inf keeps the maximum -inf and the sum 0, until the
-// division by the sum makes it NaN. The maximum ignores NaN, but the sum does not.
-template <typename A>
-inline void softmax_step(A* scores, int64_t count, A& maximum, A& sum, A* out, int64_t width) {
-  const int64_t padded = round_up(count, kLanes<A>);
-  for (int64_t j = count; j < padded; ++j) scores[j] = kLowest<A>;
-  Vec<A> highest = broadcast(maximum);
-  for (int64_t j = 0; j < padded; j += kLanes<A>) {
-    const Vec<A> s = load(scores + j);
-    highest = s > highest ? s : highest;
+inline void softmax_step(const KeyBlock& keys, int64_t stride, const A* rel_h, const A* rel_w,
+                         A* scores, A* maximum, A* sum, A* keep) {
+  const Vec<A> before = load(maximum);
+  Vec<A> top = before;
+  for (int64_t k = 0; k < keys.rows; ++k) {
+    const Vec<A> row_bias = load(rel_h + (keys.row + k) * stride);
+    for (int64_t l = 0; l < keys.columns; ++l) {
+      A* at = scores + (k * keys.columns + l) * stride;
+      const Vec<A> s = load(at) + (row_bias + load(rel_w + (keys.column + l) * stride));
+      top = s > top ? s : top;
+      store<A>(at, s);
+    }
   }
-  const A top = horizontal_max<A>(highest);
-  const A shift = top == kLowest<A> ? A{0} : top;
-  if (top != maximum) {
-    const A keep = exponential<A>(broadcast(maximum - shift))[0];
-    sum *= keep;
-    for (int64_t c = 0; c < width; c += kLanes<A>) store<A>(out + c, load(out + c) * keep);
-    maximum = top;
-  }
+  const Vec<A> shift = top == broadcast(kLowest<A>) ? Vec<A>{} : top;
   Vec<A> total = {};
-  for (int64_t j = 0; j < padded; j += kLanes<A>) {
-    const Vec<A> e = exponential<A>(load(scores + j) - shift);
-    store<A>(scores + j, e);
+  for (int64_t j = 0; j < keys.count; ++j) {
+    const Vec<A> e = exponential<A>(load(scores + j * stride) - shift);
+    store<A>(scores + j * stride, e);
     total += e;
   }
-  sum += horizontal_sum<A>(total);
+  const Vec<A> kept = exponential<A>(before - shift);
+  store<A>(keep, kept);
+  store<A>(sum, load(sum) * kept + total);
+  store<A>(maximum, top);
+}
+
+template <typename A>
+void forward_tile(const AttentionPlan& plan, const KeyBlock& keys, int64_t queries, bool first,
+                  const ForwardScratch<A>& scratch) {
+  const int64_t width = plan.width, stride = plan.stride;
+  product<A>(keys.count, queries, plan.a.dim, {scratch.keys + keys.first * width, width, 1},
+             scratch.queries, stride, false, scratch.scores, stride);
+  for (int64_t i = 0; i < queries; i += kLanes<A>)
+    softmax_step<A>(keys, stride, scratch.rel_h + i, scratch.rel_w + i, scratch.scores + i,
+                    scratch.maximum + i, scratch.sum + i, scratch.keep + i);
+  if (!first)
+    for (int64_t i = 0; i < queries; ++i) {
+      A* out = scratch.out + i * width;
+      if (scratch.keep[i] != A{1})
+        for (int64_t c = 0; c < width; ++c) out[c] *= scratch.keep[i];
+    }
+  product<A>(queries, width, keys.count, {scratch.scores, 1, stride},
+             scratch.values + keys.first * width, width, !first, scratch.out, width);
 }
 
 template <typename S>
-void forward_tile(const Attention& a, const AttentionPlan& plan, int64_t head, int64_t block,
-                  const QueryBlock& queries, const ForwardScratch<AccumulatorOf<S>>& scratch) {
+void forward_block(const AttentionPlan& plan, int64_t head, const QueryBlock& queries,
+                   const ForwardScratch<AccumulatorOf<S>>& scratch, void* o, void* lse) {
   using A = AccumulatorOf<S>;
-  const KeyBlock keys = plan.key_block(a, block);
-  const int64_t width = plan.width;
-  load_rows<S, A>({a.rel_h, a, head}, queries.first, queries.count, keys.row, keys.rows, 1,
-                  scratch.rel_h, plan.block_rows);
-  load_rows<S, A>({a.rel_w, a, head}, queries.first, queries.count, keys.column, keys.columns, 1,
-                  scratch.rel_w, plan.column_stride);
-  fill_bias<A>(plan, keys, queries.count, scratch.rel_h, scratch.rel_w, scratch.scores);
-  product<A>(queries.count, keys.count, a.dim, {scratch.queries, width, 1},
-             {scratch.keys + block * plan.panels, kPanel<A>, kPanel<A> * a.dim}, true,
-             scratch.scores, plan.score_stride);
-  for (int64_t i = 0; i < queries.count; ++i)
-    softmax_step<A>(scratch.scores + i * plan.score_stride, keys.count, scratch.maximum[i],
-                    scratch.sum[i], scratch.out + i * width, width);
-  product<A>(queries.count, width, keys.count, {scratch.scores, plan.score_stride, 1},
-             {scratch.values + keys.first * width, width, kPanel<A>}, true, scratch.out, width);
+  const Attention& a = plan.a;
+  load_transposed<S, A>({a.q, a, head}, queries.first, queries.count, a.dim,
+                        static_cast<A>(a.scale), scratch.queries, plan.stride);
+  load_transposed<S, A>({a.rel_h, a, head}, queries.first, queries.count, a.height, 1,
+                        scratch.rel_h, plan.stride);
+  load_transposed<S, A>({a.rel_w, a, head}, queries.first, queries.count, a.width, 1, scratch.rel_w,
+                        plan.stride);
+  fill<A>(scratch.maximum, plan.stride, kLowest<A>);
+  fill<A>(scratch.sum, plan.stride, 0);
+  for (int64_t b = 0; b < plan.key_blocks(); ++b)
+    forward_tile<A>(plan, plan.keys_of(b), queries.count, b == 0, scratch);
+  for (int64_t i = 0; i < queries.count; ++i) {
+    const int64_t token = queries.first + i;
+    store_rows<S, A>(scratch.out + i * plan.width, plan.width, 1, 1 / scratch.sum[i], a, head,
+                     token, o);
+    static_cast<A*>(lse)[head * plan.tokens + token] =
+        scratch.maximum[i] + static_cast<A>(log(static_cast<double>(scratch.sum[i])));
+  }
 }
 
 template <typename S>
@@ -102,31 +119,12 @@ void attention_forward(const Attention& a, void* o, void* lse) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t head = task / plan.parts, part = task % plan.parts;
       if (head != loaded) {
-        for (int64_t b = 0; b < plan.key_blocks(); ++b) {
-          const KeyBlock keys = plan.key_block(a, b);
-          load_panels<S, A>({a.k, a, head}, keys.first, keys.count, a.dim,
-                            scratch.keys + b * plan.panels);
-        }
-        load_rows<S, A>({a.v, a, head}, 0, plan.tokens, 0, a.dim, 1, scratch.values, plan.width);
+        load_rows<S, A>({a.k, a, head}, 0, plan.tokens, a.dim, 1, scratch.keys, plan.width);
+        load_rows<S, A>({a.v, a, head}, 0, plan.tokens, a.dim, 1, scratch.values, plan.width);
         loaded = head;
       }
-      for (int64_t q = plan.first_query_block(part); q < plan.first_query_block(part + 1); ++q) {
-        const QueryBlock queries = plan.query(q);
-        load_rows<S, A>({a.q, a, head}, queries.first, queries.count, 0, a.dim,
-                        static_cast<A>(a.scale), scratch.queries, plan.width);
-        fill<A>(scratch.out, queries.count * plan.width, 0);
-        fill<A>(scratch.maximum, queries.count, kLowest<A>);
-        fill<A>(scratch.sum, queries.count, 0);
-        for (int64_t b = 0; b < plan.key_blocks(); ++b)
-          forward_tile<S>(a, plan, head, b, queries, scratch);
-        for (int64_t i = 0; i < queries.count; ++i) {
-          const int64_t token = queries.first + i;
-          store_rows<S, A>(scratch.out + i * plan.width, plan.width, 1, 1 / scratch.sum[i], a, head,
-                           token, o);
-          static_cast<A*>(lse)[head * plan.tokens + token] =
-              scratch.maximum[i] + static_cast<A>(log(static_cast<double>(scratch.sum[i])));
-        }
-      }
+      for (int64_t q = plan.first_of_part(part); q < plan.first_of_part(part + 1); ++q)
+        forward_block<S>(plan, head, plan.queries_of(q), scratch, o, lse);
     }
   });
 }

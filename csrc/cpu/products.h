@@ -17,24 +17,15 @@ constexpr int kBlockVectors = 4;
 #else
 constexpr int kBlockVectors = 2;
 #endif
-// The columns of a panel: of as much of b as one block reads.
-template <typename A>
-constexpr int64_t kPanel = kBlockVectors * kLanes<A>;
-// So many rows of a panel of b stay in the L1 cache while all rows of a pass by.
-constexpr int64_t kPanelDepth = 96;
+// So many rows of the vectors of b that a block reads stay in the L1 cache while all rows of a
+// pass.
+constexpr int64_t kPanelDepth = 128;
 
 // a(i, k) is data[i * row + k * step].
 template <typename A>
 struct LeftMatrix {
   const A* data;
   int64_t row, step;
-};
-
-// b(k, j) is data[k * row + j] within a panel. The next panel starts `panel` elements later.
-template <typename A>
-struct RightMatrix {
-  const A* data;
-  int64_t row, panel;
 };
 
 template <typename A, int V>
@@ -63,20 +54,20 @@ inline void block_product(const LeftMatrix<A>& a, const A* b, int64_t b_row, int
     }
 }
 
-// c = a b, or c += a b. Whole blocks of rows and whole vectors of columns are computed, so a and c
-// have `rows` rounded up to kBlockRows. No row of a reaches into another row of c.
+// c = a b, or c += a b. Whole blocks of rows and whole vectors of columns are computed. So a and c
+// have `rows` rounded up to kBlockRows, and b and c have `columns` rounded up to whole vectors.
 template <typename A>
-void product(int64_t rows, int64_t columns, int64_t depth, LeftMatrix<A> a, RightMatrix<A> b,
-             bool accumulate, A* c, int64_t c_row) {
+void product(int64_t rows, int64_t columns, int64_t depth, LeftMatrix<A> a, const A* b,
+             int64_t b_row, bool accumulate, A* c, int64_t c_row) {
   const int64_t vectors = ceil_div(columns, kLanes<A>);
   for (int64_t k = 0; k < depth; k += kPanelDepth) {
     const int64_t steps = smaller(kPanelDepth, depth - k);
     for (int64_t v = 0; v < vectors; v += kBlockVectors) {
-      const A* panel = b.data + v / kBlockVectors * b.panel + k * b.row;
+      const A* panel = b + k * b_row + v * kLanes<A>;
       with_constant(smaller(kBlockVectors, vectors - v), [&](auto size) {
         for (int64_t i = 0; i < rows; i += kBlockRows)
           block_product<A, decltype(size)::value>({a.data + i * a.row + k * a.step, a.row, a.step},
-                                                  panel, b.row, steps, accumulate || k > 0,
+                                                  panel, b_row, steps, accumulate || k > 0,
                                                   c + i * c_row + v * kLanes<A>, c_row);
       });
     }
