@@ -2,7 +2,7 @@
 
 Every backend that serves ``rel_pos_attention`` has two operators in its namespace. This module
 states their schemas and their shapes once, as ``ops.py`` does for the cell. The forward keeps its
-operands, o and the logarithms of the softmax's denominators. Nothing of N x N numbers is kept.
+operands, o and two numbers for each query. Nothing of N x N numbers is kept.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from naslora_kernels.tensors import ACCUMULATORS
 
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w"
 _SCHEMAS = {
-    "rel_pos_attention": f"({_OPERANDS}, float scale) -> (Tensor o, Tensor lse)",
+    "rel_pos_attention": f"({_OPERANDS}, float scale) -> (Tensor o, Tensor softmax)",
     "rel_pos_attention_backward": (
-        f"(Tensor grad_o, {_OPERANDS}, Tensor o, Tensor lse, float scale, bool need_q, "
+        f"(Tensor grad_o, {_OPERANDS}, Tensor o, Tensor softmax, float scale, bool need_q, "
         "bool need_k, bool need_v, bool need_rel_h, bool need_rel_w) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
@@ -55,8 +55,9 @@ class SavedAttention(NamedTuple):
     operands: AttentionOperands
     o: Tensor
     """(B, heads, N, d)."""
-    lse: Tensor
-    """(B, heads, N), log of the sum of exp(score) over the keys, in the dtype of sums."""
+    softmax: Tensor
+    """(2, B, heads, N), in the dtype of sums: each query's largest score, and the sum of
+    exp(score - largest). Their sum's logarithm, one number, would cost a digit of float32."""
     scale: float
 
 
@@ -64,7 +65,7 @@ class AttentionKernels(Protocol):
     """What a backend computes. Arguments are checked."""
 
     def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> tuple[Tensor, Tensor]:
-        """Returns o and lse, as ``empty_results`` makes them."""
+        """Returns o and softmax, as ``empty_results`` makes them."""
 
     def rel_pos_attention_backward(
         self, grad_o: Tensor, saved: SavedAttention, need: AttentionNeed
@@ -73,12 +74,12 @@ class AttentionKernels(Protocol):
 
 
 def empty_results(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
-    """Returns uninitialised o (B, heads, N, d) and lse (B, heads, N).
+    """Returns uninitialised o (B, heads, N, d) and softmax (2, B, heads, N).
 
     o lies in memory as (B, N, heads, d), so that the projection behind it copies nothing.
     """
     q = operands.q
-    return _tokens_first(q), q.new_empty(q.shape[:-1], dtype=ACCUMULATORS[q.dtype])
+    return _tokens_first(q), q.new_empty((2, *q.shape[:-1]), dtype=ACCUMULATORS[q.dtype])
 
 
 def empty_gradients(operands: AttentionOperands, need: AttentionNeed) -> tuple[Tensor, ...]:
@@ -146,8 +147,8 @@ class RelPosAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: str, scale: float, *operands: Tensor) -> Tensor:  # type: ignore[override]
-        o, lse = ATTENTION_OPERATORS[backend].rel_pos_attention(*operands, scale)
-        ctx.save_for_backward(*operands, o, lse)
+        o, softmax = ATTENTION_OPERATORS[backend].rel_pos_attention(*operands, scale)
+        ctx.save_for_backward(*operands, o, softmax)
         ctx.backend, ctx.scale = backend, scale
         return o
 

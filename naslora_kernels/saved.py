@@ -57,18 +57,18 @@ def check_saved_attention(grad_o: Tensor, saved: SavedAttention) -> None:
     Raises:
         RuntimeError: as ``check_saved_cell``.
     """
-    operands, o, lse, _ = saved
+    operands, o, softmax, _ = saved
     shape = tuple(grad_o.shape)
     rows = shape[:3]  # (B, heads, N)
     height, width = operands.rel_h.shape[-1:], operands.rel_w.shape[-1:]
     shapes = (shape, shape, shape, (*rows, *height), (*rows, *width))
     expected: list[_Expected] = list(zip(operands._fields, operands, shapes, strict=True))
-    expected += [("o", o, shape), ("lse", lse, rows)]
+    expected += [("o", o, shape), ("softmax", softmax, (2, *rows))]
     _check(grad_o, expected, maps=(*operands._fields, "o"))
     if height[0] * width[0] != rows[2]:
         raise _changed("rel_h, rel_w", f"expected H W = {rows[2]}, got {height[0]} and {width[0]}")
-    if lse.dtype != ACCUMULATORS[grad_o.dtype]:
-        raise _changed("lse", f"expected {ACCUMULATORS[grad_o.dtype]}, got {lse.dtype}")
+    if softmax.dtype != ACCUMULATORS[grad_o.dtype]:
+        raise _changed("softmax", f"expected {ACCUMULATORS[grad_o.dtype]}, got {softmax.dtype}")
 
 
 def _cell(cell: Cell) -> list[_Expected]:

@@ -6,8 +6,8 @@
 namespace naslora {
 namespace {
 
-void forward(const Attention& a, void* o, void* lse) {
-  with_storage(a.dtype, [&](auto s) { attention_forward<decltype(s)>(a, o, lse); });
+void forward(const Attention& a, void* o, void* softmax) {
+  with_storage(a.dtype, [&](auto s) { attention_forward<decltype(s)>(a, o, softmax); });
 }
 void backward(const Attention& a, const AttentionGradients& gradients) {
   with_storage(a.dtype, [&](auto s) { attention_backward<decltype(s)>(a, gradients); });

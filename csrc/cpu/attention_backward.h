@@ -1,8 +1,9 @@
-// The gradients of attention. A tile of scores is computed again from the saved log-sum-exp:
+// The gradients of attention. A tile of scores is computed again. The saved maximum and sum of each
+// row of exponentials make its softmax of it:
 //
-//     p = exp(scores - lse)       dv = p^T grad_o
-//     dp = grad_o v^T             ds = p (dp - delta),  delta = the row sums of grad_o * o
-//     dq = scale ds k             dk = scale ds^T q
+//     p = exp(scores - maximum) / sum      dv = p^T grad_o
+//     dp = grad_o v^T      ds = p (dp - delta),  delta = the row sums of grad_o * o
+//     dq = scale ds k      dk = scale ds^T q
 //     drel_h, drel_w = ds summed over the columns and over the rows of the grid
 //
 // A task is a part of the queries of one head. It goes through the blocks of keys, and for each one
@@ -22,7 +23,7 @@ struct QueryData {
   A *queries, *grad_out;                       // (queries, width); queries are scaled
   A *queries_t, *grad_out_t;                   // (d, stride)
   A *rel_h, *rel_w, *grad_rel_h, *grad_rel_w;  // (H, stride) or (W, stride)
-  A *lse, *delta;                              // (stride,)
+  A *maximum, *inverse_sum, *delta;            // (stride,)
   A* grad_queries;                             // (queries, width)
 
   template <typename Arena>
@@ -35,7 +36,8 @@ struct QueryData {
         rel_w(arena.template take<A>(p.a.width * p.stride)),
         grad_rel_h(arena.template take<A>(p.a.height * p.stride)),
         grad_rel_w(arena.template take<A>(p.a.width * p.stride)),
-        lse(arena.template take<A>(p.stride)),
+        maximum(arena.template take<A>(p.stride)),
+        inverse_sum(arena.template take<A>(p.stride)),
         delta(arena.template take<A>(p.stride)),
         grad_queries(arena.template take<A>(round_up(p.query_block, kBlockRows) * p.width)) {}
 };
@@ -79,27 +81,38 @@ struct BackwardScratch {
 };
 
 // Of some queries, one a lane: the products of scores become p, and grad_scores, which hold dp,
-// become ds. Adds ds to the gradients of rel_h and rel_w.
+// become ds. Adds ds to the gradients of rel_h and rel_w. If the block has `all` keys, delta is the
+// sum of p dp. That equals the products of grad_o and o, but its rounding errors cancel in ds.
 template <typename A>
-inline void softmax_gradient(const KeyBlock& keys, int64_t stride, int64_t i, const QueryData<A>& q,
-                             A* scores, A* grad_scores) {
-  const Vec<A> lse = load(q.lse + i), delta = load(q.delta + i);
+inline void softmax_gradient(const KeyBlock& keys, bool all, int64_t stride, int64_t i,
+                             const QueryData<A>& q, A* scores, A* grad_scores) {
+  const Vec<A> maximum = load(q.maximum + i), inverse_sum = load(q.inverse_sum + i);
+  Vec<A> total = {};
   for (int64_t k = 0; k < keys.rows; ++k) {
-    const int64_t row = (keys.row + k) * stride + i;
-    const Vec<A> row_bias = load(q.rel_h + row);
-    Vec<A> row_sum = load(q.grad_rel_h + row);
+    const Vec<A> row_bias = load(q.rel_h + (keys.row + k) * stride + i);
+    Vec<A> row_total = {};  // short sums of short sums are more accurate
     for (int64_t l = 0; l < keys.columns; ++l) {
-      const int64_t column = (keys.column + l) * stride + i;
       const int64_t at = (k * keys.columns + l) * stride + i;
-      const Vec<A> score = load(scores + at) + (row_bias + load(q.rel_w + column));
-      const Vec<A> p = exponential<A>(score - lse);
-      const Vec<A> g = p * (load(grad_scores + at) - delta);
+      const Vec<A> bias = row_bias + load(q.rel_w + (keys.column + l) * stride + i);
+      const Vec<A> p = exponential<A>(load(scores + at) + bias - maximum) * inverse_sum;
       store<A>(scores + at, p);
-      store<A>(grad_scores + at, g);
-      store<A>(q.grad_rel_w + column, load(q.grad_rel_w + column) + g);
-      row_sum += g;
+      row_total += p * load(grad_scores + at);
     }
-    store<A>(q.grad_rel_h + row, row_sum);
+    total += row_total;
+  }
+  const Vec<A> delta = all ? total : load(q.delta + i);
+  for (int64_t k = 0; k < keys.rows; ++k) {
+    A* row = q.grad_rel_h + (keys.row + k) * stride + i;
+    Vec<A> row_sum = load(row);
+    for (int64_t l = 0; l < keys.columns; ++l) {
+      const int64_t at = (k * keys.columns + l) * stride + i;
+      A* column = q.grad_rel_w + (keys.column + l) * stride + i;
+      const Vec<A> ds = load(scores + at) * (load(grad_scores + at) - delta);
+      store<A>(grad_scores + at, ds);
+      store<A>(column, load(column) + ds);
+      row_sum += ds;
+    }
+    store<A>(row, row_sum);
   }
 }
 
@@ -168,13 +181,19 @@ struct AttentionBackward {
     load_transposed<S, A>({a.rel_w, a, head}, first, count, a.width, 1, q.rel_w, stride);
     fill<A>(q.grad_rel_h, a.height * stride, 0);
     fill<A>(q.grad_rel_w, a.width * stride, 0);
-    fill<A>(q.lse, stride, 0);
+    fill<A>(q.maximum, stride, 0);
+    fill<A>(q.inverse_sum, stride, 1);
     fill<A>(q.delta, stride, 0);
-    const A* lse = static_cast<const A*>(g.lse) + head * plan.tokens + first;
+    const A* maximum = static_cast<const A*>(g.softmax) + head * plan.tokens + first;
+    const A* sum = maximum + plan.images_heads * plan.tokens;
     for (int64_t i = 0; i < count; ++i) {
-      q.lse[i] = lse[i];
+      q.maximum[i] = maximum[i];
+      q.inverse_sum[i] = 1 / sum[i];
       const S *gradient = grad_o[first + i], *out = o[first + i];
-      for (int64_t c = 0; c < a.dim; ++c) q.delta[i] += widen(gradient[c]) * widen(out[c]);
+      double delta = 0;  // its error would be that of a whole row of ds
+      for (int64_t c = 0; c < a.dim; ++c)
+        delta += static_cast<double>(widen(gradient[c])) * widen(out[c]);
+      q.delta[i] = static_cast<A>(delta);
     }
     fill<A>(q.grad_queries, round_up(plan.query_block, kBlockRows) * plan.width, 0);
   }
@@ -196,7 +215,7 @@ struct AttentionBackward {
       product<A>(keys, queries, a.dim, {k.values, width, 1}, q.grad_out_t, stride, false,
                  k.grad_scores, stride);
     for (int64_t i = 0; i < queries; i += kLanes<A>)
-      softmax_gradient<A>(block, stride, i, q, k.scores, k.grad_scores);
+      softmax_gradient<A>(block, keys == plan.tokens, stride, i, q, k.scores, k.grad_scores);
     if (g.v)
       product<A>(keys, width, queries, {k.scores, stride, 1}, q.grad_out, width, true,
                  k.grad_values, width);

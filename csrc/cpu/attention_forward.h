@@ -1,7 +1,6 @@
 // o = softmax(scale q k^T + rel_h + rel_w) v, one tile of scores at a time.
 #pragma once
 
-#include <cmath>
 #include <limits>
 
 #include "attention_plan.h"
@@ -55,10 +54,15 @@ inline void softmax_step(const KeyBlock& keys, int64_t stride, const A* rel_h, c
   }
   const Vec<A> shift = top == broadcast(kLowest<A>) ? Vec<A>{} : top;
   Vec<A> total = {};
-  for (int64_t j = 0; j < keys.count; ++j) {
-    const Vec<A> e = exponential<A>(load(scores + j * stride) - shift);
-    store<A>(scores + j * stride, e);
-    total += e;
+  for (int64_t k = 0; k < keys.rows; ++k) {
+    Vec<A> row_total = {};  // short sums of short sums are more accurate
+    for (int64_t l = 0; l < keys.columns; ++l) {
+      A* at = scores + (k * keys.columns + l) * stride;
+      const Vec<A> e = exponential<A>(load(at) - shift);
+      store<A>(at, e);
+      row_total += e;
+    }
+    total += row_total;
   }
   const Vec<A> kept = exponential<A>(before - shift);
   store<A>(keep, kept);
@@ -87,7 +91,7 @@ void forward_tile(const AttentionPlan& plan, const KeyBlock& keys, int64_t queri
 
 template <typename S>
 void forward_block(const AttentionPlan& plan, int64_t head, const QueryBlock& queries,
-                   const ForwardScratch<AccumulatorOf<S>>& scratch, void* o, void* lse) {
+                   const ForwardScratch<AccumulatorOf<S>>& scratch, void* o, void* softmax) {
   using A = AccumulatorOf<S>;
   const Attention& a = plan.a;
   load_transposed<S, A>({a.q, a, head}, queries.first, queries.count, a.dim,
@@ -100,17 +104,18 @@ void forward_block(const AttentionPlan& plan, int64_t head, const QueryBlock& qu
   fill<A>(scratch.sum, plan.stride, 0);
   for (int64_t b = 0; b < plan.key_blocks(); ++b)
     forward_tile<A>(plan, plan.keys_of(b), queries.count, b == 0, scratch);
+  A* maximum = static_cast<A*>(softmax) + head * plan.tokens + queries.first;
+  A* sum = maximum + plan.images_heads * plan.tokens;
   for (int64_t i = 0; i < queries.count; ++i) {
-    const int64_t token = queries.first + i;
-    store_rows<S, A>(scratch.out + i * plan.width, plan.width, 1, 1 / scratch.sum[i], a, head,
-                     token, o);
-    static_cast<A*>(lse)[head * plan.tokens + token] =
-        scratch.maximum[i] + static_cast<A>(log(static_cast<double>(scratch.sum[i])));
+    maximum[i] = scratch.maximum[i];
+    sum[i] = scratch.sum[i];
+    store_rows<S, A>(scratch.out + i * plan.width, plan.width, 1, 1 / sum[i], a, head,
+                     queries.first + i, o);
   }
 }
 
 template <typename S>
-void attention_forward(const Attention& a, void* o, void* lse) {
+void attention_forward(const Attention& a, void* o, void* softmax) {
   using A = AccumulatorOf<S>;
   const auto plan = AttentionPlan::of<A>(a);
   parallel_tasks(plan.tasks, [&](int64_t first, int64_t last) {
@@ -124,7 +129,7 @@ void attention_forward(const Attention& a, void* o, void* lse) {
         loaded = head;
       }
       for (int64_t q = plan.first_of_part(part); q < plan.first_of_part(part + 1); ++q)
-        forward_block<S>(plan, head, plan.queries_of(q), scratch, o, lse);
+        forward_block<S>(plan, head, plan.queries_of(q), scratch, o, softmax);
     }
   });
 }

@@ -129,20 +129,21 @@ struct Attention {
 // What the backward of attention gets besides the operands, and what it writes.
 struct AttentionGradients {
   Tokens grad_o, o;
-  const void* lse;      // (B, heads, N), in the dtype of sums
+  const void* softmax;  // what the forward wrote
   void *q, *k, *v;      // (B, N, heads, dim)
   void *rel_h, *rel_w;  // (B, heads, N, height) and (B, heads, N, width)
 
   template <typename Arguments>
   void read_from(Arguments& a) {
-    a.read(grad_o, o, lse, q, k, v, rel_h, rel_w);
+    a.read(grad_o, o, softmax, q, k, v, rel_h, rel_w);
   }
 };
 
 // The kernels of attention. They use wider vectors than the others.
 struct AttentionKernels {
-  // o (B, N, heads, dim); lse (B, heads, N) in the dtype of sums
-  void (*forward)(const Attention&, void* o, void* lse);
+  // o (B, N, heads, dim). softmax (2, B, heads, N), in the dtype of sums: the largest score of each
+  // query, and the sum of exp(score - largest).
+  void (*forward)(const Attention&, void* o, void* softmax);
   void (*backward)(const Attention&, const AttentionGradients&);
 };
 

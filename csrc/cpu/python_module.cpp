@@ -118,9 +118,9 @@ PyObject* folded_cell(PyObject*, PyObject* const* values, Py_ssize_t count) {
 PyObject* attention_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments a(values, count);
   Attention attention;
-  void *o, *lse;
-  a.read(attention, o, lse);
-  return compute(a, [&] { kernels->attention->forward(attention, o, lse); });
+  void *o, *softmax;
+  a.read(attention, o, softmax);
+  return compute(a, [&] { kernels->attention->forward(attention, o, softmax); });
 }
 
 PyObject* attention_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {

@@ -20,10 +20,10 @@ class CPUAttention:
     """The operators of attention over the C++ kernels."""
 
     def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> tuple[Tensor, Tensor]:
-        o, lse = empty_results(operands)
+        o, softmax = empty_results(operands)
         operands = _readable(operands)
-        _C.attention_forward(*_arguments(operands, scale), o.data_ptr(), lse.data_ptr())
-        return o, lse
+        _C.attention_forward(*_arguments(operands, scale), o.data_ptr(), softmax.data_ptr())
+        return o, softmax
 
     def rel_pos_attention_backward(
         self, grad_o: Tensor, saved: SavedAttention, need: AttentionNeed
@@ -32,12 +32,12 @@ class CPUAttention:
         gradients = empty_gradients(saved.operands, need)
         operands = _readable(saved.operands)
         grad_o, o = (_with_contiguous_features(t) for t in (grad_o, saved.o))
-        lse = saved.lse.contiguous()
+        softmax = saved.softmax.contiguous()
         outputs = [t.data_ptr() if needed else 0 for t, needed in zip(gradients, need, strict=True)]
         _C.attention_backward(
             *_arguments(operands, saved.scale),
             *_tokens((grad_o, o)),
-            lse.data_ptr(),
+            softmax.data_ptr(),
             *outputs,
         )
         return gradients
