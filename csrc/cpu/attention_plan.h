@@ -123,13 +123,16 @@ template <typename S, typename A>
 void load_transposed(const HeadRows<S>& rows, int64_t first, int64_t count, int64_t features,
                      A scale, A* out, int64_t stride) {
   for (int64_t i = 0; i < count; i += kLanes<A>) {
+    const S* from = rows[first + i];
     const int64_t own = smaller(kLanes<A>, count - i);
-    const S* from[kLanes<A>];
-    for (int64_t j = 0; j < kLanes<A>; ++j) from[j] = rows[first + i + smaller(j, own - 1)];
     for (int64_t c = 0; c < features; ++c) {
-      A values[kLanes<A>];
-      for (int j = 0; j < kLanes<A>; ++j) values[j] = scale * widen(from[j][c]);
-      store<A>(out + c * stride + i, first_lanes<A>(load(values), own));
+      A* to = out + c * stride + i;
+      if (own == kLanes<A>) {
+        for (int j = 0; j < kLanes<A>; ++j) to[j] = scale * widen(from[j * rows.stride + c]);
+      } else {
+        for (int64_t j = 0; j < own; ++j) to[j] = scale * widen(from[j * rows.stride + c]);
+        for (int64_t j = own; j < kLanes<A>; ++j) to[j] = 0;
+      }
     }
   }
 }
