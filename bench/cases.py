@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -229,22 +229,24 @@ def layer_operations(shape: Shape, rank: int, direction: str) -> int:
 # ---- The gate ----------------------------------------------------------------------------------
 
 
-def gate(works: dict[str, Work], setting: Setting = CPU) -> str | None:
-    """Why the kernels' results must not be timed, or None: held against the reference.
+def gate(works: Mapping[str, Work], setting: Setting = CPU, judge: str = "reference") -> str | None:
+    """Why the kernels' results must not be timed, or None: held against those of ``judge``.
 
     Differences are relative, in the Frobenius norm. Sums over thousands of pixels differ by about
     1e-6 in float32; 16-bit maps by a few units of 2^-8, and more where another pixel becomes the
     largest by rounding.
     """
     bound = 1e-4 if setting.dtype.itemsize >= 4 else 5e-2
-    names = ["output", *(f"gradient {i}" for i in range(len(works["reference"].leaves)))]
-    references = (works["reference"].forward(), *works["reference"].both())
+    names = ["output", *(f"gradient {i}" for i in range(len(works[judge].leaves)))]
+    references = (works[judge].forward(), *works[judge].both())
     for kernel in setting.kernels:
         results = (works[kernel].forward(), *works[kernel].both())
         for name, result, reference in zip(names, results, references, strict=True):
             error = (result - reference).float().norm() / reference.float().norm()
             if not error < bound:
-                return f"{kernel}: the {name} differs from the reference by {error:.1e} of its norm"
+                return (
+                    f"{kernel}: the {name} differs from that of {judge} by {error:.1e} of its norm"
+                )
     return None
 
 

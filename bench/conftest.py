@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 
-from bench import cases, models, suite, timing
+from bench import attention, cases, models, suite, timing
 from bench.models import Setting
 from naslora.methods import METHODS
 from naslora.sam.encoders import VITS, ViT
@@ -24,8 +24,8 @@ def measure(benchmark):
     With --benchmark-disable, as in CI, everything runs once, untimed.
     """
 
-    def run(works, competitor, direction, moved_bytes, operations):
-        refusal = cases.gate(works)
+    def run(works, competitor, direction, moved_bytes, operations, judge="reference"):
+        refusal = cases.gate(works, judge=judge)
         assert refusal is None, f"not timed, the kernels are wrong: {refusal}"
         benchmark(works[competitor].function(direction))
         benchmark.extra_info.update(environment(), bytes=moved_bytes, operations=operations)
@@ -87,6 +87,9 @@ def pytest_generate_tests(metafunc):
     methods, compiled = _listed(config, "methods"), _listed(config, "compiled")
     if "setting" in metafunc.fixturenames:
         metafunc.parametrize("setting", _settings(config), ids=str, scope="session")
+    if "attention_case" in metafunc.fixturenames:
+        found = [attention.TINY] if _runs_once(config) else attention.CASES
+        metafunc.parametrize("attention_case", found, ids=attention.case_name)
     if "training" in metafunc.fixturenames:
         pairs = models.training_names(methods, compiled)
         metafunc.parametrize("training", pairs, ids=" ".join)

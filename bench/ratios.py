@@ -7,22 +7,53 @@ kernels fail the correctness gate are refused, and the exit status is 1.
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-from bench import cases, timing
+from bench import attention, cases, timing
 
-# Ratios that the design asks for, over forward + backward: {kind: {(shape, rank): {name: ratio}}}.
-# "frozen linear" is the other way round: the fused layer takes at most 1.06 x its time.
+# Ratios that the design asks for: {(kind, shape, rank or heads, direction): {name: ratio}}. "frozen
+# linear" is the other way round: the fused layer takes at most 1.06 x its time.
 TARGETS = {
-    ("cell", cases.WINDOWS, 3): {"reference": 6.0, "reference compiled": 4.0},
-    ("cell", cases.GLOBAL, 3): {"reference": 6.0, "reference compiled": 4.0},
-    ("cell", cases.WINDOWS, 24): {"reference": 3.0, "reference compiled": 3.0},
-    ("layer", cases.WINDOWS, 3): {"frozen linear": 1 / 1.06},
+    ("cell", cases.WINDOWS, 3, "both"): {"reference": 6.0, "reference compiled": 4.0},
+    ("cell", cases.GLOBAL, 3, "both"): {"reference": 6.0, "reference compiled": 4.0},
+    ("cell", cases.WINDOWS, 24, "both"): {"reference": 3.0, "reference compiled": 3.0},
+    ("layer", cases.WINDOWS, 3, "both"): {"frozen linear": 1 / 1.06},
+    ("attention", cases.GLOBAL, attention.HEADS, "both"): {attention.STOCK: 2.2},
+    ("attention", cases.GLOBAL, attention.HEADS, "forward"): {attention.STOCK: 2.0},
+    ("attention", cases.WINDOWS, attention.HEADS, "both"): {attention.STOCK: 1.15},
+    ("attention", cases.WINDOWS, attention.HEADS, "forward"): {attention.STOCK: 1.2},
 }
+
+
+class Kind(NamedTuple):
+    """One kind of work: its cases, and functions of a case."""
+
+    cases: Sequence[tuple]
+    name: Callable[[tuple], str]
+    works: Callable[..., Mapping[str, cases.Work]]
+    least_bytes: Callable[..., int]
+    operations: Callable[..., int]
+    judge: str = "reference"
+
+
 KINDS = {
-    "cell": (cases.CELL_CASES, cases.cell_works, cases.cell_bytes, cases.cell_operations),
-    "layer": (cases.CASES, cases.layer_works, cases.layer_bytes, cases.layer_operations),
+    "cell": Kind(
+        cases.CELL_CASES, cases.case_name, cases.cell_works, cases.cell_bytes, cases.cell_operations
+    ),
+    "layer": Kind(
+        cases.CASES, cases.case_name, cases.layer_works, cases.layer_bytes, cases.layer_operations
+    ),
+    "attention": Kind(
+        attention.CASES,
+        attention.case_name,
+        attention.works,
+        attention.least_bytes,
+        attention.operations,
+        attention.STOCK,
+    ),
 }
 
 
@@ -40,8 +71,8 @@ def main() -> int:
     )
     good = True
     for kind in arguments.kinds:
-        for case in KINDS[kind][0]:
-            if arguments.only in f"{kind} {cases.case_name(case)}":
+        for case in KINDS[kind].cases:
+            if arguments.only in f"{kind} {KINDS[kind].name(case)}":
                 for direction in arguments.directions:
                     good &= report(kind, case, direction, arguments.rounds, bandwidth)
     return 0 if good else 1
@@ -59,25 +90,25 @@ def parse_arguments() -> argparse.Namespace:
 
 def report(kind: str, case: tuple, direction: str, rounds: int, bandwidth: float) -> bool:
     """Times one case and prints its rows; whether it passed the gate and met its targets."""
-    _, make_works, least_bytes, least_operations = KINDS[kind]
-    name = f"{kind} {cases.case_name(case)}"
-    works = make_works(*case)
-    refusal = cases.gate(works)
+    about = KINDS[kind]
+    name = f"{kind} {about.name(case)}"
+    works = about.works(*case)
+    refusal = cases.gate(works, judge=about.judge)
     if refusal is not None:
         print(f"| {name} | {direction} | refused: {refusal} |" + " |" * 8)
         return False
     functions = {competitor: work.function(direction) for competitor, work in works.items()}
     seconds = timing.interleave(functions, rounds)
-    targets = TARGETS.get((kind, *case), {}) if direction == "both" else {}
+    targets = TARGETS.get((kind, *case, direction), {})
     good = True
     for competitor, own in seconds.items():
         times = timing.Times.of(own)
         row = [name, direction, competitor]
         row += [f"{1e3 * t:.3f}" for t in (times.p20, times.p50, times.p80)]
         if competitor == "cpp":
-            moved = least_bytes(*case, direction)
+            moved = about.least_bytes(*case, direction)
             reached = moved / times.p50 / bandwidth
-            operations = least_operations(*case, direction)
+            operations = about.operations(*case, direction)
             row += ["", "", f"{moved / 1e6:.2f}", f"{operations / 1e6:.1f}", f"{reached:.2f}"]
         else:
             ratios = timing.Times.of(

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 
 # Best first: the automatic choice takes the first backend that serves the tensors.
 BACKENDS = ("cuda", "triton", "cpp", "reference")
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 class Backend(Protocol):
     """The functions of a backend's module.
 
-    The last four compute what the functions of the same names in ``functional.py`` document, on
-    arguments that have been checked.
+    The last five compute what the functions of the same names in ``functional.py`` document, on
+    arguments that have been checked. A backend may lack some of them: it then does not serve them.
     """
 
     def unavailable_reason(self) -> str | None:
@@ -53,6 +53,8 @@ class Backend(Protocol):
     def folded_linear(
         self, x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
     ) -> Tensor: ...
+
+    def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> Tensor: ...
 
 
 # The modules that ``_load`` has imported, by the backend's name.
@@ -90,26 +92,27 @@ def build_info() -> dict[str, object]:
     return functools.reduce(operator.or_, parts.values(), info)
 
 
-def select_backend(x: Tensor, requested: str | None) -> Backend:
-    """Returns the backend that computes on tensors like ``x``.
+def select_backend(x: Tensor, requested: str | None, function: str) -> Backend:
+    """Returns the backend that computes a function on tensors like ``x``.
 
     Args:
         x: a tensor with the device and dtype of the call.
         requested: a backend's name. None takes NASLORA_BACKEND if it is set, else the best backend
             that serves the tensors.
+        function: the name of the function.
 
     Raises:
         TypeError: the name is no string.
         ValueError: no backend has the name.
         RuntimeError: the named backend cannot serve the call. The message says why.
     """
-    return _loaded[_select(x.device.type, x.dtype, requested)]
+    return _loaded[_select(x.device.type, x.dtype, requested, function)]
 
 
-def _select(device_type: str, dtype: torch.dtype, requested: str | None) -> str:
+def _select(device_type: str, dtype: torch.dtype, requested: str | None, function: str) -> str:
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"backend: expected a name or None, got {type(requested).__name__}")
-    return _choose(device_type, dtype, requested or os.environ.get(ENVIRONMENT_VARIABLE))
+    return _choose(device_type, dtype, requested or os.environ.get(ENVIRONMENT_VARIABLE), function)
 
 
 # torch.compiler.assume_constant_result sets the same attribute, but calling it would import the
@@ -118,22 +121,27 @@ _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(device_type: str, dtype: torch.dtype, named: str | None) -> str:
+def _choose(device_type: str, dtype: torch.dtype, named: str | None, function: str) -> str:
     if not named:
         candidates = [n for n in BACKENDS if device_type != "cpu" or n not in GPU_BACKENDS]
-        name = next(n for n in candidates if _refusal(n, device_type, dtype) is None)
-        logger.info("NAS-LoRA computes %s on %s with backend %r", dtype, device_type, name)
+        name = next(n for n in candidates if _refusal(n, device_type, dtype, function) is None)
+        logger.info(
+            "NAS-LoRA computes %s, %s on %s, with backend %r", function, dtype, device_type, name
+        )
         return name
     if named not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {named!r}")
-    reason = _refusal(named, device_type, dtype)
+    reason = _refusal(named, device_type, dtype, function)
     if reason is not None:
         raise RuntimeError(f"backend {named!r} cannot serve this call: {reason}")
     return named
 
 
-def _refusal(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    return _unavailable_reason(name) or _load(name).unsupported_reason(device_type, dtype)
+def _refusal(name: str, device_type: str, dtype: torch.dtype, function: str) -> str | None:
+    reason = _unavailable_reason(name) or _load(name).unsupported_reason(device_type, dtype)
+    if reason is None and not hasattr(_load(name), function):
+        return f"it does not compute {function}"
+    return reason
 
 
 @functools.cache

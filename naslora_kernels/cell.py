@@ -1,4 +1,4 @@
-"""The tensors of a cell and of the linear layer around it, as named tuples.
+"""The tensors of a cell, of the linear layer around it and of attention, as named tuples.
 
 The public functions build these tuples once. Checks and backends take them whole.
 """
@@ -57,3 +57,18 @@ class LoRALinear(NamedTuple):
     """(r, C_in) the encoder W_e."""
     lora_B: Tensor
     """(C_out, r) the decoder W_d."""
+
+
+class AttentionOperands(NamedTuple):
+    """The differentiable arguments of attention. d are the features of a head, N = H W tokens."""
+
+    q: Tensor
+    """(B, heads, N, d)."""
+    k: Tensor
+    """(B, heads, N, d)."""
+    v: Tensor
+    """(B, heads, N, d)."""
+    rel_h: Tensor
+    """(B, heads, N, H): what each query adds to the scores of each row of keys."""
+    rel_w: Tensor
+    """(B, heads, N, W): what each query adds to the scores of each column of keys."""

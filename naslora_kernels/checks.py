@@ -11,7 +11,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE, OPERATIONS
 from naslora_kernels.tensors import DTYPES
 
@@ -94,17 +94,59 @@ def check_folded_linear(
     check_folded_cell("x", x, kernel, average, maximum, c)
 
 
+def check_attention(
+    operands: AttentionOperands, grid: tuple[int, int], scale: float | None
+) -> None:
+    """Checks the arguments of ``rel_pos_attention``.
+
+    Raises:
+        TypeError, ValueError: as ``rel_pos_attention`` documents.
+    """
+    q = operands.q
+    _check_dtype("q", q)
+    if q.dim() != 4 or 0 in q.shape[1:]:
+        raise ValueError(
+            "q: expected shape (B, heads, N, d) with heads, N and d at least 1, got "
+            f"{tuple(q.shape)}"
+        )
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(map(_is_integer, grid)):
+        raise TypeError(f"grid: expected two integers (H, W), got {grid!r}")
+    height, width = grid
+    if height < 1 or width < 1 or height * width != q.shape[2]:
+        raise ValueError(
+            f"grid: expected (H, W) with H W = {q.shape[2]}, the tokens of q, got {tuple(grid)}"
+        )
+    sizes = {"k": q.shape[3], "v": q.shape[3], "rel_h": height, "rel_w": width}
+    for (name, size), tensor in zip(sizes.items(), operands[1:], strict=True):
+        _check_tensor(name, tensor)
+        _check_same_dtype(name, tensor, q, "q")
+        expected = (*q.shape[:3], size)
+        if tensor.shape != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(
+                f"{name}: expected device {q.device}, the device of q, got {tensor.device}"
+            )
+    if scale is not None:
+        _check_number("scale", scale)
+
+
+def _is_integer(value: object) -> bool:
+    # torch.compile passes sizes that it does not know as SymInt.
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
 def _check_linear(x: Tensor, linear: LoRALinear) -> int:
     """Checks x, a linear layer and the two matrices of its adapter. Returns the rank."""
     _check_grid("x", x)
     c_in = x.shape[-1]
     weight, bias, lora_A, lora_B = linear
     _check_matrix("weight", weight, ("C_out", c_in), x)
-    _check_same_dtype("weight", weight, x)
+    _check_same_dtype("weight", weight, x, "x")
     c_out = weight.shape[0]
     if bias is not None:
         _check_parameter("bias", bias, (c_out,), x, "x")
-        _check_same_dtype("bias", bias, x)
+        _check_same_dtype("bias", bias, x, "x")
     _check_matrix("lora_A", lora_A, ("r", c_in), x)
     rank = lora_A.shape[0]
     if rank == 0:
@@ -129,13 +171,18 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
 
 
-def _check_grid(name: str, value: Tensor) -> None:
-    """Checks a channels-last map of a dtype that the backends compute."""
+def _check_dtype(name: str, value: Tensor) -> None:
+    """Checks a tensor of a dtype that the backends compute."""
     _check_tensor(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}"
         )
+
+
+def _check_grid(name: str, value: Tensor) -> None:
+    """Checks a channels-last map of a dtype that the backends compute."""
+    _check_dtype(name, value)
     if value.dim() != 4 or 0 in value.shape[1:]:
         raise ValueError(
             f"{name}: expected a channels-last map (B, H, W, channels) with H, W and channels at "
@@ -176,9 +223,9 @@ def _check_matrix(name: str, value: Tensor, shape: tuple[str, int], x: Tensor) -
     _check_parameter(name, value, tuple(value.shape), x, "x")
 
 
-def _check_same_dtype(name: str, value: Tensor, x: Tensor) -> None:
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name}: expected {x.dtype} to go with x, got {value.dtype}")
+def _check_same_dtype(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype} to go with {like_name}, got {value.dtype}")
 
 
 def _check_channels(channels: Tensor, rank: int, device: torch.device, like_name: str) -> int:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from naslora_kernels.backends import select_backend
-from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 from naslora_kernels.checks import (
+    check_attention,
     check_cell,
     check_folded_cell,
     check_folded_linear,
@@ -75,7 +76,7 @@ def mixed_cell(
     """
     cell = Cell(alpha, (dw_sep3, dw_sep5, dw_dil3, dw_dil5), pw, channels)
     check_cell("z", z, cell)
-    return select_backend(z, backend).mixed_cell(z, cell)
+    return select_backend(z, backend, "mixed_cell").mixed_cell(z, cell)
 
 
 def nas_lora_linear(
@@ -125,7 +126,9 @@ def nas_lora_linear(
     linear = LoRALinear(weight, bias, lora_A, lora_B)
     cell = Cell(alpha, (dw_sep3, dw_sep5, dw_dil3, dw_dil5), pw, channels)
     check_layer(x, linear, cell, scaling)
-    return select_backend(x, backend).nas_lora_linear(x, linear, cell, float(scaling))
+    return select_backend(x, backend, "nas_lora_linear").nas_lora_linear(
+        x, linear, cell, float(scaling)
+    )
 
 
 def folded_cell(
@@ -159,7 +162,9 @@ def folded_cell(
     """
     check_folded_cell("z", z, kernel, average, maximum)
     backend = "reference" if _needs_reference(z, kernel) else backend
-    return select_backend(z, backend).folded_cell(z, kernel, float(average), float(maximum))
+    return select_backend(z, backend, "folded_cell").folded_cell(
+        z, kernel, float(average), float(maximum)
+    )
 
 
 def folded_linear(
@@ -198,9 +203,63 @@ def folded_linear(
     linear = LoRALinear(weight, bias, lora_A, lora_B)
     check_folded_linear(x, linear, kernel, average, maximum)
     backend = "reference" if _needs_reference(x, *linear, kernel) else backend
-    return select_backend(x, backend).folded_linear(
+    return select_backend(x, backend, "folded_linear").folded_linear(
         x, linear, kernel, float(average), float(maximum)
     )
+
+
+def rel_pos_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    grid: tuple[int, int],
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Computes SAM's attention with decomposed relative positions.
+
+    For queries ij and keys kl of an (H, W) grid of N = H W tokens in row-major order:
+
+        S[ij, kl] = scale q_ij k_kl + rel_h[ij, k] + rel_w[ij, l]
+        o = softmax(S) v
+
+    The result is differentiable in q, k, v, rel_h and rel_w. S is not kept: the backward recomputes
+    it, tile by tile. 16-bit operands are accumulated in float32. Under autocast, the operands are
+    cast to its dtype unless they are float64. NaN and infinity make the same elements of o NaN or
+    infinite as in the reference.
+
+    Args:
+        q: (B, heads, N, d) queries in float32, float64, bfloat16 or float16. Any strides. B may be
+            0. Nothing is copied if the features are contiguous, as those of a joint projection are.
+        k, v: (B, heads, N, d) keys and values, in the dtype of q.
+        rel_h: (B, heads, N, H) what a query adds to its scores for each row of keys, in the dtype
+            of q. SAM's is q_ij R_h[i - k], with q not scaled.
+        rel_w: (B, heads, N, W) the same for each column of keys.
+        grid: (H, W).
+        scale: the factor of q k^T. None takes d ** -0.5.
+        backend: as in ``mixed_cell``. Backends of GPUs do not compute this function yet; the
+            PyTorch reference, which keeps S, computes there.
+
+    Returns:
+        o (B, heads, N, d) in the dtype of q, or of autocast if it is enabled. Its memory may be
+        laid out as (B, N, heads, d), so that joining the heads copies nothing.
+
+    Raises:
+        TypeError: an argument is not a tensor or has a wrong dtype, or grid is no pair of integers.
+        ValueError: an argument has a wrong shape or device, or the backend is unknown.
+        RuntimeError: as ``mixed_cell``.
+    """
+    operands = AttentionOperands(q, k, v, rel_h, rel_w)
+    dtype = _autocast_dtype(q)
+    if dtype is not None:
+        operands = AttentionOperands(*(_cast(tensor, dtype) for tensor in operands))
+    check_attention(operands, grid, scale)
+    scale = operands.q.shape[-1] ** -0.5 if scale is None else float(scale)
+    serving = select_backend(operands.q, backend, "rel_pos_attention")
+    return serving.rel_pos_attention(operands, scale)
 
 
 def _needs_reference(*tensors: Tensor | None) -> bool:
@@ -214,11 +273,16 @@ def _autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts the arguments of a linear layer as autocast does. float64 is not cast."""
-    device = x.device.type if isinstance(x, Tensor) else "cpu"  # not checked yet
-    if not torch.is_autocast_enabled(device):
+    dtype = _autocast_dtype(x)
+    if dtype is None:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
     return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def _autocast_dtype(like: Tensor) -> torch.dtype | None:
+    """Returns the dtype to which autocast casts on a tensor's device; None if it is disabled."""
+    device = like.device.type if isinstance(like, Tensor) else "cpu"  # not checked yet
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.naslora_<backend>.*`` and the autograd functions around them.
+"""The operators of the cell, ``torch.ops.naslora_<backend>.*``, and their autograd functions.
 
 Every compiled backend has the same six operators in a namespace of its own, so that several
 backends can serve one device. This module states their schemas and their shapes (for torch.compile
@@ -9,7 +9,7 @@ Backward operators take one flag per gradient. A gradient that is not needed is 
 empty tensor takes its place.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -213,16 +213,39 @@ def define_operators(backend: str, kernels: Kernels, dispatch_key: str) -> torch
     Returns:
         The library. The operators exist as long as it does.
     """
-    namespace = f"naslora_{backend}"
-    library = torch.library.Library(namespace, "DEF")
     implementations, shapes = flat_kernels(kernels), flat_kernels(_Shapes())
-    for name, schema in _SCHEMAS.items():
+    library, operators = define(backend, _SCHEMAS, implementations, shapes, dispatch_key)
+    OPERATORS[backend] = Operators(*operators)
+    return library
+
+
+def define(
+    backend: str,
+    schemas: Mapping[str, str],
+    implementations: Mapping[str, Callable[..., Any]],
+    shapes: Mapping[str, Callable[..., Any]],
+    dispatch_key: str,
+) -> tuple[torch.library.Library, list[OpOverload]]:
+    """Defines operators in the namespace of a backend.
+
+    Args:
+        backend: the end of the namespace.
+        schemas: the arguments and results, by operator.
+        implementations: what the operators compute, by operator.
+        shapes: the results as uninitialised tensors, by operator.
+        dispatch_key: the key of PyTorch's dispatcher that the implementations serve.
+
+    Returns:
+        The library, and the operators in the order of ``schemas``. They exist as long as it does.
+    """
+    namespace = f"naslora_{backend}"
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for name, schema in schemas.items():
         library.define(name + schema)
         library.impl(name, implementations[name], dispatch_key)
         torch.library.register_fake(f"{namespace}::{name}", shapes[name], lib=library)
     defined = getattr(torch.ops, namespace)
-    OPERATORS[backend] = Operators(*(getattr(defined, name).default for name in _SCHEMAS))
-    return library
+    return library, [getattr(defined, name).default for name in schemas]
 
 
 def unsupported(served: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -249,7 +272,7 @@ class MixedCell(torch.autograd.Function):
         gradients = OPERATORS[ctx.backend].mixed_cell_backward(
             grad_y, z, *Cell.unflatten(cell), needed[0], needed[1], any(needed[2:])
         )
-        return (None, *_only(gradients, needed), None)
+        return (None, *only(gradients, needed), None)
 
 
 class NASLoRALinear(torch.autograd.Function):
@@ -290,12 +313,12 @@ class NASLoRALinear(torch.autograd.Function):
             grad_x if need_x else None,
             grad_rows.t() @ x.flatten(0, -2) if need_weight else None,
             grad_rows.sum(0) if need_bias else None,
-            *_only(gradients, needed),
+            *only(gradients, needed),
             None,
         )
 
 
-def _only(gradients: Iterable[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+def only(gradients: Iterable[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
     """Replaces every gradient that is not needed with None."""
     return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The definition of correct: the mixed cell and the adapter layer in readable PyTorch.
+"""The definition of correct: cell, adapter layer and attention in readable PyTorch.
 
 Every other backend is tested against these functions. They run on any device, in any float dtype,
 under autograd and torch.compile. They trust their arguments: ``functional.py`` has checked them.
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 from naslora_kernels.operations import AVG_POOL, CONVOLUTIONS, MAX_POOL, SKIP
 from naslora_kernels.tensors import ACCUMULATORS
 
@@ -87,3 +87,16 @@ def folded_linear(
         z = F.linear(x, lora_A.to(x.dtype))  # (B, H, W, c)
         y = folded_cell(z, kernel, average, maximum)
         return F.linear(x, weight, bias) + F.linear(y, lora_B.to(x.dtype))
+
+
+def rel_pos_attention(operands: AttentionOperands, scale: float) -> Tensor:
+    """o = softmax(S) v with S[ij, kl] = scale q_ij k_kl + rel_h[ij, k] + rel_w[ij, l].
+
+    16-bit inputs are computed in float32 and rounded once, at the end.
+    """
+    dtype = operands.q.dtype
+    q, k, v, rel_h, rel_w = (tensor.to(ACCUMULATORS[dtype]) for tensor in operands)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q * scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
+        bias = rel_h[..., :, None] + rel_w[..., None, :]  # (B, heads, N, H, W)
+        return ((scores + bias.flatten(-2)).softmax(-1) @ v).to(dtype)

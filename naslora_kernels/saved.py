@@ -10,9 +10,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from naslora_kernels.attention import SavedAttention
 from naslora_kernels.cell import Cell
 from naslora_kernels.operations import CONVOLUTIONS, OPERATIONS
 from naslora_kernels.ops import SavedLayer
+from naslora_kernels.tensors import ACCUMULATORS
 
 _CELL_NAMES = ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5", "pw")
 _Expected = tuple[str, Tensor, tuple[int, ...]]  # name, tensor, shape
@@ -47,6 +49,26 @@ def check_saved_layer(grad_h: Tensor, saved: SavedLayer) -> None:
     if x is not None:
         expected.append(("x", x, (*grid, c_in)))
     _check(grad_h, expected, maps=("x", "z", "weight"))
+
+
+def check_saved_attention(grad_o: Tensor, saved: SavedAttention) -> None:
+    """Checks what ``rel_pos_attention`` saved, against the gradient of its result.
+
+    Raises:
+        RuntimeError: as ``check_saved_cell``.
+    """
+    operands, o, softmax, _ = saved
+    shape = tuple(grad_o.shape)
+    rows = shape[:3]  # (B, heads, N)
+    height, width = operands.rel_h.shape[-1:], operands.rel_w.shape[-1:]
+    shapes = (shape, shape, shape, (*rows, *height), (*rows, *width))
+    expected: list[_Expected] = list(zip(operands._fields, operands, shapes, strict=True))
+    expected += [("o", o, shape), ("softmax", softmax, (2, *rows))]
+    _check(grad_o, expected, maps=(*operands._fields, "o"))
+    if height[0] * width[0] != rows[2]:
+        raise _changed("rel_h, rel_w", f"expected H W = {rows[2]}, got {height[0]} and {width[0]}")
+    if softmax.dtype != ACCUMULATORS[grad_o.dtype]:
+        raise _changed("softmax", f"expected {ACCUMULATORS[grad_o.dtype]}, got {softmax.dtype}")
 
 
 def _cell(cell: Cell) -> list[_Expected]:

@@ -208,6 +208,20 @@ def layer_case(grid, c_in, c_out, rank, c, seed=0, bias=True, scaling=1.5):
     return Case("nas_lora_linear", {**arguments, **parameters}, options, draw(*grid, c_out))
 
 
+def attention_case(batch, heads, grid, features, seed=0):
+    """A random ``rel_pos_attention`` in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = grid
+    rows = (batch, heads, height * width)
+
+    def draw(size):
+        return torch.randn(*rows, size, generator=generator, dtype=torch.float64)
+
+    sizes = {"q": features, "k": features, "v": features, "rel_h": height, "rel_w": width}
+    arguments = {name: draw(size) for name, size in sizes.items()}
+    return Case("rel_pos_attention", arguments, {"grid": grid}, draw(features))
+
+
 def assert_as_good_as_reference(target, case, needed=None, ratios=None):
     """Kernels err at most twice as much as the reference in the same dtype.
 

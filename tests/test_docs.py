@@ -38,6 +38,7 @@ FLOORS = {
     "naslora_kernels": (
         {"cell", "operations", "tensors"},
         {"ops"},
+        {"attention"},
         {"saved"},
         {"launches"},
         {"cpp", "cuda", "triton", "reference"},

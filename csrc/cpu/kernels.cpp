@@ -1,5 +1,5 @@
-// The CPU kernels for one instruction set. setup.py compiles this file once for each, with
-// NASLORA_ISA (its name) and NASLORA_VECTOR_BYTES (the size of its vectors) defined.
+// The CPU kernels for one instruction set, without attention. setup.py compiles this file once for
+// each, with NASLORA_ISA (its name) and NASLORA_VECTOR_BYTES (the size of its vectors) defined.
 #include "kernels.h"
 
 #include "cell_backward.h"
@@ -36,8 +36,12 @@ void update(const FoldedUpdate& p) {
 #define NASLORA_QUOTE(text) #text
 #define NASLORA_NAME(isa) NASLORA_QUOTE(isa)
 
+#define NASLORA_ATTENTION(isa) NASLORA_JOIN(attention_, isa)
+
+extern const AttentionKernels NASLORA_ATTENTION(NASLORA_ISA);
 extern const Kernels NASLORA_KERNELS(NASLORA_ISA);
 const Kernels NASLORA_KERNELS(NASLORA_ISA) = {
-    NASLORA_NAME(NASLORA_ISA), forward, backward, folded, pass, expand, update};
+    NASLORA_NAME(NASLORA_ISA),      forward, backward, folded, pass, expand, update,
+    &NASLORA_ATTENTION(NASLORA_ISA)};
 
 }  // namespace naslora

@@ -102,6 +102,51 @@ struct FoldedUpdate {
   }
 };
 
+// A tensor (B, heads, N, features) of which the features are contiguous.
+struct Tokens {
+  const void* data;
+  int64_t stride[3];
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(data, stride);
+  }
+};
+
+// Attention with decomposed relative positions over a grid of N = height * width tokens.
+struct Attention {
+  Dtype dtype;
+  int64_t batch, heads, height, width, dim;
+  double scale;
+  Tokens q, k, v, rel_h, rel_w;
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(dtype, batch, heads, height, width, dim, scale, q, k, v, rel_h, rel_w);
+  }
+};
+
+// What the backward of attention gets besides the operands, and what it writes.
+struct AttentionGradients {
+  Tokens grad_o, o;
+  const void* softmax;  // what the forward wrote
+  void *q, *k, *v;      // (B, N, heads, dim)
+  void *rel_h, *rel_w;  // (B, heads, N, height) and (B, heads, N, width)
+
+  template <typename Arguments>
+  void read_from(Arguments& a) {
+    a.read(grad_o, o, softmax, q, k, v, rel_h, rel_w);
+  }
+};
+
+// The kernels of attention. They use wider vectors than the others.
+struct AttentionKernels {
+  // o (B, N, heads, dim). softmax (2, B, heads, N), in the dtype of sums: the largest score of each
+  // query, and the sum of exp(score - largest).
+  void (*forward)(const Attention&, void* o, void* softmax);
+  void (*backward)(const Attention&, const AttentionGradients&);
+};
+
 struct Kernels {
   const char* name;                            // of the instruction set
   void (*cell_forward)(const Cell&, void* y);  // y (B, H, W, r), contiguous
@@ -110,6 +155,7 @@ struct Kernels {
   void (*low_rank_pass)(const LowRankPass&);
   void (*low_rank_expand)(const LowRankExpand&);
   void (*folded_update)(const FoldedUpdate&);
+  const AttentionKernels* attention;
 };
 
 // Runs body on ranges that together are [0, count), on the threads of torch.

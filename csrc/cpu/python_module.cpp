@@ -115,6 +115,22 @@ PyObject* folded_cell(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return compute(a, [&] { kernels->folded_cell(cell, y); });
 }
 
+PyObject* attention_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments a(values, count);
+  Attention attention;
+  void *o, *softmax;
+  a.read(attention, o, softmax);
+  return compute(a, [&] { kernels->attention->forward(attention, o, softmax); });
+}
+
+PyObject* attention_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments a(values, count);
+  Attention attention;
+  AttentionGradients gradients;
+  a.read(attention, gradients);
+  return compute(a, [&] { kernels->attention->backward(attention, gradients); });
+}
+
 // A method whose arguments are the fields of one struct.
 template <typename Fields, void (*Kernels::*kernel)(const Fields&)>
 PyObject* call(PyObject* const* values, Py_ssize_t count) {
@@ -190,6 +206,8 @@ PyObject* build_info(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     NASLORA_METHOD(cell_forward),
     NASLORA_METHOD(cell_backward),
+    NASLORA_METHOD(attention_forward),
+    NASLORA_METHOD(attention_backward),
     NASLORA_METHOD(folded_cell),
     NASLORA_METHOD(folded_update),
     NASLORA_METHOD(low_rank_pass),

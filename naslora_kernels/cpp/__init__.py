@@ -2,6 +2,8 @@
 
 import functools
 
+from naslora_kernels.attention import attention_entry_point, define_attention
+from naslora_kernels.cpp.attention import CPUAttention
 from naslora_kernels.cpp.extension import (
     _C,
     CAPABILITY_VARIABLE,
@@ -21,12 +23,17 @@ __all__ = [
     "instruction_set",
     "mixed_cell",
     "nas_lora_linear",
+    "rel_pos_attention",
     "unavailable_reason",
     "unsupported_reason",
 ]
 
 mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("cpp")
+rel_pos_attention = attention_entry_point("cpp")
 unsupported_reason = functools.partial(unsupported, "cpu")
 
 if _C is not None:
-    _library = define_operators("cpp", CPULaunches(), "CPU")
+    _libraries = (
+        define_operators("cpp", CPULaunches(), "CPU"),
+        define_attention("cpp", CPUAttention(), "CPU"),
+    )

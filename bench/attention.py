@@ -1,0 +1,106 @@
+"""SAM's attention blocks: what is measured of them, and how much work they must do at least."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import Attention, get_rel_pos
+from torch import Tensor
+
+from bench.cases import CPU, GLOBAL, SMALL, WINDOWS, Setting, Shape, Work
+from naslora_kernels import rel_pos_attention
+
+HEADS = 12
+CASES = ((GLOBAL, HEADS), (WINDOWS, HEADS), (SMALL, HEADS))
+TINY = (Shape("tiny", (2, 4, 6), c_in=32), 2)  # where nothing is timed
+STOCK = "segment_anything"
+
+Attend = Callable[..., Tensor]  # of q, k, v, rel_h, rel_w and the grid, as rel_pos_attention
+
+
+def case_name(case: tuple[Shape, int]) -> str:
+    shape, heads = case
+    return f"{shape.name} heads={heads}"
+
+
+@dataclass
+class BlockWork(Work):
+    """A block with frozen weights. ``forward`` is inference: it keeps nothing for a backward."""
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.compute()
+
+
+def works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str, BlockWork]:
+    """A block by the fused kernels, by segment_anything's own code, and by torch's fused attention.
+
+    Each one is the whole block: the frozen linears qkv and proj belong to it. Only the input
+    needs a gradient.
+    """
+    torch.manual_seed(0)
+    like = {"device": setting.device, "dtype": setting.dtype}
+    grid = shape.grid[1:]
+    block = Attention(shape.c_in, heads, use_rel_pos=True, input_size=grid)
+    for table in (block.rel_pos_h, block.rel_pos_w):
+        torch.nn.init.normal_(table, std=0.1)
+    block = block.requires_grad_(False).to(**like)
+    x = torch.randn(*shape.grid, shape.c_in).to(**like).requires_grad_()
+    gradient = torch.randn_like(x)
+    computations: dict[str, Callable[[], Tensor]] = {
+        kernel: partial(_block, block, x, partial(rel_pos_attention, backend=kernel))
+        for kernel in setting.kernels
+    }
+    computations[STOCK] = partial(block, x)
+    computations["scaled_dot_product_attention"] = partial(_block, block, x, _as_more_keys)
+    return {name: BlockWork(compute, [x], gradient) for name, compute in computations.items()}
+
+
+def _block(block: Attention, x: Tensor, attend: Attend) -> Tensor:
+    """``block`` with another attention between its linears; x (B, H, W, C)."""
+    batch, height, width, _ = x.shape
+    grid = (height, width)
+    joint = block.qkv(x).view(batch, height * width, 3, block.num_heads, -1)
+    q, k, v = joint.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+    maps = q.unflatten(2, grid)  # (B, heads, H, W, d)
+    rows = get_rel_pos(height, height, block.rel_pos_h)  # (H, H, d)
+    columns = get_rel_pos(width, width, block.rel_pos_w)
+    rel_h = torch.einsum("bnhwc,hkc->bnhwk", maps, rows).flatten(2, 3)
+    rel_w = torch.einsum("bnhwc,wkc->bnhwk", maps, columns).flatten(2, 3)
+    o = attend(q, k, v, rel_h, rel_w, grid)
+    return block.proj(o.transpose(1, 2).reshape(x.shape))
+
+
+def _as_more_keys(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """Plain attention with H + W more features: each key names its row and its column."""
+    height, width = grid
+    row = torch.eye(height).to(k).repeat_interleave(width, 0)  # (N, H)
+    column = torch.eye(width).to(k).repeat(height, 1)  # (N, W)
+    position = torch.cat([row, column], -1).expand(*k.shape[:3], height + width)
+    queries = torch.cat([q * q.shape[-1] ** -0.5, rel_h, rel_w], -1)
+    return F.scaled_dot_product_attention(queries, torch.cat([k, position], -1), v, scale=1.0)
+
+
+def least_bytes(shape: Shape, heads: int, direction: str, setting: Setting = CPU) -> int:
+    """Bytes between the two linears: forward reads q, k, v and the positions and writes o;
+    backward reads all of that and the gradient of o, and writes five gradients."""
+    tokens = torch.Size(shape.grid).numel()
+    features, positions = shape.c_in, heads * sum(shape.grid[1:])
+    forward, backward = 4 * features + positions, 8 * features + 2 * positions
+    numbers = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    return setting.dtype.itemsize * tokens * numbers
+
+
+def operations(shape: Shape, heads: int, direction: str) -> int:
+    """Multiplications and additions: two products with N x N scores forward and five backward, and
+    the two linears in each direction."""
+    batch, height, width = shape.grid
+    tokens = height * width
+    product = 2 * batch * tokens**2 * shape.c_in
+    linears = 2 * batch * tokens * shape.c_in * 4 * shape.c_in
+    forward, backward = 2 * product + linears, 5 * product + linears
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]

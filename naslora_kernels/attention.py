@@ -1,0 +1,171 @@
+"""The operators of attention with relative positions, and the autograd function around them.
+
+Every backend that serves ``rel_pos_attention`` has two operators in its namespace. This module
+states their schemas and their shapes once, as ``ops.py`` does for the cell. The forward keeps its
+operands, o and two numbers for each query. Nothing of N x N numbers is kept.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd.function import once_differentiable
+
+from naslora_kernels.cell import AttentionOperands
+from naslora_kernels.ops import define, only
+from naslora_kernels.tensors import ACCUMULATORS
+
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w"
+_SCHEMAS = {
+    "rel_pos_attention": f"({_OPERANDS}, float scale) -> (Tensor o, Tensor softmax)",
+    "rel_pos_attention_backward": (
+        f"(Tensor grad_o, {_OPERANDS}, Tensor o, Tensor softmax, float scale, bool need_q, "
+        "bool need_k, bool need_v, bool need_rel_h, bool need_rel_w) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+class AttentionOperators(NamedTuple):
+    """One backend's operators of attention."""
+
+    rel_pos_attention: OpOverload
+    rel_pos_attention_backward: OpOverload
+
+
+# The operators of every backend that has been loaded and serves attention, by its name.
+ATTENTION_OPERATORS: dict[str, AttentionOperators] = {}
+
+
+class AttentionNeed(NamedTuple):
+    """Which gradients are needed."""
+
+    q: bool
+    k: bool
+    v: bool
+    rel_h: bool
+    rel_w: bool
+
+
+class SavedAttention(NamedTuple):
+    """What the forward keeps for its backward."""
+
+    operands: AttentionOperands
+    o: Tensor
+    """(B, heads, N, d)."""
+    softmax: Tensor
+    """(2, B, heads, N), in the dtype of sums: each query's largest score, and the sum of
+    exp(score - largest). Their sum's logarithm, one number, would cost a digit of float32."""
+    scale: float
+
+
+class AttentionKernels(Protocol):
+    """What a backend computes. Arguments are checked."""
+
+    def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> tuple[Tensor, Tensor]:
+        """Returns o and softmax, as ``empty_results`` makes them."""
+
+    def rel_pos_attention_backward(
+        self, grad_o: Tensor, saved: SavedAttention, need: AttentionNeed
+    ) -> tuple[Tensor, ...]:
+        """Returns the gradients of the operands, as ``empty_gradients`` makes them."""
+
+
+def empty_results(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
+    """Returns uninitialised o (B, heads, N, d) and softmax (2, B, heads, N).
+
+    o lies in memory as (B, N, heads, d), so that the projection behind it copies nothing.
+    """
+    q = operands.q
+    return _tokens_first(q), q.new_empty((2, *q.shape[:-1]), dtype=ACCUMULATORS[q.dtype])
+
+
+def empty_gradients(operands: AttentionOperands, need: AttentionNeed) -> tuple[Tensor, ...]:
+    """Returns uninitialised gradients, of size 0 where not needed.
+
+    Those of q, k and v lie in memory as o. Those of rel_h and rel_w are contiguous.
+    """
+    tokens, biases = operands[:3], operands[3:]
+    makers = [(t, _tokens_first) for t in tokens] + [(t, _contiguous) for t in biases]
+    return tuple(
+        make(tensor) if needed else tensor.new_empty((0,))
+        for (tensor, make), needed in zip(makers, need, strict=True)
+    )
+
+
+def _tokens_first(like: Tensor) -> Tensor:
+    batch, heads, tokens, features = like.shape
+    return like.new_empty((batch, tokens, heads, features)).transpose(1, 2)
+
+
+def _contiguous(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape)
+
+
+class _Shapes:
+    """The results of the operators as uninitialised tensors; implements ``AttentionKernels``."""
+
+    def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> tuple[Tensor, Tensor]:
+        return empty_results(operands)
+
+    def rel_pos_attention_backward(
+        self, grad_o: Tensor, saved: SavedAttention, need: AttentionNeed
+    ) -> tuple[Tensor, ...]:
+        return empty_gradients(saved.operands, need)
+
+
+def _flat(kernels: AttentionKernels) -> dict[str, Callable[..., Any]]:
+    """Returns the kernels as functions of the flat arguments of the schemas, by operator."""
+
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return kernels.rel_pos_attention(AttentionOperands(*arguments[:5]), arguments[5])
+
+    def backward(grad_o: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        saved = SavedAttention(AttentionOperands(*arguments[:5]), *arguments[5:8])
+        return kernels.rel_pos_attention_backward(grad_o, saved, AttentionNeed(*arguments[8:]))
+
+    return {"rel_pos_attention": forward, "rel_pos_attention_backward": backward}
+
+
+def define_attention(
+    backend: str, kernels: AttentionKernels, dispatch_key: str
+) -> torch.library.Library:
+    """Defines the operators of a backend. The arguments are those of ``ops.define_operators``.
+
+    Returns:
+        The library. The operators exist as long as it does.
+    """
+    library, operators = define(backend, _SCHEMAS, _flat(kernels), _flat(_Shapes()), dispatch_key)
+    ATTENTION_OPERATORS[backend] = AttentionOperators(*operators)
+    return library
+
+
+class RelPosAttention(torch.autograd.Function):
+    """o = softmax(scale q k^T + rel_h + rel_w) v. Arguments: a backend, scale, the operands."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, scale: float, *operands: Tensor) -> Tensor:  # type: ignore[override]
+        o, softmax = ATTENTION_OPERATORS[backend].rel_pos_attention(*operands, scale)
+        ctx.save_for_backward(*operands, o, softmax)
+        ctx.backend, ctx.scale = backend, scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        gradients = ATTENTION_OPERATORS[ctx.backend].rel_pos_attention_backward(
+            grad_o, *ctx.saved_tensors, ctx.scale, *needed
+        )
+        return (None, None, *only(gradients, needed))
+
+
+def attention_entry_point(backend: str) -> Callable[[AttentionOperands, float], Tensor]:
+    """Returns a backend's function of checked arguments; ``reference.py`` has the same."""
+
+    def rel_pos_attention(operands: AttentionOperands, scale: float) -> Tensor:
+        return RelPosAttention.apply(backend, scale, *operands)
+
+    return rel_pos_attention

@@ -1,0 +1,436 @@
+"""Attention with relative positions: every backend that serves it against the reference."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from kernel_cases import (
+    ALL_TARGETS,
+    DTYPES,
+    LAYOUTS,
+    TARGETS,
+    UNAVAILABLE,
+    assert_as_good_as_reference,
+    attention_case,
+    needs_cpp,
+    targets_and,
+)
+from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
+from torch.utils.checkpoint import checkpoint
+
+from naslora_kernels import rel_pos_attention
+from naslora_kernels.attention import ATTENTION_OPERATORS
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "instruction_set")
+
+
+def serving(targets):
+    """The targets whose backend computes attention."""
+
+    def serves(backend):
+        return hasattr(importlib.import_module(f"naslora_kernels.{backend}"), "rel_pos_attention")
+
+    return [target for target in targets if serves(target.values[0].backend)]
+
+
+SERVING = serving(TARGETS)
+only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
+every_target = pytest.mark.parametrize("target", SERVING)
+compiled_targets = pytest.mark.parametrize(
+    "target", [target for target in SERVING if not target.values[0].simulated]
+)
+OPERANDS = ("q", "k", "v", "rel_h", "rel_w")
+
+# batch, heads, (H, W), d: windows and a global map of SAM, the 1024 and more tokens that a head's
+# parts and blocks have, the widths of heads of ViT-B, ViT-H and TinyViT, grids that are no square,
+# one row or column wider than a block of keys, sizes that fill no vector.
+SHAPES = [
+    (2, 3, (14, 14), 64),
+    (1, 2, (32, 32), 80),
+    (1, 1, (40, 64), 32),
+    (2, 2, (7, 7), 32),
+    (1, 2, (9, 31), 128),
+    (1, 1, (2, 300), 7),
+    (1, 1, (300, 2), 5),
+    (3, 1, (2, 3), 1),
+]
+
+
+def size(case):
+    batch, heads, (height, width), features = case
+    return batch * heads * (height * width) ** 2 * features
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("target", "case"), targets_and(SHAPES, size, serving(ALL_TARGETS)))
+def test_matches_reference(target, case, dtype):
+    results = assert_as_good_as_reference(target, attention_case(*case).to(dtype))
+    assert results["result"].isfinite().all()
+
+
+@every_target
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1)])
+def test_grids_of_one_row_or_column(target, grid):
+    """A bias that all keys share has no gradient: what is left are differences of rounding."""
+    case = attention_case(2, 2, grid, 8).to(torch.float32).on(target.device)
+    results, expected = case.run(target), case.run("reference")
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name], value, rtol=1e-5, atol=2e-6)
+
+
+@every_target
+def test_empty_batch(target):
+    case = attention_case(0, 2, (3, 4), 8).to(torch.float32).on(target.device)
+    results = case.run(target)
+    assert results["result"].shape == (0, 2, 12, 8)
+    assert results["rel_w"].shape == (0, 2, 12, 4)
+
+
+@every_target
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2])
+def test_scale(target, scale):
+    case = attention_case(1, 2, (5, 6), 8).to(torch.float32)
+    case.options["scale"] = scale
+    assert_as_good_as_reference(target, case)
+
+
+# ---- SAM's own code ----------------------------------------------------------------------------
+
+
+def sam_attention(q, k, v, table_h, table_w, grid):
+    """The scores and their use in ``segment_anything``'s Attention; heads belong to the batch."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    scores = add_decomposed_rel_pos(scores, q, table_h, table_w, grid, grid)
+    return scores.softmax(-1) @ v
+
+
+def fused_sam_attention(target, q, k, v, table_h, table_w, grid):
+    """The same with the relative positions of q from the tables."""
+    height, width = grid
+    rows = torch.arange(height)[:, None] - torch.arange(height) + height - 1
+    columns = torch.arange(width)[:, None] - torch.arange(width) + width - 1
+    maps = q.unflatten(1, grid)  # (B, H, W, d)
+    rel_h = torch.einsum("bhwc,hkc->bhwk", maps, table_h[rows]).flatten(1, 2)
+    rel_w = torch.einsum("bhwc,wkc->bhwk", maps, table_w[columns]).flatten(1, 2)
+    operands = (t[:, None] for t in (q, k, v, rel_h, rel_w))
+    return rel_pos_attention(*operands, grid, backend=target.backend)[:, 0]
+
+
+@every_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grid", [(14, 14), (24, 32)])
+def test_errs_at_most_twice_as_much_as_sam(target, grid, dtype):
+    """Outputs and gradients, those of q through the relative positions as well."""
+    features, tokens = 64, grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    operands = [draw(3, tokens, features) for _ in range(3)]
+    tables = [draw(2 * side - 1, features) / 4 for side in grid]
+    gradient = draw(3, tokens, features)
+
+    def run(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in operands]
+        out = function(*leaves, *(t.to(dtype) for t in tables), grid)
+        return out.detach(), *torch.autograd.grad(out, leaves, gradient.to(dtype))
+
+    exact = run(sam_attention, torch.float64)
+    stock = run(sam_attention, dtype)
+    fused = run(lambda *arguments: fused_sam_attention(target, *arguments), dtype)
+    for name, truth, own, other in zip(("o", *"qkv"), exact, fused, stock, strict=True):
+        for norm in (torch.linalg.vector_norm, lambda t: t.abs().max()):
+            error, allowed = norm(own.double() - truth), 2 * norm(other.double() - truth)
+            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+# ---- Memory ------------------------------------------------------------------------------------
+
+
+def joint_projection(tensor):
+    """The same values as one of q, k and v in a tensor (B, N, 3, heads, d)."""
+    rows = tensor.transpose(1, 2)
+    joint = rows.new_full((*rows.shape[:2], 3, *rows.shape[2:]), float("nan"))
+    joint[:, :, 1] = rows
+    return joint[:, :, 1].transpose(1, 2)
+
+
+ALL_LAYOUTS = {**LAYOUTS, "joint_projection": joint_projection}
+
+
+@every_target
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+@pytest.mark.parametrize("name", [*OPERANDS, "gradient"])
+def test_strided_operands_and_gradients(target, name, layout):
+    case = attention_case(2, 3, (5, 4), 6).to(torch.float32).on(target.device)
+    expected = case.run(target)
+    if name == "gradient":
+        case.gradient = ALL_LAYOUTS[layout](case.gradient)
+    else:
+        case.arguments[name] = ALL_LAYOUTS[layout](case.arguments[name])
+    for result, value in case.run(target).items():
+        assert torch.equal(value, expected[result]), result
+
+
+@every_target
+def test_expanded_operands_and_gradient(target):
+    case = attention_case(1, 1, (6, 5), 4).to(torch.float32).on(target.device)
+    for name, tensor in case.arguments.items():
+        case.arguments[name] = tensor.expand(3, 2, *tensor.shape[2:])
+    case.gradient = torch.ones((), device=target.device).expand(3, 2, 30, 4)  # as o.sum() sends it
+    assert_as_good_as_reference(target, case)
+
+
+@every_target
+def test_joining_the_heads_copies_nothing(target):
+    o = attention_case(2, 3, (5, 4), 6).on(target.device).run(target)["result"]
+    assert o.transpose(1, 2).flatten(2).data_ptr() == o.data_ptr()
+
+
+@every_target
+def test_offsets_beyond_32_bits(target):
+    # The memory between the two images is reserved, but never touched.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    case = attention_case(2, 1, (3, 4), 8).to(torch.bfloat16).on(target.device)
+    far = 2**31 + 5
+    storage = torch.empty(far + 96, dtype=torch.bfloat16, device=target.device)
+    distant = storage.as_strided((2, 1, 12, 8), (far, 96, 8, 1)).copy_(case.arguments["k"])
+    expected = case.run(target)
+    case.arguments["k"] = distant
+    for name, value in case.run(target).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@every_target
+def test_keeps_nothing_of_the_size_of_the_scores(target):
+    case = attention_case(1, 2, (14, 14), 16).to(torch.float32).on(target.device)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t
+    ):
+        operands = [tensor.requires_grad_() for tensor in case.arguments.values()]
+        rel_pos_attention(*operands, (14, 14), backend=target.backend)
+    # q, k, v and o; rel_h and rel_w; two numbers of the softmax
+    assert sum(tensor.numel() for tensor in kept.values()) == 2 * 196 * (4 * 16 + 2 * 14 + 2)
+
+
+# ---- Gradients ---------------------------------------------------------------------------------
+
+
+@every_target
+def test_gradcheck(target):
+    case = attention_case(2, 2, (2, 3), 3).on(target.device)
+    inputs = [case.arguments[name].requires_grad_() for name in OPERANDS]
+    assert torch.autograd.gradcheck(
+        lambda *tensors: rel_pos_attention(*tensors, (2, 3), backend=target.backend),
+        inputs,
+        fast_mode=target.simulated,
+    )
+
+
+@every_target
+@pytest.mark.parametrize(
+    "needed", [("q", "k", "v"), ("q", "rel_h"), ("v",), ("k",), ("q",), ("rel_w",)], ids=str
+)
+def test_partial_gradients_equal_full_ones(target, needed):
+    case = attention_case(2, 2, (5, 9), 6).to(torch.float32).on(target.device)
+    full = case.run(target)
+    for name, value in case.run(target, needed).items():
+        assert torch.equal(value, full[name]), name
+
+
+@only_cpp
+@pytest.mark.parametrize("case", [(1, 1, (64, 40), 8), (3, 2, (14, 14), 16)], ids=str)
+def test_same_bits_on_any_number_of_threads(case):
+    case = attention_case(*case).to(torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = case.run("cpp")
+        for count in (2, 2, 3):
+            torch.set_num_threads(count)
+            for name, value in case.run("cpp").items():
+                assert torch.equal(value, expected[name]), name
+    finally:
+        torch.set_num_threads(threads)
+
+
+@every_target
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("name", [*OPERANDS, "gradient"])
+def test_non_finite_values_spread_as_in_pytorch(target, name, value):
+    case = attention_case(2, 2, (5, 4), 6).on(target.device)
+    changed = case.gradient if name == "gradient" else case.arguments[name]
+    changed[1, 0, 2, 1] = value
+    kernel, reference = case.run(target), case.run("reference")
+    for result, expected in reference.items():
+        finite = expected.isfinite()
+        assert torch.equal(kernel[result].isfinite(), finite), result
+        torch.testing.assert_close(kernel[result][finite], expected[finite])
+
+
+@every_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_masked_keys_and_masked_queries(target, dtype):
+    """-inf takes rows of keys out: whole blocks of keys, and for one query all of them."""
+    case = attention_case(1, 1, (40, 16), 8).to(dtype).on(target.device)
+    case.arguments["rel_h"][0, 0, :200, :20] = -math.inf
+    case.arguments["rel_h"][0, 0, 300] = -math.inf
+    kernel, reference = case.run(target, ("v",)), case.run("reference", ("v",))
+    o, expected = kernel["result"], reference["result"]
+    assert o[0, 0, 300].isnan().all()
+    torch.testing.assert_close(o, expected, equal_nan=True)
+
+
+@every_target
+def test_large_scores(target):
+    """The largest score decides, however large it is: nothing overflows."""
+    case = attention_case(1, 1, (40, 16), 8).to(torch.float32)
+    case.arguments["rel_w"] *= 1e4
+    assert_as_good_as_reference(target, case)
+
+
+# ---- PyTorch's machinery -----------------------------------------------------------------------
+
+UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@every_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(target, dtype):
+    operators = ATTENTION_OPERATORS[target.backend]
+    case = attention_case(2, 2, (3, 4), 5).to(dtype).on(target.device)
+    operands = tuple(case.arguments.values())
+    torch.library.opcheck(operators.rel_pos_attention, (*operands, 0.5), test_utils=UTILS)
+    saved = (*operands, *operators.rel_pos_attention(*operands, 0.5), 0.5)
+    for need in ([True] * 5, [True, False, True, False, True]):
+        torch.library.opcheck(
+            operators.rel_pos_attention_backward, (case.gradient, *saved, *need), test_utils=UTILS
+        )
+
+
+@compiled_targets
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_training_step_equals_eager(target, dynamic):
+    case = attention_case(2, 2, (3, 4), 5).to(torch.float32).on(target.device)
+    torch.compiler.reset()
+
+    def step(*operands):
+        o = rel_pos_attention(*operands, (3, 4), backend=target.backend)
+        return (2 * o.transpose(1, 2).flatten(2)).square().sum()
+
+    def gradients(step):
+        leaves = [t.clone().requires_grad_() for t in case.arguments.values()]
+        return torch.autograd.grad(step(*leaves), leaves)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for name, own, expected in zip(OPERANDS, gradients(compiled), gradients(step), strict=True):
+        torch.testing.assert_close(own, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@every_target
+def test_autocast_computes_as_on_cast_tensors(target):
+    case = attention_case(2, 2, (3, 4), 5).to(torch.float32).on(target.device)
+    operands = [tensor.requires_grad_() for tensor in case.arguments.values()]
+    with torch.autocast(target.device, torch.bfloat16):
+        o = rel_pos_attention(*operands, (3, 4), backend=target.backend)
+    gradients = torch.autograd.grad(o, operands, case.gradient.bfloat16())
+    cast = case.to(torch.bfloat16).run(target)
+    assert torch.equal(o, cast["result"])
+    for name, gradient in zip(OPERANDS, gradients, strict=True):
+        assert torch.equal(gradient, cast[name].float()), name
+
+
+@every_target
+def test_autocast_leaves_float64(target):
+    case = attention_case(1, 1, (3, 4), 5).on(target.device)
+    with torch.autocast(target.device, torch.bfloat16):
+        o = rel_pos_attention(**case.arguments, grid=(3, 4), backend=target.backend)
+    assert torch.equal(o, case.run(target)["result"])
+
+
+@every_target
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(target, reentrant):
+    case = attention_case(2, 2, (3, 4), 5).to(torch.float32).on(target.device)
+    expected = case.run(target)
+    leaves = {name: t.clone().requires_grad_() for name, t in case.arguments.items()}
+
+    def attend(*operands):
+        return rel_pos_attention(*operands, (3, 4), backend=target.backend)
+
+    checkpoint(attend, *leaves.values(), use_reentrant=reentrant).backward(case.gradient)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, expected[name]), name
+
+
+@every_target
+def test_second_derivatives_are_refused(target):
+    case = attention_case(1, 1, (2, 3), 4).on(target.device)
+    q = case.arguments["q"].requires_grad_()
+    o = rel_pos_attention(**case.arguments, grid=(2, 3), backend=target.backend)
+    (gradient,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# ---- Bad input ---------------------------------------------------------------------------------
+
+
+def call(grid=(3, 4), scale=None, backend=None, **changed):
+    arguments = {**attention_case(2, 2, (3, 4), 5).to(torch.float32).arguments, **changed}
+    return rel_pos_attention(**arguments, grid=grid, scale=scale, backend=backend)
+
+
+WRONG = {
+    "no tensor": (TypeError, {"q": 3}, r"q: expected a torch\.Tensor, got int"),
+    "integers": (TypeError, {"q": torch.ones(2, 2, 12, 5, dtype=torch.int64)}, "q: expected float"),
+    "joined heads": (ValueError, {"q": torch.ones(4, 12, 5)}, r"q: expected shape \(B, heads, N"),
+    "no heads": (ValueError, {"q": torch.ones(2, 0, 12, 5)}, r"q: .*\(2, 0, 12, 5\)"),
+    "mixed dtypes": (TypeError, {"rel_w": torch.ones(2, 2, 12, 4).double()}, "rel_w: .*float64"),
+    "other keys": (ValueError, {"k": torch.ones(2, 2, 11, 5)}, r"k: .*\(2, 2, 12, 5\), got"),
+    "swapped": (ValueError, {"grid": (4, 3)}, r"rel_h: .*\(2, 2, 12, 4\), got \(2, 2, 12, 3\)"),
+    "other grid": (ValueError, {"grid": (3, 3)}, "grid: .*H W = 12, the tokens of q, got"),
+    "negative": (ValueError, {"grid": (-3, -4)}, "grid: expected"),
+    "no pair": (TypeError, {"grid": 12}, "grid: expected two integers"),
+    "no integers": (TypeError, {"grid": (3.0, 4.0)}, "grid: expected two integers"),
+    "devices": (ValueError, {"v": torch.ones(2, 2, 12, 5, device="meta")}, "v: expected device"),
+    "infinite": (ValueError, {"scale": math.inf}, "scale: expected a finite number"),
+    "no number": (TypeError, {"scale": "1"}, "scale: expected a number"),
+    "backend": (ValueError, {"backend": "mkl"}, "backend: expected one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_named_in_one_line(name):
+    kind, changed, message = WRONG[name]
+    with pytest.raises(kind, match=f"^{message}") as caught:
+        call(**changed)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_default_on_cpus():
+    o = call(q=torch.ones(2, 2, 12, 5, requires_grad=True))
+    assert ("RelPosAttention" in str(o.grad_fn)) == (needs_cpp is None)
+
+
+@pytest.mark.skipif(UNAVAILABLE["cuda"] is not None, reason=str(UNAVAILABLE["cuda"]))
+def test_a_backend_without_attention_says_so():
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot .* not compute rel_pos_attention$"):
+        call(backend="cuda")
+
+
+@only_cpp
+@pytest.mark.parametrize("name", OPERANDS)
+def test_tensors_that_change_behind_the_back_of_autograd(name):
+    """Assignments to ``.data`` raise no version; the kernels would read out of bounds."""
+    case = attention_case(2, 2, (3, 4), 5).to(torch.float32)
+    operands = {n: t.requires_grad_() for n, t in case.arguments.items()}
+    o = rel_pos_attention(**operands, grid=(3, 4), backend="cpp")
+    operands[name].data = torch.zeros(2, 2, 12, 1)
+    # Of rel_h and rel_w only the product of the last sizes is known.
+    wrong = "rel_h, rel_w: expected H W = 12" if name in ("rel_h", "rel_w") else f"{name}: expected"
+    with pytest.raises(RuntimeError, match=f"^{wrong}.*changed between forward"):
+        o.grad_fn.apply(case.gradient)
