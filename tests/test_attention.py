@@ -5,7 +5,6 @@ import csv
 import io
 import pickle
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 import torch
 from adapted_models import adapted_encoder, build_encoder, images, randomize, relative
 from hugging_face import batch_of, build_sam, build_sam2, mask_loss
+from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Attention as SamAttention
 from timm.models.tiny_vit import Attention as TimmAttention
@@ -42,12 +42,13 @@ from naslora import (
 from naslora.adapter.wrappers import in_one_piece
 from naslora.files import read_json, write_json
 from naslora.methods import METHODS, apply
+from naslora.results import LAST
 from naslora.sam.attention import FusedAttention, relative_positions
 from naslora.sam.encoders import checkpoint_blocks
-from naslora.sam.export import Scores
 from naslora.sam.segmentation import build_model
 from naslora.trained import load_model, merge_run
 from naslora.training.run_config import RunConfig
+from naslora.training.search import Search
 
 BLOCKS = ["blocks.0.attn", "blocks.1.attn"]  # a windowed and a global one
 
@@ -169,7 +170,7 @@ def outcome(attention: nn.Module, dtype, training: bool) -> dict[str, torch.Tens
     x = tokens_for(attention, dtype).requires_grad_()
     torch.manual_seed(0)  # of dropout
     output = attention(x)
-    output = output[0] if isinstance(output, tuple) else output
+    output = first(output)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     (output * weight).sum().backward()
     gradients = {name: p.grad for name, p in attention.named_parameters() if p.grad is not None}
@@ -180,23 +181,25 @@ def outcome(attention: nn.Module, dtype, training: bool) -> dict[str, torch.Tens
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_outputs_and_gradients_are_those_of_stock(build, training):
     attention = stirred(build())
-    # Sums of up to 32 numbers in another order.
-    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+    # transformers' eager attention computes softmax in float32.
+    rounded = type(attention).__name__ in ("SamVisionAttention", "SamHQVisionAttention")
+    for dtype in (torch.float64, torch.float32):
         stock, ours = copy.deepcopy(attention), copy.deepcopy(attention)
         assert fuse_attention(ours) == [""]
         expected, found = (outcome(model, dtype, training) for model in (stock, ours))
-        assert expected.keys() == found.keys() and len(found) >= 6 - (not hasattr(stock, "dropout"))
+        assert expected.keys() == found.keys() >= {"output", "x", "qkv.weight", "proj.bias"}
+        precision = torch.finfo(torch.float32 if rounded else dtype).eps
         for name, value in expected.items():
-            assert value.abs().max() > 0, name
-            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
+            # Sums of up to 48 products, in another order.
+            assert value.norm() > 0 and relative(found[name] - value, value) < 20 * precision, name
 
 
 @every_family
 def test_bfloat16_autocast(build):
     """As near to the float32 result as stock is: the same roundings of inputs, fewer after them."""
-    attention = stirred(build()).eval()
-    stock, ours = attention, fused(copy.deepcopy(attention))
-    x = tokens_for(attention)
+    stock = in_eval_mode(stirred(build()))
+    ours = fused(copy.deepcopy(stock))
+    x = tokens_for(stock)
     with torch.no_grad():
         exact = first(stock(x))
         with torch.autocast("cpu", torch.bfloat16):
@@ -209,6 +212,11 @@ def first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    model.eval()  # timm's attention returns None
+    return model
+
+
 @pytest.mark.parametrize("size, rows", [(5, 9), (1, 1), (6, 9), (4, 27)])
 def test_relative_positions_are_segment_anythings(size, rows):
     from segment_anything.modeling.image_encoder import get_rel_pos
@@ -219,7 +227,7 @@ def test_relative_positions_are_segment_anythings(size, rows):
 
 def test_hugging_faces_attention_weights():
     """Asked for weights, the eager attention computes as stock; else it returns None for them."""
-    eager = stirred(FAMILIES["transformers"]()).eval()
+    eager = in_eval_mode(stirred(FAMILIES["transformers"]()))
     x = tokens_for(eager)
     output, weights = eager(x, output_attentions=True)
     fuse_attention(eager)
@@ -238,7 +246,7 @@ def hugging_face_loss(model: nn.Module) -> torch.Tensor:
 
 
 def mobile_sam() -> nn.Module:
-    return stirred(build_model("mobile_sam", 64).image_encoder)
+    return stirred(build_model("mobile_sam", 64).image_encoder).requires_grad_(True)
 
 
 MODELS = {
@@ -351,6 +359,7 @@ def test_adapters_are_saved_and_loaded(tmp_path):
     torch.testing.assert_close(into_stock(images()), expected)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("mode", ["exact", "center"])
 def test_merged_models(mode, tmp_path):
     model = fused(adapted_encoder())
@@ -409,9 +418,9 @@ def test_torch_compile(name):
     torch.compiler.reset()
     attention = stirred(FAMILIES[name]())
     x = tokens_for(attention)
-    compiled = torch.compile(attention, backend="aot_eager")
+    compiled = torch.compile(attention, backend="eager")
     stock = first(compiled(x))
-    for _ in range(2):  # in front of a compiled model, and behind it
+    for _ in range(2):  # a compiled model, of which the graph is recorded again
         fuse_attention(attention)
         torch.testing.assert_close(first(compiled(x)), first(attention(x)))
         unfuse_attention(attention)
@@ -443,7 +452,7 @@ def test_hugging_faces_gradient_checkpointing():
     assert model.vision_encoder.layers[0].attn.qkv.weight.grad.abs().max() > 0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def process_group():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -609,52 +618,62 @@ def operators(model: nn.Module, x: torch.Tensor) -> list[str]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_exported_graph_is_that_of_stock(name):
-    attention = stirred(FAMILIES[name]()).eval()
+    attention = in_eval_mode(stirred(FAMILIES[name]()))
     x = tokens_for(attention)
     attention(x)  # TinyViT's cache
     stock = operators(attention, x)
-    traced_stock = torch.jit.trace(attention, x).graph
     assert operators(fused(attention), x) == stock
     assert all(operator.startswith("aten") or "getitem" in operator for operator in stock)
-    traced = torch.jit.trace(attention, x)
-    assert str(traced.graph).count("aten::") == str(traced_stock).count("aten::")
-    assert torch.equal(first(traced(x)), first(unfused(attention)(x)))
 
 
-def unfused(model: nn.Module) -> nn.Module:
-    unfuse_attention(model)
-    return model
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["segment_anything", "transformers", "MobileSAM's TinyViT"])
+def test_torch_jit_trace(name):
+    attention = in_eval_mode(stirred(FAMILIES[name]()))
+    x = tokens_for(attention)
+    expected = first(attention(x))
+    traced = torch.jit.trace(fused(attention), x)
+    assert torch.equal(first(traced(x)), expected)
+    assert "naslora" not in str(traced.graph)
 
 
-def test_onnx(tmp_path, tiny_vit):
+@torch.no_grad()
+def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = build_model("vit_t", 48, attention="fused").eval()  # 3 x 3 tokens
-    stirred(model.image_encoder)
-    x = torch.rand(1, 3, 48, 48, generator=torch.manual_seed(0))
-    with torch.no_grad():
-        expected = Scores(model)(x)
-    torch.onnx.export(Scores(model), (x,), tmp_path / "m.onnx", dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    model = fused(in_eval_mode(sam_attention()))
+    x = tokens_for(model)
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-5, atol=1e-5)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
+STOCK = ("--attention", "stock")
 
 
 @pytest.fixture(scope="module")
-def runs(naslora, clean_data, tiny_vit, tmp_path_factory) -> dict[str, Path]:
-    """Finished runs by the option that they were given."""
+def arguments(clean_data, tiny_vit, tmp_path_factory) -> list:
+    """Of ``naslora train``, from a checkpoint whose relative positions are not zero."""
+    path = tmp_path_factory.mktemp("checkpoint") / "sam.safetensors"
+    model = build_model("vit_t", 32)
+    stirred(model.image_encoder)
+    save_file(model.state_dict(), path)
+    return ["train", "--data", clean_data, "--checkpoint", path, *TRAIN, "--output"]
+
+
+@pytest.fixture(scope="module")
+def runs(naslora, arguments, tmp_path_factory) -> dict[str, Path]:
+    """Finished runs by their attention."""
     root = tmp_path_factory.mktemp("attention")
-    options = {"default": [], "fused": ["--attention", "fused"], "stock": ["--attention", "stock"]}
-    for name, option in options.items():
-        arguments = ("train", "--data", clean_data, *TRAIN, *option, "--output", root / name)
-        result = naslora(*arguments)
+    for name, option in {"fused": (), "stock": STOCK}.items():
+        result = naslora(*arguments, root / name, *option)
         assert result.status == 0, result.err
-    return {name: root / name for name in options}
+    return {name: root / name for name in ("fused", "stock")}
 
 
 def losses(run: Path) -> np.ndarray:
@@ -669,32 +688,42 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def test_runs_with_both_attentions_have_the_same_losses(runs):
-    assert np.array_equal(losses(runs["default"]), losses(runs["fused"]))
-    assert not np.array_equal(losses(runs["fused"]), losses(runs["stock"]))
     np.testing.assert_allclose(losses(runs["fused"]), losses(runs["stock"]), rtol=1e-5)
 
 
-def test_the_configuration_decides(runs, tmp_path):
-    for name, expected in (("default", "fused"), ("fused", "fused"), ("stock", "stock")):
-        model, config = load_model(runs[name])
-        assert config.attention == expected and is_fused(model) == (expected == "fused")
-        merge_run(runs[name], "exact", tmp_path / name)
-        model, config = load_model(tmp_path / name)
-        assert config.attention == expected and is_fused(model) == (expected == "fused")
+@pytest.mark.parametrize("attention", ["fused", "stock"])
+def test_the_configuration_decides(runs, tmp_path, attention):
+    merge_run(runs[attention], "exact", tmp_path / "merged")
+    for folder in (runs[attention], tmp_path / "merged"):
+        model, config = load_model(folder)
+        assert config.attention == attention and is_fused(model) == (attention == "fused")
 
 
-def test_runs_from_before_the_option_are_stock(naslora, runs, clean_data, tmp_path):
-    run = shutil.copytree(runs["stock"], tmp_path / "run")
+def test_runs_from_before_the_option_go_on_as_stock(
+    naslora, arguments, runs, tmp_path, monkeypatch
+):
+    run_epoch = Search._run_epoch
+
+    def interrupted(search):
+        if search.epoch == 1:
+            raise KeyboardInterrupt
+        return run_epoch(search)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "_run_epoch", interrupted)
+        assert naslora(*arguments, run, *STOCK).status == 130
     values = read_json(run / "config.json")
     del values["attention"]
     write_json(run / "config.json", values)
     model, config = load_model(run)
     assert config.attention == "stock" and not is_fused(model)
-    assert RunConfig().attention == "fused"
-    arguments = ("train", "--data", clean_data, *TRAIN, "--output", run, "--resume")
-    refused = naslora(*arguments)
+    refused = naslora(*arguments, run, "--resume")
     assert refused.status == 2 and "it has attention stock" in refused.err
-    assert naslora(*arguments, "--attention", "stock").status == 0
+    assert naslora(*arguments, run, *STOCK, "--resume").status == 0
+    ours, theirs = (torch.load(r / LAST, weights_only=True) for r in (run, runs["stock"]))
+    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+    assert np.array_equal(losses(run), losses(runs["stock"]))
 
 
 def test_the_option_is_checked():
