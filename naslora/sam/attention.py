@@ -52,24 +52,22 @@ def fuse_attention(model: nn.Module) -> list[str]:
         UserError: the model has no attention that is known. It is then unchanged.
     """
     check_model(model)
-    known = {name: module for name, module in model.named_modules() if _form(module) is not None}
-    fused = [name for name, module in model.named_modules() if isinstance(module, FusedAttention)]
+    known = [module for module in model.modules() if _form(module) is not None]
     unknown = dict(_unknown(model))
-    if not known and not fused:
+    if not known and not dict(_fused(model)):
         found = f"; it has {_described(unknown)}" if unknown else ""
         raise UserError(
             "the model has no attention that can be fused: none of segment_anything, SAM-HQ, "
             f"MobileSAM, TinyViT or Hugging Face's SamModel{found}"
         )
-    for module in known.values():
-        form: Any = _form(module)
-        fused_class: Any = _fused_class
-        module.__class__ = fused_class(form, type(module))
+    fused_class: Any = _fused_class
+    for module in known:
+        module.__class__ = fused_class(_form(module), type(module))
     if unknown:
         warnings.warn(
             f"attention that is not known stays as it is: {_described(unknown)}", stacklevel=2
         )
-    return [name for name, module in model.named_modules() if isinstance(module, FusedAttention)]
+    return [name for name, _ in _fused(model)]
 
 
 def unfuse_attention(model: nn.Module) -> list[str]:
@@ -82,13 +80,19 @@ def unfuse_attention(model: nn.Module) -> list[str]:
         UserError: ``fully_shard`` was called on an attention itself. The model is then unchanged.
     """
     check_model(model)
-    fused = {n: m for n, m in model.named_modules() if isinstance(m, FusedAttention)}
+    fused: dict[str, Any] = dict(_fused(model))
     for name, module in fused.items():
         if type(module) is not _fused_class(module.form, module.host_class):
             raise UserError(f"{name} is sharded; call unfuse_attention before fully_shard")
     for module in fused.values():
         module.__class__ = module.host_class
     return list(fused)
+
+
+def _fused(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FusedAttention):
+            yield name, module
 
 
 def _unknown(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
