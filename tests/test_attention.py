@@ -274,11 +274,9 @@ def test_whole_models(build, loss, count):
         value = loss(model)
         value.backward()
         values.append(value.detach())
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        gradients.append(gradients_of(model))
     torch.testing.assert_close(*values, rtol=1e-5, atol=0)
-    assert gradients[0].keys() == gradients[1].keys()
-    expected, found = (torch.cat([g.flatten() for g in own.values()]) for own in gradients)
-    assert relative(found - expected, expected) < 1e-5
+    assert relative(gradients[1] - gradients[0], gradients[0]) < 1e-5
 
 
 def test_names_children_and_state_stay():
@@ -324,6 +322,11 @@ def test_the_layers_are_called_as_modules():
     assert len(calls) == 12
 
 
+def gradients_of(model: nn.Module) -> torch.Tensor:
+    """All gradients in one vector. Parameters without one are left out."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 # ---- With adapters -------------------------------------------------------------------------------
 
 
@@ -342,10 +345,8 @@ def test_adapters_train_alike():
     models = [stirred(adapted_encoder()), fused(stirred(adapted_encoder()))]
     for model in models:
         model(images()).square().mean().backward()
-    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None)
-        if ours.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    expected, found = (gradients_of(model) for model in models)
+    assert expected.numel() > 1000 and relative(found - expected, expected) < 1e-5
 
 
 def test_adapters_are_saved_and_loaded(tmp_path):

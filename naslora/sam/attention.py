@@ -177,7 +177,8 @@ def _over_grid(attention: Any, x: Tensor, heads: int) -> Tensor:
     """
     batch, height, width, _ = x.shape
     qkv = attention.qkv(x).reshape(batch, height * width, 3, heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, H * W, d)
+    # Split in the layout of the projection, so that the backward joins the gradients in one pass.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, d)
     if attention.use_rel_pos:
         by_row = q.unflatten(2, (height, width))  # (B, heads, H, W, d)
         table_h = relative_positions(attention.rel_pos_h, height)
