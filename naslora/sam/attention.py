@@ -116,7 +116,8 @@ class FusedAttention(nn.Module):
     form: "type[FusedAttention]"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (self.form, self.host_class), self.__getstate__()
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _rebuild, (self.form, self.host_class), reduced[2]
 
 
 class _SegmentAnything(FusedAttention):
@@ -175,21 +176,20 @@ def _over_grid(attention: Any, x: Tensor, heads: int) -> Tensor:
     Returns:
         (B, H, W, C).
     """
-    batch, height, width, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, height * width, 3, heads, -1)
+    grid = height, width = x.shape[1], x.shape[2]
+    qkv = attention.qkv(x).flatten(1, 2).unflatten(-1, (3, heads, -1))  # (B, H * W, 3, heads, d)
     # Split in the layout of the projection, so that the backward joins the gradients in one pass.
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, d)
     if attention.use_rel_pos:
-        by_row = q.unflatten(2, (height, width))  # (B, heads, H, W, d)
+        by_row = q.unflatten(2, grid)  # (B, heads, H, W, d)
         table_h = relative_positions(attention.rel_pos_h, height)
         table_w = relative_positions(attention.rel_pos_w, width)
         rel_h = torch.einsum("bnhwc,hkc->bnhwk", by_row, table_h).flatten(2, 3)
         rel_w = torch.einsum("bnhwc,wkc->bnhwk", by_row, table_w).flatten(2, 3)
-        grid = (height, width)
         o = rel_pos_attention(q, k, v, rel_h, rel_w, grid, scale=attention.scale)
     else:
         o = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-    return attention.proj(o.transpose(1, 2).reshape(batch, height, width, -1))
+    return attention.proj(o.transpose(1, 2).flatten(2).unflatten(1, grid))
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
