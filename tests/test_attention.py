@@ -8,8 +8,10 @@ import shlex
 import socket
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +114,10 @@ class _MobileSAM(nn.Module):
 
 def named(kind: type[nn.Module], module: str, name: str = "Attention") -> type[nn.Module]:
     """The class as another package defines it."""
-    return type(name, (kind,), {"__module__": module, "forward": kind.forward})
+    code: Any = kind.forward
+    forward = types.FunctionType(code.__code__, code.__globals__, argdefs=code.__defaults__)
+    forward.__module__ = module
+    return type(name, (kind,), {"__module__": module, "forward": forward})
 
 
 def mobile_sam_attention() -> nn.Module:
@@ -560,9 +565,17 @@ def with_a_changed_forward() -> nn.Module:
     def forward(self, x):
         return SamAttention.forward(self, x).tanh()
 
-    kind = type("Attention", (SamAttention,), {"__module__": SamAttention.__module__})
-    kind.forward = forward
+    forward.__module__ = SamAttention.__module__
+    attributes = {"__module__": SamAttention.__module__, "forward": forward}
+    kind = type("Attention", (SamAttention,), attributes)
     return kind(32, num_heads=2, use_rel_pos=True, input_size=(4, 6))
+
+
+def with_a_patched_class() -> nn.Module:
+    kind = named(modeling_sam.SamVisionAttention, modeling_sam.__name__, "SamVisionAttention")
+    forward: Any = kind.forward
+    kind.forward = lambda self, x: forward(self, x)[0]
+    return kind(SamVisionConfig(hidden_size=32, num_attention_heads=2, image_size=64), 0)
 
 
 UNKNOWN = {
@@ -570,6 +583,7 @@ UNKNOWN = {
     "own forward": with_its_own_forward,
     "further layer": with_a_further_layer,
     "changed forward": with_a_changed_forward,
+    "patched class": with_a_patched_class,
 }
 
 

@@ -52,7 +52,7 @@ def fuse_attention(model: nn.Module) -> list[str]:
         UserError: the model has no attention that is known. It is then unchanged.
     """
     check_model(model)
-    known = [module for module in model.modules() if _form(module) is not None]
+    known = [module for module in model.modules() if _mixin(module) is not None]
     unknown = dict(_unknown(model))
     if not known and not dict(_fused(model)):
         found = f"; it has {_described(unknown)}" if unknown else ""
@@ -62,7 +62,7 @@ def fuse_attention(model: nn.Module) -> list[str]:
         )
     fused_class: Any = _fused_class
     for module in known:
-        module.__class__ = fused_class(_form(module), type(module))
+        module.__class__ = fused_class(_mixin(module), type(module))
     if unknown:
         warnings.warn(
             f"attention that is not known stays as it is: {_described(unknown)}", stacklevel=2
@@ -82,7 +82,7 @@ def unfuse_attention(model: nn.Module) -> list[str]:
     check_model(model)
     fused: dict[str, Any] = dict(_fused(model))
     for name, module in fused.items():
-        if type(module) is not _fused_class(module.form, module.host_class):
+        if type(module) is not _fused_class(module.mixin, module.host_class):
             raise UserError(f"{name} is sharded; call unfuse_attention before fully_shard")
     for module in fused.values():
         module.__class__ = module.host_class
@@ -98,7 +98,7 @@ def _fused(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _unknown(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         named = "attention" in type(module).__name__.lower() and "qkv" in module._modules
-        if named and not isinstance(module, FusedAttention) and _form(module) is None:
+        if named and not isinstance(module, FusedAttention) and _mixin(module) is None:
             yield name, module
 
 
@@ -113,11 +113,11 @@ class FusedAttention(nn.Module):
     """Mixed into the class of an attention. A subclass has the forward of one kind of attention."""
 
     host_class: type[nn.Module]
-    form: "type[FusedAttention]"
+    mixin: "type[FusedAttention]"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
-        return _rebuild, (self.form, self.host_class), reduced[2]
+        return _rebuild, (self.mixin, self.host_class), reduced[2]
 
 
 class _SegmentAnything(FusedAttention):
@@ -220,12 +220,12 @@ class _Form(NamedTuple):
     """A regular expression that matches the whole name of the class's module."""
     classes: tuple[str, ...]
     children: frozenset[str]
-    """The names of its children; another one is something that the fused forward would leave out"""
+    """The names of its children. The fused forward would leave out a further one."""
     parameters: frozenset[str]
     """The names that its own parameters can have."""
     attributes: tuple[str, ...]
     """Further attributes that the fused forward reads."""
-    fused: type[FusedAttention]
+    mixin: type[FusedAttention]
 
 
 _LINEAR = frozenset({"qkv", "proj"})
@@ -268,37 +268,38 @@ _NAMES = {
 }
 
 
-def _form(module: nn.Module) -> type[FusedAttention] | None:
-    """The fused class of a module that is not fused yet; None if it is no known attention."""
+def _mixin(module: nn.Module) -> type[FusedAttention] | None:
+    """What makes a module fused; None if it is fused already, or no known attention."""
     kind = type(module)
     for form in _FORMS:
         if kind.__name__ in form.classes and re.fullmatch(form.modules, kind.__module__):
-            return form.fused if _fits(module, form) else None
+            return form.mixin if _fits(module, form) else None
     return None
 
 
 def _fits(module: Any, form: _Form) -> bool:
-    if "forward" in vars(module) or isinstance(module, FusedAttention):
+    forward: Any = type(module).forward
+    replaced = forward.__module__ != type(module).__module__ or "forward" in vars(module)
+    if replaced or isinstance(module, FusedAttention):
         return False
     if {*module._modules} != form.children or not {*module._parameters} <= form.parameters:
         return False
     if not all(hasattr(module, name) for name in form.attributes):
         return False
-    if form.fused is _SegmentAnything and not {*type(module).forward.__code__.co_names} <= _NAMES:
+    if form.mixin is _SegmentAnything and not {*forward.__code__.co_names} <= _NAMES:
         return False
-    tables = not getattr(module, "use_rel_pos", False) or all(hasattr(module, n) for n in _TABLES)
-    return tables
+    return not getattr(module, "use_rel_pos", False) or all(hasattr(module, n) for n in _TABLES)
 
 
 @functools.cache
-def _fused_class(form: Any, host_class: Any) -> Any:
+def _fused_class(mixin: Any, host_class: Any) -> Any:
     """The subclass. It has the name of ``host_class``, so the model is printed as before."""
     names = {"__module__": host_class.__module__, "__qualname__": host_class.__qualname__}
-    own = {"__doc__": host_class.__doc__, "host_class": host_class, "form": form}
-    return type(host_class.__name__, (form, host_class), {**names, **own})
+    own = {"__doc__": host_class.__doc__, "host_class": host_class, "mixin": mixin}
+    return type(host_class.__name__, (mixin, host_class), {**names, **own})
 
 
-def _rebuild(form: Any, host_class: Any) -> Any:
+def _rebuild(mixin: Any, host_class: Any) -> Any:
     """An empty fused attention, whose state ``copy`` and ``pickle`` fill in."""
-    fused = _fused_class(form, host_class)
+    fused = _fused_class(mixin, host_class)
     return fused.__new__(fused)
