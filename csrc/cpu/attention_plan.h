@@ -1,10 +1,10 @@
 // How attention is cut into tiles of scores, and how its operands come into the cache.
 //
-//              queries of a block
-//              q q q q q q
-//     keys   k s s s s s s   A tile of scores is stored as (keys, queries): a vector holds scores
-//     of of a   k s s s s s s   several queries and one key. So sums over keys, over rows and over
-//     block  k s s s s s s   columns of the grid add whole vectors, whatever the grid's width.
+//                queries of a block
+//                q q q q q q
+//     keys     k s s s s s s   A tile of scores is stored as (keys, queries): a vector holds scores
+//     of a     k s s s s s s   several queries and one key. So sums over keys, over rows and over
+//     block    k s s s s s s   columns of the grid add whole vectors, whatever the grid's width.
 //
 // A tile and the keys, values and gradients that belong to it fit the L2 cache. 16-bit numbers are
 // widened when they are copied there.

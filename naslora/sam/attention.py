@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from naslora.adapter.modules import check_model
 from naslora.errors import UserError, listing
-from naslora_kernels._attention_stub import rel_pos_attention
+from naslora_kernels import rel_pos_attention
 
 Attention = Literal["fused", "stock"]
 """How the image encoder computes attention: in the fused operator, or in its package's code."""
