@@ -30,6 +30,7 @@ from naslora.methods import (
     trainable_parameters,
 )
 from naslora.sam.encoders import checkpoint_blocks
+from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.training import run as run_module
 
@@ -208,9 +209,11 @@ def test_gradient_checkpointing_changes_nothing(make, method, encoder):
             torch.testing.assert_close(repeated, plain, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method, encoder", FITTING)
-def test_bfloat16_autocast_trains_float32_weights(make, method, encoder):
+def test_bfloat16_autocast_trains_float32_weights(make, method, encoder, frozen):
     model = make(method, encoder, lively=True).train()
+    cast_frozen(model.image_encoder, frozen)
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(model, images())
     loss.backward()

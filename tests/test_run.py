@@ -102,6 +102,16 @@ def test_metrics(run):
     assert metrics["seconds"] > 0
 
 
+def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(naslora, data, tmp_path):
+    output = tmp_path / "run"
+    options = ["--data", data, *TRAIN, "--mixed-precision", "bf16", "--output", output]
+    assert naslora("train", *options).status == 0
+    metrics = read(output / "metrics.json")
+    scores = json.loads(naslora("evaluate", output).out)
+    assert scores.pop("images") == 5 and scores == metrics["test"]
+    assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
+
+
 def test_parameters_are_counted(run):
     metrics = read(run / "metrics.json")
     stored = adapter(run)

@@ -21,10 +21,12 @@ from segment_anything.modeling import (
 )
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from naslora import NASLoRAConfig, UserError, adapter_parameters, arch_parameters, inject
 from naslora.sam.checkpoint import load_sam_checkpoint, timm_name
 from naslora.sam.encoders import MODELS, VITS, ViT, build_image_encoder, checkpoint_blocks
+from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, build_model
 
 torch.set_num_threads(1)
@@ -466,6 +468,57 @@ def test_batch_norms_of_an_adapter_do_move_in_training_mode():
     model.train()(pixels(64))
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 2 * 8 and all(norm.num_batches_tracked == 1 for norm in norms)
+
+
+@pytest.mark.parametrize("name", ["vit_b", "mobile_sam"])
+def test_frozen_weights_in_16_bits_are_not_cast_again(name):
+    """The encoder's matrices are cast, its norms and the adapter are not."""
+    model = build_model(name, 64).eval()
+    inject(model, NASLoRAConfig())
+    cast_frozen(model.image_encoder, torch.bfloat16)
+    norms = {
+        f"{prefix}.{n}"
+        for prefix, module in model.image_encoder.named_modules()
+        if "Norm" in type(module).__name__
+        for n, _ in module.named_parameters(recurse=False)
+    }
+    assert norms
+    for n, parameter in model.image_encoder.named_parameters():
+        stays = parameter.requires_grad or n in norms
+        assert parameter.dtype == (torch.float32 if stays else torch.bfloat16), n
+
+    cast = []
+    with Casts(cast), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.image_encoder(pixels(64))
+    frozen = {p.data_ptr() for p in model.image_encoder.parameters() if not p.requires_grad}
+    assert not frozen & {*cast}
+
+
+@pytest.mark.parametrize("name", ["vit_b", "mobile_sam"])
+def test_frozen_weights_in_16_bits_compute_what_autocast_computes(name):
+    model = build_model(name, 64).eval()
+    outputs = []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model.image_encoder(pixels(64)).float())
+        cast_frozen(model.image_encoder, torch.bfloat16)
+    with torch.no_grad():
+        exact = build_model(name, 64).eval().image_encoder(pixels(64))
+    errors = [(output - exact).norm() for output in outputs]
+    assert 0 < errors[1] < 1.2 * errors[0]
+
+
+class Casts(TorchDispatchMode):
+    """Collects the addresses of float32 tensors that are cast."""
+
+    def __init__(self, addresses: list[int]) -> None:
+        super().__init__()
+        self.addresses = addresses
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten._to_copy.default and arguments[0].dtype == torch.float32:
+            self.addresses.append(arguments[0].data_ptr())
+        return function(*arguments, **(keywords or {}))
 
 
 @pytest.mark.parametrize("name", ["vit_b", "mobile_sam"])

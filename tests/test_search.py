@@ -264,6 +264,7 @@ def test_a_configuration_of_version_0_1_0_keeps_its_meaning():
     )  # fmt: skip
     everything = SearchConfig.from_dict({**old, "arch_fraction": 0.0})
     assert (everything.arch_data, everything.arch_fraction) == ("redraw", 1.0)
+    assert SearchConfig.from_dict({**old, "mixed_precision": "bf16"}).frozen_precision == "no"
     assert SearchConfig.from_dict(dataclasses.asdict(SearchConfig())) == SearchConfig()
 
 
@@ -631,6 +632,7 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(make_search):
         ({"schedule": "step"}, "schedule must be one of linear, cosine, constant, got 'step'"),
         ({"class_loss": "focal"}, "class_loss must be one of"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of"),
+        ({"frozen_precision": "bf16"}, "needs mixed_precision bf16, got no"),
     ],
 )
 def test_settings_out_of_range(changes, message):

@@ -14,19 +14,26 @@ tensorboard/           the curves for TensorBoard
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from naslora.data.contents import to_json
+from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError
 from naslora.files import is_temporary, write_json
 from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
-from naslora.results import BEST, CONFIG, DATA, RunResult
+from naslora.results import BEST, CONFIG, DATA, ParameterCounts, RunResult
+from naslora.sam.precision import cast_frozen
 from naslora.training.accelerator import check_shared, lost_processes, make_accelerator
 from naslora.training.run_config import RunConfig, differing, read_config
 from naslora.training.run_data import prepare_data
-from naslora.training.run_model import build_adapted_model, count_parameters
+from naslora.training.run_model import (
+    build_adapted_model,
+    build_frozen_model,
+    count_parameters,
+)
 from naslora.training.run_results import final_result, write_results
 from naslora.training.search import Search
 
@@ -71,10 +78,7 @@ def _take_lock(output: Path, accelerator: Accelerator, lock: ExitStack) -> None:
 def _train(config: RunConfig, output: Path, resume: bool, accelerator: Accelerator) -> RunResult:
     check_output(config, output, resume)
     data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
-    model = build_adapted_model(config)
-    counts = count_parameters(model)
-    seed = config.adapter.seed
-    search = Search(model, data, config.search, seed, output, config.foreground_names, accelerator)
+    search, counts = _make_search(config, data, output, accelerator)
     if resume:
         search.resume()
     if accelerator.is_main_process:
@@ -82,12 +86,28 @@ def _train(config: RunConfig, output: Path, resume: bool, accelerator: Accelerat
         write_json(output / DATA, to_json(contents))
     check_shared(output / DATA, accelerator)
     search.run()
-    load_adapter(model, output / BEST)
+    if config.search.frozen_dtype != torch.float32:
+        # Merging adds the update to the frozen weights, so it needs all their digits.
+        search.model = build_frozen_model(config).to(accelerator.device)
+    load_adapter(search.model, output / BEST)
     result = final_result(search, counts, config)
     if accelerator.is_main_process:
         write_results(search, result, config, output)
     accelerator.wait_for_everyone()
     return result
+
+
+def _make_search(
+    config: RunConfig,
+    data: dict[str, SegmentationDataset],
+    output: Path,
+    accelerator: Accelerator,
+) -> tuple[Search, ParameterCounts]:
+    model = build_adapted_model(config)
+    counts = count_parameters(model)
+    cast_frozen(model.image_encoder, config.search.frozen_dtype)
+    seed, names = config.adapter.seed, config.foreground_names
+    return Search(model, data, config.search, seed, output, names, accelerator), counts
 
 
 def _check_start(config: RunConfig) -> None:

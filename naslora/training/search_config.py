@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from naslora.adapter.checks import check_types
@@ -22,6 +23,7 @@ ArchData = Literal["redraw", "rotate", "hold-out", "split"]
 
 
 Precision = Literal["no", "bf16", "fp16"]
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MOST_EPOCHS, MOST_WORKERS = 1_000_000, 1024
 """Greater numbers are mistakes, and would exhaust the memory before the first step."""
@@ -85,6 +87,10 @@ class SearchConfig:
     """Mirror half of the training images, left to right."""
     mixed_precision: Precision = "no"
     """Autocast precision."""
+    frozen_precision: Precision | None = None
+    """Precision in which the encoder's frozen weights are kept while training: 16 bits take half
+    the memory and are not cast in every step. None takes `mixed_precision`, `no` is float32. A
+    finished run is scored and merged with the weights in float32."""
     gradient_checkpointing: bool = False
     """Recompute the encoder's blocks in the backward: less memory, about a third more time."""
     workers: int = 2
@@ -130,14 +136,20 @@ class SearchConfig:
             ("arch_data", ArchData),
             ("class_loss", ClassLoss),
             ("mixed_precision", Precision),
+            ("frozen_precision", Precision),
         ):
-            optional = name in ("alpha_schedule", "arch_data")
+            optional = name in ("alpha_schedule", "arch_data", "frozen_precision")
             allowed = (*get_args(choices), None) if optional else get_args(choices)
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"{name} must be one of {', '.join(get_args(choices))}, "
                     f"got {getattr(self, name)!r}"
                 )
+        if self.frozen_precision not in (None, "no", self.mixed_precision):
+            raise UserError(
+                f"frozen_precision {self.frozen_precision} needs mixed_precision "
+                f"{self.frozen_precision}, got {self.mixed_precision}"
+            )
 
     def _check_arch_data(self) -> None:
         if not 0 < self.arch_fraction <= 1:
@@ -151,7 +163,7 @@ class SearchConfig:
     def from_dict(cls, values: dict[str, Any]) -> "SearchConfig":
         """The configuration that a run's file holds.
 
-        Version 0.1.0 had fewer settings. Those that its files lack get the values that it used.
+        Earlier versions had fewer settings. Those that a file lacks get the values that they used.
 
         Raises:
             UserError: a field is out of range.
@@ -170,8 +182,15 @@ class SearchConfig:
                 **values,
                 "arch_fraction": fraction or 1.0,
             }
+        if values.get("mixed_precision", "no") != "no":
+            values = {"frozen_precision": "no", **values}
         check_types(cls, values)
         return cls(**values)
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """The dtype of the encoder's frozen weights while training."""
+        return DTYPES[self.frozen_precision or self.mixed_precision]
 
     def factor(self, schedule: Schedule, done: float) -> float:
         """What a rate is multiplied by after the share ``done`` of all epochs, in [0, 1]."""
