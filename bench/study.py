@@ -213,6 +213,7 @@ STUDIES = {
                 "search": {"cell_learning_rate": 5e-3},
             },
             "NAS-LoRA": _adapter("nas-lora"),
+            "in float32": {"search": {"mixed_precision": "no"}},
         },
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
         train_images=240,
