@@ -21,9 +21,12 @@ from hugging_face import batch_of, build_sam, build_sam2, mask_loss
 from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Attention as SamAttention
+from segment_anything.modeling.image_encoder import Block as SamBlock
+from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 from timm.models.tiny_vit import Attention as TimmAttention
 from torch import distributed, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SamHQVisionConfig, SamVisionConfig
 from transformers.models.sam import modeling_sam
 from transformers.models.sam_hq import modeling_sam_hq
@@ -41,6 +44,7 @@ from naslora import (
     unfuse_attention,
     unmerge,
 )
+from naslora.adapter.windows import partition, unpartition
 from naslora.adapter.wrappers import in_one_piece
 from naslora.files import read_json, write_json
 from naslora.methods import METHODS, apply
@@ -338,6 +342,86 @@ def test_the_layers_are_called_as_modules():
 def gradients_of(model: nn.Module) -> torch.Tensor:
     """All gradients in one vector. Parameters without one are left out."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+# ---- Windows -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 6), (2, 7), (6, 2), (1, 1)], ids=str)
+def test_windows_are_segment_anythings(grid):
+    x = torch.randn(2, *grid, 5, dtype=torch.float64, requires_grad=True)
+    expected, padded = window_partition(x, 3)
+    windows = partition(x, 3)
+    assert torch.equal(windows, expected)
+    assert torch.equal(unpartition(windows, 3, grid), window_unpartition(windows, 3, padded, grid))
+
+    fill = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    outside = window_partition(torch.ones_like(x), 3)[0] == 0
+    assert torch.equal(partition(x, 3, fill), torch.where(outside, fill, expected))
+    assert torch.autograd.gradcheck(lambda x, fill: partition(x, 3, fill), (x, fill))
+    assert torch.autograd.gradcheck(lambda w: unpartition(w, 3, grid), (windows,))
+
+
+QKV = {
+    "frozen": None,
+    "LoRA": NASLoRAConfig(channel_ratio=0.0),
+    "NAS-LoRA": NASLoRAConfig(channel_ratio=1.0),
+    "NAS-PC-LoRA": NASLoRAConfig(),
+    "the paper's operations": NASLoRAConfig(preset="paper"),
+}
+
+
+@pytest.mark.parametrize("config", QKV.values(), ids=QKV)
+def test_the_padding_of_windows_is_not_projected(config):
+    models = [encoder() for _ in range(2)]
+    for model in models:
+        if config is not None:
+            inject(model, config)
+            randomize(model)
+        model.double()
+    block = fused(models[1]).blocks[0]
+    x = torch.randn(2, 4, 4, 32, generator=torch.Generator().manual_seed(3)).double()
+    results = []
+    for model in models:
+        copied, rows = x.clone().requires_grad_(), []
+        with Products(rows):
+            output = model.blocks[0](copied)
+        output.square().sum().backward()
+        gradients = [p.grad for p in model.blocks[0].parameters() if p.grad is not None]
+        results.append((output, copied.grad, *gradients, rows))
+    *expected, stock_rows = results[0]
+    *found, our_rows = results[1]
+    torch.testing.assert_close(found, expected)
+    assert max(stock_rows) == 2 * 36 and max(our_rows) == 2 * 16
+    assert isinstance(block, SamBlock)
+
+
+def test_a_watched_layer_sees_whole_windows():
+    model, shapes = fused(adapted_encoder()), []
+    expected = model(images())
+    hook = model.blocks[0].attn.qkv.register_forward_pre_hook(
+        lambda _, arguments: shapes.append(arguments[0].shape)
+    )
+    torch.testing.assert_close(model(images()), expected)
+    hook.remove()
+    model.blocks[0].attn.register_forward_pre_hook(
+        lambda _, arguments: shapes.append(arguments[0].shape)
+    )
+    torch.testing.assert_close(model(images()), expected)
+    assert {shape[1:] for shape in shapes} == {(3, 3, 32)} and len(shapes) == 2
+
+
+class Products(TorchDispatchMode):
+    """Collects how many tokens the wide products with frozen weights take."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten.addmm.default and min(arguments[2].shape) >= 32:
+            self.rows.append(arguments[1].shape[0])
+        return function(*arguments, **(keywords or {}))
 
 
 # ---- With adapters -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from naslora.adapter.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.grid import Grid, GridHint, as_grid
+from naslora.adapter.windows import partition
 from naslora_kernels import OPERATIONS, nas_lora_linear
 from naslora_kernels.cell import Cell as CellTensors
 from naslora_kernels.operations import SKIP
@@ -181,6 +182,28 @@ class NASLoRALinear(nn.Module):
         else:
             h = self.base(tokens) + self._update(tokens)
         return h.reshape(*x.shape[:-1], self.out_features)
+
+    def in_windows(self, x: Tensor, size: int) -> Tensor:
+        """Computes the layer on the windows of images, which are padded with zeros.
+
+        The frozen product is computed on the images' tokens alone; beyond them it is the bias. The
+        cell sees the padding, because it looks at a token's neighbours.
+
+        Args:
+            x: (B, H, W, C_in) images.
+            size: side of the windows, in tokens.
+
+        Returns:
+            (B * windows, size, size, C_out), as ``forward`` of ``windows.partition(x)``.
+        """
+        if self.cell is None:
+            return partition(self(x), size, self.bias)
+        z = partition(F.linear(x, self.lora_A.to(x.dtype)), size)
+        y = self.cell(z, self.alpha, self._selected_channels(), self.backend)
+        h = partition(self.base(x), size, self.bias)
+        decoder = self.lora_B.to(y.dtype).t()
+        update = torch.addmm(h.flatten(0, 2), self.scaling * y.flatten(0, 2), decoder)
+        return update.view_as(h)
 
     def _fused(self, tokens: Tensor) -> Tensor:
         if isinstance(self.cell, LinearCell) and self.alpha is not None:

@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.modules import check_model
+from naslora.adapter.windows import has_hooks, partition, unpartition
 from naslora.errors import UserError, listing
 from naslora_kernels import rel_pos_attention
 
@@ -40,7 +42,8 @@ def fuse_attention(model: nn.Module) -> list[str]:
     Known are the attentions of segment_anything and its copies (SAM-HQ, MobileSAM), of Hugging
     Face's SamModel and SamHQModel, and of TinyViT in timm and MobileSAM. Other modules with a layer
     ``qkv`` and "Attention" in the name of their class are left alone, and a warning names them.
-    Hugging Face's modules return None as attention weights, as its SDPA attention does.
+    Hugging Face's modules return None as attention weights, as its SDPA attention does. Blocks of
+    segment_anything and its copies no longer project the padding of their windows.
 
     Args:
         model: a SAM, its image encoder, or a model around it.
@@ -52,17 +55,18 @@ def fuse_attention(model: nn.Module) -> list[str]:
         UserError: the model has no attention that is known. It is then unchanged.
     """
     check_model(model)
-    known = [module for module in model.modules() if _mixin(module) is not None]
+    known = {module: mixin for module in model.modules() if (mixin := _mixin(module)) is not None}
     unknown = dict(_unknown(model))
-    if not known and not dict(_fused(model)):
+    attentions = [module for module, mixin in known.items() if issubclass(mixin, FusedAttention)]
+    if not attentions and not dict(_fused(model)):
         found = f"; it has {_described(unknown)}" if unknown else ""
         raise UserError(
             "the model has no attention that can be fused: none of segment_anything, SAM-HQ, "
             f"MobileSAM, TinyViT or Hugging Face's SamModel{found}"
         )
     fused_class: Any = _fused_class
-    for module in known:
-        module.__class__ = fused_class(_mixin(module), type(module))
+    for module, mixin in known.items():
+        module.__class__ = fused_class(mixin, type(module))
     if unknown:
         warnings.warn(
             f"attention that is not known stays as it is: {_described(unknown)}", stacklevel=2
@@ -84,8 +88,11 @@ def unfuse_attention(model: nn.Module) -> list[str]:
     for name, module in fused.items():
         if type(module) is not _fused_class(module.mixin, module.host_class):
             raise UserError(f"{name} is sharded; call unfuse_attention before fully_shard")
-    for module in fused.values():
-        module.__class__ = module.host_class
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, Fused)]
+    for module in modules:
+        # A block that was sharded keeps its class. Around a stock attention it computes as stock.
+        if type(module) is _fused_class(module.mixin, module.host_class):
+            module.__class__ = module.host_class
     return list(fused)
 
 
@@ -109,15 +116,33 @@ def _described(modules: dict[str, nn.Module]) -> str:
 # ---- The forwards --------------------------------------------------------------------------------
 
 
-class FusedAttention(nn.Module):
-    """Mixed into the class of an attention. A subclass has the forward of one kind of attention."""
+class Fused(nn.Module):
+    """Mixed into the class of a module. A subclass has the forward of one kind of module."""
 
     host_class: type[nn.Module]
-    mixin: "type[FusedAttention]"
+    mixin: "type[Fused]"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
         return _rebuild, (self.mixin, self.host_class), reduced[2]
+
+
+class FusedAttention(Fused):
+    """The same for attentions."""
+
+
+class FusedBlock(Fused):
+    """segment_anything's transformer block, which does not project the padding of its windows."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        size, attention = self.window_size, self.attn
+        padded = size > 0 and (x.shape[1] % size or x.shape[2] % size)
+        ours = isinstance(attention, _SegmentAnything) and not has_hooks(attention)
+        if not padded or not ours or _traced():
+            return self.host_class.forward(self, x)
+        x = x + _over_windows(attention, self.norm1(x), size)
+        return x + self.mlp(self.norm2(x))
 
 
 class _SegmentAnything(FusedAttention):
@@ -169,15 +194,60 @@ def _over_grid(attention: Any, x: Tensor, heads: int) -> Tensor:
     """Attention with decomposed relative positions, as segment_anything defines it.
 
     Args:
-        attention: has ``qkv``, ``proj``, ``scale``, ``use_rel_pos``, ``rel_pos_h``, ``rel_pos_w``.
+        attention: has ``qkv``, ``proj``, and what ``_attended`` reads.
         x: (B, H, W, C), an image or windows of it.
         heads: number of heads.
 
     Returns:
         (B, H, W, C).
     """
-    grid = height, width = x.shape[1], x.shape[2]
-    qkv = attention.qkv(x).flatten(1, 2).unflatten(-1, (3, heads, -1))  # (B, H * W, 3, heads, d)
+    return attention.proj(_attended(attention, attention.qkv(x), heads))
+
+
+def _over_windows(attention: Any, x: Tensor, size: int) -> Tensor:
+    """The same in windows of images whose edge SAM pads with zeros.
+
+    Linear layers do not compute the padding: it is the bias before the attention, and dropped after
+    it.
+
+    Args:
+        attention: as in ``_over_grid``.
+        x: (B, H, W, C) images.
+        size: side of the windows, in tokens.
+
+    Returns:
+        (B, H, W, C).
+    """
+    o = _attended(attention, _in_windows(attention.qkv, x, size), attention.num_heads)
+    grid = x.shape[1], x.shape[2]
+    if type(attention.proj) is nn.Linear:
+        return attention.proj(unpartition(o, size, grid))
+    return unpartition(attention.proj(o), size, grid)
+
+
+def _in_windows(layer: nn.Module, x: Tensor, size: int) -> Tensor:
+    """``layer`` on the windows of images. A layer that is watched sees the windows themselves."""
+    if not has_hooks(layer):
+        if type(layer) is nn.Linear:
+            return partition(layer(x), size, layer.bias)
+        if isinstance(layer, NASLoRALinear):
+            return layer.in_windows(x, size)
+    return layer(partition(x, size))
+
+
+def _attended(attention: Any, qkv: Tensor, heads: int) -> Tensor:
+    """What the heads gather, before the last projection.
+
+    Args:
+        attention: has ``scale``, ``use_rel_pos``, ``rel_pos_h``, ``rel_pos_w``.
+        qkv: (B, H, W, 3 C), queries, keys and values of an image or of windows.
+        heads: number of heads.
+
+    Returns:
+        (B, H, W, C).
+    """
+    grid = height, width = qkv.shape[1], qkv.shape[2]
+    qkv = qkv.flatten(1, 2).unflatten(-1, (3, heads, -1))  # (B, H * W, 3, heads, d)
     # Split in the layout of the projection, so that the backward joins the gradients in one pass.
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, d)
     if attention.use_rel_pos:
@@ -189,7 +259,7 @@ def _over_grid(attention: Any, x: Tensor, heads: int) -> Tensor:
         o = rel_pos_attention(q, k, v, rel_h, rel_w, grid, scale=attention.scale)
     else:
         o = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-    return attention.proj(o.transpose(1, 2).flatten(2).unflatten(1, grid))
+    return o.transpose(1, 2).flatten(2).unflatten(1, grid)
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
@@ -214,7 +284,7 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 
 
 class _Form(NamedTuple):
-    """One kind of attention: where its class is defined, and what an instance consists of."""
+    """One kind of module: where its class is defined, and what an instance consists of."""
 
     modules: str
     """A regular expression that matches the whole name of the class's module."""
@@ -225,11 +295,14 @@ class _Form(NamedTuple):
     """The names that its own parameters can have."""
     attributes: tuple[str, ...]
     """Further attributes that the fused forward reads."""
-    mixin: type[FusedAttention]
+    mixin: type[Fused]
+    names: frozenset[str] | None = None
+    """If given, what the class's forward may refer to: a copy that refers to more computes more."""
 
 
 _LINEAR = frozenset({"qkv", "proj"})
 _TABLES = frozenset({"rel_pos_h", "rel_pos_w"})
+_BLOCK = frozenset({"norm1", "attn", "norm2", "mlp"})
 _FORMS = (
     _Form(
         r"(.+\.)?modeling\.image_encoder",
@@ -238,6 +311,20 @@ _FORMS = (
         _TABLES,
         ("num_heads", "scale", "use_rel_pos"),
         _SegmentAnything,
+        frozenset(
+            {"shape", "qkv", "reshape", "num_heads", "permute", "unbind", "scale", "transpose"}
+            | {"use_rel_pos", "rel_pos_h", "rel_pos_w", "add_decomposed_rel_pos"}
+            | {"softmax", "view", "proj"}
+        ),
+    ),
+    _Form(
+        r"(.+\.)?modeling\.image_encoder",
+        ("Block",),
+        _BLOCK,
+        frozenset(),
+        ("window_size",),
+        FusedBlock,
+        _BLOCK | {"window_size", "shape", "window_partition", "window_unpartition"},
     ),
     _Form(
         r"transformers\.models\.(sam|sam_hq)\.modeling_\1",
@@ -261,15 +348,10 @@ _FORMS = (
         _TinyViT,
     ),
 )
-# What the forward of segment_anything's class refers to. A copy that refers to more computes more.
-_NAMES = {
-    *("shape", "qkv", "reshape", "num_heads", "permute", "unbind", "scale", "transpose", "softmax"),
-    *("use_rel_pos", "rel_pos_h", "rel_pos_w", "add_decomposed_rel_pos", "view", "proj"),
-}
 
 
-def _mixin(module: nn.Module) -> type[FusedAttention] | None:
-    """What makes a module fused; None if it is fused already, or no known attention."""
+def _mixin(module: nn.Module) -> type[Fused] | None:
+    """What makes a module fused; None if it is fused already, or not known."""
     kind = type(module)
     for form in _FORMS:
         if kind.__name__ in form.classes and re.fullmatch(form.modules, kind.__module__):
@@ -280,13 +362,13 @@ def _mixin(module: nn.Module) -> type[FusedAttention] | None:
 def _fits(module: Any, form: _Form) -> bool:
     forward: Any = type(module).forward
     replaced = forward.__module__ != type(module).__module__ or "forward" in vars(module)
-    if replaced or isinstance(module, FusedAttention):
+    if replaced or isinstance(module, Fused):
         return False
     if {*module._modules} != form.children or not {*module._parameters} <= form.parameters:
         return False
     if not all(hasattr(module, name) for name in form.attributes):
         return False
-    if form.mixin is _SegmentAnything and not {*forward.__code__.co_names} <= _NAMES:
+    if form.names is not None and not {*forward.__code__.co_names} <= form.names:
         return False
     return not getattr(module, "use_rel_pos", False) or all(hasattr(module, n) for n in _TABLES)
 
