@@ -61,7 +61,10 @@ def pytest_addoption(parser):
     )
     group.addoption("--device", default="cuda" if on_gpu else "cpu")
     group.addoption("--methods", default=",".join(METHODS), help="default: all")
-    group.addoption("--compiled", default="", help="methods to time through torch.compile, too")
+    group.addoption(
+        "--stock", default="lora,conv-lora", help="which to measure on stock attention, too"
+    )
+    group.addoption("--compiled", default="", help="which to time through torch.compile, too")
     group.addoption("--rounds", type=int, default=5, help="measurements of each contestant")
 
 
@@ -82,21 +85,32 @@ def _listed(config, option):
     return [name for name in config.getoption(option).split(",") if name]
 
 
+def _names(config):
+    """The contestants of each group."""
+    methods, stock = _listed(config, "methods"), _listed(config, "stock")
+    return {
+        "training_step": models.training_names(methods, stock, _listed(config, "compiled")),
+        "inference": models.inference_names(methods),
+        "memory": models.training_names(methods, stock),
+    }
+
+
 def pytest_generate_tests(metafunc):
     config = metafunc.config
-    methods, compiled = _listed(config, "methods"), _listed(config, "compiled")
+    names = _names(config)
     if "setting" in metafunc.fixturenames:
         metafunc.parametrize("setting", _settings(config), ids=str, scope="session")
     if "attention_case" in metafunc.fixturenames:
         found = [attention.TINY] if _runs_once(config) else attention.CASES
         metafunc.parametrize("attention_case", found, ids=attention.case_name)
     if "training" in metafunc.fixturenames:
-        pairs = models.training_names(methods, compiled)
+        training = names["training_step"]
+        pairs = [(name, step) for name in training for step in models.training_steps(name)]
         metafunc.parametrize("training", pairs, ids=" ".join)
     if "inferring" in metafunc.fixturenames:
-        metafunc.parametrize("inferring", models.inference_names(methods))
-    if "method" in metafunc.fixturenames:
-        metafunc.parametrize("method", methods)
+        metafunc.parametrize("inferring", names["inference"])
+    if "keeping" in metafunc.fixturenames:
+        metafunc.parametrize("keeping", names["memory"])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -111,12 +125,14 @@ def tiny_when_run_once(pytestconfig):
 @pytest.fixture(scope="session")
 def measured(pytestconfig):
     """``measured(group, setting)``: everything of that group, measured together, once a session."""
-    methods, compiled = _listed(pytestconfig, "methods"), _listed(pytestconfig, "compiled")
+    names, methods = _names(pytestconfig), _listed(pytestconfig, "methods")
     rounds = 1 if _runs_once(pytestconfig) else pytestconfig.getoption("rounds")
     groups = {
-        "training_step": lambda setting: suite.time_training(setting, methods, compiled, rounds),
+        "training_step": lambda setting: suite.time_training(
+            setting, names["training_step"], rounds
+        ),
         "inference": lambda setting: suite.time_inference(setting, methods, rounds),
-        "memory": lambda setting: suite.measure_memory(setting, methods),
+        "memory": lambda setting: suite.measure_memory(setting, names["memory"]),
     }
 
     @functools.cache

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from naslora_kernels import available_backends
+from naslora_kernels.attention import ATTENTION_OPERATORS
 from naslora_kernels.operations import CONVOLUTIONS
 from naslora_kernels.ops import OPERATORS
 
@@ -33,12 +34,13 @@ class Counts:
 def count(function: Callable[[], object]) -> Counts:
     """Runs ``function`` and counts."""
     available_backends()  # loads them, and so defines their operators
-    formulas = {
+    mapping = {
         getattr(operators, name).overloadpacket: formula
-        for operators in OPERATORS.values()
-        for name, formula in FORMULAS.items()
+        for backends, formulas in ((OPERATORS, FORMULAS), (ATTENTION_OPERATORS, ATTENTION_FORMULAS))
+        for operators in backends.values()
+        for name, formula in formulas.items()
     }
-    flops = FlopCounterMode(display=False, custom_mapping=formulas)
+    flops = FlopCounterMode(display=False, custom_mapping=mapping)
     with flops, _Calls() as calls:
         function()
     return Counts(flops.get_total_flops(), calls.calls, calls.peak)
@@ -146,6 +148,24 @@ def _folded_linear(x, weight, bias, lora_A, lora_B, kernel, *_, **__) -> int:
     return 2 * x[:-1].numel() * (c_in * c_out + lora_A[0] * (c_in + c_out) + kernel.numel())
 
 
+def _attention(q, *_, **__) -> int:
+    return 2 * _logits(q)
+
+
+def _attention_backward(
+    grad_o, q, k, v, rel_h, rel_w, o, softmax, scale,
+    need_q, need_k, need_v, need_rel_h, need_rel_w, **_,
+) -> int:  # fmt: skip
+    of_logits = need_q or need_k or need_rel_h or need_rel_w
+    return (1 + of_logits + need_q + need_k + need_v) * _logits(q)  # the first computes them anew
+
+
+def _logits(q) -> int:
+    """Operations of a product with N x N numbers in each head."""
+    batch, heads, tokens, features = q
+    return 2 * batch * heads * tokens**2 * features
+
+
 FORMULAS = {
     "mixed_cell": _cell_forward,
     "mixed_cell_backward": _cell_backward,
@@ -153,4 +173,8 @@ FORMULAS = {
     "nas_lora_linear_backward": _linear_backward,
     "folded_cell": _folded_cell,
     "folded_linear": _folded_linear,
+}
+ATTENTION_FORMULAS = {
+    "rel_pos_attention": _attention,
+    "rel_pos_attention_backward": _attention_backward,
 }

@@ -1,11 +1,15 @@
-"""Whole models of every method on the same frozen weights, and the steps that are timed of them."""
+"""Whole models of every method on the same frozen weights, and the steps that are timed of them.
+
+The names of contestants are a method, or ``untouched``, and how its model differs from what
+``naslora train`` runs: ``STOCK``, ``COMPILED``, or ``MERGED`` and the mode.
+"""
 
 import contextlib
 import copy
-import itertools
+import functools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,12 +27,14 @@ from naslora.methods import (
     searches,
     trainable_parameters,
 )
+from naslora.sam.attention import fuse_attention
 from naslora.sam.encoders import PATCH_SIZE, VITS
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.training.search_config import SearchConfig
 
 UNTOUCHED = "untouched"
 MOST_INPUTS = 1280  # of a layer, in ViT-H
+STOCK = " stock attention"  # segment_anything's own code; all others are on fused attention
 COMPILED = " compiled"
 MERGED = " merged "
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,8 +131,15 @@ def autocast(setting: Setting) -> torch.autocast:
 
 
 def untouched(setting: Setting) -> SamForSegmentation:
-    """SAM as it came, with random weights."""
+    """SAM as it came, on stock attention, with random weights."""
     return build_model(setting.model, setting.image_size).to(setting.device).eval()
+
+
+def with_fused_attention(base: SamForSegmentation) -> SamForSegmentation:
+    """A copy of ``base`` on fused attention. It shares no weights: one of both may be cast."""
+    model = copy.deepcopy(base)
+    fuse_attention(model.image_encoder)
+    return model
 
 
 def adapted(method: str, base: SamForSegmentation, **config: object) -> SamForSegmentation:
@@ -158,24 +171,33 @@ def fill_zeros(parameters: Iterable[Tensor]) -> None:
 
 
 def contestants(
-    setting: Setting, methods: Iterable[str], base: SamForSegmentation, compiled: Iterable[str] = ()
+    setting: Setting, names: Iterable[str], base: SamForSegmentation
 ) -> dict[str, Contestant]:
-    """Models that train, by name; with those of ``compiled`` once more through ``torch.compile``.
+    """Models that train, by name. A method that does not fit the encoder is left out.
 
-    A method that does not fit the encoder is left out.
+    Args:
+        setting: what they train on.
+        names: as ``training_names``.
+        base: the untouched model, on stock attention.
     """
+    fused = with_fused_attention(base)
     found = {}
-    for method, how in itertools.chain(
-        ((method, "") for method in methods), ((method, COMPILED) for method in compiled)
-    ):
+    for name in names:
+        method = method_of(name)
         try:
-            model = adapted(method, base)
+            model = adapted(method, base if name.endswith(STOCK) else fused)
         except UserError:
             continue
-        if how:
+        # Frozen weights in 16 bits: cast here those of a model on fused attention.
+        if name.endswith(COMPILED):
             compile_blocks(model)
-        found[method + how] = Contestant(method, model, setting)
+        found[name] = Contestant(method, model, setting)
     return found
+
+
+def method_of(name: str) -> str:
+    """The method of a contestant that trains."""
+    return name.removesuffix(STOCK).removesuffix(COMPILED)
 
 
 def compile_blocks(model: SamForSegmentation) -> None:
@@ -186,20 +208,29 @@ def compile_blocks(model: SamForSegmentation) -> None:
         block.compile(dynamic=False, options={"fallback_random": True})
 
 
-def training_names(methods: Iterable[str], compiled: Iterable[str]) -> list[tuple[str, str]]:
-    """(contestant, step) of all that can be timed training."""
-    names = [*methods, *(method + COMPILED for method in compiled)]
-    steps = {True: ("weights", "architecture", "epoch"), False: ("weights",)}
-    return [
-        (name, step)
-        for name in names
-        for step in steps[searches(name.removesuffix(COMPILED), NASLoRAConfig())]
-    ]
+def training_names(
+    methods: Sequence[str], stock: Sequence[str], compiled: Sequence[str] = ()
+) -> list[str]:
+    """All that train.
+
+    Args:
+        methods: which methods.
+        stock: which of them are also on stock attention.
+        compiled: which of them also go through ``torch.compile``.
+    """
+    chosen = {"": methods, STOCK: stock, COMPILED: compiled}
+    return [method + how for method in methods for how in chosen if method in chosen[how]]
+
+
+def training_steps(name: str) -> tuple[str, ...]:
+    """What is timed of a contestant that trains."""
+    searching = searches(method_of(name), NASLoRAConfig())
+    return ("weights", "architecture", "epoch") if searching else ("weights",)
 
 
 def inference_names(methods: Iterable[str]) -> list[str]:
-    """All that can be timed without training: ``untouched``, methods, methods merged."""
-    names = [UNTOUCHED]
+    """All that can be timed without training: untouched models, methods, methods merged."""
+    names = [UNTOUCHED + STOCK, UNTOUCHED]
     for method in methods:
         modes = merge_modes(method, NASLoRAConfig())
         names += [method, *(method + MERGED + mode for mode in modes)]
@@ -209,20 +240,22 @@ def inference_names(methods: Iterable[str]) -> list[str]:
 def inference_models(
     methods: Iterable[str], base: SamForSegmentation, setting: Setting
 ) -> dict[str, nn.Module]:
-    """The untouched model; every method before merging, and after each of its ways to merge."""
+    """Models by name: ``base``, which is untouched and on stock attention, and the same on fused
+    attention; every method before merging, and after each of its ways to merge."""
     # Calibrated merging wants four tokens for each input of a layer.
     tokens = setting.batch * (setting.image_size // PATCH_SIZE) ** 2
     batches = math.ceil(4 * VITS[setting.model].width / tokens)
     calibration = [batch(setting, seed)[0] for seed in range(batches)]
-    models = {UNTOUCHED: base}
-    for name in inference_names(methods)[1:]:
+    fused = with_fused_attention(base)
+    models = {UNTOUCHED + STOCK: base, UNTOUCHED: fused}
+    for name in inference_names(methods)[len(models) :]:
         method, _, mode = name.partition(MERGED)
         if mode and method in models:
             models[name] = sharing_copy(models[method])
             merge(models[name], mode, enough(calibration) if mode == "calibrated" else calibration)
         elif not mode:
             with contextlib.suppress(UserError):
-                models[name] = adapted(method, base)
+                models[name] = adapted(method, fused)
     return {name: model.eval() for name, model in models.items()}
 
 
@@ -249,48 +282,55 @@ def inference(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[]
 def gate_training(found: dict[str, Contestant], base: SamForSegmentation) -> str | None:
     """Why these models must not be timed, or None.
 
-    The fused kernels are held against the reference on the same weights, and every compiled model
-    against itself uncompiled. Twelve layers of float32 in another order differ by 1e-4 or so.
+    Each is held against the same method and weights in float32 without anything of ours: on stock
+    attention, with the reference backend, not compiled. Twelve layers of float32 in another order
+    differ by 1e-4 or so. In 16 bits the reference's own small gradients differ by up to 0.2, so
+    there each error may be 0.25, or twice that of the reference in the same precision.
     """
+
+    @functools.lru_cache(maxsize=1)  # the contestants of a method follow one another
+    def expected(method: str, setting: Setting) -> tuple[tuple[Tensor, ...], list[float]]:
+        """The loss and the gradients, and how much each may differ."""
+        plain = adapted(method, base, backend="reference")
+        exact = Contestant(method, plain, replace(setting, precision="no")).gradients()
+        if setting.precision == "no":
+            return exact, [1e-3] * len(exact)
+        rounded = Contestant(method, plain, setting).gradients()
+        return exact, [max(0.25, 2 * error) for error in _errors(rounded, exact)]
+
     for name, contestant in found.items():
-        method = contestant.method
-        if contestant.alpha:
-            twin = adapted(method, base, backend="reference")
-        elif name.endswith(COMPILED):
-            twin = adapted(method, base)
-        else:
-            continue
-        other = Contestant(method, twin, contestant.setting)
-        error = _difference(contestant, other)
-        if error is not None:
-            return f"{name}: {error}"
+        if name == contestant.method + STOCK and not contestant.alpha:
+            continue  # it is the reference
+        exact, tolerances = expected(contestant.method, contestant.setting)
+        errors = _errors(contestant.gradients(), exact)
+        for i, (error, tolerance) in enumerate(zip(errors, tolerances, strict=True)):
+            if not error < tolerance:
+                what = "loss" if i == 0 else f"gradient {i - 1} of {tuple(exact[i].shape)}"
+                return f"{name}: the {what} differs from the reference by {error:.1e} of its norm"
     return None
 
 
-def _difference(contestant: Contestant, reference: Contestant) -> str | None:
-    tolerance = 1e-3 if contestant.setting.precision == "no" else 0.1
-    results = contestant.gradients(), reference.gradients()
-    # Some gradients are zero but for rounding, as of the keys' biases in front of a softmax.
-    rounding = 1e-5 * torch.cat([value.flatten() for value in results[1]]).norm()
-    for i, (value, expected) in enumerate(zip(*results, strict=True)):
-        error = (value - expected).norm() / (expected.norm() + rounding)
-        if not error < tolerance:
-            what = "loss" if i == 0 else f"gradient {i - 1} of {tuple(value.shape)}"
-            return f"the {what} differs from the reference by {error:.1e} of its norm"
-    return None
+def _errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    # Some gradients are zero except for rounding, such as those of keys' biases before a softmax.
+    rounding = 1e-5 * torch.cat([value.flatten() for value in exact]).norm()
+    return [
+        float((value - expected).norm() / (expected.norm() + rounding))
+        for value, expected in zip(found, exact, strict=True)
+    ]
 
 
 def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tensor) -> str | None:
-    """Why these models must not be timed, or None: exact merges change nothing but rounding, and
-    merges that cost nothing leave the untouched model's modules and operators."""
+    """Why these models must not be timed, or None: fused attention and exact merges change nothing
+    but rounding, and merges that cost nothing leave the untouched model's modules and operators."""
     tolerance = 1e-4 if setting.precision == "no" else 0.1
     outputs = {name: inference(model, setting, images)() for name, model in models.items()}
     for name, output in outputs.items():
         method, _, mode = name.partition(MERGED)
-        if mode == "exact":
-            error = (output - outputs[method]).norm() / outputs[method].norm()
+        same = method if mode == "exact" else UNTOUCHED + STOCK if name == UNTOUCHED else None
+        if same is not None:
+            error = (output - outputs[same]).norm() / outputs[same].norm()
             if not error < tolerance:
-                return f"{name} differs from {method} by {error:.1e} of its norm"
+                return f"{name} differs from {same} by {error:.1e} of its norm"
         if mode in ("center", "calibrated"):
             plain, merged = models[UNTOUCHED], models[name]
             if [type(m) for m in plain.modules()] != [type(m) for m in merged.modules()]:

@@ -22,17 +22,21 @@ Samples = dict[tuple[str, str], list[float]]  # (contestant, step): seconds, rou
 ARCHITECTURE_STEPS = 0.2
 
 
-def time_training(
-    setting: Setting, methods: Iterable[str], compiled: Iterable[str], rounds: int
-) -> Samples:
-    """Seconds of each method's ``weights`` step; of those that search, the ``architecture`` step,
-    and ``epoch``, both for each batch of an epoch.
+def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Samples:
+    """Seconds of each contestant's ``weights`` step; of those that search, the ``architecture``
+    step, and ``epoch``, both for each batch of an epoch. A step leaves nothing in memory but
+    weights and the optimizers' state.
+
+    Args:
+        setting: what they run on.
+        names: as ``models.training_names``.
+        rounds: measurements of each step.
 
     Raises:
         RuntimeError: a gate failed.
     """
     base = models.untouched(setting)
-    found = models.contestants(setting, methods, base, compiled)
+    found = models.contestants(setting, names, base)
     _refuse(models.gate_training(found, base))
     functions = {}
     for name, contestant in found.items():
@@ -48,7 +52,7 @@ def time_training(
 
 
 def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a batch through the ``untouched`` model, every method's, and its merged ones.
+    """Seconds of a batch through the untouched models, every method's, and its merged ones.
 
     Raises:
         RuntimeError: a gate failed.
@@ -61,18 +65,17 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dic
 
 
 def measure_memory(
-    setting: Setting, methods: Iterable[str]
+    setting: Setting, names: Iterable[str]
 ) -> dict[str, tuple[float, dict[str, int]]]:
-    """By method: seconds of a counted weight step, and what a step takes, as ``bench.counts``.
+    """By contestant: seconds of a counted weight step, and what a step takes, as ``bench.counts``.
 
     ``saved`` bytes are kept for the backward; ``peak`` is the most that lived at once, on a GPU as
     its allocator tells. ``architecture_*`` is the same of an architecture step.
     """
     base = models.untouched(setting)
     measured = {}
-    for method in methods:  # one model at a time: each step takes gigabytes
-        for name, contestant in models.contestants(setting, [method], base).items():
-            measured[name] = _measured(contestant)
+    for name, contestant in models.contestants(setting, names, base).items():
+        measured[name] = _measured(contestant)
         gc.collect()
     return measured
 

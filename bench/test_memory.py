@@ -8,9 +8,9 @@ import pytest
 pytestmark = pytest.mark.benchmark(group="memory")
 
 
-def test_memory(record, measured, setting, method):
+def test_memory(record, measured, setting, keeping):
     bytes_of = measured("memory", setting)
-    if method not in bytes_of:
-        pytest.skip(f"{method} does not fit {setting.model}")
-    seconds, numbers = bytes_of[method]
-    record(setting, [seconds], contestant=method, **numbers)
+    if keeping not in bytes_of:
+        pytest.skip(f"{keeping} does not fit {setting.model}")
+    seconds, numbers = bytes_of[keeping]
+    record(setting, [seconds], contestant=keeping, **numbers)

@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 from bench import models, report, suite
 from bench.models import Setting
@@ -12,21 +13,32 @@ from naslora.methods import METHODS
 from naslora.sam.encoders import VITS, ViT
 
 INFO = {"model": "vit_b", "image_size": 256, "batch": 4, "precision": "no", "device": "cpu"}
+TINY = Setting("vit_t", image_size=64, batch=4)
 # Seconds of three rounds; the machine slows down meanwhile, for all alike.
 ROUNDS = (1.0, 1.2, 2.0)
 GOOD = {
     ("lora", "weights"): 1.0,
+    ("lora stock attention", "weights"): 1.25,
     ("conv-lora", "weights"): 1.5,
+    ("conv-lora stock attention", "weights"): 1.6,
     ("nas-pc-lora", "weights"): 0.95,
     ("nas-pc-lora", "architecture"): 0.9,
     ("nas-pc-lora", "epoch"): 1.13,
+    ("untouched stock attention", "inference"): 0.5,
     ("untouched", "inference"): 0.4,
     ("nas-pc-lora merged exact", "inference"): 0.402,
     ("nas-pc-lora merged center", "inference"): 0.4,
     ("nas-pc-lora merged calibrated", "inference"): 0.398,
     ("conv-lora", "inference"): 0.5,
 }
-SAVED = {"lora": 1000, "nas-pc-lora": 1010}
+SAVED = {"lora": 1000, "lora stock attention": 1500, "nas-pc-lora": 1010}
+# The same for the sizes of the paper.
+LARGE = INFO | {"image_size": 1024, "batch": 1}
+GOOD_LARGE = GOOD | {
+    ("lora stock attention", "weights"): 1.6,
+    ("untouched stock attention", "inference"): 0.6,
+}
+SAVED_LARGE = SAVED | {"lora stock attention": 2100}
 
 
 def entries(seconds, saved=SAVED, info=INFO):
@@ -65,20 +77,44 @@ def test_all_claims_hold(run):
     status, text = run(entries(GOOD))
     assert status == 0 and "FAILS" not in text and "not measured" not in text
     conv = cells(text, "Conv-LoRA")
-    assert conv[2] == "1.500 (1.500, 1.500)"  # drift cancels round by round
-    assert conv[3] == "1.34"  # 1.64 / 1.22 iterations a second in the paper
+    assert conv[3] == "1.500 (1.500, 1.500)"  # drift cancels round by round
+    assert conv[4] == "1.34"  # 1.64 / 1.22 iterations a second in the paper
+    stock = cells(text, "Conv-LoRA, stock attention")
+    assert stock[2] == "1.280 (1.280, 1.280)" and stock[4] == "1.34"  # of LoRA's 1.25
     ours = cells(text, "NAS-PC-LoRA")
     assert ours[1].startswith("1,140 (")  # the median round: 0.95 * 1.2 s
-    assert ours[5].startswith("0.947 (") and ours[6].startswith("1.130 (")
-    assert ours[7].startswith("1.24")  # 25.2 / 20.3 minutes
-    assert cells(text, "NAS-PC-LoRA, merged exact")[2] == "1.005 (1.005, 1.005)"
+    assert ours[2].startswith("0.760 (") and ours[3].startswith("0.950 (")
+    assert ours[6].startswith("0.947 (") and ours[7].startswith("1.130 (")
+    assert ours[8].startswith("1.24")  # 25.2 / 20.3 minutes
+    exact = cells(text, "NAS-PC-LoRA, merged exact")
+    assert exact[2:4] == ["0.804 (0.804, 0.804)", "1.005 (1.005, 1.005)"]
+    saved = [
+        line for line in text.splitlines() if line.startswith("| LoRA, stock attention | 1.00")
+    ]
+    assert len(saved) == 1
+
+
+def test_each_setting_has_its_claims(run):
+    bf16 = INFO | {"precision": "bf16"}
+    found = entries(GOOD) + entries(GOOD, info=bf16)
+    status, text = run(found + entries(GOOD_LARGE, SAVED_LARGE, LARGE))
+    assert status == 0
+    parts = text.split("## ")[1:]
+    assert [part.splitlines()[0] for part in parts] == [
+        "vit_b 256px x4",
+        "vit_b 256px x4 bf16",
+        "vit_b 1024px x1",
+    ]
+    for part, asked in zip(parts, ("0.9", "0.85", "0.65"), strict=True):
+        assert f"/ of LoRA, stock attention | ≤ {asked} |" in part
+    assert "Conv-LoRA, stock attention / of" in parts[2]
+    assert "Conv-LoRA, stock attention / of" not in parts[0]
 
 
 @pytest.mark.parametrize(
     ("changed", "claim"),
     [
-        ({("nas-pc-lora", "weights"): 0.98, ("conv-lora", "weights"): 1.6}, "of PEFT's LoRA"),
-        ({("conv-lora", "weights"): 1.3}, "of Conv-LoRA"),
+        ({("lora stock attention", "weights"): 1.04}, "of LoRA, stock attention"),
         ({("nas-pc-lora", "architecture"): 0.96}, "an architecture step"),
         ({("nas-pc-lora merged exact", "inference"): 0.41}, "merged with exact"),
         ({("nas-pc-lora merged center", "inference"): 0.41}, "merged with center"),
@@ -91,22 +127,44 @@ def test_one_claim_fails(run, changed, claim):
     assert len(failed) == 1 and claim in failed[0]
 
 
+@pytest.mark.parametrize(
+    ("changed", "claim"),
+    [
+        ({("lora stock attention", "weights"): 1.4}, "of LoRA, stock attention"),
+        ({("conv-lora stock attention", "weights"): 1.4}, "of Conv-LoRA, stock attention"),
+        ({("untouched stock attention", "inference"): 0.5}, "exact / untouched, stock attention"),
+    ],
+)
+def test_one_claim_fails_at_the_papers_size(run, changed, claim):
+    status, text = run(entries(GOOD_LARGE | changed, SAVED_LARGE, LARGE))
+    assert status == 1
+    failed = [line for line in text.splitlines() if "FAILS" in line]
+    assert len(failed) == 1 and claim in failed[0]
+
+
 def test_saved_bytes_are_claimed_too(run):
-    status, text = run(entries(GOOD, saved={"lora": 1000, "nas-pc-lora": 1030}))
-    assert status == 1 and re.search(r"bytes saved .* 1\.030 .* FAILS", text)
+    status, text = run(entries(GOOD, saved=SAVED | {"nas-pc-lora": 1030}))
+    assert status == 1 and re.search(r"bytes saved .* LoRA \|.* 1\.030 .* FAILS", text)
+    less = SAVED_LARGE | {"lora stock attention": 2000}
+    status, text = run(entries(GOOD_LARGE, less, LARGE))
+    assert status == 1 and re.search(r"bytes saved .* stock attention \|.* 0\.505 .* FAILS", text)
 
 
 def test_what_was_not_measured_is_not_shown(run):
-    status, text = run(entries({key: v for key, v in GOOD.items() if key[0] != "conv-lora"}))
+    status, text = run(
+        entries({key: v for key, v in GOOD.items() if key[0] != "lora stock attention"})
+    )
     assert status == 1 and "not measured" in text and "FAILS" not in text
     assert run([])[0] == 1
 
 
-def test_small_encoders_claim_nothing(run):
+@pytest.mark.parametrize(
+    "other", [{"model": "vit_t"}, {"image_size": 512}, {"precision": "fp16"}, {"device": "cuda"}]
+)
+def test_other_settings_claim_nothing(run, other):
     slow = GOOD | {("nas-pc-lora", "weights"): 1.5}
-    small = entries(slow, info=INFO | {"model": "vit_t"})
-    status, text = run(entries(GOOD) + small)
-    assert status == 0 and "## vit_t 256px x4" in text
+    status, text = run(entries(GOOD) + entries(slow, info=INFO | other))
+    assert status == 0 and text.count("## vit_") == 2 and text.count("| Claim |") == 1
 
 
 def test_several_files_are_one(tmp_path, monkeypatch, capsys):
@@ -121,20 +179,51 @@ def test_several_files_are_one(tmp_path, monkeypatch, capsys):
 def test_nothing_is_timed_that_fails_its_gate(monkeypatch):
     monkeypatch.setattr(suite.models, "gate_training", lambda *_: "lora: wrong")
     with pytest.raises(RuntimeError, match="gate failed: lora: wrong"):
-        suite.time_training(Setting("vit_t", 32, 1), ["lora"], [], rounds=1)
+        suite.time_training(Setting("vit_t", 32, 1), ["lora"], rounds=1)
 
 
 def test_the_papers_table_names_our_methods():
     assert set(report.PAPER) < set(METHODS)
 
 
-def test_gate_takes_experts_that_no_window_chose(monkeypatch):
+def test_contestants_are_named_after_their_attention():
+    names = models.training_names(["lora", "nas-pc-lora"], stock=["lora", "conv-lora"])
+    assert names == ["lora", "lora stock attention", "nas-pc-lora"]
+    assert models.training_names(["lora"], [], ["lora"]) == ["lora", "lora compiled"]
+    assert models.training_steps("lora stock attention") == ("weights",)
+    assert "architecture" in models.training_steps("nas-pc-lora stock attention")
+
+
+@pytest.fixture
+def base(monkeypatch):
+    monkeypatch.setitem(VITS, "vit_t", ViT(width=32, depth=2, heads=2, global_blocks=(1,)))
+    return models.untouched(TINY)
+
+
+def test_gate_takes_experts_that_no_window_chose(base):
     """Four windows cannot choose eight experts; the others have no gradient."""
-    tiny = ViT(width=32, depth=2, heads=2, global_blocks=(1,))
-    monkeypatch.setitem(VITS, "vit_t", tiny)
-    setting = Setting("vit_t", image_size=64, batch=4)
-    base = models.untouched(setting)
-    (contestant,) = models.contestants(setting, ["conv-lora"], base).values()
+    (contestant,) = models.contestants(TINY, ["conv-lora"], base).values()
     assert any(not gradient.any() for gradient in contestant.gradients())
-    # By that name it is held against another of its kind, whether or not it was compiled.
-    assert models.gate_training({"conv-lora" + models.COMPILED: contestant}, base) is None
+    assert models.gate_training({"conv-lora": contestant}, base) is None
+
+
+@pytest.mark.parametrize("name", ["lora", "nas-pc-lora", "nas-pc-lora stock attention"])
+def test_gate_holds_the_fused_against_the_stock(base, name):
+    """The models of the gate share weight matrices, so a bias is changed."""
+    found = models.contestants(TINY, [name], base)
+    assert models.gate_training(found, base) is None
+    attention = found[name].model.image_encoder.blocks[1].attn
+    assert (type(attention) is type(base.image_encoder.blocks[1].attn)) == ("stock" in name)
+    with torch.no_grad():
+        attention.proj.bias += 0.1
+    reason = models.gate_training(found, base)
+    assert reason.startswith(f"{name}: ") and "differs from the reference" in reason
+
+
+def test_gate_of_inference_holds_the_fused_against_the_stock(base):
+    images, _ = models.batch(TINY)
+    found = models.inference_models(["lora"], base, TINY)
+    assert models.gate_inference(found, TINY, images) is None
+    with torch.no_grad():
+        found["untouched"].image_encoder.blocks[1].attn.proj.bias += 0.1
+    assert "untouched differs from untouched stock" in models.gate_inference(found, TINY, images)

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from bench import cases, counts, models
-from bench.models import MERGED, UNTOUCHED, Setting
+from bench.models import MERGED, STOCK, UNTOUCHED, Setting
 from naslora.methods import METHODS, searches
 from naslora.sam import encoders as sam
-from naslora_kernels import mixed_cell, nas_lora_linear
+from naslora_kernels import mixed_cell, nas_lora_linear, rel_pos_attention
 
 # Two blocks as wide as a real encoder's are narrow: small, and yet a frozen product dwarfs a cell.
 ENCODER = sam.ViT(width=384, depth=2, heads=6, global_blocks=(1,))
 SETTING = Setting("vit_t", image_size=64, batch=2)
+ON_STOCK = ("lora stock attention", "conv-lora stock attention")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def contestants(base):
-    return models.contestants(SETTING, METHODS, base)
+    return models.contestants(SETTING, [*METHODS, *ON_STOCK], base)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,17 @@ def test_conv_lora_costs_more(steps):
     assert conv.calls - floor.calls > 2 * (ours.calls - floor.calls)
     assert conv.operations > ours.operations
     assert conv_saved > 1.01 * ours_saved and conv.peak > ours.peak
+
+
+@pytest.mark.parametrize("method", ["lora", "conv-lora"])
+def test_fused_attention_keeps_and_needs_less_memory(steps, method):
+    """At 1024 x 1024 pixels, where the global blocks have 4096 tokens, less than half."""
+    (fused, saved) = steps[method, "weights"]
+    (stock, stock_saved) = steps[method + STOCK, "weights"]
+    assert saved < 0.8 * stock_saved and fused.peak < 0.9 * stock.peak
+    assert fused.calls < stock.calls
+    # Each block computes its logits once more, in the backward.
+    assert stock.operations < fused.operations < 1.05 * stock.operations
 
 
 def test_decoder_only_is_the_floor(steps):
@@ -157,6 +169,30 @@ def test_operations_of_the_kernels_are_those_of_the_reference(rank):
         return counts.count(lambda: mixed_cell(z, **cell, channels=channels, backend=backend))
 
     assert forward("cpp").operations == forward("reference").operations > 0
+
+
+def test_operations_of_attention_are_those_of_its_products():
+    """The backward computes the logits anew: five products instead of the reference's four."""
+    batch, heads, grid, features = 2, 3, (4, 6), 8
+    tokens = grid[0] * grid[1]
+    maps = [torch.randn(batch, heads, tokens, features, requires_grad=True) for _ in range(3)]
+    positions = [torch.randn(batch, heads, tokens, side, requires_grad=True) for side in grid]
+    product = 2 * batch * heads * tokens**2 * features
+
+    def work(backend, backward):
+        o = rel_pos_attention(*maps, *positions, grid, backend=backend)
+        if backward:
+            o.sum().backward()
+
+    def operations(backend, backward):
+        return counts.count(lambda: work(backend, backward)).operations
+
+    assert operations("cpp", False) == operations("reference", False) == 2 * product
+    assert operations("reference", True) == 6 * product
+    assert operations("cpp", True) == 7 * product
+    for tensor in (*maps[:2], *positions):
+        tensor.requires_grad_(False)
+    assert operations("cpp", True) == 4 * product  # dv needs the logits
 
 
 def test_operations_of_lora_in_the_kernels_are_those_of_its_products():
