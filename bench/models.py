@@ -29,6 +29,7 @@ from naslora.methods import (
 )
 from naslora.sam.attention import fuse_attention
 from naslora.sam.encoders import PATCH_SIZE, VITS
+from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.training.search_config import SearchConfig
 
@@ -188,7 +189,8 @@ def contestants(
             model = adapted(method, base if name.endswith(STOCK) else fused)
         except UserError:
             continue
-        # Frozen weights in 16 bits: cast here those of a model on fused attention.
+        if PRECISIONS[setting.precision] is not None and not name.endswith(STOCK):
+            cast_frozen(model.image_encoder, PRECISIONS[setting.precision])  # as naslora train does
         if name.endswith(COMPILED):
             compile_blocks(model)
         found[name] = Contestant(method, model, setting)
