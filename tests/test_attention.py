@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapted_models import adapted_encoder, build_encoder, images, randomize, relative
+import torch.nn.functional as F
+from adapted_models import (
+    adapted_encoder,
+    build_encoder,
+    images,
+    randomize,
+    relative,
+    smooth_images,
+)
 from hugging_face import batch_of, build_sam, build_sam2, mask_loss
 from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT
@@ -55,6 +63,7 @@ from naslora.sam.segmentation import build_model
 from naslora.trained import load_model, merge_run
 from naslora.training.run_config import RunConfig
 from naslora.training.search import Search
+from naslora.training.search_config import SearchConfig
 
 BLOCKS = ["blocks.0.attn", "blocks.1.attn"]  # a windowed and a global one
 
@@ -487,6 +496,30 @@ def test_every_method(method, tiny_vit):
     assert stock.state_dict().keys() == ours.state_dict().keys()
     with torch.no_grad():
         torch.testing.assert_close(ours(x).masks, stock(x).masks, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", ["vit_b", "mobile_sam"])
+def test_fifty_steps_have_the_same_losses(name):
+    """256 pixels: the windows of ViT-B have padding."""
+    losses = []
+    for kind in ("stock", "fused"):
+        model = build_model(name, 256, attention=kind)
+        apply("nas-pc-lora", model, NASLoRAConfig())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+        losses.append([])
+        for step in range(50):
+            pixels = smooth_images(1, step % 10)
+            x = F.interpolate(pixels.sigmoid(), (256, 256), mode="bilinear")
+            loss = SearchConfig().loss(model.train()(x), (x[:, 0] > 0.5).long())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    stock, ours = map(torch.tensor, losses)
+    difference = ((ours - stock) / stock).abs().max().item()
+    print(f"{name}: losses from {stock[0]:.3f} to {stock[-1]:.3f}, differ by {difference:.1e}")
+    assert stock[-5:].mean() < stock[:5].mean() and difference < 1e-3
 
 
 # ---- Copies, wrappers, compilers -----------------------------------------------------------------
