@@ -100,6 +100,42 @@ def pass_tiles(
     return PassTiles(constants, columns, num_warps=8, num_stages=1 if exact else 3)
 
 
+class AttentionTiles(NamedTuple):
+    """How the kernels of attention divide queries and keys."""
+
+    queries: int
+    """Queries of a block."""
+    rows: int
+    """Rows of the grid in a tile of keys."""
+    columns: int
+    """Columns of the grid in a tile of keys."""
+    constants: dict[str, object]
+    """The constants of the kernels, and how they are launched."""
+
+
+@functools.cache
+def attention_tiles(
+    width: int, features: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> AttentionTiles:
+    """Returns the tiles for a grid of this width and heads of so many features.
+
+    A tile of keys has whole rows of the grid if these have at most 128 columns. 16-bit operands
+    are widened on cards before capability 8.0, as in ``pass_tiles``.
+    """
+    widen = dtype.itemsize == 2 and capability < (8, 0)
+    exact = widen or dtype.itemsize > 2
+    lanes = max(16, power_of_2(features))  # of tensor cores, which multiply 16 or more
+    keys = 64 if not exact else 32 if lanes <= 64 else 16
+    columns = min(power_of_2(width), 128 if dtype.itemsize < 8 else keys)
+    rows = max(1, keys // columns)
+    queries = 64 if not exact else 16
+    num_warps = 8 if max(lanes, columns) > 64 else 4
+    constants: dict[str, object] = {"FEATURES": features, "LANES": lanes, "QUERIES": queries}
+    constants |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen}
+    constants |= {"num_warps": num_warps, "num_stages": 1 if exact else 2}
+    return AttentionTiles(queries, rows, columns, constants)
+
+
 def power_of_2(number: int) -> int:
     """Returns the smallest power of two that is not less than ``number``."""
     return 1 << (int(number) - 1).bit_length()
