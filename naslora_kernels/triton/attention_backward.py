@@ -237,17 +237,17 @@ def attention_queries_kernel(
                     by_row = tl.sum(tl.reshape(grad_scores, (QUERIES, ROWS, COLUMNS)), axis=2)
                     rows = first_row + tl.arange(0, ROWS)
                     at = grad_h_ptr + token[:, None] * height + rows[None, :]
-                    mask = in_queries[:, None] & (rows < height)[None, :]
-                    tl.store(at, rounded(by_row, grad_h_ptr.dtype.element_ty), mask=mask)
+                    by_row = rounded(by_row, grad_h_ptr.dtype.element_ty)
+                    tl.store(at, by_row, mask=in_queries[:, None] & (rows < height)[None, :])
         if grad_h_ptr is not None and ROWS_OUTSIDE:
-            row_sums = rounded(row_sums, grad_h_ptr.dtype.element_ty)
-            tl.store(grad_h_ptr + token * height + first_outside, row_sums, mask=in_queries)
+            to = grad_h_ptr + token * height + first_outside
+            tl.store(to, rounded(row_sums, grad_h_ptr.dtype.element_ty), mask=in_queries)
         if grad_w_ptr is not None:
             by_column = tl.sum(tl.reshape(sums, (QUERIES, ROWS, COLUMNS)), axis=1)
             columns = first_outside + tl.arange(0, COLUMNS)
-            at = grad_w_ptr + token[:, None] * width + columns[None, :]
-            mask = in_queries[:, None] & (columns < width)[None, :]
-            tl.store(at, rounded(by_column, grad_w_ptr.dtype.element_ty), mask=mask)
+            by_column = rounded(by_column, grad_w_ptr.dtype.element_ty)
+            to = grad_w_ptr + token[:, None] * width + columns[None, :]
+            tl.store(to, by_column, mask=in_queries[:, None] & (columns < width)[None, :])
     if grad_q_ptr is not None:
         grad_q_ptr = head_of(grad_q_ptr, grad_strides, image, head)
         grad_q = rounded(grad_q * scale, grad_q_ptr.dtype.element_ty)

@@ -70,14 +70,14 @@ def attention_forward_kernel(
     o = tl.zeros((QUERIES, LANES), DTYPE)
     for first_column in range(0, width, COLUMNS):
         column = key_columns(first_column, ROWS, COLUMNS)
-        mask = in_queries[:, None] & (column < width)[None, :]
-        bias_w = load_bias(rel_w_ptr, w_strides, query[:, None], column[None, :], mask)
+        in_columns = in_queries[:, None] & (column < width)[None, :]
+        bias_w = load_bias(rel_w_ptr, w_strides, query[:, None], column[None, :], in_columns)
         for first_row in range(0, height, ROWS):
             row = key_rows(first_row, ROWS, COLUMNS)
             key, in_keys = row * width + column, (row < height) & (column < width)
             k = load_rows(k_ptr, k_strides, key, in_keys, LANES, FEATURES, WIDEN)
-            mask = in_queries[:, None] & (row < height)[None, :]
-            bias_h = load_bias(rel_h_ptr, h_strides, query[:, None], row[None, :], mask)
+            in_rows = in_queries[:, None] & (row < height)[None, :]
+            bias_h = load_bias(rel_h_ptr, h_strides, query[:, None], row[None, :], in_rows)
             scores = dot(q, tl.trans(k), DTYPE) * scale + (bias_h.to(DTYPE) + bias_w.to(DTYPE))
             scores = tl.where(in_keys[None, :], scores, float("-inf"))
             before = largest
