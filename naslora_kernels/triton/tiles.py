@@ -119,20 +119,30 @@ def attention_tiles(
 ) -> AttentionTiles:
     """Returns the tiles for a grid of this width and heads of so many features.
 
-    A tile of keys has whole rows of the grid if these have at most 128 columns. 16-bit operands
+    A tile of keys has whole rows of the grid if these are not wider than a tile may be: 128
+    columns in 16 bits and heads of 64 features, else 64 and fewer. 16-bit operands
     are widened on cards before capability 8.0, as in ``pass_tiles``.
     """
     widen = dtype.itemsize == 2 and capability < (8, 0)
     exact = widen or dtype.itemsize > 2
     lanes = max(16, power_of_2(features))  # of tensor cores, which multiply 16 or more
-    keys = 64 if not exact else 32 if lanes <= 64 else 16
-    columns = min(power_of_2(width), 128 if dtype.itemsize < 8 else keys)
+    if exact:
+        keys, most_columns, queries = (32, 64, 16) if lanes <= 64 else (16, 32, 16)
+        most_columns = keys if dtype.itemsize == 8 else most_columns
+    elif lanes <= 128:
+        keys, most_columns, queries = 64, 128 if lanes <= 64 else 64, 64
+    else:
+        keys, most_columns, queries = 32, 32, 32
+    columns = min(power_of_2(width), most_columns)
     rows = max(1, keys // columns)
-    queries = 64 if not exact else 16
-    num_warps = 8 if max(lanes, columns) > 64 else 4
+    if columns > 64 or rows > 4:  # else the addresses of so many biases spill
+        queries = min(queries, 32)
+    num_warps = 8 if exact or max(lanes, columns) > 64 else 4
     constants: dict[str, object] = {"FEATURES": features, "LANES": lanes, "QUERIES": queries}
     constants |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen}
     constants |= {"num_warps": num_warps, "num_stages": 1 if exact else 2}
+    # ptxas otherwise uses fewer registers, and spills some bytes, to fit one more program.
+    constants["maxnreg"] = 255
     return AttentionTiles(queries, rows, columns, constants)
 
 
