@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ import torch
 from bench import cases, launches
 from bench.gpu_check import CASES
 from bench.resources import Usage, summary, table
+from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives
 
 # The oldest card, and one of each generation of data-centre cards: bytes of shared memory that one
@@ -62,6 +63,7 @@ class Compiler:
         self._numbers: dict[str, int] = {}  # of variants, by kernel
         triton.runtime.driver.set_active(AbsentCard(capability))
         self.primitives = TritonPrimitives(self._compile, lambda device: divmod(capability, 10))
+        self.attention = TritonAttention(self._compile, lambda device: divmod(capability, 10))
         self.label = ""  # of what is being compiled, to tell variants apart
 
     def _compile(self, kernel, grid, *arguments, **constants) -> None:
@@ -113,15 +115,21 @@ def cuobjdump() -> Path:
 
 
 def compile_for(
-    capability: int, dtype: torch.dtype, shapes: Iterable[tuple[cases.Shape, int]]
+    capability: int, dtype: torch.dtype, shapes: Sequence[tuple[cases.Shape, int]]
 ) -> list[Usage]:
-    """What every kernel takes that the shapes launch in one dtype of maps on one card."""
+    """What every kernel takes that the shapes launch in one dtype of maps on one card.
+
+    Attention has shapes of its own; of these the first alone if there is one shape.
+    """
     compiler = Compiler(capability)
     for shape, rank in shapes:
         compiler.label = f"r={rank} {str(dtype).removeprefix('torch.')}"
         operands = launches.Operands(shape, rank, dtype)
         for work in (*launches.WORKS.values(), *launches.OTHER_WORKS.values()):
             work(compiler.primitives, operands)
+    for attention in launches.ATTENTION_SHAPES[: None if len(shapes) > 1 else 1]:
+        compiler.label = f"d={attention[-1]} {str(dtype).removeprefix('torch.')}"
+        launches.attention(compiler.attention, attention, dtype)
     return list(compiler.usages.values())
 
 

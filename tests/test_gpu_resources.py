@@ -38,7 +38,8 @@ def test_triton_kernels_compile_for_real_cards_without_spills(capability):
     assert result.returncode == 0, result.stderr
     for kernel in (
         "cell_forward", "cell_backward", "folded_cell", "low_rank_pass", "low_rank_expand",
-        "reduce_gradients",
+        "reduce_gradients", "attention_forward", "attention_delta", "attention_keys",
+        "attention_queries",
     ):  # fmt: skip
         assert f"\n| {kernel}" in result.stdout
     assert result.stdout.splitlines()[-1].endswith(" kernels compiled, 0 problems")

@@ -116,7 +116,7 @@ class TritonAttention:
             attention_keys_kernel,
             (_heads(like) * key_tiles,),
             *(*inputs, *gradients, *rest, _strides(like)),
-            **tiles.constants,
+            **tiles.keys_pass,
         )
 
     def _queries(
