@@ -240,8 +240,9 @@ def rel_pos_attention(
         rel_w: (B, heads, N, W) the same for each column of keys.
         grid: (H, W).
         scale: the factor of q k^T. None takes d ** -0.5.
-        backend: as in ``mixed_cell``. Backends of GPUs do not compute this function yet; the
-            PyTorch reference, which keeps S, computes there.
+        backend: as in ``mixed_cell``. ``cuda`` does not compute this function; ``triton`` computes
+            on GPUs. Heads of more than 256 features are left to the PyTorch reference, which keeps
+            S, by ``triton``.
 
     Returns:
         o (B, heads, N, d) in the dtype of q, or of autocast if it is enabled. Its memory may be

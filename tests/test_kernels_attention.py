@@ -89,6 +89,11 @@ def test_grids_wider_than_a_tile_of_keys(target, width, dtype):
 
 
 @every_target
+def test_very_wide_heads(target):
+    assert_as_good_as_reference(target, attention_case(1, 1, (2, 3), 300).to(torch.float32))
+
+
+@every_target
 @pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1)])
 def test_grids_of_one_row_or_column(target, grid):
     """A bias that all keys share has no gradient: what is left are differences of rounding."""

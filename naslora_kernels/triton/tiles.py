@@ -13,6 +13,9 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs on the CPU
 
 
+MOST_FEATURES = 256  # of a head, for which attention has tiles
+
+
 class CellTiles(NamedTuple):
     """How ``cell_forward_kernel`` and ``cell_backward_kernel`` divide their maps."""
 
