@@ -241,8 +241,8 @@ def rel_pos_attention(
         grid: (H, W).
         scale: the factor of q k^T. None takes d ** -0.5.
         backend: as in ``mixed_cell``. ``cuda`` does not compute this function; ``triton`` computes
-            on GPUs. Heads of more than 256 features are left to the PyTorch reference, which keeps
-            S, by ``triton``.
+            on GPUs. ``triton`` leaves heads of more than 128 features, in float64 of more than 64, to
+            the PyTorch reference, which keeps S.
 
     Returns:
         o (B, heads, N, d) in the dtype of q, or of autocast if it is enabled. Its memory may be

@@ -17,7 +17,7 @@ from naslora_kernels.launches import register
 from naslora_kernels.ops import entry_points, unsupported
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives, capability, launch, trace
-from naslora_kernels.triton.tiles import INTERPRETED, MOST_FEATURES
+from naslora_kernels.triton.tiles import INTERPRETED, most_features
 
 
 def unavailable_reason() -> str | None:
@@ -40,7 +40,7 @@ mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("triton")
 
 def rel_pos_attention(operands: AttentionOperands, scale: float) -> Tensor:
     """Computes what ``Backend`` documents. No tile holds the features of very wide heads."""
-    wide = operands.q.shape[-1] > MOST_FEATURES
+    wide = operands.q.shape[-1] > most_features(operands.q.dtype)
     return (reference.rel_pos_attention if wide else _rel_pos_attention)(operands, scale)
 
 

@@ -13,9 +13,6 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs on the CPU
 
 
-MOST_FEATURES = 256  # of a head, for which attention has tiles
-
-
 class CellTiles(NamedTuple):
     """How ``cell_forward_kernel`` and ``cell_backward_kernel`` divide their maps."""
 
@@ -103,6 +100,11 @@ def pass_tiles(
     return PassTiles(constants, columns, num_warps=8, num_stages=1 if exact else 3)
 
 
+def most_features(dtype: torch.dtype) -> int:
+    """Returns up to how many features of a head attention has tiles that every card can hold."""
+    return 64 if dtype == torch.float64 else 128
+
+
 class AttentionTiles(NamedTuple):
     """How the kernels of attention divide queries and keys."""
 
@@ -134,12 +136,10 @@ def attention_tiles(
     if exact:
         keys, most_columns, queries = (32, 64, 16) if lanes <= 64 else (16, 16, 16)
         most_columns = keys if dtype.itemsize == 8 else most_columns
-    elif lanes <= 128:
+    else:
         keys, most_columns, queries = (64, 128, 64) if lanes <= 64 else (64, 64, 32)
         if lanes > 64 and width > 64:  # the sums of drel_w spill in a launch of their own
             keys, most_columns = 32, 32
-    else:
-        keys, most_columns, queries = 32, 32, 32
     columns = min(power_of_2(width), most_columns)
     rows = max(1, keys // columns)
     if columns > 64 or rows > 2:  # else the addresses of so many biases spill
