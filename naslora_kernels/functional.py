@@ -240,9 +240,9 @@ def rel_pos_attention(
         rel_w: (B, heads, N, W) the same for each column of keys.
         grid: (H, W).
         scale: the factor of q k^T. None takes d ** -0.5.
-        backend: as in ``mixed_cell``. ``cuda`` does not compute this function; ``triton`` computes
-            on GPUs. ``triton`` leaves heads of more than 128 features, in float64 of more than 64, to
-            the PyTorch reference, which keeps S.
+        backend: as in ``mixed_cell``. On GPUs ``triton`` computes this function; ``cuda`` does not.
+            ``triton`` leaves heads of more than 128 features, in float64 of more than 64, to the
+            PyTorch reference, which keeps S.
 
     Returns:
         o (B, heads, N, d) in the dtype of q, or of autocast if it is enabled. Its memory may be
