@@ -260,6 +260,9 @@ def rel_pos_attention(
     check_attention(operands, grid, scale)
     scale = operands.q.shape[-1] ** -0.5 if scale is None else float(scale)
     serving = select_backend(operands.q, backend, "rel_pos_attention")
+    most_features = getattr(serving, "most_features", None)
+    if most_features is not None and operands.q.shape[-1] > most_features(operands.q.dtype):
+        serving = select_backend(operands.q, "reference", "rel_pos_attention")
     return serving.rel_pos_attention(operands, scale)
 
 

@@ -8,16 +8,14 @@ import functools
 import importlib.util
 
 import torch
-from torch import Tensor
 
-from naslora_kernels import reference
 from naslora_kernels.attention import attention_entry_point, define_attention
-from naslora_kernels.cell import AttentionOperands
 from naslora_kernels.launches import register
 from naslora_kernels.ops import entry_points, unsupported
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives, capability, launch, trace
-from naslora_kernels.triton.tiles import INTERPRETED, most_features
+from naslora_kernels.triton.tiles import INTERPRETED
+from naslora_kernels.triton.tiles import most_features as most_features
 
 
 def unavailable_reason() -> str | None:
@@ -36,15 +34,7 @@ def unavailable_reason() -> str | None:
 
 unsupported_reason = functools.partial(unsupported, "cpu" if INTERPRETED else "cuda")
 mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("triton")
-
-
-def rel_pos_attention(operands: AttentionOperands, scale: float) -> Tensor:
-    """Computes what ``Backend`` documents. No tile holds the features of very wide heads."""
-    wide = operands.q.shape[-1] > most_features(operands.q.dtype)
-    return (reference.rel_pos_attention if wide else _rel_pos_attention)(operands, scale)
-
-
-_rel_pos_attention = attention_entry_point("triton")
+rel_pos_attention = attention_entry_point("triton")
 
 _libraries = (
     register(
