@@ -76,13 +76,18 @@ def _block(block: Attention, x: Tensor, attend: Attend) -> Tensor:
 def _as_more_keys(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, grid: tuple[int, int]
 ) -> Tensor:
-    """Plain attention with H + W more features: each key names its row and its column."""
+    """Plain attention with H + W more features: each key names its row and its column.
+
+    torch has a fused kernel only for values as wide as the keys.
+    """
     height, width = grid
     row = torch.eye(height).to(k).repeat_interleave(width, 0)  # (N, H)
     column = torch.eye(width).to(k).repeat(height, 1)  # (N, W)
     position = torch.cat([row, column], -1).expand(*k.shape[:3], height + width)
     queries = torch.cat([q * q.shape[-1] ** -0.5, rel_h, rel_w], -1)
-    return F.scaled_dot_product_attention(queries, torch.cat([k, position], -1), v, scale=1.0)
+    keys, values = torch.cat([k, position], -1), F.pad(v, (0, height + width))
+    o = F.scaled_dot_product_attention(queries, keys, values, scale=1.0)
+    return o[..., : v.shape[-1]]
 
 
 def least_bytes(shape: Shape, heads: int, direction: str, setting: Setting = CPU) -> int:

@@ -203,6 +203,9 @@ STUDIES = {
             "alpha: rotate": {"search": {"arch_data": "rotate"}},
             "alpha: constant rate": {"search": CONSTANT_ALPHA},
             "alpha: never": {"search": {"search_start": 1000}},
+            # The default, 0.1, lets a logit travel 1.4 in the 48 steps.
+            "alpha's rate x 2": {"search": {"alpha_learning_rate": 0.2}},
+            "alpha's rate x 4": {"search": {"alpha_learning_rate": 0.4}},
             "start: skip": _adapter("nas-pc-lora", cell_init="skip"),
             "cell's rate x 10": {"search": {"cell_learning_rate": 5e-3}},
             "skip, cell's rate x 10": {

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from naslora.adapter.storage import save_adapter
     from naslora.errors import UserError
     from naslora.methods import load_adapter
+    from naslora.sam.attention import fuse_attention, unfuse_attention
 
 __all__ = [
     "AlphaSearch",
@@ -44,6 +45,7 @@ __all__ = [
     "arch_parameters",
     "base_state_dict",
     "disable_adapter",
+    "fuse_attention",
     "inject",
     "load_adapter",
     "load_base_state_dict",
@@ -54,6 +56,7 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "set_adapter",
+    "unfuse_attention",
     "unmerge",
     "weight_parameters",
 ]
@@ -70,6 +73,7 @@ _MODULES = {
     "arch_parameters": "naslora.adapter.injection",
     "base_state_dict": "naslora.adapter.base_state",
     "disable_adapter": "naslora.adapter.named",
+    "fuse_attention": "naslora.sam.attention",
     "inject": "naslora.adapter.injection",
     "load_adapter": "naslora.methods",
     "load_base_state_dict": "naslora.adapter.base_state",
@@ -80,6 +84,7 @@ _MODULES = {
     "save_adapter": "naslora.adapter.storage",
     "save_merged": "naslora.adapter.merged_files",
     "set_adapter": "naslora.adapter.named",
+    "unfuse_attention": "naslora.sam.attention",
     "unmerge": "naslora.adapter.merged",
     "weight_parameters": "naslora.adapter.alpha_search",
 }

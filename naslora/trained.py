@@ -111,7 +111,9 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     except (KeyError, TypeError, UserError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {reason}") from error
-    model = build_model(config.model, config.image_size, config.num_classes)
+    model = build_model(
+        config.model, config.image_size, config.num_classes, attention=config.attention
+    )
     load_merged(model, path)
     if (path / LEFT_OUT).is_file():
         model.left_out = read_safetensors(path / LEFT_OUT)

@@ -116,7 +116,7 @@ class _Shapes:
         return empty_gradients(saved.operands, need)
 
 
-def _flat(kernels: AttentionKernels) -> dict[str, Callable[..., Any]]:
+def flat_attention(kernels: AttentionKernels) -> dict[str, Callable[..., Any]]:
     """Returns the kernels as functions of the flat arguments of the schemas, by operator."""
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,9 @@ def define_attention(
     Returns:
         The library. The operators exist as long as it does.
     """
-    library, operators = define(backend, _SCHEMAS, _flat(kernels), _flat(_Shapes()), dispatch_key)
+    library, operators = define(
+        backend, _SCHEMAS, flat_attention(kernels), flat_attention(_Shapes()), dispatch_key
+    )
     ATTENTION_OPERATORS[backend] = AttentionOperators(*operators)
     return library
 

@@ -270,3 +270,17 @@ def assert_better_on_average(ratios):
     """
     means = {name: math.exp(sum(map(math.log, v)) / len(v)) for name, v in ratios.items()}
     assert all(mean <= 1.05 for mean in means.values()), means
+
+
+def assert_same_bits_on_any_number_of_threads(case):
+    """The ``cpp`` backend's results and gradients do not depend on the number of threads."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = case.run("cpp")
+        for count in (2, 2, 3):
+            torch.set_num_threads(count)
+            for name, value in case.run("cpp").items():
+                assert torch.equal(value, expected[name]), name
+    finally:
+        torch.set_num_threads(threads)

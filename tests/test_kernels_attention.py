@@ -12,6 +12,7 @@ from kernel_cases import (
     TARGETS,
     UNAVAILABLE,
     assert_as_good_as_reference,
+    assert_same_bits_on_any_number_of_threads,
     attention_case,
     needs_cpp,
     targets_and,
@@ -268,16 +269,7 @@ def test_partial_gradients_equal_full_ones(target, needed):
 @pytest.mark.parametrize("case", [(1, 1, (64, 40), 8), (3, 2, (14, 14), 16)], ids=str)
 def test_same_bits_on_any_number_of_threads(case):
     case = attention_case(*case).to(torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = case.run("cpp")
-        for count in (2, 2, 3):
-            torch.set_num_threads(count)
-            for name, value in case.run("cpp").items():
-                assert torch.equal(value, expected[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    assert_same_bits_on_any_number_of_threads(case)
 
 
 @every_target

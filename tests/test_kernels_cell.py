@@ -13,6 +13,7 @@ from kernel_cases import (
     TARGETS,
     assert_as_good_as_reference,
     assert_better_on_average,
+    assert_same_bits_on_any_number_of_threads,
     cell_case,
     needs_cpp,
     targets_and,
@@ -147,16 +148,7 @@ def test_gradient_of_alpha_with_many_channels(target):
 @pytest.mark.parametrize("c", [2, 16])
 def test_same_bits_on_any_number_of_threads(c):
     case = cell_case((7, 14, 14, 24), c).to(torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = case.run("cpp")
-        for count in (2, 2, 3):
-            torch.set_num_threads(count)
-            for name, value in case.run("cpp").items():
-                assert torch.equal(value, expected[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    assert_same_bits_on_any_number_of_threads(case)
 
 
 @every_target

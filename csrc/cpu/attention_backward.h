@@ -1,10 +1,10 @@
-// The gradients of attention. A tile of scores is computed again. The saved maximum and sum of each
-// row of exponentials make its softmax of it:
+// The gradients of attention. A tile of scores is computed again; the saved maximum and sum of each
+// query make its softmax of it.
 //
 //     p = exp(scores - maximum) / sum      dv = p^T grad_o
-//     dp = grad_o v^T      ds = p (dp - delta),  delta = the row sums of grad_o * o
-//     dq = scale ds k      dk = scale ds^T q
-//     drel_h, drel_w = ds summed over the columns and over the rows of the grid
+//     dp = grad_o v^T                      dq = scale ds k
+//     ds = p (dp - delta)                  dk = scale ds^T q
+//     delta = the row sums of p dp         drel_h, drel_w = ds summed over columns and over rows
 //
 // A task is a part of the queries of one head. It goes through the blocks of keys, and for each one
 // through its queries. So a block's gradients of keys and values stay in the cache; those of the
@@ -189,6 +189,7 @@ struct AttentionBackward {
     for (int64_t i = 0; i < count; ++i) {
       q.maximum[i] = maximum[i];
       q.inverse_sum[i] = 1 / sum[i];
+      if (plan.key_blocks() == 1) continue;  // the tile has all that delta needs
       const S *gradient = grad_o[first + i], *out = o[first + i];
       double delta = 0;  // its error would be that of a whole row of ds
       for (int64_t c = 0; c < a.dim; ++c)

@@ -1,10 +1,14 @@
 // How attention is cut into tiles of scores, and how its operands come into the cache.
 //
-//              queries of a block
-//              q q q q q q
-//     keys   k s s s s s s   A tile of scores is stored as (keys, queries): a vector holds scores
-//     of of a   k s s s s s s   several queries and one key. So sums over keys, over rows and over
-//     block  k s s s s s s   columns of the grid add whole vectors, whatever the grid's width.
+//           queries of a block
+//            q q q q q q q q
+//     keys k s s s s s s s s
+//     of a k s s s s s s s s
+//    block k s s s s s s s s
+//
+// A tile of scores is stored as (keys, queries): a vector holds scores of several queries and one
+// key. So sums over keys, over rows and over columns of the grid add whole vectors, whatever the
+// grid's width.
 //
 // A tile and the keys, values and gradients that belong to it fit the L2 cache. 16-bit numbers are
 // widened when they are copied there.
@@ -35,19 +39,19 @@ struct KeyBlock {
 
 struct AttentionPlan {
   const Attention& a;
-  int64_t tokens;                     // N = H W
-  int64_t query_block, query_blocks;  // queries of a block, whole vectors
-  int64_t block_rows, down;           // rows of the grid in a block of keys; blocks of rows
-  int64_t block_columns, across;      // columns of the grid; blocks of columns
-  int64_t keys;                       // of a block, at most
-  int64_t width;                      // of rows of q, k and v: d in whole vectors
-  int64_t stride;                     // of rows that have a number for each query of a block
-  int64_t images_heads;               // batch * heads
-  int64_t parts, tasks;
+  int64_t tokens = 0;                         // N = H W
+  int64_t query_block = 0, query_blocks = 0;  // queries of a block, whole vectors
+  int64_t block_rows = 0, down = 0;           // rows of the grid in a block of keys; blocks of rows
+  int64_t block_columns = 0, across = 0;      // columns of the grid; blocks of columns
+  int64_t keys = 0;                           // of a block, at most
+  int64_t width = 0;                          // of rows of q, k and v: d in whole vectors
+  int64_t stride = 0;        // of rows that have a number for each query of a block
+  int64_t images_heads = 0;  // batch * heads
+  int64_t parts = 0, tasks = 0;
 
   template <typename A>
   static AttentionPlan of(const Attention& a) {
-    AttentionPlan p = {a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    AttentionPlan p = {a};
     p.tokens = a.height * a.width;
     p.query_block = round_up(ceil_div(p.tokens, ceil_div(p.tokens, kQueryBlock)), kLanes<A>);
     p.query_blocks = ceil_div(p.tokens, p.query_block);
@@ -123,13 +127,16 @@ template <typename S, typename A>
 void load_transposed(const HeadRows<S>& rows, int64_t first, int64_t count, int64_t features,
                      A scale, A* out, int64_t stride) {
   for (int64_t i = 0; i < count; i += kLanes<A>) {
+    const S* from = rows[first + i];
     const int64_t own = smaller(kLanes<A>, count - i);
-    const S* from[kLanes<A>];
-    for (int64_t j = 0; j < kLanes<A>; ++j) from[j] = rows[first + i + smaller(j, own - 1)];
     for (int64_t c = 0; c < features; ++c) {
-      A values[kLanes<A>];
-      for (int j = 0; j < kLanes<A>; ++j) values[j] = scale * widen(from[j][c]);
-      store<A>(out + c * stride + i, first_lanes<A>(load(values), own));
+      A* to = out + c * stride + i;
+      if (own == kLanes<A>) {
+        for (int j = 0; j < kLanes<A>; ++j) to[j] = scale * widen(from[j * rows.stride + c]);
+      } else {
+        for (int64_t j = 0; j < own; ++j) to[j] = scale * widen(from[j * rows.stride + c]);
+        for (int64_t j = own; j < kLanes<A>; ++j) to[j] = 0;
+      }
     }
   }
 }

@@ -26,6 +26,15 @@
 //   target        the backward, which uses the transposed K.
 //   argmax        Which pixel of a 3x3 window has the maximum (drawing in cell_math.h).
 //
+// Attention
+//   head          One of the attentions of an image; d features of each token belong to it.
+//   query, key    Tokens as the rows and the columns of the scores.
+//   scores S      scale q k^T + rel_h + rel_w, (queries, keys) of one head. p = softmax(S).
+//   ds, dp        dL/dS and dL/dp; dq, dk, dv, drel_h and drel_w in the same way.
+//   block         Consecutive queries, or consecutive keys. A tile of scores is a block of keys
+//                 times a block of queries, stored in this order.
+//   part          The queries of one head that one task has.
+//
 // Work and memory
 //   tile          The rectangle of one image that is worked on at once. A tiling says how maps are
 //                 cut into tiles.

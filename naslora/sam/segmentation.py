@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from naslora.adapter.frozen_norms import keep_frozen
 from naslora.errors import UserError
+from naslora.sam.attention import Attention, fuse_attention
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import EMBED_DIM, build_image_encoder, build_prompt_encoder
 
@@ -191,6 +192,7 @@ def build_model(
     num_classes: int = 1,
     checkpoint: str | Path | None = None,
     seed: int = 0,
+    attention: Attention = "stock",
 ) -> SamForSegmentation:
     """Builds SAM for segmentation and loads a checkpoint.
 
@@ -200,6 +202,7 @@ def build_model(
         num_classes: as in ``SamForSegmentation``.
         checkpoint: a SAM checkpoint, ``.pth`` or ``.safetensors``; None keeps random weights.
         seed: seed of the random weights. The global random state is not changed.
+        attention: "fused" calls ``fuse_attention`` for the image encoder.
 
     Raises:
         UserError: as ``SamForSegmentation`` and ``load_sam_checkpoint``.
@@ -209,6 +212,8 @@ def build_model(
         model = SamForSegmentation(name, image_size, num_classes)
     if checkpoint is not None:
         model.left_out = load_sam_checkpoint(model, checkpoint, name)
+    if attention == "fused":
+        fuse_attention(model.image_encoder)
     return model
 
 

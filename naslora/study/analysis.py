@@ -106,7 +106,13 @@ def _models(
 
     The frozen model of a run without a checkpoint is random as well.
     """
-    build = partial(build_model, config.model, config.image_size, config.num_classes)
+    build = partial(
+        build_model,
+        config.model,
+        config.image_size,
+        config.num_classes,
+        attention=config.attention,
+    )
     # The seed differs from the run's, so that the random encoder is not that frozen one.
     models = {"random": build(seed=config.adapter.seed + 1 + seed)}
     models["frozen"] = build(config.checkpoint, config.adapter.seed)

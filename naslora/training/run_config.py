@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from naslora.adapter.checks import check_types
+from naslora.adapter.checks import check_types, choice
 from naslora.adapter.config import NASLoRAConfig
 from naslora.data.datasets import find_dataset
 from naslora.data.layouts import DataSet
@@ -15,6 +15,7 @@ from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.methods import METHODS, MethodName, searches
 from naslora.metrics import METRICS, check_metrics
+from naslora.sam.attention import Attention
 from naslora.training.search_config import SearchConfig
 
 Resolution = Literal["network", "original"]
@@ -62,12 +63,16 @@ class RunConfig:
     method: MethodName = "nas-pc-lora"
     """Fine-tuning method of the encoder. Plain LoRA in the fused kernels is `nas-pc-lora` with
     `--channel-ratio 0`."""
+    attention: Attention = "fused"
+    """Computation of the image encoder's attention: `fused`, which takes less time and memory, or
+    `stock`, the code of segment_anything and timm. The results are equal up to rounding."""
     adapter: NASLoRAConfig = field(default_factory=NASLoRAConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        choice(Attention)("attention", self.attention)
         self._fill_in(find_dataset(self.dataset))
         if self.resolution not in get_args(Resolution):
             raise UserError(f"resolution must be network or original, got {self.resolution!r}")
@@ -146,13 +151,13 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``. Files of 0.1.0 have no ``attention``: it was "stock".
 
         Raises:
             UserError: a field is unknown or out of range.
         """
         try:
-            values = dict(values)
+            values = {"attention": "stock", **values}
             check_types(cls, values)
             for name in ("data", "root", "cache", "checkpoint"):
                 values[name] = Path(values[name]) if values[name] is not None else None

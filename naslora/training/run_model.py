@@ -36,7 +36,12 @@ def build_frozen_model(config: RunConfig) -> SamForSegmentation:
     """
     _check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
     return build_model(
-        config.model, config.image_size, config.num_classes, config.checkpoint, config.adapter.seed
+        config.model,
+        config.image_size,
+        config.num_classes,
+        config.checkpoint,
+        config.adapter.seed,
+        config.attention,
     )
 
 

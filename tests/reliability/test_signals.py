@@ -123,6 +123,7 @@ def test_a_second_signal_ends_at_once(forked, clean_world, tmp_path):
         def stubborn(self):
             while True:
                 try:
+                    (tmp_path / "trains").touch()
                     time.sleep(600)
                 except KeyboardInterrupt:
                     (tmp_path / "first").touch()
@@ -130,7 +131,7 @@ def test_a_second_signal_ends_at_once(forked, clean_world, tmp_path):
         Search.run = stubborn
 
     run = forked(*command, "--output", tmp_path / "run", prepare=prepare)
-    wait_for(lambda: (tmp_path / "run/config.json").exists())
+    wait_for(lambda: (tmp_path / "trains").exists())
     run.kill(signal.SIGTERM)
     wait_for(lambda: (tmp_path / "first").exists())
     run.kill(signal.SIGTERM)

@@ -1,0 +1,305 @@
+"""SAM's attention without the matrix of its logits: replaced in place, and restored.
+
+segment_anything and Hugging Face compute the logits of all pairs of tokens, add two terms to them
+that depend on relative positions, and keep several matrices of that size for the backward.
+``fuse_attention`` gives their attention modules a subclass of their own class, whose forward calls
+``naslora_kernels.rel_pos_attention``. It is set as ``__class__``: the object, its children, hooks,
+names in the state dict and ``isinstance`` stay as they are. Layers inside it are called as modules,
+whether they are adapted, merged or neither.
+
+Nothing here imports segment_anything, transformers or timm. Classes are known by their names.
+"""
+
+import functools
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from naslora.adapter.modules import check_model
+from naslora.errors import UserError, listing
+from naslora_kernels import rel_pos_attention
+
+Attention = Literal["fused", "stock"]
+"""How the image encoder computes attention: in the fused operator, or in its package's code."""
+
+# ---- Replacing and restoring ---------------------------------------------------------------------
+
+
+def fuse_attention(model: nn.Module) -> list[str]:
+    """Makes the image encoder's attention faster and smaller in memory, in place.
+
+    The outputs are the same up to rounding. Modules, their names and the state dict stay the same,
+    so it can be called before or after ``inject``, ``load_adapter`` and ``merge``. Call it before
+    ``fully_shard``. While a model is exported or traced, the original code computes.
+
+    Known are the attentions of segment_anything and its copies (SAM-HQ, MobileSAM), of Hugging
+    Face's SamModel and SamHQModel, and of TinyViT in timm and MobileSAM. Other modules with a layer
+    ``qkv`` and "Attention" in the name of their class are left alone, and a warning names them.
+    Hugging Face's modules return None as attention weights, as its SDPA attention does.
+
+    Args:
+        model: a SAM, its image encoder, or a model around it.
+
+    Returns:
+        The names of the fused modules in model order, including those that were fused before.
+
+    Raises:
+        UserError: the model has no attention that is known. It is then unchanged.
+    """
+    check_model(model)
+    known = [module for module in model.modules() if _mixin(module) is not None]
+    unknown = dict(_unknown(model))
+    if not known and not dict(_fused(model)):
+        found = f"; it has {_described(unknown)}" if unknown else ""
+        raise UserError(
+            "the model has no attention that can be fused: none of segment_anything, SAM-HQ, "
+            f"MobileSAM, TinyViT or Hugging Face's SamModel{found}"
+        )
+    fused_class: Any = _fused_class
+    for module in known:
+        module.__class__ = fused_class(_mixin(module), type(module))
+    if unknown:
+        warnings.warn(
+            f"attention that is not known stays as it is: {_described(unknown)}", stacklevel=2
+        )
+    return [name for name, _ in _fused(model)]
+
+
+def unfuse_attention(model: nn.Module) -> list[str]:
+    """Undoes ``fuse_attention``: every module has its own class and forward again.
+
+    Returns:
+        The names of the restored modules in model order; empty if none was fused.
+
+    Raises:
+        UserError: ``fully_shard`` was called on an attention itself. The model is then unchanged.
+    """
+    check_model(model)
+    fused: dict[str, Any] = dict(_fused(model))
+    for name, module in fused.items():
+        if type(module) is not _fused_class(module.mixin, module.host_class):
+            raise UserError(f"{name} is sharded; call unfuse_attention before fully_shard")
+    for module in fused.values():
+        module.__class__ = module.host_class
+    return list(fused)
+
+
+def _fused(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FusedAttention):
+            yield name, module
+
+
+def _unknown(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        named = "attention" in type(module).__name__.lower() and "qkv" in module._modules
+        if named and not isinstance(module, FusedAttention) and _mixin(module) is None:
+            yield name, module
+
+
+def _described(modules: dict[str, nn.Module]) -> str:
+    return listing((f"{name} ({type(m).__name__})" for name, m in modules.items()), 3)
+
+
+# ---- The forwards --------------------------------------------------------------------------------
+
+
+class FusedAttention(nn.Module):
+    """Mixed into the class of an attention. A subclass has the forward of one kind of attention."""
+
+    host_class: type[nn.Module]
+    mixin: "type[FusedAttention]"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _rebuild, (self.mixin, self.host_class), reduced[2]
+
+
+class _SegmentAnything(FusedAttention):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        if _traced():
+            return self.host_class.forward(self, x)
+        return _over_grid(self, x, self.num_heads)
+
+
+class _HuggingFace(FusedAttention):
+    def forward(
+        self: Any, hidden_states: Tensor, output_attentions: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, C) to the same, and None instead of attention weights."""
+        drops = self.training and self.dropout > 0
+        if _traced() or output_attentions or drops:
+            return self.host_class.forward(self, hidden_states, output_attentions)
+        return _over_grid(self, hidden_states, self.num_attention_heads), None
+
+
+class _TinyViT(FusedAttention):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """(B, N, C) to the same."""
+        if _traced():
+            return self.host_class.forward(self, x)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, tokens, self.num_heads, -1)
+        widths = [self.key_dim, self.key_dim, qkv.shape[-1] - 2 * self.key_dim]
+        q, k, v = (part.transpose(1, 2) for part in qkv.split(widths, -1))  # (B, heads, N, d)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(x), scale=self.scale)
+        return self.proj(o.transpose(1, 2).flatten(2))
+
+    def _bias(self: Any, x: Tensor) -> Tensor:
+        """The learned bias of each head and pair of tokens, (heads, N, N)."""
+        if hasattr(self, "get_attention_biases"):  # timm
+            return self.get_attention_biases(x.device)
+        if self.training:
+            return self.attention_biases[:, self.attention_bias_idxs]
+        return self.ab  # MobileSAM computes it when the mode changes
+
+
+def _traced() -> bool:
+    """Whether a graph is recorded that other runtimes execute, which lack the fused operator."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _over_grid(attention: Any, x: Tensor, heads: int) -> Tensor:
+    """Attention with decomposed relative positions, as segment_anything defines it.
+
+    Args:
+        attention: has ``qkv``, ``proj``, ``scale``, ``use_rel_pos``, ``rel_pos_h``, ``rel_pos_w``.
+        x: (B, H, W, C), an image or windows of it.
+        heads: number of heads.
+
+    Returns:
+        (B, H, W, C).
+    """
+    grid = height, width = x.shape[1], x.shape[2]
+    qkv = attention.qkv(x).flatten(1, 2).unflatten(-1, (3, heads, -1))  # (B, H * W, 3, heads, d)
+    # Split in the layout of the projection, so that the backward joins the gradients in one pass.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, d)
+    if attention.use_rel_pos:
+        by_row = q.unflatten(2, grid)  # (B, heads, H, W, d)
+        table_h = relative_positions(attention.rel_pos_h, height)
+        table_w = relative_positions(attention.rel_pos_w, width)
+        rel_h = torch.einsum("bnhwc,hkc->bnhwk", by_row, table_h).flatten(2, 3)
+        rel_w = torch.einsum("bnhwc,wkc->bnhwk", by_row, table_w).flatten(2, 3)
+        o = rel_pos_attention(q, k, v, rel_h, rel_w, grid, scale=attention.scale)
+    else:
+        o = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    return attention.proj(o.transpose(1, 2).flatten(2).unflatten(1, grid))
+
+
+def relative_positions(table: Tensor, size: int) -> Tensor:
+    """The embeddings of the distances between all queries and keys of one axis.
+
+    Args:
+        table: (L, d), one row for each distance from -(L - 1) / 2 to (L - 1) / 2. It is
+            interpolated if L is not 2 size - 1.
+        size: tokens along the axis.
+
+    Returns:
+        (size, size, d), by query and key.
+    """
+    distances = 2 * size - 1
+    if table.shape[0] != distances:
+        table = F.interpolate(table.t()[None], size=distances, mode="linear")[0].t()
+    place = torch.arange(size, device=table.device)
+    return table[place[:, None] - place + size - 1]
+
+
+# ---- Recognising ---------------------------------------------------------------------------------
+
+
+class _Form(NamedTuple):
+    """One kind of attention: where its class is defined, and what an instance consists of."""
+
+    modules: str
+    """A regular expression that matches the whole name of the class's module."""
+    classes: tuple[str, ...]
+    children: frozenset[str]
+    """The names of its children. The fused forward would leave out a further one."""
+    parameters: frozenset[str]
+    """The names that its own parameters can have."""
+    attributes: tuple[str, ...]
+    """Further attributes that the fused forward reads."""
+    mixin: type[FusedAttention]
+
+
+_LINEAR = frozenset({"qkv", "proj"})
+_TABLES = frozenset({"rel_pos_h", "rel_pos_w"})
+_FORMS = (
+    _Form(
+        r"(.+\.)?modeling\.image_encoder",
+        ("Attention",),
+        _LINEAR,
+        _TABLES,
+        ("num_heads", "scale", "use_rel_pos"),
+        _SegmentAnything,
+    ),
+    _Form(
+        r"transformers\.models\.(sam|sam_hq)\.modeling_\1",
+        (
+            "SamVisionAttention",
+            "SamVisionSdpaAttention",
+            "SamHQVisionAttention",
+            "SamHQVisionSdpaAttention",
+        ),
+        _LINEAR,
+        _TABLES,
+        ("num_attention_heads", "scale", "use_rel_pos", "dropout"),
+        _HuggingFace,
+    ),
+    _Form(
+        r"timm\.models\.tiny_vit|(.+\.)?modeling\.tiny_vit_sam",
+        ("Attention",),
+        _LINEAR | {"norm"},
+        frozenset({"attention_biases"}),
+        ("num_heads", "scale", "key_dim", "attention_biases", "attention_bias_idxs"),
+        _TinyViT,
+    ),
+)
+# What the forward of segment_anything's class refers to. A copy that refers to more computes more.
+_NAMES = {
+    *("shape", "qkv", "reshape", "num_heads", "permute", "unbind", "scale", "transpose", "softmax"),
+    *("use_rel_pos", "rel_pos_h", "rel_pos_w", "add_decomposed_rel_pos", "view", "proj"),
+}
+
+
+def _mixin(module: nn.Module) -> type[FusedAttention] | None:
+    """What makes a module fused; None if it is fused already, or no known attention."""
+    kind = type(module)
+    for form in _FORMS:
+        if kind.__name__ in form.classes and re.fullmatch(form.modules, kind.__module__):
+            return form.mixin if _fits(module, form) else None
+    return None
+
+
+def _fits(module: Any, form: _Form) -> bool:
+    forward: Any = type(module).forward
+    replaced = forward.__module__ != type(module).__module__ or "forward" in vars(module)
+    if replaced or isinstance(module, FusedAttention):
+        return False
+    if {*module._modules} != form.children or not {*module._parameters} <= form.parameters:
+        return False
+    if not all(hasattr(module, name) for name in form.attributes):
+        return False
+    if form.mixin is _SegmentAnything and not {*forward.__code__.co_names} <= _NAMES:
+        return False
+    return not getattr(module, "use_rel_pos", False) or all(hasattr(module, n) for n in _TABLES)
+
+
+@functools.cache
+def _fused_class(mixin: Any, host_class: Any) -> Any:
+    """The subclass. It has the name of ``host_class``, so the model is printed as before."""
+    names = {"__module__": host_class.__module__, "__qualname__": host_class.__qualname__}
+    own = {"__doc__": host_class.__doc__, "host_class": host_class, "mixin": mixin}
+    return type(host_class.__name__, (mixin, host_class), {**names, **own})
+
+
+def _rebuild(mixin: Any, host_class: Any) -> Any:
+    """An empty fused attention, whose state ``copy`` and ``pickle`` fill in."""
+    fused = _fused_class(mixin, host_class)
+    return fused.__new__(fused)

@@ -1,0 +1,765 @@
+"""Fused attention against stock: outputs, gradients, and everything that must not change."""
+
+import copy
+import csv
+import io
+import pickle
+import shlex
+import socket
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapted_models import adapted_encoder, build_encoder, images, randomize, relative
+from hugging_face import batch_of, build_sam, build_sam2, mask_loss
+from safetensors.torch import save_file
+from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.image_encoder import Attention as SamAttention
+from timm.models.tiny_vit import Attention as TimmAttention
+from torch import distributed, nn
+from torch.optim.swa_utils import AveragedModel
+from transformers import SamHQVisionConfig, SamVisionConfig
+from transformers.models.sam import modeling_sam
+from transformers.models.sam_hq import modeling_sam_hq
+
+from naslora import (
+    NASLoRAConfig,
+    UserError,
+    fuse_attention,
+    inject,
+    load_adapter,
+    load_merged,
+    merge,
+    save_adapter,
+    save_merged,
+    unfuse_attention,
+    unmerge,
+)
+from naslora.adapter.wrappers import in_one_piece
+from naslora.files import read_json, write_json
+from naslora.methods import METHODS, apply
+from naslora.results import LAST
+from naslora.sam.attention import FusedAttention, relative_positions
+from naslora.sam.encoders import checkpoint_blocks
+from naslora.sam.segmentation import build_model
+from naslora.trained import load_model, merge_run
+from naslora.training.run_config import RunConfig
+from naslora.training.search import Search
+
+BLOCKS = ["blocks.0.attn", "blocks.1.attn"]  # a windowed and a global one
+
+
+def stirred(model: nn.Module, by: float = 0.3) -> nn.Module:
+    """Moves every parameter: a fresh SAM's relative positions and biases are zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def encoder() -> ImageEncoderViT:
+    """4 x 4 tokens in windows of 3 x 3, of which three are padded."""
+    return stirred(build_encoder())
+
+
+def fused(model: nn.Module) -> nn.Module:
+    fuse_attention(model)
+    return model
+
+
+# ---- Families ------------------------------------------------------------------------------------
+
+
+def sam_attention(size=(4, 6), **options) -> SamAttention:
+    return SamAttention(32, num_heads=2, use_rel_pos=True, input_size=size, **options)
+
+
+class _MobileSAM(nn.Module):
+    """MobileSAM's TinyViT attention, written from its description. The package is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.key_dim, self.d = 2, 16, 16
+        self.scale, self.dh = 16**-0.5, 32
+        self.norm, self.qkv, self.proj = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.attention_biases = nn.Parameter(torch.zeros(2, 24))
+        own = TimmAttention(32, 16, 2, attn_ratio=1, resolution=(4, 6)).attention_bias_idxs
+        self.register_buffer("attention_bias_idxs", own, persistent=False)
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> "_MobileSAM":
+        super().train(mode)
+        if mode and hasattr(self, "ab"):
+            del self.ab
+        elif not mode:
+            self.ab = self.attention_biases[:, self.attention_bias_idxs]
+        return self
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, tokens, self.num_heads, -1)
+        q, k, v = (part.permute(0, 2, 1, 3) for part in qkv.split([16, 16, 16], dim=3))
+        index = self.attention_bias_idxs
+        bias = self.attention_biases[:, index] if self.training else self.ab
+        logits = (q @ k.transpose(-2, -1)) * self.scale + bias
+        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, self.dh))
+
+
+def named(kind: type[nn.Module], module: str, name: str = "Attention") -> type[nn.Module]:
+    """The class as another package defines it."""
+    code: Any = kind.forward
+    forward = types.FunctionType(code.__code__, code.__globals__, argdefs=code.__defaults__)
+    forward.__module__ = module
+    return type(name, (kind,), {"__module__": module, "forward": forward})
+
+
+def mobile_sam_attention() -> nn.Module:
+    return named(_MobileSAM, "mobile_sam.modeling.tiny_vit_sam")()
+
+
+def sam_hq_copy() -> nn.Module:
+    kind = named(SamAttention, "segment_anything_hq.modeling.image_encoder")
+    return kind(32, num_heads=2, use_rel_pos=True, input_size=(4, 6))
+
+
+def timm_attention(sdpa: bool) -> TimmAttention:
+    attention = TimmAttention(32, 16, 2, attn_ratio=2, resolution=(4, 6))
+    attention.fused_attn = sdpa
+    return attention
+
+
+def hugging_face(module, config, name: str, **options) -> nn.Module:
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+    return getattr(module, name)(config(**shape, **options), 0)
+
+
+SAM, HQ = (modeling_sam, SamVisionConfig), (modeling_sam_hq, SamHQVisionConfig)
+FAMILIES = {
+    "segment_anything": sam_attention,
+    "segment_anything, other tables": lambda: sam_attention((5, 3)),
+    "segment_anything, no positions": lambda: SamAttention(32, num_heads=2),
+    "segment_anything, no bias": lambda: sam_attention(qkv_bias=False),
+    "SAM-HQ's copy": sam_hq_copy,
+    "transformers": lambda: hugging_face(*SAM, "SamVisionAttention"),
+    "transformers, sdpa": lambda: hugging_face(*SAM, "SamVisionSdpaAttention"),
+    "transformers, no positions": lambda: hugging_face(
+        *SAM, "SamVisionAttention", use_rel_pos=False
+    ),
+    "transformers, dropout": lambda: hugging_face(
+        *SAM, "SamVisionAttention", attention_dropout=0.5
+    ),
+    "transformers, SAM-HQ": lambda: hugging_face(*HQ, "SamHQVisionAttention"),
+    "transformers, SAM-HQ, sdpa": lambda: hugging_face(*HQ, "SamHQVisionSdpaAttention"),
+    "timm's TinyViT": lambda: timm_attention(False),
+    "timm's TinyViT, sdpa": lambda: timm_attention(True),
+    "MobileSAM's TinyViT": mobile_sam_attention,
+}
+every_family = pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES)
+
+
+def tokens_for(attention: nn.Module, dtype=torch.float32) -> torch.Tensor:
+    shape = (2, 24, 32) if hasattr(attention, "attention_biases") else (2, 4, 6, 32)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+
+def outcome(attention: nn.Module, dtype, training: bool) -> dict[str, torch.Tensor]:
+    """The output, and the gradients of the input and of every parameter."""
+    attention.to(dtype).train(training)
+    x = tokens_for(attention, dtype).requires_grad_()
+    torch.manual_seed(0)  # of dropout
+    output = attention(x)
+    output = first(output)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    (output * weight).sum().backward()
+    gradients = {name: p.grad for name, p in attention.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), "x": x.grad, **gradients}
+
+
+@every_family
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_outputs_and_gradients_are_those_of_stock(build, training):
+    attention = stirred(build())
+    # transformers' eager attention computes softmax in float32.
+    rounded = type(attention).__name__ in ("SamVisionAttention", "SamHQVisionAttention")
+    for dtype in (torch.float64, torch.float32):
+        stock, ours = copy.deepcopy(attention), copy.deepcopy(attention)
+        assert fuse_attention(ours) == [""]
+        expected, found = (outcome(model, dtype, training) for model in (stock, ours))
+        assert expected.keys() == found.keys() >= {"output", "x", "qkv.weight", "proj.bias"}
+        precision = torch.finfo(torch.float32 if rounded else dtype).eps
+        for name, value in expected.items():
+            # Sums of up to 48 products, in another order.
+            assert value.norm() > 0 and relative(found[name] - value, value) < 20 * precision, name
+
+
+@every_family
+def test_bfloat16_autocast(build):
+    """As near to the float32 result as stock is: the same roundings of inputs, fewer after them."""
+    stock = in_eval_mode(stirred(build()))
+    ours = fused(copy.deepcopy(stock))
+    x = tokens_for(stock)
+    with torch.no_grad():
+        exact = first(stock(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs, found = first(stock(x)), first(ours(x))
+    assert found.dtype == theirs.dtype == torch.bfloat16
+    assert relative(found - exact, exact) <= 1.5 * relative(theirs - exact, exact)
+
+
+@pytest.mark.parametrize("name", ["segment_anything", "segment_anything, no positions"])
+def test_no_images(name):
+    x = torch.zeros(0, 4, 6, 32, requires_grad=True)
+    attention = fused(FAMILIES[name]())
+    attention(x).sum().backward()
+    assert x.grad.shape == x.shape and not attention.qkv.weight.grad.any()
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    model.eval()  # timm's attention returns None
+    return model
+
+
+@pytest.mark.parametrize("size, rows", [(5, 9), (1, 1), (6, 9), (4, 27)])
+def test_relative_positions_are_segment_anythings(size, rows):
+    from segment_anything.modeling.image_encoder import get_rel_pos
+
+    table = torch.randn(rows, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(relative_positions(table, size), get_rel_pos(size, size, table))
+
+
+def test_hugging_faces_attention_weights():
+    """Asked for weights, the eager attention computes as stock; else it returns None for them."""
+    eager = in_eval_mode(stirred(FAMILIES["transformers"]()))
+    x = tokens_for(eager)
+    output, weights = eager(x, output_attentions=True)
+    fuse_attention(eager)
+    assert eager(x)[1] is None
+    ours, our_weights = eager(x, output_attentions=True)
+    assert torch.equal(ours, output) and torch.equal(our_weights, weights)
+
+
+# ---- Whole models --------------------------------------------------------------------------------
+
+
+def hugging_face_loss(model: nn.Module) -> torch.Tensor:
+    batch = batch_of(2)
+    labels = batch.pop("labels")
+    return mask_loss(model(**batch), labels)
+
+
+def mobile_sam() -> nn.Module:
+    return stirred(build_model("mobile_sam", 64).image_encoder).requires_grad_(True)
+
+
+MODELS = {
+    "segment_anything": (encoder, lambda model: model(images()).square().mean(), 2),
+    "transformers": (build_sam, hugging_face_loss, 2),
+    "MobileSAM": (
+        mobile_sam,
+        lambda model: model(torch.rand(1, 3, 64, 64, generator=torch.manual_seed(0))).abs().mean(),
+        10,
+    ),
+}
+
+
+@pytest.mark.parametrize("build, loss, count", MODELS.values(), ids=MODELS)
+def test_whole_models(build, loss, count):
+    model = build().train()
+    for norm in model.modules():  # statistics of few pixels magnify roundings
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.eval()
+    values, gradients = [], []
+    for fuse in (False, True):
+        if fuse:
+            assert len(fuse_attention(model)) == count
+        model.zero_grad()
+        value = loss(model)
+        value.backward()
+        values.append(value.detach())
+        gradients.append(gradients_of(model))
+    torch.testing.assert_close(*values, rtol=1e-5, atol=0)
+    assert relative(gradients[1] - gradients[0], gradients[0]) < 1e-5
+
+
+def test_names_children_and_state_stay():
+    model = encoder()
+    model.blocks[0].attn.eval()
+    modules = dict(model.named_modules())
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    keys, text = list(model.state_dict()), repr(model)
+    training = [module.training for module in model.modules()]
+    classes = [type(module) for module in model.modules()]
+    expected = model(images())
+
+    for _ in range(2):
+        assert fuse_attention(model) == BLOCKS
+        assert dict(model.named_modules()) == modules
+        assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+        assert list(model.state_dict()) == keys and repr(model) == text
+        assert [module.training for module in model.modules()] == training
+        assert isinstance(model.blocks[0].attn, SamAttention)
+    torch.testing.assert_close(model(images()), expected)
+
+    assert unfuse_attention(model) == BLOCKS
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(images()), expected)
+    assert unfuse_attention(model) == []
+
+
+def test_parts_are_fused_alone():
+    model = encoder()
+    assert fuse_attention(model.blocks[1]) == ["attn"]
+    assert fuse_attention(model) == BLOCKS
+    assert unfuse_attention(model.blocks[0]) == ["attn"]
+    assert [isinstance(block.attn, FusedAttention) for block in model.blocks] == [False, True]
+
+
+def test_the_layers_are_called_as_modules():
+    model, calls = fused(encoder()), []
+    for block in model.blocks:
+        for layer in (block.attn, block.attn.qkv, block.attn.proj):
+            layer.register_forward_hook(lambda module, *_: calls.append(module))
+            layer.register_full_backward_hook(lambda module, *_: calls.append(module))
+    model(images()).sum().backward()
+    assert len(calls) == 12
+
+
+def gradients_of(model: nn.Module) -> torch.Tensor:
+    """All gradients in one vector. Parameters without one are left out."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+# ---- With adapters -------------------------------------------------------------------------------
+
+
+def test_before_and_after_inject():
+    stock = adapted_encoder()
+    expected = stock(images())
+    after = fused(adapted_encoder())
+    before = fused(build_encoder())
+    inject(before, NASLoRAConfig())
+    randomize(before)
+    assert torch.equal(before(images()), after(images()))
+    torch.testing.assert_close(after(images()), expected)
+
+
+def test_adapters_train_alike():
+    models = [stirred(adapted_encoder(), 0.1), fused(stirred(adapted_encoder(), 0.1))]
+    for model in models:
+        model(images()).square().mean().backward()
+    expected, found = (gradients_of(model) for model in models)
+    assert expected.numel() > 1000 and relative(found - expected, expected) < 1e-5
+
+
+def test_adapters_are_saved_and_loaded(tmp_path):
+    model = fused(adapted_encoder())
+    expected = model(images())
+    save_adapter(model, tmp_path)
+    into_fused, into_stock = fused(build_encoder()), build_encoder()
+    for other in (into_fused, into_stock):
+        load_adapter(other, tmp_path)
+    assert torch.equal(into_fused(images()), expected)
+    torch.testing.assert_close(into_stock(images()), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["exact", "center"])
+def test_merged_models(mode, tmp_path):
+    model = fused(adapted_encoder())
+    expected = model(images())
+    merge(model, mode)
+    merged = model(images())
+    assert fuse_attention(model) == BLOCKS
+    unfused = copy.deepcopy(model)
+    unfuse_attention(unfused)
+    torch.testing.assert_close(merged, unfused(images()))
+    save_merged(model, tmp_path)
+    loaded = build_encoder()
+    load_merged(loaded, tmp_path)
+    torch.testing.assert_close(loaded(images()), merged)
+    assert torch.equal(fused(loaded)(images()), merged)
+    unmerge(model)
+    assert torch.equal(model(images()), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method, tiny_vit):
+    """VPT computes attention itself, from the attention's layers."""
+    stock, ours = (build_model("vit_t", 32, attention=kind).eval() for kind in ("stock", "fused"))
+    x = torch.rand(2, 3, 32, 32, generator=torch.manual_seed(0))
+    for model in (stock, ours):
+        apply(method, model, NASLoRAConfig())
+    assert stock.state_dict().keys() == ours.state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x).masks, stock(x).masks, rtol=1e-4, atol=1e-5)
+
+
+# ---- Copies, wrappers, compilers -----------------------------------------------------------------
+
+
+def test_copies_and_pickles():
+    model = fused(adapted_encoder())
+    expected = model(images())
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in (*twins, torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(images()), expected)
+        assert unfuse_attention(twin) == BLOCKS
+        assert type(twin.blocks[0].attn) is SamAttention
+    assert isinstance(model.blocks[0].attn, FusedAttention)
+    state = io.BytesIO()
+    torch.save(model.state_dict(), state)
+    state.seek(0)
+    again = adapted_encoder()
+    again.load_state_dict(torch.load(state, weights_only=True))
+
+
+@pytest.mark.parametrize(
+    "name, dynamic",
+    [("segment_anything", True), ("transformers", False), ("timm's TinyViT", False)],
+)
+def test_torch_compile_in_one_graph(name, dynamic):
+    torch.compiler.reset()
+    attention = fused(stirred(FAMILIES[name]()))
+    x = tokens_for(attention)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    expected = first(attention(x))
+    torch.testing.assert_close(first(compiled(x)), expected)
+    first(compiled(x)).sum().backward()
+    assert attention.qkv.weight.grad.abs().max() > 0
+
+
+def test_a_compiled_model_is_fused_and_restored():
+    torch.compiler.reset()
+    model = encoder().requires_grad_(False)
+    compiled = torch.compile(model, backend="eager")
+    stock = compiled(images())
+    assert fuse_attention(compiled) == [f"_orig_mod.{name}" for name in BLOCKS]
+    assert torch.equal(compiled(images()), model(images()))
+    unfuse_attention(compiled)
+    assert torch.equal(compiled(images()), stock)
+
+
+def test_gradient_checkpointing(tiny_vit):
+    gradients = []
+    for checkpointing in (False, True):
+        model = build_model("vit_t", 32, attention="fused").image_encoder.requires_grad_(True)
+        if checkpointing:
+            checkpoint_blocks(model)
+        model(torch.ones(1, 3, 32, 32)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+def test_hugging_faces_gradient_checkpointing():
+    model = fused(build_sam()).train()
+    expected = hugging_face_loss(model)
+    model.gradient_checkpointing_enable()
+    loss = hugging_face_loss(model)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert model.vision_encoder.layers[0].attn.qkv.weight.grad.abs().max() > 0
+
+
+@pytest.fixture
+def process_group():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel]
+)
+def test_wrappers(wrap, process_group):
+    model = fused(encoder())
+    expected = model(images())
+    wrapped = wrap(model)
+    assert torch.equal(wrapped(images()), expected)
+    names = [f"module.{name}" for name in BLOCKS]
+    assert fuse_attention(wrapped) == names == unfuse_attention(wrapped)
+    assert fuse_attention(wrapped) == names
+    assert torch.equal(wrapped(images()), expected)
+
+
+@pytest.mark.parametrize("fuse_first", [True, False])
+def test_fully_shard(fuse_first, process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    expected = fused(encoder())(images())
+    model, mesh = encoder(), init_device_mesh("cpu", (1,))
+    if fuse_first:
+        fuse_attention(model)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert fuse_attention(model) == BLOCKS
+    output = model(images())
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert torch.equal(in_one_piece(model)(images()), expected)
+    assert unfuse_attention(model) == BLOCKS
+    torch.testing.assert_close(model(images()), expected)
+
+
+def test_fully_shard_of_an_attention_itself(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    model = fused(encoder())
+    expected = model(images())
+    fully_shard(model.blocks[0].attn, mesh=mesh)
+    assert torch.equal(model(images()), expected)
+    with pytest.raises(
+        UserError, match=r"blocks\.0\.attn is sharded; call unfuse_attention before"
+    ):
+        unfuse_attention(model)
+    assert isinstance(model.blocks[1].attn, FusedAttention)
+
+
+# ---- What is not known ---------------------------------------------------------------------------
+
+
+class WindowAttention(SamAttention):
+    """A subclass in a module that is not known."""
+
+
+class Gated(SamAttention):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.gate = nn.Linear(32, 32)
+
+
+def with_its_own_forward() -> nn.Module:
+    attention = sam_attention()
+    attention.forward = lambda x: SamAttention.forward(attention, x)
+    return attention
+
+
+def with_a_further_layer() -> nn.Module:
+    return named(Gated, SamAttention.__module__)(
+        32, num_heads=2, use_rel_pos=True, input_size=(4, 6)
+    )
+
+
+def with_a_changed_forward() -> nn.Module:
+    def forward(self, x):
+        return SamAttention.forward(self, x).tanh()
+
+    forward.__module__ = SamAttention.__module__
+    attributes = {"__module__": SamAttention.__module__, "forward": forward}
+    kind = type("Attention", (SamAttention,), attributes)
+    return kind(32, num_heads=2, use_rel_pos=True, input_size=(4, 6))
+
+
+def with_a_patched_class() -> nn.Module:
+    kind = named(modeling_sam.SamVisionAttention, modeling_sam.__name__, "SamVisionAttention")
+    forward: Any = kind.forward
+    kind.forward = lambda self, x: forward(self, x)[0]
+    return kind(SamVisionConfig(hidden_size=32, num_attention_heads=2, image_size=64), 0)
+
+
+UNKNOWN = {
+    "subclass": lambda: WindowAttention(32, num_heads=2, use_rel_pos=True, input_size=(4, 6)),
+    "own forward": with_its_own_forward,
+    "further layer": with_a_further_layer,
+    "changed forward": with_a_changed_forward,
+    "patched class": with_a_patched_class,
+}
+
+
+@pytest.mark.parametrize("build", UNKNOWN.values(), ids=UNKNOWN)
+def test_unknown_attention_stays_and_is_named(build):
+    unknown = build()
+    model = nn.Sequential(sam_attention(), unknown)
+    kind = type(unknown)
+    expected = unknown(tokens_for(unknown))
+    with pytest.warns(UserWarning) as caught:
+        assert fuse_attention(model) == ["0"]
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert str(caught[0].message) == (
+        f"attention that is not known stays as it is: 1 ({kind.__name__})"
+    )
+    assert type(unknown) is kind and torch.equal(unknown(tokens_for(unknown)), expected)
+    with pytest.raises(UserError, match=rf"it has 0 \({kind.__name__}\)$"):
+        fuse_attention(nn.Sequential(unknown))
+
+
+def test_the_mask_decoder_is_not_meant(tiny_vit):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (build_model("vit_t", 32), build_sam(), build_model("mobile_sam", 32)):
+            names = fuse_attention(model)
+            assert names and not [name for name in names if "decoder" in name]
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (nn.Sequential(nn.Linear(3, 3)), "the model has no attention that can be fused: none of"),
+        ("sam", "model must be a torch.nn.Module, got str"),
+    ],
+)
+def test_refused(model, message):
+    with pytest.raises(UserError, match=message) as caught:
+        fuse_attention(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_sam2_is_refused():
+    with pytest.raises(UserError, match=r"it has vision_encoder\.backbone.*MultiScaleAttention"):
+        fuse_attention(build_sam2())
+    with pytest.raises(UserError, match=r"model must be a torch\.nn\.Module"):
+        unfuse_attention(None)
+
+
+def test_importing_loads_no_package_of_models():
+    code = "import sys; from naslora import fuse_attention; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"segment_anything", "transformers", "timm", "triton"} & {*result.stdout.split()}
+
+
+# ---- Export --------------------------------------------------------------------------------------
+
+
+def operators(model: nn.Module, x: torch.Tensor, strict: bool = False) -> list[str]:
+    program = torch.export.export(model, (x,), strict=strict)
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_exported_graph_is_that_of_stock(name):
+    attention = in_eval_mode(stirred(FAMILIES[name]()))
+    x = tokens_for(attention)
+    attention(x)  # TinyViT's cache
+    stock = operators(attention, x)
+    assert operators(fused(attention), x) == stock
+    assert all(operator.startswith("aten") or "getitem" in operator for operator in stock)
+    if name in ("segment_anything", "timm's TinyViT"):
+        assert operators(attention, x, strict=True) == stock
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["segment_anything", "transformers", "MobileSAM's TinyViT"])
+def test_torch_jit_trace(name):
+    attention = in_eval_mode(stirred(FAMILIES[name]()))
+    x = tokens_for(attention)
+    expected = first(attention(x))
+    traced = torch.jit.trace(fused(attention), x)
+    assert torch.equal(first(traced(x)), expected)
+    assert "naslora" not in str(traced.graph)
+
+
+@torch.no_grad()
+def test_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = fused(in_eval_mode(sam_attention()))
+    x = tokens_for(model)
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-5, atol=1e-5)
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
+STOCK = ("--attention", "stock")
+
+
+@pytest.fixture(scope="module")
+def arguments(clean_data, tiny_vit, tmp_path_factory) -> list:
+    """Of ``naslora train``, from a checkpoint whose relative positions are not zero."""
+    path = tmp_path_factory.mktemp("checkpoint") / "sam.safetensors"
+    model = build_model("vit_t", 32)
+    stirred(model.image_encoder)
+    save_file(model.state_dict(), path)
+    return ["train", "--data", clean_data, "--checkpoint", path, *TRAIN, "--output"]
+
+
+@pytest.fixture(scope="module")
+def runs(naslora, arguments, tmp_path_factory) -> dict[str, Path]:
+    """Finished runs by their attention."""
+    root = tmp_path_factory.mktemp("attention")
+    for name, option in {"fused": (), "stock": STOCK}.items():
+        result = naslora(*arguments, root / name, *option)
+        assert result.status == 0, result.err
+    return {name: root / name for name in ("fused", "stock")}
+
+
+def losses(run: Path) -> np.ndarray:
+    with (run / "history.csv").open() as file:
+        return np.array(
+            [[row["train_loss"], row["val_loss"]] for row in csv.DictReader(file)], float
+        )
+
+
+def is_fused(model: nn.Module) -> bool:
+    return any(isinstance(module, FusedAttention) for module in model.modules())
+
+
+def test_runs_with_both_attentions_have_the_same_losses(runs):
+    np.testing.assert_allclose(losses(runs["fused"]), losses(runs["stock"]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["fused", "stock"])
+def test_the_configuration_decides(runs, tmp_path, attention):
+    merge_run(runs[attention], "exact", tmp_path / "merged")
+    for folder in (runs[attention], tmp_path / "merged"):
+        model, config = load_model(folder)
+        assert config.attention == attention and is_fused(model) == (attention == "fused")
+
+
+def test_runs_from_before_the_option_go_on_as_stock(
+    naslora, arguments, runs, tmp_path, monkeypatch
+):
+    run_epoch = Search._run_epoch
+
+    def interrupted(search):
+        if search.epoch == 1:
+            raise KeyboardInterrupt
+        return run_epoch(search)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "_run_epoch", interrupted)
+        assert naslora(*arguments, run, *STOCK).status == 130
+    values = read_json(run / "config.json")
+    del values["attention"]
+    write_json(run / "config.json", values)
+    model, config = load_model(run)
+    assert config.attention == "stock" and not is_fused(model)
+    refused = naslora(*arguments, run, "--resume")
+    assert refused.status == 2 and "it has attention stock" in refused.err
+    assert naslora(*arguments, run, *STOCK, "--resume").status == 0
+    ours, theirs = (torch.load(r / LAST, weights_only=True) for r in (run, runs["stock"]))
+    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+    assert np.array_equal(losses(run), losses(runs["stock"]))
+
+
+def test_the_option_is_checked():
+    with pytest.raises(UserError, match="attention must be one of fused, stock, got 'flash'"):
+        RunConfig(attention="flash")
