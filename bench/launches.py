@@ -5,6 +5,7 @@ Runs the order of launches of ``naslora_kernels/launches.py`` over tensors that 
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ def folded_layer(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
 
 # B, heads, (H, W), d: a global map and windows of ViT-B and ViT-H at 1024 x 1024, the global map of
 # ViT-B at 2048 x 2048, a window of TinyViT, and a grid wider than a tile of keys.
-ATTENTION_SHAPES = [
+AttentionShape: TypeAlias = tuple[int, int, tuple[int, int], int]
+ATTENTION_SHAPES: list[AttentionShape] = [
     (1, 12, (64, 64), 64),
     (1, 16, (64, 64), 80),
     (25, 12, (14, 14), 64),
@@ -84,13 +86,13 @@ ATTENTION_SHAPES = [
 
 
 def attention(
-    kernels: AttentionKernels, shape: tuple[int, int, tuple[int, int], int], dtype: torch.dtype
+    kernels: AttentionKernels, shape: AttentionShape, dtype: torch.dtype, device: str = "meta"
 ) -> None:
     """Attention forward and backward with all gradients; q, k and v are of a joint projection."""
     if shape[-1] > most_features(dtype):  # then the reference computes
         return
     batch, heads, (height, width), features = shape
-    maps = partial(torch.empty, device="meta", dtype=dtype)
+    maps = partial(torch.zeros, device=device, dtype=dtype)
     tokens = height * width
     q, k, v = maps(batch, tokens, 3, heads, features).permute(2, 0, 3, 1, 4)
     biases = (maps(batch, heads, tokens, side) for side in (height, width))
@@ -98,7 +100,7 @@ def attention(
     o, softmax = kernels.rel_pos_attention(operands, 0.125)
     saved = SavedAttention(operands, o, softmax, 0.125)
     need = AttentionNeed(True, True, True, True, True)
-    kernels.rel_pos_attention_backward(torch.empty_like(o), saved, need)
+    kernels.rel_pos_attention_backward(torch.zeros_like(o), saved, need)
 
 
 Work = Callable[[Primitives, Operands], tuple[Tensor, ...]]

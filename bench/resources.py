@@ -29,7 +29,7 @@ def table(usages: Sequence[Usage]) -> str:
 
 
 def summary(usages: Sequence[Usage]) -> str:
-    """The ranges over all variants of each kernel, as Markdown."""
+    """The ranges over all variants of each kernel, as Markdown; – where a card lacks the kernel."""
     architectures = list(dict.fromkeys(usage.architecture for usage in usages))
     lines = [
         f"| kernel | variants | registers: {' | '.join(architectures)} | shared, KiB | spilled |",
@@ -53,5 +53,7 @@ def _family(usage: Usage) -> str:
 
 
 def _range(numbers: Sequence[float]) -> str:
+    if not numbers:
+        return "–"
     low, high = min(numbers), max(numbers)
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for real cards, without one, and says what each takes.
 
     python -m bench.triton_resources 75 80 90 100        # or: make triton-check
+    python -m bench.triton_resources --only attention
 
 Everything that training, search and inference launch, at the shapes of ``bench.gpu_check``, is
 compiled for the compute capabilities named. Prints registers by kernel and card and a summary; ends
@@ -115,19 +116,19 @@ def cuobjdump() -> Path:
 
 
 def compile_for(
-    capability: int, dtype: torch.dtype, shapes: Sequence[tuple[cases.Shape, int]]
+    capability: int,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[cases.Shape, int]],
+    attention_shapes: Sequence[launches.AttentionShape],
 ) -> list[Usage]:
-    """What every kernel takes that the shapes launch in one dtype of maps on one card.
-
-    Attention has shapes of its own; of these the first alone if there is one shape.
-    """
+    """What every kernel takes that the shapes launch in one dtype of maps on one card."""
     compiler = Compiler(capability)
     for shape, rank in shapes:
         compiler.label = f"r={rank} {str(dtype).removeprefix('torch.')}"
         operands = launches.Operands(shape, rank, dtype)
         for work in (*launches.WORKS.values(), *launches.OTHER_WORKS.values()):
             work(compiler.primitives, operands)
-    for attention in launches.ATTENTION_SHAPES[: None if len(shapes) > 1 else 1]:
+    for attention in attention_shapes:
         compiler.label = f"d={attention[-1]} {str(dtype).removeprefix('torch.')}"
         launches.attention(compiler.attention, attention, dtype)
     return list(compiler.usages.values())
@@ -165,6 +166,7 @@ def parse_arguments() -> argparse.Namespace:
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="the first shape alone")
+    parser.add_argument("--only", choices=("layers", "attention"), help="a part of the kernels")
     return parser.parse_args()
 
 
@@ -177,11 +179,14 @@ def main() -> int:
         return 2
     # Triton asks a card whether to fuse multiplications and additions; there is none.
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
-    shapes = CASES[:1] if arguments.quick else CASES
+    first = slice(1 if arguments.quick else None)
+    shapes = () if arguments.only == "attention" else CASES[first]
+    attention_shapes = () if arguments.only == "layers" else launches.ATTENTION_SHAPES[first]
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     jobs = list(itertools.product(arguments.capabilities, dtypes))
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        compiled = pool.map(compile_for, *zip(*jobs, strict=True), itertools.repeat(shapes))
+        repeated = map(itertools.repeat, (shapes, attention_shapes))
+        compiled = pool.map(compile_for, *zip(*jobs, strict=True), *repeated)
         usages = []
         for (capability, dtype), of_job in zip(jobs, compiled, strict=True):
             print(f"sm_{capability} {dtype}: {len(of_job)} kernels", file=sys.stderr)
