@@ -13,6 +13,8 @@ class Usage(NamedTuple):
     shared: int
     stack: int
     spilled: int
+    product: str = ""
+    """The instruction by which tensor cores multiply, if the kernel has one."""
 
 
 def table(usages: Sequence[Usage]) -> str:
@@ -44,6 +46,20 @@ def summary(usages: Sequence[Usage]) -> str:
         spilled = sum(usage.spilled for usage in family)
         variants = len({usage.kernel for usage in family})
         lines.append(f"| {name} | {variants} | {' | '.join(registers)} | {shared} | {spilled} |")
+    return "\n".join(lines)
+
+
+def products(usages: Sequence[Usage]) -> str:
+    """The tensor-core instructions over all variants of each kernel that has any, as Markdown."""
+    architectures = list(dict.fromkeys(usage.architecture for usage in usages))
+    lines = [f"| kernel | {' | '.join(architectures)} |", "|---" * (len(architectures) + 1) + "|"]
+    for name in sorted({_family(usage) for usage in usages if usage.product}):
+        family = [usage for usage in usages if _family(usage) == name]
+        cells = [
+            ", ".join(sorted({u.product or "–" for u in family if u.architecture == a}))
+            for a in architectures
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

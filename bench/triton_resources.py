@@ -24,7 +24,7 @@ import torch
 
 from bench import cases, launches
 from bench.gpu_check import CASES
-from bench.resources import Usage, summary, table
+from bench.resources import Usage, products, summary, table
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives
 
@@ -78,8 +78,15 @@ class Compiler:
             key + (f" #{number}" if number > 1 else ""),
             self._architecture,
             shared=compiled.metadata.shared,
+            product=product(compiled.asm["ptx"]),
             **resources(compiled.asm["cubin"]),
         )
+
+
+def product(ptx: str) -> str:
+    """The instruction by which tensor cores multiply, in a kernel's PTX; empty without."""
+    found = re.search(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)
+    return found.group() if found else ""
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -192,7 +199,7 @@ def main() -> int:
             print(f"sm_{capability} {dtype}: {len(of_job)} kernels", file=sys.stderr)
             usages += of_job
     print(table(usages))
-    print(f"\n{summary(usages)}\n")
+    print(f"\n{summary(usages)}\n\nProducts on tensor cores:\n\n{products(usages)}\n")
     found = problems(usages)
     print(f"{len(usages)} kernels compiled, {len(found)} problems")
     print("\n".join(found), file=sys.stderr)

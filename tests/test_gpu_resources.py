@@ -11,7 +11,7 @@ import torch
 from segment_anything.modeling.image_encoder import Attention
 
 from bench import attention, attention_bytes, cases, gpu_bytes, launches, triton_resources
-from bench.resources import Usage, summary
+from bench.resources import Usage, products, summary
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives, launch
 from naslora_kernels.triton.tiles import INTERPRETED
@@ -48,6 +48,8 @@ def test_triton_kernels_compile_for_real_cards_without_spills():
         "attention_queries",
     ):  # fmt: skip
         assert f"\n| {kernel}" in result.stdout
+    for kernel in ("attention_forward", "attention_keys", "attention_queries"):
+        assert f"\n| {kernel} | – | tcgen05.mma |\n" in result.stdout
     assert result.stdout.splitlines()[-1].endswith(" kernels compiled, 0 problems")
 
 
@@ -86,6 +88,20 @@ def test_summary_gives_ranges_over_variants():
     ]
     assert summary(usages).splitlines()[0].startswith("| kernel | variants | registers: sm_80 |")
     assert summary(usages).splitlines()[2] == "| a | 2 | 40-64 | 32 | 0-2 | 8 |"
+
+
+def test_instructions_of_tensor_cores_are_read():
+    ptx = ["fma.rn.f32 %f1, %f2;", "wgmma.mma_async.sync.aligned.m64n64k16", "mma.sync.aligned.m16"]
+    usages = [
+        Usage("a", f"sm_{i}", 40, 0, 0, 0, triton_resources.product(text))
+        for i, text in enumerate(ptx)
+    ]
+    usages += [Usage("a", "sm_2", 40, 0, 0, 0), Usage("b", "sm_0", 40, 0, 0, 0)]
+    assert products(usages).splitlines() == [
+        "| kernel | sm_0 | sm_1 | sm_2 |",
+        "|---|---|---|---|",
+        "| a | – | wgmma.mma_async | mma.sync, – |",
+    ]
 
 
 def test_summary_of_a_kernel_that_only_some_cards_have():

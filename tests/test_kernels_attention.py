@@ -360,11 +360,24 @@ def test_opcheck(target, dtype):
     case = case_for(target, (2, 2, (3, 4), 5), (1, 1, (2, 3), 5)).to(dtype).on(target.device)
     operands = tuple(case.arguments.values())
     torch.library.opcheck(operators.rel_pos_attention, (*operands, 0.5), test_utils=UTILS)
+
+
+ALL_NEEDED, SOME_NEEDED = (True,) * 5, (True, False, True, False, True)
+OF_BACKWARD = [*itertools.product(DTYPES[:3:2], (ALL_NEEDED, SOME_NEEDED))]
+
+
+@pytest.mark.parametrize(
+    ("target", "case"), targets_with(OF_BACKWARD, OF_BACKWARD[:1], OF_BACKWARD[1:])
+)
+def test_opcheck_of_the_backward(target, case):
+    dtype, need = case
+    operators = ATTENTION_OPERATORS[target.backend]
+    case = case_for(target, (2, 2, (3, 4), 5), (1, 1, (2, 3), 5)).to(dtype).on(target.device)
+    operands = tuple(case.arguments.values())
     saved = (*operands, *operators.rel_pos_attention(*operands, 0.5), 0.5)
-    for need in ([True] * 5, [True, False, True, False, True]):
-        torch.library.opcheck(
-            operators.rel_pos_attention_backward, (case.gradient, *saved, *need), test_utils=UTILS
-        )
+    torch.library.opcheck(
+        operators.rel_pos_attention_backward, (case.gradient, *saved, *need), test_utils=UTILS
+    )
 
 
 @compiled_targets
