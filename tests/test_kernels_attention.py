@@ -85,10 +85,11 @@ SIMULATED_SHAPES = [
     (1, 1, (7, 7), 32),
     (3, 1, (2, 3), 1),
 ]
-LONG_SHAPES = [(1, 1, (9, 5), 33), (2, 2, (7, 7), 32)]
+LONG_SHAPES = [(1, 1, (9, 5), 33), (2, 2, (7, 7), 32), (1, 1, (4, 17), 80)]
 QUICK = [
     *itertools.product(SIMULATED_SHAPES, DTYPES[::2]),  # float32 and bfloat16
     *itertools.product(LONG_SHAPES[:1], DTYPES[1::2]),
+    (LONG_SHAPES[-1], torch.bfloat16),  # blocks of 64 queries
 ]
 LONG = [
     pair

@@ -137,9 +137,9 @@ def attention_tiles(
         keys, most_columns, queries = (32, 64, 16) if lanes <= 64 else (16, 16, 16)
         most_columns = keys if dtype.itemsize == 8 else most_columns
     else:
-        keys, most_columns, queries = (64, 128, 64) if lanes <= 64 else (64, 64, 32)
+        keys, most_columns, queries = (64, 128, 64) if lanes <= 64 else (64, 64, 64)
         if lanes > 64 and width > 64:  # the sums of drel_w spill in a launch of their own
-            keys, most_columns = 32, 32
+            keys, most_columns, queries = 32, 32, 32
     columns = min(power_of_2(width), most_columns)
     rows = max(1, keys // columns)
     if columns > 64 or rows > 2:  # else the addresses of so many biases spill
@@ -147,7 +147,11 @@ def attention_tiles(
     constants: dict[str, object] = {"FEATURES": features, "LANES": lanes, "QUERIES": queries}
     constants |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen}
     constants |= {"num_warps": 8, "num_stages": 1 if exact else 2}
+    data_centre = (9, 0) <= capability < (12, 0)
     if width > columns:  # prefetched tiles spill beside the sums of drel_w
+        constants["num_stages"] = 1
+    elif lanes > 64 and queries > 32 and not data_centre:
+        # Prefetched tiles spill on sm_80. They do not fit the shared memory of sm_120.
         constants["num_stages"] = 1
     # ptxas otherwise uses fewer registers, and spills some bytes, to fit one more program.
     constants["maxnreg"] = 255
