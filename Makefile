@@ -64,7 +64,7 @@ gpu-check:
 	python setup.py -q build_ext --inplace
 	python -m bench.gpu_check $(CHECK)
 
-# The long part of tests/reliability: at most an hour on two cores. CAMPAIGN adds options of pytest.
+# The long part of the tests: at most an hour on two cores. CAMPAIGN adds options of pytest.
 .PHONY: campaign
 campaign:
-	OMP_NUM_THREADS=1 pytest -m "campaign or not campaign" -rP --tb=short --timeout=1800 tests/reliability tests/test_run.py $(CAMPAIGN)
+	OMP_NUM_THREADS=1 pytest -m "campaign or not campaign" -rP --tb=short --timeout=1800 tests/reliability tests/test_run.py tests/test_kernels_attention.py $(CAMPAIGN)

@@ -1,5 +1,6 @@
-"""SAM's attention blocks: what is measured of them, and how much work they must do at least."""
+"""SAM's attention: what is measured of it, and how much work it must do at least."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ HEADS = 12
 CASES = ((GLOBAL, HEADS), (WINDOWS, HEADS), (SMALL, HEADS))
 TINY = (Shape("tiny", (2, 4, 6), c_in=32), 2)  # where nothing is timed
 STOCK = "segment_anything"
+EXACT = "reference in float64"
 
 Attend = Callable[..., Tensor]  # of q, k, v, rel_h, rel_w and the grid, as rel_pos_attention
 
@@ -56,6 +58,63 @@ def works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str, BlockWo
     computations[STOCK] = partial(block, x)
     computations["scaled_dot_product_attention"] = partial(_block, block, x, _as_more_keys)
     return {name: BlockWork(compute, [x], gradient) for name, compute in computations.items()}
+
+
+def operator_works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str, Work]:
+    """Attention without the linears, with gradients of q, k, v, rel_h and rel_w.
+
+    By the fused kernels, and by torch's fused attention with the positions as a mask. On a GPU, if
+    ``setting.compiled``, by flex_attention as well. ``EXACT``, the reference in float64, is the
+    judge; it takes too long to be timed.
+    """
+    torch.manual_seed(0)
+    batch, height, width = shape.grid
+    grid, tokens, features = (height, width), height * width, shape.c_in // heads
+    sizes = (features, features, features, height, width)
+    like = {"device": setting.device, "dtype": setting.dtype}
+    leaves = [torch.randn(batch, heads, tokens, n).to(**like).requires_grad_() for n in sizes]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    gradient = torch.randn(batch, heads, tokens, features).to(**like)
+    attends: dict[str, Attend] = {
+        name: partial(rel_pos_attention, backend=name) for name in setting.kernels
+    }
+    attends["scaled_dot_product_attention"] = _with_mask
+    if setting.compiled and setting.device != "cpu":  # it has no backward on CPUs
+        attends["flex_attention"] = _flex
+    works = {
+        name: Work(partial(attend, *leaves, grid), leaves, gradient)
+        for name, attend in attends.items()
+    }
+    judge = partial(rel_pos_attention, *exact, grid, backend="reference")
+    return {**works, EXACT: Work(judge, exact, gradient.double())}
+
+
+def _with_mask(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """torch's fused attention with the positions of all pairs of tokens as a mask."""
+    mask = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)  # (B, heads, N, N)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """torch's flex_attention, compiled, with the positions added to each score."""
+    width = grid[1]
+
+    def add_positions(score, batch, head, query, key):
+        position = rel_h[batch, head, query, key // width] + rel_w[batch, head, query, key % width]
+        return score + position
+
+    return _compiled_flex()(q, k, v, score_mod=add_positions)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _block(block: Attention, x: Tensor, attend: Attend) -> Tensor:

@@ -2,9 +2,9 @@
 
 The test suite on the device, then the kernels' tests under compute-sanitizer, then the benchmarks:
 the cell and the layer, eager, compiled and as a CUDA graph, against PEFT's LoRA and the frozen
-linear; a training step and inference of whole models. It leaves ``gpu_check.json`` and
-``gpu_check.md``, and ends with status 1 if a test, the sanitizer or the correctness gate failed. A
-step that runs out of time is reported as such.
+linear; attention, against torch's own; a training step and inference of whole models. It leaves
+``gpu_check.json`` and ``gpu_check.md``, and ends with status 1 if a test, the sanitizer or the
+correctness gate failed. A step that runs out of time is reported as such.
 """
 
 import argparse
@@ -16,11 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import naslora_kernels
-from bench import cases, timing
+from bench import attention, cases, timing
 
 ROUNDS = 40
 # Seconds that each step may take: with a minute of building, eight minutes.
@@ -32,10 +33,40 @@ GLOBAL = cases.Shape("vit_h global", (1, 64, 64), 1280, 3840)
 CASES = ((cases.HUGE, 3), (cases.HUGE, 24), (BATCH, 3), (GLOBAL, 3), (cases.TINY, 3))
 # Compiling takes some ten seconds a competitor, so it is measured here alone.
 COMPILED = ((cases.HUGE, 3), torch.bfloat16)
-KINDS = {
-    "cell": (cases.cell_works, cases.cell_bytes),
-    "layer": (cases.layer_works, cases.layer_bytes),
-}
+ATTENTION_CASES = ((GLOBAL, 16), (cases.HUGE, 16), (cases.SMALL, 12))  # and heads
+Case = tuple[cases.Shape, int]
+
+
+class Kind(NamedTuple):
+    """What is measured of one kind of work."""
+
+    name: str
+    cases: tuple[Case, ...]
+    case_name: Callable[..., str]
+    works: Callable[..., dict[str, cases.Work]]
+    least_bytes: Callable[..., int]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    judge: str = "reference"
+    """The work that the kernels are held against."""
+
+    def setting(self, device: str, case: Case, dtype: torch.dtype) -> cases.Setting:
+        """How a case is measured; flex_attention is compiled, so it takes part in one alone."""
+        return cases.Setting(device, dtype, kernels(device, self.name), case == ATTENTION_CASES[0])
+
+
+KINDS = (
+    Kind("cell", CASES, cases.case_name, cases.cell_works, cases.cell_bytes),
+    Kind("layer", CASES, cases.case_name, cases.layer_works, cases.layer_bytes),
+    Kind(
+        "attention",
+        ATTENTION_CASES,
+        attention.case_name,
+        attention.operator_works,
+        attention.least_bytes,
+        dtypes=DTYPES[:1],
+        judge=attention.EXACT,
+    ),
+)
 KERNEL_TESTS = ["tests/test_kernels_cell.py", "tests/test_kernels_layer.py"]
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 MODEL_BENCHMARKS = ("bench/test_training_step.py", "bench/test_inference.py")
@@ -89,11 +120,12 @@ def environment(device: str) -> dict[str, object]:
     }
 
 
-def kernels(device: str) -> tuple[str, ...]:
-    """The fused backends that serve the device."""
+def kernels(device: str, kind: str) -> tuple[str, ...]:
+    """The fused backends that serve the device and the kind of work."""
     candidates = ("cpp",) if device == "cpu" else ("cuda", "triton")
     reasons = naslora_kernels.available_backends()
-    return tuple(name for name in candidates if reasons[name] is None)
+    usable = tuple(name for name in candidates if reasons[name] is None)
+    return tuple(name for name in usable if (kind, name) != ("attention", "cuda"))
 
 
 # ---- Tests -----------------------------------------------------------------------------------
@@ -136,29 +168,46 @@ def _run(command: list[str], limit: int) -> dict[str, object]:
 
 def measure_kernels(arguments: argparse.Namespace) -> dict[str, object]:
     """Times every case, forward and forward + backward, in every mode that serves it."""
-    rows, problems = [], []
-    device, bandwidth = arguments.device, copy_bandwidth(arguments.device)
+    rows, problems, notes = [], [], []
+    bandwidth = copy_bandwidth(arguments.device)
     deadline = time.perf_counter() + LIMITS["kernels"]
-    for kind, case, dtype in itertools.product(KINDS, CASES, DTYPES):
-        name = f"{kind} {cases.case_name(case)} {str(dtype).removeprefix('torch.')}"
-        if arguments.only not in name:
-            continue
-        if time.perf_counter() > deadline:
-            problems.append(f"{name}: not measured, the step's time was over")
-            continue
-        make_works, least_bytes = KINDS[kind]
-        setting = cases.Setting(device, dtype, kernels(device), compiled=False)
-        works = make_works(*case, setting)
-        refusal = cases.gate(works, setting)
-        if refusal is not None:
-            problems.append(f"{name}: not timed, {refusal}")
-            continue
-        for direction in ("forward", "both"):
-            functions = modes(works, direction, device, compiled=(case, dtype) == COMPILED)
-            seconds = interleave(functions, arguments.rounds, device)
-            moved = least_bytes(*case, direction, setting)
-            rows += [_row(name, direction, m, seconds[m], moved, bandwidth) for m in functions]
-    return {"passed": not problems and bool(rows), "problems": problems, "rows": rows}
+    for kind in KINDS:
+        for case, dtype in itertools.product(kind.cases, kind.dtypes):
+            name = f"{kind.name} {kind.case_name(case)} {str(dtype).removeprefix('torch.')}"
+            if arguments.only not in name:
+                continue
+            if time.perf_counter() > deadline:
+                problems.append(f"{name}: not measured, the step's time was over")
+                continue
+            setting = kind.setting(arguments.device, case, dtype)
+            works = kind.works(*case, setting)
+            refusal = cases.gate(works, setting, kind.judge)
+            if refusal is not None:
+                problems.append(f"{name}: not timed, {refusal}")
+                continue
+            works.pop(attention.EXACT, None)
+            notes += [f"{name}: {note}" for note in leave_out_failing(works, setting.kernels)]
+            for direction in ("forward", "both"):
+                compiled = (case, dtype) == COMPILED
+                functions = modes(works, direction, arguments.device, compiled)
+                seconds = interleave(functions, arguments.rounds, arguments.device)
+                moved = kind.least_bytes(*case, direction, setting)
+                rows += [_row(name, direction, m, seconds[m], moved, bandwidth) for m in functions]
+    passed = not problems and bool(rows)
+    return {"passed": passed, "problems": problems, "notes": notes, "rows": rows}
+
+
+def leave_out_failing(works: dict[str, cases.Work], ours: tuple[str, ...]) -> list[str]:
+    """Removes competitors that this version of torch cannot run here; a note on each."""
+    notes = []
+    for name in works.keys() - {*ours}:
+        try:
+            works[name].both()
+        except Exception as error:  # the compiler's have no common class
+            reason = (str(error).splitlines() or [""])[0]
+            notes.append(f"{name} is left out, {type(error).__name__}: {reason}")
+            del works[name]
+    return notes
 
 
 def modes(
@@ -240,7 +289,7 @@ def _row(
         "direction": direction,
         "mode": mode,
         **{f"{cut}_us": round(1e6 * getattr(times, cut), 2) for cut in ("p20", "p50", "p80")},
-        "adapter_bytes": moved,
+        "least_bytes": moved,
         # A layer's time holds the frozen product too, so this says something of cells alone.
         "of_copy_bandwidth": round(moved / times.p50 / bandwidth, 3)
         if fused and name.startswith("cell")
@@ -280,7 +329,7 @@ def table(record: dict) -> str:
             step = record[name]
             verdict = "passed" if step["passed"] else "FAILED"
             lines += ["", f"## {name}: {verdict} in {step['seconds']} s", ""]
-            lines += [step.get("summary", ""), *step.get("problems", [])]
+            lines += [step.get("summary", ""), *step.get("problems", []), *step.get("notes", [])]
             lines += _table_of_rows(step.get("rows", []))
     return "\n".join(lines) + "\n"
 

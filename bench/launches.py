@@ -5,15 +5,18 @@ Runs the order of launches of ``naslora_kernels/launches.py`` over tensors that 
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from bench import cases
-from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.attention import AttentionKernels, AttentionNeed, SavedAttention
+from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 from naslora_kernels.launches import Launches, Primitives
 from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE
 from naslora_kernels.ops import CellNeed, LayerNeed, SavedLayer
+from naslora_kernels.triton.tiles import most_features
 
 
 class Operands:
@@ -66,6 +69,38 @@ def cell_backward(primitives: Primitives, of: Operands, needed: str) -> tuple[Te
 def folded_layer(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
     """h of a merged layer."""
     return (Launches(primitives).folded_linear(of.x, of.linear, *of.folded),)
+
+
+# B, heads, (H, W), d: a global map and windows of ViT-B and ViT-H at 1024 x 1024, the global map of
+# ViT-B at 2048 x 2048, a window of TinyViT, and a grid wider than a tile of keys.
+AttentionShape: TypeAlias = tuple[int, int, tuple[int, int], int]
+ATTENTION_SHAPES: list[AttentionShape] = [
+    (1, 12, (64, 64), 64),
+    (1, 16, (64, 64), 80),
+    (25, 12, (14, 14), 64),
+    (25, 16, (14, 14), 80),
+    (1, 12, (128, 128), 64),
+    (4, 4, (7, 7), 32),
+    (1, 1, (2, 300), 128),
+]
+
+
+def attention(
+    kernels: AttentionKernels, shape: AttentionShape, dtype: torch.dtype, device: str = "meta"
+) -> None:
+    """Attention forward and backward with all gradients; q, k and v are of a joint projection."""
+    if shape[-1] > most_features(dtype):  # then the reference computes
+        return
+    batch, heads, (height, width), features = shape
+    maps = partial(torch.zeros, device=device, dtype=dtype)
+    tokens = height * width
+    q, k, v = maps(batch, tokens, 3, heads, features).permute(2, 0, 3, 1, 4)
+    biases = (maps(batch, heads, tokens, side) for side in (height, width))
+    operands = AttentionOperands(q, k, v, *biases)
+    o, softmax = kernels.rel_pos_attention(operands, 0.125)
+    saved = SavedAttention(operands, o, softmax, 0.125)
+    need = AttentionNeed(True, True, True, True, True)
+    kernels.rel_pos_attention_backward(torch.zeros_like(o), saved, need)
 
 
 Work = Callable[[Primitives, Operands], tuple[Tensor, ...]]

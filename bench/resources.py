@@ -13,6 +13,8 @@ class Usage(NamedTuple):
     shared: int
     stack: int
     spilled: int
+    product: str = ""
+    """The instruction by which tensor cores multiply, if the kernel has one."""
 
 
 def table(usages: Sequence[Usage]) -> str:
@@ -29,7 +31,7 @@ def table(usages: Sequence[Usage]) -> str:
 
 
 def summary(usages: Sequence[Usage]) -> str:
-    """The ranges over all variants of each kernel, as Markdown."""
+    """The ranges over all variants of each kernel, as Markdown; – where a card lacks the kernel."""
     architectures = list(dict.fromkeys(usage.architecture for usage in usages))
     lines = [
         f"| kernel | variants | registers: {' | '.join(architectures)} | shared, KiB | spilled |",
@@ -47,11 +49,27 @@ def summary(usages: Sequence[Usage]) -> str:
     return "\n".join(lines)
 
 
+def products(usages: Sequence[Usage]) -> str:
+    """The tensor-core instructions over all variants of each kernel that has any, as Markdown."""
+    architectures = list(dict.fromkeys(usage.architecture for usage in usages))
+    lines = [f"| kernel | {' | '.join(architectures)} |", "|---" * (len(architectures) + 1) + "|"]
+    for name in sorted({_family(usage) for usage in usages if usage.product}):
+        family = [usage for usage in usages if _family(usage) == name]
+        cells = [
+            ", ".join(sorted({u.product or "–" for u in family if u.architecture == a}))
+            for a in architectures
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _family(usage: Usage) -> str:
     """A kernel's name without what it was compiled for: ``a<float, 2>`` is an ``a``."""
     return usage.kernel.partition("<")[0].partition(" ")[0]
 
 
 def _range(numbers: Sequence[float]) -> str:
+    if not numbers:
+        return "–"
     low, high = min(numbers), max(numbers)
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for real cards, without one, and says what each takes.
 
     python -m bench.triton_resources 75 80 90 100        # or: make triton-check
+    python -m bench.triton_resources --only attention
 
 Everything that training, search and inference launch, at the shapes of ``bench.gpu_check``, is
 compiled for the compute capabilities named. Prints registers by kernel and card and a summary; ends
@@ -16,14 +17,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from bench import cases, launches
 from bench.gpu_check import CASES
-from bench.resources import Usage, summary, table
+from bench.resources import Usage, products, summary, table
+from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives
 
 # The oldest card, and one of each generation of data-centre cards: bytes of shared memory that one
@@ -62,6 +64,7 @@ class Compiler:
         self._numbers: dict[str, int] = {}  # of variants, by kernel
         triton.runtime.driver.set_active(AbsentCard(capability))
         self.primitives = TritonPrimitives(self._compile, lambda device: divmod(capability, 10))
+        self.attention = TritonAttention(self._compile, lambda device: divmod(capability, 10))
         self.label = ""  # of what is being compiled, to tell variants apart
 
     def _compile(self, kernel, grid, *arguments, **constants) -> None:
@@ -75,8 +78,15 @@ class Compiler:
             key + (f" #{number}" if number > 1 else ""),
             self._architecture,
             shared=compiled.metadata.shared,
+            product=product(compiled.asm["ptx"]),
             **resources(compiled.asm["cubin"]),
         )
+
+
+def product(ptx: str) -> str:
+    """The instruction by which tensor cores multiply, in a kernel's PTX; empty without."""
+    found = re.search(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)
+    return found.group() if found else ""
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -113,7 +123,10 @@ def cuobjdump() -> Path:
 
 
 def compile_for(
-    capability: int, dtype: torch.dtype, shapes: Iterable[tuple[cases.Shape, int]]
+    capability: int,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[cases.Shape, int]],
+    attention_shapes: Sequence[launches.AttentionShape],
 ) -> list[Usage]:
     """What every kernel takes that the shapes launch in one dtype of maps on one card."""
     compiler = Compiler(capability)
@@ -122,6 +135,9 @@ def compile_for(
         operands = launches.Operands(shape, rank, dtype)
         for work in (*launches.WORKS.values(), *launches.OTHER_WORKS.values()):
             work(compiler.primitives, operands)
+    for attention in attention_shapes:
+        compiler.label = f"d={attention[-1]} {str(dtype).removeprefix('torch.')}"
+        launches.attention(compiler.attention, attention, dtype)
     return list(compiler.usages.values())
 
 
@@ -157,6 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="the first shape alone")
+    parser.add_argument("--only", choices=("layers", "attention"), help="a part of the kernels")
     return parser.parse_args()
 
 
@@ -169,17 +186,20 @@ def main() -> int:
         return 2
     # Triton asks a card whether to fuse multiplications and additions; there is none.
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
-    shapes = CASES[:1] if arguments.quick else CASES
+    first = slice(1 if arguments.quick else None)
+    shapes = () if arguments.only == "attention" else CASES[first]
+    attention_shapes = () if arguments.only == "layers" else launches.ATTENTION_SHAPES[first]
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     jobs = list(itertools.product(arguments.capabilities, dtypes))
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        compiled = pool.map(compile_for, *zip(*jobs, strict=True), itertools.repeat(shapes))
+        repeated = map(itertools.repeat, (shapes, attention_shapes))
+        compiled = pool.map(compile_for, *zip(*jobs, strict=True), *repeated)
         usages = []
         for (capability, dtype), of_job in zip(jobs, compiled, strict=True):
             print(f"sm_{capability} {dtype}: {len(of_job)} kernels", file=sys.stderr)
             usages += of_job
     print(table(usages))
-    print(f"\n{summary(usages)}\n")
+    print(f"\n{summary(usages)}\n\nProducts on tensor cores:\n\n{products(usages)}\n")
     found = problems(usages)
     print(f"{len(usages)} kernels compiled, {len(found)} problems")
     print("\n".join(found), file=sys.stderr)

@@ -240,8 +240,9 @@ def rel_pos_attention(
         rel_w: (B, heads, N, W) the same for each column of keys.
         grid: (H, W).
         scale: the factor of q k^T. None takes d ** -0.5.
-        backend: as in ``mixed_cell``. Backends of GPUs do not compute this function yet; the
-            PyTorch reference, which keeps S, computes there.
+        backend: as in ``mixed_cell``. On GPUs ``triton`` computes this function; ``cuda`` does not.
+            ``triton`` leaves heads of more than 128 features, in float64 of more than 64, to the
+            PyTorch reference, which keeps S.
 
     Returns:
         o (B, heads, N, d) in the dtype of q, or of autocast if it is enabled. Its memory may be
@@ -259,6 +260,9 @@ def rel_pos_attention(
     check_attention(operands, grid, scale)
     scale = operands.q.shape[-1] ** -0.5 if scale is None else float(scale)
     serving = select_backend(operands.q, backend, "rel_pos_attention")
+    most_features = getattr(serving, "most_features", None)
+    if most_features is not None and operands.q.shape[-1] > most_features(operands.q.dtype):
+        serving = select_backend(operands.q, "reference", "rel_pos_attention")
     return serving.rel_pos_attention(operands, scale)
 
 

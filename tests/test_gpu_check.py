@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_cases import needs_cpp
 
-from bench import gpu_check
+from bench import cases, gpu_check, timing
 from naslora_kernels import cpp
 
 CASE = "cell tiny_vit r=3 float32"
@@ -28,7 +28,7 @@ def test_leaves_a_record_and_a_table(monkeypatch, tmp_path, capsys):
     assert {row["direction"] for row in rows} == {"forward", "both"}
     assert all(0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] for row in rows)
     # The forward reads and writes 25 maps of 7 x 7 x 3 float32 numbers.
-    assert rows[0]["adapter_bytes"] == 2 * 4 * 25 * 7 * 7 * 3
+    assert rows[0]["least_bytes"] == 2 * 4 * 25 * 7 * 7 * 3
     table = (tmp_path / "gpu_check.md").read_text()
     assert table in capsys.readouterr().out
     assert f"| {CASE} | both | cpp |" in table
@@ -42,6 +42,34 @@ def test_wrong_kernels_are_not_timed(monkeypatch, tmp_path):
     record = json.loads((tmp_path / "gpu_check.json").read_text())["kernels"]
     assert not record["rows"]
     assert "not timed" in record["problems"][0]
+
+
+@pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
+def test_attention_beside_torchs_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
+    case = "attention vit_b 256px heads=12 bfloat16"
+    options = ("--device", "cpu", "--only", case)
+    assert run(monkeypatch, tmp_path, *options) == 0
+    rows = json.loads((tmp_path / "gpu_check.json").read_text())["kernels"]["rows"]
+    assert {row["mode"] for row in rows} == {"cpp", "scaled_dot_product_attention"}
+    assert {row["work"] for row in rows} == {case}
+
+    right = cpp.rel_pos_attention
+    monkeypatch.setattr(cpp, "rel_pos_attention", lambda *arguments: 1.2 * right(*arguments))
+    assert run(monkeypatch, tmp_path, *options) == 1
+    record = json.loads((tmp_path / "gpu_check.json").read_text())["kernels"]
+    assert not record["rows"]
+    assert "differs from that of reference in float64" in record["problems"][0]
+
+
+def test_competitors_that_fail_are_left_out_and_named():
+    x = torch.ones((), requires_grad=True)
+    right = cases.Work(lambda: 2 * x, [x], torch.ones(()))
+    wrong = cases.Work(lambda: 1 / 0, [x], torch.ones(()))
+    works = {"triton": wrong, "reference": right, "flex_attention": wrong}
+    notes = gpu_check.leave_out_failing(works, ours=("triton",))
+    assert notes == ["flex_attention is left out, ZeroDivisionError: division by zero"]
+    assert works.keys() == {"triton", "reference"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,5 +1,6 @@
 """Registers and bytes of the GPU kernels, without a GPU: ``bench/resources.py`` and others."""
 
+import collections
 import importlib.util
 import os
 import subprocess
@@ -7,10 +8,13 @@ import sys
 
 import pytest
 import torch
+from segment_anything.modeling.image_encoder import Attention
 
-from bench import cases, gpu_bytes, launches, triton_resources
-from bench.resources import Usage, summary
-from naslora_kernels.triton.primitives import TritonPrimitives
+from bench import attention, attention_bytes, cases, gpu_bytes, launches, triton_resources
+from bench.resources import Usage, products, summary
+from naslora_kernels.triton.attention import TritonAttention
+from naslora_kernels.triton.primitives import TritonPrimitives, launch
+from naslora_kernels.triton.tiles import INTERPRETED
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -32,15 +36,20 @@ def run(*arguments, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", ["75", "100"])  # the ends; `make triton-check` has them all
-def test_triton_kernels_compile_for_real_cards_without_spills(capability):
-    result = run(capability, "--quick", "--dtypes", "bfloat16")
+def test_triton_kernels_compile_for_real_cards_without_spills():
+    """The oldest and the newest; `make triton-check` has them all."""
+    result = run("75", "100", "--quick", "--dtypes", "bfloat16")
     assert result.returncode == 0, result.stderr
+    for card in ("sm_75", "sm_100"):
+        assert f"{card} torch.bfloat16: 20 kernels\n" in result.stderr
     for kernel in (
         "cell_forward", "cell_backward", "folded_cell", "low_rank_pass", "low_rank_expand",
-        "reduce_gradients",
+        "reduce_gradients", "attention_forward", "attention_delta", "attention_keys",
+        "attention_queries",
     ):  # fmt: skip
         assert f"\n| {kernel}" in result.stdout
+    for kernel in ("attention_forward", "attention_keys", "attention_queries"):
+        assert f"\n| {kernel} | – | tcgen05.mma |\n" in result.stdout
     assert result.stdout.splitlines()[-1].endswith(" kernels compiled, 0 problems")
 
 
@@ -79,6 +88,28 @@ def test_summary_gives_ranges_over_variants():
     ]
     assert summary(usages).splitlines()[0].startswith("| kernel | variants | registers: sm_80 |")
     assert summary(usages).splitlines()[2] == "| a | 2 | 40-64 | 32 | 0-2 | 8 |"
+
+
+def test_instructions_of_tensor_cores_are_read():
+    ptx = ["fma.rn.f32 %f1, %f2;", "wgmma.mma_async.sync.aligned.m64n64k16", "mma.sync.aligned.m16"]
+    usages = [
+        Usage("a", f"sm_{i}", 40, 0, 0, 0, triton_resources.product(text))
+        for i, text in enumerate(ptx)
+    ]
+    usages += [Usage("a", "sm_2", 40, 0, 0, 0), Usage("b", "sm_0", 40, 0, 0, 0)]
+    assert products(usages).splitlines() == [
+        "| kernel | sm_0 | sm_1 | sm_2 |",
+        "|---|---|---|---|",
+        "| a | – | wgmma.mma_async | mma.sync, – |",
+    ]
+
+
+def test_summary_of_a_kernel_that_only_some_cards_have():
+    usages = [Usage("a", "sm_75", 40, 0, 0, 0), Usage("b", "sm_80", 64, 1024, 0, 0)]
+    assert summary(usages).splitlines()[2:] == [
+        "| a | 1 | 40 | – | 0 | 0 |",
+        "| b | 1 | – | 64 | 1 | 0 |",
+    ]
 
 
 # ---- What a launch moves -----------------------------------------------------------------------
@@ -127,3 +158,69 @@ def test_a_large_batch_moves_little_beyond_the_least(work):
         )
     )
     assert moved < 1.1 * gpu_bytes.least_bytes(work, case)
+
+
+# ---- What attention moves ----------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("case", attention_bytes.CASES, ids=attention.case_name)
+def test_attention_moves_little_beyond_the_floor(case):
+    setting = cases.Setting("cuda", attention_bytes.DTYPE)
+    for direction, launched in attention_bytes.record(attention_bytes.ours, case).items():
+        assert len(launched) == {"forward": 1, "backward": 3}[direction]
+        floor = attention.least_bytes(*case, direction, setting)
+        assert attention_bytes.moved(launched) <= attention_bytes.FACTORS[direction] * floor
+
+
+@needs_triton
+def test_stock_attention_is_counted_as_segment_anything_computes_it():
+    """Its module launches all of that, and beside it the linears, the positions and copies."""
+    shape, heads = cases.Shape("small", (2, 4, 6), c_in=32), 2
+    maps = {"device": "meta", "dtype": attention_bytes.DTYPE}
+    block = Attention(32, heads, use_rel_pos=True, input_size=(4, 6)).to(**maps)
+    x = torch.empty(*shape.grid, 32, **maps, requires_grad=True)
+    with attention_bytes.Recorder() as forward:
+        y = block(x)
+    with attention_bytes.Recorder() as backward:
+        torch.autograd.grad(y, x, torch.empty_like(y))
+    whole = {"forward": forward.launches, "backward": backward.launches}
+    counted = attention_bytes.record(attention_bytes.stock, (shape, heads))
+    for direction, launched in counted.items():
+        missing = collections.Counter(launched) - collections.Counter(whole[direction])
+        assert not missing, direction
+
+
+@needs_triton
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter does not run")
+@pytest.mark.parametrize("shape", [(1, 2, (5, 9), 8), (1, 1, (2, 66), 8)], ids=str)
+def test_attention_fetches_and_writes_the_bytes_counted(shape, monkeypatch):
+    """Every number once a program, and no result twice. Both grids have several tiles of keys."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    loads, stores = set(), []
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def record_load(builder, pointers, mask, *rest):
+        loads.update((builder.grid_idx, at) for at in pointers.data[mask.data].tolist())
+        return load(builder, pointers, mask, *rest)
+
+    def record_store(builder, pointers, value, mask, *rest):
+        stores.extend(pointers.data[mask.data].tolist())
+        return store(builder, pointers, value, mask, *rest)
+
+    def launch_and_compare(kernel, of, *arguments, **constants):
+        loads.clear()
+        stores.clear()
+        launch(kernel, of, *arguments, **constants)
+        counted = attention_bytes.launch_of(kernel, of, *arguments, **constants)
+        assert (4 * len(loads), 4 * len(stores)) == (counted.fetched, counted.written)
+        assert len(set(stores)) == len(stores)
+        kernels.append(counted.kernel)
+
+    monkeypatch.setattr(Builder, "create_masked_load", record_load)
+    monkeypatch.setattr(Builder, "create_masked_store", record_store)
+    kernels = []
+    interpreted = TritonAttention(launch_and_compare, lambda device: (9, 0))
+    launches.attention(interpreted, shape, torch.float32, "cpu")
+    assert set(kernels) == attention_bytes.WRITTEN.keys()

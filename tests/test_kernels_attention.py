@@ -1,6 +1,7 @@
 """Attention with relative positions: every backend that serves it against the reference."""
 
 import importlib
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,6 @@ from kernel_cases import (
     assert_same_bits_on_any_number_of_threads,
     attention_case,
     needs_cpp,
-    targets_and,
 )
 from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +43,26 @@ compiled_targets = pytest.mark.parametrize(
 )
 OPERANDS = ("q", "k", "v", "rel_h", "rel_w")
 
+
+def targets_with(values, simulated, campaign=(), targets=SERVING):
+    """(target, value) pairs. Simulated targets take long, so they get values of their own, and
+    those of ``campaign`` in the campaign only."""
+    pairs = []
+    for target in targets:
+        simulates = target.values[0].simulated
+        for value in (*simulated, *campaign) if simulates else values:
+            long = [pytest.mark.campaign] if simulates and value in campaign else []
+            name = f"{target.id}-{value}"
+            marks = [*target.marks, *long]
+            pairs.append(pytest.param(target.values[0], value, marks=marks, id=name))
+    return pairs
+
+
+def case_for(target, usual, simulated):
+    """A random case of one of two sizes: see ``attention_case``."""
+    return attention_case(*(simulated if target.simulated else usual))
+
+
 # batch, heads, (H, W), d: windows and a global map of SAM, the 1024 and more tokens that a head's
 # parts and blocks have, the widths of heads of ViT-B, ViT-H and TinyViT, grids that are no square,
 # one row or column wider than a block of keys, sizes that fill no vector.
@@ -55,19 +75,51 @@ SHAPES = [
     (1, 1, (2, 300), 7),
     (1, 1, (300, 2), 5),
     (3, 1, (2, 3), 1),
+    (1, 1, (9, 5), 33),
 ]
+# Interpreted: several blocks of queries and tiles of keys, the last ones not full, for each width
+# of lanes.
+SIMULATED_SHAPES = [
+    (1, 2, (5, 9), 64),
+    (1, 1, (9, 5), 80),
+    (1, 1, (7, 7), 32),
+    (3, 1, (2, 3), 1),
+]
+LONG_SHAPES = [(1, 1, (9, 5), 33), (2, 2, (7, 7), 32), (1, 1, (4, 17), 80)]
+QUICK = [
+    *itertools.product(SIMULATED_SHAPES, DTYPES[::2]),  # float32 and bfloat16
+    *itertools.product(LONG_SHAPES[:1], DTYPES[1::2]),
+    (LONG_SHAPES[-1], torch.bfloat16),  # blocks of 64 queries
+]
+LONG = [
+    pair
+    for pair in itertools.product([*SIMULATED_SHAPES, *LONG_SHAPES], DTYPES)
+    if pair not in QUICK
+]
+ALL = [*itertools.product(SHAPES, DTYPES)]
 
 
-def size(case):
-    batch, heads, (height, width), features = case
-    return batch * heads * (height * width) ** 2 * features
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("target", "case"), targets_and(SHAPES, size, serving(ALL_TARGETS)))
-def test_matches_reference(target, case, dtype):
-    results = assert_as_good_as_reference(target, attention_case(*case).to(dtype))
+@pytest.mark.parametrize(
+    ("target", "case"), targets_with(ALL, QUICK, LONG, targets=serving(ALL_TARGETS))
+)
+def test_matches_reference(target, case):
+    shape, dtype = case
+    results = assert_as_good_as_reference(target, attention_case(*shape).to(dtype))
     assert results["result"].isfinite().all()
+
+
+# More than Triton's tiles have columns at 80 features.
+WIDE = {torch.float32: 18, torch.bfloat16: 70}
+
+
+@pytest.mark.parametrize(("target", "dtype"), targets_with(WIDE, [torch.float32], [torch.bfloat16]))
+def test_grids_wider_than_a_tile_of_keys(target, dtype):
+    assert_as_good_as_reference(target, attention_case(1, 1, (2, WIDE[dtype]), 80).to(dtype))
+
+
+@every_target
+def test_very_wide_heads(target):
+    assert_as_good_as_reference(target, attention_case(1, 1, (2, 3), 300).to(torch.float32))
 
 
 @every_target
@@ -91,7 +143,7 @@ def test_empty_batch(target):
 @every_target
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2])
 def test_scale(target, scale):
-    case = attention_case(1, 2, (5, 6), 8).to(torch.float32)
+    case = case_for(target, (1, 2, (5, 6), 8), (1, 1, (2, 3), 8)).to(torch.float32)
     case.options["scale"] = scale
     assert_as_good_as_reference(target, case)
 
@@ -118,9 +170,8 @@ def fused_sam_attention(target, q, k, v, table_h, table_w, grid):
     return rel_pos_attention(*operands, grid, backend=target.backend)[:, 0]
 
 
-@every_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("grid", [(14, 14), (24, 32)])
+@pytest.mark.parametrize(("target", "grid"), targets_with([(14, 14), (24, 32)], [(5, 6)]))
 def test_errs_at_most_twice_as_much_as_sam(target, grid, dtype):
     """Outputs and gradients, those of q through the relative positions as well."""
     features, tokens = 64, grid[0] * grid[1]
@@ -161,32 +212,35 @@ def joint_projection(tensor):
 ALL_LAYOUTS = {**LAYOUTS, "joint_projection": joint_projection}
 
 
-@every_target
+STRIDED = (*OPERANDS, "gradient")
+
+
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
-@pytest.mark.parametrize("name", [*OPERANDS, "gradient"])
+@pytest.mark.parametrize(("target", "name"), targets_with(STRIDED, ["all"], STRIDED))
 def test_strided_operands_and_gradients(target, name, layout):
-    case = attention_case(2, 3, (5, 4), 6).to(torch.float32).on(target.device)
+    case = case_for(target, (2, 3, (5, 4), 6), (2, 2, (3, 4), 6)).to(torch.float32)
+    case = case.on(target.device)
     expected = case.run(target)
-    if name == "gradient":
+    if name in ("gradient", "all"):
         case.gradient = ALL_LAYOUTS[layout](case.gradient)
-    else:
-        case.arguments[name] = ALL_LAYOUTS[layout](case.arguments[name])
+    for operand in OPERANDS if name == "all" else {name} & {*OPERANDS}:
+        case.arguments[operand] = ALL_LAYOUTS[layout](case.arguments[operand])
     for result, value in case.run(target).items():
         assert torch.equal(value, expected[result]), result
 
 
 @every_target
 def test_expanded_operands_and_gradient(target):
-    case = attention_case(1, 1, (6, 5), 4).to(torch.float32).on(target.device)
+    case = attention_case(1, 1, (2, 3), 4).to(torch.float32).on(target.device)
     for name, tensor in case.arguments.items():
         case.arguments[name] = tensor.expand(3, 2, *tensor.shape[2:])
-    case.gradient = torch.ones((), device=target.device).expand(3, 2, 30, 4)  # as o.sum() sends it
+    case.gradient = torch.ones((), device=target.device).expand(3, 2, 6, 4)  # as o.sum() sends it
     assert_as_good_as_reference(target, case)
 
 
 @every_target
 def test_joining_the_heads_copies_nothing(target):
-    o = attention_case(2, 3, (5, 4), 6).on(target.device).run(target)["result"]
+    o = attention_case(2, 3, (5, 4), 6).on(target.device).run(target, ("v",))["result"]
     assert o.transpose(1, 2).flatten(2).data_ptr() == o.data_ptr()
 
 
@@ -206,15 +260,17 @@ def test_offsets_beyond_32_bits(target):
 
 @every_target
 def test_keeps_nothing_of_the_size_of_the_scores(target):
-    case = attention_case(1, 2, (14, 14), 16).to(torch.float32).on(target.device)
+    case = case_for(target, (1, 2, (14, 14), 16), (1, 2, (5, 6), 16)).to(torch.float32)
+    case, grid = case.on(target.device), case.options["grid"]
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t
     ):
         operands = [tensor.requires_grad_() for tensor in case.arguments.values()]
-        rel_pos_attention(*operands, (14, 14), backend=target.backend)
+        rel_pos_attention(*operands, grid, backend=target.backend)
     # q, k, v and o; rel_h and rel_w; two numbers of the softmax
-    assert sum(tensor.numel() for tensor in kept.values()) == 2 * 196 * (4 * 16 + 2 * 14 + 2)
+    of_a_token = 4 * 16 + sum(grid) + 2
+    assert sum(t.numel() for t in kept.values()) == 2 * math.prod(grid) * of_a_token
 
 
 # ---- Gradients ---------------------------------------------------------------------------------
@@ -222,7 +278,7 @@ def test_keeps_nothing_of_the_size_of_the_scores(target):
 
 @every_target
 def test_gradcheck(target):
-    case = attention_case(2, 2, (2, 3), 3).on(target.device)
+    case = case_for(target, (2, 2, (2, 3), 3), (1, 1, (2, 3), 3)).on(target.device)
     inputs = [case.arguments[name].requires_grad_() for name in OPERANDS]
     assert torch.autograd.gradcheck(
         lambda *tensors: rel_pos_attention(*tensors, (2, 3), backend=target.backend),
@@ -236,7 +292,8 @@ def test_gradcheck(target):
     "needed", [("q", "k", "v"), ("q", "rel_h"), ("v",), ("k",), ("q",), ("rel_w",)], ids=str
 )
 def test_partial_gradients_equal_full_ones(target, needed):
-    case = attention_case(2, 2, (5, 9), 6).to(torch.float32).on(target.device)
+    case = case_for(target, (2, 2, (5, 9), 6), (1, 1, (5, 4), 6)).to(torch.float32)
+    case = case.on(target.device)
     full = case.run(target)
     for name, value in case.run(target, needed).items():
         assert torch.equal(value, full[name]), name
@@ -249,11 +306,15 @@ def test_same_bits_on_any_number_of_threads(case):
     assert_same_bits_on_any_number_of_threads(case)
 
 
-@every_target
+# Interpreted, the larger one is part of the campaign.
+NOT_FINITE = {"small": (2, 1, (2, 3), 4), "large": (2, 2, (5, 4), 6)}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("name", [*OPERANDS, "gradient"])
-def test_non_finite_values_spread_as_in_pytorch(target, name, value):
-    case = attention_case(2, 2, (5, 4), 6).on(target.device)
+@pytest.mark.parametrize(("target", "size"), targets_with(["large"], ["small"], ["large"]))
+def test_non_finite_values_spread_as_in_pytorch(target, size, name, value):
+    case = attention_case(*NOT_FINITE[size]).on(target.device)
     changed = case.gradient if name == "gradient" else case.arguments[name]
     changed[1, 0, 2, 1] = value
     kernel, reference = case.run(target), case.run("reference")
@@ -263,23 +324,26 @@ def test_non_finite_values_spread_as_in_pytorch(target, name, value):
         torch.testing.assert_close(kernel[result][finite], expected[finite])
 
 
-@every_target
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype"), targets_with(DTYPES[:2], [torch.float32], [torch.float64])
+)
 def test_masked_keys_and_masked_queries(target, dtype):
     """-inf takes rows of keys out: whole blocks of keys, and for one query all of them."""
-    case = attention_case(1, 1, (40, 16), 8).to(dtype).on(target.device)
-    case.arguments["rel_h"][0, 0, :200, :20] = -math.inf
-    case.arguments["rel_h"][0, 0, 300] = -math.inf
+    height = 6 if target.simulated else 40
+    case = attention_case(1, 1, (height, 16), 8).to(dtype).on(target.device)
+    case.arguments["rel_h"][0, 0, : 5 * height, : height // 2] = -math.inf
+    masked = 15 * height // 2
+    case.arguments["rel_h"][0, 0, masked] = -math.inf
     kernel, reference = case.run(target, ("v",)), case.run("reference", ("v",))
     o, expected = kernel["result"], reference["result"]
-    assert o[0, 0, 300].isnan().all()
+    assert o[0, 0, masked].isnan().all()
     torch.testing.assert_close(o, expected, equal_nan=True)
 
 
 @every_target
 def test_large_scores(target):
     """The largest score decides, however large it is: nothing overflows."""
-    case = attention_case(1, 1, (40, 16), 8).to(torch.float32)
+    case = case_for(target, (1, 1, (40, 16), 8), (1, 1, (3, 16), 8)).to(torch.float32)
     case.arguments["rel_w"] *= 1e4
     assert_as_good_as_reference(target, case)
 
@@ -289,18 +353,32 @@ def test_large_scores(target):
 UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@every_target
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype"), targets_with(DTYPES[:3:2], [torch.bfloat16], [torch.float32])
+)
 def test_opcheck(target, dtype):
     operators = ATTENTION_OPERATORS[target.backend]
-    case = attention_case(2, 2, (3, 4), 5).to(dtype).on(target.device)
+    case = case_for(target, (2, 2, (3, 4), 5), (1, 1, (2, 3), 5)).to(dtype).on(target.device)
     operands = tuple(case.arguments.values())
     torch.library.opcheck(operators.rel_pos_attention, (*operands, 0.5), test_utils=UTILS)
+
+
+ALL_NEEDED, SOME_NEEDED = (True,) * 5, (True, False, True, False, True)
+OF_BACKWARD = [*itertools.product(DTYPES[:3:2], (ALL_NEEDED, SOME_NEEDED))]
+
+
+@pytest.mark.parametrize(
+    ("target", "case"), targets_with(OF_BACKWARD, OF_BACKWARD[:1], OF_BACKWARD[1:])
+)
+def test_opcheck_of_the_backward(target, case):
+    dtype, need = case
+    operators = ATTENTION_OPERATORS[target.backend]
+    case = case_for(target, (2, 2, (3, 4), 5), (1, 1, (2, 3), 5)).to(dtype).on(target.device)
+    operands = tuple(case.arguments.values())
     saved = (*operands, *operators.rel_pos_attention(*operands, 0.5), 0.5)
-    for need in ([True] * 5, [True, False, True, False, True]):
-        torch.library.opcheck(
-            operators.rel_pos_attention_backward, (case.gradient, *saved, *need), test_utils=UTILS
-        )
+    torch.library.opcheck(
+        operators.rel_pos_attention_backward, (case.gradient, *saved, *need), test_utils=UTILS
+    )
 
 
 @compiled_targets
@@ -324,7 +402,7 @@ def test_compiled_training_step_equals_eager(target, dynamic):
 
 @every_target
 def test_autocast_computes_as_on_cast_tensors(target):
-    case = attention_case(2, 2, (3, 4), 5).to(torch.float32).on(target.device)
+    case = attention_case(1, 2, (3, 4), 5).to(torch.float32).on(target.device)
     operands = [tensor.requires_grad_() for tensor in case.arguments.values()]
     with torch.autocast(target.device, torch.bfloat16):
         o = rel_pos_attention(*operands, (3, 4), backend=target.backend)
@@ -343,10 +421,9 @@ def test_autocast_leaves_float64(target):
     assert torch.equal(o, case.run(target)["result"])
 
 
-@every_target
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("target", "reentrant"), targets_with([False, True], [False], [True]))
 def test_checkpointing_gives_the_same_gradients(target, reentrant):
-    case = attention_case(2, 2, (3, 4), 5).to(torch.float32).on(target.device)
+    case = attention_case(1, 2, (3, 4), 5).to(torch.float32).on(target.device)
     expected = case.run(target)
     leaves = {name: t.clone().requires_grad_() for name, t in case.arguments.items()}
 

@@ -9,10 +9,13 @@ import importlib.util
 
 import torch
 
+from naslora_kernels.attention import attention_entry_point, define_attention
 from naslora_kernels.launches import register
 from naslora_kernels.ops import entry_points, unsupported
+from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives, capability, launch, trace
 from naslora_kernels.triton.tiles import INTERPRETED
+from naslora_kernels.triton.tiles import most_features as most_features
 
 
 def unavailable_reason() -> str | None:
@@ -31,10 +34,14 @@ def unavailable_reason() -> str | None:
 
 unsupported_reason = functools.partial(unsupported, "cpu" if INTERPRETED else "cuda")
 mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("triton")
+rel_pos_attention = attention_entry_point("triton")
 
-_library = register(
-    "triton",
-    TritonPrimitives(launch, capability),
-    # Only compiled kernels can be traced.
-    traced=None if INTERPRETED else TritonPrimitives(trace, capability),
+_libraries = (
+    register(
+        "triton",
+        TritonPrimitives(launch, capability),
+        # Only compiled kernels can be traced.
+        traced=None if INTERPRETED else TritonPrimitives(trace, capability),
+    ),
+    define_attention("triton", TritonAttention(launch, capability), "CompositeExplicitAutograd"),
 )

@@ -56,7 +56,7 @@ class TritonPrimitives(GPUPrimitives):
         self._launch(
             low_rank_pass_dot_kernel if by_dot else low_rank_pass_kernel,
             (groups, -(-columns // span)),
-            *(rows, matrix, u, product, partials, *_in_two(scale)),
+            *(rows, matrix, u, product, partials, *in_two(scale)),
             *(tokens, columns, *strides, span),
             **tiles.constants,
             num_warps=tiles.num_warps,
@@ -76,7 +76,7 @@ class TritonPrimitives(GPUPrimitives):
         self._launch(
             low_rank_expand_kernel,
             (-(-tokens // 16), -(-columns // tile)),
-            *(u, matrix, bias, out, *_in_two(scale), tokens, columns, *matrix.stride()),
+            *(u, matrix, bias, out, *in_two(scale), tokens, columns, *matrix.stride()),
             **{"RANK": rank, "BLOCK": block, "ROWS": 16, "COLUMNS": tile},
             num_warps=4,
             **(ALL_REGISTERS if out.dtype == torch.float64 else {}),
@@ -128,7 +128,7 @@ class TritonPrimitives(GPUPrimitives):
         self._launch(
             folded_cell_kernel,
             (-(-pixels // tiles.pixels),),
-            *(z, kernel, y, *_in_two(average), *_in_two(maximum)),
+            *(z, kernel, y, *in_two(average), *in_two(maximum)),
             *(pixels, *z.shape[1:3], *z.stride()),
             **{"AVERAGE": average != 0, "MAXIMUM": maximum != 0, "SIZE": kernel.shape[-1]},
             **{"CHANNELS": c, "LANES": tiles.lanes, "PIXELS": tiles.pixels},
@@ -182,7 +182,7 @@ def _constants(c: int, rank: int) -> dict[str, int]:
     return {"CHANNELS": c, "LANES": power_of_2(c), "RANK_LANES": power_of_2(rank)}
 
 
-def _in_two(number: float) -> tuple[float, float]:
+def in_two(number: float) -> tuple[float, float]:
     """Splits a number into its float32 value and the rest: Triton passes arguments as float32."""
     near = ctypes.c_float(number).value
     return near, number - near

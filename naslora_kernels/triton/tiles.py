@@ -100,6 +100,67 @@ def pass_tiles(
     return PassTiles(constants, columns, num_warps=8, num_stages=1 if exact else 3)
 
 
+def most_features(dtype: torch.dtype) -> int:
+    """Returns up to how many features of a head attention has tiles that every card can hold."""
+    return 64 if dtype == torch.float64 else 128
+
+
+class AttentionTiles(NamedTuple):
+    """How the kernels of attention divide queries and keys."""
+
+    queries: int
+    """Queries of a block."""
+    rows: int
+    """Rows of the grid in a tile of keys."""
+    columns: int
+    """Columns of the grid in a tile of keys."""
+    constants: dict[str, object]
+    """The constants of the kernels, and how they are launched."""
+    keys_pass: dict[str, object]
+    """The same for the pass over keys."""
+
+
+@functools.cache
+def attention_tiles(
+    width: int, features: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> AttentionTiles:
+    """Returns the tiles for a grid of this width and heads of so many features.
+
+    A tile of keys has whole rows of the grid where these are narrow enough: in 16 bits up to 128
+    columns with heads of at most 64 features, and up to 64 with heads of at most 128. 16-bit
+    operands are widened on cards before capability 8.0, as in ``pass_tiles``.
+    """
+    widen = dtype.itemsize == 2 and capability < (8, 0)
+    exact = widen or dtype.itemsize > 2
+    lanes = max(16, power_of_2(features))  # of tensor cores, which multiply 16 or more
+    if exact:
+        keys, most_columns, queries = (32, 64, 16) if lanes <= 64 else (16, 16, 16)
+        most_columns = keys if dtype.itemsize == 8 else most_columns
+    else:
+        keys, most_columns, queries = (64, 128, 64) if lanes <= 64 else (64, 64, 64)
+        if lanes > 64 and width > 64:  # the sums of drel_w spill in a launch of their own
+            keys, most_columns, queries = 32, 32, 32
+    columns = min(power_of_2(width), most_columns)
+    rows = max(1, keys // columns)
+    if columns > 64 or rows > 2:  # else the addresses of so many biases spill
+        queries = min(queries, 32)
+    constants: dict[str, object] = {"FEATURES": features, "LANES": lanes, "QUERIES": queries}
+    constants |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen}
+    constants |= {"num_warps": 8, "num_stages": 1 if exact else 2}
+    data_centre = (9, 0) <= capability < (12, 0)
+    if width > columns:  # prefetched tiles spill beside the sums of drel_w
+        constants["num_stages"] = 1
+    elif lanes > 64 and queries > 32 and not data_centre:
+        # Prefetched tiles spill on sm_80. They do not fit the shared memory of sm_120.
+        constants["num_stages"] = 1
+    # ptxas otherwise uses fewer registers, and spills some bytes, to fit one more program.
+    constants["maxnreg"] = 255
+    # The pass over keys holds two sums, dk and dv.
+    stages = 1 if exact or capability < (9, 0) else 2
+    keys_pass = {**constants, "QUERIES": min(queries, 32), "num_stages": stages}
+    return AttentionTiles(queries, rows, columns, constants, keys_pass)
+
+
 def power_of_2(number: int) -> int:
     """Returns the smallest power of two that is not less than ``number``."""
     return 1 << (int(number) - 1).bit_length()

@@ -1,0 +1,157 @@
+"""The Triton kernels of attention, as ``naslora_kernels/attention.py`` documents them.
+
+Triton is imported with the first launch.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from naslora_kernels.attention import (
+    AttentionNeed,
+    SavedAttention,
+    empty_gradients,
+    empty_results,
+)
+from naslora_kernels.cell import AttentionOperands
+from naslora_kernels.saved import check_saved_attention
+from naslora_kernels.tensors import ACCUMULATORS
+from naslora_kernels.triton.primitives import in_two
+from naslora_kernels.triton.tiles import AttentionTiles, attention_tiles
+
+
+class TritonAttention:
+    """The operators of attention: one launch forward, at most three backward.
+
+    A grid wider than a tile takes a fourth one, for drel_w.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[..., None],
+        capability: Callable[[torch.device], tuple[int, int]],
+    ) -> None:
+        """Stores how kernels are launched and for what, as ``TritonPrimitives`` does."""
+        self._launch = launch
+        self._capability = capability
+
+    def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> tuple[Tensor, Tensor]:
+        from naslora_kernels.triton.attention_forward import attention_forward_kernel
+
+        o, softmax = empty_results(operands)
+        operands = AttentionOperands(*map(_with_contiguous_features, operands))
+        if o.numel():
+            tiles = self._tiles(operands)
+            self._launch(
+                attention_forward_kernel,
+                (_heads(o) * -(-o.shape[2] // tiles.queries),),
+                *(*operands, o, softmax, *in_two(scale), *_sizes(operands)),
+                *map(_strides, (*operands, o)),
+                **tiles.constants,
+            )
+        return o, softmax
+
+    def rel_pos_attention_backward(
+        self, grad_o: Tensor, saved: SavedAttention, need: AttentionNeed
+    ) -> tuple[Tensor, ...]:
+        check_saved_attention(grad_o, saved)
+        gradients = empty_gradients(saved.operands, need)
+        if not grad_o.numel() or not any(need):
+            return gradients
+        operands = AttentionOperands(*map(_with_contiguous_features, saved.operands))
+        grad_o, softmax = _with_contiguous_features(grad_o), saved.softmax.contiguous()
+        tiles = self._tiles(operands)
+        q, k, v, rel_h, rel_w = (
+            gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)
+        )
+        delta = None
+        if need.q or need.k or need.rel_h or need.rel_w:
+            delta = self._delta(grad_o, _with_contiguous_features(saved.o), tiles)
+        inputs = (grad_o, *operands, softmax, delta)
+        rest = (*in_two(saved.scale), *_sizes(operands), *map(_strides, (grad_o, *operands)))
+        if need.k or need.v:
+            self._keys(inputs, (k, v), rest, tiles)
+        one_piece = operands.rel_w.shape[-1] <= tiles.columns
+        if one_piece and (need.q or need.rel_h or need.rel_w):
+            self._queries(inputs, (q, rel_h, rel_w), rest, tiles, False)
+        if not one_piece and (need.q or need.rel_h):
+            self._queries(inputs, (q, rel_h, None), rest, tiles, True)
+        if not one_piece and need.rel_w:
+            self._queries(inputs, (None, None, rel_w), rest, tiles, False)
+        return gradients
+
+    def _tiles(self, operands: AttentionOperands) -> AttentionTiles:
+        q, width = operands.q, operands.rel_w.shape[-1]
+        return attention_tiles(width, q.shape[-1], q.dtype, self._capability(q.device))
+
+    def _delta(self, grad_o: Tensor, o: Tensor, tiles: AttentionTiles) -> Tensor:
+        """Returns the sums of dO O over the features, (B, heads, N) in the dtype of sums."""
+        from naslora_kernels.triton.attention_backward import attention_delta_kernel
+
+        delta = o.new_empty(o.shape[:-1], dtype=ACCUMULATORS[o.dtype])
+        names = ("FEATURES", "LANES", "QUERIES")
+        self._launch(
+            attention_delta_kernel,
+            (_heads(o) * -(-o.shape[2] // tiles.queries),),
+            *(grad_o, o, delta, o.shape[1], o.shape[2], _strides(grad_o), _strides(o)),
+            **{name: tiles.constants[name] for name in names},
+            num_warps=4,
+        )
+        return delta
+
+    def _keys(
+        self,
+        inputs: tuple[Tensor | None, ...],
+        gradients: tuple[Tensor | None, Tensor | None],
+        rest: tuple[object, ...],
+        tiles: AttentionTiles,
+    ) -> None:
+        from naslora_kernels.triton.attention_backward import attention_keys_kernel
+
+        like = next(gradient for gradient in gradients if gradient is not None)
+        height, width = rest[4:6]
+        key_tiles = -(-height // tiles.rows) * -(-width // tiles.columns)
+        self._launch(
+            attention_keys_kernel,
+            (_heads(like) * key_tiles,),
+            *(*inputs, *gradients, *rest, _strides(like)),
+            **tiles.keys_pass,
+        )
+
+    def _queries(
+        self,
+        inputs: tuple[Tensor | None, ...],
+        gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+        rest: tuple[object, ...],
+        tiles: AttentionTiles,
+        rows_outside: bool,
+    ) -> None:
+        from naslora_kernels.triton.attention_backward import attention_queries_kernel
+
+        like = next(gradient for gradient in gradients if gradient is not None)
+        self._launch(
+            attention_queries_kernel,
+            (_heads(like) * -(-like.shape[2] // tiles.queries),),
+            *(*inputs, *gradients, *rest, _strides(like)),
+            **tiles.constants,
+            ROWS_OUTSIDE=rows_outside,
+        )
+
+
+def _with_contiguous_features(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _heads(tensor: Tensor) -> int:
+    return tensor.shape[0] * tensor.shape[1]
+
+
+def _sizes(operands: AttentionOperands) -> tuple[int, int, int, int]:
+    """Returns B, heads, H, W."""
+    batch, heads = operands.q.shape[:2]
+    return batch, heads, operands.rel_h.shape[-1], operands.rel_w.shape[-1]
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.stride()[:3]
