@@ -1,6 +1,7 @@
 """What the tests of the fused kernels share: random cases, memory layouts, and the error rule."""
 
 import functools
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -66,6 +67,22 @@ def targets_and(cases, size, targets=None):
     return pairs
 
 
+def few_simulated(targets, cases, fast):
+    """``targets`` with each of ``cases``, which are tuples of further values.
+
+    On a simulated target a case is a fast test only if ``fast`` returns True for the values behind
+    the target. The other cases are part of the campaign.
+    """
+    parameters = []
+    for target, case in itertools.product(targets, cases):
+        values = (*target.values, *case)
+        slow = values[0].simulated and not fast(*values[1:])
+        marks = [*target.marks, *([pytest.mark.campaign] if slow else [])]
+        name = "-".join([target.id, *map(str, case)])
+        parameters.append(pytest.param(*values, marks=marks, id=name))
+    return parameters
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CELL = ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5", "pw")
 
@@ -108,6 +125,9 @@ def amx_reads_past_rows():
 
 
 LAYOUTS = {f.__name__: f for f in (contiguous, channels_first, every_second, offset_rows)}
+# Layouts of an input and of a gradient. The few have every layout of each once.
+LAYOUT_PAIRS = tuple(itertools.product(LAYOUTS, LAYOUTS))
+FEW_LAYOUT_PAIRS = tuple(zip(LAYOUTS, [*LAYOUTS][1:] + [*LAYOUTS][:1], strict=True))
 
 
 @dataclass
