@@ -1,5 +1,6 @@
 """What the campaign shares: a small world of every file that naslora writes, forked commands."""
 
+import contextlib
 import faulthandler
 import fcntl
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from conftest import TINY
 from safetensors.torch import save_file
 
 from naslora import cli
+from naslora.report.figures import Drawing
 from naslora.sam import encoders
 from naslora.sam.segmentation import SamForSegmentation
 
@@ -27,11 +29,26 @@ LONGEST = 300
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
 
 
+@contextlib.contextmanager
+def empty_figures() -> Iterator[None]:
+    """Leaves out the plots of reports, which take half the time of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drawing, "svg", lambda drawing: "<svg></svg>")
+        yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def no_figures():
+    """Reports without plots, in forked commands as well. tests/test_report.py tests the plots."""
+    with empty_figures():
+        yield
+
+
 @pytest.fixture(scope="session")
 def clean_world(naslora, make_data, tmp_path_factory):
     """A folder with data, a checkpoint, a finished run, and what its commands write."""
     world = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:  # undone before tests of other files run
+    with pytest.MonkeyPatch.context() as patch, empty_figures():  # undone before other files
         patch.setitem(encoders.VITS, "vit_t", TINY)
         write_world(world, naslora, make_data)
     return world
