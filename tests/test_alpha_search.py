@@ -392,8 +392,8 @@ def worker(rank: int, port: int, compiled: bool, options: dict, folder: str) -> 
     ("compiled", "options"),
     [
         (False, {}),
-        pytest.param(False, {"gradient_as_bucket_view": True}, marks=pytest.mark.campaign),
-        pytest.param(False, {"static_graph": True}, marks=pytest.mark.campaign),
+        (False, {"gradient_as_bucket_view": True}),
+        (False, {"static_graph": True}),
         (True, {}),
     ],
     ids=["plain", "bucket views", "static graph", "compiled"],

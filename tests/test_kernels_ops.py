@@ -207,7 +207,10 @@ def train_under_ddp(rank, folder):
 
 @only_cpp
 def test_distributed_data_parallel(tmp_path):
-    torch.multiprocessing.spawn(train_under_ddp, (str(tmp_path),), nprocs=2)
+    # Forks have imported everything already.
+    torch.multiprocessing.start_processes(
+        train_under_ddp, (str(tmp_path),), nprocs=2, start_method="fork"
+    )
     expected = layer_case(*GRID, 4).to(torch.float32).run("cpp")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in ADAPTER:
