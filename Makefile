@@ -64,7 +64,10 @@ gpu-check:
 	python setup.py -q build_ext --inplace
 	python -m bench.gpu_check $(CHECK)
 
-# The long part of the tests: at most an hour on two cores. CAMPAIGN adds options of pytest.
+# All of tests/reliability, then what plain pytest leaves out of the other tests: at most an hour on
+# two cores. CAMPAIGN adds options of pytest.
+LONG = OMP_NUM_THREADS=1 pytest -rP --tb=short --timeout=1800
 .PHONY: campaign
 campaign:
-	OMP_NUM_THREADS=1 pytest -m "campaign or not campaign" -rP --tb=short --timeout=1800 tests/reliability tests/test_run.py tests/test_kernels_attention.py $(CAMPAIGN)
+	$(LONG) -m "campaign or not campaign" tests/reliability tests/test_run.py $(CAMPAIGN)
+	$(LONG) -m campaign --ignore=tests/reliability --deselect=tests/test_run.py tests $(CAMPAIGN)

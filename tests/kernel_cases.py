@@ -1,6 +1,7 @@
 """What the tests of the fused kernels share: random cases, memory layouts, and the error rule."""
 
 import functools
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -43,7 +44,29 @@ def _skipped_for(reason):
     return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
+def _patch_language_once():
+    """Saves a quarter of the time of Triton's interpreter.
+
+    It replaces the functions of ``triton.language`` at each launch, and again at each call of a
+    device function, where they are in place already.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        used = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if used and not any(tl.core.is_builtin(language.load) for language in used):
+            return interpreter._LangPatchScope()  # of no changes
+        return patch(function)
+
+    interpreter._patch_lang = patch_once
+
+
 TARGETS = list(_targets())
+if any(target.values[0].simulated and not UNAVAILABLE["triton"] for target in TARGETS):
+    _patch_language_once()
 # With every instruction set of the cpp backend.
 ALL_TARGETS = [
     *(pytest.param(Target("cpp", "cpu", name), id=f"cpp-{name}") for name in INSTRUCTION_SETS),
@@ -64,6 +87,22 @@ def targets_and(cases, size, targets=None):
             for case in fitting
         ]
     return pairs
+
+
+def few_simulated(targets, cases, fast):
+    """``targets`` with each of ``cases``, which are tuples of further values.
+
+    On a simulated target a case is a fast test only if ``fast`` returns True for the values behind
+    the target. The other cases are part of the campaign.
+    """
+    parameters = []
+    for target, case in itertools.product(targets, cases):
+        values = (*target.values, *case)
+        slow = values[0].simulated and not fast(*values[1:])
+        marks = [*target.marks, *([pytest.mark.campaign] if slow else [])]
+        name = "-".join([target.id, *map(str, case)])
+        parameters.append(pytest.param(*values, marks=marks, id=name))
+    return parameters
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -108,6 +147,9 @@ def amx_reads_past_rows():
 
 
 LAYOUTS = {f.__name__: f for f in (contiguous, channels_first, every_second, offset_rows)}
+# Layouts of an input and of a gradient. The few have every layout of each once.
+LAYOUT_PAIRS = tuple(itertools.product(LAYOUTS, LAYOUTS))
+FEW_LAYOUT_PAIRS = tuple(zip(LAYOUTS, [*LAYOUTS][1:] + [*LAYOUTS][:1], strict=True))
 
 
 @dataclass

@@ -400,8 +400,12 @@ def worker(rank: int, port: int, compiled: bool, options: dict, folder: str) -> 
 )
 def test_two_processes_agree_with_one(compiled, options, tmp_path):
     """Both stages under DistributedDataParallel, without ``find_unused_parameters``."""
-    torch.multiprocessing.spawn(
-        worker, (free_port(), compiled, options, str(tmp_path)), nprocs=2, join=True
+    # Forks have imported everything already.
+    torch.multiprocessing.start_processes(
+        worker,
+        (free_port(), compiled, options, str(tmp_path)),
+        nprocs=2,
+        start_method="fork",
     )
     (losses, state), (other_losses, other) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     model = trainable()

@@ -1,5 +1,6 @@
 """Exported models: computed by other runtimes, loaded by other packages; and error messages."""
 
+import functools
 import json
 
 import numpy as np
@@ -67,22 +68,36 @@ def run_onnx(path, x: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- graphs
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_vit):
+    """A model, and the file that it was exported to. Tests share them and change neither."""
+
+    @functools.cache
+    def make(file_format, size, num_classes, mode, part):
+        model = segmenter(size, num_classes, mode=mode)
+        suffix = {"onnx": ".onnx", "torch-export": ".pt2"}[file_format]
+        path = tmp_path_factory.mktemp("exported") / f"model{suffix}"
+        export(model, description(model, part), file_format, path)
+        return model, path
+
+    return make
+
+
 # Two sizes test that no constant depends on the image size. The second one has padded windows.
+# Exports take ten seconds.
 @pytest.mark.parametrize(
     "size, num_classes, mode, part",
     [
-        (64, 1, "exact", "model"),
+        pytest.param(64, 1, "exact", "model", marks=pytest.mark.campaign),
         (240, 3, "exact", "model"),
-        (240, 1, "center", "encoder"),
-        (64, 1, "exact", "encoder"),
+        pytest.param(240, 1, "center", "encoder", marks=pytest.mark.campaign),
+        pytest.param(64, 1, "exact", "encoder", marks=pytest.mark.campaign),
     ],
 )
-def test_onnx_runtime_computes_what_pytorch_does(size, num_classes, mode, part, tmp_path):
+def test_onnx_runtime_computes_what_pytorch_does(exported, size, num_classes, mode, part):
     import onnx
 
-    model = segmenter(size, num_classes, mode=mode)
-    path = tmp_path / "model.onnx"
-    export(model, description(model, part), "onnx", path)
+    model, path = exported("onnx", size, num_classes, mode, part)
     module = (Scores if part == "model" else Embedding)(model)
     for batch in (1, 3):  # the trace has a batch of two
         x = tokens(batch, 3, size, size).sigmoid()
@@ -91,13 +106,11 @@ def test_onnx_runtime_computes_what_pytorch_does(size, num_classes, mode, part, 
         # float32 rounding over a few layers, with a margin.
         torch.testing.assert_close(run_onnx(path, x), expected, rtol=1e-4, atol=1e-4)
     assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
-    assert not list(tmp_path.glob(".*"))
+    assert not list(path.parent.glob(".*"))
 
 
-def test_torch_export_computes_what_pytorch_does(tmp_path):
-    model = segmenter(num_classes=3)
-    path = tmp_path / "model.pt2"
-    export(model, description(model), "torch-export", path)
+def test_torch_export_computes_what_pytorch_does(exported):
+    model, path = exported("torch-export", SIZE, 3, "exact", "model")
     program = torch.export.load(path)
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in operators if "naslora" in name]  # it must load without naslora
@@ -113,9 +126,10 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     export(model, description(model, "encoder"), "onnx", path)
     assert path.stat().st_size < 2e6 < (tmp_path / "model.onnx.data").stat().st_size
-    x = tokens(1, 3, SIZE, SIZE).sigmoid()
-    with torch.no_grad():
-        torch.testing.assert_close(run_onnx(path, x), Embedding(model)(x), rtol=1e-4, atol=1e-4)
+    for batch in (1, 3):
+        x = tokens(batch, 3, SIZE, SIZE).sigmoid()
+        with torch.no_grad():
+            torch.testing.assert_close(run_onnx(path, x), Embedding(model)(x), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -232,14 +246,13 @@ def test_mobile_sam_gets_its_own_names(tmp_path):
 # ---------------------------------------------------------------- predictions
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_an_exported_file_predicts_what_the_model_does(suffix, tmp_path):
-    model = segmenter(num_classes=3)  # a test of the command line has a binary model
-    path = tmp_path / f"model{suffix}"
-    export(model, description(model), {".onnx": "onnx", ".pt2": "torch-export"}[suffix], path)
+@pytest.mark.parametrize("file_format, size", [("onnx", 240), ("torch-export", SIZE)])
+def test_an_exported_file_predicts_what_the_model_does(exported, file_format, size):
+    # Three classes, because a test of the command line has a binary model.
+    model, path = exported(file_format, size, 3, "exact", "model")
     predict, held = load_exported(path)
     assert held == description(model)
-    x = tokens(2, 3, SIZE, SIZE).sigmoid()
+    x = tokens(2, 3, size, size).sigmoid()
     with torch.no_grad():
         expected = model(x).labels()
     # Labels may differ at pixels where two scores are equal up to rounding.

@@ -1,5 +1,7 @@
 """The cell of every backend against the reference."""
 
+import functools
+import itertools
 import math
 import os
 
@@ -9,12 +11,15 @@ from kernel_cases import (
     ALL_TARGETS,
     CELL,
     DTYPES,
+    FEW_LAYOUT_PAIRS,
+    LAYOUT_PAIRS,
     LAYOUTS,
     TARGETS,
     assert_as_good_as_reference,
     assert_better_on_average,
     assert_same_bits_on_any_number_of_threads,
     cell_case,
+    few_simulated,
     needs_cpp,
     targets_and,
 )
@@ -46,12 +51,25 @@ SHAPES = [
     ((1, 5, 6, 24), 16),
     ((1, 20, 21, 3), 2),
 ]
+# A simulated target computes these in every dtype: one is folded, the other one separable.
+EVERY_DTYPE = [((1, 14, 14, 3), 2), ((2, 5, 3, 7), 7)]
 FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "300"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@functools.cache
+def case_and_results(target, shape, c):
+    """A case in float32 that tests only read, and what the target computes for it."""
+    case = cell_case(shape, c).to(torch.float32).on(target.device)
+    return case, case.run(target)
+
+
 @pytest.mark.parametrize(
-    ("target", "case"), targets_and(SHAPES, lambda case: math.prod(case[0]), ALL_TARGETS)
+    ("target", "case", "dtype"),
+    few_simulated(
+        targets_and(SHAPES, lambda case: math.prod(case[0]), ALL_TARGETS),
+        [(dtype,) for dtype in DTYPES],
+        lambda case, dtype: dtype == torch.float32 or case in EVERY_DTYPE,
+    ),
 )
 def test_matches_reference(target, case, dtype):
     assert_as_good_as_reference(target, cell_case(*case).to(dtype))
@@ -65,15 +83,15 @@ def test_float32_parameters_under_16_bit_maps(target, dtype):
     assert results["alpha"].dtype == torch.float32
 
 
-@every_target
-@pytest.mark.parametrize("gradient_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("target", "layout", "gradient_layout"),
+    few_simulated(TARGETS, LAYOUT_PAIRS, lambda *pair: pair in FEW_LAYOUT_PAIRS),
+)
 def test_strided_maps_and_gradients(target, layout, gradient_layout):
-    case = cell_case((2, 5, 4, 6), 4).to(torch.float32).on(target.device)
-    results = case.laid_out(layout, gradient_layout).run(target)
-    for name, expected in case.run(target).items():
-        assert torch.equal(results[name], expected), name
-        assert results[name].is_contiguous(), name
+    case, expected = case_and_results(target, (2, 5, 4, 6), 4)
+    for name, value in case.laid_out(layout, gradient_layout).run(target).items():
+        assert torch.equal(value, expected[name]), name
+        assert value.is_contiguous(), name
 
 
 @every_target
@@ -124,16 +142,19 @@ def test_gradcheck(target, rank, c):
 
 
 # What each kind of training step asks for, and single arguments.
-@every_target
-@pytest.mark.parametrize("c", [2, 5])
+NEEDED = [("z", "alpha"), ("z", *CELL[1:]), CELL, ("alpha",), ("z",), ("pw",), ("dw_dil5",)]
+
+
 @pytest.mark.parametrize(
-    "needed",
-    [("z", "alpha"), ("z", *CELL[1:]), CELL, ("alpha",), ("z",), ("pw",), ("dw_dil5",)],
-    ids=str,
+    ("target", "needed", "c"),
+    few_simulated(
+        TARGETS,
+        itertools.product(NEEDED, [2, 5]),
+        lambda needed, c: c == (2, 5)[NEEDED.index(needed) % 2],
+    ),
 )
 def test_partial_gradients_equal_full_ones(target, needed, c):
-    case = cell_case((2, 5, 9, 6), c).to(torch.float32).on(target.device)
-    full = case.run(target)
+    case, full = case_and_results(target, (2, 5, 9, 6), c)
     for name, value in case.run(target, needed).items():
         assert torch.equal(value, full[name]), name
 
@@ -151,11 +172,23 @@ def test_same_bits_on_any_number_of_threads(c):
     assert_same_bits_on_any_number_of_threads(case)
 
 
-@every_target
-@pytest.mark.parametrize("c", [2, 5])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("where", [(0, 0), (3, 4), (5, 6)], ids=["corner", "middle", "far corner"])
-@pytest.mark.parametrize("argument", ["z", "gradient"])
+CORNERS_AND_MIDDLE = [(0, 0), (3, 4), (5, 6)]
+NON_FINITE = [float("nan"), float("inf"), float("-inf")]
+# Every place and every value once in each argument.
+FEW_NON_FINITE = [
+    *zip(["z"] * 3, CORNERS_AND_MIDDLE, NON_FINITE, [2, 5, 2], strict=True),
+    *zip(["gradient"] * 3, CORNERS_AND_MIDDLE, NON_FINITE, [5, 2, 5], strict=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "argument", "where", "value", "c"),
+    few_simulated(
+        TARGETS,
+        itertools.product(["z", "gradient"], CORNERS_AND_MIDDLE, NON_FINITE, [2, 5]),
+        lambda *case: case in FEW_NON_FINITE,
+    ),
+)
 def test_non_finite_values_spread_as_in_pytorch(target, argument, where, value, c):
     case = cell_case((2, 6, 7, 6), c).on(target.device)
     changed = case.gradient if argument == "gradient" else case.arguments["z"]

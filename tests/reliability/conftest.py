@@ -1,5 +1,6 @@
 """What the campaign shares: a small world of every file that naslora writes, forked commands."""
 
+import contextlib
 import faulthandler
 import fcntl
 import os
@@ -9,31 +10,72 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from naslora import cli
+from naslora.report.figures import Drawing
 from naslora.sam import encoders
 from naslora.sam.segmentation import SamForSegmentation
 
 # Seconds after which a forked command that hangs prints where, and ends.
 LONGEST = 300
+WITHOUT_WORLD = ("test_processes.py", "test_numbers.py")
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves files that need no ``clean_world`` forward.
+
+    One worker of pytest-xdist runs them while another one writes the world.
+    """
+    early = [item for item in items if item.path.name in WITHOUT_WORLD]
+    others = [item for item in items if item.path.name not in WITHOUT_WORLD]
+    first = [item for item in others if item.path.name == "test_bad_input.py"]
+    if first:
+        place = others.index(first[-1]) + 1
+        items[:] = [*others[:place], *early, *others[place:]]
+
+
+@contextlib.contextmanager
+def empty_figures() -> Iterator[None]:
+    """Leaves out the plots of reports, which take half the time of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drawing, "svg", lambda drawing: "<svg></svg>")
+        yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def no_figures():
+    """Reports without plots, in forked commands as well. tests/test_report.py tests the plots."""
+    with empty_figures():
+        yield
 
 
 @pytest.fixture(scope="session")
 def clean_world(naslora, make_data, tmp_path_factory):
-    """A folder with data, a checkpoint, a finished run, and what its commands write."""
-    world = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:  # undone before tests of other files run
-        patch.setitem(encoders.VITS, "vit_t", TINY)
-        write_world(world, naslora, make_data)
+    """A folder with data, a checkpoint, a finished run, and what its commands write.
+
+    Tests only read it. Workers of pytest-xdist share it: the first that needs it writes it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+    world, whole = root / "world", root / "world.whole"
+    with FileLock(root / "world.lock"):
+        if not whole.exists():
+            # The patches are undone before tests of other files run.
+            with pytest.MonkeyPatch.context() as patch, empty_figures():
+                patch.setitem(encoders.VITS, "vit_t", TINY)
+                write_world(world, naslora, make_data)
+            whole.touch()
     return world
 
 

@@ -113,9 +113,24 @@ def test_large_and_small_numbers(target, kind, maps, gradients):
     assert_as_good_as_reference(target, case)
 
 
-@targets
+def fast_exponents(target):
+    return (-5,) if target.simulated else (-5, -3, 0)
+
+
 @pytest.mark.parametrize(
-    "exponent", [-5, -3, 0, *(pytest.param(e, marks=pytest.mark.campaign) for e in (-4, -2, -1, 1))]
+    ("target", "exponent"),
+    [
+        pytest.param(
+            target,
+            exponent,
+            marks=[*parameter.marks, *([pytest.mark.campaign] if slow else [])],
+            id=f"{parameter.id}-{exponent}",
+        )
+        for parameter in TARGETS
+        for target in parameter.values
+        for exponent in range(-5, 2)
+        for slow in [exponent not in fast_exponents(target)]
+    ],
 )
 @pytest.mark.parametrize("parameters", [torch.float16, torch.float32])
 @kinds

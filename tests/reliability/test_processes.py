@@ -1,5 +1,7 @@
 """Runs that several processes share: gradients in buckets, resuming on others, dead processes."""
 
+import contextlib
+import dataclasses
 import itertools
 import os
 import random
@@ -9,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,28 +22,19 @@ from naslora.records import from_json
 from naslora.results import CONFIG, LAST, Epoch
 from naslora.training import step
 from naslora.training.accelerator import TIMEOUT_VARIABLE
+from naslora.training.search import Search
+from reliability.conftest import Forked
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
-# STOP_AFTER names an epoch after which every process is interrupted.
+# For launchers, which start fresh processes.
 LAUNCH = """
-import os, torch
+import torch
 from naslora import cli
 from naslora.sam import encoders
-from naslora.training import step
-from naslora.training.search import Search
 
 torch.set_num_threads(1)
 encoders.VITS["vit_t"] = encoders.{tiny}
-step.BUCKET = int(os.environ.get("BUCKET", step.BUCKET))
-save = Search._save
-
-def save_and_stop(search, is_best):
-    save(search, is_best)
-    if str(search.epoch) == os.environ.get("STOP_AFTER"):
-        raise KeyboardInterrupt
-
-Search._save = save_and_stop
 cli.main()
 """
 OPTIONS = shlex.split(
@@ -62,43 +56,48 @@ def data(make_data, tmp_path_factory):
 
 
 @pytest.fixture
-def launch(tiny_vit, tmp_path):
-    """Starts processes of one command; ends those that still run at the end of the test."""
-    script = tmp_path / "launch.py"
-    script.write_text(LAUNCH.format(tiny=repr(tiny_vit)))
+def launch(tiny_vit):
+    """Starts the processes of one command, as forks; ends those that still run after the test.
+
+    ``stop_after`` is an epoch after which every process is interrupted. Each process works in its
+    folder of ``folders``.
+    """
     started = []
 
-    def start(count, *arguments, **environment):
+    def start(count, *arguments, bucket=step.BUCKET, stop_after=None, folders=(), **environment):
         port = free_port()
-        processes = []
-        for rank in range(count):
+        save = Search._save
+
+        def save_and_stop(search, is_best):
+            save(search, is_best)
+            if search.epoch == stop_after:
+                raise KeyboardInterrupt
+
+        def prepare(rank):
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
             group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environ = {**(group if count > 1 else {}), **environment, "OMP_NUM_THREADS": 1}
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, script, *map(str, arguments)],
-                    env=os.environ | {name: str(value) for name, value in environ.items()},
-                    stderr=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    text=True,
-                )
-            )
+            environ = {**(group if count > 1 else {}), **environment}
+            os.environ.update({name: str(value) for name, value in environ.items()})
+            step.BUCKET, Search._save = bucket, save_and_stop
+            if folders:
+                os.chdir(folders[rank])
+
+        processes = [Forked(arguments, partial(prepare, rank)) for rank in range(count)]
         started.extend(processes)
         return processes
 
-    start.script = script
     yield start
     for process in started:
-        if process.poll() is None:
+        with contextlib.suppress(ChildProcessError):  # the test has waited for it
+            process.running()
             process.kill()
-        if not process.stderr.closed:  # a test may have read it
-            process.communicate()
+            process.wait()
 
 
-def finish(processes, status=0, timeout=120):
-    errors = [process.communicate(timeout=timeout)[1] for process in processes]
-    assert [process.returncode for process in processes] == [status] * len(processes), errors
+def finish(processes, status=0):
+    ended = [process.wait() for process in processes]
+    errors = [process.err for process in ended]
+    assert [process.status for process in ended] == [status] * len(processes), errors
     return errors
 
 
@@ -168,7 +167,7 @@ def test_buckets_change_no_bit(launch, data, tmp_path):
     """A sum over two processes has one order, however it is cut."""
     for name, bucket in (("whole", 1 << 23), ("cut", 500)):
         arguments = ("train", "--data", data, *OPTIONS, "--epochs", 1, "--method", "full")
-        finish(launch(2, *arguments, "--output", tmp_path / name, BUCKET=bucket))
+        finish(launch(2, *arguments, "--output", tmp_path / name, bucket=bucket))
     whole, cut = (last_of(tmp_path / name)["model"] for name in ("whole", "cut"))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
@@ -179,14 +178,14 @@ def test_buckets_change_no_bit(launch, data, tmp_path):
 @pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 2, marks=pytest.mark.campaign)])
 def test_a_run_resumes_on_another_number_of_processes(launch, data, alone, tmp_path, first, then):
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", tmp_path / "run")
-    finish(launch(first, *arguments, STOP_AFTER=1), status=130)
+    finish(launch(first, *arguments, stop_after=1), status=130)
     assert last_of(tmp_path / "run")["epoch"] == 1
     finish(launch(then, *arguments, "--resume"))
     assert_same(tmp_path / "run", alone)
 
 
 @pytest.mark.campaign
-def test_two_agents_train_as_one(launch, data, alone, tmp_path):
+def test_two_agents_train_as_one(tiny_vit, data, alone, tmp_path):
     """Two launchers, as on two machines, that meet at a rendezvous on the loopback address."""
     endpoint = f"127.0.0.1:{free_port()}"
     agent = shlex.split(
@@ -194,7 +193,9 @@ def test_two_agents_train_as_one(launch, data, alone, tmp_path):
         f"--rdzv-endpoint {endpoint} --local-addr 127.0.0.1"
     )
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", tmp_path / "run")
-    command = [sys.executable, "-m", *agent, launch.script, *map(str, arguments)]
+    script = tmp_path / "launch.py"
+    script.write_text(LAUNCH.format(tiny=repr(tiny_vit)))
+    command = [sys.executable, "-m", *agent, script, *map(str, arguments)]
     agents = [
         subprocess.Popen(
             command,
@@ -206,7 +207,8 @@ def test_two_agents_train_as_one(launch, data, alone, tmp_path):
         for _ in range(2)
     ]
     try:
-        finish(agents, timeout=180)
+        errors = [process.communicate(timeout=180)[1] for process in agents]
+        assert [process.returncode for process in agents] == [0, 0], errors
     finally:
         for process in agents:
             process.kill()
@@ -217,12 +219,10 @@ def test_two_agents_train_as_one(launch, data, alone, tmp_path):
 def test_processes_that_do_not_share_the_output(launch, data, tmp_path):
     """Two relative paths stand for the file systems of two machines."""
     folders = [tmp_path / "one", tmp_path / "two"]
-    code = "import os, sys\nos.chdir(sys.argv[1 + int(os.environ['RANK'])])\ndel sys.argv[1:3]\n"
-    launch.script.write_text(code + launch.script.read_text())
     for folder in folders:
         folder.mkdir()
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", "run")
-    errors = finish(launch(2, *folders, *arguments), status=2)
+    errors = finish(launch(2, *arguments, folders=folders), status=2)
     assert (
         "the processes 1 do not see run/data.json; give an --output on a file system" in errors[0]
     )
@@ -235,7 +235,7 @@ def test_processes_that_do_not_share_the_output(launch, data, tmp_path):
 def wait_for(path, processes, seconds=90):
     end = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < end and all(p.poll() is None for p in processes)
+        assert time.monotonic() < end and all(p.running() for p in processes)
         time.sleep(0.1)
 
 
@@ -253,11 +253,11 @@ def test_one_dead_process_ends_the_others(launch, data, tmp_path, dead, how, whe
     timeout = 5 if how == signal.SIGSTOP else 600
     processes = launch(2, *arguments, **{TIMEOUT_VARIABLE: timeout})
     wait_for(tmp_path / "run" / when, processes)
-    processes[dead].send_signal(how)
+    processes[dead].kill(how)
     started = time.monotonic()
     alive = processes[1 - dead]
-    _, text = alive.communicate(timeout=90)
-    assert alive.returncode == 2, text
+    status, _, text = dataclasses.astuple(alive.wait())
+    assert status == 2, text
     lines = [line for line in text.splitlines() if line.startswith("naslora: error: ")]
     assert lines == [
         f"naslora: error: process {1 - dead} has lost another process of the run, which ended or "
@@ -279,7 +279,7 @@ def test_a_timeout_that_is_no_time(naslora, data, tmp_path, monkeypatch, value):
 
 @pytest.mark.campaign
 def test_two_processes_killed_at_random_moments_resume_to_equal_bits(launch, data, tmp_path):
-    command = ("train", "--data", data, *OPTIONS, "--epochs", 3)
+    command = ("train", "--data", data, *OPTIONS, "--epochs", 8)
     started = time.monotonic()
     finish(launch(2, *command, "--output", tmp_path / "whole"))
     seconds = time.monotonic() - started
@@ -287,12 +287,12 @@ def test_two_processes_killed_at_random_moments_resume_to_equal_bits(launch, dat
     for _ in range(6):
         resume = ("--resume",) if (run / CONFIG).exists() else ()
         processes = launch(2, *command, "--output", run, *resume)
-        time.sleep(draw.uniform(0.3, 0.9) * seconds)
+        time.sleep(draw.uniform(0.05, 0.25) * seconds)  # six of them make one run
         for process in processes:
-            kills += process.poll() is None
+            kills += process.running()
             process.kill()
         for process in processes:
-            process.communicate()
+            process.wait()
     finish(launch(2, *command, "--output", run, "--resume"))
     whole, resumed = last_of(tmp_path / "whole"), last_of(run)
     assert whole["model"].keys() == resumed["model"].keys()
