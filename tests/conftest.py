@@ -20,6 +20,9 @@ if not torch.cuda.is_available():
     if cuda_emulation.compiler():
         os.environ.setdefault("NASLORA_CUDA_EMULATION", str(cuda_emulation.build()))
 
+# Runs are in float32 unless a test says otherwise, whatever this CPU computes in.
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+
 from accelerate.state import AcceleratorState
 from PIL import Image
 

@@ -560,6 +560,28 @@ def test_loss_scaling_changes_nothing(make_search, simultaneous):
     )
 
 
+@pytest.mark.parametrize(
+    "launched, gpu, fast, expected",
+    [
+        ("fp16", False, True, "fp16"),
+        (None, False, True, "bf16"),
+        (None, False, False, "no"),
+        (None, True, True, "no"),
+        ("", False, True, "bf16"),
+    ],
+)
+def test_the_precision_of_a_run_that_is_not_given_one(monkeypatch, launched, gpu, fast, expected):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    config = SearchConfig()
+    assert config.mixed_precision == expected
+    assert SearchConfig.from_dict(dataclasses.asdict(config)) == config
+    assert SearchConfig.from_dict({"epochs": 3}).mixed_precision == "no"
+
+
 def test_fp16_without_a_gpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -1,6 +1,7 @@
 """How to train: the schedule of the two stages, optimizers, precision."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -27,6 +28,15 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MOST_EPOCHS, MOST_WORKERS = 1_000_000, 1024
 """Greater numbers are mistakes, and would exhaust the memory before the first step."""
+
+
+def default_precision() -> str:
+    """The precision of a run that is not given one: see ``SearchConfig.mixed_precision``."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if launched:
+        return launched
+    fast = not torch.accelerator.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "no"
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,9 @@ class SearchConfig:
     """Weight of the classification loss."""
     flip: bool = True
     """Mirror half of the training images, left to right."""
-    mixed_precision: Precision = "no"
-    """Autocast precision."""
+    mixed_precision: Precision | None = None
+    """Autocast precision. None takes that of `accelerate launch`, or else `bf16` if the machine has
+    no GPU and its CPU multiplies in it, or else `no`."""
     frozen_precision: Precision | None = None
     """Precision in which the encoder's frozen weights are kept while training: 16 bits take half
     the memory and are not cast in every step. None takes `mixed_precision`, `no` is float32. A
@@ -97,6 +108,8 @@ class SearchConfig:
     """Number of data loading processes."""
 
     def __post_init__(self) -> None:
+        if self.mixed_precision is None:
+            object.__setattr__(self, "mixed_precision", default_precision())
         for name, minimum in (
             ("epochs", 1),
             ("search_start", 0),
@@ -182,7 +195,8 @@ class SearchConfig:
                 **values,
                 "arch_fraction": fraction or 1.0,
             }
-        if values.get("mixed_precision", "no") != "no":
+        values = {"mixed_precision": "no", **values}
+        if values["mixed_precision"] != "no":
             values = {"frozen_precision": "no", **values}
         check_types(cls, values)
         return cls(**values)
@@ -190,7 +204,7 @@ class SearchConfig:
     @property
     def frozen_dtype(self) -> torch.dtype:
         """The dtype of the encoder's frozen weights while training."""
-        return DTYPES[self.frozen_precision or self.mixed_precision]
+        return DTYPES[self.frozen_precision or self.mixed_precision or "no"]
 
     def factor(self, schedule: Schedule, done: float) -> float:
         """What a rate is multiplied by after the share ``done`` of all epochs, in [0, 1]."""
