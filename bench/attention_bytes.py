@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import attention, cases, gpu_check
 from naslora_kernels import triton
-from naslora_kernels.attention import ATTENTION_OPERATORS, flat_attention
+from naslora_kernels.attention import flat_attention
 from naslora_kernels.cell import AttentionOperands
 from naslora_kernels.triton.attention import TritonAttention
 
@@ -58,7 +58,7 @@ class Recorder(TorchDispatchMode):
         self.launches: list[Launch] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in ATTENTION_OPERATORS["triton"]:
+        if func.namespace == "naslora_triton":
             kernels = flat_attention(TritonAttention(self._launch, lambda device: CAPABILITY))
             with self:  # copies that the backend makes are launches, too
                 return kernels[func._opname](*args)
