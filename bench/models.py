@@ -287,7 +287,8 @@ def gate_training(found: dict[str, Contestant], base: SamForSegmentation) -> str
     Each is held against the same method and weights in float32 without anything of ours: on stock
     attention, with the reference backend, not compiled. Twelve layers of float32 in another order
     differ by 1e-4 or so. In 16 bits the reference's own small gradients differ by up to 0.2, so
-    there each error may be 0.25, or twice that of the reference in the same precision.
+    there each error may be 0.25, or twice that of the reference in the same precision, its frozen
+    weights included.
     """
 
     @functools.lru_cache(maxsize=1)  # the contestants of a method follow one another
@@ -297,6 +298,8 @@ def gate_training(found: dict[str, Contestant], base: SamForSegmentation) -> str
         exact = Contestant(method, plain, replace(setting, precision="no")).gradients()
         if setting.precision == "no":
             return exact, [1e-3] * len(exact)
+        plain = copy.deepcopy(plain)  # its weights are those of ``base``, and are cast now
+        cast_frozen(plain.image_encoder, PRECISIONS[setting.precision])
         rounded = Contestant(method, plain, setting).gradients()
         return exact, [max(0.25, 2 * error) for error in _errors(rounded, exact)]
 

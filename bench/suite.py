@@ -93,6 +93,7 @@ def _measured(contestant: models.Contestant) -> tuple[float, dict[str, int]]:
 def _counted(contestant: models.Contestant, step: Callable[[], None]) -> dict[str, int]:
     step()  # makes the optimizer's state, and leaves unfrozen what the step trains
     numbers = {"saved": counts.saved_bytes(contestant.loss, contestant.model)}
+    gc.collect()  # what the forward kept: two of them would not fit at 1024 x 1024 pixels
     numbers |= dataclasses.asdict(counts.count(step))
     if contestant.setting.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
