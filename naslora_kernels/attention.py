@@ -95,6 +95,11 @@ def empty_gradients(operands: AttentionOperands, need: AttentionNeed) -> tuple[T
     )
 
 
+def with_contiguous_features(tensor: Tensor) -> Tensor:
+    """Returns the tensor, or a copy if the features of a token are not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _tokens_first(like: Tensor) -> Tensor:
     batch, heads, tokens, features = like.shape
     return like.new_empty((batch, tokens, heads, features)).transpose(1, 2)

@@ -9,6 +9,7 @@ from naslora_kernels.attention import (
     SavedAttention,
     empty_gradients,
     empty_results,
+    with_contiguous_features,
 )
 from naslora_kernels.cell import AttentionOperands
 from naslora_kernels.cpp.extension import _C
@@ -31,7 +32,7 @@ class CPUAttention:
         check_saved_attention(grad_o, saved)
         gradients = empty_gradients(saved.operands, need)
         operands = _readable(saved.operands)
-        grad_o, o = (_with_contiguous_features(t) for t in (grad_o, saved.o))
+        grad_o, o = (with_contiguous_features(t) for t in (grad_o, saved.o))
         softmax = saved.softmax.contiguous()
         outputs = [t.data_ptr() if needed else 0 for t, needed in zip(gradients, need, strict=True)]
         _C.attention_backward(
@@ -44,11 +45,7 @@ class CPUAttention:
 
 
 def _readable(operands: AttentionOperands) -> AttentionOperands:
-    return AttentionOperands(*map(_with_contiguous_features, operands))
-
-
-def _with_contiguous_features(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return AttentionOperands(*map(with_contiguous_features, operands))
 
 
 def _arguments(operands: AttentionOperands, scale: float) -> tuple[int | float, ...]:

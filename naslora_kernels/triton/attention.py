@@ -13,6 +13,7 @@ from naslora_kernels.attention import (
     SavedAttention,
     empty_gradients,
     empty_results,
+    with_contiguous_features,
 )
 from naslora_kernels.cell import AttentionOperands
 from naslora_kernels.saved import check_saved_attention
@@ -40,7 +41,7 @@ class TritonAttention:
         from naslora_kernels.triton.attention_forward import attention_forward_kernel
 
         o, softmax = empty_results(operands)
-        operands = AttentionOperands(*map(_with_contiguous_features, operands))
+        operands = AttentionOperands(*map(with_contiguous_features, operands))
         if o.numel():
             tiles = self._tiles(operands)
             self._launch(
@@ -59,15 +60,15 @@ class TritonAttention:
         gradients = empty_gradients(saved.operands, need)
         if not grad_o.numel() or not any(need):
             return gradients
-        operands = AttentionOperands(*map(_with_contiguous_features, saved.operands))
-        grad_o, softmax = _with_contiguous_features(grad_o), saved.softmax.contiguous()
+        operands = AttentionOperands(*map(with_contiguous_features, saved.operands))
+        grad_o, softmax = with_contiguous_features(grad_o), saved.softmax.contiguous()
         tiles = self._tiles(operands)
         q, k, v, rel_h, rel_w = (
             gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)
         )
         delta = None
         if need.q or need.k or need.rel_h or need.rel_w:
-            delta = self._delta(grad_o, _with_contiguous_features(saved.o), tiles)
+            delta = self._delta(grad_o, with_contiguous_features(saved.o), tiles)
         inputs = (grad_o, *operands, softmax, delta)
         rest = (*in_two(saved.scale), *_sizes(operands), *map(_strides, (grad_o, *operands)))
         if need.k or need.v:
@@ -137,10 +138,6 @@ class TritonAttention:
             **tiles.constants,
             ROWS_OUTSIDE=rows_outside,
         )
-
-
-def _with_contiguous_features(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _heads(tensor: Tensor) -> int:
