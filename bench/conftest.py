@@ -113,6 +113,13 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("keeping", names["memory"])
 
 
+def pytest_collection_modifyitems(config, items):
+    """The first test of a group measures the whole group, which can take longer than a test may."""
+    if not _runs_once(config):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(0))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tiny_when_run_once(pytestconfig):
     """CI runs everything once; on a model that takes a blink."""
