@@ -173,7 +173,9 @@ class _TinyViT(FusedAttention):
         qkv = self.qkv(self.norm(x)).view(batch, tokens, self.num_heads, -1)
         widths = [self.key_dim, self.key_dim, qkv.shape[-1] - 2 * self.key_dim]
         q, k, v = (part.transpose(1, 2) for part in qkv.split(widths, -1))  # (B, heads, N, d)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(x), scale=self.scale)
+        # PyTorch's fused kernel for CPUs takes masks of four dimensions only.
+        bias = self._bias(x)[None]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         return self.proj(o.transpose(1, 2).flatten(2))
 
     def _bias(self: Any, x: Tensor) -> Tensor:
