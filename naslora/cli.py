@@ -312,12 +312,15 @@ def export(
     path: Annotated[
         Path, Positional, tyro.conf.arg(metavar="MERGED", help="Folder of a merged model.")
     ],
-    output: Annotated[Path, tyro.conf.arg(help="The file: .onnx, .safetensors or .pt2.")],
+    output: Annotated[
+        Path, tyro.conf.arg(help="The file: .onnx, .safetensors or .pt2; for huggingface a folder.")
+    ],
     format: Annotated[
         Format,
         tyro.conf.arg(
-            help="onnx, torch-export: images to class scores. safetensors: the state dict that "
-            "segment_anything or MobileSAM loads; needs a model merged with center or calibrated."
+            help="onnx, torch-export: images to class scores. safetensors: the state dict that the "
+            "model's original code loads. huggingface: the folder that transformers loads. The "
+            "last two need a model merged with center or calibrated."
         ),
     ] = "onnx",
     part: Annotated[

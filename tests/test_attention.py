@@ -59,6 +59,7 @@ from naslora.methods import METHODS, apply
 from naslora.results import LAST
 from naslora.sam.attention import FusedAttention, relative_positions
 from naslora.sam.encoders import checkpoint_blocks
+from naslora.sam.families import sam2
 from naslora.sam.segmentation import build_model
 from naslora.trained import load_model, merge_run
 from naslora.training.run_config import RunConfig
@@ -742,9 +743,34 @@ def test_refused(model, message):
     assert "\n" not in str(caught.value)
 
 
-def test_sam2_is_refused():
-    with pytest.raises(UserError, match=r"it has vision_encoder\.backbone.*MultiScaleAttention"):
-        fuse_attention(build_sam2())
+def test_sam2_of_transformers():
+    """The product that is left out is not used: outputs and gradients are the same."""
+    model = build_sam2()
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = []
+    for fuse in (False, True, False):
+        names = fuse_attention(model) if fuse else unfuse_attention(model)
+        assert not fuse or len(names) == len(model.vision_encoder.backbone.blocks)
+        y = model.vision_encoder(x).last_hidden_state
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(found[2][0], found[0][0])
+
+
+def test_hiera_of_timm_stays_and_is_named():
+    model = sam2.HieraEncoder(sam2.Hiera(16, 1, (1, 1, 1, 1), ()))
+    with pytest.warns(UserWarning, match="scaled_dot_product_attention already stays as it is: t"):
+        assert fuse_attention(model) == []
+    both = nn.ModuleList([model, sam_attention()])
+    with pytest.warns(UserWarning, match=r"0\.trunk\.blocks\.0\.attn \(MultiScaleAttention\)"):
+        assert fuse_attention(both) == ["1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_model("sam2.1_t", 32, attention="fused")
+
+
+def test_unfusing_no_module_is_refused():
     with pytest.raises(UserError, match=r"model must be a torch\.nn\.Module"):
         unfuse_attention(None)
 

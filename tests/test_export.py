@@ -13,9 +13,10 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, inject, merge
-from naslora.sam.checkpoint import load_sam_checkpoint, mobile_sam_name
+from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import PATCH_SIZE, build_image_encoder
 from naslora.sam.export import Description, Embedding, Scores, export, load_exported
+from naslora.sam.families.mobile_sam import mobile_sam_name
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.trained import merge_run
 

@@ -15,7 +15,9 @@ ChannelSelection = Literal["first", "random", "resample"]
 CellInit = Literal["identity", "skip", "kaiming"]
 Config = TypeVar("Config", bound="MethodConfig")
 
-OUTPUT_FIELDS = ("rank", "lora_alpha", "preset")
+MOST_PREFIX = 65536
+"""Largest number of prefix tokens."""
+OUTPUT_FIELDS = ("rank", "lora_alpha", "preset", "prefix_tokens")
 """Fields of ``NASLoRAConfig`` that change the output of an adapter with given tensors."""
 
 
@@ -135,6 +137,7 @@ class NASLoRAConfig(MethodConfig):
         "channel_selection": checks.choice(ChannelSelection),
         "cell_init": checks.choice(CellInit),
         "operations": checks.operations,
+        "prefix_tokens": checks.whole(0, MOST_PREFIX),
     }
 
     rank: int = 3
@@ -158,6 +161,9 @@ class NASLoRAConfig(MethodConfig):
     LoRA) or `kaiming` (kaiming-uniform convolutions; the search then starts slower than LoRA)."""
     operations: tuple[str, ...] | None = None
     """Which of the eight operations the cell mixes, for ablations; None means all."""
+    prefix_tokens: int = 0
+    """Class and register tokens at the start of a sequence (B, N, C). They have no place in the
+    image, so they pass by the cell (plain LoRA). SAM's encoders have none."""
     seed: int = 0
     """Seed of every random number that ``inject`` draws."""
     backend: str | None = None

@@ -33,13 +33,27 @@ class GridHint:
     are smaller than it, so smaller squares are accepted."""
 
 
-def as_grid(x: Tensor, grid: Grid | None, hint: GridHint | None = None) -> Tensor:
+def split_prefix(x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor]:
+    """Splits (B, N, C) tokens into those without a place in the image and those with one.
+
+    Args:
+        x: the tokens. (B, H, W, C) has no prefix.
+        prefix: number of class and register tokens at the start of a sequence.
+
+    Returns:
+        (B, prefix, C), None if there are none, and the other tokens.
+    """
+    return (x[:, :prefix], x[:, prefix:]) if prefix and x.dim() == 3 else (None, x)
+
+
+def as_grid(x: Tensor, grid: Grid | None, hint: GridHint | None = None, prefix: int = 0) -> Tensor:
     """Views (B, N, C) tokens as a (B, H, W, C) grid; returns (B, H, W, C) unchanged.
 
     Args:
-        x: the tokens.
+        x: the tokens, without the prefix.
         grid: (H, W) as set by the user; None for what the host states.
         hint: what the host states; None for a square.
+        prefix: number of tokens that were split off, for the message.
 
     Raises:
         ValueError: another number of dimensions, or N does not fit the grid.
@@ -50,30 +64,41 @@ def as_grid(x: Tensor, grid: Grid | None, hint: GridHint | None = None) -> Tenso
         raise ValueError(f"x: expected (B, H, W, C_in) or (B, N, C_in), got {tuple(x.shape)}")
     count = x.shape[1]
     height, width = grid or (hint.grid if hint is not None else (math.isqrt(count),) * 2)
-    if height * width != count:
-        height, width = _smaller_window(count, grid, hint)
+    if height * width != count or (prefix and not count):
+        height, width = _smaller_window(count, grid, hint, prefix)
     return x.reshape(x.shape[0], height, width, x.shape[2])
 
 
-def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None) -> Grid:
+def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None, prefix: int) -> Grid:
     """The grid of tokens that are not the declared grid.
 
     Raises:
         ValueError: they are not a smaller window.
     """
     side = math.isqrt(count)
-    if hint is not None and grid in (None, hint.grid):
-        if hint.window and hint.grid[0] == hint.grid[1] > side and side * side == count:
-            return side, side
-        raise ValueError(
-            f"x: {count} tokens at layer {hint.layer!r} are not the {hint.grid[0]} x "
-            f"{hint.grid[1]} grid of the model's {hint.source}; set `layer.grid = (H, W)`, or "
-            "leave out layers that see extra tokens"
+    stated = hint if hint is not None and grid in (None, hint.grid) else None
+    square = side * side == count
+    if square and stated is not None and stated.window and stated.grid[0] == stated.grid[1] > side:
+        return side, side
+    tokens = f"{count} tokens" + (f" behind {prefix} prefix tokens" if prefix else "")
+    number = "N"
+    if stated is not None:
+        height, width = stated.grid
+        found = (
+            f"{tokens} at layer {stated.layer!r} are not the {height} x {width} grid of the "
+            f"model's {stated.source}; set `layer.grid = (H, W)`"
         )
-    height, width = grid or (side, side)
+        if not stated.window and 0 <= prefix + count - height * width < height * width:
+            number = str(prefix + count - height * width)
+    else:
+        height, width = grid or (side, side)
+        found = (
+            f"{tokens} are no {height} x {width} grid; set the layer's `grid` to (H, W), as in "
+            "`layer.grid = (H, W)`"
+        )
     raise ValueError(
-        f"x: {count} tokens are no {height} x {width} grid; set the layer's `grid` to (H, W), as "
-        "in `layer.grid = (H, W)`, or leave out layers that see extra tokens"
+        f"x: {found}, or prefix_tokens={number} in NASLoRAConfig if the sequence starts with class "
+        "or register tokens"
     )
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from difflib import SequenceMatcher
 
 from torch import nn
 
@@ -182,8 +183,8 @@ def find_targets(
     if not matches:
         linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         raise UserError(
-            f"no layer matches target {target!r}; the model's nn.Linear layers are: "
-            f"{', '.join(linear[:8]) or 'none'}{' ...' if len(linear) > 8 else ''}"
+            f"no layer matches target {target!r}; the nearest names of nn.Linear layers are: "
+            f"{', '.join(_nearest(target, linear)) or 'none'}"
         )
     if blocks is None:
         return matches
@@ -194,3 +195,19 @@ def find_targets(
         )
     names = list(matches)
     return {names[block]: matches[names[block]] for block in sorted(blocks)}
+
+
+def _nearest(target: str, names: Sequence[str], count: int = 4) -> list[str]:
+    """The names whose ends are most alike a target, one of those that differ in numbers only."""
+    wanted = " ".join(re.findall(r"[\w.]+", target.replace("\\.", "."))).strip(". ")
+    parts = wanted.count(".") + 1
+    kinds: dict[str, str] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "0", name), name)
+
+    def likeness(kind: str) -> float:
+        ending = ".".join(kind.split(".")[-parts:])
+        return SequenceMatcher(None, wanted, ending).ratio()
+
+    nearest = sorted(kinds, key=likeness, reverse=True)[:count]
+    return [kinds[kind] for kind in nearest]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from naslora.adapter.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
 from naslora.adapter.config import NASLoRAConfig
-from naslora.adapter.grid import Grid, GridHint, as_grid
+from naslora.adapter.grid import Grid, GridHint, as_grid, split_prefix
 from naslora.adapter.windows import partition
 from naslora_kernels import OPERATIONS, nas_lora_linear
 from naslora_kernels.cell import Cell as CellTensors
@@ -41,8 +41,9 @@ class NASLoRALinear(nn.Module):
     """A drop-in for the nn.Linear it wraps: h = W0 x + b0 + s W_d cell(W_e x) (paper, Eq. 3).
 
     Takes (B, H, W, C_in), or (B, N, C_in), and returns the same shape with C_out channels. N tokens
-    are ``grid``, or else what ``hint`` states, or else a square. lora_B starts at zero, so a fresh
-    layer computes what its base computes.
+    are ``grid``, or else what ``hint`` states, or else a square. The first ``prefix_tokens`` of
+    them are no part of the grid: they get W0 x + b0 + s W_d W_e x. lora_B starts at zero, so a
+    fresh layer computes what its base computes.
 
     The adapter computes in float32 beside 16-bit weights. ``half``, ``bfloat16`` and ``to`` cast
     ``base`` alone; float64 casts all.
@@ -61,6 +62,7 @@ class NASLoRALinear(nn.Module):
         channels: (c,) int64, the channels that pass through the cell.
         grid: (H, W) of token sequences that are not square, or None.
         hint: what the host model states of the layer's tokens, or None.
+        prefix_tokens: class and register tokens at the start of (B, N, C_in) inputs.
         config: the configuration it was made with.
 
     Raises:
@@ -85,6 +87,7 @@ class NASLoRALinear(nn.Module):
         self.scaling = config.scaling
         self.backend = config.backend
         self.grid: Grid | None = None
+        self.prefix_tokens = config.prefix_tokens
         self.lora_A = nn.Parameter(draw_lora_A(self.rank, base.in_features, generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank))
         self._add_cell(config, generator)
@@ -176,12 +179,26 @@ class NASLoRALinear(nn.Module):
         """
         if torch.jit.is_tracing():
             return self._traced(x)
-        tokens = self._as_grid(x)
-        if self.cell is None or isinstance(self.cell, LinearCell):
-            h = self._fused(tokens)
-        else:
-            h = self.base(tokens) + self._update(tokens)
-        return h.reshape(*x.shape[:-1], self.out_features)
+        prefix, tokens = self._split(x)
+        h = self._on_grid(tokens)
+        if prefix is None:
+            return h.reshape(*x.shape[:-1], self.out_features)
+        plain = self._plain(prefix[:, None])  # (B, 1, p, C_out)
+        return torch.cat([plain.flatten(1, 2), h.flatten(1, 2)], 1)
+
+    def _on_grid(self, tokens: Tensor) -> Tensor:
+        """(B, H, W, C_in) to (B, H, W, C_out)."""
+        if isinstance(self.cell, LinearCell) and self.alpha is not None:
+            cell = self.cell.arguments(self.alpha)
+            return self._fused(tokens, cell, self._selected_channels())
+        if self.cell is None:
+            return self._plain(tokens)
+        y = self._mixed(tokens)
+        return self.base(tokens) + self.scaling * F.linear(y, self.lora_B.to(y.dtype))
+
+    def _plain(self, tokens: Tensor) -> Tensor:
+        """The same without a cell."""
+        return self._fused(tokens, _empty_cell(self.lora_A), self.channels[:0])
 
     def in_windows(self, x: Tensor, size: int) -> Tensor:
         """Computes the layer on the windows of images, which are padded with zeros.
@@ -205,19 +222,15 @@ class NASLoRALinear(nn.Module):
         update = torch.addmm(h.flatten(0, 2), self.scaling * y.flatten(0, 2), decoder)
         return update.view_as(h)
 
-    def _fused(self, tokens: Tensor) -> Tensor:
-        if isinstance(self.cell, LinearCell) and self.alpha is not None:
-            arguments = self.cell.arguments(self.alpha)
-        else:
-            arguments = _empty_cell(self.lora_A)
+    def _fused(self, tokens: Tensor, cell: CellArguments, channels: Tensor | None) -> Tensor:
         return nas_lora_linear(
             tokens,
             self.base.weight,
             self.base.bias,
             self.lora_A,
             self.lora_B,
-            *arguments,
-            self._selected_channels(),
+            *cell,
+            channels,
             self.scaling,
             backend=self.backend,
         )
@@ -233,7 +246,7 @@ class NASLoRALinear(nn.Module):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            tokens = self._as_grid(x)
+            prefix, tokens = self._split(x)
             y = F.linear(tokens, self.lora_A.to(tokens.dtype))
             if isinstance(self.cell, LinearCell) and self.alpha is not None:
                 alpha, *depthwise, pw = self.cell.arguments(self.alpha)
@@ -241,16 +254,17 @@ class NASLoRALinear(nn.Module):
                 y = reference.mixed_cell(y, cell)
             elif self.cell is not None:
                 y = self.cell(y, self.alpha, self._selected_channels())
-        h = self.base(tokens) + self.scaling * F.linear(y, self.lora_B.to(y.dtype))
-        return h.reshape(*x.shape[:-1], self.out_features)
+            y = self._joined(prefix, y, x)
+        return self.base(x) + self.scaling * F.linear(y, self.lora_B.to(y.dtype))
 
     def _selected_channels(self) -> Tensor | None:
         """(c,) int64, or None for all."""
         return None if self.all_channels else self.channels
 
     def mixed(self, x: Tensor) -> Tensor:
-        """The decoder's input y = cell(W_e x), (B, H, W, r). Shapes of x as in ``forward``."""
-        return self._mixed(self._as_grid(x))
+        """The decoder's input y = cell(W_e x), (..., r). Shapes of x as in ``forward``."""
+        prefix, tokens = self._split(x)
+        return self._joined(prefix, self._mixed(tokens), x)
 
     def centre(self) -> Tensor:
         """(r, r) float64: what the cell does to a token through its centre taps alone (Eq. 6).
@@ -290,22 +304,29 @@ class NASLoRALinear(nn.Module):
 
     def update(self, x: Tensor) -> Tensor:
         """The adapter's part of the output, s W_d cell(W_e x). Shapes as in ``forward``."""
-        return self._update(self._as_grid(x)).reshape(*x.shape[:-1], self.out_features)
-
-    def _update(self, tokens: Tensor) -> Tensor:
-        y = self._mixed(tokens)
+        y = self.mixed(x)
         return self.scaling * F.linear(y, self.lora_B.to(y.dtype))
 
     def _mixed(self, tokens: Tensor) -> Tensor:
+        """(B, H, W, C_in) to y, (B, H, W, r)."""
         z = F.linear(tokens, self.lora_A.to(tokens.dtype))  # (B, H, W, r)
         if self.cell is None:
             return z
         return self.cell(z, self.alpha, self._selected_channels(), self.backend)
 
-    def _as_grid(self, x: Tensor) -> Tensor:
+    def _split(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The tokens that pass by the cell, (B, p, C_in) or None, and the grid (B, H, W, C_in)."""
         if self.cell is None:  # tokens have no neighbours without a cell, so any shape works
-            return x.reshape(-1, 1, 1, x.shape[-1])
-        return as_grid(x, self.grid, self.hint)
+            return None, x.reshape(-1, 1, 1, x.shape[-1])
+        prefix, tokens = split_prefix(x, self.prefix_tokens)
+        beside = 0 if prefix is None else prefix.shape[1]
+        return prefix, as_grid(tokens, self.grid, self.hint, beside)
+
+    def _joined(self, prefix: Tensor | None, y: Tensor, x: Tensor) -> Tensor:
+        """y of all tokens of ``x``, (..., r), from y of the grid and the tokens without a cell."""
+        if prefix is None:
+            return y.reshape(*x.shape[:-1], self.rank)
+        return torch.cat([F.linear(prefix, self.lora_A.to(prefix.dtype)), y.flatten(1, 2)], 1)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.adapter.cell import FoldedCell, restore_collapsed
-from naslora.adapter.grid import as_grid
+from naslora.adapter.grid import as_grid, split_prefix
 from naslora.adapter.modules import check_model, replace_module
 from naslora.errors import UserError
 from naslora_kernels import folded_linear
@@ -28,6 +28,7 @@ class MergedNASLoRALinear(nn.Module):
         mixture: the collapsed cell, on (B, H, W, c).
         grid: (H, W) of token sequences that are not square, or None.
         backend: kernel backend; None takes the best that can compute here.
+        prefix_tokens: class and register tokens at the start of (B, N, C_in) inputs.
     """
 
     lora_A: Tensor
@@ -41,6 +42,7 @@ class MergedNASLoRALinear(nn.Module):
         mixture: nn.Module,
         grid: tuple[int, int] | None = None,
         backend: str | None = None,
+        prefix_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.base = base
@@ -51,10 +53,20 @@ class MergedNASLoRALinear(nn.Module):
         self.grid = grid
         if grid is not None:  # the state dict must hold it, so that a saved model can be restored
             self.register_buffer("declared_grid", torch.tensor(grid))
+        self.prefix_tokens = prefix_tokens
+        if prefix_tokens:
+            self.register_buffer("declared_prefix", torch.tensor(prefix_tokens))
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out; shapes as ``NASLoRALinear``."""
+        prefix, tokens = split_prefix(x, self.prefix_tokens)
+        if prefix is not None:  # plain LoRA, so nothing is left of the cell
+            plain = F.linear(F.linear(prefix, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+            return torch.cat([self.base(prefix) + plain, self._on_grid(tokens)], 1)
+        return self._on_grid(x)
+
+    def _on_grid(self, x: Tensor) -> Tensor:
         tokens, base, mixture = as_grid(x, self.grid), self.base, self.mixture
         if isinstance(mixture, FoldedCell):
             h = folded_linear(
@@ -196,12 +208,14 @@ def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, T
         }
         mixture = restore_collapsed(stored)
         grid = tensors.get(f"{name}.declared_grid")
+        beside = tensors.get(f"{name}.declared_prefix")
         layer = MergedNASLoRALinear(
             base,
             tensors[prefix],
             tensors[f"{name}.lora_B"],
             mixture,
             None if grid is None else (int(grid[0]), int(grid[1])),
+            prefix_tokens=0 if beside is None else int(beside),
         )
         mark_merged(layer, None)
         replace_module(model, name, layer)

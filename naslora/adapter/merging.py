@@ -210,6 +210,7 @@ def _merge_exact(layer: NASLoRALinear) -> nn.Module:
         layer.cell.collapsed(layer.alpha),
         layer.grid,
         layer.backend,
+        layer.prefix_tokens,
     )
 
 

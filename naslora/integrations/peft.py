@@ -66,6 +66,7 @@ class NasLoraConfig(LoraConfig):
     channel_selection: ChannelSelection = "first"
     cell_init: CellInit = "identity"
     operations: tuple[str, ...] | None = None
+    prefix_tokens: int = 0
     seed: int = 0
     backend: str | None = None
 

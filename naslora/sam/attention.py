@@ -40,8 +40,9 @@ def fuse_attention(model: nn.Module) -> list[str]:
     ``fully_shard``. While a model is exported or traced, the original code computes.
 
     Known are the attentions of segment_anything and its copies (SAM-HQ, MobileSAM), of Hugging
-    Face's SamModel and SamHQModel, and of TinyViT in timm and MobileSAM. Other modules with a layer
-    ``qkv`` and "Attention" in the name of their class are left alone, and a warning names them.
+    Face's SamModel, SamHQModel and Sam2Model, and of TinyViT in timm and MobileSAM. Other modules
+    with a layer ``qkv`` and "Attention" in the name of their class are left alone, and a warning
+    names them. Among these is timm's Hiera (SAM 2), whose own code is as fast.
     Hugging Face's modules return None as attention weights, as its SDPA attention does. Blocks of
     segment_anything and its copies no longer project the padding of their windows.
 
@@ -50,6 +51,7 @@ def fuse_attention(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the fused modules in model order, including those that were fused before.
+        Empty if all attentions are Hiera's of timm.
 
     Raises:
         UserError: the model has no attention that is known. It is then unchanged.
@@ -58,7 +60,8 @@ def fuse_attention(model: nn.Module) -> list[str]:
     known = {module: mixin for module in model.modules() if (mixin := _mixin(module)) is not None}
     unknown = dict(_unknown(model))
     attentions = [module for module, mixin in known.items() if issubclass(mixin, FusedAttention)]
-    if not attentions and not dict(_fused(model)):
+    fast = {name: module for name, module in unknown.items() if _uses_sdpa(module)}
+    if not attentions and not fast and not dict(_fused(model)):
         found = f"; it has {_described(unknown)}" if unknown else ""
         raise UserError(
             "the model has no attention that can be fused: none of segment_anything, SAM-HQ, "
@@ -67,10 +70,13 @@ def fuse_attention(model: nn.Module) -> list[str]:
     fused_class: Any = _fused_class
     for module, mixin in known.items():
         module.__class__ = fused_class(mixin, type(module))
-    if unknown:
-        warnings.warn(
-            f"attention that is not known stays as it is: {_described(unknown)}", stacklevel=2
-        )
+    for left, reason in (
+        (fast, "that computes in scaled_dot_product_attention already"),
+        ({n: m for n, m in unknown.items() if n not in fast}, "that is not known"),
+    ):
+        if left:
+            described = _described(left)
+            warnings.warn(f"attention {reason} stays as it is: {described}", stacklevel=2)
     return [name for name, _ in _fused(model)]
 
 
@@ -107,6 +113,12 @@ def _unknown(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         named = "attention" in type(module).__name__.lower() and "qkv" in module._modules
         if named and not isinstance(module, FusedAttention) and _mixin(module) is None:
             yield name, module
+
+
+def _uses_sdpa(module: nn.Module) -> bool:
+    """Whether it is the attention of timm's Hiera, which has no relative positions."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("timm.models.hieradet_sam2", "MultiScaleAttention")
 
 
 def _described(modules: dict[str, nn.Module]) -> str:
@@ -162,6 +174,27 @@ class _HuggingFace(FusedAttention):
         if _traced() or output_attentions or drops:
             return self.host_class.forward(self, hidden_states, output_attentions)
         return _over_grid(self, hidden_states, self.num_attention_heads), None
+
+
+class _HuggingFaceHiera(FusedAttention):
+    """Without a product of queries and keys that transformers computes and does not use."""
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """(B, H, W, C) to the same, or half of H and W where the queries are pooled."""
+        if _traced() or kwargs:
+            return self.host_class.forward(self, hidden_states, **kwargs)
+        batch, height, width, _ = hidden_states.shape
+        heads = self.num_attention_heads
+        qkv = self.qkv(hidden_states).reshape(batch, height * width, 3, heads, -1)
+        q, k, v = qkv.unbind(2)  # each (B, N, heads, d)
+        if self.query_stride:
+            maps = q.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+            maps = F.max_pool2d(maps, self.query_stride)
+            height, width = maps.shape[2:]
+            q = maps.flatten(2).transpose(1, 2).unflatten(2, (heads, -1))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj(o.transpose(1, 2).reshape(batch, height, width, -1))
 
 
 class _TinyViT(FusedAttention):
@@ -340,6 +373,14 @@ _FORMS = (
         _TABLES,
         ("num_attention_heads", "scale", "use_rel_pos", "dropout"),
         _HuggingFace,
+    ),
+    _Form(
+        r"transformers\.models\.sam2\.modeling_sam2",
+        ("Sam2MultiScaleAttention",),
+        _LINEAR,
+        frozenset(),
+        ("num_attention_heads", "scale", "query_stride"),
+        _HuggingFaceHiera,
     ),
     _Form(
         r"timm\.models\.tiny_vit|(.+\.)?modeling\.tiny_vit_sam",

@@ -1,21 +1,30 @@
-"""SAM checkpoints: loading them into a model of any image size, and writing them back."""
+"""SAM checkpoints: loading them into a model of any image size, and writing them back.
+
+A checkpoint is an official file, the same tensors as ``.safetensors``, or a folder of Hugging Face.
+"""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.errors import UserError
-from naslora.files import read_safetensors, reason_of
+from naslora.files import read_json, read_safetensors, reason_of
+from naslora.sam.families import FAMILIES, find_family
+from naslora.sam.family import PATCH_SIZE, Family
+from naslora.sam.naming import Tensors
 
-MASK_TOKENS = "mask_decoder.mask_tokens.weight"
+TOKENS = ("mask_decoder.mask_tokens.weight", "mask_decoder.hf_token.weight")
+"""(Q, 256) embeddings, of which the model may have another number than the checkpoint."""
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+"""The files of a folder of Hugging Face; the last one if the weights are in several files."""
 
 # ---- Loading -------------------------------------------------------------------------------------
 
-_ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages)\.")
+_ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages|trunk\.blocks)\.")
 # These tensors may be missing: the classification branch starts with random weights, and the
 # batch norms of a SAM encoder do not use their counters.
 _OPTIONAL = re.compile(r"mask_decoder\.class_head\.|num_batches_tracked$")
@@ -29,24 +38,24 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
 
     Args:
         model: a model with ``image_encoder``, ``prompt_encoder`` and ``mask_decoder``, whose
-            parameters have SAM's names.
-        path: an official ``.pth`` file, or the same tensors as ``.safetensors``.
+            parameters have the names of ``SamForSegmentation``.
+        path: an official ``.pth`` or ``.pt`` file, the same tensors as ``.safetensors``, or a
+            folder of Hugging Face with config.json and model.safetensors.
         name: the model's name in ``MODELS``.
 
     Returns:
         The tensors of the file that were not loaded or were resized, with their original values
-        and the model's names. ``sam_state_dict`` writes them back.
+        and the model's names. ``sam_state_dict`` and ``huggingface_files`` write them back.
 
     Raises:
         UserError: the file is missing, damaged, not a SAM checkpoint, or has the tensors of another
             model. The model is then unchanged.
     """
     path = Path(path)
-    tensors = _read(path)
-    if not any(key.startswith("image_encoder.") for key in tensors):
+    stored = _read_folder(path, name) if path.is_dir() else _read(path)
+    if not any(key.startswith(("image_encoder.", "vision_encoder.")) for key in stored):
         raise UserError(f"{path} holds no SAM checkpoint: it has no image_encoder weights")
-    if name == "mobile_sam":
-        tensors = {timm_name(key): value for key, value in tensors.items()}
+    tensors = _identified(path, stored, name)
     state = model.state_dict()
     fitted = {key: _fit(key, value, state) for key, value in tensors.items() if key in state}
     surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
@@ -78,11 +87,94 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"checkpoint {path} is truncated or is not a PyTorch state dict: {reason_of(error)}"
         ) from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):
+        tensors = tensors["model"]  # SAM 2 has it there
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
     ):
         raise UserError(f"checkpoint {path} is not a plain state dict of tensors")
     return tensors
+
+
+def _read_folder(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a folder of Hugging Face, under its names."""
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path} is no checkpoint of Hugging Face: it has no {CONFIG}")
+    config = read_json(path / CONFIG)
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    _check_kind(path, kind, name)
+    if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
+        return read_safetensors(path / WEIGHTS)
+    index = read_json(path / INDEX)
+    try:
+        files = sorted({str(file) for file in index["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / INDEX} lists no files with weights") from error
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if Path(file).name != file:
+            raise UserError(f"{path / INDEX} names {file!r}, which is no file beside it")
+        tensors |= read_safetensors(path / file)
+    return tensors
+
+
+def _check_kind(path: Path, kind: Any, name: str) -> None:
+    """Refuses a folder of another family than the model's."""
+    own = find_family(name)
+    if own.huggingface is not None and kind in own.huggingface.kinds:
+        return
+    families = [f for f in FAMILIES if f.huggingface is not None and kind in f.huggingface.kinds]
+    if families:
+        titles = " or ".join(family.title for family in families)
+        raise UserError(f"{path} holds {titles} (model_type {kind!r}), and --model says {name}")
+    known = dict.fromkeys(k for f in FAMILIES if f.huggingface for k in f.huggingface.kinds)
+    raise UserError(f"{path / CONFIG} has model_type {kind!r}, which is none of {', '.join(known)}")
+
+
+def _identified(path: Path, stored: Tensors, name: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the model's names.
+
+    Raises:
+        UserError: the checkpoint was made for another known model.
+    """
+    own = find_family(name)
+    tensors = _under_our_names(stored, own)
+    if tensors is not None and own.matches(name, tensors):
+        return _without_foreign(tensors, stored, own)
+    for family in FAMILIES:
+        theirs = _under_our_names(stored, family)
+        found = [n for n in family.models if theirs is not None and family.matches(n, theirs)]
+        if found:
+            raise UserError(
+                f"checkpoint {path} is {family.title} ({found[0]}), and --model says {name}; "
+                f"choose --model {found[0]}"
+            )
+    if tensors is None:
+        raise UserError(f"checkpoint {path} has Hugging Face's names, and {own.title} has none")
+    return _without_foreign(tensors, stored, own)
+
+
+def _huggingface(stored: Tensors) -> bool:
+    """Whether the names are Hugging Face's."""
+    return any(key.startswith("vision_encoder.") for key in stored)
+
+
+def _without_foreign(
+    tensors: dict[str, Tensor], stored: Tensors, family: Family
+) -> dict[str, Tensor]:
+    """Drops what Hugging Face's model of images lacks: no file that is written back needs it."""
+    if family.huggingface is None or not _huggingface(stored):
+        return tensors
+    foreign = re.compile(family.huggingface.foreign)
+    return {key: value for key, value in tensors.items() if not foreign.match(key)}
+
+
+def _under_our_names(stored: Tensors, family: Family) -> dict[str, Tensor] | None:
+    """The tensors under a family's names; None if they are Hugging Face's and it has no such
+    family."""
+    if not _huggingface(stored):
+        return {family.official.ours(key): value for key, value in stored.items()}
+    return None if family.huggingface is None else family.huggingface.to_ours(stored)
 
 
 def _fit(key: str, value: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -94,7 +186,7 @@ def _fit(key: str, value: Tensor, state: dict[str, Tensor]) -> Tensor:
         return _resize(value.permute(0, 3, 1, 2), wanted[1:3], "bicubic").permute(0, 2, 3, 1)
     if re.search(r"attn\.rel_pos_[hw]$", key) and value.shape[1] == wanted[1]:  # (2 size - 1, C)
         return _resize(value.T[None], wanted[:1], "linear")[0].T
-    if key == MASK_TOKENS and value.shape[1] == wanted[1]:  # (Q, 256)
+    if key in TOKENS and value.shape[1] == wanted[1]:  # (Q, 256)
         kept = min(value.shape[0], wanted[0])
         return torch.cat([value[:kept], state[key][kept:]])
     return value
@@ -136,7 +228,7 @@ def _check_complete(
 def sam_state_dict(
     state: dict[str, Tensor], left_out: dict[str, Tensor], name: str
 ) -> dict[str, Tensor]:
-    """Makes a state dict that ``segment_anything``, or MobileSAM, loads strictly.
+    """Makes a state dict that the model's original code loads strictly.
 
     Tensors with the same shape in the checkpoint and the model come from the model. The others come
     from the checkpoint: position embeddings of another image size, the IoU head, and the mask
@@ -149,6 +241,54 @@ def sam_state_dict(
         name: the model's name in ``MODELS``.
 
     Raises:
+        UserError: the model was not made from a SAM checkpoint, or that had no memory for videos.
+    """
+    family, whole = find_family(name), _whole(state, left_out)
+    elsewhere = family.elsewhere
+    if elsewhere is not None and not any(re.match(elsewhere, key) for key in left_out):
+        raise UserError(
+            f"the model was made from a checkpoint without {family.title}'s memory for videos, "
+            "which its original code needs; export to huggingface"
+        )
+    return {family.official.theirs(key): value for key, value in whole.items()}
+
+
+def huggingface_files(
+    state: dict[str, Tensor], left_out: dict[str, Tensor], name: str, image_size: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Makes what the transformers library loads without a missing tensor.
+
+    Args:
+        state: as in ``sam_state_dict``.
+        left_out: as in ``sam_state_dict``.
+        name: as in ``sam_state_dict``.
+        image_size: side of the model's images in pixels.
+
+    Returns:
+        The content of config.json, and the tensors under Hugging Face's names.
+
+    Raises:
+        UserError: the model was not made from a SAM checkpoint, or Hugging Face does not know it.
+    """
+    family = find_family(name)
+    theirs = family.huggingface
+    if theirs is None:
+        raise UserError(
+            f"Hugging Face's transformers has no {family.title}; export to safetensors, onnx or "
+            "torch-export"
+        )
+    whole = _whole(state, left_out)
+    positions = whole.get("image_encoder.pos_embed")  # (1, H, W, C) of the checkpoint
+    size = image_size if positions is None else PATCH_SIZE * positions.shape[1]
+    config = theirs.config(name, size)
+    header = {"architectures": [theirs.architecture], "model_type": theirs.kinds[0]}
+    return {**header, "dtype": "float32", **config}, theirs.to_theirs(whole)
+
+
+def _whole(state: dict[str, Tensor], left_out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a whole SAM under our names.
+
+    Raises:
         UserError: the model was not made from a SAM checkpoint.
     """
     if not any(key.startswith("mask_decoder.iou_prediction_head.") for key in left_out):
@@ -158,57 +298,9 @@ def sam_state_dict(
         )
     merged = {k: v for k, v in state.items() if not k.startswith("mask_decoder.class_head.")}
     merged |= left_out
-    if MASK_TOKENS in left_out:
-        own, original = state[MASK_TOKENS], left_out[MASK_TOKENS]  # (Q, 256)
-        kept = min(len(own), len(original))
-        merged[MASK_TOKENS] = torch.cat([own[:kept], original[kept:].to(own)])
-    if name == "mobile_sam":
-        merged = {mobile_sam_name(key): value for key, value in merged.items()}
+    for name in TOKENS:
+        if name in left_out:
+            own, original = state[name], left_out[name]  # (Q, 256)
+            kept = min(len(own), len(original))
+            merged[name] = torch.cat([own[:kept], original[kept:].to(own)])
     return merged
-
-
-# ---- MobileSAM's names ---------------------------------------------------------------------------
-
-_Renaming = list[tuple[str, str | Callable[[re.Match[str]], str]]]
-
-_TO_TIMM: _Renaming = [
-    (r"patch_embed\.seq\.0\.", "patch_embed.conv1."),
-    (r"patch_embed\.seq\.2\.", "patch_embed.conv2."),
-    # MobileSAM reduces the resolution at the end of a stage, timm at the start of the next one.
-    (
-        r"layers\.(\d)\.downsample\.",
-        lambda match: f"stages.{int(match.group(1)) + 1}.downsample.",
-    ),
-    (r"layers\.(\d)\.", r"stages.\1."),
-    (r"\.c\.weight$", ".conv.weight"),
-]
-
-_TO_MOBILE_SAM: _Renaming = [
-    (r"^patch_embed\.conv1\.", "patch_embed.seq.0."),
-    (r"^patch_embed\.conv2\.", "patch_embed.seq.2."),
-    (
-        r"^stages\.(\d)\.downsample\.",
-        lambda match: f"layers.{int(match.group(1)) - 1}.downsample.",
-    ),
-    (r"^stages\.(\d)\.", r"layers.\1."),
-    (r"\.conv\.weight$", ".c.weight"),
-]
-
-
-def timm_name(key: str) -> str:
-    """Converts a parameter name of MobileSAM to the name that timm's TinyViT uses."""
-    return _renamed(key, _TO_TIMM)
-
-
-def mobile_sam_name(key: str) -> str:
-    """Inverts ``timm_name``."""
-    return _renamed(key, _TO_MOBILE_SAM)
-
-
-def _renamed(key: str, renaming: _Renaming) -> str:
-    prefix, dot, rest = key.partition(".")
-    if prefix != "image_encoder":
-        return key
-    for pattern, replacement in renaming:
-        rest = re.sub(pattern, replacement, rest)
-    return prefix + dot + rest

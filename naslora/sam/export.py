@@ -23,15 +23,24 @@ from torch import Tensor, nn
 
 from naslora.adapter.modules import adapter_layers
 from naslora.errors import UserError
-from naslora.files import check_archive, disk_error, reason_of, replaced_file, write_tensors
-from naslora.sam.checkpoint import sam_state_dict
+from naslora.files import (
+    check_archive,
+    disk_error,
+    reason_of,
+    replaced_file,
+    replaced_folder,
+    write_tensors,
+    write_text,
+)
+from naslora.sam.checkpoint import CONFIG, WEIGHTS, huggingface_files, sam_state_dict
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
 
 # ---- What a file contains ------------------------------------------------------------------------
 
-Format = Literal["onnx", "safetensors", "torch-export"]
+Format = Literal["onnx", "safetensors", "torch-export", "huggingface"]
 Part = Literal["model", "encoder"]
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
+"""The endings of files; format huggingface writes a folder."""
 KEY = "naslora"
 """Key of the description in a file's metadata."""
 EXAMPLE_IMAGES = 2
@@ -95,7 +104,11 @@ class Scores(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Maps (B, 3, S, S) images in [0, 1] to the image embedding, (B, 256, S/16, S/16)."""
+    """Maps (B, 3, S, S) images in [0, 1] to what the image encoder returns.
+
+    That is the image embedding, (B, 256, S/16, S/16), or a tuple of it and of the further maps that
+    the family's decoder takes.
+    """
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -106,7 +119,7 @@ class Embedding(nn.Module):
         self.register_buffer("pixel_mean", model.pixel_mean)
         self.register_buffer("pixel_std", model.pixel_std)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.encoder((images - self.pixel_mean) / self.pixel_std)
 
 
@@ -124,15 +137,17 @@ def export(
     Args:
         model: a model without adapters: merged, or never adapted.
         description: the description of the model. Its ``part`` selects what is exported.
-        file_format: "safetensors": the state dict of the SAM, or MobileSAM, that the model was
-            made from. "onnx", "torch-export": a graph that maps images to the class map, or to the
-            image embedding. It accepts one image size and
-            batch sizes up to ``MOST_IMAGES``.
-        path: the file; its suffix must be that of the format.
+        file_format: "safetensors": the state dict of the SAM that the model was made from, under
+            the names of its original code. "huggingface": the same as a folder that the
+            transformers library loads. "onnx", "torch-export": a graph that maps images to the
+            class map, or to what the image encoder returns. It accepts one image size and batch
+            sizes up to ``MOST_IMAGES``.
+        path: the file; its suffix must be that of the format. For "huggingface" the folder, new or
+            empty.
 
     Raises:
         UserError: the model has adapters, the format cannot store the model, the suffix is wrong,
-            or a package is missing.
+            the folder is not empty, or a package is missing.
     """
     if file_format not in get_args(Format):
         names = ", ".join(get_args(Format))
@@ -140,6 +155,9 @@ def export(
     adapted = next(adapter_layers(model), None)
     if adapted is not None:
         raise UserError(f"the model is not merged: {adapted[0]} has an adapter; merge it first")
+    if file_format == "huggingface":
+        _write_folder(model, description, path)
+        return
     if path.suffix != SUFFIXES[file_format]:
         raise UserError(f"{path} must end in {SUFFIXES[file_format]} for format {file_format}")
     if file_format == "safetensors":
@@ -151,15 +169,29 @@ def export(
         (_write_onnx if file_format == "onnx" else _write_program)(program, description, path)
 
 
+def _write_folder(model: SamForSegmentation, description: Description, path: Path) -> None:
+    """Writes a folder of Hugging Face, which appears when all its files are written."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty; choose another --output")
+    _check_layers(model, description)
+    config, tensors = huggingface_files(
+        model.state_dict(), model.left_out, description.model, description.image_size
+    )
+    metadata = {"format": "pt", KEY: description.to_json()}  # transformers asks for the first
+    with replaced_folder(path) as folder:
+        write_tensors(folder / WEIGHTS, tensors, metadata)
+        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
 def _write_state_dict(model: SamForSegmentation, description: Description, path: Path) -> None:
-    if description.part == "encoder":
-        raise UserError("a SAM state dict contains the whole model; export the part 'model'")
     _check_layers(model, description)
     state = sam_state_dict(model.state_dict(), model.left_out, description.model)
     write_tensors(path, state, {KEY: description.to_json()})
 
 
 def _check_layers(model: SamForSegmentation, description: Description) -> None:
+    if description.part == "encoder":
+        raise UserError("a SAM state dict contains the whole model; export the part 'model'")
     with torch.device("meta"):
         plain = SamForSegmentation(
             description.model, description.image_size, description.num_classes
@@ -167,8 +199,8 @@ def _check_layers(model: SamForSegmentation, description: Description) -> None:
     extra = sorted(model.state_dict().keys() - plain.state_dict().keys())
     if extra:
         raise UserError(
-            f"SAM has no {extra[0]}: merge with mode center or calibrated, or export to onnx or "
-            "torch-export"
+            f"{model.family.title} has no {extra[0]}: merge with mode center or calibrated, or "
+            "export to onnx or torch-export"
         )
 
 
@@ -189,7 +221,7 @@ def _write_onnx(
             program,
             dynamo=True,
             input_names=["images"],
-            output_names=["scores" if description.part == "model" else "embedding"],
+            output_names=_outputs(program, description.part),
         )
     assert converted is not None  # it is None without dynamo only
     converted.model.metadata_props[KEY] = description.to_json()
@@ -200,6 +232,14 @@ def _write_onnx(
     with replaced_file(path) as temporary:
         converted.save(temporary, external_data=False)
         _append_checksum(temporary)
+
+
+def _outputs(program: torch.export.ExportedProgram, part: Part) -> list[str]:
+    """The names of a graph's outputs."""
+    if part == "model":
+        return ["scores"]
+    further = range(1, len(program.graph_signature.user_outputs))
+    return ["embedding", *(f"features_{i}" for i in further)]
 
 
 def _write_two_files(converted: Any, path: Path) -> None:

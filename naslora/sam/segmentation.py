@@ -5,16 +5,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import TwoWayTransformer
-from segment_anything.modeling.common import LayerNorm2d
-from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
 from naslora.adapter.frozen_norms import keep_frozen
 from naslora.errors import UserError
 from naslora.sam.attention import Attention, fuse_attention
 from naslora.sam.checkpoint import load_sam_checkpoint
-from naslora.sam.encoders import EMBED_DIM, build_image_encoder, build_prompt_encoder
+from naslora.sam.encoders import build_image_encoder, build_prompt_encoder
+from naslora.sam.families import find_family
+from naslora.sam.family import Family
 
 # SAM's encoders expect images that are normalised by the mean and standard deviation of ImageNet.
 # The values are for images in [0, 1].
@@ -64,62 +63,6 @@ def labels_of(class_map: Tensor) -> Tensor:
     return (class_map[:, 0] > 0.5).long() if class_map.shape[1] == 1 else class_map.argmax(1)
 
 
-class SegmentationDecoder(nn.Module):
-    """SAM's mask decoder for semantic segmentation. Its parameters have SAM's names.
-
-    It has no IoU head. Binary: one mask token with one hypernetwork. Several classes: the mask
-    tokens share one hypernetwork, and ``class_head`` classifies them.
-
-    Args:
-        num_classes: 1 if binary, else K.
-        num_tokens: number Q of mask tokens.
-    """
-
-    def __init__(self, num_classes: int, num_tokens: int) -> None:
-        super().__init__()
-        self.transformer = TwoWayTransformer(
-            depth=2, embedding_dim=EMBED_DIM, mlp_dim=2048, num_heads=8
-        )
-        self.iou_token = nn.Embedding(1, EMBED_DIM)
-        self.mask_tokens = nn.Embedding(num_tokens, EMBED_DIM)
-        self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(EMBED_DIM, EMBED_DIM // 4, kernel_size=2, stride=2),
-            LayerNorm2d(EMBED_DIM // 4),
-            nn.GELU(),
-            nn.ConvTranspose2d(EMBED_DIM // 4, EMBED_DIM // 8, kernel_size=2, stride=2),
-            nn.GELU(),
-        )
-        self.output_hypernetworks_mlps = nn.ModuleList(
-            [MLP(EMBED_DIM, EMBED_DIM, EMBED_DIM // 8, num_layers=3)]
-        )
-        self.class_head = nn.Linear(EMBED_DIM, num_classes + 1) if num_classes > 1 else None
-
-    def forward(
-        self, embedding: Tensor, positions: Tensor, dense_prompt: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Predicts masks and classes.
-
-        Args:
-            embedding: (B, 256, g, g) image embedding.
-            positions: (1, 256, g, g) positional encoding of its tokens.
-            dense_prompt: (1, 256, 1, 1) no-mask embedding.
-
-        Returns:
-            (B, Q, 4g, 4g) mask logits, and (B, Q, K + 1) class logits, None if binary.
-        """
-        batch, channels, height, width = embedding.shape
-        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = tokens.expand(batch, -1, -1)  # (B, 1 + Q, 256)
-        positions = positions.expand(batch, -1, -1, -1)
-        tokens, source = self.transformer(embedding + dense_prompt, positions, tokens)
-        tokens = tokens[:, 1:]  # (B, Q, 256)
-        source = source.transpose(1, 2).reshape(batch, channels, height, width)
-        upscaled = self.output_upscaling(source)  # (B, 32, 4g, 4g)
-        weights = self.output_hypernetworks_mlps[0](tokens)  # (B, Q, 32)
-        masks = torch.einsum("bqc,bchw->bqhw", weights, upscaled)
-        return masks, None if self.class_head is None else self.class_head(tokens)
-
-
 class SamForSegmentation(nn.Module):
     """SAM without prompts from a user. Only the mask decoder is trainable.
 
@@ -127,11 +70,12 @@ class SamForSegmentation(nn.Module):
 
     Args:
         name: one of ``naslora.sam.encoders.MODELS``.
-        image_size: side S of the square images in pixels, a positive multiple of 16.
+        image_size: side S of the square images in pixels, as in ``build_image_encoder``.
         num_classes: 1 for binary segmentation, else K, with the background as class 0.
         num_tokens: number of mask tokens for several classes; None uses 10, or K if K > 10.
 
     Attributes:
+        name: the argument.
         left_out: tensors of the SAM checkpoint that the model lacks or has in another size, for
             ``sam_state_dict``.
 
@@ -157,16 +101,23 @@ class SamForSegmentation(nn.Module):
             raise UserError(
                 f"num_tokens must be at least num_classes, {num_classes}, got {num_tokens}"
             )
+        self.name = name
         self.image_size = image_size
         self.num_classes = num_classes
         self.left_out: dict[str, Tensor] = {}
         self.image_encoder = build_image_encoder(name, image_size).requires_grad_(False)
         keep_frozen(self.image_encoder)
         self.prompt_encoder = build_prompt_encoder(image_size).requires_grad_(False)
-        self.mask_decoder = SegmentationDecoder(num_classes, num_tokens if num_classes > 1 else 1)
+        tokens = num_tokens if num_classes > 1 else 1
+        self.mask_decoder = self.family.build_decoder(name, num_classes, tokens)
         mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
+
+    @property
+    def family(self) -> Family:
+        """The family of SAMs that the model belongs to."""
+        return find_family(self.name)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Segments (B, 3, S, S) RGB images in [0, 1].
@@ -178,10 +129,11 @@ class SamForSegmentation(nn.Module):
         if images.dim() != 4 or images.shape[1:] != (3, *size):
             expected = f"(B, 3, {size[0]}, {size[1]})"
             raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
-        embedding = self.image_encoder((images - self.pixel_mean) / self.pixel_std)
+        encoded = self.image_encoder((images - self.pixel_mean) / self.pixel_std)
+        embedding, *features = (encoded,) if isinstance(encoded, Tensor) else encoded
         positions = self.prompt_encoder.get_dense_pe()
         no_mask = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        masks, classes = self.mask_decoder(embedding, positions, no_mask)
+        masks, classes = self.mask_decoder(embedding, positions, no_mask, *features)
         masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
         return SegmentationOutput(masks, classes)
 
@@ -200,9 +152,10 @@ def build_model(
         name: as in ``SamForSegmentation``.
         image_size: as in ``SamForSegmentation``.
         num_classes: as in ``SamForSegmentation``.
-        checkpoint: a SAM checkpoint, ``.pth`` or ``.safetensors``; None keeps random weights.
+        checkpoint: as ``path`` of ``load_sam_checkpoint``; None keeps random weights.
         seed: seed of the random weights. The global random state is not changed.
-        attention: "fused" calls ``fuse_attention`` for the image encoder.
+        attention: "fused" calls ``fuse_attention`` for the image encoder of a family that gains
+            from it.
 
     Raises:
         UserError: as ``SamForSegmentation`` and ``load_sam_checkpoint``.
@@ -212,7 +165,7 @@ def build_model(
         model = SamForSegmentation(name, image_size, num_classes)
     if checkpoint is not None:
         model.left_out = load_sam_checkpoint(model, checkpoint, name)
-    if attention == "fused":
+    if attention == "fused" and model.family.fuses:
         fuse_attention(model.image_encoder)
     return model
 

@@ -39,7 +39,7 @@ def block_statistics(
     to them.
 
     Args:
-        encoder: a plain ViT of SAM, or MobileSAM's TinyViT; adapted or not.
+        encoder: a plain ViT of SAM, MobileSAM's TinyViT, or SAM 2's Hiera; adapted or not.
         images: (B, 3, S, S) normalised batches, as the encoder takes them.
         image_size: S in pixels.
 
@@ -59,7 +59,9 @@ def block_statistics(
 
         def before_attention(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             found = attention_distances(attention, inputs[0])  # (B * windows, h, w)
-            found = _without_padding(found, block.window_size, grids[i])
+            step, (height, width) = _step(attention), grids[i]
+            queries = height // step, width // step
+            found = _without_padding(found, _side(block.window_size) // step, queries)
             distances[i].add(found * image_size / grids[i][0])
 
         def after_block(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -83,7 +85,7 @@ def block_statistics(
             "those of the image"
         )
     return [
-        BlockStatistics(i + 1, block.window_size or None, distance.value, amplitude.value)
+        BlockStatistics(i + 1, _side(block.window_size) or None, distance.value, amplitude.value)
         for i, (block, distance, amplitude) in enumerate(
             zip(blocks, distances, amplitudes, strict=True)
         )
@@ -107,8 +109,9 @@ class _Mean:
 
 def _blocks(encoder: Any) -> list[Any]:
     """The transformer blocks: modules of segment_anything or of timm."""
-    if is_plain_vit(encoder):
-        return list(encoder.blocks)
+    for module in (encoder, getattr(encoder, "trunk", encoder)):  # SAM 2 has a trunk
+        if is_plain_vit(module):
+            return list(module.blocks)
     stages: list[Any] = tiny_vit_stages(encoder)
     blocks = [block for stage in stages for block in stage.blocks]
     if not blocks:
@@ -120,11 +123,13 @@ def attention_distances(attention: Any, x: Tensor) -> Tensor:
     """Attention distance of each query: sum_k attention_qk |position_q - position_k|.
 
     Args:
-        attention: attention module of segment_anything, or of timm's TinyViT.
+        attention: attention module of segment_anything, of timm's TinyViT, or of timm's Hiera.
         x: its input, (B, h, w, C), or (B, h * w, C) with h = w.
 
     Returns:
-        (B, h, w) float32 distances in tokens, mean over the heads.
+        (B, h, w) float32 distances in tokens of the keys, mean over the heads. Hiera pools the
+        queries at the start of a stage: then (B, h / 2, w / 2). A pooled query is in the middle of
+        its four tokens.
     """
     batch = x.shape[0]
     h, w = x.shape[1:3] if x.dim() == 4 else attention.resolution
@@ -132,16 +137,19 @@ def attention_distances(attention: Any, x: Tensor) -> Tensor:
         q, k = _plain_queries_and_keys(attention, x)
     else:
         q, k = _tiny_queries_and_keys(attention, x)
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()], 1).to(x.device, torch.float32)
-    away = torch.cdist(places, places)  # (N, N)
-    distance = x.new_zeros(batch, h * w, dtype=torch.float32)
+    step = _step(attention)
+    if step > 1:
+        q = _pooled(attention, q, (h, w))
+    keys = _places(h, w, x.device)
+    queries = step * _places(h // step, w // step, x.device) + (step - 1) / 2
+    away = torch.cdist(queries, keys)  # (M, N)
+    distance = x.new_zeros(batch, len(queries), dtype=torch.float32)
     heads = q.shape[1]
     for head in range(heads):  # one at a time: all heads of a global block would take gigabytes
-        logits = q[:, head] @ k[:, head].transpose(-2, -1)  # (B, N, N)
+        logits = q[:, head] @ k[:, head].transpose(-2, -1)  # (B, M, N)
         if x.dim() == 3:
             logits = logits + attention.get_attention_biases(x.device)[head]
-        elif attention.use_rel_pos:
+        elif getattr(attention, "use_rel_pos", False):
             logits = add_decomposed_rel_pos(
                 logits,
                 q[:, head] / attention.scale,
@@ -151,7 +159,29 @@ def attention_distances(attention: Any, x: Tensor) -> Tensor:
                 (h, w),
             )
         distance += (logits.float().softmax(-1) * away).sum(-1) / heads
-    return distance.view(batch, h, w)
+    return distance.view(batch, h // step, w // step)
+
+
+def _places(h: int, w: int, device: torch.device) -> Tensor:
+    """(h * w, 2) float32 rows and columns."""
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack([rows.flatten(), columns.flatten()], 1).to(device, torch.float32)
+
+
+def _pooled(attention: Any, q: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Queries (B, heads, h * w, d) to those that Hiera pools, (B, heads, h * w / 4, d)."""
+    maps = q.transpose(2, 3).flatten(1, 2).unflatten(2, grid)  # (B, heads * d, h, w)
+    return attention.q_pool(maps).flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)
+
+
+def _side(window: int | tuple[int, int]) -> int:
+    """The side of a square window; 0 is none. timm's Hiera gives two equal sides."""
+    return window if isinstance(window, int) else window[0]
+
+
+def _step(attention: Any) -> int:
+    """Tokens along an axis for one query: 2 where Hiera pools the queries, else 1."""
+    return 1 if getattr(attention, "q_pool", None) is None else 2
 
 
 def _plain_queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:

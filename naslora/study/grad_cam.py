@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from naslora.sam.encoders import transformer_blocks
 from naslora.sam.segmentation import SamForSegmentation
 
 
@@ -34,8 +35,7 @@ def heat_map(model: SamForSegmentation, image: Tensor, mask: Tensor) -> np.ndarr
     """
     from pytorch_grad_cam import GradCAM  # this import takes seconds
 
-    encoder: Any = model.image_encoder
-    last = encoder.blocks[-1] if hasattr(encoder, "blocks") else encoder.stages[-1].blocks[-1]
+    last = transformer_blocks(model.image_encoder)[-1]
 
     def target(scores: Tensor) -> Tensor:
         labels = mask.to(scores.device)
@@ -45,7 +45,10 @@ def heat_map(model: SamForSegmentation, image: Tensor, mask: Tensor) -> np.ndarr
 
     # The encoder is frozen, so gradients reach its last block only on the way to the image.
     images = image[None].to(next(model.parameters()).device).requires_grad_(True)
-    layers = {"target_layers": [last], "reshape_transform": lambda x: x.permute(0, 3, 1, 2)}
+    layers: dict[str, Any] = {
+        "target_layers": [last],
+        "reshape_transform": lambda x: x.permute(0, 3, 1, 2),
+    }
     with GradCAM(_Foreground(model.eval()), **layers) as cam:
         heat = cam(images, [target])[0]
     model.zero_grad(set_to_none=True)

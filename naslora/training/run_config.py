@@ -41,11 +41,14 @@ class RunConfig:
     cache: Path | None = None
     """Folder that keeps decoded, resized images for later epochs and runs."""
     model: str = "vit_b"
-    """vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM) or vit_t (small, trains on a CPU)."""
+    """vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM), vit_t (small, trains on a CPU), sam_hq_b,
+    sam_hq_l, sam_hq_h, sam_hq_tiny (SAM-HQ), sam2.1_t, sam2.1_s, sam2.1_b+, sam2.1_l (SAM 2.1), or
+    the same with sam2_ (SAM 2)."""
     checkpoint: Path | None = None
-    """Pre-trained SAM checkpoint (.pth or .safetensors); without one the encoder is random."""
+    """Pre-trained SAM checkpoint: an official .pth or .pt file, the same as .safetensors, or a
+    folder of Hugging Face; without one the encoder is random."""
     image_size: int = 1024
-    """Side to which images are resized, in pixels; a multiple of 16."""
+    """Side to which images are resized, in pixels; a multiple of 16, for SAM 2 of 32."""
     num_classes: int = 1
     """1 for binary masks, else the number of classes, the background (0) included. The paper's data
     sets set it themselves."""
@@ -65,7 +68,8 @@ class RunConfig:
     `--channel-ratio 0`."""
     attention: Attention = "fused"
     """Computation of the image encoder's attention: `fused`, which takes less time and memory, or
-    `stock`, the code of segment_anything and timm. The results are equal up to rounding."""
+    `stock`, the code of segment_anything and timm. The results are equal up to rounding. SAM 2 has
+    no such bias as `fused` is for: it keeps the stock code."""
     adapter: NASLoRAConfig = field(default_factory=NASLoRAConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 

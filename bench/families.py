@@ -1,0 +1,293 @@
+"""The table of families in docs/families.md: ``python -m bench.families`` prints it.
+
+Every cell is the outcome of a check on a small random model. ``tests/test_family_table.py`` fails
+if the page says something else.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from naslora import NASLoRAConfig, inject, load_adapter, merge, save_adapter
+from naslora.adapter.modules import adapter_layers
+from naslora.errors import UserError
+from naslora.sam.attention import fuse_attention, unfuse_attention
+from naslora.sam.families import sam2, sam_hq
+from naslora.sam.families.mobile_sam import TinyViTEncoder
+from naslora.sam.families.sam import ViT, build_vit
+
+ATTENTION = NASLoRAConfig.target
+SEPARATE = r"attention\.(q|k|v)_proj$"
+VIT = ViT(32, 2, 2, (1,))
+HIERA = sam2.Hiera(16, 1, (1, 2, 3, 1), (4,))
+HEAD = ("family", "`target`", "layers see", "`prefix_tokens`", "same outputs", "gradients")
+HEAD += ("save, load", "merge", "not square", "bf16", "attention")
+
+
+@dataclass(frozen=True)
+class Host:
+    """An encoder to adapt."""
+
+    title: str
+    build: Callable[[int, int], nn.Module]
+    """Maps height and width of the images to a small random encoder."""
+    target: str = ATTENTION
+    prefix: int = 0
+    size: tuple[int, int] = (64, 64)
+    oblong: tuple[int, int] = (64, 96)
+    later: int = 0
+    """Prefix tokens that the last block has beside."""
+
+
+def sam(height: int, width: int) -> nn.Module:
+    encoder = build_vit(VIT, 64)
+    grid = height // 16, width // 16
+    encoder.pos_embed = nn.Parameter(torch.randn(1, *grid, VIT.width))
+    return encoder
+
+
+def sam_hq_vit(height: int, width: int) -> nn.Module:
+    encoder = build_vit(VIT, 64, sam_hq.HQViT)
+    encoder.pos_embed = nn.Parameter(torch.randn(1, height // 16, width // 16, VIT.width))
+    return encoder
+
+
+def transformers_model(kind: str, config: str, **values: Any) -> nn.Module:
+    import transformers
+
+    return getattr(transformers, kind)(getattr(transformers, config)(**values))
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def hugging_face_sam(kind: str) -> Callable[[int, int], nn.Module]:
+    def build(height: int, width: int) -> nn.Module:
+        values = {"image_size": height, "mlp_dim": 64, "global_attn_indexes": [1]}
+        model = transformers_model(f"{kind}VisionModel", f"{kind}VisionConfig", **SMALL, **values)
+        encoder: Any = model.vision_encoder
+        encoder.pos_embed = nn.Parameter(torch.randn(1, height // 16, width // 16, 32))
+        encoder.patch_embed.image_size = (height, width)
+        return model
+
+    return build
+
+
+def hugging_face_sam2(height: int, width: int) -> nn.Module:
+    import transformers
+
+    values = sam2.HUGGINGFACE.config("sam2.1_t", 64)["vision_config"]["backbone_config"]
+    del values["model_type"]
+    values |= {"hidden_size": 16, "blocks_per_stage": [1, 2, 3, 1]}
+    values |= {"embed_dim_per_stage": [16, 32, 64, 128], "global_attention_blocks": [4]}
+    return transformers.Sam2HieraDetModel(transformers.Sam2HieraDetConfig(**values))
+
+
+def sam3(height: int, width: int) -> nn.Module:
+    values = {"image_size": height, "patch_size": 16, "intermediate_size": 64}
+    values |= {"window_size": 2, "global_attn_indexes": [1], "pretrain_image_size": 64}
+    return transformers_model("Sam3ViTModel", "Sam3ViTConfig", **SMALL, **values)
+
+
+def dinov2(height: int, width: int) -> nn.Module:
+    values = {"image_size": (height, width), "patch_size": 16}
+    names = "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"
+    return transformers_model(*names, **SMALL, **values)
+
+
+def dinov3(height: int, width: int) -> nn.Module:
+    values = {"image_size": (height, width), "num_register_tokens": 4, "intermediate_size": 64}
+    return transformers_model("DINOv3ViTModel", "DINOv3ViTConfig", **SMALL, **values)
+
+
+def eomt(height: int, width: int) -> nn.Module:
+    values = {"image_size": height, "num_register_tokens": 4, "num_blocks": 1, "num_queries": 7}
+    values |= {"num_labels": 2}
+    return transformers_model("EomtForUniversalSegmentation", "EomtConfig", **SMALL, **values)
+
+
+def timm_vit(height: int, width: int) -> nn.Module:
+    values = {"img_size": (height, width), "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_small_patch16_dinov3", num_classes=0, **values)
+
+
+HOSTS = (
+    Host("SAM (`vit_*`)", sam),
+    Host("MobileSAM (`mobile_sam`)", lambda height, width: TinyViTEncoder()),
+    Host("SAM-HQ (`sam_hq_*`)", sam_hq_vit),
+    Host("Light HQ-SAM (`sam_hq_tiny`)", lambda height, width: sam_hq.HQTinyViT()),
+    Host("SAM 2, 2.1 (`sam2_*`, `sam2.1_*`)", lambda height, width: sam2.HieraEncoder(HIERA)),
+    Host("SamModel of transformers", hugging_face_sam("Sam")),
+    Host("SamHQModel of transformers", hugging_face_sam("SamHQ")),
+    Host("Sam2Model of transformers", hugging_face_sam2),
+    Host("Sam3 of transformers", sam3, SEPARATE),
+    Host("DINOv2 of transformers", dinov2, SEPARATE, 5),
+    Host("DINOv3 of transformers", dinov3, SEPARATE, 5),
+    Host("EoMT of transformers", eomt, SEPARATE, 5, later=7),
+    Host("ViTs of timm", timm_vit, ATTENTION, 5),
+)
+
+
+def first(output: Any) -> Tensor:
+    """The first tensor of what an encoder returns."""
+    while not isinstance(output, Tensor):
+        output = (
+            next(value for value in output.values()) if hasattr(output, "values") else output[0]
+        )
+    return output
+
+
+def adapted(host: Host, size: tuple[int, int], change: bool = True) -> nn.Module:
+    """The host with adapters; ``change`` makes them add something."""
+    torch.manual_seed(0)
+    model = host.build(*size).eval()
+    inject(model, NASLoRAConfig(target=host.target, prefix_tokens=host.prefix))
+    prepare(host, model, change)
+    return model
+
+
+def prepare(host: Host, model: nn.Module, change: bool) -> None:
+    layers = dict(adapter_layers(model))
+    last = max(int(part) for name in layers for part in name.split(".") if part.isdigit())
+    generator = torch.Generator().manual_seed(1)
+    for name, layer in layers.items():
+        layer.prefix_tokens += host.later if f".{last}." in f".{name}" else 0
+        if change:
+            nn.init.normal_(layer.lora_B, std=0.02, generator=generator)
+
+
+def images(size: tuple[int, int]) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+
+
+def row(host: Host) -> list[str]:
+    """Runs all checks of one host."""
+    x = images(host.size)
+    return [
+        host.title,
+        f"`{host.target}`".replace("|", "\\|"),
+        seen(host, x),
+        str(host.prefix) + (f", {host.prefix + host.later} in the last" if host.later else ""),
+        same_outputs(host, x),
+        yes(gradients(adapted(host, host.size), x)),
+        yes(saves(host, x)),
+        ", ".join(merges(host, x)),
+        yes(takes(lambda: first(adapted(host, host.oblong)(images(host.oblong))))),
+        yes(half(host, x)),
+        attention(host),
+    ]
+
+
+def yes(outcome: bool) -> str:
+    return "yes" if outcome else "no"
+
+
+def seen(host: Host, x: Tensor) -> str:
+    """The layout of the inputs of the adapted layers."""
+    model, found = adapted(host, host.size), set()
+    for _, layer in adapter_layers(model):
+        layer.register_forward_pre_hook(lambda module, inputs: found.add(inputs[0].dim()))
+    model(x)
+    return " and ".join({4: "(B, H, W, C)", 3: "(B, N, C)"}[dim] for dim in sorted(found))
+
+
+def same_outputs(host: Host, x: Tensor) -> str:
+    """Whether fresh adapters leave the output as it was."""
+    torch.manual_seed(0)
+    before = first(host.build(*host.size).eval()(x))
+    after = first(adapted(host, host.size, change=False)(x))
+    if torch.equal(before, after):
+        return "bit-equal"
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    return "to rounding"
+
+
+def gradients(model: nn.Module, x: Tensor) -> bool:
+    """Whether every parameter of every adapter gets a gradient."""
+    first(model(x)).float().square().mean().backward()
+    return all(
+        parameter.grad is not None and bool(parameter.grad.isfinite().all())
+        for _, layer in adapter_layers(model)
+        for parameter in layer.parameters()
+        if parameter.requires_grad
+    )
+
+
+@torch.no_grad()
+def saves(host: Host, x: Tensor) -> bool:
+    """Whether a saved adapter gives the same bits in a fresh model."""
+    model = adapted(host, host.size)
+    torch.manual_seed(0)
+    fresh = host.build(*host.size).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, Path(folder))
+        load_adapter(fresh, Path(folder))
+    prepare(host, fresh, change=False)
+    return torch.equal(first(fresh(x)), first(model(x)))
+
+
+@torch.no_grad()
+def merges(host: Host, x: Tensor) -> Iterator[str]:
+    """The modes that work. The exact one must keep the output."""
+    model = adapted(host, host.size)
+    for _, layer in adapter_layers(model):
+        layer.lora_B *= 0.1  # the lossy modes must not run away on random weights
+    before = first(model(x))
+    batches = [torch.randn(16, *x.shape[1:]) for _ in range(2)]
+    for mode in ("exact", "center", "calibrated"):
+        merged = copy.deepcopy(model)
+        try:
+            merge(merged, mode, batches if mode == "calibrated" else None)
+        except UserError as error:
+            if "give more images" not in str(error):
+                raise
+            merge(merged, mode, [torch.randn(48, *x.shape[1:]) for _ in range(8)])
+        after = first(merged(x))
+        assert after.isfinite().all()
+        if mode == "exact":
+            torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+        yield mode
+
+
+def takes(compute: Callable[[], Tensor]) -> bool:
+    try:
+        return bool(compute().isfinite().all())
+    except (ValueError, RuntimeError, AssertionError):
+        return False
+
+
+def half(host: Host, x: Tensor) -> bool:
+    """Whether bfloat16 weights give finite outputs and gradients."""
+    model = adapted(host, host.size).bfloat16()
+    return gradients(model, x.bfloat16())
+
+
+def attention(host: Host) -> str:
+    """Whether ``fuse_attention`` knows the encoder, and gives the same output if it does."""
+    x = images(host.size)
+    model = adapted(host, host.size)
+    before = first(model(x))
+    try:
+        fuse_attention(model)
+    except UserError:
+        return "stock"
+    torch.testing.assert_close(first(model(x)), before, rtol=1e-3, atol=1e-3)
+    unfuse_attention(model)
+    return "fused"
+
+
+def table() -> str:
+    """The whole table in Markdown."""
+    rows = [HEAD, ["--"] * len(HEAD), *map(row, HOSTS)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,28 @@
+"""The families of SAMs. A family's file holds all that naslora knows of it."""
+
+from naslora.errors import UserError
+from naslora.sam.families import mobile_sam, sam, sam2, sam_hq
+from naslora.sam.family import Family
+
+FAMILIES = (
+    sam.FAMILY,
+    mobile_sam.FAMILY,
+    sam_hq.FAMILY,
+    sam_hq.LIGHT,
+    sam2.FAMILY,
+    sam2.FAMILY_21,
+)
+MODELS = tuple(name for family in FAMILIES for name in family.models)
+"""The names for ``--model``."""
+
+
+def find_family(name: str) -> Family:
+    """The family of a model.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    for family in FAMILIES:
+        if name in family.models:
+            return family
+    raise UserError(f"model must be one of {', '.join(MODELS)}, got {name!r}")

@@ -1,0 +1,122 @@
+"""SAM: the plain ViTs of segment_anything, and ``vit_t``, a small one that trains on a CPU."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+from segment_anything.modeling import ImageEncoderViT
+from torch import nn
+
+from naslora.sam.decoder import EMBED_DIM, SegmentationDecoder
+from naslora.sam.family import PATCH_SIZE, Family, depth_of
+from naslora.sam.naming import (
+    PLAIN_VIT,
+    PROMPTS_AND_DECODER,
+    HuggingFace,
+    Tensors,
+    by_prefix,
+    same_names,
+)
+
+
+class ViT(NamedTuple):
+    """Size of a plain ViT encoder."""
+
+    width: int
+    """Channels of a token."""
+    depth: int
+    """Number of transformer blocks."""
+    heads: int
+    """Number of attention heads in a block."""
+    global_blocks: tuple[int, ...]
+    """Indices of the blocks with global attention. The others use windows of 14 x 14 tokens."""
+
+
+VITS: dict[str, ViT] = {
+    "vit_t": ViT(192, 12, 3, (2, 5, 8, 11)),
+    "vit_b": ViT(768, 12, 12, (2, 5, 8, 11)),
+    "vit_l": ViT(1024, 24, 16, (5, 11, 17, 23)),
+    "vit_h": ViT(1280, 32, 16, (7, 15, 23, 31)),
+}
+HQ_TOKENS = ("mask_decoder.hf_token.weight", "mask_decoder.hq_token.weight")
+"""What SAM-HQ has beside SAM: the official name, and Hugging Face's."""
+COPIES = {
+    "shared_image_embedding.positional_embedding": (
+        "prompt_encoder.shared_embedding.positional_embedding"
+    )
+}
+"""Hugging Face stores the positional encoding twice."""
+
+
+def build_vit(
+    size: ViT, image_size: int, kind: type[ImageEncoderViT] = ImageEncoderViT
+) -> ImageEncoderViT:
+    """Builds a plain ViT with random weights.
+
+    Args:
+        size: its size.
+        image_size: side of the images in pixels, a multiple of 16.
+        kind: the class of the encoder.
+    """
+    encoder = kind(
+        img_size=image_size,
+        patch_size=PATCH_SIZE,
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.heads,
+        mlp_ratio=4,
+        out_chans=EMBED_DIM,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=size.global_blocks,
+    )
+    # SAM starts with zeros, because a checkpoint replaces them. Random weights must train, too.
+    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+    return encoder
+
+
+def vit_matches(size: ViT, tensors: Tensors) -> bool:
+    """Whether a checkpoint has a plain ViT of a size."""
+    positions = tensors.get("image_encoder.pos_embed")  # (1, H, W, C)
+    width = None if positions is None else positions.shape[-1]
+    return (width, depth_of(tensors, "image_encoder.blocks.")) == (size.width, size.depth)
+
+
+def vit_config(kind: str, size: ViT, image_size: int) -> dict[str, Any]:
+    """Hugging Face's configuration of a SAM with a plain ViT.
+
+    Args:
+        kind: the start of its parts' ``model_type``.
+        size: the size of its encoder.
+        image_size: side of the images in pixels.
+    """
+    vision = {
+        "model_type": f"{kind}_vision_model",
+        "hidden_size": size.width,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.heads,
+        "mlp_dim": 4 * size.width,
+        "global_attn_indexes": list(size.global_blocks),
+        "image_size": image_size,
+    }
+    return {"vision_config": vision, "prompt_encoder_config": {"image_size": image_size}}
+
+
+FAMILY = Family(
+    title="SAM",
+    models=VITS,
+    build_encoder=lambda name, image_size: build_vit(VITS[name], image_size),
+    build_decoder=lambda name, classes, tokens: SegmentationDecoder(classes, tokens),
+    official=same_names(),
+    matches=lambda name, tensors: (
+        vit_matches(VITS[name], tensors) and not any(token in tensors for token in HQ_TOKENS)
+    ),
+    huggingface=HuggingFace(
+        architecture="SamModel",
+        kinds=("sam",),
+        naming=by_prefix(*PROMPTS_AND_DECODER, *PLAIN_VIT),
+        config=lambda name, image_size: vit_config("sam", VITS[name], image_size),
+        copies=COPIES,
+    ),
+)

@@ -1,0 +1,493 @@
+"""SAM-HQ, SAM 2 and Hugging Face's folders, against the transformers library."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from adapted_models import randomize
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sam_families import (
+    CLASSES,
+    SMALL,
+    our_masks,
+    pixels,
+    randomize_all,
+    reference,
+    small_models,
+    their_masks,
+)
+from torch.testing import assert_close
+from transformers import Sam2Config, Sam2VideoConfig, SamConfig, SamHQConfig
+
+from naslora import UserError, merge
+from naslora.adapter.modules import adapter_layers
+from naslora.files import read_json
+from naslora.methods import METHODS, apply
+from naslora.records import read_rows
+from naslora.results import HISTORY, Epoch
+from naslora.sam.encoders import checkpoint_blocks
+from naslora.sam.export import Description, export, load_exported
+from naslora.sam.families import FAMILIES, MODELS, find_family
+from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.study.encoder_statistics import block_statistics
+
+KNOWN = {"sam": "vit_b", "sam_hq": "sam_hq_b", "sam2": "sam2.1_t"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with small_models():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Makes a folder of Hugging Face for a model, once."""
+    made = {}
+
+    def folder_of(name: str, size: int = 64):
+        if (name, size) not in made:
+            path = tmp_path_factory.mktemp("hf") / name
+            reference(name, size).save_pretrained(path)
+            made[name, size] = path
+        return made[name, size]
+
+    return folder_of
+
+
+def description(model: SamForSegmentation, part="model") -> Description:
+    names = tuple(f"class {k}" for k in range(1, max(model.num_classes, 2)))
+    return Description(model.name, model.image_size, model.num_classes, names, part)
+
+
+# ---------------------------------------------------------------- the same masks
+
+
+def assert_parity(name, size, path):
+    original = reference(name, size)
+    original.save_pretrained(path)
+    ours, theirs = (
+        our_masks(build_model(name, size, 1, path), pixels(size)),
+        their_masks(original, pixels(size)),
+    )
+    assert ours.shape == theirs.shape == (2, 1, size // 4, size // 4) and ours.std() > 0.1
+    # Rounding of float32, in sums of other orders, relative to the largest logit.
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("size", [64, 160])
+@pytest.mark.parametrize("name", SMALL)
+def test_masks_equal_those_of_transformers(name, size, tmp_path):
+    assert_parity(name, size, tmp_path)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("size", [1024, 512])
+@pytest.mark.parametrize("name", ["sam2.1_t", "sam2.1_b+", "sam_hq_b", "vit_b"])
+def test_real_sizes_give_the_masks_of_transformers(name, size, tmp_path, request):
+    with pytest.MonkeyPatch.context() as patch:
+        if name in SMALL:
+            patch.setitem(SMALL[name][0], name, REAL[name])
+        assert_parity(name, size, tmp_path)
+
+
+REAL = {name: table[name] for name, (table, _) in SMALL.items()}  # before the fixture
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("vit_b", SamConfig), ("sam_hq_b", SamHQConfig), ("sam2.1_t", Sam2Config)],
+)
+def test_configurations_of_real_sizes_are_the_defaults_of_transformers(name, theirs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SMALL[name][0], name, REAL[name])
+        config = find_family(name).huggingface.config(name, 1024)
+
+    def assert_within(ours, default):
+        for key, value in ours.items():
+            if isinstance(value, dict):
+                assert_within(value, default[key])
+            else:
+                assert np.array_equal(value, default[key]), key
+
+    assert_within(config, json.loads(theirs().to_json_string(use_diff=False)))
+
+
+# ---------------------------------------------------------------- folders of Hugging Face
+
+
+@pytest.mark.parametrize("name", ["vit_b", "sam_hq_b", "sam2.1_t"])
+def test_a_folder_comes_back_without_a_missing_key(name, tmp_path):
+    """Merged, with a trained mask token: the other tensors of the decoder have the same bits."""
+    family = find_family(name)
+    kind, config_kind = CLASSES[family.huggingface.architecture]
+    original = kind(config_kind(**family.huggingface.config(name, 64)))
+    randomize_all(original)
+    original.save_pretrained(tmp_path / "in")
+    model = build_model(name, 64, 1, tmp_path / "in")
+    apply("nas-pc-lora", model)
+    randomize(model)
+    merge(model, "center")
+    with torch.no_grad():
+        model.mask_decoder.mask_tokens.weight.add_(1)
+    export(model, description(model), "huggingface", tmp_path / "out")
+    loaded, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    tokens, before = (
+        loaded.mask_decoder.mask_tokens.weight,
+        original.mask_decoder.mask_tokens.weight,
+    )
+    assert torch.equal(tokens[0], before[0] + 1) and torch.equal(tokens[1:], before[1:])
+    theirs = original.state_dict()
+    for key, value in loaded.state_dict().items():
+        # Sam2Model starts with two different positional encodings. Checkpoints have one twice.
+        changed = ("attn.qkv", "mask_tokens", "prompt_encoder.shared_embedding")
+        assert torch.equal(value, theirs[key]) or any(part in key for part in changed), key
+    again = build_model(name, 64, 1, tmp_path / "out")
+    assert torch.equal(our_masks(again, pixels(64)), our_masks(model, pixels(64)))
+
+
+def test_weights_in_several_files_are_read(folder, tmp_path):
+    reference("vit_b", 64).save_pretrained(tmp_path, max_shard_size="1MB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert not (tmp_path / "model.safetensors").exists()
+    ours, theirs = (build_model("vit_b", 64, 1, path) for path in (tmp_path, folder("vit_b")))
+    assert torch.equal(our_masks(ours, pixels(64)), our_masks(theirs, pixels(64)))
+    index = read_json(tmp_path / "model.safetensors.index.json")
+    index["weight_map"]["mask_decoder.iou_token.weight"] = "../elsewhere.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"elsewhere.safetensors', which is no file beside it"):
+        build_model("vit_b", 64, 1, tmp_path)
+
+
+def test_the_file_without_its_folder_is_known_by_its_names(folder):
+    path = folder("sam2.1_t") / "model.safetensors"
+    assert torch.equal(
+        our_masks(build_model("sam2.1_t", 64, 1, path), pixels(64)),
+        our_masks(build_model("sam2.1_t", 64, 1, path.parent), pixels(64)),
+    )
+
+
+def test_the_model_of_videos_loads_without_its_memory(folder, tmp_path):
+    """facebook/sam2.1-hiera-* are stored as models of videos."""
+    tensors = load_file(folder("sam2.1_t") / "model.safetensors")
+    memory = {
+        "memory_encoder.projection.weight": torch.ones(2),
+        "no_object_pointer": torch.ones(1, 256),
+        "occlusion_spatial_embedding_parameter": torch.ones(1, 64),
+    }
+    save_file({**tensors, **memory}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(Sam2VideoConfig().to_json_string())
+    model = build_model("sam2.1_t", 64, 1, tmp_path)
+    assert not set(memory) & set(model.left_out)
+    with pytest.raises(UserError, match=r"is SAM 2.1 \(sam2.1_t\), and --model says sam2_t"):
+        build_model("sam2_t", 64, 1, tmp_path)
+
+
+# ---------------------------------------------------------------- SAM 2's official names
+
+# Names in sam2.1_hiera_tiny.pt of facebookresearch/sam2, and in our model.
+OFFICIAL_NAMES = {
+    "image_encoder.trunk.pos_embed_window": "image_encoder.trunk.pos_embed_window",
+    "image_encoder.trunk.patch_embed.proj.weight": "image_encoder.trunk.patch_embed.proj.weight",
+    "image_encoder.trunk.blocks.1.proj.weight": "image_encoder.trunk.blocks.1.proj.weight",
+    "image_encoder.trunk.blocks.0.mlp.layers.1.bias": "image_encoder.trunk.blocks.0.mlp.fc2.bias",
+    "image_encoder.neck.convs.3.conv.bias": "image_encoder.neck.convs.3.bias",
+    "no_mem_embed": "image_encoder.no_mem_embed",
+    "sam_prompt_encoder.point_embeddings.3.weight": "prompt_encoder.point_embeddings.3.weight",
+    "sam_prompt_encoder.mask_downscaling.6.bias": "prompt_encoder.mask_downscaling.6.bias",
+    "sam_mask_decoder.transformer.layers.1.mlp.layers.0.weight": (
+        "mask_decoder.transformer.layers.1.mlp.lin1.weight"
+    ),
+    "sam_mask_decoder.obj_score_token.weight": "mask_decoder.obj_score_token.weight",
+    "sam_mask_decoder.conv_s1.weight": "mask_decoder.conv_s1.weight",
+    "sam_mask_decoder.output_hypernetworks_mlps.2.layers.0.weight": (
+        "mask_decoder.output_hypernetworks_mlps.2.layers.0.weight"
+    ),
+    "sam_mask_decoder.pred_obj_score_head.layers.2.bias": (
+        "mask_decoder.pred_obj_score_head.layers.2.bias"
+    ),
+    "memory_attention.layers.3.linear1.weight": "memory_attention.layers.3.linear1.weight",
+}
+
+
+def official_sam2(path, newer=True) -> dict[str, torch.Tensor]:
+    """An official checkpoint of SAM 2 with a part of its memory, as it is published."""
+    torch.manual_seed(1)
+    model = SamForSegmentation("sam2.1_t", 64, 3, num_tokens=4)
+    randomize_all(model)
+    naming = find_family("sam2.1_t").official
+    state = {naming.theirs(k): v for k, v in model.state_dict().items() if "class_head" not in k}
+    for i in (1, 2, 3):
+        for key in [key for key in state if "output_hypernetworks_mlps.0." in key]:
+            state[key.replace("mlps.0.", f"mlps.{i}.")] = torch.randn_like(state[key])
+    for layer, shape in enumerate(((256, 256), (256, 256), (4, 256))):
+        state[f"sam_mask_decoder.iou_prediction_head.layers.{layer}.weight"] = torch.randn(shape)
+        state[f"sam_mask_decoder.iou_prediction_head.layers.{layer}.bias"] = torch.randn(shape[0])
+        shape = (1, 256) if layer == 2 else shape
+        state[f"sam_mask_decoder.pred_obj_score_head.layers.{layer}.weight"] = torch.randn(shape)
+        state[f"sam_mask_decoder.pred_obj_score_head.layers.{layer}.bias"] = torch.randn(shape[0])
+    state["maskmem_tpos_enc"] = torch.randn(7, 1, 1, 64)
+    state["obj_ptr_proj.layers.0.weight"] = torch.randn(256, 256)
+    if newer:
+        state["no_obj_embed_spatial"] = torch.randn(1, 64)
+    torch.save({"model": state}, path)
+    return state
+
+
+def test_official_names_of_sam2():
+    naming = find_family("sam2.1_t").official
+    for theirs, ours in OFFICIAL_NAMES.items():
+        assert naming.ours(theirs) == ours and naming.theirs(ours) == theirs
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_two_names_become_one(name):
+    family = find_family(name)
+    ours = SamForSegmentation(name, 64, 3).state_dict().keys()
+    for naming in (family.official, family.huggingface.naming):
+        theirs = [naming.theirs(key) for key in ours]
+        assert len(set(theirs)) == len(theirs)
+        assert [naming.ours(key) for key in theirs] == list(ours)
+
+
+def test_an_official_checkpoint_of_sam2_comes_back_with_its_memory(tmp_path):
+    state = official_sam2(tmp_path / "sam2.1_hiera_tiny.pt")
+    model = build_model("sam2.1_t", 128, 1, tmp_path / "sam2.1_hiera_tiny.pt")
+    export(model, description(model), "safetensors", tmp_path / "out.safetensors")
+    back = load_file(tmp_path / "out.safetensors")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    predict, _ = load_exported(tmp_path / "out.safetensors")
+    assert torch.equal(predict(pixels(128)), model.eval()(pixels(128)).labels())
+    export(model, description(model), "huggingface", tmp_path / "hf")
+    kind, _ = CLASSES["Sam2Model"]
+    _, info = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+# ---------------------------------------------------------------- checkpoints of another model
+
+
+def test_a_checkpoint_of_another_size_is_named(folder, tmp_path):
+    with pytest.raises(UserError, match=r"is SAM 2.1 \(sam2.1_l\), and --model says sam2.1_t"):
+        build_model("sam2.1_t", 64, 1, folder("sam2.1_l") / "model.safetensors")
+    with pytest.raises(UserError, match=r"is SAM \(vit_l\), and --model says vit_b; choose"):
+        build_model("vit_b", 64, 1, folder("vit_l"))
+
+
+def test_a_checkpoint_of_another_family_is_named(folder, tmp_path):
+    with pytest.raises(UserError, match=r"holds SAM-HQ \(model_type 'sam_hq'\), and --model says"):
+        build_model("vit_b", 64, 1, folder("sam_hq_b"))
+    with pytest.raises(UserError, match=r"is SAM-HQ \(sam_hq_b\), and --model says vit_b"):
+        build_model("vit_b", 64, 1, folder("sam_hq_b") / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds SAM 2 or SAM 2.1 .*--model says mobile_sam"):
+        build_model("mobile_sam", 64, 1, folder("sam2.1_t"))
+    official_sam2(tmp_path / "sam2.pt", newer=False)
+    with pytest.raises(UserError, match=r"is SAM 2 \(sam2_t\), and --model says sam2.1_t"):
+        build_model("sam2.1_t", 64, 1, tmp_path / "sam2.pt")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no checkpoint of Hugging Face: it has no config.json"),
+        ('{"model_type": "bert"}', "model_type 'bert', which is none of sam, sam_hq, sam2"),
+        ("[]", "model_type None, which is none of"),
+        ("{", "cannot be read as JSON"),
+        ('{"model_type": "sam"}', "model.safetensors does not exist"),
+    ],
+)
+def test_folders_that_are_no_checkpoint(config, message, tmp_path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        build_model("vit_b", 64, 1, tmp_path)
+
+
+def test_what_cannot_be_exported(folder, tmp_path):
+    mobile = build_model("mobile_sam", 64)
+    with pytest.raises(UserError, match="transformers has no MobileSAM; export to safetensors"):
+        export(mobile, description(mobile), "huggingface", tmp_path / "out")
+    fresh = build_model("sam2.1_t", 64)
+    with pytest.raises(UserError, match="not made from a SAM checkpoint"):
+        export(fresh, description(fresh), "huggingface", tmp_path / "out")
+    model = build_model("sam2.1_t", 64, 1, folder("sam2.1_t"))
+    with pytest.raises(UserError, match=r"without SAM 2.1's memory for videos.*to huggingface"):
+        export(model, description(model), "safetensors", tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="is not empty; choose another --output"):
+        export(model, description(model), "huggingface", tmp_path / "full")
+
+
+@pytest.mark.parametrize("size", [16, 48, 80, 1008])
+def test_sam2_takes_multiples_of_32(size):
+    with pytest.raises(UserError, match=f"multiple of 32 for SAM 2.1, got {size}"):
+        SamForSegmentation("sam2.1_t", size)
+
+
+def test_every_model_builds():
+    for family in FAMILIES:
+        for name in family.models:
+            with torch.device("meta"):
+                assert find_family(name).build_encoder(name, 64) is not None
+    assert len(MODELS) == len(set(MODELS)) == 17
+
+
+# ---------------------------------------------------------------- what a run does with them
+
+
+def trained_like(name, classes=1, size=64, attention="fused") -> SamForSegmentation:
+    """A model with an adapter and a decoder that differ from their start."""
+    model = build_model(name, size, classes, attention=attention).eval()
+    apply("nas-pc-lora", model)
+    randomize(model)
+    return model
+
+
+RUNS = ("sam_hq_b", "sam_hq_tiny", "sam2.1_t")
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("name", RUNS)
+def test_gradients_and_checkpointing(name, classes):
+    """With recomputed blocks the gradients have the same bits."""
+    found = []
+    for recomputed in (False, True):
+        model = trained_like(name, classes)
+        if recomputed:
+            checkpoint_blocks(model.image_encoder)
+        output = model(pixels(64))
+        loss = output.masks.square().mean()
+        if output.classes is not None:
+            assert output.classes.shape == (2, 10, classes + 1)
+            loss = loss + output.classes.square().mean()
+        loss.backward()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        unused = {n for n, p in trained.items() if p.grad is None}
+        assert not unused
+        found.append([p.grad for p in trained.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(layer.alpha.grad.abs().sum() > 0 for _, layer in adapter_layers(model))
+
+
+@pytest.mark.parametrize("mode", ["exact", "center", "calibrated"])
+@pytest.mark.parametrize("name", ["sam_hq_b", "sam2.1_t"])
+def test_merging(name, mode):
+    model = trained_like(name)
+    before = our_masks(model, pixels(64))
+    # Enough tokens for the widest layer; fewer than four for each of its inputs give a warning.
+    images = [pixels(64, 16, seed=s) for s in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = merge(model, mode, images if mode == "calibrated" else None)
+    if mode == "exact":
+        # Rounding of float32 through an encoder.
+        assert_close(our_masks(model, pixels(64)), before, rtol=1e-3, atol=1e-4)
+    else:
+        assert 0 < report.max_update_error < 1.5
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("file_format", ["onnx", "torch-export"])
+def test_exported_graphs_predict_the_same(name, file_format, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = trained_like(name)
+    merge(model, "exact")
+    path = tmp_path / ("model.onnx" if file_format == "onnx" else "model.pt2")
+    export(model, description(model), file_format, path)
+    predict, held = load_exported(path)
+    assert held.model == name
+    images = pixels(64)
+    assert (predict(images) == model(images).labels()).float().mean() > 0.999
+
+
+@pytest.mark.campaign
+def test_the_exported_encoder_of_sam2_has_three_outputs(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = build_model("sam2.1_t", 64).eval()
+    export(model, description(model, "encoder"), "onnx", tmp_path / "encoder.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "encoder.onnx"))
+    assert [o.name for o in session.get_outputs()] == ["embedding", "features_1", "features_2"]
+    images = pixels(64)
+    found = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = model.image_encoder((images - model.pixel_mean) / model.pixel_std)
+    for theirs, ours in zip(found, expected, strict=True):
+        assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_on_sam2_work_or_say_what_they_need(method):
+    model = build_model("sam2.1_t", 64)
+    try:
+        apply(method, model)
+    except UserError as error:
+        assert "needs" in str(error) and "HieraEncoder" in str(error)
+        assert method in ("vpt", "sam-adapter", "mona")
+        return
+    model(pixels(64)).masks.mean().backward()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_on_sam_hq(method):
+    model = build_model("sam_hq_b", 64)
+    apply(method, model)
+    model(pixels(64)).masks.mean().backward()
+
+
+def test_statistics_of_hiera_s_blocks():
+    """Uniform attention: the mean distance of a query to all keys of its window, by hand."""
+    model = build_model("sam2.1_t", 128).eval()
+    blocks = list(model.image_encoder.transformer_blocks())
+    for block in blocks:
+        torch.nn.init.zeros_(block.attn.qkv.weight)
+    found = block_statistics(model.image_encoder, [pixels(128)], 128)
+    assert [block.window for block in found] == [8, 8, 4, 4, None, 14, 14]
+
+    def uniform(window, step=1):
+        keys = np.stack(np.meshgrid(*[np.arange(window)] * 2, indexing="ij"), -1).reshape(-1, 2)
+        side = np.arange(window // step) * step + (step - 1) / 2
+        queries = np.stack(np.meshgrid(side, side, indexing="ij"), -1).reshape(-1, 2)
+        return np.linalg.norm(queries[:, None] - keys, axis=-1).mean()
+
+    # 32 x 32 tokens of 4 pixels; the second block pools its queries; then 16 x 16 of 8 pixels.
+    assert found[0].attention_distance == pytest.approx(4 * uniform(8), rel=1e-5)
+    assert found[1].attention_distance == pytest.approx(4 * uniform(8, 2), rel=1e-5)
+    assert found[2].attention_distance == pytest.approx(8 * uniform(4), rel=1e-5)
+
+
+@pytest.mark.campaign
+def test_a_run_on_sam2_from_images_to_predictions(naslora, make_data, tmp_path):
+    data = make_data(tmp_path / "data", train=8, val=2, test=2)
+    run, merged, settings = tmp_path / "run", tmp_path / "merged", ("--workers", 0)
+    result = naslora(
+        *("train", "--data", data, "--model", "sam2.1_t", "--image-size", 32),
+        *("--epochs", 4, "--search-start", 1, "--learning-rate", 1e-3, *settings),
+        *("--gradient-checkpointing", "--output", run),
+    )
+    assert result.status == 0, result.err
+    history = read_rows(run / HISTORY, Epoch)
+    assert history[-1].train_loss < history[0].train_loss
+    for arguments in (
+        ("merge", run, "--mode", "exact", "--output", merged),
+        ("export", merged, "--format", "onnx", "--output", tmp_path / "model.onnx"),
+        ("export", merged, "--format", "torch-export", "--output", tmp_path / "model.pt2"),
+        ("analyse", run, "--output", tmp_path / "analysis"),
+    ):
+        result = naslora(*arguments)
+        assert result.status == 0, result.err
+    masks = {}
+    for source in (run, merged, tmp_path / "model.onnx", tmp_path / "model.pt2"):
+        output = tmp_path / f"masks-{source.name}"
+        assert naslora("predict", source, data / "images", "--output", output).status == 0
+        masks[source.name] = [np.asarray(Image.open(p)) for p in sorted(output.glob("*_mask.png"))]
+    for found in masks.values():
+        same = [(a == b).mean() for a, b in zip(found, masks["run"], strict=True)]
+        assert len(same) == 12 and np.mean(same) > 0.999

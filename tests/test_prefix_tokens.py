@@ -1,0 +1,207 @@
+"""Class and register tokens: they pass by the cell, and the other tokens are its grid."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from adapted_models import tokens
+from torch import nn
+from torch.testing import assert_close
+from transformers import (
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    EomtConfig,
+    EomtForUniversalSegmentation,
+)
+
+from naslora import (
+    NASLoRAConfig,
+    UserError,
+    inject,
+    load_adapter,
+    load_merged,
+    merge,
+    save_adapter,
+    save_merged,
+)
+from naslora.adapter.modules import adapter_layers
+
+PREFIX, GRID, WIDTH = 5, (3, 4), 16
+
+
+class Host(nn.Module):
+    """One attention whose projection sees (B, 5 + 12, 16) tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.Module()
+        self.attn.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x):
+        return self.attn.qkv(x)
+
+
+def adapted(**options) -> Host:
+    model = Host()
+    inject(model, NASLoRAConfig(prefix_tokens=PREFIX, **options))
+    layer = model.attn.qkv
+    layer.grid = GRID
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+presets = pytest.mark.parametrize("preset", ["linear", "paper"])
+
+
+@presets
+def test_the_prefix_gets_plain_lora_and_the_grid_the_cell(preset):
+    model = adapted(preset=preset)
+    layer, x = model.attn.qkv, tokens(2, PREFIX + 12, WIDTH)
+    h = model(x)
+    plain = layer.scaling * x[:, :PREFIX] @ layer.lora_A.T @ layer.lora_B.T
+    # One rounding of sums of 16 products, as everywhere below.
+    assert_close(h[:, :PREFIX], layer.base(x[:, :PREFIX]) + plain)
+    on_grid = layer(x[:, PREFIX:].reshape(2, *GRID, WIDTH))
+    assert_close(h[:, PREFIX:], on_grid.flatten(1, 2))
+    assert_close(layer.base(x) + layer.update(x), h)
+
+
+@presets
+def test_tracing_computes_the_same(preset):
+    model, x = adapted(preset=preset), tokens(2, PREFIX + 12, WIDTH)
+    assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+def test_gradients_reach_all_parts_from_the_prefix_and_from_the_grid():
+    model = adapted()
+    layer, x = model.attn.qkv, tokens(2, PREFIX + 12, WIDTH)
+    for part, cell in ((slice(PREFIX), False), (slice(PREFIX, None), True)):
+        model.zero_grad()
+        model(x)[:, part].square().sum().backward()
+        assert layer.lora_A.grad.abs().sum() > 0 and layer.lora_B.grad.abs().sum() > 0
+        assert (layer.alpha.grad is not None and bool(layer.alpha.grad.abs().sum() > 0)) == cell
+
+
+@torch.no_grad()
+def test_exact_merge_keeps_the_prefix(tmp_path):
+    model, x = adapted(), tokens(2, PREFIX + 12, WIDTH)
+    expected, images = model(x), [tokens(4, PREFIX + 12, WIDTH, seed=s) for s in range(2, 6)]
+    calibrated = copy.deepcopy(model)
+    report = merge(model, "exact", images)
+    assert report.max_update_error < 1e-5  # rounding
+    assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    save_merged(model, tmp_path)
+    loaded = Host()
+    load_merged(loaded, tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    # A plain layer cannot treat the prefix in a way of its own; the fit is nearer than the centre.
+    centre = copy.deepcopy(calibrated)
+    errors = [
+        merge(one, mode, images).max_update_error
+        for one, mode in ((calibrated, "calibrated"), (centre, "center"))
+    ]
+    assert 0 < errors[0] < errors[1]
+
+
+def test_an_adapter_keeps_its_prefix_and_fits_no_other(tmp_path):
+    model, x = adapted(), tokens(1, PREFIX + 12, WIDTH)
+    save_adapter(model, tmp_path)
+    loaded = Host()
+    load_adapter(loaded, tmp_path)
+    loaded.attn.qkv.grid = GRID
+    assert torch.equal(loaded.eval()(x), model(x))
+    other = Host()
+    inject(other, NASLoRAConfig(prefix_tokens=1))
+    with pytest.raises(UserError, match="prefix_tokens is 5 in the file, 1 here"):
+        load_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("count", [3, PREFIX, PREFIX + 11])
+def test_a_prefix_that_leaves_no_grid_is_refused(count):
+    with pytest.raises(ValueError, match="prefix") as raised:
+        adapted()(tokens(1, count, WIDTH))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "5"])
+def test_the_number_is_checked(value):
+    with pytest.raises(UserError, match="prefix_tokens must be a whole number"):
+        NASLoRAConfig(prefix_tokens=value)
+
+
+def dinov2():
+    config = Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    return Dinov2WithRegistersModel(config), r"attention\.(q|k|v)_proj$", 5, (56, 56)
+
+
+def dinov3():
+    config = DINOv3ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=16,
+        num_register_tokens=4,
+    )
+    return DINOv3ViTModel(config), r"attention\.(q|k|v)_proj$", 5, (64, 64)
+
+
+def timm_with_registers():
+    options = {"img_size": (56, 84), "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, **options)
+    return model, NASLoRAConfig.target, 5, (56, 84)
+
+
+@pytest.mark.parametrize("make", [dinov2, dinov3, timm_with_registers])
+def test_encoders_with_class_and_register_tokens(make):
+    torch.manual_seed(0)
+    model, target, prefix, size = make()
+    x = tokens(1, 3, *size)
+
+    def features():
+        output = model.eval()(x)
+        return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+
+    expected = features()
+    inject(model, NASLoRAConfig(target=target, prefix_tokens=prefix))
+    assert_close(features(), expected)
+    layers = [layer for _, layer in adapter_layers(model)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    features().square().sum().backward()
+    assert all(layer.alpha.grad.abs().sum() > 0 for layer in layers)
+    wrong = next(iter(layers))
+    wrong.prefix_tokens = 1
+    with pytest.raises(ValueError, match=f"prefix_tokens={prefix} in NASLoRAConfig"):
+        features()
+
+
+def test_eomt_adds_its_queries_in_front_of_the_last_blocks():
+    torch.manual_seed(0)
+    config = EomtConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=16,
+        num_register_tokens=4,
+        num_blocks=1,
+        num_queries=7,
+        num_labels=3,
+    )
+    model = EomtForUniversalSegmentation(config).eval()
+    x = tokens(1, 3, 64, 64)
+    expected = model(x).masks_queries_logits
+    target = r"attention\.(q|k|v)_proj$"
+    inject(model, NASLoRAConfig(target=target, prefix_tokens=5))
+    for name, layer in adapter_layers(model):
+        layer.prefix_tokens += 7 if name.startswith("layers.2.") else 0
+    assert_close(model(x).masks_queries_logits, expected)
