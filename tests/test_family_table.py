@@ -22,6 +22,16 @@ def test_the_table_has_all_families():
     assert {host.title for host in HOSTS} <= STATED.keys()
 
 
-@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.title)
+QUICK = ("SAM 2, 2.1", "Sam2Model", "DINOv3")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param(host, marks=() if host.title.startswith(QUICK) else pytest.mark.campaign)
+        for host in HOSTS
+    ],
+    ids=lambda host: host.title,
+)
 def test_a_row_is_what_its_checks_find(host):
     assert STATED[host.title] == row(host)

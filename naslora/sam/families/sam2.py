@@ -76,7 +76,7 @@ class HieraEncoder(nn.Module):
 
     def __init__(self, size: Hiera) -> None:
         super().__init__()
-        self.trunk = HieraDet(
+        trunk: Any = HieraDet(
             num_classes=0,
             embed_dim=size.width,
             num_heads=size.heads,
@@ -85,7 +85,8 @@ class HieraEncoder(nn.Module):
             window_spec=size.windows,
             global_pos_size=(size.positions, size.positions),
         )
-        self.trunk.head = nn.Identity()  # of a classifier
+        trunk.head = nn.Identity()  # of a classifier
+        self.trunk = trunk
         self.neck = FeaturePyramid(size.widths)
         self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, EMBED_DIM))
         nn.init.trunc_normal_(self.no_mem_embed, std=0.02)
