@@ -1,6 +1,7 @@
 """SAM-HQ, SAM 2 and Hugging Face's folders, against the transformers library."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -20,7 +21,7 @@ from sam_families import (
     their_masks,
 )
 from torch.testing import assert_close
-from transformers import Sam2Config, Sam2VideoConfig, SamConfig, SamHQConfig
+from transformers import Sam2Config, Sam2VideoConfig, Sam2VideoModel, SamConfig, SamHQConfig
 
 from naslora import UserError, merge
 from naslora.adapter.modules import adapter_layers
@@ -185,6 +186,20 @@ def test_the_model_of_videos_loads_without_its_memory(folder, tmp_path):
     assert not set(memory) & set(model.left_out)
     with pytest.raises(UserError, match=r"is SAM 2.1 \(sam2.1_t\), and --model says sam2_t"):
         build_model("sam2_t", 64, 1, tmp_path)
+
+
+def test_every_tensor_of_the_model_of_videos_has_a_place():
+    """It is in our model, or a part that our decoder leaves out, or the memory's."""
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setitem(SMALL["sam2.1_t"][0], "sam2.1_t", REAL["sam2.1_t"])
+        theirs = Sam2VideoModel(Sam2VideoConfig()).state_dict()
+        ours = SamForSegmentation("sam2.1_t", 64).state_dict()
+    huggingface = find_family("sam2.1_t").huggingface
+    found = huggingface.to_ours(theirs)
+    assert set(ours) <= set(found)
+    heads = ("iou_prediction_head", "output_hypernetworks_mlps", "pred_obj_score_head")
+    left = [key for key in found if key not in ours and not re.match(huggingface.foreign, key)]
+    assert all(key.split(".")[1] in heads for key in left), left
 
 
 # ---------------------------------------------------------------- SAM 2's official names

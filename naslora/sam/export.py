@@ -316,7 +316,8 @@ def _write_program(
     program: torch.export.ExportedProgram, description: Description, path: Path
 ) -> None:
     buffer = io.BytesIO()  # torch.export.save refuses the temporary file's suffix
-    torch.export.save(program, buffer, extra_files={KEY: description.to_json()})
+    with _quiet():
+        torch.export.save(program, buffer, extra_files={KEY: description.to_json()})
     with replaced_file(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
