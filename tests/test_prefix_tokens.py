@@ -205,3 +205,10 @@ def test_eomt_adds_its_queries_in_front_of_the_last_blocks():
     for name, layer in adapter_layers(model):
         layer.prefix_tokens += 7 if name.startswith("layers.2.") else 0
     assert_close(model(x).masks_queries_logits, expected)
+
+
+def test_a_target_that_matches_nothing_names_the_nearest_layers():
+    model, *_ = dinov3()
+    with pytest.raises(UserError, match=r"no layer matches") as raised:
+        inject(model, NASLoRAConfig(target=r"attention\.q_projection$"))
+    assert "layer.0.attention.q_proj" in str(raised.value).split("names: ")[1].split(", ")[0]

@@ -15,6 +15,9 @@ from naslora.adapter.layer import NASLoRALinear, layer_generator
 from naslora.adapter.modules import NAMED, adapter_layers, check_model, replace_module
 from naslora.errors import UserError
 
+LIKE = 0.5
+"""The share of equal characters from which a name counts as like a target."""
+
 
 def inject(
     model: nn.Module, config: NASLoRAConfig | None = None, *, train: str | Sequence[str] = ()
@@ -183,7 +186,7 @@ def find_targets(
     if not matches:
         linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         raise UserError(
-            f"no layer matches target {target!r}; the nearest names of nn.Linear layers are: "
+            f"no layer matches target {target!r}; nn.Linear layers with the nearest names: "
             f"{', '.join(_nearest(target, linear)) or 'none'}"
         )
     if blocks is None:
@@ -198,7 +201,8 @@ def find_targets(
 
 
 def _nearest(target: str, names: Sequence[str], count: int = 4) -> list[str]:
-    """The names whose ends are most alike a target, one of those that differ in numbers only."""
+    """Names whose ends are like a target, one of those that differ in numbers only; without such
+    names, the first ones."""
     wanted = " ".join(re.findall(r"[\w.]+", target.replace("\\.", "."))).strip(". ")
     parts = wanted.count(".") + 1
     kinds: dict[str, str] = {}
@@ -209,5 +213,6 @@ def _nearest(target: str, names: Sequence[str], count: int = 4) -> list[str]:
         ending = ".".join(kind.split(".")[-parts:])
         return SequenceMatcher(None, wanted, ending).ratio()
 
-    nearest = sorted(kinds, key=likeness, reverse=True)[:count]
-    return [kinds[kind] for kind in nearest]
+    alike = [kind for kind in kinds if likeness(kind) >= LIKE]
+    shown = sorted(alike, key=likeness, reverse=True) or list(kinds)
+    return [kinds[kind] for kind in shown[:count]]
