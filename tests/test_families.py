@@ -38,6 +38,13 @@ from naslora.study.encoder_statistics import block_statistics
 KNOWN = {"sam": "vit_b", "sam_hq": "sam_hq_b", "sam2": "sam2.1_t"}
 
 
+def quickly(names, *chosen):
+    """Parameters of which plain pytest runs the chosen ones, and make campaign all."""
+    return [
+        pytest.param(name, marks=() if name in chosen else pytest.mark.campaign) for name in names
+    ]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with small_models():
@@ -80,7 +87,7 @@ def assert_parity(name, size, path):
 
 
 @pytest.mark.parametrize("size", [64, 160])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", quickly(SMALL, "vit_b", "sam_hq_b", "sam2.1_t", "sam2.1_l"))
 def test_masks_equal_those_of_transformers(name, size, tmp_path):
     assert_parity(name, size, tmp_path)
 
@@ -369,7 +376,7 @@ RUNS = ("sam_hq_b", "sam_hq_tiny", "sam2.1_t")
 
 
 @pytest.mark.parametrize("classes", [1, 3])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", quickly(RUNS, "sam_hq_b", "sam2.1_t"))
 def test_gradients_and_checkpointing(name, classes):
     """With recomputed blocks the gradients have the same bits."""
     found = []
@@ -438,7 +445,7 @@ def test_the_exported_encoder_of_sam2_has_three_outputs(tmp_path):
         assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quickly(METHODS, "vpt", "lora", "conv-lora", "bitfit"))
 def test_methods_on_sam2_work_or_say_what_they_need(method):
     model = build_model("sam2.1_t", 64)
     try:
@@ -450,7 +457,7 @@ def test_methods_on_sam2_work_or_say_what_they_need(method):
     model(pixels(64)).masks.mean().backward()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quickly(METHODS, "vpt", "sam-adapter"))
 def test_methods_on_sam_hq(method):
     model = build_model("sam_hq_b", 64)
     apply(method, model)
