@@ -57,11 +57,10 @@ cuda-sanitize:
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	pytest -p no:cacheprovider -k "cuda and not compiled" tests/test_cuda_primitives.py tests/test_kernels_*.py
 
-# On a machine with a GPU: builds missing extensions, then runs bench/gpu_check.py with the options
-# in CHECK. Needs no network.
+# On a machine with a GPU: bench/gpu_check.py with the options in CHECK. Needs no network, and no
+# package but torch, Triton and pytest.
 .PHONY: gpu-check
 gpu-check:
-	python setup.py -q build_ext --inplace
 	python -m bench.gpu_check $(CHECK)
 
 # All of tests/reliability, then what plain pytest leaves out of the other tests: at most an hour on

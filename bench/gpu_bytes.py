@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bench import cases, launches
-from bench.gpu_check import BATCH, GLOBAL
 from naslora_kernels import cuda
 from naslora_kernels.cuda.primitives import CUDAPrimitives
 from naslora_kernels.launches import Primitives
 from naslora_kernels.triton.primitives import TritonPrimitives
 
 BANDWIDTH = 3.0e12  # bytes per second that copies reach on an H100 with HBM3
-CASES = ((BATCH, 3), (BATCH, 24), (GLOBAL, 3), (cases.TINY, 3))
+CASES = ((cases.HUGE_BATCH, 3), (cases.HUGE_BATCH, 24), (cases.HUGE_GLOBAL, 3), (cases.TINY, 3))
 DTYPE = torch.bfloat16
 # Launches beside the frozen product, at most.
 BUDGETS = {

@@ -8,7 +8,6 @@ from naslora_kernels.triton.pixels import (
     convolve,
     copy_other_channels,
     lane_numbers,
-    load_taps,
     locate,
     pixel_offset,
     pool,
@@ -63,11 +62,13 @@ def cell_forward_kernel(
     z = z_pixels + channels * stride_c  # (1, PIXELS, LANES)
     a = softmax(alpha_ptr, DTYPE)
 
-    near, near_inside = load_taps(z, y, x, mask, shape, strides, 1, DTYPE)
-    average, maximum = pool(near, near_inside, y, x, shape, DTYPE)
-    sep3, sep5 = convolve(near, dw_sep3_ptr, dw_sep5_ptr, in_lanes, LANES, PIXELS, DTYPE)
-    far, _ = load_taps(z, y, x, mask, shape, strides, 2, DTYPE)
-    dil3, dil5 = convolve(far, dw_dil3_ptr, dw_dil5_ptr, in_lanes, LANES, PIXELS, DTYPE)
+    average, maximum = pool(z, y, x, mask, shape, strides, DTYPE)
+    sep3, sep5 = convolve(
+        z, y, x, mask, shape, strides, dw_sep3_ptr, dw_sep5_ptr, in_lanes, 1, LANES, PIXELS, DTYPE
+    )
+    dil3, dil5 = convolve(
+        z, y, x, mask, shape, strides, dw_dil3_ptr, dw_dil5_ptr, in_lanes, 2, LANES, PIXELS, DTYPE
+    )
     skipped = tl.load(z, mask=mask, other=0.0).to(DTYPE)
     mixed = a[4] * average + a[5] * maximum + a[6] * skipped
     convolved = (a[0] * sep3, a[1] * sep5, a[2] * dil3, a[3] * dil5)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from naslora_kernels.triton.arithmetic import rounded, whole
-from naslora_kernels.triton.pixels import lane_numbers, load_taps, locate, pixel_offset, pool
+from naslora_kernels.triton.pixels import lane_numbers, locate, pixel_offset, pool
 
 
 @triton.jit
@@ -52,8 +52,7 @@ def folded_cell_kernel(
     result = tl.zeros((1, PIXELS, LANES), DTYPE)
     if AVERAGE or MAXIMUM:
         z = z_pixels + lanes.to(tl.int64) * stride_c
-        values, inside = load_taps(z, y, x, mask, shape, strides, 1, DTYPE)
-        averages, maxima = pool(values, inside, y, x, shape, DTYPE)
+        averages, maxima = pool(z, y, x, mask, shape, strides, DTYPE)
         if AVERAGE:
             result += whole(average, average_rest, DTYPE) * averages
         if MAXIMUM:

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from naslora_kernels.triton.arithmetic import rounded, softmax
 from naslora_kernels.triton.pixels import (
+    TAPS,
     channel_numbers,
     copy_other_channels,
     lane_numbers,
@@ -13,6 +14,7 @@ from naslora_kernels.triton.pixels import (
     locate,
     pixel_offset,
     tap_positions,
+    window_positions,
     window_size,
     within,
     within_rank,
@@ -54,27 +56,37 @@ def map_gradient(
     grad_y = grad_pixels + channels * grad_strides[3]  # (1, PIXELS, LANES)
     a = softmax(alpha_ptr, DTYPE)
 
-    beaten = _beaten(z, y, x, mask, shape, strides, DTYPE)
+    beaten = _beaten(z, y, x, mask, shape, strides, LANES, PIXELS, DTYPE)
     grad_z = a[6] * tl.load(grad_y, mask=mask, other=0.0).to(DTYPE)
     grad_z += _pooling_gradient(grad_y, y, x, mask, shape, grad_strides, beaten, a, DTYPE)
 
     # The folded convolution: for each output channel a kernel from there to here.
-    row, column = tap_positions()
     for pair in tl.static_range(2):
-        dw_3x3, dw_5x5 = load_kernels(
-            depthwise[2 * pair], depthwise[2 * pair + 1], in_lanes, True, LANES, PIXELS, DTYPE
-        )
-        for o in range(CHANNELS):
-            pw = pw_ptr + (2 * pair * CHANNELS + o) * CHANNELS + lanes
-            pw_3x3 = tl.load(pw, mask=in_lanes, other=0.0).to(DTYPE)
-            pw_5x5 = tl.load(pw + CHANNELS * CHANNELS, mask=in_lanes, other=0.0).to(DTYPE)
-            kernel = (a[2 * pair] * pw_3x3) * dw_3x3 + (a[2 * pair + 1] * pw_5x5) * dw_5x5
-            output = tl.full((1, 1, LANES), o, tl.int32)
-            channel = channel_numbers(channels_ptr, output, rank, CHANNELS)
-            at = grad_pixels + channel * grad_strides[3]
-            grads, _ = load_taps(at, y, x, mask, shape, grad_strides, pair + 1, DTYPE)
-            terms = tl.where(within(row, column, 2), grads * kernel, 0.0)
-            grad_z += tl.sum(terms, axis=0, keep_dims=True)
+        for first in tl.range(0, 32, TAPS, disable_licm=True):
+            row, column = tap_positions(first)
+            dw_3x3, dw_5x5 = load_kernels(
+                depthwise[2 * pair],
+                depthwise[2 * pair + 1],
+                in_lanes,
+                -row,
+                -column,
+                LANES,
+                PIXELS,
+                DTYPE,
+            )
+            for o in range(CHANNELS):
+                pw = pw_ptr + (2 * pair * CHANNELS + o) * CHANNELS + lanes
+                pw_3x3 = tl.load(pw, mask=in_lanes, other=0.0).to(DTYPE)
+                pw_5x5 = tl.load(pw + CHANNELS * CHANNELS, mask=in_lanes, other=0.0).to(DTYPE)
+                kernel = (a[2 * pair] * pw_3x3) * dw_3x3 + (a[2 * pair + 1] * pw_5x5) * dw_5x5
+                output = tl.full((1, 1, LANES), o, tl.int32)
+                channel = channel_numbers(channels_ptr, output, rank, CHANNELS)
+                at = grad_pixels + channel * grad_strides[3]
+                grads, _ = load_taps(
+                    at, y, x, mask, shape, grad_strides, row, column, pair + 1, DTYPE
+                )
+                terms = tl.where(within(row, column, 2), grads * kernel, 0.0)
+                grad_z += tl.sum(terms, axis=0, keep_dims=True)
 
     grad_z_pixels = grad_z_ptr + (start + tl.arange(0, PIXELS)[None, :, None]) * rank
     tl.store(grad_z_pixels + channels, rounded(grad_z, grad_z_ptr.dtype.element_ty), mask=mask)
@@ -86,7 +98,17 @@ def map_gradient(
 
 
 @triton.jit
-def _beaten(z, y, x, mask, shape, strides, DTYPE: tl.constexpr):
+def _beaten(
+    z,
+    y,
+    x,
+    mask,
+    shape,
+    strides,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """Returns which of the 5 x 5 pixels around max_pool would take rather than this pixel.
 
     One bit each, (1, PIXELS, LANES), in the order of the taps; 12 is this pixel:
@@ -100,26 +122,30 @@ def _beaten(z, y, x, mask, shape, strides, DTYPE: tl.constexpr):
     max_pool takes the largest value of a window. Of equal ones it takes the first. If there are
     NaN, it takes the last NaN.
     """
-    row, column = tap_positions()
     centre = tl.load(z, mask=mask, other=0.0).to(DTYPE)
-    values, inside = load_taps(z, y, x, mask, shape, strides, 1, DTYPE)
-    is_earlier = (row < 0) | ((row == 0) & (column < 0))
-    takes_later = (values > centre) | (values != values)
-    takes_earlier = ~((centre > values) | (centre != centre))
-    takes = tl.where(is_earlier, takes_earlier, takes_later) & ((row != 0) | (column != 0))
-    bit = tl.arange(0, 32)[:, None, None]
-    return tl.sum(tl.where(inside & takes, 1 << bit, 0), axis=0, keep_dims=True)
+    beaten = tl.zeros((1, PIXELS, LANES), tl.int32)
+    for first in tl.range(0, 32, TAPS, disable_licm=True):
+        row, column = tap_positions(first)
+        values, inside = load_taps(z, y, x, mask, shape, strides, row, column, 1, DTYPE)
+        is_earlier = (row < 0) | ((row == 0) & (column < 0))
+        takes_later = (values > centre) | (values != values)
+        takes_earlier = ~((centre > values) | (centre != centre))
+        takes = tl.where(is_earlier, takes_earlier, takes_later) & ((row != 0) | (column != 0))
+        bit = first + tl.arange(0, TAPS)[:, None, None]
+        beaten += tl.sum(tl.where(inside & takes, 1 << bit, 0), axis=0, keep_dims=True)
+    return beaten
 
 
 @triton.jit
 def _pooling_gradient(grad_y, y, x, mask, shape, grad_strides, beaten, a, DTYPE: tl.constexpr):
     """Returns what this pixel gets from the poolings of the 3 x 3 windows that it lies in."""
-    row, column = tap_positions()
-    grads, inside = load_taps(grad_y, y, x, mask, shape, grad_strides, 1, DTYPE)
+    row, column = window_positions()
+    mask = mask & (row <= 1)
+    grads, inside = load_taps(grad_y, y, x, mask, shape, grad_strides, row, column, 1, DTYPE)
     size = window_size(y + row, x + column, shape).to(DTYPE)
     # The bits 0, 1, 2, 5, 6, 7, 10, 11, 12 are the window whose first pixel is bit 0. The window
     # around a tap begins one row above and one column to the left of the tap.
     window = 0b111_00111_00111 << tl.maximum((row + 1) * 5 + column + 1, 0)
     pooled = a[4] * (grads / size) + tl.where((beaten & window) == 0, a[5] * grads, 0.0)
-    pooled = tl.where(within(row, column, 1) & inside, pooled, 0.0)
+    pooled = tl.where(inside, pooled, 0.0)
     return tl.sum(pooled, axis=0, keep_dims=True)

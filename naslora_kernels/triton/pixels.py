@@ -5,8 +5,9 @@ A tile is a block (TAPS, PIXELS, LANES).
 - PIXELS are consecutive pixels of all maps in row-major order. So no thread is idle, whatever the
   shape of a map.
 - LANES are the channels of S, one lane each.
-- TAPS are the 5 x 5 pixels around a pixel, one or two pixels apart. A thread keeps them in its
-  registers. They are read from the cache.
+- TAPS are some of the 5 x 5 pixels around a pixel, one or two pixels apart. A thread keeps them in
+  its registers. They are read from the cache. A program goes through the 25 taps, padded to 32, in
+  blocks of TAPS: all at once would take so many registers that few programs fit a processor.
 
 Two of the four convolutions have taps one pixel apart (3 x 3 and 5 x 5). The other two have taps
 two pixels apart. Each pair works on one tile. The convolutions stay separable: a depthwise sum for
@@ -19,6 +20,11 @@ A program is one warp, so sums over pixels and lanes are shuffles and need no sh
 
 import triton
 import triton.language as tl
+
+from naslora_kernels.triton.arithmetic import INTERPRETED
+
+# In the interpreter each block costs time. Two blocks show that the loop over them is right.
+TAPS = tl.constexpr(16 if INTERPRETED else 8)
 
 
 @triton.jit
@@ -91,9 +97,9 @@ def copy_other_channels(
 
 
 @triton.jit
-def tap_positions():
-    """Returns row and column of the 5 x 5 taps, -2..2, padded to 32; (TAPS, 1, 1)."""
-    tap = tl.arange(0, 32)[:, None, None]
+def tap_positions(first):
+    """Returns row and column, -2..2, of the 5 x 5 taps from ``first`` on; (TAPS, 1, 1)."""
+    tap = first + tl.arange(0, TAPS)[:, None, None]
     return tap // 5 - 2, tap % 5 - 2
 
 
@@ -104,13 +110,23 @@ def within(row, column, REACH: tl.constexpr):
 
 
 @triton.jit
-def load_taps(pointers, y, x, mask, shape, strides, DILATION: tl.constexpr, DTYPE: tl.constexpr):
-    """Loads all taps around pixels at (1, PIXELS, LANES) pointers.
+def load_taps(
+    pointers,
+    y,
+    x,
+    mask,
+    shape,
+    strides,
+    row,
+    column,
+    DILATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Loads the taps (row, column) around pixels at (1, PIXELS, LANES) pointers.
 
     Returns the values, zero outside of the map, and whether a tap lies in the map;
     (TAPS, PIXELS, LANES).
     """
-    row, column = tap_positions()
     dy, dx = row * DILATION, column * DILATION
     in_rows = (y + dy >= 0) & (y + dy < shape[1])
     in_columns = (x + dx >= 0) & (x + dx < shape[2])
@@ -124,23 +140,21 @@ def load_kernels(
     dw_3x3_ptr,
     dw_5x5_ptr,
     in_lanes,
-    MIRRORED: tl.constexpr,
+    row,
+    column,
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Loads the depthwise kernels of a pair of convolutions; (TAPS, PIXELS, LANES) each.
+    """Loads taps of the depthwise kernels of a pair of convolutions; (TAPS, PIXELS, LANES) each.
 
     Every pixel loads them for itself: a broadcast would move them between threads.
     """
-    row, column = tap_positions()
-    if MIRRORED:
-        row, column = -row, -column
     lanes = lane_numbers(LANES)
     at_3x3 = dw_3x3_ptr + lanes * 9 + ((row + 1) * 3 + column + 1)
     at_5x5 = dw_5x5_ptr + lanes * 25 + ((row + 2) * 5 + column + 2)
-    at_3x3 = tl.broadcast_to(at_3x3, (32, PIXELS, LANES))
-    at_5x5 = tl.broadcast_to(at_5x5, (32, PIXELS, LANES))
+    at_3x3 = tl.broadcast_to(at_3x3, (TAPS, PIXELS, LANES))
+    at_5x5 = tl.broadcast_to(at_5x5, (TAPS, PIXELS, LANES))
     dw_3x3 = tl.load(at_3x3, mask=in_lanes & within(row, column, 1), other=0.0)
     dw_5x5 = tl.load(at_5x5, mask=in_lanes & within(row, column, 2), other=0.0)
     return dw_3x3.to(DTYPE), dw_5x5.to(DTYPE)
@@ -148,21 +162,42 @@ def load_kernels(
 
 @triton.jit
 def convolve(
-    values,
+    pointers,
+    y,
+    x,
+    mask,
+    shape,
+    strides,
     dw_3x3_ptr,
     dw_5x5_ptr,
     in_lanes,
+    DILATION: tl.constexpr,
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Returns a pair of depthwise convolutions of loaded taps, (1, PIXELS, LANES) each."""
-    dw_3x3, dw_5x5 = load_kernels(dw_3x3_ptr, dw_5x5_ptr, in_lanes, False, LANES, PIXELS, DTYPE)
-    row, column = tap_positions()
-    # An infinite value times the zero of a tap that the kernel lacks would be NaN.
-    by_3x3 = tl.sum(tl.where(within(row, column, 1), values * dw_3x3, 0.0), axis=0, keep_dims=True)
-    by_5x5 = tl.sum(tl.where(within(row, column, 2), values * dw_5x5, 0.0), axis=0, keep_dims=True)
+    """Returns a pair of depthwise convolutions of the pixels at (1, PIXELS, LANES) pointers."""
+    by_3x3 = tl.zeros((1, PIXELS, LANES), DTYPE)
+    by_5x5 = by_3x3
+    for first in tl.range(0, 32, TAPS, disable_licm=True):
+        row, column = tap_positions(first)
+        values, _ = load_taps(pointers, y, x, mask, shape, strides, row, column, DILATION, DTYPE)
+        dw_3x3, dw_5x5 = load_kernels(
+            dw_3x3_ptr, dw_5x5_ptr, in_lanes, row, column, LANES, PIXELS, DTYPE
+        )
+        # An infinite value times the zero of a tap that the kernel lacks would be NaN.
+        terms_3x3 = tl.where(within(row, column, 1), values * dw_3x3, 0.0)
+        terms_5x5 = tl.where(within(row, column, 2), values * dw_5x5, 0.0)
+        by_3x3 += tl.sum(terms_3x3, axis=0, keep_dims=True)
+        by_5x5 += tl.sum(terms_5x5, axis=0, keep_dims=True)
     return by_3x3, by_5x5
+
+
+@triton.jit
+def window_positions():
+    """Returns row and column, -1..1, of the 3 x 3 taps, padded to 16; (16, 1, 1)."""
+    tap = tl.arange(0, 16)[:, None, None]
+    return tap // 3 - 1, tap % 3 - 1
 
 
 @triton.jit
@@ -174,15 +209,18 @@ def window_size(y, x, shape):
 
 
 @triton.jit
-def pool(values, inside, y, x, shape, DTYPE: tl.constexpr):
-    """Returns the averages and the maxima of the 3 x 3 windows, (1, PIXELS, LANES) each."""
-    row, column = tap_positions()
-    in_3x3 = within(row, column, 1)
-    total = tl.sum(tl.where(in_3x3, values, 0.0), axis=0, keep_dims=True)
-    in_window = inside & in_3x3
+def pool(pointers, y, x, mask, shape, strides, DTYPE: tl.constexpr):
+    """Returns the averages and the maxima of the 3 x 3 windows around pixels.
+
+    ``pointers`` and the results are (1, PIXELS, LANES).
+    """
+    row, column = window_positions()
+    mask = mask & (row <= 1)
+    values, inside = load_taps(pointers, y, x, mask, shape, strides, row, column, 1, DTYPE)
+    total = tl.sum(values, axis=0, keep_dims=True)
     is_nan = values != values
-    candidates = tl.where(in_window & ~is_nan, values, float("-inf"))
+    candidates = tl.where(inside & ~is_nan, values, float("-inf"))
     maximum = tl.max(candidates, axis=0, keep_dims=True)
-    nans = tl.sum((in_window & is_nan).to(tl.int32), axis=0, keep_dims=True)
+    nans = tl.sum((inside & is_nan).to(tl.int32), axis=0, keep_dims=True)
     average = total / window_size(y, x, shape).to(DTYPE)
     return average, tl.where(nans > 0, float("nan"), maximum)
