@@ -42,11 +42,16 @@ sanitize:
 nvcc-check:
 	python -m bench.cuda_resources
 
-# Compiles the Triton kernels for the oldest card and one of each later generation. Needs no GPU.
-# Prints the registers and the shared memory of each kernel. Fails on registers that spill.
+# Compiles the Triton kernels for the oldest card and one of each later generation, by the Triton
+# that is installed and by the oldest that pyproject.toml allows. Needs no GPU. Prints the registers
+# and the shared memory of each kernel. Fails on registers that spill.
+OLDEST_TRITON = 3.6
+TRITON_FOLDER = build/triton-$(OLDEST_TRITON)
 .PHONY: triton-check
 triton-check:
 	python -m bench.triton_resources
+	test -d $(TRITON_FOLDER) || pip install -q --no-deps --target $(TRITON_FOLDER) 'triton==$(OLDEST_TRITON).*'
+	PYTHONPATH=$(TRITON_FOLDER) python -m bench.triton_resources
 
 # The CUDA kernels, emulated on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer. The
 # shared memory is an allocation of exactly its size. It is filled with NaN when a block starts.

@@ -8,8 +8,8 @@ and its strides, and the shape (pixels, height, width). The sums have the dtype 
 import triton
 import triton.language as tl
 
+from naslora_kernels.triton.arithmetic import INTERPRETED
 from naslora_kernels.triton.pixels import (
-    TAPS,
     channel_numbers,
     convolve,
     lane_numbers,
@@ -20,6 +20,9 @@ from naslora_kernels.triton.pixels import (
     tap_positions,
     within,
 )
+
+# Taps whose sums a program holds at once. All of them would take too many registers.
+SUMMED = tl.constexpr(16 if INTERPRETED else 8)
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def pointwise_sums(
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
     channels = channel_numbers(channels_ptr, lanes, rank, CHANNELS)
-    sums_3x3 = tl.zeros((BLOCK, PIXELS, LANES), DTYPE)
+    sums_3x3 = tl.zeros((PIXELS, LANES, BLOCK), DTYPE)
     sums_5x5 = sums_3x3
     for step in tl.range(STEPS, disable_licm=True):
         image, y, x, exists = locate(first + step * PIXELS, shape, PIXELS)
@@ -87,11 +90,11 @@ def pointwise_sums(
         sums_3x3 += grads * by_3x3
         sums_5x5 += grads * by_5x5
 
-    output = first_output + tl.arange(0, BLOCK)[:, None, None]
+    output = first_output + tl.arange(0, BLOCK)[None, None, :]
     at = output * CHANNELS + lanes
     mask = (output < CHANNELS) & in_lanes
     for i in tl.static_range(2):
-        total = tl.sum(sums_5x5 if i else sums_3x3, axis=1, keep_dims=True)  # (BLOCK, 1, LANES)
+        total = tl.sum(sums_5x5 if i else sums_3x3, axis=0, keep_dims=True)  # (1, LANES, BLOCK)
         at_i = at + i * CHANNELS * CHANNELS
         tl.store(pw_sums + at_i, total, mask=mask)
         weights = tl.load(pw_ptr + at_i, mask=mask, other=0.0).to(DTYPE)
@@ -120,9 +123,9 @@ def depthwise_sums(
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
     channels = channel_numbers(channels_ptr, lanes, rank, CHANNELS)
-    for first_tap in tl.range(0, 32, TAPS, disable_licm=True):
-        row, column = tap_positions(first_tap)
-        sums_3x3 = tl.zeros((TAPS, PIXELS, LANES), DTYPE)
+    for first_tap in tl.range(0, 32, SUMMED, disable_licm=True):
+        row, column = tap_positions(first_tap, SUMMED)
+        sums_3x3 = tl.zeros((PIXELS, LANES, SUMMED), DTYPE)
         sums_5x5 = sums_3x3
         for step in tl.range(STEPS, disable_licm=True):
             image, y, x, exists = locate(first + step * PIXELS, shape, PIXELS)
@@ -150,8 +153,8 @@ def depthwise_sums(
 
         to_3x3 = sums_3x3_ptr + lanes * 9 + ((row + 1) * 3 + column + 1)
         to_5x5 = sums_5x5_ptr + lanes * 25 + ((row + 2) * 5 + column + 2)
-        total_3x3 = tl.sum(sums_3x3, axis=1, keep_dims=True)  # (TAPS, 1, LANES)
-        total_5x5 = tl.sum(sums_5x5, axis=1, keep_dims=True)
+        total_3x3 = tl.sum(sums_3x3, axis=0, keep_dims=True)  # (1, LANES, SUMMED)
+        total_5x5 = tl.sum(sums_5x5, axis=0, keep_dims=True)
         tl.store(to_3x3, total_3x3, mask=in_lanes & within(row, column, 1))
         tl.store(to_5x5, total_5x5, mask=in_lanes & within(row, column, 2))
 
@@ -174,7 +177,7 @@ def pooling_sums(
     lanes = lane_numbers(LANES)
     in_lanes = lanes < CHANNELS
     channels = channel_numbers(channels_ptr, lanes, rank, CHANNELS)
-    average_sum = tl.zeros((1, PIXELS, LANES), DTYPE)
+    average_sum = tl.zeros((PIXELS, LANES, 1), DTYPE)
     maximum_sum, skip_sum = average_sum, average_sum
     for step in tl.range(STEPS, disable_licm=True):
         image, y, x, exists = locate(first + step * PIXELS, shape, PIXELS)
@@ -182,7 +185,7 @@ def pooling_sums(
         at = z_ptr + pixel_offset(image, y, x, strides) + channels * strides[3]
         grad_at = grad_y_ptr + pixel_offset(image, y, x, grad_strides) + channels * grad_strides[3]
         grad = tl.load(grad_at, mask=mask, other=0.0).to(DTYPE)
-        average, maximum = pool(at, y, x, mask, shape, strides, DTYPE)
+        average, maximum = pool(at, y, x, mask, shape, strides, LANES, PIXELS, DTYPE)
         skipped = tl.load(at, mask=mask, other=0.0).to(DTYPE)
         average_sum += grad * average
         maximum_sum += grad * tl.where(mask, maximum, 0.0)
@@ -206,8 +209,8 @@ def _load_depthwise_gradients(
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Returns pw^T g of a pair of convolutions, (1, PIXELS, LANES) each."""
-    grad_3x3 = tl.zeros((1, PIXELS, LANES), DTYPE)
+    """Returns pw^T g of a pair of convolutions, (PIXELS, LANES, 1) each."""
+    grad_3x3 = tl.zeros((PIXELS, LANES, 1), DTYPE)
     grad_5x5 = grad_3x3
     for o in range(0, CHANNELS, BLOCK):
         grads = _load_outputs(
@@ -216,8 +219,8 @@ def _load_depthwise_gradients(
         pw_3x3 = _load_pointwise(pw_ptr, o, CHANNELS, LANES, PIXELS, BLOCK, DTYPE)
         pw_5x5_ptr = pw_ptr + CHANNELS * CHANNELS
         pw_5x5 = _load_pointwise(pw_5x5_ptr, o, CHANNELS, LANES, PIXELS, BLOCK, DTYPE)
-        grad_3x3 += tl.sum(grads * pw_3x3, axis=0, keep_dims=True)
-        grad_5x5 += tl.sum(grads * pw_5x5, axis=0, keep_dims=True)
+        grad_3x3 += tl.sum(grads * pw_3x3, axis=2, keep_dims=True)
+        grad_5x5 += tl.sum(grads * pw_5x5, axis=2, keep_dims=True)
     return grad_3x3, grad_5x5
 
 
@@ -236,9 +239,9 @@ def _load_outputs(
 ):
     """Loads the gradients of BLOCK output channels, the same in all lanes.
 
-    (BLOCK, PIXELS, LANES)
+    (PIXELS, LANES, BLOCK)
     """
-    output = first_output + tl.arange(0, BLOCK)[:, None, None] + tl.zeros((1, 1, LANES), tl.int32)
+    output = first_output + tl.arange(0, BLOCK)[None, None, :] + tl.zeros((1, LANES, 1), tl.int32)
     at = grad_pixels + channel_numbers(channels_ptr, output, rank, CHANNELS) * stride_c
     return tl.load(at, mask=mask & (output < CHANNELS), other=0.0).to(DTYPE)
 
@@ -255,10 +258,10 @@ def _load_pointwise(
 ):
     """Loads rows of pw for BLOCK output channels; every pixel loads its own.
 
-    (BLOCK, PIXELS, LANES)
+    (PIXELS, LANES, BLOCK)
     """
-    output = first_output + tl.arange(0, BLOCK)[:, None, None]
+    output = first_output + tl.arange(0, BLOCK)[None, None, :]
     lanes = lane_numbers(LANES)
-    at = tl.broadcast_to(pw_ptr + output * CHANNELS + lanes, (BLOCK, PIXELS, LANES))
+    at = tl.broadcast_to(pw_ptr + output * CHANNELS + lanes, (PIXELS, LANES, BLOCK))
     mask = (output < CHANNELS) & (lanes < CHANNELS)
     return tl.load(at, mask=mask, other=0.0).to(DTYPE)
