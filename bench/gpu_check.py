@@ -39,6 +39,7 @@ import naslora_kernels
 from bench import cases, gpu_kernels, timing
 from bench.cuda_resources import load_setup
 from bench.gpu_kernels import Result, Save
+from naslora_kernels.cuda import EMULATION_VARIABLE
 
 ROUNDS = 40
 # Seconds that each step may take: eight minutes in all.
@@ -113,10 +114,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def rehearse(arguments: argparse.Namespace) -> None:
-    """Prepares a run on simulated kernels. The backends read the variables at their first use."""
-    build = [sys.executable, "tests/cuda_emulation.py"]
-    emulation = subprocess.run(build, capture_output=True, text=True, check=True).stdout.strip()
-    os.environ |= {"TRITON_INTERPRET": "1", "NASLORA_CUDA_EMULATION": emulation}
+    """Prepares a run on simulated kernels: begins anew with the variables that choose them, which
+    the backends read when they are imported."""
+    if EMULATION_VARIABLE not in os.environ:
+        build = [sys.executable, "tests/cuda_emulation.py"]
+        built = subprocess.run(build, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+        variables = {"TRITON_INTERPRET": "1", EMULATION_VARIABLE: built}
+        command = [sys.executable, "-m", "bench.gpu_check", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **variables})
     arguments.device, arguments.rounds = "cpu", min(arguments.rounds, 2)
 
 
@@ -176,10 +181,17 @@ def _unusable(backend: str) -> Result | None:
     if backend == "triton":
         needed, found = "Triton", importlib.util.find_spec("triton") is not None
     else:
-        needed, found = "nvcc", load_setup().find_nvcc() is not None
+        needed, found = "nvcc", _finds_nvcc()
     if not found:
         return {"passed": True, "summary": f"left out: there is no {needed}"}
     return {"passed": False, "summary": f"{backend} cannot be used: {reason}"}
+
+
+def _finds_nvcc() -> bool:
+    try:
+        return load_setup().find_nvcc() is not None
+    except ModuleNotFoundError:  # without setuptools nothing can be built
+        return False
 
 
 def _joined(results: Mapping[str, Result]) -> Result:
