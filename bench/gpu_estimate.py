@@ -9,9 +9,9 @@ No GPU has measured these numbers. The model, for each launch:
 Bytes are those of ``bench.gpu_bytes``. Instructions come from the machine code for sm_90: the
 innermost loops of the products times their trips, and all other code once for each step or program,
 which is more than is executed. The launches of a cell and of the reduction move little; their
-instructions are not estimated. Up to eleven ranks ``cuda`` computes, from twelve on ``triton``, as
-the automatic choice has it. Prints Markdown. Exits with status 1 if the sum of a direction is
-beyond its budget, twice the time of its bytes.
+instructions are not estimated. The backend is the one that the automatic choice takes. Prints
+Markdown. Exits with status 1 if the sum of a direction is beyond its budget, twice the time of its
+bytes.
 """
 
 import os
@@ -116,7 +116,7 @@ class TritonInstructions:
         if "span" in named:
             trips = -(-named["span"] // named["COLUMNS"])
         else:
-            trips = named["RANK"] // named["BLOCK"]
+            trips = named["RANK"] // named.get("BLOCK", named["RANK"])
         in_loops = sum(loop.instructions for loop in code.loops)
         of_warp = code.instructions + (trips - 1) * in_loops
         programs = torch.Size(grid).numel()

@@ -25,9 +25,9 @@ GPU_BACKENDS = ("cuda", "triton")
 # These have a ``build_info()``, which is empty if the extension was not built.
 COMPILED_BACKENDS = ("cpp", "cuda")
 ENVIRONMENT_VARIABLE = "NASLORA_BACKEND"
-# With at least so many ranks a layer's products need tensor cores. In 16 bits ``triton`` uses them,
-# ``cuda`` does not (docs/gpu_kernels.md), so the automatic choice then prefers ``triton``.
-MANY_RANKS = 12
+# From so many ranks on a layer needs tensor cores for its products. In 16 bits ``triton`` uses
+# them, ``cuda`` does not (docs/gpu_kernels.md), so the automatic choice then prefers ``triton``.
+MANY_RANKS = 4
 
 logger = logging.getLogger(__name__)
 

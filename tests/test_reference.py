@@ -638,11 +638,11 @@ def test_an_unknown_backend_is_refused(monkeypatch, by_environment):
 @pytest.mark.parametrize(
     ("ranks", "dtype", "capability", "chosen"),
     [
-        (11, torch.bfloat16, (9, 0), "cuda"),
-        (12, torch.bfloat16, (9, 0), "triton"),
-        (12, torch.float16, (8, 0), "triton"),
-        (12, torch.bfloat16, (7, 5), "cuda"),  # its tensor cores know no bfloat16
-        (12, torch.float32, (9, 0), "cuda"),
+        (3, torch.bfloat16, (9, 0), "cuda"),
+        (4, torch.bfloat16, (9, 0), "triton"),
+        (4, torch.float16, (8, 0), "triton"),
+        (4, torch.bfloat16, (7, 5), "cuda"),  # its tensor cores know no bfloat16
+        (4, torch.float32, (9, 0), "cuda"),
     ],
 )
 def test_many_ranks_go_where_the_tensor_cores_are_used(
