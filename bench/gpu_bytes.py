@@ -57,14 +57,16 @@ class Counter:
             named = signature.bind(self, *arguments).arguments
             del named["self"]
             written = [named.pop(name) for name in WRITTEN & named.keys()]
-            self.launches.append(Launch(primitive, _bytes(list(named.values())), _bytes(written)))
+            self.launches.append(
+                Launch(primitive, bytes_of(list(named.values())), bytes_of(written))
+            )
 
         return count
 
     def reduce_gradients(self, cell, sums, A, B) -> None:
         all_sums = [some for some in (sums, A, B) if some is not None]
-        read = _bytes([cell.parameters, *(partials for partials, _ in all_sums)])
-        written = _bytes([gradients for _, gradients in all_sums])
+        read = bytes_of([cell.parameters, *(partials for partials, _ in all_sums)])
+        written = bytes_of([gradients for _, gradients in all_sums])
         self.launches.append(Launch("reduce_gradients", read, written))
 
 
@@ -72,7 +74,7 @@ class Counter:
 WRITTEN = {"product", "partials", "y", "grad_z", "out"}
 
 
-def _bytes(value: object) -> int:
+def bytes_of(value: object) -> int:
     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

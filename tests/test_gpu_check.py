@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -101,6 +102,9 @@ time.sleep(60)
 """
     gpu_check._run([sys.executable, "-c", program], 1, tmp_path, "step")
     child = pathlib.Path("/proc", (tmp_path / "child").read_text(), "stat")
+    until = time.monotonic() + 30  # a killed process goes on until it is scheduled
+    while time.monotonic() < until and child.exists() and child.read_text().split()[2] != "Z":
+        time.sleep(0.05)
     assert not child.exists() or child.read_text().split()[2] == "Z"  # until init has seen it
 
 
