@@ -42,11 +42,16 @@ sanitize:
 nvcc-check:
 	python -m bench.cuda_resources
 
-# Compiles the Triton kernels for the oldest card and one of each later generation. Needs no GPU.
-# Prints the registers and the shared memory of each kernel. Fails on registers that spill.
+# Compiles the Triton kernels for the oldest card and one of each later generation, by the Triton
+# that is installed and by the oldest that pyproject.toml allows. Needs no GPU. Prints the registers
+# and the shared memory of each kernel. Fails on registers that spill.
+OLDEST_TRITON = 3.6
+TRITON_FOLDER = build/triton-$(OLDEST_TRITON)
 .PHONY: triton-check
 triton-check:
 	python -m bench.triton_resources
+	test -d $(TRITON_FOLDER) || pip install -q --no-deps --target $(TRITON_FOLDER) 'triton==$(OLDEST_TRITON).*'
+	PYTHONPATH=$(TRITON_FOLDER) python -m bench.triton_resources
 
 # The CUDA kernels, emulated on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer. The
 # shared memory is an allocation of exactly its size. It is filled with NaN when a block starts.
@@ -57,11 +62,10 @@ cuda-sanitize:
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	pytest -p no:cacheprovider -k "cuda and not compiled" tests/test_cuda_primitives.py tests/test_kernels_*.py
 
-# On a machine with a GPU: builds missing extensions, then runs bench/gpu_check.py with the options
-# in CHECK. Needs no network.
+# On a machine with a GPU: bench/gpu_check.py with the options in CHECK. Needs no network, and no
+# package but torch, Triton and pytest.
 .PHONY: gpu-check
 gpu-check:
-	python setup.py -q build_ext --inplace
 	python -m bench.gpu_check $(CHECK)
 
 # All of tests/reliability, then what plain pytest leaves out of the other tests: at most an hour on

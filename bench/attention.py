@@ -7,8 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.image_encoder import Attention, get_rel_pos
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.cases import CPU, GLOBAL, SMALL, WINDOWS, Setting, Shape, Work
 from naslora_kernels import rel_pos_attention
@@ -42,6 +41,8 @@ def works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str, BlockWo
     Each one is the whole block: the frozen linears qkv and proj belong to it. Only the input
     needs a gradient.
     """
+    from segment_anything.modeling.image_encoder import Attention
+
     torch.manual_seed(0)
     like = {"device": setting.device, "dtype": setting.dtype}
     grid = shape.grid[1:]
@@ -117,8 +118,10 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _block(block: Attention, x: Tensor, attend: Attend) -> Tensor:
+def _block(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
     """``block`` with another attention between its linears; x (B, H, W, C)."""
+    from segment_anything.modeling.image_encoder import get_rel_pos
+
     batch, height, width, _ = x.shape
     grid = (height, width)
     joint = block.qkv(x).view(batch, height * width, 3, block.num_heads, -1)

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import attention, cases, gpu_check
+from bench import attention, cases
 from naslora_kernels import triton
 from naslora_kernels.attention import flat_attention
 from naslora_kernels.cell import AttentionOperands
 from naslora_kernels.triton.attention import TritonAttention
 
 Case = tuple[cases.Shape, int]  # and the number of heads
-CASES: tuple[Case, ...] = ((gpu_check.GLOBAL, 16), (cases.HUGE, 16))
+CASES: tuple[Case, ...] = ((cases.HUGE_GLOBAL, 16), (cases.HUGE, 16))
 DTYPE = torch.bfloat16
 CAPABILITY = (9, 0)
 # What ours may move at most, as multiples of the floor: ``attention.least_bytes``.

@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bench import cases, launches
-from bench.gpu_check import BATCH, GLOBAL
 from naslora_kernels import cuda
 from naslora_kernels.cuda.primitives import CUDAPrimitives
 from naslora_kernels.launches import Primitives
 from naslora_kernels.triton.primitives import TritonPrimitives
 
 BANDWIDTH = 3.0e12  # bytes per second that copies reach on an H100 with HBM3
-CASES = ((BATCH, 3), (BATCH, 24), (GLOBAL, 3), (cases.TINY, 3))
+CASES = ((cases.HUGE_BATCH, 3), (cases.HUGE_BATCH, 24), (cases.HUGE_GLOBAL, 3), (cases.TINY, 3))
 DTYPE = torch.bfloat16
 # Launches beside the frozen product, at most.
 BUDGETS = {
@@ -58,14 +57,16 @@ class Counter:
             named = signature.bind(self, *arguments).arguments
             del named["self"]
             written = [named.pop(name) for name in WRITTEN & named.keys()]
-            self.launches.append(Launch(primitive, _bytes(list(named.values())), _bytes(written)))
+            self.launches.append(
+                Launch(primitive, bytes_of(list(named.values())), bytes_of(written))
+            )
 
         return count
 
     def reduce_gradients(self, cell, sums, A, B) -> None:
         all_sums = [some for some in (sums, A, B) if some is not None]
-        read = _bytes([cell.parameters, *(partials for partials, _ in all_sums)])
-        written = _bytes([gradients for _, gradients in all_sums])
+        read = bytes_of([cell.parameters, *(partials for partials, _ in all_sums)])
+        written = bytes_of([gradients for _, gradients in all_sums])
         self.launches.append(Launch("reduce_gradients", read, written))
 
 
@@ -73,7 +74,7 @@ class Counter:
 WRITTEN = {"product", "partials", "y", "grad_z", "out"}
 
 
-def _bytes(value: object) -> int:
+def bytes_of(value: object) -> int:
     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

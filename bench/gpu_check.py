@@ -1,101 +1,105 @@
 """Everything that needs a GPU, in one command: ``make gpu-check``, in eight minutes at most.
 
-The test suite on the device, then the kernels' tests under compute-sanitizer, then the benchmarks:
-the cell and the layer, eager, compiled and as a CUDA graph, against PEFT's LoRA and the frozen
-linear; attention, against torch's own; a training step and inference of whole models. It leaves
-``gpu_check.json`` and ``gpu_check.md``, and ends with status 1 if a test, the sanitizer or the
-correctness gate failed. A step that runs out of time is reported as such.
+It needs torch and pytest, and Triton for that backend. What needs another package is left out, and
+the report says so. The steps, in this order:
+
+    build       builds the extensions in place, CUDA for this card alone
+    cuda        the tests of the CUDA kernels on the device
+    triton      the tests of the Triton kernels on the device
+    sanitizer   the tests of the CUDA primitives under compute-sanitizer
+    kernels     the time of each launch; of the layer, the cell and attention, eager, compiled and
+                as a CUDA graph, beside PEFT's LoRA, the frozen linear and torch's own attention
+    models      a training step and inference of whole models
+
+It writes ``gpu_check.json`` and ``gpu_check.md`` after every result. A step that runs out of time
+keeps its results and is reported as such. It exits with status 1 if a test, the sanitizer or the
+correctness gate failed, or if a step ran out of time.
+
+``--rehearse`` runs all of that without a GPU: CUDA emulated, Triton interpreted, on tiny maps.
 """
 
 import argparse
-import itertools
+import importlib.util
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import naslora_kernels
-from bench import attention, cases, timing
+from bench import cases, gpu_kernels, timing
+from bench.cuda_resources import load_setup
+from bench.gpu_kernels import Result, Save
+from naslora_kernels.cuda import EMULATION_VARIABLE
 
 ROUNDS = 40
-# Seconds that each step may take: with a minute of building, eight minutes.
-LIMITS = {"suite": 180, "sanitizer": 75, "kernels": 90, "models": 75}
-DTYPES = (torch.bfloat16, torch.float32)
-# A batch of one and of four images of 1024 x 1024 pixels; ViT-H is the paper's encoder.
-BATCH = cases.Shape("vit_h windows, 4 images", (100, 14, 14), 1280, 3840)
-GLOBAL = cases.Shape("vit_h global", (1, 64, 64), 1280, 3840)
-CASES = ((cases.HUGE, 3), (cases.HUGE, 24), (BATCH, 3), (GLOBAL, 3), (cases.TINY, 3))
-# Compiling takes some ten seconds a competitor, so it is measured here alone.
-COMPILED = ((cases.HUGE, 3), torch.bfloat16)
-ATTENTION_CASES = ((GLOBAL, 16), (cases.HUGE, 16), (cases.SMALL, 12))  # and heads
-Case = tuple[cases.Shape, int]
-
-
-class Kind(NamedTuple):
-    """What is measured of one kind of work."""
-
-    name: str
-    cases: tuple[Case, ...]
-    case_name: Callable[..., str]
-    works: Callable[..., dict[str, cases.Work]]
-    least_bytes: Callable[..., int]
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-    judge: str = "reference"
-    """The work that the kernels are held against."""
-
-    def setting(self, device: str, case: Case, dtype: torch.dtype) -> cases.Setting:
-        """How a case is measured; flex_attention is compiled, so it takes part in one alone."""
-        return cases.Setting(device, dtype, kernels(device, self.name), case == ATTENTION_CASES[0])
-
-
-KINDS = (
-    Kind("cell", CASES, cases.case_name, cases.cell_works, cases.cell_bytes),
-    Kind("layer", CASES, cases.case_name, cases.layer_works, cases.layer_bytes),
-    Kind(
-        "attention",
-        ATTENTION_CASES,
-        attention.case_name,
-        attention.operator_works,
-        attention.least_bytes,
-        dtypes=DTYPES[:1],
-        judge=attention.EXACT,
-    ),
-)
-KERNEL_TESTS = ["tests/test_kernels_cell.py", "tests/test_kernels_layer.py"]
+# Seconds that each step may take: eight minutes in all.
+LIMITS = {"build": 60, "cuda": 45, "triton": 120, "sanitizer": 90}
+LIMITS |= {"kernels": gpu_kernels.SECONDS, "models": 60}
+# A line for each test, so that a step that ran out of time says what had passed.
+PYTEST = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider"]
+PRIMITIVE_TESTS = "tests/test_cuda_primitives.py"
+KERNEL_TESTS = [f"tests/test_kernels_{of}.py" for of in ("cell", "layer", "folded", "ops")]
+TRITON_TESTS = [*KERNEL_TESTS, "tests/test_kernels_attention.py"]
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 MODEL_BENCHMARKS = ("bench/test_training_step.py", "bench/test_inference.py")
+MODEL_METHODS = "nas-pc-lora,lora"
+MODEL_PACKAGES = (
+    *("segment_anything", "peft", "safetensors", "accelerate", "msgspec", "torchmetrics"),
+    "pytest_benchmark",
+)
 
 
 def main() -> int:
     """Runs the steps that were asked for; returns 1 if one failed."""
     arguments = parse_arguments()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.rehearse:
+        rehearse(arguments)
     if arguments.device != "cpu" and not torch.cuda.is_available():
         print("gpu-check: torch sees no GPU here", file=sys.stderr)
         return 1
-    record = {"environment": environment(arguments.device)}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Result] = {}
     steps = {
-        "suite": run_suite,
+        "build": build,
+        "cuda": run_cuda_tests,
+        "triton": run_triton_tests,
         "sanitizer": run_sanitizer,
-        "kernels": measure_kernels,
+        "kernels": gpu_kernels.measure_kernels,
         "models": measure_models,
     }
     for name in arguments.steps:
         started = time.perf_counter()
         print(f"gpu-check: {name}", flush=True)
-        record[name] = steps[name](arguments)
-        record[name]["seconds"] = round(time.perf_counter() - started, 1)
-        # After every step, so that a run cut short leaves what it has.
-        (arguments.output / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
-        (arguments.output / "gpu_check.md").write_text(table(record))
+
+        def save(result: Result, name: str = name, started: float = started) -> None:
+            record[name] = {**result, "seconds": round(time.perf_counter() - started, 1)}
+            write(arguments.output, record)
+
+        if name != "build" and "environment" not in record:  # it depends on what was built
+            record["environment"] = environment(arguments.device)
+        save({"passed": False, "summary": "it did not end"})
+        save(steps[name](arguments, save))
     print(table(record))
     return 0 if all(record[name]["passed"] for name in arguments.steps) else 1
+
+
+def write(folder: Path, record: Mapping[str, Result]) -> None:
+    """Replaces the report: a run that is cut short leaves the last one whole."""
+    texts = {"gpu_check.json": json.dumps(record, indent=1) + "\n", "gpu_check.md": table(record)}
+    for name, text in texts.items():
+        unfinished = folder / f".{name}"
+        unfinished.write_text(text)
+        unfinished.replace(folder / name)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,206 +109,172 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="measurements of each")
     parser.add_argument("--device", default="cuda", help="cpu: try the benchmarks without a GPU")
     parser.add_argument("--only", default="", help="part of a case's name, e.g. 'tiny_vit r=3'")
+    parser.add_argument("--rehearse", action="store_true", help="every step, without a GPU")
     return parser.parse_args()
+
+
+def rehearse(arguments: argparse.Namespace) -> None:
+    """Prepares a run on simulated kernels: begins anew with the variables that choose them, which
+    the backends read when they are imported."""
+    if EMULATION_VARIABLE not in os.environ:
+        build = [sys.executable, "tests/cuda_emulation.py"]
+        built = subprocess.run(build, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+        variables = {"TRITON_INTERPRET": "1", EMULATION_VARIABLE: built}
+        command = [sys.executable, "-m", "bench.gpu_check", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **variables})
+    arguments.device, arguments.rounds = "cpu", min(arguments.rounds, 2)
 
 
 def environment(device: str) -> dict[str, object]:
     """The card and its measured copy bandwidth, versions, commit, and the usable backends."""
-    bandwidth = copy_bandwidth(device)
-    backends = naslora_kernels.available_backends()
+    triton = importlib.util.find_spec("triton")
     return {
         **cases.environment(device),
         "cuda": torch.version.cuda,
-        "copy_bandwidth_GB_per_s": round(bandwidth / 1e9, 1),
-        "backends": backends,
+        "triton": None if triton is None else importlib.import_module("triton").__version__,
+        "copy_bandwidth_GB_per_s": round(gpu_kernels.copy_bandwidth(device) / 1e9, 1),
+        "backends": naslora_kernels.available_backends(),
     }
 
 
-def kernels(device: str, kind: str) -> tuple[str, ...]:
-    """The fused backends that serve the device and the kind of work."""
-    candidates = ("cpp",) if device == "cpu" else ("cuda", "triton")
-    reasons = naslora_kernels.available_backends()
-    usable = tuple(name for name in candidates if reasons[name] is None)
-    return tuple(name for name in usable if (kind, name) != ("attention", "cuda"))
+def build(arguments: argparse.Namespace, save: Save) -> Result:
+    """Builds the extensions. A rehearsal has built the emulation."""
+    if arguments.device == "cpu":
+        return {"passed": True, "summary": "left out: there is no GPU"}
+    command = [sys.executable, "-m", "bench.build"]
+    return _run(command, LIMITS["build"], arguments.output, "build")
 
 
 # ---- Tests -----------------------------------------------------------------------------------
 
 
-def run_suite(arguments: argparse.Namespace) -> dict[str, object]:
-    """The whole test suite; kernel tests run on the device."""
-    return _run([sys.executable, "-m", "pytest", "-q", "tests"], LIMITS["suite"])
+def run_cuda_tests(arguments: argparse.Namespace, save: Save) -> Result:
+    """The tests of the CUDA kernels on the device."""
+    return _tests(arguments, "cuda", [PRIMITIVE_TESTS, *KERNEL_TESTS])
 
 
-def run_sanitizer(arguments: argparse.Namespace) -> dict[str, object]:
-    """The CUDA kernels' comparisons with the reference, under compute-sanitizer."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(program).exists():
-        return {"passed": False, "summary": "compute-sanitizer was not found"}
-    results = {}
-    selection = ["-k", "test_matches_reference and cuda and float32"]
-    for tool in SANITIZER_TOOLS:
-        pytest = [sys.executable, "-m", "pytest", "-q", "-x", *KERNEL_TESTS, *selection]
-        command = [program, "--tool", tool, "--error-exitcode", "9", *pytest]
-        results[tool] = _run(command, LIMITS["sanitizer"] // len(SANITIZER_TOOLS))
-    summary = "; ".join(f"{tool}: {result['summary']}" for tool, result in results.items())
-    return {"passed": all(result["passed"] for result in results.values()), "summary": summary}
+def run_triton_tests(arguments: argparse.Namespace, save: Save) -> Result:
+    """The tests of the Triton kernels on the device; side by side, because Triton compiles."""
+    return _tests(arguments, "triton", TRITON_TESTS)
 
 
-def _run(command: list[str], limit: int) -> dict[str, object]:
-    """A command's success and the last line that it printed."""
+def _tests(arguments: argparse.Namespace, backend: str, files: Iterable[str]) -> Result:
+    unusable = _unusable(backend)
+    if unusable is not None:
+        return unusable
+    selection = backend
+    if arguments.rehearse:
+        selection += " and not random and not gradcheck and (float32 or partial or infinity)"
+    command = [*PYTEST, "-k", selection]
+    with ThreadPoolExecutor(1 if arguments.rehearse else None) as pool:
+        run = partial(_run, limit=LIMITS[backend], folder=arguments.output)
+        results = list(pool.map(lambda file: run([*command, file]), files))
+    return _joined(dict(zip(files, results, strict=True)))
+
+
+def _unusable(backend: str) -> Result | None:
+    """The result of a step whose backend cannot be used, or None. It has failed, unless what the
+    backend is built from is not installed."""
+    reason = naslora_kernels.available_backends()[backend]
+    if reason is None:
+        return None
+    if backend == "triton":
+        needed, found = "Triton", importlib.util.find_spec("triton") is not None
+    else:
+        needed, found = "nvcc", _finds_nvcc()
+    if not found:
+        return {"passed": True, "summary": f"left out: there is no {needed}"}
+    return {"passed": False, "summary": f"{backend} cannot be used: {reason}"}
+
+
+def _finds_nvcc() -> bool:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"passed": False, "summary": f"stopped after {limit} s, its time"}
-    lines = (result.stdout + result.stderr).strip().splitlines() or ["printed nothing"]
-    if result.returncode:
-        print("\n".join(lines[-40:]), file=sys.stderr)
-    return {"passed": result.returncode == 0, "summary": lines[-1].strip("= ")}
+        return load_setup().find_nvcc() is not None
+    except ModuleNotFoundError:  # without setuptools nothing can be built
+        return False
 
 
-# ---- Kernels ---------------------------------------------------------------------------------
+def _joined(results: Mapping[str, Result]) -> Result:
+    problems = [f"{name}: {result['summary']}" for name, result in results.items()]
+    return {"passed": all(r["passed"] for r in results.values()), "summary": "", "notes": problems}
 
 
-def measure_kernels(arguments: argparse.Namespace) -> dict[str, object]:
-    """Times every case, forward and forward + backward, in every mode that serves it."""
-    rows, problems, notes = [], [], []
-    bandwidth = copy_bandwidth(arguments.device)
-    deadline = time.perf_counter() + LIMITS["kernels"]
-    for kind in KINDS:
-        for case, dtype in itertools.product(kind.cases, kind.dtypes):
-            name = f"{kind.name} {kind.case_name(case)} {str(dtype).removeprefix('torch.')}"
-            if arguments.only not in name:
-                continue
-            if time.perf_counter() > deadline:
-                problems.append(f"{name}: not measured, the step's time was over")
-                continue
-            setting = kind.setting(arguments.device, case, dtype)
-            works = kind.works(*case, setting)
-            refusal = cases.gate(works, setting, kind.judge)
-            if refusal is not None:
-                problems.append(f"{name}: not timed, {refusal}")
-                continue
-            works.pop(attention.EXACT, None)
-            notes += [f"{name}: {note}" for note in leave_out_failing(works, setting.kernels)]
-            for direction in ("forward", "both"):
-                compiled = (case, dtype) == COMPILED
-                functions = modes(works, direction, arguments.device, compiled)
-                seconds = interleave(functions, arguments.rounds, arguments.device)
-                moved = kind.least_bytes(*case, direction, setting)
-                rows += [_row(name, direction, m, seconds[m], moved, bandwidth) for m in functions]
-    passed = not problems and bool(rows)
-    return {"passed": passed, "problems": problems, "notes": notes, "rows": rows}
+def run_sanitizer(arguments: argparse.Namespace, save: Save) -> Result:
+    """The tests of the CUDA primitives under compute-sanitizer, which watches our kernels alone.
+
+    Without a cache each tensor is an allocation of its own, so that reads beyond it are found.
+    """
+    unusable = _unusable("cuda")
+    if unusable is not None:
+        return unusable
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not arguments.rehearse and not Path(program).exists():
+        return {"passed": True, "summary": "left out: compute-sanitizer was not found"}
+    limit = LIMITS["sanitizer"] // len(SANITIZER_TOOLS)
+    tests = [*PYTEST, "-x", PRIMITIVE_TESTS, "-k", "float32 or bfloat16"]
+    results: dict[str, Result] = {}
+    for tool in SANITIZER_TOOLS[:1] if arguments.rehearse else SANITIZER_TOOLS:
+        watch = [program, "--tool", tool, "--kernel-regex", "kns=naslora", "--error-exitcode", "9"]
+        command = tests if arguments.rehearse else [*watch, *tests]
+        results[tool] = _run(
+            command, limit, arguments.output, tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
+        save(_joined(results))
+    return _joined(results)
 
 
-def leave_out_failing(works: dict[str, cases.Work], ours: tuple[str, ...]) -> list[str]:
-    """Removes competitors that this version of torch cannot run here; a note on each."""
-    notes = []
-    for name in works.keys() - {*ours}:
+def _run(command: list[str], limit: int, folder: Path, name: str = "", **variables: str) -> Result:
+    """A command's success and the last line that it printed. Its output goes to a file."""
+    log = folder / f"{name or Path(command[-1]).stem}.log"
+    environment = {**os.environ, **variables}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
         try:
-            works[name].both()
-        except Exception as error:  # the compiler's have no common class
-            reason = (str(error).splitlines() or [""])[0]
-            notes.append(f"{name} is left out, {type(error).__name__}: {reason}")
-            del works[name]
-    return notes
-
-
-def modes(
-    works: dict[str, cases.Work], direction: str, device: str, compiled: bool
-) -> dict[str, Callable[[], object]]:
-    """Each competitor eager, compiled where asked for, and on a GPU as a CUDA graph."""
-    functions: dict[str, Callable[[], object]] = {}
-    for competitor, work in works.items():
-        functions[competitor] = work.function(direction)
-        if compiled:
-            compute = torch.compile(work.compute, dynamic=False)
-            compiled_work = cases.Work(compute, work.leaves, work.gradient)
-            functions[f"{competitor}, compiled"] = compiled_work.function(direction)
-        if device != "cpu":
-            functions[f"{competitor}, CUDA graph"] = graphed(work.function(direction))
-    return functions
-
-
-def graphed(function: Callable[[], object]) -> Callable[[], object]:
-    """The launches of ``function`` as one CUDA graph; how to replay it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
-
-    def replay() -> object:
-        graph.replay()
-        return outputs  # the graph's own memory, which has to stay
-
-    return replay
-
-
-def interleave(
-    functions: dict[str, Callable[[], object]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds per call of each function, all in turn in every round; on a GPU by its own clock."""
-    if device == "cpu":
-        return timing.interleave(functions, rounds)
-    repeats = 10
-    for function in functions.values():
-        for _ in range(3):
-            function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            for _ in range(repeats):
-                function()
-            end.record()
-            end.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3 / repeats)
-    return seconds
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second that a copy of a large tensor reads and writes."""
-    if device == "cpu":
-        return timing.copy_bandwidth()
-    source = torch.ones(2**28, device=device)  # 1 GiB
-    target = torch.empty_like(source)
-    copies = interleave({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
-    return 2 * 4 * source.numel() / timing.Times.of(copies).p50
-
-
-def _row(
-    name: str, direction: str, mode: str, seconds: list[float], moved: int, bandwidth: float
-) -> dict[str, object]:
-    times = timing.Times.of(seconds)
-    fused = mode.split(",")[0] in naslora_kernels.available_backends() and "reference" not in mode
-    return {
-        "work": name,
-        "direction": direction,
-        "mode": mode,
-        **{f"{cut}_us": round(1e6 * getattr(times, cut), 2) for cut in ("p20", "p50", "p80")},
-        "least_bytes": moved,
-        # A layer's time holds the frozen product too, so this says something of cells alone.
-        "of_copy_bandwidth": round(moved / times.p50 / bandwidth, 3)
-        if fused and name.startswith("cell")
-        else None,
-    }
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+            os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+            process.wait()
+    printed = log.read_text(errors="replace")
+    lines = printed.strip().splitlines() or ["printed nothing"]
+    if status is None:
+        passed, failed = (len(re.findall(rf" {word}\b", printed)) for word in ("PASSED", "FAILED"))
+        return {
+            "passed": False,
+            "summary": f"stopped after {limit} s, its time: {passed} passed, {failed} failed; "
+            f"last: {lines[-1]}",
+        }
+    if status:
+        print("\n".join(lines[-40:]), file=sys.stderr)
+    return {"passed": status == 0, "summary": lines[-1].strip("= ")}
 
 
 # ---- Whole models ----------------------------------------------------------------------------
 
 
-def measure_models(arguments: argparse.Namespace) -> dict[str, object]:
-    """Training steps and inference, by the other benchmarks at their sizes for the device."""
-    written = arguments.output / "models.json"
-    command = [sys.executable, "-m", "pytest", "-q", *MODEL_BENCHMARKS, "--benchmark-only"]
-    result = _run([*command, f"--benchmark-json={written}"], LIMITS["models"])
+def measure_models(arguments: argparse.Namespace, save: Save) -> Result:
+    """A training step, then inference, by the other benchmarks at their sizes for the device."""
+    missing = [name for name in MODEL_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"passed": True, "summary": f"left out: {', '.join(missing)} is not installed"}
+    results: dict[str, Result] = {}
+    rows: list[Result] = []
+    for file in MODEL_BENCHMARKS:
+        written = arguments.output / f"{Path(file).stem}.json"
+        options = ["--methods", MODEL_METHODS, "--stock", "lora", "--rounds", "5"]
+        timed = ["--benchmark-disable"] if arguments.rehearse else ["--benchmark-only"]
+        command = [*PYTEST, *options, *timed, f"--benchmark-json={written}", file]
+        limit = LIMITS["models"] // len(MODEL_BENCHMARKS)
+        results[file] = _run(command, limit, arguments.output)
+        rows += _benchmark_rows(written)
+        save({**_joined(results), "rows": rows})
+    return {**_joined(results), "rows": rows}
+
+
+def _benchmark_rows(written: Path) -> list[Result]:
+    """The rows of a file that pytest-benchmark wrote, if it did."""
     rows = []
     if written.is_file() and written.stat().st_size:
         for benchmark in json.loads(written.read_text())["benchmarks"]:
@@ -314,16 +284,16 @@ def measure_models(arguments: argparse.Namespace) -> dict[str, object]:
                 f"{cut}_us": round(1e6 * getattr(times, cut), 1) for cut in ("p20", "p50", "p80")
             }
             rows.append({"work": benchmark["group"], "mode": benchmark["name"], **cuts})
-    return {**result, "rows": rows}
+    return rows
 
 
 # ---- The table -------------------------------------------------------------------------------
 
 
-def table(record: dict) -> str:
+def table(record: Mapping[str, Result]) -> str:
     """The record as Markdown."""
     lines = ["# gpu-check", ""]
-    lines += [f"- {name}: {value}" for name, value in record["environment"].items()]
+    lines += [f"- {name}: {value}" for name, value in record.get("environment", {}).items()]
     for name in LIMITS:
         if name in record:
             step = record[name]

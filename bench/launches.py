@@ -20,11 +20,15 @@ from naslora_kernels.triton.tiles import most_features
 
 
 class Operands:
-    """The tensors of one layer on the meta device: maps of a dtype, an adapter in float32."""
+    """The tensors of one layer: maps of a dtype, an adapter in float32. On the meta device they
+    have only shapes."""
 
-    def __init__(self, shape: cases.Shape, rank: int, dtype: torch.dtype) -> None:
-        maps = partial(torch.empty, device="meta", dtype=dtype)
-        numbers = partial(torch.empty, device="meta", dtype=torch.promote_types(dtype, torch.float))
+    def __init__(
+        self, shape: cases.Shape, rank: int, dtype: torch.dtype, device: str = "meta"
+    ) -> None:
+        maps = partial(torch.randn, device=device, dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float)
+        numbers = partial(torch.randn, device=device, dtype=wide)
         c = cases.channels_of(rank)
         self.x, self.z = maps(*shape.grid, shape.c_in), maps(*shape.grid, rank)
         self.grad_y, self.grad_h = maps(*shape.grid, rank), maps(*shape.grid, shape.c_out)
@@ -38,7 +42,7 @@ class Operands:
             numbers(8),
             [numbers(c, conv.kernel, conv.kernel) for conv in CONVOLUTIONS],
             numbers(4, c, c),
-            torch.empty(c, dtype=torch.int64, device="meta"),
+            torch.arange(c, device=device),
         )
         self.folded = (numbers(rank, rank, FOLDED_SIZE, FOLDED_SIZE), 0.3, 0.2)
 

@@ -37,14 +37,14 @@ def summary(usages: Sequence[Usage]) -> str:
         f"| kernel | variants | registers: {' | '.join(architectures)} | shared, KiB | spilled |",
         "|---|---|" + "---|" * len(architectures) + "---|---|",
     ]
-    for name in sorted({_family(usage) for usage in usages}):
-        family = [usage for usage in usages if _family(usage) == name]
+    for name in sorted({family(usage) for usage in usages}):
+        members = [usage for usage in usages if family(usage) == name]
         registers = [
-            _range([u.registers for u in family if u.architecture == a]) for a in architectures
+            spread([u.registers for u in members if u.architecture == a]) for a in architectures
         ]
-        shared = _range([round(usage.shared / 1024, 1) for usage in family])
-        spilled = sum(usage.spilled for usage in family)
-        variants = len({usage.kernel for usage in family})
+        shared = spread([round(usage.shared / 1024, 1) for usage in members])
+        spilled = sum(usage.spilled for usage in members)
+        variants = len({usage.kernel for usage in members})
         lines.append(f"| {name} | {variants} | {' | '.join(registers)} | {shared} | {spilled} |")
     return "\n".join(lines)
 
@@ -53,22 +53,23 @@ def products(usages: Sequence[Usage]) -> str:
     """The tensor-core instructions over all variants of each kernel that has any, as Markdown."""
     architectures = list(dict.fromkeys(usage.architecture for usage in usages))
     lines = [f"| kernel | {' | '.join(architectures)} |", "|---" * (len(architectures) + 1) + "|"]
-    for name in sorted({_family(usage) for usage in usages if usage.product}):
-        family = [usage for usage in usages if _family(usage) == name]
+    for name in sorted({family(usage) for usage in usages if usage.product}):
+        members = [usage for usage in usages if family(usage) == name]
         cells = [
-            ", ".join(sorted({u.product or "–" for u in family if u.architecture == a}))
+            ", ".join(sorted({u.product or "–" for u in members if u.architecture == a}))
             for a in architectures
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _family(usage: Usage) -> str:
+def family(usage: Usage) -> str:
     """A kernel's name without what it was compiled for: ``a<float, 2>`` is an ``a``."""
     return usage.kernel.partition("<")[0].partition(" ")[0]
 
 
-def _range(numbers: Sequence[float]) -> str:
+def spread(numbers: Sequence[float]) -> str:
+    """The smallest and the largest of the numbers; – if there are none."""
     if not numbers:
         return "–"
     low, high = min(numbers), max(numbers)

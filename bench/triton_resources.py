@@ -3,7 +3,7 @@
     python -m bench.triton_resources 75 80 90 100        # or: make triton-check
     python -m bench.triton_resources --only attention
 
-Everything that training, search and inference launch, at the shapes of ``bench.gpu_check``, is
+Everything that training, search and inference launch, at the shapes of ``bench.gpu_kernels``, is
 compiled for the compute capabilities named. Prints registers by kernel and card and a summary; ends
 with status 1 if a register spills to memory, or if a kernel wants more than a processor has.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from bench import cases, launches
-from bench.gpu_check import CASES
+from bench.gpu_kernels import CASES
 from bench.resources import Usage, products, summary, table
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives

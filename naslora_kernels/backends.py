@@ -25,6 +25,9 @@ GPU_BACKENDS = ("cuda", "triton")
 # These have a ``build_info()``, which is empty if the extension was not built.
 COMPILED_BACKENDS = ("cpp", "cuda")
 ENVIRONMENT_VARIABLE = "NASLORA_BACKEND"
+# From so many ranks on a layer needs tensor cores for its products. In 16 bits ``triton`` uses
+# them, ``cuda`` does not (docs/gpu_kernels.md), so the automatic choice then prefers ``triton``.
+MANY_RANKS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ def build_info() -> dict[str, object]:
     """Describes this installation, for bug reports and benchmark records.
 
     Returns:
-        ``version``: of the package.
+        ``version``: of the package; None in a folder where it was built but not installed.
         ``torch``: the version that runs. The extensions are built without torch and serve any.
         ``compiled``: the backends whose extensions were built.
         ``compiler``: of the C++ extension; None without it.
@@ -83,7 +86,7 @@ def build_info() -> dict[str, object]:
     parts = {n: cast(Any, _load(n)).build_info() for n in COMPILED_BACKENDS if _exists(n)}
     compiled = [name for name, part in parts.items() if part]
     info: dict[str, object] = {
-        "version": importlib.metadata.version("naslora"),
+        "version": _version(),
         "torch": torch.__version__,
         "compiled": compiled,
         "compiler": None,
@@ -92,7 +95,16 @@ def build_info() -> dict[str, object]:
     return functools.reduce(operator.or_, parts.values(), info)
 
 
-def select_backend(x: Tensor, requested: str | None, function: str) -> Backend:
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("naslora")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def select_backend(
+    x: Tensor, requested: str | None, function: str, many_ranks: bool = False
+) -> Backend:
     """Returns the backend that computes a function on tensors like ``x``.
 
     Args:
@@ -100,19 +112,23 @@ def select_backend(x: Tensor, requested: str | None, function: str) -> Backend:
         requested: a backend's name. None takes NASLORA_BACKEND if it is set, else the best backend
             that serves the tensors.
         function: the name of the function.
+        many_ranks: a layer has at least ``MANY_RANKS`` ranks.
 
     Raises:
         TypeError: the name is no string.
         ValueError: no backend has the name.
         RuntimeError: the named backend cannot serve the call. The message says why.
     """
-    return _loaded[_select(x.device.type, x.dtype, requested, function)]
+    return _loaded[_select(x.device.type, x.dtype, requested, function, many_ranks)]
 
 
-def _select(device_type: str, dtype: torch.dtype, requested: str | None, function: str) -> str:
+def _select(
+    device_type: str, dtype: torch.dtype, requested: str | None, function: str, many_ranks: bool
+) -> str:
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"backend: expected a name or None, got {type(requested).__name__}")
-    return _choose(device_type, dtype, requested or os.environ.get(ENVIRONMENT_VARIABLE), function)
+    named = requested or os.environ.get(ENVIRONMENT_VARIABLE)
+    return _choose(device_type, dtype, named, function, many_ranks)
 
 
 # torch.compiler.assume_constant_result sets the same attribute, but calling it would import the
@@ -121,9 +137,13 @@ _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(device_type: str, dtype: torch.dtype, named: str | None, function: str) -> str:
+def _choose(
+    device_type: str, dtype: torch.dtype, named: str | None, function: str, many_ranks: bool
+) -> str:
     if not named:
         candidates = [n for n in BACKENDS if device_type != "cpu" or n not in GPU_BACKENDS]
+        if many_ranks and dtype.itemsize == 2 and _has_16_bit_products(device_type):
+            candidates.sort(key=lambda name: name != "triton")
         name = next(n for n in candidates if _refusal(n, device_type, dtype, function) is None)
         logger.info(
             "NAS-LoRA computes %s, %s on %s, with backend %r", function, dtype, device_type, name
@@ -135,6 +155,11 @@ def _choose(device_type: str, dtype: torch.dtype, named: str | None, function: s
     if reason is not None:
         raise RuntimeError(f"backend {named!r} cannot serve this call: {reason}")
     return named
+
+
+def _has_16_bit_products(device_type: str) -> bool:
+    """Returns whether the tensor cores of the GPUs multiply 16-bit numbers of either dtype."""
+    return device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _refusal(name: str, device_type: str, dtype: torch.dtype, function: str) -> str | None:

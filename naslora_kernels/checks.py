@@ -13,7 +13,7 @@ from torch import Tensor
 
 from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE, OPERATIONS
-from naslora_kernels.tensors import DTYPES
+from naslora_kernels.tensors import DTYPES, Passed, signature
 
 DEPTHWISE_NAMES = ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -48,9 +48,16 @@ def check_layer(x: Tensor, linear: LoRALinear, cell: Cell, scaling: float) -> No
     Raises:
         TypeError, ValueError: as ``nas_lora_linear`` documents.
     """
-    rank = _check_linear(x, linear)
-    check_cell("x", x, cell, rank)
+    of_call = signature((x, *linear, *cell.flatten()))
+    if of_call in _passed_layers:
+        _check_channel_values(cell.channels, linear.lora_A.shape[0])
+    else:
+        check_cell("x", x, cell, _check_linear(x, linear))
+        _passed_layers.add(of_call)
     _check_number("scaling", scaling)
+
+
+_passed_layers = Passed()
 
 
 def check_folded_cell(
@@ -248,26 +255,29 @@ def _check_channels(channels: Tensor, rank: int, device: torch.device, like_name
 
 # Channels on a GPU whose values have been checked, by identity, with their version and the rank.
 # Reading values back from a GPU stalls it, so the same tensor is read once. An in-place change
-# raises the version, so a changed tensor is read again. Writes through ``.data`` do not raise it:
-# values on a CPU, where reading is cheap, are read in every call.
-_seen_channels: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+# raises the version, so a changed tensor is read again. Writes through ``.data`` do not raise it,
+# and inference tensors have none. Values on a CPU, where reading is cheap, are read in every call.
+_seen_channels: dict[int, tuple[weakref.ref[Tensor], int | None, int]] = {}
 
 
-def _check_channel_values(channels: Tensor, rank: int) -> None:
+def _check_channel_values(channels: Tensor | None, rank: int) -> None:
+    if channels is None:
+        return
     if torch.compiler.is_compiling() or channels.is_meta:
         return  # the values cannot be read; the first eager call checks them
-    # Inference tensors have no version, so they are read in every call as well.
-    cached = channels.device.type != "cpu" and not channels.is_inference()
-    version = channels._version if cached else None
+    on_gpu = channels.device.type != "cpu"
+    version = channels._version if on_gpu and not channels.is_inference() else None
     seen = _seen_channels.get(id(channels))
-    if version is not None and seen and seen[0]() is channels and seen[1:] == (version, rank):
+    if on_gpu and seen and seen[0]() is channels and seen[1:] == (version, rank):
         return
+    if on_gpu and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # reading would end the capture; the calls that warmed up have checked them
     values = channels.tolist()
     if any(not 0 <= value < rank for value in values):
         raise ValueError(f"channels: expected values in 0..{rank - 1}, got {values}")
     if len(set(values)) != len(values):
         raise ValueError(f"channels: expected distinct values, got {values}")
-    if version is None:
+    if not on_gpu:
         return
     key = id(channels)
     reference = weakref.ref(channels, lambda _: _seen_channels.pop(key, None))

@@ -6,7 +6,7 @@ The tensors of the cell and of the linear layer become ``Cell`` and ``LoRALinear
 import torch
 from torch import Tensor
 
-from naslora_kernels.backends import select_backend
+from naslora_kernels.backends import MANY_RANKS, select_backend
 from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 from naslora_kernels.checks import (
     check_attention,
@@ -62,8 +62,9 @@ def mixed_cell(
     scale the loss, as ``torch.amp.GradScaler`` does.
 
     ``channels`` may change between calls, also through ``.data``. On a CPU every pass checks its
-    values. On a GPU they are read again when the tensor's version changes; values that are out of
-    range without that give a wrong y, but no access outside the map.
+    values. On a GPU they are read again when the tensor's version changes; those of an inference
+    tensor, which has no version, are read once. Values that are out of range without that give a
+    wrong y, but no access outside the map.
 
     Returns:
         y (B, H, W, r) in the dtype of ``z``.
@@ -126,9 +127,8 @@ def nas_lora_linear(
     linear = LoRALinear(weight, bias, lora_A, lora_B)
     cell = Cell(alpha, (dw_sep3, dw_sep5, dw_dil3, dw_dil5), pw, channels)
     check_layer(x, linear, cell, scaling)
-    return select_backend(x, backend, "nas_lora_linear").nas_lora_linear(
-        x, linear, cell, float(scaling)
-    )
+    serving = select_backend(x, backend, "nas_lora_linear", lora_A.shape[0] >= MANY_RANKS)
+    return serving.nas_lora_linear(x, linear, cell, float(scaling))
 
 
 def folded_cell(
@@ -203,9 +203,8 @@ def folded_linear(
     linear = LoRALinear(weight, bias, lora_A, lora_B)
     check_folded_linear(x, linear, kernel, average, maximum)
     backend = "reference" if _needs_reference(x, *linear, kernel) else backend
-    return select_backend(x, backend, "folded_linear").folded_linear(
-        x, linear, kernel, float(average), float(maximum)
-    )
+    serving = select_backend(x, backend, "folded_linear", lora_A.shape[0] >= MANY_RANKS)
+    return serving.folded_linear(x, linear, kernel, float(average), float(maximum))
 
 
 def rel_pos_attention(

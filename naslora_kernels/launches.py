@@ -201,8 +201,8 @@ class Launches:
         tokens = grad_rows.shape[0]
         grad_x, grad_A, grad_B = layer_gradients(saved, need)
         gradients = cell_gradients(cell, need)
-        if not tokens:
-            return grad_x, grad_A.zero_(), grad_B.zero_(), *_zeros(gradients)
+        if not grad_rows.numel():  # without tokens, or without outputs
+            return grad_x.zero_(), grad_A.zero_(), grad_B.zero_(), *_zeros(gradients)
         cell = primitives.prepare(cell, z)
         has_cell = cell.pw.shape[-1] > 0
         need_z = need.x or need.lora_A

@@ -2,7 +2,7 @@
 
 Autograd notices in-place changes of saved tensors by their version. Assignments to ``.data`` and
 changes of a storage do not raise it. A kernel that trusted such tensors would read out of bounds.
-The checks read no values and cost some 20 microseconds a backward.
+The checks read no values. Those of shapes and dtypes run once for each set of them.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from naslora_kernels.attention import SavedAttention
 from naslora_kernels.cell import Cell
 from naslora_kernels.operations import CONVOLUTIONS, OPERATIONS
 from naslora_kernels.ops import SavedLayer
-from naslora_kernels.tensors import ACCUMULATORS
+from naslora_kernels.tensors import ACCUMULATORS, Passed, signature
 
 _CELL_NAMES = ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5", "pw")
 _Expected = tuple[str, Tensor, tuple[int, ...]]  # name, tensor, shape
@@ -37,6 +37,10 @@ def check_saved_layer(grad_h: Tensor, saved: SavedLayer) -> None:
         RuntimeError: as ``check_saved_cell``.
     """
     x, z, (weight, _, lora_A, lora_B), cell, _ = saved
+    tensors = (grad_h, x, z, weight, lora_A, lora_B, *cell.flatten())
+    of_call = signature(tensors)
+    if of_call in _passed_layers and (grad_h.device.type != "cpu" or _all_held(tensors)):
+        return
     *grid, c_out = grad_h.shape
     rank, c_in = z.shape[-1], weight.shape[-1]
     expected = [
@@ -49,6 +53,10 @@ def check_saved_layer(grad_h: Tensor, saved: SavedLayer) -> None:
     if x is not None:
         expected.append(("x", x, (*grid, c_in)))
     _check(grad_h, expected, maps=("x", "z", "weight"))
+    _passed_layers.add(of_call)
+
+
+_passed_layers = Passed()
 
 
 def check_saved_attention(grad_o: Tensor, saved: SavedAttention) -> None:
@@ -97,6 +105,10 @@ def _check(gradient: Tensor, expected: Iterable[_Expected], maps: tuple[str, ...
             raise _changed(name, f"expected {wanted}, got {tensor.dtype}")
         if device.type == "cpu" and not _held(tensor):
             raise _changed(name, "its storage has been freed or made smaller")
+
+
+def _all_held(tensors: Iterable[Tensor | None]) -> bool:
+    return all(tensor is None or _held(tensor) for tensor in tensors)
 
 
 def _held(tensor: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """What the backends share about tensors: dtypes, the dtype of sums, rows, addresses."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,29 @@ def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
     if not needed:
         return tensor.new_empty((0,))
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def signature(tensors: Iterable[Tensor | None]) -> tuple[object, ...] | None:
+    """Returns what the checks of tensors look at, except for values: two calls with equal
+    signatures pass or fail alike. None while torch.compile traces, and for what is no tensor."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
+    except AttributeError:
+        return None
+
+
+class Passed:
+    """The signatures of calls that have passed a check, so that it runs once for each."""
+
+    def __init__(self) -> None:
+        self._signatures: set[object] = set()
+
+    def __contains__(self, signature: object) -> bool:
+        return signature is not None and signature in self._signatures
+
+    def add(self, signature: object) -> None:
+        if len(self._signatures) >= 1024:  # shapes that keep changing do not fill the memory
+            self._signatures.clear()
+        self._signatures.add(signature)

@@ -1,4 +1,8 @@
-"""What tests share: tiny data, a tiny SAM, the command, poisoned memory."""
+"""What tests share: tiny data, a tiny SAM, the command, poisoned memory.
+
+The tests of the kernels need torch, pytest and Triton alone. So what needs more is imported where
+it is used.
+"""
 
 import contextlib
 import io
@@ -9,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cuda_emulation
-import numpy as np
 import pytest
 import torch
 
@@ -23,11 +26,6 @@ if not torch.cuda.is_available():
 # Runs are in float32 unless a test says otherwise, whatever this CPU computes in.
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 
-from accelerate.state import AcceleratorState
-from PIL import Image
-
-from naslora import cli
-from naslora.sam import encoders as sam
 from naslora_kernels import cpp
 
 torch.set_num_threads(1)
@@ -35,11 +33,14 @@ torch.set_num_threads(1)
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 SIZE = 32  # of the images, in pixels
-TINY = sam.ViT(width=32, depth=2, heads=2, global_blocks=(1,))
+TINY = {"width": 32, "depth": 2, "heads": 2, "global_blocks": (1,)}  # of a ViT
 
 
 def write_data(root: Path, classes: int = 2, **counts: int) -> Path:
     """A CSV data set of bright discs on dark noise, as many a split as ``counts`` says."""
+    import numpy as np
+    from PIL import Image
+
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:SIZE, :SIZE]
     (root / "images").mkdir(parents=True)
@@ -70,6 +71,10 @@ class Result:
 
 def call(*arguments: object) -> Result:
     """Runs ``naslora`` with the arguments in this process."""
+    from accelerate.state import AcceleratorState
+
+    from naslora import cli
+
     out, err = io.StringIO(), io.StringIO()
     status = 0
     with pytest.MonkeyPatch.context() as patch:
@@ -118,14 +123,19 @@ def data(clean_data, tmp_path):
 @pytest.fixture(scope="module")
 def tiny_vit():
     """Makes ``vit_t`` so small that an epoch takes a blink."""
+    from naslora.sam.encoders import VITS, ViT
+
+    tiny = ViT(**TINY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sam.VITS, "vit_t", TINY)
-        yield TINY
+        patch.setitem(VITS, "vit_t", tiny)
+        yield tiny
 
 
 @pytest.fixture
 def fresh_accelerate():
     """Lets a test choose the precision, whatever the test before it chose."""
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

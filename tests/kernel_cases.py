@@ -27,6 +27,11 @@ class Target(NamedTuple):
     instruction_set: str | None = None  # of the cpp backend; None leaves the best
     simulated: bool = False  # by Triton's interpreter, which is slow; CUDA's emulation is not
 
+    @property
+    def costs_a_case(self):
+        """Whether every new shape or dtype takes seconds: Triton interprets it or compiles it."""
+        return self.backend == "triton"
+
     def __str__(self):
         return "-".join(filter(None, (self.backend, self.instruction_set)))
 
@@ -89,16 +94,16 @@ def targets_and(cases, size, targets=None):
     return pairs
 
 
-def few_simulated(targets, cases, fast):
+def few_costly(targets, cases, fast):
     """``targets`` with each of ``cases``, which are tuples of further values.
 
-    On a simulated target a case is a fast test only if ``fast`` returns True for the values behind
-    the target. The other cases are part of the campaign.
+    Where a case costs seconds, it is a fast test only if ``fast`` returns True for the values
+    behind the target. The other cases are part of the campaign.
     """
     parameters = []
     for target, case in itertools.product(targets, cases):
         values = (*target.values, *case)
-        slow = values[0].simulated and not fast(*values[1:])
+        slow = values[0].costs_a_case and not fast(*values[1:])
         marks = [*target.marks, *([pytest.mark.campaign] if slow else [])]
         name = "-".join([target.id, *map(str, case)])
         parameters.append(pytest.param(*values, marks=marks, id=name))

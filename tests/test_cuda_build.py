@@ -27,13 +27,15 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
     ],
 )
 def test_every_kernel_compiles_without_warning_and_without_spills(architecture):
-    usages = cuda_resources.check(NVCC, [architecture])
+    compiled = cuda_resources.check(NVCC, [architecture])
+    usages = [kernel.usage for kernel in compiled]
     kernels = {usage.kernel for usage in usages}
     assert len(usages) == len(kernels)
     assert {kernel.split("<")[0] for kernel in kernels} == {
         "cell_forward", "cell_backward", "low_rank_pass", "low_rank_expand", "reduce_gradients",
     }  # fmt: skip
     assert not [usage for usage in usages if usage.spilled or usage.stack]
+    assert not cuda_resources.problems(compiled)
     # With at most 128 registers, at least two blocks of 256 threads fit a multiprocessor.
     assert all(usage.registers <= 128 for usage in usages)
 
@@ -46,7 +48,7 @@ ptxas info    : Function properties for _Z8a_kernelIfLi2EEvi
 ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 656 bytes cmem[0]
 """
     usage = Usage("a<float, 2>", "sm_80", 40, 1024, 16, 12)
-    assert cuda_resources.parse(report) == [usage]
+    assert cuda_resources.parse(report) == {"_Z8a_kernelIfLi2EEvi": usage}
     assert table([usage]).splitlines()[1].split() == ["a<float,", "2>", "40*"]
 
 

@@ -1,13 +1,16 @@
 """``make gpu-check`` as far as a machine without a GPU can tell: its kernels step, on the CPU."""
 
 import json
+import pathlib
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from kernel_cases import needs_cpp
 
-from bench import cases, gpu_check, timing
+from bench import cases, gpu_check, gpu_kernels, timing
 from naslora_kernels import cpp
 
 CASE = "cell tiny_vit r=3 float32"
@@ -67,7 +70,7 @@ def test_competitors_that_fail_are_left_out_and_named():
     right = cases.Work(lambda: 2 * x, [x], torch.ones(()))
     wrong = cases.Work(lambda: 1 / 0, [x], torch.ones(()))
     works = {"triton": wrong, "reference": right, "flex_attention": wrong}
-    notes = gpu_check.leave_out_failing(works, ours=("triton",))
+    notes = gpu_kernels.leave_out_failing(works, ours=("triton",))
     assert notes == ["flex_attention is left out, ZeroDivisionError: division by zero"]
     assert works.keys() == {"triton", "reference"}
 
@@ -78,9 +81,71 @@ def test_says_that_there_is_no_gpu(monkeypatch, tmp_path, capsys):
     assert "no GPU" in capsys.readouterr().err
 
 
-def test_a_step_that_fails_or_takes_too_long_is_told():
-    failed = gpu_check._run([sys.executable, "-c", "print('3 failed'); raise SystemExit(1)"], 60)
+def test_a_step_that_fails_or_takes_too_long_is_told(tmp_path):
+    def run(program, limit):
+        return gpu_check._run([sys.executable, "-c", program], limit, tmp_path, "step")
+
+    failed = run("print('3 failed'); raise SystemExit(1)", 60)
     assert failed == {"passed": False, "summary": "3 failed"}
-    late = gpu_check._run([sys.executable, "-c", "import time; time.sleep(9)"], 1)
+    printing = "print('test_a PASSED', flush=True); import time; time.sleep(9)"
+    late = run(printing, 1)
     assert not late["passed"]
-    assert "1 s" in late["summary"]
+    assert late["summary"] == "stopped after 1 s, its time: 1 passed, 0 failed; last: test_a PASSED"
+
+
+def test_what_a_late_step_started_ends_with_it(tmp_path):
+    program = f"""
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+time.sleep(60)
+"""
+    gpu_check._run([sys.executable, "-c", program], 1, tmp_path, "step")
+    child = pathlib.Path("/proc", (tmp_path / "child").read_text(), "stat")
+    until = time.monotonic() + 30  # a killed process goes on until it is scheduled
+    while time.monotonic() < until and child.exists() and child.read_text().split()[2] != "Z":
+        time.sleep(0.05)
+    assert not child.exists() or child.read_text().split()[2] == "Z"  # until init has seen it
+
+
+def test_rows_are_written_as_they_come(monkeypatch, tmp_path):
+    """A case that fails is a problem of its own. The rows of the cases before it stay."""
+    written = []
+
+    def fail(name, result):
+        record = json.loads((tmp_path / "gpu_check.json").read_text())
+        written.append(record["kernels"]["rows"])
+        raise RuntimeError("the card is gone\nand so on")
+
+    def measure(name, result):
+        result["rows"].append({"work": name})
+
+    found = [("first", measure), ("second", fail)]
+    monkeypatch.setattr(gpu_kernels, "measurements", lambda *arguments: found)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
+    options = ("--steps", "kernels", "--device", "cpu", "--output", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *options])
+    assert gpu_check.main() == 1
+    assert written == [[{"work": "first"}]]
+    problems = json.loads((tmp_path / "gpu_check.json").read_text())["kernels"]["problems"]
+    assert problems == ["second: RuntimeError: the card is gone"]
+
+
+def test_missing_packages_are_named_and_no_failure(monkeypatch):
+    monkeypatch.setattr(gpu_check, "MODEL_PACKAGES", ("torch", "no_such_package"))
+    result = gpu_check.measure_models(None, None)
+    assert result == {"passed": True, "summary": "left out: no_such_package is not installed"}
+
+
+def test_tests_of_kernels_need_torch_pytest_and_triton_alone():
+    """The other imports of ``pyproject.toml`` are made to fail."""
+    program = """
+import sys
+others = ("accelerate", "peft", "segment_anything", "tyro", "PIL", "matplotlib", "safetensors")
+sys.modules.update(dict.fromkeys(others))
+import pytest
+import bench.gpu_check as check
+sys.exit(pytest.main(["--collect-only", "-q", check.PRIMITIVE_TESTS, *check.TRITON_TESTS]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:]

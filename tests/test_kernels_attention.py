@@ -17,7 +17,6 @@ from kernel_cases import (
     attention_case,
     needs_cpp,
 )
-from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
 from torch.utils.checkpoint import checkpoint
 
 from naslora_kernels import rel_pos_attention
@@ -153,8 +152,9 @@ def test_scale(target, scale):
 
 def sam_attention(q, k, v, table_h, table_w, grid):
     """The scores and their use in ``segment_anything``'s Attention; heads belong to the batch."""
+    sam = pytest.importorskip("segment_anything.modeling.image_encoder")
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    scores = add_decomposed_rel_pos(scores, q, table_h, table_w, grid, grid)
+    scores = sam.add_decomposed_rel_pos(scores, q, table_h, table_w, grid, grid)
     return scores.softmax(-1) @ v
 
 

@@ -19,7 +19,7 @@ from kernel_cases import (
     assert_better_on_average,
     assert_same_bits_on_any_number_of_threads,
     cell_case,
-    few_simulated,
+    few_costly,
     needs_cpp,
     targets_and,
 )
@@ -51,7 +51,7 @@ SHAPES = [
     ((1, 5, 6, 24), 16),
     ((1, 20, 21, 3), 2),
 ]
-# A simulated target computes these in every dtype: one is folded, the other one separable.
+# Where cases cost seconds, these run in every dtype: one is folded, the other one separable.
 EVERY_DTYPE = [((1, 14, 14, 3), 2), ((2, 5, 3, 7), 7)]
 FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "300"))
 
@@ -65,7 +65,7 @@ def case_and_results(target, shape, c):
 
 @pytest.mark.parametrize(
     ("target", "case", "dtype"),
-    few_simulated(
+    few_costly(
         targets_and(SHAPES, lambda case: math.prod(case[0]), ALL_TARGETS),
         [(dtype,) for dtype in DTYPES],
         lambda case, dtype: dtype == torch.float32 or case in EVERY_DTYPE,
@@ -85,7 +85,7 @@ def test_float32_parameters_under_16_bit_maps(target, dtype):
 
 @pytest.mark.parametrize(
     ("target", "layout", "gradient_layout"),
-    few_simulated(TARGETS, LAYOUT_PAIRS, lambda *pair: pair in FEW_LAYOUT_PAIRS),
+    few_costly(TARGETS, LAYOUT_PAIRS, lambda *pair: pair in FEW_LAYOUT_PAIRS),
 )
 def test_strided_maps_and_gradients(target, layout, gradient_layout):
     case, expected = case_and_results(target, (2, 5, 4, 6), 4)
@@ -147,7 +147,7 @@ NEEDED = [("z", "alpha"), ("z", *CELL[1:]), CELL, ("alpha",), ("z",), ("pw",), (
 
 @pytest.mark.parametrize(
     ("target", "needed", "c"),
-    few_simulated(
+    few_costly(
         TARGETS,
         itertools.product(NEEDED, [2, 5]),
         lambda needed, c: c == (2, 5)[NEEDED.index(needed) % 2],
@@ -183,7 +183,7 @@ FEW_NON_FINITE = [
 
 @pytest.mark.parametrize(
     ("target", "argument", "where", "value", "c"),
-    few_simulated(
+    few_costly(
         TARGETS,
         itertools.product(["z", "gradient"], CORNERS_AND_MIDDLE, NON_FINITE, [2, 5]),
         lambda *case: case in FEW_NON_FINITE,
@@ -260,7 +260,7 @@ def test_random_shapes(target):
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     ratios = {}
-    for seed in range(FUZZED_SHAPES // 20 if target.simulated else FUZZED_SHAPES):
+    for seed in range(FUZZED_SHAPES // 20 if target.costs_a_case else FUZZED_SHAPES):
         rank = pick(1, 24) if pick(0, 3) == 0 else pick(1, 6)
         side = 6 if target.simulated else 70 if pick(0, 9) == 0 else 20
         shape, c = (pick(0, 3), pick(1, side), pick(1, side), rank), pick(0, rank)
@@ -276,5 +276,5 @@ def test_random_shapes(target):
             )
         except AssertionError as error:
             raise AssertionError(f"{seed=} {shape=} {c=} {dtype} {layout=} {needed=}") from error
-    if not target.simulated:  # a dozen ratios say little
+    if not target.costs_a_case:  # a dozen ratios say little
         assert_better_on_average(ratios)

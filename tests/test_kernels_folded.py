@@ -11,7 +11,7 @@ from kernel_cases import (
     TARGETS,
     Target,
     cell_case,
-    few_simulated,
+    few_costly,
     layer_case,
     targets_and,
 )
@@ -138,13 +138,13 @@ SHAPES = [
     ((1, 1, 40), 1, 3),
     ((0, 4, 4), 2, 3),
 ]
-EVERY_DTYPE = ((1, 20, 21), 2, 7)  # the shape that simulated targets compute in every dtype
+EVERY_DTYPE = ((1, 20, 21), 2, 7)  # runs in every dtype everywhere
 
 
 @pytest.mark.usefixtures("poisoned_memory", "instruction_set")
 @pytest.mark.parametrize(
     ("target", "shape", "dtype"),
-    few_simulated(
+    few_costly(
         targets_and(SHAPES, lambda shape: math.prod(shape[0]) * shape[1], ALL_TARGETS),
         [(dtype,) for dtype in DTYPES],
         lambda shape, dtype: dtype == torch.float32 or shape == EVERY_DTYPE,

@@ -17,7 +17,7 @@ from kernel_cases import (
     TARGETS,
     assert_as_good_as_reference,
     assert_better_on_average,
-    few_simulated,
+    few_costly,
     layer_case,
     needs_cpp,
     targets_and,
@@ -45,7 +45,7 @@ SHAPES = [
     ((2, 5, 5), 16, 24, 3, 0),
 ]
 SMALL = ((2, 7, 6), 64, 96, 3, 2)
-EVERY_DTYPE = ((2, 6, 5), 16, 1, 7, 5)  # the shape that simulated targets compute in every dtype
+EVERY_DTYPE = ((2, 6, 5), 16, 1, 7, 5)  # runs in every dtype everywhere
 
 
 def without_max_pool(case):
@@ -66,7 +66,7 @@ def largest_map(shape):
 
 @pytest.mark.parametrize(
     ("target", "shape", "dtype"),
-    few_simulated(
+    few_costly(
         targets_and(SHAPES, largest_map, ALL_TARGETS),
         [(dtype,) for dtype in DTYPES],
         lambda shape, dtype: dtype == torch.float32 or shape == EVERY_DTYPE,
@@ -99,7 +99,7 @@ def test_gradients_of_the_frozen_linear_where_asked_for(target, bias):
 
 @pytest.mark.parametrize(
     ("target", "layout", "gradient_layout"),
-    few_simulated(TARGETS, LAYOUT_PAIRS, lambda *pair: pair in FEW_LAYOUT_PAIRS),
+    few_costly(TARGETS, LAYOUT_PAIRS, lambda *pair: pair in FEW_LAYOUT_PAIRS),
 )
 def test_strided_inputs_and_gradients(target, layout, gradient_layout):
     case = layer_case((2, 5, 7), 48, 40, 4, 3).to(torch.float32).on(target.device)
@@ -245,7 +245,7 @@ def test_random_shapes(target):
 
     ratios = {}
     side = 5 if target.simulated else 15
-    for seed in range(FUZZED_SHAPES // 10 if target.simulated else FUZZED_SHAPES):
+    for seed in range(FUZZED_SHAPES // 10 if target.costs_a_case else FUZZED_SHAPES):
         rank = pick(1, 24) if pick(0, 3) == 0 else pick(1, 6)
         shape = ((pick(0, 3), pick(1, side), pick(1, side)), pick(1, 90), pick(1, 150), rank)
         c = pick(1, rank)
@@ -260,5 +260,5 @@ def test_random_shapes(target):
             assert_as_good_as_reference(target, case, needed, ratios)
         except AssertionError as error:
             raise AssertionError(f"{seed=} {shape=} {c=} {dtype} {layout=} {needed=}") from error
-    if not target.simulated:  # a dozen ratios say little
+    if not target.costs_a_case:  # a dozen ratios say little
         assert_better_on_average(ratios)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import CELL, TARGETS, cell_case, few_simulated, layer_case, needs_cpp
+from kernel_cases import CELL, TARGETS, cell_case, few_costly, layer_case, needs_cpp
 from torch.utils.checkpoint import checkpoint
 
 import naslora_kernels
@@ -40,10 +40,10 @@ def test_is_the_default_on_cpus():
 
 # ---- opcheck: schema, fake kernels, and aot dispatch of every operator -------------------------
 
-# A simulated device is slow, and sees a bfloat16 case only once.
+# Where cases cost seconds, a bfloat16 case runs only once.
 opchecks = pytest.mark.parametrize(
     ("target", "dtype", "c"),
-    few_simulated(
+    few_costly(
         TARGETS,
         itertools.product((torch.float32, torch.bfloat16), (0, 2, 5)),
         lambda dtype, c: (dtype == torch.bfloat16) == (c == 2),

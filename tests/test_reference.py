@@ -20,6 +20,7 @@ from naslora_kernels import (
     available_backends,
     backends,
     build_info,
+    checks,
     folded_convolution,
     mixed_cell,
     nas_lora_linear,
@@ -632,6 +633,72 @@ def test_an_unknown_backend_is_refused(monkeypatch, by_environment):
     named = {} if by_environment else {"backend": "abacus"}
     with pytest.raises(ValueError, match=r"^backend: expected one of .*reference; got 'abacus'"):
         mixed_cell(**cell_arguments(), **named)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "capability", "chosen"),
+    [
+        (3, torch.bfloat16, (9, 0), "cuda"),
+        (4, torch.bfloat16, (9, 0), "triton"),
+        (4, torch.float16, (8, 0), "triton"),
+        (4, torch.bfloat16, (7, 5), "cuda"),  # its tensor cores know no bfloat16
+        (4, torch.float32, (9, 0), "cuda"),
+    ],
+)
+def test_many_ranks_go_where_the_tensor_cores_are_used(
+    ranks, dtype, capability, chosen, monkeypatch
+):
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_refusal", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    many = ranks >= backends.MANY_RANKS
+    choose = backends._choose.__wrapped__  # without its memory
+    assert choose("cuda", dtype, None, "nas_lora_linear", many) == chosen
+    assert choose("cuda", dtype, "cuda", "nas_lora_linear", many) == "cuda"  # a name is a name
+    assert choose("cpu", dtype, None, "nas_lora_linear", many) == "cpp"
+
+
+class ChannelsOnAGPU:
+    """As much of a tensor of channels on a GPU as their check looks at; counts reads."""
+
+    device, is_meta = torch.device("cuda"), False
+
+    def __init__(self, inference):
+        self.inference, self.version, self.reads = inference, 0, 0
+
+    @property
+    def _version(self):
+        if self.inference:
+            raise RuntimeError("Inference tensors do not track version counter.")
+        return self.version
+
+    def is_inference(self):
+        return self.inference
+
+    def tolist(self):
+        self.reads += 1
+        return [0, 2]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_channels_on_a_gpu_are_read_once(inference):
+    """Reading waits for the GPU and ends the capture of a CUDA graph."""
+    channels = ChannelsOnAGPU(inference)
+    for _ in range(3):
+        checks._check_channel_values(channels, 3)
+    assert channels.reads == 1
+    if not inference:
+        channels.version += 1
+        checks._check_channel_values(channels, 3)
+        assert channels.reads == 2
+
+
+def test_channels_are_not_read_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    channels = ChannelsOnAGPU(inference=True)
+    checks._check_channel_values(channels, 3)
+    assert channels.reads == 0
 
 
 def test_every_backend_answers():

@@ -53,12 +53,15 @@ struct FoldedConvolution {
   __device__ void begin(const Arguments&) {}
   __device__ void load(const Arguments& cell, int64_t out, int64_t in) {
     const int taps = size * size;
-    for_block(N * taps * N, [&](int i) {
-      const int target = i % N, tap = i / N % taps, source = i / (N * taps);
-      A value = 0;
-      if (out + target < cell.c && in + source < cell.c)
-        value = read<A>(cell.kernel, ((out + target) * cell.c + in + source) * taps + tap);
-      weights[i] = value;
+    for_block(taps, [&](int tap) {
+#pragma unroll
+      for (int i = 0; i < N * N; ++i) {
+        const int source = i / N, target = i % N;
+        A value = 0;
+        if (out + target < cell.c && in + source < cell.c)
+          value = read<A>(cell.kernel, ((out + target) * cell.c + in + source) * taps + tap);
+        weights[(source * taps + tap) * N + target] = value;
+      }
     });
   }
   __device__ void finish() {}

@@ -131,12 +131,16 @@ struct SharedWeights {
         value = read<A>(cell.pw, (op * cell.c + out + o) * cell.c + in + n);
       pw[i] = value;
     });
-    for_block(N * kAllWeightTaps, [&](int i) {
-      const int n = i / kAllWeightTaps, t = i % kAllWeightTaps;
-      const int op = op_of(t), index = t - weight_start(op);
-      A value = 0;
-      if (in + n < cell.c) value = read<A>(of_op(cell.dw, op), (in + n) * weight_taps(op) + index);
-      dw[i] = value;
+    for_block(kAllWeightTaps, [&](int t) {
+      const int op = op_of(t), taps = weight_taps(op);
+      const Parameter weights = of_op(cell.dw, op);
+      const int64_t first = in * taps + t - weight_start(op);
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        A value = 0;
+        if (in + n < cell.c) value = read<A>(weights, first + n * taps);
+        dw[n * kAllWeightTaps + t] = value;
+      }
     });
   }
 };

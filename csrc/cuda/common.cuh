@@ -96,33 +96,50 @@ void launch(const char* name, void (*kernel)(Arguments), int64_t blocks_x, int64
 // ---- Parameters ----------------------------------------------------------------------------
 
 // An element of a parameter of any dtype. The loads are conditional, but no conversion waits for
-// one inside a branch. So the loads of several rounds of a loop are in flight together.
+// one inside a branch. So the loads of several rounds of a loop are in flight together. __ldg says
+// that the address is global and that the kernel does not write there.
 template <typename A>
 __device__ inline A read(const Parameter& p, int64_t i) {
   const bool is_float32 = p.dtype == Dtype::float32;
   float value = 0;
-  if (is_float32) value = static_cast<const float*>(p.data)[i];
+  if (is_float32) value = __ldg(static_cast<const float*>(p.data) + i);
   if constexpr (sizeof(A) == 8) {
     double wide = 0;
-    if (!is_float32) wide = static_cast<const double*>(p.data)[i];
+    if (!is_float32) wide = __ldg(static_cast<const double*>(p.data) + i);
     return is_float32 ? value : wide;
   } else {
     uint16_t bits = 0;
-    if (!is_float32) bits = static_cast<const uint16_t*>(p.data)[i];
+    if (!is_float32) bits = __ldg(static_cast<const uint16_t*>(p.data) + i);
     const float narrow = p.dtype == Dtype::bfloat16 ? widen(bfloat16{bits}) : widen(float16{bits});
     return is_float32 ? value : narrow;
   }
 }
+
+// Calls body(elements) with the address of a parameter's elements as their own type: what a loop
+// does for each element then does not depend on the dtype.
+template <typename A, typename Body>
+__device__ inline void with_elements(const Parameter& p, const Body& body) {
+  if (p.dtype == Dtype::float32)
+    body(static_cast<const float*>(p.data));
+  else if constexpr (sizeof(A) == 8)
+    body(static_cast<const double*>(p.data));
+  else if (p.dtype == Dtype::bfloat16)
+    body(static_cast<const bfloat16*>(p.data));
+  else
+    body(static_cast<const float16*>(p.data));
+}
+
+// __stwb says that the address is global.
 template <typename A>
 __device__ inline void write(const Parameter& p, int64_t i, A value) {
   if (p.dtype == Dtype::float32)
-    static_cast<float*>(p.data)[i] = static_cast<float>(value);
+    __stwb(static_cast<float*>(p.data) + i, static_cast<float>(value));
   else if constexpr (sizeof(A) == 8)
-    static_cast<double*>(p.data)[i] = value;
-  else if (p.dtype == Dtype::bfloat16)
-    static_cast<bfloat16*>(p.data)[i] = Narrow<bfloat16>::from(value);
+    __stwb(static_cast<double*>(p.data) + i, value);
   else
-    static_cast<float16*>(p.data)[i] = Narrow<float16>::from(value);
+    __stwb(static_cast<uint16_t*>(p.data) + i, p.dtype == Dtype::bfloat16
+                                                   ? Narrow<bfloat16>::from(value).bits
+                                                   : Narrow<float16>::from(value).bits);
 }
 
 // ---- Vectors -------------------------------------------------------------------------------

@@ -33,6 +33,8 @@
 #define __host__
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
+#define __ldg(address) (*(address))
+#define __stwb(address, value) (*(address) = (value))
 #define __syncthreads() emulation::wait(true, __LINE__)
 #define __syncwarp() emulation::wait(false, __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) emulation::shuffle_xor(value, lanes, __LINE__)

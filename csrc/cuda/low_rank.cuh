@@ -24,8 +24,8 @@ struct WarpShape {
   static constexpr int kTokens = 64 / (kFeatures * sizeof(S));  // 64 bytes a thread in flight
 };
 
-// A thread's features of one token in the storage type; 0 beyond the last feature. With kAligned,
-// rows begin and end at multiples of sixteen bytes.
+// A thread's features of one token in the storage type. With kAligned, rows begin and end at
+// multiples of sixteen bytes.
 template <typename S, bool kAligned>
 struct Piece {
   static constexpr int kSize = Vector<S>::kSize, kVectors = WarpShape<S>::kFeatures / kSize;
@@ -37,12 +37,14 @@ struct Piece {
     return (i / kSize * kWarp + lane) * kSize + i % kSize;
   }
 
+  // Beyond the last feature it loads the last vector again, or 0. A load without a condition has no
+  // branch of its own, so that the loads of several tokens are in flight together.
   __device__ void load(const S* row, int first, int features, int lane) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int at = first + feature(v * kSize, lane);
       if constexpr (kAligned) {
-        vector[v] = at < features ? load_vector(row + at) : Vector<S>{};
+        vector[v] = load_vector(row + (at < features ? at : features - kSize));
       } else {
 #pragma unroll
         for (int e = 0; e < kSize; ++e) vector[v].lane[e] = at + e < features ? row[at + e] : S{};

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kTokens = 4;                               // that a thread works on at once
 constexpr int64_t kFewestTokens = 16, kMostTokens = 64;  // of a block
+constexpr int64_t kBlocks = 1024;  // wanted: several for each multiprocessor of a large card
 constexpr int64_t kRankTile = 32;  // of 256 features, or fewer ranks of more: 32 KiB
 
 struct ExpandArguments : LowRankExpand {
@@ -31,35 +32,44 @@ struct ExpandShared {
 
   // A thread reads its features as vectors of A, and neighbouring lanes read neighbouring vectors.
   // So of 16-bit features, eight a lane, the first four of all lanes come before the other four.
-  __device__ static int position(int feature) {
+  // A step of 32 features is a constant step of positions.
+  __device__ static constexpr int position(int feature) {
     constexpr int kStored = Vector<S>::kSize, kRead = Vector<A>::kSize;
     const int lane = feature / kStored % kWarp;
     const int i = feature / (kStored * kWarp) * kStored + feature % kStored;
     return (i / kRead * kWarp + lane) * kRead + i % kRead;
   }
 
-  // Brings `rank_tile` ranks to shared memory; 0 beyond the last rank, feature and token.
-  __device__ void load(const ExpandArguments& p, int64_t first_rank, int64_t first_feature,
+  // Brings some ranks to shared memory. A warp brings 256 features of a rank, or all tokens of a
+  // rank, at a time: all its loads come before its stores. Beyond the last feature or token it
+  // brings the last one again, of which nothing is written.
+  __device__ void load(const ExpandArguments& p, int64_t first_rank, int ranks, int first_feature,
                        int64_t first_token) const {
-    constexpr int kWarpFeatures = WarpShape<S>::kWarpFeatures;
-    const int features = p.warps.features * kWarpFeatures;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < p.rank_tile * features; i += blockDim.x) {
-      const int64_t rank = first_rank + i / features, feature = first_feature + i % features;
-      A element = 0;
-      if (rank < p.rank && feature < p.features)
-        element = read<A>(p.factor, rank * p.factor_stride[0] + feature * p.factor_stride[1]);
-      const int in_warp = i % kWarpFeatures;
-      factor[i - in_warp + position(in_warp)] = element;
-    }
-    const int tokens = static_cast<int>(p.block_tokens);
-    for_block(p.rank_tile * tokens, [&](int i) {
-      const int64_t rank = first_rank + i % p.rank_tile, token = first_token + i / p.rank_tile;
-      A weight = 0;
-      if (rank < p.rank && token < p.tokens)
-        weight = static_cast<A>(p.scale) * widen(static_cast<const S*>(p.u)[token * p.rank + rank]);
-      u[i % p.rank_tile * tokens + i / p.rank_tile] = weight;
+    constexpr int kFeatures = WarpShape<S>::kFeatures;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+    const int last_feature = static_cast<int>(p.features) - 1;
+    with_elements<A>(p.factor, [&](const auto* element) {
+      for (int row = warp; row < ranks * p.warps.features; row += warps) {
+        const int first = first_feature + row % p.warps.features * (kFeatures * kWarp) + lane;
+        const auto* from = element + (first_rank + row / p.warps.features) * p.factor_stride[0];
+        A* to = factor + row * (kFeatures * kWarp) + position(lane);
+        A elements[kFeatures];
+#pragma unroll
+        for (int i = 0; i < kFeatures; ++i) {
+          const int feature = first + i * kWarp < last_feature ? first + i * kWarp : last_feature;
+          elements[i] = widen(from[feature * p.factor_stride[1]]);
+        }
+#pragma unroll
+        for (int i = 0; i < kFeatures; ++i) to[i * position(kWarp)] = elements[i];
+      }
     });
+    const S* from = static_cast<const S*>(p.u) + first_token * p.rank + first_rank;
+    const int tokens = static_cast<int>(p.block_tokens), rank = static_cast<int>(p.rank);
+    const int last_token = static_cast<int>(smaller(tokens, p.tokens - first_token)) - 1;
+    for (int k = warp; k < ranks; k += warps)
+      for (int t = lane; t < tokens; t += kWarp)
+        u[k * tokens + t] =
+            static_cast<A>(p.scale) * widen(from[(t < last_token ? t : last_token) * rank + k]);
   }
 };
 
@@ -110,14 +120,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
     const int token = t + place.slice * kTokens;
     A sum[kTokens][kFeatures] = {};
     for (int64_t first_rank = 0; first_rank < p.rank; first_rank += p.rank_tile) {
+      const int ranks = static_cast<int>(smaller(p.rank_tile, p.rank - first_rank));
       if (t == 0 || p.rank > p.rank_tile) {
         __syncthreads();
-        shared.load(p, first_rank, first_feature, first_token);
+        shared.load(p, first_rank, ranks, first_feature, first_token);
         __syncthreads();
       }
       add_ranks(shared.factor + place.feature * kWarpFeatures, block_features, shared.u + token,
-                p.block_tokens, static_cast<int>(smaller(p.rank_tile, p.rank - first_rank)),
-                place.lane, sum);
+                p.block_tokens, ranks, place.lane, sum);
     }
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
@@ -140,15 +150,17 @@ void low_rank_expand(const Stream& stream, const LowRankExpand& expand) {
     const int64_t tiles = ceil_div(p.features, WarpShape<S>::kWarpFeatures);
     p.warps = Warps::divide(tiles, 1, smaller(kMostWarps, kRankTile / p.rank_tile));
     p.warps.slices = kMostWarps / p.warps.features;
-    // With more ranks a block reads more of the factor, so more tokens share it.
-    const int64_t step = p.warps.slices * kTokens;
-    const int64_t tokens = smaller(kMostTokens, kFewestTokens * ceil_div(p.rank, 2 * kRanks));
-    p.block_tokens = round_up(tokens, step);
+    // More tokens share a block's part of the factor if it has many ranks, and if there are blocks
+    // enough.
+    const int64_t step = p.warps.slices * kTokens, across = ceil_div(tiles, p.warps.features);
+    const int64_t wanted =
+        larger(kFewestTokens * ceil_div(p.rank, 2 * kRanks), ceil_div(p.tokens * across, kBlocks));
+    p.block_tokens = round_up(smaller(kMostTokens, wanted), step);
     const bool whole = aligned<S>(p.out, p.features, p.features);
     launch("low_rank_expand",
            whole ? low_rank_expand_kernel<S, true> : low_rank_expand_kernel<S, false>,
-           ceil_div(p.tokens, p.block_tokens), ceil_div(tiles, p.warps.features),
-           p.warps.count() * kWarp, measure<ExpandShared<S>, SharedArena>(p), stream, p);
+           ceil_div(p.tokens, p.block_tokens), across, p.warps.count() * kWarp,
+           measure<ExpandShared<S>, SharedArena>(p), stream, p);
   });
 }
 

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kFewestTokens = 8, kMostTokens = 96;  // of a group
 constexpr int64_t kGroups = 160;  // wanted: more than any card has multiprocessors
+// Without partial sums a group costs nothing, and small ones keep all multiprocessors busy longer.
+constexpr int64_t kMostTokensOfProducts = 32;
 
 struct PassArguments : LowRankPass {
   int64_t group_tokens;
@@ -30,21 +32,26 @@ struct PassShared {
   }
 };
 
-// Sums the values of two tokens over the warp. Afterwards values[0] holds the sums of the first
-// token in the lower half of the lanes and those of the second in the upper half: first, lanes of
-// the two halves exchange the values of the token that they do not keep.
-template <typename A>
-__device__ void sum_over_lanes(A (&values)[2][kRanks], int lane) {
-  constexpr int kHalf = kWarp / 2;
-  const bool upper = lane >= kHalf;
+// Sums the values of kTokens tokens over the warp. Afterwards values[0] holds the sums of token
+// lane / (kWarp / kTokens). While a lane has several tokens, it gives half of them to another lane
+// and adds what that lane gives of the other half.
+template <typename A, int kTokens>
+__device__ void sum_over_lanes(A (&values)[kTokens][kRanks], int lane) {
+  int offset = kWarp / 2;
 #pragma unroll
-  for (int k = 0; k < kRanks; ++k) {
-    const A kept = upper ? values[1][k] : values[0][k];
-    const A given = upper ? values[0][k] : values[1][k];
-    values[0][k] = kept + __shfl_xor_sync(0xffffffffu, given, kHalf);
+  for (int half = kTokens / 2; half >= 1; half /= 2, offset /= 2) {
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int i = 0; i < half; ++i)
+#pragma unroll
+      for (int k = 0; k < kRanks; ++k) {
+        const A kept = upper ? values[i + half][k] : values[i][k];
+        const A given = upper ? values[i][k] : values[i + half][k];
+        values[i][k] = kept + __shfl_xor_sync(0xffffffffu, given, offset);
+      }
   }
 #pragma unroll
-  for (int offset = kHalf / 2; offset >= 1; offset /= 2)
+  for (; offset >= 1; offset /= 2)
 #pragma unroll
     for (int k = 0; k < kRanks; ++k)
       values[0][k] += __shfl_xor_sync(0xffffffffu, values[0][k], offset);
@@ -57,7 +64,8 @@ struct PassThread {
   using Piece = naslora::Piece<S, kAligned>;
   static constexpr int kFeatures = WarpShape<S>::kFeatures;
   static constexpr int kWarpFeatures = WarpShape<S>::kWarpFeatures;
-  static constexpr int kTokens = WarpShape<S>::kTokens;
+  // Rows that are loaded number by number take more registers.
+  static constexpr int kTokens = kAligned ? WarpShape<S>::kTokens : 2;
 
   const PassArguments& p;
   const PassShared<S>& shared;
@@ -109,41 +117,45 @@ struct PassThread {
                               A (&partial)[kRanks][kFeatures]) const {
     for (int t = begin; t < end; t += kTokens) {
       Piece piece[kTokens];
-      A sums[2][kRanks];
 #pragma unroll
       for (int i = 0; i < kTokens; ++i)  // beyond the last token, the last one again
         piece[i].load(x + (t + i < end ? t + i : end - 1) * p.x_stride, first, features,
                       place.lane);
+      if (p.partials) add_to_partial(piece, t, partial);
+      if (p.product) add_to_products(piece, t, again, factor);
+    }
+  }
+
+  __device__ void add_to_partial(const Piece (&piece)[kTokens], int t,
+                                 A (&partial)[kRanks][kFeatures]) const {
 #pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        A row[kFeatures];
+    for (int i = 0; i < kTokens; ++i) {
 #pragma unroll
-        for (int j = 0; j < kFeatures; ++j) row[j] = piece[i].get(j);
-        if (p.partials && t + i < end) {
+      for (int k = 0; k < kRanks; ++k) {
+        const int at = first_rank + k < rank ? k : 0;  // no sum beyond the last rank is written
+        const A weight = t + i < end ? widen(u[(t + i) * rank + at]) : 0;
 #pragma unroll
-          for (int k = 0; k < kRanks; ++k) {
-            const int at = first_rank + k < rank ? k : 0;  // no sum beyond the last rank is written
-            const A weight = widen(u[(t + i) * rank + at]);
-#pragma unroll
-            for (int j = 0; j < kFeatures; ++j) partial[k][j] += weight * row[j];
-          }
-        }
-        if (!p.product) continue;
-#pragma unroll
-        for (int k = 0; k < kRanks; ++k) {
-          sums[i % 2][k] = 0;
-#pragma unroll
-          for (int j = 0; j < kFeatures; ++j) sums[i % 2][k] += row[j] * factor[k][j];
-        }
-        if (i % 2 == 0) continue;
-        sum_over_lanes(sums, place.lane);
-        const int summed = t + i - 1 + place.lane / (kWarp / 2);
-        if (place.lane % (kWarp / 2) == 0 && summed < end) {
-          A* to = products + summed * block_ranks;
-#pragma unroll
-          for (int k = 0; k < kRanks; ++k) to[k] = (again ? to[k] : 0) + sums[0][k];
-        }
+        for (int j = 0; j < kFeatures; ++j) partial[k][j] += weight * piece[i].get(j);
       }
+    }
+  }
+
+  __device__ void add_to_products(const Piece (&piece)[kTokens], int t, bool again,
+                                  const A (&factor)[kRanks][kFeatures]) const {
+    A sums[kTokens][kRanks] = {};
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i)
+#pragma unroll
+      for (int k = 0; k < kRanks; ++k)
+#pragma unroll
+        for (int j = 0; j < kFeatures; ++j) sums[i][k] += piece[i].get(j) * factor[k][j];
+    sum_over_lanes(sums, place.lane);
+    constexpr int kLanes = kWarp / kTokens;  // of a token
+    const int token = t + place.lane / kLanes;
+    if (place.lane % kLanes == 0 && token < end) {
+      A* to = products + token * block_ranks;
+#pragma unroll
+      for (int k = 0; k < kRanks; ++k) to[k] = (again ? to[k] : 0) + sums[0][k];
     }
   }
 
@@ -218,14 +230,15 @@ int64_t token_groups(int64_t tokens) { return ceil_div(tokens, tokens_per_group(
 void low_rank_pass(const Stream& stream, const LowRankPass& pass) {
   with_storage(pass.dtype, [&](auto storage) {
     using S = decltype(storage);
-    PassArguments p{pass, tokens_per_group(pass.tokens), {}};
+    const int64_t most = pass.partials ? kMostTokens : kMostTokensOfProducts;
+    PassArguments p{pass, smaller(most, tokens_per_group(pass.tokens)), {}};
     const int64_t rank_groups = ceil_div(p.rank, kRanks);
     const int64_t tiles = ceil_div(p.features, WarpShape<S>::kWarpFeatures);
     p.warps = Warps::divide(tiles, rank_groups, kMostWarps);
     const bool whole = aligned<S>(p.x, p.x_stride, p.features);
     launch("low_rank_pass", whole ? low_rank_pass_kernel<S, true> : low_rank_pass_kernel<S, false>,
-           token_groups(p.tokens), ceil_div(rank_groups, p.warps.ranks), p.warps.count() * kWarp,
-           measure<PassShared<S>, SharedArena>(p), stream, p);
+           ceil_div(p.tokens, p.group_tokens), ceil_div(rank_groups, p.warps.ranks),
+           p.warps.count() * kWarp, measure<PassShared<S>, SharedArena>(p), stream, p);
   });
 }
 

@@ -74,25 +74,34 @@ __device__ inline int64_t selected_channel(const CellShape& shape, int64_t i) {
 }
 
 // Brings the selected channels first, ..., first + N - 1 of a tile and its halo to shared memory.
-// Pixels outside the image and channels beyond c are zero.
+// Pixels outside the image and channels beyond c are zero. A thread goes down one column of one
+// channel, so that it computes for each number hardly more than whether the row is in the image.
 template <typename S, int N, typename Layout>
 __device__ void load_tile(const Map& map, const CellShape& shape, int64_t first,
                           const Tiling& tiling, const Tile& tile, AccumulatorOf<S>* to) {
   constexpr int kHalo = Layout::kHalo;
-  const int n = threadIdx.x % N, width = tile.columns + 2 * kHalo;
-  const int pixels = (tile.rows + 2 * kHalo) * width;
-  const bool exists = first + n < shape.c;
-  const S* from = static_cast<const S*>(map.data) + tile.image * map.stride[0];
-  if (exists) from += selected_channel(shape, first + n) * map.stride[3];
+  const int height = tile.rows + 2 * kHalo, lanes = (tile.columns + 2 * kHalo) * N;
+  const int threads = static_cast<int>(blockDim.x), rows = threads < lanes ? 1 : threads / lanes;
+  const int first_row = threadIdx.x / lanes;
+  if (first_row >= rows) return;
+  const int64_t step = rows * map.stride[1];
+  for (int lane = threadIdx.x % lanes; lane < lanes; lane += threads) {
+    const int n = lane % N, column = lane / N, x = tile.x + column - kHalo, y = tile.y - kHalo;
+    const bool exists = first + n < shape.c && x >= 0 && x < tiling.width;
+    const S* from = static_cast<const S*>(map.data) + tile.image * map.stride[0];
+    if (exists)
+      from += selected_channel(shape, first + n) * map.stride[3] + x * map.stride[2] +
+              (y + first_row) * map.stride[1];
+    AccumulatorOf<S>* into = to + first_row * Layout::kRowStride + column * Layout::kPixelStride +
+                             n * Layout::kChannelStride;
 #pragma unroll 4
-  for (int i = threadIdx.x / N; i < pixels; i += blockDim.x / N) {
-    const int row = i / width, column = i % width;
-    const int y = tile.y + row - kHalo, x = tile.x + column - kHalo;
-    S value{};
-    if (exists && y >= 0 && y < tiling.height && x >= 0 && x < tiling.width)
-      value = from[y * map.stride[1] + x * map.stride[2]];
-    to[row * Layout::kRowStride + column * Layout::kPixelStride + n * Layout::kChannelStride] =
-        widen(value);
+    for (int row = first_row; row < height; row += rows) {
+      S value{};
+      if (exists && static_cast<unsigned>(y + row) < static_cast<unsigned>(tiling.height))
+        value = *from;
+      *into = widen(value);
+      from += step, into += rows * Layout::kRowStride;
+    }
   }
 }
 

@@ -18,7 +18,13 @@ class Arena {
 
   template <typename T>
   NASLORA_HOST_DEVICE T* take(int64_t count) {
+#if defined(__CUDA_ARCH__)
+    // A block always has its memory. A test for null would hide from the compiler that it is shared
+    // memory, and every access would use a generic address.
+    char* array = memory_ + size_;
+#else
     char* array = memory_ ? memory_ + size_ : nullptr;
+#endif
     size_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
     return reinterpret_cast<T*>(array);
   }

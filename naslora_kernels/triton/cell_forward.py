@@ -8,7 +8,6 @@ from naslora_kernels.triton.pixels import (
     convolve,
     copy_other_channels,
     lane_numbers,
-    load_taps,
     locate,
     pixel_offset,
     pool,
@@ -54,31 +53,33 @@ def cell_forward_kernel(
     if channels_ptr is None:
         channels = lanes.to(tl.int64)
     else:
-        channels = tl.load(channels_ptr + tl.minimum(lanes, CHANNELS - 1))  # (1, 1, LANES)
+        channels = tl.load(channels_ptr + tl.minimum(lanes, CHANNELS - 1))  # (1, LANES, 1)
         channels = within_rank(channels, rank)
     start = tl.program_id(0).to(tl.int64) * PIXELS
     image, y, x, exists = locate(start, shape, PIXELS)
     mask = exists & in_lanes
-    z_pixels = z_ptr + pixel_offset(image, y, x, strides)  # (1, PIXELS, 1)
-    z = z_pixels + channels * stride_c  # (1, PIXELS, LANES)
+    z_pixels = z_ptr + pixel_offset(image, y, x, strides)  # (PIXELS, 1, 1)
+    z = z_pixels + channels * stride_c  # (PIXELS, LANES, 1)
     a = softmax(alpha_ptr, DTYPE)
 
-    near, near_inside = load_taps(z, y, x, mask, shape, strides, 1, DTYPE)
-    average, maximum = pool(near, near_inside, y, x, shape, DTYPE)
-    sep3, sep5 = convolve(near, dw_sep3_ptr, dw_sep5_ptr, in_lanes, LANES, PIXELS, DTYPE)
-    far, _ = load_taps(z, y, x, mask, shape, strides, 2, DTYPE)
-    dil3, dil5 = convolve(far, dw_dil3_ptr, dw_dil5_ptr, in_lanes, LANES, PIXELS, DTYPE)
+    average, maximum = pool(z, y, x, mask, shape, strides, LANES, PIXELS, DTYPE)
+    sep3, sep5 = convolve(
+        z, y, x, mask, shape, strides, dw_sep3_ptr, dw_sep5_ptr, in_lanes, 1, LANES, PIXELS, DTYPE
+    )
+    dil3, dil5 = convolve(
+        z, y, x, mask, shape, strides, dw_dil3_ptr, dw_dil5_ptr, in_lanes, 2, LANES, PIXELS, DTYPE
+    )
     skipped = tl.load(z, mask=mask, other=0.0).to(DTYPE)
     mixed = a[4] * average + a[5] * maximum + a[6] * skipped
     convolved = (a[0] * sep3, a[1] * sep5, a[2] * dil3, a[3] * dil5)
     for o in range(CHANNELS):
-        terms = tl.zeros((1, PIXELS, LANES), DTYPE)
+        terms = tl.zeros((PIXELS, LANES, 1), DTYPE)
         for i in tl.static_range(4):
             row = pw_ptr + (i * CHANNELS + o) * CHANNELS + lanes
             terms += convolved[i] * tl.load(row, mask=in_lanes, other=0.0).to(DTYPE)
-        mixed += tl.where(lanes == o, tl.sum(terms, axis=2, keep_dims=True), 0.0)
+        mixed += tl.where(lanes == o, tl.sum(terms, axis=1, keep_dims=True), 0.0)
 
-    y_pixels = y_ptr + (start + tl.arange(0, PIXELS)[None, :, None]) * rank
+    y_pixels = y_ptr + (start + tl.arange(0, PIXELS)[:, None, None]) * rank
     tl.store(y_pixels + channels, rounded(mixed, y_ptr.dtype.element_ty), mask=mask)
     if channels_ptr is not None:
         copy_other_channels(

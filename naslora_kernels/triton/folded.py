@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from naslora_kernels.triton.arithmetic import rounded, whole
-from naslora_kernels.triton.pixels import lane_numbers, load_taps, locate, pixel_offset, pool
+from naslora_kernels.triton.pixels import lane_numbers, locate, pixel_offset, pool
 
 
 @triton.jit
@@ -47,22 +47,21 @@ def folded_cell_kernel(
     start = tl.program_id(0).to(tl.int64) * PIXELS
     image, y, x, exists = locate(start, shape, PIXELS)
     mask = exists & in_lanes
-    z_pixels = z_ptr + pixel_offset(image, y, x, strides)  # (1, PIXELS, 1)
+    z_pixels = z_ptr + pixel_offset(image, y, x, strides)  # (PIXELS, 1, 1)
 
-    result = tl.zeros((1, PIXELS, LANES), DTYPE)
+    result = tl.zeros((PIXELS, LANES, 1), DTYPE)
     if AVERAGE or MAXIMUM:
         z = z_pixels + lanes.to(tl.int64) * stride_c
-        values, inside = load_taps(z, y, x, mask, shape, strides, 1, DTYPE)
-        averages, maxima = pool(values, inside, y, x, shape, DTYPE)
+        averages, maxima = pool(z, y, x, mask, shape, strides, LANES, PIXELS, DTYPE)
         if AVERAGE:
             result += whole(average, average_rest, DTYPE) * averages
         if MAXIMUM:
             result += whole(maximum, maximum_rest, DTYPE) * maxima
     for channel in tl.range(CHANNELS, disable_licm=True):
         # Every lane loads the values for itself, for the reason in load_kernels.
-        z = z_pixels + tl.full((1, 1, LANES), channel, tl.int64) * stride_c
+        z = z_pixels + tl.full((1, LANES, 1), channel, tl.int64) * stride_c
         for first in tl.range(0, SIZE * SIZE, 32, disable_licm=True):
-            tap = first + tl.arange(0, 32)[:, None, None]
+            tap = first + tl.arange(0, 32)[None, None, :]
             row, column = tap // SIZE, tap % SIZE
             dy, dx = row - SIZE // 2, column - SIZE // 2
             in_rows = (row < SIZE) & (y + dy >= 0) & (y + dy < height)
@@ -70,10 +69,10 @@ def folded_cell_kernel(
             at = z + (dy * strides[1] + dx * strides[2])
             values = tl.load(at, mask=mask & in_rows & in_columns, other=0.0).to(DTYPE)
             at = (lanes * CHANNELS + channel) * (SIZE * SIZE) + (row * SIZE + column)
-            at = tl.broadcast_to(kernel_ptr + at, (32, PIXELS, LANES))
+            at = tl.broadcast_to(kernel_ptr + at, (PIXELS, LANES, 32))
             weights = tl.load(at, mask=in_lanes & (row < SIZE), other=0.0).to(DTYPE)
             terms = tl.where(row < SIZE, values * weights, 0.0)
-            result += tl.sum(terms, axis=0, keep_dims=True)
+            result += tl.sum(terms, axis=2, keep_dims=True)
 
-    to = y_ptr + (start + tl.arange(0, PIXELS)[None, :, None]) * CHANNELS + lanes
+    to = y_ptr + (start + tl.arange(0, PIXELS)[:, None, None]) * CHANNELS + lanes
     tl.store(to, rounded(result, y_ptr.dtype.element_ty), mask=mask)

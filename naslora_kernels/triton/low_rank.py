@@ -190,3 +190,41 @@ def low_rank_expand_kernel(
     to = out_ptr + row[:, None] * columns + column[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     tl.store(to, rounded(out, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def low_rank_expand_dot_kernel(
+    u_ptr,
+    matrix_ptr,
+    bias_ptr,
+    out_ptr,
+    scale,
+    scale_rest,
+    tokens,
+    columns,
+    matrix_stride_r,
+    matrix_stride_c,
+    RANK: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Computes what ``low_rank_expand_kernel`` computes, by a matrix product of 16-bit maps.
+
+    RANK ranks are padded to LANES.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    rank = tl.arange(0, LANES)
+    in_rows, in_columns, in_ranks = row < tokens, column < columns, rank < RANK
+    mask = in_rows[:, None] & in_ranks[None, :]
+    u = tl.load(u_ptr + row[:, None] * RANK + rank[None, :], mask=mask, other=0.0)
+    at = matrix_ptr + rank[:, None] * tl.cast(matrix_stride_r, tl.int64)
+    at += column[None, :].to(tl.int64) * matrix_stride_c
+    weights = tl.load(at, mask=in_ranks[:, None] & in_columns[None, :], other=0.0)
+    out = dot(u, weights, tl.float32) * whole(scale, scale_rest, tl.float32)
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    to = out_ptr + row[:, None] * columns + column[None, :]
+    mask = in_rows[:, None] & in_columns[None, :]
+    tl.store(to, rounded(out, out_ptr.dtype.element_ty), mask=mask)

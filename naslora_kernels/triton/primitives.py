@@ -15,7 +15,13 @@ from naslora_kernels.cell import Cell
 from naslora_kernels.launches import CellPartials, CellSums, GPUPrimitives, MatrixSums, Maybe
 from naslora_kernels.tensors import last_size
 from naslora_kernels.triton.partial_sums import partial_sums
-from naslora_kernels.triton.tiles import cell_tiles, group_rows, pass_tiles, power_of_2
+from naslora_kernels.triton.tiles import (
+    cell_tiles,
+    expand_tiles,
+    group_rows,
+    pass_tiles,
+    power_of_2,
+)
 
 # ptxas otherwise uses fewer registers, and spills some bytes, to fit one more program on a
 # processor.
@@ -67,17 +73,19 @@ class TritonPrimitives(GPUPrimitives):
     def low_rank_expand(
         self, u: Tensor, matrix: Tensor, bias: Maybe, scale: float, out: Tensor
     ) -> None:
-        from naslora_kernels.triton.low_rank import low_rank_expand_kernel
-
-        tokens, columns = out.shape
-        rank = u.shape[-1]
-        block = next(block for block in range(8, 0, -1) if rank % block == 0)
-        tile = 64 if out.dtype == torch.float64 else 256
-        self._launch(
+        from naslora_kernels.triton.low_rank import (
+            low_rank_expand_dot_kernel,
             low_rank_expand_kernel,
-            (-(-tokens // 16), -(-columns // tile)),
+        )
+
+        tiles = expand_tiles(u.shape[-1], out.dtype, self._capability(out.device))
+        by_dot = "LANES" in tiles
+        tokens, columns = out.shape
+        self._launch(
+            low_rank_expand_dot_kernel if by_dot else low_rank_expand_kernel,
+            (-(-tokens // tiles["ROWS"]), -(-columns // tiles["COLUMNS"])),
             *(u, matrix, bias, out, *in_two(scale), tokens, columns, *matrix.stride()),
-            **{"RANK": rank, "BLOCK": block, "ROWS": 16, "COLUMNS": tile},
+            **tiles,
             num_warps=4,
             **(ALL_REGISTERS if out.dtype == torch.float64 else {}),
         )

@@ -100,6 +100,19 @@ def pass_tiles(
     return PassTiles(constants, columns, num_warps=8, num_stages=1 if exact else 3)
 
 
+@functools.cache
+def expand_tiles(rank: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
+    """Returns the constants of the kernel of ``low_rank_expand`` that suits the rank and the dtype.
+
+    From four ranks on, 16-bit maps are multiplied on tensor cores where these know both dtypes.
+    """
+    if rank > 3 and dtype.itemsize == 2 and capability >= (8, 0):
+        return {"RANK": rank, "LANES": max(16, power_of_2(rank)), "ROWS": 64, "COLUMNS": 128}
+    block = next(block for block in range(8, 0, -1) if rank % block == 0)
+    columns = 64 if dtype == torch.float64 else 256
+    return {"RANK": rank, "BLOCK": block, "ROWS": 16, "COLUMNS": columns}
+
+
 def most_features(dtype: torch.dtype) -> int:
     """Returns up to how many features of a head attention has tiles that every card can hold."""
     return 64 if dtype == torch.float64 else 128

@@ -73,7 +73,7 @@ def clean_world(naslora, make_data, tmp_path_factory):
         if not whole.exists():
             # The patches are undone before tests of other files run.
             with pytest.MonkeyPatch.context() as patch, empty_figures():
-                patch.setitem(encoders.VITS, "vit_t", TINY)
+                patch.setitem(encoders.VITS, "vit_t", encoders.ViT(**TINY))
                 write_world(world, naslora, make_data)
             whole.touch()
     return world

@@ -1,0 +1,90 @@
+"""Times what a layer costs the processor of the host: everything but the kernels themselves.
+
+    python -m bench.host_path
+
+Runs the layer of the ``cuda`` backend, forward and backward, on a map so small that nothing else
+counts. The launches do nothing. Beside it run the operators of plain LoRA on the same map. They
+take turns. The clock is the process's own, which stands while another process runs. Prints
+Markdown. Exits with status 1 if ours takes more than ``MOST`` times as long.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from bench import cases, timing
+
+SHAPE = cases.Shape("one window of 2 x 2", (1, 2, 2), 8, 8)
+RANK = 3
+ROUNDS, REPEATS = 60, 30
+MOST = 1.15  # times the operators of plain LoRA
+
+
+def works() -> dict[str, Callable[[], object]]:
+    """The forward and the backward of both, by name."""
+    # The extension that the emulation builds has the same Python code around it.
+    build = [sys.executable, "tests/cuda_emulation.py"]
+    emulation = subprocess.run(build, capture_output=True, text=True, check=True).stdout.strip()
+    os.environ["NASLORA_CUDA_EMULATION"] = emulation
+    from naslora_kernels import saved
+    from naslora_kernels.cuda import primitives
+
+    primitives._CUDA = _without_kernels(primitives._CUDA)
+    saved._all_held = lambda tensors: True  # storages are checked on a CPU alone
+    torch.manual_seed(0)
+    setting = cases.Setting(kernels=("cuda",))
+    ours = cases.layer_works(SHAPE, RANK, setting)["cuda"]
+    x, A, B = ours.leaves[:3]
+    linear = torch.nn.Linear(SHAPE.c_in, SHAPE.c_out).requires_grad_(False)
+
+    def lora() -> torch.Tensor:
+        return F.linear(x, linear.weight, linear.bias) + F.linear(F.linear(x, A), B) * cases.SCALING
+
+    plain = cases.Work(lora, [x, A, B], ours.gradient)
+    return {"ours": ours.both, "plain LoRA": plain.both, "ours, again": ours.both}
+
+
+def _without_kernels(extension: object) -> SimpleNamespace:
+    """The extension's functions; those that launch do nothing."""
+    names = ("row_groups", "cell_groups", "cell_partial_size")
+    sizes = {name: getattr(extension, name) for name in names}
+    launches = [n for n in dir(extension) if n not in sizes and not n.startswith("_")]
+    return SimpleNamespace(**sizes, **dict.fromkeys(launches, lambda *arguments: None))
+
+
+def interleave(functions: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds a call of the process's own time, all in turn in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(ROUNDS + 1):
+        for name, function in functions.items():
+            start = time.process_time()
+            for _ in range(REPEATS):
+                function()
+            seconds[name].append((time.process_time() - start) / REPEATS)
+    return {name: samples[1:] for name, samples in seconds.items()}  # the first one warms up
+
+
+def main() -> int:
+    """Prints the medians and their ratio; returns 1 if ours takes longer than it may."""
+    torch.set_num_threads(1)
+    seconds = interleave(works())
+    print("| forward + backward | p20 µs | p50 µs | p80 µs | × plain LoRA |\n|---|---|---|---|---|")
+    plain = seconds["plain LoRA"]
+    for name, samples in seconds.items():
+        times = timing.Times.of(samples)
+        cuts = " | ".join(f"{1e6 * cut:.1f}" for cut in (times.p20, times.p50, times.p80))
+        ratio = statistics.median(a / b for a, b in zip(samples, plain, strict=True))
+        print(f"| {name} | {cuts} | {ratio:.3f} |")
+    ratio = statistics.median(a / b for a, b in zip(seconds["ours"], plain, strict=True))
+    return 0 if ratio <= MOST else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
