@@ -135,8 +135,9 @@ def read_deep(file: Path | io.BytesIO, where: str, intensity: Intensity) -> Imag
         except ValueError as error:
             if "imagecodecs" not in str(error):
                 raise
+            kind = tifffile.COMPRESSION(page.compression).name
             raise UserError(
-                f"{where} is compressed with {tifffile.COMPRESSION(page.compression).name}, which needs imagecodecs; run "
+                f"{where} is compressed with {kind}, which needs imagecodecs; run "
                 "pip install imagecodecs, or save it with the compression deflate"
             ) from error
         orientation = page.tags.valueof(274, default=1)
