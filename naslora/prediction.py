@@ -37,6 +37,9 @@ _SOFTWARE = "naslora predict"
 _SOFTWARE_TAG = 305
 """The tag of a TIFF file that holds it."""
 
+LABELLED_ROWS = 64
+"""Rows of a class map that become labels at once, because labels have 8 bytes at first."""
+
 TileSize = Literal["auto"] | int
 
 
@@ -152,7 +155,10 @@ def segment(predictor: Predictor, picture: Image.Image) -> np.ndarray:
 
     labels = np.empty(size, np.uint8)
     for top, band in grid.blend(maps()):
-        labels[top : top + band.shape[1]] = labels_of(band[None])[0].numpy()
+        for row, scores in enumerate(band.split(LABELLED_ROWS, dim=1)):
+            first = top + row * LABELLED_ROWS
+            labels[first : first + scores.shape[1]] = labels_of(scores[None])[0].numpy()
+        del band, scores  # before the next row of tiles is computed
     return labels
 
 
