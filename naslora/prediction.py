@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from naslora.data.dataset import SegmentationDataset
+from naslora.data.dataset import resize_image
 from naslora.data.geotiff import read_georeference, write_geotiff
 from naslora.data.layouts import list_images
 from naslora.data.masks import Sample, large_images, read_image
@@ -130,6 +130,7 @@ def _predict(
         mask = output / f"{stem}{MASK_ENDING}"
         _save_png(Image.fromarray(labels), mask)
         _save_png(picture, output / f"{stem}{OVERLAY_ENDING}")
+        del picture, labels  # before the next image is read
         yield mask
 
 
@@ -165,10 +166,8 @@ def segment(predictor: Predictor, picture: Image.Image) -> np.ndarray:
 @torch.no_grad()
 def _scores(predictor: Predictor, picture: Image.Image) -> Tensor:
     """The (1, K, S, S) class map of an RGB image or of a tile."""
-    config = predictor.config
-    dataset = SegmentationDataset([], config.image_size, config.num_classes)
-    image = transforms.to_dtype(dataset.resize_image(picture), torch.float32, scale=True)
-    return predictor.class_map(image[None])
+    pixels = resize_image(picture, predictor.config.image_size)
+    return predictor.class_map(transforms.to_dtype(pixels, torch.float32, scale=True)[None])
 
 
 def _load_predictor(path: Path, tiles: TileSize | None, overlap: float) -> Predictor:

@@ -15,6 +15,7 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.data.masks import IGNORED, Sample
 from naslora.data.tiles import Grid, Tiles
 from naslora.prediction import Predictor, segment
+from naslora.sam.export import Description, load_class_map
 from naslora.sam.segmentation import labels_of
 from naslora.training.run_config import RunConfig
 
@@ -257,6 +258,24 @@ def test_scores_are_those_of_the_predicted_masks(naslora, run, tmp_path):
         shares.append((predicted == truth).mean())
     scores = json.loads(naslora("evaluate", run).out)
     assert np.mean(shares) == pytest.approx(scores["accuracy"], abs=1e-6)
+
+
+def test_an_exported_model_knows_its_tiles(naslora, run, tmp_path):
+    """The file predicts with ``--tiles auto`` what the merged model does."""
+    image = run.parent / "data/images/test0.png"
+    merged, file = tmp_path / "merged", tmp_path / "model.pt2"
+    assert naslora("merge", run, "--mode", "center", "--output", merged).status == 0
+    result = naslora("export", merged, "--format", "torch-export", "--output", file)
+    assert result.status == 0, result.err
+    masks = []
+    for model in (merged, file):
+        output = tmp_path / f"of_{model.stem}"
+        assert naslora("predict", model, image, "--tiles", "auto", "--output", output).status == 0
+        masks.append(np.array(Image.open(output / "test0_mask.png")))
+    assert (masks[0] == masks[1]).mean() > 0.999  # labels differ where rounding decides
+    old = '{"model": "vit_t", "image_size": 32, "num_classes": 1, "class_names": ["a"]}'
+    assert Description.from_json(old, file).crop is None
+    assert load_class_map(file)[1].crop == 32
 
 
 def test_scores_of_images_that_fit_are_those_of_whole_images(naslora, run, make_data, tmp_path):

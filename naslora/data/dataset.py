@@ -177,7 +177,7 @@ class SegmentationDataset(Dataset[Item]):
         rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
         image = transforms.to_pil_image(pixels[:, rows, columns])
         mask = None if labels is None else self._nearest(labels[rows, columns].int().numpy())
-        return self.resize_image(image), mask
+        return resize_image(image, self.image_size), mask
 
     def is_flipped(self, index: int) -> bool:
         """Returns whether the item is mirrored in the current epoch."""
@@ -262,7 +262,7 @@ class SegmentationDataset(Dataset[Item]):
                 size.
         """
         image, mask = self._decode(sample, image_file, mask_file)
-        return self.resize_image(image), None if mask is None else self._nearest(mask)
+        return resize_image(image, self.image_size), None if mask is None else self._nearest(mask)
 
     def _decode_whole(
         self,
@@ -294,11 +294,11 @@ class SegmentationDataset(Dataset[Item]):
         nearest = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(nearest))
 
-    def resize_image(self, image: Image.Image) -> Tensor:
-        """Resizes an RGB image to (3, S, S) uint8."""
-        # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
-        size = (self.image_size, self.image_size)
-        return transforms.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
+
+def resize_image(image: Image.Image, size: int) -> Tensor:
+    """Resizes an RGB image to (3, size, size) uint8."""
+    # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
+    return transforms.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _read_bytes(path: Path | Annotation, sample: Sample) -> bytes:
