@@ -101,7 +101,7 @@ def _print_rates(
 
 
 def _loader_rate(config: RunConfig, workers: int, epochs: int) -> float:
-    dataset = make_dataset(config, load_splits("csv", config.data)["train"], flip=True)
+    dataset = make_dataset(config, load_splits("csv", config.data)["train"], "trained")
     batches = GlobalBatches(len(dataset), config.search.batch_size)
     loader = make_loader(dataset, batches, workers, make_accelerator(config.search))
     for _ in loader:  # warms up

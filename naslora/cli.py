@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from naslora import trained
+from naslora import prediction, trained
 from naslora.adapter.merge_report import MergeMode
 from naslora.errors import LostProcessError, UserError
 from naslora.exits import fail, flush_results, refusal, signals
@@ -270,10 +270,21 @@ def predict(
             help="Go on past images that cannot be read, list them at the end, and exit with 1."
         ),
     ] = False,
+    tiles: Annotated[
+        prediction.TileSize | None,
+        tyro.conf.arg(
+            help="Side of overlapping tiles, in an image's pixels, for large images; auto takes "
+            "the windows of --crop, or else --image-size. Without it images are segmented whole."
+        ),
+    ] = None,
+    overlap: Annotated[
+        float, tyro.conf.arg(help="Share of a tile that neighbours have in common, at most 0.5.")
+    ] = prediction.OVERLAP,
 ) -> None:
     """Segment images; write a mask and an overlay for each."""
     errors: list[UserError] = []
-    written = trained.predict_run(path, inputs, output, errors.append if skip_errors else None)
+    on_error = errors.append if skip_errors else None
+    written = prediction.predict_run(path, inputs, output, on_error, tiles, overlap)
     print(f"wrote {len(written)} masks and overlays to {output}")
     for error in errors:
         print(f"naslora: skipped: {error}", file=sys.stderr)

@@ -46,41 +46,26 @@ def image_scores(
     # Imported here, because torchmetrics imports matplotlib's pyplot, and ``METRICS`` is needed
     # without it.
     from torchmetrics.functional.classification import multiclass_confusion_matrix
-    from torchmetrics.functional.segmentation import dice_score, mean_iou
 
     labels = max(num_classes, 2)
-    counted = torch.ones_like(target, dtype=torch.bool)
-    if ignore_index is not None:
-        counted = target != ignore_index
-    # Background that is predicted as background changes neither the Dice nor the IoU of the others.
-    prediction = prediction.where(counted, 0)
-    truth_labels, target = target, target.where(counted, 0)
-    dice = dice_score(
-        prediction, target, labels, include_background=False, average="none", input_format="index"
-    )
-    iou = mean_iou(
-        prediction, target, labels, include_background=False, per_class=True, input_format="index"
-    )
     confusion = torch.stack(
         [
             multiclass_confusion_matrix(
                 image, truth, labels, ignore_index=ignore_index, validate_args=False
             )
-            for image, truth in zip(prediction, truth_labels, strict=True)
+            for image, truth in zip(prediction, target, strict=True)
         ]
     )
-    absent = (confusion.sum(1) + confusion.sum(2))[:, 1:] == 0
+    # From the counts, because torchmetrics' own Dice and IoU need K numbers of 8 bytes a pixel.
+    counts = confusion.float()
+    right = counts.diagonal(dim1=1, dim2=2)  # (B, K)
+    both = counts.sum(1) + counts.sum(2)
     return {
-        "dice": dice.float().masked_fill(absent, torch.nan),
-        "iou": iou.float().masked_fill(absent, torch.nan),
-        "accuracy": _share((prediction == target) & counted, counted),
+        "dice": (2 * right / both)[:, 1:],  # 0 / 0 is NaN: the class is in neither
+        "iou": (right / (both - right))[:, 1:],
+        "accuracy": right.sum(1) / counts.sum((1, 2)),
         "confusion": confusion,
     }
-
-
-def _share(right: Tensor, counted: Tensor) -> Tensor:
-    """(B,) the share of right pixels of (B, H, W) among those that count; NaN if none does."""
-    return right.sum((1, 2)) / counted.sum((1, 2))
 
 
 def saliency_scores(probability: Tensor, target: Tensor) -> Scores:

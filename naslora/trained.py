@@ -1,4 +1,4 @@
-"""A finished run: loading its model, and evaluating, predicting, merging and exporting it.
+"""A finished run: loading its model, and evaluating, merging and exporting it.
 
 ``merge_run`` writes a folder that every function here takes instead of a run's:
 
@@ -8,18 +8,9 @@ left_out.safetensors      tensors of the SAM checkpoint that the model lacks, fo
 """
 
 import dataclasses
-import functools
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torchvision.transforms.v2 import functional as transforms
 
 from naslora.adapter.merge_report import MergeMode, MergeReport
 from naslora.adapter.merged_files import (
@@ -30,14 +21,11 @@ from naslora.adapter.merged_files import (
 )
 from naslora.adapter.storage import WEIGHTS_NAME
 from naslora.data.contents import warnings_about
-from naslora.data.dataset import SegmentationDataset
-from naslora.data.layouts import list_images
-from naslora.data.masks import Sample, read_image
+from naslora.data.masks import Sample
 from naslora.errors import UserError, listing
 from naslora.files import (
     read_json,
     read_safetensors,
-    replaced_file,
     replaced_folder,
     tensor_names,
     write_tensors,
@@ -45,10 +33,9 @@ from naslora.files import (
 from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import write_record
-from naslora.report.pictures import paint
 from naslora.results import BEST, CONFIG, SplitScores
-from naslora.sam.export import Description, Format, Part, Predict, export, load_exported
-from naslora.sam.segmentation import SamForSegmentation, build_model, predict_labels
+from naslora.sam.export import Description, Format, Part, export
+from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.training.accelerator import make_accelerator
 from naslora.training.evaluation import evaluate
 from naslora.training.run_config import Resolution, RunConfig, read_config
@@ -161,7 +148,7 @@ def evaluate_model(
     accelerator = make_accelerator(config.search)
     return evaluate(
         model.to(accelerator.device),
-        make_dataset(config, samples, truth=config.resolution == "original"),
+        make_dataset(config, samples, "scored", truth=config.resolution == "original"),
         accelerator,
         config.search.loss,
         config.foreground_names,
@@ -169,146 +156,6 @@ def evaluate_model(
         config.search.workers,
         config.metrics or (),
     )
-
-
-# ---- Predicting ----------------------------------------------------------------------------------
-
-
-MASK_ENDING, OVERLAY_ENDING = "_mask.png", "_overlay.png"
-# The text entry of PNG files that ``predict_run`` writes, by which it knows them.
-_SOFTWARE = ("Software", "naslora predict")
-
-
-def predict_run(
-    path: Path,
-    inputs: Sequence[Path],
-    output: Path,
-    on_error: Callable[[UserError], None] | None = None,
-) -> list[Path]:
-    """Segments images: writes a mask and an overlay for each, at the image's own size.
-
-    Binary masks are 0/255, others class indices. Images are read one after another, so that the
-    memory depends on the largest of them only: about 8 bytes a pixel.
-
-    Args:
-        path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
-        inputs: image files, or folders of images. Masks and overlays of an earlier call in such a
-            folder are no images.
-        output: created if needed; gets NAME_mask.png and NAME_overlay.png.
-        on_error: called with the error of an image that cannot be read; the other images are
-            segmented. If None, every image is read before the first mask is written, and the
-            first error is raised.
-
-    Returns:
-        The masks that were written.
-
-    Raises:
-        UserError: as ``load_model`` and ``load_exported``; an image is missing or unreadable, two
-            have the same name, or a mask or an overlay would overwrite an input.
-    """
-    images = _find_images(inputs)
-    _check_targets(images, output)
-    with locked(output):
-        return _predict(path, images, output, on_error)
-
-
-def _predict(
-    path: Path,
-    images: list[Path],
-    output: Path,
-    on_error: Callable[[UserError], None] | None,
-) -> list[Path]:
-    predict, config = _load_predictor(path)
-    samples = [Sample(image, None, "input") for image in images]
-    if on_error is None:
-        check_with_progress(samples, config)
-    dataset = SegmentationDataset(samples, config.image_size, config.num_classes)
-    names = ["background", *config.foreground_names]
-    written = []
-    for sample in samples:
-        try:
-            picture = read_image(sample)
-        except UserError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-            continue
-        image = transforms.to_dtype(dataset.resize_image(picture), torch.float32, scale=True)
-        labels = predict(image[None])[0].numpy().astype(np.uint8)
-        mask = Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST)
-        pixels = np.asarray(picture)
-        del picture  # a large image counts
-        overlay = Image.fromarray(paint(pixels, np.asarray(mask), names))
-        del pixels
-        shown = mask.point(lambda value: 255 * value) if config.num_classes == 1 else mask
-        written.append(output / f"{sample.image.stem}{MASK_ENDING}")
-        _save_png(shown, written[-1])
-        _save_png(overlay, output / f"{sample.image.stem}{OVERLAY_ENDING}")
-    return written
-
-
-def _find_images(inputs: Sequence[Path]) -> list[Path]:
-    if not inputs:
-        raise UserError("there is nothing to segment: give at least one IMAGE, a file or a folder")
-    images = [
-        image
-        for item in inputs
-        for image in (
-            [item] if item.is_file() else [i for i in list_images(item) if not _is_own(i)]
-        )
-    ]
-    if not images:
-        raise UserError(f"there are no images in {', '.join(map(str, inputs))}")
-    repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
-    if repeated:
-        raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
-    return images
-
-
-def _is_own(image: Path) -> bool:
-    """Returns whether ``predict_run`` wrote a file."""
-    if not image.name.endswith((MASK_ENDING, OVERLAY_ENDING)):
-        return False
-    try:
-        with Image.open(image) as opened:
-            return opened.info.get(_SOFTWARE[0]) == _SOFTWARE[1]
-    except Exception:  # Pillow raises many kinds; the check of the images reports it
-        return False
-
-
-def _check_targets(images: Sequence[Path], output: Path) -> None:
-    """Refuses to overwrite an input."""
-    resolved = {image.resolve() for image in images}
-    for image in images:
-        for ending in (MASK_ENDING, OVERLAY_ENDING):
-            target = output / f"{image.stem}{ending}"
-            if target.resolve() in resolved:
-                raise UserError(
-                    f"{target} is an input, and the prediction for {image} would overwrite it; "
-                    "choose another --output"
-                )
-
-
-def _save_png(image: Image.Image, path: Path) -> None:
-    text = PngInfo()
-    text.add_text(*_SOFTWARE)
-    with replaced_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=text)
-
-
-def _load_predictor(path: Path) -> tuple[Predict, RunConfig]:
-    """Loads a folder or an exported file as a function: (B, 3, S, S) images to (B, S, S) labels."""
-    if path.is_file():
-        predict, held = load_exported(path)
-        return predict, RunConfig(
-            model=held.model,
-            image_size=held.image_size,
-            num_classes=held.num_classes,
-            class_names=held.class_names,
-        )
-    model, config = load_model(path)
-    model.to(make_accelerator(config.search).device)
-    return functools.partial(predict_labels, model), config
 
 
 # ---- Merging and exporting -----------------------------------------------------------------------
@@ -397,6 +244,14 @@ def export_run(path: Path, file_format: Format, output: Path, part: Part = "mode
     """
     model, config = load_model(path)
     names = tuple(config.foreground_names)
-    held = Description(config.model, config.image_size, config.num_classes, names, part)
+    held = Description(
+        config.model,
+        config.image_size,
+        config.num_classes,
+        names,
+        part,
+        config.crop,
+        config.intensity,
+    )
     with locked(output, folder=False):
         export(model, held, file_format, output)

@@ -199,8 +199,8 @@ def test_data_given_twice(refuses_training, data):
 
 
 def test_unknown_data_set(refused, data, tmp_path):
-    options = ("--dataset", "coco", "--root", data, *TRAIN, "--output", tmp_path / "out")
-    assert "unknown data set 'coco'" in refused("train", *options)
+    options = ("--dataset", "voc", "--root", data, *TRAIN, "--output", tmp_path / "out")
+    assert "unknown data set 'voc'" in refused("train", *options)
 
 
 # --- Settings ---

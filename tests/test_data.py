@@ -348,6 +348,51 @@ def test_the_ignored_label_of_a_binary_mask(tmp_path):
     assert read_mask(mask_of(path), 1, ignore_index=128).tolist() == [[0, IGNORED, 1]]
 
 
+def test_255_is_ignored_in_masks_of_more_than_two_classes(tmp_path):
+    path = save(tmp_path / "m.png", np.where(GREYS == 2, 255, GREYS))
+    expected = np.where(GREYS == 2, IGNORED, GREYS).tolist()
+    assert read_mask(mask_of(path), 3).tolist() == expected
+    assert read_mask(mask_of(path), 256)[0, 2] == 255  # a class
+    assert "beyond" in error_of(read_mask, mask_of(path), 2)
+    assert "beyond" in error_of(read_mask, mask_of(path), 3, ignore_index=11)
+
+
+def test_the_ignored_colour_of_a_palette(tmp_path):
+    path = save(tmp_path / "m.png", [[[0, 0, 0], [255, 0, 0], [0, 255, 0], [9, 9, 9]]])
+    mask = read_mask(mask_of(path), 3, [*PALETTE, "#090909"], ignore_index=3)
+    assert mask.tolist() == [[0, 1, 2, IGNORED]]
+    binary = save(tmp_path / "b.png", [[[0, 0, 0], [255, 0, 0], [9, 9, 9]]])
+    mask = read_mask(mask_of(binary), 1, [*PALETTE[:2], "#090909"], ignore_index=2)
+    assert mask.tolist() == [[0, 1, IGNORED]]
+    message = error_of(read_mask, mask_of(path), 3, PALETTE, 3)
+    assert "expected 4 different colours, one per class in order, and one for ignored" in message
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB"])
+@pytest.mark.parametrize(
+    "encoding, greys, expected",
+    [
+        ("threshold", [0, 100, 128, 200], [0, 0, IGNORED, 1]),
+        ("nonzero", [0, 1, 128, 200], [0, 1, IGNORED, 1]),
+        ("thirds", [0, 85, 128, 255], [0, 1, IGNORED, 2]),
+    ],
+)
+def test_the_ignored_grey_of_other_encodings(tmp_path, mode, encoding, greys, expected):
+    image = Image.fromarray(np.array([greys], np.uint8))
+    if mode == "P":
+        image = Image.fromarray(np.array([greys], np.uint8), "P")
+        image.putpalette(np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes())
+    elif mode == "RGB":
+        image = image.convert("RGB")
+    image.save(tmp_path / "m.png")
+    sample = mask_of(tmp_path / "m.png")._replace(encoding=encoding)
+    classes = 3 if encoding == "thirds" else 1
+    assert read_mask(sample, classes, ignore_index=128).tolist() == [expected]
+    image.convert("RGB").save(tmp_path / "m.jpg")
+    jpeg = mask_of(tmp_path / "m.jpg")._replace(encoding=encoding)
+    assert "is a JPEG" in error_of(read_mask, jpeg, classes, ignore_index=128)
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_ignored_label_passes_through_the_data_set(tmp_path, cached):
     image = save(tmp_path / "i.png", np.zeros((4, 4, 3)))
@@ -365,8 +410,9 @@ def test_the_ignored_label_passes_through_the_data_set(tmp_path, cached):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"palette": ("#000000", "#ffffff")}, "needs masks of class indices"),
-        ({"dataset": "leaf"}, "needs masks of class indices"),
+        ({"palette": ("#000000", "#ffffff")}, "must be 2 with --palette"),
+        ({"dataset": "coco"}, "which coco has not"),
+        ({"dataset": "kvasir"}, "'s_alpha' cannot leave out pixels; choose others with --metrics"),
         ({"ignore_index": 0}, "must be in 1 to 65535, got 0"),
         ({"num_classes": 12}, "must be none of the 12 classes 0 to 11"),
         ({"metrics": ("s_alpha",)}, "'s_alpha' cannot leave out pixels"),

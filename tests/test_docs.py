@@ -30,7 +30,7 @@ FLOORS = {
         {"report", "integrations"},
         {"training", "peft"},
         {"trained"},
-        {"study"},
+        {"study", "prediction"},
         {"exits"},
         {"cli"},
         {"__init__", "__main__"},

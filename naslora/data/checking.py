@@ -8,9 +8,11 @@ from typing import TypeVar
 
 from PIL import ExifTags, Image
 
+from naslora.data.intensity import Intensity, is_tiff
 from naslora.data.masks import (
     Sample,
     check_sizes,
+    decode_image,
     decode_mask,
     has_foreground,
     to_rgb,
@@ -25,7 +27,11 @@ _one_large = threading.Lock()
 
 
 def check_sample(
-    sample: Sample, num_classes: int, codes: list[int] | None, ignore_index: int | None = None
+    sample: Sample,
+    num_classes: int,
+    codes: list[int] | None,
+    ignore_index: int | None = None,
+    intensity: Intensity | None = None,
 ) -> bool:
     """Reads a sample once. A JPEG image is decoded at an eighth of its size.
 
@@ -34,6 +40,7 @@ def check_sample(
         num_classes: as in ``read_mask``.
         codes: the palette, from ``palette_codes``.
         ignore_index: as in ``read_mask``.
+        intensity: as in ``read_image``.
 
     Returns:
         Whether the mask has a pixel of another class than 0. False without a mask.
@@ -42,7 +49,7 @@ def check_sample(
         UserError: a file cannot be read, the image and its mask differ in size, or the mask
             contains labels outside the classes.
     """
-    size = _check_image(sample)
+    size = _check_image(sample, intensity)
     if sample.mask is None:
         return False
     mask = decode_mask(sample, sample.mask, num_classes, codes, ignore_index)
@@ -80,9 +87,12 @@ def in_threads(
     return results
 
 
-def _check_image(sample: Sample) -> tuple[int, int]:
+def _check_image(sample: Sample, intensity: Intensity | None) -> tuple[int, int]:
     """Decodes the whole image file and returns the (width, height) of the upright image."""
     where = f"{sample.origin}: image {sample.image}"
+    if intensity is not None and is_tiff(sample.image):
+        with _one_large:  # its size is not known before
+            return decode_image(sample.image, where, intensity).size
     try:
         with Image.open(sample.image) as image:
             size = image.size
@@ -92,7 +102,8 @@ def _check_image(sample: Sample) -> tuple[int, int]:
             image.draft("RGB", (1, 1))
             with _one_large if image.width * image.height > LARGE else nullcontext():
                 image.load()
-                to_rgb(image, where)
+                if intensity is None or image.mode not in ("I", "F"):
+                    to_rgb(image, where)
                 image.close()
     except UserError:
         raise

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from naslora.data.masks import Sample, unreadable
+from naslora.data.masks import Annotation, Sample, unreadable
 from naslora.errors import UserError, listing
 
 
@@ -40,7 +40,9 @@ def content_of(sample: Sample, foreground: bool) -> Content:
     return Content(str(sample.image), _digest(sample.image, sample), mask, foreground)
 
 
-def _digest(path: Path, sample: Sample) -> str:
+def _digest(path: Path | Annotation, sample: Sample) -> str:
+    if isinstance(path, Annotation):
+        return hashlib.blake2b(path.content, digest_size=16).hexdigest()
     try:
         with path.open("rb") as file:
             digest = hashlib.blake2b(digest_size=16)

@@ -1,8 +1,8 @@
-"""The data set that a training loop reads: resized images and masks, flips, and collation."""
+"""The data set that a training loop reads: resized images and masks, changes, and collation."""
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,17 +13,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional as transforms
 
+from naslora.data.augmentation import Augment, Augmentation, Crop, draw_window
 from naslora.data.cache import Cache
+from naslora.data.intensity import Intensity
 from naslora.data.masks import (
+    Annotation,
     Sample,
     check_sizes,
+    decode_image,
     decode_mask,
-    open_upright,
     palette_codes,
-    to_rgb,
     unreadable,
 )
 from naslora.data.sampling import FLIP, seeded_generator
+from naslora.data.tiles import Box, Tiles
 from naslora.errors import UserError
 
 
@@ -40,6 +43,9 @@ class Item(TypedDict, total=False):
     """(S, S) int64 class indices, resized to the nearest pixel. Absent without a mask."""
     truth: Tensor
     """(H, W) int64 class indices at the size of the file, never flipped. Only on request."""
+    pixels: Tensor
+    """(3, H, W) uint8 RGB at the size of the file, in place of ``image`` and ``mask``, of whole
+    images."""
 
 
 class Batch(TypedDict, total=False):
@@ -54,6 +60,8 @@ class Batch(TypedDict, total=False):
     """(B, S, S) int64. Absent without masks."""
     truth: list[Tensor]
     """(H, W) int64 each; sizes may differ. Only on request."""
+    pixels: list[Tensor]
+    """(3, H, W) uint8 each, of whole images."""
 
 
 class SegmentationDataset(Dataset[Item]):
@@ -70,6 +78,11 @@ class SegmentationDataset(Dataset[Item]):
         cache: cache for the resized images and masks; None decodes a file at each access.
         truth: whether items contain ``truth``.
         ignore_index: as in ``read_mask``.
+        augment: further changes of the images and masks, as ``Augmentation``.
+        crop: windows that are drawn anew in each epoch, in place of whole images; None for none.
+        intensity: as in ``read_image``.
+        tiles: how the images will be cut, if items shall hold images and masks at the size of their
+            files; None for items of S x S pixels.
 
     Raises:
         UserError: the palette does not fit the classes, or the cache cannot store so many classes.
@@ -87,6 +100,10 @@ class SegmentationDataset(Dataset[Item]):
         cache: Cache | None = None,
         truth: bool = False,
         ignore_index: int | None = None,
+        augment: Augment = "none",
+        crop: Crop | None = None,
+        intensity: Intensity | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
         self.samples = list(samples)
         self.image_size = image_size
@@ -96,9 +113,13 @@ class SegmentationDataset(Dataset[Item]):
         self.cache = cache
         self.truth = truth
         self.ignore_index = ignore_index
+        self.augmentation = Augmentation(augment, image_size)
+        self.crop = crop
+        self.intensity = intensity
+        self.tiles = tiles
         if cache is not None and num_classes > 256:
             raise UserError(f"the cache supports at most 256 classes, got {num_classes}")
-        self._codes = palette_codes(palette, num_classes)
+        self._codes = palette_codes(palette, num_classes, ignore_index)
         self._names = _names_below_common_folder(self.samples)
         # In shared memory, because persistent workers must see the change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -112,13 +133,18 @@ class SegmentationDataset(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         sample = self.samples[index]
+        item: Item = {"index": index, "name": self._names[index]}
+        if self.tiles is not None:
+            pixels, labels = self.read_whole(sample)
+            item["pixels"] = pixels
+            if labels is not None:
+                item["truth"] = labels.long()
+            return item
+        image, mask = self.read(sample) if self.crop is None else self._window(index)
+        epoch = int(self._epoch)
+        image, mask = self.augmentation(image, mask, self.seed, epoch, index)
         flipped = self.is_flipped(index)
-        image, mask = self.read(sample)
-        item: Item = {
-            "image": _mirror(transforms.to_dtype(image, torch.float32, scale=True), flipped),
-            "index": index,
-            "name": self._names[index],
-        }
+        item["image"] = _mirror(transforms.to_dtype(image, torch.float32, scale=True), flipped)
         if mask is not None:
             item["mask"] = _mirror(mask.long(), flipped)
         if self.truth:
@@ -127,6 +153,31 @@ class SegmentationDataset(Dataset[Item]):
             )
             item["truth"] = torch.from_numpy(truth).long()
         return item
+
+    def _window(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Draws a window of a sample and resizes it, as ``cut``."""
+        assert self.crop is not None
+        pixels, labels = self.read_whole(self.samples[index])
+        mask = None if labels is None else labels.numpy()
+        height, width = pixels.shape[1:]
+        box = draw_window(self.crop, height, width, mask, self.seed, int(self._epoch), index)
+        return self.cut(pixels, labels, box)
+
+    def cut(self, pixels: Tensor, labels: Tensor | None, box: Box) -> tuple[Tensor, Tensor | None]:
+        """Cuts a box out of an image and its mask, and resizes both.
+
+        Args:
+            pixels: (3, H, W) uint8.
+            labels: (H, W) class indices; None without a mask.
+            box: the box.
+
+        Returns:
+            (3, S, S) uint8, and (S, S) class indices, as ``resize`` makes them.
+        """
+        rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
+        image = transforms.to_pil_image(pixels[:, rows, columns])
+        mask = None if labels is None else self._nearest(labels[rows, columns].int().numpy())
+        return resize_image(image, self.image_size), mask
 
     def is_flipped(self, index: int) -> bool:
         """Returns whether the item is mirrored in the current epoch."""
@@ -143,28 +194,58 @@ class SegmentationDataset(Dataset[Item]):
         Raises:
             UserError: as ``resize``, or the cache cannot be written.
         """
+        return self._cached(sample, self.image_size, self.resize)
+
+    def read_whole(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
+        """Reads an image and its mask at their own size, from the cache if there is one.
+
+        Returns:
+            (3, H, W) uint8, and (H, W) class indices, None without a mask.
+
+        Raises:
+            UserError: as ``read``.
+        """
+        return self._cached(sample, "whole", self._decode_whole)
+
+    def fill_cache(self, sample: Sample) -> Tensor | None:
+        """Reads a sample as items do, which fills the cache.
+
+        Returns:
+            Its class indices; None without a mask.
+
+        Raises:
+            UserError: as ``read``.
+        """
+        whole = self.tiles is not None or self.crop is not None
+        return (self.read_whole if whole else self.read)(sample)[1]
+
+    def _cached(
+        self, sample: Sample, size: int | str, make: Callable[..., tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reads what ``make`` returns, from the cache if there is one."""
         if self.cache is None:
-            return self.resize(sample, sample.image, sample.mask)
+            return make(sample, sample.image, sample.mask)
         # The key and the entry are made from the same bytes, even if a file is replaced meanwhile.
         files = [_read_bytes(path, sample) for path in (sample.image, sample.mask) if path]
-        how: tuple[Any, ...] = (self.image_size, self.num_classes, self._codes, sample.encoding)
+        how: tuple[Any, ...] = (size, self.num_classes, self._codes, sample.encoding)
         if self.ignore_index is not None:
             how += (self.ignore_index,)
-        entry = self.cache.get(files, repr(how), lambda: self._entry(sample, files))
-        pixels = torch.from_numpy(entry)
-        return pixels[:3], pixels[3] if sample.mask is not None else None
+        if self.intensity is not None:
+            how += tuple(self.intensity)
 
-    def _entry(self, sample: Sample, files: list[bytes]) -> np.ndarray:
-        """Makes a cache entry: (3, S, S) uint8, or (4, S, S) with the class indices last."""
-        image, mask = self.resize(sample, *map(io.BytesIO, files))
-        channels = [image] if mask is None else [image, mask[None].to(torch.uint8)]
-        return torch.cat(channels).numpy()
+        def entry() -> np.ndarray:
+            image, mask = make(sample, *map(io.BytesIO, files))
+            channels = [image] if mask is None else [image, mask[None].to(torch.uint8)]
+            return torch.cat(channels).numpy()
+
+        pixels = torch.from_numpy(self.cache.get(files, repr(how), entry))
+        return pixels[:3], pixels[3] if sample.mask is not None else None
 
     def resize(
         self,
         sample: Sample,
         image_file: Path | io.BytesIO,
-        mask_file: Path | io.BytesIO | None = None,
+        mask_file: Path | Annotation | io.BytesIO | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Decodes an image and its mask and resizes both.
 
@@ -180,25 +261,47 @@ class SegmentationDataset(Dataset[Item]):
             UserError: as ``read_image`` and ``read_mask``, or the image and the mask differ in
                 size.
         """
+        image, mask = self._decode(sample, image_file, mask_file)
+        return resize_image(image, self.image_size), None if mask is None else self._nearest(mask)
+
+    def _decode_whole(
+        self,
+        sample: Sample,
+        image_file: Path | io.BytesIO,
+        mask_file: Path | Annotation | io.BytesIO | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decodes an image and its mask to (3, H, W) uint8 and (H, W) int32."""
+        image, mask = self._decode(sample, image_file, mask_file)
+        return transforms.pil_to_tensor(image), None if mask is None else torch.from_numpy(mask)
+
+    def _decode(
+        self,
+        sample: Sample,
+        image_file: Path | io.BytesIO,
+        mask_file: Path | Annotation | io.BytesIO | None,
+    ) -> tuple[Image.Image, np.ndarray | None]:
         where = f"{sample.origin}: image {sample.image}"
-        image = to_rgb(open_upright(image_file, where)[0], where)
-        pixels = self.resize_image(image)
+        image = decode_image(image_file, where, self.intensity)
         if mask_file is None:
-            return pixels, None
+            return image, None
         mask = decode_mask(sample, mask_file, self.num_classes, self._codes, self.ignore_index)
         check_sizes(sample, image.size, mask)
+        return image, mask
+
+    def _nearest(self, mask: np.ndarray) -> Tensor:
+        """Resizes (H, W) int32 labels to the nearest pixel, (S, S)."""
         size = (self.image_size, self.image_size)
         nearest = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
-        return pixels, torch.from_numpy(np.array(nearest))
-
-    def resize_image(self, image: Image.Image) -> Tensor:
-        """Resizes an RGB image to (3, S, S) uint8."""
-        # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
-        size = (self.image_size, self.image_size)
-        return transforms.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
+        return torch.from_numpy(np.array(nearest))
 
 
-def _read_bytes(path: Path, sample: Sample) -> bytes:
+def resize_image(image: Image.Image, size: int) -> Tensor:
+    """Resizes an RGB image to (3, size, size) uint8."""
+    # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
+    return transforms.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _read_bytes(path: Path | Annotation, sample: Sample) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -229,7 +332,10 @@ def collate(items: list[Item]) -> Batch | None:
     if not items:
         return None
     truths = [item.pop("truth") for item in items if "truth" in item]
+    pixels = [item.pop("pixels") for item in items if "pixels" in item]
     batch: Batch = default_collate(items)
     if truths:
         batch["truth"] = truths
+    if pixels:
+        batch["pixels"] = pixels
     return batch

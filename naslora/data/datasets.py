@@ -1,8 +1,10 @@
 """The table of all data sets, and the loading of their splits."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from naslora.data.coco import read_categories, read_coco
 from naslora.data.demo_data import read_mni152
 from naslora.data.layouts import DataSet, Splits, read_csv, read_folders
 from naslora.data.masks import Sample
@@ -12,6 +14,7 @@ from naslora.errors import UserError
 DATASETS: dict[str, DataSet] = {
     "csv": DataSet(read_csv),
     "folders": DataSet(read_folders),
+    "coco": DataSet(read_coco, categories=read_categories),
     "mni152": DataSet(read_mni152),
     **PAPER_SETS,
 }
@@ -28,12 +31,13 @@ def find_dataset(name: str) -> DataSet:
     return DATASETS[name]
 
 
-def load_splits(source: str, root: Path) -> Splits:
+def load_splits(source: str, root: Path, class_names: Sequence[str] = ()) -> Splits:
     """Locates the files of a data set. It decodes no image.
 
     Args:
         source: a key of ``DATASETS``.
         root: the folder of the data set.
+        class_names: the foreground classes of the run, for a data set whose files name more.
 
     Returns:
         "train", "val", "test" and, if the data set has it, "arch", the split that alpha is trained
@@ -44,7 +48,9 @@ def load_splits(source: str, root: Path) -> Splits:
             mask no image, or an image appears twice. The message names the files, and for a missing
             folder the folders that exist.
     """
-    splits = find_dataset(source).read(Path(root))
+    dataset = find_dataset(source)
+    names = () if dataset.categories is None else (class_names,)
+    splits = dataset.read(Path(root), *names)
     _check_distinct(splits)
     return splits
 

@@ -23,7 +23,7 @@ Splits = dict[str, list[Sample]]
 class DataSet(NamedTuple):
     """How a data set is read, and the properties that do not depend on its files."""
 
-    read: Callable[[Path], Splits]
+    read: Callable[..., Splits]
     """Reads the splits from the folder of the data set."""
     metrics: tuple[str, ...] = ("dice", "iou", "accuracy")
     """Metrics that the paper reports on it: names of ``naslora.metrics.METRICS``."""
@@ -31,6 +31,9 @@ class DataSet(NamedTuple):
     """The paper's number of images in each split, or in each group of the test split."""
     class_names: tuple[str, ...] = ()
     """Names of the classes, the background first; empty if the user defines the classes."""
+    categories: Callable[[Path], tuple[str, ...]] | None = None
+    """Reads the names of the foreground classes from the folder of the data set. ``read`` then
+    takes the names that a run wants as its second argument. None if its files name no classes."""
 
 
 # ---- CSV files -----------------------------------------------------------------------------------
@@ -44,7 +47,7 @@ def read_csv(root: Path) -> Splits:
     Raises:
         UserError: a file is missing, is not such a CSV file, or names files that do not exist.
     """
-    _check_folder(root)
+    check_folder(root)
     missing = [f"{split}.csv" for split in REQUIRED_SPLITS if not (root / f"{split}.csv").is_file()]
     if missing:
         raise UserError(
@@ -91,7 +94,7 @@ def _check_files_exist(csv_path: Path, samples: list[Sample]) -> None:
         (file, sample.origin)
         for sample in samples
         for file in (sample.image, sample.mask)
-        if file is not None and not file.is_file()
+        if isinstance(file, Path) and not file.is_file()
     ]
     if missing:
         file, origin = missing[0]
@@ -142,7 +145,7 @@ def locate_folders(root: Path, *wanted: tuple[str, str]) -> list[Folders]:
         UserError: a folder is missing, or two folders match one path. The message lists the
             expected and the existing folders.
     """
-    _check_folder(root)
+    check_folder(root)
     paths = [path for pair in wanted for path in pair]
     found = {path: _descend(root, path) for path in paths}
     missing = [path for path, folders in found.items() if not folders]
@@ -164,11 +167,16 @@ def has_folder(root: Path, name: str) -> bool:
     Raises:
         UserError: ``root`` does not exist.
     """
-    _check_folder(root)
+    check_folder(root)
     return bool(_descend(root, name))
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Checks that a folder exists.
+
+    Raises:
+        UserError: it does not.
+    """
     if not folder.is_dir():
         raise UserError(f"the folder {folder} does not exist")
 
@@ -207,7 +215,7 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         UserError: the folder does not exist.
     """
-    _check_folder(folder)
+    check_folder(folder)
     return sorted(
         path
         for path in folder.iterdir()

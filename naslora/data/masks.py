@@ -1,16 +1,35 @@
 """Decoding of images and masks."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
+from naslora.data.intensity import Intensity, read_deep, scale
+from naslora.data.regions import draw_annotation
 from naslora.errors import UserError, listing
 
-Encoding = Literal["labels", "threshold", "nonzero", "thirds"]
+Encoding = Literal["labels", "threshold", "nonzero", "thirds", "regions"]
+
+
+class Annotation(NamedTuple):
+    """A mask that is drawn, because it has no file of its own."""
+
+    path: Path
+    """The file that holds it together with others; for messages."""
+    content: bytes
+    """What ``regions.draw_annotation`` draws."""
+
+    def read_bytes(self) -> bytes:
+        """Returns the content, as ``Path.read_bytes`` does of a file."""
+        return self.content
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 class Sample(NamedTuple):
@@ -18,8 +37,8 @@ class Sample(NamedTuple):
 
     image: Path
     """File of the image."""
-    mask: Path | None
-    """File of the mask; None for an image without one."""
+    mask: Path | Annotation | None
+    """File of the mask, or what it is drawn from; None for an image without one."""
     origin: str
     """The entry that names the files, such as "train.csv row 2". Messages start with it."""
     encoding: Encoding = "labels"
@@ -31,23 +50,66 @@ class Sample(NamedTuple):
 # ---- Images --------------------------------------------------------------------------------------
 
 
-def read_image(sample: Sample) -> Image.Image:
+def read_image(sample: Sample, intensity: Intensity | None = None) -> Image.Image:
     """Reads an image upright and in colour.
 
     Args:
         sample: only its image is read.
+        intensity: how values of more than 8 bits are scaled; None scales 16-bit greys by
+            255 / 65535, and refuses floating-point numbers.
 
     Returns:
         An 8-bit RGB image, rotated by its EXIF orientation. Palette indices become colours. The
-        alpha channel is dropped. 16-bit greys are scaled by 255 / 65535; images that use a part of
-        the 16-bit range should be stretched before.
+        alpha channel is dropped.
 
     Raises:
         UserError: the file is missing, truncated, not an image, or has an unsupported pixel type.
     """
-    where = f"{sample.origin}: image {sample.image}"
-    image, _ = open_upright(sample.image, where)
+    return decode_image(sample.image, f"{sample.origin}: image {sample.image}", intensity)
+
+
+def decode_image(
+    file: Path | io.BytesIO, where: str, intensity: Intensity | None = None
+) -> Image.Image:
+    """Decodes an image, as ``read_image``.
+
+    Args:
+        file: path or content.
+        where: the start of an error message: the origin and the path.
+        intensity: as in ``read_image``.
+
+    Raises:
+        UserError: as ``read_image``.
+    """
+    if intensity is None:
+        return to_rgb(open_upright(file, where)[0], where)
+    try:
+        deep = read_deep(file, where, intensity)
+    except UserError:
+        raise
+    except Exception as error:  # any exception, as in open_upright
+        raise unreadable(where, error) from error
+    if deep is not None:
+        return to_rgb(deep, where)
+    image, _ = open_upright(file, where)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(scale(np.asarray(image), intensity))
     return to_rgb(image, where)
+
+
+@contextmanager
+def large_images() -> Iterator[None]:
+    """Lets Pillow read images of any size while the body runs.
+
+    Pillow refuses more than 179 megapixels, because a small file may hold a picture that fills the
+    memory.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def open_upright(file: Path | io.BytesIO, where: str) -> tuple[Image.Image, str | None]:
@@ -93,15 +155,13 @@ def to_rgb(image: Image.Image, where: str) -> Image.Image:
             raise UserError(f"{where} has grey values beyond 16 bits; save it with 8 or 16 bits")
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
-        raise _floating_point(where)
+        raise UserError(
+            f"{where} has floating-point pixels; give --intensity, or save it with 8 or 16 bits"
+        )
     try:
         return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise unreadable(where, error) from error
-
-
-def _floating_point(where: str) -> UserError:
-    return UserError(f"{where} has floating-point pixels; save it with 8 or 16 bits")
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -128,14 +188,16 @@ def read_mask(
       were compressed or smoothed. A mask with no value above 1 is read as class indices.
     - "nonzero": two classes; a pixel is foreground if any channel is not zero.
     - "thirds": three classes; the mean of the channels is 0, 85 or 255.
+    - "regions": the mask is an ``Annotation``. Pixels of several classes are ``IGNORED``.
 
     Args:
         sample: only its mask is read.
         num_classes: 1 for a binary task, with the labels 0 and 1. K >= 2 for the labels 0 .. K-1;
             label 0 is the background.
         palette: colours such as "#ff0000", one a class in order; two for a binary task.
-        ignore_index: the label of pixels without a known class, in masks of the encoding "labels";
-            None for no such label.
+        ignore_index: the grey value or palette index of pixels without a known class. With
+            ``palette`` it is the number of the last colour, which is one more than the classes.
+            None is 255 in masks of class indices of more than two classes, else no value.
 
     Returns:
         (H, W) int32, rotated by the EXIF orientation. ``IGNORED`` stands for ``ignore_index``.
@@ -144,13 +206,13 @@ def read_mask(
         UserError: the sample has no mask, the file cannot be read, it contains labels or colours
             outside the classes, it needs a palette, or the palette is invalid.
     """
-    codes = palette_codes(palette, num_classes)
+    codes = palette_codes(palette, num_classes, ignore_index)
     return decode_mask(sample, sample.mask, num_classes, codes, ignore_index)
 
 
 def decode_mask(
     sample: Sample,
-    file: Path | io.BytesIO | None,
+    file: Path | Annotation | io.BytesIO | None,
     num_classes: int,
     codes: list[int] | None,
     ignore_index: int | None = None,
@@ -173,23 +235,33 @@ def decode_mask(
     if file is None:
         raise UserError(f"{sample.origin}: image {sample.image} has no mask")
     where = f"{sample.origin}: mask {sample.mask}"
+    if sample.encoding == "regions":
+        content = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
+        return draw_annotation(content, IGNORED, where)
+    assert not isinstance(file, Annotation)
     image, file_format = open_upright(file, where)
     jpeg = file_format in ("JPEG", "MPO")
     exact = codes is not None or num_classes > 2 or sample.encoding in ("nonzero", "thirds")
-    if jpeg and exact:
+    if jpeg and (exact or ignore_index is not None):
         raise UserError(
             f"{where} is a JPEG, whose compression changes labels and colours; "
-            "save masks of colours or of more than two classes as PNG"
+            "save masks of colours, of more than two classes or with ignored pixels as PNG"
         )
     if sample.encoding != "labels":
-        labels = _DECODERS[sample.encoding](image, where)
-    elif codes is not None:
+        image, ignored = _blank_ignored(image, ignore_index, where)
+        labels = _DECODERS[sample.encoding](image, where).astype(np.int32, copy=False)
+        return np.where(ignored, np.int32(IGNORED), labels)
+    if codes is not None:
         labels = _decode_colors(np.asarray(to_rgb(image, where)), codes, where)
+        if ignore_index is not None:
+            labels[labels == len(codes) - 1] = IGNORED
     else:
         values = _pixel_values(image, where)
         if values.ndim == 3 and not jpeg and (values == values[..., :1]).all():
             values = values[..., 0]
-        if ignore_index is not None and values.ndim == 2 and not jpeg:
+        if ignore_index is None and 2 < num_classes <= IGNORED:
+            ignore_index = IGNORED
+        if ignore_index is not None and values.ndim == 2:
             return _decode_with_ignored(values, ignore_index, num_classes, where)
         labels = _decode_values(values, num_classes, jpeg, where)
     return labels.astype(np.int32, copy=False)
@@ -203,10 +275,24 @@ def _decode_with_ignored(
     return np.where(ignored, IGNORED, labels).astype(np.int32)
 
 
+def _blank_ignored(
+    image: Image.Image, ignore_index: int | None, where: str
+) -> tuple[Image.Image, np.ndarray]:
+    """Finds the ignored pixels, (H, W) bool, and returns the image with 0 in their place."""
+    if ignore_index is None:
+        return image, np.zeros((), bool)
+    ignored = _pixel_values(image, where) == ignore_index
+    if ignored.ndim == 3:
+        ignored = ignored.all(axis=2)
+    blank = image.copy() if image.mode in ("L", "P") else to_rgb(image, where).copy()
+    blank.paste(0 if blank.mode in ("L", "P") else (0, 0, 0), mask=Image.fromarray(ignored))
+    return blank, ignored
+
+
 def _pixel_values(image: Image.Image, where: str) -> np.ndarray:
     """Returns (H, W) greys or palette indices, or (H, W, 3) colours; int32."""
     if image.mode == "F":
-        raise _floating_point(where)
+        raise UserError(f"{where} has floating-point pixels; save it with 8 or 16 bits")
     if image.mode in ("LA", "La"):
         image = image.getchannel(0)
     elif image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
@@ -303,11 +389,14 @@ def _decode_colors(rgb: np.ndarray, codes: list[int], where: str) -> np.ndarray:
     return labels
 
 
-def palette_codes(palette: Sequence[str] | None, num_classes: int) -> list[int] | None:
+def palette_codes(
+    palette: Sequence[str] | None, num_classes: int, ignore_index: int | None = None
+) -> list[int] | None:
     """Converts a palette to the numbers that ``decode_mask`` compares colours with.
 
     Returns:
-        One integer a class, red in its highest byte; None without a palette.
+        One integer a class, red in its highest byte, and one more for ignored pixels if there is an
+        ``ignore_index``; None without a palette.
 
     Raises:
         UserError: a colour is not valid, colours repeat, or their number is not that of the
@@ -319,10 +408,11 @@ def palette_codes(palette: Sequence[str] | None, num_classes: int) -> list[int] 
         codes = [int(_pack(np.array(ImageColor.getcolor(color, "RGB")))) for color in palette]
     except ValueError as error:
         raise UserError(f"--palette: {error}; write colours as #ff0000") from error
-    expected = max(num_classes, 2)
+    expected = max(num_classes, 2) + (ignore_index is not None)
     if len(codes) != expected or len(set(codes)) != expected:
+        last = "" if ignore_index is None else ", and one for ignored pixels"
         raise UserError(
-            f"--palette: expected {expected} different colours, one per class in order, "
+            f"--palette: expected {expected} different colours, one per class in order{last}, "
             f"got {', '.join(palette)}"
         )
     return codes

@@ -88,13 +88,21 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.n
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    painted = np.empty_like(image)
-    neighbours = np.pad(labels, 1, mode="edge")
-    rows = max(1, PAINTED_PIXELS // max(1, image.shape[1]))
-    for top in range(0, len(image), rows):
-        band = neighbours[top : top + rows + 2]
-        painted[top : top + rows] = _paint_rows(image[top : top + rows], band, class_names)
-    return painted
+    picture = Image.fromarray(image)
+    paint_over(picture, labels, class_names)
+    return np.asarray(picture)
+
+
+def paint_over(picture: Image.Image, labels: np.ndarray, class_names: list[str]) -> None:
+    """Paints labels over an RGB picture, as ``paint``, in place: a large one exists only once."""
+    width, height = picture.size
+    rows = max(1, PAINTED_PIXELS // max(1, width))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        band = labels[max(0, top - 1) : bottom + 1]
+        neighbours = np.pad(band, ((top == 0, bottom == height), (1, 1)), mode="edge")
+        pixels = np.asarray(picture.crop((0, top, width, bottom)))
+        picture.paste(Image.fromarray(_paint_rows(pixels, neighbours, class_names)), (0, top))
 
 
 def _paint_rows(image: np.ndarray, neighbours: np.ndarray, class_names: list[str]) -> np.ndarray:

@@ -70,6 +70,11 @@ class Description:
     """Names of the foreground classes."""
     part: Part = "model"
     """The whole model, which maps images to the class map, or only the image encoder."""
+    crop: int | None = None
+    """Side of the windows, in pixels of the images, that the model was trained on; None for whole
+    images."""
+    intensity: tuple[str, ...] | None = None
+    """Scaling of images with more than 8 bits, as ``RunConfig.intensity``."""
 
     def to_json(self) -> str:
         """Converts the description to the text that is stored."""
@@ -342,12 +347,27 @@ def _quiet() -> Iterator[None]:
 
 Predict = Callable[[Tensor], Tensor]
 """Maps (B, 3, S, S) images in [0, 1] to (B, S, S) labels, both on the CPU."""
-_ClassMap = Callable[[Tensor], Tensor]
+ClassMap = Callable[[Tensor], Tensor]
 """Maps the same images to the (B, K, S, S) class map."""
 
 
 def load_exported(path: Path) -> tuple[Predict, Description]:
     """Loads a file that ``export`` wrote, for prediction on the CPU.
+
+    Raises:
+        UserError: as ``load_class_map``.
+    """
+    class_map, description = load_class_map(path)
+
+    @torch.no_grad()
+    def predict(images: Tensor) -> Tensor:
+        return labels_of(class_map(images))
+
+    return predict, description
+
+
+def load_class_map(path: Path) -> tuple[ClassMap, Description]:
+    """Loads a file that ``export`` wrote, as a function from images to class maps, on the CPU.
 
     Raises:
         UserError: the file is missing or damaged, was not written by ``export``, contains only the
@@ -361,15 +381,10 @@ def load_exported(path: Path) -> tuple[Predict, Description]:
     class_map, description = loaders[path.suffix](path)
     if description.part != "model":
         raise UserError(f"{path} holds only the image encoder, which predicts no masks")
-
-    @torch.no_grad()
-    def predict(images: Tensor) -> Tensor:
-        return labels_of(class_map(images))
-
-    return predict, description
+    return class_map, description
 
 
-def _load_onnx(path: Path) -> tuple[_ClassMap, Description]:
+def _load_onnx(path: Path) -> tuple[ClassMap, Description]:
     try:  # an optional package
         import onnxruntime
     except ImportError as error:
@@ -391,7 +406,7 @@ def _load_onnx(path: Path) -> tuple[_ClassMap, Description]:
     return class_map, Description.from_json(metadata.get(KEY), path)
 
 
-def _load_program(path: Path) -> tuple[_ClassMap, Description]:
+def _load_program(path: Path) -> tuple[ClassMap, Description]:
     extra = {KEY: ""}
 
     def load() -> Any:
@@ -403,7 +418,7 @@ def _load_program(path: Path) -> tuple[_ClassMap, Description]:
     return module, Description.from_json(extra[KEY], path)
 
 
-def _load_state_dict(path: Path) -> tuple[_ClassMap, Description]:
+def _load_state_dict(path: Path) -> tuple[ClassMap, Description]:
     def metadata() -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from naslora.data.dataset import Item
-from naslora.data.masks import Sample
+from naslora.data.masks import Sample, has_foreground
 from naslora.errors import UserError
 from naslora.files import replaced_file
 from naslora.records import write_rows
@@ -201,7 +201,7 @@ def _draw_blocks(
 
 def _shown(config: RunConfig, samples: list[Sample]) -> list[Item]:
     """Test images with some foreground, evenly spread."""
-    found = [item for item in _items(config, samples) if item["mask"].any()]
+    found = [item for item in _items(config, samples) if has_foreground(item["mask"].numpy())]
     places = np.linspace(0, len(found) - 1, min(SHOWN, len(found))).round().astype(int)
     return [found[i] for i in places]
 

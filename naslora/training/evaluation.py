@@ -1,6 +1,6 @@
 """Loss and metrics of a model on a split."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,14 +9,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as transforms
 
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
+from naslora.data.tiles import Grid
 from naslora.metrics import METRICS, Scores, image_scores, saliency_scores, summarise
 from naslora.records import from_json
 from naslora.results import GroupScores, SplitScores
-from naslora.sam.segmentation import SamForSegmentation, labels_of
+from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
 from naslora.training.step import Loss
 
 
@@ -47,7 +49,8 @@ def evaluate(
     """Scores every image of a split, at the size at which the model sees it.
 
     Where the data set also gives the masks at their own size, images are scored at that size: the
-    class map is resized bilinearly before it is thresholded.
+    class map is resized bilinearly before it is thresholded. Where it gives whole images and their
+    tiles, the class maps of the tiles are blended; the loss of an image is the mean over its tiles.
 
     Args:
         model: on the accelerator's device; is put into evaluation mode.
@@ -70,15 +73,25 @@ def evaluate(
     records = []
     for batch in make_loader(dataset, batches, workers, accelerator):
         if batch is not None:
-            records += _score(model, batch, accelerator, loss, saliency)
+            if dataset.tiles is None:
+                records += _score(model, batch, accelerator, loss, saliency)
+            else:
+                records += _score_by_tiles(model, batch, dataset, accelerator, loss, saliency)
     records = sorted(gather_object(records), key=lambda record: record[0])  # by the image's index
     _, losses, scores = zip(*records, strict=True)
     summary = _summary(scores, class_names, metrics)
     if metrics:
-        size = dataset.image_size
-        summary["resolution"] = "of each mask" if dataset.truth else f"{size} x {size}"
+        summary["resolution"] = _resolution(dataset)
         summary["groups"] = _groups(dataset, scores, class_names, metrics) or None
     return from_json(SplitScores, {"loss": sum(losses) / len(losses), **summary}, "scores")
+
+
+def _resolution(dataset: SegmentationDataset) -> str:
+    """The size at which images are scored, in words."""
+    if dataset.tiles is not None:
+        side = dataset.tiles.size
+        return f"of each mask, by tiles of {side} x {side}"
+    return "of each mask" if dataset.truth else f"{dataset.image_size} x {dataset.image_size}"
 
 
 def _groups(
@@ -121,6 +134,76 @@ def _score(
         (int(index), mean_loss, _image_scores(scores[None], truth, model.num_classes, saliency))
         for index, scores, truth in zip(batch["index"], output.class_map(), truths, strict=True)
     ]
+
+
+def _score_by_tiles(
+    model: SamForSegmentation,
+    batch: dict[str, Any],
+    dataset: SegmentationDataset,
+    accelerator: Accelerator,
+    loss: Loss,
+    saliency: bool,
+) -> list[tuple[int, float, Scores]]:
+    """As ``_score``, of whole images; the loss is the image's own."""
+    records = []
+    for index, pixels, truth in zip(batch["index"], batch["pixels"], batch["truth"], strict=True):
+        losses: list[float] = []
+
+        def add_loss(
+            output: SegmentationOutput, mask: Tensor, losses: list[float] = losses
+        ) -> None:
+            losses.append(float(loss(output, mask)))
+
+        # Labels of 8 bits and, if a metric needs them, probabilities are kept of a whole image.
+        labels, probabilities = [], []
+        for band in tiled_class_map(model, dataset, pixels, truth, accelerator, add_loss):
+            labels.append(labels_of(band[None])[0].to(torch.uint8))
+            if saliency:
+                probabilities.append(band[0])
+        prediction = torch.cat(labels).long()
+        scores = image_scores(prediction[None], truth[None], model.num_classes, IGNORED)
+        own = {name: values[0] for name, values in scores.items()}
+        if saliency:
+            own |= saliency_scores(torch.cat(probabilities), truth)
+        records.append((int(index), sum(losses) / len(losses), own))
+    return records
+
+
+def tiled_class_map(
+    model: SamForSegmentation,
+    dataset: SegmentationDataset,
+    pixels: Tensor,
+    truth: Tensor | None,
+    accelerator: Accelerator,
+    on_output: Callable[[SegmentationOutput, Tensor], None] | None = None,
+) -> Iterator[Tensor]:
+    """Computes the class map of a whole image from those of its tiles.
+
+    Args:
+        model: on the accelerator's device, in evaluation mode.
+        dataset: its ``tiles`` say how the image is cut.
+        pixels: (3, H, W) uint8.
+        truth: (H, W) labels; None without a mask.
+        accelerator: the device and the precision.
+        on_output: called with the output for each tile and its (1, S, S) labels; needs ``truth``.
+
+    Yields:
+        (K, rows, W) float32 scores on the CPU: bands of the image, from its top to its bottom.
+    """
+    assert dataset.tiles is not None
+    grid = Grid(dataset.tiles, *pixels.shape[1:])
+
+    def maps() -> Iterator[Tensor]:
+        for box in grid.boxes():
+            image, mask = dataset.cut(pixels, truth, box)
+            tile = transforms.to_dtype(image, torch.float32, scale=True)[None]
+            with accelerator.autocast():
+                output = model(tile.to(accelerator.device))
+            if on_output is not None and mask is not None:
+                on_output(output, mask.long()[None].to(accelerator.device))
+            yield output.class_map()[0]
+
+    return (band for _, band in grid.blend(maps()))
 
 
 def _image_scores(class_map: Tensor, truth: Tensor, num_classes: int, saliency: bool) -> Scores:

@@ -4,13 +4,15 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from naslora.adapter.checks import check_types, choice
 from naslora.adapter.config import NASLoRAConfig
 from naslora.data.datasets import find_dataset
+from naslora.data.intensity import Intensity, parse_intensity
 from naslora.data.layouts import DataSet
 from naslora.data.masks import IGNORED
+from naslora.data.tiles import Tiles, check_side
 from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.methods import METHODS, MethodName, searches
@@ -18,7 +20,7 @@ from naslora.metrics import METRICS, check_metrics
 from naslora.sam.attention import Attention
 from naslora.training.search_config import SearchConfig
 
-Resolution = Literal["network", "original"]
+Resolution = Literal["network", "original", "tiles"]
 MOST_CLASSES = 256
 
 
@@ -32,8 +34,9 @@ class RunConfig:
     data: Path | None = None
     """Folder with train.csv, val.csv and test.csv (columns image,label), optionally arch.csv."""
     dataset: str = "csv"
-    """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}), `mni152`, or a data
-    set of the paper in its original layout: `isic2017`, `kvasir`, `cvc-clinicdb`, `polyp` (the two
+    """Layout of the data: `csv`, `folders` ({train,val,test}/{images,masks}), `coco` (JSON files of
+    COCO; the categories, or those of `class_names`, are the classes), `mni152`, or a data set of
+    the paper in its original layout: `isic2017`, `kvasir`, `cvc-clinicdb`, `polyp` (the two
     together), `camouflage` (COD10K, CAMO, CHAMELEON), `sbu`, `leaf`, `roads`, `trans10k-v1`,
     `trans10k-v2`."""
     root: Path | None = None
@@ -55,14 +58,28 @@ class RunConfig:
     class_names: tuple[str, ...] | None = None
     """Names of the classes without the background, for tables and reports."""
     palette: tuple[str, ...] | None = None
-    """One colour per class (#rrggbb), for masks that are colour images."""
+    """One colour per class (#rrggbb), for masks that are colour images; with `ignore_index` one
+    more at the end."""
     ignore_index: int | None = None
-    """Label of pixels without a known class, in masks of class indices: left out of the loss and
-    the metrics."""
+    """Value of mask pixels without a known class, which are left out of the loss, the metrics and
+    the reports. With `palette` it is the number of the classes. None is 255 in masks of more than
+    two class indices."""
+    intensity: tuple[str, ...] | None = None
+    """Scaling of images with more than 8 bits, 16-bit or floating-point TIFF files for instance:
+    `window LO HI` maps LO to black and HI to white; `percentile` does so with the 1st and the 99th
+    percentile of each channel of each image, `percentile LO HI` with others. None scales 16-bit
+    greys by 255 / 65535."""
     metrics: tuple[str, ...] | None = None
     """Metrics of the test images; the default is the data set's own."""
-    resolution: Resolution = "network"
-    """Size at which test images are scored: `network`, the model's, or `original`, each mask's."""
+    resolution: Resolution | None = None
+    """Size at which test images are scored: `network`, the model's, or `original`, each mask's.
+    `tiles` is each mask's, too, but images are cut into overlapping tiles of `crop` pixels, or of
+    `image_size`; validation images as well. None is `tiles` with `crop`, else `network`."""
+    crop: int | None = None
+    """Side of random windows, in an image's own pixels, that training sees in place of whole
+    images: for images much larger than `image_size`. Windows are resized to `image_size`."""
+    crop_foreground: float = 0.5
+    """Share of these windows that are sure to hold foreground, where the image has some."""
     method: MethodName = "nas-pc-lora"
     """Fine-tuning method of the encoder. Plain LoRA in the fused kernels is `nas-pc-lora` with
     `--channel-ratio 0`."""
@@ -78,8 +95,11 @@ class RunConfig:
             raise UserError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         choice(Attention)("attention", self.attention)
         self._fill_in(find_dataset(self.dataset))
-        if self.resolution not in get_args(Resolution):
-            raise UserError(f"resolution must be network or original, got {self.resolution!r}")
+        self._check_crop()
+        if self.intensity is not None:
+            words = tuple(map(str, self.intensity))  # a recipe may hold numbers
+            object.__setattr__(self, "intensity", words)
+            parse_intensity(words)
         self._check_ignore_index()
         foreground = max(self.num_classes - 1, 1)
         if self.class_names is not None and len(self.class_names) != foreground:
@@ -95,17 +115,33 @@ class RunConfig:
                 f"{self.num_classes}"
             )
 
+    def _check_crop(self) -> None:
+        if self.resolution is None:
+            object.__setattr__(self, "resolution", "network" if self.crop is None else "tiles")
+        choice(Resolution)("resolution", self.resolution)
+        if self.crop is not None:
+            check_side("crop", self.crop)
+        if not 0 <= self.crop_foreground <= 1:
+            raise UserError(f"crop_foreground must lie in [0, 1], got {self.crop_foreground}")
+
+    @property
+    def tiles(self) -> Tiles:
+        """The tiles by which the model sees large images at the scale of its training."""
+        return Tiles(self.crop or self.image_size)
+
     def _check_ignore_index(self) -> None:
         if self.ignore_index is None:
             return
-        if self.palette is not None or self.dataset not in ("csv", "folders"):
-            raise UserError(
-                "ignore_index needs masks of class indices: --data DIR or --dataset folders, "
-                "without --palette"
-            )
+        if self.dataset == "coco":
+            raise UserError("ignore_index is a label of mask files, which coco has not; drop it")
         if not 0 < self.ignore_index < 65536:
             raise UserError(f"ignore_index must be in 1 to 65535, got {self.ignore_index}")
         classes = max(self.num_classes, 2)
+        if self.palette is not None and self.ignore_index != classes:
+            raise UserError(
+                f"ignore_index must be {classes} with --palette, the number of its last colour, "
+                f"got {self.ignore_index}"
+            )
         if self.ignore_index < classes or classes > IGNORED:
             raise UserError(
                 f"ignore_index must be none of the {classes} classes 0 to {classes - 1}, and there "
@@ -113,24 +149,42 @@ class RunConfig:
             )
         for name in self.metrics or ():
             if METRICS[name].saliency:
-                raise UserError(f"metric {name!r} cannot leave out pixels; drop --ignore-index")
+                raise UserError(
+                    f"metric {name!r} cannot leave out pixels; choose others with --metrics, or "
+                    "drop --ignore-index"
+                )
 
     def _fill_in(self, dataset: DataSet) -> None:
         """Sets the number and names of the classes, and the metrics, that the data set defines."""
         known: dict[str, Any] = {}
-        if dataset.class_names:
-            binary = len(dataset.class_names) == 2
-            count = 1 if binary else len(dataset.class_names)
+        names = dataset.class_names or self._categories(dataset)
+        if names:
+            count = 1 if len(names) == 2 else len(names)
             if self.num_classes not in (1, count):
                 raise UserError(f"{self.dataset} has {count} classes, got {self.num_classes}")
             known["num_classes"] = count
             if self.class_names is None:
-                known["class_names"] = dataset.class_names[1:]
+                known["class_names"] = names[1:]
         if self.metrics is None:
             known["metrics"] = dataset.metrics
         for name, value in known.items():
             object.__setattr__(self, name, value)
         check_metrics(self.metrics or (), self.num_classes)
+
+    def _categories(self, dataset: DataSet) -> tuple[str, ...]:
+        """The background and the categories of a data set whose files name them, or those that the
+        run wants. The files are read only if the run does not name any."""
+        if dataset.categories is None or (self.class_names is None and self.root is None):
+            return ()
+        if self.class_names is not None:
+            return ("background", *self.class_names)
+        assert self.root is not None
+        return ("background", *dataset.categories(self.root))
+
+    @property
+    def scaling(self) -> Intensity | None:
+        """``intensity``, as ``read_image`` takes it."""
+        return None if self.intensity is None else parse_intensity(self.intensity)
 
     @property
     def searches(self) -> bool:
@@ -165,7 +219,8 @@ class RunConfig:
             check_types(cls, values)
             for name in ("data", "root", "cache", "checkpoint"):
                 values[name] = Path(values[name]) if values[name] is not None else None
-            for name in ("class_names", "palette", "metrics"):
+            values.setdefault("intensity", None)  # not in the files of 0.1.0
+            for name in ("class_names", "palette", "metrics", "intensity"):
                 values[name] = tuple(values[name]) if values[name] is not None else None
             values["adapter"] = NASLoRAConfig.from_dict(values["adapter"])
             values["search"] = SearchConfig.from_dict(values["search"])

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from naslora.data.augmentation import Crop
 from naslora.data.cache import Cache
 from naslora.data.checking import check_sample, in_threads
 from naslora.data.contents import Content, Contents, check_unchanged, content_of, warnings_about
@@ -73,7 +74,7 @@ def prepare_data(
         name: make_dataset(
             config,
             samples,
-            flip=config.search.flip and name in ("train", "arch"),
+            "trained" if name in ("train", "arch") else "scored",
             truth=config.resolution == "original" and name == "test",
         )
         for name, samples in splits.items()
@@ -99,7 +100,7 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     root = config.data or config.root
     if root is None:
         raise UserError("no data: give --data DIR, or --dataset NAME --root DIR")
-    splits = load_splits(config.dataset, root)
+    splits = load_splits(config.dataset, root, config.class_names or ())
     differences = count_differences(config.dataset, splits)
     if differences and os.environ.get("RANK", "0") == "0":
         listed = ", ".join(differences)
@@ -138,41 +139,59 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
 
 
 def _reader(samples: Sequence[Sample], config: RunConfig) -> Callable[[Sample], Content]:
-    codes = palette_codes(config.palette, config.num_classes)
+    codes = palette_codes(config.palette, config.num_classes, config.ignore_index)
     dataset = None if config.cache is None else make_dataset(config, samples)
 
     def read(sample: Sample) -> Content:
         if dataset is None:
             return content_of(
-                sample, check_sample(sample, config.num_classes, codes, config.ignore_index)
+                sample,
+                check_sample(
+                    sample, config.num_classes, codes, config.ignore_index, config.scaling
+                ),
             )
-        _, mask = dataset.read(sample)  # filling the cache reads everything once
+        mask = dataset.fill_cache(sample)  # this reads everything once
         return content_of(sample, mask is not None and has_foreground(mask.numpy()))
 
     return read
 
 
+View = Literal["trained", "seen", "scored"]
+"""What a data set gives: ``trained``, images as training sees them, changed at random; ``seen``,
+the same without changes, but for the windows of ``crop``; ``scored``, images for metrics."""
+
+
 def make_dataset(
-    config: RunConfig, samples: Sequence[Sample], flip: bool = False, truth: bool = False
+    config: RunConfig, samples: Sequence[Sample], view: View = "seen", truth: bool = False
 ) -> SegmentationDataset:
     """Makes the data set that the run's model sees; ``truth`` as in ``SegmentationDataset``."""
+    trained = view == "trained"
     return SegmentationDataset(
         samples,
         config.image_size,
         config.num_classes,
         config.palette,
-        flip=flip,
+        flip=trained and config.search.mirrors,
         seed=config.adapter.seed,
         cache=None if config.cache is None else Cache(config.cache),
         truth=truth,
         ignore_index=config.ignore_index,
+        augment=config.search.augment if trained else "none",
+        crop=Crop(config.crop, config.crop_foreground)
+        if config.crop and view != "scored"
+        else None,
+        intensity=config.scaling,
+        tiles=config.tiles if view == "scored" and config.resolution == "tiles" else None,
     )
 
 
 def image_batches(
     config: RunConfig, samples: list[Sample], device: torch.device
 ) -> Iterator[Tensor]:
-    """Yields the images in order, as (B, 3, S, S) float32 batches on the device."""
+    """Yields the images in order, as (B, 3, S, S) float32 batches on the device.
+
+    With ``crop`` they are windows of the images.
+    """
     dataset = make_dataset(config, samples)
     size = config.search.batch_size
     for start in range(0, len(dataset), size):

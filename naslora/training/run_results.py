@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from naslora.adapter.merged import unmerge
+from naslora.data.dataset import Item
 from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 from naslora.files import file_checksum
@@ -30,7 +31,8 @@ from naslora.results import (
     RunResult,
     SplitScores,
 )
-from naslora.sam.segmentation import predict_labels
+from naslora.sam.segmentation import labels_of, predict_labels
+from naslora.training.evaluation import tiled_class_map
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration
 from naslora.training.search import Search
@@ -136,20 +138,27 @@ def _panels(search: Search, config: RunConfig) -> list[Panel]:
     """A few test images, evenly spread over the split."""
     dataset = search.data["test"]
     indices = np.linspace(0, len(dataset) - 1, min(PANELS, len(dataset))).round().astype(int)
-    panels = []
-    for item in (dataset[int(i)] for i in indices):
-        labels = predict_labels(search.model, item["image"][None])[0].numpy()
-        scores = image_scores(
-            torch.from_numpy(labels)[None], item["mask"][None], config.num_classes, IGNORED
-        )
-        dice = float(scores["dice"].nanmean())
-        panels.append(
-            Panel(
-                name=item["name"],
-                image=(255 * item["image"]).round().byte().permute(1, 2, 0).numpy(),
-                truth=item["mask"].numpy(),
-                prediction=labels,
-                dice=None if math.isnan(dice) else dice,
-            )
-        )
-    return panels
+    return [_panel(search, config, dataset[int(i)]) for i in indices]
+
+
+def _panel(search: Search, config: RunConfig, item: Item) -> Panel:
+    """One test image, at the size at which it is scored."""
+    dataset = search.data["test"]
+    if dataset.tiles is None:
+        truth = item["mask"]
+        image = (255 * item["image"]).round().byte()
+        labels = predict_labels(search.model, item["image"][None])[0]
+    else:
+        truth, image = item["truth"], item["pixels"]
+        with torch.no_grad():
+            bands = tiled_class_map(search.model.eval(), dataset, image, None, search.accelerator)
+            labels = torch.cat([labels_of(band[None])[0] for band in bands])
+    scores = image_scores(labels[None], truth[None], config.num_classes, IGNORED)
+    dice = float(scores["dice"].nanmean())
+    return Panel(
+        name=item["name"],
+        image=image.permute(1, 2, 0).numpy(),
+        truth=truth.numpy(),
+        prediction=labels.numpy(),
+        dice=None if math.isnan(dice) else dice,
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from naslora.adapter.checks import check_types
+from naslora.data.augmentation import Augment
 from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 from naslora.sam.losses import ClassLoss, segmentation_loss
@@ -94,7 +95,11 @@ class SearchConfig:
     lambda_cls: float = 1.0
     """Weight of the classification loss."""
     flip: bool = True
-    """Mirror half of the training images, left to right."""
+    """Mirror half of the training images, left to right, unless `augment` is `none`."""
+    augment: Augment = "flip"
+    """Random changes of the training images: `none`; `flip`, only the mirroring; `medical`, also
+    small rotations, shifts, brightness, contrast and blur; `natural`, also other excerpts and
+    colours. docs/data.md lists them."""
     mixed_precision: Precision | None = None
     """Autocast precision. None takes that of `accelerate launch`, or else `bf16` if the machine has
     no GPU and its CPU multiplies in it, or else `no`."""
@@ -148,6 +153,7 @@ class SearchConfig:
             ("alpha_schedule", Schedule),
             ("arch_data", ArchData),
             ("class_loss", ClassLoss),
+            ("augment", Augment),
             ("mixed_precision", Precision),
             ("frozen_precision", Precision),
         ):
@@ -200,6 +206,11 @@ class SearchConfig:
             values = {"frozen_precision": "no", **values}
         check_types(cls, values)
         return cls(**values)
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether half of the training images are mirrored."""
+        return self.flip and self.augment != "none"
 
     @property
     def frozen_dtype(self) -> torch.dtype:

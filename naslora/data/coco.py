@@ -1,0 +1,224 @@
+"""COCO's annotation files: which images they name, and which instances each image has.
+
+``regions.py`` draws the instances.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from naslora.data.layouts import OPTIONAL_SPLIT, REQUIRED_SPLITS, Splits, check_folder
+from naslora.data.masks import IGNORED, Annotation, Sample
+from naslora.errors import UserError, listing
+
+OTHER_NAMES = {"val": ("val", "valid", "validation")}
+"""Names of a split's files and folders, where they differ from the split's own."""
+
+
+class Region(msgspec.Struct):
+    """One instance."""
+
+    image_id: int | str
+    category_id: int
+    segmentation: Any = None
+    """Polygons, [[x, y, x, y, ...], ...], or run lengths, {"size": [h, w], "counts": ...}."""
+    id: int | str | None = None
+
+
+class Picture(msgspec.Struct):
+    """One image."""
+
+    id: int | str
+    file_name: str
+    height: int
+    width: int
+
+
+class Category(msgspec.Struct):
+    """One category."""
+
+    id: int
+    name: str
+
+
+class File(msgspec.Struct):
+    """The parts of an annotation file that masks need."""
+
+    images: list[Picture]
+    annotations: list[Region]
+    categories: list[Category]
+
+
+class _Split(NamedTuple):
+    path: Path
+    file: File
+    folders: list[Path]
+    """Where its images may be."""
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+
+def read_coco(root: Path, class_names: Sequence[str] = ()) -> Splits:
+    """Reads train, val, test and, if it exists, arch, each from its annotation file.
+
+    The file of a split is SPLIT.json, annotations/SPLIT.json, annotations/instances_SPLIT*.json (as
+    COCO has it) or SPLIT/_annotations.coco.json (as Roboflow has it). Its images are in the folder
+    of that file, in the root, or in a folder below the root that is called ``images``, like the
+    split, or like the split and a year.
+
+    Args:
+        root: the folder of the data set.
+        class_names: the categories that become the classes 1, 2, ... in this order. The others
+            are background. Empty for all categories, in the order of their ids.
+
+    Raises:
+        UserError: a file is missing, is no such file, or names what does not exist; categories
+            collide; an annotation has no segmentation.
+    """
+    files = _read_files(root)
+    labels = _labels(files, class_names)
+    return {split: _samples(one, labels) for split, one in files.items()}
+
+
+def read_categories(root: Path) -> tuple[str, ...]:
+    """Reads the names of the categories, in the order of their ids.
+
+    Raises:
+        UserError: as ``read_coco``.
+    """
+    first = next(iter(_read_files(root).values()))
+    return tuple(category.name for category in _sorted(first.file.categories))
+
+
+def _read_files(root: Path) -> dict[str, _Split]:
+    check_folder(root)
+    found = {split: _find(root, split) for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
+    missing = [split for split in REQUIRED_SPLITS if not found[split]]
+    if missing:
+        raise UserError(
+            f"{root}: looked for the annotations of train, val and test (SPLIT.json, "
+            "annotations/SPLIT.json, annotations/instances_SPLIT*.json or "
+            f"SPLIT/_annotations.coco.json), {' and '.join(missing)} missing; the folder holds "
+            f"{listing(path.name for path in root.iterdir())}"
+        )
+    files = {}
+    for split, paths in found.items():
+        if len(paths) > 1:
+            raise UserError(
+                f"{root}: expected one annotation file of {split}, found "
+                f"{listing(str(path.relative_to(root)) for path in paths)}; remove the others"
+            )
+        for path in paths:
+            files[split] = _Split(path, _read_file(path), _image_folders(root, path, split))
+    _check_categories(files)
+    return files
+
+
+def _find(root: Path, split: str) -> list[Path]:
+    return [
+        path
+        for name in OTHER_NAMES.get(split, (split,))
+        for path in (
+            root / f"{name}.json",
+            root / "annotations" / f"{name}.json",
+            *sorted((root / "annotations").glob(f"instances_{name}*.json")),
+            root / name / "_annotations.coco.json",
+        )
+        if path.is_file()
+    ]
+
+
+def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
+    names = OTHER_NAMES.get(split, (split,))
+    years = [folder for name in names for folder in sorted(root.glob(f"{name}[0-9]*"))]
+    return [path.parent, root, root / "images", *(root / name for name in names), *years]
+
+
+def _read_file(path: Path) -> File:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=File)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"{path} is no file of COCO annotations: {error}") from error
+
+
+def _sorted(categories: list[Category]) -> list[Category]:
+    return sorted(categories, key=lambda category: category.id)
+
+
+def _check_categories(files: dict[str, _Split]) -> None:
+    """Checks that categories are distinct, and the same in every split."""
+    first = next(iter(files.values()))
+    expected = {category.id: category.name for category in first.file.categories}
+    for path, file, _ in files.values():
+        own = {category.id: category.name for category in file.categories}
+        if not len(set(own.values())) == len(own) == len(file.categories):
+            names = listing(f"{category.id} {category.name}" for category in file.categories)
+            raise UserError(f"{path}: categories collide, ids and names must differ: {names}")
+        if own != expected:
+            id = min(key for key in own.keys() | expected if own.get(key) != expected.get(key))
+            raise UserError(
+                f"the categories of {first.path} and {path} collide: {id} is "
+                f"{expected.get(id, 'missing')} and {own.get(id, 'missing')}; give both the same"
+            )
+    if not expected:
+        raise UserError(f"{first.path} has no categories")
+
+
+def _labels(files: dict[str, _Split], class_names: Sequence[str]) -> dict[int, int]:
+    """The class of each category; categories without one are background."""
+    path, file, _ = next(iter(files.values()))
+    ids = {category.name: category.id for category in _sorted(file.categories)}
+    unknown = [name for name in class_names if name not in ids]
+    if unknown:
+        raise UserError(
+            f"{path} has no category {listing(unknown)} of --class-names, it has {listing(ids)}"
+        )
+    if len(class_names or ids) >= IGNORED - 1:
+        raise UserError(f"{path} has {len(ids)} categories; choose at most 253 with --class-names")
+    labels = {ids[name]: label for label, name in enumerate(class_names or ids, start=1)}
+    return {category.id: labels.get(category.id, 0) for category in file.categories}
+
+
+def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
+    path, file, folders = split
+    regions: dict[int | str, list[Region]] = {picture.id: [] for picture in file.images}
+    if not regions:
+        raise UserError(f"{path} names no images")
+    for region in file.annotations:
+        name = f"{path}: annotation {region.id}"
+        if region.image_id not in regions:
+            raise UserError(f"{name} belongs to image {region.image_id}, which the file lacks")
+        if region.category_id not in labels:
+            raise UserError(f"{name} has the category {region.category_id}, which the file lacks")
+        if not region.segmentation:
+            raise UserError(f"{name} has no segmentation, only a box; draw a polygon, or remove it")
+        regions[region.image_id].append(region)
+    return [
+        Sample(
+            _image_file(path, picture, folders),
+            Annotation(path, _content(picture, regions[picture.id], labels)),
+            f"{path.name} image {picture.id}",
+            "regions",
+        )
+        for picture in file.images
+    ]
+
+
+def _image_file(path: Path, picture: Picture, folders: list[Path]) -> Path:
+    for folder in folders:
+        if (folder / picture.file_name).is_file():
+            return folder / picture.file_name
+    raise UserError(
+        f"{path} names {picture.file_name}, which is in none of the folders "
+        f"{listing(str(folder) for folder in folders)}"
+    )
+
+
+def _content(picture: Picture, regions: list[Region], labels: dict[int, int]) -> bytes:
+    """What the mask of one image is drawn from."""
+    drawn = [[r.id, labels[r.category_id], r.segmentation] for r in regions]
+    return json.dumps([picture.height, picture.width, drawn]).encode()

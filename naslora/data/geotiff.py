@@ -1,0 +1,68 @@
+"""The georeference of a TIFF file: read from an image, written to its mask.
+
+GeoTIFF keeps it in tags of the file. They are copied as they are, so that no package is needed that
+knows coordinate systems.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from naslora.data.intensity import is_tiff
+from naslora.data.masks import unreadable
+
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+"""Pixel scale, tie points, transformation, key directory, and the numbers and text of the keys."""
+STRIP_ROWS = 64
+
+GeoTags = list[tuple[int, int, int, Any, bool]]
+"""Code, type, count, value and True of each tag, as ``tifffile.imwrite`` takes them."""
+
+
+def read_georeference(path: Path) -> GeoTags:
+    """Reads the tags that place an image on the earth.
+
+    Returns:
+        The tags. Empty if the file is no TIFF or has none, or if it is stored rotated or mirrored:
+        its mask is upright, so that the tags would not fit.
+
+    Raises:
+        UserError: the tags cannot be read.
+    """
+    if not is_tiff(path):
+        return []
+    import tifffile  # imported here: few images need it
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            tags = tiff.pages.first.tags
+            if tags.valueof(274, default=1) != 1:
+                return []
+            found = [tags[code] for code in GEO_TAGS if code in tags]
+            return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
+    except Exception as error:  # tifffile raises exceptions of many types
+        raise unreadable(f"the georeference of {path}", error) from error
+
+
+def write_geotiff(path: Path, labels: np.ndarray, tags: GeoTags, software: str) -> None:
+    """Writes a mask with a georeference.
+
+    Args:
+        path: the file.
+        labels: (H, W) uint8.
+        tags: from ``read_georeference``.
+        software: the name of the program, which the file keeps.
+    """
+    import tifffile
+
+    tifffile.imwrite(
+        path,
+        labels,
+        photometric="minisblack",
+        compression="zlib",
+        rowsperstrip=STRIP_ROWS,
+        metadata=None,
+        software=software,
+        extratags=tags,
+    )

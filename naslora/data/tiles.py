@@ -1,0 +1,171 @@
+"""Large images by overlapping tiles: where the tiles lie, and how their class maps are blended.
+
+Neighbours share at least the overlap. Across it the weight of a tile rises from 0 to 1 as a squared
+sine, over the middle half. In the outer quarter it is 0: there a tile only sees the surroundings.
+So a model whose output depends on pixels within a quarter of the overlap gives the same class map
+as on the whole image.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from naslora.errors import UserError
+
+SMALLEST = 16
+"""Smallest side of a tile in pixels: a patch of SAM's encoder."""
+LARGEST = 1 << 16
+"""Largest side of a tile in pixels."""
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels: rows ``top`` to ``bottom`` - 1, columns ``left`` to ``right`` - 1."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+class Tiles(NamedTuple):
+    """How images are cut into tiles."""
+
+    size: int
+    """Side of a tile in the image's own pixels. A shorter side of an image is taken whole."""
+    overlap: float = 0.25
+    """Share of a tile's side that neighbours have in common at least, in [0, 0.5]."""
+
+
+def check_side(name: str, side: int) -> None:
+    """Checks the side of a tile or a crop.
+
+    Args:
+        name: names it in the message.
+        side: in pixels.
+
+    Raises:
+        UserError: it is smaller than a patch of the encoder, or too large.
+    """
+    if not SMALLEST <= side <= LARGEST:
+        raise UserError(
+            f"{name} must be {SMALLEST} to {LARGEST} pixels, got {side}; a patch of the encoder "
+            f"has {SMALLEST}"
+        )
+
+
+def check_tiles(tiles: Tiles) -> None:
+    """Checks the size and the overlap of tiles.
+
+    Raises:
+        UserError: one of them is out of range.
+    """
+    check_side("tiles", tiles.size)
+    if not 0 <= tiles.overlap <= 0.5:
+        raise UserError(f"overlap must be a share of a tile, in [0, 0.5], got {tiles.overlap}")
+
+
+class Grid:
+    """The tiles of one image, spread evenly over it.
+
+    Args:
+        tiles: their size and overlap.
+        height: of the image in pixels.
+        width: of the image in pixels.
+    """
+
+    def __init__(self, tiles: Tiles, height: int, width: int) -> None:
+        self._rows = _starts(height, tiles)
+        self._columns = _starts(width, tiles)
+        self.size = min(tiles.size, height), min(tiles.size, width)
+        self._height = height
+        self._width = width
+
+    def __len__(self) -> int:
+        return len(self._rows) * len(self._columns)
+
+    def boxes(self) -> Iterator[Box]:
+        """Yields the tiles, row by row."""
+        height, width = self.size
+        for top in self._rows:
+            for left in self._columns:
+                yield Box(top, left, top + height, left + width)
+
+    def blend(self, maps: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Blends the class maps of the tiles.
+
+        The maps are taken one at a time. Only rows of pixels that are not finished are kept, so
+        that the memory grows with the width of the image and not with its height.
+
+        Args:
+            maps: (K, S, S) float32 scores of each tile, in the order of ``boxes``. A map of another
+                size than its tile is resized bilinearly.
+
+        Yields:
+            The first row of a band, and its (K, rows, width) float32 scores on the CPU, from the
+            top to the bottom of the image.
+        """
+        across, down = (
+            _weights(starts, side)
+            for starts, side in ((self._columns, self.size[1]), (self._rows, self.size[0]))
+        )
+        source = iter(maps)
+        unfinished: Tensor | None = None
+        for row, top in enumerate(self._rows):
+            band: Tensor | None = None
+            for column, left in enumerate(self._columns):
+                scores = fit(next(source), self.size).cpu()
+                if band is None:
+                    band = scores.new_zeros(len(scores), self.size[0], self._width)
+                scores = scores * (down[row][:, None] * across[column])
+                band[:, :, left : left + self.size[1]] += scores
+            assert band is not None
+            if unfinished is not None:
+                band[:, : unfinished.shape[1]] += unfinished
+            end = self._rows[row + 1] if row + 1 < len(self._rows) else self._height
+            yield top, band[:, : end - top]
+            unfinished = band[:, end - top :].clone()
+
+
+def fit(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes a (K, S, S) class map bilinearly to ``size``, (height, width)."""
+    if scores.shape[-2:] == size:
+        return scores
+    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def _starts(length: int, tiles: Tiles) -> list[int]:
+    """The first pixels of as few tiles as cover ``length`` pixels with the overlap."""
+    if length <= tiles.size:
+        return [0]
+    step = tiles.size - round(tiles.overlap * tiles.size)
+    count = -(-(length - tiles.size) // step) + 1
+    return np.linspace(0, length - tiles.size, count).round().astype(int).tolist()
+
+
+def _weights(starts: list[int], side: int) -> list[Tensor]:
+    """(side,) float32 weights of each tile along one axis; over all tiles they sum to 1."""
+    position = np.arange(side) + 0.5
+    ramps = []
+    for i, start in enumerate(starts):
+        before = starts[i - 1] + side - start if i else 0
+        after = start + side - starts[i + 1] if i + 1 < len(starts) else 0
+        ramps.append(_rise(position, before) * _rise(side - position, after))
+    total = np.zeros(starts[-1] + side)
+    for start, ramp in zip(starts, ramps, strict=True):
+        total[start : start + side] += ramp
+    return [
+        torch.from_numpy(ramp / total[start : start + side]).float()
+        for start, ramp in zip(starts, ramps, strict=True)
+    ]
+
+
+def _rise(distance: np.ndarray, overlap: int) -> np.ndarray:
+    """The weight at a distance from a tile's side, across an overlap with the next tile."""
+    if overlap <= 0:
+        return np.ones_like(distance)
+    share = np.clip(2 * distance / overlap - 0.5, 0, 1)
+    return np.sin(np.pi / 2 * share) ** 2

@@ -1,0 +1,249 @@
+"""Prediction: images to masks and overlays, whole or by tiles."""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from naslora.data.dataset import resize_image
+from naslora.data.geotiff import read_georeference, write_geotiff
+from naslora.data.layouts import list_images
+from naslora.data.masks import Sample, large_images, read_image
+from naslora.data.tiles import SMALLEST, Grid, Tiles, check_tiles
+from naslora.errors import UserError
+from naslora.files import replaced_file
+from naslora.locks import locked
+from naslora.report.pictures import paint_over
+from naslora.sam.export import ClassMap, load_class_map
+from naslora.sam.segmentation import labels_of
+from naslora.trained import load_model
+from naslora.training.accelerator import make_accelerator
+from naslora.training.run_config import RunConfig
+from naslora.training.run_data import check_with_progress
+
+MASK_ENDING, OVERLAY_ENDING, GEOTIFF_ENDING = "_mask.png", "_overlay.png", "_mask.tif"
+OVERLAP = Tiles(1).overlap
+_SOFTWARE = "naslora predict"
+"""The program's name in the files that ``predict_run`` writes, by which it knows them."""
+_SOFTWARE_TAG = 305
+"""The tag of a TIFF file that holds it."""
+
+LABELLED_ROWS = 64
+"""Rows of a class map that become labels at once, because labels have 8 bytes at first."""
+
+TileSize = Literal["auto"] | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A model that segments images."""
+
+    class_map: ClassMap
+    """Maps (B, 3, S, S) images in [0, 1] to (B, K, S, S) scores, both on the CPU."""
+    config: RunConfig
+    tiles: Tiles | None
+    """How images are cut; None takes them whole."""
+
+
+def predict_run(
+    path: Path,
+    inputs: Sequence[Path],
+    output: Path,
+    on_error: Callable[[UserError], None] | None = None,
+    tiles: TileSize | None = None,
+    overlap: float = OVERLAP,
+) -> list[Path]:
+    """Segments images: writes a mask and an overlay for each, at the image's own size.
+
+    Binary masks are 0/255, others class indices. Images are read one after another, so that the
+    memory depends on the largest of them only: about 5 bytes a pixel. With tiles the class maps of
+    as many rows as a tile has are in memory as well.
+
+    Args:
+        path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
+        inputs: image files, or folders of images. Masks and overlays of an earlier call in such a
+            folder are no images.
+        output: created if needed; gets NAME_mask.png and NAME_overlay.png. For an image with a
+            georeference it also gets NAME_mask.tif, which has the same.
+        on_error: called with the error of an image that cannot be read; the other images are
+            segmented. If None, every image is read before the first mask is written, and the
+            first error is raised.
+        tiles: side of the tiles in pixels of the images; "auto" takes the windows that the model
+            was trained on (``crop``), or else its image size. None segments images whole. An image
+            that fits into one tile has the same mask with and without tiles.
+        overlap: share of a tile that neighbours have in common, in [0, 0.5].
+
+    Returns:
+        The PNG masks that were written.
+
+    Raises:
+        UserError: as ``load_model`` and ``load_class_map``; an image is missing or unreadable, two
+            have the same name, a mask or an overlay would overwrite an input, or the tiles are out
+            of range.
+    """
+    images = _find_images(inputs)
+    _check_targets(images, output)
+    if tiles is not None:
+        check_tiles(Tiles(SMALLEST if tiles == "auto" else tiles, overlap))
+    with locked(output), large_images() if tiles is not None else contextlib.nullcontext():
+        predictor = _load_predictor(path, tiles, overlap)
+        samples = [Sample(image, None, "input") for image in images]
+        if on_error is None:
+            check_with_progress(samples, predictor.config)
+        return list(_predict(predictor, samples, output, on_error))
+
+
+def _predict(
+    predictor: Predictor,
+    samples: list[Sample],
+    output: Path,
+    on_error: Callable[[UserError], None] | None,
+) -> Iterator[Path]:
+    config = predictor.config
+    names = ["background", *config.foreground_names]
+    for sample in samples:
+        try:
+            picture = read_image(sample, config.scaling)
+            georeference = read_georeference(sample.image)
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        labels = segment(predictor, picture)
+        paint_over(picture, labels, names)
+        if config.num_classes == 1:
+            labels *= 255
+        stem = sample.image.stem
+        if georeference:
+            with replaced_file(output / f"{stem}{GEOTIFF_ENDING}") as temporary:
+                write_geotiff(temporary, labels, georeference, _SOFTWARE)
+        mask = output / f"{stem}{MASK_ENDING}"
+        _save_png(Image.fromarray(labels), mask)
+        _save_png(picture, output / f"{stem}{OVERLAY_ENDING}")
+        del picture, labels  # before the next image is read
+        yield mask
+
+
+# ---- Segmenting ----------------------------------------------------------------------------------
+
+
+def segment(predictor: Predictor, picture: Image.Image) -> np.ndarray:
+    """Segments an RGB image.
+
+    Returns:
+        (H, W) uint8 labels, at the size of the image.
+    """
+    size = picture.height, picture.width
+    grid = None if predictor.tiles is None else Grid(predictor.tiles, *size)
+    if grid is None or len(grid) == 1:
+        labels = labels_of(_scores(predictor, picture))[0].numpy().astype(np.uint8)
+        return np.array(Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST))
+
+    def maps() -> Iterator[Tensor]:
+        for box in grid.boxes():
+            tile = picture.crop((box.left, box.top, box.right, box.bottom))
+            yield _scores(predictor, tile)[0]
+
+    labels = np.empty(size, np.uint8)
+    for top, band in grid.blend(maps()):
+        for row, scores in enumerate(band.split(LABELLED_ROWS, dim=1)):
+            first = top + row * LABELLED_ROWS
+            labels[first : first + scores.shape[1]] = labels_of(scores[None])[0].numpy()
+        del band, scores  # before the next row of tiles is computed
+    return labels
+
+
+@torch.no_grad()
+def _scores(predictor: Predictor, picture: Image.Image) -> Tensor:
+    """The (1, K, S, S) class map of an RGB image or of a tile."""
+    pixels = resize_image(picture, predictor.config.image_size)
+    return predictor.class_map(transforms.to_dtype(pixels, torch.float32, scale=True)[None])
+
+
+def _load_predictor(path: Path, tiles: TileSize | None, overlap: float) -> Predictor:
+    """Loads a folder or an exported file."""
+    if path.is_file():
+        class_map, held = load_class_map(path)
+        config = RunConfig(
+            model=held.model,
+            image_size=held.image_size,
+            num_classes=held.num_classes,
+            class_names=held.class_names,
+            crop=held.crop,
+            intensity=held.intensity,
+        )
+    else:
+        model, config = load_model(path)
+        model.to(make_accelerator(config.search).device)
+
+        def class_map(images: Tensor) -> Tensor:
+            return model(images.to(model.pixel_mean.device)).class_map().cpu()
+
+    config = dataclasses.replace(config, cache=None)  # the images are not those of the run
+    if tiles is None:
+        return Predictor(class_map, config, None)
+    side = config.tiles.size if tiles == "auto" else tiles
+    return Predictor(class_map, config, Tiles(side, overlap))
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def _find_images(inputs: Sequence[Path]) -> list[Path]:
+    if not inputs:
+        raise UserError("there is nothing to segment: give at least one IMAGE, a file or a folder")
+    images = [
+        image
+        for item in inputs
+        for image in (
+            [item] if item.is_file() else [i for i in list_images(item) if not _is_own(i)]
+        )
+    ]
+    if not images:
+        raise UserError(f"there are no images in {', '.join(map(str, inputs))}")
+    repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
+    if repeated:
+        raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
+    return images
+
+
+def _is_own(image: Path) -> bool:
+    """Returns whether ``predict_run`` wrote a file."""
+    if not image.name.endswith((MASK_ENDING, OVERLAY_ENDING, GEOTIFF_ENDING)):
+        return False
+    try:
+        with large_images(), Image.open(image) as opened:
+            tags = getattr(opened, "tag_v2", {})  # of TIFF files
+            return _SOFTWARE in (opened.info.get("Software"), tags.get(_SOFTWARE_TAG))
+    except Exception:  # Pillow raises many kinds; the check of the images reports it
+        return False
+
+
+def _check_targets(images: Sequence[Path], output: Path) -> None:
+    """Refuses to overwrite an input."""
+    resolved = {image.resolve() for image in images}
+    for image in images:
+        for ending in (MASK_ENDING, OVERLAY_ENDING, GEOTIFF_ENDING):
+            target = output / f"{image.stem}{ending}"
+            if target.resolve() in resolved:
+                raise UserError(
+                    f"{target} is an input, and the prediction for {image} would overwrite it; "
+                    "choose another --output"
+                )
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    text = PngInfo()
+    text.add_text("Software", _SOFTWARE)
+    with replaced_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)

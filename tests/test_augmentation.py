@@ -1,0 +1,150 @@
+"""Random changes of training images: masks stay aligned, and every choice is seeded."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from naslora.data.augmentation import Augmentation, colour, geometry
+from naslora.data.dataset import SegmentationDataset, collate
+from naslora.data.masks import IGNORED, Sample
+from naslora.training.run_config import RunConfig, differing, read_config
+from naslora.training.search_config import SearchConfig
+
+S = 64
+CHANGED = ("medical", "natural")
+
+
+def coordinates() -> torch.Tensor:
+    """An image whose red channel is the column and whose green channel the row, times 3; blue is
+    255."""
+    rows, columns = torch.meshgrid(torch.arange(S), torch.arange(S), indexing="ij")
+    return torch.stack([3 * columns, 3 * rows, torch.full_like(rows, 255)]).to(torch.uint8)
+
+
+def in_shape(x, y):
+    """An asymmetric shape as a function of the coordinates: a disc and a bar."""
+    return ((x - 20) ** 2 + (y - 40) ** 2 < 144) | ((x > 40) & (y < 22))
+
+
+@pytest.mark.parametrize("augment", CHANGED)
+def test_masks_move_with_their_images(augment):
+    """The image tells where each pixel came from, so it tells the mask that belongs there."""
+    image = coordinates()
+    mask = in_shape(image[0] / 3, image[1] / 3).long()
+    transform = v2.Compose(geometry(augment, S))
+    moved = outside = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        changed, labels = transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        expected = in_shape(changed[0].float() / 3, changed[1].float() / 3)
+        seen = changed[2] == 255  # bilinear pixels at the border of the image are mixed
+        known = seen & (labels != IGNORED)
+        # The nearest and the bilinear pixel differ at the outline, by at most a pixel.
+        assert (expected == (labels == 1))[known].float().mean() > 0.97
+        assert set(labels.unique().tolist()) <= {0, 1, IGNORED}
+        assert (labels == IGNORED)[changed[2] == 0].all()
+        outside += int((labels == IGNORED).sum())
+        moved += int((labels != mask).sum())
+        shifted = torch.roll(labels, 3, dims=1)  # the test sees an error of three pixels
+        assert (expected == (shifted == 1))[known].float().mean() < 0.97
+    assert moved > 1000 and (outside > 0) == (augment == "medical")
+
+
+@pytest.mark.parametrize("augment", CHANGED)
+def test_colours_change_and_pixels_stay(augment):
+    image = torch.zeros(3, S, S, dtype=torch.uint8)
+    image[:, :, : S // 2] = torch.tensor([180, 90, 60], dtype=torch.uint8)[:, None, None]
+    mask = (torch.arange(S) < S // 2).long().expand(S, S)
+    transform = v2.Compose(colour(augment))
+    results = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        changed, labels = transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        assert torch.equal(labels, mask)
+        values = changed.float().mean(0)
+        assert values[:, : S // 2 - 4].min() > values[:, S // 2 + 4 :].max() + 30
+        results.append(changed)
+    assert len({tuple(changed[:, 0, 0].tolist()) for changed in results}) > 5
+    if augment == "medical":  # hue: red stays the largest channel, blue the smallest
+        assert all((c[0] >= c[1]).all() and (c[1] >= c[2]).all() for c in results)
+
+
+def samples(folder, count=3):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (S, S, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        mask = rng.integers(0, 2, (S, S), dtype=np.uint8)
+        Image.fromarray(mask).save(folder / f"{i}_mask.png")
+    return [Sample(folder / f"{i}.png", folder / f"{i}_mask.png", "x") for i in range(count)]
+
+
+def same(one, other):
+    return all(torch.equal(one[key], other[key]) for key in ("image", "mask"))
+
+
+@pytest.mark.parametrize("augment", CHANGED)
+def test_changes_depend_on_seed_epoch_and_index_only(tmp_path, augment):
+    files = samples(tmp_path)
+
+    def dataset(seed=5, epoch=0):
+        own = SegmentationDataset(files, S, 1, flip=True, seed=seed, augment=augment)
+        own.set_epoch(epoch)
+        return own
+
+    first = dataset()
+    state = torch.get_rng_state()
+    items = [first[i] for i in range(3)]
+    assert torch.equal(torch.get_rng_state(), state)  # the noise of the model does not change
+    torch.manual_seed(99)
+    assert all(same(first[i], items[i]) for i in (2, 0, 1))
+    assert not same(dataset(seed=6)[0], items[0]) and not same(dataset(epoch=1)[0], items[0])
+    again = SegmentationDataset([files[0]] * 2, S, 1, augment=augment)
+    assert not same(again[0], again[1])  # the index counts
+    loader = DataLoader(first, batch_size=1, collate_fn=collate, num_workers=2)
+    for i, batch in enumerate(loader):
+        assert torch.equal(batch["image"][0], items[i]["image"])
+        assert torch.equal(batch["mask"][0], items[i]["mask"])
+
+
+def test_flip_is_as_before(tmp_path):
+    files = samples(tmp_path)
+    plain, flipped = (SegmentationDataset(files, S, 1, flip=flip) for flip in (False, True))
+    for i in range(3):
+        expected = plain[i]["image"].flip(-1) if flipped.is_flipped(i) else plain[i]["image"]
+        assert torch.equal(flipped[i]["image"], expected)
+    for augment in ("none", "flip"):
+        image, mask = coordinates(), torch.zeros(S, S)
+        assert Augmentation(augment, S)(image, mask, 0, 0, 0) == (image, mask)
+
+
+def test_settings_of_earlier_versions_keep_their_meaning(tmp_path):
+    """config.json of a version without ``augment``, ``crop`` and ``intensity``."""
+    now = RunConfig(search=SearchConfig(flip=False))
+    values = now.to_dict()
+    new = ("crop", "crop_foreground", "intensity")
+    old = {name: value for name, value in values.items() if name not in new}
+    old["search"] = {k: v for k, v in values["search"].items() if k != "augment"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    read = read_config(tmp_path / "config.json")
+    assert differing(read.to_dict(), values) == []
+    assert not read.search.mirrors and read.search.augment == "flip" and read.crop is None
+    assert read.resolution == "network"
+    assert SearchConfig().mirrors and not SearchConfig(augment="none").mirrors
+    assert SearchConfig(augment="medical").mirrors
+
+
+def test_a_run_with_changes_is_resumed_with_the_same_only(naslora, tiny_vit, clean_data, tmp_path):
+    options = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 --workers 0")
+    train = ("train", "--data", clean_data, *options, "--output", tmp_path / "run", "--augment")
+    result = naslora(*train, "natural")
+    assert result.status == 0, result.err
+    assert naslora(*train, "natural", "--resume").status == 0
+    refused = naslora(*train, "flip", "--resume")
+    assert refused.status == 2 and "augment natural" in refused.err

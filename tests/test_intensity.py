@@ -1,0 +1,226 @@
+"""Images of more than 8 bits: their scaling, TIFF files of every kind, and georeferences."""
+
+import shlex
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from naslora.data.cache import Cache
+from naslora.data.dataset import SegmentationDataset
+from naslora.data.geotiff import read_georeference, write_geotiff
+from naslora.data.intensity import Intensity, parse_intensity, scale
+from naslora.data.masks import Sample, read_image
+from naslora.errors import UserError
+from naslora.training.run_config import RunConfig
+
+WINDOW = Intensity("window", 1000, 3000)
+GREY = np.array([[0, 1000, 1500], [2000, 3000, 65535]], np.uint16)
+EXPECTED = [[0, 0, 64], [128, 255, 255]]  # 255 (v - 1000) / 2000, clipped; 63.75 and 127.5 rounded
+
+
+def read(path, intensity=WINDOW):
+    return np.asarray(read_image(Sample(path, None, "here"), intensity))
+
+
+def error_of(call, *args):
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- the option
+
+
+def test_words():
+    assert parse_intensity(["window", "-160", "240.5"]) == Intensity("window", -160, 240.5)
+    assert parse_intensity(["percentile"]) == Intensity("percentile", 1, 99)
+    assert parse_intensity(["percentile", "0", "99.9"]) == Intensity("percentile", 0, 99.9)
+    assert RunConfig(intensity=("window", "0", "4095")).scaling == Intensity("window", 0, 4095)
+    assert RunConfig().scaling is None
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("linear", "must be percentile, percentile LO HI or window LO HI, got linear"),
+        ("window", "got window"),
+        ("window 1", "got window 1"),
+        ("window 1 2 3", "got window 1 2 3"),
+        ("window a b", "with two numbers, got window a b"),
+        ("window 5 5", "LO smaller"),
+        ("window 0 inf", "must be finite"),
+        ("percentile 2 101", "percentiles lie in 0 to 100"),
+    ],
+)
+def test_words_that_are_no_scaling(words, message):
+    assert message in error_of(parse_intensity, words.split())
+
+
+# --- scaling
+
+
+def test_a_window_by_hand():
+    assert scale(GREY, WINDOW).tolist() == EXPECTED
+    values = np.array([[np.nan, np.inf, -np.inf, 2000]])
+    assert scale(values, WINDOW).tolist() == [[0, 255, 0, 128]]
+
+
+def test_percentiles_of_each_channel():
+    rng = np.random.default_rng(0)
+    values = rng.normal([0, 100, -5], [1, 50, 0.1], (64, 64, 3))
+    values[0, 0] = np.nan
+    scaled = scale(values, Intensity("percentile", 2, 98))
+    for channel in range(3):
+        low, high = np.nanpercentile(values[..., channel], [2, 98])
+        expected = np.rint(255 * np.clip((values[..., channel] - low) / (high - low), 0, 1))
+        assert np.array_equal(scaled[1:, :, channel], expected[1:])
+    assert not scaled[0, 0].any()
+
+
+def test_a_constant_image_is_black():
+    assert not scale(np.full((4, 4), 7.0), Intensity("percentile", 1, 99)).any()
+    assert not scale(np.full((4, 4), np.nan), Intensity("percentile", 1, 99)).any()
+
+
+# --- files
+
+
+def test_grey_files(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", GREY)
+    tifffile.imwrite(tmp_path / "b.tif", GREY.astype(np.float32), compression="zlib")
+    tifffile.imwrite(tmp_path / "big.tif", GREY.astype(np.int32), bigtiff=True, byteorder=">")
+    tifffile.imwrite(tmp_path / "white.tif", GREY, photometric="miniswhite")
+    Image.fromarray(GREY).save(tmp_path / "c.png")
+    Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "d.tif", compression="tiff_lzw")
+    for name in ("a.tif", "b.tif", "big.tif", "c.png"):
+        assert read(tmp_path / name).tolist() == np.stack([EXPECTED] * 3, 2).tolist(), name
+    assert read(tmp_path / "white.tif")[..., 0].tolist() == (255 - np.array(EXPECTED)).tolist()
+    assert "needs imagecodecs" in error_of(read, tmp_path / "d.tif")
+
+
+def test_colour_files(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 5000, (6, 7, 3), dtype=np.uint16)
+    alpha = np.concatenate([rgb, np.full((6, 7, 1), 65535, np.uint16)], axis=2)
+    tifffile.imwrite(tmp_path / "chunky.tif", rgb, photometric="rgb")
+    planes = np.moveaxis(rgb, 2, 0).astype(np.float64)
+    tifffile.imwrite(tmp_path / "planar.tif", planes, photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(tmp_path / "rgba.tif", alpha, photometric="rgb", extrasamples=["unassalpha"])
+    for name in ("chunky.tif", "planar.tif", "rgba.tif"):
+        assert np.array_equal(read(tmp_path / name), scale(rgb, WINDOW)), name
+    four = np.concatenate([rgb, rgb[..., :1]], axis=2)
+    tifffile.imwrite(tmp_path / "four.tif", four, photometric="rgb", extrasamples=["unspecified"])
+    assert "has 4 channels; save it with one" in error_of(read, tmp_path / "four.tif")
+
+
+def test_files_of_8_bits_stay_as_they_are(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(rgb).save(tmp_path / name)
+        assert np.array_equal(read(tmp_path / name), rgb)
+
+
+def test_an_orientation_is_applied(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", GREY, extratags=[(274, "H", 1, 6, True)])  # turn right
+    assert read(tmp_path / "a.tif")[..., 0].tolist() == np.rot90(EXPECTED, -1).tolist()
+
+
+def test_damaged_and_missing_files(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((64, 64), np.uint16))
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:4000])
+    assert "a.tif cannot be read" in error_of(read, tmp_path / "a.tif")
+    assert "no.tif cannot be read" in error_of(read, tmp_path / "no.tif")
+
+
+def test_the_cache_knows_the_scaling(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", GREY)
+    sample = Sample(tmp_path / "a.tif", None, "here")
+    cache = Cache(tmp_path / "cache")
+    for intensity in (WINDOW, Intensity("window", 0, 65535), None, WINDOW):
+        plain, cached = (
+            SegmentationDataset([sample], 16, 1, intensity=intensity, cache=own)[0]["image"]
+            for own in (None, cache)
+        )
+        assert (plain == cached).all()
+
+
+OPTIONS = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 --workers 0")
+
+
+@pytest.fixture(scope="module")
+def runs(naslora, tiny_vit, make_data, tmp_path_factory):
+    """A folder with a run on images of 8 bits, and a run on floating-point copies of them."""
+    folder = tmp_path_factory.mktemp("runs")
+    data, floats = make_data(folder / "data", train=2, val=1, test=1), folder / "floats"
+    (floats / "images").mkdir(parents=True)
+    (floats / "masks").symlink_to(data / "masks")
+    for path in (data / "images").iterdir():
+        values = 0.01 * np.asarray(Image.open(path)).astype(np.float32) - 1
+        tifffile.imwrite(floats / "images" / f"{path.stem}.tif", values, photometric="rgb")
+    for split in ("train", "val", "test"):
+        text = (data / f"{split}.csv").read_text().replace(".png,", ".tif,")
+        (floats / f"{split}.csv").write_text(text)
+    scaling = ("--intensity", "window", "-1", "1.55")
+    for source, more, name in ((data, (), "plain"), (floats, scaling, "scaled")):
+        result = naslora("train", "--data", source, *OPTIONS, *more, "--output", folder / name)
+        assert result.status == 0, result.err
+    return folder
+
+
+def test_a_run_on_scaled_images_is_the_run_on_images_of_8_bits(runs):
+    weights = [runs / name / "best/adapter_model.safetensors" for name in ("plain", "scaled")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_predict_scales_as_the_run_did(naslora, runs, tmp_path):
+    image = runs / "floats/images/test0.tif"
+    result = naslora("predict", runs / "scaled", image, "--output", tmp_path / "out")
+    assert result.status == 0, result.err
+    refused = naslora("predict", runs / "plain", image, "--output", tmp_path / "no")
+    assert refused.status == 2 and "test0.tif cannot be read" in refused.err
+
+
+# --- georeferences
+
+SCALE, TIE = (0.5, 0.5, 0.0), (0.0, 0.0, 0.0, 440720.0, 3751320.0, 0.0)
+KEYS = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32611)
+GEO = [
+    (33550, "d", 3, SCALE, True),
+    (33922, "d", 6, TIE, True),
+    (34735, "H", 16, KEYS, True),
+    (34737, "s", 0, "WGS 84 / UTM zone 11N|", True),
+]
+
+
+def tags_of(path):
+    with tifffile.TiffFile(path) as tiff:
+        return tiff.geotiff_metadata, [tiff.pages.first.tags[code].value for code in (33550, 33922)]
+
+
+def test_a_georeference_is_kept(naslora, runs, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image = runs / "data/images/test0.png"
+    pixels = np.asarray(Image.open(image))
+    tifffile.imwrite(folder / "field.tif", pixels, photometric="rgb", extratags=GEO)
+    for _ in range(2):  # its own files in the folder are no inputs
+        result = naslora("predict", runs / "plain", folder, "--output", folder)
+        assert result.status == 0, result.err
+    assert tags_of(folder / "field_mask.tif") == tags_of(folder / "field.tif")
+    assert tags_of(folder / "field_mask.tif")[1] == [SCALE, TIE]
+    masks = [np.asarray(Image.open(folder / f"field_mask.{kind}")) for kind in ("tif", "png")]
+    assert np.array_equal(*masks)
+    plain = naslora("predict", runs / "plain", image, "--output", folder)
+    assert plain.status == 0 and not (folder / "test0_mask.tif").exists()
+
+
+def test_a_rotated_file_has_no_georeference_for_its_upright_mask(tmp_path):
+    turned = [*GEO, (274, "H", 1, 6, True)]
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5), np.uint8), extratags=turned)
+    assert read_georeference(tmp_path / "a.tif") == []
+    labels = np.eye(70, 5, dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "b.tif", labels, extratags=GEO)
+    write_geotiff(tmp_path / "c.tif", labels, read_georeference(tmp_path / "b.tif"), "x")
+    assert np.array_equal(tifffile.imread(tmp_path / "c.tif"), labels)

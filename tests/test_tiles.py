@@ -1,0 +1,308 @@
+"""Large images: the grid of tiles, the blending, prediction and scores by tiles, random windows."""
+
+import itertools
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from naslora.data.augmentation import Crop, draw_window
+from naslora.data.dataset import SegmentationDataset
+from naslora.data.masks import IGNORED, Sample
+from naslora.data.tiles import Grid, Tiles
+from naslora.prediction import Predictor, segment
+from naslora.sam.export import Description, load_class_map
+from naslora.sam.segmentation import labels_of
+from naslora.training.run_config import RunConfig
+
+SIDE = 16
+
+
+def chunks(grid, image, function):
+    """The class maps of a (1, H, W) image's tiles."""
+    return (function(image[:, b.top : b.bottom, b.left : b.right]) for b in grid.boxes())
+
+
+def blended(grid, maps):
+    return torch.cat([band for _, band in grid.blend(maps)], dim=1)
+
+
+# --- the grid
+
+
+@pytest.mark.parametrize("overlap", [0, 0.25, 0.5])
+def test_tiles_cover_the_image_and_overlap(overlap):
+    for height, width in itertools.product((1, 15, 16, 17, 40, 100), (3, 16, 31, 64)):
+        grid = Grid(Tiles(SIDE, overlap), height, width)
+        boxes = list(grid.boxes())
+        covered = np.zeros((height, width), int)
+        for box in boxes:
+            assert 0 <= box.top < box.bottom <= height and 0 <= box.left < box.right <= width
+            assert box.bottom - box.top == min(SIDE, height)
+            covered[box.top : box.bottom, box.left : box.right] += 1
+        assert covered.min() >= 1
+        assert len(boxes) == len(grid) == len(set(boxes))
+        tops, lefts = (sorted({box[axis] for box in boxes}) for axis in (0, 1))
+        for starts in (tops, lefts):
+            shared = [a + SIDE - b for a, b in itertools.pairwise(starts)]
+            assert all(SIDE * overlap - 1 <= s < SIDE for s in shared)  # evenly spread: rounded
+
+
+def test_a_larger_number_of_tiles_is_not_taken_than_is_needed():
+    assert len(Grid(Tiles(16, 0), 32, 16)) == 2
+    assert len(Grid(Tiles(16, 0.25), 28, 16)) == 2  # 16 + 12
+    assert len(Grid(Tiles(16, 0.25), 29, 16)) == 3
+
+
+# --- blending
+
+
+@pytest.mark.parametrize("overlap", [0, 0.1, 0.25, 0.5])
+def test_weights_sum_to_one(overlap):
+    for size in ((40, 33), (17, 100), (5, 16)):
+        grid = Grid(Tiles(SIDE, overlap), *size)
+        maps = (torch.full((2, *grid.size), 3.0) for _ in grid.boxes())
+        result = blended(grid, maps)
+        assert result.shape == (2, *size)
+        # Rounding of two products and a sum in float32.
+        torch.testing.assert_close(result, torch.full_like(result, 3.0), rtol=1e-6, atol=0)
+
+
+def test_a_model_of_small_reach_predicts_as_on_the_whole_image():
+    """A filter of reach 2, on an image of which every tile has an overlap of at least 8."""
+    image = torch.rand(1, 61, 83, generator=torch.Generator().manual_seed(0))
+    kernel = torch.rand(1, 1, 5, 5, generator=torch.Generator().manual_seed(1))
+
+    def filtered(pixels):
+        return F.conv2d(pixels[None], kernel, padding=2)[0]
+
+    whole = filtered(image)
+    grid = Grid(Tiles(SIDE, 0.5), 61, 83)
+    torch.testing.assert_close(blended(grid, chunks(grid, image, filtered)), whole)
+    # With a smaller overlap, or none, the zeros around the tiles show.
+    for overlap in (0, 0.25):
+        grid = Grid(Tiles(SIDE, overlap), 61, 83)
+        assert (blended(grid, chunks(grid, image, filtered)) - whole).abs().max() > 0.01
+
+
+def test_only_one_row_of_tiles_is_in_memory():
+    grid = Grid(Tiles(SIDE, 0.25), 100, 40)
+    taken = []
+
+    def maps():
+        for box in grid.boxes():
+            taken.append(box.top)
+            yield torch.zeros(1, *grid.size)
+
+    rows = []
+    for top, band in grid.blend(maps()):
+        assert top == sum(rows) and len(set(taken)) == len(rows) + 1
+        rows.append(band.shape[1])
+    assert sum(rows) == 100
+
+
+def test_maps_of_another_size_are_resized():
+    grid = Grid(Tiles(64), 30, 50)
+    scores = torch.rand(3, 8, 8)
+    expected = F.interpolate(scores[None], (30, 50), mode="bilinear", align_corners=False)[0]
+    assert torch.equal(blended(grid, [scores]), expected)
+
+
+# --- prediction
+
+
+def brightness(images: torch.Tensor) -> torch.Tensor:
+    """A class map that depends on each pixel and its neighbours, smooth and clear of 0.5."""
+    mean = F.avg_pool2d(images.mean(1, keepdim=True), 3, 1, 1, count_include_pad=False)
+    return (20 * (mean - 0.5)).sigmoid()
+
+
+def picture_of_cracks(height: int, width: int) -> Image.Image:
+    """Dark curves on light ground, with edges as soft as in a photograph."""
+    y, x = np.mgrid[:height, :width]
+    line = np.abs(np.sin(x / 17 + np.sin(y / 23))) + np.abs(np.cos(y / 29 + np.sin(x / 31)))
+    grey = np.uint8(255 * line / 2)
+    return Image.fromarray(np.stack([grey] * 3, axis=2))
+
+
+def predictor(side: int, tiles: Tiles | None) -> Predictor:
+    return Predictor(brightness, RunConfig(image_size=side), tiles)
+
+
+def test_an_image_at_twice_its_size_by_tiles():
+    """Tiles of an image at twice its size predict as the whole image does at that size.
+
+    The size of the tiles is that of the model, so that nothing is resized.
+    """
+    small = picture_of_cracks(96, 144)
+    picture = small.resize((288, 192), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    whole = labels_of(brightness(pixels))[0].numpy()
+    assert 0.1 < whole.mean() < 0.9
+    labels = segment(predictor(64, Tiles(64)), picture)
+    assert labels.dtype == np.uint8 and (labels == whole).mean() > 0.9999  # ties of rounding
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 64), (64, 17)])
+def test_an_image_that_fits_is_segmented_as_without_tiles(size):
+    picture = picture_of_cracks(*size)
+    whole = segment(predictor(32, None), picture)
+    assert whole.shape == size
+    assert np.array_equal(segment(predictor(32, Tiles(64)), picture), whole)
+
+
+# --- windows
+
+
+def test_windows_that_hold_foreground():
+    mask = np.zeros((200, 300), np.int32)
+    mask[:, :150] = IGNORED  # no foreground
+    mask[7, 290] = 1
+    mask[150:160, 200:260] = 2
+    crop = Crop(32, foreground=1.0)
+    boxes = [draw_window(crop, 200, 300, mask, 0, epoch, 5) for epoch in range(200)]
+    inside = [mask[b.top : b.bottom, b.left : b.right] for b in boxes]
+    assert all(window.shape == (32, 32) for window in inside)
+    shares = [np.mean([(window == label).any() for window in inside]) for label in (1, 2)]
+    # A class is drawn first: one pixel is seen as often as six hundred. Binomial, 200 draws of 1/2:
+    # five standard deviations are 0.18.
+    assert shares == pytest.approx([0.5, 0.5], abs=0.18)
+    assert len({box.top for box in boxes}) > 30
+
+    never = Crop(32, foreground=0.0)
+    plain = [draw_window(never, 200, 300, mask, 0, epoch, 5) for epoch in range(200)]
+    tops = np.array([box.top for box in plain])
+    assert tops.min() < 20 and tops.max() > 148 and np.mean(tops) == pytest.approx(84, abs=20)
+    empty = draw_window(crop, 200, 300, np.zeros((200, 300), np.int32), 0, 0, 0)
+    assert empty.bottom - empty.top == 32
+    assert draw_window(crop, 20, 300, None, 0, 0, 0)[0] == 0  # a short side is taken whole
+
+
+def test_windows_depend_on_seed_epoch_and_index():
+    def window(*path):
+        return draw_window(Crop(8), 1000, 1000, None, *path)
+
+    assert window(1, 2, 3) == window(1, 2, 3)
+    assert len({window(*path) for path in ((1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0))}) == 4
+
+
+def test_items_are_windows_at_native_resolution(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    labels = rng.integers(0, 2, (60, 90), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "i.png")
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    sample = Sample(tmp_path / "i.png", tmp_path / "m.png", "x")
+    dataset = SegmentationDataset([sample], 32, 1, crop=Crop(32), seed=4)
+    seen = set()
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        item = dataset[0]
+        box = draw_window(Crop(32), 60, 90, labels.astype(np.int32), 4, epoch, 0)
+        rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
+        assert np.array_equal((255 * item["image"]).round().permute(1, 2, 0), pixels[rows, columns])
+        assert np.array_equal(item["mask"], labels[rows, columns])
+        seen.add(box)
+    assert len(seen) == 3
+
+
+# --- the command line
+
+TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
+
+
+@pytest.fixture(scope="module")
+def run(naslora, tiny_vit, make_data, tmp_path_factory):
+    """A run on windows of larger images: the discs of ``make_data`` on canvases of 70 x 50."""
+    folder = tmp_path_factory.mktemp("crops")
+    data = make_data(folder / "data", train=4, val=2, test=2)
+    for path in sorted((data / "images").iterdir()):
+        for name, empty in (("images", 20), ("masks", 0)):
+            file = data / name / path.name
+            own = np.array(Image.open(file))
+            canvas = np.full((70, 50, *own.shape[2:]), empty, np.uint8)
+            canvas[20:52, 9:41] = own
+            Image.fromarray(canvas).save(file)
+    arguments = ("--data", data, *TRAIN, "--crop", 32, "--augment", "medical")
+    result = naslora("train", *arguments, "--cache", folder / "cache", "--output", folder / "run")
+    assert result.status == 0, result.err
+    return folder / "run"
+
+
+def test_a_run_on_windows_is_scored_by_tiles(naslora, run):
+    config = json.loads((run / "config.json").read_text())
+    assert (config["crop"], config["resolution"]) == (32, "tiles")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test"]["resolution"] == "of each mask, by tiles of 32 x 32"
+    again = json.loads(naslora("evaluate", run).out)
+    assert again["metrics"] == pytest.approx(metrics["test"]["metrics"], abs=1e-6)
+    whole = json.loads(naslora("evaluate", run, "--resolution", "original").out)
+    assert whole["resolution"] == "of each mask"
+    assert "of each mask, by tiles of 32 x 32" in (run / "report.html").read_text()
+
+
+def test_scores_are_those_of_the_predicted_masks(naslora, run, tmp_path):
+    """Accuracy by tiles, counted in the masks that ``predict`` writes."""
+    data = run.parent / "data"
+    images = [data / f"images/test{i}.png" for i in range(2)]
+    result = naslora("predict", run, *images, "--tiles", "auto", "--output", tmp_path / "out")
+    assert result.status == 0, result.err
+    shares = []
+    for image in images:
+        predicted = np.array(Image.open(tmp_path / "out" / f"{image.stem}_mask.png")) > 0
+        truth = np.array(Image.open(data / "masks" / image.name)) > 0
+        shares.append((predicted == truth).mean())
+    scores = json.loads(naslora("evaluate", run).out)
+    assert np.mean(shares) == pytest.approx(scores["accuracy"], abs=1e-6)
+
+
+def test_an_exported_model_knows_its_tiles(naslora, run, tmp_path):
+    """The file predicts with ``--tiles auto`` what the merged model does."""
+    image = run.parent / "data/images/test0.png"
+    merged, file = tmp_path / "merged", tmp_path / "model.pt2"
+    assert naslora("merge", run, "--mode", "center", "--output", merged).status == 0
+    result = naslora("export", merged, "--format", "torch-export", "--output", file)
+    assert result.status == 0, result.err
+    masks = []
+    for model in (merged, file):
+        output = tmp_path / f"of_{model.stem}"
+        assert naslora("predict", model, image, "--tiles", "auto", "--output", output).status == 0
+        masks.append(np.array(Image.open(output / "test0_mask.png")))
+    assert (masks[0] == masks[1]).mean() > 0.999  # labels differ where rounding decides
+    old = '{"model": "vit_t", "image_size": 32, "num_classes": 1, "class_names": ["a"]}'
+    assert Description.from_json(old, file).crop is None
+    assert load_class_map(file)[1].crop == 32
+
+
+def test_scores_of_images_that_fit_are_those_of_whole_images(naslora, run, make_data, tmp_path):
+    data = make_data(tmp_path / "small", train=1, val=1, test=3)
+    tiles, original = (
+        json.loads(naslora("evaluate", run, "--data", data, "--resolution", resolution).out)
+        for resolution in ("tiles", "original")
+    )
+    assert tiles["metrics"] == original["metrics"]
+    assert tiles["loss"] == pytest.approx(original["loss"], abs=1e-6)  # means in another order
+
+
+def test_bad_tiles_and_crops(naslora, run, tmp_path):
+    image = run.parent / "data/images/test0.png"
+    output = ("--output", tmp_path / "out")
+    for options, message in (
+        (("--tiles", 8), "tiles must be 16 to 65536 pixels, got 8; a patch of the encoder has 16"),
+        (("--tiles", 64, "--overlap", 0.9), "overlap must be a share of a tile, in [0, 0.5]"),
+        (("--tiles", "huge"), "--tiles"),
+    ):
+        result = naslora("predict", run, image, *options, *output)
+        assert result.status == 2 and message in result.err
+    train = ("train", "--data", run.parent / "data", *TRAIN, *output)
+    for options, message in (
+        (("--crop", 8), "crop must be 16 to 65536 pixels, got 8"),
+        (("--crop", 32, "--crop-foreground", 2), "crop_foreground must lie in [0, 1], got 2"),
+    ):
+        result = naslora(*train, *options)
+        assert result.status == 2 and message in result.err
+    assert not (tmp_path / "out").exists()
