@@ -1,19 +1,13 @@
 """The results of a run: the best epoch scored, merged in every way, scored again, reported."""
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from naslora.adapter.merged import unmerge
-from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 from naslora.files import file_checksum
 from naslora.methods import merge, merge_modes
-from naslora.metrics import image_scores
 from naslora.records import write_record, write_rows
 from naslora.report.pictures import Panel
 from naslora.report.run_report import write_report
@@ -30,28 +24,33 @@ from naslora.results import (
     RunResult,
     SplitScores,
 )
-from naslora.sam.segmentation import predict_labels
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration
+from naslora.training.run_examples import Examples
 from naslora.training.search import Search
 
-PANELS = 6  # test images shown in the report
 
-
-def final_result(search: Search, counts: ParameterCounts, config: RunConfig) -> RunResult:
+def final_result(
+    search: Search, counts: ParameterCounts, config: RunConfig
+) -> tuple[RunResult, list[Panel]]:
     """Scores the best epoch on the test split, and again after each way of merging.
 
     Args:
         search: a finished search whose model holds the best epoch's adapter.
         counts: the model's parameters.
         config: the run.
+
+    Returns:
+        The result, and the worst and best test images for the report; none but in the main process.
     """
     started = time.perf_counter()
     best = max(search.history, key=lambda epoch: epoch.quality)
     test = search.evaluate("test", config.metrics or ())
-    merges = _try_merges(search, config)
+    main = search.accelerator.is_main_process
+    examples = Examples(search.model, search.data["test"], test) if main else None
+    merges = _try_merges(search, config, examples)
     training = sum(epoch.seconds.total for epoch in search.history)
-    return RunResult(
+    result = RunResult(
         test=test,
         val=SplitScores(best.val_loss, best.val_dice, best.val_iou, best.val_accuracy),
         best_epoch=best.epoch,
@@ -63,10 +62,22 @@ def final_result(search: Search, counts: ParameterCounts, config: RunConfig) -> 
         annealing=merges[2] if merges else None,
         seconds=training + time.perf_counter() - started,
     )
+    return result, examples.panels if examples else []
+
+
+def tracked_scores(result: RunResult) -> dict[str, float]:
+    """The known test scores by name, for experiment trackers."""
+    merged = {f"test_{mode}": scores for mode, scores in (result.test_merged or {}).items()}
+    return {
+        f"{split}_{name}": value
+        for split, scores in {"test": result.test, **merged}.items()
+        for name in ("dice", "iou", "accuracy")
+        if scores is not None and (value := getattr(scores, name)) is not None
+    }
 
 
 def _try_merges(
-    search: Search, config: RunConfig
+    search: Search, config: RunConfig, examples: Examples | None
 ) -> tuple[dict[str, SplitScores], dict[str, MergeResult], Annealing | None] | None:
     """Merges in every way, scores each, and takes it back; None if the method cannot be merged."""
     modes = merge_modes(config.method, config.adapter)
@@ -84,6 +95,8 @@ def _try_merges(
             results[mode] = MergeResult(refused=str(error))
             continue
         scores[mode] = search.evaluate("test", config.metrics or ())
+        if examples is not None:
+            examples.add_merged(mode, search.model, scores[mode])
         if mode == "center" and config.search.anneal_epochs:
             annealing = _annealing(search)
         results[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
@@ -113,7 +126,9 @@ def _annealing(search: Search) -> Annealing:
     )
 
 
-def write_results(search: Search, result: RunResult, config: RunConfig, output: Path) -> None:
+def write_results(
+    search: Search, result: RunResult, panels: list[Panel], config: RunConfig, output: Path
+) -> None:
     """Writes history.csv, operations.json, metrics.json and, last, report.html."""
     operations = search.operation_history()
     write_rows(output / HISTORY, search.history)
@@ -127,29 +142,6 @@ def write_results(search: Search, result: RunResult, config: RunConfig, output: 
         result=result,
         history=search.history,
         operations=operations,
-        panels=_panels(search, config),
+        panels=panels,
         class_names=["background", *config.foreground_names],
     )
-
-
-def _panels(search: Search, config: RunConfig) -> list[Panel]:
-    """A few test images, evenly spread over the split."""
-    dataset = search.data["test"]
-    indices = np.linspace(0, len(dataset) - 1, min(PANELS, len(dataset))).round().astype(int)
-    panels = []
-    for item in (dataset[int(i)] for i in indices):
-        labels = predict_labels(search.model, item["image"][None])[0].numpy()
-        scores = image_scores(
-            torch.from_numpy(labels)[None], item["mask"][None], config.num_classes, IGNORED
-        )
-        dice = float(scores["dice"].nanmean())
-        panels.append(
-            Panel(
-                name=item["name"],
-                image=(255 * item["image"]).round().byte().permute(1, 2, 0).numpy(),
-                truth=item["mask"].numpy(),
-                prediction=labels,
-                dice=None if math.isnan(dice) else dice,
-            )
-        )
-    return panels

@@ -1,0 +1,21 @@
+"""The test images of the report: the worst and the best, and how merging changes them."""
+
+import pytest
+
+from naslora.training.run_examples import choose
+
+
+@pytest.mark.parametrize(
+    ("dice", "chosen"),
+    [
+        ([0.5, 0.1, 0.9, 0.3, 0.7, 0.2], [1, 5, 4, 2]),
+        ([0.5, None, 0.9], [0, 2]),  # few images: all that have a Dice, the worst first
+        ([0.9, 0.5, 0.7, 0.1], [3, 1, 2, 0]),
+        ([None] * 7, [0, 2, 4, 6]),  # no foreground: spread over the split
+        ([None, None], [0, 1]),
+        ([0.5, 0.5, 0.5, 0.5, 0.5], [0, 1, 3, 4]),  # ties keep the order of the split
+        ([], []),
+    ],
+)
+def test_the_worst_and_the_best_are_chosen(dice, chosen):
+    assert choose(dice, 4) == chosen
