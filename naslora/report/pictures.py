@@ -36,6 +36,10 @@ ERRORS = {
 }
 
 
+CHANGED = (230, 0, 200)
+"""Pixels whose label a merge changes."""
+
+
 class Merged(NamedTuple):
     """What the model predicts for an image after a merge."""
 

@@ -9,6 +9,7 @@ from PIL import Image
 from naslora.report.html import note, section
 from naslora.report.numbers import is_known, number
 from naslora.report.pictures import (
+    CHANGED,
     ERRORS,
     PICTURE_SIDE,
     UNKNOWN_COLOUR,
@@ -36,15 +37,22 @@ def examples_section(panels: list[Panel], class_names: list[str], images: int | 
     unnamed = any(unknown(label, class_names).any() for label in labels if label is not None)
     legend = [(name, class_colour(index)) for index, name in enumerate(class_names) if index > 0]
     legend += [("ignored or unknown", UNKNOWN_COLOUR)] if unnamed else []
-    legend += list(ERRORS.items()) if any(panel.truth is not None for panel in panels) else []
-    swatches = "".join(
-        f'<li><i style="background: rgb{colour}"></i>{escape(name)}</li>' for name, colour in legend
-    )
-    body = f'<ul class="legend">{swatches}</ul>'
+    body = _legend(legend)
+    if any(panel.truth is not None for panel in panels):
+        kinds = list(ERRORS.items())[: 3 if len(class_names) > 2 else 2]
+        body += _legend([(f"error: {name}", colour) for name, colour in kinds])
     for title, group in _groups(panels, images).items():
         figures = "".join(_panel(shrink(panel), class_names, images) for panel in group)
         body += f'<h3>{title}</h3><div class="panels">{figures}</div>'
     return section("Test images", body)
+
+
+def _legend(entries: list[tuple[str, tuple[int, int, int]]]) -> str:
+    swatches = "".join(
+        f'<li><i style="background: rgb{colour}"></i>{escape(name)}</li>'
+        for name, colour in entries
+    )
+    return f'<ul class="legend">{swatches}</ul>'
 
 
 def _groups(panels: list[Panel], images: int | None) -> dict[str, list[Panel]]:
@@ -112,7 +120,8 @@ def merged_pictures(panels: list[Panel], class_names: list[str], most: int = 2) 
         same = any(panel.merged for panel in panels)
         return note("No pixel of the images above changes by merging.") if same else ""
     figures = "".join(_before_and_after(panel, class_names) for panel in chosen)
-    return f'<h3>Before and after merging</h3><div class="panels">{figures}</div>'
+    legend = _legend([("changed by the merge", CHANGED)])
+    return f'<h3>Before and after merging</h3>{legend}<div class="panels">{figures}</div>'
 
 
 def _changed(panel: Panel, mode: str) -> float:
@@ -125,19 +134,21 @@ def _most_changed(panel: Panel) -> float:
 
 
 def _before_and_after(panel: Panel, class_names: list[str]) -> str:
-    shares = {mode: _changed(panel, mode) for mode in panel.merged}
     small = shrink(panel)
-    before = f"Before, Dice {number(panel.dice)}"
-    pictures = [
-        picture(before, panel.name, paint(small.image, small.prediction, class_names)),
-    ]
+    before = paint(small.image, small.prediction, class_names)
+    pictures = [picture(f"Before, Dice {number(panel.dice)}", panel.name, before)]
     for mode, merged in small.merged.items():
-        label = f"{mode}, Dice {number(merged.dice)}, {shares[mode]:.1%} changed"
-        painted = paint(small.image, merged.prediction, class_names)
-        pictures.append(picture(label, panel.name, painted))
+        share = _changed(panel, mode)
+        if share > 0:
+            after = paint(small.image, merged.prediction, class_names)
+            after[merged.prediction != small.prediction] = CHANGED
+            label = f"{mode}, Dice {number(merged.dice)}, {share:.2%} changed"
+            pictures.append(picture(label, panel.name, after))
+    same = [mode for mode in panel.merged if _changed(panel, mode) == 0]
+    unchanged = f" · unchanged by {', '.join(same)}" if same else ""
     return (
         f'<figure><div class="pictures">{"".join(pictures)}</div>'
-        f"<figcaption>{escape(panel.name)}</figcaption></figure>"
+        f"<figcaption>{escape(panel.name + unchanged)}</figcaption></figure>"
     )
 
 

@@ -64,12 +64,13 @@ def _draw_classes(axes: Axes, scores: SplitScores, merged: Mapping[str, SplitSco
     for offset, colour, label in ((-0.2, BLUE, "Dice"), (0.2, GREEN, "IoU")):
         values = as_array(getattr(own, label.lower()) for own in classes.values())
         axes.barh(places + offset, values, height=0.38, color=colour, label=label)
-    marks = ((ORANGE, "D"), (PURPLE, "s"), (INK, "^"))
-    for (mode, own), (colour, marker) in zip(merged.items(), marks, strict=False):
+    # One above the other, because they often agree.
+    marks = ((-0.32, ORANGE, "D"), (-0.2, PURPLE, "s"), (-0.08, INK, "^"))
+    for (mode, own), (offset, colour, marker) in zip(merged.items(), marks, strict=False):
         found = own.per_class or {}
         dice = as_array(found[name].dice if name in found else None for name in classes)
         axes.plot(
-            dice, places - 0.2, marker, color=colour, markersize=4, label=mode, linestyle="none"
+            dice, places + offset, marker, color=colour, markersize=4, label=mode, linestyle="none"
         )
     draw_row_axis(axes, list(classes))
     axes.set_xlim(0, 1)
