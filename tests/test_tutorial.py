@@ -25,7 +25,7 @@ def test_every_cell_runs(naslora, tmp_path, monkeypatch, capsys):
         if not cell.source.startswith("%%bash"):
             exec(cell.source, scope)
             continue
-        for line in cell.source.splitlines()[1:]:
+        for line in cell.source.replace("\\\n", "").splitlines()[1:]:
             shorter = line.replace("--epochs 12 --search-start 4", "--epochs 2 --search-start 1")
             program, *arguments = shlex.split(shorter)
             assert program == "naslora"

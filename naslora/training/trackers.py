@@ -88,7 +88,7 @@ _KINDS: dict[Tracker, _Kind] = {
         is_mlflow_available,
         _mlflow,
         lambda tracker: tracker.active_run.info.run_id,
-        "check MLFLOW_TRACKING_URI, or unset it to write files here",
+        "check MLFLOW_TRACKING_URI; sqlite:///mlflow.db is a local file",
     ),
     "comet": _Kind(
         "comet-ml",
