@@ -2,6 +2,8 @@
 
 import pytest
 
+from naslora.records import to_json
+from naslora.results import SplitScores
 from naslora.training.run_examples import choose
 
 
@@ -19,3 +21,9 @@ from naslora.training.run_examples import choose
 )
 def test_the_worst_and_the_best_are_chosen(dice, chosen):
     assert choose(dice, 4) == chosen
+
+
+def test_the_dice_of_the_images_is_not_stored():
+    scores = SplitScores(dice=0.5, image_dice=[0.25, None, 0.75])
+    assert to_json(scores) == {"loss": None, "dice": 0.5, "iou": None, "accuracy": None}
+    assert scores == SplitScores(dice=0.5)

@@ -74,7 +74,8 @@ def _draw_classes(axes: Axes, scores: SplitScores, merged: Mapping[str, SplitSco
         )
     draw_row_axis(axes, list(classes))
     axes.set_xlim(0, 1)
-    axes.legend(ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, columnspacing=1)
+    # Of the figure, because long names of classes leave the axes narrow.
+    axes.figure.legend(loc="outside upper center", ncols=5, handlelength=1.2, columnspacing=0.8)
 
 
 def _draw_images(axes: Axes, dice: list[float]) -> None:
