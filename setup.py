@@ -1,17 +1,23 @@
 """Builds the C++ and CUDA extensions. The rest of the package is configured in pyproject.toml.
 
-The CUDA extension is built if there is an nvcc: below CUDA_HOME or CUDA_PATH, on the PATH, or in
-/usr/local/cuda. TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") names the compute capabilities to build for.
-The default is every capability from 7.5 on that nvcc knows. Neither extension needs torch to build.
+The CUDA extension is built for the cards of this machine, if it has any, and an nvcc: below
+CUDA_HOME or CUDA_PATH, on the PATH, or in /usr/local/cuda. The driver names the cards, because the
+torch that the build sees, if it sees one, may be a CPU build. Neither extension needs torch to
+build.
 
 Environment variables:
+    TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX": builds for these compute capabilities, with or without a
+        card.
+    NASLORA_FORCE_CUDA=1: builds for every capability from 7.5 on that nvcc knows, unless
+        TORCH_CUDA_ARCH_LIST names some. Fails if the CUDA extension cannot be built.
     NASLORA_SKIP_EXT=1: builds no extension.
     NASLORA_SKIP_CUDA=1: builds no CUDA extension.
-    NASLORA_FORCE_CUDA=1: fails if the CUDA extension cannot be built.
+    MAX_JOBS=2: compiles at most so many files at a time. The default is one for each processor.
     NASLORA_SANITIZE=1: builds the C++ extension with AddressSanitizer and
         UndefinedBehaviorSanitizer, for ``make sanitize``.
 """
 
+import ctypes
 import os
 import platform
 import re
@@ -56,9 +62,15 @@ def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0").lower() not in ("", "0", "false", "no", "off")
 
 
+def processors() -> int:
+    """How many compilers run at a time: MAX_JOBS, as for torch's own extensions, or all."""
+    jobs = os.environ.get("MAX_JOBS", "")
+    return max(1, int(jobs)) if jobs.isdecimal() else os.cpu_count() or 1
+
+
 def in_parallel(jobs: list[Callable[[], Result]]) -> list[Result]:
-    """Runs compilers side by side, one for each processor. The results keep their order."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    """Runs compilers side by side. The results keep their order."""
+    with ThreadPoolExecutor(processors()) as pool:
         return list(pool.map(lambda job: job(), jobs))
 
 
@@ -77,6 +89,47 @@ def run(*command: str) -> str:
     return result.stdout
 
 
+def cards() -> list[int]:
+    """Compute capabilities of this machine's NVIDIA cards, without repetition; 90 means 9.0.
+
+    nvidia-smi also lists cards that CUDA_VISIBLE_DEVICES hides. Some containers and boards lack
+    it, so the driver's library is asked next.
+    """
+    return sorted(set(cards_of_nvidia_smi() or cards_of_libcuda()))
+
+
+def cards_of_nvidia_smi() -> list[int]:
+    """What nvidia-smi lists; empty without it, without a driver, or if it is too old to tell."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", listed.stdout, re.MULTILINE)
+    return [int(major + minor) for major, minor in found] if listed.returncode == 0 else []
+
+
+def cards_of_libcuda() -> list[int]:
+    """What the driver's library lists; empty without it, or if it finds no card."""
+    name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return []
+    count, device, number = ctypes.c_int(0), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for index in range(count.value):
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        capability = 0
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+            driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+            capability = 10 * capability + number.value
+        found.append(capability)
+    return found
+
+
 def known_architectures(nvcc: str) -> list[int]:
     """Capabilities that nvcc and the kernels support, in ascending order; 90 means 9.0."""
     found = {int(number) for number in re.findall(r"compute_(\d+)\b", run(nvcc, "--list-gpu-arch"))}
@@ -87,12 +140,15 @@ def architectures(nvcc: str) -> list[str]:
     """What to compile: ``sm_*`` is machine code, ``compute_*`` is PTX, which serves later devices.
 
     Raises:
-        BuildError: TORCH_CUDA_ARCH_LIST has an entry that nvcc or the kernels do not support.
+        BuildError: TORCH_CUDA_ARCH_LIST has an entry, or this machine has no card, that nvcc and
+            the kernels support.
     """
     known = known_architectures(nvcc)
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not wanted:
+    if not wanted and enabled("NASLORA_FORCE_CUDA"):
         return [*(f"sm_{number}" for number in known), f"compute_{known[-1]}"]
+    if not wanted:
+        return architectures_of(cards(), known)
     chosen = []
     for entry in re.split(r"[;,\s]+", wanted.strip()):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
@@ -104,6 +160,25 @@ def architectures(nvcc: str) -> list[str]:
         name = match[1] + match[2] + match[3]
         chosen += [f"sm_{name}"] + ([f"compute_{name}"] if match[4] else [])
     return chosen
+
+
+def architectures_of(found: list[int], known: list[int]) -> list[str]:
+    """The newest code that each card runs and nvcc makes; PTX for a card later than nvcc knows.
+
+    Raises:
+        BuildError: every card is too old.
+    """
+    chosen = []
+    for card in found:
+        older = [number for number in known if number <= card]
+        if older:
+            kind = "sm" if older[-1] // 10 == card // 10 else "compute"
+            chosen.append(f"{kind}_{older[-1]}")
+    if not chosen:
+        names = ", ".join(f"{card // 10}.{card % 10}" for card in found) or "none"
+        least = f"{known[0] // 10}.{known[0] % 10}"
+        raise BuildError(f"the cards' compute capabilities, {names}, are below {least}")
+    return list(dict.fromkeys(chosen))
 
 
 def code_flags(chosen: list[str]) -> list[str]:
@@ -181,7 +256,7 @@ class BuildKernels(build_ext):
         ]
         objects = self.compile(ext, module, "cuda", info, FLAGS)
         # Processors that are left over when each file has one serve the architectures of a file.
-        threads = f"--threads={max(1, (os.cpu_count() or 1) // len(kernels))}"
+        threads = f"--threads={max(1, processors() // len(kernels))}"
         jobs = []
         for source in kernels:
             objects.append(str(Path(self.build_temp) / f"{Path(source).stem}.cu.o"))
@@ -204,12 +279,20 @@ def extension(name: str, folder: str, sources: list[str]) -> Extension:
     )
 
 
+def wants_cuda() -> bool:
+    """Whether to build the CUDA extension: on request, or for the cards of this machine."""
+    if enabled("NASLORA_SKIP_CUDA") or enabled("NASLORA_SANITIZE"):
+        return False
+    if enabled("NASLORA_FORCE_CUDA"):
+        return True
+    return find_nvcc() is not None and bool(os.environ.get("TORCH_CUDA_ARCH_LIST") or cards())
+
+
 def extensions() -> list[Extension]:
     if enabled("NASLORA_SKIP_EXT"):
         return []
     found = [extension("_C", "cpu", ["kernels.cpp", "attention.cpp", "python_module.cpp"])]
-    wanted = enabled("NASLORA_FORCE_CUDA") or find_nvcc()
-    if wanted and not enabled("NASLORA_SKIP_CUDA") and not enabled("NASLORA_SANITIZE"):
+    if wants_cuda():
         sources = ["cell_forward.cu", "cell_backward.cu", "low_rank_pass.cu", "low_rank_expand.cu"]
         found.append(extension("_CUDA", "cuda", [*sources, "reduce.cu", "python_module.cpp"]))
     return found

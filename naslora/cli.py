@@ -36,6 +36,7 @@ from naslora.training import run
 from naslora.training.recipe import load_recipe
 from naslora.training.run_config import Resolution, RunConfig
 from naslora.training.run_data import CALIBRATION_IMAGES
+from naslora.training.trackers import Tracker
 from naslora_kernels import available_backends, build_info
 
 Flat = tyro.conf.OmitArgPrefixes
@@ -178,9 +179,13 @@ def train(
     config: Annotated[RunConfig, Flat],
     output: Annotated[Path, OUTPUT],
     resume: Annotated[bool, RESUME] = False,
+    tracker: Annotated[
+        tuple[Tracker, ...],
+        tyro.conf.arg(help="Experiment trackers that get the numbers of every epoch."),
+    ] = ("tensorboard",),
 ) -> None:
     """Fine-tune SAM on your images, then test, merge and report."""
-    _summarise(run.train(config, output, resume), output)
+    _summarise(run.train(config, output, resume, tracker), output)
 
 
 def compare(

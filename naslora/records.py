@@ -1,8 +1,8 @@
 """Reads and writes dataclasses as JSON and CSV files.
 
 A field with the metadata ``OPTIONAL`` is left out of a JSON file while it is None; every other None
-is written as null. In a CSV file a nested record becomes columns with its field's name in front,
-and None is an empty cell.
+is written as null. A field with the metadata ``UNSTORED`` is in no JSON file. In a CSV file a
+nested record becomes columns with its field's name in front, and None is an empty cell.
 """
 
 import csv
@@ -20,6 +20,9 @@ from naslora.files import read_json, write_json, write_text
 OPTIONAL = {"optional": True}
 """Metadata of a dataclass field that is absent from JSON while it is None."""
 
+UNSTORED = {"stored": False}
+"""Metadata of a dataclass field that JSON leaves out; it needs a default."""
+
 Record = TypeVar("Record")
 
 
@@ -29,7 +32,8 @@ def to_json(value: Any) -> Any:
         return {
             f.name: to_json(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if getattr(value, f.name) is not None or not f.metadata.get("optional")
+            if f.metadata.get("stored", True)
+            and (getattr(value, f.name) is not None or not f.metadata.get("optional"))
         }
     if isinstance(value, dict):
         return {key: to_json(item) for key, item in value.items()}

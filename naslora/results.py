@@ -9,7 +9,7 @@ from pathlib import Path
 from naslora.adapter.merge_report import LayerError
 from naslora.errors import UserError
 from naslora.files import file_checksum
-from naslora.records import OPTIONAL, read_record, read_rows
+from naslora.records import OPTIONAL, UNSTORED, read_record, read_rows
 
 # The files of a run's folder.
 CONFIG = "config.json"
@@ -132,6 +132,10 @@ class SplitScores:
     """Size at which ``metrics`` were taken, in words."""
     groups: dict[str, GroupScores] | None = field(default=None, metadata=OPTIONAL)
     images: int | None = field(default=None, metadata=OPTIONAL)
+    image_dice: list[float | None] | None = field(
+        default=None, compare=False, repr=False, metadata=UNSTORED
+    )
+    """Dice of each image of the split, mean over its classes; None where it is undefined."""
 
 
 # ---- A run ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from naslora_kernels import cuda
 
 setup = cuda_resources.load_setup()
 NVCC = setup.find_nvcc()
-SWITCHES = ("SKIP_EXT", "SKIP_CUDA", "FORCE_CUDA")
+SWITCHES = ("SKIP_EXT", "SKIP_CUDA", "FORCE_CUDA", "SANITIZE")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
@@ -56,6 +56,12 @@ ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 656 bytes c
 
 
 @pytest.fixture
+def cards(monkeypatch):
+    """Sets the compute capabilities that the machine's cards seem to have."""
+    return lambda *found: monkeypatch.setattr(setup, "cards", lambda: list(found))
+
+
+@pytest.fixture
 def fake_nvcc(tmp_path, monkeypatch):
     """A fake nvcc below CUDA_HOME that lists 5.0 to 9.0 and fails to compile."""
     nvcc = tmp_path / "bin" / "nvcc"
@@ -79,18 +85,142 @@ def test_nvcc_below_cuda_home_is_found_first(fake_nvcc):
     assert setup.find_nvcc() == fake_nvcc
 
 
+def test_all_architectures_are_built_if_forced(fake_nvcc, monkeypatch, cards):
+    cards(80)
+    monkeypatch.setenv("NASLORA_FORCE_CUDA", "1")
+    assert setup.architectures(fake_nvcc) == ["sm_75", "sm_80", "sm_90", "compute_90"]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([80], ["sm_80"]),
+        ([86], ["sm_80"]),  # nvcc does not know 8.6, and a card runs code of an earlier minor
+        ([75, 90], ["sm_75", "sm_90"]),
+        ([80, 86], ["sm_80"]),
+        ([120], ["compute_90"]),  # later than nvcc
+        ([61, 90], ["sm_90"]),  # the older card is too old for the kernels
+    ],
+)
+def test_the_cards_of_the_machine_are_built_for(found, expected, fake_nvcc, cards):
+    cards(*found)
+    chosen = setup.architectures(fake_nvcc)
+    assert chosen == expected
+    served = [card for card in found if card >= 75]
+    assert all(cuda._serves(chosen, divmod(card, 10)) for card in served)
+
+
+def test_cards_that_are_too_old_are_named(fake_nvcc, cards):
+    cards(61, 70)
+    with pytest.raises(setup.BuildError, match=r"capabilities, 6\.1, 7\.0, are below 7\.5$"):
+        setup.architectures(fake_nvcc)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "found", "wanted"),
+    [
+        (None, None, [], False),  # nvcc without a card
+        (None, None, [90], True),
+        ("TORCH_CUDA_ARCH_LIST", "9.0", [], True),
+        ("NASLORA_FORCE_CUDA", "1", [], True),
+        ("NASLORA_FORCE_CUDA", "0", [], False),
+        ("NASLORA_SKIP_CUDA", "1", [90], False),
+        ("NASLORA_SANITIZE", "1", [90], False),
+    ],
+)
+def test_cuda_is_built_for_a_card_or_on_request(
+    variable, value, found, wanted, fake_nvcc, monkeypatch, cards
+):
+    cards(*found)
+    if variable:
+        monkeypatch.setenv(variable, value)
+    assert setup.wants_cuda() is wanted
+
+
+@pytest.fixture
+def no_driver(tmp_path, monkeypatch):
+    """A machine on whose PATH and among whose libraries nothing is; returns the PATH's folder."""
+
+    def no_library(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(setup.ctypes, "CDLL", no_library)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("printf '9.0\\n8.6\\n9.0\\n'", [86, 90]),
+        ("printf '12.0\\n[N/A]\\n'", [120]),
+        ("echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2", []),
+        ("echo 'NVIDIA-SMI has failed because it could not communicate with the driver'", []),
+    ],
+)
+def test_nvidia_smi_names_the_cards(script, found, no_driver):
+    tool = no_driver / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    assert setup.cards() == found
+
+
+class Driver:
+    """libcuda with cards of these capabilities; ``status`` is what cuInit returns."""
+
+    def __init__(self, *capabilities, status=0):
+        self.capabilities, self.status = capabilities, status
+
+    def cuInit(self, flags):
+        return self.status
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = len(self.capabilities)
+        return 0
+
+    def cuDeviceGet(self, device, index):
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetAttribute(self, number, attribute, device):
+        number._obj.value = self.capabilities[device.value][attribute - 75]
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "found"),
+    [
+        (Driver((8, 7)), [87]),
+        (Driver((12, 1), (8, 0), (8, 0)), [80, 121]),
+        (Driver(), []),
+        (Driver((8, 0), status=100), []),  # CUDA_ERROR_NO_DEVICE
+    ],
+)
+def test_libcuda_names_the_cards_without_nvidia_smi(driver, found, no_driver, monkeypatch):
+    monkeypatch.setattr(setup.ctypes, "CDLL", lambda name: driver)
+    assert setup.cards() == found
+
+
+def test_a_machine_without_a_driver_has_no_cards(no_driver):
+    assert setup.cards() == []
+
+
+@pytest.mark.parametrize(("jobs", "expected"), [("3", 3), ("0", 1), ("", None), ("many", None)])
+def test_max_jobs_bounds_the_compilers(jobs, expected, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    assert setup.processors() == (expected or os.cpu_count())
+
+
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        (None, ["sm_75", "sm_80", "sm_90", "compute_90"]),
         ("8.0", ["sm_80"]),
         ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
         ("7.5 9.0a", ["sm_75", "sm_90a"]),
     ],
 )
-def test_architectures(wanted, expected, fake_nvcc, monkeypatch):
-    if wanted:
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+def test_named_architectures(wanted, expected, fake_nvcc, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
     assert setup.architectures(fake_nvcc) == expected
 
 
@@ -112,6 +242,7 @@ def test_unknown_architectures_are_refused_in_one_line(unknown, fake_nvcc, monke
 
 
 def build_cuda(tmp_path):
+    """Builds the CUDA extension alone, as an install does."""
     builder = setup.BuildKernels(Distribution({"ext_modules": setup.extensions()}))
     builder.build_lib = builder.build_temp = str(tmp_path)
     builder.ensure_finalized()
@@ -148,7 +279,8 @@ def test_message_of_the_compiler_is_reported(fake_nvcc):
         ("NOTHING", ["_C", "_CUDA"]),
     ],
 )
-def test_environment_chooses_what_is_built(variable, names, fake_nvcc, monkeypatch):
+def test_environment_chooses_what_is_built(variable, names, fake_nvcc, monkeypatch, cards):
+    cards(90)
     monkeypatch.setenv(variable, "1")
     assert [e.name.removeprefix("naslora_kernels.") for e in setup.extensions()] == names
 

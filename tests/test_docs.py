@@ -153,6 +153,25 @@ def test_options_named_alone_exist(page, options_of):
             assert match[0] in known or f'"{match[0]}"' in bench, span
 
 
+COMMAND = re.compile(
+    r"^(?:[A-Z_]+=\S+ )*(?:naslora|pip|pytest|python|make|torchrun|tensorboard|mkdocs|for) ", re.M
+)
+
+
+@every_page
+def test_every_command_is_run_or_says_why_not(page):
+    """A block of commands has a mark above it; tests/test_tutorial.py runs those in bash."""
+    text = read(page)
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        if match[1] == "" and COMMAND.search(match[2]):
+            mark = re.search(r"<!-- (run by|not run:) ([^>]+) -->\n\n$", text[: match.start()])
+            assert mark, match[2]
+            names = re.findall(r"[\w./]+\.py|\.ci/run", mark[2])
+            assert names or mark[1] == "not run:", mark[0]
+            assert all((ROOT / name).exists() for name in names), mark[0]
+        assert match[1] != "bash" or page.name == "tutorial.md", match[2]
+
+
 def naslora_commands() -> str:
     """The tuple of commands in the command line's source."""
     return re.search(r"commands = \(([^)]*)\)", read(ROOT / "naslora" / "cli.py"))[1]

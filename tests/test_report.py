@@ -13,7 +13,7 @@ import pytest
 
 from naslora.adapter.merge_report import LayerError
 from naslora.report.curves import STAGE_2_LABEL
-from naslora.report.pictures import Panel
+from naslora.report.pictures import ERRORS, Merged, Panel, paint_errors
 from naslora.report.run_report import write_report
 from naslora.results import (
     ClassScores,
@@ -102,10 +102,11 @@ def epoch(index, stage):
     )
 
 
-def panel(side=24, name="slice 7", truth=True):
+def panel(side=24, name="slice 7", truth=True, **parts):
     labels = np.arange(side * side).reshape(side, side) % 3
     image = np.full((side, side, 3), 90, dtype=np.uint8)
-    return Panel(name, image, labels if truth else None, labels, 0.8765 if truth else None)
+    dice = 0.8765 if truth else None
+    return Panel(name, image, labels.copy() if truth else None, labels, dice, **parts)
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def run():
     return {
         "config": {"method": "nas-pc-lora", "model": "vit_t", "dataset": "demo", "rank": 3},
         "result": RunResult(
-            test=scores(0.8421),
+            test=replace(scores(0.8421), image_dice=[0.9, None, 0.7214]),
             val=scores(0.8532),
             best_epoch=2,
             test_merged={"exact": scores(0.8421), "center": scores(0.8021)},
@@ -134,7 +135,10 @@ def run():
         "operations": OperationHistory(
             OPERATIONS, LAYERS, [Mixture(-1, uniform), Mixture(3, final)]
         ),
-        "panels": [panel(), panel(name="no truth", truth=False)],
+        "panels": [
+            panel(rank=1, merged={"center": Merged(np.zeros((24, 24), int), 0.25)}),
+            panel(name="no truth", truth=False),
+        ],
         "class_names": ["background", "grey", "white"],
     }
 
@@ -181,13 +185,13 @@ def test_full_report(report, run):
     page = Reader(text)
     assert_self_contained(text)
     assert headings(text) == [
+        "Scores",
+        "Test images",
+        "Merging",
         "Training",
         "Operations",
-        "Examples",
         "Parameters",
         "Time",
-        "Scores",
-        "Merging",
         "Configuration",
     ]
     assert "<h1>nas-pc-lora on vit_t for demo</h1>" in text
@@ -204,8 +208,9 @@ def test_full_report(report, run):
 
 def test_every_figure_has_an_alternative_text(report, run):
     pictures = Reader(report(**run)).images
-    # Three curves, three of the search, the lossy merge; 3 + 2 pictures of the two panels.
-    assert len(pictures) == 7 + 5
+    # Three curves, three of the search, the lossy merge, bars of the classes and of the images.
+    # 4 + 2 pictures of the two panels; two before and after merging.
+    assert len(pictures) == 9 + 6 + 2
     assert all(picture.get("alt") or picture.get("aria-label") for picture in pictures)
 
 
@@ -233,7 +238,7 @@ def test_minimal_report(report):
     text = report(**MINIMAL)
     Reader(text)
     assert_self_contained(text)
-    assert headings(text) == ["Training", "Scores", "Configuration"]
+    assert headings(text) == ["Scores", "Training", "Configuration"]
     assert "No epoch was finished" in text
     assert "neither validation nor test scores" in text
 
@@ -319,6 +324,60 @@ def test_hostile_names_stay_text(report, run):
     assert_self_contained(text)
     assert HOSTILE in "".join(page.text)
     assert "script" not in page.tags
+
+
+def test_the_head_says_how_bad_it_gets(report, run):
+    text = report(**run)
+    assert "<small>worst image 0.7214</small>" in text
+    assert "<dd>0.8021<small>test Dice, center</small>" in text  # exact leaves another module
+
+
+def test_the_worst_and_the_best_images_are_apart(report, run):
+    run["panels"] = [panel(name=f"n{rank}", rank=rank) for rank in (1, 2, 23, 24)]
+    text = report(**run)
+    assert re.findall(r"<h3>(.*?)</h3>", text) == ["Worst", "Best"]
+    assert (
+        text.index("n2 · Dice 0.8765 · rank 2 of 24") < text.index("<h3>Best") < text.index("n23")
+    )
+    run["result"] = replace(run["result"], images={"test": 4})  # the panels are all there are
+    assert re.findall(r"<h3>(.*?)</h3>", report(**run)) == ["Worst first"]
+
+
+def test_errors_are_painted_by_kind():
+    truth = np.array([[0, 0, 1, 1, 2]])
+    prediction = np.array([[0, 1, 1, 0, 1]])
+    painted = paint_errors(np.full((1, 5, 3), 200, np.uint8), truth, prediction)
+    missed, false_alarm, other = ERRORS.values()
+    dim = (110, 110, 110)  # 0.55 * 200
+    assert [tuple(pixel) for pixel in painted[0]] == [dim, false_alarm, dim, missed, other]
+
+
+def test_ignored_pixels_are_no_errors(report, run):
+    (first, *_), text = run["panels"], report(**run)
+    first.truth[:12] = 255
+    ignored = report(**run)
+    assert [alt for alt in ("Errors of slice 7",) if f'alt="{alt}"' in text] == [
+        "Errors of slice 7"
+    ]
+    # Where truth and prediction agree or are ignored, both pictures are the same dim grey.
+    pattern = r'src="([^"]*)"[^>]*alt="Errors of slice 7"'
+    assert re.search(pattern, text)[1] == re.search(pattern, ignored)[1]
+
+
+def test_merging_is_shown_where_it_changes_most(report, run):
+    labels = run["panels"][0].prediction
+    changes = [Merged(np.where(np.arange(24) < n, 0, labels), 0.5) for n in (2, 24, 9, 0)]
+    run["panels"] = [
+        panel(name=f"n{i}", merged={"exact": changes[-1], "center": change})
+        for i, change in enumerate(changes)
+    ]
+    text = report(**run)
+    shown = text[text.index("Before and after merging") :]
+    assert re.findall(r"<figcaption>(n\d) · unchanged by exact<", shown) == ["n1", "n2"]
+    share = (labels != 0).mean()
+    assert f"center, Dice 0.5000, {share:.2%} changed" in shown
+    run["panels"] = [panel(merged={"exact": changes[-1]})]
+    assert "No pixel of the images above changes by merging." in report(**run)
 
 
 def test_labels_beyond_the_classes_are_named(report, run):

@@ -35,13 +35,14 @@ p { max-width: 48rem; }
 .headline small { display: block; color: var(--muted); font-size: .78rem; font-weight: 400; }
 .figures, .panels { display: grid; gap: 1.25rem; margin: 1rem 0; }
 .figures { grid-template-columns: repeat(auto-fit, minmax(min(100%%, 21rem), 1fr)); }
-.panels { grid-template-columns: repeat(auto-fit, minmax(min(100%%, 30rem), 1fr)); }
+h3 { margin: 1.25rem 0 0; font-size: 1rem; }
 figure { margin: 0; max-width: 46rem; break-inside: avoid; }
-figure.heat { max-width: none; }
+figure.heat, .panels figure { max-width: none; }
 .heat .scroll { margin-top: .4rem; }
 figure svg { display: block; width: 100%%; height: auto; stroke-linejoin: round; }
 figure svg text { font-family: inherit !important; }
-.pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem; }
+.pictures { display: grid; grid-template-columns: repeat(2, 1fr); gap: .4rem; }
+@media (min-width: 40rem) { .pictures { grid-template-columns: repeat(4, 1fr); } }
 .pictures img { display: block; width: 100%%; height: auto; border-radius: .25rem; }
 .pictures span { color: var(--muted); font-size: .8rem; }
 .panels figcaption { margin-top: .25rem; color: var(--ink); overflow-wrap: anywhere; }

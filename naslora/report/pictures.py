@@ -2,7 +2,7 @@
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple
 
@@ -28,6 +28,26 @@ OVERLAY = (
 )
 UNKNOWN_COLOUR = (128, 128, 128)
 
+# Kinds of errors, in colours that differ for every kind of colour vision.
+ERRORS = {
+    "missed": (0, 114, 178),
+    "false alarm": (213, 94, 0),
+    "another class": (204, 121, 167),
+}
+
+
+CHANGED = (230, 0, 200)
+"""Pixels whose label a merge changes."""
+
+
+class Merged(NamedTuple):
+    """What the model predicts for an image after a merge."""
+
+    prediction: np.ndarray
+    """(H, W) integer labels."""
+    dice: float | None
+    """Dice of this image in [0, 1]; None if unknown."""
+
 
 @dataclass(frozen=True, eq=False)
 class Panel:
@@ -43,6 +63,10 @@ class Panel:
     """(H, W) integer labels."""
     dice: float | None
     """Dice of this image in [0, 1]; None if unknown."""
+    merged: dict[str, Merged] = field(default_factory=dict)
+    """Predictions by way of merging."""
+    rank: int | None = None
+    """Its place among the images of the split by Dice, 1 for the worst; None if unknown."""
 
 
 class Picture(NamedTuple):
@@ -117,6 +141,26 @@ def _paint_rows(image: np.ndarray, neighbours: np.ndarray, class_names: list[str
     opacity = np.where(border, 1, 0.45) * (labels != 0)
     blend = image + opacity[..., None] * (colours.astype(float) - image)
     return blend.round().astype(np.uint8)
+
+
+def paint_errors(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Marks the pixels that are wrong, in the colours of ``ERRORS``, on the image in dim grey.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        truth: (H, W) integer labels; 0 is the background.
+        prediction: (H, W) integer labels.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    grey = image.mean(-1, keepdims=True) * 0.55
+    painted = np.broadcast_to(grey, image.shape).astype(np.uint8)
+    wrong = truth != prediction
+    kinds = (prediction == 0, truth == 0, (truth != 0) & (prediction != 0))
+    for colour, of_kind in zip(ERRORS.values(), kinds, strict=True):
+        painted[wrong & of_kind] = colour
+    return painted
 
 
 def unknown(labels: np.ndarray, class_names: list[str]) -> np.ndarray:

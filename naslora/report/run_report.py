@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from naslora.report.html import card, note
-from naslora.report.numbers import count, duration, is_known, number
+from naslora.report.numbers import count, duration, is_known, number, reduce_known
 from naslora.report.page import configuration, page_title, write_page
 from naslora.report.pictures import Panel
 from naslora.report.sections.costs import (
@@ -50,7 +50,7 @@ def write_report(
         result: what the run reports.
         history: one record an epoch; may be empty.
         operations: the path of alpha; None for a method without alpha.
-        panels: examples to show.
+        panels: test images to show, the worst first.
         class_names: names of the labels 0, 1, ..., so two for a binary task. Label 0 is the
             background, which is left unpainted.
 
@@ -59,14 +59,15 @@ def write_report(
         OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
     title = page_title(config)
-    sections = (
+    images = (result.images or {}).get("test")
+    sections = (  # first whether it worked, then why, then what it took
+        scores_section(result),
+        examples_section(panels, class_names, images),
+        merging_section(result, panels, class_names),
         training_section(history, result.best_epoch),
         operations_section(operations, history),
-        examples_section(panels, class_names),
         parameters_section(result),
         times_section(history, result.seconds),
-        scores_section(result),
-        merging_section(result),
         configuration(config),
     )
     write_page(path, title, _header(title, result), "".join(sections))
@@ -78,12 +79,29 @@ def _header(title: str, result: RunResult) -> str:
     scores = scores or SplitScores()
     seconds = f"{result.seconds:,.0f} s" if is_known(result.seconds) else ""
     cards = (
-        card(f"{name} Dice", number(scores.dice), ""),
+        card(f"{name} Dice", number(scores.dice), _worst(scores)),
         card(f"{name} IoU", number(scores.iou), ""),
+        _merged_card(result),
         card("Trainable parameters", count(trainable_parameters(result)), share_of_model(result)),
         card("Time", duration(result.seconds), seconds),
     )
     return f'<h1>{escape(title)}</h1><dl class="headline">{"".join(cards)}</dl>{_images(result)}'
+
+
+def _worst(scores: SplitScores) -> str:
+    """The Dice of the worst image in words; empty if unknown."""
+    worst = reduce_known(min, scores.image_dice or [])
+    return "" if worst is None else f"worst image {number(worst)}"
+
+
+def _merged_card(result: RunResult) -> str:
+    """A card with the best Dice of a merge that leaves SAM's own layers; empty without one."""
+    plain = {m: s.dice for m, s in (result.test_merged or {}).items() if m != "exact"}
+    known = {mode: dice for mode, dice in plain.items() if is_known(dice)}
+    if not known:
+        return ""
+    mode = max(known, key=known.__getitem__)
+    return card("Merged into SAM's layers", number(known[mode]), f"test Dice, {escape(mode)}")
 
 
 def _images(result: RunResult) -> str:

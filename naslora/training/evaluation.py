@@ -63,8 +63,8 @@ def evaluate(
         metrics: names of ``naslora.metrics.METRICS``.
 
     Returns:
-        The loss as a mean over images, and the scores. Without ``metrics`` there are neither
-        ``metrics`` nor ``resolution`` nor ``groups``.
+        The loss as a mean over images, the scores, and the Dice of each image. Without ``metrics``
+        there are neither ``metrics`` nor ``resolution`` nor ``groups``.
     """
     model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -80,6 +80,8 @@ def evaluate(
     records = sorted(gather_object(records), key=lambda record: record[0])  # by the image's index
     _, losses, scores = zip(*records, strict=True)
     summary = _summary(scores, class_names, metrics)
+    image_dice = torch.stack([own["dice"] for own in scores]).nanmean(1)  # (N,)
+    summary["image_dice"] = [None if dice.isnan() else float(dice) for dice in image_dice]
     if metrics:
         summary["resolution"] = _resolution(dataset)
         summary["groups"] = _groups(dataset, scores, class_names, metrics) or None

@@ -1,4 +1,4 @@
-"""What a training run shows while it runs: the progress bar, a line an epoch, TensorBoard."""
+"""What a training run shows while it runs: the progress bar, and an epoch's numbers."""
 
 import dataclasses
 import math
@@ -16,7 +16,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from torch.utils.tensorboard import SummaryWriter
 
 from naslora.results import Epoch, Mixture
 from naslora_kernels import OPERATIONS
@@ -76,14 +75,16 @@ def epoch_line(record: Epoch, epochs: int) -> str:
     )
 
 
-def log_epoch(writer: SummaryWriter, record: Epoch, mixture: Mixture | None) -> None:
-    """Writes an epoch's numbers, and the layers' mean mixture, to TensorBoard."""
-    for f in dataclasses.fields(record):
-        value = getattr(record, f.name)
-        if isinstance(value, float):
-            writer.add_scalar(f.name, value, record.epoch)
+def epoch_numbers(record: Epoch, mixture: Mixture | None) -> dict[str, float]:
+    """An epoch's numbers by name, and the layers' mean mixture, for experiment trackers."""
+    numbers = {
+        f.name: value
+        for f in dataclasses.fields(record)
+        if isinstance(value := getattr(record, f.name), float)
+    }
     if mixture is not None:
-        mean = torch.tensor(mixture.softmax).mean(0)
-        for name, weight in zip(OPERATIONS, mean.tolist(), strict=True):
-            writer.add_scalar(f"operations/{name}", weight, record.epoch)
-    writer.flush()
+        mean = torch.tensor(mixture.softmax).mean(0).tolist()
+        numbers |= {
+            f"operations/{name}": share for name, share in zip(OPERATIONS, mean, strict=True)
+        }
+    return numbers

@@ -8,9 +8,11 @@ history.csv            one row an epoch
 operations.json        softmax(alpha) of every layer after every epoch
 metrics.json           test metrics, merge errors, counts, times
 report.html            all of it to look at; written last
-tensorboard/           the curves for TensorBoard
+tensorboard/           the curves for TensorBoard, if it is among the trackers
+trackers.json          by which other trackers continue a resumed run
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,11 +36,17 @@ from naslora.training.run_model import (
     build_frozen_model,
     count_parameters,
 )
-from naslora.training.run_results import final_result, write_results
+from naslora.training.run_results import final_result, tracked_scores, write_results
 from naslora.training.search import Search
+from naslora.training.trackers import Tracker, check_trackers, log, tracked
 
 
-def train(config: RunConfig, output: Path, resume: bool = False) -> RunResult:
+def train(
+    config: RunConfig,
+    output: Path,
+    resume: bool = False,
+    trackers: Sequence[Tracker] = ("tensorboard",),
+) -> RunResult:
     """Searches, evaluates, merges and reports; everything ends up in ``output``.
 
     What the user gave is checked before anything is written.
@@ -47,19 +55,22 @@ def train(config: RunConfig, output: Path, resume: bool = False) -> RunResult:
         config: the run.
         output: the run's folder; must be new or empty unless ``resume``.
         resume: continue the run in ``output`` from its last checkpoint.
+        trackers: where the numbers of every epoch go, besides ``output``; may be empty.
 
     Returns:
         The content of metrics.json.
 
     Raises:
-        UserError: something the user gave cannot work, or another process uses ``output``.
+        UserError: something the user gave cannot work, a tracker is not installed or fails, or
+            another process uses ``output``.
         LostProcessError: another process of the run ended, or did not answer in time.
     """
     accelerator = make_accelerator(config.search)
     _check_start(config)
+    check_trackers(trackers)
     with lost_processes(), ExitStack() as lock:
         _take_lock(output, accelerator, lock)
-        return _train(config, output, resume, accelerator)
+        return _train(config, output, resume, trackers, accelerator)
 
 
 def _take_lock(output: Path, accelerator: Accelerator, lock: ExitStack) -> None:
@@ -75,7 +86,13 @@ def _take_lock(output: Path, accelerator: Accelerator, lock: ExitStack) -> None:
             raise UserError(found)
 
 
-def _train(config: RunConfig, output: Path, resume: bool, accelerator: Accelerator) -> RunResult:
+def _train(
+    config: RunConfig,
+    output: Path,
+    resume: bool,
+    trackers: Sequence[Tracker],
+    accelerator: Accelerator,
+) -> RunResult:
     check_output(config, output, resume)
     data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
     search, counts = _make_search(config, data, output, accelerator)
@@ -85,14 +102,16 @@ def _train(config: RunConfig, output: Path, resume: bool, accelerator: Accelerat
         write_json(output / CONFIG, config.to_dict())
         write_json(output / DATA, to_json(contents))
     check_shared(output / DATA, accelerator)
-    search.run()
-    if config.search.frozen_dtype != torch.float32:
-        # Merging adds the update to the frozen weights, so it needs all their digits.
-        search.model = build_frozen_model(config).to(accelerator.device)
-    load_adapter(search.model, output / BEST)
-    result = final_result(search, counts, config)
+    with tracked(accelerator, trackers, output, config.to_dict(), search.epoch):
+        search.run()
+        if config.search.frozen_dtype != torch.float32:
+            # Merging adds the update to the frozen weights, so it needs all their digits.
+            search.model = build_frozen_model(config).to(accelerator.device)
+        load_adapter(search.model, output / BEST)
+        result, panels = final_result(search, counts, config)
+        log(accelerator, tracked_scores(result), search.epoch - 1)
     if accelerator.is_main_process:
-        write_results(search, result, config, output)
+        write_results(search, result, panels, config, output)
     accelerator.wait_for_everyone()
     return result
 

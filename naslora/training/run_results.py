@@ -1,20 +1,13 @@
 """The results of a run: the best epoch scored, merged in every way, scored again, reported."""
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from naslora.adapter.merged import unmerge
-from naslora.data.dataset import Item
-from naslora.data.masks import IGNORED
 from naslora.errors import UserError
 from naslora.files import file_checksum
 from naslora.methods import merge, merge_modes
-from naslora.metrics import image_scores
 from naslora.records import write_record, write_rows
 from naslora.report.pictures import Panel
 from naslora.report.run_report import write_report
@@ -31,29 +24,35 @@ from naslora.results import (
     RunResult,
     SplitScores,
 )
-from naslora.sam.segmentation import labels_of, predict_labels
-from naslora.training.evaluation import tiled_class_map
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration
+from naslora.training.run_examples import Examples
 from naslora.training.search import Search
 
-PANELS = 6  # test images shown in the report
 
-
-def final_result(search: Search, counts: ParameterCounts, config: RunConfig) -> RunResult:
+def final_result(
+    search: Search, counts: ParameterCounts, config: RunConfig
+) -> tuple[RunResult, list[Panel]]:
     """Scores the best epoch on the test split, and again after each way of merging.
 
     Args:
         search: a finished search whose model holds the best epoch's adapter.
         counts: the model's parameters.
         config: the run.
+
+    Returns:
+        The result, and the worst and best test images for the report; none but in the main process.
     """
     started = time.perf_counter()
     best = max(search.history, key=lambda epoch: epoch.quality)
     test = search.evaluate("test", config.metrics or ())
-    merges = _try_merges(search, config)
+    main = search.accelerator.is_main_process
+    examples = (
+        Examples(search.model, search.data["test"], test, search.accelerator) if main else None
+    )
+    merges = _try_merges(search, config, examples)
     training = sum(epoch.seconds.total for epoch in search.history)
-    return RunResult(
+    result = RunResult(
         test=test,
         val=SplitScores(best.val_loss, best.val_dice, best.val_iou, best.val_accuracy),
         best_epoch=best.epoch,
@@ -65,10 +64,22 @@ def final_result(search: Search, counts: ParameterCounts, config: RunConfig) -> 
         annealing=merges[2] if merges else None,
         seconds=training + time.perf_counter() - started,
     )
+    return result, examples.panels if examples else []
+
+
+def tracked_scores(result: RunResult) -> dict[str, float]:
+    """The known test scores by name, for experiment trackers."""
+    merged = {f"test_{mode}": scores for mode, scores in (result.test_merged or {}).items()}
+    return {
+        f"{split}_{name}": value
+        for split, scores in {"test": result.test, **merged}.items()
+        for name in ("dice", "iou", "accuracy")
+        if scores is not None and (value := getattr(scores, name)) is not None
+    }
 
 
 def _try_merges(
-    search: Search, config: RunConfig
+    search: Search, config: RunConfig, examples: Examples | None
 ) -> tuple[dict[str, SplitScores], dict[str, MergeResult], Annealing | None] | None:
     """Merges in every way, scores each, and takes it back; None if the method cannot be merged."""
     modes = merge_modes(config.method, config.adapter)
@@ -86,6 +97,8 @@ def _try_merges(
             results[mode] = MergeResult(refused=str(error))
             continue
         scores[mode] = search.evaluate("test", config.metrics or ())
+        if examples is not None:
+            examples.add_merged(mode, search.model, scores[mode])
         if mode == "center" and config.search.anneal_epochs:
             annealing = _annealing(search)
         results[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
@@ -115,7 +128,9 @@ def _annealing(search: Search) -> Annealing:
     )
 
 
-def write_results(search: Search, result: RunResult, config: RunConfig, output: Path) -> None:
+def write_results(
+    search: Search, result: RunResult, panels: list[Panel], config: RunConfig, output: Path
+) -> None:
     """Writes history.csv, operations.json, metrics.json and, last, report.html."""
     operations = search.operation_history()
     write_rows(output / HISTORY, search.history)
@@ -129,36 +144,6 @@ def write_results(search: Search, result: RunResult, config: RunConfig, output: 
         result=result,
         history=search.history,
         operations=operations,
-        panels=_panels(search, config),
+        panels=panels,
         class_names=["background", *config.foreground_names],
-    )
-
-
-def _panels(search: Search, config: RunConfig) -> list[Panel]:
-    """A few test images, evenly spread over the split."""
-    dataset = search.data["test"]
-    indices = np.linspace(0, len(dataset) - 1, min(PANELS, len(dataset))).round().astype(int)
-    return [_panel(search, config, dataset[int(i)]) for i in indices]
-
-
-def _panel(search: Search, config: RunConfig, item: Item) -> Panel:
-    """One test image, at the size at which it is scored."""
-    dataset = search.data["test"]
-    if dataset.tiles is None:
-        truth = item["mask"]
-        image = (255 * item["image"]).round().byte()
-        labels = predict_labels(search.model, item["image"][None])[0]
-    else:
-        truth, image = item["truth"], item["pixels"]
-        with torch.no_grad():
-            bands = tiled_class_map(search.model.eval(), dataset, image, None, search.accelerator)
-            labels = torch.cat([labels_of(band[None])[0] for band in bands])
-    scores = image_scores(labels[None], truth[None], config.num_classes, IGNORED)
-    dice = float(scores["dice"].nanmean())
-    return Panel(
-        name=item["name"],
-        image=image.permute(1, 2, 0).numpy(),
-        truth=truth.numpy(),
-        prediction=labels.numpy(),
-        dice=None if math.isnan(dice) else dice,
     )

@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from naslora.adapter.annealing import fixed, set_spatial, spatial_share
 from naslora.adapter.cell import mixture_entropy
@@ -39,9 +38,10 @@ from naslora.results import BEST, LAST, Epoch, Mixture, OperationHistory, PhaseS
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader
-from naslora.training.progress import SearchProgress, epoch_line, log_epoch
+from naslora.training.progress import SearchProgress, epoch_line, epoch_numbers
 from naslora.training.search_config import Schedule, SearchConfig
 from naslora.training.step import Group, LossNotFiniteError, train_pass
+from naslora.training.trackers import log
 from naslora_kernels import OPERATIONS
 
 # Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps.
@@ -58,7 +58,7 @@ class Search:
         data: the splits ``train`` and ``val``, and ``arch`` where alpha has images of its own.
         config: how to train.
         seed: seed of the order of the images.
-        directory: where checkpoints and TensorBoard files go.
+        directory: where checkpoints go.
         class_names: the foreground classes, for the metrics.
         accelerator: made by ``make_accelerator``.
 
@@ -196,12 +196,12 @@ class Search:
     def run(self) -> None:
         """Trains from the current epoch to the last; writes checkpoints after every epoch.
 
+        The accelerator's trackers, if it has any, get every epoch's numbers.
+
         Raises:
-            UserError: the loss is not finite; the message names the batch's files.
+            UserError: the loss is not finite; the message names the batch's files. A tracker fails.
         """
-        main = self.accelerator.is_main_process
-        console = Console(stderr=True, quiet=not main)
-        writer = self._tensorboard() if main else None
+        console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         with self.progress.shown(console, self._steps_left()):
             while self.epoch < self.config.epochs:
                 record = self._run_epoch()
@@ -211,14 +211,9 @@ class Search:
                 console.print(
                     epoch_line(record, self.config.epochs), highlight=False, soft_wrap=True
                 )
-                if writer is not None:
-                    log_epoch(writer, record, self.operations[-1] if self.alphas else None)
+                mixture = self.operations[-1] if self.alphas else None
+                log(self.accelerator, epoch_numbers(record, mixture), record.epoch)
         set_spatial(self.model, 1.0)  # the saved adapters are annealed already
-        if writer is not None:
-            writer.close()
-
-    def _tensorboard(self) -> SummaryWriter:
-        return SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.epoch)
 
     def _run_epoch(self) -> Epoch:
         config, epoch = self.config, self.epoch

@@ -45,7 +45,8 @@ def unavailable_reason() -> str | None:
     if _CUDA is None:
         return (
             f"the CUDA extension is not there ({_import_error}); reinstall naslora with nvcc on "
-            "the PATH or below CUDA_HOME, and NASLORA_SKIP_CUDA unset"
+            "the PATH or below CUDA_HOME, on a machine with a GPU or with TORCH_CUDA_ARCH_LIST "
+            "set, and with NASLORA_SKIP_CUDA unset"
         )
     if EMULATION:
         return None

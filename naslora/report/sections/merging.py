@@ -10,6 +10,8 @@ from naslora.adapter.merge_report import LayerError
 from naslora.report.figures import BLUE, ORANGE, Drawing, as_array, figure_group
 from naslora.report.html import note, section
 from naslora.report.numbers import MISSING, average, is_known, number, reduce_known
+from naslora.report.pictures import Panel
+from naslora.report.sections.examples import merged_pictures
 from naslora.report.sections.operations import short_names
 from naslora.report.tables import Table, html_table
 from naslora.results import Annealing, AnnealingState, MergeResult, RunResult
@@ -17,8 +19,14 @@ from naslora.results import Annealing, AnnealingState, MergeResult, RunResult
 ROUNDING = 1e-4  # a smaller relative error is rounding, and no bar of it would be visible
 
 
-def merging_section(result: RunResult) -> str:
-    """The section; empty if nothing was merged."""
+def merging_section(result: RunResult, panels: list[Panel], class_names: list[str]) -> str:
+    """The section; empty if nothing was merged.
+
+    Args:
+        result: what the run reports.
+        panels: test images with their predictions by way of merging.
+        class_names: names of the labels 0, 1, ...
+    """
     merged, merges = result.test_merged or {}, result.merge or {}
     modes = list(dict.fromkeys((*merged, *merges)))
     if not modes:
@@ -45,7 +53,8 @@ def merging_section(result: RunResult) -> str:
     head += ["Update error on held-out tokens, mean", "Measured on"]
     annealing = html_table(_annealing_table(result.annealing)) if result.annealing else ""
     table = html_table(Table(head, rows))
-    return section("Merging", table + notes + annealing + figure_group(figures))
+    pictures = merged_pictures(panels, class_names)
+    return section("Merging", table + notes + pictures + annealing + figure_group(figures))
 
 
 def _merge_cells(before: float | None, after: float | None, layers: list[LayerError]) -> list[str]:

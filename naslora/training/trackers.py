@@ -1,0 +1,213 @@
+"""Experiment trackers: the numbers of every epoch in TensorBoard, wandb, MLflow or Comet.
+
+Accelerate drives them. What belongs to an account, such as keys, servers and the offline mode, is
+each tracker's own: it reads it from its environment variables and its own files.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.tracking import (
+    CometMLTracker,
+    GeneralTracker,
+    MLflowTracker,
+    TensorBoardTracker,
+    WandBTracker,
+)
+from accelerate.utils import (
+    gather_object,
+    is_comet_ml_available,
+    is_mlflow_available,
+    is_tensorboard_available,
+    is_wandb_available,
+)
+
+from naslora.errors import UserError
+from naslora.files import disk_error, read_json, reason_of, write_json
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet"]
+PROJECT = "naslora"
+"""Project of the trackers, unless their own environment variables name another."""
+IDENTITIES = "trackers.json"
+"""File of a run: the identities by which trackers continue it. TensorBoard needs none."""
+
+
+class _Kind(NamedTuple):
+    """What differs between the trackers."""
+
+    package: str
+    """What pip installs."""
+    available: Callable[[], bool]
+    make: Callable[[Path, int, str | None], GeneralTracker]
+    """Of the run's folder, its first epoch, and the identity of the run to continue, if any."""
+    identity: Callable[[Any], str] | None
+    """Of a tracker that has started."""
+    offline: str
+    """How to use it without its server."""
+
+
+def _tensorboard(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
+    # Epochs of a killed run that the resumed one repeats are not shown twice.
+    return TensorBoardTracker("tensorboard", output, purge_step=epoch)
+
+
+def _wandb(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    options: dict[str, Any] = {"dir": os.environ.get("WANDB_DIR", str(output))}
+    if identity is not None:
+        options |= {"id": identity, "resume": "allow"}
+    return WandBTracker(project, name=output.name, **options)
+
+
+def _mlflow(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
+    return MLflowTracker(PROJECT, run_name=output.name, run_id=identity)
+
+
+def _comet(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
+    project = os.environ.get("COMET_PROJECT_NAME", PROJECT)
+    return CometMLTracker(project, **({} if identity is None else {"experiment_key": identity}))
+
+
+_KINDS: dict[Tracker, _Kind] = {
+    "tensorboard": _Kind(
+        "tensorboard", is_tensorboard_available, _tensorboard, None, "check the disk"
+    ),
+    "wandb": _Kind(
+        "wandb",
+        is_wandb_available,
+        _wandb,
+        lambda tracker: tracker.run.id,
+        "log in, or set WANDB_MODE=offline",
+    ),
+    "mlflow": _Kind(
+        "mlflow",
+        is_mlflow_available,
+        _mlflow,
+        lambda tracker: tracker.active_run.info.run_id,
+        "check MLFLOW_TRACKING_URI; sqlite:///mlflow.db is a local file",
+    ),
+    "comet": _Kind(
+        "comet-ml",
+        is_comet_ml_available,
+        _comet,
+        lambda tracker: tracker.writer.get_key(),
+        "set COMET_API_KEY, or COMET_START_ONLINE=0",
+    ),
+}
+
+
+def check_trackers(names: Iterable[Tracker]) -> None:
+    """Refuses a tracker that is not installed.
+
+    Raises:
+        UserError: the message says what to install.
+    """
+    for name in names:
+        if name not in _KINDS:
+            raise UserError(f"tracker must be one of {', '.join(_KINDS)}, got {name!r}")
+        kind = _KINDS[name]
+        if not kind.available():
+            raise UserError(f"tracker {name} is not installed: run pip install {kind.package}")
+
+
+@contextmanager
+def tracked(
+    accelerator: Accelerator,
+    names: Iterable[Tracker],
+    output: Path,
+    config: dict[str, Any],
+    epoch: int,
+) -> Iterator[None]:
+    """What the body logs goes to the trackers. All processes enter; the main one tracks.
+
+    Args:
+        accelerator: of the run.
+        names: the trackers, each of them installed; may be empty.
+        output: the run's folder. A resumed run continues what the trackers have of it.
+        config: the configuration as JSON-ready values.
+        epoch: the first epoch that is logged.
+
+    Raises:
+        UserError: in every process; a tracker does not start, or cannot log.
+    """
+    problem = None
+    try:
+        if accelerator.is_main_process:
+            try:
+                _start(accelerator, list(dict.fromkeys(names)), output, config, epoch)
+            except UserError as error:
+                problem = str(error)
+        for found in gather_object([problem]):
+            if found is not None:
+                raise UserError(found)
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []
+
+
+def _start(
+    accelerator: Accelerator,
+    names: list[Tracker],
+    output: Path,
+    config: dict[str, Any],
+    epoch: int,
+) -> None:
+    path = output / IDENTITIES
+    known: dict[str, str] = read_json(path) if path.exists() else {}
+    identities = dict(known)
+    started: list[GeneralTracker] = []
+    for name in names:
+        kind = _KINDS[name]
+        with _one_line(name, f"does not start ({kind.offline})"):
+            # One at a time, because Accelerate starts all that it has.
+            accelerator.log_with = [kind.make(output, epoch, known.get(name))]
+            accelerator.trackers = []
+            try:
+                accelerator.init_trackers(PROJECT)
+                started += accelerator.trackers
+            finally:
+                accelerator.trackers = started
+            if kind.identity is not None:  # TensorBoard would show the settings as a second run
+                started[-1].store_init_configuration(dict(_flat(config)))
+                identities[name] = kind.identity(started[-1])
+    if identities != known:
+        write_json(path, identities)
+
+
+def log(accelerator: Accelerator, values: dict[str, float], epoch: int) -> None:
+    """Logs numbers of an epoch, in the main process.
+
+    Raises:
+        UserError: a tracker cannot log them.
+    """
+    for tracker in accelerator.trackers:
+        with _one_line(tracker.name, "cannot log; --resume continues the run"):
+            tracker.log(values, step=epoch)
+
+
+@contextmanager
+def _one_line(name: str, what: str) -> Iterator[None]:
+    """Turns what a tracker raises, of any kind, into one line. A full disk reports itself."""
+    try:
+        yield
+    except Exception as error:
+        if disk_error(error) is not None:
+            raise
+        raise UserError(f"tracker {name} {what}: {reason_of(error)}") from error
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name; lists become text, because trackers take single values."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield prefix + name, ", ".join(map(str, value))
+        else:
+            yield prefix + name, value

@@ -1,0 +1,53 @@
+"""docs/tutorial.md is a page, a notebook and a test: its cells run in order, as printed."""
+
+import shlex
+from pathlib import Path
+
+import jupytext
+import pytest
+
+PAGE = Path(__file__).parent.parent / "docs" / "tutorial.md"
+CELLS = [cell for cell in jupytext.read(PAGE).cells if cell.cell_type == "code"]
+
+pytestmark = pytest.mark.usefixtures("tiny_vit")
+
+
+def test_the_tutorial_is_a_notebook():
+    kinds = [cell.source.startswith("%%bash") for cell in CELLS]
+    assert kinds == [False, True, False, False, True, True, True, False]
+
+
+# What is printed takes minutes: fewer images and epochs, beside the smaller encoder.
+SHORTER = {
+    '"train": 24, "val": 8, "test": 8': '"train": 8, "val": 4, "test": 4',
+    "--epochs 12 --search-start 4": "--epochs 1 --search-start 0",
+    "\\\n": "",
+}
+
+
+def test_every_cell_runs(naslora, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    for cell in CELLS:
+        source = cell.source
+        for printed, shorter in SHORTER.items():
+            source = source.replace(printed, shorter)
+        if not source.startswith("%%bash"):
+            exec(source, scope)
+            continue
+        for line in source.splitlines()[1:]:
+            program, *arguments = shlex.split(line)
+            assert program == "naslora"
+            result = naslora(*arguments)
+            assert result.status == 0, result.err
+    out = capsys.readouterr().out
+    assert "test Dice 0." in out and "merged, calibrated: 0." in out
+    assert out.count("conv") == 4  # a weight for each operation
+    assert 90 < float(out.splitlines()[-1].split("%")[0]) <= 100
+    assert (tmp_path / "runs/dishes/report.html").exists()
+    assert len(list((tmp_path / "onnx-masks").glob("*_mask.png"))) == 4
+
+
+def test_what_the_test_shortens_is_printed():
+    text = PAGE.read_text()
+    assert all(printed in text for printed in SHORTER)
