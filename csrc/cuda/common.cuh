@@ -142,6 +142,16 @@ __device__ inline void write(const Parameter& p, int64_t i, A value) {
                                                    : Narrow<float16>::from(value).bits);
 }
 
+// An element of a map that the kernel does not write to. The compiler otherwise loses sight of the
+// memory that a moving pointer is in.
+template <typename S>
+__device__ inline S load_element(const S* from) {
+  if constexpr (sizeof(S) == 2)
+    return S{__ldg(reinterpret_cast<const uint16_t*>(from))};
+  else
+    return __ldg(from);
+}
+
 // ---- Vectors -------------------------------------------------------------------------------
 
 // Sixteen bytes, which one instruction loads or stores if they are aligned.

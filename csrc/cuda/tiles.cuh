@@ -70,7 +70,7 @@ struct Interleaved {
 // The i-th selected channel, within the map whatever `channels` holds: the host checks its values
 // once, and they may change later without its notice.
 __device__ inline int64_t selected_channel(const CellShape& shape, int64_t i) {
-  return shape.channels ? larger(0, smaller(shape.channels[i], shape.rank - 1)) : i;
+  return shape.channels ? larger(0, smaller(load_element(shape.channels + i), shape.rank - 1)) : i;
 }
 
 // Brings the selected channels first, ..., first + N - 1 of a tile and its halo to shared memory.
@@ -98,7 +98,7 @@ __device__ void load_tile(const Map& map, const CellShape& shape, int64_t first,
     for (int row = first_row; row < height; row += rows) {
       S value{};
       if (exists && static_cast<unsigned>(y + row) < static_cast<unsigned>(tiling.height))
-        value = *from;
+        value = load_element(from);
       *into = widen(value);
       from += step, into += rows * Layout::kRowStride;
     }
@@ -157,7 +157,7 @@ __device__ void copy_rest(const Map& map, const CellShape& shape, const Tiling& 
       if (selected[k]) return;
       const int64_t y = tile.y + row, x = tile.x + column;
       out[((tile.image * tiling.height + y) * tiling.width + x) * shape.rank + first + k] =
-          from[y * map.stride[1] + x * map.stride[2] + (first + k) * map.stride[3]];
+          load_element(from + y * map.stride[1] + x * map.stride[2] + (first + k) * map.stride[3]);
     });
   }
 }
