@@ -31,6 +31,7 @@ from naslora.sam.attention import fuse_attention
 from naslora.sam.encoders import PATCH_SIZE, VITS
 from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.shipped import NONE
 from naslora.training.search_config import SearchConfig
 
 UNTOUCHED = "untouched"
@@ -133,7 +134,8 @@ def autocast(setting: Setting) -> torch.autocast:
 
 def untouched(setting: Setting) -> SamForSegmentation:
     """SAM as it came, on stock attention, with random weights."""
-    return build_model(setting.model, setting.image_size).to(setting.device).eval()
+    model = build_model(setting.model, setting.image_size, checkpoint=NONE)
+    return model.to(setting.device).eval()
 
 
 def with_fused_attention(base: SamForSegmentation) -> SamForSegmentation:

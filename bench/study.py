@@ -23,6 +23,7 @@ from naslora.records import read_record, read_rows, write_record, write_rows
 from naslora.report.numbers import MISSING
 from naslora.report.tables import Table, markdown_table
 from naslora.results import HISTORY, Epoch, MergeResult, RunResult
+from naslora.sam.shipped import NONE
 from naslora.study.paired import paired_difference
 from naslora.study.sweep import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
@@ -105,8 +106,15 @@ class Study:
     train_images: int | None = None
     """If given, so many of the training images are used, evenly spread, and as large a part of the
     validation images."""
-    reference: str | None = None
-    """The variant from which the paired differences of the others are taken, in test Dice."""
+    reference: str | dict[str, str] | None = None
+    """The variant from which the paired differences of the others are taken, in test Dice; or that
+    of each variant that is compared."""
+
+    def reference_of(self, variant: str) -> str | None:
+        """The variant from which a variant's paired difference is taken."""
+        if isinstance(self.reference, dict):
+            return self.reference.get(variant)
+        return self.reference
 
 
 def _adapter(method: str, **adapter: Any) -> Settings:
@@ -115,6 +123,14 @@ def _adapter(method: str, **adapter: Any) -> Settings:
 
 # Plain LoRA in the fused kernels.
 LORA = _adapter("nas-pc-lora", channel_ratio=0.0)
+
+RANDOM_VIT_T = {"model": "vit_t", "checkpoint": Path(NONE)}
+# Encoders of the study "pretrained": with convolutions, without, and without pre-trained weights.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "MobileSAM": {"model": "mobile_sam"},
+    "vit_t": {"model": "vit_t"},
+    "random vit_t": RANDOM_VIT_T,
+}
 
 # Settings of version 0.1.0.
 COUPLED = {
@@ -129,7 +145,7 @@ STUDIES = {
         datasets=("mni152",),
         seeds=(0, 1, 2),
         common={
-            "run": {"model": "vit_t", "image_size": 256, "num_classes": 3},
+            "run": RANDOM_VIT_T | {"image_size": 256, "num_classes": 3},
             "search": {"learning_rate": 1e-3},
         },
         variants={
@@ -161,7 +177,7 @@ STUDIES = {
         datasets=("mni152",),
         seeds=(0, 1, 2),
         common={
-            "run": {"model": "vit_t", "image_size": 256, "num_classes": 3},
+            "run": RANDOM_VIT_T | {"image_size": 256, "num_classes": 3},
             "search": {"learning_rate": 1e-3, "search_start": 3},
         },
         variants={
@@ -219,6 +235,26 @@ STUDIES = {
         train_images=240,
         reference="LoRA",
     ),
+    # What the weights of vit_t in the package are worth, and whether NAS-PC-LoRA gains more over
+    # LoRA on an encoder without convolutions. All training images of the sets.
+    "pretrained": Study(
+        datasets=("kvasir_seg", "leaf_disease"),
+        seeds=(0, 1, 2, 3, 4),
+        common={
+            "run": {"image_size": 256},
+            "search": {"learning_rate": 5e-4, "mixed_precision": "bf16"},
+        },
+        variants={
+            f"{encoder}, {method}": {
+                "run": run | settings.get("run", {}),
+                "adapter": settings.get("adapter", {}),
+            }
+            for encoder, run in ENCODERS.items()
+            for method, settings in (("LoRA", LORA), ("NAS-PC-LoRA", {}))
+        },
+        epochs={"kvasir_seg": 6, "leaf_disease": 6},
+        reference={f"{encoder}, NAS-PC-LoRA": f"{encoder}, LoRA" for encoder in ENCODERS},
+    ),
     # Test Dice before and after merging, then the mean relative error of the layers' updates. That
     # of `calibrated` is on held-out tokens.
     "merging": Study(
@@ -230,10 +266,13 @@ STUDIES = {
         },
         variants={
             f"{title}{', annealed' * (anneal > 0)}": {
-                "run": {"model": model},
+                "run": run,
                 "search": {"learning_rate": rate, "anneal_epochs": anneal},
             }
-            for title, model, rate in (("MobileSAM", "mobile_sam", 5e-4), ("vit_t", "vit_t", 1e-3))
+            for title, run, rate in (
+                ("MobileSAM", {"model": "mobile_sam"}, 5e-4),
+                ("vit_t", RANDOM_VIT_T, 1e-3),
+            )
             for anneal in (0, 6)
         },
         epochs={"he_nuclei": 24, "brain_deepgrey": 16},
@@ -391,9 +430,12 @@ def table(plan: Study, cells: Cells) -> str:
                 numbers = [[cell[title] for cell in own.values()] for title in plan.columns]
                 rows.append([dataset, name, str(len(own)), *map(_text, numbers)])
                 if plan.reference is not None:
-                    rows[-1].append(_gain(own, _by_seed(cells, dataset, plan.reference)))
+                    reference = plan.reference_of(name)
+                    others = {} if reference is None else _by_seed(cells, dataset, reference)
+                    rows[-1].append(_gain(own, others))
     head = ["data", "variant", "seeds", *plan.columns]
-    head += [] if plan.reference is None else [f"Dice − {plan.reference}"]
+    if plan.reference is not None:
+        head.append(f"Dice − {plan.reference}" if isinstance(plan.reference, str) else "paired")
     return markdown_table(Table(head, rows))
 
 

@@ -10,8 +10,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -29,6 +30,7 @@ from naslora.records import to_json
 from naslora.report.sections.scores import metric_table
 from naslora.results import REPORT, RunResult
 from naslora.sam.export import Format, Part
+from naslora.sam.shipped import describe_shipped
 from naslora.study import ablation, analysis
 from naslora.study import compare as comparison
 from naslora.training import demo as demo_run
@@ -172,7 +174,8 @@ def demo(
     resume: Annotated[bool, RESUME] = False,
 ) -> None:
     """Segment grey and white matter of the MNI152 brain: train, test, merge, report."""
-    _summarise(demo_run.run_demo(output, epochs, seed, resume), output)
+    results = demo_run.run_demo(output, epochs, seed, resume)
+    _summarise(results.pretrained, output, {"random encoder": results.random})
 
 
 def train(
@@ -349,17 +352,25 @@ def export(
 
 
 def info() -> None:
-    """Print versions, compiled parts, and which kernel backends can be used here."""
-    print(json.dumps({"build": build_info(), "backends": available_backends()}, indent=2))
+    """Print versions, compiled parts, usable kernel backends, and the weights in the package."""
+    found = {
+        "build": build_info(),
+        "backends": available_backends(),
+        "weights": describe_shipped(),
+    }
+    print(json.dumps(found, indent=2))
 
 
-def _summarise(result: RunResult, output: Path) -> None:
-    """Prints the scores of a finished run, and the path of its report."""
+def _summarise(
+    result: RunResult, output: Path, others: Mapping[str, RunResult] = MappingProxyType({})
+) -> None:
+    """Prints the scores of a finished run, those of ``others``, and the path of its report."""
     if os.environ.get("RANK", "0") != "0" or result.test is None:
         return
     table = Table("test images", "Dice", "IoU", "accuracy")
     rows = {"best epoch": result.test}
     rows |= {f"merged, {mode}": scores for mode, scores in (result.test_merged or {}).items()}
+    rows |= {name: other.test for name, other in others.items() if other.test is not None}
     for name, scores in rows.items():
         values = (scores.dice, scores.iou, scores.accuracy)
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))

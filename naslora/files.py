@@ -235,19 +235,24 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         UserError: the file is missing, truncated, not a safetensors file, or does not match its
             checksum.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     stored = metadata.pop(CHECKSUM, None)
     if stored is not None and stored != _tensors_checksum(tensors, metadata):
         raise UserError(f"{path} is damaged: it does not match its checksum; use another copy")
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, with its checksum. The tensors are not read.
+
+    Raises:
+        UserError: the file is missing, truncated or not a safetensors file.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def tensor_names(path: Path) -> set[str]:
@@ -256,11 +261,17 @@ def tensor_names(path: Path) -> set[str]:
     Raises:
         UserError: the file is missing, truncated or not a safetensors file.
     """
+    with _opened(path) as file:
+        return set(file.keys())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
         with safe_open(path, "pt") as file:
-            return set(file.keys())
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
 

@@ -36,6 +36,7 @@ from naslora.records import write_record
 from naslora.results import BEST, CONFIG, SplitScores
 from naslora.sam.export import Description, Format, Part, export
 from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.shipped import NONE
 from naslora.training.accelerator import make_accelerator
 from naslora.training.evaluation import evaluate
 from naslora.training.run_config import Resolution, RunConfig, read_config
@@ -99,7 +100,7 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {reason}") from error
     model = build_model(
-        config.model, config.image_size, config.num_classes, attention=config.attention
+        config.model, config.image_size, config.num_classes, NONE, attention=config.attention
     )
     load_merged(model, path)
     if (path / LEFT_OUT).is_file():

@@ -128,14 +128,15 @@ def test_official_models_have_segment_anything_tensors(name, monkeypatch):
 def test_vit_t_is_the_documented_size():
     with torch.device("meta"):
         encoder = build_image_encoder("vit_t", 256)
-    assert len(encoder.blocks) == 12 and encoder.blocks[0].attn.num_heads == 3
+    assert len(encoder.blocks) == 6 and encoder.blocks[0].attn.num_heads == 3
+    assert all(block.window_size == 0 for block in encoder.blocks)
     assert encoder.pos_embed.shape == (1, 16, 16, 192)
 
 
 def test_qkv_layers_that_inject_finds():
-    """12 layers in vit_t; 10 in MobileSAM, with the published widths and (B, N, C) inputs."""
+    """6 layers in vit_t; 10 in MobileSAM, with the published widths and (B, N, C) inputs."""
     vit, mobile = SamForSegmentation("vit_t", 64), SamForSegmentation("mobile_sam", 64)
-    assert len(inject(vit, NASLoRAConfig())) == 12
+    assert len(inject(vit, NASLoRAConfig())) == 6
     names = inject(mobile, NASLoRAConfig())
     widths = [mobile.get_submodule(name).in_features for name in names]
     assert widths == [128] * 2 + [160] * 6 + [320] * 2

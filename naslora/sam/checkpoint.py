@@ -52,7 +52,7 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
             model. The model is then unchanged.
     """
     path = Path(path)
-    stored = _read_folder(path, name) if path.is_dir() else _read(path)
+    stored = _read_folder(path, name) if path.is_dir() else read_checkpoint(path)
     if not any(key.startswith(("image_encoder.", "vision_encoder.")) for key in stored):
         raise UserError(f"{path} holds no SAM checkpoint: it has no image_encoder weights")
     tensors = _identified(path, stored, name)
@@ -76,7 +76,12 @@ def _drop_caches(model: nn.Module) -> None:
     model.train(training)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a checkpoint, ``.pth`` or ``.safetensors``. It executes no code.
+
+    Raises:
+        UserError: the file is missing, damaged or no state dict.
+    """
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if not path.is_file():

@@ -14,6 +14,7 @@ from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import build_image_encoder, build_prompt_encoder
 from naslora.sam.families import find_family
 from naslora.sam.family import Family
+from naslora.sam.shipped import find_checkpoint
 
 # SAM's encoders expect images that are normalised by the mean and standard deviation of ImageNet.
 # The values are for images in [0, 1].
@@ -152,19 +153,22 @@ def build_model(
         name: as in ``SamForSegmentation``.
         image_size: as in ``SamForSegmentation``.
         num_classes: as in ``SamForSegmentation``.
-        checkpoint: as ``path`` of ``load_sam_checkpoint``; None keeps random weights.
+        checkpoint: as ``path`` of ``load_sam_checkpoint``; "none" keeps random weights. None loads
+            the weights in the package, which it has for ``vit_t``, and keeps random weights for the
+            others.
         seed: seed of the random weights. The global random state is not changed.
         attention: "fused" calls ``fuse_attention`` for the image encoder of a family that gains
             from it.
 
     Raises:
-        UserError: as ``SamForSegmentation`` and ``load_sam_checkpoint``.
+        UserError: as ``SamForSegmentation``, ``find_checkpoint`` and ``load_sam_checkpoint``.
     """
+    path = find_checkpoint(name, checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SamForSegmentation(name, image_size, num_classes)
-    if checkpoint is not None:
-        model.left_out = load_sam_checkpoint(model, checkpoint, name)
+    if path is not None:
+        model.left_out = load_sam_checkpoint(model, path, name)
     if attention == "fused" and model.family.fuses:
         fuse_attention(model.image_encoder)
     return model

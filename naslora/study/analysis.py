@@ -32,6 +32,7 @@ from naslora.report.study_report import Part, write_study
 from naslora.report.tables import Table
 from naslora.results import REPORT
 from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.shipped import NONE
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
 from naslora.study.grad_cam import heat_map, heat_overlay
 from naslora.study.operation_losses import write_operation_losses
@@ -104,7 +105,7 @@ def _models(
 ) -> dict[str, SamForSegmentation]:
     """A random, the frozen and the trained model, by name.
 
-    The frozen model of a run without a checkpoint is random as well.
+    The frozen model of a run without pre-trained weights is random as well.
     """
     build = partial(
         build_model,
@@ -114,7 +115,7 @@ def _models(
         attention=config.attention,
     )
     # The seed differs from the run's, so that the random encoder is not that frozen one.
-    models = {"random": build(seed=config.adapter.seed + 1 + seed)}
+    models = {"random": build(NONE, config.adapter.seed + 1 + seed)}
     models["frozen"] = build(config.checkpoint, config.adapter.seed)
     return {**{name: model.eval() for name, model in models.items()}, "trained": trained}
 

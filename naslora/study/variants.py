@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from naslora.adapter.injection import find_targets
 from naslora.errors import UserError
 from naslora.sam.segmentation import build_model
+from naslora.sam.shipped import NONE
 from naslora.training.run_config import RunConfig
 from naslora_kernels import OPERATIONS
 
@@ -86,7 +87,7 @@ def _ranks(config: RunConfig) -> list[Variant]:
 
 def _blocks(config: RunConfig) -> list[Variant]:
     """Adapters in the first half, the last half, or all of the encoder's blocks."""
-    encoder = build_model(config.model, config.image_size).image_encoder
+    encoder = build_model(config.model, config.image_size, checkpoint=NONE).image_encoder
     every = with_adapter(config, blocks=None)
     count = len(find_targets(encoder, config.adapter.target))
     first, last = tuple(range(count // 2)), tuple(range(count // 2, count))

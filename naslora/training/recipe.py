@@ -13,11 +13,10 @@ import yaml
 
 from naslora.adapter.config import NASLoRAConfig
 from naslora.errors import UserError
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import PATHS, RunConfig
 from naslora.training.search_config import SearchConfig
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-PATHS = ("data", "root", "cache", "checkpoint")
 # YAML 1.1 reads 1e-4 as text, because the number has no point.
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 

@@ -12,6 +12,7 @@ tensorboard/           the curves for TensorBoard, if it is among the trackers
 trackers.json          by which other trackers continue a resumed run
 """
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,7 @@ from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
 from naslora.results import BEST, CONFIG, DATA, ParameterCounts, RunResult
 from naslora.sam.precision import cast_frozen
+from naslora.sam.shipped import SHIPPED_SIZE
 from naslora.training.accelerator import check_shared, lost_processes, make_accelerator
 from naslora.training.run_config import RunConfig, differing, read_config
 from naslora.training.run_data import prepare_data
@@ -96,6 +98,8 @@ def _train(
     check_output(config, output, resume)
     data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
     search, counts = _make_search(config, data, output, accelerator)
+    if accelerator.is_main_process:
+        _note_size(config)
     if resume:
         search.resume()
     if accelerator.is_main_process:
@@ -132,13 +136,25 @@ def _make_search(
 def _check_start(config: RunConfig) -> None:
     """Refuses a recipe of the paper on an encoder with random, frozen weights.
 
-    Such a run would train for days and show nothing. ``vit_t`` has no SAM weights to start from.
+    Such a run would train for days and show nothing. ``vit_t`` is for trying things out.
     """
     expected = config.model != "vit_t" and not METHODS[config.method].trains_encoder
-    if config.recipe is not None and expected and config.checkpoint is None:
+    if config.recipe is not None and expected and not config.pretrained:
         raise UserError(
             f"recipe {config.recipe} starts from SAM's weights: give --checkpoint FILE, the "
             f"{config.model} checkpoint"
+        )
+
+
+def _note_size(config: RunConfig) -> None:
+    """Says that the weights in the package were made for another image size, if they were."""
+    ours = config.pretrained and config.checkpoint is None
+    if ours and config.image_size != SHIPPED_SIZE:
+        print(
+            f"naslora: warning: the weights of {config.model} were made for images of "
+            f"{SHIPPED_SIZE} pixels; their position embeddings are resized to "
+            f"{config.image_size} pixels",
+            file=sys.stderr,
         )
 
 

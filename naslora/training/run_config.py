@@ -18,10 +18,14 @@ from naslora.files import read_json
 from naslora.methods import METHODS, MethodName, searches
 from naslora.metrics import METRICS, check_metrics
 from naslora.sam.attention import Attention
+from naslora.sam.shipped import NONE, shipped_file, shipped_version
 from naslora.training.search_config import SearchConfig
 
 Resolution = Literal["network", "original", "tiles"]
 MOST_CLASSES = 256
+PATHS = ("data", "root", "cache", "checkpoint")
+SHIPPED = "shipped"
+"""How the checkpoint in a configuration's file begins for the weights in the package."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class RunConfig:
     the same with sam2_ (SAM 2)."""
     checkpoint: Path | None = None
     """Pre-trained SAM checkpoint: an official .pth or .pt file, the same as .safetensors, or a
-    folder of Hugging Face; without one the encoder is random."""
+    folder of Hugging Face. Without one, `vit_t` starts from the weights in the package, and the
+    encoders of the other models are random. `none` makes that of `vit_t` random, too."""
     image_size: int = 1024
     """Side to which images are resized, in pixels; a multiple of 16, for SAM 2 of 32."""
     num_classes: int = 1
@@ -192,6 +197,13 @@ class RunConfig:
         return searches(self.method, self.adapter)
 
     @property
+    def pretrained(self) -> bool:
+        """Whether the model starts from pre-trained weights, given or in the package."""
+        if self.checkpoint is None:
+            return shipped_file(self.model) is not None
+        return str(self.checkpoint) != NONE
+
+    @property
     def foreground_names(self) -> list[str]:
         """Names of the classes without the background."""
         count = max(self.num_classes - 1, 1)
@@ -200,11 +212,19 @@ class RunConfig:
         return ["foreground"] if count == 1 else [f"class {k}" for k in range(1, count + 1)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; paths are absolute."""
+        """The configuration as JSON-ready values; paths are absolute.
+
+        The checkpoint is null for random weights, as in 0.1.0, and ``SHIPPED`` with a version for
+        those in the package.
+        """
         values = dataclasses.asdict(self)
-        for name in ("data", "root", "cache", "checkpoint"):
+        for name in PATHS:
             if values[name] is not None:
                 values[name] = str(Path(values[name]).resolve())
+        if not self.pretrained:
+            values["checkpoint"] = None
+        elif self.checkpoint is None:
+            values["checkpoint"] = f"{SHIPPED} {shipped_version(self.model)}"
         return json.loads(json.dumps(values))  # tuples become lists, as in the file
 
     @classmethod
@@ -217,8 +237,13 @@ class RunConfig:
         try:
             values = {"attention": "stock", **values}
             check_types(cls, values)
-            for name in ("data", "root", "cache", "checkpoint"):
+            for name in PATHS:
                 values[name] = Path(values[name]) if values[name] is not None else None
+            if str(values["checkpoint"]).startswith(f"{SHIPPED} "):
+                _check_shipped(values["model"], str(values["checkpoint"]))
+                values["checkpoint"] = None
+            elif values["checkpoint"] is None and shipped_file(values["model"]) is not None:
+                values["checkpoint"] = Path(NONE)
             values.setdefault("intensity", None)  # not in the files of 0.1.0
             for name in ("class_names", "palette", "metrics", "intensity"):
                 values[name] = tuple(values[name]) if values[name] is not None else None
@@ -231,6 +256,16 @@ class RunConfig:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"this is no run configuration of this version: {error}") from error
+
+
+def _check_shipped(name: str, stored: str) -> None:
+    """Refuses a run that started from other weights than those in this package."""
+    own = f"{SHIPPED} {shipped_version(name)}"
+    if stored != own:
+        raise UserError(
+            f"the run started from the weights of {name} in another version of naslora ({stored}, "
+            f"here {own}); use that version"
+        )
 
 
 def read_config(path: Path) -> RunConfig:

@@ -1,0 +1,153 @@
+"""The weights in the package: which models start from them, and what happens if they are bad."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from naslora.errors import UserError
+from naslora.files import read_metadata, read_safetensors, write_tensors
+from naslora.sam import encoders, prompts, shipped
+from naslora.sam.segmentation import build_model
+from naslora.training.run_config import RunConfig
+
+SIZE = 32
+TINY = encoders.ViT(width=32, depth=2, heads=2, global_blocks=(1,), weights="tiny.safetensors")
+TRAIN = shlex.split("--model vit_t --epochs 1 --search-start 0 --workers 0 --method lora")
+
+
+@pytest.fixture
+def weights(monkeypatch, tmp_path):
+    """A package with a tiny ``vit_t``; the file of its weights."""
+    monkeypatch.setitem(encoders.VITS, "vit_t", TINY)
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "package")
+    path = tmp_path / "package" / TINY.weights
+    torch.manual_seed(3)
+    state = prompts.empty_sam("vit_t", shipped.SHIPPED_SIZE).half().state_dict()
+    write_tensors(path, state, {"similarity": "0.5"})
+    return path
+
+
+def encoder_of(*arguments):
+    return build_model("vit_t", shipped.SHIPPED_SIZE, 1, *arguments).image_encoder.state_dict()
+
+
+def test_a_model_starts_from_the_package_unless_the_user_says_otherwise(weights, tmp_path):
+    stored = read_safetensors(weights)
+    for name, value in encoder_of().items():
+        assert torch.equal(value, stored[f"image_encoder.{name}"].float()), name
+    fresh, again = encoder_of("none"), encoder_of(None)
+    assert not torch.equal(fresh["neck.0.weight"], again["neck.0.weight"])
+    other = tmp_path / "other.safetensors"
+    write_tensors(other, {name: 2 * value.float() for name, value in stored.items()})
+    assert torch.equal(encoder_of(other)["neck.0.weight"], 2 * again["neck.0.weight"])
+    assert shipped.find_checkpoint("vit_b", None) is None
+
+
+@pytest.mark.parametrize("given", [None, Path("none")])
+def test_a_configuration_says_which_weights(weights, given):
+    config = RunConfig(model="vit_t", checkpoint=given)
+    values = config.to_dict()
+    stored = f"shipped {read_metadata(weights)['sha256'][:12]}"
+    assert values["checkpoint"] == (stored if given is None else None)
+    assert config.pretrained == (given is None)
+    assert RunConfig.from_dict(values) == config
+    assert not RunConfig.from_dict({**values, "checkpoint": None}).pretrained  # as in 0.1.0
+    assert not RunConfig(model="vit_b").pretrained
+    assert RunConfig(model="vit_b").to_dict()["checkpoint"] is None
+
+
+def test_training_says_so_if_positions_are_resized(weights, naslora, clean_data, tmp_path):
+    output = ("--image-size", SIZE, "--output", tmp_path / "run")
+    result = naslora("train", "--data", clean_data, *TRAIN, *output)
+    assert result.status == 0, result.err
+    warnings = [line for line in result.err.splitlines() if "position embeddings" in line]
+    assert warnings == [
+        "naslora: warning: the weights of vit_t were made for images of 256 pixels; their position "
+        "embeddings are resized to 32 pixels"
+    ]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["checkpoint"].startswith("shipped ")
+
+
+def spoil(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda path: path.unlink(), "the weights of vit_t are missing from the package: "),
+    (spoil, "is damaged: it does not match its checksum"),
+    (lambda path: path.write_bytes(path.read_bytes()[:9000]), "is damaged or no safetensors file"),
+])  # fmt: skip
+def test_a_bad_package_costs_one_line(weights, naslora, clean_data, tmp_path, harm, words):
+    harm(weights)
+    output = ("--image-size", SIZE, "--output", tmp_path / "run")
+    result = naslora("train", "--data", clean_data, *TRAIN, *output)
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    assert result.status == 2 and len(lines) == 1, result.err
+    assert words in lines[0] and str(weights) in lines[0]
+    assert naslora("info").status == 0
+    # Neither a user's own weights nor random ones need the package's.
+    build_model("vit_t", SIZE, checkpoint="none")
+
+
+def test_a_run_from_other_weights_is_refused(weights):
+    values = RunConfig(model="vit_t").to_dict()
+    state = read_safetensors(weights)
+    write_tensors(weights, {name: 2 * value for name, value in state.items()})
+    with pytest.raises(UserError, match=r"in another version of naslora \(shipped \w+, here ship"):
+        RunConfig.from_dict(values)
+
+
+def test_info_lists_the_weights(weights, naslora):
+    found = json.loads(naslora("info").out)["weights"]["vit_t"]
+    assert found["file"] == str(weights) and found["similarity"] == "0.5"
+    weights.unlink()
+    assert "does not exist" in json.loads(naslora("info").out)["weights"]["vit_t"]["problem"]
+
+
+# --- Prompts ---
+
+
+def test_prompts_are_in_pixels_of_the_image(weights):
+    predictor = prompts.build_predictor("vit_t", SIZE)
+    image = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
+    predictor.set_image(image)
+    assert predictor.features.shape == (1, 256, SIZE // 16, SIZE // 16)
+    moved = predictor.transform.apply_coords(np.array([[25.0, 5.0]]), (20, 50))
+    assert moved.tolist() == [[SIZE / 2, SIZE / 4]]
+    masks, scores, logits = predictor.predict(box=np.array([10, 4, 30, 16]))
+    assert masks.shape == (3, 20, 50) and scores.shape == (3,) and logits.shape == (3, 8, 8)
+
+
+def test_a_predictor_needs_weights():
+    with pytest.raises(UserError, match="a predictor for vit_b needs pre-trained weights"):
+        prompts.build_predictor("vit_b", SIZE)
+
+
+# --- The real weights ---
+
+
+def test_the_shipped_weights_fit_into_the_package():
+    path = shipped.shipped_file("vit_t")
+    assert path.stat().st_size <= 16_000_000
+    assert {tensor.dtype for tensor in read_safetensors(path).values()} == {torch.float16}
+    assert read_metadata(path)["image_size"] == str(shipped.SHIPPED_SIZE)
+
+
+def test_the_shipped_weights_segment_what_a_point_names():
+    """A bright disc on a dark ground, at two places: the mask follows the point."""
+    predictor = prompts.build_predictor()
+    rows, columns = np.mgrid[:200, :300]
+    noise = np.random.default_rng(0).integers(0, 30, (200, 300, 3))
+    for x, y in ((90, 70), (200, 120)):
+        disc = np.hypot(rows - y, columns - x) < 45
+        predictor.set_image((noise + 40 + 150 * disc[..., None]).astype(np.uint8))
+        masks, scores, _ = predictor.predict(np.array([[x, y]]), np.array([1]))
+        mask = masks[scores.argmax()]
+        assert (mask & disc).sum() / (mask | disc).sum() > 0.8
