@@ -8,7 +8,7 @@ lint:
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run -Werror $(CPP_FILES)
-	mdformat --check *.md docs
+	mdformat --check *.md docs naslora/weights
 	mypy
 
 # Builds the site of docs/. Fails on a link that leads nowhere, and on a page that is not listed.
@@ -22,7 +22,7 @@ format:
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CPP_FILES)
-	mdformat *.md docs
+	mdformat *.md docs naslora/weights
 
 CXX ?= g++
 SANITIZED = build/sanitize

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 import tyro
 
-from bench.distillation import Distillation, Settings
+from bench.distillation import Distillation, Pass, Settings
 from naslora.errors import UserError
 from naslora.exits import fail, refusal, signals
 from naslora.files import is_temporary, read_json, write_json
 from naslora.locks import locked
+from naslora.report.tables import Table, markdown_table
 from naslora.training.run_config import differing
 
 CONFIG = "config.json"
@@ -36,7 +37,7 @@ CONFIG = "config.json"
 def distill(
     settings: tyro.conf.OmitArgPrefixes[Settings], output: Path, resume: bool = False
 ) -> None:
-    """Distils a SAM's image encoder into a plain ViT. Needs images, but no masks.
+    """Distils a SAM's image encoder into a plain ViT, and prints the passes as Markdown.
 
     Args:
         settings: the distillation.
@@ -52,6 +53,13 @@ def distill(
         write_json(output / CONFIG, _as_json(settings))
         distillation.resume()
         distillation.run()
+    print(_table(distillation.history))
+
+
+def _table(history: list[Pass]) -> str:
+    """The passes in Markdown."""
+    rows = [[str(p.views), f"{p.loss:.3f}", f"{p.similarity:.3f}"] for p in history]
+    return markdown_table(Table(["views", "loss", "similarity"], rows))
 
 
 def _as_json(settings: Settings) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """``bench.distill``: a plain ViT learns a teacher's embedding, and becomes a SAM that loads."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 from bench import crops as images
 from bench import distillation
+from bench import student as bench_student
 from bench.distill import distill
 from naslora.data.cache import Cache
 from naslora.data.masks import Sample
@@ -151,7 +153,7 @@ def test_a_teacher_with_another_embedding_is_refused(settings):
 # --- Training ---
 
 
-def test_the_student_learns_and_the_best_weights_are_a_sam(settings, tmp_path):
+def test_the_student_learns_and_the_best_weights_are_a_sam(settings, tmp_path, capsys):
     settings = dataclasses.replace(settings, epochs=8)
     history = run(settings, tmp_path / "out")
     assert [one.epoch for one in history] == list(range(1, 9))
@@ -165,7 +167,12 @@ def test_the_student_learns_and_the_best_weights_are_a_sam(settings, tmp_path):
         if not name.startswith("image_encoder."):
             assert torch.equal(tensors[name], given[name].half()), name
     assert score(settings, path) == pytest.approx(max(o.similarity for o in history), abs=2e-3)
-    prompts.build_predictor("vit_t", SIZE, path)
+    bench_student.main(tmp_path / "out")
+    printed = capsys.readouterr().out
+    shown = re.search(r"similarity of the embeddings \| 3 \| ([\d.]+) ± [\d.]+", printed)
+    # It is in float32, and resizes photographs bilinearly.
+    assert float(shown[1]) == pytest.approx(score(settings, path), abs=0.02)
+    assert "similarity of a constant" in printed
 
 
 @torch.no_grad()

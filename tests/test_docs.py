@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    page
+    for folder in (".", "docs", "naslora/weights")
+    for page in sorted(ROOT.glob(f"{folder}/*.md"))
+]
 SOURCES = [
     path
     for folder in ("naslora", "naslora_kernels", "csrc", "bench", "tests", "docs", "examples")

@@ -27,10 +27,11 @@ RUNS = {
     "hf_trainer": ("transformers", ()),
     "ddp": ("torch.distributed", LAUNCHER),
 }
+OTHERS = ("model_and_data", "prompts")
 
 
 def run(name: str, *arguments: str) -> str:
-    library, launcher = RUNS[name]
+    library, launcher = RUNS.get(name, ("segment_anything", ()))
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *arguments]
@@ -49,10 +50,10 @@ def losses(output: str) -> list[float]:
 
 
 def test_every_example_is_run():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*RUNS, "model_and_data"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*RUNS, *OTHERS}
 
 
-@pytest.mark.parametrize("name", [*RUNS, "model_and_data"])
+@pytest.mark.parametrize("name", [*RUNS, *OTHERS])
 def test_examples_are_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 80
 
@@ -123,3 +124,12 @@ def test_the_printed_lines_run_at_any_image_size(page, size, tmp_path, monkeypat
     fresh = tiny_sam(size)
     naslora.load_adapter(fresh, tmp_path / "adapter")
     assert any(layer.lora_B.any() for _, layer in adapter_layers(fresh))
+
+
+def test_the_example_of_prompts(tmp_path):
+    """The picture shows the photograph twice, with the mask of a point and with that of a box."""
+    output = run("prompts", "--output", str(tmp_path / "masks.png"))
+    assert re.fullmatch(r"point: \d+% of the image\nbox: \d+% of the image\n", output)
+    picture = np.asarray(Image.open(tmp_path / "masks.png"))
+    half = picture.shape[1] // 2
+    assert picture.shape == (600, 1024, 3) and (picture[:, :half] != picture[:, half:]).any()

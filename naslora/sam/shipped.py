@@ -63,7 +63,7 @@ def describe_shipped() -> dict[str, dict[str, str]]:
         path = shipped_file(name)
         if path is not None:
             try:
-                about = read_metadata(path)
+                about = dict(sorted(read_metadata(path).items()))
             except UserError as error:
                 about = {"problem": str(error)}
             found[name] = {"file": str(path), **about}
