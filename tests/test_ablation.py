@@ -53,9 +53,9 @@ def test_ranks_and_ratios_are_the_papers():
 def test_blocks_are_halves_of_the_encoders():
     config = RunConfig(model="vit_t", image_size=32)
     assert {v.title: v.config.adapter.blocks for v in variants_of("blocks", config)} == {
-        "1 to 6": (0, 1, 2, 3, 4, 5),
-        "7 to 12": (6, 7, 8, 9, 10, 11),
-        "1 to 12 (all)": None,
+        "1 to 3": (0, 1, 2),
+        "4 to 6": (3, 4, 5),
+        "1 to 6 (all)": None,
     }
 
 
