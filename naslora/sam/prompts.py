@@ -14,7 +14,6 @@ from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import EMBED_DIM, VITS, build_image_encoder, build_prompt_encoder
 from naslora.sam.shipped import SHIPPED_SIZE, find_checkpoint
 
-
 PROMPTED = (*VITS, "mobile_sam")
 """The models whose encoder and decoder segment_anything's predictor can drive."""
 
@@ -46,8 +45,8 @@ def build_predictor(
             "calibrated" and exported to safetensors is such a checkpoint, too.
 
     Raises:
-        UserError: another model; there are no pre-trained weights to load; as ``build_image_encoder``,
-            ``find_checkpoint`` and ``load_sam_checkpoint``.
+        UserError: another model; there are no pre-trained weights to load; as
+            ``build_image_encoder``, ``find_checkpoint`` and ``load_sam_checkpoint``.
     """
     if name not in PROMPTED:
         raise UserError(f"prompts work with {', '.join(PROMPTED)}, got {name!r}")
