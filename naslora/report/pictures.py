@@ -114,7 +114,7 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.n
     """
     picture = Image.fromarray(image)
     paint_over(picture, labels, class_names)
-    return np.asarray(picture)
+    return np.array(picture)
 
 
 def paint_over(picture: Image.Image, labels: np.ndarray, class_names: list[str]) -> None:
