@@ -10,9 +10,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -174,8 +173,7 @@ def demo(
     resume: Annotated[bool, RESUME] = False,
 ) -> None:
     """Segment grey and white matter of the MNI152 brain: train, test, merge, report."""
-    results = demo_run.run_demo(output, epochs, seed, resume)
-    _summarise(results.pretrained, output, {"random encoder": results.random})
+    _summarise(demo_run.run_demo(output, epochs, seed, resume), output)
 
 
 def train(
@@ -361,16 +359,13 @@ def info() -> None:
     print(json.dumps(found, indent=2))
 
 
-def _summarise(
-    result: RunResult, output: Path, others: Mapping[str, RunResult] = MappingProxyType({})
-) -> None:
-    """Prints the scores of a finished run, those of ``others``, and the path of its report."""
+def _summarise(result: RunResult, output: Path) -> None:
+    """Prints the scores of a finished run, and the path of its report."""
     if os.environ.get("RANK", "0") != "0" or result.test is None:
         return
     table = Table("test images", "Dice", "IoU", "accuracy")
     rows = {"best epoch": result.test}
     rows |= {f"merged, {mode}": scores for mode, scores in (result.test_merged or {}).items()}
-    rows |= {name: other.test for name, other in others.items() if other.test is not None}
     for name, scores in rows.items():
         values = (scores.dice, scores.iou, scores.accuracy)
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
