@@ -102,9 +102,7 @@ def _version() -> str | None:
         return None
 
 
-def select_backend(
-    x: Tensor, requested: str | None, function: str, many_ranks: bool = False
-) -> Backend:
+def select_backend(x: Tensor, requested: str | None, function: str, ranks: int = 1) -> Backend:
     """Returns the backend that computes a function on tensors like ``x``.
 
     Args:
@@ -112,13 +110,15 @@ def select_backend(
         requested: a backend's name. None takes NASLORA_BACKEND if it is set, else the best backend
             that serves the tensors.
         function: the name of the function.
-        many_ranks: a layer has at least ``MANY_RANKS`` ranks.
+        ranks: the ranks of a layer.
 
     Raises:
         TypeError: the name is no string.
         ValueError: no backend has the name.
         RuntimeError: the named backend cannot serve the call. The message says why.
     """
+    # A branch, because torch.compile can turn a comparison into a constant there only.
+    many_ranks = True if ranks >= MANY_RANKS else False  # noqa: SIM210
     return _loaded[_select(x.device.type, x.dtype, requested, function, many_ranks)]
 
 
