@@ -5,7 +5,7 @@
 
 The student learns to give the teacher's embedding of random crops of images, which need no masks.
 The prompt encoder and the mask decoder are the teacher's. After every pass over the images the mean
-of the student's weights is scored on photographs that it never trains on: the cosine similarity of
+of the student's weights is scored on held-out photographs. The score is the cosine similarity of
 its embedding with the teacher's. ``OUTPUT/history.csv`` logs it. The best weights are in
 ``OUTPUT/MODEL.safetensors``, a checkpoint that ``naslora train --checkpoint`` loads.
 

@@ -117,8 +117,9 @@ def select_backend(x: Tensor, requested: str | None, function: str, ranks: int =
         ValueError: no backend has the name.
         RuntimeError: the named backend cannot serve the call. The message says why.
     """
-    # A branch, because torch.compile can turn a comparison into a constant there only.
-    many_ranks = True if ranks >= MANY_RANKS else False  # noqa: SIM210
+    many_ranks = False
+    if ranks >= MANY_RANKS:  # torch.compile makes a constant of a comparison in a branch only
+        many_ranks = True
     return _loaded[_select(x.device.type, x.dtype, requested, function, many_ranks)]
 
 

@@ -55,7 +55,7 @@ SIZES: dict[str, Hiera] = {
 SAM2 = {f"sam2_{name}": size for name, size in SIZES.items()}
 SAM21 = {f"sam2.1_{name}": size for name, size in SIZES.items()}
 ONLY_IN_21 = ("no_obj_embed_spatial", "occlusion_spatial_embedding_parameter")
-"""Tensors of the memory that SAM 2.1 has and SAM 2 has not: official, and of Hugging Face."""
+"""Tensors of the memory that are in SAM 2.1 only: the official names, and Hugging Face's."""
 # The names of the memory's tensors start like this: official, and of Hugging Face.
 MEMORY = (
     r"memory_attention\.|memory_encoder\.|mask_downsample\.|maskmem_tpos_enc|no_mem_pos_enc|"
