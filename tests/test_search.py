@@ -507,7 +507,7 @@ def test_the_rates_of_alpha_add_up(make_search, monkeypatch, changes, rates):
     assert seen == pytest.approx(rates)
 
 
-@pytest.mark.parametrize("travel, rate", [(1e-6, 3e-4), (1e6, 0.1)])
+@pytest.mark.parametrize("travel, rate", [(1e-6, 3e-4), (1e6, 0.3)])
 def test_the_rate_of_alpha_is_bounded(make_search, monkeypatch, travel, rate):
     monkeypatch.setattr("naslora.training.search.ALPHA_TRAVEL", travel)
     search = make_search(

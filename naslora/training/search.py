@@ -45,8 +45,8 @@ from naslora.training.trackers import log
 from naslora_kernels import OPERATIONS
 
 # Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps.
-PAPER_ALPHA_RATE, MAX_ALPHA_RATE = 3e-4, 0.1
-ALPHA_TRAVEL = 2.0
+PAPER_ALPHA_RATE, MAX_ALPHA_RATE = 3e-4, 0.3
+ALPHA_TRAVEL = 12.0
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 

@@ -76,8 +76,8 @@ class SearchConfig:
     """How the rates fall: to zero at the end of training, or not at all (`constant`)."""
     alpha_learning_rate: float | None = None
     """Rate of alpha at the start of training. None fits it to the number of alpha steps, so that
-    small sets search too: the rates of all steps add up to 2, but it is at least 3e-4 (the paper's)
-    and at most 0.1."""
+    small sets search too: the rates of all steps add up to 12, but it is at least 3e-4 (the
+    paper's) and at most 0.3."""
     alpha_schedule: Schedule | None = None
     """How alpha's rate falls. None takes `schedule`."""
     alpha_weight_decay: float = 0.0
