@@ -236,13 +236,13 @@ STUDIES = {
         reference="LoRA",
     ),
     # What the weights of vit_t in the package are worth, and whether NAS-PC-LoRA gains more over
-    # LoRA on an encoder without convolutions. All training images of the sets.
+    # LoRA on an encoder without convolutions.
     "pretrained": Study(
         datasets=("kvasir_seg", "leaf_disease"),
         seeds=(0, 1, 2, 3, 4),
         common={
             "run": {"image_size": 256},
-            "search": {"learning_rate": 5e-4, "mixed_precision": "bf16"},
+            "search": {"learning_rate": 5e-4, "mixed_precision": "no"},
         },
         variants={
             f"{encoder}, {method}": {
@@ -253,6 +253,7 @@ STUDIES = {
             for method, settings in (("LoRA", LORA), ("NAS-PC-LoRA", {}))
         },
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
+        train_images=240,
         reference={f"{encoder}, NAS-PC-LoRA": f"{encoder}, LoRA" for encoder in ENCODERS},
     ),
     # Test Dice before and after merging, then the mean relative error of the layers' updates. That

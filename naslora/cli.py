@@ -171,9 +171,12 @@ def demo(
     epochs: Annotated[int, tyro.conf.arg(help="Epochs of training.")] = demo_run.EPOCHS,
     seed: Annotated[int, tyro.conf.arg(help="Seed of the run.")] = 0,
     resume: Annotated[bool, RESUME] = False,
+    random: Annotated[
+        bool, tyro.conf.arg(help="Start from random weights, not from those in the package.")
+    ] = False,
 ) -> None:
     """Segment grey and white matter of the MNI152 brain: train, test, merge, report."""
-    _summarise(demo_run.run_demo(output, epochs, seed, resume), output)
+    _summarise(demo_run.run_demo(output, epochs, seed, resume, random), output)
 
 
 def train(

@@ -329,11 +329,11 @@ def test_resume_starts_a_run_that_is_not_there(naslora, make_data, tmp_path):
 
 
 def test_the_demo(naslora, tmp_path, monkeypatch):
-    """The demo's own data and settings on small images, and again with --resume."""
+    """The demo's own data and settings on small, whole images, and again with --resume."""
     pytest.importorskip("nilearn")
 
     def small(**values):
-        return RunConfig(**{**values, "image_size": 48})
+        return RunConfig(**{**values, "image_size": 48, "crop": 192})
 
     monkeypatch.setattr(demo_run, "RunConfig", small)
     assert sam.VITS["vit_t"].depth == 2
