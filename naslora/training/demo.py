@@ -11,7 +11,7 @@ from naslora.training.run import check_output, train
 from naslora.training.run_config import RunConfig
 from naslora.training.search_config import SearchConfig
 
-EPOCHS = 10  # in less than four minutes on two cores
+EPOCHS = 8  # in less than four minutes on two cores
 WINDOW = 64  # pixels of a slice, which the network sees enlarged to 256
 
 
