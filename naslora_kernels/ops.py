@@ -9,6 +9,7 @@ Backward operators take one flag per gradient. A gradient that is not needed is 
 empty tensor takes its place.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
 from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.plans import Launch, Planned, Stream
 from naslora_kernels.tensors import DTYPES, gradient_like
 
 _CELL = "Tensor alpha, Tensor[] depthwise, Tensor pw, Tensor? channels"
@@ -56,6 +58,12 @@ class Operators(NamedTuple):
     folded_cell: Callable[..., Any]
     folded_linear: Callable[..., Any]
 
+
+# The operators that run by plans.
+PLANNED = (
+    *("mixed_cell", "mixed_cell_backward"),
+    *("nas_lora_linear", "nas_lora_linear_backward"),
+)
 
 # The operators of every backend that has been loaded, by its name, and the functions behind them.
 OPERATORS: dict[str, Operators] = {}
@@ -219,21 +227,43 @@ def layer_gradients(saved: SavedLayer, need: LayerNeed) -> tuple[Tensor, ...]:
     )
 
 
-def define_operators(backend: str, kernels: Kernels, dispatch_key: str) -> torch.library.Library:
+def define_operators(
+    backend: str,
+    kernels: Kernels,
+    dispatch_key: str,
+    recorded: Callable[[Launch], Kernels] | None = None,
+    stream: Stream = lambda tensor: (),
+) -> torch.library.Library:
     """Defines the operators of a backend and registers its kernels.
 
     Args:
         backend: the end of the operators' namespace.
         kernels: what the operators compute.
         dispatch_key: the key of PyTorch's dispatcher that the kernels serve.
+        recorded: returns the kernels with their launches sent to a function. In eager mode they
+            then run by plans. If None, they run as they are.
+        stream: returns the first arguments of launches on tensors like the given one.
 
     Returns:
         The library. The operators exist as long as it does.
     """
     implementations, shapes = flat_kernels(kernels), flat_kernels(_Shapes())
     library, operators = define(backend, _SCHEMAS, implementations, shapes, dispatch_key)
-    OPERATORS[backend], _FUNCTIONS[backend] = Operators(*operators), Operators(**implementations)
+    OPERATORS[backend] = Operators(*operators)
+    functions = dict(implementations)
+    if recorded is not None:
+        for name in PLANNED:
+            depthwise = _SCHEMAS[name].split(", ").index("Tensor[] depthwise")
+            record = functools.partial(_recorded, recorded, name)
+            functions[name] = Planned(implementations[name], record, stream, depthwise)
+    _FUNCTIONS[backend] = Operators(**functions)
     return library
+
+
+def _recorded(
+    recorded: Callable[[Launch], Kernels], name: str, launch: Launch
+) -> Callable[..., Any]:
+    return flat_kernels(recorded(launch))[name]
 
 
 def define(

@@ -1,6 +1,7 @@
 """What the backends share about tensors: dtypes, the dtype of sums, rows, addresses."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ def rows(grid: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def address(tensor: Tensor | None) -> int:
-    """Returns the address of a tensor's first element; 0, a null pointer, for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def addresses(arguments: Iterable[Any]) -> list[Any]:
+    """Replaces tensors with the addresses of their first elements, and None with 0."""
+    return [
+        argument.data_ptr() if isinstance(argument, Tensor) else 0 if argument is None else argument
+        for argument in arguments
+    ]
 
 
 def last_size(tensor: Tensor | None, other: Tensor | None) -> int:
@@ -41,13 +45,19 @@ def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
 
 
 def signature(tensors: Iterable[Tensor | None]) -> tuple[object, ...] | None:
-    """Returns what the checks of tensors look at, except for values: two calls with equal
-    signatures pass or fail alike. None while torch.compile traces, and for what is no tensor."""
+    """Returns what the checks of tensors and their plans look at, except for values: two calls with
+    equal signatures pass or fail alike. None while torch.compile traces, and for what is no dense
+    tensor."""
     if torch.compiler.is_compiling():
         return None
     try:
-        return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
-    except AttributeError:
+        return tuple(
+            [
+                None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.layout)
+                for t in tensors
+            ]
+        )
+    except (AttributeError, RuntimeError):  # no tensor, or one without strides
         return None
 
 

@@ -11,7 +11,7 @@ from naslora_kernels.cuda.extension import (
     build_info,
     unavailable_reason,
 )
-from naslora_kernels.cuda.primitives import CUDAPrimitives
+from naslora_kernels.cuda.primitives import CUDAPrimitives, stream
 from naslora_kernels.launches import register
 from naslora_kernels.ops import entry_points, unsupported
 
@@ -33,4 +33,4 @@ mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("cuda")
 unsupported_reason = functools.partial(unsupported, SERVED_DEVICE)
 
 if _CUDA is not None:
-    _library = register("cuda", CUDAPrimitives())
+    _library = register("cuda", CUDAPrimitives(), recorded=CUDAPrimitives, stream=stream)
