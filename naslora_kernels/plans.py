@@ -4,27 +4,112 @@
 map and partial sum. On small maps this takes the host longer than the kernels take. A plan does it
 once for each set of shapes, strides and dtypes: the operator runs on tensors of the meta device,
 which have no memory, and what it does is recorded. Later calls repeat that on their own tensors.
-Intermediate tensors become parts of one buffer.
+``csrc/shared/plans.h`` runs plans: an operator is then one call of the extension.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from naslora_kernels.tensors import signature
+from naslora_kernels.tensors import describe_by
 
 # Calls a function of an extension. Tensors among the arguments are passed as their addresses.
 Launch: TypeAlias = Callable[..., None]
 # Returns the first arguments of every launch on tensors like this one: its device and stream.
 Stream: TypeAlias = Callable[[Tensor], tuple[int, ...]]
+# An operator as a function of all of its tensors and of its numbers.
+Function: TypeAlias = Callable[[tuple[Tensor | None, ...], tuple[float, ...]], Any]
 
 ALIGNMENT = 256  # bytes; of the parts of the buffer, about that of an allocation
 MOST_PLANS = 1024  # of an operator, so that shapes that keep changing do not fill the memory
+
+# Of torch's C interface, in the order of the struct Torch in csrc/shared/plans.h.
+TORCH_FUNCTIONS = (
+    "get_data_ptr",
+    "get_layout",
+    "get_dim",
+    "get_sizes",
+    "get_strides",
+    "get_dtype",
+    "get_device_type",
+    "get_device_index",
+    "get_storage_offset",
+    "get_storage_size",
+    "empty_strided",
+    "_reinterpret_tensor",
+    "delete_tensor_object",
+    "dtype_element_size",
+    "device_type_cpu",
+    "dtype_uint8",
+    "layout_strided",
+)
+_TORCH = ctypes.CDLL(torch._C.__file__)
+
+
+def use_torch(extension: Any) -> None:
+    """Gives an extension the functions of torch by which it runs plans.
+
+    Raises:
+        ImportError: the extension was built from other sources.
+    """
+    if not hasattr(extension, "run_plan"):
+        raise ImportError("it was built from older sources")
+    functions = [getattr(_TORCH, f"aoti_torch_{name}") for name in TORCH_FUNCTIONS]
+    extension.use_torch(
+        torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
+        torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs,
+        *[ctypes.cast(function, ctypes.c_void_p).value for function in functions],
+    )
+    describe_by(extension.describe)
+
+
+class Made(NamedTuple):
+    """A tensor to allocate."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: int
+    """Its number in torch's C interface."""
+
+
+class Kernel(NamedTuple):
+    """A launch."""
+
+    launch: Callable[..., None]
+    arguments: tuple[Any, ...]
+    """Behind the device and the stream; 0 for an address."""
+    addresses: tuple[int, ...]
+    """For every address, its position in ``arguments`` and its number."""
+
+
+class Method(NamedTuple):
+    """A method of tensors, on views."""
+
+    method: Callable[..., Tensor]
+    arguments: None
+    views: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+    """Each is the number of a tensor, sizes and strides."""
+
+
+class Plan(NamedTuple):
+    """What an operator does with tensors of given shapes, strides, dtypes and devices.
+
+    Tensors are numbered: the given ones, then the allocated ones. So are addresses: those of all
+    tensors, then those of the parts of one buffer, which holds intermediate tensors.
+    """
+
+    made: tuple[Made, ...]
+    offsets: tuple[int, ...]
+    """Where the parts of the buffer start, and its size, in bytes."""
+    steps: tuple[Kernel | Method, ...]
+    results: tuple[int | None, ...]
+    """The numbers of the tensors to return; None for a gradient that is not needed."""
+    single: bool
+    """Whether the operator returns a tensor, not several."""
 
 
 class Planned:
@@ -32,110 +117,44 @@ class Planned:
 
     def __init__(
         self,
-        operator: Callable[..., Any],
-        recorded: Callable[[Launch], Callable[..., Any]],
+        function: Function,
+        recorded: Callable[[Launch], Function],
+        extension: Any,
         stream: Stream,
-        depthwise: int,
     ) -> None:
         """Stores what plans are made of.
 
         Args:
-            operator: computes without a plan, or raises for tensors that it cannot compute.
-            recorded: returns the operator with its launches sent to a function.
+            function: computes without a plan, or raises for tensors that it cannot compute.
+            recorded: returns the function with its launches sent to another one.
+            extension: runs plans.
             stream: returns the first arguments of the launches.
-            depthwise: the position of the list of depthwise kernels. pw, channels and numbers
-                follow it. All arguments before it are tensors or None.
         """
-        self._operator, self._recorded, self._stream = operator, recorded, stream
-        self._depthwise = depthwise
+        self._function, self._recorded = function, recorded
+        self._run, self._stream = extension.run_plan, stream
         self._plans: dict[object, Plan] = {}
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> Any:
         """Computes the operator. A gradient that is not needed is None."""
-        at = self._depthwise
-        tensors = (*arguments[:at], *arguments[at], *arguments[at + 1 : at + 3])
-        numbers = arguments[at + 3 :]
-        key = (signature(tensors), numbers)
-        given = [tensor for tensor in tensors if tensor is not None]
-        plan = self._plans.get(key)
-        if plan is None:
-            if key[0] is None or len({tensor.device for tensor in given}) > 1:
-                return self._operator(*arguments)
+        stream = self._stream(tensors[0])
+        results = self._run(self._plans, tensors, numbers, stream)
+        if type(results) is tuple:  # the key of a plan that is missing
+            if len({tensor.device for tensor in tensors if tensor is not None}) > 1:
+                return self._function(tensors, numbers)
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(tensors, numbers)
-        if plan.on_cpu and not _held(given, plan.bytes):
-            return self._operator(*arguments)
-        return plan.run(given)
+            self._plans[results] = self._plan(tensors, numbers)
+            results = self._run(self._plans, tensors, numbers, stream)
+        if results is None:
+            return self._function(tensors, numbers)
+        return results
 
-    def _plan(self, tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]) -> "Plan":
-        at = self._depthwise
-        stand_ins = [None if tensor is None else _without_memory(tensor) for tensor in tensors]
-        arguments = (*stand_ins[:at], stand_ins[at : at + 4], *stand_ins[at + 4 :], *numbers)
+    def _plan(self, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> Plan:
+        stand_ins = tuple(None if tensor is None else _without_memory(tensor) for tensor in tensors)
         recorder = _Recorder()
         with recorder:
-            results = self._recorded(recorder.launch)(*arguments)
-        first = next(tensor for tensor in tensors if tensor is not None)
-        recorder.given = [tensor for tensor in stand_ins if tensor is not None]
-        return recorder.plan(results, first, self._stream)
-
-
-class _Made(NamedTuple):
-    """How a tensor is allocated: like a given one, or of a shape, strides and dtype."""
-
-    like: int | None
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass
-class Plan:
-    """What an operator does with tensors of given shapes, strides, dtypes and device.
-
-    The values of a call are, in this order: the device and the stream, if launches take them; the
-    given tensors and the allocated ones; the addresses of both and of the parts of the buffer; the
-    constants.
-    """
-
-    steps: list[tuple[Callable[..., object], Callable[[Sequence[Any]], tuple[Any, ...]]]]
-    """Functions, each with what picks its arguments from the values."""
-    made: list[_Made]
-    """The tensors to allocate."""
-    results: list[int | None]
-    """Which tensors are returned; None for a gradient that is not needed."""
-    single: bool
-    """Whether the operator returns a tensor, not several."""
-    buffer: int
-    """Bytes of the buffer."""
-    offsets: list[int]
-    """Where its parts start, in bytes."""
-    constants: list[Any]
-    stream: Stream
-    on_cpu: bool
-    bytes: list[int]
-    """Of every given tensor, from its first to its last element."""
-
-    def run(self, given: list[Tensor]) -> Any:
-        """Computes the operator."""
-        first = given[0]
-        tensors = given + [
-            first.new_empty_strided(shape, strides, dtype=dtype)
-            if like is None
-            else torch.empty_like(given[like])
-            for like, shape, strides, dtype in self.made
-        ]
-        values = [*self.stream(first), *tensors, *[tensor.data_ptr() for tensor in tensors]]
-        if self.offsets:
-            buffer = first.new_empty(self.buffer, dtype=torch.uint8)
-            start = buffer.data_ptr()
-            values += [start + offset for offset in self.offsets]
-        values += self.constants
-        for function, pick in self.steps:
-            function(*pick(values))
-        if self.single:
-            return tensors[self.results[0]]  # type: ignore[index]
-        return [None if result is None else tensors[result] for result in self.results]
+            results = self._recorded(recorder.launch)(stand_ins, numbers)
+        return recorder.plan([tensor for tensor in stand_ins if tensor is not None], results)
 
 
 class _Recorder(TorchDispatchMode):
@@ -146,14 +165,13 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: list[Tensor] = []
         self._allocated: list[Tensor] = []
-        # Functions and their arguments. ``_on_views`` gets tensors, launches get their addresses.
-        self._steps: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._launches: list[tuple[bool, Callable[..., Any], tuple[Any, ...]]] = []
+        """Whether a kernel is launched, by which function, or else a method; the arguments."""
 
-    def launch(self, function: Callable[..., object], *arguments: Any) -> None:
+    def launch(self, function: Callable[..., None], *arguments: Any) -> None:
         """Records the launch of a kernel."""
-        self._steps.append((function, arguments))
+        self._launches.append((True, function, arguments))
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -161,98 +179,69 @@ class _Recorder(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("aten::")
         if function._schema.is_mutable:
-            self._compute(getattr(Tensor, name), *args)
+            self._launches.append((False, getattr(Tensor, name), args))
         elif name in ("empty_like", "new_empty"):
             self._allocated.append(result)
         elif name in ("clone", "_to_copy"):
             self._allocated.append(result)
-            self._compute(Tensor.copy_, result, args[0])
-        elif not function.is_view and name not in ("_unsafe_view", "detach"):
+            self._launches.append((False, Tensor.copy_, (result, args[0])))
+        elif not function.is_view and name != "_unsafe_view":
             raise NotImplementedError(f"a plan cannot repeat {function}")
         return result
 
-    def _compute(self, method: Callable[..., Tensor], *tensors: Tensor) -> None:
-        """Records a method of tensors. Each tensor is followed by the layout of its view."""
-        views = [x for tensor in tensors for x in (tensor, (tensor.shape, tensor.stride()))]
-        self._steps.append((_on_views, (method, *views)))
-
-    def plan(self, results: Tensor | Sequence[Tensor], first: Tensor, stream: Stream) -> Plan:
+    def plan(self, given: list[Tensor], results: Tensor | Sequence[Tensor]) -> Plan:
         """Returns the plan of what was recorded.
 
         Args:
-            results: what the operator returned. A gradient of shape (0,) is not needed.
-            first: the first tensor of a call; the first of ``given`` stands for it.
-            stream: returns the first arguments of the launches.
+            given: the tensors that the operator was called with.
+            results: what it returned. A gradient of shape (0,) is not needed.
         """
         returned = [results] if isinstance(results, Tensor) else results
-        whole = {_storage(tensor) for tensor in returned if tensor.shape != (0,)}
+        whole = {_storage(result) for result in returned if result.shape != (0,)}
         launched = set()
-        for function, arguments in self._steps:
-            used = whole if function is _on_views else launched
+        for is_kernel, _, arguments in self._launches:
+            used = launched if is_kernel else whole
             used |= {_storage(argument) for argument in arguments if isinstance(argument, Tensor)}
         made = [tensor for tensor in self._allocated if _storage(tensor) in whole]
         parts = [tensor for tensor in self._allocated if _storage(tensor) in launched - whole]
-        tensors = {_storage(tensor): i for i, tensor in enumerate((*self.given, *made))}
-        *offsets, buffer = _offsets(parts)
-        values = _Values(len(stream(first)), [*self.given, *made], parts)
+        tensors = {_storage(tensor): i for i, tensor in enumerate((*given, *made))}
+        addresses = {_storage(tensor): i for i, tensor in enumerate((*given, *made, *parts))}
         return Plan(
-            steps=[values.step(function, arguments) for function, arguments in self._steps],
-            made=[_made(tensor, self.given) for tensor in made],
-            results=[tensors.get(_storage(tensor)) for tensor in returned],
-            single=isinstance(results, Tensor),
-            buffer=buffer,
-            offsets=offsets,
-            constants=values.constants,
-            stream=stream,
-            on_cpu=first.device.type == "cpu",
-            bytes=[_bytes(tensor) for tensor in self.given],
+            tuple(_made(tensor) for tensor in made),
+            _offsets(parts),
+            tuple(
+                _kernel(function, arguments, addresses)
+                if is_kernel
+                else Method(function, None, tuple(_view(t, tensors) for t in arguments))
+                for is_kernel, function, arguments in self._launches
+            ),
+            tuple(tensors.get(_storage(result)) for result in returned),
+            isinstance(results, Tensor),
         )
 
 
-class _Values:
-    """Where the arguments of steps are among the values of a call, in the order of ``Plan``."""
-
-    def __init__(self, streams: int, tensors: list[Tensor], parts: list[Tensor]) -> None:
-        self.constants: list[Any] = []
-        self._streams = range(streams)
-        self._layouts = {_storage(t): (t.shape, t.stride()) for t in tensors}
-        self._tensors = {_storage(t): i for i, t in enumerate(tensors, streams)}
-        start = streams + len(tensors)
-        self._addresses = {_storage(t): i for i, t in enumerate((*tensors, *parts), start)}
-        self._constants_start = start + len(self._addresses)
-
-    def step(
-        self, function: Callable[..., object], arguments: tuple[Any, ...]
-    ) -> tuple[Callable[..., object], Callable[[Sequence[Any]], tuple[Any, ...]]]:
-        """Returns the function and what picks its arguments."""
-        if function is _on_views:
-            method, *views = arguments
-            places = [self._constant(method)]
-            for tensor, layout in zip(views[::2], views[1::2], strict=True):
-                whole = self._layouts[_storage(tensor)] == layout
-                places.append(self._tensors[_storage(tensor)])
-                places.append(self._constant(None if whole else layout))
-        else:
-            places = [*self._streams, *map(self._number, arguments)]
-        return function, itemgetter(*places)
-
-    def _number(self, argument: Any) -> int:
-        if isinstance(argument, Tensor):
-            return self._addresses[_storage(argument)]
-        return self._constant(0 if argument is None else argument)
-
-    def _constant(self, value: Any) -> int:
-        self.constants.append(value)
-        return self._constants_start + len(self.constants) - 1
+def _kernel(
+    launch: Callable[..., None], arguments: tuple[Any, ...], addresses: dict[int, int]
+) -> Kernel:
+    numbers = [0 if x is None or isinstance(x, Tensor) else x for x in arguments]
+    positions = [
+        number
+        for position, argument in enumerate(arguments)
+        if isinstance(argument, Tensor)
+        for number in (position, addresses[_storage(argument)])
+    ]
+    return Kernel(launch, tuple(numbers), tuple(positions))
 
 
-def _on_views(method: Callable[..., object], *views: Any) -> None:
-    """Calls a method of tensors. Each one is followed by None or a view's shape and strides."""
-    method(*map(_view, views[::2], views[1::2]))
+def _view(
+    tensor: Tensor, tensors: dict[int, int]
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return tensors[_storage(tensor)], tuple(tensor.shape), tensor.stride()
 
 
-def _view(tensor: Tensor, layout: tuple[torch.Size, tuple[int, ...]] | None) -> Tensor:
-    return tensor if layout is None else tensor.as_strided(*layout)
+def _made(tensor: Tensor) -> Made:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return Made(tuple(tensor.shape), tensor.stride(), getattr(_TORCH, f"aoti_torch_dtype_{name}")())
 
 
 def _without_memory(tensor: Tensor) -> Tensor:
@@ -260,36 +249,13 @@ def _without_memory(tensor: Tensor) -> Tensor:
     return torch.empty_strided(*layout, dtype=tensor.dtype, device="meta")
 
 
-def _made(tensor: Tensor, given: list[Tensor]) -> _Made:
-    how = (tensor.shape, tensor.stride(), tensor.dtype)
-    for i, other in enumerate(given):  # a tensor like another is allocated a little faster
-        if (other.shape, other.stride(), other.dtype) == how:
-            return _Made(i, *how)
-    return _Made(None, *how)
-
-
-def _offsets(parts: Sequence[Tensor]) -> list[int]:
+def _offsets(parts: Sequence[Tensor]) -> tuple[int, ...]:
     """Returns where each part of a buffer starts, and the buffer's size, in bytes."""
     offsets = [0]
     for part in parts:
-        offsets.append(-(-(offsets[-1] + _bytes(part)) // ALIGNMENT) * ALIGNMENT)
-    return offsets
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Returns the bytes from the first to the last element of a tensor."""
-    if not tensor.numel():
-        return 0
-    last = sum(step * (n - 1) for step, n in zip(tensor.stride(), tensor.shape, strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _held(tensors: Sequence[Tensor], bytes: Sequence[int]) -> bool:
-    """Returns whether the storages of tensors on a CPU still have that many bytes for them."""
-    return all(
-        tensor.untyped_storage().nbytes() >= tensor.storage_offset() * tensor.element_size() + size
-        for tensor, size in zip(tensors, bytes, strict=True)
-    )
+        end = offsets[-1] + part.numel() * part.element_size()
+        offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
+    return tuple(offsets)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,6 +1,6 @@
 """What the backends share about tensors: dtypes, the dtype of sums, rows, addresses."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,21 +44,26 @@ def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def signature(tensors: Iterable[Tensor | None]) -> tuple[object, ...] | None:
-    """Returns what the checks of tensors and their plans look at, except for values: two calls with
-    equal signatures pass or fail alike. None while torch.compile traces, and for what is no dense
+def signature(tensors: tuple[Tensor | None, ...]) -> object:
+    """Returns what the checks of tensors look at, except for values: two calls with equal
+    signatures pass or fail alike. None while torch.compile traces, and for what is no dense
     tensor."""
     if torch.compiler.is_compiling():
         return None
     try:
-        return tuple(
-            [
-                None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.layout)
-                for t in tensors
-            ]
-        )
-    except (AttributeError, RuntimeError):  # no tensor, or one without strides
+        return _describe(tensors)
+    except (AttributeError, TypeError):
         return None
+
+
+def describe_by(describe: Callable[[tuple[Tensor | None, ...]], object]) -> None:
+    """Lets an extension compute signatures, which takes it less time."""
+    global _describe
+    _describe = describe
+
+
+def _describe(tensors: tuple[Tensor | None, ...]) -> object:
+    return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
 
 
 class Passed:

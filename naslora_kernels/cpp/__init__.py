@@ -34,6 +34,6 @@ unsupported_reason = functools.partial(unsupported, "cpu")
 
 if _C is not None:
     _libraries = (
-        define_operators("cpp", CPULaunches(), "CPU", recorded=CPULaunches),
+        define_operators("cpp", CPULaunches(), "CPU", _C, CPULaunches),
         define_attention("cpp", CPUAttention(), "CPU"),
     )

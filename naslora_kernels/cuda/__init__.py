@@ -33,4 +33,6 @@ mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("cuda")
 unsupported_reason = functools.partial(unsupported, SERVED_DEVICE)
 
 if _CUDA is not None:
-    _library = register("cuda", CUDAPrimitives(), recorded=CUDAPrimitives, stream=stream)
+    _library = register(
+        "cuda", CUDAPrimitives(), extension=_CUDA, recorded=CUDAPrimitives, stream=stream
+    )
