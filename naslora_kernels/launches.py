@@ -301,7 +301,7 @@ def register(
     backend: str,
     primitives: Primitives,
     traced: Primitives | None = None,
-    extension: Any = None,
+    runner: Any = None,
     recorded: Callable[[Launch], Primitives] | None = None,
     stream: Stream = lambda tensor: (),
 ) -> torch.library.Library:
@@ -313,13 +313,14 @@ def register(
         traced: put the launches into a graph that torch.compile traces. The compiler then plans
             memory across the launches and fuses the operators between them. If None, the compiler
             does not see the launches.
-        extension: runs plans of the operators in eager mode. If None, they run as they are.
+        runner: the extension that runs plans of the operators in eager mode. If None, they run as
+            they are.
         recorded: returns primitives whose launches go to a function, to make plans.
         stream: returns the first arguments of launches on tensors like the given one.
     """
     planned = None if recorded is None else lambda launch: Launches(recorded(launch))
     library = define_operators(
-        backend, Launches(primitives), "CompositeExplicitAutograd", extension, planned, stream
+        backend, Launches(primitives), "CompositeExplicitAutograd", runner, planned, stream
     )
     if traced is not None:
         for name, function in flat_kernels(Launches(traced)).items():

@@ -246,7 +246,7 @@ def define_operators(
     backend: str,
     kernels: Kernels,
     dispatch_key: str,
-    extension: Any = None,
+    runner: Any = None,
     recorded: Callable[[Launch], Kernels] | None = None,
     stream: Stream = lambda tensor: (),
 ) -> torch.library.Library:
@@ -256,7 +256,8 @@ def define_operators(
         backend: the end of the operators' namespace.
         kernels: what the operators compute.
         dispatch_key: the key of PyTorch's dispatcher that the kernels serve.
-        extension: runs plans of the operators in eager mode. If None, they run as they are.
+        runner: the extension that runs plans of the operators in eager mode. If None, they run as
+            they are.
         recorded: returns the kernels with their launches sent to a function, to make plans.
         stream: returns the first arguments of launches on tensors like the given one.
 
@@ -268,11 +269,11 @@ def define_operators(
     OPERATORS[backend] = Operators(*operators)
     _FUNCTIONS[backend] = {
         name: _function(name, kernels)
-        if extension is None or recorded is None
+        if runner is None or recorded is None
         else Planned(
             _function(name, kernels),
             functools.partial(_recorded, name, recorded),
-            extension,
+            runner,
             stream,
         )
         for name in _DEPTHWISE

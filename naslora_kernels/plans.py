@@ -47,24 +47,33 @@ TORCH_FUNCTIONS = (
     "dtype_uint8",
     "layout_strided",
 )
-_TORCH = ctypes.CDLL(torch._C.__file__)
 
 
-def use_torch(extension: Any) -> None:
+def plan_runner(extension: Any) -> Any:
     """Gives an extension the functions of torch by which it runs plans.
 
-    Raises:
-        ImportError: the extension was built from other sources.
+    Returns:
+        The extension; None if it is older than plans, or if torch's libraries do not show these
+        functions, as on Windows.
     """
-    if not hasattr(extension, "run_plan"):
-        raise ImportError("it was built from older sources")
-    functions = [getattr(_TORCH, f"aoti_torch_{name}") for name in TORCH_FUNCTIONS]
-    extension.use_torch(
-        torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
-        torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs,
-        *[ctypes.cast(function, ctypes.c_void_p).value for function in functions],
-    )
+    try:
+        extension.use_torch(
+            torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
+            torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs,
+            *[
+                ctypes.cast(_torch_function(name), ctypes.c_void_p).value
+                for name in TORCH_FUNCTIONS
+            ],
+        )
+    except (AttributeError, OSError):
+        return None
     describe_by(extension.describe)
+    return extension
+
+
+def _torch_function(name: str) -> Any:
+    """Returns a function of torch's C interface."""
+    return getattr(ctypes.CDLL(torch._C.__file__), f"aoti_torch_{name}")
 
 
 class Made(NamedTuple):
@@ -119,7 +128,7 @@ class Planned:
         self,
         function: Function,
         recorded: Callable[[Launch], Function],
-        extension: Any,
+        runner: Any,
         stream: Stream,
     ) -> None:
         """Stores what plans are made of.
@@ -127,16 +136,18 @@ class Planned:
         Args:
             function: computes without a plan, or raises for tensors that it cannot compute.
             recorded: returns the function with its launches sent to another one.
-            extension: runs plans.
+            runner: the extension that runs plans.
             stream: returns the first arguments of the launches.
         """
         self._function, self._recorded = function, recorded
-        self._run, self._stream = extension.run_plan, stream
+        self._run, self._stream = runner.run_plan, stream
         self._plans: dict[object, Plan] = {}
 
     def __call__(self, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> Any:
         """Computes the operator. A gradient that is not needed is None."""
-        stream = self._stream(tensors[0])
+        first = tensors[0]
+        assert first is not None, "the first tensor of an operator is always given"
+        stream = self._stream(first)
         results = self._run(self._plans, tensors, numbers, stream)
         if type(results) is tuple:  # the key of a plan that is missing
             if len({tensor.device for tensor in tensors if tensor is not None}) > 1:
@@ -198,7 +209,7 @@ class _Recorder(TorchDispatchMode):
         """
         returned = [results] if isinstance(results, Tensor) else results
         whole = {_storage(result) for result in returned if result.shape != (0,)}
-        launched = set()
+        launched: set[int] = set()
         for is_kernel, _, arguments in self._launches:
             used = launched if is_kernel else whole
             used |= {_storage(argument) for argument in arguments if isinstance(argument, Tensor)}
@@ -233,15 +244,13 @@ def _kernel(
     return Kernel(launch, tuple(numbers), tuple(positions))
 
 
-def _view(
-    tensor: Tensor, tensors: dict[int, int]
-) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def _view(tensor: Tensor, tensors: dict[int, int]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return tensors[_storage(tensor)], tuple(tensor.shape), tensor.stride()
 
 
 def _made(tensor: Tensor) -> Made:
-    name = str(tensor.dtype).removeprefix("torch.")
-    return Made(tuple(tensor.shape), tensor.stride(), getattr(_TORCH, f"aoti_torch_dtype_{name}")())
+    dtype = _torch_function(f"dtype_{str(tensor.dtype).removeprefix('torch.')}")()
+    return Made(tuple(tensor.shape), tensor.stride(), dtype)
 
 
 def _without_memory(tensor: Tensor) -> Tensor:

@@ -214,6 +214,7 @@ PyMethodDef methods[] = {
     NASLORA_METHOD(low_rank_pass),
     NASLORA_METHOD(low_rank_expand),
     NASLORA_METHOD(describe),
+    NASLORA_METHOD(poison),
     NASLORA_METHOD(run_plan),
     NASLORA_METHOD(use_torch),
     NASLORA_METHOD(set_parallel_for),

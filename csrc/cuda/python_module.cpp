@@ -111,6 +111,7 @@ PyMethodDef methods[] = {
     NASLORA_METHOD(cell_groups),
     NASLORA_METHOD(cell_partial_size),
     NASLORA_METHOD(describe),
+    NASLORA_METHOD(poison),
     NASLORA_METHOD(run_plan),
     NASLORA_METHOD(use_torch),
 #if defined(NASLORA_EMULATION)

@@ -6,6 +6,7 @@
 // is linked. A handle of a tensor is what that interface calls AtenTensorHandle.
 #pragma once
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -27,14 +28,14 @@ struct Torch {
   int32_t (*get_device_index)(Handle, int32_t*);
   int32_t (*get_storage_offset)(Handle, int64_t*);
   int32_t (*get_storage_size)(Handle, int64_t*);  // in bytes
-  int32_t (*empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides,
-                           int32_t dtype, int32_t device_type, int32_t device_index, Handle*);
+  int32_t (*empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                           int32_t device_type, int32_t device_index, Handle*);
   // A view; the offset is that of its first element from the tensor's.
   int32_t (*reinterpret_tensor)(Handle, int64_t dim, const int64_t* sizes, const int64_t* strides,
                                 int64_t offset, Handle*);
   int32_t (*delete_tensor)(Handle);
   size_t (*element_size)(int32_t dtype);
-  int32_t (*cpu)();    // the type of device
+  int32_t (*cpu)();      // the type of device
   int32_t (*bytes)();    // the dtype of bytes
   int32_t (*strided)();  // the layout of dense tensors
 
@@ -42,6 +43,10 @@ struct Torch {
   PyObject *to_handles, *to_tensors;
 };
 static Torch torch;
+
+// Whether allocated memory of a CPU is filled with NaN, for tests. torch does so for allocations
+// that it dispatches, which those of its C interface on a CPU are not.
+static bool poisoned = false;
 
 // A reference to a Python object, or null. It is given up at the end.
 struct Object {
@@ -94,8 +99,7 @@ struct Description {
   bool read(Handle tensor) {
     int32_t layout_kind;
     if (torch.get_layout(tensor, &layout_kind) || layout_kind != torch.strided()) return false;
-    return torch.get_dim(tensor, &layout.dim) == 0 &&
-           torch.get_sizes(tensor, &layout.sizes) == 0 &&
+    return torch.get_dim(tensor, &layout.dim) == 0 && torch.get_sizes(tensor, &layout.sizes) == 0 &&
            torch.get_strides(tensor, &layout.strides) == 0 &&
            torch.get_dtype(tensor, &dtype) == 0 &&
            torch.get_device_type(tensor, &device_type) == 0 &&
@@ -126,14 +130,17 @@ struct Description {
   }
 };
 
-// Reads a tuple of integers.
-inline std::vector<int64_t> integers(PyObject* tuple) {
-  std::vector<int64_t> values(PyTuple_Size(tuple));
-  for (size_t i = 0; i < values.size(); ++i) {
-    values[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
+// Sizes or strides, read from a tuple.
+struct Integers {
+  int64_t count, values[8];  // no tensor of the operators has more dimensions
+
+  explicit Integers(PyObject* tuple) : count(PyTuple_Size(tuple)) {
+    if (count > 8) throw std::invalid_argument("a tensor has more than eight dimensions");
+    for (int64_t i = 0; i < count; ++i) {
+      values[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
+    }
   }
-  return values;
-}
+};
 
 // One call of run_plan.
 class PlanRun {
@@ -158,11 +165,14 @@ class PlanRun {
     return one;
   }
 
-  // Returns all that plans and checks depend on except for values, as bytes. None if a tensor is not
-  // dense, or if its storage on a CPU is smaller than it and is looked at.
+  // Returns all that plans and checks depend on except for values, as bytes. None if a tensor is
+  // not dense, or if its storage on a CPU is smaller than it and is looked at.
   PyObject* describe(PyObject* tensors, bool look_at_storages) {
+    tensors_.reserve(32);
+    addresses_.reserve(32);
     if (!take(tensors)) return nullptr;
     std::string key;
+    key.reserve(2048);
     size_t next = 0;
     for (Py_ssize_t i = 0; i < PyTuple_Size(tensors); ++i) {
       if (PyTuple_GetItem(tensors, i) == Py_None) {
@@ -205,35 +215,42 @@ class PlanRun {
   bool allocate(PyObject* made, PyObject* offsets) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(made); ++i) {
       PyObject* one = PyTuple_GetItem(made, i);
-      const auto sizes = integers(PyTuple_GetItem(one, 0));
-      const auto strides = integers(PyTuple_GetItem(one, 1));
-      const auto dtype = PyLong_AsLong(PyTuple_GetItem(one, 2));
-      if (!add_empty(tensors_, sizes, strides, static_cast<int32_t>(dtype))) return false;
+      const Integers sizes(PyTuple_GetItem(one, 0)), strides(PyTuple_GetItem(one, 1));
+      const auto dtype = static_cast<int32_t>(PyLong_AsLong(PyTuple_GetItem(one, 2)));
+      if (!add_empty(tensors_, sizes.count, sizes.values, strides.values, dtype)) return false;
     }
     for (Handle tensor : tensors_) {
       void* data;
       if (torch.get_data_ptr(tensor, &data)) return false;
       addresses_.push_back(data);
     }
-    std::vector<int64_t> parts = integers(offsets);
-    const int64_t bytes = parts.back();
-    parts.pop_back();
-    if (parts.empty()) return true;
+    const Py_ssize_t parts = PyTuple_Size(offsets) - 1;
+    if (parts == 0) return true;
+    const int64_t bytes = PyLong_AsLongLong(PyTuple_GetItem(offsets, parts)), step = 1;
     void* start;
-    if (!add_empty(buffer_, {bytes}, {1}, torch.bytes())) return false;
+    if (!add_empty(buffer_, 1, &bytes, &step, torch.bytes())) return false;
     if (torch.get_data_ptr(buffer_[0], &start)) return false;
-    for (int64_t offset : parts) addresses_.push_back(static_cast<char*>(start) + offset);
+    for (Py_ssize_t i = 0; i < parts; ++i) {
+      const int64_t offset = PyLong_AsLongLong(PyTuple_GetItem(offsets, i));
+      addresses_.push_back(static_cast<char*>(start) + offset);
+    }
     return true;
   }
 
-  bool add_empty(Handles& handles, const std::vector<int64_t>& sizes,
-                 const std::vector<int64_t>& strides, int32_t dtype) {
+  bool add_empty(Handles& handles, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                 int32_t dtype) {
     Handle handle;
-    if (torch.empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                            first_.device_type, first_.device_index, &handle)) {
+    if (torch.empty_strided(dim, sizes, strides, dtype, first_.device_type, first_.device_index,
+                            &handle)) {
       return false;
     }
     handles.push_back(handle);
+    if (poisoned && first_.device_type == torch.cpu()) {
+      int64_t bytes;
+      void* data;
+      if (torch.get_storage_size(handle, &bytes) || torch.get_data_ptr(handle, &data)) return false;
+      if (bytes > 0) memset(data, 0xff, static_cast<size_t>(bytes));
+    }
     return true;
   }
 
@@ -276,11 +293,10 @@ class PlanRun {
     for (Py_ssize_t i = 0; i < PyTuple_Size(descriptions); ++i) {
       PyObject* one = PyTuple_GetItem(descriptions, i);
       const auto tensor = PyLong_AsSsize_t(PyTuple_GetItem(one, 0));
-      const auto sizes = integers(PyTuple_GetItem(one, 1));
-      const auto strides = integers(PyTuple_GetItem(one, 2));
+      const Integers sizes(PyTuple_GetItem(one, 1)), strides(PyTuple_GetItem(one, 2));
       Handle view;
-      if (torch.reinterpret_tensor(tensors_[tensor], static_cast<int64_t>(sizes.size()),
-                                   sizes.data(), strides.data(), 0, &view)) {
+      if (torch.reinterpret_tensor(tensors_[tensor], sizes.count, sizes.values, strides.values, 0,
+                                   &view)) {
         PyErr_SetString(PyExc_RuntimeError, "torch makes no view of a tensor");
         return nullptr;
       }
@@ -345,6 +361,9 @@ PyObject* with_plan_run(Py_ssize_t wanted, Py_ssize_t count, const Body& body) {
     return body(run);
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
   }
 }
 
@@ -355,9 +374,18 @@ static PyObject* describe(PyObject*, PyObject* const* values, Py_ssize_t count) 
 
 // run_plan(plans, tensors, numbers, stream) -> results, a key, or None; see PlanRun::run
 static PyObject* run_plan(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return with_plan_run(4, count, [&](PlanRun& run) {
-    return run.run(values[0], values[1], values[2], values[3]);
-  });
+  return with_plan_run(
+      4, count, [&](PlanRun& run) { return run.run(values[0], values[1], values[2], values[3]); });
+}
+
+// poison(bool): whether what plans allocate on a CPU is filled with NaN
+static PyObject* poison(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments a(values, count);
+  bool wanted;
+  a.read(wanted);
+  if (!a.complete()) return nullptr;
+  poisoned = wanted;
+  Py_RETURN_NONE;
 }
 
 // use_torch(to_handles, to_tensors, *addresses): gets the functions of Torch
@@ -368,9 +396,10 @@ static PyObject* use_torch(PyObject*, PyObject* const* values, Py_ssize_t count)
   }
   Torch t;
   Arguments a(values + 2, count - 2);
-  a.read(t.get_data_ptr, t.get_layout, t.get_dim, t.get_sizes, t.get_strides, t.get_dtype, t.get_device_type,
-         t.get_device_index, t.get_storage_offset, t.get_storage_size, t.empty_strided,
-         t.reinterpret_tensor, t.delete_tensor, t.element_size, t.cpu, t.bytes, t.strided);
+  a.read(t.get_data_ptr, t.get_layout, t.get_dim, t.get_sizes, t.get_strides, t.get_dtype,
+         t.get_device_type, t.get_device_index, t.get_storage_offset, t.get_storage_size,
+         t.empty_strided, t.reinterpret_tensor, t.delete_tensor, t.element_size, t.cpu, t.bytes,
+         t.strided);
   if (!a.complete()) return nullptr;
   t.to_handles = values[0];
   t.to_tensors = values[1];

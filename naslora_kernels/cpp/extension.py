@@ -11,12 +11,8 @@ import os
 
 import torch
 
-from naslora_kernels.plans import use_torch
-
 try:
     from naslora_kernels import _C  # type: ignore[attr-defined]
-
-    use_torch(_C)
 except ImportError as error:
     _C = None
     _import_error = error

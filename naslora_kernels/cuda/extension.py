@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from naslora_kernels.plans import use_torch
-
 EMULATION_VARIABLE = "NASLORA_CUDA_EMULATION"
 EMULATION = os.environ.get(EMULATION_VARIABLE)  # the file of the emulation, if there is one
 SERVED_DEVICE = "cpu" if EMULATION else "cuda"
@@ -37,7 +35,6 @@ try:
         _CUDA: Any = _load_emulation(EMULATION)
     else:
         from naslora_kernels import _CUDA  # type: ignore[attr-defined,no-redef]
-    use_torch(_CUDA)
 except ImportError as error:
     _CUDA = None
     _import_error = error
