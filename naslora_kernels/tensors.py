@@ -50,8 +50,10 @@ def signature(tensors: tuple[Tensor | None, ...]) -> object:
     tensor."""
     if torch.compiler.is_compiling():
         return None
+    # Subclasses of Tensor may have sizes that are no numbers.
+    describe = _describe if type(tensors[0]) is Tensor else _describe_slowly
     try:
-        return _describe(tensors)
+        return describe(tensors)
     except (AttributeError, TypeError):
         return None
 
