@@ -161,10 +161,11 @@ class Planned:
         return results
 
     def _plan(self, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> Plan:
-        stand_ins = tuple(None if tensor is None else _without_memory(tensor) for tensor in tensors)
         recorder = _Recorder()
-        with recorder:
-            results = self._recorded(recorder.launch)(stand_ins, numbers)
+        with torch.inference_mode(False), torch.no_grad():  # else some operators come whole
+            stand_ins = tuple(None if t is None else _without_memory(t) for t in tensors)
+            with recorder:
+                results = self._recorded(recorder.launch)(stand_ins, numbers)
         return recorder.plan([tensor for tensor in stand_ins if tensor is not None], results)
 
 
@@ -177,12 +178,12 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._allocated: list[Tensor] = []
-        self._launches: list[tuple[bool, Callable[..., Any], tuple[Any, ...]]] = []
-        """Whether a kernel is launched, by which function, or else a method; the arguments."""
+        # Whether it is a launch, the function or the method of tensors, the arguments.
+        self._steps: list[tuple[bool, Callable[..., Any], tuple[Any, ...]]] = []
 
     def launch(self, function: Callable[..., None], *arguments: Any) -> None:
         """Records the launch of a kernel."""
-        self._launches.append((True, function, arguments))
+        self._steps.append((True, function, arguments))
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -190,13 +191,13 @@ class _Recorder(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("aten::")
         if function._schema.is_mutable:
-            self._launches.append((False, getattr(Tensor, name), args))
+            self._steps.append((False, getattr(Tensor, name), args))
         elif name in ("empty_like", "new_empty"):
             self._allocated.append(result)
         elif name in ("clone", "_to_copy"):
             self._allocated.append(result)
-            self._launches.append((False, Tensor.copy_, (result, args[0])))
-        elif not function.is_view and name != "_unsafe_view":
+            self._steps.append((False, Tensor.copy_, (result, args[0])))
+        elif _storage(result) not in map(_storage, args[:1]):  # no view
             raise NotImplementedError(f"a plan cannot repeat {function}")
         return result
 
@@ -210,8 +211,8 @@ class _Recorder(TorchDispatchMode):
         returned = [results] if isinstance(results, Tensor) else results
         whole = {_storage(result) for result in returned if result.shape != (0,)}
         launched: set[int] = set()
-        for is_kernel, _, arguments in self._launches:
-            used = launched if is_kernel else whole
+        for is_launch, _, arguments in self._steps:
+            used = launched if is_launch else whole
             used |= {_storage(argument) for argument in arguments if isinstance(argument, Tensor)}
         made = [tensor for tensor in self._allocated if _storage(tensor) in whole]
         parts = [tensor for tensor in self._allocated if _storage(tensor) in launched - whole]
@@ -222,9 +223,9 @@ class _Recorder(TorchDispatchMode):
             _offsets(parts),
             tuple(
                 _kernel(function, arguments, addresses)
-                if is_kernel
+                if is_launch
                 else Method(function, None, tuple(_view(t, tensors) for t in arguments))
-                for is_kernel, function, arguments in self._launches
+                for is_launch, function, arguments in self._steps
             ),
             tuple(tensors.get(_storage(result)) for result in returned),
             isinstance(results, Tensor),

@@ -138,6 +138,18 @@ def test_a_layer_is_two_calls_of_the_extension(target, monkeypatch):
 
 
 @planned_targets
+def test_a_plan_made_in_inference_mode_serves_training(target):
+    case = layer_case(*LAYER).to(torch.bfloat16, parameter_dtype=torch.float32).on(target.device)
+    expected = operator(target, "nas_lora_linear", forward_tensors(case), (1.5,))[0]
+    planned(target, "nas_lora_linear")
+    with torch.inference_mode():
+        h = nas_lora_linear(**case.arguments, **case.options, backend=target.backend)
+    assert h.is_inference()
+    assert torch.equal(h, expected)
+    assert torch.equal(case.run(target)["result"], expected)
+
+
+@planned_targets
 def test_a_call_keeps_no_tensor(target):
     backward = planned(target, "nas_lora_linear_backward")
     case = layer_case(*LAYER).to(torch.float32).on(target.device)
