@@ -53,8 +53,7 @@ def plan_runner(extension: Any) -> Any:
     """Gives an extension the functions of torch by which it runs plans.
 
     Returns:
-        The extension; None if it is older than plans, or if torch's libraries do not show these
-        functions, as on Windows.
+        The extension; None if it is older than plans, or if torch does not export the functions.
     """
     try:
         extension.use_torch(
