@@ -163,7 +163,8 @@ def _check_linear(x: Tensor, linear: LoRALinear) -> int:
 
 
 def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    is_float = type(value) is float  # asking numbers.Real takes ten times as long
+    if not is_float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # torch.compile can trace comparisons, not math.isfinite.
     if not -sys.float_info.max <= value <= sys.float_info.max:
@@ -265,20 +266,32 @@ def _check_channel_values(channels: Tensor | None, rank: int) -> None:
         return
     if torch.compiler.is_compiling() or channels.is_meta:
         return  # the values cannot be read; the first eager call checks them
-    on_gpu = channels.device.type != "cpu"
-    version = channels._version if on_gpu and not channels.is_inference() else None
+    if _stalls_when_read(channels):
+        _check_channel_values_once(channels, rank)
+    else:
+        _read_channel_values(channels, rank)
+
+
+def _stalls_when_read(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def _check_channel_values_once(channels: Tensor, rank: int) -> None:
+    version = None if channels.is_inference() else channels._version
     seen = _seen_channels.get(id(channels))
-    if on_gpu and seen and seen[0]() is channels and seen[1:] == (version, rank):
+    if seen and seen[0]() is channels and seen[1:] == (version, rank):
         return
-    if on_gpu and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return  # reading would end the capture; the calls that warmed up have checked them
+    _read_channel_values(channels, rank)
+    key = id(channels)
+    reference = weakref.ref(channels, lambda _: _seen_channels.pop(key, None))
+    _seen_channels[key] = (reference, version, rank)
+
+
+def _read_channel_values(channels: Tensor, rank: int) -> None:
     values = channels.tolist()
     if any(not 0 <= value < rank for value in values):
         raise ValueError(f"channels: expected values in 0..{rank - 1}, got {values}")
     if len(set(values)) != len(values):
         raise ValueError(f"channels: expected distinct values, got {values}")
-    if not on_gpu:
-        return
-    key = id(channels)
-    reference = weakref.ref(channels, lambda _: _seen_channels.pop(key, None))
-    _seen_channels[key] = (reference, version, rank)

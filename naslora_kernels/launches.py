@@ -39,6 +39,7 @@ from naslora_kernels.ops import (
     flat_kernels,
     layer_gradients,
 )
+from naslora_kernels.plans import Launch, Stream
 from naslora_kernels.saved import check_saved_cell, check_saved_layer
 from naslora_kernels.tensors import ACCUMULATORS, gradient_like, rows
 
@@ -297,7 +298,12 @@ def _zeros(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def register(
-    backend: str, primitives: Primitives, traced: Primitives | None = None
+    backend: str,
+    primitives: Primitives,
+    traced: Primitives | None = None,
+    runner: Any = None,
+    recorded: Callable[[Launch], Primitives] | None = None,
+    stream: Stream = lambda tensor: (),
 ) -> torch.library.Library:
     """Defines the operators of a GPU backend over its primitives.
 
@@ -307,8 +313,15 @@ def register(
         traced: put the launches into a graph that torch.compile traces. The compiler then plans
             memory across the launches and fuses the operators between them. If None, the compiler
             does not see the launches.
+        runner: the extension that runs plans of the operators in eager mode. If None, they run as
+            they are.
+        recorded: returns primitives whose launches go to a function, to make plans.
+        stream: returns the first arguments of launches on tensors like the given one.
     """
-    library = define_operators(backend, Launches(primitives), "CompositeExplicitAutograd")
+    planned = None if recorded is None else lambda launch: Launches(recorded(launch))
+    library = define_operators(
+        backend, Launches(primitives), "CompositeExplicitAutograd", runner, planned, stream
+    )
     if traced is not None:
         for name, function in flat_kernels(Launches(traced)).items():
             operator, inlined = f"naslora_{backend}::{name}", functools.partial(_inline, function)

@@ -9,8 +9,9 @@ Backward operators take one flag per gradient. A gradient that is not needed is 
 empty tensor takes its place.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
 from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.plans import Function, Launch, Planned, Stream
 from naslora_kernels.tensors import DTYPES, gradient_like
 
 _CELL = "Tensor alpha, Tensor[] depthwise, Tensor pw, Tensor? channels"
@@ -57,16 +59,29 @@ class Operators(NamedTuple):
     folded_linear: Callable[..., Any]
 
 
-# The operators of every backend that has been loaded, by its name, and the functions behind them.
+# The operators of every backend that has been loaded, by the backend's name.
 OPERATORS: dict[str, Operators] = {}
-_FUNCTIONS: dict[str, Operators] = {}
+
+Maybe: TypeAlias = Tensor | None
+
+# The four operators with gradients, by the backend's name and their own.
+_FUNCTIONS: dict[str, dict[str, Function]] = {}
 _PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter, type(None)))
+# The position of the list of depthwise kernels. pw, channels and numbers follow it.
+_DEPTHWISE = {
+    name: schema.split(", ").index("Tensor[] depthwise")
+    for name, schema in _SCHEMAS.items()
+    if "Tensor[] depthwise" in schema
+}
 
 
-def _operators(backend: str, tensors: Iterable[Tensor | None]) -> Operators:
-    """Returns what computes: in eager mode the functions, which saves 20 microseconds a call.
+def _compute(
+    backend: str, name: str, tensors: tuple[Maybe, ...], numbers: tuple[float, ...]
+) -> Any:
+    """Computes an operator with gradients.
 
-    A compiler, a tracer, a dispatch mode or a subclass of Tensor has to see the operators.
+    In eager mode this calls its function: PyTorch's dispatcher takes longer. A compiler, a tracer,
+    a dispatch mode or a subclass of Tensor has to see the operator.
     """
     if (
         torch.compiler.is_compiling()
@@ -74,8 +89,16 @@ def _operators(backend: str, tensors: Iterable[Tensor | None]) -> Operators:
         or torch._C._get_tracing_state() is not None
         or not _PLAIN_TENSORS.issuperset(map(type, tensors))
     ):
-        return OPERATORS[backend]
-    return _FUNCTIONS[backend]
+        return getattr(OPERATORS[backend], name)(*_arguments(name, tensors, numbers))
+    return _FUNCTIONS[backend][name](tensors, numbers)
+
+
+def _arguments(
+    name: str, tensors: tuple[Maybe, ...], numbers: tuple[float, ...]
+) -> tuple[Any, ...]:
+    """Returns the arguments of a schema."""
+    at = _DEPTHWISE[name]
+    return (*tensors[:at], list(tensors[at : at + 4]), *tensors[at + 4 :], *numbers)
 
 
 class CellNeed(NamedTuple):
@@ -219,21 +242,52 @@ def layer_gradients(saved: SavedLayer, need: LayerNeed) -> tuple[Tensor, ...]:
     )
 
 
-def define_operators(backend: str, kernels: Kernels, dispatch_key: str) -> torch.library.Library:
+def define_operators(
+    backend: str,
+    kernels: Kernels,
+    dispatch_key: str,
+    runner: Any = None,
+    recorded: Callable[[Launch], Kernels] | None = None,
+    stream: Stream = lambda tensor: (),
+) -> torch.library.Library:
     """Defines the operators of a backend and registers its kernels.
 
     Args:
         backend: the end of the operators' namespace.
         kernels: what the operators compute.
         dispatch_key: the key of PyTorch's dispatcher that the kernels serve.
+        runner: the extension that runs plans of the operators in eager mode. If None, they run as
+            they are.
+        recorded: returns the kernels with their launches sent to a function, to make plans.
+        stream: returns the first arguments of launches on tensors like the given one.
 
     Returns:
         The library. The operators exist as long as it does.
     """
     implementations, shapes = flat_kernels(kernels), flat_kernels(_Shapes())
     library, operators = define(backend, _SCHEMAS, implementations, shapes, dispatch_key)
-    OPERATORS[backend], _FUNCTIONS[backend] = Operators(*operators), Operators(**implementations)
+    OPERATORS[backend] = Operators(*operators)
+    _FUNCTIONS[backend] = {
+        name: _function(name, kernels)
+        if runner is None or recorded is None
+        else Planned(
+            _function(name, kernels),
+            functools.partial(_recorded, name, recorded),
+            runner,
+            stream,
+        )
+        for name in _DEPTHWISE
+    }
     return library
+
+
+def _function(name: str, kernels: Kernels) -> Function:
+    flat = flat_kernels(kernels)[name]
+    return lambda tensors, numbers: flat(*_arguments(name, tensors, numbers))
+
+
+def _recorded(name: str, recorded: Callable[[Launch], Kernels], launch: Launch) -> Function:
+    return _function(name, recorded(launch))
 
 
 def define(
@@ -272,23 +326,33 @@ def unsupported(served: str, device_type: str, dtype: torch.dtype) -> str | None
     return None if dtype in DTYPES else f"it has no kernels for {dtype}"
 
 
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``once_differentiable``, which takes longer even if no graph is asked for."""
+    refuses_twice = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *gradients: Tensor) -> Any:
+        return (refuses_twice if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return once
+
+
 class MixedCell(torch.autograd.Function):
     """y = cell(z); arguments: the backend's name, z, and the seven values of ``Cell.flatten``."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, z: Tensor, *cell: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(z, *cell)
+    def forward(ctx: Any, backend: str, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*tensors)
         ctx.backend = backend
-        return _operators(backend, (z, *cell)).mixed_cell(z, *Cell.unflatten(cell))
+        return _compute(backend, "mixed_cell", tensors, ())
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        z, *cell = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:8]  # z, alpha, the depthwise kernels, pw
-        gradients = _operators(ctx.backend, (grad_y, z, *cell)).mixed_cell_backward(
-            grad_y, z, *Cell.unflatten(cell), needed[0], needed[1], any(needed[2:])
-        )
+        need = CellNeed(needed[0], needed[1], any(needed[2:]))
+        tensors = (grad_y, *ctx.saved_tensors)
+        gradients = _compute(ctx.backend, "mixed_cell_backward", tensors, need)
         return (None, *only(gradients, needed), None)
 
 
@@ -301,38 +365,28 @@ class NASLoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, backend: str, scaling: float, x: Tensor, *tensors: Tensor
-    ) -> Tensor:
-        linear, cell = LoRALinear(*tensors[:4]), tensors[4:]
-        operators = _operators(backend, (x, *tensors))
-        h, z = operators.nas_lora_linear(x, *linear, *Cell.unflatten(cell), scaling)
+    def forward(ctx: Any, backend: str, scaling: float, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        h, z = _compute(backend, "nas_lora_linear", tensors, (scaling,))
+        x, weight, _, *adapter = tensors
         keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # for weight or lora_A
-        kept = x if keep_x else None
-        ctx.save_for_backward(kept, z, linear.weight, linear.lora_A, linear.lora_B, *cell)
+        ctx.save_for_backward(x if keep_x else None, z, weight, *adapter)
         ctx.scaling, ctx.backend = scaling, backend
         return h
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        x, z, weight, lora_A, lora_B, *cell = saved
         need_x, need_weight, need_bias, *needed = ctx.needs_input_grad[2:13]
         need_A, need_B, need_alpha, *need_weights = needed
         need = LayerNeed(need_x, need_A, need_B, need_alpha, any(need_weights))
-        cell = Cell.unflatten(cell)
-        operators = _operators(ctx.backend, (grad_h, *saved))
-        grad_x, *gradients = operators.nas_lora_linear_backward(
-            grad_h, x, z, weight, lora_A, lora_B, *cell, ctx.scaling, *need
+        grad_x, *gradients = _compute(
+            ctx.backend, "nas_lora_linear_backward", (grad_h, *saved), (ctx.scaling, *need)
         )
-        grad_rows = grad_h.flatten(0, -2)  # (tokens, C_out)
         return (
-            None,
-            None,
-            grad_x if need_x else None,
-            grad_rows.t() @ x.flatten(0, -2) if need_weight else None,
-            grad_rows.sum(0) if need_bias else None,
+            *(None, None, grad_x if need_x else None),
+            grad_h.flatten(0, -2).t() @ saved[0].flatten(0, -2) if need_weight else None,
+            grad_h.flatten(0, -2).sum(0) if need_bias else None,
             *only(gradients, needed),
             None,
         )

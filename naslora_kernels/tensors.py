@@ -1,6 +1,7 @@
 """What the backends share about tensors: dtypes, the dtype of sums, rows, addresses."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ def rows(grid: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def address(tensor: Tensor | None) -> int:
-    """Returns the address of a tensor's first element; 0, a null pointer, for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def addresses(arguments: Iterable[Any]) -> list[Any]:
+    """Replaces tensors with the addresses of their first elements, and None with 0."""
+    return [
+        argument.data_ptr() if isinstance(argument, Tensor) else 0 if argument is None else argument
+        for argument in arguments
+    ]
 
 
 def last_size(tensor: Tensor | None, other: Tensor | None) -> int:
@@ -40,15 +44,31 @@ def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def signature(tensors: Iterable[Tensor | None]) -> tuple[object, ...] | None:
+def signature(tensors: tuple[Tensor | None, ...]) -> object:
     """Returns what the checks of tensors look at, except for values: two calls with equal
-    signatures pass or fail alike. None while torch.compile traces, and for what is no tensor."""
+    signatures pass or fail alike. None while torch.compile traces, and for what is no dense
+    tensor."""
     if torch.compiler.is_compiling():
         return None
+    # Subclasses of Tensor may have sizes that are no numbers.
+    describe = _describe if type(tensors[0]) is Tensor else _describe_slowly
     try:
-        return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
-    except AttributeError:
+        return describe(tensors)
+    except (AttributeError, TypeError):
         return None
+
+
+def describe_by(describe: Callable[[tuple[Tensor | None, ...]], object]) -> None:
+    """Lets an extension compute signatures, which takes it less time."""
+    global _describe
+    _describe = describe
+
+
+def _describe_slowly(tensors: tuple[Tensor | None, ...]) -> object:
+    return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
+
+
+_describe: Callable[[tuple[Tensor | None, ...]], object] = _describe_slowly
 
 
 class Passed:

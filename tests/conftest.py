@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 # Runs are in float32 unless a test says otherwise, whatever this CPU computes in.
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 
-from naslora_kernels import cpp
+from naslora_kernels import cpp, cuda
 
 torch.set_num_threads(1)
 # References that the kernels are held against compute in true float32 on GPUs, too.
@@ -147,7 +147,12 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
+    extensions = [extension for extension in (cpp._C, cuda._CUDA) if extension is not None]
+    for extension in extensions:
+        extension.poison(True)
     yield
+    for extension in extensions:
+        extension.poison(False)
     torch.use_deterministic_algorithms(False)
 
 

@@ -41,6 +41,7 @@ FLOORS = {
     ),
     "naslora_kernels": (
         {"cell", "operations", "tensors"},
+        {"plans"},
         {"ops"},
         {"attention"},
         {"saved"},

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 
+#include "../shared/plans.h"
 #include "../shared/python_arguments.h"
 #include "kernels.h"
 
@@ -212,6 +213,10 @@ PyMethodDef methods[] = {
     NASLORA_METHOD(folded_update),
     NASLORA_METHOD(low_rank_pass),
     NASLORA_METHOD(low_rank_expand),
+    NASLORA_METHOD(describe),
+    NASLORA_METHOD(poison),
+    NASLORA_METHOD(run_plan),
+    NASLORA_METHOD(use_torch),
     NASLORA_METHOD(set_parallel_for),
     {"capabilities", capabilities, METH_NOARGS, nullptr},
     {"use_capability", use_capability, METH_O, nullptr},

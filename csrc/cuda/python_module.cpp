@@ -5,6 +5,7 @@
 // and streams are valid here.
 #include <tuple>
 
+#include "../shared/plans.h"
 #include "../shared/python_arguments.h"
 #include "kernels.h"
 #if defined(NASLORA_EMULATION)
@@ -109,6 +110,10 @@ PyMethodDef methods[] = {
     NASLORA_METHOD(row_groups),
     NASLORA_METHOD(cell_groups),
     NASLORA_METHOD(cell_partial_size),
+    NASLORA_METHOD(describe),
+    NASLORA_METHOD(poison),
+    NASLORA_METHOD(run_plan),
+    NASLORA_METHOD(use_torch),
 #if defined(NASLORA_EMULATION)
     {"launches", launches, METH_NOARGS, nullptr},
 #endif

@@ -13,6 +13,7 @@ from naslora_kernels.cpp.extension import (
 )
 from naslora_kernels.cpp.primitives import CPULaunches
 from naslora_kernels.ops import define_operators, entry_points, unsupported
+from naslora_kernels.plans import plan_runner
 
 __all__ = [
     "CAPABILITY_VARIABLE",
@@ -34,6 +35,6 @@ unsupported_reason = functools.partial(unsupported, "cpu")
 
 if _C is not None:
     _libraries = (
-        define_operators("cpp", CPULaunches(), "CPU"),
+        define_operators("cpp", CPULaunches(), "CPU", plan_runner(_C), CPULaunches),
         define_attention("cpp", CPUAttention(), "CPU"),
     )

@@ -4,7 +4,8 @@ The kernels read parameters and write their gradients in the dtype of sums, and 
 themselves. So partial sums are the gradients themselves, except where a gradient has another dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +13,21 @@ from torch import Tensor
 from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.cpp.extension import _C
 from naslora_kernels.launches import CellPartials, CellSums, Launches, MatrixSums, Maybe, Primitives
-from naslora_kernels.tensors import ACCUMULATORS, DTYPE_CODES, address, last_size, rows
+from naslora_kernels.plans import Launch
+from naslora_kernels.tensors import ACCUMULATORS, DTYPE_CODES, addresses, last_size, rows
+
+
+def launch(function: Callable[..., None], *arguments: Any) -> None:
+    """Runs a kernel."""
+    function(*addresses(arguments))
 
 
 class CPULaunches(Launches):
     """The operators over the C++ kernels. The folded layer is one kernel, not three."""
 
-    def __init__(self) -> None:
-        super().__init__(CPUPrimitives())
+    def __init__(self, launch: Launch = launch) -> None:
+        super().__init__(CPUPrimitives(launch))
+        self._launch = launch
 
     def folded_linear(
         self, x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
@@ -32,17 +40,21 @@ class CPULaunches(Launches):
         taps, encoder = _plain(kernel, dtype), _plain(lora_A, dtype)
         decoder = _plain(lora_B.t(), dtype)  # (c, C_out)
         start = None if bias is None else _plain(bias, dtype)
-        cell = (DTYPE_CODES[x.dtype], *grid, c, taps.data_ptr(), taps.shape[-1], average, maximum)
-        inputs = (x_rows.data_ptr(), x_rows.stride(0), x_rows.shape[1])
-        matrices = (encoder.data_ptr(), decoder.data_ptr(), address(start))
+        cell = (DTYPE_CODES[x.dtype], *grid, c, taps, taps.shape[-1], average, maximum)
+        inputs = (x_rows, x_rows.stride(0), x_rows.shape[1])
+        matrices = (encoder, decoder, start)
         # As in Launches._decode, h starts as the bias and the adapter's part.
-        _C.folded_update(*cell, *inputs, *matrices, c_out, h.data_ptr())
+        self._launch(_C.folded_update, *cell, *inputs, *matrices, c_out, h)
         h.view(x_rows.shape[0], c_out).addmm_(x_rows, weight.t())
         return h
 
 
 class CPUPrimitives(Primitives):
     """The primitives of ``naslora_kernels/launches.py``, which documents them."""
+
+    def __init__(self, launch: Launch = launch) -> None:
+        """Stores how kernels are called."""
+        self._launch = launch
 
     def prepare(self, cell: Cell, maps: Tensor) -> Cell:
         dtype, channels = ACCUMULATORS[maps.dtype], cell.channels
@@ -56,10 +68,10 @@ class CPUPrimitives(Primitives):
         self, rows: Tensor, matrix: Maybe, u: Maybe, scale: float, product: Maybe, partials: Maybe
     ) -> None:
         matrix = None if matrix is None else _plain(matrix, ACCUMULATORS[rows.dtype])
-        maps = (rows.data_ptr(), rows.stride(0), *rows.shape, last_size(u, product))
-        products = (address(matrix), address(product), address(u))
-        sums = (0, 0, 0) if partials is None else (partials.data_ptr(), *partials.stride())
-        _C.low_rank_pass(DTYPE_CODES[rows.dtype], *maps, scale, *products, *sums)
+        maps = (rows, rows.stride(0), *rows.shape, last_size(u, product))
+        sums = (None, 0, 0) if partials is None else (partials, *partials.stride())
+        arguments = (DTYPE_CODES[rows.dtype], *maps, scale, matrix, product, u, *sums)
+        self._launch(_C.low_rank_pass, *arguments)
 
     def low_rank_expand(
         self, u: Tensor, matrix: Tensor, bias: Maybe, scale: float, out: Tensor
@@ -67,27 +79,26 @@ class CPUPrimitives(Primitives):
         dtype = ACCUMULATORS[out.dtype]
         matrix = _plain(matrix, dtype)
         bias = None if bias is None else _plain(bias, dtype)
-        addresses = (u.data_ptr(), matrix.data_ptr(), address(bias))
         shape = (*out.shape, matrix.shape[0])
-        _C.low_rank_expand(DTYPE_CODES[out.dtype], *addresses, *shape, scale, out.data_ptr())
+        arguments = (DTYPE_CODES[out.dtype], u, matrix, bias, *shape, scale, out)
+        self._launch(_C.low_rank_expand, *arguments)
 
     def cell_forward(self, z: Tensor, cell: Cell, y: Tensor) -> None:
-        _C.cell_forward(*_cell_arguments(z, cell), y.data_ptr())
+        self._launch(_C.cell_forward, *_cell_arguments(z, cell), y)
 
     def cell_backward(
         self, grad_y: Tensor, z: Tensor, cell: Cell, grad_z: Maybe, partials: CellPartials
     ) -> None:
         sums = [None] * 6 if partials is None else partials
-        addresses = [0 if sum is None else sum.data_ptr() for sum in (grad_z, *sums)]
-        gradient = (grad_y.data_ptr(), *grad_y.stride())
-        _C.cell_backward(*_cell_arguments(z, cell), *gradient, *addresses)
+        gradients = (grad_y, *grad_y.stride(), grad_z, *sums)
+        self._launch(_C.cell_backward, *_cell_arguments(z, cell), *gradients)
 
     def folded_cell_forward(
         self, z: Tensor, kernel: Tensor, average: float, maximum: float, y: Tensor
     ) -> None:
         taps = _plain(kernel, ACCUMULATORS[z.dtype])
-        cell = (DTYPE_CODES[z.dtype], *z.shape, taps.data_ptr(), taps.shape[-1], average, maximum)
-        _C.folded_cell(*cell, z.data_ptr(), *z.stride(), y.data_ptr())
+        cell = (DTYPE_CODES[z.dtype], *z.shape, taps, taps.shape[-1], average, maximum)
+        self._launch(_C.folded_cell, *cell, z, *z.stride(), y)
 
     def matrix_partials(self, gradient: Tensor, tokens: int, transposed: bool) -> Tensor:
         return _sum_like(gradient.t() if transposed else gradient)
@@ -115,17 +126,15 @@ def _sum_like(gradient: Tensor) -> Tensor:
     return gradient if gradient.dtype is dtype else torch.empty_like(gradient, dtype=dtype)
 
 
-def _cell_arguments(z: Tensor, cell: Cell) -> tuple[int, ...]:
+def _cell_arguments(z: Tensor, cell: Cell) -> tuple[Any, ...]:
     """Returns the arguments that describe a prepared cell and its maps."""
     alpha, depthwise, pw, channels = cell
     return (
         DTYPE_CODES[z.dtype],
         *z.shape,
         pw.shape[-1],
-        0 if channels is None else channels.data_ptr(),
-        *[t.data_ptr() for t in (alpha, *depthwise, pw)],
-        z.data_ptr(),
-        *z.stride(),
+        *(channels, alpha, *depthwise, pw),
+        *(z, *z.stride()),
     )
 
 

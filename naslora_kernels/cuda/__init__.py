@@ -11,9 +11,10 @@ from naslora_kernels.cuda.extension import (
     build_info,
     unavailable_reason,
 )
-from naslora_kernels.cuda.primitives import CUDAPrimitives
+from naslora_kernels.cuda.primitives import CUDAPrimitives, stream
 from naslora_kernels.launches import register
 from naslora_kernels.ops import entry_points, unsupported
+from naslora_kernels.plans import plan_runner
 
 __all__ = [
     "EMULATION_VARIABLE",
@@ -33,4 +34,4 @@ mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("cuda")
 unsupported_reason = functools.partial(unsupported, SERVED_DEVICE)
 
 if _CUDA is not None:
-    _library = register("cuda", CUDAPrimitives())
+    _library = register("cuda", CUDAPrimitives(), None, plan_runner(_CUDA), CUDAPrimitives, stream)

@@ -3,7 +3,8 @@
 Each method is one launch, on the current stream of the tensors' device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,38 +12,57 @@ from torch import Tensor
 from naslora_kernels.cell import Cell
 from naslora_kernels.cuda.extension import _CUDA, EMULATION
 from naslora_kernels.launches import CellPartials, CellSums, GPUPrimitives, MatrixSums, Maybe
-from naslora_kernels.tensors import DTYPE_CODES, address, last_size
+from naslora_kernels.plans import Launch
+from naslora_kernels.tensors import DTYPE_CODES, addresses, last_size
+
+
+def stream(tensor: Tensor) -> tuple[int, int]:
+    """Returns the device and the address of its current stream, as torch.compile gets them."""
+    if EMULATION:
+        return 0, 0
+    device = tensor.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def launch(function: Callable[..., None], *arguments: Any) -> None:
+    """Launches a kernel on the device of its tensors."""
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    function(*stream(first), *addresses(arguments))
 
 
 class CUDAPrimitives(GPUPrimitives):
     """The primitives of ``naslora_kernels/launches.py``, which documents them."""
 
+    def __init__(self, launch: Launch = launch) -> None:
+        """Stores how kernels are launched."""
+        self._launch = launch
+
     def low_rank_pass(
         self, rows: Tensor, matrix: Maybe, u: Maybe, scale: float, product: Maybe, partials: Maybe
     ) -> None:
         shape = (rows.stride(0), *rows.shape, last_size(u, product))
-        maps = (DTYPE_CODES[rows.dtype], rows.data_ptr(), *shape)
+        maps = (DTYPE_CODES[rows.dtype], rows, *shape)
         strides = (0, 0) if matrix is None else matrix.stride()
-        sums = (address(u), scale, address(product), address(partials))
-        _CUDA.low_rank_pass(*_stream(rows), *maps, *_parameter(matrix), *strides, *sums)
+        sums = (u, scale, product, partials)
+        self._launch(_CUDA.low_rank_pass, *maps, *_parameter(matrix), *strides, *sums)
 
     def low_rank_expand(
         self, u: Tensor, matrix: Tensor, bias: Maybe, scale: float, out: Tensor
     ) -> None:
-        maps = (DTYPE_CODES[out.dtype], u.data_ptr(), *out.shape, u.shape[-1])
+        maps = (DTYPE_CODES[out.dtype], u, *out.shape, u.shape[-1])
         parameters = (*_parameter(matrix), *matrix.stride(), *_parameter(bias))
-        _CUDA.low_rank_expand(*_stream(out), *maps, *parameters, scale, out.data_ptr())
+        self._launch(_CUDA.low_rank_expand, *maps, *parameters, scale, out)
 
     def cell_forward(self, z: Tensor, cell: Cell, y: Tensor) -> None:
         maps = _maps(z, cell.pw.shape[-1], cell.channels)
-        _CUDA.cell_forward(*_stream(z), *maps, *_parameters(cell.parameters), y.data_ptr())
+        self._launch(_CUDA.cell_forward, *maps, *_parameters(cell.parameters), y)
 
     def cell_backward(
         self, grad_y: Tensor, z: Tensor, cell: Cell, grad_z: Maybe, partials: CellPartials
     ) -> None:
         maps = _maps(z, cell.pw.shape[-1], cell.channels)
-        gradients = (grad_y.data_ptr(), *grad_y.stride(), address(grad_z), address(partials))
-        _CUDA.cell_backward(*_stream(z), *maps, *_parameters(cell.parameters), *gradients)
+        gradients = (grad_y, *grad_y.stride(), grad_z, partials)
+        self._launch(_CUDA.cell_backward, *maps, *_parameters(cell.parameters), *gradients)
 
     def reduce_gradients(
         self, cell: Cell, sums: CellSums | None, A: MatrixSums | None, B: MatrixSums | None
@@ -50,10 +70,10 @@ class CUDAPrimitives(GPUPrimitives):
         partials = next(s.partials for s in (sums, A, B) if s is not None)
         cell_partials, gradients = (None, [None] * 6) if sums is None else sums
         groups = 0 if cell_partials is None else cell_partials.shape[0]
-        _CUDA.reduce_gradients(
-            *_stream(partials),
+        self._launch(
+            _CUDA.reduce_gradients,
             int(partials.dtype is torch.float64),
-            *(groups, cell.pw.shape[-1], address(cell_partials)),
+            *(groups, cell.pw.shape[-1], cell_partials),
             *_parameters(cell.parameters),
             *_parameters(gradients),
             *_matrix_sums(A),
@@ -65,7 +85,7 @@ class CUDAPrimitives(GPUPrimitives):
     ) -> None:
         maps = _maps(z, z.shape[-1], None)
         cell = (*_parameter(kernel), kernel.shape[-1], average, maximum)
-        _CUDA.folded_cell_forward(*_stream(z), *maps, *cell, y.data_ptr())
+        self._launch(_CUDA.folded_cell_forward, *maps, *cell, y)
 
     def row_groups(self, tokens: int) -> int:
         return _CUDA.row_groups(tokens)
@@ -77,37 +97,23 @@ class CUDAPrimitives(GPUPrimitives):
         return _CUDA.cell_partial_size(c)
 
 
-def _maps(z: Tensor, c: int, channels: Tensor | None) -> tuple[int, ...]:
+def _maps(z: Tensor, c: int, channels: Tensor | None) -> tuple[Any, ...]:
     """Returns the arguments that describe the maps of a cell with c channels."""
-    code, selected = DTYPE_CODES[z.dtype], address(channels)
-    return (code, *z.shape, c, selected, z.data_ptr(), *z.stride())
+    return (DTYPE_CODES[z.dtype], *z.shape, c, channels, z, *z.stride())
 
 
-def _matrix_sums(sums: MatrixSums | None) -> tuple[int, ...]:
+def _matrix_sums(sums: MatrixSums | None) -> tuple[Any, ...]:
     """Returns the arguments that describe the partial sums and the gradient of a matrix."""
     if sums is None:
         return (0,) * 6
-    return (*sums.partials.shape, sums.partials.data_ptr(), *_parameter(sums.gradient))
+    return (*sums.partials.shape, sums.partials, *_parameter(sums.gradient))
 
 
-def _parameters(tensors: Sequence[Maybe]) -> list[int]:
-    """Returns the addresses and the dtypes of the parameters of a cell or of their gradients."""
-    return [number for tensor in tensors for number in _parameter(tensor)]
+def _parameters(tensors: Sequence[Maybe]) -> list[Any]:
+    """Returns the tensors and the dtypes of the parameters of a cell or of their gradients."""
+    return [value for tensor in tensors for value in _parameter(tensor)]
 
 
-def _parameter(tensor: Tensor | None) -> tuple[int, int]:
-    """Returns the address and the dtype of a parameter or of its gradient."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPE_CODES[tensor.dtype])
-
-
-if EMULATION:
-
-    def _stream(tensor: Tensor) -> tuple[int, int]:
-        return 0, 0
-
-else:
-
-    def _stream(tensor: Tensor) -> tuple[int, int]:
-        """Returns the device and the address of its current stream, as torch.compile gets them."""
-        device = tensor.get_device()
-        return device, torch._C._cuda_getCurrentRawStream(device)
+def _parameter(tensor: Tensor | None) -> tuple[Maybe, int]:
+    """Returns a parameter or its gradient, and its dtype."""
+    return (None, 0) if tensor is None else (tensor, DTYPE_CODES[tensor.dtype])
