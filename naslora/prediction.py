@@ -10,19 +10,20 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from naslora.data.dataset import resize_image
 from naslora.data.geotiff import read_georeference, write_geotiff
+from naslora.data.large import LargeImage, read_large
 from naslora.data.layouts import list_images
 from naslora.data.masks import Sample, large_images, read_image
-from naslora.data.tiles import SMALLEST, Grid, Tiles, check_tiles
+from naslora.data.png import PngWriter
+from naslora.data.tiles import SMALLEST, Grid, Tiles, check_tiles, fit_tiles
 from naslora.errors import UserError
 from naslora.files import replaced_file
 from naslora.locks import locked
-from naslora.report.pictures import paint_over
+from naslora.report.pictures import paint_bands
 from naslora.sam.export import ClassMap, load_class_map
 from naslora.sam.segmentation import labels_of
 from naslora.trained import load_model
@@ -65,8 +66,9 @@ def predict_run(
     """Segments images: writes a mask and an overlay for each, at the image's own size.
 
     Binary masks are 0/255, others class indices. Images are read one after another, so that the
-    memory depends on the largest of them only: about 5 bytes a pixel. With tiles the class maps of
-    as many rows as a tile has are in memory as well.
+    memory depends on the largest of them only: 4 bytes a pixel, with tiles as few as the image has
+    channels (``LargeImage``). With tiles the class maps of as many rows as a tile has are in memory
+    as well. Masks and overlays are written as the rows come.
 
     Args:
         path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
@@ -97,7 +99,7 @@ def predict_run(
     with locked(output), large_images() if tiles is not None else contextlib.nullcontext():
         predictor = _load_predictor(path, tiles, overlap)
         samples = [Sample(image, None, "input") for image in images]
-        if on_error is None:
+        if on_error is None and len(samples) > 1:  # one image is read before anything is written
             check_with_progress(samples, predictor.config)
         return list(_predict(predictor, samples, output, on_error))
 
@@ -108,59 +110,75 @@ def _predict(
     output: Path,
     on_error: Callable[[UserError], None] | None,
 ) -> Iterator[Path]:
-    config = predictor.config
-    names = ["background", *config.foreground_names]
+    scaling = predictor.config.scaling
     for sample in samples:
         try:
-            picture = read_image(sample, config.scaling)
+            if predictor.tiles is None:
+                image = LargeImage(read_image(sample, scaling))
+            else:
+                image = read_large(sample, scaling)
             georeference = read_georeference(sample.image)
         except UserError as error:
             if on_error is None:
                 raise
             on_error(error)
             continue
-        labels = segment(predictor, picture)
-        paint_over(picture, labels, names)
-        if config.num_classes == 1:
-            labels *= 255
         stem = sample.image.stem
+        mask = output / f"{stem}{MASK_ENDING}"
+        _write_pictures(predictor, image, mask, output / f"{stem}{OVERLAY_ENDING}")
+        del image  # before the next one is read
         if georeference:
             with replaced_file(output / f"{stem}{GEOTIFF_ENDING}") as temporary:
-                write_geotiff(temporary, labels, georeference, _SOFTWARE)
-        mask = output / f"{stem}{MASK_ENDING}"
-        _save_png(Image.fromarray(labels), mask)
-        _save_png(picture, output / f"{stem}{OVERLAY_ENDING}")
-        del picture, labels  # before the next image is read
+                write_geotiff(temporary, mask, georeference, _SOFTWARE)
         yield mask
+
+
+def _write_pictures(predictor: Predictor, image: LargeImage, mask: Path, overlay: Path) -> None:
+    """Segments an image and writes both files, row by row as the labels come."""
+    config = predictor.config
+    foreground = 255 if config.num_classes == 1 else 1
+    with contextlib.ExitStack() as files:
+        writers = [
+            PngWriter(
+                files.enter_context(open(files.enter_context(replaced_file(path)), "wb")),
+                image.width,
+                image.height,
+                channels,
+                {"Software": _SOFTWARE},
+            )
+            for path, channels in ((mask, 1), (overlay, 3))
+        ]
+
+        def bands() -> Iterator[np.ndarray]:
+            for labels in segment(predictor, image):
+                writers[0].write(labels * np.uint8(foreground))
+                yield labels
+
+        names = ["background", *config.foreground_names]
+        for painted in paint_bands(image.rows, bands(), names):
+            writers[1].write(painted)
 
 
 # ---- Segmenting ----------------------------------------------------------------------------------
 
 
-def segment(predictor: Predictor, picture: Image.Image) -> np.ndarray:
-    """Segments an RGB image.
+def segment(predictor: Predictor, image: LargeImage) -> Iterator[np.ndarray]:
+    """Segments an image.
 
-    Returns:
-        (H, W) uint8 labels, at the size of the image.
+    Yields:
+        (n, W) uint8 labels of its rows, from the top to the bottom.
     """
-    size = picture.height, picture.width
-    grid = None if predictor.tiles is None else Grid(predictor.tiles, *size)
+    grid = None if predictor.tiles is None else Grid(predictor.tiles, image.height, image.width)
     if grid is None or len(grid) == 1:
-        labels = labels_of(_scores(predictor, picture))[0].numpy().astype(np.uint8)
-        return np.array(Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST))
-
-    def maps() -> Iterator[Tensor]:
-        for box in grid.boxes():
-            tile = picture.crop((box.left, box.top, box.right, box.bottom))
-            yield _scores(predictor, tile)[0]
-
-    labels = np.empty(size, np.uint8)
-    for top, band in grid.blend(maps()):
-        for row, scores in enumerate(band.split(LABELLED_ROWS, dim=1)):
-            first = top + row * LABELLED_ROWS
-            labels[first : first + scores.shape[1]] = labels_of(scores[None])[0].numpy()
+        labels = labels_of(_scores(predictor, image.crop(image.box)))[0].numpy().astype(np.uint8)
+        size = image.width, image.height
+        yield np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+        return
+    maps = (_scores(predictor, image.crop(box))[0] for box in grid.boxes())
+    for _, band in grid.blend(maps):
+        for scores in band.split(LABELLED_ROWS, dim=1):
+            yield labels_of(scores[None])[0].numpy().astype(np.uint8)
         del band, scores  # before the next row of tiles is computed
-    return labels
 
 
 @torch.no_grad()
@@ -193,7 +211,7 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float) -> Predi
     if tiles is None:
         return Predictor(class_map, config, None)
     side = config.tiles.size if tiles == "auto" else tiles
-    return Predictor(class_map, config, Tiles(side, overlap))
+    return Predictor(class_map, config, fit_tiles(side, config.image_size, overlap))
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -240,10 +258,3 @@ def _check_targets(images: Sequence[Path], output: Path) -> None:
                     f"{target} is an input, and the prediction for {image} would overwrite it; "
                     "choose another --output"
                 )
-
-
-def _save_png(image: Image.Image, path: Path) -> None:
-    text = PngInfo()
-    text.add_text("Software", _SOFTWARE)
-    with replaced_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=text)

@@ -222,5 +222,7 @@ def test_a_rotated_file_has_no_georeference_for_its_upright_mask(tmp_path):
     assert read_georeference(tmp_path / "a.tif") == []
     labels = np.eye(70, 5, dtype=np.uint8)
     tifffile.imwrite(tmp_path / "b.tif", labels, extratags=GEO)
-    write_geotiff(tmp_path / "c.tif", labels, read_georeference(tmp_path / "b.tif"), "x")
+    Image.fromarray(labels).save(tmp_path / "b.png")
+    tags = read_georeference(tmp_path / "b.tif")
+    write_geotiff(tmp_path / "c.tif", tmp_path / "b.png", tags, "x")
     assert np.array_equal(tifffile.imread(tmp_path / "c.tif"), labels)

@@ -12,9 +12,12 @@ from PIL import Image
 
 from naslora.data.augmentation import Crop, draw_window
 from naslora.data.dataset import SegmentationDataset
+from naslora.data.large import LargeImage
 from naslora.data.masks import IGNORED, Sample
-from naslora.data.tiles import Grid, Tiles
-from naslora.prediction import Predictor, segment
+from naslora.data.tiles import Grid, Tiles, fit_tiles
+from naslora.prediction import Predictor
+from naslora.prediction import segment as segment_rows
+from naslora.sam.encoders import PATCH_SIZE
 from naslora.sam.export import Description, load_class_map
 from naslora.sam.segmentation import labels_of
 from naslora.training.run_config import RunConfig
@@ -58,6 +61,28 @@ def test_a_larger_number_of_tiles_is_not_taken_than_is_needed():
     assert len(Grid(Tiles(16, 0.25), 29, 16)) == 3
 
 
+@pytest.mark.parametrize("overlap", [0, 0.1, 0.25, 0.5])
+def test_tiles_start_at_patches(overlap):
+    side, step = 64, 8
+    for length in range(64, 400):
+        plain, grid = (Grid(Tiles(side, overlap, of), length, side) for of in (1, step))
+        tops = [box.top for box in grid.boxes()]
+        assert all(top % step == 0 for top in tops[:-1]) and tops[-1] == length - side
+        spacings = [b - a for a, b in itertools.pairwise(tops)]
+        assert all(0 < spacing <= side - round(overlap * side) for spacing in spacings)
+        assert len(grid) <= 1.2 * len(plain) + 1  # 8 of 32 pixels fewer at most
+
+
+def test_the_step_of_tiles_is_a_patch():
+    assert fit_tiles(1024, 1024).step == PATCH_SIZE
+    assert fit_tiles(512, 256) == Tiles(512, 0.25, 32)
+    assert fit_tiles(128, 256, 0.5) == Tiles(128, 0.5, 8)
+    assert fit_tiles(1000, 1024).step == 1  # a patch has 15.6 pixels
+    assert RunConfig(image_size=256, crop=320).tiles.step == 20
+    # A tile of a single patch, of which a half is shared: the overlap comes first.
+    assert [box.top for box in Grid(Tiles(16, 0.5, 16), 32, 16).boxes()] == [0, 8, 16]
+
+
 # --- blending
 
 
@@ -87,6 +112,19 @@ def test_a_model_of_small_reach_predicts_as_on_the_whole_image():
     for overlap in (0, 0.25):
         grid = Grid(Tiles(SIDE, overlap), 61, 83)
         assert (blended(grid, chunks(grid, image, filtered)) - whole).abs().max() > 0.01
+
+
+def test_a_model_of_patches_predicts_as_on_the_whole_image():
+    """A model whose output is the mean of each patch, as an encoder without attention."""
+    image = torch.rand(1, 240, 144, generator=torch.Generator().manual_seed(0))
+
+    def means(pixels):
+        return F.interpolate(F.avg_pool2d(pixels[None], 16), scale_factor=16)[0]
+
+    grid = Grid(fit_tiles(80, 80), 240, 144)
+    torch.testing.assert_close(blended(grid, chunks(grid, image, means)), means(image))
+    grid = Grid(Tiles(80), 240, 144)  # 53 pixels from tile to tile
+    assert (blended(grid, chunks(grid, image, means)) - means(image)).abs().max() > 0.01
 
 
 def test_only_one_row_of_tiles_is_in_memory():
@@ -131,6 +169,11 @@ def picture_of_cracks(height: int, width: int) -> Image.Image:
 
 def predictor(side: int, tiles: Tiles | None) -> Predictor:
     return Predictor(brightness, RunConfig(image_size=side), tiles)
+
+
+def segment(predictor: Predictor, picture: Image.Image) -> np.ndarray:
+    """The labels of a whole picture."""
+    return np.concatenate(list(segment_rows(predictor, LargeImage(picture))))
 
 
 def test_an_image_at_twice_its_size_by_tiles():

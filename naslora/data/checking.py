@@ -8,16 +8,18 @@ from typing import TypeVar
 
 from PIL import ExifTags, Image
 
-from naslora.data.intensity import Intensity, is_tiff
+from naslora.data.intensity import Intensity
 from naslora.data.masks import (
     Sample,
     check_sizes,
     decode_image,
     decode_mask,
     has_foreground,
+    to_8_bits,
     to_rgb,
     unreadable,
 )
+from naslora.data.tiff import is_tiff
 from naslora.errors import UserError
 
 T = TypeVar("T")
@@ -103,7 +105,8 @@ def _check_image(sample: Sample, intensity: Intensity | None) -> tuple[int, int]
             with _one_large if image.width * image.height > LARGE else nullcontext():
                 image.load()
                 if intensity is None or image.mode not in ("I", "F"):
-                    to_rgb(image, where)
+                    # Whether a mode becomes RGB, one pixel shows.
+                    to_rgb(to_8_bits(image, where).crop((0, 0, 1, 1)), where)
                 image.close()
     except UserError:
         raise

@@ -4,13 +4,16 @@ GeoTIFF keeps it in tags of the file. They are copied as they are, so that no pa
 knows coordinate systems.
 """
 
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from naslora.data.intensity import is_tiff
-from naslora.data.masks import unreadable
+from naslora.data.masks import large_images, unreadable
+from naslora.data.tiff import is_tiff
 
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 """Pixel scale, tie points, transformation, key directory, and the numbers and text of the keys."""
@@ -45,24 +48,34 @@ def read_georeference(path: Path) -> GeoTags:
         raise unreadable(f"the georeference of {path}", error) from error
 
 
-def write_geotiff(path: Path, labels: np.ndarray, tags: GeoTags, software: str) -> None:
-    """Writes a mask with a georeference.
+def write_geotiff(path: Path, mask: Path, tags: GeoTags, software: str) -> None:
+    """Writes a mask with a georeference, from its PNG file.
 
     Args:
         path: the file.
-        labels: (H, W) uint8.
+        mask: an image of 8-bit greys, of any size.
         tags: from ``read_georeference``.
         software: the name of the program, which the file keeps.
     """
     import tifffile
 
-    tifffile.imwrite(
-        path,
-        labels,
-        photometric="minisblack",
-        compression="zlib",
-        rowsperstrip=STRIP_ROWS,
-        metadata=None,
-        software=software,
-        extratags=tags,
-    )
+    with large_images(), Image.open(mask) as image:
+        width, height = image.size
+
+        def strips() -> Iterator[bytes]:  # compressed here: the array of all rows is not needed
+            for top in range(0, height, STRIP_ROWS):
+                rows = image.crop((0, top, width, min(top + STRIP_ROWS, height)))
+                yield zlib.compress(rows.tobytes())
+
+        tifffile.imwrite(
+            path,
+            strips(),
+            shape=(height, width),
+            dtype=np.uint8,
+            photometric="minisblack",
+            compression="zlib",
+            rowsperstrip=STRIP_ROWS,
+            metadata=None,
+            software=software,
+            extratags=tags,
+        )

@@ -1,17 +1,10 @@
-"""Images of more than 8 bits, and how their values become 8 bits.
+"""Images of more than 8 bits: how their values become 8 bits."""
 
-TIFF files are read with tifffile, because Pillow reads no colours of 16 bits and no bands of
-floating-point numbers.
-"""
-
-import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from naslora.errors import UserError
 
@@ -20,7 +13,7 @@ PERCENTILES = (1.0, 99.0)
 """The percentiles that ``percentile`` takes if it is given none."""
 SAMPLED = 1 << 24
 """Values of a channel from which on every n-th one decides its percentiles, to bound the memory."""
-SCALED = 1 << 22
+SCALED = 1 << 20
 """Values that are scaled at once, to bound the memory."""
 
 
@@ -62,114 +55,101 @@ def parse_intensity(words: Sequence[str]) -> Intensity:
     return Intensity("window" if kind == "window" else "percentile", low, high)
 
 
-def scale(values: np.ndarray, intensity: Intensity) -> np.ndarray:
-    """Scales values to 8 bits.
+class Limits(NamedTuple):
+    """The values of a channel that become 0 and 255."""
 
-    NaN becomes 0. It and infinities do not count for percentiles. A channel whose percentiles are
-    equal becomes 0 up to that value and 255 above it.
+    low: float
+    high: float
+
+
+class Sampler:
+    """Finds the limits of the channels of an image that is read piece by piece.
+
+    Of a channel of more than ``SAMPLED`` values, every n-th decides in row-major order, whatever
+    the pieces are.
+
+    Args:
+        intensity: the scaling.
+        size: height and width of the image.
+        channels: their number.
+    """
+
+    def __init__(self, intensity: Intensity, size: tuple[int, int], channels: int) -> None:
+        self.intensity = intensity
+        self._width = size[1]
+        self._stride = max(1, -(-size[0] * size[1] // SAMPLED))
+        self._values: list[list[np.ndarray]] = [[] for _ in range(channels)]
+
+    @property
+    def samples_values(self) -> bool:
+        """Whether the limits depend on the values."""
+        return self.intensity.kind == "percentile"
+
+    def add(self, channel: int, values: np.ndarray, top: int = 0, left: int = 0) -> None:
+        """Takes the (h, w) values of a piece, whose first pixel is at (top, left)."""
+        for row, own in enumerate(values, top):
+            start = -(row * self._width + left) % self._stride
+            own = own[start :: self._stride]
+            self._values[channel].append(own[np.isfinite(own)])
+
+    def limits(self) -> list[Limits]:
+        """The limits of each channel. Without any finite value they are 0."""
+        if not self.samples_values:
+            return [Limits(self.intensity.low, self.intensity.high) for _ in self._values]
+        found = []
+        for pieces in self._values:
+            values = np.concatenate(pieces) if pieces else np.zeros(0)
+            pieces.clear()
+            ends = np.percentile(values, self.intensity[1:]) if values.size else (0, 0)
+            found.append(Limits(*map(float, ends)))
+        return found
+
+
+def scale(values: np.ndarray, intensity: Intensity) -> np.ndarray:
+    """Scales an image to 8 bits, with the limits of each of its channels.
+
+    NaN and infinities do not count for percentiles.
 
     Args:
         values: (H, W) or (H, W, C) numbers.
         intensity: the scaling.
 
     Returns:
-        uint8, of the same shape, rounded.
+        uint8, of the same shape.
     """
     planes = values[..., None] if values.ndim == 2 else values
+    sampler = Sampler(intensity, planes.shape[:2], planes.shape[2])
+    if sampler.samples_values:
+        for channel in range(planes.shape[2]):
+            sampler.add(channel, planes[..., channel])
     scaled = np.empty(planes.shape, np.uint8)
-    rows = max(1, SCALED // max(1, values.shape[1]))
-    for channel in range(planes.shape[2]):
-        plane = planes[..., channel]
-        low, high = _limits(plane, intensity)
-        for top in range(0, len(plane), rows):
-            band = plane[top : top + rows].astype(np.float64)
-            if high > low:
-                with np.errstate(invalid="ignore"):
-                    share = (band - low) / (high - low)
-            else:
-                share = np.where(np.isnan(band), np.nan, band > high)
-            share = np.clip(np.nan_to_num(share, nan=0, posinf=1, neginf=0), 0, 1)
-            scaled[top : top + rows, :, channel] = np.rint(255 * share)
+    for channel, limits in enumerate(sampler.limits()):
+        scaled[..., channel] = scale_channel(planes[..., channel], limits)
     return scaled.reshape(values.shape)
 
 
-def _limits(plane: np.ndarray, intensity: Intensity) -> tuple[float, float]:
-    """The values of a channel that become 0 and 255."""
-    if intensity.kind == "window":
-        return intensity.low, intensity.high
-    flat = plane.reshape(-1)
-    flat = flat[:: -(-flat.size // SAMPLED)]
-    finite = flat[np.isfinite(flat)]
-    if not finite.size:
-        return 0.0, 0.0
-    low, high = np.percentile(finite, [intensity.low, intensity.high])
-    return float(low), float(high)
+def scale_channel(values: np.ndarray, limits: Limits) -> np.ndarray:
+    """Scales a channel to 8 bits.
 
-
-def read_deep(file: Path | io.BytesIO, where: str, intensity: Intensity) -> Image.Image | None:
-    """Reads a TIFF file of more than 8 bits and scales it.
+    NaN becomes 0. With equal limits, values become 0 up to them and 255 above.
 
     Args:
-        file: path or content.
-        where: the start of an error message.
-        intensity: the scaling.
+        values: (H, W) numbers.
+        limits: what becomes 0 and 255.
 
     Returns:
-        An upright image of mode L or RGB. None if the file is no TIFF or has 8 bits.
-
-    Raises:
-        UserError: the file has another number of channels than 1 or 3, besides transparency, or
-            needs a package that is not installed.
-        Exception: the file is damaged; tifffile raises exceptions of many types.
+        uint8, of the same shape, rounded.
     """
-    if not is_tiff(file):
-        return None
-    import tifffile  # imported here: few runs need it
-
-    with tifffile.TiffFile(file) as tiff:
-        page = tiff.pages.first
-        if page.dtype is None or page.dtype.itemsize == 1:
-            return None
-        try:
-            values = page.asarray()
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
-                raise
-            kind = tifffile.COMPRESSION(page.compression).name
-            raise UserError(
-                f"{where} is compressed with {kind}, which needs imagecodecs; run "
-                "pip install imagecodecs, or save it with the compression deflate"
-            ) from error
-        orientation = page.tags.valueof(274, default=1)
-        white_is_zero = page.photometric == 0
-        alphas = sum(extra in (1, 2) for extra in page.extrasamples)
-        axes = page.axes
-    if axes == "SYX":
-        values = np.moveaxis(values, 0, -1)
-    if values.ndim == 3 and alphas:
-        values = values[..., : values.shape[2] - alphas]
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[..., 0]
-    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] != 3):
-        channels = values.shape[2] if values.ndim == 3 else f"the axes {axes} and so other"
-        raise UserError(f"{where} has {channels} channels; save it with one (grey) or three (RGB)")
-    if np.iscomplexobj(values):
-        raise UserError(f"{where} has complex numbers; save their magnitude")
-    pixels = scale(values, intensity)
-    image = Image.fromarray(255 - pixels if white_is_zero else pixels)
-    image.getexif()[274] = orientation
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-def is_tiff(file: Path | io.BytesIO) -> bool:
-    """Whether a file starts as TIFF files do. False if it cannot be read."""
-    try:
-        if isinstance(file, io.BytesIO):
-            head = file.getvalue()[:4]
+    low, high = limits
+    scaled = np.empty(values.shape, np.uint8)
+    rows = max(1, SCALED // max(1, values.shape[1]))
+    for top in range(0, len(values), rows):
+        band = values[top : top + rows].astype(np.float64)
+        if high > low:
+            with np.errstate(invalid="ignore"):
+                share = (band - low) / (high - low)
         else:
-            with file.open("rb") as stream:
-                head = stream.read(4)
-    except OSError:
-        return False
-    return head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+            share = np.where(np.isnan(band), np.nan, band > high)
+        share = np.clip(np.nan_to_num(share, nan=0, posinf=1, neginf=0), 0, 1)
+        scaled[top : top + rows] = np.rint(255 * share)
+    return scaled

@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from naslora.data.intensity import Intensity, read_deep, scale
+from naslora.data.intensity import Intensity, scale
 from naslora.data.regions import draw_annotation
+from naslora.data.tiff import read_tiff
 from naslora.errors import UserError, listing
 
 Encoding = Literal["labels", "threshold", "nonzero", "thirds", "regions"]
@@ -46,6 +47,9 @@ class Sample(NamedTuple):
     group: str | None = None
     """Part of the split that also gets its own scores; None for none."""
 
+
+GREY_ROWS = 64
+"""Rows of greys of more than 8 bits that are converted at once."""
 
 # ---- Images --------------------------------------------------------------------------------------
 
@@ -84,17 +88,14 @@ def decode_image(
     if intensity is None:
         return to_rgb(open_upright(file, where)[0], where)
     try:
-        deep = read_deep(file, where, intensity)
+        pixels = read_tiff(file, where, intensity)
     except UserError:
         raise
     except Exception as error:  # any exception, as in open_upright
         raise unreadable(where, error) from error
-    if deep is not None:
-        return to_rgb(deep, where)
-    image, _ = open_upright(file, where)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(scale(np.asarray(image), intensity))
-    return to_rgb(image, where)
+    if pixels is not None:
+        return to_rgb(Image.fromarray(pixels), where)
+    return to_rgb(to_8_bits(open_upright(file, where)[0], where, intensity), where)
 
 
 @contextmanager
@@ -149,19 +150,40 @@ def to_rgb(image: Image.Image, where: str) -> Image.Image:
     Raises:
         UserError: the pixels are floating-point numbers or exceed 16 bits.
     """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{where} has grey values beyond 16 bits; save it with 8 or 16 bits")
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode == "F":
-        raise UserError(
-            f"{where} has floating-point pixels; give --intensity, or save it with 8 or 16 bits"
-        )
+    image = to_8_bits(image, where)
     try:
         return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise unreadable(where, error) from error
+
+
+def to_8_bits(image: Image.Image, where: str, intensity: Intensity | None = None) -> Image.Image:
+    """Converts greys of more than 8 bits to 8 bits; other images stay as they are.
+
+    Args:
+        image: of any mode.
+        where: the start of an error message.
+        intensity: as in ``read_image``.
+
+    Raises:
+        UserError: without ``intensity``: the pixels are floating-point numbers or exceed 16 bits.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    if intensity is not None:
+        return Image.fromarray(scale(np.asarray(image), intensity))
+    if image.mode == "F":
+        raise UserError(
+            f"{where} has floating-point pixels; give --intensity, or save it with 8 or 16 bits"
+        )
+    greys = np.empty((image.height, image.width), np.uint8)
+    for top in range(0, image.height, GREY_ROWS):  # by bands, to bound the memory for 4-byte values
+        bottom = min(top + GREY_ROWS, image.height)
+        values = np.asarray(image.crop((0, top, image.width, bottom))).astype(np.int32)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{where} has grey values beyond 16 bits; save it with 8 or 16 bits")
+        greys[top:bottom] = (values * 255 + 32767) // 65535
+    return Image.fromarray(greys)
 
 
 # ---- Masks ---------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Large images by overlapping tiles: where the tiles lie, and how their class maps are blended.
 
-Neighbours share at least the overlap. Across it the weight of a tile rises from 0 to 1 as a squared
-sine, over the middle half. In the outer quarter it is 0: there a tile only sees the surroundings.
-So a model whose output depends on pixels within a quarter of the overlap gives the same class map
-as on the whole image.
+Tiles start where a patch of the encoder starts. Neighbours share at least the overlap. Across it
+the weight of a tile rises from 0 to 1 as a squared sine, over the middle half. In the outer quarter
+it is 0: there a tile only sees the surroundings. So a model whose output depends on pixels within a
+quarter of the overlap gives the same class map as on the whole image.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from naslora.errors import UserError
 
-SMALLEST = 16
-"""Smallest side of a tile in pixels: a patch of SAM's encoder."""
+PATCH = 16
+"""Side of a patch of SAM's encoder in pixels of the model's images."""
+SMALLEST = PATCH
+"""Smallest side of a tile in pixels."""
 LARGEST = 1 << 16
 """Largest side of a tile in pixels."""
 
@@ -38,6 +40,26 @@ class Tiles(NamedTuple):
     """Side of a tile in the image's own pixels. A shorter side of an image is taken whole."""
     overlap: float = 0.25
     """Share of a tile's side that neighbours have in common at least, in [0, 0.5]."""
+    step: int = 1
+    """Tiles start at multiples of it, in pixels, except for the last of a row or a column."""
+
+
+def fit_tiles(size: int, image_size: int, overlap: float = 0.25) -> Tiles:
+    """Makes tiles that start where a patch of the encoder starts.
+
+    So the encoder cuts a tile into the same patches as its neighbours, and as the whole image. SAM
+    predicts a thin structure differently if it is cut otherwise.
+
+    Args:
+        size: side of a tile in pixels of the image.
+        image_size: side of the model's images, to which tiles are resized.
+        overlap: as in ``Tiles``.
+
+    Returns:
+        The tiles. Their step is 1 if a patch is no whole number of the image's pixels.
+    """
+    step, rest = divmod(PATCH * size, image_size)
+    return Tiles(size, overlap, 1 if rest else step)
 
 
 def check_side(name: str, side: int) -> None:
@@ -139,11 +161,15 @@ def fit(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _starts(length: int, tiles: Tiles) -> list[int]:
     """The first pixels of as few tiles as cover ``length`` pixels with the overlap."""
-    if length <= tiles.size:
+    last = length - tiles.size
+    if last <= 0:
         return [0]
-    step = tiles.size - round(tiles.overlap * tiles.size)
-    count = -(-(length - tiles.size) // step) + 1
-    return np.linspace(0, length - tiles.size, count).round().astype(int).tolist()
+    most = tiles.size - round(tiles.overlap * tiles.size)  # from a tile to the next
+    step = tiles.step if tiles.step <= most else 1
+    most -= most % step
+    count = -(-last // most)
+    # Spread evenly, then rounded up: multiples of the step stay at most ``most`` apart.
+    return [-(-i * last // (count * step)) * step for i in range(count)] + [last]
 
 
 def _weights(starts: list[int], side: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple
@@ -112,21 +113,55 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.n
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    picture = Image.fromarray(image)
-    paint_over(picture, labels, class_names)
-    return np.array(picture)
+    rows = max(1, PAINTED_PIXELS // max(1, image.shape[1]))
+    bands = (labels[top : top + rows] for top in range(0, len(labels), rows))
+    painted, done = np.empty_like(image), 0
+    for band in paint_bands(lambda top, bottom: image[top:bottom], bands, class_names):
+        painted[done : done + len(band)] = band
+        done += len(band)
+    return painted
 
 
-def paint_over(picture: Image.Image, labels: np.ndarray, class_names: list[str]) -> None:
-    """Paints labels over an RGB picture, as ``paint``, in place: a large one exists only once."""
-    width, height = picture.size
-    rows = max(1, PAINTED_PIXELS // max(1, width))
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        band = labels[max(0, top - 1) : bottom + 1]
-        neighbours = np.pad(band, ((top == 0, bottom == height), (1, 1)), mode="edge")
-        pixels = np.asarray(picture.crop((0, top, width, bottom)))
-        picture.paste(Image.fromarray(_paint_rows(pixels, neighbours, class_names)), (0, top))
+def paint_bands(
+    rows_of: Callable[[int, int], np.ndarray],
+    bands: Iterable[np.ndarray],
+    class_names: list[str],
+) -> Iterator[np.ndarray]:
+    """Paints an image as ``paint`` while its labels come, so that neither has to be in memory.
+
+    Args:
+        rows_of: called as ``rows_of(top, bottom)``; returns (bottom - top, W, 3) uint8 RGB.
+        bands: (n, W) integer labels, from the top of the image to its bottom.
+        class_names: as in ``paint``.
+
+    Yields:
+        (n, W, 3) uint8 RGB, from the top to the bottom.
+    """
+    top = 0
+    for neighbours in _with_neighbours(bands):
+        bottom = top + len(neighbours) - 2
+        step = max(1, PAINTED_PIXELS // max(1, neighbours.shape[1]))
+        for start in range(top, bottom, step):
+            stop = min(start + step, bottom)
+            yield _paint_rows(
+                rows_of(start, stop), neighbours[start - top : stop - top + 2], class_names
+            )
+        top = bottom
+
+
+def _with_neighbours(bands: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields (n + 2, W + 2) labels: n rows with one more pixel on every side.
+
+    A row is held back until the row below it has come. Beyond the image its outer pixels repeat.
+    """
+    known: np.ndarray | None = None
+    for band in bands:
+        known = np.concatenate([band[:1] if known is None else known, band])
+        if len(known) > 2:
+            yield np.pad(known, ((0, 0), (1, 1)), mode="edge")
+            known = known[-2:]
+    if known is not None:
+        yield np.pad(known, ((0, 1), (1, 1)), mode="edge")
 
 
 def _paint_rows(image: np.ndarray, neighbours: np.ndarray, class_names: list[str]) -> np.ndarray:

@@ -12,7 +12,7 @@ from naslora.data.datasets import find_dataset
 from naslora.data.intensity import Intensity, parse_intensity
 from naslora.data.layouts import DataSet
 from naslora.data.masks import IGNORED
-from naslora.data.tiles import Tiles, check_side
+from naslora.data.tiles import Tiles, check_side, fit_tiles
 from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.methods import METHODS, MethodName, searches
@@ -132,7 +132,7 @@ class RunConfig:
     @property
     def tiles(self) -> Tiles:
         """The tiles by which the model sees large images at the scale of its training."""
-        return Tiles(self.crop or self.image_size)
+        return fit_tiles(self.crop or self.image_size, self.image_size)
 
     def _check_ignore_index(self) -> None:
         if self.ignore_index is None:
