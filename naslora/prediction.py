@@ -170,11 +170,11 @@ def segment(predictor: Predictor, image: LargeImage) -> Iterator[np.ndarray]:
     """
     grid = None if predictor.tiles is None else Grid(predictor.tiles, image.height, image.width)
     if grid is None or len(grid) == 1:
-        labels = labels_of(_scores(predictor, image.crop(image.box)))[0].numpy().astype(np.uint8)
+        labels = labels_of(scores_of(predictor, image.crop(image.box)))[0].numpy().astype(np.uint8)
         size = image.width, image.height
         yield np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
         return
-    maps = (_scores(predictor, image.crop(box))[0] for box in grid.boxes())
+    maps = (scores_of(predictor, image.crop(box))[0] for box in grid.boxes())
     for _, band in grid.blend(maps):
         for scores in band.split(LABELLED_ROWS, dim=1):
             yield labels_of(scores[None])[0].numpy().astype(np.uint8)
@@ -182,7 +182,7 @@ def segment(predictor: Predictor, image: LargeImage) -> Iterator[np.ndarray]:
 
 
 @torch.no_grad()
-def _scores(predictor: Predictor, picture: Image.Image) -> Tensor:
+def scores_of(predictor: Predictor, picture: Image.Image) -> Tensor:
     """The (1, K, S, S) class map of an RGB image or of a tile."""
     pixels = resize_image(picture, predictor.config.image_size)
     return predictor.class_map(transforms.to_dtype(pixels, torch.float32, scale=True)[None])
