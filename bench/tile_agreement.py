@@ -20,7 +20,7 @@ from PIL import Image
 from naslora.data.large import LargeImage
 from naslora.data.layouts import read_csv
 from naslora.data.masks import Sample, read_image, read_mask
-from naslora.data.tiles import Box, Grid, Tiles, fit_tiles
+from naslora.data.tiles import PATCH, Box, Grid, Tiles, fit_tiles
 from naslora.errors import UserError
 from naslora.methods import load_adapter
 from naslora.prediction import Predictor, scores_of
@@ -42,6 +42,8 @@ class Agreement:
     """Side in pixels of the enlarged image."""
     overlap: float
     """Share of a tile that neighbours have in common at least; it may exceed what was asked for."""
+    at_patches: bool
+    """Whether tiles start where patches of the encoder start."""
     equal_pixels: float
     """Share of pixels with the same label."""
     mask_dice: float
@@ -54,6 +56,11 @@ class Agreement:
     """Dice of the whole images' masks with the truth, mean over images."""
     tiles_dice: float
     """Dice of the tiles' masks with the truth, mean over images."""
+    patch_dice: float
+    """Dice of the whole image's mask with its own after the image moved by a patch: how much of the
+    disagreement is the model's own."""
+    half_patch_dice: float
+    """The same after it moved by half a patch."""
 
 
 def main(
@@ -86,16 +93,26 @@ def main(
     for run in runs:
         class_map = class_map_at(run, side // enlarge)
         whole = [by_tiles(class_map, picture, Tiles(side), enlarge) for picture, _ in pairs]
+        moved = [
+            mean_dice(*moved_masks(class_map, pairs, whole, share * PATCH * enlarge // 2, enlarge))
+            for share in (2, 1)
+        ]
         for tiles in different(sides, overlaps, enlarge, side):
             class_map = class_map_at(run, tiles.size // enlarge)
             found = [by_tiles(class_map, picture, tiles, enlarge) for picture, _ in pairs]
             truths = [truth for _, truth in pairs]
-            rows.append(compare(read_config(run / CONFIG).model, tiles, whole, found, truths))
+            model = read_config(run / CONFIG).model
+            rows.append(compare(model, tiles, whole, found, truths, moved))
             print(rows[-1], flush=True)
     with open(output, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Agreement)])
+        names = [field.name for field in dataclasses.fields(Agreement)]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+        for row in rows:
+            values = dataclasses.asdict(row)
+            writer.writerow(
+                {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
+            )
 
 
 def enlarged(sample: Sample, factor: int) -> tuple[Image.Image, np.ndarray]:
@@ -120,11 +137,11 @@ def class_map_at(run: Path, size: int) -> ClassMap:
 def different(
     sides: Sequence[int], overlaps: Sequence[float], enlarge: int, length: int
 ) -> list[Tiles]:
-    """The tiles of every side and overlap, without those that lie as others do."""
+    """Tiles of every side and overlap, at patches and not, without those that lie as others do."""
     found: dict[tuple[Box, ...], Tiles] = {}
     for side, overlap in itertools.product(sides, overlaps):
-        tiles = fit_tiles(side, side // enlarge, overlap)
-        found.setdefault(tuple(Grid(tiles, length, length).boxes()), tiles)
+        for tiles in (fit_tiles(side, side // enlarge, overlap), Tiles(side, overlap)):
+            found.setdefault(tuple(Grid(tiles, length, length).boxes()), tiles)
     return list(found.values())
 
 
@@ -149,8 +166,18 @@ def compare(
     whole: Sequence[np.ndarray],
     found: Sequence[np.ndarray],
     truths: Sequence[np.ndarray],
+    moved: Sequence[float],
 ) -> Agreement:
-    """Compares the (S, S) probabilities of all images, where these are not mirrored."""
+    """Compares the (S, S) probabilities of all images, where these are not mirrored.
+
+    Args:
+        model: its name.
+        tiles: of ``found``.
+        whole: from the whole images.
+        found: from their tiles.
+        truths: (H, W) bool masks.
+        moved: ``patch_dice`` and ``half_patch_dice``.
+    """
     height, width = truths[0].shape
     length = len(whole[0])
     starts = sorted({box.top for box in Grid(tiles, length, length).boxes()})
@@ -163,13 +190,34 @@ def compare(
         model,
         tiles.size,
         closest / tiles.size,
+        tiles.step > 1,
         float((masks == tile_masks).mean()),
         mean_dice(masks, tile_masks),
         mean_or_nan(error[:, distance <= NEAR]),
         mean_or_nan(error[:, distance > FAR]),
         mean_dice(masks, truths),
         mean_dice(tile_masks, truths),
+        *moved,
     )
+
+
+def moved_masks(
+    class_map: ClassMap,
+    pairs: Sequence[tuple[Image.Image, np.ndarray]],
+    whole: Sequence[np.ndarray],
+    pixels: int,
+    enlarge: int,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The masks of whole images, and those after the images moved down and right by ``pixels``."""
+    masks, others = [], []
+    for (picture, truth), probabilities in zip(pairs, whole, strict=True):
+        side, (height, width) = picture.width, truth.shape
+        image = np.pad(np.asarray(picture), ((pixels, 0), (pixels, 0), (0, 0)), mode="reflect")
+        image = Image.fromarray(image[:side, :side])
+        moved = by_tiles(class_map, image, Tiles(side), enlarge)
+        masks.append(probabilities[: height - pixels, : width - pixels] > 0.5)
+        others.append(moved[pixels:height, pixels:width] > 0.5)
+    return masks, others
 
 
 def mean_or_nan(values: np.ndarray) -> float:

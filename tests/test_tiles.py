@@ -366,7 +366,7 @@ def test_agreement_of_a_model_of_small_reach_is_perfect():
     ]
     truth = maps[0][:144] > 0.7
     rows = [
-        tile_agreement.compare("x", tiles, [maps[0]], [found], [truth])
+        tile_agreement.compare("x", tiles, [maps[0]], [found], [truth], (1, 1))
         for tiles, found in zip((fit_tiles(128, 64), fit_tiles(64, 32, 0)), maps[1:], strict=True)
     ]
     smooth, cut = rows
@@ -374,6 +374,8 @@ def test_agreement_of_a_model_of_small_reach_is_perfect():
     assert smooth.mask_dice == smooth.equal_pixels == 1 and smooth.seam_error < 1e-6
     assert cut.mask_dice < 1 and cut.seam_error > 1e-4 > cut.inner_error
     union, inside = (maps[0][:144] > 0.5), truth
+    moved = tile_agreement.moved_masks(brightness, [(picture, truth)], [maps[0]], 32, enlarge=2)
+    assert tile_agreement.mean_dice(*moved) > 0.999  # a convolution moves with its image
     expected = 2 * inside.sum() / (union.sum() + inside.sum())  # the truth lies inside the mask
     assert smooth.tiles_dice == smooth.whole_dice == pytest.approx(expected)
 
