@@ -118,9 +118,9 @@ def _held(tensor: Tensor) -> bool:
         return True
     held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
     if tensor.is_contiguous():
-        return held >= numel * size
+        return bool(held >= numel * size)
     last = sum(step * (n - 1) for step, n in zip(tensor.stride(), tensor.shape, strict=True))
-    return held >= (last + 1) * size
+    return bool(held >= (last + 1) * size)
 
 
 def _changed(name: str, what: str) -> RuntimeError:
