@@ -5,8 +5,8 @@
 
 The student learns to give the teacher's embedding of random crops of images, which need no masks.
 The prompt encoder and the mask decoder are the teacher's. After every pass over the images the mean
-of the student's weights is scored on held-out photographs. The score is the cosine similarity of
-its embedding with the teacher's. ``OUTPUT/history.csv`` logs it. The best weights are in
+of the student's weights embeds the held-out photographs. ``OUTPUT/history.csv`` logs the cosine
+similarity with the teacher's embeddings. The weights with the highest one are in
 ``OUTPUT/MODEL.safetensors``, a checkpoint that ``naslora train --checkpoint`` loads.
 
 An embedding of the teacher is computed once for every crop and kept in ``OUTPUT/teacher``. Every
