@@ -1,5 +1,8 @@
 """Builds the C++ and CUDA extensions. The rest of the package is configured in pyproject.toml.
 
+On Windows Zig compiles the C++ extension, a Clang that ``pip install ziglang`` brings, because
+Microsoft's compiler lacks the vectors of GCC and Clang.
+
 The CUDA extension is built for the cards of this machine, if it has any, and an nvcc: below
 CUDA_HOME or CUDA_PATH, on the PATH, or in /usr/local/cuda. The driver names the cards, because the
 torch that the build sees, if it sees one, may be a CPU build. Neither extension needs torch to
@@ -23,6 +26,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,6 +53,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+WINDOWS = os.name == "nt"
+ZIG_TARGETS = {"amd64": "x86_64-windows-gnu", "arm64": "aarch64-windows-gnu"}
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 OLDEST_ARCHITECTURE = 75
 
@@ -55,7 +62,7 @@ Result = TypeVar("Result")
 
 
 class BuildError(Exception):
-    """The reason why the CUDA extension cannot be built, in one line."""
+    """The reason why an extension cannot be built, in one line."""
 
 
 def enabled(variable: str) -> bool:
@@ -189,6 +196,12 @@ def code_flags(chosen: list[str]) -> list[str]:
     return [f"-gencode=arch={arch},code=[{','.join(names)}]" for arch, names in code.items()]
 
 
+def zig(*arguments: str) -> None:
+    """Runs Zig's C++ compiler for Windows on this processor."""
+    target = ZIG_TARGETS[platform.machine().lower()]
+    run(sys.executable, "-m", "ziglang", "c++", "-target", target, *arguments)
+
+
 class BuildKernels(build_ext):
     """Builds the extensions that can be built. An install succeeds without the others."""
 
@@ -206,6 +219,8 @@ class BuildKernels(build_ext):
             )
 
     def compile(self, ext, source, name, macros, flags):
+        if WINDOWS:
+            return [self.compile_with_zig(ext, source, name, macros, flags)]
         return self.compiler.compile(
             [source],
             output_dir=str(Path(self.build_temp) / name),
@@ -213,6 +228,27 @@ class BuildKernels(build_ext):
             include_dirs=ext.include_dirs,
             extra_postargs=flags,
             depends=ext.depends,
+        )
+
+    def compile_with_zig(self, ext, source, name, macros, flags) -> str:
+        path = Path(self.build_temp) / name / f"{Path(source).stem}.o"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        defined = [
+            f"-D{macro}" if value is None else f"-D{macro}={value}"
+            for macro, value in ext.define_macros + macros
+        ]
+        headers = f"-I{sysconfig.get_path('include')}"
+        zig(*flags, *defined, headers, "-c", source, "-o", str(path))
+        return str(path)
+
+    def link(self, ext, objects, flags) -> None:
+        if WINDOWS:
+            python = Path(sys.base_exec_prefix) / "libs" / "python3.lib"
+            # The library for linking with this one, which nobody needs, must not be installed.
+            unused = f"-Wl,--out-implib={self.build_temp}/unused.lib"
+            return zig("-shared", "-s", unused, *objects, str(python), "-o", self.output(ext))
+        self.compiler.link_shared_object(
+            objects, self.output(ext), extra_postargs=flags, target_lang="c++"
         )
 
     def output(self, ext) -> str:
@@ -235,12 +271,8 @@ class BuildKernels(build_ext):
                 macros, own_flags = poison + isa, flags + isa_flags
                 jobs.append(partial(self.compile, ext, source, name, macros, own_flags))
         module_objects, *kernel_objects = in_parallel(jobs)
-        self.compiler.link_shared_object(
-            [path for objects in (*kernel_objects, module_objects) for path in objects],
-            self.output(ext),
-            extra_postargs=SANITIZE if sanitize else [],
-            target_lang="c++",
-        )
+        objects = [path for objects in (*kernel_objects, module_objects) for path in objects]
+        self.link(ext, objects, SANITIZE if sanitize else [])
 
     def build_cuda(self, ext):
         """Compiles the kernels with nvcc, and the Python module with the host's compiler."""

@@ -7,7 +7,6 @@ which have no memory, and what it does is recorded. Later calls repeat that on t
 ``csrc/shared/plans.h`` runs plans: an operator is then one call of the extension.
 """
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from naslora_kernels.tensors import describe_by
+from naslora_kernels.tensors import address_of_function, describe_by, torch_function
 
 # Calls a function of an extension. Tensors among the arguments are passed as their addresses.
 Launch: TypeAlias = Callable[..., None]
@@ -59,20 +58,12 @@ def plan_runner(extension: Any) -> Any:
         extension.use_torch(
             torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
             torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs,
-            *[
-                ctypes.cast(_torch_function(name), ctypes.c_void_p).value
-                for name in TORCH_FUNCTIONS
-            ],
+            *[address_of_function(f"aoti_torch_{name}") for name in TORCH_FUNCTIONS],
         )
     except (AttributeError, OSError):
         return None
     describe_by(extension.describe)
     return extension
-
-
-def _torch_function(name: str) -> Any:
-    """Returns a function of torch's C interface."""
-    return getattr(ctypes.CDLL(torch._C.__file__), f"aoti_torch_{name}")
 
 
 class Made(NamedTuple):
@@ -249,7 +240,7 @@ def _view(tensor: Tensor, tensors: dict[int, int]) -> tuple[int, tuple[int, ...]
 
 
 def _made(tensor: Tensor) -> Made:
-    dtype = _torch_function(f"dtype_{str(tensor.dtype).removeprefix('torch.')}")()
+    dtype = torch_function(f"aoti_torch_dtype_{str(tensor.dtype).removeprefix('torch.')}")()
     return Made(tuple(tensor.shape), tensor.stride(), dtype)
 
 

@@ -1,6 +1,9 @@
 """What the backends share about tensors: dtypes, the dtype of sums, rows, addresses."""
 
+import ctypes
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,23 @@ def addresses(arguments: Iterable[Any]) -> list[Any]:
         argument.data_ptr() if isinstance(argument, Tensor) else 0 if argument is None else argument
         for argument in arguments
     ]
+
+
+def torch_function(name: str) -> Any:
+    """Returns a function of torch's C interface, to be called by ctypes.
+
+    Raises:
+        AttributeError: this torch does not export it.
+        OSError: torch's library cannot be opened.
+    """
+    # Windows looks in the named library alone, other systems also in those that it is linked with.
+    windows = Path(torch.__file__).parent / "lib" / "torch_cpu.dll"
+    return getattr(ctypes.CDLL(str(windows) if os.name == "nt" else torch._C.__file__), name)
+
+
+def address_of_function(name: str) -> int:
+    """Returns the address of a function of torch's C interface. Raises what it raises."""
+    return ctypes.cast(torch_function(name), ctypes.c_void_p).value or 0
 
 
 def last_size(tensor: Tensor | None, other: Tensor | None) -> int:

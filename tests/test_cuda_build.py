@@ -1,8 +1,9 @@
-"""Building the CUDA kernels, without a GPU: setup.py, the report of nvcc, the served devices."""
+"""Building the extensions, without a GPU: setup.py, the report of nvcc, the served devices."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from setuptools import Distribution
@@ -268,6 +269,26 @@ def test_failed_build_is_fatal_if_forced(fake_nvcc, tmp_path, monkeypatch):
 def test_message_of_the_compiler_is_reported(fake_nvcc):
     with pytest.raises(setup.BuildError, match=r"nvcc: kernel.cu\(7\): error: no such luck$"):
         setup.run(fake_nvcc, "-c", "kernel.cu")
+
+
+def test_windows_compiles_and_links_with_zig(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(setup, "WINDOWS", True)
+    monkeypatch.setattr(setup, "run", lambda *command: commands.append(list(command)))
+    monkeypatch.setattr(setup.platform, "machine", lambda: "AMD64")
+    builder = setup.BuildKernels(Distribution({"ext_modules": setup.extensions()}))
+    builder.build_lib = builder.build_temp = str(tmp_path)
+    builder.ensure_finalized()
+    builder.build_cpu(builder.extensions[0])
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", "x86_64-windows-gnu"]
+    assert all(command[:6] == zig for command in commands)
+    *compilers, linker = commands
+    objects = {command[-1] for command in compilers}
+    assert len(objects) == 1 + 2 * len(setup.INSTRUCTION_SETS)
+    assert objects == {part for part in linker if part.endswith(".o")}
+    assert all("-DPy_LIMITED_API=0x030A0000" in command for command in compilers)
+    assert linker[-3].endswith("python3.lib")
+    assert Path(linker[-1]).parent == tmp_path / "naslora_kernels"
 
 
 @pytest.mark.parametrize(

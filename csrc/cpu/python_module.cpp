@@ -2,7 +2,6 @@
 //
 // It does not use PyTorch's C++ API: tensors come as addresses, and torch's thread pool as the
 // address of a C function. So it builds without torch, and one binary serves every torch.
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -61,18 +60,19 @@ class Scratch {
   size_t size_ = 0;
 };
 
+constexpr std::align_val_t CACHE_LINE{64};
+
 }  // namespace
 
 void* host_allocate(size_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, bytes ? bytes : 1) != 0) throw std::bad_alloc();
+  void* memory = ::operator new(bytes, CACHE_LINE);
 #if defined(NASLORA_POISON)
   memset(memory, 0xff, bytes);  // NaN, so that tests detect reads of unwritten memory
 #endif
   return memory;
 }
 
-void host_free(void* memory) { free(memory); }
+void host_free(void* memory) { ::operator delete(memory, CACHE_LINE); }
 
 void* thread_scratch(size_t bytes) {
   thread_local Scratch scratch;

@@ -6,10 +6,9 @@ computes with the best instruction set of this processor, or the one that NASLOR
 names.
 """
 
-import ctypes
 import os
 
-import torch
+from naslora_kernels.tensors import address_of_function
 
 try:
     from naslora_kernels import _C  # type: ignore[attr-defined]
@@ -56,16 +55,11 @@ def build_info() -> dict[str, object]:
 
 
 def _torch_parallel_for() -> int:
-    """Returns the address of torch's C function ``torch_parallel_for``, or 0 if there is none.
-
-    The function runs work on torch's threads. It is looked up in the libraries that ``torch._C``
-    is linked with.
-    """
+    """Returns the address of the C function that runs work on torch's threads, or 0."""
     try:
-        function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
+        return address_of_function("torch_parallel_for")
     except (AttributeError, OSError):
         return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 if _C is not None:
