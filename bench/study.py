@@ -9,21 +9,20 @@ kept, so an interrupted study can continue. Two processes can share one ``--outp
 import csv
 import dataclasses
 import os
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import tyro
 
+from bench.studies import STUDIES, Numbers, Study
 from naslora import NASLoRAConfig, merge
 from naslora.data.layouts import REQUIRED_SPLITS
 from naslora.records import read_record, read_rows, write_record, write_rows
 from naslora.report.numbers import MISSING
 from naslora.report.tables import Table, markdown_table
 from naslora.results import HISTORY, Epoch, MergeResult, RunResult
-from naslora.sam.shipped import NONE
 from naslora.study.paired import paired_difference
 from naslora.study.sweep import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
@@ -31,13 +30,6 @@ from naslora.training.run import train
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration, find_splits
 from naslora.training.search_config import SearchConfig
-
-Settings = dict[str, dict[str, Any]]
-"""Fields of RunConfig ("run"), of its adapter ("adapter") and of its search ("search")."""
-Numbers = dict[str, float | None]
-"""The columns of a finished cell."""
-Column = Callable[[RunResult, list[Epoch]], float | None]
-"""A number of a finished run."""
 
 
 class Key(NamedTuple):
@@ -50,237 +42,6 @@ class Key(NamedTuple):
 
 Cells = dict[Key, Numbers]
 DONE = "study.json"  # what a finished cell reports
-# At the start 3/8 of the mixture pass the signal on. This lora_alpha restores the gain of LoRA.
-LEVEL_GAIN = 32.0 * 8 / 3
-
-
-def _dice(result: RunResult, mode: str | None = None) -> float | None:
-    """Test Dice, after a merge if ``mode`` is given."""
-    scores = result.test if mode is None else (result.test_merged or {}).get(mode)
-    return scores.dice if scores else None
-
-
-TRAINING: dict[str, Column] = {
-    "loss, epochs 2-5": lambda _, history: statistics.mean(e.train_loss for e in history[2:6]),
-    "last loss": lambda _, history: history[-1].train_loss,
-    "test Dice": lambda result, _: _dice(result),
-    "test IoU": lambda result, _: result.test.iou if result.test else None,
-    "Dice after center": lambda result, _: _dice(result, "center"),
-    "entropy": lambda _, history: history[-1].entropy,
-}
-
-
-def _error(result: RunResult, mode: str, held_out: bool = False) -> float | None:
-    """Mean over the layers of the update's relative error after a merge."""
-    layers = (result.merge or {})[mode].layers or []
-    if held_out:
-        return mean_and_spread([layer.held_out_error for layer in layers]).mean
-    return statistics.mean(layer.update_error for layer in layers)
-
-
-MERGING: dict[str, Column] = {
-    "before": lambda result, _: _dice(result),
-    "exact": lambda result, _: _dice(result, "exact"),
-    "center": lambda result, _: _dice(result, "center"),
-    "calibrated, 8": lambda result, _: _dice(result, "calibrated, 8"),
-    "calibrated, 16": lambda result, _: _dice(result, "calibrated"),
-    "error of exact": lambda result, _: _error(result, "exact"),
-    "of center": lambda result, _: _error(result, "center"),
-    "of calibrated, 8": lambda result, _: _error(result, "calibrated, 8", held_out=True),
-    "of calibrated, 16": lambda result, _: _error(result, "calibrated", held_out=True),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """Variants, each trained on every data set with every seed."""
-
-    datasets: tuple[str, ...]
-    seeds: tuple[int, ...]
-    common: Settings
-    variants: dict[str, Settings]
-    epochs: dict[str, int]
-    columns: dict[str, Column] = dataclasses.field(default_factory=lambda: TRAINING)
-    few_images: int | None = None
-    """If given, models are also merged with ``calibrated`` on this number of images."""
-    train_images: int | None = None
-    """If given, so many of the training images are used, evenly spread, and as large a part of the
-    validation images."""
-    reference: str | dict[str, str] | None = None
-    """The variant from which the paired differences of the others are taken, in test Dice; or that
-    of each variant that is compared."""
-
-    def reference_of(self, variant: str) -> str | None:
-        """The variant from which a variant's paired difference is taken."""
-        if isinstance(self.reference, dict):
-            return self.reference.get(variant)
-        return self.reference
-
-
-def _adapter(method: str, **adapter: Any) -> Settings:
-    return {"run": {"method": method}, "adapter": adapter}
-
-
-# Plain LoRA in the fused kernels.
-LORA = _adapter("nas-pc-lora", channel_ratio=0.0)
-
-RANDOM_VIT_T = {"model": "vit_t", "checkpoint": Path(NONE)}
-# Encoders of the study "pretrained": with convolutions, without, and without pre-trained weights.
-ENCODERS: dict[str, dict[str, Any]] = {
-    "MobileSAM": {"model": "mobile_sam"},
-    "vit_t": {"model": "vit_t"},
-    "random vit_t": RANDOM_VIT_T,
-}
-
-# Settings of version 0.1.0.
-COUPLED = {
-    "optimizer": "adam",
-    "cell_weight_decay": 1e-4,
-    "alpha_weight_decay": 1e-3,
-}
-CONSTANT_ALPHA = {"alpha_schedule": "constant"}
-# Its rate of alpha in the 48 steps of "suspects", where a logit could travel 2.
-SLOW_ALPHA = {"alpha_learning_rate": 0.042}
-
-STUDIES = {
-    "class-loss": Study(
-        datasets=("mni152",),
-        seeds=(0, 1, 2),
-        common={
-            "run": RANDOM_VIT_T | {"image_size": 256, "num_classes": 3},
-            "search": {"learning_rate": 1e-3},
-        },
-        variants={
-            "matching": {"search": {"class_loss": "matching"}},
-            "pixel": {"search": {"class_loss": "pixel"}},
-        },
-        epochs={"mni152": 6},
-    ),
-    "search-start": Study(
-        datasets=("brain_deepgrey",),
-        seeds=(0, 1, 2),
-        common={
-            "run": {"model": "mobile_sam", "image_size": 256},
-            "search": {"learning_rate": 3e-4, "search_start": 1000},
-        },
-        variants={
-            "LoRA": LORA,
-            "NAS-LoRA, kaiming": _adapter("nas-lora", cell_init="kaiming"),
-            "NAS-LoRA, kaiming, scaling x 8/3": _adapter(
-                "nas-lora", cell_init="kaiming", lora_alpha=LEVEL_GAIN
-            ),
-            "NAS-LoRA, identity": _adapter("nas-lora", cell_init="identity"),
-            "NAS-PC-LoRA, kaiming": _adapter("nas-pc-lora", cell_init="kaiming"),
-            "NAS-PC-LoRA, identity": _adapter("nas-pc-lora", cell_init="identity"),
-        },
-        epochs={"brain_deepgrey": 16},
-    ),
-    "alpha-rate": Study(
-        datasets=("mni152",),
-        seeds=(0, 1, 2),
-        common={
-            "run": RANDOM_VIT_T | {"image_size": 256, "num_classes": 3},
-            "search": {"learning_rate": 1e-3, "search_start": 3},
-        },
-        variants={
-            # Five epochs of four steps: Adam moves a logit by at most 20 x the rate.
-            f"alpha rate {rate:g}": {"search": {"alpha_learning_rate": rate}}
-            for rate in (3e-4, 0.025, 0.075, 0.225)
-        },
-        epochs={"mni152": 8},
-    ),
-    "small-sets": Study(
-        datasets=("he_nuclei", "roads"),
-        seeds=(0, 1, 2),
-        common={
-            "run": {"model": "mobile_sam", "image_size": 512},
-            "search": {"learning_rate": 5e-4, "batch_size": 2, "mixed_precision": "bf16"},
-        },
-        variants={
-            "NAS-PC-LoRA": {"search": {"arch_data": "hold-out"}},
-            "NAS-PC-LoRA, nothing held out": {"search": {"arch_fraction": 1.0}},
-            "LoRA": LORA,
-            "decoder only": _adapter("decoder-only"),
-        },
-        epochs={"he_nuclei": 24, "roads": 16},
-    ),
-    # What held NAS-PC-LoRA back: each suspect with and without, on a part of the training images.
-    "suspects": Study(
-        datasets=("kvasir_seg", "leaf_disease"),
-        seeds=(0, 1, 2, 3, 4),
-        common={
-            "run": {"model": "mobile_sam", "image_size": 224},
-            "search": {"learning_rate": 5e-4, "mixed_precision": "no"},
-        },
-        variants={
-            "LoRA": LORA,
-            "NAS-PC-LoRA": {},
-            "all of 0.1.0": {
-                "search": COUPLED | {"arch_data": "hold-out"} | CONSTANT_ALPHA | SLOW_ALPHA
-            },
-            "coupled weight decay": {"search": COUPLED},
-            "alpha: hold-out": {"search": {"arch_data": "hold-out"}},
-            "alpha: rotate": {"search": {"arch_data": "rotate"}},
-            "alpha: constant rate": {"search": CONSTANT_ALPHA},
-            # A third of the default: a logit can travel 1.6 in the 48 steps, not 4.8.
-            "alpha: slow": {"search": {"alpha_learning_rate": 0.1}},
-            "alpha: never": {"search": {"search_start": 1000}},
-            "start: skip": _adapter("nas-pc-lora", cell_init="skip"),
-            "cell's rate x 4": {"search": {"cell_learning_rate": 2e-3}},
-            "cell's rate x 10": {"search": {"cell_learning_rate": 5e-3}},
-            "NAS-LoRA": _adapter("nas-lora"),
-            "in bf16": {"search": {"mixed_precision": "bf16"}},
-        },
-        epochs={"kvasir_seg": 6, "leaf_disease": 6},
-        train_images=240,
-        reference="LoRA",
-    ),
-    # What the weights of vit_t in the package are worth, and whether NAS-PC-LoRA gains more over
-    # LoRA on an encoder without convolutions.
-    "pretrained": Study(
-        datasets=("kvasir_seg", "leaf_disease"),
-        seeds=(0, 1, 2, 3, 4),
-        common={
-            "run": {"image_size": 256},
-            "search": {"learning_rate": 5e-4, "mixed_precision": "no"},
-        },
-        variants={
-            f"{encoder}, {method}": {
-                "run": run | settings.get("run", {}),
-                "adapter": settings.get("adapter", {}),
-            }
-            for encoder, run in ENCODERS.items()
-            for method, settings in (("LoRA", LORA), ("NAS-PC-LoRA", {}))
-        },
-        epochs={"kvasir_seg": 6, "leaf_disease": 6},
-        train_images=240,
-        reference={f"{encoder}, NAS-PC-LoRA": f"{encoder}, LoRA" for encoder in ENCODERS},
-    ),
-    # Test Dice before and after merging, then the mean relative error of the layers' updates. That
-    # of `calibrated` is on held-out tokens.
-    "merging": Study(
-        datasets=("he_nuclei", "brain_deepgrey"),
-        seeds=(0, 1, 2),
-        common={
-            "run": {"image_size": 256},
-            "search": {"batch_size": 2, "arch_fraction": 1.0},
-        },
-        variants={
-            f"{title}{', annealed' * (anneal > 0)}": {
-                "run": run,
-                "search": {"learning_rate": rate, "anneal_epochs": anneal},
-            }
-            for title, run, rate in (
-                ("MobileSAM", {"model": "mobile_sam"}, 5e-4),
-                ("vit_t", RANDOM_VIT_T, 1e-3),
-            )
-            for anneal in (0, 6)
-        },
-        epochs={"he_nuclei": 24, "brain_deepgrey": 16},
-        columns=MERGING,
-        few_images=8,
-    ),
-}
 
 
 def main(
