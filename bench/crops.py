@@ -12,8 +12,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from naslora.data.cache import Cache
 from naslora.data.dataset import Item, SegmentationDataset
+from naslora.data.images import Sample
 from naslora.data.layouts import list_images, read_csv
-from naslora.data.masks import Sample
 from naslora.data.sampling import AUGMENT, hold_out, seeded_generator
 from naslora.errors import UserError
 from naslora.sam.encoders import EMBED_DIM

@@ -21,7 +21,7 @@ from segment_anything import SamPredictor
 from bench.crops import find_images
 from bench.distill import CONFIG
 from bench.distillation import Settings, similarity
-from naslora.data.masks import Sample, read_image
+from naslora.data.images import Sample, read_image
 from naslora.files import read_json
 from naslora.report.tables import Table, markdown_table
 from naslora.sam.prompts import build_predictor

@@ -17,9 +17,10 @@ import torch
 import tyro
 from PIL import Image
 
+from naslora.data.images import Sample, read_image
 from naslora.data.large import LargeImage
 from naslora.data.layouts import read_csv
-from naslora.data.masks import Sample, read_image, read_mask
+from naslora.data.masks import read_mask
 from naslora.data.tiles import PATCH, Box, Grid, Tiles, fit_tiles
 from naslora.errors import UserError
 from naslora.methods import load_adapter

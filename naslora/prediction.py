@@ -15,9 +15,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 from naslora.data.dataset import resize_image
 from naslora.data.geotiff import read_georeference, write_geotiff
+from naslora.data.images import Sample, large_images, read_image
 from naslora.data.large import LargeImage, read_large
 from naslora.data.layouts import list_images
-from naslora.data.masks import Sample, large_images, read_image
 from naslora.data.png import PngWriter
 from naslora.data.tiles import SMALLEST, Grid, Tiles, check_tiles, fit_tiles
 from naslora.errors import UserError

@@ -21,7 +21,7 @@ from naslora.adapter.merged_files import (
 )
 from naslora.adapter.storage import WEIGHTS_NAME
 from naslora.data.contents import warnings_about
-from naslora.data.masks import Sample
+from naslora.data.images import Sample
 from naslora.errors import UserError, listing
 from naslora.files import (
     read_json,

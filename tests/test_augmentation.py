@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 
 from naslora.data.augmentation import Augmentation, colour, geometry
 from naslora.data.dataset import SegmentationDataset, collate
-from naslora.data.masks import IGNORED, Sample
+from naslora.data.images import Sample
+from naslora.data.masks import IGNORED
 from naslora.training.run_config import RunConfig, differing, read_config
 from naslora.training.search_config import SearchConfig
 

@@ -17,8 +17,9 @@ from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.datasets import DATASETS, load_splits
 from naslora.data.demo_data import write_mni152
+from naslora.data.images import Sample, read_image
 from naslora.data.layouts import list_images
-from naslora.data.masks import IGNORED, Sample, read_image, read_mask
+from naslora.data.masks import IGNORED, read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.errors import UserError
 from naslora.training.run_config import RunConfig

@@ -15,7 +15,8 @@ from PIL import ExifTags, Image
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import DATASETS, count_differences, load_splits
-from naslora.data.masks import IGNORED, Sample, read_mask
+from naslora.data.images import Sample
+from naslora.data.masks import IGNORED, read_mask
 from naslora.errors import UserError
 from naslora.training.run_config import RunConfig
 

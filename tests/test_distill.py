@@ -14,7 +14,7 @@ from bench import distillation
 from bench import student as bench_student
 from bench.distill import distill
 from naslora.data.cache import Cache
-from naslora.data.masks import Sample
+from naslora.data.images import Sample
 from naslora.errors import UserError
 from naslora.files import read_safetensors, write_tensors
 from naslora.records import read_rows

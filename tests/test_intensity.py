@@ -10,8 +10,8 @@ from PIL import Image
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.geotiff import read_georeference, write_geotiff
+from naslora.data.images import Sample, read_image
 from naslora.data.intensity import Intensity, parse_intensity, scale
-from naslora.data.masks import Sample, read_image
 from naslora.errors import UserError
 from naslora.training.run_config import RunConfig
 

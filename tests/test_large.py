@@ -9,9 +9,9 @@ import tifffile
 from PIL import Image, ImageOps
 
 from naslora.data import intensity as scaling
+from naslora.data.images import Sample, read_image
 from naslora.data.intensity import Intensity, scale
 from naslora.data.large import LargeImage, read_large
-from naslora.data.masks import Sample, read_image
 from naslora.data.png import PngWriter
 from naslora.data.tiff import read_tiff
 from naslora.data.tiles import Box

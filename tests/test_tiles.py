@@ -14,8 +14,9 @@ from PIL import Image
 from bench import tile_agreement
 from naslora.data.augmentation import Crop, draw_window
 from naslora.data.dataset import SegmentationDataset
+from naslora.data.images import Sample
 from naslora.data.large import LargeImage
-from naslora.data.masks import IGNORED, Sample
+from naslora.data.masks import IGNORED
 from naslora.data.tiles import Grid, Tiles, fit_tiles
 from naslora.prediction import Predictor
 from naslora.prediction import segment as segment_rows

@@ -8,17 +8,15 @@ from typing import TypeVar
 
 from PIL import ExifTags, Image
 
-from naslora.data.intensity import Intensity
-from naslora.data.masks import (
+from naslora.data.images import (
     Sample,
-    check_sizes,
     decode_image,
-    decode_mask,
-    has_foreground,
     to_8_bits,
     to_rgb,
     unreadable,
 )
+from naslora.data.intensity import Intensity
+from naslora.data.masks import check_sizes, decode_mask, has_foreground
 from naslora.data.tiff import is_tiff
 from naslora.errors import UserError
 

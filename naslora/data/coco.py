@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from naslora.data.images import Annotation, Sample
 from naslora.data.layouts import OPTIONAL_SPLIT, REQUIRED_SPLITS, Splits, check_folder
-from naslora.data.masks import IGNORED, Annotation, Sample
+from naslora.data.masks import IGNORED
 from naslora.errors import UserError, listing
 
 OTHER_NAMES = {"val": ("val", "valid", "validation")}

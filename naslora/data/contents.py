@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from naslora.data.masks import Annotation, Sample, unreadable
+from naslora.data.images import Annotation, Sample, unreadable
 from naslora.errors import UserError, listing
 
 

@@ -15,16 +15,14 @@ from torchvision.transforms.v2 import functional as transforms
 
 from naslora.data.augmentation import Augment, Augmentation, Crop, draw_window
 from naslora.data.cache import Cache
-from naslora.data.intensity import Intensity
-from naslora.data.masks import (
+from naslora.data.images import (
     Annotation,
     Sample,
-    check_sizes,
     decode_image,
-    decode_mask,
-    palette_codes,
     unreadable,
 )
+from naslora.data.intensity import Intensity
+from naslora.data.masks import check_sizes, decode_mask, palette_codes
 from naslora.data.sampling import FLIP, seeded_generator
 from naslora.data.tiles import Box, Tiles
 from naslora.errors import UserError

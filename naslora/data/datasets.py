@@ -6,8 +6,8 @@ from pathlib import Path
 
 from naslora.data.coco import read_categories, read_coco
 from naslora.data.demo_data import read_mni152
+from naslora.data.images import Sample
 from naslora.data.layouts import DataSet, Splits, read_csv, read_folders
-from naslora.data.masks import Sample
 from naslora.data.paper_sets import PAPER_SETS
 from naslora.errors import UserError
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from naslora.data.masks import large_images, unreadable
+from naslora.data.images import large_images, unreadable
 from naslora.data.tiff import is_tiff
 
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)

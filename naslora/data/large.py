@@ -6,11 +6,15 @@ Only the parts that are taken become RGB images of Pillow, which have 4 bytes a 
 import numpy as np
 from PIL import Image
 
+from naslora.data.images import (
+    Sample,
+    open_upright,
+    read_pixels,
+    to_8_bits,
+    to_rgb,
+)
 from naslora.data.intensity import Intensity
-from naslora.data.masks import Sample, open_upright, to_8_bits, to_rgb, unreadable
-from naslora.data.tiff import read_tiff
 from naslora.data.tiles import Box
-from naslora.errors import UserError
 
 
 class LargeImage:
@@ -60,12 +64,7 @@ def read_large(sample: Sample, intensity: Intensity | None = None) -> LargeImage
         UserError: as ``read_image``.
     """
     where = f"{sample.origin}: image {sample.image}"
-    try:
-        pixels = read_tiff(sample.image, where, intensity)
-    except UserError:
-        raise
-    except Exception as error:  # tifffile raises exceptions of many types
-        raise unreadable(where, error) from error
+    pixels = read_pixels(sample.image, where, intensity)
     if pixels is not None:
         return LargeImage(pixels, where)
     return LargeImage(to_8_bits(open_upright(sample.image, where)[0], where, intensity), where)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from naslora.data.masks import Encoding, Sample
+from naslora.data.images import Encoding, Sample
 from naslora.errors import UserError, listing
 
 REQUIRED_SPLITS = ("train", "val", "test")

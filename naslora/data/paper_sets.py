@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from naslora.data.images import Sample
 from naslora.data.layouts import (
     IMAGE_FOLDER,
     MASK_FOLDER,
@@ -12,7 +13,6 @@ from naslora.data.layouts import (
     locate_folders,
     pair_files,
 )
-from naslora.data.masks import Sample
 from naslora.data.sampling import hold_out
 
 SPLIT_SEED = 0  # The paper draws some splits at random; a fixed seed gives the same split each run.

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from naslora.data.dataset import Item
-from naslora.data.masks import Sample, has_foreground
+from naslora.data.images import Sample
+from naslora.data.masks import has_foreground
 from naslora.errors import UserError
 from naslora.files import replaced_file
 from naslora.records import write_rows

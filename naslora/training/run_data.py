@@ -20,8 +20,9 @@ from naslora.data.checking import check_sample, in_threads
 from naslora.data.contents import Content, Contents, check_unchanged, content_of, warnings_about
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import count_differences, load_splits
+from naslora.data.images import Sample
 from naslora.data.layouts import OPTIONAL_SPLIT
-from naslora.data.masks import Sample, has_foreground, palette_codes
+from naslora.data.masks import has_foreground, palette_codes
 from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.training.run_config import RunConfig

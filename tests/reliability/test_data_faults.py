@@ -12,7 +12,7 @@ from miniatures import check_samples
 from PIL import Image
 
 from naslora.data.checking import LARGE
-from naslora.data.masks import Sample
+from naslora.data.images import Sample
 from naslora.files import read_json
 from naslora.report.pictures import paint
 from naslora.sam import encoders
