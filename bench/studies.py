@@ -254,7 +254,7 @@ STUDIES = {
             for encoder in ENCODERS
             for method in METHODS
         },
-        epochs={"kvasir_seg": 6, "leaf_disease": 10, "crackforest": 30, "camvid": 10},
+        epochs={"kvasir_seg": 6, "leaf_disease": 6, "crackforest": 30, "camvid": 6},
         columns=TRAINING | {"minutes": _minutes},
         reference={
             f"{encoder}, {method}": f"{encoder}, LoRA"

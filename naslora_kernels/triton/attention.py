@@ -19,7 +19,7 @@ from naslora_kernels.cell import AttentionOperands
 from naslora_kernels.saved import check_saved_attention
 from naslora_kernels.tensors import ACCUMULATORS
 from naslora_kernels.triton.primitives import in_two
-from naslora_kernels.triton.tiles import AttentionTiles, attention_tiles
+from naslora_kernels.triton.tiles import ALL_REGISTERS, AttentionTiles, attention_tiles
 
 
 class TritonAttention:
@@ -98,6 +98,7 @@ class TritonAttention:
             *(grad_o, o, delta, o.shape[1], o.shape[2], _strides(grad_o), _strides(o)),
             **{name: tiles.constants[name] for name in names},
             num_warps=4,
+            **ALL_REGISTERS,
         )
         return delta
 
@@ -131,11 +132,12 @@ class TritonAttention:
         from naslora_kernels.triton.attention_backward import attention_queries_kernel
 
         like = next(gradient for gradient in gradients if gradient is not None)
+        blocks = -(-like.shape[2] // tiles.queries_pass["QUERIES"])
         self._launch(
             attention_queries_kernel,
-            (_heads(like) * -(-like.shape[2] // tiles.queries),),
+            (_heads(like) * blocks,),
             *(*inputs, *gradients, *rest, _strides(like)),
-            **tiles.constants,
+            **tiles.queries_pass,
             ROWS_OUTSIDE=rows_outside,
         )
 

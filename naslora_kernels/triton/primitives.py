@@ -16,16 +16,13 @@ from naslora_kernels.launches import CellPartials, CellSums, GPUPrimitives, Matr
 from naslora_kernels.tensors import last_size
 from naslora_kernels.triton.partial_sums import partial_sums
 from naslora_kernels.triton.tiles import (
+    ALL_REGISTERS,
     cell_tiles,
     expand_tiles,
     group_rows,
     pass_tiles,
     power_of_2,
 )
-
-# ptxas otherwise uses fewer registers, and spills some bytes, to fit one more program on a
-# processor.
-ALL_REGISTERS = {"maxnreg": 255}
 
 
 class TritonPrimitives(GPUPrimitives):

@@ -1,16 +1,29 @@
 """How the Triton kernels divide their work.
 
-Nothing is tuned at run time. Tiles depend on shapes alone, so CUDA graphs can capture the launches
-and every card gives the same bits.
+Nothing is tuned at run time. Tiles depend on shapes, dtypes and the kind of card alone, so CUDA
+graphs can capture the launches and every run gives the same bits.
 """
 
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs on the CPU
+
+
+# Triton's option maxnreg: ptxas otherwise uses fewer registers, and spills some bytes, to fit one
+# more program on a processor.
+ALL_REGISTERS = {"maxnreg": 255}
+
+
+def multiplies_in_shared_memory(capability: tuple[int, int]) -> bool:
+    """Whether tensor cores read operands from shared memory (wgmma, tcgen05), not from registers.
+
+    Those of data centres' cards do from capability 9.0 on.
+    """
+    return (9, 0) <= capability < (12, 0)
 
 
 class CellTiles(NamedTuple):
@@ -93,7 +106,7 @@ def pass_tiles(
         tile, columns = rows, 4096 // rows
     else:
         tile = min(rows, 64)
-        columns = 2048 // tile if exact else 64
+        columns = 2048 // tile if exact else 64 if multiplies_in_shared_memory(capability) else 32
         lanes = max(16, power_of_2(rank))
         constants = {"LANES": lanes, "STEPS": rows // tile, "WIDEN": widen}
     constants |= {"RANK": rank, "ROWS": tile, "COLUMNS": columns}
@@ -127,10 +140,12 @@ class AttentionTiles(NamedTuple):
     """Rows of the grid in a tile of keys."""
     columns: int
     """Columns of the grid in a tile of keys."""
-    constants: dict[str, object]
-    """The constants of the kernels, and how they are launched."""
-    keys_pass: dict[str, object]
-    """The same for the pass over keys."""
+    constants: dict[str, Any]
+    """The constants of the forward, and how it is launched."""
+    keys_pass: dict[str, Any]
+    """The same for the pass that keeps keys."""
+    queries_pass: dict[str, Any]
+    """The same for the passes that keep queries."""
 
 
 @functools.cache
@@ -146,9 +161,10 @@ def attention_tiles(
     widen = dtype.itemsize == 2 and capability < (8, 0)
     exact = widen or dtype.itemsize > 2
     lanes = max(16, power_of_2(features))  # of tensor cores, which multiply 16 or more
-    if exact:
+    if dtype == torch.float64:
+        keys, most_columns, queries = 16, 32, 16
+    elif exact:
         keys, most_columns, queries = (32, 64, 16) if lanes <= 64 else (16, 16, 16)
-        most_columns = keys if dtype.itemsize == 8 else most_columns
     else:
         keys, most_columns, queries = (64, 128, 64) if lanes <= 64 else (64, 64, 64)
         if lanes > 64 and width > 64:  # the sums of drel_w spill in a launch of their own
@@ -157,21 +173,24 @@ def attention_tiles(
     rows = max(1, keys // columns)
     if columns > 64 or rows > 2:  # else the addresses of so many biases spill
         queries = min(queries, 32)
-    constants: dict[str, object] = {"FEATURES": features, "LANES": lanes, "QUERIES": queries}
+    constants: dict[str, Any] = {"FEATURES": features, "LANES": lanes, "QUERIES": queries}
     constants |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen}
-    constants |= {"num_warps": 8, "num_stages": 1 if exact else 2}
-    data_centre = (9, 0) <= capability < (12, 0)
+    constants |= {"num_warps": 8, "num_stages": 1 if exact else 2, **ALL_REGISTERS}
     if width > columns:  # prefetched tiles spill beside the sums of drel_w
         constants["num_stages"] = 1
-    elif lanes > 64 and queries > 32 and not data_centre:
+    # The passes of the backward hold more: two sums, or dO beside q.
+    fewer = {**constants, "QUERIES": min(queries, 32)}
+    from_registers = not multiplies_in_shared_memory(capability)
+    keys_pass = {**fewer, "num_stages": 1 if exact or from_registers else 2}
+    queries_pass = constants
+    if from_registers and rows > 2:
+        queries_pass = {**constants, "QUERIES": 16}
+    elif from_registers and lanes > 64:
+        queries_pass = fewer
+    if from_registers and lanes > 64 and queries > 32:
         # Prefetched tiles spill on sm_80. They do not fit the shared memory of sm_120.
-        constants["num_stages"] = 1
-    # ptxas otherwise uses fewer registers, and spills some bytes, to fit one more program.
-    constants["maxnreg"] = 255
-    # The pass over keys holds two sums, dk and dv.
-    stages = 1 if exact or capability < (9, 0) else 2
-    keys_pass = {**constants, "QUERIES": min(queries, 32), "num_stages": stages}
-    return AttentionTiles(queries, rows, columns, constants, keys_pass)
+        constants = {**constants, "num_stages": 1}
+    return AttentionTiles(queries, rows, columns, constants, keys_pass, queries_pass)
 
 
 def power_of_2(number: int) -> int:
