@@ -27,7 +27,9 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 
 def compiler() -> str | None:
-    """The path of a C++ compiler, or None."""
+    """The path of a C++ compiler, or None. On Windows the emulation was never built."""
+    if os.name == "nt":
+        return None
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "c++"))), None)
 
 
