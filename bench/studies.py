@@ -114,10 +114,24 @@ METHODS = {
 }
 
 
-def _on(encoder: str, method: str) -> Settings:
-    """A method on an encoder."""
-    settings = METHODS[method]
-    return settings | {"run": ENCODERS[encoder] | settings["run"]}
+ENCODERS_AT_256: Settings = {
+    "run": {"image_size": 256},
+    "search": {"learning_rate": 5e-4, "mixed_precision": "no"},
+}
+
+
+def _on_encoders(*methods: str) -> dict[str, Settings]:
+    """Each method on each encoder, as variants."""
+    return {
+        f"{encoder}, {method}": METHODS[method] | {"run": run | METHODS[method]["run"]}
+        for encoder, run in ENCODERS.items()
+        for method in methods
+    }
+
+
+def _lora_on_each(*methods: str) -> dict[str, str]:
+    """References: what these methods are compared with is LoRA on the same encoder."""
+    return {f"{name}, {method}": f"{name}, LoRA" for name in ENCODERS for method in methods}
 
 
 # Settings of version 0.1.0.
@@ -228,40 +242,21 @@ STUDIES = {
     "pretrained": Study(
         datasets=("kvasir_seg", "leaf_disease"),
         seeds=(0, 1, 2, 3, 4),
-        common={
-            "run": {"image_size": 256},
-            "search": {"learning_rate": 5e-4, "mixed_precision": "no"},
-        },
-        variants={
-            f"{encoder}, {method}": _on(encoder, method)
-            for encoder in ENCODERS
-            for method in ("LoRA", "NAS-PC-LoRA")
-        },
+        common=ENCODERS_AT_256,
+        variants=_on_encoders("LoRA", "NAS-PC-LoRA"),
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
         train_images=240,
-        reference={f"{encoder}, NAS-PC-LoRA": f"{encoder}, LoRA" for encoder in ENCODERS},
+        reference=_lora_on_each("NAS-PC-LoRA"),
     ),
     # All training images, all methods. CrackForest and CamVid were never tuned on.
     "whole-sets": Study(
         datasets=("kvasir_seg", "leaf_disease", "crackforest", "camvid"),
         seeds=(0, 1, 2, 3, 4),
-        common={
-            "run": {"image_size": 256},
-            "search": {"learning_rate": 5e-4, "mixed_precision": "no"},
-        },
-        variants={
-            f"{encoder}, {method}": _on(encoder, method)
-            for encoder in ENCODERS
-            for method in METHODS
-        },
+        common=ENCODERS_AT_256,
+        variants=_on_encoders(*METHODS),
         epochs={"kvasir_seg": 6, "leaf_disease": 6, "crackforest": 30, "camvid": 6},
         columns=TRAINING | {"minutes": _minutes},
-        reference={
-            f"{encoder}, {method}": f"{encoder}, LoRA"
-            for encoder in ENCODERS
-            for method in METHODS
-            if method != "LoRA"
-        },
+        reference=_lora_on_each("decoder only", "Conv-LoRA", "NAS-LoRA", "NAS-PC-LoRA"),
     ),
     # Test Dice before and after merging, then the mean relative error of the layers' updates. That
     # of `calibrated` is on held-out tokens.

@@ -42,6 +42,8 @@ class Key(NamedTuple):
 
 Cells = dict[Key, Numbers]
 DONE = "study.json"  # what a finished cell reports
+# Fields of RunConfig that belong to a data set.
+OF_DATA: dict[str, dict[str, int]] = {"camvid": {"num_classes": 11, "ignore_index": 11}}
 
 
 def main(
@@ -104,6 +106,7 @@ def _train_cell(
             source["checkpoint"] = weights
     config = RunConfig(
         **source,
+        **OF_DATA.get(dataset, {}),
         adapter=NASLoRAConfig(seed=seed, **merged["adapter"]),
         search=SearchConfig(**search | merged["search"]),
         **merged["run"],
