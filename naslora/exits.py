@@ -59,11 +59,21 @@ def flush_results() -> None:
         raise UserError(f"the results cannot be printed: {error.strerror}") from error
 
 
+def _signal_main_thread(number: int) -> None:
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):  # it also wakes a thread that waits
+        signal.pthread_kill(main, number)
+    else:
+        signal.raise_signal(number)
+
+
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
     """Turns the first SIGINT or SIGTERM into ``Interrupted``. A second one ends the process.
 
-    An OSError of a thread prints nothing: TensorBoard's writer raises it in the main thread, too.
+    Python drops what is raised in a destructor, such as that of a data loader, so a signal that
+    arrives there is sent again. An OSError of a thread prints nothing: TensorBoard's writer raises
+    it in the main thread, too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -77,16 +87,23 @@ def signals() -> Iterator[None]:
         raise Interrupted(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    excepthook = threading.excepthook
+    excepthook, unraisablehook = threading.excepthook, sys.unraisablehook
 
     def report(arguments: Any) -> None:
         if not isinstance(arguments.exc_value, OSError):
             excepthook(arguments)
 
-    threading.excepthook = report
+    def send_again(arguments: Any) -> None:
+        if not isinstance(arguments.exc_value, Interrupted):
+            return unraisablehook(arguments)
+        arrived.clear()
+        # Later: Python also drops what is raised in this hook.
+        threading.Timer(0.05, _signal_main_thread, [arguments.exc_value.number]).start()
+
+    threading.excepthook, sys.unraisablehook = report, send_again
     try:
         yield
     finally:
-        threading.excepthook = excepthook
+        threading.excepthook, sys.unraisablehook = excepthook, unraisablehook
         for number, handler in before.items():
             signal.signal(number, handler)

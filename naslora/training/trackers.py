@@ -52,7 +52,8 @@ class _Kind(NamedTuple):
 
 def _tensorboard(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
     # Epochs of a killed run that the resumed one repeats are not shown twice.
-    return TensorBoardTracker("tensorboard", output, purge_step=epoch)
+    # A Ctrl-C inside the writer's queue can cost so many seconds; its default is 120.
+    return TensorBoardTracker("tensorboard", output, purge_step=epoch, flush_secs=10)
 
 
 def _wandb(output: Path, epoch: int, identity: str | None) -> GeneralTracker:

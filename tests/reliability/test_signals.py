@@ -9,6 +9,7 @@ import time
 import pytest
 from conftest import group_lives
 
+from naslora.exits import Interrupted, signals
 from naslora.files import read_json
 from reliability.conftest import TRAIN, one_line, wait_for
 from reliability.test_kills import assert_same
@@ -48,6 +49,18 @@ def test_workers_end_with_the_run(forked, clean_world, tmp_path, number, status,
     assert ended.status == status, ended.err
     assert word in one_line(ended.err)
     wait_for(lambda: not group_lives(run.pid), 15)
+
+
+def test_a_signal_that_arrives_in_a_destructor():
+    class Slow:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    with pytest.raises(Interrupted), signals():
+        slow = Slow()
+        del slow
+        time.sleep(60)
 
 
 @pytest.mark.parametrize("number, status, word", SIGNALS)
