@@ -4,10 +4,10 @@
         --photographs DIR --also KVASIR LEAF --output runs/distill
 
 The student learns to give the teacher's embedding of random crops of images, which need no masks.
-The prompt encoder and the mask decoder are the teacher's. After every pass over the images the mean
-of the student's weights embeds the held-out photographs. ``OUTPUT/history.csv`` logs the cosine
-similarity with the teacher's embeddings. The weights with the highest one are in
-``OUTPUT/MODEL.safetensors``, a checkpoint that ``naslora train --checkpoint`` loads.
+The prompt encoder and the mask decoder are the teacher's. The held-out photographs are scored after
+every pass over the images, with the mean of the student's weights: ``OUTPUT/history.csv`` has the
+cosine similarity of their embeddings to the teacher's. ``OUTPUT/MODEL.safetensors`` has the weights
+with the highest one. It is a checkpoint that ``naslora train --checkpoint`` loads.
 
 An embedding of the teacher is computed once for every crop and kept in ``OUTPUT/teacher``. Every
 random choice is a function of the seed, the epoch and the image, so that ``--resume`` continues an
