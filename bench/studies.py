@@ -138,6 +138,9 @@ def _lora_on_each(variants: Iterable[str]) -> dict[str, str]:
 WHOLE_SETS = _on_encoders(*METHODS) | {
     "vit_t, start: skip": _adapter("nas-pc-lora", cell_init="skip") | {"run": ENCODERS["vit_t"]},
     "vit_t, alpha: never": {"run": ENCODERS["vit_t"], "search": {"search_start": 1000}},
+    "vit_t, cell's rate x 10": {"run": ENCODERS["vit_t"], "search": {"cell_learning_rate": 5e-3}},
+    "vit_t, skip, cell's rate x 10": _adapter("nas-pc-lora", cell_init="skip")
+    | {"run": ENCODERS["vit_t"], "search": {"cell_learning_rate": 5e-3}},
 }
 
 
