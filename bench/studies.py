@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,14 @@ class Study:
     train_images: int | None = None
     """If given, so many of the training images are used, evenly spread, and as large a part of the
     validation images."""
-    reference: str | dict[str, str] | None = None
-    """The variant from which the paired differences of the others are taken, in test Dice; or that
-    of each variant that is compared."""
+    reference: str | None = None
+    """The variant from which the paired differences of the others are taken, in test Dice. In a
+    study of several encoders, its name without the encoder's."""
 
     def reference_of(self, variant: str) -> str | None:
         """The variant from which a variant's paired difference is taken."""
-        if isinstance(self.reference, dict):
-            return self.reference.get(variant)
-        return self.reference
+        same_encoder = f"{variant.partition(', ')[0]}, {self.reference}"
+        return same_encoder if same_encoder in self.variants else self.reference
 
 
 def _adapter(method: str, **adapter: Any) -> Settings:
@@ -118,6 +117,9 @@ ENCODERS_AT_256: Settings = {
     "run": {"image_size": 256},
     "search": {"learning_rate": 5e-4, "mixed_precision": "no"},
 }
+# What was the default before the study "whole-sets": the start of the cell, and its rate.
+UNIFORM: Settings = {"adapter": {"cell_init": "identity"}}
+SLOW_CELL: Settings = {"search": {"cell_rate": 1.0}}
 
 
 def _on_encoders(*methods: str) -> dict[str, Settings]:
@@ -129,21 +131,6 @@ def _on_encoders(*methods: str) -> dict[str, Settings]:
     }
 
 
-def _lora_on_each(variants: Iterable[str]) -> dict[str, str]:
-    """References: what a variant is compared with is LoRA on the same encoder."""
-    references = {name: f"{name.split(', ')[0]}, LoRA" for name in variants}
-    return {name: other for name, other in references.items() if name != other}
-
-
-WHOLE_SETS = _on_encoders(*METHODS) | {
-    "vit_t, start: skip": _adapter("nas-pc-lora", cell_init="skip") | {"run": ENCODERS["vit_t"]},
-    "vit_t, alpha: never": {"run": ENCODERS["vit_t"], "search": {"search_start": 1000}},
-    "vit_t, cell's rate x 10": {"run": ENCODERS["vit_t"], "search": {"cell_learning_rate": 5e-3}},
-    "vit_t, skip, cell's rate x 10": _adapter("nas-pc-lora", cell_init="skip")
-    | {"run": ENCODERS["vit_t"], "search": {"cell_learning_rate": 5e-3}},
-}
-
-
 # Settings of version 0.1.0.
 COUPLED = {
     "optimizer": "adam",
@@ -151,8 +138,41 @@ COUPLED = {
     "alpha_weight_decay": 1e-3,
 }
 CONSTANT_ALPHA = {"alpha_schedule": "constant"}
+# One change at a time, and then several.
+SUSPECTS: dict[str, Settings] = {
+    "cell's rate x 1": SLOW_CELL,
+    "cell's rate x 30": {"search": {"cell_rate": 30.0}},
+    "start: identity": UNIFORM,
+    "alpha: never": {"search": {"search_start": 1000}},
+    "alpha: constant rate": {"search": CONSTANT_ALPHA},
+    "alpha: hold-out": {"search": {"arch_data": "hold-out"}},
+    "alpha: rotate": {"search": {"arch_data": "rotate"}},
+    "coupled weight decay": {"search": COUPLED},
+    "identity, x 1": UNIFORM | SLOW_CELL,
+    "identity, x 1, alpha: never": UNIFORM | {"search": {"cell_rate": 1.0, "search_start": 1000}},
+    "all of 0.1.0": UNIFORM
+    | {
+        # Its rate of alpha was 2 / steps, of which the leaves have 92.
+        "search": COUPLED
+        | CONSTANT_ALPHA
+        | {"cell_rate": 1.0, "arch_data": "hold-out", "alpha_learning_rate": 0.022}
+    },
+}
 # Its rate of alpha in the 48 steps of "suspects", where a logit could travel 2.
 SLOW_ALPHA = {"alpha_learning_rate": 0.042}
+
+EARLIER = "identity, x 1"
+
+
+def _suspect(encoder: str, name: str) -> Settings:
+    return SUSPECTS[name] | {"run": ENCODERS[encoder]}
+
+
+WHOLE_SETS = (
+    _on_encoders(*METHODS)
+    | {f"vit_t, {name}": _suspect("vit_t", name) for name in SUSPECTS}
+    | {f"{name}, {EARLIER}": _suspect(name, EARLIER) for name in ("MobileSAM", "random vit_t")}
+)
 
 STUDIES = {
     "class-loss": Study(
@@ -222,8 +242,9 @@ STUDIES = {
         seeds=(0, 1, 2, 3, 4),
         common={
             "run": {"model": "mobile_sam", "image_size": 224},
-            "search": {"learning_rate": 5e-4, "mixed_precision": "no"},
-        },
+            "search": {"learning_rate": 5e-4, "mixed_precision": "no", "cell_rate": 1.0},
+        }
+        | UNIFORM,
         variants={
             "LoRA": LORA,
             "NAS-PC-LoRA": {},
@@ -238,8 +259,8 @@ STUDIES = {
             "alpha: slow": {"search": {"alpha_learning_rate": 0.1}},
             "alpha: never": {"search": {"search_start": 1000}},
             "start: skip": _adapter("nas-pc-lora", cell_init="skip"),
-            "cell's rate x 4": {"search": {"cell_learning_rate": 2e-3}},
-            "cell's rate x 10": {"search": {"cell_learning_rate": 5e-3}},
+            "cell's rate x 4": {"search": {"cell_rate": 4.0}},
+            "cell's rate x 10": {"search": {"cell_rate": 10.0}},
             "NAS-LoRA": _adapter("nas-lora"),
             "in bf16": {"search": {"mixed_precision": "bf16"}},
         },
@@ -252,11 +273,13 @@ STUDIES = {
     "pretrained": Study(
         datasets=("kvasir_seg", "leaf_disease"),
         seeds=(0, 1, 2, 3, 4),
-        common=ENCODERS_AT_256,
+        common=ENCODERS_AT_256
+        | UNIFORM
+        | {"search": ENCODERS_AT_256["search"] | SLOW_CELL["search"]},
         variants=_on_encoders("LoRA", "NAS-PC-LoRA"),
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
         train_images=240,
-        reference=_lora_on_each(_on_encoders("LoRA", "NAS-PC-LoRA")),
+        reference="LoRA",
     ),
     # All training images, all methods. CrackForest and CamVid were never tuned on. Suspects are
     # tried on vit_t, whose runs are the shortest.
@@ -267,7 +290,7 @@ STUDIES = {
         variants=WHOLE_SETS,
         epochs={"kvasir_seg": 6, "leaf_disease": 6, "crackforest": 30, "camvid": 6},
         columns=TRAINING | {"minutes": _minutes},
-        reference=_lora_on_each(WHOLE_SETS),
+        reference="LoRA",
     ),
     # Test Dice before and after merging, then the mean relative error of the layers' updates. That
     # of `calibrated` is on held-out tokens.

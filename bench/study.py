@@ -56,6 +56,7 @@ def main(
     dataset: tuple[str, ...] | None = None,
     save: Path | None = None,
     table_only: bool = False,
+    against: str | None = None,
 ) -> None:
     """Trains a study and prints its table.
 
@@ -70,8 +71,13 @@ def main(
         save: CSV file with one row a finished cell. Cells in it are not trained again. It is
             written at the end.
         table_only: train nothing, print what is there.
+        against: the variant to compare with, instead of the study's own; without the encoder's name
+            in a study of several encoders.
     """
     plan = STUDIES[study]
+    plan = dataclasses.replace(plan, reference=against or plan.reference)
+    if against is not None and not {*map(plan.reference_of, plan.variants)} & {*plan.variants}:
+        raise SystemExit(f"--against {against}: no variant of {study} has this name")
     done = finished(plan, output / study, save)
     for number in () if table_only else seed or plan.seeds:
         for folder in dataset or plan.datasets:
@@ -200,7 +206,7 @@ def table(plan: Study, cells: Cells) -> str:
                     rows[-1].append(_gain(own, others))
     head = ["data", "variant", "seeds", *plan.columns]
     if plan.reference is not None:
-        head.append(f"Dice − {plan.reference}" if isinstance(plan.reference, str) else "paired")
+        head.append(f"Dice − {plan.reference}")
     return markdown_table(Table(head, rows))
 
 

@@ -56,7 +56,7 @@ decoder = ("transformer", "output_upscaling", "output_hypernetworks_mlps")
 trained = [f"mask_decoder.{part}" for part in decoder]
 naslora.inject(model, naslora.NASLoRAConfig(rank=3), train=trained)
 model = DistributedDataParallel(model.to(device))
-optimizer = torch.optim.Adam(naslora.weight_parameters(model), lr=1e-3)
+optimizer = torch.optim.Adam(naslora.param_groups(model, lr=1e-3))
 search = naslora.AlphaSearch(model, lr=1e-2, start=1)
 
 for epoch in range(args.epochs):

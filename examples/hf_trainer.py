@@ -60,7 +60,6 @@ settings = TrainingArguments(
     output_dir=args.output,
     num_train_epochs=args.epochs,
     per_device_train_batch_size=2,
-    learning_rate=1e-3,
     logging_strategy="epoch",
     save_strategy="no",
     remove_unused_columns=False,
@@ -69,9 +68,9 @@ settings = TrainingArguments(
     use_cpu=not args.checkpoint,
 )
 search = AlphaCallback(DataLoader(held_out, batch_size=2), loss_fn, lr=1e-2, start=1)
-trainer = Trainer(
-    model, settings, train_dataset=train, compute_loss_func=mask_loss, callbacks=[search]
-)
+optimizer = torch.optim.AdamW(naslora.param_groups(model, lr=1e-3))
+options = {"train_dataset": train, "compute_loss_func": mask_loss, "callbacks": [search]}
+trainer = Trainer(model, settings, optimizers=(optimizer, None), **options)
 trainer.train()
 trainer.save_model()  # the model under its original names, and the adapter
 again = from_pretrained(SamModel, args.output).eval()

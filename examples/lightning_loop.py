@@ -43,7 +43,7 @@ class Segmenter(lightning.LightningModule):
         print(f"epoch {self.current_epoch}: loss {loss:.4f}")
 
     def configure_optimizers(self):
-        return torch.optim.Adam(naslora.weight_parameters(self), lr=1e-3)
+        return torch.optim.Adam(naslora.param_groups(self, lr=1e-3))
 
 
 args = arguments(__doc__, "runs/lightning")

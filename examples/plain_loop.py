@@ -33,7 +33,7 @@ held_out, train = batches[::4], [batch for i, batch in enumerate(batches) if i %
 
 naslora.inject(sam, naslora.NASLoRAConfig(rank=3), train=("mask_decoder",))
 naslora.print_trainable_parameters(sam)
-optimizer = torch.optim.Adam(naslora.weight_parameters(sam), lr=1e-3)
+optimizer = torch.optim.Adam(naslora.param_groups(sam, lr=1e-3))
 search = naslora.AlphaSearch(sam, lr=1e-2, start=1)  # alpha rests in the first epoch
 
 for epoch in range(args.epochs):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -33,10 +34,12 @@ from naslora import (
     save_adapter,
 )
 from naslora.adapter.cell import LinearCell, mixture_entropy
+from naslora.adapter.layer import SKIP_LEAD
 from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
 from naslora.files import write_json
 from naslora.sam.segmentation import SamForSegmentation
+from naslora_kernels.operations import SKIP
 
 torch.set_num_threads(1)
 
@@ -137,7 +140,7 @@ def test_every_public_name_can_be_imported():
         ("channel_ratio", 1.5, r"channel_ratio must lie in \[0, 1\]"),
         ("channel_ratio", float("nan"), "channel_ratio must be a finite number"),
         ("channel_selection", "last", "channel_selection must be one of first, random, resample"),
-        ("cell_init", "zero", "cell_init must be one of identity, skip, kaiming"),
+        ("cell_init", "zero", "cell_init must be one of skip, identity, kaiming"),
         ("target", "(", "target is no regular expression"),
         ("target", 3, "target is no regular expression"),
         ("blocks", (), "blocks must be distinct indices"),
@@ -475,8 +478,18 @@ def test_the_kaiming_start_has_a_far_smaller_gain(channels):
     assert 0.25 < measured.mean() < 0.5
 
 
-def test_alpha_starts_nearly_uniform():
-    for alpha in arch_parameters(adapted_sam()):
+def test_alpha_starts_in_favour_of_the_skip_connection():
+    for parameter in arch_parameters(adapted_sam()):
+        alpha = parameter.detach()
+        others = torch.cat([alpha[:SKIP], alpha[SKIP + 1 :]])
+        assert 0 < others.std() < 3e-3
+        assert alpha[SKIP] - others.mean() == pytest.approx(SKIP_LEAD, abs=0.01)
+        share = math.e**SKIP_LEAD / (math.e**SKIP_LEAD + 7)
+        assert alpha.softmax(0)[SKIP] == pytest.approx(share, abs=1e-3)
+
+
+def test_alpha_can_start_uniform():
+    for alpha in arch_parameters(adapted_sam(cell_init="identity")):
         assert 0 < alpha.std() < 3e-3
         assert mixture_entropy(alpha) == pytest.approx(torch.tensor(8.0).log().item(), abs=1e-4)
 

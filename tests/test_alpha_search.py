@@ -147,7 +147,7 @@ def test_kinds_of_parameters():
     assert not {id(p) for p in weights} & {id(p) for p in alphas}
     first, cells, second = param_groups(model, 1e-3, alpha_lr=1e-2, weight_decay=0.1)
     assert (first["lr"], first["weight_decay"]) == (1e-3, 0.1)
-    assert (cells["lr"], cells["weight_decay"]) == (1e-3, 0.0)
+    assert (cells["lr"], cells["weight_decay"]) == (1e-2, 0.0)
     assert {id(p) for p in first["params"] + cells["params"]} == {id(p) for p in weights}
     assert len(first["params"]) + len(cells["params"]) == len(weights)
     assert [id(p) for p in cells["params"]] == [id(p) for p in cell_parameters(model)]

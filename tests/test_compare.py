@@ -199,7 +199,7 @@ def test_a_comparison_under_the_defaults_of_0_1_0_is_refused_by_their_names(
     finished, naslora, arguments, tmp_path
 ):
     stored = json.loads((arguments[0] / compare.RECORD).read_text())
-    for name in ("arch_data", "cell_learning_rate", "cell_weight_decay", "alpha_schedule"):
+    for name in ("arch_data", "cell_rate", "cell_weight_decay", "alpha_schedule"):
         del stored["recipe"]["search"][name]
     del stored["version"], stored["sha256"]
     stored["recipe"]["search"] |= {"optimizer": "adam", "alpha_weight_decay": 1e-3}

@@ -260,7 +260,7 @@ def test_a_configuration_of_version_0_1_0_keeps_its_meaning():
     config = SearchConfig.from_dict(old)
     assert config == SearchConfig(
         arch_data="hold-out", optimizer="adam", weight_decay=1e-3, cell_weight_decay=1e-3,
-        alpha_schedule="constant", alpha_weight_decay=1e-3,
+        alpha_schedule="constant", alpha_weight_decay=1e-3, cell_rate=1.0,
     )  # fmt: skip
     everything = SearchConfig.from_dict({**old, "arch_fraction": 0.0})
     assert (everything.arch_data, everything.arch_fraction) == ("redraw", 1.0)
@@ -269,7 +269,7 @@ def test_a_configuration_of_version_0_1_0_keeps_its_meaning():
 
 
 def test_the_cell_has_a_rate_and_a_decay_of_its_own(make_search):
-    search, rates = make_search(cell_learning_rate=2 * RATE, cell_weight_decay=0.5), []
+    search, rates = make_search(cell_rate=2.0, cell_weight_decay=0.5), []
     watch(search, "weights", lambda g: rates.append([p["lr"] for p in g.optimizer.param_groups]))
     others, cell = search.weights.optimizer.param_groups
     assert {id(p) for p in cell["params"]} == {id(p) for p in cell_parameters(search.model)}

@@ -21,6 +21,9 @@ NO_ALPHA = (
     "the loss of loss_fn does not depend on alpha; compute it with the model that loss_fn is "
     "given, with gradients on"
 )
+CELL_RATE = 10.0
+"""The default rate of the cells' weights, as a multiple of the other weights' rate. An operation
+starts with a small share of the mixture, so its weights have to move further to be felt."""
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """Takes the model and a batch. Returns the loss, a scalar."""
 
@@ -32,7 +35,11 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def param_groups(
-    model: nn.Module, lr: float, alpha_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    lr: float,
+    alpha_lr: float | None = None,
+    weight_decay: float = 0.0,
+    cell_rate: float = CELL_RATE,
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: the weights, the cells' weights, and alpha if it has a rate.
 
@@ -42,6 +49,7 @@ def param_groups(
         alpha_lr: learning rate of alpha; None leaves alpha to an ``AlphaSearch``.
         weight_decay: of the weights. The cells and alpha have none: Adam scales the decay up to
             the size of their small gradients, and the search would be undone.
+        cell_rate: learning rate of the cells' weights, as a multiple of ``lr``.
 
     Returns:
         The group of the weights without the cells'; the cells', if the model has cells; alpha's,
@@ -52,7 +60,7 @@ def param_groups(
     weights = [p for p in weight_parameters(model) if id(p) not in own]
     groups = [{"params": weights, "lr": lr, "weight_decay": weight_decay}]
     if cells:
-        groups.append({"params": cells, "lr": lr, "weight_decay": 0.0})
+        groups.append({"params": cells, "lr": cell_rate * lr, "weight_decay": 0.0})
     alphas = arch_parameters(model)
     if alpha_lr is not None and alphas:
         groups.append({"params": alphas, "lr": alpha_lr, "weight_decay": 0.0})

@@ -12,7 +12,7 @@ from naslora.adapter import checks
 from naslora.errors import UserError
 
 ChannelSelection = Literal["first", "random", "resample"]
-CellInit = Literal["identity", "skip", "kaiming"]
+CellInit = Literal["skip", "identity", "kaiming"]
 Config = TypeVar("Config", bound="MethodConfig")
 
 MOST_PREFIX = 65536
@@ -155,10 +155,11 @@ class NASLoRAConfig(MethodConfig):
     channel_selection: ChannelSelection = "first"
     """Which channels pass through the cell: the first ones, a random draw, or a new draw each
     epoch."""
-    cell_init: CellInit = "identity"
-    """Start of the cell: `identity` (convolutions near the identity, so that the mixture has gain
-    1), `skip` (the same, and alpha favours the skip connection, so that the start is close to
-    LoRA) or `kaiming` (kaiming-uniform convolutions; the search then starts slower than LoRA)."""
+    cell_init: CellInit = "skip"
+    """Start of the cell: `skip` (alpha favours the skip connection, so that the start is close to
+    LoRA; convolutions near the identity, so that the mixture has gain 1), `identity` (the same
+    with uniform alpha) or `kaiming` (uniform alpha, kaiming-uniform convolutions; the search then
+    starts slower than LoRA)."""
     operations: tuple[str, ...] | None = None
     """Which of the eight operations the cell mixes, for ablations; None means all."""
     prefix_tokens: int = 0

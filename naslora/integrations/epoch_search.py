@@ -80,7 +80,7 @@ class EpochSearch:
         alphas = {id(alpha) for alpha in arch_parameters(model)}
         if any(id(p) in alphas for group in optimizer.param_groups for p in group["params"]):
             raise UserError(
-                "the host's optimizer holds alpha; build it of naslora.weight_parameters(model), "
+                "the host's optimizer holds alpha; build it of naslora.param_groups(model, lr), "
                 "and give AlphaCallback to the trainer when you make it"
             )
 

@@ -64,7 +64,7 @@ class NasLoraConfig(LoraConfig):
     """As in ``NASLoRAConfig``, and so are the fields below."""
     preset: str = "linear"
     channel_selection: ChannelSelection = "first"
-    cell_init: CellInit = "identity"
+    cell_init: CellInit = "skip"
     operations: tuple[str, ...] | None = None
     prefix_tokens: int = 0
     seed: int = 0

@@ -111,10 +111,10 @@ class Search:
 
     def _weight_group(self) -> Group:
         """The weights; the cells' are a parameter group of their own if their settings differ."""
-        config, rate = self.config, self.config.cell_learning_rate
+        config = self.config
         others = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         cells = {
-            "lr": config.learning_rate if rate is None else rate,
+            "lr": config.cell_rate * config.learning_rate,
             "weight_decay": config.cell_weight_decay,
         }
         own = set() if cells == others else {id(p) for p in cell_parameters(self.model)}

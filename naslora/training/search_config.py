@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from naslora.adapter.alpha_search import CELL_RATE
 from naslora.adapter.checks import check_types
 from naslora.data.augmentation import Augment
 from naslora.data.masks import IGNORED
@@ -68,8 +69,8 @@ class SearchConfig:
     """Learning rate of the weights at the start."""
     weight_decay: float = 1e-4
     """Weight decay of the weights, without the cell's."""
-    cell_learning_rate: float | None = None
-    """Learning rate of the cell's weights at the start. None takes that of the other weights."""
+    cell_rate: float = CELL_RATE
+    """Learning rate of the cell's weights, as a multiple of the other weights'."""
     cell_weight_decay: float = 0.0
     """Weight decay of the cell's weights."""
     schedule: Schedule = "linear"
@@ -136,7 +137,7 @@ class SearchConfig:
         for name in (
             "learning_rate",
             "weight_decay",
-            "cell_learning_rate",
+            "cell_rate",
             "cell_weight_decay",
             "alpha_learning_rate",
             "alpha_weight_decay",
@@ -195,6 +196,7 @@ class SearchConfig:
             values = {
                 "arch_data": "hold-out" if fraction else "redraw",
                 "optimizer": "adam",
+                "cell_rate": 1.0,
                 "cell_weight_decay": values.get("weight_decay", 1e-4),
                 "alpha_schedule": "constant",
                 "alpha_weight_decay": 1e-3,
