@@ -234,6 +234,16 @@ def test_operation_weights(report, run):
     assert re.findall(r">(0\.\d+)<", row) == ["0.300"] + ["0.100"] * 7
 
 
+def test_tints_show_what_changed_since_the_start(report, run):
+    start, final = [[0.7, 0.2, *[0.1 / 6] * 6]], [[0.6, 0.3, *[0.1 / 6] * 6]]
+    states = [Mixture(-1, start * 3), Mixture(3, final * 3)]
+    run["operations"] = OperationHistory(OPERATIONS, LAYERS, states)
+    row = re.search(r'title="encoder.blocks.1.attn.qkv">1</th>(.*?)</tr>', report(**run)).group(1)
+    tints = re.findall(r"--hue: var\(--(\w+)\); --heat: (\d+)%", row)
+    assert tints[:2] == [("orange", "60"), ("blue", "60")]
+    assert {heat for _, heat in tints[2:]} == {"0"}
+
+
 def test_minimal_report(report):
     text = report(**MINIMAL)
     Reader(text)

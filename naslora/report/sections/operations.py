@@ -53,8 +53,8 @@ def operations_section(operations: OperationHistory | None, history: list[Epoch]
             Drawing(
                 "mean",
                 f"Mean weight over the {len(layers)} layers after epoch {last}. Thin lines span "
-                "the range over the layers.",
-                partial(_draw_mean_weights, names=names, weights=path[-1]),
+                "the range over the layers, dashed ones mark the mean at the start.",
+                partial(_draw_mean_weights, names=names, start=path[0], weights=path[-1]),
             ),
             Drawing(
                 "path",
@@ -68,10 +68,12 @@ def operations_section(operations: OperationHistory | None, history: list[Epoch]
             ),
         )
     )
-    return section("Operations", figures + _heat_map(names, layers, path[-1], last))
+    return section("Operations", figures + _heat_map(names, layers, path[0], path[-1], last))
 
 
-def _draw_mean_weights(axes: Axes, names: list[str], weights: np.ndarray) -> None:
+def _draw_mean_weights(
+    axes: Axes, names: list[str], start: np.ndarray, weights: np.ndarray
+) -> None:
     mean, least, most = weights.mean(0), weights.min(0), weights.max(0)
     rows = np.arange(len(names))
     axes.barh(rows, mean, height=0.72, color=BLUE)
@@ -79,12 +81,14 @@ def _draw_mean_weights(axes: Axes, names: list[str], weights: np.ndarray) -> Non
     for row, (value, end) in enumerate(zip(mean, most, strict=True)):
         text = f"{value:.3f}"
         axes.annotate(text, (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.axvline(1 / len(names), color=ORANGE, linestyle="--", linewidth=1, label="uniform")
+    axes.vlines(
+        start.mean(0), rows - 0.45, rows + 0.45, ORANGE, "--", linewidth=1, label="at the start"
+    )
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     axes.set_yticks(rows, names)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.18 * most.max())  # room for the numbers
+    axes.set_xlim(0, 1.18 * max(most.max(), start.mean(0).max()))  # room for the numbers
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("mean of softmax(α) over the layers")
 
@@ -123,26 +127,28 @@ def _draw_entropy(axes: Axes, history: list[Epoch], steps: np.ndarray, path: np.
     draw_epoch_axis(axes, history)
 
 
-def _heat_map(names: list[str], layers: list[str], weights: np.ndarray, epoch: int) -> str:
-    """A table of layers by operations, tinted by the distance from the uniform weight.
+def _heat_map(
+    names: list[str], layers: list[str], start: np.ndarray, weights: np.ndarray, epoch: int
+) -> str:
+    """A table of layers by operations, tinted by how the weights changed since the start.
 
     Args:
         names: of the operations.
         layers: names of the layers.
+        start: (layers, operations), before training.
         weights: (layers, operations).
         epoch: after which the weights were taken.
     """
-    uniform = 1 / len(names)
-    # A distance below 0.01 is hardly a preference. The floor keeps the tint of it faint.
-    reach = max(0.01, float(np.abs(weights - uniform).max()))
+    # A change below 0.01 is hardly a preference. The floor keeps the tint of it faint.
+    reach = max(0.01, float(np.abs(weights - start).max()))
     head = "".join(f'<th scope="col">{_breakable(name)}</th>' for name in names)
     rows = []
-    for name, short, row in zip(layers, short_names(layers), weights, strict=True):
-        cells = "".join(_heat_cell(float(weight), uniform, reach) for weight in row)
+    for name, short, old, new in zip(layers, short_names(layers), start, weights, strict=True):
+        cells = "".join(_heat_cell(a, b, reach) for a, b in zip(old, new, strict=True))
         rows.append(f'<tr><th scope="row" title="{escape(name)}">{escape(short)}</th>{cells}</tr>')
     caption = (
-        f"softmax(α) per layer after epoch {epoch}. Blue is above, orange below the uniform weight "
-        f"{uniform:.3f}. The full tint is a distance of {reach:.3f}."
+        f"softmax(α) per layer after epoch {epoch}. Blue weights grew since the start, orange ones "
+        f"shrank. The full tint is a change of {reach:.3f}."
     )
     return (
         f'<figure class="heat"><figcaption>{caption}</figcaption><div class="scroll"><table><thead>'
@@ -151,9 +157,9 @@ def _heat_map(names: list[str], layers: list[str], weights: np.ndarray, epoch: i
     )
 
 
-def _heat_cell(weight: float, uniform: float, reach: float) -> str:
-    hue = "blue" if weight > uniform else "orange"
-    heat = 60 * abs(weight - uniform) / reach  # percent; a fuller tint would hide the number
+def _heat_cell(start: float, weight: float, reach: float) -> str:
+    hue = "blue" if weight > start else "orange"
+    heat = 60 * abs(weight - start) / reach  # percent; a fuller tint would hide the number
     return f'<td style="--hue: var(--{hue}); --heat: {heat:.0f}%">{weight:.3f}</td>'
 
 
