@@ -1,0 +1,44 @@
+"""``bench.study``: what a study compares, and that the documentation shows what it prints."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.studies import STUDIES
+from bench.study import finished, main, table
+
+DOCS = Path(__file__).parents[1] / "docs"
+CELLS = DOCS / "evidence/whole_sets.csv"
+
+
+def test_the_evidence_is_what_the_study_prints(tmp_path):
+    plan = STUDIES["whole-sets"]
+    printed = table(plan, finished(plan, tmp_path, CELLS)).splitlines()
+    starts = tuple(f"| {data} | {name} | " for data in plan.datasets for name in plan.variants)
+    lines = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in lines if line.startswith(starts)]
+    assert shown and not set(shown) - set(printed)
+
+
+@pytest.mark.parametrize(
+    ("study", "variant", "reference"),
+    [
+        ("whole-sets", "vit_t, NAS-PC-LoRA", "vit_t, LoRA"),
+        ("whole-sets", "vit_t, identity, x 1", "vit_t, LoRA"),
+        ("whole-sets", "random vit_t, LoRA", "random vit_t, LoRA"),
+        ("suspects", "start: skip", "LoRA"),
+        ("merging", "MobileSAM", None),
+    ],
+)
+def test_a_variant_is_compared_with_lora_on_its_encoder(study, variant, reference):
+    assert STUDIES[study].reference_of(variant) == reference
+
+
+def test_another_reference(tmp_path, capsys):
+    def printed(against):
+        main("whole-sets", tmp_path, tmp_path, tmp_path, save=None, table_only=True, against=against)
+        return capsys.readouterr().out
+
+    assert "| Dice − Conv-LoRA |" in printed("Conv-LoRA")
+    with pytest.raises(SystemExit, match="no variant of whole-sets has this name"):
+        printed("Conv")
