@@ -36,7 +36,7 @@ def test_a_variant_is_compared_with_lora_on_its_encoder(study, variant, referenc
 
 def test_another_reference(tmp_path, capsys):
     def printed(against):
-        main("whole-sets", tmp_path, tmp_path, tmp_path, save=None, table_only=True, against=against)
+        main("whole-sets", tmp_path, tmp_path, tmp_path, table_only=True, against=against)
         return capsys.readouterr().out
 
     assert "| Dice − Conv-LoRA |" in printed("Conv-LoRA")
