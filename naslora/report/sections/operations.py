@@ -63,7 +63,8 @@ def operations_section(operations: OperationHistory | None, history: list[Epoch]
             ),
             Drawing(
                 "entropy",
-                "Entropy of the weights, mean over the layers. It falls as preferences form.",
+                "Entropy of the weights, mean over the layers. The lower it is, the fewer "
+                "operations have the weight.",
                 partial(_draw_entropy, history=history, steps=steps, path=path),
             ),
         )
