@@ -38,9 +38,17 @@ TRAINING: dict[str, Column] = {
 }
 
 
-def _minutes(_: RunResult, history: list[Epoch]) -> float:
-    """Minutes of weight steps and architecture steps."""
-    return sum(epoch.seconds.weights + epoch.seconds.architecture for epoch in history) / 60
+# Medians over the epochs, because a pause of the machine spoils single ones.
+SECONDS: dict[str, Column] = {
+    "weights, s an epoch": lambda _, history: statistics.median(e.seconds.weights for e in history),
+    "alpha, s an epoch": lambda _, history: _median(
+        [e.seconds.architecture for e in history if e.arch_loss is not None]
+    ),
+}
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _error(result: RunResult, mode: str, held_out: bool = False) -> float | None:
@@ -89,6 +97,15 @@ class Study:
         return same_encoder if same_encoder in self.variants else self.reference
 
 
+def _joined(*parts: Settings) -> Settings:
+    """Settings of all parts; the last one that gives a field decides."""
+    joined: Settings = {}
+    for part in parts:
+        for name, fields in part.items():
+            joined[name] = joined.get(name, {}) | fields
+    return joined
+
+
 def _adapter(method: str, **adapter: Any) -> Settings:
     return {"run": {"method": method}, "adapter": adapter}
 
@@ -125,47 +142,49 @@ SLOW_CELL: Settings = {"search": {"cell_rate": 1.0}}
 def _on_encoders(*methods: str) -> dict[str, Settings]:
     """Each method on each encoder, as variants."""
     return {
-        f"{encoder}, {method}": METHODS[method] | {"run": run | METHODS[method]["run"]}
+        f"{encoder}, {method}": _joined({"run": run}, METHODS[method])
         for encoder, run in ENCODERS.items()
         for method in methods
     }
 
 
 # Settings of version 0.1.0.
-COUPLED = {
-    "optimizer": "adam",
-    "cell_weight_decay": 1e-4,
-    "alpha_weight_decay": 1e-3,
+COUPLED: Settings = {
+    "search": {"optimizer": "adam", "cell_weight_decay": 1e-4, "alpha_weight_decay": 1e-3}
 }
-CONSTANT_ALPHA = {"alpha_schedule": "constant"}
+CONSTANT_ALPHA: Settings = {"search": {"alpha_schedule": "constant"}}
+HOLD_OUT: Settings = {"search": {"arch_data": "hold-out"}}
+NEVER: Settings = {"search": {"search_start": 1000}}
 # One change at a time, and then several.
 SUSPECTS: dict[str, Settings] = {
     "cell's rate x 1": SLOW_CELL,
     "cell's rate x 30": {"search": {"cell_rate": 30.0}},
     "start: identity": UNIFORM,
-    "alpha: never": {"search": {"search_start": 1000}},
-    "alpha: constant rate": {"search": CONSTANT_ALPHA},
-    "alpha: hold-out": {"search": {"arch_data": "hold-out"}},
+    "alpha: never": NEVER,
+    "alpha: constant rate": CONSTANT_ALPHA,
+    "alpha: hold-out": HOLD_OUT,
     "alpha: rotate": {"search": {"arch_data": "rotate"}},
-    "coupled weight decay": {"search": COUPLED},
-    "identity, x 1": UNIFORM | SLOW_CELL,
-    "identity, x 1, alpha: never": UNIFORM | {"search": {"cell_rate": 1.0, "search_start": 1000}},
-    "all of 0.1.0": UNIFORM
-    | {
-        # Its rate of alpha was 2 / steps, of which the leaves have 92.
-        "search": COUPLED
-        | CONSTANT_ALPHA
-        | {"cell_rate": 1.0, "arch_data": "hold-out", "alpha_learning_rate": 0.022}
-    },
+    "coupled weight decay": COUPLED,
+    "identity, x 1": _joined(UNIFORM, SLOW_CELL),
+    "identity, x 1, alpha: never": _joined(UNIFORM, SLOW_CELL, NEVER),
+    # Its rate of alpha was 2 / steps, of which the leaves have 92.
+    "all of 0.1.0": _joined(
+        UNIFORM,
+        SLOW_CELL,
+        COUPLED,
+        CONSTANT_ALPHA,
+        HOLD_OUT,
+        {"search": {"alpha_learning_rate": 0.022}},
+    ),
 }
 # Its rate of alpha in the 48 steps of "suspects", where a logit could travel 2.
-SLOW_ALPHA = {"alpha_learning_rate": 0.042}
+SLOW_ALPHA: Settings = {"search": {"alpha_learning_rate": 0.042}}
 
 EARLIER = "identity, x 1"
 
 
 def _suspect(encoder: str, name: str) -> Settings:
-    return SUSPECTS[name] | {"run": ENCODERS[encoder]}
+    return _joined({"run": ENCODERS[encoder]}, SUSPECTS[name])
 
 
 WHOLE_SETS = (
@@ -240,24 +259,23 @@ STUDIES = {
     "suspects": Study(
         datasets=("kvasir_seg", "leaf_disease"),
         seeds=(0, 1, 2, 3, 4),
-        common={
-            "run": {"model": "mobile_sam", "image_size": 224},
-            "search": {"learning_rate": 5e-4, "mixed_precision": "no", "cell_rate": 1.0},
-        }
-        | UNIFORM,
+        common=_joined(
+            ENCODERS_AT_256,
+            {"run": {"model": "mobile_sam", "image_size": 224}},
+            UNIFORM,
+            SLOW_CELL,
+        ),
         variants={
             "LoRA": LORA,
             "NAS-PC-LoRA": {},
-            "all of 0.1.0": {
-                "search": COUPLED | {"arch_data": "hold-out"} | CONSTANT_ALPHA | SLOW_ALPHA
-            },
-            "coupled weight decay": {"search": COUPLED},
-            "alpha: hold-out": {"search": {"arch_data": "hold-out"}},
-            "alpha: rotate": {"search": {"arch_data": "rotate"}},
-            "alpha: constant rate": {"search": CONSTANT_ALPHA},
+            "all of 0.1.0": _joined(COUPLED, CONSTANT_ALPHA, HOLD_OUT, SLOW_ALPHA),
+            "coupled weight decay": COUPLED,
+            "alpha: hold-out": HOLD_OUT,
+            "alpha: rotate": SUSPECTS["alpha: rotate"],
+            "alpha: constant rate": CONSTANT_ALPHA,
             # A third of the default: a logit can travel 1.6 in the 48 steps, not 4.8.
             "alpha: slow": {"search": {"alpha_learning_rate": 0.1}},
-            "alpha: never": {"search": {"search_start": 1000}},
+            "alpha: never": NEVER,
             "start: skip": _adapter("nas-pc-lora", cell_init="skip"),
             "cell's rate x 4": {"search": {"cell_rate": 4.0}},
             "cell's rate x 10": {"search": {"cell_rate": 10.0}},
@@ -273,9 +291,7 @@ STUDIES = {
     "pretrained": Study(
         datasets=("kvasir_seg", "leaf_disease"),
         seeds=(0, 1, 2, 3, 4),
-        common=ENCODERS_AT_256
-        | UNIFORM
-        | {"search": ENCODERS_AT_256["search"] | SLOW_CELL["search"]},
+        common=_joined(ENCODERS_AT_256, UNIFORM, SLOW_CELL),
         variants=_on_encoders("LoRA", "NAS-PC-LoRA"),
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
         train_images=240,
@@ -289,7 +305,7 @@ STUDIES = {
         common=ENCODERS_AT_256,
         variants=WHOLE_SETS,
         epochs={"kvasir_seg": 6, "leaf_disease": 6, "crackforest": 15, "camvid": 6},
-        columns=TRAINING | {"minutes": _minutes},
+        columns=TRAINING | SECONDS,
         reference="LoRA",
     ),
     # Test Dice before and after merging, then the mean relative error of the layers' updates. That
