@@ -15,6 +15,7 @@ from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
 from naslora.data.tiles import Grid
+from naslora.exits import quiet_worker
 from naslora.metrics import METRICS, Scores, image_scores, saliency_scores, summarise
 from naslora.records import from_json
 from naslora.results import GroupScores, SplitScores
@@ -31,6 +32,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=quiet_worker,
         pin_memory=accelerator.device.type == "cuda",
     )
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -171,6 +172,8 @@ class Forked:
             os.dup2(write, number)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
         sys.argv = ["naslora", *arguments]
+        # Those of pytest collect what a user would see.
+        sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
         faulthandler.dump_traceback_later(LONGEST, exit=True)
         try:
             prepare()

@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: one line, an exit status, no process left, and a run that can go on."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -7,8 +8,11 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import group_lives
+from torch.utils.data import get_worker_info
 
+from naslora.data.dataset import SegmentationDataset
 from naslora.exits import Interrupted, signals
 from naslora.files import read_json
 from reliability.conftest import TRAIN, one_line, wait_for
@@ -49,6 +53,28 @@ def test_workers_end_with_the_run(forked, clean_world, tmp_path, number, status,
     assert ended.status == status, ended.err
     assert word in one_line(ended.err)
     wait_for(lambda: not group_lives(run.pid), 15)
+
+
+def test_workers_that_are_told_to_end_while_the_run_waits_for_them(forked, clean_world, tmp_path):
+    """`timeout` sends SIGTERM to the first process, and then to all."""
+
+    def prepare():
+        load, loaded = SegmentationDataset.__getitem__, itertools.count(1)
+
+        def slow_after_the_first(dataset, index):
+            worker = get_worker_info()
+            if worker and next(loaded) > 1:
+                time.sleep(0.3 if worker.id else 1)  # the run waits for the first worker first
+                os.kill(os.getpid(), signal.SIGTERM)
+            return load(dataset, index)
+
+        SegmentationDataset.__getitem__ = slow_after_the_first
+        torch.optim.AdamW.step = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+
+    command = ("train", "--data", clean_world / "data", *TRAIN, "--workers", 2, "--batch-size", 1)
+    ended = forked(*command, "--output", tmp_path / "run", prepare=prepare).wait()
+    assert ended.status == 143
+    assert one_line(ended.err) == "naslora: terminated; --resume continues the run"
 
 
 def test_a_signal_that_arrives_in_a_destructor():
