@@ -301,7 +301,7 @@ STUDIES = {
     # tried on vit_t, whose runs are the shortest.
     "whole-sets": Study(
         datasets=("kvasir_seg", "leaf_disease", "crackforest", "camvid"),
-        seeds=tuple(range(8)),
+        seeds=tuple(range(16)),
         common=ENCODERS_AT_256,
         variants=WHOLE_SETS,
         epochs={"kvasir_seg": 6, "leaf_disease": 6, "crackforest": 15, "camvid": 6},

@@ -67,14 +67,6 @@ def _signal_main_thread(number: int) -> None:
         signal.raise_signal(number)
 
 
-def quiet_worker(_: int = 0) -> None:
-    """Lets a data loading process that is told to end do so without a traceback, as at Ctrl-C.
-
-    ``timeout`` and batch systems send SIGTERM to every process of a run.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
     """Turns the first SIGINT or SIGTERM into ``Interrupted``. A second one ends the process.

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.last_epoch import stored
+from bench.last_epoch import table as table_of_last_epochs
 from bench.studies import STUDIES
 from bench.study import finished, main, table
 
@@ -18,6 +20,13 @@ def test_the_evidence_is_what_the_study_prints(tmp_path):
     lines = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
     shown = [line for line in lines if line.startswith(starts)]
     assert shown and not set(shown) - set(printed)
+
+
+def test_the_last_epochs_are_what_the_file_holds():
+    rows = stored(DOCS / "evidence/last_epoch.csv")
+    printed = table_of_last_epochs([rows[run] for run in sorted(rows)]).splitlines()
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
+    assert len(printed) == 5 and not {line for line in printed if "---" not in line} - set(page)
 
 
 @pytest.mark.parametrize(

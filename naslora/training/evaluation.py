@@ -1,5 +1,6 @@
 """Loss and metrics of a model on a split."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
 from naslora.data.tiles import Grid
-from naslora.exits import quiet_worker
 from naslora.metrics import METRICS, Scores, image_scores, saliency_scores, summarise
 from naslora.records import from_json
 from naslora.results import GroupScores, SplitScores
@@ -32,9 +32,17 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=quiet_worker,
+        worker_init_fn=_end_quietly,
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def _end_quietly(_: int) -> None:
+    """Lets a data loading process that is told to end do so without a traceback, as at Ctrl-C.
+
+    ``timeout`` and batch systems send SIGTERM to every process of a run.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @torch.no_grad()
