@@ -2,7 +2,7 @@
 
     python -m bench.last_epoch runs/study/whole-sets/*/*/* --save docs/evidence/last_epoch.csv
 
-Runs whose last epoch is the best are left out. Runs that ``--save`` holds are not scored again.
+Runs that kept their last epoch are left out. Runs that ``--save`` holds are not scored again.
 """
 
 import csv
@@ -69,7 +69,7 @@ def stored(save: Path | None) -> dict[str, Row]:
 
 
 def _score(name: str, path: Path) -> Row | None:
-    """A run's row; None if its last epoch is the best, or if it has not finished."""
+    """A run's row; None for an unfinished run, or one that kept its last epoch."""
     if not (path / METRICS_JSON).is_file():
         return None
     result, history = read_record(path / METRICS_JSON, RunResult), read_rows(path / HISTORY, Epoch)

@@ -38,9 +38,9 @@ def make_loader(
 
 
 def _end_quietly(_: int) -> None:
-    """Lets a data loading process that is told to end do so without a traceback, as at Ctrl-C.
+    """Makes SIGTERM end a data loading process as Ctrl-C does, without a traceback.
 
-    ``timeout`` and batch systems send SIGTERM to every process of a run.
+    ``timeout`` and batch systems send it to every process of a run.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
