@@ -1,4 +1,4 @@
-"""Test Dice of the epoch that a run kept, the best on the validation images, and of its last one.
+"""Test Dice of the epochs that runs with ``--keep best`` kept, and of their last epochs.
 
     python -m bench.last_epoch runs/study/whole-sets/*/*/* --save docs/evidence/last_epoch.csv
 
@@ -73,7 +73,7 @@ def _score(name: str, path: Path) -> Row | None:
     if not (path / METRICS_JSON).is_file():
         return None
     result, history = read_record(path / METRICS_JSON, RunResult), read_rows(path / HISTORY, Epoch)
-    if result.best_epoch == len(history) - 1:
+    if result.kept_epoch in (None, len(history) - 1):
         return None
     model, config = load_model(path)
     model.load_state_dict(read_torch(path / LAST)["model"], strict=False)
@@ -82,7 +82,7 @@ def _score(name: str, path: Path) -> Row | None:
     dice = result.test.dice if result.test else None
     if dice is None or last.dice is None:
         return None
-    return Row(name, len(history), result.best_epoch, least.epoch, dice, last.dice)
+    return Row(name, len(history), result.kept_epoch, least.epoch, dice, last.dice)
 
 
 def table(rows: list[Row]) -> str:

@@ -25,7 +25,7 @@ from naslora.data.tiles import PATCH, Box, Grid, Tiles, fit_tiles
 from naslora.errors import UserError
 from naslora.methods import load_adapter
 from naslora.prediction import Predictor, scores_of
-from naslora.results import BEST, CONFIG
+from naslora.results import ADAPTER, CONFIG
 from naslora.sam.export import ClassMap
 from naslora.training.run_config import RunConfig, read_config
 from naslora.training.run_model import build_frozen_model
@@ -130,7 +130,7 @@ def enlarged(sample: Sample, factor: int) -> tuple[Image.Image, np.ndarray]:
 def class_map_at(run: Path, size: int) -> ClassMap:
     """The model of a run at another image size."""
     model = build_frozen_model(dataclasses.replace(read_config(run / CONFIG), image_size=size))
-    load_adapter(model, run / BEST)
+    load_adapter(model, run / ADAPTER)
     model.eval()
     return lambda images: model(images).class_map()
 

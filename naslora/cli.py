@@ -364,10 +364,10 @@ def info() -> None:
 
 def _summarise(result: RunResult, output: Path) -> None:
     """Prints the scores of a finished run, and the path of its report."""
-    if os.environ.get("RANK", "0") != "0" or result.test is None:
+    if os.environ.get("RANK", "0") != "0" or result.test is None or result.kept_epoch is None:
         return
     table = Table("test images", "Dice", "IoU", "accuracy")
-    rows = {"best epoch": result.test}
+    rows = {f"epoch {result.kept_epoch + 1}": result.test}
     rows |= {f"merged, {mode}": scores for mode, scores in (result.test_merged or {}).items()}
     for name, scores in rows.items():
         values = (scores.dice, scores.iou, scores.accuracy)

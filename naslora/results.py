@@ -1,10 +1,11 @@
 """What a run leaves behind: the names of its files, and the types of their records.
 
-``records.py`` reads and writes them. The files keep the layout of version 0.1.0.
+``records.py`` reads and writes them. Runs of version 0.1.0 can still be read.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from naslora.adapter.merge_report import LayerError
 from naslora.errors import UserError
@@ -14,14 +15,17 @@ from naslora.records import OPTIONAL, UNSTORED, read_record, read_rows
 # The files of a run's folder.
 CONFIG = "config.json"
 DATA = "data.json"
-BEST = "best"
-"""Folder of the best epoch's adapter, as ``save_adapter`` writes it."""
+ADAPTER, ADAPTER_OF_0_1_0 = "adapter", "best"
+"""Folder of the kept epoch's adapter, as ``save_adapter`` writes it, and its name in 0.1.0."""
 LAST = "last.pt"
 """Everything that ``--resume`` needs."""
 HISTORY = "history.csv"
 OPERATIONS_JSON = "operations.json"
 METRICS_JSON = "metrics.json"
 REPORT = "report.html"
+
+Keep = Literal["last", "best"]
+"""The epoch that a run keeps."""
 
 MetricValue = float | None | dict[str, float | None]
 """A metric's number; None where it is undefined; for a metric of classes, one number a class."""
@@ -67,16 +71,6 @@ class Epoch:
     entropy: float | None
     """Entropy of softmax(alpha) in nats, mean over the layers; None without alpha."""
     seconds: PhaseSeconds
-
-    @property
-    def quality(self) -> tuple[float, ...]:
-        """The key by which the best epoch is chosen; greater is better.
-
-        Validation Dice decides, then the lower validation loss. The loss decides while a model
-        predicts nothing yet, or where the split has no foreground. With annealing only the epochs
-        that end it count.
-        """
-        return -self.spatial, self.val_dice or 0.0, -self.val_loss
 
 
 @dataclass(frozen=True)
@@ -191,10 +185,10 @@ class Annealing:
     """What annealing the cell cost on the validation images."""
 
     before: AnnealingState | None
-    """The best epoch before annealing; None if annealing begins with the first epoch."""
+    """The kept epoch of those before annealing; None if annealing begins with the first."""
     during: list[AnnealingState]
     after: AnnealingState
-    """The best epoch after annealing."""
+    """The kept epoch of those after annealing."""
     merged: AnnealingState
     """That epoch, merged with mode ``center``."""
 
@@ -205,7 +199,8 @@ class RunResult:
 
     test: SplitScores | None = field(default=None, metadata=OPTIONAL)
     val: SplitScores | None = field(default=None, metadata=OPTIONAL)
-    best_epoch: int | None = field(default=None, metadata=OPTIONAL)
+    kept_epoch: int | None = field(default=None, metadata=OPTIONAL)
+    """The epoch that the run kept and that the scores belong to; counted from 0."""
     trainable_parameters: int | None = field(default=None, metadata=OPTIONAL)
     parameters: ParameterCounts | None = field(default=None, metadata=OPTIONAL)
     images: dict[str, int] | None = field(default=None, metadata=OPTIONAL)
@@ -243,7 +238,7 @@ class CellNumbers:
     """On the test split."""
     merged_scores: dict[str, MeanScores]
     """The same after each way of merging."""
-    best_epoch: int
+    kept_epoch: int
     weight_seconds: float
     """Seconds of the weight steps of an epoch, per training image."""
     training_seconds: float
@@ -336,6 +331,34 @@ class PairedDifference:
 
 
 # ---- Reading -------------------------------------------------------------------------------------
+
+
+def kept_epoch(history: list[Epoch], keep: Keep) -> Epoch:
+    """The epoch that a run keeps.
+
+    Of the best epochs, validation Dice decides, then the lower validation loss. The loss decides
+    while a model predicts nothing yet, or where the split has no foreground. With annealing only
+    the epochs that end it count.
+
+    Args:
+        history: the epochs so far; at least one.
+        keep: the setting.
+    """
+    if keep == "last":
+        return history[-1]
+    return max(history, key=lambda epoch: (-epoch.spatial, epoch.val_dice or 0.0, -epoch.val_loss))
+
+
+def adapter_folder(run: Path) -> Path:
+    """The folder of the adapter that a run keeps.
+
+    Raises:
+        UserError: no epoch of the run was finished.
+    """
+    for name in (ADAPTER, ADAPTER_OF_0_1_0):
+        if (run / name).is_dir():
+            return run / name
+    raise UserError(f"{run} has no trained model yet: {run / ADAPTER} does not exist")
 
 
 def read_history(run: Path) -> list[Epoch]:

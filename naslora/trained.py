@@ -33,7 +33,7 @@ from naslora.files import (
 from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import write_record
-from naslora.results import BEST, CONFIG, SplitScores
+from naslora.results import CONFIG, SplitScores, adapter_folder
 from naslora.sam.export import Description, Format, Part, export
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
@@ -77,18 +77,17 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     if not (path / CONFIG).is_file():
         raise UserError(f"{path} is no run: it has neither {CONFIG} nor {MERGED_CONFIG}")
     config = read_config(path / CONFIG)
-    if not (path / BEST).is_dir():
-        raise UserError(f"{path} has no trained model yet: {path / BEST} does not exist")
+    adapter = adapter_folder(path)
     model = build_frozen_model(config)
     # Files of 0.1.0 do not list the tensors of the mask decoder, which every run trains.
     decoder = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
-    missing = decoder - tensor_names(path / BEST / WEIGHTS_NAME)
+    missing = decoder - tensor_names(adapter / WEIGHTS_NAME)
     if missing:
         raise UserError(
-            f"{path / BEST / WEIGHTS_NAME} lacks {len(missing)} tensors of the mask decoder: "
+            f"{adapter / WEIGHTS_NAME} lacks {len(missing)} tensors of the mask decoder: "
             f"{listing(missing, 3)}; use another copy"
         )
-    load_adapter(model, path / BEST)
+    load_adapter(model, adapter)
     return model.eval(), config
 
 

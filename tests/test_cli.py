@@ -290,18 +290,18 @@ def test_resume_from_a_damaged_checkpoint(refused, run, clean_data):
 
 
 def test_adapter_of_other_shapes(refused, run):
-    stored = json.loads((run / "best" / "adapter_config.json").read_text())
+    stored = json.loads((run / "adapter" / "adapter_config.json").read_text())
     stored["config"]["rank"] = 6
-    (run / "best" / "adapter_config.json").write_text(json.dumps(stored))
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(stored))
     assert "adapter_config.json does not match its checksum" in refused("evaluate", run)
     del stored["sha256"], stored["version"]
-    (run / "best" / "adapter_config.json").write_text(json.dumps(stored))
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(stored))
     line = refused("evaluate", run)
     assert "does not fit this model" in line and "dw_sep5 has shape (2, 5, 5) in the file" in line
 
 
 def test_damaged_run(refused, run):
-    truncate(run / "best" / "adapter_model.safetensors")
+    truncate(run / "adapter" / "adapter_model.safetensors")
     assert "adapter_model.safetensors is damaged" in refused("evaluate", run)
     (run / "config.json").write_text("{")
     assert "config.json cannot be read as JSON" in refused("evaluate", run)
@@ -360,7 +360,7 @@ def test_a_loss_that_is_not_finite(naslora, data, tmp_path):
     (line,) = (line for line in result.err.splitlines() if line.startswith("naslora: error: "))
     assert re.search(r"the loss is (nan|inf) in epoch 1/2 on ", line)
     assert "lower --learning-rate" in line
-    assert not (output / LAST).exists() and not (output / "best").exists()
+    assert not (output / LAST).exists() and not (output / "adapter").exists()
 
 
 # --- Help and info ---

@@ -254,7 +254,7 @@ def numbers(dice, **changed):
         trainable_parameters=250,
         scores=MeanScores(dice, dice and dice / 2, 0.9),
         merged_scores={"exact": MeanScores(dice, 0.1, 0.9)},
-        best_epoch=1,
+        kept_epoch=1,
         weight_seconds=0.5,
         training_seconds=0.75,
         peak_memory=10**9,

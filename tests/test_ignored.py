@@ -97,7 +97,7 @@ def test_void_pixels_have_no_influence(naslora, run, tmp_path):
     options = [word for word in TRAIN if word not in ("--ignore-index", "11")]
     result = naslora("train", "--data", data, *options, "--output", tmp_path / "run")
     assert result.status == 0, result.err
-    name = "best/adapter_model.safetensors"
+    name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
     own, other = (
         json.loads((path / "metrics.json").read_text()) for path in (run, tmp_path / "run")

@@ -170,7 +170,7 @@ def runs(naslora, tiny_vit, make_data, tmp_path_factory):
 
 
 def test_a_run_on_scaled_images_is_the_run_on_images_of_8_bits(runs):
-    weights = [runs / name / "best/adapter_model.safetensors" for name in ("plain", "scaled")]
+    weights = [runs / name / "adapter/adapter_model.safetensors" for name in ("plain", "scaled")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 

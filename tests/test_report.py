@@ -118,7 +118,7 @@ def run():
         "result": RunResult(
             test=replace(scores(0.8421), image_dice=[0.9, None, 0.7214]),
             val=scores(0.8532),
-            best_epoch=2,
+            kept_epoch=2,
             test_merged={"exact": scores(0.8421), "center": scores(0.8021)},
             merge={
                 "exact": MergeResult(source="white noise", layers=layer_errors(2e-7)),
@@ -254,7 +254,7 @@ def test_minimal_report(report):
 
 
 ABSENT = [
-    *("test", "val", "best_epoch", "test_merged", "merge", "trainable_parameters"),
+    *("test", "val", "kept_epoch", "test_merged", "merge", "trainable_parameters"),
     *("parameters", "seconds", "images"),
 ]
 
@@ -308,10 +308,10 @@ def test_stage_2_is_marked_when_there_is_one(report, run, stages, marked):
     assert (STAGE_2_LABEL in report(**{**run, "history": history})) is marked
 
 
-def test_best_epoch_is_marked(report, run):
-    assert "best: epoch 2, Dice 0.7000" in report(**run)
-    run["result"] = replace(run["result"], best_epoch=None)
-    assert "best: epoch" not in report(**run)
+def test_kept_epoch_is_marked(report, run):
+    assert "kept: epoch 2, Dice 0.7000" in report(**run)
+    run["result"] = replace(run["result"], kept_epoch=None)
+    assert "kept: epoch" not in report(**run)
 
 
 def test_hostile_names_stay_text(report, run):

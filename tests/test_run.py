@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from naslora.files import read_json, read_safetensors
-from naslora.results import BEST, LAST
+from naslora.results import ADAPTER, LAST
 from naslora.sam import encoders as sam
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training import demo as demo_run
@@ -45,7 +45,7 @@ def run(naslora, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "run"
     result = naslora("train", "--data", data, *TRAIN, "--output", output)
     assert result.status == 0, result.err
-    assert "best epoch" in result.out and "report.html" in result.out
+    assert f"epoch {EPOCHS}" in result.out and "report.html" in result.out
     return output
 
 
@@ -54,7 +54,7 @@ def read(path):
 
 
 def adapter(run):
-    return read_safetensors(run / BEST / "adapter_model.safetensors")
+    return read_safetensors(run / ADAPTER / "adapter_model.safetensors")
 
 
 def assert_bitwise_same(ours, theirs):
@@ -66,11 +66,11 @@ def assert_bitwise_same(ours, theirs):
 
 
 def test_the_folder(run):
-    expected = {"best", "last.pt", "config.json", "data.json", "metrics.json", "history.csv"}
+    expected = {"adapter", "last.pt", "config.json", "data.json", "metrics.json", "history.csv"}
     expected |= {"operations.json", "report.html", "tensorboard"}
     assert {path.name for path in run.iterdir()} == expected
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
-    assert {path.name for path in (run / BEST).iterdir()} == {
+    assert {path.name for path in (run / ADAPTER).iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
@@ -129,8 +129,8 @@ def test_history_and_operations(run):
     assert [row["stage"] for row in rows] == ["1", "2", "2"]
     assert [bool(row["arch_loss"]) for row in rows] == [False, True, True]
     metrics = read(run / "metrics.json")
-    dice = [float(row["val_dice"]) for row in rows]
-    assert metrics["best_epoch"] == dice.index(max(dice)) and metrics["val"]["dice"] == max(dice)
+    assert metrics["kept_epoch"] == EPOCHS - 1
+    assert metrics["val"]["dice"] == float(rows[-1]["val_dice"])
     operations = read(run / "operations.json")
     assert operations["operations"] == list(OPERATIONS) and len(operations["layers"]) == 2
     mixtures = np.array([entry["softmax"] for entry in operations["epochs"]])

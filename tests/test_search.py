@@ -19,7 +19,7 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError
 from naslora.files import read_safetensors
 from naslora.records import from_json
-from naslora.results import BEST, LAST, Epoch, SplitScores
+from naslora.results import ADAPTER, LAST, Epoch, SplitScores, kept_epoch
 from naslora.training.accelerator import make_accelerator
 from naslora.training.epoch_images import EpochImages
 from naslora.training.run_config import RunConfig
@@ -261,6 +261,7 @@ def test_a_configuration_of_version_0_1_0_keeps_its_meaning():
     assert config == SearchConfig(
         arch_data="hold-out", optimizer="adam", weight_decay=1e-3, cell_weight_decay=1e-3,
         alpha_schedule="constant", alpha_weight_decay=1e-3, cell_rate=1.0,
+        keep="best",
     )  # fmt: skip
     everything = SearchConfig.from_dict({**old, "arch_fraction": 0.0})
     assert (everything.arch_data, everything.arch_fraction) == ("redraw", 1.0)
@@ -457,10 +458,11 @@ def test_two_processes_train_as_one(naslora, in_two_processes, tmp_path, name):
         *(s["model"] for s in last),
         *(from_json(list[Epoch], s["history"], "last.pt") for s in last),
     )
-    best = [
-        read_safetensors(output / BEST / "adapter_model.safetensors") for output in (two, tmp_path)
+    kept = [
+        read_safetensors(output / ADAPTER / "adapter_model.safetensors")
+        for output in (two, tmp_path)
     ]
-    assert_same_training(*best, [], [])
+    assert_same_training(*kept, [], [])
 
 
 # --- Schedules, clipping, precision ---
@@ -592,8 +594,9 @@ def test_fp16_without_a_gpu_is_refused():
 # --- Checkpoints, and when to stop ---
 
 
-def test_the_best_epoch_is_kept(make_search, monkeypatch):
-    search, states = make_search(epochs=4), []
+@pytest.mark.parametrize("keep, epoch", [("last", 3), ("best", 1)])
+def test_the_kept_epoch(make_search, monkeypatch, keep, epoch):
+    search, states = make_search(epochs=4, keep=keep), []
     dice = iter([0.3, 0.6, 0.6, None])
 
     def evaluate(split):
@@ -602,9 +605,9 @@ def test_the_best_epoch_is_kept(make_search, monkeypatch):
 
     monkeypatch.setattr(search, "evaluate", evaluate)
     search.run()
-    best = read_safetensors(search.directory / BEST / "adapter_model.safetensors")
-    assert all(torch.equal(v, best[k]) for k, v in states[1].items())
-    assert search.best_quality[1] == 0.6
+    kept = read_safetensors(search.directory / ADAPTER / "adapter_model.safetensors")
+    assert all(torch.equal(v, kept[k]) for k, v in states[epoch].items())
+    assert kept_epoch(search.history, keep).epoch == epoch
     last = torch.load(search.directory / LAST)
     assert last["epoch"] == 4 and all(
         torch.equal(v, last["model"][k]) for k, v in states[3].items()

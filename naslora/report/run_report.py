@@ -64,7 +64,7 @@ def write_report(
         scores_section(result),
         examples_section(panels, class_names, images),
         merging_section(result, panels, class_names),
-        training_section(history, result.best_epoch),
+        training_section(history, result.kept_epoch),
         operations_section(operations, history),
         parameters_section(result),
         times_section(history, result.seconds),

@@ -1,7 +1,7 @@
 """A run: from a configuration to a trained, evaluated, merged and reported model, in one folder.
 
 config.json            the whole configuration
-best/                  adapter (and decoder) of the best epoch, as ``save_adapter`` writes it
+adapter/               adapter (and decoder) of the kept epoch, as ``save_adapter`` writes it
 data.json              checksums of the images and masks, which --resume compares
 last.pt                everything that --resume needs
 history.csv            one row an epoch
@@ -27,7 +27,7 @@ from naslora.errors import UserError
 from naslora.files import is_temporary, write_json
 from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
-from naslora.results import BEST, CONFIG, DATA, ParameterCounts, RunResult
+from naslora.results import CONFIG, DATA, ParameterCounts, RunResult, adapter_folder
 from naslora.sam.precision import cast_frozen
 from naslora.sam.shipped import SHIPPED_SIZE
 from naslora.training.accelerator import check_shared, lost_processes, make_accelerator
@@ -111,7 +111,7 @@ def _train(
         if config.search.frozen_dtype != torch.float32:
             # Merging adds the update to the frozen weights, so it needs all their digits.
             search.model = build_frozen_model(config).to(accelerator.device)
-        load_adapter(search.model, output / BEST)
+        load_adapter(search.model, adapter_folder(output))
         result, panels = final_result(search, counts, config)
         log(accelerator, tracked_scores(result), search.epoch - 1)
     if accelerator.is_main_process:

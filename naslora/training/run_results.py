@@ -1,4 +1,4 @@
-"""The results of a run: the best epoch scored, merged in every way, scored again, reported."""
+"""The results of a run: the kept epoch scored, merged in every way, scored again, reported."""
 
 import dataclasses
 import time
@@ -23,6 +23,7 @@ from naslora.results import (
     ParameterCounts,
     RunResult,
     SplitScores,
+    kept_epoch,
 )
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration
@@ -33,10 +34,10 @@ from naslora.training.search import Search
 def final_result(
     search: Search, counts: ParameterCounts, config: RunConfig
 ) -> tuple[RunResult, list[Panel]]:
-    """Scores the best epoch on the test split, and again after each way of merging.
+    """Scores the kept epoch on the test split, and again after each way of merging.
 
     Args:
-        search: a finished search whose model holds the best epoch's adapter.
+        search: a finished search whose model holds the kept epoch's adapter.
         counts: the model's parameters.
         config: the run.
 
@@ -44,7 +45,7 @@ def final_result(
         The result, and the worst and best test images for the report; none but in the main process.
     """
     started = time.perf_counter()
-    best = max(search.history, key=lambda epoch: epoch.quality)
+    kept = kept_epoch(search.history, config.search.keep)
     test = search.evaluate("test", config.metrics or ())
     main = search.accelerator.is_main_process
     examples = (
@@ -54,8 +55,8 @@ def final_result(
     training = sum(epoch.seconds.total for epoch in search.history)
     result = RunResult(
         test=test,
-        val=SplitScores(best.val_loss, best.val_dice, best.val_iou, best.val_accuracy),
-        best_epoch=best.epoch,
+        val=SplitScores(kept.val_loss, kept.val_dice, kept.val_iou, kept.val_accuracy),
+        kept_epoch=kept.epoch,
         trainable_parameters=counts.trainable,
         parameters=counts,
         images={split: len(data) for split, data in search.data.items()},
@@ -113,11 +114,11 @@ def _annealing(search: Search) -> Annealing:
         scores = epoch.val_loss, epoch.val_dice, epoch.val_iou
         return AnnealingState(epoch.epoch, epoch.spatial, *scores)
 
-    def best(epochs: list[Epoch]) -> Epoch | None:
-        return max(epochs, key=lambda epoch: epoch.quality, default=None)
+    def kept(spatial: float) -> Epoch | None:
+        epochs = [epoch for epoch in search.history if epoch.spatial == spatial]
+        return kept_epoch(epochs, search.config.keep) if epochs else None
 
-    before = best([epoch for epoch in search.history if epoch.spatial == 1])
-    after = best([epoch for epoch in search.history if epoch.spatial == 0])
+    before, after = kept(spatial=1), kept(spatial=0)
     assert after is not None  # the last epoch of annealing has no share of the neighbours left
     merged = search.evaluate("val")
     return Annealing(

@@ -34,7 +34,16 @@ from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
 from naslora.files import FORMAT, check_version, read_torch, reason_of, write_torch
 from naslora.records import from_json, to_json
-from naslora.results import BEST, LAST, Epoch, Mixture, OperationHistory, PhaseSeconds, SplitScores
+from naslora.results import (
+    ADAPTER,
+    LAST,
+    Epoch,
+    Mixture,
+    OperationHistory,
+    PhaseSeconds,
+    SplitScores,
+    kept_epoch,
+)
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader
@@ -69,7 +78,6 @@ class Search:
         images: which images an epoch's steps take.
         layers: the adapted layers with their names.
         alphas: the architecture parameters; empty for a method without them.
-        best_quality: the greatest ``Epoch.quality`` so far.
         weights: the weights and their optimizer.
         architecture: alpha and its optimizer; None for a method without alpha.
 
@@ -94,7 +102,6 @@ class Search:
         self.directory, self.class_names = directory, class_names
         self.epoch = 0
         self.history: list[Epoch] = []
-        self.best_quality: tuple[float, ...] = (-math.inf,)
         self.layers = list(adapter_layers(model))
         self.alphas = arch_parameters(model)
         self.operations = [self._mixture(epoch=-1)]
@@ -207,7 +214,7 @@ class Search:
                 record = self._run_epoch()
                 self.history.append(record)
                 self.epoch += 1
-                self._save(is_best=record.quality > self.best_quality)
+                self._save(record)
                 console.print(
                     epoch_line(record, self.config.epochs), highlight=False, soft_wrap=True
                 )
@@ -336,14 +343,12 @@ class Search:
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 
-    def _save(self, is_best: bool) -> None:
+    def _save(self, record: Epoch) -> None:
         """Writes the checkpoints; a kill at any moment leaves the previous ones whole."""
-        if is_best:
-            self.best_quality = self.history[-1].quality
         if self.accelerator.is_main_process:
-            if is_best:
+            if kept_epoch(self.history, self.config.keep) is record:
                 with fixed(self.model):
-                    save_adapter(self.model, self.directory / BEST)
+                    save_adapter(self.model, self.directory / ADAPTER)
             write_torch(self.directory / LAST, self._state())
         self.accelerator.wait_for_everyone()
 
@@ -352,7 +357,6 @@ class Search:
         return {
             "version": FORMAT,
             "epoch": self.epoch,
-            "best_quality": self.best_quality,
             "history": to_json(self.history),
             "operations": to_json(self.operations),
             "model": trained_state(self.model),
@@ -385,7 +389,6 @@ class Search:
         history = from_json(list[Epoch], state["history"], path)
         operations = from_json(list[Mixture], state["operations"], path)
         epoch = from_json(int, state["epoch"], path)
-        quality = from_json(tuple[float, ...], state["best_quality"], path)
         if not epoch == len(history) == len(operations) - 1 <= self.config.epochs:
             raise ValueError(
                 f"it holds epoch {epoch} of {self.config.epochs}, {len(history)} records of epochs "
@@ -397,8 +400,7 @@ class Search:
         self.model.load_state_dict(state["model"], strict=False)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.best_quality = epoch, quality
-        self.history, self.operations = history, operations
+        self.epoch, self.history, self.operations = epoch, history, operations
 
     def _check_tensors(self, stored: dict[str, Tensor]) -> None:
         """Checks a checkpoint's tensors of the model: names, shapes, dtypes, finite values."""

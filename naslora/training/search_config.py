@@ -13,6 +13,7 @@ from naslora.adapter.checks import check_types
 from naslora.data.augmentation import Augment
 from naslora.data.masks import IGNORED
 from naslora.errors import UserError
+from naslora.results import Keep
 from naslora.sam.losses import ClassLoss, segmentation_loss
 from naslora.sam.segmentation import SegmentationOutput
 
@@ -83,6 +84,9 @@ class SearchConfig:
     """How alpha's rate falls. None takes `schedule`."""
     alpha_weight_decay: float = 0.0
     """Weight decay of alpha."""
+    keep: Keep = "last"
+    """The epoch whose weights the run keeps: the `last` one, or the one that is `best` on the
+    validation images. On few images the best is luck."""
     anneal_epochs: int = 0
     """Number of last epochs that anneal the cell to its pointwise part, so that merging with
     `center` is exact. The share of the neighbours falls over the first half of them and is zero
@@ -153,6 +157,7 @@ class SearchConfig:
             ("schedule", Schedule),
             ("alpha_schedule", Schedule),
             ("arch_data", ArchData),
+            ("keep", Keep),
             ("class_loss", ClassLoss),
             ("augment", Augment),
             ("mixed_precision", Precision),
@@ -203,7 +208,7 @@ class SearchConfig:
                 **values,
                 "arch_fraction": fraction or 1.0,
             }
-        values = {"mixed_precision": "no", **values}
+        values = {"mixed_precision": "no", "keep": "best", **values}
         if values["mixed_precision"] != "no":
             values = {"frozen_precision": "no", **values}
         check_types(cls, values)

@@ -151,11 +151,12 @@ def test_no_arguments_print_the_usage(naslora):
 
 
 def test_damage_behind_a_checksum_that_matches(naslora, world):
-    """A file of 0.1.0, without checksums and version, still loads."""
-    for path in (world / "run/config.json", world / "run/best/adapter_config.json"):
+    """A run of 0.1.0, without checksums and version, and with another folder, still loads."""
+    for path in (world / "run/config.json", world / "run/adapter/adapter_config.json"):
         stored = read_json(path)
         stored.pop("other_tensors", None)
         own(path).write_text(json.dumps(stored))
-    path = world / "run/best/adapter_model.safetensors"
+    path = world / "run/adapter/adapter_model.safetensors"
     save_file(load_file(path), own(path))
+    (world / "run/adapter").rename(world / "run/best")
     assert naslora("evaluate", world / "run").status == 0

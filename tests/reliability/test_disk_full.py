@@ -78,7 +78,7 @@ def resume(naslora, command, output, world):
 
 @pytest.mark.parametrize("size", [100, 30_000])
 def test_a_file_that_does_not_fit(forked, naslora, clean_world, tmp_path, size):
-    """``best/adapter_model.safetensors`` or ``last.pt`` does not fit."""
+    """``adapter/adapter_model.safetensors`` or ``last.pt`` does not fit."""
     output = tmp_path / "run"
     command = train(clean_world, output)
     refused(forked(*command, prepare=limited(size)).wait(), "File too large")

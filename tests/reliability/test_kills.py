@@ -16,7 +16,7 @@ from reliability.conftest import TRAIN, wait_for
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
-WEIGHTS = "best/adapter_model.safetensors"
+WEIGHTS = "adapter/adapter_model.safetensors"
 TIMES = ("seconds", "history_sha256")  # differ between equal runs
 
 
@@ -107,7 +107,7 @@ def kill_and_resume(forked, naslora, world, output, prepare) -> bool:
 
 @pytest.mark.parametrize("moment", ["half", "before", "after"])
 def test_a_kill_while_the_checkpoint_is_written(forked, naslora, clean_world, tmp_path, moment):
-    # config.json, best's two files, last.pt
+    # config.json, the adapter's two files, last.pt
     assert kill_and_resume(forked, naslora, clean_world, tmp_path / "run", kill_at(4, moment))
 
 

@@ -72,9 +72,9 @@ def _merge_cells(before: float | None, after: float | None, layers: list[LayerEr
 def _annealing_table(annealing: Annealing) -> Table:
     """What annealing the cell cost on the validation images."""
     named: list[tuple[str, AnnealingState | None]] = [
-        ("best epoch before annealing", annealing.before),
+        ("kept epoch before annealing", annealing.before),
         *(("annealing", state) for state in annealing.during),
-        ("best epoch after annealing", annealing.after),
+        ("kept epoch after annealing", annealing.after),
         ("the same epoch, merged with center", annealing.merged),
     ]
     rows = [

@@ -12,12 +12,12 @@ from naslora.report.tables import Table, html_table
 from naslora.results import Epoch
 
 
-def training_section(history: list[Epoch], best: int | None) -> str:
+def training_section(history: list[Epoch], kept: int | None) -> str:
     """The section.
 
     Args:
         history: one record an epoch; may be empty.
-        best: the best epoch, to be marked; None if unknown.
+        kept: the epoch that the run kept, to be marked; None if unknown.
     """
     if not history:
         return section("Training", note("No epoch was finished, so there are no curves."))
@@ -26,8 +26,8 @@ def training_section(history: list[Epoch], best: int | None) -> str:
             Drawing("loss", "Loss by epoch.", partial(_draw_losses, history=history)),
             Drawing(
                 "score",
-                "Dice and IoU on the validation images by epoch. A star marks the best epoch.",
-                partial(_draw_scores, history=history, best=best),
+                "Dice and IoU on the validation images by epoch. A star marks the kept epoch.",
+                partial(_draw_scores, history=history, kept=kept),
             ),
             Drawing("rate", "Learning rate of the weights.", partial(_draw_rate, history=history)),
         )
@@ -48,18 +48,18 @@ def _draw_losses(axes: Axes, history: list[Epoch]) -> None:
     draw_epoch_axis(axes, history)
 
 
-def _draw_scores(axes: Axes, history: list[Epoch], best: int | None) -> None:
+def _draw_scores(axes: Axes, history: list[Epoch], kept: int | None) -> None:
     curves = (
         Curve("Dice", BLUE, [epoch.val_dice for epoch in history]),
         Curve("IoU", GREEN, [epoch.val_iou for epoch in history]),
     )
     draw_curves(axes, history, curves)
-    dice = next((epoch.val_dice for epoch in history if epoch.epoch == best), None)
-    if best is not None and is_known(dice):
+    dice = next((epoch.val_dice for epoch in history if epoch.epoch == kept), None)
+    if kept is not None and is_known(dice):
         axes.plot(
-            [best],
+            [kept],
             [dice],
-            label=f"best: epoch {best}, Dice {dice:.4f}",
+            label=f"kept: epoch {kept}, Dice {dice:.4f}",
             zorder=3,
             color=ORANGE,
             marker="*",
