@@ -238,7 +238,6 @@ class CellNumbers:
     """On the test split."""
     merged_scores: dict[str, MeanScores]
     """The same after each way of merging."""
-    kept_epoch: int
     weight_seconds: float
     """Seconds of the weight steps of an epoch, per training image."""
     training_seconds: float

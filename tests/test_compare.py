@@ -199,7 +199,7 @@ def test_a_comparison_under_the_defaults_of_0_1_0_is_refused_by_their_names(
     finished, naslora, arguments, tmp_path
 ):
     stored = json.loads((arguments[0] / compare.RECORD).read_text())
-    for name in ("arch_data", "cell_rate", "cell_weight_decay", "alpha_schedule"):
+    for name in ("arch_data", "cell_rate", "cell_weight_decay", "alpha_schedule", "keep"):
         del stored["recipe"]["search"][name]
     del stored["version"], stored["sha256"]
     stored["recipe"]["search"] |= {"optimizer": "adam", "alpha_weight_decay": 1e-3}
@@ -209,7 +209,7 @@ def test_a_comparison_under_the_defaults_of_0_1_0_is_refused_by_their_names(
     options = arguments[1][: arguments[1].index("--output")]
     result = naslora(*options, "--output", old, "--resume")
     assert result.status == 2 and len(result.err.splitlines()) == 1
-    for setting in ("arch_data hold-out", "optimizer adam", "alpha_schedule constant"):
+    for setting in ("arch_data hold-out", "optimizer adam", "alpha_schedule constant", "keep best"):
         assert setting in result.err
 
 
@@ -254,7 +254,6 @@ def numbers(dice, **changed):
         trainable_parameters=250,
         scores=MeanScores(dice, dice and dice / 2, 0.9),
         merged_scores={"exact": MeanScores(dice, 0.1, 0.9)},
-        kept_epoch=1,
         weight_seconds=0.5,
         training_seconds=0.75,
         peak_memory=10**9,

@@ -77,7 +77,7 @@ def run_cell(config: RunConfig, directory: Path) -> CellNumbers:
     splits = result.images or {}
     images = splits["train"] + splits.get("arch", 0)  # the weight steps of an epoch take as many
     weights, everything = training_seconds(read_rows(directory / HISTORY, Epoch), images)
-    if result.parameters is None or result.test is None or result.kept_epoch is None:
+    if result.parameters is None or result.test is None:
         raise UserError(f"the run in {directory} reports no counts or no test scores")
     return CellNumbers(
         parameters=result.parameters.total,
@@ -86,7 +86,6 @@ def run_cell(config: RunConfig, directory: Path) -> CellNumbers:
         merged_scores={
             mode: _mean_scores(scores) for mode, scores in (result.test_merged or {}).items()
         },
-        kept_epoch=result.kept_epoch,
         weight_seconds=weights,
         training_seconds=everything,
         peak_memory=memory,
