@@ -99,11 +99,7 @@ def _train_cell(
         part: plan.common.get(part, {}) | variant.get(part, {})
         for part in ("run", "adapter", "search")
     }
-    search = {
-        "epochs": plan.epochs[dataset],
-        "search_start": plan.epochs[dataset] // 3,
-        "workers": 0,
-    }
+    search = {"epochs": plan.epochs[dataset], "workers": 0}
     if dataset == "mni152":
         source = {"dataset": "mni152", "root": output.parent / "mni152"}
     else:

@@ -137,6 +137,16 @@ def test_history_and_operations(run):
     assert mixtures.shape == (EPOCHS + 1, 2, 8) and np.allclose(mixtures.sum(-1), 1)
 
 
+def test_alpha_that_never_trains_is_named(naslora, data, tmp_path):
+    late = ("--epochs", 1, "--search-start", 1, "--output", tmp_path / "run")
+    result = naslora("train", "--data", data, *TRAIN, *late)
+    assert (
+        result.status == 0
+        and ("naslora: warning: alpha is not trained: --search-start 1 is not among the 1 epochs")
+        in result.err
+    )
+
+
 # --- What can be done with it ---
 
 

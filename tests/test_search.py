@@ -269,6 +269,14 @@ def test_a_configuration_of_version_0_1_0_keeps_its_meaning():
     assert SearchConfig.from_dict(dataclasses.asdict(SearchConfig())) == SearchConfig()
 
 
+def test_alpha_trains_after_a_third_of_the_epochs():
+    starts = [SearchConfig(epochs=epochs).first_search_epoch for epochs in (1, 6, 20, 30)]
+    assert starts == [0, 2, 6, 10] and SearchConfig(search_start=4).first_search_epoch == 4
+    # Runs of before, which held a number, can be resumed.
+    explicit = RunConfig(search=SearchConfig(search_start=10))
+    assert RunConfig().to_dict() == explicit.to_dict()
+
+
 def test_the_cell_has_a_rate_and_a_decay_of_its_own(make_search):
     search, rates = make_search(cell_rate=2.0, cell_weight_decay=0.5), []
     watch(search, "weights", lambda g: rates.append([p["lr"] for p in g.optimizer.param_groups]))

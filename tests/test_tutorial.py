@@ -20,7 +20,7 @@ def test_the_tutorial_is_a_notebook():
 # What is printed takes minutes: fewer images and epochs, beside the smaller encoder.
 SHORTER = {
     '"train": 24, "val": 8, "test": 8': '"train": 8, "val": 4, "test": 4',
-    "--epochs 12 --search-start 4": "--epochs 1 --search-start 0",
+    "--epochs 12": "--epochs 1",
     "\\\n": "",
 }
 

@@ -103,12 +103,12 @@ def _alpha_starts(config: RunConfig) -> list[Variant]:
 
     The paper starts alpha in epoch 10, and varies 0, 10 and 20.
     """
-    own = config.search.search_start
+    own = config.search.first_search_epoch
     simultaneous = with_search(config, simultaneous=True)
     variants = [Variant("0 (simultaneously)", "simultaneous", simultaneous)]
     for start in dict.fromkeys((0, own, 2 * own)):
         title = "0 (stage-wise)" if start == 0 else str(start)
-        varied = with_search(config, search_start=start)
+        varied = config if start == own else with_search(config, search_start=start)
         variants.append(Variant(title, f"alpha-from-{start}", varied))
     return variants
 

@@ -41,7 +41,6 @@ def run_demo(output: Path, epochs: int, seed: int, resume: bool, random: bool) -
         adapter=NASLoRAConfig(seed=seed),
         search=SearchConfig(
             epochs=epochs,
-            search_start=epochs // 3,
             learning_rate=1e-3,
             mixed_precision="no",  # the scores of the README are the same on every CPU
         ),

@@ -55,8 +55,9 @@ class EpochImages:
         """Whether the weight steps of an epoch leave out the images of alpha."""
         if not self.searches or self.arch:
             return False
-        rotates = self.config.arch_data == "rotate" and epoch >= self.config.search_start
-        return rotates or self.config.arch_data == "hold-out"
+        if self.config.arch_data == "rotate":
+            return epoch >= self.config.first_search_epoch
+        return self.config.arch_data == "hold-out"
 
     def _path(self, epoch: int) -> tuple[int, ...]:
         """What a draw depends on. A fixed part does not depend on the epoch."""

@@ -99,7 +99,7 @@ def _train(
     data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
     search, counts = _make_search(config, data, output, accelerator)
     if accelerator.is_main_process:
-        _note_size(config)
+        _warn(config)
     if resume:
         search.resume()
     if accelerator.is_main_process:
@@ -146,16 +146,22 @@ def _check_start(config: RunConfig) -> None:
         )
 
 
-def _note_size(config: RunConfig) -> None:
-    """Says that the weights in the package were made for another image size, if they were."""
-    ours = config.pretrained and config.checkpoint is None
-    if ours and config.image_size != SHIPPED_SIZE:
-        print(
-            f"naslora: warning: the weights of {config.model} were made for images of "
-            f"{SHIPPED_SIZE} pixels; their position embeddings are resized to "
-            f"{config.image_size} pixels",
-            file=sys.stderr,
+def _warn(config: RunConfig) -> None:
+    """Warns of settings that work, but may be an oversight."""
+    search, warnings = config.search, []
+    if config.pretrained and config.checkpoint is None and config.image_size != SHIPPED_SIZE:
+        warnings.append(
+            f"the weights of {config.model} were made for images of {SHIPPED_SIZE} pixels; their "
+            f"position embeddings are resized to {config.image_size} pixels"
         )
+    never = search.first_search_epoch >= search.epochs and not search.simultaneous
+    if config.searches and never:
+        warnings.append(
+            f"alpha is not trained: --search-start {search.first_search_epoch} is not among the "
+            f"{search.epochs} epochs, which are counted from 0"
+        )
+    for warning in warnings:
+        print(f"naslora: warning: {warning}", file=sys.stderr)
 
 
 def check_output(config: RunConfig, output: Path, resume: bool) -> None:

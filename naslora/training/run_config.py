@@ -212,10 +212,10 @@ class RunConfig:
         return ["foreground"] if count == 1 else [f"class {k}" for k in range(1, count + 1)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; paths are absolute.
+        """The configuration as JSON-ready values.
 
-        The checkpoint is null for random weights, as in 0.1.0, and ``SHIPPED`` with a version for
-        those in the package.
+        Paths are absolute, and ``search_start`` is a number. The checkpoint is null for random
+        weights, as in 0.1.0, and ``SHIPPED`` with a version for those in the package.
         """
         values = dataclasses.asdict(self)
         for name in PATHS:
@@ -225,6 +225,7 @@ class RunConfig:
             values["checkpoint"] = None
         elif self.checkpoint is None:
             values["checkpoint"] = f"{SHIPPED} {shipped_version(self.model)}"
+        values["search"]["search_start"] = self.search.first_search_epoch
         return json.loads(json.dumps(values))  # tuples become lists, as in the file
 
     @classmethod

@@ -177,7 +177,7 @@ class Search:
 
     def _searches(self, epoch: int) -> bool:
         """Whether an epoch updates alpha."""
-        started = self.config.simultaneous or epoch >= self.config.search_start
+        started = self.config.simultaneous or epoch >= self.config.first_search_epoch
         return bool(self.alphas) and started
 
     def _alpha_steps(self, epoch: int) -> int:

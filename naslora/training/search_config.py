@@ -48,8 +48,9 @@ class SearchConfig:
 
     epochs: int = 30
     """Epochs over the training split."""
-    search_start: int = 10
-    """First epoch (T1, counted from 0) that also updates alpha."""
+    search_start: int | None = None
+    """First epoch (T1, counted from 0) that also updates alpha. None begins after a third of the
+    epochs, as the paper does."""
     simultaneous: bool = False
     """Ablation: update weights and alpha together, on the training split, from epoch 0."""
     arch_data: ArchData | None = None
@@ -126,8 +127,9 @@ class SearchConfig:
             ("workers", 0),
             ("anneal_epochs", 0),
         ):
-            if getattr(self, name) < minimum:
-                raise UserError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise UserError(f"{name} must be at least {minimum}, got {value}")
         for name, maximum in (("epochs", MOST_EPOCHS), ("workers", MOST_WORKERS)):
             if getattr(self, name) > maximum:
                 raise UserError(f"{name} must be at most {maximum}, got {getattr(self, name)}")
@@ -213,6 +215,11 @@ class SearchConfig:
             values = {"frozen_precision": "no", **values}
         check_types(cls, values)
         return cls(**values)
+
+    @property
+    def first_search_epoch(self) -> int:
+        """The first epoch that also updates alpha, counted from 0."""
+        return self.epochs // 3 if self.search_start is None else self.search_start
 
     @property
     def mirrors(self) -> bool:
