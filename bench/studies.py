@@ -308,6 +308,26 @@ STUDIES = {
         columns=TRAINING | SECONDS,
         reference="LoRA",
     ),
+    # The learning rate that a user gets who gives none, on few images: the model is not trained to
+    # its end.
+    "default-rate": Study(
+        datasets=("kvasir_seg", "leaf_disease"),
+        seeds=(0, 1, 2, 3, 4),
+        common={
+            "run": {"model": "mobile_sam", "image_size": 256},
+            "search": {"mixed_precision": "no"},
+        },
+        variants={
+            "LoRA": _adapter("lora"),
+            "Conv-LoRA": METHODS["Conv-LoRA"],
+            "NAS-PC-LoRA": {},
+            "alpha: never": NEVER,
+        },
+        epochs={"kvasir_seg": 6, "leaf_disease": 6},
+        columns=TRAINING | SECONDS,
+        train_images=240,
+        reference="LoRA",
+    ),
     # Test Dice before and after merging, then the mean relative error of the layers' updates. That
     # of `calibrated` is on held-out tokens.
     "merging": Study(

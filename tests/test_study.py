@@ -10,15 +10,23 @@ from bench.studies import STUDIES
 from bench.study import finished, main, table
 
 DOCS = Path(__file__).parents[1] / "docs"
-CELLS = DOCS / "evidence/whole_sets.csv"
 
 
-def test_the_evidence_is_what_the_study_prints(tmp_path):
-    plan = STUDIES["whole-sets"]
-    printed = table(plan, finished(plan, tmp_path, CELLS)).splitlines()
+@pytest.mark.parametrize(
+    ("study", "file", "section"),
+    [
+        ("whole-sets", "whole_sets.csv", ""),
+        ("default-rate", "default_rate.csv", "\n## At the default learning rate\n"),
+    ],
+)
+def test_the_evidence_is_what_the_study_prints(tmp_path, study, file, section):
+    plan = STUDIES[study]
+    printed = table(plan, finished(plan, tmp_path, DOCS / "evidence" / file)).splitlines()
     starts = tuple(f"| {data} | {name} | " for data in plan.datasets for name in plan.variants)
-    lines = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
-    shown = [line for line in lines if line.startswith(starts)]
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    if section:
+        page = page.split(section)[1].split("\n## ")[0]
+    shown = [line for line in page.splitlines() if line.startswith(starts)]
     assert shown and not set(shown) - set(printed)
 
 
