@@ -335,13 +335,14 @@ class PairedDifference:
 def kept_epoch(history: list[Epoch], keep: Keep) -> Epoch:
     """The epoch that a run keeps.
 
-    Of the best epochs, validation Dice decides, then the lower validation loss. The loss decides
-    while a model predicts nothing yet, or where the split has no foreground. With annealing only
-    the epochs that end it count.
+    With ``best`` it is the epoch with the highest Dice on the validation images. Equal Dice leaves
+    the choice to the lower validation loss: a model that predicts nothing yet has a Dice of 0, and
+    a split without foreground has none. With annealing only the epochs count whose cells take
+    nothing from neighbouring tokens.
 
     Args:
         history: the epochs so far; at least one.
-        keep: the setting.
+        keep: as ``SearchConfig.keep``.
     """
     if keep == "last":
         return history[-1]
