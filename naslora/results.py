@@ -21,6 +21,7 @@ LAST = "last.pt"
 """Everything that ``--resume`` needs."""
 HISTORY = "history.csv"
 OPERATIONS_JSON = "operations.json"
+TEST_IMAGES = "test_images.csv"
 METRICS_JSON = "metrics.json"
 REPORT = "report.html"
 
@@ -253,6 +254,8 @@ class CellNumbers:
     device: str
     load: float
     """Load average of the machine over the last minute of training."""
+    image_dice: list[float | None] | None = field(default=None, metadata=OPTIONAL)
+    """Dice of each test image, as in ``SplitScores``; None in the files of 0.1.0."""
 
 
 @dataclass(frozen=True)
@@ -327,6 +330,8 @@ class PairedDifference:
     """Upper end of the interval."""
     reason: str = ""
     """Why there is no interval."""
+    over_images: float | None = None
+    """Standard error of the mean over the test images; None if their Dice is not known."""
 
 
 # ---- Reading -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from naslora.study.comparison_table import (
     summarise,
 )
 from naslora.study.measurement import training_seconds
+from naslora.study.paired import error_over_images
 from naslora.study.sweep import in_own_process, mean_and_spread
 from naslora.training.run_config import RunConfig
 from naslora.training.search_config import SearchConfig
@@ -159,6 +160,18 @@ def test_tables_of_a_comparison(finished):
     assert difference["title"] == "NAS-PC-LoRA"
     assert float(difference["mean"]) == pytest.approx(statistics.mean(gains), abs=1e-12)
     assert not re.search(r"https?:|<script|<link", report)
+    images = {
+        name: {seed: image_dice(output / f"runs/{name}/{seed}") for seed in (3, 4)}
+        for name in ("lora", "nas-pc-lora")
+    }
+    error = error_over_images(images["nas-pc-lora"], images["lora"])
+    assert float(difference["over_images"]) == pytest.approx(error, abs=1e-12)
+    assert "± over images" in markdown
+
+
+def image_dice(run):
+    with (run / "test_images.csv").open() as file:
+        return [float(row["dice"]) for row in csv.DictReader(file)]
 
 
 def test_a_method_is_added_later(finished, naslora, arguments, data):

@@ -67,7 +67,7 @@ def assert_bitwise_same(ours, theirs):
 
 def test_the_folder(run):
     expected = {"adapter", "last.pt", "config.json", "data.json", "metrics.json", "history.csv"}
-    expected |= {"operations.json", "report.html", "tensorboard"}
+    expected |= {"operations.json", "report.html", "tensorboard", "test_images.csv"}
     assert {path.name for path in run.iterdir()} == expected
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert {path.name for path in (run / ADAPTER).iterdir()} == {
@@ -100,6 +100,18 @@ def test_metrics(run):
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
     assert metrics["images"] == {"train": 12, "val": 4, "test": 5}
     assert metrics["seconds"] > 0
+
+
+def test_the_dice_of_every_test_image(run, data):
+    rows = list(csv.DictReader((run / "test_images.csv").open()))
+    listed = list(csv.DictReader((data / "test.csv").open()))
+    assert [row["image"] for row in rows] == [os.path.basename(row["image"]) for row in listed]
+    metrics = read(run / "metrics.json")
+    modes = {f"dice_{mode}": scores for mode, scores in metrics["test_merged"].items()}
+    for column, scores in ({"dice": metrics["test"]} | modes).items():
+        # Every image has both classes, so the order of the means does not matter.
+        mean = sum(float(row[column]) for row in rows) / 5
+        assert mean == pytest.approx(scores["dice"], abs=1e-6)
 
 
 def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(naslora, data, tmp_path):

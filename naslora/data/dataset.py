@@ -118,7 +118,7 @@ class SegmentationDataset(Dataset[Item]):
         if cache is not None and num_classes > 256:
             raise UserError(f"the cache supports at most 256 classes, got {num_classes}")
         self._codes = palette_codes(palette, num_classes, ignore_index)
-        self._names = _names_below_common_folder(self.samples)
+        self.names = _names_below_common_folder(self.samples)
         # In shared memory, because persistent workers must see the change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -131,7 +131,7 @@ class SegmentationDataset(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         sample = self.samples[index]
-        item: Item = {"index": index, "name": self._names[index]}
+        item: Item = {"index": index, "name": self.names[index]}
         if self.tiles is not None:
             pixels, labels = self.read_whole(sample)
             item["pixels"] = pixels

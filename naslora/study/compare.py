@@ -206,13 +206,14 @@ def _differences(
 ) -> tuple[str, list[PairedDifference]]:
     """The title of the method that the others are compared with, and their differences from it."""
     scores: dict[str, dict[int, float]] = {}
+    images: dict[str, dict[int, list[float | None]]] = {}
     for method in methods:
-        own = {c.seed: c.numbers.scores.dice for c in cells if c.method == method and c.numbers}
-        known = {seed: dice for seed, dice in own.items() if dice is not None}
-        if known:
-            scores[method] = known
+        for cell in cells:
+            if cell.method == method and cell.numbers and cell.numbers.scores.dice is not None:
+                scores.setdefault(method, {})[cell.seed] = cell.numbers.scores.dice
+                images.setdefault(method, {})[cell.seed] = cell.numbers.image_dice or []
     titles = {method: METHODS[method].title for method in methods}
-    reference, differences = paired_differences(scores, titles)
+    reference, differences = paired_differences(scores, titles, images)
     return METHODS[reference].title, differences
 
 

@@ -182,6 +182,12 @@ def notes_on(rows: Sequence[ComparisonRow], cells: Sequence[Cell]) -> list[str]:
     ]
     if done:
         notes.append(_load_note(done))
+    if any(numbers.image_dice for numbers in done):
+        notes.append(
+            "All seeds share the test images, and a difference's interval knows the seeds only. "
+            "± over images is its standard error over the images. A difference smaller than twice "
+            "that may not hold on other images."
+        )
     return notes + [f"{row.title}: {row.reason}." for row in rows if row.missing]
 
 

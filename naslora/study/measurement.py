@@ -94,6 +94,7 @@ def run_cell(config: RunConfig, directory: Path) -> CellNumbers:
         processors=os.cpu_count(),
         device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         load=load,
+        image_dice=result.test.image_dice,
     )
 
 

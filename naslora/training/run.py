@@ -7,6 +7,7 @@ last.pt                everything that --resume needs
 history.csv            one row an epoch
 operations.json        softmax(alpha) of every layer after every epoch
 metrics.json           test metrics, merge errors, counts, times
+test_images.csv        Dice of every test image, before and after merging
 report.html            all of it to look at; written last
 tensorboard/           the curves for TensorBoard, if it is among the trackers
 trackers.json          by which other trackers continue a resumed run

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from naslora.adapter.merged import unmerge
@@ -16,6 +17,7 @@ from naslora.results import (
     METRICS_JSON,
     OPERATIONS_JSON,
     REPORT,
+    TEST_IMAGES,
     Annealing,
     AnnealingState,
     Epoch,
@@ -132,11 +134,12 @@ def _annealing(search: Search) -> Annealing:
 def write_results(
     search: Search, result: RunResult, panels: list[Panel], config: RunConfig, output: Path
 ) -> None:
-    """Writes history.csv, operations.json, metrics.json and, last, report.html."""
+    """Writes history.csv, operations.json, test_images.csv, metrics.json and, last, report.html."""
     operations = search.operation_history()
     write_rows(output / HISTORY, search.history)
     if operations is not None:
         write_record(output / OPERATIONS_JSON, operations)
+    write_rows(output / TEST_IMAGES, image_rows(search.data["test"].names, result))
     checksum = file_checksum(output / HISTORY)
     write_record(output / METRICS_JSON, dataclasses.replace(result, history_sha256=checksum))
     write_report(
@@ -148,3 +151,17 @@ def write_results(
         panels=panels,
         class_names=["background", *config.foreground_names],
     )
+
+
+def image_rows(names: Sequence[str], result: RunResult) -> list[dict[str, str | float | None]]:
+    """The rows of test_images.csv: the Dice of each image, before and after each way of merging."""
+    scores = {"dice": result.test} | {
+        f"dice_{mode}": merged for mode, merged in (result.test_merged or {}).items()
+    }
+    columns = {
+        title: own.image_dice for title, own in scores.items() if own is not None and own.image_dice
+    }
+    return [
+        {"image": name} | {title: dice[index] for title, dice in columns.items()}
+        for index, name in enumerate(names)
+    ]
