@@ -317,12 +317,7 @@ STUDIES = {
             "run": {"model": "mobile_sam", "image_size": 256},
             "search": {"mixed_precision": "no"},
         },
-        variants={
-            "LoRA": _adapter("lora"),
-            "Conv-LoRA": METHODS["Conv-LoRA"],
-            "NAS-PC-LoRA": {},
-            "alpha: never": NEVER,
-        },
+        variants=METHODS | {"LoRA": _adapter("lora"), "alpha: never": NEVER},
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
         columns=TRAINING | SECONDS,
         train_images=240,
