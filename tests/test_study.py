@@ -1,13 +1,20 @@
 """``bench.study``: what a study compares, and that the documentation shows what it prints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bench import operations
 from bench.last_epoch import stored
 from bench.last_epoch import table as table_of_last_epochs
 from bench.studies import STUDIES
 from bench.study import finished, main, table
+from naslora.records import write_record, write_rows
+from naslora.report.tables import markdown_table
+from naslora.results import Mixture, OperationHistory
+from naslora.study.operation_losses import ALL_LAYERS, OperationLoss
+from naslora_kernels import OPERATIONS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -35,6 +42,35 @@ def test_the_last_epochs_are_what_the_file_holds():
     printed = table_of_last_epochs([rows[run] for run in sorted(rows)]).splitlines()
     page = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
     assert len(printed) == 5 and not {line for line in printed if "---" not in line} - set(page)
+
+
+def test_the_losses_of_operations_are_what_the_file_holds():
+    losses = operations.stored(DOCS / "evidence/operation_losses.csv")
+    printed = markdown_table(operations.losses_table(list(losses.values()))).splitlines()
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
+    assert len(printed) == 7 and not {line for line in printed if "---" not in line} - set(page)
+
+
+def test_losses_of_operations_are_read_from_the_analyses(tmp_path, capsys):
+    rows = [
+        OperationLoss("blocks.0.attn.qkv", "none", 0.5, 0.9),
+        OperationLoss(ALL_LAYERS, "", 0.4, 0.03),
+        OperationLoss("random operations, draw 1", "", 0.1, 0.01),
+        OperationLoss("random operations, draw 2", "", 0.3, -0.02),
+    ]
+    for run, lost in (("0", 0.03), ("1", 0.005)):
+        changed = [replace(r, dice_lost=lost) if r.layer == ALL_LAYERS else r for r in rows]
+        write_rows(tmp_path / f"runs/{run}/analysis/operation_losses.csv", changed)
+        epochs = [Mixture(epoch, [[1 / 8] * 8]) for epoch in (-1, 0)]
+        history = OperationHistory(list(OPERATIONS), ["blocks.0.attn.qkv"], epochs)
+        write_record(tmp_path / f"runs/{run}/operations.json", history)
+    operations.main((f"leaves={tmp_path / 'runs'}",), tmp_path / "losses.csv")
+    *chosen, losses = capsys.readouterr().out.strip().splitlines()
+    assert "| skip_connect | 0.125 (+0.000) |" in chosen
+    expected = "| leaves | 2 | 0.400, 0.200 | +0.0175 | +0.0050 to +0.0300 | -0.0050 | 1 of 2 |"
+    assert losses == expected
+    operations.main((), tmp_path / "losses.csv")
+    assert capsys.readouterr().out.strip().splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize(
