@@ -54,9 +54,9 @@ def test_the_losses_of_operations_are_what_the_file_holds():
 def test_losses_of_operations_are_read_from_the_analyses(tmp_path, capsys):
     rows = [
         OperationLoss("blocks.0.attn.qkv", "none", 0.5, 0.9),
-        OperationLoss(ALL_LAYERS, "", 0.4, 0.03),
-        OperationLoss("random operations, draw 1", "", 0.1, 0.01),
-        OperationLoss("random operations, draw 2", "", 0.3, -0.02),
+        OperationLoss(ALL_LAYERS, None, 0.4, 0.03),
+        OperationLoss("random operations, draw 1", None, 0.1, 0.01),
+        OperationLoss("random operations, draw 2", None, 0.3, -0.02),
     ]
     for run, lost in (("0", 0.03), ("1", 0.005)):
         changed = [replace(r, dice_lost=lost) if r.layer == ALL_LAYERS else r for r in rows]

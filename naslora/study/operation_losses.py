@@ -47,8 +47,8 @@ class OperationLoss:
 
     layer: str
     """The layer, ``ALL_LAYERS``, or the random draw over all layers."""
-    operation: str
-    """The operation that loses its weight; empty for all layers."""
+    operation: str | None
+    """The operation that loses its weight; None for all layers, which may have different ones."""
     weight: float
     """The weight that moves, a mean over the layers."""
     dice_lost: float
@@ -86,9 +86,11 @@ def write_operation_losses(
         return found
 
     whole = dice({})
-    cases = [(name, OPERATIONS[index], {name: index}) for name, index in chosen.items()]
-    cases.append((ALL_LAYERS, "", chosen))
-    cases += [(f"random operations, draw {i + 1}", "", draw) for i, draw in enumerate(random)]
+    cases: list[tuple[str, str | None, Operations]] = [
+        (name, OPERATIONS[index], {name: index}) for name, index in chosen.items()
+    ]
+    cases.append((ALL_LAYERS, None, chosen))
+    cases += [(f"random operations, draw {i + 1}", None, draw) for i, draw in enumerate(random)]
     shown = track(cases, "moving weights to skip", console=Console(stderr=True), transient=True)
     rows = [
         OperationLoss(layer, operation, _mean_weight(weights, moved), whole - dice(moved))
