@@ -317,7 +317,10 @@ STUDIES = {
             "run": {"model": "mobile_sam", "image_size": 256},
             "search": {"mixed_precision": "no"},
         },
-        variants=METHODS | {"LoRA": _adapter("lora"), "alpha: never": NEVER},
+        variants=METHODS
+        | {"LoRA": _adapter("lora")}
+        | SUSPECTS
+        | {"all of 0.1.0": _joined(SUSPECTS["all of 0.1.0"], SLOW_ALPHA)},
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
         columns=TRAINING | SECONDS,
         train_images=240,
