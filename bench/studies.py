@@ -37,6 +37,9 @@ TRAINING: dict[str, Column] = {
     "entropy": lambda _, history: history[-1].entropy,
 }
 
+CALIBRATED: dict[str, Column] = {
+    "Dice after calibrated": lambda result, _: _dice(result, "calibrated"),
+}
 
 # Medians over the epochs, because a pause of the machine spoils single ones.
 SECONDS: dict[str, Column] = {
@@ -322,7 +325,7 @@ STUDIES = {
         | SUSPECTS
         | {"all of 0.1.0": _joined(SUSPECTS["all of 0.1.0"], SLOW_ALPHA)},
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
-        columns=TRAINING | SECONDS,
+        columns=TRAINING | CALIBRATED | SECONDS,
         train_images=240,
         reference="LoRA",
     ),
