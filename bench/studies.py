@@ -91,13 +91,13 @@ class Study:
     """If given, so many of the training images are used, evenly spread, and as large a part of the
     validation images."""
     reference: str | None = None
-    """The variant from which the paired differences of the others are taken, in test Dice. In a
-    study of several encoders, its name without the encoder's."""
+    """The variant from which the paired differences of the others are taken, in test Dice. Where
+    names start with an encoder or a rate, and a comma, its name without them."""
 
     def reference_of(self, variant: str) -> str | None:
         """The variant from which a variant's paired difference is taken."""
-        same_encoder = f"{variant.partition(', ')[0]}, {self.reference}"
-        return same_encoder if same_encoder in self.variants else self.reference
+        alike = f"{variant.partition(', ')[0]}, {self.reference}"
+        return alike if alike in self.variants else self.reference
 
 
 def _joined(*parts: Settings) -> Settings:
@@ -195,6 +195,8 @@ WHOLE_SETS = (
     | {f"vit_t, {name}": _suspect("vit_t", name) for name in SUSPECTS}
     | {f"{name}, {EARLIER}": _suspect(name, EARLIER) for name in ("MobileSAM", "random vit_t")}
 )
+
+DEFAULT_RATE = METHODS | {"LoRA": _adapter("lora")}
 
 STUDIES = {
     "class-loss": Study(
@@ -312,7 +314,7 @@ STUDIES = {
         reference="LoRA",
     ),
     # The learning rate that a user gets who gives none, on few images: the model is not trained to
-    # its end.
+    # its end. And five times that rate, at which LoRA ends higher.
     "default-rate": Study(
         datasets=("kvasir_seg", "leaf_disease"),
         seeds=(0, 1, 2, 3, 4),
@@ -320,8 +322,13 @@ STUDIES = {
             "run": {"model": "mobile_sam", "image_size": 256},
             "search": {"mixed_precision": "no"},
         },
-        variants=METHODS
-        | {"LoRA": _adapter("lora")}
+        variants=DEFAULT_RATE
+        | {
+            f"rate x 5, {method}": _joined(
+                DEFAULT_RATE[method], {"search": {"learning_rate": 5e-4}}
+            )
+            for method in ("LoRA", "Conv-LoRA", "NAS-PC-LoRA")
+        }
         | SUSPECTS
         | {"all of 0.1.0": _joined(SUSPECTS["all of 0.1.0"], SLOW_ALPHA)},
         epochs={"kvasir_seg": 6, "leaf_disease": 6},

@@ -79,11 +79,13 @@ def test_losses_of_operations_are_read_from_the_analyses(tmp_path, capsys):
         ("whole-sets", "vit_t, NAS-PC-LoRA", "vit_t, LoRA"),
         ("whole-sets", "vit_t, identity, x 1", "vit_t, LoRA"),
         ("whole-sets", "random vit_t, LoRA", "random vit_t, LoRA"),
+        ("default-rate", "NAS-PC-LoRA", "LoRA"),
+        ("default-rate", "rate x 5, NAS-PC-LoRA", "rate x 5, LoRA"),
         ("suspects", "start: skip", "LoRA"),
         ("merging", "MobileSAM", None),
     ],
 )
-def test_a_variant_is_compared_with_lora_on_its_encoder(study, variant, reference):
+def test_a_variant_is_compared_with_lora_on_its_encoder_and_at_its_rate(study, variant, reference):
     assert STUDIES[study].reference_of(variant) == reference
 
 
