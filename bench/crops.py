@@ -65,7 +65,7 @@ class Crops(SegmentationDataset):
         return {
             "image": transforms.to_dtype(pixels, torch.float32, scale=True),
             "index": crop * len(self) + index,
-            "name": self._names[index],
+            "name": self.names[index],
         }
 
     def _box(self, draw: np.random.Generator) -> tuple[int, int, int, int]:

@@ -72,8 +72,9 @@ def signals() -> Iterator[None]:
     """Turns the first SIGINT or SIGTERM into ``Interrupted``. A second one ends the process.
 
     Python drops what is raised in a destructor, such as that of a data loader, so a signal that
-    arrives there is sent again. An OSError of a thread prints nothing: TensorBoard's writer raises
-    it in the main thread, too.
+    arrives there is sent again. What destructors raise after a signal is not printed, also later:
+    it may have left objects half built, such as the iterator of a data loader. An OSError of a
+    thread prints nothing: TensorBoard's writer raises it in the main thread, too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -95,7 +96,9 @@ def signals() -> Iterator[None]:
 
     def send_again(arguments: Any) -> None:
         if not isinstance(arguments.exc_value, Interrupted):
-            return unraisablehook(arguments)
+            if not arrived:
+                unraisablehook(arguments)
+            return
         arrived.clear()
         # Later: Python also drops what is raised in this hook.
         threading.Timer(0.05, _signal_main_thread, [arguments.exc_value.number]).start()
@@ -104,6 +107,8 @@ def signals() -> Iterator[None]:
     try:
         yield
     finally:
-        threading.excepthook, sys.unraisablehook = excepthook, unraisablehook
+        threading.excepthook = excepthook
+        if not arrived:
+            sys.unraisablehook = unraisablehook
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import group_lives
 from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from naslora.data.dataset import SegmentationDataset
 from naslora.exits import Interrupted, signals
@@ -72,6 +73,25 @@ def test_workers_that_are_told_to_end_while_the_run_waits_for_them(forked, clean
         torch.optim.AdamW.step = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
 
     command = ("train", "--data", clean_world / "data", *TRAIN, "--workers", 2, "--batch-size", 1)
+    ended = forked(*command, "--output", tmp_path / "run", prepare=prepare).wait()
+    assert ended.status == 143
+    assert one_line(ended.err) == "naslora: terminated; --resume continues the run"
+
+
+def test_a_signal_while_a_data_loader_starts_its_workers(forked, clean_world, tmp_path):
+    """Its iterator is half built then, and its destructor raises AttributeError."""
+
+    def prepare():
+        real = _BaseDataLoaderIter.__init__
+
+        def init(self, loader):
+            os.kill(os.getpid(), signal.SIGTERM)
+            real(self, loader)
+
+        _BaseDataLoaderIter.__init__ = init
+
+    options = ("--checkpoint", clean_world / "sam.safetensors", "--workers", "1")
+    command = ("train", "--data", clean_world / "data", *TRAIN, *options)
     ended = forked(*command, "--output", tmp_path / "run", prepare=prepare).wait()
     assert ended.status == 143
     assert one_line(ended.err) == "naslora: terminated; --resume continues the run"
