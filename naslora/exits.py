@@ -94,7 +94,7 @@ def signals() -> Iterator[None]:
         if not isinstance(arguments.exc_value, OSError):
             excepthook(arguments)
 
-    def send_again(arguments: Any) -> None:
+    def unraisable(arguments: Any) -> None:
         if not isinstance(arguments.exc_value, Interrupted):
             if not arrived:
                 unraisablehook(arguments)
@@ -103,7 +103,7 @@ def signals() -> Iterator[None]:
         # Later: Python also drops what is raised in this hook.
         threading.Timer(0.05, _signal_main_thread, [arguments.exc_value.number]).start()
 
-    threading.excepthook, sys.unraisablehook = report, send_again
+    threading.excepthook, sys.unraisablehook = report, unraisable
     try:
         yield
     finally:

@@ -1,5 +1,7 @@
 """``bench.study``: what a study compares, and that the documentation shows what it prints."""
 
+import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +37,20 @@ def test_the_evidence_is_what_the_study_prints(tmp_path, study, file, section):
         page = page.split(section)[1].split("\n## ")[0]
     shown = [line for line in page.splitlines() if line.startswith(starts)]
     assert shown and not set(shown) - set(printed)
+
+
+def test_pairs_scatter_less_than_runs_of_different_seeds():
+    plan = STUDIES["whole-sets"]
+    cells = finished(plan, DOCS, DOCS / "evidence/whole_sets.csv")
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    for method in ("NAS-PC-LoRA", "Conv-LoRA"):
+        own, lora = (
+            [cells["crackforest", f"MobileSAM, {name}", seed]["test Dice"] for seed in range(16)]
+            for name in (method, "LoRA")
+        )
+        paired = statistics.stdev(a - b for a, b in zip(own, lora, strict=True))
+        unpaired = math.sqrt(statistics.variance(own) + statistics.variance(lora))
+        assert f"{paired:.4f}" in page and f"{unpaired:.4f}" in page
 
 
 def test_the_last_epochs_are_what_the_file_holds():

@@ -118,6 +118,7 @@ class SegmentationDataset(Dataset[Item]):
         if cache is not None and num_classes > 256:
             raise UserError(f"the cache supports at most 256 classes, got {num_classes}")
         self._codes = palette_codes(palette, num_classes, ignore_index)
+        # One a sample; pictures and tables show them.
         self.names = _names_below_common_folder(self.samples)
         # In shared memory, because persistent workers must see the change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

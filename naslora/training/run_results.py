@@ -139,7 +139,7 @@ def write_results(
     write_rows(output / HISTORY, search.history)
     if operations is not None:
         write_record(output / OPERATIONS_JSON, operations)
-    write_rows(output / TEST_IMAGES, image_rows(search.data["test"].names, result))
+    write_rows(output / TEST_IMAGES, _image_rows(search.data["test"].names, result))
     checksum = file_checksum(output / HISTORY)
     write_record(output / METRICS_JSON, dataclasses.replace(result, history_sha256=checksum))
     write_report(
@@ -153,7 +153,7 @@ def write_results(
     )
 
 
-def image_rows(names: Sequence[str], result: RunResult) -> list[dict[str, str | float | None]]:
+def _image_rows(names: Sequence[str], result: RunResult) -> list[dict[str, str | float | None]]:
     """The rows of test_images.csv: the Dice of each image, before and after each way of merging."""
     scores = {"dice": result.test} | {
         f"dice_{mode}": merged for mode, merged in (result.test_merged or {}).items()
