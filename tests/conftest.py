@@ -15,6 +15,7 @@ from pathlib import Path
 import cuda_emulation
 import pytest
 import torch
+import torch.multiprocessing
 
 # Without a GPU, Triton's kernels are interpreted and the CUDA kernels emulated. Both variables are
 # read when the backends are imported.
@@ -96,6 +97,16 @@ def group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def in_two_processes(worker, *arguments) -> None:
+    """Calls ``worker(rank, *arguments)`` in two processes, whose ranks are 0 and 1.
+
+    A fork of pytest could hang: locks that its other threads hold stay locked in the fork. The fork
+    server has no other threads.
+    """
+    torch.multiprocessing.set_forkserver_preload(["torch", "naslora"])
+    torch.multiprocessing.start_processes(worker, arguments, nprocs=2, start_method="forkserver")
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing
 from adapted_models import adapted_encoder, adapted_layer, build_encoder, images, tokens
+from conftest import in_two_processes
 from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -400,13 +400,7 @@ def worker(rank: int, port: int, compiled: bool, options: dict, folder: str) -> 
 )
 def test_two_processes_agree_with_one(compiled, options, tmp_path):
     """Both stages under DistributedDataParallel, without ``find_unused_parameters``."""
-    # Forks have imported everything already.
-    torch.multiprocessing.start_processes(
-        worker,
-        (free_port(), compiled, options, str(tmp_path)),
-        nprocs=2,
-        start_method="fork",
-    )
+    in_two_processes(worker, free_port(), compiled, options, str(tmp_path))
     (losses, state), (other_losses, other) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     model = trainable()
     expected, _ = train(model, model, lambda x: x)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import in_two_processes
 from kernel_cases import CELL, TARGETS, cell_case, few_costly, layer_case, needs_cpp
 from torch.utils.checkpoint import checkpoint
 
@@ -207,10 +208,7 @@ def train_under_ddp(rank, folder):
 
 @only_cpp
 def test_distributed_data_parallel(tmp_path):
-    # Forks have imported everything already.
-    torch.multiprocessing.start_processes(
-        train_under_ddp, (str(tmp_path),), nprocs=2, start_method="fork"
-    )
+    in_two_processes(train_under_ddp, str(tmp_path))
     expected = layer_case(*GRID, 4).to(torch.float32).run("cpp")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in ADAPTER:
