@@ -13,6 +13,7 @@ from bench.last_epoch import table as table_of_last_epochs
 from bench.studies import STUDIES
 from bench.study import finished, main, table
 from naslora.records import write_record, write_rows
+from naslora.report.numbers import MISSING
 from naslora.report.tables import markdown_table
 from naslora.results import Mixture, OperationHistory
 from naslora.study.operation_losses import ALL_LAYERS, OperationLoss
@@ -51,6 +52,16 @@ def test_pairs_scatter_less_than_runs_of_different_seeds():
         paired = statistics.stdev(a - b for a, b in zip(own, lora, strict=True))
         unpaired = math.sqrt(statistics.variance(own) + statistics.variance(lora))
         assert f"{paired:.4f}" in page and f"{unpaired:.4f}" in page
+
+
+def test_one_change_at_a_time_is_compared_with_the_default():
+    plan = replace(STUDIES["whole-sets"], reference="NAS-PC-LoRA")
+    cells = finished(plan, DOCS, DOCS / "evidence/whole_sets.csv")
+    on_vit_t = {key: cell for key, cell in cells.items() if key.variant.startswith("vit_t, ")}
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    gains = {row.split(" | ")[-1].strip(" |") for row in table(plan, on_vit_t).splitlines()[2:]}
+    assert len(gains - {MISSING}) > 10
+    assert all(gain in page for gain in gains)
 
 
 def test_the_last_epochs_are_what_the_file_holds():
