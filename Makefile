@@ -8,7 +8,7 @@ lint:
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run -Werror $(CPP_FILES)
-	mdformat --check *.md docs naslora/weights
+	mdformat --check *.md docs naslora/weights bench/experiments
 	mypy
 
 # Builds the site of docs/. Fails on a link that leads nowhere, and on a page that is not listed.
@@ -22,7 +22,7 @@ format:
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CPP_FILES)
-	mdformat *.md docs naslora/weights
+	mdformat *.md docs naslora/weights bench/experiments
 
 CXX ?= g++
 SANITIZED = build/sanitize
@@ -45,7 +45,7 @@ sanitize:
 # shared memory of each kernel. Fails on warnings and on registers that spill.
 .PHONY: nvcc-check
 nvcc-check:
-	python -m bench.cuda_resources
+	python -m bench.gpu.cuda_resources
 
 # Compiles the Triton kernels for the oldest card and one of each later generation, by the Triton
 # that is installed and by the oldest that pyproject.toml allows. Needs no GPU. Prints the registers
@@ -54,9 +54,9 @@ OLDEST_TRITON = 3.6
 TRITON_FOLDER = build/triton-$(OLDEST_TRITON)
 .PHONY: triton-check
 triton-check:
-	python -m bench.triton_resources
+	python -m bench.gpu.triton_resources
 	test -d $(TRITON_FOLDER) || pip install -q --no-deps --target $(TRITON_FOLDER) 'triton==$(OLDEST_TRITON).*'
-	PYTHONPATH=$(TRITON_FOLDER) python -m bench.triton_resources
+	PYTHONPATH=$(TRITON_FOLDER) python -m bench.gpu.triton_resources
 
 # The CUDA kernels, emulated on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer. The
 # shared memory is an allocation of exactly its size. It is filled with NaN when a block starts.

@@ -36,15 +36,16 @@ from pathlib import Path
 import torch
 
 import naslora_kernels
-from bench import cases, gpu_kernels, timing
-from bench.cuda_resources import load_setup
-from bench.gpu_kernels import Result, Save
+from bench import cases, timing
+from bench.gpu import kernels
+from bench.gpu.cuda_resources import load_setup
+from bench.gpu.kernels import Result, Save
 from naslora_kernels.cuda import EMULATION_VARIABLE
 
 ROUNDS = 40
 # Seconds that each step may take: eight minutes in all.
 LIMITS = {"build": 60, "cuda": 45, "triton": 120, "sanitizer": 90}
-LIMITS |= {"kernels": gpu_kernels.SECONDS, "models": 60}
+LIMITS |= {"kernels": kernels.SECONDS, "models": 60}
 # A line for each test, so that a step that ran out of time says what had passed.
 PYTEST = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider"]
 PRIMITIVE_TESTS = "tests/test_cuda_primitives.py"
@@ -74,7 +75,7 @@ def main() -> int:
         "cuda": run_cuda_tests,
         "triton": run_triton_tests,
         "sanitizer": run_sanitizer,
-        "kernels": gpu_kernels.measure_kernels,
+        "kernels": kernels.measure_kernels,
         "models": measure_models,
     }
     for name in arguments.steps:
@@ -132,7 +133,7 @@ def environment(device: str) -> dict[str, object]:
         **cases.environment(device),
         "cuda": torch.version.cuda,
         "triton": None if triton is None else importlib.import_module("triton").__version__,
-        "copy_bandwidth_GB_per_s": round(gpu_kernels.copy_bandwidth(device) / 1e9, 1),
+        "copy_bandwidth_GB_per_s": round(kernels.copy_bandwidth(device) / 1e9, 1),
         "backends": naslora_kernels.available_backends(),
     }
 
@@ -141,7 +142,7 @@ def build(arguments: argparse.Namespace, save: Save) -> Result:
     """Builds the extensions. A rehearsal has built the emulation."""
     if arguments.device == "cpu":
         return {"passed": True, "summary": "left out: there is no GPU"}
-    command = [sys.executable, "-m", "bench.build"]
+    command = [sys.executable, "-m", "bench.gpu.build"]
     return _run(command, LIMITS["build"], arguments.output, "build")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from setuptools import Distribution
 
-from bench import cuda_resources
-from bench.resources import Usage, table
+from bench.gpu import cuda_resources
+from bench.gpu.resources import Usage, table
 from naslora_kernels import cuda
 
 setup = cuda_resources.load_setup()

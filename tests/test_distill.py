@@ -1,4 +1,4 @@
-"""``bench.distill``: a plain ViT learns a teacher's embedding, and becomes a SAM that loads."""
+"""Distillation: a plain ViT learns a teacher's embedding, and becomes a SAM that loads."""
 
 import dataclasses
 import re
@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from bench import crops as images
-from bench import distillation
-from bench import student as bench_student
-from bench.distill import distill
+from bench.experiments import crops as images
+from bench.experiments import distillation
+from bench.experiments import student as bench_student
+from bench.experiments.distill import distill
 from naslora.data.cache import Cache
 from naslora.data.images import Sample
 from naslora.errors import UserError

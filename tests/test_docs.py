@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [
     page
-    for folder in (".", "docs", "naslora/weights")
+    for folder in (".", "docs", "naslora/weights", "bench/experiments")
     for page in sorted(ROOT.glob(f"{folder}/*.md"))
 ]
 SOURCES = [
@@ -152,7 +152,7 @@ def test_commands_and_their_options_exist(page, options_of):
 def test_options_named_alone_exist(page, options_of):
     commands = set(re.findall(r"[a-z]+", naslora_commands()))
     known = set().union(FOREIGN_OPTIONS, *(options_of(command) or () for command in commands))
-    bench = "".join(read(path) for path in SOURCES if path.parent.name == "bench")
+    bench = "".join(read(path) for path in SOURCES if ROOT / "bench" in path.parents)
     for span in spans(page):
         if match := re.match(r"--[a-z][\w-]*", span):
             assert match[0] in known or f'"{match[0]}"' in bench, span

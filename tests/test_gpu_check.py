@@ -10,7 +10,8 @@ import pytest
 import torch
 from kernel_cases import needs_cpp
 
-from bench import cases, gpu_check, gpu_kernels, timing
+from bench import cases, gpu_check, timing
+from bench.gpu import kernels
 from naslora_kernels import cpp
 
 CASE = "cell tiny_vit r=3 float32"
@@ -70,7 +71,7 @@ def test_competitors_that_fail_are_left_out_and_named():
     right = cases.Work(lambda: 2 * x, [x], torch.ones(()))
     wrong = cases.Work(lambda: 1 / 0, [x], torch.ones(()))
     works = {"triton": wrong, "reference": right, "flex_attention": wrong}
-    notes = gpu_kernels.leave_out_failing(works, ours=("triton",))
+    notes = kernels.leave_out_failing(works, ours=("triton",))
     assert notes == ["flex_attention is left out, ZeroDivisionError: division by zero"]
     assert works.keys() == {"triton", "reference"}
 
@@ -121,7 +122,7 @@ def test_rows_are_written_as_they_come(monkeypatch, tmp_path):
         result["rows"].append({"work": name})
 
     found = [("first", measure), ("second", fail)]
-    monkeypatch.setattr(gpu_kernels, "measurements", lambda *arguments: found)
+    monkeypatch.setattr(kernels, "measurements", lambda *arguments: found)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
     options = ("--steps", "kernels", "--device", "cpu", "--output", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["gpu_check", *options])

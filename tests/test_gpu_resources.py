@@ -1,4 +1,4 @@
-"""Registers and bytes of the GPU kernels, without a GPU: ``bench/resources.py`` and others."""
+"""Registers and bytes of the GPU kernels, without a GPU: ``bench/gpu/resources.py`` and others."""
 
 import collections
 import importlib.util
@@ -10,8 +10,9 @@ import pytest
 import torch
 from segment_anything.modeling.image_encoder import Attention
 
-from bench import attention, attention_bytes, cases, gpu_bytes, launches, triton_resources
-from bench.resources import Usage, products, summary
+from bench import attention, cases
+from bench.gpu import attention_bytes, launches, layer_bytes, triton_resources
+from bench.gpu.resources import Usage, products, summary
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives, launch
 from naslora_kernels.triton.tiles import INTERPRETED
@@ -29,7 +30,7 @@ ROWS = 2 * 14 * 14
 def run(*arguments, **environment):
     """The command, outside of Triton's interpreter, under which nothing is compiled."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.triton_resources", *arguments]
+    command = [sys.executable, "-m", "bench.gpu.triton_resources", *arguments]
     return subprocess.run(
         command, env={**inherited, **environment}, capture_output=True, text=True, check=False
     )
@@ -118,11 +119,11 @@ def test_summary_of_a_kernel_that_only_some_cards_have():
 def counted(work, rank=3, dtype=torch.bfloat16):
     operands = launches.Operands(SHAPE, rank, dtype)
     sizes = TritonPrimitives(None, lambda device: (9, 0))
-    return gpu_bytes.count(launches.WORKS[work], operands, sizes)
+    return layer_bytes.count(launches.WORKS[work], operands, sizes)
 
 
 def test_launches_are_within_the_budget():
-    assert gpu_bytes.within_budget()
+    assert layer_bytes.within_budget()
 
 
 def test_forward_reads_the_input_once_and_writes_the_output_once():
@@ -149,15 +150,15 @@ def test_partial_sums_are_written_once_and_read_once():
 
 @pytest.mark.parametrize("work", ["layer, forward", "layer, backward, weight step"])
 def test_a_large_batch_moves_little_beyond_the_least(work):
-    case = gpu_bytes.CASES[0]
-    operands = launches.Operands(*case, gpu_bytes.DTYPE)
+    case = layer_bytes.CASES[0]
+    operands = launches.Operands(*case, layer_bytes.DTYPE)
     moved = sum(
         launch.read + launch.written
-        for launch in gpu_bytes.count(
-            launches.WORKS[work], operands, gpu_bytes.backends()["triton"]
+        for launch in layer_bytes.count(
+            launches.WORKS[work], operands, layer_bytes.backends()["triton"]
         )
     )
-    assert moved < 1.1 * gpu_bytes.least_bytes(work, case)
+    assert moved < 1.1 * layer_bytes.least_bytes(work, case)
 
 
 # ---- What attention moves ----------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""What ``bench/sass.py`` reads from machine code, and the limits of ``make nvcc-check`` on it."""
+"""What ``bench.gpu.sass`` reads from machine code, and the limits of ``make nvcc-check`` on it."""
 
-from bench import cuda_resources, sass
-from bench.resources import Usage
+from bench.gpu import cuda_resources, sass
+from bench.gpu.resources import Usage
 
 
 def listing(*instructions):

@@ -1,4 +1,4 @@
-"""``bench.study``: what a study compares, and that the documentation shows what it prints."""
+"""Studies: what they compare, and that their pages show what they print."""
 
 import math
 import statistics
@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import operations
-from bench.last_epoch import stored
-from bench.last_epoch import table as table_of_last_epochs
-from bench.studies import STUDIES
-from bench.study import finished, main, table
+from bench.experiments import operations
+from bench.experiments.studies import STUDIES
+from bench.experiments.study import finished, main, table
 from naslora.records import write_record, write_rows
 from naslora.report.numbers import MISSING
 from naslora.report.tables import markdown_table
@@ -19,7 +17,7 @@ from naslora.results import Mixture, OperationHistory
 from naslora.study.operation_losses import ALL_LAYERS, OperationLoss
 from naslora_kernels import OPERATIONS
 
-DOCS = Path(__file__).parents[1] / "docs"
+PAGES = Path(__file__).parents[1] / "bench/experiments"
 
 
 @pytest.mark.parametrize(
@@ -31,9 +29,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 )
 def test_the_evidence_is_what_the_study_prints(tmp_path, study, file, section):
     plan = STUDIES[study]
-    printed = table(plan, finished(plan, tmp_path, DOCS / "evidence" / file)).splitlines()
+    printed = table(plan, finished(plan, tmp_path, PAGES / "results" / file)).splitlines()
     starts = tuple(f"| {data} | {name} | " for data in plan.datasets for name in plan.variants)
-    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    page = (PAGES / "evidence.md").read_text(encoding="utf-8")
     if section:
         page = page.split(section)[1].split("\n## ")[0]
     shown = [line for line in page.splitlines() if line.startswith(starts)]
@@ -42,8 +40,8 @@ def test_the_evidence_is_what_the_study_prints(tmp_path, study, file, section):
 
 def test_pairs_scatter_less_than_runs_of_different_seeds():
     plan = STUDIES["whole-sets"]
-    cells = finished(plan, DOCS, DOCS / "evidence/whole_sets.csv")
-    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    cells = finished(plan, PAGES, PAGES / "results/whole_sets.csv")
+    page = (PAGES / "evidence.md").read_text(encoding="utf-8")
     for method in ("NAS-PC-LoRA", "Conv-LoRA"):
         own, lora = (
             [cells["crackforest", f"MobileSAM, {name}", seed]["test Dice"] for seed in range(16)]
@@ -56,25 +54,18 @@ def test_pairs_scatter_less_than_runs_of_different_seeds():
 
 def test_one_change_at_a_time_is_compared_with_the_default():
     plan = replace(STUDIES["whole-sets"], reference="NAS-PC-LoRA")
-    cells = finished(plan, DOCS, DOCS / "evidence/whole_sets.csv")
+    cells = finished(plan, PAGES, PAGES / "results/whole_sets.csv")
     on_vit_t = {key: cell for key, cell in cells.items() if key.variant.startswith("vit_t, ")}
-    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    page = (PAGES / "evidence.md").read_text(encoding="utf-8")
     gains = {row.split(" | ")[-1].strip(" |") for row in table(plan, on_vit_t).splitlines()[2:]}
     assert len(gains - {MISSING}) > 10
     assert all(gain in page for gain in gains)
 
 
-def test_the_last_epochs_are_what_the_file_holds():
-    rows = stored(DOCS / "evidence/last_epoch.csv")
-    printed = table_of_last_epochs([rows[run] for run in sorted(rows)]).splitlines()
-    page = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
-    assert len(printed) == 5 and not {line for line in printed if "---" not in line} - set(page)
-
-
 def test_the_losses_of_operations_are_what_the_file_holds():
-    losses = operations.stored(DOCS / "evidence/operation_losses.csv")
+    losses = operations.stored(PAGES / "results/operation_losses.csv")
     printed = markdown_table(operations.losses_table(list(losses.values()))).splitlines()
-    page = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
+    page = (PAGES / "evidence.md").read_text(encoding="utf-8").splitlines()
     assert len(printed) == 7 and not {line for line in printed if "---" not in line} - set(page)
 
 
@@ -108,7 +99,6 @@ def test_losses_of_operations_are_read_from_the_analyses(tmp_path, capsys):
         ("whole-sets", "random vit_t, LoRA", "random vit_t, LoRA"),
         ("default-rate", "NAS-PC-LoRA", "LoRA"),
         ("default-rate", "rate x 5, NAS-PC-LoRA", "rate x 5, LoRA"),
-        ("suspects", "start: skip", "LoRA"),
         ("merging", "MobileSAM", None),
     ],
 )

@@ -1,6 +1,5 @@
 """Large images: the grid of tiles, the blending, prediction and scores by tiles, random windows."""
 
-import csv
 import itertools
 import json
 import shlex
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bench import tile_agreement
 from naslora.data.augmentation import Crop, draw_window
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Sample
@@ -352,39 +350,3 @@ def test_bad_tiles_and_crops(naslora, run, tmp_path):
         result = naslora(*train, *options)
         assert result.status == 2 and message in result.err
     assert not (tmp_path / "out").exists()
-
-
-# --- tiles against whole images
-
-
-@torch.no_grad()
-def test_agreement_of_a_model_of_small_reach_is_perfect():
-    """Tiles of 128 of an image at twice its size: the overlap of 64 leaves 16 pixels of context."""
-    picture = picture_of_cracks(96, 96).resize((192, 192), Image.Resampling.BICUBIC)
-    maps = [
-        tile_agreement.by_tiles(brightness, picture, tiles, enlarge=2)
-        for tiles in (Tiles(192), fit_tiles(128, 64), fit_tiles(64, 32, 0))
-    ]
-    truth = maps[0][:144] > 0.7
-    rows = [
-        tile_agreement.compare("x", tiles, [maps[0]], [found], [truth], (1, 1))
-        for tiles, found in zip((fit_tiles(128, 64), fit_tiles(64, 32, 0)), maps[1:], strict=True)
-    ]
-    smooth, cut = rows
-    assert (smooth.overlap, cut.overlap) == (0.5, 0)
-    assert smooth.mask_dice == smooth.equal_pixels == 1 and smooth.seam_error < 1e-6
-    assert cut.mask_dice < 1 and cut.seam_error > 1e-4 > cut.inner_error
-    union, inside = (maps[0][:144] > 0.5), truth
-    moved = tile_agreement.moved_masks(brightness, [(picture, truth)], [maps[0]], 32, enlarge=2)
-    assert tile_agreement.mean_dice(*moved) > 0.999  # a convolution moves with its image
-    expected = 2 * inside.sum() / (union.sum() + inside.sum())  # the truth lies inside the mask
-    assert smooth.tiles_dice == smooth.whole_dice == pytest.approx(expected)
-
-
-def test_agreement_of_a_run(run, make_data, tmp_path):
-    data = make_data(tmp_path / "data", train=1, val=1, test=2)  # 32 x 32
-    with torch.no_grad():
-        tile_agreement.main((run,), data, tmp_path / "a.csv", sides=(32,), overlaps=(0, 0.5))
-    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
-    assert [float(row["overlap"]) for row in rows] == [0, 0.5]
-    assert all(row["model"] == "vit_t" and 0 <= float(row["mask_dice"]) <= 1 for row in rows)

@@ -1,9 +1,9 @@
 """Compiles every Triton kernel for real cards, without one, and says what each takes.
 
-    python -m bench.triton_resources 75 80 90 100        # or: make triton-check
-    python -m bench.triton_resources --only attention
+    python -m bench.gpu.triton_resources 75 80 90 100        # or: make triton-check
+    python -m bench.gpu.triton_resources --only attention
 
-Everything that training, search and inference launch, at the shapes of ``bench.gpu_kernels``, is
+Everything that training, search and inference launch, at the shapes of ``bench.gpu.kernels``, is
 compiled for the compute capabilities named. Prints registers by kernel and card and a summary; ends
 with status 1 if a register spills to memory, or if a kernel wants more than a processor has.
 """
@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, launches
-from bench.gpu_kernels import CASES
-from bench.resources import Usage, products, summary, table
+from bench import cases
+from bench.gpu import launches
+from bench.gpu.kernels import CASES
+from bench.gpu.resources import Usage, products, summary, table
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives
 

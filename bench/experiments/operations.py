@@ -1,7 +1,7 @@
 """What the search chose on several data sets, side by side, and what the choices are worth.
 
-    python -m bench.operations kvasir=runs/kvasir/runs/nas-pc-lora leaf=runs/leaf/runs/nas-pc-lora \
-        --save docs/evidence/operation_losses.csv
+    python -m bench.experiments.operations kvasir=runs/kvasir/runs/nas-pc-lora \
+        leaf=runs/leaf/runs/nas-pc-lora --save bench/experiments/results/operation_losses.csv
 
 Each argument is a name and a folder that holds runs, at any depth. Prints Markdown. The first table
 has the mean weight of each operation over layers and runs, its change since the start, and the

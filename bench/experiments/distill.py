@@ -1,6 +1,6 @@
 """Distils a SAM's image encoder into a plain ViT, as was done for the weights in the package.
 
-    python -m bench.distill --teacher mobile_sam --checkpoint mobile_sam.safetensors \\
+    python -m bench.experiments.distill --teacher mobile_sam --checkpoint mobile_sam.safetensors \\
         --photographs DIR --also KVASIR LEAF --output runs/distill
 
 The student learns to give the teacher's embedding of random crops of images, which need no masks.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import tyro
 
-from bench.distillation import Distillation, Pass, Settings
+from bench.experiments.distillation import Distillation, Pass, Settings
 from naslora.errors import UserError
 from naslora.exits import fail, refusal, signals
 from naslora.files import is_temporary, read_json, write_json

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bench.crops import Crops, Targets, find_images
+from bench.experiments.crops import Crops, Targets, find_images
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches

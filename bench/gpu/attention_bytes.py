@@ -1,6 +1,6 @@
 """Counts the launches and the bytes of attention on a GPU, without one.
 
-    python -m bench.attention_bytes
+    python -m bench.gpu.attention_bytes
 
 Runs segment_anything's operations and the ``triton`` backend's launches, forward and backward, on
 tensors that have only shapes. Each operation of PyTorch counts as one launch. Every tensor that a

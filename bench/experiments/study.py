@@ -1,6 +1,7 @@
 """Trains every cell of a study - variants x data sets x seeds - and prints its table as Markdown.
 
-    python -m bench.study search-start --data DIR --weights mobile_sam.safetensors --output DIR
+    python -m bench.experiments.study whole-sets --data DIR \\
+        --weights mobile_sam.safetensors --output DIR
 
 DIR of ``--data`` holds the data sets as folders (train.csv, val.csv, test.csv). Finished cells are
 kept, so an interrupted study can continue. Two processes can share one ``--output``.
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 import tyro
 
-from bench.studies import STUDIES, Numbers, Study
+from bench.experiments.studies import STUDIES, Numbers, Study
 from naslora import NASLoRAConfig, merge
 from naslora.data.layouts import REQUIRED_SPLITS
 from naslora.records import read_record, read_rows, write_record, write_rows

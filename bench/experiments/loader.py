@@ -1,6 +1,6 @@
 """Can the data loader keep up with the model? Images a second of both, with and without the cache.
 
-    python -m bench.loader --model vit_b
+    python -m bench.experiments.loader --model vit_b
 
 Without ``--data`` the images are JPEGs of 2048 x 1536 pixels, as photographs and dermoscopic images
 are, with PNG masks. Every rate is taken over whole epochs, after one that warms the page cache and

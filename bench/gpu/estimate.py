@@ -1,12 +1,12 @@
 """Estimates the time of a layer's launches on an H100, from bytes and from machine code.
 
-    python -m bench.gpu_estimate
+    python -m bench.gpu.estimate
 
 No GPU has measured these numbers. The model, for each launch:
 
     time = max(bytes / BANDWIDTH, warp instructions / ISSUED) + LATENCY
 
-Bytes are those of ``bench.gpu_bytes``. Instructions come from the machine code for sm_90: the
+Bytes are those of ``bench.gpu.layer_bytes``. Instructions come from the machine code for sm_90: the
 innermost loops of the products times their trips, and all other code once for each step or program,
 which is more than is executed. The launches of a cell and of the reduction move little; their
 instructions are not estimated. The backend is the one that the automatic choice takes. Prints
@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import cases, cuda_resources, gpu_bytes, launches, sass, triton_resources
+from bench import cases
+from bench.gpu import cuda_resources, launches, layer_bytes, sass, triton_resources
 from naslora_kernels.backends import MANY_RANKS
 from naslora_kernels.triton.primitives import TritonPrimitives
 
 CAPABILITY = 90
-BANDWIDTH = gpu_bytes.BANDWIDTH
+BANDWIDTH = layer_bytes.BANDWIDTH
 # 132 multiprocessors, four schedulers each, 1.755 GHz, of which seven tenths issue.
 ISSUED = 0.7 * 132 * 4 * 1.755e9
 LATENCY = 3e-6  # seconds from one launch to the next one's first loads
@@ -123,7 +124,7 @@ class TritonInstructions:
         self._last = float(programs * constants["num_warps"] * of_warp)
 
 
-class Estimator(gpu_bytes.Counter):
+class Estimator(layer_bytes.Counter):
     """Primitives that compute nothing and estimate each launch."""
 
     def __init__(self, sizes: Any, instructions: Callable[..., float]) -> None:
@@ -152,7 +153,7 @@ class Estimator(gpu_bytes.Counter):
 def main() -> int:
     """Prints the table; returns 1 if an estimate is beyond its budget."""
     of_cuda, of_triton = cuda_instructions(cuda_codes()), TritonInstructions()
-    sizes = gpu_bytes.backends()
+    sizes = layer_bytes.backends()
     late = 0
     print("| r | work | backend | µs by launch: bytes, instructions | estimate µs | budget µs |")
     print("|---|---|---|---|---|---|")

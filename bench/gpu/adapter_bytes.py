@@ -1,11 +1,11 @@
 """Counts the launches and the bytes of whole adapter layers on a GPU, without one.
 
-    python -m bench.adapter_bytes
+    python -m bench.gpu.adapter_bytes
 
-The frozen product belongs to a layer here. Ours are the launches of ``bench.gpu_bytes`` and the
-product. PEFT's LoRA and Conv-LoRA run on tensors that have only shapes: each operation of PyTorch
-counts as one launch, and every tensor that it reads or writes counts once. Conv-LoRA's maps are
-spread evenly over its experts. Prints Markdown.
+The frozen product belongs to a layer here. Ours are the launches of
+``bench.gpu.layer_bytes`` and the product. PEFT's LoRA and Conv-LoRA run on tensors that have only
+shapes: each operation of PyTorch counts as one launch, and every tensor that it reads or writes
+counts once. Conv-LoRA's maps are spread evenly over its experts. Prints Markdown.
 """
 
 import sys
@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from bench import attention_bytes, cases, gpu_bytes, launches
+from bench import cases
+from bench.gpu import attention_bytes, launches, layer_bytes
 from naslora.methods.conv_lora import Balance, ConvLoRAConfig, ConvLoRALinear
 
 CASE = (cases.HUGE_BATCH, 3)
@@ -27,14 +28,14 @@ def ours(case: tuple[cases.Shape, int]) -> Counted:
 
     The other order moves the same bytes: the second of the two reads what the first has written.
     """
-    operands = launches.Operands(*case, gpu_bytes.DTYPE)
+    operands = launches.Operands(*case, layer_bytes.DTYPE)
     x, h, weight = (
-        gpu_bytes.bytes_of(t) for t in (operands.x, operands.grad_h, operands.linear[0])
+        layer_bytes.bytes_of(t) for t in (operands.x, operands.grad_h, operands.linear[0])
     )
     results = {"forward": h, "backward": x}
     counted = {}
     for direction, work in WORKS.items():
-        found = gpu_bytes.count(launches.WORKS[work], operands, gpu_bytes.backends()["triton"])
+        found = layer_bytes.count(launches.WORKS[work], operands, layer_bytes.backends()["triton"])
         moved = sum(launch.read + launch.written for launch in found)
         counted[direction] = (len(found) + 1, moved + x + weight + h + results[direction])
     return counted
@@ -43,8 +44,8 @@ def ours(case: tuple[cases.Shape, int]) -> Counted:
 def recorded(layer: nn.Module, case: tuple[cases.Shape, int]) -> Counted:
     """What PyTorch launches for a layer, forward and backward."""
     shape, _ = case
-    layer = layer.to("meta", gpu_bytes.DTYPE)
-    like = {"device": "meta", "dtype": gpu_bytes.DTYPE}
+    layer = layer.to("meta", layer_bytes.DTYPE)
+    like = {"device": "meta", "dtype": layer_bytes.DTYPE}
     x = torch.empty(*shape.grid, shape.c_in, **like).requires_grad_()
     leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
     with attention_bytes.Recorder() as forward:

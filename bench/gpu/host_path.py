@@ -1,6 +1,6 @@
 """Times what a layer costs the processor of the host: everything but the kernels themselves.
 
-    python -m bench.host_path
+    python -m bench.gpu.host_path
 
 Runs the layer of the ``cuda`` backend, forward and backward, on a map so small that nothing else
 counts. The launches do nothing. Beside it run the operators of plain LoRA on the same map. They

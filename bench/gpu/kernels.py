@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 import naslora_kernels
-from bench import attention, cases, launch_times, timing
+from bench import attention, cases, timing
+from bench.gpu import launch_times
 
 SECONDS = 105  # for all of it; what is left then is reported as not measured
 DTYPES = (torch.bfloat16, torch.float32)

@@ -1,4 +1,4 @@
-"""The studies that ``bench.study`` trains: variants, data sets, seeds and columns of the table."""
+"""The studies of ``bench.experiments.study``: variants, data sets, seeds, columns of the table."""
 
 import dataclasses
 import statistics
@@ -16,10 +16,6 @@ Numbers = dict[str, float | None]
 """The columns of a finished cell."""
 Column = Callable[[RunResult, list[Epoch]], float | None]
 """A number of a finished run."""
-
-
-# At the start 3/8 of the mixture pass the signal on. This lora_alpha restores the gain of LoRA.
-LEVEL_GAIN = 32.0 * 8 / 3
 
 
 def _dice(result: RunResult, mode: str | None = None) -> float | None:
@@ -199,98 +195,6 @@ WHOLE_SETS = (
 DEFAULT_RATE = METHODS | {"LoRA": _adapter("lora")}
 
 STUDIES = {
-    "class-loss": Study(
-        datasets=("mni152",),
-        seeds=(0, 1, 2),
-        common={
-            "run": RANDOM_VIT_T | {"image_size": 256, "num_classes": 3},
-            "search": {"learning_rate": 1e-3},
-        },
-        variants={
-            "matching": {"search": {"class_loss": "matching"}},
-            "pixel": {"search": {"class_loss": "pixel"}},
-        },
-        epochs={"mni152": 6},
-    ),
-    "search-start": Study(
-        datasets=("brain_deepgrey",),
-        seeds=(0, 1, 2),
-        common={
-            "run": {"model": "mobile_sam", "image_size": 256},
-            "search": {"learning_rate": 3e-4, "search_start": 1000},
-        },
-        variants={
-            "LoRA": LORA,
-            "NAS-LoRA, kaiming": _adapter("nas-lora", cell_init="kaiming"),
-            "NAS-LoRA, kaiming, scaling x 8/3": _adapter(
-                "nas-lora", cell_init="kaiming", lora_alpha=LEVEL_GAIN
-            ),
-            "NAS-LoRA, identity": _adapter("nas-lora", cell_init="identity"),
-            "NAS-PC-LoRA, kaiming": _adapter("nas-pc-lora", cell_init="kaiming"),
-            "NAS-PC-LoRA, identity": _adapter("nas-pc-lora", cell_init="identity"),
-        },
-        epochs={"brain_deepgrey": 16},
-    ),
-    "alpha-rate": Study(
-        datasets=("mni152",),
-        seeds=(0, 1, 2),
-        common={
-            "run": RANDOM_VIT_T | {"image_size": 256, "num_classes": 3},
-            "search": {"learning_rate": 1e-3, "search_start": 3},
-        },
-        variants={
-            # Five epochs of four steps: Adam moves a logit by at most 20 x the rate.
-            f"alpha rate {rate:g}": {"search": {"alpha_learning_rate": rate}}
-            for rate in (3e-4, 0.025, 0.075, 0.225)
-        },
-        epochs={"mni152": 8},
-    ),
-    "small-sets": Study(
-        datasets=("he_nuclei", "roads"),
-        seeds=(0, 1, 2),
-        common={
-            "run": {"model": "mobile_sam", "image_size": 512},
-            "search": {"learning_rate": 5e-4, "batch_size": 2, "mixed_precision": "bf16"},
-        },
-        variants={
-            "NAS-PC-LoRA": {"search": {"arch_data": "hold-out"}},
-            "NAS-PC-LoRA, nothing held out": {"search": {"arch_fraction": 1.0}},
-            "LoRA": LORA,
-            "decoder only": _adapter("decoder-only"),
-        },
-        epochs={"he_nuclei": 24, "roads": 16},
-    ),
-    # What held NAS-PC-LoRA back: each suspect with and without, on a part of the training images.
-    "suspects": Study(
-        datasets=("kvasir_seg", "leaf_disease"),
-        seeds=(0, 1, 2, 3, 4),
-        common=_joined(
-            ENCODERS_AT_256,
-            {"run": {"model": "mobile_sam", "image_size": 224}},
-            UNIFORM,
-            SLOW_CELL,
-        ),
-        variants={
-            "LoRA": LORA,
-            "NAS-PC-LoRA": {},
-            "all of 0.1.0": _joined(COUPLED, CONSTANT_ALPHA, HOLD_OUT, SLOW_ALPHA),
-            "coupled weight decay": COUPLED,
-            "alpha: hold-out": HOLD_OUT,
-            "alpha: rotate": SUSPECTS["alpha: rotate"],
-            "alpha: constant rate": CONSTANT_ALPHA,
-            # A third of the default: a logit can travel 1.6 in the 48 steps, not 4.8.
-            "alpha: slow": {"search": {"alpha_learning_rate": 0.1}},
-            "alpha: never": NEVER,
-            "start: skip": _adapter("nas-pc-lora", cell_init="skip"),
-            "cell's rate x 4": {"search": {"cell_rate": 4.0}},
-            "cell's rate x 10": {"search": {"cell_rate": 10.0}},
-            "NAS-LoRA": _adapter("nas-lora"),
-            "in bf16": {"search": {"mixed_precision": "bf16"}},
-        },
-        epochs={"kvasir_seg": 6, "leaf_disease": 6},
-        train_images=240,
-        reference="LoRA",
-    ),
     # What the weights of vit_t in the package are worth, and whether NAS-PC-LoRA gains more over
     # LoRA on an encoder without convolutions.
     "pretrained": Study(

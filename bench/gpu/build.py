@@ -1,6 +1,6 @@
 """Builds the extensions in place, for ``bench.gpu_check``.
 
-    python -m bench.build
+    python -m bench.gpu.build
 
 Any version of setuptools serves, because pyproject.toml is not read. On a machine with a GPU the
 CUDA extension is built for this GPU alone, unless TORCH_CUDA_ARCH_LIST says otherwise.
@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from bench.cuda_resources import load_setup
+from bench.gpu.cuda_resources import load_setup
 
 
 def main() -> None:

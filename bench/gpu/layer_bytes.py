@@ -1,6 +1,6 @@
 """Counts the bytes that every GPU kernel moves, and the least time that moving them takes.
 
-    python -m bench.gpu_bytes
+    python -m bench.gpu.layer_bytes
 
 Counts the tensors that each launch of a layer and a cell reads and writes, each once: weights and
 neighbouring pixels are read again from a cache. Prints Markdown. Exits with status 1 if a layer
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench import cases, launches
+from bench import cases
+from bench.gpu import launches
 from naslora_kernels import cuda
 from naslora_kernels.cuda.primitives import CUDAPrimitives
 from naslora_kernels.launches import Primitives

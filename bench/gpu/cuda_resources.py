@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import sass
-from bench.resources import Usage, family, spread, summary, table
+from bench.gpu import sass
+from bench.gpu.resources import Usage, family, spread, summary, table
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))

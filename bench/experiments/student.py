@@ -1,11 +1,11 @@
 """How much a distilled encoder is like its teacher, on the photographs that were held out.
 
-    python -m bench.student runs/distill
+    python -m bench.experiments.student runs/distill
 
-RUN is an output of ``bench.distill``. The table has the cosine similarity of the embeddings, that
-of a constant, and the IoU of the masks that both models give for the same prompts. The prompts are
-a grid of points, and the boxes around the teacher's masks of them. Masks of the teacher that cover
-less than 1 % or more than 60 % of a photograph are left out.
+RUN is an output of ``bench.experiments.distill``. The table has the cosine similarity of the
+embeddings, that of a constant, and the IoU of the masks that both models give for the same prompts.
+The prompts are a grid of points, and the boxes around the teacher's masks of them. Masks of the
+teacher that cover less than 1 % or more than 60 % of a photograph are left out.
 """
 
 import os
@@ -18,9 +18,9 @@ import torch
 import tyro
 from segment_anything import SamPredictor
 
-from bench.crops import find_images
-from bench.distill import CONFIG
-from bench.distillation import Settings, similarity
+from bench.experiments.crops import find_images
+from bench.experiments.distill import CONFIG
+from bench.experiments.distillation import Settings, similarity
 from naslora.data.images import Sample, read_image
 from naslora.files import read_json
 from naslora.report.tables import Table, markdown_table

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench import cases, gpu_bytes, launches
+from bench import cases
+from bench.gpu import launches, layer_bytes
 from naslora_kernels.launches import Primitives
 
 WORKS = ("layer, forward", "layer, backward, weight step")
@@ -26,7 +27,7 @@ class Recorder:
 
     def __init__(self, primitives: Primitives) -> None:
         self.calls: list[Call] = []
-        self._primitives, self._counter = primitives, gpu_bytes.Counter(primitives)
+        self._primitives, self._counter = primitives, layer_bytes.Counter(primitives)
         self.prepare = primitives.prepare
         self.matrix_partials = primitives.matrix_partials
         self.cell_partials = primitives.cell_partials

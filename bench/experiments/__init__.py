@@ -1,0 +1,1 @@
+"""Studies and distillations: how the numbers of the documentation came about."""

@@ -1,0 +1,1 @@
+"""Counts and checks of the GPU code, without a GPU."""
