@@ -32,7 +32,7 @@ from naslora.sam.encoders import PATCH_SIZE, VITS
 from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 UNTOUCHED = "untouched"
 MOST_INPUTS = 1280  # of a layer, in ViT-H
@@ -40,7 +40,7 @@ STOCK = " stock attention"  # segment_anything's own code; all others are on fus
 COMPILED = " compiled"
 MERGED = " merged "
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SEARCH = SearchConfig()
+SEARCH = TrainConfig()
 # Adapters end in a zero matrix and gates start level. Small random values stand for trained ones:
 # every gradient is then due, every merge changes something, and every expert gets its windows.
 SPREAD = 0.02
@@ -88,7 +88,7 @@ class Contestant:
         return loss if extra is None else loss + extra
 
     def weight_step(self) -> None:
-        """What ``naslora.training.search`` does with one batch in an epoch's weight steps."""
+        """What ``naslora.training.trainer`` does with one batch in an epoch's weight steps."""
         self._require_gradients(self.weights)
         self.loss().backward()
         nn.utils.clip_grad_norm_(self.weights, SEARCH.clip_norm)

@@ -202,7 +202,7 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float) -> Predi
         )
     else:
         model, config = load_model(path)
-        model.to(make_accelerator(config.search).device)
+        model.to(make_accelerator(config.training).device)
 
         def class_map(images: Tensor) -> Tensor:
             return model(images.to(model.pixel_mean.device)).class_map().cpu()

@@ -347,7 +347,7 @@ def kept_epoch(history: list[Epoch], keep: Keep) -> Epoch:
 
     Args:
         history: the epochs so far; at least one.
-        keep: as ``SearchConfig.keep``.
+        keep: as ``TrainConfig.keep``.
     """
     if keep == "last":
         return history[-1]

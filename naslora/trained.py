@@ -145,15 +145,15 @@ def evaluate_model(
     model: SamForSegmentation, config: RunConfig, samples: list[Sample]
 ) -> SplitScores:
     """Loss and metrics of a run's model on some samples, as ``evaluate``."""
-    accelerator = make_accelerator(config.search)
+    accelerator = make_accelerator(config.training)
     return evaluate(
         model.to(accelerator.device),
         make_dataset(config, samples, "scored", truth=config.resolution == "original"),
         accelerator,
-        config.search.loss,
+        config.training.loss,
         config.foreground_names,
-        config.search.batch_size,
-        config.search.workers,
+        config.training.batch_size,
+        config.training.workers,
         config.metrics or (),
     )
 

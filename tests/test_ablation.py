@@ -16,7 +16,7 @@ from naslora.study import ablation
 from naslora.study.variants import ABLATIONS, BASE, variants_of
 from naslora.training.run_config import RunConfig
 from naslora.training.run_model import build_adapted_model
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 from naslora_kernels import OPERATIONS
 
 SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--batch-size", 2)
@@ -60,9 +60,9 @@ def test_blocks_are_halves_of_the_encoders():
 
 
 def test_starts_of_alpha():
-    config = RunConfig(search=SearchConfig(epochs=30, search_start=10))
+    config = RunConfig(training=TrainConfig(epochs=30, search_start=10))
     assert {
-        v.title: (v.config.search.simultaneous, v.config.search.search_start)
+        v.title: (v.config.training.simultaneous, v.config.training.search_start)
         for v in variants_of("alpha-start", config)
     } == {
         "0 (simultaneously)": (True, 10),

@@ -63,8 +63,8 @@ from naslora.sam.families import sam2
 from naslora.sam.segmentation import build_model
 from naslora.trained import load_model, merge_run
 from naslora.training.run_config import RunConfig
-from naslora.training.search import Search
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
+from naslora.training.trainer import Trainer
 
 BLOCKS = ["blocks.0.attn", "blocks.1.attn"]  # a windowed and a global one
 
@@ -512,7 +512,7 @@ def test_fifty_steps_have_the_same_losses(name):
         for step in range(50):
             pixels = smooth_images(1, step % 10)
             x = F.interpolate(pixels.sigmoid(), (256, 256), mode="bilinear")
-            loss = SearchConfig().loss(model.train()(x), (x[:, 0] > 0.5).long())
+            loss = TrainConfig().loss(model.train()(x), (x[:, 0] > 0.5).long())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -879,16 +879,16 @@ def test_the_configuration_decides(runs, tmp_path, attention):
 def test_runs_from_before_the_option_go_on_as_stock(
     naslora, arguments, runs, tmp_path, monkeypatch
 ):
-    run_epoch = Search._run_epoch
+    run_epoch = Trainer._run_epoch
 
-    def interrupted(search):
-        if search.epoch == 1:
+    def interrupted(trainer):
+        if trainer.epoch == 1:
             raise KeyboardInterrupt
-        return run_epoch(search)
+        return run_epoch(trainer)
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Search, "_run_epoch", interrupted)
+        patch.setattr(Trainer, "_run_epoch", interrupted)
         assert naslora(*arguments, run, *STOCK).status == 130
     values = read_json(run / "config.json")
     del values["attention"]

@@ -18,7 +18,7 @@ from naslora.results import LAST
 from naslora.sam import encoders as sam
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.run_config import RunConfig
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 from naslora_kernels import available_backends
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -384,9 +384,9 @@ def test_help_names_the_commands(naslora):
     assert all(command in naslora("--help").out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("config", [RunConfig, NASLoRAConfig, SearchConfig])
+@pytest.mark.parametrize("config", [RunConfig, NASLoRAConfig, TrainConfig])
 def test_help_of_train_has_every_field(naslora, config):
     text = naslora("train", "--help").out
-    nested = {"adapter", "search"}
+    nested = {"adapter", "training"}
     for name in {field.name for field in dataclasses.fields(config)} - nested:
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name

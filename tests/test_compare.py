@@ -32,7 +32,7 @@ from naslora.study.measurement import training_seconds
 from naslora.study.paired import error_over_images
 from naslora.study.sweep import in_own_process, mean_and_spread
 from naslora.training.run_config import RunConfig
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 TRAIN = shlex.split(
     "--model mobile_sam --image-size 64 --epochs 1 --search-start 0 --arch-fraction 0.5 --workers 0"
@@ -213,9 +213,9 @@ def test_a_comparison_under_the_defaults_of_0_1_0_is_refused_by_their_names(
 ):
     stored = json.loads((arguments[0] / compare.RECORD).read_text())
     for name in ("arch_data", "cell_rate", "cell_weight_decay", "alpha_schedule", "keep"):
-        del stored["recipe"]["search"][name]
+        del stored["recipe"]["training"][name]
     del stored["version"], stored["sha256"]
-    stored["recipe"]["search"] |= {"optimizer": "adam", "alpha_weight_decay": 1e-3}
+    stored["recipe"]["training"] |= {"optimizer": "adam", "alpha_weight_decay": 1e-3}
     old = tmp_path / "old"
     old.mkdir()
     (old / compare.RECORD).write_text(json.dumps(stored))
@@ -255,7 +255,7 @@ def quick(monkeypatch, tmp_path):
         monkeypatch.setattr(compare, "in_own_process", answer)
         monkeypatch.setattr(compare, "write_comparison", lambda *_, **__: None)  # half a second
         ran.clear()
-        config = RunConfig(data=tmp_path, search=SearchConfig(epochs=2))
+        config = RunConfig(data=tmp_path, training=TrainConfig(epochs=2))
         return compare.compare(config, methods, seeds, tmp_path / "out", **options), ran
 
     return run
@@ -370,7 +370,7 @@ def test_training_seconds():
 def test_a_process_of_its_own():
     assert in_own_process(os.getpid) != os.getpid()
     with pytest.raises(UserError, match="epochs must be at least 1"):
-        in_own_process(SearchConfig, 0)
+        in_own_process(TrainConfig, 0)
     with pytest.raises(RuntimeError, match="its process was killed"):
         in_own_process(os._exit, 1)
 

@@ -805,7 +805,7 @@ def test_conv_loras_noise_is_the_same_in_a_resumed_run(naslora, data, tmp_path):
     assert naslora("train", *options, "--epochs", 2, "--output", runs[0]).status == 0
     assert naslora("train", *options, "--output", runs[1]).status == 0
     config = json.loads((runs[1] / "config.json").read_text())
-    config["search"]["epochs"] = 2
+    config["training"]["epochs"] = 2
     del config["sha256"], config["version"]
     (runs[1] / "config.json").write_text(json.dumps(config))
     torch.rand(7)  # other code may draw from the generator

@@ -13,7 +13,7 @@ from naslora.training.accelerator import make_accelerator
 from naslora.training.recipe import load_recipe, shipped_recipes
 from naslora.training.run_data import find_splits, make_dataset
 from naslora.training.run_model import build_adapted_model
-from naslora.training.search import Search
+from naslora.training.trainer import Trainer
 
 SMALL = {"model": "vit_t", "image_size": 32}
 
@@ -37,41 +37,42 @@ def test_there_is_one_for_each_row():
 def test_the_settings_are_those_written_down():
     config = load_recipe("isic2017/nas-pc-lora")
     assert (config.dataset, config.method, config.model) == ("isic2017", "nas-pc-lora", "vit_h")
-    search = config.search
-    assert (search.optimizer, search.learning_rate, search.weight_decay) == ("adamw", 1e-4, 1e-4)
-    assert (search.epochs, search.search_start, search.schedule) == (30, 10, "linear")
-    assert (search.batch_size, search.accumulation, search.clip_norm) == (4, 4, 1.0)
-    assert (search.alpha_learning_rate, search.mixed_precision) == (3e-4, "fp16")
+    training = config.training
+    assert (training.optimizer, training.learning_rate) == ("adamw", 1e-4)
+    assert (training.weight_decay, training.epochs) == (1e-4, 30)
+    assert (training.search_start, training.schedule) == (10, "linear")
+    assert (training.batch_size, training.accumulation, training.clip_norm) == (4, 4, 1.0)
+    assert (training.alpha_learning_rate, training.mixed_precision) == (3e-4, "fp16")
     assert (config.image_size, config.resolution) == (1024, "original")
     assert (config.adapter.rank, config.adapter.scaling) == (3, 32 / 3)
     # Another rate or number of epochs on four data sets, the rest as above
     rates = {"leaf": (3e-4, 30), "roads": (3e-4, 20), "camouflage": (1e-4, 20), "sbu": (1e-4, 10)}
     for dataset, expected in rates.items():
-        search = load_recipe(f"{dataset}/nas-lora").search
-        assert (search.learning_rate, search.epochs) == expected
-        assert search.search_start < search.epochs and search.optimizer == "adamw"
+        training = load_recipe(f"{dataset}/nas-lora").training
+        assert (training.learning_rate, training.epochs) == expected
+        assert training.search_start < training.epochs and training.optimizer == "adamw"
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_each_trains_two_steps(name, trees, tiny_vit, tmp_path, fresh_accelerate, monkeypatch):
     config = load_recipe(name)
     assert name == f"{config.dataset}/{config.method}" and config.recipe == name
-    search = dataclasses.replace(
-        config.search, epochs=1, search_start=0, workers=0, mixed_precision="no", accumulation=1
+    training = dataclasses.replace(
+        config.training, epochs=1, search_start=0, workers=0, mixed_precision="no", accumulation=1
     )
     config = dataclasses.replace(
-        config, **SMALL, root=trees / config.dataset, resolution="network", search=search
+        config, **SMALL, root=trees / config.dataset, resolution="network", training=training
     )
     splits = find_splits(config)
     size = -(-len(splits["train"]) // 2)  # two steps an epoch
-    config = dataclasses.replace(config, search=dataclasses.replace(search, batch_size=size))
+    config = dataclasses.replace(config, training=dataclasses.replace(training, batch_size=size))
     data = {split: make_dataset(config, samples) for split, samples in splits.items()}
     model = build_adapted_model(config)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    accelerator = make_accelerator(config.search)
+    accelerator = make_accelerator(config.training)
     names = config.foreground_names
-    monkeypatch.setattr(Search, "_save", lambda self, is_best: None)
-    trained = Search(model, data, config.search, 0, tmp_path, names, accelerator)
+    monkeypatch.setattr(Trainer, "_save", lambda self, is_best: None)
+    trained = Trainer(model, data, config.training, 0, tmp_path, names, accelerator)
     trained.run()
     after = model.state_dict()
     changed = {key for key, value in before.items() if not value.equal(after[key])}
@@ -92,7 +93,7 @@ def test_the_command_with_flags_that_override(naslora, trees, tiny_vit, tmp_path
     assert "is not the paper's" in result.err and "train images instead of" in result.err
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["recipe"], config["dataset"], config["model"]) == (name, dataset, "vit_t")
-    assert (config["search"]["epochs"], config["search"]["optimizer"]) == (1, "adamw")
+    assert (config["training"]["epochs"], config["training"]["optimizer"]) == (1, "adamw")
     test = json.loads((tmp_path / "run/metrics.json").read_text())["test"]
     assert list(test["metrics"]) == list(load_recipe(name).metrics)
     assert test["resolution"] == "of each mask"
@@ -121,13 +122,13 @@ def test_sams_weights_are_asked_for(naslora, trees, tmp_path):
 
 def test_a_file_of_ones_own_builds_on_another(tmp_path):
     (tmp_path / "base.yaml").write_text(
-        "model: vit_b\nsearch:\n  epochs: 3\n  learning_rate: 1e-3\n"
+        "model: vit_b\ntraining:\n  epochs: 3\n  learning_rate: 1e-3\n"
     )
-    text = "base: base.yaml\nroot: /data\nsearch:\n  epochs: 5\nadapter:\n  blocks: [0, 2]\n"
+    text = "base: base.yaml\nroot: /data\ntraining:\n  epochs: 5\nadapter:\n  blocks: [0, 2]\n"
     (tmp_path / "own.yaml").write_text(text)
     config = load_recipe(str(tmp_path / "own.yaml"))
     assert (config.model, config.root, config.adapter.blocks) == ("vit_b", Path("/data"), (0, 2))
-    assert (config.search.epochs, config.search.learning_rate) == (5, 1e-3)
+    assert (config.training.epochs, config.training.learning_rate) == (5, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +136,10 @@ def test_a_file_of_ones_own_builds_on_another(tmp_path):
     [
         ("- a\n", "expected lines such as method"),
         ("speed: 3\n", "speed"),
-        ("search:\n  pace: 3\n", "pace"),
-        ("search:\n  epochs: many\n", "is no recipe"),
+        ("training:\n  pace: 3\n", "pace"),
+        ("training:\n  epochs: many\n", "is no recipe"),
         ("method: [\n", "cannot be read"),
-        ("search:\n  epochs: 0\n", "epochs must be at least 1"),
+        ("training:\n  epochs: 0\n", "epochs must be at least 1"),
     ],
 )
 def test_what_is_no_recipe(tmp_path, text, message):

@@ -82,7 +82,7 @@ def test_the_configuration_comes_back(run, data):
     config = RunConfig.from_dict(read(run / "config.json"))
     assert config.to_dict() == read(run / "config.json")
     assert config.data == data.resolve() and config.class_names == ("rim", "core")
-    assert config.search.epochs == EPOCHS and config.search.learning_rate == 3e-3
+    assert config.training.epochs == EPOCHS and config.training.learning_rate == 3e-3
 
 
 def test_metrics(run):

@@ -15,7 +15,7 @@ from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.training import trackers
 from naslora.training.accelerator import make_accelerator
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
@@ -122,7 +122,7 @@ def test_a_tracker_that_does_not_start_costs_one_line(broken, naslora, clean_dat
 
 def test_a_tracker_that_fails_later_is_finished(broken, fresh_accelerate, tmp_path):
     tracker = broken(from_the_start=False)
-    accelerator = make_accelerator(SearchConfig(mixed_precision="no"))
+    accelerator = make_accelerator(TrainConfig(mixed_precision="no"))
     config = {"model": "vit_t", "adapter": {"rank": 3, "blocks": [0, 2]}, "cache": None}
     with (
         pytest.raises(UserError, match=r"tracker broken cannot log; --resume .*: no answer"),

@@ -28,9 +28,9 @@ from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
 from naslora.training.accelerator import make_accelerator
 from naslora.training.evaluation import make_loader
-from naslora.training.progress import SearchProgress
-from naslora.training.search_config import Precision, SearchConfig
+from naslora.training.progress import TrainProgress
 from naslora.training.step import Group, LossNotFiniteError, train_pass
+from naslora.training.train_config import Precision, TrainConfig
 
 HISTORY, LAST, TEACHER = "history.csv", "last.pt", "teacher"
 POSITIONS = re.compile(r"pos_embed$|rel_pos_[hw]$")
@@ -175,7 +175,7 @@ class Distillation:
 
     def __init__(self, settings: Settings, output: Path) -> None:
         self.settings, self.output = settings, output
-        self.config = SearchConfig(
+        self.config = TrainConfig(
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
@@ -207,7 +207,7 @@ class Distillation:
         count = settings.crops * len(train)
         self.targets = Targets(output / TEACHER, self._teach, count, grid)
         self.history: list[Pass] = []
-        self.progress = SearchProgress()
+        self.progress = TrainProgress()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW, which decays matrices and kernels only."""

@@ -25,7 +25,7 @@ from naslora.training.evaluation import make_loader
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import make_dataset
 from naslora.training.run_model import build_adapted_model
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 
 def main(
@@ -85,14 +85,14 @@ def _print_rates(
     epochs: int,
     steps: int,
 ) -> None:
-    search = SearchConfig(batch_size=batch_size, workers=0)
+    training = TrainConfig(batch_size=batch_size, workers=0)
     config = RunConfig(
-        data=data, model=model, checkpoint=checkpoint, image_size=image_size, search=search
+        data=data, model=model, checkpoint=checkpoint, image_size=image_size, training=training
     )
     print(environment())
     print("\n| what | workers | images/s |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as cache:
-        cached = RunConfig(data=data, image_size=image_size, search=search, cache=Path(cache))
+        cached = RunConfig(data=data, image_size=image_size, training=training, cache=Path(cache))
         for name, variant in (("files", config), ("cache", cached)):
             for count in workers:
                 print(f"| {name} | {count} | {_loader_rate(variant, count, epochs):.1f} |")
@@ -102,8 +102,8 @@ def _print_rates(
 
 def _loader_rate(config: RunConfig, workers: int, epochs: int) -> float:
     dataset = make_dataset(config, load_splits("csv", config.data)["train"], "trained")
-    batches = GlobalBatches(len(dataset), config.search.batch_size)
-    loader = make_loader(dataset, batches, workers, make_accelerator(config.search))
+    batches = GlobalBatches(len(dataset), config.training.batch_size)
+    loader = make_loader(dataset, batches, workers, make_accelerator(config.training))
     for _ in loader:  # warms up
         pass
     started = time.perf_counter()
@@ -114,18 +114,18 @@ def _loader_rate(config: RunConfig, workers: int, epochs: int) -> float:
 
 
 def _model_rate(config: RunConfig, steps: int) -> float:
-    device = make_accelerator(config.search).device
+    device = make_accelerator(config.training).device
     model = build_adapted_model(config).to(device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters)
-    size = config.search.batch_size, config.image_size
+    size = config.training.batch_size, config.image_size
     images = torch.rand(size[0], 3, size[1], size[1], device=device)
     masks = torch.randint(0, 2, (size[0], size[1], size[1]), device=device)
     for step in range(-1, steps):
         if step == 0:
             _synchronize(device)
             started = time.perf_counter()
-        config.search.loss(model(images), masks).backward()
+        config.training.loss(model(images), masks).backward()
         optimizer.step()
         optimizer.zero_grad()
     _synchronize(device)

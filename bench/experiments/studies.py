@@ -11,7 +11,7 @@ from naslora.sam.shipped import NONE
 from naslora.study.sweep import mean_and_spread
 
 Settings = dict[str, dict[str, Any]]
-"""Fields of RunConfig ("run"), of its adapter ("adapter") and of its search ("search")."""
+"""Fields of RunConfig ("run"), of its adapter ("adapter") and of its training ("training")."""
 Numbers = dict[str, float | None]
 """The columns of a finished cell."""
 Column = Callable[[RunResult, list[Epoch]], float | None]
@@ -131,11 +131,11 @@ METHODS = {
 
 ENCODERS_AT_256: Settings = {
     "run": {"image_size": 256},
-    "search": {"learning_rate": 5e-4, "mixed_precision": "no"},
+    "training": {"learning_rate": 5e-4, "mixed_precision": "no"},
 }
 # What was the default before the study "whole-sets": the start of the cell, and its rate.
 UNIFORM: Settings = {"adapter": {"cell_init": "identity"}}
-SLOW_CELL: Settings = {"search": {"cell_rate": 1.0}}
+SLOW_CELL: Settings = {"training": {"cell_rate": 1.0}}
 
 
 def _on_encoders(*methods: str) -> dict[str, Settings]:
@@ -149,20 +149,20 @@ def _on_encoders(*methods: str) -> dict[str, Settings]:
 
 # Settings of version 0.1.0.
 COUPLED: Settings = {
-    "search": {"optimizer": "adam", "cell_weight_decay": 1e-4, "alpha_weight_decay": 1e-3}
+    "training": {"optimizer": "adam", "cell_weight_decay": 1e-4, "alpha_weight_decay": 1e-3}
 }
-CONSTANT_ALPHA: Settings = {"search": {"alpha_schedule": "constant"}}
-HOLD_OUT: Settings = {"search": {"arch_data": "hold-out"}}
-NEVER: Settings = {"search": {"search_start": 1000}}
+CONSTANT_ALPHA: Settings = {"training": {"alpha_schedule": "constant"}}
+HOLD_OUT: Settings = {"training": {"arch_data": "hold-out"}}
+NEVER: Settings = {"training": {"search_start": 1000}}
 # One change at a time, and then several.
 SUSPECTS: dict[str, Settings] = {
     "cell's rate x 1": SLOW_CELL,
-    "cell's rate x 30": {"search": {"cell_rate": 30.0}},
+    "cell's rate x 30": {"training": {"cell_rate": 30.0}},
     "start: identity": UNIFORM,
     "alpha: never": NEVER,
     "alpha: constant rate": CONSTANT_ALPHA,
     "alpha: hold-out": HOLD_OUT,
-    "alpha: rotate": {"search": {"arch_data": "rotate"}},
+    "alpha: rotate": {"training": {"arch_data": "rotate"}},
     "coupled weight decay": COUPLED,
     "identity, x 1": _joined(UNIFORM, SLOW_CELL),
     "identity, x 1, alpha: never": _joined(UNIFORM, SLOW_CELL, NEVER),
@@ -173,11 +173,11 @@ SUSPECTS: dict[str, Settings] = {
         COUPLED,
         CONSTANT_ALPHA,
         HOLD_OUT,
-        {"search": {"alpha_learning_rate": 0.022}},
+        {"training": {"alpha_learning_rate": 0.022}},
     ),
 }
 # Its rate of alpha in the 48 steps of "suspects", where a logit could travel 2.
-SLOW_ALPHA: Settings = {"search": {"alpha_learning_rate": 0.042}}
+SLOW_ALPHA: Settings = {"training": {"alpha_learning_rate": 0.042}}
 
 EARLIER = "identity, x 1"
 
@@ -224,12 +224,12 @@ STUDIES = {
         seeds=(0, 1, 2, 3, 4),
         common={
             "run": {"model": "mobile_sam", "image_size": 256},
-            "search": {"mixed_precision": "no"},
+            "training": {"mixed_precision": "no"},
         },
         variants=DEFAULT_RATE
         | {
             f"rate x 5, {method}": _joined(
-                DEFAULT_RATE[method], {"search": {"learning_rate": 5e-4}}
+                DEFAULT_RATE[method], {"training": {"learning_rate": 5e-4}}
             )
             for method in ("LoRA", "Conv-LoRA", "NAS-PC-LoRA")
         }
@@ -247,12 +247,12 @@ STUDIES = {
         seeds=(0, 1, 2),
         common={
             "run": {"image_size": 256},
-            "search": {"batch_size": 2, "arch_fraction": 1.0},
+            "training": {"batch_size": 2, "arch_fraction": 1.0},
         },
         variants={
             f"{title}{', annealed' * (anneal > 0)}": {
                 "run": run,
-                "search": {"learning_rate": rate, "anneal_epochs": anneal},
+                "training": {"learning_rate": rate, "anneal_epochs": anneal},
             }
             for title, run, rate in (
                 ("MobileSAM", {"model": "mobile_sam"}, 5e-4),

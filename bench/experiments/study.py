@@ -30,7 +30,7 @@ from naslora.trained import evaluate_model, load_model
 from naslora.training.run import train
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration, find_splits
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 
 class Key(NamedTuple):
@@ -98,9 +98,9 @@ def _train_cell(
     variant = plan.variants[name]
     merged = {
         part: plan.common.get(part, {}) | variant.get(part, {})
-        for part in ("run", "adapter", "search")
+        for part in ("run", "adapter", "training")
     }
-    search = {"epochs": plan.epochs[dataset], "workers": 0}
+    training = {"epochs": plan.epochs[dataset], "workers": 0}
     if dataset == "mni152":
         source = {"dataset": "mni152", "root": output.parent / "mni152"}
     else:
@@ -111,7 +111,7 @@ def _train_cell(
         **source,
         **OF_DATA.get(dataset, {}),
         adapter=NASLoRAConfig(seed=seed, **merged["adapter"]),
-        search=SearchConfig(**search | merged["search"]),
+        training=TrainConfig(**training | merged["training"]),
         **merged["run"],
     )
     print(f"== {dataset}, {name}, seed {seed}", flush=True)

@@ -74,7 +74,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
     check_output(config, output, resume=False)
     samples = find_splits(config)["test"]
     drawn = _draw_samples(samples, images, seed)
-    device = make_accelerator(config.search).device
+    device = make_accelerator(config.training).device
     models = _models(model, config, seed)
     statistics = {
         name: block_statistics(

@@ -72,7 +72,7 @@ def run_cell(config: RunConfig, directory: Path) -> CellNumbers:
     """
     result = train(config, directory, resume=True)
     load = os.getloadavg()[0]
-    device = make_accelerator(config.search).device
+    device = make_accelerator(config.training).device
     memory = peak_memory(device)  # before the copies below
     splits = result.images or {}
     images = splits["train"] + splits.get("arch", 0)  # the weight steps of an epoch take as many
@@ -149,7 +149,7 @@ def inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> dic
 
     The models take turns, so that other load on the machine affects all of them.
     """
-    accelerator = make_accelerator(config.search)
+    accelerator = make_accelerator(config.training)
     size = config.image_size
     image = torch.rand(1, 3, size, size, device=accelerator.device)
     seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -74,7 +74,7 @@ def write_convergence(histories: list[list[Epoch]], config: RunConfig, output: P
     write_rows(
         output / "convergence.csv", [ConvergenceRow(epoch, m, s) for epoch, (m, s) in numbers]
     )
-    start = config.search.first_search_epoch if config.searches else None
+    start = config.training.first_search_epoch if config.searches else None
     caption = f"Validation Dice by epoch, mean and standard deviation of {len(curves)} seeds."
     draw = partial(_draw_convergence, mean=mean, spread=spread, start=start)
     drawing = Drawing("convergence", caption, draw, (4.6, 3))

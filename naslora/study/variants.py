@@ -61,7 +61,7 @@ def with_adapter(config: RunConfig, **fields: Any) -> RunConfig:
 
 def with_search(config: RunConfig, **fields: Any) -> RunConfig:
     """The configuration with changed fields of its search."""
-    return dataclasses.replace(config, search=dataclasses.replace(config.search, **fields))
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **fields))
 
 
 def _operations(config: RunConfig) -> list[Variant]:
@@ -103,7 +103,7 @@ def _alpha_starts(config: RunConfig) -> list[Variant]:
 
     The paper starts alpha in epoch 10, and varies 0, 10 and 20.
     """
-    own = config.search.first_search_epoch
+    own = config.training.first_search_epoch
     simultaneous = with_search(config, simultaneous=True)
     variants = [Variant("0 (simultaneously)", "simultaneous", simultaneous)]
     for start in dict.fromkeys((0, own, 2 * own)):

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from naslora.errors import LostProcessError, UserError
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 TIMEOUT_VARIABLE = "NASLORA_PROCESS_TIMEOUT"
 """Environment variable: the seconds that a process waits for the others.
@@ -21,7 +21,7 @@ They wait while the main process reads the data and writes the report, so it mus
 DEFAULT_TIMEOUT = 1800.0
 
 
-def make_accelerator(config: SearchConfig) -> Accelerator:
+def make_accelerator(config: TrainConfig) -> Accelerator:
     """Joins the processes of a run, and sets its device and precision.
 
     Raises:

@@ -9,7 +9,7 @@ from naslora.results import RunResult
 from naslora.sam.shipped import NONE
 from naslora.training.run import check_output, train
 from naslora.training.run_config import RunConfig
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 EPOCHS = 8  # in less than four minutes on two cores
 WINDOW = 64  # pixels of a slice, which the network sees enlarged to 256
@@ -39,7 +39,7 @@ def run_demo(output: Path, epochs: int, seed: int, resume: bool, random: bool) -
         num_classes=3,
         class_names=("grey matter", "white matter"),
         adapter=NASLoRAConfig(seed=seed),
-        search=SearchConfig(
+        training=TrainConfig(
             epochs=epochs,
             learning_rate=1e-3,
             mixed_precision="no",  # the scores of the README are the same on every CPU

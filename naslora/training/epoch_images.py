@@ -1,10 +1,10 @@
-"""Which images the steps of an epoch take, for each choice of ``SearchConfig.arch_data``."""
+"""Which images the steps of an epoch take, for each choice of ``TrainConfig.arch_data``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from naslora.data.sampling import draw_part, hold_out, refill
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class EpochImages:
     alpha are replaced by others, which then come twice.
     """
 
-    config: SearchConfig
+    config: TrainConfig
     train: int
     """Number of training images."""
     arch: int

@@ -21,7 +21,7 @@ from naslora.results import Epoch, Mixture
 from naslora_kernels import OPERATIONS
 
 
-class SearchProgress:
+class TrainProgress:
     """The progress bar of a run, with the loss and the speed of the last step."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Recipes: a run's settings as YAML, one file for each row of the paper's Tables 1 to 3.
 
-A recipe holds fields of ``RunConfig``; the fields of its adapter and its search stand below
-``adapter:`` and ``search:``. It may name another file as ``base:``, whose settings it overrides.
+A recipe holds fields of ``RunConfig``; the fields of its adapter and its training stand below
+``adapter:`` and ``training:``. It may name another file as ``base:``, whose settings it overrides.
 The recipes of the package are the files ``naslora/recipes/DATASET/METHOD.yaml``.
 """
 
@@ -14,7 +14,7 @@ import yaml
 from naslora.adapter.config import NASLoRAConfig
 from naslora.errors import UserError
 from naslora.training.run_config import PATHS, RunConfig
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 # YAML 1.1 reads 1e-4 as text, because the number has no point.
@@ -47,8 +47,8 @@ def load_recipe(name: str) -> RunConfig:
     values = _read(path)
     try:
         adapter = NASLoRAConfig(**values.pop("adapter", {}))
-        search = SearchConfig(**values.pop("search", {}))
-        return RunConfig(**values, adapter=adapter, search=search, recipe=name)
+        training = TrainConfig(**values.pop("training", {}))
+        return RunConfig(**values, adapter=adapter, training=training, recipe=name)
     except (TypeError, AttributeError) as error:
         raise UserError(f"{path} is no recipe: {error}") from error
 

@@ -40,8 +40,8 @@ from naslora.training.run_model import (
     count_parameters,
 )
 from naslora.training.run_results import final_result, tracked_scores, write_results
-from naslora.training.search import Search
 from naslora.training.trackers import Tracker, check_trackers, log, tracked
+from naslora.training.trainer import Trainer
 
 
 def train(
@@ -68,7 +68,7 @@ def train(
             another process uses ``output``.
         LostProcessError: another process of the run ended, or did not answer in time.
     """
-    accelerator = make_accelerator(config.search)
+    accelerator = make_accelerator(config.training)
     _check_start(config)
     check_trackers(trackers)
     with lost_processes(), ExitStack() as lock:
@@ -98,40 +98,40 @@ def _train(
 ) -> RunResult:
     check_output(config, output, resume)
     data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
-    search, counts = _make_search(config, data, output, accelerator)
+    trainer, counts = _make_trainer(config, data, output, accelerator)
     if accelerator.is_main_process:
         _warn(config)
     if resume:
-        search.resume()
+        trainer.resume()
     if accelerator.is_main_process:
         write_json(output / CONFIG, config.to_dict())
         write_json(output / DATA, to_json(contents))
     check_shared(output / DATA, accelerator)
-    with tracked(accelerator, trackers, output, config.to_dict(), search.epoch):
-        search.run()
-        if config.search.frozen_dtype != torch.float32:
+    with tracked(accelerator, trackers, output, config.to_dict(), trainer.epoch):
+        trainer.run()
+        if config.training.frozen_dtype != torch.float32:
             # Merging adds the update to the frozen weights, so it needs all their digits.
-            search.model = build_frozen_model(config).to(accelerator.device)
-        load_adapter(search.model, adapter_folder(output))
-        result, panels = final_result(search, counts, config)
-        log(accelerator, tracked_scores(result), search.epoch - 1)
+            trainer.model = build_frozen_model(config).to(accelerator.device)
+        load_adapter(trainer.model, adapter_folder(output))
+        result, panels = final_result(trainer, counts, config)
+        log(accelerator, tracked_scores(result), trainer.epoch - 1)
     if accelerator.is_main_process:
-        write_results(search, result, panels, config, output)
+        write_results(trainer, result, panels, config, output)
     accelerator.wait_for_everyone()
     return result
 
 
-def _make_search(
+def _make_trainer(
     config: RunConfig,
     data: dict[str, SegmentationDataset],
     output: Path,
     accelerator: Accelerator,
-) -> tuple[Search, ParameterCounts]:
+) -> tuple[Trainer, ParameterCounts]:
     model = build_adapted_model(config)
     counts = count_parameters(model)
-    cast_frozen(model.image_encoder, config.search.frozen_dtype)
+    cast_frozen(model.image_encoder, config.training.frozen_dtype)
     seed, names = config.adapter.seed, config.foreground_names
-    return Search(model, data, config.search, seed, output, names, accelerator), counts
+    return Trainer(model, data, config.training, seed, output, names, accelerator), counts
 
 
 def _check_start(config: RunConfig) -> None:
@@ -149,17 +149,17 @@ def _check_start(config: RunConfig) -> None:
 
 def _warn(config: RunConfig) -> None:
     """Warns of settings that work, but may be an oversight."""
-    search, warnings = config.search, []
+    training, warnings = config.training, []
     if config.pretrained and config.checkpoint is None and config.image_size != SHIPPED_SIZE:
         warnings.append(
             f"the weights of {config.model} were made for images of {SHIPPED_SIZE} pixels; their "
             f"position embeddings are resized to {config.image_size} pixels"
         )
-    never = search.first_search_epoch >= search.epochs and not search.simultaneous
+    never = training.first_search_epoch >= training.epochs and not training.simultaneous
     if config.searches and never:
         warnings.append(
-            f"alpha is not trained: --search-start {search.first_search_epoch} is not among the "
-            f"{search.epochs} epochs, which are counted from 0"
+            f"alpha is not trained: --search-start {training.first_search_epoch} is not among the "
+            f"{training.epochs} epochs, which are counted from 0"
         )
     for warning in warnings:
         print(f"naslora: warning: {warning}", file=sys.stderr)

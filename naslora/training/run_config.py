@@ -19,7 +19,7 @@ from naslora.methods import METHODS, MethodName, searches
 from naslora.metrics import METRICS, check_metrics
 from naslora.sam.attention import Attention
 from naslora.sam.shipped import NONE, shipped_file, shipped_version
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
 
 Resolution = Literal["network", "original", "tiles"]
 MOST_CLASSES = 256
@@ -93,7 +93,7 @@ class RunConfig:
     `stock`, the code of segment_anything and timm. The results are equal up to rounding. SAM 2 has
     no such bias as `fused` is for: it keeps the stock code."""
     adapter: NASLoRAConfig = field(default_factory=NASLoRAConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -225,7 +225,7 @@ class RunConfig:
             values["checkpoint"] = None
         elif self.checkpoint is None:
             values["checkpoint"] = f"{SHIPPED} {shipped_version(self.model)}"
-        values["search"]["search_start"] = self.search.first_search_epoch
+        values["training"]["search_start"] = self.training.first_search_epoch
         return json.loads(json.dumps(values))  # tuples become lists, as in the file
 
     @classmethod
@@ -249,7 +249,7 @@ class RunConfig:
             for name in ("class_names", "palette", "metrics", "intensity"):
                 values[name] = tuple(values[name]) if values[name] is not None else None
             values["adapter"] = NASLoRAConfig.from_dict(values["adapter"])
-            values["search"] = SearchConfig.from_dict(values["search"])
+            values["training"] = TrainConfig.from_dict(values["training"])
             return cls(**values)
         except KeyError as error:
             raise UserError(f"this is no run configuration of this version: no {error}") from error

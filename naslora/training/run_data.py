@@ -109,13 +109,13 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
             f"naslora: warning: {root} is not the paper's {config.dataset}: {listed}",
             file=sys.stderr,
         )
-    wanted = config.search.arch_data
+    wanted = config.training.arch_data
     if wanted == "split" and OPTIONAL_SPLIT not in splits:
         raise UserError(
             f"arch_data is split, but {root} has no split {OPTIONAL_SPLIT!r}; add one, or choose "
             "redraw"
         )
-    searches = config.searches and not config.search.simultaneous
+    searches = config.searches and not config.training.simultaneous
     if not searches or wanted not in ("split", None):
         splits["train"] = splits["train"] + splits.pop(OPTIONAL_SPLIT, [])
     return splits
@@ -172,12 +172,12 @@ def make_dataset(
         config.image_size,
         config.num_classes,
         config.palette,
-        flip=trained and config.search.mirrors,
+        flip=trained and config.training.mirrors,
         seed=config.adapter.seed,
         cache=None if config.cache is None else Cache(config.cache),
         truth=truth,
         ignore_index=config.ignore_index,
-        augment=config.search.augment if trained else "none",
+        augment=config.training.augment if trained else "none",
         crop=Crop(config.crop, config.crop_foreground)
         if config.crop and view != "scored"
         else None,
@@ -194,7 +194,7 @@ def image_batches(
     With ``crop`` they are windows of the images.
     """
     dataset = make_dataset(config, samples)
-    size = config.search.batch_size
+    size = config.training.batch_size
     for start in range(0, len(dataset), size):
         items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
         yield torch.stack(items).to(device)

@@ -23,7 +23,7 @@ def build_adapted_model(config: RunConfig) -> SamForSegmentation:
     """
     model = build_frozen_model(config)
     apply(config.method, model, config.adapter)
-    if config.search.gradient_checkpointing:
+    if config.training.gradient_checkpointing:
         checkpoint_blocks(model.image_encoder)
     return model
 

@@ -30,16 +30,16 @@ from naslora.results import (
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration
 from naslora.training.run_examples import Examples
-from naslora.training.search import Search
+from naslora.training.trainer import Trainer
 
 
 def final_result(
-    search: Search, counts: ParameterCounts, config: RunConfig
+    trainer: Trainer, counts: ParameterCounts, config: RunConfig
 ) -> tuple[RunResult, list[Panel]]:
     """Scores the kept epoch on the test split, and again after each way of merging.
 
     Args:
-        search: a finished search whose model holds the kept epoch's adapter.
+        trainer: a finished trainer whose model holds the kept epoch's adapter.
         counts: the model's parameters.
         config: the run.
 
@@ -47,21 +47,21 @@ def final_result(
         The result, and the worst and best test images for the report; none but in the main process.
     """
     started = time.perf_counter()
-    kept = kept_epoch(search.history, config.search.keep)
-    test = search.evaluate("test", config.metrics or ())
-    main = search.accelerator.is_main_process
+    kept = kept_epoch(trainer.history, config.training.keep)
+    test = trainer.evaluate("test", config.metrics or ())
+    main = trainer.accelerator.is_main_process
     examples = (
-        Examples(search.model, search.data["test"], test, search.accelerator) if main else None
+        Examples(trainer.model, trainer.data["test"], test, trainer.accelerator) if main else None
     )
-    merges = _try_merges(search, config, examples)
-    training = sum(epoch.seconds.total for epoch in search.history)
+    merges = _try_merges(trainer, config, examples)
+    training = sum(epoch.seconds.total for epoch in trainer.history)
     result = RunResult(
         test=test,
         val=SplitScores(kept.val_loss, kept.val_dice, kept.val_iou, kept.val_accuracy),
         kept_epoch=kept.epoch,
         trainable_parameters=counts.trainable,
         parameters=counts,
-        images={split: len(data) for split, data in search.data.items()},
+        images={split: len(data) for split, data in trainer.data.items()},
         test_merged=merges[0] if merges else None,
         merge=merges[1] if merges else None,
         annealing=merges[2] if merges else None,
@@ -82,7 +82,7 @@ def tracked_scores(result: RunResult) -> dict[str, float]:
 
 
 def _try_merges(
-    search: Search, config: RunConfig, examples: Examples | None
+    trainer: Trainer, config: RunConfig, examples: Examples | None
 ) -> tuple[dict[str, SplitScores], dict[str, MergeResult], Annealing | None] | None:
     """Merges in every way, scores each, and takes it back; None if the method cannot be merged."""
     modes = merge_modes(config.method, config.adapter)
@@ -91,25 +91,25 @@ def _try_merges(
     scores: dict[str, SplitScores] = {}
     results: dict[str, MergeResult] = {}
     annealing = None
-    samples = {split: data.samples for split, data in search.data.items()}
+    samples = {split: data.samples for split, data in trainer.data.items()}
     for mode in modes:
-        batches = calibration(config, samples, mode, search.accelerator.device)
+        batches = calibration(config, samples, mode, trainer.accelerator.device)
         try:
-            report = merge(search.model, mode, batches)
+            report = merge(trainer.model, mode, batches)
         except UserError as error:  # for example too few images for the mode; the others go on
             results[mode] = MergeResult(refused=str(error))
             continue
-        scores[mode] = search.evaluate("test", config.metrics or ())
+        scores[mode] = trainer.evaluate("test", config.metrics or ())
         if examples is not None:
-            examples.add_merged(mode, search.model, scores[mode])
-        if mode == "center" and config.search.anneal_epochs:
-            annealing = _annealing(search)
+            examples.add_merged(mode, trainer.model, scores[mode])
+        if mode == "center" and config.training.anneal_epochs:
+            annealing = _annealing(trainer)
         results[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
-        unmerge(search.model)
+        unmerge(trainer.model)
     return scores, results, annealing
 
 
-def _annealing(search: Search) -> Annealing:
+def _annealing(trainer: Trainer) -> Annealing:
     """What annealing cost; the model is merged with mode ``center`` now."""
 
     def state(epoch: Epoch) -> AnnealingState:
@@ -117,36 +117,36 @@ def _annealing(search: Search) -> Annealing:
         return AnnealingState(epoch.epoch, epoch.spatial, *scores)
 
     def kept(spatial: float) -> Epoch | None:
-        epochs = [epoch for epoch in search.history if epoch.spatial == spatial]
-        return kept_epoch(epochs, search.config.keep) if epochs else None
+        epochs = [epoch for epoch in trainer.history if epoch.spatial == spatial]
+        return kept_epoch(epochs, trainer.config.keep) if epochs else None
 
     before, after = kept(spatial=1), kept(spatial=0)
     assert after is not None  # the last epoch of annealing has no share of the neighbours left
-    merged = search.evaluate("val")
+    merged = trainer.evaluate("val")
     return Annealing(
         before=None if before is None else state(before),
-        during=[state(epoch) for epoch in search.history if 0 < epoch.spatial < 1],
+        during=[state(epoch) for epoch in trainer.history if 0 < epoch.spatial < 1],
         after=state(after),
         merged=AnnealingState(val_loss=merged.loss, val_dice=merged.dice, val_iou=merged.iou),
     )
 
 
 def write_results(
-    search: Search, result: RunResult, panels: list[Panel], config: RunConfig, output: Path
+    trainer: Trainer, result: RunResult, panels: list[Panel], config: RunConfig, output: Path
 ) -> None:
     """Writes history.csv, operations.json, test_images.csv, metrics.json and, last, report.html."""
-    operations = search.operation_history()
-    write_rows(output / HISTORY, search.history)
+    operations = trainer.operation_history()
+    write_rows(output / HISTORY, trainer.history)
     if operations is not None:
         write_record(output / OPERATIONS_JSON, operations)
-    write_rows(output / TEST_IMAGES, _image_rows(search.data["test"].names, result))
+    write_rows(output / TEST_IMAGES, _image_rows(trainer.data["test"].names, result))
     checksum = file_checksum(output / HISTORY)
     write_record(output / METRICS_JSON, dataclasses.replace(result, history_sha256=checksum))
     write_report(
         output / REPORT,
         config=config.to_dict(),
         result=result,
-        history=search.history,
+        history=trainer.history,
         operations=operations,
         panels=panels,
         class_names=["background", *config.foreground_names],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from naslora.data.sampling import GlobalBatches
 from naslora.methods import auxiliary_loss
 from naslora.sam.segmentation import SegmentationOutput
-from naslora.training.search_config import Schedule
+from naslora.training.train_config import Schedule
 
 Loss = Callable[[SegmentationOutput, Tensor], Tensor]
 BUCKET = 1 << 23

@@ -22,7 +22,7 @@ from naslora.records import from_json
 from naslora.results import CONFIG, LAST, Epoch
 from naslora.training import step
 from naslora.training.accelerator import TIMEOUT_VARIABLE
-from naslora.training.search import Search
+from naslora.training.trainer import Trainer
 from reliability.conftest import Forked
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -66,11 +66,11 @@ def launch(tiny_vit):
 
     def start(count, *arguments, bucket=step.BUCKET, stop_after=None, folders=(), **environment):
         port = free_port()
-        save = Search._save
+        save = Trainer._save
 
-        def save_and_stop(search, is_best):
-            save(search, is_best)
-            if search.epoch == stop_after:
+        def save_and_stop(trainer, is_best):
+            save(trainer, is_best)
+            if trainer.epoch == stop_after:
                 raise KeyboardInterrupt
 
         def prepare(rank):
@@ -78,7 +78,7 @@ def launch(tiny_vit):
             group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environ = {**(group if count > 1 else {}), **environment}
             os.environ.update({name: str(value) for name, value in environ.items()})
-            step.BUCKET, Search._save = bucket, save_and_stop
+            step.BUCKET, Trainer._save = bucket, save_and_stop
             if folders:
                 os.chdir(folders[rank])
 

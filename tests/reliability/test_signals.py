@@ -177,7 +177,7 @@ def test_a_second_signal_ends_at_once(forked, clean_world, tmp_path):
     command = ("train", "--data", clean_world / "data", *TRAIN, "--epochs", 500)
 
     def prepare():
-        from naslora.training.search import Search
+        from naslora.training.trainer import Trainer
 
         def stubborn(self):
             while True:
@@ -187,7 +187,7 @@ def test_a_second_signal_ends_at_once(forked, clean_world, tmp_path):
                 except KeyboardInterrupt:
                     (tmp_path / "first").touch()
 
-        Search.run = stubborn
+        Trainer.run = stubborn
 
     run = forked(*command, "--output", tmp_path / "run", prepare=prepare)
     wait_for(lambda: (tmp_path / "trains").exists())

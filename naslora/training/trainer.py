@@ -47,10 +47,10 @@ from naslora.results import (
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader
-from naslora.training.progress import SearchProgress, epoch_line, epoch_numbers
-from naslora.training.search_config import Schedule, SearchConfig
+from naslora.training.progress import TrainProgress, epoch_line, epoch_numbers
 from naslora.training.step import Group, LossNotFiniteError, train_pass
 from naslora.training.trackers import log
+from naslora.training.train_config import Schedule, TrainConfig
 from naslora_kernels import OPERATIONS
 
 # Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps.
@@ -59,7 +59,7 @@ ALPHA_TRAVEL = 12.0
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-class Search:
+class Trainer:
     """Trains one model; ``run`` does it all.
 
     Args:
@@ -90,7 +90,7 @@ class Search:
         self,
         model: SamForSegmentation,
         data: dict[str, SegmentationDataset],
-        config: SearchConfig,
+        config: TrainConfig,
         seed: int,
         directory: Path,
         class_names: list[str],
@@ -110,7 +110,7 @@ class Search:
         self.images = EpochImages(config, len(data["train"]), arch, own_steps, seed)
         self.weights = self._weight_group()
         self.architecture = self._architecture_group() if self.alphas else None
-        self.progress = SearchProgress()
+        self.progress = TrainProgress()
         if config.anneal_epochs and not set_spatial(model, 1.0):
             raise UserError("anneal_epochs anneals the cells of preset 'linear'; there are none")
 

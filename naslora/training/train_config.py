@@ -34,7 +34,7 @@ MOST_EPOCHS, MOST_WORKERS = 1_000_000, 1024
 
 
 def default_precision() -> str:
-    """The precision of a run that is not given one: see ``SearchConfig.mixed_precision``."""
+    """The precision of a run that is not given one: see ``TrainConfig.mixed_precision``."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if launched:
         return launched
@@ -43,7 +43,7 @@ def default_precision() -> str:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class TrainConfig:
     """How to train: schedule of the two stages, optimizers, precision."""
 
     epochs: int = 30
@@ -187,7 +187,7 @@ class SearchConfig:
             )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SearchConfig":
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
         """The configuration that a run's file holds.
 
         Earlier versions had fewer settings. Those that a file lacks get the values that they used.

@@ -25,8 +25,8 @@ from naslora.training.epoch_images import EpochImages
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits
 from naslora.training.run_model import build_adapted_model
-from naslora.training.search import Search
-from naslora.training.search_config import SearchConfig
+from naslora.training.train_config import TrainConfig
+from naslora.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("tiny_vit", "fresh_accelerate")
 
@@ -40,7 +40,7 @@ def data(make_data, tmp_path_factory):
 
 
 @pytest.fixture
-def make_search(data, tmp_path):
+def make_trainer(data, tmp_path):
     """A search of two epochs, the second of which is stage 2, with the changes that are given."""
     count = 0
 
@@ -62,21 +62,21 @@ def make_search(data, tmp_path):
             num_classes=num_classes,
             method=method,
             adapter=NASLoRAConfig(**(adapter or {})),
-            search=SearchConfig(**settings),
+            training=TrainConfig(**settings),
         )
         splits = {
             name: SegmentationDataset(samples, 32, num_classes, flip=name in ("train", "arch"))
             for name, samples in find_splits(config).items()
         }
         model = build_adapted_model(config)
-        return Search(
+        return Trainer(
             model,
             splits,
-            config.search,
+            config.training,
             seed=0,
             directory=tmp_path / str(count),
             class_names=config.foreground_names,
-            accelerator=make_accelerator(config.search),
+            accelerator=make_accelerator(config.training),
         )
 
     return make
@@ -86,17 +86,17 @@ def snapshot(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def alphas(search):
-    return [alpha.detach().clone() for alpha in arch_parameters(search.model)]
+def alphas(trainer):
+    return [alpha.detach().clone() for alpha in arch_parameters(trainer.model)]
 
 
 def all_equal(ours, theirs):
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def watch(search, name, seen):
+def watch(trainer, name, seen):
     """Calls ``seen`` with the group before each of its optimizer's steps."""
-    group = getattr(search, name)
+    group = getattr(trainer, name)
     step = group.optimizer.step
 
     def watched():
@@ -109,8 +109,8 @@ def watch(search, name, seen):
 # --- What moves ---
 
 
-def test_stage_1_leaves_alpha_and_stage_2_moves_it(make_search):
-    short, long = make_search(search_start=2), make_search(search_start=1)
+def test_stage_1_leaves_alpha_and_stage_2_moves_it(make_trainer):
+    short, long = make_trainer(search_start=2), make_trainer(search_start=1)
     start = alphas(short)
     short.run()
     long.run()
@@ -123,10 +123,10 @@ def test_stage_1_leaves_alpha_and_stage_2_moves_it(make_search):
     assert epochs[0].softmax == epochs[1].softmax != epochs[2].softmax
 
 
-def test_a_step_touches_its_own_group_alone(make_search):
-    search = make_search()
-    groups = {"weights": search.weights, "architecture": search.architecture}
-    frozen = snapshot(search.model)
+def test_a_step_touches_its_own_group_alone(make_trainer):
+    trainer = make_trainer()
+    groups = {"weights": trainer.weights, "architecture": trainer.architecture}
+    frozen = snapshot(trainer.model)
     steps = []
 
     def check(name):
@@ -140,52 +140,52 @@ def test_a_step_touches_its_own_group_alone(make_search):
         return seen
 
     for name in groups:
-        watch(search, name, check(name))
-    search.run()
+        watch(trainer, name, check(name))
+    trainer.run()
     assert [name for name, _ in steps] == ["weights"] * 6 + ["architecture"]
     # Weights are as the last weight step left them, and alpha is as it was while weights moved.
-    assert all_equal(steps[-1][1], [p.detach() for p in search.weights.parameters])
+    assert all_equal(steps[-1][1], [p.detach() for p in trainer.weights.parameters])
     assert all(all_equal(steps[0][1], alpha) for name, alpha in steps if name == "weights")
-    trained = trained_state(search.model)
-    after = search.model.state_dict()
+    trained = trained_state(trainer.model)
+    after = trainer.model.state_dict()
     assert all(torch.equal(frozen[name], after[name]) for name in after if name not in trained)
 
 
-def test_simultaneous_moves_both_from_the_first_step(make_search):
-    search = make_search(simultaneous=True, search_start=9, epochs=1)
-    start, steps = alphas(search), []
+def test_simultaneous_moves_both_from_the_first_step(make_trainer):
+    trainer = make_trainer(simultaneous=True, search_start=9, epochs=1)
+    start, steps = alphas(trainer), []
     for name in ("weights", "architecture"):
-        watch(search, name, lambda group: steps.append(len(group.parameters)))
-    search.run()
+        watch(trainer, name, lambda group: steps.append(len(group.parameters)))
+    trainer.run()
     # All 11 images train: three batches, each with a step of both optimizers.
-    assert steps == [len(search.weights.parameters), len(start)] * 3
-    assert not any(torch.equal(a, b) for a, b in zip(alphas(search), start, strict=True))
-    assert search.history[0].stage == 2 and search.history[0].arch_loss is None
+    assert steps == [len(trainer.weights.parameters), len(start)] * 3
+    assert not any(torch.equal(a, b) for a, b in zip(alphas(trainer), start, strict=True))
+    assert trainer.history[0].stage == 2 and trainer.history[0].arch_loss is None
 
 
-def test_the_search_may_start_at_once(make_search):
-    search = make_search(search_start=0, epochs=1)
-    start = alphas(search)
-    search.run()
-    assert search.history[0].stage == 2 and math.isfinite(search.history[0].arch_loss)
-    assert not all_equal(alphas(search), start)
+def test_the_search_may_start_at_once(make_trainer):
+    trainer = make_trainer(search_start=0, epochs=1)
+    start = alphas(trainer)
+    trainer.run()
+    assert trainer.history[0].stage == 2 and math.isfinite(trainer.history[0].arch_loss)
+    assert not all_equal(alphas(trainer), start)
 
 
 @pytest.mark.parametrize("method", ["lora", "decoder-only"])
-def test_without_alpha_only_weights_train(make_search, method):
-    search = make_search(method)
-    start = snapshot(search.model)
-    search.run()
-    assert search.operation_history() is None and search.architecture is None
-    assert all(record.stage == 1 and record.entropy is None for record in search.history)
-    changed = {k for k, v in search.model.state_dict().items() if not torch.equal(v, start[k])}
-    assert changed == set(trained_state(search.model)) - {
-        f"{name}.channels" for name, _ in adapter_layers(search.model)
+def test_without_alpha_only_weights_train(make_trainer, method):
+    trainer = make_trainer(method)
+    start = snapshot(trainer.model)
+    trainer.run()
+    assert trainer.operation_history() is None and trainer.architecture is None
+    assert all(record.stage == 1 and record.entropy is None for record in trainer.history)
+    changed = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, start[k])}
+    assert changed == set(trained_state(trainer.model)) - {
+        f"{name}.channels" for name, _ in adapter_layers(trainer.model)
     }
 
 
 def epoch_images(arch_data, train=10, arch=0, **changes):
-    config = SearchConfig(arch_data=arch_data, search_start=1, **changes)
+    config = TrainConfig(arch_data=arch_data, search_start=1, **changes)
     return EpochImages(config, train, arch, searches=True, seed=3)
 
 
@@ -230,10 +230,10 @@ def test_a_single_image_cannot_be_held_out():
 
 
 @pytest.mark.parametrize("arch_data", ["redraw", "rotate", "hold-out"])
-def test_every_choice_takes_as_many_weight_steps(make_search, arch_data):
-    search, steps = make_search(arch_data=arch_data), []
-    watch(search, "weights", steps.append)
-    search.run()
+def test_every_choice_takes_as_many_weight_steps(make_trainer, arch_data):
+    trainer, steps = make_trainer(arch_data=arch_data), []
+    watch(trainer, "weights", steps.append)
+    trainer.run()
     assert len(steps) == 6  # of 11 images in batches of four, twice
 
 
@@ -241,68 +241,68 @@ def test_the_own_split_joins_the_training_images_unless_alpha_takes_it(data, mak
     own = make_data(tmp_path / "own", train=3, arch=2, val=1, test=1)
     config = RunConfig(data=own)
     for arch_data in (None, "split"):
-        chosen = SearchConfig(arch_data=arch_data)
-        splits = find_splits(dataclasses.replace(config, search=chosen))
+        chosen = TrainConfig(arch_data=arch_data)
+        splits = find_splits(dataclasses.replace(config, training=chosen))
         assert len(splits["train"]) == 3 and len(splits["arch"]) == 2
     for changes in (
         {"method": "lora"},
-        {"search": SearchConfig(simultaneous=True)},
-        {"search": SearchConfig(arch_data="redraw")},
+        {"training": TrainConfig(simultaneous=True)},
+        {"training": TrainConfig(arch_data="redraw")},
     ):
         splits = find_splits(dataclasses.replace(config, **changes))
         assert len(splits["train"]) == 5 and "arch" not in splits
     with pytest.raises(UserError, match="has no split 'arch'"):
-        find_splits(RunConfig(data=data, search=SearchConfig(arch_data="split")))
+        find_splits(RunConfig(data=data, training=TrainConfig(arch_data="split")))
 
 
 def test_a_configuration_of_version_0_1_0_keeps_its_meaning():
     old = {"weight_decay": 1e-3, "arch_fraction": 0.2}
-    config = SearchConfig.from_dict(old)
-    assert config == SearchConfig(
+    config = TrainConfig.from_dict(old)
+    assert config == TrainConfig(
         arch_data="hold-out", optimizer="adam", weight_decay=1e-3, cell_weight_decay=1e-3,
         alpha_schedule="constant", alpha_weight_decay=1e-3, cell_rate=1.0,
         keep="best",
     )  # fmt: skip
-    everything = SearchConfig.from_dict({**old, "arch_fraction": 0.0})
+    everything = TrainConfig.from_dict({**old, "arch_fraction": 0.0})
     assert (everything.arch_data, everything.arch_fraction) == ("redraw", 1.0)
-    assert SearchConfig.from_dict({**old, "mixed_precision": "bf16"}).frozen_precision == "no"
-    assert SearchConfig.from_dict(dataclasses.asdict(SearchConfig())) == SearchConfig()
+    assert TrainConfig.from_dict({**old, "mixed_precision": "bf16"}).frozen_precision == "no"
+    assert TrainConfig.from_dict(dataclasses.asdict(TrainConfig())) == TrainConfig()
 
 
 def test_alpha_trains_after_a_third_of_the_epochs():
-    starts = [SearchConfig(epochs=epochs).first_search_epoch for epochs in (1, 6, 20, 30)]
-    assert starts == [0, 2, 6, 10] and SearchConfig(search_start=4).first_search_epoch == 4
+    starts = [TrainConfig(epochs=epochs).first_search_epoch for epochs in (1, 6, 20, 30)]
+    assert starts == [0, 2, 6, 10] and TrainConfig(search_start=4).first_search_epoch == 4
     # Runs of before, which held a number, can be resumed.
-    explicit = RunConfig(search=SearchConfig(search_start=10))
+    explicit = RunConfig(training=TrainConfig(search_start=10))
     assert RunConfig().to_dict() == explicit.to_dict()
 
 
-def test_the_cell_has_a_rate_and_a_decay_of_its_own(make_search):
-    search, rates = make_search(cell_rate=2.0, cell_weight_decay=0.5), []
-    watch(search, "weights", lambda g: rates.append([p["lr"] for p in g.optimizer.param_groups]))
-    others, cell = search.weights.optimizer.param_groups
-    assert {id(p) for p in cell["params"]} == {id(p) for p in cell_parameters(search.model)}
+def test_the_cell_has_a_rate_and_a_decay_of_its_own(make_trainer):
+    trainer, rates = make_trainer(cell_rate=2.0, cell_weight_decay=0.5), []
+    watch(trainer, "weights", lambda g: rates.append([p["lr"] for p in g.optimizer.param_groups]))
+    others, cell = trainer.weights.optimizer.param_groups
+    assert {id(p) for p in cell["params"]} == {id(p) for p in cell_parameters(trainer.model)}
     assert (others["weight_decay"], cell["weight_decay"]) == (1e-4, 0.5)
-    search.run()
+    trainer.run()
     assert all(second == pytest.approx(2 * first) for first, second in rates) and len(rates) == 6
 
 
-def test_resample_draws_channels_anew_each_epoch(make_search):
+def test_resample_draws_channels_anew_each_epoch(make_trainer):
     drawn = []
     for _ in range(2):
-        search = make_search(
+        trainer = make_trainer(
             adapter={"rank": 12, "channel_ratio": 0.5, "channel_selection": "resample"}, epochs=3
         )
         epochs = [None] * 3
 
-        def note(_, search=search, epochs=epochs):
-            channels = [layer.channels.tolist() for _, layer in adapter_layers(search.model)]
-            assert epochs[search.epoch] in (None, channels)  # the same throughout an epoch
-            epochs[search.epoch] = channels
+        def note(_, trainer=trainer, epochs=epochs):
+            channels = [layer.channels.tolist() for _, layer in adapter_layers(trainer.model)]
+            assert epochs[trainer.epoch] in (None, channels)  # the same throughout an epoch
+            epochs[trainer.epoch] = channels
 
-        watch(search, "weights", note)
-        watch(search, "architecture", note)
-        search.run()
+        watch(trainer, "weights", note)
+        watch(trainer, "architecture", note)
+        trainer.run()
         drawn.append(epochs)
     assert drawn[0] == drawn[1]
     assert len({str(channels) for channels in drawn[0]}) == 3
@@ -348,17 +348,17 @@ def assert_same_training(ours, theirs, history, other_history):
         pytest.param(2, 4, marks=pytest.mark.campaign),
     ],
 )
-def test_accumulation_does_not_change_the_training(make_search, accumulation, num_classes):
-    whole = make_search(num_classes=num_classes)
-    parts = make_search(num_classes=num_classes, accumulation=accumulation)
+def test_accumulation_does_not_change_the_training(make_trainer, accumulation, num_classes):
+    whole = make_trainer(num_classes=num_classes)
+    parts = make_trainer(num_classes=num_classes, accumulation=accumulation)
     whole.run()
     parts.run()
     ours, theirs = trained_state(whole.model), trained_state(parts.model)
     assert_same_training(ours, theirs, whole.history, parts.history)
 
 
-def test_gradient_checkpointing_changes_nothing(make_search):
-    kept, recomputed = make_search(), make_search(gradient_checkpointing=True)
+def test_gradient_checkpointing_changes_nothing(make_trainer):
+    kept, recomputed = make_trainer(), make_trainer(gradient_checkpointing=True)
     kept.run()
     recomputed.run()
     theirs = trained_state(recomputed.model)
@@ -372,18 +372,18 @@ from pathlib import Path
 from naslora import cli
 from naslora.sam import encoders as sam
 from naslora.adapter.storage import trained_state
-from naslora.training.search import Search
+from naslora.training.trainer import Trainer
 
 tiny, folder, runs = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 sam.VITS["vit_t"] = sam.ViT(*tiny)
-train = Search.run
+train = Trainer.run
 
-def run(search):
-    train(search)
-    torch.save(trained_state(search.model), search.directory / f"rank{os.environ['RANK']}.pt")
+def run(trainer):
+    train(trainer)
+    torch.save(trained_state(trainer.model), trainer.directory / f"rank{os.environ['RANK']}.pt")
 
-Search.run = run
+Trainer.run = run
 # Several commands share the processes, which join once and leave at the end.
 leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, int
 status = {}
@@ -484,14 +484,14 @@ def test_two_processes_train_as_one(naslora, in_two_processes, tmp_path, name):
         ("constant", lambda done: 1.0),
     ],
 )
-def test_schedules(make_search, schedule, factor):
-    search, rates, alpha_rates = make_search(schedule=schedule), [], []
-    watch(search, "weights", lambda g: rates.append(g.optimizer.param_groups[0]["lr"]))
-    watch(search, "architecture", lambda g: alpha_rates.append(g.optimizer.param_groups[0]["lr"]))
-    search.run()
+def test_schedules(make_trainer, schedule, factor):
+    trainer, rates, alpha_rates = make_trainer(schedule=schedule), [], []
+    watch(trainer, "weights", lambda g: rates.append(g.optimizer.param_groups[0]["lr"]))
+    watch(trainer, "architecture", lambda g: alpha_rates.append(g.optimizer.param_groups[0]["lr"]))
+    trainer.run()
     assert rates == pytest.approx([RATE * factor(step / 6) for step in range(6)])
     assert alpha_rates == [ALPHA_RATE * factor(0.5)]
-    recorded = [record.learning_rate for record in search.history]
+    recorded = [record.learning_rate for record in trainer.history]
     assert recorded == pytest.approx([RATE, RATE * factor(0.5)])
 
 
@@ -507,30 +507,30 @@ def test_schedules(make_search, schedule, factor):
         ({"alpha_learning_rate": 0.5, "alpha_schedule": "constant"}, [0.5]),
     ],
 )
-def test_the_rates_of_alpha_add_up(make_search, monkeypatch, changes, rates):
+def test_the_rates_of_alpha_add_up(make_trainer, monkeypatch, changes, rates):
     # So short a run would otherwise be at the upper bound.
-    monkeypatch.setattr("naslora.training.search.ALPHA_TRAVEL", 0.5)
-    monkeypatch.setattr("naslora.training.search.MAX_ALPHA_RATE", 1.0)
-    search, seen = make_search(**{"alpha_learning_rate": None, **changes}), []
-    watch(search, "architecture", lambda g: seen.append(g.optimizer.param_groups[0]["lr"]))
-    search.run()
+    monkeypatch.setattr("naslora.training.trainer.ALPHA_TRAVEL", 0.5)
+    monkeypatch.setattr("naslora.training.trainer.MAX_ALPHA_RATE", 1.0)
+    trainer, seen = make_trainer(**{"alpha_learning_rate": None, **changes}), []
+    watch(trainer, "architecture", lambda g: seen.append(g.optimizer.param_groups[0]["lr"]))
+    trainer.run()
     assert seen == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("travel, rate", [(1e-6, 3e-4), (1e6, 0.3)])
-def test_the_rate_of_alpha_is_bounded(make_search, monkeypatch, travel, rate):
-    monkeypatch.setattr("naslora.training.search.ALPHA_TRAVEL", travel)
-    search = make_search(
+def test_the_rate_of_alpha_is_bounded(make_trainer, monkeypatch, travel, rate):
+    monkeypatch.setattr("naslora.training.trainer.ALPHA_TRAVEL", travel)
+    trainer = make_trainer(
         alpha_learning_rate=None, alpha_schedule="constant", search_start=0, epochs=1
     )
-    search.run()
-    assert search.architecture.optimizer.param_groups[0]["lr"] == rate
+    trainer.run()
+    assert trainer.architecture.optimizer.param_groups[0]["lr"] == rate
 
 
-def test_clipping_bounds_the_weights_gradient_alone(make_search):
+def test_clipping_bounds_the_weights_gradient_alone(make_trainer):
     norms = {}
     for clip in (0.0, 1e-3):
-        search = make_search(clip_norm=clip, search_start=0, epochs=1)
+        trainer = make_trainer(clip_norm=clip, search_start=0, epochs=1)
         norms[clip] = {"weights": [], "architecture": []}
         for name, found in norms[clip].items():
 
@@ -538,28 +538,28 @@ def test_clipping_bounds_the_weights_gradient_alone(make_search):
                 grads = [p.grad.flatten() for p in group.parameters]
                 found.append(torch.cat(grads).norm().item())
 
-            watch(search, name, note)
-        search.run()
+            watch(trainer, name, note)
+        trainer.run()
     assert min(norms[0.0]["weights"]) > 0.1
     # PyTorch adds 1e-6 to the norm that it divides by.
     assert norms[1e-3]["weights"] == pytest.approx([1e-3] * 3, rel=1e-3)
     assert 0 < norms[1e-3]["architecture"][0] != pytest.approx(1e-3)
 
 
-def test_bfloat16_trains_float32_weights(make_search):
-    search = make_search(mixed_precision="bf16")
-    start = snapshot(search.model)
-    search.run()
-    trained = trained_state(search.model)
+def test_bfloat16_trains_float32_weights(make_trainer):
+    trainer = make_trainer(mixed_precision="bf16")
+    start = snapshot(trainer.model)
+    trainer.run()
+    trained = trained_state(trainer.model)
     assert all(v.dtype in (torch.float32, torch.int64) for v in trained.values())
     assert any(not torch.equal(v, start[k]) for k, v in trained.items())
-    assert all(math.isfinite(record.val_loss) for record in search.history)
+    assert all(math.isfinite(record.val_loss) for record in trainer.history)
 
 
 @pytest.mark.parametrize("simultaneous", [False, True])
-def test_loss_scaling_changes_nothing(make_search, simultaneous):
+def test_loss_scaling_changes_nothing(make_trainer, simultaneous):
     """What fp16 does on a GPU, in float32: gradients are scaled, clipped as unscaled, stepped."""
-    plain, scaled = (make_search(simultaneous=simultaneous, clip_norm=0.1) for _ in range(2))
+    plain, scaled = (make_trainer(simultaneous=simultaneous, clip_norm=0.1) for _ in range(2))
     # It also doubles the scale at every step; powers of two scale without rounding.
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
     plain.run()
@@ -586,76 +586,76 @@ def test_the_precision_of_a_run_that_is_not_given_one(monkeypatch, launched, gpu
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    config = SearchConfig()
+    config = TrainConfig()
     assert config.mixed_precision == expected
-    assert SearchConfig.from_dict(dataclasses.asdict(config)) == config
-    assert SearchConfig.from_dict({"epochs": 3}).mixed_precision == "no"
+    assert TrainConfig.from_dict(dataclasses.asdict(config)) == config
+    assert TrainConfig.from_dict({"epochs": 3}).mixed_precision == "no"
 
 
 def test_fp16_without_a_gpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        make_accelerator(SearchConfig(mixed_precision="fp16"))
+        make_accelerator(TrainConfig(mixed_precision="fp16"))
 
 
 # --- Checkpoints, and when to stop ---
 
 
 @pytest.mark.parametrize("keep, epoch", [("last", 3), ("best", 1)])
-def test_the_kept_epoch(make_search, monkeypatch, keep, epoch):
-    search, states = make_search(epochs=4, keep=keep), []
+def test_the_kept_epoch(make_trainer, monkeypatch, keep, epoch):
+    trainer, states = make_trainer(epochs=4, keep=keep), []
     dice = iter([0.3, 0.6, 0.6, None])
 
     def evaluate(split):
-        states.append({name: v.clone() for name, v in trained_state(search.model).items()})
+        states.append({name: v.clone() for name, v in trained_state(trainer.model).items()})
         return SplitScores(loss=1.0, dice=next(dice), iou=0.5, accuracy=0.5)
 
-    monkeypatch.setattr(search, "evaluate", evaluate)
-    search.run()
-    kept = read_safetensors(search.directory / ADAPTER / "adapter_model.safetensors")
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    trainer.run()
+    kept = read_safetensors(trainer.directory / ADAPTER / "adapter_model.safetensors")
     assert all(torch.equal(v, kept[k]) for k, v in states[epoch].items())
-    assert kept_epoch(search.history, keep).epoch == epoch
-    last = torch.load(search.directory / LAST)
+    assert kept_epoch(trainer.history, keep).epoch == epoch
+    last = torch.load(trainer.directory / LAST)
     assert last["epoch"] == 4 and all(
         torch.equal(v, last["model"][k]) for k, v in states[3].items()
     )
 
 
-def load_last(search):
-    state = torch.load(search.directory / LAST, weights_only=True)
+def load_last(trainer):
+    state = torch.load(trainer.directory / LAST, weights_only=True)
     assert all(value.isfinite().all() for value in state["model"].values())
     return state["epoch"]
 
 
 @pytest.mark.parametrize("num_classes, class_loss", [(1, "pixel"), (2, "pixel"), (2, "matching")])
-def test_a_loss_that_is_not_finite_stops(make_search, num_classes, class_loss):
-    search = make_search(num_classes=num_classes, class_loss=class_loss)
+def test_a_loss_that_is_not_finite_stops(make_trainer, num_classes, class_loss):
+    trainer = make_trainer(num_classes=num_classes, class_loss=class_loss)
 
     def spoil(group):
-        if search.epoch == 1:
+        if trainer.epoch == 1:
             group.parameters[0].data.fill_(torch.nan)
 
-    watch(search, "weights", spoil)
+    watch(trainer, "weights", spoil)
     with pytest.raises(UserError, match=r"loss is nan in epoch 2/2 on train\d+\.png, train") as e:
-        search.run()
+        trainer.run()
     # The first step of the epoch spoils the weights, so that its second batch of 4 shows it.
     assert str(e.value).count(".png") == 4
-    assert load_last(search) == 1
+    assert load_last(trainer) == 1
 
 
-def test_weights_spoilt_by_the_last_step_are_not_kept(make_search):
-    search, steps = make_search(method="lora", epochs=2), []
+def test_weights_spoilt_by_the_last_step_are_not_kept(make_trainer):
+    trainer, steps = make_trainer(method="lora", epochs=2), []
 
     def spoil(group):
         steps.append(1)
         if len(steps) == 6:  # epochs have three steps
             group.parameters[0].grad.fill_(torch.inf)
 
-    watch(search, "weights", spoil)
+    watch(trainer, "weights", spoil)
     with pytest.raises(UserError, match="epoch 2/2 on the validation images"):
-        search.run()
-    assert load_last(search) == 1
+        trainer.run()
+    assert load_last(trainer) == 1
 
 
 @pytest.mark.parametrize(
@@ -677,4 +677,4 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(make_search):
 )
 def test_settings_out_of_range(changes, message):
     with pytest.raises(UserError, match=message):
-        SearchConfig(**changes)
+        TrainConfig(**changes)
