@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from naslora.errors import UserError
 
@@ -326,6 +327,21 @@ def reason_of(error: BaseException) -> str:
 def file_checksum(path: Path) -> str:
     """SHA-256 of a small file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def weights_checksum(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of shapes and values of floating-point tensors, in their order.
+
+    The values are rounded to bfloat16, so weights that are cast to bfloat16 keep their checksum. A
+    tensor without plain values (on the meta device, quantized by a library) counts by its shape.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(json.dumps(list(tensor.shape)).encode())
+        if type(tensor) in (Tensor, Parameter) and not tensor.is_meta:
+            values = tensor.detach().to(torch.bfloat16).cpu().contiguous()
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _json_checksum(value: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from naslora.adapter.merged_files import (
     MERGED_CONFIG,
     MERGED_WEIGHTS,
     load_merged,
+    merged_checksum,
     merged_state,
 )
 from naslora.adapter.storage import WEIGHTS_NAME
@@ -222,9 +223,15 @@ def _write_merged(
     output: Path,
 ) -> None:
     """Writes the folder of a merged model, which appears when all its files are written."""
-    description = {"report": report.to_dict(), "scores": scores, "config": config.to_dict()}
+    tensors = merged_state(model)
+    description = {
+        "report": report.to_dict(),
+        "scores": scores,
+        "config": config.to_dict(),
+        "weights_checksum": merged_checksum(tensors),
+    }
     with replaced_folder(output) as folder:
-        write_tensors(folder / MERGED_WEIGHTS, merged_state(model))
+        write_tensors(folder / MERGED_WEIGHTS, tensors)
         if model.left_out:
             write_tensors(folder / LEFT_OUT, model.left_out)
         write_record(folder / MERGED_CONFIG, description)

@@ -591,7 +591,7 @@ def test_a_model_without_adapters_stores_its_trained_part(tmp_path):
     model.requires_grad_(False).mask_decoder.requires_grad_(True)
     save_adapter(model, tmp_path)
     other = build_sam(seed=2)
-    load_adapter(other, tmp_path)
+    load_adapter(other, tmp_path, check_base=False)
     for name, value in model.mask_decoder.state_dict().items():
         assert torch.equal(other.mask_decoder.state_dict()[name], value)
     weights = [m.image_encoder.patch_embed.proj.weight for m in (model, other)]

@@ -162,6 +162,37 @@ def test_files_get_the_mode_of_other_files(mask, tmp_path):
     assert len(modes) == 5 and set(modes.values()) == {0o666 & ~mask}
 
 
+def scaled(model: nn.Module, factor: float = 1.5) -> nn.Module:
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize(
+    "base, fits",
+    [
+        (build_encoder, True),
+        (lambda: build_encoder().bfloat16(), True),
+        (lambda: nn.parallel.DataParallel(build_encoder()), True),
+        (lambda: adapted_encoder(seed=7), True),
+        (lambda: build_encoder().half(), False),
+        (lambda: scaled(build_encoder()), False),
+        (lambda: scaled(build_encoder(), 1.01), False),
+    ],
+    ids=["equal", "bf16", "wrapped", "adapted", "fp16", "other", "nearly"],
+)
+@pytest.mark.parametrize("include", ["trainable", "adapter", ["pos_embed"]], ids=str)
+def test_an_adapter_fits_its_own_base_alone(base, fits, include, tmp_path):
+    save_adapter(trained_encoder(), tmp_path, include=include)
+    model = base()
+    before = state_of(model)
+    if not fits:
+        with pytest.raises(UserError, match=r"other frozen weights .*pass check_base=False"):
+            load_adapter(model, tmp_path)
+        assert_same(model, before)
+    load_adapter(model, tmp_path, check_base=fits)
+
+
 # ---------------------------------------------------------------- merged models
 
 
@@ -269,6 +300,11 @@ def resize_tensor(folder):
     save_file({**tensors, "pos_embed": torch.zeros(1)}, folder / MERGED_WEIGHTS)
 
 
+def shift_tensor(folder):
+    tensors = load_file(folder / MERGED_WEIGHTS)
+    save_file({**tensors, "pos_embed": tensors["pos_embed"] + 1}, folder / MERGED_WEIGHTS)
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -278,6 +314,7 @@ def resize_tensor(folder):
         (lambda folder: (folder / MERGED_CONFIG).unlink(), f"{MERGED_CONFIG} does not exist"),
         (lambda folder: (folder / MERGED_CONFIG).write_text("{}"), "describes no merged model"),
         (lambda folder: (folder / MERGED_CONFIG).write_text("[]"), "describes no merged model"),
+        (shift_tensor, "holds other weights than merged.json says: use the files of one merge"),
         (
             lambda folder: (folder / MERGED_CONFIG).write_text('{"layers": ["body.0"]}'),
             "it has no nn.Linear body.0",

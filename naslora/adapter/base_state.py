@@ -17,6 +17,7 @@ from naslora.adapter.merged import MergedNASLoRALinear, merged_modules
 from naslora.adapter.modules import adapter_layers, check_model
 from naslora.adapter.storage import (
     adapter_names,
+    base_checksum,
     layer_names,
     selected_state,
     unshared,
@@ -202,7 +203,7 @@ class SavePretrained:
         first = not (sharded(model) and distributed.is_initialized() and distributed.get_rank())
         if complete and first and given.arguments.get("is_main_process", True):
             folder = Path(given.arguments["save_directory"]) / ADAPTER_FOLDER
-            write_adapter(model, folder, adapter)
+            write_adapter(model, folder, adapter, base_checksum(model, names, state))
         return result
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from naslora.adapter.storage import (
     WEIGHTS_NAME,
     Description,
     adapter_names,
+    base_checksum,
     layer_names,
     unshared,
 )
@@ -33,13 +34,16 @@ from naslora.errors import UserError, listing
 from naslora.files import read_json, read_safetensors
 
 
-def load_adapter(model: nn.Module, directory: str | Path, methods: Mapping[str, Method]) -> None:
+def load_adapter(
+    model: nn.Module, directory: str | Path, methods: Mapping[str, Method], check_base: bool = True
+) -> None:
     """``naslora.load_adapter`` with a table of methods.
 
     Args:
         model: as there.
         directory: as there.
         methods: the methods that a file may name, by their names.
+        check_base: as there.
 
     Raises:
         UserError: as there.
@@ -69,6 +73,13 @@ def load_adapter(model: nn.Module, directory: str | Path, methods: Mapping[str, 
                 f"the adapter in {directory} does not fit this model ({len(problems)} mismatches): "
                 f"{listed}"
             )
+        trained = {*tensors, *(stored.unsaved_tensors or ())}
+        expected = stored.base_checksum if check_base else None
+        if expected is not None and expected != base_checksum(model, trained):
+            raise UserError(
+                f"the adapter in {directory} was trained on other frozen weights than this model "
+                "has: load the checkpoint that it was trained on, or pass check_base=False"
+            )
     with torch.no_grad():
         for name, tensor in tensors.items():
             copy_into(state[name], tensor)
@@ -81,26 +92,10 @@ def read_description(path: Path) -> Description:
     Raises:
         UserError: the file is missing or is no adapter configuration of naslora.
     """
-    stored = read_json(path)
-    if not (
-        isinstance(stored, dict)
-        and isinstance(stored.get("method"), str | None)
-        and isinstance(stored.get("config", 0), dict | None)
-        and _is_names(stored.get("layers"))
-        and (stored.get("other_tensors") is None or _is_names(stored["other_tensors"]))
-    ):
-        raise UserError(f"{path} is not an adapter configuration of naslora")
-    return Description(
-        stored.get("method"),
-        stored["config"],
-        stored["layers"],
-        stored.get("base_model_name_or_path"),
-        stored.get("other_tensors"),
-    )
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    try:
+        return msgspec.convert(read_json(path), Description)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} is not an adapter configuration of naslora: {error}") from error
 
 
 def _check_promise(

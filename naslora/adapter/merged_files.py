@@ -1,7 +1,8 @@
 """Merged models on disk: merged.json and model.safetensors, the whole merged model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +20,13 @@ from naslora.adapter.wrappers import (
     unwrap,
 )
 from naslora.errors import UserError, listing
-from naslora.files import read_json, read_safetensors, write_json, write_tensors
+from naslora.files import (
+    read_json,
+    read_safetensors,
+    weights_checksum,
+    write_json,
+    write_tensors,
+)
 
 MERGED_CONFIG = "merged.json"
 MERGED_WEIGHTS = "model.safetensors"
@@ -43,12 +50,13 @@ def save_merged(model: nn.Module, directory: str | Path) -> None:
     layers = [paths[name] for name, _ in merged_modules(model)]
     if not layers:
         raise UserError("the model is not merged: call merge first, or save_adapter")
+    tensors = merged_state(model)
     description = {
         "peft_type": PEFT_TYPE,
         "base_model_name_or_path": base_model(model),
         "layers": layers,
+        "weights_checksum": merged_checksum(tensors),
     }
-    tensors = merged_state(model)
     directory = Path(directory)
     with one_writer(model) as writes:
         if writes:
@@ -59,6 +67,12 @@ def save_merged(model: nn.Module, directory: str | Path) -> None:
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """What model.safetensors holds: all tensors, gathered, those that share memory once."""
     return {name: gathered(tensor) for name, tensor in unshared(bare_state(model)).items()}
+
+
+def merged_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of a merged model's weights, which merged.json holds."""
+    ordered = (tensors[name] for name in sorted(tensors))
+    return weights_checksum(tensor for tensor in ordered if tensor.is_floating_point())
 
 
 def load_merged(model: nn.Module, directory: str | Path) -> None:
@@ -76,7 +90,8 @@ def load_merged(model: nn.Module, directory: str | Path) -> None:
     if any(adapter_layers(model)) or any(merged_modules(model)):
         raise UserError("load_merged needs the original model: this one is adapted or merged")
     directory = Path(directory)
-    names = _layers(directory / MERGED_CONFIG)
+    stored = read_json(directory / MERGED_CONFIG)
+    names = _layers(stored, directory / MERGED_CONFIG)
     tensors = read_safetensors(directory / MERGED_WEIGHTS)
     reshard(model)
     with undone_on_error(model):
@@ -92,14 +107,19 @@ def load_merged(model: nn.Module, directory: str | Path) -> None:
         if problems:
             listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
             raise UserError(f"{directory} does not hold a whole merged model: {listed}")
+        checksum = merged_checksum(tensors)
+        if stored.get("weights_checksum", checksum) != checksum:
+            raise UserError(
+                f"{directory / MERGED_WEIGHTS} holds other weights than {MERGED_CONFIG} says: use "
+                "the files of one merge"
+            )
     for name, tensor in tensors.items():
         copy_into(state[name], tensor)
     drop_caches(model)
 
 
-def _layers(path: Path) -> list[str]:
+def _layers(stored: Any, path: Path) -> list[str]:
     """The merged layers' names. ``naslora merge`` writes them as those of the merge's report."""
-    stored = read_json(path)
     try:
         described = "report" in stored
         layers = stored["report"]["layers"] if described else stored["layers"]

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from naslora.adapter.wrappers import (
     unwrap,
 )
 from naslora.errors import UserError, listing
-from naslora.files import write_json, write_tensors
+from naslora.files import weights_checksum, write_json, write_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -43,17 +43,21 @@ class Description:
     ``other_tensors``.
     """
 
-    method: str | None
-    """Name of the method; None for a model of ``inject`` or one without adapters."""
     config: dict[str, Any] | None
     """Fields of the method's configuration; None for a model without adapters."""
     layers: list[str]
     """Names of the NAS-LoRA layers."""
+    method: str | None = None
+    """Name of the method; None for a model of ``inject`` or one without adapters."""
     base_model_name_or_path: str | None = None
     """Where Transformers loaded the model from; None for other models."""
     other_tensors: list[str] | None = None
     """Names of the tensors beside the adapters', such as a mask decoder's, in the file with the
     weights; None in a file of 0.1.0."""
+    unsaved_tensors: list[str] | None = None
+    """Names of further tensors that were trained, which the file with the weights leaves out."""
+    base_checksum: str | None = None
+    """The checksum of the frozen weights under the adapter; None in a file of 0.1.0."""
 
 
 def save_adapter(model: nn.Module, directory: str | Path, include: Include = "trainable") -> None:
@@ -80,27 +84,33 @@ def save_adapter(model: nn.Module, directory: str | Path, include: Include = "tr
     if not tensors:
         raise UserError("there is nothing to save: the model has no adapter and nothing trainable")
     whole = {name: gathered(tensor) for name, tensor in unshared(tensors).items()}
+    checksum = base_checksum(model, {*trained_state(model), *whole})
     with one_writer(model) as writes:
         if writes:
-            write_adapter(model, Path(directory), whole)
+            write_adapter(model, Path(directory), whole, checksum)
 
 
-def write_adapter(model: nn.Module, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(
+    model: nn.Module, directory: Path, tensors: Mapping[str, Tensor], checksum: str
+) -> None:
     """Writes both files of an adapter.
 
     Args:
         model: the adapted model.
         directory: the folder.
         tensors: what adapter_model.safetensors will hold.
+        checksum: of the frozen weights.
     """
-    stored = describe(model)
+    stored, ours = describe(model), adapter_names(model)
     description = {
         "peft_type": PEFT_TYPE if stored.layers else None,
         "base_model_name_or_path": stored.base_model_name_or_path,
         "method": stored.method,
         "config": stored.config,
         "layers": stored.layers,
-        "other_tensors": sorted(tensors.keys() - adapter_names(model)),
+        "other_tensors": sorted(tensors.keys() - ours),
+        "unsaved_tensors": sorted(trained_state(model).keys() - tensors.keys() - ours),
+        "base_checksum": checksum,
     }
     write_json(directory / CONFIG_NAME, description)
     write_tensors(directory / WEIGHTS_NAME, tensors)
@@ -115,9 +125,9 @@ def describe(model: nn.Module) -> Description:
     elif layers:
         config = next(iter(layers.values())).config
     return Description(
-        present.name if present else None,
         config.to_dict() if config else None,
         layer_names(model),
+        present.name if present else None,
         base_model(model),
     )
 
@@ -200,6 +210,30 @@ def adapter_names(model: nn.Module) -> set[str]:
         for name in (bare_state(model) if ours else ())
         if name.startswith(ours) and not name.startswith(bases)
     }
+
+
+def base_checksum(
+    model: nn.Module, trained: Collection[str], state: Mapping[str, Tensor] | None = None
+) -> str:
+    """The checksum of the frozen weights under an adapter: ``weights_checksum``, in model order.
+
+    It depends neither on the adapter nor on names and wrappers. Position embeddings that
+    ``build_model`` resized count as the checkpoint has them, because resizing them rounds
+    differently on other processors.
+
+    Args:
+        model: the adapted model. Collective if it is sharded and ``state`` is None.
+        trained: names of the tensors that are no frozen weights, beside the adapter's.
+        state: the model's tensors in one piece, by their names.
+    """
+    own = bare_state(model)
+    values = {**own, **(state or {}), **getattr(unwrap(model), "left_out", {})}
+    names = own.keys() - {*trained, *adapter_names(model)}
+    return weights_checksum(
+        gathered(values[name])
+        for name, tensor in own.items()
+        if name in names and tensor.is_floating_point()
+    )
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

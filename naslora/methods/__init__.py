@@ -108,7 +108,7 @@ def apply(name: str, model: nn.Module, config: MethodConfig | None = None) -> No
     override_save_pretrained(model)
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> None:
+def load_adapter(model: nn.Module, directory: str | Path, check_base: bool = True) -> None:
     """Loads what ``save_adapter`` saved, exactly. A model without adapters gets them first.
 
     Adding adapters freezes what ``apply`` or ``inject`` freezes. To train on, unfreeze it again.
@@ -116,12 +116,14 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     Args:
         model: the model that was adapted, in its adapted or in its original form.
         directory: the folder that ``save_adapter`` wrote.
+        check_base: whether the frozen weights must be those that the adapter was trained on.
+            Weights cast to bfloat16 count as equal, those cast to float16 do not.
 
     Raises:
         UserError: a file is missing or damaged, or does not fit the model. The message lists the
             mismatches. The model is then unchanged.
     """
-    loading.load_adapter(model, directory, METHODS)
+    loading.load_adapter(model, directory, METHODS, check_base)
 
 
 def searches(name: str, settings: MethodConfig | None = None) -> bool:

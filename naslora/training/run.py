@@ -29,7 +29,6 @@ from naslora.files import is_temporary, write_json
 from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
 from naslora.results import CONFIG, DATA, ParameterCounts, RunResult, adapter_folder
-from naslora.sam.precision import cast_frozen
 from naslora.sam.shipped import SHIPPED_SIZE
 from naslora.training.accelerator import check_shared, lost_processes, make_accelerator
 from naslora.training.run_config import RunConfig, differing, read_config
@@ -129,7 +128,6 @@ def _make_trainer(
 ) -> tuple[Trainer, ParameterCounts]:
     model = build_adapted_model(config)
     counts = count_parameters(model)
-    cast_frozen(model.image_encoder, config.training.frozen_dtype)
     seed, names = config.adapter.seed, config.foreground_names
     return Trainer(model, data, config.training, seed, output, names, accelerator), counts
 

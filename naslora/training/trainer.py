@@ -28,7 +28,7 @@ from naslora.adapter.cell import mixture_entropy
 from naslora.adapter.injection import arch_parameters, cell_parameters
 from naslora.adapter.loading import value_problems
 from naslora.adapter.modules import adapter_layers
-from naslora.adapter.storage import save_adapter, trained_state
+from naslora.adapter.storage import base_checksum, trained_state, unshared, write_adapter
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
@@ -44,6 +44,7 @@ from naslora.results import (
     SplitScores,
     kept_epoch,
 )
+from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader
@@ -63,7 +64,8 @@ class Trainer:
     """Trains one model; ``run`` does it all.
 
     Args:
-        model: its parameters that require gradients are trained.
+        model: its parameters that require gradients are trained. The frozen ones of its encoder
+            are cast to ``config.frozen_dtype``.
         data: the splits ``train`` and ``val``, and ``arch`` where alpha has images of its own.
         config: how to train.
         seed: seed of the order of the images.
@@ -97,6 +99,8 @@ class Trainer:
         accelerator: Accelerator,
     ) -> None:
         self.accelerator = accelerator
+        self.base_checksum = base_checksum(model, trained_state(model))
+        cast_frozen(model.image_encoder, config.frozen_dtype)
         self.model = model.to(accelerator.device)
         self.data, self.config, self.seed = data, config, seed
         self.directory, self.class_names = directory, class_names
@@ -348,7 +352,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             if kept_epoch(self.history, self.config.keep) is record:
                 with fixed(self.model):
-                    save_adapter(self.model, self.directory / ADAPTER)
+                    state = unshared(trained_state(self.model))
+                    write_adapter(self.model, self.directory / ADAPTER, state, self.base_checksum)
             write_torch(self.directory / LAST, self._state())
         self.accelerator.wait_for_everyone()
 
@@ -362,6 +367,7 @@ class Trainer:
             "model": trained_state(self.model),
             "optimizers": [group.optimizer.state_dict() for group in self.groups],
             "scaler": scaler.state_dict() if scaler else None,
+            "base_checksum": self.base_checksum,
         }
 
     def resume(self) -> None:
