@@ -74,4 +74,6 @@ for epoch in range(args.epochs):
         print(f"epoch {epoch}: loss {sum(losses) / len(losses):.4f}", flush=True)
 if rank == 0:
     naslora.save_adapter(model, args.output)  # under the names of the module inside the wrapper
+# The wrapper holds the group as well. Were it the last, the process could wait for ever.
+del model
 dist.destroy_process_group()

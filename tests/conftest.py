@@ -5,6 +5,7 @@ it is used.
 """
 
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -16,6 +17,7 @@ import cuda_emulation
 import pytest
 import torch
 import torch.multiprocessing
+from torch import distributed
 
 # Without a GPU, Triton's kernels are interpreted and the CUDA kernels emulated. Both variables are
 # read when the backends are imported.
@@ -99,14 +101,41 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def in_two_processes(worker, *arguments) -> None:
-    """Calls ``worker(rank, *arguments)`` in two processes, whose ranks are 0 and 1.
+@contextlib.contextmanager
+def process_group(store: Path, rank: int = 0, size: int = 1):
+    """A gloo group, which ends after every DistributedDataParallel that the body has let go of.
 
-    A fork of pytest could hang: locks that its other threads hold stay locked in the fork. The fork
-    server has no other threads.
+    A reducer holds the group. If it is the last to do so, it joins the group's threads while it
+    holds Python's lock, and never ends if one of them waits for that lock to free a tensor.
     """
-    torch.multiprocessing.set_forkserver_preload(["torch", "naslora"])
-    torch.multiprocessing.start_processes(worker, arguments, nprocs=2, start_method="forkserver")
+    distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        gc.collect()
+        distributed.destroy_process_group()
+
+
+def _in_group(rank: int, worker, store: Path, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    with process_group(store, rank, 2):
+        worker(rank, *arguments)
+
+
+def in_two_processes(worker, folder: Path, *arguments) -> None:
+    """Calls ``worker(rank, *arguments)`` in the two processes of a group, ranks 0 and 1.
+
+    Forks, because they have imported everything already.
+    """
+    arguments = (worker, folder / "store", arguments)
+    torch.multiprocessing.start_processes(_in_group, arguments, nprocs=2, start_method="fork")
+
+
+@pytest.fixture
+def single_process_group(tmp_path):
+    """A group of this process alone."""
+    with process_group(tmp_path / "store"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from transformers import (
     Sam2Config,
     Sam2HieraDetConfig,
@@ -138,7 +139,10 @@ def batch_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def logits(model: nn.Module) -> torch.Tensor:
+    """With no tensor that requires gradients: ``requires_grad`` of a weight decides whether
+    ``torch.matmul`` multiplies a batch at once or image by image, even under ``no_grad``.
+    """
     batch = batch_of(2, seed=7)
     del batch["labels"]
-    with torch.no_grad():
-        return model.eval()(**batch).pred_masks
+    detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return functional_call(model.eval(), detached, kwargs=batch).pred_masks

@@ -2,13 +2,13 @@
 
 import copy
 import os
-import socket
+from pathlib import Path
 
 import pytest
 import torch
 from adapted_models import adapted_encoder, adapted_layer, build_encoder, images, tokens
 from conftest import in_two_processes
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -353,12 +353,6 @@ def test_accelerate(fresh_accelerate):
 # ---- Two processes -------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def train(model, wrapped, share, steps=3) -> tuple[list[float], AlphaSearch]:
     """Steps of the weights, then of alpha, on the images that ``share`` takes of a batch."""
     weights = torch.optim.SGD(weight_parameters(wrapped), lr=0.1)
@@ -374,18 +368,13 @@ def train(model, wrapped, share, steps=3) -> tuple[list[float], AlphaSearch]:
     return losses, search
 
 
-def worker(rank: int, port: int, compiled: bool, options: dict, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+def worker(rank: int, compiled: bool, options: dict, folder: Path) -> None:
     model = trainable()
     wrapped = DistributedDataParallel(model, **options)
     if compiled:
         wrapped = torch.compile(wrapped, backend="eager")
-    # A loop of one's own has its search until it has left the group.
-    losses, _search = train(model, wrapped, lambda x: x[rank : rank + 1])
-    torch.save((losses, model.state_dict()), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    losses, _ = train(model, wrapped, lambda x: x[rank : rank + 1])
+    torch.save((losses, model.state_dict()), folder / f"{rank}.pt")
 
 
 @pytest.mark.parametrize(
@@ -400,7 +389,7 @@ def worker(rank: int, port: int, compiled: bool, options: dict, folder: str) -> 
 )
 def test_two_processes_agree_with_one(compiled, options, tmp_path):
     """Both stages under DistributedDataParallel, without ``find_unused_parameters``."""
-    in_two_processes(worker, free_port(), compiled, options, str(tmp_path))
+    in_two_processes(worker, tmp_path, compiled, options, tmp_path)
     (losses, state), (other_losses, other) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     model = trainable()
     expected, _ = train(model, model, lambda x: x)
@@ -410,6 +399,23 @@ def test_two_processes_agree_with_one(compiled, options, tmp_path):
         assert torch.equal(state[name], other[name])
         # Sums over images in another order; Adam's first steps divide by their own size.
         torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def rested_worker(rank: int, folder: Path) -> None:
+    """The group's threads run only while this one waits, so that the last message is not freed."""
+    for thread in map(int, os.listdir("/proc/self/task")):
+        os.sched_setaffinity(thread, {min(os.sched_getaffinity(0))})
+        if thread != os.getpid():
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+    worker(rank, False, {}, folder)
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="schedules threads as Linux does")
+def test_two_hundred_groups_end(tmp_path):
+    for start in range(200):
+        (folder := tmp_path / str(start)).mkdir()
+        in_two_processes(rested_worker, folder, folder)
 
 
 # ---- 16 bit, tracing -----------------------------------------------------------------------------

@@ -191,10 +191,6 @@ class Layer(torch.nn.Module):
 
 def train_under_ddp(rank, folder):
     """One process of two: its half of the batch, two backward passes, its gradients to a file."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
     case = layer_case(*GRID, 4).to(torch.float32)
     half = slice(rank, rank + 1)  # the batch has two maps
     # Without a search for unused parameters: every parameter gets its gradient.
@@ -202,13 +198,12 @@ def train_under_ddp(rank, folder):
     for _ in range(2):
         module.zero_grad()
         module(case.arguments["x"][half]).backward(case.gradient[half])
-    torch.save({n: getattr(module.module, n).grad for n in ADAPTER}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save({n: getattr(module.module, n).grad for n in ADAPTER}, folder / f"{rank}.pt")
 
 
 @only_cpp
 def test_distributed_data_parallel(tmp_path):
-    in_two_processes(train_under_ddp, str(tmp_path))
+    in_two_processes(train_under_ddp, tmp_path, tmp_path)
     expected = layer_case(*GRID, 4).to(torch.float32).run("cpp")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in ADAPTER:

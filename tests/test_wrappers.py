@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import socket
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from adapted_models import (
     relative,
     snapshot,
 )
+from conftest import in_two_processes
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -39,28 +38,6 @@ from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
 from naslora.adapter.wrappers import bare_state, in_one_piece, unwrap
 
 torch.set_num_threads(1)
-
-
-@contextmanager
-def processes(rank: int = 0, size: int = 1, port: int | None = None):
-    """A gloo process group."""
-    if port is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
-    )
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def process_group():
-    with processes():
-        yield
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -107,7 +84,7 @@ def trained_encoder(**options) -> nn.Module:
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_adapters_of_wrapped_models_are_those_of_bare_ones(wrap, tmp_path, process_group):
+def test_adapters_of_wrapped_models_are_those_of_bare_ones(wrap, tmp_path, single_process_group):
     plain = trained_encoder()
     save_adapter(plain, tmp_path / "plain")
     wrapped = wrap(trained_encoder())
@@ -183,7 +160,7 @@ def test_a_part_called_module_keeps_its_name(tmp_path):
 
 @pytest.mark.parametrize("mode", ["exact", "center", "calibrated"])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_wrapped_models_merge(wrap, mode, tmp_path, process_group):
+def test_wrapped_models_merge(wrap, mode, tmp_path, single_process_group):
     batches = [images(seed) for seed in range(4)]
     plain = trained_encoder().eval()
     with torch.no_grad():
@@ -208,7 +185,7 @@ def test_wrapped_models_merge(wrap, mode, tmp_path, process_group):
         assert torch.equal(model(images()), before)
 
 
-def test_original_checkpoints_load_into_wrapped_models(process_group):
+def test_original_checkpoints_load_into_wrapped_models(single_process_group):
     original = build_encoder()
     with torch.no_grad():
         original.pos_embed.add_(1.0)
@@ -221,7 +198,7 @@ def test_original_checkpoints_load_into_wrapped_models(process_group):
     assert all(torch.equal(state[n], v) for n, v in original.state_dict().items())
 
 
-def test_fsdp1_is_refused(process_group):
+def test_fsdp1_is_refused(single_process_group):
     class FullyShardedDataParallel(nn.Sequential):
         """Stands for torch's, which needs a GPU."""
 
@@ -296,24 +273,16 @@ def check_fsdp2(folder, parts: bool) -> None:
 
 
 @pytest.mark.parametrize("parts", [True, False], ids=["blocks", "root"])
-def test_fsdp2_on_one_process(parts, tmp_path, process_group):
+def test_fsdp2_on_one_process(parts, tmp_path, single_process_group):
     check_fsdp2(tmp_path, parts)
 
 
-def worker(rank: int, port: int, folder) -> None:
-    with processes(rank, 2, port):
-        check_fsdp2(folder, True)
-
-
 def test_fsdp2_on_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, tmp_path), nprocs=2)
+    in_two_processes(lambda rank: check_fsdp2(tmp_path, True), tmp_path)
     assert sorted(os.listdir(tmp_path / "adapter")) == [CONFIG_NAME, WEIGHTS_NAME]
 
 
-def test_a_copy_in_one_piece_leaves_the_sharded_model_alone(process_group):
+def test_a_copy_in_one_piece_leaves_the_sharded_model_alone(single_process_group):
     model = shard(trained_encoder().eval())
     calls = []
     model.neck.register_forward_hook(lambda *_: calls.append(1))

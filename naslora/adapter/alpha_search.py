@@ -201,8 +201,8 @@ class AlphaSearch:
                 grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in self.alphas]
                 place = self.alphas[0]
                 flat = torch.cat([part.flatten().to(place) for part in (*grads, loss)])
-                # Kept until the next step: the group's thread would need Python's lock to free it,
-                # and would wait for ever if this process held the lock and left the group.
+                # Kept, so that the group's thread need not free it, which takes Python's lock. A
+                # DistributedDataParallel that outlives its group holds the lock and waits for it.
                 self._message = distributed.all_reduce(flat, async_op=True)
                 self._message.wait()
                 flat /= processes
