@@ -30,8 +30,9 @@ from naslora.report.sections.scores import metric_table
 from naslora.results import REPORT, RunResult
 from naslora.sam.export import Format, Part
 from naslora.sam.shipped import describe_shipped
-from naslora.study import ablation, analysis
-from naslora.study import compare as comparison
+from naslora.study import analysis
+from naslora.study import compare as studies
+from naslora.study.rows import AblationName
 from naslora.training import demo as demo_run
 from naslora.training import run
 from naslora.training.recipe import load_recipe
@@ -203,14 +204,13 @@ def compare(
 ) -> None:
     """Train several methods under one recipe; write tables and a report of quality and cost."""
     with locked(output):
-        cells = comparison.compare(config, methods, seeds, output, resume)
-    comparison.check_complete(cells, output)
+        studies.compare(config, methods, seeds, output, resume)
     print(f"look at {output / 'report.html'}")
 
 
 def ablate(
     name: Annotated[
-        ablation.AblationName,
+        AblationName,
         Positional,
         tyro.conf.arg(help="The setting to vary.", metavar="WHAT"),
     ],
@@ -224,8 +224,8 @@ def ablate(
 ) -> None:
     """Vary operations, rank, blocks, the start of alpha or the channel ratio; write the table."""
     with locked(output):
-        table = ablation.ablate(name, config, seeds, output, resume)
-    print(table)
+        table = studies.ablate(name, config, seeds, output, resume)
+    print(table, end="")
 
 
 def evaluate(

@@ -216,29 +216,13 @@ class RunResult:
     """SHA-256 of history.csv, which has no place for it; None in the files of 0.1.0."""
 
 
-# ---- A comparison --------------------------------------------------------------------------------
+# ---- A study -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class MeanScores:
-    """Means over the images and classes of a split, in [0, 1]; None means undefined."""
+class Costs:
+    """What a run of a study cost, which had a process of its own."""
 
-    dice: float | None
-    iou: float | None
-    accuracy: float | None
-
-
-@dataclass(frozen=True)
-class CellNumbers:
-    """What ``naslora compare`` measures of one method with one seed."""
-
-    parameters: int
-    """All parameters of the model."""
-    trainable_parameters: int
-    scores: MeanScores
-    """On the test split."""
-    merged_scores: dict[str, MeanScores]
-    """The same after each way of merging."""
     weight_seconds: float
     """Seconds of the weight steps of an epoch, per training image."""
     training_seconds: float
@@ -248,14 +232,31 @@ class CellNumbers:
     inference_seconds: dict[str, float]
     """Seconds of one image, by model: ``unmerged``, and each way of merging."""
     threads: int
-    """Threads of PyTorch while the cell ran."""
+    """Threads of PyTorch while the run trained."""
     processors: int | None
     """Processors of the machine; None if unknown."""
     device: str
     load: float
     """Load average of the machine over the last minute of training."""
+
+
+@dataclass(frozen=True)
+class RunNumbers:
+    """What a study measures of one run."""
+
+    parameters: int
+    """All parameters of the model."""
+    trainable_parameters: int
+    scores: dict[str, float | None]
+    """On the test split, by the names of ``naslora.metrics.METRICS``; without those of classes."""
+    merged_dice: dict[str, float | None]
+    """Test Dice after each way of merging."""
+    entropy: float | None
+    """Entropy of softmax(alpha) after the last epoch, in nats; None without alpha."""
     image_dice: list[float | None] | None = field(default=None, metadata=OPTIONAL)
-    """Dice of each test image, as in ``SplitScores``; None in the files of 0.1.0."""
+    """Dice of each test image, as in ``SplitScores``."""
+    costs: Costs | None = field(default=None, metadata=OPTIONAL)
+    """None in a study that does not measure them."""
 
 
 @dataclass(frozen=True)
@@ -271,55 +272,46 @@ class MeanAndSpread:
 
 
 @dataclass(frozen=True)
-class MethodNumbers:
-    """What ``naslora compare`` reports of a method over the seeds."""
+class RowNumbers:
+    """The numbers of a study's row over its seeds."""
 
     trainable_parameters: int
     share_of_parameters: float
     """Trained share of all parameters, in [0, 1]."""
-    dice: MeanAndSpread
-    """On the test split, like the other scores."""
-    iou: MeanAndSpread
-    accuracy: MeanAndSpread
-    weight_seconds: float
-    """As in ``CellNumbers``, the median over the seeds."""
-    training_seconds: float
-    """As in ``CellNumbers``, the median over the seeds."""
-    peak_memory: int
-    """In bytes, the maximum over the seeds."""
-    inference_seconds: dict[str, float]
-    """As in ``CellNumbers``, the median over the seeds."""
+    scores: dict[str, MeanAndSpread]
     merged_dice: dict[str, MeanAndSpread]
-    """Test Dice after each way of merging."""
+    entropy: MeanAndSpread
+    costs: Costs | None
+    """Medians over the seeds; of the memory and the load the maximum."""
 
 
 @dataclass(frozen=True)
-class ComparisonRow:
-    """A method in the table of a comparison."""
+class StudyRow:
+    """A row of a study: a method, or a variant of one."""
 
-    method: str
+    name: str
+    """The folder of its runs."""
     title: str
-    """The method's name in tables."""
     seeds: int
-    """Number of finished cells."""
+    """Number of finished runs."""
     missing: int
-    """Number of cells without numbers."""
+    """Number of runs without numbers."""
     refused: bool
     """True if the method does not fit the encoder."""
     reason: str
-    """Why cells are missing; empty if none is."""
-    numbers: MethodNumbers | None = None
-    """None while no cell is finished."""
+    """Why runs are missing; empty if none is."""
+    numbers: RowNumbers | None = None
+    """None while no run is finished."""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """What a method gains in test Dice on another method, paired over the seeds of both."""
+    """What a row gains in test Dice on another row, paired over the seeds of both."""
 
     title: str
-    """The method's name in tables."""
+    """The row's title."""
     seeds: list[int]
-    """The seeds that both methods have."""
+    """The seeds that both rows have."""
     values: list[float]
     """One difference a seed."""
     mean: float | None = None

@@ -1,7 +1,6 @@
 """Ablations: what is varied, what an operation that is left out does, and the sweep's folder."""
 
 import csv
-import shutil
 import statistics
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from naslora import NASLoRAConfig, NASLoRALinear
 from naslora.adapter.injection import arch_parameters
 from naslora.errors import UserError
 from naslora.files import read_json
-from naslora.study import ablation
-from naslora.study.variants import ABLATIONS, BASE, variants_of
+from naslora.records import read_record
+from naslora.results import RunNumbers
+from naslora.study import sweep
+from naslora.study.rows import ABLATIONS, BASE, ablation_rows
 from naslora.training.run_config import RunConfig
 from naslora.training.run_model import build_adapted_model
 from naslora.training.train_config import TrainConfig
@@ -32,7 +33,7 @@ def data(tmp_path_factory, make_data) -> Path:
 
 def test_operations_are_left_out_by_family():
     variants = {
-        v.title: v.config.adapter.operations for v in variants_of("operations", RunConfig())
+        v.title: v.config.adapter.operations for v in ablation_rows("operations", RunConfig())
     }
     assert variants == {
         "all operations": None,
@@ -43,16 +44,16 @@ def test_operations_are_left_out_by_family():
 
 
 def test_ranks_and_ratios_are_the_papers():
-    ranks = [v.config.adapter for v in variants_of("rank", RunConfig())]
+    ranks = [v.config.adapter for v in ablation_rows("rank", RunConfig())]
     # Two thirds of the channels pass through the cell
     assert [(c.rank, c.cell_channels) for c in ranks] == [(3, 2), (6, 4), (12, 8), (24, 16)]
-    ratios = [v.config.adapter for v in variants_of("channel-ratio", RunConfig())]
+    ratios = [v.config.adapter for v in ablation_rows("channel-ratio", RunConfig())]
     assert [c.cell_channels for c in ratios] == [3, 2, 1]
 
 
 def test_blocks_are_halves_of_the_encoders():
     config = RunConfig(model="vit_t", image_size=32)
-    assert {v.title: v.config.adapter.blocks for v in variants_of("blocks", config)} == {
+    assert {v.title: v.config.adapter.blocks for v in ablation_rows("blocks", config)} == {
         "1 to 3": (0, 1, 2),
         "4 to 6": (3, 4, 5),
         "1 to 6 (all)": None,
@@ -63,7 +64,7 @@ def test_starts_of_alpha():
     config = RunConfig(training=TrainConfig(epochs=30, search_start=10))
     assert {
         v.title: (v.config.training.simultaneous, v.config.training.search_start)
-        for v in variants_of("alpha-start", config)
+        for v in ablation_rows("alpha-start", config)
     } == {
         "0 (simultaneously)": (True, 10),
         "0 (stage-wise)": (False, 0),
@@ -75,17 +76,17 @@ def test_starts_of_alpha():
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_exactly_one_row_is_the_unchanged_method(name):
     config = RunConfig(model="vit_t", image_size=32)
-    rows = variants_of(name, config)
-    assert [row.config for row in rows if row.folder == BASE] == [config]
-    assert len({row.folder for row in rows}) == len(rows)
+    rows = ablation_rows(name, config)
+    assert [row.config for row in rows if row.name == BASE] == [config]
+    assert len({row.name for row in rows}) == len(rows)
 
 
 def test_what_cannot_be_ablated():
     with pytest.raises(UserError, match="'lora' has no cell to ablate"):
-        variants_of("operations", RunConfig(method="lora"))
+        ablation_rows("operations", RunConfig(method="lora"))
     config = RunConfig(adapter=NASLoRAConfig(operations=OPERATIONS[:4]))
     with pytest.raises(UserError, match="ablate operations has no row for the configured value"):
-        variants_of("operations", config)
+        ablation_rows("operations", config)
 
 
 # --- operations that are left out
@@ -138,7 +139,7 @@ def test_operations_that_do_not_exist(operations):
 # --- the sweep
 
 
-def sweep(naslora, data, output, name, *more):
+def ablate(naslora, data, output, name, *more):
     arguments = ("--data", data, "--output", output, "--seeds", 0, 1, *SMALL)
     return naslora("ablate", name, *arguments, "--epochs", 1, "--search-start", 0, *more)
 
@@ -146,15 +147,17 @@ def sweep(naslora, data, output, name, *more):
 @pytest.fixture(scope="module")
 def study(naslora, data, tiny_vit, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("study") / "out"
-    result = sweep(naslora, data, output, "channel-ratio")
+    result = ablate(naslora, data, output, "channel-ratio")
     assert result.status == 0, result.err
     return output, result.out
 
 
 def test_the_table_is_that_of_the_runs(study):
     output, printed = study
-    assert printed.count("\n") == 2 + 3 and "2/3 (2 of 3 channels) | 2 |" in printed
-    assert printed.strip() in (output / "channel-ratio/table.md").read_text()
+    assert "2/3 (2 of 3 channels) | 2 |" in printed
+    assert printed == (output / "channel-ratio/table.md").read_text()
+    with (output / "channel-ratio/differences.csv").open() as file:
+        gains = {row["title"][:3]: float(row["mean"]) for row in csv.DictReader(file)}
     with (output / "channel-ratio/table.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row, folder in zip(rows, ("ratio-3-3", "base", "ratio-1-3"), strict=True):
@@ -164,21 +167,20 @@ def test_the_table_is_that_of_the_runs(study):
         )
         assert float(row["dice"]) == pytest.approx(statistics.mean(dice))
         assert float(row["dice_spread"]) == pytest.approx(statistics.stdev(dice))
-        if folder == "base":
-            assert row["difference"] == ""
-        else:
+        if folder != "base":
             difference = statistics.mean([a - b for a, b in zip(dice, base, strict=True)])
-            assert float(row["difference"]) == pytest.approx(difference, abs=1e-12)
+            assert gains[row["title"][:3]] == pytest.approx(difference, abs=1e-12)
     report = (output / "channel-ratio/report.html").read_text()
     assert "Ablation of nas-pc-lora on vit_t: channel-ratio" in report and "<svg" in report
 
 
 def test_a_sweep_resumes_and_keeps_finished_cells(naslora, data, tiny_vit, study):
     output, printed = study
-    (output / "runs/ratio-1-3/1/report.html").unlink()
-    again = sweep(naslora, data, output, "channel-ratio", "--resume")
-    assert again.out == printed and again.err.count("ablate: channel-ratio, cell") == 1
-    assert "cell 6 of 6: 1/3 (1 of 3 channels), seed 1" in again.err
+    (output / "runs/ratio-1-3/1/numbers.json").unlink()
+    again = ablate(naslora, data, output, "channel-ratio", "--resume")
+    assert again.out == printed, again.out
+    assert again.err.count("ablate channel-ratio: run") == 1
+    assert "run 1 of 1: 1/3 (1 of 3 channels), seed 1" in again.err
 
 
 def test_ablations_share_the_runs_of_the_unchanged_method(
@@ -187,20 +189,21 @@ def test_ablations_share_the_runs_of_the_unchanged_method(
     output, _ = study
     trained = []
 
-    def train(config, directory, resume):
+    def run(config, directory, costs):
         trained.append(directory.relative_to(output / "runs").as_posix())
-        shutil.copytree(output / "runs/base/0", directory)
+        directory.mkdir(parents=True)
+        return read_record(output / "runs/base/0/numbers.json", RunNumbers)
 
-    monkeypatch.setattr(ablation, "train", train)
-    result = sweep(naslora, data, output, "blocks", "--resume")
+    monkeypatch.setattr(sweep, "run_and_measure", run)
+    result = ablate(naslora, data, output, "blocks", "--resume")
     assert result.status == 0, result.err
     assert trained == ["first-half/0", "last-half/0", "first-half/1", "last-half/1"]
 
 
 def test_a_sweep_refuses_what_is_not_its_own(naslora, data, tiny_vit, study, tmp_path):
     output, _ = study
-    assert "exists and is not empty" in sweep(naslora, data, output, "rank").err
-    other = sweep(naslora, data, output, "channel-ratio", "--resume", "--learning-rate", 1e-3)
+    assert "exists and is not empty" in ablate(naslora, data, output, "rank").err
+    other = ablate(naslora, data, output, "channel-ratio", "--resume", "--learning-rate", 1e-3)
     assert other.status == 2 and "started with another configuration" in other.err
     assert "it has learning_rate" in other.err
     twice = naslora("ablate", "rank", "--data", data, "--output", tmp_path / "b", "--seeds", 1, 1)

@@ -17,20 +17,20 @@ from conftest import group_lives
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
-from naslora.results import CellNumbers, Epoch, MeanAndSpread, MeanScores, PhaseSeconds
-from naslora.study import compare
-from naslora.study.comparison_table import (
-    Cell,
+from naslora.results import Costs, Epoch, MeanAndSpread, PhaseSeconds, RunNumbers, StudyRow
+from naslora.study import compare, sweep
+from naslora.study.measurement import find_refusals, training_seconds
+from naslora.study.summary import (
     as_markdown,
     csv_row,
+    error_over_images,
     main_table,
+    mean_and_spread,
     merged_table,
     notes_on,
-    summarise,
+    row_numbers,
 )
-from naslora.study.measurement import training_seconds
-from naslora.study.paired import error_over_images
-from naslora.study.sweep import in_own_process, mean_and_spread
+from naslora.study.sweep import in_own_process
 from naslora.training.run_config import RunConfig
 from naslora.training.train_config import TrainConfig
 
@@ -60,7 +60,7 @@ def arguments(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(arguments):
-    """A comparison that was killed once its first cell had finished."""
+    """A comparison that was killed once its first run had finished."""
     output, options = arguments
     process = subprocess.Popen(
         [sys.executable, "-m", "naslora", *map(str, options)],
@@ -69,10 +69,10 @@ def killed(arguments):
         start_new_session=True,
     )
     try:
-        wait_for(lambda: any(cell["state"] == "done" for cell in record(output)), process)
+        wait_for(lambda: measured(output), process)
         process.kill()
         process.wait()
-        wait_for(lambda: not group_lives(process.pid))  # a cell has to end with its parent
+        wait_for(lambda: not group_lives(process.pid))  # a run has to end with its parent
     finally:
         if group_lives(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
@@ -95,9 +95,12 @@ def wait_for(condition, process=None):
         time.sleep(0.02)
 
 
-def record(output):
-    path = output / compare.RECORD
-    return json.loads(path.read_text())["cells"] if path.exists() else []
+def measured(output):
+    """The numbers of the finished runs, by method and seed."""
+    return {
+        (path.parts[-3], int(path.parts[-2])): json.loads(path.read_text())
+        for path in output.glob(f"runs/*/*/{sweep.NUMBERS}")
+    }
 
 
 def modified(folder):
@@ -108,35 +111,35 @@ def test_refused_methods_end_in_one_line_and_status_2(finished):
     result, _, _ = finished
     assert result.status == 2
     errors = [line for line in result.err.splitlines() if "error" in line]
-    assert len(errors) == 1 and "2 of 6 cells have no result (vpt: " in errors[0]
+    assert len(errors) == 1 and "2 of 6 runs have no result (vpt: " in errors[0]
     # It was refused, with the reason, before anything trained.
-    assert result.err.index("vpt is left out: ") < result.err.index("cell 1 of 3")
+    assert result.err.index("vpt is left out: ") < result.err.index("run 1 of 3")
     assert "TinyViT" in errors[0]
 
 
-def test_resuming_keeps_the_finished_cell(finished):
+def test_resuming_keeps_the_finished_run(finished):
     result, output, before = finished
     assert before and modified(output / "runs/lora/3") == before
-    assert "cell 3 of 3" in result.err and "4 of" not in result.err.replace("2 of 6", "")
+    assert "run 3 of 3" in result.err and "4 of" not in result.err.replace("2 of 6", "")
 
 
-def test_every_cell_is_a_run(finished, naslora):
+def test_every_run_is_one_of_train(finished, naslora):
     _, output, _ = finished
-    states = {(cell["method"], cell["seed"]): cell["state"] for cell in record(output)}
-    expected = {(name, seed): "done" for name in METHOD_NAMES for seed in (3, 4)}
-    assert states == expected | {("vpt", 3): "refused", ("vpt", 4): "refused"}
+    expected = {(name, seed) for name in ("lora", "nas-pc-lora") for seed in (3, 4)}
+    assert measured(output).keys() == expected
     for name in ("lora", "nas-pc-lora"):
         config = json.loads((output / f"runs/{name}/4/config.json").read_text())
         assert config["method"] == name and config["adapter"]["seed"] == 4
         scores = json.loads(naslora("evaluate", output / f"runs/{name}/4").out)
-        numbers = next(c for c in record(output) if (c["method"], c["seed"]) == (name, 4))
-        assert numbers["numbers"]["scores"]["dice"] == pytest.approx(scores["dice"], nan_ok=True)
+        assert measured(output)[name, 4]["scores"]["dice"] == pytest.approx(
+            scores["dice"], nan_ok=True
+        )
 
 
 def test_tables_of_a_comparison(finished):
     _, output, _ = finished
     rows = list(csv.DictReader((output / "table.csv").open()))
-    assert [row["method"] for row in rows] == list(METHOD_NAMES)
+    assert [row["row"] for row in rows] == list(METHOD_NAMES)
     lora, vpt, ours = rows
     # r = 3 on MobileSAM's ten qkv layers: 3 * (4 * C_in) each; see PAPER_NOTES on TinyViT's widths.
     adapters = 3 * 4 * (2 * 128 + 6 * 160 + 2 * 320)
@@ -147,15 +150,11 @@ def test_tables_of_a_comparison(finished):
     assert 2e8 < float(ours["peak_memory"]) < 8e9
     assert float(ours["inference_exact"]) > 0 and lora["inference_center"] == ""
     markdown = (output / "table.md").read_text()
-    assert "| VPT (refused) |" in markdown and "one cell at a time" in markdown
+    assert "| VPT (refused) |" in markdown and "one run at a time" in markdown
     report = (output / "report.html").read_text()
     assert "VPT (refused)" in report and report.count("<svg") == 5  # the forest plot included
     (difference,) = csv.DictReader((output / "differences.csv").open())
-    dice = {
-        (cell["method"], cell["seed"]): cell["numbers"]["scores"]["dice"]
-        for cell in record(output)
-        if cell["state"] == "done"
-    }
+    dice = {key: numbers["scores"]["dice"] for key, numbers in measured(output).items()}
     gains = [dice["nas-pc-lora", seed] - dice["lora", seed] for seed in (3, 4)]
     assert difference["title"] == "NAS-PC-LoRA"
     assert float(difference["mean"]) == pytest.approx(statistics.mean(gains), abs=1e-12)
@@ -180,9 +179,9 @@ def test_a_method_is_added_later(finished, naslora, arguments, data):
     options = ["--methods", "decoder-only", "lora", "--seeds", 3, "--data", data, *TRAIN]
     result = naslora("compare", *options, "--output", output, "--resume")
     assert result.status == 0, result.err
-    assert "cell 1 of 1: decoder-only" in result.err and modified(output / "runs/lora") == before
+    assert "run 1 of 1: Decoder only" in result.err and modified(output / "runs/lora") == before
     rows = list(csv.DictReader((output / "table.csv").open()))
-    assert [(row["method"], row["seeds"]) for row in rows] == [("decoder-only", "1"), ("lora", "2")]
+    assert [(row["row"], row["seeds"]) for row in rows] == [("decoder-only", "1"), ("lora", "1")]
 
 
 @pytest.mark.parametrize(
@@ -208,24 +207,6 @@ def test_a_folder_in_use_is_refused(finished, naslora, arguments):
     assert result.status == 2 and "not empty" in result.err
 
 
-def test_a_comparison_under_the_defaults_of_0_1_0_is_refused_by_their_names(
-    finished, naslora, arguments, tmp_path
-):
-    stored = json.loads((arguments[0] / compare.RECORD).read_text())
-    for name in ("arch_data", "cell_rate", "cell_weight_decay", "alpha_schedule", "keep"):
-        del stored["recipe"]["training"][name]
-    del stored["version"], stored["sha256"]
-    stored["recipe"]["training"] |= {"optimizer": "adam", "alpha_weight_decay": 1e-3}
-    old = tmp_path / "old"
-    old.mkdir()
-    (old / compare.RECORD).write_text(json.dumps(stored))
-    options = arguments[1][: arguments[1].index("--output")]
-    result = naslora(*options, "--output", old, "--resume")
-    assert result.status == 2 and len(result.err.splitlines()) == 1
-    for setting in ("arch_data hold-out", "optimizer adam", "alpha_schedule constant", "keep best"):
-        assert setting in result.err
-
-
 def test_bad_data_is_refused_before_anything_is_written(naslora, make_data, tmp_path):
     data = make_data(tmp_path / "data", train=2, val=1, test=1)
     (data / "images/train0.png").write_bytes(b"no picture")
@@ -234,17 +215,17 @@ def test_bad_data_is_refused_before_anything_is_written(naslora, make_data, tmp_
     assert result.status == 2 and "train0.png" in result.err and not (tmp_path / "out").exists()
 
 
-# --- The order of things, on cells that do not train ---
+# --- The order of things, on runs that do not train ---
 
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Compares with cells whose outcome ``outcomes`` holds; returns what ran."""
+    """Compares with runs whose outcome ``outcomes`` holds; returns what ran."""
     ran = []
 
-    def run(outcomes, methods=("lora", "mona"), seeds=(0, 1), **options):
-        def answer(function, config, argument):
-            if function is compare.find_refusals:
+    def run(outcomes, methods=("lora", "mona"), seeds=(0, 1), resume=False):
+        def answer(function, config, *_):
+            if function is find_refusals:
                 return {}
             key = config.method, config.adapter.seed
             ran.append(key)
@@ -253,20 +234,18 @@ def quick(monkeypatch, tmp_path):
             return numbers(outcomes.get(key, 0.5))
 
         monkeypatch.setattr(compare, "in_own_process", answer)
-        monkeypatch.setattr(compare, "write_comparison", lambda *_, **__: None)  # half a second
+        monkeypatch.setattr(sweep, "in_own_process", answer)
+        monkeypatch.setattr(sweep, "write_comparison", lambda *_, **__: None)  # half a second
+        monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
         ran.clear()
         config = RunConfig(data=tmp_path, training=TrainConfig(epochs=2))
-        return compare.compare(config, methods, seeds, tmp_path / "out", **options), ran
+        compare.compare(config, methods, seeds, tmp_path / "out", resume)
 
-    return run
+    return run, ran
 
 
 def numbers(dice, **changed):
-    measured = CellNumbers(
-        parameters=1000,
-        trainable_parameters=250,
-        scores=MeanScores(dice, dice and dice / 2, 0.9),
-        merged_scores={"exact": MeanScores(dice, 0.1, 0.9)},
+    costs = Costs(
         weight_seconds=0.5,
         training_seconds=0.75,
         peak_memory=10**9,
@@ -276,50 +255,57 @@ def numbers(dice, **changed):
         device="cpu",
         load=1.0,
     )
-    return replace(measured, **changed)
+    return RunNumbers(
+        parameters=1000,
+        trainable_parameters=250,
+        scores={"dice": dice, "iou": dice and dice / 2, "accuracy": 0.9},
+        merged_dice={"exact": dice},
+        entropy=None,
+        costs=replace(costs, **changed),
+    )
+
+
+def a_row(*runs, name="lora"):
+    """A row of finished runs."""
+    return StudyRow(name, METHODS[name].title, len(runs), 0, False, "", row_numbers(runs))
 
 
 def test_seeds_are_the_outer_loop(quick):
-    _, ran = quick({})
+    run, ran = quick
+    run({})
     assert ran == [("lora", 0), ("mona", 0), ("lora", 1), ("mona", 1)]
 
 
-def test_a_failed_cell_is_marked_and_tried_again(quick, tmp_path):
+def test_a_failed_run_is_marked_and_tried_again(quick, tmp_path):
+    run, ran = quick
     failure = RuntimeError("its process\nwas killed")
-    cells, ran = quick({("mona", 0): failure})
-    assert len(ran) == 4 and [cell.state for cell in cells].count("failed") == 1
+    with pytest.raises(UserError, match=r"1 of 4 runs have no result \(mona: RuntimeError"):
+        run({("mona", 0): failure})
+    assert len(ran) == 4
     table = (tmp_path / "out/table.md").read_text()
     assert (
         "| Mona (1 failed) |" in table and "seed 0: RuntimeError: its process was killed" in table
     )
-    with pytest.raises(UserError, match=r"1 of 4 cells have no result \(mona: RuntimeError"):
-        compare.check_complete(cells, tmp_path / "out")
-    cells, ran = quick({}, resume=True)
-    assert ran == [("mona", 0)] and all(cell.state == "done" for cell in cells)
+    run({}, resume=True)
+    assert ran == [("mona", 0)]
     assert "failed" not in (tmp_path / "out/table.md").read_text()
-    compare.check_complete(cells, tmp_path / "out")
 
 
-def test_an_interrupt_keeps_the_finished_cells(quick, tmp_path):
+@pytest.mark.parametrize("interrupted", [("lora", 0), ("lora", 1)])
+def test_an_interrupt_keeps_the_finished_runs(quick, tmp_path, interrupted):
+    run, ran = quick
     with pytest.raises(KeyboardInterrupt):
-        quick({("lora", 1): KeyboardInterrupt()})
-    assert [cell["seed"] for cell in record(tmp_path / "out")] == [0, 0]
-    _, ran = quick({}, resume=True)
-    assert ran == [("lora", 1), ("mona", 1)]
-
-
-def test_an_interrupt_of_the_first_cell_can_be_resumed(quick, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        quick({("lora", 0): KeyboardInterrupt()})
-    (tmp_path / "out/runs/lora/0").mkdir(parents=True)  # as a killed run leaves it, perhaps
-    _, ran = quick({}, resume=True)
-    assert len(ran) == 4
+        run({interrupted: KeyboardInterrupt()})
+    done = set(measured(tmp_path / "out"))
+    assert done == set(ran) - {interrupted}
+    run({}, resume=True)
+    assert done.isdisjoint(ran) and len(done) + len(ran) == 4
 
 
 def test_all_methods_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "in_own_process", lambda *_: {"vpt": "it needs a plain ViT"})
     with pytest.raises(UserError, match="no method fits: vpt: it needs a plain ViT"):
-        compare.compare(RunConfig(data=tmp_path), ["vpt"], [0], tmp_path / "out")
+        compare.compare(RunConfig(data=tmp_path), ["vpt"], [0], tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
 
 
@@ -327,17 +313,18 @@ def test_all_methods_refused(monkeypatch, tmp_path):
 
 
 def test_a_row():
-    costly = numbers(0.5, weight_seconds=0.7, peak_memory=2 * 10**9)
-    cells = [Cell("lora", i, "done", numbers=own) for i, own in enumerate((numbers(0.4), costly))]
-    row = summarise("lora", cells)
+    row = a_row(numbers(0.4), numbers(0.5, weight_seconds=0.7, peak_memory=2 * 10**9))
     found = row.numbers
-    assert found.dice.mean == pytest.approx(0.45) and found.iou.mean == pytest.approx(0.225)
-    assert found.dice.spread == pytest.approx(statistics.stdev([0.4, 0.5]))
-    assert found.weight_seconds == pytest.approx(0.6) and found.peak_memory == 2 * 10**9
-    assert found.share_of_parameters == 0.25 and found.inference_seconds["exact"] == 0.1
+    scores = found.scores
+    assert scores["dice"].mean == pytest.approx(0.45)
+    assert scores["iou"].mean == pytest.approx(0.225)
+    assert scores["dice"].spread == pytest.approx(statistics.stdev([0.4, 0.5]))
+    assert found.costs.weight_seconds == pytest.approx(0.6)
+    assert found.costs.peak_memory == 2 * 10**9 and found.costs.inference_seconds["exact"] == 0.1
+    assert found.share_of_parameters == 0.25
     columns = csv_row(row)
-    assert columns["dice"] == found.dice.mean and columns["inference_exact"] == 0.1
-    head, [text] = main_table([row])
+    assert columns["dice"] == scores["dice"].mean and columns["inference_exact"] == 0.1
+    head, [text] = main_table([row], "Method")
     shown = dict(zip(head, text, strict=True))
     assert shown["Dice"] == "0.450 ± 0.071" and shown["Of all, %"] == "25.00"
     assert shown["Peak memory, MB"] == "2,000" and shown["merged, exact"] == "0.100"
@@ -346,14 +333,13 @@ def test_a_row():
 def test_one_seed_has_no_spread_and_unknown_scores_no_mean():
     assert mean_and_spread([0.25]) == MeanAndSpread(0.25, None, [0.25])
     assert mean_and_spread([0.25, None]) == MeanAndSpread(None, None, [0.25, None])
-    row = summarise("lora", [Cell("lora", 0, "done", numbers=numbers(None))])
-    assert "–" in as_markdown({"Comparison": main_table([row])}, [])
+    table = main_table([a_row(numbers(None))], "Method")
+    assert "–" in as_markdown({"Comparison": table}, [])
 
 
 def test_load_decides_whether_times_compare():
     def note(load):
-        cell = Cell("lora", 0, "done", numbers=numbers(0.5, load=load))
-        return notes_on([summarise("lora", [cell])], [cell])[1]
+        return notes_on([], [numbers(0.5, load=load)])[1]
 
     assert "so the times are comparable." in note(1.2) and "only roughly" in note(3.0)
 
@@ -376,6 +362,7 @@ def test_a_process_of_its_own():
 
 
 def test_every_method_has_a_row():
-    rows = [summarise(m, [Cell(m, 0, "done", numbers=numbers(0.5))]) for m in METHODS]
-    text = as_markdown({"Comparison": main_table(rows), "Merged": merged_table(rows)}, ["a note"])
+    rows = [a_row(numbers(0.5), name=name) for name in METHODS]
+    tables = {"Comparison": main_table(rows, "Method"), "Merged": merged_table(rows)}
+    text = as_markdown(tables, ["a note"])
     assert text.count("| 0.500 |") >= len(METHODS) and text.endswith("a note\n")

@@ -25,7 +25,7 @@ from naslora.data.images import Sample, read_image
 from naslora.files import read_json
 from naslora.report.tables import Table, markdown_table
 from naslora.sam.prompts import build_predictor
-from naslora.study.sweep import mean_and_spread, mean_text
+from naslora.study.summary import mean_and_spread, mean_text
 
 GRID = 3
 """Points of a photograph along a side."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from naslora.results import Epoch, RunResult
 from naslora.sam.shipped import NONE
-from naslora.study.sweep import mean_and_spread
+from naslora.study.summary import mean_and_spread
 
 Settings = dict[str, dict[str, Any]]
 """Fields of RunConfig ("run"), of its adapter ("adapter") and of its training ("training")."""

@@ -24,8 +24,7 @@ from naslora.records import read_record, read_rows, write_record, write_rows
 from naslora.report.numbers import MISSING
 from naslora.report.tables import Table, markdown_table
 from naslora.results import HISTORY, Epoch, MergeResult, RunResult
-from naslora.study.paired import paired_difference
-from naslora.study.sweep import mean_and_spread, mean_text
+from naslora.study.summary import mean_and_spread, mean_text, paired_difference
 from naslora.trained import evaluate_model, load_model
 from naslora.training.run import train
 from naslora.training.run_config import RunConfig

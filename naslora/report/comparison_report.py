@@ -1,6 +1,6 @@
-"""The report of a comparison: the table of methods, and plots of their scores and costs."""
+"""The report of a study: the table of its rows, and plots of their scores and costs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -21,33 +21,34 @@ from naslora.report.figures import (
 )
 from naslora.report.html import card, note, section
 from naslora.report.numbers import is_known
-from naslora.report.page import configuration, page_title, write_page
+from naslora.report.page import configuration, write_page
 from naslora.report.row_plots import DOTS_CAPTION, draw_dice, draw_row_axis, plot_height
 from naslora.report.tables import Table, html_table
-from naslora.results import ComparisonRow, MethodNumbers, PairedDifference
+from naslora.results import Costs, PairedDifference, RowNumbers, StudyRow
 
-Titled = Mapping[str, MethodNumbers]
+Titled = Mapping[str, RowNumbers]
 """The numbers of the methods that have any, by title, in the order of the table."""
 
 
 def write_comparison(
     path: Path,
     *,
+    title: str,
     config: dict[str, Any],
     tables: Mapping[str, Table],
-    rows: Sequence[ComparisonRow],
+    rows: Sequence[StudyRow],
     notes: Sequence[str],
     reference: str,
     differences: Sequence[PairedDifference],
 ) -> None:
-    """Writes the report of ``naslora compare`` as one self-contained HTML file, atomically.
+    """Writes the report of a study as one self-contained HTML file, atomically.
 
     Args:
         path: the file to write. Its folder is made if needed.
-        config: the recipe as JSON-ready values, shown whole. ``model`` and ``dataset`` (or
-            ``data``) make the title.
+        title: title of the page.
+        config: the recipe as JSON-ready values, shown whole.
         tables: tables by heading; at least one has rows. A table without rows is left out.
-        rows: one record a method, for the cards and the plots.
+        rows: one record a row, for the cards and the plots.
         notes: paragraphs below the first table, as plain text.
         reference: title of the method that the others are compared with.
         differences: what the others gain on it; those without an interval are not drawn.
@@ -56,7 +57,6 @@ def write_comparison(
         UserError: the file cannot be created.
         OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
-    title = page_title({**config, "method": f"{len(rows)} methods"})
     first, *others = [
         section(name, html_table(table)) for name, table in tables.items() if table.rows
     ]
@@ -72,10 +72,11 @@ def write_comparison(
 
 def _best(known: Titled) -> str:
     """Cards with the method of the highest Dice, and those of the lowest costs."""
-    dice = {title: numbers.dice.mean for title, numbers in known.items()}
+    dice = {title: numbers.scores["dice"].mean for title, numbers in known.items()}
     trained = {title: 1e-6 * numbers.trainable_parameters for title, numbers in known.items()}
-    seconds = {title: numbers.training_seconds for title, numbers in known.items()}
-    memory = {title: 1e-6 * numbers.peak_memory for title, numbers in known.items()}
+    costs = _costs(known)
+    seconds = {title: own.training_seconds for title, own in costs.items()}
+    memory = {title: 1e-6 * own.peak_memory for title, own in costs.items()}
     return (
         _best_card("Highest test Dice", dice, max, "{:.3f}")
         + _best_card("Fewest trained parameters", trained, min, "{:.2f} M")
@@ -95,11 +96,15 @@ def _best_card(
     return card(name, form.format(by_title[title]), escape(title))
 
 
+def _costs(known: Titled) -> dict[str, Costs]:
+    return {title: own.costs for title, own in known.items() if own.costs is not None}
+
+
 def _plots(known: Titled) -> list[Drawing]:
-    if not known:
-        return []
-    plots = (
-        ("dice", DOTS_CAPTION, _draw_dice),
+    dice = partial(draw_dice, rows=[numbers.scores["dice"] for numbers in known.values()])
+    drawings = [_by_row("dice", DOTS_CAPTION, dice, known)] if known else []
+    costs = _costs(known)
+    for name, caption, draw in (
         (
             "training",
             "Seconds per training image of an epoch: weight steps, and steps for α.",
@@ -107,12 +112,25 @@ def _plots(known: Titled) -> list[Drawing]:
         ),
         ("inference", "Seconds of one image, before and after merging.", _draw_inference),
         ("memory", "Peak memory of the process that trained.", _draw_memory),
-    )
-    size = (4.6, plot_height(len(known)))
-    return [
-        Drawing(name, caption, partial(_draw_by_method, known=known, draw=draw), size)
-        for name, caption, draw in plots
-    ]
+    ):
+        if costs:
+            drawings.append(_by_row(name, caption, partial(draw, costs=[*costs.values()]), costs))
+    return drawings
+
+
+def _by_row(
+    name: str, caption: str, draw: Callable[[Axes], None], titles: Collection[str]
+) -> Drawing:
+    """A plot with one line for each title."""
+    drawn = partial(_draw_rows, titles=list(titles), draw=draw)
+    return Drawing(name, caption, drawn, (4.6, plot_height(len(titles))))
+
+
+def _draw_rows(axes: Axes, titles: list[str], draw: Callable[[Axes], None]) -> None:
+    draw(axes)
+    draw_row_axis(axes, titles)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, columnspacing=1)
 
 
 def _forest(reference: str, differences: Sequence[PairedDifference]) -> list[Drawing]:
@@ -138,30 +156,17 @@ def _draw_forest(axes: Axes, differences: Sequence[PairedDifference]) -> None:
     axes.set_xlabel("difference in test Dice")
 
 
-def _draw_by_method(
-    axes: Axes, known: Titled, draw: Callable[[Axes, list[MethodNumbers]], None]
-) -> None:
-    draw(axes, list(known.values()))
-    draw_row_axis(axes, list(known))
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, columnspacing=1)
-
-
-def _draw_dice(axes: Axes, methods: list[MethodNumbers]) -> None:
-    draw_dice(axes, [numbers.dice for numbers in methods])
-
-
-def _draw_training(axes: Axes, methods: list[MethodNumbers]) -> None:
-    places = range(len(methods))
-    weights = as_array(numbers.weight_seconds for numbers in methods)
-    architecture = as_array(numbers.training_seconds for numbers in methods) - weights
+def _draw_training(axes: Axes, costs: list[Costs]) -> None:
+    places = range(len(costs))
+    weights = as_array(own.weight_seconds for own in costs)
+    architecture = as_array(own.training_seconds for own in costs) - weights
     axes.barh(places, weights, height=0.65, color=BLUE, label="weights")
     if (architecture > 0.005 * weights).any():
         axes.barh(places, architecture, 0.65, left=weights, color=PURPLE, label="α")
     axes.set_xlabel("seconds an image")
 
 
-def _draw_inference(axes: Axes, methods: list[MethodNumbers]) -> None:
+def _draw_inference(axes: Axes, costs: list[Costs]) -> None:
     marks = {
         "unmerged": (BLUE, "o"),
         "exact": (ORANGE, "D"),
@@ -169,11 +174,11 @@ def _draw_inference(axes: Axes, methods: list[MethodNumbers]) -> None:
         "calibrated": (PURPLE, "^"),
     }
     for mode, (colour, marker) in marks.items():
-        seconds = as_array(numbers.inference_seconds.get(mode) for numbers in methods)
+        seconds = as_array(own.inference_seconds.get(mode) for own in costs)
         if np.isfinite(seconds).any():
             axes.plot(
                 seconds,
-                range(len(methods)),
+                range(len(costs)),
                 color=colour,
                 label=mode,
                 marker=marker,
@@ -185,7 +190,7 @@ def _draw_inference(axes: Axes, methods: list[MethodNumbers]) -> None:
     axes.set_xlim(left=0)
 
 
-def _draw_memory(axes: Axes, methods: list[MethodNumbers]) -> None:
-    memory = 1e-6 * as_array(numbers.peak_memory for numbers in methods)
-    axes.barh(range(len(methods)), memory, height=0.65, color=GREEN)
+def _draw_memory(axes: Axes, costs: list[Costs]) -> None:
+    memory = 1e-6 * as_array(own.peak_memory for own in costs)
+    axes.barh(range(len(costs)), memory, height=0.65, color=GREEN)
     axes.set_xlabel("MB")

@@ -1,17 +1,13 @@
-"""One cell of a comparison: training a method with a seed, and measuring its scores and costs.
-
-A cell runs in a process of its own, so that its peak memory is its own.
-"""
+"""One run of a study: training a configuration, and measuring its scores and its costs."""
 
 import copy
-import dataclasses
 import os
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +16,10 @@ from naslora.adapter.merge_report import MergeMode
 from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
 from naslora.records import read_rows
-from naslora.results import HISTORY, CellNumbers, Epoch, MeanScores, SplitScores
+from naslora.results import HISTORY, Costs, Epoch, RunNumbers
 from naslora.sam.segmentation import build_model
+from naslora.study.rows import Row
+from naslora.study.summary import UNMERGED
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
 from naslora.training.run import train
@@ -30,62 +28,72 @@ from naslora.training.run_data import calibration, check_with_progress, find_spl
 
 PASSES = 11  # forward passes of which the median is a model's time
 WARM_UP_PASSES = 2
-UNMERGED = "unmerged"
 
 
-def cell_config(recipe: RunConfig, method: str, seed: int) -> RunConfig:
-    """The recipe as one cell trains it."""
-    adapter = dataclasses.replace(recipe.adapter, seed=seed)
-    return dataclasses.replace(recipe, method=method, adapter=adapter)
-
-
-def find_refusals(recipe: RunConfig, methods: Sequence[str]) -> dict[str, str]:
+def find_refusals(rows: Sequence[Row]) -> dict[str, str]:
     """Finds the methods that do not fit the encoder. Also reads every image once.
 
     Args:
-        recipe: the configuration of all cells; its method and seed are replaced.
-        methods: names of ``naslora.methods.METHODS``.
+        rows: the methods, under one recipe.
 
     Returns:
-        Method to reason.
+        Row to reason.
 
     Raises:
         UserError: no method could work with these data or this model.
     """
+    recipe = rows[0].config
     splits = find_splits(recipe)
     check_with_progress([sample for split in splits.values() for sample in split], recipe)
     model = build_model(recipe.model, recipe.image_size, recipe.num_classes, recipe.checkpoint)
     refusals = {}
-    for method in methods:
+    for row in rows:
         try:
-            apply(method, copy.deepcopy(model), cell_config(recipe, method, 0).adapter)
+            apply(row.config.method, copy.deepcopy(model), row.config.adapter)
         except UserError as error:
-            refusals[method] = str(error)
+            refusals[row.name] = str(error)
     return refusals
 
 
-def run_cell(config: RunConfig, directory: Path) -> CellNumbers:
-    """Trains a cell, continuing what is in its folder, and measures it.
+def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbers:
+    """Trains a run, continuing what is in its folder, and measures it.
+
+    Args:
+        config: the run.
+        directory: its folder.
+        costs: measure time and memory, too. The process must be the run's own, because its peak
+            memory counts.
 
     Raises:
         UserError: as ``naslora.training.run.train``.
     """
     result = train(config, directory, resume=True)
+    history = read_rows(directory / HISTORY, Epoch)
+    if result.parameters is None or result.test is None:
+        raise UserError(f"the run in {directory} reports no counts or no test scores")
+    test, merged = result.test, result.test_merged or {}
+    scores: dict[str, Any] = {"dice": test.dice, "iou": test.iou, "accuracy": test.accuracy}
+    scores |= test.metrics or {}
+    return RunNumbers(
+        parameters=result.parameters.total,
+        trainable_parameters=result.parameters.trainable,
+        scores={name: value for name, value in scores.items() if not isinstance(value, dict)},
+        merged_dice={mode: own.dice for mode, own in merged.items()},
+        entropy=history[-1].entropy,
+        image_dice=test.image_dice,
+        costs=_costs(config, directory, result.images or {}, history) if costs else None,
+    )
+
+
+def _costs(
+    config: RunConfig, directory: Path, images: Mapping[str, int], history: Sequence[Epoch]
+) -> Costs:
     load = os.getloadavg()[0]
     device = make_accelerator(config.training).device
     memory = peak_memory(device)  # before the copies below
-    splits = result.images or {}
-    images = splits["train"] + splits.get("arch", 0)  # the weight steps of an epoch take as many
-    weights, everything = training_seconds(read_rows(directory / HISTORY, Epoch), images)
-    if result.parameters is None or result.test is None:
-        raise UserError(f"the run in {directory} reports no counts or no test scores")
-    return CellNumbers(
-        parameters=result.parameters.total,
-        trainable_parameters=result.parameters.trainable,
-        scores=_mean_scores(result.test),
-        merged_scores={
-            mode: _mean_scores(scores) for mode, scores in (result.test_merged or {}).items()
-        },
+    # The weight steps of an epoch take as many images.
+    weights, everything = training_seconds(history, images["train"] + images.get("arch", 0))
+    return Costs(
         weight_seconds=weights,
         training_seconds=everything,
         peak_memory=memory,
@@ -94,7 +102,6 @@ def run_cell(config: RunConfig, directory: Path) -> CellNumbers:
         processors=os.cpu_count(),
         device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         load=load,
-        image_dice=result.test.image_dice,
     )
 
 
@@ -111,10 +118,6 @@ def _models(config: RunConfig, directory: Path, device: torch.device) -> dict[st
             continue
         models[mode] = merged
     return models
-
-
-def _mean_scores(scores: SplitScores) -> MeanScores:
-    return MeanScores(scores.dice, scores.iou, scores.accuracy)
 
 
 def peak_memory(device: torch.device) -> int:

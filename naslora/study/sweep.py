@@ -1,44 +1,175 @@
-"""The sweep behind ``naslora compare`` and ``naslora ablate``: a table of runs, rows x seeds.
+"""The study behind ``naslora compare`` and ``naslora ablate``: runs of rows x seeds, one table.
 
-A row is a method or a variant of the configuration. A cell is the run of one row with one seed, in
-the folder runs/ROW/SEED of the sweep's output.
+A row is a method, or a variant of the configuration. Each run is one of ``naslora train``:
+
+runs/ROW/SEED/       the run's folder; finished runs are kept
+    numbers.json     what the study measured of the run
+table.md, table.csv  one row a method or variant
+differences.csv      what each row gains on one of them, paired over the seeds
+report.html          the tables, and plots of them
 """
 
 import multiprocessing
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from naslora.errors import UserError
-from naslora.report.numbers import MISSING
-from naslora.results import MeanAndSpread
+from naslora.files import write_text
+from naslora.records import read_record, write_record, write_rows
+from naslora.report.comparison_report import write_comparison
+from naslora.results import REPORT, RunNumbers, StudyRow
+from naslora.study.measurement import run_and_measure
+from naslora.study.rows import Row, with_seed
+from naslora.study.summary import (
+    as_markdown,
+    csv_row,
+    differences_from,
+    differences_table,
+    main_table,
+    merged_table,
+    notes_on,
+    row_numbers,
+)
+from naslora.training.run_config import RunConfig
+
+NUMBERS = "numbers.json"
 
 Result = TypeVar("Result")
 
 
-class CellKey(NamedTuple):
-    """Names a cell."""
+class Key(NamedTuple):
+    """Names a run."""
 
     row: str
-    """The method, or the variant's folder."""
     seed: int
 
     def folder(self, output: Path) -> Path:
-        """Folder of the cell's run, in the sweep's folder ``output``."""
+        """The run's folder, in the study's folder ``output``."""
         return output / "runs" / self.row / str(self.seed)
 
 
-def cell_keys(rows: Sequence[str], seeds: Sequence[int]) -> list[CellKey]:
-    """All cells, seed by seed: a sweep that is interrupted can compare its rows on one seed."""
-    return [CellKey(row, seed) for seed in seeds for row in rows]
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    state: Literal["done", "failed", "refused"]
+    """``refused``: the method does not fit the encoder, and nothing ran. ``failed``: the run ended
+    with an error."""
+    reason: str | None = None
+    """Why there are no numbers."""
+    numbers: RunNumbers | None = None
+    """None unless the run is done."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which runs to make, and where to write their table."""
+
+    command: str
+    """The word before the progress messages."""
+    title: str
+    """Of the report."""
+    recipe: RunConfig
+    """What the rows share."""
+    rows: Sequence[Row]
+    seeds: Sequence[int]
+    reference: str
+    """The row that the others are compared with."""
+    output: Path
+    """Folder of the runs."""
+    tables: Path
+    """Folder of the tables and of the report."""
+    costs: bool
+    """Whether every run has a process of its own, so that its time and memory can be measured."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """The rows that do not fit the encoder, with the reason."""
+
+
+def run_study(study: Study) -> dict[Key, Outcome]:
+    """Makes the runs that the study's folder lacks, seed by seed, one at a time.
+
+    A run that fails is marked, and the others go on. Tables are written after every run.
+
+    Returns:
+        All runs.
+    """
+    configs = {
+        Key(row.name, seed): with_seed(row.config, seed)
+        for seed in study.seeds
+        for row in study.rows
+    }
+    outcomes = {key: _known(study, key) for key in configs}
+    pending = [key for key, outcome in outcomes.items() if outcome is None]
+    found = {key: outcome for key, outcome in outcomes.items() if outcome is not None}
+    if not pending:
+        _write(study, found)
+    titles = {row.name: row.title for row in study.rows}
+    started = time.perf_counter()
+    for done, key in enumerate(pending, 1):
+        say(study.command, f"run {done} of {len(pending)}: {titles[key.row]}, seed {key.seed}")
+        found[key] = _run(study, key, configs[key])
+        _write(study, found)
+        left = (time.perf_counter() - started) / done * (len(pending) - done)
+        say(study.command, f"{_in_words(found[key])}; about {left / 60:.0f} min left")
+    return {key: found[key] for key in configs}
+
+
+def _known(study: Study, key: Key) -> Outcome | None:
+    """What is known of a run before it is made."""
+    if key.row in study.refused:
+        return Outcome("refused", study.refused[key.row])
+    folder = key.folder(study.output)
+    if not (folder / NUMBERS).is_file():
+        return None
+    return Outcome("done", numbers=read_record(folder / NUMBERS, RunNumbers))
+
+
+def _run(study: Study, key: Key, config: RunConfig) -> Outcome:
+    folder = key.folder(study.output)
+    arguments = (config, folder, study.costs)
+    try:
+        if study.costs:
+            numbers = in_own_process(run_and_measure, *arguments)
+        else:
+            numbers = run_and_measure(*arguments)
+    except Exception as error:  # any error of one run must not end the others
+        text = " ".join(str(error).split())
+        known = isinstance(error, UserError)
+        return Outcome("failed", text if known else f"{type(error).__name__}: {text}")
+    write_record(folder / NUMBERS, numbers)
+    return Outcome("done", numbers=numbers)
+
+
+def _in_words(outcome: Outcome) -> str:
+    if outcome.numbers is None:
+        return f"failed: {outcome.reason}"
+    dice = outcome.numbers.scores["dice"]
+    return "test Dice " + ("unknown" if dice is None else f"{dice:.4f}")
+
+
+def check_complete(outcomes: Mapping[Key, Outcome], study: Study) -> None:
+    """Checks that every run has a result.
+
+    Raises:
+        UserError: a run was refused or failed; the message names the rows and the reasons.
+    """
+    missing = {key: own for key, own in outcomes.items() if own.state != "done"}
+    if missing:
+        reasons = {key.row: own.reason for key, own in reversed(missing.items())}
+        listed = "; ".join(f"{row}: {reason}" for row, reason in reasons.items())
+        raise UserError(
+            f"{len(missing)} of {len(outcomes)} runs have no result ({listed}); the others are in "
+            f"{study.tables / REPORT}"
+        )
 
 
 def check_distinct(name: str, values: Sequence[Any]) -> None:
@@ -53,54 +184,63 @@ def check_distinct(name: str, values: Sequence[Any]) -> None:
         raise UserError(f"{name} must be distinct, got {' '.join(map(str, values))}")
 
 
-def run_cells(
-    pending: Mapping[CellKey, str],
-    cells: dict[CellKey, Result],
-    run: Callable[[CellKey], Result],
-    write: Callable[[], None],
-    say: Callable[[str], None],
-    failed: Callable[[CellKey, str], Result] | None = None,
-    outcome: Callable[[Result], str] | None = None,
-) -> None:
-    """Runs cells one after the other.
-
-    Args:
-        pending: the cells to run, in order, with the title of each for the progress messages.
-        cells: what is known of each cell; each result is added here.
-        run: runs one cell.
-        write: writes the tables of ``cells``; called before the first cell and after each.
-        say: prints a progress message.
-        failed: makes the result of a cell that raised, from the error in one line; the other cells
-            go on. Without it, an error ends the sweep.
-        outcome: describes a result in the progress messages.
-    """
-    write()
-    started = time.perf_counter()
-    for done, (key, title) in enumerate(pending.items(), 1):
-        say(title)
-        try:
-            cells[key] = run(key)
-        except Exception as error:  # any error of one cell must not end the others
-            if failed is None:
-                raise
-            cells[key] = failed(key, _one_line(error))
-        write()
-        left = (time.perf_counter() - started) / done * (len(pending) - done)
-        text = f"about {left / 60:.0f} min left"
-        say(f"{outcome(cells[key])}; {text}" if outcome else text)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-
-
 def say(command: str, text: str) -> None:
     """Prints a progress message of a command to the standard error."""
     print(f"{command}: {text}", file=sys.stderr, flush=True)
 
 
-# ---- A process for a cell ------------------------------------------------------------------------
+# ---- The tables ----------------------------------------------------------------------------------
+
+
+def _write(study: Study, outcomes: Mapping[Key, Outcome]) -> None:
+    """Writes tables and report."""
+    runs: dict[str, dict[int, RunNumbers]] = {}
+    for key, outcome in outcomes.items():
+        if outcome.numbers is not None:
+            runs.setdefault(key.row, {})[key.seed] = outcome.numbers
+    rows = [_study_row(row, outcomes, runs.get(row.name, {})) for row in study.rows]
+    titles = {row.name: row.title for row in study.rows}
+    reference = titles[study.reference]
+    differences = differences_from(study.reference, runs, titles)
+    tables = {
+        "Comparison": main_table(rows, "Method" if study.costs else "Variant"),
+        f"Differences from {reference}": differences_table(reference, differences),
+        "Dice after merging": merged_table(rows),
+    }
+    notes = notes_on(rows, [run for own in runs.values() for run in own.values()])
+    write_rows(study.tables / "table.csv", [csv_row(row) for row in rows])
+    write_rows(study.tables / "differences.csv", differences)
+    write_text(study.tables / "table.md", as_markdown(tables, notes))
+    write_comparison(
+        study.tables / REPORT,
+        title=study.title,
+        config=study.recipe.to_dict(),
+        tables=tables,
+        rows=rows,
+        reference=reference,
+        differences=differences,
+        notes=notes,
+    )
+
+
+def _study_row(
+    row: Row, outcomes: Mapping[Key, Outcome], runs: Mapping[int, RunNumbers]
+) -> StudyRow:
+    own = {key.seed: outcome for key, outcome in outcomes.items() if key.row == row.name}
+    reasons = [f"seed {s}: {o.reason}" for s, o in own.items() if o.state == "failed"]
+    reasons += dict.fromkeys(str(o.reason) for o in own.values() if o.state == "refused")
+    return StudyRow(
+        row.name,
+        row.title,
+        seeds=len(runs),
+        missing=len(own) - len(runs),
+        refused=any(o.state == "refused" for o in own.values()),
+        reason="; ".join(reasons),
+        numbers=row_numbers(list(runs.values())) if runs else None,
+    )
+
+
+# ---- A process for a run -------------------------------------------------------------------------
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -113,7 +253,7 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
         Exception: whatever the function raises.
     """
     # The fork server imports the function's module once. A process forked from it has all imports
-    # and no results of an earlier cell.
+    # and no results of an earlier run.
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
@@ -133,7 +273,7 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
 def _end_with_parent() -> None:
     """Ends this process when its parent ends.
 
-    Otherwise the cell of a killed sweep would train on in a folder that a resumed sweep uses. An
+    Otherwise the run of a killed study would train on in a folder that a resumed one uses. An
     interrupt from the terminal is the parent's, which then terminates this process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -145,36 +285,3 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-# ---- Numbers over the seeds ----------------------------------------------------------------------
-
-
-def mean_and_spread(values: Sequence[float | None]) -> MeanAndSpread:
-    """Mean and standard deviation (n - 1) of one number a seed.
-
-    There is no mean if a value is None, and no spread of a single value.
-    """
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return MeanAndSpread(None, None, list(values))
-    spread = statistics.stdev(known) if len(known) > 1 else None
-    return MeanAndSpread(statistics.mean(known), spread, list(values))
-
-
-def mean_text(number: MeanAndSpread | None, form: str = ".3f") -> str:
-    """``mean ± spread`` for a table; ``MISSING`` without a mean.
-
-    Args:
-        number: None if there is none.
-        form: format of the mean; the spread has three decimals.
-    """
-    if number is None or number.mean is None:
-        return MISSING
-    mean = format(number.mean, form)
-    return mean if number.spread is None else f"{mean} ± {number.spread:.3f}"
-
-
-def spread_columns(name: str, number: MeanAndSpread) -> dict[str, float | None]:
-    """The columns of a CSV table for a number: its mean and its spread."""
-    return {name: number.mean, f"{name}_spread": number.spread}
