@@ -14,7 +14,7 @@ lint:
 # Builds the site of docs/. Fails on a link that leads nowhere, and on a page that is not listed.
 .PHONY: site
 site:
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir build/site
+	properdocs build --strict --quiet --site-dir build/site
 
 # Formats every file.
 .PHONY: format

@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: pages from files outside docs/, and links to source files.
+"""Hooks of ProperDocs: pages from files outside docs/, and links to source files.
 
 The pages are written for a reader of the repository, so they link to README.md and to source files.
 The site has neither.
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
+from properdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {

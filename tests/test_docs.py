@@ -159,7 +159,8 @@ def test_options_named_alone_exist(page, options_of):
 
 
 COMMAND = re.compile(
-    r"^(?:[A-Z_]+=\S+ )*(?:naslora|pip|pytest|python|make|torchrun|tensorboard|mkdocs|for) ", re.M
+    r"^(?:[A-Z_]+=\S+ )*(?:naslora|pip|pytest|python|make|torchrun|tensorboard|properdocs|for) ",
+    re.MULTILINE,
 )
 
 

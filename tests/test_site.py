@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("mkdocs", reason="pip install 'naslora[docs]'")
+pytest.importorskip("properdocs", reason="pip install 'naslora[docs]'")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_source_files_are_links_where_the_repository_is_known(hooks):
 
 
 def test_every_page_is_in_the_navigation(hooks):
-    settings = (ROOT / "mkdocs.yml").read_text()
+    settings = (ROOT / "properdocs.yml").read_text()
     listed = set(re.findall(r": ([\w./-]+\.md)$", settings, flags=re.MULTILINE))
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert listed == pages | set(hooks.PAGES)
