@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 
 from naslora_kernels.cell import AttentionOperands
-from naslora_kernels.ops import define, only
+from naslora_kernels.ops import define, differentiable_once, only
 from naslora_kernels.tensors import ACCUMULATORS
 
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w"
@@ -160,7 +159,7 @@ class RelPosAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
         gradients = ATTENTION_OPERATORS[ctx.backend].rel_pos_attention_backward(

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 
@@ -128,6 +129,8 @@ def _select(
 ) -> str:
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"backend: expected a name or None, got {type(requested).__name__}")
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        requested = "reference"  # the kernels have one derivative, in reverse mode
     named = requested or os.environ.get(ENVIRONMENT_VARIABLE)
     return _choose(device_type, dtype, named, function, many_ranks)
 

@@ -46,7 +46,8 @@ def mixed_cell(
         channels: (c,) int64, the distinct channels S. None selects all channels, so c = r. If S is
             empty, y = z.
         backend: the name of the backend that computes. None takes NASLORA_BACKEND if it is set,
-            else the best backend that serves these tensors.
+            else the best backend that serves these tensors. Inside a transform of torch.func
+            (vmap, grad, jvp, ...) and with forward-mode derivatives the reference computes.
 
     alpha, the depthwise kernels and pw have the dtype of z, or float32 if z has 16 bits.
 
@@ -73,7 +74,8 @@ def mixed_cell(
         TypeError: an argument is not a tensor or has a wrong dtype.
         ValueError: an argument has a wrong shape, device or channel, or the backend is unknown.
         RuntimeError: the named backend cannot serve this call. Raised by the backward: a saved
-            tensor's shape, dtype or storage has changed since the forward.
+            tensor's shape, dtype or storage has changed since the forward, or a second derivative
+            is asked of a backend that is not the reference.
     """
     cell = Cell(alpha, (dw_sep3, dw_sep5, dw_dil3, dw_dil5), pw, channels)
     check_cell("z", z, cell)

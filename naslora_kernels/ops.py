@@ -64,9 +64,6 @@ OPERATORS: dict[str, Operators] = {}
 
 Maybe: TypeAlias = Tensor | None
 
-# The four operators with gradients, by the backend's name and their own.
-_FUNCTIONS: dict[str, dict[str, Function]] = {}
-_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # The position of the list of depthwise kernels. pw, channels and numbers follow it.
 _DEPTHWISE = {
     name: schema.split(", ").index("Tensor[] depthwise")
@@ -75,22 +72,12 @@ _DEPTHWISE = {
 }
 
 
-def _compute(
-    backend: str, name: str, tensors: tuple[Maybe, ...], numbers: tuple[float, ...]
-) -> Any:
-    """Computes an operator with gradients.
+# The four operators with gradients, as functions of flat tensors, by backend and name.
+_FUNCTIONS: dict[str, dict[str, Function]] = {}
 
-    In eager mode this calls its function: PyTorch's dispatcher takes longer. A compiler, a tracer,
-    a dispatch mode or a subclass of Tensor has to see the operator.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or not _PLAIN_TENSORS.issuperset(map(type, tensors))
-    ):
-        return getattr(OPERATORS[backend], name)(*_arguments(name, tensors, numbers))
-    return _FUNCTIONS[backend][name](tensors, numbers)
+
+def _call(backend: str, name: str, tensors: tuple[Maybe, ...], numbers: tuple[float, ...]) -> Any:
+    return getattr(OPERATORS[backend], name)(*_arguments(name, tensors, numbers))
 
 
 def _arguments(
@@ -99,6 +86,25 @@ def _arguments(
     """Returns the arguments of a schema."""
     at = _DEPTHWISE[name]
     return (*tensors[:at], list(tensors[at : at + 4]), *tensors[at + 4 :], *numbers)
+
+
+def _operator(name: str, function: Function) -> Callable[..., Any]:
+    """Returns a function of the arguments of a schema."""
+    at = _DEPTHWISE[name]
+    count = at + 3  # tensors and lists of tensors; numbers follow
+
+    def call(*arguments: Any) -> Any:
+        tensors = (*arguments[:at], *arguments[at], *arguments[at + 1 : count])
+        results = function(tensors, arguments[count:])
+        if isinstance(results, Tensor):
+            return results
+        likes = tensors[-len(results) - 1 : -1]  # of the dtypes of the gradients, channels behind
+        return [
+            like.new_empty((0,)) if result is None else result
+            for result, like in zip(results, likes, strict=True)
+        ]
+
+    return call
 
 
 class CellNeed(NamedTuple):
@@ -264,9 +270,7 @@ def define_operators(
     Returns:
         The library. The operators exist as long as it does.
     """
-    implementations, shapes = flat_kernels(kernels), flat_kernels(_Shapes())
-    library, operators = define(backend, _SCHEMAS, implementations, shapes, dispatch_key)
-    OPERATORS[backend] = Operators(*operators)
+    shapes = flat_kernels(_Shapes())
     _FUNCTIONS[backend] = {
         name: _function(name, kernels)
         if runner is None or recorded is None
@@ -278,6 +282,12 @@ def define_operators(
         )
         for name in _DEPTHWISE
     }
+    implementations = {
+        **flat_kernels(kernels),
+        **{name: _operator(name, function) for name, function in _FUNCTIONS[backend].items()},
+    }
+    library, operators = define(backend, _SCHEMAS, implementations, shapes, dispatch_key)
+    OPERATORS[backend] = Operators(*operators)
     return library
 
 
@@ -327,12 +337,18 @@ def unsupported(served: str, device_type: str, dtype: torch.dtype) -> str | None
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As ``once_differentiable``, which takes longer even if no graph is asked for."""
+    """As ``once_differentiable``, but every second derivative raises.
+
+    PyTorch's raises only if the incoming gradient requires a gradient itself. The part of a second
+    derivative that goes through the saved tensors would be missing without an error.
+    """
     refuses_twice = once_differentiable(backward)
 
     @functools.wraps(backward)
     def once(ctx: Any, *gradients: Tensor) -> Any:
-        return (refuses_twice if torch.is_grad_enabled() else backward)(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        return refuses_twice(ctx, *(gradient.detach().requires_grad_() for gradient in gradients))
 
     return once
 
@@ -344,7 +360,7 @@ class MixedCell(torch.autograd.Function):
     def forward(ctx: Any, backend: str, *tensors: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(*tensors)
         ctx.backend = backend
-        return _compute(backend, "mixed_cell", tensors, ())
+        return _call(backend, "mixed_cell", tensors, ())
 
     @staticmethod
     @differentiable_once
@@ -352,7 +368,7 @@ class MixedCell(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:8]  # z, alpha, the depthwise kernels, pw
         need = CellNeed(needed[0], needed[1], any(needed[2:]))
         tensors = (grad_y, *ctx.saved_tensors)
-        gradients = _compute(ctx.backend, "mixed_cell_backward", tensors, need)
+        gradients = _call(ctx.backend, "mixed_cell_backward", tensors, need)
         return (None, *only(gradients, needed), None)
 
 
@@ -366,7 +382,7 @@ class NASLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: str, scaling: float, *tensors: Tensor) -> Tensor:  # type: ignore[override]
-        h, z = _compute(backend, "nas_lora_linear", tensors, (scaling,))
+        h, z = _call(backend, "nas_lora_linear", tensors, (scaling,))
         x, weight, _, *adapter = tensors
         keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # for weight or lora_A
         ctx.save_for_backward(x if keep_x else None, z, weight, *adapter)
@@ -380,7 +396,7 @@ class NASLoRALinear(torch.autograd.Function):
         need_x, need_weight, need_bias, *needed = ctx.needs_input_grad[2:13]
         need_A, need_B, need_alpha, *need_weights = needed
         need = LayerNeed(need_x, need_A, need_B, need_alpha, any(need_weights))
-        grad_x, *gradients = _compute(
+        grad_x, *gradients = _call(
             ctx.backend, "nas_lora_linear_backward", (grad_h, *saved), (ctx.scaling, *need)
         )
         return (

@@ -27,7 +27,7 @@ def check_saved_cell(grad_y: Tensor, z: Tensor, cell: Cell) -> None:
         RuntimeError: a tensor has another shape, device or dtype than in the forward, or its
             storage no longer holds it.
     """
-    _check(grad_y, [("z", z, tuple(grad_y.shape)), *_cell(cell)], maps=("z",))
+    _check(grad_y, [("z", z, tuple(grad_y.shape)), *_cell(cell, z)], maps=("z",))
 
 
 def check_saved_layer(grad_h: Tensor, saved: SavedLayer) -> None:
@@ -48,7 +48,7 @@ def check_saved_layer(grad_h: Tensor, saved: SavedLayer) -> None:
         ("weight", weight, (c_out, c_in)),
         ("lora_A", lora_A, (rank, c_in)),
         ("lora_B", lora_B, (c_out, rank)),
-        *_cell(cell),
+        *_cell(cell, z),
     ]
     if x is not None:
         expected.append(("x", x, (*grid, c_in)))
@@ -79,10 +79,11 @@ def check_saved_attention(grad_o: Tensor, saved: SavedAttention) -> None:
         raise _changed("softmax", f"expected {ACCUMULATORS[grad_o.dtype]}, got {softmax.dtype}")
 
 
-def _cell(cell: Cell) -> list[_Expected]:
+def _cell(cell: Cell, z: Tensor) -> list[_Expected]:
     # The median of three sizes, so that the message names the one tensor that changed.
     sizes = (*cell.pw.shape[-1:], *cell.depthwise[0].shape[:1], *cell.depthwise[1].shape[:1])
     c = sorted(sizes)[len(sizes) // 2] if sizes else 0
+    c = z.shape[-1] if cell.channels is None else c
     kernels = [(c, conv.kernel, conv.kernel) for conv in CONVOLUTIONS]
     shapes = [(len(OPERATIONS),), *kernels, (len(CONVOLUTIONS), c, c)]
     expected: list[_Expected] = list(zip(_CELL_NAMES, cell.parameters, shapes, strict=True))
@@ -99,9 +100,8 @@ def _check(gradient: Tensor, expected: Iterable[_Expected], maps: tuple[str, ...
         if tensor.device != device:
             raise _changed(name, f"expected device {device}, got {tensor.device}")
         wanted = torch.int64 if name == "channels" else dtype
-        if tensor.dtype != wanted and (
-            name in maps or name == "channels" or not tensor.is_floating_point()
-        ):
+        wide = dtype.itemsize == 2 and tensor.dtype == torch.float32 and name not in maps
+        if tensor.dtype != wanted and (not wide or name == "channels"):
             raise _changed(name, f"expected {wanted}, got {tensor.dtype}")
         if device.type == "cpu" and not _held(tensor):
             raise _changed(name, "its storage has been freed or made smaller")

@@ -181,6 +181,11 @@ class Case:
         arguments[first] = LAYOUTS[layout](arguments[first])
         return Case(self.function, arguments, self.options, LAYOUTS[gradient_layout](self.gradient))
 
+    def of_each(self, function):
+        """The case with every differentiable argument and the gradient replaced."""
+        arguments = {name: function(value) for name, value in self.arguments.items()}
+        return Case(self.function, arguments, self.options, function(self.gradient))
+
     def on(self, device):
         """The case on another device; strides stay."""
 

@@ -212,16 +212,6 @@ def test_distributed_data_parallel(tmp_path):
         torch.testing.assert_close(2 * ranks[0][name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-@every_target
-def test_second_derivatives_are_refused(target):
-    case = cell_case((1, 3, 3, 3), 2).on(target.device)
-    z = case.arguments["z"].requires_grad_()
-    y = mixed_cell(**case.arguments, **case.options, backend=target.backend)
-    (gradient,) = torch.autograd.grad(y.square().sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 # ---- Which code runs ---------------------------------------------------------------------------
 
 PROBE = """

@@ -35,7 +35,7 @@ def planned(target, name):
 
 def operator(target, name, tensors, numbers):
     """What the operator returns without a plan; None for gradients that are not needed."""
-    results = getattr(ops.OPERATORS[target.backend], name)(*ops._arguments(name, tensors, numbers))
+    results = ops._FUNCTIONS[target.backend][name]._function(tensors, numbers)
     if isinstance(results, torch.Tensor):
         return results
     return [None if result.shape == (0,) else result for result in results]

@@ -12,6 +12,7 @@ from naslora_kernels.attention import (
     with_contiguous_features,
 )
 from naslora_kernels.cell import AttentionOperands
+from naslora_kernels.checks import check_attention
 from naslora_kernels.cpp.extension import _C
 from naslora_kernels.saved import check_saved_attention
 from naslora_kernels.tensors import DTYPE_CODES
@@ -21,6 +22,8 @@ class CPUAttention:
     """The operators of attention over the C++ kernels."""
 
     def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> tuple[Tensor, Tensor]:
+        grid = (operands.rel_h.shape[-1], operands.rel_w.shape[-1])
+        check_attention(operands, grid, scale)  # anyone can call the operator
         o, softmax = empty_results(operands)
         operands = _readable(operands)
         _C.attention_forward(*_arguments(operands, scale), o.data_ptr(), softmax.data_ptr())

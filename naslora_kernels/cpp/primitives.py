@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 from naslora_kernels.cell import Cell, LoRALinear
+from naslora_kernels.checks import (
+    check_cell,
+    check_folded_cell,
+    check_folded_linear,
+    check_layer,
+)
 from naslora_kernels.cpp.extension import _C
 from naslora_kernels.launches import CellPartials, CellSums, Launches, MatrixSums, Maybe, Primitives
 from naslora_kernels.plans import Launch
@@ -23,16 +29,37 @@ def launch(function: Callable[..., None], *arguments: Any) -> None:
 
 
 class CPULaunches(Launches):
-    """The operators over the C++ kernels. The folded layer is one kernel, not three."""
+    """The operators over the C++ kernels. The folded layer is one kernel, not three.
+
+    Anyone can call the operators, so they check shapes. Plans remember calls that passed.
+    """
 
     def __init__(self, launch: Launch = launch) -> None:
         super().__init__(CPUPrimitives(launch))
         self._launch = launch
 
+    def mixed_cell(self, z: Tensor, cell: Cell) -> Tensor:
+        """One launch."""
+        check_cell("z", z, cell)
+        return super().mixed_cell(z, cell)
+
+    def nas_lora_linear(
+        self, x: Tensor, linear: LoRALinear, cell: Cell, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """Three launches and the frozen product."""
+        check_layer(x, linear, cell, scaling)
+        return super().nas_lora_linear(x, linear, cell, scaling)
+
+    def folded_cell(self, z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
+        """One launch."""
+        check_folded_cell("z", z, kernel, average, maximum)
+        return super().folded_cell(z, kernel, average, maximum)
+
     def folded_linear(
         self, x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
     ) -> Tensor:
         """One kernel, whose z and y stay in the cache, and the product."""
+        check_folded_linear(x, linear, kernel, average, maximum)
         weight, bias, lora_A, lora_B = linear
         x_rows, grid, dtype = rows(x), x.shape[:-1], ACCUMULATORS[x.dtype]
         c_out, c = lora_B.shape

@@ -4,13 +4,18 @@
 long part is marked ``campaign``.
 """
 
+import contextlib
 import os
 import threading
 
+import hypothesis
 import pytest
 import torch
-from kernel_cases import CELL, LAYOUTS, TARGETS, cell_case, layer_case, needs_cpp
+from hypothesis import strategies as st
+from kernel_cases import LAYOUTS, TARGETS, Case, attention_case, cell_case, layer_case, needs_cpp
+from torch.autograd import forward_ad
 
+import naslora_kernels
 from naslora_kernels import folded_cell, folded_linear, mixed_cell, nas_lora_linear
 
 pytestmark = pytest.mark.skipif(needs_cpp is not None, reason=str(needs_cpp))
@@ -204,8 +209,6 @@ def test_saved_tensors_that_change(function, name, change):
     arguments, options = tensors(function)
     result = function(**arguments, **options, backend="cpp")
     change(options[name] if name == "channels" else arguments[name])
-    if change is other_dtype and name in (*CELL, "lora_A", "lora_B"):
-        return  # these are cast, so any floating dtype will do
     with pytest.raises(RuntimeError, match=rf"^{name}: .*changed between forward and backward"):
         result.sum().backward()
 
@@ -225,98 +228,183 @@ SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45, 6e-8, 65
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def pick(generator, options):
-    return options[int(torch.randint(len(options), (1,), generator=generator))]
+class Subclass(torch.Tensor):
+    pass
 
 
-def sprinkle(tensor, generator):
-    """Replaces some elements by special values; keeps the strides."""
-    where = torch.rand(tensor.shape, generator=generator) < 0.1
-    values = torch.tensor(SPECIAL, dtype=torch.float64)
-    drawn = values[torch.randint(len(SPECIAL), tensor.shape, generator=generator)]
-    return tensor.copy_(torch.where(where, drawn.to(tensor.dtype), tensor))
+def negative(tensor):  # complex numbers have no 16-bit parts that all operators know
+    return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
 
 
-def random_call(seed):
-    """Runs one random call of a public function by ``cpp``, forward and backward.
-
-    Shapes, dtypes, strides of maps and gradients, special values, threads and channels vary. A
-    call with special values must not crash, and repeats with the same bits. Any other call agrees
-    with the reference.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def size(*options):
-        return pick(generator, options)
-
-    grid = (size(0, 1, 1, 2, 3), size(1, 2, 5, 9, 14), size(1, 3, 4, 8, 17))
-    rank = size(1, 2, 3, 4, 6, 9)
-    c = size(*range(rank + 1))
-    if size(True, False):
-        case = cell_case((*grid, rank), c, seed)
-    else:
-        case = layer_case(grid, size(1, 5, 32), size(1, 7, 33), rank, c, seed, size(True, False))
-    dtype = pick(generator, DTYPES)
-    half = dtype in (torch.bfloat16, torch.float16)
-    case = case.to(dtype, torch.float32 if half and size(True, False) else None)
-    case = case.laid_out(pick(generator, list(LAYOUTS)), pick(generator, list(LAYOUTS)))
-    special = size(True, False)
-    if special:
-        for value in (*case.arguments.values(), case.gradient):
-            if size(True, False):
-                sprinkle(value, generator)
-    if size(*[False] * 9, True) and c:
-        return refused_call(case, generator, rank)
-    needed = [name for name in case.arguments if size(True, True, False)]
-    needed = needed if needed and c else list(case.arguments)  # without a cell alpha is not used
-    threads = torch.get_num_threads()
-    first = case.run("cpp", needed)
-    if case.function == "mixed_cell":  # a layer has products by torch, whose bits depend on threads
-        torch.set_num_threads(size(1, 2))
-    second = case.run("cpp", needed)
-    torch.set_num_threads(threads)
-    for name, value in first.items():
-        same = torch.equal(value.nan_to_num(1.5, 2.5, 3.5), second[name].nan_to_num(1.5, 2.5, 3.5))
-        assert same, f"seed {seed}: {name} differs between two calls"
-    if not special:
-        agrees_with_reference(case, needed, first, seed)
+def expanded(tensor):
+    return tensor[(0,) * tensor.dim()].expand(tensor.shape)
 
 
-def refused_call(case, generator, rank):
-    channels = case.options["channels"]
-    channels.data[int(torch.randint(len(channels), (1,), generator=generator))] = pick(
-        generator, (rank, -1, 2**62, -(2**63))
-    )
-    with pytest.raises(ValueError, match=REFUSED):
-        case.run("cpp")
+def zero(tensor):
+    return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)
 
 
-def agrees_with_reference(case, needed, results, seed):
+FORMS = {
+    "negative bit": negative,
+    "no memory": zero,
+    "expanded": expanded,
+    "subclass": lambda tensor: tensor.as_subclass(Subclass),
+    "parameter": torch.nn.Parameter,
+    **LAYOUTS,
+}
+
+
+def cases(draw):
+    """A random case of a public function in float64; no size of it is 0 but the batch's."""
+    grid = tuple(draw(st.sampled_from(sizes)) for sizes in ((0, 1, 2), (1, 2, 9), (1, 3, 17)))
+    rank = draw(st.sampled_from((1, 2, 3, 4, 6, 9)))
+    c, seed = draw(st.integers(0, rank)), draw(st.integers(0, 1000))
+    kind = draw(st.sampled_from(("cell", "layer", "attention")))
+    if kind == "cell":
+        return cell_case((*grid, rank), c, seed)
+    if kind == "attention":
+        return attention_case(grid[0], 2, grid[1:], rank, seed)
+    c_in, c_out = draw(st.sampled_from((1, 5, 32))), draw(st.sampled_from((1, 7, 33)))
+    return layer_case(grid, c_in, c_out, rank, c, seed, draw(st.booleans()))
+
+
+def exotic(draw, case):
+    """The case with some tensors in other forms, and the same case with plain tensors."""
+
+    def form(tensor):
+        name = draw(st.sampled_from(("plain", *FORMS)))
+        unfit = name == "negative bit" and tensor.dtype.itemsize == 2
+        unfit |= name == "channels_first" and tensor.dim() < 2
+        if name == "plain" or unfit or not tensor.numel():
+            return tensor
+        return FORMS[name](tensor)
+
+    def plain(tensor):
+        return torch.zeros(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    changed = case.of_each(form)
+    return changed, changed.of_each(plain)
+
+
+def same(results, expected, bits):
+    for name, value in expected.items():
+        tolerance = {"rtol": 0, "atol": 0} if bits else {}
+        result = torch.zeros(value.shape, dtype=value.dtype).copy_(results[name])
+        torch.testing.assert_close(result, value, **tolerance, equal_nan=True, msg=name)
+
+
+def agrees_with_reference(case, needed, results):
     """Sums of up to some 10^3 rounding errors; tests/test_kernels_* state tighter bounds."""
-    if not case.gradient.numel():
-        assert all(not value.isnan().any() for value in results.values()), f"seed {seed}"
-        return
     exact = case.to(torch.float64).run("reference", needed)
     for name, value in results.items():
-        if not value.numel():
-            continue
-        unit = torch.finfo(case.gradient.dtype).eps * max(1.0, float(exact[name].abs().max()))
-        error = float((value.double() - exact[name]).abs().max())
-        assert error <= 100 * unit, f"seed {seed}: {name}: error {error:.3g}, unit {unit:.3g}"
+        if value.numel() and case.gradient.numel():
+            unit = torch.finfo(case.gradient.dtype).eps * max(1.0, float(exact[name].abs().max()))
+            error = float((value.double() - exact[name]).abs().max())
+            assert error <= 100 * unit, f"{name}: error {error:.3g}, unit {unit:.3g}"
 
 
-@pytest.mark.parametrize("block", range(4))
-def test_random_calls(block):
-    for seed in range(50 * block, 50 * block + 50):
-        random_call(seed)
+def fuzz(examples):
+    """Random examples, the same in every run; NASLORA_FUZZ_SEED gives others."""
+    seed_of_run = hypothesis.seed(int(os.environ.get("NASLORA_FUZZ_SEED", "0")))
+    checks = list(hypothesis.HealthCheck)
+    run = hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=checks,
+        phases=(hypothesis.Phase.generate,),
+    )
+    return lambda test: seed_of_run(run(hypothesis.given(st.data())(test)))
+
+
+def random_call(data):
+    """Runs one random call of a public function by ``cpp``, forward and backward.
+
+    What a tensor is beside its values changes no bit of the kernels' results. They agree with the
+    reference. Special values must not crash.
+    """
+    draw = data.draw
+    case, dtype = cases(draw), draw(st.sampled_from(DTYPES))
+    wide = dtype.itemsize == 2 and case.function != "rel_pos_attention" and draw(st.booleans())
+    case = case.to(dtype, torch.float32 if wide else None)
+    special = draw(st.booleans())
+    if special:
+        for value in draw(st.lists(st.sampled_from([*case.arguments.values(), case.gradient]))):
+            value.flatten()[: 1 + value.numel() // 9] = torch.tensor(draw(st.sampled_from(SPECIAL)))
+    needed = draw(st.sets(st.sampled_from(list(case.arguments)), min_size=1))
+    needed = needed if case.options.get("channels", torch.ones(1)).numel() else case.arguments
+    changed, plain = exotic(draw, case)
+    results = plain.run("cpp", needed)
+    again = changed.run("cpp", needed)
+    product = case.function == "nas_lora_linear"  # by torch, whose bits depend on strides
+    if not (special and product):
+        same(again, results, bits=not product)
+    if not special:
+        agrees_with_reference(plain, needed, results)
+
+
+def operator_call(data):
+    """Calls an operator of ``cpp`` with tensors of wrong sizes and dtypes: an error or a result."""
+    draw = data.draw
+    case = cases(draw).to(torch.float32)
+    arguments, saved = list(case.arguments.values()), []
+    name = case.function
+    backward = draw(st.booleans())
+    if name == "rel_pos_attention":
+        softmax = torch.ones(2, *case.gradient.shape[:3])
+        saved, numbers, needs = [case.gradient, softmax], [1.0], 5
+    else:
+        if "bias" in case.options:
+            arguments.insert(2, None)
+        channels = draw(st.sampled_from((None, case.options["channels"])))
+        arguments, numbers, needs = [*arguments, channels], [], 3
+        if name == "nas_lora_linear":
+            numbers, needs = [1.5], 5
+            if backward:
+                x, weight, _, lora_A, *rest = arguments
+                z = torch.ones(*x.shape[:3], lora_A.shape[0])
+                arguments = [x, z, weight, lora_A, *rest]
+    if backward:
+        name, arguments = f"{name}_backward", [case.gradient, *arguments, *saved]
+        numbers += [draw(st.booleans()) for _ in range(needs)]
+    for position in draw(st.lists(st.integers(0, len(arguments) - 1), max_size=3)):
+        if arguments[position] is not None:
+            arguments[position] = draw(st.sampled_from(list(WRONG)))(arguments[position])
+    call_operator(name, arguments, numbers)
+
+
+def call_operator(name, tensors, numbers):
+    if "attention" not in name:
+        at = -6
+        tensors = [*tensors[:at], tensors[at:-2], *tensors[-2:]]
+    with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        getattr(torch.ops.naslora_cpp, name)(*tensors, *numbers)
+
+
+WRONG = (
+    torch.Tensor.flatten,
+    torch.Tensor.double,
+    torch.Tensor.int,
+    lambda tensor: tensor[None],
+    lambda tensor: tensor.new_ones([2 * size + 1 for size in tensor.shape]),
+    lambda tensor: tensor.new_ones([max(0, size - 1) for size in tensor.shape]),
+)
+
+
+@fuzz(60)
+def test_random_calls(data):
+    random_call(data)
+
+
+@fuzz(100)
+def test_operators_of_wrong_sizes(data):
+    operator_call(data)
 
 
 @pytest.mark.campaign
-def test_ten_thousand_random_calls():
-    calls = int(os.environ.get("NASLORA_FUZZ_CALLS", "10000"))
-    start = int(os.environ.get("NASLORA_FUZZ_SEED", "1000"))
-    for seed in range(start, start + calls):
-        random_call(seed)
+@pytest.mark.parametrize("call", [random_call, operator_call])
+def test_ten_thousand_random_calls(call):
+    fuzz(int(os.environ.get("NASLORA_FUZZ_CALLS", "10000")))(lambda data: call(data))()
 
 
 @pytest.mark.campaign
@@ -325,6 +413,67 @@ def test_channels_written_by_another_thread_for_long(call):
     refused = hammer(CALLS[call](), 20000)
     print(f"{call}: {refused} of 20000 calls refused")
     assert refused > 0
+
+
+# ---- Derivatives that the kernels do not have ----------------------------------------------------
+
+
+def vmap(function, leaf):
+    return torch.func.vmap(function)(torch.stack([leaf, 2 * leaf]))
+
+
+def jvp(function, leaf):
+    return torch.func.jvp(function, (leaf,), (leaf.cos(),))[1]
+
+
+def dual(function, leaf):
+    with forward_ad.dual_level():
+        result = function(forward_ad.make_dual(leaf, leaf.cos()))
+        return forward_ad.unpack_dual(result).tangent
+
+
+TRANSFORMS = {
+    "vmap": vmap,
+    "jvp": jvp,
+    "forward-mode": dual,
+    "grad": lambda function, leaf: torch.func.grad(lambda t: function(t).square().sum())(leaf),
+    "functionalize": lambda function, leaf: torch.func.functionalize(function)(leaf),
+}
+KERNEL = torch.ones(2, 2, 3, 3)
+FUNCTIONS = {
+    "mixed_cell": cell_case((1, 2, 3, 2), 2),
+    "nas_lora_linear": layer_case((1, 2, 3), 2, 2, 2, 1),
+    "rel_pos_attention": attention_case(1, 2, (2, 3), 2),
+    "folded_cell": Case("folded_cell", {"z": torch.rand(1, 2, 3, 2), "kernel": KERNEL}, {}, None),
+}
+
+
+def of_first_argument(case, backend):
+    _, *others = case.arguments.items()
+    function = getattr(naslora_kernels, case.function)
+    return lambda leaf: function(leaf, **dict(others), **case.options, backend=backend)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_transforms_compute_what_the_reference_does(name, transform):
+    case = FUNCTIONS[name]
+    leaf = next(iter(case.arguments.values()))
+    compute = TRANSFORMS[transform]
+    result, expected = (compute(of_first_argument(case, b), leaf) for b in ("cpp", "reference"))
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS)[:3])
+def test_second_derivatives_are_refused(name):
+    """Also where the incoming gradient requires none: saved tensors do."""
+    case = FUNCTIONS[name]
+    leaf = next(iter(case.arguments.values())).clone().requires_grad_()
+    y = of_first_argument(case, "cpp")(leaf)
+    (gradient,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (y.sum() + gradient.square().sum()).backward()
 
 
 @pytest.mark.parametrize("size", [1, 3, 9])
