@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,13 @@ def group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def wait_for(condition, *processes) -> None:
+    """Waits until a condition holds, for as long as the processes live."""
+    while not condition():
+        assert all(process.poll() is None for process in processes) or condition()
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,10 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
-from conftest import group_lives
+from conftest import group_lives, wait_for
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
@@ -85,14 +84,6 @@ def finished(naslora, killed):
     output, options = killed
     before = modified(output / "runs/lora/3")
     return naslora(*options, "--resume"), output, before
-
-
-def wait_for(condition, process=None):
-    started = time.monotonic()
-    while not condition():
-        assert process is None or process.poll() is None, "the comparison ended by itself"
-        assert time.monotonic() - started < 600
-        time.sleep(0.02)
 
 
 def measured(output):

@@ -4,10 +4,10 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from conftest import wait_for
 from kernel_cases import needs_cpp
 
 from bench import cases, gpu_check, timing
@@ -84,29 +84,20 @@ def test_says_that_there_is_no_gpu(monkeypatch, tmp_path, capsys):
 
 def test_a_step_that_fails_or_takes_too_long_is_told(tmp_path):
     def run(program, limit):
-        return gpu_check._run([sys.executable, "-c", program], limit, tmp_path, "step")
+        return gpu_check._run(["bash", "-c", program], limit, tmp_path, "step")
 
-    failed = run("print('3 failed'); raise SystemExit(1)", 60)
+    failed = run("echo 3 failed; exit 1", 600)
     assert failed == {"passed": False, "summary": "3 failed"}
-    printing = "print('test_a PASSED', flush=True); import time; time.sleep(9)"
-    late = run(printing, 1)
+    late = run("echo test_a PASSED; sleep 600", 1)
     assert not late["passed"]
     assert late["summary"] == "stopped after 1 s, its time: 1 passed, 0 failed; last: test_a PASSED"
 
 
 def test_what_a_late_step_started_ends_with_it(tmp_path):
-    program = f"""
-import pathlib, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
-time.sleep(60)
-"""
-    gpu_check._run([sys.executable, "-c", program], 1, tmp_path, "step")
-    child = pathlib.Path("/proc", (tmp_path / "child").read_text(), "stat")
-    until = time.monotonic() + 30  # a killed process goes on until it is scheduled
-    while time.monotonic() < until and child.exists() and child.read_text().split()[2] != "Z":
-        time.sleep(0.05)
-    assert not child.exists() or child.read_text().split()[2] == "Z"  # until init has seen it
+    gpu_check._run(["bash", "-c", "sleep 600 & echo $!; sleep 600"], 1, tmp_path, "step")
+    child = pathlib.Path("/proc", (tmp_path / "step.log").read_text().strip(), "stat")
+    # A killed process goes on until it is scheduled, and is a zombie until init has seen it.
+    wait_for(lambda: not child.exists() or child.read_text().split()[2] == "Z")
 
 
 def test_rows_are_written_as_they_come(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import wait_for
 from PIL import Image
 
 from naslora.files import read_json, read_safetensors
@@ -279,10 +280,7 @@ def kill_after(arguments, output, tiny, epochs):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    started = time.monotonic()
-    while last_epoch(output) < epochs:
-        assert process.poll() is None and time.monotonic() - started < 120
-        time.sleep(0.02)
+    wait_for(lambda: last_epoch(output) >= epochs, process)
     time.sleep(random.uniform(0, 0.5))
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

@@ -426,7 +426,6 @@ def in_two_processes(make_data, tiny_vit, tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     (folder / "stderr").write_text(done.stderr)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from naslora.sam import encoders
 from naslora.sam.segmentation import SamForSegmentation
 
 # Seconds after which a forked command that hangs prints where, and ends.
-LONGEST = 300
+LONGEST = 540
 WITHOUT_WORLD = ("test_processes.py", "test_numbers.py")
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
 
@@ -191,9 +190,9 @@ class Forked:
         """Sends a signal."""
         os.kill(self.pid, number)
 
-    def running(self) -> bool:
-        """Whether it runs; does not reap it."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    def poll(self) -> object:
+        """None while it runs, as of ``subprocess.Popen``; does not reap it."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
     def wait(self) -> Ended:
         """Waits until it ends."""
@@ -223,14 +222,6 @@ def forked(tiny_vit):
         return Forked(arguments, prepare)
 
     return start
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Waits until a condition holds."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds
-        time.sleep(0.005)
 
 
 def one_line(err: str) -> str:

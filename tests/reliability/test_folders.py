@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from conftest import wait_for
 
 from naslora.errors import UserError
 from naslora.locks import locked
-from reliability.conftest import TRAIN, one_line, wait_for
+from reliability.conftest import TRAIN, one_line
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
@@ -89,7 +90,7 @@ def test_two_runs_that_start_together(forked, clean_world, tmp_path):
 def test_resuming_a_run_that_goes_on(forked, naslora, clean_world, tmp_path):
     arguments = ("train", "--data", clean_world / "data", *TRAIN, "--output", tmp_path / "run")
     run = forked(*arguments, "--epochs", 500)
-    wait_for(lambda: (tmp_path / "run/last.pt").exists())
+    wait_for((tmp_path / "run/last.pt").exists, run)
     result = naslora(*arguments, "--epochs", 500, "--resume")
     run.kill()
     run.wait()

@@ -9,13 +9,13 @@ import time
 
 import pytest
 import torch
-from conftest import group_lives
+from conftest import group_lives, wait_for
 from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from naslora.data.dataset import SegmentationDataset
 from naslora.exits import Interrupted, signals
-from reliability.conftest import TRAIN, one_line, wait_for
+from reliability.conftest import TRAIN, one_line
 from reliability.test_kills import assert_same
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -29,7 +29,7 @@ def test_a_signal_in_training(forked, naslora, clean_world, tmp_path, number, st
     command = ("train", "--data", clean_world / "data", *TRAIN, *options)
     output = ("--output", tmp_path / "run")
     run = forked(*command, *output)
-    wait_for(lambda: (tmp_path / "run/config.json").exists())
+    wait_for((tmp_path / "run/config.json").exists, run)
     run.kill(number)
     ended = run.wait()
     assert ended.status == status
@@ -43,7 +43,7 @@ def test_workers_end_with_the_run(forked, clean_world, tmp_path, number, status,
     options = ("--workers", 2, "--epochs", 500)
     command = ("train", "--data", clean_world / "data", *TRAIN, *options)
     run = forked(*command, "--output", tmp_path / "run")
-    wait_for(lambda: (tmp_path / "run/last.pt").exists())
+    wait_for((tmp_path / "run/last.pt").exists, run)
     # Ctrl-C reaches every process of the terminal, and a scheduler's SIGTERM often the first alone.
     if number == signal.SIGINT:
         os.killpg(run.pid, number)
@@ -52,7 +52,7 @@ def test_workers_end_with_the_run(forked, clean_world, tmp_path, number, status,
     ended = run.wait()
     assert ended.status == status, ended.err
     assert word in one_line(ended.err)
-    wait_for(lambda: not group_lives(run.pid), 15)
+    wait_for(lambda: not group_lives(run.pid))
 
 
 def test_workers_that_are_told_to_end_while_the_run_waits_for_them(forked, clean_world, tmp_path):
@@ -138,15 +138,15 @@ def test_a_signal_in_a_comparison(clean_world, tmp_path, number, status, word):
         text=True,
         start_new_session=True,
     )
-    wait_for(lambda: (tmp_path / "all/runs/lora/0/config.json").exists())
+    wait_for((tmp_path / "all/runs/lora/0/config.json").exists, process)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == status, err
     assert one_line(err) == f"naslora: {word}; --resume continues the run"
-    wait_for(lambda: not group_lives(process.pid), 15)
+    wait_for(lambda: not group_lives(process.pid))
 
 
 @pytest.mark.parametrize("delay", [0.3, pytest.param(1.5, marks=pytest.mark.campaign)])
@@ -165,7 +165,7 @@ def test_a_signal_at_the_start(number, status, word, delay):
     assert process.stdout.readline() == "started\n"
     time.sleep(delay)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     if process.returncode:  # else the machine is so fast that the command has ended
         assert process.returncode == status, err
         assert one_line(err) in ("naslora: interrupted", "naslora: terminated")
@@ -188,8 +188,8 @@ def test_a_second_signal_ends_at_once(forked, clean_world, tmp_path):
         Trainer.run = stubborn
 
     run = forked(*command, "--output", tmp_path / "run", prepare=prepare)
-    wait_for(lambda: (tmp_path / "trains").exists())
+    wait_for((tmp_path / "trains").exists, run)
     run.kill(signal.SIGTERM)
-    wait_for(lambda: (tmp_path / "first").exists())
+    wait_for((tmp_path / "first").exists, run)
     run.kill(signal.SIGTERM)
     assert run.wait().status == 143
