@@ -289,11 +289,15 @@ def predict(
     overlap: Annotated[
         float, tyro.conf.arg(help="Share of a tile that neighbours have in common, at most 0.5.")
     ] = prediction.OVERLAP,
+    trust: Annotated[
+        bool,
+        tyro.conf.arg(help="Load a .pt2 file, although it can run any code on this machine."),
+    ] = False,
 ) -> None:
     """Segment images; write a mask and an overlay for each."""
     errors: list[UserError] = []
     on_error = errors.append if skip_errors else None
-    written = prediction.predict_run(path, inputs, output, on_error, tiles, overlap)
+    written = prediction.predict_run(path, inputs, output, on_error, tiles, overlap, trust)
     print(f"wrote {len(written)} masks and overlays to {output}")
     for error in errors:
         print(f"naslora: skipped: {error}", file=sys.stderr)

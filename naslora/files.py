@@ -192,14 +192,8 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing, cannot be read, is not JSON, does not match its checksum, or
             is of a later version.
     """
-    try:
+    with reading(path, "cannot be read as JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except RecursionError as error:
-        raise UserError(f"{path} cannot be read as JSON: it is nested too deeply") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         return value
     version = value.get("version", 0)
@@ -268,13 +262,8 @@ def tensor_names(path: Path) -> set[str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    with reading(path, "is damaged or no safetensors file"), safe_open(path, "pt") as file:
+        yield file
 
 
 def read_torch(path: Path, device: torch.device | str = "cpu") -> Any:
@@ -284,15 +273,40 @@ def read_torch(path: Path, device: torch.device | str = "cpu") -> Any:
         UserError: the file is missing or damaged, or holds other objects than tensors and plain
             values.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
+    with reading(path):
         check_archive(path)
         return torch.load(path, map_location=device, weights_only=True)
-    except UserError:
+
+
+@contextmanager
+def reading(path: Path, problem: str = "is damaged or has another format") -> Iterator[None]:
+    """Turns every error of the body, which reads and checks ``path``, into one line that names it.
+
+    Lack of memory is no error of the file, and is raised as it is.
+
+    Args:
+        path: a file or a folder.
+        problem: what an error of the body means.
+
+    Raises:
+        UserError: the body raised, or ``path`` is neither a file nor a folder.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is neither a file nor a folder")  # reading a pipe could wait
+    try:
+        yield
+    except MemoryError:
         raise
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path} is damaged: {reason_of(error)}") from error
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # what a damaged file raises depends on the library that reads it
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} {problem}: {reason_of(error)}") from error
 
 
 def check_archive(path: Path) -> None:
@@ -301,11 +315,8 @@ def check_archive(path: Path) -> None:
     Raises:
         UserError: a record is damaged, or the file is no zip archive.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # a damaged archive can raise anything
-        raise UserError(f"{path} is damaged or has another format: {reason_of(error)}") from error
+    with reading(path), zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
     if damaged is not None:
         raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
 
@@ -316,6 +327,8 @@ def reason_of(error: BaseException) -> str:
     PyTorch's advice to load with ``weights_only=False`` is left out, because that runs code.
     """
     text = " ".join(str(error).strip().split("\n")[0].split())
+    if isinstance(error, KeyError):
+        return f"it lacks {text[:300]}"
     if "weights_only" in text or "Weights only" in text:
         return "it holds other objects than tensors and plain values, or is no PyTorch file"
     return text[:300] or type(error).__name__
@@ -325,8 +338,12 @@ def reason_of(error: BaseException) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """SHA-256 of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def weights_checksum(tensors: Iterable[Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from naslora.data.layouts import list_images
 from naslora.data.png import PngWriter
 from naslora.data.tiles import SMALLEST, Grid, Tiles, check_tiles, fit_tiles
 from naslora.errors import UserError
-from naslora.files import replaced_file
+from naslora.files import reading, replaced_file
 from naslora.locks import locked
 from naslora.report.pictures import paint_bands
 from naslora.sam.export import ClassMap, load_class_map
@@ -62,6 +63,7 @@ def predict_run(
     on_error: Callable[[UserError], None] | None = None,
     tiles: TileSize | None = None,
     overlap: float = OVERLAP,
+    trust: bool = False,
 ) -> list[Path]:
     """Segments images: writes a mask and an overlay for each, at the image's own size.
 
@@ -83,6 +85,7 @@ def predict_run(
             was trained on (``crop``), or else its image size. None segments images whole. An image
             that fits into one tile has the same mask with and without tiles.
         overlap: share of a tile that neighbours have in common, in [0, 0.5].
+        trust: as in ``load_class_map``.
 
     Returns:
         The PNG masks that were written.
@@ -97,7 +100,7 @@ def predict_run(
     if tiles is not None:
         check_tiles(Tiles(SMALLEST if tiles == "auto" else tiles, overlap))
     with locked(output), large_images() if tiles is not None else contextlib.nullcontext():
-        predictor = _load_predictor(path, tiles, overlap)
+        predictor = _load_predictor(path, tiles, overlap, trust)
         samples = [Sample(image, None, "input") for image in images]
         if on_error is None and len(samples) > 1:  # one image is read before anything is written
             check_with_progress(samples, predictor.config)
@@ -137,6 +140,8 @@ def _write_pictures(predictor: Predictor, image: LargeImage, mask: Path, overlay
     """Segments an image and writes both files, row by row as the labels come."""
     config = predictor.config
     foreground = 255 if config.num_classes == 1 else 1
+    segmented = segment(predictor, image)
+    first = next(segmented)  # before a file is created
     with contextlib.ExitStack() as files:
         writers = [
             PngWriter(
@@ -150,7 +155,7 @@ def _write_pictures(predictor: Predictor, image: LargeImage, mask: Path, overlay
         ]
 
         def bands() -> Iterator[np.ndarray]:
-            for labels in segment(predictor, image):
+            for labels in itertools.chain([first], segmented):
                 writers[0].write(labels * np.uint8(foreground))
                 yield labels
 
@@ -188,18 +193,19 @@ def scores_of(predictor: Predictor, picture: Image.Image) -> Tensor:
     return predictor.class_map(transforms.to_dtype(pixels, torch.float32, scale=True)[None])
 
 
-def _load_predictor(path: Path, tiles: TileSize | None, overlap: float) -> Predictor:
+def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: bool) -> Predictor:
     """Loads a folder or an exported file."""
     if path.is_file():
-        class_map, held = load_class_map(path)
-        config = RunConfig(
-            model=held.model,
-            image_size=held.image_size,
-            num_classes=held.num_classes,
-            class_names=held.class_names,
-            crop=held.crop,
-            intensity=held.intensity,
-        )
+        class_map, held = load_class_map(path, trust)
+        with reading(path):
+            config = RunConfig(
+                model=held.model,
+                image_size=held.image_size,
+                num_classes=held.num_classes,
+                class_names=held.class_names,
+                crop=held.crop,
+                intensity=held.intensity,
+            )
     else:
         model, config = load_model(path)
         model.to(make_accelerator(config.training).device)

@@ -19,14 +19,15 @@ from naslora.adapter.merged_files import (
     load_merged,
     merged_checksum,
     merged_state,
+    read_merged,
 )
 from naslora.adapter.storage import WEIGHTS_NAME
 from naslora.data.contents import warnings_about
 from naslora.data.images import Sample
 from naslora.errors import UserError, listing
 from naslora.files import (
-    read_json,
     read_safetensors,
+    reading,
     replaced_folder,
     tensor_names,
     write_tensors,
@@ -73,10 +74,16 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     Raises:
         UserError: the folder is neither, or a file in it is missing or damaged.
     """
-    if (path / MERGED_CONFIG).is_file():
-        return _load_merged(path)
-    if not (path / CONFIG).is_file():
+    if (path / MERGED_CONFIG).exists():
+        with reading(path):
+            return _load_merged(path)
+    if not (path / CONFIG).exists():
         raise UserError(f"{path} is no run: it has neither {CONFIG} nor {MERGED_CONFIG}")
+    with reading(path):
+        return _load_run(path)
+
+
+def _load_run(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     config = read_config(path / CONFIG)
     adapter = adapter_folder(path)
     model = build_frozen_model(config)
@@ -93,17 +100,14 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
 
 
 def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
-    stored = read_json(path / MERGED_CONFIG)
-    try:
-        config = RunConfig.from_dict(stored["config"])
-    except (KeyError, TypeError, UserError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path / MERGED_CONFIG} describes no merged model: {reason}") from error
+    stored = read_merged(path / MERGED_CONFIG)
+    with reading(path / MERGED_CONFIG, "describes no merged model"):
+        config = RunConfig.from_dict(stored.config)
     model = build_model(
         config.model, config.image_size, config.num_classes, NONE, attention=config.attention
     )
     load_merged(model, path)
-    if (path / LEFT_OUT).is_file():
+    if (path / LEFT_OUT).exists():
         model.left_out = read_safetensors(path / LEFT_OUT)
     return model.eval(), config
 

@@ -251,7 +251,7 @@ def test_mobile_sam_gets_its_own_names(tmp_path):
 def test_an_exported_file_predicts_what_the_model_does(exported, file_format, size):
     # Three classes, because a test of the command line has a binary model.
     model, path = exported(file_format, size, 3, "exact", "model")
-    predict, held = load_exported(path)
+    predict, held = load_exported(path, trust=True)
     assert held == description(model)
     x = tokens(2, 3, size, size).sigmoid()
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_export_and_predict_from_the_command_line(naslora, folders, tmp_path):
         sources.append(path)
     masks = []
     for i, source in enumerate(sources):
-        result = naslora("predict", source, *pictures, "--output", tmp_path / str(i))
+        result = naslora("predict", source, *pictures, "--output", tmp_path / str(i), "--trust")
         assert result.status == 0 and "wrote 2 masks" in result.out, result.err
         assert len(list((tmp_path / str(i)).glob("*_overlay.png"))) == 2
         files = sorted((tmp_path / str(i)).glob("*_mask.png"))
@@ -335,9 +335,9 @@ def test_files_that_predict_nothing_are_refused(naslora, folders, checkpoint, tm
     picture = next((folders / "data" / "images").glob("test*.png"))
 
     def error(path):
-        return refused(naslora, "predict", path, picture, "--output", tmp_path / "o")
+        return refused(naslora, "predict", path, picture, "--output", tmp_path / "o", "--trust")
 
-    assert "sam.safetensors was not written by naslora export" in error(checkpoint)
+    assert "sam.safetensors: it was not written by naslora export" in error(checkpoint)
     for name in ("a.onnx", "a.pt2", "a.safetensors"):
         (tmp_path / name).write_bytes(b"nothing that anyone wrote")
         assert f"{name} is damaged or has another format" in error(tmp_path / name)

@@ -317,11 +317,10 @@ class FixedMixture(nn.Module):
 # ---- All presets ---------------------------------------------------------------------------------
 
 
-def restore_collapsed(tensors: dict[str, Tensor]) -> nn.Module:
-    """The collapsed cell that ``tensors``, its state dict, belongs to."""
+def restore_collapsed(tensors: dict[str, Tensor], channels: int) -> nn.Module:
+    """The collapsed cell of ``channels`` channels that ``tensors``, its state dict, belongs to."""
     if "kernel" in tensors:
         return FoldedCell(tensors["kernel"], tensors["pooling"])
-    channels = tensors["cell.convolutions.0.1.bias"].shape[0]  # of the first depthwise convolution
     return FixedMixture(PaperCell(channels, "identity", torch.Generator()), tensors["mixture"])
 
 

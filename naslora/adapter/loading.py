@@ -170,13 +170,7 @@ def _differing_tensors(
 ) -> list[str]:
     problems = []
     for name, tensor in tensors.items():
-        if name not in state:
-            problems.append(f"{name} is not in the model")
-        elif state[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in the model"
-            problems.append(f"{name} has shape {shapes}")
-        else:
-            problems += value_problems(name, tensor, state[name])
+        problems += tensor_problems(name, tensor, state)
     for name, (_, layer) in zip(layer_names(model), adapter_layers(model), strict=True):
         problems += _channel_problems(f"{name}.channels".lstrip("."), layer.rank, tensors)
     ours = adapter_names(model)
@@ -185,6 +179,16 @@ def _differing_tensors(
         f"{name} is missing in the file" for name in sorted(expected.keys() - tensors.keys())
     ]
     return problems
+
+
+def tensor_problems(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> list[str]:
+    """Why a tensor of a file does not fit the tensors of the model: name, shape, values."""
+    if name not in state:
+        return [f"{name} is not in the model"]
+    if state[name].shape != tensor.shape:
+        shapes = f"{tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in the model"
+        return [f"{name} has shape {shapes}"]
+    return value_problems(name, tensor, state[name])
 
 
 def value_problems(name: str, tensor: Tensor, present: Tensor) -> list[str]:

@@ -14,6 +14,7 @@ from naslora.adapter.grid import as_grid, split_prefix
 from naslora.adapter.modules import check_model, replace_module
 from naslora.errors import UserError
 from naslora_kernels import folded_linear
+from naslora_kernels.operations import FOLDED_SIZE, OPERATIONS
 
 MARK = "merged_from"  # the attribute of a merged module that holds its ``MergedFrom``
 
@@ -196,26 +197,52 @@ def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, T
         tensors: the merged model's state dict.
     """
     for name in layers:
-        prefix = f"{name}.lora_A"
         base = cast(nn.Linear, model.get_submodule(name))
-        if prefix not in tensors:
+        stored = {
+            key.removeprefix(f"{name}."): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        if "lora_A" not in stored:
             mark_merged(base, None)  # it merged into a plain nn.Linear
             continue
-        stored = {
-            key.removeprefix(f"{name}.mixture."): value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}.mixture.")
-        }
-        mixture = restore_collapsed(stored)
-        grid = tensors.get(f"{name}.declared_grid")
-        beside = tensors.get(f"{name}.declared_prefix")
-        layer = MergedNASLoRALinear(
-            base,
-            tensors[prefix],
-            tensors[f"{name}.lora_B"],
-            mixture,
-            None if grid is None else (int(grid[0]), int(grid[1])),
-            prefix_tokens=0 if beside is None else int(beside),
-        )
+        layer = _restore_layer(base, stored)
         mark_merged(layer, None)
         replace_module(model, name, layer)
+
+
+def _restore_layer(base: nn.Linear, stored: dict[str, Tensor]) -> MergedNASLoRALinear:
+    """The layer that ``stored``, its state dict, belongs to.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: a tensor does not fit ``base`` or the others.
+    """
+    channels = stored["lora_A"].shape[0]
+    shapes: dict[str, tuple[int, ...]]
+    shapes = {"lora_A": (channels, base.in_features), "lora_B": (base.out_features, channels)}
+    if "mixture.kernel" in stored:
+        size = min(stored["mixture.kernel"].shape[-1] | 1, FOLDED_SIZE)  # odd
+        shapes |= {"mixture.kernel": (channels, channels, size, size), "mixture.pooling": (2,)}
+    else:
+        shapes["mixture.mixture"] = (len(OPERATIONS),)
+    for name, shape in shapes.items():
+        tensor = stored[name]
+        if tensor.shape != shape or not tensor.is_floating_point():
+            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name} is {found}, not floating-point of shape {shape}")
+        stored[name] = tensor.to(torch.promote_types(tensor.dtype, base.weight.dtype))
+    mixture = {
+        name.removeprefix("mixture."): tensor
+        for name, tensor in stored.items()
+        if name.startswith("mixture.")
+    }
+    grid = stored.get("declared_grid")
+    return MergedNASLoRALinear(
+        base,
+        stored["lora_A"],
+        stored["lora_B"],
+        restore_collapsed(mixture, channels),
+        None if grid is None else (int(grid[0]), int(grid[1])),
+        prefix_tokens=int(stored.get("declared_prefix", 0)),
+    )

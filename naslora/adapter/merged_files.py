@@ -4,8 +4,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import Tensor, nn
 
+from naslora.adapter.loading import tensor_problems
 from naslora.adapter.merged import merged_modules, restore_merged
 from naslora.adapter.modules import adapter_layers, check_model, undone_on_error
 from naslora.adapter.storage import PEFT_TYPE, base_model, unshared
@@ -23,6 +25,7 @@ from naslora.errors import UserError, listing
 from naslora.files import (
     read_json,
     read_safetensors,
+    reading,
     weights_checksum,
     write_json,
     write_tensors,
@@ -30,6 +33,29 @@ from naslora.files import (
 
 MERGED_CONFIG = "merged.json"
 MERGED_WEIGHTS = "model.safetensors"
+
+
+class _Layer(msgspec.Struct):
+    name: str
+
+
+class _Report(msgspec.Struct):
+    layers: list[_Layer] = []
+
+
+class Merged(msgspec.Struct):
+    """What is read of merged.json. ``save_merged`` writes no report and no config."""
+
+    layers: list[str] = []
+    report: _Report = msgspec.field(default_factory=_Report)
+    config: dict[str, Any] = {}
+    weights_checksum: str | None = None
+    """None in a file of 0.1.0."""
+
+    @property
+    def names(self) -> list[str]:
+        """The merged layers' names."""
+        return self.layers or [layer.name for layer in self.report.layers]
 
 
 def save_merged(model: nn.Module, directory: str | Path) -> None:
@@ -90,11 +116,11 @@ def load_merged(model: nn.Module, directory: str | Path) -> None:
     if any(adapter_layers(model)) or any(merged_modules(model)):
         raise UserError("load_merged needs the original model: this one is adapted or merged")
     directory = Path(directory)
-    stored = read_json(directory / MERGED_CONFIG)
-    names = _layers(stored, directory / MERGED_CONFIG)
+    stored = read_merged(directory / MERGED_CONFIG)
+    names = stored.names
     tensors = read_safetensors(directory / MERGED_WEIGHTS)
     reshard(model)
-    with undone_on_error(model):
+    with reading(directory, "does not hold a whole merged model"), undone_on_error(model):
         missing = [name for name in names if not _has_linear(unwrap(model), name)]
         if missing:
             raise UserError(
@@ -107,8 +133,7 @@ def load_merged(model: nn.Module, directory: str | Path) -> None:
         if problems:
             listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
             raise UserError(f"{directory} does not hold a whole merged model: {listed}")
-        checksum = merged_checksum(tensors)
-        if stored.get("weights_checksum", checksum) != checksum:
+        if stored.weights_checksum not in (None, merged_checksum(tensors)):
             raise UserError(
                 f"{directory / MERGED_WEIGHTS} holds other weights than {MERGED_CONFIG} says: use "
                 "the files of one merge"
@@ -118,17 +143,17 @@ def load_merged(model: nn.Module, directory: str | Path) -> None:
     drop_caches(model)
 
 
-def _layers(stored: Any, path: Path) -> list[str]:
-    """The merged layers' names. ``naslora merge`` writes them as those of the merge's report."""
-    try:
-        described = "report" in stored
-        layers = stored["report"]["layers"] if described else stored["layers"]
-        names = [layer["name"] if described else layer for layer in layers]
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError("a layer's name is no string")
-        return names
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} describes no merged model: {error}") from error
+def read_merged(path: Path) -> Merged:
+    """Reads merged.json.
+
+    Raises:
+        UserError: the file is missing or damaged, or describes no merged model.
+    """
+    with reading(path, "describes no merged model"):
+        merged = msgspec.convert(read_json(path), Merged)
+        if not merged.names:
+            raise ValueError("it names no layer")
+    return merged
 
 
 def _has_linear(model: nn.Module, name: str) -> bool:
@@ -142,16 +167,5 @@ def _mismatches(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[st
     expected: Collection[str] = unshared(state)
     return [
         *(f"{name} is missing in the file" for name in expected if name not in tensors),
-        *(f"{name} is not in the model" for name in tensors if name not in state),
-        *(
-            f"{name} has shape {tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in "
-            "the model"
-            for name, tensor in tensors.items()
-            if name in state and state[name].shape != tensor.shape
-        ),
-        *(
-            f"{name} has dtype {tensor.dtype} in the file, {state[name].dtype} in the model"
-            for name, tensor in tensors.items()
-            if name in state and state[name].is_floating_point() != tensor.is_floating_point()
-        ),
+        *(problem for name in tensors for problem in tensor_problems(name, tensors[name], state)),
     ]

@@ -13,26 +13,30 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import msgspec
 import numpy as np
 import torch
-from safetensors import safe_open
+from msgspec import Meta
 from torch import Tensor, nn
 
 from naslora.adapter.modules import adapter_layers
 from naslora.errors import UserError
 from naslora.files import (
+    CHECKSUM,
     check_archive,
     disk_error,
-    reason_of,
+    file_checksum,
+    read_metadata,
+    reading,
     replaced_file,
     replaced_folder,
     write_tensors,
     write_text,
 )
+from naslora.records import from_json
 from naslora.sam.checkpoint import CONFIG, WEIGHTS, huggingface_files, sam_state_dict
+from naslora.sam.encoders import LARGEST_IMAGE, PATCH_SIZE
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
 
 # ---- What a file contains ------------------------------------------------------------------------
@@ -47,10 +51,6 @@ EXAMPLE_IMAGES = 2
 """Batch size of the traced example. The graph accepts other batch sizes."""
 MOST_IMAGES = 1024
 """Largest batch size that the graph accepts."""
-# Field 14 of a ModelProto, 80 bytes long: a key of 12 bytes, and a value of 64.
-CHECKSUM_HEAD = b"\x72\x50\x0a\x0cnaslora_256a\x12\x40"
-CHECKSUM_HEAD_OF_TWO = b"\x72\x50\x0a\x0cnaslora_256b\x12\x40"
-"""How the checksum of an ONNX file begins: of one file, and of one with NAME.onnx.data."""
 MOST_BYTES = 1_900_000_000
 """Largest size of weights inside an ONNX file, because a protobuf file is limited to 2 GiB. Larger
 weights are written to a second file."""
@@ -62,9 +62,9 @@ class Description:
 
     model: str
     """One of ``naslora.sam.encoders.MODELS``."""
-    image_size: int
+    image_size: Annotated[int, Meta(ge=PATCH_SIZE, le=LARGEST_IMAGE, multiple_of=PATCH_SIZE)]
     """Side S of the images in pixels."""
-    num_classes: int
+    num_classes: Annotated[int, Meta(ge=1, le=256)]
     """1 if binary, else K."""
     class_names: tuple[str, ...]
     """Names of the foreground classes."""
@@ -81,20 +81,18 @@ class Description:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | None, path: Path) -> "Description":
+    def from_json(cls, text: str | None) -> "Description":
         """Inverts ``to_json``.
 
         Args:
             text: the stored text; None if the file has none.
-            path: the file, for the message.
 
         Raises:
             UserError: ``text`` is not a description.
         """
-        try:
-            return msgspec.json.decode(text or "", type=cls)
-        except msgspec.MsgspecError as error:
-            raise UserError(f"{path} was not written by naslora export") from error
+        if not text:
+            raise UserError("it was not written by naslora export")
+        return from_json(cls, json.loads(text), "its description")
 
 
 class Scores(nn.Module):
@@ -236,7 +234,7 @@ def _write_onnx(
         return
     with replaced_file(path) as temporary:
         converted.save(temporary, external_data=False)
-        _append_checksum(temporary)
+        _add_checksum(temporary, path.name)
 
 
 def _outputs(program: torch.export.ExportedProgram, part: Part) -> list[str]:
@@ -252,12 +250,12 @@ def _write_two_files(converted: Any, path: Path) -> None:
 
     Not atomic: NAME.onnx contains the name of NAME.onnx.data, so neither can be renamed.
     """
-    data = _data_file(path)
+    data = path.with_name(f"{path.name}.data")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # known by this file, a killed export leaves no model
     try:
         converted.save(path, external_data=True)
-        _append_checksum(path, data)
+        _add_checksum(path, path.name)
     except Exception as error:  # the writers of the format raise exceptions of many types
         path.unlink(missing_ok=True)
         data.unlink(missing_ok=True)
@@ -267,54 +265,27 @@ def _write_two_files(converted: Any, path: Path) -> None:
         raise UserError(f"{path} cannot be written: {reason}") from error
 
 
-def _data_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.data")
+def _add_checksum(path: Path, name: str) -> None:
+    import onnx  # an optional package
+
+    model = onnx.load(path, load_external_data=False)
+    model.metadata_props.add(key=CHECKSUM, value=_checksum(model, path.with_name(f"{name}.data")))
+    onnx.save(model, path)
 
 
-def _checksum_field(path: Path, content: int, data: Path | None) -> bytes:
-    """The checksum of an ONNX file as one more entry of ``metadata_props``, in protobuf's encoding.
-
-    A protobuf message may be continued by further fields, so the entry is the end of the file.
-
-    Args:
-        path: the file.
-        content: number of its bytes that the checksum covers.
-        data: the file with the weights, which it covers as well; None if there is none.
-    """
-    digest = hashlib.sha256()
-    for file, left in ((path, content), (data, None)):
-        if file is not None:
-            with file.open("rb") as stream:
-                while chunk := stream.read(min(left, 1 << 20) if left is not None else 1 << 20):
-                    digest.update(chunk)
-                    left = None if left is None else left - len(chunk)
-    return (CHECKSUM_HEAD if data is None else CHECKSUM_HEAD_OF_TWO) + digest.hexdigest().encode()
-
-
-def _append_checksum(path: Path, data: Path | None = None) -> None:
-    field = _checksum_field(path, path.stat().st_size, data)
-    with path.open("ab") as file:
-        file.write(field)
-
-
-def _check_onnx(path: Path) -> None:
-    """Verifies the checksum of an ONNX file. Files of 0.1.0 have none.
+def _checksum(model: Any, data: Path) -> str:
+    """SHA-256 of an ONNX model, and of the file with its weights if it has one.
 
     Raises:
-        UserError: the file, or the one with its weights, does not match it.
+        UserError: the weights are in other files than ``data``.
     """
-    length = len(CHECKSUM_HEAD) + 64
-    content = path.stat().st_size - length
-    if content < 0:
-        return
-    with path.open("rb") as file:
-        file.seek(content)
-        stored = file.read()
-    if not stored.startswith((CHECKSUM_HEAD, CHECKSUM_HEAD_OF_TWO)):
-        return
-    data = _data_file(path) if stored.startswith(CHECKSUM_HEAD_OF_TWO) else None
-    if stored != _checksum_field(path, content, data):
-        raise UserError(f"{path} is damaged: it does not match its checksum; export it again")
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True))
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    for name in {entry.value for entry in entries if entry.key == "location"}:
+        if name != data.name:
+            raise UserError(f"its weights are in {name}, and must be in {data.name}")
+        digest.update(file_checksum(data).encode())
+    return digest.hexdigest()
 
 
 def _write_program(
@@ -351,13 +322,17 @@ ClassMap = Callable[[Tensor], Tensor]
 """Maps the same images to the (B, K, S, S) class map."""
 
 
-def load_exported(path: Path) -> tuple[Predict, Description]:
+def load_exported(path: Path, trust: bool = False) -> tuple[Predict, Description]:
     """Loads a file that ``export`` wrote, for prediction on the CPU.
+
+    Args:
+        path: as in ``load_class_map``.
+        trust: as in ``load_class_map``.
 
     Raises:
         UserError: as ``load_class_map``.
     """
-    class_map, description = load_class_map(path)
+    class_map, description = load_class_map(path, trust)
 
     @torch.no_grad()
     def predict(images: Tensor) -> Tensor:
@@ -366,64 +341,80 @@ def load_exported(path: Path) -> tuple[Predict, Description]:
     return predict, description
 
 
-def load_class_map(path: Path) -> tuple[ClassMap, Description]:
+def load_class_map(path: Path, trust: bool = False) -> tuple[ClassMap, Description]:
     """Loads a file that ``export`` wrote, as a function from images to class maps, on the CPU.
+
+    Args:
+        path: the file.
+        trust: whether to read a ``.pt2`` file. PyTorch executes code that such a file holds. The
+            other formats hold none.
 
     Raises:
         UserError: the file is missing or damaged, was not written by ``export``, contains only the
-            image encoder, or is a SAM state dict of a model with several classes.
+            image encoder, or is a SAM state dict of a model with several classes. The function
+            raises it, too, if the model cannot take the images, or returns anything else than
+            finite class maps.
     """
     loaders = {".onnx": _load_onnx, ".pt2": _load_program, ".safetensors": _load_state_dict}
     if path.suffix not in loaders:
         raise UserError(
             f"{path} is not an exported model: its suffix is none of {', '.join(loaders)}"
         )
-    class_map, description = loaders[path.suffix](path)
-    if description.part != "model":
-        raise UserError(f"{path} holds only the image encoder, which predicts no masks")
+    if path.suffix == ".pt2" and not trust:
+        raise UserError(
+            f"{path} may hold code, which PyTorch runs when it loads a .pt2 file: give --trust if "
+            "you know who made it, or take the model's folder, .onnx or .safetensors file"
+        )
+    with reading(path), _quiet():
+        compute, description = loaders[path.suffix](path)
+        if description.part != "model":
+            raise UserError(f"{path} holds only the image encoder, which predicts no masks")
+
+    def class_map(images: Tensor) -> Tensor:
+        expected = (len(images), description.num_classes, *images.shape[2:])
+        with reading(path, "cannot segment an image"):
+            scores = compute(images)
+            if scores.shape != expected:
+                raise ValueError(f"it returns the shape {tuple(scores.shape)}, not {expected}")
+            if not scores.isfinite().all():
+                raise ValueError("its weights or its graph give NaN or infinities")
+        return scores
+
     return class_map, description
 
 
 def _load_onnx(path: Path) -> tuple[ClassMap, Description]:
-    try:  # an optional package
+    try:  # optional packages
+        import onnx
         import onnxruntime
     except ImportError as error:
         raise UserError(
             "predicting with ONNX needs onnxruntime; run pip install 'naslora[export]'"
         ) from error
-
-    def load() -> Any:
-        _check_onnx(path)
-        session = onnxruntime.InferenceSession(str(path))
-        return session, session.get_modelmeta().custom_metadata_map
-
-    session, metadata = _read(path, load)
+    model = onnx.load(path, load_external_data=False)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    stored = model.metadata_props.pop().value if CHECKSUM in metadata else None
+    if _checksum(model, path.with_name(f"{path.name}.data")) != stored is not None:
+        raise UserError(f"{path} is damaged: it does not match its checksum; export it again")
+    del model
+    session = onnxruntime.InferenceSession(str(path))
 
     def class_map(images: Tensor) -> Tensor:
         (result,) = session.run(None, {"images": np.ascontiguousarray(images.numpy())})
         return torch.from_numpy(result)
 
-    return class_map, Description.from_json(metadata.get(KEY), path)
+    return class_map, Description.from_json(metadata.get(KEY))
 
 
 def _load_program(path: Path) -> tuple[ClassMap, Description]:
     extra = {KEY: ""}
-
-    def load() -> Any:
-        check_archive(path)
-        return torch.export.load(path, extra_files=extra).module()
-
-    with _quiet():
-        module = _read(path, load)
-    return module, Description.from_json(extra[KEY], path)
+    check_archive(path)
+    program = torch.export.load(path, extra_files=extra)
+    return program.module(), Description.from_json(extra[KEY])
 
 
 def _load_state_dict(path: Path) -> tuple[ClassMap, Description]:
-    def metadata() -> dict[str, str]:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-
-    description = Description.from_json(_read(path, metadata).get(KEY), path)
+    description = Description.from_json(read_metadata(path).get(KEY))
     if description.num_classes > 1:
         raise UserError(
             f"{path} is a SAM state dict, and SAM has no classification branch for "
@@ -432,14 +423,3 @@ def _load_state_dict(path: Path) -> tuple[ClassMap, Description]:
         )
     model = build_model(description.model, description.image_size, 1, path).eval()
     return Scores(model), description
-
-
-def _read(path: Path, read: Callable[[], Any]) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        return read()
-    except UserError:
-        raise
-    except Exception as error:  # the libraries of the formats raise exceptions of many types
-        raise UserError(f"{path} is damaged or has another format: {reason_of(error)}") from error
