@@ -309,17 +309,6 @@ def test_damaged_run(refused, run):
     assert "no run configuration" in refused("evaluate", run)
 
 
-def test_damaged_merged_model(naslora, refused, run, tmp_path):
-    merged = tmp_path / "merged"
-    assert naslora("merge", run, "--output", merged).status == 0
-    truncate(merged / "model.safetensors")
-    assert "model.safetensors is damaged" in refused("evaluate", merged)
-    save_file({"weight": torch.zeros(1)}, merged / "model.safetensors")
-    assert "does not hold a whole merged model" in refused("evaluate", merged)
-    (merged / "merged.json").write_text("{}")
-    assert "describes no merged model" in refused("evaluate", merged)
-
-
 def test_not_a_run(refused, data, tmp_path):
     assert f"{data} is no run" in refused("evaluate", data)
     assert "is no run" in refused("merge", tmp_path / "no", "--output", tmp_path / "merged")
