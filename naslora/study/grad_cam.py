@@ -1,58 +1,48 @@
 """Grad-CAM of an encoder: which parts of an image decide its foreground (paper, Fig. 4)."""
 
-from typing import Any
-
+import matplotlib
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from naslora.sam.encoders import transformer_blocks
 from naslora.sam.segmentation import SamForSegmentation
 
 
-class _Foreground(nn.Module):
-    """Images to (B, K, S, S) scores whose gradients do not vanish: logits if the task is binary."""
-
-    def __init__(self, model: SamForSegmentation) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        output = self.model(images)
-        return output.masks if output.classes is None else output.class_map()
-
-
 def heat_map(model: SamForSegmentation, image: Tensor, mask: Tensor) -> np.ndarray:
     """Grad-CAM (Selvaraju et al. 2017) of the foreground's score at the encoder's last block.
+
+    The score is that of the foreground's pixels: the sum of their logits, or, with several classes,
+    of the class map.
 
     Args:
         model: trained or not.
         image: (3, S, S) in [0, 1].
-        mask: (S, S) labels. The score is summed over the pixels of their foreground.
+        mask: (S, S) labels.
 
     Returns:
         (S, S) float32 in [0, 1].
     """
-    from pytorch_grad_cam import GradCAM  # this import takes seconds
-
+    kept: list[Tensor] = []  # the output of the last block, (1, H, W, C)
     last = transformer_blocks(model.image_encoder)[-1]
-
-    def target(scores: Tensor) -> Tensor:
-        labels = mask.to(scores.device)
-        if scores.shape[0] == 1:
-            return scores[0][labels == 1].sum()
-        return torch.stack([scores[k][labels == k].sum() for k in range(1, len(scores))]).sum()
-
+    hook = last.register_forward_hook(lambda block, inputs, output: kept.append(output))
     # The encoder is frozen, so gradients reach its last block only on the way to the image.
-    images = image[None].to(next(model.parameters()).device).requires_grad_(True)
-    layers: dict[str, Any] = {
-        "target_layers": [last],
-        "reshape_transform": lambda x: x.permute(0, 3, 1, 2),
-    }
-    with GradCAM(_Foreground(model.eval()), **layers) as cam:
-        heat = cam(images, [target])[0]
-    model.zero_grad(set_to_none=True)
-    return heat
+    device = next(model.parameters()).device
+    try:
+        output = model.eval()(image[None].to(device).requires_grad_(True))
+    finally:
+        hook.remove()
+    scores, labels = output.masks, mask.to(device)
+    if output.classes is not None:
+        scores = output.class_map()[:, 1:]
+    score = sum(scores[0, k][labels == k + 1].sum() for k in range(scores.shape[1]))
+    (gradient,) = torch.autograd.grad(score, kept)
+    weights = gradient.mean((1, 2), keepdim=True)
+    heat = (weights * kept[0]).sum(-1).relu().detach()[:, None]  # (1, 1, H, W)
+    heat = F.interpolate(heat, mask.shape, mode="bilinear")[0, 0]
+    heat = heat - heat.min()
+    return (heat / heat.max().clamp_min(1e-7)).float().cpu().numpy()
 
 
 def heat_overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -65,6 +55,5 @@ def heat_overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
     Returns:
         (S, S, 3) uint8 RGB.
     """
-    from pytorch_grad_cam.utils.image import show_cam_on_image  # this import takes seconds
-
-    return show_cam_on_image(np.float32(pixels) / 255, heat, use_rgb=True)
+    colours = 255 * matplotlib.colormaps["jet"](heat)[..., :3]
+    return (colours / 2 + pixels / 2).round().astype(np.uint8)
