@@ -74,9 +74,10 @@ gpu-check:
 	python -m bench.gpu_check $(CHECK)
 
 # All of tests/reliability, then what plain pytest leaves out of the other tests: at most an hour on
-# two cores. CAMPAIGN adds options of pytest.
+# two cores. CAMPAIGN adds options of pytest. Then CI, with both cores busy, half an hour.
 LONG = OMP_NUM_THREADS=1 pytest -rP --tb=short --timeout=1800
 .PHONY: campaign
 campaign:
 	$(LONG) -m "campaign or not campaign" tests/reliability tests/test_run.py $(CAMPAIGN)
 	$(LONG) -m campaign --ignore=tests/reliability --deselect=tests/test_run.py tests $(CAMPAIGN)
+	bash .ci/run --busy
