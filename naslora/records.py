@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from naslora.errors import UserError
-from naslora.files import read_json, write_json, write_text
+from naslora.files import read_json, reading, write_json, write_text
 
 OPTIONAL = {"optional": True}
 """Metadata of a dataclass field that is absent from JSON while it is None."""
@@ -99,13 +99,9 @@ def read_rows(path: Path, kind: type[Record]) -> list[Record]:
     Raises:
         UserError: the file is missing or has other columns.
     """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [_unflatten(kind, row) for row in csv.DictReader(file)]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (msgspec.ValidationError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} does not hold rows of {kind.__name__}: {error}") from error
+    with reading(path, f"does not hold rows of {kind.__name__}"):
+        text = path.read_text(encoding="utf-8")
+        return [_unflatten(kind, row) for row in csv.DictReader(io.StringIO(text, newline=""))]
 
 
 def _flatten(row: Any) -> dict[str, Any]:

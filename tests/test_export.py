@@ -15,9 +15,9 @@ from torch import nn
 from naslora import NASLoRAConfig, UserError, inject, merge
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import PATCH_SIZE, build_image_encoder
-from naslora.sam.export import Description, Embedding, Scores, export, load_exported
+from naslora.sam.export import Description, Embedding, Scores, export, load_class_map
 from naslora.sam.families.mobile_sam import mobile_sam_name
-from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
 from naslora.trained import merge_run
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -251,13 +251,13 @@ def test_mobile_sam_gets_its_own_names(tmp_path):
 def test_an_exported_file_predicts_what_the_model_does(exported, file_format, size):
     # Three classes, because a test of the command line has a binary model.
     model, path = exported(file_format, size, 3, "exact", "model")
-    predict, held = load_exported(path, trust=True)
+    class_map, held = load_class_map(path, trust=True)
     assert held == description(model)
     x = tokens(2, 3, size, size).sigmoid()
     with torch.no_grad():
         expected = model(x).labels()
     # Labels may differ at pixels where two scores are equal up to rounding.
-    assert (predict(x) == expected).float().mean() > 0.999
+    assert (labels_of(class_map(x)) == expected).float().mean() > 0.999
 
 
 @pytest.fixture(scope="module")

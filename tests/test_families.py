@@ -30,9 +30,9 @@ from naslora.methods import METHODS, apply
 from naslora.records import read_rows
 from naslora.results import HISTORY, Epoch
 from naslora.sam.encoders import checkpoint_blocks
-from naslora.sam.export import Description, export, load_exported
+from naslora.sam.export import Description, export, load_class_map
 from naslora.sam.families import FAMILIES, MODELS, find_family
-from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
 from naslora.study.encoder_statistics import block_statistics
 
 KNOWN = {"sam": "vit_b", "sam_hq": "sam_hq_b", "sam2": "sam2.1_t"}
@@ -283,8 +283,8 @@ def test_an_official_checkpoint_of_sam2_comes_back_with_its_memory(tmp_path):
     back = load_file(tmp_path / "out.safetensors")
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], value) for key, value in state.items())
-    predict, _ = load_exported(tmp_path / "out.safetensors")
-    assert torch.equal(predict(pixels(128)), model.eval()(pixels(128)).labels())
+    class_map, _ = load_class_map(tmp_path / "out.safetensors")
+    assert torch.equal(class_map(pixels(128)), model.eval()(pixels(128)).class_map())
     export(model, description(model), "huggingface", tmp_path / "hf")
     kind, _ = CLASSES["Sam2Model"]
     _, info = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -424,10 +424,10 @@ def test_exported_graphs_predict_the_same(name, file_format, tmp_path):
     merge(model, "exact")
     path = tmp_path / ("model.onnx" if file_format == "onnx" else "model.pt2")
     export(model, description(model), file_format, path)
-    predict, held = load_exported(path)
+    class_map, held = load_class_map(path, trust=True)
     assert held.model == name
     images = pixels(64)
-    assert (predict(images) == model(images).labels()).float().mean() > 0.999
+    assert (labels_of(class_map(images)) == model(images).labels()).float().mean() > 0.999
 
 
 @pytest.mark.campaign

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.errors import UserError
-from naslora.files import read_json, read_safetensors, reason_of
+from naslora.files import read_json, read_safetensors, reading
 from naslora.sam.families import FAMILIES, find_family
 from naslora.sam.family import PATCH_SIZE, Family
 from naslora.sam.naming import Tensors
@@ -84,14 +84,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    try:
+    with reading(path, "is truncated or is not a PyTorch state dict"):
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(
-            f"checkpoint {path} is truncated or is not a PyTorch state dict: {reason_of(error)}"
-        ) from error
     if isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):
         tensors = tensors["model"]  # SAM 2 has it there
     if not isinstance(tensors, dict) or not all(
@@ -111,10 +105,8 @@ def _read_folder(path: Path, name: str) -> dict[str, Tensor]:
     if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         return read_safetensors(path / WEIGHTS)
     index = read_json(path / INDEX)
-    try:
+    with reading(path / INDEX, "lists no files with weights"):
         files = sorted({str(file) for file in index["weight_map"].values()})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / INDEX} lists no files with weights") from error
     tensors: dict[str, Tensor] = {}
     for file in files:
         if Path(file).name != file:

@@ -37,7 +37,7 @@ from naslora.files import (
 from naslora.records import from_json
 from naslora.sam.checkpoint import CONFIG, WEIGHTS, huggingface_files, sam_state_dict
 from naslora.sam.encoders import LARGEST_IMAGE, PATCH_SIZE
-from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
+from naslora.sam.segmentation import SamForSegmentation, build_model
 
 # ---- What a file contains ------------------------------------------------------------------------
 
@@ -316,29 +316,8 @@ def _quiet() -> Iterator[None]:
 
 # ---- Prediction ----------------------------------------------------------------------------------
 
-Predict = Callable[[Tensor], Tensor]
-"""Maps (B, 3, S, S) images in [0, 1] to (B, S, S) labels, both on the CPU."""
 ClassMap = Callable[[Tensor], Tensor]
-"""Maps the same images to the (B, K, S, S) class map."""
-
-
-def load_exported(path: Path, trust: bool = False) -> tuple[Predict, Description]:
-    """Loads a file that ``export`` wrote, for prediction on the CPU.
-
-    Args:
-        path: as in ``load_class_map``.
-        trust: as in ``load_class_map``.
-
-    Raises:
-        UserError: as ``load_class_map``.
-    """
-    class_map, description = load_class_map(path, trust)
-
-    @torch.no_grad()
-    def predict(images: Tensor) -> Tensor:
-        return labels_of(class_map(images))
-
-    return predict, description
+"""Maps (B, 3, S, S) images in [0, 1] to the (B, K, S, S) class map, both on the CPU."""
 
 
 def load_class_map(path: Path, trust: bool = False) -> tuple[ClassMap, Description]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from naslora.errors import UserError
-from naslora.sam.export import Description, load_exported
+from naslora.sam.export import Description, load_class_map
 from naslora.sam.segmentation import predict_labels
 from naslora.trained import load_model
 
@@ -239,8 +239,8 @@ def segment_by_folder(path: Path) -> None:
 
 
 def segment_by_file(path: Path) -> None:
-    predict, held = load_exported(path, trust=True)
-    predict(torch.rand(1, 3, held.image_size, held.image_size))
+    class_map, held = load_class_map(path, trust=True)
+    class_map(torch.rand(1, 3, held.image_size, held.image_size))
 
 
 CHANGES = {
