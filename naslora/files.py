@@ -340,7 +340,7 @@ def reason_of(error: BaseException) -> str:
 def file_checksum(path: Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
