@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import Parameter
 
 from naslora.errors import UserError
+from naslora.state_dicts import plain_tensors, tensors_checksum
 
 FORMAT = 1
 """Version of the files' format, under the key "version" in JSON files. Those of 0.1.0 have none."""
@@ -166,7 +166,7 @@ def write_tensors(
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = dict(metadata or {})
-    described[CHECKSUM] = _tensors_checksum(whole, described)
+    described[CHECKSUM] = tensors_checksum(whole, described)
     with replaced_file(path) as temporary:
         save_file(whole, temporary, metadata=described)
 
@@ -228,14 +228,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         UserError: the file is missing, truncated, not a safetensors file, or does not match its
-            checksum.
+            checksum; as ``plain_tensors``.
     """
     with _opened(path) as file:
         metadata = file.metadata() or {}
         names = file.keys()
-        tensors = {name: file.get_tensor(name) for name in names}
+        tensors = plain_tensors({name: file.get_tensor(name) for name in names}, path)
     stored = metadata.pop(CHECKSUM, None)
-    if stored is not None and stored != _tensors_checksum(tensors, metadata):
+    if stored is not None and stored != tensors_checksum(tensors, metadata):
         raise UserError(f"{path} is damaged: it does not match its checksum; use another copy")
     return tensors
 
@@ -346,34 +346,8 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def weights_checksum(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of shapes and values of floating-point tensors, in their order.
-
-    The values are rounded to bfloat16, so weights that are cast to bfloat16 keep their checksum. A
-    tensor without plain values (on the meta device, quantized by a library) counts by its shape.
-    """
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(json.dumps(list(tensor.shape)).encode())
-        if type(tensor) in (Tensor, Parameter) and not tensor.is_meta:
-            values = tensor.detach().to(torch.bfloat16).cpu().contiguous()
-            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _json_checksum(value: dict[str, Any]) -> str:
     """SHA-256 of a dictionary as JSON with sorted keys, without its own entry."""
     content = {key: item for key, item in value.items() if key != CHECKSUM}
     content = json.loads(json.dumps(content))  # keys become text, as in the file
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _tensors_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of names, dtypes, shapes and values of CPU tensors, and of the metadata."""
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        head = [name, str(tensor.dtype), list(tensor.shape)]
-        digest.update(json.dumps(head).encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

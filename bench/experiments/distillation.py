@@ -349,7 +349,7 @@ class Distillation:
             self.history = from_json(list[Pass], state["history"], path)
             self.student.load_state_dict(state["student"])
             self.mean.load_state_dict(state["mean"])
-            self.group.load_optimizer(state["optimizer"])
+            self.group.load_moments(state["optimizer"]["state"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"cannot resume from {path}: {error}; start anew") from error
 

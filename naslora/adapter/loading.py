@@ -32,6 +32,7 @@ from naslora.adapter.wrappers import (
 )
 from naslora.errors import UserError, listing
 from naslora.files import read_json, read_safetensors
+from naslora.state_dicts import tensor_problems
 
 
 def load_adapter(
@@ -179,32 +180,6 @@ def _differing_tensors(
         f"{name} is missing in the file" for name in sorted(expected.keys() - tensors.keys())
     ]
     return problems
-
-
-def tensor_problems(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> list[str]:
-    """Why a tensor of a file does not fit the tensors of the model: name, shape, values."""
-    if name not in state:
-        return [f"{name} is not in the model"]
-    if state[name].shape != tensor.shape:
-        shapes = f"{tuple(tensor.shape)} in the file, {tuple(state[name].shape)} in the model"
-        return [f"{name} has shape {shapes}"]
-    return value_problems(name, tensor, state[name])
-
-
-def value_problems(name: str, tensor: Tensor, present: Tensor) -> list[str]:
-    """Problems of a tensor from a file: a dtype of another kind, NaN, infinities.
-
-    Args:
-        name: its name, for the messages.
-        tensor: the tensor of the file.
-        present: the model's tensor that it replaces, of the same shape.
-    """
-    floating = tensor.is_floating_point()
-    if tensor.dtype != present.dtype and not (floating and present.is_floating_point()):
-        return [f"{name} has dtype {tensor.dtype} in the file, {present.dtype} in the model"]
-    if floating and not tensor.float().isfinite().all():
-        return [f"{name} holds NaN or infinities in the file"]
-    return []
 
 
 def _channel_problems(name: str, rank: int, tensors: Mapping[str, Tensor]) -> list[str]:

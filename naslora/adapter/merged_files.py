@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 from torch import Tensor, nn
 
-from naslora.adapter.loading import tensor_problems
 from naslora.adapter.merged import merged_modules, restore_merged
 from naslora.adapter.modules import adapter_layers, check_model, undone_on_error
 from naslora.adapter.storage import PEFT_TYPE, base_model, unshared
@@ -26,10 +25,10 @@ from naslora.files import (
     read_json,
     read_safetensors,
     reading,
-    weights_checksum,
     write_json,
     write_tensors,
 )
+from naslora.state_dicts import tensor_problems, weights_checksum
 
 MERGED_CONFIG = "merged.json"
 MERGED_WEIGHTS = "model.safetensors"

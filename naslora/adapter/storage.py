@@ -24,7 +24,8 @@ from naslora.adapter.wrappers import (
     unwrap,
 )
 from naslora.errors import UserError, listing
-from naslora.files import weights_checksum, write_json, write_tensors
+from naslora.files import write_json, write_tensors
+from naslora.state_dicts import weights_checksum
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -16,6 +16,7 @@ from naslora.files import read_json, read_safetensors, reading
 from naslora.sam.families import FAMILIES, find_family
 from naslora.sam.family import PATCH_SIZE, Family
 from naslora.sam.naming import Tensors
+from naslora.state_dicts import mismatches, plain_tensors
 
 TOKENS = ("mask_decoder.mask_tokens.weight", "mask_decoder.hf_token.weight")
 """(Q, 256) embeddings, of which the model may have another number than the checkpoint."""
@@ -60,6 +61,9 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
     fitted = {key: _fit(key, value, state) for key, value in tensors.items() if key in state}
     surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
     _check_complete(path, name, fitted, state, surplus)
+    damaged = [p for key, value in fitted.items() for p in mismatches(key, value, state[key])]
+    if damaged:
+        raise UserError(f"checkpoint {path} is damaged: {damaged[0]}; use another copy")
     model.load_state_dict({**state, **fitted})
     _drop_caches(model)
     return {
@@ -88,11 +92,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):
         tensors = tensors["model"]  # SAM 2 has it there
-    if not isinstance(tensors, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
-    ):
-        raise UserError(f"checkpoint {path} is not a plain state dict of tensors")
-    return tensors
+    if not isinstance(tensors, dict):
+        raise UserError(f"checkpoint {path} holds a {type(tensors).__name__}, no state dict")
+    return plain_tensors(tensors, f"checkpoint {path}")
 
 
 def _read_folder(path: Path, name: str) -> dict[str, Tensor]:
@@ -177,7 +179,7 @@ def _under_our_names(stored: Tensors, family: Family) -> dict[str, Tensor] | Non
 def _fit(key: str, value: Tensor, state: dict[str, Tensor]) -> Tensor:
     """Converts a stored tensor to the model's shape, as SAM does, or returns it unchanged."""
     wanted = state[key].shape
-    if value.shape == wanted:
+    if value.shape == wanted or value.dim() != len(wanted) or not value.numel():
         return value
     if key == "image_encoder.pos_embed" and value.shape[-1] == wanted[-1]:  # (1, H, W, C)
         return _resize(value.permute(0, 3, 1, 2), wanted[1:3], "bicubic").permute(0, 2, 3, 1)

@@ -44,6 +44,18 @@ class Family:
     code needs."""
 
 
+def width_of(tensors: Tensors, positions: str, axis: int) -> int | None:
+    """The channels of a checkpoint's position embedding of 4 axes; None if it has none.
+
+    Args:
+        tensors: the checkpoint, under our names.
+        positions: the embedding's name.
+        axis: the axis of its channels.
+    """
+    found = tensors.get(positions)
+    return found.shape[axis] if found is not None and found.dim() == 4 else None
+
+
 def depth_of(tensors: Tensors, blocks: str) -> int:
     """The number of transformer blocks in a checkpoint.
 

@@ -143,7 +143,7 @@ class HuggingFace:
         """Tensors under our names."""
         found = {}
         for name, tensor in tensors.items():
-            if name in self.stacked:
+            if name in self.stacked and tensor.dim() > 1:
                 rows = {self.stacked[name].format(i): row[None] for i, row in enumerate(tensor)}
                 found.update(rows)
             else:

@@ -15,11 +15,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from naslora.data.sampling import GlobalBatches
+from naslora.errors import UserError
 from naslora.methods import auxiliary_loss
 from naslora.sam.segmentation import SegmentationOutput
+from naslora.state_dicts import mismatches
 from naslora.training.train_config import Schedule
 
 Loss = Callable[[SegmentationOutput, Tensor], Tensor]
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What Adam and AdamW keep of a parameter."""
 BUCKET = 1 << 23
 """Numbers of gradients that processes send each other at once: 32 MiB of float32."""
 
@@ -47,22 +51,27 @@ class Group:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = factor * rate
 
-    def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Loads the optimizer's state.
+    def check_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
+        """Checks the moments of Adam or AdamW from a file, by the places of their parameters.
 
         Raises:
-            ValueError: it is that of other parameters, or holds NaN or infinities.
+            UserError: they are those of other parameters, or their values are damaged.
         """
-        self.optimizer.load_state_dict(state)
-        numbers = [value for group in self.optimizer.param_groups for value in group.values()]
-        if any(isinstance(value, float) and not math.isfinite(value) for value in numbers):
-            raise ValueError("the optimizer's settings hold NaN or infinities")
-        for parameter, moments in self.optimizer.state.items():
-            for name, moment in moments.items():
-                if moment.shape not in (parameter.shape, torch.Size()):
-                    raise ValueError(f"the optimizer's {name} has shape {tuple(moment.shape)}")
-                if not moment.isfinite().all():
-                    raise ValueError(f"the optimizer's {name} holds NaN or infinities")
+        for place, values in moments.items():
+            if place not in range(len(self.parameters)) or {*values} != MOMENTS:
+                raise UserError(f"the optimizer's state of parameter {place} is that of another")
+            parameter = self.parameters[place]
+            for name, value in values.items():
+                present = parameter.new_zeros(()) if name == "step" else parameter
+                problems = mismatches(f"the optimizer's {name}", value, present)
+                if not problems and name != "exp_avg" and (value < 0).any():
+                    problems = [f"the optimizer's {name} is negative"]
+                if problems:
+                    raise UserError(problems[0])
+
+    def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
+        """Takes over moments that ``check_moments`` accepts. The settings stay as they are."""
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
 def train_pass(

@@ -16,24 +16,20 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor
 
 from naslora.adapter.annealing import fixed, set_spatial, spatial_share
 from naslora.adapter.cell import mixture_entropy
 from naslora.adapter.injection import arch_parameters, cell_parameters
-from naslora.adapter.loading import value_problems
 from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import base_checksum, trained_state, unshared, write_adapter
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
-from naslora.files import FORMAT, check_version, read_torch, reason_of, write_torch
-from naslora.records import from_json, to_json
 from naslora.results import (
     ADAPTER,
     LAST,
@@ -49,6 +45,12 @@ from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader
 from naslora.training.progress import TrainProgress, epoch_line, epoch_numbers
+from naslora.training.resuming import (
+    LastState,
+    check_last,
+    read_last,
+    write_last,
+)
 from naslora.training.step import Group, LossNotFiniteError, train_pass
 from naslora.training.trackers import log
 from naslora.training.train_config import Schedule, TrainConfig
@@ -354,69 +356,42 @@ class Trainer:
                 with fixed(self.model):
                     state = unshared(trained_state(self.model))
                     write_adapter(self.model, self.directory / ADAPTER, state, self.base_checksum)
-            write_torch(self.directory / LAST, self._state())
+            write_last(self.directory / LAST, self._state())
         self.accelerator.wait_for_everyone()
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> LastState:
         scaler = self.accelerator.scaler
-        return {
-            "version": FORMAT,
-            "epoch": self.epoch,
-            "history": to_json(self.history),
-            "operations": to_json(self.operations),
-            "model": trained_state(self.model),
-            "optimizers": [group.optimizer.state_dict() for group in self.groups],
-            "scaler": scaler.state_dict() if scaler else None,
-            "base_checksum": self.base_checksum,
-        }
+        return LastState(
+            self.epoch,
+            self.history,
+            self.operations,
+            trained_state(self.model),
+            [group.optimizer.state_dict()["state"] for group in self.groups],
+            scaler.state_dict() if scaler else None,
+            self.base_checksum,
+        )
 
     def resume(self) -> None:
         """Continues from the last checkpoint, if there is one.
 
         Raises:
-            UserError: the checkpoint is damaged or belongs to another model.
+            UserError: the checkpoint is damaged or belongs to another run. Nothing is changed.
         """
         path = self.directory / LAST
         if not path.exists():
             return
         try:
-            self._restore(read_torch(path), path)
-        except Exception as error:  # a damaged file can raise anything; the advice is the same
-            reason = f"it has no {error}" if isinstance(error, KeyError) else reason_of(error)
+            last = read_last(path)
+            check_last(last, self._state(), self.config.epochs)
+            for group, moments in zip(self.groups, last.moments, strict=True):
+                group.check_moments(moments)
+        except UserError as error:
             raise UserError(
-                f"cannot resume from {path}: {reason}; start a new run with another --output"
+                f"cannot resume from {path}: {error}; start a new run with another --output"
             ) from error
-
-    def _restore(self, state: Any, path: Path) -> None:
-        """Takes over a checkpoint; the counters last, once everything else has fitted."""
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}, not a checkpoint")
-        check_version(path, state.get("version", 0))
-        history = from_json(list[Epoch], state["history"], path)
-        operations = from_json(list[Mixture], state["operations"], path)
-        epoch = from_json(int, state["epoch"], path)
-        if not epoch == len(history) == len(operations) - 1 <= self.config.epochs:
-            raise ValueError(
-                f"it holds epoch {epoch} of {self.config.epochs}, {len(history)} records of epochs "
-                f"and {len(operations)} of operations"
-            )
-        self._check_tensors(state["model"])
-        for group, stored in zip(self.groups, state["optimizers"], strict=True):
-            group.load_optimizer(stored)
-        self.model.load_state_dict(state["model"], strict=False)
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.history, self.operations = epoch, history, operations
-
-    def _check_tensors(self, stored: dict[str, Tensor]) -> None:
-        """Checks a checkpoint's tensors of the model: names, shapes, dtypes, finite values."""
-        own = trained_state(self.model)
-        differing = stored.keys() ^ own.keys()
-        if differing:
-            raise ValueError(f"it and the model differ in {min(differing)}")
-        for name, tensor in own.items():
-            if stored[name].shape != tensor.shape:
-                shapes = f"{tuple(stored[name].shape)}, {tuple(tensor.shape)} in the model"
-                raise ValueError(f"{name} has shape {shapes}")
-            for problem in value_problems(name, stored[name], tensor):
-                raise ValueError(problem)
+        for group, moments in zip(self.groups, last.moments, strict=True):
+            group.load_moments(moments)
+        self.model.load_state_dict(last.model, strict=False)
+        if self.accelerator.scaler and last.scaler:
+            self.accelerator.scaler.load_state_dict(last.scaler)
+        self.epoch, self.history, self.operations = last.epoch, last.history, last.operations

@@ -7,7 +7,7 @@ from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 from naslora.sam.decoder import EMBED_DIM, SegmentationDecoder
-from naslora.sam.family import PATCH_SIZE, Family, depth_of
+from naslora.sam.family import PATCH_SIZE, Family, depth_of, width_of
 from naslora.sam.naming import (
     PLAIN_VIT,
     PROMPTS_AND_DECODER,
@@ -80,8 +80,7 @@ def build_vit(
 
 def vit_matches(size: ViT, tensors: Tensors) -> bool:
     """Whether a checkpoint has a plain ViT of a size."""
-    positions = tensors.get("image_encoder.pos_embed")  # (1, H, W, C)
-    width = None if positions is None else positions.shape[-1]
+    width = width_of(tensors, "image_encoder.pos_embed", 3)
     return (width, depth_of(tensors, "image_encoder.blocks.")) == (size.width, size.depth)
 
 

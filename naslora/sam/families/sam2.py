@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from naslora.sam.decoder import EMBED_DIM, Sam2Decoder
 from naslora.sam.families.sam import COPIES
-from naslora.sam.family import Family, depth_of
+from naslora.sam.family import Family, depth_of, width_of
 from naslora.sam.naming import (
     PROMPTS_AND_DECODER,
     HuggingFace,
@@ -199,8 +199,7 @@ HUGGINGFACE = HuggingFace(
 
 def _family(title: str, models: dict[str, Hiera], newer: bool) -> Family:
     def matches(name: str, tensors: Tensors) -> bool:
-        size, positions = models[name], tensors.get("image_encoder.trunk.pos_embed")
-        width = None if positions is None else positions.shape[1]  # (1, C, H, W)
+        size, width = models[name], width_of(tensors, "image_encoder.trunk.pos_embed", 1)
         if (width, depth_of(tensors, "image_encoder.trunk.blocks.")) != (
             size.width,
             sum(size.stages),

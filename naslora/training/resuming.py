@@ -1,0 +1,118 @@
+"""last.pt: everything that ``--resume`` needs, checked before a trainer takes any of it."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from naslora.errors import UserError
+from naslora.files import FORMAT, check_version, read_torch, write_torch
+from naslora.records import to_json
+from naslora.results import Epoch, Mixture
+from naslora.state_dicts import mismatches, plain_tensors
+
+
+@dataclass(frozen=True)
+class LastState:
+    """The content of last.pt, with the ``version`` of the format beside it."""
+
+    epoch: int
+    """The number of finished epochs."""
+    history: list[Epoch]
+    operations: list[Mixture]
+    model: dict[str, Tensor]
+    """What is trained, as ``trained_state``."""
+    moments: list[dict[int, dict[str, Tensor]]]
+    """Of each optimizer: what it keeps of each parameter, by the place of the parameter. Its other
+    settings are those of the run."""
+    scaler: dict[str, int | float] | None
+    """State of the loss scaling of float16."""
+    base_checksum: str | None = None
+    """The checksum of the frozen weights; None in a file of 0.1.0."""
+
+
+def write_last(path: Path, state: LastState) -> None:
+    """Writes last.pt, atomically.
+
+    Raises:
+        UserError: ``path`` cannot be written.
+    """
+    write_torch(path, {"version": FORMAT, **to_json(state)})
+
+
+def read_last(path: Path) -> LastState:
+    """Reads last.pt.
+
+    Raises:
+        UserError: it is damaged, of a later version, or holds something else.
+    """
+    stored = read_torch(path)
+    if not isinstance(stored, dict):
+        raise UserError(f"it holds a {type(stored).__name__}, no checkpoint of a run")
+    check_version(path, stored.get("version", 0))
+    try:  # msgspec takes a tensor for a mapping
+        json.dumps([stored.get("history"), stored.get("operations")], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"its records of epochs and operations are damaged: {error}") from error
+    try:
+        state = msgspec.convert(stored, LastState)
+    except msgspec.ValidationError as error:
+        raise UserError(f"it is no checkpoint of a run: {error}") from error
+    for tensors in (state.model, *(m for moments in state.moments for m in moments.values())):
+        plain_tensors(tensors, "it")
+    return state
+
+
+def check_last(last: LastState, own: LastState, epochs: int) -> None:
+    """Compares last.pt with the state of the trainer that resumes from it, before its first epoch.
+
+    The optimizers check their own part.
+
+    Args:
+        last: the content of the file.
+        own: the trainer's state.
+        epochs: how many the run has.
+
+    Raises:
+        UserError: it belongs to another run or model, or its values are damaged.
+    """
+    if not (
+        0 <= last.epoch <= epochs
+        and [record.epoch for record in last.history] == list(range(last.epoch))
+        and [mixture.epoch for mixture in last.operations] == list(range(-1, last.epoch))
+    ):
+        raise UserError(
+            f"it holds epoch {last.epoch} of {epochs}, {len(last.history)} records of epochs and "
+            f"{len(last.operations)} of operations"
+        )
+    if any(_sizes(m) != _sizes(own.operations[0]) for m in last.operations):
+        raise UserError("its records of operations are not those of this model's layers")
+    if last.base_checksum not in (None, own.base_checksum):
+        raise UserError(
+            "the run was trained on other frozen weights: give it the checkpoint that it was "
+            "started with"
+        )
+    _check_names("tensors", last.model, own.model)
+    for name, tensor in own.model.items():
+        for problem in mismatches(name, last.model[name], tensor):
+            raise UserError(problem)
+    if last.scaler and own.scaler:
+        _check_names("settings of the loss scaling", last.scaler, own.scaler)
+    if len(last.moments) != len(own.moments):
+        raise UserError(
+            f"it holds the moments of {len(last.moments)} optimizers, and the run has "
+            f"{len(own.moments)}"
+        )
+
+
+def _sizes(mixture: Mixture) -> list[int]:
+    return [len(weights) for weights in mixture.softmax]
+
+
+def _check_names(what: str, stored: Collection[str], own: Collection[str]) -> None:
+    differing = {*stored} ^ {*own}
+    if differing:
+        raise UserError(f"its {what} and those of the run differ in {min(differing)}")
