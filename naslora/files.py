@@ -250,16 +250,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def tensor_names(path: Path) -> set[str]:
-    """The names in a safetensors file.
-
-    Raises:
-        UserError: the file is missing, truncated or not a safetensors file.
-    """
-    with _opened(path) as file:
-        return set(file.keys())
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     with reading(path, "is damaged or no safetensors file"), safe_open(path, "pt") as file:

@@ -213,7 +213,6 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: b
         def class_map(images: Tensor) -> Tensor:
             return model(images.to(model.pixel_mean.device)).class_map().cpu()
 
-    config = dataclasses.replace(config, cache=None)  # the images are not those of the run
     if tiles is None:
         return Predictor(class_map, config, None)
     side = config.tiles.size if tiles == "auto" else tiles

@@ -21,15 +21,13 @@ from naslora.adapter.merged_files import (
     merged_state,
     read_merged,
 )
-from naslora.adapter.storage import WEIGHTS_NAME
 from naslora.data.contents import warnings_about
 from naslora.data.images import Sample
-from naslora.errors import UserError, listing
+from naslora.errors import UserError
 from naslora.files import (
     read_safetensors,
     reading,
     replaced_folder,
-    tensor_names,
     write_tensors,
 )
 from naslora.locks import locked
@@ -69,7 +67,8 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     """Loads the model of a run's folder, or of a folder that ``merge_run`` wrote.
 
     Returns:
-        The model in evaluation mode, on the CPU, and the run's configuration.
+        The model in evaluation mode, on the CPU, and the run's configuration, without its
+        ``cache``: nothing is written to a folder because a file says so.
 
     Raises:
         UserError: the folder is neither, or a file in it is missing or damaged.
@@ -87,16 +86,8 @@ def _load_run(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     config = read_config(path / CONFIG)
     adapter = adapter_folder(path)
     model = build_frozen_model(config)
-    # Files of 0.1.0 do not list the tensors of the mask decoder, which every run trains.
-    decoder = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
-    missing = decoder - tensor_names(adapter / WEIGHTS_NAME)
-    if missing:
-        raise UserError(
-            f"{adapter / WEIGHTS_NAME} lacks {len(missing)} tensors of the mask decoder: "
-            f"{listing(missing, 3)}; use another copy"
-        )
     load_adapter(model, adapter)
-    return model.eval(), config
+    return model.eval(), dataclasses.replace(config, cache=None)
 
 
 def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
@@ -109,7 +100,7 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     load_merged(model, path)
     if (path / LEFT_OUT).exists():
         model.left_out = read_safetensors(path / LEFT_OUT)
-    return model.eval(), config
+    return model.eval(), dataclasses.replace(config, cache=None)
 
 
 # ---- Evaluating ----------------------------------------------------------------------------------

@@ -134,6 +134,13 @@ def test_one_line_and_a_status(naslora, world, clean_world, capfd, group, kind, 
     assert sorted(path for path in world.rglob("*")) == before
 
 
+@pytest.mark.parametrize("text", ["evaluate {w}/run", "merge {w}/run --output {w}/out"])
+def test_nothing_is_written_where_a_file_says(naslora, world, clean_world, text):
+    spoil_json(own(world / "run/config.json"), "cache", str(world / "elsewhere"))
+    assert naslora(*command(text, world, clean_world)).status == 0
+    assert not (world / "elsewhere").exists()
+
+
 def quoted(text: str) -> str:
     """Options with parentheses as the shell would take them in quotes."""
     return " ".join(word if word[0] in "{-" else shlex.quote(word) for word in text.split())

@@ -18,7 +18,7 @@ from naslora.training.run import _make_trainer
 from naslora.training.run_config import read_config
 from naslora.training.run_data import prepare_data
 
-EXAMPLES = [pytest.param(60, id="few"), pytest.param(3000, marks=pytest.mark.campaign, id="many")]
+EXAMPLES = [pytest.param(30, id="few"), pytest.param(3000, marks=pytest.mark.campaign, id="many")]
 # What a file can hold in place of a tensor t.
 TENSORS = {
     "scalar": lambda t: torch.tensor(1.0),
