@@ -36,7 +36,7 @@ def plain_tensors(tensors: Mapping[Any, Any], where: object) -> dict[str, Tensor
         problem = problem or _unusual(value)
         if problem is not None:
             shown = repr(str(name)[:200])
-            raise UserError(f"{where} is no plain state dict of tensors: {shown}: {problem}")
+            raise UserError(f"{where} is not a plain state dict of tensors: {shown}: {problem}")
     return {name: value.detach().resolve_neg() for name, value in tensors.items()}
 
 
