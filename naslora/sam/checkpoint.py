@@ -16,7 +16,7 @@ from naslora.files import read_json, read_safetensors, reading
 from naslora.sam.families import FAMILIES, find_family
 from naslora.sam.family import PATCH_SIZE, Family
 from naslora.sam.naming import Tensors
-from naslora.state_dicts import mismatches, plain_tensors
+from naslora.state_dicts import plain_tensors, tensor_problems
 
 TOKENS = ("mask_decoder.mask_tokens.weight", "mask_decoder.hf_token.weight")
 """(Q, 256) embeddings, of which the model may have another number than the checkpoint."""
@@ -61,9 +61,9 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
     fitted = {key: _fit(key, value, state) for key, value in tensors.items() if key in state}
     surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
     _check_complete(path, name, fitted, state, surplus)
-    damaged = [p for key, value in fitted.items() for p in mismatches(key, value, state[key])]
-    if damaged:
-        raise UserError(f"checkpoint {path} is damaged: {damaged[0]}; use another copy")
+    for key, value in fitted.items():
+        for problem in tensor_problems(key, value, state):
+            raise UserError(f"checkpoint {path} is damaged: {problem}; use another copy")
     model.load_state_dict({**state, **fitted})
     _drop_caches(model)
     return {

@@ -12,7 +12,7 @@ from naslora.errors import UserError
 from naslora.files import FORMAT, check_version, read_torch, write_torch
 from naslora.records import to_json
 from naslora.results import Epoch, Mixture
-from naslora.state_dicts import mismatches, plain_tensors
+from naslora.state_dicts import plain_tensors, tensor_problems
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def check_last(last: LastState, own: LastState, epochs: int) -> None:
             "started with"
         )
     _check_names("tensors", last.model, own.model)
-    for name, tensor in own.model.items():
-        for problem in mismatches(name, last.model[name], tensor):
+    for name, tensor in last.model.items():
+        for problem in tensor_problems(name, tensor, own.model):
             raise UserError(problem)
     if last.scaler and own.scaler:
         _check_names("settings of the loss scaling", last.scaler, own.scaler)

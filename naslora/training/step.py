@@ -18,7 +18,7 @@ from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
 from naslora.methods import auxiliary_loss
 from naslora.sam.segmentation import SegmentationOutput
-from naslora.state_dicts import mismatches
+from naslora.state_dicts import tensor_problems
 from naslora.training.train_config import Schedule
 
 Loss = Callable[[SegmentationOutput, Tensor], Tensor]
@@ -62,10 +62,11 @@ class Group:
                 raise UserError(f"the optimizer's state of parameter {place} is that of another")
             parameter = self.parameters[place]
             for name, value in values.items():
+                kept = f"the optimizer's {name}"
                 present = parameter.new_zeros(()) if name == "step" else parameter
-                problems = mismatches(f"the optimizer's {name}", value, present)
+                problems = tensor_problems(kept, value, {kept: present})
                 if not problems and name != "exp_avg" and (value < 0).any():
-                    problems = [f"the optimizer's {name} is negative"]
+                    problems = [f"{kept} is negative"]
                 if problems:
                     raise UserError(problems[0])
 
