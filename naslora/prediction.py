@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from naslora.data.dataset import resize_image
 from naslora.data.geotiff import read_georeference, write_geotiff
-from naslora.data.images import Sample, large_images, read_image
+from naslora.data.images import Sample, large_images, open_image, read_image
 from naslora.data.large import LargeImage, read_large
 from naslora.data.layouts import list_images
 from naslora.data.png import PngWriter
@@ -245,7 +245,7 @@ def _is_own(image: Path) -> bool:
     if not image.name.endswith((MASK_ENDING, OVERLAY_ENDING, GEOTIFF_ENDING)):
         return False
     try:
-        with large_images(), Image.open(image) as opened:
+        with large_images(), open_image(image) as opened:
             tags = getattr(opened, "tag_v2", {})  # of TIFF files
             return _SOFTWARE in (opened.info.get("Software"), tags.get(_SOFTWARE_TAG))
     except Exception:  # Pillow raises many kinds; the check of the images reports it

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TypeVar
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from naslora.data.images import (
     Sample,
     decode_image,
+    open_image,
     to_8_bits,
     to_rgb,
     unreadable,
@@ -94,14 +95,15 @@ def _check_image(sample: Sample, intensity: Intensity | None) -> tuple[int, int]
         with _one_large:  # its size is not known before
             return decode_image(sample.image, where, intensity).size
     try:
-        with Image.open(sample.image) as image:
+        with open_image(sample.image) as image:
             size = image.size
-            # EXIF orientations 5 to 8 rotate by 90 degrees.
-            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             # A JPEG is read to its end at an eighth of its size, which is faster.
-            image.draft("RGB", (1, 1))
+            reduced = image.draft("RGB", (1, 1)) is not None
             with _one_large if image.width * image.height > LARGE else nullcontext():
                 image.load()
+                size = size if reduced else image.size
+                # EXIF orientations 5 to 8 rotate by 90 degrees. Loading a TIFF file does so.
+                rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 if intensity is None or image.mode not in ("I", "F"):
                     # Whether a mode becomes RGB, one pixel shows.
                     to_rgb(to_8_bits(image, where).crop((0, 0, 1, 1)), where)

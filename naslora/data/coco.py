@@ -3,16 +3,18 @@
 ``regions.py`` draws the instances.
 """
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from naslora.data.images import Annotation, Sample
 from naslora.data.layouts import OPTIONAL_SPLIT, REQUIRED_SPLITS, Splits, check_folder
 from naslora.data.masks import IGNORED
+from naslora.data.regions import MOST_PIXELS, Drawing, Instance, Polygon, Runs
 from naslora.errors import UserError, listing
 
 OTHER_NAMES = {"val": ("val", "valid", "validation")}
@@ -24,8 +26,7 @@ class Region(msgspec.Struct):
 
     image_id: int | str
     category_id: int
-    segmentation: Any = None
-    """Polygons, [[x, y, x, y, ...], ...], or run lengths, {"size": [h, w], "counts": ...}."""
+    segmentation: list[Polygon] | Runs | None = None
     id: int | str | None = None
 
 
@@ -34,8 +35,8 @@ class Picture(msgspec.Struct):
 
     id: int | str
     file_name: str
-    height: int
-    width: int
+    height: Annotated[int, Meta(ge=1)]
+    width: Annotated[int, Meta(ge=1)]
 
 
 class Category(msgspec.Struct):
@@ -142,7 +143,7 @@ def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
 def _read_file(path: Path) -> File:
     try:
         return msgspec.json.decode(path.read_bytes(), type=File)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, RecursionError, msgspec.MsgspecError) as error:
         raise UserError(f"{path} is no file of COCO annotations: {error}") from error
 
 
@@ -186,7 +187,17 @@ def _labels(files: dict[str, _Split], class_names: Sequence[str]) -> dict[int, i
 
 def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
     path, file, folders = split
-    regions: dict[int | str, list[Region]] = {picture.id: [] for picture in file.images}
+    regions: dict[int | str, list[Region]] = {}
+    for picture in file.images:
+        if picture.id in regions:
+            raise UserError(f"{path}: two images have the id {picture.id}; give each its own")
+        if picture.height * picture.width > MOST_PIXELS:
+            raise UserError(
+                f"{path}: image {picture.id} has {picture.width}x{picture.height} pixels (width x "
+                f"height), and masks are drawn up to {MOST_PIXELS} pixels; correct the numbers, "
+                "cut the image, or save its mask as a file"
+            )
+        regions[picture.id] = []
     if not regions:
         raise UserError(f"{path} names no images")
     for region in file.annotations:
@@ -211,7 +222,7 @@ def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
 
 def _image_file(path: Path, picture: Picture, folders: list[Path]) -> Path:
     for folder in folders:
-        if (folder / picture.file_name).is_file():
+        if os.path.isfile(folder / picture.file_name):  # also if its name is too long
             return folder / picture.file_name
     raise UserError(
         f"{path} names {picture.file_name}, which is in none of the folders "
@@ -221,5 +232,5 @@ def _image_file(path: Path, picture: Picture, folders: list[Path]) -> Path:
 
 def _content(picture: Picture, regions: list[Region], labels: dict[int, int]) -> bytes:
     """What the mask of one image is drawn from."""
-    drawn = [[r.id, labels[r.category_id], r.segmentation] for r in regions]
-    return json.dumps([picture.height, picture.width, drawn]).encode()
+    instances = [Instance(r.id, labels[r.category_id], r.segmentation) for r in regions]
+    return msgspec.json.encode(Drawing(picture.height, picture.width, instances))

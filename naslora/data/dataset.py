@@ -22,7 +22,7 @@ from naslora.data.images import (
     unreadable,
 )
 from naslora.data.intensity import Intensity
-from naslora.data.masks import check_sizes, decode_mask, palette_codes
+from naslora.data.masks import IGNORED, check_sizes, decode_mask, palette_codes
 from naslora.data.sampling import FLIP, seeded_generator
 from naslora.data.tiles import Box, Tiles
 from naslora.errors import UserError
@@ -83,7 +83,7 @@ class SegmentationDataset(Dataset[Item]):
             files; None for items of S x S pixels.
 
     Raises:
-        UserError: the palette does not fit the classes, or the cache cannot store so many classes.
+        UserError: the palette does not fit the classes, or there are more than 255 of them.
             On access: as ``read_image`` and ``read_mask``, or an image and its mask differ in size.
     """
 
@@ -115,8 +115,8 @@ class SegmentationDataset(Dataset[Item]):
         self.crop = crop
         self.intensity = intensity
         self.tiles = tiles
-        if cache is not None and num_classes > 256:
-            raise UserError(f"the cache supports at most 256 classes, got {num_classes}")
+        if num_classes > IGNORED:
+            raise UserError(f"there can be at most {IGNORED} classes, got {num_classes}")
         self._codes = palette_codes(palette, num_classes, ignore_index)
         # One a sample; pictures and tables show them.
         self.names = _names_below_common_folder(self.samples)

@@ -45,8 +45,8 @@ def load_splits(source: str, root: Path, class_names: Sequence[str] = ()) -> Spl
 
     Raises:
         UserError: the source is unknown, files or folders are missing, an image has no mask or a
-            mask no image, or an image appears twice. The message names the files, and for a missing
-            folder the folders that exist.
+            mask no image, a name is not UTF-8, or an image appears twice. The message names the
+            files, and for a missing folder the folders that exist.
     """
     dataset = find_dataset(source)
     names = () if dataset.categories is None else (class_names,)
@@ -59,6 +59,7 @@ def _check_distinct(splits: Splits) -> None:
     seen: dict[Path, tuple[str, Sample]] = {}
     for split, samples in splits.items():
         for sample in samples:
+            _check_name(sample.image)
             # Resolved, because two spellings of a path, or a link, may name one image.
             first_split, first = seen.setdefault(sample.image.resolve(), (split, sample))
             if first is sample:
@@ -72,6 +73,17 @@ def _check_distinct(splits: Splits) -> None:
             raise UserError(
                 f"{first.origin} and {sample.origin}: the image {sample.image} {problem}"
             )
+
+
+def _check_name(image: Path) -> None:
+    """Checks that results, which are in UTF-8, can name an image."""
+    try:
+        str(image).encode()
+    except UnicodeEncodeError as error:
+        shown = str(image).encode(errors="backslashreplace").decode()
+        raise UserError(
+            f"{shown}: the name is not UTF-8; rename the file or its folder, for instance by convmv"
+        ) from error
 
 
 def count_differences(source: str, splits: Splits) -> list[str]:

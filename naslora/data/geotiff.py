@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from naslora.data.images import large_images, unreadable
+from naslora.data.images import large_images, open_image, unreadable
 from naslora.data.tiff import is_tiff
 
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
@@ -59,7 +58,7 @@ def write_geotiff(path: Path, mask: Path, tags: GeoTags, software: str) -> None:
     """
     import tifffile
 
-    with large_images(), Image.open(mask) as image:
+    with large_images(), open_image(mask) as image:
         width, height = image.size
 
         def strips() -> Iterator[bytes]:  # compressed here: the array of all rows is not needed

@@ -1,13 +1,14 @@
 """The samples of a data set, and decoding of their images."""
 
 import io
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from naslora.data.intensity import Intensity, scale
 from naslora.data.tiff import read_tiff
@@ -47,6 +48,10 @@ class Sample(NamedTuple):
     """Part of the split that also gets its own scores; None for none."""
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""The formats that are read. Pillow reads some others by calling a program, such as Ghostscript."""
+WHITE_IS_ZERO = (262, 0)
+"""Tag and value of such TIFF files."""
 GREY_ROWS = 64
 """Rows of greys of more than 8 bits that are converted at once."""
 
@@ -83,11 +88,11 @@ def decode_image(
         UserError: as ``read_image``.
     """
     if intensity is None:
-        return to_rgb(open_upright(file, where)[0], where)
+        return to_rgb(open_upright(file, where).image, where)
     pixels = read_pixels(file, where, intensity)
     if pixels is not None:
         return to_rgb(Image.fromarray(pixels), where)
-    return to_rgb(to_8_bits(open_upright(file, where)[0], where, intensity), where)
+    return to_rgb(to_8_bits(open_upright(file, where).image, where, intensity), where)
 
 
 def read_pixels(
@@ -121,33 +126,69 @@ def large_images() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def open_upright(file: Path | io.BytesIO, where: str) -> tuple[Image.Image, str | None]:
+def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
+    """Calls Pillow's ``Image.open`` for ``FORMATS``."""
+    image = Image.open(file, formats=FORMATS)
+    if image.format == "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+        image.filename = ""  # else Pillow 13 maps the file to memory with width and height swapped
+    return image
+
+
+class Upright(NamedTuple):
+    """A decoded image, rotated by its EXIF orientation."""
+
+    image: Image.Image
+    lossy: bool
+    """Whether the compression changes values."""
+    shortened: bool
+    """Whether the file has colours of 16 bits, of which Pillow keeps the upper 8."""
+
+
+def open_upright(file: Path | io.BytesIO, where: str) -> Upright:
     """Decodes an image file and rotates the image by its EXIF orientation.
 
     Args:
         file: path or content.
         where: the start of an error message: the origin and the path.
 
-    Returns:
-        The image, and the name of its file format, such as "PNG".
-
     Raises:
         UserError: the file is missing, truncated or not an image.
     """
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
+            shortened = image.mode[0] != "I" and any(";16" in str(t.args) for t in image.tile)
             # In place: a copy of a large image costs as much memory as the image.
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
-            return image, image.format
+            lossy = _is_lossy(image, file)
+            tag, zero = WHITE_IS_ZERO
+            if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(tag) == zero:
+                inverted = Image.fromarray(65535 - np.asarray(image))  # Pillow does so for 8 bits
+                return Upright(inverted, lossy, shortened)
+            return Upright(image, lossy, shortened)
     # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and others.
     # Each of them means that the file is bad.
     except Exception as error:
         raise unreadable(where, error) from error
 
 
+def _is_lossy(image: Image.Image, file: Path | io.BytesIO) -> bool:
+    if image.format != "WEBP":
+        return image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
+    content = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
+    place = 12  # of the first chunk: a name, a size, and as many bytes, made even
+    while place + 8 <= len(content):
+        kind, size = struct.unpack_from("<4sI", content, place)
+        if kind == b"VP8L":
+            return False
+        place += 8 + size + size % 2
+    return True
+
+
 def unreadable(where: str, error: Exception) -> UserError:
     """Makes the error for a file that cannot be read; ``where`` as in ``open_upright``."""
+    if isinstance(error, UnidentifiedImageError):  # it may name a BytesIO in place of the file
+        error = ValueError(f"it is none of {', '.join(FORMATS)}")
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return UserError(f"{where} cannot be read ({reason}); replace the file or remove its entry")
 

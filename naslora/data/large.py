@@ -67,4 +67,5 @@ def read_large(sample: Sample, intensity: Intensity | None = None) -> LargeImage
     pixels = read_pixels(sample.image, where, intensity)
     if pixels is not None:
         return LargeImage(pixels, where)
-    return LargeImage(to_8_bits(open_upright(sample.image, where)[0], where, intensity), where)
+    image = open_upright(sample.image, where).image
+    return LargeImage(to_8_bits(image, where, intensity), where)

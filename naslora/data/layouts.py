@@ -4,6 +4,7 @@ A layout is a function that turns the folder of a data set into its splits.
 """
 
 import csv
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -94,7 +95,7 @@ def _check_files_exist(csv_path: Path, samples: list[Sample]) -> None:
         (file, sample.origin)
         for sample in samples
         for file in (sample.image, sample.mask)
-        if isinstance(file, Path) and not file.is_file()
+        if isinstance(file, Path) and not os.path.isfile(file)  # also if its name is too long
     ]
     if missing:
         file, origin = missing[0]
@@ -178,7 +179,8 @@ def check_folder(folder: Path) -> None:
         UserError: it does not.
     """
     if not folder.is_dir():
-        raise UserError(f"the folder {folder} does not exist")
+        problem = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(f"the folder {folder} {problem}")
 
 
 def _descend(root: Path, path: str) -> list[Path]:
@@ -213,14 +215,18 @@ def list_images(folder: Path) -> list[Path]:
     """Lists the files with a suffix of ``IMAGE_SUFFIXES``, sorted and without hidden files.
 
     Raises:
-        UserError: the folder does not exist.
+        UserError: the folder does not exist, or such a file is a pipe, a socket or a device.
     """
     check_folder(folder)
-    return sorted(
+    found = sorted(
         path
         for path in folder.iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     )
+    for path in found:  # reading a pipe would wait for ever
+        if not (path.is_file() or path.is_dir()) and path.exists():
+            raise UserError(f"{path} is a pipe, a socket or a device, no file; remove it")
+    return found
 
 
 def pair_files(

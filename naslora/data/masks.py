@@ -13,6 +13,11 @@ from naslora.errors import UserError, listing
 
 IGNORED = 255
 """The label of pixels that neither the loss nor a metric counts."""
+MOST_COLOURS = 256
+"""A binary mask may have a colour for each object. A photograph has more colours than this."""
+DARK, BRIGHT, MOST_BETWEEN = 48, 208, 0.2
+"""The greys that the edges of a compressed mask have, and their largest share: masks of six data
+sets as JPEG of quality 30 have up to 2.4 %, 95 % of 200 photographs of ImageNet more than 32 %."""
 
 
 def read_mask(
@@ -26,9 +31,9 @@ def read_mask(
     The sample's encoding says how the mask stores its labels:
 
     - "labels": grey values, and the indices of palette images, are the class indices. A mask of two
-      classes may also use 0 and 255 (0 and 65535 with 16 bits). A JPEG of two classes is
-      thresholded at 128. In a coloured mask of two classes, a pixel is foreground if any channel is
-      not zero. With ``palette``, every mask is read by its colours.
+      classes may also use 0 and 255 (0 and 65535 with 16 bits). A JPEG, or a
+      lossy WebP, of two classes is thresholded at 128. In a coloured mask of two classes, a pixel
+      is foreground if any channel is not zero. With ``palette``, every mask is read by its colours.
     - "threshold": two classes; grey values from 128 of 255 on are foreground. It suits masks that
       were compressed or smoothed. A mask with no value above 1 is read as class indices.
     - "nonzero": two classes; a pixel is foreground if any channel is not zero.
@@ -84,12 +89,15 @@ def decode_mask(
         content = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
         return draw_annotation(content, IGNORED, where)
     assert not isinstance(file, Annotation)
-    image, file_format = open_upright(file, where)
-    jpeg = file_format in ("JPEG", "MPO")
-    exact = codes is not None or num_classes > 2 or sample.encoding in ("nonzero", "thirds")
-    if jpeg and (exact or ignore_index is not None):
+    image, lossy, shortened = open_upright(file, where)
+    if shortened:
         raise UserError(
-            f"{where} is a JPEG, whose compression changes labels and colours; "
+            f"{where} has colours of 16 bits, of which 8 are read; save it with 8 bits, or as greys"
+        )
+    exact = codes is not None or num_classes > 2 or sample.encoding in ("nonzero", "thirds")
+    if lossy and (exact or ignore_index is not None):
+        raise UserError(
+            f"{where} is a JPEG or a lossy WebP, whose compression changes labels and colours; "
             "save masks of colours, of more than two classes or with ignored pixels as PNG"
         )
     if sample.encoding != "labels":
@@ -102,13 +110,13 @@ def decode_mask(
             labels[labels == len(codes) - 1] = IGNORED
     else:
         values = _pixel_values(image, where)
-        if values.ndim == 3 and not jpeg and (values == values[..., :1]).all():
+        if values.ndim == 3 and not lossy and (values == values[..., :1]).all():
             values = values[..., 0]
         if ignore_index is None and 2 < num_classes <= IGNORED:
             ignore_index = IGNORED
         if ignore_index is not None and values.ndim == 2:
             return _decode_with_ignored(values, ignore_index, num_classes, where)
-        labels = _decode_values(values, num_classes, jpeg, where)
+        labels = _decode_values(values, num_classes, lossy, where)
     return labels.astype(np.int32, copy=False)
 
 
@@ -182,20 +190,24 @@ _DECODERS: dict[Encoding, Callable[[Image.Image, str], np.ndarray]] = {
 }
 
 
-def _decode_values(values: np.ndarray, num_classes: int, jpeg: bool, where: str) -> np.ndarray:
-    if values.ndim == 3:
-        if jpeg:
-            values = values.mean(axis=2)
-        elif num_classes == 1:
+def _decode_values(values: np.ndarray, num_classes: int, lossy: bool, where: str) -> np.ndarray:
+    if values.ndim == 3 and lossy:
+        values = values.mean(axis=2)
+    elif values.ndim == 3:
+        found = np.unique(_pack(values))
+        if num_classes == 1 and len(found) <= MOST_COLOURS:
             return np.any(values, axis=2)
-        else:
-            found = [_hex(code) for code in np.unique(_pack(values))]
-            raise UserError(
-                f"{where} is coloured ({listing(found)}); name the {num_classes} classes' colours "
-                "in order with --palette, or save it as class indices"
-            )
+        if num_classes == 1:
+            raise UserError(_photograph(f"has {len(found)} colours", where))
+        raise UserError(
+            f"{where} is coloured ({listing(map(_hex, found))}); name the {num_classes} classes' "
+            "colours in order with --palette, or save it as class indices"
+        )
     highest = values.max()
-    if jpeg and highest > 1:
+    if lossy and highest > 1:
+        between = float(((values >= DARK) & (values < BRIGHT)).mean())
+        if between > MOST_BETWEEN:
+            raise UserError(_photograph(f"has {between:.0%} greys between black and white", where))
         return values >= 128
     if values.min() >= 0 and highest < max(num_classes, 2):
         return values
@@ -204,6 +216,13 @@ def _decode_values(values: np.ndarray, num_classes: int, jpeg: bool, where: str)
     if num_classes <= 2 and highest in (255, 65535) and np.isin(values, (0, highest)).all():
         return values > 0
     raise UserError(_beyond_classes(values, num_classes, where))
+
+
+def _photograph(what: str, where: str) -> str:
+    return (
+        f"{where} {what}, so it is a photograph, or noise, and no mask; check that the "
+        "columns image and label are not swapped"
+    )
 
 
 def _beyond_classes(values: np.ndarray, num_classes: int, where: str) -> str:

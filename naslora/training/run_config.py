@@ -22,7 +22,7 @@ from naslora.sam.shipped import NONE, shipped_file, shipped_version
 from naslora.training.train_config import TrainConfig
 
 Resolution = Literal["network", "original", "tiles"]
-MOST_CLASSES = 256
+MOST_CLASSES = 255
 PATHS = ("data", "root", "cache", "checkpoint")
 SHIPPED = "shipped"
 """How the checkpoint in a configuration's file begins for the weights in the package."""
