@@ -9,6 +9,7 @@ import gc
 import io
 import os
 import shutil
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -100,6 +101,13 @@ def group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def free_port() -> int:
+    """A port of the loopback address."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def wait_for(condition, *processes) -> None:

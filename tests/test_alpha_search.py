@@ -380,9 +380,9 @@ def worker(rank: int, compiled: bool, options: dict, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("compiled", "options"),
     [
-        (False, {}),
+        pytest.param(False, {}, marks=pytest.mark.campaign),
         (False, {"gradient_as_bucket_view": True}),
-        (False, {"static_graph": True}),
+        pytest.param(False, {"static_graph": True}, marks=pytest.mark.campaign),
         (True, {}),
     ],
     ids=["plain", "bucket views", "static graph", "compiled"],

@@ -18,15 +18,10 @@ SWITCHES = ("SKIP_EXT", "SKIP_CUDA", "FORCE_CUDA", "SANITIZE")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
-# `make nvcc-check` has them all.
+# The oldest and the newest; `make nvcc-check` has them all.
 @needs_nvcc
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(cuda_resources.NAMED[0], id="oldest"),
-        pytest.param(cuda_resources.NAMED[-1], id="newest", marks=pytest.mark.campaign),
-    ],
-)
+@pytest.mark.campaign
+@pytest.mark.parametrize("architecture", [cuda_resources.NAMED[0], cuda_resources.NAMED[-1]])
 def test_every_kernel_compiles_without_warning_and_without_spills(architecture):
     compiled = cuda_resources.check(NVCC, [architecture])
     usages = [kernel.usage for kernel in compiled]

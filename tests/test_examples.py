@@ -1,46 +1,58 @@
 """Each example runs as a user runs it; so do the README's lines of Python."""
 
-import importlib.util
+import contextlib
+import io
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 from PIL import Image
 from segment_anything import modeling
+from torch.multiprocessing import start_processes
 
 import naslora
 from naslora.adapter.modules import adapter_layers
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-# By the example: the library that it needs beside naslora, and how Python starts it.
+# By the example: the library that it needs beside naslora.
 RUNS = {
-    "plain_loop": ("segment_anything", ()),
-    "samed_style": ("segment_anything", ()),
-    "lightning_loop": ("lightning", ()),
-    "hf_trainer": ("transformers", ()),
-    "ddp": ("torch.distributed", LAUNCHER),
+    "plain_loop": "segment_anything",
+    "samed_style": "segment_anything",
+    "lightning_loop": "lightning",
+    "hf_trainer": "transformers",
+    "ddp": "torch.distributed",
 }
 OTHERS = ("model_and_data", "prompts")
 
 
 def run(name: str, *arguments: str) -> str:
-    library, launcher = RUNS.get(name, ("segment_anything", ()))
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
-    command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    """Returns what the example prints, which runs in this process."""
+    pytest.importorskip(RUNS.get(name, "segment_anything"))
+    path, printed = EXAMPLES / f"{name}.py", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        patch.syspath_prepend(EXAMPLES)
+        runpy.run_path(str(path), run_name="__main__")
+    return printed.getvalue()
+
+
+def run_as_rank(rank: int, folder: Path, port: int) -> None:
+    """An example in a process, with what torchrun gives it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    (folder / f"printed{rank}").write_text(run("ddp", "--output", str(folder)))
+
+
+def run_in_two_processes(folder: Path) -> str:
+    start_processes(run_as_rank, (folder, free_port()), nprocs=2, start_method="fork")
+    return (folder / "printed0").read_text()
 
 
 def losses(output: str) -> list[float]:
@@ -60,7 +72,9 @@ def test_examples_are_short(name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_an_example_trains_and_saves(name, tmp_path):
-    output = run(name, "--output", str(tmp_path))
+    output = (
+        run_in_two_processes(tmp_path) if name == "ddp" else run(name, "--output", str(tmp_path))
+    )
     found = losses(output)
     assert len(found) == 4
     assert found[-1] < found[0]

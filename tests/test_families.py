@@ -457,13 +457,6 @@ def test_methods_on_sam2_work_or_say_what_they_need(method):
     model(pixels(64)).masks.mean().backward()
 
 
-@pytest.mark.parametrize("method", quickly(METHODS, "vpt", "sam-adapter"))
-def test_methods_on_sam_hq(method):
-    model = build_model("sam_hq_b", 64)
-    apply(method, model)
-    model(pixels(64)).masks.mean().backward()
-
-
 def test_statistics_of_hiera_s_blocks():
     """Uniform attention: the mean distance of a query to all keys of its window, by hand."""
     model = build_model("sam2.1_t", 128).eval()

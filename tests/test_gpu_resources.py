@@ -37,6 +37,7 @@ def run(*arguments, **environment):
 
 
 @needs_triton
+@pytest.mark.campaign
 def test_triton_kernels_compile_for_real_cards_without_spills():
     """The oldest and the newest; `make triton-check` has them all."""
     result = run("75", "100", "--quick", "--dtypes", "bfloat16")

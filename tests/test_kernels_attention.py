@@ -382,7 +382,7 @@ def test_opcheck_of_the_backward(target, case):
 
 
 @compiled_targets
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.campaign), True])
 def test_compiled_training_step_equals_eager(target, dynamic):
     case = attention_case(2, 2, (3, 4), 5).to(torch.float32).on(target.device)
     torch.compiler.reset()

@@ -53,7 +53,7 @@ SHAPES = [
 ]
 # Where cases cost seconds, these run in every dtype: one is folded, the other one separable.
 EVERY_DTYPE = [((1, 14, 14, 3), 2), ((2, 5, 3, 7), 7)]
-FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "300"))
+FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "100"))
 
 
 @functools.cache

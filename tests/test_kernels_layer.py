@@ -55,7 +55,7 @@ def without_max_pool(case):
     return case
 
 
-FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "300")) // 3
+FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "100")) // 3
 
 
 def largest_map(shape):

@@ -259,11 +259,10 @@ ABSENT = [
 ]
 
 
-@pytest.mark.parametrize("key", ABSENT)
-def test_any_metric_may_be_absent(report, run, key):
-    run["result"] = replace(run["result"], **{key: None})
-    Reader(report(**run))
-    Reader(report(**{**MINIMAL, "result": run["result"]}))
+def test_any_metric_may_be_absent(report, run):
+    Reader(report(**{**run, "result": replace(run["result"], **dict.fromkeys(ABSENT))}))
+    for key in ABSENT:
+        Reader(report(**{**MINIMAL, "result": replace(run["result"], **{key: None})}))
 
 
 @pytest.mark.parametrize("key", ["history", "operations", "panels", "class_names", "config"])

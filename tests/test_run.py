@@ -3,19 +3,16 @@
 import csv
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import wait_for
 from PIL import Image
+from reliability.conftest import Forked
 
 from naslora.files import read_json, read_safetensors
 from naslora.results import ADAPTER, LAST
@@ -257,14 +254,6 @@ def test_the_paper_preset_trains_and_merges(naslora, make_data, tmp_path):
 
 # --- Resuming ---
 
-LAUNCH = """
-import torch
-from naslora import cli
-from naslora.sam import encoders as sam
-torch.set_num_threads(1)
-sam.VITS["vit_t"] = sam.ViT(*{tiny!r})
-cli.main()
-"""
 LONG = shlex.split(
     "--model vit_t --image-size 32 --num-classes 3 --class-names rim core --epochs 6 --rank 6 "
     "--search-start 2 --learning-rate 1e-3 --batch-size 2 --workers 1 --channel-selection resample "
@@ -272,18 +261,12 @@ LONG = shlex.split(
 )
 
 
-def kill_after(arguments, output, tiny, epochs):
-    """Starts a run and kills it, workers too, at a random moment after so many epochs."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH.format(tiny=tuple(tiny)), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def kill_after(arguments, output, epochs):
+    """Starts a run and kills it, workers too, after so many epochs."""
+    process = Forked(arguments)
     wait_for(lambda: last_epoch(output) >= epochs, process)
-    time.sleep(random.uniform(0, 0.5))
     os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait().status == -signal.SIGKILL
     assert not (output / "metrics.json").exists()
 
 
@@ -305,10 +288,10 @@ def unbroken(naslora, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.campaign), 3])
-def test_a_killed_run_ends_as_an_unbroken_one(naslora, data, unbroken, tmp_path, tiny_vit, epochs):
+def test_a_killed_run_ends_as_an_unbroken_one(naslora, data, unbroken, tmp_path, epochs):
     arguments = ["train", "--data", data, *LONG, "--output"]
     killed = tmp_path / "killed"
-    kill_after([*arguments, killed], killed, tiny_vit, epochs)
+    kill_after([*arguments, killed], killed, epochs)
     assert epochs <= last_epoch(killed) < 6
     resumed = naslora(*arguments, killed, "--resume")
     assert resumed.status == 0, resumed.err

@@ -5,11 +5,13 @@ import json
 import math
 import os
 import shlex
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from conftest import call, free_port
+from torch.multiprocessing import start_processes
 
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.injection import arch_parameters, cell_parameters
@@ -366,36 +368,22 @@ def test_gradient_checkpointing_changes_nothing(make_trainer):
     assert all(torch.equal(v, theirs[k]) for k, v in trained_state(kept.model).items())
 
 
-LAUNCH = """
-import json, os, sys, torch
-from pathlib import Path
-from naslora import cli
-from naslora.sam import encoders as sam
-from naslora.adapter.storage import trained_state
-from naslora.training.trainer import Trainer
+def train_as_rank(rank: int, folder: Path, runs: dict, ports: list[int]) -> None:
+    """One process of two: it trains every run, joins a group for each, and stores how they end."""
+    train = Trainer.run
 
-tiny, folder, runs = json.loads(sys.argv[1])
-torch.set_num_threads(1)
-sam.VITS["vit_t"] = sam.ViT(*tiny)
-train = Trainer.run
+    def run(trainer):
+        train(trainer)
+        torch.save(trained_state(trainer.model), trainer.directory / f"rank{rank}.pt")
 
-def run(trainer):
-    train(trainer)
-    torch.save(trained_state(trainer.model), trainer.directory / f"rank{os.environ['RANK']}.pt")
-
-Trainer.run = run
-# Several commands share the processes, which join once and leave at the end.
-leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, int
-status = {}
-for name, arguments in runs.items():
-    sys.argv = ["naslora", "train", *arguments, "--output", str(Path(folder, name))]
-    try:
-        cli.main()
-    except SystemExit as exit:
-        status[name] = exit.code
-leave()
-Path(folder, f"status{os.environ['RANK']}.json").write_text(json.dumps(status))
-"""
+    Trainer.run = run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    ends = {}
+    for port, (name, arguments) in zip(ports, runs.items(), strict=True):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ends[name] = dataclasses.asdict(call("train", *arguments, "--output", folder / name))
+    (folder / f"ends{rank}.json").write_text(json.dumps(ends))
 
 
 @pytest.fixture(scope="module")
@@ -418,17 +406,8 @@ def in_two_processes(make_data, tiny_vit, tmp_path_factory):
     unreadable = make_data(folder / "unreadable-data", classes=3, train=2, val=1, test=1)
     (unreadable / "images/val0.png").write_bytes(b"")
     runs["unreadable"] = ["--data", str(unreadable), *common]
-    (folder / "launch.py").write_text(LAUNCH)
-    launcher = shlex.split("torch.distributed.run --standalone --nproc-per-node 2")
-    what = json.dumps([tiny_vit, str(folder), runs])
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, folder / "launch.py", what],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    (folder / "stderr").write_text(done.stderr)
+    ports = [free_port() for _ in runs]
+    start_processes(train_as_rank, (folder, runs, ports), nprocs=2, start_method="fork")
     return {name: (arguments, folder / name) for name, arguments in runs.items()}
 
 
@@ -446,12 +425,12 @@ def test_two_processes_hold_the_same(in_two_processes, name):
 
 def test_two_processes_refuse_bad_input_once(in_two_processes):
     _, output = in_two_processes["unreadable"]
-    for rank in (0, 1):
-        status = json.loads((output.parent / f"status{rank}.json").read_text())
-        assert status == {"bad": 2, "unreadable": 2}
-    text = (output.parent / "stderr").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("naslora: error: ")]
-    assert len(lines) == 2 and "val.csv row 2" in lines[1] and "Traceback" not in text
+    ends = [json.loads((output.parent / f"ends{rank}.json").read_text()) for rank in (0, 1)]
+    for name, reason in {"bad": "nowhere", "unreadable": "val.csv row 2"}.items():
+        first, second = (end[name] for end in ends)
+        assert first["status"] == second["status"] == 2
+        (line,) = [line for line in first["err"].splitlines() if "naslora: error: " in line]
+        assert reason in line and "Traceback" not in first["err"] and second["err"] == ""
     assert not output.exists()
 
 

@@ -1,7 +1,6 @@
 """One flipped bit in any file that naslora reads back: the file is refused, or nothing changes."""
 
 import random
-import shutil
 
 import numpy as np
 import pytest
@@ -176,21 +175,3 @@ def test_flipped_bits_in_the_cache(tmp_path):
         found = cache.get([b"a"], "how", lambda: made.append(1) or array)
         assert np.array_equal(found, array) and path.read_bytes() == whole
     assert len(made) == 40
-
-
-def test_an_onnx_file_in_two_parts(naslora, world, monkeypatch):
-    """The checksum covers the weights in NAME.onnx.data."""
-    from naslora.sam import export
-
-    monkeypatch.setattr(export, "MOST_BYTES", 0)
-    path = world / "two.onnx"
-    assert naslora("export", world / "center", "--output", path).status == 0
-    expected = predicted(path)
-    data = world / "two.onnx.data"
-    assert same(expected, predicted(world / "a.onnx"))
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
-    with pytest.raises(UserError, match=r"two\.onnx is damaged"):
-        predicted(path)
-    shutil.rmtree(world)

@@ -7,7 +7,6 @@ import os
 import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import wait_for
+from conftest import free_port, wait_for
 from test_trainer import ALPHA_RATE, RATE, assert_same_training
 
 from naslora.records import from_json
@@ -42,12 +41,6 @@ OPTIONS = shlex.split(
     f"--model vit_t --image-size 32 --num-classes 3 --search-start 1 --learning-rate {RATE} "
     f"--alpha-learning-rate {ALPHA_RATE} --workers 0"
 )
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
