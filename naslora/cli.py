@@ -256,7 +256,7 @@ def analyse(
     images: Annotated[int, tyro.conf.arg(help="Test images to measure encoders on.")] = 100,
 ) -> None:
     """Compare a run's encoder with the frozen one and a random one; show convergence by seed."""
-    with locked(output):
+    with locked(output, folder=False):
         analysis.analyse(runs, output, images)
     print(f"look at {output / 'report.html'}")
 

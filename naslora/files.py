@@ -29,6 +29,9 @@ FORMAT = 1
 """Version of the files' format, under the key "version" in JSON files. Those of 0.1.0 have none."""
 CHECKSUM = "sha256"
 """Key of the checksum in JSON files and in the metadata of safetensors files."""
+# The names start with a dot, and say that the files are naslora's: others are never removed.
+LOCK = ".naslora.lock"
+PARTIAL = ".naslora.partial"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -51,7 +54,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
-        temporary.touch()
+        temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
@@ -101,12 +104,12 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+    return path.with_name(f".{path.name}{PARTIAL}")
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a killed process left the file or folder, which means nothing."""
-    return path.name.startswith(".") and path.name.endswith(".partial")
+    """Whether the file or folder is a lock, or what a killed process left, which means nothing."""
+    return path.name.startswith(".") and path.name.endswith((PARTIAL, LOCK))
 
 
 def disk_error(error: BaseException) -> str | None:

@@ -1,102 +1,123 @@
-"""A lock on an output, so that two processes do not write to one folder."""
+"""A lock on an output, so that two processes do not write to one place."""
 
+import itertools
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from naslora.errors import UserError
+from naslora.files import LOCK
 
-_held: set[Path] = set()
-"""Outputs that this process holds."""
+HOLDER = b"process "
+"""What a lock file begins with, unless it is empty."""
+_held: set[tuple[int, int]] = set()
+"""Device and inode of each lock file that this process holds."""
 
 
 @contextmanager
 def locked(output: Path, folder: bool = True) -> Iterator[None]:
     """Holds the lock of an output while the body runs.
 
-    The lock is one of the operating system on the file ``.NAME.lock`` beside the output, or inside
-    it if the folder around it is read-only. It ends with the process, also if that is killed. The
-    lock can be taken again by the process that holds it. Folders that had to be created for the
-    file are removed again if they are empty at the end.
+    The lock is one of the operating system on a file of naslora's own: ``.naslora.lock`` inside a
+    folder, which every mount of the folder shows, or ``.NAME.naslora.lock`` beside anything that
+    appears as a whole. It ends with the process, also if that is killed. The lock can be taken
+    again by the process that holds it. Folders that had to be created for the file are removed
+    again if they are empty at the end.
 
     Args:
         output: it may not exist yet.
-        folder: whether the output is a folder, not a file.
+        folder: whether the output is a folder that is filled file by file.
 
     Raises:
         UserError: another process holds the lock, the message names it; the output cannot be
-            written, or is a file instead of a folder.
+            written, or is a file instead of a folder; a file of another program has the lock's
+            name.
     """
     if folder and output.exists() and not output.is_dir():
         raise UserError(
             f"{output} cannot be written, because {output.name} is a file; choose another --output"
         )
-    output = output.resolve()
-    if output in _held:
-        yield
-        return
-    path, created = _place(output)
+    output = Path(os.path.realpath(output))
+    path = output / LOCK if folder else output.with_name(f".{output.name[:200]}{LOCK}")
+    missing = [parent for parent in path.parents if not parent.exists()]  # innermost first
     try:
         descriptor = _take(path, output)
-        _held.add(output)
+        if descriptor is None:
+            yield
+            return
+        identity = _identity(os.fstat(descriptor))
+        _held.add(identity)
         try:
             yield
         finally:
-            _held.discard(output)
+            _held.discard(identity)
             _release(descriptor, path)
     finally:
-        for parent in created:
+        for parent in missing:
             with suppress(OSError):  # it holds the output now
                 parent.rmdir()
 
 
-def _place(output: Path) -> tuple[Path, list[Path]]:
-    """The lock's file, and the folders that were created for it, innermost first."""
-    parent = output.parent
-    created = []
-    for folder in (parent, *parent.parents):
-        if folder.exists():
-            break
-        created.append(folder)
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror}") from error
-    inside = output.is_dir() and not os.access(parent, os.W_OK)
-    name = ".naslora.lock" if inside else f".{output.name[:200]}.lock"
-    return (output if inside else parent) / name, created
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
-def _take(path: Path, output: Path) -> int:
-    """Opens and locks the file, and writes this process into it."""
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"{output} cannot be written: {error.strerror}") from error
-        try:
-            _lock(descriptor)
-        except OSError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise UserError(
-                f"{output} is in use by {holder or 'another process'}; wait until it ends, or "
-                "choose another --output"
-            ) from error
-        # The process that held the lock may have removed the file since it was opened.
+def _take(path: Path, output: Path) -> int | None:
+    """Opens and locks the file, and writes this process into it; None if this process holds it."""
+    # No link is followed, and a pipe does not block.
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    for attempt in itertools.count():
         with suppress(OSError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        os.close(descriptor)
+            if _identity(os.lstat(path)) in _held:  # closing a second descriptor would free it
+                return None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt < 100:
+                continue  # another process may have removed its empty folder
+            if path.is_symlink() or path.is_dir():
+                raise _foreign(path) from error
+            raise UserError(f"{output} cannot be written: {error.strerror}") from error
+        with ExitStack() as opened:
+            opened.callback(os.close, descriptor)
+            _lock(descriptor, path, output)
+            # The process that held the lock may have removed the file since it was opened.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                    opened.pop_all()
+                    return descriptor
+    raise AssertionError
+
+
+def _lock(descriptor: int, path: Path, output: Path) -> None:
+    """Locks an open file and writes this process into it, if the file is one of naslora's."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise _foreign(path)
+    try:
+        _lock_file(descriptor)
+    except OSError as error:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        raise UserError(
+            f"{output} is in use by {holder or 'another process'}; wait until it ends, or "
+            "choose another --output"
+        ) from error
+    if os.read(descriptor, len(HOLDER)) not in (b"", HOLDER):
+        raise _foreign(path)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    text = f"process {os.getpid()} on {socket.gethostname()}, which started at {started}"
+    text = f"{os.getpid()} on {socket.gethostname()}, which started at {started}"
     with suppress(OSError):  # a full disk: the lock holds without its text
+        os.lseek(descriptor, 0, os.SEEK_SET)
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, text.encode())
-    return descriptor
+        os.write(descriptor, HOLDER + text.encode())
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path} is no lock of naslora; remove it, or choose another --output")
 
 
 def _release(descriptor: int, path: Path) -> None:
@@ -113,7 +134,7 @@ def _release(descriptor: int, path: Path) -> None:
 if os.name == "nt":
     import msvcrt
 
-    def _lock(descriptor: int) -> None:
+    def _lock_file(descriptor: int) -> None:
         os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # others cannot read the bytes that are locked
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
@@ -123,6 +144,6 @@ if os.name == "nt":
 else:
     import fcntl
 
-    def _lock(descriptor: int) -> None:
+    def _lock_file(descriptor: int) -> None:
         # Not flock: processes that the holder forked would keep that lock when the holder dies.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

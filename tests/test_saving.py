@@ -151,7 +151,7 @@ def test_files_get_the_mode_of_other_files(mask, tmp_path):
     before = os.umask(mask)
     try:
         model = adapted_encoder()
-        (tmp_path / f".{WEIGHTS_NAME}.partial").touch(0o600)  # left by a killed process
+        (tmp_path / f".{WEIGHTS_NAME}.naslora.partial").touch(0o600)  # left by a killed process
         save_adapter(model, tmp_path)
         merge(model)
         save_merged(model, tmp_path)

@@ -1,13 +1,16 @@
 """Two processes, one output: the second is refused and told who the first is."""
 
+import contextlib
 import os
+import signal
 import subprocess
-import sys
+import time
 
 import pytest
 from conftest import wait_for
 
 from naslora.errors import UserError
+from naslora.files import LOCK
 from naslora.locks import locked
 from reliability.conftest import TRAIN, one_line
 
@@ -26,53 +29,57 @@ COMMANDS = {
 
 
 @pytest.fixture
-def holder(tmp_path):
-    """Starts a process that holds the lock of an output, and returns it."""
+def holder():
+    """Starts a process that holds the lock of an output, and returns its number."""
     started = []
 
-    def hold(output):
-        code = (
-            "import sys, time, pathlib\n"
-            "from naslora.locks import locked\n"
-            "with locked(pathlib.Path(sys.argv[1]), folder=False):\n"
-            "    print('held', flush=True)\n"
-            "    time.sleep(600)\n"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(output)], stdout=subprocess.PIPE, text=True
-        )
-        started.append(process)
-        assert process.stdout.readline() == "held\n"
-        return process
+    def hold(output, folder):
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with locked(output, folder):
+                    os.write(write, b"held")
+                    time.sleep(600)
+            finally:
+                os._exit(1)
+        started.append(pid)
+        os.close(write)
+        assert os.read(read, 4) == b"held"
+        os.close(read)
+        return pid
 
     yield hold
-    for process in started:
-        process.kill()
-        process.wait()
+    for pid in started:
+        end(pid)
+
+
+def end(pid):
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_output_in_use_is_refused_by_name(naslora, holder, clean_world, tmp_path, command):
     output = tmp_path / ("out.onnx" if command == "export" else "out")
-    process = holder(output)
+    pid = holder(output, folder=command not in ("analyse", "merge", "export"))
     arguments = [
         clean_world / a if (clean_world / str(a)).exists() else a for a in COMMANDS[command]
     ]
     result = naslora(*arguments, "--output", output)
     assert result.status == 2
     line = one_line(result.err)
-    assert f"{output} is in use by process {process.pid} on " in line
-    assert not output.exists()
+    assert f"{output} is in use by process {pid} on " in line
+    assert not output.exists() or not [path for path in output.iterdir() if path.name != LOCK]
 
 
 def test_a_dead_process_frees_its_output(naslora, holder, clean_world, tmp_path):
-    output = tmp_path / "merged"
-    process = holder(output)
-    process.kill()
-    process.wait()
-    assert (tmp_path / ".merged.lock").exists()
+    output, lock = tmp_path / "merged", tmp_path / ".merged.naslora.lock"
+    end(holder(output, folder=False))
+    assert lock.exists()
     assert naslora("merge", clean_world / "run", "--output", output).status == 0
-    assert not (tmp_path / ".merged.lock").exists()
+    assert not lock.exists()
 
 
 def test_two_runs_that_start_together(forked, clean_world, tmp_path):
@@ -98,11 +105,11 @@ def test_resuming_a_run_that_goes_on(forked, naslora, clean_world, tmp_path):
 
 
 def test_the_lock_itself(tmp_path):
-    """It leaves nothing, can be taken twice by its process, and lies inside a read-only parent."""
+    """It leaves nothing, and can be taken twice by its process."""
     with locked(tmp_path / "a/b/out"), locked(tmp_path / "a/b/out"):
-        assert (tmp_path / "a/b/.out.lock").exists()
+        assert (tmp_path / "a/b/out" / LOCK).exists()
     assert not (tmp_path / "a").exists()
-    with locked(tmp_path / "a/b/out"):
+    with locked(tmp_path / "a/b/out", folder=False):
         (tmp_path / "a/b/out").mkdir()
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["out"]
     (tmp_path / "file").touch()
@@ -112,18 +119,51 @@ def test_the_lock_itself(tmp_path):
         pass
 
 
-def test_a_symbolic_link_is_the_same_folder(naslora, holder, clean_world, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "link").symlink_to("out")
-    process = holder(tmp_path / "out")
-    result = naslora("merge", clean_world / "run", "--output", tmp_path / "link")
-    assert f"process {process.pid}" in one_line(result.err)
+PLANTED = {
+    "a link": lambda path, precious: path.symlink_to(precious),
+    "a link to nothing": lambda path, precious: path.symlink_to(path.parent / "new"),
+    "a hard link": lambda path, precious: path.hardlink_to(precious),
+    "a file": lambda path, precious: path.write_text("precious"),
+    "a pipe": lambda path, precious: os.mkfifo(path),
+    "a folder": lambda path, precious: path.mkdir(),
+}
 
 
-def test_a_parent_that_cannot_be_written(monkeypatch, tmp_path):
-    (tmp_path / "out").mkdir()
-    real = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and real(path, mode))
-    with locked(tmp_path / "out"):
-        assert (tmp_path / "out/.naslora.lock").exists()
-    assert not list((tmp_path / "out").iterdir())
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize("what", PLANTED)
+def test_what_is_no_lock_is_not_touched(tmp_path, what, folder):
+    precious, output = tmp_path / "precious", tmp_path / "d/out"
+    precious.write_text("precious")
+    output.mkdir(parents=True)
+    PLANTED[what](output / LOCK if folder else output.with_name(".out" + LOCK), precious)
+    before = states(tmp_path)
+    with pytest.raises(UserError, match="is no lock of naslora"), locked(output, folder):
+        pass
+    assert states(tmp_path) == before and precious.read_text() == "precious"
+
+
+def states(folder):
+    return {path: (path.lstat().st_mode, path.lstat().st_size) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("way", ["link", "mount"])
+def test_another_way_to_a_folder_has_the_same_lock(holder, tmp_path, way):
+    output, other = tmp_path / "out", tmp_path / "other"
+    output.mkdir()
+    if way == "link":
+        other.symlink_to("out")
+    else:
+        other.mkdir()
+        if subprocess.run(["mount", "--bind", output, other], capture_output=True).returncode:
+            pytest.skip("this user may not mount a folder")
+    try:
+        pid = holder(output, folder=True)
+        with pytest.raises(UserError, match=f"in use by process {pid} "), locked(other):
+            pass
+        end(pid)
+        with locked(output), locked(other):
+            pass
+        assert not list(output.iterdir())
+    finally:
+        if way == "mount":
+            subprocess.run(["umount", other], check=True)
