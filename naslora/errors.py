@@ -1,5 +1,6 @@
-"""The exception for mistakes of the user, and how its messages list names."""
+"""The exception for mistakes of the user, warnings, and how messages show names."""
 
+import sys
 from collections.abc import Iterable
 
 
@@ -12,6 +13,21 @@ class UserError(ValueError):
 
 class LostProcessError(UserError):
     """Another process of the run has ended or does not answer. Every other process reports it."""
+
+
+def warn(text: str) -> None:
+    """Prints a warning as one line."""
+    print(f"naslora: warning: {one_line(text)}", file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """A message as one line. Names from files may hold codes that act on a terminal."""
+    return " ".join(map(printable, text.split()))
+
+
+def printable(text: str) -> str:
+    """Escapes characters that have no picture, such as the escape codes of a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

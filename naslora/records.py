@@ -74,7 +74,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def as_csv(rows: Sequence[Any]) -> str:
-    """The rows as CSV text.
+    """The rows as CSV text. No cell is a formula of a spreadsheet, see ``_quoted``.
 
     Args:
         rows: records, or dictionaries of column to value; a column that a row lacks is empty.
@@ -82,10 +82,10 @@ def as_csv(rows: Sequence[Any]) -> str:
     flat = [_flatten(row) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
+    writer = csv.writer(text)  # only its own line ends, \r\n, let it put a cell with \r in quotes
+    writer.writerow(map(_quoted, columns))
+    writer.writerows([_quoted(row.get(name)) for name in columns] for row in flat)
+    return text.getvalue().replace("\r\n", "\n")
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
@@ -100,8 +100,15 @@ def read_rows(path: Path, kind: type[Record]) -> list[Record]:
         UserError: the file is missing or has other columns.
     """
     with reading(path, f"does not hold rows of {kind.__name__}"):
-        text = path.read_text(encoding="utf-8")
-        return [_unflatten(kind, row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+        with path.open(encoding="utf-8", newline="") as file:
+            columns, *rows = ([cell.removeprefix("'") for cell in row] for row in csv.reader(file))
+        return [_unflatten(kind, dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _quoted(cell: Any) -> Any:
+    """Puts ' before a text that a spreadsheet would compute. Reading takes it off again."""
+    risky = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "'"))
+    return f"'{cell}" if risky and cell != "-" else cell
 
 
 def _flatten(row: Any) -> dict[str, Any]:

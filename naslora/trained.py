@@ -8,7 +8,6 @@ left_out.safetensors      tensors of the SAM checkpoint that the model lacks, fo
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from naslora.adapter.merged_files import (
 )
 from naslora.data.contents import warnings_about
 from naslora.data.images import Sample
-from naslora.errors import UserError
+from naslora.errors import UserError, warn
 from naslora.files import (
     read_safetensors,
     reading,
@@ -133,7 +132,7 @@ def evaluate_run(
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
     samples = splits[split]
     for warning in warnings_about({split: check_with_progress(samples, config)}):
-        print(f"naslora: warning: {warning}", file=sys.stderr)
+        warn(warning)
     return dataclasses.replace(evaluate_model(model, config, samples), images=len(samples))
 
 

@@ -38,4 +38,5 @@ def html_table(table: Table, caption: str = "", total: bool = False) -> str:
 def markdown_table(table: Table) -> str:
     """The table in Markdown, without a newline at the end."""
     lines = [table.head, ["---"] * len(table.head), *table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    escaped = ([" ".join(cell.replace("|", r"\|").split()) for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)

@@ -13,7 +13,6 @@ tensorboard/           the curves for TensorBoard, if it is among the trackers
 trackers.json          by which other trackers continue a resumed run
 """
 
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +23,7 @@ from accelerate.utils import gather_object
 
 from naslora.data.contents import to_json
 from naslora.data.dataset import SegmentationDataset
-from naslora.errors import UserError
+from naslora.errors import UserError, warn
 from naslora.files import is_temporary, write_json
 from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
@@ -160,7 +159,7 @@ def _warn(config: RunConfig) -> None:
             f"{training.epochs} epochs, which are counted from 0"
         )
     for warning in warnings:
-        print(f"naslora: warning: {warning}", file=sys.stderr)
+        warn(warning)
 
 
 def check_output(config: RunConfig, output: Path, resume: bool) -> None:

@@ -1,7 +1,6 @@
 """The images of a run: its splits, their check before training, and the images for merging."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,7 +22,7 @@ from naslora.data.datasets import count_differences, load_splits
 from naslora.data.images import Sample
 from naslora.data.layouts import OPTIONAL_SPLIT
 from naslora.data.masks import has_foreground, palette_codes
-from naslora.errors import UserError
+from naslora.errors import UserError, warn
 from naslora.files import read_json
 from naslora.training.run_config import RunConfig
 
@@ -67,7 +66,7 @@ def prepare_data(
         except UserError as error:
             problem = str(error)
         for warning in warnings_about(contents):
-            print(f"naslora: warning: {warning}", file=sys.stderr)
+            warn(warning)
     for found in gather_object([problem]):
         if found is not None:
             raise UserError(found)
@@ -104,11 +103,7 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     splits = load_splits(config.dataset, root, config.class_names or ())
     differences = count_differences(config.dataset, splits)
     if differences and os.environ.get("RANK", "0") == "0":
-        listed = ", ".join(differences)
-        print(
-            f"naslora: warning: {root} is not the paper's {config.dataset}: {listed}",
-            file=sys.stderr,
-        )
+        warn(f"{root} is not the paper's {config.dataset}: {', '.join(differences)}")
     wanted = config.training.arch_data
     if wanted == "split" and OPTIONAL_SPLIT not in splits:
         raise UserError(
