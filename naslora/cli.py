@@ -21,7 +21,7 @@ from rich.table import Table
 
 from naslora import prediction, trained
 from naslora.adapter.merge_report import MergeMode
-from naslora.errors import LostProcessError, UserError
+from naslora.errors import LostProcessError, UserError, one_line, printable
 from naslora.exits import fail, flush_results, refusal, signals
 from naslora.locks import locked
 from naslora.methods import MethodName
@@ -60,7 +60,11 @@ def main() -> None:
     """
     try:
         with signals():
-            _run(sys.argv[1:])
+            try:
+                _run(sys.argv[1:])
+            except SystemExit:
+                flush_results()
+                raise
             flush_results()
     except UserError as error:
         fail(str(error), every_process=isinstance(error, LostProcessError))
@@ -300,7 +304,7 @@ def predict(
     written = prediction.predict_run(path, inputs, output, on_error, tiles, overlap, trust)
     print(f"wrote {len(written)} masks and overlays to {output}")
     for error in errors:
-        print(f"naslora: skipped: {error}", file=sys.stderr)
+        print(f"naslora: skipped: {one_line(str(error))}", file=sys.stderr)
     if errors:
         raise SystemExit(1)
 
@@ -376,12 +380,12 @@ def _summarise(result: RunResult, output: Path) -> None:
     for name, scores in rows.items():
         values = (scores.dice, scores.iou, scores.accuracy)
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names of classes are text
     console.print(table)
     head, lines = metric_table(result.test)
     reported = Table(*head)
     for line in lines:
-        reported.add_row(*line)
+        reported.add_row(*map(printable, line))
     console.print(reported)
     console.print(f"scored at the resolution {result.test.resolution}", highlight=False)
     console.print(

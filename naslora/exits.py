@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from naslora.errors import UserError
+from naslora.errors import UserError, one_line
 from naslora.files import disk_error, reason_of
 
 
@@ -26,9 +26,10 @@ def fail(
     text: str, status: int = 2, kind: str = "error: ", every_process: bool = False
 ) -> NoReturn:
     """Ends the process with one line of text, which the first process of a run prints, or all."""
+    with contextlib.suppress(UserError):  # the text tells of the first error
+        flush_results()
     if every_process or os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            print(f"naslora: {kind}{' '.join(text.split())}", file=sys.stderr)
+        print(f"naslora: {kind}{one_line(text)}", file=sys.stderr)
     raise SystemExit(status) from None
 
 
@@ -37,7 +38,7 @@ def refusal(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "there is not enough memory; lower --batch-size or --image-size, or use a GPU"
-    if "DataLoader worker" in text and "killed by signal" in text:
+    if _is_lost_worker(error):
         return f"{reason_of(error)}; lower --workers, or free some memory"
     reason = disk_error(error)
     if reason is None and isinstance(error, OSError) and error.errno is not None:
@@ -50,8 +51,16 @@ def refusal(error: Exception) -> str | None:
     return reason
 
 
+def _is_lost_worker(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
 def flush_results() -> None:
-    """Writes what was printed. Python would print a traceback if it failed when it ends."""
+    """Writes what was printed. Python would print a traceback if it failed when it ends.
+
+    Raises:
+        UserError: standard output is closed or full.
+    """
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -73,8 +82,9 @@ def signals() -> Iterator[None]:
 
     Python drops what is raised in a destructor, such as that of a data loader, so a signal that
     arrives there is sent again. What destructors raise after a signal is not printed, also later:
-    it may have left objects half built, such as the iterator of a data loader. An OSError of a
-    thread prints nothing: TensorBoard's writer raises it in the main thread, too.
+    it may have left objects half built, such as the iterator of a data loader. A worker that was
+    killed is reported by the loader that needs it. TensorBoard's writer raises an OSError of its
+    thread in the main thread, too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -91,12 +101,13 @@ def signals() -> Iterator[None]:
     excepthook, unraisablehook = threading.excepthook, sys.unraisablehook
 
     def report(arguments: Any) -> None:
-        if not isinstance(arguments.exc_value, OSError):
+        writer = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (writer and isinstance(arguments.exc_value, OSError)):
             excepthook(arguments)
 
     def unraisable(arguments: Any) -> None:
         if not isinstance(arguments.exc_value, Interrupted):
-            if not arrived:
+            if not arrived and not _is_lost_worker(arguments.exc_value):
                 unraisablehook(arguments)
             return
         arrived.clear()

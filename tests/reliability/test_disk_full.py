@@ -1,14 +1,17 @@
 """A full disk: one line, nothing half-written, and the run goes on when there is space again."""
 
 import errno
+import io
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
+from naslora.__main__ import open_streams
 from reliability.conftest import TRAIN, one_line
 from reliability.test_kills import assert_same, check_files
 
@@ -143,7 +146,49 @@ def test_files_of_any_size(forked, naslora, clean_world, tmp_path, size):
     resume(naslora, command, output, clean_world)
 
 
-def test_results_that_cannot_be_printed(forked):
-    ended = forked("info", prepare=lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1)).wait()
-    assert ended.status == 2
-    assert "cannot be printed: No space left on device" in one_line(ended.err)
+LOST = "naslora: error: the results cannot be printed: "
+MERGE = ("merge", "nowhere", "--output", "out")
+STREAMS = {  # arguments, what the standard streams are (None: closed), status, the line
+    "full output": (("info",), {1: "/dev/full"}, 2, LOST + "No space left on device"),
+    "closed output": (("info",), {1: None}, 2, LOST + "Bad file descriptor"),
+    "closed output, help": (("--help",), {1: None}, 2, LOST + "Bad file descriptor"),
+    "closed output, an error": (MERGE, {1: None}, 2, "nowhere is no run"),
+    "full errors": (MERGE, {2: "/dev/full"}, 2, None),
+    "closed errors": (MERGE, {2: None}, 2, None),
+    "all closed": (("info",), {0: None, 1: None, 2: None}, 2, None),
+    "closed input": (("info",), {1: "/dev/null", 0: None}, 0, None),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_streams_that_cannot_be_written(forked, tmp_path, case):
+    arguments, streams, status, line = STREAMS[case]
+
+    def prepare():
+        os.chdir(tmp_path)
+        for number, target in streams.items():
+            os.close(number)
+            assert target is None or os.open(target, os.O_WRONLY) == number
+        sys.stdout, sys.stderr = (
+            None
+            if streams.get(number, "") is None
+            else io.TextIOWrapper(io.FileIO(number, "w", closefd=False))
+            for number in (1, 2)
+        )
+        open_streams()
+
+    ended = forked(*arguments, prepare=prepare).wait()
+    assert ended.status == status and ended.out == ""
+    if line is not None:
+        assert line in one_line(ended.err)
+    elif status:
+        assert ended.err == ""
+
+
+@pytest.mark.campaign
+def test_a_closed_output_of_the_command():
+    command = [sys.executable, "-m", "naslora", "info"]
+    line = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    result = subprocess.run(line, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert "cannot be printed: Bad file descriptor" in one_line(result.stderr)

@@ -1,5 +1,6 @@
 """SIGKILL at any moment: every file stays whole, and the resumed run equals the unbroken one."""
 
+import itertools
 import os
 import random
 import shutil
@@ -9,11 +10,13 @@ import time
 import pytest
 from conftest import wait_for
 from safetensors.torch import load_file
+from torch.utils.data import get_worker_info
 
+from naslora.data.dataset import SegmentationDataset
 from naslora.files import read_json, read_safetensors, read_torch
 from naslora.records import read_rows
 from naslora.results import LAST, Epoch
-from reliability.conftest import TRAIN
+from reliability.conftest import TRAIN, one_line
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
@@ -156,10 +159,11 @@ def test_kills_at_random_moments(forked, naslora, clean_world, tmp_path):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("command", ["merge", "predict", "export", "export2"])
+@pytest.mark.parametrize("command", ["analyse", "merge", "predict", "export", "export2"])
 def test_a_kill_in_every_write_of_other_commands(forked, naslora, clean_world, tmp_path, command):
     output = tmp_path / {"export": "a.onnx", "export2": "a.pt2"}.get(command, "out")
     line = {
+        "analyse": ("analyse", clean_world / "run"),
         "merge": ("merge", clean_world / "run"),
         "predict": ("predict", clean_world / "run", clean_world / "data/images"),
         "export": ("export", clean_world / "center"),
@@ -181,6 +185,33 @@ def test_a_kill_in_every_write_of_other_commands(forked, naslora, clean_world, t
         assert naslora(*line, "--output", output).status == 0
     assert kills >= 1
     print(f"kills of {command}: {kills}")
+
+
+WORKER_DIES = {
+    "at the first image": lambda worker, item: (worker, item) == (0, 1),
+    "of the second, later": lambda worker, item: (worker, item) == (1, 2),
+    "both": lambda worker, item: item == 2,
+}
+
+
+@pytest.mark.parametrize("when", WORKER_DIES)
+def test_a_kill_of_a_loader_worker(forked, clean_world, tmp_path, when):
+    def prepare():
+        load, loaded = SegmentationDataset.__getitem__, itertools.count(1)
+
+        def deadly(dataset, index):
+            worker = get_worker_info()
+            if worker and WORKER_DIES[when](worker.id, next(loaded)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return load(dataset, index)
+
+        SegmentationDataset.__getitem__ = deadly
+
+    command, out = arguments(clean_world, tmp_path / "run")
+    ended = forked(*command, *out, "--workers", 2, "--batch-size", 1, prepare=prepare).wait()
+    assert ended.status == 2
+    line = one_line(ended.err)
+    assert "DataLoader worker (pid" in line and "lower --workers, or free some memory" in line
 
 
 def test_a_kill_at_a_random_moment(forked, naslora, clean_world, tmp_path):
