@@ -94,9 +94,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     try:
         yield temporary
-        if path.is_dir():
-            path.rmdir()
-        os.replace(temporary, path)
+        try:
+            if path.is_dir():
+                path.rmdir()
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # a mount point, such as a container's volume
+                raise
+            for file in temporary.iterdir():
+                shutil.move(file, path)
     except UserError as error:  # it names the temporary folder
         raise UserError(str(error).replace(str(temporary), str(path))) from error
     finally:
@@ -139,7 +145,8 @@ def write_text(path: Path, text: str) -> None:
         UserError: ``path`` cannot be written.
     """
     with replaced_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # The name of an image need not be UTF-8: Python holds such bytes as lone surrogates.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -67,7 +67,9 @@ def refuses_training(refused, data, tmp_path):
 
 
 def listing(folder):
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    # The time of a folder changes with the lock in it.
+    stats = {path: path.stat() for path in folder.rglob("*")}
+    return {p: (p.is_file() and s.st_mtime_ns, s.st_size) for p, s in stats.items()}
 
 
 def truncate(path):

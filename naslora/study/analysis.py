@@ -25,7 +25,7 @@ from naslora.data.dataset import Item
 from naslora.data.images import Sample
 from naslora.data.masks import has_foreground
 from naslora.errors import UserError
-from naslora.files import replaced_file
+from naslora.files import replaced_file, replaced_folder
 from naslora.records import write_rows
 from naslora.report.figures import BLUE, MUTED, ORANGE, Drawing
 from naslora.report.pictures import Picture, paint
@@ -37,7 +37,7 @@ from naslora.sam.shipped import NONE
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
 from naslora.study.grad_cam import heat_map, heat_overlay
 from naslora.study.operation_losses import write_operation_losses
-from naslora.study.seeds import read_history, write_convergence, write_operations
+from naslora.study.seeds import read_history, read_operations, write_convergence, write_operations
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
 from naslora.training.run import check_output
@@ -71,6 +71,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
         raise UserError(f"images must be at least 1, got {images}")
     model, config = load_model(runs[0])
     histories = [read_history(run, config) for run in runs]
+    mixtures = read_operations(runs) if config.searches else None
     check_output(config, output, resume=False)
     samples = find_splits(config)["test"]
     drawn = _draw_samples(samples, images, seed)
@@ -82,18 +83,19 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
         )
         for name, other in models.items()
     }
-    sections: dict[str, list[Part]] = {
-        "Inductive bias (Table 4)": _write_statistics(statistics, len(drawn), output),
-        "Grad-CAM (Fig. 4)": _write_heat_maps(models, config, samples, output),
-        "Predictions (Fig. 3)": _write_predictions(model, config, samples, output),
-        "Convergence (Fig. C1)": write_convergence(histories, config, output),
-    }
-    if config.searches:
-        sections["Operations (Fig. C2)"] = write_operations(runs, output)
-        losses = write_operation_losses(model, config, seed, output)
-        sections["Operations moved to skip"] = losses
-    title = f"Analysis of {config.method} on {config.model}"
-    write_study(output / REPORT, title, sections, config.to_dict())
+    with replaced_folder(output) as folder:
+        sections: dict[str, list[Part]] = {
+            "Inductive bias (Table 4)": _write_statistics(statistics, len(drawn), folder),
+            "Grad-CAM (Fig. 4)": _write_heat_maps(models, config, samples, folder),
+            "Predictions (Fig. 3)": _write_predictions(model, config, samples, folder),
+            "Convergence (Fig. C1)": write_convergence(histories, config, folder),
+        }
+        if mixtures is not None:
+            sections["Operations (Fig. C2)"] = write_operations(mixtures, folder)
+            losses = write_operation_losses(model, config, seed, folder)
+            sections["Operations moved to skip"] = losses
+        title = f"Analysis of {config.method} on {config.model}"
+        write_study(folder / REPORT, title, sections, config.to_dict())
 
 
 def _draw_samples(samples: list[Sample], count: int, seed: int) -> list[Sample]:

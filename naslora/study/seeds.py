@@ -1,6 +1,6 @@
 """Runs that differ in their seed: how they converge, and which operations they prefer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,10 @@ def read_history(run: Path, first: RunConfig) -> list[Epoch]:
         raise UserError(f"{run} is a run of another configuration; give runs that differ in seed")
     if not (run / HISTORY).is_file():
         raise UserError(f"{run} is not finished: it has no {HISTORY}")
-    return results.read_history(run)
+    history = results.read_history(run)
+    if len(history) != config.training.epochs:
+        raise UserError(f"{run / HISTORY} has {len(history)} of {config.training.epochs} epochs")
+    return history
 
 
 def write_convergence(histories: list[list[Epoch]], config: RunConfig, output: Path) -> list[Part]:
@@ -110,31 +113,47 @@ class OperationRow:
     """Share of the layers, of all runs, in which the operation has the largest weight."""
 
 
-def write_operations(runs: Sequence[Path], output: Path) -> list[Part]:
+def read_operations(runs: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Reads the mixtures at the end of the search: (runs, layers) weights by operation.
+
+    Raises:
+        UserError: a file is missing, holds no mixture, or one of other layers than the first.
+    """
+    stored = [read_record(run / OPERATIONS_JSON, OperationHistory) for run in runs]
+    names = stored[0].operations
+    for run, record in zip(runs, stored, strict=True):
+        layers = record.epochs[-1].softmax if record.epochs else []
+        if [len(layer) for layer in layers] != [len(names)] * max(1, len(stored[0].layers)):
+            raise UserError(f"{run / OPERATIONS_JSON} does not hold a mixture of each layer")
+    last = np.array([record.epochs[-1].softmax for record in stored])
+    return dict(zip(names, np.moveaxis(last, -1, 0), strict=True))
+
+
+def write_operations(mixtures: Mapping[str, np.ndarray], output: Path) -> list[Part]:
     """Writes and plots the weights of the operations at the end of the search.
 
     Args:
-        runs: folders of the runs.
+        mixtures: as ``read_operations`` returns them.
         output: folder for operations.csv and operations.png.
 
     Returns:
         The parts of the report.
     """
-    stored = [read_record(run / OPERATIONS_JSON, OperationHistory) for run in runs]
-    last = np.array([run.epochs[-1].softmax for run in stored])  # (runs, layers, operations)
+    last = np.stack([*mixtures.values()], axis=-1)  # (runs, layers, operations)
+    runs, layers, _ = last.shape
     chosen = last.argmax(-1)  # (runs, layers)
     rows = [
         OperationRow(
             name,
             float(last[..., i].mean()),
-            float(last[..., i].mean(1).std(ddof=1)) if len(runs) > 1 else None,
+            float(last[..., i].mean(1).std(ddof=1)) if runs > 1 else None,
             float((chosen == i).mean()),
         )
-        for i, name in enumerate(stored[0].operations)
+        for i, name in enumerate(mixtures)
     ]
     write_rows(output / "operations.csv", rows)
     caption = (
-        f"Mean of softmax(α) over {last.shape[1]} layers of {len(runs)} runs, and the share of the "
+        f"Mean of softmax(α) over {layers} layers of {runs} runs, and the share of the "
         "layers in which an operation has the largest weight."
     )
     drawing = Drawing("operations", caption, partial(_draw_operations, rows=rows), (5.4, 3.2))

@@ -1,6 +1,7 @@
 """The corpus of bad inputs, bad_inputs.yaml: each costs one line and an exit status."""
 
 import json
+import os
 import pickle
 import re
 import shlex
@@ -13,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from naslora.files import read_json, write_json
+from naslora.files import file_checksum, read_json, write_json
 from reliability.conftest import TRAIN, one_line, own
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -73,6 +74,12 @@ def spoil_file(world: Path, case: dict[str, Any]) -> None:
         own(path)
     if kind == "text":
         path.write_text(case["content"] if "content" in case else case["repeat"] * 200_000)
+    elif kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == "history":  # without the last epoch
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        spoil_json(own(path.with_name("metrics.json")), "history_sha256", file_checksum(path))
     elif kind == "remove":
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif kind == "stale":
