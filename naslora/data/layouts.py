@@ -77,7 +77,7 @@ def _read_csv(path: Path) -> list[Sample]:
                 )
             for row in reader:
                 origin = f"{path.name} row {reader.line_num}"
-                if not row["image"] or not row["label"]:
+                if not row.get("image") or not row.get("label"):  # absent after an empty first line
                     raise UserError(f"{path}: row {reader.line_num} needs an image and a label")
                 samples.append(
                     Sample(path.parent / row["image"], path.parent / row["label"], origin)

@@ -217,7 +217,7 @@ def test_files_of_a_folder(tmp_path, replace, line):
 # ---- What Hypothesis makes -----------------------------------------------------------------------
 
 EXAMPLES = pytest.mark.parametrize(
-    "examples", [60, pytest.param(20_000, marks=pytest.mark.campaign)]
+    "examples", [60, pytest.param(5_000, marks=pytest.mark.campaign)]
 )
 
 
