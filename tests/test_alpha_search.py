@@ -2,13 +2,14 @@
 
 import copy
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from adapted_models import adapted_encoder, adapted_layer, build_encoder, images, tokens
 from conftest import in_two_processes
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -158,6 +159,26 @@ def test_kinds_of_parameters():
     torch.optim.AdamW(param_groups(model, 1e-3, 1e-2))
 
 
+@pytest.mark.parametrize(
+    ("rates", "warned"),
+    [
+        (lambda group, step: 1e-3 / (step + 1), True),
+        (lambda group, step: group.get("cell_rate", 1) * 1e-3 / (step + 1), False),
+        (lambda group, step: group["lr"] / 2, False),
+        (lambda group, step: 0.0, False),
+    ],
+    ids=["one rate for all", "as documented", "scaled", "zero"],
+)
+def test_a_loop_that_sets_one_rate_for_all_groups_is_told_once(rates, warned):
+    optimizer = copy.deepcopy(torch.optim.AdamW(param_groups(trainable(), 1e-3)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            for group in optimizer.param_groups:
+                group["lr"] = rates(group, step)
+    assert [("lose their factor of 10" in str(w.message)) for w in caught] == [True] * warned
+
+
 def test_the_line_of_peft(capsys):
     model = trainable()
     print_trainable_parameters(model)
@@ -182,7 +203,7 @@ def test_a_step_moves_alpha_alone():
     assert {n for n, p in before.items() if not p.equal(after[n])} == {"qkv.alpha"}
     assert all(torch.equal(p.grad, g) for p, g in zip(weights, gradients, strict=True))
     assert all(p.requires_grad for p in weights)
-    assert model.qkv.alpha.grad is None and model.qkv.alpha.requires_grad
+    assert model.qkv.alpha.grad is None and not model.qkv.alpha.requires_grad
 
 
 def test_steps_are_those_of_plain_adam():
@@ -208,12 +229,41 @@ def test_the_search_starts_late():
     assert search.step(batch(), squares, epoch=2) is not None
 
 
-def test_before_the_start_stale_gradients_are_cleared():
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda weights: torch.optim.AdamW(weights, lr=0.1, weight_decay=0.5),
+        lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9, weight_decay=0.5),
+        lambda weights: torch.optim.LBFGS(weights, lr=0.1, max_iter=2),
+    ],
+    ids=["AdamW", "SGD", "LBFGS"],
+)
+def test_alpha_moves_in_the_steps_of_its_search_alone(kind, start, processes, request):
+    """Whoever else holds it, with a gradient and momentum from before the search."""
+    if processes:  # DistributedDataParallel may wait for alpha's gradient, so it gets one
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        request.addfinalizer(distributed.destroy_process_group)
     model = trainable()
-    search = AlphaSearch(model, lr=0.01, start=5)
-    squares(model, batch()).backward()
-    search.step(batch(), squares)
-    assert model.qkv.alpha.grad is None and model.head.weight.grad is not None
+    weights, alpha = kind(model.parameters()), model.qkv.alpha
+
+    def closure():
+        weights.zero_grad()
+        (loss := squares(model, batch(1))).backward()
+        return loss
+
+    weights.step(closure)
+    closure()
+    search = AlphaSearch(model, lr=0.01, start=start)
+    assert alpha.grad is None and alpha.requires_grad == bool(processes)
+    for step in range(4):
+        before, head = alpha.detach().clone(), model.head.weight.detach().clone()
+        weights.step(closure)
+        assert torch.equal(alpha, before) and not torch.equal(model.head.weight, head)
+        search.step(batch(), squares)
+        assert torch.equal(alpha, before) == (step < start)
+        assert alpha.grad is None and model.head.weight.grad is not None
 
 
 def test_an_error_restores_the_weights():

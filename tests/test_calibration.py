@@ -168,8 +168,8 @@ def test_layers_are_fitted_in_turn_on_what_the_merged_ones_give():
             errors[name].regularisation,
         )
         decoder = layer.scaling * layer.lora_B.double().numpy()
-        weight = torch.from_numpy(layer.weight.double().numpy() + decoder @ linear_map).float()
-        bias = torch.from_numpy(layer.bias.double().numpy() + decoder @ offset).float()
+        weight = torch.from_numpy(layer.base.weight.double().numpy() + decoder @ linear_map).float()
+        bias = torch.from_numpy(layer.base.bias.double().numpy() + decoder @ offset).float()
         merged = getattr(model, name)
         assert_close(merged.weight, weight, rtol=1e-5, atol=1e-6)
         assert_close(merged.bias, bias, rtol=1e-5, atol=1e-6)

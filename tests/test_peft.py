@@ -14,6 +14,7 @@ from naslora import NASLoRAConfig, UserError, arch_parameters, inject, merge
 from naslora.adapter.merging import MergedNASLoRALinear
 from naslora.peft import NasLoraConfig, from_pretrained, get_peft_model
 from tests.adapted_models import adapted_encoder, build_encoder, images
+from tests.hugging_face import build_sam
 
 
 def wrapped(**options) -> PeftModel:
@@ -163,6 +164,37 @@ def test_a_center_merge_leaves_the_original_model(encoder):
     assert torch.equal(merged(images()), expected)
 
 
+@pytest.mark.parametrize(
+    ("last", "line"),
+    [
+        (lambda model: model.merge_and_unload(), "call naslora.save_merged.* mode 'center'"),
+        (lambda model: model.get_base_model(), "the adapter belongs to a PeftModel"),
+        (lambda model: (merge(model, "center"), model.merge_and_unload())[1], None),
+        (lambda model: model.unload(), None),
+    ],
+    ids=["exact", "adapted", "center", "unloaded"],
+)
+def test_save_pretrained_of_the_host_stores_all_weights_or_refuses(last, line, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    host = last(get_peft_model(build_sam(), NasLoraConfig()))
+    if line is not None:
+        with pytest.raises(UserError, match=line):
+            host.save_pretrained(tmp_path)
+        assert not any(tmp_path.iterdir())
+        return
+    host.save_pretrained(tmp_path)
+    again, info = transformers.SamModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    state = host.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+
+
+def test_an_exact_merge_needs_a_host_that_knows_it():
+    model = peft.get_peft_model(build_encoder(), NasLoraConfig())
+    with pytest.raises(UserError, match=r"needs a model of naslora.peft.get_peft_model"):
+        model.merge_and_unload()
+
+
 def test_unload_returns_the_untouched_model(encoder):
     assert torch.equal(wrapped().unload()(images()), encoder(images()))
 
@@ -229,6 +261,13 @@ def test_copies_are_independent():
     [
         ({"lora_dropout": 0.1}, "lora_dropout must be 0.0, got 0.1"),
         ({"use_dora": True}, "use_dora must be False, got True"),
+        ({"kasa_config": {}}, "kasa_config must be None, got {}"),
+        ({"velora_config": {}}, "velora_config must be None, got {}"),
+        ({"monteclora_config": {}}, "monteclora_config must be None, got {}"),
+        ({"use_bdlora": {}}, "use_bdlora must be None, got {}"),
+        ({"arrow_config": {}}, "arrow_config must be None, got {}"),
+        ({"loftq_config": {"bits": 4}}, "loftq_config must be {}"),
+        ({"bias": "all"}, "bias must be 'none', got 'all'"),
         ({"channel_ratio": 2}, r"channel_ratio must lie in \[0, 1\]"),
         ({"preset": "none such"}, "preset"),
     ],

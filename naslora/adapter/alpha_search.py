@@ -4,18 +4,21 @@ The loop trains the weights as it trains any model. ``AlphaSearch.step`` then ta
 architecture parameters alpha on other images (paper, Algorithm 1, first order).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer, optimizer
 
 from naslora.adapter import checks
 from naslora.adapter.injection import arch_parameters, cell_parameters
-from naslora.adapter.modules import check_model
+from naslora.adapter.modules import adapter_layers, check_model
 from naslora.adapter.wrappers import unwrap
-from naslora.errors import UserError
+from naslora.errors import UserError, listing
 
 NO_ALPHA = (
     "the loss of loss_fn does not depend on alpha; compute it with the model that loss_fn is "
@@ -43,6 +46,10 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: the weights, the cells' weights, and alpha if it has a rate.
 
+    A loop that sets the rate itself has to keep the multiple: the cells' group has the entry
+    ``cell_rate``. ``group["lr"] = lr * group.get("cell_rate", 1)``. Schedulers of torch keep it.
+    If all groups are set to one rate, a warning says so once.
+
     Args:
         model: an adapted model.
         lr: learning rate of the weights.
@@ -60,11 +67,40 @@ def param_groups(
     weights = [p for p in weight_parameters(model) if id(p) not in own]
     groups = [{"params": weights, "lr": lr, "weight_decay": weight_decay}]
     if cells:
-        groups.append({"params": cells, "lr": cell_rate * lr, "weight_decay": 0.0})
+        own_entries = {"lr": cell_rate * lr, "weight_decay": 0.0, "cell_rate": cell_rate}
+        groups.append(CellGroup(groups[0], params=cells, **own_entries))
     alphas = arch_parameters(model)
     if alpha_lr is not None and alphas:
         groups.append({"params": alphas, "lr": alpha_lr, "weight_decay": 0.0})
     return groups
+
+
+class CellGroup(dict[str, Any]):
+    """The cells' group of an optimizer. It warns, once, if its rate is set to that of the others.
+
+    Args:
+        others: the group of the other weights.
+        entries: the group's.
+    """
+
+    others: dict[str, Any] | None = None  # also in copies, which are filled before it is set
+
+    def __init__(self, others: dict[str, Any], **entries: Any) -> None:
+        super().__init__(entries)
+        self.others = others
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if key != "lr" or self.others is None or self.get("cell_rate", 1) == 1:
+            return
+        if value and value == self.others["lr"]:
+            self.others = None
+            warnings.warn(
+                f"the cells' weights have been set to the rate of the others, {float(value):g}, "
+                f"and lose their factor of {self['cell_rate']:g}: set every group to "
+                "lr * group.get('cell_rate', 1)",
+                stacklevel=2,
+            )
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -75,14 +111,21 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
 
+class AlphaAdam(torch.optim.Adam):
+    """The optimizer of an ``AlphaSearch``."""
+
+
 class AlphaSearch:
     """Steps of alpha beside a training loop of one's own.
 
-    It has its own Adam. A step does not change the weights, nor their gradients. It runs the model
+    It has its own Adam, and only that moves alpha: steps of other optimizers leave alpha as it was.
+    Outside the search's steps alpha requires no gradients, unless there is a process group, because
+    DistributedDataParallel may wait for them.
+
+    A step does not change the weights, nor their gradients. It runs the model
     below its wrappers (DistributedDataParallel, torch.compile) and averages alpha's gradients over
-    the processes itself, so DistributedDataParallel needs no ``find_unused_parameters``: alpha and
-    the weights both require gradients when it wraps the model, and the steps of the weights go
-    through it. Every process must call ``step`` equally often.
+    the processes itself, so DistributedDataParallel needs no ``find_unused_parameters``. Every
+    process must call ``step`` equally often.
 
     The loss is scaled by a power of two before the backward pass, as with fp16 it has to be. With
     other dtypes that changes nothing. A step whose gradients are not finite is skipped.
@@ -122,9 +165,13 @@ class AlphaSearch:
             )
         self.start = start
         self.calls = 0
-        self.optimizer = torch.optim.Adam(self.alphas, lr=lr, betas=betas)
+        self.optimizer = AlphaAdam(self.alphas, lr=lr, betas=betas)
         self._scaler = torch.amp.GradScaler(self.alphas[0].device.type)
         self._message: Any = None
+        self._clear()
+        self._required = distributed.is_available() and distributed.is_initialized()
+        self._hold_in_other_optimizers()
+        self._rest()
 
     def step(self, batch: Any, loss_fn: LossFunction, epoch: int | None = None) -> float | None:
         """Takes a step of alpha on a batch.
@@ -144,6 +191,7 @@ class AlphaSearch:
         now = self.calls if epoch is None else epoch
         self.calls += 1
         self._clear()  # DistributedDataParallel fills them in the steps of the weights, too
+        self._rest()
         if now < self.start:
             return None
         with self._alpha_alone():
@@ -151,10 +199,10 @@ class AlphaSearch:
                 # Autocast could return copies of the weights that still require gradients.
                 torch.clear_autocast_cache()
                 loss = loss_fn(self.model, batch)
-                _check_loss(loss)
+                self._check_loss(loss)
                 self._scaler.scale(loss).backward()
                 if all(alpha.grad is None for alpha in self.alphas):
-                    raise UserError(NO_ALPHA)
+                    raise UserError(self._no_alpha())
                 mean = self._average(loss.detach())
                 self._scaler.step(self.optimizer)
                 self._scaler.update()
@@ -176,6 +224,41 @@ class AlphaSearch:
         self._scaler.load_state_dict(state["scaler"])
         self.calls = state["calls"]
 
+    def _check_loss(self, loss: object) -> None:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(f"loss_fn must return a scalar tensor, got {got}")
+        if not loss.requires_grad:
+            raise UserError(self._no_alpha())
+
+    def _no_alpha(self) -> str:
+        names = [name for name, layer in adapter_layers(self.model) if not layer.called]
+        idle = f"; the model has never called {listing(names)}, which are adapted"
+        return NO_ALPHA + (idle if names else "")
+
+    def _hold_in_other_optimizers(self) -> None:
+        """Restores alpha after every step of another optimizer, as long as this object lives."""
+        alphas, before = self.alphas, [alpha.detach().clone() for alpha in self.alphas]
+
+        def copied(into: list[Any], source: list[Any]) -> Callable[..., None]:
+            def copy(stepping: Optimizer, *arguments: Any) -> None:
+                if not isinstance(stepping, AlphaAdam):
+                    with torch.no_grad():
+                        torch._foreach_copy_(into, source)
+
+            return copy
+
+        for handle in (
+            optimizer.register_optimizer_step_pre_hook(copied(before, alphas)),
+            optimizer.register_optimizer_step_post_hook(copied(alphas, before)),
+        ):
+            weakref.finalize(self, handle.remove)
+
+    def _rest(self) -> None:
+        if not self._required:
+            for alpha in self.alphas:
+                alpha.requires_grad_(False)
+
     def _clear(self) -> None:
         for alpha in self.alphas:
             alpha.grad = None
@@ -185,13 +268,17 @@ class AlphaSearch:
         """Lets alpha require gradients, and nothing else, while the body runs."""
         weights = weight_parameters(self.model)
         required = [alpha.requires_grad for alpha in self.alphas]
-        _require(weights, [False] * len(weights))
-        _require(self.alphas, [True] * len(self.alphas))
+        for parameter in weights:
+            parameter.requires_grad_(False)
+        for alpha in self.alphas:
+            alpha.requires_grad_(True)
         try:
             yield
         finally:
-            _require(weights, [True] * len(weights))
-            _require(self.alphas, required)
+            for parameter in weights:
+                parameter.requires_grad_(True)
+            for alpha, before in zip(self.alphas, required, strict=True):
+                alpha.requires_grad_(before)
 
     def _average(self, loss: Tensor) -> float:
         """Averages alpha's gradients, in place, and the loss over the processes, in one message."""
@@ -210,16 +297,3 @@ class AlphaSearch:
                 for alpha, mean in zip(self.alphas, means, strict=True):
                     alpha.grad = mean.view_as(alpha).to(alpha)
         return float(loss)
-
-
-def _require(parameters: Sequence[nn.Parameter], required: Sequence[bool]) -> None:
-    for parameter, value in zip(parameters, required, strict=True):
-        parameter.requires_grad_(value)
-
-
-def _check_loss(loss: object) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise UserError(f"loss_fn must return a scalar tensor, got {got}")
-    if not loss.requires_grad:
-        raise UserError(NO_ALPHA)

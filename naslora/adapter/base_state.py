@@ -125,7 +125,17 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
             f"the model is adapted with method {present.name}; only models with NAS-LoRA layers "
             "have a base state dict"
         )
+    _check_injected(model)
     return _without_adapter(model, bare_state(model))
+
+
+def _check_injected(model: nn.Module) -> None:
+    """Refuses layers of PEFT, which hold the frozen weights under names of their own."""
+    if any("base" not in layer._modules for _, layer in adapter_layers(model)):
+        raise UserError(
+            "the adapter belongs to a PeftModel: call its save_pretrained, or its "
+            "merge_and_unload or unload first"
+        )
 
 
 def _without_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,6 +190,7 @@ class SavePretrained:
                     "any more: choose another folder"
                 )
             return own(model, *args, **kwargs)
+        _check_injected(model)
         if "state_dict" not in signature.parameters:
             raise UserError(
                 f"{type(model).__name__}.save_pretrained cannot store an adapted model: call "

@@ -242,7 +242,7 @@ def _fit_layer(
     batches: Calibration,
 ) -> tuple[Fit, nn.Linear]:
     tokens = sum(len(y) for y in targets.values())
-    moments = Moments(tokens, layer.in_features, layer.rank, layer.weight.device)
+    moments = Moments(tokens, layer.in_features, layer.rank, layer.base.weight.device)
 
     def add(batch: int, layer: NASLoRALinear, x: Tensor) -> None:
         moments.add(x.reshape(-1, layer.in_features), targets[batch])

@@ -8,6 +8,7 @@ from torch import nn
 
 from naslora.adapter import checks
 from naslora.adapter.base_state import override_save_pretrained
+from naslora.adapter.calls import check_host, watch
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.frozen_norms import keep_frozen
 from naslora.adapter.grid import place_hint
@@ -64,6 +65,7 @@ def inject(
         replace_module(model, name, layer)
     keep_frozen(model, modules)
     override_save_pretrained(model)
+    watch(model, list(targets))
     return list(targets)
 
 
@@ -87,6 +89,7 @@ def build_layers(
         for name, base in targets.items()
     }
     for name, layer in layers.items():
+        layer.name = name
         place_hint(model, name, layer)
     return layers
 
@@ -182,6 +185,7 @@ def find_targets(
         if not isinstance(module, nn.Linear):
             kind = type(module).__name__
             raise UserError(f"target {target!r} matches {name!r}, a {kind}, not nn.Linear")
+        check_host(model, name)
         matches[name] = module
     if not matches:
         linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from naslora.adapter.calls import AdaptedLinear
 from naslora.adapter.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.grid import Grid, GridHint, as_grid, split_prefix
@@ -37,7 +38,7 @@ def draw_lora_A(rank: int, in_features: int, generator: torch.Generator) -> Tens
     return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
 
 
-class NASLoRALinear(nn.Module):
+class NASLoRALinear(AdaptedLinear):
     """A drop-in for the nn.Linear it wraps: h = W0 x + b0 + s W_d cell(W_e x) (paper, Eq. 3).
 
     Takes (B, H, W, C_in), or (B, N, C_in), and returns the same shape with C_out channels. N tokens
@@ -161,22 +162,13 @@ class NASLoRALinear(nn.Module):
         """C_out."""
         return self.base.out_features
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight. Code that reads a linear layer's device or dtype finds it here."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias."""
-        return self.base.bias
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out.
 
         Raises:
             ValueError: any other shape, or N tokens that are not the layer's grid.
         """
+        object.__setattr__(self, "called", True)  # a tenth of the time of Module.__setattr__
         if torch.jit.is_tracing():
             return self._traced(x)
         prefix, tokens = self._split(x)
@@ -213,11 +205,12 @@ class NASLoRALinear(nn.Module):
         Returns:
             (B * windows, size, size, C_out), as ``forward`` of ``windows.partition(x)``.
         """
+        object.__setattr__(self, "called", True)
         if self.cell is None:
-            return partition(self(x), size, self.bias)
+            return partition(self(x), size, self.base.bias)
         z = partition(F.linear(x, self.lora_A.to(x.dtype)), size)
         y = self.cell(z, self.alpha, self._selected_channels(), self.backend)
-        h = partition(self.base(x), size, self.bias)
+        h = partition(self.base(x), size, self.base.bias)
         decoder = self.lora_B.to(y.dtype).t()
         update = torch.addmm(h.flatten(0, 2), self.scaling * y.flatten(0, 2), decoder)
         return update.view_as(h)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from naslora.adapter.calls import AdaptedLinear
 from naslora.adapter.cell import FoldedCell, restore_collapsed
 from naslora.adapter.grid import as_grid, split_prefix
 from naslora.adapter.modules import check_model, replace_module
@@ -19,7 +20,7 @@ from naslora_kernels.operations import FOLDED_SIZE, OPERATIONS
 MARK = "merged_from"  # the attribute of a merged module that holds its ``MergedFrom``
 
 
-class MergedNASLoRALinear(nn.Module):
+class MergedNASLoRALinear(AdaptedLinear):
     """An exactly merged layer: ``base`` holds the pointwise part, a small convolution remains.
 
     Attributes:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from naslora.adapter.calls import host_calls
 from naslora.adapter.layer import NASLoRALinear
 from naslora.errors import UserError
 
@@ -33,6 +34,7 @@ def check_model(model: object) -> None:
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts ``module`` where the submodule ``name`` was."""
     parent, _, child = name.rpartition(".")
+    host_calls(model, name)
     setattr(model.get_submodule(parent), child, module)
 
 

@@ -16,10 +16,12 @@ from typing import Any, cast
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from naslora.adapter.base_state import override_save_pretrained
+from naslora.adapter.calls import host_calls, shown, watch
 from naslora.adapter.config import CellInit, ChannelSelection, NASLoRAConfig
 from naslora.adapter.frozen_norms import keep_frozen
 from naslora.adapter.grid import place_hint
@@ -29,16 +31,17 @@ from naslora.errors import UserError
 
 PEFT_TYPE = "NASLORA"  # in the files only; PEFT itself takes the layers for LoRA
 
-# Options of LoRA that the cell does not support, with the values that leave them off.
-UNSUPPORTED = {
-    "lora_dropout": 0.0,
-    "use_dora": False,
-    "use_rslora": False,
-    "lora_bias": False,
-    "init_lora_weights": True,
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
+# The options of LoRA that NAS-LoRA has, too. All others must have PEFT's default value.
+SUPPORTED = {
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
 }
 
 
@@ -73,11 +76,13 @@ class NasLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         if "config" not in inspect.signature(LoraLayer.update_layer).parameters:
             raise UserError("naslora.peft needs peft 0.19 or newer; run pip install -U peft")
-        super().__post_init__()
-        for name, off in UNSUPPORTED.items():
-            value = getattr(self, name, off)
-            if value != off:
+        for option in dataclasses.fields(LoraConfig):
+            factory: Any = option.default_factory
+            off = option.default if factory is dataclasses.MISSING else factory()
+            value, name = getattr(self, option.name), option.name
+            if value != off and name not in SUPPORTED and not hasattr(PeftConfig, name):
                 raise UserError(f"{name} must be {off!r}, got {value!r}: NAS-LoRA has no such part")
+        super().__post_init__()
         self.adapter_config(self.r, self.lora_alpha)  # checks the values
         self._register_custom_module({nn.Linear: cast(type[nn.Module], NasLoraLinear)})
 
@@ -188,6 +193,7 @@ class NasLoraLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.lora_nas = nn.ModuleDict()
         self._active_adapter = adapter_name
+        self.prepared = False  # whether the host's save_pretrained knows merged layers
         self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def update_layer(
@@ -208,11 +214,16 @@ class NasLoraLinear(nn.Module, LoraLayer):
         base = cast(nn.Linear, self.get_base_layer())
         adapter = NasLoraAdapter(base, settings, generator)
         for other in self.adapters()[:1]:  # what the host states of the tokens
-            adapter.grid, adapter.hint = other.grid, other.hint
+            adapter.grid, adapter.hint, adapter.name = other.grid, other.hint, other.name
         self.lora_nas[adapter_name] = adapter
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = settings.scaling
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for code that reads a linear layer's device or dtype."""
+        return shown(cast(nn.Linear, self.get_base_layer()).weight, self.adapters()[0].name)
 
     def adapters(self) -> list[NasLoraAdapter]:
         """All adapters of this layer."""
@@ -260,7 +271,8 @@ class NasLoraLinear(nn.Module, LoraLayer):
             adapter_names: the adapter to merge, one; None for the active one.
 
         Raises:
-            UserError: several adapters, or values that are not finite.
+            UserError: several adapters, values that are not finite, or the model was not made by
+                this module.
         """
         if not merge:
             return self.get_base_layer()
@@ -269,6 +281,11 @@ class NasLoraLinear(nn.Module, LoraLayer):
             raise UserError(f"one adapter merges at a time, got {', '.join(names) or 'none'}")
         alone = nn.Sequential(self.lora_nas[names[0]])
         if isinstance(alone[0], NASLoRALinear):
+            if not self.prepared:
+                raise UserError(
+                    "merge_and_unload needs a model of naslora.peft.get_peft_model or "
+                    "naslora.peft.from_pretrained; or call naslora.merge(model, 'center') first"
+                )
             alone[0].scaling = self.scaling[names[0]]
             merge_model(alone, "exact")
         return alone[0]
@@ -282,7 +299,8 @@ def get_peft_model(model: nn.Module, config: NasLoraConfig, **options: Any) -> P
     """PEFT's ``get_peft_model``, which also does what ``inject`` does for the host.
 
     Frozen batch norms stay in evaluation mode after ``model.train()``. Layers that see token
-    sequences take the grid that the host states.
+    sequences take the grid that the host states. ``save_pretrained`` of the host refuses layers
+    that were merged exactly. A warning names layers that the host does not call.
 
     Args:
         model: the base model; it is changed in place.
@@ -300,10 +318,15 @@ def get_peft_model(model: nn.Module, config: NasLoraConfig, **options: Any) -> P
 def _prepared(model: PeftModel) -> PeftModel:
     host = model.get_base_model()
     keep_frozen(host)
-    for name, module in host.named_modules():
-        if isinstance(module, NasLoraLinear):
-            for adapter in module.adapters():
-                place_hint(host, name, adapter)
+    layers = {n: m for n, m in host.named_modules() if isinstance(m, NasLoraLinear)}
+    for name, layer in layers.items():
+        layer.prepared = True
+        host_calls(host, name)
+        for adapter in layer.adapters():
+            adapter.name = name
+            place_hint(host, name, adapter)
+    override_save_pretrained(host)
+    watch(host, list(layers))
     return model
 
 

@@ -1,0 +1,187 @@
+"""Hosts that compute with a layer's weight, or leave a layer out."""
+
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from naslora import (
+    AlphaSearch,
+    NASLoRAConfig,
+    UserError,
+    inject,
+    load_merged,
+    merge,
+    save_merged,
+)
+from naslora.adapter.modules import adapter_layers
+from naslora.peft import NasLoraConfig, get_peft_model
+from tests.adapted_models import randomize, tokens
+
+TINY = {
+    "vit_tiny_patch16_dinov3_qkvb": {"img_size": 64, "depth": 2, "embed_dim": 48},
+    "eva02_tiny_patch14_224": {"img_size": 56, "depth": 2, "embed_dim": 48},
+    "beit_base_patch16_224": {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3},
+    "swinv2_tiny_window8_256": {"img_size": 64, "depths": (2,), "embed_dim": 24, "num_heads": (3,)},
+}
+"""Attentions with biases of their own, which read the weight of qkv unless they are switched."""
+SWEEP = """
+cait_xxs24_224 convit_tiny crossvit_tiny_240 csatv2 davit_tiny deit_tiny_distilled_patch16_224
+gcvit_xxtiny hiera_tiny_224 mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_parfac_gap nest_tiny
+pit_ti_224 qwen3_vit_88m sam2_hiera_tiny samvit_base_patch16_224 swin_tiny_patch4_window7_224
+swinv2_cr_tiny_224 test_maxvit test_vit test_vit_relpos tiny_vit_5m_224 twins_svt_small volo_d1_224
+vit_dwee_patch16_reg1_gap_256 vit_small_patch16_dinov3 vit_small_patch16_rope_224
+xcit_nano_12_p8_224
+"""
+"""The smallest model of each attention in timm with an ``attn.qkv`` (``timm.list_models()``)."""
+SEEN = {"samvit_base_patch16_224": {"img_size": 224}}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **TINY.get(name, SEEN.get(name, {}))).eval()
+
+
+def picture(model: nn.Module, name: str) -> torch.Tensor:
+    size = {**TINY, **SEEN}.get(name, {}).get("img_size", model.default_cfg["input_size"][-1])
+    return tokens(1, 3, size, size)
+
+
+@pytest.mark.parametrize(
+    "name", [*TINY, *(pytest.param(name, marks=pytest.mark.campaign) for name in SWEEP.split())]
+)
+def test_a_model_of_timm_trains_every_adapter_or_is_refused_in_one_line(name):
+    model = build(name)
+    x = picture(model, name)
+    with torch.no_grad():
+        expected = model.forward_features(x)
+    inject(model, NASLoRAConfig(prefix_tokens=getattr(model, "num_prefix_tokens", 0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            features = model.forward_features(x)
+        except ValueError as error:  # tokens that are no grid
+            assert name in SWEEP and "\n" not in str(error)
+            return
+    # A switched attention adds its bias in another step, so float32 rounds otherwise.
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    model(x).square().sum().backward()
+    assert all(layer.lora_B.grad is not None for _, layer in adapter_layers(model))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_merge_of_a_switched_host_is_exact_and_loads(name, tmp_path):
+    model = build(name)
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    inject(model, NASLoRAConfig(prefix_tokens=prefix))
+    randomize(model)
+    x = picture(model, name)
+    with torch.no_grad():
+        expected = model.forward_features(x)
+        merge(model, "exact")
+        torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-4, atol=1e-4)
+        save_merged(model, tmp_path)
+        load_merged(fresh := build(name), tmp_path)
+        assert torch.equal(fresh.forward_features(x), model.forward_features(x))
+
+
+class Host(nn.Module):
+    """Three layers on (B, H, W, 8), and a way through them."""
+
+    def __init__(self, way, qkv: nn.Module | None = None) -> None:
+        super().__init__()
+        self.way = way
+        self.blocks = nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(8, 8)}) for _ in range(3))
+        self.unregistered = [block["qkv"] for block in self.blocks]
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for i, block in enumerate(self.blocks):
+            x = self.way(self, i, block["qkv"], x)
+        return self.head(x)
+
+
+def multihead(host, i, qkv, x):
+    """As ``nn.MultiheadAttention``, which hands on the weight of its ``out_proj``."""
+    flat = x.flatten(1, 2)
+    three, bias = flat.new_ones(24, 8), flat.new_zeros(24)
+    options = (8, 2, three, bias, None, None, False, 0.0, qkv.weight, qkv.bias)
+    return F.multi_head_attention_forward(flat, flat, flat, *options)[0].view_as(x)
+
+
+COMPUTES = "the model computes with the weight of blocks.0.qkv instead of calling the layer"
+WAYS = [
+    (lambda host, i, qkv, x: F.linear(x, qkv.weight, qkv.bias), COMPUTES),
+    (lambda host, i, qkv, x: x @ qkv.weight.T, COMPUTES),
+    (lambda host, i, qkv, x: F.linear(x, weight=qkv.weight), COMPUTES),
+    (multihead, COMPUTES),
+    (lambda host, i, qkv, x: qkv(x.to(qkv.weight.dtype).to(qkv.weight)), None),
+    (lambda host, i, qkv, x: qkv(x) if qkv.weight.shape[0] == qkv.bias.numel() else x, None),
+    (
+        lambda host, i, qkv, x: qkv(x) if i != 1 else x,
+        "did not call 1 of 3 adapted layers, so these do not train: blocks.1.qkv",
+    ),
+    (
+        lambda host, i, qkv, x: host.unregistered[i](x),
+        "did not call 3 of 3 adapted layers, .*: blocks.0.qkv, blocks.1.qkv, blocks.2.qkv",
+    ),
+]
+
+
+@pytest.mark.parametrize("adapt", ["inject", "peft"])
+@pytest.mark.parametrize(("way", "line"), WAYS)
+def test_a_host_that_passes_a_layer_by_is_told_in_one_line(way, line, adapt):
+    model = Host(way)
+    if adapt == "inject":
+        inject(model, NASLoRAConfig(target="qkv"), train="head")
+    else:
+        get_peft_model(model, NasLoraConfig(target_modules=["qkv"]))
+    x = tokens(1, 4, 4, 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.no_grad():
+            if line is None or not line.startswith(COMPUTES):
+                model(x)
+                assert not caught  # evaluation is not checked
+        if line is not None and line.startswith(COMPUTES):
+            with pytest.raises(UserError, match=line):
+                model(x)
+            return
+        for _ in range(2):
+            model(x)
+    assert len(caught) == (line is not None)
+    if line is not None:
+        with pytest.warns(match=line):
+            warnings.warn(caught[0].message, stacklevel=1)
+
+
+def test_attentions_with_biases_of_their_own_and_no_switch_are_refused():
+    model = build("beit_base_patch16_224")
+    for block in model.blocks:
+        del block.attn.qkv_bias_separate
+    with pytest.raises(UserError, match=r"with the weight of blocks.0.attn.qkv .* -U timm"):
+        inject(model)
+    assert not any(adapter_layers(model))
+
+
+def test_the_search_names_layers_that_are_never_called():
+    model = Host(lambda host, i, qkv, x: host.unregistered[i](x))
+    inject(model, NASLoRAConfig(target="qkv"))
+    search = AlphaSearch(model, lr=0.01)
+    with pytest.raises(UserError, match=r"never called blocks.0.qkv, blocks.1.qkv, blocks.2.qkv"):
+        search.step(tokens(1, 4, 4, 8), lambda model, x: model(x).sum())
+
+
+def test_the_fast_path_of_a_transformer_layer_is_left():
+    """In evaluation it computes with all weights at once, unless one of them refuses."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    inject(model, NASLoRAConfig(target="linear[12]"))
+    randomize(model)
+    x = tokens(1, 16, 8)
+    with torch.no_grad():
+        fast = model(x)
+    torch.testing.assert_close(fast, model(x))
