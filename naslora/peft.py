@@ -1,4 +1,4 @@
-"""NAS-LoRA inside PEFT: ``get_peft_model(model, NasLoraConfig(...))``. Needs peft 0.19 or newer."""
+"""NAS-LoRA inside PEFT: ``get_peft_model(model, NasLoraConfig(...))``."""
 
 from naslora.integrations.peft import NasLoraConfig, from_pretrained, get_peft_model
 

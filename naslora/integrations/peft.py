@@ -8,7 +8,6 @@ would build plain LoRA layers and drop the cells.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +52,8 @@ class NasLoraConfig(LoraConfig):
     suffixes, or a regular expression that matches the whole name.
 
     Raises:
-        UserError: a value is out of its range, an option of LoRA is set that the cell does not
-            support, or PEFT is too old.
+        UserError: a value is out of its range, or an option of LoRA is set that the cell does not
+            support.
     """
 
     r: int = 3
@@ -74,8 +73,6 @@ class NasLoraConfig(LoraConfig):
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if "config" not in inspect.signature(LoraLayer.update_layer).parameters:
-            raise UserError("naslora.peft needs peft 0.19 or newer; run pip install -U peft")
         for option in dataclasses.fields(LoraConfig):
             factory: Any = option.default_factory
             off = option.default if factory is dataclasses.MISSING else factory()
