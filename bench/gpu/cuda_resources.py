@@ -21,7 +21,7 @@ from typing import NamedTuple
 from bench.gpu import sass
 from bench.gpu.resources import Usage, family, spread, summary, table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NAMED = (75, 80, 90, 100)  # the oldest, and one of each generation of data-centre cards
 # What the machine code may do on a card that has 16-byte loads in flight at all.

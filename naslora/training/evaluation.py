@@ -1,6 +1,7 @@
 """Loss and metrics of a model on a split."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,11 +39,14 @@ def make_loader(
 
 
 def _end_quietly(_: int) -> None:
-    """Makes SIGTERM end a data loading process as Ctrl-C does, without a traceback.
+    """Makes a data loading process end without a traceback.
 
-    ``timeout`` and batch systems send it to every process of a run.
+    SIGTERM, which ``timeout`` and batch systems send to every process of a run, ends it as Ctrl-C
+    does. The thread that hands tensors over reports that the main process has ended by the hook for
+    exceptions. Errors of images take another way: the loader raises them in the main process.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.excepthook = lambda *_: None
 
 
 @torch.no_grad()
