@@ -22,6 +22,7 @@ from naslora.methods import (
     METHODS,
     apply,
     auxiliary_loss,
+    configure,
     merge,
     merge_modes,
     searches,
@@ -32,7 +33,7 @@ from naslora.sam.encoders import PATCH_SIZE, VITS
 from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
-from naslora.training.train_config import TrainConfig
+from naslora.training.train_config import TrainConfig, loss_of
 
 UNTOUCHED = "untouched"
 MOST_INPUTS = 1280  # of a layer, in ViT-H
@@ -83,7 +84,7 @@ class Contestant:
     def loss(self) -> Tensor:
         with autocast(self.setting):
             output = self.model(self.images)
-        loss = SEARCH.loss(output, self.masks)
+        loss = loss_of(SEARCH)(output, self.masks)
         extra = auxiliary_loss(self.model)
         return loss if extra is None else loss + extra
 
@@ -152,7 +153,7 @@ def adapted(method: str, base: SamForSegmentation, **config: object) -> SamForSe
         UserError: the method does not fit.
     """
     model = sharing_copy(base, share=not METHODS[method].trains_encoder)
-    apply(method, model, NASLoRAConfig(**config))
+    apply(method, model, configure(method, NASLoRAConfig(**config)))
     fill_zeros(trainable_parameters(model))
     return model
 
@@ -228,7 +229,7 @@ def training_names(
 
 def training_steps(name: str) -> tuple[str, ...]:
     """What is timed of a contestant that trains."""
-    searching = searches(method_of(name), NASLoRAConfig())
+    searching = searches(method_of(name))
     return ("weights", "architecture", "epoch") if searching else ("weights",)
 
 
@@ -236,7 +237,7 @@ def inference_names(methods: Iterable[str]) -> list[str]:
     """All that can be timed without training: untouched models, methods, methods merged."""
     names = [UNTOUCHED + STOCK, UNTOUCHED]
     for method in methods:
-        modes = merge_modes(method, NASLoRAConfig())
+        modes = merge_modes(method)
         names += [method, *(method + MERGED + mode for mode in modes)]
     return names
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from bench import models
-from naslora import NASLoRAConfig, load_adapter, save_adapter, unmerge
+from naslora import load_adapter, save_adapter, unmerge
 from naslora.methods import apply, merge
 
 pytestmark = pytest.mark.benchmark(group="startup")
@@ -40,7 +40,7 @@ def test_import(benchmark, module):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_inject(once, base, name):
-    once(lambda model: apply(name, model, NASLoRAConfig()), lambda: models.sharing_copy(base))
+    once(lambda model: apply(name, model), lambda: models.sharing_copy(base))
 
 
 @pytest.mark.parametrize("name", METHODS)

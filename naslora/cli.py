@@ -88,8 +88,8 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> None:
     commands = (demo, train, compare, ablate, evaluate, analyse, predict, merge, export, info)
-    recipe = _named_recipe(arguments)
-    deferred = {command.__name__: _deferred(command, recipe) for command in commands}
+    config = load_recipe(_value_of("--recipe", arguments), _value_of("--method", arguments))
+    deferred = {command.__name__: _deferred(command, config) for command in commands}
     if not arguments:
         with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(SystemExit):
             _parse(deferred, ["--help"])
@@ -97,19 +97,19 @@ def _run(arguments: list[str]) -> None:
     _parse(deferred, arguments)()
 
 
-def _named_recipe(arguments: list[str]) -> RunConfig | None:
-    """Loads the recipe that --recipe names: its settings are the defaults of the parser."""
-    for option, value in itertools.zip_longest(arguments, arguments[1:]):
-        name = value if option == "--recipe" else option.partition("--recipe=")[2]
-        if name:
-            return load_recipe(name)
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value of an option that decides the parser's defaults and, with --method, its options."""
+    for given, value in itertools.zip_longest(arguments, arguments[1:]):
+        found = value if given == option else given.partition(f"{option}=")[2]
+        if found:
+            return found
     return None
 
 
-def _deferred(
-    command: Callable[..., None], recipe: RunConfig | None
-) -> Callable[..., Callable[[], None]]:
+def _deferred(command: Callable[..., None], config: RunConfig) -> Callable[..., Callable[[], None]]:
     """Wraps a command so that it takes its arguments now and runs later.
+
+    Options of the parser are the fields of ``config``, whose values are the defaults.
 
     An error of the parser and an error of the command can then be told apart.
     """
@@ -118,17 +118,16 @@ def _deferred(
         return functools.partial(command, *args, **kwargs)
 
     functools.update_wrapper(take, command)
-    if recipe is not None:
-        signature = inspect.signature(command)
-        parameters = [
-            # After one with a default, a parameter without one has to be keyword-only.
-            parameter.replace(
-                kind=inspect.Parameter.KEYWORD_ONLY,
-                default=recipe if parameter.name == "config" else parameter.default,
-            )
-            for parameter in signature.parameters.values()
-        ]
-        vars(take)["__signature__"] = signature.replace(parameters=parameters)
+    signature = inspect.signature(command)
+    parameters = [
+        # After one with a default, a parameter without one has to be keyword-only.
+        parameter.replace(
+            kind=inspect.Parameter.KEYWORD_ONLY,
+            default=config if parameter.name == "config" else parameter.default,
+        )
+        for parameter in signature.parameters.values()
+    ]
+    vars(take)["__signature__"] = signature.replace(parameters=parameters)
     return take
 
 

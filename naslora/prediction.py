@@ -27,10 +27,12 @@ from naslora.locks import locked
 from naslora.report.pictures import paint_bands
 from naslora.sam.export import ClassMap, load_class_map
 from naslora.sam.segmentation import labels_of
+from naslora.sam.shipped import NONE
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
-from naslora.training.run_config import RunConfig
-from naslora.training.run_data import check_with_progress
+from naslora.training.resolve import resolve
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
+from naslora.training.run_data import check_with_progress, scaling_of, tiles_of
 
 MASK_ENDING, OVERLAY_ENDING, GEOTIFF_ENDING = "_mask.png", "_overlay.png", "_mask.tif"
 OVERLAP = Tiles(1).overlap
@@ -113,7 +115,7 @@ def _predict(
     output: Path,
     on_error: Callable[[UserError], None] | None,
 ) -> Iterator[Path]:
-    scaling = predictor.config.scaling
+    scaling = scaling_of(predictor.config)
     for sample in samples:
         try:
             if predictor.tiles is None:
@@ -139,7 +141,7 @@ def _predict(
 def _write_pictures(predictor: Predictor, image: LargeImage, mask: Path, overlay: Path) -> None:
     """Segments an image and writes both files, row by row as the labels come."""
     config = predictor.config
-    foreground = 255 if config.num_classes == 1 else 1
+    foreground = 255 if config.data.num_classes == 1 else 1
     segmented = segment(predictor, image)
     first = next(segmented)  # before a file is created
     with contextlib.ExitStack() as files:
@@ -159,7 +161,7 @@ def _write_pictures(predictor: Predictor, image: LargeImage, mask: Path, overlay
                 writers[0].write(labels * np.uint8(foreground))
                 yield labels
 
-        names = ["background", *config.foreground_names]
+        names = ["background", *config.data.class_names]
         for painted in paint_bands(image.rows, bands(), names):
             writers[1].write(painted)
 
@@ -189,7 +191,7 @@ def segment(predictor: Predictor, image: LargeImage) -> Iterator[np.ndarray]:
 @torch.no_grad()
 def scores_of(predictor: Predictor, picture: Image.Image) -> Tensor:
     """The (1, K, S, S) class map of an RGB image or of a tile."""
-    pixels = resize_image(picture, predictor.config.image_size)
+    pixels = resize_image(picture, predictor.config.model.image_size)
     return predictor.class_map(transforms.to_dtype(pixels, torch.float32, scale=True)[None])
 
 
@@ -198,14 +200,14 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: b
     if path.is_file():
         class_map, held = load_class_map(path, trust)
         with reading(path):
-            config = RunConfig(
-                model=held.model,
-                image_size=held.image_size,
+            data = DataConfig(
                 num_classes=held.num_classes,
                 class_names=held.class_names,
                 crop=held.crop,
                 intensity=held.intensity,
             )
+            own = ModelConfig(held.model, NONE, held.image_size)
+            config = resolve(RunConfig(data=data, model=own))
     else:
         model, config = load_model(path)
         model.to(make_accelerator(config.training).device)
@@ -215,8 +217,8 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: b
 
     if tiles is None:
         return Predictor(class_map, config, None)
-    side = config.tiles.size if tiles == "auto" else tiles
-    return Predictor(class_map, config, fit_tiles(side, config.image_size, overlap))
+    side = tiles_of(config).size if tiles == "auto" else tiles
+    return Predictor(class_map, config, fit_tiles(side, config.model.image_size, overlap))
 
 
 # ---- Files ---------------------------------------------------------------------------------------

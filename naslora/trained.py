@@ -10,6 +10,7 @@ left_out.safetensors      tensors of the SAM checkpoint that the model lacks, fo
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from naslora.adapter.merge_report import MergeMode, MergeReport
 from naslora.adapter.merged_files import (
@@ -38,7 +39,8 @@ from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
 from naslora.training.accelerator import make_accelerator
 from naslora.training.evaluation import evaluate
-from naslora.training.run_config import Resolution, RunConfig, read_config
+from naslora.training.resolve import read_config, resolve
+from naslora.training.run_config import Resolution, RunConfig
 from naslora.training.run_data import (
     CALIBRATION_IMAGES,
     calibration,
@@ -47,6 +49,7 @@ from naslora.training.run_data import (
     make_dataset,
 )
 from naslora.training.run_model import build_frozen_model
+from naslora.training.train_config import loss_of
 
 LEFT_OUT = "left_out.safetensors"
 
@@ -86,20 +89,29 @@ def _load_run(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     adapter = adapter_folder(path)
     model = build_frozen_model(config)
     load_adapter(model, adapter)
-    return model.eval(), dataclasses.replace(config, cache=None)
+    return model.eval(), _without_cache(config)
 
 
 def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     stored = read_merged(path / MERGED_CONFIG)
     with reading(path / MERGED_CONFIG, "describes no merged model"):
-        config = RunConfig.from_dict(stored.config)
+        config = resolve(RunConfig.from_dict(stored.config))
     model = build_model(
-        config.model, config.image_size, config.num_classes, NONE, attention=config.attention
+        config.model.name,
+        config.model.image_size,
+        config.data.num_classes,
+        NONE,
+        attention=config.model.attention,
     )
     load_merged(model, path)
     if (path / LEFT_OUT).exists():
         model.left_out = read_safetensors(path / LEFT_OUT)
-    return model.eval(), dataclasses.replace(config, cache=None)
+    return model.eval(), _without_cache(config)
+
+
+def _without_cache(config: RunConfig) -> RunConfig:
+    """The configuration without the cache, whose path stands in a file."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache=None))
 
 
 # ---- Evaluating ----------------------------------------------------------------------------------
@@ -123,10 +135,10 @@ def evaluate_run(
         UserError: as ``load_model`` and ``find_splits``, or there is no such split.
     """
     model, config = load_model(path)
-    if data is not None:
-        config = dataclasses.replace(config, data=data, dataset="csv", root=None)
+    changed: dict[str, Any] = {} if data is None else {"root": data, "dataset": "csv"}
     if resolution is not None:
-        config = dataclasses.replace(config, resolution=resolution)
+        changed["resolution"] = resolution
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
     splits = find_splits(config)
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
@@ -143,13 +155,13 @@ def evaluate_model(
     accelerator = make_accelerator(config.training)
     return evaluate(
         model.to(accelerator.device),
-        make_dataset(config, samples, "scored", truth=config.resolution == "original"),
+        make_dataset(config, samples, "scored", truth=config.data.resolution == "original"),
         accelerator,
-        config.training.loss,
-        config.foreground_names,
+        loss_of(config.training),
+        list(config.data.class_names),
         config.training.batch_size,
         config.training.workers,
-        config.metrics or (),
+        config.data.metrics or (),
     )
 
 
@@ -244,15 +256,15 @@ def export_run(path: Path, file_format: Format, output: Path, part: Part = "mode
         UserError: as ``load_model`` and ``export``.
     """
     model, config = load_model(path)
-    names = tuple(config.foreground_names)
+    names = config.data.class_names
     held = Description(
-        config.model,
-        config.image_size,
-        config.num_classes,
+        config.model.name,
+        config.model.image_size,
+        config.data.num_classes,
         names,
         part,
-        config.crop,
-        config.intensity,
+        config.data.crop,
+        config.data.intensity,
     )
     with locked(output, folder=False):
         export(model, held, file_format, output)

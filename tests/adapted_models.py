@@ -40,9 +40,9 @@ def randomize(module: nn.Module, seed: int = 3) -> None:
                     value.add_(noise.abs() if "var" in name else noise)
 
 
-def adapted_encoder(**options) -> ImageEncoderViT:
+def adapted_encoder(seed: int = 0, **options) -> ImageEncoderViT:
     model = build_encoder()
-    inject(model, NASLoRAConfig(**options))
+    inject(model, NASLoRAConfig(**options), seed=seed)
     randomize(model)
     return model
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_configs import run_config
 
 from naslora import NASLoRAConfig, NASLoRALinear
 from naslora.adapter.injection import arch_parameters
@@ -33,7 +34,7 @@ def data(tmp_path_factory, make_data) -> Path:
 
 def test_operations_are_left_out_by_family():
     variants = {
-        v.title: v.config.adapter.operations for v in ablation_rows("operations", RunConfig())
+        v.title: v.config.adapter.operations for v in ablation_rows("operations", run_config())
     }
     assert variants == {
         "all operations": None,
@@ -44,15 +45,15 @@ def test_operations_are_left_out_by_family():
 
 
 def test_ranks_and_ratios_are_the_papers():
-    ranks = [v.config.adapter for v in ablation_rows("rank", RunConfig())]
+    ranks = [v.config.adapter for v in ablation_rows("rank", run_config())]
     # Two thirds of the channels pass through the cell
     assert [(c.rank, c.cell_channels) for c in ranks] == [(3, 2), (6, 4), (12, 8), (24, 16)]
-    ratios = [v.config.adapter for v in ablation_rows("channel-ratio", RunConfig())]
+    ratios = [v.config.adapter for v in ablation_rows("channel-ratio", run_config())]
     assert [c.cell_channels for c in ratios] == [3, 2, 1]
 
 
 def test_blocks_are_halves_of_the_encoders():
-    config = RunConfig(model="vit_t", image_size=32)
+    config = run_config(name="vit_t", image_size=32)
     assert {v.title: v.config.adapter.blocks for v in ablation_rows("blocks", config)} == {
         "1 to 3": (0, 1, 2),
         "4 to 6": (3, 4, 5),
@@ -61,7 +62,7 @@ def test_blocks_are_halves_of_the_encoders():
 
 
 def test_starts_of_alpha():
-    config = RunConfig(training=TrainConfig(epochs=30, search_start=10))
+    config = run_config(training=TrainConfig(epochs=30, search_start=10))
     assert {
         v.title: (v.config.training.simultaneous, v.config.training.search_start)
         for v in ablation_rows("alpha-start", config)
@@ -75,7 +76,7 @@ def test_starts_of_alpha():
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_exactly_one_row_is_the_unchanged_method(name):
-    config = RunConfig(model="vit_t", image_size=32)
+    config = run_config(name="vit_t", image_size=32)
     rows = ablation_rows(name, config)
     assert [row.config for row in rows if row.name == BASE] == [config]
     assert len({row.name for row in rows}) == len(rows)
@@ -83,8 +84,8 @@ def test_exactly_one_row_is_the_unchanged_method(name):
 
 def test_what_cannot_be_ablated():
     with pytest.raises(UserError, match="'lora' has no cell to ablate"):
-        ablation_rows("operations", RunConfig(method="lora"))
-    config = RunConfig(adapter=NASLoRAConfig(operations=OPERATIONS[:4]))
+        ablation_rows("operations", run_config(method="lora"))
+    config = run_config(adapter=NASLoRAConfig(operations=OPERATIONS[:4]))
     with pytest.raises(UserError, match="ablate operations has no row for the configured value"):
         ablation_rows("operations", config)
 
@@ -94,7 +95,7 @@ def test_what_cannot_be_ablated():
 
 def config_of(*operations: str, preset: str = "linear") -> RunConfig:
     adapter = NASLoRAConfig(operations=operations, preset=preset)
-    return RunConfig(model="vit_t", image_size=32, adapter=adapter)
+    return run_config(name="vit_t", image_size=32, adapter=adapter)
 
 
 @pytest.mark.parametrize("preset", ["linear", "paper"])
@@ -130,9 +131,9 @@ def test_one_operation_alone_is_what_it_says(operation, factor):
     torch.testing.assert_close(layer(x), layer.base(x) + factor * update, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("operations", [(), ("conv_7x7",), ("none", "none")])
+@pytest.mark.parametrize("operations", [(), ("conv_7x7",)])
 def test_operations_that_do_not_exist(operations):
-    with pytest.raises(UserError, match="operations must be distinct names out of sep_conv_3x3"):
+    with pytest.raises(UserError, match="operations: expected"):
         NASLoRAConfig(operations=operations)
 
 

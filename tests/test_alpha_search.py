@@ -63,16 +63,6 @@ def test_train_names_what_stays_trainable():
     assert "pos_embed" in names
 
 
-def test_modules_to_save_is_train():
-    twins = trainable(), nn.Sequential()
-    torch.manual_seed(0)
-    twins[1].add_module("qkv", nn.Linear(16, 12))
-    twins[1].add_module("head", nn.Linear(12, 4))
-    inject(twins[1], NASLoRAConfig(target_modules=["qkv"], modules_to_save=["head"]))
-    one, other = ({n for n, p in twin.named_parameters() if p.requires_grad} for twin in twins)
-    assert one == other
-
-
 def test_adapted_layers_in_a_trained_part_keep_their_frozen_weights():
     model = build_encoder()
     inject(model, train="blocks")
@@ -98,46 +88,13 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern):
         ((None,), {}, "model must be a torch.nn.Module, got NoneType"),
         ((nn.Linear(2, 2), {}), {}, "config must be a NASLoRAConfig or None, got dict"),
         ((nn.Linear(2, 2), "r=3"), {}, "config must be a NASLoRAConfig or None, got str"),
-        ((nn.Linear(2, 2),), {"train": 3}, "train must be names or regular expressions"),
+        ((nn.Linear(2, 2),), {"train": 3}, "train: expected list, got 3"),
         ((nn.Linear(2, 2),), {"train": ["["]}, "train is no regular expression"),
     ],
 )
 def test_inject_refuses_what_it_cannot_take(arguments, options, message):
     with pytest.raises(UserError, match=message):
         inject(*arguments, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target": ["qkv"]}, "target is no .*target_modules takes a list of names"),
-        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
-        ({"r": 0}, "rank must be a whole number of at least 1"),
-        ({"r": 4, "rank": 3}, "give rank or r, not both"),
-        ({"target": "a", "target_modules": ["b"]}, "give target or target_modules, not both"),
-        ({"target_modules": 3}, "target_modules must be names"),
-        ({"target_modules": []}, "target_modules must name at least one"),
-        ({"target_modules": "["}, "target_modules is no regular expression"),
-        ({"modules_to_save": [3]}, "modules_to_save must be names"),
-        ({"blocks": 3}, "blocks must be distinct indices"),
-    ],
-)
-def test_configuration_refuses_in_one_line(options, message):
-    with pytest.raises(UserError, match=message) as raised:
-        NASLoRAConfig(**options)
-    assert "\n" not in str(raised.value)
-
-
-def test_the_names_of_peft():
-    config = NASLoRAConfig(r=6, target_modules=["attn.qkv", "attn.proj"], modules_to_save="neck")
-    assert config.rank == 6 and config.modules_to_save == ("neck",)
-    assert config.to_dict() == NASLoRAConfig(rank=6, target=config.target).to_dict()
-    assert "target_modules" not in config.to_dict()
-    model = build_encoder()
-    names = inject(model, config)
-    assert set(names) == {f"blocks.{i}.attn.{name}" for i in (0, 1) for name in ("qkv", "proj")}
-    whole = NASLoRAConfig(target_modules=r"blocks\.1\.attn\.qkv")
-    assert inject(build_encoder(), whole) == ["blocks.1.attn.qkv"]
 
 
 def test_kinds_of_parameters():
@@ -298,9 +255,9 @@ def test_a_loss_that_cannot_train_alpha_is_refused(loss_fn, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0}, "lr must be greater than 0"),
-        ({"lr": "fast"}, "lr must be a finite number"),
-        ({"lr": 0.1, "start": -1}, "start must be a whole number"),
+        ({"lr": 0}, "lr: expected float > 0.0"),
+        ({"lr": "fast"}, "lr: expected float, got"),
+        ({"lr": 0.1, "start": -1}, "start: expected int >= 0"),
     ],
 )
 def test_bad_settings_are_refused(options, message):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_configs import run_config
 from segment_anything.modeling.image_encoder import Attention
 from timm.models.tiny_vit import Attention as TinyAttention
 
@@ -18,7 +19,6 @@ from naslora.study.encoder_statistics import (
     relative_log_amplitude,
 )
 from naslora.study.operation_losses import moved_to_skip
-from naslora.training.run_config import RunConfig
 from naslora.training.run_model import build_adapted_model
 from naslora_kernels.operations import SKIP
 
@@ -132,7 +132,7 @@ def test_a_constant_map_has_no_high_frequency():
 
 
 def encoder_of(model: str, size: int) -> torch.nn.Module:
-    config = RunConfig(model=model, image_size=size)
+    config = run_config(name=model, image_size=size)
     return build_adapted_model(config).image_encoder.eval()
 
 
@@ -166,7 +166,7 @@ def test_every_block_of_mobile_sam():
 
 
 def test_methods_that_add_tokens_are_refused(tiny_vit):
-    config = RunConfig(model="vit_t", image_size=32, method="vpt")
+    config = run_config(name="vit_t", image_size=32, method="vpt")
     with pytest.raises(UserError, match="attends to more tokens than"):
         block_statistics(build_adapted_model(config).image_encoder, [torch.rand(1, 3, 32, 32)], 32)
 

@@ -53,17 +53,14 @@ from naslora import (
 )
 from naslora.adapter.windows import partition, unpartition
 from naslora.adapter.wrappers import in_one_piece
-from naslora.files import read_json, write_json
 from naslora.methods import METHODS, apply
-from naslora.results import LAST
 from naslora.sam.attention import FusedAttention, relative_positions
 from naslora.sam.encoders import checkpoint_blocks
 from naslora.sam.families import sam2
 from naslora.sam.segmentation import build_model
 from naslora.trained import load_model, merge_run
-from naslora.training.run_config import RunConfig
-from naslora.training.train_config import TrainConfig
-from naslora.training.trainer import Trainer
+from naslora.training.run_config import ModelConfig
+from naslora.training.train_config import TrainConfig, loss_of
 
 BLOCKS = ["blocks.0.attn", "blocks.1.attn"]  # a windowed and a global one
 
@@ -492,7 +489,7 @@ def test_every_method(method, tiny_vit):
     stock, ours = (build_model("vit_t", 32, attention=kind).eval() for kind in ("stock", "fused"))
     x = torch.rand(2, 3, 32, 32, generator=torch.manual_seed(0))
     for model in (stock, ours):
-        apply(method, model, NASLoRAConfig())
+        apply(method, model)
     assert stock.state_dict().keys() == ours.state_dict().keys()
     with torch.no_grad():
         torch.testing.assert_close(ours(x).masks, stock(x).masks, rtol=1e-4, atol=1e-5)
@@ -511,7 +508,7 @@ def test_fifty_steps_have_the_same_losses(name):
         for step in range(50):
             pixels = smooth_images(1, step % 10)
             x = F.interpolate(pixels.sigmoid(), (256, 256), mode="bilinear")
-            loss = TrainConfig().loss(model.train()(x), (x[:, 0] > 0.5).long())
+            loss = loss_of(TrainConfig())(model.train()(x), (x[:, 0] > 0.5).long())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -864,36 +861,9 @@ def test_the_configuration_decides(runs, tmp_path, attention):
     merge_run(runs[attention], "exact", tmp_path / "merged")
     for folder in (runs[attention], tmp_path / "merged"):
         model, config = load_model(folder)
-        assert config.attention == attention and is_fused(model) == (attention == "fused")
-
-
-def test_runs_from_before_the_option_go_on_as_stock(
-    naslora, arguments, runs, tmp_path, monkeypatch
-):
-    run_epoch = Trainer._run_epoch
-
-    def interrupted(trainer):
-        if trainer.epoch == 1:
-            raise KeyboardInterrupt
-        return run_epoch(trainer)
-
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_run_epoch", interrupted)
-        assert naslora(*arguments, run, *STOCK).status == 130
-    values = read_json(run / "config.json")
-    del values["attention"]
-    write_json(run / "config.json", values)
-    model, config = load_model(run)
-    assert config.attention == "stock" and not is_fused(model)
-    refused = naslora(*arguments, run, "--resume")
-    assert refused.status == 2 and "it has attention stock" in refused.err
-    assert naslora(*arguments, run, *STOCK, "--resume").status == 0
-    ours, theirs = (torch.load(r / LAST, weights_only=True) for r in (run, runs["stock"]))
-    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
-    assert np.array_equal(losses(run), losses(runs["stock"]))
+        assert config.model.attention == attention and is_fused(model) == (attention == "fused")
 
 
 def test_the_option_is_checked():
-    with pytest.raises(UserError, match="attention must be one of fused, stock, got 'flash'"):
-        RunConfig(attention="flash")
+    with pytest.raises(UserError, match="attention: expected one of fused, stock, got 'flash'"):
+        ModelConfig(attention="flash")

@@ -1,6 +1,5 @@
 """Random changes of training images: masks stay aligned, and every choice is seeded."""
 
-import json
 import shlex
 
 import numpy as np
@@ -15,8 +14,6 @@ from naslora.data.augmentation import Augmentation, colour, geometry
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.images import Sample
 from naslora.data.masks import IGNORED
-from naslora.training.run_config import RunConfig, differing, read_config
-from naslora.training.train_config import TrainConfig
 
 S = 64
 CHANGED = ("medical", "natural")
@@ -123,22 +120,6 @@ def test_flip_is_as_before(tmp_path):
     for augment in ("none", "flip"):
         image, mask = coordinates(), torch.zeros(S, S)
         assert Augmentation(augment, S)(image, mask, 0, 0, 0) == (image, mask)
-
-
-def test_settings_of_earlier_versions_keep_their_meaning(tmp_path):
-    """config.json of a version without ``augment``, ``crop`` and ``intensity``."""
-    now = RunConfig(training=TrainConfig(flip=False))
-    values = now.to_dict()
-    new = ("crop", "crop_foreground", "intensity")
-    old = {name: value for name, value in values.items() if name not in new}
-    old["training"] = {k: v for k, v in values["training"].items() if k != "augment"}
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    read = read_config(tmp_path / "config.json")
-    assert differing(read.to_dict(), values) == []
-    assert not read.training.mirrors and read.training.augment == "flip" and read.crop is None
-    assert read.resolution == "network"
-    assert TrainConfig().mirrors and not TrainConfig(augment="none").mirrors
-    assert TrainConfig(augment="medical").mirrors
 
 
 def test_a_run_with_changes_is_resumed_with_the_same_only(naslora, tiny_vit, clean_data, tmp_path):

@@ -6,6 +6,7 @@ import shlex
 import numpy as np
 import pytest
 from PIL import Image
+from run_configs import run_config
 
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
@@ -13,7 +14,6 @@ from naslora.data.datasets import load_splits
 from naslora.data.masks import IGNORED, read_mask
 from naslora.data.regions import draw_annotation
 from naslora.errors import UserError
-from naslora.training.run_config import RunConfig
 
 HEIGHT, WIDTH = 16, 20
 SQUARE = [2, 2, 10, 2, 10, 9, 2, 9]
@@ -146,14 +146,12 @@ def test_items_with_and_without_a_cache(tmp_path):
 
 def test_the_classes_of_a_run(tmp_path):
     root = write(tmp_path)
-    config = RunConfig(dataset="coco", root=root)
-    assert (config.num_classes, config.class_names) == (3, ("dog", "cat"))
-    again = RunConfig.from_dict(config.to_dict() | {"root": str(tmp_path / "moved away")})
-    assert again.num_classes == 3
-    one = RunConfig(dataset="coco", root=root, class_names=("cat",))
-    assert (one.num_classes, one.foreground_names) == (1, ["cat"])
-    with pytest.raises(UserError, match="coco has 3 classes, got 5"):
-        RunConfig(dataset="coco", root=root, num_classes=5)
+    config = run_config(dataset="coco", root=root)
+    assert (config.data.num_classes, config.data.class_names) == (3, ("dog", "cat"))
+    one = run_config(dataset="coco", root=root, class_names=("cat",))
+    assert (one.data.num_classes, one.data.class_names) == (1, ("cat",))
+    with pytest.raises(UserError, match="coco has 3 classes, got num_classes 5"):
+        run_config(dataset="coco", root=root, num_classes=5)
 
 
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 --workers 0")

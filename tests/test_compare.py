@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import group_lives, wait_for
+from run_configs import run_config
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
@@ -30,7 +31,6 @@ from naslora.study.summary import (
     row_numbers,
 )
 from naslora.study.sweep import in_own_process
-from naslora.training.run_config import RunConfig
 from naslora.training.train_config import TrainConfig
 
 TRAIN = shlex.split(
@@ -120,7 +120,7 @@ def test_every_run_is_one_of_train(finished, naslora):
     assert measured(output).keys() == expected
     for name in ("lora", "nas-pc-lora"):
         config = json.loads((output / f"runs/{name}/4/config.json").read_text())
-        assert config["method"] == name and config["adapter"]["seed"] == 4
+        assert config["method"] == name and config["seed"] == 4
         scores = json.loads(naslora("evaluate", output / f"runs/{name}/4").out)
         assert measured(output)[name, 4]["scores"]["dice"] == pytest.approx(
             scores["dice"], nan_ok=True
@@ -218,7 +218,7 @@ def quick(monkeypatch, tmp_path):
         def answer(function, config, *_):
             if function is find_refusals:
                 return {}
-            key = config.method, config.adapter.seed
+            key = config.method, config.seed
             ran.append(key)
             if isinstance(outcomes.get(key), BaseException):
                 raise outcomes[key]
@@ -229,7 +229,7 @@ def quick(monkeypatch, tmp_path):
         monkeypatch.setattr(sweep, "write_comparison", lambda *_, **__: None)  # half a second
         monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
         ran.clear()
-        config = RunConfig(data=tmp_path, training=TrainConfig(epochs=2))
+        config = run_config(root=tmp_path, training={"epochs": 2})
         compare.compare(config, methods, seeds, tmp_path / "out", resume)
 
     return run, ran
@@ -296,7 +296,7 @@ def test_an_interrupt_keeps_the_finished_runs(quick, tmp_path, interrupted):
 def test_all_methods_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "in_own_process", lambda *_: {"vpt": "it needs a plain ViT"})
     with pytest.raises(UserError, match="no method fits: vpt: it needs a plain ViT"):
-        compare.compare(RunConfig(data=tmp_path), ["vpt"], [0], tmp_path / "out", False)
+        compare.compare(run_config(root=tmp_path), ["vpt"], [0], tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
 
 
@@ -346,7 +346,7 @@ def test_training_seconds():
 
 def test_a_process_of_its_own():
     assert in_own_process(os.getpid) != os.getpid()
-    with pytest.raises(UserError, match="epochs must be at least 1"):
+    with pytest.raises(UserError, match="epochs: expected int >= 1"):
         in_own_process(TrainConfig, 0)
     with pytest.raises(RuntimeError, match="its process was killed"):
         in_own_process(os._exit, 1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from miniatures import check_samples
 from PIL import ExifTags, Image
+from run_configs import run_config
 
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
@@ -18,6 +19,7 @@ from naslora.data.datasets import DATASETS, count_differences, load_splits
 from naslora.data.images import Sample
 from naslora.data.masks import IGNORED, read_mask
 from naslora.errors import UserError
+from naslora.training.resolve import resolve
 from naslora.training.run_config import RunConfig
 
 V2_CLASSES = np.where(miniatures.CLASSES == 2, 11, miniatures.CLASSES)
@@ -63,7 +65,7 @@ def test_every_file_of_a_layout_is_read_and_its_masks_are_decoded(tmp_path, name
     assert {split: len(samples) for split, samples in splits.items()} == dict(
         zip(("train", "val", "test"), sizes, strict=True)
     )
-    config = RunConfig(dataset=name, root=tmp_path)
+    config = run_config(dataset=name, root=tmp_path).data
     samples = [sample for split in splits.values() for sample in split]
     check_samples(samples, config.num_classes)
     expected = {
@@ -371,15 +373,16 @@ def test_a_cache_that_cannot_be_made(tmp_path):
 
 
 def test_a_run_takes_classes_and_metrics_from_its_data_set():
-    config = RunConfig(dataset="trans10k-v1")
-    assert (config.num_classes, config.foreground_names) == (3, ["things", "stuff"])
+    run = run_config(dataset="trans10k-v1")
+    config = run.data
+    assert (config.num_classes, config.class_names) == (3, ("things", "stuff"))
     assert config.metrics == ("foreground_accuracy", "foreground_miou", "index_mae", "mber")
-    assert RunConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
-    assert RunConfig(dataset="sbu").num_classes == 1
-    assert len(RunConfig(dataset="trans10k-v2").foreground_names) == 11
-    with pytest.raises(UserError, match="trans10k-v2 has 12 classes, got 3"):
-        RunConfig(dataset="trans10k-v2", num_classes=3)
-    with pytest.raises(UserError, match=r"metrics must be among .*, got 'speed'"):
-        RunConfig(metrics=("speed",))
+    assert resolve(RunConfig.from_dict(run.to_dict())) == run
+    assert run_config(dataset="sbu").data.num_classes == 1
+    assert len(run_config(dataset="trans10k-v2").data.class_names) == 11
+    with pytest.raises(UserError, match="trans10k-v2 has 12 classes, got num_classes 3"):
+        run_config(dataset="trans10k-v2", num_classes=3)
+    with pytest.raises(UserError, match=r"metrics: expected one of .*, got \['speed'\]"):
+        run_config(metrics=["speed"])
     with pytest.raises(UserError, match="'s_alpha' is defined for binary masks only"):
-        RunConfig(num_classes=3, metrics=("s_alpha",))
+        run_config(num_classes=3, metrics=("s_alpha",))

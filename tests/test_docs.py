@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from naslora.methods import METHODS
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     page
@@ -28,7 +30,7 @@ FOREIGN_OPTIONS = {"--benchmark-disable", "--nproc-per-node"}
 FLOORS = {
     "naslora": (
         {"errors"},
-        {"files", "locks"},
+        {"files", "locks", "settings", "state_dicts"},
         {"records", "adapter"},
         {"methods", "sam", "data", "metrics", "results"},
         {"report", "integrations"},
@@ -92,7 +94,12 @@ def options_of(naslora):
     @cache
     def options(command: str) -> set[str] | None:
         result = naslora(command, "--help")
-        return set(re.findall(r"--[a-z][\w-]*", result.out)) if result.status == 0 else None
+        own = (
+            naslora("train", "--method", method, "--help").out
+            for method in (METHODS if command == "train" else ())
+        )
+        found = set(re.findall(r"--[a-z][\w-]*", "".join([result.out, *own])))
+        return found if result.status == 0 else None
 
     return options
 

@@ -216,9 +216,7 @@ def test_a_vit_of_hugging_face():
     )
     model = transformers.ViTModel(config)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    inject(
-        model, NASLoRAConfig(target_modules=[next(n for n in names if "quer" in n or "q_" in n)])
-    )
+    inject(model, NASLoRAConfig(target=[next(n for n in names if "quer" in n or "q_" in n)]))
     with pytest.raises(ValueError, match=r"36 tokens .* 5 x 7 grid of the model's config"):
         model(tokens(1, 3, 80, 112))
 

@@ -13,7 +13,6 @@ from naslora.data.geotiff import read_georeference, write_geotiff
 from naslora.data.images import Sample, read_image
 from naslora.data.intensity import Intensity, parse_intensity, scale
 from naslora.errors import UserError
-from naslora.training.run_config import RunConfig
 
 WINDOW = Intensity("window", 1000, 3000)
 GREY = np.array([[0, 1000, 1500], [2000, 3000, 65535]], np.uint16)
@@ -38,8 +37,6 @@ def test_words():
     assert parse_intensity(["window", "-160", "240.5"]) == Intensity("window", -160, 240.5)
     assert parse_intensity(["percentile"]) == Intensity("percentile", 1, 99)
     assert parse_intensity(["percentile", "0", "99.9"]) == Intensity("percentile", 0, 99.9)
-    assert RunConfig(intensity=("window", "0", "4095")).scaling == Intensity("window", 0, 4095)
-    assert RunConfig().scaling is None
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from naslora.methods import (
     applied,
     apply,
     auxiliary_loss,
+    configure,
     conv_lora,
     merge,
     merge_modes,
@@ -52,6 +53,7 @@ fitting = pytest.mark.parametrize(
 )
 LORA_KIND = ("lora", "dora", "vera", "conv-lora", "nas-lora", "nas-pc-lora")
 PEFT = ("lora", "dora", "vera")
+DEFAULT = NASLoRAConfig()
 MERGING = (*PEFT, "nas-lora", "nas-pc-lora")
 
 
@@ -59,9 +61,9 @@ MERGING = (*PEFT, "nas-lora", "nas-pc-lora")
 def make():
     """Models with a method in evaluation mode; ``lively`` ones compute more than a fresh one."""
 
-    def build(method, encoder="vit_t", lively=False, config=None):
+    def build(method, encoder="vit_t", lively=False, config=DEFAULT, seed=0):
         model = build_model(encoder, SIZE).eval()
-        apply(method, model, config or NASLoRAConfig())
+        apply(method, model, configure(method, config), seed)
         if lively:
             enliven(model)
         return model
@@ -142,14 +144,14 @@ COUNTS = [
 def test_parameters_on_vit_h(method, config, parameters):
     with torch.device("meta"):
         model = SamForSegmentation("vit_h", 1024)
-    apply(method, model, NASLoRAConfig(**config))
+    apply(method, model, configure(method, NASLoRAConfig(**config)))
     assert sum(p.numel() for p in trainable_parameters(model)) == parameters
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == DECODER + parameters
     counts = run_module.count_parameters(model)
     assert counts.decoder == DECODER
     assert counts.adapter + counts.architecture == parameters
-    assert counts.architecture == (32 * 8 if searches(method, NASLoRAConfig()) else 0)
+    assert counts.architecture == (32 * 8 if searches(method) else 0)
     assert counts.total == sum(p.numel() for p in model.parameters())
 
 
@@ -195,7 +197,7 @@ def test_a_fresh_lora_changes_no_output(make, method, encoder):
 def test_the_seed_decides_the_start(make, method, encoder):
     one, other = (state_of(make(method, encoder)) for _ in range(2))
     assert not differing(one, other)
-    reseeded = state_of(make(method, encoder, config=NASLoRAConfig(seed=1)))
+    reseeded = state_of(make(method, encoder, seed=1))
     drawn = method not in ("full", "decoder-only", "bitfit")
     assert bool(differing(one, reseeded)) == drawn
 
@@ -243,10 +245,10 @@ def outline(model):
     )  # fmt: skip
 
 
-def assert_refused(method, model, words, config=None):
+def assert_refused(method, model, words, config=DEFAULT):
     before = outline(model)
     with pytest.raises(UserError, match=words):
-        apply(method, model, config or NASLoRAConfig())
+        apply(method, model, configure(method, config))
     assert outline(model) == before and applied(model) is None
 
 
@@ -270,15 +272,15 @@ def test_a_target_that_matches_nothing_is_refused(method):
 def test_one_method_a_model(make):
     model = make("bitfit")
     with pytest.raises(UserError, match="has a method already: bitfit"):
-        apply("lora", model, NASLoRAConfig())
+        apply("lora", model)
     assert applied(model).name == "bitfit"
     with pytest.raises(UserError, match="method must be one of full, decoder-only, bitfit"):
-        apply("adalora", build_model("vit_t", SIZE), NASLoRAConfig())
+        apply("adalora", build_model("vit_t", SIZE))
 
 
 def test_an_encoder_alone_can_be_adapted():
     encoder = build_model("vit_t", SIZE).image_encoder
-    apply("mona", encoder, NASLoRAConfig())
+    apply("mona", encoder)
     assert trainable_parameters(encoder) == [p for p in encoder.parameters() if p.requires_grad]
 
 
@@ -399,15 +401,15 @@ def test_merge_errors_are_measured_on_images(make, method):
 def test_what_cannot_merge_says_why(make, method):
     model = make(method)
     before = outline(model)
-    assert merge_modes(method, NASLoRAConfig()) == []
+    assert merge_modes(method) == []
     with pytest.raises(UserError, match=r"cannot be merged: .{20}"):
         merge(model)
     assert outline(model) == before
 
 
 def test_merge_modes():
-    assert merge_modes("dora", NASLoRAConfig()) == ["exact"]
-    assert set(merge_modes("nas-lora", NASLoRAConfig())) >= {"exact", "center"}
+    assert merge_modes("dora") == ["exact"]
+    assert set(merge_modes("nas-lora")) >= {"exact", "center"}
     paper = merge_modes("nas-pc-lora", NASLoRAConfig(preset="paper"))
     assert "exact" in paper and "center" not in paper  # its cell is not linear
 
@@ -777,7 +779,7 @@ def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
 
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["images"]["train"] == 8
-    assert list(metrics.get("test_merged", {})) == merge_modes(method, NASLoRAConfig())
+    assert list(metrics.get("test_merged", {})) == merge_modes(method)
     assert (output / "operations.json").exists() == searches(method)
     parameters = sum(p.numel() for p in trainable_parameters(start))
     assert metrics["trainable_parameters"] == parameters + sum(

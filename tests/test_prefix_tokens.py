@@ -130,7 +130,7 @@ def test_a_prefix_that_leaves_no_grid_is_refused(count):
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "5"])
 def test_the_number_is_checked(value):
-    with pytest.raises(UserError, match="prefix_tokens must be a whole number"):
+    with pytest.raises(UserError, match="prefix_tokens: expected int"):
         NASLoRAConfig(prefix_tokens=value)
 
 

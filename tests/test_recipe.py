@@ -1,21 +1,27 @@
-"""The shipped recipes: each is read and trains on a miniature of its data set."""
+"""Recipes: each that ships trains with its methods on a miniature of its data set."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import miniatures
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_configs import run_config
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
 from naslora.training.accelerator import make_accelerator
 from naslora.training.recipe import load_recipe, shipped_recipes
+from naslora.training.resolve import resolve
+from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset
 from naslora.training.run_model import build_adapted_model
 from naslora.training.trainer import Trainer
 
-SMALL = {"model": "vit_t", "image_size": 32}
+# A method for each of the data sets; every method once.
+PAIRS = list(zip([*shipped_recipes(), "isic2017", "sbu", "leaf"], METHODS, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -26,95 +32,94 @@ def trees(tmp_path_factory) -> Path:
     return root
 
 
-def test_there_is_one_for_each_row():
-    names = set(shipped_recipes())
-    # Table 1: seven data sets, twelve methods, SAM from scratch among them; Tables 2 and 3: eight.
-    assert len(names) == 7 * 12 + 2 * 8
-    assert {name.split("/")[0] for name in names} == set(miniatures.TREES)
-    assert {name.split("/")[1] for name in names} <= set(METHODS)
+def test_there_is_one_for_each_data_set():
+    assert set(shipped_recipes()) == set(miniatures.TREES)
 
 
 def test_the_settings_are_those_written_down():
-    config = load_recipe("isic2017/nas-pc-lora")
-    assert (config.dataset, config.method, config.model) == ("isic2017", "nas-pc-lora", "vit_h")
+    config = load_recipe("isic2017")
+    assert (config.data.dataset, config.method) == ("isic2017", "nas-pc-lora")
+    assert (config.model.name, config.model.image_size) == ("vit_h", 1024)
     training = config.training
     assert (training.optimizer, training.learning_rate) == ("adamw", 1e-4)
     assert (training.weight_decay, training.epochs) == (1e-4, 30)
     assert (training.search_start, training.schedule) == (10, "linear")
     assert (training.batch_size, training.accumulation, training.clip_norm) == (4, 4, 1.0)
     assert (training.alpha_learning_rate, training.mixed_precision) == (3e-4, "fp16")
-    assert (config.image_size, config.resolution) == (1024, "original")
-    assert (config.adapter.rank, config.adapter.scaling) == (3, 32 / 3)
+    assert config.data.resolution == "original"
+    assert (config.adapter.cell_init, config.adapter.scaling) == ("identity", 32 / 3)
+    assert load_recipe("isic2017", "lora").adapter == METHODS["lora"].config()
     # Another rate or number of epochs on four data sets, the rest as above
     rates = {"leaf": (3e-4, 30), "roads": (3e-4, 20), "camouflage": (1e-4, 20), "sbu": (1e-4, 10)}
     for dataset, expected in rates.items():
-        training = load_recipe(f"{dataset}/nas-lora").training
+        training = load_recipe(dataset, "nas-lora").training
         assert (training.learning_rate, training.epochs) == expected
         assert training.search_start < training.epochs and training.optimizer == "adamw"
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_each_trains_two_steps(name, trees, tiny_vit, tmp_path, fresh_accelerate, monkeypatch):
-    config = load_recipe(name)
-    assert name == f"{config.dataset}/{config.method}" and config.recipe == name
-    training = dataclasses.replace(
-        config.training, epochs=1, search_start=0, workers=0, mixed_precision="no", accumulation=1
-    )
-    config = dataclasses.replace(
-        config, **SMALL, root=trees / config.dataset, resolution="network", training=training
-    )
-    splits = find_splits(config)
-    size = -(-len(splits["train"]) // 2)  # two steps an epoch
-    config = dataclasses.replace(config, training=dataclasses.replace(training, batch_size=size))
+@pytest.mark.parametrize("name, method", PAIRS)
+def test_each_trains_two_steps(
+    name, method, trees, tiny_vit, tmp_path, fresh_accelerate, monkeypatch
+):
+    values = load_recipe(name, method).to_dict()
+    assert name == values["data"]["dataset"] == values["recipe"]
+    values["data"] |= {"root": str(trees / name), "resolution": "network"}
+    values["model"] |= {"name": "vit_t", "image_size": 32}
+    values["training"] |= {"epochs": 1, "search_start": 0, "workers": 0, "accumulation": 1}
+    values["training"] |= {"mixed_precision": "no"}
+    splits = find_splits(resolve(RunConfig.from_dict(values)))
+    values["training"]["batch_size"] = -(-len(splits["train"]) // 2)  # two steps an epoch
+    config = resolve(RunConfig.from_dict(values))
     data = {split: make_dataset(config, samples) for split, samples in splits.items()}
     model = build_adapted_model(config)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     accelerator = make_accelerator(config.training)
-    names = config.foreground_names
+    names = list(config.data.class_names)
     monkeypatch.setattr(Trainer, "_save", lambda self, is_best: None)
     trained = Trainer(model, data, config.training, 0, tmp_path, names, accelerator)
     trained.run()
     after = model.state_dict()
     changed = {key for key, value in before.items() if not value.equal(after[key])}
     assert any(key.startswith("mask_decoder.") for key in changed)
-    assert any(key.startswith("image_encoder.") for key in changed) == (
-        config.method != "decoder-only"
-    )
-    assert (trained.history[0].arch_loss is not None) == config.searches
+    assert any(key.startswith("image_encoder.") for key in changed) == (method != "decoder-only")
+    assert (trained.history[0].arch_loss is not None) == method.startswith("nas-")
 
 
-@pytest.mark.parametrize("name", ["sbu/nas-pc-lora", "camouflage/lora"])
-def test_the_command_with_flags_that_override(naslora, trees, tiny_vit, tmp_path, name):
-    dataset = name.split("/")[0]
-    arguments = ("--recipe", name, "--root", trees / dataset, "--output", tmp_path / "run")
+@pytest.mark.parametrize("dataset, method", [("sbu", "nas-pc-lora"), ("camouflage", "lora")])
+def test_the_command_with_flags_that_override(naslora, trees, tiny_vit, tmp_path, dataset, method):
+    arguments = ("--recipe", dataset, "--method", method, "--root", trees / dataset)
     small = ("--model", "vit_t", "--image-size", 32, "--epochs", 1, "--mixed-precision", "no")
-    result = naslora("train", *arguments, *small, "--workers", 0)
+    run = tmp_path / "run"
+    result = naslora("train", *arguments, *small, "--workers", 0, "--rank", 2, "--output", run)
     assert result.status == 0, result.err
     assert "is not the paper's" in result.err and "train images instead of" in result.err
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    assert (config["recipe"], config["dataset"], config["model"]) == (name, dataset, "vit_t")
+    config = json.loads((run / "config.json").read_text())
+    assert (config["recipe"], config["data"]["dataset"]) == (dataset, dataset)
+    assert (config["model"]["name"], config["method"]) == ("vit_t", method)
+    assert config["adapter"]["rank"] == 2
     assert (config["training"]["epochs"], config["training"]["optimizer"]) == (1, "adamw")
-    test = json.loads((tmp_path / "run/metrics.json").read_text())["test"]
-    assert list(test["metrics"]) == list(load_recipe(name).metrics)
+    test = json.loads((run / "metrics.json").read_text())["test"]
+    assert list(test["metrics"]) == config["data"]["metrics"]
     assert test["resolution"] == "of each mask"
     if dataset == "camouflage":
         counts = {group: own["images"] for group, own in test["groups"].items()}
         assert counts == {"CAMO": 1, "CHAMELEON": 2, "COD10K": 1}
         assert list(test["groups"]["CAMO"]["metrics"]) == list(test["metrics"])
     assert "scored at the resolution of each mask" in result.out
-    report = (tmp_path / "run/report.html").read_text()
+    report = (run / "report.html").read_text()
     assert "scored at the resolution of each mask" in report
-    again = naslora("evaluate", tmp_path / "run")
+    again = naslora("evaluate", run)
     assert json.loads(again.out)["metrics"] == pytest.approx(test["metrics"], abs=1e-6)
-    network = naslora("evaluate", tmp_path / "run", "--resolution", "network")
+    network = naslora("evaluate", run, "--resolution", "network")
     assert json.loads(network.out)["resolution"] == "32 x 32"
 
 
 def test_sams_weights_are_asked_for(naslora, trees, tmp_path):
-    arguments = ("--recipe", "sbu/lora", "--root", trees / "sbu", "--mixed-precision", "no")
-    result = naslora("train", *arguments, "--output", tmp_path / "run")
+    arguments = ("--recipe", "sbu", "--method", "lora", "--root", trees / "sbu")
+    run = tmp_path / "run"
+    result = naslora("train", *arguments, "--mixed-precision", "no", "--output", run)
     assert result.status == 2 and "give --checkpoint FILE, the vit_h checkpoint" in result.err
-    assert not (tmp_path / "run").exists()
+    assert not run.exists()
 
 
 # --- recipes of one's own
@@ -122,35 +127,112 @@ def test_sams_weights_are_asked_for(naslora, trees, tmp_path):
 
 def test_a_file_of_ones_own_builds_on_another(tmp_path):
     (tmp_path / "base.yaml").write_text(
-        "model: vit_b\ntraining:\n  epochs: 3\n  learning_rate: 1e-3\n"
+        "model: {name: vit_b}\ntraining: {epochs: 3, learning_rate: 1e-3}\n"
+        "methods: {mona: {width: 8}, lora: {rank: 5}}\n"
     )
-    text = "base: base.yaml\nroot: /data\ntraining:\n  epochs: 5\nadapter:\n  blocks: [0, 2]\n"
-    (tmp_path / "own.yaml").write_text(text)
-    config = load_recipe(str(tmp_path / "own.yaml"))
-    assert (config.model, config.root, config.adapter.blocks) == ("vit_b", Path("/data"), (0, 2))
+    text = "base: base.yaml\nmethod: mona\ndata: {root: /data}\ntraining: {epochs: 5}\n"
+    (tmp_path / "own.yaml").write_text(text + "methods: {lora: {blocks: [0, 2]}}\n")
+    own = str(tmp_path / "own.yaml")
+    config = load_recipe(own)
+    assert (config.model.name, config.data.root) == ("vit_b", Path("/data"))
     assert (config.training.epochs, config.training.learning_rate) == (5, 1e-3)
+    assert (config.method, config.adapter.width) == ("mona", 8)
+    lora = load_recipe(own, "lora").adapter
+    assert (lora.rank, lora.blocks) == (5, (0, 2))
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("- a\n", "expected lines such as method"),
-        ("speed: 3\n", "speed"),
-        ("training:\n  pace: 3\n", "pace"),
-        ("training:\n  epochs: many\n", "is no recipe"),
-        ("method: [\n", "cannot be read"),
-        ("training:\n  epochs: 0\n", "epochs must be at least 1"),
-    ],
-)
+BAD = [
+    ("- a\n", "expected lines such as method"),
+    ("speed: 3\n", "there is no setting 'speed'"),
+    ("trainin: {epochs: 3}\n", "there is no setting 'trainin'; did you mean training?"),
+    ("training: {pace: 3}\n", "there is no setting 'pace'"),
+    ("training: {epochs: many}\n", "epochs: expected int, got 'many'"),
+    ("training: {epochs: 0}\n", "epochs: expected int >= 1, got 0"),
+    ("training: {epochs: 1e3}\n", "epochs: expected int, got 1000.0"),
+    ("training: {flip: 'no'}\n", "flip: expected bool, got 'no'"),
+    ("training: {learning_rate: .nan}\n", "learning_rate: expected float >= 0.0, got nan"),
+    ("training: {learning_rate: .inf}\n", "learning_rate: expected a finite number"),
+    ("training: {optimizer: sgd}\n", "optimizer: expected one of adam, adamw, got 'sgd'"),
+    ("training: 3\n", "expected the settings of a TrainConfig, got 3"),
+    ("training: [epochs]\n", "expected the settings of a TrainConfig"),
+    ("model: vit_b\n", "expected the settings of a ModelConfig, got 'vit_b'"),
+    ("model: {image_size: '512'}\n", "image_size: expected int, got '512'"),
+    ("data: {root: [a]}\n", "root: expected a path"),
+    ("data: {num_classes: 256}\n", "num_classes: expected int <= 255, got 256"),
+    ("data: {class_names: cat}\n", "class_names: expected list, got 'cat'"),
+    ("data: {dataset: voc}\n", "dataset: expected one of csv, folders, coco"),
+    ("data: {palette: 7}\n", "palette: expected list, got 7"),
+    ("data: {metrics: [speed]}\n", "metrics: expected one of iou"),
+    ("method: peft\n", "method: expected one of full, decoder-only"),
+    ("method: [lora]\n", "method: expected one of full, decoder-only"),
+    ("method: mona\nadapter: {rank: 3}\n", "there is no setting 'rank' in MonaConfig"),
+    ("adapter: {rank: -1}\n", "rank: expected int >= 1, got -1"),
+    ("adapter: null\n", "expected the settings of a NASLoRAConfig, got None"),
+    ("methods: {lora: {colour: red}}\n", "there is no setting 'colour' in LowRankConfig"),
+    ("methods: {peft: {}}\n", "method: expected one of full, decoder-only"),
+    ("methods: [lora]\n", "methods: expected the settings of methods, got ['lora']"),
+    ("methods: 5\n", "methods: expected the settings of methods, got 5"),
+    ("seed: -1\n", "seed: expected int >= 0, got -1"),
+    ("7: 8\n", "there is no setting 7"),
+    ("method: [\n", "cannot be read"),
+    ("base: nowhere.yaml\n", "nowhere.yaml cannot be read"),
+    ("base: own.yaml\n", "base: expected another recipe's file, got 'own.yaml'"),
+    ("base: 3\n", "base: expected another recipe's file, got 3"),
+    ("a: " + "[" * 5000, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize("text, message", BAD)
 def test_what_is_no_recipe(tmp_path, text, message):
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         load_recipe(str(path))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path.parent) in str(caught.value) and len(str(caught.value)) < 700
 
 
 def test_unknown_recipes_list_what_there_is(naslora, tmp_path):
     result = naslora("train", "--recipe", "isic/nas", "--output", tmp_path / "run")
     assert result.status == 2 and result.err.count("\n") == 1
     assert "there is no recipe 'isic/nas'" in result.err and "isic2017" in result.err
+
+
+# --- any values
+
+
+def names_of(values):
+    return {*values} | {name for v in values.values() if isinstance(v, dict) for name in v}
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+DEFAULTS = run_config(root="/data", training={"mixed_precision": "no"}).to_dict()
+NAMES = sorted(names_of(DEFAULTS) | {"methods", "base", "lora", "width", "colour"})
+SETTINGS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), VALUES, max_size=3)
+
+
+RECIPES = st.dictionaries(st.sampled_from(NAMES), VALUES | SETTINGS, max_size=3)
+
+
+@pytest.mark.parametrize("examples", [150, pytest.param(20_000, marks=pytest.mark.campaign)])
+def test_any_recipe_is_read_or_refused_in_one_line(tmp_path, examples):
+    path = tmp_path / "own.yaml"
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 1000)
+    @given(RECIPES, st.sampled_from(NAMES), VALUES)
+    def check(recipe, name, value):
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        stored = json.loads(json.dumps(DEFAULTS))
+        for part in (stored, *(part for part in stored.values() if isinstance(part, dict))):
+            if name in part:
+                part[name] = value
+        for read in (lambda: load_recipe(str(path)), lambda: RunConfig.from_dict(stored)):
+            try:
+                config = read()
+                assert RunConfig.from_dict(config.to_dict()) == config
+                assert resolve(resolve(config)) == resolve(config)
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000
+
+    check()

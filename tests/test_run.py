@@ -1,6 +1,7 @@
 """A run from its first file to its last: what it holds, that it reloads, that a kill is no loss."""
 
 import csv
+import dataclasses
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ from naslora.results import ADAPTER, LAST
 from naslora.sam import encoders as sam
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training import demo as demo_run
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import ModelConfig, RunConfig
 from naslora_kernels import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -79,7 +80,7 @@ def test_the_folder(run):
 def test_the_configuration_comes_back(run, data):
     config = RunConfig.from_dict(read(run / "config.json"))
     assert config.to_dict() == read(run / "config.json")
-    assert config.data == data.resolve() and config.class_names == ("rim", "core")
+    assert config.data.root == data.resolve() and config.data.class_names == ("rim", "core")
     assert config.training.epochs == EPOCHS and config.training.learning_rate == 3e-3
 
 
@@ -336,7 +337,8 @@ def test_the_demo(naslora, tmp_path, monkeypatch):
     pytest.importorskip("nilearn")
 
     def small(**values):
-        return RunConfig(**{**values, "image_size": 48, "crop": 192})
+        data = dataclasses.replace(values["data"], crop=192)
+        return RunConfig(**{**values, "data": data, "model": ModelConfig("vit_t", None, 48)})
 
     monkeypatch.setattr(demo_run, "RunConfig", small)
     assert sam.VITS["vit_t"].depth == 2

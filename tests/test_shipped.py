@@ -2,17 +2,17 @@
 
 import json
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from run_configs import run_config
 
 from naslora.errors import UserError
 from naslora.files import read_metadata, read_safetensors, write_tensors
 from naslora.sam import encoders, prompts, shipped
 from naslora.sam.segmentation import build_model
-from naslora.training.run_config import RunConfig
+from naslora.training.resolve import checkpoint_of, resolve
 
 SIZE = 32
 TINY = encoders.ViT(width=32, depth=2, heads=2, global_blocks=(1,), weights="tiny.safetensors")
@@ -47,17 +47,13 @@ def test_a_model_starts_from_the_package_unless_the_user_says_otherwise(weights,
     assert shipped.find_checkpoint("vit_b", None) is None
 
 
-@pytest.mark.parametrize("given", [None, Path("none")])
+@pytest.mark.parametrize("given", [None, "none"])
 def test_a_configuration_says_which_weights(weights, given):
-    config = RunConfig(model="vit_t", checkpoint=given)
-    values = config.to_dict()
+    config = run_config(name="vit_t", checkpoint=given)
     stored = f"shipped {read_metadata(weights)['sha256'][:12]}"
-    assert values["checkpoint"] == (stored if given is None else None)
-    assert config.pretrained == (given is None)
-    assert RunConfig.from_dict(values).to_dict() == values
-    assert not RunConfig.from_dict({**values, "checkpoint": None}).pretrained  # as in 0.1.0
-    assert not RunConfig(model="vit_b").pretrained
-    assert RunConfig(model="vit_b").to_dict()["checkpoint"] is None
+    assert config.model.checkpoint == (given or stored) and resolve(config) == config
+    assert checkpoint_of(config.model) == given
+    assert run_config(name="vit_b").model.checkpoint == "none"
 
 
 def test_training_says_so_if_positions_are_resized(weights, naslora, clean_data, tmp_path):
@@ -70,7 +66,7 @@ def test_training_says_so_if_positions_are_resized(weights, naslora, clean_data,
         "embeddings are resized to 32 pixels"
     ]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["checkpoint"].startswith("shipped ")
+    assert config["model"]["checkpoint"].startswith("shipped ")
 
 
 def spoil(path):
@@ -97,11 +93,11 @@ def test_a_bad_package_costs_one_line(weights, naslora, clean_data, tmp_path, ha
 
 
 def test_a_run_from_other_weights_is_refused(weights):
-    values = RunConfig(model="vit_t").to_dict()
+    config = run_config(name="vit_t")
     state = read_safetensors(weights)
     write_tensors(weights, {name: 2 * value for name, value in state.items()})
     with pytest.raises(UserError, match=r"in another version of naslora \(shipped \w+, here ship"):
-        RunConfig.from_dict(values)
+        resolve(config)
 
 
 def test_info_lists_the_weights(weights, naslora):

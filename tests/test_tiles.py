@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from run_configs import run_config
 
 from naslora.data.augmentation import Crop, draw_window
 from naslora.data.dataset import SegmentationDataset
@@ -21,7 +22,7 @@ from naslora.prediction import segment as segment_rows
 from naslora.sam.encoders import PATCH_SIZE
 from naslora.sam.export import Description, load_class_map
 from naslora.sam.segmentation import labels_of
-from naslora.training.run_config import RunConfig
+from naslora.training.run_data import tiles_of
 
 SIDE = 16
 
@@ -79,7 +80,7 @@ def test_the_step_of_tiles_is_a_patch():
     assert fit_tiles(512, 256) == Tiles(512, 0.25, 32)
     assert fit_tiles(128, 256, 0.5) == Tiles(128, 0.5, 8)
     assert fit_tiles(1000, 1024).step == 1  # a patch has 15.6 pixels
-    assert RunConfig(image_size=256, crop=320).tiles.step == 20
+    assert tiles_of(run_config(image_size=256, crop=320)).step == 20
     # A tile of a single patch, of which a half is shared: the overlap comes first.
     assert [box.top for box in Grid(Tiles(16, 0.5, 16), 32, 16).boxes()] == [0, 8, 16]
 
@@ -169,7 +170,7 @@ def picture_of_cracks(height: int, width: int) -> Image.Image:
 
 
 def predictor(side: int, tiles: Tiles | None) -> Predictor:
-    return Predictor(brightness, RunConfig(image_size=side), tiles)
+    return Predictor(brightness, run_config(image_size=side), tiles)
 
 
 def segment(predictor: Predictor, picture: Image.Image) -> np.ndarray:
@@ -279,7 +280,7 @@ def run(naslora, tiny_vit, make_data, tmp_path_factory):
 
 def test_a_run_on_windows_is_scored_by_tiles(naslora, run):
     config = json.loads((run / "config.json").read_text())
-    assert (config["crop"], config["resolution"]) == (32, "tiles")
+    assert (config["data"]["crop"], config["data"]["resolution"]) == (32, "tiles")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["test"]["resolution"] == "of each mask, by tiles of 32 x 32"
     again = json.loads(naslora("evaluate", run).out)
@@ -344,8 +345,8 @@ def test_bad_tiles_and_crops(naslora, run, tmp_path):
         assert result.status == 2 and message in result.err
     train = ("train", "--data", run.parent / "data", *TRAIN, *output)
     for options, message in (
-        (("--crop", 8), "crop must be 16 to 65536 pixels, got 8"),
-        (("--crop", 32, "--crop-foreground", 2), "crop_foreground must lie in [0, 1], got 2"),
+        (("--crop", 8), "crop: expected int >= 16, got 8"),
+        (("--crop", 32, "--crop-foreground", 2), "crop_foreground: expected float <= 1.0, got 2"),
     ):
         result = naslora(*train, *options)
         assert result.status == 2 and message in result.err

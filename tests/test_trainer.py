@@ -11,9 +11,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import call, free_port
+from run_configs import run_config
 from torch.multiprocessing import start_processes
 
-from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.config import LowRankConfig
 from naslora.adapter.injection import arch_parameters, cell_parameters
 from naslora.adapter.modules import adapter_layers
 from naslora.adapter.storage import trained_state
@@ -24,7 +25,6 @@ from naslora.records import from_json
 from naslora.results import ADAPTER, LAST, Epoch, SplitScores, kept_epoch
 from naslora.training.accelerator import make_accelerator
 from naslora.training.epoch_images import EpochImages
-from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits
 from naslora.training.run_model import build_adapted_model
 from naslora.training.train_config import TrainConfig
@@ -57,14 +57,14 @@ def make_trainer(data, tmp_path):
             "workers": 0,
             **changes,
         }
-        config = RunConfig(
-            data=data,
-            model="vit_t",
+        config = run_config(
+            root=data,
+            name="vit_t",
             image_size=32,
             num_classes=num_classes,
             method=method,
-            adapter=NASLoRAConfig(**(adapter or {})),
-            training=TrainConfig(**settings),
+            adapter=adapter or {},
+            training=settings,
         )
         splits = {
             name: SegmentationDataset(samples, 32, num_classes, flip=name in ("train", "arch"))
@@ -77,7 +77,7 @@ def make_trainer(data, tmp_path):
             config.training,
             seed=0,
             directory=tmp_path / str(count),
-            class_names=config.foreground_names,
+            class_names=list(config.data.class_names),
             accelerator=make_accelerator(config.training),
         )
 
@@ -187,8 +187,8 @@ def test_without_alpha_only_weights_train(make_trainer, method):
 
 
 def epoch_images(arch_data, train=10, arch=0, **changes):
-    config = TrainConfig(arch_data=arch_data, search_start=1, **changes)
-    return EpochImages(config, train, arch, searches=True, seed=3)
+    fraction = changes.get("arch_fraction", TrainConfig.arch_fraction)
+    return EpochImages(arch_data, fraction, 1, train, arch, searches=True, seed=3)
 
 
 def test_redraw_takes_another_part_each_epoch_and_leaves_the_weights_all_images():
@@ -241,42 +241,26 @@ def test_every_choice_takes_as_many_weight_steps(make_trainer, arch_data):
 
 def test_the_own_split_joins_the_training_images_unless_alpha_takes_it(data, make_data, tmp_path):
     own = make_data(tmp_path / "own", train=3, arch=2, val=1, test=1)
-    config = RunConfig(data=own)
+    config = run_config(root=own)
     for arch_data in (None, "split"):
         chosen = TrainConfig(arch_data=arch_data)
         splits = find_splits(dataclasses.replace(config, training=chosen))
         assert len(splits["train"]) == 3 and len(splits["arch"]) == 2
     for changes in (
-        {"method": "lora"},
+        {"method": "lora", "adapter": LowRankConfig()},
         {"training": TrainConfig(simultaneous=True)},
         {"training": TrainConfig(arch_data="redraw")},
     ):
         splits = find_splits(dataclasses.replace(config, **changes))
         assert len(splits["train"]) == 5 and "arch" not in splits
     with pytest.raises(UserError, match="has no split 'arch'"):
-        find_splits(RunConfig(data=data, training=TrainConfig(arch_data="split")))
-
-
-def test_a_configuration_of_version_0_1_0_keeps_its_meaning():
-    old = {"weight_decay": 1e-3, "arch_fraction": 0.2}
-    config = TrainConfig.from_dict(old)
-    assert config == TrainConfig(
-        arch_data="hold-out", optimizer="adam", weight_decay=1e-3, cell_weight_decay=1e-3,
-        alpha_schedule="constant", alpha_weight_decay=1e-3, cell_rate=1.0,
-        keep="best",
-    )  # fmt: skip
-    everything = TrainConfig.from_dict({**old, "arch_fraction": 0.0})
-    assert (everything.arch_data, everything.arch_fraction) == ("redraw", 1.0)
-    assert TrainConfig.from_dict({**old, "mixed_precision": "bf16"}).frozen_precision == "no"
-    assert TrainConfig.from_dict(dataclasses.asdict(TrainConfig())) == TrainConfig()
+        find_splits(run_config(root=data, training={"arch_data": "split"}))
 
 
 def test_alpha_trains_after_a_third_of_the_epochs():
-    starts = [TrainConfig(epochs=epochs).first_search_epoch for epochs in (1, 6, 20, 30)]
-    assert starts == [0, 2, 6, 10] and TrainConfig(search_start=4).first_search_epoch == 4
-    # Runs of before, which held a number, can be resumed.
-    explicit = RunConfig(training=TrainConfig(search_start=10))
-    assert RunConfig().to_dict() == explicit.to_dict()
+    starts = [run_config(training={"epochs": n}).training.search_start for n in (1, 6, 20, 30)]
+    assert starts == [0, 2, 6, 10]
+    assert run_config(training={"search_start": 4}).training.search_start == 4
 
 
 def test_the_cell_has_a_rate_and_a_decay_of_its_own(make_trainer):
@@ -564,10 +548,7 @@ def test_the_precision_of_a_run_that_is_not_given_one(monkeypatch, launched, gpu
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    config = TrainConfig()
-    assert config.mixed_precision == expected
-    assert TrainConfig.from_dict(dataclasses.asdict(config)) == config
-    assert TrainConfig.from_dict({"epochs": 3}).mixed_precision == "no"
+    assert run_config().training.mixed_precision == expected
 
 
 def test_fp16_without_a_gpu_is_refused():
@@ -639,20 +620,20 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(make_trainer):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": 0}, "epochs: expected int >= 1, got 0"),
         ({"batch_size": 0}, "batch_size"),
-        ({"arch_fraction": 0.0}, r"arch_fraction must lie in \(0, 1\]"),
+        ({"arch_fraction": 0.0}, "arch_fraction: expected float > 0.0"),
         ({"arch_fraction": 1.0, "arch_data": "rotate"}, "leaves no images for the weights"),
-        ({"arch_data": "half"}, "arch_data must be one of redraw, rotate, hold-out, split, got"),
-        ({"learning_rate": math.nan}, "learning_rate must be finite"),
-        ({"alpha_weight_decay": -1.0}, "alpha_weight_decay must be finite and not negative"),
-        ({"lambda_cls": math.inf}, "lambda_cls"),
-        ({"schedule": "step"}, "schedule must be one of linear, cosine, constant, got 'step'"),
-        ({"class_loss": "focal"}, "class_loss must be one of"),
-        ({"mixed_precision": "fp8"}, "mixed_precision must be one of"),
-        ({"frozen_precision": "bf16"}, "needs mixed_precision bf16, got no"),
+        ({"arch_data": "half"}, "arch_data: expected one of redraw, rotate, hold-out, split, got"),
+        ({"learning_rate": math.nan}, "learning_rate: expected float >= 0.0, got nan"),
+        ({"alpha_weight_decay": -1.0}, "alpha_weight_decay: expected float >= 0"),
+        ({"lambda_cls": math.inf}, "lambda_cls: expected a finite number"),
+        ({"schedule": "step"}, "schedule: expected one of linear, cosine, constant, got 'step'"),
+        ({"class_loss": "focal"}, "class_loss: expected one of"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: expected one of"),
+        ({"frozen_precision": "bf16", "mixed_precision": "no"}, "needs mixed_precision bf16"),
     ],
 )
 def test_settings_out_of_range(changes, message):
     with pytest.raises(UserError, match=message):
-        TrainConfig(**changes)
+        run_config(training=changes)

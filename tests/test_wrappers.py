@@ -1,7 +1,6 @@
 """Adapters and merges of models inside wrappers, and of models that FSDP2 shards."""
 
 import copy
-import json
 import os
 
 import pytest
@@ -15,7 +14,7 @@ from adapted_models import (
     snapshot,
 )
 from conftest import in_two_processes
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
@@ -127,24 +126,6 @@ def test_the_average_of_weights_is_saved_and_loaded(tmp_path):
     with torch.no_grad():
         assert torch.equal(other(images()), averaged(images()))
         assert not torch.equal(other(images()), model(images()))
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_files_of_0_1_0_with_the_names_of_wrappers_load(prefix, tmp_path):
-    trained = trained_encoder()
-    save_adapter(trained, tmp_path)
-    stored = load_file(tmp_path / WEIGHTS_NAME)
-    save_file({f"{prefix}{k}": v for k, v in stored.items()}, tmp_path / WEIGHTS_NAME)
-    description = (tmp_path / CONFIG_NAME).read_text()
-    renamed = json.loads(description.replace('"blocks.', f'"{prefix}blocks.'))
-    for name in ("version", "sha256", "other_tensors"):  # which 0.1.0 did not write
-        del renamed[name]
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(renamed))
-    assert f"{prefix}blocks.0" in (tmp_path / CONFIG_NAME).read_text()
-    for model in (build_encoder(), adapted_encoder(seed=5)):
-        load_adapter(model, tmp_path)
-        with torch.no_grad():
-            assert torch.equal(model(images()), trained(images()))
 
 
 def test_a_part_called_module_keeps_its_name(tmp_path):

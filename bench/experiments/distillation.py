@@ -30,7 +30,8 @@ from naslora.training.accelerator import make_accelerator
 from naslora.training.evaluation import make_loader
 from naslora.training.progress import TrainProgress
 from naslora.training.step import Group, LossNotFiniteError, train_pass
-from naslora.training.train_config import Precision, TrainConfig
+from naslora.training.train_config import Precision, TrainConfig, frozen_dtype
+from naslora.training.train_config import factor as schedule_factor
 
 HISTORY, LAST, TEACHER = "history.csv", "last.pt", "teacher"
 POSITIONS = re.compile(r"pos_embed$|rel_pos_[hw]$")
@@ -185,7 +186,7 @@ class Distillation:
             workers=0,
         )
         self.accelerator = make_accelerator(self.config)
-        teacher = build_teacher(settings, self.config.frozen_dtype)
+        teacher = build_teacher(settings, frozen_dtype(self.config))
         self.teacher = Embedding(teacher)
         self.whole = build_student(settings, teacher.image_encoder)
         self.student = Embedding(self.whole)
@@ -280,7 +281,7 @@ class Distillation:
         done = len(self.history) + part
         step = done * len(self.batches)
         rise = min(1.0, (step + 1) / self.settings.warm_up)
-        factor = self.config.factor(self.group.schedule, done / self.settings.epochs)
+        factor = schedule_factor(self.group.schedule, done / self.settings.epochs)
         self.group.set_rates(rise * factor)
 
     def _after_step(self, loss: float, images: int) -> None:

@@ -7,6 +7,7 @@ are, with PNG masks. Every rate is taken over whole epochs, after one that warms
 fills ours.
 """
 
+import dataclasses
 import os
 import tempfile
 import time
@@ -22,10 +23,11 @@ from naslora.data.datasets import load_splits
 from naslora.data.sampling import GlobalBatches
 from naslora.training.accelerator import make_accelerator
 from naslora.training.evaluation import make_loader
-from naslora.training.run_config import RunConfig
+from naslora.training.resolve import resolve
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
 from naslora.training.run_data import make_dataset
 from naslora.training.run_model import build_adapted_model
-from naslora.training.train_config import TrainConfig
+from naslora.training.train_config import TrainConfig, loss_of
 
 
 def main(
@@ -86,13 +88,18 @@ def _print_rates(
     steps: int,
 ) -> None:
     training = TrainConfig(batch_size=batch_size, workers=0)
-    config = RunConfig(
-        data=data, model=model, checkpoint=checkpoint, image_size=image_size, training=training
+    config = resolve(
+        RunConfig(
+            data=DataConfig(root=data),
+            model=ModelConfig(model, checkpoint and str(checkpoint), image_size),
+            training=training,
+        )
     )
     print(environment())
     print("\n| what | workers | images/s |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as cache:
-        cached = RunConfig(data=data, image_size=image_size, training=training, cache=Path(cache))
+        own = dataclasses.replace(config.data, cache=Path(cache))
+        cached = dataclasses.replace(config, data=own)
         for name, variant in (("files", config), ("cache", cached)):
             for count in workers:
                 print(f"| {name} | {count} | {_loader_rate(variant, count, epochs):.1f} |")
@@ -101,7 +108,7 @@ def _print_rates(
 
 
 def _loader_rate(config: RunConfig, workers: int, epochs: int) -> float:
-    dataset = make_dataset(config, load_splits("csv", config.data)["train"], "trained")
+    dataset = make_dataset(config, load_splits("csv", config.data.root)["train"], "trained")
     batches = GlobalBatches(len(dataset), config.training.batch_size)
     loader = make_loader(dataset, batches, workers, make_accelerator(config.training))
     for _ in loader:  # warms up
@@ -118,14 +125,14 @@ def _model_rate(config: RunConfig, steps: int) -> float:
     model = build_adapted_model(config).to(device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters)
-    size = config.training.batch_size, config.image_size
+    size = config.training.batch_size, config.model.image_size
     images = torch.rand(size[0], 3, size[1], size[1], device=device)
     masks = torch.randint(0, 2, (size[0], size[1], size[1]), device=device)
     for step in range(-1, steps):
         if step == 0:
             _synchronize(device)
             started = time.perf_counter()
-        config.training.loss(model(images), masks).backward()
+        loss_of(config.training)(model(images), masks).backward()
         optimizer.step()
         optimizer.zero_grad()
     _synchronize(device)

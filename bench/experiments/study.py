@@ -20,6 +20,7 @@ import tyro
 from bench.experiments.studies import STUDIES, Numbers, Study
 from naslora import NASLoRAConfig, merge
 from naslora.data.layouts import REQUIRED_SPLITS
+from naslora.methods import configure
 from naslora.records import read_record, read_rows, write_record, write_rows
 from naslora.report.numbers import MISSING
 from naslora.report.tables import Table, markdown_table
@@ -27,7 +28,7 @@ from naslora.results import HISTORY, Epoch, MergeResult, RunResult
 from naslora.study.summary import mean_and_spread, mean_text, paired_difference
 from naslora.trained import evaluate_model, load_model
 from naslora.training.run import train
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
 from naslora.training.run_data import calibration, find_splits
 from naslora.training.train_config import TrainConfig
 
@@ -42,7 +43,9 @@ class Key(NamedTuple):
 
 Cells = dict[Key, Numbers]
 DONE = "study.json"  # what a finished cell reports
-# Fields of RunConfig that belong to a data set.
+MODEL = ("model", "checkpoint", "image_size", "attention")
+"""Settings of a study's runs that are not fields of ``DataConfig``."""
+# Fields of DataConfig that belong to a data set.
 OF_DATA: dict[str, dict[str, int]] = {"camvid": {"num_classes": 11, "ignore_index": 11}}
 
 
@@ -103,15 +106,19 @@ def _train_cell(
     if dataset == "mni152":
         source = {"dataset": "mni152", "root": output.parent / "mni152"}
     else:
-        source = {"data": _part(data / dataset, plan.train_images, output / "data")}
+        source = {"root": _part(data / dataset, plan.train_images, output / "data")}
         if merged["run"]["model"] == "mobile_sam":
             source["checkpoint"] = weights
+    run = {**source, **OF_DATA.get(dataset, {}), **merged["run"]}
+    method = run.pop("method", RunConfig.method)
+    model = {key: run.pop(key) for key in MODEL if key in run}
     config = RunConfig(
-        **source,
-        **OF_DATA.get(dataset, {}),
-        adapter=NASLoRAConfig(seed=seed, **merged["adapter"]),
+        seed=seed,
+        data=DataConfig(**run),
+        model=ModelConfig(model.pop("model"), **model),
+        method=method,
+        adapter=configure(method, NASLoRAConfig(**merged["adapter"])),
         training=TrainConfig(**training | merged["training"]),
-        **merged["run"],
     )
     print(f"== {dataset}, {name}, seed {seed}", flush=True)
     result = train(config, directory, resume=directory.exists())

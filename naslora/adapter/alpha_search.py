@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer, optimizer
 
-from naslora.adapter import checks
+from naslora.adapter.config import Alpha
 from naslora.adapter.injection import arch_parameters, cell_parameters
 from naslora.adapter.modules import adapter_layers, check_model
 from naslora.adapter.wrappers import unwrap
 from naslora.errors import UserError, listing
+from naslora.settings import Index, checked
 
 NO_ALPHA = (
     "the loss of loss_fn does not depend on alpha; compute it with the model that loss_fn is "
@@ -152,8 +153,7 @@ class AlphaSearch:
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
         check_model(model)
-        checks.positive("lr", lr)
-        checks.whole(0)("start", start)
+        lr, start = checked("lr", lr, Alpha), checked("start", start, Index)
         self.model = unwrap(model)
         self.alphas = arch_parameters(self.model)
         if not self.alphas:

@@ -5,7 +5,6 @@ record on the encoder. The record holds the ``Method`` itself, so saving, mergin
 loss ask the record. Only code that starts from a name needs the table of methods.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.config import MethodConfig, NASLoRAConfig, field_names
+from naslora.adapter.config import MethodConfig, TargetConfig
 from naslora.adapter.frozen_norms import keep_frozen
 from naslora.adapter.merge_report import MergeMode, MergeReport
 from naslora.adapter.modules import undone_on_error
+from naslora.adapter.targets import with_names
 from naslora.errors import UserError
 
 ENCODERS = ("image_encoder", "vision_encoder")
@@ -25,8 +25,7 @@ ENCODERS = ("image_encoder", "vision_encoder")
 RECORD = "method"  # the encoder's attribute that holds the record
 
 OWN = {"own": True}
-"""Metadata of a configuration's field that ``NASLoRAConfig`` does not set, although it has a field
-of the same name."""
+"""Metadata of a configuration's field that means something else in other configurations."""
 
 Merge = Callable[[nn.Module, MergeMode, Any], MergeReport]
 """Folds a method into the frozen weights, as ``naslora.merge``. Takes the model, the mode, and what
@@ -56,17 +55,16 @@ class Method:
     """Its name in tables."""
     config: type[MethodConfig]
     """The type of its configuration."""
-    add: Callable[[nn.Module, Any], None]
-    """Adds to a frozen encoder, in place, what the method trains. Takes the encoder and a
-    configuration of type ``config``. Exactly the trained parameters require gradients after it."""
+    add: Callable[[nn.Module, Any, int], None]
+    """Adds to a frozen encoder, in place, what the method trains. Takes the encoder, a
+    configuration of type ``config``, and the seed of its random numbers. Exactly the trained
+    parameters require gradients after it."""
     merge: Merge | None = None
     """Folds it into the frozen weights; None if that is impossible."""
     merge_modes: Callable[[Any], list[MergeMode]] = no_modes
     """The modes of ``merge`` whose results differ, for a configuration."""
     why_unmerged: str = ""
     """Why it cannot be folded."""
-    fields: tuple[str, ...] = ()
-    """Fields of the configuration that change the output of given trained tensors."""
     searches: Callable[[Any], bool] = never
     """Whether there are architecture parameters alpha to search, for a configuration."""
     auxiliary_loss: Callable[[nn.Module], Tensor | None] | None = None
@@ -76,46 +74,17 @@ class Method:
     """Whether all weights of the encoder are trained. Then pre-trained weights are not needed, and
     no other model may share them."""
 
-    def configure(self, settings: MethodConfig | None = None) -> MethodConfig:
-        """The method's own configuration.
-
-        Args:
-            settings: that configuration; None for its defaults; or a ``NASLoRAConfig``, of which
-                the fields that both types have are taken.
+    def checked(self, config: MethodConfig | None) -> MethodConfig:
+        """The configuration, or the default one for None.
 
         Raises:
-            UserError: a configuration of another method.
+            UserError: it is a configuration of another method.
         """
-        if settings is None:
-            return self.config()
-        if isinstance(settings, self.config):
-            return settings
-        if not isinstance(settings, NASLoRAConfig):
-            accepted = dict.fromkeys([self.config.__name__, NASLoRAConfig.__name__])
+        if config is not None and type(config) is not self.config:
             raise UserError(
-                f"method {self.name} takes a {' or a '.join(accepted)}, got a "
-                f"{type(settings).__name__}"
+                f"method {self.name} takes a {self.config.__name__}, got a {type(config).__name__}"
             )
-        known = set(field_names(NASLoRAConfig))
-        shared = [
-            field.name
-            for field in dataclasses.fields(self.config)
-            if field.name in known and not field.metadata.get("own")
-        ]
-        return self.config(**{name: getattr(settings, name) for name in shared})
-
-    def read_config(self, values: dict[str, Any]) -> MethodConfig:
-        """The configuration that an adapter's file holds.
-
-        Version 0.1.0 wrote the fields of a ``NASLoRAConfig`` for every method.
-
-        Raises:
-            UserError: a field is unknown or out of range.
-        """
-        names = set(values)
-        if names <= set(field_names(self.config)) or not names <= set(field_names(NASLoRAConfig)):
-            return self.config.from_dict(values)
-        return self.configure(NASLoRAConfig.from_dict(values))
+        return config or self.config()
 
     def require_merge(self) -> Merge:
         """Its merge.
@@ -156,31 +125,36 @@ def find_method(methods: Mapping[str, Method], name: str) -> Method:
     return methods[name]
 
 
-def apply_method(method: Method, model: nn.Module, settings: MethodConfig | None = None) -> None:
+def apply_method(
+    method: Method, model: nn.Module, config: MethodConfig | None = None, seed: int = 0
+) -> None:
     """Freezes the image encoder and adds what a method trains, in place.
 
     Args:
         method: the method.
         model: a model with an ``image_encoder`` (or, as Hugging Face names it, ``vision_encoder``),
             of which nothing else changes; or the encoder.
-        settings: as in ``Method.configure``. Every random number comes from its ``seed``.
+        config: the method's own configuration; None for its defaults.
+        seed: of every random number.
 
     Raises:
         UserError: another method's configuration, a model that has a method already, or an encoder
             that the method does not support. The model is then unchanged.
     """
-    config = method.configure(settings)
+    config = method.checked(config)
     present = applied(model)
     if present is not None:
         raise UserError(f"the model has a method already: {present.name}")
     encoder = image_encoder(model)
+    if isinstance(config, TargetConfig):
+        config = with_names(config, encoder)
     with undone_on_error(encoder):
         before = {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
         modules = set(encoder.modules())
         encoder.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            method.add(encoder, config)
+            torch.manual_seed(seed)
+            method.add(encoder, config, seed)
         for module in set(encoder.modules()) - modules:
             module.training = encoder.training
         keep_frozen(encoder)

@@ -331,13 +331,7 @@ PRESETS: dict[str, Callable[[int, CellInit, torch.Generator], Cell]] = {
 
 
 def build_cell(preset: str, channels: int, init: CellInit, generator: torch.Generator) -> Cell:
-    """Builds the cell of a preset for ``channels`` channels, on the CPU in float32.
-
-    Raises:
-        UserError: there is no such preset.
-    """
-    if preset not in PRESETS:
-        raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    """Builds the cell of a preset for ``channels`` channels, on the CPU in float32."""
     return PRESETS[preset](channels, init, generator)
 
 

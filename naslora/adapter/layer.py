@@ -52,7 +52,7 @@ class NASLoRALinear(AdaptedLinear):
     Args:
         base: the nn.Linear to adapt. It is frozen.
         config: the adapter's settings.
-        generator: where the random numbers come from; None seeds one with ``config.seed``.
+        generator: where the random numbers come from; None seeds one with 0.
 
     Attributes:
         base: the frozen nn.Linear.
@@ -81,22 +81,21 @@ class NASLoRALinear(AdaptedLinear):
         self, base: nn.Linear, config: NASLoRAConfig, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        generator = generator or torch.Generator().manual_seed(config.seed)
+        generator = generator or torch.Generator().manual_seed(0)
         self.base = base
         self.config = config
+        self.scaling, cell_channels = config.scaling, config.cell_channels
         self.rank = config.rank
-        self.scaling = config.scaling
         self.backend = config.backend
         self.grid: Grid | None = None
         self.prefix_tokens = config.prefix_tokens
         self.lora_A = nn.Parameter(draw_lora_A(self.rank, base.in_features, generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank))
-        self._add_cell(config, generator)
+        self._add_cell(config, cell_channels, generator)
         self.follow_base()
         base.requires_grad_(False)  # last, so that an impossible configuration changes nothing
 
-    def _add_cell(self, config: NASLoRAConfig, generator: torch.Generator) -> None:
-        c = config.cell_channels
+    def _add_cell(self, config: NASLoRAConfig, c: int, generator: torch.Generator) -> None:
         self.all_channels = c == self.rank
         self.register_buffer("channels", torch.arange(c))
         self.alpha = None

@@ -1,7 +1,9 @@
 """Reads the adapters that ``storage.py`` wrote into a model, exactly or not at all."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -26,13 +28,14 @@ from naslora.adapter.wrappers import (
     bare_state,
     copy_into,
     drop_caches,
-    matching_name,
     reshard,
     unwrap,
 )
 from naslora.errors import UserError, listing
 from naslora.files import read_json, read_safetensors
 from naslora.state_dicts import tensor_problems
+
+Config = TypeVar("Config", bound=MethodConfig)
 
 
 def load_adapter(
@@ -62,7 +65,6 @@ def load_adapter(
             _adapt(unwrap(model), stored, methods)
             override_save_pretrained(model)
         state = bare_state(model)
-        tensors = {matching_name(name, state): tensor for name, tensor in tensors.items()}
         problems = [
             *_differing_layers(layer_names(model), stored),
             *_differing_settings(unwrap(model), stored, methods),
@@ -126,16 +128,24 @@ def _check_promise(
 def _adapt(model: nn.Module, stored: Description, methods: Mapping[str, Method]) -> None:
     if stored.method is not None:
         method = find_method(methods, stored.method)
-        apply_method(method, model, method.read_config(stored.config or {}))
+        apply_method(method, model, _config(method.config, stored.config or {}))
     elif stored.config is not None:  # written for ``inject``, or by a version without methods
-        inject(model, NASLoRAConfig.from_dict(stored.config))
+        # The layers' names in this model; it may hold the one that was adapted.
+        config = _config(NASLoRAConfig, stored.config)
+        inject(model, dataclasses.replace(config, target=tuple(stored.layers), blocks=None))
+
+
+def _config(kind: type[Config], values: dict[str, Any]) -> Config:
+    """The configuration that a file holds. It names the layers: a pattern would be run."""
+    if isinstance(values.get("target", ()), str):
+        raise UserError(f"target: expected the names of layers, got {values['target']!r:.80}")
+    return kind.from_dict(values)
 
 
 def _differing_layers(present: Collection[str], stored: Description) -> list[str]:
-    layers = [matching_name(name, present) for name in stored.layers]
     return [
-        *(f"layer {name} is not adapted in the model" for name in layers if name not in present),
-        *(f"layer {name} is not in the file" for name in present if name not in layers),
+        *(f"layer {n} is not adapted in the model" for n in stored.layers if n not in present),
+        *(f"layer {n} is not in the file" for n in present if n not in stored.layers),
     ]
 
 
@@ -149,20 +159,20 @@ def _differing_settings(
     if present is not None:
         if stored.method not in (None, present.name):
             return [f"the method is {stored.method} in the file, {present.name} here"]
-        ours, fields, method = present.config, present.method.fields, present.method
+        ours, method = present.config, present.method
     elif layer is not None:
-        ours, fields, method = layer.config, OUTPUT_FIELDS, methods.get(stored.method or "")
+        ours, method = layer.config, methods.get(stored.method or "")
     else:
         return []
     if stored.config is None:
         return []
-    theirs = method.read_config(stored.config) if method else NASLoRAConfig.from_dict(stored.config)
+    theirs = _config(method.config if method else NASLoRAConfig, stored.config)
     if type(theirs) is not type(ours):
         return [f"the method is {stored.method} in the file, the model has NAS-LoRA layers"]
     return [
         f"{field} is {getattr(theirs, field)} in the file, {getattr(ours, field)} here"
-        for field in fields
-        if getattr(ours, field) != getattr(theirs, field)
+        for field in OUTPUT_FIELDS
+        if getattr(ours, field, None) != getattr(theirs, field, None)
     ]
 
 

@@ -15,9 +15,10 @@ from torch import nn
 from naslora.adapter.applied import applied
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.frozen_norms import keep_frozen
-from naslora.adapter.injection import build_layers, check_config, find_targets
+from naslora.adapter.injection import build_layers, check_config
 from naslora.adapter.layer import NASLoRALinear
 from naslora.adapter.modules import NAMED, adapter_layers, check_model, replace_module
+from naslora.adapter.targets import find_targets, with_names
 from naslora.adapter.wrappers import unwrap
 from naslora.errors import UserError
 
@@ -37,13 +38,16 @@ class NamedAdapters:
     """Whether the frozen layers compute."""
 
 
-def add_adapter(model: nn.Module, name: str, config: NASLoRAConfig | None = None) -> list[str]:
+def add_adapter(
+    model: nn.Module, name: str, config: NASLoRAConfig | None = None, *, seed: int = 0
+) -> list[str]:
     """Adds another adapter to a model of ``inject``. It does not compute before ``set_adapter``.
 
     Args:
         model: a model that ``inject`` adapted. That adapter is called "default".
         name: the new adapter's name.
         config: what to add where; None for the configuration of the active adapter.
+        seed: of every random number.
 
     Returns:
         The names of its layers, in model order.
@@ -69,8 +73,8 @@ def add_adapter(model: nn.Module, name: str, config: NASLoRAConfig | None = None
     check_config(config)
     _swap(host, active, {})
     try:
-        targets = find_targets(host, config.target, config.blocks)
-        layers = build_layers(host, targets, config)
+        config = with_names(config, host)
+        layers = build_layers(host, find_targets(host, config.target), config, seed)
         for layer in layers.values():
             keep_frozen(layer)
     finally:

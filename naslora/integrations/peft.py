@@ -207,7 +207,7 @@ class NasLoraLinear(nn.Module, LoraLayer):
                 f"{type(config).__name__}"
             )
         settings = config.adapter_config(r, lora_alpha)
-        generator = layer_generator(settings.seed, kwargs.get("target_name", ""))
+        generator = layer_generator(config.seed, kwargs.get("target_name", ""))
         base = cast(nn.Linear, self.get_base_layer())
         adapter = NasLoraAdapter(base, settings, generator)
         for other in self.adapters()[:1]:  # what the host states of the tokens

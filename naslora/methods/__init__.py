@@ -6,6 +6,7 @@ trains. ``trainable_parameters``, ``auxiliary_loss`` and ``merge`` ask the recor
 leaves on the encoder.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,6 +37,7 @@ from naslora.methods import (
     sam_adapter,
     vpt,
 )
+from naslora.settings import Seed, checked
 
 __all__ = [
     "METHODS",
@@ -78,33 +80,48 @@ else:
     MethodName = Literal[tuple(METHODS)]  # the command line shows the choices
 
 
-def configure(name: str, settings: MethodConfig | None = None) -> MethodConfig:
-    """The configuration of a method.
+def configure(
+    name: str,
+    shared: MethodConfig,
+    default: MethodConfig | None = None,
+    start: MethodConfig | None = None,
+) -> MethodConfig:
+    """The configuration of a method beside another one's, for comparisons.
 
     Args:
         name: one of ``METHODS``.
-        settings: the method's own configuration; None for its defaults; or a ``NASLoRAConfig``, of
-            which the fields that both types have are taken. VeRA keeps its own rank.
+        shared: the other method's. Its fields that differ from ``default`` are taken, if the method
+            has them. VeRA has a rank of its own.
+        default: of the same type; None for its defaults.
+        start: where the other fields come from; None for the method's defaults.
 
     Raises:
-        UserError: an unknown name, or a configuration of another method.
+        UserError: an unknown name, or ``start`` is a configuration of another method.
     """
-    return find_method(METHODS, name).configure(settings)
+    method, default = find_method(METHODS, name), default or type(shared)()
+    changed = {
+        field.name: getattr(shared, field.name)
+        for field in dataclasses.fields(method.config)
+        if (type(shared) is method.config or not field.metadata.get("own"))
+        and getattr(shared, field.name, None) != getattr(default, field.name, None)
+    }
+    return dataclasses.replace(method.checked(start), **changed)
 
 
-def apply(name: str, model: nn.Module, config: MethodConfig | None = None) -> None:
+def apply(name: str, model: nn.Module, config: MethodConfig | None = None, seed: int = 0) -> None:
     """Freezes the image encoder and adds what a method trains, in place.
 
     Args:
         name: one of ``METHODS``.
         model: a model with an ``image_encoder``, of which nothing else changes; or the encoder.
-        config: as the ``settings`` of ``configure``. Every random number comes from its ``seed``.
+        config: the method's own configuration; None for its defaults.
+        seed: of every random number.
 
     Raises:
         UserError: an unknown name, another method's configuration, a model that has a method
             already, or an encoder that the method does not support. The model is then unchanged.
     """
-    apply_method(find_method(METHODS, name), model, config)
+    apply_method(find_method(METHODS, name), model, config, checked("seed", seed, Seed))
     override_save_pretrained(model)
 
 
@@ -126,16 +143,16 @@ def load_adapter(model: nn.Module, directory: str | Path, check_base: bool = Tru
     loading.load_adapter(model, directory, METHODS, check_base)
 
 
-def searches(name: str, settings: MethodConfig | None = None) -> bool:
-    """Whether a method has architecture parameters alpha to search. Arguments as ``configure``."""
+def searches(name: str, config: MethodConfig | None = None) -> bool:
+    """Whether a method has architecture parameters alpha to search. Arguments as ``apply``."""
     method = find_method(METHODS, name)
-    return method.searches(method.configure(settings))
+    return method.searches(method.checked(config))
 
 
-def merge_modes(name: str, settings: MethodConfig | None = None) -> list[MergeMode]:
+def merge_modes(name: str, config: MethodConfig | None = None) -> list[MergeMode]:
     """The modes of merging a method whose results differ; empty if it cannot be merged.
 
-    Arguments as ``configure``.
+    Arguments as ``apply``.
     """
     method = find_method(METHODS, name)
-    return method.merge_modes(method.configure(settings))
+    return method.merge_modes(method.checked(config))

@@ -1,7 +1,5 @@
 """BitFit (arXiv 2106.10199): every bias of the encoder is trained, and nothing else."""
 
-from dataclasses import dataclass
-
 from torch import nn
 
 from naslora.adapter.applied import Method
@@ -9,15 +7,7 @@ from naslora.adapter.config import MethodConfig
 from naslora.methods.encoders import refuse
 
 
-@dataclass(frozen=True)
-class BitFitConfig(MethodConfig):
-    """The settings of BitFit."""
-
-    seed: int = 0
-    """BitFit draws no random number."""
-
-
-def add(encoder: nn.Module, config: BitFitConfig) -> None:
+def add(encoder: nn.Module, config: MethodConfig, seed: int) -> None:
     """Makes the biases of linear layers, convolutions and norms trainable.
 
     Raises:
@@ -33,7 +23,7 @@ def add(encoder: nn.Module, config: BitFitConfig) -> None:
 METHOD = Method(
     "bitfit",
     "BitFit",
-    BitFitConfig,
+    MethodConfig,
     add,
     why_unmerged="it trains the encoder's own biases, there is nothing to fold",
 )

@@ -6,23 +6,21 @@ applies GELU and resizes it back. The gate's input is the map's mean. In trainin
 (arXiv 1701.06538), and an auxiliary loss balances the experts.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter import checks
 from naslora.adapter.applied import Method
-from naslora.adapter.config import MethodConfig
+from naslora.adapter.config import LowRankConfig
 from naslora.adapter.grid import Grid, GridHint, as_grid, place_hint
-from naslora.adapter.injection import find_targets
 from naslora.adapter.layer import draw_lora_A, layer_generator
 from naslora.adapter.modules import replace_module
+from naslora.adapter.targets import find_targets
 from naslora.methods.encoders import beside
-from naslora.methods.low_rank import OUTPUT_FIELDS, LowRankConfig
 
 MIN_NOISE = 1e-2  # smallest standard deviation of the logits' noise in training
 BALANCE_WEIGHT = 1e-2  # weight of the auxiliary loss
@@ -30,18 +28,9 @@ BALANCE_WEIGHT = 1e-2  # weight of the auxiliary loss
 
 @dataclass(frozen=True)
 class ConvLoRAConfig(LowRankConfig):
-    """The settings of Conv-LoRA.
+    """The settings of Conv-LoRA."""
 
-    Raises:
-        UserError: a value is out of its range. The message names the field.
-    """
-
-    CHECKS: ClassVar[Mapping[str, checks.Check]] = {
-        **MethodConfig.CHECKS,
-        "experts": checks.whole(2),
-    }
-
-    experts: int = 8
+    experts: Annotated[int, msgspec.Meta(ge=2)] = 8
     """Number of experts. Expert i works at i times the map's size, i = 1, 2, ..."""
 
 
@@ -208,7 +197,7 @@ def _squared_variation(x: Tensor) -> Tensor:
     return x.var() / (x.mean().square() + 1e-10)
 
 
-def add(encoder: Any, config: ConvLoRAConfig) -> None:
+def add(encoder: Any, config: ConvLoRAConfig, seed: int) -> None:
     """Wraps the target layers.
 
     Raises:
@@ -216,7 +205,7 @@ def add(encoder: Any, config: ConvLoRAConfig) -> None:
     """
     encoder.balance = balance = Balance()
     for name, base in find_targets(encoder, config.target, config.blocks).items():
-        layer = ConvLoRALinear(base, config, balance, layer_generator(config.seed, name))
+        layer = ConvLoRALinear(base, config, balance, layer_generator(seed, name))
         place_hint(encoder, name, layer)
         replace_module(encoder, name, layer)
     encoder.register_forward_pre_hook(balance.start)
@@ -234,6 +223,5 @@ METHOD = Method(
     ConvLoRAConfig,
     add,
     why_unmerged="each map selects its own convolution and GELU, no weight stands for them",
-    fields=OUTPUT_FIELDS,
     auxiliary_loss=auxiliary_loss,
 )

@@ -3,14 +3,12 @@
 As the paper defines it, without the dropout in its authors' code.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter import checks
 from naslora.adapter.applied import Method
 from naslora.adapter.config import MethodConfig
 from naslora.methods.encoders import (
@@ -21,6 +19,7 @@ from naslora.methods.encoders import (
     refuse,
     tiny_vit_stages,
 )
+from naslora.settings import Count
 
 KERNELS = (3, 5, 7)
 SCALE_START = 1e-6  # initial weight of the normalised input
@@ -28,21 +27,10 @@ SCALE_START = 1e-6  # initial weight of the normalised input
 
 @dataclass(frozen=True)
 class MonaConfig(MethodConfig):
-    """The settings of Mona.
+    """The settings of Mona."""
 
-    Raises:
-        UserError: a value is out of its range. The message names the field.
-    """
-
-    CHECKS: ClassVar[Mapping[str, checks.Check]] = {
-        **MethodConfig.CHECKS,
-        "width": checks.whole(1),
-    }
-
-    width: int = 64
+    width: Count = 64
     """Number of channels of the convolutions."""
-    seed: int = 0
-    """Seed of every random number that the method draws."""
 
 
 class Mona(nn.Module):
@@ -102,7 +90,7 @@ class MonaThenConv(nn.Module):
         return self.conv(self.mona(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
-def add(encoder: Any, config: MonaConfig) -> None:
+def add(encoder: Any, config: MonaConfig, seed: int) -> None:
     """Puts two Monas into every block with attention.
 
     Raises:

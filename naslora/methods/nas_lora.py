@@ -8,21 +8,20 @@ import dataclasses
 from torch import nn
 
 from naslora.adapter.applied import Method
-from naslora.adapter.config import OUTPUT_FIELDS, NASLoRAConfig
+from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.injection import inject
 from naslora.adapter.merge_report import MODES, MergeMode
 from naslora.adapter.merging import merge_cells
 
 
-def add(encoder: nn.Module, config: NASLoRAConfig) -> None:
+def add(encoder: nn.Module, config: NASLoRAConfig, seed: int) -> None:
     """NAS-PC-LoRA: the share ``config.channel_ratio`` of the channels passes through the cell."""
-    inject(encoder, config)
+    inject(encoder, config, seed=seed)
 
 
-def add_full(encoder: nn.Module, config: NASLoRAConfig) -> None:
+def add_full(encoder: nn.Module, config: NASLoRAConfig, seed: int) -> None:
     """NAS-LoRA: all channels pass through the cell, whatever ``config.channel_ratio`` is."""
-    full = dataclasses.replace(config, channel_ratio=1.0)
-    inject(encoder, full, train=config.modules_to_save)
+    inject(encoder, dataclasses.replace(config, channel_ratio=1.0), seed=seed)
 
 
 def has_cell(config: NASLoRAConfig) -> bool:
@@ -47,7 +46,6 @@ NAS_LORA = Method(
     add_full,
     merge_cells,
     merge_modes,
-    fields=OUTPUT_FIELDS,
     searches=always_searches,
 )
 NAS_PC_LORA = Method(
@@ -57,6 +55,5 @@ NAS_PC_LORA = Method(
     add,
     merge_cells,
     merge_modes,
-    fields=OUTPUT_FIELDS,
     searches=has_cell,
 )

@@ -10,46 +10,25 @@ from torch import Tensor, nn
 
 from naslora.adapter.applied import OWN, Method
 from naslora.adapter.calibration import calibration_batches
-from naslora.adapter.config import MethodConfig
-from naslora.adapter.injection import find_targets
+from naslora.adapter.config import LowRankConfig, Rank, TargetConfig
 from naslora.adapter.layer import draw_lora_A, layer_generator
 from naslora.adapter.merge_report import MergeMode, MergeReport
 from naslora.adapter.merging import check_mergeable, replace_by_merged
-from naslora.methods.low_rank import OUTPUT_FIELDS, LowRankConfig
+from naslora.adapter.targets import find_targets
 
 # PEFT is imported inside functions: it imports Transformers, which takes seconds.
 
 
 @dataclass(frozen=True)
-class LoRAConfig(LowRankConfig):
-    """The settings of LoRA."""
-
-
-@dataclass(frozen=True)
-class DoRAConfig(LowRankConfig):
-    """The settings of DoRA."""
-
-
-@dataclass(frozen=True)
-class VeRAConfig(MethodConfig):
-    """The settings of VeRA.
-
-    Raises:
-        UserError: a value is out of its range. The message names the field.
-    """
+class VeRAConfig(TargetConfig):
+    """The settings of VeRA."""
 
     # A rank costs VeRA one parameter a layer, LoRA C_in + C_out. So LoRA's rank is not VeRA's.
-    rank: int = field(default=256, metadata=OWN)
+    rank: Rank = field(default=256, metadata=OWN)
     """Rank r of the random matrices; 256 is PEFT's default."""
-    target: str = r"(^|\.)attn\.qkv$"
-    """Regular expression, searched in module names: the nn.Linear layers to adapt."""
-    blocks: tuple[int, ...] | None = None
-    """Which of the matching layers to adapt, counted from 0 in model order; None means all."""
-    seed: int = 0
-    """Seed of every random number that the method draws, the random matrices included."""
 
 
-def add_lora(encoder: Any, config: LoRAConfig) -> None:
+def add_lora(encoder: Any, config: LowRankConfig, seed: int) -> None:
     """LoRA (arXiv 2106.09685): W0 x + b0 + (lora_alpha / r) W_d W_e x, the paper's Eq. 1.
 
     Raises:
@@ -58,10 +37,10 @@ def add_lora(encoder: Any, config: LoRAConfig) -> None:
     from peft import LoraConfig
 
     _add(encoder, config, LoraConfig(r=config.rank, lora_alpha=_alpha(config)))
-    _draw_lora_A(encoder, config)
+    _draw_lora_A(encoder, config, seed)
 
 
-def add_dora(encoder: Any, config: DoRAConfig) -> None:
+def add_dora(encoder: Any, config: LowRankConfig, seed: int) -> None:
     """DoRA (arXiv 2402.09353): LoRA on the weight's directions, and a trained magnitude.
 
     PEFT's magnitude has one number an output: 3840 a layer of ViT-H, and 4.12 M parameters in all.
@@ -70,14 +49,14 @@ def add_dora(encoder: Any, config: DoRAConfig) -> None:
     from peft import LoraConfig
 
     _add(encoder, config, LoraConfig(r=config.rank, lora_alpha=_alpha(config), use_dora=True))
-    _draw_lora_A(encoder, config)
+    _draw_lora_A(encoder, config, seed)
 
 
-def add_vera(encoder: Any, config: VeRAConfig) -> None:
+def add_vera(encoder: Any, config: VeRAConfig, seed: int) -> None:
     """VeRA (arXiv 2310.11454): trained scales around random matrices that all layers share."""
     from peft import VeraConfig
 
-    _add(encoder, config, VeraConfig(r=config.rank, projection_prng_key=config.seed))
+    _add(encoder, config, VeraConfig(r=config.rank, projection_prng_key=seed))
 
 
 def _alpha(config: LowRankConfig) -> Any:
@@ -94,14 +73,14 @@ def _add(encoder: Any, config: LowRankConfig | VeRAConfig, peft_config: Any) -> 
 
 
 @torch.no_grad()
-def _draw_lora_A(encoder: nn.Module, config: LowRankConfig) -> None:
+def _draw_lora_A(encoder: nn.Module, config: LowRankConfig, seed: int) -> None:
     """Replaces PEFT's start of lora_A by the one of ``draw_lora_A``, of the same distribution.
 
     PEFT draws all layers from one stream, so a layer's numbers would depend on the layers before.
     """
     for name, layer in _peft_layers(encoder).items():
         weight = layer.lora_A["default"].weight
-        generator = layer_generator(config.seed, name)
+        generator = layer_generator(seed, name)
         weight.copy_(draw_lora_A(config.rank, layer.in_features, generator))
 
 
@@ -138,6 +117,6 @@ def merge_modes(config: Any) -> list[MergeMode]:
     return ["exact"]
 
 
-LORA = Method("lora", "LoRA", LoRAConfig, add_lora, merge, merge_modes, fields=OUTPUT_FIELDS)
-DORA = Method("dora", "DoRA", DoRAConfig, add_dora, merge, merge_modes, fields=OUTPUT_FIELDS)
+LORA = Method("lora", "LoRA", LowRankConfig, add_lora, merge, merge_modes)
+DORA = Method("dora", "DoRA", LowRankConfig, add_dora, merge, merge_modes)
 VERA = Method("vera", "VeRA", VeRAConfig, add_vera, merge, merge_modes)

@@ -6,19 +6,18 @@ the sum into the prompt, which is added to the block's tokens. The width of Tiny
 stage to stage, so it gets these layers once for each stage.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter import checks
 from naslora.adapter.applied import Method
 from naslora.adapter.config import MethodConfig
 from naslora.errors import UserError
 from naslora.methods.encoders import beside, is_plain_vit, is_tiny_vit, refuse, tiny_vit_stages
+from naslora.settings import Count
 
 MASKED = 0.25  # share of the spectrum, its lowest frequencies, that is set to zero
 WEIGHT_START = 0.02  # standard deviation
@@ -26,21 +25,10 @@ WEIGHT_START = 0.02  # standard deviation
 
 @dataclass(frozen=True)
 class SAMAdapterConfig(MethodConfig):
-    """The settings of SAM-Adapter.
+    """The settings of SAM-Adapter."""
 
-    Raises:
-        UserError: a value is out of its range. The message names the field.
-    """
-
-    CHECKS: ClassVar[Mapping[str, checks.Check]] = {
-        **MethodConfig.CHECKS,
-        "scale_factor": checks.whole(1),
-    }
-
-    scale_factor: int = 16
+    scale_factor: Count = 16
     """The encoder's width divided by the adapter's."""
-    seed: int = 0
-    """Seed of every random number that the method draws."""
 
 
 class Prompts(nn.Module):
@@ -131,7 +119,7 @@ def high_frequencies(images: Tensor) -> Tensor:
     return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real.abs().to(images.dtype)
 
 
-def add(encoder: Any, config: SAMAdapterConfig) -> None:
+def add(encoder: Any, config: SAMAdapterConfig, seed: int) -> None:
     """Adds the prompts to every block with attention, by hooks.
 
     Raises:

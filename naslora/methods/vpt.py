@@ -5,36 +5,24 @@ values. Deep VPT discards a block's output at the prompts before the next block.
 no queries and no MLP here, and the image tokens come out the same.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter import checks
 from naslora.adapter.applied import Method
 from naslora.adapter.config import MethodConfig
 from naslora.methods.encoders import AdaptedBlock, beside, is_plain_vit, refuse
+from naslora.settings import Count
 
 
 @dataclass(frozen=True)
 class VPTConfig(MethodConfig):
-    """The settings of VPT.
+    """The settings of VPT."""
 
-    Raises:
-        UserError: a value is out of its range. The message names the field.
-    """
-
-    CHECKS: ClassVar[Mapping[str, checks.Check]] = {
-        **MethodConfig.CHECKS,
-        "prompts": checks.whole(1),
-    }
-
-    prompts: int = 12
+    prompts: Count = 12
     """Number of prompts a block."""
-    seed: int = 0
-    """Seed of every random number that the method draws."""
 
 
 class PromptedBlock(AdaptedBlock):
@@ -80,7 +68,7 @@ class PromptedBlock(AdaptedBlock):
         return attn.proj(x.transpose(1, 2).reshape(batch, height, width, channels))
 
 
-def add(encoder: Any, config: VPTConfig) -> None:
+def add(encoder: Any, config: VPTConfig, seed: int) -> None:
     """Gives every block its prompts.
 
     Raises:

@@ -26,6 +26,7 @@ from naslora.data.images import Sample
 from naslora.data.masks import has_foreground
 from naslora.errors import UserError
 from naslora.files import replaced_file, replaced_folder
+from naslora.methods import searches
 from naslora.records import write_rows
 from naslora.report.figures import BLUE, MUTED, ORANGE, Drawing
 from naslora.report.pictures import Picture, paint
@@ -40,6 +41,7 @@ from naslora.study.operation_losses import write_operation_losses
 from naslora.study.seeds import read_history, read_operations, write_convergence, write_operations
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
+from naslora.training.resolve import checkpoint_of
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset
@@ -71,7 +73,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
         raise UserError(f"images must be at least 1, got {images}")
     model, config = load_model(runs[0])
     histories = [read_history(run, config) for run in runs]
-    mixtures = read_operations(runs) if config.searches else None
+    mixtures = read_operations(runs) if searches(config.method, config.adapter) else None
     check_output(config, output, resume=False)
     samples = find_splits(config)["test"]
     drawn = _draw_samples(samples, images, seed)
@@ -79,7 +81,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
     models = _models(model, config, seed)
     statistics = {
         name: block_statistics(
-            other.to(device).image_encoder, _batches(other, config, drawn), config.image_size
+            other.to(device).image_encoder, _batches(other, config, drawn), config.model.image_size
         )
         for name, other in models.items()
     }
@@ -94,7 +96,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
             sections["Operations (Fig. C2)"] = write_operations(mixtures, folder)
             losses = write_operation_losses(model, config, seed, folder)
             sections["Operations moved to skip"] = losses
-        title = f"Analysis of {config.method} on {config.model}"
+        title = f"Analysis of {config.method} on {config.model.name}"
         write_study(folder / REPORT, title, sections, config.to_dict())
 
 
@@ -112,14 +114,14 @@ def _models(
     """
     build = partial(
         build_model,
-        config.model,
-        config.image_size,
-        config.num_classes,
-        attention=config.attention,
+        config.model.name,
+        config.model.image_size,
+        config.data.num_classes,
+        attention=config.model.attention,
     )
     # The seed differs from the run's, so that the random encoder is not that frozen one.
-    models = {"random": build(NONE, config.adapter.seed + 1 + seed)}
-    models["frozen"] = build(config.checkpoint, config.adapter.seed)
+    models = {"random": build(NONE, config.seed + 1 + seed)}
+    models["frozen"] = build(checkpoint_of(config.model), config.seed)
     return {**{name: model.eval() for name, model in models.items()}, "trained": trained}
 
 
@@ -237,7 +239,7 @@ def _write_pictures(path: Path, rows: list[tuple[str, list[np.ndarray]]]) -> lis
 def _write_predictions(
     model: Any, config: RunConfig, samples: list[Sample], output: Path
 ) -> list[Part]:
-    names = ["background", *config.foreground_names]
+    names = ["background", *config.data.class_names]
     rows = []
     for item in _shown(config, samples):
         with torch.no_grad():

@@ -16,6 +16,7 @@ from naslora.study.sweep import (
     run_study,
     say,
 )
+from naslora.training.resolve import resolve
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 
@@ -42,10 +43,10 @@ def compare(
         UserError: the recipe cannot work for any method, or belongs to another comparison; or,
             after all others, a method was refused or a run failed.
     """
-    default = RunConfig()
-    if (config.method, config.adapter.seed) != (default.method, default.adapter.seed):
+    if (config.method, config.seed) != (RunConfig.method, RunConfig.seed):
         raise UserError("compare takes --methods and --seeds, not --method or --seed")
     check_distinct("methods", methods)
+    config = resolve(config)
     rows = method_rows(config, methods)
     _check_output(config, rows, seeds, output, resume)
     refused = in_own_process(find_refusals, rows)
@@ -89,11 +90,12 @@ def ablate(
         UserError: the configuration has nothing to ablate; ``output`` holds something else, or
             runs of another configuration; or, after all others, a run failed.
     """
+    config = resolve(config)
     rows = ablation_rows(name, config)
     _check_output(config, rows, seeds, output, resume)
     study = Study(
         command=f"ablate {name}",
-        title=f"Ablation of {config.method} on {config.model}: {name}",
+        title=f"Ablation of {config.method} on {config.model.name}: {name}",
         recipe=config,
         rows=rows,
         seeds=seeds,

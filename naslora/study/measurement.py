@@ -17,7 +17,6 @@ from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
 from naslora.records import read_rows
 from naslora.results import HISTORY, Costs, Epoch, RunNumbers
-from naslora.sam.segmentation import build_model
 from naslora.study.rows import Row
 from naslora.study.summary import UNMERGED
 from naslora.trained import load_model
@@ -25,6 +24,7 @@ from naslora.training.accelerator import make_accelerator
 from naslora.training.run import train
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration, check_with_progress, find_splits
+from naslora.training.run_model import build_frozen_model
 
 PASSES = 11  # forward passes of which the median is a model's time
 WARM_UP_PASSES = 2
@@ -45,7 +45,7 @@ def find_refusals(rows: Sequence[Row]) -> dict[str, str]:
     recipe = rows[0].config
     splits = find_splits(recipe)
     check_with_progress([sample for split in splits.values() for sample in split], recipe)
-    model = build_model(recipe.model, recipe.image_size, recipe.num_classes, recipe.checkpoint)
+    model = build_frozen_model(recipe)
     refusals = {}
     for row in rows:
         try:
@@ -153,7 +153,7 @@ def inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> dic
     The models take turns, so that other load on the machine affects all of them.
     """
     accelerator = make_accelerator(config.training)
-    size = config.image_size
+    size = config.model.image_size
     image = torch.rand(1, 3, size, size, device=accelerator.device)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for done in range(WARM_UP_PASSES + PASSES):

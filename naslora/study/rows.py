@@ -5,14 +5,17 @@ The ablations are those of the paper (Tables 6-9 and D1).
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
-from naslora.adapter.injection import find_targets
+from naslora.adapter.config import NASLoRAConfig
+from naslora.adapter.targets import find_targets
 from naslora.errors import UserError
-from naslora.methods import METHODS
+from naslora.methods import METHODS, configure, searches
 from naslora.sam.segmentation import build_model
 from naslora.sam.shipped import NONE
+from naslora.training.recipe import load_recipe
 from naslora.training.run_config import RunConfig
+from naslora.training.train_config import first_search_epoch
 from naslora_kernels import OPERATIONS
 
 AblationName = Literal["operations", "rank", "blocks", "alpha-start", "channel-ratio"]
@@ -36,11 +39,13 @@ class Row(NamedTuple):
 
 def with_seed(config: RunConfig, seed: int) -> RunConfig:
     """The configuration with another seed."""
-    return with_adapter(config, seed=seed)
+    return dataclasses.replace(config, seed=seed)
 
 
 def method_rows(config: RunConfig, methods: Sequence[str]) -> list[Row]:
     """One row a method, under the recipe of ``config``.
+
+    What was changed of the recipe's adapter holds for all methods that have the field.
 
     Raises:
         UserError: a method is unknown.
@@ -48,10 +53,13 @@ def method_rows(config: RunConfig, methods: Sequence[str]) -> list[Row]:
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise UserError(f"methods must be among {', '.join(METHODS)}, got {unknown[0]!r}")
-    return [
-        Row(METHODS[method].title, method, dataclasses.replace(config, method=method))
-        for method in methods
-    ]
+    default, rows = load_recipe(config.recipe, config.method).adapter, []
+    for method in methods:
+        start = load_recipe(config.recipe, method).adapter
+        adapter = configure(method, config.adapter, default, start)
+        own = dataclasses.replace(config, method=method, adapter=adapter)
+        rows.append(Row(METHODS[method].title, method, own))
+    return rows
 
 
 def ablation_rows(name: AblationName, config: RunConfig) -> list[Row]:
@@ -61,7 +69,7 @@ def ablation_rows(name: AblationName, config: RunConfig) -> list[Row]:
         UserError: the configuration's method has no cell, or no row has the configured value of
             what the ablation varies.
     """
-    if not config.searches:
+    if not searches(config.method, config.adapter):
         raise UserError(f"method {config.method!r} has no cell to ablate; use nas-pc-lora")
     variants = [
         variant._replace(name=BASE) if variant.config == config else variant
@@ -75,13 +83,18 @@ def ablation_rows(name: AblationName, config: RunConfig) -> list[Row]:
     return variants
 
 
+def _adapter(config: RunConfig) -> NASLoRAConfig:
+    """The adapter's configuration of a method with a cell."""
+    return cast(NASLoRAConfig, config.adapter)
+
+
 def with_adapter(config: RunConfig, **fields: Any) -> RunConfig:
     """The configuration with changed fields of its adapter."""
     return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **fields))
 
 
-def with_search(config: RunConfig, **fields: Any) -> RunConfig:
-    """The configuration with changed fields of its search."""
+def with_training(config: RunConfig, **fields: Any) -> RunConfig:
+    """The configuration with changed fields of its training."""
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **fields))
 
 
@@ -102,15 +115,15 @@ def _ranks(config: RunConfig) -> list[Row]:
     """The paper's ranks, and the configured one."""
     return [
         Row(f"r = {rank}", f"rank-{rank}", with_adapter(config, rank=rank))
-        for rank in sorted({*RANKS, config.adapter.rank})
+        for rank in sorted({*RANKS, _adapter(config).rank})
     ]
 
 
 def _blocks(config: RunConfig) -> list[Row]:
     """Adapters in the first half, the last half, or all of the encoder's blocks."""
-    encoder = build_model(config.model, config.image_size, checkpoint=NONE).image_encoder
+    encoder = build_model(config.model.name, config.model.image_size, checkpoint=NONE).image_encoder
     every = with_adapter(config, blocks=None)
-    count = len(find_targets(encoder, config.adapter.target))
+    count = len(find_targets(encoder, _adapter(config).target))
     first, last = tuple(range(count // 2)), tuple(range(count // 2, count))
     return [
         Row(f"1 to {len(first)}", "first-half", with_adapter(config, blocks=first)),
@@ -124,12 +137,12 @@ def _alpha_starts(config: RunConfig) -> list[Row]:
 
     The paper starts alpha in epoch 10, and varies 0, 10 and 20.
     """
-    own = config.training.first_search_epoch
-    simultaneous = with_search(config, simultaneous=True)
+    own = first_search_epoch(config.training)
+    simultaneous = with_training(config, simultaneous=True)
     variants = [Row("0 (simultaneously)", "simultaneous", simultaneous)]
     for start in dict.fromkeys((0, own, 2 * own)):
         title = "0 (stage-wise)" if start == 0 else str(start)
-        varied = config if start == own else with_search(config, search_start=start)
+        varied = config if start == own else with_training(config, search_start=start)
         variants.append(Row(title, f"alpha-from-{start}", varied))
     return variants
 
@@ -139,7 +152,7 @@ def _channel_ratios(config: RunConfig) -> list[Row]:
     variants = []
     for third in (3, 2, 1):
         varied = with_adapter(config, channel_ratio=third / 3)
-        channels = f"{varied.adapter.cell_channels} of {config.adapter.rank} channels"
+        channels = f"{_adapter(varied).cell_channels} of {_adapter(config).rank} channels"
         variants.append(Row(f"{third}/3 ({channels})", f"ratio-{third}-3", varied))
     return variants
 

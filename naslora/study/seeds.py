@@ -11,11 +11,13 @@ from matplotlib.ticker import MaxNLocator
 
 from naslora import results
 from naslora.errors import UserError
+from naslora.methods import searches
 from naslora.records import read_record, write_rows
 from naslora.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, Drawing
 from naslora.report.study_report import Part
 from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, Epoch, OperationHistory
-from naslora.training.run_config import RunConfig, read_config
+from naslora.training.resolve import read_config
+from naslora.training.run_config import RunConfig
 
 # ---- Convergence ---------------------------------------------------------------------------------
 
@@ -43,7 +45,7 @@ def read_history(run: Path, first: RunConfig) -> list[Epoch]:
     """
     config = read_config(run / CONFIG)
     given, own = config.to_dict(), first.to_dict()
-    given["adapter"]["seed"] = own["adapter"]["seed"]
+    given["seed"] = own["seed"]
     if given != own:
         raise UserError(f"{run} is a run of another configuration; give runs that differ in seed")
     if not (run / HISTORY).is_file():
@@ -77,7 +79,7 @@ def write_convergence(histories: list[list[Epoch]], config: RunConfig, output: P
     write_rows(
         output / "convergence.csv", [ConvergenceRow(epoch, m, s) for epoch, (m, s) in numbers]
     )
-    start = config.training.first_search_epoch if config.searches else None
+    start = config.training.search_start if searches(config.method, config.adapter) else None
     caption = f"Validation Dice by epoch, mean and standard deviation of {len(curves)} seeds."
     draw = partial(_draw_convergence, mean=mean, spread=spread, start=start)
     drawing = Drawing("convergence", caption, draw, (4.6, 3))

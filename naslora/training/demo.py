@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from naslora.adapter.config import NASLoRAConfig
 from naslora.data.demo_data import write_mni152
 from naslora.locks import locked
 from naslora.results import RunResult
 from naslora.sam.shipped import NONE
+from naslora.training.resolve import resolve
 from naslora.training.run import check_output, train
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
 from naslora.training.train_config import TrainConfig
 
 EPOCHS = 8  # in less than four minutes on two cores
@@ -30,15 +30,15 @@ def run_demo(output: Path, epochs: int, seed: int, resume: bool, random: bool) -
         UserError: as ``train``; nilearn, whose package holds the images, is not installed.
     """
     config = RunConfig(
-        dataset="mni152",
-        root=output / "data",
-        model="vit_t",
-        checkpoint=Path(NONE) if random else None,
-        image_size=256,
-        crop=WINDOW,
-        num_classes=3,
-        class_names=("grey matter", "white matter"),
-        adapter=NASLoRAConfig(seed=seed),
+        seed=seed,
+        data=DataConfig(
+            dataset="mni152",
+            root=output / "data",
+            crop=WINDOW,
+            num_classes=3,
+            class_names=("grey matter", "white matter"),
+        ),
+        model=ModelConfig("vit_t", checkpoint=NONE if random else None, image_size=256),
         training=TrainConfig(
             epochs=epochs,
             learning_rate=1e-3,
@@ -46,6 +46,6 @@ def run_demo(output: Path, epochs: int, seed: int, resume: bool, random: bool) -
         ),
     )
     with locked(output):
-        check_output(config, output, resume)
+        check_output(resolve(config), output, resume)
         write_mni152(output / "data")
         return train(config, output, resume)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from naslora.data.sampling import draw_part, hold_out, refill
-from naslora.training.train_config import TrainConfig
+from naslora.training.train_config import ArchData
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,12 @@ class EpochImages:
     alpha are replaced by others, which then come twice.
     """
 
-    config: TrainConfig
+    arch_data: ArchData | None
+    """As in ``TrainConfig``."""
+    fraction: float
+    """``TrainConfig.arch_fraction``."""
+    search_start: int
+    """First epoch with alpha steps."""
     train: int
     """Number of training images."""
     arch: int
@@ -33,7 +38,7 @@ class EpochImages:
         """Indices of the training images that an epoch's weight steps take."""
         kept: Sequence[int] = range(self.train)
         if self._leaves_out(epoch):
-            kept, _ = hold_out(kept, self.config.arch_fraction, *self._path(epoch))
+            kept, _ = hold_out(kept, self.fraction, *self._path(epoch))
         missing = self.per_epoch - len(kept)
         return refill(kept, self.per_epoch, self.seed, epoch) if missing else kept
 
@@ -42,8 +47,8 @@ class EpochImages:
         alpha, if there is one, else in the training split."""
         if self.arch:
             return range(self.arch)
-        images, fraction = range(self.train), self.config.arch_fraction
-        if self.config.arch_data in ("rotate", "hold-out"):
+        images, fraction = range(self.train), self.fraction
+        if self.arch_data in ("rotate", "hold-out"):
             return hold_out(images, fraction, *self._path(epoch))[1]
         return draw_part(images, fraction, *self._path(epoch))
 
@@ -55,10 +60,10 @@ class EpochImages:
         """Whether the weight steps of an epoch leave out the images of alpha."""
         if not self.searches or self.arch:
             return False
-        if self.config.arch_data == "rotate":
-            return epoch >= self.config.first_search_epoch
-        return self.config.arch_data == "hold-out"
+        if self.arch_data == "rotate":
+            return epoch >= self.search_start
+        return self.arch_data == "hold-out"
 
     def _path(self, epoch: int) -> tuple[int, ...]:
         """What a draw depends on. A fixed part does not depend on the epoch."""
-        return (self.seed,) if self.config.arch_data == "hold-out" else (self.seed, epoch)
+        return (self.seed,) if self.arch_data == "hold-out" else (self.seed, epoch)

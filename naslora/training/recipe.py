@@ -1,8 +1,8 @@
-"""Recipes: a run's settings as YAML, one file for each row of the paper's Tables 1 to 3.
+"""Recipes: a run's settings as YAML, one file a data set for the paper's Tables 1 to 3.
 
-A recipe holds fields of ``RunConfig``; the fields of its adapter and its training stand below
-``adapter:`` and ``training:``. It may name another file as ``base:``, whose settings it overrides.
-The recipes of the package are the files ``naslora/recipes/DATASET/METHOD.yaml``.
+A recipe holds fields of ``RunConfig``: those of the data below ``data:``, and so on. Below
+``methods:`` stand the settings of each method's adapter. A recipe may name another file as
+``base:``, whose settings it overrides.
 """
 
 import re
@@ -11,10 +11,8 @@ from typing import Any
 
 import yaml
 
-from naslora.adapter.config import NASLoRAConfig
 from naslora.errors import UserError
-from naslora.training.run_config import PATHS, RunConfig
-from naslora.training.train_config import TrainConfig
+from naslora.training.run_config import RunConfig
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 # YAML 1.1 reads 1e-4 as text, because the number has no point.
@@ -22,59 +20,69 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes of the package, DATASET/METHOD, sorted."""
-    files = FOLDER.glob("*/*.yaml")
-    return sorted(f"{f.parent.name}/{f.stem}" for f in files if not f.stem.startswith("_"))
+    """Names of the recipes of the package, those of data sets, sorted."""
+    return sorted(f.stem for f in FOLDER.glob("*.yaml") if not f.stem.startswith("_"))
 
 
-def load_recipe(name: str) -> RunConfig:
+def load_recipe(name: str | None, method: str | None = None) -> RunConfig:
     """Reads the settings of a recipe.
 
     Args:
-        name: a shipped recipe, such as "isic2017/nas-pc-lora", or the path of a YAML file.
+        name: a shipped recipe, such as "isic2017", or the path of a YAML file; None for the
+            defaults.
+        method: the fine-tuning method; None for that of the recipe.
 
     Raises:
-        UserError: no recipe has this name, the file is not a recipe, or a setting is out of range.
+        UserError: no recipe has this name, the file is not a recipe, or a setting is unknown or out
+            of range. The message names file and setting.
     """
+    if name is None:
+        return RunConfig.from_dict({} if method is None else {"method": method})
     path = FOLDER / f"{name}.yaml" if name in shipped_recipes() else Path(name)
     if not path.is_file():
-        names = [recipe.split("/") for recipe in shipped_recipes()]
-        datasets, methods = (", ".join(sorted(set(part))) for part in zip(*names, strict=True))
         raise UserError(
-            f"there is no recipe {name!r}; give DATASET/METHOD (data sets: {datasets}; methods: "
-            f"{methods}), or the path of a YAML file"
+            f"there is no recipe {name!r}; give one of {', '.join(shipped_recipes())}, or the path "
+            "of a YAML file"
         )
-    values = _read(path)
+    values = {**_read(path, ()), "recipe": name}
+    if method is not None:
+        values["method"] = method
     try:
-        adapter = NASLoRAConfig(**values.pop("adapter", {}))
-        training = TrainConfig(**values.pop("training", {}))
-        return RunConfig(**values, adapter=adapter, training=training, recipe=name)
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no recipe: {error}") from error
+        adapters = values.pop("methods", {})
+        if not isinstance(adapters, dict):
+            raise UserError(f"methods: expected the settings of methods, got {adapters!r:.80}")
+        for other, adapter in adapters.items():  # those of other methods are checked as well
+            RunConfig.from_dict({"method": other, "adapter": adapter})
+            if other == values.get("method", RunConfig.method):
+                values.setdefault("adapter", adapter)
+        return RunConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """Reads the settings of a file and of its base; the file's own win."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is no recipe: expected lines such as method: nas-pc-lora")
-    values = {key: _value(key, value) for key, value in values.items()}
-    if "base" not in values:
-        return values
-    base = _read(path.parent / values.pop("base"))
-    for key, value in values.items():
-        base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
-    return base
+    base = values.pop("base", None)
+    if base is None:
+        return _numbers(values)
+    if not isinstance(base, str) or (path.parent / base).resolve() in above:
+        raise UserError(f"{path}: base: expected another recipe's file, got {base!r:.80}")
+    return _merged(_read(path.parent / base, (*above, path.resolve())), _numbers(values))
 
 
-def _value(key: str, value: Any) -> Any:
+def _merged(base: Any, own: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(own, dict)):
+        return own
+    return base | {key: _merged(base.get(key), value) for key, value in own.items()}
+
+
+def _numbers(value: Any) -> Any:
     if isinstance(value, dict):
-        return {inner: _value(inner, entry) for inner, entry in value.items()}
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return float(value)
-    return Path(value) if key in PATHS and value is not None else value
+        return {key: _numbers(entry) for key, entry in value.items()}
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value

@@ -28,9 +28,10 @@ from naslora.files import is_temporary, write_json
 from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
 from naslora.results import CONFIG, DATA, ParameterCounts, RunResult, adapter_folder
-from naslora.sam.shipped import SHIPPED_SIZE
+from naslora.sam.shipped import NONE, SHIPPED_SIZE
 from naslora.training.accelerator import check_shared, lost_processes, make_accelerator
-from naslora.training.run_config import RunConfig, differing, read_config
+from naslora.training.resolve import SHIPPED, read_config, resolve
+from naslora.training.run_config import RunConfig, differing
 from naslora.training.run_data import prepare_data
 from naslora.training.run_model import (
     build_adapted_model,
@@ -39,6 +40,7 @@ from naslora.training.run_model import (
 )
 from naslora.training.run_results import final_result, tracked_scores, write_results
 from naslora.training.trackers import Tracker, check_trackers, log, tracked
+from naslora.training.train_config import frozen_dtype
 from naslora.training.trainer import Trainer
 
 
@@ -66,6 +68,7 @@ def train(
             another process uses ``output``.
         LostProcessError: another process of the run ended, or did not answer in time.
     """
+    config = resolve(config)
     accelerator = make_accelerator(config.training)
     _check_start(config)
     check_trackers(trackers)
@@ -98,16 +101,17 @@ def _train(
     data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
     trainer, counts = _make_trainer(config, data, output, accelerator)
     if accelerator.is_main_process:
-        _warn(config)
+        _warn(config, bool(trainer.alphas))
     if resume:
         trainer.resume()
+    values = config.to_dict()
     if accelerator.is_main_process:
-        write_json(output / CONFIG, config.to_dict())
+        write_json(output / CONFIG, values)
         write_json(output / DATA, to_json(contents))
     check_shared(output / DATA, accelerator)
-    with tracked(accelerator, trackers, output, config.to_dict(), trainer.epoch):
+    with tracked(accelerator, trackers, output, values, trainer.epoch):
         trainer.run()
-        if config.training.frozen_dtype != torch.float32:
+        if frozen_dtype(config.training) != torch.float32:
             # Merging adds the update to the frozen weights, so it needs all their digits.
             trainer.model = build_frozen_model(config).to(accelerator.device)
         load_adapter(trainer.model, adapter_folder(output))
@@ -127,7 +131,7 @@ def _make_trainer(
 ) -> tuple[Trainer, ParameterCounts]:
     model = build_adapted_model(config)
     counts = count_parameters(model)
-    seed, names = config.adapter.seed, config.foreground_names
+    seed, names = config.seed, list(config.data.class_names)
     return Trainer(model, data, config.training, seed, output, names, accelerator), counts
 
 
@@ -136,26 +140,27 @@ def _check_start(config: RunConfig) -> None:
 
     Such a run would train for days and show nothing. ``vit_t`` is for trying things out.
     """
-    expected = config.model != "vit_t" and not METHODS[config.method].trains_encoder
-    if config.recipe is not None and expected and not config.pretrained:
+    expected = config.model.name != "vit_t" and not METHODS[config.method].trains_encoder
+    if config.recipe is not None and expected and config.model.checkpoint == NONE:
         raise UserError(
             f"recipe {config.recipe} starts from SAM's weights: give --checkpoint FILE, the "
-            f"{config.model} checkpoint"
+            f"{config.model.name} checkpoint"
         )
 
 
-def _warn(config: RunConfig) -> None:
+def _warn(config: RunConfig, searches: bool) -> None:
     """Warns of settings that work, but may be an oversight."""
-    training, warnings = config.training, []
-    if config.pretrained and config.checkpoint is None and config.image_size != SHIPPED_SIZE:
+    model, training, warnings = config.model, config.training, []
+    if str(model.checkpoint).startswith(SHIPPED) and model.image_size != SHIPPED_SIZE:
         warnings.append(
-            f"the weights of {config.model} were made for images of {SHIPPED_SIZE} pixels; their "
-            f"position embeddings are resized to {config.image_size} pixels"
+            f"the weights of {model.name} were made for images of {SHIPPED_SIZE} pixels; their "
+            f"position embeddings are resized to {model.image_size} pixels"
         )
-    never = training.first_search_epoch >= training.epochs and not training.simultaneous
-    if config.searches and never:
+    start = training.search_start or 0
+    never = start >= training.epochs and not training.simultaneous
+    if searches and never:
         warnings.append(
-            f"alpha is not trained: --search-start {training.first_search_epoch} is not among the "
+            f"alpha is not trained: --search-start {start} is not among the "
             f"{training.epochs} epochs, which are counted from 0"
         )
     for warning in warnings:
@@ -180,9 +185,10 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; choose another --output")
     # The demo keeps its data inside the run's folder.
-    own_data = output / "data" if config.root == output / "data" else None
+    root = config.data.root
+    own_data = "data" if root and root.resolve() == (output / "data").resolve() else None
     if output.is_dir() and any(
-        path != own_data and not is_temporary(path) for path in output.iterdir()
+        path.name != own_data and not is_temporary(path) for path in output.iterdir()
     ):
         advice = "" if resume else ", or add --resume to continue the run in it"
         what = "holds files, but no run" if resume else "exists and is not empty"

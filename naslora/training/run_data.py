@@ -20,10 +20,13 @@ from naslora.data.contents import Content, Contents, check_unchanged, content_of
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import count_differences, load_splits
 from naslora.data.images import Sample
+from naslora.data.intensity import Intensity, parse_intensity
 from naslora.data.layouts import OPTIONAL_SPLIT
 from naslora.data.masks import has_foreground, palette_codes
+from naslora.data.tiles import Tiles, fit_tiles
 from naslora.errors import UserError, warn
 from naslora.files import read_json
+from naslora.methods import searches
 from naslora.training.run_config import RunConfig
 
 CALIBRATION_IMAGES = 16  # default number of training images for mode `calibrated`
@@ -75,7 +78,7 @@ def prepare_data(
             config,
             samples,
             "trained" if name in ("train", "arch") else "scored",
-            truth=config.resolution == "original" and name == "test",
+            truth=config.data.resolution == "original" and name == "test",
         )
         for name, samples in splits.items()
     }
@@ -97,21 +100,21 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     Raises:
         UserError: no data is given, ``arch_data`` is `split` and there is none; as ``load_splits``.
     """
-    root = config.data or config.root
+    root = config.data.root
     if root is None:
-        raise UserError("no data: give --data DIR, or --dataset NAME --root DIR")
-    splits = load_splits(config.dataset, root, config.class_names or ())
-    differences = count_differences(config.dataset, splits)
+        raise UserError("no data: give --data DIR")
+    splits = load_splits(config.data.dataset, root, config.data.class_names)
+    differences = count_differences(config.data.dataset, splits)
     if differences and os.environ.get("RANK", "0") == "0":
-        warn(f"{root} is not the paper's {config.dataset}: {', '.join(differences)}")
+        warn(f"{root} is not the paper's {config.data.dataset}: {', '.join(differences)}")
     wanted = config.training.arch_data
     if wanted == "split" and OPTIONAL_SPLIT not in splits:
         raise UserError(
             f"arch_data is split, but {root} has no split {OPTIONAL_SPLIT!r}; add one, or choose "
             "redraw"
         )
-    searches = config.searches and not config.training.simultaneous
-    if not searches or wanted not in ("split", None):
+    alone = searches(config.method, config.adapter) and not config.training.simultaneous
+    if not alone or wanted not in ("split", None):
         splits["train"] = splits["train"] + splits.pop(OPTIONAL_SPLIT, [])
     return splits
 
@@ -135,21 +138,32 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
 
 
 def _reader(samples: Sequence[Sample], config: RunConfig) -> Callable[[Sample], Content]:
-    codes = palette_codes(config.palette, config.num_classes, config.ignore_index)
-    dataset = None if config.cache is None else make_dataset(config, samples)
+    data, scaling = config.data, scaling_of(config)
+    codes = palette_codes(data.palette, data.num_classes, data.ignore_index)
+    dataset = None if data.cache is None else make_dataset(config, samples)
 
     def read(sample: Sample) -> Content:
         if dataset is None:
             return content_of(
                 sample,
-                check_sample(
-                    sample, config.num_classes, codes, config.ignore_index, config.scaling
-                ),
+                check_sample(sample, data.num_classes, codes, data.ignore_index, scaling),
             )
         mask = dataset.fill_cache(sample)  # this reads everything once
         return content_of(sample, mask is not None and has_foreground(mask.numpy()))
 
     return read
+
+
+def scaling_of(config: RunConfig) -> Intensity | None:
+    """The scaling of images of more than 8 bits, as ``read_image`` takes it."""
+    words = config.data.intensity
+    return None if words is None else parse_intensity(words)
+
+
+def tiles_of(config: RunConfig) -> Tiles:
+    """The tiles by which the model sees large images at the scale of its training."""
+    size = config.model.image_size
+    return fit_tiles(config.data.crop or size, size)
 
 
 View = Literal["trained", "seen", "scored"]
@@ -161,23 +175,21 @@ def make_dataset(
     config: RunConfig, samples: Sequence[Sample], view: View = "seen", truth: bool = False
 ) -> SegmentationDataset:
     """Makes the data set that the run's model sees; ``truth`` as in ``SegmentationDataset``."""
-    trained = view == "trained"
+    data, training, trained = config.data, config.training, view == "trained"
     return SegmentationDataset(
         samples,
-        config.image_size,
-        config.num_classes,
-        config.palette,
-        flip=trained and config.training.mirrors,
-        seed=config.adapter.seed,
-        cache=None if config.cache is None else Cache(config.cache),
+        config.model.image_size,
+        data.num_classes,
+        data.palette,
+        flip=trained and training.flip and training.augment != "none",
+        seed=config.seed,
+        cache=None if data.cache is None else Cache(data.cache),
         truth=truth,
-        ignore_index=config.ignore_index,
-        augment=config.training.augment if trained else "none",
-        crop=Crop(config.crop, config.crop_foreground)
-        if config.crop and view != "scored"
-        else None,
-        intensity=config.scaling,
-        tiles=config.tiles if view == "scored" and config.resolution == "tiles" else None,
+        ignore_index=data.ignore_index,
+        augment=training.augment if trained else "none",
+        crop=Crop(data.crop, data.crop_foreground) if data.crop and view != "scored" else None,
+        intensity=scaling_of(config),
+        tiles=tiles_of(config) if view == "scored" and data.resolution == "tiles" else None,
     )
 
 

@@ -8,6 +8,7 @@ from naslora.methods import apply, trainable_parameters
 from naslora.results import ParameterCounts
 from naslora.sam.encoders import checkpoint_blocks
 from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.training.resolve import checkpoint_of
 from naslora.training.run_config import RunConfig
 from naslora_kernels import available_backends
 from naslora_kernels.backends import ENVIRONMENT_VARIABLE
@@ -22,7 +23,7 @@ def build_adapted_model(config: RunConfig) -> SamForSegmentation:
         UserError: as ``build_frozen_model`` and ``apply``.
     """
     model = build_frozen_model(config)
-    apply(config.method, model, config.adapter)
+    apply(config.method, model, config.adapter, config.seed)
     if config.training.gradient_checkpointing:
         checkpoint_blocks(model.image_encoder)
     return model
@@ -34,14 +35,15 @@ def build_frozen_model(config: RunConfig) -> SamForSegmentation:
     Raises:
         UserError: as ``build_model``; the kernel backend cannot be used here.
     """
-    _check_backend(config.adapter.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
+    backend = getattr(config.adapter, "backend", None)
+    _check_backend(backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
     return build_model(
-        config.model,
-        config.image_size,
-        config.num_classes,
-        config.checkpoint,
-        config.adapter.seed,
-        config.attention,
+        config.model.name,
+        config.model.image_size,
+        config.data.num_classes,
+        checkpoint_of(config.model),
+        config.seed,
+        config.model.attention,
     )
 
 

@@ -48,7 +48,7 @@ def final_result(
     """
     started = time.perf_counter()
     kept = kept_epoch(trainer.history, config.training.keep)
-    test = trainer.evaluate("test", config.metrics or ())
+    test = trainer.evaluate("test", config.data.metrics or ())
     main = trainer.accelerator.is_main_process
     examples = (
         Examples(trainer.model, trainer.data["test"], test, trainer.accelerator) if main else None
@@ -99,7 +99,7 @@ def _try_merges(
         except UserError as error:  # for example too few images for the mode; the others go on
             results[mode] = MergeResult(refused=str(error))
             continue
-        scores[mode] = trainer.evaluate("test", config.metrics or ())
+        scores[mode] = trainer.evaluate("test", config.data.metrics or ())
         if examples is not None:
             examples.add_merged(mode, trainer.model, scores[mode])
         if mode == "center" and config.training.anneal_epochs:
@@ -149,7 +149,7 @@ def write_results(
         history=trainer.history,
         operations=operations,
         panels=panels,
-        class_names=["background", *config.foreground_names],
+        class_names=["background", *config.data.class_names],
     )
 
 

@@ -53,7 +53,14 @@ from naslora.training.resuming import (
 )
 from naslora.training.step import Group, LossNotFiniteError, train_pass
 from naslora.training.trackers import log
-from naslora.training.train_config import Schedule, TrainConfig
+from naslora.training.train_config import (
+    Schedule,
+    TrainConfig,
+    factor,
+    first_search_epoch,
+    frozen_dtype,
+    loss_of,
+)
 from naslora_kernels import OPERATIONS
 
 # Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps.
@@ -67,7 +74,7 @@ class Trainer:
 
     Args:
         model: its parameters that require gradients are trained. The frozen ones of its encoder
-            are cast to ``config.frozen_dtype``.
+            are cast to ``frozen_dtype(config)``.
         data: the splits ``train`` and ``val``, and ``arch`` where alpha has images of its own.
         config: how to train.
         seed: seed of the order of the images.
@@ -102,9 +109,10 @@ class Trainer:
     ) -> None:
         self.accelerator = accelerator
         self.base_checksum = base_checksum(model, trained_state(model))
-        cast_frozen(model.image_encoder, config.frozen_dtype)
+        cast_frozen(model.image_encoder, frozen_dtype(config))
         self.model = model.to(accelerator.device)
         self.data, self.config, self.seed = data, config, seed
+        self.loss, self.search_start = loss_of(config), first_search_epoch(config)
         self.directory, self.class_names = directory, class_names
         self.epoch = 0
         self.history: list[Epoch] = []
@@ -113,7 +121,15 @@ class Trainer:
         self.operations = [self._mixture(epoch=-1)]
         arch = len(data["arch"]) if "arch" in data else 0
         own_steps = bool(self.alphas) and not config.simultaneous
-        self.images = EpochImages(config, len(data["train"]), arch, own_steps, seed)
+        self.images = EpochImages(
+            config.arch_data,
+            config.arch_fraction,
+            self.search_start,
+            len(data["train"]),
+            arch,
+            own_steps,
+            seed,
+        )
         self.weights = self._weight_group()
         self.architecture = self._architecture_group() if self.alphas else None
         self.progress = TrainProgress()
@@ -162,7 +178,7 @@ class Trainer:
 
     def _factor(self, schedule: Schedule, epoch: int, part: float) -> float:
         """What a rate is multiplied by after ``part`` of an epoch."""
-        return self.config.factor(schedule, (epoch + part) / self.config.epochs)
+        return factor(schedule, (epoch + part) / self.config.epochs)
 
     def _alpha_learning_rate(self) -> float:
         """The rate of alpha at the start: the configured one, or one that fits the steps."""
@@ -183,7 +199,7 @@ class Trainer:
 
     def _searches(self, epoch: int) -> bool:
         """Whether an epoch updates alpha."""
-        started = self.config.simultaneous or epoch >= self.config.first_search_epoch
+        started = self.config.simultaneous or epoch >= self.search_start
         return bool(self.alphas) and started
 
     def _alpha_steps(self, epoch: int) -> int:
@@ -280,7 +296,7 @@ class Trainer:
                 [g for g in self.groups if all(g is not group for group in groups)],
                 batches,
                 loader,
-                self.config.loss,
+                self.loss,
                 self.config.accumulation,
                 self.accelerator,
                 before_step=partial(self._set_learning_rates, groups),
@@ -302,7 +318,7 @@ class Trainer:
             self.model,
             self.data[split],
             self.accelerator,
-            config.loss,
+            self.loss,
             self.class_names,
             config.batch_size,
             config.workers,

@@ -143,7 +143,7 @@ def test_one_line_and_a_status(naslora, world, clean_world, capfd, group, kind, 
 
 @pytest.mark.parametrize("text", ["evaluate {w}/run", "merge {w}/run --output {w}/out"])
 def test_nothing_is_written_where_a_file_says(naslora, world, clean_world, text):
-    spoil_json(own(world / "run/config.json"), "cache", str(world / "elsewhere"))
+    spoil_json(own(world / "run/config.json"), "data.cache", str(world / "elsewhere"))
     assert naslora(*command(text, world, clean_world)).status == 0
     assert not (world / "elsewhere").exists()
 

@@ -130,7 +130,7 @@ FOREIGN_DESCRIPTIONS = [
     ({"num_classes": 0}, "Expected `int` >= 1 - at `$.num_classes`"),
     ({"num_classes": 2}, "returns the shape (1, 1, 32, 32), not (1, 2, 32, 32)"),
     ({"class_names": ["a", "b"]}, "class_names must name the 1 foreground classes"),
-    ({"crop": -5}, "crop must be"),
+    ({"crop": -5}, "crop: expected int >= 16"),
     ({"intensity": ["x"]}, "intensity must be"),
     ({"part": "encoder"}, "holds only the image encoder"),
 ]
@@ -234,7 +234,7 @@ def change_program(draw, path: Path) -> None:
 
 def segment_by_folder(path: Path) -> None:
     model, config = load_model(path.parent)
-    predict_labels(model, torch.rand(1, 3, config.image_size, config.image_size))
+    predict_labels(model, torch.rand(1, 3, config.model.image_size, config.model.image_size))
 
 
 def segment_by_file(path: Path) -> None:

@@ -14,8 +14,8 @@ from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training import resuming
 from naslora.training.accelerator import make_accelerator
+from naslora.training.resolve import read_config
 from naslora.training.run import _make_trainer
-from naslora.training.run_config import read_config
 from naslora.training.run_data import prepare_data
 
 EXAMPLES = [pytest.param(30, id="few"), pytest.param(3000, marks=pytest.mark.campaign, id="many")]

@@ -1,0 +1,179 @@
+"""What a configuration leaves open, filled in from the data, the model's files and the machine."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from naslora.data.datasets import DATASETS
+from naslora.data.intensity import parse_intensity
+from naslora.data.masks import IGNORED
+from naslora.errors import UserError
+from naslora.files import read_json
+from naslora.methods import METHODS, find_method
+from naslora.metrics import METRICS, check_metrics
+from naslora.sam.shipped import NONE, shipped_file, shipped_version
+from naslora.settings import checked
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
+from naslora.training.train_config import Precision, TrainConfig, first_search_epoch
+
+SHIPPED = "shipped"
+"""How the checkpoint in a resolved configuration begins for the weights in the package."""
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with everything that its data, its model and this machine decide.
+
+    These are the number and the names of the classes, the metrics, the resolution, the checkpoint,
+    the precision, and the epoch in which the search starts. Paths become absolute. The result is
+    its own result.
+
+    Raises:
+        UserError: settings contradict each other or the data set, or its files cannot be read.
+    """
+    find_method(METHODS, config.method).checked(config.adapter)
+    data, training = _data(config.data), _training(config.training)
+    checkpoint = _checkpoint(config.model)
+    return replace(
+        config,
+        data=replace(config.data, **data),
+        model=replace(config.model, checkpoint=checkpoint),
+        training=replace(config.training, **training),
+    )
+
+
+def read_config(path: Path) -> RunConfig:
+    """Reads config.json of a run.
+
+    Raises:
+        UserError: the file is missing or damaged, a field is unknown or out of range, or as
+            ``resolve``.
+    """
+    values = read_json(path)
+    try:
+        return resolve(RunConfig.from_dict(values))
+    except UserError as error:
+        raise UserError(f"{path} is no configuration of this version: {error}") from error
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else Path(os.path.abspath(path))
+
+
+def _data(data: DataConfig) -> dict[str, Any]:
+    if data.intensity is not None:
+        parse_intensity(data.intensity)
+    count, names, metrics = _classes(data)
+    check_metrics(metrics, count)
+    if data.ignore_index is not None:
+        _check_ignore_index(data, data.ignore_index, max(count, 2), metrics)
+    return {
+        "root": _absolute(data.root),
+        "cache": _absolute(data.cache),
+        "num_classes": count,
+        "class_names": names,
+        "metrics": metrics,
+        "resolution": data.resolution or ("network" if data.crop is None else "tiles"),
+    }
+
+
+def _classes(data: DataConfig) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """Number and names of the classes, and the metrics."""
+    dataset, count, names = DATASETS[data.dataset], data.num_classes, data.class_names
+    known = dataset.class_names[1:]
+    if dataset.categories is not None:
+        known = names
+        if not names and data.root is not None:
+            known = tuple(dataset.categories(data.root))
+    if known:
+        own = 1 if len(known) == 1 else len(known) + 1
+        if count not in (1, own):
+            raise UserError(f"{data.dataset} has {own} classes, got num_classes {count}")
+        count, names = own, names or known
+    foreground = max(count - 1, 1)
+    if not names:
+        one = foreground == 1
+        names = ("foreground",) if one else tuple(f"class {k + 1}" for k in range(foreground))
+    if len(names) != foreground:
+        raise UserError(
+            f"class_names must name the {foreground} foreground classes, got {len(names)}"
+        )
+    return count, names, dataset.metrics if data.metrics is None else data.metrics
+
+
+def _check_ignore_index(
+    data: DataConfig, index: int, classes: int, metrics: tuple[str, ...]
+) -> None:
+    if data.dataset == "coco":
+        raise UserError("ignore_index is a label of mask files, which coco has not; drop it")
+    if data.palette is not None and index != classes:
+        raise UserError(
+            f"ignore_index must be {classes} with --palette, the number of its last colour, got "
+            f"{index}"
+        )
+    if index < classes or classes > IGNORED:
+        raise UserError(
+            f"ignore_index must be none of the {classes} classes 0 to {classes - 1}, and there may "
+            f"be at most {IGNORED} classes, got {index}"
+        )
+    for name in metrics:
+        if METRICS[name].saliency:
+            raise UserError(
+                f"metric {name!r} cannot leave out pixels; choose others with --metrics, or drop "
+                "--ignore-index"
+            )
+
+
+def _checkpoint(model: ModelConfig) -> str:
+    """``NONE``, ``SHIPPED`` with a version, or the absolute path of a file."""
+    given = model.checkpoint
+    if given is not None and not given.startswith(f"{SHIPPED} "):
+        return NONE if given == NONE else os.path.abspath(given)
+    shipped = shipped_file(model.name) is not None
+    own = f"{SHIPPED} {shipped_version(model.name)}" if shipped else NONE
+    if given not in (None, own):
+        raise UserError(
+            f"the run started from the weights of {model.name} in another version of naslora "
+            f"({given}, here {own}); use that version"
+        )
+    return own
+
+
+def checkpoint_of(model: ModelConfig) -> str | None:
+    """The checkpoint as ``build_model`` takes it.
+
+    Raises:
+        UserError: the run started from other weights than those in this package.
+    """
+    checkpoint = _checkpoint(model)
+    return None if checkpoint.startswith(f"{SHIPPED} ") else checkpoint
+
+
+def _training(training: TrainConfig) -> dict[str, Any]:
+    """Its precision and the start of the search."""
+    precision = training.mixed_precision or _precision()
+    frozen, fraction = training.frozen_precision, training.arch_fraction
+    if frozen not in (None, "no", precision):
+        raise UserError(
+            f"frozen_precision {frozen} needs mixed_precision {frozen}, got {precision}"
+        )
+    if fraction == 1 and training.arch_data in ("rotate", "hold-out"):
+        raise UserError(
+            f"arch_fraction 1 leaves no images for the weights with arch_data {training.arch_data}"
+        )
+    if training.anneal_epochs > training.epochs:
+        raise UserError(
+            f"anneal_epochs must be at most epochs, {training.epochs}, got {training.anneal_epochs}"
+        )
+    return {"mixed_precision": precision, "search_start": first_search_epoch(training)}
+
+
+def _precision() -> Precision:
+    """The precision of ``accelerate launch``, or else the one that is fast on this machine."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if launched:
+        return cast(Precision, checked("ACCELERATE_MIXED_PRECISION", launched, Precision))
+    fast = not torch.accelerator.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "no"
