@@ -11,9 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from naslora_kernels import available_backends
-from naslora_kernels.attention import ATTENTION_OPERATORS
 from naslora_kernels.operations import CONVOLUTIONS
-from naslora_kernels.ops import OPERATORS
 
 TAPS = 41  # of the folded convolution; see docs/cpu_kernels.md
 FOLDED_UP_TO = 3  # channels; more are convolved one operation after the other
@@ -35,10 +33,10 @@ def count(function: Callable[[], object]) -> Counts:
     """Runs ``function`` and counts."""
     available_backends()  # loads them, and so defines their operators
     mapping = {
-        getattr(operators, name).overloadpacket: formula
-        for backends, formulas in ((OPERATORS, FORMULAS), (ATTENTION_OPERATORS, ATTENTION_FORMULAS))
-        for operators in backends.values()
-        for name, formula in formulas.items()
+        getattr(operators, name): formula
+        for operators in (torch.ops.naslora_cpp, torch.ops.naslora_cuda, torch.ops.naslora_triton)
+        for name, formula in (FORMULAS | ATTENTION_FORMULAS).items()
+        if hasattr(operators, name)
     }
     flops = FlopCounterMode(display=False, custom_mapping=mapping)
     with flops, _Calls() as calls:
@@ -108,14 +106,14 @@ def _cell(tokens: int, c: int, passes: int) -> int:
     return 2 * tokens * passes * (TAPS * c * c if c <= FOLDED_UP_TO else separable)
 
 
-def _linear(x, weight, bias, lora_A, lora_B, alpha, depthwise, pw, *_, **__) -> int:
+def _linear(x, weight, bias, lora_A, lora_B, alpha, sep3, sep5, dil3, dil5, pw, *_, **__) -> int:
     tokens, c_in = x[:-1].numel(), x[-1]
     c_out, rank = lora_B
     return 2 * tokens * (c_in * c_out + rank * (c_in + c_out)) + _cell(tokens, pw[-1], passes=1)
 
 
 def _linear_backward(
-    grad_h, x, z, weight, lora_A, lora_B, alpha, depthwise, pw, channels, scaling,
+    grad_h, x, z, weight, lora_A, lora_B, alpha, sep3, sep5, dil3, dil5, pw, channels, scaling,
     need_x, need_lora_A, need_lora_B, need_alpha, need_weights, **_,
 ) -> int:  # fmt: skip
     tokens = z[:-1].numel()
@@ -129,12 +127,12 @@ def _linear_backward(
     return 2 * tokens * (frozen + low_rank) + _cell(tokens, pw[-1], passes)
 
 
-def _cell_forward(z, alpha, depthwise, pw, *_, **__) -> int:
+def _cell_forward(z, alpha, sep3, sep5, dil3, dil5, pw, *_, **__) -> int:
     return _cell(z[:-1].numel(), pw[-1], passes=1)
 
 
 def _cell_backward(
-    grad_y, z, alpha, depthwise, pw, channels, need_z, need_alpha, need_weights, **_
+    grad_y, z, alpha, sep3, sep5, dil3, dil5, pw, channels, need_z, need_alpha, need_weights, **_
 ) -> int:
     return _cell(z[:-1].numel(), pw[-1], need_z + (need_alpha or need_weights))
 

@@ -5,15 +5,14 @@ states their schemas and their shapes once, as ``ops.py`` does for the cell. The
 operands, o and two numbers for each query. Nothing of N x N numbers is kept.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from naslora_kernels.cell import AttentionOperands
-from naslora_kernels.ops import define, differentiable_once, only
+from naslora_kernels.ops import define, differentiable_once, only, operator
 from naslora_kernels.tensors import ACCUMULATORS
 
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w"
@@ -25,17 +24,6 @@ _SCHEMAS = {
         "(Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
-
-
-class AttentionOperators(NamedTuple):
-    """One backend's operators of attention."""
-
-    rel_pos_attention: OpOverload
-    rel_pos_attention_backward: OpOverload
-
-
-# The operators of every backend that has been loaded and serves attention, by its name.
-ATTENTION_OPERATORS: dict[str, AttentionOperators] = {}
 
 
 class AttentionNeed(NamedTuple):
@@ -58,18 +46,6 @@ class SavedAttention(NamedTuple):
     """(2, B, heads, N), in the dtype of sums: each query's largest score, and the sum of
     exp(score - largest). Their sum's logarithm, one number, would cost a digit of float32."""
     scale: float
-
-
-class AttentionKernels(Protocol):
-    """What a backend computes. Arguments are checked."""
-
-    def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> tuple[Tensor, Tensor]:
-        """Returns o and softmax, as ``empty_results`` makes them."""
-
-    def rel_pos_attention_backward(
-        self, grad_o: Tensor, saved: SavedAttention, need: AttentionNeed
-    ) -> tuple[Tensor, ...]:
-        """Returns the gradients of the operands, as ``empty_gradients`` makes them."""
 
 
 def empty_results(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
@@ -108,44 +84,25 @@ def _contiguous(like: Tensor) -> Tensor:
     return like.new_empty(like.shape)
 
 
-class _Shapes:
-    """The results of the operators as uninitialised tensors; implements ``AttentionKernels``."""
-
-    def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> tuple[Tensor, Tensor]:
-        return empty_results(operands)
-
-    def rel_pos_attention_backward(
-        self, grad_o: Tensor, saved: SavedAttention, need: AttentionNeed
-    ) -> tuple[Tensor, ...]:
-        return empty_gradients(saved.operands, need)
+def _shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return empty_results(AttentionOperands(*arguments[:5]))
 
 
-def flat_attention(kernels: AttentionKernels) -> dict[str, Callable[..., Any]]:
-    """Returns the kernels as functions of the flat arguments of the schemas, by operator."""
+def _backward_shapes(grad_o: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(AttentionOperands(*arguments[:5]), AttentionNeed(*arguments[8:]))
 
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return kernels.rel_pos_attention(AttentionOperands(*arguments[:5]), arguments[5])
 
-    def backward(grad_o: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        saved = SavedAttention(AttentionOperands(*arguments[:5]), *arguments[5:8])
-        return kernels.rel_pos_attention_backward(grad_o, saved, AttentionNeed(*arguments[8:]))
-
-    return {"rel_pos_attention": forward, "rel_pos_attention_backward": backward}
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "rel_pos_attention": _shapes,
+    "rel_pos_attention_backward": _backward_shapes,
+}
 
 
 def define_attention(
-    backend: str, kernels: AttentionKernels, dispatch_key: str
+    backend: str, implementations: Mapping[str, Callable[..., Any]] | None = None
 ) -> torch.library.Library:
-    """Defines the operators of a backend. The arguments are those of ``ops.define_operators``.
-
-    Returns:
-        The library. The operators exist as long as it does.
-    """
-    library, operators = define(
-        backend, _SCHEMAS, flat_attention(kernels), flat_attention(_Shapes()), dispatch_key
-    )
-    ATTENTION_OPERATORS[backend] = AttentionOperators(*operators)
-    return library
+    """Defines the operators of a backend, as ``ops.define`` does."""
+    return define(backend, implementations, _SCHEMAS, _SHAPES)
 
 
 class RelPosAttention(torch.autograd.Function):
@@ -153,7 +110,7 @@ class RelPosAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: str, scale: float, *operands: Tensor) -> Tensor:  # type: ignore[override]
-        o, softmax = ATTENTION_OPERATORS[backend].rel_pos_attention(*operands, scale)
+        o, softmax = operator(backend, "rel_pos_attention")(*operands, scale)
         ctx.save_for_backward(*operands, o, softmax)
         ctx.backend, ctx.scale = backend, scale
         return o
@@ -162,16 +119,11 @@ class RelPosAttention(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
-        gradients = ATTENTION_OPERATORS[ctx.backend].rel_pos_attention_backward(
-            grad_o, *ctx.saved_tensors, ctx.scale, *needed
-        )
+        compute = operator(ctx.backend, "rel_pos_attention_backward")
+        gradients = compute(grad_o, *ctx.saved_tensors, ctx.scale, *needed)
         return (None, None, *only(gradients, needed))
 
 
-def attention_entry_point(backend: str) -> Callable[[AttentionOperands, float], Tensor]:
-    """Returns a backend's function of checked arguments; ``reference.py`` has the same."""
-
-    def rel_pos_attention(operands: AttentionOperands, scale: float) -> Tensor:
-        return RelPosAttention.apply(backend, scale, *operands)
-
-    return rel_pos_attention
+def attend(backend: str, operands: AttentionOperands, scale: float) -> Tensor:
+    """Computes attention on checked arguments; ``reference.py`` has ``rel_pos_attention``."""
+    return RelPosAttention.apply(backend, scale, *operands)

@@ -1,25 +1,26 @@
 """The tensors of a cell, of the linear layer around it and of attention, as named tuples.
 
-The public functions build these tuples once. Checks and backends take them whole.
+The public functions build these tuples once. The operators take their fields, in this order.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 
 class Cell(NamedTuple):
-    """The parameters of a mixed cell and the channels S that it mixes; c = |S|.
-
-    The fields, in this order, are also the four arguments that describe a cell in the schemas of
-    ``ops.py``: an operator is called with ``*cell``, and ``Cell(*arguments)`` restores the cell.
-    """
+    """The parameters of a mixed cell and the channels S that it mixes; c = |S|."""
 
     alpha: Tensor
     """(8,) architecture logits, in the order of ``OPERATIONS``."""
-    depthwise: Sequence[Tensor]
-    """The four depthwise kernels, (c, k, k) each, in the order of ``CONVOLUTIONS``."""
+    dw_sep3: Tensor
+    """(c, 3, 3); the four depthwise kernels are in the order of ``CONVOLUTIONS``."""
+    dw_sep5: Tensor
+    """(c, 5, 5)."""
+    dw_dil3: Tensor
+    """(c, 3, 3)."""
+    dw_dil5: Tensor
+    """(c, 5, 5)."""
     pw: Tensor
     """(4, c, c) pointwise kernels as [operation, output, input]."""
     channels: Tensor | None
@@ -27,23 +28,13 @@ class Cell(NamedTuple):
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """The six tensors that have gradients: alpha, the four depthwise kernels, pw."""
-        return (self.alpha, *self.depthwise, self.pw)
+        """The six tensors that have gradients."""
+        return self[:6]
 
-    def flatten(self) -> tuple[Tensor | None, ...]:
-        """Returns the six parameters and channels: autograd finds only tensors outside of lists."""
-        return (self.alpha, *self.depthwise, self.pw, self.channels)
-
-    @staticmethod
-    def unflatten(tensors: Sequence[Tensor]) -> "Cell":
-        """Restores the cell from the seven values that ``flatten`` returned."""
-        return Cell(tensors[0], tensors[1:5], tensors[5], tensors[6])
-
-    def contiguous(self) -> "Cell":
-        """Returns the same cell with every tensor contiguous."""
-        channels = None if self.channels is None else self.channels.contiguous()
-        depthwise = [dw.contiguous() for dw in self.depthwise]
-        return Cell(self.alpha.contiguous(), depthwise, self.pw.contiguous(), channels)
+    @property
+    def depthwise(self) -> tuple[Tensor, ...]:
+        """The four depthwise kernels."""
+        return self[1:5]
 
 
 class LoRALinear(NamedTuple):

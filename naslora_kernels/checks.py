@@ -15,7 +15,6 @@ from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE, OPERATIONS
 from naslora_kernels.tensors import DTYPES, Passed, signature
 
-DEPTHWISE_NAMES = ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -34,12 +33,12 @@ def check_cell(name: str, maps: Tensor, cell: Cell, rank: int | None = None) -> 
     if rank is None:
         _check_grid(name, maps)
         rank = maps.shape[-1]
-    alpha, depthwise, pw, channels = cell
+    channels = cell.channels
     c = rank if channels is None else _check_channels(channels, rank, maps.device, name)
-    _check_parameter("alpha", alpha, (len(OPERATIONS),), maps, name)
-    for argument, conv, dw in zip(DEPTHWISE_NAMES, CONVOLUTIONS, depthwise, strict=True):
-        _check_parameter(argument, dw, (c, conv.kernel, conv.kernel), maps, name)
-    _check_parameter("pw", pw, (len(CONVOLUTIONS), c, c), maps, name)
+    kernels = [(c, conv.kernel, conv.kernel) for conv in CONVOLUTIONS]
+    shapes = [(len(OPERATIONS),), *kernels, (len(CONVOLUTIONS), c, c)]
+    for argument, parameter, shape in zip(Cell._fields[:6], cell.parameters, shapes, strict=True):
+        _check_parameter(argument, parameter, shape, maps, name)
 
 
 def check_layer(x: Tensor, linear: LoRALinear, cell: Cell, scaling: float) -> None:
@@ -48,7 +47,7 @@ def check_layer(x: Tensor, linear: LoRALinear, cell: Cell, scaling: float) -> No
     Raises:
         TypeError, ValueError: as ``nas_lora_linear`` documents.
     """
-    of_call = signature((x, *linear, *cell.flatten()))
+    of_call = signature((x, *linear, *cell))
     if of_call in _passed_layers:
         _check_channel_values(cell.channels, linear.lora_A.shape[0])
     else:

@@ -77,7 +77,7 @@ def mixed_cell(
             tensor's shape, dtype or storage has changed since the forward, or a second derivative
             is asked of a backend that is not the reference.
     """
-    cell = Cell(alpha, (dw_sep3, dw_sep5, dw_dil3, dw_dil5), pw, channels)
+    cell = Cell(alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels)
     check_cell("z", z, cell)
     return select_backend(z, backend, "mixed_cell").mixed_cell(z, cell)
 
@@ -127,7 +127,7 @@ def nas_lora_linear(
     """
     x, weight, bias = _autocast(x, weight, bias)
     linear = LoRALinear(weight, bias, lora_A, lora_B)
-    cell = Cell(alpha, (dw_sep3, dw_sep5, dw_dil3, dw_dil5), pw, channels)
+    cell = Cell(alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels)
     check_layer(x, linear, cell, scaling)
     serving = select_backend(x, backend, "nas_lora_linear", lora_A.shape[0])
     return serving.nas_lora_linear(x, linear, cell, float(scaling))

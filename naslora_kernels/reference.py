@@ -28,7 +28,7 @@ def mixed_cell(z: Tensor, cell: Cell) -> Tensor:
 
     16-bit inputs are computed in float32 and rounded once, at the end.
     """
-    alpha, depthwise, pw, channels = cell
+    alpha, *depthwise, pw, channels = cell
     if pw.shape[-1] == 0:  # S is empty: plain LoRA
         return z.clone()
     compute = ACCUMULATORS[z.dtype]
@@ -65,27 +65,27 @@ def nas_lora_linear(x: Tensor, linear: LoRALinear, cell: Cell, scaling: float) -
         return h + scaling * F.linear(y, lora_B.to(x.dtype))
 
 
-def folded_cell(z: Tensor, kernel: Tensor, average: float, maximum: float) -> Tensor:
-    """y = K * z + average * avg_pool(z) + maximum * max_pool(z); 16-bit as in ``mixed_cell``."""
+def folded_cell(z: Tensor, kernel: Tensor, avg_weight: float, max_weight: float) -> Tensor:
+    """y = K * z + avg_weight avg_pool(z) + max_weight max_pool(z); 16-bit as in ``mixed_cell``."""
     compute = ACCUMULATORS[z.dtype]
     with torch.autocast(z.device.type, enabled=False):
         maps = z.to(compute).permute(0, 3, 1, 2)  # (B, c, H, W)
         y = F.conv2d(maps, kernel.to(compute), padding=kernel.shape[-1] // 2)
-        if average:
-            y = y + average * F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
-        if maximum:
-            y = y + maximum * F.max_pool2d(maps, 3, 1, 1)
+        if avg_weight:
+            y = y + avg_weight * F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
+        if max_weight:
+            y = y + max_weight * F.max_pool2d(maps, 3, 1, 1)
         return y.permute(0, 2, 3, 1).to(z.dtype)
 
 
 def folded_linear(
-    x: Tensor, linear: LoRALinear, kernel: Tensor, average: float, maximum: float
+    x: Tensor, linear: LoRALinear, kernel: Tensor, avg_weight: float, max_weight: float
 ) -> Tensor:
     """h = W x + b + W_d y with y the folded cell of z = W_e x."""
     weight, bias, lora_A, lora_B = linear
     with torch.autocast(x.device.type, enabled=False):
         z = F.linear(x, lora_A.to(x.dtype))  # (B, H, W, c)
-        y = folded_cell(z, kernel, average, maximum)
+        y = folded_cell(z, kernel, avg_weight, max_weight)
         return F.linear(x, weight, bias) + F.linear(y, lora_B.to(x.dtype))
 
 

@@ -43,7 +43,6 @@ FLOORS = {
     ),
     "naslora_kernels": (
         {"cell", "operations", "tensors"},
-        {"plans"},
         {"ops"},
         {"attention"},
         {"saved"},

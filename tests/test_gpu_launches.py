@@ -9,14 +9,13 @@ from kernel_cases import CELL, cell_case, layer_case
 
 from naslora_kernels import reference
 from naslora_kernels.cell import Cell, LoRALinear
-from naslora_kernels.launches import GPUPrimitives, Launches, register
-from naslora_kernels.ops import LayerNeed, SavedLayer
+from naslora_kernels.launches import Launches, Primitives, register
 
 ADAPTER = ("lora_A", "lora_B", *CELL)
 GROUPS = 2
 
 
-class PlainPrimitives(GPUPrimitives):
+class PlainPrimitives(Primitives):
     """Every primitive in plain PyTorch; records the calls.
 
     A cell has one group. Its partial sums are the gradients themselves.
@@ -25,11 +24,11 @@ class PlainPrimitives(GPUPrimitives):
     def __init__(self):
         self.calls = []
 
-    def low_rank_pass(self, rows, matrix, u, scale, product, partials):
+    def low_rank_pass(self, rows, factor, u, scale, product, partials):
         self.calls.append("low_rank_pass")
         assert rows.stride(1) == 1
         if product is not None:
-            product.view(len(rows), -1).copy_(scale * rows @ matrix.to(rows.dtype).t())
+            product.view(len(rows), -1).copy_(scale * rows @ factor.to(rows.dtype).t())
         if partials is not None:
             u = u.view(len(rows), -1)
             for group, (some_u, some_rows) in enumerate(
@@ -39,9 +38,9 @@ class PlainPrimitives(GPUPrimitives):
                     scale * some_u.to(partials.dtype).t() @ some_rows.to(partials.dtype)
                 )
 
-    def low_rank_expand(self, u, matrix, bias, scale, out):
+    def low_rank_expand(self, u, factor, bias, scale, out):
         self.calls.append("low_rank_expand")
-        out.copy_(scale * u.view(len(out), -1) @ matrix.to(u.dtype))
+        out.copy_(scale * u.view(len(out), -1) @ factor.to(u.dtype))
         if bias is not None:
             out.add_(bias)
 
@@ -53,7 +52,7 @@ class PlainPrimitives(GPUPrimitives):
         self.calls.append("cell_backward")
         leaves = [t.detach().requires_grad_() for t in (z, *cell.parameters)]
         with torch.enable_grad():
-            y = reference.mixed_cell(leaves[0], Cell.unflatten((*leaves[1:], cell.channels)))
+            y = reference.mixed_cell(leaves[0], Cell(*leaves[1:], cell.channels))
             gradients = torch.autograd.grad(y, leaves, grad_y)
         if grad_z is not None:
             grad_z.copy_(gradients[0])
@@ -72,9 +71,9 @@ class PlainPrimitives(GPUPrimitives):
         if B is not None:
             B.gradient.copy_(B.partials.sum(0).t())
 
-    def folded_cell_forward(self, z, kernel, average, maximum, y):
+    def folded_cell_forward(self, z, kernel, avg_weight, max_weight, y):
         self.calls.append("folded_cell_forward")
-        y.copy_(reference.folded_cell(z, kernel, average, maximum))
+        y.copy_(reference.folded_cell(z, kernel, avg_weight, max_weight))
 
     def row_groups(self, tokens):
         return GROUPS
@@ -88,7 +87,7 @@ class PlainPrimitives(GPUPrimitives):
 
 def cell_of(case):
     """The cell of a case."""
-    return Cell.unflatten([*(case.arguments[name] for name in CELL), case.options["channels"]])
+    return Cell(*(case.arguments[name] for name in CELL), case.options["channels"])
 
 
 def linear_of(case):
@@ -103,11 +102,12 @@ def layer_results(case, needed):
     launches = Launches(primitives)
     x, linear, cell = case.arguments["x"], linear_of(case), cell_of(case)
     scaling = case.options["scaling"]
-    h, z = launches.nas_lora_linear(x, linear, cell, scaling)
+    h, z = launches.nas_lora_linear(x, *linear, *cell, scaling)
     forward, primitives.calls = primitives.calls, []
-    need = LayerNeed(*(name in needed for name in ("x", "lora_A", "lora_B", "alpha", "pw")))
-    saved = SavedLayer(x, z, linear._replace(bias=None), cell, scaling)
-    gradients = launches.nas_lora_linear_backward(case.gradient, saved, need)
+    need = (name in needed for name in ("x", "lora_A", "lora_B", "alpha", "pw"))
+    weight, _, *factors = linear
+    saved = (x, z, weight, *factors, *cell, scaling)
+    gradients = launches.nas_lora_linear_backward(case.gradient, *saved, *need)
     results = {"result": h, **dict(zip(("x", *ADAPTER), gradients, strict=True))}
     return {n: results[n] for n in ("result", *needed)}, forward, primitives.calls
 
@@ -179,7 +179,7 @@ def test_folded_layer_takes_three_launches():
     primitives = PlainPrimitives()
     case = layer_case((2, 5, 4), 7, 9, 3, 3)
     kernel = torch.randn(3, 3, 5, 5, dtype=torch.float64)
-    arguments = (case.arguments["x"], linear_of(case), kernel, 0.3, 0.2)
-    h = Launches(primitives).folded_linear(*arguments)
+    x, linear, folded = case.arguments["x"], linear_of(case), (kernel, 0.3, 0.2)
+    h = Launches(primitives).folded_linear(x, *linear, *folded)
     assert primitives.calls == ["low_rank_pass", "folded_cell_forward", "low_rank_expand"]
-    torch.testing.assert_close(h, reference.folded_linear(*arguments))
+    torch.testing.assert_close(h, reference.folded_linear(x, linear, *folded))

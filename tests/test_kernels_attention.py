@@ -20,7 +20,7 @@ from kernel_cases import (
 from torch.utils.checkpoint import checkpoint
 
 from naslora_kernels import rel_pos_attention
-from naslora_kernels.attention import ATTENTION_OPERATORS
+from naslora_kernels.ops import operator
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "instruction_set")
 
@@ -357,10 +357,10 @@ UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     ("target", "dtype"), targets_with(DTYPES[:3:2], [torch.bfloat16], [torch.float32])
 )
 def test_opcheck(target, dtype):
-    operators = ATTENTION_OPERATORS[target.backend]
+    forward = operator(target.backend, "rel_pos_attention")
     case = case_for(target, (2, 2, (3, 4), 5), (1, 1, (2, 3), 5)).to(dtype).on(target.device)
     operands = tuple(case.arguments.values())
-    torch.library.opcheck(operators.rel_pos_attention, (*operands, 0.5), test_utils=UTILS)
+    torch.library.opcheck(forward, (*operands, 0.5), test_utils=UTILS)
 
 
 ALL_NEEDED, SOME_NEEDED = (True,) * 5, (True, False, True, False, True)
@@ -372,13 +372,12 @@ OF_BACKWARD = [*itertools.product(DTYPES[:3:2], (ALL_NEEDED, SOME_NEEDED))]
 )
 def test_opcheck_of_the_backward(target, case):
     dtype, need = case
-    operators = ATTENTION_OPERATORS[target.backend]
+    ends = ("", "_backward")
+    forward, backward = (operator(target.backend, f"rel_pos_attention{end}") for end in ends)
     case = case_for(target, (2, 2, (3, 4), 5), (1, 1, (2, 3), 5)).to(dtype).on(target.device)
     operands = tuple(case.arguments.values())
-    saved = (*operands, *operators.rel_pos_attention(*operands, 0.5), 0.5)
-    torch.library.opcheck(
-        operators.rel_pos_attention_backward, (case.gradient, *saved, *need), test_utils=UTILS
-    )
+    saved = (*operands, *forward(*operands, 0.5), 0.5)
+    torch.library.opcheck(backward, (case.gradient, *saved, *need), test_utils=UTILS)
 
 
 @compiled_targets

@@ -26,7 +26,7 @@ from naslora_kernels import (
     mixed_cell,
     nas_lora_linear,
 )
-from naslora_kernels.ops import OPERATORS
+from naslora_kernels.ops import operator
 
 AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
 POOLINGS = [(0.0, 0.0), (0.3, 0.0), (0.0, 0.4), (0.3, -0.4)]
@@ -229,12 +229,12 @@ def test_gradients_come_from_the_reference():
 
 @every_kernel
 def test_operators_are_well_formed(target):
-    operators = OPERATORS[target.backend]
+    cell, linear = (operator(target.backend, f"folded_{part}") for part in ("cell", "linear"))
     a = layer_arguments((2, 5, 4), 6, 8, 2, 3, torch.float32, target.device)
     checks = ("test_schema", "test_faketensor")  # they have no gradients to check
-    torch.library.opcheck(operators.folded_linear, (*a.values(), 0.2, 0.3), test_utils=checks)
+    torch.library.opcheck(linear, (*a.values(), 0.2, 0.3), test_utils=checks)
     z = draw(2, 5, 4, 2, dtype=torch.float32, device=target.device)
-    torch.library.opcheck(operators.folded_cell, (z, a["kernel"], 0.2, 0.3), test_utils=checks)
+    torch.library.opcheck(cell, (z, a["kernel"], 0.2, 0.3), test_utils=checks)
 
 
 @every_backend

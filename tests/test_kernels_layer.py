@@ -23,9 +23,8 @@ from kernel_cases import (
     targets_and,
 )
 
-from naslora_kernels import cpp, nas_lora_linear
+from naslora_kernels import nas_lora_linear
 from naslora_kernels.operations import MAX_POOL
-from naslora_kernels.tensors import DTYPE_CODES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "instruction_set")
 only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
@@ -225,15 +224,17 @@ def test_row_offsets_beyond_32_bits():
     # The memory between the two rows is reserved, but never touched.
     torch.utils.deterministic.fill_uninitialized_memory = False
     far, columns, rank = 2**31 + 5, 21, 3
-    x, matrix = torch.randn(2, columns), torch.randn(rank, columns)
     storage = torch.empty(far + columns, dtype=torch.bfloat16)
-    distant = storage.as_strided((2, columns), (far, 1)).copy_(x)
-    product = torch.empty(2, rank, dtype=torch.bfloat16)
-    maps = (DTYPE_CODES[torch.bfloat16], distant.data_ptr(), far, 2, columns, rank)
-    no_sums = (0, 0, 0, 0)
-    cpp._C.low_rank_pass(*maps, 1.0, matrix.data_ptr(), product.data_ptr(), *no_sums)
-    expected = (distant.float() @ matrix.t()).bfloat16()
-    torch.testing.assert_close(product, expected)
+    distant = storage.as_strided((1, 1, 2, columns), (0, 0, far, 1)).copy_(torch.randn(2, columns))
+    case = layer_case((1, 1, 2), columns, 5, rank, 0).to(torch.bfloat16)
+    z = torch.zeros(1, 1, 2, rank, dtype=torch.bfloat16)
+    weight, A, B, *cell = (case.arguments[n] for n in ("weight", "lora_A", "lora_B", *CELL))
+    saved = (distant, z, weight, A, B, *cell, case.options["channels"], 1.0)
+    need_lora_A = (False, True, False, False, False)
+    backward = torch.ops.naslora_cpp.nas_lora_linear_backward
+    gradient = backward(case.gradient, *saved, *need_lora_A)[1]
+    saved = (distant.contiguous(), *saved[1:])
+    assert torch.equal(gradient, backward(case.gradient, *saved, *need_lora_A)[1])
 
 
 @every_target

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import naslora_kernels
 from naslora_kernels import mixed_cell, nas_lora_linear
-from naslora_kernels.ops import OPERATORS
+from naslora_kernels.ops import operator
 
 only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
 every_target = pytest.mark.parametrize("target", TARGETS)
@@ -52,28 +52,27 @@ opchecks = pytest.mark.parametrize(
 # No edge of a block matters here. Sizes differ from each other and from 1, which is specialised.
 SMALL_GRID = ((2, 3, 4), 5, 7, 6)
 
+ENDS = ("", "_backward")
 UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def cell_operands(case):
     a = case.arguments
     return (
-        a["alpha"],
-        [a[name] for name in ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")],
-        a["pw"],
+        *(a[name] for name in CELL),
         case.options["channels"],
     )
 
 
 @opchecks
 def test_opcheck_cell(target, dtype, c):
-    operators = OPERATORS[target.backend]
+    forward, backward = (operator(target.backend, f"mixed_cell{end}") for end in ENDS)
     case = cell_case((2, 3, 4, 6), c).to(dtype, parameter_dtype=torch.float32).on(target.device)
     z, operands = case.arguments["z"], cell_operands(case)
-    torch.library.opcheck(operators.mixed_cell, (z, *operands), test_utils=UTILS)
+    torch.library.opcheck(forward, (z, *operands), test_utils=UTILS)
     for need in ((True, True, True), (True, False, False), (False, True, True)):
         torch.library.opcheck(
-            operators.mixed_cell_backward,
+            backward,
             (case.gradient, z, *operands, *need),
             test_utils=UTILS,
         )
@@ -81,20 +80,20 @@ def test_opcheck_cell(target, dtype, c):
 
 @opchecks
 def test_opcheck_layer(target, dtype, c):
-    operators = OPERATORS[target.backend]
+    forward, backward = (operator(target.backend, f"nas_lora_linear{end}") for end in ENDS)
     case = layer_case(*SMALL_GRID, c).to(dtype, parameter_dtype=torch.float32).on(target.device)
     a, operands = case.arguments, (*cell_operands(case), 1.5)
     frozen = (a["x"], a["weight"])
     adapter = (a["lora_A"], a["lora_B"])
     for bias in (a["bias"], None):
         torch.library.opcheck(
-            operators.nas_lora_linear, (*frozen, bias, *adapter, *operands),
+            forward, (*frozen, bias, *adapter, *operands),
             test_utils=UTILS,
         )  # fmt: skip
     z = torch.randn(2, 3, 4, 6).to(case.gradient)
     for need in ([True] * 5, [True, False, False, True, False], [False, False, True, False, False]):
         torch.library.opcheck(
-            operators.nas_lora_linear_backward,
+            backward,
             (case.gradient, a["x"], z, a["weight"], *adapter, *operands, *need),
             test_utils=UTILS,
         )

@@ -75,7 +75,7 @@ def traced(dtype: torch.dtype, trained: str, dynamic: bool = False) -> dict[str,
 
         def layer(x, weight, bias, lora_A, lora_B, alpha, channels, *cell):
             linear = LoRALinear(weight, bias, lora_A, lora_B)
-            h = backend.nas_lora_linear(x, linear, Cell.unflatten([alpha, *cell, channels]), 1.5)
+            h = backend.nas_lora_linear(x, linear, Cell(alpha, *cell, channels), 1.5)
             return h.relu()
 
         compiled = aot_function(layer, keep("forward"), keep("backward"))

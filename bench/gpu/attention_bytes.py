@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 from bench import attention, cases
 from naslora_kernels import triton
-from naslora_kernels.attention import flat_attention
 from naslora_kernels.cell import AttentionOperands
 from naslora_kernels.triton.attention import TritonAttention
 
@@ -59,9 +58,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "naslora_triton":
-            kernels = flat_attention(TritonAttention(self._launch, lambda device: CAPABILITY))
+            kernels = TritonAttention(self._launch, lambda device: CAPABILITY)
             with self:  # copies that the backend makes are launches, too
-                return kernels[func._opname](*args)
+                return getattr(kernels, func._opname)(*args)
         result = func(*args, **(kwargs or {}))
         is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
         on_device = any(leaf.is_meta for leaf in tree_leaves(result) if isinstance(leaf, Tensor))

@@ -159,17 +159,18 @@ def measure_case(
 def measure_launches(
     arguments: argparse.Namespace, case: Case, bandwidth: float, name: str, result: Result
 ) -> None:
-    """Times each launch of a layer and a cell by itself, by every backend."""
-    for backend in kernels(arguments, "layer"):
-        for work, calls in launch_times.calls(backend, case, arguments.device).items():
-            seconds = interleave(
-                {call.name: call.run for call in calls}, arguments.rounds, arguments.device
-            )
-            for call in calls:
-                row = _row(name, work, f"{backend}: {call.name}", seconds[call.name], call.bytes, 0)
-                times = timing.Times.of(seconds[call.name])
-                row["of_copy_bandwidth"] = round(call.bytes / times.p50 / bandwidth, 3)
-                result["rows"].append(row)
+    """Times each launch of a layer by ``triton`` by itself."""
+    if "triton" not in kernels(arguments, "layer"):
+        return
+    for work, calls in launch_times.calls(case, arguments.device).items():
+        seconds = interleave(
+            {call.name: call.run for call in calls}, arguments.rounds, arguments.device
+        )
+        for call in calls:
+            row = _row(name, work, f"triton: {call.name}", seconds[call.name], call.bytes, 0)
+            times = timing.Times.of(seconds[call.name])
+            row["of_copy_bandwidth"] = round(call.bytes / times.p50 / bandwidth, 3)
+            result["rows"].append(row)
 
 
 def leave_out_failing(works: dict[str, cases.Work], ours: tuple[str, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The launches of a layer and of a cell as functions, so that each can be timed by itself."""
+"""The launches of a layer by ``triton`` as functions, so that each can be timed by itself."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,7 @@ import torch
 from bench import cases
 from bench.gpu import launches, layer_bytes
 from naslora_kernels.launches import Primitives
+from naslora_kernels.triton.primitives import TritonPrimitives, capability, launch
 
 WORKS = ("layer, forward", "layer, backward, weight step")
 
@@ -28,14 +29,13 @@ class Recorder:
     def __init__(self, primitives: Primitives) -> None:
         self.calls: list[Call] = []
         self._primitives, self._counter = primitives, layer_bytes.Counter(primitives)
-        self.prepare = primitives.prepare
-        self.matrix_partials = primitives.matrix_partials
+        self.factor_partials = primitives.factor_partials
         self.cell_partials = primitives.cell_partials
 
     def __getattr__(self, primitive: str):
         compute, count = getattr(self._primitives, primitive), getattr(self._counter, primitive)
 
-        def launch(*arguments) -> None:
+        def record(*arguments) -> None:
             run = partial(compute, *arguments)
             run()
             count(*arguments)
@@ -43,25 +43,15 @@ class Recorder:
             name = f"{len(self.calls) + 1} {launched.kernel}"
             self.calls.append(Call(name, run, launched.read + launched.written))
 
-        return launch
+        return record
 
 
-def calls(backend: str, case: tuple[cases.Shape, int], device: str) -> dict[str, list[Call]]:
-    """The launches of ``WORKS`` by a backend, in bfloat16, by the name of the work."""
+def calls(case: tuple[cases.Shape, int], device: str) -> dict[str, list[Call]]:
+    """The launches of ``WORKS`` by ``triton``, in bfloat16, by the name of the work."""
     operands = launches.Operands(*case, torch.bfloat16, device)
     found = {}
     for name in WORKS:
-        recorder = Recorder(_primitives(backend))
+        recorder = Recorder(TritonPrimitives(launch, capability))
         launches.WORKS[name](recorder, operands)
         found[name] = recorder.calls
     return found
-
-
-def _primitives(backend: str) -> Primitives:
-    if backend == "cuda":
-        from naslora_kernels.cuda.primitives import CUDAPrimitives
-
-        return CUDAPrimitives()
-    from naslora_kernels.triton.primitives import TritonPrimitives, capability, launch
-
-    return TritonPrimitives(launch, capability)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from bench import cases
-from naslora_kernels.attention import AttentionKernels, AttentionNeed, SavedAttention
-from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
+from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.launches import Launches, Primitives
 from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE
-from naslora_kernels.ops import CellNeed, LayerNeed, SavedLayer
+from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.tiles import most_features
 
 
@@ -40,7 +39,7 @@ class Operands:
         )
         self.cell = Cell(
             numbers(8),
-            [numbers(c, conv.kernel, conv.kernel) for conv in CONVOLUTIONS],
+            *(numbers(c, conv.kernel, conv.kernel) for conv in CONVOLUTIONS),
             numbers(4, c, c),
             torch.arange(c, device=device),
         )
@@ -49,30 +48,31 @@ class Operands:
 
 def layer_forward(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
     """h and z."""
-    return Launches(primitives).nas_lora_linear(of.x, of.linear, of.cell, cases.SCALING)
+    return Launches(primitives).nas_lora_linear(of.x, *of.linear, *of.cell, cases.SCALING)
 
 
 def layer_backward(primitives: Primitives, of: Operands, needed: str) -> tuple[Tensor, ...]:
     """The gradients ``needed``, of x, A, B, alpha and the weights of the operations."""
-    need = LayerNeed(*(name in needed.split() for name in ("x", "A", "B", "alpha", "weights")))
-    saved = SavedLayer(of.x, of.z, of.linear, of.cell, cases.SCALING)
-    return Launches(primitives).nas_lora_linear_backward(of.grad_h, saved, need)
+    need = (name in needed.split() for name in ("x", "A", "B", "alpha", "weights"))
+    weight, _, *factors = of.linear
+    saved = (of.x, of.z, weight, *factors, *of.cell, cases.SCALING)
+    return Launches(primitives).nas_lora_linear_backward(of.grad_h, *saved, *need)
 
 
 def cell_forward(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
     """y."""
-    return (Launches(primitives).mixed_cell(of.z, of.cell),)
+    return (Launches(primitives).mixed_cell(of.z, *of.cell),)
 
 
 def cell_backward(primitives: Primitives, of: Operands, needed: str) -> tuple[Tensor, ...]:
     """The gradients ``needed``, of z, alpha and the weights of the operations."""
-    need = CellNeed(*(name in needed.split() for name in ("z", "alpha", "weights")))
-    return Launches(primitives).mixed_cell_backward(of.grad_y, of.z, of.cell, need)
+    need = (name in needed.split() for name in ("z", "alpha", "weights"))
+    return Launches(primitives).mixed_cell_backward(of.grad_y, of.z, *of.cell, *need)
 
 
 def folded_layer(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
     """h of a merged layer."""
-    return (Launches(primitives).folded_linear(of.x, of.linear, *of.folded),)
+    return (Launches(primitives).folded_linear(of.x, *of.linear, *of.folded),)
 
 
 # B, heads, (H, W), d: a global map and windows of ViT-B and ViT-H at 1024 x 1024, the global map of
@@ -90,7 +90,7 @@ ATTENTION_SHAPES: list[AttentionShape] = [
 
 
 def attention(
-    kernels: AttentionKernels, shape: AttentionShape, dtype: torch.dtype, device: str = "meta"
+    kernels: TritonAttention, shape: AttentionShape, dtype: torch.dtype, device: str = "meta"
 ) -> None:
     """Attention forward and backward with all gradients; q, k and v are of a joint projection."""
     if shape[-1] > most_features(dtype):  # then the reference computes
@@ -100,11 +100,10 @@ def attention(
     tokens = height * width
     q, k, v = maps(batch, tokens, 3, heads, features).permute(2, 0, 3, 1, 4)
     biases = (maps(batch, heads, tokens, side) for side in (height, width))
-    operands = AttentionOperands(q, k, v, *biases)
-    o, softmax = kernels.rel_pos_attention(operands, 0.125)
-    saved = SavedAttention(operands, o, softmax, 0.125)
-    need = AttentionNeed(True, True, True, True, True)
-    kernels.rel_pos_attention_backward(torch.zeros_like(o), saved, need)
+    operands = (q, k, v, *biases)
+    o, softmax = kernels.rel_pos_attention(*operands, 0.125)
+    saved = (*operands, o, softmax, 0.125)
+    kernels.rel_pos_attention_backward(torch.zeros_like(o), *saved, *[True] * 5)
 
 
 Work = Callable[[Primitives, Operands], tuple[Tensor, ...]]

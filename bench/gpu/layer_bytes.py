@@ -9,7 +9,7 @@ launches more kernels than its budget allows.
 
 import inspect
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from bench import cases
 from bench.gpu import launches
 from naslora_kernels import cuda
-from naslora_kernels.cuda.primitives import CUDAPrimitives
 from naslora_kernels.launches import Primitives
 from naslora_kernels.triton.primitives import TritonPrimitives
 
@@ -42,14 +41,26 @@ class Launch(NamedTuple):
     written: int
 
 
+class CUDASizes(TritonPrimitives):
+    """Into how many groups the CUDA kernels divide their sums."""
+
+    def row_groups(self, tokens: int) -> int:
+        return cuda._CUDA.groups(tokens, 1, 1, 1, 1)[0]
+
+    def cell_groups(self, batch: int, height: int, width: int, c: int) -> int:
+        return cuda._CUDA.groups(1, batch, height, width, c)[1]
+
+    def cell_partial_size(self, c: int) -> int:
+        return cuda._CUDA.groups(1, 1, 1, 1, c)[2]
+
+
 class Counter:
     """Primitives that compute nothing and record which bytes each would read and write."""
 
     def __init__(self, sizes: Primitives) -> None:
         self.launches: list[Launch] = []
         # The backend chooses into how many groups sums are divided.
-        self.prepare = sizes.prepare
-        self.matrix_partials, self.cell_partials = sizes.matrix_partials, sizes.cell_partials
+        self.factor_partials, self.cell_partials = sizes.factor_partials, sizes.cell_partials
 
     def __getattr__(self, primitive: str):
         signature = inspect.signature(getattr(Primitives, primitive))
@@ -89,8 +100,9 @@ def count(work: launches.Work, operands: launches.Operands, sizes: Primitives) -
 
 def backends() -> dict[str, Primitives]:
     """The backends whose grouping is known here; ``cuda`` only if its extension was built."""
-    known = {"triton": TritonPrimitives(None, lambda device: (9, 0))}
-    return known | ({"cuda": CUDAPrimitives()} if cuda.build_info() else {})
+    of_triton: tuple[Any, ...] = (None, lambda device: (9, 0))
+    known = {"triton": TritonPrimitives(*of_triton)}
+    return known | ({"cuda": CUDASizes(*of_triton)} if cuda.build_info() else {})
 
 
 def rows(backend: str, case: tuple[cases.Shape, int]) -> list[str]:

@@ -15,11 +15,6 @@ struct Cell : CellShape {
   const void* dw[4];  // (c, k, k)
   const void* pw;     // (4, c, c)
   Map z;
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(static_cast<CellShape&>(*this), alpha, dw, pw, z);
-  }
 };
 
 struct CellGradients {
@@ -27,11 +22,6 @@ struct CellGradients {
   void* alpha;  // (8,)
   void* dw[4];  // the four and pw are needed together
   void* pw;
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(z, alpha, dw, pw);
-  }
 };
 
 // y = kernel * z + avg_weight avg_pool(z) + max_weight max_pool(z), with all channels selected. A
@@ -41,13 +31,6 @@ struct FoldedCell : CellShape {
   int64_t kernel_size;  // k = 1, 3, 5, 7 or 9
   double avg_weight, max_weight;
   Map z;
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {  // z is an argument of its own
-    a.read(dtype, batch, height, width, c, kernel, kernel_size, avg_weight, max_weight);
-    rank = c;
-    channels = nullptr;
-  }
 };
 
 // product = scale x factor^T and gradient = scale u^T x, in one pass over x.
@@ -61,12 +44,6 @@ struct LowRankPass {
   const void* u;       // (T, r)
   void* gradient;      // (r, J), or null
   int64_t gradient_stride[2];
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(dtype, x, x_stride, tokens, features, rank, scale, factor, product, u, gradient,
-           gradient_stride);
-  }
 };
 
 // out = bias + scale u factor
@@ -78,11 +55,6 @@ struct LowRankExpand {
   int64_t tokens, features, rank;
   double scale;
   void* out;  // (T, J)
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(dtype, u, factor, bias, tokens, features, rank, scale, out);
-  }
 };
 
 // h = bias + (folded cell of x lora_A^T) decoder: the adapter's part of a folded layer.
@@ -95,22 +67,12 @@ struct FoldedUpdate {
   const void* bias;     // (C_out,), or null
   int64_t out_features;
   void* h;  // (T, C_out)
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(cell, x, x_stride, in_features, encoder, decoder, bias, out_features, h);
-  }
 };
 
 // A tensor (B, heads, N, features) of which the features are contiguous.
 struct Tokens {
   const void* data;
   int64_t stride[3];
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(data, stride);
-  }
 };
 
 // Attention with decomposed relative positions over a grid of N = height * width tokens.
@@ -119,11 +81,6 @@ struct Attention {
   int64_t batch, heads, height, width, dim;
   double scale;
   Tokens q, k, v, rel_h, rel_w;
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(dtype, batch, heads, height, width, dim, scale, q, k, v, rel_h, rel_w);
-  }
 };
 
 // What the backward of attention gets besides the operands, and what it writes.
@@ -132,11 +89,6 @@ struct AttentionGradients {
   const void* softmax;  // what the forward wrote
   void *q, *k, *v;      // (B, N, heads, dim)
   void *rel_h, *rel_w;  // (B, heads, N, height) and (B, heads, N, width)
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(grad_o, o, softmax, q, k, v, rel_h, rel_w);
-  }
 };
 
 // The kernels of attention. They use wider vectors than the others.
@@ -157,6 +109,7 @@ struct Kernels {
   void (*folded_update)(const FoldedUpdate&);
   const AttentionKernels* attention;
 };
+extern const Kernels* kernels;  // of the instruction set in use
 
 // Runs body on ranges that together are [0, count), on the threads of torch.
 //

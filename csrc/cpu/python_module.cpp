@@ -1,13 +1,6 @@
-// naslora_kernels._C: passes addresses and sizes from Python to the CPU kernels.
-//
-// It does not use PyTorch's C++ API: tensors come as addresses, and torch's thread pool as the
-// address of a C function. So it builds without torch, and one binary serves every torch.
-#include <cstring>
-#include <new>
-
-#include "../shared/plans.h"
-#include "../shared/python_arguments.h"
-#include "kernels.h"
+// naslora_kernels._C: registers the operators of the CPU kernels and chooses their instruction set.
+#include "attention_operators.h"
+#include "launches.h"
 
 namespace naslora {
 
@@ -16,6 +9,8 @@ namespace naslora {
 #define NASLORA_DECLARE(isa) extern const Kernels kernels_##isa;
 NASLORA_FOR_EACH_ISA(NASLORA_DECLARE)
 #undef NASLORA_DECLARE
+
+const Kernels* kernels = nullptr;
 
 namespace {
 
@@ -32,8 +27,6 @@ bool machine_has(const char* name) {
 #define NASLORA_ADDRESS(isa) &kernels_##isa,
 const Kernels* const compiled[] = {NASLORA_FOR_EACH_ISA(NASLORA_ADDRESS)};
 #undef NASLORA_ADDRESS
-
-const Kernels* kernels = nullptr;  // of the instruction set in use
 
 // torch_parallel_for of torch's stable C interface. If null, the calling thread runs everything.
 using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, TaskRange body,
@@ -91,72 +84,17 @@ void run_tasks(int64_t count, TaskRange body, void* context) {
 
 namespace {
 
-PyObject* cell_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  Cell cell;
-  void* y;
-  a.read(cell, y);
-  return compute(a, [&] { kernels->cell_forward(cell, y); });
-}
-
-PyObject* cell_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  Cell cell;
-  Map grad_y;
-  CellGradients gradients;
-  a.read(cell, grad_y, gradients);
-  return compute(a, [&] { kernels->cell_backward(cell, grad_y, gradients); });
-}
-
-PyObject* folded_cell(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  FoldedCell cell;
-  void* y;
-  a.read(cell, cell.z, y);
-  return compute(a, [&] { kernels->folded_cell(cell, y); });
-}
-
-PyObject* attention_forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  Attention attention;
-  void *o, *softmax;
-  a.read(attention, o, softmax);
-  return compute(a, [&] { kernels->attention->forward(attention, o, softmax); });
-}
-
-PyObject* attention_backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  Attention attention;
-  AttentionGradients gradients;
-  a.read(attention, gradients);
-  return compute(a, [&] { kernels->attention->backward(attention, gradients); });
-}
-
-// A method whose arguments are the fields of one struct.
-template <typename Fields, void (*Kernels::*kernel)(const Fields&)>
-PyObject* call(PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  Fields fields = {};
-  a.read(fields);
-  return compute(a, [&] { (kernels->*kernel)(fields); });
-}
-PyObject* folded_update(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return call<FoldedUpdate, &Kernels::folded_update>(values, count);
-}
-PyObject* low_rank_pass(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return call<LowRankPass, &Kernels::low_rank_pass>(values, count);
-}
-PyObject* low_rank_expand(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return call<LowRankExpand, &Kernels::low_rank_expand>(values, count);
-}
-
-PyObject* set_parallel_for(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments a(values, count);
-  void* function;
-  a.read(function);
-  if (!a.complete()) return nullptr;
-  torch_parallel_for = reinterpret_cast<TorchParallelFor>(function);
+PyObject* set_parallel_for(PyObject*, PyObject* address) {
+  torch_parallel_for = reinterpret_cast<TorchParallelFor>(PyLong_AsVoidPtr(address));
   Py_RETURN_NONE;
+}
+
+// register_operators(namespace, dispatch_key)
+PyObject* register_operators(PyObject*, PyObject* arguments) {
+  std::vector<Registration> all = operators<Launches>();
+  all.push_back({"rel_pos_attention", as_operator<rel_pos_attention>});
+  all.push_back({"rel_pos_attention_backward", as_operator<rel_pos_attention_backward>});
+  return register_all(arguments, all);
 }
 
 // capabilities() -> the compiled instruction sets that this machine has, best last
@@ -205,19 +143,10 @@ PyObject* build_info(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    NASLORA_METHOD(cell_forward),
-    NASLORA_METHOD(cell_backward),
-    NASLORA_METHOD(attention_forward),
-    NASLORA_METHOD(attention_backward),
-    NASLORA_METHOD(folded_cell),
-    NASLORA_METHOD(folded_update),
-    NASLORA_METHOD(low_rank_pass),
-    NASLORA_METHOD(low_rank_expand),
-    NASLORA_METHOD(describe),
-    NASLORA_METHOD(poison),
-    NASLORA_METHOD(run_plan),
-    NASLORA_METHOD(use_torch),
-    NASLORA_METHOD(set_parallel_for),
+    {"use_torch", use_torch, METH_O, nullptr},
+    {"register_operators", register_operators, METH_VARARGS, nullptr},
+    {"poison", poison, METH_O, nullptr},
+    {"set_parallel_for", set_parallel_for, METH_O, nullptr},
     {"capabilities", capabilities, METH_NOARGS, nullptr},
     {"use_capability", use_capability, METH_O, nullptr},
     {"build_info", build_info, METH_NOARGS, nullptr},

@@ -77,6 +77,7 @@ struct Launch {
   size_t shared_bytes;
 };
 inline std::vector<Launch> launches;  // since Python last read them
+inline bool idle = false;             // whether launches do nothing, to time what is around them
 
 struct Group {  // a block or a warp
   int size, arrived, ended;
@@ -210,6 +211,7 @@ inline cudaError_t launch(const char* name, std::function<void()> kernel, dim3 g
   if (!grid.x || !grid.y || block_threads < 1 || block_threads > kMostThreads)
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > kMostShared) return cudaErrorInvalidValue;
+  if (idle) return cudaSuccess;
   const std::lock_guard<std::mutex> lock(busy);
   launches.push_back({name, grid.x, grid.y, block_threads, shared_bytes});
   if (threads.empty()) threads = std::vector<Thread>(kMostThreads);

@@ -14,21 +14,11 @@ namespace naslora {
 struct Parameter {
   void* data;
   Dtype dtype;
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(data, dtype);
-  }
 };
 
 struct Stream {
   int device;
   void* handle;
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(device, handle);
-  }
 };
 
 struct Cell : CellShape {
@@ -36,11 +26,6 @@ struct Cell : CellShape {
   Parameter alpha;  // (8,)
   Parameter dw[4];  // (c, k, k)
   Parameter pw;     // (4, c, c)
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(static_cast<CellShape&>(*this), z, alpha, dw, pw);
-  }
 };
 
 // y (B, H, W, r) of the mixed cell.
@@ -58,11 +43,6 @@ struct FoldedCell : CellShape {
   Parameter kernel;     // (c, c, k, k) as [out, in, row, column]
   int64_t kernel_size;  // k = 1, 3, 5, 7 or 9
   double avg_weight, max_weight;
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(static_cast<CellShape&>(*this), z, kernel, kernel_size, avg_weight, max_weight);
-  }
 };
 void folded_cell_forward(const Stream&, const FoldedCell&, void* y);
 
@@ -77,12 +57,6 @@ struct LowRankPass {
   double scale;
   void* product;   // (T, r), or null
   void* partials;  // (token_groups, r, J), or null
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(dtype, x, x_stride, tokens, features, rank, factor, factor_stride, u, scale, product,
-           partials);
-  }
 };
 void low_rank_pass(const Stream&, const LowRankPass&);
 int64_t token_groups(int64_t tokens);
@@ -97,11 +71,6 @@ struct LowRankExpand {
   Parameter bias;  // (J,), or none
   double scale;
   void* out;  // (T, J)
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(dtype, u, tokens, features, rank, factor, factor_stride, bias, scale, out);
-  }
 };
 void low_rank_expand(const Stream&, const LowRankExpand&);
 
@@ -117,19 +86,8 @@ struct Reduction {
     int64_t groups, rank, features;
     const void* partials;  // (groups, r, J)
     Parameter gradient;
-
-    template <typename Arguments>
-    void read_from(Arguments& a) {
-      a.read(groups, rank, features, partials, gradient);
-    }
   };
   LowRank A, B;  // the gradient of A is (r, J), that of B is transposed: (J, r)
-
-  template <typename Arguments>
-  void read_from(Arguments& a) {
-    a.read(float64, cell_groups, c, cell_partials, alpha, dw, pw, grad_alpha, grad_dw, grad_pw, A,
-           B);
-  }
 };
 void reduce_gradients(const Stream&, const Reduction&);
 

@@ -241,8 +241,7 @@ class NASLoRALinear(AdaptedLinear):
             prefix, tokens = self._split(x)
             y = F.linear(tokens, self.lora_A.to(tokens.dtype))
             if isinstance(self.cell, LinearCell) and self.alpha is not None:
-                alpha, *depthwise, pw = self.cell.arguments(self.alpha)
-                cell = CellTensors(alpha, depthwise, pw, self._selected_channels())
+                cell = CellTensors(*self.cell.arguments(self.alpha), self._selected_channels())
                 y = reference.mixed_cell(y, cell)
             elif self.cell is not None:
                 y = self.cell(y, self.alpha, self._selected_channels())

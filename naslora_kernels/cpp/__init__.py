@@ -2,8 +2,7 @@
 
 import functools
 
-from naslora_kernels.attention import attention_entry_point, define_attention
-from naslora_kernels.cpp.attention import CPUAttention
+from naslora_kernels.attention import attend, define_attention
 from naslora_kernels.cpp.extension import (
     _C,
     CAPABILITY_VARIABLE,
@@ -11,9 +10,7 @@ from naslora_kernels.cpp.extension import (
     instruction_set,
     unavailable_reason,
 )
-from naslora_kernels.cpp.primitives import CPULaunches
-from naslora_kernels.ops import define_operators, entry_points, unsupported
-from naslora_kernels.plans import plan_runner
+from naslora_kernels.ops import define, functions, unsupported
 
 __all__ = [
     "CAPABILITY_VARIABLE",
@@ -29,12 +26,10 @@ __all__ = [
     "unsupported_reason",
 ]
 
-mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("cpp")
-rel_pos_attention = attention_entry_point("cpp")
+mixed_cell, nas_lora_linear, folded_cell, folded_linear = functions("cpp")
+rel_pos_attention = functools.partial(attend, "cpp")
 unsupported_reason = functools.partial(unsupported, "cpu")
 
 if _C is not None:
-    _libraries = (
-        define_operators("cpp", CPULaunches(), "CPU", plan_runner(_C), CPULaunches),
-        define_attention("cpp", CPUAttention(), "CPU"),
-    )
+    _libraries = define("cpp"), define_attention("cpp")
+    _C.register_operators("naslora_cpp", "CPU")

@@ -1,17 +1,18 @@
 """Loads the C++ extension ``naslora_kernels._C`` and says how it was built and how it runs.
 
-The extension is plain C++ over addresses, so it depends on no version of torch. When it is loaded,
-it gets torch's own thread pool, so it runs on as many threads as ``torch.set_num_threads`` says. It
-computes with the best instruction set of this processor, or the one that NASLORA_CPU_CAPABILITY
-names.
+The extension gets functions of torch's stable C interface as addresses, so it depends on no version
+of torch. It runs on torch's threads, so on as many as ``torch.set_num_threads`` says. It computes
+with the best instruction set of this processor, or the one that NASLORA_CPU_CAPABILITY names.
 """
 
 import os
 
-from naslora_kernels.tensors import address_of_function
+from naslora_kernels.tensors import address_of_function, use_torch
 
 try:
     from naslora_kernels import _C  # type: ignore[attr-defined]
+
+    use_torch(_C)
 except ImportError as error:
     _C = None
     _import_error = error
@@ -50,19 +51,11 @@ def build_info() -> dict[str, object]:
         "compiler": compiler,
         "architectures": compiled,
         "instruction_set": instruction_set(),
-        "shares_torch_threads": bool(_torch_parallel_for()),
+        "shares_torch_threads": bool(address_of_function("torch_parallel_for")),
     }
 
 
-def _torch_parallel_for() -> int:
-    """Returns the address of the C function that runs work on torch's threads, or 0."""
-    try:
-        return address_of_function("torch_parallel_for")
-    except (AttributeError, OSError):
-        return 0
-
-
 if _C is not None:
-    _C.set_parallel_for(_torch_parallel_for())
+    _C.set_parallel_for(address_of_function("torch_parallel_for"))
     if instruction_set():
         _C.use_capability(instruction_set())

@@ -11,10 +11,7 @@ from naslora_kernels.cuda.extension import (
     build_info,
     unavailable_reason,
 )
-from naslora_kernels.cuda.primitives import CUDAPrimitives, stream
-from naslora_kernels.launches import register
-from naslora_kernels.ops import entry_points, unsupported
-from naslora_kernels.plans import plan_runner
+from naslora_kernels.ops import define, functions, unsupported
 
 __all__ = [
     "EMULATION_VARIABLE",
@@ -30,8 +27,9 @@ __all__ = [
     "unsupported_reason",
 ]
 
-mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("cuda")
+mixed_cell, nas_lora_linear, folded_cell, folded_linear = functions("cuda")
 unsupported_reason = functools.partial(unsupported, SERVED_DEVICE)
 
 if _CUDA is not None:
-    _library = register("cuda", CUDAPrimitives(), None, plan_runner(_CUDA), CUDAPrimitives, stream)
+    _library = define("cuda")
+    _CUDA.register_operators("naslora_cuda", SERVED_DEVICE.upper())

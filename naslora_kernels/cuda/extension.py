@@ -1,6 +1,7 @@
 """Loads the CUDA extension ``naslora_kernels._CUDA`` and says which cards it serves.
 
-The extension is CUDA C++ over addresses and streams, so it depends on no version of torch.
+The extension gets functions of torch's stable C interface as addresses, so it depends on no version
+of torch.
 
 Tests run without a GPU: NASLORA_CUDA_EMULATION names an extension that is built from the same
 sources for the CPU (``python tests/cuda_emulation.py``). It computes on CPU tensors, slowly.
@@ -14,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from naslora_kernels.tensors import use_torch
 
 EMULATION_VARIABLE = "NASLORA_CUDA_EMULATION"
 EMULATION = os.environ.get(EMULATION_VARIABLE)  # the file of the emulation, if there is one
@@ -35,6 +38,7 @@ try:
         _CUDA: Any = _load_emulation(EMULATION)
     else:
         from naslora_kernels import _CUDA  # type: ignore[attr-defined,no-redef]
+    use_torch(_CUDA)
 except ImportError as error:
     _CUDA = None
     _import_error = error

@@ -9,9 +9,9 @@ import importlib.util
 
 import torch
 
-from naslora_kernels.attention import attention_entry_point, define_attention
+from naslora_kernels.attention import attend, define_attention
 from naslora_kernels.launches import register
-from naslora_kernels.ops import entry_points, unsupported
+from naslora_kernels.ops import functions, unsupported
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives, capability, launch, trace
 from naslora_kernels.triton.tiles import INTERPRETED
@@ -33,9 +33,10 @@ def unavailable_reason() -> str | None:
 
 
 unsupported_reason = functools.partial(unsupported, "cpu" if INTERPRETED else "cuda")
-mixed_cell, nas_lora_linear, folded_cell, folded_linear = entry_points("triton")
-rel_pos_attention = attention_entry_point("triton")
+mixed_cell, nas_lora_linear, folded_cell, folded_linear = functions("triton")
+rel_pos_attention = functools.partial(attend, "triton")
 
+_attention = TritonAttention(launch, capability)
 _libraries = (
     register(
         "triton",
@@ -43,5 +44,11 @@ _libraries = (
         # Only compiled kernels can be traced.
         traced=None if INTERPRETED else TritonPrimitives(trace, capability),
     ),
-    define_attention("triton", TritonAttention(launch, capability), "CompositeExplicitAutograd"),
+    define_attention(
+        "triton",
+        {
+            "rel_pos_attention": _attention.rel_pos_attention,
+            "rel_pos_attention_backward": _attention.rel_pos_attention_backward,
+        },
+    ),
 )

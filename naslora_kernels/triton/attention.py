@@ -4,6 +4,7 @@ Triton is imported with the first launch.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,11 @@ class TritonAttention:
         self._launch = launch
         self._capability = capability
 
-    def rel_pos_attention(self, operands: AttentionOperands, scale: float) -> tuple[Tensor, Tensor]:
+    def rel_pos_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Computes the operator on the arguments of its schema."""
         from naslora_kernels.triton.attention_forward import attention_forward_kernel
 
+        operands, scale = AttentionOperands(*arguments[:5]), arguments[5]
         o, softmax = empty_results(operands)
         operands = AttentionOperands(*map(with_contiguous_features, operands))
         if o.numel():
@@ -53,9 +56,10 @@ class TritonAttention:
             )
         return o, softmax
 
-    def rel_pos_attention_backward(
-        self, grad_o: Tensor, saved: SavedAttention, need: AttentionNeed
-    ) -> tuple[Tensor, ...]:
+    def rel_pos_attention_backward(self, grad_o: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        """Computes the operator on the arguments of its schema."""
+        saved = SavedAttention(AttentionOperands(*arguments[:5]), *arguments[5:8])
+        need = AttentionNeed(*arguments[8:])
         check_saved_attention(grad_o, saved)
         gradients = empty_gradients(saved.operands, need)
         if not grad_o.numel() or not any(need):

@@ -9,7 +9,7 @@ from naslora_kernels.triton.arithmetic import dot, rounded, whole, widened
 @triton.jit
 def low_rank_pass_kernel(
     rows_ptr,
-    matrix_ptr,
+    factor_ptr,
     u_ptr,
     product_ptr,
     partials_ptr,
@@ -18,14 +18,14 @@ def low_rank_pass_kernel(
     tokens,
     columns,
     row_stride,
-    matrix_stride_r,
-    matrix_stride_c,
+    factor_stride_r,
+    factor_stride_c,
     span,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """product = scale rows matrix^T and partials[group] = scale u^T rows; either may be None.
+    """product = scale rows factor^T and partials[group] = scale u^T rows; either may be None.
 
     Program (g, s) takes ROWS rows and ``span`` columns. If there is a product, ``span`` is all
     columns. This kernel is for few ranks: a thread keeps its terms of the product for each rank and
@@ -35,7 +35,7 @@ def low_rank_pass_kernel(
     """
     DTYPE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = whole(scale, scale_rest, DTYPE)
-    matrix_stride_r = tl.cast(matrix_stride_r, tl.int64)
+    factor_stride_r = tl.cast(factor_stride_r, tl.int64)
     group = tl.program_id(0).to(tl.int64)
     row = group * ROWS + tl.arange(0, ROWS)  # (ROWS,)
     in_rows = row < tokens
@@ -54,10 +54,10 @@ def low_rank_pass_kernel(
         mask = in_rows[:, None] & in_columns[None, :]
         values = tl.load(rows_ptr + column[None, :], mask=mask, other=0.0).to(DTYPE)
         if product_ptr is not None:
-            at = matrix_ptr + column.to(tl.int64) * matrix_stride_c
+            at = factor_ptr + column.to(tl.int64) * factor_stride_c
             new_sums = ()
             for k in tl.static_range(RANK):
-                weights = tl.load(at + k * matrix_stride_r, mask=in_columns, other=0.0).to(DTYPE)
+                weights = tl.load(at + k * factor_stride_r, mask=in_columns, other=0.0).to(DTYPE)
                 new_sums = new_sums + (sums[k] + values * weights[None, :],)
             sums = new_sums
         if partials_ptr is not None:
@@ -73,7 +73,7 @@ def low_rank_pass_kernel(
 @triton.jit
 def low_rank_pass_dot_kernel(
     rows_ptr,
-    matrix_ptr,
+    factor_ptr,
     u_ptr,
     product_ptr,
     partials_ptr,
@@ -82,8 +82,8 @@ def low_rank_pass_dot_kernel(
     tokens,
     columns,
     row_stride,
-    matrix_stride_r,
-    matrix_stride_c,
+    factor_stride_r,
+    factor_stride_c,
     span,
     RANK: tl.constexpr,
     LANES: tl.constexpr,
@@ -101,7 +101,7 @@ def low_rank_pass_dot_kernel(
     """
     DTYPE: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = whole(scale, scale_rest, DTYPE)
-    matrix_stride_r = tl.cast(matrix_stride_r, tl.int64)
+    factor_stride_r = tl.cast(factor_stride_r, tl.int64)
     group = tl.program_id(0).to(tl.int64)
     row = group * (ROWS * STEPS) + tl.arange(0, ROWS)
     rank = tl.arange(0, LANES)
@@ -121,9 +121,9 @@ def low_rank_pass_dot_kernel(
         column = start + tl.arange(0, COLUMNS)
         in_columns = column < columns
         if product_ptr is not None:
-            at = matrix_ptr + column[:, None].to(tl.int64) * matrix_stride_c
+            at = factor_ptr + column[:, None].to(tl.int64) * factor_stride_c
             mask = in_columns[:, None] & in_ranks[None, :]
-            weights = tl.load(at + rank[None, :] * matrix_stride_r, mask=mask, other=0.0)
+            weights = tl.load(at + rank[None, :] * factor_stride_r, mask=mask, other=0.0)
             weights = widened(weights) if WIDEN else weights
         if partials_ptr is not None:
             total = tl.zeros((LANES, COLUMNS), DTYPE)
@@ -153,21 +153,21 @@ def low_rank_pass_dot_kernel(
 @triton.jit
 def low_rank_expand_kernel(
     u_ptr,
-    matrix_ptr,
+    factor_ptr,
     bias_ptr,
     out_ptr,
     scale,
     scale_rest,
     tokens,
     columns,
-    matrix_stride_r,
-    matrix_stride_c,
+    factor_stride_r,
+    factor_stride_c,
     RANK: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """out = bias + scale u matrix, on a tile of ROWS x COLUMNS, BLOCK ranks at a time.
+    """out = bias + scale u factor, on a tile of ROWS x COLUMNS, BLOCK ranks at a time.
 
     BLOCK divides RANK.
     """
@@ -175,14 +175,14 @@ def low_rank_expand_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_rows, in_columns = row < tokens, column < columns
-    matrix_ptr += column.to(tl.int64) * matrix_stride_c
-    matrix_stride_r = tl.cast(matrix_stride_r, tl.int64)
+    factor_ptr += column.to(tl.int64) * factor_stride_c
+    factor_stride_r = tl.cast(factor_stride_r, tl.int64)
     out = tl.zeros((ROWS, COLUMNS), DTYPE)
     for first in range(0, RANK, BLOCK):
         for j in tl.static_range(BLOCK):
             k = first + j
             u = tl.load(u_ptr + row * RANK + k, mask=in_rows, other=0.0).to(DTYPE)
-            weights = tl.load(matrix_ptr + k * matrix_stride_r, mask=in_columns, other=0.0)
+            weights = tl.load(factor_ptr + k * factor_stride_r, mask=in_columns, other=0.0)
             out += u[:, None] * weights.to(DTYPE)[None, :]
     out *= whole(scale, scale_rest, DTYPE)
     if bias_ptr is not None:
@@ -195,15 +195,15 @@ def low_rank_expand_kernel(
 @triton.jit
 def low_rank_expand_dot_kernel(
     u_ptr,
-    matrix_ptr,
+    factor_ptr,
     bias_ptr,
     out_ptr,
     scale,
     scale_rest,
     tokens,
     columns,
-    matrix_stride_r,
-    matrix_stride_c,
+    factor_stride_r,
+    factor_stride_c,
     RANK: tl.constexpr,
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -219,8 +219,8 @@ def low_rank_expand_dot_kernel(
     in_rows, in_columns, in_ranks = row < tokens, column < columns, rank < RANK
     mask = in_rows[:, None] & in_ranks[None, :]
     u = tl.load(u_ptr + row[:, None] * RANK + rank[None, :], mask=mask, other=0.0)
-    at = matrix_ptr + rank[:, None] * tl.cast(matrix_stride_r, tl.int64)
-    at += column[None, :].to(tl.int64) * matrix_stride_c
+    at = factor_ptr + rank[:, None] * tl.cast(factor_stride_r, tl.int64)
+    at += column[None, :].to(tl.int64) * factor_stride_c
     weights = tl.load(at, mask=in_ranks[:, None] & in_columns[None, :], other=0.0)
     out = dot(u, weights, tl.float32) * whole(scale, scale_rest, tl.float32)
     if bias_ptr is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from naslora_kernels.cell import Cell
-from naslora_kernels.launches import CellPartials, CellSums, GPUPrimitives, MatrixSums, Maybe
+from naslora_kernels.launches import CellSums, FactorSums, Maybe, Primitives
 from naslora_kernels.tensors import last_size
 from naslora_kernels.triton.partial_sums import partial_sums
 from naslora_kernels.triton.tiles import (
@@ -25,7 +25,7 @@ from naslora_kernels.triton.tiles import (
 )
 
 
-class TritonPrimitives(GPUPrimitives):
+class TritonPrimitives(Primitives):
     """The primitives of ``naslora_kernels/launches.py``, which documents them."""
 
     def __init__(
@@ -43,7 +43,7 @@ class TritonPrimitives(GPUPrimitives):
         self._capability = capability
 
     def low_rank_pass(
-        self, rows: Tensor, matrix: Maybe, u: Maybe, scale: float, product: Maybe, partials: Maybe
+        self, rows: Tensor, factor: Maybe, u: Maybe, scale: float, product: Maybe, partials: Maybe
     ) -> None:
         from naslora_kernels.triton.low_rank import low_rank_pass_dot_kernel, low_rank_pass_kernel
 
@@ -55,11 +55,11 @@ class TritonPrimitives(GPUPrimitives):
             spans = max(1, min(528 // groups, -(-columns // tiles.columns)))
             span = -(-columns // (spans * tiles.columns)) * tiles.columns
         by_dot = "LANES" in tiles.constants
-        strides = (rows.stride(0), *((0, 0) if matrix is None else matrix.stride()))
+        strides = (rows.stride(0), *((0, 0) if factor is None else factor.stride()))
         self._launch(
             low_rank_pass_dot_kernel if by_dot else low_rank_pass_kernel,
             (groups, -(-columns // span)),
-            *(rows, matrix, u, product, partials, *in_two(scale)),
+            *(rows, factor, u, product, partials, *in_two(scale)),
             *(tokens, columns, *strides, span),
             **tiles.constants,
             num_warps=tiles.num_warps,
@@ -68,7 +68,7 @@ class TritonPrimitives(GPUPrimitives):
         )
 
     def low_rank_expand(
-        self, u: Tensor, matrix: Tensor, bias: Maybe, scale: float, out: Tensor
+        self, u: Tensor, factor: Tensor, bias: Maybe, scale: float, out: Tensor
     ) -> None:
         from naslora_kernels.triton.low_rank import (
             low_rank_expand_dot_kernel,
@@ -81,7 +81,7 @@ class TritonPrimitives(GPUPrimitives):
         self._launch(
             low_rank_expand_dot_kernel if by_dot else low_rank_expand_kernel,
             (-(-tokens // tiles["ROWS"]), -(-columns // tiles["COLUMNS"])),
-            *(u, matrix, bias, out, *in_two(scale), tokens, columns, *matrix.stride()),
+            *(u, factor, bias, out, *in_two(scale), tokens, columns, *factor.stride()),
             **tiles,
             num_warps=4,
             **(ALL_REGISTERS if out.dtype == torch.float64 else {}),
@@ -95,14 +95,14 @@ class TritonPrimitives(GPUPrimitives):
         self._launch(
             cell_forward_kernel,
             (-(-pixels // tiles.pixels),),
-            *(z, *cell.flatten(), y, pixels, *z.shape[1:], *z.stride()),
+            *(z, *cell, y, pixels, *z.shape[1:], *z.stride()),
             **_constants(c, z.shape[-1]),
             PIXELS=tiles.pixels,
             num_warps=tiles.num_warps,
         )
 
     def cell_backward(
-        self, grad_y: Tensor, z: Tensor, cell: Cell, grad_z: Maybe, partials: CellPartials
+        self, grad_y: Tensor, z: Tensor, cell: Cell, grad_z: Maybe, partials: Maybe
     ) -> None:
         from naslora_kernels.triton.cell_backward import cell_backward_kernel
 
@@ -113,7 +113,7 @@ class TritonPrimitives(GPUPrimitives):
         self._launch(
             cell_backward_kernel,
             (map_programs + sum_programs,),
-            *(grad_y, z, *cell.flatten(), grad_z, partials),
+            *(grad_y, z, *cell, grad_z, partials),
             *(pixels, *z.shape[1:], *grad_y.stride(), *z.stride(), map_programs),
             **_constants(c, z.shape[-1]),
             **{"PIXELS": tiles.pixels, "BLOCK": tiles.block, "BLOCKS": tiles.blocks},
@@ -124,7 +124,7 @@ class TritonPrimitives(GPUPrimitives):
         )
 
     def folded_cell_forward(
-        self, z: Tensor, kernel: Tensor, average: float, maximum: float, y: Tensor
+        self, z: Tensor, kernel: Tensor, avg_weight: float, max_weight: float, y: Tensor
     ) -> None:
         from naslora_kernels.triton.folded import folded_cell_kernel
 
@@ -133,16 +133,16 @@ class TritonPrimitives(GPUPrimitives):
         self._launch(
             folded_cell_kernel,
             (-(-pixels // tiles.pixels),),
-            *(z, kernel, y, *in_two(average), *in_two(maximum)),
+            *(z, kernel, y, *in_two(avg_weight), *in_two(max_weight)),
             *(pixels, *z.shape[1:3], *z.stride()),
-            **{"AVERAGE": average != 0, "MAXIMUM": maximum != 0, "SIZE": kernel.shape[-1]},
+            **{"AVERAGE": avg_weight != 0, "MAXIMUM": max_weight != 0, "SIZE": kernel.shape[-1]},
             **{"CHANNELS": c, "LANES": tiles.lanes, "PIXELS": tiles.pixels},
             num_warps=tiles.num_warps,
             **(ALL_REGISTERS if z.dtype == torch.float64 else {}),
         )
 
     def reduce_gradients(
-        self, cell: Cell, sums: CellSums | None, A: MatrixSums | None, B: MatrixSums | None
+        self, cell: Cell, sums: CellSums | None, A: FactorSums | None, B: FactorSums | None
     ) -> None:
         from naslora_kernels.triton.gradients import reduce_gradients_kernel
 
