@@ -30,7 +30,9 @@ FOREIGN_OPTIONS = {"--benchmark-disable", "--nproc-per-node"}
 FLOORS = {
     "naslora": (
         {"errors"},
-        {"files", "locks", "settings", "state_dicts"},
+        {"settings", "state_dicts"},
+        {"files"},
+        {"locks"},
         {"records", "adapter"},
         {"methods", "sam", "data", "metrics", "results"},
         {"report", "integrations"},
