@@ -1,4 +1,7 @@
-"""The command line, ``naslora COMMAND``: each command is a function of this file."""
+"""The command line, ``naslora COMMAND``: each command is a function of this file.
+
+A command imports the modules that run it, so that help and short commands import none of them.
+"""
 
 import contextlib
 import functools
@@ -16,29 +19,27 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from naslora import prediction, trained
 from naslora.adapter.merge_report import MergeMode
+from naslora.choices import (
+    CALIBRATION_IMAGES,
+    DEMO_EPOCHS,
+    OVERLAP,
+    AblationName,
+    Format,
+    Part,
+    TileSize,
+    Tracker,
+)
 from naslora.errors import LostProcessError, UserError, one_line, printable
 from naslora.exits import fail, flush_results, refusal, signals
 from naslora.locks import locked
 from naslora.methods import MethodName
 from naslora.records import to_json
-from naslora.report.sections.scores import metric_table
 from naslora.results import REPORT, RunResult
-from naslora.sam.export import Format, Part
 from naslora.sam.shipped import describe_shipped
-from naslora.study import analysis
-from naslora.study import compare as studies
-from naslora.study.rows import AblationName
-from naslora.training import demo as demo_run
-from naslora.training import run
 from naslora.training.recipe import load_recipe
 from naslora.training.run_config import Resolution, RunConfig
-from naslora.training.run_data import CALIBRATION_IMAGES
-from naslora.training.trackers import Tracker
 from naslora_kernels import available_backends, build_info
 
 Flat = tyro.conf.OmitArgPrefixes
@@ -172,7 +173,7 @@ def _parser_message(text: str) -> str:
 
 def demo(
     output: Annotated[Path, OUTPUT],
-    epochs: Annotated[int, tyro.conf.arg(help="Epochs of training.")] = demo_run.EPOCHS,
+    epochs: Annotated[int, tyro.conf.arg(help="Epochs of training.")] = DEMO_EPOCHS,
     seed: Annotated[int, tyro.conf.arg(help="Seed of the run.")] = 0,
     resume: Annotated[bool, RESUME] = False,
     random: Annotated[
@@ -180,7 +181,9 @@ def demo(
     ] = False,
 ) -> None:
     """Segment grey and white matter of the MNI152 brain: train, test, merge, report."""
-    _summarise(demo_run.run_demo(output, epochs, seed, resume, random), output)
+    from naslora.training.demo import run_demo
+
+    _summarise(run_demo(output, epochs, seed, resume, random), output)
 
 
 def train(
@@ -193,6 +196,8 @@ def train(
     ] = ("tensorboard",),
 ) -> None:
     """Fine-tune SAM on your images, then test, merge and report."""
+    from naslora.training import run
+
     _summarise(run.train(config, output, resume, tracker), output)
 
 
@@ -206,6 +211,8 @@ def compare(
     ] = False,
 ) -> None:
     """Train several methods under one recipe; write tables and a report of quality and cost."""
+    from naslora.study import compare as studies
+
     with locked(output):
         studies.compare(config, methods, seeds, output, resume)
     print(f"look at {output / 'report.html'}")
@@ -226,6 +233,8 @@ def ablate(
     ] = False,
 ) -> None:
     """Vary operations, rank, blocks, the start of alpha or the channel ratio; write the table."""
+    from naslora.study import compare as studies
+
     with locked(output):
         table = studies.ablate(name, config, seeds, output, resume)
     print(table, end="")
@@ -245,6 +254,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Print a model's metrics on a split as JSON."""
+    from naslora import trained
+
     scores = trained.evaluate_run(path, split, data, resolution)
     print(json.dumps(to_json(scores), indent=2))
 
@@ -259,6 +270,8 @@ def analyse(
     images: Annotated[int, tyro.conf.arg(help="Test images to measure encoders on.")] = 100,
 ) -> None:
     """Compare a run's encoder with the frozen one and a random one; show convergence by seed."""
+    from naslora.study import analysis
+
     with locked(output, folder=False):
         analysis.analyse(runs, output, images)
     print(f"look at {output / 'report.html'}")
@@ -283,7 +296,7 @@ def predict(
         ),
     ] = False,
     tiles: Annotated[
-        prediction.TileSize | None,
+        TileSize | None,
         tyro.conf.arg(
             help="Side of overlapping tiles, in an image's pixels, for large images; auto takes "
             "the windows of --crop, or else --image-size. Without it images are segmented whole."
@@ -291,13 +304,15 @@ def predict(
     ] = None,
     overlap: Annotated[
         float, tyro.conf.arg(help="Share of a tile that neighbours have in common, at most 0.5.")
-    ] = prediction.OVERLAP,
+    ] = OVERLAP,
     trust: Annotated[
         bool,
         tyro.conf.arg(help="Load a .pt2 file, although it can run any code on this machine."),
     ] = False,
 ) -> None:
     """Segment images; write a mask and an overlay for each."""
+    from naslora import prediction
+
     errors: list[UserError] = []
     on_error = errors.append if skip_errors else None
     written = prediction.predict_run(path, inputs, output, on_error, tiles, overlap, trust)
@@ -327,6 +342,8 @@ def merge(
     ] = CALIBRATION_IMAGES,
 ) -> None:
     """Fold the trained adapters into the weights and write the model."""
+    from naslora import trained
+
     report, scores = trained.merge_run(path, mode, output, max_error, images)
     print(report)
     before, after = scores.before.dice, scores.after.dice
@@ -355,6 +372,8 @@ def export(
     ] = "model",
 ) -> None:
     """Write a merged model for another runtime."""
+    from naslora import trained
+
     trained.export_run(path, format, output, part)
     print(f"wrote {output}")
 
@@ -371,6 +390,11 @@ def info() -> None:
 
 def _summarise(result: RunResult, output: Path) -> None:
     """Prints the scores of a finished run, and the path of its report."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from naslora.report.sections.scores import metric_table
+
     if os.environ.get("RANK", "0") != "0" or result.test is None or result.kept_epoch is None:
         return
     table = Table("test images", "Dice", "IoU", "accuracy")

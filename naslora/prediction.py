@@ -6,7 +6,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from naslora.choices import OVERLAP, TileSize
 from naslora.data.dataset import resize_image
 from naslora.data.geotiff import read_georeference, write_geotiff
 from naslora.data.images import Sample, large_images, open_image, read_image
@@ -35,7 +35,6 @@ from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
 from naslora.training.run_data import check_with_progress, scaling_of, tiles_of
 
 MASK_ENDING, OVERLAY_ENDING, GEOTIFF_ENDING = "_mask.png", "_overlay.png", "_mask.tif"
-OVERLAP = Tiles(1).overlap
 _SOFTWARE = "naslora predict"
 """The program's name in the files that ``predict_run`` writes, by which it knows them."""
 _SOFTWARE_TAG = 305
@@ -43,8 +42,6 @@ _SOFTWARE_TAG = 305
 
 LABELLED_ROWS = 64
 """Rows of a class map that become labels at once, because labels have 8 bytes at first."""
-
-TileSize = Literal["auto"] | int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from naslora.adapter.merged_files import (
     merged_state,
     read_merged,
 )
+from naslora.choices import CALIBRATION_IMAGES, Format, Part
 from naslora.data.contents import warnings_about
 from naslora.data.images import Sample
 from naslora.errors import UserError, warn
@@ -34,7 +35,7 @@ from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import write_record
 from naslora.results import CONFIG, SplitScores, adapter_folder
-from naslora.sam.export import Description, Format, Part, export
+from naslora.sam.export import Description, export
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
 from naslora.training.accelerator import make_accelerator
@@ -42,7 +43,6 @@ from naslora.training.evaluation import evaluate
 from naslora.training.resolve import read_config, resolve
 from naslora.training.run_config import Resolution, RunConfig
 from naslora.training.run_data import (
-    CALIBRATION_IMAGES,
     calibration,
     check_with_progress,
     find_splits,

@@ -29,7 +29,7 @@ FOREIGN_OPTIONS = {"--benchmark-disable", "--nproc-per-node"}
 # The rooms of docs/architecture.md, from the ground floor up. A room may import from lower floors.
 FLOORS = {
     "naslora": (
-        {"errors"},
+        {"errors", "choices"},
         {"settings", "state_dicts"},
         {"files"},
         {"locks"},

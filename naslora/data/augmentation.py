@@ -4,7 +4,7 @@ Every choice is a pure function of the seed, the epoch and the index of the samp
 random state stays as it is.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +12,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from naslora.choices import Augment
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import AUGMENT, CROP, seeded_generator
 from naslora.data.tiles import Box
-
-Augment = Literal["none", "flip", "medical", "natural"]
-"""Which changes training images get. docs/data.md lists them with their strengths."""
 
 # What a rotation brings in from outside is black, and no pixel with a known class.
 _OUTSIDE = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}

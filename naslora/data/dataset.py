@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional as transforms
 
-from naslora.data.augmentation import Augment, Augmentation, Crop, draw_window
+from naslora.choices import Augment
+from naslora.data.augmentation import Augmentation, Crop, draw_window
 from naslora.data.cache import Cache
 from naslora.data.images import (
     Annotation,

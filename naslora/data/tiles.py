@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from naslora.choices import OVERLAP
 from naslora.errors import UserError
 
 PATCH = 16
@@ -38,13 +39,13 @@ class Tiles(NamedTuple):
 
     size: int
     """Side of a tile in the image's own pixels. A shorter side of an image is taken whole."""
-    overlap: float = 0.25
+    overlap: float = OVERLAP
     """Share of a tile's side that neighbours have in common at least, in [0, 0.5]."""
     step: int = 1
     """Tiles start at multiples of it, in pixels, except for the last of a row or a column."""
 
 
-def fit_tiles(size: int, image_size: int, overlap: float = 0.25) -> Tiles:
+def fit_tiles(size: int, image_size: int, overlap: float = OVERLAP) -> Tiles:
     """Makes tiles that start where a patch of the encoder starts.
 
     So the encoder cuts a tile into the same patches as its neighbours, and as the whole image. SAM

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from naslora.errors import UserError
 from naslora.sam.decoder import EMBED_DIM
 from naslora.sam.families import MODELS, find_family
-from naslora.sam.families.sam import VITS, ViT
 from naslora.sam.family import PATCH_SIZE
+from naslora.sam.vits import VITS, ViT
 
 __all__ = [
     "EMBED_DIM",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from naslora.adapter.modules import adapter_layers
+from naslora.choices import Format, Part
 from naslora.errors import UserError
 from naslora.files import (
     CHECKSUM,
@@ -41,8 +42,6 @@ from naslora.sam.segmentation import SamForSegmentation, build_model
 
 # ---- What a file contains ------------------------------------------------------------------------
 
-Format = Literal["onnx", "safetensors", "torch-export", "huggingface"]
-Part = Literal["model", "encoder"]
 SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
 """The endings of files; format huggingface writes a folder."""
 KEY = "naslora"

@@ -1,15 +1,16 @@
 """The training loss, lambda_seg (BCE + Dice) + lambda_cls CE (paper, Eq. 4 and 8-10)."""
 
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from naslora.sam.segmentation import SegmentationOutput
+from naslora.choices import ClassLoss
 
-ClassLoss = Literal["pixel", "matching"]
+if TYPE_CHECKING:  # it imports packages of models, and configurations name a loss without them
+    from naslora.sam.segmentation import SegmentationOutput
+
 NO_OBJECT_WEIGHT = 0.1
 """Weight of the class "no object" in the cross-entropy, as in Mask2Former."""
 EPSILON = 1e-6
@@ -17,7 +18,7 @@ EPSILON = 1e-6
 
 
 def segmentation_loss(
-    output: SegmentationOutput,
+    output: "SegmentationOutput",
     target: Tensor,
     class_loss: ClassLoss = "matching",
     lambda_seg: float = 1.0,
@@ -85,7 +86,7 @@ def _dice(probability: Tensor, mask: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def _pixel_loss(
-    output: SegmentationOutput,
+    output: "SegmentationOutput",
     target: Tensor,
     counted: Tensor | None,
     lambda_seg: float,
@@ -128,6 +129,8 @@ def _matched_image(
     lambda_cls: float,
 ) -> Tensor:
     """Computes the loss of one image: (Q, S, S) masks, (Q, K + 1) classes, (S, S) labels."""
+    from scipy.optimize import linear_sum_assignment  # not for the help
+
     present = labels.unique() if counted is None else labels[counted > 0].unique()
     if not len(present):  # no pixel counts
         return 0.0 * (masks.sum() + classes.sum())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from naslora.errors import UserError
 from naslora.files import CHECKSUM, read_metadata
-from naslora.sam.encoders import VITS
+from naslora.sam.vits import VITS
 
 FOLDER = Path(__file__).parents[1] / "weights"
 NONE = "none"

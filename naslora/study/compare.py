@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from naslora.choices import AblationName
 from naslora.errors import UserError
 from naslora.report.page import page_title
 from naslora.study.measurement import find_refusals
-from naslora.study.rows import BASE, AblationName, Row, ablation_rows, method_rows, with_seed
+from naslora.study.rows import BASE, Row, ablation_rows, method_rows, with_seed
 from naslora.study.sweep import (
     Key,
     Study,

@@ -5,10 +5,11 @@ The ablations are those of the paper (Tables 6-9 and D1).
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from naslora.adapter.config import NASLoRAConfig
 from naslora.adapter.targets import find_targets
+from naslora.choices import AblationName
 from naslora.errors import UserError
 from naslora.methods import METHODS, configure, searches
 from naslora.sam.segmentation import build_model
@@ -18,7 +19,6 @@ from naslora.training.run_config import RunConfig
 from naslora.training.train_config import first_search_epoch
 from naslora_kernels import OPERATIONS
 
-AblationName = Literal["operations", "rank", "blocks", "alpha-start", "channel-ratio"]
 BASE = "base"  # the row of the unchanged method
 RANKS = (3, 6, 12, 24)
 FAMILIES = {

@@ -11,7 +11,6 @@ from naslora.training.run import check_output, train
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
 from naslora.training.train_config import TrainConfig
 
-EPOCHS = 8  # in less than four minutes on two cores
 WINDOW = 64  # pixels of a slice, which the network sees enlarged to 256
 
 

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from naslora.choices import Tracker
 from naslora.data.contents import to_json
 from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError, warn
@@ -39,7 +40,7 @@ from naslora.training.run_model import (
     count_parameters,
 )
 from naslora.training.run_results import final_result, tracked_scores, write_results
-from naslora.training.trackers import Tracker, check_trackers, log, tracked
+from naslora.training.trackers import check_trackers, log, tracked
 from naslora.training.train_config import frozen_dtype
 from naslora.training.trainer import Trainer
 

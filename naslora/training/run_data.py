@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from naslora.choices import CALIBRATION_IMAGES
 from naslora.data.augmentation import Crop
 from naslora.data.cache import Cache
 from naslora.data.checking import check_sample, in_threads
@@ -28,8 +29,6 @@ from naslora.errors import UserError, warn
 from naslora.files import read_json
 from naslora.methods import searches
 from naslora.training.run_config import RunConfig
-
-CALIBRATION_IMAGES = 16  # default number of training images for mode `calibrated`
 
 
 class RunData(NamedTuple):

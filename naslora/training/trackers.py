@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.tracking import (
@@ -26,10 +26,10 @@ from accelerate.utils import (
     is_wandb_available,
 )
 
+from naslora.choices import Tracker
 from naslora.errors import UserError
 from naslora.files import disk_error, read_json, reason_of, write_json
 
-Tracker = Literal["tensorboard", "wandb", "mlflow", "comet"]
 PROJECT = "naslora"
 """Project of the trackers, unless their own environment variables name another."""
 IDENTITIES = "trackers.json"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from naslora.adapter.alpha_search import CELL_RATE
-from naslora.data.augmentation import Augment
+from naslora.choices import Augment, ClassLoss
 from naslora.data.masks import IGNORED
 from naslora.results import Keep
-from naslora.sam.losses import ClassLoss, segmentation_loss
+from naslora.sam.losses import segmentation_loss
 from naslora.settings import Count, Index, Rate, Settings
 
 Schedule = Literal["linear", "cosine", "constant"]

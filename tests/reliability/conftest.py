@@ -20,7 +20,7 @@ from conftest import TINY
 from filelock import FileLock
 from safetensors.torch import save_file
 
-from naslora import cli
+from naslora import cli, prediction  # noqa: F401, forks find imported what commands import
 from naslora.report.figures import Drawing
 from naslora.sam import encoders
 from naslora.sam.segmentation import SamForSegmentation

@@ -1,7 +1,7 @@
 """SAM: the plain ViTs of segment_anything, and ``vit_t``, a small one that trains on a CPU."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
@@ -16,29 +16,8 @@ from naslora.sam.naming import (
     by_prefix,
     same_names,
 )
+from naslora.sam.vits import VITS, ViT
 
-
-class ViT(NamedTuple):
-    """Size of a plain ViT encoder."""
-
-    width: int
-    """Channels of a token."""
-    depth: int
-    """Number of transformer blocks."""
-    heads: int
-    """Number of attention heads in a block."""
-    global_blocks: tuple[int, ...]
-    """Indices of the blocks with global attention. The others use windows of 14 x 14 tokens."""
-    weights: str | None = None
-    """File of the pre-trained weights in the package; None if it has none."""
-
-
-VITS: dict[str, ViT] = {
-    "vit_t": ViT(192, 6, 3, (0, 1, 2, 3, 4, 5), weights="vit_t.safetensors"),
-    "vit_b": ViT(768, 12, 12, (2, 5, 8, 11)),
-    "vit_l": ViT(1024, 24, 16, (5, 11, 17, 23)),
-    "vit_h": ViT(1280, 32, 16, (7, 15, 23, 31)),
-}
 HQ_TOKENS = ("mask_decoder.hf_token.weight", "mask_decoder.hq_token.weight")
 """What SAM-HQ has beside SAM: the official name, and Hugging Face's."""
 COPIES = {

@@ -1,0 +1,22 @@
+"""Choices and defaults of the command line, apart from the heavy modules that they are for.
+
+So the help imports none of those modules.
+"""
+
+from typing import Literal
+
+AblationName = Literal["operations", "rank", "blocks", "alpha-start", "channel-ratio"]
+Augment = Literal["none", "flip", "medical", "natural"]
+"""Which changes training images get. docs/data.md lists them with their strengths."""
+ClassLoss = Literal["pixel", "matching"]
+Format = Literal["onnx", "safetensors", "torch-export", "huggingface"]
+Part = Literal["model", "encoder"]
+TileSize = Literal["auto"] | int
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet"]
+
+CALIBRATION_IMAGES = 16
+"""Number of training images that merging with ``calibrated`` is fitted to."""
+DEMO_EPOCHS = 8
+"""They take less than four minutes on two cores."""
+OVERLAP = 0.25
+"""Share of a tile's side that neighbours have in common at least."""
