@@ -749,7 +749,9 @@ with contextlib.suppress(SystemExit):
 """
 
 
-@pytest.mark.parametrize("statement", ["import naslora, naslora_kernels", HELP])
+@pytest.mark.parametrize(
+    "statement", ["import naslora, naslora_kernels", HELP], ids=["import", "help"]
+)
 def test_importing_and_help_load_no_backend_and_nothing_heavy(statement):
     """Attempts are watched, so that this holds where Triton is not installed as well."""
     code = IMPORT_WATCH.format(statement=statement)
