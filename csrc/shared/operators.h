@@ -217,34 +217,56 @@ std::vector<Tensor> nas_lora_linear(Arguments a) {
   return results(std::move(h), std::move(z));
 }
 
+// The arguments of the layer's backward.
+struct LayerBackward {
+  Tensor grad_h, x, z, weight, lora_A, lora_B;
+  CellTensors cell;
+  double scaling;
+  bool need_x, need_A, need_B, need_alpha, need_weights;
+
+  explicit LayerBackward(Arguments& a)
+      : grad_h(a.tensor()),
+        x(a.tensor_or_none()),
+        z(a.tensor()),
+        weight(a.tensor()),
+        lora_A(a.tensor()),
+        lora_B(a.tensor()),
+        cell(a),
+        scaling(a.number()) {
+    for (bool* need : {&need_x, &need_A, &need_B, &need_alpha, &need_weights}) *need = a.flag();
+    const Checks check{grad_h, true};
+    if (grad_h.dim != 4) check.fail("grad_h", "expected (B, H, W, C_out)");
+    if (need_A && !x) check.fail("x", "expected for the gradient of lora_A");
+    const int64_t rank = z.dim ? z.size(-1) : 0, c_in = weight.dim ? weight.size(-1) : 0;
+    check.tensor("z", z, tokens_of(rank));
+    check.tensor("weight", weight, {grad_h.sizes[3], c_in});
+    check.parameter("lora_A", lora_A, {rank, c_in});
+    check.parameter("lora_B", lora_B, {grad_h.sizes[3], rank});
+    if (x) check.tensor("x", x, tokens_of(c_in));
+    check.tensor("grad_h", grad_h, grad_h.shape());
+    check.map("z", z);
+    check.cell(cell, rank);
+  }
+  Sizes tokens_of(int64_t features) const {
+    return {grad_h.sizes[0], grad_h.sizes[1], grad_h.sizes[2], features};
+  }
+  // Uninitialised: those of x, lora_A, lora_B and of the six parameters.
+  std::vector<Tensor> gradients() const {
+    std::vector<Tensor> all =
+        results(empty(z, z.dtype, need_x ? tokens_of(weight.sizes[1]) : Sizes{0}),
+                gradient_like(lora_A, need_A), gradient_like(lora_B, need_B));
+    add_gradients(all, cell, need_alpha, need_weights);
+    return all;
+  }
+};
+
 template <typename Launches>
 std::vector<Tensor> nas_lora_linear_backward(Arguments a) {
-  const Tensor grad_h = a.tensor(), x = a.tensor_or_none(), z = a.tensor(), weight = a.tensor();
-  const Tensor lora_A = a.tensor(), lora_B = a.tensor();
-  CellTensors cell(a);
-  const double scaling = a.number();
-  const bool need_x = a.flag(), need_A = a.flag(), need_B = a.flag();
-  const bool need_alpha = a.flag(), need_weights = a.flag();
-  const Checks check{grad_h, true};
-  if (grad_h.dim != 4) check.fail("grad_h", "expected (B, H, W, C_out)");
-  const int64_t rank = z.dim ? z.size(-1) : 0, c_in = weight.dim ? weight.size(-1) : 0;
-  const auto with = [&](int64_t last) {
-    return Sizes{grad_h.sizes[0], grad_h.sizes[1], grad_h.sizes[2], last};
-  };
-  check.tensor("z", z, with(rank));
-  check.tensor("weight", weight, {grad_h.sizes[3], c_in});
-  check.parameter("lora_A", lora_A, {rank, c_in});
-  check.parameter("lora_B", lora_B, {grad_h.sizes[3], rank});
-  if (x) check.tensor("x", x, with(c_in));
-  check.tensor("grad_h", grad_h, grad_h.shape());
-  check.map("z", z);
-  check.cell(cell, rank);
-
+  LayerBackward of(a);
+  auto& [grad_h, x, z, weight, lora_A, lora_B, cell, scaling, need_x, need_A, need_B, need_alpha,
+         need_weights] = of;
   const bool need_z = need_x || need_A, need_cell = cell.c && (need_alpha || need_weights);
-  std::vector<Tensor> gradients =
-      results(empty(z, z.dtype, need_x ? with(c_in) : Sizes{0}), gradient_like(lora_A, need_A),
-              gradient_like(lora_B, need_B));
-  add_gradients(gradients, cell, need_alpha, need_weights);
+  std::vector<Tensor> gradients = of.gradients();
   const Tensor grad_rows = rows(grad_h);  // (T, C_out)
   if (!grad_rows.numel()) {               // without tokens, or without outputs
     for (const Tensor& gradient : gradients) zero(gradient);
@@ -275,7 +297,7 @@ std::vector<Tensor> nas_lora_linear_backward(Arguments a) {
   } else {
     grad_z = std::move(grad_y);
   }
-  if (x && need_A) {
+  if (need_A) {
     A_sum.emplace(gradients[1], tokens, false);
     launches.low_rank_pass(rows(x), nullptr, &grad_z, 1, nullptr, &*A_sum);
   }
