@@ -16,75 +16,61 @@ from naslora.records import read_record
 from naslora.results import RunNumbers
 from naslora.study import sweep
 from naslora.study.rows import ABLATIONS, BASE, ablation_rows
-from naslora.training.run_config import RunConfig
 from naslora.training.run_model import build_adapted_model
-from naslora.training.train_config import TrainConfig
 from naslora_kernels import OPERATIONS
 
 SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--batch-size", 2)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, make_data) -> Path:
-    return make_data(tmp_path_factory.mktemp("data") / "data", train=4, val=1, test=2)
-
-
 # --- what is varied
 
 
-def test_operations_are_left_out_by_family():
-    variants = {
-        v.title: v.config.adapter.operations for v in ablation_rows("operations", run_config())
-    }
-    assert variants == {
+TINY = run_config(name="vit_t", image_size=32, training={"epochs": 30, "search_start": 10})
+ROWS = {
+    "operations": (lambda config: config.adapter.operations, {
         "all operations": None,
         "without convolution": OPERATIONS[4:],
         "without pooling": (*OPERATIONS[:4], *OPERATIONS[6:]),
         "without skip/no connection": OPERATIONS[:6],
-    }
-
-
-def test_ranks_and_ratios_are_the_papers():
-    ranks = [v.config.adapter for v in ablation_rows("rank", run_config())]
-    # Two thirds of the channels pass through the cell
-    assert [(c.rank, c.cell_channels) for c in ranks] == [(3, 2), (6, 4), (12, 8), (24, 16)]
-    ratios = [v.config.adapter for v in ablation_rows("channel-ratio", run_config())]
-    assert [c.cell_channels for c in ratios] == [3, 2, 1]
-
-
-def test_blocks_are_halves_of_the_encoders():
-    config = run_config(name="vit_t", image_size=32)
-    assert {v.title: v.config.adapter.blocks for v in ablation_rows("blocks", config)} == {
-        "1 to 3": (0, 1, 2),
-        "4 to 6": (3, 4, 5),
-        "1 to 6 (all)": None,
-    }
-
-
-def test_starts_of_alpha():
-    config = run_config(training=TrainConfig(epochs=30, search_start=10))
-    assert {
-        v.title: (v.config.training.simultaneous, v.config.training.search_start)
-        for v in ablation_rows("alpha-start", config)
-    } == {
+    }),
+    "blocks": (lambda config: config.adapter.blocks, {
+        "1 to 3": (0, 1, 2), "4 to 6": (3, 4, 5), "1 to 6 (all)": None,
+    }),
+    "alpha-start": (lambda config: (config.training.simultaneous, config.training.search_start), {
         "0 (simultaneously)": (True, 10),
         "0 (stage-wise)": (False, 0),
         "10": (False, 10),
         "20": (False, 20),
-    }
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_is_varied(name):
+    varied, expected = ROWS[name]
+    assert {row.title: varied(row.config) for row in ablation_rows(name, TINY)} == expected
+
+
+def test_ranks_and_ratios_are_the_papers():
+    ranks = [row.config.adapter for row in ablation_rows("rank", run_config())]
+    # Two thirds of the channels pass through the cell
+    assert [(c.rank, c.cell_channels) for c in ranks] == [(3, 2), (6, 4), (12, 8), (24, 16)]
+    ratios = [row.config.adapter for row in ablation_rows("channel-ratio", run_config())]
+    assert [c.cell_channels for c in ratios] == [3, 2, 1]
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_exactly_one_row_is_the_unchanged_method(name):
-    config = run_config(name="vit_t", image_size=32)
-    rows = ablation_rows(name, config)
-    assert [row.config for row in rows if row.name == BASE] == [config]
+    rows = ablation_rows(name, TINY)
+    assert [row.config for row in rows if row.name == BASE] == [TINY]
     assert len({row.name for row in rows}) == len(rows)
 
 
 def test_what_cannot_be_ablated():
     with pytest.raises(UserError, match="'lora' has no cell to ablate"):
         ablation_rows("operations", run_config(method="lora"))
+    with pytest.raises(UserError, match="operations: expected"):
+        NASLoRAConfig(operations=("conv_7x7",))
     config = run_config(adapter=NASLoRAConfig(operations=OPERATIONS[:4]))
     with pytest.raises(UserError, match="ablate operations has no row for the configured value"):
         ablation_rows("operations", config)
@@ -93,15 +79,11 @@ def test_what_cannot_be_ablated():
 # --- operations that are left out
 
 
-def config_of(*operations: str, preset: str = "linear") -> RunConfig:
-    adapter = NASLoRAConfig(operations=operations, preset=preset)
-    return run_config(name="vit_t", image_size=32, adapter=adapter)
-
-
 @pytest.mark.parametrize("preset", ["linear", "paper"])
 def test_what_is_left_out_stays_out_through_training(tiny_vit, preset):
-    kept = OPERATIONS[4:]
-    model = build_adapted_model(config_of(*kept, preset=preset)).train()
+    adapter = NASLoRAConfig(operations=OPERATIONS[4:], preset=preset)
+    config = run_config(name="vit_t", image_size=32, adapter=adapter)
+    model = build_adapted_model(config).train()
     alpha = arch_parameters(model)
     optimizer = torch.optim.Adam(alpha, lr=0.1, weight_decay=1e-3)
     weights = [p for p in model.parameters() if p.requires_grad and all(p is not a for a in alpha)]
@@ -131,24 +113,18 @@ def test_one_operation_alone_is_what_it_says(operation, factor):
     torch.testing.assert_close(layer(x), layer.base(x) + factor * update, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("operations", [(), ("conv_7x7",)])
-def test_operations_that_do_not_exist(operations):
-    with pytest.raises(UserError, match="operations: expected"):
-        NASLoRAConfig(operations=operations)
-
-
 # --- the sweep
 
 
-def ablate(naslora, data, output, name, *more):
-    arguments = ("--data", data, "--output", output, "--seeds", 0, 1, *SMALL)
+def ablate(naslora, clean_data, output, name, *more):
+    arguments = ("--data", clean_data, "--output", output, "--seeds", 0, 1, *SMALL)
     return naslora("ablate", name, *arguments, "--epochs", 1, "--search-start", 0, *more)
 
 
 @pytest.fixture(scope="module")
-def study(naslora, data, tiny_vit, tmp_path_factory) -> tuple[Path, str]:
+def study(naslora, clean_data, tiny_vit, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("study") / "out"
-    result = ablate(naslora, data, output, "channel-ratio")
+    result = ablate(naslora, clean_data, output, "channel-ratio")
     assert result.status == 0, result.err
     return output, result.out
 
@@ -175,17 +151,17 @@ def test_the_table_is_that_of_the_runs(study):
     assert "Ablation of nas-pc-lora on vit_t: channel-ratio" in report and "<svg" in report
 
 
-def test_a_sweep_resumes_and_keeps_finished_cells(naslora, data, tiny_vit, study):
+def test_a_sweep_resumes_and_keeps_finished_cells(naslora, clean_data, tiny_vit, study):
     output, printed = study
     (output / "runs/ratio-1-3/1/numbers.json").unlink()
-    again = ablate(naslora, data, output, "channel-ratio", "--resume")
+    again = ablate(naslora, clean_data, output, "channel-ratio", "--resume")
     assert again.out == printed, again.out
     assert again.err.count("ablate channel-ratio: run") == 1
     assert "run 1 of 1: 1/3 (1 of 3 channels), seed 1" in again.err
 
 
 def test_ablations_share_the_runs_of_the_unchanged_method(
-    naslora, data, tiny_vit, study, monkeypatch
+    naslora, clean_data, tiny_vit, study, monkeypatch
 ):
     output, _ = study
     trained = []
@@ -196,16 +172,20 @@ def test_ablations_share_the_runs_of_the_unchanged_method(
         return read_record(output / "runs/base/0/numbers.json", RunNumbers)
 
     monkeypatch.setattr(sweep, "run_and_measure", run)
-    result = ablate(naslora, data, output, "blocks", "--resume")
+    result = ablate(naslora, clean_data, output, "blocks", "--resume")
     assert result.status == 0, result.err
     assert trained == ["first-half/0", "last-half/0", "first-half/1", "last-half/1"]
 
 
-def test_a_sweep_refuses_what_is_not_its_own(naslora, data, tiny_vit, study, tmp_path):
+def test_a_sweep_refuses_what_is_not_its_own(naslora, clean_data, tiny_vit, study, tmp_path):
     output, _ = study
-    assert "exists and is not empty" in ablate(naslora, data, output, "rank").err
-    other = ablate(naslora, data, output, "channel-ratio", "--resume", "--learning-rate", 1e-3)
+    assert "exists and is not empty" in ablate(naslora, clean_data, output, "rank").err
+    other = ablate(
+        naslora, clean_data, output, "channel-ratio", "--resume", "--learning-rate", 1e-3
+    )
     assert other.status == 2 and "started with another configuration" in other.err
     assert "it has learning_rate" in other.err
-    twice = naslora("ablate", "rank", "--data", data, "--output", tmp_path / "b", "--seeds", 1, 1)
+    twice = naslora(
+        "ablate", "rank", "--data", clean_data, "--output", tmp_path / "b", "--seeds", 1, 1
+    )
     assert "seeds must be distinct" in twice.err

@@ -9,7 +9,6 @@ import torch
 
 from bench import models, report, suite
 from bench.models import Setting
-from naslora.methods import METHODS
 from naslora.sam.encoders import VITS, ViT
 
 INFO = {"model": "vit_b", "image_size": 256, "batch": 4, "precision": "no", "device": "cpu"}
@@ -43,27 +42,33 @@ SAVED_LARGE = SAVED | {"lora stock attention": 2100}
 
 def entries(seconds, saved=SAVED, info=INFO):
     found = []
-    for (contestant, step), factor in seconds.items():
-        about = info | {"contestant": contestant} | ({"step": step} if step != "inference" else {})
-        group = "inference" if step == "inference" else "training_step"
-        stats = {"data": [factor * seconds for seconds in ROUNDS]}
+
+    def add(group, contestant, about, data):
+        about = info | {"contestant": contestant} | about
+        stats = {"data": data}
         found.append({"group": group, "name": "x", "extra_info": about, "stats": stats})
+
+    for (contestant, step), factor in seconds.items():
+        data = [factor * seconds for seconds in ROUNDS]
+        if step == "inference":
+            add("inference", contestant, {}, data)
+        else:
+            add("training_step", contestant, {"step": step}, data)
     for contestant, size in saved.items():
         numbers = {"saved": size, "peak": 3 * size, "operations": 10**9, "calls": 1234}
-        about = info | {"contestant": contestant} | numbers
-        stats = {"data": [1.0]}
-        found.append({"group": "memory", "name": "x", "extra_info": about, "stats": stats})
+        add("memory", contestant, numbers, [1.0])
     return found
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """``python -m bench.report``: its exit status and what it printed."""
+    """``python -m bench.report`` of several files: its exit status and what it printed."""
 
-    def main(found):
-        path = tmp_path / "measured.json"
-        path.write_text(json.dumps({"benchmarks": found}))
-        monkeypatch.setattr(sys, "argv", ["report", str(path)])
+    def main(*files):
+        paths = [tmp_path / f"measured{i}.json" for i in range(len(files))]
+        for path, found in zip(paths, files, strict=True):
+            path.write_text(json.dumps({"benchmarks": found}))
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, paths)])
         return report.main(), capsys.readouterr().out
 
     return main
@@ -74,7 +79,8 @@ def cells(text, first):
 
 
 def test_all_claims_hold(run):
-    status, text = run(entries(GOOD))
+    found = entries(GOOD)
+    status, text = run(found[:3], found[3:])
     assert status == 0 and "FAILS" not in text and "not measured" not in text
     conv = cells(text, "Conv-LoRA")
     assert conv[3] == "1.500 (1.500, 1.500)"  # drift cancels round by round
@@ -88,10 +94,7 @@ def test_all_claims_hold(run):
     assert ours[8].startswith("1.24")  # 25.2 / 20.3 minutes
     exact = cells(text, "NAS-PC-LoRA, merged exact")
     assert exact[2:4] == ["0.804 (0.804, 0.804)", "1.005 (1.005, 1.005)"]
-    saved = [
-        line for line in text.splitlines() if line.startswith("| LoRA, stock attention | 1.00")
-    ]
-    assert len(saved) == 1
+    assert text.count("\n| LoRA, stock attention | 1.00") == 1
 
 
 def test_each_setting_has_its_claims(run):
@@ -111,49 +114,37 @@ def test_each_setting_has_its_claims(run):
     assert "Conv-LoRA, stock attention / of" not in parts[0]
 
 
-@pytest.mark.parametrize(
-    ("changed", "claim"),
-    [
-        ({("lora stock attention", "weights"): 1.04}, "of LoRA, stock attention"),
-        ({("nas-pc-lora", "architecture"): 0.96}, "an architecture step"),
-        ({("nas-pc-lora merged exact", "inference"): 0.41}, "merged with exact"),
-        ({("nas-pc-lora merged center", "inference"): 0.41}, "merged with center"),
-    ],
-)
-def test_one_claim_fails(run, changed, claim):
-    status, text = run(entries(GOOD | changed))
-    assert status == 1
-    failed = [line for line in text.splitlines() if "FAILS" in line]
-    assert len(failed) == 1 and claim in failed[0]
+STOCK = ("lora stock attention", "weights")
+FAILING = [
+    (GOOD, SAVED, INFO, {STOCK: 1.04}, {}, "of LoRA, stock attention"),
+    (GOOD, SAVED, INFO, {("nas-pc-lora", "architecture"): 0.96}, {}, "an architecture step"),
+    *(
+        (GOOD, SAVED, INFO, {(f"nas-pc-lora merged {mode}", "inference"): 0.41}, {}, claim)
+        for mode, claim in (("exact", "merged with exact"), ("center", "merged with center"))
+    ),
+    (GOOD, SAVED, INFO, {}, {"nas-pc-lora": 1030}, r"bytes saved .* LoRA \|.* 1\.030 "),
+    # At the size of the paper.
+    *(
+        (GOOD_LARGE, SAVED_LARGE, LARGE, changed, saved, claim)
+        for changed, saved, claim in (
+            ({STOCK: 1.4}, {}, "of LoRA, stock attention"),
+            ({("conv-lora stock attention", "weights"): 1.4}, {}, "of Conv-LoRA, stock attention"),
+            ({("untouched stock attention", "inference"): 0.5}, {}, "exact / untouched, stock att"),
+            ({}, {"lora stock attention": 2000}, r"bytes saved .* stock attention \|.* 0\.505 "),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("changed", "claim"),
-    [
-        ({("lora stock attention", "weights"): 1.4}, "of LoRA, stock attention"),
-        ({("conv-lora stock attention", "weights"): 1.4}, "of Conv-LoRA, stock attention"),
-        ({("untouched stock attention", "inference"): 0.5}, "exact / untouched, stock attention"),
-    ],
-)
-def test_one_claim_fails_at_the_papers_size(run, changed, claim):
-    status, text = run(entries(GOOD_LARGE | changed, SAVED_LARGE, LARGE))
-    assert status == 1
-    failed = [line for line in text.splitlines() if "FAILS" in line]
-    assert len(failed) == 1 and claim in failed[0]
-
-
-def test_saved_bytes_are_claimed_too(run):
-    status, text = run(entries(GOOD, saved=SAVED | {"nas-pc-lora": 1030}))
-    assert status == 1 and re.search(r"bytes saved .* LoRA \|.* 1\.030 .* FAILS", text)
-    less = SAVED_LARGE | {"lora stock attention": 2000}
-    status, text = run(entries(GOOD_LARGE, less, LARGE))
-    assert status == 1 and re.search(r"bytes saved .* stock attention \|.* 0\.505 .* FAILS", text)
+@pytest.mark.parametrize("seconds, saved, info, changed, changed_saved, claim", FAILING)
+def test_one_claim_fails(run, seconds, saved, info, changed, changed_saved, claim):
+    status, text = run(entries(seconds | changed, saved | changed_saved, info))
+    (failed,) = [line for line in text.splitlines() if "FAILS" in line]
+    assert status == 1 and re.search(claim, failed)
 
 
 def test_what_was_not_measured_is_not_shown(run):
-    status, text = run(
-        entries({key: v for key, v in GOOD.items() if key[0] != "lora stock attention"})
-    )
+    status, text = run(entries({key: v for key, v in GOOD.items() if key != STOCK}))
     assert status == 1 and "not measured" in text and "FAILS" not in text
     assert run([])[0] == 1
 
@@ -165,25 +156,6 @@ def test_other_settings_claim_nothing(run, other):
     slow = GOOD | {("nas-pc-lora", "weights"): 1.5}
     status, text = run(entries(GOOD) + entries(slow, info=INFO | other))
     assert status == 0 and text.count("## vit_") == 2 and text.count("| Claim |") == 1
-
-
-def test_several_files_are_one(tmp_path, monkeypatch, capsys):
-    found = entries(GOOD)
-    for name, part in (("a", found[:3]), ("b", found[3:])):
-        (tmp_path / name).write_text(json.dumps({"benchmarks": part}))
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert report.main() == 0
-    assert "holds" in capsys.readouterr().out
-
-
-def test_nothing_is_timed_that_fails_its_gate(monkeypatch):
-    monkeypatch.setattr(suite.models, "gate_training", lambda *_: "lora: wrong")
-    with pytest.raises(RuntimeError, match="gate failed: lora: wrong"):
-        suite.time_training(Setting("vit_t", 32, 1), ["lora"], rounds=1)
-
-
-def test_the_papers_table_names_our_methods():
-    assert set(report.PAPER) < set(METHODS)
 
 
 def test_contestants_are_named_after_their_attention():
@@ -208,7 +180,7 @@ def test_gate_takes_experts_that_no_window_chose(base):
 
 
 @pytest.mark.parametrize("name", ["lora", "nas-pc-lora", "nas-pc-lora stock attention"])
-def test_gate_holds_the_fused_against_the_stock(base, name):
+def test_gate_holds_the_fused_against_the_stock(base, name, monkeypatch):
     """The models of the gate share weight matrices, so a bias is changed."""
     found = models.contestants(TINY, [name], base)
     assert models.gate_training(found, base) is None
@@ -219,11 +191,12 @@ def test_gate_holds_the_fused_against_the_stock(base, name):
     reason = models.gate_training(found, base)
     assert reason.startswith(f"{name}: ") and "differs from the reference" in reason
 
-
-def test_gate_of_inference_holds_the_fused_against_the_stock(base):
     images, _ = models.batch(TINY)
-    found = models.inference_models(["lora"], base, TINY)
-    assert models.gate_inference(found, TINY, images) is None
+    merged = models.inference_models(["lora"], base, TINY)
+    assert models.gate_inference(merged, TINY, images) is None
     with torch.no_grad():
-        found["untouched"].image_encoder.blocks[1].attn.proj.bias += 0.1
-    assert "untouched differs from untouched stock" in models.gate_inference(found, TINY, images)
+        merged["untouched"].image_encoder.blocks[1].attn.proj.bias += 0.1
+    assert "untouched differs from untouched stock" in models.gate_inference(merged, TINY, images)
+    monkeypatch.setattr(suite.models, "gate_training", lambda *_: "lora: wrong")
+    with pytest.raises(RuntimeError, match="gate failed: lora: wrong"):
+        suite.time_training(Setting("vit_t", 32, 1), ["lora"], rounds=1)

@@ -71,13 +71,9 @@ def run(settings, output, resume=False):
 # --- The images ---
 
 
-@pytest.fixture
-def crops(photographs, tmp_path):
+def test_crops_repeat_after_their_count(photographs, tmp_path):
     samples = [Sample(path, None, path.name) for path in sorted(photographs.iterdir())]
-    return images.Crops(samples, SIZE, 2, 0.5, 0, Cache(tmp_path / "cache"))
-
-
-def test_crops_repeat_after_their_count(crops):
+    crops = images.Crops(samples, SIZE, 2, 0.5, 0, Cache(tmp_path / "cache"))
     seen = []
     for epoch in range(3):
         crops.set_epoch(epoch)
@@ -87,9 +83,6 @@ def test_crops_repeat_after_their_count(crops):
         assert first["image"].shape == (3, SIZE, SIZE)
         assert torch.equal(first["image"], third["image"]) and first["index"] == third["index"]
         assert not torch.equal(first["image"], second["image"])
-
-
-def test_boxes_lie_in_the_image_and_have_the_area_asked_for(crops):
     boxes = np.array([crops._box(np.random.default_rng(i)) for i in range(500)])
     top, left, height, width = boxes.T
     assert (top >= 0).all() and (left >= 0).all()
@@ -112,15 +105,6 @@ def test_held_out_photographs_are_not_trained_on(settings, make_data, tmp_path):
 # --- Teacher and student ---
 
 
-def test_the_student_starts_with_the_teachers_last_layers(settings):
-    teacher = distillation.build_teacher(settings, torch.float32)
-    student = distillation.build_student(settings, teacher.image_encoder)
-    own, given = student.image_encoder.neck, teacher.image_encoder.neck
-    assert torch.equal(own[2].weight, given[2].weight.float())
-    assert torch.equal(own[3].weight, given[3].weight)
-    assert own[0].weight.shape != given[0].weight.shape
-
-
 def test_the_teacher_sees_a_crop_once(tmp_path):
     calls = []
 
@@ -136,18 +120,20 @@ def test_the_teacher_sees_a_crop_once(tmp_path):
     assert_close(first, teacher(batch), atol=1e-3, rtol=1e-3)  # float16 on disk
 
 
-def test_a_perfect_student_has_no_loss():
+def test_teacher_and_student(settings):
+    """The student starts with the teacher's last layers; a perfect one has no loss."""
+    teacher = distillation.build_teacher(settings, torch.float32).image_encoder
+    own, given = distillation.build_student(settings, teacher).image_encoder.neck, teacher.neck
+    assert torch.equal(own[2].weight, given[2].weight.float())
+    assert torch.equal(own[3].weight, given[3].weight)
+    assert own[0].weight.shape != given[0].weight.shape
+    given.append(torch.nn.AvgPool2d(2))
+    with pytest.raises(UserError, match=r"teacher vit_b has the shape \(256, 2, 2\), that of stud"):
+        distillation.build_student(settings, teacher)
     target = torch.randn(2, 256, 3, 3)
     assert float(distillation.distance(target, target)) == pytest.approx(0, abs=1e-6)
     assert float(distillation.similarity(2 * target, target)) == pytest.approx(1, abs=1e-6)
     assert float(distillation.distance(-target, target)) > 2  # 1 - (-1), and the smooth L1
-
-
-def test_a_teacher_with_another_embedding_is_refused(settings):
-    teacher = distillation.build_teacher(settings, torch.float32).image_encoder
-    teacher.neck.append(torch.nn.AvgPool2d(2))
-    with pytest.raises(UserError, match=r"teacher vit_b has the shape \(256, 2, 2\), that of stud"):
-        distillation.build_student(settings, teacher)
 
 
 # --- Training ---
@@ -215,28 +201,19 @@ def test_an_interrupted_distillation_continues_as_if_it_was_not(settings, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("change, resume, words", [
-    ({}, False, "is not empty; choose another --output, or add --resume"),
-    ({"seed": 1}, True, "was started with other settings .it has seed 0.; resume with the same"),
-])  # fmt: skip
-def test_an_output_of_another_distillation_is_refused(settings, tmp_path, change, resume, words):
-    settings = dataclasses.replace(settings, epochs=1)
-    run(settings, tmp_path / "out")
-    with pytest.raises(UserError, match=words):
-        run(dataclasses.replace(settings, **change), tmp_path / "out", resume)
-
-
-def test_a_damaged_state_is_refused(settings, tmp_path):
-    settings = dataclasses.replace(settings, epochs=1)
-    run(settings, tmp_path / "out")
-    path = tmp_path / "out" / distillation.LAST
+def test_what_is_refused(settings, tmp_path):
+    settings, output = dataclasses.replace(settings, epochs=1), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    run(settings, output)
+    for change, resume, words in (
+        ({}, False, "is not empty; choose another --output, or add --resume"),
+        ({"seed": 1}, True, "was started with other settings .it has seed 0.; resume with the sa"),
+        ({"photographs": tmp_path / "empty"}, False, "no images in .*empty; give another --phot"),
+    ):
+        other = tmp_path / "other" if "photographs" in change else output
+        with pytest.raises(UserError, match=words):
+            run(dataclasses.replace(settings, **change), other, resume)
+    path = output / distillation.LAST
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"last\.pt is damaged"):
-        run(settings, tmp_path / "out", resume=True)
-
-
-def test_a_folder_without_images_is_refused(settings, tmp_path):
-    (tmp_path / "empty").mkdir()
-    settings = dataclasses.replace(settings, photographs=tmp_path / "empty")
-    with pytest.raises(UserError, match=r"no images in .*empty; give another --photographs"):
-        run(settings, tmp_path / "out")
+        run(settings, output, resume=True)

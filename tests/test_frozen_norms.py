@@ -1,7 +1,6 @@
 """Frozen batch norms stay in evaluation mode, whatever the host calls."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -24,7 +23,7 @@ class Host(nn.Module):
         torch.manual_seed(0)
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(8, **options))
         self.qkv = nn.Linear(8, 8)
-        self.decoder = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+        self.decoder = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4, **options))
 
     def forward(self, images):
         x = self.stem(images).permute(0, 2, 3, 1)
@@ -73,6 +72,10 @@ def test_an_adapter_trained_after_train_is_saved_and_loaded_whole(tmp_path):
     save_adapter(model, tmp_path)
     load_adapter(fresh, tmp_path)
     assert torch.equal(fresh.eval()(images()), model.eval()(images()))
+    before = statistics(model)
+    merge(model)
+    model.train()(images())
+    assert not moved(model, before)
 
 
 def test_a_norm_that_trains_later_follows_the_next_train():
@@ -88,15 +91,11 @@ def test_a_norm_that_trains_later_follows_the_next_train():
     assert not model.decoder[1].training
 
 
-def test_a_model_without_parts_to_train_is_unchanged_by_an_error():
-    model = Host().train()
+def test_the_norm_is_what_it_was_but_for_train():
+    model, plain = Host(), Host()
     with pytest.raises(UserError, match="no layer matches"):
         inject(model, NASLoRAConfig(target="nothing"))
     assert type(model.stem[1]) is nn.BatchNorm2d and model.stem[1].training
-
-
-def test_the_norm_is_what_it_was_but_for_train():
-    model, plain = Host(), Host()
     inject(model, CONFIG)
     norm = model.stem[1]
     assert isinstance(norm, nn.BatchNorm2d) and repr(norm) == repr(plain.stem[1])
@@ -105,20 +104,11 @@ def test_the_norm_is_what_it_was_but_for_train():
     norm.register_forward_hook(lambda *arguments: hooked.append(1))
     model(images())
     assert hooked
+    compiled = torch.compile(model.train(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), model(images()))
 
 
-def through_torch_save(model):
-    stream = io.BytesIO()
-    torch.save(model, stream)
-    stream.seek(0)
-    return torch.load(stream, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_torch_save],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_stay_frozen(copied):
     model = Host(BatchNormAct2d)
     inject(model, CONFIG)
@@ -130,65 +120,28 @@ def test_copies_stay_frozen(copied):
     assert type(twin.stem[1]) is type(model.stem[1])
 
 
-def test_the_norms_of_the_cell_train():
-    model = Host()
-    inject(model, NASLoRAConfig(target="qkv", preset="paper"))
-    before = statistics(model)
-    model.train()(images())
-    assert moved(model, before) and all("qkv.cell" in name for name in moved(model, before))
-
-
 def test_the_norms_of_the_cell_pause_while_alpha_alone_trains():
     """As in the search: its steps of alpha freeze the weights, then call ``train()``."""
     model = Host()
     inject(model, NASLoRAConfig(target="qkv", preset="paper"))
     before = statistics(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("alpha"))
     model.train()(images())
     assert not moved(model, before)
-
-
-def test_norms_without_parameters_train_in_a_trained_part():
-    model = Host()
-    model.decoder[1] = nn.BatchNorm2d(4, affine=False)
-    inject(model, CONFIG, train="decoder")
-    before = statistics(model)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     model.train()(images())
-    assert moved(model, before) == {"decoder.1.running_mean", "decoder.1.running_var"}
+    assert moved(model, before) and all("qkv.cell" in name for name in moved(model, before))
 
 
-def test_a_merged_model_keeps_its_statistics():
-    model = Host()
-    inject(model, CONFIG)
-    before = statistics(model)
-    merge(model)
-    model.train()(images())
-    assert not moved(model, before)
-
-
-@pytest.mark.parametrize("method", ["decoder-only", "bitfit", "nas-pc-lora"])
-def test_every_method_keeps_the_frozen_norms_of_mobile_sam(method):
+@pytest.mark.parametrize("method", ["decoder-only", "bitfit", "nas-pc-lora", "full"])
+def test_only_full_fine_tuning_trains_the_norms_of_mobile_sam(method):
     model = build_model("mobile_sam", 64)
     encoder = model.image_encoder
     apply(method, model)
     before = statistics(encoder)
     encoder.train()  # not through the model
     encoder(tokens(1, 3, 64, 64))
-    assert before and not moved(encoder, before)
-
-
-def test_full_fine_tuning_trains_the_norms():
-    model = build_model("mobile_sam", 64)
-    apply("full", model)
-    before = statistics(model)
-    model.train().image_encoder(tokens(1, 3, 64, 64))
-    assert len(moved(model, before)) == len(before)
-
-
-def test_compiled_and_eager_agree():
-    model = Host()
-    inject(model, CONFIG)
-    model.train()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(images()), model(images()))
+    assert before and len(moved(encoder, before)) == (len(before) if method == "full" else 0)

@@ -28,27 +28,16 @@ STREAMING = listing(
 )
 
 
-def test_loads_in_flight_end_at_their_first_use():
+def test_loops_and_their_loads_in_flight():
+    """A load's flight ends at its first use, or at a branch. Only innermost loops count."""
     (code,) = sass.kernels(STREAMING)
     assert (code.symbol, code.instructions, code.generic) == ("_Z8a_kernelv", 10, 0)
-    (loop,) = code.loops
-    assert loop == sass.Loop(7, 4, 3, 0, 0, 1, 0)
-
-
-def test_a_branch_between_loads_ends_their_flight():
-    (code,) = sass.kernels(
-        listing(
-            LOAD.format(4), "@P0 BRA 0x30", LOAD.format(8), LOAD.format(12), "@P1 BRA 0x0", "EXIT"
-        )
-    )
-    assert code.loops[0].in_flight == 1  # the last load is where the first branch goes to
-
-
-def test_only_innermost_loops_count():
-    (code,) = sass.kernels(
-        listing("NOP", "STS.128 [R1], R4", "@P0 BRA 0x10", "LDG.E R4, [R2]", "@P1 BRA 0x0", "EXIT")
-    )
-    (loop,) = code.loops
+    assert code.loops == [sass.Loop(7, 4, 3, 0, 0, 1, 0)]
+    loads = [LOAD.format(register) for register in (4, 8, 12)]
+    branch = listing(loads[0], "@P0 BRA 0x30", *loads[1:], "@P1 BRA 0x0", "EXIT")
+    assert sass.kernels(branch)[0].loops[0].in_flight == 1  # the first branch goes to the last load
+    inner = ("NOP", "STS.128 [R1], R4", "@P0 BRA 0x10")
+    (loop,) = sass.kernels(listing(*inner, "LDG.E R4, [R2]", "@P1 BRA 0x0", "EXIT"))[0].loops
     assert (loop.instructions, loop.staged) == (2, 4)
 
 
@@ -67,7 +56,5 @@ def test_machine_code_beyond_the_limits_is_told():
         "b<float>, sm_90: 3 loads of 16 bytes in flight, of a loop with 4 and 7 instructions",
     ]
 
-
-def test_table_of_machine_code_gives_ranges():
     rows = cuda_resources.machine_code([kernel(STREAMING)]).splitlines()
     assert rows[2] == "| a | sm_90 | 0 | 3 | 2 | – | 19 |"

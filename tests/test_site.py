@@ -18,33 +18,31 @@ def hooks():
     return SimpleNamespace(**scope)
 
 
+LINKS = [
+    ("index.md", "[a](docs/api.md#calls)", "[a](api.md#calls)"),
+    ("index.md", "![a](docs/images/demo.png)", "![a](images/demo.png)"),
+    ("index.md", "[a](CHANGELOG.md)", "[a](changelog.md)"),
+    ("faq.md", "[a](../README.md)", "[a](index.md)"),
+    ("reference/kernels.md", "[a](../mathematics.md)", "[a](../mathematics.md)"),
+    ("architecture.md", "[run.py](../naslora/training/run.py)", "run.py"),
+    ("faq.md", "[a](https://arxiv.org)", "[a](https://arxiv.org)"),
+    ("faq.md", "[a](#data)", "[a](#data)"),
+    ("faq.md", "```\n[a](../setup.py)\n```", "```\n[a](../setup.py)\n```"),
+]
+KNOWN = "https://example.org/naslora/"  # source files are links where the repository is known
+
+
 @pytest.mark.parametrize(
-    ("uri", "link", "expected"),
+    "uri, link, expected, repository",
     [
-        ("index.md", "[a](docs/api.md)", "[a](api.md)"),
-        ("index.md", "[a](docs/api.md#calls)", "[a](api.md#calls)"),
-        ("index.md", "![a](docs/images/demo.png)", "![a](images/demo.png)"),
-        ("index.md", "[a](CHANGELOG.md)", "[a](changelog.md)"),
-        ("faq.md", "[a](../README.md)", "[a](index.md)"),
-        ("faq.md", "[a](merging.md#export)", "[a](merging.md#export)"),
-        ("reference/kernels.md", "[a](../mathematics.md)", "[a](../mathematics.md)"),
-        ("architecture.md", "[run.py](../naslora/training/run.py)", "run.py"),
-        ("faq.md", "[a](https://arxiv.org)", "[a](https://arxiv.org)"),
-        ("faq.md", "[a](#data)", "[a](#data)"),
-        ("faq.md", "```\n[a](../setup.py)\n```", "```\n[a](../setup.py)\n```"),
+        *((*row, None) for row in LINKS),
+        ("a.md", "[a](../setup.py)", f"[a]({KNOWN}blob/main/setup.py)", KNOWN),
     ],
 )
-def test_links_lead_to_pages_of_the_site(uri, link, expected, hooks):
+def test_links_lead_to_pages_of_the_site(uri, link, expected, repository, hooks):
     page = SimpleNamespace(file=SimpleNamespace(src_uri=uri))
-    config = SimpleNamespace(repo_url=None)
+    config = SimpleNamespace(repo_url=repository)
     assert hooks.on_page_markdown(link, page, config, None) == expected
-
-
-def test_source_files_are_links_where_the_repository_is_known(hooks):
-    page = SimpleNamespace(file=SimpleNamespace(src_uri="architecture.md"))
-    config = SimpleNamespace(repo_url="https://example.org/naslora/")
-    found = hooks.on_page_markdown("[a](../setup.py)", page, config, None)
-    assert found == "[a](https://example.org/naslora/blob/main/setup.py)"
 
 
 def test_every_page_is_in_the_navigation(hooks):

@@ -18,6 +18,7 @@ from naslora.study.operation_losses import ALL_LAYERS, OperationLoss
 from naslora_kernels import OPERATIONS
 
 PAGES = Path(__file__).parents[1] / "bench/experiments"
+PAGE = (PAGES / "evidence.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -31,9 +32,7 @@ def test_the_evidence_is_what_the_study_prints(tmp_path, study, file, section):
     plan = STUDIES[study]
     printed = table(plan, finished(plan, tmp_path, PAGES / "results" / file)).splitlines()
     starts = tuple(f"| {data} | {name} | " for data in plan.datasets for name in plan.variants)
-    page = (PAGES / "evidence.md").read_text(encoding="utf-8")
-    if section:
-        page = page.split(section)[1].split("\n## ")[0]
+    page = PAGE.split(section)[1].split("\n## ")[0] if section else PAGE
     shown = [line for line in page.splitlines() if line.startswith(starts)]
     assert shown and not set(shown) - set(printed)
 
@@ -41,7 +40,6 @@ def test_the_evidence_is_what_the_study_prints(tmp_path, study, file, section):
 def test_pairs_scatter_less_than_runs_of_different_seeds():
     plan = STUDIES["whole-sets"]
     cells = finished(plan, PAGES, PAGES / "results/whole_sets.csv")
-    page = (PAGES / "evidence.md").read_text(encoding="utf-8")
     for method in ("NAS-PC-LoRA", "Conv-LoRA"):
         own, lora = (
             [cells["crackforest", f"MobileSAM, {name}", seed]["test Dice"] for seed in range(16)]
@@ -49,24 +47,23 @@ def test_pairs_scatter_less_than_runs_of_different_seeds():
         )
         paired = statistics.stdev(a - b for a, b in zip(own, lora, strict=True))
         unpaired = math.sqrt(statistics.variance(own) + statistics.variance(lora))
-        assert f"{paired:.4f}" in page and f"{unpaired:.4f}" in page
+        assert f"{paired:.4f}" in PAGE and f"{unpaired:.4f}" in PAGE
 
 
 def test_one_change_at_a_time_is_compared_with_the_default():
     plan = replace(STUDIES["whole-sets"], reference="NAS-PC-LoRA")
     cells = finished(plan, PAGES, PAGES / "results/whole_sets.csv")
     on_vit_t = {key: cell for key, cell in cells.items() if key.variant.startswith("vit_t, ")}
-    page = (PAGES / "evidence.md").read_text(encoding="utf-8")
     gains = {row.split(" | ")[-1].strip(" |") for row in table(plan, on_vit_t).splitlines()[2:]}
     assert len(gains - {MISSING}) > 10
-    assert all(gain in page for gain in gains)
+    assert all(gain in PAGE for gain in gains)
 
 
 def test_the_losses_of_operations_are_what_the_file_holds():
     losses = operations.stored(PAGES / "results/operation_losses.csv")
     printed = markdown_table(operations.losses_table(list(losses.values()))).splitlines()
-    page = (PAGES / "evidence.md").read_text(encoding="utf-8").splitlines()
-    assert len(printed) == 7 and not {line for line in printed if "---" not in line} - set(page)
+    shown = {line for line in printed if "---" not in line}
+    assert len(printed) == 7 and not shown - set(PAGE.splitlines())
 
 
 def test_losses_of_operations_are_read_from_the_analyses(tmp_path, capsys):
@@ -107,10 +104,8 @@ def test_a_variant_is_compared_with_lora_on_its_encoder_and_at_its_rate(study, v
 
 
 def test_another_reference(tmp_path, capsys):
-    def printed(against):
-        main("whole-sets", tmp_path, tmp_path, tmp_path, table_only=True, against=against)
-        return capsys.readouterr().out
-
-    assert "| Dice − Conv-LoRA |" in printed("Conv-LoRA")
+    options = {"table_only": True, "against": "Conv-LoRA"}
+    main("whole-sets", tmp_path, tmp_path, tmp_path, **options)
+    assert "| Dice − Conv-LoRA |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no variant of whole-sets has this name"):
-        printed("Conv")
+        main("whole-sets", tmp_path, tmp_path, tmp_path, **options | {"against": "Conv"})

@@ -27,13 +27,15 @@ from naslora.training.run_data import tiles_of
 SIDE = 16
 
 
-def chunks(grid, image, function):
-    """The class maps of a (1, H, W) image's tiles."""
-    return (function(image[:, b.top : b.bottom, b.left : b.right]) for b in grid.boxes())
-
-
 def blended(grid, maps):
     return torch.cat([band for _, band in grid.blend(maps)], dim=1)
+
+
+def by_tiles(tiles, image, function):
+    """The blended class maps of a (1, H, W) image's tiles."""
+    grid = Grid(tiles, *image.shape[1:])
+    boxes = grid.boxes()
+    return blended(grid, (function(image[:, b.top : b.bottom, b.left : b.right]) for b in boxes))
 
 
 # --- the grid
@@ -51,16 +53,9 @@ def test_tiles_cover_the_image_and_overlap(overlap):
             covered[box.top : box.bottom, box.left : box.right] += 1
         assert covered.min() >= 1
         assert len(boxes) == len(grid) == len(set(boxes))
-        tops, lefts = (sorted({box[axis] for box in boxes}) for axis in (0, 1))
-        for starts in (tops, lefts):
+        for starts in (sorted({box[axis] for box in boxes}) for axis in (0, 1)):
             shared = [a + SIDE - b for a, b in itertools.pairwise(starts)]
             assert all(SIDE * overlap - 1 <= s < SIDE for s in shared)  # evenly spread: rounded
-
-
-def test_a_larger_number_of_tiles_is_not_taken_than_is_needed():
-    assert len(Grid(Tiles(16, 0), 32, 16)) == 2
-    assert len(Grid(Tiles(16, 0.25), 28, 16)) == 2  # 16 + 12
-    assert len(Grid(Tiles(16, 0.25), 29, 16)) == 3
 
 
 @pytest.mark.parametrize("overlap", [0, 0.1, 0.25, 0.5])
@@ -81,6 +76,9 @@ def test_the_step_of_tiles_is_a_patch():
     assert fit_tiles(128, 256, 0.5) == Tiles(128, 0.5, 8)
     assert fit_tiles(1000, 1024).step == 1  # a patch has 15.6 pixels
     assert tiles_of(run_config(image_size=256, crop=320)).step == 20
+    # Not more tiles than are needed: two of 16 with a quarter shared cover 28 pixels.
+    for overlap, length, count in ((0, 32, 2), (0.25, 28, 2), (0.25, 29, 3)):
+        assert len(Grid(Tiles(16, overlap), length, 16)) == count
     # A tile of a single patch, of which a half is shared: the overlap comes first.
     assert [box.top for box in Grid(Tiles(16, 0.5, 16), 32, 16).boxes()] == [0, 8, 16]
 
@@ -108,12 +106,10 @@ def test_a_model_of_small_reach_predicts_as_on_the_whole_image():
         return F.conv2d(pixels[None], kernel, padding=2)[0]
 
     whole = filtered(image)
-    grid = Grid(Tiles(SIDE, 0.5), 61, 83)
-    torch.testing.assert_close(blended(grid, chunks(grid, image, filtered)), whole)
+    torch.testing.assert_close(by_tiles(Tiles(SIDE, 0.5), image, filtered), whole)
     # With a smaller overlap, or none, the zeros around the tiles show.
     for overlap in (0, 0.25):
-        grid = Grid(Tiles(SIDE, overlap), 61, 83)
-        assert (blended(grid, chunks(grid, image, filtered)) - whole).abs().max() > 0.01
+        assert (by_tiles(Tiles(SIDE, overlap), image, filtered) - whole).abs().max() > 0.01
 
 
 def test_a_model_of_patches_predicts_as_on_the_whole_image():
@@ -123,10 +119,9 @@ def test_a_model_of_patches_predicts_as_on_the_whole_image():
     def means(pixels):
         return F.interpolate(F.avg_pool2d(pixels[None], 16), scale_factor=16)[0]
 
-    grid = Grid(fit_tiles(80, 80), 240, 144)
-    torch.testing.assert_close(blended(grid, chunks(grid, image, means)), means(image))
-    grid = Grid(Tiles(80), 240, 144)  # 53 pixels from tile to tile
-    assert (blended(grid, chunks(grid, image, means)) - means(image)).abs().max() > 0.01
+    torch.testing.assert_close(by_tiles(fit_tiles(80, 80), image, means), means(image))
+    # 53 pixels from tile to tile
+    assert (by_tiles(Tiles(80), image, means) - means(image)).abs().max() > 0.01
 
 
 def test_only_one_row_of_tiles_is_in_memory():
@@ -143,13 +138,6 @@ def test_only_one_row_of_tiles_is_in_memory():
         assert top == sum(rows) and len(set(taken)) == len(rows) + 1
         rows.append(band.shape[1])
     assert sum(rows) == 100
-
-
-def test_maps_of_another_size_are_resized():
-    grid = Grid(Tiles(64), 30, 50)
-    scores = torch.rand(3, 8, 8)
-    expected = F.interpolate(scores[None], (30, 50), mode="bilinear", align_corners=False)[0]
-    assert torch.equal(blended(grid, [scores]), expected)
 
 
 # --- prediction
@@ -169,12 +157,9 @@ def picture_of_cracks(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.stack([grey] * 3, axis=2))
 
 
-def predictor(side: int, tiles: Tiles | None) -> Predictor:
-    return Predictor(brightness, run_config(image_size=side), tiles)
-
-
-def segment(predictor: Predictor, picture: Image.Image) -> np.ndarray:
+def segment(side: int, tiles: Tiles | None, picture: Image.Image) -> np.ndarray:
     """The labels of a whole picture."""
+    predictor = Predictor(brightness, run_config(image_size=side), tiles)
     return np.concatenate(list(segment_rows(predictor, LargeImage(picture))))
 
 
@@ -183,21 +168,19 @@ def test_an_image_at_twice_its_size_by_tiles():
 
     The size of the tiles is that of the model, so that nothing is resized.
     """
-    small = picture_of_cracks(96, 144)
-    picture = small.resize((288, 192), Image.Resampling.BICUBIC)
+    picture = picture_of_cracks(96, 144).resize((288, 192), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
     whole = labels_of(brightness(pixels))[0].numpy()
     assert 0.1 < whole.mean() < 0.9
-    labels = segment(predictor(64, Tiles(64)), picture)
+    labels = segment(64, Tiles(64), picture)
     assert labels.dtype == np.uint8 and (labels == whole).mean() > 0.9999  # ties of rounding
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 64), (64, 17)])
 def test_an_image_that_fits_is_segmented_as_without_tiles(size):
     picture = picture_of_cracks(*size)
-    whole = segment(predictor(32, None), picture)
-    assert whole.shape == size
-    assert np.array_equal(segment(predictor(32, Tiles(64)), picture), whole)
+    whole = segment(32, None, picture)
+    assert whole.shape == size and np.array_equal(segment(32, Tiles(64), picture), whole)
 
 
 # --- windows
@@ -225,14 +208,9 @@ def test_windows_that_hold_foreground():
     empty = draw_window(crop, 200, 300, np.zeros((200, 300), np.int32), 0, 0, 0)
     assert empty.bottom - empty.top == 32
     assert draw_window(crop, 20, 300, None, 0, 0, 0)[0] == 0  # a short side is taken whole
-
-
-def test_windows_depend_on_seed_epoch_and_index():
-    def window(*path):
-        return draw_window(Crop(8), 1000, 1000, None, *path)
-
-    assert window(1, 2, 3) == window(1, 2, 3)
-    assert len({window(*path) for path in ((1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0))}) == 4
+    # A window depends on the seed, the epoch and the index.
+    paths = ((1, 2, 3), (1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0))
+    assert len({draw_window(Crop(8), 1000, 1000, None, *path) for path in paths}) == 4
 
 
 def test_items_are_windows_at_native_resolution(tmp_path):
@@ -278,20 +256,15 @@ def run(naslora, tiny_vit, make_data, tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_on_windows_is_scored_by_tiles(naslora, run):
+def test_scores_by_tiles_are_those_of_the_predicted_masks(naslora, run, tmp_path):
+    """Accuracy by tiles, counted in the masks that ``predict`` writes."""
     config = json.loads((run / "config.json").read_text())
     assert (config["data"]["crop"], config["data"]["resolution"]) == (32, "tiles")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["test"]["resolution"] == "of each mask, by tiles of 32 x 32"
-    again = json.loads(naslora("evaluate", run).out)
-    assert again["metrics"] == pytest.approx(metrics["test"]["metrics"], abs=1e-6)
+    assert "of each mask, by tiles of 32 x 32" in (run / "report.html").read_text()
     whole = json.loads(naslora("evaluate", run, "--resolution", "original").out)
     assert whole["resolution"] == "of each mask"
-    assert "of each mask, by tiles of 32 x 32" in (run / "report.html").read_text()
-
-
-def test_scores_are_those_of_the_predicted_masks(naslora, run, tmp_path):
-    """Accuracy by tiles, counted in the masks that ``predict`` writes."""
     data = run.parent / "data"
     images = [data / f"images/test{i}.png" for i in range(2)]
     result = naslora("predict", run, *images, "--tiles", "auto", "--output", tmp_path / "out")
@@ -303,6 +276,7 @@ def test_scores_are_those_of_the_predicted_masks(naslora, run, tmp_path):
         shares.append((predicted == truth).mean())
     scores = json.loads(naslora("evaluate", run).out)
     assert np.mean(shares) == pytest.approx(scores["accuracy"], abs=1e-6)
+    assert scores["metrics"] == pytest.approx(metrics["test"]["metrics"], abs=1e-6)
 
 
 def test_an_exported_model_knows_its_tiles(naslora, run, tmp_path):
@@ -334,20 +308,18 @@ def test_scores_of_images_that_fit_are_those_of_whole_images(naslora, run, make_
 
 
 def test_bad_tiles_and_crops(naslora, run, tmp_path):
-    image = run.parent / "data/images/test0.png"
-    output = ("--output", tmp_path / "out")
-    for options, message in (
-        (("--tiles", 8), "tiles must be 16 to 65536 pixels, got 8; a patch of the encoder has 16"),
-        (("--tiles", 64, "--overlap", 0.9), "overlap must be a share of a tile, in [0, 0.5]"),
-        (("--tiles", "huge"), "--tiles"),
+    predict = ("predict", run, run.parent / "data/images/test0.png")
+    train = ("train", "--data", run.parent / "data", *TRAIN)
+    sides = "tiles must be 16 to 65536 pixels, got 8; a patch of the encoder has 16"
+    share = "overlap must be a share of a tile, in [0, 0.5]"
+    foreground = "crop_foreground: expected float <= 1.0, got 2"
+    for command, options, message in (
+        (predict, ("--tiles", 8), sides),
+        (predict, ("--tiles", 64, "--overlap", 0.9), share),
+        (predict, ("--tiles", "huge"), "--tiles"),
+        (train, ("--crop", 8), "crop: expected int >= 16, got 8"),
+        (train, ("--crop", 32, "--crop-foreground", 2), foreground),
     ):
-        result = naslora("predict", run, image, *options, *output)
-        assert result.status == 2 and message in result.err
-    train = ("train", "--data", run.parent / "data", *TRAIN, *output)
-    for options, message in (
-        (("--crop", 8), "crop: expected int >= 16, got 8"),
-        (("--crop", 32, "--crop-foreground", 2), "crop_foreground: expected float <= 1.0, got 2"),
-    ):
-        result = naslora(*train, *options)
+        result = naslora(*command, *options, "--output", tmp_path / "out")
         assert result.status == 2 and message in result.err
     assert not (tmp_path / "out").exists()
