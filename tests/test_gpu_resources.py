@@ -95,13 +95,40 @@ def test_tables_give_ranges_over_variants():
 # ---- What a launch moves -----------------------------------------------------------------------
 
 
+WORKS = {**launches.WORKS, **launches.OTHER_WORKS}
+
+
 def counted(work, case=(SHAPE, 3)):
     sizes = TritonPrimitives(None, lambda device: (9, 0))
-    return layer_bytes.count(launches.WORKS[work], launches.Operands(*case, torch.bfloat16), sizes)
+    return layer_bytes.count(WORKS[work], launches.Operands(*case, torch.bfloat16), sizes)
 
 
 def test_launches_are_within_the_budget():
     assert layer_bytes.within_budget()
+
+
+ALL = "cell_forward low_rank_pass cell_backward low_rank_pass low_rank_expand reduce_gradients"
+LAUNCHES = {
+    "layer, forward": "low_rank_pass cell_forward low_rank_expand",
+    "layer, everything": ALL,
+    "layer, backward, weight step": ALL,
+    # An architecture step: dy, cell, dx, reduction.
+    "layer, backward, architecture step": (
+        "low_rank_pass cell_backward low_rank_expand reduce_gradients"
+    ),
+    "layer, lora_B alone": "cell_forward low_rank_pass reduce_gradients",
+    "cell, forward": "cell_forward",
+    "cell, backward": "cell_backward reduce_gradients",
+    "cell, sums alone": "cell_backward reduce_gradients",
+    "cell, maps alone": "cell_backward",
+    "folded layer, forward": "low_rank_pass folded_cell_forward low_rank_expand",
+}
+
+
+def test_launches_of_layers_and_cells():
+    assert LAUNCHES.keys() == WORKS.keys()
+    for work, kernels in LAUNCHES.items():
+        assert [launch.kernel for launch in counted(work)] == kernels.split(), work
 
 
 def test_launches_move_what_they_need_once():
@@ -112,10 +139,6 @@ def test_launches_move_what_they_need_once():
     assert cell == ("cell_forward", maps + parameters + 8 * 2, maps)
     assert decode == ("low_rank_expand", maps + 4 * 3 * 96 + 2 * 96, 2 * ROWS * 96)
     backward = counted("layer, backward, weight step")
-    assert [launch.kernel for launch in backward] == [
-        "cell_forward", "low_rank_pass", "cell_backward", "low_rank_pass", "low_rank_expand",
-        "reduce_gradients",
-    ]  # fmt: skip
     decoder, cell, encoder = backward[1:4]
     partials = (decoder.written - maps) + (cell.written - maps) + encoder.written
     assert backward[-1].read == partials + parameters  # folded again in the last launch
