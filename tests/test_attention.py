@@ -494,19 +494,15 @@ def test_gradient_checkpointing(tiny_vit):
         if checkpointing:
             checkpoint_blocks(model)
         model(torch.ones(1, 3, 32, 32)).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for kept, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(kept, recomputed)
-
-
-def test_hugging_faces_gradient_checkpointing():
-    model = fused(build_sam()).train()
-    expected = batch_loss(model, batch_of(2))
-    model.gradient_checkpointing_enable()
-    loss = batch_loss(model, batch_of(2))
+        gradients.append(gradients_of(model))
+    assert torch.equal(*gradients)
+    theirs = fused(build_sam()).train()
+    expected = batch_loss(theirs, batch_of(2))
+    theirs.gradient_checkpointing_enable()
+    loss = batch_loss(theirs, batch_of(2))
     assert torch.equal(loss, expected)
     loss.backward()
-    assert model.vision_encoder.layers[0].attn.qkv.weight.grad.abs().max() > 0
+    assert theirs.vision_encoder.layers[0].attn.qkv.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize(
@@ -690,18 +686,6 @@ def test_torch_jit_trace(name):
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}
     assert {kind.partition("::")[0] for kind in kinds} == {"aten", "prim"}
     assert "prim::PythonOp" not in kinds
-
-
-@torch.no_grad()
-def test_onnx(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = fused(in_eval_mode(sam_attention()))
-    x = tokens_for(model)
-    path = tmp_path / "m.onnx"
-    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(path)
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-5, atol=1e-5)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------

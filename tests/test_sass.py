@@ -32,7 +32,7 @@ def test_loops_and_their_loads_in_flight():
     """A load's flight ends at its first use, or at a branch. Only innermost loops count."""
     (code,) = sass.kernels(STREAMING)
     assert (code.symbol, code.instructions, code.generic) == ("_Z8a_kernelv", 10, 0)
-    assert code.loops == [sass.Loop(7, 4, 3, 0, 0, 1, 0)]
+    assert code.loops == (sass.Loop(7, 4, 3, 0, 0, 1, 0),)
     loads = [LOAD.format(register) for register in (4, 8, 12)]
     branch = listing(loads[0], "@P0 BRA 0x30", *loads[1:], "@P1 BRA 0x0", "EXIT")
     assert sass.kernels(branch)[0].loops[0].in_flight == 1  # the first branch goes to the last load
