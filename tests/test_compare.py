@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -45,20 +44,22 @@ METHOD_NAMES = ("lora", "vpt", "nas-pc-lora")
 
 
 @pytest.fixture(scope="module")
-def arguments(clean_data, tmp_path_factory):
+def data(make_data, tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "discs", train=4, val=2, test=2)
+
+
+@pytest.fixture(scope="module")
+def arguments(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("comparisons") / "all"
     return output, [
         *("compare", "--methods", *METHOD_NAMES, "--seeds", 3, 4),
-        *("--data", clean_data, *TRAIN, "--output", output),
+        *("--data", data, *TRAIN, "--output", output),
     ]
 
 
 @pytest.fixture(scope="module")
-def finished(naslora, arguments):
-    """A comparison that was killed once its first run had finished, and then resumed.
-
-    The command's result, its folder, and what had been finished before.
-    """
+def killed(arguments):
+    """A comparison that was killed once its first run had finished."""
     output, options = arguments
     process = subprocess.Popen(
         [sys.executable, "-m", "naslora", *map(str, options)],
@@ -74,6 +75,13 @@ def finished(naslora, arguments):
     finally:
         if group_lives(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
+    return output, options
+
+
+@pytest.fixture(scope="module")
+def finished(naslora, killed):
+    """The same, resumed: the command's result, its folder, what had been finished before."""
+    output, options = killed
     before = modified(output / "runs/lora/3")
     return naslora(*options, "--resume"), output, before
 
@@ -90,15 +98,19 @@ def modified(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_resumed_comparison_keeps_finished_runs_and_refuses_in_one_line(finished):
-    result, output, before = finished
-    assert before and modified(output / "runs/lora/3") == before
+def test_refused_methods_end_in_one_line_and_status_2(finished):
+    result, _, _ = finished
     assert result.status == 2
     errors = [line for line in result.err.splitlines() if "error" in line]
     assert len(errors) == 1 and "2 of 6 runs have no result (vpt: " in errors[0]
     # It was refused, with the reason, before anything trained.
     assert result.err.index("vpt is left out: ") < result.err.index("run 1 of 3")
     assert "TinyViT" in errors[0]
+
+
+def test_resuming_keeps_the_finished_run(finished):
+    result, output, before = finished
+    assert before and modified(output / "runs/lora/3") == before
     assert "run 3 of 3" in result.err and "4 of" not in result.err.replace("2 of 6", "")
 
 
@@ -138,19 +150,24 @@ def test_tables_of_a_comparison(finished):
     assert difference["title"] == "NAS-PC-LoRA"
     assert float(difference["mean"]) == pytest.approx(statistics.mean(gains), abs=1e-12)
     assert not re.search(r"https?:|<script|<link", report)
-    images = {}
-    for path in output.glob("runs/*/*/test_images.csv"):
-        scores = [float(row["dice"]) for row in csv.DictReader(path.open())]
-        images.setdefault(path.parts[-3], {})[int(path.parts[-2])] = scores
+    images = {
+        name: {seed: image_dice(output / f"runs/{name}/{seed}") for seed in (3, 4)}
+        for name in ("lora", "nas-pc-lora")
+    }
     error = error_over_images(images["nas-pc-lora"], images["lora"])
     assert float(difference["over_images"]) == pytest.approx(error, abs=1e-12)
     assert "± over images" in markdown
 
 
-def test_a_method_is_added_later(finished, naslora, clean_data):
+def image_dice(run):
+    with (run / "test_images.csv").open() as file:
+        return [float(row["dice"]) for row in csv.DictReader(file)]
+
+
+def test_a_method_is_added_later(finished, naslora, arguments, data):
     _, output, _ = finished
     before = modified(output / "runs/lora")
-    options = ["--methods", "decoder-only", "lora", "--seeds", 3, "--data", clean_data, *TRAIN]
+    options = ["--methods", "decoder-only", "lora", "--seeds", 3, "--data", data, *TRAIN]
     result = naslora("compare", *options, "--output", output, "--resume")
     assert result.status == 0, result.err
     assert "run 1 of 1: Decoder only" in result.err and modified(output / "runs/lora") == before
@@ -244,11 +261,14 @@ def a_row(*runs, name="lora"):
     return StudyRow(name, METHODS[name].title, len(runs), 0, False, "", row_numbers(runs))
 
 
-def test_a_failed_run_is_marked_and_tried_again(quick, tmp_path):
+def test_seeds_are_the_outer_loop(quick):
     run, ran = quick
     run({})
-    assert ran == [("lora", 0), ("mona", 0), ("lora", 1), ("mona", 1)]  # seeds outside
-    shutil.rmtree(tmp_path / "out")
+    assert ran == [("lora", 0), ("mona", 0), ("lora", 1), ("mona", 1)]
+
+
+def test_a_failed_run_is_marked_and_tried_again(quick, tmp_path):
+    run, ran = quick
     failure = RuntimeError("its process\nwas killed")
     with pytest.raises(UserError, match=r"1 of 4 runs have no result \(mona: RuntimeError"):
         run({("mona", 0): failure})
@@ -299,22 +319,26 @@ def test_a_row():
     shown = dict(zip(head, text, strict=True))
     assert shown["Dice"] == "0.450 ± 0.071" and shown["Of all, %"] == "25.00"
     assert shown["Peak memory, MB"] == "2,000" and shown["merged, exact"] == "0.100"
-    # Every method has a row. One seed has no spread, and an unknown score no mean.
+
+
+def test_one_seed_has_no_spread_and_unknown_scores_no_mean():
     assert mean_and_spread([0.25]) == MeanAndSpread(0.25, None, [0.25])
     assert mean_and_spread([0.25, None]) == MeanAndSpread(None, None, [0.25, None])
-    rows = [a_row(numbers(0.5), name=name) for name in METHODS] + [a_row(numbers(None))]
-    tables = {"Comparison": main_table(rows, "Method"), "Merged": merged_table(rows)}
-    text = as_markdown(tables, ["a note"])
-    assert text.count("| 0.500 |") >= len(METHODS) and "–" in text and text.endswith("a note\n")
-    for load, note in ((1.2, "so the times are comparable."), (3.0, "only roughly")):
-        assert note in notes_on([], [numbers(0.5, load=load)])[1]
+    table = main_table([a_row(numbers(None))], "Method")
+    assert "–" in as_markdown({"Comparison": table}, [])
+
+
+def test_load_decides_whether_times_compare():
+    def note(load):
+        return notes_on([], [numbers(0.5, load=load)])[1]
+
+    assert "so the times are comparable." in note(1.2) and "only roughly" in note(3.0)
 
 
 def test_training_seconds():
-    rest = (1.0, 0.5, 0.4, 0.9, 1e-3, 2.0)
     history = [
-        Epoch(0, 1, 1.0, 1.0, None, *rest, PhaseSeconds(2.0, 0.0, 1.0)),
-        Epoch(1, 2, 1.0, 1.0, 1.0, *rest, PhaseSeconds(4.0, 3.0, 1.0)),
+        Epoch(0, 1, 1.0, 1.0, None, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, PhaseSeconds(2.0, 0.0, 1.0)),
+        Epoch(1, 2, 1.0, 1.0, 1.0, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, PhaseSeconds(4.0, 3.0, 1.0)),
     ]
     # 6 s of weight steps and 3 s of alpha's over two epochs of 10 images.
     assert training_seconds(history, 10) == pytest.approx((0.3, 0.45))
@@ -326,3 +350,10 @@ def test_a_process_of_its_own():
         in_own_process(TrainConfig, 0)
     with pytest.raises(RuntimeError, match="its process was killed"):
         in_own_process(os._exit, 1)
+
+
+def test_every_method_has_a_row():
+    rows = [a_row(numbers(0.5), name=name) for name in METHODS]
+    tables = {"Comparison": main_table(rows, "Method"), "Merged": merged_table(rows)}
+    text = as_markdown(tables, ["a note"])
+    assert text.count("| 0.500 |") >= len(METHODS) and text.endswith("a note\n")

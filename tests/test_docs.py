@@ -105,12 +105,14 @@ def options_of(naslora):
     return options
 
 
+def test_readme_has_at_most_150_lines():
+    assert len(read(ROOT / "README.md").splitlines()) <= 150
+
+
 @every_page
-def test_length(page):
-    """Lines other than tables have at most 100 columns. The README has at most 150 lines."""
+def test_lines_other_than_tables_have_at_most_100_columns(page):
     lines = read(page).splitlines()
     assert not [line for line in lines if len(line) > 100 and not line.startswith("|")]
-    assert page != ROOT / "README.md" or len(lines) <= 150
 
 
 @every_page
@@ -152,10 +154,12 @@ def test_commands_and_their_options_exist(page, options_of):
                 known = options_of(match[1])
                 assert known is not None, line
                 assert set(re.findall(r"--[a-z][\w-]*", match[2])) <= known, line
-    # Options that are named alone.
-    commands = re.search(r"commands = \(([^)]*)\)", read(ROOT / "naslora" / "cli.py"))[1]
-    found = (options_of(command) or () for command in re.findall(r"[a-z]+", commands))
-    known = FOREIGN_OPTIONS.union(*found)
+
+
+@every_page
+def test_options_named_alone_exist(page, options_of):
+    commands = set(re.findall(r"[a-z]+", naslora_commands()))
+    known = set().union(FOREIGN_OPTIONS, *(options_of(command) or () for command in commands))
     bench = "".join(read(path) for path in SOURCES if ROOT / "bench" in path.parents)
     for span in spans(page):
         if match := re.match(r"--[a-z][\w-]*", span):
@@ -180,6 +184,11 @@ def test_every_command_is_run_or_says_why_not(page):
             assert names or mark[1] == "not run:", mark[0]
             assert all((ROOT / name).exists() for name in names), mark[0]
         assert match[1] != "bash" or page.name == "tutorial.md", match[2]
+
+
+def naslora_commands() -> str:
+    """The tuple of commands in the command line's source."""
+    return re.search(r"commands = \(([^)]*)\)", read(ROOT / "naslora" / "cli.py"))[1]
 
 
 @every_page
@@ -219,5 +228,8 @@ def test_rooms_import_from_lower_floors_only(package):
     known = {room for pair in pairs for room in pair} - {"_C", "_CUDA"}  # compiled
     assert known <= set(floor)
     assert not [(a, b) for a, b in pairs if b in floor and floor[b] >= floor[a]]
-    for path in (ROOT / "naslora_kernels").rglob("*.py"):  # knows nothing of naslora
+
+
+def test_kernels_know_nothing_of_naslora():
+    for path in (ROOT / "naslora_kernels").rglob("*.py"):
         assert not re.search(r"^\s*(?:from|import) naslora\b(?!_)", read(path), re.MULTILINE), path

@@ -12,6 +12,11 @@ CELLS = [cell for cell in jupytext.read(PAGE).cells if cell.cell_type == "code"]
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
 
+def test_the_tutorial_is_a_notebook():
+    kinds = [cell.source.startswith("%%bash") for cell in CELLS]
+    assert kinds == [False, True, False, False, True, True, True, False]
+
+
 # What is printed takes minutes: fewer images and epochs, beside the smaller encoder.
 SHORTER = {
     '"train": 24, "val": 8, "test": 8': '"train": 8, "val": 4, "test": 4',
@@ -21,9 +26,6 @@ SHORTER = {
 
 
 def test_every_cell_runs(naslora, tmp_path, monkeypatch, capsys):
-    kinds = [cell.source.startswith("%%bash") for cell in CELLS]
-    assert kinds == [False, True, False, False, True, True, True, False]
-    assert all(printed in PAGE.read_text() for printed in SHORTER)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     for cell in CELLS:
@@ -44,3 +46,8 @@ def test_every_cell_runs(naslora, tmp_path, monkeypatch, capsys):
     assert 90 < float(out.splitlines()[-1].split("%")[0]) <= 100
     assert (tmp_path / "runs/dishes/report.html").exists()
     assert len(list((tmp_path / "onnx-masks").glob("*_mask.png"))) == 4
+
+
+def test_what_the_test_shortens_is_printed():
+    text = PAGE.read_text()
+    assert all(printed in text for printed in SHORTER)
