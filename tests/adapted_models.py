@@ -2,7 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
 from torch import nn
 
 from naslora import NASLoRAConfig, inject
@@ -24,6 +30,21 @@ def build_encoder() -> ImageEncoderViT:
         window_size=3,
         global_attn_indexes=(1,),
     ).eval()
+
+
+def mask_decoder(mask_tokens: int) -> MaskDecoder:
+    """SAM's decoder of full size."""
+    return MaskDecoder(
+        transformer_dim=256,
+        transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
+        num_multimask_outputs=mask_tokens - 1,
+    )
+
+
+def original_sam(encoder: nn.Module, size: int) -> Sam:
+    """segment_anything's own model around an encoder."""
+    prompts = PromptEncoder(256, (size // 16,) * 2, (size, size), mask_in_chans=16)
+    return Sam(encoder, prompts, mask_decoder(4)).eval()
 
 
 def randomize(module: nn.Module, seed: int = 3) -> None:

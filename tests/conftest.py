@@ -8,6 +8,7 @@ import contextlib
 import gc
 import io
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -38,6 +39,7 @@ torch.set_num_threads(1)
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 SIZE = 32  # of the images, in pixels
+TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
 TINY = {"width": 32, "depth": 2, "heads": 2, "global_blocks": (1,)}  # of a ViT
 
 
@@ -92,6 +94,16 @@ def call(*arguments: object) -> Result:
     # Accelerate keeps a process's precision; each command stands for a process of its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Result(status, out.getvalue(), err.getvalue())
+
+
+def error_of(function, *arguments, **options) -> str:
+    """The one-line message of the ``UserError`` that a function raises."""
+    from naslora.errors import UserError
+
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def group_lives(group: int) -> bool:
@@ -185,6 +197,15 @@ def tiny_vit():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(VITS, "vit_t", tiny)
         yield tiny
+
+
+@pytest.fixture(scope="module")
+def run(tiny_vit, clean_data, tmp_path_factory):
+    """A finished run on ``clean_data`` that tests only read."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    result = call("train", "--data", clean_data, *TRAIN, "--output", output)
+    assert result.status == 0 and "warning" not in result.err, result.err
+    return output
 
 
 @pytest.fixture

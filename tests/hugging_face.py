@@ -2,106 +2,86 @@
 
 import torch
 import torch.nn.functional as F
+from adapted_models import randomize
 from torch import nn
 from torch.func import functional_call
-from transformers import (
-    Sam2Config,
-    Sam2HieraDetConfig,
-    Sam2MaskDecoderConfig,
-    Sam2Model,
-    Sam2PromptEncoderConfig,
-    Sam2VisionConfig,
-    SamConfig,
-    SamMaskDecoderConfig,
-    SamModel,
-    SamPromptEncoderConfig,
-    SamVisionConfig,
-)
+from transformers import Sam2Config, Sam2Model, SamConfig, SamModel
+
+from naslora import NASLoRAConfig, inject
 
 SIZE = 64
+PROMPTS = {"hidden_size": 16, "image_size": SIZE, "patch_size": 16, "mask_input_channels": 4}
+DECODER = {
+    "hidden_size": 16,
+    "mlp_dim": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "iou_head_hidden_dim": 16,
+}
 
 
 def build_sam() -> SamModel:
     """4 x 4 tokens, a windowed and a global block."""
-    torch.manual_seed(0)
-    vision = SamVisionConfig(
-        hidden_size=32,
-        output_channels=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=SIZE,
-        patch_size=16,
-        window_size=3,
-        global_attn_indexes=[1],
-        mlp_dim=64,
-        num_pos_feats=8,
-    )
-    prompt = SamPromptEncoderConfig(
-        hidden_size=16, image_size=SIZE, patch_size=16, mask_input_channels=4
-    )
-    decoder = SamMaskDecoderConfig(
-        hidden_size=16,
-        mlp_dim=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        iou_head_hidden_dim=16,
-    )
-    return started(
-        SamModel,
-        SamConfig(
-            vision_config=vision.to_dict(),
-            prompt_encoder_config=prompt.to_dict(),
-            mask_decoder_config=decoder.to_dict(),
-        ),
-    )
+    vision = {
+        "hidden_size": 32,
+        "output_channels": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIZE,
+        "patch_size": 16,
+        "window_size": 3,
+        "global_attn_indexes": [1],
+        "mlp_dim": 64,
+        "num_pos_feats": 8,
+    }
+    return started(SamModel, SamConfig, vision)
 
 
 def build_sam2() -> Sam2Model:
     """Four stages of Hiera, from 16 x 16 to 2 x 2 tokens."""
-    torch.manual_seed(0)
-    backbone = Sam2HieraDetConfig(
-        hidden_size=16,
-        num_attention_heads=1,
-        image_size=[SIZE, SIZE],
-        blocks_per_stage=[1, 1, 2, 1],
-        embed_dim_per_stage=[16, 32, 64, 128],
-        num_attention_heads_per_stage=[1, 2, 4, 8],
-        window_size_per_stage=[8, 4, 4, 2],
-        window_positional_embedding_background_size=[4, 4],
-        global_attention_blocks=[3],
-    )
-    vision = Sam2VisionConfig(
-        backbone_config=backbone.to_dict(),
-        backbone_channel_list=[128, 64, 32, 16],
-        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-        fpn_hidden_size=16,
-    )
-    prompt = Sam2PromptEncoderConfig(
-        hidden_size=16, image_size=SIZE, patch_size=16, mask_input_channels=4
-    )
-    decoder = Sam2MaskDecoderConfig(
-        hidden_size=16,
-        mlp_dim=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        iou_head_hidden_dim=16,
-    )
-    return started(
-        Sam2Model,
-        Sam2Config(
-            vision_config=vision.to_dict(),
-            prompt_encoder_config=prompt.to_dict(),
-            mask_decoder_config=decoder.to_dict(),
-        ),
-    )
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": 16,
+        "num_attention_heads": 1,
+        "image_size": [SIZE, SIZE],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": [16, 32, 64, 128],
+        "num_attention_heads_per_stage": [1, 2, 4, 8],
+        "window_size_per_stage": [8, 4, 4, 2],
+        "window_positional_embedding_background_size": [4, 4],
+        "global_attention_blocks": [3],
+    }
+    vision = {
+        "backbone_config": backbone,
+        "backbone_channel_list": [128, 64, 32, 16],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "fpn_hidden_size": 16,
+    }
+    return started(Sam2Model, Sam2Config, vision)
 
 
-def started(kind: type[nn.Module], config) -> nn.Module:
+def started(kind: type[nn.Module], config: type, vision: dict) -> nn.Module:
     """A random model. Transformers starts so small that every mask is 0; this one does not."""
-    model = kind(config).eval()
+    torch.manual_seed(0)
+    parts = {"prompt_encoder_config": dict(PROMPTS), "mask_decoder_config": dict(DECODER)}
+    model = kind(config(vision_config=vision, **parts)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return model
+
+
+BUILDERS = {"SamModel": build_sam, "Sam2Model": build_sam2}
+
+
+def trained(name: str) -> nn.Module:
+    """An injected model whose adapter and decoder differ from the start."""
+    model = BUILDERS[name]()
+    inject(model, NASLoRAConfig(), train=("mask_decoder",))
+    randomize(model)
+    with torch.no_grad():
+        for parameter in model.mask_decoder.parameters():
+            parameter.add_(0.01)
     return model
 
 

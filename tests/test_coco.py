@@ -43,10 +43,7 @@ def test_run_lengths():
         assert np.array_equal(draw(segmentation), square)
     assert draw(runs([0, HEIGHT * WIDTH])).all() and not draw(runs([HEIGHT * WIDTH])).any()
     assert draw(runs("01", 1, 1), height=1, width=1).all()
-
-
-def test_polygons_of_one_instance_are_united():
-    # Drawn by pycocotools. The first reaches beyond the image.
+    # Polygons of one instance are united. Drawn by pycocotools; it reaches beyond the image.
     beyond = [-5, 4.5, 8.25, -3, 25, 7.75, 9.1, 30, 4.4, 12]
     assert np.array_equal(draw([beyond]), draw(runs("2782N101O1OT4MoK1O001O1O0OM")))
     assert np.array_equal(draw([SQUARE, beyond]), draw([SQUARE], [beyond]))
@@ -99,13 +96,13 @@ LAYOUTS = {
 }
 
 
-def write(root, layout="plain", content=annotations):
+def write(root, layout="plain"):
     for split in ("train", "val", "test"):
         name = "valid" if (layout, split) == ("roboflow", "val") else split
         file, folder = (part.format(split=name) for part in LAYOUTS[layout])
         write_images(root / folder, split)
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(json.dumps(content(split)))
+        (root / file).write_text(json.dumps(annotations(split)))
     return root
 
 
@@ -118,9 +115,7 @@ EXPECTED[2:9, 8:10] = IGNORED
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(tmp_path, layout):
     splits = load_splits("coco", write(tmp_path, layout))
-    assert {split: len(samples) for split, samples in splits.items()} == dict.fromkeys(
-        ("train", "val", "test"), 2
-    )
+    assert list(splits) == ["train", "val", "test"]
     for split, (first, second) in splits.items():
         assert first.image.name == f"{split}1.png" and first.image.is_file()
         assert np.array_equal(read_mask(first, 3), EXPECTED)
@@ -173,26 +168,6 @@ def test_a_run(naslora, tiny_vit, tmp_path):
 
 
 # --- bad input
-
-
-def spoilt(change):
-    def content(split):
-        file = annotations(split)
-        if split == "train":
-            change(file)
-        return file
-
-    return content
-
-
-def test_run_lengths_of_another_size_end_a_run_with_one_line(naslora, tiny_vit, tmp_path):
-    other = spoilt(lambda f: f["annotations"][0].update(segmentation=runs([400], 20, 20)))
-    root = write(tmp_path / "data", content=other)
-    arguments = ("--root", root, *TRAIN, "--output", tmp_path / "run")
-    result = naslora("train", "--dataset", "coco", *arguments)
-    (line,) = result.err.strip().splitlines()
-    assert result.status == 2 and not (tmp_path / "run").exists()
-    assert "annotation 11 has run lengths of 20x20 pixels" in line and "has 20x16" in line
 
 
 def test_missing_and_ambiguous_files(tmp_path):

@@ -1,20 +1,27 @@
 """Exported models: computed by other runtimes, loaded by other packages; and error messages."""
 
 import functools
-import json
 
 import numpy as np
 import pytest
 import torch
-from adapted_models import adapted_encoder, images, randomize, relative, smooth_images, tokens
+from adapted_models import (
+    adapted_encoder,
+    images,
+    original_sam,
+    randomize,
+    relative,
+    smooth_images,
+    tokens,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, inject, merge
+from naslora.files import read_json
 from naslora.sam.checkpoint import load_sam_checkpoint
-from naslora.sam.encoders import PATCH_SIZE, build_image_encoder
+from naslora.sam.encoders import build_image_encoder
 from naslora.sam.export import Description, Embedding, Scores, export, load_class_map
 from naslora.sam.families.mobile_sam import mobile_sam_name
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
@@ -25,32 +32,22 @@ pytestmark = pytest.mark.usefixtures("tiny_vit")
 SIZE = 64
 
 
-def original_sam(size: int) -> Sam:
-    """Builds segment_anything's own model with a small encoder."""
+def tiny_sam(size: int) -> nn.Module:
     torch.manual_seed(0)
-    grid = size // PATCH_SIZE
-    return Sam(
-        image_encoder=build_image_encoder("vit_t", size),
-        prompt_encoder=PromptEncoder(256, (grid, grid), (size, size), mask_in_chans=16),
-        mask_decoder=MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(2, 256, num_heads=8, mlp_dim=2048),
-            transformer_dim=256,
-            iou_head_depth=3,
-            iou_head_hidden_dim=256,
-        ),
-    ).eval()
+    return original_sam(build_image_encoder("vit_t", size), size)
 
 
-def segmenter(size=SIZE, num_classes=1, checkpoint=None, mode="exact") -> SamForSegmentation:
+def segmenter(
+    size=SIZE, num_classes=1, checkpoint=None, mode="exact", name="vit_t", calibration=None
+) -> SamForSegmentation:
     """Builds a merged model whose adapter and decoder differ from their initial values."""
-    model = build_model("vit_t", size, num_classes, checkpoint).eval()
+    model = build_model(name, size, num_classes, checkpoint).eval()
     inject(model, NASLoRAConfig())
     randomize(model)
     with torch.no_grad():
         for parameter in model.mask_decoder.parameters():
             parameter.add_(0.01)
-    merge(model, mode)
+    merge(model, mode, calibration)
     return model
 
 
@@ -141,21 +138,15 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["exact", "center"])
-def test_a_merged_model_compiles_in_one_graph(mode):
-    model = adapted_encoder()
-    merge(model, mode)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images()), model(images()))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("mode", ["exact", "center", "calibrated"])
-def test_a_merged_model_runs_in_16_bits(mode):
+def test_a_merged_model_compiles_in_one_graph_and_runs_in_16_bits(mode):
     """Equals the float32 result up to the rounding of each layer to 8 bits."""
     model = adapted_encoder()
     merge(model, mode, [smooth_images(4, seed) for seed in range(4)])
     expected = model(images())
+    if mode == "exact":  # merged in another mode it has the original modules
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(images()), expected)
     low = model.bfloat16()(images().bfloat16())
     assert low.dtype == torch.bfloat16
     assert relative(low.float() - expected, expected) < 10 * 2**-9
@@ -168,7 +159,7 @@ def test_a_merged_model_runs_in_16_bits(mode):
 def checkpoint(tmp_path):
     """Writes the state dict of segment_anything's model for images of twice the size."""
     path = tmp_path / "sam.safetensors"
-    save_file(original_sam(2 * SIZE).state_dict(), path)
+    save_file(tiny_sam(2 * SIZE).state_dict(), path)
     return path
 
 
@@ -176,18 +167,14 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize("num_classes", [1, 3])
 @pytest.mark.parametrize("mode", ["center", "calibrated"])
 def test_segment_anything_loads_it_strictly(mode, num_classes, checkpoint, tmp_path):
-    model = build_model("vit_t", SIZE, num_classes, checkpoint).eval()
-    inject(model, NASLoRAConfig())
-    randomize(model)
-    for parameter in model.mask_decoder.parameters():
-        parameter.add_(0.01)
-    merge(model, mode, [smooth_images(4, seed) for seed in range(4)])
+    batches = [smooth_images(4, seed) for seed in range(4)]
+    model = segmenter(SIZE, num_classes, checkpoint, mode, calibration=batches)
     path = tmp_path / "merged.safetensors"
     export(model, description(model), "safetensors", path)
 
     exported, before = load_file(path), load_file(checkpoint)
     assert exported.keys() == before.keys()
-    original_sam(2 * SIZE).load_state_dict(exported, strict=True)
+    tiny_sam(2 * SIZE).load_state_dict(exported, strict=True)
     own = model.state_dict()
     changed = {name for name in before if not torch.equal(exported[name], before[name])}
     # Encoder: only the merged layers change. Resized positions have their original values.
@@ -205,26 +192,19 @@ def test_segment_anything_loads_it_strictly(mode, num_classes, checkpoint, tmp_p
     rows = exported["mask_decoder.mask_tokens.weight"]
     assert torch.equal(rows[:kept], own["mask_decoder.mask_tokens.weight"][:kept])
     assert torch.equal(rows[kept:], tokens_before[kept:])
-
-
-@torch.no_grad()
-def test_it_loads_back_as_a_checkpoint(checkpoint, tmp_path):
-    model = segmenter(checkpoint=checkpoint, mode="center")
-    path = tmp_path / "merged.safetensors"
-    export(model, description(model), "safetensors", path)
-    again = build_model("vit_t", SIZE, 1, path).eval()
-    own, reloaded = model.state_dict(), again.state_dict()
-    assert own.keys() == reloaded.keys()
-    assert not [name for name in own if not torch.equal(own[name], reloaded[name])]
-    other = SamForSegmentation("vit_t", 2 * SIZE)
-    load_sam_checkpoint(other, path, "vit_t")  # at the image size of the checkpoint
+    if (mode, num_classes) == ("center", 1):  # it loads back as a checkpoint
+        again = build_model("vit_t", SIZE, 1, path).state_dict()
+        assert own.keys() == again.keys()
+        assert not [name for name in own if not torch.equal(own[name], again[name])]
+        other = SamForSegmentation("vit_t", 2 * SIZE)
+        load_sam_checkpoint(other, path, "vit_t")  # at the image size of the checkpoint
 
 
 def test_mobile_sam_gets_its_own_names(tmp_path):
     torch.manual_seed(0)
     model = SamForSegmentation("mobile_sam", SIZE)
     state = {mobile_sam_name(k): v.clone() for k, v in model.state_dict().items()}
-    spare = original_sam(SIZE).state_dict()
+    spare = tiny_sam(SIZE).state_dict()
     state |= {k: v for k, v in spare.items() if k.startswith("mask_decoder.") and k not in state}
     state["mask_decoder.mask_tokens.weight"] = spare["mask_decoder.mask_tokens.weight"]
     # Names from MobileSAM's checkpoint.
@@ -271,7 +251,7 @@ def test_an_exported_file_predicts_what_the_model_does(exported, file_format, si
 def folders(naslora, make_data, tmp_path_factory, tiny_vit):
     """A folder with a binary run from a SAM checkpoint, and its merged models by mode."""
     root = tmp_path_factory.mktemp("export")
-    save_file(original_sam(32).state_dict(), root / "sam.safetensors")
+    save_file(tiny_sam(32).state_dict(), root / "sam.safetensors")
     data = make_data(root / "data", train=6, val=2, test=2)
     options = (
         f"--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0 "
@@ -300,89 +280,45 @@ def test_export_and_predict_from_the_command_line(naslora, folders, tmp_path):
         assert len(list((tmp_path / str(i)).glob("*_overlay.png"))) == 2
         files = sorted((tmp_path / str(i)).glob("*_mask.png"))
         masks.append([np.asarray(Image.open(file)) for file in files])
+    exact, center = (read_json(folders / mode / "merged.json") for mode in ("exact", "center"))
+    for stored in (exact, center):  # what merging changed
+        assert {"before", "after"} == stored["scores"].keys()
+        assert all({"dice", "iou", "loss"} <= scores.keys() for scores in stored["scores"].values())
+    losses = [exact["scores"][name]["loss"] for name in ("before", "after")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert len(masks[0]) == 2 and set(np.unique(masks[0])) <= {0, 255}
     for others in masks[1:]:
         # Labels may differ at pixels whose probability is 0.5 up to rounding.
         assert np.mean([np.mean(a == b) for a, b in zip(masks[0], others, strict=True)]) > 0.999
 
 
-def refused(naslora, *arguments) -> str:
-    result = naslora(*arguments)
-    assert result.status == 2 and result.out == ""
-    lines = [line for line in result.err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("naslora: error: "), result.err
-    return lines[0]
-
-
-def test_what_cannot_be_exported_is_refused(naslora, folders, tmp_path):
-    file = tmp_path / "m.safetensors"
-    command = ("export", folders / "run", "--output", file, "--format", "safetensors")
-    assert "the model is not merged" in refused(naslora, *command)
-    command = ("export", folders / "exact", "--output", file, "--format", "safetensors")
-    assert "SAM has no image_encoder" in refused(naslora, *command)
-    command = ("export", folders / "center", "--output", tmp_path / "m.bin")
-    assert "must end in .onnx for format onnx" in refused(naslora, *command)
-    command = ("export", folders / "center", "--output", file, "--format", "safetensors")
-    assert "a SAM state dict contains the whole model" in refused(
-        naslora, *command, "--part", "encoder"
-    )
-    assert "neither config.json" in refused(
-        naslora, "export", tmp_path, "--output", tmp_path / "m.onnx"
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_model_without_a_sam_checkpoint_is_no_sam(tmp_path):
-    model = segmenter(mode="center")
-    with pytest.raises(UserError, match="not made from a SAM checkpoint"):
-        export(model, description(model), "safetensors", tmp_path / "m.safetensors")
-
-
-def test_files_that_predict_nothing_are_refused(naslora, folders, checkpoint, tmp_path):
-    picture = next((folders / "data" / "images").glob("test*.png"))
-
-    def error(path):
-        return refused(naslora, "predict", path, picture, "--output", tmp_path / "o", "--trust")
-
-    assert "sam.safetensors: it was not written by naslora export" in error(checkpoint)
-    for name in ("a.onnx", "a.pt2", "a.safetensors"):
-        (tmp_path / name).write_bytes(b"nothing that anyone wrote")
-        assert f"{name} is damaged or " in error(tmp_path / name)
-    (tmp_path / "a.txt").write_text("words")
-    assert "a.txt is not an exported model" in error(tmp_path / "a.txt")
+def test_what_is_refused(naslora, folders, checkpoint, tmp_path):
+    """tests/reliability has damaged files and files of others."""
+    merged, center = (tmp_path / f"{name}.safetensors" for name in ("merged", "classes"))
     model = segmenter(num_classes=3, checkpoint=checkpoint, mode="center")
-    export(model, description(model), "safetensors", tmp_path / "classes.safetensors")
-    assert "SAM has no classification branch for 3 classes" in error(
-        tmp_path / "classes.safetensors"
-    )
-
-
-def test_a_merged_folder_says_what_merging_changed(folders):
-    for mode in ("exact", "center"):
-        stored = json.loads((folders / mode / "merged.json").read_text())
-        assert {"before", "after"} == stored["scores"].keys()
-        for scores in stored["scores"].values():
-            assert {"dice", "iou", "loss"} <= scores.keys()
-    exact = json.loads((folders / "exact" / "merged.json").read_text())["scores"]
-    assert exact["after"]["loss"] == pytest.approx(exact["before"]["loss"], rel=1e-4)
-    names = load_file(folders / "center" / "model.safetensors").keys()
-    assert not [name for name in names if "lora" in name or "mixture" in name]
-
-
-def test_a_merged_layer_is_a_plain_linear_in_the_graph():
-    """A merged encoder has the modules and the number of operations of the original one."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counts, kinds = [], []
-    for adapted in (False, True):
-        model = build_model("vit_t", SIZE).eval().image_encoder
-        if adapted:
-            inject(model, NASLoRAConfig())
-            randomize(model)
-            merge(model, "center")
-        kinds.append([(name, type(module)) for name, module in model.named_modules()])
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(tokens(1, 3, SIZE, SIZE))
-        counts.append(counter.get_flop_counts())
-    assert kinds[0] == kinds[1] and nn.Linear in dict(kinds[0]).values()
-    assert counts[0] == counts[1]
+    export(model, description(model), "safetensors", center)
+    (tmp_path / "a.txt").write_text("words")
+    picture = next((folders / "data" / "images").glob("test*.png"))
+    sam = ("--output", merged, "--format", "safetensors")
+    masks = (picture, "--output", tmp_path / "masks")
+    before = sorted(tmp_path.iterdir())
+    for command, message in (
+        (("export", folders / "run", *sam), "the model is not merged"),
+        (("export", folders / "exact", *sam), "SAM has no image_encoder"),
+        (("export", folders / "center", "--output", tmp_path / "m.bin"), "must end in .onnx for f"),
+        (
+            ("export", folders / "center", *sam, "--part", "encoder"),
+            "a SAM state dict contains the whole model",
+        ),
+        (("export", tmp_path, "--output", tmp_path / "m.onnx"), "neither config.json"),
+        (("predict", checkpoint, *masks), "it was not written by naslora export"),
+        (("predict", tmp_path / "a.txt", *masks), "a.txt is not an exported model"),
+        (("predict", center, *masks), "SAM has no classification branch for 3 classes"),
+    ):
+        result = naslora(*command)
+        assert result.status == 2 and result.out == "" and message in result.err, result.err
+        assert result.err.startswith("naslora: error: ") and result.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+    fresh = segmenter(mode="center")
+    with pytest.raises(UserError, match="not made from a SAM checkpoint"):
+        export(fresh, description(fresh), "safetensors", merged)

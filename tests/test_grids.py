@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+import transformers
 from adapted_models import adapted_layer, relative, tokens
 from torch import nn
 
@@ -80,47 +81,26 @@ def test_the_grid_that_the_host_states_is_taken(make):
     assert torch.equal(model(x), expected)
     square = model(x.reshape(2, 16, 16, 16)).reshape(2, 256, 16)
     assert relative(square - expected, expected) > 1e-3
+    twin = copy.deepcopy(model)
+    model.blocks[0].attn.qkv.grid = (16, 16)  # the user's wins
+    assert torch.equal(model(x), square)
+    assert torch.equal(twin(x), expected)
+    merge(twin)
+    torch.testing.assert_close(twin(x), expected, atol=1e-5, rtol=1e-5)  # rounding of the merge
+    small = injected(make(4, 4))
+    merge(small)
+    assert not any("grid" in name for name in small.state_dict())
 
 
 @hosts
 def test_a_class_token_is_refused(make):
     """The silent loss: a class token beside 5 x 7 tokens was taken as a part of 6 x 6."""
-    with pytest.raises(ValueError, match=r"36 tokens at layer 'blocks.0.attn.qkv' are not the 5 x"):
-        injected(make(5, 7))(tokens(1, 36, 16))
-
-
-@pytest.mark.parametrize("make", [HOSTS["patch_embed"], HOSTS["config"]])
-def test_another_square_is_refused_in_one_line(make):
     with pytest.raises(ValueError) as raised:
-        injected(make(4, 4))(tokens(1, 9, 16))
+        injected(make(5, 7))(tokens(1, 36, 16))
     message = str(raised.value)
+    assert "36 tokens at layer 'blocks.0.attn.qkv' are not the 5 x 7 grid" in message
     assert "\n" not in message and "`layer.grid = (H, W)`" in message
-    assert "prefix_tokens=N" in message
-
-
-@hosts
-def test_the_grid_that_the_user_sets_wins(make):
-    model = injected(make(8, 32))
-    x = tokens(2, 256, 16)
-    model.blocks[0].attn.qkv.grid = (16, 16)
-    assert torch.equal(model(x), model(x.reshape(2, 16, 16, 16)).reshape(2, 256, 16))
-
-
-@hosts
-def test_merged_layers_and_copies_keep_the_grid(make):
-    model = injected(make(8, 32))
-    x = tokens(2, 256, 16)
-    expected = model(x)
-    assert torch.equal(copy.deepcopy(model)(x), expected)
-    merge(model)
-    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)  # rounding of the merge
-
-
-@hosts
-def test_a_square_grid_adds_nothing_to_the_merged_state(make):
-    model = injected(make(4, 4))
-    merge(model)
-    assert not any("grid" in name for name in model.state_dict())
+    assert "prefix_tokens=" in message
 
 
 def test_conv_lora_takes_the_grid_too():
@@ -167,9 +147,7 @@ STATES_NOTHING = {
 @pytest.mark.parametrize("host", STATES_NOTHING.values(), ids=STATES_NOTHING)
 def test_what_states_no_grid(host):
     assert find_hint(host, "blocks.0.attn.qkv") is None
-
-
-def test_the_mlp_of_a_windowed_block_sees_no_window():
+    # The MLP of a windowed block sees no window.
     assert find_hint(HOSTS["window of the block"](7, 7), "blocks.0.mlp.0") is None
 
 
@@ -194,18 +172,11 @@ def test_models_of_timm(name, options, size, grid):
     assert layer.grid == grid and layer.hint is not None
 
 
-def test_a_class_token_of_timm_is_refused():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=(80, 112), num_classes=0)
-    inject(model)
-    refusal = (
-        r"36 tokens .* 5 x 7 grid of the model's patch_embed.*prefix_tokens=1 in NASLoRAConfig"
-    )
-    with pytest.raises(ValueError, match=refusal):
-        model(tokens(1, 3, 80, 112))
+def timm_vit():
+    return timm.create_model("vit_tiny_patch16_224", img_size=(80, 112), num_classes=0), {}
 
 
-def test_a_vit_of_hugging_face():
-    transformers = pytest.importorskip("transformers")
+def hugging_face_vit():
     config = transformers.ViTConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -216,8 +187,17 @@ def test_a_vit_of_hugging_face():
     )
     model = transformers.ViTModel(config)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    inject(model, NASLoRAConfig(target=[next(n for n in names if "quer" in n or "q_" in n)]))
-    with pytest.raises(ValueError, match=r"36 tokens .* 5 x 7 grid of the model's config"):
+    return model, {"target": [next(n for n in names if "quer" in n or "q_" in n)]}
+
+
+@pytest.mark.parametrize(
+    ("make", "stated"), [(timm_vit, "patch_embed"), (hugging_face_vit, "config")]
+)
+def test_a_class_token_of_other_libraries_is_refused(make, stated):
+    model, options = make()
+    inject(model, NASLoRAConfig(**options))
+    refusal = rf"36 tokens .* 5 x 7 grid of the model's {stated}.*prefix_tokens=1 in NASLoRAConfig"
+    with pytest.raises(ValueError, match=refusal):
         model(tokens(1, 3, 80, 112))
 
 

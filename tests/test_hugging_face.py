@@ -5,60 +5,38 @@ import torch
 
 pytest.importorskip("transformers")
 
+from adapted_models import randomize
+from hugging_face import BUILDERS, batch_loss, batch_of, build_sam, logits, trained
+
 from naslora import (
     NASLoRAConfig,
+    adapter_parameters,
     add_adapter,
     base_state_dict,
     inject,
     merge,
     save_adapter,
     set_adapter,
-    weight_parameters,
 )
 from naslora.integrations.hub import from_pretrained
-from tests.adapted_models import randomize
-from tests.hugging_face import batch_loss, batch_of, build_sam, build_sam2, logits
 
-BUILDERS = {"SamModel": build_sam, "Sam2Model": build_sam2}
 every_model = pytest.mark.parametrize("name", BUILDERS)
 
 
-def trained(name: str):
-    """An injected model whose adapter and decoder differ from the start."""
-    model = BUILDERS[name]()
-    inject(model, NASLoRAConfig(), train=("mask_decoder",))
-    randomize(model)
-    with torch.no_grad():
-        for parameter in model.mask_decoder.parameters():
-            parameter.add_(0.01)
-    return model
-
-
 @every_model
-def test_save_pretrained_and_from_pretrained_round_trip(name, tmp_path):
+def test_files_round_trip(name, tmp_path):
     model = trained(name)
-    model.save_pretrained(tmp_path)
-    again = from_pretrained(type(model), tmp_path)
-    assert torch.equal(logits(again), logits(model))
-
-
-@every_model
-def test_transformers_alone_finds_every_tensor_of_the_base(name, tmp_path):
-    model = trained(name)
-    model.save_pretrained(tmp_path)
-    plain, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    model.save_pretrained(tmp_path / "all")
+    assert torch.equal(logits(from_pretrained(type(model), tmp_path / "all")), logits(model))
+    # Transformers alone finds every tensor of the base.
+    plain, report = type(model).from_pretrained(tmp_path / "all", output_loading_info=True)
     assert not report["missing_keys"]
     expected = base_state_dict(model)
-    assert {n for n, v in plain.state_dict().items() if not torch.equal(v, expected[n])} == set()
-
-
-@every_model
-def test_the_adapter_alone_round_trips(name, tmp_path):
-    model = trained(name)
-    save_adapter(model, tmp_path)
+    assert not [n for n, v in plain.state_dict().items() if not torch.equal(v, expected[n])]
+    save_adapter(model, tmp_path / "adapter")
     fresh = BUILDERS[name]()
     assert not torch.equal(logits(fresh), logits(model))
-    assert torch.equal(logits(from_pretrained(fresh, tmp_path)), logits(model))
+    assert torch.equal(logits(from_pretrained(fresh, tmp_path / "adapter")), logits(model))
 
 
 def test_an_adapter_names_the_model_it_was_made_for(tmp_path):
@@ -88,20 +66,21 @@ def test_two_adapters_switched_between_steps_train_apart(name):
     together, apart = BUILDERS[name](), {}
     configs = {"default": NASLoRAConfig(), "second": NASLoRAConfig(rank=4)}
     batches = {"default": batch_of(2, seed=1), "second": batch_of(2, seed=2)}
-    inject(together, configs["default"], seed=1)
+    inject(together, configs["default"], train="prompt_encoder", seed=1)
     add_adapter(together, "second", configs["second"], seed=2)
     optimizers = {}
     for adapter, config in configs.items():
         set_adapter(together, adapter)
-        optimizers[adapter] = torch.optim.Adam(weight_parameters(together), lr=1e-2)
+        optimizers[adapter] = torch.optim.Adam(adapter_parameters(together), lr=1e-2)
         apart[adapter] = BUILDERS[name]()
         inject(apart[adapter], config, seed=1 if adapter == "default" else 2)
     for _ in range(3):
         for adapter in configs:
             set_adapter(together, adapter)
             step(together, batches[adapter], optimizers[adapter])
+    assert all(parameter.requires_grad for parameter in together.prompt_encoder.parameters())
     for adapter, alone in apart.items():
-        optimizer = torch.optim.Adam(weight_parameters(alone), lr=1e-2)
+        optimizer = torch.optim.Adam(adapter_parameters(alone), lr=1e-2)
         for _ in range(3):
             step(alone, batches[adapter], optimizer)
         set_adapter(together, adapter)

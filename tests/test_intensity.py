@@ -5,6 +5,7 @@ import shlex
 import numpy as np
 import pytest
 import tifffile
+from conftest import error_of
 from PIL import Image
 
 from naslora.data.cache import Cache
@@ -12,7 +13,6 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.data.geotiff import read_georeference, write_geotiff
 from naslora.data.images import Sample, read_image
 from naslora.data.intensity import Intensity, parse_intensity, scale
-from naslora.errors import UserError
 
 WINDOW = Intensity("window", 1000, 3000)
 GREY = np.array([[0, 1000, 1500], [2000, 3000, 65535]], np.uint16)
@@ -23,25 +23,15 @@ def read(path, intensity=WINDOW):
     return np.asarray(read_image(Sample(path, None, "here"), intensity))
 
 
-def error_of(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 # --- the option
 
 
-def test_words():
-    assert parse_intensity(["window", "-160", "240.5"]) == Intensity("window", -160, 240.5)
-    assert parse_intensity(["percentile"]) == Intensity("percentile", 1, 99)
-    assert parse_intensity(["percentile", "0", "99.9"]) == Intensity("percentile", 0, 99.9)
-
-
 @pytest.mark.parametrize(
-    "words, message",
+    "words, expected",
     [
+        ("window -160 240.5", Intensity("window", -160, 240.5)),
+        ("percentile", Intensity("percentile", 1, 99)),
+        ("percentile 0 99.9", Intensity("percentile", 0, 99.9)),
         ("linear", "must be percentile, percentile LO HI or window LO HI, got linear"),
         ("window", "got window"),
         ("window 1", "got window 1"),
@@ -52,8 +42,11 @@ def test_words():
         ("percentile 2 101", "percentiles lie in 0 to 100"),
     ],
 )
-def test_words_that_are_no_scaling(words, message):
-    assert message in error_of(parse_intensity, words.split())
+def test_words(words, expected):
+    if isinstance(expected, str):
+        assert expected in error_of(parse_intensity, words.split())
+    else:
+        assert parse_intensity(words.split()) == expected
 
 
 # --- scaling
@@ -75,11 +68,8 @@ def test_percentiles_of_each_channel():
         expected = np.rint(255 * np.clip((values[..., channel] - low) / (high - low), 0, 1))
         assert np.array_equal(scaled[1:, :, channel], expected[1:])
     assert not scaled[0, 0].any()
-
-
-def test_a_constant_image_is_black():
-    assert not scale(np.full((4, 4), 7.0), Intensity("percentile", 1, 99)).any()
-    assert not scale(np.full((4, 4), np.nan), Intensity("percentile", 1, 99)).any()
+    for constant in (7.0, np.nan):
+        assert not scale(np.full((4, 4), constant), Intensity("percentile", 1, 99)).any()
 
 
 # --- files
@@ -96,6 +86,11 @@ def test_grey_files(tmp_path):
         assert read(tmp_path / name).tolist() == np.stack([EXPECTED] * 3, 2).tolist(), name
     assert read(tmp_path / "white.tif")[..., 0].tolist() == (255 - np.array(EXPECTED)).tolist()
     assert "needs imagecodecs" in error_of(read, tmp_path / "d.tif")
+    tifffile.imwrite(tmp_path / "turned.tif", GREY, extratags=[(274, "H", 1, 6, True)])  # right
+    assert read(tmp_path / "turned.tif")[..., 0].tolist() == np.rot90(EXPECTED, -1).tolist()
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:-6])
+    for name in ("cut.tif", "no.tif"):
+        assert f"{name} cannot be read" in error_of(read, tmp_path / name)
 
 
 def test_colour_files(tmp_path):
@@ -107,28 +102,12 @@ def test_colour_files(tmp_path):
     tifffile.imwrite(tmp_path / "rgba.tif", alpha, photometric="rgb", extrasamples=["unassalpha"])
     for name in ("chunky.tif", "planar.tif", "rgba.tif"):
         assert np.array_equal(read(tmp_path / name), scale(rgb, WINDOW)), name
+    for name in ("8.png", "8.tif"):  # 8 bits stay as they are
+        Image.fromarray(rgb.astype(np.uint8)).save(tmp_path / name)
+        assert np.array_equal(read(tmp_path / name), rgb.astype(np.uint8))
     four = np.concatenate([rgb, rgb[..., :1]], axis=2)
     tifffile.imwrite(tmp_path / "four.tif", four, photometric="rgb", extrasamples=["unspecified"])
     assert "has 4 channels; save it with one" in error_of(read, tmp_path / "four.tif")
-
-
-def test_files_of_8_bits_stay_as_they_are(tmp_path):
-    rgb = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(rgb).save(tmp_path / name)
-        assert np.array_equal(read(tmp_path / name), rgb)
-
-
-def test_an_orientation_is_applied(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", GREY, extratags=[(274, "H", 1, 6, True)])  # turn right
-    assert read(tmp_path / "a.tif")[..., 0].tolist() == np.rot90(EXPECTED, -1).tolist()
-
-
-def test_damaged_and_missing_files(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros((64, 64), np.uint16))
-    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:4000])
-    assert "a.tif cannot be read" in error_of(read, tmp_path / "a.tif")
-    assert "no.tif cannot be read" in error_of(read, tmp_path / "no.tif")
 
 
 def test_the_cache_knows_the_scaling(tmp_path):
@@ -166,12 +145,9 @@ def runs(naslora, tiny_vit, make_data, tmp_path_factory):
     return folder
 
 
-def test_a_run_on_scaled_images_is_the_run_on_images_of_8_bits(runs):
+def test_a_run_on_scaled_images_is_the_run_on_images_of_8_bits(naslora, runs, tmp_path):
     weights = [runs / name / "adapter/adapter_model.safetensors" for name in ("plain", "scaled")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-def test_predict_scales_as_the_run_did(naslora, runs, tmp_path):
     image = runs / "floats/images/test0.tif"
     result = naslora("predict", runs / "scaled", image, "--output", tmp_path / "out")
     assert result.status == 0, result.err

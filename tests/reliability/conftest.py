@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import fcntl
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, TRAIN
 from filelock import FileLock
 from safetensors.torch import save_file
 
@@ -28,7 +27,6 @@ from naslora.sam.segmentation import SamForSegmentation
 # Seconds after which a forked command that hangs prints where, and ends.
 LONGEST = 540
 WITHOUT_WORLD = ("test_processes.py", "test_numbers.py")
-TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

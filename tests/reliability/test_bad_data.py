@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 import yaml
+from conftest import error_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from miniatures import check_samples
@@ -31,12 +32,6 @@ SIDE = 64
 DISC = np.hypot(*(np.mgrid[:SIDE, :SIDE] - SIDE // 2)) < 20
 NOISE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 CLASSES = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 3
-
-
-def refusal(call, *arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    return str(caught.value)
 
 
 # ---- COCO and CSV files --------------------------------------------------------------------------
@@ -73,7 +68,7 @@ def contents():
 
 @pytest.mark.parametrize("content, line", list(contents()))
 def test_coco_files(coco, content, line):
-    assert line in refusal(read_all, coco, content)
+    assert line in error_of(read_all, coco, content)
 
 
 def read_csv(root: Path, content: bytes) -> list[Sample]:
@@ -85,7 +80,7 @@ def read_csv(root: Path, content: bytes) -> list[Sample]:
 @pytest.mark.parametrize("text, line", TABLES["CSV file"])
 def test_csv_files(tmp_path, text, line):
     content = text.replace("{long}", 25_000 * "a").encode("latin-1")
-    assert line in refusal(read_csv, tmp_path, content)
+    assert line in error_of(read_csv, tmp_path, content)
 
 
 # ---- Images and masks ----------------------------------------------------------------------------
@@ -155,7 +150,7 @@ def test_masks(tmp_path, make, classes, expected):
     (path,) = tmp_path.iterdir()
     sample = Sample(Path("image.png"), path, "row 2")
     if isinstance(expected, str):
-        assert expected in refusal(read_mask, sample, classes)
+        assert expected in error_of(read_mask, sample, classes)
     else:
         assert np.array_equal(read_mask(sample, classes), expected)
 
@@ -211,7 +206,7 @@ def test_files_of_a_folder(tmp_path, replace, line):
     path = tmp_path / "train/images/a.png"
     path.unlink()
     replace(path)
-    assert line in refusal(lambda: check_samples(load_splits("folders", tmp_path)["train"], 1))
+    assert line in error_of(lambda: check_samples(load_splits("folders", tmp_path)["train"], 1))
 
 
 # ---- What Hypothesis makes -----------------------------------------------------------------------

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from naslora.data.cache import Cache
 from naslora.errors import UserError
@@ -20,7 +20,7 @@ from naslora.files import (
 )
 from naslora.results import read_history
 from naslora.sam.export import load_class_map
-from reliability.conftest import one_line, own
+from reliability.conftest import TRAIN, one_line, own
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
@@ -91,36 +91,17 @@ def flip_bits(world, name, count, seed=0):
     return refused, harmless
 
 
+@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("name", FILES)
-def test_flipped_bits(world, name, capfd):
-    flip_bits(world, name, 4)
+def test_flipped_bits(world, name, many, capfd):
+    count = (300 if name.endswith((".json", ".csv")) else 40) if many else 4
+    refused, harmless = flip_bits(world, name, count, seed=int(many))
+    assert not many or refused > harmless or name == "a.pt2"
     assert "Traceback" not in capfd.readouterr().err
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("name", FILES)
-def test_many_flipped_bits(world, name):
-    count = 300 if name.endswith((".json", ".csv")) else 40
-    refused, harmless = flip_bits(world, name, count, seed=1)
-    assert refused > harmless or name == "a.pt2"
-    print(f"flips in {name}: {refused} refused, {harmless} harmless")
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(".csv")])
-def test_truncated_files(world, name):
-    path = own(world / name)
-    whole = path.read_bytes()
-    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        if name.endswith(".json") and length == len(whole) - 1:
-            continue  # the line break at the end
-        with pytest.raises(UserError):
-            FILES[name](path)
 
 
 def test_a_flipped_bit_does_not_resume(naslora, world, clean_world):
     """The case of the report: a weight in last.pt."""
-    from reliability.conftest import TRAIN
 
     path = own(world / "run/last.pt")
     content = bytearray(path.read_bytes())
@@ -131,15 +112,6 @@ def test_a_flipped_bit_does_not_resume(naslora, world, clean_world):
     line = one_line(result.err)
     assert result.status == 2 and "cannot resume from" in line
     assert "does not match its checksum" in line and "start a new run" in line
-
-
-def test_files_without_checksum_are_read(tmp_path):
-    """Version 0.1.0 wrote none."""
-    tensors = {"a": torch.arange(3.0), "b": torch.tensor(1), "c": torch.zeros(0, 2)}
-    save_file(tensors, tmp_path / "old.safetensors")
-    assert same(read_safetensors(tmp_path / "old.safetensors"), tensors)
-    (tmp_path / "old.json").write_text('{"rank": 3}')
-    assert read_json(tmp_path / "old.json") == {"rank": 3}
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -157,7 +129,8 @@ def test_what_is_written_is_read(tmp_path):
     write_tensors(tmp_path / "a.safetensors", tensors, {"naslora": "{}"})
     found = read_safetensors(tmp_path / "a.safetensors")
     assert same(found, {name: tensor.detach() for name, tensor in tensors.items()})
-    assert load_file(tmp_path / "a.safetensors").keys() == tensors.keys()
+    save_file(found, tmp_path / "b.safetensors")  # without a checksum
+    assert same(read_safetensors(tmp_path / "b.safetensors"), found)
     write_torch(tmp_path / "a.pt", {"a": torch.ones(2), "b": [1, "x"]})
     assert same(read_torch(tmp_path / "a.pt"), {"a": torch.ones(2), "b": [1, "x"]})
     check_archive(tmp_path / "a.pt")

@@ -1,6 +1,5 @@
 """Faults of the data: empty masks, copies between splits, changes between starts, bad images."""
 
-import shlex
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import TRAIN
 from miniatures import check_samples
 from PIL import Image
 
@@ -19,18 +19,6 @@ from naslora.sam import encoders
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
-TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
-
-
-@pytest.fixture(scope="module")
-def run(naslora, clean_data, tmp_path_factory):
-    """A finished run on the clean data; tests only read it."""
-    output = tmp_path_factory.mktemp("runs") / "run"
-    result = naslora("train", "--data", clean_data, *TRAIN, "--output", output)
-    assert result.status == 0, result.err
-    assert "warning" not in result.err
-    return output
-
 
 def empty(mask):
     Image.new("L", Image.open(mask).size).save(mask)
@@ -39,18 +27,24 @@ def empty(mask):
 # ---- What the splits hold ------------------------------------------------------------------------
 
 
-def test_a_split_of_empty_masks_has_a_warning_and_no_dice(naslora, data, tmp_path):
+def test_empty_masks_and_copies_of_training_images_have_warnings(naslora, data, tmp_path):
     for split in ("val", "test"):
         for mask in (data / "masks").glob(f"{split}*"):
             empty(mask)
+    copied, original = (sorted((data / "images").glob(f"{s}*"))[0] for s in ("test", "train"))
+    shutil.copy(original, copied)
     result = naslora("train", "--data", data, *TRAIN, "--output", tmp_path / "run")
     assert result.status == 0
-    for split in ("val", "test"):
-        line = (
-            f"naslora: warning: all 2 masks of the split '{split}' are empty, so it has no Dice; "
-            "check the masks and --num-classes\n"
-        )
-        assert result.err.count(line) == 1
+    lines = [
+        f"naslora: warning: all 2 masks of the split '{split}' are empty, so it has no Dice; check "
+        "the masks and --num-classes\n"
+        for split in ("val", "test")
+    ]
+    lines.append(
+        "naslora: warning: 1 of 2 images of the split 'test' are copies of training images, first "
+        f"{copied} of {original}; its scores are too good; remove them from one of the splits\n"
+    )
+    assert [result.err.count(line) for line in lines] == [1, 1, 1]
     assert "0.0000" not in result.out and "val Dice -" in result.err
     metrics = read_json(tmp_path / "run" / "metrics.json")
     for scores in (metrics["test"], metrics["val"], metrics["test_merged"]["exact"]):
@@ -61,72 +55,50 @@ def test_a_split_of_empty_masks_has_a_warning_and_no_dice(naslora, data, tmp_pat
     assert result.status == 0 and "all 2 masks of the split 'test' are empty" in result.err
 
 
-def test_copies_of_training_images_in_the_test_split(naslora, data, tmp_path):
-    copied, original = (sorted((data / "images").glob(f"{s}*"))[0] for s in ("test", "train"))
-    shutil.copy(original, copied)
-    result = naslora("train", "--data", data, *TRAIN, "--output", tmp_path / "run")
-    assert result.status == 0
-    assert (
-        "naslora: warning: 1 of 2 images of the split 'test' are copies of training images, first "
-        f"{copied} of {original}; its scores are too good; remove them from one of the splits\n"
-    ) in result.err
-
-
-def change_image(data):
-    image = sorted((data / "images").glob("train*"))[1]
-    pixels = np.array(Image.open(image))
+def change_image(data, images, masks, rows):
+    pixels = np.array(Image.open(images[1]))
     pixels[0, 0] ^= 1
-    Image.fromarray(pixels).save(image)
-    return f"{image} has another content"
+    Image.fromarray(pixels).save(images[1])
+    return f"{images[1]} has another content"
 
 
-def change_mask(data):
-    mask = sorted((data / "masks").glob("val*"))[0]
-    empty(mask)
-    return f"the mask of {data / 'images' / mask.name} has another content"
+def change_mask(data, images, masks, rows):
+    empty(masks[0])
+    return f"the mask of {images[0]} has another content"
 
 
-def remove_row(data):
-    rows = (data / "train.csv").read_text().splitlines()
-    (data / "train.csv").write_text("\n".join(rows[:-1]) + "\n")
-    return f"{data / rows[-1].split(',')[0]} is missing"
+def remove_row(data, images, masks, rows):
+    del rows[-1]
+    return f"{images[-1]} is missing"
 
 
-def add_row(data):
-    image = sorted((data / "images").glob("train*"))[0]
-    shutil.copy(image, data / "images" / "more.png")
-    with (data / "train.csv").open("a") as file:
-        file.write(f"images/more.png,masks/{image.name}\n")
-    return f"{data / 'images' / 'more.png'} is new"
+def add_row(data, images, masks, rows):
+    shutil.copy(images[0], data / "images/more.png")
+    rows.append(f"images/more.png,masks/{masks[0].name}")
+    return f"{data / 'images/more.png'} is new"
 
 
-def reorder(data):
-    head, *rows = (data / "train.csv").read_text().splitlines()
-    (data / "train.csv").write_text("\n".join([head, *rows[::-1]]) + "\n")
-    return f"{data / rows[-1].split(',')[0]} and others are in another order"
+def reorder(data, images, masks, rows):
+    rows[1:] = rows[:0:-1]
+    return f"{images[-1]} and others are in another order"
 
 
 @pytest.mark.parametrize("change", [change_image, change_mask, remove_row, add_row, reorder])
 def test_data_that_changed_between_starts_is_named(naslora, data, tmp_path, change):
     command = ("train", "--data", data, *TRAIN, "--output", tmp_path / "run")
     assert naslora(*command).status == 0
-    before = (tmp_path / "run" / "data.json").read_bytes()
-    what = change(data)
+    before = (tmp_path / "run/data.json").read_bytes()
+    images, masks = (sorted((data / kind).glob("train*")) for kind in ("images", "masks"))
+    rows = (data / "train.csv").read_text().splitlines()
+    what = change(data, images, masks, rows)
+    (data / "train.csv").write_text("\n".join(rows) + "\n")
     result = naslora(*command, "--resume")
     assert result.status == 2
     assert result.err.splitlines()[-1] == (
         f"naslora: error: the data has changed since the run was started: {what}; restore it, or "
         "start a new run with another --output"
     )
-    assert (tmp_path / "run" / "data.json").read_bytes() == before
-
-
-def test_a_run_of_an_earlier_version_resumes(naslora, run, clean_data, tmp_path):
-    """Version 0.1.0 wrote no data.json."""
-    copy = shutil.copytree(run, tmp_path / "run")
-    (copy / "data.json").unlink()
-    result = naslora("train", "--data", clean_data, *TRAIN, "--output", copy, "--resume")
-    assert result.status == 0 and (copy / "data.json").is_file()
+    assert (tmp_path / "run/data.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", ['{"train": [["a"]]}', "[]", '{"train": 3}', '{"train": null}'])
@@ -150,21 +122,14 @@ def images(folder, count, size=(20, 16)):
     return folder
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:200])
-
-
-def test_predict_into_its_input_folder(naslora, run, tmp_path):
+def test_predict_in_its_input_folder(naslora, run, tmp_path):
+    """Its own masks are no inputs; one drawn by hand is, and is not overwritten."""
     folder = images(tmp_path / "in", 3)
     for _ in range(2):
         result = naslora("predict", run, folder, "--output", folder)
         assert result.status == 0 and "wrote 3 masks and overlays" in result.out
     assert len(list(folder.iterdir())) == 9
-
-
-def test_predict_does_not_overwrite_an_input(naslora, run, tmp_path):
-    """A mask that predict did not write, such as one drawn by hand, is an image like the others."""
-    folder = images(tmp_path / "in", 1)
+    folder = images(tmp_path / "drawn", 1)
     drawn = folder / "000_mask.png"
     shutil.copy(folder / "000.png", drawn)
     before = drawn.read_bytes()
@@ -174,28 +139,23 @@ def test_predict_does_not_overwrite_an_input(naslora, run, tmp_path):
     assert drawn.read_bytes() == before and len(list(folder.iterdir())) == 2
 
 
-def test_a_truncated_image_stops_predict_before_it_writes(naslora, run, tmp_path):
-    folder = images(tmp_path / "in", 200)
-    truncate(folder / "120.png")
-    result = naslora("predict", run, folder, "--output", tmp_path / "out")
-    assert result.status == 2 and not (tmp_path / "out").exists()
-    assert f"image {folder / '120.png'} cannot be read" in result.err.splitlines()[-1]
-
-
-def test_predict_goes_on_past_a_truncated_image(naslora, run, tmp_path):
+def test_truncated_images(naslora, run, tmp_path):
+    """They end predict before it writes, unless --skip-errors leaves them out."""
     folder = images(tmp_path / "in", 20)
-    truncate(folder / "007.png")
-    (folder / "011.png").write_bytes(b"")
-    result = naslora("predict", run, folder, "--output", tmp_path / "out", "--skip-errors")
+    for name, length in (("007.png", 200), ("011.png", 0)):
+        (folder / name).write_bytes((folder / name).read_bytes()[:length])
+    command = ("predict", run, folder, "--output", tmp_path / "out")
+    result = naslora(*command)
+    assert result.status == 2 and not (tmp_path / "out").exists()
+    assert f"image {folder / '007.png'} cannot be read" in result.err.splitlines()[-1]
+    result = naslora(*command, "--skip-errors")
     assert result.status == 1 and "wrote 18 masks and overlays" in result.out
     skipped = [line for line in result.err.splitlines() if line.startswith("naslora: skipped: ")]
     assert [name in line for name, line in zip(("007", "011"), skipped, strict=True)] == [True] * 2
     assert len(list((tmp_path / "out").iterdir())) == 36
-
-
-def test_skip_errors_without_errors(naslora, run, tmp_path):
-    folder = images(tmp_path / "in", 2)
-    result = naslora("predict", run, folder, "--output", tmp_path / "out", "--skip-errors")
+    for name in ("007.png", "011.png"):
+        (folder / name).unlink()
+    result = naslora(*command, "--skip-errors")
     assert result.status == 0 and "skipped" not in result.err
 
 

@@ -250,7 +250,9 @@ CHANGES = {
 }
 
 
-def fuzz(world: Path, name: str, factor: int) -> None:
+@pytest.mark.parametrize("factor", [1, pytest.param(25, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("name", CHANGES)
+def test_random_changes(world, name, factor):
     """Changes a file at random places: it is read, or refused in one line that names it."""
     change, read, examples = CHANGES[name]
     path = world / name
@@ -274,14 +276,3 @@ def fuzz(world: Path, name: str, factor: int) -> None:
             assert "\n" not in str(error) and str(path.parent) in str(error)
 
     run()
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_random_changes(world, name):
-    fuzz(world, name, 1)
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("name", CHANGES)
-def test_many_random_changes(world, name):
-    fuzz(world, name, 25)
