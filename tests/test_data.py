@@ -11,6 +11,7 @@ import torch
 from conftest import error_of
 from miniatures import check_samples
 from PIL import Image
+from run_configs import run_config
 from torch.utils.data import DataLoader
 
 from naslora.data.cache import Cache
@@ -20,7 +21,6 @@ from naslora.data.demo_data import write_mni152
 from naslora.data.images import Sample, read_image
 from naslora.data.masks import IGNORED, read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
-from naslora.training.run_config import RunConfig
 
 GREYS = np.array([[0, 1, 2], [2, 1, 0]])
 BINARY = np.array([[0, 1, 1], [1, 0, 0]])
@@ -361,13 +361,13 @@ def test_the_ignored_label_passes_through_the_data_set(tmp_path, cached):
         ({"palette": ("#000000", "#ffffff")}, "must be 2 with --palette"),
         ({"dataset": "coco"}, "which coco has not"),
         ({"dataset": "kvasir"}, "'s_alpha' cannot leave out pixels; choose others with --metrics"),
-        ({"ignore_index": 0}, "must be in 1 to 65535, got 0"),
+        ({"ignore_index": 0}, "ignore_index: expected int >= 1, got 0"),
         ({"num_classes": 12}, "must be none of the 12 classes 0 to 11"),
         ({"metrics": ("s_alpha",)}, "'s_alpha' cannot leave out pixels"),
     ],
 )
 def test_where_no_label_can_be_ignored(options, message):
-    assert message in error_of(RunConfig, **{"ignore_index": 11, **options})
+    assert message in error_of(run_config, **{"ignore_index": 11, **options})
 
 
 # --- the check before a run
