@@ -201,8 +201,8 @@ def test_gradient_checkpointing_and_bfloat16(make, method, encoder):
         model = make(method, encoder, lively=True).train()
         if checkpointing:
             checkpoint_blocks(model.image_encoder)
-        attention, calls = next(m for n, m in model.named_modules() if n.endswith(".attn")), []
-        hook = attention.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        mlp, calls = next(m for n, m in model.named_modules() if n.endswith(".mlp")), []
+        hook = mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(0)
         loss_of(model, images()).backward()
         hook.remove()
