@@ -290,7 +290,7 @@ def _errors(
             noise = torch.randn(*NOISE_GRID, layer.in_features, generator=generator)
             training = layer.training
             layer.eval()
-            compare(0, layer, noise.to(layer.base.weight))
+            compare(0, layer, noise.to(layer.weight))
             layer.train(training)
     else:
         feed(model, batches, compare, list(layers.values()))
