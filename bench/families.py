@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from naslora import NASLoRAConfig, inject, load_adapter, merge, save_adapter
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 from naslora.sam.attention import fuse_attention, unfuse_attention
 from naslora.sam.families import sam2, sam_hq

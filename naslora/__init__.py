@@ -8,27 +8,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from naslora.adapter.alpha_search import (
-        AlphaSearch,
-        param_groups,
-        print_trainable_parameters,
-        weight_parameters,
-    )
-    from naslora.adapter.base_state import base_state_dict, load_base_state_dict
-    from naslora.adapter.config import NASLoRAConfig
-    from naslora.adapter.injection import adapter_parameters, arch_parameters, inject
-    from naslora.adapter.layer import NASLoRALinear
-    from naslora.adapter.merge_report import MergeReport
-    from naslora.adapter.merged import unmerge
-    from naslora.adapter.merged_files import load_merged, save_merged
-    from naslora.adapter.merging import merge
-    from naslora.adapter.named import (
+    from naslora.adapter.io.base_state import base_state_dict, load_base_state_dict
+    from naslora.adapter.io.merged_files import load_merged, save_merged
+    from naslora.adapter.io.named import (
         active_adapter,
         add_adapter,
         disable_adapter,
         set_adapter,
     )
-    from naslora.adapter.storage import save_adapter
+    from naslora.adapter.io.storage import save_adapter
+    from naslora.adapter.layer.alpha_search import (
+        AlphaSearch,
+        param_groups,
+        print_trainable_parameters,
+        weight_parameters,
+    )
+    from naslora.adapter.layer.config import NASLoRAConfig
+    from naslora.adapter.layer.injection import adapter_parameters, arch_parameters, inject
+    from naslora.adapter.layer.layer import NASLoRALinear
+    from naslora.adapter.merging.merge import merge
+    from naslora.adapter.merging.merged import unmerge
+    from naslora.adapter.merging.report import MergeReport
     from naslora.errors import UserError
     from naslora.methods import load_adapter
     from naslora.sam.attention import fuse_attention, unfuse_attention
@@ -62,31 +62,31 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AlphaSearch": "naslora.adapter.alpha_search",
-    "MergeReport": "naslora.adapter.merge_report",
-    "NASLoRAConfig": "naslora.adapter.config",
-    "NASLoRALinear": "naslora.adapter.layer",
+    "AlphaSearch": "naslora.adapter.layer.alpha_search",
+    "MergeReport": "naslora.adapter.merging.report",
+    "NASLoRAConfig": "naslora.adapter.layer.config",
+    "NASLoRALinear": "naslora.adapter.layer.layer",
     "UserError": "naslora.errors",
-    "active_adapter": "naslora.adapter.named",
-    "adapter_parameters": "naslora.adapter.injection",
-    "add_adapter": "naslora.adapter.named",
-    "arch_parameters": "naslora.adapter.injection",
-    "base_state_dict": "naslora.adapter.base_state",
-    "disable_adapter": "naslora.adapter.named",
+    "active_adapter": "naslora.adapter.io.named",
+    "adapter_parameters": "naslora.adapter.layer.injection",
+    "add_adapter": "naslora.adapter.io.named",
+    "arch_parameters": "naslora.adapter.layer.injection",
+    "base_state_dict": "naslora.adapter.io.base_state",
+    "disable_adapter": "naslora.adapter.io.named",
     "fuse_attention": "naslora.sam.attention",
-    "inject": "naslora.adapter.injection",
+    "inject": "naslora.adapter.layer.injection",
     "load_adapter": "naslora.methods",
-    "load_base_state_dict": "naslora.adapter.base_state",
-    "load_merged": "naslora.adapter.merged_files",
-    "merge": "naslora.adapter.merging",
-    "param_groups": "naslora.adapter.alpha_search",
-    "print_trainable_parameters": "naslora.adapter.alpha_search",
-    "save_adapter": "naslora.adapter.storage",
-    "save_merged": "naslora.adapter.merged_files",
-    "set_adapter": "naslora.adapter.named",
+    "load_base_state_dict": "naslora.adapter.io.base_state",
+    "load_merged": "naslora.adapter.io.merged_files",
+    "merge": "naslora.adapter.merging.merge",
+    "param_groups": "naslora.adapter.layer.alpha_search",
+    "print_trainable_parameters": "naslora.adapter.layer.alpha_search",
+    "save_adapter": "naslora.adapter.io.storage",
+    "save_merged": "naslora.adapter.io.merged_files",
+    "set_adapter": "naslora.adapter.io.named",
     "unfuse_attention": "naslora.sam.attention",
-    "unmerge": "naslora.adapter.merged",
-    "weight_parameters": "naslora.adapter.alpha_search",
+    "unmerge": "naslora.adapter.merging.merged",
+    "weight_parameters": "naslora.adapter.layer.alpha_search",
 }
 """The module of each name."""
 

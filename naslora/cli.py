@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from naslora.adapter.merge_report import MergeMode
+from naslora.adapter.merging.report import MergeMode
 from naslora.choices import (
     CALIBRATION_IMAGES,
     DEMO_EPOCHS,

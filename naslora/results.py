@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from naslora.adapter.merge_report import LayerError
+from naslora.adapter.merging.report import LayerError
 from naslora.errors import UserError
 from naslora.files import file_checksum
 from naslora.records import OPTIONAL, UNSTORED, read_record, read_rows

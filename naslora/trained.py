@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from naslora.adapter.merge_report import MergeMode, MergeReport
-from naslora.adapter.merged_files import (
+from naslora.adapter.io.merged_files import (
     MERGED_CONFIG,
     MERGED_WEIGHTS,
     load_merged,
@@ -21,6 +20,7 @@ from naslora.adapter.merged_files import (
     merged_state,
     read_merged,
 )
+from naslora.adapter.merging.report import MergeMode, MergeReport
 from naslora.choices import CALIBRATION_IMAGES, Format, Part
 from naslora.data.contents import warnings_about
 from naslora.data.images import Sample

@@ -12,7 +12,7 @@ from segment_anything.modeling import (
 from torch import nn
 
 from naslora import NASLoRAConfig, inject
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 
 SIZE, DEPTH = 64, 2
 

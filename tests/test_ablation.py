@@ -9,7 +9,7 @@ import torch
 from run_configs import run_config
 
 from naslora import NASLoRAConfig, NASLoRALinear
-from naslora.adapter.injection import arch_parameters
+from naslora.adapter.layer.injection import arch_parameters
 from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.records import read_record

@@ -33,10 +33,10 @@ from naslora import (
     methods,
     save_adapter,
 )
-from naslora.adapter.cell import LinearCell, mixture_entropy
-from naslora.adapter.layer import SKIP_LEAD
-from naslora.adapter.modules import adapter_layers
-from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
+from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
+from naslora.adapter.layer.cell import LinearCell, mixture_entropy
+from naslora.adapter.layer.layer import SKIP_LEAD
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.files import write_json
 from naslora.sam.segmentation import SamForSegmentation
 from naslora_kernels.operations import SKIP

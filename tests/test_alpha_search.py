@@ -23,7 +23,7 @@ from naslora import (
     print_trainable_parameters,
     weight_parameters,
 )
-from naslora.adapter.injection import cell_parameters
+from naslora.adapter.layer.injection import cell_parameters
 
 
 def squares(model, batch):

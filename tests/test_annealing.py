@@ -7,8 +7,8 @@ from adapted_models import adapted_layer, randomize, relative, tokens
 from torch.testing import assert_close
 
 from naslora import load_adapter, merge, save_adapter, unmerge
-from naslora.adapter.annealing import fixed, set_spatial, spatial_share
-from naslora.adapter.storage import trained_state
+from naslora.adapter.io.storage import trained_state
+from naslora.adapter.merging.annealing import fixed, set_spatial, spatial_share
 from naslora_kernels import OPERATIONS
 from naslora_kernels.operations import CONVOLUTIONS
 

@@ -46,8 +46,8 @@ from naslora import (
     unfuse_attention,
     unmerge,
 )
-from naslora.adapter.windows import partition, unpartition
-from naslora.adapter.wrappers import in_one_piece
+from naslora.adapter.io.wrappers import in_one_piece
+from naslora.adapter.layer.windows import partition, unpartition
 from naslora.methods import METHODS, apply
 from naslora.records import read_rows
 from naslora.results import HISTORY, Epoch

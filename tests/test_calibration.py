@@ -23,8 +23,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, UserError, inject, merge, unmerge
-from naslora.adapter.calibration import FOLDS, PENALTIES, Moments, fit
-from naslora.adapter.cell import LEFT_OUT
+from naslora.adapter.layer.cell import LEFT_OUT
+from naslora.adapter.merging.calibration import FOLDS, PENALTIES, Moments, fit
 
 torch.set_num_threads(1)
 

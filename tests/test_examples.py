@@ -17,7 +17,7 @@ from segment_anything import modeling
 from torch.multiprocessing import start_processes
 
 import naslora
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

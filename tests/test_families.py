@@ -25,7 +25,7 @@ from torch.testing import assert_close
 from transformers import Sam2Config, Sam2VideoConfig, Sam2VideoModel, SamConfig, SamHQConfig
 
 from naslora import UserError, merge
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.files import read_json
 from naslora.methods import METHODS, apply
 from naslora.records import read_rows

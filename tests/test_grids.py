@@ -11,8 +11,8 @@ from adapted_models import adapted_layer, relative, tokens
 from torch import nn
 
 from naslora import NASLoRAConfig, inject, merge
-from naslora.adapter.grid import find_hint
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.grid import find_hint
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import apply
 
 

@@ -17,7 +17,7 @@ from naslora import (
     merge,
     save_merged,
 )
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.peft import NasLoraConfig, get_peft_model
 from tests.adapted_models import randomize, tokens
 

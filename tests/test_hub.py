@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from naslora import UserError, save_adapter
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.integrations.hub import from_pretrained, push_to_hub
 from tests.adapted_models import adapted_encoder, build_encoder, images
 from tests.hub_server import COMMIT, local_hub

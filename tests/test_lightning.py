@@ -13,7 +13,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from naslora import NASLoRAConfig, UserError, arch_parameters, inject, weight_parameters
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.integrations.lightning import AlphaCallback
 from tests.adapted_models import build_encoder, images, tokens
 

@@ -24,10 +24,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, NASLoRALinear, UserError, inject, merge, unmerge
-from naslora.adapter.cell import LEFT_OUT, FoldedCell
-from naslora.adapter.merged import restore_merged
-from naslora.adapter.merging import NOISE_GRID
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.cell import LEFT_OUT, FoldedCell
+from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.merging.merge import NOISE_GRID
+from naslora.adapter.merging.merged import restore_merged
 from naslora_kernels import OPERATIONS
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter
-from naslora.adapter.config import LowRankConfig
+from naslora.adapter.layer.config import LowRankConfig
 from naslora.files import read_json, write_json
 from naslora.methods import METHODS, applied, apply, configure, merge_modes, searches
 from naslora.methods.conv_lora import ConvLoRAConfig

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter, unmerge
-from naslora.adapter.layer import layer_generator
+from naslora.adapter.layer.layer import layer_generator
 from naslora.files import read_safetensors
 from naslora.methods import (
     METHODS,

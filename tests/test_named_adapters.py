@@ -23,7 +23,7 @@ from naslora import (
     set_adapter,
     unmerge,
 )
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import apply, trainable_parameters
 
 SECOND = NASLoRAConfig(rank=4, target=r"attn\.(qkv|proj)$")

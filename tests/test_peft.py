@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, arch_parameters, inject, merge
-from naslora.adapter.merging import MergedNASLoRALinear
+from naslora.adapter.merging.merge import MergedNASLoRALinear
 from naslora.peft import NasLoraConfig, from_pretrained, get_peft_model
 from tests.adapted_models import adapted_encoder, build_encoder, images
 from tests.hugging_face import build_sam

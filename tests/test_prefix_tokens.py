@@ -27,7 +27,7 @@ from naslora import (
     save_adapter,
     save_merged,
 )
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 
 PREFIX, GRID, WIDTH = 5, (3, 4), 16
 

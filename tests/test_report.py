@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from naslora.adapter.merge_report import LayerError
+from naslora.adapter.merging.report import LayerError
 from naslora.report.curves import STAGE_2_LABEL
 from naslora.report.pictures import ERRORS, Merged, Panel, paint_errors
 from naslora.report.run_report import write_report

@@ -28,10 +28,10 @@ from naslora import (
     save_merged,
     unmerge,
 )
-from naslora.adapter.base_state import ADAPTER_FOLDER
-from naslora.adapter.merged_files import MERGED_CONFIG, MERGED_WEIGHTS
-from naslora.adapter.modules import adapter_layers
-from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
+from naslora.adapter.io.base_state import ADAPTER_FOLDER
+from naslora.adapter.io.merged_files import MERGED_CONFIG, MERGED_WEIGHTS
+from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.files import read_json, write_text
 
 torch.set_num_threads(1)

@@ -14,10 +14,10 @@ from conftest import call, free_port
 from run_configs import run_config
 from torch.multiprocessing import start_processes
 
-from naslora.adapter.config import LowRankConfig
-from naslora.adapter.injection import arch_parameters, cell_parameters
-from naslora.adapter.modules import adapter_layers
-from naslora.adapter.storage import trained_state
+from naslora.adapter.io.storage import trained_state
+from naslora.adapter.layer.config import LowRankConfig
+from naslora.adapter.layer.injection import arch_parameters, cell_parameters
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError
 from naslora.files import read_safetensors

@@ -32,9 +32,9 @@ from naslora import (
     save_merged,
     unmerge,
 )
-from naslora.adapter.modules import adapter_layers
-from naslora.adapter.storage import CONFIG_NAME, WEIGHTS_NAME
-from naslora.adapter.wrappers import bare_state, in_one_piece, unwrap
+from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
+from naslora.adapter.io.wrappers import bare_state, in_one_piece, unwrap
+from naslora.adapter.layer.modules import adapter_layers
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from naslora.adapter.alpha_search import AlphaSearch
-from naslora.adapter.injection import arch_parameters
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.alpha_search import AlphaSearch
+from naslora.adapter.layer.injection import arch_parameters
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import HFValidationError
 from torch import nn
 
-from naslora.adapter.base_state import ADAPTER_FOLDER
-from naslora.adapter.storage import CONFIG_NAME, save_adapter
+from naslora.adapter.io.base_state import ADAPTER_FOLDER
+from naslora.adapter.io.storage import CONFIG_NAME, save_adapter
 from naslora.errors import UserError
 from naslora.files import read_json, write_text
 from naslora.methods import load_adapter

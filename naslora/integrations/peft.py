@@ -19,13 +19,13 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from naslora.adapter.base_state import override_save_pretrained
-from naslora.adapter.calls import host_calls, shown, watch
-from naslora.adapter.config import CellInit, ChannelSelection, NASLoRAConfig
-from naslora.adapter.frozen_norms import keep_frozen
-from naslora.adapter.grid import place_hint
-from naslora.adapter.layer import NASLoRALinear, layer_generator
-from naslora.adapter.merging import merge as merge_model
+from naslora.adapter.io.base_state import override_save_pretrained
+from naslora.adapter.layer.calls import host_calls, shown, watch
+from naslora.adapter.layer.config import CellInit, ChannelSelection, NASLoRAConfig
+from naslora.adapter.layer.frozen_norms import keep_frozen
+from naslora.adapter.layer.grid import place_hint
+from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
+from naslora.adapter.merging.merge import merge as merge_model
 from naslora.errors import UserError
 
 PEFT_TYPE = "NASLORA"  # in the files only; PEFT itself takes the layers for LoRA

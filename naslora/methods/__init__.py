@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from naslora.adapter import loading
-from naslora.adapter.applied import (
+from naslora.adapter.io import loading
+from naslora.adapter.io.base_state import override_save_pretrained
+from naslora.adapter.layer.applied import (
     Applied,
     Method,
     applied,
@@ -22,10 +23,9 @@ from naslora.adapter.applied import (
     find_method,
     trainable_parameters,
 )
-from naslora.adapter.base_state import override_save_pretrained
-from naslora.adapter.config import MethodConfig
-from naslora.adapter.merge_report import MergeMode
-from naslora.adapter.merging import check_merges, merge
+from naslora.adapter.layer.config import MethodConfig
+from naslora.adapter.merging.merge import check_merges, merge
+from naslora.adapter.merging.report import MergeMode
 from naslora.methods import (
     bitfit,
     conv_lora,

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.applied import Method
-from naslora.adapter.config import LowRankConfig
-from naslora.adapter.grid import Grid, GridHint, as_grid, place_hint
-from naslora.adapter.layer import draw_lora_A, layer_generator
-from naslora.adapter.modules import replace_module
-from naslora.adapter.targets import find_targets
+from naslora.adapter.layer.applied import Method
+from naslora.adapter.layer.config import LowRankConfig
+from naslora.adapter.layer.grid import Grid, GridHint, as_grid, place_hint
+from naslora.adapter.layer.layer import draw_lora_A, layer_generator
+from naslora.adapter.layer.modules import replace_module
+from naslora.adapter.layer.targets import find_targets
 from naslora.methods.encoders import beside
 
 MIN_NOISE = 1e-2  # smallest standard deviation of the logits' noise in training

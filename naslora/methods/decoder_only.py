@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from naslora.adapter.applied import Method
-from naslora.adapter.config import MethodConfig
+from naslora.adapter.layer.applied import Method
+from naslora.adapter.layer.config import MethodConfig
 
 
 def add(encoder: nn.Module, config: MethodConfig, seed: int) -> None:

@@ -7,11 +7,11 @@ import dataclasses
 
 from torch import nn
 
-from naslora.adapter.applied import Method
-from naslora.adapter.config import NASLoRAConfig
-from naslora.adapter.injection import inject
-from naslora.adapter.merge_report import MODES, MergeMode
-from naslora.adapter.merging import merge_cells
+from naslora.adapter.layer.applied import Method
+from naslora.adapter.layer.config import NASLoRAConfig
+from naslora.adapter.layer.injection import inject
+from naslora.adapter.merging.merge import merge_cells
+from naslora.adapter.merging.report import MODES, MergeMode
 
 
 def add(encoder: nn.Module, config: NASLoRAConfig, seed: int) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.applied import OWN, Method
-from naslora.adapter.calibration import calibration_batches
-from naslora.adapter.config import LowRankConfig, Rank, TargetConfig
-from naslora.adapter.layer import draw_lora_A, layer_generator
-from naslora.adapter.merge_report import MergeMode, MergeReport
-from naslora.adapter.merging import check_mergeable, replace_by_merged
-from naslora.adapter.targets import find_targets
+from naslora.adapter.layer.applied import OWN, Method
+from naslora.adapter.layer.config import LowRankConfig, Rank, TargetConfig
+from naslora.adapter.layer.layer import draw_lora_A, layer_generator
+from naslora.adapter.layer.targets import find_targets
+from naslora.adapter.merging.calibration import calibration_batches
+from naslora.adapter.merging.merge import check_mergeable, replace_by_merged
+from naslora.adapter.merging.report import MergeMode, MergeReport
 
 # PEFT is imported inside functions: it imports Transformers, which takes seconds.
 

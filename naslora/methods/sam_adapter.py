@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.applied import Method
-from naslora.adapter.config import MethodConfig
+from naslora.adapter.layer.applied import Method
+from naslora.adapter.layer.config import MethodConfig
 from naslora.errors import UserError
 from naslora.methods.encoders import beside, is_plain_vit, is_tiny_vit, refuse, tiny_vit_stages
 from naslora.settings import Count

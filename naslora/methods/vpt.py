@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.applied import Method
-from naslora.adapter.config import MethodConfig
+from naslora.adapter.layer.applied import Method
+from naslora.adapter.layer.config import MethodConfig
 from naslora.methods.encoders import AdaptedBlock, beside, is_plain_vit, refuse
 from naslora.settings import Count
 

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.layer import NASLoRALinear
-from naslora.adapter.modules import check_model
-from naslora.adapter.windows import has_hooks, partition, unpartition
+from naslora.adapter.layer.layer import NASLoRALinear
+from naslora.adapter.layer.modules import check_model
+from naslora.adapter.layer.windows import has_hooks, partition, unpartition
 from naslora.errors import UserError, listing
 from naslora_kernels import rel_pos_attention
 

@@ -20,7 +20,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.choices import Format, Part
 from naslora.errors import UserError
 from naslora.files import (

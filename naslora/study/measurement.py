@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.merge_report import MergeMode
+from naslora.adapter.merging.report import MergeMode
 from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
 from naslora.records import read_rows

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from naslora.adapter.cell import LEFT_OUT
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.cell import LEFT_OUT
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 from naslora.records import write_rows
 from naslora.report.figures import BLUE, INK, MUTED, ORANGE, Drawing

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-from naslora.adapter.config import NASLoRAConfig
-from naslora.adapter.targets import find_targets
+from naslora.adapter.layer.config import NASLoRAConfig
+from naslora.adapter.layer.targets import find_targets
 from naslora.choices import AblationName
 from naslora.errors import UserError
 from naslora.methods import METHODS, configure, searches

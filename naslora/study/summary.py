@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from naslora.adapter.merge_report import MODES
+from naslora.adapter.merging.report import MODES
 from naslora.metrics import METRICS
 from naslora.report.numbers import MISSING, number
 from naslora.report.tables import Table, markdown_table

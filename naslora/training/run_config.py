@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import tyro
 
-from naslora.adapter.config import MethodConfig, NASLoRAConfig
+from naslora.adapter.layer.config import MethodConfig, NASLoRAConfig
 from naslora.data.datasets import DATASETS
 from naslora.data.tiles import LARGEST, SMALLEST
 from naslora.methods import METHODS, MethodName

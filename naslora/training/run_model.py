@@ -2,7 +2,7 @@
 
 import os
 
-from naslora.adapter.injection import arch_parameters
+from naslora.adapter.layer.injection import arch_parameters
 from naslora.errors import UserError
 from naslora.methods import apply, trainable_parameters
 from naslora.results import ParameterCounts

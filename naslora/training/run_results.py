@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from naslora.adapter.merged import unmerge
+from naslora.adapter.merging.merged import unmerge
 from naslora.errors import UserError
 from naslora.files import file_checksum
 from naslora.methods import merge, merge_modes

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from naslora.adapter.alpha_search import CELL_RATE
+from naslora.adapter.layer.alpha_search import CELL_RATE
 from naslora.choices import Augment, ClassLoss
 from naslora.data.masks import IGNORED
 from naslora.results import Keep

@@ -22,11 +22,11 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from naslora.adapter.annealing import fixed, set_spatial, spatial_share
-from naslora.adapter.cell import mixture_entropy
-from naslora.adapter.injection import arch_parameters, cell_parameters
-from naslora.adapter.modules import adapter_layers
-from naslora.adapter.storage import base_checksum, trained_state, unshared, write_adapter
+from naslora.adapter.io.storage import base_checksum, trained_state, unshared, write_adapter
+from naslora.adapter.layer.cell import mixture_entropy
+from naslora.adapter.layer.injection import arch_parameters, cell_parameters
+from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.merging.annealing import fixed, set_spatial, spatial_share
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError

@@ -6,7 +6,7 @@ from html import escape
 import numpy as np
 from matplotlib.axes import Axes
 
-from naslora.adapter.merge_report import LayerError
+from naslora.adapter.merging.report import LayerError
 from naslora.report.figures import BLUE, ORANGE, Drawing, as_array, figure_group
 from naslora.report.html import note, section
 from naslora.report.numbers import MISSING, average, is_known, number, reduce_known

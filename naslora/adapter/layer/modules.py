@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from naslora.adapter.calls import host_calls
-from naslora.adapter.layer import NASLoRALinear
+from naslora.adapter.layer.calls import host_calls
+from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.errors import UserError
 
 NAMED = "named_adapters"

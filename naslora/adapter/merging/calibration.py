@@ -27,9 +27,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.cell import LinearCell
-from naslora.adapter.layer import NASLoRALinear
-from naslora.adapter.modules import replace_module
+from naslora.adapter.layer.cell import LinearCell
+from naslora.adapter.layer.layer import NASLoRALinear
+from naslora.adapter.layer.modules import replace_module
 from naslora.errors import UserError
 
 FOLDS = 4

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from naslora.adapter.calls import check_host
-from naslora.adapter.config import TargetConfig
-from naslora.adapter.modules import adapter_layers
-from naslora.adapter.wrappers import bare_paths
+from naslora.adapter.io.wrappers import bare_paths
+from naslora.adapter.layer.calls import check_host
+from naslora.adapter.layer.config import TargetConfig
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 
 LIKE = 0.5

@@ -12,14 +12,14 @@ from typing import cast
 
 from torch import nn
 
-from naslora.adapter.applied import applied
-from naslora.adapter.config import NASLoRAConfig
-from naslora.adapter.frozen_norms import keep_frozen
-from naslora.adapter.injection import build_layers, check_config
-from naslora.adapter.layer import NASLoRALinear
-from naslora.adapter.modules import NAMED, adapter_layers, check_model, replace_module
-from naslora.adapter.targets import find_targets, with_names
-from naslora.adapter.wrappers import unwrap
+from naslora.adapter.io.wrappers import unwrap
+from naslora.adapter.layer.applied import applied
+from naslora.adapter.layer.config import NASLoRAConfig
+from naslora.adapter.layer.frozen_norms import keep_frozen
+from naslora.adapter.layer.injection import build_layers, check_config
+from naslora.adapter.layer.layer import NASLoRALinear
+from naslora.adapter.layer.modules import NAMED, adapter_layers, check_model, replace_module
+from naslora.adapter.layer.targets import find_targets, with_names
 from naslora.errors import UserError
 
 DEFAULT = "default"

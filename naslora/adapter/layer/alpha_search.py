@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer, optimizer
 
-from naslora.adapter.config import Alpha
-from naslora.adapter.injection import arch_parameters, cell_parameters
-from naslora.adapter.modules import adapter_layers, check_model
-from naslora.adapter.wrappers import unwrap
+from naslora.adapter.io.wrappers import unwrap
+from naslora.adapter.layer.config import Alpha
+from naslora.adapter.layer.injection import arch_parameters, cell_parameters
+from naslora.adapter.layer.modules import adapter_layers, check_model
 from naslora.errors import UserError, listing
 from naslora.settings import Index, checked
 

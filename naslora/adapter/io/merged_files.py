@@ -7,10 +7,8 @@ from typing import Any
 import msgspec
 from torch import Tensor, nn
 
-from naslora.adapter.merged import merged_modules, restore_merged
-from naslora.adapter.modules import adapter_layers, check_model, undone_on_error
-from naslora.adapter.storage import PEFT_TYPE, base_model, unshared
-from naslora.adapter.wrappers import (
+from naslora.adapter.io.storage import PEFT_TYPE, base_model, unshared
+from naslora.adapter.io.wrappers import (
     bare_paths,
     bare_state,
     copy_into,
@@ -20,6 +18,8 @@ from naslora.adapter.wrappers import (
     reshard,
     unwrap,
 )
+from naslora.adapter.layer.modules import adapter_layers, check_model, undone_on_error
+from naslora.adapter.merging.merged import merged_modules, restore_merged
 from naslora.errors import UserError, listing
 from naslora.files import (
     read_json,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from naslora.adapter.grid import Grid
+from naslora.adapter.layer.grid import Grid
 
 
 def partition(x: Tensor, size: int, fill: Tensor | None = None) -> Tensor:

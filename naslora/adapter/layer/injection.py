@@ -5,14 +5,14 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from naslora.adapter.base_state import override_save_pretrained
-from naslora.adapter.calls import watch
-from naslora.adapter.config import NASLoRAConfig
-from naslora.adapter.frozen_norms import keep_frozen
-from naslora.adapter.grid import place_hint
-from naslora.adapter.layer import NASLoRALinear, layer_generator
-from naslora.adapter.modules import NAMED, adapter_layers, check_model, replace_module
-from naslora.adapter.targets import compiled, find_targets, with_names
+from naslora.adapter.io.base_state import override_save_pretrained
+from naslora.adapter.layer.calls import watch
+from naslora.adapter.layer.config import NASLoRAConfig
+from naslora.adapter.layer.frozen_norms import keep_frozen
+from naslora.adapter.layer.grid import place_hint
+from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
+from naslora.adapter.layer.modules import NAMED, adapter_layers, check_model, replace_module
+from naslora.adapter.layer.targets import compiled, find_targets, with_names
 from naslora.errors import UserError
 from naslora.settings import Seed, checked
 

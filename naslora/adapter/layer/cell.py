@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.config import CellInit
+from naslora.adapter.layer.config import CellInit
 from naslora.errors import UserError
 from naslora_kernels import folded_cell, folded_convolution, mixed_cell
 from naslora_kernels.operations import (

@@ -11,11 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from naslora.adapter.applied import applied, own_names
-from naslora.adapter.config import MethodConfig
-from naslora.adapter.merged import merged_modules
-from naslora.adapter.modules import NAMED, adapter_layers, check_model
-from naslora.adapter.wrappers import (
+from naslora.adapter.io.wrappers import (
     bare_paths,
     bare_state,
     gathered,
@@ -23,6 +19,10 @@ from naslora.adapter.wrappers import (
     one_writer,
     unwrap,
 )
+from naslora.adapter.layer.applied import applied, own_names
+from naslora.adapter.layer.config import MethodConfig
+from naslora.adapter.layer.modules import NAMED, adapter_layers, check_model
+from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError, listing
 from naslora.files import write_json, write_tensors
 from naslora.state_dicts import weights_checksum

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.calls import AdaptedLinear
-from naslora.adapter.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
-from naslora.adapter.config import NASLoRAConfig
-from naslora.adapter.grid import Grid, GridHint, as_grid, split_prefix
-from naslora.adapter.windows import partition
+from naslora.adapter.layer.calls import AdaptedLinear
+from naslora.adapter.layer.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
+from naslora.adapter.layer.config import NASLoRAConfig
+from naslora.adapter.layer.grid import Grid, GridHint, as_grid, split_prefix
+from naslora.adapter.layer.windows import partition
 from naslora_kernels import OPERATIONS, nas_lora_linear
 from naslora_kernels.cell import Cell as CellTensors
 from naslora_kernels.operations import SKIP

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.config import MethodConfig, TargetConfig
-from naslora.adapter.frozen_norms import keep_frozen
-from naslora.adapter.merge_report import MergeMode, MergeReport
-from naslora.adapter.modules import undone_on_error
-from naslora.adapter.targets import with_names
+from naslora.adapter.layer.config import MethodConfig, TargetConfig
+from naslora.adapter.layer.frozen_norms import keep_frozen
+from naslora.adapter.layer.modules import undone_on_error
+from naslora.adapter.layer.targets import with_names
+from naslora.adapter.merging.report import MergeMode, MergeReport
 from naslora.errors import UserError
 
 ENCODERS = ("image_encoder", "vision_encoder")

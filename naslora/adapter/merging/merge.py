@@ -19,8 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from naslora.adapter.applied import applied
-from naslora.adapter.calibration import (
+from naslora.adapter.io.wrappers import in_one_piece, unwrap
+from naslora.adapter.layer.applied import applied
+from naslora.adapter.layer.layer import NASLoRALinear
+from naslora.adapter.layer.modules import adapter_layers, check_model, replace_module
+from naslora.adapter.merging.calibration import (
     TOKENS_PER_INPUT,
     Calibration,
     Fit,
@@ -31,11 +34,13 @@ from naslora.adapter.calibration import (
     check_reached,
     feed,
 )
-from naslora.adapter.layer import NASLoRALinear
-from naslora.adapter.merge_report import MODES, LayerError, MergeMode, MergeReport
-from naslora.adapter.merged import MergedNASLoRALinear, can_unmerge, mark_merged, merged_modules
-from naslora.adapter.modules import adapter_layers, check_model, replace_module
-from naslora.adapter.wrappers import in_one_piece, unwrap
+from naslora.adapter.merging.merged import (
+    MergedNASLoRALinear,
+    can_unmerge,
+    mark_merged,
+    merged_modules,
+)
+from naslora.adapter.merging.report import MODES, LayerError, MergeMode, MergeReport
 from naslora.errors import UserError
 
 # Batch, height and width of the seeded white noise on which errors are measured without images.

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.cell import LinearCell
-from naslora.adapter.modules import adapter_layers
+from naslora.adapter.layer.cell import LinearCell
+from naslora.adapter.layer.modules import adapter_layers
 
 
 def spatial_share(epoch: int, epochs: int, anneal_epochs: int) -> float:

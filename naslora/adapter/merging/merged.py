@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.calls import AdaptedLinear
-from naslora.adapter.cell import FoldedCell, restore_collapsed
-from naslora.adapter.grid import as_grid, split_prefix
-from naslora.adapter.modules import check_model, replace_module
+from naslora.adapter.layer.calls import AdaptedLinear
+from naslora.adapter.layer.cell import FoldedCell, restore_collapsed
+from naslora.adapter.layer.grid import as_grid, split_prefix
+from naslora.adapter.layer.modules import check_model, replace_module
 from naslora.errors import UserError
 from naslora_kernels import folded_linear
 from naslora_kernels.operations import FOLDED_SIZE, OPERATIONS

@@ -9,13 +9,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.applied import Method, applied, apply_method, find_method
-from naslora.adapter.base_state import override_save_pretrained
-from naslora.adapter.config import OUTPUT_FIELDS, MethodConfig, NASLoRAConfig
-from naslora.adapter.injection import inject
-from naslora.adapter.merged import merged_modules
-from naslora.adapter.modules import adapter_layers, check_model, undone_on_error
-from naslora.adapter.storage import (
+from naslora.adapter.io.base_state import override_save_pretrained
+from naslora.adapter.io.storage import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Description,
@@ -24,13 +19,18 @@ from naslora.adapter.storage import (
     layer_names,
     unshared,
 )
-from naslora.adapter.wrappers import (
+from naslora.adapter.io.wrappers import (
     bare_state,
     copy_into,
     drop_caches,
     reshard,
     unwrap,
 )
+from naslora.adapter.layer.applied import Method, applied, apply_method, find_method
+from naslora.adapter.layer.config import OUTPUT_FIELDS, MethodConfig, NASLoRAConfig
+from naslora.adapter.layer.injection import inject
+from naslora.adapter.layer.modules import adapter_layers, check_model, undone_on_error
+from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError, listing
 from naslora.files import read_json, read_safetensors
 from naslora.state_dicts import tensor_problems

@@ -12,10 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, distributed, nn
 
-from naslora.adapter.applied import applied
-from naslora.adapter.merged import MergedNASLoRALinear, merged_modules
-from naslora.adapter.modules import adapter_layers, check_model
-from naslora.adapter.storage import (
+from naslora.adapter.io.storage import (
     adapter_names,
     base_checksum,
     layer_names,
@@ -23,7 +20,7 @@ from naslora.adapter.storage import (
     unshared,
     write_adapter,
 )
-from naslora.adapter.wrappers import (
+from naslora.adapter.io.wrappers import (
     bare_state,
     copy_into,
     drop_caches,
@@ -33,6 +30,9 @@ from naslora.adapter.wrappers import (
     sharded,
     unwrap,
 )
+from naslora.adapter.layer.applied import applied
+from naslora.adapter.layer.modules import adapter_layers, check_model
+from naslora.adapter.merging.merged import MergedNASLoRALinear, merged_modules
 from naslora.errors import UserError, listing
 
 ADAPTER_FOLDER = "naslora_adapter"

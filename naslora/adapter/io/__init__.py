@@ -1,0 +1,1 @@
+"""Adapters and merged models in files, several on one model, and models inside wrappers."""

@@ -1,0 +1,1 @@
+"""Folding trained adapters into the frozen weights, with the error measured."""
