@@ -1,8 +1,8 @@
 """Atomic writing of files and folders, and reading of JSON, safetensors and PyTorch files.
 
-JSON and safetensors files carry the SHA-256 of their content, which reading them verifies. Files of
-version 0.1.0 have none and are read without. PyTorch's files are zip archives, which carry a CRC-32
-of each record.
+JSON and safetensors files carry the SHA-256 of their content, which reading them verifies. Files
+without one, which others wrote or edited, are read without. PyTorch's files are zip archives, which
+carry a CRC-32 of each record.
 """
 
 import errno
@@ -26,7 +26,7 @@ from naslora.errors import UserError
 from naslora.state_dicts import plain_tensors, tensors_checksum
 
 FORMAT = 1
-"""Version of the files' format, under the key "version" in JSON files. Those of 0.1.0 have none."""
+"""Version of the files' format, under the key "version" in JSON files."""
 CHECKSUM = "sha256"
 """Key of the checksum in JSON files and in the metadata of safetensors files."""
 # The names start with a dot, and say that the files are naslora's: others are never removed.

@@ -1,6 +1,6 @@
 """What a run leaves behind: the names of its files, and the types of their records.
 
-``records.py`` reads and writes them. Runs of version 0.1.0 can still be read.
+``records.py`` reads and writes them.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from naslora.records import OPTIONAL, UNSTORED, read_record, read_rows
 # The files of a run's folder.
 CONFIG = "config.json"
 DATA = "data.json"
-ADAPTER, ADAPTER_OF_0_1_0 = "adapter", "best"
-"""Folder of the kept epoch's adapter, as ``save_adapter`` writes it, and its name in 0.1.0."""
+ADAPTER = "adapter"
+"""Folder of the kept epoch's adapter, as ``save_adapter`` writes it."""
 LAST = "last.pt"
 """Everything that ``--resume`` needs."""
 HISTORY = "history.csv"
@@ -213,7 +213,7 @@ class RunResult:
     seconds: float | None = field(default=None, metadata=OPTIONAL)
     """Seconds of training and of the final evaluation."""
     history_sha256: str | None = field(default=None, metadata=OPTIONAL)
-    """SHA-256 of history.csv, which has no place for it; None in the files of 0.1.0."""
+    """SHA-256 of history.csv, which has no place for it."""
 
 
 # ---- A study -------------------------------------------------------------------------------------
@@ -352,9 +352,8 @@ def adapter_folder(run: Path) -> Path:
     Raises:
         UserError: no epoch of the run was finished.
     """
-    for name in (ADAPTER, ADAPTER_OF_0_1_0):
-        if (run / name).is_dir():
-            return run / name
+    if (run / ADAPTER).is_dir():
+        return run / ADAPTER
     raise UserError(f"{run} has no trained model yet: {run / ADAPTER} does not exist")
 
 

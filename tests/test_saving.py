@@ -204,7 +204,6 @@ def test_saving_the_adapter_of_a_merged_model_is_refused(mode, tmp_path):
     "description", [{"method": None}, {"method": None, "layers": []}, {"layers": []}], ids=str
 )
 def test_a_file_without_the_adapter_it_promises_is_refused(description, tmp_path):
-    """Version 0.1.0 saved merged models so."""
     save_adapter(trained_encoder(), tmp_path)
     stored = read_json(tmp_path / CONFIG_NAME)
     del stored["other_tensors"]

@@ -31,7 +31,7 @@ class LastState:
     scaler: dict[str, int | float] | None
     """State of the loss scaling of float16."""
     base_checksum: str | None = None
-    """The checksum of the frozen weights; None in a file of 0.1.0."""
+    """The checksum of the frozen weights."""
 
 
 def write_last(path: Path, state: LastState) -> None:

@@ -51,8 +51,7 @@ def prepare_data(
     Args:
         config: the run.
         accelerator: the processes.
-        record: the file in which a run that is resumed recorded its data; None for a new run. Runs
-            of version 0.1.0 have no such file.
+        record: the file in which a run that is resumed recorded its data; None for a new run.
 
     Raises:
         UserError: as ``find_splits`` and ``check_with_progress``, or as ``check_unchanged``.

@@ -104,10 +104,7 @@ def read_description(path: Path) -> Description:
 def _check_promise(
     directory: Path, stored: Description, tensors: Collection[str], methods: Mapping[str, Method]
 ) -> None:
-    """Refuses files that lack tensors which adapter_config.json promises.
-
-    Version 0.1.0 wrote such files for a merged model.
-    """
+    """Refuses files that lack tensors which adapter_config.json promises."""
     missing = sorted({*(stored.other_tensors or ())} - {*tensors})
     if missing:
         raise UserError(

@@ -49,7 +49,7 @@ class Merged(msgspec.Struct):
     report: _Report = msgspec.field(default_factory=_Report)
     config: dict[str, Any] = {}
     weights_checksum: str | None = None
-    """None in a file of 0.1.0."""
+    """None compares nothing."""
 
     @property
     def names(self) -> list[str]:

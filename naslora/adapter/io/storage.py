@@ -40,8 +40,7 @@ class Description:
     """The content of adapter_config.json.
 
     The file also holds ``peft_type``, "NASLORA" or None for a model without NAS-LoRA layers, which
-    PEFT's files have too. Version 0.1.0 wrote neither it nor ``base_model_name_or_path`` nor
-    ``other_tensors``.
+    PEFT's files have too.
     """
 
     config: dict[str, Any] | None
@@ -54,11 +53,11 @@ class Description:
     """Where Transformers loaded the model from; None for other models."""
     other_tensors: list[str] | None = None
     """Names of the tensors beside the adapters', such as a mask decoder's, in the file with the
-    weights; None in a file of 0.1.0."""
+    weights."""
     unsaved_tensors: list[str] | None = None
     """Names of further tensors that were trained, which the file with the weights leaves out."""
     base_checksum: str | None = None
-    """The checksum of the frozen weights under the adapter; None in a file of 0.1.0."""
+    """The checksum of the frozen weights under the adapter; None compares nothing."""
 
 
 def save_adapter(model: nn.Module, directory: str | Path, include: Include = "trainable") -> None:

@@ -89,7 +89,7 @@ def bare_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
 
 
 def matching_name(name: str, known: Collection[str]) -> str:
-    """A name from a file as the model knows it. Version 0.1.0 wrote the names of wrappers, too.
+    """A name from a file as the model knows it. Files may hold the names of wrappers, too.
 
     Args:
         name: the name.
