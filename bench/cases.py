@@ -1,4 +1,4 @@
-"""What is measured: the cases, their competitors, and how much work each must do at least."""
+"""What is measured: the cases, their candidates, and how much work each must do at least."""
 
 import importlib.util
 import platform

@@ -19,15 +19,15 @@ environment = functools.cache(cases.environment)
 
 @pytest.fixture
 def measure(benchmark):
-    """Times one competitor, after the fused kernels have passed the gate on the same inputs.
+    """Times one candidate, after the fused kernels have passed the gate on the same inputs.
 
     With --benchmark-disable, as in CI, everything runs once, untimed.
     """
 
-    def run(works, competitor, direction, moved_bytes, operations, judge="reference"):
+    def run(works, candidate, direction, moved_bytes, operations, judge="reference"):
         refusal = cases.gate(works, judge=judge)
         assert refusal is None, f"not timed, the kernels are wrong: {refusal}"
-        benchmark(works[competitor].function(direction))
+        benchmark(works[candidate].function(direction))
         benchmark.extra_info.update(environment(), bytes=moved_bytes, operations=operations)
         if benchmark.stats is not None:
             reached = moved_bytes / benchmark.stats.stats.median
@@ -36,13 +36,13 @@ def measure(benchmark):
     return run
 
 
-def parameters(all_cases, competitors):
-    """(case, competitor) pairs; compiled ones only where ``cases`` has them."""
+def parameters(all_cases, candidates):
+    """(case, candidate) pairs; compiled ones only where ``cases`` has them."""
     return [
-        pytest.param(case, competitor, id=f"{cases.case_name(case)}-{competitor}")
+        pytest.param(case, candidate, id=f"{cases.case_name(case)}-{candidate}")
         for case in all_cases
-        for competitor in competitors
-        if "compiled" not in competitor or case in cases.COMPILED_CASES
+        for candidate in candidates
+        if "compiled" not in candidate or case in cases.COMPILED_CASES
     ]
 
 
@@ -65,7 +65,7 @@ def pytest_addoption(parser):
         "--stock", default="lora,conv-lora", help="which to measure on stock attention, too"
     )
     group.addoption("--compiled", default="", help="which to time through torch.compile, too")
-    group.addoption("--rounds", type=int, default=5, help="measurements of each contestant")
+    group.addoption("--rounds", type=int, default=5, help="measurements of each candidate")
 
 
 def _runs_once(config):
@@ -86,7 +86,7 @@ def _listed(config, option):
 
 
 def _names(config):
-    """The contestants of each group."""
+    """The candidates of each group."""
     methods, stock = _listed(config, "methods"), _listed(config, "stock")
     return {
         "training_step": models.training_names(methods, stock, _listed(config, "compiled")),

@@ -1,6 +1,6 @@
 """Whole models of every method on the same frozen weights, and the steps that are timed of them.
 
-The names of contestants are a method, or ``untouched``, and how its model differs from what
+The names of candidates are a method, or ``untouched``, and how its model differs from what
 ``naslora train`` runs: ``STOCK``, ``COMPILED``, or ``MERGED`` and the mode.
 """
 
@@ -62,7 +62,7 @@ class Setting:
         return f"{self.model} {self.image_size}px x{self.batch}{kind}"
 
 
-class Contestant:
+class Candidate:
     """One method's model, as it trains."""
 
     def __init__(self, method: str, model: SamForSegmentation, setting: Setting) -> None:
@@ -174,9 +174,9 @@ def fill_zeros(parameters: Iterable[Tensor]) -> None:
             parameter.copy_(SPREAD * values)
 
 
-def contestants(
+def candidates(
     setting: Setting, names: Iterable[str], base: SamForSegmentation
-) -> dict[str, Contestant]:
+) -> dict[str, Candidate]:
     """Models that train, by name. A method that does not fit the encoder is left out.
 
     Args:
@@ -196,12 +196,12 @@ def contestants(
             cast_frozen(model.image_encoder, PRECISIONS[setting.precision])  # as naslora train does
         if name.endswith(COMPILED):
             compile_blocks(model)
-        found[name] = Contestant(method, model, setting)
+        found[name] = Candidate(method, model, setting)
     return found
 
 
 def method_of(name: str) -> str:
-    """The method of a contestant that trains."""
+    """The method of a candidate that trains."""
     return name.removesuffix(STOCK).removesuffix(COMPILED)
 
 
@@ -228,7 +228,7 @@ def training_names(
 
 
 def training_steps(name: str) -> tuple[str, ...]:
-    """What is timed of a contestant that trains."""
+    """What is timed of a candidate that trains."""
     searching = searches(method_of(name))
     return ("weights", "architecture", "epoch") if searching else ("weights",)
 
@@ -284,7 +284,7 @@ def inference(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[]
 # ---- The gate ----------------------------------------------------------------------------------
 
 
-def gate_training(found: dict[str, Contestant], base: SamForSegmentation) -> str | None:
+def gate_training(found: dict[str, Candidate], base: SamForSegmentation) -> str | None:
     """Why these models must not be timed, or None.
 
     Each is held against the same method and weights in float32 without anything of ours: on stock
@@ -294,23 +294,23 @@ def gate_training(found: dict[str, Contestant], base: SamForSegmentation) -> str
     weights included.
     """
 
-    @functools.lru_cache(maxsize=1)  # the contestants of a method follow one another
+    @functools.lru_cache(maxsize=1)  # the candidates of a method follow one another
     def expected(method: str, setting: Setting) -> tuple[tuple[Tensor, ...], list[float]]:
         """The loss and the gradients, and how much each may differ."""
         plain = adapted(method, base, backend="reference")
-        exact = Contestant(method, plain, replace(setting, precision="no")).gradients()
+        exact = Candidate(method, plain, replace(setting, precision="no")).gradients()
         if setting.precision == "no":
             return exact, [1e-3] * len(exact)
         plain = copy.deepcopy(plain)  # its weights are those of ``base``, and are cast now
         cast_frozen(plain.image_encoder, PRECISIONS[setting.precision])
-        rounded = Contestant(method, plain, setting).gradients()
+        rounded = Candidate(method, plain, setting).gradients()
         return exact, [max(0.25, 2 * error) for error in _errors(rounded, exact)]
 
-    for name, contestant in found.items():
-        if name == contestant.method + STOCK and not contestant.alpha:
+    for name, candidate in found.items():
+        if name == candidate.method + STOCK and not candidate.alpha:
             continue  # it is the reference
-        exact, tolerances = expected(contestant.method, contestant.setting)
-        errors = _errors(contestant.gradients(), exact)
+        exact, tolerances = expected(candidate.method, candidate.setting)
+        errors = _errors(candidate.gradients(), exact)
         for i, (error, tolerance) in enumerate(zip(errors, tolerances, strict=True)):
             if not error < tolerance:
                 what = "loss" if i == 0 else f"gradient {i - 1} of {tuple(exact[i].shape)}"

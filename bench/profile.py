@@ -1,7 +1,7 @@
 """Where the time of a weight step goes: ``python -m bench.profile``.
 
-One step of each contestant is profiled after one that warms up. The seconds of an operator are its
-own, without those of the operators it calls. Contestants are named as in ``bench.models``.
+One step of each candidate is profiled after one that warms up. The seconds of an operator are its
+own, without those of the operators it calls. Candidates are named as in ``bench.models``.
 """
 
 import argparse
@@ -33,11 +33,11 @@ def family_of(operator: str) -> str:
     return OTHER
 
 
-def seconds_by_family(contestant: models.Contestant) -> dict[str, float]:
+def seconds_by_family(candidate: models.Candidate) -> dict[str, float]:
     """Seconds of one weight step by family."""
-    contestant.weight_step()
+    candidate.weight_step()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        contestant.weight_step()
+        candidate.weight_step()
     seconds = dict.fromkeys((*FAMILIES, OTHER), 0.0)
     for event in profiled.key_averages():
         seconds[family_of(event.key)] += event.self_cpu_time_total / 1e6
@@ -45,7 +45,7 @@ def seconds_by_family(contestant: models.Contestant) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints a table with one column a contestant."""
+    """Prints a table with one column a candidate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_b")
     parser.add_argument("--image-size", type=int, default=1024)
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=["lora" + STOCK, "nas-pc-lora"])
     arguments = parser.parse_args()
     setting = Setting(arguments.model, arguments.image_size, arguments.batch, arguments.precision)
-    found = models.contestants(setting, arguments.names, models.untouched(setting))
-    columns = {name: seconds_by_family(contestant) for name, contestant in found.items()}
+    found = models.candidates(setting, arguments.names, models.untouched(setting))
+    columns = {name: seconds_by_family(candidate) for name, candidate in found.items()}
     rows = [
         [family, *(f"{seconds[family]:.2f}" for seconds in columns.values())]
         for family in (*FAMILIES, OTHER)

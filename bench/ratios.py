@@ -1,7 +1,7 @@
 """The ratio table: ``python -m bench.ratios``, on an otherwise idle machine.
 
-Every competitor of a case is timed in turn, round after round, in this one process. A ratio is the
-median over rounds of (competitor's seconds / fused seconds), both of the same round. Cases whose
+Every candidate of a case is timed in turn, round after round, in this one process. A ratio is the
+median over rounds of (candidate's seconds / fused seconds), both of the same round. Cases whose
 kernels fail the correctness gate are refused, and the exit status is 1.
 """
 
@@ -66,7 +66,7 @@ def main() -> int:
         print(f"{name}: {value}")
     print(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s\n")
     print(
-        "| work | direction | competitor | p20 ms | p50 ms | p80 ms | x fused (p20, p80) | target "
+        "| work | direction | candidate | p20 ms | p50 ms | p80 ms | x fused (p20, p80) | target "
         "| MB | Mop | of copy bandwidth |\n|---|---|---|---|---|---|---|---|---|---|---|"
     )
     good = True
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, default=["both"])
     parser.add_argument("--only", default="", help="part of a case's name, e.g. 'windows r=3'")
-    parser.add_argument("--rounds", type=int, default=25, help="measurements of each competitor")
+    parser.add_argument("--rounds", type=int, default=25, help="measurements of each candidate")
     parser.add_argument("--threads", type=int, help="default: as many as torch chooses")
     return parser.parse_args()
 
@@ -97,15 +97,15 @@ def report(kind: str, case: tuple, direction: str, rounds: int, bandwidth: float
     if refusal is not None:
         print(f"| {name} | {direction} | refused: {refusal} |" + " |" * 8)
         return False
-    functions = {competitor: work.function(direction) for competitor, work in works.items()}
+    functions = {candidate: work.function(direction) for candidate, work in works.items()}
     seconds = timing.interleave(functions, rounds)
     targets = TARGETS.get((kind, *case, direction), {})
     good = True
-    for competitor, own in seconds.items():
+    for candidate, own in seconds.items():
         times = timing.Times.of(own)
-        row = [name, direction, competitor]
+        row = [name, direction, candidate]
         row += [f"{1e3 * t:.3f}" for t in (times.p20, times.p50, times.p80)]
-        if competitor == "cpp":
+        if candidate == "cpp":
             moved = about.least_bytes(*case, direction)
             reached = moved / times.p50 / bandwidth
             operations = about.operations(*case, direction)
@@ -114,7 +114,7 @@ def report(kind: str, case: tuple, direction: str, rounds: int, bandwidth: float
             ratios = timing.Times.of(
                 [other / fused for other, fused in zip(own, seconds["cpp"], strict=True)]
             )
-            target = targets.get(competitor)
+            target = targets.get(candidate)
             good &= target is None or ratios.p50 >= target
             row.append(f"{ratios.p50:.3f} ({ratios.p20:.3f}, {ratios.p80:.3f})")
             row += ["" if target is None else f"{target:.3f}", "", "", ""]

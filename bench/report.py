@@ -1,7 +1,7 @@
 """The paper's Table 5 and its cost claims, from measurements: ``python -m bench.report FILE``.
 
 FILE is what ``pytest bench/ --benchmark-only --benchmark-json FILE`` wrote; several are read as
-one. A ratio is the median over rounds of two contestants' seconds in the same round. The exit
+one. A ratio is the median over rounds of two candidates' seconds in the same round. The exit
 status is 1 if a claim fails or was not measured.
 """
 
@@ -37,9 +37,9 @@ class Measured:
     """What the files hold of one setting."""
 
     seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    """By (contestant, step), round by round; the step is "inference" without training."""
+    """By (candidate, step), round by round; the step is "inference" without training."""
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By contestant: bytes, as ``bench.suite.measure_memory``."""
+    """By candidate: bytes, as ``bench.suite.measure_memory``."""
 
     def ratio(self, one: tuple[str, str], other: tuple[str, str]) -> Times | None:
         """Seconds of one / seconds of the other, over the rounds; None if one was not measured."""
@@ -168,10 +168,10 @@ def by_setting(entries: list[dict]) -> dict[Setting, Measured]:
         names = ("model", "image_size", "batch", "precision", "device")
         measured = found.setdefault(Setting(*(info[name] for name in names)), Measured())
         if entry["group"] == "memory":
-            measured.memory[info["contestant"]] = info
+            measured.memory[info["candidate"]] = info
         else:
             step = info.get("step", "inference")
-            measured.seconds[info["contestant"], step] = entry["stats"]["data"]
+            measured.seconds[info["candidate"], step] = entry["stats"]["data"]
     return found
 
 
@@ -269,7 +269,7 @@ def claims(claimed: Iterable[Claim], measured: Measured) -> tuple[str, bool]:
         verdict = "not measured" if value is None else "holds" if held else "FAILS"
         rows.append([claim.text, claim.bound, _ratio(value), verdict])
         good &= held
-    return _table(["Claim", "asked", "measured (p20, p80)", ""], rows), good
+    return _table(["Claim", "required", "measured (p20, p80)", ""], rows), good
 
 
 def _milliseconds(measured: Measured, key: tuple[str, str]) -> str:

@@ -1,6 +1,6 @@
 """What the groups of whole-model benchmarks measure, one setting at a time.
 
-Contestants take turns, round after round, in one process: what else the machine does then falls on
+Candidates take turns, round after round, in one process: what else the machine does then falls on
 all alike, and a ratio may be taken round by round. Nothing is timed that fails its gate.
 """
 
@@ -15,7 +15,7 @@ import torch
 from bench import counts, models, timing
 from bench.models import Setting
 
-Samples = dict[tuple[str, str], list[float]]  # (contestant, step): seconds, round by round
+Samples = dict[tuple[str, str], list[float]]  # (candidate, step): seconds, round by round
 
 # As in the paper's Table 5: an epoch takes a weight step for every batch of the training data, and
 # a fifth as many architecture steps (25.2 minutes instead of 21.1).
@@ -23,7 +23,7 @@ ARCHITECTURE_STEPS = 0.2
 
 
 def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Samples:
-    """Seconds of each contestant's ``weights`` step; of those that search, the ``architecture``
+    """Seconds of each candidate's ``weights`` step; of those that search, the ``architecture``
     step, and ``epoch``, both for each batch of an epoch. A step leaves nothing in memory but
     weights and the optimizers' state.
 
@@ -36,13 +36,13 @@ def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Sample
         RuntimeError: a gate failed.
     """
     base = models.untouched(setting)
-    found = models.contestants(setting, names, base)
+    found = models.candidates(setting, names, base)
     _refuse(models.gate_training(found, base))
     functions = {}
-    for name, contestant in found.items():
-        functions[name, "weights"] = contestant.weight_step
-        if contestant.alpha:
-            functions[name, "architecture"] = contestant.architecture_step
+    for name, candidate in found.items():
+        functions[name, "weights"] = candidate.weight_step
+        if candidate.alpha:
+            functions[name, "architecture"] = candidate.architecture_step
     seconds = _interleave(functions, setting, rounds)
     for name, step in list(seconds):
         if step == "architecture":
@@ -67,35 +67,35 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dic
 def measure_memory(
     setting: Setting, names: Iterable[str]
 ) -> dict[str, tuple[float, dict[str, int]]]:
-    """By contestant: seconds of a counted weight step, and what a step takes, as ``bench.counts``.
+    """By candidate: seconds of a counted weight step, and what a step takes, as ``bench.counts``.
 
     ``saved`` bytes are kept for the backward; ``peak`` is the most that lived at once, on a GPU as
     its allocator tells. ``architecture_*`` is the same of an architecture step.
     """
     base = models.untouched(setting)
     measured = {}
-    for name, contestant in models.contestants(setting, names, base).items():
-        measured[name] = _measured(contestant)
+    for name, candidate in models.candidates(setting, names, base).items():
+        measured[name] = _measured(candidate)
         gc.collect()
     return measured
 
 
-def _measured(contestant: models.Contestant) -> tuple[float, dict[str, int]]:
+def _measured(candidate: models.Candidate) -> tuple[float, dict[str, int]]:
     started = time.perf_counter()
-    numbers = _counted(contestant, contestant.weight_step)
+    numbers = _counted(candidate, candidate.weight_step)
     seconds = time.perf_counter() - started
-    if contestant.alpha:
-        of_alpha = _counted(contestant, contestant.architecture_step)
+    if candidate.alpha:
+        of_alpha = _counted(candidate, candidate.architecture_step)
         numbers |= {f"architecture_{key}": value for key, value in of_alpha.items()}
     return seconds, numbers
 
 
-def _counted(contestant: models.Contestant, step: Callable[[], None]) -> dict[str, int]:
+def _counted(candidate: models.Candidate, step: Callable[[], None]) -> dict[str, int]:
     step()  # makes the optimizer's state, and leaves unfrozen what the step trains
-    numbers = {"saved": counts.saved_bytes(contestant.loss, contestant.model)}
+    numbers = {"saved": counts.saved_bytes(candidate.loss, candidate.model)}
     gc.collect()  # what the forward kept: two of them would not fit at 1024 x 1024 pixels
     numbers |= dataclasses.asdict(counts.count(step))
-    if contestant.setting.device != "cpu":
+    if candidate.setting.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()

@@ -4,13 +4,13 @@ import pytest
 
 from bench import attention, cases
 
-COMPETITORS = ["cpp", attention.STOCK, "scaled_dot_product_attention"]
+CANDIDATES = ["cpp", attention.STOCK, "scaled_dot_product_attention"]
 
 
 @pytest.mark.benchmark(group="attention")
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
-@pytest.mark.parametrize("competitor", COMPETITORS)
-def test_attention(measure, attention_case, competitor, direction):
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_attention(measure, attention_case, candidate, direction):
     bytes_moved = attention.least_bytes(*attention_case, direction)
     work = bytes_moved, attention.operations(*attention_case, direction)
-    measure(attention.works(*attention_case), competitor, direction, *work, judge=attention.STOCK)
+    measure(attention.works(*attention_case), candidate, direction, *work, judge=attention.STOCK)

@@ -8,8 +8,8 @@ from bench.conftest import parameters
 
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
 @pytest.mark.parametrize(
-    ("case", "competitor"), parameters(cases.CELL_CASES, ["cpp", "reference", "reference compiled"])
+    ("case", "candidate"), parameters(cases.CELL_CASES, ["cpp", "reference", "reference compiled"])
 )
-def test_cell(measure, case, competitor, direction):
+def test_cell(measure, case, candidate, direction):
     work = cases.cell_bytes(*case, direction), cases.cell_operations(*case, direction)
-    measure(cases.cell_works(*case), competitor, direction, *work)
+    measure(cases.cell_works(*case), candidate, direction, *work)

@@ -9,4 +9,4 @@ def test_inference(record, measured, setting, inferring):
     samples = measured("inference", setting)
     if inferring not in samples:
         pytest.skip(f"{inferring} does not fit {setting.model}")
-    record(setting, samples[inferring], contestant=inferring)
+    record(setting, samples[inferring], candidate=inferring)

@@ -13,4 +13,4 @@ def test_memory(record, measured, setting, keeping):
     if keeping not in bytes_of:
         pytest.skip(f"{keeping} does not fit {setting.model}")
     seconds, numbers = bytes_of[keeping]
-    record(setting, [seconds], contestant=keeping, **numbers)
+    record(setting, [seconds], candidate=keeping, **numbers)

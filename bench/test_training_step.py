@@ -7,7 +7,7 @@ pytestmark = pytest.mark.benchmark(group="training_step")
 
 def test_training_step(record, measured, setting, training):
     samples = measured("training_step", setting)
-    contestant, step = training
+    candidate, step = training
     if training not in samples:
-        pytest.skip(f"{contestant} does not fit {setting.model}")
-    record(setting, samples[training], contestant=contestant, step=step)
+        pytest.skip(f"{candidate} does not fit {setting.model}")
+    record(setting, samples[training], candidate=candidate, step=step)

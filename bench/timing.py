@@ -1,4 +1,4 @@
-"""Timing of interleaved competitors, and the machine's copy bandwidth."""
+"""Timing of interleaved candidates, and the machine's copy bandwidth."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Times:
-    """Percentiles of one competitor's seconds per call."""
+    """Percentiles of one candidate's seconds per call."""
 
     p20: float
     p50: float

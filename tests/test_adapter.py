@@ -108,10 +108,13 @@ def test_importing_inject_imports_the_adapter_alone():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     loaded = {name for name in result.stdout.split() if name.split(".")[0] == "naslora"}
-    rooms = {name for name in loaded if not name.startswith("naslora.adapter.")}
-    assert rooms == {
+    modules = {name for name in loaded if not name.startswith("naslora.adapter.")}
+    assert modules == {
         "naslora",
-        *(f"naslora.{room}" for room in ("adapter", "errors", "files", "settings", "state_dicts")),
+        *(
+            f"naslora.{module}"
+            for module in ("adapter", "errors", "files", "settings", "state_dicts")
+        ),
     }
     for heavy in ("triton", "torchvision", "segment_anything", "peft", "matplotlib"):
         assert heavy not in result.stdout.split()

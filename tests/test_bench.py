@@ -43,20 +43,20 @@ SAVED_LARGE = SAVED | {"lora stock attention": 2100}
 def entries(seconds, saved=SAVED, info=INFO):
     found = []
 
-    def add(group, contestant, about, data):
-        about = info | {"contestant": contestant} | about
+    def add(group, candidate, about, data):
+        about = info | {"candidate": candidate} | about
         stats = {"data": data}
         found.append({"group": group, "name": "x", "extra_info": about, "stats": stats})
 
-    for (contestant, step), factor in seconds.items():
+    for (candidate, step), factor in seconds.items():
         data = [factor * seconds for seconds in ROUNDS]
         if step == "inference":
-            add("inference", contestant, {}, data)
+            add("inference", candidate, {}, data)
         else:
-            add("training_step", contestant, {"step": step}, data)
-    for contestant, size in saved.items():
+            add("training_step", candidate, {"step": step}, data)
+    for candidate, size in saved.items():
         numbers = {"saved": size, "peak": 3 * size, "operations": 10**9, "calls": 1234}
-        add("memory", contestant, numbers, [1.0])
+        add("memory", candidate, numbers, [1.0])
     return found
 
 
@@ -158,7 +158,7 @@ def test_other_settings_claim_nothing(run, other):
     assert status == 0 and text.count("## vit_") == 2 and text.count("| Claim |") == 1
 
 
-def test_contestants_are_named_after_their_attention():
+def test_candidates_are_named_after_their_attention():
     names = models.training_names(["lora", "nas-pc-lora"], stock=["lora", "conv-lora"])
     assert names == ["lora", "lora stock attention", "nas-pc-lora"]
     assert models.training_names(["lora"], [], ["lora"]) == ["lora", "lora compiled"]
@@ -174,15 +174,15 @@ def base(monkeypatch):
 
 def test_gate_takes_experts_that_no_window_chose(base):
     """Four windows cannot choose eight experts; the others have no gradient."""
-    (contestant,) = models.contestants(TINY, ["conv-lora"], base).values()
-    assert any(not gradient.any() for gradient in contestant.gradients())
-    assert models.gate_training({"conv-lora": contestant}, base) is None
+    (candidate,) = models.candidates(TINY, ["conv-lora"], base).values()
+    assert any(not gradient.any() for gradient in candidate.gradients())
+    assert models.gate_training({"conv-lora": candidate}, base) is None
 
 
 @pytest.mark.parametrize("name", ["lora", "nas-pc-lora", "nas-pc-lora stock attention"])
 def test_gate_holds_the_fused_against_the_stock(base, name, monkeypatch):
     """The models of the gate share weight matrices, so a bias is changed."""
-    found = models.contestants(TINY, [name], base)
+    found = models.candidates(TINY, [name], base)
     assert models.gate_training(found, base) is None
     attention = found[name].model.image_encoder.blocks[1].attn
     assert (type(attention) is type(base.image_encoder.blocks[1].attn)) == ("stock" in name)

@@ -36,27 +36,27 @@ def base(encoder):
 
 
 @pytest.fixture(scope="module")
-def contestants(base):
-    return models.contestants(SETTING, METHODS, base)
+def candidates(base):
+    return models.candidates(SETTING, METHODS, base)
 
 
-def measure(contestant, step):
+def measure(candidate, step):
     """Counts of forward and backward, and bytes kept in between."""
     step()  # leaves unfrozen what the step trains
-    counted = counts.count(lambda: contestant.loss().backward())
-    contestant.model.zero_grad()
+    counted = counts.count(lambda: candidate.loss().backward())
+    candidate.model.zero_grad()
     saved = []
     # Conv-LoRA's bytes depend on the experts that its noisy gate selects.
-    for seed in range(8 if contestant.method == "conv-lora" else 1):
+    for seed in range(8 if candidate.method == "conv-lora" else 1):
         torch.manual_seed(seed)
-        saved.append(counts.saved_bytes(contestant.loss, contestant.model))
+        saved.append(counts.saved_bytes(candidate.loss, candidate.model))
     return counted, statistics.mean(saved)
 
 
 @pytest.fixture(scope="module")
-def steps(contestants):
-    found = {(name, "weights"): measure(c, c.weight_step) for name, c in contestants.items()}
-    searching = {name: c for name, c in contestants.items() if c.alpha}
+def steps(candidates):
+    found = {(name, "weights"): measure(c, c.weight_step) for name, c in candidates.items()}
+    searching = {name: c for name, c in candidates.items() if c.alpha}
     found |= {(name, "alpha"): measure(c, c.architecture_step) for name, c in searching.items()}
     return found
 
@@ -105,7 +105,7 @@ def test_conv_lora_costs_more(steps):
 def test_fused_attention_keeps_and_needs_less_memory(method):
     """At 1024 x 1024 pixels, where the global blocks have 4096 tokens, less than half."""
     names = [method, method + STOCK]
-    found = models.contestants(FOUR_WINDOWS, names, models.untouched(FOUR_WINDOWS))
+    found = models.candidates(FOUR_WINDOWS, names, models.untouched(FOUR_WINDOWS))
     (fused, saved), (stock, stock_saved) = (measure(c, c.weight_step) for c in found.values())
     assert saved < 0.8 * stock_saved and fused.peak < 0.8 * stock.peak
     assert fused.calls < stock.calls
@@ -121,19 +121,19 @@ def test_decoder_only_is_the_floor(steps):
 
 
 @pytest.mark.parametrize("method", ["nas-lora", "nas-pc-lora"])
-def test_an_architecture_step_computes_no_weight_gradient(contestants, steps, method):
-    contestant = contestants[method]
-    contestant.architecture_step()
-    contestant.loss().backward()
-    assert all(parameter.grad is None for parameter in contestant.weights)
-    assert all(alpha.grad.abs().sum() > 0 for alpha in contestant.alpha)
-    contestant.model.zero_grad()
+def test_an_architecture_step_computes_no_weight_gradient(candidates, steps, method):
+    candidate = candidates[method]
+    candidate.architecture_step()
+    candidate.loss().backward()
+    assert all(parameter.grad is None for parameter in candidate.weights)
+    assert all(alpha.grad.abs().sum() > 0 for alpha in candidate.alpha)
+    candidate.model.zero_grad()
     (alpha, alpha_saved), (weights, saved) = steps[method, "alpha"], steps[method, "weights"]
     # Without their gradients the decoder's products run backward once instead of twice.
     embedding, prompt = torch.zeros(SETTING.batch, 256, 14, 14), torch.zeros(1, 256, 1, 1)
     with torch.no_grad():
-        positions = contestant.model.prompt_encoder.get_dense_pe()
-        run = partial(contestant.model.mask_decoder, embedding, positions, prompt)
+        positions = candidate.model.prompt_encoder.get_dense_pe()
+        run = partial(candidate.model.mask_decoder, embedding, positions, prompt)
         decoder = counts.count(run).operations
     assert alpha.operations < weights.operations - 0.9 * decoder
     assert alpha.calls < weights.calls and alpha_saved < saved and alpha.peak < weights.peak

@@ -1,4 +1,4 @@
-"""The documentation is true to the tree: links, file names, modules, commands, options, floors."""
+"""The documentation is true to the tree: links, file names, modules, commands, options, levels."""
 
 import ast
 import pkgutil
@@ -26,8 +26,9 @@ PATH_IN_THE_TREE = r"(?:naslora|naslora_kernels|csrc|bench|tests|docs|examples)/
 # Options of pip, pytest and torchrun, which the pages also use.
 FOREIGN_OPTIONS = {"--benchmark-disable", "--nproc-per-node"}
 
-# The rooms of docs/architecture.md, from the ground floor up. A room may import from lower floors.
-FLOORS = {
+# The modules and packages of docs/architecture.md, from the lowest level up. Each may import from
+# lower levels.
+LEVELS = {
     "naslora": (
         {"errors", "choices"},
         {"settings", "state_dicts"},
@@ -204,11 +205,11 @@ def test_recipes_make_targets_and_variables_exist(page):
             assert variable.removeprefix("NASLORA_") in code, variable
 
 
-def imports_between_rooms(package: str) -> set[tuple[str, str]]:
-    """Pairs (room that imports, room that is imported), imports inside functions included."""
+def imports_between(package: str) -> set[tuple[str, str]]:
+    """Pairs (module that imports, module that is imported), imports inside functions included."""
     pairs = set()
     for path in (ROOT / package).rglob("*.py"):
-        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        module = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(read(path))):
             if isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -217,17 +218,17 @@ def imports_between_rooms(package: str) -> set[tuple[str, str]]:
             else:
                 continue
             parts = [name.split(".") for name in names]
-            pairs |= {(room, part[1]) for part in parts if part[0] == package and len(part) > 1}
+            pairs |= {(module, part[1]) for part in parts if part[0] == package and len(part) > 1}
     return {pair for pair in pairs if pair[0] != pair[1]}
 
 
-@pytest.mark.parametrize("package", FLOORS)
-def test_rooms_import_from_lower_floors_only(package):
-    floor = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
-    pairs = imports_between_rooms(package)
-    known = {room for pair in pairs for room in pair} - {"_C", "_CUDA"}  # compiled
-    assert known <= set(floor)
-    assert not [(a, b) for a, b in pairs if b in floor and floor[b] >= floor[a]]
+@pytest.mark.parametrize("package", LEVELS)
+def test_modules_import_from_lower_levels_only(package):
+    level = {name: number for number, names in enumerate(LEVELS[package]) for name in names}
+    pairs = imports_between(package)
+    known = {name for pair in pairs for name in pair} - {"_C", "_CUDA"}  # compiled
+    assert known <= set(level)
+    assert not [(a, b) for a, b in pairs if b in level and level[b] >= level[a]]
 
 
 def test_kernels_know_nothing_of_naslora():

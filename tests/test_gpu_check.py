@@ -66,7 +66,7 @@ def test_attention_beside_torchs_own(monkeypatch, tmp_path):
     assert "differs from that of reference in float64" in record["problems"][0]
 
 
-def test_competitors_that_fail_are_left_out_and_named():
+def test_candidates_that_fail_are_left_out_and_named():
     x = torch.ones((), requires_grad=True)
     right = cases.Work(lambda: 2 * x, [x], torch.ones(()))
     wrong = cases.Work(lambda: 1 / 0, [x], torch.ones(()))

@@ -33,7 +33,7 @@ from naslora import (
     unmerge,
 )
 from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
-from naslora.adapter.io.wrappers import bare_state, in_one_piece, unwrap
+from naslora.adapter.io.wrappers import bare_state, unsharded, unwrap
 from naslora.adapter.layer.modules import adapter_layers
 
 torch.set_num_threads(1)
@@ -267,7 +267,7 @@ def test_a_copy_in_one_piece_leaves_the_sharded_model_alone(single_process_group
     model = shard(trained_encoder().eval())
     calls = []
     model.neck.register_forward_hook(lambda *_: calls.append(1))
-    twin = in_one_piece(model)
+    twin = unsharded(model)
     assert not any(hasattr(parameter, "full_tensor") for parameter in twin.parameters())
     assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     assert type(twin) is type(build_encoder())
@@ -278,4 +278,4 @@ def test_a_copy_in_one_piece_leaves_the_sharded_model_alone(single_process_group
         p.requires_grad for p in model.parameters()
     ]
     plain = build_encoder()
-    assert in_one_piece(plain) is plain
+    assert unsharded(plain) is plain

@@ -24,7 +24,7 @@ CASES = (
     (cases.HUGE, 24),
 )
 REHEARSED = cases.Shape("rehearsed", (1, 3, 4), 32, 48)
-# Compiling takes some ten seconds a competitor, so it is measured last and here alone.
+# Compiling takes some ten seconds a candidate, so it is measured last and here alone.
 COMPILED = ((cases.HUGE, 3), torch.bfloat16)
 ATTENTION_CASES = ((cases.HUGE_GLOBAL, 16), (cases.HUGE, 16), (cases.SMALL, 12))  # and heads
 Case = tuple[cases.Shape, int]
@@ -174,7 +174,7 @@ def measure_launches(
 
 
 def leave_out_failing(works: dict[str, cases.Work], ours: tuple[str, ...]) -> list[str]:
-    """Removes competitors that this version of torch cannot run here; a note on each."""
+    """Removes candidates that this version of torch cannot run here; a note on each."""
     notes = []
     for name in works.keys() - {*ours}:
         try:
@@ -189,17 +189,17 @@ def leave_out_failing(works: dict[str, cases.Work], ours: tuple[str, ...]) -> li
 def modes(
     works: dict[str, cases.Work], direction: str, device: str, compiled: bool
 ) -> dict[str, Callable[[], object]]:
-    """Each competitor compiled where asked for, else eager and on a GPU as a CUDA graph."""
+    """Each candidate compiled where asked for, else eager and on a GPU as a CUDA graph."""
     functions: dict[str, Callable[[], object]] = {}
-    for competitor, work in works.items():
+    for candidate, work in works.items():
         if compiled:
             compute = torch.compile(work.compute, dynamic=False)
             compiled_work = cases.Work(compute, work.leaves, work.gradient)
-            functions[f"{competitor}, compiled"] = compiled_work.function(direction)
+            functions[f"{candidate}, compiled"] = compiled_work.function(direction)
             continue
-        functions[competitor] = work.function(direction)
+        functions[candidate] = work.function(direction)
         if device != "cpu":
-            functions[f"{competitor}, CUDA graph"] = graphed(work.function(direction))
+            functions[f"{candidate}, CUDA graph"] = graphed(work.function(direction))
     return functions
 
 

@@ -183,7 +183,7 @@ def one_writer(model: nn.Module) -> Iterator[bool]:
             distributed.barrier()
 
 
-def in_one_piece(model: nn.Module) -> nn.Module:
+def unsharded(model: nn.Module) -> nn.Module:
     """A copy of a sharded model with gathered tensors, outside FSDP; any other model as it is.
 
     The copy shares the tensors that are not sharded. Collective if the model is sharded.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from naslora.adapter.io.wrappers import in_one_piece, unwrap
+from naslora.adapter.io.wrappers import unsharded, unwrap
 from naslora.adapter.layer.applied import applied
 from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.adapter.layer.modules import adapter_layers, check_model, replace_module
@@ -91,7 +91,7 @@ def merge(
     model = unwrap(model)
     present = applied(model)
     fold = merge_cells if present is None else present.method.require_merge()
-    whole = in_one_piece(model)
+    whole = unsharded(model)
     report = fold(whole, mode, given)
     if whole is not model:
         _move_merged(whole, model, mode)
