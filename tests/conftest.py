@@ -97,13 +97,12 @@ def call(*arguments: object) -> Result:
 
 
 def error_of(function, *arguments, **options) -> str:
-    """The one-line message of the ``UserError`` that a function raises."""
-    from naslora.errors import UserError
+    """The message of the ``UserError`` that a function raises, as the command line prints it."""
+    from naslora.errors import UserError, one_line
 
     with pytest.raises(UserError) as caught:
         function(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return one_line(str(caught.value))
 
 
 def group_lives(group: int) -> bool:
