@@ -16,6 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# One thread, in processes that tests start as well: they fork, and a forked process cannot use the
+# threads of OpenMP that its parent has. Accelerate starts two where the variable is not set.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import cuda_emulation
 import pytest
 import torch

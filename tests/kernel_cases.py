@@ -14,6 +14,9 @@ import torch.nn.functional as F
 import naslora_kernels
 from naslora_kernels import cpp
 
+# The compiler of torch.compile. The linker commands of Inductor do not quote the path of torch.
+COMPILER = "aot_eager" if " " in torch.__file__ else "inductor"
+
 UNAVAILABLE = naslora_kernels.available_backends()
 needs_cpp = UNAVAILABLE["cpp"]
 INSTRUCTION_SETS = [] if needs_cpp else cpp._C.capabilities()

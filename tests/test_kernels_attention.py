@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernel_cases import (
     ALL_TARGETS,
+    COMPILER,
     DTYPES,
     LAYOUTS,
     TARGETS,
@@ -394,7 +395,7 @@ def test_compiled_training_step_equals_eager(target, dynamic):
         leaves = [t.clone().requires_grad_() for t in case.arguments.values()]
         return torch.autograd.grad(step(*leaves), leaves)
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=COMPILER)
     for name, own, expected in zip(OPERANDS, gradients(compiled), gradients(step), strict=True):
         torch.testing.assert_close(own, expected, msg=lambda text, name=name: f"{name}: {text}")
 

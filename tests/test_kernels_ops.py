@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import in_two_processes
-from kernel_cases import CELL, TARGETS, cell_case, few_costly, layer_case, needs_cpp
+from kernel_cases import CELL, COMPILER, TARGETS, cell_case, few_costly, layer_case, needs_cpp
 from torch.utils.checkpoint import checkpoint
 
 import naslora_kernels
@@ -114,7 +114,7 @@ def test_compiled_training_step_equals_eager(target, make, dynamic):
     names = list(case.arguments)
     torch.compiler.reset()
 
-    @torch.compile(fullgraph=True, dynamic=dynamic)
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend=COMPILER)
     def step(*values):
         result = function(**dict(zip(names, values, strict=True)), **case.options)
         return (2 * result).square().sum()  # something for the compiler to fuse around it
