@@ -359,7 +359,7 @@ def test_the_ignored_label_passes_through_the_data_set(tmp_path, cached):
     "options, message",
     [
         ({"palette": ("#000000", "#ffffff")}, "must be 2 with --palette"),
-        ({"dataset": "coco"}, "which coco has not"),
+        ({"dataset": "coco"}, "coco has no mask files"),
         ({"dataset": "kvasir"}, "'s_alpha' cannot leave out pixels; choose others with --metrics"),
         ({"ignore_index": 0}, "ignore_index: expected int >= 1, got 0"),
         ({"num_classes": 12}, "must be none of the 12 classes 0 to 11"),

@@ -13,8 +13,8 @@ from naslora.sam.segmentation import SamForSegmentation
 def heat_map(model: SamForSegmentation, image: Tensor, mask: Tensor) -> np.ndarray:
     """Grad-CAM (Selvaraju et al. 2017) of the foreground's score at the encoder's last block.
 
-    The score is that of the foreground's pixels: the sum of their logits, or, with several classes,
-    of the class map.
+    The score is a sum over the foreground's pixels: of logits if the task is binary, else of the
+    class map.
 
     Args:
         model: trained or not.

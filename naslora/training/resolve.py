@@ -107,7 +107,9 @@ def _check_ignore_index(
     data: DataConfig, index: int, classes: int, metrics: tuple[str, ...]
 ) -> None:
     if data.dataset == "coco":
-        raise UserError("ignore_index is a label of mask files, which coco has not; drop it")
+        raise UserError(
+            "ignore_index is a label in mask files, and coco has no mask files; drop it"
+        )
     if data.palette is not None and index != classes:
         raise UserError(
             f"ignore_index must be {classes} with --palette, the number of its last colour, got "
