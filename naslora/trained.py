@@ -49,7 +49,6 @@ from naslora.training.run_data import (
     make_dataset,
 )
 from naslora.training.run_model import build_frozen_model
-from naslora.training.train_config import loss_of
 
 LEFT_OUT = "left_out.safetensors"
 
@@ -157,10 +156,7 @@ def evaluate_model(
         model.to(accelerator.device),
         make_dataset(config, samples, "scored", truth=config.data.resolution == "original"),
         accelerator,
-        loss_of(config.training),
-        list(config.data.class_names),
-        config.training.batch_size,
-        config.training.workers,
+        config,
         config.data.metrics or (),
     )
 

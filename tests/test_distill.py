@@ -183,10 +183,10 @@ def test_an_interrupted_distillation_continues_as_if_it_was_not(settings, tmp_pa
     whole = run(settings, tmp_path / "whole")
     run_pass, broken = distillation.Distillation._run_pass, tmp_path / "broken"
 
-    def once(self):
+    def once(self, progress):
         if self.history:
             raise KeyboardInterrupt
-        run_pass(self)
+        run_pass(self, progress)
 
     monkeypatch.setattr(distillation.Distillation, "_run_pass", once)
     with pytest.raises(KeyboardInterrupt):

@@ -74,9 +74,8 @@ def test_each_trains_two_steps(
     model = build_adapted_model(config)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     accelerator = make_accelerator(config.training)
-    names = list(config.data.class_names)
     monkeypatch.setattr(Trainer, "_save", lambda self, is_best: None)
-    trained = Trainer(model, data, config.training, 0, tmp_path, names, accelerator)
+    trained = Trainer(model, data, config, tmp_path, accelerator)
     trained.run()
     after = model.state_dict()
     changed = {key for key, value in before.items() if not value.equal(after[key])}

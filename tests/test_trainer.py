@@ -71,15 +71,8 @@ def make_trainer(data, tmp_path):
             for name, samples in find_splits(config).items()
         }
         model = build_adapted_model(config)
-        return Trainer(
-            model,
-            splits,
-            config.training,
-            seed=0,
-            directory=tmp_path / str(count),
-            class_names=list(config.data.class_names),
-            accelerator=make_accelerator(config.training),
-        )
+        accelerator = make_accelerator(config.training)
+        return Trainer(model, splits, config, tmp_path / str(count), accelerator)
 
     return make
 
@@ -187,8 +180,8 @@ def test_without_alpha_only_weights_train(make_trainer, method):
 
 
 def epoch_images(arch_data, train=10, arch=0, **changes):
-    fraction = changes.get("arch_fraction", TrainConfig.arch_fraction)
-    return EpochImages(arch_data, fraction, 1, train, arch, searches=True, seed=3)
+    config = TrainConfig(arch_data=arch_data, search_start=1, **changes)
+    return EpochImages(config, train, arch, searches=True, seed=3)
 
 
 def test_redraw_takes_another_part_each_epoch_and_leaves_the_weights_all_images():

@@ -208,7 +208,6 @@ class Distillation:
         count = settings.crops * len(train)
         self.targets = Targets(output / TEACHER, self._teach, count, grid)
         self.history: list[Pass] = []
-        self.progress = TrainProgress()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW, which decays matrices and kernels only."""
@@ -240,17 +239,22 @@ class Distillation:
         """
         console = Console(stderr=True)
         left = self.settings.epochs - len(self.history)
-        with self.progress.shown(console, left * len(self.batches)):
+        with TrainProgress(console, left * len(self.batches)) as progress:
             while len(self.history) < self.settings.epochs:
-                self._run_pass()
+                self._run_pass(progress)
                 self._save()
                 console.print(_line(self.history[-1], self.settings.epochs), highlight=False)
 
-    def _run_pass(self) -> None:
+    def _run_pass(self, progress: TrainProgress) -> None:
         epoch = len(self.history)
         self.batches.set_epoch(epoch)
         self.crops.set_epoch(epoch)
-        self.progress.start_pass(f"pass {epoch + 1}/{self.settings.epochs}")
+
+        def after_step(loss: float, images: int) -> None:
+            self.mean.update_parameters(self.student)
+            progress.finish_step(loss, images)
+
+        progress.start_pass(f"pass {epoch + 1}/{self.settings.epochs}")
         started = time.perf_counter()
         try:
             loss = train_pass(
@@ -263,10 +267,11 @@ class Distillation:
                 1,
                 self.accelerator,
                 before_step=self._set_rate,
-                after_step=self._after_step,
+                after_step=after_step,
             )
         except LossNotFiniteError as error:
-            raise UserError(f"{error}; lower --learning-rate") from error
+            loss, images = error.args
+            raise UserError(f"the loss is {loss} on {images}; lower --learning-rate") from error
         seconds = time.perf_counter() - started
         views = (epoch + 1) * len(self.crops)
         rate = self.group.optimizer.param_groups[0]["lr"]
@@ -283,10 +288,6 @@ class Distillation:
         rise = min(1.0, (step + 1) / self.settings.warm_up)
         factor = schedule_factor(self.group.schedule, done / self.settings.epochs)
         self.group.set_rates(rise * factor)
-
-    def _after_step(self, loss: float, images: int) -> None:
-        self.mean.update_parameters(self.student)
-        self.progress.advance(loss, images)
 
     @torch.no_grad()
     def score(self) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from naslora.data.sampling import draw_part, hold_out, refill
-from naslora.training.train_config import ArchData
+from naslora.training.train_config import TrainConfig, first_search_epoch
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,7 @@ class EpochImages:
     alpha are replaced by others, which then come twice.
     """
 
-    arch_data: ArchData | None
-    """As in ``TrainConfig``."""
-    fraction: float
-    """``TrainConfig.arch_fraction``."""
-    search_start: int
-    """First epoch with alpha steps."""
+    config: TrainConfig
     train: int
     """Number of training images."""
     arch: int
@@ -29,41 +24,26 @@ class EpochImages:
     """Whether the run takes alpha steps of their own."""
     seed: int
 
-    @property
-    def per_epoch(self) -> int:
-        """Number of images of an epoch's weight steps."""
-        return self.train + self.arch
-
     def of_weights(self, epoch: int) -> Sequence[int]:
         """Indices of the training images that an epoch's weight steps take."""
         kept: Sequence[int] = range(self.train)
-        if self._leaves_out(epoch):
-            kept, _ = hold_out(kept, self.fraction, *self._path(epoch))
-        missing = self.per_epoch - len(kept)
-        return refill(kept, self.per_epoch, self.seed, epoch) if missing else kept
+        count = self.train + self.arch
+        started = epoch >= first_search_epoch(self.config)
+        leaves_out = {"hold-out": True, "rotate": started}.get(str(self.config.arch_data), False)
+        if leaves_out and self.searches and not self.arch:
+            kept, _ = self._parts(epoch)
+        return refill(kept, count, self.seed, epoch) if len(kept) < count else kept
 
     def of_alpha(self, epoch: int) -> Sequence[int]:
         """Indices of the images that an epoch's alpha steps take: in the data's own split for
         alpha, if there is one, else in the training split."""
         if self.arch:
             return range(self.arch)
-        images, fraction = range(self.train), self.fraction
-        if self.arch_data in ("rotate", "hold-out"):
-            return hold_out(images, fraction, *self._path(epoch))[1]
-        return draw_part(images, fraction, *self._path(epoch))
+        if self.config.arch_data in ("rotate", "hold-out"):
+            return self._parts(epoch)[1]
+        return draw_part(range(self.train), self.config.arch_fraction, self.seed, epoch)
 
-    def alpha_count(self) -> int:
-        """Number of images of an epoch's alpha steps; 0 if the run takes none."""
-        return len(self.of_alpha(0)) if self.searches else 0
-
-    def _leaves_out(self, epoch: int) -> bool:
-        """Whether the weight steps of an epoch leave out the images of alpha."""
-        if not self.searches or self.arch:
-            return False
-        if self.arch_data == "rotate":
-            return epoch >= self.search_start
-        return self.arch_data == "hold-out"
-
-    def _path(self, epoch: int) -> tuple[int, ...]:
-        """What a draw depends on. A fixed part does not depend on the epoch."""
-        return (self.seed,) if self.arch_data == "hold-out" else (self.seed, epoch)
+    def _parts(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The training images of the weights, and those of alpha, which `hold-out` draws once."""
+        path = () if self.config.arch_data == "hold-out" else (epoch,)
+        return hold_out(range(self.train), self.config.arch_fraction, self.seed, *path)

@@ -21,7 +21,9 @@ from naslora.metrics import METRICS, Scores, image_scores, saliency_scores, summ
 from naslora.records import from_json
 from naslora.results import GroupScores, SplitScores
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
+from naslora.training.run_config import RunConfig
 from naslora.training.step import Loss
+from naslora.training.train_config import loss_of
 
 
 def make_loader(
@@ -54,10 +56,7 @@ def evaluate(
     model: SamForSegmentation,
     dataset: SegmentationDataset,
     accelerator: Accelerator,
-    loss: Loss,
-    class_names: list[str],
-    batch_size: int,
-    workers: int = 0,
+    config: RunConfig,
     metrics: Sequence[str] = (),
 ) -> SplitScores:
     """Scores every image of a split, at the size at which the model sees it.
@@ -70,10 +69,7 @@ def evaluate(
         model: on the accelerator's device; is put into evaluation mode.
         dataset: images with masks.
         accelerator: processes share the images; each returns the whole result.
-        loss: of a batch of outputs and (B, S, S) labels.
-        class_names: the foreground classes' names.
-        batch_size: over all processes.
-        workers: data loading processes.
+        config: the run, for its loss, classes and batches.
         metrics: names of ``naslora.metrics.METRICS``.
 
     Returns:
@@ -81,33 +77,29 @@ def evaluate(
         there are neither ``metrics`` nor ``resolution`` nor ``groups``.
     """
     model.eval()
-    rank, world = accelerator.process_index, accelerator.num_processes
-    batches = GlobalBatches(range(len(dataset)), batch_size, rank, world, shuffle=False)
+    training, class_names = config.training, list(config.data.class_names)
+    processes = accelerator.process_index, accelerator.num_processes
+    batches = GlobalBatches(range(len(dataset)), training.batch_size, *processes, shuffle=False)
     saliency = any(METRICS[name].saliency for name in metrics)
+    score = _score if dataset.tiles is None else _score_by_tiles
     records = []
-    for batch in make_loader(dataset, batches, workers, accelerator):
+    for batch in make_loader(dataset, batches, training.workers, accelerator):
         if batch is not None:
-            if dataset.tiles is None:
-                records += _score(model, batch, accelerator, loss, saliency)
-            else:
-                records += _score_by_tiles(model, batch, dataset, accelerator, loss, saliency)
+            records += score(model, batch, dataset, accelerator, loss_of(training), saliency)
     records = sorted(gather_object(records), key=lambda record: record[0])  # by the image's index
     _, losses, scores = zip(*records, strict=True)
     summary = _summary(scores, class_names, metrics)
     image_dice = torch.stack([own["dice"] for own in scores]).nanmean(1)  # (N,)
     summary["image_dice"] = [None if dice.isnan() else float(dice) for dice in image_dice]
     if metrics:
-        summary["resolution"] = _resolution(dataset)
+        summary["resolution"] = f"{dataset.image_size} x {dataset.image_size}"
+        if dataset.truth:
+            summary["resolution"] = "of each mask"
+        if dataset.tiles is not None:
+            side = dataset.tiles.size
+            summary["resolution"] = f"of each mask, by tiles of {side} x {side}"
         summary["groups"] = _groups(dataset, scores, class_names, metrics) or None
     return from_json(SplitScores, {"loss": sum(losses) / len(losses), **summary}, "scores")
-
-
-def _resolution(dataset: SegmentationDataset) -> str:
-    """The size at which images are scored, in words."""
-    if dataset.tiles is not None:
-        side = dataset.tiles.size
-        return f"of each mask, by tiles of {side} x {side}"
-    return "of each mask" if dataset.truth else f"{dataset.image_size} x {dataset.image_size}"
 
 
 def _groups(
@@ -136,6 +128,7 @@ def _summary(
 def _score(
     model: SamForSegmentation,
     batch: dict[str, Any],
+    dataset: SegmentationDataset,
     accelerator: Accelerator,
     loss: Loss,
     saliency: bool,
@@ -145,11 +138,16 @@ def _score(
         output = model(batch["image"].to(accelerator.device))
     mask = batch["mask"].to(accelerator.device)
     mean_loss = float(loss(output, mask))
-    truths = [truth.to(accelerator.device) for truth in batch.get("truth", mask)]
-    return [
-        (int(index), mean_loss, _image_scores(scores[None], truth, model.num_classes, saliency))
-        for index, scores, truth in zip(batch["index"], output.class_map(), truths, strict=True)
-    ]
+    records = []
+    for index, class_map, truth in zip(
+        batch["index"], output.class_map(), batch.get("truth", mask), strict=True
+    ):
+        truth, class_map = truth.to(accelerator.device), class_map[None]
+        if class_map.shape[-2:] != truth.shape:
+            class_map = F.interpolate(class_map, truth.shape, mode="bilinear", align_corners=False)
+        own = _image_scores(labels_of(class_map), class_map[0, 0], truth, model, saliency)
+        records.append((int(index), mean_loss, own))
+    return records
 
 
 def _score_by_tiles(
@@ -174,15 +172,20 @@ def _score_by_tiles(
         labels, probabilities = [], []
         for band in tiled_class_map(model, dataset, pixels, truth, accelerator, add_loss):
             labels.append(labels_of(band[None])[0].to(torch.uint8))
-            if saliency:
-                probabilities.append(band[0])
-        prediction = torch.cat(labels).long()
-        scores = image_scores(prediction[None], truth[None], model.num_classes, IGNORED)
-        own = {name: values[0] for name, values in scores.items()}
-        if saliency:
-            own |= saliency_scores(torch.cat(probabilities), truth)
+            probabilities.append(band[0] if saliency else band[0, :0])
+        prediction = torch.cat(labels)[None].long()
+        own = _image_scores(prediction, torch.cat(probabilities), truth, model, saliency)
         records.append((int(index), sum(losses) / len(losses), own))
     return records
+
+
+def _image_scores(
+    labels: Tensor, probability: Tensor, truth: Tensor, model: SamForSegmentation, saliency: bool
+) -> Scores:
+    """Scores of one image's (1, H, W) labels, and of the (H, W) class map of a binary one."""
+    scores = image_scores(labels, truth[None], model.num_classes, IGNORED)
+    own = {name: values[0].cpu() for name, values in scores.items()}
+    return own | saliency_scores(probability, truth) if saliency else own
 
 
 def tiled_class_map(
@@ -220,12 +223,3 @@ def tiled_class_map(
             yield output.class_map()[0]
 
     return (band for _, band in grid.blend(maps()))
-
-
-def _image_scores(class_map: Tensor, truth: Tensor, num_classes: int, saliency: bool) -> Scores:
-    """Scores of one (1, K, S, S) class map at the size of its (H, W) truth."""
-    if class_map.shape[-2:] != truth.shape:
-        class_map = F.interpolate(class_map, truth.shape, mode="bilinear", align_corners=False)
-    scores = image_scores(labels_of(class_map), truth[None], num_classes, IGNORED)
-    own = {name: values[0].cpu() for name, values in scores.items()}
-    return own | saliency_scores(class_map[0, 0], truth) if saliency else own

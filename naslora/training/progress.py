@@ -3,62 +3,43 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from naslora.results import Epoch, Mixture
 from naslora_kernels import OPERATIONS
 
 
-class TrainProgress:
-    """The progress bar of a run, with the loss and the speed of the last step."""
+class TrainProgress(Progress):
+    """The progress bar of ``steps`` steps, with the loss and the speed of the last one."""
 
-    def __init__(self) -> None:
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
-        self.description, self.step_started = "", 0.0
-
-    @contextmanager
-    def shown(self, console: Console, steps: int) -> Iterator[None]:
-        """Shows the bar, for ``steps`` steps, while the body runs."""
-        columns = (
+    def __init__(self, console: Console, steps: int) -> None:
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"),
             TextColumn("{task.fields[rate]:.1f} images/s"),
             TimeRemainingColumn(),
+            console=console,
+            transient=True,
         )
-        with Progress(*columns, console=console, transient=True) as self.bar:
-            self.task = self.bar.add_task("", total=steps, loss=math.nan, rate=math.nan)
-            yield
-        self.bar = None
+        self.steps = self.add_task("", total=steps, loss=math.nan, rate=math.nan)
+        self.step_started = 0.0
 
     def start_pass(self, description: str) -> None:
         """Starts the clock of a pass over a split, and names the pass."""
-        self.description = description
+        self.update(self.steps, description=description)
         self.step_started = time.perf_counter()
 
-    def advance(self, loss: float, images: int) -> None:
+    def finish_step(self, loss: float, images: int) -> None:
         """Counts one step with its mean loss over ``images`` images."""
         now = time.perf_counter()
         rate = images / (now - self.step_started)
         self.step_started = now
-        if self.bar is not None:
-            self.bar.update(
-                self.task, advance=1, loss=loss, rate=rate, description=self.description
-            )
+        self.update(self.steps, advance=1, loss=loss, rate=rate)
 
 
 def epoch_line(record: Epoch, epochs: int) -> str:
@@ -77,11 +58,8 @@ def epoch_line(record: Epoch, epochs: int) -> str:
 
 def epoch_numbers(record: Epoch, mixture: Mixture | None) -> dict[str, float]:
     """An epoch's numbers by name, and the layers' mean mixture, for experiment trackers."""
-    numbers = {
-        f.name: value
-        for f in dataclasses.fields(record)
-        if isinstance(value := getattr(record, f.name), float)
-    }
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    numbers = {name: value for name, value in fields.items() if isinstance(value, float)}
     if mixture is not None:
         mean = torch.tensor(mixture.softmax).mean(0).tolist()
         numbers |= {

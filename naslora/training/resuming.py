@@ -1,7 +1,7 @@
 """last.pt: everything that ``--resume`` needs, checked before a trainer takes any of it."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from naslora.files import FORMAT, check_version, read_torch, write_torch
 from naslora.records import to_json
 from naslora.results import Epoch, Mixture
 from naslora.state_dicts import plain_tensors, tensor_problems
+from naslora.training.step import Group
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,24 @@ def read_last(path: Path) -> LastState:
     if not isinstance(stored, dict):
         raise UserError(f"it holds a {type(stored).__name__}, no checkpoint of a run")
     check_version(path, stored.get("version", 0))
-    try:  # msgspec takes a tensor for a mapping
-        json.dumps([stored.get("history"), stored.get("operations")], allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"its records of epochs and operations are damaged: {error}") from error
     try:
+        # msgspec takes a tensor for a mapping
+        json.dumps([stored.get("history"), stored.get("operations")], allow_nan=False)
         state = msgspec.convert(stored, LastState)
-    except msgspec.ValidationError as error:
+    except (TypeError, ValueError, msgspec.ValidationError) as error:
         raise UserError(f"it is no checkpoint of a run: {error}") from error
     for tensors in (state.model, *(m for moments in state.moments for m in moments.values())):
         plain_tensors(tensors, "it")
     return state
 
 
-def check_last(last: LastState, own: LastState, epochs: int) -> None:
+def check_last(last: LastState, own: LastState, groups: Sequence[Group], epochs: int) -> None:
     """Compares last.pt with the state of the trainer that resumes from it, before its first epoch.
-
-    The optimizers check their own part.
 
     Args:
         last: the content of the file.
         own: the trainer's state.
+        groups: the trainer's optimizers.
         epochs: how many the run has.
 
     Raises:
@@ -96,23 +94,34 @@ def check_last(last: LastState, own: LastState, epochs: int) -> None:
             "started with"
         )
     _check_names("tensors", last.model, own.model)
-    for name, tensor in last.model.items():
-        for problem in tensor_problems(name, tensor, own.model):
-            raise UserError(problem)
+    _check_tensors(last.model, own.model)
     if last.scaler and own.scaler:
         _check_names("settings of the loss scaling", last.scaler, own.scaler)
-    if len(last.moments) != len(own.moments):
-        raise UserError(
-            f"it holds the moments of {len(last.moments)} optimizers, and the run has "
-            f"{len(own.moments)}"
-        )
+    _check_names("optimizers", range(len(last.moments)), range(len(groups)))
+    for group, moments in zip(groups, last.moments, strict=True):
+        for place, values in moments.items():
+            if place not in range(len(group.parameters)):
+                raise UserError(f"its optimizer has a parameter {place}, and that of the run none")
+            parameter = group.parameters[place]
+            # what Adam and AdamW keep
+            kept = {"step": parameter.new_zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            _check_names("optimizer states", values, kept)
+            _check_tensors(values, kept)
+            if min(values["step"].min(), values["exp_avg_sq"].min()) < 0:
+                raise UserError("the state of an optimizer is negative")
 
 
 def _sizes(mixture: Mixture) -> list[int]:
     return [len(weights) for weights in mixture.softmax]
 
 
-def _check_names(what: str, stored: Collection[str], own: Collection[str]) -> None:
+def _check_names(what: str, stored: Collection[object], own: Collection[object]) -> None:
     differing = {*stored} ^ {*own}
     if differing:
-        raise UserError(f"its {what} and those of the run differ in {min(differing)}")
+        raise UserError(f"its {what} and those of the run differ in {min(map(str, differing))}")
+
+
+def _check_tensors(stored: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    for name, tensor in stored.items():
+        for problem in tensor_problems(name, tensor, own):
+            raise UserError(problem)

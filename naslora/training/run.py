@@ -132,8 +132,7 @@ def _make_trainer(
 ) -> tuple[Trainer, ParameterCounts]:
     model = build_adapted_model(config)
     counts = count_parameters(model)
-    seed, names = config.seed, list(config.data.class_names)
-    return Trainer(model, data, config.training, seed, output, names, accelerator), counts
+    return Trainer(model, data, config, output, accelerator), counts
 
 
 def _check_start(config: RunConfig) -> None:

@@ -15,15 +15,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from naslora.data.sampling import GlobalBatches
-from naslora.errors import UserError
 from naslora.methods import auxiliary_loss
 from naslora.sam.segmentation import SegmentationOutput
-from naslora.state_dicts import tensor_problems
 from naslora.training.train_config import Schedule
 
 Loss = Callable[[SegmentationOutput, Tensor], Tensor]
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-"""What Adam and AdamW keep of a parameter."""
 BUCKET = 1 << 23
 """Numbers of gradients that processes send each other at once: 32 MiB of float32."""
 
@@ -51,27 +47,8 @@ class Group:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = factor * rate
 
-    def check_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
-        """Checks the moments of Adam or AdamW from a file, by the places of their parameters.
-
-        Raises:
-            UserError: they are those of other parameters, or their values are damaged.
-        """
-        for place, values in moments.items():
-            if place not in range(len(self.parameters)) or {*values} != MOMENTS:
-                raise UserError(f"the optimizer's state of parameter {place} is that of another")
-            parameter = self.parameters[place]
-            for name, value in values.items():
-                kept = f"the optimizer's {name}"
-                present = parameter.new_zeros(()) if name == "step" else parameter
-                problems = tensor_problems(kept, value, {kept: present})
-                if not problems and name != "exp_avg" and (value < 0).any():
-                    problems = [f"{kept} is negative"]
-                if problems:
-                    raise UserError(problems[0])
-
     def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
-        """Takes over moments that ``check_moments`` accepts. The settings stay as they are."""
+        """Takes over moments that ``check_last`` accepts. The settings stay as they are."""
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
@@ -127,16 +104,7 @@ def train_pass(
 
 
 class LossNotFiniteError(Exception):
-    """The loss of a batch is infinite or NaN.
-
-    Attributes:
-        loss: the loss.
-        images: the names of the batch's images.
-    """
-
-    def __init__(self, loss: float, images: str) -> None:
-        super().__init__(f"the loss is {loss} on {images}")
-        self.loss, self.images = loss, images
+    """The loss of a batch is infinite or NaN. ``args``: the loss, the names of its images."""
 
 
 @contextmanager
@@ -160,15 +128,7 @@ def _accumulate_gradients(
     passes: int,
     accelerator: Accelerator,
 ) -> Tensor:
-    """Adds up the gradients of this process's share of a batch.
-
-    Args:
-        model: images to a ``SegmentationOutput``.
-        batch: ``image`` (b, 3, S, S) and ``mask`` (b, S, S); None if this process has no share.
-        size: images of the whole batch, over all processes.
-        loss: the mean loss of a forward pass; the method's auxiliary loss is added to it.
-        passes: forward passes over which the share is spread.
-        accelerator: the device, precision and loss scaling.
+    """Adds up the gradients of this process's share of a batch of ``size`` images over all.
 
     Returns:
         This process's part of the batch's mean loss, a scalar without gradient.
@@ -178,8 +138,7 @@ def _accumulate_gradients(
     if batch is None:
         return total
     parts = min(passes, len(batch["image"]))
-    pairs = zip(batch["image"].chunk(parts), batch["mask"].chunk(parts), strict=True)
-    for images, masks in pairs:
+    for images, masks in zip(batch["image"].chunk(parts), batch["mask"].chunk(parts), strict=True):
         with accelerator.autocast():
             output = model(images.to(device, non_blocking=True))
         value = loss(output, masks.to(device, non_blocking=True))

@@ -14,7 +14,6 @@ preset `paper` see one forward pass, and so do the noise and the auxiliary loss 
 import math
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,17 +44,12 @@ from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader
 from naslora.training.progress import TrainProgress, epoch_line, epoch_numbers
-from naslora.training.resuming import (
-    LastState,
-    check_last,
-    read_last,
-    write_last,
-)
+from naslora.training.resuming import LastState, check_last, read_last, write_last
+from naslora.training.run_config import RunConfig
 from naslora.training.step import Group, LossNotFiniteError, train_pass
 from naslora.training.trackers import log
 from naslora.training.train_config import (
     Schedule,
-    TrainConfig,
     factor,
     first_search_epoch,
     frozen_dtype,
@@ -74,12 +68,10 @@ class Trainer:
 
     Args:
         model: its parameters that require gradients are trained. The frozen ones of its encoder
-            are cast to ``frozen_dtype(config)``.
+            are cast to ``frozen_dtype(config.training)``.
         data: the splits ``train`` and ``val``, and ``arch`` where alpha has images of its own.
-        config: how to train.
-        seed: seed of the order of the images.
+        config: the run.
         directory: where checkpoints go.
-        class_names: the foreground classes, for the metrics.
         accelerator: made by ``make_accelerator``.
 
     Attributes:
@@ -87,6 +79,8 @@ class Trainer:
         history: the finished epochs.
         operations: the mixtures before training and after every epoch.
         images: which images an epoch's steps take.
+        weight_steps: number of weight steps of an epoch.
+        alpha_steps: number of an epoch's steps for alpha alone, once they start.
         layers: the adapted layers with their names.
         alphas: the architecture parameters; empty for a method without them.
         weights: the weights and their optimizer.
@@ -101,39 +95,31 @@ class Trainer:
         self,
         model: SamForSegmentation,
         data: dict[str, SegmentationDataset],
-        config: TrainConfig,
-        seed: int,
+        config: RunConfig,
         directory: Path,
-        class_names: list[str],
         accelerator: Accelerator,
     ) -> None:
-        self.accelerator = accelerator
+        training = config.training
         self.base_checksum = base_checksum(model, trained_state(model))
-        cast_frozen(model.image_encoder, frozen_dtype(config))
+        cast_frozen(model.image_encoder, frozen_dtype(training))
         self.model = model.to(accelerator.device)
-        self.data, self.config, self.seed = data, config, seed
-        self.loss, self.search_start = loss_of(config), first_search_epoch(config)
-        self.directory, self.class_names = directory, class_names
+        self.data, self.directory, self.accelerator = data, directory, accelerator
+        self.run_config, self.config = config, training
         self.epoch = 0
         self.history: list[Epoch] = []
         self.layers = list(adapter_layers(model))
         self.alphas = arch_parameters(model)
         self.operations = [self._mixture(epoch=-1)]
-        arch = len(data["arch"]) if "arch" in data else 0
-        own_steps = bool(self.alphas) and not config.simultaneous
-        self.images = EpochImages(
-            config.arch_data,
-            config.arch_fraction,
-            self.search_start,
-            len(data["train"]),
-            arch,
-            own_steps,
-            seed,
-        )
+        own_steps = bool(self.alphas) and not training.simultaneous
+        counts = len(data["train"]), len(data.get("arch", ()))
+        self.images = EpochImages(training, *counts, own_steps, config.seed)
+        self.weight_steps = -(-sum(counts) // training.batch_size)
+        alpha_images = self.images.of_alpha(0) if own_steps else ()
+        self.alpha_steps = -(-len(alpha_images) // training.batch_size)
         self.weights = self._weight_group()
         self.architecture = self._architecture_group() if self.alphas else None
-        self.progress = TrainProgress()
-        if config.anneal_epochs and not set_spatial(model, 1.0):
+        self.groups = [group for group in (self.weights, self.architecture) if group]
+        if training.anneal_epochs and not set_spatial(model, 1.0):
             raise UserError("anneal_epochs anneals the cells of preset 'linear'; there are none")
 
     # ---- Optimizers ------------------------------------------------------------------------------
@@ -158,69 +144,38 @@ class Trainer:
 
     def _architecture_group(self) -> Group:
         config = self.config
+        schedule = config.alpha_schedule or config.schedule
+        rate = config.alpha_learning_rate
         optimizer = OPTIMIZERS[config.optimizer](
             self.alphas,
-            lr=self._alpha_learning_rate(),
+            lr=self._fitting_alpha_rate(schedule) if rate is None else rate,
             weight_decay=config.alpha_weight_decay,
             betas=(0.5, 0.999),
         )
-        return Group(optimizer, 0.0, config.alpha_schedule or config.schedule)
+        return Group(optimizer, 0.0, schedule)
 
-    @property
-    def groups(self) -> list[Group]:
-        """All groups that train."""
-        return [self.weights] if self.architecture is None else [self.weights, self.architecture]
-
-    def _set_learning_rates(self, groups: list[Group], part: float) -> None:
-        """Sets the rates of the groups after ``part`` of the current epoch."""
-        for group in groups:
-            group.set_rates(self._factor(group.schedule, self.epoch, part))
+    def _fitting_alpha_rate(self, schedule: Schedule) -> float:
+        """The rate of alpha at the start that fits the number of its steps."""
+        steps = self.weight_steps if self.config.simultaneous else self.alpha_steps
+        factors = sum(
+            self._factor(schedule, epoch, step / steps)
+            for epoch in range(self.config.epochs)
+            if self._searches(epoch)
+            for step in range(steps)
+        )
+        rate = ALPHA_TRAVEL / factors if factors else MAX_ALPHA_RATE
+        return min(max(PAPER_ALPHA_RATE, rate), MAX_ALPHA_RATE)
 
     def _factor(self, schedule: Schedule, epoch: int, part: float) -> float:
         """What a rate is multiplied by after ``part`` of an epoch."""
         return factor(schedule, (epoch + part) / self.config.epochs)
 
-    def _alpha_learning_rate(self) -> float:
-        """The rate of alpha at the start: the configured one, or one that fits the steps."""
-        config = self.config
-        if config.alpha_learning_rate is not None:
-            return config.alpha_learning_rate
-        schedule = config.alpha_schedule or config.schedule
-        steps = {epoch: self._alpha_steps(epoch) for epoch in range(config.epochs)}
-        factors = sum(
-            self._factor(schedule, epoch, step / count)
-            for epoch, count in steps.items()
-            for step in range(count)
-        )
-        rate = ALPHA_TRAVEL / factors if factors else MAX_ALPHA_RATE
-        return min(max(PAPER_ALPHA_RATE, rate), MAX_ALPHA_RATE)
-
-    # ---- Stages and steps ------------------------------------------------------------------------
+    # ---- Epochs ----------------------------------------------------------------------------------
 
     def _searches(self, epoch: int) -> bool:
         """Whether an epoch updates alpha."""
-        started = self.config.simultaneous or epoch >= self.search_start
+        started = self.config.simultaneous or epoch >= first_search_epoch(self.config)
         return bool(self.alphas) and started
-
-    def _alpha_steps(self, epoch: int) -> int:
-        """How many steps of an epoch update alpha."""
-        if not self._searches(epoch):
-            return 0
-        return self._weight_steps() if self.config.simultaneous else self._own_alpha_steps()
-
-    def _weight_steps(self) -> int:
-        return -(-self.images.per_epoch // self.config.batch_size)
-
-    def _own_alpha_steps(self) -> int:
-        """How many steps an epoch of the search takes for alpha alone."""
-        return -(-self.images.alpha_count() // self.config.batch_size)
-
-    def _steps_left(self) -> int:
-        """Batches with a backward, from the current epoch to the last."""
-        return sum(
-            self._weight_steps() + (self._own_alpha_steps() if self._searches(epoch) else 0)
-            for epoch in range(self.epoch, self.config.epochs)
-        )
 
     def run(self) -> None:
         """Trains from the current epoch to the last; writes checkpoints after every epoch.
@@ -231,9 +186,11 @@ class Trainer:
             UserError: the loss is not finite; the message names the batch's files. A tracker fails.
         """
         console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
-        with self.progress.shown(console, self._steps_left()):
-            while self.epoch < self.config.epochs:
-                record = self._run_epoch()
+        epochs = range(self.epoch, self.config.epochs)
+        steps = sum(self.weight_steps + self._searches(e) * self.alpha_steps for e in epochs)
+        with TrainProgress(console, steps) as progress:
+            for _ in epochs:
+                record = self._run_epoch(progress)
                 self.history.append(record)
                 self.epoch += 1
                 self._save(record)
@@ -244,26 +201,28 @@ class Trainer:
                 log(self.accelerator, epoch_numbers(record, mixture), record.epoch)
         set_spatial(self.model, 1.0)  # the saved adapters are annealed already
 
-    def _run_epoch(self) -> Epoch:
+    def _run_epoch(self, progress: TrainProgress) -> Epoch:
         config, epoch = self.config, self.epoch
-        self._draw_channels()
+        for i, (_, layer) in enumerate(self.layers):
+            if layer.config.channel_selection == "resample":
+                layer.draw_channels(torch.Generator().manual_seed(self._seed(i)))
         spatial = spatial_share(epoch, config.epochs, config.anneal_epochs)
         set_spatial(self.model, spatial)
         started = time.perf_counter()
         groups = self.groups if config.simultaneous else [self.weights]
-        train_loss = self._optimise(groups, "train", self.images.of_weights(epoch))
+        train_loss = self._optimise(groups, "train", self.images.of_weights(epoch), progress)
         weights_done = time.perf_counter()
         arch_loss = None
         if self.architecture is not None and self._searches(epoch) and not config.simultaneous:
             split = "arch" if "arch" in self.data else "train"
-            arch_loss = self._optimise([self.architecture], split, self.images.of_alpha(epoch))
+            images = self.images.of_alpha(epoch)
+            arch_loss = self._optimise([self.architecture], split, images, progress)
         arch_done = time.perf_counter()
         scores = self.evaluate("val")
-        if scores.loss is None or not math.isfinite(
-            scores.loss
-        ):  # the last step spoilt the weights
-            self._stop(scores.loss, "the validation images")
+        if scores.loss is None or not math.isfinite(scores.loss):
+            self._stop(scores.loss, "the validation images")  # the last step spoilt the weights
         self.operations.append(self._mixture(epoch))
+        entropies = [mixture_entropy(alpha) for alpha in self.alphas]
         return Epoch(
             epoch=epoch,
             stage=2 if self._searches(epoch) else 1,
@@ -275,7 +234,7 @@ class Trainer:
             val_iou=scores.iou,
             val_accuracy=scores.accuracy,
             learning_rate=config.learning_rate * self._factor(config.schedule, epoch, 0),
-            entropy=self._entropy(),
+            entropy=sum(entropies) / len(entropies) if entropies else None,
             seconds=PhaseSeconds(
                 weights=weights_done - started,
                 architecture=arch_done - weights_done,
@@ -283,27 +242,38 @@ class Trainer:
             ),
         )
 
-    def _optimise(self, groups: list[Group], split: str, images: Sequence[int]) -> float:
+    def _optimise(
+        self, groups: list[Group], split: str, images: Sequence[int], progress: TrainProgress
+    ) -> float:
         """Takes one epoch of steps over images of a split; returns their mean loss."""
-        self._seed_noise()
-        batches = self._batches(split, images)
-        loader = make_loader(self.data[split], batches, self.config.workers, self.accelerator)
-        self.progress.start_pass(f"epoch {self.epoch + 1}/{self.config.epochs}")
+        config, epoch, accelerator = self.config, self.epoch, self.accelerator
+        # What the model draws in training depends on seed, epoch and process.
+        torch.manual_seed(self._seed(accelerator.process_index))
+        processes = accelerator.process_index, accelerator.num_processes
+        batches = GlobalBatches(images, config.batch_size, *processes, seed=self.run_config.seed)
+        batches.set_epoch(epoch)
+        self.data[split].set_epoch(epoch)
+
+        def set_rates(part: float) -> None:
+            for group in groups:
+                group.set_rates(self._factor(group.schedule, epoch, part))
+
+        progress.start_pass(f"epoch {epoch + 1}/{config.epochs}")
         try:
             return train_pass(
                 self.model,
                 groups,
                 [g for g in self.groups if all(g is not group for group in groups)],
                 batches,
-                loader,
-                self.loss,
-                self.config.accumulation,
-                self.accelerator,
-                before_step=partial(self._set_learning_rates, groups),
-                after_step=self.progress.advance,
+                make_loader(self.data[split], batches, config.workers, accelerator),
+                loss_of(config),
+                config.accumulation,
+                accelerator,
+                before_step=set_rates,
+                after_step=progress.finish_step,
             )
         except LossNotFiniteError as error:
-            self._stop(error.loss, error.images)
+            self._stop(*error.args)
 
     def _stop(self, loss: float | None, images: str) -> NoReturn:
         raise UserError(
@@ -313,48 +283,17 @@ class Trainer:
 
     def evaluate(self, split: str, metrics: Sequence[str] = ()) -> SplitScores:
         """Loss and metrics of a split, as ``naslora.training.evaluation.evaluate``."""
-        config = self.config
-        return evaluate(
-            self.model,
-            self.data[split],
-            self.accelerator,
-            self.loss,
-            self.class_names,
-            config.batch_size,
-            config.workers,
-            metrics,
-        )
+        data = self.data[split]
+        return evaluate(self.model, data, self.accelerator, self.run_config, metrics)
 
-    # ---- Random choices --------------------------------------------------------------------------
-
-    def _batches(self, split: str, images: Sequence[int]) -> GlobalBatches:
-        """This epoch's batches of images of a split. Sets the epoch on which their flips depend."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = GlobalBatches(images, self.config.batch_size, rank, world, seed=self.seed)
-        batches.set_epoch(self.epoch)
-        self.data[split].set_epoch(self.epoch)
-        return batches
-
-    def _draw_channels(self) -> None:
-        for i, (_, layer) in enumerate(self.layers):
-            if layer.config.channel_selection == "resample":
-                seed = (self.seed * 10_007 + self.epoch) * 10_007 + i
-                layer.draw_channels(torch.Generator().manual_seed(seed))
-
-    def _seed_noise(self) -> None:
-        """Makes what the model draws in training a function of seed, epoch and process."""
-        process = self.accelerator.process_index
-        torch.manual_seed((self.seed * 10_007 + self.epoch) * 10_007 + process)
+    def _seed(self, part: int) -> int:
+        """A seed for a part of the current epoch."""
+        return (self.run_config.seed * 10_007 + self.epoch) * 10_007 + part
 
     # ---- The state of the search -----------------------------------------------------------------
 
     def _mixture(self, epoch: int) -> Mixture:
-        softmax = [alpha.detach().softmax(0).tolist() for alpha in self.alphas]
-        return Mixture(epoch, softmax)
-
-    def _entropy(self) -> float | None:
-        entropies = [mixture_entropy(alpha) for alpha in self.alphas]
-        return sum(entropies) / len(entropies) if entropies else None
+        return Mixture(epoch, [alpha.detach().softmax(0).tolist() for alpha in self.alphas])
 
     def operation_history(self) -> OperationHistory | None:
         """softmax(alpha) of every layer after every epoch; None for a method without alpha."""
@@ -398,9 +337,7 @@ class Trainer:
             return
         try:
             last = read_last(path)
-            check_last(last, self._state(), self.config.epochs)
-            for group, moments in zip(self.groups, last.moments, strict=True):
-                group.check_moments(moments)
+            check_last(last, self._state(), self.groups, self.config.epochs)
         except UserError as error:
             raise UserError(
                 f"cannot resume from {path}: {error}; start a new run with another --output"
