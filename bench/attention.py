@@ -15,15 +15,10 @@ from naslora_kernels import rel_pos_attention
 HEADS = 12
 CASES = ((GLOBAL, HEADS), (WINDOWS, HEADS), (SMALL, HEADS))
 TINY = (Shape("tiny", (2, 4, 6), c_in=32), 2)  # where nothing is timed
-STOCK = "segment_anything"
+STOCK, SDPA = "segment_anything", "scaled_dot_product_attention"
 EXACT = "reference in float64"
 
 Attend = Callable[..., Tensor]  # of q, k, v, rel_h, rel_w and the grid, as rel_pos_attention
-
-
-def case_name(case: tuple[Shape, int]) -> str:
-    shape, heads = case
-    return f"{shape.name} heads={heads}"
 
 
 @dataclass
@@ -57,7 +52,7 @@ def works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str, BlockWo
         for kernel in setting.kernels
     }
     computations[STOCK] = partial(block, x)
-    computations["scaled_dot_product_attention"] = partial(_block, block, x, _as_more_keys)
+    computations[SDPA] = partial(_block, block, x, _as_more_keys)
     return {name: BlockWork(compute, [x], gradient) for name, compute in computations.items()}
 
 
@@ -79,7 +74,7 @@ def operator_works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str
     attends: dict[str, Attend] = {
         name: partial(rel_pos_attention, backend=name) for name in setting.kernels
     }
-    attends["scaled_dot_product_attention"] = _with_mask
+    attends[SDPA] = _with_mask
     if setting.compiled and setting.device != "cpu":  # it has no backward on CPUs
         attends["flex_attention"] = _flex
     works = {

@@ -68,11 +68,6 @@ CELL_CASES = tuple(case for case in CASES if case[0] is not HUGE)  # to a cell, 
 COMPILED_CASES = ((WINDOWS, 3), (WINDOWS, 24), (GLOBAL, 3))
 
 
-def case_name(case: tuple[Shape, int]) -> str:
-    shape, rank = case
-    return f"{shape.name} r={rank}"
-
-
 def channels_of(rank: int) -> int:
     """The channels in the cell at the default ratio of 2/3."""
     return max(1, round(2 / 3 * rank))

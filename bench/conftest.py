@@ -1,57 +1,24 @@
-"""Fixtures of the benchmarks: the correctness gate, what is timed in turn, and what stands beside
-every number."""
+"""Fixtures of the benchmarks: what is timed in turn, and what stands beside every number."""
 
-import dataclasses
 import functools
 import gc
+import itertools
 
 import pytest
 import torch
 
-from bench import attention, cases, models, suite, timing
+from bench import attention, cases, models, suite
+from bench.kinds import KINDS
 from bench.models import Setting
 from naslora.methods import METHODS
 from naslora.sam.encoders import VITS, ViT
 
-copy_bandwidth = functools.cache(timing.copy_bandwidth)
 environment = functools.cache(cases.environment)
 
 
-@pytest.fixture
-def measure(benchmark):
-    """Times one candidate, after the fused kernels have passed the gate on the same inputs.
-
-    With --benchmark-disable, as in CI, everything runs once, untimed.
-    """
-
-    def run(works, candidate, direction, moved_bytes, operations, judge="reference"):
-        refusal = cases.gate(works, judge=judge)
-        assert refusal is None, f"not timed, the kernels are wrong: {refusal}"
-        benchmark(works[candidate].function(direction))
-        benchmark.extra_info.update(environment(), bytes=moved_bytes, operations=operations)
-        if benchmark.stats is not None:
-            reached = moved_bytes / benchmark.stats.stats.median
-            benchmark.extra_info["fraction_of_copy_bandwidth"] = reached / copy_bandwidth()
-
-    return run
-
-
-def parameters(all_cases, candidates):
-    """(case, candidate) pairs; compiled ones only where ``cases`` has them."""
-    return [
-        pytest.param(case, candidate, id=f"{cases.case_name(case)}-{candidate}")
-        for case in all_cases
-        for candidate in candidates
-        if "compiled" not in candidate or case in cases.COMPILED_CASES
-    ]
-
-
-# ---- Whole models ------------------------------------------------------------------------------
-
-
 def pytest_addoption(parser):
-    """What the groups training_step, inference, memory and startup measure."""
-    group = parser.getgroup("benchmarks of whole models")
+    """What the benchmarks measure; all options but ``--rounds`` concern whole models."""
+    group = parser.getgroup("naslora's benchmarks")
     on_gpu = torch.cuda.is_available()
     group.addoption("--models", help="encoders; default: vit_b,vit_t, or vit_h on a GPU")
     group.addoption("--image-size", type=int, default=1024 if on_gpu else 256, help="pixels")
@@ -95,14 +62,24 @@ def _names(config):
     }
 
 
+def _works(config):
+    """The kernels' kinds, cases, directions and candidates."""
+    for kind in KINDS.values():
+        small = [attention.TINY] if _runs_once(config) and kind.name == "attention" else kind.cases
+        candidates = ("cpp", *kind.others)
+        for case, direction, name in itertools.product(small, cases.DIRECTIONS, candidates):
+            if "compiled" not in name or case in cases.COMPILED_CASES:
+                title = f"{kind.title(case)}-{direction}-{name}"
+                yield pytest.param((kind, case, direction, name), id=title)
+
+
 def pytest_generate_tests(metafunc):
     config = metafunc.config
     names = _names(config)
     if "setting" in metafunc.fixturenames:
         metafunc.parametrize("setting", _settings(config), ids=str, scope="session")
-    if "attention_case" in metafunc.fixturenames:
-        found = [attention.TINY] if _runs_once(config) else attention.CASES
-        metafunc.parametrize("attention_case", found, ids=attention.case_name)
+    if "work" in metafunc.fixturenames:
+        metafunc.parametrize("work", list(_works(config)))
     if "training" in metafunc.fixturenames:
         training = names["training_step"]
         pairs = [(name, step) for name in training for step in models.training_steps(name)]
@@ -131,10 +108,11 @@ def tiny_when_run_once(pytestconfig):
 
 @pytest.fixture(scope="session")
 def measured(pytestconfig):
-    """``measured(group, setting)``: everything of that group, measured together, once a session."""
+    """``measured(group, setting)``: all candidates of a group, measured in turn, once a session."""
     names, methods = _names(pytestconfig), _listed(pytestconfig, "methods")
     rounds = 1 if _runs_once(pytestconfig) else pytestconfig.getoption("rounds")
     groups = {
+        "kernels": lambda work: suite.time_kernels(*work, rounds),
         "training_step": lambda setting: suite.time_training(
             setting, names["training_step"], rounds
         ),
@@ -158,8 +136,8 @@ def record(benchmark):
     pytest-benchmark times one function at a time, and has no public door for samples.
     """
 
-    def give(setting, seconds, **about):
-        benchmark.extra_info.update(dataclasses.asdict(setting), **about, **environment())
+    def give(seconds, **about):
+        benchmark.extra_info.update(about, **environment())
         benchmark._mode = "interleaved"
         if benchmark.enabled:
             stats = benchmark._make_stats(iterations=1)

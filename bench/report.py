@@ -1,8 +1,9 @@
-"""The paper's Table 5 and its cost claims, from measurements: ``python -m bench.report FILE``.
+"""Tables and claims from measurements: ``python -m bench.report FILE``.
 
 FILE is what ``pytest bench/ --benchmark-only --benchmark-json FILE`` wrote; several are read as
-one. A ratio is the median over rounds of two candidates' seconds in the same round. The exit
-status is 1 if a claim fails or was not measured.
+one. It prints the kernels' ratios, the paper's Table 5 and its cost claims. A ratio is the median
+over rounds of two candidates' seconds in the same round. The exit status is 1 if a claim fails or
+was not measured, or if a target of the kernels is missed.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench import attention
+from bench.kinds import KINDS
 from bench.models import COMPILED, MERGED, STOCK, UNTOUCHED, Setting
 from bench.timing import Times
 from naslora.methods import METHODS
@@ -31,6 +34,19 @@ PAPER = {
 }
 PAPER_EPOCH = {"lora": 20.3, "nas-pc-lora": 25.2}  # minutes, with the steps for alpha
 
+# The ratios that the design of the kernels requires, by work and direction. "frozen linear" is the
+# other way round: the fused layer takes at most 1.06 x its time.
+TARGETS = {
+    ("cell vit_b windows r=3", "both"): {"reference": 6.0, "reference compiled": 4.0},
+    ("cell vit_b global r=3", "both"): {"reference": 6.0, "reference compiled": 4.0},
+    ("cell vit_b windows r=24", "both"): {"reference": 3.0, "reference compiled": 3.0},
+    ("layer vit_b windows r=3", "both"): {"frozen linear": 1 / 1.06},
+    ("attention vit_b global heads=12", "both"): {attention.STOCK: 2.2},
+    ("attention vit_b global heads=12", "forward"): {attention.STOCK: 2.0},
+    ("attention vit_b windows heads=12", "both"): {attention.STOCK: 1.15},
+    ("attention vit_b windows heads=12", "forward"): {attention.STOCK: 1.2},
+}
+
 
 @dataclass
 class Measured:
@@ -45,8 +61,7 @@ class Measured:
         """Seconds of one / seconds of the other, over the rounds; None if one was not measured."""
         if one not in self.seconds or other not in self.seconds:
             return None
-        rounds = zip(self.seconds[one], self.seconds[other], strict=True)
-        return Times.of([a / b for a, b in rounds])
+        return Times.ratio(self.seconds[one], self.seconds[other])
 
     def saved(self, one: str, other: str) -> Times | None:
         """The same of the bytes saved for the backward, which do not vary."""
@@ -145,7 +160,10 @@ def main() -> int:
     entries = [entry for path in files for entry in json.loads(path.read_text())["benchmarks"]]
     print(about(entries))
     measured = by_setting(entries)
-    good = bool(measured)
+    text, good = kernels_table(entries)
+    good &= bool(measured or text)
+    if text:
+        print(f"\n## kernels\n\n{text}")
     for setting, numbers in measured.items():
         print(f"\n## {setting}\n")
         print("\n\n".join(filter(None, (training(numbers), inference(numbers), memory(numbers)))))
@@ -250,6 +268,35 @@ def memory(measured: Measured) -> str:
     return _table([*head, *(head for head, _, _ in columns.values())], rows)
 
 
+def kernels_table(entries: list[dict]) -> tuple[str, bool]:
+    """Every candidate's seconds, over those of the fused kernels, and whether all targets hold."""
+    seconds: dict[tuple[str, str], dict[str, list[float]]] = {}
+    about = {}
+    for entry in entries:
+        if entry["group"] in KINDS:
+            info = entry["extra_info"]
+            key = info["work"], info["direction"]
+            seconds.setdefault(key, {})[info["candidate"]] = entry["stats"]["data"]
+            about[key] = info
+    rows, good = [], True
+    for key, of_case in seconds.items():
+        info, fused = about[key], of_case.get("cpp")
+        for candidate, own in of_case.items():
+            row = [*key, candidate, _cuts(own)]
+            if candidate == "cpp":
+                reached = info["bytes"] / Times.of(own).p50 / info["copy_bandwidth"]
+                work = f"{info['bytes'] / 1e6:.2f}", f"{info['operations'] / 1e6:.1f}"
+                row += ["", "", *work, f"{reached:.2f}"]
+            else:
+                ratio = fused and Times.ratio(own, fused)
+                target = TARGETS.get(key, {}).get(candidate)
+                good &= target is None or (bool(ratio) and ratio.p50 >= target)
+                row += [_ratio(ratio), "" if target is None else f"{target:.3f}", "", "", ""]
+            rows.append(row)
+    head = ["Work", "direction", "candidate", "ms (p20, p80)", "× fused (p20, p80)", "required"]
+    return _table([*head, "MB", "10⁶ operations", "of copy bandwidth"], rows), good
+
+
 def startup_table(entries: list[dict]) -> str:
     """Medians of the group startup."""
     rows = [
@@ -273,10 +320,12 @@ def claims(claimed: Iterable[Claim], measured: Measured) -> tuple[str, bool]:
 
 
 def _milliseconds(measured: Measured, key: tuple[str, str]) -> str:
-    if key not in measured.seconds:
-        return ""
-    times = Times.of(measured.seconds[key])
-    return f"{1e3 * times.p50:,.0f} ({1e3 * times.p20:,.0f}, {1e3 * times.p80:,.0f})"
+    return _cuts(measured.seconds[key]) if key in measured.seconds else ""
+
+
+def _cuts(seconds: list[float]) -> str:
+    p20, p50, p80 = (f"{1e3 * t:,.{0 if t > 0.1 else 3}f}" for t in Times.of(seconds))
+    return f"{p50} ({p20}, {p80})"
 
 
 def _ratio(times: Times | None) -> str:

@@ -1,4 +1,4 @@
-"""What the groups of whole-model benchmarks measure, one setting at a time.
+"""What the groups of benchmarks measure, one case of the kernels or one setting at a time.
 
 Candidates take turns, round after round, in one process: what else the machine does then falls on
 all alike, and a ratio may be taken round by round. Nothing is timed that fails its gate.
@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from bench import counts, models, timing
+from bench import cases, counts, models, timing
+from bench.kinds import Case, Kind
 from bench.models import Setting
 
 Samples = dict[tuple[str, str], list[float]]  # (candidate, step): seconds, round by round
@@ -20,6 +21,31 @@ Samples = dict[tuple[str, str], list[float]]  # (candidate, step): seconds, roun
 # As in the paper's Table 5: an epoch takes a weight step for every batch of the training data, and
 # a fifth as many architecture steps (25.2 minutes instead of 21.1).
 ARCHITECTURE_STEPS = 0.2
+
+
+copy_bandwidth = functools.cache(timing.copy_bandwidth)
+
+
+def time_kernels(
+    kind: Kind, case: Case, direction: str, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, object]]:
+    """Seconds of each candidate in five times so many rounds, and what stands beside them.
+
+    Raises:
+        RuntimeError: the gate failed.
+    """
+    works = kind.works(*case)
+    _refuse(cases.gate(works, judge=kind.judge))
+    functions = {name: work.function(direction) for name, work in works.items()}
+    about = {
+        "work": kind.title(case),
+        "direction": direction,
+        "bytes": kind.least_bytes(*case, direction),
+        "operations": kind.operations(*case, direction),
+        "copy_bandwidth": copy_bandwidth(),
+    }
+    target = 0.02 if rounds > 1 else 0
+    return timing.interleave(functions, 5 * rounds if target else 1, target), about
 
 
 def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Samples:
@@ -43,7 +69,7 @@ def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Sample
         functions[name, "weights"] = candidate.weight_step
         if candidate.alpha:
             functions[name, "architecture"] = candidate.architecture_step
-    seconds = _interleave(functions, setting, rounds)
+    seconds = timing.interleave(functions, rounds, target=0, device=setting.device)
     for name, step in list(seconds):
         if step == "architecture":
             pairs = zip(seconds[name, "weights"], seconds[name, step], strict=True)
@@ -61,7 +87,8 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dic
     found = models.inference_models(methods, models.untouched(setting), setting)
     _refuse(models.gate_inference(found, setting, images))
     functions = {name: models.inference(model, setting, images) for name, model in found.items()}
-    return _interleave(functions, setting, rounds, warm=True)  # by the gate
+    # The gate has warmed them up.
+    return timing.interleave(functions, rounds, target=0, warm=True, device=setting.device)
 
 
 def measure_memory(
@@ -106,18 +133,3 @@ def _counted(candidate: models.Candidate, step: Callable[[], None]) -> dict[str,
 def _refuse(reason: str | None) -> None:
     if reason is not None:
         raise RuntimeError(f"not timed, as the gate failed: {reason}")
-
-
-def _interleave(functions: dict, setting: Setting, rounds: int, warm: bool = False) -> dict:
-    if setting.device != "cpu":
-        functions = {key: _synchronized(function) for key, function in functions.items()}
-    return timing.interleave(functions, rounds, target=0, warm=warm)  # each call is long enough
-
-
-def _synchronized(function: Callable[[], object]) -> Callable[[], None]:
-    @functools.wraps(function)
-    def run() -> None:
-        function()
-        torch.cuda.synchronize()
-
-    return run

@@ -1,5 +1,7 @@
 """A batch through whole models: ``pytest bench/test_inference.py --benchmark-only``."""
 
+from dataclasses import asdict
+
 import pytest
 
 pytestmark = pytest.mark.benchmark(group="inference")
@@ -9,4 +11,4 @@ def test_inference(record, measured, setting, inferring):
     samples = measured("inference", setting)
     if inferring not in samples:
         pytest.skip(f"{inferring} does not fit {setting.model}")
-    record(setting, samples[inferring], candidate=inferring)
+    record(samples[inferring], **asdict(setting), candidate=inferring)

@@ -3,6 +3,8 @@
 They stand in the entry's ``extra_info``; its seconds are those of one step that was counted.
 """
 
+from dataclasses import asdict
+
 import pytest
 
 pytestmark = pytest.mark.benchmark(group="memory")
@@ -13,4 +15,4 @@ def test_memory(record, measured, setting, keeping):
     if keeping not in bytes_of:
         pytest.skip(f"{keeping} does not fit {setting.model}")
     seconds, numbers = bytes_of[keeping]
-    record(setting, [seconds], candidate=keeping, **numbers)
+    record([seconds], **asdict(setting), candidate=keeping, **numbers)

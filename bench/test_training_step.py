@@ -1,5 +1,7 @@
 """Steps of whole models: ``pytest bench/test_training_step.py --benchmark-only``."""
 
+from dataclasses import asdict
+
 import pytest
 
 pytestmark = pytest.mark.benchmark(group="training_step")
@@ -10,4 +12,4 @@ def test_training_step(record, measured, setting, training):
     candidate, step = training
     if training not in samples:
         pytest.skip(f"{candidate} does not fit {setting.model}")
-    record(setting, samples[training], candidate=candidate, step=step)
+    record(samples[training], **asdict(setting), candidate=candidate, step=step)

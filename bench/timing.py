@@ -2,32 +2,38 @@
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Times:
-    """Percentiles of one candidate's seconds per call."""
+class Times(NamedTuple):
+    """Percentiles of one candidate's seconds per call, or of a ratio of two candidates'."""
 
     p20: float
     p50: float
     p80: float
 
     @classmethod
-    def of(cls, seconds: list[float]) -> "Times":
+    def of(cls, seconds: Sequence[float]) -> "Times":
         cuts = statistics.quantiles(seconds, n=10, method="inclusive")
         return cls(cuts[1], cuts[4], cuts[7])
 
+    @classmethod
+    def ratio(cls, one: Sequence[float], other: Sequence[float]) -> "Times":
+        """Of one / other, both of the same round."""
+        return cls.of([a / b for a, b in zip(one, other, strict=True)])
+
 
 def interleave(
-    functions: dict[str, Callable[[], object]],
+    functions: Mapping[Any, Callable[[], object]],
     rounds: int,
     target: float = 0.02,
     warm: bool = False,
-) -> dict[str, list[float]]:
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, list[float]]:
     """Seconds per call of each function, one after the other in every round.
 
     What else the machine does then falls on all of them alike. Short functions are repeated
@@ -38,30 +44,41 @@ def interleave(
         rounds: measurements of each.
         target: seconds that a measurement should take at least; 0 repeats nothing.
         warm: every function has been called before.
+        device: where they compute; a GPU has its own clock.
+        clock: seconds of a CPU.
     """
-    repeats = {}
+
+    def measured(function: Callable[[], object], repeats: int) -> float:
+        """Mean seconds of so many calls."""
+        if device != "cpu":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+        started = clock()
+        for _ in range(repeats):
+            function()
+        if device == "cpu":
+            return (clock() - started) / repeats
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+
+    repeats = dict.fromkeys(functions, 1)
     for name, function in functions.items():
         if not warm:
             function()  # compiles, allocates
-        repeats[name] = max(1, round(target / _seconds(function, 1))) if target else 1
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+        if target:
+            repeats[name] = max(1, round(target / measured(function, 1)))
+    seconds: dict[Any, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            seconds[name].append(_seconds(function, repeats[name]))
+            seconds[name].append(measured(function, repeats[name]))
     return seconds
 
 
-def _seconds(function: Callable[[], object], repeats: int) -> float:
-    """Mean seconds of so many calls."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - start) / repeats
-
-
-def copy_bandwidth(megabytes: int = 128) -> float:
+def copy_bandwidth(device: str = "cpu") -> float:
     """Bytes per second that a copy of a large tensor reads and writes: what memory allows."""
-    source = torch.ones(megabytes * 2**18)  # of 4 bytes
+    source = torch.ones(2**25 if device == "cpu" else 2**28, device=device)  # of 4 bytes
     target = torch.empty_like(source)
-    times = Times.of(interleave({"copy": lambda: target.copy_(source)}, rounds=15)["copy"])
-    return 2 * 4 * source.numel() / times.p50
+    copies = {"copy": lambda: target.copy_(source)}
+    return 2 * 4 * source.numel() / Times.of(interleave(copies, 15, device=device)["copy"]).p50

@@ -53,7 +53,7 @@ def test_wrong_kernels_are_not_timed(monkeypatch, tmp_path):
 
 @without_cpp
 def test_attention_beside_torchs_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
     case = "attention vit_b 256px heads=12 bfloat16"
     status, record = run(monkeypatch, tmp_path, *CPU, "--only", case)
     assert status == 0 and {row["work"] for row in record["rows"]} == {case}
@@ -112,7 +112,7 @@ def test_rows_are_written_as_they_come(monkeypatch, tmp_path):
 
     found = [("first", measure), ("second", fail)]
     monkeypatch.setattr(kernels, "measurements", lambda *arguments: found)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
     status, record = run(monkeypatch, tmp_path, *CPU, "--only", "s")
     assert status == 1 and written == [[{"work": "first"}]]
     assert record["problems"] == ["second: RuntimeError: the card is gone"]

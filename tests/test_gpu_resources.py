@@ -11,11 +11,10 @@ import torch
 from segment_anything.modeling.image_encoder import Attention
 
 from bench import attention, cases
-from bench.gpu import attention_bytes, launches, layer_bytes, triton_resources
+from bench.gpu import launches, traffic, triton_resources
 from bench.gpu.resources import Usage, products, summary
-from naslora_kernels.triton.attention import TritonAttention
-from naslora_kernels.triton.primitives import TritonPrimitives, launch
-from naslora_kernels.triton.tiles import INTERPRETED
+from bench.kinds import KINDS
+from naslora_kernels.triton.primitives import TritonPrimitives
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -100,11 +99,11 @@ WORKS = {**launches.WORKS, **launches.OTHER_WORKS}
 
 def counted(work, case=(SHAPE, 3)):
     sizes = TritonPrimitives(None, lambda device: (9, 0))
-    return layer_bytes.count(WORKS[work], launches.Operands(*case, torch.bfloat16), sizes)
+    return traffic.count(WORKS[work], launches.Operands(*case, torch.bfloat16), sizes)
 
 
 def test_launches_are_within_the_budget():
-    assert layer_bytes.within_budget()
+    assert traffic.within_budget()
 
 
 ALL = "cell_forward low_rank_pass cell_backward low_rank_pass low_rank_expand reduce_gradients"
@@ -146,72 +145,31 @@ def test_launches_move_what_they_need_once():
 
 @pytest.mark.parametrize("work", ["layer, forward", "layer, backward, weight step"])
 def test_a_large_batch_moves_little_beyond_the_least(work):
-    case = layer_bytes.CASES[0]
+    case = traffic.CASES[0]
     moved = sum(launch.read + launch.written for launch in counted(work, case))
-    assert moved < 1.1 * layer_bytes.least_bytes(work, case)
+    assert moved < 1.1 * traffic.least_bytes(work, case)
 
 
 # ---- What attention moves ----------------------------------------------------------------------
 
 
 @needs_triton
-@pytest.mark.parametrize("case", attention_bytes.CASES, ids=attention.case_name)
+@pytest.mark.parametrize("case", traffic.ATTENTION_CASES, ids=KINDS["attention"].title)
 def test_attention_moves_little_beyond_the_floor(case):
-    setting = cases.Setting("cuda", attention_bytes.DTYPE)
-    for direction, launched in attention_bytes.record(attention_bytes.ours, case).items():
+    for direction, launched in traffic.attention_launches(traffic.attend_ours, case).items():
         assert len(launched) == {"forward": 1, "backward": 3}[direction]
-        floor = attention.least_bytes(*case, direction, setting)
-        assert attention_bytes.moved(launched) <= attention_bytes.FACTORS[direction] * floor
+        floor = attention.least_bytes(*case, direction, traffic.SETTING)
+        assert traffic.moved(launched) <= traffic.FACTORS[direction] * floor
 
 
 @needs_triton
 def test_stock_attention_is_counted_as_segment_anything_computes_it():
     """Its module launches all of that, and beside it the linears, the positions and copies."""
     shape, heads = cases.Shape("small", (2, 4, 6), c_in=32), 2
-    maps = {"device": "meta", "dtype": attention_bytes.DTYPE}
-    block = Attention(32, heads, use_rel_pos=True, input_size=(4, 6)).to(**maps)
-    x = torch.empty(*shape.grid, 32, **maps, requires_grad=True)
-    with attention_bytes.Recorder() as forward:
-        y = block(x)
-    with attention_bytes.Recorder() as backward:
-        torch.autograd.grad(y, x, torch.empty_like(y))
-    whole = {"forward": forward.launches, "backward": backward.launches}
-    counted = attention_bytes.record(attention_bytes.stock, (shape, heads))
-    for direction, launched in counted.items():
+    block = Attention(32, heads, use_rel_pos=True, input_size=(4, 6))
+    whole = traffic.layer_launches(block, (shape, heads))
+    for direction, launched in traffic.attention_launches(
+        traffic.attend_stock, (shape, heads)
+    ).items():
         missing = collections.Counter(launched) - collections.Counter(whole[direction])
         assert not missing, direction
-
-
-@needs_triton
-@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter does not run")
-@pytest.mark.parametrize("shape", [(1, 2, (5, 9), 8), (1, 1, (2, 66), 8)], ids=str)
-def test_attention_fetches_and_writes_the_bytes_counted(shape, monkeypatch):
-    """Every number once a program, and no result twice. Both grids have several tiles of keys."""
-    from triton.runtime.interpreter import InterpreterBuilder as Builder
-
-    loads, stores = set(), []
-    load, store = Builder.create_masked_load, Builder.create_masked_store
-
-    def record_load(builder, pointers, mask, *rest):
-        loads.update((builder.grid_idx, at) for at in pointers.data[mask.data].tolist())
-        return load(builder, pointers, mask, *rest)
-
-    def record_store(builder, pointers, value, mask, *rest):
-        stores.extend(pointers.data[mask.data].tolist())
-        return store(builder, pointers, value, mask, *rest)
-
-    def launch_and_compare(kernel, of, *arguments, **constants):
-        loads.clear()
-        stores.clear()
-        launch(kernel, of, *arguments, **constants)
-        counted = attention_bytes.launch_of(kernel, of, *arguments, **constants)
-        assert (4 * len(loads), 4 * len(stores)) == (counted.fetched, counted.written)
-        assert len(set(stores)) == len(stores)
-        kernels.append(counted.kernel)
-
-    monkeypatch.setattr(Builder, "create_masked_load", record_load)
-    monkeypatch.setattr(Builder, "create_masked_store", record_store)
-    kernels = []
-    interpreted = TritonAttention(launch_and_compare, lambda device: (9, 0))
-    launches.attention(interpreted, shape, torch.float32, "cpu")
-    assert set(kernels) == attention_bytes.WRITTEN.keys()

@@ -81,7 +81,7 @@ def cuobjdump(nvcc: str) -> str:
         return str(beside)
     found = shutil.which("cuobjdump")
     if found is None and importlib.util.find_spec("triton"):
-        from bench import triton_resources
+        from bench.gpu import triton_resources
 
         found = str(triton_resources.cuobjdump())
     if found is None or not Path(found).exists():

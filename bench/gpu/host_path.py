@@ -9,7 +9,6 @@ Markdown. Exits with status 1 if ours takes more than ``MOST`` times as long.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from bench import cases, timing
 
 SHAPE = cases.Shape("one window of 2 x 2", (1, 2, 2), 8, 8)
 RANK = 3
-ROUNDS, REPEATS = 60, 30
+ROUNDS = 60
 MOST = 1.15  # times the operators of plain LoRA
 
 
@@ -49,31 +48,16 @@ def works() -> dict[str, Callable[[], object]]:
     return {"ours": ours.both, "plain LoRA": plain.both, "ours, again": ours.both}
 
 
-def interleave(functions: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds a call of the process's own time, all in turn in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(ROUNDS + 1):
-        for name, function in functions.items():
-            start = time.process_time()
-            for _ in range(REPEATS):
-                function()
-            seconds[name].append((time.process_time() - start) / REPEATS)
-    return {name: samples[1:] for name, samples in seconds.items()}  # the first one warms up
-
-
 def main() -> int:
     """Prints the medians and their ratio; returns 1 if ours takes longer than it may."""
     torch.set_num_threads(1)
-    seconds = interleave(works())
+    seconds = timing.interleave(works(), ROUNDS, target=5e-3, clock=time.process_time)
     print("| forward + backward | p20 µs | p50 µs | p80 µs | × plain LoRA |\n|---|---|---|---|---|")
     plain = seconds["plain LoRA"]
     for name, samples in seconds.items():
-        times = timing.Times.of(samples)
-        cuts = " | ".join(f"{1e6 * cut:.1f}" for cut in (times.p20, times.p50, times.p80))
-        ratio = statistics.median(a / b for a, b in zip(samples, plain, strict=True))
-        print(f"| {name} | {cuts} | {ratio:.3f} |")
-    ratio = statistics.median(a / b for a, b in zip(seconds["ours"], plain, strict=True))
-    return 0 if ratio <= MOST else 1
+        cuts = " | ".join(f"{1e6 * cut:.1f}" for cut in timing.Times.of(samples))
+        print(f"| {name} | {cuts} | {timing.Times.ratio(samples, plain).p50:.3f} |")
+    return 0 if timing.Times.ratio(seconds["ours"], plain).p50 <= MOST else 1
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ import itertools
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import naslora_kernels
 from bench import attention, cases, timing
-from bench.gpu import launch_times
+from bench.gpu import launches, traffic
+from bench.kinds import KINDS, Case, Kind
+from naslora_kernels.launches import Primitives
+from naslora_kernels.triton.primitives import TritonPrimitives, capability, launch
 
 SECONDS = 105  # for all of it; what is left then is reported as not measured
 DTYPES = (torch.bfloat16, torch.float32)
@@ -27,42 +30,17 @@ REHEARSED = cases.Shape("rehearsed", (1, 3, 4), 32, 48)
 # Compiling takes some ten seconds a candidate, so it is measured last and here alone.
 COMPILED = ((cases.HUGE, 3), torch.bfloat16)
 ATTENTION_CASES = ((cases.HUGE_GLOBAL, 16), (cases.HUGE, 16), (cases.SMALL, 12))  # and heads
-Case = tuple[cases.Shape, int]
-
-
-class Kind(NamedTuple):
-    """What is measured of one kind of work."""
-
-    name: str
-    cases: tuple[Case, ...]
-    case_name: Callable[..., str]
-    works: Callable[..., dict[str, cases.Work]]
-    least_bytes: Callable[..., int]
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-    judge: str = "reference"
-    """The work that the kernels are held against."""
-
-    def setting(self, arguments: argparse.Namespace, case: Case, dtype: torch.dtype):
-        """How a case is measured; flex_attention is compiled, so it takes part in one alone."""
-        fused = kernels(arguments, self.name)
-        return cases.Setting(arguments.device, dtype, fused, case == ATTENTION_CASES[0])
-
-
-KINDS = (
-    Kind("layer", CASES, cases.case_name, cases.layer_works, cases.layer_bytes),
-    Kind("cell", CASES, cases.case_name, cases.cell_works, cases.cell_bytes),
-    Kind(
-        "attention",
-        ATTENTION_CASES,
-        attention.case_name,
-        attention.operator_works,
-        attention.least_bytes,
-        dtypes=DTYPES[:1],
-        judge=attention.EXACT,
+GPU_KINDS = (
+    KINDS["layer"]._replace(cases=CASES),
+    KINDS["cell"]._replace(cases=CASES),
+    KINDS["attention"]._replace(
+        cases=ATTENTION_CASES, works=attention.operator_works, judge=attention.EXACT
     ),
 )
+LAUNCHED = ((cases.HUGE_BATCH, 3), (cases.HUGE_BATCH, 24), (cases.TINY, 3))
 Result = dict[str, Any]
 Save = Callable[[Result], None]  # what a step has found so far
+Measurement = tuple[str, Callable[[str, Result], None]]
 
 
 def kernels(arguments: argparse.Namespace, kind: str) -> tuple[str, ...]:
@@ -80,7 +58,7 @@ def measure_kernels(arguments: argparse.Namespace, save: Save) -> Result:
     The rows are saved case by case.
     """
     result: Result = {"passed": True, "summary": "", "problems": [], "notes": [], "rows": []}
-    bandwidth = copy_bandwidth(arguments.device)
+    bandwidth = timing.copy_bandwidth(arguments.device)
     deadline = time.perf_counter() + SECONDS
     for name, measure in measurements(arguments, bandwidth):
         if arguments.only not in name:
@@ -91,40 +69,35 @@ def measure_kernels(arguments: argparse.Namespace, save: Save) -> Result:
             try:
                 measure(name, result)
             except Exception as error:  # the device's have no common class
-                reason = (str(error).splitlines() or [""])[0]
-                result["problems"].append(f"{name}: {type(error).__name__}: {reason}")
+                result["problems"].append(f"{name}: {_reason(error)}")
         result["passed"] = not result["problems"] and bool(result["rows"])
         save(result)
     return result
 
 
-Measurement = tuple[str, Callable[[str, Result], None]]
-
-
 def measurements(arguments: argparse.Namespace, bandwidth: float) -> list[Measurement]:
     """What is to be measured, the most important first, as functions that add to a result."""
     found: list[Measurement] = []
-    rounds = range(max(len(kind.cases) for kind in KINDS))
-    for dtype, i, kind in itertools.product(DTYPES, rounds, KINDS):
-        if i < len(kind.cases) and dtype in kind.dtypes:
+
+    def add(kind: Kind, case: Case, dtype: torch.dtype, compiled: bool) -> None:
+        title = f"{kind.title(case)} {str(dtype).removeprefix('torch.')}"
+        about = kind, case, dtype, compiled, bandwidth
+        found.append((title, partial(measure_case, arguments, *about)))
+
+    for dtype, i, kind in itertools.product(DTYPES, range(len(CASES)), GPU_KINDS):
+        if i < len(kind.cases) and (kind.name != "attention" or dtype is DTYPES[0]):
             case = kind.cases[i] if not arguments.rehearse else (REHEARSED, kind.cases[i][1])
-            measure = partial(measure_case, arguments, kind, case, dtype, False, bandwidth)
-            found.append((case_title(kind, case, dtype), measure))
-    launched = [(cases.HUGE_BATCH, 3), (cases.HUGE_BATCH, 24), (cases.TINY, 3)]
+            add(kind, case, dtype, False)
     if arguments.rehearse:  # one case of each kind, and one of the launches
-        found, launched = found[: len(KINDS)], [(REHEARSED, 3)]
+        del found[len(GPU_KINDS) :]
     else:
-        for kind in KINDS[:2]:
-            measure = partial(measure_case, arguments, kind, *COMPILED, True, bandwidth)
-            found.append((case_title(kind, *COMPILED), measure))
+        for kind in GPU_KINDS[:2]:
+            add(kind, *COMPILED, True)
+    launched = ((REHEARSED, 3),) if arguments.rehearse else LAUNCHED
     for case in launched if arguments.device != "cpu" or arguments.rehearse else ():
         measure = partial(measure_launches, arguments, case, bandwidth)
-        found.insert(2, (f"launches {cases.case_name(case)}", measure))
+        found.insert(2, (f"launches {case[0].name} r={case[1]}", measure))
     return found
-
-
-def case_title(kind: Kind, case: Case, dtype: torch.dtype) -> str:
-    return f"{kind.name} {kind.case_name(case)} {str(dtype).removeprefix('torch.')}"
 
 
 def measure_case(
@@ -138,7 +111,9 @@ def measure_case(
     result: Result,
 ) -> None:
     """Times a case after the gate has passed it; adds rows, problems and notes to ``result``."""
-    setting = kind.setting(arguments, case, dtype)
+    # flex_attention is compiled, so it takes part in one case alone.
+    flex = case == ATTENTION_CASES[0]
+    setting = cases.Setting(arguments.device, dtype, kernels(arguments, kind.name), flex)
     works = kind.works(*case, setting)
     refusal = cases.gate(works, setting, kind.judge)
     if refusal is not None:
@@ -149,28 +124,48 @@ def measure_case(
     result["notes"] += [f"{name}: {note}" for note in left_out]
     for direction in ("forward", "both"):
         functions = modes(works, direction, arguments.device, compiled)
-        seconds = interleave(functions, arguments.rounds, arguments.device)
         moved = kind.least_bytes(*case, direction, setting)
-        result["rows"] += [
-            _row(name, direction, mode, seconds[mode], moved, bandwidth) for mode in functions
-        ]
+        for mode, seconds in interleave(functions, arguments).items():
+            # A layer also takes the time of the frozen product: the bytes tell something of cells.
+            tells = mode.split(",")[0] in setting.kernels and kind.name == "cell"
+            of = bandwidth if tells else None
+            result["rows"].append(_row(name, direction, mode, seconds, moved, of))
+
+
+class Launcher:
+    """Primitives that launch, and keep each launch and its bytes so that it can be repeated."""
+
+    def __init__(self, primitives: Primitives) -> None:
+        self.calls: dict[str, tuple[Callable[[], None], int]] = {}
+        self._primitives, self._counter = primitives, traffic.Counter(primitives)
+        self.factor_partials = primitives.factor_partials
+        self.cell_partials = primitives.cell_partials
+
+    def __getattr__(self, primitive: str):
+        def record(*arguments) -> None:
+            run = partial(getattr(self._primitives, primitive), *arguments)
+            run()
+            getattr(self._counter, primitive)(*arguments)
+            moved = traffic.moved(self._counter.launches[-1:])
+            self.calls[f"triton: {len(self.calls) + 1} {primitive}"] = run, moved
+
+        return record
 
 
 def measure_launches(
     arguments: argparse.Namespace, case: Case, bandwidth: float, name: str, result: Result
 ) -> None:
-    """Times each launch of a layer by ``triton`` by itself."""
+    """Times each launch of a layer by ``triton`` by itself, in bfloat16."""
     if "triton" not in kernels(arguments, "layer"):
         return
-    for work, calls in launch_times.calls(case, arguments.device).items():
-        seconds = interleave(
-            {call.name: call.run for call in calls}, arguments.rounds, arguments.device
-        )
-        for call in calls:
-            row = _row(name, work, f"triton: {call.name}", seconds[call.name], call.bytes, 0)
-            times = timing.Times.of(seconds[call.name])
-            row["of_copy_bandwidth"] = round(call.bytes / times.p50 / bandwidth, 3)
-            result["rows"].append(row)
+    operands = launches.Operands(*case, torch.bfloat16, arguments.device)
+    for work in ("layer, forward", "layer, backward, weight step"):
+        launcher = Launcher(TritonPrimitives(launch, capability))
+        launches.WORKS[work](launcher, operands)
+        functions = {mode: run for mode, (run, _) in launcher.calls.items()}
+        for mode, seconds in interleave(functions, arguments).items():
+            moved = launcher.calls[mode][1]
+            result["rows"].append(_row(name, work, mode, seconds, moved, bandwidth))
 
 
 def leave_out_failing(works: dict[str, cases.Work], ours: tuple[str, ...]) -> list[str]:
@@ -180,10 +175,13 @@ def leave_out_failing(works: dict[str, cases.Work], ours: tuple[str, ...]) -> li
         try:
             works[name].both()
         except Exception as error:  # the compiler's have no common class
-            reason = (str(error).splitlines() or [""])[0]
-            notes.append(f"{name} is left out, {type(error).__name__}: {reason}")
+            notes.append(f"{name} is left out, {_reason(error)}")
             del works[name]
     return notes
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def modes(
@@ -223,52 +221,22 @@ def graphed(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]], rounds: int, device: str
+    functions: dict[str, Callable[[], object]], arguments: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds per call of each function, all in turn in every round; on a GPU by its own clock."""
-    if device == "cpu":
-        return timing.interleave(functions, rounds)
-    repeats = 10
-    for function in functions.values():
-        for _ in range(3):
-            function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            for _ in range(repeats):
-                function()
-            end.record()
-            end.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3 / repeats)
-    return seconds
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second that a copy of a large tensor reads and writes."""
-    if device == "cpu":
-        return timing.copy_bandwidth()
-    source = torch.ones(2**28, device=device)  # 1 GiB
-    target = torch.empty_like(source)
-    copies = interleave({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
-    return 2 * 4 * source.numel() / timing.Times.of(copies).p50
+    """Seconds per call of each function, all in turn in every round."""
+    target = 0.02 if arguments.device == "cpu" else 0.001  # a GPU's clock is finer
+    return timing.interleave(functions, arguments.rounds, target, device=arguments.device)
 
 
 def _row(
-    name: str, direction: str, mode: str, seconds: list[float], moved: int, bandwidth: float
+    name: str, direction: str, mode: str, seconds: list[float], moved: int, bandwidth: float | None
 ) -> dict[str, object]:
     times = timing.Times.of(seconds)
-    fused = mode.split(",")[0] in naslora_kernels.available_backends() and "reference" not in mode
     return {
         "work": name,
         "direction": direction,
         "mode": mode,
-        **{f"{cut}_us": round(1e6 * getattr(times, cut), 2) for cut in ("p20", "p50", "p80")},
+        **{f"{cut}_us": round(1e6 * time, 2) for cut, time in times._asdict().items()},
         "least_bytes": moved,
-        # A layer's time holds the frozen product too, so this says something of cells alone.
-        "of_copy_bandwidth": round(moved / times.p50 / bandwidth, 3)
-        if fused and name.startswith("cell")
-        else None,
+        "of_copy_bandwidth": bandwidth and round(moved / times.p50 / bandwidth, 3),
     }
