@@ -10,9 +10,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from bench.experiments import crops as images
-from bench.experiments import distillation
+from bench.experiments import distill as distillation
 from bench.experiments import student as bench_student
-from bench.experiments.distill import distill
 from naslora.data.cache import Cache
 from naslora.data.images import Sample
 from naslora.errors import UserError
@@ -22,7 +21,7 @@ from naslora.sam import encoders, prompts
 from naslora.sam.export import Embedding
 from naslora.sam.segmentation import build_model
 
-pytestmark = pytest.mark.usefixtures("tiny_vit", "fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("tiny_vit")
 
 SIZE = 64
 TEACHER = encoders.ViT(width=48, depth=1, heads=2, global_blocks=(0,))
@@ -64,7 +63,7 @@ def settings(photographs, tmp_path):
 
 
 def run(settings, output, resume=False):
-    distill(settings, output, resume)
+    distillation.distill(settings, output, resume)
     return read_rows(output / distillation.HISTORY, distillation.Pass)
 
 
@@ -122,7 +121,7 @@ def test_the_teacher_sees_a_crop_once(tmp_path):
 
 def test_teacher_and_student(settings):
     """The student starts with the teacher's last layers; a perfect one has no loss."""
-    teacher = distillation.build_teacher(settings, torch.float32).image_encoder
+    teacher = build_model("vit_b", SIZE, checkpoint=settings.checkpoint).image_encoder
     own, given = distillation.build_student(settings, teacher).image_encoder.neck, teacher.neck
     assert torch.equal(own[2].weight, given[2].weight.float())
     assert torch.equal(own[3].weight, given[3].weight)
@@ -181,14 +180,14 @@ def score(settings, path) -> float:
 
 def test_an_interrupted_distillation_continues_as_if_it_was_not(settings, tmp_path, monkeypatch):
     whole = run(settings, tmp_path / "whole")
-    run_pass, broken = distillation.Distillation._run_pass, tmp_path / "broken"
+    run_pass, broken = distillation.Distillation.run_pass, tmp_path / "broken"
 
-    def once(self, progress):
+    def once(self):
         if self.history:
             raise KeyboardInterrupt
-        run_pass(self, progress)
+        return run_pass(self)
 
-    monkeypatch.setattr(distillation.Distillation, "_run_pass", once)
+    monkeypatch.setattr(distillation.Distillation, "run_pass", once)
     with pytest.raises(KeyboardInterrupt):
         run(settings, broken)
     monkeypatch.undo()

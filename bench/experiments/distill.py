@@ -16,22 +16,284 @@ interrupted run as if it had not been interrupted.
 
 import dataclasses
 import json
+import math
 import os
+import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 
-from bench.experiments.distillation import Distillation, Pass, Settings
+from bench.experiments.crops import Crops, Targets, find_images
+from naslora.data.cache import Cache
+from naslora.data.dataset import SegmentationDataset
+from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
-from naslora.exits import fail, refusal, signals
-from naslora.files import is_temporary, read_json, write_json
-from naslora.locks import locked
+from naslora.files import read_json, read_torch, write_json, write_tensors, write_torch
+from naslora.records import from_json, to_json, write_rows
 from naslora.report.tables import Table, markdown_table
+from naslora.sam.checkpoint import read_checkpoint
+from naslora.sam.encoders import PATCH_SIZE
+from naslora.sam.export import Embedding
+from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.shipped import NONE
 from naslora.training.run_config import differing
 
-CONFIG = "config.json"
+CONFIG, HISTORY, LAST, TEACHER = "config.json", "history.csv", "last.pt", "teacher"
+POSITIONS = re.compile(r"pos_embed$|rel_pos_[hw]$")
+CLIP_NORM = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides a distillation's result."""
+
+    checkpoint: Path
+    """The teacher's checkpoint."""
+    photographs: Path
+    """Folder of images. A part of them is held out to score the student."""
+    also: tuple[Path, ...] = ()
+    """CSV data sets whose training images are used as well. Others of their images are not read."""
+    teacher: str = "mobile_sam"
+    """The teacher's name, as `--model` of `naslora train`."""
+    student: str = "vit_t"
+    """The student's name: a plain ViT."""
+    image_size: int = 256
+    """Side of the images that both encoders get, in pixels."""
+    epochs: int = 12
+    """Passes over the images. Each takes one crop of every image."""
+    crops: int = 2
+    """Different crops of an image. The teacher sees each of them once."""
+    smallest_crop: float = 0.5
+    """Smallest share of an image's area that a crop has."""
+    held_out: float = 0.05
+    """Share of the photographs to hold out."""
+    repeat: int = 2
+    """How often a pass takes each photograph, because they are more varied than other images."""
+    batch_size: int = 8
+    """Images a step."""
+    learning_rate: float = 1e-3
+    """Largest rate of AdamW. It falls to zero along a cosine."""
+    weight_decay: float = 0.05
+    """Weight decay of the matrices. Norms, biases and positions have none."""
+    warm_up: int = 200
+    """Steps over which the rate rises from zero."""
+    averaging: float = 0.998
+    """Share of the mean of the weights that a step keeps."""
+    seed: int = 0
+    """Seed of the student's start, the crops, the held-out photographs and the order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One pass over the images: a row of history.csv."""
+
+    epoch: int
+    """Counted from 1."""
+    views: int
+    """Crops that the student has seen so far."""
+    loss: float
+    """Mean loss of the pass."""
+    similarity: float
+    """Cosine similarity on the held-out photographs, of the mean of the weights."""
+    learning_rate: float
+    """Rate of the last step."""
+    seconds: float
+    """Time of the pass, without the scoring."""
+
+
+# ---- Teacher and student -------------------------------------------------------------------------
+
+
+def build_student(settings: Settings, teacher: nn.Module) -> SamForSegmentation:
+    """The student with random weights, whose last layers are the teacher's.
+
+    Those are the layers of the neck that have the teacher's shapes. Without the last norm, whose
+    scale differs between channels, the student needs hundreds of steps to find that scale.
+
+    Args:
+        settings: the distillation.
+        teacher: the teacher's image encoder.
+
+    Raises:
+        UserError: the teacher's embedding has another shape.
+    """
+    model = build_model(
+        settings.student, settings.image_size, 1, NONE, settings.seed, attention="fused"
+    )
+    images = torch.zeros(1, 3, settings.image_size, settings.image_size)
+    with torch.no_grad():
+        shapes = [tuple(one(images).shape[1:]) for one in (teacher, model.image_encoder)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"the embedding of teacher {settings.teacher} has the shape {shapes[0]}, that of "
+            f"student {settings.student} the shape {shapes[1]}; choose another --teacher"
+        )
+    own, given = model.image_encoder.neck.state_dict(), teacher.neck.state_dict()
+    fitting = {name: value for name, value in given.items() if own[name].shape == value.shape}
+    model.image_encoder.neck.load_state_dict({**own, **fitting})
+    model.image_encoder.requires_grad_(True)
+    return model
+
+
+def make_optimizer(encoder: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, which decays matrices and kernels only."""
+    parameters = dict(encoder.named_parameters())
+    decayed = [p for n, p in parameters.items() if p.dim() > 1 and not POSITIONS.search(n)]
+    ids = {id(p) for p in decayed}
+    others = [p for p in parameters.values() if id(p) not in ids]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, betas=(0.9, 0.98), fused=True)
+
+
+def distance(embedding: Tensor, target: Tensor) -> Tensor:
+    """The loss: 1 - cosine similarity of the tokens, plus smooth L1.
+
+    Args:
+        embedding: (B, 256, g, g) of the student.
+        target: the same of the teacher.
+    """
+    return 1 - similarity(embedding, target) + F.smooth_l1_loss(embedding, target)
+
+
+def similarity(embedding: Tensor, target: Tensor) -> Tensor:
+    """Mean over images and tokens of the cosine similarity of (B, 256, g, g) embeddings."""
+    return F.cosine_similarity(embedding, target, dim=1).mean()
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+class Distillation:
+    """The teacher, the student, and what trains it.
+
+    Args:
+        settings: the distillation.
+        output: folder of its files.
+
+    Raises:
+        UserError: as ``build_model``, ``build_student`` and ``find_images``.
+    """
+
+    def __init__(self, settings: Settings, output: Path) -> None:
+        self.settings, self.output = settings, output
+        size = settings.image_size
+        teacher = build_model(
+            settings.teacher, size, checkpoint=settings.checkpoint, attention="fused"
+        )
+        self.teacher = Embedding(teacher.eval())
+        student = build_student(settings, teacher.image_encoder)
+        self.optimizer = make_optimizer(student.image_encoder, settings)
+        self.student = Embedding(student)
+        self.mean = AveragedModel(self.student, multi_avg_fn=self._average, use_buffers=True)
+        train, held_out = find_images(
+            settings.photographs, settings.held_out, settings.repeat, settings.also, settings.seed
+        )
+        cache = Cache(output / "cache")
+        self.crops = Crops(
+            train, size, settings.crops, settings.smallest_crop, settings.seed, cache
+        )
+        self.photographs = SegmentationDataset(held_out, size, 1, cache=cache)
+        places = range(len(self.crops))
+        self.batches = GlobalBatches(places, settings.batch_size, seed=settings.seed)
+        count = settings.crops * len(train)
+        self.targets = Targets(output / TEACHER, self.teacher, count, size // PATCH_SIZE)
+        self.history: list[Pass] = []
+
+    def _average(self, mean: list[Tensor], new: list[Tensor], count: Tensor) -> None:
+        """One step of the exponential mean, which forgets faster at the start."""
+        steps = float(count)
+        keep = min(self.settings.averaging, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(mean, new, 1 - keep)
+
+    def run_pass(self) -> Pass:
+        """Trains on one crop of every image, and scores.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        settings, epoch, total, started = self.settings, len(self.history), 0.0, time.perf_counter()
+        self.batches.set_epoch(epoch)
+        self.crops.set_epoch(epoch)
+        self.student.train()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for step, batch in enumerate(DataLoader(self.crops, batch_sampler=self.batches)):
+            done = epoch + step / len(self.batches)
+            rise = min(1.0, (done * len(self.batches) + 1) / settings.warm_up)
+            fall = (1 + math.cos(math.pi * (done / settings.epochs))) / 2
+            for group in self.optimizer.param_groups:
+                group["lr"] = rise * fall * settings.learning_rate
+            targets = self.targets.of(batch["image"], batch["index"])
+            loss = distance(self.student(batch["image"]), targets)
+            if not loss.isfinite():
+                raise UserError(f"the loss is {loss.item()}; lower --learning-rate")
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.mean.update_parameters(self.student)
+            total += loss.item() * len(targets)
+        seconds, views = time.perf_counter() - started, (epoch + 1) * len(self.crops)
+        rate = self.optimizer.param_groups[0]["lr"]
+        return Pass(epoch + 1, views, total / len(self.crops), self.score(), rate, seconds)
+
+    @torch.no_grad()
+    def score(self) -> float:
+        """Cosine similarity on the held-out photographs, of the mean of the weights."""
+        self.mean.eval()
+        images = [self.photographs[i]["image"] for i in range(len(self.photographs))]
+        total = 0.0
+        for part in torch.stack(images).split(self.settings.batch_size):
+            total += len(part) * float(similarity(self.mean(part), self.teacher(part)))
+        return total / len(images)
+
+    # ---- Files -----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes the weights if they are the best, and what ``resume`` needs."""
+        similarities = [one.similarity for one in self.history]
+        write_rows(self.output / HISTORY, self.history)
+        if similarities[-1] == max(similarities):
+            self._write_weights()
+        state = {name: one.state_dict() for name, one in self._kept().items()}
+        write_torch(self.output / LAST, {"history": to_json(self.history), **state})
+
+    def _kept(self) -> dict[str, Any]:
+        return {"student": self.student, "mean": self.mean, "optimizer": self.optimizer}
+
+    def _write_weights(self) -> None:
+        """Writes a SAM in 16 bits: the mean of the student's weights, the teacher's decoder."""
+        given = read_checkpoint(self.settings.checkpoint)
+        tensors = {n: value for n, value in given.items() if not n.startswith("image_encoder.")}
+        encoder = self.mean.module.encoder.state_dict()
+        tensors |= {f"image_encoder.{name}": value for name, value in encoder.items()}
+        about = {
+            "model": self.settings.student,
+            "image_size": str(self.settings.image_size),
+            "views": str(self.history[-1].views),
+            "similarity": f"{self.history[-1].similarity:.4f}",
+        }
+        path = self.output / f"{self.settings.student}.safetensors"
+        write_tensors(path, {name: value.half() for name, value in tensors.items()}, about)
+
+    def resume(self) -> None:
+        """Continues from the file of the last pass.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        state = read_torch(self.output / LAST)
+        self.history = from_json(list[Pass], state["history"], self.output / LAST)
+        for name, one in self._kept().items():
+            one.load_state_dict(state[name])
 
 
 def distill(
@@ -47,55 +309,35 @@ def distill(
     Raises:
         UserError: as ``Distillation``; the output is not empty, or was started with other settings.
     """
-    with locked(output):
-        _check_output(settings, output, resume)
-        distillation = Distillation(settings, output)
-        write_json(output / CONFIG, _as_json(settings))
-        distillation.resume()
-        distillation.run()
-    print(_table(distillation.history))
-
-
-def _table(history: list[Pass]) -> str:
-    """The passes in Markdown."""
-    rows = [[str(p.views), f"{p.loss:.3f}", f"{p.similarity:.3f}"] for p in history]
-    return markdown_table(Table(["views", "loss", "similarity"], rows))
-
-
-def _as_json(settings: Settings) -> dict[str, Any]:
-    values = dataclasses.asdict(settings)
-    return json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
-
-
-def _check_output(settings: Settings, output: Path, resume: bool) -> None:
+    given = json.loads(
+        json.dumps(dataclasses.asdict(settings), default=lambda path: str(path.resolve()))
+    )
     if resume and (output / CONFIG).is_file():
-        names = differing(read_json(output / CONFIG), _as_json(settings))
+        names = differing(read_json(output / CONFIG), given)
         if names:
             raise UserError(
                 f"{output} was started with other settings (it has {', '.join(names)}); resume "
                 "with the same ones"
             )
-    elif output.is_dir() and any(not is_temporary(path) for path in output.iterdir()):
+    elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; choose another --output, or add --resume")
-
-
-def main() -> None:
-    """Runs the command. What the user or the machine refuses becomes one line of text."""
-    try:
-        with signals():
-            tyro.cli(distill)
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted; --resume continues the distillation", 130, kind="")
-    except (MemoryError, RuntimeError, OSError) as error:
-        reason = refusal(error)
-        if reason is None:
-            raise
-        fail(reason)
+    distillation = Distillation(settings, output)
+    write_json(output / CONFIG, given)
+    if (output / LAST).is_file():
+        distillation.resume()
+    history = distillation.history
+    while len(history) < settings.epochs:
+        history.append(distillation.run_pass())
+        distillation.save()
+        print(history[-1], file=sys.stderr)
+    rows = [[str(p.views), f"{p.loss:.3f}", f"{p.similarity:.3f}"] for p in history]
+    print(markdown_table(Table(["views", "loss", "similarity"], rows)))
 
 
 if __name__ == "__main__":
     if os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    main()
+    try:
+        tyro.cli(distill)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -19,8 +19,7 @@ import tyro
 from segment_anything import SamPredictor
 
 from bench.experiments.crops import find_images
-from bench.experiments.distill import CONFIG
-from bench.experiments.distillation import Settings, similarity
+from bench.experiments.distill import CONFIG, Settings, similarity
 from naslora.data.images import Sample, read_image
 from naslora.files import read_json
 from naslora.report.tables import Table, markdown_table
