@@ -4,7 +4,7 @@ import pytest
 
 from naslora.records import to_json
 from naslora.results import SplitScores
-from naslora.training.run_examples import choose
+from naslora.training.run_results import choose
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """The processes, device and precision of a run."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ TIMEOUT_VARIABLE = "NASLORA_PROCESS_TIMEOUT"
 They wait while the main process reads the data and writes the report, so it must not be too short.
 """
 DEFAULT_TIMEOUT = 1800.0
+Result = TypeVar("Result")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -73,6 +75,24 @@ def lost_processes() -> Iterator[None]:
             f"process {os.environ.get('RANK', 0)} has lost another process of the run, which ended "
             f"or did not answer within {_timeout():g} s; start all of them again with --resume"
         ) from error
+
+
+def in_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
+    """Calls ``work`` in the main process, and returns its result there; the others wait.
+
+    Raises:
+        UserError: in every process, if ``work`` raises one.
+    """
+    result, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+    for found in gather_object([problem]):
+        if found is not None:
+            raise UserError(found)
+    return result
 
 
 def check_shared(path: Path, accelerator: Accelerator) -> None:

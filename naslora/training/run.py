@@ -18,19 +18,21 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from naslora.choices import Tracker
 from naslora.data.contents import to_json
-from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError, warn
 from naslora.files import is_temporary, write_json
 from naslora.locks import locked
 from naslora.methods import METHODS, load_adapter
-from naslora.results import CONFIG, DATA, ParameterCounts, RunResult, adapter_folder
+from naslora.results import CONFIG, DATA, RunResult, adapter_folder
 from naslora.sam.shipped import NONE, SHIPPED_SIZE
-from naslora.training.accelerator import check_shared, lost_processes, make_accelerator
+from naslora.training.accelerator import (
+    check_shared,
+    in_main_process,
+    lost_processes,
+    make_accelerator,
+)
 from naslora.training.resolve import SHIPPED, read_config, resolve
 from naslora.training.run_config import RunConfig, differing
 from naslora.training.run_data import prepare_data
@@ -73,66 +75,34 @@ def train(
     accelerator = make_accelerator(config.training)
     _check_start(config)
     check_trackers(trackers)
-    with lost_processes(), ExitStack() as lock:
-        _take_lock(output, accelerator, lock)
-        return _train(config, output, resume, trackers, accelerator)
-
-
-def _take_lock(output: Path, accelerator: Accelerator, lock: ExitStack) -> None:
-    """Locks the folder in the main process. All processes wait here; all raise if it fails."""
-    problem = None
-    if accelerator.is_main_process:
-        try:
-            lock.enter_context(locked(output))
-        except UserError as error:
-            problem = str(error)
-    for found in gather_object([problem]):
-        if found is not None:
-            raise UserError(found)
-
-
-def _train(
-    config: RunConfig,
-    output: Path,
-    resume: bool,
-    trackers: Sequence[Tracker],
-    accelerator: Accelerator,
-) -> RunResult:
-    check_output(config, output, resume)
-    data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
-    trainer, counts = _make_trainer(config, data, output, accelerator)
-    if accelerator.is_main_process:
-        _warn(config, bool(trainer.alphas))
-    if resume:
-        trainer.resume()
-    values = config.to_dict()
-    if accelerator.is_main_process:
-        write_json(output / CONFIG, values)
-        write_json(output / DATA, to_json(contents))
-    check_shared(output / DATA, accelerator)
-    with tracked(accelerator, trackers, output, values, trainer.epoch):
+    with lost_processes(), ExitStack() as stack:
+        in_main_process(accelerator, lambda: stack.enter_context(locked(output)))
+        check_output(config, output, resume)
+        data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
+        model = build_adapted_model(config)
+        counts = count_parameters(model)
+        trainer = Trainer(model, data, config, output, accelerator)
+        if accelerator.is_main_process:
+            _warn(config, bool(trainer.alphas))
+        if resume:
+            trainer.resume()
+        values = config.to_dict()
+        if accelerator.is_main_process:
+            write_json(output / CONFIG, values)
+            write_json(output / DATA, to_json(contents))
+        check_shared(output / DATA, accelerator)
+        stack.enter_context(tracked(accelerator, trackers, output, values, trainer.epoch))
         trainer.run()
         if frozen_dtype(config.training) != torch.float32:
             # Merging adds the update to the frozen weights, so it needs all their digits.
             trainer.model = build_frozen_model(config).to(accelerator.device)
         load_adapter(trainer.model, adapter_folder(output))
-        result, panels = final_result(trainer, counts, config)
+        result, panels = final_result(trainer, counts)
         log(accelerator, tracked_scores(result), trainer.epoch - 1)
-    if accelerator.is_main_process:
-        write_results(trainer, result, panels, config, output)
-    accelerator.wait_for_everyone()
-    return result
-
-
-def _make_trainer(
-    config: RunConfig,
-    data: dict[str, SegmentationDataset],
-    output: Path,
-    accelerator: Accelerator,
-) -> tuple[Trainer, ParameterCounts]:
-    model = build_adapted_model(config)
-    counts = count_parameters(model)
-    return Trainer(model, data, config, output, accelerator), counts
+        if accelerator.is_main_process:
+            write_results(trainer, result, panels, output)
+        accelerator.wait_for_everyone()
+        return result
 
 
 def _check_start(config: RunConfig) -> None:
@@ -150,21 +120,18 @@ def _check_start(config: RunConfig) -> None:
 
 def _warn(config: RunConfig, searches: bool) -> None:
     """Warns of settings that work, but may be an oversight."""
-    model, training, warnings = config.model, config.training, []
+    model, training = config.model, config.training
     if str(model.checkpoint).startswith(SHIPPED) and model.image_size != SHIPPED_SIZE:
-        warnings.append(
+        warn(
             f"the weights of {model.name} were made for images of {SHIPPED_SIZE} pixels; their "
             f"position embeddings are resized to {model.image_size} pixels"
         )
     start = training.search_start or 0
-    never = start >= training.epochs and not training.simultaneous
-    if searches and never:
-        warnings.append(
+    if searches and start >= training.epochs and not training.simultaneous:
+        warn(
             f"alpha is not trained: --search-start {start} is not among the "
             f"{training.epochs} epochs, which are counted from 0"
         )
-    for warning in warnings:
-        warn(warning)
 
 
 def check_output(config: RunConfig, output: Path, resume: bool) -> None:

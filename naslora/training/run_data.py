@@ -1,14 +1,13 @@
 """The images of a run: its splits, their check before training, and the images for merging."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -28,65 +27,53 @@ from naslora.data.tiles import Tiles, fit_tiles
 from naslora.errors import UserError, warn
 from naslora.files import read_json
 from naslora.methods import searches
+from naslora.training.accelerator import in_main_process
 from naslora.training.run_config import RunConfig
-
-
-class RunData(NamedTuple):
-    """The data of a run."""
-
-    datasets: dict[str, SegmentationDataset]
-    """The data set of each split."""
-    contents: Contents
-    """What the files hold; empty in all but the main process."""
 
 
 def prepare_data(
     config: RunConfig, accelerator: Accelerator, record: Path | None = None
-) -> RunData:
+) -> tuple[dict[str, SegmentationDataset], Contents]:
     """Finds the images of a run, reads each once, and makes the data set of each split.
 
-    The main process reads for all. All processes wait here; if it finds a problem, all of them
-    raise. It warns of splits without foreground and of copies of training images.
+    The main process reads for all. It warns of splits without foreground and of copies of training
+    images.
 
     Args:
         config: the run.
         accelerator: the processes.
         record: the file in which a run that is resumed recorded its data; None for a new run.
 
+    Returns:
+        The data set of each split, and what the files hold: nothing but in the main process.
+
     Raises:
-        UserError: as ``find_splits`` and ``check_with_progress``, or as ``check_unchanged``.
+        UserError: in every process; as ``find_splits``, ``check_with_progress`` or
+            ``check_unchanged``.
     """
     splits = find_splits(config)
-    problem = None
-    contents: Contents = {}
-    if accelerator.is_main_process:
-        try:
-            contents = _read_contents(splits, config)
-            if record is not None and record.is_file():
-                check_unchanged(read_json(record), contents, record)
-        except UserError as error:
-            problem = str(error)
+
+    def read_contents() -> Contents:
+        read = iter(check_with_progress([s for split in splits.values() for s in split], config))
+        contents = {name: [next(read) for _ in split] for name, split in splits.items()}
+        if record is not None and record.is_file():
+            check_unchanged(read_json(record), contents, record)
         for warning in warnings_about(contents):
             warn(warning)
-    for found in gather_object([problem]):
-        if found is not None:
-            raise UserError(found)
+        return contents
+
+    contents = in_main_process(accelerator, read_contents)
+    whole = config.data.resolution == "original"
     datasets = {
         name: make_dataset(
             config,
             samples,
             "trained" if name in ("train", "arch") else "scored",
-            truth=config.data.resolution == "original" and name == "test",
+            truth=whole and name == "test",
         )
         for name, samples in splits.items()
     }
-    return RunData(datasets, contents)
-
-
-def _read_contents(splits: dict[str, list[Sample]], config: RunConfig) -> Contents:
-    """Reads every sample once, as ``check_with_progress``, and returns what the files hold."""
-    read = iter(check_with_progress([s for split in splits.values() for s in split], config))
-    return {name: [next(read) for _ in split] for name, split in splits.items()}
+    return datasets, contents or {}
 
 
 def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
@@ -126,30 +113,21 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
     Raises:
         UserError: as ``check_sample``, for the first bad sample; the palette is invalid.
     """
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("checking the data", total=len(samples))
-
-        def advance(done: int, _: int) -> None:
-            progress.update(task, completed=done)
-
-        return in_threads(_reader(samples, config), samples, advance)
-
-
-def _reader(samples: Sequence[Sample], config: RunConfig) -> Callable[[Sample], Content]:
     data, scaling = config.data, scaling_of(config)
     codes = palette_codes(data.palette, data.num_classes, data.ignore_index)
     dataset = None if data.cache is None else make_dataset(config, samples)
 
     def read(sample: Sample) -> Content:
         if dataset is None:
-            return content_of(
-                sample,
-                check_sample(sample, data.num_classes, codes, data.ignore_index, scaling),
-            )
-        mask = dataset.fill_cache(sample)  # this reads everything once
-        return content_of(sample, mask is not None and has_foreground(mask.numpy()))
+            found = check_sample(sample, data.num_classes, codes, data.ignore_index, scaling)
+        else:
+            mask = dataset.fill_cache(sample)  # this reads everything once
+            found = mask is not None and has_foreground(mask.numpy())
+        return content_of(sample, found)
 
-    return read
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("checking the data", total=len(samples))
+        return in_threads(read, samples, lambda done, _: progress.update(task, completed=done))
 
 
 def scaling_of(config: RunConfig) -> Intensity | None:
@@ -191,20 +169,6 @@ def make_dataset(
     )
 
 
-def image_batches(
-    config: RunConfig, samples: list[Sample], device: torch.device
-) -> Iterator[Tensor]:
-    """Yields the images in order, as (B, 3, S, S) float32 batches on the device.
-
-    With ``crop`` they are windows of the images.
-    """
-    dataset = make_dataset(config, samples)
-    size = config.training.batch_size
-    for start in range(0, len(dataset), size):
-        items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
-        yield torch.stack(items).to(device)
-
-
 def calibration(
     config: RunConfig,
     splits: dict[str, list[Sample]],
@@ -212,14 +176,18 @@ def calibration(
     device: torch.device,
     images: int = CALIBRATION_IMAGES,
 ) -> Iterator[Tensor]:
-    """Yields the image batches that a way of merging needs.
+    """Yields the (B, 3, S, S) float32 images that a way of merging needs, windows with ``crop``.
 
     Mode ``calibrated`` is fitted to, and measured on, ``images`` training images, evenly spread.
     The other modes are measured on the validation images.
     """
-    if mode != "calibrated":
-        return image_batches(config, splits["val"], device)
-    train = splits["train"] + splits.get("arch", [])
-    train = list(dict.fromkeys(train))  # an arch split may be the training images again
-    indices = np.linspace(0, len(train) - 1, min(images, len(train))).round().astype(int)
-    return image_batches(config, [train[int(i)] for i in indices], device)
+    samples = splits["val"]
+    if mode == "calibrated":
+        # An arch split may be the training images again.
+        train = list(dict.fromkeys(splits["train"] + splits.get("arch", [])))
+        indices = np.linspace(0, len(train) - 1, min(images, len(train))).round().astype(int)
+        samples = [train[int(i)] for i in indices]
+    dataset, size = make_dataset(config, samples), config.training.batch_size
+    for start in range(0, len(dataset), size):
+        items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
+        yield torch.stack(items).to(device)

@@ -35,8 +35,16 @@ def build_frozen_model(config: RunConfig) -> SamForSegmentation:
     Raises:
         UserError: as ``build_model``; the kernel backend cannot be used here.
     """
-    backend = getattr(config.adapter, "backend", None)
-    _check_backend(backend or os.environ.get(ENVIRONMENT_VARIABLE) or None)
+    backend = getattr(config.adapter, "backend", None) or os.environ.get(ENVIRONMENT_VARIABLE)
+    if backend:
+        reasons = available_backends()
+        reason = reasons.get(backend, "it does not exist")
+        if reason is not None:
+            usable = ", ".join(name for name, reason in reasons.items() if reason is None)
+            raise UserError(
+                f"backend {backend!r} cannot be used here: {reason}; choose one of {usable}, or "
+                "give none"
+            )
     return build_model(
         config.model.name,
         config.model.image_size,
@@ -45,15 +53,6 @@ def build_frozen_model(config: RunConfig) -> SamForSegmentation:
         config.seed,
         config.model.attention,
     )
-
-
-def _check_backend(name: str | None) -> None:
-    backends = available_backends()
-    if name is None or (name in backends and backends[name] is None):
-        return
-    reason = f"cannot be used here: {backends[name]}" if name in backends else "does not exist"
-    usable = ", ".join(known for known, reason in backends.items() if reason is None)
-    raise UserError(f"backend {name!r} {reason}; choose one of {usable}, or give none")
 
 
 def count_parameters(model: SamForSegmentation) -> ParameterCounts:

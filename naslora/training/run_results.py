@@ -1,16 +1,22 @@
-"""The results of a run: the kept epoch scored, merged in every way, scored again, reported."""
+"""The results of a run: the kept epoch scored, merged in every way, scored again, reported.
+
+The report shows the worst and the best test images by Dice.
+"""
 
 import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from naslora.adapter.merging.merged import unmerge
 from naslora.errors import UserError
 from naslora.files import file_checksum
 from naslora.methods import merge, merge_modes
 from naslora.records import write_record, write_rows
-from naslora.report.pictures import Panel
+from naslora.report.pictures import Merged, Panel
 from naslora.report.run_report import write_report
 from naslora.results import (
     HISTORY,
@@ -27,33 +33,50 @@ from naslora.results import (
     SplitScores,
     kept_epoch,
 )
-from naslora.training.run_config import RunConfig
+from naslora.sam.segmentation import labels_of, predict_labels
+from naslora.training.evaluation import tiled_class_map
 from naslora.training.run_data import calibration
-from naslora.training.run_examples import Examples
 from naslora.training.trainer import Trainer
 
+EXAMPLES = 6
+"""Number of test images in the report."""
 
-def final_result(
-    trainer: Trainer, counts: ParameterCounts, config: RunConfig
-) -> tuple[RunResult, list[Panel]]:
+
+def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, list[Panel]]:
     """Scores the kept epoch on the test split, and again after each way of merging.
 
     Args:
         trainer: a finished trainer whose model holds the kept epoch's adapter.
         counts: the model's parameters.
-        config: the run.
 
     Returns:
         The result, and the worst and best test images for the report; none but in the main process.
     """
     started = time.perf_counter()
+    config, metrics = trainer.run_config, trainer.run_config.data.metrics or ()
     kept = kept_epoch(trainer.history, config.training.keep)
-    test = trainer.evaluate("test", config.data.metrics or ())
-    main = trainer.accelerator.is_main_process
-    examples = (
-        Examples(trainer.model, trainer.data["test"], test, trainer.accelerator) if main else None
-    )
-    merges = _try_merges(trainer, config, examples)
+    test = trainer.evaluate("test", metrics)
+    panels = _panels(trainer, test) if trainer.accelerator.is_main_process else {}
+    merged: dict[str, SplitScores] = {}
+    merges: dict[str, MergeResult] = {}
+    annealing = None
+    samples = {split: data.samples for split, data in trainer.data.items()}
+    modes = merge_modes(config.method, config.adapter)
+    for mode in modes:
+        batches = calibration(config, samples, mode, trainer.accelerator.device)
+        try:
+            report = merge(trainer.model, mode, batches)
+        except UserError as error:  # for example too few images for the mode; the others go on
+            merges[mode] = MergeResult(refused=str(error))
+            continue
+        merged[mode] = trainer.evaluate("test", metrics)
+        for index, panel in panels.items():
+            dice = (merged[mode].image_dice or {index: None})[index]
+            panel.merged[mode] = Merged(_predict(trainer, index), dice)
+        if mode == "center" and config.training.anneal_epochs:
+            annealing = _annealing(trainer)
+        merges[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
+        unmerge(trainer.model)
     training = sum(epoch.seconds.total for epoch in trainer.history)
     result = RunResult(
         test=test,
@@ -62,12 +85,12 @@ def final_result(
         trainable_parameters=counts.trainable,
         parameters=counts,
         images={split: len(data) for split, data in trainer.data.items()},
-        test_merged=merges[0] if merges else None,
-        merge=merges[1] if merges else None,
-        annealing=merges[2] if merges else None,
+        test_merged=merged if modes else None,
+        merge=merges if modes else None,
+        annealing=annealing,
         seconds=training + time.perf_counter() - started,
     )
-    return result, examples.panels if examples else []
+    return result, list(panels.values())
 
 
 def tracked_scores(result: RunResult) -> dict[str, float]:
@@ -79,34 +102,6 @@ def tracked_scores(result: RunResult) -> dict[str, float]:
         for name in ("dice", "iou", "accuracy")
         if scores is not None and (value := getattr(scores, name)) is not None
     }
-
-
-def _try_merges(
-    trainer: Trainer, config: RunConfig, examples: Examples | None
-) -> tuple[dict[str, SplitScores], dict[str, MergeResult], Annealing | None] | None:
-    """Merges in every way, scores each, and takes it back; None if the method cannot be merged."""
-    modes = merge_modes(config.method, config.adapter)
-    if not modes:
-        return None
-    scores: dict[str, SplitScores] = {}
-    results: dict[str, MergeResult] = {}
-    annealing = None
-    samples = {split: data.samples for split, data in trainer.data.items()}
-    for mode in modes:
-        batches = calibration(config, samples, mode, trainer.accelerator.device)
-        try:
-            report = merge(trainer.model, mode, batches)
-        except UserError as error:  # for example too few images for the mode; the others go on
-            results[mode] = MergeResult(refused=str(error))
-            continue
-        scores[mode] = trainer.evaluate("test", config.data.metrics or ())
-        if examples is not None:
-            examples.add_merged(mode, trainer.model, scores[mode])
-        if mode == "center" and config.training.anneal_epochs:
-            annealing = _annealing(trainer)
-        results[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
-        unmerge(trainer.model)
-    return scores, results, annealing
 
 
 def _annealing(trainer: Trainer) -> Annealing:
@@ -131,37 +126,82 @@ def _annealing(trainer: Trainer) -> Annealing:
     )
 
 
-def write_results(
-    trainer: Trainer, result: RunResult, panels: list[Panel], config: RunConfig, output: Path
-) -> None:
+def write_results(trainer: Trainer, result: RunResult, panels: list[Panel], output: Path) -> None:
     """Writes history.csv, operations.json, test_images.csv, metrics.json and, last, report.html."""
     operations = trainer.operation_history()
     write_rows(output / HISTORY, trainer.history)
     if operations is not None:
         write_record(output / OPERATIONS_JSON, operations)
-    write_rows(output / TEST_IMAGES, _image_rows(trainer.data["test"].names, result))
+    # The Dice of each image, before and after each way of merging.
+    scores = {"dice": result.test}
+    scores |= {f"dice_{mode}": merged for mode, merged in (result.test_merged or {}).items()}
+    dice = {title: own.image_dice for title, own in scores.items() if own and own.image_dice}
+    rows = [
+        {"image": name, **{title: values[index] for title, values in dice.items()}}
+        for index, name in enumerate(trainer.data["test"].names)
+    ]
+    write_rows(output / TEST_IMAGES, rows)
     checksum = file_checksum(output / HISTORY)
     write_record(output / METRICS_JSON, dataclasses.replace(result, history_sha256=checksum))
     write_report(
         output / REPORT,
-        config=config.to_dict(),
+        config=trainer.run_config.to_dict(),
         result=result,
         history=trainer.history,
         operations=operations,
         panels=panels,
-        class_names=["background", *config.data.class_names],
+        class_names=["background", *trainer.run_config.data.class_names],
     )
 
 
-def _image_rows(names: Sequence[str], result: RunResult) -> list[dict[str, str | float | None]]:
-    """The rows of test_images.csv: the Dice of each image, before and after each way of merging."""
-    scores = {"dice": result.test} | {
-        f"dice_{mode}": merged for mode, merged in (result.test_merged or {}).items()
-    }
-    columns = {
-        title: own.image_dice for title, own in scores.items() if own is not None and own.image_dice
-    }
-    return [
-        {"image": name} | {title: dice[index] for title, dice in columns.items()}
-        for index, name in enumerate(names)
-    ]
+# ---- The images of the report --------------------------------------------------------------------
+
+
+def _panels(trainer: Trainer, scores: SplitScores) -> dict[int, Panel]:
+    """The worst and the best test images by their index, as the model segments them."""
+    data = trainer.data["test"]
+    dice = scores.image_dice or [None] * len(data)
+    ranks = {index: rank for rank, index in enumerate(_ascending(dice), 1)}
+    panels = {}
+    for index in choose(dice, EXAMPLES):
+        item = data[index]
+        whole = data.tiles is not None
+        pixels = item["pixels"] if whole else (255 * item["image"]).round().byte()  # (3, H, W)
+        panels[index] = Panel(
+            name=item["name"],
+            image=pixels.permute(1, 2, 0).numpy(),
+            truth=item["truth" if whole else "mask"].numpy(),
+            prediction=_predict(trainer, index),
+            dice=dice[index],
+            rank=ranks.get(index),
+        )
+    return panels
+
+
+def _predict(trainer: Trainer, index: int) -> np.ndarray:
+    """Labels of a test image at the size at which it is scored, (H, W) int64."""
+    model, data = trainer.model, trainer.data["test"]
+    if data.tiles is None:
+        return predict_labels(model, data[index]["image"][None])[0].numpy()
+    with torch.no_grad():
+        pixels = data[index]["pixels"]
+        bands = tiled_class_map(model.eval(), data, pixels, None, trainer.accelerator)
+        return torch.cat([labels_of(band[None])[0] for band in bands]).numpy()
+
+
+def choose(dice: Sequence[float | None], count: int) -> list[int]:
+    """Chooses the worst and the best images, half of ``count`` each, the worst first.
+
+    Without any Dice, as in a split without foreground, the choice is spread over the split.
+    """
+    order = _ascending(dice)
+    if not order:
+        spread = np.linspace(0, len(dice) - 1, min(count, len(dice)))
+        return [int(index) for index in spread.round()]
+    return order if len(order) <= count else [*order[: count // 2], *order[count // 2 - count :]]
+
+
+def _ascending(dice: Sequence[float | None]) -> list[int]:
+    """The images whose Dice is defined, the worst first."""
+    known = [(value, index) for index, value in enumerate(dice) if value is not None]
+    return [index for _, index in sorted(known)]

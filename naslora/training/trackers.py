@@ -19,7 +19,6 @@ from accelerate.tracking import (
     WandBTracker,
 )
 from accelerate.utils import (
-    gather_object,
     is_comet_ml_available,
     is_mlflow_available,
     is_tensorboard_available,
@@ -29,6 +28,7 @@ from accelerate.utils import (
 from naslora.choices import Tracker
 from naslora.errors import UserError
 from naslora.files import disk_error, read_json, reason_of, write_json
+from naslora.training.accelerator import in_main_process
 
 PROJECT = "naslora"
 """Project of the trackers, unless their own environment variables name another."""
@@ -135,16 +135,8 @@ def tracked(
     Raises:
         UserError: in every process; a tracker does not start, or cannot log.
     """
-    problem = None
     try:
-        if accelerator.is_main_process:
-            try:
-                _start(accelerator, list(dict.fromkeys(names)), output, config, epoch)
-            except UserError as error:
-                problem = str(error)
-        for found in gather_object([problem]):
-            if found is not None:
-                raise UserError(found)
+        in_main_process(accelerator, lambda: _start(accelerator, names, output, config, epoch))
         yield
     finally:
         for tracker in accelerator.trackers:
@@ -154,7 +146,7 @@ def tracked(
 
 def _start(
     accelerator: Accelerator,
-    names: list[Tracker],
+    names: Iterable[Tracker],
     output: Path,
     config: dict[str, Any],
     epoch: int,
@@ -162,16 +154,15 @@ def _start(
     path = output / IDENTITIES
     known: dict[str, str] = read_json(path) if path.exists() else {}
     identities = dict(known)
-    started: list[GeneralTracker] = []
-    for name in names:
+    for name in dict.fromkeys(names):
         kind = _KINDS[name]
         with _one_line(name, f"does not start ({kind.offline})"):
             # One at a time, because Accelerate starts all that it has.
+            started, accelerator.trackers = accelerator.trackers, []
             accelerator.log_with = [kind.make(output, epoch, known.get(name))]
-            accelerator.trackers = []
             try:
                 accelerator.init_trackers(PROJECT)
-                started += accelerator.trackers
+                started = [*started, *accelerator.trackers]
             finally:
                 accelerator.trackers = started
             if kind.identity is not None:  # TensorBoard would show the settings as a second run

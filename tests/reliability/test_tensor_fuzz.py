@@ -15,8 +15,9 @@ from naslora.sam.segmentation import SamForSegmentation
 from naslora.training import resuming
 from naslora.training.accelerator import make_accelerator
 from naslora.training.resolve import read_config
-from naslora.training.run import _make_trainer
 from naslora.training.run_data import prepare_data
+from naslora.training.run_model import build_adapted_model
+from naslora.training.trainer import Trainer
 
 EXAMPLES = [pytest.param(30, id="few"), pytest.param(3000, marks=pytest.mark.campaign, id="many")]
 # What a file can hold in place of a tensor t.
@@ -136,8 +137,9 @@ def test_checkpoints(tiny_vit, tmp_path, examples):
 def test_last(clean_world, tiny_vit, fresh_accelerate, examples):
     config = read_config(clean_world / "run/config.json")
     accelerator = make_accelerator(config.training)
-    data = prepare_data(config, accelerator).datasets
-    trainer, _ = _make_trainer(config, data, clean_world / "run", accelerator)
+    data, _ = prepare_data(config, accelerator)
+    model = build_adapted_model(config)
+    trainer = Trainer(model, data, config, clean_world / "run", accelerator)
     whole = torch.load(clean_world / "run/last.pt", weights_only=True)
     start = copy.deepcopy(trainer.model.state_dict())
 
