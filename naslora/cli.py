@@ -405,9 +405,9 @@ def _summarise(result: RunResult, output: Path) -> None:
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console(markup=False, emoji=False)  # names of classes are text
     console.print(table)
-    head, lines = metric_table(result.test)
-    reported = Table(*head)
-    for line in lines:
+    metrics = metric_table(result.test)
+    reported = Table(*metrics.head)
+    for line in metrics.rows:
         reported.add_row(*map(printable, line))
     console.print(reported)
     console.print(f"scored at the resolution {result.test.resolution}", highlight=False)

@@ -17,17 +17,17 @@ from run_configs import run_config
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
-from naslora.results import Costs, Epoch, MeanAndSpread, PhaseSeconds, RunNumbers, StudyRow
+from naslora.results import Costs, Epoch, PhaseSeconds, RunNumbers
 from naslora.study import compare, sweep
 from naslora.study.measurement import find_refusals, training_seconds
 from naslora.study.summary import (
+    COLUMNS,
+    MERGED,
     as_markdown,
-    csv_row,
     error_over_images,
-    main_table,
     mean_and_spread,
-    merged_table,
     notes_on,
+    number_table,
     row_numbers,
 )
 from naslora.study.sweep import in_own_process
@@ -258,7 +258,9 @@ def numbers(dice, **changed):
 
 def a_row(*runs, name="lora"):
     """A row of finished runs."""
-    return StudyRow(name, METHODS[name].title, len(runs), 0, False, "", row_numbers(runs))
+    title = METHODS[name].title
+    row = {"title": title, "seeds": len(runs), "missing": 0, "refused": False}
+    return row | row_numbers(runs)
 
 
 def test_seeds_are_the_outer_loop(quick):
@@ -305,26 +307,22 @@ def test_all_methods_refused(monkeypatch, tmp_path):
 
 def test_a_row():
     row = a_row(numbers(0.4), numbers(0.5, weight_seconds=0.7, peak_memory=2 * 10**9))
-    found = row.numbers
-    scores = found.scores
-    assert scores["dice"].mean == pytest.approx(0.45)
-    assert scores["iou"].mean == pytest.approx(0.225)
-    assert scores["dice"].spread == pytest.approx(statistics.stdev([0.4, 0.5]))
-    assert found.costs.weight_seconds == pytest.approx(0.6)
-    assert found.costs.peak_memory == 2 * 10**9 and found.costs.inference_seconds["exact"] == 0.1
-    assert found.share_of_parameters == 0.25
-    columns = csv_row(row)
-    assert columns["dice"] == scores["dice"].mean and columns["inference_exact"] == 0.1
-    head, [text] = main_table([row], "Method")
-    shown = dict(zip(head, text, strict=True))
+    assert row["dice"] == pytest.approx(0.45)
+    assert row["iou"] == pytest.approx(0.225)
+    assert row["dice_spread"] == pytest.approx(statistics.stdev([0.4, 0.5]))
+    assert row["weight_seconds"] == pytest.approx(0.6)
+    assert row["peak_memory"] == 2 * 10**9 and row["inference_exact"] == 0.1
+    assert row["share_of_parameters"] == 0.25
+    table = number_table([row], COLUMNS, "Method")
+    shown = dict(zip(table.head, table.rows[0], strict=True))
     assert shown["Dice"] == "0.450 ± 0.071" and shown["Of all, %"] == "25.00"
     assert shown["Peak memory, MB"] == "2,000" and shown["merged, exact"] == "0.100"
 
 
 def test_one_seed_has_no_spread_and_unknown_scores_no_mean():
-    assert mean_and_spread([0.25]) == MeanAndSpread(0.25, None, [0.25])
-    assert mean_and_spread([0.25, None]) == MeanAndSpread(None, None, [0.25, None])
-    table = main_table([a_row(numbers(None))], "Method")
+    assert mean_and_spread([0.25]) == (0.25, None)
+    assert mean_and_spread([0.25, None]) == (None, None)
+    table = number_table([a_row(numbers(None))], COLUMNS, "Method")
     assert "–" in as_markdown({"Comparison": table}, [])
 
 
@@ -354,6 +352,9 @@ def test_a_process_of_its_own():
 
 def test_every_method_has_a_row():
     rows = [a_row(numbers(0.5), name=name) for name in METHODS]
-    tables = {"Comparison": main_table(rows, "Method"), "Merged": merged_table(rows)}
+    tables = {
+        "Comparison": number_table(rows, COLUMNS, "Method"),
+        "Merged": number_table(rows, MERGED, "Method"),
+    }
     text = as_markdown(tables, ["a note"])
     assert text.count("| 0.500 |") >= len(METHODS) and text.endswith("a note\n")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from naslora.adapter.merging.report import LayerError
-from naslora.report.curves import STAGE_2_LABEL
+from naslora.report.figures import STAGE_2_LABEL
 from naslora.report.pictures import ERRORS, Merged, Panel, paint_errors
 from naslora.report.run_report import write_report
 from naslora.results import (
@@ -30,6 +30,11 @@ from naslora_kernels import OPERATIONS
 HEADINGS = ["Scores", "Test images", "Merging", "Training", "Operations", "Parameters", "Time"]
 HEADINGS += ["Configuration"]
 LAYERS = [f"encoder.blocks.{index}.attn.qkv" for index in range(3)]
+CONFIG = {
+    "method": "nas-pc-lora",
+    "model": {"name": "vit_t"},
+    "data": {"dataset": "folders", "root": "/data/he_nuclei"},
+}
 VOID = {"meta", "img", "wbr"}
 HOSTILE = "<script>alert('1')</script>\"&$\\frac{"
 
@@ -92,7 +97,7 @@ def run():
     uniform = [[1 / 8] * 8] * 3
     final = [[0.3] + [0.1] * 7] * 3
     return {
-        "config": {"method": "nas-pc-lora", "model": "vit_t", "dataset": "demo", "rank": 3},
+        "config": CONFIG,
         "result": RunResult(
             test=replace(scores(0.8421), image_dice=[0.9, None, 0.7214]),
             val=scores(0.8532),
@@ -132,7 +137,7 @@ def report(tmp_path):
 
 
 MINIMAL = {
-    "config": {},
+    "config": CONFIG,
     "result": RunResult(),
     "history": [],
     "operations": None,
@@ -160,7 +165,7 @@ def test_full_report(report, run):
     assert_self_contained(text)
     assert re.findall(r"<h2>(.*?)</h2>", text) == HEADINGS
     for shown in (
-        "<h1>nas-pc-lora on vit_t for demo</h1>",
+        "<h1>nas-pc-lora on vit_t for he_nuclei</h1>",
         '<meta name="viewport"',
         "78 training, 20 architecture, 21 validation, 24 test",
         "2 min 51 s",
@@ -179,7 +184,7 @@ def test_full_report(report, run):
     assert table_row(text, "Weight steps") == ["8.0", "2.00", "4"]
     assert table_row(text, "Architecture steps") == ["2.0", "1.00", "2"]
     assert table_row(text, "Everything else")[0] == "159.3"  # 171.3 - 8 - 2 - 2
-    row = re.search(r'title="encoder.blocks.1.attn.qkv">1</th>(.*?)</tr>', text).group(1)
+    row = re.search(r'<th scope="row">1</th>(<td style.*?)</tr>', text).group(1)
     assert re.findall(r">(0\.\d+)<", row) == ["0.300"] + ["0.100"] * 7
     assert len(page.ids) == len(set(page.ids))
     # Three curves, three of the search, the lossy merge, bars of the classes and of the images.
@@ -195,7 +200,7 @@ def test_tints_show_what_changed_since_the_start(report, run):
     start, final = ([[a, b, *[0.1 / 6] * 6]] for a, b in ((0.7, 0.2), (0.6, 0.3)))
     states = [Mixture(-1, start * 3), Mixture(3, final * 3)]
     run["operations"] = replace(run["operations"], epochs=states)
-    row = re.search(r'title="encoder.blocks.1.attn.qkv">1</th>(.*?)</tr>', report(**run)).group(1)
+    row = re.search(r'<th scope="row">1</th>(<td style.*?)</tr>', report(**run)).group(1)
     tints = re.findall(r"--hue: var\(--(\w+)\); --heat: (\d+)%", row)
     assert tints[:2] == [("orange", "60"), ("blue", "60")]
     assert {heat for _, heat in tints[2:]} == {"0"}
@@ -220,7 +225,7 @@ def test_any_part_may_be_absent(report, run):
     Reader(report(**{**run, "result": replace(run["result"], **dict.fromkeys(ABSENT))}))
     for key in ABSENT:
         Reader(report(**{**MINIMAL, "result": replace(run["result"], **{key: None})}))
-    for key in ("history", "operations", "panels", "class_names", "config"):
+    for key in ("history", "operations", "panels", "class_names"):
         Reader(report(**{**run, key: MINIMAL[key]}))
     run["result"] = replace(run["result"], test=None, test_merged=None, kept_epoch=None)
     run["operations"] = replace(run["operations"], epochs=[])
@@ -253,7 +258,7 @@ def test_stage_2_is_marked_when_there_is_one(report, run, stages, marked):
 
 
 def test_hostile_names_stay_text(report, run):
-    run["config"] = dict.fromkeys(("method", "model", "dataset", HOSTILE), HOSTILE)
+    run["config"] = {**CONFIG, "method": HOSTILE, HOSTILE: HOSTILE}
     run["class_names"] = ["background", HOSTILE, HOSTILE]
     run["panels"] = [panel(name=HOSTILE), panel(name="not UTF-8: \udcff")]
     run["operations"] = replace(

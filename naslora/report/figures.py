@@ -1,24 +1,26 @@
-"""Plots as inline SVG or PNG.
+"""Plots in one style, as inline SVG or PNG.
 
 Inline SVG uses the CSS variables of the page for colours, so it follows the light and dark scheme.
 """
 
 import io
 import re
-from collections.abc import Callable, Iterable
-from html import escape
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.style
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from naslora.files import replaced_file
+from naslora.results import Epoch
 
-# Name: (light, dark). Plots are drawn in the light values. Then svg_figure replaces each of them by
-# its CSS variable, so no two light values may be equal.
+# Name: (light, dark). Plots are drawn in the light values. Then ``inline_svg`` replaces each of
+# them by its CSS variable, so no two light values may be equal.
 PALETTE = {
     "page": ("#fcfcfd", "#14171c"),
     "card": ("#f1f4f7", "#1d2229"),
@@ -57,6 +59,8 @@ FIGURE_STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 3,
 }
+STAGE_2_LABEL = "stage 2: architecture search"
+MOST_MARKERS = 40  # a curve of more points has no markers
 
 
 class Drawing(NamedTuple):
@@ -68,52 +72,100 @@ class Drawing(NamedTuple):
     """Plain text below the plot; the alternative text as well."""
     draw: Callable[[Axes], None]
     """Called once with the axes to draw on."""
-    size: tuple[float, float] = (4.3, 3)
+    size: tuple[float, float] = (4.6, 3)
     """Width and height in inches."""
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> None:
         """Writes the plot as a PNG file, atomically."""
-        with matplotlib.style.context(["default", FIGURE_STYLE]), replaced_file(path) as temporary:
-            self._figure().savefig(temporary, format="png", dpi=150)
+        path = folder / f"{self.name}.png"
+        with replaced_file(path) as temporary:
+            self._write(temporary, format="png", dpi=150)
 
     def svg(self) -> str:
         """The plot as an SVG document in the light colours."""
-        with matplotlib.style.context(["default", FIGURE_STYLE]):
-            buffer = io.StringIO()
-            no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            self._figure().savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+        buffer = io.StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        self._write(buffer, format="svg", transparent=True, metadata=no_metadata)
         return buffer.getvalue()
 
-    def _figure(self) -> Figure:
-        figure = Figure(figsize=self.size, layout="constrained")
-        self.draw(figure.add_subplot())
-        return figure
+    def _write(self, file: Path | io.StringIO, **options: Any) -> None:
+        with matplotlib.style.context(["default", FIGURE_STYLE]):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure.add_subplot())
+            figure.savefig(file, **options)
 
-
-def svg_figure(drawing: Drawing) -> str:
-    """The plot as a <figure> with inline SVG in the colours of the page."""
-    # Inside a page, the SVG needs neither its preamble nor its namespaces, and its style sheet
-    # would apply to the whole page.
-    svg = drawing.svg()
-    svg = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)
-    # The ids of one plot must differ from those of another.
-    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{drawing.name}-", svg)
-    for variable, (light, _) in PALETTE.items():
-        svg = svg.replace(light, f"var(--{variable})")
-    width, height = (72 * inches for inches in drawing.size)
-    caption = escape(drawing.caption)
-    return (
-        f'<figure><svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{caption}">'
-        f"{svg}<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def figure_group(figures: Iterable[Drawing]) -> str:
-    """Plots side by side, as many in a line as fit."""
-    return f'<div class="figures">{"".join(map(svg_figure, figures))}</div>'
+    def inline_svg(self) -> Markup:
+        """What follows the tag <svg> within a page, in the colours of the page."""
+        # The style sheet of the SVG would apply to the whole page.
+        svg = self.svg()
+        svg = svg[svg.index(">", svg.index("<svg")) + 1 :]
+        svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)
+        # The ids of one plot must differ from those of another.
+        svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
+        for variable, (light, _) in PALETTE.items():
+            svg = svg.replace(light, f"var(--{variable})")
+        return Markup(svg)
 
 
 def as_array(values: Iterable[float | None]) -> np.ndarray:
     """(N,) float64 of N numbers; None becomes NaN, which is not drawn."""
     return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+# ---- One row a method, layer or class ------------------------------------------------------------
+
+
+def row_size(rows: int) -> tuple[float, float]:
+    """Width and height of a plot with so many rows."""
+    return 4.6, 0.9 + 0.3 * rows
+
+
+def draw_row_axis(axes: Axes, titles: Sequence[str]) -> None:
+    """Labels the vertical axis with the rows' titles, from top to bottom."""
+    axes.set_yticks(range(len(titles)), titles)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_ylim(len(titles) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
+# ---- Curves over epochs --------------------------------------------------------------------------
+
+Curves = Mapping[str, tuple[str, Iterable[float | None]]]
+"""The colour of each line, and one number an epoch, by label."""
+
+
+def draw_curves(axes: Axes, history: list[Epoch], curves: Curves) -> None:
+    """Draws the curves that have at least one known value."""
+    epochs = [epoch.epoch for epoch in history]
+    for label, (colour, values) in curves.items():
+        known = as_array(values)
+        if np.isfinite(known).any():
+            axes.plot(epochs, known, color=colour, marker=marker(len(history)), label=label)
+
+
+def marker(points: int) -> str | None:
+    """The marker of a curve of that many points; None for no marker."""
+    return "o" if points <= MOST_MARKERS else None
+
+
+def draw_epoch_axis(axes: Axes, history: list[Epoch]) -> None:
+    """Labels the horizontal axis with whole epochs and marks the start of stage 2."""
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    first = next((epoch.epoch for epoch in history if epoch.stage == 2), None)
+    if first is None:
+        return
+    # A point is the state after its epoch, so stage 2 starts half an epoch before its first point.
+    position = first - 0.5
+    axes.axvline(position, color=MUTED, linestyle="--", linewidth=1)
+    on_the_left = position <= sum(axes.get_xlim()) / 2
+    axes.text(
+        position,
+        1.02,
+        STAGE_2_LABEL,
+        transform=axes.get_xaxis_transform(),
+        ha="left" if on_the_left else "right",
+        va="bottom",
+        fontsize=8,
+        color=MUTED,
+    )

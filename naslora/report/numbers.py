@@ -17,11 +17,6 @@ def number(value: float | None, form: str = ".4f") -> str:
     return format(value, form).replace("-", "\N{MINUS SIGN}") if is_known(value) else MISSING
 
 
-def count(value: int | None) -> str:
-    """An integer with commas between thousands; ``MISSING`` if unknown."""
-    return number(value, ",")
-
-
 def duration(seconds: float | None) -> str:
     """Seconds, minutes or hours, whichever suits the length; ``MISSING`` if unknown."""
     if not is_known(seconds):
@@ -39,8 +34,3 @@ def reduce_known(
     """Applies ``function`` to the known values; None if there are none."""
     known = [value for value in values if is_known(value)]
     return function(known) if known else None
-
-
-def average(values: list[float]) -> float:
-    """The arithmetic mean."""
-    return sum(values) / len(values)

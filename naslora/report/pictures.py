@@ -4,7 +4,6 @@ import base64
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +11,15 @@ from PIL import Image
 
 # Pixels on the longer side of an embedded picture. 18 of them take well below 3 MB.
 PICTURE_SIDE = 320
-ROW_SIDE = 4 * PICTURE_SIDE  # the same for a picture that shows several images in a row
+PAINTED_PIXELS = 1 << 18  # at once, to bound the memory for numbers of 8 bytes
 
-# Colours of the classes, distinct for every kind of colour vision.
-OVERLAY = (
+Colour = tuple[int, int, int]
+
+# Colours of the classes, distinct for every kind of colour vision. The first is rare in tissue,
+# skin and soil.
+OVERLAY: tuple[Colour, ...] = (
+    (0, 200, 255),
     (230, 159, 0),
-    (86, 180, 233),
     (0, 158, 115),
     (204, 121, 167),
     (240, 228, 66),
@@ -30,13 +32,11 @@ OVERLAY = (
 UNKNOWN_COLOUR = (128, 128, 128)
 
 # Kinds of errors, in colours that differ for every kind of colour vision.
-ERRORS = {
+ERRORS: dict[str, Colour] = {
     "missed": (0, 114, 178),
     "false alarm": (213, 94, 0),
     "another class": (204, 121, 167),
 }
-
-
 CHANGED = (230, 0, 200)
 """Pixels whose label a merge changes."""
 
@@ -70,40 +70,18 @@ class Panel:
     """Its place among the images of the split by Dice, 1 for the worst; None if unknown."""
 
 
-class Picture(NamedTuple):
-    """A picture with its caption."""
-
-    caption: str
-    """Plain text; the alternative text as well."""
-    image: np.ndarray
-    """(H, W, 3) uint8 RGB."""
-
-
-def picture_figure(picture: Picture) -> str:
-    """The picture as a <figure> as wide as the page."""
-    image = Image.fromarray(picture.image)
-    image.thumbnail((ROW_SIDE, ROW_SIDE))
-    return (
-        f'<figure><img src="{data_uri(np.asarray(image))}" alt="{escape(picture.caption)}" '
-        f'style="width: 100%; height: auto"><figcaption>{escape(picture.caption)}</figcaption>'
-        "</figure>"
-    )
-
-
 def data_uri(pixels: np.ndarray) -> str:
-    """(H, W, 3) uint8 pixels as the data URI of a JPEG."""
-    buffer = io.BytesIO()
+    """(H, W, 3) uint8 pixels, shrunk to ``PICTURE_SIDE``, as the data URI of a JPEG."""
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     # JPEG without colour subsampling keeps the edges of the overlay sharp in a fraction of a PNG's
     # size.
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=88, subsampling=0)
+    image.save(buffer, "JPEG", quality=88, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-PAINTED_PIXELS = 1 << 18  # at once, to bound the memory for numbers of 8 bytes
-
-
 def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.ndarray:
-    """Tints each class in its colour and draws its border in the full colour.
+    """Tints each class in its colour, with its border in the full colour and a black line around.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -113,13 +91,8 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.n
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    rows = max(1, PAINTED_PIXELS // max(1, image.shape[1]))
-    bands = (labels[top : top + rows] for top in range(0, len(labels), rows))
-    painted, done = np.empty_like(image), 0
-    for band in paint_bands(lambda top, bottom: image[top:bottom], bands, class_names):
-        painted[done : done + len(band)] = band
-        done += len(band)
-    return painted
+    bands = paint_bands(lambda top, bottom: image[top:bottom], [labels], class_names)
+    return np.concatenate(list(bands))
 
 
 def paint_bands(
@@ -140,12 +113,7 @@ def paint_bands(
     top = 0
     for neighbours in _with_neighbours(bands):
         bottom = top + len(neighbours) - 2
-        step = max(1, PAINTED_PIXELS // max(1, neighbours.shape[1]))
-        for start in range(top, bottom, step):
-            stop = min(start + step, bottom)
-            yield _paint_rows(
-                rows_of(start, stop), neighbours[start - top : stop - top + 2], class_names
-            )
+        yield _paint_rows(rows_of(top, bottom), neighbours, class_names)
         top = bottom
 
 
@@ -156,10 +124,12 @@ def _with_neighbours(bands: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """
     known: np.ndarray | None = None
     for band in bands:
-        known = np.concatenate([band[:1] if known is None else known, band])
-        if len(known) > 2:
-            yield np.pad(known, ((0, 0), (1, 1)), mode="edge")
-            known = known[-2:]
+        step = max(1, PAINTED_PIXELS // max(1, band.shape[1]))
+        for rows in (band[start : start + step] for start in range(0, len(band), step)):
+            known = np.concatenate([rows[:1] if known is None else known, rows])
+            if len(known) > 2:
+                yield np.pad(known, ((0, 0), (1, 1)), mode="edge")
+                known = known[-2:]
     if known is not None:
         yield np.pad(known, ((0, 1), (1, 1)), mode="edge")
 
@@ -173,7 +143,7 @@ def _paint_rows(image: np.ndarray, neighbours: np.ndarray, class_names: list[str
     colours[unknown(labels, class_names)] = UNKNOWN_COLOUR
     around = (neighbours[:-2, 1:-1], neighbours[2:, 1:-1], neighbours[1:-1, :-2])
     border = np.any([labels != other for other in (*around, neighbours[1:-1, 2:])], axis=0)
-    opacity = np.where(border, 1, 0.45) * (labels != 0)
+    opacity = np.where(border, 1, 0.35 * (labels != 0))
     blend = image + opacity[..., None] * (colours.astype(float) - image)
     return blend.round().astype(np.uint8)
 
@@ -203,6 +173,6 @@ def unknown(labels: np.ndarray, class_names: list[str]) -> np.ndarray:
     return (labels < 0) | (labels >= max(1, len(class_names)))
 
 
-def class_colour(label: int) -> tuple[int, int, int]:
+def class_colour(label: int) -> Colour:
     """RGB colour of a foreground class; ten colours in turn."""
     return OVERLAY[(label - 1) % len(OVERLAY)]

@@ -1,24 +1,17 @@
-"""The report of a run: one HTML file that loads nothing from elsewhere."""
+"""The report of a run."""
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from naslora.report.html import card, note
-from naslora.report.numbers import count, duration, is_known, number, reduce_known
-from naslora.report.page import configuration, page_title, write_page
+from naslora.report.numbers import duration, is_known, number, reduce_known
+from naslora.report.page import Cards, Part, write_page
 from naslora.report.pictures import Panel
-from naslora.report.sections.costs import (
-    parameters_section,
-    share_of_model,
-    times_section,
-    trainable_parameters,
-)
-from naslora.report.sections.examples import examples_section
-from naslora.report.sections.merging import merging_section
-from naslora.report.sections.operations import operations_section
-from naslora.report.sections.scores import scores_section
-from naslora.report.sections.training import training_section
+from naslora.report.sections.costs import parameters_parts, times_parts
+from naslora.report.sections.examples import examples_parts
+from naslora.report.sections.merging import merging_parts
+from naslora.report.sections.operations import operations_parts
+from naslora.report.sections.scores import scores_parts
+from naslora.report.sections.training import training_parts
 from naslora.results import Epoch, OperationHistory, RunResult, SplitScores
 
 SPLIT_TITLES = {
@@ -45,8 +38,7 @@ def write_report(
 
     Args:
         path: the file to write. Its folder is made if needed.
-        config: the run's configuration as JSON-ready values, shown whole. ``method``, ``model`` and
-            ``dataset`` (or ``data``) make the title.
+        config: the run's configuration, as ``page_title`` takes it, shown whole.
         result: what the run reports.
         history: one record an epoch; may be empty.
         operations: the path of alpha; None for a method without alpha.
@@ -58,55 +50,51 @@ def write_report(
         UserError: the file cannot be created.
         OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
-    title = page_title(config)
-    images = (result.images or {}).get("test")
-    sections = (  # first whether it worked, then why, then what it took
-        scores_section(result),
-        examples_section(panels, class_names, images),
-        merging_section(result, panels, class_names),
-        training_section(history, result.kept_epoch),
-        operations_section(operations, history),
-        parameters_section(result),
-        times_section(history, result.seconds),
-        configuration(config),
-    )
-    write_page(path, title, _header(title, result), "".join(sections))
+    sections = {  # first whether it worked, then why, then what it took
+        "Scores": scores_parts(result),
+        "Test images": examples_parts(panels, class_names, (result.images or {}).get("test")),
+        "Merging": merging_parts(result, panels, class_names),
+        "Training": training_parts(history, result.kept_epoch),
+        "Operations": operations_parts(operations, history),
+        "Parameters": parameters_parts(result.parameters),
+        "Time": times_parts(history, result.seconds),
+    }
+    write_page(path, page_title(config), config, _header(result), sections)
 
 
-def _header(title: str, result: RunResult) -> str:
-    """The title, cards with the main numbers, and the number of images."""
+def page_title(config: dict[str, Any], method: str = "") -> str:
+    """The title of a run's page: method, model and data.
+
+    Args:
+        config: the configuration as JSON-ready values.
+        method: replaces the configuration's.
+    """
+    dataset, root = config["data"]["dataset"], config["data"]["root"]
+    own = dataset in ("csv", "folders", "coco") and root  # a layout; the folder has the data's name
+    data = Path(root).name if own else dataset
+    return f"{method or config['method']} on {config['model']['name']} for {data}"
+
+
+def _header(result: RunResult) -> list[Part]:
+    """Cards with the main numbers, and the number of images."""
     name, scores = ("Test", result.test) if result.test else ("Validation", result.val)
     scores = scores or SplitScores()
-    seconds = f"{result.seconds:,.0f} s" if is_known(result.seconds) else ""
-    cards = (
-        card(f"{name} Dice", number(scores.dice), _worst(scores)),
-        card(f"{name} IoU", number(scores.iou), ""),
-        _merged_card(result),
-        card("Trainable parameters", count(trainable_parameters(result)), share_of_model(result)),
-        card("Time", duration(result.seconds), seconds),
-    )
-    return f'<h1>{escape(title)}</h1><dl class="headline">{"".join(cards)}</dl>{_images(result)}'
-
-
-def _worst(scores: SplitScores) -> str:
-    """The Dice of the worst image in words; empty if unknown."""
     worst = reduce_known(min, scores.image_dice or [])
-    return "" if worst is None else f"worst image {number(worst)}"
-
-
-def _merged_card(result: RunResult) -> str:
-    """A card with the best Dice of a merge that leaves SAM's own layers; empty without one."""
+    detail = "" if worst is None else f"worst image {number(worst)}"
+    cards = [
+        (f"{name} Dice", number(scores.dice), detail),
+        (f"{name} IoU", number(scores.iou), ""),
+    ]
+    # exact leaves a convolution beside SAM's own layers
     plain = {m: s.dice for m, s in (result.test_merged or {}).items() if m != "exact"}
     known = {mode: dice for mode, dice in plain.items() if is_known(dice)}
-    if not known:
-        return ""
-    mode = max(known, key=known.__getitem__)
-    return card("Merged into SAM's layers", number(known[mode]), f"test Dice, {escape(mode)}")
-
-
-def _images(result: RunResult) -> str:
-    parts = [
-        f"{count(images)} {escape(SPLIT_TITLES.get(split, split))}"
-        for split, images in (result.images or {}).items()
-    ]
-    return note(f"Images: {', '.join(parts)}.") if parts else ""
+    if known:
+        mode = max(known, key=known.__getitem__)
+        cards.append(("Merged into SAM's layers", number(known[mode]), f"test Dice, {mode}"))
+    if result.parameters:
+        share = result.parameters.trainable / max(1, result.parameters.total)
+        trained = f"{result.parameters.trainable:,}"
+        cards.append(("Trainable parameters", trained, f"{share:.2%} of all"))
+    cards.append(("Time", duration(result.seconds), ""))
+    images = [f"{n:,} {SPLIT_TITLES.get(s, s)}" for s, n in (result.images or {}).items()]
+    return [Cards(cards), *([f"Images: {', '.join(images)}."] if images else [])]

@@ -1,6 +1,5 @@
-"""A table of text, and how it looks in HTML and in Markdown."""
+"""A table of text, for a page, Markdown or a terminal."""
 
-from html import escape
 from typing import NamedTuple
 
 
@@ -9,30 +8,10 @@ class Table(NamedTuple):
 
     head: list[str]
     rows: list[list[str]]
-
-
-def html_table(table: Table, caption: str = "", total: bool = False) -> str:
-    """The table in HTML. All text is escaped here.
-
-    Args:
-        table: the table.
-        caption: text above the table; empty for none.
-        total: sets off the last row.
-    """
-    cells = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
-    lines = [
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in table.rows
-    ]
-    if total:
-        lines[-1] = lines[-1].replace("<tr>", '<tr class="total">', 1)
-    caption = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="scroll"><table>{caption}<thead><tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    total: bool = False
+    """Whether a page sets off the last row."""
+    tints: list[list[str]] | None = None
+    """On a page, the CSS of each cell after the first."""
 
 
 def markdown_table(table: Table) -> str:

@@ -9,13 +9,13 @@ operation_losses.csv, .png  what the chosen operations are worth, beside random 
 report.html             all of these
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -29,14 +29,16 @@ from naslora.files import replaced_file, replaced_folder
 from naslora.methods import searches
 from naslora.records import write_rows
 from naslora.report.figures import BLUE, MUTED, ORANGE, Drawing
-from naslora.report.pictures import Picture, paint
-from naslora.report.study_report import Part, write_study
+from naslora.report.numbers import number
+from naslora.report.page import Part, Pictures, write_page
+from naslora.report.pictures import paint
+from naslora.report.run_report import page_title
 from naslora.report.tables import Table
 from naslora.results import REPORT
-from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.segmentation import SamForSegmentation, build_model, predict_labels
 from naslora.sam.shipped import NONE
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
-from naslora.study.grad_cam import heat_map, heat_overlay
+from naslora.study.grad_cam import heat_overlay
 from naslora.study.operation_losses import write_operation_losses
 from naslora.study.seeds import read_history, read_operations, write_convergence, write_operations
 from naslora.trained import load_model
@@ -47,12 +49,18 @@ from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset
 
 SHOWN = 4  # images in the picture panels
-SIZE = (4.6, 3)  # of a plot, in inches
 COLOURS = {"random": MUTED, "frozen": ORANGE, "trained": BLUE}
-Statistics = dict[str, list[BlockStatistics]]
-"""The blocks of each model, by the name of the model."""
+QUANTITIES = {
+    "attention_distance": ("Mean attention distance of each block, in pixels.", "distance, px"),
+    "log_amplitude": (
+        "Relative log amplitude of the highest frequency after each block.",
+        "log amplitude",
+    ),
+}
+"""Of fields of ``BlockStatistics`` the plot's caption and the name of the axis."""
 
-"""An item of a ``SegmentationDataset``."""
+Statistics = Mapping[str, list[BlockStatistics]]
+"""The blocks of each model, by the name of the model."""
 
 
 def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0) -> None:
@@ -76,7 +84,8 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
     mixtures = read_operations(runs) if searches(config.method, config.adapter) else None
     check_output(config, output, resume=False)
     samples = find_splits(config)["test"]
-    drawn = _draw_samples(samples, images, seed)
+    order = np.random.default_rng(seed).permutation(len(samples))
+    drawn = [samples[i] for i in sorted(order[:images])]
     device = make_accelerator(config.training).device
     models = _models(model, config, seed)
     statistics = {
@@ -85,24 +94,29 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
         )
         for name, other in models.items()
     }
+    shown = _shown(config, samples)
     with replaced_folder(output) as folder:
-        sections: dict[str, list[Part]] = {
+        sections: dict[str, Sequence[Part]] = {
             "Inductive bias (Table 4)": _write_statistics(statistics, len(drawn), folder),
-            "Grad-CAM (Fig. 4)": _write_heat_maps(models, config, samples, folder),
-            "Predictions (Fig. 3)": _write_predictions(model, config, samples, folder),
+            "Grad-CAM (Fig. 4)": _write_pictures(
+                folder / "gradcam.png",
+                [_heat_maps(models, item) for item in shown],
+            ),
+            "Predictions (Fig. 3)": _write_pictures(
+                folder / "predictions.png",
+                [_prediction(model, config, item) for item in shown],
+            ),
             "Convergence (Fig. C1)": write_convergence(histories, config, folder),
         }
         if mixtures is not None:
             sections["Operations (Fig. C2)"] = write_operations(mixtures, folder)
             losses = write_operation_losses(model, config, seed, folder)
             sections["Operations moved to skip"] = losses
-        title = f"Analysis of {config.method} on {config.model.name}"
-        write_study(folder / REPORT, title, sections, config.to_dict())
-
-
-def _draw_samples(samples: list[Sample], count: int, seed: int) -> list[Sample]:
-    chosen = np.random.default_rng(seed).permutation(len(samples))[:count]
-    return [samples[i] for i in sorted(chosen)]
+        for part in chain(*sections.values()):
+            if isinstance(part, Drawing):
+                part.save(folder)
+        values = config.to_dict()
+        write_page(folder / REPORT, f"Analysis of {page_title(values)}", values, [], sections)
 
 
 def _models(
@@ -148,54 +162,25 @@ def _write_statistics(statistics: Statistics, images: int, output: Path) -> list
     ]
     write_rows(output / "encoder.csv", rows)
     drawings = [
-        Drawing(
-            "attention_distance",
-            "Mean attention distance of each block, in pixels.",
-            partial(
-                _draw_blocks,
-                statistics=statistics,
-                quantity=lambda block: block.attention_distance,
-                label="attention distance, pixels",
-            ),
-            SIZE,
-        ),
-        Drawing(
-            "log_amplitude",
-            "Relative log amplitude of the highest frequency after each block.",
-            partial(
-                _draw_blocks,
-                statistics=statistics,
-                quantity=lambda block: block.log_amplitude,
-                label="log amplitude",
-            ),
-            SIZE,
-        ),
+        Drawing(name, caption, partial(_draw_blocks, statistics=statistics, name=name, label=label))
+        for name, (caption, label) in QUANTITIES.items()
     ]
-    for drawing in drawings:
-        drawing.save(output / f"{drawing.name}.png")
-    note = f"Means over {images} test images. Distances are also means over heads and queries."
-    return [*drawings, _table_4(statistics), note]
-
-
-def _table_4(statistics: Statistics) -> Table:
     head = ["Block", "Window"]
-    for quantity in ("distance, px", "log amplitude"):
-        head += [f"{name}: {quantity}" for name in statistics]
-    rows = []
+    head += [f"{model}: {label}" for _, label in QUANTITIES.values() for model in statistics]
+    table = []
     for blocks in zip(*statistics.values(), strict=True):  # the same block of each model
-        first = blocks[0]
-        cells = [str(first.block), "global" if first.window is None else str(first.window)]
-        cells += [f"{block.attention_distance:.1f}" for block in blocks]
-        rows.append([*cells, *(f"{block.log_amplitude:.2f}" for block in blocks)])
-    return Table(head, rows)
+        cells = [str(blocks[0].block), str(blocks[0].window or "global")]
+        for name in QUANTITIES:
+            cells += [number(getattr(block, name), ".2f") for block in blocks]
+        table.append(cells)
+    note = f"Means over {images} test images. Distances are also means over heads and queries."
+    return [*drawings, Table(head, table), note]
 
 
-def _draw_blocks(
-    axes: Axes, statistics: Statistics, quantity: Callable[[BlockStatistics], float], label: str
-) -> None:
-    for name, blocks in statistics.items():
-        numbers = [block.block for block in blocks]
-        axes.plot(numbers, list(map(quantity, blocks)), "o-", color=COLOURS[name], label=name)
+def _draw_blocks(axes: Axes, statistics: Statistics, name: str, label: str) -> None:
+    for model, blocks in statistics.items():
+        values = [getattr(block, name) for block in blocks]
+        axes.plot([own.block for own in blocks], values, "o-", color=COLOURS[model], label=model)
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(label)
@@ -217,47 +202,34 @@ def _pixels(item: Item) -> np.ndarray:
     return (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()
 
 
-def _write_pictures(path: Path, rows: list[tuple[str, list[np.ndarray]]]) -> list[Part]:
-    """Writes a grid of pictures with white gaps as one PNG file, and returns it for the report.
-
-    Args:
-        path: the file; not written without rows.
-        rows: caption and (S, S, 3) uint8 pictures of each row.
-    """
+def _write_pictures(path: Path, rows: list[Pictures]) -> list[Part]:
+    """Writes pictures of equal size as one PNG file, with white gaps; none without rows."""
     if not rows:
         return ["No test image has any foreground."]
     gap = ((0, 4), (0, 4), (0, 0))
     lines = [
-        np.concatenate([np.pad(picture, gap, constant_values=255) for picture in row], 1)
-        for _, row in rows
+        np.concatenate([np.pad(pixels, gap, constant_values=255) for _, pixels in row.pictures], 1)
+        for row in rows
     ]
     with replaced_file(path) as temporary:
         Image.fromarray(np.concatenate(lines)).save(temporary, format="PNG")
-    return [Picture(caption, np.concatenate(row, axis=1)) for caption, row in rows]
+    return list(rows)
 
 
-def _write_predictions(
-    model: Any, config: RunConfig, samples: list[Sample], output: Path
-) -> list[Part]:
-    names = ["background", *config.data.class_names]
-    rows = []
-    for item in _shown(config, samples):
-        with torch.no_grad():
-            image = item["image"][None].to(model.pixel_mean.device)
-            labels = model.eval()(image).labels()[0].cpu().numpy()
-        pixels = _pixels(item)
-        row = [pixels, paint(pixels, item["mask"].numpy(), names), paint(pixels, labels, names)]
-        rows.append((f"{item['name']}: image, truth, prediction", row))
-    return _write_pictures(output / "predictions.png", rows)
+def _prediction(model: SamForSegmentation, config: RunConfig, item: Item) -> Pictures:
+    names, pixels = ["background", *config.data.class_names], _pixels(item)
+    labels = predict_labels(model, item["image"][None])[0].numpy()
+    pictures = [
+        ("image", pixels),
+        ("truth", paint(pixels, item["mask"].numpy(), names)),
+        ("prediction", paint(pixels, labels, names)),
+    ]
+    return Pictures(item["name"], item["name"], pictures)
 
 
-def _write_heat_maps(
-    models: dict[str, SamForSegmentation], config: RunConfig, samples: list[Sample], output: Path
-) -> list[Part]:
-    rows = []
-    for item in _shown(config, samples):
-        pixels = _pixels(item)
-        heats = [heat_map(model, item["image"], item["mask"]) for model in models.values()]
-        row = [pixels, *(heat_overlay(pixels, heat) for heat in heats)]
-        rows.append((f"{item['name']}: image, {', '.join(models)}", row))
-    return _write_pictures(output / "gradcam.png", rows)
+def _heat_maps(models: Mapping[str, SamForSegmentation], item: Item) -> Pictures:
+    pixels = _pixels(item)
+    pictures = [("image", pixels)]
+    for name, model in models.items():
+        pictures.append((name, heat_overlay(model, item["image"], item["mask"], pixels)))
+    return Pictures(item["name"], item["name"], pictures)

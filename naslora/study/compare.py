@@ -1,22 +1,15 @@
 """``naslora compare`` and ``naslora ablate``: which rows a study has."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from naslora.choices import AblationName
 from naslora.errors import UserError
-from naslora.report.page import page_title
+from naslora.report.run_report import page_title
 from naslora.study.measurement import find_refusals
-from naslora.study.rows import BASE, Row, ablation_rows, method_rows, with_seed
-from naslora.study.sweep import (
-    Key,
-    Study,
-    check_complete,
-    check_distinct,
-    in_own_process,
-    run_study,
-    say,
-)
+from naslora.study.rows import BASE, ablation_rows, method_rows
+from naslora.study.sweep import Study, in_own_process, run_study, say
 from naslora.training.resolve import resolve
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
@@ -46,28 +39,20 @@ def compare(
     """
     if (config.method, config.seed) != (RunConfig.method, RunConfig.seed):
         raise UserError("compare takes --methods and --seeds, not --method or --seed")
-    check_distinct("methods", methods)
+    _check_distinct("methods", methods)
     config = resolve(config)
     rows = method_rows(config, methods)
-    _check_output(config, rows, seeds, output, resume)
+    title = page_title(config.to_dict(), f"{len(methods)} methods")
+    study = Study("compare", title, config, rows, seeds, LORA, output, output, costs=True)
+    _check_output(study, resume)
     refused = in_own_process(find_refusals, rows)
-    if len(refused) == len(rows):
+    fitting = [method for method in methods if method not in refused]
+    if not fitting:
         raise UserError("no method fits: " + "; ".join(f"{m}: {r}" for m, r in refused.items()))
     for method, reason in refused.items():
         say("compare", f"{method} is left out: {reason}")
-    study = Study(
-        command="compare",
-        title=page_title({**config.to_dict(), "method": f"{len(methods)} methods"}),
-        recipe=config,
-        rows=rows,
-        seeds=seeds,
-        reference=LORA if LORA in methods else next(m for m in methods if m not in refused),
-        output=output,
-        tables=output,
-        costs=True,
-        refused=refused,
-    )
-    check_complete(run_study(study), study)
+    reference = LORA if LORA in methods else fitting[0]
+    run_study(replace(study, reference=reference, refused=refused))
 
 
 def ablate(
@@ -93,30 +78,26 @@ def ablate(
     """
     config = resolve(config)
     rows = ablation_rows(name, config)
-    _check_output(config, rows, seeds, output, resume)
-    study = Study(
-        command=f"ablate {name}",
-        title=f"Ablation of {config.method} on {config.model.name}: {name}",
-        recipe=config,
-        rows=rows,
-        seeds=seeds,
-        reference=BASE,
-        output=output,
-        tables=output / name,
-        costs=False,
-    )
-    check_complete(run_study(study), study)
-    return (study.tables / "table.md").read_text(encoding="utf-8")
+    title = f"Ablation of {page_title(config.to_dict())}: {name}"
+    tables = output / name
+    study = Study(f"ablate {name}", title, config, rows, seeds, BASE, output, tables, costs=False)
+    _check_output(study, resume)
+    run_study(study)
+    return (tables / "table.md").read_text(encoding="utf-8")
 
 
-def _check_output(
-    config: RunConfig, rows: Sequence[Row], seeds: Sequence[int], output: Path, resume: bool
-) -> None:
-    """Checks the folders before anything runs."""
-    check_distinct("seeds", seeds)
+def _check_output(study: Study, resume: bool) -> None:
+    """Checks the seeds, and the folders before anything runs."""
+    _check_distinct("seeds", study.seeds)
     if not resume:
-        check_output(config, output, resume)
-    for row in rows:
-        for seed in seeds:
-            folder = Key(row.name, seed).folder(output)
-            check_output(with_seed(row.config, seed), folder, resume=True)
+        check_output(study.recipe, study.output, resume)
+    for row, _, folder in study.runs():
+        check_output(row.config, folder, resume=True)
+
+
+def _check_distinct(name: str, values: Sequence[str] | Sequence[int]) -> None:
+    """Checks that rows or seeds can be the axis of a table."""
+    if not values:
+        raise UserError(f"{name} must name at least one")
+    if len(set(values)) != len(values):
+        raise UserError(f"{name} must be distinct, got {' '.join(map(str, values))}")

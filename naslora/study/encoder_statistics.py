@@ -4,15 +4,19 @@ The mean attention distance (Raghu et al. 2021) is how far a token looks. The re
 (Park and Kim 2022) is how much of the high frequencies the output of a block keeps.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from segment_anything.modeling.image_encoder import add_decomposed_rel_pos, window_unpartition
+from segment_anything.modeling.image_encoder import window_unpartition
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from naslora.errors import UserError
-from naslora.methods.encoders import is_plain_vit, tiny_vit_stages
+from naslora.sam.attention import fuse_attention, unfuse_attention
+from naslora.sam.encoders import transformer_blocks
 
 
 class BlockStatistics(NamedTuple):
@@ -39,173 +43,113 @@ def block_statistics(
     to them.
 
     Args:
-        encoder: a plain ViT of SAM, MobileSAM's TinyViT, or SAM 2's Hiera; adapted or not.
-        images: (B, 3, S, S) normalised batches, as the encoder takes them.
+        encoder: of ``build_image_encoder``; adapted or not.
+        images: (B, 3, S, S) normalised batches of equal size, as the encoder takes them.
         image_size: S in pixels.
 
     Raises:
-        UserError: the encoder is of another kind, or its method adds tokens to those of the image.
+        UserError: the encoder's method adds tokens to those of the image.
     """
-    blocks = _blocks(encoder)
     encoder.eval()
-    distances = [_Mean() for _ in blocks]
-    amplitudes = [_Mean() for _ in blocks]
-    grids: list[tuple[int, int]] = [(0, 0)] * len(blocks)
-    handles = []
-
-    def watch(i: int, block: Any) -> None:
-        def before_block(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            grids[i] = inputs[0].shape[1], inputs[0].shape[2]
-
-        def before_attention(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found = attention_distances(attention, inputs[0])  # (B * windows, h, w)
-            step, (height, width) = _step(attention), grids[i]
-            queries = height // step, width // step
-            found = _without_padding(found, _side(block.window_size) // step, queries)
-            distances[i].add(found * image_size / grids[i][0])
-
-        def after_block(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            amplitudes[i].add(relative_log_amplitude(output))
-
-        handles.append(block.register_forward_pre_hook(before_block))
-        handles.append(block.attn.register_forward_pre_hook(before_attention))
-        handles.append(block.register_forward_hook(after_block))
-
+    fused = unfuse_attention(encoder)
+    watched = [_Watched(block) for block in transformer_blocks(encoder) if hasattr(block, "attn")]
     try:
-        for i, block in enumerate(blocks):
-            watch(i, block)
         for batch in images:
             encoder(batch)
     finally:
-        for handle in handles:
-            handle.remove()
-    if any(distance.count == 0 for distance in distances):
+        for block in watched:
+            for handle in block.handles:
+                handle.remove()
+        if fused:
+            fuse_attention(encoder)
+    if not all(block.distances for block in watched):
         raise UserError(
             "attention distances cannot be measured: the run's method attends to more tokens than "
             "those of the image"
         )
     return [
-        BlockStatistics(i + 1, _side(block.window_size) or None, distance.value, amplitude.value)
-        for i, (block, distance, amplitude) in enumerate(
-            zip(blocks, distances, amplitudes, strict=True)
+        BlockStatistics(
+            i,
+            block.window or None,
+            image_size * fmean(block.distances),
+            fmean(block.amplitudes),
         )
+        for i, block in enumerate(watched, 1)
     ]
 
 
-class _Mean:
-    """A running mean of the elements of tensors."""
+class _Watched:
+    """Measures a block whenever it computes, until its handles are removed."""
 
-    def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
+    def __init__(self, block: Any) -> None:
+        size = block.window_size
+        self.window: int = size if isinstance(size, int) else size[0]  # 0 is none
+        self.distances: list[float] = []  # one mean a batch, as shares of the image's side
+        self.amplitudes: list[float] = []
+        self.found: Tensor | None = None
+        self.handles = [
+            block.attn.register_forward_pre_hook(self.before_attention),
+            block.register_forward_hook(self.after_block),
+        ]
 
-    def add(self, values: Tensor) -> None:
-        self.total += float(values.double().sum())
-        self.count += values.numel()
+    def before_attention(self, attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.found = attention_distances(attention, inputs[0])  # (B * windows, M, M)
+        self.step = 1 if getattr(attention, "q_pool", None) is None else 2
 
-    @property
-    def value(self) -> float:
-        return self.total / self.count
+    def after_block(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.amplitudes.append(float(relative_log_amplitude(output).mean()))
+        if self.found is None:
+            return
+        tokens = inputs[0].shape[1]
+        if self.window:
+            side, queries = self.window // self.step, tokens // self.step
+            padded = queries + -queries % side
+            windows = self.found[..., None]
+            self.found = window_unpartition(windows, side, (padded,) * 2, (queries,) * 2)
+        self.distances.append(float(self.found.mean()) / tokens)
 
 
-def _blocks(encoder: Any) -> list[Any]:
-    """The transformer blocks: modules of segment_anything or of timm."""
-    for module in (encoder, getattr(encoder, "trunk", encoder)):  # SAM 2 has a trunk
-        if is_plain_vit(module):
-            return list(module.blocks)
-    stages: list[Any] = tiny_vit_stages(encoder)
-    blocks = [block for stage in stages for block in stage.blocks]
-    if not blocks:
-        raise UserError(f"cannot analyse a {type(encoder).__name__}: it has no attention blocks")
-    return blocks
+class _Weights(TorchFunctionMode):
+    """Keeps the last softmax of at least three dimensions: the weights of an attention."""
+
+    kept: Tensor
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is Tensor.softmax and result.dim() > 2:
+            self.kept = result
+        return result
 
 
 def attention_distances(attention: Any, x: Tensor) -> Tensor:
     """Attention distance of each query: sum_k attention_qk |position_q - position_k|.
 
     Args:
-        attention: attention module of segment_anything, of timm's TinyViT, or of timm's Hiera.
-        x: its input, (B, h, w, C), or (B, h * w, C) with h = w.
+        attention: attention module of segment_anything, of timm's TinyViT, or of timm's Hiera, as
+            its package computes it.
+        x: its input, (B, N, N, C), or (B, N * N, C).
 
     Returns:
-        (B, h, w) float32 distances in tokens of the keys, mean over the heads. Hiera pools the
-        queries at the start of a stage: then (B, h / 2, w / 2). A pooled query is in the middle of
+        (B, N, N) float32 distances in tokens of the keys, mean over the heads. Hiera pools the
+        queries at the start of a stage: then (B, N / 2, N / 2). A pooled query is in the middle of
         its four tokens.
     """
-    batch = x.shape[0]
-    h, w = x.shape[1:3] if x.dim() == 4 else attention.resolution
-    if x.dim() == 4:
-        q, k = _plain_queries_and_keys(attention, x)
-    else:
-        q, k = _tiny_queries_and_keys(attention, x)
-    step = _step(attention)
-    if step > 1:
-        q = _pooled(attention, q, (h, w))
-    keys = _places(h, w, x.device)
-    queries = step * _places(h // step, w // step, x.device) + (step - 1) / 2
-    away = torch.cdist(queries, keys)  # (M, N)
-    distance = x.new_zeros(batch, len(queries), dtype=torch.float32)
-    heads = q.shape[1]
-    for head in range(heads):  # one at a time: all heads of a global block would take gigabytes
-        logits = q[:, head] @ k[:, head].transpose(-2, -1)  # (B, M, N)
-        if x.dim() == 3:
-            logits = logits + attention.get_attention_biases(x.device)[head]
-        elif getattr(attention, "use_rel_pos", False):
-            logits = add_decomposed_rel_pos(
-                logits,
-                q[:, head] / attention.scale,
-                attention.rel_pos_h,
-                attention.rel_pos_w,
-                (h, w),
-                (h, w),
-            )
-        distance += (logits.float().softmax(-1) * away).sum(-1) / heads
-    return distance.view(batch, h // step, w // step)
+    attention.fused_attn = False  # timm's own fused attention shows no weights
+    with _Weights() as weights:
+        attention.forward(x)
+    queries, keys = (math.isqrt(count) for count in weights.kept.shape[-2:])
+    step = keys // queries
+    away = torch.cdist(step * _places(queries, x) + (step - 1) / 2, _places(keys, x))
+    found = (weights.kept.float() * away).sum(-1)
+    return found.view(len(x), -1, queries, queries).mean(1)
 
 
-def _places(h: int, w: int, device: torch.device) -> Tensor:
-    """(h * w, 2) float32 rows and columns."""
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack([rows.flatten(), columns.flatten()], 1).to(device, torch.float32)
-
-
-def _pooled(attention: Any, q: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Queries (B, heads, h * w, d) to those that Hiera pools, (B, heads, h * w / 4, d)."""
-    maps = q.transpose(2, 3).flatten(1, 2).unflatten(2, grid)  # (B, heads * d, h, w)
-    return attention.q_pool(maps).flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)
-
-
-def _side(window: int | tuple[int, int]) -> int:
-    """The side of a square window; 0 is none. timm's Hiera gives two equal sides."""
-    return window if isinstance(window, int) else window[0]
-
-
-def _step(attention: Any) -> int:
-    """Tokens along an axis for one query: 2 where Hiera pools the queries, else 1."""
-    return 1 if getattr(attention, "q_pool", None) is None else 2
-
-
-def _plain_queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys, (B, heads, N, d) each; the queries are scaled."""
-    batch, h, w, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, h * w, 3, attention.num_heads, -1)
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return q * attention.scale, k
-
-
-def _tiny_queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of TinyViT, which normalises its input and keeps q, k and v of a head together."""
-    batch, tokens, _ = x.shape
-    qkv = attention.qkv(attention.norm(x)).view(batch, tokens, attention.num_heads, -1)
-    q, k = qkv[..., : 2 * attention.key_dim].transpose(1, 2).chunk(2, dim=-1)
-    return q * attention.scale, k
-
-
-def _without_padding(found: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
-    """Values of windows, (B * windows, h, w), as values of the image's tokens, (B, H, W)."""
-    if window == 0:
-        return found
-    padded = tuple(side + -side % window for side in grid)
-    return window_unpartition(found[..., None], window, padded, grid)[..., 0]
+def _places(side: int, like: Tensor) -> Tensor:
+    """(side * side, 2) float32 rows and columns."""
+    along = torch.arange(side, dtype=torch.float32, device=like.device)
+    return torch.cartesian_prod(along, along)
 
 
 def relative_log_amplitude(features: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from naslora.sam.encoders import transformer_blocks
 from naslora.sam.segmentation import SamForSegmentation
 
 
-def heat_map(model: SamForSegmentation, image: Tensor, mask: Tensor) -> np.ndarray:
+def heat_overlay(
+    model: SamForSegmentation, image: Tensor, mask: Tensor, pixels: np.ndarray
+) -> np.ndarray:
     """Grad-CAM (Selvaraju et al. 2017) of the foreground's score at the encoder's last block.
 
     The score is a sum over the foreground's pixels: of logits if the task is binary, else of the
@@ -20,9 +22,10 @@ def heat_map(model: SamForSegmentation, image: Tensor, mask: Tensor) -> np.ndarr
         model: trained or not.
         image: (3, S, S) in [0, 1].
         mask: (S, S) labels.
+        pixels: (S, S, 3) uint8 RGB, the image.
 
     Returns:
-        (S, S) float32 in [0, 1].
+        (S, S, 3) uint8 RGB: the heat over the image.
     """
     kept: list[Tensor] = []  # the output of the last block, (1, H, W, C)
     last = transformer_blocks(model.image_encoder)[-1]
@@ -42,18 +45,5 @@ def heat_map(model: SamForSegmentation, image: Tensor, mask: Tensor) -> np.ndarr
     heat = (weights * kept[0]).sum(-1).relu().detach()[:, None]  # (1, 1, H, W)
     heat = F.interpolate(heat, mask.shape, mode="bilinear")[0, 0]
     heat = heat - heat.min()
-    return (heat / heat.max().clamp_min(1e-7)).float().cpu().numpy()
-
-
-def heat_overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Paints a heat map over an image.
-
-    Args:
-        pixels: (S, S, 3) uint8 RGB.
-        heat: (S, S) in [0, 1].
-
-    Returns:
-        (S, S, 3) uint8 RGB.
-    """
-    colours = 255 * matplotlib.colormaps["jet"](heat)[..., :3]
-    return (colours / 2 + pixels / 2).round().astype(np.uint8)
+    colours = matplotlib.colormaps["jet"]((heat / heat.max().clamp_min(1e-7)).float().cpu().numpy())
+    return (255 * colours[..., :3] / 2 + pixels / 2).round().astype(np.uint8)

@@ -24,9 +24,7 @@ from naslora.adapter.layer.cell import LEFT_OUT
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 from naslora.records import write_rows
-from naslora.report.figures import BLUE, INK, MUTED, ORANGE, Drawing
-from naslora.report.row_plots import draw_row_axis, plot_height
-from naslora.report.study_report import Part
+from naslora.report.figures import BLUE, INK, MUTED, ORANGE, Drawing, draw_row_axis, row_size
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.trained import evaluate_model
 from naslora.training.run_config import RunConfig
@@ -57,17 +55,14 @@ class OperationLoss:
 
 def write_operation_losses(
     model: SamForSegmentation, config: RunConfig, seed: int, output: Path
-) -> list[Part]:
+) -> list[Drawing]:
     """Measures what the chosen operations, and random ones, are worth on the validation images.
 
     Args:
         model: a trained model whose layers have cells.
         config: its run.
         seed: of the random operations.
-        output: folder for operation_losses.csv and operation_losses.png.
-
-    Returns:
-        The parts of the report.
+        output: folder for operation_losses.csv.
 
     Raises:
         UserError: no validation image has a foreground to score.
@@ -75,8 +70,6 @@ def write_operation_losses(
     samples = find_splits(config)["val"]
     alphas = {name: layer.alpha for name, layer in adapter_layers(model) if layer.alpha is not None}
     weights = {name: alpha.detach().double().softmax(0) for name, alpha in alphas.items()}
-    chosen = {name: _largest(own) for name, own in weights.items()}
-    random = _random_operations(weights, chosen, seed)
 
     def dice(operations: Operations) -> float:
         with moved_to_skip(alphas, operations):
@@ -85,21 +78,50 @@ def write_operation_losses(
             raise UserError("no validation image has a foreground, so no operation can be scored")
         return found
 
-    whole = dice({})
-    cases: list[tuple[str, str | None, Operations]] = [
-        (name, OPERATIONS[index], {name: index}) for name, index in chosen.items()
-    ]
-    cases.append((ALL_LAYERS, None, chosen))
-    cases += [(f"random operations, draw {i + 1}", None, draw) for i, draw in enumerate(random)]
-    shown = track(cases, "moving weights to skip", console=Console(stderr=True), transient=True)
-    rows = [
-        OperationLoss(layer, operation, _mean_weight(weights, moved), whole - dice(moved))
-        for layer, operation, moved in shown
-    ]
+    whole, rows = dice({}), []
+    shown = track(
+        _cases(weights, seed),
+        "moving weights to skip",
+        console=Console(stderr=True),
+        transient=True,
+    )
+    for layer, operation, moved in shown:
+        weight = sum(float(weights[name][index]) for name, index in moved.items())
+        lost = whole - dice(moved)
+        rows.append(OperationLoss(layer, operation, weight / max(len(moved), 1), lost))
     write_rows(output / "operation_losses.csv", rows)
-    drawing = Drawing("operation_losses", _caption(rows), partial(_draw, rows=rows), _size(rows))
-    drawing.save(output / "operation_losses.png")
-    return [drawing]
+    lost_by_chosen = next(row.dice_lost for row in rows if row.layer == ALL_LAYERS)
+    lost_by_random = np.mean([row.dice_lost for row in rows[-RANDOM_DRAWS:]])
+    caption = (
+        "Validation Dice lost when the weight of the chosen operation moves to skip, in one layer "
+        f"or in all ({lost_by_chosen:.4f}), and when that of a random other operation does in all "
+        f"layers (mean {lost_by_random:.4f} of {RANDOM_DRAWS} draws)."
+    )
+    return [Drawing("operation_losses", caption, partial(_draw, rows=rows), row_size(len(rows)))]
+
+
+def _cases(
+    weights: Mapping[str, Tensor], seed: int
+) -> list[tuple[str, str | None, dict[str, int]]]:
+    """What to move: the chosen operation of each layer and of all, then the random draws.
+
+    A random operation is neither `skip`, nor the chosen one, nor left out.
+    """
+    chosen, others = {}, {}
+    for name, own in weights.items():
+        ranked = [i for i in own.argsort(descending=True, stable=True).tolist() if i != SKIP]
+        chosen[name] = ranked[0]
+        others[name] = sorted(i for i in ranked[1:] if own[i] > 0)
+    generator = np.random.default_rng(seed)
+    draws = [
+        {name: int(generator.choice(own)) for name, own in others.items() if own}
+        for _ in range(RANDOM_DRAWS)
+    ]
+    return [
+        *((name, OPERATIONS[index], {name: index}) for name, index in chosen.items()),
+        (ALL_LAYERS, None, chosen),
+        *((f"random operations, draw {i}", None, draw) for i, draw in enumerate(draws, 1)),
+    ]
 
 
 @contextmanager
@@ -123,45 +145,6 @@ def moved_to_skip(alphas: Mapping[str, Tensor], operations: Operations) -> Itera
         with torch.no_grad():
             for name, alpha in before.items():
                 alphas[name].copy_(alpha)
-
-
-def _largest(weights: Tensor) -> int:
-    others = weights.clone()
-    others[SKIP] = -1
-    return int(others.argmax())
-
-
-def _random_operations(
-    weights: Mapping[str, Tensor], chosen: Operations, seed: int
-) -> list[dict[str, int]]:
-    """For each draw an operation a layer: neither `skip`, nor the chosen one, nor left out."""
-    generator = np.random.default_rng(seed)
-    others = {
-        name: [i for i in range(len(own)) if i not in (SKIP, chosen[name]) and own[i] > 0]
-        for name, own in weights.items()
-    }
-    return [
-        {name: int(generator.choice(own)) for name, own in others.items() if own}
-        for _ in range(RANDOM_DRAWS)
-    ]
-
-
-def _mean_weight(weights: Mapping[str, Tensor], moved: Operations) -> float:
-    return sum(float(weights[name][index]) for name, index in moved.items()) / max(len(moved), 1)
-
-
-def _caption(rows: list[OperationLoss]) -> str:
-    lost = [row.dice_lost for row in rows if row.layer.startswith("random")]
-    chosen = next(row.dice_lost for row in rows if row.layer == ALL_LAYERS)
-    return (
-        "Validation Dice lost when the weight of the chosen operation moves to skip, in one layer "
-        f"or in all ({chosen:.4f}), and when that of a random other operation does in all layers "
-        f"(mean {np.mean(lost):.4f} of {len(lost)} draws)."
-    )
-
-
-def _size(rows: list[OperationLoss]) -> tuple[float, float]:
-    return (6.4, plot_height(len(rows)))
 
 
 def _draw(axes: Axes, rows: list[OperationLoss]) -> None:

@@ -1,9 +1,9 @@
 """Runs that differ in their seed: how they converge, and which operations they prefer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,24 +13,22 @@ from naslora import results
 from naslora.errors import UserError
 from naslora.methods import searches
 from naslora.records import read_record, write_rows
-from naslora.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, Drawing
-from naslora.report.study_report import Part
+from naslora.report.figures import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    Drawing,
+    as_array,
+    draw_row_axis,
+    row_size,
+)
 from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, Epoch, OperationHistory
 from naslora.training.resolve import read_config
 from naslora.training.run_config import RunConfig
 
 # ---- Convergence ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ConvergenceRow:
-    """A row of convergence.csv."""
-
-    epoch: int
-    mean_val_dice: float
-    """Over the seeds; NaN if a seed has no score."""
-    standard_deviation: float
-    """Over the seeds; NaN for a single seed."""
 
 
 def read_history(run: Path, first: RunConfig) -> list[Epoch]:
@@ -56,35 +54,26 @@ def read_history(run: Path, first: RunConfig) -> list[Epoch]:
     return history
 
 
-def write_convergence(histories: list[list[Epoch]], config: RunConfig, output: Path) -> list[Part]:
-    """Writes and plots the validation Dice by epoch: mean and standard deviation over the seeds.
+def write_convergence(
+    histories: list[list[Epoch]], config: RunConfig, output: Path
+) -> list[Drawing]:
+    """Writes convergence.csv, the validation Dice by epoch over the seeds, and plots it.
 
     Args:
         histories: the history of each run; all of the same length.
         config: the configuration of the first run.
-        output: folder for convergence.csv and convergence.png.
-
-    Returns:
-        The parts of the report.
+        output: folder for convergence.csv.
     """
-    curves = np.array(
-        [
-            [np.nan if epoch.val_dice is None else epoch.val_dice for epoch in history]
-            for history in histories
-        ]
-    )
-    mean = curves.mean(0)
+    curves = np.array([as_array(epoch.val_dice for epoch in history) for history in histories])
+    mean = curves.mean(0)  # NaN if a seed has no score
     spread = curves.std(0, ddof=1) if len(curves) > 1 else np.full(len(mean), np.nan)
     numbers = enumerate(zip(mean.tolist(), spread.tolist(), strict=True))
-    write_rows(
-        output / "convergence.csv", [ConvergenceRow(epoch, m, s) for epoch, (m, s) in numbers]
-    )
+    rows = [{"epoch": e, "mean_val_dice": m, "standard_deviation": s} for e, (m, s) in numbers]
+    write_rows(output / "convergence.csv", rows)
     start = config.training.search_start if searches(config.method, config.adapter) else None
     caption = f"Validation Dice by epoch, mean and standard deviation of {len(curves)} seeds."
     draw = partial(_draw_convergence, mean=mean, spread=spread, start=start)
-    drawing = Drawing("convergence", caption, draw, (4.6, 3))
-    drawing.save(output / "convergence.png")
-    return [drawing]
+    return [Drawing("convergence", caption, draw)]
 
 
 def _draw_convergence(axes: Axes, mean: np.ndarray, spread: np.ndarray, start: int | None) -> None:
@@ -100,19 +89,6 @@ def _draw_convergence(axes: Axes, mean: np.ndarray, spread: np.ndarray, start: i
 
 
 # ---- Operations ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OperationRow:
-    """A row of operations.csv."""
-
-    operation: str
-    mean_weight: float
-    """Mean of softmax(alpha) over the layers and the runs."""
-    spread_over_runs: float | None
-    """Standard deviation over the runs of the mean over the layers; None for a single run."""
-    share_of_layers_where_largest: float
-    """Share of the layers, of all runs, in which the operation has the largest weight."""
 
 
 def read_operations(runs: Sequence[Path]) -> dict[str, np.ndarray]:
@@ -131,47 +107,42 @@ def read_operations(runs: Sequence[Path]) -> dict[str, np.ndarray]:
     return dict(zip(names, np.moveaxis(last, -1, 0), strict=True))
 
 
-def write_operations(mixtures: Mapping[str, np.ndarray], output: Path) -> list[Part]:
-    """Writes and plots the weights of the operations at the end of the search.
+def write_operations(mixtures: Mapping[str, np.ndarray], output: Path) -> list[Drawing]:
+    """Writes operations.csv, the weights at the end of the search, and plots them.
 
     Args:
         mixtures: as ``read_operations`` returns them.
-        output: folder for operations.csv and operations.png.
-
-    Returns:
-        The parts of the report.
+        output: folder for operations.csv.
     """
     last = np.stack([*mixtures.values()], axis=-1)  # (runs, layers, operations)
     runs, layers, _ = last.shape
-    chosen = last.argmax(-1)  # (runs, layers)
+    largest = last.argmax(-1)  # (runs, layers)
     rows = [
-        OperationRow(
-            name,
-            float(last[..., i].mean()),
-            float(last[..., i].mean(1).std(ddof=1)) if runs > 1 else None,
-            float((chosen == i).mean()),
-        )
-        for i, name in enumerate(mixtures)
+        {
+            "operation": name,
+            "mean_weight": float(own.mean()),
+            "spread_over_runs": float(own.mean(1).std(ddof=1)) if runs > 1 else None,
+            "share_of_layers_where_largest": float((largest == i).mean()),
+        }
+        for i, (name, own) in enumerate(mixtures.items())
     ]
     write_rows(output / "operations.csv", rows)
     caption = (
         f"Mean of softmax(α) over {layers} layers of {runs} runs, and the share of the "
         "layers in which an operation has the largest weight."
     )
-    drawing = Drawing("operations", caption, partial(_draw_operations, rows=rows), (5.4, 3.2))
-    drawing.save(output / "operations.png")
-    return [drawing]
+    return [
+        Drawing("operations", caption, partial(_draw_operations, rows=rows), row_size(len(rows)))
+    ]
 
 
-def _draw_operations(axes: Axes, rows: list[OperationRow]) -> None:
+def _draw_operations(axes: Axes, rows: list[dict[str, Any]]) -> None:
     places = np.arange(len(rows))
-    weights = [row.mean_weight for row in rows]
-    spread = [row.spread_over_runs or 0 for row in rows]
+    weights = [row["mean_weight"] for row in rows]
+    spread = [row["spread_over_runs"] or 0 for row in rows]
     axes.barh(places - 0.2, weights, 0.38, xerr=spread, color=BLUE, ecolor=INK, label="mean weight")
-    shares = [row.share_of_layers_where_largest for row in rows]
+    shares = [row["share_of_layers_where_largest"] for row in rows]
     axes.barh(places + 0.2, shares, 0.38, color=GREEN, label="share of layers")
     axes.axvline(1 / len(rows), color=ORANGE, linestyle="--", linewidth=1, label="uniform")
-    axes.set_yticks(places, [row.operation for row in rows])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
+    draw_row_axis(axes, [row["operation"] for row in rows])
     axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)

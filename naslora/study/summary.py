@@ -1,5 +1,9 @@
 """The numbers of a study over its seeds: one row a method or variant, and their differences.
 
+A row of the study is a row of table.csv: a dictionary of row, title, seeds, missing, refused,
+reason, and, once a run is finished, of its numbers in parameters, shares, seconds and bytes. A
+score has a mean over the seeds, NAME, and a standard deviation, NAME_spread.
+
 Runs with equal seeds share the order of the images and the start of the adapters. So the difference
 of two rows is taken seed by seed: it varies less over the seeds than their scores do.
 """
@@ -7,100 +11,125 @@ of two rows is taken seed by seed: it varies less over the seeds than their scor
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from naslora.adapter.merging.report import MODES
 from naslora.metrics import METRICS
-from naslora.report.numbers import MISSING, number
+from naslora.report.numbers import number
 from naslora.report.tables import Table, markdown_table
-from naslora.results import Costs, MeanAndSpread, PairedDifference, RowNumbers, RunNumbers, StudyRow
+from naslora.results import RunNumbers
 
 LEVEL = 0.95
 UNMERGED = "unmerged"
 
-Scores = Mapping[int, float]
-"""A score of each seed."""
-
+Runs = Mapping[str, Mapping[int, RunNumbers]]
+"""The finished runs by row and seed."""
 ImageScores = Mapping[int, Sequence[float | None]]
 """The score of each test image, by seed; None where it is undefined."""
 
 # ---- Rows ----------------------------------------------------------------------------------------
 
 
-def mean_and_spread(values: Sequence[float | None]) -> MeanAndSpread:
-    """Mean and standard deviation (n - 1) of one number a seed.
+class MeanAndSpread(NamedTuple):
+    """A number over the seeds."""
 
-    There is no mean if a value is None, and no spread of a single value.
-    """
+    mean: float | None
+    """None if the number of a seed is unknown."""
+    spread: float | None
+    """Standard deviation with n - 1 degrees of freedom; None for a single seed."""
+
+
+def mean_and_spread(values: Sequence[float | None]) -> MeanAndSpread:
+    """Mean and standard deviation of one number a seed."""
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
-        return MeanAndSpread(None, None, list(values))
-    spread = statistics.stdev(known) if len(known) > 1 else None
-    return MeanAndSpread(statistics.mean(known), spread, list(values))
+        return MeanAndSpread(None, None)
+    return MeanAndSpread(
+        statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None
+    )
 
 
-def row_numbers(runs: Sequence[RunNumbers]) -> RowNumbers:
-    """The numbers of a row's runs, at least one."""
+def mean_text(value: MeanAndSpread, form: str = ".3f") -> str:
+    """``mean ± spread`` for a table; the spread has three decimals."""
+    return number(value.mean, form) + ("" if value.spread is None else f" ± {value.spread:.3f}")
+
+
+def row_numbers(runs: Sequence[RunNumbers]) -> dict[str, Any]:
+    """The numbers of a row's runs, by column of table.csv; none without a run."""
+    if not runs:
+        return {}
     first = runs[0]
+    found: dict[str, Any] = {
+        "trainable_parameters": first.trainable_parameters,
+        "share_of_parameters": first.trainable_parameters / first.parameters,
+    }
+    scores = {name: [run.scores[name] for run in runs] for name in first.scores}
+    scores["entropy"] = [run.entropy for run in runs]
+    for mode in first.merged_dice:
+        scores[f"dice_{mode}"] = [run.merged_dice.get(mode) for run in runs]
+    for name, values in scores.items():
+        found[name], found[f"{name}_spread"] = mean_and_spread(values)
     costs = [run.costs for run in runs if run.costs is not None]
-    return RowNumbers(
-        first.trainable_parameters,
-        first.trainable_parameters / first.parameters,
-        {name: mean_and_spread([run.scores[name] for run in runs]) for name in first.scores},
-        {
-            mode: mean_and_spread([run.merged_dice.get(mode) for run in runs])
-            for mode in first.merged_dice
-        },
-        mean_and_spread([run.entropy for run in runs]),
-        _median_costs(costs) if costs else None,
-    )
-
-
-def _median_costs(costs: Sequence[Costs]) -> Costs:
-    return replace(
-        costs[0],
-        weight_seconds=statistics.median(own.weight_seconds for own in costs),
-        training_seconds=statistics.median(own.training_seconds for own in costs),
-        peak_memory=max(own.peak_memory for own in costs),
-        inference_seconds={
-            mode: statistics.median(own.inference_seconds[mode] for own in costs)
-            for mode in costs[0].inference_seconds
-        },
-        load=max(own.load for own in costs),
-    )
+    if costs:
+        for name in ("weight_seconds", "training_seconds"):
+            found[name] = statistics.median(getattr(own, name) for own in costs)
+        found["peak_memory"] = max(own.peak_memory for own in costs)
+        for mode in costs[0].inference_seconds:
+            seconds = statistics.median(own.inference_seconds[mode] for own in costs)
+            found[f"inference_{mode}"] = seconds
+    return found
 
 
 # ---- Differences ---------------------------------------------------------------------------------
 
 
-def paired_difference(title: str, own: Scores, other: Scores) -> PairedDifference:
-    """The mean of the differences over the shared seeds, with Student's confidence interval.
+@dataclass(frozen=True)
+class PairedDifference:
+    """What a row gains in test Dice on another row, paired over the seeds of both."""
+
+    title: str
+    """The row's title."""
+    seeds: list[int]
+    """The seeds that both rows have."""
+    values: list[float]
+    """One difference a seed."""
+    mean: float | None = None
+    """None without a shared seed."""
+    low: float | None = None
+    """Lower end of Student's 95 % confidence interval of the mean; None for less than two seeds."""
+    high: float | None = None
+    """Upper end of the interval."""
+    over_images: float | None = None
+    """Standard error of the mean over the test images; None if their Dice is not known."""
+
+
+def paired_difference(
+    title: str,
+    own: Mapping[int, float],
+    other: Mapping[int, float],
+    over_images: float | None = None,
+) -> PairedDifference:
+    """The differences over the shared seeds.
 
     Args:
         title: the row's title.
-        own: the row's scores.
+        own: the row's score of each seed.
         other: the scores of the row that it is compared with.
-
-    Returns:
-        The difference; without an interval, and with the reason, if fewer than two seeds are
-        shared.
+        over_images: as ``error_over_images``.
     """
+    from scipy.special import stdtrit  # what other commands should not wait for
+
     seeds = sorted(own.keys() & other.keys())
     values = [own[seed] - other[seed] for seed in seeds]
-    if not seeds:
-        return PairedDifference(title, seeds, values, reason="no seed is shared")
-    mean = statistics.mean(values)
-    if len(seeds) == 1:
-        return PairedDifference(title, seeds, values, mean, reason="one seed has no interval")
-    if statistics.stdev(values) == 0:  # for which the test has no statistic
-        return PairedDifference(title, seeds, values, mean, mean, mean)
-    from scipy.stats import ttest_1samp  # half a second, which other commands should not wait
-
-    interval = ttest_1samp(values, 0).confidence_interval(LEVEL)
-    return PairedDifference(title, seeds, values, mean, float(interval.low), float(interval.high))
+    mean = statistics.mean(values) if seeds else None
+    if mean is None or len(seeds) < 2:
+        return PairedDifference(title, seeds, values, mean, over_images=over_images)
+    error = statistics.stdev(values) / math.sqrt(len(seeds))
+    half = float(stdtrit(len(seeds) - 1, (1 + LEVEL) / 2)) * error
+    return PairedDifference(title, seeds, values, mean, mean - half, mean + half, over_images)
 
 
 def error_over_images(own: ImageScores, other: ImageScores) -> float | None:
@@ -110,30 +139,24 @@ def error_over_images(own: ImageScores, other: ImageScores) -> float | None:
     image, not with the seed, so more seeds do not lower it.
 
     Returns:
-        The error; None without a shared seed, if the seeds have other numbers of images, or if
-        fewer than two images have a score in all runs.
+        The error; None if fewer than two images have a score in all runs.
     """
     seeds = own.keys() & other.keys()
-    runs = [scores[seed] for scores in (own, other) for seed in seeds]
-    if len({len(run) for run in runs}) != 1:
-        return None
     differences = np.array([own[seed] for seed in seeds], float)  # (seeds, images), None as NaN
     differences -= np.array([other[seed] for seed in seeds], float)
-    means = differences.mean(0)
+    means = differences.mean(0) if seeds else np.array([])
     means = means[~np.isnan(means)]
-    if len(means) < 2:
-        return None
-    return float(means.std(ddof=1) / math.sqrt(len(means)))
+    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
 
 
 def differences_from(
-    reference: str, runs: Mapping[str, Mapping[int, RunNumbers]], titles: Mapping[str, str]
+    reference: str, runs: Runs, titles: Mapping[str, str]
 ) -> list[PairedDifference]:
     """What each row gains in test Dice on the row ``reference``; none if that has no run.
 
     Args:
         reference: a row's name.
-        runs: the finished runs by row and seed.
+        runs: the finished runs.
         titles: the rows' titles, by name.
     """
     dice = {
@@ -141,107 +164,85 @@ def differences_from(
         for name, own in runs.items()
     }
     images = {
-        name: {seed: run.image_dice or [] for seed, run in own.items() if seed in dice[name]}
-        for name, own in runs.items()
+        name: {seed: runs[name][seed].image_dice or [] for seed in own}
+        for name, own in dice.items()
     }
-    if not dice.get(reference):
-        return []
     return [
-        replace(
-            paired_difference(titles[name], own, dice[reference]),
-            over_images=error_over_images(images[name], images[reference]),
+        paired_difference(
+            titles[name],
+            own,
+            dice[reference],
+            error_over_images(images[name], images[reference]),
         )
         for name, own in dice.items()
-        if name != reference and own
+        if name != reference and own and dice.get(reference)
     ]
 
 
 # ---- Tables --------------------------------------------------------------------------------------
 
 
-def mean_text(value: MeanAndSpread | None, form: str = ".3f") -> str:
-    """``mean ± spread`` for a table; ``MISSING`` without a mean.
+class Column(NamedTuple):
+    """A column of a table to read."""
+
+    title: str
+    form: str = ".3f"
+    scale: float = 1
+
+    def cell(self, row: Mapping[str, Any], name: str) -> str:
+        """The number of the column ``name`` of table.csv; ``MISSING`` without one."""
+        value = row.get(name)
+        scaled = None if value is None else self.scale * value
+        return mean_text(MeanAndSpread(scaled, row.get(f"{name}_spread")), self.form)
+
+
+COLUMNS = {
+    "trainable_parameters": Column("Trainable, M", scale=1e-6),
+    "share_of_parameters": Column("Of all, %", ".2f", 100),
+    **{name: Column(metric.label) for name, metric in METRICS.items()},
+    "entropy": Column("Entropy of α"),
+    "weight_seconds": Column("Weight steps, s/image"),
+    "training_seconds": Column("Training, s/image"),
+    "peak_memory": Column("Peak memory, MB", ",.0f", 1e-6),
+    f"inference_{UNMERGED}": Column("Inference, s/image"),
+    **{f"inference_{mode}": Column(f"merged, {mode}") for mode in MODES},
+}
+MERGED = {"dice": Column("Dice"), **{f"dice_{mode}": Column(f"merged, {mode}") for mode in MODES}}
+
+
+def number_table(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column], first: str
+) -> Table:
+    """The columns that a row has, after the rows' titles and their numbers of seeds.
 
     Args:
-        value: None if there is none.
-        form: format of the mean; the spread has three decimals.
+        rows: as in table.csv.
+        columns: by the name of the column of table.csv.
+        first: title of the first column.
     """
-    if value is None or value.mean is None:
-        return MISSING
-    mean = format(value.mean, form)
-    return mean if value.spread is None else f"{mean} ± {value.spread:.3f}"
-
-
-def main_table(rows: Sequence[StudyRow], first_column: str) -> Table:
-    """Parameters, scores and costs of every row, in the shape of the paper's Tables 1 and 2."""
-    known = [row.numbers for row in rows if row.numbers is not None]
-    metrics = list(known[0].scores) if known else []
-    costs = [numbers.costs for numbers in known if numbers.costs is not None]
-    modes = [m for m in (UNMERGED, *MODES) if any(m in own.inference_seconds for own in costs)]
-    entropy = any(numbers.entropy.mean is not None for numbers in known)
-    head = [first_column, "Seeds", "Trainable, M", "Of all, %"]
-    head += [METRICS[name].label for name in metrics] + ["Entropy of α"] * entropy
-    if costs:
-        head += ["Weight steps, s/image", "Training, s/image", "Peak memory, MB"]
-    head += ["Inference, s/image" if m == UNMERGED else f"merged, {m}" for m in modes]
+    always = {"trainable_parameters", "share_of_parameters", "dice"}
+    shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
+    shown = [name for name in columns if name in always or name in shown]
     table = []
     for row in rows:
-        mark = " (refused)" if row.refused else f" ({row.missing} failed)" if row.missing else ""
-        cells = [row.title + mark, str(row.seeds)]
-        if row.numbers is not None:
-            cells += _number_cells(row.numbers, metrics, entropy, modes)
-        table.append(cells + [MISSING] * (len(head) - len(cells)))
-    return Table(head, table)
-
-
-def _number_cells(
-    numbers: RowNumbers, metrics: Sequence[str], entropy: bool, modes: Sequence[str]
-) -> list[str]:
-    cells = [
-        f"{1e-6 * numbers.trainable_parameters:.3f}",
-        f"{100 * numbers.share_of_parameters:.2f}",
-    ]
-    cells += [mean_text(numbers.scores.get(name)) for name in metrics]
-    cells += [mean_text(numbers.entropy)] * entropy
-    if numbers.costs is None:
-        return cells
-    costs = numbers.costs
-    cells += [f"{costs.weight_seconds:.3f}", f"{costs.training_seconds:.3f}"]
-    cells.append(f"{1e-6 * costs.peak_memory:,.0f}")
-    return cells + [number(costs.inference_seconds.get(mode), ".3f") for mode in modes]
+        failed = f" ({row['missing']} failed)" if row["missing"] else ""
+        title = row["title"] + (" (refused)" if row["refused"] else failed)
+        cells = [columns[name].cell(row, name) for name in shown]
+        table.append([title, str(row["seeds"]), *cells])
+    return Table([first, "Seeds", *(columns[name].title for name in shown)], table)
 
 
 def differences_table(reference: str, differences: Sequence[PairedDifference]) -> Table:
     """The differences from the row with the title ``reference``."""
-    head = ["Method", f"Dice − {reference}", f"{LEVEL:.0%} interval", "Seeds"]
+    head = ["Method", f"Dice − {reference}", f"{LEVEL:.0%} interval", "± over images", "Seeds"]
     rows = []
     for own in differences:
-        interval = own.reason or MISSING
-        if own.low is not None:
-            interval = f"{number(own.low, '+.4f')} to {number(own.high, '+.4f')}"
-        rows.append([own.title, number(own.mean, "+.4f"), interval, str(len(own.seeds))])
-    if any(own.over_images is not None for own in differences):
-        head.insert(3, "± over images")
-        for row, own in zip(rows, differences, strict=True):
-            row.insert(3, number(own.over_images))
+        interval = f"{number(own.low, '+.4f')} to {number(own.high, '+.4f')}"
+        if own.low is None:
+            interval = "one seed has no interval" if own.seeds else "no seed is shared"
+        cells = [own.title, number(own.mean, "+.4f"), interval, number(own.over_images)]
+        rows.append([*cells, str(len(own.seeds))])
     return Table(head, rows)
-
-
-def merged_table(rows: Sequence[StudyRow]) -> Table:
-    """Test Dice before and after each way of merging, of the rows that can be merged."""
-    merged = {row.title: row.numbers for row in rows if row.numbers and row.numbers.merged_dice}
-    modes = [mode for mode in MODES if any(mode in n.merged_dice for n in merged.values())]
-    return Table(
-        ["Method", "Dice", *(f"merged, {mode}" for mode in modes)],
-        [
-            [
-                title,
-                mean_text(numbers.scores["dice"]),
-                *(mean_text(numbers.merged_dice.get(mode)) for mode in modes),
-            ]
-            for title, numbers in merged.items()
-        ],
-    )
 
 
 def as_markdown(tables: Mapping[str, Table], notes: Sequence[str]) -> str:
@@ -252,34 +253,7 @@ def as_markdown(tables: Mapping[str, Table], notes: Sequence[str]) -> str:
     return "\n\n".join([*sections, *notes]) + "\n"
 
 
-def csv_row(row: StudyRow) -> dict[str, Any]:
-    """A row of table.csv, in seconds, bytes and shares. Numbers that are unknown are absent."""
-    columns: dict[str, Any] = {
-        "row": row.name,
-        "title": row.title,
-        "seeds": row.seeds,
-        "missing": row.missing,
-        "refused": row.refused,
-        "reason": row.reason,
-    }
-    numbers = row.numbers
-    if numbers is None:
-        return columns
-    columns["trainable_parameters"] = numbers.trainable_parameters
-    columns["share_of_parameters"] = numbers.share_of_parameters
-    values = {**numbers.scores, "entropy": numbers.entropy}
-    values |= {f"dice_{mode}": dice for mode, dice in numbers.merged_dice.items()}
-    for name, value in values.items():
-        columns |= {name: value.mean, f"{name}_spread": value.spread}
-    if numbers.costs is not None:
-        for name in ("weight_seconds", "training_seconds", "peak_memory"):
-            columns[name] = getattr(numbers.costs, name)
-        for mode, seconds in numbers.costs.inference_seconds.items():
-            columns[f"inference_{mode}"] = seconds
-    return columns
-
-
-def notes_on(rows: Sequence[StudyRow], runs: Sequence[RunNumbers]) -> list[str]:
+def notes_on(rows: Sequence[Mapping[str, Any]], runs: Sequence[RunNumbers]) -> list[str]:
     """What the numbers of a table are, under what load they were taken, and what is missing."""
     notes = [
         "Scores are means over the test images, then mean ± standard deviation over the seeds. "
@@ -287,10 +261,18 @@ def notes_on(rows: Sequence[StudyRow], runs: Sequence[RunNumbers]) -> list[str]:
     ]
     costs = [run.costs for run in runs if run.costs is not None]
     if costs:
+        threads, loads = max(own.threads for own in costs), [own.load for own in costs]
+        # A run adds one to the load for each of its threads. Half a one covers the system.
+        alone = max(loads) <= threads + 0.5
         notes.append(
             "Times are medians over the seeds, memory is the maximum. Training seconds are those "
             "of all steps of an epoch, steps for α included, per training image. "
-            + _load_note(costs)
+            f"Times were taken with one run at a time, {threads} threads each on a machine of "
+            f"{costs[0].processors} processors ({costs[0].device}), while its load average was "
+            f"{min(loads):.1f} to {max(loads):.1f}: "
+            + ("little else" if alone else "other work")
+            + " ran beside the runs, so the times are "
+            + ("comparable." if alone else "only roughly comparable.")
         )
     if any(run.image_dice for run in runs):
         notes.append(
@@ -298,17 +280,4 @@ def notes_on(rows: Sequence[StudyRow], runs: Sequence[RunNumbers]) -> list[str]:
             "± over images is its standard error over the images. A difference smaller than twice "
             "that may not hold on other images."
         )
-    return notes + [f"{row.title}: {row.reason}." for row in rows if row.missing]
-
-
-def _load_note(costs: Sequence[Costs]) -> str:
-    threads, loads = max(own.threads for own in costs), [own.load for own in costs]
-    note = (
-        f"Times were taken with one run at a time, {threads} threads each on a machine of "
-        f"{costs[0].processors} processors ({costs[0].device}), while its load average was "
-        f"{min(loads):.1f} to {max(loads):.1f}"
-    )
-    # A run adds one to the load for each of its threads. Half a one covers the system.
-    if max(loads) > threads + 0.5:
-        return f"{note}: other work ran beside the runs, so the times are only roughly comparable."
-    return f"{note}: little else ran beside the runs, so the times are comparable."
+    return notes + [f"{row['title']}: {row['reason']}." for row in rows if row["missing"]]

@@ -9,34 +9,35 @@ differences.csv      what each row gains on one of them, paired over the seeds
 report.html          the tables, and plots of them
 """
 
+import dataclasses
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from naslora.errors import UserError
 from naslora.files import write_text
 from naslora.records import read_record, write_record, write_rows
-from naslora.report.comparison_report import write_comparison
-from naslora.results import REPORT, RunNumbers, StudyRow
+from naslora.results import REPORT, RunNumbers
 from naslora.study.measurement import run_and_measure
-from naslora.study.rows import Row, with_seed
+from naslora.study.plots import write_comparison
+from naslora.study.rows import Row
 from naslora.study.summary import (
+    COLUMNS,
+    MERGED,
     as_markdown,
-    csv_row,
     differences_from,
     differences_table,
-    main_table,
-    merged_table,
     notes_on,
+    number_table,
     row_numbers,
 )
 from naslora.training.run_config import RunConfig
@@ -44,30 +45,8 @@ from naslora.training.run_config import RunConfig
 NUMBERS = "numbers.json"
 
 Result = TypeVar("Result")
-
-
-class Key(NamedTuple):
-    """Names a run."""
-
-    row: str
-    seed: int
-
-    def folder(self, output: Path) -> Path:
-        """The run's folder, in the study's folder ``output``."""
-        return output / "runs" / self.row / str(self.seed)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a run."""
-
-    state: Literal["done", "failed", "refused"]
-    """``refused``: the method does not fit the encoder, and nothing ran. ``failed``: the run ended
-    with an error."""
-    reason: str | None = None
-    """Why there are no numbers."""
-    numbers: RunNumbers | None = None
-    """None unless the run is done."""
+Outcomes = dict[tuple[str, int], RunNumbers | str]
+"""By row and seed, what a run gave, or why there are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -93,78 +72,48 @@ class Study:
     refused: Mapping[str, str] = field(default_factory=dict)
     """The rows that do not fit the encoder, with the reason."""
 
+    def runs(self) -> Iterator[tuple[Row, int, Path]]:
+        """Each row, with each seed's configuration and folder, seed by seed."""
+        for seed in self.seeds:
+            for row in self.rows:
+                config = dataclasses.replace(row.config, seed=seed)
+                folder = self.output / "runs" / row.name / str(seed)
+                yield row._replace(config=config), seed, folder
 
-def run_study(study: Study) -> dict[Key, Outcome]:
+
+def run_study(study: Study) -> None:
     """Makes the runs that the study's folder lacks, seed by seed, one at a time.
 
     A run that fails is marked, and the others go on. Tables are written after every run.
 
-    Returns:
-        All runs.
-    """
-    configs = {
-        Key(row.name, seed): with_seed(row.config, seed)
-        for seed in study.seeds
-        for row in study.rows
-    }
-    outcomes = {key: _known(study, key) for key in configs}
-    pending = [key for key, outcome in outcomes.items() if outcome is None]
-    found = {key: outcome for key, outcome in outcomes.items() if outcome is not None}
-    if not pending:
-        _write(study, found)
-    titles = {row.name: row.title for row in study.rows}
-    started = time.perf_counter()
-    for done, key in enumerate(pending, 1):
-        say(study.command, f"run {done} of {len(pending)}: {titles[key.row]}, seed {key.seed}")
-        found[key] = _run(study, key, configs[key])
-        _write(study, found)
-        left = (time.perf_counter() - started) / done * (len(pending) - done)
-        say(study.command, f"{_in_words(found[key])}; about {left / 60:.0f} min left")
-    return {key: found[key] for key in configs}
-
-
-def _known(study: Study, key: Key) -> Outcome | None:
-    """What is known of a run before it is made."""
-    if key.row in study.refused:
-        return Outcome("refused", study.refused[key.row])
-    folder = key.folder(study.output)
-    if not (folder / NUMBERS).is_file():
-        return None
-    return Outcome("done", numbers=read_record(folder / NUMBERS, RunNumbers))
-
-
-def _run(study: Study, key: Key, config: RunConfig) -> Outcome:
-    folder = key.folder(study.output)
-    arguments = (config, folder, study.costs)
-    try:
-        if study.costs:
-            numbers = in_own_process(run_and_measure, *arguments)
-        else:
-            numbers = run_and_measure(*arguments)
-    except Exception as error:  # any error of one run must not end the others
-        text = " ".join(str(error).split())
-        known = isinstance(error, UserError)
-        return Outcome("failed", text if known else f"{type(error).__name__}: {text}")
-    write_record(folder / NUMBERS, numbers)
-    return Outcome("done", numbers=numbers)
-
-
-def _in_words(outcome: Outcome) -> str:
-    if outcome.numbers is None:
-        return f"failed: {outcome.reason}"
-    dice = outcome.numbers.scores["dice"]
-    return "test Dice " + ("unknown" if dice is None else f"{dice:.4f}")
-
-
-def check_complete(outcomes: Mapping[Key, Outcome], study: Study) -> None:
-    """Checks that every run has a result.
-
     Raises:
-        UserError: a run was refused or failed; the message names the rows and the reasons.
+        UserError: at the end, if a run was refused or failed; names the rows and the reasons.
     """
-    missing = {key: own for key, own in outcomes.items() if own.state != "done"}
+    outcomes: Outcomes = {}
+    pending = []
+    for row, seed, folder in study.runs():
+        if row.name in study.refused:
+            outcomes[row.name, seed] = study.refused[row.name]
+        elif (folder / NUMBERS).is_file():
+            outcomes[row.name, seed] = read_record(folder / NUMBERS, RunNumbers)
+        else:
+            pending.append((row, seed, folder))
+    if not pending:
+        _write(study, outcomes)
+    started = time.perf_counter()
+    for done, (row, seed, folder) in enumerate(pending, 1):
+        say(study.command, f"run {done} of {len(pending)}: {row.title}, seed {seed}")
+        outcome = outcomes[row.name, seed] = _run(row.config, folder, study.costs)
+        _write(study, outcomes)
+        left = (time.perf_counter() - started) / done * (len(pending) - done)
+        found = f"failed: {outcome}"
+        if isinstance(outcome, RunNumbers):
+            dice = outcome.scores["dice"]
+            found = "test Dice " + ("unknown" if dice is None else f"{dice:.4f}")
+        say(study.command, f"{found}; about {left / 60:.0f} min left")
+    missing = {key: reason for key, reason in outcomes.items() if isinstance(reason, str)}
     if missing:
-        reasons = {key.row: own.reason for key, own in reversed(missing.items())}
+        reasons = {row: reason for (row, _), reason in missing.items()}
         listed = "; ".join(f"{row}: {reason}" for row, reason in reasons.items())
         raise UserError(
             f"{len(missing)} of {len(outcomes)} runs have no result ({listed}); the others are in "
@@ -172,16 +121,19 @@ def check_complete(outcomes: Mapping[Key, Outcome], study: Study) -> None:
         )
 
 
-def check_distinct(name: str, values: Sequence[Any]) -> None:
-    """Checks that rows or seeds can be the axis of a table.
-
-    Raises:
-        UserError: there are no values, or one is given twice.
-    """
-    if not values:
-        raise UserError(f"{name} must name at least one")
-    if len(set(values)) != len(values):
-        raise UserError(f"{name} must be distinct, got {' '.join(map(str, values))}")
+def _run(config: RunConfig, folder: Path, costs: bool) -> RunNumbers | str:
+    """The run's numbers, or its error as text."""
+    arguments = (config, folder, costs)
+    try:
+        if costs:
+            numbers = in_own_process(run_and_measure, *arguments)
+        else:
+            numbers = run_and_measure(*arguments)
+    except Exception as error:  # any error of one run must not end the others
+        text = " ".join(str(error).split())
+        return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    write_record(folder / NUMBERS, numbers)
+    return numbers
 
 
 def say(command: str, text: str) -> None:
@@ -192,23 +144,25 @@ def say(command: str, text: str) -> None:
 # ---- The tables ----------------------------------------------------------------------------------
 
 
-def _write(study: Study, outcomes: Mapping[Key, Outcome]) -> None:
+def _write(study: Study, outcomes: Outcomes) -> None:
     """Writes tables and report."""
-    runs: dict[str, dict[int, RunNumbers]] = {}
-    for key, outcome in outcomes.items():
-        if outcome.numbers is not None:
-            runs.setdefault(key.row, {})[key.seed] = outcome.numbers
-    rows = [_study_row(row, outcomes, runs.get(row.name, {})) for row in study.rows]
+    runs: dict[str, dict[int, RunNumbers]] = {row.name: {} for row in study.rows}
+    for (name, seed), outcome in sorted(outcomes.items()):
+        if isinstance(outcome, RunNumbers):
+            runs[name][seed] = outcome
+    rows = [_table_row(row, study, outcomes, list(runs[row.name].values())) for row in study.rows]
     titles = {row.name: row.title for row in study.rows}
     reference = titles[study.reference]
     differences = differences_from(study.reference, runs, titles)
+    first = "Method" if study.costs else "Variant"
+    merged = [row for row in rows if any(row.get(name) for name in MERGED if name != "dice")]
     tables = {
-        "Comparison": main_table(rows, "Method" if study.costs else "Variant"),
+        "Comparison": number_table(rows, COLUMNS, first),
         f"Differences from {reference}": differences_table(reference, differences),
-        "Dice after merging": merged_table(rows),
+        "Dice after merging": number_table(merged, MERGED, first),
     }
     notes = notes_on(rows, [run for own in runs.values() for run in own.values()])
-    write_rows(study.tables / "table.csv", [csv_row(row) for row in rows])
+    write_rows(study.tables / "table.csv", rows)
     write_rows(study.tables / "differences.csv", differences)
     write_text(study.tables / "table.md", as_markdown(tables, notes))
     write_comparison(
@@ -217,27 +171,29 @@ def _write(study: Study, outcomes: Mapping[Key, Outcome]) -> None:
         config=study.recipe.to_dict(),
         tables=tables,
         rows=rows,
+        runs=runs,
         reference=reference,
         differences=differences,
         notes=notes,
     )
 
 
-def _study_row(
-    row: Row, outcomes: Mapping[Key, Outcome], runs: Mapping[int, RunNumbers]
-) -> StudyRow:
-    own = {key.seed: outcome for key, outcome in outcomes.items() if key.row == row.name}
-    reasons = [f"seed {s}: {o.reason}" for s, o in own.items() if o.state == "failed"]
-    reasons += dict.fromkeys(str(o.reason) for o in own.values() if o.state == "refused")
-    return StudyRow(
-        row.name,
-        row.title,
-        seeds=len(runs),
-        missing=len(own) - len(runs),
-        refused=any(o.state == "refused" for o in own.values()),
-        reason="; ".join(reasons),
-        numbers=row_numbers(list(runs.values())) if runs else None,
-    )
+def _table_row(
+    row: Row, study: Study, outcomes: Outcomes, runs: Sequence[RunNumbers]
+) -> dict[str, Any]:
+    """The row of table.csv."""
+    refused = study.refused.get(row.name)
+    own = {seed: outcome for (name, seed), outcome in outcomes.items() if name == row.name}
+    failed = [f"seed {seed}: {reason}" for seed, reason in own.items() if isinstance(reason, str)]
+    return {
+        "row": row.name,
+        "title": row.title,
+        "seeds": len(runs),
+        "missing": len(own) - len(runs),
+        "refused": refused is not None,
+        "reason": "; ".join(failed) if refused is None else refused,
+        **row_numbers(runs),
+    }
 
 
 # ---- A process for a run -------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """Section "Test images": the worst and the best, with truth, prediction and errors."""
 
 from dataclasses import replace
-from html import escape
 
 import numpy as np
 from PIL import Image
 
-from naslora.report.html import note, section
 from naslora.report.numbers import is_known, number
+from naslora.report.page import Heading, Legend, Part, Pictures
 from naslora.report.pictures import (
     CHANGED,
     ERRORS,
@@ -16,15 +15,14 @@ from naslora.report.pictures import (
     Merged,
     Panel,
     class_colour,
-    data_uri,
     paint,
     paint_errors,
     unknown,
 )
 
 
-def examples_section(panels: list[Panel], class_names: list[str], images: int | None) -> str:
-    """The panels below a legend of the classes and errors; empty without panels.
+def examples_parts(panels: list[Panel], class_names: list[str], images: int | None) -> list[Part]:
+    """The panels below a legend of the classes and errors; nothing without panels.
 
     Args:
         panels: examples, the worst first.
@@ -32,27 +30,18 @@ def examples_section(panels: list[Panel], class_names: list[str], images: int | 
         images: number of test images; None if unknown.
     """
     if not panels:
-        return ""
+        return []
     labels = [label for panel in panels for label in (panel.truth, panel.prediction)]
     unnamed = any(unknown(label, class_names).any() for label in labels if label is not None)
     legend = [(name, class_colour(index)) for index, name in enumerate(class_names) if index > 0]
-    legend += [("ignored or unknown", UNKNOWN_COLOUR)] if unnamed else []
-    body = _legend(legend)
+    parts: list[Part] = [Legend(legend + [("ignored or unknown", UNKNOWN_COLOUR)] * unnamed)]
     if any(panel.truth is not None for panel in panels):
         kinds = list(ERRORS.items())[: 3 if len(class_names) > 2 else 2]
-        body += _legend([(f"error: {name}", colour) for name, colour in kinds])
+        parts.append(Legend([(f"error: {name}", colour) for name, colour in kinds]))
     for title, group in _groups(panels, images).items():
-        figures = "".join(_panel(shrink(panel), class_names, images) for panel in group)
-        body += f'<h3>{title}</h3><div class="panels">{figures}</div>'
-    return section("Test images", body)
-
-
-def _legend(entries: list[tuple[str, tuple[int, int, int]]]) -> str:
-    swatches = "".join(
-        f'<li><i style="background: rgb{colour}"></i>{escape(name)}</li>'
-        for name, colour in entries
-    )
-    return f'<ul class="legend">{swatches}</ul>'
+        parts.append(Heading(title))
+        parts += [_panel(shrink(panel), class_names, images) for panel in group]
+    return parts
 
 
 def _groups(panels: list[Panel], images: int | None) -> dict[str, list[Panel]]:
@@ -85,29 +74,23 @@ def shrink(panel: Panel) -> Panel:
     )
 
 
-def _panel(panel: Panel, class_names: list[str], images: int | None) -> str:
-    pictures = [picture("Image", panel.name, panel.image)]
-    if panel.truth is None:
-        pictures.append("<div><span>Truth: none</span></div>")
-    else:
-        pictures.append(picture("Truth", panel.name, paint(panel.image, panel.truth, class_names)))
-    painted = paint(panel.image, panel.prediction, class_names)
-    pictures.append(picture("Prediction", panel.name, painted))
-    if panel.truth is not None:
+def _panel(panel: Panel, class_names: list[str], images: int | None) -> Pictures:
+    image, truth, prediction = panel.image, panel.truth, panel.prediction
+    pictures = [("Image", image)]
+    if truth is not None:
+        pictures.append(("Truth", paint(image, truth, class_names)))
+    pictures.append(("Prediction", paint(image, prediction, class_names)))
+    if truth is not None:
         # What is to be ignored is no error.
-        known = np.where(unknown(panel.truth, class_names), panel.prediction, panel.truth)
-        errors = paint_errors(panel.image, known, panel.prediction)
-        pictures.append(picture("Errors", panel.name, errors))
+        known = np.where(unknown(truth, class_names), prediction, truth)
+        pictures.append(("Errors", paint_errors(image, known, prediction)))
     dice = f"Dice {number(panel.dice)}" if is_known(panel.dice) else "no Dice"
     rank = "" if panel.rank is None or images is None else f" · rank {panel.rank} of {images}"
-    return (
-        f'<figure><div class="pictures">{"".join(pictures)}</div>'
-        f"<figcaption>{escape(panel.name)} · {dice}{rank}</figcaption></figure>"
-    )
+    return Pictures(panel.name, f"{panel.name} · {dice}{rank}", pictures)
 
 
-def merged_pictures(panels: list[Panel], class_names: list[str], most: int = 2) -> str:
-    """The images whose prediction merging changes most, before and after; empty if none changes.
+def merged_parts(panels: list[Panel], class_names: list[str], most: int = 2) -> list[Part]:
+    """The images whose prediction merging changes most, before and after; a note if none changes.
 
     Args:
         panels: examples with predictions by way of merging.
@@ -118,10 +101,10 @@ def merged_pictures(panels: list[Panel], class_names: list[str], most: int = 2) 
     chosen = sorted(changed, key=_most_changed, reverse=True)[:most]
     if not chosen:
         same = any(panel.merged for panel in panels)
-        return note("No pixel of the images above changes by merging.") if same else ""
-    figures = "".join(_before_and_after(panel, class_names) for panel in chosen)
-    legend = _legend([("changed by the merge", CHANGED)])
-    return f'<h3>Before and after merging</h3>{legend}<div class="panels">{figures}</div>'
+        return ["No pixel of the images above changes by merging."] if same else []
+    legend = Legend([("changed by the merge", CHANGED)])
+    shown = [_before_and_after(panel, class_names) for panel in chosen]
+    return [Heading("Before and after merging"), legend, *shown]
 
 
 def _changed(panel: Panel, mode: str) -> float:
@@ -133,29 +116,17 @@ def _most_changed(panel: Panel) -> float:
     return max((_changed(panel, mode) for mode in panel.merged), default=0.0)
 
 
-def _before_and_after(panel: Panel, class_names: list[str]) -> str:
+def _before_and_after(panel: Panel, class_names: list[str]) -> Pictures:
     small = shrink(panel)
     before = paint(small.image, small.prediction, class_names)
-    pictures = [picture(f"Before, Dice {number(panel.dice)}", panel.name, before)]
+    pictures = [(f"Before, Dice {number(panel.dice)}", before)]
     for mode, merged in small.merged.items():
         share = _changed(panel, mode)
         if share > 0:
             after = paint(small.image, merged.prediction, class_names)
             after[merged.prediction != small.prediction] = CHANGED
             label = f"{mode}, Dice {number(merged.dice)}, {share:.2%} changed"
-            pictures.append(picture(label, panel.name, after))
+            pictures.append((label, after))
     same = [mode for mode in panel.merged if _changed(panel, mode) == 0]
     unchanged = f" · unchanged by {', '.join(same)}" if same else ""
-    return (
-        f'<figure><div class="pictures">{"".join(pictures)}</div>'
-        f"<figcaption>{escape(panel.name + unchanged)}</figcaption></figure>"
-    )
-
-
-def picture(kind: str, name: str, pixels: np.ndarray) -> str:
-    """A picture of an image, with a line below it that says what it shows."""
-    height, width = pixels.shape[:2]
-    return (
-        f'<div><img src="{data_uri(pixels)}" width="{width}" height="{height}"'
-        f' alt="{escape(kind)} of {escape(name)}"><span>{escape(kind)}</span></div>'
-    )
+    return Pictures(panel.name, panel.name + unchanged, pictures)

@@ -1,26 +1,26 @@
 """Section "Merging": what folding the adapter into the weights costs, by way of merging."""
 
 from functools import partial
-from html import escape
+from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from naslora.adapter.merging.report import LayerError
-from naslora.report.figures import BLUE, ORANGE, Drawing, as_array, figure_group
-from naslora.report.html import note, section
-from naslora.report.numbers import MISSING, average, is_known, number, reduce_known
+from naslora.report.figures import BLUE, ORANGE, Drawing, as_array
+from naslora.report.numbers import MISSING, is_known, number, reduce_known
+from naslora.report.page import Part
 from naslora.report.pictures import Panel
-from naslora.report.sections.examples import merged_pictures
+from naslora.report.sections.examples import merged_parts
 from naslora.report.sections.operations import short_names
-from naslora.report.tables import Table, html_table
+from naslora.report.tables import Table
 from naslora.results import Annealing, AnnealingState, MergeResult, RunResult
 
 ROUNDING = 1e-4  # a smaller relative error is rounding, and no bar of it would be visible
 
 
-def merging_section(result: RunResult, panels: list[Panel], class_names: list[str]) -> str:
-    """The section; empty if nothing was merged.
+def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]) -> list[Part]:
+    """A table of the ways of merging, pictures and errors; nothing if nothing was merged.
 
     Args:
         result: what the run reports.
@@ -30,13 +30,14 @@ def merging_section(result: RunResult, panels: list[Panel], class_names: list[st
     merged, merges = result.test_merged or {}, result.merge or {}
     modes = list(dict.fromkeys((*merged, *merges)))
     if not modes:
-        return ""
+        return []
     before = result.test.dice if result.test else None
-    rows, notes, figures = [], "", []
-    for index, mode in enumerate(modes):
+    rows: list[list[str]] = []
+    notes: list[Part] = []
+    drawings: list[Part] = []
+    for mode in modes:
         merge = merges.get(mode, MergeResult())
-        for text in (merge.refused, merge.warning):
-            notes += note(f"{escape(mode)}: {escape(text)}.") if text else ""
+        notes += [f"{mode}: {text}." for text in (merge.refused, merge.warning) if text]
         if merge.refused:
             continue
         layers = merge.layers or []
@@ -44,17 +45,17 @@ def merging_section(result: RunResult, panels: list[Panel], class_names: list[st
         rows.append([mode, *_merge_cells(before, after, layers), merge.source or MISSING])
         worst = reduce_known(max, [layer.update_error for layer in layers])
         if worst is not None and worst < ROUNDING:
-            largest = number(worst, ".1e")
-            notes += note(f"{escape(mode)}: errors are rounding, at most {largest}.")
+            notes.append(f"{mode}: errors are rounding, at most {number(worst, '.1e')}.")
         elif worst is not None:
-            figures.append(_errors_by_layer(f"merge{index}", mode, layers))
+            caption = f"Relative error of each layer after the merge ({mode})."
+            draw = partial(_draw_merge_errors, layers=layers)
+            drawings.append(Drawing(f"merge{len(rows)}", caption, draw, (7.2, 3)))
     head = ["Mode", "Test Dice before", "Test Dice after", "Difference", "Update error, mean"]
     head += ["Update error, max", "Output error, mean", "Output error, max"]
     head += ["Update error on held-out tokens, mean", "Measured on"]
-    annealing = html_table(_annealing_table(result.annealing)) if result.annealing else ""
-    table = html_table(Table(head, rows))
-    pictures = merged_pictures(panels, class_names)
-    return section("Merging", table + notes + pictures + annealing + figure_group(figures))
+    annealing = [_annealing_table(result.annealing)] if result.annealing else []
+    pictures = merged_parts(panels, class_names)
+    return [Table(head, rows), *notes, *pictures, *annealing, *drawings]
 
 
 def _merge_cells(before: float | None, after: float | None, layers: list[LayerError]) -> list[str]:
@@ -63,10 +64,9 @@ def _merge_cells(before: float | None, after: float | None, layers: list[LayerEr
     update = [layer.update_error for layer in layers]
     output = [layer.output_error for layer in layers]
     for errors in (update, output):
-        cells.append(number(reduce_known(average, errors), ".3g"))
-        cells.append(number(reduce_known(max, errors), ".3g"))
+        cells += [number(reduce_known(fold, errors), ".3g") for fold in (fmean, max)]
     held_out = [layer.held_out_error for layer in layers]
-    return [*cells, number(reduce_known(average, held_out), ".3g")]
+    return [*cells, number(reduce_known(fmean, held_out), ".3g")]
 
 
 def _annealing_table(annealing: Annealing) -> Table:
@@ -82,20 +82,13 @@ def _annealing_table(annealing: Annealing) -> Table:
             name,
             MISSING if state.epoch is None else str(state.epoch + 1),
             number(state.spatial, ".2f"),
-            number(state.val_dice),
-            number(state.val_iou),
-            number(state.val_loss),
+            *map(number, (state.val_dice, state.val_iou, state.val_loss)),
         ]
         for name, state in named
         if state is not None
     ]
     head = ["Annealing", "Epoch", "Share of the neighbours", "Val Dice", "Val IoU", "Val loss"]
     return Table(head, rows)
-
-
-def _errors_by_layer(name: str, mode: str, layers: list[LayerError]) -> Drawing:
-    caption = f"Relative error of each layer after the merge ({mode})."
-    return Drawing(name, caption, partial(_draw_merge_errors, layers=layers), (7.2, 3))
 
 
 def _draw_merge_errors(axes: Axes, layers: list[LayerError]) -> None:

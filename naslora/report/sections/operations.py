@@ -5,13 +5,11 @@ The weight of an operation is its share in softmax(alpha).
 
 import math
 from functools import partial
-from html import escape
 from itertools import takewhile
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from naslora.report.curves import draw_epoch_axis, marker
 from naslora.report.figures import (
     BLUE,
     GREEN,
@@ -20,9 +18,12 @@ from naslora.report.figures import (
     ORANGE,
     PURPLE,
     Drawing,
-    figure_group,
+    draw_epoch_axis,
+    draw_row_axis,
+    marker,
 )
-from naslora.report.html import note, section
+from naslora.report.page import Part
+from naslora.report.tables import Table
 from naslora.results import Epoch, OperationHistory
 
 # One colour a family of operations, one dash a member, in the order of alpha.
@@ -38,38 +39,36 @@ OPERATION_LINES = (
 )
 
 
-def operations_section(operations: OperationHistory | None, history: list[Epoch]) -> str:
-    """The section; empty if ``operations`` is None."""
+def operations_parts(operations: OperationHistory | None, history: list[Epoch]) -> list[Part]:
+    """Plots of the weights, and a table of them by layer; nothing if ``operations`` is None."""
     if operations is None:
-        return ""
+        return []
     names, layers = operations.operations, operations.layers
     if not operations.epochs or not layers:
-        return section("Operations", note("No state of the architecture was recorded."))
+        return ["No state of the architecture was recorded."]
     path = np.array([state.softmax for state in operations.epochs])  # (epochs, layers, operations)
     steps = np.array([state.epoch for state in operations.epochs])
     last = int(steps[-1])
-    figures = figure_group(
-        (
-            Drawing(
-                "mean",
-                f"Mean weight over the {len(layers)} layers after epoch {last}. Thin lines span "
-                "the range over the layers, dashed ones mark the mean at the start.",
-                partial(_draw_mean_weights, names=names, start=path[0], weights=path[-1]),
-            ),
-            Drawing(
-                "path",
-                "Mean weight over the layers by epoch, from the start (epoch \N{MINUS SIGN}1).",
-                partial(_draw_path, names=names, history=history, steps=steps, path=path),
-            ),
-            Drawing(
-                "entropy",
-                "Entropy of the weights, mean over the layers. The lower it is, the fewer "
-                "operations have the weight.",
-                partial(_draw_entropy, history=history, steps=steps, path=path),
-            ),
-        )
-    )
-    return section("Operations", figures + _heat_map(names, layers, path[0], path[-1], last))
+    return [
+        Drawing(
+            "mean",
+            f"Mean weight over the {len(layers)} layers after epoch {last}. Thin lines span "
+            "the range over the layers, dashed ones mark the mean at the start.",
+            partial(_draw_mean_weights, names=names, start=path[0], weights=path[-1]),
+        ),
+        Drawing(
+            "path",
+            "Mean weight over the layers by epoch, from the start (epoch \N{MINUS SIGN}1).",
+            partial(_draw_path, names=names, history=history, steps=steps, path=path),
+        ),
+        Drawing(
+            "entropy",
+            "Entropy of the weights, mean over the layers. The lower it is, the fewer "
+            "operations have the weight.",
+            partial(_draw_entropy, history=history, steps=steps, path=path),
+        ),
+        *_heat_map(names, layers, path[0], path[-1], last),
+    ]
 
 
 def _draw_mean_weights(
@@ -86,11 +85,8 @@ def _draw_mean_weights(
         start.mean(0), rows - 0.45, rows + 0.45, ORANGE, "--", linewidth=1, label="at the start"
     )
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
-    axes.set_yticks(rows, names)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.invert_yaxis()
+    draw_row_axis(axes, names)
     axes.set_xlim(0, 1.18 * max(most.max(), start.mean(0).max()))  # room for the numbers
-    axes.grid(axis="y", visible=False)
     axes.set_xlabel("mean of softmax(α) over the layers")
 
 
@@ -130,7 +126,7 @@ def _draw_entropy(axes: Axes, history: list[Epoch], steps: np.ndarray, path: np.
 
 def _heat_map(
     names: list[str], layers: list[str], start: np.ndarray, weights: np.ndarray, epoch: int
-) -> str:
+) -> list[Part]:
     """A table of layers by operations, tinted by how the weights changed since the start.
 
     Args:
@@ -140,32 +136,26 @@ def _heat_map(
         weights: (layers, operations).
         epoch: after which the weights were taken.
     """
+    change = weights - start
     # A change below 0.01 is hardly a preference. The floor keeps the tint of it faint.
-    reach = max(0.01, float(np.abs(weights - start).max()))
-    head = "".join(f'<th scope="col">{_breakable(name)}</th>' for name in names)
-    rows = []
-    for name, short, old, new in zip(layers, short_names(layers), start, weights, strict=True):
-        cells = "".join(_heat_cell(a, b, reach) for a, b in zip(old, new, strict=True))
-        rows.append(f'<tr><th scope="row" title="{escape(name)}">{escape(short)}</th>{cells}</tr>')
+    reach = max(0.01, float(np.abs(change).max()))
     caption = (
         f"softmax(α) per layer after epoch {epoch}. Blue weights grew since the start, orange ones "
         f"shrank. The full tint is a change of {reach:.3f}."
     )
-    return (
-        f'<figure class="heat"><figcaption>{caption}</figcaption><div class="scroll"><table><thead>'
-        f'<tr><th scope="col">Layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        "</div></figure>"
-    )
-
-
-def _heat_cell(start: float, weight: float, reach: float) -> str:
-    hue = "blue" if weight > start else "orange"
-    heat = 60 * abs(weight - start) / reach  # percent; a fuller tint would hide the number
-    return f'<td style="--hue: var(--{hue}); --heat: {heat:.0f}%">{weight:.3f}</td>'
-
-
-def _breakable(name: str) -> str:
-    return escape(name).replace("_", "_<wbr>")
+    rows = [
+        [name, *(f"{weight:.3f}" for weight in own)]
+        for name, own in zip(short_names(layers), weights, strict=True)
+    ]
+    tints = [
+        # A tint of more than 60 percent would hide the number.
+        [
+            f"--hue: var(--{'blue' if v > 0 else 'orange'}); --heat: {60 * abs(v) / reach:.0f}%"
+            for v in own
+        ]
+        for own in change
+    ]
+    return [caption, Table(["Layer", *names], rows, tints=tints)]
 
 
 def short_names(names: list[str]) -> list[str]:

@@ -16,32 +16,45 @@ from naslora.report.figures import (
     PURPLE,
     Drawing,
     as_array,
-    figure_group,
+    draw_row_axis,
 )
-from naslora.report.html import note, section
 from naslora.report.numbers import MISSING, is_known, number
-from naslora.report.row_plots import draw_row_axis
-from naslora.report.tables import Table, html_table
-from naslora.results import MetricValue, RunResult, SplitScores
+from naslora.report.page import Part
+from naslora.report.tables import Table
+from naslora.results import RunResult, SplitScores
 
 
-def scores_section(result: RunResult) -> str:
-    """A table for each split and each way of merging, and one of the metrics of the data set."""
+def scores_parts(result: RunResult) -> list[Part]:
+    """Plots, a table of all splits and ways of merging, and one of the data set's metrics."""
     named = {"Validation": result.val, "Test": result.test}
     named |= {f"Test, merged ({m})": scores for m, scores in (result.test_merged or {}).items()}
-    tables = "".join(_score_table(label, scores) for label, scores in named.items() if scores)
-    if not tables:
-        return section("Scores", note("This run has neither validation nor test scores."))
-    body = _plots(result) + f'<div class="tables">{tables}</div>'
+    known = {name: scores for name, scores in named.items() if scores}
+    if not known:
+        return ["This run has neither validation nor test scores."]
+    parts: list[Part] = [*_drawings(result), _score_table(known)]
     if result.test is None:
-        body += note("This run has no test scores.")
+        parts.append("This run has no test scores.")
     elif result.test.metrics:
-        caption = f"Test, scored at the resolution {result.test.resolution or MISSING}"
-        body += html_table(metric_table(result.test), caption)
-    return section("Scores", body)
+        parts += [f"Test, scored at the resolution {result.test.resolution or MISSING}:"]
+        parts += [metric_table(result.test)]
+    return parts
 
 
-def _plots(result: RunResult) -> str:
+def _score_table(known: Mapping[str, SplitScores]) -> Table:
+    """The means of each split, and of each class if there are several."""
+    rows = []
+    for name, scores in known.items():
+        rows.append([name, number(scores.dice), number(scores.iou), number(scores.accuracy)])
+        classes = scores.per_class or {}
+        if len(classes) > 1:
+            rows += [
+                [f"{name}, {title}", number(own.dice), number(own.iou), ""]
+                for title, own in classes.items()
+            ]
+    return Table(["", "Dice", "IoU", "Pixel accuracy"], rows)
+
+
+def _drawings(result: RunResult) -> list[Drawing]:
     """Bars of the classes and of the images, of the test split or else of the validation split."""
     name, scores = ("test", result.test) if result.test else ("validation", result.val)
     drawings = []
@@ -55,7 +68,7 @@ def _plots(result: RunResult) -> str:
     if known:
         caption = f"Number of {name} images by their Dice. The line is the median."
         drawings.append(Drawing("images", caption, partial(_draw_images, dice=known), (4.6, 2.3)))
-    return figure_group(drawings) if drawings else ""
+    return drawings
 
 
 def _draw_classes(axes: Axes, scores: SplitScores, merged: Mapping[str, SplitScores]) -> None:
@@ -87,16 +100,6 @@ def _draw_images(axes: Axes, dice: list[float]) -> None:
     axes.set_ylabel("images")
 
 
-def _score_table(label: str, scores: SplitScores) -> str:
-    rows = [
-        [name, number(own.dice), number(own.iou)] for name, own in (scores.per_class or {}).items()
-    ]
-    rows.append(["Mean", number(scores.dice), number(scores.iou)])
-    if is_known(scores.accuracy):
-        label = f"{label}, pixel accuracy {number(scores.accuracy)}"
-    return html_table(Table(["Class", "Dice", "IoU"], rows), label, total=True)
-
-
 def metric_table(scores: SplitScores) -> Table:
     """The metrics of a split, over all its images and over each of its groups.
 
@@ -108,20 +111,8 @@ def metric_table(scores: SplitScores) -> Table:
     rows = []
     for name, value in metrics.items():
         label = METRICS[name].label if name in METRICS else name
-        values = [column[name] for column in columns]
-        if isinstance(value, dict):
-            rows += [
-                [f"{label}, {part}", *(number(_of_class(value, part)) for value in values)]
-                for part in value
-            ]
-        else:
-            rows.append([label, *(number(_of_all(value)) for value in values)])
+        for part in value if isinstance(value, dict) else [None]:
+            values = [column[name] for column in columns]
+            found = [own.get(part or "") if isinstance(own, dict) else own for own in values]
+            rows.append([label if part is None else f"{label}, {part}", *map(number, found)])
     return Table(head, rows)
-
-
-def _of_class(value: MetricValue, name: str) -> float | None:
-    return value.get(name) if isinstance(value, dict) else None
-
-
-def _of_all(value: MetricValue) -> float | None:
-    return None if isinstance(value, dict) else value

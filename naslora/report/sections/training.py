@@ -4,43 +4,46 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
-from naslora.report.curves import Curve, draw_curves, draw_epoch_axis
-from naslora.report.figures import BLUE, GREEN, ORANGE, PURPLE, Drawing, figure_group
-from naslora.report.html import details, note, section
-from naslora.report.numbers import count, is_known, number
-from naslora.report.tables import Table, html_table
+from naslora.report.figures import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    Curves,
+    Drawing,
+    draw_curves,
+    draw_epoch_axis,
+)
+from naslora.report.numbers import is_known, number
+from naslora.report.page import Folded, Part
+from naslora.report.tables import Table
 from naslora.results import Epoch
 
 
-def training_section(history: list[Epoch], kept: int | None) -> str:
-    """The section.
+def training_parts(history: list[Epoch], kept: int | None) -> list[Part]:
+    """Curves and a table.
 
     Args:
         history: one record an epoch; may be empty.
         kept: the epoch that the run kept, to be marked; None if unknown.
     """
     if not history:
-        return section("Training", note("No epoch was finished, so there are no curves."))
-    figures = figure_group(
-        (
-            Drawing("loss", "Loss by epoch.", partial(_draw_losses, history=history)),
-            Drawing(
-                "score",
-                "Dice and IoU on the validation images by epoch. A star marks the kept epoch.",
-                partial(_draw_scores, history=history, kept=kept),
-            ),
-            Drawing("rate", "Learning rate of the weights.", partial(_draw_rate, history=history)),
-        )
-    )
-    return section("Training", figures + details("Every epoch as numbers", _epochs(history)))
+        return ["No epoch was finished, so there are no curves."]
+    scores = "Dice and IoU on the validation images by epoch. A star marks the kept epoch."
+    return [
+        Drawing("loss", "Loss by epoch.", partial(_draw_losses, history=history)),
+        Drawing("score", scores, partial(_draw_scores, history=history, kept=kept)),
+        Drawing("rate", "Learning rate of the weights.", partial(_draw_rate, history=history)),
+        Folded("Every epoch as numbers", _epochs(history)),
+    ]
 
 
 def _draw_losses(axes: Axes, history: list[Epoch]) -> None:
-    curves = (
-        Curve("training", BLUE, [epoch.train_loss for epoch in history]),
-        Curve("validation", ORANGE, [epoch.val_loss for epoch in history]),
-        Curve("architecture", PURPLE, [epoch.arch_loss for epoch in history]),
-    )
+    curves: Curves = {
+        "training": (BLUE, [epoch.train_loss for epoch in history]),
+        "validation": (ORANGE, [epoch.val_loss for epoch in history]),
+        "architecture": (PURPLE, [epoch.arch_loss for epoch in history]),
+    }
     draw_curves(axes, history, curves)
     axes.set_ylabel("loss")
     if axes.lines:
@@ -49,23 +52,15 @@ def _draw_losses(axes: Axes, history: list[Epoch]) -> None:
 
 
 def _draw_scores(axes: Axes, history: list[Epoch], kept: int | None) -> None:
-    curves = (
-        Curve("Dice", BLUE, [epoch.val_dice for epoch in history]),
-        Curve("IoU", GREEN, [epoch.val_iou for epoch in history]),
-    )
+    curves: Curves = {
+        "Dice": (BLUE, [epoch.val_dice for epoch in history]),
+        "IoU": (GREEN, [epoch.val_iou for epoch in history]),
+    }
     draw_curves(axes, history, curves)
     dice = next((epoch.val_dice for epoch in history if epoch.epoch == kept), None)
     if kept is not None and is_known(dice):
-        axes.plot(
-            [kept],
-            [dice],
-            label=f"kept: epoch {kept}, Dice {dice:.4f}",
-            zorder=3,
-            color=ORANGE,
-            marker="*",
-            markersize=11,
-            linestyle="none",
-        )
+        label = f"kept: epoch {kept}, Dice {dice:.4f}"
+        axes.plot([kept], [dice], "*", label=label, zorder=3, color=ORANGE, markersize=11)
     axes.set_ylabel("validation score")
     if axes.lines:
         axes.legend()
@@ -74,7 +69,7 @@ def _draw_scores(axes: Axes, history: list[Epoch], kept: int | None) -> None:
 
 def _draw_rate(axes: Axes, history: list[Epoch]) -> None:
     rates = [epoch.learning_rate for epoch in history]
-    draw_curves(axes, history, [Curve("learning rate", BLUE, rates)])
+    draw_curves(axes, history, {"learning rate": (BLUE, rates)})
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -83,25 +78,15 @@ def _draw_rate(axes: Axes, history: list[Epoch]) -> None:
     draw_epoch_axis(axes, history)
 
 
-def _epochs(history: list[Epoch]) -> str:
+def _epochs(history: list[Epoch]) -> Table:
     head = ["Epoch", "Stage", "Training loss", "Architecture loss", "Validation loss"]
     head += ["Validation Dice", "Validation IoU", "Learning rate", "Entropy"]
     head += ["Weight steps, s", "Architecture steps, s", "Evaluation, s"]
-    rows = [
-        [
-            str(epoch.epoch),
-            count(epoch.stage),
-            number(epoch.train_loss),
-            number(epoch.arch_loss),
-            number(epoch.val_loss),
-            number(epoch.val_dice),
-            number(epoch.val_iou),
-            number(epoch.learning_rate, ".2e"),
-            number(epoch.entropy),
-            number(epoch.seconds.weights, ".1f"),
-            number(epoch.seconds.architecture, ".1f"),
-            number(epoch.seconds.evaluation, ".1f"),
-        ]
-        for epoch in history
-    ]
-    return html_table(Table(head, rows))
+    rows = []
+    for epoch in history:
+        scores = (epoch.train_loss, epoch.arch_loss, epoch.val_loss, epoch.val_dice, epoch.val_iou)
+        seconds = (epoch.seconds.weights, epoch.seconds.architecture, epoch.seconds.evaluation)
+        row = [str(epoch.epoch), str(epoch.stage), *map(number, scores)]
+        row += [number(epoch.learning_rate, ".2e"), number(epoch.entropy)]
+        rows.append(row + [number(value, ".1f") for value in seconds])
+    return Table(head, rows)
