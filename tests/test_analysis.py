@@ -29,17 +29,12 @@ SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--epochs", 2, 
 # --- operations
 
 
-def test_a_weight_that_moves_to_skip_keeps_the_sum_and_comes_back():
-    alphas = {"a": torch.randn(8), "b": torch.randn(8)}
-    before = {name: alpha.clone() for name, alpha in alphas.items()}
-    weights = before["a"].softmax(0)
-    with moved_to_skip(alphas, {"a": 2}):
-        moved = alphas["a"].softmax(0)
-        assert moved[2] == 0 and moved[SKIP] == pytest.approx(float(weights[SKIP] + weights[2]))
-        others = [i for i in range(8) if i not in (2, SKIP)]
-        torch.testing.assert_close(moved[others], weights[others])
-        assert torch.equal(alphas["b"], before["b"])
-    assert all(torch.equal(alphas[name], before[name]) for name in alphas)
+def test_a_weight_that_moves_to_skip_keeps_the_sum():
+    alpha = torch.randn(8)
+    weights, moved = alpha.softmax(0).double(), moved_to_skip(alpha, 2).softmax(0)
+    assert moved[2] == 0 and moved[SKIP] == pytest.approx(float(weights[SKIP] + weights[2]))
+    others = [i for i in range(8) if i not in (2, SKIP)]
+    torch.testing.assert_close(moved[others], weights[others], rtol=1e-6, atol=0)  # of float32
 
 
 # --- attention distance

@@ -22,8 +22,6 @@ from naslora.study import compare, sweep
 from naslora.study.measurement import find_refusals, training_seconds
 from naslora.study.summary import (
     COLUMNS,
-    MERGED,
-    as_markdown,
     error_over_images,
     mean_and_spread,
     notes_on,
@@ -143,7 +141,7 @@ def test_tables_of_a_comparison(finished):
     markdown = (output / "table.md").read_text()
     assert "| VPT (refused) |" in markdown and "one run at a time" in markdown
     report = (output / "report.html").read_text()
-    assert "VPT (refused)" in report and report.count("<svg") == 5  # the forest plot included
+    assert "VPT (refused)" in report and report.count("<svg") == 2
     (difference,) = csv.DictReader((output / "differences.csv").open())
     dice = {key: numbers["scores"]["dice"] for key, numbers in measured(output).items()}
     gains = [dice["nas-pc-lora", seed] - dice["lora", seed] for seed in (3, 4)]
@@ -226,7 +224,7 @@ def quick(monkeypatch, tmp_path):
 
         monkeypatch.setattr(compare, "in_own_process", answer)
         monkeypatch.setattr(sweep, "in_own_process", answer)
-        monkeypatch.setattr(sweep, "write_comparison", lambda *_, **__: None)  # half a second
+        monkeypatch.setattr(sweep, "write_page", lambda *_, **__: None)  # half a second
         monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
         ran.clear()
         config = run_config(root=tmp_path, training={"epochs": 2})
@@ -323,7 +321,7 @@ def test_one_seed_has_no_spread_and_unknown_scores_no_mean():
     assert mean_and_spread([0.25]) == (0.25, None)
     assert mean_and_spread([0.25, None]) == (None, None)
     table = number_table([a_row(numbers(None))], COLUMNS, "Method")
-    assert "–" in as_markdown({"Comparison": table}, [])
+    assert "–" in table.rows[0]
 
 
 def test_load_decides_whether_times_compare():
@@ -348,13 +346,3 @@ def test_a_process_of_its_own():
         in_own_process(TrainConfig, 0)
     with pytest.raises(RuntimeError, match="its process was killed"):
         in_own_process(os._exit, 1)
-
-
-def test_every_method_has_a_row():
-    rows = [a_row(numbers(0.5), name=name) for name in METHODS]
-    tables = {
-        "Comparison": number_table(rows, COLUMNS, "Method"),
-        "Merged": number_table(rows, MERGED, "Method"),
-    }
-    text = as_markdown(tables, ["a note"])
-    assert text.count("| 0.500 |") >= len(METHODS) and text.endswith("a note\n")

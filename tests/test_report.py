@@ -172,7 +172,6 @@ def test_full_report(report, run):
         "<small>worst image 0.7214</small>",
         "<dd>0.8021<small>test Dice, center</small>",  # exact leaves another module
         "kept: epoch 2, Dice 0.7000",
-        f"uniform: ln 8 = {math.log(8):.3f}",
     ):
         assert shown in text
     center = ["0.8421", "0.8021", "−0.0400", "0.45", "0.45", "0.045", "0.045"]
@@ -187,9 +186,9 @@ def test_full_report(report, run):
     row = re.search(r'<th scope="row">1</th>(<td style.*?)</tr>', text).group(1)
     assert re.findall(r">(0\.\d+)<", row) == ["0.300"] + ["0.100"] * 7
     assert len(page.ids) == len(set(page.ids))
-    # Three curves, three of the search, the lossy merge, bars of the classes and of the images.
+    # Two curves, two of the search, the lossy merge, and bars of the images.
     # 4 + 2 pictures of the two panels; two before and after merging.
-    assert len(page.images) == 9 + 6 + 2
+    assert len(page.images) == 6 + 6 + 2
     assert all(picture.get("alt") or picture.get("aria-label") for picture in page.images)
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert "var(--blue)" in drawings and not re.search(r"(?:fill|stroke): #", drawings)

@@ -137,15 +137,11 @@ Curves = Mapping[str, tuple[str, Iterable[float | None]]]
 def draw_curves(axes: Axes, history: list[Epoch], curves: Curves) -> None:
     """Draws the curves that have at least one known value."""
     epochs = [epoch.epoch for epoch in history]
+    marker = "o" if len(epochs) <= MOST_MARKERS else None
     for label, (colour, values) in curves.items():
         known = as_array(values)
         if np.isfinite(known).any():
-            axes.plot(epochs, known, color=colour, marker=marker(len(history)), label=label)
-
-
-def marker(points: int) -> str | None:
-    """The marker of a curve of that many points; None for no marker."""
-    return "o" if points <= MOST_MARKERS else None
+            axes.plot(epochs, known, color=colour, marker=marker, label=label)
 
 
 def draw_epoch_axis(axes: Axes, history: list[Epoch]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from naslora.adapter.merging.report import MergeMode
 from naslora.errors import UserError
@@ -69,8 +69,7 @@ def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbe
     """
     result = train(config, directory, resume=True)
     history = read_rows(directory / HISTORY, Epoch)
-    if result.parameters is None or result.test is None:
-        raise UserError(f"the run in {directory} reports no counts or no test scores")
+    assert result.parameters is not None and result.test is not None  # of a finished run
     test, merged = result.test, result.test_merged or {}
     scores: dict[str, Any] = {"dice": test.dice, "iou": test.iou, "accuracy": test.accuracy}
     scores |= test.metrics or {}
@@ -90,14 +89,14 @@ def _costs(
 ) -> Costs:
     load = os.getloadavg()[0]
     device = make_accelerator(config.training).device
-    memory = peak_memory(device)  # before the copies below
+    memory = _peak_memory(device)  # before the copies below
     # The weight steps of an epoch take as many images.
     weights, everything = training_seconds(history, images["train"] + images.get("arch", 0))
     return Costs(
         weight_seconds=weights,
         training_seconds=everything,
         peak_memory=memory,
-        inference_seconds=inference_seconds(_models(config, directory, device), config),
+        inference_seconds=_inference_seconds(_models(config, directory, device), config),
         threads=torch.get_num_threads(),
         processors=os.cpu_count(),
         device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -120,7 +119,7 @@ def _models(config: RunConfig, directory: Path, device: torch.device) -> dict[st
     return models
 
 
-def peak_memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int:
     """Peak memory of this process so far, in bytes: of the GPU if it computes there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -131,15 +130,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def training_seconds(history: Sequence[Epoch], images: int) -> tuple[float, float]:
-    """Mean seconds per training image and epoch.
-
-    Args:
-        history: one record an epoch.
-        images: training images of an epoch.
-
-    Returns:
-        The seconds of the weight steps, and of all steps, those for alpha included.
-    """
+    """Seconds per training image and epoch: of the weight steps, and of those for alpha, too."""
     weights = sum(epoch.seconds.weights for epoch in history)
     architecture = sum(epoch.seconds.architecture for epoch in history)
     steps = images * len(history)
@@ -147,7 +138,7 @@ def training_seconds(history: Sequence[Epoch], images: int) -> tuple[float, floa
 
 
 @torch.no_grad()
-def inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> dict[str, float]:
+def _inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> dict[str, float]:
     """Median seconds of one image through each model.
 
     The models take turns, so that other load on the machine affects all of them.
@@ -162,12 +153,8 @@ def inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> dic
             started = time.perf_counter()
             with accelerator.autocast():
                 model(image)
-            _synchronize(image)
+            if image.device.type != "cpu":
+                torch.accelerator.synchronize()
             if done >= WARM_UP_PASSES:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        torch.accelerator.synchronize(tensor.device)

@@ -7,8 +7,7 @@ operations, drawn among the others of each layer, are the control.
 operation_losses.csv    one row a layer, one for all layers, and one a draw
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +33,6 @@ from naslora_kernels.operations import SKIP
 
 RANDOM_DRAWS = 5
 ALL_LAYERS = "all layers"
-
-Operations = Mapping[str, int]
-"""An operation's index by the name of its layer."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,14 @@ def write_operation_losses(
     alphas = {name: layer.alpha for name, layer in adapter_layers(model) if layer.alpha is not None}
     weights = {name: alpha.detach().double().softmax(0) for name, alpha in alphas.items()}
 
-    def dice(operations: Operations) -> float:
-        with moved_to_skip(alphas, operations):
+    def dice(operations: Mapping[str, int]) -> float:
+        before = {name: alphas[name].detach().clone() for name in operations}
+        with torch.no_grad():
+            for name, index in operations.items():
+                alphas[name].copy_(moved_to_skip(before[name], index))
             found = evaluate_model(model, config, samples).dice
+            for name, alpha in before.items():
+                alphas[name].copy_(alpha)
         if found is None:
             raise UserError("no validation image has a foreground, so no operation can be scored")
         return found
@@ -124,27 +125,12 @@ def _cases(
     ]
 
 
-@contextmanager
-def moved_to_skip(alphas: Mapping[str, Tensor], operations: Operations) -> Iterator[None]:
-    """Moves the weight of an operation to `skip`, in each of the given layers.
-
-    Args:
-        alphas: (8,) logits by layer; they are restored at the end.
-        operations: what to move.
-    """
-    before = {name: alphas[name].detach().clone() for name in operations}
-    try:
-        with torch.no_grad():
-            for name, index in operations.items():
-                logs = alphas[name].double().log_softmax(0)
-                logs[SKIP] = torch.logaddexp(logs[SKIP], logs[index])
-                logs[index] = LEFT_OUT
-                alphas[name].copy_(logs)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, alpha in before.items():
-                alphas[name].copy_(alpha)
+def moved_to_skip(alpha: Tensor, index: int) -> Tensor:
+    """(8,) logits whose softmax has the weight of an operation added to that of `skip`."""
+    logs = alpha.double().log_softmax(0)
+    logs[SKIP] = torch.logaddexp(logs[SKIP], logs[index])
+    logs[index] = LEFT_OUT
+    return logs
 
 
 def _draw(axes: Axes, rows: list[OperationLoss]) -> None:

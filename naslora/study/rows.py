@@ -3,8 +3,8 @@
 The ablations are those of the paper (Tables 6-9 and D1).
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from naslora.adapter.layer.config import NASLoRAConfig
@@ -37,27 +37,16 @@ class Row(NamedTuple):
     config: RunConfig
 
 
-def with_seed(config: RunConfig, seed: int) -> RunConfig:
-    """The configuration with another seed."""
-    return dataclasses.replace(config, seed=seed)
-
-
 def method_rows(config: RunConfig, methods: Sequence[str]) -> list[Row]:
     """One row a method, under the recipe of ``config``.
 
     What was changed of the recipe's adapter holds for all methods that have the field.
-
-    Raises:
-        UserError: a method is unknown.
     """
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise UserError(f"methods must be among {', '.join(METHODS)}, got {unknown[0]!r}")
     default, rows = load_recipe(config.recipe, config.method).adapter, []
     for method in methods:
         start = load_recipe(config.recipe, method).adapter
         adapter = configure(method, config.adapter, default, start)
-        own = dataclasses.replace(config, method=method, adapter=adapter)
+        own = replace(config, method=method, adapter=adapter)
         rows.append(Row(METHODS[method].title, method, own))
     return rows
 
@@ -88,33 +77,29 @@ def _adapter(config: RunConfig) -> NASLoRAConfig:
     return cast(NASLoRAConfig, config.adapter)
 
 
-def with_adapter(config: RunConfig, **fields: Any) -> RunConfig:
-    """The configuration with changed fields of its adapter."""
-    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **fields))
+def _with_adapter(config: RunConfig, **fields: Any) -> RunConfig:
+    return replace(config, adapter=replace(config.adapter, **fields))
 
 
-def with_training(config: RunConfig, **fields: Any) -> RunConfig:
-    """The configuration with changed fields of its training."""
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, **fields))
+def _with_training(config: RunConfig, **fields: Any) -> RunConfig:
+    return replace(config, training=replace(config.training, **fields))
 
 
 def _operations(config: RunConfig) -> list[Row]:
     """All operations, and each family left out."""
-    variants = [
-        Row("all operations", "all-operations", with_adapter(config, operations=None)),
-    ]
+    every = _with_adapter(config, operations=None)
+    variants = [Row("all operations", "all-operations", every)]
     for family, left_out in FAMILIES.items():
         kept = tuple(name for name in OPERATIONS if name not in left_out)
         folder = "without-" + family.replace("/", "-").replace(" ", "-")
-        varied = with_adapter(config, operations=kept)
-        variants.append(Row(f"without {family}", folder, varied))
+        variants.append(Row(f"without {family}", folder, _with_adapter(config, operations=kept)))
     return variants
 
 
 def _ranks(config: RunConfig) -> list[Row]:
     """The paper's ranks, and the configured one."""
     return [
-        Row(f"r = {rank}", f"rank-{rank}", with_adapter(config, rank=rank))
+        Row(f"r = {rank}", f"rank-{rank}", _with_adapter(config, rank=rank))
         for rank in sorted({*RANKS, _adapter(config).rank})
     ]
 
@@ -122,13 +107,12 @@ def _ranks(config: RunConfig) -> list[Row]:
 def _blocks(config: RunConfig) -> list[Row]:
     """Adapters in the first half, the last half, or all of the encoder's blocks."""
     encoder = build_model(config.model.name, config.model.image_size, checkpoint=NONE).image_encoder
-    every = with_adapter(config, blocks=None)
     count = len(find_targets(encoder, _adapter(config).target))
     first, last = tuple(range(count // 2)), tuple(range(count // 2, count))
     return [
-        Row(f"1 to {len(first)}", "first-half", with_adapter(config, blocks=first)),
-        Row(f"{len(first) + 1} to {count}", "last-half", with_adapter(config, blocks=last)),
-        Row(f"1 to {count} (all)", "all-blocks", every),
+        Row(f"1 to {len(first)}", "first-half", _with_adapter(config, blocks=first)),
+        Row(f"{len(first) + 1} to {count}", "last-half", _with_adapter(config, blocks=last)),
+        Row(f"1 to {count} (all)", "all-blocks", _with_adapter(config, blocks=None)),
     ]
 
 
@@ -138,11 +122,11 @@ def _alpha_starts(config: RunConfig) -> list[Row]:
     The paper starts alpha in epoch 10, and varies 0, 10 and 20.
     """
     own = first_search_epoch(config.training)
-    simultaneous = with_training(config, simultaneous=True)
+    simultaneous = _with_training(config, simultaneous=True)
     variants = [Row("0 (simultaneously)", "simultaneous", simultaneous)]
     for start in dict.fromkeys((0, own, 2 * own)):
         title = "0 (stage-wise)" if start == 0 else str(start)
-        varied = config if start == own else with_training(config, search_start=start)
+        varied = config if start == own else _with_training(config, search_start=start)
         variants.append(Row(title, f"alpha-from-{start}", varied))
     return variants
 
@@ -151,7 +135,7 @@ def _channel_ratios(config: RunConfig) -> list[Row]:
     """All, two thirds, or one third of the channels pass through the cell."""
     variants = []
     for third in (3, 2, 1):
-        varied = with_adapter(config, channel_ratio=third / 3)
+        varied = _with_adapter(config, channel_ratio=third / 3)
         channels = f"{_adapter(varied).cell_channels} of {_adapter(config).rank} channels"
         variants.append(Row(f"{third}/3 ({channels})", f"ratio-{third}-3", varied))
     return variants

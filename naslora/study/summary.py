@@ -19,7 +19,7 @@ import numpy as np
 from naslora.adapter.merging.report import MODES
 from naslora.metrics import METRICS
 from naslora.report.numbers import number
-from naslora.report.tables import Table, markdown_table
+from naslora.report.tables import Table
 from naslora.results import RunNumbers
 
 LEVEL = 0.95
@@ -243,14 +243,6 @@ def differences_table(reference: str, differences: Sequence[PairedDifference]) -
         cells = [own.title, number(own.mean, "+.4f"), interval, number(own.over_images)]
         rows.append([*cells, str(len(own.seeds))])
     return Table(head, rows)
-
-
-def as_markdown(tables: Mapping[str, Table], notes: Sequence[str]) -> str:
-    """The tables that have rows, with a heading from the second on, and the notes below them."""
-    filled = [(name, markdown_table(table)) for name, table in tables.items() if table.rows]
-    (_, first), *others = filled
-    sections = [first, *(f"**{name}**\n\n{text}" for name, text in others)]
-    return "\n\n".join([*sections, *notes]) + "\n"
 
 
 def notes_on(rows: Sequence[Mapping[str, Any]], runs: Sequence[RunNumbers]) -> list[str]:

@@ -6,7 +6,7 @@ runs/ROW/SEED/       the run's folder; finished runs are kept
     numbers.json     what the study measured of the run
 table.md, table.csv  one row a method or variant
 differences.csv      what each row gains on one of them, paired over the seeds
-report.html          the tables, and plots of them
+report.html          the tables, and plots of the test Dice
 """
 
 import dataclasses
@@ -20,20 +20,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+from matplotlib.axes import Axes
 
 from naslora.errors import UserError
 from naslora.files import write_text
 from naslora.records import read_record, write_record, write_rows
+from naslora.report.figures import (
+    BLUE,
+    MUTED,
+    ORANGE,
+    Drawing,
+    as_array,
+    draw_row_axis,
+    row_size,
+)
+from naslora.report.page import Part, write_page
+from naslora.report.tables import markdown_table
 from naslora.results import REPORT, RunNumbers
 from naslora.study.measurement import run_and_measure
-from naslora.study.plots import write_comparison
 from naslora.study.rows import Row
 from naslora.study.summary import (
     COLUMNS,
     MERGED,
-    as_markdown,
+    PairedDifference,
+    Runs,
     differences_from,
     differences_table,
     notes_on,
@@ -156,26 +171,23 @@ def _write(study: Study, outcomes: Outcomes) -> None:
     differences = differences_from(study.reference, runs, titles)
     first = "Method" if study.costs else "Variant"
     merged = [row for row in rows if any(row.get(name) for name in MERGED if name != "dice")]
-    tables = {
-        "Comparison": number_table(rows, COLUMNS, first),
+    table = number_table(rows, COLUMNS, first)
+    others = {
         f"Differences from {reference}": differences_table(reference, differences),
         "Dice after merging": number_table(merged, MERGED, first),
     }
+    others = {name: other for name, other in others.items() if other.rows}
     notes = notes_on(rows, [run for own in runs.values() for run in own.values()])
+    text = [f"**{name}**\n\n{markdown_table(other)}" for name, other in others.items()]
     write_rows(study.tables / "table.csv", rows)
     write_rows(study.tables / "differences.csv", differences)
-    write_text(study.tables / "table.md", as_markdown(tables, notes))
-    write_comparison(
-        study.tables / REPORT,
-        title=study.title,
-        config=study.recipe.to_dict(),
-        tables=tables,
-        rows=rows,
-        runs=runs,
-        reference=reference,
-        differences=differences,
-        notes=notes,
-    )
+    write_text(study.tables / "table.md", "\n\n".join([markdown_table(table), *text, *notes, ""]))
+    sections: dict[str, Sequence[Part]] = {
+        "Comparison": [table, *notes],
+        "Plots": _drawings(rows, runs, reference, differences),
+        **{name: [other] for name, other in others.items()},
+    }
+    write_page(study.tables / REPORT, study.title, study.recipe.to_dict(), [], sections)
 
 
 def _table_row(
@@ -194,6 +206,51 @@ def _table_row(
         "reason": "; ".join(failed) if refused is None else refused,
         **row_numbers(runs),
     }
+
+
+def _drawings(
+    rows: Sequence[Mapping[str, Any]],
+    runs: Runs,
+    reference: str,
+    differences: Sequence[PairedDifference],
+) -> list[Drawing]:
+    """The test Dice of the rows with runs, and the differences with intervals."""
+    dice = {
+        row["title"]: as_array(run.scores["dice"] for run in runs[row["row"]].values())
+        for row in rows
+        if row["seeds"]
+    }
+    gains = {own.title: as_array(own.values) for own in differences if own.low is not None}
+    intervals = {own.title: as_array([own.low, own.high]) for own in differences}
+    drawings = []
+    if dice:
+        caption = "Test Dice: a dot for each seed, a line at the mean."
+        draw = partial(_draw_seeds, values=dice, intervals={}, label="test Dice")
+        drawings.append(Drawing("dice", caption, draw, row_size(len(dice))))
+    if gains:
+        label = f"test Dice \N{MINUS SIGN} that of {reference}"
+        draw = partial(_draw_seeds, values=gains, intervals=intervals, label=label)
+        caption = (
+            f"Test Dice minus that of {reference}, paired over the seeds: a dot for each seed, a "
+            "line at the mean, and its 95 % confidence interval."
+        )
+        drawings.append(Drawing("differences", caption, draw, row_size(len(gains))))
+    return drawings
+
+
+def _draw_seeds(
+    axes: Axes, values: Mapping[str, np.ndarray], intervals: Mapping[str, np.ndarray], label: str
+) -> None:
+    """A row a title: a dot for each seed, a line at the mean, and an interval."""
+    for place, (title, own) in enumerate(values.items()):
+        axes.plot(own, [place] * len(own), "o", color=BLUE, markersize=5, alpha=0.6)
+        axes.vlines(own.mean(), place - 0.35, place + 0.35, color=ORANGE, linewidth=2)
+        if title in intervals:
+            axes.plot(intervals[title], [place, place], color=ORANGE, linewidth=2)
+    if intervals:
+        axes.axvline(0, color=MUTED, linewidth=1)
+    draw_row_axis(axes, list(values))
+    axes.set_xlabel(label)
 
 
 # ---- A process for a run -------------------------------------------------------------------------

@@ -3,9 +3,8 @@
 The weight of an operation is its share in softmax(alpha).
 """
 
-import math
 from functools import partial
-from itertools import takewhile
+from itertools import compress
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,7 +19,6 @@ from naslora.report.figures import (
     Drawing,
     draw_epoch_axis,
     draw_row_axis,
-    marker,
 )
 from naslora.report.page import Part
 from naslora.report.tables import Table
@@ -61,12 +59,6 @@ def operations_parts(operations: OperationHistory | None, history: list[Epoch]) 
             "Mean weight over the layers by epoch, from the start (epoch \N{MINUS SIGN}1).",
             partial(_draw_path, names=names, history=history, steps=steps, path=path),
         ),
-        Drawing(
-            "entropy",
-            "Entropy of the weights, mean over the layers. The lower it is, the fewer "
-            "operations have the weight.",
-            partial(_draw_entropy, history=history, steps=steps, path=path),
-        ),
         *_heat_map(names, layers, path[0], path[-1], last),
     ]
 
@@ -99,28 +91,6 @@ def _draw_path(
         axes.plot(steps, weights, dash, color=colour, marker=alone, label=name)
     axes.set_ylabel("mean weight")
     axes.figure.legend(loc="outside lower center", ncols=3, handlelength=2.6, columnspacing=1.2)
-    draw_epoch_axis(axes, history)
-
-
-def _draw_entropy(axes: Axes, history: list[Epoch], steps: np.ndarray, path: np.ndarray) -> None:
-    # 0 log 0 = 0, so any finite logarithm will do there.
-    entropy = -(path * np.log(np.where(path > 0, path, 1))).sum(-1).mean(1)
-    count = path.shape[-1]
-    axes.axhline(math.log(count), color=ORANGE, linestyle="--", linewidth=1)
-    axes.plot(steps, entropy, color=BLUE, marker=marker(len(steps)))
-    axes.annotate(
-        f"uniform: ln {count} = {math.log(count):.3f}",
-        (1, math.log(count)),
-        (0, -3),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=8,
-        color=ORANGE,
-    )
-    axes.set_ylabel("entropy, nats")
-    axes.margins(y=0.15)
     draw_epoch_axis(axes, history)
 
 
@@ -159,19 +129,8 @@ def _heat_map(
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Removes the parts of dotted names that all of them start and end with.
-
-    Returns the names unchanged if one of them would become empty.
-    """
+    """The parts in which dotted names differ; the names themselves if one has more parts."""
     parts = [name.split(".") for name in names]
-    start = _shared(parts)
-    parts = [part[start:] for part in parts]
-    end = _shared([part[::-1] for part in parts])
-    short = [".".join(part[: len(part) - end]) for part in parts]
-    return short if all(short) else names
-
-
-def _shared(parts: list[list[str]]) -> int:
-    """The number of first elements that all the lists share."""
-    columns = zip(*parts, strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    differs = [len(set(column)) > 1 for column in zip(*parts, strict=False)]
+    short = [".".join(compress(part, differs)) for part in parts]
+    return short if all(short) and len(set(map(len, parts))) == 1 else names

@@ -1,4 +1,4 @@
-"""Section "Training": curves of losses, scores and the learning rate, and a table of the epochs."""
+"""Section "Training": curves of losses and scores, and a table of the epochs."""
 
 from functools import partial
 
@@ -33,7 +33,6 @@ def training_parts(history: list[Epoch], kept: int | None) -> list[Part]:
     return [
         Drawing("loss", "Loss by epoch.", partial(_draw_losses, history=history)),
         Drawing("score", scores, partial(_draw_scores, history=history, kept=kept)),
-        Drawing("rate", "Learning rate of the weights.", partial(_draw_rate, history=history)),
         Folded("Every epoch as numbers", _epochs(history)),
     ]
 
@@ -64,17 +63,6 @@ def _draw_scores(axes: Axes, history: list[Epoch], kept: int | None) -> None:
     axes.set_ylabel("validation score")
     if axes.lines:
         axes.legend()
-    draw_epoch_axis(axes, history)
-
-
-def _draw_rate(axes: Axes, history: list[Epoch]) -> None:
-    rates = [epoch.learning_rate for epoch in history]
-    draw_curves(axes, history, {"learning rate": (BLUE, rates)})
-    axes.set_ylabel("learning rate")
-    axes.set_ylim(bottom=0)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    # Moves the power of ten out of the way of the label of stage 2.
-    axes.yaxis.offsetText.set_position((-0.16, 0))
     draw_epoch_axis(axes, history)
 
 
