@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from naslora.data.checking import check_sample, in_threads
-from naslora.data.masks import palette_codes
+from naslora.data.contents import read_contents
+from naslora.data.dataset import SegmentationDataset
 
 SIZE = (24, 32)  # height, width
 DISC = np.hypot(*(np.mgrid[: SIZE[0], : SIZE[1]] - np.array([[[12]], [[16]]]))) < 9
@@ -43,11 +43,11 @@ def isic2017(root: Path) -> None:
 
 
 def check_samples(samples, num_classes, palette=None, ignore_index=None, progress=None):
-    """Reads every sample once, as ``naslora train`` does before a run."""
-    codes = palette_codes(palette, num_classes)
-    return in_threads(
-        lambda sample: check_sample(sample, num_classes, codes, ignore_index), samples, progress
-    )
+    """Reads every sample once, as ``naslora train`` does before a run.
+
+    Returns whether each has foreground."""
+    dataset = SegmentationDataset(samples, 16, num_classes, palette, ignore_index=ignore_index)
+    return [content.foreground for content in read_contents(dataset, progress)]
 
 
 def pranet(root: Path) -> None:

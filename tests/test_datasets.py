@@ -18,8 +18,8 @@ from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import DATASETS, count_differences, load_splits
 from naslora.data.images import Sample
+from naslora.data.layouts import draw_splits
 from naslora.data.masks import IGNORED, read_mask
-from naslora.data.paper_sets import split_polyps, with_validation
 from naslora.errors import UserError
 from naslora.training.resolve import resolve
 from naslora.training.run_config import RunConfig
@@ -122,13 +122,14 @@ def test_a_paper_sized_list_is_split_as_expected():
     def samples(count):
         return [Sample(Path(f"{i}.png"), None, "") for i in range(count)]
 
-    for name, splits in (
-        ("kvasir", split_polyps(samples(1000), 100 / 1000)),
-        ("cvc-clinicdb", split_polyps(samples(612), 62 / 612)),
-        ("kvasir", with_validation(samples(900), samples(100), 0.2)),
-        ("sbu", with_validation(samples(4085), samples(638), 0.1)),
-        ("leaf", with_validation(samples(498), samples(90), 0.1)),
+    for name, counts, *shares in (
+        ("kvasir", {"train": 1000}, 0.2, 100 / 1000),
+        ("cvc-clinicdb", {"train": 612}, 0.2, 62 / 612),
+        ("kvasir", {"train": 900, "test": 100}, 0.2),
+        ("sbu", {"train": 4085, "test": 638}, 0.1),
+        ("leaf", {"train": 498, "test": 90}, 0.1),
     ):
+        splits = draw_splits({split: samples(n) for split, n in counts.items()}, *shares)
         assert {split: len(splits[split]) for split in splits} == DATASETS[name].counts
 
 
@@ -225,7 +226,7 @@ def test_the_cache_changes_no_pixel_and_is_used(tmp_path, monkeypatch):
         break
     again = list(dataset)
     sample = dataset.samples[0]
-    monkeypatch.setattr(SegmentationDataset, "resize", None)  # decoding would fail now
+    monkeypatch.setattr(SegmentationDataset, "_decode", None)  # decoding would fail now
     second = list(dataset_of(tmp_path, tmp_path / "cache", flip=True))
     for a, *others in zip(plain, first, again, second, strict=True):
         assert all(items_equal(a, other) for other in others)

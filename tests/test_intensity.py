@@ -10,9 +10,10 @@ from PIL import Image
 
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
-from naslora.data.geotiff import read_georeference, write_geotiff
 from naslora.data.images import Sample, read_image
-from naslora.data.intensity import Intensity, parse_intensity, scale
+from naslora.data.picture import Intensity, Limits, parse_intensity, scale
+from naslora.data.tiff import read_georeference
+from naslora.prediction import write_geotiff
 
 WINDOW = Intensity("window", 1000, 3000)
 GREY = np.array([[0, 1000, 1500], [2000, 3000, 65535]], np.uint16)
@@ -20,7 +21,7 @@ EXPECTED = [[0, 0, 64], [128, 255, 255]]  # 255 (v - 1000) / 2000, clipped; 63.7
 
 
 def read(path, intensity=WINDOW):
-    return np.asarray(read_image(Sample(path, None, "here"), intensity))
+    return read_image(Sample(path, None, "here"), intensity)
 
 
 # --- the option
@@ -53,23 +54,28 @@ def test_words(words, expected):
 
 
 def test_a_window_by_hand():
-    assert scale(GREY, WINDOW).tolist() == EXPECTED
-    values = np.array([[np.nan, np.inf, -np.inf, 2000]])
-    assert scale(values, WINDOW).tolist() == [[0, 255, 0, 128]]
+    limits = [Limits(*WINDOW[1:])]
+    assert scale(GREY[..., None], limits)[..., 0].tolist() == EXPECTED
+    values = np.array([np.nan, np.inf, -np.inf, 2000]).reshape(2, 2, 1)
+    assert scale(values, limits).ravel().tolist() == [0, 255, 0, 128]
+    constant = np.array([6.0, 7.0, 8.0, np.nan]).reshape(2, 2, 1)
+    assert scale(constant, [Limits(7, 7)]).ravel().tolist() == [0, 0, 255, 0]
 
 
-def test_percentiles_of_each_channel():
+def test_percentiles_of_each_channel(tmp_path):
     rng = np.random.default_rng(0)
     values = rng.normal([0, 100, -5], [1, 50, 0.1], (64, 64, 3))
     values[0, 0] = np.nan
-    scaled = scale(values, Intensity("percentile", 2, 98))
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb")
+    scaled = read(tmp_path / "a.tif", Intensity("percentile", 2, 98))
     for channel in range(3):
         low, high = np.nanpercentile(values[..., channel], [2, 98])
         expected = np.rint(255 * np.clip((values[..., channel] - low) / (high - low), 0, 1))
         assert np.array_equal(scaled[1:, :, channel], expected[1:])
     assert not scaled[0, 0].any()
     for constant in (7.0, np.nan):
-        assert not scale(np.full((4, 4), constant), Intensity("percentile", 1, 99)).any()
+        tifffile.imwrite(tmp_path / "b.tif", np.full((4, 4), constant))
+        assert not read(tmp_path / "b.tif", Intensity("percentile", 1, 99)).any()
 
 
 # --- files
@@ -82,10 +88,9 @@ def test_grey_files(tmp_path):
     tifffile.imwrite(tmp_path / "white.tif", GREY, photometric="miniswhite")
     Image.fromarray(GREY).save(tmp_path / "c.png")
     Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "d.tif", compression="tiff_lzw")
-    for name in ("a.tif", "b.tif", "big.tif", "c.png"):
+    for name in ("a.tif", "b.tif", "big.tif", "c.png", "d.tif"):
         assert read(tmp_path / name).tolist() == np.stack([EXPECTED] * 3, 2).tolist(), name
     assert read(tmp_path / "white.tif")[..., 0].tolist() == (255 - np.array(EXPECTED)).tolist()
-    assert "needs imagecodecs" in error_of(read, tmp_path / "d.tif")
     tifffile.imwrite(tmp_path / "turned.tif", GREY, extratags=[(274, "H", 1, 6, True)])  # right
     assert read(tmp_path / "turned.tif")[..., 0].tolist() == np.rot90(EXPECTED, -1).tolist()
     (tmp_path / "cut.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:-6])
@@ -93,7 +98,7 @@ def test_grey_files(tmp_path):
         assert f"{name} cannot be read" in error_of(read, tmp_path / name)
 
 
-def test_colour_files(tmp_path):
+def test_colour_files(tmp_path, monkeypatch):
     rgb = np.random.default_rng(0).integers(0, 5000, (6, 7, 3), dtype=np.uint16)
     alpha = np.concatenate([rgb, np.full((6, 7, 1), 65535, np.uint16)], axis=2)
     tifffile.imwrite(tmp_path / "chunky.tif", rgb, photometric="rgb")
@@ -101,13 +106,23 @@ def test_colour_files(tmp_path):
     tifffile.imwrite(tmp_path / "planar.tif", planes, photometric="rgb", planarconfig="separate")
     tifffile.imwrite(tmp_path / "rgba.tif", alpha, photometric="rgb", extrasamples=["unassalpha"])
     for name in ("chunky.tif", "planar.tif", "rgba.tif"):
-        assert np.array_equal(read(tmp_path / name), scale(rgb, WINDOW)), name
+        assert np.array_equal(read(tmp_path / name), scale(rgb, 3 * [WINDOW[1:]])), name
+    plain = np.rint(rgb / 257)  # 65535 / 255 = 257
+    assert np.array_equal(read(tmp_path / "chunky.tif", None), plain)
+    assert "floating-point pixels; give --int" in error_of(read, tmp_path / "planar.tif", None)
     for name in ("8.png", "8.tif"):  # 8 bits stay as they are
         Image.fromarray(rgb.astype(np.uint8)).save(tmp_path / name)
         assert np.array_equal(read(tmp_path / name), rgb.astype(np.uint8))
     four = np.concatenate([rgb, rgb[..., :1]], axis=2)
     tifffile.imwrite(tmp_path / "four.tif", four, photometric="rgb", extrasamples=["unspecified"])
-    assert "has 4 channels; save it with one" in error_of(read, tmp_path / "four.tif")
+    assert np.array_equal(read(tmp_path / "four.tif", None), plain)  # infrared, for instance
+    tifffile.imwrite(tmp_path / "bands.tif", four, photometric="minisblack", planarconfig="contig")
+    assert "has 4 channels; save it with one" in error_of(read, tmp_path / "bands.tif")
+    tag = b"\x03\x01\x03\0\x01\0\0\0"  # compression: one number of 16 bits
+    content = (tmp_path / "chunky.tif").read_bytes()
+    (tmp_path / "lzw.tif").write_bytes(content.replace(tag + b"\x01", tag + b"\x05"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "with LZW, which needs imagecodecs" in error_of(read, tmp_path / "lzw.tif")
 
 
 def test_the_cache_knows_the_scaling(tmp_path):
@@ -152,7 +167,7 @@ def test_a_run_on_scaled_images_is_the_run_on_images_of_8_bits(naslora, runs, tm
     result = naslora("predict", runs / "scaled", image, "--output", tmp_path / "out")
     assert result.status == 0, result.err
     refused = naslora("predict", runs / "plain", image, "--output", tmp_path / "no")
-    assert refused.status == 2 and "test0.tif cannot be read" in refused.err
+    assert refused.status == 2 and "test0.tif has floating-point pixels" in refused.err
 
 
 # --- georeferences
@@ -195,7 +210,5 @@ def test_a_rotated_file_has_no_georeference_for_its_upright_mask(tmp_path):
     assert read_georeference(tmp_path / "a.tif") == []
     labels = np.eye(70, 5, dtype=np.uint8)
     tifffile.imwrite(tmp_path / "b.tif", labels, extratags=GEO)
-    Image.fromarray(labels).save(tmp_path / "b.png")
-    tags = read_georeference(tmp_path / "b.tif")
-    write_geotiff(tmp_path / "c.tif", tmp_path / "b.png", tags, "x")
+    write_geotiff(tmp_path / "c.tif", labels, read_georeference(tmp_path / "b.tif"))
     assert np.array_equal(tifffile.imread(tmp_path / "c.tif"), labels)

@@ -13,12 +13,12 @@ from run_configs import run_config
 
 from naslora.data.augmentation import Crop, draw_window
 from naslora.data.dataset import SegmentationDataset
-from naslora.data.images import Sample
-from naslora.data.large import LargeImage
+from naslora.data.images import Sample, source_of
 from naslora.data.masks import IGNORED
+from naslora.data.picture import Picture
 from naslora.data.tiles import Grid, Tiles, fit_tiles
 from naslora.prediction import Predictor
-from naslora.prediction import segment as segment_rows
+from naslora.prediction import segment as segment_picture
 from naslora.sam.encoders import PATCH_SIZE
 from naslora.sam.export import Description, load_class_map
 from naslora.sam.segmentation import labels_of
@@ -160,7 +160,7 @@ def picture_of_cracks(height: int, width: int) -> Image.Image:
 def segment(side: int, tiles: Tiles | None, picture: Image.Image) -> np.ndarray:
     """The labels of a whole picture."""
     predictor = Predictor(brightness, run_config(image_size=side), tiles)
-    return np.concatenate(list(segment_rows(predictor, LargeImage(picture))))
+    return segment_picture(predictor, Picture(source_of(picture), "here"))
 
 
 def test_an_image_at_twice_its_size_by_tiles():

@@ -61,7 +61,7 @@ def _table(samples: list[Sample], teacher: SamPredictor, student: SamPredictor) 
     embeddings, similarities = [], []
     masks: dict[str, list[float]] = {}
     for sample in samples:
-        image = np.asarray(read_image(sample))
+        image = read_image(sample)
         teacher.set_image(image)
         student.set_image(image)
         embeddings.append(teacher.features)

@@ -9,6 +9,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from naslora.errors import UserError
 
 # Part of every key: increase the number when the content of entries changes. Another decoder may
 # decode a file to other pixels.
-VERSION = f"2 Pillow {PIL.__version__}"
+VERSION = f"3 Pillow {PIL.__version__}"
 
 
 class Cache:
@@ -56,23 +57,19 @@ class Cache:
             UserError: the entry cannot be written.
         """
         path = self.directory / f"{_key(files, how)}.npy"
+        with suppress(OSError, ValueError, EOFError):
+            content = path.read_bytes()
+            if _checksum(content[:-4]) == content[-4:]:
+                return np.load(io.BytesIO(content))
+        array = make()
+        npy = io.BytesIO()
+        np.save(npy, array)
         try:
-            return _read(path)
-        except (OSError, ValueError, EOFError):
-            array = make()
-        self._write(path, array)
-        return array
-
-    def _write(self, path: Path, array: np.ndarray) -> None:
-        # Each writer uses its own temporary name, because two workers may write the same entry.
-        try:
+            # Each writer uses its own temporary name, because two may write the same entry.
             descriptor, name = tempfile.mkstemp(suffix=".partial", dir=self.directory)
             try:
                 with open(descriptor, "wb") as file:
-                    content = io.BytesIO()
-                    np.save(content, array)
-                    file.write(content.getbuffer())
-                    file.write(_checksum(content.getbuffer()))
+                    file.write(npy.getvalue() + _checksum(npy.getvalue()))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(name, path)
@@ -83,17 +80,10 @@ class Cache:
                 f"cache {self.directory} cannot be written: {error.strerror}; free some space, or "
                 "omit --cache"
             ) from error
+        return array
 
 
-def _read(path: Path) -> np.ndarray:
-    """Raises a ValueError if the entry does not match its checksum."""
-    content = memoryview(path.read_bytes())
-    if _checksum(content[:-4]) != content[-4:]:
-        raise ValueError(f"{path} is damaged")
-    return np.load(io.BytesIO(content[:-4]))
-
-
-def _checksum(content: memoryview) -> bytes:
+def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(4, "little")
 
 

@@ -5,12 +5,20 @@ not found.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from naslora.data.images import Annotation, Sample, unreadable
+from naslora.data.dataset import SegmentationDataset
+from naslora.data.images import Annotation, Sample
+from naslora.data.picture import unreadable
 from naslora.errors import UserError, listing
+
+MOST_THREADS = 8
+"""Each holds a decoded image and its mask."""
 
 
 class Content(NamedTuple):
@@ -30,26 +38,46 @@ Contents = Mapping[str, Sequence[Content]]
 """The samples of each split, in order."""
 
 
-def content_of(sample: Sample, foreground: bool) -> Content:
-    """Reads the bytes of a sample's files.
+def read_contents(
+    dataset: SegmentationDataset, progress: Callable[[int, int], None] | None = None
+) -> list[Content]:
+    """Reads every sample once, in threads, so that a bad file is found before a long run starts.
+
+    Args:
+        dataset: the samples, and how they are read.
+        progress: called as ``progress(done, total)`` after each sample.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: as ``SegmentationDataset.check``, for the first bad sample in their order.
     """
-    mask = None if sample.mask is None else _digest(sample.mask, sample)
-    return Content(str(sample.image), _digest(sample.image, sample), mask, foreground)
+
+    def read(sample: Sample) -> Content:
+        foreground = dataset.check(sample)
+        mask = None if sample.mask is None else _digest(sample.mask, sample)
+        return Content(str(sample.image), _digest(sample.image, sample), mask, foreground)
+
+    contents: list[Content] = []
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        try:
+            for content in threads.map(read, dataset.samples):
+                contents.append(content)
+                if progress is not None:
+                    progress(len(contents), len(dataset))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+    return contents
 
 
-def _digest(path: Path | Annotation, sample: Sample) -> str:
-    if isinstance(path, Annotation):
-        return hashlib.blake2b(path.content, digest_size=16).hexdigest()
+def _digest(file: Path | Annotation, sample: Sample) -> str:
+    digest = hashlib.blake2b(digest_size=16)
     try:
-        with path.open("rb") as file:
-            digest = hashlib.blake2b(digest_size=16)
-            while block := file.read(1 << 20):
+        stream = io.BytesIO(file.content) if isinstance(file, Annotation) else file.open("rb")
+        with stream:
+            while block := stream.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise unreadable(f"{sample.origin}: {path}", error) from error
+        raise unreadable(f"{sample.origin}: {file}", error) from error
     return digest.hexdigest()
 
 
@@ -89,7 +117,7 @@ def check_unchanged(stored: Any, contents: Contents, path: Path) -> None:
     """Checks that the data is the data that a run was started with.
 
     Args:
-        stored: the content of ``path``, a ``to_json`` of the run's start.
+        stored: the content of ``path``, the contents of the run's start as JSON.
         contents: the data now.
         path: names the file in messages.
 
@@ -125,8 +153,3 @@ def _changes(before: Sequence[Content], now: Sequence[Content]) -> list[str]:
     if not changes and [content.image for content in before] != [content.image for content in now]:
         changes.append(f"{now[0].image} and others are in another order")
     return changes
-
-
-def to_json(contents: Contents) -> dict[str, list[list[Any]]]:
-    """Returns the contents as ``check_unchanged`` reads them from a JSON file."""
-    return {name: [list(content) for content in split] for name, split in contents.items()}

@@ -2,9 +2,9 @@
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -16,14 +16,9 @@ from torchvision.transforms.v2 import functional as transforms
 from naslora.choices import Augment
 from naslora.data.augmentation import Augmentation, Crop, draw_window
 from naslora.data.cache import Cache
-from naslora.data.images import (
-    Annotation,
-    Sample,
-    decode_image,
-    unreadable,
-)
-from naslora.data.intensity import Intensity
-from naslora.data.masks import IGNORED, check_sizes, decode_mask, palette_codes
+from naslora.data.images import Annotation, Sample, open_picture
+from naslora.data.masks import IGNORED, has_foreground, palette_codes, read_mask
+from naslora.data.picture import Intensity, Picture, unreadable
 from naslora.data.sampling import FLIP, seeded_generator
 from naslora.data.tiles import Box, Tiles
 from naslora.errors import UserError
@@ -107,6 +102,7 @@ class SegmentationDataset(Dataset[Item]):
         self.samples = list(samples)
         self.image_size = image_size
         self.num_classes = num_classes
+        self.palette = palette
         self.flip = flip
         self.seed = seed
         self.cache = cache
@@ -116,9 +112,10 @@ class SegmentationDataset(Dataset[Item]):
         self.crop = crop
         self.intensity = intensity
         self.tiles = tiles
+        self.whole = crop is not None or tiles is not None
         if num_classes > IGNORED:
             raise UserError(f"there can be at most {IGNORED} classes, got {num_classes}")
-        self._codes = palette_codes(palette, num_classes, ignore_index)
+        palette_codes(palette, num_classes, ignore_index)  # raises if they do not fit
         # One a sample; pictures and tables show them.
         self.names = _names_below_common_folder(self.samples)
         # In shared memory, because persistent workers must see the change of the epoch.
@@ -132,36 +129,78 @@ class SegmentationDataset(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
-        sample = self.samples[index]
+        sample, epoch = self.samples[index], int(self._epoch)
         item: Item = {"index": index, "name": self.names[index]}
+        image, mask = self.read(sample)
         if self.tiles is not None:
-            pixels, labels = self.read_whole(sample)
-            item["pixels"] = pixels
-            if labels is not None:
-                item["truth"] = labels.long()
+            item["pixels"] = image
+            if mask is not None:
+                item["truth"] = mask.long()
             return item
-        image, mask = self.read(sample) if self.crop is None else self._window(index)
-        epoch = int(self._epoch)
+        if self.crop is not None:
+            labels = None if mask is None else mask.numpy()
+            height, width = image.shape[1:]
+            box = draw_window(self.crop, height, width, labels, self.seed, epoch, index)
+            image, mask = self.cut(image, mask, box)
         image, mask = self.augmentation(image, mask, self.seed, epoch, index)
-        flipped = self.is_flipped(index)
-        item["image"] = _mirror(transforms.to_dtype(image, torch.float32, scale=True), flipped)
+        if self.is_flipped(index):
+            image = transforms.horizontal_flip(image)
+            mask = None if mask is None else transforms.horizontal_flip(mask)
+        item["image"] = transforms.to_dtype(image, torch.float32, scale=True)
         if mask is not None:
-            item["mask"] = _mirror(mask.long(), flipped)
+            item["mask"] = mask.long()
         if self.truth:
-            truth = decode_mask(
-                sample, sample.mask, self.num_classes, self._codes, self.ignore_index
-            )
-            item["truth"] = torch.from_numpy(truth).long()
+            item["truth"] = torch.from_numpy(self._mask(sample)).long()
         return item
 
-    def _window(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Draws a window of a sample and resizes it, as ``cut``."""
-        assert self.crop is not None
-        pixels, labels = self.read_whole(self.samples[index])
-        mask = None if labels is None else labels.numpy()
-        height, width = pixels.shape[1:]
-        box = draw_window(self.crop, height, width, mask, self.seed, int(self._epoch), index)
-        return self.cut(pixels, labels, box)
+    def is_flipped(self, index: int) -> bool:
+        """Returns whether the item is mirrored in the current epoch."""
+        if not self.flip:
+            return False
+        return bool(seeded_generator(FLIP, self.seed, int(self._epoch), index).random() < 0.5)
+
+    def read(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
+        """Reads an image and its mask, from the cache if there is one.
+
+        Returns:
+            (3, S, S) uint8, and (S, S) class indices, None without a mask. With ``crop`` or
+            ``tiles`` they have the size of the files.
+
+        Raises:
+            UserError: as ``read_image`` and ``read_mask``, the image and the mask differ in size,
+                or the cache cannot be written.
+        """
+        if self.cache is None:
+            return self._decode(sample)
+        # The key and the entry are made from the same bytes, even if a file is replaced meanwhile.
+        files = [_read_bytes(path, sample) for path in (sample.image, sample.mask) if path]
+        labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
+        how = ("whole" if self.whole else self.image_size, *labels, self.intensity)
+
+        def entry() -> np.ndarray:
+            image, mask = self._decode(sample, *map(io.BytesIO, files))
+            channels = [image] if mask is None else [image, mask[None].to(torch.uint8)]
+            return torch.cat(channels).numpy()
+
+        pixels = torch.from_numpy(self.cache.get(files, repr(how), entry))
+        return pixels[:3], pixels[3] if sample.mask is not None else None
+
+    def check(self, sample: Sample) -> bool:
+        """Reads a sample once, which fills the cache. An image is decoded piece by piece.
+
+        Returns:
+            Whether a pixel of the mask that counts has another label than 0.
+
+        Raises:
+            UserError: as ``read``.
+        """
+        if self.cache is not None:
+            mask = self.read(sample)[1]
+            return mask is not None and has_foreground(mask.numpy())
+        picture = open_picture(sample, self.intensity)
+        for top, bottom in picture.bands():
+            picture.rows(top, bottom)
+        return sample.mask is not None and has_foreground(self._mask(sample, picture))
 
     def cut(self, pixels: Tensor, labels: Tensor | None, box: Box) -> tuple[Tensor, Tensor | None]:
         """Cuts a box out of an image and its mask, and resizes both.
@@ -172,133 +211,51 @@ class SegmentationDataset(Dataset[Item]):
             box: the box.
 
         Returns:
-            (3, S, S) uint8, and (S, S) class indices, as ``resize`` makes them.
+            (3, S, S) uint8, and (S, S) int32 class indices, None without a mask.
         """
         rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
-        image = transforms.to_pil_image(pixels[:, rows, columns])
-        mask = None if labels is None else self._nearest(labels[rows, columns].int().numpy())
-        return resize_image(image, self.image_size), mask
-
-    def is_flipped(self, index: int) -> bool:
-        """Returns whether the item is mirrored in the current epoch."""
-        if not self.flip:
-            return False
-        return bool(seeded_generator(FLIP, self.seed, int(self._epoch), index).random() < 0.5)
-
-    def read(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
-        """Reads a resized image and mask, from the cache if there is one.
-
-        Returns:
-            (3, S, S) uint8, and (S, S) class indices, None without a mask.
-
-        Raises:
-            UserError: as ``resize``, or the cache cannot be written.
-        """
-        return self._cached(sample, self.image_size, self.resize)
-
-    def read_whole(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
-        """Reads an image and its mask at their own size, from the cache if there is one.
-
-        Returns:
-            (3, H, W) uint8, and (H, W) class indices, None without a mask.
-
-        Raises:
-            UserError: as ``read``.
-        """
-        return self._cached(sample, "whole", self._decode_whole)
-
-    def fill_cache(self, sample: Sample) -> Tensor | None:
-        """Reads a sample as items do, which fills the cache.
-
-        Returns:
-            Its class indices; None without a mask.
-
-        Raises:
-            UserError: as ``read``.
-        """
-        whole = self.tiles is not None or self.crop is not None
-        return (self.read_whole if whole else self.read)(sample)[1]
-
-    def _cached(
-        self, sample: Sample, size: int | str, make: Callable[..., tuple[Tensor, Tensor | None]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Reads what ``make`` returns, from the cache if there is one."""
-        if self.cache is None:
-            return make(sample, sample.image, sample.mask)
-        # The key and the entry are made from the same bytes, even if a file is replaced meanwhile.
-        files = [_read_bytes(path, sample) for path in (sample.image, sample.mask) if path]
-        how: tuple[Any, ...] = (size, self.num_classes, self._codes, sample.encoding)
-        if self.ignore_index is not None:
-            how += (self.ignore_index,)
-        if self.intensity is not None:
-            how += tuple(self.intensity)
-
-        def entry() -> np.ndarray:
-            image, mask = make(sample, *map(io.BytesIO, files))
-            channels = [image] if mask is None else [image, mask[None].to(torch.uint8)]
-            return torch.cat(channels).numpy()
-
-        pixels = torch.from_numpy(self.cache.get(files, repr(how), entry))
-        return pixels[:3], pixels[3] if sample.mask is not None else None
-
-    def resize(
-        self,
-        sample: Sample,
-        image_file: Path | io.BytesIO,
-        mask_file: Path | Annotation | io.BytesIO | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Decodes an image and its mask and resizes both.
-
-        Args:
-            sample: the encoding of the mask, and the names for messages.
-            image_file: path or content of the image.
-            mask_file: path or content of the mask; None for none.
-
-        Returns:
-            (3, S, S) uint8, and (S, S) int32 class indices, None without a mask.
-
-        Raises:
-            UserError: as ``read_image`` and ``read_mask``, or the image and the mask differ in
-                size.
-        """
-        image, mask = self._decode(sample, image_file, mask_file)
-        return resize_image(image, self.image_size), None if mask is None else self._nearest(mask)
-
-    def _decode_whole(
-        self,
-        sample: Sample,
-        image_file: Path | io.BytesIO,
-        mask_file: Path | Annotation | io.BytesIO | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Decodes an image and its mask to (3, H, W) uint8 and (H, W) int32."""
-        image, mask = self._decode(sample, image_file, mask_file)
-        return transforms.pil_to_tensor(image), None if mask is None else torch.from_numpy(mask)
+        image = resize_image(pixels[:, rows, columns].permute(1, 2, 0).numpy(), self.image_size)
+        if labels is None:
+            return image, None
+        mask = Image.fromarray(labels[rows, columns].int().numpy())
+        mask = mask.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
+        return image, torch.from_numpy(np.array(mask))
 
     def _decode(
         self,
         sample: Sample,
-        image_file: Path | io.BytesIO,
-        mask_file: Path | Annotation | io.BytesIO | None,
-    ) -> tuple[Image.Image, np.ndarray | None]:
-        where = f"{sample.origin}: image {sample.image}"
-        image = decode_image(image_file, where, self.intensity)
-        if mask_file is None:
-            return image, None
-        mask = decode_mask(sample, mask_file, self.num_classes, self._codes, self.ignore_index)
-        check_sizes(sample, image.size, mask)
-        return image, mask
+        image_content: io.BytesIO | None = None,
+        mask_content: io.BytesIO | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decodes an image and its mask, from the bytes of the files if they are given."""
+        picture = open_picture(sample, self.intensity, image_content)
+        pixels = torch.from_numpy(picture.rows()).permute(2, 0, 1)
+        mask = None
+        if sample.mask is not None:
+            mask = torch.from_numpy(self._mask(sample, picture, mask_content))
+        if self.whole:
+            return pixels.contiguous(), mask
+        return self.cut(pixels, mask, Box(0, 0, picture.height, picture.width))
 
-    def _nearest(self, mask: np.ndarray) -> Tensor:
-        """Resizes (H, W) int32 labels to the nearest pixel, (S, S)."""
-        size = (self.image_size, self.image_size)
-        nearest = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
-        return torch.from_numpy(np.array(nearest))
+    def _mask(
+        self, sample: Sample, picture: Picture | None = None, content: io.BytesIO | None = None
+    ) -> np.ndarray:
+        """Reads a mask, and checks that it has the size of ``picture``."""
+        mask = read_mask(sample, self.num_classes, self.palette, self.ignore_index, content)
+        if picture is not None and mask.shape != (picture.height, picture.width):
+            raise UserError(
+                f"{sample.origin}: image {sample.image} has {picture.width}x{picture.height} "
+                f"pixels (width x height), its mask {sample.mask} has "
+                f"{mask.shape[1]}x{mask.shape[0]}; the sizes must be the same"
+            )
+        return mask
 
 
-def resize_image(image: Image.Image, size: int) -> Tensor:
-    """Resizes an RGB image to (3, size, size) uint8."""
+def resize_image(pixels: np.ndarray, size: int) -> Tensor:
+    """Resizes (H, W, 3) uint8 RGB to (3, size, size) uint8."""
     # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
-    return transforms.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+    return transforms.pil_to_tensor(image)
 
 
 def _read_bytes(path: Path | Annotation, sample: Sample) -> bytes:
@@ -306,10 +263,6 @@ def _read_bytes(path: Path | Annotation, sample: Sample) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise unreadable(f"{sample.origin}: {path}", error) from error
-
-
-def _mirror(pixels: Tensor, flipped: bool) -> Tensor:
-    return transforms.horizontal_flip(pixels) if flipped else pixels
 
 
 def _names_below_common_folder(samples: Sequence[Sample]) -> list[str]:

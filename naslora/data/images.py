@@ -1,7 +1,11 @@
-"""The samples of a data set, and decoding of their images."""
+"""The samples of a data set, and decoding of their images.
+
+Pillow decodes files as a whole. TIFF files of colours, or of more than 8 bits, are read row by row
+(``tiff.py``), so that they need not fit into the memory.
+"""
 
 import io
-import struct
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from naslora.data.intensity import Intensity, scale
-from naslora.data.tiff import read_tiff
-from naslora.errors import UserError
+from naslora.data.picture import ImageError, Intensity, Picture, Source, unreadable
+from naslora.data.tiff import open_tiff
 
 Encoding = Literal["labels", "threshold", "nonzero", "thirds", "regions"]
 
@@ -52,63 +55,62 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that are read. Pillow reads some others by calling a program, such as Ghostscript."""
 WHITE_IS_ZERO = (262, 0)
 """Tag and value of such TIFF files."""
-GREY_ROWS = 64
-"""Rows of greys of more than 8 bits that are converted at once."""
 
 
-def read_image(sample: Sample, intensity: Intensity | None = None) -> Image.Image:
+def read_image(sample: Sample, intensity: Intensity | None = None) -> np.ndarray:
     """Reads an image upright and in colour.
 
     Args:
         sample: only its image is read.
-        intensity: how values of more than 8 bits are scaled; None scales 16-bit greys by
-            255 / 65535, and refuses floating-point numbers.
+        intensity: how values of more than 8 bits are scaled; None scales 16 bits by 255 / 65535,
+            and refuses floating-point numbers.
 
     Returns:
-        An 8-bit RGB image, rotated by its EXIF orientation. Palette indices become colours. The
+        (H, W, 3) uint8, RGB, rotated by its EXIF orientation. Palette indices become colours. The
         alpha channel is dropped.
 
     Raises:
-        UserError: the file is missing, truncated, not an image, or has an unsupported pixel type.
+        ImageError: the file is missing, truncated, not an image, or has an unsupported pixel type.
     """
-    return decode_image(sample.image, f"{sample.origin}: image {sample.image}", intensity)
+    return open_picture(sample, intensity).rows()
 
 
-def decode_image(
-    file: Path | io.BytesIO, where: str, intensity: Intensity | None = None
-) -> Image.Image:
-    """Decodes an image, as ``read_image``.
+def open_picture(
+    sample: Sample, intensity: Intensity | None = None, content: io.BytesIO | None = None
+) -> Picture:
+    """Opens an image, as ``read_image``.
 
     Args:
-        file: path or content.
-        where: the start of an error message: the origin and the path.
+        sample: only its image is read.
         intensity: as in ``read_image``.
-
-    Raises:
-        UserError: as ``read_image``.
+        content: the bytes of the file, if they are in memory.
     """
-    if intensity is None:
-        return to_rgb(open_upright(file, where).image, where)
-    pixels = read_pixels(file, where, intensity)
-    if pixels is not None:
-        return to_rgb(Image.fromarray(pixels), where)
-    return to_rgb(to_8_bits(open_upright(file, where).image, where, intensity), where)
-
-
-def read_pixels(
-    file: Path | io.BytesIO, where: str, intensity: Intensity | None
-) -> np.ndarray | None:
-    """Calls ``tiff.read_tiff``, and makes one error of all that a damaged file raises.
-
-    Raises:
-        UserError: as ``read_image``.
-    """
+    file = content or sample.image
+    where = f"{sample.origin}: image {sample.image}"
     try:
-        return read_tiff(file, where, intensity)
-    except UserError:
+        source = open_tiff(file, where)
+    except ImageError:
         raise
     except Exception as error:  # tifffile raises exceptions of many types
         raise unreadable(where, error) from error
+    if source is None:
+        source = source_of(open_upright(file, where).image)
+    return Picture(source, where, intensity)
+
+
+def source_of(image: Image.Image) -> Source:
+    """The pixels of an image of Pillow: greys of any number of bits, or RGB."""
+
+    def values(top: int, bottom: int) -> np.ndarray:
+        part = image.crop((0, top, image.width, bottom))
+        if part.mode not in ("L", "I", "F") and not part.mode.startswith("I;16"):
+            part = part.convert("RGB")
+        return np.asarray(part)
+
+    return Source(image.height, image.width, values)
+
+
+# ---- Pillow --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -152,7 +154,7 @@ def open_upright(file: Path | io.BytesIO, where: str) -> Upright:
         where: the start of an error message: the origin and the path.
 
     Raises:
-        UserError: the file is missing, truncated or not an image.
+        ImageError: the file is missing, truncated or not an image.
     """
     try:
         with open_image(file) as image:
@@ -168,6 +170,9 @@ def open_upright(file: Path | io.BytesIO, where: str) -> Upright:
             return Upright(image, lossy, shortened)
     # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and others.
     # Each of them means that the file is bad.
+    except UnidentifiedImageError as error:  # it may name a BytesIO in place of the file
+        reason = ValueError(f"it is none of {', '.join(FORMATS)}")
+        raise unreadable(where, reason) from error
     except Exception as error:
         raise unreadable(where, error) from error
 
@@ -176,60 +181,5 @@ def _is_lossy(image: Image.Image, file: Path | io.BytesIO) -> bool:
     if image.format != "WEBP":
         return image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
     content = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
-    place = 12  # of the first chunk: a name, a size, and as many bytes, made even
-    while place + 8 <= len(content):
-        kind, size = struct.unpack_from("<4sI", content, place)
-        if kind == b"VP8L":
-            return False
-        place += 8 + size + size % 2
-    return True
-
-
-def unreadable(where: str, error: Exception) -> UserError:
-    """Makes the error for a file that cannot be read; ``where`` as in ``open_upright``."""
-    if isinstance(error, UnidentifiedImageError):  # it may name a BytesIO in place of the file
-        error = ValueError(f"it is none of {', '.join(FORMATS)}")
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return UserError(f"{where} cannot be read ({reason}); replace the file or remove its entry")
-
-
-def to_rgb(image: Image.Image, where: str) -> Image.Image:
-    """Converts an image to 8-bit RGB, as ``read_image`` describes.
-
-    Raises:
-        UserError: the pixels are floating-point numbers or exceed 16 bits.
-    """
-    image = to_8_bits(image, where)
-    try:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except ValueError as error:
-        raise unreadable(where, error) from error
-
-
-def to_8_bits(image: Image.Image, where: str, intensity: Intensity | None = None) -> Image.Image:
-    """Converts greys of more than 8 bits to 8 bits; other images stay as they are.
-
-    Args:
-        image: of any mode.
-        where: the start of an error message.
-        intensity: as in ``read_image``.
-
-    Raises:
-        UserError: without ``intensity``: the pixels are floating-point numbers or exceed 16 bits.
-    """
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    if intensity is not None:
-        return Image.fromarray(scale(np.asarray(image), intensity))
-    if image.mode == "F":
-        raise UserError(
-            f"{where} has floating-point pixels; give --intensity, or save it with 8 or 16 bits"
-        )
-    greys = np.empty((image.height, image.width), np.uint8)
-    for top in range(0, image.height, GREY_ROWS):  # by bands, to bound the memory for 4-byte values
-        bottom = min(top + GREY_ROWS, image.height)
-        values = np.asarray(image.crop((0, top, image.width, bottom))).astype(np.int32)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{where} has grey values beyond 16 bits; save it with 8 or 16 bits")
-        greys[top:bottom] = (values * 255 + 32767) // 65535
-    return Image.fromarray(greys)
+    kind = re.search(rb"VP8[ L]", content)  # the chunk that holds the pixels
+    return kind is None or kind.group() == b"VP8 "

@@ -6,12 +6,13 @@ A layout is a function that turns the folder of a data set into its splits.
 import csv
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from naslora.data.images import Encoding, Sample
+from naslora.data.sampling import hold_out
 from naslora.errors import UserError, listing
 
 REQUIRED_SPLITS = ("train", "val", "test")
@@ -49,22 +50,19 @@ def read_csv(root: Path) -> Splits:
         UserError: a file is missing, is not such a CSV file, or names files that do not exist.
     """
     check_folder(root)
-    missing = [f"{split}.csv" for split in REQUIRED_SPLITS if not (root / f"{split}.csv").is_file()]
+    files = {split: root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
+    missing = [files[split].name for split in REQUIRED_SPLITS if not files[split].is_file()]
     if missing:
         raise UserError(
             f"{root}: looked for train.csv, val.csv and test.csv, {' and '.join(missing)} missing; "
             f"the folder holds {listing(p.name for p in root.iterdir())} (--dataset folders reads "
             "folders of images and masks)"
         )
-    splits = {split: _read_csv(root / f"{split}.csv") for split in REQUIRED_SPLITS}
-    optional = root / f"{OPTIONAL_SPLIT}.csv"
-    if optional.is_file():
-        splits[OPTIONAL_SPLIT] = _read_csv(optional)
-    return splits
+    return {split: _read_csv(path) for split, path in files.items() if path.is_file()}
 
 
 def _read_csv(path: Path) -> list[Sample]:
-    samples = []
+    rows: list[tuple[Path, Path, str]] = []
     try:
         # utf-8-sig accepts the byte order mark with which some spreadsheets start a file.
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -76,33 +74,26 @@ def _read_csv(path: Path) -> list[Sample]:
                     f"found {listing(columns)}"
                 )
             for row in reader:
-                origin = f"{path.name} row {reader.line_num}"
                 if not row.get("image") or not row.get("label"):  # absent after an empty first line
                     raise UserError(f"{path}: row {reader.line_num} needs an image and a label")
-                samples.append(
-                    Sample(path.parent / row["image"], path.parent / row["label"], origin)
-                )
+                origin = f"{path.name} row {reader.line_num}"
+                rows.append((path.parent / row["image"], path.parent / row["label"], origin))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
-    if not samples:
+    if not rows:
         raise UserError(f"{path} names no images; expected the line image,label and one per image")
-    _check_files_exist(path, samples)
-    return samples
-
-
-def _check_files_exist(csv_path: Path, samples: list[Sample]) -> None:
     missing = [
-        (file, sample.origin)
-        for sample in samples
-        for file in (sample.image, sample.mask)
-        if isinstance(file, Path) and not os.path.isfile(file)  # also if its name is too long
+        f"{file} ({origin})"
+        for *files, origin in rows
+        for file in files
+        if not os.path.isfile(file)  # also if its name is too long
     ]
     if missing:
-        file, origin = missing[0]
         raise UserError(
-            f"{csv_path} names {len(missing)} missing file{'s' * (len(missing) > 1)}, first {file} "
-            f"({origin}); paths are relative to the folder of the CSV file"
+            f"{path} names {len(missing)} missing file{'s' * (len(missing) > 1)}, first "
+            f"{missing[0]}; paths are relative to the folder of the CSV file"
         )
+    return [Sample(*row) for row in rows]
 
 
 # ---- Folders -------------------------------------------------------------------------------------
@@ -111,43 +102,90 @@ IMAGE_FOLDER = "images|image"
 MASK_FOLDER = "masks|mask|labels|label"
 
 
+class Part(NamedTuple):
+    """A folder of images and the folder of their masks: a split, or a part of one.
+
+    In their paths ``a|b`` accepts both names. The case is ignored.
+    """
+
+    split: str
+    images: str
+    masks: str
+    group: str | None = None
+    """The samples' group."""
+
+
+class Layout(NamedTuple):
+    """The folders of a data set."""
+
+    parts: tuple[Part, ...]
+    encoding: Encoding = "labels"
+    """The encoding of the masks."""
+    suffix: str = ""
+    """Text that a mask's stem may have after the stem of its image."""
+    skip: str | None = None
+    """Regular expression; files with a matching stem are ignored."""
+    test: float = 0
+    """Share of the training images that are drawn at random as test images."""
+    val: float = 0
+    """Share of the rest that are drawn as validation images, as the paper does."""
+    mark: str = ""
+    """A folder by which the layout is known."""
+
+
+def read_layout(layouts: Sequence[Layout], root: Path) -> Splits:
+    """Reads the folders of the first layout whose mark ``root`` contains, or of the last layout.
+
+    Raises:
+        UserError: a folder is missing, or two folders match one path; as ``pair_files``.
+    """
+    layout = next((one for one in layouts[:-1] if has_folder(root, one.mark)), layouts[-1])
+    splits: Splits = {}
+    for part, (images, masks) in zip(layout.parts, _locate(root, layout.parts), strict=True):
+        pairs = pair_files(images, masks, layout.suffix, layout.skip)
+        splits.setdefault(part.split, []).extend(
+            Sample(*pair, f"folder {images.relative_to(root)}", layout.encoding, part.group)
+            for pair in pairs
+        )
+    return draw_splits(splits, layout.val, layout.test)
+
+
+def draw_splits(splits: Splits, val: float, test: float = 0, seed: int = 0) -> Splits:
+    """Draws test and validation images from the training images.
+
+    Args:
+        splits: a split of which no share is drawn is kept.
+        val: share of the images that are not drawn for the test, in [0, 1).
+        test: share of all images, in [0, 1).
+        seed: equal seeds and samples give equal splits.
+    """
+    drawn = dict(splits)
+    for split, share in (("test", test), ("val", val)):
+        if share:
+            drawn["train"], drawn[split] = hold_out(drawn["train"], share, seed)
+    return {split: drawn[split] for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT) if split in drawn}
+
+
 def read_folders(root: Path) -> Splits:
     """Reads train, val, test and, if it exists, arch, each with an image and a mask folder.
 
     Raises:
-        UserError: as ``locate_folders`` and ``pair_files``.
+        UserError: as ``read_layout``.
     """
-    names = list(REQUIRED_SPLITS)
-    if (root / OPTIONAL_SPLIT).is_dir():
-        names.append(OPTIONAL_SPLIT)
-    wanted = [(f"{name}/{IMAGE_FOLDER}", f"{name}/{MASK_FOLDER}") for name in names]
-    return {
-        name: pair_files(folders, f"folder {name}")
-        for name, folders in zip(names, locate_folders(root, *wanted), strict=True)
-    }
+    names = (*REQUIRED_SPLITS, *([OPTIONAL_SPLIT] if has_folder(root, OPTIONAL_SPLIT) else []))
+    parts = (Part(name, f"{name}/{IMAGE_FOLDER}", f"{name}/{MASK_FOLDER}") for name in names)
+    return read_layout([Layout(tuple(parts))], root)
 
 
-class Folders(NamedTuple):
-    """A folder of images and the folder of their masks."""
-
-    images: Path
-    masks: Path
-
-
-def locate_folders(root: Path, *wanted: tuple[str, str]) -> list[Folders]:
-    """Locates pairs of folders below ``root``. The case of their names is ignored.
-
-    Args:
-        root: the folder of the data set.
-        wanted: for each pair, the paths of the image and of the mask folder, relative to ``root``.
-            In a path, ``a|b`` accepts both names.
+def _locate(root: Path, parts: Sequence[Part]) -> list[tuple[Path, Path]]:
+    """Finds the image and the mask folder of each part.
 
     Raises:
         UserError: a folder is missing, or two folders match one path. The message lists the
             expected and the existing folders.
     """
     check_folder(root)
-    paths = [path for pair in wanted for path in pair]
+    paths = [path for part in parts for path in (part.images, part.masks)]
     found = {path: _descend(root, path) for path in paths}
     missing = [path for path, folders in found.items() if not folders]
     if missing:
@@ -159,11 +197,11 @@ def locate_folders(root: Path, *wanted: tuple[str, str]) -> list[Folders]:
         if len(folders) > 1:
             names = " and ".join(str(folder.relative_to(root)) for folder in folders)
             raise UserError(f"{root}: expected one folder {path}, found {names}; remove one")
-    return [Folders(found[images][0], found[masks][0]) for images, masks in wanted]
+    return [(found[part.images][0], found[part.masks][0]) for part in parts]
 
 
 def has_folder(root: Path, name: str) -> bool:
-    """Returns whether ``root`` contains the folder ``name``; as in ``locate_folders``.
+    """Returns whether ``root`` contains the folder ``name``; as in ``Part``.
 
     Raises:
         UserError: ``root`` does not exist.
@@ -230,43 +268,35 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def pair_files(
-    folders: Folders,
-    origin: str,
-    encoding: Encoding = "labels",
-    suffix: str = "",
-    skip: str | None = None,
-    group: str | None = None,
-) -> list[Sample]:
+    images: Path, masks: Path, suffix: str = "", skip: str | None = None
+) -> list[tuple[Path, Path]]:
     """Pairs each image of a folder with the mask of the same stem. The case is ignored.
 
     Args:
-        folders: the image folder and the mask folder.
-        origin: the samples' origin, for messages.
-        encoding: the encoding of the masks.
-        suffix: text that a mask's stem may have after the stem of its image.
-        skip: regular expression; files with a matching stem are ignored.
-        group: the samples' group.
+        images: the image folder.
+        masks: the mask folder.
+        suffix: as in ``Layout``.
+        skip: as in ``Layout``.
 
     Raises:
         UserError: there are no images, two images or two masks have the same stem, or a file has
             no partner.
     """
-    images = _files_by_stem(folders.images, skip)
-    masks = _files_by_stem(folders.masks, skip, suffix)
-    for files, partners, kind in ((images, masks, "mask"), (masks, images, "image")):
+    named = _files_by_stem(images, skip), _files_by_stem(masks, skip, suffix)
+    for (files, partners), kind in ((named, "mask"), (named[::-1], "image")):
         unpaired = [files[stem].name for stem in files if stem not in partners]
         if unpaired:
             ending = f" (the mask's may end in {suffix})" if suffix else ""
             raise UserError(
-                f"{folders.images.parent}: {len(unpaired)} of {len(files)} files without {kind}: "
+                f"{images.parent}: {len(unpaired)} of {len(files)} files without {kind}: "
                 f"{listing(unpaired)}; an image and its mask must have the same name before the "
                 f"suffix{ending}"
             )
-    if not images:
+    if not named[0]:
         raise UserError(
-            f"{folders.images} holds no images; supported suffixes: {', '.join(IMAGE_SUFFIXES)}"
+            f"{images} holds no images; supported suffixes: {', '.join(IMAGE_SUFFIXES)}"
         )
-    return [Sample(images[stem], masks[stem], origin, encoding, group) for stem in images]
+    return [(named[0][stem], named[1][stem]) for stem in named[0]]
 
 
 def _files_by_stem(folder: Path, skip: str | None, suffix: str = "") -> dict[str, Path]:

@@ -1,13 +1,13 @@
 """Decoding of masks."""
 
 import io
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageColor
 
-from naslora.data.images import Annotation, Encoding, Sample, open_upright, to_rgb
+from naslora.data.images import Annotation, Encoding, Sample, open_upright, source_of
+from naslora.data.picture import Picture
 from naslora.data.regions import draw_annotation
 from naslora.errors import UserError, listing
 
@@ -25,6 +25,7 @@ def read_mask(
     num_classes: int,
     palette: Sequence[str] | None = None,
     ignore_index: int | None = None,
+    content: io.BytesIO | None = None,
 ) -> np.ndarray:
     """Reads a mask as class indices.
 
@@ -48,6 +49,7 @@ def read_mask(
         ignore_index: the grey value or palette index of pixels without a known class. With
             ``palette`` it is the number of the last colour, which is one more than the classes.
             None is 255 in masks of class indices of more than two classes, else no value.
+        content: the bytes of the file, if they are in memory.
 
     Returns:
         (H, W) int32, rotated by the EXIF orientation. ``IGNORED`` stands for ``ignore_index``.
@@ -56,40 +58,13 @@ def read_mask(
         UserError: the sample has no mask, the file cannot be read, it contains labels or colours
             outside the classes, it needs a palette, or the palette is invalid.
     """
-    codes = palette_codes(palette, num_classes, ignore_index)
-    return decode_mask(sample, sample.mask, num_classes, codes, ignore_index)
-
-
-def decode_mask(
-    sample: Sample,
-    file: Path | Annotation | io.BytesIO | None,
-    num_classes: int,
-    codes: list[int] | None,
-    ignore_index: int | None = None,
-) -> np.ndarray:
-    """Decodes a mask, as ``read_mask``.
-
-    Args:
-        sample: its encoding is used, and its origin and mask name the file in messages.
-        file: path or content of the mask.
-        num_classes: as in ``read_mask``.
-        codes: the palette, from ``palette_codes``.
-        ignore_index: as in ``read_mask``.
-
-    Returns:
-        (H, W) int32.
-
-    Raises:
-        UserError: as ``read_mask``.
-    """
-    if file is None:
+    if sample.mask is None:
         raise UserError(f"{sample.origin}: image {sample.image} has no mask")
     where = f"{sample.origin}: mask {sample.mask}"
-    if sample.encoding == "regions":
-        content = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
-        return draw_annotation(content, IGNORED, where)
-    assert not isinstance(file, Annotation)
-    image, lossy, shortened = open_upright(file, where)
+    if isinstance(sample.mask, Annotation):
+        return draw_annotation(sample.mask.content, IGNORED, where)
+    codes = palette_codes(palette, num_classes, ignore_index)
+    image, lossy, shortened = open_upright(content or sample.mask, where)
     if shortened:
         raise UserError(
             f"{where} has colours of 16 bits, of which 8 are read; save it with 8 bits, or as greys"
@@ -100,46 +75,27 @@ def decode_mask(
             f"{where} is a JPEG or a lossy WebP, whose compression changes labels and colours; "
             "save masks of colours, of more than two classes or with ignored pixels as PNG"
         )
-    if sample.encoding != "labels":
-        image, ignored = _blank_ignored(image, ignore_index, where)
-        labels = _DECODERS[sample.encoding](image, where).astype(np.int32, copy=False)
-        return np.where(ignored, np.int32(IGNORED), labels)
-    if codes is not None:
-        labels = _decode_colors(np.asarray(to_rgb(image, where)), codes, where)
-        if ignore_index is not None:
-            labels[labels == len(codes) - 1] = IGNORED
-    else:
+    if sample.encoding == "labels" and codes is not None:
+        found = _decode_colors(_rgb(image, where), codes, where)
+        ignored = None if ignore_index is None else found == len(codes) - 1
+    elif sample.encoding == "labels":
         values = _pixel_values(image, where)
         if values.ndim == 3 and not lossy and (values == values[..., :1]).all():
             values = values[..., 0]
         if ignore_index is None and 2 < num_classes <= IGNORED:
             ignore_index = IGNORED
-        if ignore_index is not None and values.ndim == 2:
-            return _decode_with_ignored(values, ignore_index, num_classes, where)
-        labels = _decode_values(values, num_classes, lossy, where)
-    return labels.astype(np.int32, copy=False)
+        ignored = _blank(values, ignore_index)
+        found = _decode_values(values, num_classes, lossy, where)
+    else:
+        values = _rgb(image, where)
+        ignored = _blank(values, ignore_index)
+        found = _decode_encoded(values, sample.encoding, image, where)
+    labels = found.astype(np.int32, copy=False)
+    return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
 
 
-def _decode_with_ignored(
-    values: np.ndarray, ignore_index: int, num_classes: int, where: str
-) -> np.ndarray:
-    ignored = values == ignore_index
-    labels = _decode_values(np.where(ignored, 0, values), num_classes, False, where)
-    return np.where(ignored, IGNORED, labels).astype(np.int32)
-
-
-def _blank_ignored(
-    image: Image.Image, ignore_index: int | None, where: str
-) -> tuple[Image.Image, np.ndarray]:
-    """Finds the ignored pixels, (H, W) bool, and returns the image with 0 in their place."""
-    if ignore_index is None:
-        return image, np.zeros((), bool)
-    ignored = _pixel_values(image, where) == ignore_index
-    if ignored.ndim == 3:
-        ignored = ignored.all(axis=2)
-    blank = image.copy() if image.mode in ("L", "P") else to_rgb(image, where).copy()
-    blank.paste(0 if blank.mode in ("L", "P") else (0, 0, 0), mask=Image.fromarray(ignored))
-    return blank, ignored
+def _rgb(image: Image.Image, where: str) -> np.ndarray:
+    return Picture(source_of(image), where).rows()
 
 
 def _pixel_values(image: Image.Image, where: str) -> np.ndarray:
@@ -149,28 +105,32 @@ def _pixel_values(image: Image.Image, where: str) -> np.ndarray:
     if image.mode in ("LA", "La"):
         image = image.getchannel(0)
     elif image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
-        image = to_rgb(image, where)
-    return np.asarray(image).astype(np.int32)
+        return _rgb(image, where).astype(np.int32)
+    return np.array(image).astype(np.int32)
 
 
-def _decode_threshold(image: Image.Image, where: str) -> np.ndarray:
-    rgb = np.asarray(to_rgb(image, where))  # (H, W, 3)
-    values = _pixel_values(image, where)
-    if image.mode == "P":
-        if (rgb != rgb[..., :1]).any():  # a coloured palette only displays the indices
-            return values > 0
-        values = rgb[..., 0]
-    if values.max() <= 1:
-        return np.any(values, axis=2) if values.ndim == 3 else values > 0
-    return rgb.mean(axis=2) >= 128
+def _blank(values: np.ndarray, ignore_index: int | None) -> np.ndarray | None:
+    """Sets ignored pixels to 0 and returns where they are, (H, W) bool; None for nowhere."""
+    if ignore_index is None:
+        return None
+    channels = tuple(range(2, values.ndim))
+    ignored = np.asarray(np.all(values == ignore_index, axis=channels))
+    values[ignored] = 0
+    return ignored
 
 
-def _decode_nonzero(image: Image.Image, where: str) -> np.ndarray:
-    return np.any(np.asarray(to_rgb(image, where)), axis=2)
-
-
-def _decode_thirds(image: Image.Image, where: str) -> np.ndarray:
-    means = np.asarray(to_rgb(image, where)).mean(axis=2)
+def _decode_encoded(
+    rgb: np.ndarray, encoding: Encoding, image: Image.Image, where: str
+) -> np.ndarray:
+    """Decodes the colours of a mask whose encoding is not "labels"."""
+    if encoding == "nonzero":
+        return np.any(rgb, axis=2)
+    means = rgb.mean(axis=2)
+    if encoding == "threshold":
+        if image.mode == "P" and (rgb != rgb[..., :1]).any():  # it only displays the indices
+            return np.asarray(image) > 0
+        values = np.asarray(image) if image.mode.startswith("I") else means
+        return values > 0 if values.max() <= 1 else means >= 128
     labels = np.full(means.shape, -1, dtype=np.int32)
     for label, mean in enumerate((0, 85, 255)):
         labels[means == mean] = label
@@ -181,13 +141,6 @@ def _decode_thirds(image: Image.Image, where: str) -> np.ndarray:
             "expected 0 (background), 85 (things) and 255 (stuff)"
         )
     return labels
-
-
-_DECODERS: dict[Encoding, Callable[[Image.Image, str], np.ndarray]] = {
-    "threshold": _decode_threshold,
-    "nonzero": _decode_nonzero,
-    "thirds": _decode_thirds,
-}
 
 
 def _decode_values(values: np.ndarray, num_classes: int, lossy: bool, where: str) -> np.ndarray:
@@ -215,27 +168,20 @@ def _decode_values(values: np.ndarray, num_classes: int, lossy: bool, where: str
     # ignored pixels with 255 would pass as a binary mask.
     if num_classes <= 2 and highest in (255, 65535) and np.isin(values, (0, highest)).all():
         return values > 0
-    raise UserError(_beyond_classes(values, num_classes, where))
+    found = np.unique(values)
+    shown = ", ".join(map(str, found[:8])) + (f" .. {found[-1]}" if len(found) > 8 else "")
+    beyond = f"the {num_classes} classes 0 to {num_classes - 1}"
+    remedy = "raise --num-classes, or relabel the mask"
+    if num_classes == 1:
+        beyond = "the two classes 0/1 or 0/255 of a binary mask"
+        remedy = "set --num-classes, or save the mask with two values"
+    raise UserError(f"{where} has the labels {shown}, beyond {beyond}; {remedy}")
 
 
 def _photograph(what: str, where: str) -> str:
     return (
         f"{where} {what}, so it is a photograph, or noise, and no mask; check that the "
         "columns image and label are not swapped"
-    )
-
-
-def _beyond_classes(values: np.ndarray, num_classes: int, where: str) -> str:
-    found = np.unique(values)
-    shown = ", ".join(map(str, found[:8])) + (f" .. {found[-1]}" if len(found) > 8 else "")
-    if num_classes == 1:
-        return (
-            f"{where} has the labels {shown}, beyond the two classes 0/1 or 0/255 of a binary "
-            "mask; set --num-classes, or save the mask with two values"
-        )
-    return (
-        f"{where} has the labels {shown}, beyond the {num_classes} classes 0 to "
-        f"{num_classes - 1}; raise --num-classes, or relabel the mask"
     )
 
 
@@ -256,7 +202,7 @@ def _decode_colors(rgb: np.ndarray, codes: list[int], where: str) -> np.ndarray:
 def palette_codes(
     palette: Sequence[str] | None, num_classes: int, ignore_index: int | None = None
 ) -> list[int] | None:
-    """Converts a palette to the numbers that ``decode_mask`` compares colours with.
+    """Converts a palette to the numbers that colours are compared with.
 
     Returns:
         One integer a class, red in its highest byte, and one more for ignored pixels if there is an
@@ -295,23 +241,3 @@ def _hex(code: int) -> str:
 def has_foreground(labels: np.ndarray) -> bool:
     """Whether a pixel that counts has another label than 0."""
     return bool(((labels != 0) & (labels != IGNORED)).any())
-
-
-def check_sizes(sample: Sample, image_size: tuple[int, int], mask: np.ndarray) -> None:
-    """Checks that an image and its mask have the same size.
-
-    Args:
-        sample: names the files in the message.
-        image_size: (width, height) of the upright image.
-        mask: (H, W).
-
-    Raises:
-        UserError: the sizes differ.
-    """
-    height, width = mask.shape
-    if image_size != (width, height):
-        raise UserError(
-            f"{sample.origin}: image {sample.image} has {image_size[0]}x{image_size[1]} pixels "
-            f"(width x height), its mask {sample.mask} has {width}x{height}; the sizes must be the "
-            "same"
-        )

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 
 from naslora.data.datasets import DATASETS
-from naslora.data.intensity import parse_intensity
 from naslora.data.masks import IGNORED
+from naslora.data.picture import parse_intensity
 from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.methods import METHODS, find_method

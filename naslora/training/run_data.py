@@ -15,14 +15,18 @@ from torch import Tensor
 from naslora.choices import CALIBRATION_IMAGES
 from naslora.data.augmentation import Crop
 from naslora.data.cache import Cache
-from naslora.data.checking import check_sample, in_threads
-from naslora.data.contents import Content, Contents, check_unchanged, content_of, warnings_about
+from naslora.data.contents import (
+    Content,
+    Contents,
+    check_unchanged,
+    read_contents,
+    warnings_about,
+)
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import count_differences, load_splits
 from naslora.data.images import Sample
-from naslora.data.intensity import Intensity, parse_intensity
 from naslora.data.layouts import OPTIONAL_SPLIT
-from naslora.data.masks import has_foreground, palette_codes
+from naslora.data.picture import Intensity, parse_intensity
 from naslora.data.tiles import Tiles, fit_tiles
 from naslora.errors import UserError, warn
 from naslora.files import read_json
@@ -105,29 +109,19 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
 
 
 def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Content]:
-    """Reads every sample once, so that a bad file is found before a long run starts.
+    """Reads every sample once, as ``read_contents``, and shows how far it has come.
 
     Returns:
         What the files of each sample hold.
 
     Raises:
-        UserError: as ``check_sample``, for the first bad sample; the palette is invalid.
+        UserError: as ``read_contents``; the palette is invalid.
     """
-    data, scaling = config.data, scaling_of(config)
-    codes = palette_codes(data.palette, data.num_classes, data.ignore_index)
-    dataset = None if data.cache is None else make_dataset(config, samples)
-
-    def read(sample: Sample) -> Content:
-        if dataset is None:
-            found = check_sample(sample, data.num_classes, codes, data.ignore_index, scaling)
-        else:
-            mask = dataset.fill_cache(sample)  # this reads everything once
-            found = mask is not None and has_foreground(mask.numpy())
-        return content_of(sample, found)
-
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("checking the data", total=len(samples))
-        return in_threads(read, samples, lambda done, _: progress.update(task, completed=done))
+        return read_contents(
+            make_dataset(config, samples), lambda done, _: progress.update(task, completed=done)
+        )
 
 
 def scaling_of(config: RunConfig) -> Intensity | None:

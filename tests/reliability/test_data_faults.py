@@ -8,11 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 from conftest import TRAIN
-from miniatures import check_samples
 from PIL import Image
 
-from naslora.data.checking import LARGE
-from naslora.data.images import Sample
 from naslora.files import read_json
 from naslora.report.pictures import paint
 from naslora.sam import encoders
@@ -174,13 +171,6 @@ def test_painting_takes_little_memory():
     assert peak < 4 * image.nbytes  # it was 17 times as much
 
 
-def test_large_images_are_checked(tmp_path):
-    side = int(LARGE**0.5) + 1
-    Image.new("RGB", (side, side)).save(tmp_path / "large.png")
-    sample = Sample(tmp_path / "large.png", None, "input")
-    assert check_samples([sample, sample], 1) == [False, False]
-
-
 def peak_of_predict(run, image, output, *options) -> float:
     """Predicts in a process of its own. Returns its peak memory in bytes, 0.5 GB of them
     PyTorch's."""
@@ -211,7 +201,7 @@ def test_an_image_of_81_megapixels(run, tmp_path):
 
 @pytest.mark.campaign
 def test_an_image_of_400_megapixels_by_tiles(run, tmp_path, monkeypatch):
-    """The decoded image has 1.2 GB."""
+    """The decoded image has 1.2 GB, of which a row of tiles is in memory."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     side = 20_000
     rng = np.random.default_rng(0)
@@ -221,4 +211,4 @@ def test_an_image_of_400_megapixels_by_tiles(run, tmp_path, monkeypatch):
     del large
     peak = peak_of_predict(run, tmp_path / "large.tif", tmp_path / "out", "--tiles", 1024)
     assert Image.open(tmp_path / "out" / "large_mask.png").size == (side, side)
-    assert peak < 2.3e9
+    assert peak < 1.7e9

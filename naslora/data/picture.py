@@ -1,0 +1,183 @@
+"""An image whose rows become RGB of 8 bits when they are taken, and the scaling of values."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from naslora.errors import UserError
+
+Kind = Literal["percentile", "window"]
+PERCENTILES = (1.0, 99.0)
+"""The percentiles that ``percentile`` takes if it is given none."""
+BAND = 1 << 20
+"""Pixels that are converted at once, to bound the memory for numbers of 8 bytes."""
+SAMPLED = 1 << 24
+"""Pixels from which on every n-th row and column decide an image's percentiles, to bound the
+memory."""
+
+
+class Limits(NamedTuple):
+    """The values that become 0 and 255."""
+
+    low: float
+    high: float
+
+
+class Intensity(NamedTuple):
+    """How values of more than 8 bits become 0 to 255."""
+
+    kind: Kind
+    """``window``: ``low`` and ``high`` are values, the same for every image. ``percentile``: they
+    are percentiles of each channel of each image."""
+    low: float
+    """Becomes 0, as everything below."""
+    high: float
+    """Becomes 255, as everything above."""
+
+
+def parse_intensity(words: Sequence[str]) -> Intensity:
+    """Reads ``--intensity``: ``percentile [LO HI]`` or ``window LO HI``.
+
+    Raises:
+        UserError: the words are none of the two, or LO and HI are no range.
+    """
+    usage = "intensity must be percentile, percentile LO HI or window LO HI"
+    kind = words[0] if words else ""
+    if kind not in get_args(Kind):
+        raise UserError(f"{usage}, got {' '.join(words) or 'nothing'}")
+    try:
+        numbers = [float(word) for word in words[1:]]
+    except ValueError as error:
+        raise UserError(f"{usage} with two numbers, got {' '.join(words)}") from error
+    if not numbers and kind == "percentile":
+        numbers = list(PERCENTILES)
+    if len(numbers) != 2:
+        raise UserError(f"{usage}, got {' '.join(words)}")
+    low, high = numbers
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"intensity: LO and HI must be finite and LO smaller, got {low}, {high}")
+    if kind == "percentile" and not 0 <= low < high <= 100:
+        raise UserError(f"intensity: percentiles lie in 0 to 100, got {low} and {high}")
+    return Intensity("window" if kind == "window" else "percentile", low, high)
+
+
+def scale(values: np.ndarray, limits: Sequence[Limits]) -> np.ndarray:
+    """Scales values to 8 bits, rounded.
+
+    NaN becomes 0. With equal limits, values become 0 up to them and 255 above.
+
+    Args:
+        values: (H, W, C) numbers.
+        limits: of each channel.
+
+    Returns:
+        uint8, of the same shape.
+    """
+    low, high = np.array(limits).T  # (C,) float64 each
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        share = (values.astype(np.float64) - low) / (high - low)
+    share = np.clip(np.nan_to_num(share, nan=0, posinf=1, neginf=0), 0, 1)
+    return np.rint(255 * share).astype(np.uint8)
+
+
+class ImageError(UserError):
+    """An image cannot be read."""
+
+
+class Source(NamedTuple):
+    """The pixels of a file, upright, as they are stored."""
+
+    height: int
+    width: int
+    values: Callable[[int, int], np.ndarray]
+    """Called as ``values(top, bottom)``; returns these rows, (n, W) or (n, W, 3) numbers. A damaged
+    file raises exceptions of many types."""
+    white_is_zero: bool = False
+    """Whether values of more than 8 bits are inverted after their scaling."""
+
+
+class Picture:
+    """An image whose rows become RGB of 8 bits when they are taken.
+
+    Args:
+        source: its pixels.
+        where: the start of an error message: the origin and the path.
+        intensity: how values of more than 8 bits are scaled; None scales 16 bits by 255 / 65535.
+
+    Raises:
+        ImageError: without ``intensity``, the values are floating-point numbers; here and in
+            ``rows``: the file is damaged, or, without ``intensity``, has values beyond 16 bits.
+    """
+
+    def __init__(self, source: Source, where: str, intensity: Intensity | None = None) -> None:
+        self.height, self.width = source.height, source.width
+        self._source = source
+        self._where = where
+        self._intensity = intensity
+        first = self._values(0, 1)
+        if intensity is None and first.dtype.kind not in "bui":
+            raise ImageError(
+                f"{where} has floating-point pixels; give --intensity, or save it with 8 or 16 bits"
+            )
+        self._limits = None if first.dtype == np.uint8 else self._find_limits(first.shape[2])
+
+    def rows(self, top: int = 0, bottom: int | None = None) -> np.ndarray:
+        """Returns rows, all of them by default, as (bottom - top, W, 3) uint8."""
+        end = bottom or self.height
+        pixels = np.empty((end - top, self.width, 3), np.uint8)
+        for start, stop in self.bands(top, end):
+            values = self._values(start, stop)
+            if self._limits is not None:
+                values = self._to_8_bits(values, self._limits)
+            pixels[start - top : stop - top] = values
+        return pixels
+
+    def bands(self, top: int = 0, bottom: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yields the first row of bands of ``BAND`` pixels, and the row after their last one."""
+        end, step = bottom or self.height, max(1, BAND // self.width)
+        for start in range(top, end, step):
+            yield start, min(start + step, end)
+
+    def _values(self, top: int, bottom: int) -> np.ndarray:
+        """Rows as they are stored, (n, W, C)."""
+        try:
+            values = self._source.values(top, bottom)
+        except Exception as error:  # the libraries raise exceptions of many types
+            raise unreadable(self._where, error) from error
+        return values if values.ndim == 3 else values[..., None]
+
+    def _to_8_bits(self, values: np.ndarray, limits: Sequence[Limits]) -> np.ndarray:
+        if self._intensity is None and not (values.min() >= 0 and values.max() <= 65535):
+            raise ImageError(
+                f"{self._where} has values beyond 16 bits; save it with 8 or 16 bits, or give "
+                "--intensity"
+            )
+        scaled = scale(values, limits)
+        return 255 - scaled if self._source.white_is_zero else scaled
+
+    def _find_limits(self, channels: int) -> list[Limits]:
+        """The values of each channel that become 0 and 255."""
+        if self._intensity is None:
+            return channels * [Limits(0, 65535)]
+        kind, low, high = self._intensity
+        if kind == "window":
+            return channels * [Limits(low, high)]
+        step = math.isqrt(self.height * self.width // SAMPLED) + 1
+        sampled = [
+            self._values(top, bottom)[-top % step :: step, ::step] for top, bottom in self.bands()
+        ]
+        limits = []
+        for channel in range(channels):
+            values = np.concatenate([part[..., channel].ravel() for part in sampled])
+            values = values[np.isfinite(values)]
+            ends = np.percentile(values, [low, high]) if values.size else (0, 0)
+            limits.append(Limits(*map(float, ends)))
+        return limits
+
+
+def unreadable(where: str, error: Exception) -> ImageError:
+    """Makes the error for a file that cannot be read; ``where`` as in ``Picture``."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return ImageError(f"{where} cannot be read ({reason}); replace the file or remove its entry")
