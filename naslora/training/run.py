@@ -20,11 +20,6 @@ from pathlib import Path
 import torch
 
 from naslora.choices import Tracker
-<<<<<<< HEAD
-from naslora.data.contents import to_json
-=======
-from naslora.data.dataset import SegmentationDataset
->>>>>>> a4885cf (One reader for large images: TIFF row by row with tifffile, a table of folders for the paper's data sets, one check of the files)
 from naslora.errors import UserError, warn
 from naslora.files import is_temporary, write_json
 from naslora.locks import locked
@@ -79,7 +74,6 @@ def train(
     accelerator = make_accelerator(config.training)
     _check_start(config)
     check_trackers(trackers)
-<<<<<<< HEAD
     with lost_processes(), ExitStack() as stack:
         in_main_process(accelerator, lambda: stack.enter_context(locked(output)))
         check_output(config, output, resume)
@@ -94,49 +88,9 @@ def train(
         values = config.to_dict()
         if accelerator.is_main_process:
             write_json(output / CONFIG, values)
-            write_json(output / DATA, to_json(contents))
+            write_json(output / DATA, dict(contents))
         check_shared(output / DATA, accelerator)
         stack.enter_context(tracked(accelerator, trackers, output, values, trainer.epoch))
-=======
-    with lost_processes(), ExitStack() as lock:
-        _take_lock(output, accelerator, lock)
-        return _train(config, output, resume, trackers, accelerator)
-
-
-def _take_lock(output: Path, accelerator: Accelerator, lock: ExitStack) -> None:
-    """Locks the folder in the main process. All processes wait here; all raise if it fails."""
-    problem = None
-    if accelerator.is_main_process:
-        try:
-            lock.enter_context(locked(output))
-        except UserError as error:
-            problem = str(error)
-    for found in gather_object([problem]):
-        if found is not None:
-            raise UserError(found)
-
-
-def _train(
-    config: RunConfig,
-    output: Path,
-    resume: bool,
-    trackers: Sequence[Tracker],
-    accelerator: Accelerator,
-) -> RunResult:
-    check_output(config, output, resume)
-    data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
-    trainer, counts = _make_trainer(config, data, output, accelerator)
-    if accelerator.is_main_process:
-        _warn(config, bool(trainer.alphas))
-    if resume:
-        trainer.resume()
-    values = config.to_dict()
-    if accelerator.is_main_process:
-        write_json(output / CONFIG, values)
-        write_json(output / DATA, dict(contents))
-    check_shared(output / DATA, accelerator)
-    with tracked(accelerator, trackers, output, values, trainer.epoch):
->>>>>>> a4885cf (One reader for large images: TIFF row by row with tifffile, a table of folders for the paper's data sets, one check of the files)
         trainer.run()
         if frozen_dtype(config.training) != torch.float32:
             # Merging adds the update to the frozen weights, so it needs all their digits.

@@ -57,16 +57,16 @@ def prepare_data(
     """
     splits = find_splits(config)
 
-    def read_contents() -> Contents:
-        read = iter(check_with_progress([s for split in splits.values() for s in split], config))
-        contents = {name: [next(read) for _ in split] for name, split in splits.items()}
+    def read() -> Contents:
+        found = iter(check_with_progress([s for split in splits.values() for s in split], config))
+        contents = {name: [next(found) for _ in split] for name, split in splits.items()}
         if record is not None and record.is_file():
             check_unchanged(read_json(record), contents, record)
         for warning in warnings_about(contents):
             warn(warning)
         return contents
 
-    contents = in_main_process(accelerator, read_contents)
+    contents = in_main_process(accelerator, read)
     whole = config.data.resolution == "original"
     datasets = {
         name: make_dataset(
