@@ -172,6 +172,7 @@ def test_full_report(report, run):
         "<small>worst image 0.7214</small>",
         "<dd>0.8021<small>test Dice, center</small>",  # exact leaves another module
         "kept: epoch 2, Dice 0.7000",
+        "slice 7 · Dice 0.8765 · rank 1 of 24",
     ):
         assert shown in text
     center = ["0.8421", "0.8021", "−0.0400", "0.45", "0.45", "0.045", "0.045"]
@@ -278,17 +279,6 @@ def test_hostile_names_stay_text(report, run):
     assert "script" not in page.tags
 
 
-def test_the_worst_and_the_best_images_are_apart(report, run):
-    run["panels"] = [panel(name=f"n{rank}", rank=rank) for rank in (1, 2, 23, 24)]
-    text = report(**run)
-    assert re.findall(r"<h3>(.*?)</h3>", text) == ["Worst", "Best"]
-    assert (
-        text.index("n2 · Dice 0.8765 · rank 2 of 24") < text.index("<h3>Best") < text.index("n23")
-    )
-    run["result"] = replace(run["result"], images={"test": 4})  # the panels are all there are
-    assert re.findall(r"<h3>(.*?)</h3>", report(**run)) == ["Worst first"]
-
-
 def test_errors_are_painted_by_kind():
     truth = np.array([[0, 0, 1, 1, 2]])
     prediction = np.array([[0, 1, 1, 0, 1]])
@@ -317,7 +307,7 @@ def test_merging_is_shown_where_it_changes_most(report, run):
         for i, change in enumerate(changes)
     ]
     text = report(**run)
-    shown = text[text.index("Before and after merging") :]
+    shown = text[text.index("The images that merging changes most") :]
     assert re.findall(r"<figcaption>(n\d) · unchanged by exact<", shown) == ["n1", "n2"]
     share = (labels != 0).mean()
     assert f"center, Dice 0.5000, {share:.2%} changed" in shown

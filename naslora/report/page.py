@@ -24,12 +24,6 @@ class Cards(NamedTuple):
     cards: list[tuple[str, str, str]]
 
 
-class Heading(NamedTuple):
-    """A heading within a section."""
-
-    text: str
-
-
 class Code(NamedTuple):
     """Text of a fixed width, for instance commands."""
 
@@ -59,7 +53,7 @@ class Folded(NamedTuple):
     part: Table | Code
 
 
-Part = str | Table | Drawing | Pictures | Legend | Cards | Heading | Code | Folded
+Part = str | Table | Drawing | Pictures | Legend | Cards | Code | Folded
 """A piece of a section, in plain text; a string is a note."""
 
 

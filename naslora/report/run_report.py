@@ -1,18 +1,19 @@
 """The report of a run."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from naslora.report.numbers import duration, is_known, number, reduce_known
 from naslora.report.page import Cards, Part, write_page
 from naslora.report.pictures import Panel
-from naslora.report.sections.costs import parameters_parts, times_parts
 from naslora.report.sections.examples import examples_parts
 from naslora.report.sections.merging import merging_parts
 from naslora.report.sections.operations import operations_parts
 from naslora.report.sections.scores import scores_parts
 from naslora.report.sections.training import training_parts
-from naslora.results import Epoch, OperationHistory, RunResult, SplitScores
+from naslora.report.tables import Table
+from naslora.results import Epoch, OperationHistory, ParameterCounts, RunResult, SplitScores
 
 SPLIT_TITLES = {
     "train": "training",
@@ -56,8 +57,8 @@ def write_report(
         "Merging": merging_parts(result, panels, class_names),
         "Training": training_parts(history, result.kept_epoch),
         "Operations": operations_parts(operations, history),
-        "Parameters": parameters_parts(result.parameters),
-        "Time": times_parts(history, result.seconds),
+        "Parameters": _parameters(result.parameters),
+        "Time": _times(history, result.seconds),
     }
     write_page(path, page_title(config), config, _header(result), sections)
 
@@ -98,3 +99,46 @@ def _header(result: RunResult) -> list[Part]:
     cards.append(("Time", duration(result.seconds), ""))
     images = [f"{n:,} {SPLIT_TITLES.get(s, s)}" for s, n in (result.images or {}).items()]
     return [Cards(cards), *([f"Images: {', '.join(images)}."] if images else [])]
+
+
+def _parameters(counts: ParameterCounts | None) -> list[Part]:
+    """A table of parameters by part of the model; nothing if they were not counted."""
+    if counts is None:
+        return []
+    parts = {
+        "Frozen": counts.frozen,
+        "Decoder": counts.decoder,
+        "Trained in the encoder": counts.adapter,
+        "Architecture (α)": counts.architecture,
+        "Total trainable": counts.trainable,
+    }
+    rows = [[name, f"{count:,}"] for name, count in parts.items()]
+    return [Table(["Part", "Parameters"], rows, total=True)]
+
+
+def _times(history: list[Epoch], total: float | None) -> list[Part]:
+    """A table of seconds by phase; nothing if nothing was timed.
+
+    Args:
+        history: one record an epoch; may be empty.
+        total: seconds of the whole run; None if unknown.
+    """
+    if not history and not is_known(total):
+        return []
+    phases = {
+        "Weight steps": [epoch.seconds.weights for epoch in history],
+        "Architecture steps": [epoch.seconds.architecture for epoch in history],
+        "Evaluation": [epoch.seconds.evaluation for epoch in history],
+    }
+    rows, spent = [], 0.0
+    for label, seconds in phases.items():
+        # The mean is over the epochs that had such steps. Stage 1 has no architecture steps.
+        ran = [value for value in seconds if is_known(value) and value > 0]
+        spent += sum(ran)
+        mean = number(reduce_known(fmean, ran), ".2f")
+        rows.append([label, f"{sum(ran):,.1f}", mean, str(len(ran))])
+    if is_known(total):
+        rows.append(["Everything else", f"{max(0.0, total - spent):,.1f}", "", ""])
+        rows.append(["Total", f"{total:,.1f}", "", ""])
+    head = ["", "Seconds", "Seconds per epoch", "Epochs"]
+    return [Table(head, rows, total=is_known(total))]

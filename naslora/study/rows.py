@@ -3,7 +3,7 @@
 The ablations are those of the paper (Tables 6-9 and D1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -85,63 +85,53 @@ def _with_training(config: RunConfig, **fields: Any) -> RunConfig:
     return replace(config, training=replace(config.training, **fields))
 
 
-def _operations(config: RunConfig) -> list[Row]:
+def _operations(config: RunConfig) -> Iterator[Row]:
     """All operations, and each family left out."""
-    every = _with_adapter(config, operations=None)
-    variants = [Row("all operations", "all-operations", every)]
+    yield Row("all operations", "all-operations", _with_adapter(config, operations=None))
     for family, left_out in FAMILIES.items():
         kept = tuple(name for name in OPERATIONS if name not in left_out)
         folder = "without-" + family.replace("/", "-").replace(" ", "-")
-        variants.append(Row(f"without {family}", folder, _with_adapter(config, operations=kept)))
-    return variants
+        yield Row(f"without {family}", folder, _with_adapter(config, operations=kept))
 
 
-def _ranks(config: RunConfig) -> list[Row]:
+def _ranks(config: RunConfig) -> Iterator[Row]:
     """The paper's ranks, and the configured one."""
-    return [
-        Row(f"r = {rank}", f"rank-{rank}", _with_adapter(config, rank=rank))
-        for rank in sorted({*RANKS, _adapter(config).rank})
-    ]
+    for rank in sorted({*RANKS, _adapter(config).rank}):
+        yield Row(f"r = {rank}", f"rank-{rank}", _with_adapter(config, rank=rank))
 
 
-def _blocks(config: RunConfig) -> list[Row]:
+def _blocks(config: RunConfig) -> Iterator[Row]:
     """Adapters in the first half, the last half, or all of the encoder's blocks."""
     encoder = build_model(config.model.name, config.model.image_size, checkpoint=NONE).image_encoder
     count = len(find_targets(encoder, _adapter(config).target))
-    first, last = tuple(range(count // 2)), tuple(range(count // 2, count))
-    return [
-        Row(f"1 to {len(first)}", "first-half", _with_adapter(config, blocks=first)),
-        Row(f"{len(first) + 1} to {count}", "last-half", _with_adapter(config, blocks=last)),
-        Row(f"1 to {count} (all)", "all-blocks", _with_adapter(config, blocks=None)),
-    ]
+    half, every = count // 2, tuple(range(count))
+    yield Row(f"1 to {half}", "first-half", _with_adapter(config, blocks=every[:half]))
+    yield Row(f"{half + 1} to {count}", "last-half", _with_adapter(config, blocks=every[half:]))
+    yield Row(f"1 to {count} (all)", "all-blocks", _with_adapter(config, blocks=None))
 
 
-def _alpha_starts(config: RunConfig) -> list[Row]:
+def _alpha_starts(config: RunConfig) -> Iterator[Row]:
     """Alpha starts at once, at the configured epoch, or at twice that epoch.
 
     The paper starts alpha in epoch 10, and varies 0, 10 and 20.
     """
     own = first_search_epoch(config.training)
-    simultaneous = _with_training(config, simultaneous=True)
-    variants = [Row("0 (simultaneously)", "simultaneous", simultaneous)]
+    yield Row("0 (simultaneously)", "simultaneous", _with_training(config, simultaneous=True))
     for start in dict.fromkeys((0, own, 2 * own)):
         title = "0 (stage-wise)" if start == 0 else str(start)
         varied = config if start == own else _with_training(config, search_start=start)
-        variants.append(Row(title, f"alpha-from-{start}", varied))
-    return variants
+        yield Row(title, f"alpha-from-{start}", varied)
 
 
-def _channel_ratios(config: RunConfig) -> list[Row]:
+def _channel_ratios(config: RunConfig) -> Iterator[Row]:
     """All, two thirds, or one third of the channels pass through the cell."""
-    variants = []
     for third in (3, 2, 1):
         varied = _with_adapter(config, channel_ratio=third / 3)
         channels = f"{_adapter(varied).cell_channels} of {_adapter(config).rank} channels"
-        variants.append(Row(f"{third}/3 ({channels})", f"ratio-{third}-3", varied))
-    return variants
+        yield Row(f"{third}/3 ({channels})", f"ratio-{third}-3", varied)
 
 
-ABLATIONS: dict[AblationName, Callable[[RunConfig], list[Row]]] = {
+ABLATIONS: dict[AblationName, Callable[[RunConfig], Iterator[Row]]] = {
     "operations": _operations,
     "rank": _ranks,
     "blocks": _blocks,

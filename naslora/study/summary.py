@@ -253,18 +253,13 @@ def notes_on(rows: Sequence[Mapping[str, Any]], runs: Sequence[RunNumbers]) -> l
     ]
     costs = [run.costs for run in runs if run.costs is not None]
     if costs:
-        threads, loads = max(own.threads for own in costs), [own.load for own in costs]
-        # A run adds one to the load for each of its threads. Half a one covers the system.
-        alone = max(loads) <= threads + 0.5
+        loads = [own.load for own in costs]
         notes.append(
             "Times are medians over the seeds, memory is the maximum. Training seconds are those "
-            "of all steps of an epoch, steps for α included, per training image. "
-            f"Times were taken with one run at a time, {threads} threads each on a machine of "
-            f"{costs[0].processors} processors ({costs[0].device}), while its load average was "
-            f"{min(loads):.1f} to {max(loads):.1f}: "
-            + ("little else" if alone else "other work")
-            + " ran beside the runs, so the times are "
-            + ("comparable." if alone else "only roughly comparable.")
+            "of all steps of an epoch, steps for α included, per training image. Times were taken "
+            f"with one run at a time, {costs[0].threads} threads each, on {costs[0].processors} "
+            f"processors ({costs[0].device}) at a load average of {min(loads):.1f} to "
+            f"{max(loads):.1f}. They compare only if little else ran beside the runs."
         )
     if any(run.image_dice for run in runs):
         notes.append(

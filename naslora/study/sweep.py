@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from naslora.errors import UserError
@@ -32,7 +31,6 @@ from naslora.files import write_text
 from naslora.records import read_record, write_record, write_rows
 from naslora.report.figures import (
     BLUE,
-    MUTED,
     ORANGE,
     Drawing,
     as_array,
@@ -47,7 +45,6 @@ from naslora.study.rows import Row
 from naslora.study.summary import (
     COLUMNS,
     MERGED,
-    PairedDifference,
     Runs,
     differences_from,
     differences_table,
@@ -182,9 +179,10 @@ def _write(study: Study, outcomes: Outcomes) -> None:
     write_rows(study.tables / "table.csv", rows)
     write_rows(study.tables / "differences.csv", differences)
     write_text(study.tables / "table.md", "\n\n".join([markdown_table(table), *text, *notes, ""]))
+    caption = "Test Dice: a dot for each seed, a line at the mean."
+    draw = partial(_draw_dice, runs=runs, titles=list(titles.values()))
     sections: dict[str, Sequence[Part]] = {
-        "Comparison": [table, *notes],
-        "Plots": _drawings(rows, runs, reference, differences),
+        "Comparison": [table, *notes, Drawing("dice", caption, draw, row_size(len(rows)))],
         **{name: [other] for name, other in others.items()},
     }
     write_page(study.tables / REPORT, study.title, study.recipe.to_dict(), [], sections)
@@ -208,49 +206,15 @@ def _table_row(
     }
 
 
-def _drawings(
-    rows: Sequence[Mapping[str, Any]],
-    runs: Runs,
-    reference: str,
-    differences: Sequence[PairedDifference],
-) -> list[Drawing]:
-    """The test Dice of the rows with runs, and the differences with intervals."""
-    dice = {
-        row["title"]: as_array(run.scores["dice"] for run in runs[row["row"]].values())
-        for row in rows
-        if row["seeds"]
-    }
-    gains = {own.title: as_array(own.values) for own in differences if own.low is not None}
-    intervals = {own.title: as_array([own.low, own.high]) for own in differences}
-    drawings = []
-    if dice:
-        caption = "Test Dice: a dot for each seed, a line at the mean."
-        draw = partial(_draw_seeds, values=dice, intervals={}, label="test Dice")
-        drawings.append(Drawing("dice", caption, draw, row_size(len(dice))))
-    if gains:
-        label = f"test Dice \N{MINUS SIGN} that of {reference}"
-        draw = partial(_draw_seeds, values=gains, intervals=intervals, label=label)
-        caption = (
-            f"Test Dice minus that of {reference}, paired over the seeds: a dot for each seed, a "
-            "line at the mean, and its 95 % confidence interval."
-        )
-        drawings.append(Drawing("differences", caption, draw, row_size(len(gains))))
-    return drawings
-
-
-def _draw_seeds(
-    axes: Axes, values: Mapping[str, np.ndarray], intervals: Mapping[str, np.ndarray], label: str
-) -> None:
-    """A row a title: a dot for each seed, a line at the mean, and an interval."""
-    for place, (title, own) in enumerate(values.items()):
-        axes.plot(own, [place] * len(own), "o", color=BLUE, markersize=5, alpha=0.6)
-        axes.vlines(own.mean(), place - 0.35, place + 0.35, color=ORANGE, linewidth=2)
-        if title in intervals:
-            axes.plot(intervals[title], [place, place], color=ORANGE, linewidth=2)
-    if intervals:
-        axes.axvline(0, color=MUTED, linewidth=1)
-    draw_row_axis(axes, list(values))
-    axes.set_xlabel(label)
+def _draw_dice(axes: Axes, runs: Runs, titles: Sequence[str]) -> None:
+    """A row a method: a dot for each seed, and a line at the mean."""
+    for place, own in enumerate(runs.values()):
+        dice = as_array(run.scores["dice"] for run in own.values())
+        axes.plot(dice, [place] * len(dice), "o", color=BLUE, markersize=5, alpha=0.6)
+        if own:
+            axes.vlines(dice.mean(), place - 0.35, place + 0.35, color=ORANGE, linewidth=2)
+    draw_row_axis(axes, titles)
+    axes.set_xlabel("test Dice")
 
 
 # ---- A process for a run -------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from naslora.report.numbers import is_known, number
-from naslora.report.page import Heading, Legend, Part, Pictures
+from naslora.report.page import Legend, Part, Pictures
 from naslora.report.pictures import (
     CHANGED,
     ERRORS,
@@ -38,21 +38,10 @@ def examples_parts(panels: list[Panel], class_names: list[str], images: int | No
     if any(panel.truth is not None for panel in panels):
         kinds = list(ERRORS.items())[: 3 if len(class_names) > 2 else 2]
         parts.append(Legend([(f"error: {name}", colour) for name, colour in kinds]))
-    for title, group in _groups(panels, images).items():
-        parts.append(Heading(title))
-        parts += [_panel(shrink(panel), class_names, images) for panel in group]
-    return parts
+    return parts + [_panel(_shrink(panel), class_names, images) for panel in panels]
 
 
-def _groups(panels: list[Panel], images: int | None) -> dict[str, list[Panel]]:
-    """The worst and the best apart, if images in between are left out."""
-    if images is None or images <= len(panels) or any(panel.rank is None for panel in panels):
-        return {"Worst first" if any(panel.rank for panel in panels) else "Examples": panels}
-    half = len(panels) // 2
-    return {"Worst": panels[:half], "Best": panels[half:]}
-
-
-def shrink(panel: Panel) -> Panel:
+def _shrink(panel: Panel) -> Panel:
     """Shrinks the pictures of a panel to at most ``PICTURE_SIDE`` pixels a side."""
     height, width = panel.image.shape[:2]
     scale = min(1.0, PICTURE_SIDE / max(height, width))
@@ -104,7 +93,7 @@ def merged_parts(panels: list[Panel], class_names: list[str], most: int = 2) -> 
         return ["No pixel of the images above changes by merging."] if same else []
     legend = Legend([("changed by the merge", CHANGED)])
     shown = [_before_and_after(panel, class_names) for panel in chosen]
-    return [Heading("Before and after merging"), legend, *shown]
+    return ["The images that merging changes most, before and after:", legend, *shown]
 
 
 def _changed(panel: Panel, mode: str) -> float:
@@ -117,7 +106,7 @@ def _most_changed(panel: Panel) -> float:
 
 
 def _before_and_after(panel: Panel, class_names: list[str]) -> Pictures:
-    small = shrink(panel)
+    small = _shrink(panel)
     before = paint(small.image, small.prediction, class_names)
     pictures = [(f"Before, Dice {number(panel.dice)}", before)]
     for mode, merged in small.merged.items():
