@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from naslora.adapter.io.base_state import base_state_dict, load_base_state_dict
     from naslora.adapter.io.merged_files import load_merged, save_merged
-    from naslora.adapter.io.named import (
-        active_adapter,
-        add_adapter,
-        disable_adapter,
-        set_adapter,
-    )
+    from naslora.adapter.io.named import active_adapter, add_adapter, disable_adapter, set_adapter
     from naslora.adapter.io.storage import save_adapter
     from naslora.adapter.layer.alpha_search import (
         AlphaSearch,
@@ -62,38 +57,29 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AlphaSearch": "naslora.adapter.layer.alpha_search",
-    "MergeReport": "naslora.adapter.merging.report",
-    "NASLoRAConfig": "naslora.adapter.layer.config",
-    "NASLoRALinear": "naslora.adapter.layer.layer",
-    "UserError": "naslora.errors",
-    "active_adapter": "naslora.adapter.io.named",
-    "adapter_parameters": "naslora.adapter.layer.injection",
-    "add_adapter": "naslora.adapter.io.named",
-    "arch_parameters": "naslora.adapter.layer.injection",
-    "base_state_dict": "naslora.adapter.io.base_state",
-    "disable_adapter": "naslora.adapter.io.named",
-    "fuse_attention": "naslora.sam.attention",
-    "inject": "naslora.adapter.layer.injection",
-    "load_adapter": "naslora.methods",
-    "load_base_state_dict": "naslora.adapter.io.base_state",
-    "load_merged": "naslora.adapter.io.merged_files",
-    "merge": "naslora.adapter.merging.merge",
-    "param_groups": "naslora.adapter.layer.alpha_search",
-    "print_trainable_parameters": "naslora.adapter.layer.alpha_search",
-    "save_adapter": "naslora.adapter.io.storage",
-    "save_merged": "naslora.adapter.io.merged_files",
-    "set_adapter": "naslora.adapter.io.named",
-    "unfuse_attention": "naslora.sam.attention",
-    "unmerge": "naslora.adapter.merging.merged",
-    "weight_parameters": "naslora.adapter.layer.alpha_search",
+    "adapter.io.base_state": "base_state_dict load_base_state_dict",
+    "adapter.io.merged_files": "load_merged save_merged",
+    "adapter.io.named": "active_adapter add_adapter disable_adapter set_adapter",
+    "adapter.io.storage": "save_adapter",
+    "adapter.layer.alpha_search": (
+        "AlphaSearch param_groups print_trainable_parameters weight_parameters"
+    ),
+    "adapter.layer.config": "NASLoRAConfig",
+    "adapter.layer.injection": "adapter_parameters arch_parameters inject",
+    "adapter.layer.layer": "NASLoRALinear",
+    "adapter.merging.merge": "merge",
+    "adapter.merging.merged": "unmerge",
+    "adapter.merging.report": "MergeReport",
+    "errors": "UserError",
+    "methods": "load_adapter",
+    "sam.attention": "fuse_attention unfuse_attention",
 }
-"""The module of each name."""
+_NAMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"naslora.{_NAMES[name]}"), name)
     if name in ("adapter", "errors", "files"):
         return importlib.import_module(f"naslora.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

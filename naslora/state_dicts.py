@@ -75,6 +75,29 @@ def tensor_problems(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> l
     return []
 
 
+def mismatches(
+    tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], expected: Iterable[str]
+) -> list[str]:
+    """Why the tensors of a file do not fit a model, of which the file must hold ``expected``."""
+    missing = [f"{name} is missing in the file" for name in expected if name not in tensors]
+    return [*(p for name in tensors for p in tensor_problems(name, tensors[name], state)), *missing]
+
+
+def check_fit(what: str, problems: list[str]) -> None:
+    """Refuses a file that does not fit a model.
+
+    Args:
+        what: the file, for the message.
+        problems: why it does not fit; empty if it does.
+
+    Raises:
+        UserError: there are problems. The message lists the first six.
+    """
+    if problems:
+        listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
+        raise UserError(f"{what} does not fit this model ({len(problems)} mismatches): {listed}")
+
+
 # ---- Checksums -----------------------------------------------------------------------------------
 
 

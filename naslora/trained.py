@@ -14,11 +14,9 @@ from typing import Any
 
 from naslora.adapter.io.merged_files import (
     MERGED_CONFIG,
-    MERGED_WEIGHTS,
     load_merged,
-    merged_checksum,
-    merged_state,
     read_merged,
+    write_merged,
 )
 from naslora.adapter.merging.report import MergeMode, MergeReport
 from naslora.choices import CALIBRATION_IMAGES, Format, Part
@@ -33,7 +31,7 @@ from naslora.files import (
 )
 from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
-from naslora.records import write_record
+from naslora.records import to_json
 from naslora.results import CONFIG, SplitScores, adapter_folder
 from naslora.sam.export import Description, export
 from naslora.sam.segmentation import SamForSegmentation, build_model
@@ -225,18 +223,11 @@ def _write_merged(
     output: Path,
 ) -> None:
     """Writes the folder of a merged model, which appears when all its files are written."""
-    tensors = merged_state(model)
-    description = {
-        "report": report.to_dict(),
-        "scores": scores,
-        "config": config.to_dict(),
-        "weights_checksum": merged_checksum(tensors),
-    }
     with replaced_folder(output) as folder:
-        write_tensors(folder / MERGED_WEIGHTS, tensors)
+        details = {"report": report, "scores": scores, "config": config.to_dict()}
+        write_merged(model, folder, to_json(details))
         if model.left_out:
             write_tensors(folder / LEFT_OUT, model.left_out)
-        write_record(folder / MERGED_CONFIG, description)
 
 
 def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:

@@ -86,10 +86,14 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern):
     ("arguments", "options", "message"),
     [
         ((None,), {}, "model must be a torch.nn.Module, got NoneType"),
-        ((nn.Linear(2, 2), {}), {}, "config must be a NASLoRAConfig or None, got dict"),
-        ((nn.Linear(2, 2), "r=3"), {}, "config must be a NASLoRAConfig or None, got str"),
+        ((nn.Linear(2, 2), {}), {}, "config: expected a NASLoRAConfig, got"),
+        ((nn.Linear(2, 2), "r=3"), {}, "config: expected a NASLoRAConfig, got"),
         ((nn.Linear(2, 2),), {"train": 3}, "train: expected list, got 3"),
-        ((nn.Linear(2, 2),), {"train": ["["]}, "train is no regular expression"),
+        (
+            (nn.Sequential(nn.Linear(2, 2)), NASLoRAConfig(target="0")),
+            {"train": ["["]},
+            "train is no regular expression",
+        ),
     ],
 )
 def test_inject_refuses_what_it_cannot_take(arguments, options, message):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_it_loses_less_than_center_on_new_images():
         unmerge(model)
     assert errors["calibrated"] < 0.85 * errors["center"]
     assert all(0 < error.held_out_error < 1 for error in report.layers)
-    assert json.loads(json.dumps(report.to_dict()))["layers"][0]["tokens"] == 16 * 36
+    assert json.loads(json.dumps(asdict(report)))["layers"][0]["tokens"] == 16 * 36
     assert "on held-out tokens, of at least 256 a layer" in str(report)
 
 

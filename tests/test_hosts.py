@@ -158,15 +158,6 @@ def test_a_host_that_passes_a_layer_by_is_told_in_one_line(way, line, adapt):
             warnings.warn(caught[0].message, stacklevel=1)
 
 
-def test_attentions_with_biases_of_their_own_and_no_switch_are_refused():
-    model = build("beit_base_patch16_224")
-    for block in model.blocks:
-        del block.attn.qkv_bias_separate
-    with pytest.raises(UserError, match=r"with the weight of blocks.0.attn.qkv .* -U timm"):
-        inject(model)
-    assert not any(adapter_layers(model))
-
-
 def test_the_search_names_layers_that_are_never_called():
     model = Host(lambda host, i, qkv, x: host.unregistered[i](x))
     inject(model, NASLoRAConfig(target="qkv"))

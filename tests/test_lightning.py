@@ -26,9 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 class Module(L.LightningModule):
     """Fits a random target."""
 
-    def __init__(self, adapted: bool = True, everything: bool = False, **options) -> None:
+    def __init__(self, adapted: bool = True, **options) -> None:
         super().__init__()
-        self.encoder, self.everything = build_encoder(), everything
+        self.encoder = build_encoder()
         if adapted:
             inject(self.encoder, NASLoRAConfig(**options))
         self.validated: list[torch.Tensor] = []
@@ -47,8 +47,7 @@ class Module(L.LightningModule):
             self.validated.append(alphas(self))
 
     def configure_optimizers(self):
-        kinds = self.parameters() if self.everything else weight_parameters(self)
-        return torch.optim.Adam(kinds, lr=1e-2)
+        return torch.optim.Adam(weight_parameters(self), lr=1e-2)
 
 
 def alphas(model) -> torch.Tensor:
@@ -120,12 +119,6 @@ def test_channels_are_drawn_anew_each_epoch_where_the_configuration_says_so(tmp_
 
     fit(module, tmp_path, AlphaCallback(HELD_OUT, watching), epochs=3)
     assert len(seen) == 3
-
-
-def test_alpha_is_frozen_when_the_module_makes_its_optimizer(tmp_path):
-    module = Module(everything=True)  # Adam ignores what never gets a gradient, but holds it
-    with pytest.raises(UserError, match="the host's optimizer holds alpha"):
-        fit(module, tmp_path, AlphaCallback(HELD_OUT, loss_fn))
 
 
 def test_a_module_without_alpha_is_refused(tmp_path):

@@ -126,8 +126,7 @@ def test_disabling_survives_errors_and_nests():
         set_adapter(model, "default")
         with pytest.raises(UserError, match="already"):
             inject(model)
-        with pytest.raises(UserError, match="outside of disable_adapter"):
-            add_adapter(model, "third")
+        add_adapter(model, "third")
     assert active_adapter(model) == "default"
 
 
@@ -152,7 +151,7 @@ def test_refusals(tmp_path):
         (lambda: set_adapter(model, "third"), "adapters, default, second, got 'third'"),
         (lambda: add_adapter(model, "second"), "an adapter 'second' already"),
         (lambda: add_adapter(model, ""), "name must be"),
-        (lambda: add_adapter(model, "third", {}), "config must be a NASLoRAConfig"),
+        (lambda: add_adapter(model, "third", {}), "config: expected a NASLoRAConfig"),
         (lambda: add_adapter(model, "third", nothing), "no layer matches"),
         (lambda: add_adapter(None, "third"), "model must be a torch.nn.Module"),
         (lambda: add_adapter(applied, "second"), "needs a model of inject"),

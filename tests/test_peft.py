@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from naslora import NASLoRAConfig, UserError, arch_parameters, inject, merge
+from naslora import NASLoRAConfig, NASLoRALinear, UserError, arch_parameters, inject, merge
 from naslora.adapter.merging.merge import MergedNASLoRALinear
 from naslora.peft import NasLoraConfig, from_pretrained, get_peft_model
 from tests.adapted_models import adapted_encoder, build_encoder, images
@@ -60,9 +60,9 @@ def test_it_computes_what_inject_computes():
 
 def test_layers_start_from_different_numbers():
     first, second = (
-        layer.encoder
+        layer.lora_A
         for layer in get_peft_model(build_encoder(), NasLoraConfig()).modules()
-        if hasattr(layer, "encoder")
+        if isinstance(layer, NASLoRALinear)
     )
     assert not torch.equal(first, second)
 
@@ -137,8 +137,8 @@ def test_two_active_adapters_add_their_updates():
     model.add_adapter("second", NasLoraConfig(target_modules=["qkv"], r=5))
     outputs = {}
     for module in model.modules():
-        if hasattr(module, "decoder"):
-            nn.init.normal_(module.decoder)
+        if isinstance(module, NASLoRALinear):
+            nn.init.normal_(module.lora_B)
     for names in (["default"], ["second"], ["default", "second"]):
         model.base_model.set_adapter(names)
         outputs[len(outputs)] = model(x)

@@ -109,12 +109,14 @@ def test_training_resumed_from_a_checkpoint_equals_one_run(tmp_path):
     torch.testing.assert_close(resumed, whole)  # float32 rounding
 
 
-def test_a_callback_added_after_the_optimizer_is_refused(tmp_path):
-    trainer = trainer_of(injected(), tmp_path, [])
+def test_a_callback_added_after_the_optimizer_alone_moves_alpha(tmp_path):
+    model = injected()
+    start = alphas(model)
+    trainer = trainer_of(model, tmp_path, [], epochs=1)
     trainer.create_optimizer()
-    trainer.add_callback(AlphaCallback(HELD_OUT, batch_loss))
-    with pytest.raises(UserError, match="the host's optimizer holds alpha"):
-        trainer.train()
+    trainer.add_callback(AlphaCallback(HELD_OUT, batch_loss, start=1))
+    trainer.train()
+    assert torch.equal(alphas(model), start)
 
 
 def test_a_model_without_alpha_is_refused(tmp_path):

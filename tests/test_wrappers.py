@@ -1,6 +1,5 @@
 """Adapters and merges of models inside wrappers, and of models that FSDP2 shards."""
 
-import copy
 import os
 
 import pytest
@@ -10,7 +9,6 @@ from adapted_models import (
     build_encoder,
     images,
     randomize,
-    relative,
     snapshot,
 )
 from conftest import in_two_processes
@@ -33,8 +31,7 @@ from naslora import (
     unmerge,
 )
 from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
-from naslora.adapter.io.wrappers import bare_state, unsharded, unwrap
-from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.io.wrappers import bare_state, unwrap
 
 torch.set_num_threads(1)
 
@@ -201,7 +198,7 @@ def shard(model: nn.Module, parts: bool = True) -> nn.Module:
 
 
 def check_fsdp2(folder, parts: bool) -> None:
-    """Saves, loads, merges and unmerges, on every process."""
+    """Saves and loads, on every process."""
     plain = trained_encoder().eval()
     model = shard(trained_encoder().eval(), parts)
     with torch.no_grad():
@@ -231,26 +228,8 @@ def check_fsdp2(folder, parts: bool) -> None:
     original = build_encoder().state_dict()
     load_base_state_dict(other, original)
     assert all(torch.equal(v, original[n]) for n, v in base_state_dict(other).items())
-    for mode in ("exact", "center", "calibrated"):
-        twin = copy.deepcopy(plain)
-        # Every process fits to images of its own; those of the first one count.
-        first = [images(seed) for seed in range(4)]
-        merge(twin, mode, first)
-        own = [images(seed + 10 * distributed.get_rank()) for seed in range(4)]
-        merge(model, mode, own)
-        with torch.no_grad():
-            merged = twin(images())
-            assert relative(merged - expected, expected) > 0
-            assert torch.equal(model(images()), merged)
-        save_merged(model, folder / mode)
-        loaded = build_encoder()
-        load_merged(loaded, folder / mode)
-        with torch.no_grad():
-            assert torch.equal(loaded(images()), merged)
-        unmerge(model)
-        assert len(list(adapter_layers(model))) == 2
-        with torch.no_grad():
-            assert torch.equal(model(images()), expected)
+    with pytest.raises(UserError, match="sharded"):
+        merge(model)
 
 
 @pytest.mark.parametrize("parts", [True, False], ids=["blocks", "root"])
@@ -261,21 +240,3 @@ def test_fsdp2_on_one_process(parts, tmp_path, single_process_group):
 def test_fsdp2_on_two_processes(tmp_path):
     in_two_processes(lambda rank: check_fsdp2(tmp_path, True), tmp_path)
     assert sorted(os.listdir(tmp_path / "adapter")) == [CONFIG_NAME, WEIGHTS_NAME]
-
-
-def test_a_copy_in_one_piece_leaves_the_sharded_model_alone(single_process_group):
-    model = shard(trained_encoder().eval())
-    calls = []
-    model.neck.register_forward_hook(lambda *_: calls.append(1))
-    twin = unsharded(model)
-    assert not any(hasattr(parameter, "full_tensor") for parameter in twin.parameters())
-    assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    assert type(twin) is type(build_encoder())
-    with torch.no_grad():
-        assert torch.equal(twin(images()), model(images()))
-    assert len(calls) == 2  # hooks of the user stay
-    assert [p.requires_grad for p in twin.parameters()] == [
-        p.requires_grad for p in model.parameters()
-    ]
-    plain = build_encoder()
-    assert unsharded(plain) is plain

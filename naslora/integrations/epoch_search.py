@@ -5,10 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from naslora.adapter.layer.alpha_search import AlphaSearch
-from naslora.adapter.layer.injection import arch_parameters
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 
@@ -17,13 +15,11 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class EpochSearch:
-    """Alpha steps at the end of an epoch, for host loops that train the weights themselves.
-
-    Between the steps alpha is frozen, so a host's optimizer of everything trainable leaves it out.
+    """Alpha steps at the end of an epoch, for hosts that train the weights themselves.
 
     Args:
         held_out: batches that the weights do not train on, read anew each epoch: a DataLoader or a
-            list.
+            list. With several processes each one reads its own, and all must yield equally many.
         loss_fn: the loss of a batch.
         lr: Adam's rate for alpha.
         start: the first epoch with alpha steps, counted from 0.
@@ -36,8 +32,16 @@ class EpochSearch:
         UserError: ``held_out`` can be read only once.
     """
 
+    search: AlphaSearch
+
     def __init__(
-        self, held_out: Iterable[Any], loss_fn: Loss, lr: float, start: int, seed: int
+        self,
+        held_out: Iterable[Any],
+        loss_fn: Loss,
+        *,
+        lr: float = 1e-2,
+        start: int = 0,
+        seed: int = 0,
     ) -> None:
         if iter(held_out) is held_out:
             raise UserError(
@@ -47,42 +51,16 @@ class EpochSearch:
         self.held_out, self.loss_fn = held_out, loss_fn
         self.lr, self.start, self.seed = lr, start, seed
         self.losses: dict[int, float] = {}
-        self.search: AlphaSearch | None = None
-        self._model: nn.Module | None = None
-        self._stored: dict[str, Any] | None = None
 
     def attach(self, model: nn.Module) -> None:
-        """Starts the search of a model, once, and freezes its alpha.
+        """Starts the search of a model and freezes its alpha.
 
         Raises:
             UserError: the model has no alpha.
         """
-        alphas = arch_parameters(model)
-        if not alphas:
-            raise UserError(
-                "the model has no alpha to search: call inject(model, config) before training, "
-                "with channel_ratio greater than 0"
-            )
-        if self.search is None or self._model is not model:
-            self._model, self.search = model, AlphaSearch(model, self.lr, self.start)
-        if self._stored is not None:
-            self.search.load_state_dict(self._stored)
-            self._stored = None
-        for alpha in alphas:
-            alpha.requires_grad_(False)  # AlphaSearch lets it require gradients in its steps
-
-    def check_optimizer(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Refuses an optimizer of the host that holds alpha.
-
-        Raises:
-            UserError: it does.
-        """
-        alphas = {id(alpha) for alpha in arch_parameters(model)}
-        if any(id(p) in alphas for group in optimizer.param_groups for p in group["params"]):
-            raise UserError(
-                "the host's optimizer holds alpha; build it of naslora.param_groups(model, lr), "
-                "and give AlphaCallback to the trainer when you make it"
-            )
+        self.search = AlphaSearch(model, self.lr, self.start)
+        self.search.required = False  # also with a process group: the host wraps the model later
+        self.search.rest()
 
     def draw_channels(self, model: nn.Module, epoch: int) -> None:
         """Draws the channels of layers with ``channel_selection="resample"``, in place.
@@ -94,7 +72,7 @@ class EpochSearch:
                 seed = (self.seed * 10_007 + epoch) * 10_007 + i
                 layer.draw_channels(torch.Generator().manual_seed(seed))
 
-    def run(self, model: nn.Module, epoch: int, move: Callable[[Any], Any]) -> None:
+    def search_epoch(self, model: nn.Module, epoch: int, move: Callable[[Any], Any]) -> None:
         """Takes one alpha step on each held-out batch, from epoch ``start`` on.
 
         Args:
@@ -105,7 +83,7 @@ class EpochSearch:
         Raises:
             UserError: there are no held-out batches.
         """
-        if epoch < self.start or self.search is None:
+        if epoch < self.start:
             return
         training, losses = model.training, []
         model.train()
@@ -115,14 +93,3 @@ class EpochSearch:
         if not losses:
             raise UserError("held_out yielded no batches")
         self.losses[epoch] = sum(losses) / len(losses)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of alpha's optimizer; alpha itself is the model's."""
-        return {} if self.search is None else self.search.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of ``state_dict``, before or after ``attach``."""
-        if self.search is None:
-            self._stored = state
-        else:
-            self.search.load_state_dict(state)

@@ -12,7 +12,7 @@ from torch import nn
 from naslora.adapter.io.base_state import ADAPTER_FOLDER
 from naslora.adapter.io.storage import CONFIG_NAME, save_adapter
 from naslora.errors import UserError
-from naslora.files import read_json, write_text
+from naslora.files import read_json, reason_of, write_text
 from naslora.methods import load_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -72,9 +72,15 @@ def push_to_hub(
     api = HfApi(endpoint=endpoint, token=token)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder, **options)
-        write_text(
-            Path(folder) / "README.md", _card(read_json(Path(folder) / CONFIG_NAME), repo_id)
+        stored = read_json(Path(folder) / CONFIG_NAME)
+        base, layers = stored["base_model_name_or_path"] or "", len(stored["layers"])
+        card = CARD.format(
+            # The Hub takes nothing but names of its repositories here.
+            base_line=f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else "",
+            description=f"{layers} adapted layers. Base model: {base or 'not recorded'}.",
+            repo_id=repo_id,
         )
+        write_text(Path(folder) / "README.md", card)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
@@ -84,7 +90,7 @@ def push_to_hub(
                 commit_message=commit_message,
             )
         except REFUSALS as error:
-            raise UserError(f"repo_id {repo_id!r}: {_first_line(error)}") from error
+            raise UserError(f"repo_id {repo_id!r}: {reason_of(error)}") from error
     return str(commit.commit_url)
 
 
@@ -120,7 +126,17 @@ def from_pretrained(
         UserError: no adapter there, an adapter alone whose file does not name its base model for a
             class, an adapter that does not fit the model, or the Hub refuses.
     """
-    folder = _folder(source, revision, token, endpoint)
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            found = snapshot_download(
+                str(source), revision=revision, token=token, endpoint=endpoint
+            )
+        except REFUSALS as error:
+            raise UserError(
+                f"{source} is no folder, and the Hub gives none: {reason_of(error)}"
+            ) from error
+        folder = Path(found)
     whole = (folder / ADAPTER_FOLDER / CONFIG_NAME).is_file()
     adapter = folder / ADAPTER_FOLDER if whole else folder
     if not (adapter / CONFIG_NAME).is_file():
@@ -130,46 +146,12 @@ def from_pretrained(
             raise UserError(f"options of a class, but model is a module: {', '.join(options)}")
         loaded = model
     else:
-        base = folder if whole else _base_of(adapter)
+        base = folder if whole else read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
+        if not base:
+            raise UserError(
+                f"{adapter / CONFIG_NAME} does not name the base model; load that model yourself "
+                "and give it instead of its class"
+            )
         loaded = cast(Any, model).from_pretrained(base, **options)
     load_adapter(loaded, adapter)
     return cast(Model, loaded)
-
-
-def _folder(
-    source: str | Path, revision: str | None, token: str | None, endpoint: str | None
-) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        found = snapshot_download(str(source), revision=revision, token=token, endpoint=endpoint)
-    except REFUSALS as error:
-        raise UserError(
-            f"{source} is no folder, and the Hub gives none: {_first_line(error)}"
-        ) from error
-    return Path(found)
-
-
-def _base_of(adapter: Path) -> str:
-    base = read_json(adapter / CONFIG_NAME).get("base_model_name_or_path")
-    if not base:
-        raise UserError(
-            f"{adapter / CONFIG_NAME} does not name the base model; load that model yourself and "
-            "give it instead of its class"
-        )
-    return str(base)
-
-
-def _card(stored: dict[str, Any], repo_id: str) -> str:
-    base = stored.get("base_model_name_or_path")
-    layers = len(stored["layers"])
-    return CARD.format(
-        # The Hub takes nothing but names of its repositories here.
-        base_line=f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base or "") else "",
-        description=f"{layers} adapted layers. Base model: {base or 'not recorded'}.",
-        repo_id=repo_id,
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

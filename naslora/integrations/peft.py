@@ -111,55 +111,42 @@ class NasLoraAdapter(NASLoRALinear):
     """One adapter of a ``NasLoraLinear``: a ``NASLoRALinear`` under names that PEFT can store.
 
     The base belongs to the ``NasLoraLinear``, so it is no submodule here. PEFT inserts the
-    adapter's name behind the last "lora_" of a tensor's name, so lora_A and lora_B are registered
-    as ``encoder`` and ``decoder``. A state dict holds the cell's tensors as ``cell_NAME`` instead
-    of ``cell.NAME``. Functions that find NAS-LoRA layers by their type find these:
-    ``arch_parameters``, ``AlphaSearch``, ``merge``.
+    adapter's name behind the last "lora_" of a tensor's name, so a state dict holds lora_A and
+    lora_B as ``encoder`` and ``decoder``, and the cell's tensors as ``cell_NAME``. Functions that
+    find NAS-LoRA layers by their type find these: ``arch_parameters``, ``AlphaSearch``, ``merge``.
     """
 
     def __init__(
         self, base: nn.Linear, config: NASLoRAConfig, generator: torch.Generator | None = None
     ) -> None:
-        # Until the names below exist, the properties raise AttributeError, and torch's own lookup
-        # finds what the parent class registers.
+        # Until ``_held`` exists, the property raises AttributeError, and torch's own lookup finds
+        # what the parent class registers.
         super().__init__(base, config, generator)
-        encoder, decoder = self._parameters.pop("lora_A"), self._parameters.pop("lora_B")
         self._held = [self._modules.pop("base")]  # in a list, torch does not see a submodule
-        self.encoder, self.decoder = encoder, decoder
-
-    def state_dict(  # type: ignore[override]
-        self, *args: Any, prefix: str = "", **options: Any
-    ) -> dict[str, Any]:
-        """As in torch, with the cell's tensors under flat names."""
-        state = super().state_dict(*args, prefix=prefix, **options)
-        for name in [name for name in state if name.startswith(f"{prefix}cell.")]:
-            state[prefix + _flat(name.removeprefix(prefix))] = state.pop(name)
-        return state
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *arguments: Any) -> None:
-        for name in super().state_dict():
-            if prefix + _flat(name) in state:
-                state[prefix + name] = state.pop(prefix + _flat(name))
-        super()._load_from_state_dict(state, prefix, *arguments)
 
     @property
     def base(self) -> nn.Linear:  # type: ignore[override]
         """The frozen nn.Linear."""
         return cast(nn.Linear, self._held[0])
 
-    @property
-    def lora_A(self) -> nn.Parameter:  # type: ignore[override]
-        """(r, C_in) encoder W_e."""
-        return cast(nn.Parameter, self.encoder)
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, prefix: str = "", **options: Any
+    ) -> dict[str, Any]:
+        """As in torch, under the names for PEFT."""
+        state = super().state_dict(*args, prefix=prefix, **options)
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[prefix + _stored(name.removeprefix(prefix))] = state.pop(name)
+        return state
 
-    @property
-    def lora_B(self) -> nn.Parameter:  # type: ignore[override]
-        """(C_out, r) decoder W_d."""
-        return cast(nn.Parameter, self.decoder)
+    def _load_from_state_dict(self, state: Any, prefix: str, *arguments: Any) -> None:
+        for name in super().state_dict():
+            if prefix + _stored(name) in state:
+                state[prefix + name] = state.pop(prefix + _stored(name))
+        super()._load_from_state_dict(state, prefix, *arguments)
 
 
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
+def _stored(name: str) -> str:
+    return {"lora_A": "encoder", "lora_B": "decoder"}.get(name, name.replace(".", "_"))
 
 
 class NasLoraLinear(nn.Module, LoraLayer):
@@ -190,7 +177,6 @@ class NasLoraLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.lora_nas = nn.ModuleDict()
         self._active_adapter = adapter_name
-        self.prepared = False  # whether the host's save_pretrained knows merged layers
         self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def update_layer(
@@ -278,7 +264,7 @@ class NasLoraLinear(nn.Module, LoraLayer):
             raise UserError(f"one adapter merges at a time, got {', '.join(names) or 'none'}")
         alone = nn.Sequential(self.lora_nas[names[0]])
         if isinstance(alone[0], NASLoRALinear):
-            if not self.prepared:
+            if not alone[0].name:  # the host's save_pretrained does not know merged layers
                 raise UserError(
                     "merge_and_unload needs a model of naslora.peft.get_peft_model or "
                     "naslora.peft.from_pretrained; or call naslora.merge(model, 'center') first"
@@ -317,7 +303,6 @@ def _prepared(model: PeftModel) -> PeftModel:
     keep_frozen(host)
     layers = {n: m for n, m in host.named_modules() if isinstance(m, NasLoraLinear)}
     for name, layer in layers.items():
-        layer.prepared = True
         host_calls(host, name)
         for adapter in layer.adapters():
             adapter.name = name

@@ -204,7 +204,7 @@ def add(encoder: Any, config: ConvLoRAConfig, seed: int) -> None:
         UserError: as ``naslora.inject``.
     """
     encoder.balance = balance = Balance()
-    for name, base in find_targets(encoder, config.target, config.blocks).items():
+    for name, base in find_targets(encoder, config).items():
         layer = ConvLoRALinear(base, config, balance, layer_generator(seed, name))
         place_hint(encoder, name, layer)
         replace_module(encoder, name, layer)
@@ -222,6 +222,6 @@ METHOD = Method(
     "Conv-LoRA",
     ConvLoRAConfig,
     add,
-    why_unmerged="each map selects its own convolution and GELU, no weight stands for them",
+    "each map selects its own convolution and GELU, no weight stands for them",
     auxiliary_loss=auxiliary_loss,
 )

@@ -118,5 +118,5 @@ METHOD = Method(
     "Mona",
     MonaConfig,
     add,
-    why_unmerged="its convolutions and GELU are not linear in a token, no weight stands for them",
+    "its convolutions and GELU are not linear in a token, no weight stands for them",
 )

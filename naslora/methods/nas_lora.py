@@ -10,8 +10,7 @@ from torch import nn
 from naslora.adapter.layer.applied import Method
 from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.injection import inject
-from naslora.adapter.merging.merge import merge_cells
-from naslora.adapter.merging.report import MODES, MergeMode
+from naslora.adapter.merging.merge import CELLS
 
 
 def add(encoder: nn.Module, config: NASLoRAConfig, seed: int) -> None:
@@ -34,26 +33,5 @@ def always_searches(config: NASLoRAConfig) -> bool:
     return True
 
 
-def merge_modes(config: NASLoRAConfig) -> list[MergeMode]:
-    """The modes that can fold the cell. The preset `paper` is not linear: it has no centre taps."""
-    return [mode for mode in MODES if mode != "center" or config.preset != "paper"]
-
-
-NAS_LORA = Method(
-    "nas-lora",
-    "NAS-LoRA",
-    NASLoRAConfig,
-    add_full,
-    merge_cells,
-    merge_modes,
-    searches=always_searches,
-)
-NAS_PC_LORA = Method(
-    "nas-pc-lora",
-    "NAS-PC-LoRA",
-    NASLoRAConfig,
-    add,
-    merge_cells,
-    merge_modes,
-    searches=has_cell,
-)
+NAS_LORA = Method("nas-lora", "NAS-LoRA", NASLoRAConfig, add_full, CELLS, searches=always_searches)
+NAS_PC_LORA = Method("nas-pc-lora", "NAS-PC-LoRA", NASLoRAConfig, add, CELLS, searches=has_cell)

@@ -176,5 +176,5 @@ METHOD = Method(
     "SAM-Adapter",
     SAMAdapterConfig,
     add,
-    why_unmerged="its prompts depend on the image, no weight stands for them",
+    "its prompts depend on the image, no weight stands for them",
 )

@@ -85,5 +85,5 @@ METHOD = Method(
     "VPT",
     VPTConfig,
     add,
-    why_unmerged="each image weighs its prompts by a softmax, no weight stands for them",
+    "each image weighs its prompts by a softmax, no weight stands for them",
 )

@@ -103,11 +103,12 @@ def _ranks(config: RunConfig) -> Iterator[Row]:
 def _blocks(config: RunConfig) -> Iterator[Row]:
     """Adapters in the first half, the last half, or all of the encoder's blocks."""
     encoder = build_model(config.model.name, config.model.image_size, checkpoint=NONE).image_encoder
-    count = len(find_targets(encoder, _adapter(config).target))
+    whole = _with_adapter(config, blocks=None)
+    count = len(find_targets(encoder, _adapter(whole)))
     half, every = count // 2, tuple(range(count))
     yield Row(f"1 to {half}", "first-half", _with_adapter(config, blocks=every[:half]))
     yield Row(f"{half + 1} to {count}", "last-half", _with_adapter(config, blocks=every[half:]))
-    yield Row(f"1 to {count} (all)", "all-blocks", _with_adapter(config, blocks=None))
+    yield Row(f"1 to {count} (all)", "all-blocks", whole)
 
 
 def _alpha_starts(config: RunConfig) -> Iterator[Row]:

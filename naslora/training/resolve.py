@@ -12,7 +12,7 @@ from naslora.data.masks import IGNORED
 from naslora.data.picture import parse_intensity
 from naslora.errors import UserError
 from naslora.files import read_json
-from naslora.methods import METHODS, find_method
+from naslora.methods import find_method
 from naslora.metrics import METRICS, check_metrics
 from naslora.sam.shipped import NONE, shipped_file, shipped_version
 from naslora.settings import checked
@@ -33,7 +33,7 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         UserError: settings contradict each other or the data set, or its files cannot be read.
     """
-    find_method(METHODS, config.method).checked(config.adapter)
+    find_method(config.method).checked(config.adapter)
     data, training = _data(config.data), _training(config.training)
     checkpoint = _checkpoint(config.model)
     return replace(

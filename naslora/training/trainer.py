@@ -25,7 +25,7 @@ from naslora.adapter.io.storage import base_checksum, trained_state, unshared, w
 from naslora.adapter.layer.cell import mixture_entropy
 from naslora.adapter.layer.injection import arch_parameters, cell_parameters
 from naslora.adapter.layer.modules import adapter_layers
-from naslora.adapter.merging.annealing import fixed, set_spatial, spatial_share
+from naslora.adapter.merging.annealing import annealed, set_spatial, spatial_share
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
@@ -308,9 +308,8 @@ class Trainer:
         """Writes the checkpoints; a kill at any moment leaves the previous ones whole."""
         if self.accelerator.is_main_process:
             if kept_epoch(self.history, self.config.keep) is record:
-                with fixed(self.model):
-                    state = unshared(trained_state(self.model))
-                    write_adapter(self.model, self.directory / ADAPTER, state, self.base_checksum)
+                state = {**unshared(trained_state(self.model)), **annealed(self.model)}
+                write_adapter(self.model, self.directory / ADAPTER, state, self.base_checksum)
             write_last(self.directory / LAST, self._state())
         self.accelerator.wait_for_everyone()
 

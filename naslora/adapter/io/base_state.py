@@ -20,16 +20,7 @@ from naslora.adapter.io.storage import (
     unshared,
     write_adapter,
 )
-from naslora.adapter.io.wrappers import (
-    bare_state,
-    copy_into,
-    drop_caches,
-    gathered,
-    matching_name,
-    reshard,
-    sharded,
-    unwrap,
-)
+from naslora.adapter.io.wrappers import bare_state, fill, gathered, sharded, unwrap
 from naslora.adapter.layer.applied import applied
 from naslora.adapter.layer.modules import adapter_layers, check_model
 from naslora.adapter.merging.merged import MergedNASLoRALinear, merged_modules
@@ -85,32 +76,28 @@ def load_base_state_dict(
         UserError: as ``base_state_dict``; ``state`` is no mapping of tensors, or does not fit the
             model. The model is then unchanged.
     """
-    check_model(model)
-    reshard(model)
-    targets = _base_tensors(model)
+    targets, original = _base_tensors(model), _original_names(model)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError("state must be a state dict, a mapping from names to tensors")
-    renamed = _adapted_names(model)
-    known = {*targets, *renamed}
-    sources = {}
-    for given, tensor in state.items():
-        name = matching_name(given, known)
-        sources[renamed.get(name, name)] = tensor
-    missing = [name for name in targets if name not in sources]
-    unexpected = [name for name in sources if name not in targets]
+    own = {}
+    for name, tensor in state.items():
+        bare = name.replace("_orig_mod.", "").removeprefix("module.")
+        names = (name, bare, original.get(bare))
+        own[next((known for known in names if known in targets), name)] = tensor
+    missing = [name for name in targets if name not in own]
+    unexpected = [name for name in own if name not in targets]
     if strict and (missing or unexpected):
         raise UserError(
             f"the state dict does not fit the model: it lacks {listing(missing)}; the model lacks "
             f"{listing(unexpected)}"
         )
-    fitting = {name: source for name, source in sources.items() if name in targets}
-    for name, source in fitting.items():
-        if source.shape != targets[name].shape:
-            shapes = f"{tuple(source.shape)} in the state dict, {tuple(targets[name].shape)} here"
+    fitting = {name: tensor for name, tensor in own.items() if name in targets}
+    for name, tensor in fitting.items():
+        if tensor.shape != targets[name].shape:
+            shapes = f"{tuple(tensor.shape)} in the state dict, {tuple(targets[name].shape)} here"
             raise UserError(f"{name} has shape {shapes}")
-    for name, source in fitting.items():
-        copy_into(targets[name], source)
-    drop_caches(model)
+    adapted = {new: name for name, new in original.items()}
+    fill(model, {adapted.get(name, name): tensor for name, tensor in fitting.items()})
     return IncompatibleKeys(missing, unexpected)
 
 
@@ -125,27 +112,22 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
             f"the model is adapted with method {present.name}; only models with NAS-LoRA layers "
             "have a base state dict"
         )
-    _check_injected(model)
-    return _without_adapter(model, bare_state(model))
+    original, adapter = _original_names(model), adapter_names(model)
+    state = bare_state(model)
+    return {original.get(name, name): state[name] for name in state if name not in adapter}
 
 
-def _check_injected(model: nn.Module) -> None:
-    """Refuses layers of PEFT, which hold the frozen weights under names of their own."""
+def _original_names(model: nn.Module) -> dict[str, str]:
+    """The names of the adapted layers' weights and biases, mapped to those before ``inject``.
+
+    Raises:
+        UserError: the layers are PEFT's, which hold the frozen weights under names of their own.
+    """
     if any("base" not in layer._modules for _, layer in adapter_layers(model)):
         raise UserError(
             "the adapter belongs to a PeftModel: call its save_pretrained, or its "
             "merge_and_unload or unload first"
         )
-
-
-def _without_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``state`` but the adapters', under the names they had before ``inject``."""
-    adapter, renamed = adapter_names(model), _adapted_names(model)
-    return {renamed.get(name, name): v for name, v in state.items() if name not in adapter}
-
-
-def _adapted_names(model: nn.Module) -> dict[str, str]:
-    """The names of the adapted layers' weights and biases, mapped to those before ``inject``."""
     prefixes = [f"{name}." if name else "" for name in layer_names(model)]
     return {f"{p}base.{leaf}": f"{p}{leaf}" for p in prefixes for leaf in ("weight", "bias")}
 
@@ -181,16 +163,9 @@ class SavePretrained:
                 "save_pretrained cannot store a model merged with mode 'exact': call "
                 "naslora.save_merged(model, directory), or merge with mode 'center'"
             )
-        signature = inspect.signature(own)
         if not any(adapter_layers(model)):
-            folder = signature.bind(model, *args, **kwargs).arguments.get("save_directory", "")
-            if (Path(folder) / ADAPTER_FOLDER).exists():
-                raise UserError(
-                    f"{folder} holds the adapter of an earlier save, which is not on the model "
-                    "any more: choose another folder"
-                )
             return own(model, *args, **kwargs)
-        _check_injected(model)
+        original, signature = _original_names(model), inspect.signature(own)
         if "state_dict" not in signature.parameters:
             raise UserError(
                 f"{type(model).__name__}.save_pretrained cannot store an adapted model: call "
@@ -205,12 +180,11 @@ class SavePretrained:
         state = given.arguments.get("state_dict")
         if state is None:
             state = {name: gathered(tensor) for name, tensor in bare_state(model).items()}
+        given.arguments["state_dict"] = {original.get(n, n): value for n, value in state.items()}
+        result = own(*given.args, **given.kwargs)
         names = unshared(selected_state(model, "trainable"))
         adapter = {name: state[name] for name in names if name in state}
         complete = len(adapter) == len(names)  # the caller may have passed a part of the tensors
-        beside = {name: state[name] for name in adapter_names(model) if name in state}
-        given.arguments["state_dict"] = {**_without_adapter(model, state), **beside}
-        result = own(*given.args, **given.kwargs)
         first = not (sharded(model) and distributed.is_initialized() and distributed.get_rank())
         if complete and first and given.arguments.get("is_main_process", True):
             folder = Path(given.arguments["save_directory"]) / ADAPTER_FOLDER

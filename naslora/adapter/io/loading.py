@@ -1,56 +1,50 @@
 """Reads the adapters that ``storage.py`` wrote into a model, exactly or not at all."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
-from naslora.adapter.io.base_state import override_save_pretrained
 from naslora.adapter.io.storage import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Description,
     adapter_names,
+    applied_config,
     base_checksum,
     layer_names,
     unshared,
 )
-from naslora.adapter.io.wrappers import (
-    bare_state,
-    copy_into,
-    drop_caches,
-    reshard,
-    unwrap,
-)
-from naslora.adapter.layer.applied import Method, applied, apply_method, find_method
+from naslora.adapter.io.wrappers import bare_state, fill, unwrap
+from naslora.adapter.layer.applied import applied, find_method
 from naslora.adapter.layer.config import OUTPUT_FIELDS, MethodConfig, NASLoRAConfig
-from naslora.adapter.layer.injection import inject
+from naslora.adapter.layer.injection import apply, inject
 from naslora.adapter.layer.modules import adapter_layers, check_model, undone_on_error
 from naslora.adapter.merging.merged import merged_modules
-from naslora.errors import UserError, listing
+from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors
-from naslora.state_dicts import tensor_problems
+from naslora.state_dicts import check_fit, mismatches
 
 Config = TypeVar("Config", bound=MethodConfig)
 
 
-def load_adapter(
-    model: nn.Module, directory: str | Path, methods: Mapping[str, Method], check_base: bool = True
-) -> None:
-    """``naslora.load_adapter`` with a table of methods.
+def load_adapter(model: nn.Module, directory: str | Path, check_base: bool = True) -> None:
+    """Loads what ``save_adapter`` saved, exactly. A model without adapters gets them first.
+
+    Adding adapters freezes what ``apply`` or ``inject`` freezes. To train on, unfreeze it again.
 
     Args:
-        model: as there.
-        directory: as there.
-        methods: the methods that a file may name, by their names.
-        check_base: as there.
+        model: the model that was adapted, in its adapted or in its original form.
+        directory: the folder that ``save_adapter`` wrote.
+        check_base: whether the frozen weights must be those that the adapter was trained on.
+            Weights cast to bfloat16 count as equal, those cast to float16 do not.
 
     Raises:
-        UserError: as there.
+        UserError: a file is missing or damaged, or does not fit the model. The message lists the
+            mismatches. The model is then unchanged.
     """
     check_model(model)
     if any(merged_modules(model)):
@@ -58,24 +52,16 @@ def load_adapter(
     directory = Path(directory)
     stored = read_description(directory / CONFIG_NAME)
     tensors = read_safetensors(directory / WEIGHTS_NAME)
-    _check_promise(directory, stored, tensors, methods)
-    reshard(model)
     with undone_on_error(model):
         if applied(unwrap(model)) is None and not any(adapter_layers(model)):
-            _adapt(unwrap(model), stored, methods)
-            override_save_pretrained(model)
-        state = bare_state(model)
-        problems = [
-            *_differing_layers(layer_names(model), stored),
-            *_differing_settings(unwrap(model), stored, methods),
-            *_differing_tensors(model, state, tensors),
-        ]
-        if problems:
-            listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
-            raise UserError(
-                f"the adapter in {directory} does not fit this model ({len(problems)} mismatches): "
-                f"{listed}"
-            )
+            _adapt(unwrap(model), stored)
+        check_fit(
+            f"the adapter in {directory}",
+            [
+                *_differing_settings(model, stored),
+                *_differing_tensors(model, tensors, stored.other_tensors or []),
+            ],
+        )
         trained = {*tensors, *(stored.unsaved_tensors or ())}
         expected = stored.base_checksum if check_base else None
         if expected is not None and expected != base_checksum(model, trained):
@@ -83,10 +69,7 @@ def load_adapter(
                 f"the adapter in {directory} was trained on other frozen weights than this model "
                 "has: load the checkpoint that it was trained on, or pass check_base=False"
             )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            copy_into(state[name], tensor)
-    drop_caches(model)
+    fill(model, tensors)
 
 
 def read_description(path: Path) -> Description:
@@ -101,33 +84,11 @@ def read_description(path: Path) -> Description:
         raise UserError(f"{path} is not an adapter configuration of naslora: {error}") from error
 
 
-def _check_promise(
-    directory: Path, stored: Description, tensors: Collection[str], methods: Mapping[str, Method]
-) -> None:
-    """Refuses files that lack tensors which adapter_config.json promises."""
-    missing = sorted({*(stored.other_tensors or ())} - {*tensors})
-    if missing:
-        raise UserError(
-            f"{directory / WEIGHTS_NAME} lacks {len(missing)} of the tensors that {CONFIG_NAME} "
-            f"names: {listing(missing, 3)}; use another copy"
-        )
-    prefixes = tuple(f"{layer}." if layer else "" for layer in stored.layers)
-    method = methods.get(stored.method or "")
-    searched = stored.method is None or (method is not None and method.config is NASLoRAConfig)
-    promised = bool(prefixes) or (searched and stored.config is not None)
-    if promised and not (prefixes and any(name.startswith(prefixes) for name in tensors)):
-        raise UserError(
-            f"{directory} holds no tensor of an adapter, although its {CONFIG_NAME} describes one: "
-            "the model was merged before it was saved"
-        )
-
-
-def _adapt(model: nn.Module, stored: Description, methods: Mapping[str, Method]) -> None:
+def _adapt(model: nn.Module, stored: Description) -> None:
     if stored.method is not None:
-        method = find_method(methods, stored.method)
-        apply_method(method, model, _config(method.config, stored.config or {}))
-    elif stored.config is not None:  # written for ``inject``, or by a version without methods
-        # The layers' names in this model; it may hold the one that was adapted.
+        kind = find_method(stored.method).config
+        apply(stored.method, model, _config(kind, stored.config or {}))
+    elif stored.config is not None:  # of ``inject``; the model may hold the one that was adapted
         config = _config(NASLoRAConfig, stored.config)
         inject(model, dataclasses.replace(config, target=tuple(stored.layers), blocks=None))
 
@@ -139,53 +100,32 @@ def _config(kind: type[Config], values: dict[str, Any]) -> Config:
     return kind.from_dict(values)
 
 
-def _differing_layers(present: Collection[str], stored: Description) -> list[str]:
-    return [
-        *(f"layer {n} is not adapted in the model" for n in stored.layers if n not in present),
-        *(f"layer {n} is not in the file" for n in present if n not in stored.layers),
-    ]
-
-
-def _differing_settings(
-    model: nn.Module, stored: Description, methods: Mapping[str, Method]
-) -> list[str]:
+def _differing_settings(model: nn.Module, stored: Description) -> list[str]:
     """Differences of method and configuration that change the output of equal tensors."""
-    present, layer = applied(model), next((layer for _, layer in adapter_layers(model)), None)
-    ours: MethodConfig
-    method: Method | None
-    if present is not None:
-        if stored.method not in (None, present.name):
-            return [f"the method is {stored.method} in the file, {present.name} here"]
-        ours, method = present.config, present.method
-    elif layer is not None:
-        ours, method = layer.config, methods.get(stored.method or "")
-    else:
-        return []
-    if stored.config is None:
-        return []
-    theirs = _config(method.config if method else NASLoRAConfig, stored.config)
-    if type(theirs) is not type(ours):
-        return [f"the method is {stored.method} in the file, the model has NAS-LoRA layers"]
-    return [
-        f"{field} is {getattr(theirs, field)} in the file, {getattr(ours, field)} here"
-        for field in OUTPUT_FIELDS
-        if getattr(ours, field, None) != getattr(theirs, field, None)
+    present, config, layers = applied(unwrap(model)), applied_config(model), layer_names(model)
+    ours, theirs = config.to_dict() if config else {}, stored.config or {}
+    problems = [
+        *(f"layer {n} is not adapted in the model" for n in stored.layers if n not in layers),
+        *(f"layer {n} is not in the file" for n in layers if n not in stored.layers),
+        *(
+            f"{field} is {theirs[field]} in the file, {ours[field]} here"
+            for field in OUTPUT_FIELDS
+            if field in ours and field in theirs and ours[field] != theirs[field]
+        ),
     ]
+    if present is not None and stored.method not in (None, present.name):
+        problems.append(f"the method is {stored.method} in the file, {present.name} here")
+    return problems
 
 
 def _differing_tensors(
-    model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    model: nn.Module, tensors: Mapping[str, Tensor], promised: list[str]
 ) -> list[str]:
-    problems = []
-    for name, tensor in tensors.items():
-        problems += tensor_problems(name, tensor, state)
+    state, ours = bare_state(model), adapter_names(model)
+    expected = {*unshared({name: state[name] for name in state if name in ours}), *promised}
+    problems = mismatches(tensors, state, sorted(expected))
     for name, (_, layer) in zip(layer_names(model), adapter_layers(model), strict=True):
         problems += _channel_problems(f"{name}.channels".lstrip("."), layer.rank, tensors)
-    ours = adapter_names(model)
-    expected = unshared({name: tensor for name, tensor in state.items() if name in ours})
-    problems += [
-        f"{name} is missing in the file" for name in sorted(expected.keys() - tensors.keys())
-    ]
     return problems
 
 

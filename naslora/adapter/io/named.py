@@ -7,7 +7,7 @@ layers that are not in the model are neither in its state dict nor among its par
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
@@ -16,11 +16,12 @@ from naslora.adapter.io.wrappers import unwrap
 from naslora.adapter.layer.applied import applied
 from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.frozen_norms import keep_frozen
-from naslora.adapter.layer.injection import build_layers, check_config
+from naslora.adapter.layer.injection import build_layers
 from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.adapter.layer.modules import NAMED, adapter_layers, check_model, replace_module
 from naslora.adapter.layer.targets import find_targets, with_names
 from naslora.errors import UserError
+from naslora.settings import checked
 
 DEFAULT = "default"
 """Name of the adapter that ``inject`` added."""
@@ -34,7 +35,7 @@ class NamedAdapters:
     """For each adapter its layers by their names in the model."""
     active: str
     """The adapter that computes, unless all are disabled."""
-    disabled: bool = field(default=False)
+    disabled: bool = False
     """Whether the frozen layers compute."""
 
 
@@ -53,34 +54,24 @@ def add_adapter(
         The names of its layers, in model order.
 
     Raises:
-        UserError: the name is taken or no string, the model has no adapter, is merged or has its
-            adapters disabled, it was adapted by ``naslora.methods.apply``, or as ``inject``. The
-            model is then unchanged.
+        UserError: the name is taken or no string, the model has no adapter or is merged, it was
+            adapted by ``naslora.methods.apply``, or as ``inject``. The model is then unchanged.
     """
-    check_model(model)
-    model = unwrap(model)
+    host, adapters = _find(model)
     if not isinstance(name, str) or not name:
         raise UserError(f"name must be a name, got {name!r}")
-    if applied(model) is not None:
+    if applied(host) is not None:
         raise UserError("add_adapter needs a model of inject; methods.apply adds one adapter alone")
-    host, adapters = _find(model)
     if name in adapters.layers:
         raise UserError(f"name: the model has an adapter {name!r} already")
-    if adapters.disabled:
-        raise UserError("the adapters are disabled; add one outside of disable_adapter")
-    active = adapters.layers[adapters.active]
-    config = next(iter(active.values())).config if config is None else config
-    check_config(config)
-    _swap(host, active, {})
-    try:
+    active = next(iter(adapters.layers[adapters.active].values()))
+    config = checked("config", active.config if config is None else config, NASLoRAConfig)
+    with disable_adapter(model):
         config = with_names(config, host)
-        layers = build_layers(host, find_targets(host, config.target), config, seed)
+        layers = build_layers(host, find_targets(host, config), config, seed)
         for layer in layers.values():
             keep_frozen(layer)
-    finally:
-        _swap(host, {}, active)
-    adapters.layers[name] = layers
-    setattr(host, NAMED, adapters)
+        adapters.layers[name] = layers
     return list(layers)
 
 
@@ -94,21 +85,17 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Raises:
         UserError: there is no such adapter, or the model is merged.
     """
-    host, adapters = _find(model)
+    adapters = _find(model)[1]
     if name not in adapters.layers:
         known = ", ".join(adapters.layers)
         raise UserError(f"name must be one of the model's adapters, {known}, got {name!r}")
-    if not adapters.disabled:
-        _swap(host, adapters.layers[adapters.active], adapters.layers[name])
-    adapters.active = name
+    with disable_adapter(model):
+        adapters.active = name
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the adapter that computes; None if the model has none or they are disabled."""
-    model = unwrap(model)
-    if not any(adapter_layers(model)):
-        return None
-    return _find(model)[1].active
+    return _find(model)[1].active if any(adapter_layers(model)) else None
 
 
 @contextmanager
@@ -127,14 +114,19 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     if adapters.disabled:
         yield
         return
-    _swap(host, adapters.layers[adapters.active], {})
+    for name, layer in adapters.layers[adapters.active].items():
+        replace_module(host, name, layer.base)
     adapters.disabled = True
-    setattr(host, NAMED, adapters)
     try:
         yield
     finally:
         adapters.disabled = False
-        _swap(host, {}, adapters.layers[adapters.active])
+        for name, layer in adapters.layers[adapters.active].items():
+            base = cast(nn.Linear, host.get_submodule(name))
+            layer.base = base
+            layer.follow_base()
+            layer.train(base.training)
+            replace_module(host, name, layer)
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, NamedAdapters]:
@@ -144,42 +136,23 @@ def _find(model: nn.Module) -> tuple[nn.Module, NamedAdapters]:
         UserError: the model has no adapter, or is merged.
     """
     check_model(model)
-    model = unwrap(model)
-    for module in model.modules():
-        adapters = getattr(module, NAMED, None)
+    for host in unwrap(model).modules():
+        adapters = getattr(host, NAMED, None)
         if isinstance(adapters, NamedAdapters):
-            if not adapters.disabled:
-                adapters.layers[adapters.active] = _present(module, adapters)
-            return module, adapters
-    layers = dict(adapter_layers(model))
-    if not layers:
-        raise UserError("the model has no NAS-LoRA layers; call inject(model) first, or unmerge")
-    return model, NamedAdapters({DEFAULT: layers}, DEFAULT)
-
-
-def _present(host: nn.Module, adapters: NamedAdapters) -> dict[str, NASLoRALinear]:
-    """The layers of the active adapter that are in the model.
-
-    They are not always the layers of the record: ``unmerge`` gives a deep copy layers of its own.
-
-    Raises:
-        UserError: the adapter is merged.
-    """
-    present = {}
-    for name in adapters.layers[adapters.active]:
-        layer = host.get_submodule(name)
-        if not isinstance(layer, NASLoRALinear):
+            break
+    else:
+        host, layers = unwrap(model), dict(adapter_layers(unwrap(model)))
+        if not layers:
+            raise UserError(
+                "the model has no NAS-LoRA layers; call inject(model) first, or unmerge"
+            )
+        adapters = NamedAdapters({DEFAULT: layers}, DEFAULT)
+        setattr(host, NAMED, adapters)
+    if not adapters.disabled:
+        # ``unmerge`` gives a deep copy layers of its own.
+        names = adapters.layers[adapters.active]
+        present = {name: host.get_submodule(name) for name in names}
+        if not all(isinstance(layer, NASLoRALinear) for layer in present.values()):
             raise UserError("the adapter is merged; call unmerge(model) first")
-        present[name] = layer
-    return present
-
-
-def _swap(model: nn.Module, out: dict[str, NASLoRALinear], into: dict[str, NASLoRALinear]) -> None:
-    """Puts the layers ``into`` in place of the layers ``out``, whose frozen layers return."""
-    for name, layer in out.items():
-        replace_module(model, name, layer.base)
-    for name, layer in into.items():
-        layer.base = cast(nn.Linear, model.get_submodule(name))
-        layer.follow_base()
-        layer.train(model.get_submodule(name).training)
-        replace_module(model, name, layer)
+        adapters.layers[adapters.active] = cast(dict[str, NASLoRALinear], present)
+    return host, adapters

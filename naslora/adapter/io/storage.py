@@ -3,9 +3,8 @@
 ``loading.py`` reads them.
 """
 
-import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +18,14 @@ from naslora.adapter.io.wrappers import (
     one_writer,
     unwrap,
 )
-from naslora.adapter.layer.applied import applied, own_names
+from naslora.adapter.layer.applied import applied, image_encoder
 from naslora.adapter.layer.config import MethodConfig
 from naslora.adapter.layer.modules import NAMED, adapter_layers, check_model
+from naslora.adapter.layer.targets import compiled
 from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError, listing
 from naslora.files import write_json, write_tensors
+from naslora.settings import checked
 from naslora.state_dicts import weights_checksum
 
 CONFIG_NAME = "adapter_config.json"
@@ -37,11 +38,7 @@ Include = Literal["trainable", "adapter"] | Iterable[str]
 
 @dataclass(frozen=True)
 class Description:
-    """The content of adapter_config.json.
-
-    The file also holds ``peft_type``, "NASLORA" or None for a model without NAS-LoRA layers, which
-    PEFT's files have too.
-    """
+    """The content of adapter_config.json."""
 
     config: dict[str, Any] | None
     """Fields of the method's configuration; None for a model without adapters."""
@@ -58,6 +55,8 @@ class Description:
     """Names of further tensors that were trained, which the file with the weights leaves out."""
     base_checksum: str | None = None
     """The checksum of the frozen weights under the adapter; None compares nothing."""
+    peft_type: str | None = None
+    """PEFT_TYPE, or None for a model without NAS-LoRA layers. PEFT's files have it, too."""
 
 
 def save_adapter(model: nn.Module, directory: str | Path, include: Include = "trainable") -> None:
@@ -101,35 +100,28 @@ def write_adapter(
         tensors: what adapter_model.safetensors will hold.
         checksum: of the frozen weights.
     """
-    stored, ours = describe(model), adapter_names(model)
-    description = {
-        "peft_type": PEFT_TYPE if stored.layers else None,
-        "base_model_name_or_path": stored.base_model_name_or_path,
-        "method": stored.method,
-        "config": stored.config,
-        "layers": stored.layers,
-        "other_tensors": sorted(tensors.keys() - ours),
-        "unsaved_tensors": sorted(trained_state(model).keys() - tensors.keys() - ours),
-        "base_checksum": checksum,
-    }
-    write_json(directory / CONFIG_NAME, description)
+    present, layers, ours = applied(unwrap(model)), layer_names(model), adapter_names(model)
+    config = applied_config(model)
+    description = Description(
+        config=config.to_dict() if config else None,
+        layers=layers,
+        method=present.name if present else None,
+        base_model_name_or_path=base_model(model),
+        other_tensors=sorted(tensors.keys() - ours),
+        unsaved_tensors=sorted(trained_state(model).keys() - tensors.keys() - ours),
+        base_checksum=checksum,
+        peft_type=PEFT_TYPE if layers else None,
+    )
+    write_json(directory / CONFIG_NAME, asdict(description))
     write_tensors(directory / WEIGHTS_NAME, tensors)
 
 
-def describe(model: nn.Module) -> Description:
-    """The description of an adapted model."""
-    present, layers = applied(unwrap(model)), dict(adapter_layers(model))
-    config: MethodConfig | None = None
+def applied_config(model: nn.Module) -> MethodConfig | None:
+    """The configuration of the model's method or, after ``inject``, of its layers."""
+    present = applied(unwrap(model))
     if present is not None:
-        config = present.config
-    elif layers:
-        config = next(iter(layers.values())).config
-    return Description(
-        config.to_dict() if config else None,
-        layer_names(model),
-        present.name if present else None,
-        base_model(model),
-    )
+        return present.config
+    return next((layer.config for _, layer in adapter_layers(model)), None)
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -162,27 +154,16 @@ def selected_state(model: nn.Module, include: Include) -> dict[str, Tensor]:
         return trained_state(model)
     state, names = bare_state(model), adapter_names(model)
     if include != "adapter":
-        for pattern in _patterns(include):
+        for expression in checked("include", include, tuple[str, ...]):
+            pattern = compiled("include", expression)
             matches = {name for name in state if pattern.search(name)}
             if not matches:
                 raise UserError(
-                    f"include: no tensor's name matches {pattern.pattern!r}; the model has the "
+                    f"include: no tensor's name matches {expression!r}; the model has the "
                     f"parts {listing({name.partition('.')[0] for name in state})}"
                 )
             names |= matches
     return {name: tensor.detach() for name, tensor in state.items() if name in names}
-
-
-def _patterns(include: Any) -> list[re.Pattern[str]]:
-    if isinstance(include, str) or not isinstance(include, Iterable):
-        raise UserError(
-            f"include must be 'trainable', 'adapter' or a list of regular expressions, got "
-            f"{include!r}"
-        )
-    try:
-        return [re.compile(pattern) for pattern in include]
-    except (re.error, TypeError) as error:
-        raise UserError(f"include is no list of regular expressions: {error}") from error
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -203,13 +184,15 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 def adapter_names(model: nn.Module) -> set[str]:
     """The adapters' tensors, by their names in the model without wrappers: parameters, alpha,
     channels, statistics of norms and frozen buffers."""
+    own, state = unwrap(model), bare_state(model)
+    present = applied(own)
+    names = set()
+    if present is not None:
+        prefix = next((n for n, m in own.named_modules() if m is image_encoder(own)), "")
+        names = {f"{prefix}.{name}".lstrip(".") for name in present.tensors}
     ours = tuple(f"{name}." if name else "" for name in layer_names(model))
     bases = tuple(f"{prefix}base." for prefix in ours)
-    return own_names(unwrap(model)) | {
-        name
-        for name in (bare_state(model) if ours else ())
-        if name.startswith(ours) and not name.startswith(bases)
-    }
+    return names | {n for n in state if n.startswith(ours) and not n.startswith(bases)}
 
 
 def base_checksum(

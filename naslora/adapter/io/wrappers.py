@@ -1,15 +1,13 @@
-"""Models inside wrappers: their bare names, and their tensors in one piece.
+"""Models inside wrappers: the names and tensors of the model itself.
 
 ``DistributedDataParallel``, ``DataParallel``, ``AveragedModel`` and ``torch.compile`` put a model
 into an attribute of a wrapper, so its tensors get names such as ``module.neck.weight``. What is
 saved carries the names of the bare model. ``fully_shard`` (FSDP2) keeps the names and shards the
-tensors; what is saved or merged is gathered. Gathering is collective: every process must take part.
+tensors; what is saved is gathered. Gathering is collective: every process must take part.
 """
 
-import copy
 import sys
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,51 +66,45 @@ def bare_paths(model: nn.Module) -> dict[str, str]:
 def bare_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
     """The state dict under the names of the bare model, without the wrappers' own tensors.
 
-    Entries that are no tensors are left out.
+    Entries that are no tensors are left out. Sharded tensors stay so.
 
     Args:
         model: the model, in wrappers or not.
         keep_vars: as in ``torch.nn.Module.state_dict``.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    paths = bare_paths(model)
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=keep_vars).items():
-        path, _, leaf = name.rpartition(".")
-        while path not in paths:  # hooks of some wrappers drop their own part of the name
-            path, _, part = path.rpartition(".")
-            leaf = f"{part}.{leaf}"
-        own = leaf in modules[path]._buffers or leaf in modules[path]._parameters
-        if not (own and holder(modules[path])) and isinstance(tensor, Tensor):
-            state[f"{paths[path]}.{leaf}".lstrip(".")] = tensor
-    return state
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes time
+    state: dict[str, Any] = {}
+    for name, path in bare_paths(model).items():
+        module = model.get_submodule(name)
+        if fsdp and isinstance(module, fsdp.FSDPModule):
+            module.reshard()  # what is written into parameters gathered for a forward is lost
+        if holder(module) is None:
+            module._save_to_state_dict(state, f"{path}." if path else "", keep_vars)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def matching_name(name: str, known: Collection[str]) -> str:
-    """A name from a file as the model knows it. Files may hold the names of wrappers, too.
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies values into the tensors of these names, in place.
+
+    Sharded tensors take their own part. TinyViT caches its attention biases in evaluation mode; a
+    change of mode drops the cache.
 
     Args:
-        name: the name.
-        known: the names that the bare model has.
-
-    Returns:
-        The name without the wrappers' parts if the model has that name, else ``name``.
+        model: the model, in wrappers or not.
+        tensors: by names of ``bare_state``, in shapes that fit.
     """
-    if name in known:
-        return name
-    parts = name.split(".")
-    for parents in ((*HOLDERS, HOLDER), HOLDERS):
-        shorter = ".".join(part for part in parts if part not in parents)
-        if shorter in known:
-            return shorter
-    return name
+    state: dict[str, Any] = bare_state(model)
+    with torch.no_grad():
+        for name, source in tensors.items():
+            target = state[name]
+            if is_sharded(target):
+                from torch.distributed.tensor import distribute_tensor  # takes time, too
 
-
-def drop_caches(model: nn.Module) -> None:
-    """Makes a model forget what it computed from old weights.
-
-    TinyViT caches its attention biases in evaluation mode; a change of mode drops the cache.
-    """
+                # Every process has the values, so nothing is sent.
+                source = source.to(target.device, target.dtype)
+                mesh, placements = target.device_mesh, target.placements
+                source = distribute_tensor(source, mesh, placements, src_data_rank=None)
+            target.copy_(source)
     training = {module: module.training for module in model.modules()}
     model.train()
     for module, mode in training.items():
@@ -129,24 +121,8 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` manages a part of the model, or any of its tensors is a DTensor."""
-    tensors = (*model.parameters(), *model.buffers())
-    return bool(_managed(model)) or any(is_sharded(tensor) for tensor in tensors)
-
-
-def _managed(model: nn.Module) -> list[Any]:
-    """The modules that ``fully_shard`` was called on."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes time
-    return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees the gathered parameters that FSDP keeps after a forward pass.
-
-    Values that are written into them would be lost.
-    """
-    for module in _managed(model):
-        module.reshard()
+    """Whether any of the model's tensors is a DTensor, as ``fully_shard`` makes them."""
+    return any(is_sharded(tensor) for tensor in bare_state(model).values())
 
 
 @torch.no_grad()
@@ -154,19 +130,6 @@ def gathered(tensor: Tensor) -> Tensor:
     """The tensor in one piece, detached. Collective if it is sharded."""
     whole: Any = tensor
     return (whole.full_tensor() if is_sharded(whole) else whole).detach()
-
-
-@torch.no_grad()
-def copy_into(target: Tensor, source: Tensor) -> None:
-    """Copies values in place. A sharded target takes its own part of ``source``."""
-    into: Any = target
-    if is_sharded(into):
-        from torch.distributed.tensor import distribute_tensor  # loads much of torch.distributed
-
-        # Every process has the values, so nothing is sent.
-        whole = source.to(into.device, into.dtype)
-        source = distribute_tensor(whole, into.device_mesh, into.placements, src_data_rank=None)
-    into.copy_(source)
 
 
 @contextmanager
@@ -181,45 +144,3 @@ def one_writer(model: nn.Module) -> Iterator[bool]:
     finally:
         if together:
             distributed.barrier()
-
-
-def unsharded(model: nn.Module) -> nn.Module:
-    """A copy of a sharded model with gathered tensors, outside FSDP; any other model as it is.
-
-    The copy shares the tensors that are not sharded. Collective if the model is sharded.
-    """
-    if not sharded(model):
-        return model
-    reshard(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(tensor): _like(tensor) for tensor in tensors}
-    managed = _managed(model)
-    for module in managed:  # their classes refuse to be copied
-        plain = type(module).__mro__[type(module)._orig_cls_mro_index]
-        memo[id(module)] = object.__new__(plain)
-    for module in managed:
-        vars(memo[id(module)]).update(copy.deepcopy(_without_fsdp(vars(module)), memo))
-    return copy.deepcopy(model, memo)
-
-
-def _without_fsdp(attributes: dict[str, Any]) -> dict[str, Any]:
-    """A module's attributes without the state of FSDP, and without the hooks that gather."""
-    kept = {n: v for n, v in attributes.items() if not n.startswith("__composable_api_state_key")}
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = kept[name].items()
-        kept[name] = OrderedDict((key, hook) for key, hook in hooks if not _is_of_fsdp(hook))
-    return kept
-
-
-def _is_of_fsdp(hook: Any) -> bool:
-    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """The tensor itself; a sharded one in one piece, and a parameter if it is one."""
-    if not is_sharded(tensor):
-        return tensor
-    whole = gathered(tensor)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(whole, requires_grad=tensor.requires_grad)
-    return whole

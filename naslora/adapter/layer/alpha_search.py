@@ -120,13 +120,10 @@ class AlphaSearch:
     """Steps of alpha beside a training loop of one's own.
 
     It has its own Adam, and only that moves alpha: steps of other optimizers leave alpha as it was.
-    Outside the search's steps alpha requires no gradients, unless there is a process group, because
-    DistributedDataParallel may wait for them.
-
-    A step does not change the weights, nor their gradients. It runs the model
-    below its wrappers (DistributedDataParallel, torch.compile) and averages alpha's gradients over
-    the processes itself, so DistributedDataParallel needs no ``find_unused_parameters``. Every
-    process must call ``step`` equally often.
+    A step changes neither the weights nor their gradients. It runs the model below its wrappers
+    (DistributedDataParallel, torch.compile) and averages alpha's gradients over the processes
+    itself, so DistributedDataParallel needs no ``find_unused_parameters``. Every process must call
+    ``step`` equally often.
 
     The loss is scaled by a power of two before the backward pass, as with fp16 it has to be. With
     other dtypes that changes nothing. A step whose gradients are not finite is skipped.
@@ -140,6 +137,8 @@ class AlphaSearch:
     Attributes:
         calls: how often ``step`` was called.
         optimizer: the Adam of alpha.
+        required: whether alpha requires gradients between the steps, too. It does if there is a
+            process group, because DistributedDataParallel may wait for them.
 
     Raises:
         UserError: the model has no alpha, or an argument is out of range.
@@ -168,10 +167,9 @@ class AlphaSearch:
         self.optimizer = AlphaAdam(self.alphas, lr=lr, betas=betas)
         self._scaler = torch.amp.GradScaler(self.alphas[0].device.type)
         self._message: Any = None
-        self._clear()
-        self._required = distributed.is_available() and distributed.is_initialized()
+        self.required = distributed.is_available() and distributed.is_initialized()
         self._hold_in_other_optimizers()
-        self._rest()
+        self.rest()
 
     def step(self, batch: Any, loss_fn: LossFunction, epoch: int | None = None) -> float | None:
         """Takes a step of alpha on a batch.
@@ -190,25 +188,27 @@ class AlphaSearch:
         """
         now = self.calls if epoch is None else epoch
         self.calls += 1
-        self._clear()  # DistributedDataParallel fills them in the steps of the weights, too
-        self._rest()
+        self.rest()  # DistributedDataParallel fills the gradients in the steps of the weights, too
         if now < self.start:
             return None
         with self._alpha_alone():
-            try:
-                # Autocast could return copies of the weights that still require gradients.
-                torch.clear_autocast_cache()
-                loss = loss_fn(self.model, batch)
-                self._check_loss(loss)
-                self._scaler.scale(loss).backward()
-                if all(alpha.grad is None for alpha in self.alphas):
-                    raise UserError(self._no_alpha())
-                mean = self._average(loss.detach())
-                self._scaler.step(self.optimizer)
-                self._scaler.update()
-            finally:
-                self._clear()
+            # Autocast could return copies of the weights that still require gradients.
+            torch.clear_autocast_cache()
+            loss = loss_fn(self.model, batch)
+            self._check_loss(loss)
+            self._scaler.scale(loss).backward()
+            if all(alpha.grad is None for alpha in self.alphas):
+                raise UserError(self._no_alpha())
+            mean = self._average(loss.detach())
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
         return mean
+
+    def rest(self) -> None:
+        """Drops alpha's gradients. Between the steps alpha requires none, unless ``required``."""
+        for alpha in self.alphas:
+            alpha.grad = None
+            alpha.requires_grad_(self.required)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, the scale of the loss, and the number of calls."""
@@ -238,36 +238,29 @@ class AlphaSearch:
 
     def _hold_in_other_optimizers(self) -> None:
         """Restores alpha after every step of another optimizer, as long as this object lives."""
-        alphas, before = self.alphas, [alpha.detach().clone() for alpha in self.alphas]
+        alphas: list[Tensor] = [*self.alphas]
+        before = [alpha.detach().clone() for alpha in alphas]
 
-        def copied(into: list[Any], source: list[Any]) -> Callable[..., None]:
-            def copy(stepping: Optimizer, *arguments: Any) -> None:
-                if not isinstance(stepping, AlphaAdam):
-                    with torch.no_grad():
-                        torch._foreach_copy_(into, source)
+        @torch.no_grad()
+        def keep(stepping: Optimizer, *arguments: Any) -> None:
+            if not isinstance(stepping, AlphaAdam):
+                torch._foreach_copy_(before, alphas)
 
-            return copy
+        @torch.no_grad()
+        def restore(stepping: Optimizer, *arguments: Any) -> None:
+            if not isinstance(stepping, AlphaAdam):
+                torch._foreach_copy_(alphas, before)
 
         for handle in (
-            optimizer.register_optimizer_step_pre_hook(copied(before, alphas)),
-            optimizer.register_optimizer_step_post_hook(copied(alphas, before)),
+            optimizer.register_optimizer_step_pre_hook(keep),
+            optimizer.register_optimizer_step_post_hook(restore),
         ):
             weakref.finalize(self, handle.remove)
-
-    def _rest(self) -> None:
-        if not self._required:
-            for alpha in self.alphas:
-                alpha.requires_grad_(False)
-
-    def _clear(self) -> None:
-        for alpha in self.alphas:
-            alpha.grad = None
 
     @contextmanager
     def _alpha_alone(self) -> Iterator[None]:
         """Lets alpha require gradients, and nothing else, while the body runs."""
         weights = weight_parameters(self.model)
-        required = [alpha.requires_grad for alpha in self.alphas]
         for parameter in weights:
             parameter.requires_grad_(False)
         for alpha in self.alphas:
@@ -277,8 +270,7 @@ class AlphaSearch:
         finally:
             for parameter in weights:
                 parameter.requires_grad_(True)
-            for alpha, before in zip(self.alphas, required, strict=True):
-                alpha.requires_grad_(before)
+            self.rest()
 
     def _average(self, loss: Tensor) -> float:
         """Averages alpha's gradients, in place, and the loss over the processes, in one message."""

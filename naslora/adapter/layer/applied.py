@@ -1,22 +1,18 @@
 """A fine-tuning method as an object, and the record that an adapted encoder keeps of its method.
 
-``apply_method`` freezes an image encoder, adds what a method trains, and leaves an ``Applied``
-record on the encoder. The record holds the ``Method`` itself, so saving, merging and the auxiliary
-loss ask the record. Only code that starts from a name needs the table of methods.
+``apply`` freezes an image encoder, adds what a method trains, and leaves an ``Applied`` record on
+the encoder. The record holds the ``Method`` itself, so saving, merging and the auxiliary loss ask
+the record. Only code that starts from a name needs the table of methods.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from naslora.adapter.layer.config import MethodConfig, TargetConfig
-from naslora.adapter.layer.frozen_norms import keep_frozen
-from naslora.adapter.layer.modules import undone_on_error
-from naslora.adapter.layer.targets import with_names
-from naslora.adapter.merging.report import MergeMode, MergeReport
+from naslora.adapter.layer.config import MethodConfig
+from naslora.adapter.merging.report import MergeMode
 from naslora.errors import UserError
 
 ENCODERS = ("image_encoder", "vision_encoder")
@@ -27,19 +23,21 @@ RECORD = "method"  # the encoder's attribute that holds the record
 OWN = {"own": True}
 """Metadata of a configuration's field that means something else in other configurations."""
 
-Merge = Callable[[nn.Module, MergeMode, Any], MergeReport]
-"""Folds a method into the frozen weights, as ``naslora.merge``. Takes the model, the mode, and what
-``calibration_batches`` takes."""
 
+class Folding(NamedTuple):
+    """How ``naslora.merge`` folds a method into the frozen weights."""
 
-def never(config: Any) -> bool:
-    """Default of ``Method.searches``: there is no alpha."""
-    return False
-
-
-def no_modes(config: Any) -> list[MergeMode]:
-    """Default of ``Method.merge_modes``: the method cannot be merged."""
-    return []
+    layers: Callable[[nn.Module], dict[str, Any]]
+    """Takes the model. Returns the adapted layers by their names. They have the attributes
+    ``in_features`` and ``weight``."""
+    fold: Callable[[Any, MergeMode], nn.Module]
+    """Takes a layer and the mode. Returns the merged module."""
+    update: Callable[[Any, Tensor, Tensor], Tensor]
+    """Takes a layer, its input and its output. Returns the adapter's part of the output."""
+    modes: Callable[[Any], list[MergeMode]]
+    """The modes whose results differ, for a configuration."""
+    fits: bool = False
+    """Whether mode "calibrated" fits layers. Otherwise ``fold`` is exact in every mode."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +57,11 @@ class Method:
     """Adds to a frozen encoder, in place, what the method trains. Takes the encoder, a
     configuration of type ``config``, and the seed of its random numbers. Exactly the trained
     parameters require gradients after it."""
-    merge: Merge | None = None
-    """Folds it into the frozen weights; None if that is impossible."""
-    merge_modes: Callable[[Any], list[MergeMode]] = no_modes
-    """The modes of ``merge`` whose results differ, for a configuration."""
-    why_unmerged: str = ""
-    """Why it cannot be folded."""
-    searches: Callable[[Any], bool] = never
-    """Whether there are architecture parameters alpha to search, for a configuration."""
+    merge: Folding | str
+    """How it folds into the frozen weights, or why it cannot."""
+    searches: Callable[[Any], bool] | None = None
+    """Whether there are architecture parameters alpha to search, for a configuration; None if there
+    never are."""
     auxiliary_loss: Callable[[nn.Module], Tensor | None] | None = None
     """Takes the encoder. Returns the auxiliary loss of its last training forward and clears it.
     None if the method has no auxiliary loss."""
@@ -86,14 +81,14 @@ class Method:
             )
         return config or self.config()
 
-    def require_merge(self) -> Merge:
-        """Its merge.
+    def require_merge(self) -> Folding:
+        """How it folds.
 
         Raises:
             UserError: the method cannot be merged. The message says why.
         """
-        if self.merge is None:
-            raise UserError(f"{self.title} cannot be merged: {self.why_unmerged}")
+        if isinstance(self.merge, str):
+            raise UserError(f"{self.title} cannot be merged: {self.merge}")
         return self.merge
 
 
@@ -114,51 +109,19 @@ class Applied:
         return self.method.name
 
 
-def find_method(methods: Mapping[str, Method], name: str) -> Method:
+METHODS: dict[str, Method] = {}
+"""All methods by their names, in the order of rows in tables. ``naslora.methods`` fills it."""
+
+
+def find_method(name: str) -> Method:
     """The method of a name.
 
     Raises:
         UserError: there is none.
     """
-    if name not in methods:
-        raise UserError(f"method must be one of {', '.join(methods)}, got {name!r}")
-    return methods[name]
-
-
-def apply_method(
-    method: Method, model: nn.Module, config: MethodConfig | None = None, seed: int = 0
-) -> None:
-    """Freezes the image encoder and adds what a method trains, in place.
-
-    Args:
-        method: the method.
-        model: a model with an ``image_encoder`` (or, as Hugging Face names it, ``vision_encoder``),
-            of which nothing else changes; or the encoder.
-        config: the method's own configuration; None for its defaults.
-        seed: of every random number.
-
-    Raises:
-        UserError: another method's configuration, a model that has a method already, or an encoder
-            that the method does not support. The model is then unchanged.
-    """
-    config = method.checked(config)
-    present = applied(model)
-    if present is not None:
-        raise UserError(f"the model has a method already: {present.name}")
-    encoder = image_encoder(model)
-    if isinstance(config, TargetConfig):
-        config = with_names(config, encoder)
-    with undone_on_error(encoder):
-        before = {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
-        modules = set(encoder.modules())
-        encoder.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            method.add(encoder, config, seed)
-        for module in set(encoder.modules()) - modules:
-            module.training = encoder.training
-        keep_frozen(encoder)
-        setattr(encoder, RECORD, Applied(method, config, tuple(_own_tensors(encoder, before))))
+    if name not in METHODS:
+        raise UserError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
 
 
 def applied(model: nn.Module) -> Applied | None:
@@ -168,21 +131,8 @@ def applied(model: nn.Module) -> Applied | None:
 
 def image_encoder(model: nn.Module) -> nn.Module:
     """The model's image encoder, or the model itself, which then is the encoder."""
-    name = _encoder_name(model)
-    return model if name is None else getattr(model, name)
-
-
-def _encoder_name(model: nn.Module) -> str | None:
-    """The name of the model's image encoder; None if the model has none."""
-    present = (name for name in ENCODERS if isinstance(getattr(model, name, None), nn.Module))
-    return next(present, None)
-
-
-def own_names(model: nn.Module) -> set[str]:
-    """The applied method's tensors, by their names in ``model.state_dict()``."""
-    present, encoder = applied(model), _encoder_name(model)
-    prefix = "" if encoder is None else f"{encoder}."
-    return {prefix + name for name in present.tensors} if present else set()
+    parts = (getattr(model, name, None) for name in ENCODERS)
+    return next((part for part in parts if isinstance(part, nn.Module)), model)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -202,19 +152,3 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     if present is None or present.method.auxiliary_loss is None:
         return None
     return present.method.auxiliary_loss(image_encoder(model))
-
-
-def _own_tensors(encoder: nn.Module, before: set[int]) -> list[str]:
-    """Names in the state dict of new tensors, trained ones, and statistics of norms that train."""
-
-    def trains(buffer: str) -> bool:
-        own = list(encoder.get_submodule(buffer.rpartition(".")[0]).parameters(recurse=False))
-        return bool(own) and all(parameter.requires_grad for parameter in own)
-
-    state = encoder.state_dict(keep_vars=True)
-    statistics = {name for name, _ in encoder.named_buffers() if trains(name)}
-    return [
-        name
-        for name, tensor in state.items()
-        if id(tensor) not in before or tensor.requires_grad or name in statistics
-    ]

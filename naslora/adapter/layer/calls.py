@@ -1,7 +1,6 @@
 """Whether the host calls its adapted layers, or computes with their weights past the adapters."""
 
 import warnings
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -69,48 +68,24 @@ def shown(weight: Tensor, layer: str) -> Tensor:
     return view
 
 
-def check_host(model: nn.Module, name: str) -> None:
-    """Refuses an attention that adds biases of its own, because it reads the weight of ``qkv``.
-
-    BEiT, EVA and Swin V2 of timm do so, unless the switch of ``host_calls`` is there.
-
-    Raises:
-        UserError: the layer of this name is in such an attention.
-    """
-    host, child = _parent(model, name)
-    own = child == "qkv" and getattr(host, "q_bias", None) is not None
-    if own and not hasattr(host, "qkv_bias_separate"):
-        raise UserError(
-            f"{type(host).__name__} computes with the weight of {name} instead of calling the "
-            "layer, so an adapter would have no effect; of timm's models, newer versions can call "
-            "it (pip install -U timm)"
-        )
-
-
 def host_calls(model: nn.Module, name: str) -> None:
-    """Lets the attention around the layer of this name call it, where it has a switch for that."""
-    host, child = _parent(model, name)
+    """Lets the attention around the layer of this name call it, where it has a switch for that.
+
+    BEiT, EVA and Swin V2 of timm have one. Without it they read the weight of ``qkv``.
+    """
+    parent, _, child = name.rpartition(".")
+    host = model.get_submodule(parent)
     if child == "qkv" and hasattr(host, "qkv_bias_separate"):
         vars(host)["qkv_bias_separate"] = True
-
-
-def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, child = name.rpartition(".")
-    return model.get_submodule(parent), child
 
 
 class CallCheck:
     """A forward hook that warns, once, of adapted layers that a forward with gradients left out.
 
     A copy or a pickle of the model contains it. Compiled and traced forwards are not checked.
-
-    Args:
-        part: the first part of the names of the layers that it checks.
     """
 
-    def __init__(self, part: str) -> None:
-        self.part = part
-        self.done = False
+    done = False
 
     def __call__(self, host: nn.Module, inputs: Any, output: Any) -> None:
         """Checks the layers inside ``host``, whose forward ends."""
@@ -121,7 +96,7 @@ class CallCheck:
         self.done = True
         called: dict[str, bool] = {}  # several adapters of PEFT have one name
         for layer in host.modules():
-            if isinstance(layer, AdaptedLinear) and layer.name.split(".")[0] == self.part:
+            if isinstance(layer, AdaptedLinear):
                 called[layer.name] = layer.called or called.get(layer.name, False)
         idle = [name for name in called if not called[name]]
         if idle:
@@ -138,13 +113,10 @@ def watch(model: nn.Module, names: list[str]) -> None:
     A user may call a part of the model alone. Blocks get no hook, because fused blocks with hooks
     take a slower path.
     """
-    for part in dict.fromkeys(name.split(".")[0] for name in names):
-        inside = [name.split(".")[:-1] for name in names if name.split(".")[0] == part]
-        common = takewhile(lambda steps: len({*steps}) == 1, zip(*inside, strict=False))
-        check, host = CallCheck(part), model
+    check, host = CallCheck(), model
+    host.register_forward_hook(check)
+    for step, *others in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if step.isdigit() or {*others} - {step}:
+            break
+        host = host.get_submodule(step)
         host.register_forward_hook(check)
-        for step, *_ in common:
-            if step.isdigit():
-                break
-            host = host.get_submodule(step)
-            host.register_forward_hook(check)

@@ -7,9 +7,7 @@ mixture does to a single token. ``PRESETS`` names the cells. A new preset change
 
 import copy
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from naslora.adapter.layer.config import CellInit
 from naslora.errors import UserError
 from naslora_kernels import folded_cell, folded_convolution, mixed_cell
+from naslora_kernels.cell import Cell as CellTensors
 from naslora_kernels.operations import (
     AVG_POOL,
     CONVOLUTIONS,
@@ -32,55 +31,11 @@ LEFT_OUT = -1e4
 precision, so weight decay cannot bring the operation back. Minus infinity would give NaN in Adam.
 """
 
-Depthwise = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Depthwise kernels (c, k, k) in the order of the operations, k = 3, 5, 3, 5."""
-
-
-class CellArguments(NamedTuple):
-    """A linear cell's tensors, in the order in which the functions of naslora_kernels take them."""
-
-    alpha: Tensor
-    """(8,) logits."""
-    dw_sep3: Tensor
-    """(c, 3, 3) depthwise kernel, as the next three."""
-    dw_sep5: Tensor
-    dw_dil3: Tensor
-    dw_dil5: Tensor
-    pw: Tensor
-    """(4, c, c) pointwise kernels as [operation, output, input]."""
-
-    @property
-    def depthwise(self) -> Depthwise:
-        """The four depthwise kernels."""
-        return self.dw_sep3, self.dw_sep5, self.dw_dil3, self.dw_dil5
-
-
-class Cell(nn.Module, ABC):
-    """What a preset provides. c is the number of channels that pass through the cell."""
-
-    @abstractmethod
-    def forward(
-        self, z: Tensor, alpha: Tensor, channels: Tensor | None, backend: str | None = None
-    ) -> Tensor:
-        """Eq. 3 on (B, H, W, r) maps. ``channels`` is (c,) int64, or None for all."""
-
-    @abstractmethod
-    def collapsed(self, alpha: Tensor) -> nn.Module:
-        """The trained mixture as a fixed module on (B, H, W, c) maps, equal up to rounding."""
-
-    @abstractmethod
-    def centre(self, alpha: Tensor) -> Tensor:
-        """(c, c): what the mixture does to a token through its centre taps alone (Eq. 6).
-
-        Raises:
-            UserError: the operations have no such taps.
-        """
-
 
 # ---- Preset "linear" -----------------------------------------------------------------------------
 
 
-class LinearCell(Cell):
+class LinearCell(nn.Module):
     """Depthwise k x k, then pointwise, without bias, norm or activation: the preset of the kernels.
 
     Attributes:
@@ -99,52 +54,61 @@ class LinearCell(Cell):
     def __init__(self, channels: int, init: CellInit, generator: torch.Generator) -> None:
         super().__init__()
         self.spatial = 1.0
-        make = self._kaiming if init == "kaiming" else self._near_identity
-        kernels = [make(channels, conv.kernel, generator) for conv in CONVOLUTIONS]
+        kernels = []
+        for size in (convolution.kernel for convolution in CONVOLUTIONS):
+            dw = torch.empty(channels, size, size)
+            if init == "kaiming":
+                dw.uniform_(-1 / size, 1 / size, generator=generator)
+            else:
+                dw = self.IDENTITY_NOISE * dw.normal_(generator=generator)
+                dw[:, size // 2, size // 2] += 1.0
+            kernels.append(nn.Parameter(dw))
         self.dw_sep3, self.dw_sep5, self.dw_dil3, self.dw_dil5 = kernels
-        if init != "kaiming":
-            pw = torch.eye(channels).repeat(len(CONVOLUTIONS), 1, 1) * self.IDENTITY_GAIN
-            pw += self.IDENTITY_NOISE * torch.randn(pw.shape, generator=generator)
-        else:
+        pw = torch.empty(len(CONVOLUTIONS), channels, channels)
+        if init == "kaiming":
             bound = channels**-0.5  # kaiming-uniform(a=sqrt(5)), PyTorch's start of a convolution
-            pw = torch.empty(len(CONVOLUTIONS), channels, channels)
             pw.uniform_(-bound, bound, generator=generator)
+        else:
+            pw = self.IDENTITY_NOISE * pw.normal_(generator=generator)
+            pw = torch.eye(channels) * self.IDENTITY_GAIN + pw
         self.pw = nn.Parameter(pw)
 
-    def _near_identity(
-        self, channels: int, kernel: int, generator: torch.Generator
-    ) -> nn.Parameter:
-        dw = self.IDENTITY_NOISE * torch.randn(channels, kernel, kernel, generator=generator)
-        dw[:, kernel // 2, kernel // 2] += 1.0
-        return nn.Parameter(dw)
-
-    def _kaiming(self, channels: int, kernel: int, generator: torch.Generator) -> nn.Parameter:
-        dw = torch.empty(channels, kernel, kernel)
-        return nn.Parameter(dw.uniform_(-1 / kernel, 1 / kernel, generator=generator))
-
     @property
-    def depthwise(self) -> Depthwise:
+    def depthwise(self) -> tuple[Tensor, ...]:
         """The depthwise kernels in the order of the operations."""
         return self.dw_sep3, self.dw_sep5, self.dw_dil3, self.dw_dil5
 
-    def arguments(self, alpha: Tensor) -> CellArguments:
+    def tensors(self, alpha: Tensor, channels: Tensor | None = None) -> CellTensors:
         """What the kernels compute with: the cell's own tensors, or their annealed values."""
-        if self.spatial == 1.0:
-            return CellArguments(alpha, *self.depthwise, self.pw)
-        sep3, sep5, dil3, dil5 = [annealed_kernel(dw, self.spatial) for dw in self.depthwise]
-        return CellArguments(annealed_alpha(alpha, self.spatial), sep3, sep5, dil3, dil5, self.pw)
+        sep3, sep5, dil3, dil5 = self.depthwise
+        if self.spatial != 1.0:
+            sep3, sep5, dil3, dil5 = [annealed_kernel(dw, self.spatial) for dw in self.depthwise]
+            alpha = annealed_alpha(alpha, self.spatial)
+        return CellTensors(alpha, sep3, sep5, dil3, dil5, self.pw, channels)
 
     def forward(
         self, z: Tensor, alpha: Tensor, channels: Tensor | None, backend: str | None = None
     ) -> Tensor:
-        return mixed_cell(z, *self.arguments(alpha), channels, backend=backend)
+        """Eq. 3 on (B, H, W, r) maps. ``channels`` is (c,) int64, or None for all."""
+        cell = self.tensors(alpha, channels)
+        if torch.jit.is_tracing():
+            # The tracer cannot record the kernels. The checks of ``mixed_cell`` read values, and a
+            # repeated call skips some, so the tracer would find two different graphs.
+            from naslora_kernels import reference  # a backend, so it is imported when it is needed
+
+            return reference.mixed_cell(z, cell)
+        return mixed_cell(z, *cell, backend=backend)
 
     def collapsed(self, alpha: Tensor) -> nn.Module:
+        """The trained mixture as a fixed module on (B, H, W, c) maps, equal up to rounding."""
         mixture, kernel = self._folded(alpha)
         return FoldedCell(kernel.to(self.pw.dtype), mixture[[AVG_POOL, MAX_POOL]].to(alpha.dtype))
 
     def centre(self, alpha: Tensor) -> Tensor:
-        # The centre tap of the average pooling is 1/9. The max-pooling has none.
+        """(c, c): what the mixture does to a token through its centre taps alone (Eq. 6).
+
+        The centre tap of the average pooling is 1/9. The max-pooling has none.
+        """
         mixture, kernel = self._folded(alpha)
         middle = kernel.shape[-1] // 2
         average = mixture[AVG_POOL] / 9 * torch.eye(kernel.shape[0]).to(kernel)
@@ -153,10 +117,10 @@ class LinearCell(Cell):
     @torch.no_grad()
     def _folded(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """(8,) mixture and (c, c, 9, 9) kernel in float64."""
-        arguments = self.arguments(alpha)
-        mixture = arguments.alpha.double().softmax(0)
-        depthwise = tuple(dw.double() for dw in arguments.depthwise)
-        return mixture, folded_convolution(mixture, depthwise, arguments.pw.double())
+        cell = self.tensors(alpha)
+        mixture = cell.alpha.double().softmax(0)
+        depthwise = tuple(dw.double() for dw in cell.depthwise)
+        return mixture, folded_convolution(mixture, depthwise, cell.pw.double())
 
 
 def annealed_kernel(dw: Tensor, spatial: float) -> Tensor:
@@ -230,7 +194,7 @@ def _crop(kernel: Tensor) -> Tensor:
 # ---- Preset "paper" ------------------------------------------------------------------------------
 
 
-class PaperCell(Cell):
+class PaperCell(nn.Module):
     """Twice the block ReLU, depthwise and pointwise convolution with bias, batch norm.
 
     The parameter counts of these operations are the paper's: 168 c + 8 c^2 a layer.
@@ -268,7 +232,7 @@ class PaperCell(Cell):
     def forward(
         self, z: Tensor, alpha: Tensor, channels: Tensor | None, backend: str | None = None
     ) -> Tensor:
-        del backend  # this preset is computed by plain PyTorch
+        """As ``LinearCell.forward``, in plain PyTorch."""
         selected = z if channels is None else z.index_select(-1, channels)
         y = self.mix(selected, alpha.softmax(0)).to(z.dtype)
         return y if channels is None else z.index_copy(-1, channels, y)
@@ -285,9 +249,15 @@ class PaperCell(Cell):
         return y.permute(0, 2, 3, 1)
 
     def collapsed(self, alpha: Tensor) -> nn.Module:
+        """As ``LinearCell.collapsed``."""
         return FixedMixture(self, alpha.detach().softmax(0))
 
     def centre(self, alpha: Tensor) -> Tensor:
+        """Refuses: the operations have no such taps.
+
+        Raises:
+            UserError: always.
+        """
         raise UserError(
             "mode 'center' cannot fold the preset 'paper': its ReLU and batch norm are not linear; "
             "merge with mode 'exact', or train with the preset 'linear'"
@@ -317,22 +287,8 @@ class FixedMixture(nn.Module):
 # ---- All presets ---------------------------------------------------------------------------------
 
 
-def restore_collapsed(tensors: dict[str, Tensor], channels: int) -> nn.Module:
-    """The collapsed cell of ``channels`` channels that ``tensors``, its state dict, belongs to."""
-    if "kernel" in tensors:
-        return FoldedCell(tensors["kernel"], tensors["pooling"])
-    return FixedMixture(PaperCell(channels, "identity", torch.Generator()), tensors["mixture"])
-
-
-PRESETS: dict[str, Callable[[int, CellInit, torch.Generator], Cell]] = {
-    "linear": LinearCell,
-    "paper": PaperCell,
-}
-
-
-def build_cell(preset: str, channels: int, init: CellInit, generator: torch.Generator) -> Cell:
-    """Builds the cell of a preset for ``channels`` channels, on the CPU in float32."""
-    return PRESETS[preset](channels, init, generator)
+Cell = LinearCell | PaperCell
+PRESETS: dict[str, type[Cell]] = {"linear": LinearCell, "paper": PaperCell}
 
 
 def mixture_entropy(alpha: Tensor) -> float:

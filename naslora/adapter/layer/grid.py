@@ -77,28 +77,23 @@ def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None, prefix
     """
     side = math.isqrt(count)
     stated = hint if hint is not None and grid in (None, hint.grid) else None
-    square = side * side == count
-    if square and stated is not None and stated.window and stated.grid[0] == stated.grid[1] > side:
+    height, width = stated.grid if stated is not None else grid or (side, side)
+    if stated is not None and stated.window and side * side == count and height == width > side:
         return side, side
     tokens = f"{count} tokens" + (f" behind {prefix} prefix tokens" if prefix else "")
-    number = "N"
-    if stated is not None:
-        height, width = stated.grid
+    advice, number = "set the layer's `grid` to (H, W), as in `layer.grid = (H, W)`", "N"
+    if stated is None:
+        found = f"{tokens} are no {height} x {width} grid"
+    else:
         found = (
             f"{tokens} at layer {stated.layer!r} are not the {height} x {width} grid of the "
-            f"model's {stated.source}; set `layer.grid = (H, W)`"
+            f"model's {stated.source}"
         )
         if not stated.window and 0 <= prefix + count - height * width < height * width:
             number = str(prefix + count - height * width)
-    else:
-        height, width = grid or (side, side)
-        found = (
-            f"{tokens} are no {height} x {width} grid; set the layer's `grid` to (H, W), as in "
-            "`layer.grid = (H, W)`"
-        )
     raise ValueError(
-        f"x: {found}, or prefix_tokens={number} in NASLoRAConfig if the sequence starts with class "
-        "or register tokens"
+        f"x: {found}; {advice}, or prefix_tokens={number} in NASLoRAConfig if the sequence starts "
+        "with class or register tokens"
     )
 
 

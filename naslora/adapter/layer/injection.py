@@ -1,17 +1,25 @@
-"""Puts NAS-LoRA into an existing model, and finds its parameters again."""
+"""Puts NAS-LoRA or another method into an existing model, and finds its parameters again."""
 
-import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from naslora.adapter.io.base_state import override_save_pretrained
+from naslora.adapter.layer.applied import RECORD, Applied, applied, find_method, image_encoder
 from naslora.adapter.layer.calls import watch
-from naslora.adapter.layer.config import NASLoRAConfig
+from naslora.adapter.layer.config import MethodConfig, NASLoRAConfig, TargetConfig
 from naslora.adapter.layer.frozen_norms import keep_frozen
 from naslora.adapter.layer.grid import place_hint
 from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
-from naslora.adapter.layer.modules import NAMED, adapter_layers, check_model, replace_module
+from naslora.adapter.layer.modules import (
+    NAMED,
+    adapter_layers,
+    check_model,
+    replace_module,
+    undone_on_error,
+)
 from naslora.adapter.layer.targets import compiled, find_targets, with_names
 from naslora.errors import UserError
 from naslora.settings import Seed, checked
@@ -47,22 +55,20 @@ def inject(
             index is out of range, there is no such preset, a pattern of ``train`` matches nothing,
             or the model has NAS-LoRA layers already. The model is then unchanged.
     """
-    config = NASLoRAConfig() if config is None else config
     check_model(model)
-    check_config(config)
+    config = checked("config", NASLoRAConfig() if config is None else config, NASLoRAConfig)
     if hasattr(model, NAMED):
         raise UserError("the model has NAS-LoRA layers already; add_adapter adds another adapter")
-    patterns = _patterns(train)
+    patterns = (train,) if isinstance(train, str) else checked("train", train, tuple[str, ...])
     seed = checked("seed", seed, Seed)
     config = with_names(config, model)
-    targets = find_targets(model, config.target)
+    targets = find_targets(model, config)
     frozen = {id(parameter) for base in targets.values() for parameter in base.parameters()}
-    trained = _matching_parameters(model, patterns, frozen)
+    modules, trained = _trained(model, patterns, frozen)
     adapted = build_layers(model, targets, config, seed)
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    modules = _matching_modules(model, patterns)
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
@@ -70,16 +76,6 @@ def inject(
     override_save_pretrained(model)
     watch(model, list(targets))
     return list(targets)
-
-
-def check_config(config: object) -> None:
-    """Refuses what is no ``NASLoRAConfig``.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not isinstance(config, NASLoRAConfig):
-        raise UserError(f"config must be a NASLoRAConfig or None, got {type(config).__name__}")
 
 
 def build_layers(
@@ -97,33 +93,10 @@ def build_layers(
     return layers
 
 
-def _patterns(train: str | Sequence[str]) -> tuple[str, ...]:
-    several = (train,) if isinstance(train, str) else checked("train", train, tuple[str, ...])
-    for pattern in several:
-        compiled("train", pattern)
-    return several
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return (
-        name == pattern
-        or name.endswith(f".{pattern}")
-        or bool(name and re.fullmatch(pattern, name))
-    )
-
-
-def _matching_modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
-    return [
-        module
-        for name, module in model.named_modules()
-        if any(_matches(pattern, name) for pattern in patterns)
-    ]
-
-
-def _matching_parameters(
+def _trained(
     model: nn.Module, patterns: Sequence[str], frozen: Collection[int]
-) -> list[nn.Parameter]:
-    """The parameters that the patterns of ``train`` select.
+) -> tuple[list[nn.Module], list[nn.Parameter]]:
+    """The modules and parameters that the patterns of ``train`` select.
 
     Args:
         model: the model without its adapters.
@@ -131,22 +104,85 @@ def _matching_parameters(
         frozen: the ids of parameters that no pattern selects.
 
     Raises:
-        UserError: a pattern selects nothing.
+        UserError: a pattern is no regular expression or selects nothing.
     """
-    selected: list[nn.Parameter] = []
+    modules, parameters = [], []
     for pattern in patterns:
-        modules = _matching_modules(model, [pattern])
-        parameters = [p for module in modules for p in module.parameters()]
-        parameters += [p for name, p in model.named_parameters() if _matches(pattern, name)]
-        trainable = [p for p in parameters if id(p) not in frozen and p.is_floating_point()]
-        if not trainable:
+        whole = compiled("train", pattern)
+
+        def matches(name: str, pattern: str = pattern, whole: Any = whole) -> bool:
+            ends = name == pattern or name.endswith(f".{pattern}")
+            return ends or bool(name and whole.fullmatch(name))
+
+        inside = [module for name, module in model.named_modules() if matches(name)]
+        found = [parameter for module in inside for parameter in module.parameters()]
+        found += [parameter for name, parameter in model.named_parameters() if matches(name)]
+        found = [p for p in found if id(p) not in frozen and p.is_floating_point()]
+        if not found:
             children = ", ".join(name for name, _ in model.named_children())
             raise UserError(
                 f"train: {pattern!r} matches no module with parameters to train; the model's "
                 f"parts are: {children or 'none'}"
             )
-        selected += trainable
-    return selected
+        modules += inside
+        parameters += found
+    return modules, parameters
+
+
+# ---- Methods -------------------------------------------------------------------------------------
+
+
+def apply(name: str, model: nn.Module, config: MethodConfig | None = None, seed: int = 0) -> None:
+    """Freezes the image encoder and adds what a method trains, in place.
+
+    Args:
+        name: one of ``naslora.methods.METHODS``.
+        model: a model with an ``image_encoder`` (or, as Hugging Face names it, ``vision_encoder``),
+            of which nothing else changes; or the encoder.
+        config: the method's own configuration; None for its defaults.
+        seed: of every random number.
+
+    Raises:
+        UserError: an unknown name, another method's configuration, a model that has a method
+            already, or an encoder that the method does not support. The model is then unchanged.
+    """
+    method, seed = find_method(name), checked("seed", seed, Seed)
+    config, present, encoder = method.checked(config), applied(model), image_encoder(model)
+    if present is not None:
+        raise UserError(f"the model has a method already: {present.name}")
+    if isinstance(config, TargetConfig):
+        config = with_names(config, encoder)
+    with undone_on_error(encoder):
+        before = {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
+        modules = set(encoder.modules())
+        encoder.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            method.add(encoder, config, seed)
+        for module in set(encoder.modules()) - modules:
+            module.training = encoder.training
+        keep_frozen(encoder)
+        setattr(encoder, RECORD, Applied(method, config, tuple(_own_tensors(encoder, before))))
+    override_save_pretrained(model)
+
+
+def _own_tensors(encoder: nn.Module, before: set[int]) -> list[str]:
+    """Names in the state dict of new tensors, trained ones, and statistics of norms that train."""
+
+    def trains(buffer: str) -> bool:
+        own = list(encoder.get_submodule(buffer.rpartition(".")[0]).parameters(recurse=False))
+        return bool(own) and all(parameter.requires_grad for parameter in own)
+
+    state = encoder.state_dict(keep_vars=True)
+    statistics = {name for name, _ in encoder.named_buffers() if trains(name)}
+    return [
+        name
+        for name, tensor in state.items()
+        if id(tensor) not in before or tensor.requires_grad or name in statistics
+    ]
+
+
+# ---- Parameters ----------------------------------------------------------------------------------
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """NASLoRALinear: a frozen nn.Linear with a searchable low-rank adapter beside it."""
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.adapter.layer.calls import AdaptedLinear
-from naslora.adapter.layer.cell import LEFT_OUT, Cell, CellArguments, LinearCell, build_cell
+from naslora.adapter.layer.cell import LEFT_OUT, PRESETS, Cell, LinearCell
 from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.grid import Grid, GridHint, as_grid, split_prefix
 from naslora.adapter.layer.windows import partition
@@ -65,6 +66,7 @@ class NASLoRALinear(AdaptedLinear):
         hint: what the host model states of the layer's tokens, or None.
         prefix_tokens: class and register tokens at the start of (B, N, C_in) inputs.
         config: the configuration it was made with.
+        in_features, out_features: C_in and C_out.
 
     Raises:
         UserError: there is no such preset.
@@ -84,18 +86,20 @@ class NASLoRALinear(AdaptedLinear):
         generator = generator or torch.Generator().manual_seed(0)
         self.base = base
         self.config = config
-        self.scaling, cell_channels = config.scaling, config.cell_channels
+        self.scaling = config.scaling
         self.rank = config.rank
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.backend = config.backend
         self.grid: Grid | None = None
         self.prefix_tokens = config.prefix_tokens
         self.lora_A = nn.Parameter(draw_lora_A(self.rank, base.in_features, generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank))
-        self._add_cell(config, cell_channels, generator)
+        self._add_cell(config, generator)
         self.follow_base()
         base.requires_grad_(False)  # last, so that an impossible configuration changes nothing
 
-    def _add_cell(self, config: NASLoRAConfig, c: int, generator: torch.Generator) -> None:
+    def _add_cell(self, config: NASLoRAConfig, generator: torch.Generator) -> None:
+        c = config.cell_channels
         self.all_channels = c == self.rank
         self.register_buffer("channels", torch.arange(c))
         self.alpha = None
@@ -111,22 +115,21 @@ class NASLoRALinear(AdaptedLinear):
                 left_out = [i for i, name in enumerate(OPERATIONS) if name not in config.operations]
                 alpha[left_out] = LEFT_OUT
             self.alpha = nn.Parameter(alpha)
-            self.cell = build_cell(config.preset, c, config.cell_init, generator)
+            self.cell = PRESETS[config.preset](c, config.cell_init, generator)
 
     def follow_base(self) -> None:
         """Moves the adapter to the base's device and dtype. Beside 16-bit weights it is float32."""
         weight = self.base.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(weight.device, dtype if tensor.is_floating_point() else None)
-
-        super()._apply(moved, recurse=False)
-        if self.cell is not None:
-            self.cell._apply(moved)
+        self._cast(lambda t: t.to(weight.device, weight.dtype if t.is_floating_point() else None))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NASLoRALinear":
-        """Applies a cast or move to ``base``, and to the adapter without its casts to 16 bit.
+        if recurse:
+            self.base._apply(fn)
+        self._cast(fn, recurse)
+        return self
+
+    def _cast(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
+        """Applies a cast or move to the adapter, without casts to 16 bit.
 
         Alpha and the adapter's weights train in float32. In 16 bit their small steps are lost, and
         Adam's become NaN.
@@ -139,27 +142,15 @@ class NASLoRALinear(AdaptedLinear):
             dtype = torch.promote_types(result.dtype, torch.float32)
             return result if dtype == result.dtype else tensor.to(result.device, dtype)
 
-        if recurse:
-            self.base._apply(fn)
-            if self.cell is not None:
-                self.cell._apply(applied)
-        return super()._apply(applied, recurse=False)
+        super()._apply(applied, recurse=False)
+        if recurse and self.cell is not None:
+            self.cell._apply(applied)
 
     @torch.no_grad()
     def draw_channels(self, generator: torch.Generator) -> None:
         """Draws new channels that pass through the cell, in rising order."""
         drawn = torch.randperm(self.rank, generator=generator)[: self.channels.shape[0]]
         self.channels.copy_(drawn.sort().values)
-
-    @property
-    def in_features(self) -> int:
-        """C_in."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """C_out."""
-        return self.base.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out.
@@ -169,27 +160,36 @@ class NASLoRALinear(AdaptedLinear):
         """
         object.__setattr__(self, "called", True)  # a tenth of the time of Module.__setattr__
         if torch.jit.is_tracing():
-            return self._traced(x)
+            with warnings.catch_warnings():
+                # It warns of numbers that become constants, such as c.
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                update = self.update(x)
+            return self.base(x) + update
+        if self.cell is not None and not isinstance(self.cell, LinearCell):
+            return self.base(x) + self.update(x)
         prefix, tokens = self._split(x)
-        h = self._on_grid(tokens)
+        h = self._fused(tokens, self.cell)  # (B, H, W, C_out)
         if prefix is None:
             return h.reshape(*x.shape[:-1], self.out_features)
-        plain = self._plain(prefix[:, None])  # (B, 1, p, C_out)
+        plain = self._fused(prefix[:, None], None)  # (B, 1, p, C_out)
         return torch.cat([plain.flatten(1, 2), h.flatten(1, 2)], 1)
 
-    def _on_grid(self, tokens: Tensor) -> Tensor:
-        """(B, H, W, C_in) to (B, H, W, C_out)."""
-        if isinstance(self.cell, LinearCell) and self.alpha is not None:
-            cell = self.cell.arguments(self.alpha)
-            return self._fused(tokens, cell, self._selected_channels())
-        if self.cell is None:
-            return self._plain(tokens)
-        y = self._mixed(tokens)
-        return self.base(tokens) + self.scaling * F.linear(y, self.lora_B.to(y.dtype))
-
-    def _plain(self, tokens: Tensor) -> Tensor:
-        """The same without a cell."""
-        return self._fused(tokens, _empty_cell(self.lora_A), self.channels[:0])
+    def _fused(self, tokens: Tensor, cell: LinearCell | None) -> Tensor:
+        """(B, H, W, C_in) to (B, H, W, C_out) in the kernels; plain LoRA without a cell."""
+        if cell is not None and self.alpha is not None:
+            tensors = cell.tensors(self.alpha, self._selected_channels())
+        else:
+            tensors = _empty_cell(self.lora_A, self.channels[:0])
+        return nas_lora_linear(
+            tokens,
+            self.base.weight,
+            self.base.bias,
+            self.lora_A,
+            self.lora_B,
+            *tensors,
+            self.scaling,
+            backend=self.backend,
+        )
 
     def in_windows(self, x: Tensor, size: int) -> Tensor:
         """Computes the layer on the windows of images, which are padded with zeros.
@@ -214,40 +214,6 @@ class NASLoRALinear(AdaptedLinear):
         update = torch.addmm(h.flatten(0, 2), self.scaling * y.flatten(0, 2), decoder)
         return update.view_as(h)
 
-    def _fused(self, tokens: Tensor, cell: CellArguments, channels: Tensor | None) -> Tensor:
-        return nas_lora_linear(
-            tokens,
-            self.base.weight,
-            self.base.bias,
-            self.lora_A,
-            self.lora_B,
-            *cell,
-            channels,
-            self.scaling,
-            backend=self.backend,
-        )
-
-    def _traced(self, x: Tensor) -> Tensor:
-        """``forward`` in plain operators, because ``torch.jit.trace`` cannot record the kernels.
-
-        The checks of the public functions are left out: they read values, and a repeated call skips
-        some, so the tracer would find two different graphs. Its warnings of
-        numbers that become constants, such as c, are left out, too.
-        """
-        from naslora_kernels import reference  # a backend, so it is imported when it is needed
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            prefix, tokens = self._split(x)
-            y = F.linear(tokens, self.lora_A.to(tokens.dtype))
-            if isinstance(self.cell, LinearCell) and self.alpha is not None:
-                cell = CellTensors(*self.cell.arguments(self.alpha), self._selected_channels())
-                y = reference.mixed_cell(y, cell)
-            elif self.cell is not None:
-                y = self.cell(y, self.alpha, self._selected_channels())
-            y = self._joined(prefix, y, x)
-        return self.base(x) + self.scaling * F.linear(y, self.lora_B.to(y.dtype))
-
     def _selected_channels(self) -> Tensor | None:
         """(c,) int64, or None for all."""
         return None if self.all_channels else self.channels
@@ -255,7 +221,12 @@ class NASLoRALinear(AdaptedLinear):
     def mixed(self, x: Tensor) -> Tensor:
         """The decoder's input y = cell(W_e x), (..., r). Shapes of x as in ``forward``."""
         prefix, tokens = self._split(x)
-        return self._joined(prefix, self._mixed(tokens), x)
+        y = F.linear(tokens, self.lora_A.to(x.dtype))  # (B, H, W, r)
+        if self.cell is not None:
+            y = self.cell(y, self.alpha, self._selected_channels(), self.backend)
+        if prefix is None:
+            return y.reshape(*x.shape[:-1], self.rank)
+        return torch.cat([F.linear(prefix, self.lora_A.to(x.dtype)), y.flatten(1, 2)], 1)
 
     def centre(self) -> Tensor:
         """(r, r) float64: what the cell does to a token through its centre taps alone (Eq. 6).
@@ -277,14 +248,7 @@ class NASLoRALinear(AdaptedLinear):
             offset: (r,) float64, g; None for zero. A layer without a bias ignores it.
         """
         base = self.base
-        merged = nn.utils.skip_init(
-            nn.Linear,
-            base.in_features,
-            base.out_features,
-            bias=base.bias is not None,
-            device=base.weight.device,
-            dtype=base.weight.dtype,
-        ).requires_grad_(False)
+        merged = copy.deepcopy(base).requires_grad_(False)
         decoder = self.scaling * self.lora_B.double()
         with torch.no_grad():
             merged.weight.copy_(base.weight.double() + decoder @ linear_map)
@@ -298,13 +262,6 @@ class NASLoRALinear(AdaptedLinear):
         y = self.mixed(x)
         return self.scaling * F.linear(y, self.lora_B.to(y.dtype))
 
-    def _mixed(self, tokens: Tensor) -> Tensor:
-        """(B, H, W, C_in) to y, (B, H, W, r)."""
-        z = F.linear(tokens, self.lora_A.to(tokens.dtype))  # (B, H, W, r)
-        if self.cell is None:
-            return z
-        return self.cell(z, self.alpha, self._selected_channels(), self.backend)
-
     def _split(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """The tokens that pass by the cell, (B, p, C_in) or None, and the grid (B, H, W, C_in)."""
         if self.cell is None:  # tokens have no neighbours without a cell, so any shape works
@@ -312,12 +269,6 @@ class NASLoRALinear(AdaptedLinear):
         prefix, tokens = split_prefix(x, self.prefix_tokens)
         beside = 0 if prefix is None else prefix.shape[1]
         return prefix, as_grid(tokens, self.grid, self.hint, beside)
-
-    def _joined(self, prefix: Tensor | None, y: Tensor, x: Tensor) -> Tensor:
-        """y of all tokens of ``x``, (..., r), from y of the grid and the tokens without a cell."""
-        if prefix is None:
-            return y.reshape(*x.shape[:-1], self.rank)
-        return torch.cat([F.linear(prefix, self.lora_A.to(prefix.dtype)), y.flatten(1, 2)], 1)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
@@ -334,8 +285,8 @@ class NASLoRALinear(AdaptedLinear):
         return f"rank={self.rank}, cell_channels={self.channels.shape[0]}, scaling={self.scaling:g}"
 
 
-def _empty_cell(like: Tensor) -> CellArguments:
+def _empty_cell(like: Tensor, channels: Tensor) -> CellTensors:
     """A cell on no channels, with which the kernels compute plain LoRA."""
     sep3, sep5, dil3, dil5 = [like.new_zeros(0, size, size) for size in (3, 5, 3, 5)]
     alpha, pw = like.new_zeros(len(OPERATIONS)), like.new_zeros(4, 0, 0)
-    return CellArguments(alpha, sep3, sep5, dil3, dil5, pw)
+    return CellTensors(alpha, sep3, sep5, dil3, dil5, pw, channels)

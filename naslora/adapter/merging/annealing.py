@@ -12,12 +12,9 @@ The weights still add up to one, so they are the softmax of other logits. At t =
 what mode "center" folds. Only the preset `linear` can be annealed.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import Tensor, nn
 
+from naslora.adapter.io.wrappers import bare_paths
 from naslora.adapter.layer.cell import LinearCell
 from naslora.adapter.layer.modules import adapter_layers
 
@@ -37,44 +34,23 @@ def spatial_share(epoch: int, epochs: int, anneal_epochs: int) -> float:
 
 def set_spatial(model: nn.Module, spatial: float) -> int:
     """Sets t of every linear cell. Returns the number of linear cells."""
-    cells = [cell for _, cell in _linear_cells(model)]
+    cells = [layer.cell for _, layer in adapter_layers(model) if isinstance(layer.cell, LinearCell)]
     for cell in cells:
         cell.spatial = spatial
     return len(cells)
 
 
-@contextmanager
-def fixed(model: nn.Module) -> Iterator[None]:
-    """Within the context the parameters hold their annealed values and t is 1, for saving them.
+def annealed(model: nn.Module) -> dict[str, Tensor]:
+    """alpha and the depthwise kernels of every linear cell, as they are at the current t.
 
-    The model computes the same inside and outside. Parameters and t are restored at the end.
+    With these values, under their names in the model without wrappers, a cell computes at t = 1
+    what it computes now. So a saved adapter holds them.
     """
-    shares: list[tuple[LinearCell, float]] = []
-    kept: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        for alpha, cell in _linear_cells(model):
-            if cell.spatial == 1.0:
-                continue
-            annealed = cell.arguments(alpha)
-            own = (alpha, *cell.depthwise)
-            values = (annealed.alpha, *annealed.depthwise)
-            for parameter, value in zip(own, values, strict=True):
-                kept.append((parameter, parameter.clone()))
-                parameter.copy_(value)
-            shares.append((cell, cell.spatial))
-            cell.spatial = 1.0
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in kept:
-                parameter.copy_(value)
-        for cell, share in shares:
-            cell.spatial = share
-
-
-def _linear_cells(model: nn.Module) -> Iterator[tuple[Tensor, LinearCell]]:
-    """alpha and cell of every layer whose preset is `linear`."""
-    for _, layer in adapter_layers(model):
+    paths, values = bare_paths(model), {}
+    for name, layer in adapter_layers(model):
         if layer.alpha is not None and isinstance(layer.cell, LinearCell):
-            yield layer.alpha, layer.cell
+            cell = layer.cell.tensors(layer.alpha)
+            for field in ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5"):
+                leaf = field if field == "alpha" else f"cell.{field}"
+                values[f"{paths[name]}.{leaf}".lstrip(".")] = getattr(cell, field).detach()
+    return values

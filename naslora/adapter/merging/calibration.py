@@ -20,9 +20,9 @@ The images pass once through the unmerged model, then once for every layer, up t
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +44,12 @@ Forward = Callable[[Any, Any], Any]
 """Takes the model and a batch, and runs the model on the batch. What it returns is not used."""
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(NamedTuple):
     """Calibration batches, and how the model takes one."""
 
-    batches: Iterable[Any]
-    """The batches."""
-    forward: Forward | None = None
+    batches: list[Any]
+    """The batches, which are used more than once."""
+    forward: Forward | None
     """Feeds a batch; None calls ``model(batch)``."""
 
 
@@ -147,14 +146,14 @@ def _solve(
         yield prior + difference, mean[c_in:] - difference @ mean[:c_in]
 
 
-def check_calibration(
+def calibration_batches(
     calibration: Iterable[Any] | None, forward: Forward | None
 ) -> Calibration | None:
-    """Checks the arguments of ``merge``. Takes no batch yet.
+    """The arguments of ``merge``; None if no batches are given.
 
     Raises:
-        UserError: ``calibration`` is no iterable of batches, ``forward`` is no function, or there
-            is nothing to feed.
+        UserError: ``calibration`` is no iterable of batches or yields nothing, ``forward`` is no
+            function, or there is nothing to feed.
     """
     if forward is not None and not callable(forward):
         kind = type(forward).__name__
@@ -168,36 +167,21 @@ def check_calibration(
     ):
         kind = type(calibration).__name__
         raise UserError(f"calibration must be an iterable of batches such as [batch], got a {kind}")
-    return Calibration(calibration, forward)
-
-
-def calibration_batches(calibration: Iterable[Any] | Calibration | None) -> Calibration | None:
-    """The batches as a list, because they are used more than once; None if none are given.
-
-    Raises:
-        UserError: ``calibration`` is given and yields nothing.
-    """
-    if calibration is None:
-        return None
-    given = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-    batches = list(given.batches)
+    batches = list(calibration)
     if not batches:
         raise UserError("calibration yielded no batches")
-    return Calibration(batches, given.forward)
+    return Calibration(batches, forward)
 
 
 def calibrate(
     model: nn.Module, layers: Mapping[str, NASLoRALinear], batches: Calibration
-) -> dict[str, tuple[Fit, nn.Linear]]:
+) -> dict[str, Fit]:
     """Fits every layer, each with the layers before it merged. The model is unchanged at the end.
 
     Args:
         model: a model that calls ``layers``.
         layers: its adapted layers by name.
         batches: the result of ``calibration_batches``.
-
-    Returns:
-        For every layer its fit and the nn.Linear that the fit gives.
 
     Raises:
         UserError: a batch does not fit the model, no batch reaches some layer, a value is not
@@ -213,25 +197,22 @@ def calibrate(
     feed(model, batches, keep_target, list(layers.values()))
     check_reached(layers, targets)
     for layer, ys in targets.items():
-        _check_tokens(names[layer], layer, sum(len(y) for y in ys.values()))
+        tokens = sum(len(y) for y in ys.values())
+        if tokens < layer.in_features:
+            raise UserError(
+                f"layer {names[layer]} sees {tokens} tokens of the calibration images, fewer than "
+                f"its {layer.in_features} inputs; give more images"
+            )
     fits = {}
     try:
         for layer, ys in targets.items():
             name = names[layer]
-            fits[name] = _fit_layer(model, name, layer, ys, batches)
-            replace_module(model, name, fits[name][1])
+            fits[name] = fitted = _fit_layer(model, name, layer, ys, batches)
+            replace_module(model, name, layer.folded(fitted.linear_map, fitted.offset))
     finally:
         for name, layer in layers.items():
             replace_module(model, name, layer)
     return fits
-
-
-def _check_tokens(name: str, layer: NASLoRALinear, tokens: int) -> None:
-    if tokens < layer.in_features:
-        raise UserError(
-            f"layer {name} sees {tokens} tokens of the calibration images, fewer than its "
-            f"{layer.in_features} inputs; give more images"
-        )
 
 
 def _fit_layer(
@@ -240,7 +221,7 @@ def _fit_layer(
     layer: NASLoRALinear,
     targets: dict[int, Tensor],
     batches: Calibration,
-) -> tuple[Fit, nn.Linear]:
+) -> Fit:
     tokens = sum(len(y) for y in targets.values())
     moments = Moments(tokens, layer.in_features, layer.rank, layer.base.weight.device)
 
@@ -254,8 +235,7 @@ def _fit_layer(
             f"layer {name} meets values that are not finite on the calibration images; look for "
             "bad images, or merge in float32"
         )
-    fitted = fit(moments, _prior(layer), layer.lora_B, layer.bias is not None)
-    return fitted, layer.folded(fitted.linear_map, fitted.offset)
+    return fit(moments, _prior(layer), layer.lora_B, layer.bias is not None)
 
 
 def _prior(layer: NASLoRALinear) -> Tensor:
@@ -302,14 +282,18 @@ def feed(
         finally:
             busy = False
 
-    with _evaluating(model), _eager(), torch.no_grad():
-        handles = [layer.register_forward_pre_hook(hook) for layer in layers]
-        try:
+    modes = {module: module.training for module in model.modules()}
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    try:
+        model.eval()
+        with _eager(), torch.no_grad():
             for index, batch in enumerate(batches.batches):
                 _feed_one(model, batch, index, batches.forward)
-        finally:
-            for handle in handles:
-                handle.remove()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
 
 
 def _feed_one(model: nn.Module, batch: Any, index: int, forward: Forward | None) -> None:
@@ -319,10 +303,7 @@ def _feed_one(model: nn.Module, batch: Any, index: int, forward: Forward | None)
     if forward is None:
         wrong = (*wrong, TypeError, AttributeError, KeyError)
     try:
-        if forward is None:
-            model(batch)
-        else:
-            forward(model, batch)
+        forward(model, batch) if forward else model(batch)
     except _Reached:
         pass
     except (UserError, torch.OutOfMemoryError):
@@ -337,25 +318,11 @@ def _feed_one(model: nn.Module, batch: Any, index: int, forward: Forward | None)
         ) from error
 
 
-@contextmanager
-def _eager() -> Iterator[None]:
+def _eager() -> AbstractContextManager[Any]:
     """Runs what ``torch.compile`` compiled as it was written: compiled code skips new hooks."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def check_reached(layers: Mapping[str, nn.Module], reached: Collection[nn.Module]) -> None:

@@ -13,14 +13,15 @@ The frozen weight acts on one token; the cell mixes neighbours. So folding a cel
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from naslora.adapter.io.wrappers import unsharded, unwrap
-from naslora.adapter.layer.applied import applied
+from naslora.adapter.io.wrappers import sharded, unwrap
+from naslora.adapter.layer.applied import Folding, applied
+from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.adapter.layer.modules import adapter_layers, check_model, replace_module
 from naslora.adapter.merging.calibration import (
@@ -30,7 +31,6 @@ from naslora.adapter.merging.calibration import (
     Forward,
     calibrate,
     calibration_batches,
-    check_calibration,
     check_reached,
     feed,
 )
@@ -46,10 +46,8 @@ from naslora.errors import UserError
 # Batch, height and width of the seeded white noise on which errors are measured without images.
 NOISE_GRID = (2, 16, 16)
 
-Update = Callable[[Any, Tensor, Tensor], Tensor]
-"""Takes a layer, its input and its output. Returns the adapter's part of the output."""
 
-
+@torch.no_grad()
 def merge(
     model: nn.Module,
     mode: MergeMode = "exact",
@@ -63,9 +61,7 @@ def merge(
 
     Args:
         model: a model that ``inject`` or ``naslora.methods.apply`` adapted. It may be inside
-            wrappers such as DistributedDataParallel or ``torch.compile``. With sharded tensors
-            (``fully_shard``) every process must call this; each holds the merged layers in one
-            piece, and during the merge a copy of the whole model.
+            wrappers such as DistributedDataParallel or ``torch.compile``.
         mode: what a searched cell becomes. "exact": each layer becomes a ``MergedNASLoRALinear``,
             equal up to rounding (plain LoRA becomes an nn.Linear). "center": each layer becomes an
             nn.Linear, under the state dict keys of the original model, without the contribution of
@@ -82,30 +78,38 @@ def merge(
 
     Raises:
         UserError: an argument of a wrong type, a method that cannot be merged, an unknown mode,
-            nothing to merge, a model merged before, no batches, batches that do not fit the model
-            or do not reach a layer, too few tokens, values that are not finite, or an operation set
-            that the mode cannot fold. The model is then unchanged.
+            nothing to merge, a model merged before, sharded tensors (``fully_shard``), no batches,
+            batches that do not fit the model or do not reach a layer, too few tokens, values that
+            are not finite, or an operation set that the mode cannot fold. The model is then
+            unchanged.
     """
     check_model(model)
-    given = check_calibration(calibration, forward)
     model = unwrap(model)
     present = applied(model)
-    fold = merge_cells if present is None else present.method.require_merge()
-    whole = unsharded(model)
-    report = fold(whole, mode, given)
-    if whole is not model:
-        _move_merged(whole, model, mode)
-    return report
-
-
-def _move_merged(whole: nn.Module, model: nn.Module, mode: str) -> None:
-    """Puts the merged modules of a copy in one piece into the sharded model it was copied from."""
-    for name, module in list(merged_modules(whole)):
-        if mode == "calibrated" and distributed.is_initialized():
-            for tensor in module.state_dict().values():  # the processes may have fed other images
-                distributed.broadcast(tensor, 0)
-        mark_merged(module, model.get_submodule(name))
+    folding = CELLS if present is None else present.method.require_merge()
+    layers = folding.layers(model)
+    _check_mergeable(model, layers, mode)
+    batches = calibration_batches(calibration, forward)
+    fits: dict[str, Fit] = {}
+    if mode == "calibrated" and folding.fits:
+        if batches is None:
+            raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
+        fits = calibrate(model, layers, batches)
+        merged = {
+            n: layer.folded(fits[n].linear_map, fits[n].offset) for n, layer in layers.items()
+        }
+    else:
+        merged = {name: folding.fold(layer, mode) for name, layer in layers.items()}
+    errors = _errors(model, layers, merged, batches, folding, fits)
+    for name, module in merged.items():
+        module.train(model.training)
+        mark_merged(module, layers[name])
         replace_module(model, name, module)
+    source = "white noise" if batches is None else "calibration images"
+    report = MergeReport(mode, source, errors, _warning(fits))
+    if report.warning:
+        warnings.warn(report.warning, stacklevel=3)  # at the call of ``merge``
+    return report
 
 
 def check_merges(model: nn.Module) -> None:
@@ -119,38 +123,8 @@ def check_merges(model: nn.Module) -> None:
         present.method.require_merge()
 
 
-def merge_cells(
-    model: nn.Module, mode: MergeMode, calibration: Iterable[Any] | Calibration | None
-) -> MergeReport:
-    """``merge`` for the layers of ``inject``."""
-    layers = dict(adapter_layers(model))
-    check_mergeable(model, layers, mode)
-    batches = calibration_batches(calibration)
-    if mode == "calibrated" and batches is None:
-        raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
-    fits: dict[str, Fit] = {}
-    merged: dict[str, nn.Module] = {}
-    with torch.no_grad():
-        if mode == "calibrated" and batches is not None:
-            fitted = calibrate(model, layers, batches)
-            fits = {name: fit for name, (fit, _) in fitted.items()}
-            merged = {name: fitted[name][1] for name in layers}
-        else:
-            fold = _merge_exact if mode == "exact" else _merge_center
-            merged = {name: fold(layer) for name, layer in layers.items()}
-    return replace_by_merged(model, layers, merged, mode, batches, _update, fits)
-
-
-def _update(layer: NASLoRALinear, x: Tensor, h: Tensor) -> Tensor:
-    return layer.update(x)
-
-
-def check_mergeable(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -> None:
-    """The checks of ``merge`` that do not depend on the layers' values.
-
-    Raises:
-        UserError: an unknown mode, nothing to merge, or a model merged before.
-    """
+def _check_mergeable(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -> None:
+    """The checks of ``merge`` that do not depend on the layers' values."""
     if any(merged_modules(model)):
         if not can_unmerge(model):
             raise UserError("there is nothing to merge: the model was merged before it was loaded")
@@ -161,57 +135,33 @@ def check_mergeable(model: nn.Module, layers: Mapping[str, nn.Module], mode: str
         raise UserError("model is a single layer; give the model around it")
     if mode not in MODES:
         raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if sharded(model):
+        raise UserError(
+            "the model's tensors are sharded (fully_shard): save its adapter, load that into a "
+            "model that is not, and merge there"
+        )
 
 
-@torch.no_grad()
-def replace_by_merged(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    merged: Mapping[str, nn.Module],
-    mode: str,
-    batches: Calibration | None,
-    update: Update,
-    fits: Mapping[str, Fit] | None = None,
-) -> MergeReport:
-    """Measures the errors of the merged modules and puts them in place of ``layers``.
-
-    Args:
-        model: the adapted model.
-        layers: the adapted layers by their names, which ``unmerge`` restores. They have the
-            attributes ``in_features`` and ``weight``.
-        merged: the merged modules by the same names.
-        mode: the mode of the merge, for the report.
-        batches: the result of ``calibration_batches``.
-        update: computes the adapter's part of a layer's output.
-        fits: the fits of calibrated layers.
-
-    Raises:
-        UserError: batches that do not reach a layer, or values that are not finite. The model is
-            then unchanged.
-    """
-    errors = _errors(model, layers, merged, batches, update, fits or {})
-    for name, module in merged.items():
-        module.train(model.training)
-        mark_merged(module, layers[name])
-        replace_module(model, name, module)
-    source = "white noise" if batches is None else "calibration images"
-    report = MergeReport(mode, source, errors, _warning(fits or {}))
-    if report.warning:
-        warnings.warn(report.warning, stacklevel=5)  # at the call of ``merge``
-    return report
+# ---- The layers of ``inject`` --------------------------------------------------------------------
 
 
-def _merge_exact(layer: NASLoRALinear) -> nn.Module:
-    """The channels that bypass the cell fold; the cell becomes one convolution and pooling."""
-    encoder = layer.lora_A.detach().double()
+def _cells(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(adapter_layers(model))
+
+
+def _fold(layer: NASLoRALinear, mode: MergeMode) -> nn.Module:
+    """Mode "center" folds the cell's centre taps on its channels, the identity on the others. Mode
+    "exact" folds the channels that bypass the cell; the cell becomes a convolution and pooling."""
+    encoder = layer.lora_A.double()
     if layer.cell is None or layer.alpha is None:
         return layer.folded(encoder)
-    bypass = encoder.clone()
-    bypass[layer.channels] = 0.0
+    if mode == "center":
+        return layer.folded(layer.centre() @ encoder)
+    encoder[layer.channels] = 0.0
     return MergedNASLoRALinear(
-        layer.folded(bypass),
-        layer.lora_A.detach()[layer.channels].clone(),
-        layer.scaling * layer.lora_B.detach()[:, layer.channels],
+        layer.folded(encoder),
+        layer.lora_A[layer.channels].clone(),
+        layer.scaling * layer.lora_B[:, layer.channels],
         layer.cell.collapsed(layer.alpha),
         layer.grid,
         layer.backend,
@@ -219,9 +169,19 @@ def _merge_exact(layer: NASLoRALinear) -> nn.Module:
     )
 
 
-def _merge_center(layer: NASLoRALinear) -> nn.Module:
-    """The cell's centre taps on its channels, the identity on the others, folded into W0."""
-    return layer.folded(layer.centre() @ layer.lora_A.double())
+def _update(layer: NASLoRALinear, x: Tensor, h: Tensor) -> Tensor:
+    return layer.update(x)
+
+
+def _modes(config: NASLoRAConfig) -> list[MergeMode]:
+    """The preset `paper` is not linear: it has no centre taps."""
+    return [mode for mode in MODES if mode != "center" or config.preset != "paper"]
+
+
+CELLS = Folding(_cells, _fold, _update, _modes, fits=True)
+
+
+# ---- Errors --------------------------------------------------------------------------------------
 
 
 def _warning(fits: Mapping[str, Fit]) -> str | None:
@@ -242,52 +202,23 @@ def _warning(fits: Mapping[str, Fit]) -> str | None:
     )
 
 
-class _ErrorSums:
-    """Sums of squares of one layer's difference, update and output over many inputs."""
-
-    def __init__(self) -> None:
-        self.difference = self.update = self.output = 0.0
-        self.calls = 0
-
-    def add(self, layer: Any, merged: nn.Module, update: Update, x: Tensor) -> None:
-        h = layer(x)
-        self.calls += 1
-        self.difference += _squared_norm(merged(x) - h)
-        self.update += _squared_norm(update(layer, x, h))
-        self.output += _squared_norm(h)
-
-    def relative(self, name: str, fit: Fit | None) -> LayerError:
-        if not math.isfinite(self.difference + self.update + self.output):
-            raise UserError(
-                f"layer {name} meets values that are not finite; look for bad images, or merge in "
-                "float32"
-            )
-        # The error of an adapter whose update is zero (lora_B = 0) is zero.
-        update = (self.difference / self.update) ** 0.5 if self.update else 0.0
-        output = (self.difference / self.output) ** 0.5 if self.output else 0.0
-        if fit is None:
-            return LayerError(name, update, output)
-        return LayerError(name, update, output, fit.tokens, fit.regularisation, fit.held_out_error)
-
-
-def _squared_norm(x: Tensor) -> float:
-    return float(x.double().square().sum())
-
-
 def _errors(
     model: nn.Module,
     layers: Mapping[str, Any],
     merged: Mapping[str, nn.Module],
     batches: Calibration | None,
-    update: Update,
+    folding: Folding,
     fits: Mapping[str, Fit],
 ) -> list[LayerError]:
     """Compares each layer with its merged module: on noise, or on its inputs in the model."""
-    sums = {layer: _ErrorSums() for layer in layers.values()}
     twins = {layer: merged[name] for name, layer in layers.items()}
+    squares: dict[nn.Module, list[float]] = {}  # of the difference, the update and the output
 
     def compare(batch: int, layer: Any, x: Tensor) -> None:
-        sums[layer].add(layer, twins[layer], update, x)
+        h = layer(x)
+        sums = squares.setdefault(layer, [0.0, 0.0, 0.0])
+        for i, part in enumerate((twins[layer](x) - h, folding.update(layer, x, h), h)):
+            sums[i] += float(part.double().square().sum())
 
     if batches is None:
         for layer in layers.values():
@@ -299,5 +230,22 @@ def _errors(
             layer.train(training)
     else:
         feed(model, batches, compare, list(layers.values()))
-        check_reached(layers, [layer for layer, own in sums.items() if own.calls])
-    return [sums[layer].relative(name, fits.get(name)) for name, layer in layers.items()]
+        check_reached(layers, squares)
+    return [_layer_error(name, squares[layer], fits.get(name)) for name, layer in layers.items()]
+
+
+def _layer_error(name: str, squares: list[float], fit: Fit | None) -> LayerError:
+    difference, update, output = squares
+    if not math.isfinite(sum(squares)):
+        raise UserError(
+            f"layer {name} meets values that are not finite; look for bad images, or merge in "
+            "float32"
+        )
+    # The error of an adapter whose update is zero (lora_B = 0) is zero.
+    of_update = (difference / update) ** 0.5 if update else 0.0
+    of_output = (difference / output) ** 0.5 if output else 0.0
+    if fit is None:
+        return LayerError(name, of_update, of_output)
+    return LayerError(
+        name, of_update, of_output, fit.tokens, fit.regularisation, fit.held_out_error
+    )

@@ -3,14 +3,13 @@
 import copy
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.adapter.layer.calls import AdaptedLinear
-from naslora.adapter.layer.cell import FoldedCell, restore_collapsed
+from naslora.adapter.layer.cell import FixedMixture, FoldedCell, PaperCell
 from naslora.adapter.layer.grid import as_grid, split_prefix
 from naslora.adapter.layer.modules import check_model, replace_module
 from naslora.errors import UserError
@@ -63,16 +62,10 @@ class MergedNASLoRALinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out; shapes as ``NASLoRALinear``."""
         prefix, tokens = split_prefix(x, self.prefix_tokens)
-        if prefix is not None:  # plain LoRA, so nothing is left of the cell
-            plain = F.linear(F.linear(prefix, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-            return torch.cat([self.base(prefix) + plain, self._on_grid(tokens)], 1)
-        return self._on_grid(x)
-
-    def _on_grid(self, x: Tensor) -> Tensor:
-        tokens, base, mixture = as_grid(x, self.grid), self.base, self.mixture
+        grid, base, mixture = as_grid(tokens, self.grid), self.base, self.mixture
         if isinstance(mixture, FoldedCell):
             h = folded_linear(
-                tokens,
+                grid,
                 base.weight,
                 base.bias,
                 self.lora_A,
@@ -83,20 +76,18 @@ class MergedNASLoRALinear(AdaptedLinear):
                 backend=self.backend,
             )
         else:
-            z = F.linear(tokens, self.lora_A.to(x.dtype))  # (B, H, W, c)
-            h = base(tokens) + F.linear(mixture(z), self.lora_B.to(z.dtype))
-        return h if x.dim() == 4 else h.reshape(*x.shape[:-1], h.shape[-1])
+            h = base(grid) + self._decoded(mixture(self._encoded(grid)))
+        h = h if x.dim() == 4 else h.flatten(1, 2)
+        if prefix is None:
+            return h
+        # Plain LoRA, so nothing is left of the cell.
+        return torch.cat([base(prefix) + self._decoded(self._encoded(prefix)), h], 1)
 
+    def _encoded(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.lora_A.to(x.dtype))  # (..., c)
 
-class _Kept:
-    """A replaced layer, which a merged module and its copies share until one of them is unmerged.
-
-    So a copy of a merged model costs no memory for the layers that were replaced.
-    """
-
-    def __init__(self, layer: nn.Module | None) -> None:
-        self.layer = layer
-        self.holders: WeakSet[MergedFrom] = WeakSet()
+    def _decoded(self, y: Tensor) -> Tensor:
+        return F.linear(y, self.lora_B.to(y.dtype))
 
 
 class MergedFrom:
@@ -110,37 +101,13 @@ class MergedFrom:
     """
 
     def __init__(self, layer: nn.Module | None) -> None:
-        self._kept = _Kept(layer)
-        self._kept.holders.add(self)
-        self._is_copy = False
-
-    @property
-    def known(self) -> bool:
-        """Whether the layer is known."""
-        return self._kept.layer is not None
+        self.layer = layer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergedFrom":
-        twin = object.__new__(MergedFrom)
-        twin._kept, twin._is_copy = self._kept, True
-        self._kept.holders.add(twin)
-        return twin
+        return MergedFrom(copy.deepcopy(self.layer, memo))
 
     def __reduce__(self) -> Any:
         return type(None), ()
-
-    def take(self) -> nn.Module:
-        """The layer itself, and in copies of the merged module a copy of the layer.
-
-        The layer may be trained on afterwards. That does not change the other copies.
-        """
-        layer = cast(nn.Module, self._kept.layer)
-        self._kept.holders.discard(self)
-        if not self._kept.holders:
-            return layer
-        if self._is_copy:
-            return copy.deepcopy(layer)
-        self._kept.layer = copy.deepcopy(layer)
-        return layer
 
 
 def mark_merged(module: nn.Module, layer: nn.Module | None) -> None:
@@ -158,7 +125,7 @@ def merged_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def can_unmerge(model: nn.Module) -> bool:
     """Whether the layers that all merged modules replace are known."""
     origins = (getattr(module, MARK) for _, module in merged_modules(model))
-    return all(origin is not None and origin.known for origin in origins)
+    return all(origin is not None and origin.layer is not None for origin in origins)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -185,7 +152,7 @@ def unmerge(model: nn.Module) -> None:
         )
     for name, module in merged.items():
         device = next(iter(module.state_dict().values())).device
-        layer = cast(MergedFrom, getattr(module, MARK)).take()
+        layer = cast(nn.Module, getattr(module, MARK).layer)
         replace_module(model, name, layer.to(device).train(module.training))
 
 
@@ -196,54 +163,50 @@ def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, T
         model: the original model. Its tensors are not filled.
         layers: the merged layers' names.
         tensors: the merged model's state dict.
-    """
-    for name in layers:
-        base = cast(nn.Linear, model.get_submodule(name))
-        stored = {
-            key.removeprefix(f"{name}."): value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}.")
-        }
-        if "lora_A" not in stored:
-            mark_merged(base, None)  # it merged into a plain nn.Linear
-            continue
-        layer = _restore_layer(base, stored)
-        mark_merged(layer, None)
-        replace_module(model, name, layer)
-
-
-def _restore_layer(base: nn.Linear, stored: dict[str, Tensor]) -> MergedNASLoRALinear:
-    """The layer that ``stored``, its state dict, belongs to.
 
     Raises:
         KeyError: a tensor is missing.
-        ValueError: a tensor does not fit ``base`` or the others.
+        ValueError: a tensor does not fit the model or the others.
     """
+    for name in layers:
+        layer, prefix = cast(nn.Linear, model.get_submodule(name)), f"{name}."
+        stored = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if "lora_A" in stored:  # otherwise it merged into a plain nn.Linear
+            merged = _restored(layer, stored)
+            replace_module(model, name, merged)
+            mark_merged(merged, None)
+        else:
+            mark_merged(layer, None)
+
+
+def _restored(base: nn.Linear, stored: dict[str, Tensor]) -> MergedNASLoRALinear:
     channels = stored["lora_A"].shape[0]
     shapes: dict[str, tuple[int, ...]]
     shapes = {"lora_A": (channels, base.in_features), "lora_B": (base.out_features, channels)}
-    if "mixture.kernel" in stored:
+    linear = "mixture.kernel" in stored
+    if linear:
         size = min(stored["mixture.kernel"].shape[-1] | 1, FOLDED_SIZE)  # odd
         shapes |= {"mixture.kernel": (channels, channels, size, size), "mixture.pooling": (2,)}
     else:
         shapes["mixture.mixture"] = (len(OPERATIONS),)
+    fitting = {}
     for name, shape in shapes.items():
         tensor = stored[name]
         if tensor.shape != shape or not tensor.is_floating_point():
             found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise ValueError(f"{name} is {found}, not floating-point of shape {shape}")
-        stored[name] = tensor.to(torch.promote_types(tensor.dtype, base.weight.dtype))
-    mixture = {
-        name.removeprefix("mixture."): tensor
-        for name, tensor in stored.items()
-        if name.startswith("mixture.")
-    }
+        fitting[name] = tensor.to(torch.promote_types(tensor.dtype, base.weight.dtype))
+    if linear:
+        mixture: nn.Module = FoldedCell(fitting["mixture.kernel"], fitting["mixture.pooling"])
+    else:
+        cell = PaperCell(channels, "identity", torch.Generator())
+        mixture = FixedMixture(cell, fitting["mixture.mixture"])
     grid = stored.get("declared_grid")
     return MergedNASLoRALinear(
         base,
-        stored["lora_A"],
-        stored["lora_B"],
-        restore_collapsed(mixture, channels),
+        fitting["lora_A"],
+        fitting["lora_B"],
+        mixture,
         None if grid is None else (int(grid[0]), int(grid[1])),
         prefix_tokens=int(stored.get("declared_prefix", 0)),
     )

@@ -1,7 +1,7 @@
 """The ways of merging, and what a merge reports."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 MergeMode = Literal["exact", "center", "calibrated"]
 MODES: tuple[MergeMode, ...] = get_args(MergeMode)
@@ -47,10 +47,6 @@ class MergeReport:
     def mean_update_error(self) -> float:
         """The mean relative error of the updates."""
         return sum(layer.update_error for layer in self.layers) / len(self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         text = (
