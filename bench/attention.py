@@ -1,6 +1,5 @@
 """SAM's attention: what is measured of it, and how much work it must do at least."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import CPU, GLOBAL, SMALL, WINDOWS, Setting, Shape, Work
+from bench.cases import CPU, GLOBAL, SMALL, WINDOWS, Setting, Shape, Work, of_direction
 from naslora_kernels import rel_pos_attention
 
 HEADS = 12
@@ -59,9 +58,8 @@ def works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str, BlockWo
 def operator_works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str, Work]:
     """Attention without the linears, with gradients of q, k, v, rel_h and rel_w.
 
-    By the fused kernels, and by torch's fused attention with the positions as a mask. On a GPU, if
-    ``setting.compiled``, by flex_attention as well. ``EXACT``, the reference in float64, is the
-    judge; it takes too long to be timed.
+    By the fused kernels, and by torch's fused attention. ``EXACT``, the reference in float64, is
+    the judge; it takes too long to be timed.
     """
     torch.manual_seed(0)
     batch, height, width = shape.grid
@@ -74,43 +72,13 @@ def operator_works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str
     attends: dict[str, Attend] = {
         name: partial(rel_pos_attention, backend=name) for name in setting.kernels
     }
-    attends[SDPA] = _with_mask
-    if setting.compiled and setting.device != "cpu":  # it has no backward on CPUs
-        attends["flex_attention"] = _flex
+    attends[SDPA] = _as_more_keys
     works = {
         name: Work(partial(attend, *leaves, grid), leaves, gradient)
         for name, attend in attends.items()
     }
     judge = partial(rel_pos_attention, *exact, grid, backend="reference")
     return {**works, EXACT: Work(judge, exact, gradient.double())}
-
-
-def _with_mask(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, grid: tuple[int, int]
-) -> Tensor:
-    """torch's fused attention with the positions of all pairs of tokens as a mask."""
-    mask = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)  # (B, heads, N, N)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, grid: tuple[int, int]
-) -> Tensor:
-    """torch's flex_attention, compiled, with the positions added to each score."""
-    width = grid[1]
-
-    def add_positions(score, batch, head, query, key):
-        position = rel_h[batch, head, query, key // width] + rel_w[batch, head, query, key % width]
-        return score + position
-
-    return _compiled_flex()(q, k, v, score_mod=add_positions)
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def _block(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
@@ -153,8 +121,7 @@ def least_bytes(shape: Shape, heads: int, direction: str, setting: Setting = CPU
     tokens = torch.Size(shape.grid).numel()
     features, positions = shape.c_in, heads * sum(shape.grid[1:])
     forward, backward = 4 * features + positions, 8 * features + 2 * positions
-    numbers = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-    return setting.dtype.itemsize * tokens * numbers
+    return setting.dtype.itemsize * tokens * of_direction(direction, forward, backward)
 
 
 def operations(shape: Shape, heads: int, direction: str) -> int:
@@ -164,5 +131,4 @@ def operations(shape: Shape, heads: int, direction: str) -> int:
     tokens = height * width
     product = 2 * batch * tokens**2 * shape.c_in
     linears = 2 * batch * tokens * shape.c_in * 4 * shape.c_in
-    forward, backward = 2 * product + linears, 5 * product + linears
-    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    return of_direction(direction, 2 * product + linears, 5 * product + linears)

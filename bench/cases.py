@@ -29,7 +29,6 @@ class Setting:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     kernels: tuple[str, ...] = ("cpp",)
-    compiled: bool | None = None  # with the compiled reference; None: for COMPILED_CASES alone
 
 
 CPU = Setting()
@@ -118,14 +117,14 @@ def cell_works(shape: Shape, rank: int, setting: Setting = CPU) -> dict[str, Wor
     def cell(z, parameters, backend):
         return mixed_cell(z, **parameters, channels=channels, backend=backend)
 
-    compiled = torch.compile(cell, fullgraph=True, dynamic=False)
-    computations = {
-        name: partial(cell, z, parameters, name) for name in (*setting.kernels, "reference")
-    }
-    computations["reference compiled"] = lambda: compiled(z, parameters, "reference")
     leaves = [z, *parameters.values()]
-    works = {name: Work(compute, leaves, gradient) for name, compute in computations.items()}
-    return _without_uncompiled(works, shape, rank, setting)
+    names = (*setting.kernels, "reference")
+    works = {name: Work(partial(cell, z, parameters, name), leaves, gradient) for name in names}
+    if (shape, rank) in COMPILED_CASES:
+        compiled = torch.compile(cell, fullgraph=True, dynamic=False)
+        compute = partial(compiled, z, parameters, "reference")
+        works["reference compiled"] = Work(compute, leaves, gradient)
+    return works
 
 
 def peft_lora(linear: torch.nn.Linear, rank: int) -> torch.nn.Module:
@@ -135,15 +134,6 @@ def peft_lora(linear: torch.nn.Linear, rank: int) -> torch.nn.Module:
 
     config = LoraConfig(r=rank, lora_alpha=32)
     return LoraLinear(linear, "default", config=config, r=rank, lora_alpha=32)
-
-
-def _without_uncompiled(
-    works: dict[str, Work], shape: Shape, rank: int, setting: Setting
-) -> dict[str, Work]:
-    compiled = setting.compiled
-    if compiled is None:
-        compiled = (shape, rank) in COMPILED_CASES
-    return {name: work for name, work in works.items() if compiled or "compiled" not in name}
 
 
 def layer_works(shape: Shape, rank: int, setting: Setting = CPU) -> dict[str, Work]:
@@ -168,30 +158,39 @@ def layer_works(shape: Shape, rank: int, setting: Setting = CPU) -> dict[str, Wo
             scaling=SCALING, backend=backend,
         )  # fmt: skip
 
-    compiled = torch.compile(nas_lora, fullgraph=True, dynamic=False)
     leaves = [x, *adapter, *cell.values()]
     works = {
         name: Work(partial(nas_lora, x, adapter, cell, name), leaves, gradient)
         for name in (*setting.kernels, "reference")
     }
-    works["reference compiled"] = Work(
-        lambda: compiled(x, adapter, cell, "reference"), leaves, gradient
-    )
+    if (shape, rank) in COMPILED_CASES:
+        compiled = torch.compile(nas_lora, fullgraph=True, dynamic=False)
+        compute = partial(compiled, x, adapter, cell, "reference")
+        works["reference compiled"] = Work(compute, leaves, gradient)
     if importlib.util.find_spec("peft"):
         lora = peft_lora(linear, rank).to(**like)
         peft_leaves = [x, *(p for p in lora.parameters() if p.requires_grad)]
         works["PEFT LoRA"] = Work(lambda: lora(x), peft_leaves, gradient)
     works["frozen linear"] = Work(lambda: F.linear(x, linear.weight, linear.bias), [x], gradient)
-    return _without_uncompiled(works, shape, rank, setting)
+    return works
 
 
 # ---- What must be moved and computed at the least ----------------------------------------------
 
 
+def of_direction(direction: str, forward: int, backward: int) -> int:
+    """The number of a direction."""
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
 def cell_bytes(shape: Shape, rank: int, direction: str, setting: Setting = CPU) -> int:
     """Bytes of maps: forward reads z and writes y, backward reads z and dy, writes dz."""
-    maps = {"forward": 2, "backward": 3, "both": 5}[direction]
-    return setting.dtype.itemsize * maps * torch.Size(shape.grid).numel() * rank
+    return (
+        setting.dtype.itemsize
+        * of_direction(direction, 2, 3)
+        * torch.Size(shape.grid).numel()
+        * rank
+    )
 
 
 def cell_operations(shape: Shape, rank: int, direction: str) -> int:
@@ -203,8 +202,7 @@ def cell_operations(shape: Shape, rank: int, direction: str) -> int:
     c = channels_of(rank)
     depthwise = sum(conv.kernel**2 for conv in CONVOLUTIONS) * c
     pointwise = len(CONVOLUTIONS) * c * c
-    forward, backward = depthwise + pointwise, 3 * depthwise + 2 * pointwise
-    per_pixel = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    per_pixel = of_direction(direction, depthwise + pointwise, 3 * depthwise + 2 * pointwise)
     return 2 * torch.Size(shape.grid).numel() * per_pixel
 
 
@@ -215,18 +213,15 @@ def layer_bytes(shape: Shape, rank: int, direction: str, setting: Setting = CPU)
     the output's gradient and x are read, the input's gradient written before the product.
     """
     tokens = torch.Size(shape.grid).numel()
-    forward, backward = shape.c_in + shape.c_out, 2 * shape.c_in + shape.c_out
-    per_token = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    per_token = of_direction(direction, shape.c_in + shape.c_out, 2 * shape.c_in + shape.c_out)
     return setting.dtype.itemsize * tokens * per_token + cell_bytes(shape, rank, direction, setting)
 
 
 def layer_operations(shape: Shape, rank: int, direction: str) -> int:
     """Multiplications and additions beside the frozen product: two rank-r products forward, four
     backward, and the cell."""
-    products = {"forward": 1, "backward": 2, "both": 3}[direction]
-    tokens = torch.Size(shape.grid).numel()
-    low_rank = 2 * tokens * rank * (shape.c_in + shape.c_out) * products
-    return low_rank + cell_operations(shape, rank, direction)
+    per_token = 2 * rank * (shape.c_in + shape.c_out) * of_direction(direction, 1, 2)
+    return torch.Size(shape.grid).numel() * per_token + cell_operations(shape, rank, direction)
 
 
 # ---- The gate ----------------------------------------------------------------------------------
@@ -242,15 +237,13 @@ def gate(works: Mapping[str, Work], setting: Setting = CPU, judge: str = "refere
     bound = 1e-4 if setting.dtype.itemsize >= 4 else 5e-2
     # By default cuDNN multiplies float32 with 10 bits of precision, which is not within the bound.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return _gate(works, setting, judge, bound)
-
-
-def _gate(works: Mapping[str, Work], setting: Setting, judge: str, bound: float) -> str | None:
+        results = {
+            name: (works[name].forward(), *works[name].both()) for name in (judge, *setting.kernels)
+        }
+    references = results.pop(judge)
     names = ["output", *(f"gradient {i}" for i in range(len(works[judge].leaves)))]
-    references = (works[judge].forward(), *works[judge].both())
-    for kernel in setting.kernels:
-        results = (works[kernel].forward(), *works[kernel].both())
-        for name, result, reference in zip(names, results, references, strict=True):
+    for kernel, of_kernel in results.items():
+        for name, result, reference in zip(names, of_kernel, references, strict=True):
             error = (result - reference).float().norm() / reference.float().norm()
             if not error < bound:
                 return (

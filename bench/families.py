@@ -5,6 +5,7 @@ if the page says something else.
 """
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
 from naslora import NASLoRAConfig, inject, load_adapter, merge, save_adapter
@@ -47,32 +49,38 @@ class Host:
     """Prefix tokens that the last block has beside."""
 
 
-def sam(height: int, width: int) -> nn.Module:
-    encoder = build_vit(VIT, 64)
-    grid = height // 16, width // 16
-    encoder.pos_embed = nn.Parameter(torch.randn(1, *grid, VIT.width))
-    return encoder
+def plain_vit(kind: type[ImageEncoderViT]) -> Callable[[int, int], nn.Module]:
+    def build(height: int, width: int) -> nn.Module:
+        encoder = build_vit(VIT, 64, kind)
+        encoder.pos_embed = nn.Parameter(torch.randn(1, height // 16, width // 16, VIT.width))
+        return encoder
+
+    return build
 
 
-def sam_hq_vit(height: int, width: int) -> nn.Module:
-    encoder = build_vit(VIT, 64, sam_hq.HQViT)
-    encoder.pos_embed = nn.Parameter(torch.randn(1, height // 16, width // 16, VIT.width))
-    return encoder
-
-
-def transformers_model(kind: str, config: str, **values: Any) -> nn.Module:
+def transformers_model(kind: str, **values: Any) -> nn.Module:
     import transformers
 
+    config = re.sub("(Model|ForUniversalSegmentation)$", "Config", kind)
     return getattr(transformers, kind)(getattr(transformers, config)(**values))
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
+def of_transformers(kind: str, *, oblong: bool = False, **values: Any):
+    """Builds small models of transformers; only ``oblong`` ones know height and width."""
+
+    def build(height: int, width: int) -> nn.Module:
+        size = (height, width) if oblong else height
+        return transformers_model(kind, **SMALL, image_size=size, **values)
+
+    return build
+
+
 def hugging_face_sam(kind: str) -> Callable[[int, int], nn.Module]:
     def build(height: int, width: int) -> nn.Module:
-        values = {"image_size": height, "mlp_dim": 64, "global_attn_indexes": [1]}
-        model = transformers_model(f"{kind}VisionModel", f"{kind}VisionConfig", **SMALL, **values)
+        model = of_transformers(kind, mlp_dim=64, global_attn_indexes=[1])(height, width)
         encoder: Any = model.vision_encoder
         encoder.pos_embed = nn.Parameter(torch.randn(1, height // 16, width // 16, 32))
         encoder.patch_embed.image_size = (height, width)
@@ -82,36 +90,11 @@ def hugging_face_sam(kind: str) -> Callable[[int, int], nn.Module]:
 
 
 def hugging_face_sam2(height: int, width: int) -> nn.Module:
-    import transformers
-
     values = sam2.HUGGINGFACE.config("sam2.1_t", 64)["vision_config"]["backbone_config"]
     del values["model_type"]
     values |= {"hidden_size": 16, "blocks_per_stage": [1, 2, 3, 1]}
     values |= {"embed_dim_per_stage": [16, 32, 64, 128], "global_attention_blocks": [4]}
-    return transformers.Sam2HieraDetModel(transformers.Sam2HieraDetConfig(**values))
-
-
-def sam3(height: int, width: int) -> nn.Module:
-    values = {"image_size": height, "patch_size": 16, "intermediate_size": 64}
-    values |= {"window_size": 2, "global_attn_indexes": [1], "pretrain_image_size": 64}
-    return transformers_model("Sam3ViTModel", "Sam3ViTConfig", **SMALL, **values)
-
-
-def dinov2(height: int, width: int) -> nn.Module:
-    values = {"image_size": (height, width), "patch_size": 16}
-    names = "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"
-    return transformers_model(*names, **SMALL, **values)
-
-
-def dinov3(height: int, width: int) -> nn.Module:
-    values = {"image_size": (height, width), "num_register_tokens": 4, "intermediate_size": 64}
-    return transformers_model("DINOv3ViTModel", "DINOv3ViTConfig", **SMALL, **values)
-
-
-def eomt(height: int, width: int) -> nn.Module:
-    values = {"image_size": height, "num_register_tokens": 4, "num_blocks": 1, "num_queries": 7}
-    values |= {"num_labels": 2}
-    return transformers_model("EomtForUniversalSegmentation", "EomtConfig", **SMALL, **values)
+    return transformers_model("Sam2HieraDetModel", **values)
 
 
 def timm_vit(height: int, width: int) -> nn.Module:
@@ -119,19 +102,35 @@ def timm_vit(height: int, width: int) -> nn.Module:
     return timm.create_model("vit_small_patch16_dinov3", num_classes=0, **values)
 
 
+SAM3 = {"patch_size": 16, "intermediate_size": 64, "window_size": 2, "pretrain_image_size": 64}
+SAM3 |= {"global_attn_indexes": [1]}
+EOMT = {"num_register_tokens": 4, "num_blocks": 1, "num_queries": 7, "num_labels": 2}
 HOSTS = (
-    Host("SAM (`vit_*`)", sam),
+    Host("SAM (`vit_*`)", plain_vit(ImageEncoderViT)),
     Host("MobileSAM (`mobile_sam`)", lambda height, width: TinyViTEncoder()),
-    Host("SAM-HQ (`sam_hq_*`)", sam_hq_vit),
+    Host("SAM-HQ (`sam_hq_*`)", plain_vit(sam_hq.HQViT)),
     Host("Light HQ-SAM (`sam_hq_tiny`)", lambda height, width: sam_hq.HQTinyViT()),
     Host("SAM 2, 2.1 (`sam2_*`, `sam2.1_*`)", lambda height, width: sam2.HieraEncoder(HIERA)),
-    Host("SamModel of transformers", hugging_face_sam("Sam")),
-    Host("SamHQModel of transformers", hugging_face_sam("SamHQ")),
+    Host("SamModel of transformers", hugging_face_sam("SamVisionModel")),
+    Host("SamHQModel of transformers", hugging_face_sam("SamHQVisionModel")),
     Host("Sam2Model of transformers", hugging_face_sam2),
-    Host("Sam3 of transformers", sam3, SEPARATE),
-    Host("DINOv2 of transformers", dinov2, SEPARATE, 5),
-    Host("DINOv3 of transformers", dinov3, SEPARATE, 5),
-    Host("EoMT of transformers", eomt, SEPARATE, 5, later=7),
+    Host("Sam3 of transformers", of_transformers("Sam3ViTModel", **SAM3), SEPARATE),
+    Host(
+        "DINOv2 of transformers",
+        of_transformers("Dinov2WithRegistersModel", oblong=True, patch_size=16),
+        *(SEPARATE, 5),
+    ),
+    Host(
+        "DINOv3 of transformers",
+        of_transformers("DINOv3ViTModel", oblong=True, num_register_tokens=4, intermediate_size=64),
+        *(SEPARATE, 5),
+    ),
+    Host(
+        "EoMT of transformers",
+        of_transformers("EomtForUniversalSegmentation", **EOMT),
+        *(SEPARATE, 5),
+        later=7,
+    ),
     Host("ViTs of timm", timm_vit, ATTENTION, 5),
 )
 

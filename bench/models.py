@@ -251,23 +251,19 @@ def inference_models(
     tokens = setting.batch * (setting.image_size // PATCH_SIZE) ** 2
     batches = math.ceil(4 * VITS[setting.model].width / tokens)
     calibration = [batch(setting, seed)[0] for seed in range(batches)]
+    # So often that the widest layer of the largest model may be fitted to them.
+    enough = calibration * math.ceil(MOST_INPUTS / (batches * tokens))
     fused = with_fused_attention(base)
     models = {UNTOUCHED + STOCK: base, UNTOUCHED: fused}
     for name in inference_names(methods)[len(models) :]:
         method, _, mode = name.partition(MERGED)
         if mode and method in models:
             models[name] = sharing_copy(models[method])
-            merge(models[name], mode, enough(calibration) if mode == "calibrated" else calibration)
+            merge(models[name], mode, enough if mode == "calibrated" else calibration)
         elif not mode:
             with contextlib.suppress(UserError):
                 models[name] = adapted(method, fused)
     return {name: model.eval() for name, model in models.items()}
-
-
-def enough(calibration: list[Tensor]) -> list[Tensor]:
-    """The images so often that the widest layer of the largest model may be fitted to them."""
-    tokens = sum(len(images) * (images.shape[-1] // 16) ** 2 for images in calibration)
-    return calibration * -(-MOST_INPUTS // tokens)
 
 
 def inference(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], Tensor]:

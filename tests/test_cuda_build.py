@@ -9,7 +9,7 @@ import pytest
 from setuptools import Distribution
 
 from bench.gpu import cuda_resources
-from bench.gpu.resources import Usage, table
+from bench.gpu.resources import Usage
 from naslora_kernels import cuda
 
 setup = cuda_resources.load_setup()
@@ -23,15 +23,13 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.campaign
 @pytest.mark.parametrize("architecture", [cuda_resources.NAMED[0], cuda_resources.NAMED[-1]])
 def test_every_kernel_compiles_without_warning_and_without_spills(architecture):
-    compiled = cuda_resources.check(NVCC, [architecture])
-    usages = [kernel.usage for kernel in compiled]
+    usages, problems = cuda_resources.check(NVCC, [architecture])
     kernels = {usage.kernel for usage in usages}
     assert len(usages) == len(kernels)
     assert {kernel.split("<")[0] for kernel in kernels} == {
         "cell_forward", "cell_backward", "low_rank_pass", "low_rank_expand", "reduce_gradients",
     }  # fmt: skip
-    assert not [usage for usage in usages if usage.spilled or usage.stack]
-    assert not cuda_resources.problems(compiled)
+    assert not problems and not [usage for usage in usages if usage.spilled or usage.stack]
     # With at most 128 registers, at least two blocks of 256 threads fit a multiprocessor.
     assert all(usage.registers <= 128 for usage in usages)
 
@@ -45,7 +43,8 @@ ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 656 bytes c
 """
     usage = Usage("a<float, 2>", "sm_80", 40, 1024, 16, 12)
     assert cuda_resources.parse(report) == {"_Z8a_kernelIfLi2EEvi": usage}
-    assert table([usage]).splitlines()[1].split() == ["a<float,", "2>", "40*"]
+    code = "/*0000*/ @!P0 LD.E R1, [R2] ;\n/*0010*/ LDG.E R1, [R2] ;\n/*0020*/  ST [R1], R2 ;"
+    assert cuda_resources.generic_accesses(code) == 2
 
 
 # ---- setup.py ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from bench.experiments import operations
 from bench.experiments.studies import STUDIES
 from bench.experiments.study import finished, main, table
-from naslora.records import write_record, write_rows
+from naslora.records import read_rows, write_record, write_rows
 from naslora.report.numbers import MISSING
 from naslora.report.tables import markdown_table
 from naslora.results import Mixture, OperationHistory
@@ -60,8 +60,8 @@ def test_one_change_at_a_time_is_compared_with_the_default():
 
 
 def test_the_losses_of_operations_are_what_the_file_holds():
-    losses = operations.stored(PAGES / "results/operation_losses.csv")
-    printed = markdown_table(operations.losses_table(list(losses.values()))).splitlines()
+    losses = read_rows(PAGES / "results/operation_losses.csv", operations.Loss)
+    printed = markdown_table(operations.losses_table(losses)).splitlines()
     shown = {line for line in printed if "---" not in line}
     assert len(printed) == 7 and not shown - set(PAGE.splitlines())
 

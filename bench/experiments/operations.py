@@ -10,10 +10,9 @@ one has what ``naslora analyse`` wrote to the folders: the validation Dice that 
 weights of the chosen operations move to `skip`, and that of random ones.
 """
 
-import csv
+from dataclasses import astuple, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -27,7 +26,8 @@ from naslora_kernels import OPERATIONS
 from naslora_kernels.operations import SKIP
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """What moving weights to `skip` costs in one run: in all layers at once, in validation Dice."""
 
     data: str
@@ -52,12 +52,13 @@ def main(sets: tyro.conf.Positional[tuple[str, ...]], save: Path | None = None) 
     folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in sets)}
     if folders:
         print(f"{markdown_table(operations_table(folders))}\n")
-    losses = stored(save)
+    kept = [] if save is None or not save.is_file() else read_rows(save, Loss)
+    losses = {(loss.data, loss.run): loss for loss in kept}
     for name, folder in folders.items():
         losses |= {(loss.data, loss.run): loss for loss in _losses(name, folder)}
     ordered = [losses[key] for key in sorted(losses)]
     if save is not None:
-        write_rows(save, [loss._asdict() for loss in ordered])
+        write_rows(save, ordered)
     if ordered:
         print(markdown_table(losses_table(ordered)))
 
@@ -103,16 +104,6 @@ def _weight(first: np.ndarray, last: np.ndarray, index: int) -> str:
 # ---- What it is worth ----------------------------------------------------------------------------
 
 
-def stored(save: Path | None) -> dict[tuple[str, str], Loss]:
-    """The rows of a CSV file, by data set and run; none if there is no file."""
-    if save is None or not save.is_file():
-        return {}
-    with save.open(encoding="utf-8", newline="") as file:
-        read = csv.reader(file)
-        next(read)
-        return {(data, run): Loss(data, run, *map(float, numbers)) for data, run, *numbers in read}
-
-
 def _losses(name: str, folder: Path) -> list[Loss]:
     losses = []
     for path in sorted(folder.rglob("operation_losses.csv")):
@@ -140,7 +131,7 @@ def losses_table(losses: list[Loss]) -> Table:
     rows = []
     for data, group in groupby(losses, key=lambda loss: loss.data):
         runs = list(group)
-        means = Loss(data, "", *np.mean([run[2:] for run in runs], axis=0))
+        means = Loss(data, "", *np.mean([astuple(run)[2:] for run in runs], axis=0))
         clear = sum(run.chosen > run.random_most for run in runs)
         rows.append(
             [

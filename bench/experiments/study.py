@@ -103,12 +103,9 @@ def _train_cell(
         for part in ("run", "adapter", "training")
     }
     training = {"epochs": plan.epochs[dataset], "workers": 0}
-    if dataset == "mni152":
-        source = {"dataset": "mni152", "root": output.parent / "mni152"}
-    else:
-        source = {"root": _part(data / dataset, plan.train_images, output / "data")}
-        if merged["run"]["model"] == "mobile_sam":
-            source["checkpoint"] = weights
+    source = {"root": _part(data / dataset, plan.train_images, output / "data")}
+    if merged["run"]["model"] == "mobile_sam":
+        source["checkpoint"] = weights
     run = {**source, **OF_DATA.get(dataset, {}), **merged["run"]}
     method = run.pop("method", RunConfig.method)
     model = {key: run.pop(key) for key in MODEL if key in run}

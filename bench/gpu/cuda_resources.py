@@ -1,9 +1,8 @@
-"""Compiles the CUDA kernels, and says what each takes and does: ``make nvcc-check``.
+"""Compiles the CUDA kernels, and says what each takes: ``make nvcc-check``.
 
 Prints registers, memory and spills of every kernel, as ptxas reports them, for the architectures on
-the command line. The default is all that nvcc knows. Then it reads the machine code of the
-architectures in ``NAMED``: generic accesses, loads in flight, instructions of the inner loops.
-Fails on a warning, on a register spill, and on machine code beyond the limits below.
+the command line. The default is all that nvcc knows. Fails on a warning, on a register spill, and
+on a generic access in the machine code of the architectures in ``NAMED``.
 """
 
 import concurrent.futures
@@ -14,52 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-from bench.gpu import sass
-from bench.gpu.resources import Usage, family, spread, summary, table
+from bench.gpu.resources import Usage, summary
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NAMED = (75, 80, 90, 100)  # the oldest, and one of each generation of data-centre cards
-# What the machine code may do on a card that has 16-byte loads in flight at all.
-FEWEST_IN_FLIGHT = 4  # of a loop that reads memory sixteen bytes at a time
-MOST_INSTRUCTIONS_STAGED = 20  # for an element that a loop brings to shared memory
-REGISTERS = 64 * 1024  # of a multiprocessor
-
-
-class Kernel(NamedTuple):
-    """One kernel on one architecture."""
-
-    usage: Usage
-    code: sass.Code
-
-    @property
-    def streaming(self) -> list[sass.Loop]:
-        """The loops that read memory sixteen bytes at a time."""
-        return [loop for loop in self.code.loops if loop.wide_loads]
-
-    @property
-    def staging(self) -> list[float]:
-        """Instructions for an element, of the loops that bring maps and factors to shared memory.
-
-        They store four numbers a round and more. Loops over a cell's weights do not: they store
-        fewer, or load each number twice, as either dtype, and run a few rounds a block.
-        """
-        words = 2 if "double" in self.usage.kernel else 1
-        found = [
-            (loop.instructions, loop.staged // words)
-            for loop in self.code.loops
-            if 0 < loop.loads <= loop.staged // words and not loop.wide_loads
-        ]
-        return [instructions / staged for instructions, staged in found if staged >= 4]
-
-    @property
-    def warps(self) -> int:
-        """How many warps of 32 threads the registers of a multiprocessor hold."""
-        return REGISTERS // (32 * -(-self.usage.registers // 8) * 8)
 
 
 def load_setup():
@@ -77,9 +37,7 @@ def cuobjdump(nvcc: str) -> str:
         FileNotFoundError: there is none.
     """
     beside = Path(nvcc).with_name("cuobjdump")
-    if beside.exists():
-        return str(beside)
-    found = shutil.which("cuobjdump")
+    found = str(beside) if beside.exists() else shutil.which("cuobjdump")
     if found is None and importlib.util.find_spec("triton"):
         from bench.gpu import triton_resources
 
@@ -89,8 +47,8 @@ def cuobjdump(nvcc: str) -> str:
     return found
 
 
-def compile_for(nvcc: str, source: Path, architecture: int) -> list[Kernel]:
-    """Compiles one file for one architecture, and reads its machine code.
+def compile_for(nvcc: str, source: Path, architecture: int) -> tuple[dict[str, Usage], int]:
+    """Compiles one file for one architecture: what its kernels take, and its generic accesses.
 
     Raises:
         RuntimeError: the compiler reports an error or a warning; the message holds its output.
@@ -108,10 +66,14 @@ def compile_for(nvcc: str, source: Path, architecture: int) -> list[Kernel]:
         )  # fmt: skip
         if result.returncode:
             raise RuntimeError(f"{source.name}, sm_{architecture}:\n{result.stderr}")
-        usages = parse(result.stderr)
-        codes = sass.kernels(sass.listing(cuobjdump(nvcc), Path(folder) / "object"))
-    of_symbol = {code.symbol: code for code in codes}
-    return [Kernel(usage, of_symbol[symbol]) for symbol, usage in usages.items()]
+        command = [cuobjdump(nvcc), "-sass", f"{folder}/object"]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parse(result.stderr), generic_accesses(code)
+
+
+def generic_accesses(code: str) -> int:
+    """Loads and stores in a listing of machine code whose address may be of any memory."""
+    return len(re.findall(r"/\s+(?:@!?\w+\s+)?(?:LD|ST|ATOM|RED)\b", code))
 
 
 def parse(report: str) -> dict[str, Usage]:
@@ -140,56 +102,27 @@ def kernel_name(symbol: str) -> str:
     return f"{kernel}<{re.sub(r'<[^<>]*>', '', arguments).strip()}>".replace("(bool)", "")
 
 
-def check(nvcc: str, architectures: list[int]) -> list[Kernel]:
-    """Compiles every kernel for every architecture, with one compiler per processor."""
+def check(nvcc: str, architectures: list[int]) -> tuple[list[Usage], list[str]]:
+    """Compiles every kernel for every architecture, with one compiler per processor.
+
+    Returns:
+        What each kernel takes, and a line for every problem.
+    """
     jobs = [(source, architecture) for architecture in architectures for source in SOURCES]
+    usages, problems = [], []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = pool.map(lambda job: compile_for(nvcc, *job), jobs)
-        return [kernel for report in reports for kernel in report]
-
-
-def problems(kernels: Iterable[Kernel]) -> list[str]:
-    """A line for every limit that a kernel's machine code does not keep."""
-    lines = []
-    for kernel in kernels:
-        where = f"{kernel.usage.kernel}, {kernel.usage.architecture}"
-        if kernel.usage.spilled:
-            lines.append(f"{where}: {kernel.usage.spilled} bytes of a thread's registers spill")
-        if kernel.code.generic:
-            lines.append(f"{where}: {kernel.code.generic} loads and stores of unknown memory")
-        for loop in kernel.streaming:
-            if loop.in_flight < FEWEST_IN_FLIGHT:
-                lines.append(
-                    f"{where}: {loop.in_flight} loads of 16 bytes in flight, of a loop with "
-                    f"{loop.wide_loads} and {loop.instructions} instructions"
-                )
-        for instructions in kernel.staging:
-            if instructions > MOST_INSTRUCTIONS_STAGED:
-                lines.append(f"{where}: {instructions:.1f} instructions a staged element")
-    return lines
-
-
-def machine_code(kernels: Iterable[Kernel]) -> str:
-    """What the machine code does, over all variants of each kernel, as Markdown."""
-    groups: dict[tuple[str, str], list[Kernel]] = {}
-    for kernel in kernels:
-        groups.setdefault((family(kernel.usage), kernel.usage.architecture), []).append(kernel)
-    lines = [
-        "| kernel | architecture | generic | 16-byte loads in flight | instructions a 16-byte load "
-        "| instructions a staged element | warps by registers |",
-        "|---|---|---|---|---|---|---|",
+        compiled = pool.map(lambda job: compile_for(nvcc, *job), jobs)
+        for (source, architecture), (of_file, generic) in zip(jobs, compiled, strict=True):
+            usages += of_file.values()
+            if generic and architecture in NAMED:
+                where = f"{source.name}, sm_{architecture}"
+                problems.append(f"{where}: {generic} loads and stores of unknown memory")
+    problems += [
+        f"{usage.kernel}, {usage.architecture}: {usage.spilled} bytes of a thread's registers spill"
+        for usage in usages
+        if usage.spilled
     ]
-    for (name, architecture), members in sorted(groups.items()):
-        streaming = [loop for kernel in members for loop in kernel.streaming]
-        cells = [
-            str(sum(kernel.code.generic for kernel in members)),
-            spread([loop.in_flight for loop in streaming]),
-            spread([round(loop.instructions / loop.wide_loads) for loop in streaming]),
-            spread([round(n, 1) for kernel in members for n in kernel.staging]),
-            spread([kernel.warps for kernel in members]),
-        ]
-        lines.append(f"| {name} | {architecture} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return usages, problems
 
 
 def main() -> None:
@@ -198,13 +131,8 @@ def main() -> None:
     if nvcc is None:
         sys.exit("no nvcc below CUDA_HOME, on the PATH or in /usr/local/cuda")
     architectures = [int(a) for a in sys.argv[1:]] or setup.known_architectures(nvcc)
-    kernels = check(nvcc, architectures)
-    usages = [kernel.usage for kernel in kernels]
-    named = {f"sm_{number}" for number in NAMED}
-    read = [kernel for kernel in kernels if kernel.usage.architecture in named]
-    print(table(usages))
-    print(f"\n{summary(usages)}\n\n{machine_code(read)}\n")
-    found = problems(kernel for kernel in kernels if kernel in read or kernel.usage.spilled)
+    usages, found = check(nvcc, architectures)
+    print(f"{summary(usages)}\n")
     print(
         f"{len(usages)} kernels: {sum(usage.spilled for usage in usages)} bytes spilled, "
         f"{sum(usage.stack for usage in usages)} bytes of stack, "

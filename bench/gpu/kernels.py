@@ -57,7 +57,7 @@ def measure_kernels(arguments: argparse.Namespace, save: Save) -> Result:
 
     The rows are saved case by case.
     """
-    result: Result = {"passed": True, "summary": "", "problems": [], "notes": [], "rows": []}
+    result: Result = {"passed": True, "summary": "", "problems": [], "rows": []}
     bandwidth = timing.copy_bandwidth(arguments.device)
     deadline = time.perf_counter() + SECONDS
     for name, measure in measurements(arguments, bandwidth):
@@ -69,7 +69,8 @@ def measure_kernels(arguments: argparse.Namespace, save: Save) -> Result:
             try:
                 measure(name, result)
             except Exception as error:  # the device's have no common class
-                result["problems"].append(f"{name}: {_reason(error)}")
+                reason = (str(error).splitlines() or [""])[0]
+                result["problems"].append(f"{name}: {type(error).__name__}: {reason}")
         result["passed"] = not result["problems"] and bool(result["rows"])
         save(result)
     return result
@@ -110,18 +111,14 @@ def measure_case(
     name: str,
     result: Result,
 ) -> None:
-    """Times a case after the gate has passed it; adds rows, problems and notes to ``result``."""
-    # flex_attention is compiled, so it takes part in one case alone.
-    flex = case == ATTENTION_CASES[0]
-    setting = cases.Setting(arguments.device, dtype, kernels(arguments, kind.name), flex)
+    """Times a case after the gate has passed it; adds rows and problems to ``result``."""
+    setting = cases.Setting(arguments.device, dtype, kernels(arguments, kind.name))
     works = kind.works(*case, setting)
     refusal = cases.gate(works, setting, kind.judge)
     if refusal is not None:
         result["problems"].append(f"{name}: not timed, {refusal}")
         return
     works.pop(attention.EXACT, None)
-    left_out = leave_out_failing(works, setting.kernels)
-    result["notes"] += [f"{name}: {note}" for note in left_out]
     for direction in ("forward", "both"):
         functions = modes(works, direction, arguments.device, compiled)
         moved = kind.least_bytes(*case, direction, setting)
@@ -166,22 +163,6 @@ def measure_launches(
         for mode, seconds in interleave(functions, arguments).items():
             moved = launcher.calls[mode][1]
             result["rows"].append(_row(name, work, mode, seconds, moved, bandwidth))
-
-
-def leave_out_failing(works: dict[str, cases.Work], ours: tuple[str, ...]) -> list[str]:
-    """Removes candidates that this version of torch cannot run here; a note on each."""
-    notes = []
-    for name in works.keys() - {*ours}:
-        try:
-            works[name].both()
-        except Exception as error:  # the compiler's have no common class
-            notes.append(f"{name} is left out, {_reason(error)}")
-            del works[name]
-    return notes
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def modes(

@@ -17,19 +17,6 @@ class Usage(NamedTuple):
     """The instruction by which tensor cores multiply, if the kernel has one."""
 
 
-def table(usages: Sequence[Usage]) -> str:
-    """Registers by kernel and architecture, a star where any spill."""
-    architectures = list(dict.fromkeys(usage.architecture for usage in usages))
-    cells = {(u.kernel, u.architecture): f"{u.registers}{'*' if u.spilled else ''}" for u in usages}
-    kernels = sorted({usage.kernel for usage in usages})
-    width = max(map(len, kernels))
-    lines = [" ".join([f"{'registers':{width}}", *(f"{a:>7}" for a in architectures)])]
-    for kernel in kernels:
-        row = (f"{cells.get((kernel, a), ''):>7}" for a in architectures)
-        lines.append(" ".join([f"{kernel:{width}}", *row]))
-    return "\n".join(lines)
-
-
 def summary(usages: Sequence[Usage]) -> str:
     """The ranges over all variants of each kernel, as Markdown; – where a card lacks the kernel."""
     architectures = list(dict.fromkeys(usage.architecture for usage in usages))

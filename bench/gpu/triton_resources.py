@@ -4,7 +4,7 @@
     python -m bench.gpu.triton_resources --only attention
 
 Everything that training, search and inference launch, at the shapes of ``bench.gpu.kernels``, is
-compiled for the compute capabilities named. Prints registers by kernel and card and a summary; ends
+compiled for the compute capabilities named. Prints registers by kernel and card; ends
 with status 1 if a register spills to memory, or if a kernel wants more than a processor has.
 """
 
@@ -25,7 +25,7 @@ import torch
 from bench import cases
 from bench.gpu import launches
 from bench.gpu.kernels import CASES
-from bench.gpu.resources import Usage, products, summary, table
+from bench.gpu.resources import Usage, products, summary
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives
 
@@ -199,8 +199,7 @@ def main() -> int:
         for (capability, dtype), of_job in zip(jobs, compiled, strict=True):
             print(f"sm_{capability} {dtype}: {len(of_job)} kernels", file=sys.stderr)
             usages += of_job
-    print(table(usages))
-    print(f"\n{summary(usages)}\n\nProducts on tensor cores:\n\n{products(usages)}\n")
+    print(f"{summary(usages)}\n\nProducts on tensor cores:\n\n{products(usages)}\n")
     found = problems(usages)
     print(f"{len(usages)} kernels compiled, {len(found)} problems")
     print("\n".join(found), file=sys.stderr)
