@@ -23,7 +23,7 @@ from naslora.files import read_json
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import build_image_encoder
 from naslora.sam.export import Description, Embedding, Scores, export, load_class_map
-from naslora.sam.families.mobile_sam import mobile_sam_name
+from naslora.sam.families.mobile_sam import NAMING
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
 from naslora.trained import merge_run
 
@@ -203,7 +203,7 @@ def test_segment_anything_loads_it_strictly(mode, num_classes, checkpoint, tmp_p
 def test_mobile_sam_gets_its_own_names(tmp_path):
     torch.manual_seed(0)
     model = SamForSegmentation("mobile_sam", SIZE)
-    state = {mobile_sam_name(k): v.clone() for k, v in model.state_dict().items()}
+    state = {NAMING.theirs(k): v.clone() for k, v in model.state_dict().items()}
     spare = tiny_sam(SIZE).state_dict()
     state |= {k: v for k, v in spare.items() if k.startswith("mask_decoder.") and k not in state}
     state["mask_decoder.mask_tokens.weight"] = spare["mask_decoder.mask_tokens.weight"]

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import re
 
 import numpy as np
 import pytest
@@ -198,7 +197,7 @@ def test_every_tensor_of_the_model_of_videos_has_a_place():
     found = huggingface.to_ours(theirs)
     assert set(ours) <= set(found)
     heads = ("iou_prediction_head", "output_hypernetworks_mlps", "pred_obj_score_head")
-    left = [key for key in found if key not in ours and not re.match(huggingface.foreign, key)]
+    left = [key for key in found if key not in ours]
     assert all(key.split(".")[1] in heads for key in left), left
 
 
@@ -289,9 +288,9 @@ def test_an_official_checkpoint_of_sam2_comes_back_with_its_memory(tmp_path):
     [
         ("sam2.1_t", "sam2.1_l", "model.safetensors", r"is SAM 2.1 \(sam2.1_l\), and .*sam2.1_t"),
         ("vit_b", "vit_l", "", r"is SAM \(vit_l\), and --model says vit_b; choose"),
-        ("vit_b", "sam_hq_b", "", r"holds SAM-HQ \(model_type 'sam_hq'\), and --model says"),
+        ("vit_b", "sam_hq_b", "", r"is SAM-HQ \(sam_hq_b\), and --model says vit_b"),
         ("vit_b", "sam_hq_b", "model.safetensors", r"is SAM-HQ \(sam_hq_b\), and .*says vit_b"),
-        ("mobile_sam", "sam2.1_t", "", r"holds SAM 2 or SAM 2.1 .*--model says mobile_sam"),
+        ("mobile_sam", "sam2.1_t", "", r"is SAM 2 .*--model says mobile_sam"),
         ("sam2.1_t", "sam2_t", "", r"is SAM 2 \(sam2_t\), and --model says sam2.1_t"),
     ],
 )
@@ -305,20 +304,8 @@ def test_checkpoints_of_other_models_are_named(name, made_for, file, message, fo
         build_model(name, 64, 1, path)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (None, "no checkpoint of Hugging Face: it has no config.json"),
-        ('{"model_type": "bert"}', "model_type 'bert', which is none of sam, sam_hq, sam2"),
-        ("[]", "model_type None, which is none of"),
-        ("{", "cannot be read as JSON"),
-        ('{"model_type": "sam"}', "model.safetensors does not exist"),
-    ],
-)
-def test_folders_that_are_no_checkpoint(config, message, tmp_path):
-    if config is not None:
-        (tmp_path / "config.json").write_text(config)
-    with pytest.raises(UserError, match=message):
+def test_a_folder_without_weights_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
         build_model("vit_b", 64, 1, tmp_path)
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from naslora import NASLoRAConfig, UserError, inject
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import VITS, ViT, build_image_encoder
-from naslora.sam.families.mobile_sam import timm_name
+from naslora.sam.families.mobile_sam import NAMING
 from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, build_model
 
@@ -323,7 +323,7 @@ def test_mobile_sam_is_that_of_the_original():
     # Every tensor is loaded, except for the parts that the segmentation decoder lacks.
     state = model.state_dict()
     for key, value in load_file(MOBILE_SAM).items():
-        ours = timm_name(key)
+        ours = NAMING.ours(key)
         if ours in state and state[ours].shape == value.shape:
             assert torch.equal(state[ours], value), key
         else:

@@ -20,7 +20,7 @@ from naslora.data.tiles import Grid, Tiles, fit_tiles
 from naslora.prediction import Predictor
 from naslora.prediction import segment as segment_picture
 from naslora.sam.encoders import PATCH_SIZE
-from naslora.sam.export import Description, load_class_map
+from naslora.sam.export import load_class_map, read_description
 from naslora.sam.segmentation import labels_of
 from naslora.training.run_data import tiles_of
 
@@ -294,7 +294,7 @@ def test_an_exported_model_knows_its_tiles(naslora, run, tmp_path):
         masks.append(np.array(Image.open(output / "test0_mask.png")))
     assert (masks[0] == masks[1]).mean() > 0.999  # labels differ where rounding decides
     old = '{"model": "vit_t", "image_size": 32, "num_classes": 1, "class_names": ["a"]}'
-    assert Description.from_json(old).crop is None
+    assert read_description(old).crop is None
     assert load_class_map(file, trust=True)[1].crop == 32
 
 

@@ -13,7 +13,6 @@ Nothing here imports segment_anything, transformers or timm. Classes are known b
 import functools
 import re
 import warnings
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,27 +41,30 @@ def fuse_attention(model: nn.Module) -> list[str]:
     Known are the attentions of segment_anything and its copies (SAM-HQ, MobileSAM), of Hugging
     Face's SamModel, SamHQModel and Sam2Model, and of TinyViT in timm and MobileSAM. Other modules
     with a layer ``qkv`` and "Attention" in the name of their class are left alone, and a warning
-    names them. Among these is timm's Hiera (SAM 2), whose own code is as fast.
-    Hugging Face's modules return None as attention weights, as its SDPA attention does. Blocks of
-    segment_anything and its copies no longer project the padding of their windows.
+    names them. Among these is timm's Hiera (SAM 2), whose own code is as fast. Hugging Face's
+    modules return None as attention weights, as its SDPA attention does. Blocks of segment_anything
+    and its copies no longer project the padding of their windows.
 
     Args:
         model: a SAM, its image encoder, or a model around it.
 
     Returns:
         The names of the fused modules in model order, including those that were fused before.
-        Empty if all attentions are Hiera's of timm.
 
     Raises:
         UserError: the model has no attention that is known. It is then unchanged.
     """
     check_model(model)
     known = {module: mixin for module in model.modules() if (mixin := _mixin(module)) is not None}
-    unknown = dict(_unknown(model))
+    unknown = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if "attention" in type(module).__name__.lower() and "qkv" in module._modules
+        if module not in known and not isinstance(module, FusedAttention)
+    ]
     attentions = [module for module, mixin in known.items() if issubclass(mixin, FusedAttention)]
-    fast = {name: module for name, module in unknown.items() if _uses_sdpa(module)}
-    if not attentions and not fast and not dict(_fused(model)):
-        found = f"; it has {_described(unknown)}" if unknown else ""
+    if not attentions and not _fused(model):
+        found = f"; it has {listing(unknown, 3)}" if unknown else ""
         raise UserError(
             "the model has no attention that can be fused: none of segment_anything, SAM-HQ, "
             f"MobileSAM, TinyViT or Hugging Face's SamModel{found}"
@@ -70,14 +72,10 @@ def fuse_attention(model: nn.Module) -> list[str]:
     fused_class: Any = _fused_class
     for module, mixin in known.items():
         module.__class__ = fused_class(mixin, type(module))
-    for left, reason in (
-        (fast, "that computes in scaled_dot_product_attention already"),
-        ({n: m for n, m in unknown.items() if n not in fast}, "that is not known"),
-    ):
-        if left:
-            described = _described(left)
-            warnings.warn(f"attention {reason} stays as it is: {described}", stacklevel=2)
-    return [name for name, _ in _fused(model)]
+    if unknown:
+        described = listing(unknown, 3)
+        warnings.warn(f"attention that is not known stays as it is: {described}", stacklevel=2)
+    return list(_fused(model))
 
 
 def unfuse_attention(model: nn.Module) -> list[str]:
@@ -90,7 +88,7 @@ def unfuse_attention(model: nn.Module) -> list[str]:
         UserError: ``fully_shard`` was called on an attention itself. The model is then unchanged.
     """
     check_model(model)
-    fused: dict[str, Any] = dict(_fused(model))
+    fused = _fused(model)
     for name, module in fused.items():
         if type(module) is not _fused_class(module.mixin, module.host_class):
             raise UserError(f"{name} is sharded; call unfuse_attention before fully_shard")
@@ -102,27 +100,8 @@ def unfuse_attention(model: nn.Module) -> list[str]:
     return list(fused)
 
 
-def _fused(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, FusedAttention):
-            yield name, module
-
-
-def _unknown(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        named = "attention" in type(module).__name__.lower() and "qkv" in module._modules
-        if named and not isinstance(module, FusedAttention) and _mixin(module) is None:
-            yield name, module
-
-
-def _uses_sdpa(module: nn.Module) -> bool:
-    """Whether it is the attention of timm's Hiera, which has no relative positions."""
-    kind = type(module)
-    return (kind.__module__, kind.__name__) == ("timm.models.hieradet_sam2", "MultiScaleAttention")
-
-
-def _described(modules: dict[str, nn.Module]) -> str:
-    return listing((f"{name} ({type(m).__name__})" for name, m in modules.items()), 3)
+def _fused(model: nn.Module) -> dict[str, Any]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, FusedAttention)}
 
 
 # ---- The forwards --------------------------------------------------------------------------------
@@ -321,73 +300,42 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 class _Form(NamedTuple):
     """One kind of module: where its class is defined, and what an instance consists of."""
 
-    modules: str
-    """A regular expression that matches the whole name of the class's module."""
-    classes: tuple[str, ...]
+    classes: str
+    """A regular expression that matches the class's module and name."""
     children: frozenset[str]
     """The names of its children. The fused forward would leave out a further one."""
     parameters: frozenset[str]
     """The names that its own parameters can have."""
-    attributes: tuple[str, ...]
-    """Further attributes that the fused forward reads."""
     mixin: type[Fused]
-    names: frozenset[str] | None = None
-    """If given, what the class's forward may refer to: a copy that refers to more computes more."""
 
 
 _LINEAR = frozenset({"qkv", "proj"})
 _TABLES = frozenset({"rel_pos_h", "rel_pos_w"})
-_BLOCK = frozenset({"norm1", "attn", "norm2", "mlp"})
+_NONE: frozenset[str] = frozenset()
 _FORMS = (
+    _Form(r"(.+\.)?modeling\.image_encoder\.Attention", _LINEAR, _TABLES, _SegmentAnything),
     _Form(
-        r"(.+\.)?modeling\.image_encoder",
-        ("Attention",),
-        _LINEAR,
-        _TABLES,
-        ("num_heads", "scale", "use_rel_pos"),
-        _SegmentAnything,
-        frozenset(
-            {"shape", "qkv", "reshape", "num_heads", "permute", "unbind", "scale", "transpose"}
-            | {"use_rel_pos", "rel_pos_h", "rel_pos_w", "add_decomposed_rel_pos"}
-            | {"softmax", "view", "proj"}
-        ),
-    ),
-    _Form(
-        r"(.+\.)?modeling\.image_encoder",
-        ("Block",),
-        _BLOCK,
-        frozenset(),
-        ("window_size",),
+        r"(.+\.)?modeling\.image_encoder\.Block",
+        frozenset({"norm1", "attn", "norm2", "mlp"}),
+        _NONE,
         FusedBlock,
-        _BLOCK | {"window_size", "shape", "window_partition", "window_unpartition"},
     ),
     _Form(
-        r"transformers\.models\.(sam|sam_hq)\.modeling_\1",
-        (
-            "SamVisionAttention",
-            "SamVisionSdpaAttention",
-            "SamHQVisionAttention",
-            "SamHQVisionSdpaAttention",
-        ),
+        r"transformers\.models\.(sam|sam_hq)\.modeling_\1\.Sam(HQ)?Vision(Sdpa)?Attention",
         _LINEAR,
         _TABLES,
-        ("num_attention_heads", "scale", "use_rel_pos", "dropout"),
         _HuggingFace,
     ),
     _Form(
-        r"transformers\.models\.sam2\.modeling_sam2",
-        ("Sam2MultiScaleAttention",),
+        r"transformers\.models\.sam2\.modeling_sam2\.Sam2MultiScaleAttention",
         _LINEAR,
-        frozenset(),
-        ("num_attention_heads", "scale", "query_stride"),
+        _NONE,
         _HuggingFaceHiera,
     ),
     _Form(
-        r"timm\.models\.tiny_vit|(.+\.)?modeling\.tiny_vit_sam",
-        ("Attention",),
+        r"(timm\.models\.tiny_vit|(.+\.)?modeling\.tiny_vit_sam)\.Attention",
         _LINEAR | {"norm"},
         frozenset({"attention_biases"}),
-        ("num_heads", "scale", "key_dim", "attention_biases", "attention_bias_idxs"),
         _TinyViT,
     ),
 )
@@ -395,25 +343,18 @@ _FORMS = (
 
 def _mixin(module: nn.Module) -> type[Fused] | None:
     """What makes a module fused; None if it is fused already, or not known."""
-    kind = type(module)
-    for form in _FORMS:
-        if kind.__name__ in form.classes and re.fullmatch(form.modules, kind.__module__):
-            return form.mixin if _fits(module, form) else None
-    return None
-
-
-def _fits(module: Any, form: _Form) -> bool:
-    forward: Any = type(module).forward
-    replaced = forward.__module__ != type(module).__module__ or "forward" in vars(module)
+    kind: Any = type(module)
+    replaced = kind.forward.__module__ != kind.__module__ or "forward" in vars(module)
     if replaced or isinstance(module, Fused):
-        return False
-    if {*module._modules} != form.children or not {*module._parameters} <= form.parameters:
-        return False
-    if not all(hasattr(module, name) for name in form.attributes):
-        return False
-    if form.names is not None and not {*forward.__code__.co_names} <= form.names:
-        return False
-    return not getattr(module, "use_rel_pos", False) or all(hasattr(module, n) for n in _TABLES)
+        return None
+    for form in _FORMS:
+        if (
+            re.fullmatch(form.classes, f"{kind.__module__}.{kind.__name__}")
+            and {*module._modules} == form.children
+            and {*module._parameters} <= form.parameters
+        ):
+            return form.mixin
+    return None
 
 
 @functools.cache

@@ -25,6 +25,9 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 
 # ---- Loading -------------------------------------------------------------------------------------
 
+LARGE_IMAGE = 1024
+"""Side of the images in pixels of the official models."""
+_RESIZED = re.compile(r"(^|\.)pos_embed$|attn\.rel_pos_[hw]$")
 _ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages|trunk\.blocks)\.")
 # These tensors may be missing: the classification branch starts with random weights, and the
 # batch norms of a SAM encoder do not use their counters.
@@ -41,7 +44,7 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
         model: a model with ``image_encoder``, ``prompt_encoder`` and ``mask_decoder``, whose
             parameters have the names of ``SamForSegmentation``.
         path: an official ``.pth`` or ``.pt`` file, the same tensors as ``.safetensors``, or a
-            folder of Hugging Face with config.json and model.safetensors.
+            folder of Hugging Face with model.safetensors.
         name: the model's name in ``MODELS``.
 
     Returns:
@@ -52,15 +55,22 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
         UserError: the file is missing, damaged, not a SAM checkpoint, or has the tensors of another
             model. The model is then unchanged.
     """
-    path = Path(path)
-    stored = _read_folder(path, name) if path.is_dir() else read_checkpoint(path)
+    path, state = Path(path), model.state_dict()
+    stored = _read_folder(path) if path.is_dir() else read_checkpoint(path)
     if not any(key.startswith(("image_encoder.", "vision_encoder.")) for key in stored):
         raise UserError(f"{path} holds no SAM checkpoint: it has no image_encoder weights")
-    tensors = _identified(path, stored, name)
-    state = model.state_dict()
-    fitted = {key: _fit(key, value, state) for key, value in tensors.items() if key in state}
-    surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
-    _check_complete(path, name, fitted, state, surplus)
+    family = find_family(name)
+    tensors = _under_our_names(stored, family)
+    misfit: str | None
+    if tensors is None:
+        misfit = f"has Hugging Face's names, and {family.title} has none"
+    elif not family.has_marks(stored.keys()):
+        misfit = f"is not one of {family.title}"
+    else:
+        fitted = {key: _fit(key, value, state) for key, value in tensors.items() if key in state}
+        misfit = _misfit(name, tensors, fitted, state)
+    if tensors is None or misfit is not None:
+        raise UserError(f"checkpoint {path} {_made_for(stored, name) or misfit}")
     for key, value in fitted.items():
         for problem in tensor_problems(key, value, state):
             raise UserError(f"checkpoint {path} is damaged: {problem}; use another copy")
@@ -97,13 +107,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return plain_tensors(tensors, f"checkpoint {path}")
 
 
-def _read_folder(path: Path, name: str) -> dict[str, Tensor]:
+def _read_folder(path: Path) -> dict[str, Tensor]:
     """The tensors of a folder of Hugging Face, under its names."""
-    if not (path / CONFIG).is_file():
-        raise UserError(f"{path} is no checkpoint of Hugging Face: it has no {CONFIG}")
-    config = read_json(path / CONFIG)
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    _check_kind(path, kind, name)
     if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         return read_safetensors(path / WEIGHTS)
     index = read_json(path / INDEX)
@@ -117,63 +122,34 @@ def _read_folder(path: Path, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_kind(path: Path, kind: Any, name: str) -> None:
-    """Refuses a folder of another family than the model's."""
-    own = find_family(name)
-    if own.huggingface is not None and kind in own.huggingface.kinds:
-        return
-    families = [f for f in FAMILIES if f.huggingface is not None and kind in f.huggingface.kinds]
-    if families:
-        titles = " or ".join(family.title for family in families)
-        raise UserError(f"{path} holds {titles} (model_type {kind!r}), and --model says {name}")
-    known = dict.fromkeys(k for f in FAMILIES if f.huggingface for k in f.huggingface.kinds)
-    raise UserError(f"{path / CONFIG} has model_type {kind!r}, which is none of {', '.join(known)}")
-
-
-def _identified(path: Path, stored: Tensors, name: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the model's names.
-
-    Raises:
-        UserError: the checkpoint was made for another known model.
-    """
-    own = find_family(name)
-    tensors = _under_our_names(stored, own)
-    if tensors is not None and own.matches(name, tensors):
-        return _without_foreign(tensors, stored, own)
-    for family in FAMILIES:
-        theirs = _under_our_names(stored, family)
-        found = [n for n in family.models if theirs is not None and family.matches(n, theirs)]
-        if found:
-            raise UserError(
-                f"checkpoint {path} is {family.title} ({found[0]}), and --model says {name}; "
-                f"choose --model {found[0]}"
-            )
-    if tensors is None:
-        raise UserError(f"checkpoint {path} has Hugging Face's names, and {own.title} has none")
-    return _without_foreign(tensors, stored, own)
-
-
-def _huggingface(stored: Tensors) -> bool:
-    """Whether the names are Hugging Face's."""
-    return any(key.startswith("vision_encoder.") for key in stored)
-
-
-def _without_foreign(
-    tensors: dict[str, Tensor], stored: Tensors, family: Family
-) -> dict[str, Tensor]:
-    """Drops what Hugging Face's model of images lacks: no file that is written back needs it."""
-    if family.huggingface is None or not _huggingface(stored):
-        return tensors
-    foreign = re.compile(family.huggingface.foreign)
-    return {key: value for key, value in tensors.items() if not foreign.match(key)}
-
-
 def _under_our_names(stored: Tensors, family: Family) -> dict[str, Tensor] | None:
     """The tensors under a family's names; None if they are Hugging Face's and it has no such
     family."""
-    if not _huggingface(stored):
+    if not any(key.startswith("vision_encoder.") for key in stored):
         return {family.official.ours(key): value for key, value in stored.items()}
     return None if family.huggingface is None else family.huggingface.to_ours(stored)
+
+
+def _made_for(stored: Tensors, name: str) -> str | None:
+    """Says which other model than ``name`` the checkpoint was made for; None if it is not known."""
+    for family in FAMILIES:
+        tensors = _under_our_names(stored, family)
+        if tensors is None or not family.has_marks(stored.keys()):
+            continue
+        blocks = {key for key in tensors if _ENCODER_BLOCK.match(key)}
+        for other in family.models:
+            with torch.device("meta"):
+                encoder = family.build_encoder(other, LARGE_IMAGE)
+            own = {f"image_encoder.{key}": value for key, value in encoder.state_dict().items()}
+            fits = all(
+                _RESIZED.search(key) or (key in tensors and tensors[key].shape == value.shape)
+                for key, value in own.items()
+                if not _OPTIONAL.search(key)
+            )
+            if fits and blocks <= own.keys() and other != name:
+                about = f"is {family.title} ({other}), and --model says {name}"
+                return f"{about}; choose --model {other}"
+    return None
 
 
 def _fit(key: str, value: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -183,7 +159,7 @@ def _fit(key: str, value: Tensor, state: dict[str, Tensor]) -> Tensor:
         return value
     if key == "image_encoder.pos_embed" and value.shape[-1] == wanted[-1]:  # (1, H, W, C)
         return _resize(value.permute(0, 3, 1, 2), wanted[1:3], "bicubic").permute(0, 2, 3, 1)
-    if re.search(r"attn\.rel_pos_[hw]$", key) and value.shape[1] == wanted[1]:  # (2 size - 1, C)
+    if _RESIZED.search(key) and value.dim() == 2 and value.shape[1] == wanted[1]:  # (2 size - 1, C)
         return _resize(value.T[None], wanted[:1], "linear")[0].T
     if key in TOKENS and value.shape[1] == wanted[1]:  # (Q, 256)
         kept = min(value.shape[0], wanted[0])
@@ -195,18 +171,13 @@ def _resize(value: Tensor, size: torch.Size, mode: str) -> Tensor:
     return F.interpolate(value.float(), size=tuple(size), mode=mode, align_corners=False)
 
 
-def _check_complete(
-    path: Path,
-    name: str,
-    fitted: dict[str, Tensor],
-    state: dict[str, Tensor],
-    surplus: list[str],
-) -> None:
-    """Raises a UserError unless ``fitted`` fills the model's ``state`` and ``surplus`` is empty."""
+def _misfit(name: str, tensors: Tensors, fitted: Tensors, state: dict[str, Tensor]) -> str | None:
+    """Says how a checkpoint differs from a model's ``state``; None if it fills it exactly."""
     wrong = [key for key, value in fitted.items() if value.shape != state[key].shape]
     missing = [key for key in state if key not in fitted and not _OPTIONAL.search(key)]
+    surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
     if not wrong and not missing and not surplus:
-        return
+        return None
     examples = [
         f"{key} has shape {tuple(fitted[key].shape)} in the file, {tuple(state[key].shape)} in the "
         "model"
@@ -214,10 +185,10 @@ def _check_complete(
     ]
     examples += [f"{key} is missing" for key in missing[:2]]
     examples += [f"{key} is not in the model" for key in surplus[:2]]
-    raise UserError(
-        f"checkpoint {path} does not fit model {name} ({len(wrong)} tensors of another shape, "
-        f"{len(missing)} missing, {len(surplus)} not in the model): {'; '.join(examples)}; choose "
-        "the --model that the checkpoint was made for"
+    return (
+        f"does not fit model {name} ({len(wrong)} tensors of another shape, {len(missing)} "
+        f"missing, {len(surplus)} not in the model): {'; '.join(examples)}; choose the --model "
+        "that the checkpoint was made for"
     )
 
 
@@ -280,7 +251,7 @@ def huggingface_files(
     positions = whole.get("image_encoder.pos_embed")  # (1, H, W, C) of the checkpoint
     size = image_size if positions is None else PATCH_SIZE * positions.shape[1]
     config = theirs.config(name, size)
-    header = {"architectures": [theirs.architecture], "model_type": theirs.kinds[0]}
+    header = {"architectures": [theirs.architecture], "model_type": theirs.kind}
     return {**header, "dtype": "float32", **config}, theirs.to_theirs(whole)
 
 

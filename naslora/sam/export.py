@@ -8,12 +8,13 @@ import hashlib
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,7 +27,6 @@ from naslora.errors import UserError
 from naslora.files import (
     CHECKSUM,
     check_archive,
-    disk_error,
     file_checksum,
     read_metadata,
     reading,
@@ -75,23 +75,24 @@ class Description:
     intensity: tuple[str, ...] | None = None
     """Scaling of images with more than 8 bits, as ``RunConfig.intensity``."""
 
-    def to_json(self) -> str:
-        """Converts the description to the text that is stored."""
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str | None) -> "Description":
-        """Inverts ``to_json``.
+def text_of(description: Description) -> str:
+    """The text of a description that is stored."""
+    return json.dumps(asdict(description))
 
-        Args:
-            text: the stored text; None if the file has none.
 
-        Raises:
-            UserError: ``text`` is not a description.
-        """
-        if not text:
-            raise UserError("it was not written by naslora export")
-        return from_json(cls, json.loads(text), "its description")
+def read_description(text: str | None) -> Description:
+    """Inverts ``text_of``.
+
+    Args:
+        text: the stored text; None if the file has none.
+
+    Raises:
+        UserError: ``text`` is not a description.
+    """
+    if not text:
+        raise UserError("it was not written by naslora export")
+    return from_json(Description, json.loads(text), "its description")
 
 
 class Scores(nn.Module):
@@ -133,8 +134,8 @@ def export(
 ) -> None:
     """Writes a merged model to a file, atomically.
 
-    For an ONNX model with more than ``MOST_BYTES`` of weights, two files are written, and not
-    atomically: ``NAME.onnx`` and ``NAME.onnx.data``.
+    For an ONNX model with more than ``MOST_BYTES`` of weights, two files are written one after the
+    other: ``NAME.onnx.data`` and ``NAME.onnx``.
 
     Args:
         model: a model without adapters: merged, or never adapted.
@@ -151,9 +152,6 @@ def export(
         UserError: the model has adapters, the format cannot store the model, the suffix is wrong,
             the folder is not empty, or a package is missing.
     """
-    if file_format not in get_args(Format):
-        names = ", ".join(get_args(Format))
-        raise UserError(f"format must be one of {names}, got {file_format!r}")
     adapted = next(adapter_layers(model), None)
     if adapted is not None:
         raise UserError(f"the model is not merged: {adapted[0]} has an adapter; merge it first")
@@ -179,7 +177,7 @@ def _write_folder(model: SamForSegmentation, description: Description, path: Pat
     config, tensors = huggingface_files(
         model.state_dict(), model.left_out, description.model, description.image_size
     )
-    metadata = {"format": "pt", KEY: description.to_json()}  # transformers asks for the first
+    metadata = {"format": "pt", KEY: text_of(description)}  # transformers asks for the first
     with replaced_folder(path) as folder:
         write_tensors(folder / WEIGHTS, tensors, metadata)
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -188,7 +186,7 @@ def _write_folder(model: SamForSegmentation, description: Description, path: Pat
 def _write_state_dict(model: SamForSegmentation, description: Description, path: Path) -> None:
     _check_layers(model, description)
     state = sam_state_dict(model.state_dict(), model.left_out, description.model)
-    write_tensors(path, state, {KEY: description.to_json()})
+    write_tensors(path, state, {KEY: text_of(description)})
 
 
 def _check_layers(model: SamForSegmentation, description: Description) -> None:
@@ -216,8 +214,13 @@ def _traced(module: nn.Module, size: int) -> torch.export.ExportedProgram:
 def _write_onnx(
     program: torch.export.ExportedProgram, description: Description, path: Path
 ) -> None:
-    if find_spec("onnxscript") is None:  # torch.onnx.export needs this optional package
-        raise UserError("exporting to ONNX needs onnxscript; run pip install 'naslora[export]'")
+    try:  # optional packages
+        import onnx
+        import onnxscript  # noqa: F401  # which torch.onnx.export needs
+    except ImportError as error:
+        raise UserError(
+            "exporting to ONNX needs onnxscript; run pip install 'naslora[export]'"
+        ) from error
     with _quiet():
         converted = torch.onnx.export(
             program,
@@ -226,14 +229,17 @@ def _write_onnx(
             output_names=_outputs(program, description.part),
         )
     assert converted is not None  # it is None without dynamo only
-    converted.model.metadata_props[KEY] = description.to_json()
+    converted.model.metadata_props[KEY] = text_of(description)
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-    if size > MOST_BYTES:
-        _write_two_files(converted, path)
-        return
-    with replaced_file(path) as temporary:
-        converted.save(temporary, external_data=False)
-        _add_checksum(temporary, path.name)
+    # NAME.onnx contains the name of NAME.onnx.data, so both get their names in another folder.
+    with replaced_file(path) as temporary, TemporaryDirectory(dir=path.parent) as folder:
+        graph, data = Path(folder, path.name), Path(folder, f"{path.name}.data")
+        converted.save(graph, external_data=size > MOST_BYTES)
+        model = onnx.load(graph, load_external_data=False)
+        model.metadata_props.add(key=CHECKSUM, value=_checksum(model, data))
+        onnx.save(model, temporary)
+        if data.exists():
+            os.replace(data, path.with_name(data.name))
 
 
 def _outputs(program: torch.export.ExportedProgram, part: Part) -> list[str]:
@@ -242,34 +248,6 @@ def _outputs(program: torch.export.ExportedProgram, part: Part) -> list[str]:
         return ["scores"]
     further = range(1, len(program.graph_signature.user_outputs))
     return ["embedding", *(f"features_{i}" for i in further)]
-
-
-def _write_two_files(converted: Any, path: Path) -> None:
-    """Writes NAME.onnx and NAME.onnx.data. An error removes both.
-
-    Not atomic: NAME.onnx contains the name of NAME.onnx.data, so neither can be renamed.
-    """
-    data = path.with_name(f"{path.name}.data")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # known by this file, a killed export leaves no model
-    try:
-        converted.save(path, external_data=True)
-        _add_checksum(path, path.name)
-    except Exception as error:  # the writers of the format raise exceptions of many types
-        path.unlink(missing_ok=True)
-        data.unlink(missing_ok=True)
-        reason = disk_error(error)
-        if reason is None:
-            raise
-        raise UserError(f"{path} cannot be written: {reason}") from error
-
-
-def _add_checksum(path: Path, name: str) -> None:
-    import onnx  # an optional package
-
-    model = onnx.load(path, load_external_data=False)
-    model.metadata_props.add(key=CHECKSUM, value=_checksum(model, path.with_name(f"{name}.data")))
-    onnx.save(model, path)
 
 
 def _checksum(model: Any, data: Path) -> str:
@@ -292,7 +270,7 @@ def _write_program(
 ) -> None:
     buffer = io.BytesIO()  # torch.export.save refuses the temporary file's suffix
     with _quiet():
-        torch.export.save(program, buffer, extra_files={KEY: description.to_json()})
+        torch.export.save(program, buffer, extra_files={KEY: text_of(description)})
     with replaced_file(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
@@ -381,18 +359,18 @@ def _load_onnx(path: Path) -> tuple[ClassMap, Description]:
         (result,) = session.run(None, {"images": np.ascontiguousarray(images.numpy())})
         return torch.from_numpy(result)
 
-    return class_map, Description.from_json(metadata.get(KEY))
+    return class_map, read_description(metadata.get(KEY))
 
 
 def _load_program(path: Path) -> tuple[ClassMap, Description]:
     extra = {KEY: ""}
     check_archive(path)
     program = torch.export.load(path, extra_files=extra)
-    return program.module(), Description.from_json(extra[KEY])
+    return program.module(), read_description(extra[KEY])
 
 
 def _load_state_dict(path: Path) -> tuple[ClassMap, Description]:
-    description = Description.from_json(read_metadata(path).get(KEY))
+    description = read_description(read_metadata(path).get(KEY))
     if description.num_classes > 1:
         raise UserError(
             f"{path} is a SAM state dict, and SAM has no classification branch for "

@@ -1,13 +1,13 @@
 """What naslora knows of a family of SAMs: the contract of the files in ``families/``."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from naslora.sam.decoder import SegmentationDecoder
-from naslora.sam.naming import HuggingFace, Naming, Tensors
+from naslora.sam.naming import HuggingFace, Naming
 
 PATCH_SIZE = 16
 """Side in pixels of the image patch of one token of the image embedding, for every encoder."""
@@ -29,10 +29,10 @@ class Family:
     """Maps a model's name and the image size S to an encoder with random weights."""
     build_decoder: Callable[[str, int, int], SegmentationDecoder]
     """Maps a model's name, the number of classes and the number of mask tokens to a decoder."""
-    official: Naming
+    has_marks: Callable[[Collection[str]], bool]
+    """Whether a checkpoint with tensors of these names may be the family's, if the encoder fits."""
+    official: Naming = field(default_factory=Naming)
     """The names in the official checkpoints."""
-    matches: Callable[[str, Tensors], bool]
-    """Whether a checkpoint, under our names, was made for the model of a name."""
     huggingface: HuggingFace | None = None
     """How the transformers library stores it; None if it does not know it."""
     multiple: int = PATCH_SIZE
@@ -42,26 +42,3 @@ class Family:
     elsewhere: str | None = None
     """A regular expression for the starts of official names that our models lack, but the original
     code needs."""
-
-
-def width_of(tensors: Tensors, positions: str, axis: int) -> int | None:
-    """The channels of a checkpoint's position embedding of 4 axes; None if it has none.
-
-    Args:
-        tensors: the checkpoint, under our names.
-        positions: the embedding's name.
-        axis: the axis of its channels.
-    """
-    found = tensors.get(positions)
-    return found.shape[axis] if found is not None and found.dim() == 4 else None
-
-
-def depth_of(tensors: Tensors, blocks: str) -> int:
-    """The number of transformer blocks in a checkpoint.
-
-    Args:
-        tensors: the checkpoint, under our names.
-        blocks: the start of the blocks' names, such as ``image_encoder.blocks.``.
-    """
-    found = {name[len(blocks) :].split(".")[0] for name in tensors if name.startswith(blocks)}
-    return len(found)

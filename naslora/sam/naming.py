@@ -1,5 +1,6 @@
 """Names of tensors: a model's own, those of its original code, and those of Hugging Face."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,112 +10,91 @@ import torch
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
+Pairs = tuple[tuple[str, str], ...]
+"""Our parts of names and theirs."""
 
 
 @dataclass(frozen=True)
 class Naming:
     """Converts between our names and somebody else's. Names that neither knows stay as they are."""
 
-    ours: Callable[[str], str]
-    """Our name for one of theirs."""
-    theirs: Callable[[str], str]
-    """Their name for one of ours."""
+    starts: Pairs = ()
+    """Starts of names; ``{}`` stands for any text without a dot. The first pair that fits a name
+    replaces its start."""
+    ends: Pairs = ()
+    """Ends of names."""
 
+    def ours(self, name: str) -> str:
+        """Our name for one of theirs."""
+        return self._replaced(name, 1, 0)
 
-def same_names() -> Naming:
-    """The naming of code whose names we keep."""
-    return Naming(str, str)
+    def theirs(self, name: str) -> str:
+        """Their name for one of ours."""
+        return self._replaced(name, 0, 1)
 
-
-def by_prefix(*pairs: tuple[str, str]) -> Naming:
-    """A naming by the starts of names.
-
-    Args:
-        pairs: our start and theirs; ``{}`` stands for any text without a dot. The first pair that
-            fits a name replaces its start.
-    """
-    return Naming(
-        ours=_replacing([(theirs, ours) for ours, theirs in pairs]), theirs=_replacing(pairs)
-    )
-
-
-def _replacing(pairs: Any) -> Callable[[str], str]:
-    compiled = [(_pattern(old), new) for old, new in pairs]
-
-    def replaced(name: str) -> str:
-        for pattern, new in compiled:
-            match = pattern.match(name)
-            if match is not None:
-                return new.format(*match.groups()) + name[match.end() :]
+    def _replaced(self, name: str, old: int, new: int) -> str:
+        for pair in self.starts:
+            if match := _pattern(pair[old]).match(name):
+                name = pair[new].format(*match.groups()) + name[match.end() :]
+                break
+        for pair in self.ends:
+            if name.endswith(pair[old]):
+                name = name.removesuffix(pair[old]) + pair[new]
         return name
 
-    return replaced
 
-
+@functools.cache
 def _pattern(template: str) -> re.Pattern[str]:
     return re.compile("([^.]+)".join(re.escape(part) for part in template.split("{}")))
 
 
-def mlp_names(ours: str, theirs: str) -> tuple[tuple[str, str], ...]:
-    """The pairs of a three-layer MLP of segment_anything and of Hugging Face."""
-    parts = ("proj_in.", "layers.0.", "proj_out.")
-    return tuple((f"{ours}layers.{i}.", f"{theirs}{part}") for i, part in enumerate(parts))
-
-
-def part_names(ours: str, theirs: Mapping[int, str]) -> tuple[tuple[str, str], ...]:
+def parts(ours: str, theirs: str, names: Mapping[int, str]) -> Pairs:
     """The pairs of a numbered sequence whose parts have names at Hugging Face."""
-    return tuple((f"{ours}{i}.", name) for i, name in theirs.items())
+    return tuple((f"{ours}{i}.", f"{theirs}{name}.") for i, name in names.items())
+
+
+def mlp(ours: str, theirs: str) -> Pairs:
+    """The pairs of a three-layer MLP."""
+    return parts(f"{ours}layers.", theirs, {0: "proj_in", 1: "layers.0", 2: "proj_out"})
 
 
 POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
-PROMPTS_AND_DECODER = (
-    (POSITIONS, "shared_image_embedding.positional_embedding"),
-    (POSITIONS, "prompt_encoder.shared_embedding.positional_embedding"),
+POSITIONS_TWICE = (
+    "shared_image_embedding.positional_embedding",
+    "prompt_encoder.shared_embedding.positional_embedding",
+)
+"""Hugging Face stores the positional encoding twice."""
+_LAYERS, _HYPER = "mask_decoder.transformer.layers.{}.", "mask_decoder.output_hypernetworks_mlps"
+PROMPTS_AND_DECODER: Pairs = (
+    *((POSITIONS, name) for name in POSITIONS_TWICE),
     ("prompt_encoder.point_embeddings.", "prompt_encoder.point_embed."),
-    *part_names(
+    *parts(
         "prompt_encoder.mask_downscaling.",
-        {
-            0: "prompt_encoder.mask_embed.conv1.",
-            1: "prompt_encoder.mask_embed.layer_norm1.",
-            3: "prompt_encoder.mask_embed.conv2.",
-            4: "prompt_encoder.mask_embed.layer_norm2.",
-            6: "prompt_encoder.mask_embed.conv3.",
-        },
+        "prompt_encoder.mask_embed.",
+        {0: "conv1", 1: "layer_norm1", 3: "conv2", 4: "layer_norm2", 6: "conv3"},
     ),
-    (
-        "mask_decoder.transformer.layers.{}.norm{}.",
-        "mask_decoder.transformer.layers.{}.layer_norm{}.",
-    ),
+    (f"{_LAYERS}norm{{}}.", f"{_LAYERS}layer_norm{{}}."),
     (
         "mask_decoder.transformer.norm_final_attn.",
         "mask_decoder.transformer.layer_norm_final_attn.",
     ),
-    *part_names(
+    *parts(
         "mask_decoder.output_upscaling.",
-        {
-            0: "mask_decoder.upscale_conv1.",
-            1: "mask_decoder.upscale_layer_norm.",
-            3: "mask_decoder.upscale_conv2.",
-        },
+        "mask_decoder.upscale_",
+        {0: "conv1", 1: "layer_norm", 3: "conv2"},
     ),
-    *mlp_names("mask_decoder.iou_prediction_head.", "mask_decoder.iou_prediction_head."),
-    *mlp_names(
-        "mask_decoder.output_hypernetworks_mlps.{}.", "mask_decoder.output_hypernetworks_mlps.{}."
-    ),
+    *mlp("mask_decoder.iou_prediction_head.", "mask_decoder.iou_prediction_head."),
+    *mlp(f"{_HYPER}.{{}}.", f"{_HYPER}.{{}}."),
 )
 """What all SAMs of Hugging Face have in common."""
-PLAIN_VIT = (
+PLAIN_VIT: Pairs = (
     ("image_encoder.patch_embed.proj.", "vision_encoder.patch_embed.projection."),
     ("image_encoder.blocks.{}.norm{}.", "vision_encoder.layers.{}.layer_norm{}."),
     ("image_encoder.blocks.", "vision_encoder.layers."),
-    *part_names(
+    *parts(
         "image_encoder.neck.",
-        {
-            0: "vision_encoder.neck.conv1.",
-            1: "vision_encoder.neck.layer_norm1.",
-            2: "vision_encoder.neck.conv2.",
-            3: "vision_encoder.neck.layer_norm2.",
-        },
+        "vision_encoder.neck.",
+        {0: "conv1", 1: "layer_norm1", 2: "conv2", 3: "layer_norm2"},
     ),
     ("image_encoder.", "vision_encoder."),
 )
@@ -127,26 +107,24 @@ class HuggingFace:
 
     architecture: str
     """The class that loads it, such as SamModel."""
-    kinds: tuple[str, ...]
-    """The values of ``model_type`` in config.json; we write the first one."""
+    kind: str
+    """``model_type`` in config.json."""
     naming: Naming
     config: Callable[[str, int], dict[str, Any]]
     """Maps the name of a model and its image size to config.json, without the two above."""
-    copies: Mapping[str, str] = field(default_factory=dict)
-    """Their names of tensors that are stored twice, by the name of the first."""
     stacked: Mapping[str, str] = field(default_factory=dict)
     """Their names of tensors whose rows are tensors of ours, with our names; ``{}`` is the row."""
     foreign: str = r"(?!)"
-    """A regular expression for the starts of their names that their ``architecture`` lacks."""
+    """A regular expression for the starts of names that their ``architecture`` lacks."""
 
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Tensors under our names."""
+        """Tensors under our names, without those that their architecture lacks."""
         found = {}
         for name, tensor in tensors.items():
             if name in self.stacked and tensor.dim() > 1:
                 rows = {self.stacked[name].format(i): row[None] for i, row in enumerate(tensor)}
                 found.update(rows)
-            else:
+            elif not re.match(self.foreign, name):
                 found[self.naming.ours(name)] = tensor
         return found
 
@@ -157,5 +135,6 @@ class HuggingFace:
             rows = [left.pop(key) for key in sorted(left) if _pattern(ours).fullmatch(key)]
             found[name] = torch.cat(rows)
         found |= {self.naming.theirs(name): tensor for name, tensor in left.items()}
-        found |= {copy: found[name].clone() for name, copy in self.copies.items()}
+        first, copy = POSITIONS_TWICE
+        found[copy] = found[first].clone()
         return {k: v for k, v in found.items() if not re.match(self.foreign, k)}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from naslora.errors import UserError
 from naslora.files import read_json
-from naslora.sam.export import Description, load_class_map
+from naslora.sam.export import Description, load_class_map, text_of
 from naslora.sam.segmentation import predict_labels
 from naslora.trained import load_model
 
@@ -106,7 +106,7 @@ model (float[N, 3, H, W] images) => (float[N, 1, H, W] scores) <float[1] w = {0}
     scores = ReduceMax<axes=[1], keepdims=1>(moved)
 }
 """
-OURS = json.loads(Description("vit_t", 32, 1, ("foreground",)).to_json())
+OURS = json.loads(text_of(Description("vit_t", 32, 1, ("foreground",))))
 FOREIGN_GRAPHS = [
     ("w = {0}", "w = {1}", None),
     ("images", "x", "cannot segment an image: Required inputs (['x']) are missing"),

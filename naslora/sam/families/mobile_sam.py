@@ -1,7 +1,6 @@
 """MobileSAM: TinyViT-5M, built from timm, with SAM's neck."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from segment_anything.modeling.common import LayerNorm2d
 from timm.models.tiny_vit import tiny_vit_5m_224
@@ -45,65 +44,23 @@ class TinyViTEncoder(nn.Module):
             yield from stage.get_submodule("blocks").children()
 
 
-# ---- MobileSAM's names ---------------------------------------------------------------------------
-
-_Renaming = list[tuple[str, str | Callable[[re.Match[str]], str]]]
-
-_TO_TIMM: _Renaming = [
-    (r"patch_embed\.seq\.0\.", "patch_embed.conv1."),
-    (r"patch_embed\.seq\.2\.", "patch_embed.conv2."),
-    # MobileSAM reduces the resolution at the end of a stage, timm at the start of the next one.
-    (
-        r"layers\.(\d)\.downsample\.",
-        lambda match: f"stages.{int(match.group(1)) + 1}.downsample.",
+# MobileSAM reduces the resolution at the end of a stage, timm at the start of the next one.
+_NEXT = ("image_encoder.stages.{}.downsample.", "image_encoder.layers.{}.downsample.")
+NAMING = Naming(
+    starts=(
+        ("image_encoder.patch_embed.conv1.", "image_encoder.patch_embed.seq.0."),
+        ("image_encoder.patch_embed.conv2.", "image_encoder.patch_embed.seq.2."),
+        *((_NEXT[0].format(stage), _NEXT[1].format(stage - 1)) for stage in (1, 2, 3)),
+        ("image_encoder.stages.", "image_encoder.layers."),
     ),
-    (r"layers\.(\d)\.", r"stages.\1."),
-    (r"\.c\.weight$", ".conv.weight"),
-]
-
-_TO_MOBILE_SAM: _Renaming = [
-    (r"^patch_embed\.conv1\.", "patch_embed.seq.0."),
-    (r"^patch_embed\.conv2\.", "patch_embed.seq.2."),
-    (
-        r"^stages\.(\d)\.downsample\.",
-        lambda match: f"layers.{int(match.group(1)) - 1}.downsample.",
-    ),
-    (r"^stages\.(\d)\.", r"layers.\1."),
-    (r"\.conv\.weight$", ".c.weight"),
-]
-
-
-def timm_name(key: str) -> str:
-    """Converts a parameter name of MobileSAM to the name that timm's TinyViT uses."""
-    return _renamed(key, _TO_TIMM)
-
-
-def mobile_sam_name(key: str) -> str:
-    """Inverts ``timm_name``."""
-    return _renamed(key, _TO_MOBILE_SAM)
-
-
-def _renamed(key: str, renaming: _Renaming) -> str:
-    prefix, dot, rest = key.partition(".")
-    if prefix != "image_encoder":
-        return key
-    for pattern, replacement in renaming:
-        rest = re.sub(pattern, replacement, rest)
-    return prefix + dot + rest
-
-
-NAMING = Naming(timm_name, mobile_sam_name)
+    ends=((".conv.weight", ".c.weight"),),
+)
 """MobileSAM's names of the encoder; the other parts have SAM's."""
-IN_ENCODER = "image_encoder.stages.1.blocks.0.attn.qkv.weight"
-"""A tensor that every TinyViT has, under our names."""
-
 FAMILY = Family(
     title="MobileSAM",
     models={"mobile_sam": None},
     build_encoder=lambda name, image_size: TinyViTEncoder(),
     build_decoder=lambda name, classes, tokens: SegmentationDecoder(classes, tokens),
     official=NAMING,
-    matches=lambda name, tensors: (
-        IN_ENCODER in tensors and not any(token in tensors for token in HQ_TOKENS)
-    ),
+    has_marks=HQ_TOKENS.isdisjoint,
 )

@@ -7,25 +7,12 @@ from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 from naslora.sam.decoder import EMBED_DIM, SegmentationDecoder
-from naslora.sam.family import PATCH_SIZE, Family, depth_of, width_of
-from naslora.sam.naming import (
-    PLAIN_VIT,
-    PROMPTS_AND_DECODER,
-    HuggingFace,
-    Tensors,
-    by_prefix,
-    same_names,
-)
+from naslora.sam.family import PATCH_SIZE, Family
+from naslora.sam.naming import PLAIN_VIT, PROMPTS_AND_DECODER, HuggingFace, Naming
 from naslora.sam.vits import VITS, ViT
 
-HQ_TOKENS = ("mask_decoder.hf_token.weight", "mask_decoder.hq_token.weight")
+HQ_TOKENS = frozenset({"mask_decoder.hf_token.weight", "mask_decoder.hq_token.weight"})
 """What SAM-HQ has beside SAM: the official name, and Hugging Face's."""
-COPIES = {
-    "shared_image_embedding.positional_embedding": (
-        "prompt_encoder.shared_embedding.positional_embedding"
-    )
-}
-"""Hugging Face stores the positional encoding twice."""
 
 
 def build_vit(
@@ -57,12 +44,6 @@ def build_vit(
     return encoder
 
 
-def vit_matches(size: ViT, tensors: Tensors) -> bool:
-    """Whether a checkpoint has a plain ViT of a size."""
-    width = width_of(tensors, "image_encoder.pos_embed", 3)
-    return (width, depth_of(tensors, "image_encoder.blocks.")) == (size.width, size.depth)
-
-
 def vit_config(kind: str, size: ViT, image_size: int) -> dict[str, Any]:
     """Hugging Face's configuration of a SAM with a plain ViT.
 
@@ -88,15 +69,11 @@ FAMILY = Family(
     models=VITS,
     build_encoder=lambda name, image_size: build_vit(VITS[name], image_size),
     build_decoder=lambda name, classes, tokens: SegmentationDecoder(classes, tokens),
-    official=same_names(),
-    matches=lambda name, tensors: (
-        vit_matches(VITS[name], tensors) and not any(token in tensors for token in HQ_TOKENS)
-    ),
+    has_marks=HQ_TOKENS.isdisjoint,
     huggingface=HuggingFace(
         architecture="SamModel",
-        kinds=("sam",),
-        naming=by_prefix(*PROMPTS_AND_DECODER, *PLAIN_VIT),
+        kind="sam",
+        naming=Naming((*PROMPTS_AND_DECODER, *PLAIN_VIT)),
         config=lambda name, image_size: vit_config("sam", VITS[name], image_size),
-        copies=COPIES,
     ),
 )

@@ -4,7 +4,7 @@ The two have the same encoder and decoder and differ in their weights. Their mem
 mask from frame to frame of a video, is left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +13,8 @@ from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor, nn
 
 from naslora.sam.decoder import EMBED_DIM, Sam2Decoder
-from naslora.sam.families.sam import COPIES
-from naslora.sam.family import Family, depth_of, width_of
-from naslora.sam.naming import (
-    PROMPTS_AND_DECODER,
-    HuggingFace,
-    Tensors,
-    by_prefix,
-    mlp_names,
-)
+from naslora.sam.family import Family
+from naslora.sam.naming import PROMPTS_AND_DECODER, HuggingFace, Naming, mlp
 
 
 class Hiera(NamedTuple):
@@ -148,74 +141,62 @@ def _config(name: str, image_size: int) -> dict[str, Any]:
     return {"vision_config": vision, "prompt_encoder_config": {"image_size": image_size}}
 
 
-OFFICIAL = by_prefix(
-    ("prompt_encoder.", "sam_prompt_encoder."),
-    (
-        "mask_decoder.transformer.layers.{}.mlp.lin1.",
-        "sam_mask_decoder.transformer.layers.{}.mlp.layers.0.",
-    ),
-    (
-        "mask_decoder.transformer.layers.{}.mlp.lin2.",
-        "sam_mask_decoder.transformer.layers.{}.mlp.layers.1.",
-    ),
-    ("mask_decoder.", "sam_mask_decoder."),
-    ("image_encoder.no_mem_embed", "no_mem_embed"),
-    ("image_encoder.trunk.blocks.{}.mlp.fc1.", "image_encoder.trunk.blocks.{}.mlp.layers.0."),
-    ("image_encoder.trunk.blocks.{}.mlp.fc2.", "image_encoder.trunk.blocks.{}.mlp.layers.1."),
-    ("image_encoder.neck.convs.{}.", "image_encoder.neck.convs.{}.conv."),
-)
 _BLOCK, _BLOCK_HF = "image_encoder.trunk.blocks.{}.", "vision_encoder.backbone.blocks.{}."
-_LAYER = "mask_decoder.transformer.layers.{}."
+_LAYER, _FINAL = "transformer.layers.{}.", "mask_decoder.transformer.final_attn_token_to_image."
+OFFICIAL = Naming(
+    (
+        ("prompt_encoder.", "sam_prompt_encoder."),
+        (f"mask_decoder.{_LAYER}mlp.lin1.", f"sam_mask_decoder.{_LAYER}mlp.layers.0."),
+        (f"mask_decoder.{_LAYER}mlp.lin2.", f"sam_mask_decoder.{_LAYER}mlp.layers.1."),
+        ("mask_decoder.", "sam_mask_decoder."),
+        ("image_encoder.no_mem_embed", "no_mem_embed"),
+        (f"{_BLOCK}mlp.fc1.", f"{_BLOCK}mlp.layers.0."),
+        (f"{_BLOCK}mlp.fc2.", f"{_BLOCK}mlp.layers.1."),
+        ("image_encoder.neck.convs.{}.", "image_encoder.neck.convs.{}.conv."),
+    )
+)
 HUGGINGFACE = HuggingFace(
     architecture="Sam2Model",
-    kinds=("sam2", "sam2_video"),
-    naming=by_prefix(
-        ("image_encoder.no_mem_embed", "no_memory_embedding"),
+    kind="sam2",
+    naming=Naming(
         (
-            "image_encoder.trunk.patch_embed.proj.",
-            "vision_encoder.backbone.patch_embed.projection.",
-        ),
-        (f"{_BLOCK}norm{{}}.", f"{_BLOCK_HF}layer_norm{{}}."),
-        (f"{_BLOCK}mlp.fc1.", f"{_BLOCK_HF}mlp.proj_in."),
-        (f"{_BLOCK}mlp.fc2.", f"{_BLOCK_HF}mlp.proj_out."),
-        ("image_encoder.trunk.", "vision_encoder.backbone."),
-        ("image_encoder.", "vision_encoder."),
-        (f"{_LAYER}mlp.lin1.", f"{_LAYER}mlp.proj_in."),
-        (f"{_LAYER}mlp.lin2.", f"{_LAYER}mlp.proj_out."),
-        (f"{_LAYER}{{}}.out_proj.", f"{_LAYER}{{}}.o_proj."),
-        (
-            "mask_decoder.transformer.final_attn_token_to_image.out_proj.",
-            "mask_decoder.transformer.final_attn_token_to_image.o_proj.",
-        ),
-        *mlp_names("mask_decoder.pred_obj_score_head.", "mask_decoder.pred_obj_score_head."),
-        *PROMPTS_AND_DECODER,
+            ("image_encoder.no_mem_embed", "no_memory_embedding"),
+            (
+                "image_encoder.trunk.patch_embed.proj.",
+                "vision_encoder.backbone.patch_embed.projection.",
+            ),
+            (f"{_BLOCK}norm{{}}.", f"{_BLOCK_HF}layer_norm{{}}."),
+            (f"{_BLOCK}mlp.fc1.", f"{_BLOCK_HF}mlp.proj_in."),
+            (f"{_BLOCK}mlp.fc2.", f"{_BLOCK_HF}mlp.proj_out."),
+            ("image_encoder.trunk.", "vision_encoder.backbone."),
+            ("image_encoder.", "vision_encoder."),
+            (f"mask_decoder.{_LAYER}mlp.lin1.", f"mask_decoder.{_LAYER}mlp.proj_in."),
+            (f"mask_decoder.{_LAYER}mlp.lin2.", f"mask_decoder.{_LAYER}mlp.proj_out."),
+            (f"mask_decoder.{_LAYER}{{}}.out_proj.", f"mask_decoder.{_LAYER}{{}}.o_proj."),
+            (f"{_FINAL}out_proj.", f"{_FINAL}o_proj."),
+            *mlp("mask_decoder.pred_obj_score_head.", "mask_decoder.pred_obj_score_head."),
+            *PROMPTS_AND_DECODER,
+        )
     ),
     config=_config,
-    copies=COPIES,
     stacked={"prompt_encoder.point_embed.weight": "prompt_encoder.point_embeddings.{}.weight"},
     foreign=f"{MEMORY_HF}|{MEMORY}",
 )
 
 
 def _family(title: str, models: dict[str, Hiera], newer: bool) -> Family:
-    def matches(name: str, tensors: Tensors) -> bool:
-        size, width = models[name], width_of(tensors, "image_encoder.trunk.pos_embed", 1)
-        if (width, depth_of(tensors, "image_encoder.trunk.blocks.")) != (
-            size.width,
-            sum(size.stages),
-        ):
-            return False
-        if "obj_ptr_proj.layers.0.weight" not in tensors and "no_object_pointer" not in tensors:
+    def has_marks(names: Collection[str]) -> bool:
+        if "obj_ptr_proj.layers.0.weight" not in names and "no_object_pointer" not in names:
             return True  # nothing is left of the memory, by which the two differ
-        return newer == any(key in tensors for key in ONLY_IN_21)
+        return newer == any(name in names for name in ONLY_IN_21)
 
     return Family(
         title=title,
         models=models,
         build_encoder=lambda name, image_size: HieraEncoder(models[name]),
         build_decoder=lambda name, classes, tokens: Sam2Decoder(classes, tokens),
+        has_marks=has_marks,
         official=OFFICIAL,
-        matches=matches,
         huggingface=HUGGINGFACE,
         multiple=32,  # the last stage has a token for 32 x 32 pixels, the first windows of 8 x 8
         fuses=False,

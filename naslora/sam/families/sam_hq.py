@@ -1,33 +1,18 @@
 """SAM-HQ: SAM, or MobileSAM, with one more mask token and finer maps in the decoder."""
 
+from collections.abc import Collection
+
 from segment_anything.modeling import ImageEncoderViT
-from torch import Tensor, nn
+from torch import Tensor
 
 from naslora.sam.decoder import HQDecoder
 from naslora.sam.families import mobile_sam
-from naslora.sam.families.sam import (
-    COPIES,
-    HQ_TOKENS,
-    VITS,
-    ViT,
-    build_vit,
-    vit_config,
-    vit_matches,
-)
+from naslora.sam.families.sam import HQ_TOKENS, build_vit, vit_config
 from naslora.sam.family import Family
-from naslora.sam.naming import (
-    PLAIN_VIT,
-    PROMPTS_AND_DECODER,
-    HuggingFace,
-    Tensors,
-    by_prefix,
-    mlp_names,
-    part_names,
-    same_names,
-)
+from naslora.sam.naming import PLAIN_VIT, PROMPTS_AND_DECODER, HuggingFace, Naming, mlp, parts
+from naslora.sam.vits import VITS, ViT
 
 SIZES: dict[str, ViT] = {f"sam_hq_{size}": VITS[f"vit_{size}"] for size in "blh"}
-TOKEN = HQ_TOKENS[0]
 
 
 class HQViT(ImageEncoderViT):
@@ -67,62 +52,38 @@ class HQTinyViT(mobile_sam.TinyViTEncoder):
         return self.neck(x), early
 
 
-def build_hq_vit(name: str, image_size: int) -> nn.Module:
-    """Builds the encoder of a model of SAM-HQ with random weights."""
-    return build_vit(SIZES[name], image_size, HQViT)
-
-
-def _matches(name: str, tensors: Tensors) -> bool:
-    return TOKEN in tensors and vit_matches(SIZES[name], tensors)
-
-
+_CONVOLUTIONS = {0: "conv1", 1: "norm", 3: "conv2"}
 HUGGINGFACE = HuggingFace(
     architecture="SamHQModel",
-    kinds=("sam_hq",),
-    naming=by_prefix(
-        ("mask_decoder.hf_token.", "mask_decoder.hq_token."),
-        *mlp_names("mask_decoder.hf_mlp.", "mask_decoder.hq_mask_mlp."),
-        *part_names(
-            "mask_decoder.compress_vit_feat.",
-            {
-                0: "mask_decoder.compress_vit_conv1.",
-                1: "mask_decoder.compress_vit_norm.",
-                3: "mask_decoder.compress_vit_conv2.",
-            },
-        ),
-        *part_names(
-            "mask_decoder.embedding_encoder.",
-            {
-                0: "mask_decoder.encoder_conv1.",
-                1: "mask_decoder.encoder_norm.",
-                3: "mask_decoder.encoder_conv2.",
-            },
-        ),
-        *part_names(
-            "mask_decoder.embedding_maskfeature.",
-            {
-                0: "mask_decoder.mask_conv1.",
-                1: "mask_decoder.mask_norm.",
-                3: "mask_decoder.mask_conv2.",
-            },
-        ),
-        *PROMPTS_AND_DECODER,
-        *PLAIN_VIT,
+    kind="sam_hq",
+    naming=Naming(
+        (
+            ("mask_decoder.hf_token.", "mask_decoder.hq_token."),
+            *mlp("mask_decoder.hf_mlp.", "mask_decoder.hq_mask_mlp."),
+            *parts("mask_decoder.compress_vit_feat.", "mask_decoder.compress_vit_", _CONVOLUTIONS),
+            *parts("mask_decoder.embedding_encoder.", "mask_decoder.encoder_", _CONVOLUTIONS),
+            *parts("mask_decoder.embedding_maskfeature.", "mask_decoder.mask_", _CONVOLUTIONS),
+            *PROMPTS_AND_DECODER,
+            *PLAIN_VIT,
+        )
     ),
     config=lambda name, image_size: {
         **vit_config("sam_hq", SIZES[name], image_size),
         "mask_decoder_config": {"vit_dim": SIZES[name].width},
     },
-    copies=COPIES,
 )
+
+
+def _has_token(names: Collection[str]) -> bool:
+    return not HQ_TOKENS.isdisjoint(names)
+
 
 FAMILY = Family(
     title="SAM-HQ",
     models=SIZES,
-    build_encoder=build_hq_vit,
+    build_encoder=lambda name, image_size: build_vit(SIZES[name], image_size, HQViT),
     build_decoder=lambda name, classes, tokens: HQDecoder(classes, tokens, SIZES[name].width),
-    official=same_names(),
-    matches=_matches,
+    has_marks=_has_token,
     huggingface=HUGGINGFACE,
 )
 LIGHT = Family(
@@ -130,6 +91,6 @@ LIGHT = Family(
     models={"sam_hq_tiny": None},
     build_encoder=lambda name, image_size: HQTinyViT(),
     build_decoder=lambda name, classes, tokens: HQDecoder(classes, tokens, HQTinyViT.WIDTH),
+    has_marks=_has_token,
     official=mobile_sam.NAMING,
-    matches=lambda name, tensors: TOKEN in tensors and mobile_sam.IN_ENCODER in tensors,
 )
