@@ -309,13 +309,18 @@ def predict(
         bool,
         tyro.conf.arg(help="Load a .pt2 file, although it can run any code on this machine."),
     ] = False,
+    overwrite: Annotated[
+        bool, tyro.conf.arg(help="Replace masks and overlays that exist.")
+    ] = False,
 ) -> None:
     """Segment images; write a mask and an overlay for each."""
     from naslora import prediction
 
     errors: list[UserError] = []
     on_error = errors.append if skip_errors else None
-    written = prediction.predict_run(path, inputs, output, on_error, tiles, overlap, trust)
+    written = prediction.predict_run(
+        path, inputs, output, on_error, tiles, overlap, trust, overwrite
+    )
     print(f"wrote {len(written)} masks and overlays to {output}")
     for error in errors:
         print(f"naslora: skipped: {one_line(str(error))}", file=sys.stderr)

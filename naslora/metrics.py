@@ -211,18 +211,16 @@ METRICS: dict[str, Metric] = {
 
 
 def check_metrics(names: Sequence[str], num_classes: int) -> None:
-    """Checks that metrics exist and are defined for a number of classes.
+    """Checks that metrics are defined for a number of classes.
 
     Args:
         names: names of ``METRICS``.
         num_classes: 1 if binary, else K.
 
     Raises:
-        UserError: a metric is unknown or is defined for binary masks only.
+        UserError: a metric is defined for binary masks only.
     """
     for name in names:
-        if name not in METRICS:
-            raise UserError(f"metrics must be among {', '.join(METRICS)}, got {name!r}")
         if METRICS[name].binary and num_classes > 1:
             raise UserError(f"metric {name!r} is defined for binary masks only")
 
@@ -263,14 +261,14 @@ def summarise(
     }
     if metrics:
         names = ["background", *class_names]
-        summary["metrics"] = {name: _value(METRICS[name].of(scores), names) for name in metrics}
+        values = {name: METRICS[name].of(scores) for name in metrics}
+        summary["metrics"] = {
+            name: dict(zip(names, map(_number, value), strict=True))
+            if value.dim()
+            else _number(value)
+            for name, value in values.items()
+        }
     return summary
-
-
-def _value(values: Tensor, class_names: Sequence[str]) -> float | dict[str, float | None] | None:
-    if values.dim() == 0:
-        return _number(values)
-    return dict(zip(class_names, map(_number, values), strict=True))
 
 
 def _number(value: Tensor) -> float | None:

@@ -25,7 +25,7 @@ from naslora.data.tiles import SMALLEST, Grid, Tiles, check_tiles, fit_tiles
 from naslora.errors import UserError
 from naslora.files import reading, replaced_file
 from naslora.locks import locked
-from naslora.report.pictures import paint_bands
+from naslora.report.pictures import class_colour, paint_bands
 from naslora.sam.export import ClassMap, load_class_map
 from naslora.sam.segmentation import labels_of
 from naslora.sam.shipped import NONE
@@ -64,13 +64,14 @@ def predict_run(
     tiles: TileSize | None = None,
     overlap: float = OVERLAP,
     trust: bool = False,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Segments images: writes a mask and an overlay for each, at the image's own size.
 
-    Binary masks are 0/255, others class indices. Images are read one after another, so that the
-    memory depends on the largest of them only: 1 byte a pixel for the mask, and what Pillow needs,
-    unless a TIFF file is read row by row. With tiles the class maps of as many rows as a tile has
-    are in memory as well.
+    Binary masks are 0/255, others class indices, which a palette shows in colours. Images are read
+    one after another, so that the memory depends on the largest of them only: 1 byte a pixel for
+    the mask, and what Pillow needs, unless a TIFF file is read row by row. With tiles the class
+    maps of as many rows as a tile has are in memory as well.
 
     Args:
         path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
@@ -86,17 +87,18 @@ def predict_run(
             that fits into one tile has the same mask with and without tiles.
         overlap: share of a tile that neighbours have in common, in [0, 0.5].
         trust: as in ``load_class_map``.
+        overwrite: whether masks and overlays that exist are replaced.
 
     Returns:
         The PNG masks that were written.
 
     Raises:
         UserError: as ``load_model`` and ``load_class_map``; an image is missing or unreadable, two
-            have the same name, a mask or an overlay would overwrite an input, or the tiles are out
-            of range.
+            have the same name, a mask or an overlay would overwrite an input, or exists without
+            ``overwrite``, or the tiles are out of range.
     """
     images = _find_images(inputs)
-    _check_targets(images, output)
+    _check_targets(images, output, overwrite)
     if tiles is not None:
         check_tiles(Tiles(SMALLEST if tiles == "auto" else tiles, overlap))
     with locked(output), large_images() if tiles is not None else contextlib.nullcontext():
@@ -145,19 +147,26 @@ def _write_pictures(
         return (labels[top:bottom] for top, bottom in picture.bands())
 
     with replaced_file(mask) as file:
-        write_png(file, picture, (band * foreground for band in bands()))
+        colours = None if foreground > 1 else [(0, 0, 0), *map(class_colour, range(1, 256))]
+        write_png(file, picture, (band * foreground for band in bands()), colours)
     with replaced_file(overlay) as file:
         painted = paint_bands(picture.rows, bands(), ["background", *class_names])
         write_png(file, picture, painted)
 
 
-def write_png(path: Path, size: Picture, bands: Iterable[np.ndarray]) -> None:
+def write_png(
+    path: Path,
+    size: Picture,
+    bands: Iterable[np.ndarray],
+    palette: Sequence[tuple[int, int, int]] | None = None,
+) -> None:
     """Writes an 8-bit PNG file as its rows come. Pillow needs the whole image for that.
 
     Args:
         path: the file.
         size: an image of the same height and width.
         bands: (n, W) greys or (n, W, 3) RGB, uint8, from the top to the bottom.
+        palette: the RGB colours that viewers show in place of greys 0, 1, ...; None for none.
     """
     with open(path, "wb") as file:
 
@@ -170,10 +179,13 @@ def write_png(path: Path, size: Picture, bands: Iterable[np.ndarray]) -> None:
             rows = band.reshape(len(band), -1)
             if above is None:
                 file.write(b"\x89PNG\r\n\x1a\n")
-                kind = 0 if band.ndim == 2 else 2  # PNG's number for greys and for RGB
+                # PNG's number for RGB, for greys and for indices of a palette
+                kind = 2 if band.ndim == 3 else 0 if palette is None else 3
                 write_chunk(
                     b"IHDR", struct.pack(">2I5B", size.width, size.height, 8, kind, 0, 0, 0)
                 )
+                if palette is not None:
+                    write_chunk(b"PLTE", np.array(palette, np.uint8).tobytes())
                 write_chunk(b"tEXt", f"Software\0{_SOFTWARE}".encode())
                 above = np.zeros_like(rows[:1])
             # The filter 2 of each row: its difference to the row above. On photographs the file is
@@ -297,9 +309,10 @@ def _targets(image: Path, output: Path) -> list[Path]:
     return [output / f"{image.stem}{ending}" for ending in ENDINGS]
 
 
-def _check_targets(images: Sequence[Path], output: Path) -> None:
-    """Refuses to overwrite an input."""
+def _check_targets(images: Sequence[Path], output: Path, overwrite: bool) -> None:
+    """Refuses to overwrite an input, and without ``overwrite`` any file."""
     resolved = {image.resolve() for image in images}
+    existing = []
     for image in images:
         for target in _targets(image, output):
             if target.resolve() in resolved:
@@ -307,3 +320,9 @@ def _check_targets(images: Sequence[Path], output: Path) -> None:
                     f"{target} is an input, and the prediction for {image} would overwrite it; "
                     "choose another --output"
                 )
+            existing += [target] if target.exists() else []
+    if existing and not overwrite:
+        raise UserError(
+            f"{len(existing)} of the files to write exist, first {existing[0]}; give --overwrite, "
+            "or another --output"
+        )

@@ -22,7 +22,7 @@ SQUARE_RUNS = "R1790000000000000n4"
 
 def draw(*segmentations, height=HEIGHT, width=WIDTH):
     """Draws instances of the class 1."""
-    instances = [{"id": 0, "label": 1, "segmentation": part} for part in segmentations]
+    instances = [(1, annotation(0, 1, 3, part)) for part in segmentations]
     content = {"height": height, "width": width, "instances": instances}
     return draw_annotation(json.dumps(content).encode(), IGNORED, "here")
 

@@ -167,6 +167,52 @@ def test_folders_missing_empty_or_ambiguous(folder_root):
     assert "test/images, test/masks, train/images, train/masks, validation/images" in message
 
 
+# --- drawn splits
+
+
+def test_one_csv_file_is_split_by_group(csv_root):
+    rows = [f"images/{n}.png,masks/{n}.png,{g}" for n, g in zip("abcde", "xxyzz", strict=True)]
+    for split in ("train", "val", "test"):
+        (csv_root / f"{split}.csv").unlink()
+    (csv_root / "all.csv").write_text("\n".join(["image,label,group", *rows]) + "\n")
+    splits = load_splits("csv", csv_root, (), (0.4, 0.2, 0.4))
+    assert splits == load_splits("csv", csv_root / "all.csv", (), (0.4, 0.2, 0.4))
+    names = {split: "".join(s.image.stem for s in samples) for split, samples in splits.items()}
+    assert list(names) == ["train", "val", "test"]
+    assert sorted(names.values()) == ["ab", "c", "de"]
+    assert all(sample.group is None for samples in splits.values() for sample in samples)
+
+
+def test_one_folder_of_pairs_is_split(tmp_path):
+    for number in range(20):
+        random_pair(tmp_path, f"{number:02}")
+    splits = load_splits("folders", tmp_path, (), (0.7, 0.15, 0.15))
+    assert [len(samples) for samples in splits.values()] == [14, 3, 3]
+    assert len({sample.image for samples in splits.values() for sample in samples}) == 20
+    assert splits == load_splits("folders", tmp_path, (), (0.7, 0.15, 0.15))
+
+
+# What is done to a folder of 5 pairs and a CSV file, the layout, the shares, and the line.
+BAD_SPLITS = [
+    (None, "folders", (0.5, 0.2, 0.2), "three shares above 0 that sum to 1, got 0.5 0.2 0.2"),
+    (None, "folders", (1.0, 0.0, 0.0), "three shares above 0"),
+    (None, "folders", (0.98, 0.01, 0.01), "--split leaves val and test empty: there are 5 images"),
+    (None, "csv", (0.7, 0.15, 0.15), "takes one CSV file, found test.csv, train.csv, val.csv"),
+    (None, "coco", (0.7, 0.15, 0.15), "coco has its own splits; drop --split"),
+    (lambda root: (root / "masks/c.png").unlink(), "folders", (0.6, 0.2, 0.2),
+     "1 of 5 files without mask: c.png"),
+    (lambda root: (root / "masks").rename(root / "truth"), "folders", (0.6, 0.2, 0.2),
+     "masks|mask|labels|label missing; found"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, source, shares, part", BAD_SPLITS)
+def test_bad_splits(csv_root, spoil, source, shares, part):
+    if spoil is not None:
+        spoil(csv_root)
+    assert part in error_of(load_splits, source, csv_root, (), shares)
+
+
 # --- held-out splits
 
 
@@ -507,9 +553,6 @@ def test_batches_of_a_loader(samples):
     share = GlobalBatches(range(5), 4, rank=1, world_size=2, shuffle=False)
     first, last = DataLoader(dataset, batch_sampler=share, collate_fn=collate)
     assert first["index"].tolist() == [1, 3] and last is None
-    assert "batch size" in error_of(GlobalBatches, 4, 0)
-    with pytest.raises(ValueError, match="rank"):
-        GlobalBatches(range(4), 2, rank=2, world_size=2)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -9,6 +9,7 @@ from conftest import error_of
 from PIL import Image
 
 from naslora.data.cache import Cache
+from naslora.data.contents import read_contents, warnings_about
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Sample, read_image
 from naslora.data.picture import Intensity, Limits, parse_intensity, scale
@@ -109,7 +110,9 @@ def test_colour_files(tmp_path, monkeypatch):
         assert np.array_equal(read(tmp_path / name), scale(rgb, 3 * [WINDOW[1:]])), name
     plain = np.rint(rgb / 257)  # 65535 / 255 = 257
     assert np.array_equal(read(tmp_path / "chunky.tif", None), plain)
-    assert "floating-point pixels; give --int" in error_of(read, tmp_path / "planar.tif", None)
+    assert "floating-point pixels; train with --int" in error_of(
+        read, tmp_path / "planar.tif", None
+    )
     for name in ("8.png", "8.tif"):  # 8 bits stay as they are
         Image.fromarray(rgb.astype(np.uint8)).save(tmp_path / name)
         assert np.array_equal(read(tmp_path / name), rgb.astype(np.uint8))
@@ -123,6 +126,15 @@ def test_colour_files(tmp_path, monkeypatch):
     (tmp_path / "lzw.tif").write_bytes(content.replace(tag + b"\x01", tag + b"\x05"))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert "with LZW, which needs imagecodecs" in error_of(read, tmp_path / "lzw.tif")
+
+
+def test_images_of_12_bits_are_nearly_black(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.minimum(GREY, 4000))
+    samples = [Sample(tmp_path / "a.tif", None, "here")]
+    for intensity, lines in ((None, ["values up to 4000 of 65535"]), (WINDOW, [])):
+        contents = read_contents(SegmentationDataset(samples, 16, 1, intensity=intensity))
+        found = warnings_about({"train": [contents[0]._replace(foreground=True)]})
+        assert len(found) == len(lines) and all(map(str.__contains__, found, lines))
 
 
 def test_the_cache_knows_the_scaling(tmp_path):
@@ -193,8 +205,8 @@ def test_a_georeference_is_kept(naslora, runs, tmp_path):
     image = runs / "data/images/test0.png"
     pixels = np.asarray(Image.open(image))
     tifffile.imwrite(folder / "field.tif", pixels, photometric="rgb", extratags=GEO)
-    for _ in range(2):  # its own files in the folder are no inputs
-        result = naslora("predict", runs / "plain", folder, "--output", folder)
+    for options in ((), ("--overwrite",)):  # its own files in the folder are no inputs
+        result = naslora("predict", runs / "plain", folder, "--output", folder, *options)
         assert result.status == 0, result.err
     assert tags_of(folder / "field_mask.tif") == tags_of(folder / "field.tif")
     assert tags_of(folder / "field_mask.tif")[1] == [SCALE, TIE]

@@ -88,11 +88,9 @@ class Augmentation:
         # seed the GPU, whose state is not restored here.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(number)
-            if mask is None:
-                return self._transform(tv_tensors.Image(image)).as_subclass(Tensor), None
-            pair = self._transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        changed, labels = (part.as_subclass(Tensor) for part in pair)
-        return changed, labels
+            labels = None if mask is None else tv_tensors.Mask(mask)  # None passes through
+            changed, labels = self._transform(tv_tensors.Image(image), labels)
+        return changed.as_subclass(Tensor), None if mask is None else labels.as_subclass(Tensor)
 
 
 # ---- Crops ---------------------------------------------------------------------------------------

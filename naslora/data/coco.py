@@ -14,20 +14,11 @@ from msgspec import Meta
 from naslora.data.images import Annotation, Sample
 from naslora.data.layouts import OPTIONAL_SPLIT, REQUIRED_SPLITS, Splits, check_folder
 from naslora.data.masks import IGNORED
-from naslora.data.regions import MOST_PIXELS, Drawing, Instance, Polygon, Runs
+from naslora.data.regions import MOST_PIXELS, Drawing, Instance
 from naslora.errors import UserError, listing
 
 OTHER_NAMES = {"val": ("val", "valid", "validation")}
 """Names of a split's files and folders, where they differ from the split's own."""
-
-
-class Region(msgspec.Struct):
-    """One instance."""
-
-    image_id: int | str
-    category_id: int
-    segmentation: list[Polygon] | Runs | None = None
-    id: int | str | None = None
 
 
 class Picture(msgspec.Struct):
@@ -50,7 +41,7 @@ class File(msgspec.Struct):
     """The parts of an annotation file that masks need."""
 
     images: list[Picture]
-    annotations: list[Region]
+    annotations: list[Instance]
     categories: list[Category]
 
 
@@ -187,7 +178,7 @@ def _labels(files: dict[str, _Split], class_names: Sequence[str]) -> dict[int, i
 
 def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
     path, file, folders = split
-    regions: dict[int | str, list[Region]] = {}
+    regions: dict[int | str, list[Instance]] = {}
     for picture in file.images:
         if picture.id in regions:
             raise UserError(f"{path}: two images have the id {picture.id}; give each its own")
@@ -209,15 +200,14 @@ def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
         if not region.segmentation:
             raise UserError(f"{name} has no segmentation, only a box; draw a polygon, or remove it")
         regions[region.image_id].append(region)
-    return [
-        Sample(
-            _image_file(path, picture, folders),
-            Annotation(path, _content(picture, regions[picture.id], labels)),
-            f"{path.name} image {picture.id}",
-            "regions",
-        )
-        for picture in file.images
-    ]
+    samples = []
+    for picture in file.images:
+        instances = [(labels[region.category_id], region) for region in regions[picture.id]]
+        drawing = msgspec.json.encode(Drawing(picture.height, picture.width, instances))
+        image = _image_file(path, picture, folders)
+        origin = f"{path.name} image {picture.id}"
+        samples.append(Sample(image, Annotation(path, drawing), origin, "regions"))
+    return samples
 
 
 def _image_file(path: Path, picture: Picture, folders: list[Path]) -> Path:
@@ -228,9 +218,3 @@ def _image_file(path: Path, picture: Picture, folders: list[Path]) -> Path:
         f"{path} names {picture.file_name}, which is in none of the folders "
         f"{listing(str(folder) for folder in folders)}"
     )
-
-
-def _content(picture: Picture, regions: list[Region], labels: dict[int, int]) -> bytes:
-    """What the mask of one image is drawn from."""
-    instances = [Instance(r.id, labels[r.category_id], r.segmentation) for r in regions]
-    return msgspec.json.encode(Drawing(picture.height, picture.width, instances))

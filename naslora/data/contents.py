@@ -20,6 +20,9 @@ from naslora.errors import UserError, listing
 MOST_THREADS = 8
 """Each holds a decoded image and its mask."""
 
+DIM = 4095
+"""Values of images that fill at most 12 of their 16 bits: 16 of 255."""
+
 
 class Content(NamedTuple):
     """One sample's files."""
@@ -32,6 +35,8 @@ class Content(NamedTuple):
     """The same of the mask; None without a mask."""
     foreground: bool
     """Whether the mask has a pixel of another class than 0."""
+    highest: int | None = None
+    """The highest value of an image of 16 bits that ``--intensity`` does not scale."""
 
 
 Contents = Mapping[str, Sequence[Content]]
@@ -52,9 +57,9 @@ def read_contents(
     """
 
     def read(sample: Sample) -> Content:
-        foreground = dataset.check(sample)
+        foreground, highest = dataset.check(sample)
         mask = None if sample.mask is None else _digest(sample.mask, sample)
-        return Content(str(sample.image), _digest(sample.image, sample), mask, foreground)
+        return Content(str(sample.image), _digest(sample.image, sample), mask, foreground, highest)
 
     contents: list[Content] = []
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
@@ -82,7 +87,7 @@ def _digest(file: Path | Annotation, sample: Sample) -> str:
 
 
 def warnings_about(contents: Contents) -> list[str]:
-    """Names the splits without foreground and those with copies of training images.
+    """Names splits without foreground, copies of training images, and images that are nearly black.
 
     Args:
         contents: the splits of a run.
@@ -96,6 +101,17 @@ def warnings_about(contents: Contents) -> list[str]:
         for name, split in contents.items()
         if split and not any(content.foreground for content in split)
     ]
+    deep = [
+        content.highest
+        for split in contents.values()
+        for content in split
+        if content.highest is not None
+    ]
+    if deep and max(deep) <= DIM:
+        lines.append(
+            f"the {len(deep)} images of 16 bits hold values up to {max(deep)} of 65535, so they "
+            f"are nearly black; give --intensity window 0 {max(deep)}, or percentile"
+        )
     trained = {
         content.image_digest: content.image
         for name in ("train", "arch")

@@ -4,7 +4,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from naslora.choices import Augment
 from naslora.data.augmentation import Augmentation, Crop, draw_window
 from naslora.data.cache import Cache
 from naslora.data.images import Annotation, Sample, open_picture
-from naslora.data.masks import IGNORED, has_foreground, palette_codes, read_mask
+from naslora.data.masks import has_foreground, palette_codes, read_mask
 from naslora.data.picture import Intensity, Picture, unreadable
 from naslora.data.sampling import FLIP, seeded_generator
 from naslora.data.tiles import Box, Tiles
@@ -42,22 +42,6 @@ class Item(TypedDict, total=False):
     images."""
 
 
-class Batch(TypedDict, total=False):
-    """B items of ``SegmentationDataset``."""
-
-    image: Tensor
-    """(B, 3, S, S) float32."""
-    index: Tensor
-    """(B,) int64."""
-    name: list[str]
-    mask: Tensor
-    """(B, S, S) int64. Absent without masks."""
-    truth: list[Tensor]
-    """(H, W) int64 each; sizes may differ. Only on request."""
-    pixels: list[Tensor]
-    """(3, H, W) uint8 each, of whole images."""
-
-
 class SegmentationDataset(Dataset[Item]):
     """Images and masks, resized to a square without keeping the aspect ratio.
 
@@ -79,7 +63,7 @@ class SegmentationDataset(Dataset[Item]):
             files; None for items of S x S pixels.
 
     Raises:
-        UserError: the palette does not fit the classes, or there are more than 255 of them.
+        UserError: the palette does not fit the classes.
             On access: as ``read_image`` and ``read_mask``, or an image and its mask differ in size.
     """
 
@@ -113,8 +97,6 @@ class SegmentationDataset(Dataset[Item]):
         self.intensity = intensity
         self.tiles = tiles
         self.whole = crop is not None or tiles is not None
-        if num_classes > IGNORED:
-            raise UserError(f"there can be at most {IGNORED} classes, got {num_classes}")
         palette_codes(palette, num_classes, ignore_index)  # raises if they do not fit
         # One a sample; pictures and tables show them.
         self.names = _names_below_common_folder(self.samples)
@@ -185,22 +167,25 @@ class SegmentationDataset(Dataset[Item]):
         pixels = torch.from_numpy(self.cache.get(files, repr(how), entry))
         return pixels[:3], pixels[3] if sample.mask is not None else None
 
-    def check(self, sample: Sample) -> bool:
+    def check(self, sample: Sample) -> tuple[bool, int | None]:
         """Reads a sample once, which fills the cache. An image is decoded piece by piece.
 
         Returns:
-            Whether a pixel of the mask that counts has another label than 0.
+            Whether a pixel of the mask that counts has another label than 0. The highest value of
+            an image of more than 8 bits, without ``intensity``; None for other images, and for
+            those of the cache.
 
         Raises:
             UserError: as ``read``.
         """
         if self.cache is not None:
             mask = self.read(sample)[1]
-            return mask is not None and has_foreground(mask.numpy())
+            return mask is not None and has_foreground(mask.numpy()), None
         picture = open_picture(sample, self.intensity)
         for top, bottom in picture.bands():
             picture.rows(top, bottom)
-        return sample.mask is not None and has_foreground(self._mask(sample, picture))
+        foreground = sample.mask is not None and has_foreground(self._mask(sample, picture))
+        return foreground, picture.highest
 
     def cut(self, pixels: Tensor, labels: Tensor | None, box: Box) -> tuple[Tensor, Tensor | None]:
         """Cuts a box out of an image and its mask, and resizes both.
@@ -273,22 +258,20 @@ def _names_below_common_folder(samples: Sequence[Sample]) -> list[str]:
     return [Path(path).relative_to(common).as_posix() for path in paths]
 
 
-def collate(items: list[Item]) -> Batch | None:
+def collate(items: list[Item]) -> dict[str, Any] | None:
     """Makes a batch of items.
 
     Args:
         items: items of one ``SegmentationDataset``. All of them have a mask, or none has.
 
     Returns:
-        The batch. None for no items: a process may have no share of a small last batch.
+        The entries of ``Item``, stacked: (B, 3, S, S) images, for instance. ``name``, ``truth`` and
+        ``pixels`` are lists, because sizes may differ. None for no items: a process may have no
+        share of a small last batch.
     """
     if not items:
         return None
-    truths = [item.pop("truth") for item in items if "truth" in item]
-    pixels = [item.pop("pixels") for item in items if "pixels" in item]
-    batch: Batch = default_collate(items)
-    if truths:
-        batch["truth"] = truths
-    if pixels:
-        batch["pixels"] = pixels
-    return batch
+    plain = [dict(item) for item in items]
+    unequal = plain[0].keys() & {"truth", "pixels"}
+    whole = {name: [item.pop(name) for item in plain] for name in unequal}
+    return {**default_collate(plain), **whole}

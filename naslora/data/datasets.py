@@ -7,37 +7,40 @@ from pathlib import Path
 from naslora.data.coco import read_categories, read_coco
 from naslora.data.demo_data import read_mni152
 from naslora.data.images import Sample
-from naslora.data.layouts import DataSet, Splits, read_csv, read_folders
+from naslora.data.layouts import (
+    DataSet,
+    Splits,
+    read_csv,
+    read_folders,
+    read_one_csv,
+    read_pairs,
+    split_samples,
+)
 from naslora.data.paper_sets import PAPER_SETS
 from naslora.errors import UserError
 
 DATASETS: dict[str, DataSet] = {
-    "csv": DataSet(read_csv),
-    "folders": DataSet(read_folders),
+    "csv": DataSet(read_csv, read_all=read_one_csv),
+    "folders": DataSet(read_folders, read_all=read_pairs),
     "coco": DataSet(read_coco, categories=read_categories),
     "mni152": DataSet(read_mni152),
     **PAPER_SETS,
 }
 
 
-def find_dataset(name: str) -> DataSet:
-    """Returns an entry of ``DATASETS``.
-
-    Raises:
-        UserError: there is no entry of this name.
-    """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}; the known ones are {', '.join(DATASETS)}")
-    return DATASETS[name]
-
-
-def load_splits(source: str, root: Path, class_names: Sequence[str] = ()) -> Splits:
+def load_splits(
+    source: str,
+    root: Path,
+    class_names: Sequence[str] = (),
+    shares: Sequence[float] | None = None,
+) -> Splits:
     """Locates the files of a data set. It decodes no image.
 
     Args:
         source: a key of ``DATASETS``.
         root: the folder of the data set.
         class_names: the foreground classes of the run, for a data set whose files name more.
+        shares: of train, val and test, if they are drawn from one folder of pairs or one CSV file.
 
     Returns:
         "train", "val", "test" and, if the data set has it, "arch", the split that alpha is trained
@@ -48,9 +51,16 @@ def load_splits(source: str, root: Path, class_names: Sequence[str] = ()) -> Spl
             mask no image, a name is not UTF-8, or an image appears twice. The message names the
             files, and for a missing folder the folders that exist.
     """
-    dataset = find_dataset(source)
-    names = () if dataset.categories is None else (class_names,)
-    splits = dataset.read(Path(root), *names)
+    if source not in DATASETS:
+        raise UserError(f"unknown data set {source!r}; the known ones are {', '.join(DATASETS)}")
+    dataset = DATASETS[source]
+    if shares is None:
+        names = () if dataset.categories is None else (class_names,)
+        splits = dataset.read(Path(root), *names)
+    elif dataset.read_all is None:
+        raise UserError(f"{source} has its own splits; drop --split")
+    else:
+        splits = split_samples(dataset.read_all(Path(root)), shares)
     _check_distinct(splits)
     return splits
 
@@ -96,6 +106,6 @@ def count_differences(source: str, splits: Splits) -> list[str]:
     found.update(sample.group for sample in splits["test"] if sample.group)
     return [
         f"{found[name]} {name} images instead of {count}"
-        for name, count in find_dataset(source).counts.items()
+        for name, count in DATASETS[source].counts.items()
         if found[name] != count
     ]

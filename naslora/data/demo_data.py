@@ -2,7 +2,6 @@
 
 import csv
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,16 +54,14 @@ def write_mni152(directory: Path) -> None:
     are unused. Images are 8-bit greys. Masks are class indices: 0 everything else, 1 grey matter,
     2 white matter. Both are PNG files of the 192 x 192 pixels around the brain.
 
-    The directory is created complete or not at all. An existing demo data set is not changed.
-
     Args:
-        directory: the folder to create. It will contain ``train.csv``, ``arch.csv``, ``val.csv``,
-            ``test.csv``, ``images``, ``masks`` and ``README.txt``.
+        directory: is created complete or not at all; an existing demo data set is not changed. It
+            will contain ``train.csv``, ``arch.csv``, ``val.csv``, ``test.csv``, ``images``,
+            ``masks`` and ``README.txt``.
 
     Raises:
         UserError: nilearn is not installed, or the directory contains something else.
     """
-    directory = Path(directory)
     if _is_complete(directory):
         return
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -89,28 +86,22 @@ def _is_complete(directory: Path) -> bool:
 def _write(directory: Path, volumes: list[np.ndarray]) -> None:
     for folder in (directory, directory / "images", directory / "masks"):
         folder.mkdir()
-    rows: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
-    for split, z, image, mask in _slices(*volumes):
-        row = (f"images/z{z:03d}.png", f"masks/z{z:03d}.png")
-        for name, pixels in zip(row, (image, mask), strict=True):
-            Image.fromarray(pixels).save(directory / name)
-        rows[split].append(row)
-    for split in SPLITS:
-        with (directory / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([("image", "label"), *rows[split]])
-    (directory / "README.txt").write_text(README, encoding="utf-8")
-
-
-def _slices(
-    t1: np.ndarray, grey: np.ndarray, white: np.ndarray
-) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
-    """Yields the split, z, the image and the mask of each slice; both (192, 192) uint8."""
+    t1, grey, white = volumes
+    rows: dict[str, list[tuple[str, str]]] = {split: [("image", "label")] for split in SPLITS}
     for split, first, last in BLOCKS:
         for z in range(first, last + 1):
             tissue = np.stack([grey[..., z], white[..., z]])
             classes = np.argmax(np.stack([1 - tissue.sum(0), *tissue]), axis=0)
-            image = np.rint(t1[..., z] * 255)
-            yield split, z, _upright(image), _upright(classes)
+            row = (f"images/z{z:03d}.png", f"masks/z{z:03d}.png")
+            for name, plane in zip(row, (np.rint(t1[..., z] * 255), classes), strict=True):
+                # (197, 233), axes x and y, to (192, 192) with the front of the head up
+                pixels = np.ascontiguousarray(np.rot90(plane)[WINDOW], dtype=np.uint8)
+                Image.fromarray(pixels).save(directory / name)
+            rows[split].append(row)
+    for split in SPLITS:
+        with (directory / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows[split])
+    (directory / "README.txt").write_text(README, encoding="utf-8")
 
 
 def _load_volumes() -> list[np.ndarray]:
@@ -127,14 +118,9 @@ def _load_volumes() -> list[np.ndarray]:
             f'the demo data needs nilearn ({error}); install it with: pip install "naslora[demo]"'
         ) from error
     # nilearn stores the templates at 1 mm, so this resolution resamples nothing.
-    volumes = (
-        datasets.load_mni152_template(resolution=1),
-        datasets.load_mni152_gm_template(resolution=1),
-        datasets.load_mni152_wm_template(resolution=1),
+    loaders = (
+        datasets.load_mni152_template,
+        datasets.load_mni152_gm_template,
+        datasets.load_mni152_wm_template,
     )
-    return [get_data(volume) for volume in volumes]
-
-
-def _upright(plane: np.ndarray) -> np.ndarray:
-    """Rotates a (197, 233) slice, axes x, y, to (192, 192) uint8 with the front of the head up."""
-    return np.ascontiguousarray(np.rot90(plane)[WINDOW], dtype=np.uint8)
+    return [get_data(load(resolution=1)) for load in loaders]

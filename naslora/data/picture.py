@@ -116,10 +116,13 @@ class Picture:
         self._source = source
         self._where = where
         self._intensity = intensity
+        self.highest: int | None = None
+        """The highest value so far, of more than 8 bits without ``intensity``."""
         first = self._values(0, 1)
         if intensity is None and first.dtype.kind not in "bui":
             raise ImageError(
-                f"{where} has floating-point pixels; give --intensity, or save it with 8 or 16 bits"
+                f"{where} has floating-point pixels; train with --intensity, or save it with 8 or "
+                "16 bits"
             )
         self._limits = None if first.dtype == np.uint8 else self._find_limits(first.shape[2])
 
@@ -149,11 +152,13 @@ class Picture:
         return values if values.ndim == 3 else values[..., None]
 
     def _to_8_bits(self, values: np.ndarray, limits: Sequence[Limits]) -> np.ndarray:
-        if self._intensity is None and not (values.min() >= 0 and values.max() <= 65535):
-            raise ImageError(
-                f"{self._where} has values beyond 16 bits; save it with 8 or 16 bits, or give "
-                "--intensity"
-            )
+        if self._intensity is None:
+            self.highest = max(self.highest or 0, int(values.max()))
+            if values.min() < 0 or self.highest > 65535:
+                raise ImageError(
+                    f"{self._where} has values beyond 16 bits; save it with 8 or 16 bits, or train "
+                    "with --intensity"
+                )
         scaled = scale(values, limits)
         return 255 - scaled if self._source.white_is_zero else scaled
 

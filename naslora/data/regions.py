@@ -35,9 +35,10 @@ class Runs(msgspec.Struct):
 class Instance(msgspec.Struct):
     """One instance of a class."""
 
-    id: int | str | None
-    label: int
-    segmentation: list[Polygon] | Runs | None
+    image_id: int | str
+    category_id: int
+    segmentation: list[Polygon] | Runs | None = None
+    id: int | str | None = None
 
 
 class Drawing(msgspec.Struct):
@@ -45,7 +46,8 @@ class Drawing(msgspec.Struct):
 
     height: int
     width: int
-    instances: list[Instance]
+    instances: list[tuple[int, Instance]]
+    """Each with its label."""
 
 
 def draw_annotation(content: bytes, ignored: int, where: str) -> np.ndarray:
@@ -65,12 +67,12 @@ def draw_annotation(content: bytes, ignored: int, where: str) -> np.ndarray:
     """
     drawing = msgspec.json.decode(content, type=Drawing)
     mask = np.zeros((drawing.height, drawing.width), np.int32)
-    for instance in drawing.instances:
-        if instance.label == 0:
+    for label, instance in drawing.instances:
+        if label == 0:
             continue
         inside = _draw(instance, drawing, f"{where}: annotation {instance.id}")
-        other = inside & (mask != 0) & (mask != instance.label)
-        mask[inside] = instance.label
+        other = inside & (mask != 0) & (mask != label)
+        mask[inside] = label
         mask[other] = ignored
     return mask
 

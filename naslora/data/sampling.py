@@ -56,9 +56,10 @@ def hold_out(
             f"no sample can be held out from {len(samples)} training sample(s); "
             "give at least 2, or provide the held-out split"
         )
-    chosen = _draw(len(samples), min(_share(fraction, samples), len(samples) - 1), seed, path)
+    held = draw_part(range(len(samples)), min(fraction, 1 - 1 / len(samples)), seed, *path)
+    chosen = set(held)
     kept = [sample for i, sample in enumerate(samples) if i not in chosen]
-    return kept, [samples[i] for i in sorted(chosen)]
+    return kept, [samples[i] for i in held]
 
 
 def draw_part(samples: Sequence[Entry], fraction: float, seed: int, *path: int) -> list[Entry]:
@@ -66,16 +67,9 @@ def draw_part(samples: Sequence[Entry], fraction: float, seed: int, *path: int) 
 
     Arguments as for ``hold_out``; ``fraction`` may be 1.
     """
-    chosen = _draw(len(samples), _share(fraction, samples), seed, path)
-    return [samples[i] for i in sorted(chosen)]
-
-
-def _share(fraction: float, samples: Sequence[Entry]) -> int:
-    return max(1, round(fraction * len(samples)))
-
-
-def _draw(count: int, size: int, seed: int, path: Sequence[int]) -> set[int]:
-    return set(seeded_generator(HOLD_OUT, seed, *path).permutation(count)[:size].tolist())
+    size = max(1, round(fraction * len(samples)))
+    order = seeded_generator(HOLD_OUT, seed, *path).permutation(len(samples))
+    return [samples[i] for i in sorted(order[:size].tolist())]
 
 
 def refill(indices: Sequence[int], count: int, seed: int, epoch: int) -> list[int]:
@@ -99,10 +93,6 @@ class GlobalBatches(Sampler[list[int]]):
         world_size: number of processes.
         shuffle: False keeps the order of the samples, for evaluation.
         seed: seed of the order.
-
-    Raises:
-        UserError: the batch size is below 1.
-        ValueError: the rank is out of range.
     """
 
     def __init__(
@@ -114,10 +104,6 @@ class GlobalBatches(Sampler[list[int]]):
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"the batch size must be at least 1, got {batch_size}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: expected 0 to world_size - 1 = {world_size - 1}, got {rank}")
         self.indices = indices
         self.count = len(indices)
         self.batch_size = batch_size

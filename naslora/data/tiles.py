@@ -19,10 +19,8 @@ from naslora.errors import UserError
 
 PATCH = 16
 """Side of a patch of SAM's encoder in pixels of the model's images."""
-SMALLEST = PATCH
-"""Smallest side of a tile in pixels."""
-LARGEST = 1 << 16
-"""Largest side of a tile in pixels."""
+SMALLEST, LARGEST = PATCH, 1 << 16
+"""Sides of a tile in pixels."""
 
 
 class Box(NamedTuple):
@@ -63,30 +61,17 @@ def fit_tiles(size: int, image_size: int, overlap: float = OVERLAP) -> Tiles:
     return Tiles(size, overlap, 1 if rest else step)
 
 
-def check_side(name: str, side: int) -> None:
-    """Checks the side of a tile or a crop.
-
-    Args:
-        name: names it in the message.
-        side: in pixels.
-
-    Raises:
-        UserError: it is smaller than a patch of the encoder, or too large.
-    """
-    if not SMALLEST <= side <= LARGEST:
-        raise UserError(
-            f"{name} must be {SMALLEST} to {LARGEST} pixels, got {side}; a patch of the encoder "
-            f"has {SMALLEST}"
-        )
-
-
 def check_tiles(tiles: Tiles) -> None:
     """Checks the size and the overlap of tiles.
 
     Raises:
         UserError: one of them is out of range.
     """
-    check_side("tiles", tiles.size)
+    if not SMALLEST <= tiles.size <= LARGEST:
+        raise UserError(
+            f"tiles must be {SMALLEST} to {LARGEST} pixels, got {tiles.size}; a patch of the "
+            f"encoder has {SMALLEST}"
+        )
     if not 0 <= tiles.overlap <= 0.5:
         raise UserError(f"overlap must be a share of a tile, in [0, 0.5], got {tiles.overlap}")
 
@@ -131,10 +116,7 @@ class Grid:
             The first row of a band, and its (K, rows, width) float32 scores on the CPU, from the
             top to the bottom of the image.
         """
-        across, down = (
-            _weights(starts, side)
-            for starts, side in ((self._columns, self.size[1]), (self._rows, self.size[0]))
-        )
+        down, across = _weights(self._rows, self.size[0]), _weights(self._columns, self.size[1])
         source = iter(maps)
         unfinished: Tensor | None = None
         for row, top in enumerate(self._rows):

@@ -37,6 +37,9 @@ class DataConfig(Settings):
     `camouflage` (COD10K, CAMO, CHAMELEON), `sbu`, `leaf`, `roads`, `trans10k-v1`, `trans10k-v2`."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=["--data"])] = None
     """Folder of the data set."""
+    split: tuple[float, float, float] | None = None
+    """Shares of train, val and test, which are drawn from one CSV file (`csv`), where images with
+    one entry in a column `group` stay together, or from one folder {images,masks} (`folders`)."""
     cache: Path | None = None
     """Folder that keeps decoded, resized images for later epochs and runs."""
     num_classes: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1

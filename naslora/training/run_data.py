@@ -92,7 +92,8 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     root = config.data.root
     if root is None:
         raise UserError("no data: give --data DIR")
-    splits = load_splits(config.data.dataset, root, config.data.class_names)
+    data = config.data
+    splits = load_splits(data.dataset, root, data.class_names, data.split)
     differences = count_differences(config.data.dataset, splits)
     if differences and os.environ.get("RANK", "0") == "0":
         warn(f"{root} is not the paper's {config.data.dataset}: {', '.join(differences)}")

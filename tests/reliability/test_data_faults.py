@@ -122,9 +122,11 @@ def images(folder, count, size=(20, 16)):
 def test_predict_in_its_input_folder(naslora, run, tmp_path):
     """Its own masks are no inputs; one drawn by hand is, and is not overwritten."""
     folder = images(tmp_path / "in", 3)
-    for _ in range(2):
-        result = naslora("predict", run, folder, "--output", folder)
+    for options in ((), ("--overwrite",)):
+        result = naslora("predict", run, folder, "--output", folder, *options)
         assert result.status == 0 and "wrote 3 masks and overlays" in result.out
+    result = naslora("predict", run, folder, "--output", folder)
+    assert result.status == 2 and "6 of the files to write exist, first " in result.err
     assert len(list(folder.iterdir())) == 9
     folder = images(tmp_path / "drawn", 1)
     drawn = folder / "000_mask.png"
@@ -152,7 +154,7 @@ def test_truncated_images(naslora, run, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 36
     for name in ("007.png", "011.png"):
         (folder / name).unlink()
-    result = naslora(*command, "--skip-errors")
+    result = naslora(*command, "--skip-errors", "--overwrite")
     assert result.status == 0 and "skipped" not in result.err
 
 

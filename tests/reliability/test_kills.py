@@ -165,7 +165,7 @@ def test_a_kill_in_every_write_of_other_commands(forked, naslora, clean_world, t
     line = {
         "analyse": ("analyse", clean_world / "run"),
         "merge": ("merge", clean_world / "run"),
-        "predict": ("predict", clean_world / "run", clean_world / "data/images"),
+        "predict": ("predict", clean_world / "run", clean_world / "data/images", "--overwrite"),
         "export": ("export", clean_world / "center"),
         "export2": ("export", clean_world / "center", "--format", "torch-export"),
     }[command]
