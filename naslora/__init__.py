@@ -80,6 +80,8 @@ _NAMES = {name: module for module, names in _MODULES.items() for name in names.s
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(f"naslora.{_NAMES[name]}"), name)
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("naslora")
     if name in ("adapter", "errors", "files"):
         return importlib.import_module(f"naslora.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,10 @@ Seed = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 """Seeds are multiplied by 10007 twice, and generators take 64 bits."""
 
 Own = TypeVar("Own", bound="Settings")
+T = TypeVar("T")
+COMMON = "common"
+Common = Annotated[T, COMMON]
+"""A setting that most people need first: ``--help`` shows it, and ``--help-all`` every one."""
 
 
 @dataclass(frozen=True)

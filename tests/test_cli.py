@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import naslora as naslora_package
 from naslora.methods import METHODS
 from naslora.results import LAST
 from naslora.sam import encoders as sam
@@ -220,7 +221,7 @@ def test_settings_out_of_range(refuses_training, options, message):
 
 def test_backend_that_the_environment_misnames(refuses_training, monkeypatch):
     monkeypatch.setenv("NASLORA_BACKEND", "fast")
-    assert "backend 'fast' does not exist" in refuses_training()
+    assert "backend 'fast' cannot be used here: it does not exist" in refuses_training()
 
 
 def test_fp16_on_a_cpu(refuses_training):
@@ -351,13 +352,32 @@ def test_help(naslora, command):
     assert result.status == 0 and f"usage: naslora {command}" in result.out
 
 
+def test_help_shows_what_most_people_need_first(naslora):
+    shown = re.findall(r"^│? *(--[a-z][a-z-]*)", naslora("train", "--help").out, re.MULTILINE)
+    assert {"--output", "--data", "--model", "--checkpoint", "--num-classes", "--epochs"} < {*shown}
+    assert len(shown) <= 15 and "--help-all" in naslora("train", "--help").out
+
+
+@pytest.mark.parametrize(
+    "arguments, meant",
+    [("train --lr 1", "--learning-rate"), ("train --epoch 1", "--epochs"), ("trian", "train")],
+)
+def test_what_was_meant(refused, tmp_path, arguments, meant):
+    line = refused(*arguments.split(), "--output", tmp_path / "out")
+    assert f"did you mean {meant}?" in line
+
+
+def test_the_version(naslora):
+    assert naslora("--version").out == f"naslora {naslora_package.__version__}\n"
+
+
 def test_help_names_the_commands(naslora):
     assert all(command in naslora("--help").out for command in COMMANDS)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_setting_is_an_option_of_train(naslora, method):
-    text = naslora("train", "--method", method, "--help").out
+    text = naslora("train", "--method", method, "--help-all").out
     kinds = (RunConfig, DataConfig, ModelConfig, TrainConfig, METHODS[method].config)
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     for name in (names - {"data", "name", "adapter", "training"}) | {"model", "data"}:

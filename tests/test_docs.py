@@ -95,9 +95,9 @@ def options_of(naslora):
 
     @cache
     def options(command: str) -> set[str] | None:
-        result = naslora(command, "--help")
+        result = naslora(command, "--help-all")
         own = (
-            naslora("train", "--method", method, "--help").out
+            naslora("train", "--method", method, "--help-all").out
             for method in (METHODS if command == "train" else ())
         )
         found = set(re.findall(r"--[a-z][\w-]*", "".join([result.out, *own])))

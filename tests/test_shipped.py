@@ -53,7 +53,11 @@ def test_a_configuration_says_which_weights(weights, given):
     stored = f"shipped {read_metadata(weights)['sha256'][:12]}"
     assert config.model.checkpoint == (given or stored) and resolve(config) == config
     assert checkpoint_of(config.model) == given
-    assert run_config(name="vit_b").model.checkpoint == "none"
+    assert config.model.image_size == shipped.SHIPPED_SIZE
+    with pytest.raises(UserError, match="model vit_b needs its weights: give --checkpoint FILE"):
+        run_config(name="vit_b")
+    large = run_config(name="vit_b", checkpoint="none").model
+    assert (large.checkpoint, large.image_size) == ("none", 1024)
 
 
 def test_training_says_so_if_positions_are_resized(weights, naslora, clean_data, tmp_path):

@@ -14,32 +14,42 @@ from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.methods import find_method
 from naslora.metrics import METRICS, check_metrics
-from naslora.sam.shipped import NONE, shipped_file, shipped_version
+from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_file, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
 from naslora.training.train_config import Precision, TrainConfig, first_search_epoch
 
 SHIPPED = "shipped"
 """How the checkpoint in a resolved configuration begins for the weights in the package."""
+LARGE = 1024
+"""Side in pixels of the images that the other models were made for."""
+SOURCES = {
+    "vit_b": "github.com/facebookresearch/segment-anything#model-checkpoints",
+    "vit_l": "github.com/facebookresearch/segment-anything#model-checkpoints",
+    "vit_h": "github.com/facebookresearch/segment-anything#model-checkpoints",
+    "mobile_sam": "github.com/ChaoningZhang/MobileSAM, weights/mobile_sam.pt",
+    "sam_hq": "github.com/SysCV/sam-hq#model-checkpoints",
+    "sam2": "github.com/facebookresearch/sam2#download-checkpoints",
+}
+"""Where to get the checkpoints of models, by how their names begin."""
 
 
 def resolve(config: RunConfig) -> RunConfig:
     """The configuration with everything that its data, its model and this machine decide.
 
     These are the number and the names of the classes, the metrics, the resolution, the checkpoint,
-    the precision, and the epoch in which the search starts. Paths become absolute. The result is
-    its own result.
+    the image size, the precision, and the epoch in which the search starts. Paths become absolute.
+    The result is its own result.
 
     Raises:
         UserError: settings contradict each other or the data set, or its files cannot be read.
     """
     find_method(config.method).checked(config.adapter)
     data, training = _data(config.data), _training(config.training)
-    checkpoint = _checkpoint(config.model)
     return replace(
         config,
         data=replace(config.data, **data),
-        model=replace(config.model, checkpoint=checkpoint),
+        model=replace(config.model, **_model(config.model)),
         training=replace(config.training, **training),
     )
 
@@ -128,19 +138,27 @@ def _check_ignore_index(
             )
 
 
-def _checkpoint(model: ModelConfig) -> str:
-    """``NONE``, ``SHIPPED`` with a version, or the absolute path of a file."""
-    given = model.checkpoint
-    if given is not None and not given.startswith(f"{SHIPPED} "):
-        return NONE if given == NONE else os.path.abspath(given)
-    shipped = shipped_file(model.name) is not None
-    own = f"{SHIPPED} {shipped_version(model.name)}" if shipped else NONE
-    if given not in (None, own):
+def _model(model: ModelConfig) -> dict[str, Any]:
+    """Its checkpoint, which is ``NONE``, ``SHIPPED`` with a version, or a path, and its size."""
+    given, size, own = model.checkpoint, LARGE, None
+    if shipped_file(model.name) is not None:
+        size, own = SHIPPED_SIZE, f"{SHIPPED} {shipped_version(model.name)}"
+    if given is None:
+        source = next((url for name, url in SOURCES.items() if model.name.startswith(name)), None)
+        if own is None and source is not None:
+            raise UserError(
+                f"model {model.name} needs its weights: give --checkpoint FILE, from {source}; "
+                f"--checkpoint {NONE} starts from random weights, and vit_t needs no file"
+            )
+        given = own or NONE
+    elif given.startswith(f"{SHIPPED} ") and given != own:
         raise UserError(
             f"the run started from the weights of {model.name} in another version of naslora "
             f"({given}, here {own}); use that version"
         )
-    return own
+    elif given not in (NONE, own):
+        given = os.path.abspath(given)
+    return {"checkpoint": given, "image_size": model.image_size or size}
 
 
 def checkpoint_of(model: ModelConfig) -> str | None:
@@ -149,7 +167,7 @@ def checkpoint_of(model: ModelConfig) -> str | None:
     Raises:
         UserError: the run started from other weights than those in this package.
     """
-    checkpoint = _checkpoint(model)
+    checkpoint = _model(model)["checkpoint"]
     return None if checkpoint.startswith(f"{SHIPPED} ") else checkpoint
 
 

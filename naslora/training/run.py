@@ -23,9 +23,9 @@ from naslora.choices import Tracker
 from naslora.errors import UserError, warn
 from naslora.files import is_temporary, write_json
 from naslora.locks import locked
-from naslora.methods import METHODS, load_adapter
+from naslora.methods import load_adapter
 from naslora.results import CONFIG, DATA, RunResult, adapter_folder
-from naslora.sam.shipped import NONE, SHIPPED_SIZE
+from naslora.sam.shipped import SHIPPED_SIZE
 from naslora.training.accelerator import (
     check_shared,
     in_main_process,
@@ -72,7 +72,6 @@ def train(
     """
     config = resolve(config)
     accelerator = make_accelerator(config.training)
-    _check_start(config)
     check_trackers(trackers)
     with lost_processes(), ExitStack() as stack:
         in_main_process(accelerator, lambda: stack.enter_context(locked(output)))
@@ -102,19 +101,6 @@ def train(
             write_results(trainer, result, panels, output)
         accelerator.wait_for_everyone()
         return result
-
-
-def _check_start(config: RunConfig) -> None:
-    """Refuses a recipe of the paper on an encoder with random, frozen weights.
-
-    Such a run would train for days and show nothing. ``vit_t`` is for trying things out.
-    """
-    expected = config.model.name != "vit_t" and not METHODS[config.method].trains_encoder
-    if config.recipe is not None and expected and config.model.checkpoint == NONE:
-        raise UserError(
-            f"recipe {config.recipe} starts from SAM's weights: give --checkpoint FILE, the "
-            f"{config.model.name} checkpoint"
-        )
 
 
 def _warn(config: RunConfig, searches: bool) -> None:

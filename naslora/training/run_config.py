@@ -13,7 +13,7 @@ from naslora.data.tiles import LARGEST, SMALLEST
 from naslora.methods import METHODS, MethodName
 from naslora.metrics import METRICS
 from naslora.sam.attention import Attention
-from naslora.settings import Seed, Settings, Share, checked
+from naslora.settings import Common, Seed, Settings, Share, checked
 from naslora.training.train_config import TrainConfig
 
 Resolution = Literal["network", "original", "tiles"]
@@ -21,7 +21,9 @@ Pixels = Annotated[int, msgspec.Meta(ge=SMALLEST, le=LARGEST)]
 if TYPE_CHECKING:
     DatasetName = str
     MetricName = str
+    ImageSize = int  # once it is resolved
 else:
+    ImageSize = Pixels | None
     DatasetName, MetricName = Literal[tuple(DATASETS)], Literal[tuple(METRICS)]
 
 
@@ -29,23 +31,23 @@ else:
 class DataConfig(Settings):
     """The images and masks of a run, and how they are read and scored."""
 
-    dataset: DatasetName = "csv"
+    dataset: Common[DatasetName] = "csv"
     """Layout of the data: `csv` (train.csv, val.csv and test.csv with the columns image,label,
     optionally arch.csv), `folders` ({train,val,test}/{images,masks}), `coco` (JSON files of COCO;
     the categories, or those of `class_names`, are the classes), `mni152`, or a data set of the
     paper in its original layout: `isic2017`, `kvasir`, `cvc-clinicdb`, `polyp` (the two together),
     `camouflage` (COD10K, CAMO, CHAMELEON), `sbu`, `leaf`, `roads`, `trans10k-v1`, `trans10k-v2`."""
-    root: Annotated[Path | None, tyro.conf.arg(aliases=["--data"])] = None
+    root: Common[Annotated[Path | None, tyro.conf.arg(aliases=["--data"])]] = None
     """Folder of the data set."""
     split: tuple[float, float, float] | None = None
     """Shares of train, val and test, which are drawn from one CSV file (`csv`), where images with
     one entry in a column `group` stay together, or from one folder {images,masks} (`folders`)."""
     cache: Path | None = None
     """Folder that keeps decoded, resized images for later epochs and runs."""
-    num_classes: Annotated[int, msgspec.Meta(ge=1, le=255)] = 1
+    num_classes: Common[Annotated[int, msgspec.Meta(ge=1, le=255)]] = 1
     """1 for binary masks, else the number of classes, the background (0) included. The paper's data
     sets set it themselves. Masks have 8 bits."""
-    class_names: tuple[str, ...] = ()
+    class_names: Common[tuple[str, ...]] = ()
     """Names of the classes without the background, for tables and reports."""
     palette: tuple[str, ...] | None = None
     """One colour per class (#rrggbb), for masks that are colour images; with `ignore_index` one
@@ -76,16 +78,17 @@ class DataConfig(Settings):
 class ModelConfig(Settings):
     """The pre-trained model of a run."""
 
-    name: Annotated[str, tyro.conf.arg(name="model")] = "vit_b"
-    """vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM), vit_t (small, trains on a CPU), sam_hq_b,
+    name: Common[Annotated[str, tyro.conf.arg(name="model")]] = "vit_t"
+    """vit_t (small, trains on a CPU), vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM), sam_hq_b,
     sam_hq_l, sam_hq_h, sam_hq_tiny (SAM-HQ), sam2.1_t, sam2.1_s, sam2.1_b+, sam2.1_l (SAM 2.1), or
     the same with sam2_ (SAM 2)."""
-    checkpoint: Annotated[str, msgspec.Meta(pattern=r"^[^\0]+\Z")] | None = None
+    checkpoint: Common[Annotated[str, msgspec.Meta(pattern=r"^[^\0]+\Z")] | None] = None
     """Pre-trained SAM checkpoint: an official .pth or .pt file, the same as .safetensors, or a
-    folder of Hugging Face. Without one, `vit_t` starts from the weights in the package, and the
-    encoders of the other models are random. `none` makes that of `vit_t` random, too."""
-    image_size: Pixels = 1024
-    """Side to which images are resized, in pixels; a multiple of 16, for SAM 2 of 32."""
+    folder of Hugging Face. `vit_t` has its weights in the package and needs none. `none` starts
+    from random weights."""
+    image_size: Common[ImageSize] = None  # type: ignore[assignment]
+    """Side to which images are resized, in pixels; a multiple of 16, for SAM 2 of 32. None is 256
+    for `vit_t`, 1024 for the others."""
     attention: Attention = "fused"
     """Computation of the image encoder's attention: `fused`, which takes less time and memory, or
     `stock`, the code of segment_anything and timm. The results are equal up to rounding. SAM 2 has
@@ -99,16 +102,16 @@ class RunConfig(Settings):
     ``resolve`` replaces what the fields leave open. A run's files hold the result.
     """
 
-    recipe: str | None = None
+    recipe: Common[str | None] = None
     """Source of the settings that are not given: a recipe that ships with naslora, such as
     `isic2017`, or a YAML file."""
     seed: Seed = 0
     """Seed of every random number."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    method: MethodName = "nas-pc-lora"
-    """Fine-tuning method of the encoder. `--help` after it lists its own settings. Plain LoRA in
-    the fused kernels is `nas-pc-lora` with `--channel-ratio 0`."""
+    method: Common[MethodName] = "nas-pc-lora"
+    """Fine-tuning method of the encoder. `--help-all` after it lists its own settings. Plain LoRA
+    in the fused kernels is `nas-pc-lora` with `--channel-ratio 0`."""
     adapter: MethodConfig = field(default_factory=NASLoRAConfig)
     """The method's own configuration."""
     training: TrainConfig = field(default_factory=TrainConfig)

@@ -14,7 +14,7 @@ from naslora.choices import Augment, ClassLoss
 from naslora.data.masks import IGNORED
 from naslora.results import Keep
 from naslora.sam.losses import segmentation_loss
-from naslora.settings import Count, Index, Rate, Settings
+from naslora.settings import Common, Count, Index, Rate, Settings
 
 Schedule = Literal["linear", "cosine", "constant"]
 Optimizer = Literal["adam", "adamw"]
@@ -27,7 +27,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class TrainConfig(Settings):
     """How to train: schedule of the two stages, optimizers, precision."""
 
-    epochs: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 30
+    epochs: Common[Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]] = 30
     """Epochs over the training split."""
     search_start: Index | None = None
     """First epoch (T1, counted from 0) that also updates alpha. None begins after a third of the
@@ -41,14 +41,14 @@ class TrainConfig(Settings):
     one, else `redraw`. An epoch has equally many weight steps with each of them."""
     arch_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.2
     """Size of that part, as a share of the training images."""
-    batch_size: Count = 4
+    batch_size: Common[Count] = 4
     """Images per optimizer step, over all processes."""
     accumulation: Count = 1
     """Forward passes over which a process spreads its share of a batch."""
     optimizer: Optimizer = "adamw"
     """Optimizer of the weights and of alpha: `adamw` with decoupled weight decay, or `adam`, which
     adds the decay to the gradients."""
-    learning_rate: Rate = 1e-4
+    learning_rate: Common[Rate] = 1e-4
     """Learning rate of the weights at the start."""
     weight_decay: Rate = 1e-4
     """Weight decay of the weights, without the cell's."""
