@@ -117,7 +117,8 @@ def test_sams_weights_are_asked_for(naslora, trees, tmp_path):
     arguments = ("--recipe", "sbu", "--method", "lora", "--root", trees / "sbu")
     run = tmp_path / "run"
     result = naslora("train", *arguments, "--mixed-precision", "no", "--output", run)
-    assert result.status == 2 and "model vit_h needs its weights: give --checkpoint FILE" in result.err
+    assert result.status == 2
+    assert "model vit_h needs its weights: give --checkpoint FILE" in result.err
     assert not run.exists()
 
 
