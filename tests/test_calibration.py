@@ -144,7 +144,7 @@ def test_layers_are_fitted_in_turn_on_what_the_merged_ones_give():
     errors = {error.name: error for error in report.layers}
     inputs = x
     for name, layer, y in (("first", first, targets[0]), ("second", second, targets[1])):
-        prior = (layer.centre() @ layer.lora_A.double()).numpy()
+        prior = layer.pointwise().numpy()
         linear_map, offset = ridge(
             inputs.double().reshape(-1, inputs.shape[-1]).numpy(),
             y.double().reshape(-1, 3).numpy(),

@@ -8,9 +8,10 @@ front of the method.
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, distributed, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from naslora.adapter.io.storage import (
     adapter_names,
@@ -28,15 +29,6 @@ from naslora.errors import UserError, listing
 
 ADAPTER_FOLDER = "naslora_adapter"
 """The folder for ``load_adapter`` inside the one that ``save_pretrained`` writes."""
-
-
-class IncompatibleKeys(NamedTuple):
-    """What ``load_base_state_dict`` did not load."""
-
-    missing_keys: list[str]
-    """Names of the model that the state dict lacks."""
-    unexpected_keys: list[str]
-    """Names of the state dict that the model lacks."""
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -60,7 +52,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_base_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
-) -> IncompatibleKeys:
+) -> _IncompatibleKeys:
     """Loads a checkpoint of the unadapted model into an adapted one. The adapter stays as it is.
 
     Args:
@@ -70,7 +62,8 @@ def load_base_state_dict(
         strict: whether missing and unexpected names are an error.
 
     Returns:
-        The names that were not loaded.
+        ``missing_keys``, names of the model that the state dict lacks, and ``unexpected_keys``,
+        names of the state dict that the model lacks, as ``Module.load_state_dict`` returns them.
 
     Raises:
         UserError: as ``base_state_dict``; ``state`` is no mapping of tensors, or does not fit the
@@ -98,7 +91,7 @@ def load_base_state_dict(
             raise UserError(f"{name} has shape {shapes}")
     adapted = {new: name for name, new in original.items()}
     fill(model, {adapted.get(name, name): tensor for name, tensor in fitting.items()})
-    return IncompatibleKeys(missing, unexpected)
+    return _IncompatibleKeys(missing, unexpected)
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -228,17 +228,20 @@ class NASLoRALinear(AdaptedLinear):
             return y.reshape(*x.shape[:-1], self.rank)
         return torch.cat([F.linear(prefix, self.lora_A.to(x.dtype)), y.flatten(1, 2)], 1)
 
-    def centre(self) -> Tensor:
-        """(r, r) float64: what the cell does to a token through its centre taps alone (Eq. 6).
+    def pointwise(self) -> Tensor:
+        """(r, C_in) float64: the map from a token to y through the cell's centre taps (Eq. 6).
 
         Raises:
             UserError: the operation set has no such taps.
         """
-        token_map = torch.eye(self.rank, dtype=torch.float64, device=self.lora_A.device)
+        encoder = self.lora_A.double().clone()
         if self.cell is not None and self.alpha is not None:
-            centre = self.cell.centre(self.alpha).double()
-            token_map[self.channels[:, None], self.channels[None, :]] = centre
-        return token_map
+            encoder[self.channels] = self.cell.centre(self.alpha).double() @ encoder[self.channels]
+        return encoder
+
+    def bypass(self) -> Tensor:
+        """(r, C_in) float64: the map from a token to the channels that bypass the cell."""
+        return self.lora_A.double().index_fill(0, self.channels, 0.0)
 
     def folded(self, linear_map: Tensor, offset: Tensor | None = None) -> nn.Linear:
         """nn.Linear with W0 + s W_d L and b0 + s W_d g, summed in float64.

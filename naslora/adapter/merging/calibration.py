@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.layer.cell import LinearCell
+from naslora.adapter.layer.cell import PaperCell
 from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.adapter.layer.modules import replace_module
 from naslora.errors import UserError
@@ -235,17 +235,9 @@ def _fit_layer(
             f"layer {name} meets values that are not finite on the calibration images; look for "
             "bad images, or merge in float32"
         )
-    return fit(moments, _prior(layer), layer.lora_B, layer.bias is not None)
-
-
-def _prior(layer: NASLoRALinear) -> Tensor:
-    """(r, C_in): the adapter's map through the cell's centre taps. If the cell has no such taps,
-    its map through the channels that bypass the cell."""
-    if layer.cell is None or isinstance(layer.cell, LinearCell):
-        return layer.centre() @ layer.lora_A.double()
-    prior = layer.lora_A.double().clone()
-    prior[layer.channels] = 0.0
-    return prior
+    # Without centre taps the penalty pulls to what needs no fit.
+    prior = layer.bypass() if isinstance(layer.cell, PaperCell) else layer.pointwise()
+    return fit(moments, prior, layer.lora_B, layer.bias is not None)
 
 
 class _Reached(Exception):

@@ -152,14 +152,10 @@ def _cells(model: nn.Module) -> dict[str, nn.Module]:
 def _fold(layer: NASLoRALinear, mode: MergeMode) -> nn.Module:
     """Mode "center" folds the cell's centre taps on its channels, the identity on the others. Mode
     "exact" folds the channels that bypass the cell; the cell becomes a convolution and pooling."""
-    encoder = layer.lora_A.double()
-    if layer.cell is None or layer.alpha is None:
-        return layer.folded(encoder)
-    if mode == "center":
-        return layer.folded(layer.centre() @ encoder)
-    encoder[layer.channels] = 0.0
+    if mode == "center" or layer.cell is None or layer.alpha is None:
+        return layer.folded(layer.pointwise())
     return MergedNASLoRALinear(
-        layer.folded(encoder),
+        layer.folded(layer.bypass()),
         layer.lora_A[layer.channels].clone(),
         layer.scaling * layer.lora_B[:, layer.channels],
         layer.cell.collapsed(layer.alpha),
