@@ -310,6 +310,15 @@ def test_unmerge_brings_the_very_same_layers_back(mode, calibration):
     assert merge(model, mode, calibration) == report
 
 
+@pytest.mark.parametrize("mode", ["exact", "center"])
+def test_merging_in_float64_computes_in_copies(mode):
+    model = adapted_layer(torch.float64)
+    before = snapshot(model)["values"]
+    merge(model, mode)
+    unmerge(model)
+    assert snapshot(model)["values"] == before
+
+
 @pytest.mark.parametrize(
     "preset, mode", [("linear", "exact"), ("linear", "center"), ("paper", "exact")]
 )

@@ -53,12 +53,13 @@ class EpochSearch:
         self.losses: dict[int, float] = {}
 
     def attach(self, model: nn.Module) -> None:
-        """Starts the search of a model and freezes its alpha.
+        """Starts the search of a model, once, and freezes its alpha.
 
         Raises:
             UserError: the model has no alpha.
         """
-        self.search = AlphaSearch(model, self.lr, self.start)
+        if not hasattr(self, "search") or self.search.model is not model:
+            self.search = AlphaSearch(model, self.lr, self.start)
         self.search.required = False  # also with a process group: the host wraps the model later
         self.search.rest()
 
