@@ -1,11 +1,12 @@
 """The report of a run."""
 
+import shlex
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from naslora.report.numbers import duration, is_known, number, reduce_known
-from naslora.report.page import Cards, Part, write_page
+from naslora.report.page import Cards, Code, Part, write_page
 from naslora.report.pictures import Panel
 from naslora.report.sections.examples import examples_parts
 from naslora.report.sections.merging import merging_parts
@@ -55,6 +56,7 @@ def write_report(
         "Scores": scores_parts(result),
         "Test images": examples_parts(panels, class_names, (result.images or {}).get("test")),
         "Merging": merging_parts(result, panels, class_names),
+        "What next": _commands(path.parent, result),
         "Training": training_parts(history, result.kept_epoch),
         "Operations": operations_parts(operations, history),
         "Parameters": _parameters(result.parameters),
@@ -86,12 +88,9 @@ def _header(result: RunResult) -> list[Part]:
         (f"{name} Dice", number(scores.dice), detail),
         (f"{name} IoU", number(scores.iou), ""),
     ]
-    # exact leaves a convolution beside SAM's own layers
-    plain = {m: s.dice for m, s in (result.test_merged or {}).items() if m != "exact"}
-    known = {mode: dice for mode, dice in plain.items() if is_known(dice)}
-    if known:
-        mode = max(known, key=known.__getitem__)
-        cards.append(("Merged into SAM's layers", number(known[mode]), f"test Dice, {mode}"))
+    mode, dice = _best_merge(result)
+    if mode and mode != "exact":
+        cards.append(("Merged into SAM's layers", number(dice), f"test Dice, {mode}"))
     if result.parameters:
         share = result.parameters.trainable / max(1, result.parameters.total)
         trained = f"{result.parameters.trainable:,}"
@@ -99,6 +98,30 @@ def _header(result: RunResult) -> list[Part]:
     cards.append(("Time", duration(result.seconds), ""))
     images = [f"{n:,} {SPLIT_TITLES.get(s, s)}" for s, n in (result.images or {}).items()]
     return [Cards(cards), *([f"Images: {', '.join(images)}."] if images else [])]
+
+
+def _best_merge(result: RunResult) -> tuple[str, float | None]:
+    """The way of merging with the highest test Dice; "" without one."""
+    merged = {m: s.dice for m, s in (result.test_merged or {}).items() if is_known(s.dice)}
+    # exact leaves a convolution beside SAM's own layers
+    plain = {mode: dice for mode, dice in merged.items() if mode != "exact"} or merged
+    mode = max(plain, key=plain.__getitem__, default="")
+    return mode, plain.get(mode)
+
+
+def _commands(run: Path, result: RunResult) -> list[Part]:
+    """The commands that use the run."""
+    mode, _ = _best_merge(result)
+    model = run.with_name(f"{run.name}-merged") if mode else run
+    commands = [("evaluate", run), ("predict", run, "IMAGES", "--output", f"{run}-masks")]
+    if mode:
+        commands.append(("merge", run, "--mode", mode, "--output", model))
+    commands.append(("export", model, "--format", "onnx", "--output", f"{run}.onnx"))
+    lines = [shlex.join(["naslora", *map(str, command)]) for command in commands]
+    return [
+        "Score the run again, segment images, merge the adapter, export the model:",
+        Code("\n".join(lines)),
+    ]
 
 
 def _parameters(counts: ParameterCounts | None) -> list[Part]:

@@ -17,6 +17,11 @@ from naslora.report.tables import Table
 from naslora.results import Annealing, AnnealingState, MergeResult, RunResult
 
 ROUNDING = 1e-4  # a smaller relative error is rounding, and no bar of it would be visible
+ERRORS_NOTE = (
+    "Update error: the change of a layer's output by merging, relative to what the adapter adds to "
+    "that output. Output error: the same change, relative to the whole output. Both compare "
+    "Frobenius norms; mean and max are over the layers."
+)
 
 
 def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]) -> list[Part]:
@@ -55,7 +60,7 @@ def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]
     head += ["Update error on held-out tokens, mean", "Measured on"]
     annealing = [_annealing_table(result.annealing)] if result.annealing else []
     pictures = merged_parts(panels, class_names)
-    return [Table(head, rows), *notes, *pictures, *annealing, *drawings]
+    return [Table(head, rows), ERRORS_NOTE, *notes, *pictures, *annealing, *drawings]
 
 
 def _merge_cells(before: float | None, after: float | None, layers: list[LayerError]) -> list[str]:
