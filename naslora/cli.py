@@ -448,6 +448,8 @@ def _summarise(result: RunResult, output: Path) -> None:
         return
     table = Table("test images", "Dice", "IoU", "accuracy")
     rows = {f"epoch {result.kept_epoch + 1}": result.test}
+    if result.test_float32 is not None:
+        rows[f"epoch {result.kept_epoch + 1}, in float32"] = result.test_float32
     rows |= {f"merged, {mode}": scores for mode, scores in (result.test_merged or {}).items()}
     for name, scores in rows.items():
         values = (scores.dice, scores.iou, scores.accuracy)

@@ -206,8 +206,10 @@ class RunResult:
     parameters: ParameterCounts | None = field(default=None, metadata=OPTIONAL)
     images: dict[str, int] | None = field(default=None, metadata=OPTIONAL)
     """Number of images by split."""
+    test_float32: SplitScores | None = field(default=None, metadata=OPTIONAL)
+    """Test scores in float32, for comparison with the merged models; None if ``test`` is."""
     test_merged: dict[str, SplitScores] | None = field(default=None, metadata=OPTIONAL)
-    """Test scores by way of merging."""
+    """Test scores by way of merging, in float32."""
     merge: dict[str, MergeResult] | None = field(default=None, metadata=OPTIONAL)
     annealing: Annealing | None = field(default=None, metadata=OPTIONAL)
     seconds: float | None = field(default=None, metadata=OPTIONAL)

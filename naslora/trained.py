@@ -8,6 +8,7 @@ left_out.safetensors      tensors of the SAM checkpoint that the model lacks, fo
 """
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from naslora.results import CONFIG, SplitScores, adapter_folder
 from naslora.sam.export import Description, export
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
-from naslora.training.accelerator import make_accelerator
+from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.evaluation import evaluate
 from naslora.training.resolve import read_config, resolve
 from naslora.training.run_config import Resolution, RunConfig
@@ -53,7 +54,7 @@ LEFT_OUT = "left_out.safetensors"
 
 @dataclass(frozen=True)
 class MergeScores:
-    """Scores on the validation images before and after a merge."""
+    """Scores on the validation images before and after a merge, in float32."""
 
     before: SplitScores
     after: SplitScores
@@ -142,21 +143,27 @@ def evaluate_run(
     samples = splits[split]
     for warning in warnings_about({split: check_with_progress(samples, config)}):
         warn(warning)
-    return dataclasses.replace(evaluate_model(model, config, samples), images=len(samples))
+    merged = (path / MERGED_CONFIG).exists()
+    scores = evaluate_model(model, config, samples, float32=merged)
+    return dataclasses.replace(scores, images=len(samples))
 
 
 def evaluate_model(
-    model: SamForSegmentation, config: RunConfig, samples: list[Sample]
+    model: SamForSegmentation, config: RunConfig, samples: list[Sample], float32: bool = False
 ) -> SplitScores:
-    """Loss and metrics of a run's model on some samples, as ``evaluate``."""
+    """Loss and metrics of a run's model on some samples, as ``evaluate``.
+
+    ``float32`` replaces the run's precision, as ``in_float32``.
+    """
     accelerator = make_accelerator(config.training)
-    return evaluate(
-        model.to(accelerator.device),
-        make_dataset(config, samples, "scored", truth=config.data.resolution == "original"),
-        accelerator,
-        config,
-        config.data.metrics or (),
-    )
+    with in_float32(accelerator) if float32 else nullcontext():
+        return evaluate(
+            model.to(accelerator.device),
+            make_dataset(config, samples, "scored", truth=config.data.resolution == "original"),
+            accelerator,
+            config,
+            config.data.metrics or (),
+        )
 
 
 # ---- Merging and exporting -----------------------------------------------------------------------
@@ -203,9 +210,9 @@ def _merge(
     model, config = load_model(path)
     check_merges(model)
     splits = find_splits(config)
-    before = evaluate_model(model, config, splits["val"])
+    before = evaluate_model(model, config, splits["val"], float32=True)
     report = merge(model, mode, calibration(config, splits, mode, model.pixel_mean.device, images))
-    scores = MergeScores(before, evaluate_model(model, config, splits["val"]))
+    scores = MergeScores(before, evaluate_model(model, config, splits["val"], float32=True))
     if max_error is not None and report.max_update_error > max_error:
         raise UserError(
             f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, gather_object
 
 from naslora.errors import LostProcessError, UserError
 from naslora.training.train_config import TrainConfig
@@ -46,6 +46,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"on {accelerator.device.type}; launch one"
         )
     return accelerator
+
+
+@contextmanager
+def in_float32(accelerator: Accelerator) -> Iterator[None]:
+    """Turns mixed precision off. Merged weights would be rounded to 16 bits where the adapter's
+    product is not, so models before and after a merge are compared in float32."""
+    before = accelerator.autocast_handler
+    accelerator.autocast_handler = AutocastKwargs(enabled=False)
+    try:
+        yield
+    finally:
+        accelerator.autocast_handler = before
 
 
 def _timeout() -> float:

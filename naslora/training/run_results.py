@@ -34,6 +34,7 @@ from naslora.results import (
     kept_epoch,
 )
 from naslora.sam.segmentation import labels_of, predict_labels
+from naslora.training.accelerator import in_float32
 from naslora.training.evaluation import tiled_class_map
 from naslora.training.run_data import calibration
 from naslora.training.trainer import Trainer
@@ -56,12 +57,16 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
     config, metrics = trainer.run_config, trainer.run_config.data.metrics or ()
     kept = kept_epoch(trainer.history, config.training.keep)
     test = trainer.evaluate("test", metrics)
-    panels = _panels(trainer, test) if trainer.accelerator.is_main_process else {}
+    modes = merge_modes(config.method, config.adapter)
+    float32 = None
+    if modes and config.training.mixed_precision != "no":
+        with in_float32(trainer.accelerator):
+            float32 = trainer.evaluate("test", metrics)
+    panels = _panels(trainer, float32 or test) if trainer.accelerator.is_main_process else {}
     merged: dict[str, SplitScores] = {}
     merges: dict[str, MergeResult] = {}
     annealing = None
     samples = {split: data.samples for split, data in trainer.data.items()}
-    modes = merge_modes(config.method, config.adapter)
     for mode in modes:
         batches = calibration(config, samples, mode, trainer.accelerator.device)
         try:
@@ -69,7 +74,8 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
         except UserError as error:  # for example too few images for the mode; the others go on
             merges[mode] = MergeResult(refused=str(error))
             continue
-        merged[mode] = trainer.evaluate("test", metrics)
+        with in_float32(trainer.accelerator):
+            merged[mode] = trainer.evaluate("test", metrics)
         for index, panel in panels.items():
             dice = (merged[mode].image_dice or {index: None})[index]
             panel.merged[mode] = Merged(_predict(trainer, index), dice)
@@ -85,6 +91,7 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
         trainable_parameters=counts.trainable,
         parameters=counts,
         images={split: len(data) for split, data in trainer.data.items()},
+        test_float32=float32,
         test_merged=merged if modes else None,
         merge=merges if modes else None,
         annealing=annealing,
@@ -133,7 +140,7 @@ def write_results(trainer: Trainer, result: RunResult, panels: list[Panel], outp
     if operations is not None:
         write_record(output / OPERATIONS_JSON, operations)
     # The Dice of each image, before and after each way of merging.
-    scores = {"dice": result.test}
+    scores = {"dice": result.test, "dice_float32": result.test_float32}
     scores |= {f"dice_{mode}": merged for mode, merged in (result.test_merged or {}).items()}
     dice = {title: own.image_dice for title, own in scores.items() if own and own.image_dice}
     rows = [

@@ -36,7 +36,8 @@ def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]
     modes = list(dict.fromkeys((*merged, *merges)))
     if not modes:
         return []
-    before = result.test.dice if result.test else None
+    scored = result.test_float32 or result.test
+    before = scored.dice if scored else None
     rows: list[list[str]] = []
     notes: list[Part] = []
     drawings: list[Part] = []
@@ -60,6 +61,11 @@ def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]
     head += ["Update error on held-out tokens, mean", "Measured on"]
     annealing = [_annealing_table(result.annealing)] if result.annealing else []
     pictures = merged_parts(panels, class_names)
+    if result.test and result.test_float32:
+        notes.append(
+            "Test Dice is compared in float32, before and after merging. In the precision of the "
+            f"training, the model before merging has {number(result.test.dice)}."
+        )
     return [Table(head, rows), ERRORS_NOTE, *notes, *pictures, *annealing, *drawings]
 
 
