@@ -27,8 +27,8 @@ from naslora.results import (
 )
 from naslora_kernels import OPERATIONS
 
-HEADINGS = ["Scores", "Test images", "Merging", "Training", "Operations", "Parameters", "Time"]
-HEADINGS += ["Configuration"]
+HEADINGS = ["Scores", "Test images", "Merging", "What next", "Training", "Operations"]
+HEADINGS += ["Parameters", "Time", "Configuration"]
 LAYERS = [f"encoder.blocks.{index}.attn.qkv" for index in range(3)]
 CONFIG = {
     "method": "nas-pc-lora",
@@ -179,6 +179,7 @@ def test_full_report(report, run):
     center += ["–", "white noise"]  # nothing was fitted, so nothing is held out
     assert table_row(text, "center") == center
     assert table_row(text, "exact")[:3] == ["0.8421", "0.8421", "+0.0000"]
+    assert "naslora merge " in text and " --mode center --output " in text
     assert table_row(text, "Total trainable") == ["4,123,456"]
     # Times average over the epochs that had such steps.
     assert table_row(text, "Weight steps") == ["8.0", "2.00", "4"]
@@ -210,7 +211,7 @@ def test_minimal_report(report):
     text = report(**MINIMAL)
     Reader(text)
     assert_self_contained(text)
-    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Scores", "Training", "Configuration"]
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Scores", "What next", "Training", "Configuration"]
     assert "No epoch was finished" in text
     assert "neither validation nor test scores" in text
 
