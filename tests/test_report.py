@@ -211,7 +211,12 @@ def test_minimal_report(report):
     text = report(**MINIMAL)
     Reader(text)
     assert_self_contained(text)
-    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Scores", "What next", "Training", "Configuration"]
+    assert re.findall(r"<h2>(.*?)</h2>", text) == [
+        "Scores",
+        "What next",
+        "Training",
+        "Configuration",
+    ]
     assert "No epoch was finished" in text
     assert "neither validation nor test scores" in text
 

@@ -55,7 +55,7 @@ def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]
         elif worst is not None:
             caption = f"Relative error of each layer after the merge ({mode})."
             draw = partial(_draw_merge_errors, layers=layers)
-            drawings.append(Drawing(f"merge{len(rows)}", caption, draw, (7.2, 3)))
+            drawings.append(Drawing(f"merge{len(rows)}", caption, draw))
     head = ["Mode", "Test Dice before", "Test Dice after", "Difference", "Update error, mean"]
     head += ["Update error, max", "Output error, mean", "Output error, max"]
     head += ["Update error on held-out tokens, mean", "Measured on"]
