@@ -93,11 +93,12 @@ def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
         "f_w_beta_0.3": (sod.WeightedFmeasure(beta=0.3), lambda results: results["wfm"]),
         "mae": (sod.MAE(), lambda results: results["mae"]),
     }
-    scores = {}
-    for name, (measure, read) in measures.items():
+    for measure, _ in measures.values():
         measure.step(prediction, truth)
-        scores[name] = torch.tensor(float(read(measure.get_results())), dtype=torch.float64)
-    return scores
+    return {
+        name: torch.tensor(float(read(measure.get_results())), dtype=torch.float64)
+        for name, (measure, read) in measures.items()
+    }
 
 
 # ---- Metrics of a data set -----------------------------------------------------------------------

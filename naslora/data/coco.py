@@ -22,8 +22,6 @@ OTHER_NAMES = {"val": ("val", "valid", "validation")}
 
 
 class Picture(msgspec.Struct):
-    """One image."""
-
     id: int | str
     file_name: str
     height: Annotated[int, Meta(ge=1)]
@@ -31,8 +29,6 @@ class Picture(msgspec.Struct):
 
 
 class Category(msgspec.Struct):
-    """One category."""
-
     id: int
     name: str
 
@@ -84,7 +80,7 @@ def read_categories(root: Path) -> tuple[str, ...]:
         UserError: as ``read_coco``.
     """
     first = next(iter(_read_files(root).values()))
-    return tuple(category.name for category in _sorted(first.file.categories))
+    return tuple(category.name for category in first.file.categories)
 
 
 def _read_files(root: Path) -> dict[str, _Split]:
@@ -106,7 +102,7 @@ def _read_files(root: Path) -> dict[str, _Split]:
                 f"{listing(str(path.relative_to(root)) for path in paths)}; remove the others"
             )
         for path in paths:
-            files[split] = _Split(path, _read_file(path), _image_folders(root, path, split))
+            files[split] = _read_file(root, path, split)
     _check_categories(files)
     return files
 
@@ -125,21 +121,16 @@ def _find(root: Path, split: str) -> list[Path]:
     ]
 
 
-def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
-    names = OTHER_NAMES.get(split, (split,))
-    years = [folder for name in names for folder in sorted(root.glob(f"{name}[0-9]*"))]
-    return [path.parent, root, root / "images", *(root / name for name in names), *years]
-
-
-def _read_file(path: Path) -> File:
+def _read_file(root: Path, path: Path, split: str) -> _Split:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=File)
+        file = msgspec.json.decode(path.read_bytes(), type=File)
     except (OSError, RecursionError, msgspec.MsgspecError) as error:
         raise UserError(f"{path} is no file of COCO annotations: {error}") from error
-
-
-def _sorted(categories: list[Category]) -> list[Category]:
-    return sorted(categories, key=lambda category: category.id)
+    file.categories.sort(key=lambda category: category.id)
+    names = OTHER_NAMES.get(split, (split,))
+    years = [folder for name in names for folder in sorted(root.glob(f"{name}[0-9]*"))]
+    folders = [path.parent, root, root / "images", *(root / name for name in names), *years]
+    return _Split(path, file, folders)
 
 
 def _check_categories(files: dict[str, _Split]) -> None:
@@ -164,7 +155,7 @@ def _check_categories(files: dict[str, _Split]) -> None:
 def _labels(files: dict[str, _Split], class_names: Sequence[str]) -> dict[int, int]:
     """The class of each category; categories without one are background."""
     path, file, _ = next(iter(files.values()))
-    ids = {category.name: category.id for category in _sorted(file.categories)}
+    ids = {category.name: category.id for category in file.categories}
     unknown = [name for name in class_names if name not in ids]
     if unknown:
         raise UserError(
@@ -202,19 +193,17 @@ def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
         regions[region.image_id].append(region)
     samples = []
     for picture in file.images:
+        found = (folder / picture.file_name for folder in folders)
+        image = next(
+            (one for one in found if os.path.isfile(one)), None
+        )  # the name may be too long
+        if image is None:
+            raise UserError(
+                f"{path} names {picture.file_name}, which is in none of the folders "
+                f"{listing(str(folder) for folder in folders)}"
+            )
         instances = [(labels[region.category_id], region) for region in regions[picture.id]]
         drawing = msgspec.json.encode(Drawing(picture.height, picture.width, instances))
-        image = _image_file(path, picture, folders)
         origin = f"{path.name} image {picture.id}"
         samples.append(Sample(image, Annotation(path, drawing), origin, "regions"))
     return samples
-
-
-def _image_file(path: Path, picture: Picture, folders: list[Path]) -> Path:
-    for folder in folders:
-        if os.path.isfile(folder / picture.file_name):  # also if its name is too long
-            return folder / picture.file_name
-    raise UserError(
-        f"{path} names {picture.file_name}, which is in none of the folders "
-        f"{listing(str(folder) for folder in folders)}"
-    )

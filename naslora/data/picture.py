@@ -128,7 +128,7 @@ class Picture:
 
     def rows(self, top: int = 0, bottom: int | None = None) -> np.ndarray:
         """Returns rows, all of them by default, as (bottom - top, W, 3) uint8."""
-        end = bottom or self.height
+        end = self.height if bottom is None else bottom
         pixels = np.empty((end - top, self.width, 3), np.uint8)
         for start, stop in self.bands(top, end):
             values = self._values(start, stop)
@@ -139,7 +139,8 @@ class Picture:
 
     def bands(self, top: int = 0, bottom: int | None = None) -> Iterator[tuple[int, int]]:
         """Yields the first row of bands of ``BAND`` pixels, and the row after their last one."""
-        end, step = bottom or self.height, max(1, BAND // self.width)
+        end = self.height if bottom is None else bottom
+        step = max(1, BAND // self.width)
         for start in range(top, end, step):
             yield start, min(start + step, end)
 

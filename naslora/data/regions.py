@@ -105,18 +105,16 @@ def _draw(instance: Instance, drawing: Drawing, where: str) -> np.ndarray:
 
 def _decode(counts: list[int] | str, height: int, width: int, where: str) -> np.ndarray:
     """Draws run lengths, (H, W) bool."""
-    pixels, mask = height * width, None
+    pixels = height * width
     if isinstance(counts, list):
         if sum(counts) == pixels:
-            ones = np.arange(len(counts)) % 2 == 1
-            mask = np.repeat(ones, counts).reshape(width, height).T
-    elif _fill(counts, pixels - 1, 1) is None:  # too few would leave memory as it is
-        mask = _fill(counts, height, width)
-    if mask is None:
-        raise UserError(
-            f"{where} has run lengths that do not add up to {pixels} pixels; correct it"
-        )
-    return mask
+            return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    # A mask of one pixel less is too small for them: too few would leave memory as it is.
+    elif (
+        _fill(counts, pixels - 1, 1) is None and (mask := _fill(counts, height, width)) is not None
+    ):
+        return mask
+    raise UserError(f"{where} has run lengths that do not add up to {pixels} pixels; correct it")
 
 
 def _fill(counts: str, height: int, width: int) -> np.ndarray | None:
