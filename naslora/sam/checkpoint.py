@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.errors import UserError
-from naslora.files import read_json, read_safetensors, reading
+from naslora.files import read_safetensors, reading
 from naslora.sam.families import FAMILIES, find_family
 from naslora.sam.family import PATCH_SIZE, Family
 from naslora.sam.naming import Tensors
@@ -20,8 +20,8 @@ from naslora.state_dicts import plain_tensors, tensor_problems
 
 TOKENS = ("mask_decoder.mask_tokens.weight", "mask_decoder.hf_token.weight")
 """(Q, 256) embeddings, of which the model may have another number than the checkpoint."""
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-"""The files of a folder of Hugging Face; the last one if the weights are in several files."""
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""The files of a folder of Hugging Face."""
 
 # ---- Loading -------------------------------------------------------------------------------------
 
@@ -108,18 +108,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _read_folder(path: Path) -> dict[str, Tensor]:
-    """The tensors of a folder of Hugging Face, under its names."""
-    if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
-        return read_safetensors(path / WEIGHTS)
-    index = read_json(path / INDEX)
-    with reading(path / INDEX, "lists no files with weights"):
-        files = sorted({str(file) for file in index["weight_map"].values()})
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if Path(file).name != file:
-            raise UserError(f"{path / INDEX} names {file!r}, which is no file beside it")
-        tensors |= read_safetensors(path / file)
-    return tensors
+    """The tensors of a folder of Hugging Face, under its names. Large models are several files."""
+    files = sorted(path.glob("model*.safetensors")) or [path / WEIGHTS]
+    return {name: value for file in files for name, value in read_safetensors(file).items()}
 
 
 def _under_our_names(stored: Tensors, family: Family) -> dict[str, Tensor] | None:

@@ -52,7 +52,9 @@ def segmentation_loss(
         return lambda_seg * _bce_dice(output.masks[:, 0].float(), mask, counted).mean()
     if class_loss == "pixel":
         return _pixel_loss(output, target, counted, lambda_seg, lambda_cls)
-    return _matching_loss(output.masks, output.classes, target, counted, lambda_seg, lambda_cls)
+    own = [None] * len(target) if counted is None else counted
+    images = zip(output.masks.float(), output.classes.float(), target, own, strict=True)
+    return torch.stack([_matched_image(*image, lambda_seg, lambda_cls) for image in images]).mean()
 
 
 def _bce_dice(logits: Tensor, mask: Tensor, counted: Tensor | None) -> Tensor:
@@ -102,22 +104,6 @@ def _pixel_loss(
     dice = _dice(probability, mask, own).mean()
     cross_entropy = _mean(F.nll_loss(probability.log(), target, reduction="none"), counted).mean()
     return lambda_seg * (bce + dice) + lambda_cls * cross_entropy
-
-
-def _matching_loss(
-    masks: Tensor,
-    classes: Tensor,
-    target: Tensor,
-    counted: Tensor | None,
-    lambda_seg: float,
-    lambda_cls: float,
-) -> Tensor:
-    own = [None] * len(target) if counted is None else counted
-    losses = [
-        _matched_image(*image, lambda_seg, lambda_cls)
-        for image in zip(masks.float(), classes.float(), target, own, strict=True)
-    ]
-    return torch.stack(losses).mean()
 
 
 def _matched_image(

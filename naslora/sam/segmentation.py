@@ -21,7 +21,7 @@ from naslora.sam.shipped import find_checkpoint
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 MULTICLASS_TOKENS = 10
-"""Default number of mask tokens for several classes."""
+"""Number of mask tokens for several classes; for more than 10 classes as many as classes."""
 
 
 @dataclass
@@ -73,7 +73,6 @@ class SamForSegmentation(nn.Module):
         name: one of ``naslora.sam.encoders.MODELS``.
         image_size: side S of the square images in pixels, as in ``build_image_encoder``.
         num_classes: 1 for binary segmentation, else K, with the background as class 0.
-        num_tokens: number of mask tokens for several classes; None uses 10, or K if K > 10.
 
     Attributes:
         name: the argument.
@@ -87,21 +86,10 @@ class SamForSegmentation(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(
-        self,
-        name: str,
-        image_size: int = 1024,
-        num_classes: int = 1,
-        num_tokens: int | None = None,
-    ) -> None:
+    def __init__(self, name: str, image_size: int = 1024, num_classes: int = 1) -> None:
         super().__init__()
         if num_classes < 1:
             raise UserError(f"num_classes must be at least 1, got {num_classes}")
-        num_tokens = num_tokens or max(MULTICLASS_TOKENS, num_classes)
-        if num_classes > 1 and num_tokens < num_classes:
-            raise UserError(
-                f"num_tokens must be at least num_classes, {num_classes}, got {num_tokens}"
-            )
         self.name = name
         self.image_size = image_size
         self.num_classes = num_classes
@@ -109,7 +97,7 @@ class SamForSegmentation(nn.Module):
         self.image_encoder = build_image_encoder(name, image_size).requires_grad_(False)
         keep_frozen(self.image_encoder)
         self.prompt_encoder = build_prompt_encoder(image_size).requires_grad_(False)
-        tokens = num_tokens if num_classes > 1 else 1
+        tokens = max(MULTICLASS_TOKENS, num_classes) if num_classes > 1 else 1
         self.mask_decoder = self.family.build_decoder(name, num_classes, tokens)
         mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
