@@ -52,42 +52,42 @@ def _listed(config, option):
     return [name for name in config.getoption(option).split(",") if name]
 
 
-def _names(config):
-    """The candidates of each group."""
+def _training(config, compiled=""):
     methods, stock = _listed(config, "methods"), _listed(config, "stock")
-    return {
-        "training_step": models.training_names(methods, stock, _listed(config, "compiled")),
-        "inference": models.inference_names(methods),
-        "memory": models.training_names(methods, stock),
-    }
+    return models.training_names(methods, stock, _listed(config, compiled) if compiled else ())
 
 
-def _works(config):
-    """The kernels' kinds, cases, directions and candidates."""
-    for kind in KINDS.values():
-        small = [attention.TINY] if _runs_once(config) and kind.name == "attention" else kind.cases
-        candidates = ("cpp", *kind.others)
-        for case, direction, name in itertools.product(small, cases.DIRECTIONS, candidates):
-            if "compiled" not in name or case in cases.COMPILED_CASES:
-                title = f"{kind.title(case)}-{direction}-{name}"
-                yield pytest.param((kind, case, direction, name), id=title)
+def _entries(config, group):
+    """What a group measures together, and the candidate and the step of each entry of it."""
+    if group == "kernels":
+        for kind in KINDS.values():
+            tiny = _runs_once(config) and kind.name == "attention"
+            for case in [attention.TINY] if tiny else kind.cases:
+                candidates = ("cpp", *kind.others)
+                for direction, name in itertools.product(cases.DIRECTIONS, candidates):
+                    if "compiled" not in name or case in cases.COMPILED_CASES:
+                        title = f"{kind.title(case)}-{direction}-{name}"
+                        yield title, (kind, case, direction), (name, direction)
+        return
+    if group == "training_step":
+        names = _training(config, "compiled")
+        keys = [(name, step) for name in names for step in models.training_steps(name)]
+    elif group == "memory":
+        keys = [(name, "memory") for name in _training(config)]
+    else:
+        names = models.inference_names(_listed(config, "methods"))
+        keys = [(name, "inference") for name in names]
+    for setting, (name, step) in itertools.product(_settings(config), keys):
+        yield f"{setting}-{name} {step}", setting, (name, step)
 
 
 def pytest_generate_tests(metafunc):
-    config = metafunc.config
-    names = _names(config)
-    if "setting" in metafunc.fixturenames:
-        metafunc.parametrize("setting", _settings(config), ids=str, scope="session")
-    if "work" in metafunc.fixturenames:
-        metafunc.parametrize("work", list(_works(config)))
-    if "training" in metafunc.fixturenames:
-        training = names["training_step"]
-        pairs = [(name, step) for name in training for step in models.training_steps(name)]
-        metafunc.parametrize("training", pairs, ids=" ".join)
-    if "inferring" in metafunc.fixturenames:
-        metafunc.parametrize("inferring", names["inference"])
-    if "keeping" in metafunc.fixturenames:
-        metafunc.parametrize("keeping", names["memory"])
+    if "entry" in metafunc.fixturenames:
+        group = metafunc.definition.get_closest_marker("benchmark").kwargs["group"]
+        titles, *values = zip(*_entries(metafunc.config, group), strict=True)
+        metafunc.parametrize("of,key", list(zip(*values, strict=True)), ids=titles)
+    elif "setting" in metafunc.fixturenames:
+        metafunc.parametrize("setting", _settings(metafunc.config), ids=str, scope="session")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -108,21 +108,21 @@ def tiny_when_run_once(pytestconfig):
 
 @pytest.fixture(scope="session")
 def measured(pytestconfig):
-    """``measured(group, setting)``: all candidates of a group, measured in turn, once a session."""
-    names, methods = _names(pytestconfig), _listed(pytestconfig, "methods")
+    """``measured(group, of)``: all entries of a group, measured in turn, once a session."""
     rounds = 1 if _runs_once(pytestconfig) else pytestconfig.getoption("rounds")
+    methods = _listed(pytestconfig, "methods")
     groups = {
         "kernels": lambda work: suite.time_kernels(*work, rounds),
         "training_step": lambda setting: suite.time_training(
-            setting, names["training_step"], rounds
+            setting, _training(pytestconfig, "compiled"), rounds
         ),
         "inference": lambda setting: suite.time_inference(setting, methods, rounds),
-        "memory": lambda setting: suite.measure_memory(setting, names["memory"]),
+        "memory": lambda setting: suite.measure_memory(setting, _training(pytestconfig)),
     }
 
     @functools.cache
-    def measure(group, setting):
-        result = groups[group](setting)
+    def measure(group, of):
+        result = groups[group](of)
         gc.collect()  # the models, before those of the next group are built
         return result
 
@@ -130,14 +130,19 @@ def measured(pytestconfig):
 
 
 @pytest.fixture
-def record(benchmark):
+def entry(benchmark, measured, of, key):
     """Gives a test's benchmark the samples that were taken in turn with the others'.
 
     pytest-benchmark times one function at a time, and has no public door for samples.
     """
 
-    def give(seconds, **about):
-        benchmark.extra_info.update(about, **environment())
+    def give():
+        found = measured(benchmark.group, of)
+        if key not in found:
+            pytest.skip(f"{key[0]} does not fit the model, or is not installed")
+        seconds, about = found[key]
+        benchmark.group = about.get("group", benchmark.group)
+        benchmark.extra_info.update(about, **environment(), candidate=key[0], step=key[1])
         benchmark._mode = "interleaved"
         if benchmark.enabled:
             stats = benchmark._make_stats(iterations=1)

@@ -168,8 +168,7 @@ def by_setting(entries: list[dict]) -> dict[Setting, Measured]:
             measured.memory[info["candidate"]] = info
             measured.numbers[info["candidate"], "saved"] = [info["saved"]] * 2
         else:
-            step = info.get("step", "inference")
-            measured.numbers[info["candidate"], step] = entry["stats"]["data"]
+            measured.numbers[info["candidate"], info["step"]] = entry["stats"]["data"]
     return found
 
 

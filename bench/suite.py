@@ -16,7 +16,8 @@ from bench import cases, counts, models, timing
 from bench.kinds import Case, Kind
 from bench.models import Setting
 
-Samples = dict[tuple[str, str], list[float]]  # (candidate, step): seconds, round by round
+# (candidate, step): seconds round by round, and what stands beside them.
+Entries = dict[tuple[str, str], tuple[list[float], dict[str, object]]]
 
 # As in the paper's Table 5: an epoch takes a weight step for every batch of the training data, and
 # a fifth as many architecture steps (25.2 minutes instead of 21.1).
@@ -26,18 +27,17 @@ ARCHITECTURE_STEPS = 0.2
 copy_bandwidth = functools.cache(timing.copy_bandwidth)
 
 
-def time_kernels(
-    kind: Kind, case: Case, direction: str, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, object]]:
-    """Seconds of each candidate in five times so many rounds, and what stands beside them.
+def time_kernels(kind: Kind, case: Case, direction: str, rounds: int) -> Entries:
+    """Seconds of each candidate in five times so many rounds.
 
     Raises:
         RuntimeError: the gate failed.
     """
     works = kind.works(*case)
     _refuse(cases.gate(works, judge=kind.judge))
-    functions = {name: work.function(direction) for name, work in works.items()}
+    functions = {(name, direction): work.function(direction) for name, work in works.items()}
     about = {
+        "group": kind.name,
         "work": kind.title(case),
         "direction": direction,
         "bytes": kind.least_bytes(*case, direction),
@@ -45,10 +45,11 @@ def time_kernels(
         "copy_bandwidth": copy_bandwidth(),
     }
     target = 0.02 if rounds > 1 else 0
-    return timing.interleave(functions, 5 * rounds if target else 1, target), about
+    seconds = timing.interleave(functions, 5 * rounds if target else 1, target)
+    return {key: (samples, about) for key, samples in seconds.items()}
 
 
-def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Samples:
+def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Entries:
     """Seconds of each candidate's ``weights`` step; of those that search, the ``architecture``
     step, and ``epoch``, both for each batch of an epoch. A step leaves nothing in memory but
     weights and the optimizers' state.
@@ -74,10 +75,10 @@ def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Sample
         if step == "architecture":
             pairs = zip(seconds[name, "weights"], seconds[name, step], strict=True)
             seconds[name, "epoch"] = [w + ARCHITECTURE_STEPS * a for w, a in pairs]
-    return seconds
+    return {key: (samples, dataclasses.asdict(setting)) for key, samples in seconds.items()}
 
 
-def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dict[str, list[float]]:
+def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> Entries:
     """Seconds of a batch through the untouched models, every method's, and its merged ones.
 
     Raises:
@@ -86,35 +87,33 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> dic
     images, _ = models.batch(setting)
     found = models.inference_models(methods, models.untouched(setting), setting)
     _refuse(models.gate_inference(found, setting, images))
-    functions = {name: models.inference(model, setting, images) for name, model in found.items()}
+    functions = {
+        (name, "inference"): models.inference(model, setting, images)
+        for name, model in found.items()
+    }
     # The gate has warmed them up.
-    return timing.interleave(functions, rounds, target=0, warm=True, device=setting.device)
+    seconds = timing.interleave(functions, rounds, target=0, warm=True, device=setting.device)
+    return {key: (samples, dataclasses.asdict(setting)) for key, samples in seconds.items()}
 
 
-def measure_memory(
-    setting: Setting, names: Iterable[str]
-) -> dict[str, tuple[float, dict[str, int]]]:
-    """By candidate: seconds of a counted weight step, and what a step takes, as ``bench.counts``.
+def measure_memory(setting: Setting, names: Iterable[str]) -> Entries:
+    """Seconds of each candidate's counted weight step, and what a step takes, as ``bench.counts``.
 
     ``saved`` bytes are kept for the backward; ``peak`` is the most that lived at once, on a GPU as
     its allocator tells. ``architecture_*`` is the same of an architecture step.
     """
     base = models.untouched(setting)
-    measured = {}
+    entries: Entries = {}
     for name, candidate in models.candidates(setting, names, base).items():
-        measured[name] = _measured(candidate)
+        started = time.perf_counter()
+        numbers = _counted(candidate, candidate.weight_step)
+        seconds = time.perf_counter() - started
+        if candidate.alpha:
+            of_alpha = _counted(candidate, candidate.architecture_step)
+            numbers |= {f"architecture_{key}": value for key, value in of_alpha.items()}
+        entries[name, "memory"] = [seconds], dataclasses.asdict(setting) | numbers
         gc.collect()
-    return measured
-
-
-def _measured(candidate: models.Candidate) -> tuple[float, dict[str, int]]:
-    started = time.perf_counter()
-    numbers = _counted(candidate, candidate.weight_step)
-    seconds = time.perf_counter() - started
-    if candidate.alpha:
-        of_alpha = _counted(candidate, candidate.architecture_step)
-        numbers |= {f"architecture_{key}": value for key, value in of_alpha.items()}
-    return seconds, numbers
+    return entries
 
 
 def _counted(candidate: models.Candidate, step: Callable[[], None]) -> dict[str, int]:

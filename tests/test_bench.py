@@ -50,10 +50,8 @@ def entries(seconds, saved=SAVED, info=INFO):
 
     for (candidate, step), factor in seconds.items():
         data = [factor * seconds for seconds in ROUNDS]
-        if step == "inference":
-            add("inference", candidate, {}, data)
-        else:
-            add("training_step", candidate, {"step": step}, data)
+        group = "inference" if step == "inference" else "training_step"
+        add(group, candidate, {"step": step}, data)
     for candidate, size in saved.items():
         numbers = {"saved": size, "peak": 3 * size, "operations": 10**9, "calls": 1234}
         add("memory", candidate, numbers, [1.0])

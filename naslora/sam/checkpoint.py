@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from naslora.adapter.io.wrappers import fill
 from naslora.errors import UserError
 from naslora.files import read_safetensors, reading
 from naslora.sam.families import FAMILIES, find_family
@@ -74,20 +75,12 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
     for key, value in fitted.items():
         for problem in tensor_problems(key, value, state):
             raise UserError(f"checkpoint {path} is damaged: {problem}; use another copy")
-    model.load_state_dict({**state, **fitted})
-    _drop_caches(model)
+    fill(model, fitted)
     return {
         key: value
         for key, value in tensors.items()
         if key not in state or value.shape != state[key].shape
     }
-
-
-def _drop_caches(model: nn.Module) -> None:
-    # In evaluation mode, TinyViT caches its attention biases. A change of mode drops the cache.
-    training = model.training
-    model.train()
-    model.train(training)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
