@@ -1,6 +1,7 @@
 """What the tests of the fused kernels share: random cases, memory layouts, and the error rule."""
 
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -50,6 +51,13 @@ def _targets():
 
 def _skipped_for(reason):
     return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+def serves_attention(target):
+    """Whether the target's backend computes attention."""
+    return hasattr(
+        importlib.import_module(f"naslora_kernels.{target.backend}"), "rel_pos_attention"
+    )
 
 
 def _patch_language_once():
@@ -328,15 +336,48 @@ def assert_better_on_average(ratios):
         assert mean <= max(1.05, 1.5 ** (3 / len(own) ** 0.5)), (name, len(own), mean)
 
 
-def assert_same_bits_on_any_number_of_threads(case):
+def assert_random_cases_match(target, count, draw, for_16_bits=lambda case: case):
+    """Random cases in random dtypes and layouts, with gradients of random arguments.
+
+    Args:
+        target: the backend under test.
+        count: of the cases.
+        draw: makes a case in float64 of a function that picks integers, and of a seed.
+        for_16_bits: what becomes of a case that is computed in 16 bits.
+    """
+    generator = torch.Generator().manual_seed(2024)
+
+    def pick(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    ratios = {}
+    for seed in range(count):
+        case, dtype = draw(pick, seed), DTYPES[pick(0, 3)]
+        layouts = [list(LAYOUTS)[pick(0, 3)] for _ in range(2)]
+        first, *others = (name for name in case.arguments if name not in ("weight", "bias"))
+        needed = [name for name in (first, *others) if pick(0, 1)]
+        # Without channels the reference depends on the first argument alone.
+        if not needed or not case.options["channels"].numel():
+            needed = [first]
+        about = f"{seed=} {case.gradient.shape} {case.options} {dtype} {layouts=} {needed=}"
+        case = (for_16_bits(case) if dtype.itemsize == 2 else case).to(dtype).on(target.device)
+        try:
+            assert_as_good_as_reference(target, case.laid_out(*layouts), needed, ratios)
+        except AssertionError as error:
+            raise AssertionError(about) from error
+    if not target.costs_a_case:  # a dozen ratios say little
+        assert_better_on_average(ratios)
+
+
+def assert_same_bits_on_any_number_of_threads(case, needed=None):
     """The ``cpp`` backend's results and gradients do not depend on the number of threads."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = case.run("cpp")
+        expected = case.run("cpp", needed)
         for count in (2, 2, 3):
             torch.set_num_threads(count)
-            for name, value in case.run("cpp").items():
+            for name, value in case.run("cpp", needed).items():
                 assert torch.equal(value, expected[name]), name
     finally:
         torch.set_num_threads(threads)

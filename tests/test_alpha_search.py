@@ -388,15 +388,16 @@ def worker(rank: int, compiled: bool, options: dict, folder: Path) -> None:
     torch.save((losses, model.state_dict()), folder / f"{rank}.pt")
 
 
+OPTIONS = ("gradient_as_bucket_view", "static_graph")
+
+
 @pytest.mark.parametrize(
     ("compiled", "options"),
     [
-        pytest.param(False, {}, marks=pytest.mark.campaign),
-        (False, {"gradient_as_bucket_view": True}),
-        pytest.param(False, {"static_graph": True}, marks=pytest.mark.campaign),
-        (True, {}),
+        *(pytest.param(False, {name: True}, marks=pytest.mark.campaign) for name in OPTIONS),
+        (True, {"gradient_as_bucket_view": True}),
     ],
-    ids=["plain", "bucket views", "static graph", "compiled"],
+    ids=[*OPTIONS, "compiled"],
 )
 def test_two_processes_agree_with_one(compiled, options, tmp_path):
     """Both stages under DistributedDataParallel, without ``find_unused_parameters``."""

@@ -1,11 +1,11 @@
 """Building the extensions, without a GPU: setup.py, the report of nvcc, the served devices."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fresh_process import run_fresh
 from setuptools import Distribution
 
 from bench.gpu import cuda_resources
@@ -325,12 +325,6 @@ def test_capabilities_served(architectures, capability, served):
 
 def test_reason_of_an_absent_extension():
     probe = "import naslora_kernels; print(naslora_kernels.available_backends()['cuda'])"
-    reason = subprocess.run(
-        [sys.executable, "-c", probe],
-        env={**os.environ, cuda.EMULATION_VARIABLE: "/nowhere/_CUDA.abi3.so"},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    reason = run_fresh(probe, **{cuda.EMULATION_VARIABLE: "/nowhere/_CUDA.abi3.so"}).out
     assert reason.startswith("the CUDA extension is not there (")
     assert "reinstall naslora with nvcc" in reason

@@ -2,12 +2,12 @@
 
 import json
 import pathlib
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import wait_for
+from fresh_process import run_fresh
 from kernel_cases import needs_cpp
 
 from bench import gpu_check, timing
@@ -118,5 +118,5 @@ import pytest
 import bench.gpu_check as check
 sys.exit(pytest.main(["--collect-only", "-q", check.PRIMITIVE_TESTS, *check.TRITON_TESTS]))
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:]
+    result = run_fresh(program)
+    assert result.status == 0, result.out[-2000:]

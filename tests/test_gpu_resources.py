@@ -26,20 +26,15 @@ ROWS = 2 * 14 * 14
 # ---- What Triton's kernels take ----------------------------------------------------------------
 
 
-def run(*arguments, **environment):
-    """The command, outside of Triton's interpreter, under which nothing is compiled."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.gpu.triton_resources", *arguments]
-    return subprocess.run(
-        command, env={**inherited, **environment}, capture_output=True, text=True, check=False
-    )
-
-
 @needs_triton
 @pytest.mark.campaign
 def test_triton_kernels_compile_for_real_cards_without_spills():
     """The oldest and the newest; `make triton-check` has them all."""
-    result = run("75", "100", "--quick", "--dtypes", "bfloat16")
+    # Outside of Triton's interpreter, under which nothing is compiled.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    arguments = ("75", "100", "--quick", "--dtypes", "bfloat16")
+    command = [sys.executable, "-m", "bench.gpu.triton_resources", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for card in ("sm_75", "sm_100"):
         assert f"{card} torch.bfloat16: 20 kernels\n" in result.stderr
@@ -49,10 +44,11 @@ def test_triton_kernels_compile_for_real_cards_without_spills():
 
 
 @needs_triton
-def test_refuses_under_the_interpreter():
-    result = run("90", TRITON_INTERPRET="1")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+def test_refuses_under_the_interpreter(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["triton_resources", "90"])
+    assert triton_resources.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("triton_resources: TRITON_INTERPRET=1 is set")
 
 

@@ -13,10 +13,10 @@ from kernel_cases import (
     DTYPES,
     FEW_LAYOUT_PAIRS,
     LAYOUT_PAIRS,
-    LAYOUTS,
     TARGETS,
     assert_as_good_as_reference,
-    assert_better_on_average,
+    assert_random_cases_match,
+    assert_same_bits_on_any_number_of_threads,
     few_costly,
     layer_case,
     needs_cpp,
@@ -44,7 +44,12 @@ SHAPES = [
     ((2, 5, 5), 16, 24, 3, 0),
 ]
 SMALL = ((2, 7, 6), 64, 96, 3, 2)
-EVERY_DTYPE = ((2, 6, 5), 16, 1, 7, 5)  # runs in every dtype everywhere
+# Where cases cost seconds, these run.
+QUICK = [
+    *((((2, 6, 5), 16, 1, 7, 5), dtype) for dtype in (torch.bfloat16, torch.float16)),
+    (((1, 1, 1), 5, 3, 2, 1), torch.float64),
+    *((shape, torch.float32) for shape in SHAPES[1:2] + SHAPES[4:5] + SHAPES[6:]),
+]
 
 
 def without_max_pool(case):
@@ -68,7 +73,7 @@ def largest_map(shape):
     few_costly(
         targets_and(SHAPES, largest_map, ALL_TARGETS),
         [(dtype,) for dtype in DTYPES],
-        lambda shape, dtype: dtype == torch.float32 or shape == EVERY_DTYPE,
+        lambda shape, dtype: (shape, dtype) in QUICK,
     ),
 )
 def test_matches_reference(target, shape, dtype):
@@ -80,8 +85,10 @@ def test_matches_reference(target, shape, dtype):
     assert_as_good_as_reference(target, case, needed)
 
 
-@every_target
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    few_costly(TARGETS, [(d,) for d in DTYPES[2:]], lambda dtype: dtype == torch.float16),
+)
 def test_float32_adapter_under_16_bit_activations(target, dtype):
     case = without_max_pool(layer_case(*SMALL)).to(dtype, parameter_dtype=torch.float32)
     results = assert_as_good_as_reference(target, case, ("x", *ADAPTER))
@@ -89,8 +96,7 @@ def test_float32_adapter_under_16_bit_activations(target, dtype):
     assert results["lora_A"].dtype == torch.float32
 
 
-@every_target
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("target", "bias"), few_costly(TARGETS, [(True,), (False,)], bool))
 def test_gradients_of_the_frozen_linear_where_asked_for(target, bias):
     case = layer_case(*SMALL, bias=bias).to(torch.float32)
     assert_as_good_as_reference(target, case)
@@ -116,7 +122,7 @@ def test_expanded_input_and_gradient_and_transposed_parameters(target):
     assert_as_good_as_reference(target, case)
 
 
-@every_target
+@pytest.mark.parametrize("target", few_costly(TARGETS, [()], lambda: False))
 def test_gradcheck(target):
     case = layer_case((1, 3, 4), 5, 4, 3, 2).on(target.device)
     tensors = {name: t.requires_grad_() for name, t in case.arguments.items()}
@@ -125,7 +131,7 @@ def test_gradcheck(target):
             **dict(zip(tensors, values, strict=True)), **case.options, backend=target.backend
         ),
         list(tensors.values()),
-        fast_mode=target.simulated,  # as in test_kernels_cell.py
+        fast_mode=target.simulated,
     )
 
 
@@ -136,9 +142,12 @@ def small_case_and_results(target):
     return case, case.run(target, ("x", *ADAPTER))
 
 
-@every_target
+NEEDED = [("x", "alpha"), ("x", "lora_A", "lora_B", *CELL[1:]), ("lora_B",), ("x",)]
+
+
 @pytest.mark.parametrize(
-    "needed", [("x", "alpha"), ("x", "lora_A", "lora_B", *CELL[1:]), ("lora_B",), ("x",)], ids=str
+    ("target", "needed"),
+    few_costly(TARGETS, [(n,) for n in NEEDED], lambda needed: needed in NEEDED[:2]),
 )
 def test_partial_gradients_equal_full_ones(target, needed):
     case, full = small_case_and_results(target)
@@ -197,16 +206,7 @@ def test_same_bits_on_any_number_of_threads():
     case = layer_case((4, 14, 14), 96, 160, 6, 4).to(torch.float32)
     # The frozen product is torch's, whose bits may depend on threads: leave it out.
     case.arguments["weight"].zero_()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = case.run("cpp", ("x", *ADAPTER))
-        for count in (2, 2, 3):
-            torch.set_num_threads(count)
-            for name, value in case.run("cpp", ("x", *ADAPTER)).items():
-                assert torch.equal(value, expected[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    assert_same_bits_on_any_number_of_threads(case, ("x", *ADAPTER))
 
 
 @every_target
@@ -239,27 +239,12 @@ def test_row_offsets_beyond_32_bits():
 
 @every_target
 def test_random_shapes(target):
-    generator = torch.Generator().manual_seed(2025)
-
-    def pick(low, high):
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    ratios = {}
     side = 5 if target.simulated else 15
-    for seed in range(FUZZED_SHAPES // 10 if target.costs_a_case else FUZZED_SHAPES):
+
+    def draw(pick, seed):
         rank = pick(1, 24) if pick(0, 3) == 0 else pick(1, 6)
-        shape = ((pick(0, 3), pick(1, side), pick(1, side)), pick(1, 90), pick(1, 150), rank)
-        c = pick(1, rank)
-        dtype = DTYPES[pick(0, 3)]
-        layout, gradient_layout = (list(LAYOUTS)[pick(0, 3)] for _ in range(2))
-        needed = [name for name in ("x", *ADAPTER) if pick(0, 1)] or ["x"]
-        case = layer_case(*shape, c, seed)
-        if dtype in (torch.bfloat16, torch.float16):
-            case = without_max_pool(case)
-        case = case.to(dtype).on(target.device).laid_out(layout, gradient_layout)
-        try:
-            assert_as_good_as_reference(target, case, needed, ratios)
-        except AssertionError as error:
-            raise AssertionError(f"{seed=} {shape=} {c=} {dtype} {layout=} {needed=}") from error
-    if not target.costs_a_case:  # a dozen ratios say little
-        assert_better_on_average(ratios)
+        grid = (pick(0, 3), pick(1, side), pick(1, side))
+        return layer_case(grid, pick(1, 90), pick(1, 150), rank, pick(1, rank), seed)
+
+    count = FUZZED_SHAPES // (10 if target.costs_a_case else 1)
+    assert_random_cases_match(target, count, draw, without_max_pool)

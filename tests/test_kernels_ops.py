@@ -1,14 +1,23 @@
-"""The operators under PyTorch's own machinery: opcheck, compile, autocast, checkpointing, DDP."""
+"""The operators under PyTorch's own machinery: opcheck, compile, autocast, checkpointing."""
 
+import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import in_two_processes
-from kernel_cases import CELL, COMPILER, TARGETS, cell_case, few_costly, layer_case, needs_cpp
+from fresh_process import run_fresh
+from kernel_cases import (
+    CELL,
+    COMPILER,
+    TARGETS,
+    UNAVAILABLE,
+    attention_case,
+    cell_case,
+    few_costly,
+    layer_case,
+    needs_cpp,
+    serves_attention,
+)
 from torch.utils.checkpoint import checkpoint
 
 import naslora_kernels
@@ -17,12 +26,7 @@ from naslora_kernels.ops import operator
 
 only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
 every_target = pytest.mark.parametrize("target", TARGETS)
-# What torch.compile generates calls the device's code, which a simulation is not.
-compiled_targets = pytest.mark.parametrize(
-    "target", [target for target in TARGETS if not target.values[0].simulated]
-)
 
-ADAPTER = ("lora_A", "lora_B", *CELL)
 GRID = ((2, 7, 6), 20, 24, 6)
 
 
@@ -40,12 +44,11 @@ def test_is_the_default_on_cpus():
 
 # ---- opcheck: schema, fake kernels, and aot dispatch of every operator -------------------------
 
-# Without channels, folded, and separable.
 opchecks = pytest.mark.parametrize(
     ("target", "dtype", "c"),
     few_costly(
         TARGETS,
-        [(torch.float32, 0), (torch.bfloat16, 2), (torch.float32, 5)],
+        [(torch.float32, 0), (torch.bfloat16, 2)],  # what is folded and separable has one schema
         lambda dtype, c: c == 2,
     ),
 )
@@ -53,6 +56,8 @@ opchecks = pytest.mark.parametrize(
 SMALL_GRID = ((2, 3, 4), 5, 7, 6)
 
 ENDS = ("", "_backward")
+NEEDS = ((True, True, True), (True, False, False), (False, True, True))
+LAYER_NEEDS = ([True] * 5, [True, False, False, True, False], [False, False, True, False, False])
 UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -70,7 +75,7 @@ def test_opcheck_cell(target, dtype, c):
     case = cell_case((2, 3, 4, 6), c).to(dtype, parameter_dtype=torch.float32).on(target.device)
     z, operands = case.arguments["z"], cell_operands(case)
     torch.library.opcheck(forward, (z, *operands), test_utils=UTILS)
-    for need in ((True, True, True), (True, False, False), (False, True, True)):
+    for need in NEEDS[: 1 if target.simulated else None]:
         torch.library.opcheck(
             backward,
             (case.gradient, z, *operands, *need),
@@ -85,13 +90,14 @@ def test_opcheck_layer(target, dtype, c):
     a, operands = case.arguments, (*cell_operands(case), 1.5)
     frozen = (a["x"], a["weight"])
     adapter = (a["lora_A"], a["lora_B"])
-    for bias in (a["bias"], None):
+    simulated = 1 if target.simulated else None  # each call takes long
+    for bias in (a["bias"], None)[:simulated]:
         torch.library.opcheck(
             forward, (*frozen, bias, *adapter, *operands),
             test_utils=UTILS,
         )  # fmt: skip
     z = torch.randn(2, 3, 4, 6).to(case.gradient)
-    for need in ([True] * 5, [True, False, False, True, False], [False, False, True, False, False]):
+    for need in LAYER_NEEDS[:simulated]:
         torch.library.opcheck(
             backward,
             (case.gradient, a["x"], z, a["weight"], *adapter, *operands, *need),
@@ -101,112 +107,101 @@ def test_opcheck_layer(target, dtype, c):
 
 # ---- torch.compile -----------------------------------------------------------------------------
 
+CASES = {
+    "cell": lambda: cell_case((2, 5, 4, 6), 4),
+    "layer": lambda: layer_case(*GRID, 4),
+    "attention": lambda: attention_case(2, 2, (3, 4), 5),
+}
 
-@compiled_targets
-@pytest.mark.parametrize("dynamic, make", [
-    (False, lambda: (mixed_cell, cell_case((2, 5, 4, 6), 4))),
-    (True, lambda: (nas_lora_linear, layer_case(*GRID, 4))),
-], ids=["cell", "layer"])  # fmt: skip
-def test_compiled_training_step_equals_eager(target, make, dynamic):
-    function, case = make()
-    case = case.to(torch.float32).on(target.device)
-    case.options["backend"] = target.backend
-    names = list(case.arguments)
+
+def float32_case(target, name):
+    return CASES[name]().to(torch.float32).on(target.device)
+
+
+def compiled_together():
+    """The backends of each device. torch.compile calls the device's code, not a simulation's."""
+    served = [target.values[0] for target in TARGETS if not UNAVAILABLE[target.values[0].backend]]
+    for device in dict.fromkeys(target.device for target in served):
+        yield [target for target in served if target.device == device and not target.simulated]
+
+
+@pytest.mark.parametrize(
+    "targets", list(compiled_together()), ids=lambda targets: "-".join(map(str, targets))
+)
+@pytest.mark.parametrize("dynamic, compiler", [(False, "aot_eager"), (True, COMPILER)])
+def test_compiled_training_step_equals_eager(targets, dynamic, compiler):
+    """All operators are in one graph, because each compilation takes seconds."""
+    cases = [float32_case(targets[0], name) for name in CASES]
+    names = [(case.function, name) for case in cases for name in case.arguments]
+    values = [value for case in cases for value in case.arguments.values()]
+    calls = [
+        (case.function, {**case.options, "backend": target.backend})
+        for case, target in itertools.product(cases, targets)
+        if case.function != "rel_pos_attention" or serves_attention(target)
+    ]
     torch.compiler.reset()
 
-    @torch.compile(fullgraph=True, dynamic=dynamic, backend=COMPILER)
     def step(*values):
-        result = function(**dict(zip(names, values, strict=True)), **case.options)
-        return (2 * result).square().sum()  # something for the compiler to fuse around it
+        loss = 0
+        for function, options in calls:
+            given = zip(names, values, strict=True)
+            arguments = {name: value for (of, name), value in given if of == function}
+            result = getattr(naslora_kernels, function)(**arguments, **options)
+            loss = loss + (2 * result).square().sum()  # something to fuse around it
+        return loss
 
     def gradients(step):
-        leaves = [t.clone().requires_grad_() for t in case.arguments.values()]
+        leaves = [value.clone().requires_grad_() for value in values]
         return torch.autograd.grad(step(*leaves), leaves)
 
-    def eager(*values):
-        result = function(**dict(zip(names, values, strict=True)), **case.options)
-        return (2 * result).square().sum()
-
-    for name, compiled, expected in zip(names, gradients(step), gradients(eager), strict=True):
-        torch.testing.assert_close(
-            compiled, expected, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
+    for name, own, expected in zip(names, gradients(compiled), gradients(step), strict=True):
+        torch.testing.assert_close(own, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# ---- autocast, checkpointing, DDP --------------------------------------------------------------
+# ---- autocast, checkpointing --------------------------------------------------------------
+
+OF_ATTENTION = [target for target in TARGETS if serves_attention(target.values[0])]
+layers_and_attention = pytest.mark.parametrize(
+    ("target", "name"),
+    [*few_costly(TARGETS, [("layer",)], bool), *few_costly(OF_ATTENTION, [("attention",)], bool)],
+)
 
 
-@every_target
-def test_autocast_computes_as_on_cast_tensors(target):
-    case = layer_case(*GRID, 4).to(torch.float32).on(target.device)
+@layers_and_attention
+def test_autocast_computes_as_on_cast_tensors(target, name):
+    case = float32_case(target, name)
     arguments = {n: t.requires_grad_(n != "weight") for n, t in case.arguments.items()}
+    call = getattr(naslora_kernels, case.function)
     with torch.autocast(target.device, torch.bfloat16):
-        h = nas_lora_linear(**arguments, **case.options, backend=target.backend)
+        h = call(**arguments, **case.options, backend=target.backend)
     assert h.dtype == torch.bfloat16
-    gradients = torch.autograd.grad(
-        h, [arguments["x"], arguments["lora_A"]], case.gradient.bfloat16()
-    )
-    cast = case.to(torch.bfloat16, parameter_dtype=torch.float32).run(target)
+    trained = [n for n in arguments if n != "weight"]
+    gradients = torch.autograd.grad(h, [arguments[n] for n in trained], case.gradient.bfloat16())
+    cast = case.to(torch.bfloat16, parameter_dtype=torch.float32).run(target, trained)
     assert torch.equal(h, cast["result"])
-    # The gradient of x is cast back to the float32 of the leaf.
-    assert torch.equal(gradients[0], cast["x"].float())
-    assert torch.equal(gradients[1], cast["lora_A"])
+    # The gradients of leaves are cast back to float32.
+    for n, gradient in zip(trained, gradients, strict=True):
+        assert torch.equal(gradient, cast[n].float()), n
 
 
-@every_target
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_the_same_gradients(target, reentrant):
-    case = layer_case(*GRID, 4).to(torch.float32).on(target.device)
+@layers_and_attention
+def test_checkpointing_gives_the_same_gradients(target, name):
+    case = float32_case(target, name)
     expected = case.run(target)
-    leaves = {n: t.clone().requires_grad_() for n, t in case.arguments.items()}
+    call = getattr(naslora_kernels, case.function)
+    # A simulation takes long. One way each: the layer and attention do not differ in this.
+    for reentrant in [name == "layer"] if target.simulated else [False, True]:
+        leaves = {n: t.clone().requires_grad_() for n, t in case.arguments.items()}
 
-    def layer(*values):
-        return nas_lora_linear(
-            **dict(zip(leaves, values, strict=True)), **case.options, backend=target.backend
-        )
+        def function(*values, names=tuple(leaves)):
+            values = dict(zip(names, values, strict=True))
+            return call(**values, **case.options, backend=target.backend)
 
-    h = checkpoint(layer, *leaves.values(), use_reentrant=reentrant)
-    h.backward(case.gradient)
-    for name, leaf in leaves.items():
-        assert torch.equal(leaf.grad, expected[name]), name
-
-
-class Layer(torch.nn.Module):
-    def __init__(self, case):
-        super().__init__()
-        self.case = case
-        for name in ADAPTER:
-            self.register_parameter(name, torch.nn.Parameter(case.arguments[name]))
-
-    def forward(self, x):
-        a = self.case.arguments
-        parameters = {name: getattr(self, name) for name in ADAPTER}
-        return nas_lora_linear(
-            x, a["weight"], a["bias"], **parameters, **self.case.options, backend="cpp"
-        )
-
-
-def train_under_ddp(rank, folder):
-    """One process of two: its half of the batch, two backward passes, its gradients to a file."""
-    case = layer_case(*GRID, 4).to(torch.float32)
-    half = slice(rank, rank + 1)  # the batch has two maps
-    # Without a search for unused parameters: every parameter gets its gradient.
-    module = torch.nn.parallel.DistributedDataParallel(Layer(case))
-    for _ in range(2):
-        module.zero_grad()
-        module(case.arguments["x"][half]).backward(case.gradient[half])
-    torch.save({n: getattr(module.module, n).grad for n in ADAPTER}, folder / f"{rank}.pt")
-
-
-@only_cpp
-def test_distributed_data_parallel(tmp_path):
-    in_two_processes(train_under_ddp, tmp_path, tmp_path)
-    expected = layer_case(*GRID, 4).to(torch.float32).run("cpp")
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name in ADAPTER:
-        assert torch.equal(ranks[0][name], ranks[1][name]), name
-        # DDP averages, the whole batch sums; the sums are taken in another order.
-        torch.testing.assert_close(2 * ranks[0][name], expected[name], rtol=1e-4, atol=1e-5)
+        h = checkpoint(function, *leaves.values(), use_reentrant=reentrant)
+        h.backward(case.gradient)
+        for n, leaf in leaves.items():
+            assert torch.equal(leaf.grad, expected[n]), n
 
 
 # ---- Which code runs ---------------------------------------------------------------------------
@@ -218,14 +213,9 @@ print(json.dumps([naslora_kernels.available_backends()["cpp"], naslora_kernels.b
 
 
 def probe(**environment):
-    output = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        env={**os.environ, **environment},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return json.loads(output)
+    result = run_fresh(PROBE, **environment)
+    assert result.status == 0, result.err
+    return json.loads(result.out)
 
 
 @only_cpp

@@ -39,14 +39,13 @@ def test_a_call_keeps_no_tensor(target):
         return [tensor._use_count() for tensor in tensors]
 
     before = uses()
-    for _ in range(3):
-        results = backward(*tensors, 1.0, True, True, True, True, True)
-        dead = [weakref.ref(result) for result in results]
-        storages = [result.untyped_storage() for result in results]
-        del results
-        gc.collect()
-        assert not [reference for reference in dead if reference() is not None]
-        assert all(torch._C._storage_Use_Count(s._cdata) == 1 for s in storages)
+    results = backward(*tensors, 1.0, True, True, True, True, True)
+    dead = [weakref.ref(result) for result in results]
+    storages = [result.untyped_storage() for result in results]
+    del results
+    gc.collect()
+    assert not [reference for reference in dead if reference() is not None]
+    assert all(torch._C._storage_Use_Count(s._cdata) == 1 for s in storages)
     assert uses() == before
 
 

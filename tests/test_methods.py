@@ -1,6 +1,7 @@
 """The methods that the paper compares: what each trains, computes, stores and merges."""
 
 import copy
+import functools
 import json
 import math
 import shlex
@@ -57,12 +58,22 @@ DEFAULT = NASLoRAConfig()
 MERGING = (*PEFT, "nas-lora", "nas-pc-lora")
 
 
+@functools.cache
+def built(encoder):
+    return build_model(encoder, SIZE).eval()
+
+
+def untouched(encoder):
+    """A model of one's own. MobileSAM takes long to build, a copy does not."""
+    return copy.deepcopy(built(encoder))
+
+
 @pytest.fixture
 def make():
     """Models with a method in evaluation mode; ``lively`` ones compute more than a fresh one."""
 
     def build(method, encoder="vit_t", lively=False, config=DEFAULT, seed=0):
-        model = build_model(encoder, SIZE).eval()
+        model = untouched(encoder)
         apply(method, model, configure(method, config), seed)
         if lively:
             enliven(model)
@@ -130,6 +141,7 @@ COUNTS = [
     ("vera", {}, 32 * (256 + 3840)),  # 0.32 in all; no definition that we found gives it
     ("conv-lora", {}, 32 * (3 * (1280 + 3840) + 8 * (27 * 3 + 3) + 2 * 3 * 8)),  # 4.02
     ("nas-lora", {}, 32 * (3 * (1280 + 3840) + (9 + 25 + 9 + 25) * 3 + 4 * 9 + 8)),
+    ("nas-pc-lora", {"channel_ratio": 0}, 32 * 3 * (1280 + 3840)),  # plain LoRA
     ("nas-lora", {"preset": "paper"}, 32 * (3 * (1280 + 3840) + 168 * 3 + 8 * 9 + 8)),  # 4.016
     ("nas-pc-lora", {"preset": "paper"}, 32 * (3 * (1280 + 3840) + 168 * 2 + 8 * 4 + 8)),  # 4.009
     (
@@ -152,7 +164,8 @@ def test_parameters_on_vit_h(method, config, parameters):
     counts = run_module.count_parameters(model)
     assert counts.decoder == DECODER
     assert counts.adapter + counts.architecture == parameters
-    assert counts.architecture == (32 * 8 if searches(method) else 0)
+    ratio = config.get("channel_ratio")
+    assert counts.architecture == (32 * 8 if searches(method) and ratio != 0 else 0)
     assert counts.total == sum(p.numel() for p in model.parameters())
 
 
@@ -191,7 +204,7 @@ def test_the_seed_decides_the_start(make, method, encoder):
     drawn = method not in ("full", "decoder-only", "bitfit")
     assert bool(differing(one, reseeded)) == drawn
     if method in LORA_KIND:  # a fresh one changes no output
-        assert torch.equal(embed(make(method, encoder)), embed(build_model(encoder, SIZE).eval()))
+        assert torch.equal(embed(make(method, encoder)), embed(built(encoder)))
 
 
 @fitting
@@ -244,13 +257,13 @@ def outline(model):
 
 NO_TARGET = NASLoRAConfig(target="attn.query$")
 UNFIT = [
-    ("vpt", lambda: build_model("mobile_sam", SIZE), None,
+    ("vpt", lambda: untouched("mobile_sam"), None,
      "vpt needs the attention of SAM's plain ViTs.*TinyViTEncoder"),
     *((method, lambda: nn.Sequential(nn.Conv2d(3, 8, 4, bias=False)), None, "needs|no layer match")
       for method in METHODS if method not in ("full", "decoder-only")),
-    *((method, lambda: build_model("vit_t", SIZE), NO_TARGET, "no layer matches")
+    *((method, lambda: untouched("vit_t"), NO_TARGET, "no layer matches")
       for method in LORA_KIND),
-    ("adalora", lambda: build_model("vit_t", SIZE), None,
+    ("adalora", lambda: untouched("vit_t"), None,
      "method must be one of full, decoder-only, bitfit"),
 ]  # fmt: skip
 
@@ -269,7 +282,7 @@ def test_one_method_a_model(make):
     with pytest.raises(UserError, match="has a method already: bitfit"):
         apply("lora", model)
     assert applied(model).name == "bitfit"
-    encoder = build_model("vit_t", SIZE).image_encoder  # which can be adapted alone
+    encoder = untouched("vit_t").image_encoder  # which can be adapted alone
     apply("mona", encoder)
     assert trainable_parameters(encoder) == [p for p in encoder.parameters() if p.requires_grad]
 
@@ -285,7 +298,7 @@ def test_what_was_saved_loads(make, tmp_path, method, encoder):
             if name in applied(model).tensors and buffer.is_floating_point():
                 buffer += 0.1  # a value that a fresh one lacks
     save_adapter(model, tmp_path)
-    fresh = build_model(encoder, SIZE).eval()
+    fresh = untouched(encoder)
     embed(fresh)  # TinyViT then caches its attention biases
     load_adapter(fresh, tmp_path)
     assert applied(fresh) == applied(model)
@@ -314,7 +327,7 @@ def test_what_was_saved_loads(make, tmp_path, method, encoder):
 def test_an_adapter_for_another_model_lists_what_differs(make, tmp_path, saved, method, words):
     save_adapter(make(saved), tmp_path)
     if method is None:
-        model = build_model("mobile_sam", SIZE)
+        model = untouched("mobile_sam")
     else:
         model = make(method, config=NASLoRAConfig(rank=6))
     before, state, held = outline(model), state_of(model), applied(model)
@@ -327,8 +340,11 @@ def test_an_adapter_for_another_model_lists_what_differs(make, tmp_path, saved, 
 # --- What merges ---
 
 
-@pytest.mark.parametrize("method", MERGING)
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(
+    "method, encoder",
+    [*((method, "vit_t") for method in MERGING), ("dora", "mobile_sam"),
+     ("nas-pc-lora", "mobile_sam")],
+)  # fmt: skip
 def test_merged_computes_the_same(make, method, encoder):
     model = make(method, encoder, lively=True)
     before, state = embed(model), state_of(model)
@@ -336,14 +352,13 @@ def test_merged_computes_the_same(make, method, encoder):
     after = embed(model)
     # Rounding of float32 through the blocks; the adapters change the output by far more.
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
-    untouched = build_model(encoder, SIZE).eval()
-    assert (embed(untouched) - before).abs().max() > 1e-3 * before.abs().max()
-    layers = [n for n, _ in untouched.named_modules() if n.endswith("attn.qkv")]
+    assert (embed(built(encoder)) - before).abs().max() > 1e-3 * before.abs().max()
+    layers = [n for n, _ in built(encoder).named_modules() if n.endswith("attn.qkv")]
     assert [layer.name for layer in report.layers] == layers
     # An update is a small part of an output, so its own relative error is that much larger.
     assert report.max_update_error < 1e-3 and report.source == "white noise"
     if method in PEFT:
-        assert state_of(model).keys() == untouched.state_dict().keys()
+        assert state_of(model).keys() == built(encoder).state_dict().keys()
         assert type(model.get_submodule(layers[0])) is nn.Linear
     unmerge(model)
     assert not differing(state_of(model), state)
@@ -614,7 +629,7 @@ def test_mona_computes_its_equation():
 
 def test_monas_follow_attention_and_mlp(make):
     model = make("mona", lively=True)
-    plain = build_model("vit_t", SIZE).image_encoder.blocks[1]
+    plain = built("vit_t").image_encoder.blocks[1]
     block, x = model.image_encoder.blocks[1], torch.randn(2, 4, 4, 32)
     with torch.no_grad():
         attended = block.mona1(x + plain.attn(plain.norm1(x)))
@@ -622,7 +637,7 @@ def test_monas_follow_attention_and_mlp(make):
         torch.testing.assert_close(block(x), expected)
     # In TinyViT a convolution stands between the two.
     model = make("mona", "mobile_sam", lively=True)
-    plain = build_model("mobile_sam", SIZE).eval().image_encoder.stages[1].blocks[0]
+    plain = built("mobile_sam").image_encoder.stages[1].blocks[0]
     block, after = model.image_encoder.stages[1].blocks[0]
     x = torch.randn(2, 7, 7, 128)  # one window
     with torch.no_grad():
@@ -647,7 +662,7 @@ def test_high_frequencies_lose_the_low_ones():
 def test_sam_adapter_adds_its_prompts_before_each_block(make, name, widths):
     model = make("sam-adapter", name, lively=True)
     encoder, batch = model.image_encoder, images()
-    plain = build_model(name, SIZE).eval().image_encoder
+    plain = built(name).image_encoder
     high = sam_adapter.high_frequencies(batch)
 
     def through(prompts, tokens, blocks, positions=0):
@@ -678,6 +693,11 @@ TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 -
 @pytest.fixture(scope="module")
 def data(make_data, tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data") / "data", train=8, val=2, test=2)
+
+
+# The methods whose runs the other commands read. They differ in how a method loads and merges,
+# which test_what_was_saved_loads and test_merged_computes_the_same have for each.
+FOLLOWED = ("vera", "vpt", "nas-pc-lora")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -714,6 +734,8 @@ def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
     )
     assert method in (output / "report.html").read_text()
 
+    if method not in FOLLOWED:
+        return
     scores = json.loads(naslora("evaluate", output).out)
     assert scores.pop("images") == 2 and scores == metrics["test"]
     result = naslora("predict", output, data / "images/test0.png", "--output", tmp_path / "o")

@@ -40,7 +40,11 @@ def encoder():
 
 def test_a_new_adapter_does_not_change_the_output(encoder):
     expected = encoder(images())
-    assert torch.equal(get_peft_model(encoder, NasLoraConfig())(images()), expected)
+    model = get_peft_model(encoder, NasLoraConfig())
+    assert torch.equal(model(images()), expected)
+    # Layers start from different numbers.
+    first, second = (m.lora_A for m in model.modules() if isinstance(m, NASLoRALinear))
+    assert not torch.equal(first, second)
 
 
 def test_it_computes_what_inject_computes():
@@ -58,15 +62,6 @@ def test_it_computes_what_inject_computes():
     assert torch.equal(theirs(images()), ours(images()))
 
 
-def test_layers_start_from_different_numbers():
-    first, second = (
-        layer.lora_A
-        for layer in get_peft_model(build_encoder(), NasLoraConfig()).modules()
-        if isinstance(layer, NASLoRALinear)
-    )
-    assert not torch.equal(first, second)
-
-
 def test_training_moves_the_adapter_and_modules_to_save_alone(encoder):
     model = get_peft_model(encoder, NasLoraConfig(modules_to_save=["neck"])).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -78,10 +73,6 @@ def test_training_moves_the_adapter_and_modules_to_save_alone(encoder):
     moved = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
     trained = {n for n in before if ("lora_nas" in n and "channels" not in n) or "modules_to" in n}
     assert moved == trained
-
-
-def test_the_searchs_tools_find_the_architecture_parameters():
-    assert [p.shape for p in arch_parameters(wrapped())] == [(8,), (8,)]
 
 
 @pytest.mark.parametrize("preset", ["linear", "paper"])
@@ -97,14 +88,12 @@ def test_files_round_trip_under_any_name(tmp_path, preset, name):
     assert not any(parameter.requires_grad for parameter in again.parameters())
 
 
-def test_a_loaded_adapter_trains_on_when_asked(tmp_path):
+def test_a_loaded_adapter_trains_on_when_asked_and_plain_peft_refuses_it(tmp_path):
     files_of(wrapped(), tmp_path)
     again = from_pretrained(build_encoder(), tmp_path, is_trainable=True)
-    assert all(alpha.requires_grad for alpha in arch_parameters(again))
-
-
-def test_plain_peft_refuses_the_files_instead_of_dropping_the_cells(tmp_path):
-    files_of(wrapped(), tmp_path)
+    alphas = arch_parameters(again)
+    assert [alpha.shape for alpha in alphas] == [(8,), (8,)]
+    assert all(alpha.requires_grad for alpha in alphas)
     with pytest.raises(KeyError, match="NASLORA"):
         PeftModel.from_pretrained(build_encoder(), tmp_path)
 
@@ -127,6 +116,7 @@ def test_adapters_are_switched_disabled_and_deleted(encoder):
         assert torch.equal(model(images()), plain)
     model.delete_adapter("second")
     assert torch.equal(model(images()), first)
+    assert torch.equal(model.unload()(images()), plain)
 
 
 def test_two_active_adapters_add_their_updates():
@@ -193,10 +183,6 @@ def test_an_exact_merge_needs_a_host_that_knows_it():
     model = peft.get_peft_model(build_encoder(), NasLoraConfig())
     with pytest.raises(UserError, match=r"needs a model of naslora.peft.get_peft_model"):
         model.merge_and_unload()
-
-
-def test_unload_returns_the_untouched_model(encoder):
-    assert torch.equal(wrapped().unload()(images()), encoder(images()))
 
 
 def test_merging_in_place_and_merging_two_adapters_are_refused():
@@ -277,16 +263,11 @@ def test_what_the_cell_does_not_support_is_refused(encoder, options, message):
         get_peft_model(encoder, NasLoraConfig(**options))
 
 
-def test_plain_lora_beside_it_is_refused():
+def test_other_adapters_beside_it_are_refused(encoder):
+    model, plain = wrapped(), LoraConfig(target_modules=["qkv"])
     with pytest.raises(UserError, match="takes NasLoraConfig, got LoraConfig"):
-        wrapped().add_adapter("plain", LoraConfig(target_modules=["qkv"]))
-
-
-def test_a_configuration_of_plain_lora_is_refused(encoder):
+        model.add_adapter("plain", plain)
     with pytest.raises(UserError, match="config must be a NasLoraConfig, got LoraConfig"):
-        get_peft_model(encoder, LoraConfig(target_modules=["qkv"]))
-
-
-def test_inject_after_it_is_refused():
+        get_peft_model(encoder, plain)
     with pytest.raises(UserError, match="has NAS-LoRA layers already"):
-        inject(wrapped(), NASLoRAConfig())
+        inject(model, NASLoRAConfig())

@@ -6,13 +6,13 @@ runs in float64.
 
 import contextlib
 import importlib.machinery
-import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_fresh
 from torch.testing import assert_close
 
 import naslora_kernels
@@ -368,6 +368,7 @@ META = {"device": "meta"}
 BAD_CELLS = [
     ("z", [1.0], TypeError, ["torch.Tensor", "list"]),
     ("z", torch.zeros(1, 2, 2, 3, dtype=torch.int64), TypeError, ["float32", "int64"]),
+    ("z", torch.zeros(1, 2, 2, 3).to_sparse(), TypeError, ["a dense tensor", "sparse_coo"]),
     ("z", torch.zeros(2, 4, 3), ValueError, ["(B, H, W", "(2, 4, 3)"]),
     ("z", torch.zeros(1, 0, 4, 3), ValueError, ["at least 1", "(1, 0, 4, 3)"]),
     ("z", torch.zeros(1, 2, 4, 0), ValueError, ["at least 1", "(1, 2, 4, 0)"]),
@@ -389,6 +390,7 @@ BAD_CELLS = [
 BAD_LAYERS = [
     ("x", "image", TypeError, ["torch.Tensor", "str"]),
     ("x", torch.zeros(2, 9, 5), ValueError, ["(B, H, W", "(2, 9, 5)"]),
+    ("weight", torch.zeros(4, 5).to_sparse(), TypeError, ["a dense tensor", "sparse_coo"]),
     ("weight", torch.zeros(4, 6), ValueError, ["(C_out, 5)", "(4, 6)"]),
     ("weight", torch.zeros(4, 5).double(), TypeError, ["float32", "float64"]),
     ("bias", torch.zeros(5), ValueError, ["(4,)", "(5,)"]),
@@ -402,6 +404,8 @@ BAD_LAYERS = [
     ("scaling", "1", TypeError, ["number", "str"]),
     ("scaling", True, TypeError, ["number", "bool"]),
     ("scaling", float("nan"), ValueError, ["finite", "nan"]),
+    ("scaling", 10**400, ValueError, ["finite", "int beyond"]),
+    ("backend", ("cpp",), TypeError, ["a name or None", "tuple"]),
 ]
 BAD = [(mixed_cell, cell_arguments, *case) for case in BAD_CELLS]
 BAD += [(nas_lora_linear, layer_arguments, *case) for case in BAD_LAYERS]
@@ -615,6 +619,5 @@ with contextlib.suppress(SystemExit):
 )
 def test_importing_and_help_load_no_backend_and_nothing_heavy(statement):
     """Attempts are watched, so that this holds where Triton is not installed as well."""
-    code = IMPORT_WATCH.format(statement=statement)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-1500:]
+    result = run_fresh(IMPORT_WATCH.format(statement=statement))
+    assert result.status == 0, result.err[-1500:]

@@ -21,7 +21,7 @@ def injected(build=build_sam, **options):
     return model
 
 
-def trainer_of(model, directory, callbacks, epochs=2, **options) -> Trainer:
+def trainer_of(model, directory, callbacks, epochs=2, count=4, **options) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=epochs,
@@ -37,7 +37,7 @@ def trainer_of(model, directory, callbacks, epochs=2, **options) -> Trainer:
     return Trainer(
         model=model,
         args=arguments,
-        train_dataset=samples(8),
+        train_dataset=samples(count),
         compute_loss_func=mask_loss,
         callbacks=callbacks,
     )
@@ -52,7 +52,7 @@ def test_a_trainer_trains_the_weights_and_the_callback_alpha(name, tmp_path):
     model = injected(BUILDERS[name])
     before, start = batch_loss(model, batch_of(8)).item(), alphas(model)
     callback = AlphaCallback(HELD_OUT, batch_loss, lr=1e-2, start=1)
-    trainer = trainer_of(model, tmp_path, [callback], epochs=3)
+    trainer = trainer_of(model, tmp_path, [callback], epochs=3, count=8)
     trainer.train()
     assert batch_loss(model, batch_of(8)).item() < before
     assert sorted(callback.losses) == [1, 2]
@@ -62,15 +62,6 @@ def test_a_trainer_trains_the_weights_and_the_callback_alpha(name, tmp_path):
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert not held & {id(alpha) for alpha in arch_parameters(model)}
     assert held >= {id(p) for p in model.mask_decoder.parameters()}
-
-
-def test_alpha_rests_before_its_first_epoch(tmp_path):
-    model = injected()
-    start = alphas(model)
-    callback = AlphaCallback(HELD_OUT, batch_loss, start=2)
-    trainer_of(model, tmp_path, [callback]).train()
-    assert torch.equal(alphas(model), start)
-    assert callback.losses == {}
 
 
 def test_channels_are_drawn_anew_each_epoch_where_the_configuration_says_so(tmp_path):
@@ -83,8 +74,11 @@ def test_channels_are_drawn_anew_each_epoch_where_the_configuration_says_so(tmp_
             super().on_epoch_end(*arguments, **options)
             seen.append(layers[0].channels.tolist())
 
-    trainer_of(model, tmp_path, [Watch(HELD_OUT, batch_loss)], epochs=3).train()
+    start, callback = alphas(model), Watch(HELD_OUT, batch_loss, start=3)
+    trainer_of(model, tmp_path, [callback], epochs=3).train()
     assert len({tuple(channels) for channels in seen}) == 3
+    # Alpha rests before its first epoch.
+    assert torch.equal(alphas(model), start) and callback.losses == {}
 
 
 def test_training_resumed_from_a_checkpoint_equals_one_run(tmp_path):
@@ -104,8 +98,8 @@ def test_training_resumed_from_a_checkpoint_equals_one_run(tmp_path):
 
     whole = run(tmp_path / "whole", 3)
     run(tmp_path / "parts", 2)
-    # 8 samples in batches of 2: two epochs are 8 steps.
-    resumed = run(tmp_path / "parts", 3, str(tmp_path / "parts" / "checkpoint-8"))
+    # 4 samples in batches of 2: two epochs are 4 steps.
+    resumed = run(tmp_path / "parts", 3, str(tmp_path / "parts" / "checkpoint-4"))
     torch.testing.assert_close(resumed, whole)  # float32 rounding
 
 

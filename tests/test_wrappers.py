@@ -1,5 +1,6 @@
 """Adapters and merges of models inside wrappers, and of models that FSDP2 shards."""
 
+import itertools
 import os
 
 import pytest
@@ -136,8 +137,12 @@ def test_a_part_called_module_keeps_its_name(tmp_path):
     load_adapter(host, tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["exact", "center", "calibrated"])
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+# Two wrappers for each mode.
+MODES = itertools.cycle(["exact", "center", "calibrated"])
+MERGES = {name: (wrap, mode) for (name, wrap), mode in zip(WRAPPERS.items(), MODES, strict=False)}
+
+
+@pytest.mark.parametrize("wrap, mode", MERGES.values(), ids=MERGES)
 def test_wrapped_models_merge(wrap, mode, tmp_path, single_process_group):
     batches = [images(seed) for seed in range(4)]
     plain = trained_encoder().eval()

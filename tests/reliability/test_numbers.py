@@ -13,6 +13,7 @@ from kernel_cases import (
     TARGETS,
     assert_as_good_as_reference,
     cell_case,
+    few_costly,
     layer_case,
 )
 
@@ -70,7 +71,9 @@ def maps_of(target):
 @kinds
 def test_a_map_that_is_not_finite(target, kind, dtype):
     """With finite parameters the same elements of y and of dL/dz are finite as in the reference."""
-    for grid, value in itertools.product(maps_of(target), VALUES):
+    # Simulated, the three kinds have one value each.
+    values = [VALUES[[*KINDS].index(kind)]] if target.simulated else VALUES
+    for grid, value in itertools.product(maps_of(target), values):
         case = KINDS[kind](grid).to(dtype)
         first = next(iter(case.arguments))
         case = with_value(case, first, value).on(target.device)
@@ -85,8 +88,10 @@ def test_a_map_that_is_not_finite(target, kind, dtype):
 def test_nothing_hides_an_infinity_or_a_nan(target, kind, dtype):
     """Where the reference is not finite, the kernels are not. They may say NaN instead of infinity,
     and may spread a parameter's or a gradient's NaN to more elements."""
-    for grid, value in itertools.product(maps_of(target), VALUES):
-        for name in (*KINDS[kind](grid).arguments, "gradient"):
+    names = (*KINDS[kind]((1, 1, 1)).arguments, "gradient")
+    grids = itertools.cycle(maps_of(target))
+    for value in VALUES:
+        for name, grid in zip(names, grids, strict=False):
             case = with_value(KINDS[kind](grid).to(dtype), name, value).on(target.device)
             kernel, reference = case.run(target), case.run("reference")
             for result, expected in reference.items():
@@ -103,36 +108,31 @@ def scaled(case, **factors):
     return case
 
 
-@targets
-@pytest.mark.parametrize("maps, gradients", [(1e30, 1e-30), (1e-30, 1e30), (1e17, 1e17)])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "layer"])
-def test_large_and_small_numbers(target, kind, maps, gradients):
-    """No overflow as long as every product of two arguments and every sum is below the largest."""
-    grid = maps_of(target)[0]
-    case = scaled(KINDS[kind](grid), z=maps, gradient=gradients).to(torch.float32)
-    assert_as_good_as_reference(target, case)
-
-
-def fast_exponents(target):
-    return (-5,) if target.simulated else (-5, -3, 0)
+SCALES = [(1e30, 1e-30), (1e-30, 1e30), (1e17, 1e17)]
 
 
 @pytest.mark.parametrize(
-    ("target", "exponent"),
-    [
-        pytest.param(
-            target,
-            exponent,
-            marks=[*parameter.marks, *([pytest.mark.campaign] if slow else [])],
-            id=f"{parameter.id}-{exponent}",
-        )
-        for parameter in TARGETS
-        for target in parameter.values
-        for exponent in range(-5, 2)
-        for slow in [exponent not in fast_exponents(target)]
-    ],
+    ("target", "kind", "scales"),
+    few_costly(
+        TARGETS,
+        itertools.product(["cell, folded", "cell, separable"], SCALES),
+        lambda kind, scales: (kind, scales) in zip(KINDS, SCALES, strict=True),
+    ),
 )
-@pytest.mark.parametrize("parameters", [torch.float16, torch.float32])
+def test_large_and_small_numbers(target, kind, scales):
+    """No overflow as long as every product of two arguments and every sum is below the largest."""
+    grid = maps_of(target)[0]
+    case = scaled(KINDS[kind](grid), z=scales[0], gradient=scales[1]).to(torch.float32)
+    assert_as_good_as_reference(target, case)
+
+
+SMALL = itertools.product((torch.float16, torch.float32), range(-5, 2))
+
+
+@pytest.mark.parametrize(
+    ("target", "parameters", "exponent"),
+    few_costly(TARGETS, SMALL, lambda parameters, e: parameters == torch.float16 and e == -5),
+)
 @kinds
 def test_small_numbers_in_float16(target, kind, parameters, exponent):
     """float16 has steps of 6e-8 below 6e-5, so errors of some percent are its own.
