@@ -203,6 +203,16 @@ def tiny_vit():
 
 
 @pytest.fixture(scope="module")
+def no_figures():
+    """Leaves out the plots of reports, which take half the time of a tiny run."""
+    from naslora.report.figures import Drawing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drawing, "svg", lambda drawing: "<svg></svg>")
+        yield
+
+
+@pytest.fixture(scope="module")
 def run(tiny_vit, clean_data, tmp_path_factory):
     """A finished run on ``clean_data`` that tests only read."""
     output = tmp_path_factory.mktemp("runs") / "run"
