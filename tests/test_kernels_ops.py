@@ -58,7 +58,11 @@ SMALL_GRID = ((2, 3, 4), 5, 7, 6)
 ENDS = ("", "_backward")
 NEEDS = ((True, True, True), (True, False, False), (False, True, True))
 LAYER_NEEDS = ([True] * 5, [True, False, False, True, False], [False, False, True, False, False])
-UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def utils(target):
+    """What opcheck tests. Backends have their dispatch in common, and a simulation takes long."""
+    return ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")[: 3 - target.simulated]
 
 
 def cell_operands(case):
@@ -74,12 +78,12 @@ def test_opcheck_cell(target, dtype, c):
     forward, backward = (operator(target.backend, f"mixed_cell{end}") for end in ENDS)
     case = cell_case((2, 3, 4, 6), c).to(dtype, parameter_dtype=torch.float32).on(target.device)
     z, operands = case.arguments["z"], cell_operands(case)
-    torch.library.opcheck(forward, (z, *operands), test_utils=UTILS)
+    torch.library.opcheck(forward, (z, *operands), test_utils=utils(target))
     for need in NEEDS[: 1 if target.simulated else None]:
         torch.library.opcheck(
             backward,
             (case.gradient, z, *operands, *need),
-            test_utils=UTILS,
+            test_utils=utils(target),
         )
 
 
@@ -94,14 +98,14 @@ def test_opcheck_layer(target, dtype, c):
     for bias in (a["bias"], None)[:simulated]:
         torch.library.opcheck(
             forward, (*frozen, bias, *adapter, *operands),
-            test_utils=UTILS,
+            test_utils=utils(target),
         )  # fmt: skip
     z = torch.randn(2, 3, 4, 6).to(case.gradient)
     for need in LAYER_NEEDS[:simulated]:
         torch.library.opcheck(
             backward,
             (case.gradient, a["x"], z, a["weight"], *adapter, *operands, *need),
-            test_utils=UTILS,
+            test_utils=utils(target),
         )
 
 
