@@ -191,7 +191,7 @@ FEW_NON_FINITE = [
     few_costly(
         TARGETS,
         itertools.product(["z", "gradient"], CORNERS_AND_MIDDLE, NON_FINITE, [2, 5]),
-        lambda *case: case in FEW_NON_FINITE,
+        lambda *case: case in FEW_NON_FINITE[::2],
     ),
 )
 def test_non_finite_values_spread_as_in_pytorch(target, argument, where, value, c):

@@ -42,7 +42,7 @@ DECODER = 3_505_536  # parameters of the mask decoder for binary segmentation
 ENCODERS = ("vit_t", "mobile_sam")
 SIZE = 64  # of the images in pixels: TinyViT's last windows are then not full
 # MobileSAM's encoder takes a second. The fast tests have it where a method adds modules to it.
-ADDING = ("sam-adapter", "mona", "nas-pc-lora")
+ADDING = ("sam-adapter", "mona")
 fitting = pytest.mark.parametrize(
     "method, encoder",
     [
