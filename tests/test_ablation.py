@@ -14,7 +14,7 @@ from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.records import read_record
 from naslora.results import RunNumbers
-from naslora.study import sweep
+from naslora.study import compare
 from naslora.study.rows import ABLATIONS, BASE, ablation_rows
 from naslora.training.run_model import build_adapted_model
 from naslora_kernels import OPERATIONS
@@ -171,7 +171,7 @@ def test_ablations_share_the_runs_of_the_unchanged_method(
         directory.mkdir(parents=True)
         return read_record(output / "runs/base/0/numbers.json", RunNumbers)
 
-    monkeypatch.setattr(sweep, "run_and_measure", run)
+    monkeypatch.setattr(compare, "run_and_measure", run)
     result = ablate(naslora, clean_data, output, "blocks", "--resume")
     assert result.status == 0, result.err
     assert trained == ["first-half/0", "last-half/0", "first-half/1", "last-half/1"]

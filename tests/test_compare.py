@@ -18,7 +18,8 @@ from run_configs import run_config
 from naslora.errors import UserError
 from naslora.methods import METHODS
 from naslora.results import Costs, Epoch, PhaseSeconds, RunNumbers
-from naslora.study import compare, sweep
+from naslora.study import compare
+from naslora.study.compare import in_own_process
 from naslora.study.measurement import find_refusals, training_seconds
 from naslora.study.summary import (
     COLUMNS,
@@ -27,11 +28,11 @@ from naslora.study.summary import (
     number_table,
     row_numbers,
 )
-from naslora.study.sweep import in_own_process
 from naslora.training.train_config import TrainConfig
 
 TRAIN = shlex.split(
-    "--model mobile_sam --image-size 64 --epochs 1 --search-start 0 --arch-fraction 0.5 --workers 0"
+    "--model mobile_sam --checkpoint none --image-size 64 --epochs 1 --search-start 0 "
+    "--arch-fraction 0.5 --workers 0"
 )
 # VPT needs a plain ViT, and this is MobileSAM's TinyViT.
 METHOD_NAMES = ("lora", "vpt", "nas-pc-lora")
@@ -87,7 +88,7 @@ def measured(output):
     """The numbers of the finished runs, by method and seed."""
     return {
         (path.parts[-3], int(path.parts[-2])): json.loads(path.read_text())
-        for path in output.glob(f"runs/*/*/{sweep.NUMBERS}")
+        for path in output.glob(f"runs/*/*/{compare.NUMBERS}")
     }
 
 
@@ -222,8 +223,7 @@ def quick(monkeypatch, tmp_path):
             return numbers(outcomes.get(key, 0.5))
 
         monkeypatch.setattr(compare, "in_own_process", answer)
-        monkeypatch.setattr(sweep, "in_own_process", answer)
-        monkeypatch.setattr(sweep, "write_page", lambda *_, **__: None)  # half a second
+        monkeypatch.setattr(compare, "write_page", lambda *_, **__: None)  # half a second
         monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
         ran.clear()
         config = run_config(root=tmp_path, training={"epochs": 2})

@@ -15,35 +15,48 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from naslora import results
 from naslora.data.dataset import Item
 from naslora.data.images import Sample
 from naslora.data.masks import has_foreground
 from naslora.errors import UserError
 from naslora.files import replaced_file, replaced_folder
 from naslora.methods import searches
-from naslora.records import write_rows
-from naslora.report.figures import BLUE, MUTED, ORANGE, Drawing
+from naslora.records import read_record, write_rows
+from naslora.report.figures import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    Drawing,
+    as_array,
+    draw_row_axis,
+    row_size,
+)
 from naslora.report.numbers import number
 from naslora.report.page import Part, Pictures, write_page
 from naslora.report.pictures import paint
 from naslora.report.run_report import page_title
 from naslora.report.tables import Table
-from naslora.results import REPORT
+from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, REPORT, Epoch, OperationHistory
+from naslora.sam.encoders import transformer_blocks
 from naslora.sam.segmentation import SamForSegmentation, build_model, predict_labels
 from naslora.sam.shipped import NONE
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
-from naslora.study.grad_cam import heat_overlay
 from naslora.study.operation_losses import write_operation_losses
-from naslora.study.seeds import read_history, read_operations, write_convergence, write_operations
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
-from naslora.training.resolve import checkpoint_of
+from naslora.training.resolve import checkpoint_of, read_config
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset
@@ -80,8 +93,8 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
     if images < 1:
         raise UserError(f"images must be at least 1, got {images}")
     model, config = load_model(runs[0])
-    histories = [read_history(run, config) for run in runs]
-    mixtures = read_operations(runs) if searches(config.method, config.adapter) else None
+    histories = [_read_history(run, config) for run in runs]
+    mixtures = _read_operations(runs) if searches(config.method, config.adapter) else None
     check_output(config, output, resume=False)
     samples = find_splits(config)["test"]
     order = np.random.default_rng(seed).permutation(len(samples))
@@ -106,10 +119,10 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
                 folder / "predictions.png",
                 [_prediction(model, config, item) for item in shown],
             ),
-            "Convergence (Fig. C1)": write_convergence(histories, config, folder),
+            "Convergence (Fig. C1)": _write_convergence(histories, config, folder),
         }
         if mixtures is not None:
-            sections["Operations (Fig. C2)"] = write_operations(mixtures, folder)
+            sections["Operations (Fig. C2)"] = _write_operations(mixtures, folder)
             losses = write_operation_losses(model, config, seed, folder)
             sections["Operations moved to skip"] = losses
         for part in chain(*sections.values()):
@@ -231,5 +244,164 @@ def _heat_maps(models: Mapping[str, SamForSegmentation], item: Item) -> Pictures
     pixels = _pixels(item)
     pictures = [("image", pixels)]
     for name, model in models.items():
-        pictures.append((name, heat_overlay(model, item["image"], item["mask"], pixels)))
+        pictures.append((name, _heat_overlay(model, item["image"], item["mask"], pixels)))
     return Pictures(item["name"], item["name"], pictures)
+
+
+def _heat_overlay(
+    model: SamForSegmentation, image: Tensor, mask: Tensor, pixels: np.ndarray
+) -> np.ndarray:
+    """Grad-CAM (Selvaraju et al. 2017) of the foreground's score at the encoder's last block.
+
+    The score is a sum over the foreground's pixels: of logits if the task is binary, else of the
+    class map.
+
+    Args:
+        model: trained or not.
+        image: (3, S, S) in [0, 1].
+        mask: (S, S) labels.
+        pixels: (S, S, 3) uint8 RGB, the image.
+
+    Returns:
+        (S, S, 3) uint8 RGB: the heat over the image.
+    """
+    kept: list[Tensor] = []  # the output of the last block, (1, H, W, C)
+    last = transformer_blocks(model.image_encoder)[-1]
+    hook = last.register_forward_hook(lambda block, inputs, output: kept.append(output))
+    # The encoder is frozen, so gradients reach its last block only on the way to the image.
+    device = next(model.parameters()).device
+    try:
+        output = model.eval()(image[None].to(device).requires_grad_(True))
+    finally:
+        hook.remove()
+    scores, labels = output.masks, mask.to(device)
+    if output.classes is not None:
+        scores = output.class_map()[:, 1:]
+    score = sum(scores[0, k][labels == k + 1].sum() for k in range(scores.shape[1]))
+    (gradient,) = torch.autograd.grad(score, kept)
+    weights = gradient.mean((1, 2), keepdim=True)
+    heat = (weights * kept[0]).sum(-1).relu().detach()[:, None]  # (1, 1, H, W)
+    heat = F.interpolate(heat, mask.shape, mode="bilinear")[0, 0]
+    heat = heat - heat.min()
+    colours = matplotlib.colormaps["jet"]((heat / heat.max().clamp_min(1e-7)).float().cpu().numpy())
+    return (255 * colours[..., :3] / 2 + pixels / 2).round().astype(np.uint8)
+
+
+# ---- Convergence ---------------------------------------------------------------------------------
+
+
+def _read_history(run: Path, first: RunConfig) -> list[Epoch]:
+    """Reads the history of a run.
+
+    Args:
+        run: folder of the run.
+        first: the configuration of the first run.
+
+    Raises:
+        UserError: the configurations differ in more than their seed, or the run is not finished.
+    """
+    config = read_config(run / CONFIG)
+    given, own = config.to_dict(), first.to_dict()
+    given["seed"] = own["seed"]
+    if given != own:
+        raise UserError(f"{run} is a run of another configuration; give runs that differ in seed")
+    if not (run / HISTORY).is_file():
+        raise UserError(f"{run} is not finished: it has no {HISTORY}")
+    history = results.read_history(run)
+    if len(history) != config.training.epochs:
+        raise UserError(f"{run / HISTORY} has {len(history)} of {config.training.epochs} epochs")
+    return history
+
+
+def _write_convergence(
+    histories: list[list[Epoch]], config: RunConfig, output: Path
+) -> list[Drawing]:
+    """Writes convergence.csv, the validation Dice by epoch over the seeds, and plots it.
+
+    Args:
+        histories: the history of each run; all of the same length.
+        config: the configuration of the first run.
+        output: folder for convergence.csv.
+    """
+    curves = np.array([as_array(epoch.val_dice for epoch in history) for history in histories])
+    mean = curves.mean(0)  # NaN if a seed has no score
+    spread = curves.std(0, ddof=1) if len(curves) > 1 else np.full(len(mean), np.nan)
+    numbers = enumerate(zip(mean.tolist(), spread.tolist(), strict=True))
+    rows = [{"epoch": e, "mean_val_dice": m, "standard_deviation": s} for e, (m, s) in numbers]
+    write_rows(output / "convergence.csv", rows)
+    start = config.training.search_start if searches(config.method, config.adapter) else None
+    caption = f"Validation Dice by epoch, mean and standard deviation of {len(curves)} seeds."
+    draw = partial(_draw_convergence, mean=mean, spread=spread, start=start)
+    return [Drawing("convergence", caption, draw)]
+
+
+def _draw_convergence(axes: Axes, mean: np.ndarray, spread: np.ndarray, start: int | None) -> None:
+    epochs = np.arange(len(mean))
+    axes.plot(epochs, mean, color=BLUE)
+    if np.isfinite(spread).any():
+        axes.fill_between(epochs, mean - spread, mean + spread, color=BLUE, alpha=0.25, linewidth=0)
+    if start is not None and 0 < start < len(mean):
+        axes.axvline(start - 0.5, color=MUTED, linestyle="--", linewidth=1)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation Dice")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+# ---- Operations ----------------------------------------------------------------------------------
+
+
+def _read_operations(runs: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Reads the mixtures at the end of the search: (runs, layers) weights by operation.
+
+    Raises:
+        UserError: a file is missing, holds no mixture, or one of other layers than the first.
+    """
+    stored = [read_record(run / OPERATIONS_JSON, OperationHistory) for run in runs]
+    names = stored[0].operations
+    for run, record in zip(runs, stored, strict=True):
+        layers = record.epochs[-1].softmax if record.epochs else []
+        if [len(layer) for layer in layers] != [len(names)] * max(1, len(stored[0].layers)):
+            raise UserError(f"{run / OPERATIONS_JSON} does not hold a mixture of each layer")
+    last = np.array([record.epochs[-1].softmax for record in stored])
+    return dict(zip(names, np.moveaxis(last, -1, 0), strict=True))
+
+
+def _write_operations(mixtures: Mapping[str, np.ndarray], output: Path) -> list[Drawing]:
+    """Writes operations.csv, the weights at the end of the search, and plots them.
+
+    Args:
+        mixtures: as ``read_operations`` returns them.
+        output: folder for operations.csv.
+    """
+    last = np.stack([*mixtures.values()], axis=-1)  # (runs, layers, operations)
+    runs, layers, _ = last.shape
+    largest = last.argmax(-1)  # (runs, layers)
+    rows = [
+        {
+            "operation": name,
+            "mean_weight": float(own.mean()),
+            "spread_over_runs": float(own.mean(1).std(ddof=1)) if runs > 1 else None,
+            "share_of_layers_where_largest": float((largest == i).mean()),
+        }
+        for i, (name, own) in enumerate(mixtures.items())
+    ]
+    write_rows(output / "operations.csv", rows)
+    caption = (
+        f"Mean of softmax(α) over {layers} layers of {runs} runs, and the share of the "
+        "layers in which an operation has the largest weight."
+    )
+    return [
+        Drawing("operations", caption, partial(_draw_operations, rows=rows), row_size(len(rows)))
+    ]
+
+
+def _draw_operations(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    places = np.arange(len(rows))
+    weights = [row["mean_weight"] for row in rows]
+    spread = [row["spread_over_runs"] or 0 for row in rows]
+    axes.barh(places - 0.2, weights, 0.38, xerr=spread, color=BLUE, ecolor=INK, label="mean weight")
+    shares = [row["share_of_layers_where_largest"] for row in rows]
+    axes.barh(places + 0.2, shares, 0.38, color=GREEN, label="share of layers")
+    axes.axvline(1 / len(rows), color=ORANGE, linestyle="--", linewidth=1, label="uniform")
+    draw_row_axis(axes, [row["operation"] for row in rows])
+    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)

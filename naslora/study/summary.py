@@ -199,7 +199,7 @@ class Column(NamedTuple):
 COLUMNS = {
     "trainable_parameters": Column("Trainable, M", scale=1e-6),
     "share_of_parameters": Column("Of all, %", ".2f", 100),
-    **{name: Column(metric.label) for name, metric in METRICS.items()},
+    **{name: Column(METRICS[name].label) for name in ("dice", *METRICS)},
     "entropy": Column("Entropy of α"),
     "weight_seconds": Column("Weight steps, s/image"),
     "training_seconds": Column("Training, s/image"),
