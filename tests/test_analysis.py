@@ -110,7 +110,9 @@ def test_every_block_of_a_vit_in_pixels(monkeypatch):
 
 
 def test_every_block_of_mobile_sam():
-    encoder = build_adapted_model(run_config(name="mobile_sam", image_size=128)).image_encoder
+    encoder = build_adapted_model(
+        run_config(name="mobile_sam", image_size=128, checkpoint="none")
+    ).image_encoder
     found = block_statistics(encoder.eval(), [torch.rand(1, 3, 128, 128)], 128)
     assert [block.window for block in found] == [7] * 2 + [14] * 6 + [7] * 2
     # The first stage with attention has tokens of 8 pixels, the others of 16; no token can look
