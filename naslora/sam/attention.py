@@ -307,18 +307,31 @@ class _Form(NamedTuple):
     parameters: frozenset[str]
     """The names that its own parameters can have."""
     mixin: type[Fused]
+    names: frozenset[str] | None = None
+    """If given, what the class's forward may refer to: a copy that refers to more computes more."""
 
 
 _LINEAR = frozenset({"qkv", "proj"})
 _TABLES = frozenset({"rel_pos_h", "rel_pos_w"})
 _NONE: frozenset[str] = frozenset()
+_BLOCK = frozenset({"norm1", "attn", "norm2", "mlp"})
 _FORMS = (
-    _Form(r"(.+\.)?modeling\.image_encoder\.Attention", _LINEAR, _TABLES, _SegmentAnything),
+    _Form(
+        r"(.+\.)?modeling\.image_encoder\.Attention",
+        _LINEAR,
+        _TABLES,
+        _SegmentAnything,
+        _LINEAR
+        | _TABLES
+        | {"shape", "reshape", "num_heads", "permute", "unbind", "scale", "transpose", "softmax"}
+        | {"use_rel_pos", "add_decomposed_rel_pos", "view"},
+    ),
     _Form(
         r"(.+\.)?modeling\.image_encoder\.Block",
-        frozenset({"norm1", "attn", "norm2", "mlp"}),
+        _BLOCK,
         _NONE,
         FusedBlock,
+        _BLOCK | {"window_size", "shape", "window_partition", "window_unpartition"},
     ),
     _Form(
         r"transformers\.models\.(sam|sam_hq)\.modeling_\1\.Sam(HQ)?Vision(Sdpa)?Attention",
@@ -352,6 +365,7 @@ def _mixin(module: nn.Module) -> type[Fused] | None:
             re.fullmatch(form.classes, f"{kind.__module__}.{kind.__name__}")
             and {*module._modules} == form.children
             and {*module._parameters} <= form.parameters
+            and (form.names is None or {*kind.forward.__code__.co_names} <= form.names)
         ):
             return form.mixin
     return None
