@@ -446,21 +446,16 @@ def _summarise(result: RunResult, output: Path) -> None:
 
     if os.environ.get("RANK", "0") != "0" or result.test is None or result.kept_epoch is None:
         return
-    table = Table("test images", "Dice", "IoU", "accuracy")
-    rows = {f"epoch {result.kept_epoch + 1}": result.test}
-    if result.test_float32 is not None:
-        rows[f"epoch {result.kept_epoch + 1}, in float32"] = result.test_float32
-    rows |= {f"merged, {mode}": scores for mode, scores in (result.test_merged or {}).items()}
-    for name, scores in rows.items():
-        values = (scores.dice, scores.iou, scores.accuracy)
-        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
+    further = {} if result.test_float32 is None else {"in float32": result.test_float32}
+    further |= {f"merged, {mode}": scores for mode, scores in (result.test_merged or {}).items()}
+    whole, *others = (metric_table(scores) for scores in (result.test, *further.values()))
+    table = Table("test images", f"epoch {result.kept_epoch}", *whole.head[2:], *further)
+    for row, *rows in zip(whole.rows, *(other.rows for other in others), strict=True):
+        table.add_row(*map(printable, (*row, *(own[1] for own in rows))))
     console = Console(markup=False, emoji=False)  # names of classes are text
     console.print(table)
-    metrics = metric_table(result.test)
-    reported = Table(*metrics.head)
-    for line in metrics.rows:
-        reported.add_row(*map(printable, line))
-    console.print(reported)
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     console.print(f"scored at the resolution {result.test.resolution}", highlight=False)
     console.print(
         f"{result.trainable_parameters:,} parameters trained in {result.seconds:.0f} s; "

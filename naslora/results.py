@@ -54,7 +54,7 @@ class Epoch:
     """One epoch of training: a row of history.csv."""
 
     epoch: int
-    """Counted from 0."""
+    """Counted from 1."""
     stage: int
     """1 while only the weights train, 2 once alpha trains as well."""
     spatial: float
@@ -79,7 +79,7 @@ class Mixture:
     """The state of the search after an epoch."""
 
     epoch: int
-    """-1 is the state before training."""
+    """0 is the state before training."""
     softmax: list[list[float]]
     """softmax(alpha): one list a layer, one weight an operation."""
 
@@ -201,7 +201,7 @@ class RunResult:
     test: SplitScores | None = field(default=None, metadata=OPTIONAL)
     val: SplitScores | None = field(default=None, metadata=OPTIONAL)
     kept_epoch: int | None = field(default=None, metadata=OPTIONAL)
-    """The epoch that the run kept and that the scores belong to; counted from 0."""
+    """The epoch that the run kept and that the scores belong to."""
     trainable_parameters: int | None = field(default=None, metadata=OPTIONAL)
     parameters: ParameterCounts | None = field(default=None, metadata=OPTIONAL)
     images: dict[str, int] | None = field(default=None, metadata=OPTIONAL)
@@ -214,6 +214,10 @@ class RunResult:
     annealing: Annealing | None = field(default=None, metadata=OPTIONAL)
     seconds: float | None = field(default=None, metadata=OPTIONAL)
     """Seconds of training and of the final evaluation."""
+    weights: str | None = field(default=None, metadata=OPTIONAL)
+    """What the encoder started from, as ``resolve`` names it: `none` is random."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the scores should know; empty for a run like others."""
     history_sha256: str | None = field(default=None, metadata=OPTIONAL)
     """SHA-256 of history.csv, which has no place for it."""
 

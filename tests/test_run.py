@@ -136,11 +136,11 @@ def test_parameters_are_counted(run):
 def test_history_and_operations(run):
     with (run / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [row["stage"] for row in rows] == ["1", "2", "2"]
     assert [bool(row["arch_loss"]) for row in rows] == [False, True, True]
     metrics = read(run / "metrics.json")
-    assert metrics["kept_epoch"] == EPOCHS - 1
+    assert metrics["kept_epoch"] == EPOCHS
     assert metrics["val"]["dice"] == float(rows[-1]["val_dice"])
     operations = read(run / "operations.json")
     assert operations["operations"] == list(OPERATIONS) and len(operations["layers"]) == 2

@@ -114,7 +114,7 @@ def test_stage_1_leaves_alpha_and_stage_2_moves_it(make_trainer):
     assert [record.stage for record in long.history] == [1, 2]
     assert [record.arch_loss is None for record in long.history] == [True, False]
     epochs = long.operation_history().epochs
-    assert [entry.epoch for entry in epochs] == [-1, 0, 1]
+    assert [entry.epoch for entry in epochs] == [0, 1, 2]
     assert epochs[0].softmax == epochs[1].softmax != epochs[2].softmax
 
 
@@ -567,7 +567,7 @@ def test_the_kept_epoch(make_trainer, monkeypatch, keep, epoch):
     trainer.run()
     kept = read_safetensors(trainer.directory / ADAPTER / "adapter_model.safetensors")
     assert all(torch.equal(v, kept[k]) for k, v in states[epoch].items())
-    assert kept_epoch(trainer.history, keep).epoch == epoch
+    assert kept_epoch(trainer.history, keep).epoch == epoch + 1
     last = torch.load(trainer.directory / LAST)
     assert last["epoch"] == 4 and all(
         torch.equal(v, last["model"][k]) for k, v in states[3].items()

@@ -97,7 +97,7 @@ def _header(result: RunResult) -> list[Part]:
         cards.append(("Trainable parameters", trained, f"{share:.2%} of all"))
     cards.append(("Time", duration(result.seconds), ""))
     images = [f"{n:,} {SPLIT_TITLES.get(s, s)}" for s, n in (result.images or {}).items()]
-    return [Cards(cards), *([f"Images: {', '.join(images)}."] if images else [])]
+    return [Cards(cards), *([f"Images: {', '.join(images)}."] if images else []), *result.notes]
 
 
 def _best_merge(result: RunResult) -> tuple[str, float | None]:

@@ -1,33 +1,38 @@
 """What a training run shows while it runs: the progress bar, and an epoch's numbers."""
 
 import dataclasses
-import math
 import time
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from naslora.report.numbers import duration
 from naslora.results import Epoch, Mixture
 from naslora_kernels import OPERATIONS
 
+LINE_SECONDS = 30.0
+"""Where there is no terminal, a line tells of the steps this often."""
+WORDS = (
+    "stage 1 trains the weights; stage 2 also trains alpha, the weights of the cell's operations: "
+    "arch loss is the loss of these steps, and entropy (nats) falls as alpha prefers operations"
+)
+
 
 class TrainProgress(Progress):
-    """The progress bar of ``steps`` steps, with the loss and the speed of the last one."""
+    """The bar of ``steps`` steps with the loss and the speed of the last one, and the time left."""
 
     def __init__(self, console: Console, steps: int) -> None:
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[rate]:.1f} images/s"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
             console=console,
             transient=True,
         )
-        self.steps = self.add_task("", total=steps, loss=math.nan, rate=math.nan)
-        self.step_started = 0.0
+        self.steps = self.add_task("", total=steps, numbers="")
+        self.step_started = self.first_step = self.last_line = 0.0
 
     def start_pass(self, description: str) -> None:
         """Starts the clock of a pass over a split, and names the pass."""
@@ -36,10 +41,21 @@ class TrainProgress(Progress):
 
     def finish_step(self, loss: float, images: int) -> None:
         """Counts one step with its mean loss over ``images`` images."""
-        now = time.perf_counter()
-        rate = images / (now - self.step_started)
+        now, task = time.perf_counter(), self.tasks[0]
+        numbers = f"loss {loss:.3f}  {images / (now - self.step_started):.1f} images/s"
         self.step_started = now
-        self.update(self.steps, advance=1, loss=loss, rate=rate)
+        self.advance(self.steps)
+        self.first_step = self.first_step or now  # which is slower than the others
+        left = 0.0
+        if task.completed > 2:
+            left = (now - self.first_step) / (task.completed - 1) * (task.remaining or 0)
+            numbers += f"  about {duration(left)} left"
+        self.update(self.steps, numbers=numbers)
+        due = left > LINE_SECONDS and now - self.last_line > LINE_SECONDS
+        if due and not self.console.is_terminal:
+            self.last_line = now
+            count = f"step {task.completed:.0f}/{task.total:.0f}"
+            self.console.print(f"{task.description}  {count}  {numbers}", soft_wrap=True)
 
 
 def epoch_line(record: Epoch, epochs: int) -> str:
@@ -49,7 +65,7 @@ def epoch_line(record: Epoch, epochs: int) -> str:
     dice = "-" if record.val_dice is None else f"{record.val_dice:.3f}"
     spatial = "" if record.spatial == 1 else f"  spatial {record.spatial:.2f}"
     return (
-        f"epoch {record.epoch + 1}/{epochs}  stage {record.stage}  "
+        f"epoch {record.epoch}/{epochs}  stage {record.stage}  "
         f"loss {record.train_loss:.3f}{searched}  val loss {record.val_loss:.3f}  "
         f"val Dice {dice}{entropy}{spatial}  "
         f"{record.seconds.total:.1f} s"

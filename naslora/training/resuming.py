@@ -79,8 +79,8 @@ def check_last(last: LastState, own: LastState, groups: Sequence[Group], epochs:
     """
     if not (
         0 <= last.epoch <= epochs
-        and [record.epoch for record in last.history] == list(range(last.epoch))
-        and [mixture.epoch for mixture in last.operations] == list(range(-1, last.epoch))
+        and [record.epoch for record in last.history] == list(range(1, last.epoch + 1))
+        and [mixture.epoch for mixture in last.operations] == list(range(last.epoch + 1))
     ):
         raise UserError(
             f"it holds epoch {last.epoch} of {epochs}, {len(last.history)} records of epochs and "

@@ -13,6 +13,7 @@ tensorboard/           the curves for TensorBoard, if it is among the trackers
 trackers.json          by which other trackers continue a resumed run
 """
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,12 +21,12 @@ from pathlib import Path
 import torch
 
 from naslora.choices import Tracker
-from naslora.errors import UserError, warn
+from naslora.errors import UserError, one_line, warn
 from naslora.files import is_temporary, write_json
 from naslora.locks import locked
 from naslora.methods import load_adapter
 from naslora.results import CONFIG, DATA, RunResult, adapter_folder
-from naslora.sam.shipped import SHIPPED_SIZE
+from naslora.sam.shipped import NONE, SHIPPED_SIZE
 from naslora.training.accelerator import (
     check_shared,
     in_main_process,
@@ -89,14 +90,14 @@ def train(
             write_json(output / CONFIG, values)
             write_json(output / DATA, dict(contents))
         check_shared(output / DATA, accelerator)
-        stack.enter_context(tracked(accelerator, trackers, output, values, trainer.epoch))
+        stack.enter_context(tracked(accelerator, trackers, output, values, trainer.epoch + 1))
         trainer.run()
         if frozen_dtype(config.training) != torch.float32:
             # Merging adds the update to the frozen weights, so it needs all their digits.
             trainer.model = build_frozen_model(config).to(accelerator.device)
         load_adapter(trainer.model, adapter_folder(output))
         result, panels = final_result(trainer, counts)
-        log(accelerator, tracked_scores(result), trainer.epoch - 1)
+        log(accelerator, tracked_scores(result), trainer.epoch)
         if accelerator.is_main_process:
             write_results(trainer, result, panels, output)
         accelerator.wait_for_everyone()
@@ -104,9 +105,14 @@ def train(
 
 
 def _warn(config: RunConfig, searches: bool) -> None:
-    """Warns of settings that work, but may be an oversight."""
+    """Says what the encoder starts from. Warns of settings that work, but may be an oversight."""
     model, training = config.model, config.training
-    if str(model.checkpoint).startswith(SHIPPED) and model.image_size != SHIPPED_SIZE:
+    shipped = str(model.checkpoint).startswith(SHIPPED)
+    origin = "the weights in the package" if shipped else str(model.checkpoint)
+    origin = "random weights" if model.checkpoint == NONE else origin
+    size = f"{model.image_size} x {model.image_size} pixels"
+    print(f"{model.name} starts from {one_line(origin)}, at {size}", file=sys.stderr)
+    if shipped and model.image_size != SHIPPED_SIZE:
         warn(
             f"the weights of {model.name} were made for images of {SHIPPED_SIZE} pixels; their "
             f"position embeddings are resized to {model.image_size} pixels"

@@ -14,7 +14,7 @@ import torch
 from naslora.adapter.merging.merged import unmerge
 from naslora.errors import UserError
 from naslora.files import file_checksum
-from naslora.methods import merge, merge_modes
+from naslora.methods import METHODS, merge, merge_modes
 from naslora.records import write_record, write_rows
 from naslora.report.pictures import Merged, Panel
 from naslora.report.run_report import write_report
@@ -34,6 +34,7 @@ from naslora.results import (
     kept_epoch,
 )
 from naslora.sam.segmentation import labels_of, predict_labels
+from naslora.sam.shipped import NONE
 from naslora.training.accelerator import in_float32
 from naslora.training.evaluation import tiled_class_map
 from naslora.training.run_data import calibration
@@ -41,6 +42,7 @@ from naslora.training.trainer import Trainer
 
 EXAMPLES = 6
 """Number of test images in the report."""
+FEW_IMAGES = 5
 
 
 def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, list[Panel]]:
@@ -96,8 +98,38 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
         merge=merges if modes else None,
         annealing=annealing,
         seconds=training + time.perf_counter() - started,
+        weights=config.model.checkpoint,
+        notes=_notes(trainer, test),
     )
     return result, list(panels.values())
+
+
+def _notes(trainer: Trainer, test: SplitScores) -> list[str]:
+    """What a reader of the scores should know: a random encoder, a run that learned nothing."""
+    config, losses = trainer.run_config, [epoch.train_loss for epoch in trainer.history]
+    lowest, notes = min(losses), []
+    if config.model.checkpoint == NONE and not METHODS[config.method].trains_encoder:
+        notes.append(
+            "The image encoder has random, frozen weights: give --checkpoint FILE for good scores."
+        )
+    if test.dice == 0:
+        notes.append(
+            "The model finds nothing (Dice 0.0000): train longer (--epochs), with another "
+            "--learning-rate, and check the masks and --num-classes."
+        )
+    if len(losses) > 1 and losses[-1] >= losses[0]:
+        notes.append(
+            f"The training loss did not fall ({losses[0]:.3f} in the first epoch, "
+            f"{losses[-1]:.3f} in the last): try another --learning-rate, or more --epochs."
+        )
+    elif losses[-1] > 1.5 * lowest:
+        notes.append(
+            f"The training loss rose again, from {lowest:.3f} in epoch "
+            f"{losses.index(lowest) + 1} to {losses[-1]:.3f}: lower --learning-rate."
+        )
+    if len(trainer.data["val"]) < FEW_IMAGES or len(trainer.data["test"]) < FEW_IMAGES:
+        notes.append(f"Scores of fewer than {FEW_IMAGES} images say little; use more.")
+    return notes
 
 
 def tracked_scores(result: RunResult) -> dict[str, float]:

@@ -43,7 +43,7 @@ from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader
-from naslora.training.progress import TrainProgress, epoch_line, epoch_numbers
+from naslora.training.progress import WORDS, TrainProgress, epoch_line, epoch_numbers
 from naslora.training.resuming import LastState, check_last, read_last, write_last
 from naslora.training.run_config import RunConfig
 from naslora.training.step import Group, LossNotFiniteError, train_pass
@@ -75,7 +75,7 @@ class Trainer:
         accelerator: made by ``make_accelerator``.
 
     Attributes:
-        epoch: the current epoch, counted from 0.
+        epoch: the number of finished epochs.
         history: the finished epochs.
         operations: the mixtures before training and after every epoch.
         images: which images an epoch's steps take.
@@ -109,7 +109,7 @@ class Trainer:
         self.history: list[Epoch] = []
         self.layers = list(adapter_layers(model))
         self.alphas = arch_parameters(model)
-        self.operations = [self._mixture(epoch=-1)]
+        self.operations = [self._mixture(epoch=0)]
         own_steps = bool(self.alphas) and not training.simultaneous
         counts = len(data["train"]), len(data.get("arch", ()))
         self.images = EpochImages(training, *counts, own_steps, config.seed)
@@ -188,6 +188,8 @@ class Trainer:
         console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         epochs = range(self.epoch, self.config.epochs)
         steps = sum(self.weight_steps + self._searches(e) * self.alpha_steps for e in epochs)
+        if self.alphas:
+            console.print(WORDS, highlight=False, soft_wrap=True)
         with TrainProgress(console, steps) as progress:
             for _ in epochs:
                 record = self._run_epoch(progress)
@@ -221,10 +223,10 @@ class Trainer:
         scores = self.evaluate("val")
         if scores.loss is None or not math.isfinite(scores.loss):
             self._stop(scores.loss, "the validation images")  # the last step spoilt the weights
-        self.operations.append(self._mixture(epoch))
+        self.operations.append(self._mixture(epoch + 1))
         entropies = [mixture_entropy(alpha) for alpha in self.alphas]
         return Epoch(
-            epoch=epoch,
+            epoch=epoch + 1,
             stage=2 if self._searches(epoch) else 1,
             spatial=spatial,
             train_loss=train_loss,

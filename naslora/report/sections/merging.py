@@ -91,7 +91,7 @@ def _annealing_table(annealing: Annealing) -> Table:
     rows = [
         [
             name,
-            MISSING if state.epoch is None else str(state.epoch + 1),
+            MISSING if state.epoch is None else str(state.epoch),
             number(state.spatial, ".2f"),
             *map(number, (state.val_dice, state.val_iou, state.val_loss)),
         ]

@@ -56,7 +56,7 @@ def operations_parts(operations: OperationHistory | None, history: list[Epoch]) 
         ),
         Drawing(
             "path",
-            "Mean weight over the layers by epoch, from the start (epoch \N{MINUS SIGN}1).",
+            "Mean weight over the layers by epoch, from the start (epoch 0).",
             partial(_draw_path, names=names, history=history, steps=steps, path=path),
         ),
         *_heat_map(names, layers, path[0], path[-1], last),
