@@ -38,11 +38,11 @@ def test_tensorboard_gets_every_epoch_by_default(naslora, clean_data, run, tmp_p
         expected = [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in rows]
         assert curve(run, name) == expected
     shares = [curve(run, f"operations/{name}")[-1] for name in ("none", "skip_connect")]
-    assert all(step == 1 and 0 < share < 1 for step, share in shares)
+    assert all(step == 2 and 0 < share < 1 for step, share in shares)
     tested = read_json(run / "metrics.json")
-    assert curve(run, "test_dice") == [(1, pytest.approx(tested["test"]["dice"]))]
+    assert curve(run, "test_dice") == [(2, pytest.approx(tested["test"]["dice"]))]
     exact = tested["test_merged"]["exact"]["dice"]
-    assert curve(run, "test_exact_dice") == [(1, pytest.approx(exact))]
+    assert curve(run, "test_exact_dice") == [(2, pytest.approx(exact))]
     options = ["--data", clean_data, *TRAIN, "--epochs", "1", "--tracker"]
     assert naslora("train", *options, "--output", tmp_path / "run").status == 0
     assert not (tmp_path / "run" / "tensorboard").exists()
