@@ -177,12 +177,12 @@ def peak_of_predict(run, image, output, *options) -> float:
     """Predicts in a process of its own. Returns its peak memory in bytes, 0.5 GB of them
     PyTorch's."""
     code = (
-        "import resource\n"
         "from naslora.sam import encoders\n"
         f"encoders.VITS['vit_t'] = encoders.{encoders.VITS['vit_t']!r}\n"
         "from naslora.cli import main\n"
         "main()\n"
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        # ru_maxrss would include this process, which the other one was forked from.
+        "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
     )
     command = [sys.executable, "-c", code, "predict", run, image, "--output", output, *options]
     result = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
