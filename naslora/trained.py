@@ -73,13 +73,13 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     Raises:
         UserError: the folder is neither, or a file in it is missing or damaged.
     """
-    if (path / MERGED_CONFIG).exists():
-        with reading(path):
-            return _load_merged(path)
-    if not (path / CONFIG).exists():
+    merged = (path / MERGED_CONFIG).exists()
+    if not merged and not (path / CONFIG).exists():
         raise UserError(f"{path} is no run: it has neither {CONFIG} nor {MERGED_CONFIG}")
     with reading(path):
-        return _load_run(path)
+        model, config = _load_merged(path) if merged else _load_run(path)
+    data = dataclasses.replace(config.data, cache=None)  # a path that stands in a file
+    return model.eval(), dataclasses.replace(config, data=data)
 
 
 def _load_run(path: Path) -> tuple[SamForSegmentation, RunConfig]:
@@ -87,29 +87,20 @@ def _load_run(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     adapter = adapter_folder(path)
     model = build_frozen_model(config)
     load_adapter(model, adapter)
-    return model.eval(), _without_cache(config)
+    return model, config
 
 
 def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     stored = read_merged(path / MERGED_CONFIG)
     with reading(path / MERGED_CONFIG, "describes no merged model"):
         config = resolve(RunConfig.from_dict(stored.config))
-    model = build_model(
-        config.model.name,
-        config.model.image_size,
-        config.data.num_classes,
-        NONE,
-        attention=config.model.attention,
-    )
+    own = config.model
+    size, attention = own.image_size, own.attention
+    model = build_model(own.name, size, config.data.num_classes, NONE, attention=attention)
     load_merged(model, path)
     if (path / LEFT_OUT).exists():
         model.left_out = read_safetensors(path / LEFT_OUT)
-    return model.eval(), _without_cache(config)
-
-
-def _without_cache(config: RunConfig) -> RunConfig:
-    """The configuration without the cache, whose path stands in a file."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache=None))
+    return model, config
 
 
 # ---- Evaluating ----------------------------------------------------------------------------------
@@ -218,23 +209,12 @@ def _merge(
             f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
             f"more than --max-error {max_error:g}; nothing was written"
         )
-    _write_merged(model, report, scores, config, output)
-    return report, scores
-
-
-def _write_merged(
-    model: SamForSegmentation,
-    report: MergeReport,
-    scores: MergeScores,
-    config: RunConfig,
-    output: Path,
-) -> None:
-    """Writes the folder of a merged model, which appears when all its files are written."""
     with replaced_folder(output) as folder:
         details = {"report": report, "scores": scores, "config": config.to_dict()}
         write_merged(model, folder, to_json(details))
         if model.left_out:
             write_tensors(folder / LEFT_OUT, model.left_out)
+    return report, scores
 
 
 def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,12 +16,14 @@ import torch
 from conftest import wait_for
 from PIL import Image
 from reliability.conftest import Forked
+from rich.console import Console
 
 from naslora.files import read_json, read_safetensors
 from naslora.results import ADAPTER, LAST
 from naslora.sam import encoders as sam
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training import demo as demo_run
+from naslora.training import progress
 from naslora.training.run_config import ModelConfig, RunConfig
 from naslora_kernels import OPERATIONS
 
@@ -59,6 +63,28 @@ def adapter(run):
 def assert_bitwise_same(ours, theirs):
     assert ours.keys() == theirs.keys()
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+
+
+# --- What a run shows ---
+
+
+def test_without_a_terminal_lines_tell_how_long_a_run_takes(monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1.0)
+    console = Console(file=io.StringIO())
+    with progress.TrainProgress(console, 5) as shown:
+        shown.start_pass("epoch 1/1")
+        for _ in range(4):
+            shown.finish_step(0.5, 4)
+    text = console.file.getvalue()
+    assert re.search(r"epoch 1/1  step 3/5  loss 0\.500  [\d.]+ images/s  about 0\.0 s left", text)
+    assert "nan" not in text
+
+
+def test_a_run_from_random_weights_says_so(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["weights"] == "none"
+    (note,) = [note for note in metrics["notes"] if "random, frozen weights" in note]
+    assert note in (run / "report.html").read_text()
 
 
 # --- What a run's folder holds ---
