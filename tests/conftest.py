@@ -71,6 +71,18 @@ def write_data(root: Path, classes: int = 2, **counts: int) -> Path:
     return root
 
 
+def write_checkpoint(path: Path) -> Path:
+    """A SAM checkpoint of ``vit_t`` at ``SIZE``, whose weights are not those of ``none``."""
+    from safetensors.torch import save_file
+
+    from naslora.sam.segmentation import SamForSegmentation
+
+    torch.manual_seed(1)
+    head = {"mask_decoder.iou_prediction_head.layers.0.weight": torch.zeros(4, 4)}
+    save_file({**SamForSegmentation("vit_t", SIZE).state_dict(), **head}, path)
+    return path
+
+
 @dataclass
 class Result:
     """What a command ended with and wrote."""
@@ -81,14 +93,19 @@ class Result:
 
 
 def call(*arguments: object) -> Result:
-    """Runs ``naslora`` with the arguments in this process."""
+    """Runs ``naslora`` with the arguments in this process.
+
+    Reports are without plots, which take two thirds of a tiny run. tests/test_report.py draws them.
+    """
     from accelerate.state import AcceleratorState
 
     from naslora import cli
+    from naslora.report.figures import Drawing
 
     out, err = io.StringIO(), io.StringIO()
     status = 0
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drawing, "svg", lambda drawing: "<svg></svg>")
         patch.setattr(sys, "argv", ["naslora", *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -191,29 +208,43 @@ def data(clean_data, tmp_path):
     return shutil.copytree(clean_data, tmp_path / "data")
 
 
-@pytest.fixture(scope="module")
-def tiny_vit():
-    """Makes ``vit_t`` so small that an epoch takes a blink."""
-    from naslora.sam.encoders import VITS, ViT
+@contextlib.contextmanager
+def tiny_models(decoder: bool = True):
+    """Makes ``vit_t``, and unless told otherwise every decoder, so small that a run takes a blink.
 
-    tiny = ViT(**TINY)
+    Yields the small ``vit_t``.
+    """
+    from segment_anything.modeling import TwoWayTransformer
+
+    from naslora.sam import encoders
+
+    def transformer(**options):
+        return TwoWayTransformer(**options | {"depth": 1, "mlp_dim": 64})
+
+    tiny = encoders.ViT(**TINY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(VITS, "vit_t", tiny)
+        patch.setitem(encoders.VITS, "vit_t", tiny)
+        if decoder:
+            patch.setattr("naslora.sam.decoder.TwoWayTransformer", transformer)
         yield tiny
 
 
 @pytest.fixture(scope="module")
-def no_figures():
-    """Leaves out the plots of reports, which take half the time of a tiny run."""
-    from naslora.report.figures import Drawing
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Drawing, "svg", lambda drawing: "<svg></svg>")
-        yield
+def tiny_vit():
+    """Makes ``vit_t`` small. The decoder is SAM's."""
+    with tiny_models(decoder=False) as tiny:
+        yield tiny
 
 
 @pytest.fixture(scope="module")
-def run(tiny_vit, clean_data, tmp_path_factory):
+def tiny_sam():
+    """Makes ``vit_t`` and the decoders small."""
+    with tiny_models() as tiny:
+        yield tiny
+
+
+@pytest.fixture(scope="module")
+def run(tiny_sam, clean_data, tmp_path_factory):
     """A finished run on ``clean_data`` that tests only read."""
     output = tmp_path_factory.mktemp("runs") / "run"
     result = call("train", "--data", clean_data, *TRAIN, "--output", output)

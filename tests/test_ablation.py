@@ -80,7 +80,7 @@ def test_what_cannot_be_ablated():
 
 
 @pytest.mark.parametrize("preset", ["linear", "paper"])
-def test_what_is_left_out_stays_out_through_training(tiny_vit, preset):
+def test_what_is_left_out_stays_out_through_training(tiny_sam, preset):
     adapter = NASLoRAConfig(operations=OPERATIONS[4:], preset=preset)
     config = run_config(name="vit_t", image_size=32, adapter=adapter)
     model = build_adapted_model(config).train()
@@ -122,7 +122,7 @@ def ablate(naslora, clean_data, output, name, *more):
 
 
 @pytest.fixture(scope="module")
-def study(naslora, clean_data, tiny_vit, tmp_path_factory) -> tuple[Path, str]:
+def study(naslora, clean_data, tiny_sam, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("study") / "out"
     result = ablate(naslora, clean_data, output, "channel-ratio")
     assert result.status == 0, result.err
@@ -151,7 +151,7 @@ def test_the_table_is_that_of_the_runs(study):
     assert "Ablation of nas-pc-lora on vit_t for " in report and "<svg" in report
 
 
-def test_a_sweep_resumes_and_keeps_finished_cells(naslora, clean_data, tiny_vit, study):
+def test_a_sweep_resumes_and_keeps_finished_cells(naslora, clean_data, tiny_sam, study):
     output, printed = study
     (output / "runs/ratio-1-3/1/numbers.json").unlink()
     again = ablate(naslora, clean_data, output, "channel-ratio", "--resume")
@@ -161,7 +161,7 @@ def test_a_sweep_resumes_and_keeps_finished_cells(naslora, clean_data, tiny_vit,
 
 
 def test_ablations_share_the_runs_of_the_unchanged_method(
-    naslora, clean_data, tiny_vit, study, monkeypatch
+    naslora, clean_data, tiny_sam, study, monkeypatch
 ):
     output, _ = study
     trained = []
@@ -177,7 +177,7 @@ def test_ablations_share_the_runs_of_the_unchanged_method(
     assert trained == ["first-half/0", "last-half/0", "first-half/1", "last-half/1"]
 
 
-def test_a_sweep_refuses_what_is_not_its_own(naslora, clean_data, tiny_vit, study, tmp_path):
+def test_a_sweep_refuses_what_is_not_its_own(naslora, clean_data, tiny_sam, study, tmp_path):
     output, _ = study
     assert "exists and is not empty" in ablate(naslora, clean_data, output, "rank").err
     other = ablate(

@@ -126,7 +126,7 @@ def test_every_block_of_mobile_sam():
 
 
 @pytest.fixture(scope="module")
-def runs(naslora, make_data, tiny_vit, tmp_path_factory):
+def runs(naslora, make_data, tiny_sam, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     data = make_data(root / "data", train=4, val=1, test=3)
     folders = [root / f"seed{seed}" for seed in (0, 1)]

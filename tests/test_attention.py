@@ -697,7 +697,7 @@ TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 -
 
 
 @pytest.fixture(scope="module")
-def runs(naslora, clean_data, tiny_vit, no_figures, tmp_path_factory) -> dict[str, Path]:
+def runs(naslora, clean_data, tiny_vit, tmp_path_factory) -> dict[str, Path]:
     """Finished runs by their attention, from a checkpoint whose relative positions are not zero."""
     root = tmp_path_factory.mktemp("attention")
     model = build_model("vit_t", 32)

@@ -117,7 +117,7 @@ def test_augmentations_that_change_nothing():
         assert Augmentation(augment, S)(image, mask, 0, 0, 0) == (image, mask)
 
 
-def test_a_run_with_changes_is_resumed_with_the_same_only(naslora, tiny_vit, clean_data, tmp_path):
+def test_a_run_with_changes_is_resumed_with_the_same_only(naslora, tiny_sam, clean_data, tmp_path):
     options = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 --workers 0")
     train = ("train", "--data", clean_data, *options, "--output", tmp_path / "run", "--augment")
     result = naslora(*train, "natural")

@@ -152,7 +152,7 @@ def test_the_classes_of_a_run(tmp_path):
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 --workers 0")
 
 
-def test_a_run(naslora, tiny_vit, tmp_path):
+def test_a_run(naslora, tiny_sam, tmp_path):
     root = write(tmp_path / "data")
     output = ("--output", tmp_path / "run")
     result = naslora("train", "--dataset", "coco", "--root", root, *TRAIN, *output)

@@ -2,17 +2,17 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import signal
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 from conftest import group_lives, wait_for
+from reliability.conftest import Forked
 from run_configs import run_config
 
 from naslora.errors import UserError
@@ -31,14 +31,22 @@ from naslora.study.summary import (
 from naslora.training.train_config import TrainConfig
 
 TRAIN = shlex.split(
-    "--model mobile_sam --checkpoint none --image-size 64 --epochs 1 --search-start 0 "
-    "--arch-fraction 0.5 --workers 0"
+    "--model vit_t --image-size 32 --epochs 1 --search-start 0 --arch-fraction 0.5 --workers 0"
 )
-# VPT needs a plain ViT, and this is MobileSAM's TinyViT.
 METHOD_NAMES = ("lora", "vpt", "nas-pc-lora")
 
 
 # --- Killed, resumed, and what is there at the end ---
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runs_are_forks():
+    """The processes of runs are forks, which need not import PyTorch again. None fits VPT."""
+    context = multiprocessing.get_context("fork")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda _: context)
+        patch.setattr("naslora.methods.vpt.is_plain_vit", lambda _: False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +64,14 @@ def arguments(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed(arguments):
+def killed(arguments, tiny_sam):
     """A comparison that was killed once its first run had finished."""
     output, options = arguments
-    process = subprocess.Popen(
-        [sys.executable, "-m", "naslora", *map(str, options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for(lambda: measured(output), process)
-        process.kill()
-        process.wait()
-        wait_for(lambda: not group_lives(process.pid))  # a run has to end with its parent
-    finally:
-        if group_lives(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
+    process = Forked(options)
+    wait_for(lambda: measured(output), process)
+    process.kill()
+    assert process.wait().status == -signal.SIGKILL
+    wait_for(lambda: not group_lives(process.pid))  # a run has to end with its parent
     return output, options
 
 
@@ -103,7 +102,7 @@ def test_refused_methods_end_in_one_line_and_status_2(finished):
     assert len(errors) == 1 and "2 of 6 runs have no result (vpt: " in errors[0]
     # It was refused, with the reason, before anything trained.
     assert result.err.index("vpt is left out: ") < result.err.index("run 1 of 3")
-    assert "TinyViT" in errors[0]
+    assert "needs the attention of SAM" in errors[0]
 
 
 def test_resuming_keeps_the_finished_run(finished):
@@ -130,12 +129,9 @@ def test_tables_of_a_comparison(finished):
     rows = list(csv.DictReader((output / "table.csv").open()))
     assert [row["row"] for row in rows] == list(METHOD_NAMES)
     lora, vpt, ours = rows
-    # r = 3 on MobileSAM's ten qkv layers: 3 * (4 * C_in) each; see PAPER_NOTES on TinyViT's widths.
-    adapters = 3 * 4 * (2 * 128 + 6 * 160 + 2 * 320)
-    assert int(lora["trainable_parameters"]) == 3_505_536 + adapters
-    assert vpt["trainable_parameters"] == "" and "TinyViT" in vpt["reason"]
+    assert vpt["trainable_parameters"] == "" and "needs the attention of SAM" in vpt["reason"]
     assert float(lora["weight_seconds"]) == pytest.approx(float(lora["training_seconds"]), rel=0.01)
-    assert float(ours["training_seconds"]) > 1.05 * float(ours["weight_seconds"])
+    assert float(ours["training_seconds"]) > float(ours["weight_seconds"])
     assert 2e8 < float(ours["peak_memory"]) < 8e9
     assert float(ours["inference_exact"]) > 0 and lora["inference_center"] == ""
     markdown = (output / "table.md").read_text()
@@ -162,7 +158,7 @@ def image_dice(run):
         return [float(row["dice"]) for row in csv.DictReader(file)]
 
 
-def test_a_method_is_added_later(finished, naslora, arguments, data):
+def test_a_method_is_added_later(finished, naslora, data):
     _, output, _ = finished
     before = modified(output / "runs/lora")
     options = ["--methods", "decoder-only", "lora", "--seeds", 3, "--data", data, *TRAIN]
@@ -171,6 +167,8 @@ def test_a_method_is_added_later(finished, naslora, arguments, data):
     assert "run 1 of 1: Decoder only" in result.err and modified(output / "runs/lora") == before
     rows = list(csv.DictReader((output / "table.csv").open()))
     assert [(row["row"], row["seeds"]) for row in rows] == [("decoder-only", "1"), ("lora", "1")]
+    decoder, lora = (int(row["trainable_parameters"]) for row in rows)
+    assert lora == decoder + 2 * 3 * (32 + 96)  # r = 3 on two qkv of 32 to 96
 
 
 @pytest.mark.parametrize(

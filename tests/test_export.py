@@ -241,7 +241,7 @@ def test_mobile_sam_gets_its_own_names(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folders(naslora, make_data, tmp_path_factory, tiny_vit, no_figures):
+def folders(naslora, make_data, tmp_path_factory, tiny_vit):
     """A folder with a binary run from a SAM checkpoint, and its merged models by mode."""
     root = tmp_path_factory.mktemp("export")
     save_file(tiny_sam(32).state_dict(), root / "sam.safetensors")

@@ -35,7 +35,7 @@ def street(root, void_label=VOID, seed=0):
 
 
 @pytest.fixture(scope="module")
-def run(naslora, tiny_vit, tmp_path_factory):
+def run(naslora, tiny_sam, tmp_path_factory):
     folder = tmp_path_factory.mktemp("void")
     data = street(folder / "data")
     result = naslora("train", "--data", data, *TRAIN, "--output", folder / "run")

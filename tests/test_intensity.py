@@ -153,7 +153,7 @@ OPTIONS = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0
 
 
 @pytest.fixture(scope="module")
-def runs(naslora, tiny_vit, make_data, tmp_path_factory):
+def runs(naslora, tiny_sam, make_data, tmp_path_factory):
     """A folder with a run on images of 8 bits, and a run on floating-point copies of them."""
     folder = tmp_path_factory.mktemp("runs")
     data, floats = make_data(folder / "data", train=2, val=1, test=1), folder / "floats"

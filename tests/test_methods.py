@@ -36,7 +36,7 @@ from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.training import run as run_module
 
-pytestmark = pytest.mark.usefixtures("tiny_vit", "no_figures")
+pytestmark = pytest.mark.usefixtures("tiny_vit")
 
 DECODER = 3_505_536  # parameters of the mask decoder for binary segmentation
 ENCODERS = ("vit_t", "mobile_sam")

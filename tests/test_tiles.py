@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_checkpoint
 from PIL import Image
 from run_configs import run_config
 
@@ -239,7 +240,7 @@ TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 -
 
 
 @pytest.fixture(scope="module")
-def run(naslora, tiny_vit, make_data, tmp_path_factory):
+def run(naslora, tiny_sam, make_data, tmp_path_factory):
     """A run on windows of larger images: the discs of ``make_data`` on canvases of 70 x 50."""
     folder = tmp_path_factory.mktemp("crops")
     data = make_data(folder / "data", train=4, val=2, test=2)
@@ -250,7 +251,8 @@ def run(naslora, tiny_vit, make_data, tmp_path_factory):
             canvas = np.full((70, 50, *own.shape[2:]), empty, np.uint8)
             canvas[20:52, 9:41] = own
             Image.fromarray(canvas).save(file)
-    arguments = ("--data", data, *TRAIN, "--crop", 32, "--augment", "medical")
+    checkpoint = ("--checkpoint", write_checkpoint(folder / "sam.safetensors"))
+    arguments = ("--data", data, *TRAIN, *checkpoint, "--crop", 32, "--augment", "medical")
     result = naslora("train", *arguments, "--cache", folder / "cache", "--output", folder / "run")
     assert result.status == 0, result.err
     return folder / "run"
@@ -282,20 +284,20 @@ def test_scores_by_tiles_are_those_of_the_predicted_masks(naslora, run, tmp_path
 def test_an_exported_model_knows_its_tiles(naslora, run, tmp_path):
     """The file predicts with ``--tiles auto`` what the merged model does."""
     image = run.parent / "data/images/test0.png"
-    merged, file = tmp_path / "merged", tmp_path / "model.pt2"
+    merged, file = tmp_path / "merged", tmp_path / "model.safetensors"
     assert naslora("merge", run, "--mode", "center", "--output", merged).status == 0
-    result = naslora("export", merged, "--format", "torch-export", "--output", file)
+    result = naslora("export", merged, "--format", "safetensors", "--output", file)
     assert result.status == 0, result.err
     masks = []
     for model in (merged, file):
         output = tmp_path / f"of_{model.stem}"
-        options = ("--tiles", "auto", "--trust", "--output", output)
+        options = ("--tiles", "auto", "--output", output)
         assert naslora("predict", model, image, *options).status == 0
         masks.append(np.array(Image.open(output / "test0_mask.png")))
     assert (masks[0] == masks[1]).mean() > 0.999  # labels differ where rounding decides
     old = '{"model": "vit_t", "image_size": 32, "num_classes": 1, "class_names": ["a"]}'
     assert read_description(old).crop is None
-    assert load_class_map(file, trust=True)[1].crop == 32
+    assert load_class_map(file)[1].crop == 32
 
 
 def test_scores_of_images_that_fit_are_those_of_whole_images(naslora, run, make_data, tmp_path):

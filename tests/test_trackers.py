@@ -17,7 +17,7 @@ from naslora.training import trackers
 from naslora.training.accelerator import make_accelerator
 from naslora.training.train_config import TrainConfig
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 
 def history(run: Path) -> list[dict[str, str]]:

@@ -30,7 +30,7 @@ from naslora.training.run_model import build_adapted_model
 from naslora.training.train_config import TrainConfig
 from naslora.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("tiny_vit", "fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("tiny_sam", "fresh_accelerate")
 
 RATE, ALPHA_RATE = 1e-3, 3e-4
 
@@ -364,7 +364,7 @@ def train_as_rank(rank: int, folder: Path, runs: dict, ports: list[int]) -> None
 
 
 @pytest.fixture(scope="module")
-def in_two_processes(make_data, tiny_vit, tmp_path_factory):
+def in_two_processes(make_data, tiny_sam, tmp_path_factory):
     """Runs that two processes trained, in one launch: name -> arguments and output folder.
 
     Of 11 images the last batch gets one, so that the second process has no share of it.
@@ -375,7 +375,7 @@ def in_two_processes(make_data, tiny_vit, tmp_path_factory):
         f"--learning-rate {RATE} --alpha-learning-rate {ALPHA_RATE} --workers 0"
     )
     runs = {}
-    cases = {"odd": (11, "linear"), "even": (10, "linear"), "paper": (10, "paper")}
+    cases = {"odd": (11, "linear"), "paper": (10, "paper")}
     for name, (train, preset) in cases.items():
         data = make_data(folder / f"{name}-data", classes=3, train=train, val=3, test=2)
         runs[name] = ["--data", str(data), *common, "--preset", preset]
@@ -388,7 +388,7 @@ def in_two_processes(make_data, tiny_vit, tmp_path_factory):
     return {name: (arguments, folder / name) for name, arguments in runs.items()}
 
 
-@pytest.mark.parametrize("name", ["odd", "even", "paper"])
+@pytest.mark.parametrize("name", ["odd", "paper"])
 def test_two_processes_hold_the_same(in_two_processes, name):
     """Batch norms included, which the preset `paper` has."""
     _, output = in_two_processes[name]
@@ -411,9 +411,8 @@ def test_two_processes_refuse_bad_input_once(in_two_processes):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", ["odd", "even"])
-def test_two_processes_train_as_one(naslora, in_two_processes, tmp_path, name):
-    arguments, two = in_two_processes[name]
+def test_two_processes_train_as_one(naslora, in_two_processes, tmp_path):
+    arguments, two = in_two_processes["odd"]
     result = naslora("train", *arguments, "--output", tmp_path)
     assert result.status == 0, result.err
     last = [torch.load(output / LAST) for output in (two, tmp_path)]

@@ -9,7 +9,7 @@ import pytest
 PAGE = Path(__file__).parent.parent / "docs" / "tutorial.md"
 CELLS = [cell for cell in jupytext.read(PAGE).cells if cell.cell_type == "code"]
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 
 def test_the_tutorial_is_a_notebook():
@@ -17,10 +17,11 @@ def test_the_tutorial_is_a_notebook():
     assert kinds == [False, True, False, False, True, True, True, False]
 
 
-# What is printed takes minutes: fewer images and epochs, beside the smaller encoder.
+# What is printed takes minutes: fewer and smaller images, one epoch, beside the smaller model.
 SHORTER = {
     '"train": 24, "val": 8, "test": 8': '"train": 8, "val": 4, "test": 4',
     "--epochs 12": "--epochs 1",
+    "--image-size 160": "--image-size 64",
     "\\\n": "",
 }
 

@@ -1,6 +1,5 @@
 """What the campaign shares: a small world of every file that naslora writes, forked commands."""
 
-import contextlib
 import faulthandler
 import fcntl
 import os
@@ -9,20 +8,18 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, TRAIN
+from conftest import TRAIN, tiny_models, write_checkpoint
 from filelock import FileLock
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from naslora import cli, prediction  # noqa: F401, forks find imported what commands import
 from naslora.report.figures import Drawing
-from naslora.sam import encoders
-from naslora.sam.segmentation import SamForSegmentation
 
 # Seconds after which a forked command that hangs prints where, and ends.
 LONGEST = 540
@@ -42,21 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[:] = [*others[:place], *early, *others[place:]]
 
 
-@contextlib.contextmanager
-def empty_figures() -> Iterator[None]:
-    """Leaves out the plots of reports, which take half the time of a tiny run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Drawing, "svg", lambda drawing: "<svg></svg>")
-        yield
-
-
-@pytest.fixture(scope="package", autouse=True)
-def no_figures():
-    """Reports without plots, in forked commands as well. tests/test_report.py tests the plots."""
-    with empty_figures():
-        yield
-
-
 @pytest.fixture(scope="session")
 def clean_world(naslora, make_data, tmp_path_factory):
     """A folder with data, a checkpoint, a finished run, and what its commands write.
@@ -70,8 +52,7 @@ def clean_world(naslora, make_data, tmp_path_factory):
     with FileLock(root / "world.lock"):
         if not whole.exists():
             # The patches are undone before tests of other files run.
-            with pytest.MonkeyPatch.context() as patch, empty_figures():
-                patch.setitem(encoders.VITS, "vit_t", encoders.ViT(**TINY))
+            with tiny_models():
                 write_world(world, naslora, make_data)
             whole.touch()
     return world
@@ -80,13 +61,9 @@ def clean_world(naslora, make_data, tmp_path_factory):
 def write_world(world: Path, naslora: Callable, make_data: Callable) -> None:
     """Writes the files of ``clean_world``."""
     make_data(world / "data", train=4, val=2, test=2)
-    torch.manual_seed(1)  # not the weights of --checkpoint none
-    state = SamForSegmentation("vit_t", 32).state_dict()
-    head = {"mask_decoder.iou_prediction_head.layers.0.weight": torch.zeros(4, 4)}
-    save_file({**state, **head}, world / "sam.safetensors")
-    torch.save(state, world / "sam.pth")
+    checkpoint = ("--checkpoint", write_checkpoint(world / "sam.safetensors"))
+    torch.save(load_file(world / "sam.safetensors"), world / "sam.pth")
     train = ("train", "--data", world / "data", *TRAIN)
-    checkpoint = ("--checkpoint", world / "sam.safetensors")
     for command in (
         (*train, *checkpoint, "--output", world / "run"),
         (*train, "--method", "lora", "--output", world / "run-lora"),
@@ -172,6 +149,7 @@ class Forked:
         # Those of pytest collect what a user would see.
         sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
         faulthandler.dump_traceback_later(LONGEST, exit=True)
+        Drawing.svg = lambda drawing: "<svg></svg>"  # as in ``conftest.call``
         try:
             prepare()
             cli.main()
@@ -213,7 +191,7 @@ def _all_of(pipe: int) -> str:
 
 
 @pytest.fixture
-def forked(tiny_vit):
+def forked(tiny_sam):
     """Starts a command in a fork."""
 
     def start(*arguments, prepare=lambda: None):

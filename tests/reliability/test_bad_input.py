@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from naslora.files import file_checksum, read_json, write_json
 from reliability.conftest import TRAIN, one_line, own
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 CORPUS = yaml.safe_load((Path(__file__).parent / "bad_inputs.yaml").read_text())
 LONG = "a" * 1500

@@ -22,7 +22,7 @@ from naslora.results import read_history
 from naslora.sam.export import load_class_map
 from reliability.conftest import TRAIN, one_line, own
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 
 def predicted(path):

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,8 @@ from PIL import Image
 
 from naslora.files import read_json
 from naslora.report.pictures import paint
-from naslora.sam import encoders
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 
 def empty(mask):
@@ -177,10 +177,11 @@ def peak_of_predict(run, image, output, *options) -> float:
     """Predicts in a process of its own. Returns its peak memory in bytes, 0.5 GB of them
     PyTorch's."""
     code = (
-        "from naslora.sam import encoders\n"
-        f"encoders.VITS['vit_t'] = encoders.{encoders.VITS['vit_t']!r}\n"
+        f"import sys; sys.path.insert(0, '{Path(__file__).parents[1]}')\n"
+        "from conftest import tiny_models\n"
         "from naslora.cli import main\n"
-        "main()\n"
+        "with tiny_models():\n"
+        "    main()\n"
         # ru_maxrss would include this process, which the other one was forked from.
         "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
     )

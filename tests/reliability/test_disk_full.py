@@ -15,7 +15,7 @@ from naslora.__main__ import open_streams
 from reliability.conftest import TRAIN, one_line
 from reliability.test_kills import assert_same, check_files
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 
 def full_at(write: int):
@@ -96,15 +96,19 @@ def test_a_small_file_system(forked, naslora, clean_world, tmpfs):
     resume(naslora, command, output, clean_world)
 
 
-@pytest.mark.parametrize("command", ["merge", "onnx", "predict"])
+@pytest.mark.parametrize(
+    "command",
+    ["merge", "predict", "safetensors", pytest.param("onnx", marks=pytest.mark.campaign)],
+)
 def test_other_commands_on_a_small_file_system(forked, clean_world, tmpfs, command):
     full = tmpfs / "filler"
     full.write_bytes(bytes(390_000))
     line = {
         "merge": ("merge", clean_world / "run", "--output", tmpfs / "out"),
-        "onnx": (
-            *("export", clean_world / "center", "--part", "encoder"),  # half as long as the model
-            *("--output", tmpfs / "out.onnx"),
+        "onnx": ("export", clean_world / "center", "--output", tmpfs / "out.onnx"),
+        "safetensors": (
+            *("export", clean_world / "center", "--format", "safetensors"),
+            *("--output", tmpfs / "out.safetensors"),
         ),
         "predict": (
             *("predict", clean_world / "run", clean_world / "data/images"),

@@ -14,7 +14,7 @@ from naslora.files import LOCK
 from naslora.locks import locked
 from reliability.conftest import TRAIN, one_line
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 COMMANDS = {
     "demo": ("demo", "--epochs", 1),

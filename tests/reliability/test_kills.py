@@ -18,7 +18,7 @@ from naslora.records import read_rows
 from naslora.results import LAST, Epoch
 from reliability.conftest import TRAIN, one_line
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 TIMES = ("seconds", "history_sha256")  # differ between equal runs

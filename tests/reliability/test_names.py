@@ -43,7 +43,7 @@ def test_messages_are_one_line_that_can_be_printed(text):
     assert one_line(text) == LINES[text]
 
 
-def test_paths_and_class_names_are_no_markup(naslora, clean_world, tmp_path, tiny_vit):
+def test_paths_and_class_names_are_no_markup(naslora, clean_world, tmp_path, tiny_sam):
     output = tmp_path / "run[" / "]:smile:[red]"
     names = ("--num-classes", 2, "--class-names", "[/]\x1b[31m", "--metrics", "class_iou")
     options = (*names, "--epochs", 1, "--search-start", 0)

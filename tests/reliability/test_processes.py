@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,17 +26,17 @@ from naslora.training.accelerator import TIMEOUT_VARIABLE
 from naslora.training.trainer import Trainer
 from reliability.conftest import Forked
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 # For launchers, which start fresh processes.
 LAUNCH = """
-import torch
+import sys
+sys.path.insert(0, "{tests}")
+from conftest import tiny_models
 from naslora import cli
-from naslora.sam import encoders
 
-torch.set_num_threads(1)
-encoders.VITS["vit_t"] = encoders.{tiny}
-cli.main()
+with tiny_models():
+    cli.main()
 """
 OPTIONS = shlex.split(
     f"--model vit_t --image-size 32 --num-classes 3 --search-start 1 --learning-rate {RATE} "
@@ -50,7 +51,7 @@ def data(make_data, tmp_path_factory):
 
 
 @pytest.fixture
-def launch(tiny_vit):
+def launch(tiny_sam):
     """Starts the processes of one command, as forks; ends those that still run after the test.
 
     ``stop_after`` is an epoch after which every process is interrupted. Each process works in its
@@ -179,7 +180,7 @@ def test_a_run_resumes_on_another_number_of_processes(launch, data, alone, tmp_p
 
 
 @pytest.mark.campaign
-def test_two_agents_train_as_one(tiny_vit, data, alone, tmp_path):
+def test_two_agents_train_as_one(tiny_sam, data, alone, tmp_path):
     """Two launchers, as on two machines, that meet at a rendezvous on the loopback address."""
     endpoint = f"127.0.0.1:{free_port()}"
     agent = shlex.split(
@@ -188,7 +189,7 @@ def test_two_agents_train_as_one(tiny_vit, data, alone, tmp_path):
     )
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", tmp_path / "run")
     script = tmp_path / "launch.py"
-    script.write_text(LAUNCH.format(tiny=repr(tiny_vit)))
+    script.write_text(LAUNCH.format(tests=Path(__file__).parents[1]))
     command = [sys.executable, "-m", *agent, script, *map(str, arguments)]
     agents = [
         subprocess.Popen(

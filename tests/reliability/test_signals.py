@@ -18,7 +18,7 @@ from naslora.exits import Interrupted, signals
 from reliability.conftest import TRAIN, one_line
 from reliability.test_kills import assert_same
 
-pytestmark = pytest.mark.usefixtures("tiny_vit")
+pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 

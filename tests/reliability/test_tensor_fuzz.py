@@ -134,7 +134,7 @@ def test_checkpoints(tiny_vit, tmp_path, examples):
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_last(clean_world, tiny_vit, fresh_accelerate, examples):
+def test_last(clean_world, tiny_sam, fresh_accelerate, examples):
     config = read_config(clean_world / "run/config.json")
     accelerator = make_accelerator(config.training)
     data, _ = prepare_data(config, accelerator)
