@@ -175,8 +175,6 @@ def test_a_method_is_added_later(finished, naslora, data):
     ("changed", "words"),
     [
         (["--epochs", 2], "it has epochs 1"),
-        (["--methods", "lora", "lora"], "distinct"),
-        (["--seeds", 1, 1], "distinct"),
         (["--seed", 5], "--seeds"),
         (["--method", "lora"], "--methods"),
     ],

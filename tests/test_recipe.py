@@ -145,34 +145,17 @@ BAD = [
     ("- a\n", "expected lines such as method"),
     ("speed: 3\n", "there is no setting 'speed'"),
     ("trainin: {epochs: 3}\n", "there is no setting 'trainin'; did you mean training?"),
-    ("training: {pace: 3}\n", "there is no setting 'pace'"),
     ("training: {epochs: many}\n", "epochs: expected int, got 'many'"),
-    ("training: {epochs: 0}\n", "epochs: expected int >= 1, got 0"),
-    ("training: {epochs: 1e3}\n", "epochs: expected int, got 1000.0"),
     ("training: {flip: 'no'}\n", "flip: expected bool, got 'no'"),
-    ("training: {learning_rate: .nan}\n", "learning_rate: expected float >= 0.0, got nan"),
-    ("training: {learning_rate: .inf}\n", "learning_rate: expected a finite number"),
     ("training: {optimizer: sgd}\n", "optimizer: expected one of adam, adamw, got 'sgd'"),
     ("training: 3\n", "expected the settings of a TrainConfig, got 3"),
-    ("training: [epochs]\n", "expected the settings of a TrainConfig"),
-    ("model: vit_b\n", "expected the settings of a ModelConfig, got 'vit_b'"),
-    ("model: {image_size: '512'}\n", "image_size: expected int, got '512'"),
-    ("data: {root: [a]}\n", "root: expected a path"),
-    ("data: {num_classes: 256}\n", "num_classes: expected int <= 255, got 256"),
-    ("data: {class_names: cat}\n", "class_names: expected list, got 'cat'"),
     ("data: {dataset: voc}\n", "dataset: expected one of csv, folders, coco"),
     ("data: {palette: 7}\n", "palette: expected list, got 7"),
-    ("data: {metrics: [speed]}\n", "metrics: expected one of iou"),
     ("method: peft\n", "method: expected one of full, decoder-only"),
-    ("method: [lora]\n", "method: expected one of full, decoder-only"),
     ("method: mona\nadapter: {rank: 3}\n", "there is no setting 'rank' in MonaConfig"),
-    ("adapter: {rank: -1}\n", "rank: expected int >= 1, got -1"),
-    ("adapter: null\n", "expected the settings of a NASLoRAConfig, got None"),
     ("methods: {lora: {colour: red}}\n", "there is no setting 'colour' in LowRankConfig"),
     ("methods: {peft: {}}\n", "method: expected one of full, decoder-only"),
     ("methods: [lora]\n", "methods: expected the settings of methods, got ['lora']"),
-    ("methods: 5\n", "methods: expected the settings of methods, got 5"),
-    ("seed: -1\n", "seed: expected int >= 0, got -1"),
     ("7: 8\n", "there is no setting 7"),
     ("method: [\n", "cannot be read"),
     ("base: nowhere.yaml\n", "nowhere.yaml cannot be read"),
@@ -190,12 +173,6 @@ def test_what_is_no_recipe(tmp_path, text, message):
         load_recipe(str(path))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert str(path.parent) in str(caught.value) and len(str(caught.value)) < 700
-
-
-def test_unknown_recipes_list_what_there_is(naslora, tmp_path):
-    result = naslora("train", "--recipe", "isic/nas", "--output", tmp_path / "run")
-    assert result.status == 2 and result.err.count("\n") == 1
-    assert "there is no recipe 'isic/nas'" in result.err and "isic2017" in result.err
 
 
 # --- any values

@@ -308,21 +308,3 @@ def test_scores_of_images_that_fit_are_those_of_whole_images(naslora, run, make_
     )
     assert tiles["metrics"] == original["metrics"]
     assert tiles["loss"] == pytest.approx(original["loss"], abs=1e-6)  # means in another order
-
-
-def test_bad_tiles_and_crops(naslora, run, tmp_path):
-    predict = ("predict", run, run.parent / "data/images/test0.png")
-    train = ("train", "--data", run.parent / "data", *TRAIN)
-    sides = "tiles must be 16 to 65536 pixels, got 8; a patch of the encoder has 16"
-    share = "overlap must be a share of a tile, in [0, 0.5]"
-    foreground = "crop_foreground: expected float <= 1.0, got 2"
-    for command, options, message in (
-        (predict, ("--tiles", 8), sides),
-        (predict, ("--tiles", 64, "--overlap", 0.9), share),
-        (predict, ("--tiles", "huge"), "--tiles"),
-        (train, ("--crop", 8), "crop: expected int >= 16, got 8"),
-        (train, ("--crop", 32, "--crop-foreground", 2), foreground),
-    ):
-        result = naslora(*command, *options, "--output", tmp_path / "out")
-        assert result.status == 2 and message in result.err
-    assert not (tmp_path / "out").exists()

@@ -612,17 +612,10 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(make_trainer):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"epochs": 0}, "epochs: expected int >= 1, got 0"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"arch_fraction": 0.0}, "arch_fraction: expected float > 0.0"),
         ({"arch_fraction": 1.0, "arch_data": "rotate"}, "leaves no images for the weights"),
         ({"arch_data": "half"}, "arch_data: expected one of redraw, rotate, hold-out, split, got"),
-        ({"learning_rate": math.nan}, "learning_rate: expected float >= 0.0, got nan"),
         ({"alpha_weight_decay": -1.0}, "alpha_weight_decay: expected float >= 0"),
-        ({"lambda_cls": math.inf}, "lambda_cls: expected a finite number"),
         ({"schedule": "step"}, "schedule: expected one of linear, cosine, constant, got 'step'"),
-        ({"class_loss": "focal"}, "class_loss: expected one of"),
-        ({"mixed_precision": "fp8"}, "mixed_precision: expected one of"),
         ({"frozen_precision": "bf16", "mixed_precision": "no"}, "needs mixed_precision bf16"),
     ],
 )

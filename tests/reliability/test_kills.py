@@ -8,7 +8,6 @@ import signal
 import time
 
 import pytest
-from conftest import wait_for
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
@@ -212,15 +211,3 @@ def test_a_kill_of_a_loader_worker(forked, clean_world, tmp_path, when):
     assert ended.status == 2
     line = one_line(ended.err)
     assert "DataLoader worker (pid" in line and "lower --workers, or free some memory" in line
-
-
-def test_a_kill_at_a_random_moment(forked, naslora, clean_world, tmp_path):
-    command, out = arguments(clean_world, tmp_path / "run")
-    process = forked(*command, *out)
-    wait_for((tmp_path / "run/last.pt").exists, process)
-    process.kill()
-    process.wait()
-    check_files(tmp_path / "run")
-    result = naslora(*command, *out, "--resume")
-    assert result.status == 0, result.err
-    assert_same(tmp_path / "run", clean_world / "run")
