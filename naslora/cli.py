@@ -100,13 +100,15 @@ def _run(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"naslora {naslora.__version__}")
     elif name in ("-h", "--help"):
-        with contextlib.redirect_stdout(sys.stdout if arguments else sys.stderr):
+        streams = contextlib.redirect_stdout(sys.stdout if arguments else sys.stderr)
+        with streams, contextlib.suppress(SystemExit):
             tyro.extras.subcommand_cli_from_dict(
                 {name: _deferred(command, RunConfig()) for name, command in named.items()},
                 prog="naslora",
                 description="Fine-tune the Segment Anything Model with NAS-LoRA.",
                 args=["--help"],
             )
+        raise SystemExit(0 if arguments else 2)
     else:
         raise UserError(f"there is no command {name}; {_meant(name, named)}see naslora --help")
 
