@@ -36,19 +36,28 @@ from typing import TypeVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
-# Name, vector sizes in bytes, flags. All are compiled into one binary, the best last. At run time
-# the processor's features decide which one is used. The first size is that of kernels.cpp, the
-# second that of attention.cpp. With AVX-512 the first keeps 32 bytes: its 32 registers help, but
-# vectors of 64 bytes measured slower on maps that are 14 pixels wide. Attention consists of matrix
-# products, which wider vectors make faster. The baseline is linked first (csrc/cpu/vector.h says
-# why).
-INSTRUCTION_SETS = [("baseline", (16, 16), [])]  # SSE2 on x86-64, NEON on AArch64
+# Name, base, vector sizes in bytes by source, flags. All are compiled into one binary, best last.
+# At run time the processor's features decide which one is used. With AVX-512 kernels.cpp keeps 32
+# bytes: its 32 registers help, but vectors of 64 bytes measured slower on maps that are 14 pixels
+# wide. Attention consists of matrix products, which wider vectors make faster. A set with a base
+# has attention in bfloat16 of its own and takes the rest from the base. It is left out if the
+# compiler lacks its flags. The baseline is linked first (csrc/cpu/vector.h says why).
+INSTRUCTION_SETS = [  # the first is SSE2 on x86-64, NEON on AArch64
+    ("baseline", None, {"kernels.cpp": 16, "attention.cpp": 16}, []),
+]
 if platform.machine().lower() in ("x86_64", "amd64"):
-    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    AVX2 = ["-mavx2", "-mfma"]
+    AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    AVX512 += ["-mprefer-vector-width=256"]
+    BF16 = [*AVX512, "-mavx512bf16"]
+    AMX = [*BF16, "-mamx-tile", "-mamx-bf16"]
     INSTRUCTION_SETS += [
-        ("avx2", (32, 32), ["-mavx2", "-mfma"]),
-        ("avx512", (32, 64), ["-mavx2", "-mfma", *AVX512, "-mprefer-vector-width=256"]),
+        ("avx2", None, {"kernels.cpp": 32, "attention.cpp": 32}, AVX2),
+        ("avx512", None, {"kernels.cpp": 32, "attention.cpp": 64}, AVX512),
+        ("avx512_bf16", "avx512", {"attention.cpp": 64}, BF16),
+        ("amx", "avx512", {"attention.cpp": 64}, AMX),
     ]
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -202,6 +211,19 @@ def zig(*arguments: str) -> None:
     run(sys.executable, "-m", "ziglang", "c++", "-target", target, *arguments)
 
 
+def compile_set(
+    compile: Callable[[list[str]], list[str]], flags: list[str], name: str, base: str | None
+) -> tuple[str, list[str]]:
+    """Returns an entry of NASLORA_FOR_EACH_ISA and the objects; none for a set with a base if the
+    compiler lacks it."""
+    try:
+        return f"X({name}, {base or name})", compile(flags)
+    except (BuildError, CompileError):
+        if base is None:
+            raise
+        return "", []
+
+
 class BuildKernels(build_ext):
     """Builds the extensions that can be built. An install succeeds without the others."""
 
@@ -260,18 +282,19 @@ class BuildKernels(build_ext):
         """Compiles the kernels once per instruction set."""
         sanitize = enabled("NASLORA_SANITIZE")
         flags = FLAGS + (SANITIZE if sanitize else [])
-        poison = [("NASLORA_POISON", None)] if sanitize else []
-        *kernels, module = ext.sources
-        names = " ".join(f"X({name})" for name, _, _ in INSTRUCTION_SETS)
-        isas = [("NASLORA_FOR_EACH_ISA(X)", names)]
-        jobs = [partial(self.compile, ext, module, "module", poison + isas, flags)]
-        for name, vector_sizes, isa_flags in INSTRUCTION_SETS:
-            for source, size in zip(kernels, vector_sizes, strict=True):
+        names = ("NASLORA_POISON", "NASLORA_EMULATE_AMX") if sanitize else ()
+        macros = [(name, None) for name in names]
+        jobs = []
+        for name, base, vector_sizes, isa_flags in INSTRUCTION_SETS:
+            for source, size in vector_sizes.items():
                 isa = [("NASLORA_ISA", name), ("NASLORA_VECTOR_BYTES", str(size))]
-                macros, own_flags = poison + isa, flags + isa_flags
-                jobs.append(partial(self.compile, ext, source, name, macros, own_flags))
-        module_objects, *kernel_objects = in_parallel(jobs)
-        objects = [path for objects in (*kernel_objects, module_objects) for path in objects]
+                compile = partial(self.compile, ext, f"csrc/cpu/{source}", name, macros + isa)
+                jobs.append(partial(compile_set, compile, flags + isa_flags, name, base))
+        compiled = in_parallel(jobs)
+        isas = " ".join(dict.fromkeys(entry for entry, _ in compiled))
+        macros.append(("NASLORA_FOR_EACH_ISA(X)", isas))
+        objects = [path for _, paths in compiled for path in paths]
+        objects += self.compile(ext, "csrc/cpu/python_module.cpp", "module", macros, flags)
         self.link(ext, objects, SANITIZE if sanitize else [])
 
     def build_cuda(self, ext):

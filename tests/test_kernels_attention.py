@@ -292,9 +292,10 @@ def test_partial_gradients_equal_full_ones(target, needed):
 
 
 @only_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [(1, 1, (64, 40), 8), (3, 2, (14, 14), 16)], ids=str)
-def test_same_bits_on_any_number_of_threads(case):
-    case = attention_case(*case).to(torch.float32)
+def test_same_bits_on_any_number_of_threads(case, dtype):
+    case = attention_case(*case).to(dtype)
     assert_same_bits_on_any_number_of_threads(case)
 
 

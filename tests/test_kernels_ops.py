@@ -228,6 +228,8 @@ def test_build_info_says_what_runs():
     assert "cpp" in info["compiled"]
     assert info["compiler"].split()[0] in ("gcc", "clang")
     assert info["instruction_set"] in info["architectures"]
+    if torch.cpu._is_avx512_bf16_supported():
+        assert info["instruction_set"] in ("avx512_bf16", "amx")
     assert info["shares_torch_threads"]
 
 

@@ -17,6 +17,106 @@
 namespace naslora {
 namespace {
 
+template <typename Queries, typename Keys>
+struct BackwardScratch {
+  const AttentionPlan& plan;
+  Keys keys;
+  int64_t block_bytes;
+  char* blocks;
+
+  template <typename Arena>
+  BackwardScratch(Arena& arena, const AttentionPlan& p)
+      : plan(p),
+        keys(arena, p),
+        block_bytes(measure<Queries, ScratchArena>(p)),
+        blocks(arena.template take<char>(block_bytes * p.most_of_part())) {}
+
+  // The data of a part's block of queries.
+  Queries queries(int64_t index) const {
+    ScratchArena arena(blocks + index * block_bytes);
+    return Queries(arena, plan);
+  }
+};
+
+// One call: what is needed, and where the sums of the parts go. `Self` loads, computes and stores
+// blocks, whose data have the types `Queries` and `Keys`.
+template <typename S, typename Self, typename Queries, typename Keys>
+struct BackwardParts {
+  using A = AccumulatorOf<S>;
+  using Scratch = BackwardScratch<Queries, Keys>;
+
+  const Attention& a;
+  const AttentionGradients& g;
+  const AttentionPlan plan;
+  const bool need_scores;  // ds
+  const int64_t head_size;
+  const A key_scale;  // of the sums of grad_keys
+  // (tasks, tokens, d) each, if a head has several parts
+  Buffer<A> key_sums, value_sums;
+
+  BackwardParts(const AttentionPlan& plan, const AttentionGradients& g, A key_scale)
+      : a(plan.a),
+        g(g),
+        plan(plan),
+        need_scores(g.q || g.k || g.rel_h || g.rel_w),
+        head_size(plan.tokens * a.dim),
+        key_scale(key_scale),
+        key_sums(plan.parts > 1 && g.k ? plan.tasks * head_size : 0),
+        value_sums(plan.parts > 1 && g.v ? plan.tasks * head_size : 0) {}
+
+  const Self& self() const { return static_cast<const Self&>(*this); }
+
+  void run() const {
+    parallel_tasks(plan.tasks, [&](int64_t first, int64_t last) {
+      [[maybe_unused]] const typename Self::Setup setup;
+      const auto scratch = place_in_scratch<Scratch>(plan);
+      for (int64_t task = first; task < last; ++task) part(task, scratch);
+    });
+    if (plan.parts == 1) return;
+    parallel_tasks(plan.images_heads, [&](int64_t first, int64_t last) {
+      for (int64_t head = first; head < last; ++head) {
+        if (g.k) add_parts(key_sums, head, g.k);
+        if (g.v) add_parts(value_sums, head, g.v);
+      }
+    });
+  }
+
+  void part(int64_t task, const Scratch& scratch) const {
+    const int64_t head = task / plan.parts, part = task % plan.parts;
+    const int64_t begin = plan.first_of_part(part), count = plan.first_of_part(part + 1) - begin;
+    for (int64_t q = 0; q < count; ++q)
+      self().load_queries(head, plan.queries_of(begin + q), scratch.queries(q));
+    for (int64_t b = 0; b < plan.key_blocks(); ++b) {
+      const KeyBlock keys = plan.keys_of(b);
+      self().load_keys(head, keys, scratch.keys);
+      for (int64_t q = 0; q < count; ++q)
+        self().tile(keys, q == 0, plan.queries_of(begin + q).count, scratch.keys,
+                    scratch.queries(q));
+      if (g.k) store_keys(scratch.keys.grad_keys, keys, task, key_sums, key_scale, g.k);
+      if (g.v) store_keys(scratch.keys.grad_values, keys, task, value_sums, 1, g.v);
+    }
+    for (int64_t q = 0; q < count; ++q)
+      self().store_queries(head, plan.queries_of(begin + q), scratch.queries(q));
+  }
+
+  // Writes a block's gradients of keys or values: to the output, or to the sums of the part.
+  void store_keys(const A* from, const KeyBlock& keys, int64_t task, const Buffer<A>& sums, A scale,
+                  void* out) const {
+    if (plan.parts == 1)
+      return store_rows<S, A>(from, plan.width, keys.count, scale, a, task, keys.first, out);
+    A* to = sums.data() + task * head_size + keys.first * a.dim;
+    for (int64_t j = 0; j < keys.count; ++j)
+      for (int64_t c = 0; c < a.dim; ++c) to[j * a.dim + c] = scale * from[j * plan.width + c];
+  }
+
+  void add_parts(const Buffer<A>& sums, int64_t head, void* out) const {
+    A* total = sums.data() + head * plan.parts * head_size;
+    for (int64_t part = 1; part < plan.parts; ++part)
+      for (int64_t i = 0; i < head_size; ++i) total[i] += total[part * head_size + i];
+    store_rows<S, A>(total, a.dim, plan.tokens, 1, a, head, 0, out);
+  }
+};
+
 // What a block of queries has during its part. Rows of `stride` have a number for each query.
 template <typename A>
 struct QueryData {
@@ -59,27 +159,6 @@ struct KeyData {
   }
 };
 
-template <typename A>
-struct BackwardScratch {
-  const AttentionPlan& plan;
-  KeyData<A> keys;
-  int64_t block_bytes;
-  char* blocks;
-
-  template <typename Arena>
-  BackwardScratch(Arena& arena, const AttentionPlan& p)
-      : plan(p),
-        keys(arena, p),
-        block_bytes(measure<QueryData<A>, ScratchArena>(p)),
-        blocks(arena.template take<char>(block_bytes * p.most_of_part())) {}
-
-  // The data of a part's block of queries.
-  QueryData<A> queries(int64_t index) const {
-    ScratchArena arena(blocks + index * block_bytes);
-    return QueryData<A>(arena, plan);
-  }
-};
-
 // Of some queries, one a lane: the products of scores become p, and grad_scores, which hold dp,
 // become ds. Adds ds to the gradients of rel_h and rel_w. If the block has `all` keys, delta is the
 // sum of p dp. That equals the products of grad_o and o, but its rounding errors cancel in ds.
@@ -116,58 +195,14 @@ inline void softmax_gradient(const KeyBlock& keys, bool all, int64_t stride, int
   }
 }
 
-// One call: what is needed, and where the sums of the parts go.
-template <typename S>
-struct AttentionBackward {
-  using A = AccumulatorOf<S>;
-
-  const Attention& a;
-  const AttentionGradients& g;
-  const AttentionPlan plan;
-  const bool need_scores;  // ds
-  const int64_t head_size;
-  // (tasks, tokens, d) each, if a head has several parts
-  Buffer<A> key_sums, value_sums;
+template <typename S, typename A = AccumulatorOf<S>>
+struct AttentionBackward : BackwardParts<S, AttentionBackward<S>, QueryData<A>, KeyData<A>> {
+  using Parts = BackwardParts<S, AttentionBackward<S>, QueryData<A>, KeyData<A>>;
+  using Parts::a, Parts::g, Parts::plan, Parts::need_scores;
+  struct Setup {};
 
   AttentionBackward(const Attention& a, const AttentionGradients& g)
-      : a(a),
-        g(g),
-        plan(AttentionPlan::of<A>(a)),
-        need_scores(g.q || g.k || g.rel_h || g.rel_w),
-        head_size(plan.tokens * a.dim),
-        key_sums(plan.parts > 1 && g.k ? plan.tasks * head_size : 0),
-        value_sums(plan.parts > 1 && g.v ? plan.tasks * head_size : 0) {}
-
-  void run() const {
-    parallel_tasks(plan.tasks, [&](int64_t first, int64_t last) {
-      const auto scratch = place_in_scratch<BackwardScratch<A>>(plan);
-      for (int64_t task = first; task < last; ++task) part(task, scratch);
-    });
-    if (plan.parts == 1) return;
-    parallel_tasks(plan.images_heads, [&](int64_t first, int64_t last) {
-      for (int64_t head = first; head < last; ++head) {
-        if (g.k) add_parts(key_sums, head, g.k);
-        if (g.v) add_parts(value_sums, head, g.v);
-      }
-    });
-  }
-
-  void part(int64_t task, const BackwardScratch<A>& scratch) const {
-    const int64_t head = task / plan.parts, part = task % plan.parts;
-    const int64_t begin = plan.first_of_part(part), count = plan.first_of_part(part + 1) - begin;
-    for (int64_t q = 0; q < count; ++q)
-      load_queries(head, plan.queries_of(begin + q), scratch.queries(q));
-    for (int64_t b = 0; b < plan.key_blocks(); ++b) {
-      const KeyBlock keys = plan.keys_of(b);
-      load_keys(head, keys, scratch.keys);
-      for (int64_t q = 0; q < count; ++q)
-        tile(keys, plan.queries_of(begin + q).count, scratch.keys, scratch.queries(q));
-      if (g.k) store_keys(scratch.keys.grad_keys, keys, task, key_sums, g.k);
-      if (g.v) store_keys(scratch.keys.grad_values, keys, task, value_sums, g.v);
-    }
-    for (int64_t q = 0; q < count; ++q)
-      store_queries(head, plan.queries_of(begin + q), scratch.queries(q));
-  }
+      : Parts(AttentionPlan::of<A>(a), g, 1) {}
 
   void load_queries(int64_t head, const QueryBlock& block, const QueryData<A>& q) const {
     const int64_t first = block.first, count = block.count, stride = plan.stride;
@@ -196,18 +231,14 @@ struct AttentionBackward {
         delta += static_cast<double>(widen(gradient[c])) * widen(out[c]);
       q.delta[i] = static_cast<A>(delta);
     }
-    fill<A>(q.grad_queries, round_up(plan.query_block, kBlockRows) * plan.width, 0);
   }
 
   void load_keys(int64_t head, const KeyBlock& block, const KeyData<A>& k) const {
     load_rows<S, A>({a.k, a, head}, block.first, block.count, a.dim, 1, k.keys, plan.width);
     load_rows<S, A>({a.v, a, head}, block.first, block.count, a.dim, 1, k.values, plan.width);
-    const int64_t size = round_up(block.count, kBlockRows) * plan.width;
-    fill<A>(k.grad_keys, size, 0);
-    fill<A>(k.grad_values, size, 0);
   }
 
-  void tile(const KeyBlock& block, int64_t queries, const KeyData<A>& k,
+  void tile(const KeyBlock& block, bool first, int64_t queries, const KeyData<A>& k,
             const QueryData<A>& q) const {
     const int64_t width = plan.width, stride = plan.stride, keys = block.count;
     product<A>(keys, queries, a.dim, {k.keys, width, 1}, q.queries_t, stride, false, k.scores,
@@ -218,31 +249,14 @@ struct AttentionBackward {
     for (int64_t i = 0; i < queries; i += kLanes<A>)
       softmax_gradient<A>(block, keys == plan.tokens, stride, i, q, k.scores, k.grad_scores);
     if (g.v)
-      product<A>(keys, width, queries, {k.scores, stride, 1}, q.grad_out, width, true,
+      product<A>(keys, width, queries, {k.scores, stride, 1}, q.grad_out, width, !first,
                  k.grad_values, width);
     if (g.k)
-      product<A>(keys, width, queries, {k.grad_scores, stride, 1}, q.queries, width, true,
+      product<A>(keys, width, queries, {k.grad_scores, stride, 1}, q.queries, width, !first,
                  k.grad_keys, width);
     if (g.q)
-      product<A>(queries, width, keys, {k.grad_scores, 1, stride}, k.keys, width, true,
+      product<A>(queries, width, keys, {k.grad_scores, 1, stride}, k.keys, width, block.first > 0,
                  q.grad_queries, width);
-  }
-
-  // Writes a block's gradients of keys or values: to the output, or to the sums of the part.
-  void store_keys(const A* from, const KeyBlock& keys, int64_t task, const Buffer<A>& sums,
-                  void* out) const {
-    if (plan.parts == 1)
-      return store_rows<S, A>(from, plan.width, keys.count, 1, a, task, keys.first, out);
-    A* to = sums.data() + task * head_size + keys.first * a.dim;
-    for (int64_t j = 0; j < keys.count; ++j)
-      for (int64_t c = 0; c < a.dim; ++c) to[j * a.dim + c] = from[j * plan.width + c];
-  }
-
-  void add_parts(const Buffer<A>& sums, int64_t head, void* out) const {
-    A* total = sums.data() + head * plan.parts * head_size;
-    for (int64_t part = 1; part < plan.parts; ++part)
-      for (int64_t i = 0; i < head_size; ++i) total[i] += total[part * head_size + i];
-    store_rows<S, A>(total, a.dim, plan.tokens, 1, a, head, 0, out);
   }
 
   void store_queries(int64_t head, const QueryBlock& block, const QueryData<A>& q) const {

@@ -14,6 +14,7 @@ constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
 template <typename A>
 struct ForwardScratch {
+  struct Setup {};
   A *keys, *values;            // of the head, (tokens, width) each
   A *queries, *rel_h, *rel_w;  // of a block of queries: (d, stride), (H, stride), (W, stride)
   A* scores;                   // of a tile, (keys, stride)
@@ -114,24 +115,38 @@ void forward_block(const AttentionPlan& plan, int64_t head, const QueryBlock& qu
   }
 }
 
-template <typename S>
-void attention_forward(const Attention& a, void* o, void* softmax) {
-  using A = AccumulatorOf<S>;
-  const auto plan = AttentionPlan::of<A>(a);
+// Calls load(scratch, head) for each head of a thread, and compute(scratch, head, queries) for the
+// blocks of its queries.
+template <typename Scratch, typename Load, typename Compute>
+void for_each_block(const AttentionPlan& plan, const Load& load, const Compute& compute) {
   parallel_tasks(plan.tasks, [&](int64_t first, int64_t last) {
-    const auto scratch = place_in_scratch<ForwardScratch<A>>(plan);
+    [[maybe_unused]] const typename Scratch::Setup setup;
+    const auto scratch = place_in_scratch<Scratch>(plan);
     int64_t loaded = -1;  // the head whose keys and values are in the scratch memory
     for (int64_t task = first; task < last; ++task) {
       const int64_t head = task / plan.parts, part = task % plan.parts;
-      if (head != loaded) {
-        load_rows<S, A>({a.k, a, head}, 0, plan.tokens, a.dim, 1, scratch.keys, plan.width);
-        load_rows<S, A>({a.v, a, head}, 0, plan.tokens, a.dim, 1, scratch.values, plan.width);
-        loaded = head;
-      }
+      if (head != loaded) load(scratch, head);
+      loaded = head;
       for (int64_t q = plan.first_of_part(part); q < plan.first_of_part(part + 1); ++q)
-        forward_block<S>(plan, head, plan.queries_of(q), scratch, o, softmax);
+        compute(scratch, head, plan.queries_of(q));
     }
   });
+}
+
+template <typename S>
+void attention_forward(const Attention& a, void* o, void* softmax) {
+  using A = AccumulatorOf<S>;
+  using Scratch = ForwardScratch<A>;
+  const auto plan = AttentionPlan::of<A>(a);
+  for_each_block<Scratch>(
+      plan,
+      [&](const Scratch& s, int64_t head) {
+        load_rows<S, A>({a.k, a, head}, 0, plan.tokens, a.dim, 1, s.keys, plan.width);
+        load_rows<S, A>({a.v, a, head}, 0, plan.tokens, a.dim, 1, s.values, plan.width);
+      },
+      [&](const Scratch& s, int64_t head, const QueryBlock& queries) {
+        forward_block<S>(plan, head, queries, s, o, softmax);
+      });
 }
 
 }  // namespace

@@ -61,7 +61,7 @@ inline std::vector<Tensor> rel_pos_attention(Arguments a) {
   Tensor o = tokens_first(q);
   Tensor softmax = empty(q, sum_dtype(q.dtype), {2, q.sizes[0], q.sizes[1], q.sizes[2]});
   Readable readable;
-  kernels->attention->forward(readable(operands, scale), o.data, softmax.data);
+  attention_kernels->forward(readable(operands, scale), o.data, softmax.data);
   return results(std::move(o), std::move(softmax));
 }
 
@@ -89,8 +89,8 @@ inline std::vector<Tensor> rel_pos_attention_backward(Arguments a) {
   const Tensor softmax = contiguous(saved, saved.dtype);
   Readable readable;
   const Attention attention = readable(operands, scale);
-  kernels->attention->backward(attention, {readable(grad_o), readable(o), softmax.data, out[0],
-                                           out[1], out[2], out[3], out[4]});
+  attention_kernels->backward(attention, {readable(grad_o), readable(o), softmax.data, out[0],
+                                          out[1], out[2], out[3], out[4]});
   return gradients;
 }
 

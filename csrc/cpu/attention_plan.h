@@ -141,13 +141,19 @@ void load_transposed(const HeadRows<S>& rows, int64_t first, int64_t count, int6
   }
 }
 
+// The row of a token in an output (B, tokens, heads, d).
+template <typename S>
+S* row_of(void* out, const Attention& a, int64_t head, int64_t token) {
+  token += head / a.heads * a.height * a.width;
+  return static_cast<S*>(out) + (token * a.heads + head % a.heads) * a.dim;
+}
+
 // Writes rows of d numbers to an output (B, tokens, heads, d).
 template <typename S, typename A>
 void store_rows(const A* from, int64_t width, int64_t count, A scale, const Attention& a,
                 int64_t head, int64_t first, void* out) {
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t token = head / a.heads * a.height * a.width + first + i;
-    S* to = static_cast<S*>(out) + (token * a.heads + head % a.heads) * a.dim;
+    S* to = row_of<S>(out, a, head, first + i);
     for (int64_t c = 0; c < a.dim; ++c) to[c] = Narrow<S>::from(scale * from[i * width + c]);
   }
 }

@@ -33,15 +33,8 @@ void update(const FoldedUpdate& p) {
 
 #define NASLORA_JOIN(a, b) a##b
 #define NASLORA_KERNELS(isa) NASLORA_JOIN(kernels_, isa)
-#define NASLORA_QUOTE(text) #text
-#define NASLORA_NAME(isa) NASLORA_QUOTE(isa)
 
-#define NASLORA_ATTENTION(isa) NASLORA_JOIN(attention_, isa)
-
-extern const AttentionKernels NASLORA_ATTENTION(NASLORA_ISA);
 extern const Kernels NASLORA_KERNELS(NASLORA_ISA);
-const Kernels NASLORA_KERNELS(NASLORA_ISA) = {
-    NASLORA_NAME(NASLORA_ISA),      forward, backward, folded, pass, expand, update,
-    &NASLORA_ATTENTION(NASLORA_ISA)};
+const Kernels NASLORA_KERNELS(NASLORA_ISA) = {forward, backward, folded, pass, expand, update};
 
 }  // namespace naslora

@@ -91,7 +91,7 @@ struct AttentionGradients {
   void *rel_h, *rel_w;  // (B, heads, N, height) and (B, heads, N, width)
 };
 
-// The kernels of attention. They use wider vectors than the others.
+// The kernels of attention. They use wider vectors than the others, or further instructions.
 struct AttentionKernels {
   // o (B, N, heads, dim). softmax (2, B, heads, N), in the dtype of sums: the largest score of each
   // query, and the sum of exp(score - largest).
@@ -100,16 +100,17 @@ struct AttentionKernels {
 };
 
 struct Kernels {
-  const char* name;                            // of the instruction set
   void (*cell_forward)(const Cell&, void* y);  // y (B, H, W, r), contiguous
   void (*cell_backward)(const Cell&, const Map& grad_y, const CellGradients&);
   void (*folded_cell)(const FoldedCell&, void* y);
   void (*low_rank_pass)(const LowRankPass&);
   void (*low_rank_expand)(const LowRankExpand&);
   void (*folded_update)(const FoldedUpdate&);
-  const AttentionKernels* attention;
 };
-extern const Kernels* kernels;  // of the instruction set in use
+
+// Of the instruction set in use.
+extern const Kernels* kernels;
+extern const AttentionKernels* attention_kernels;
 
 // Runs body on ranges that together are [0, count), on the threads of torch.
 //

@@ -1,18 +1,51 @@
 // naslora_kernels._C: registers the operators of the CPU kernels and chooses their instruction set.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "attention_operators.h"
 #include "launches.h"
 
 namespace naslora {
 
-// setup.py defines NASLORA_FOR_EACH_ISA(X) as X(name) for every compiled instruction set, best
-// last.
-#define NASLORA_DECLARE(isa) extern const Kernels kernels_##isa;
+// setup.py defines NASLORA_FOR_EACH_ISA(X) as X(name, base) for every compiled instruction set,
+// best last. Its attention has the name `name`, its other kernels the name `base`.
+#define NASLORA_DECLARE(isa, base)     \
+  extern const Kernels kernels_##base; \
+  extern const AttentionKernels attention_##isa;
 NASLORA_FOR_EACH_ISA(NASLORA_DECLARE)
 #undef NASLORA_DECLARE
 
 const Kernels* kernels = nullptr;
+const AttentionKernels* attention_kernels = nullptr;
 
 namespace {
+
+#if defined(__x86_64__)
+// A bit of what cpuid says of extended features. Older compilers lack names for these.
+bool leaf_7(unsigned subleaf, int output, int bit) {
+  unsigned r[4] = {};  // eax, ebx, ecx, edx; zeros for a leaf that is not there
+  __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]);
+  return r[output] >> bit & 1;
+}
+
+// Linux keeps the tiles of a process only after it has asked for them.
+bool may_use_tiles() {
+#if defined(NASLORA_EMULATE_AMX)
+  return true;
+#elif defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return leaf_7(0, 3, 22) && leaf_7(0, 3, 24) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool machine_has(const char* name) {
 #if defined(__x86_64__)
@@ -20,13 +53,20 @@ bool machine_has(const char* name) {
   if (!strcmp(name, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!strcmp(name, "avx512_bf16")) return machine_has("avx512") && leaf_7(1, 0, 5);
+  if (!strcmp(name, "amx")) return machine_has("avx512_bf16") && may_use_tiles();
 #endif
   return !strcmp(name, "baseline");
 }
 
-#define NASLORA_ADDRESS(isa) &kernels_##isa,
-const Kernels* const compiled[] = {NASLORA_FOR_EACH_ISA(NASLORA_ADDRESS)};
-#undef NASLORA_ADDRESS
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+  const AttentionKernels* attention;
+};
+#define NASLORA_ADDRESSES(isa, base) {#isa, &kernels_##base, &attention_##isa},
+const InstructionSet compiled[] = {NASLORA_FOR_EACH_ISA(NASLORA_ADDRESSES)};
+#undef NASLORA_ADDRESSES
 
 // torch_parallel_for of torch's stable C interface. If null, the calling thread runs everything.
 using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, TaskRange body,
@@ -97,32 +137,36 @@ PyObject* register_operators(PyObject*, PyObject* arguments) {
   return register_all(arguments, all);
 }
 
-// capabilities() -> the compiled instruction sets that this machine has, best last
-PyObject* capabilities(PyObject*, PyObject*) {
+// The compiled instruction sets, best last: all of them, or those that this machine has.
+PyObject* names_of_sets(bool all) {
   PyObject* names = PyList_New(0);
-  for (const Kernels* k : compiled) {
-    if (!names || !machine_has(k->name)) continue;
-    PyObject* name = PyUnicode_FromString(k->name);
+  for (const InstructionSet& set : compiled) {
+    if (!names || !(all || machine_has(set.name))) continue;
+    PyObject* name = PyUnicode_FromString(set.name);
     if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
     Py_XDECREF(name);
   }
   return names;
 }
 
+// capabilities() -> the instruction sets that this machine has, best last
+PyObject* capabilities(PyObject*, PyObject*) { return names_of_sets(false); }
+
 // use_capability(name): computes with that instruction set from now on
 PyObject* use_capability(PyObject*, PyObject* value) {
   PyObject* bytes = PyUnicode_AsUTF8String(value);
   if (!bytes) return nullptr;
   const char* name = PyBytes_AsString(bytes);
-  const Kernels* found = nullptr;
-  for (const Kernels* k : compiled)
-    if (name && machine_has(k->name) && !strcmp(name, k->name)) found = k;
+  const InstructionSet* found = nullptr;
+  for (const InstructionSet& set : compiled)
+    if (name && machine_has(set.name) && !strcmp(name, set.name)) found = &set;
   Py_DECREF(bytes);
   if (!found) {
     PyErr_Format(PyExc_ValueError, "this machine or this build has no instruction set %R", value);
     return nullptr;
   }
-  kernels = found;
+  kernels = found->kernels;
+  attention_kernels = found->attention;
   Py_RETURN_NONE;
 }
 
@@ -133,12 +177,7 @@ PyObject* build_info(PyObject*, PyObject*) {
 #else
   const char* compiler = "gcc " __VERSION__;
 #endif
-  PyObject* names = PyList_New(0);
-  for (const Kernels* k : compiled) {
-    PyObject* name = names ? PyUnicode_FromString(k->name) : nullptr;
-    if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
-    Py_XDECREF(name);
-  }
+  PyObject* names = names_of_sets(true);
   return names ? Py_BuildValue("(sN)", compiler, names) : nullptr;
 }
 
@@ -157,6 +196,7 @@ PyMethodDef methods[] = {
 }  // namespace naslora
 
 PyMODINIT_FUNC PyInit__C() {
-  naslora::kernels = naslora::compiled[0];
+  naslora::kernels = naslora::compiled[0].kernels;
+  naslora::attention_kernels = naslora::compiled[0].attention;
   return naslora::make_module("_C", "NAS-LoRA's CPU kernels", naslora::methods);
 }
