@@ -33,11 +33,14 @@ bool leaf_7(unsigned subleaf, int output, int bit) {
   return r[output] >> bit & 1;
 }
 
-// Linux keeps the tiles of a process only after it has asked for them.
+// Linux keeps the tiles of a process only after it has asked for them. No processor with AMX has
+// run these kernels yet, so they run only where NASLORA_CPU_CAPABILITY names them.
 bool may_use_tiles() {
 #if defined(NASLORA_EMULATE_AMX)
   return true;
 #elif defined(__linux__)
+  const char* wanted = getenv("NASLORA_CPU_CAPABILITY");
+  if (!wanted || strcmp(wanted, "amx")) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return leaf_7(0, 3, 22) && leaf_7(0, 3, 24) &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
