@@ -657,5 +657,5 @@ def test_the_folder_of_the_demo(demo, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("keep")
     assert "not the demo data set" in error_of(write_mni152, tmp_path)
     monkeypatch.setitem(sys.modules, "nilearn", None)
-    assert 'pip install "naslora[demo]"' in error_of(write_mni152, tmp_path / "new" / "demo")
+    assert "run pip install nilearn" in error_of(write_mni152, tmp_path / "new" / "demo")
     assert os.listdir(tmp_path) == ["mine.txt"]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("properdocs", reason="pip install 'naslora[docs]'")
+pytest.importorskip("properdocs", reason="pip install -e '.[docs]'")
 
 
 @pytest.fixture(scope="module")

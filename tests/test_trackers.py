@@ -149,7 +149,7 @@ def check_comet(run: Path, identity: str) -> None:
 def test_trackers_offline(tracker, starts, check, clean_data, tmp_path, monkeypatch):
     """They write below the run's parent and reach no server. A second start resumes the run."""
     if not trackers._KINDS[tracker].available():
-        pytest.skip(f"{tracker} is not installed: pip install 'naslora[trackers]'")
+        pytest.skip(f"{tracker} is not installed: pip install -e '.[trackers]'")
     for name, value in {
         "WANDB_MODE": "offline",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",

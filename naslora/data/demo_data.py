@@ -115,7 +115,7 @@ def _load_volumes() -> list[np.ndarray]:
         from nilearn.image import get_data
     except ImportError as error:
         raise UserError(
-            f'the demo data needs nilearn ({error}); install it with: pip install "naslora[demo]"'
+            f"the demo data needs nilearn ({error}); run pip install nilearn"
         ) from error
     # nilearn stores the templates at 1 mm, so this resolution resamples nothing.
     loaders = (

@@ -219,7 +219,7 @@ def _write_onnx(
         import onnxscript  # noqa: F401  # which torch.onnx.export needs
     except ImportError as error:
         raise UserError(
-            "exporting to ONNX needs onnxscript; run pip install 'naslora[export]'"
+            "exporting to ONNX needs more libraries; run pip install onnx onnxscript"
         ) from error
     with _quiet():
         converted = torch.onnx.export(
@@ -345,7 +345,7 @@ def _load_onnx(path: Path) -> tuple[ClassMap, Description]:
         import onnxruntime
     except ImportError as error:
         raise UserError(
-            "predicting with ONNX needs onnxruntime; run pip install 'naslora[export]'"
+            "predicting with ONNX needs onnxruntime; run pip install onnxruntime"
         ) from error
     model = onnx.load(path, load_external_data=False)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
