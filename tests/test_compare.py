@@ -17,6 +17,7 @@ from run_configs import run_config
 
 from naslora.errors import UserError
 from naslora.methods import METHODS
+from naslora.report.page import write_page
 from naslora.results import Costs, Epoch, PhaseSeconds, RunNumbers
 from naslora.study import compare
 from naslora.study.compare import in_own_process
@@ -208,7 +209,7 @@ def quick(monkeypatch, tmp_path):
     """Compares with runs whose outcome ``outcomes`` holds; returns what ran."""
     ran = []
 
-    def run(outcomes, methods=("lora", "mona"), seeds=(0, 1), resume=False):
+    def run(outcomes, resume=False, page=lambda *_, **__: None):
         def answer(function, config, *_):
             if function is find_refusals:
                 return {}
@@ -219,11 +220,11 @@ def quick(monkeypatch, tmp_path):
             return numbers(outcomes.get(key, 0.5))
 
         monkeypatch.setattr(compare, "in_own_process", answer)
-        monkeypatch.setattr(compare, "write_page", lambda *_, **__: None)  # half a second
+        monkeypatch.setattr(compare, "write_page", page)  # a real one takes half a second
         monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
         ran.clear()
         config = run_config(root=tmp_path, training={"epochs": 2})
-        compare.compare(config, methods, seeds, tmp_path / "out", resume)
+        compare.compare(config, ("lora", "mona"), (0, 1), tmp_path / "out", resume)
 
     return run, ran
 
@@ -256,10 +257,13 @@ def a_row(*runs, name="lora"):
     return row | row_numbers(runs)
 
 
-def test_seeds_are_the_outer_loop(quick):
+def test_seeds_are_the_outer_loop_and_a_finished_comparison_is_drawn_again(quick, tmp_path):
     run, ran = quick
     run({})
     assert ran == [("lora", 0), ("mona", 0), ("lora", 1), ("mona", 1)]
+    assert not (tmp_path / "out/report.html").exists()
+    run({}, resume=True, page=write_page)
+    assert ran == [] and "<path" in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_failed_run_is_marked_and_tried_again(quick, tmp_path):
