@@ -15,10 +15,13 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, cast, get_type_hints
 
+import docstring_parser
 import torch
 import tyro
 
@@ -34,19 +37,20 @@ from naslora.choices import (
     TileSize,
     Tracker,
 )
-from naslora.errors import LostProcessError, UserError, one_line, printable
+from naslora.errors import LostProcessError, UserError, one_line, printable, warn
 from naslora.exits import fail, flush_results, refusal, signals
 from naslora.locks import locked
 from naslora.methods import MethodName
 from naslora.records import to_json
 from naslora.results import REPORT, RunResult
 from naslora.sam.shipped import describe_shipped
-from naslora.settings import COMMON
+from naslora.settings import COMMON, Settings
 from naslora.training.recipe import load_recipe
 from naslora.training.run_config import Resolution, RunConfig
 from naslora_kernels import available_backends, build_info
 
-Flat = tyro.conf.OmitArgPrefixes
+# Without a name, the headings of the help are those of the fields: "data options".
+Config = Annotated[RunConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
 Positional = tyro.conf.Positional
 OUTPUT = tyro.conf.arg(help="Folder for the results; new or empty.")
 RESUME = tyro.conf.arg(help="Continue the interrupted run in --output, with the same arguments.")
@@ -63,6 +67,7 @@ def main() -> None:
     What the user or the machine refuses becomes one line of text and exit status 2. SIGINT and
     SIGTERM become one line and status 130 and 143.
     """
+    warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
     try:
         with signals():
             try:
@@ -124,6 +129,8 @@ def _parse(command: Callable[..., None], arguments: list[str]) -> Callable[[], N
     everything = "--help-all" in arguments
     brief = not everything and bool({"-h", "--help"} & {*arguments})
     given = ["--help"] if everything else arguments
+    if brief or everything:
+        _join_lines(config)
     try:
         with contextlib.redirect_stderr(messages):
             taken, unknown = tyro.cli(
@@ -153,7 +160,8 @@ def _meant(given: str, names: Iterable[str]) -> str:
     own = given.partition("=")[0].strip("-")
     known = {name: "".join(word[:1] for word in name.strip("-").split("-")) for name in names}
     near = [name for name, initials in known.items() if initials == own]
-    near += difflib.get_close_matches(given, known)
+    spelt = {name.strip("-"): name for name in names}
+    near += [spelt[word] for word in difflib.get_close_matches(own, spelt, cutoff=0.7)]
     return f"did you mean {near[0]}?; " if near else ""
 
 
@@ -185,8 +193,7 @@ def _deferred(
     for place, parameter in enumerate(parameters):
         if parameter.name == "config":
             default: Any = _common_part(config) if brief else config
-            hint: Any = Annotated[type(default), Flat]  # type: ignore[valid-type]
-            parameters[place] = parameter.replace(default=default, annotation=hint)
+            parameters[place] = parameter.replace(default=default)
     vars(take)["__signature__"] = signature.replace(parameters=parameters)
     take.__annotations__ = {p.name: p.annotation for p in parameters}
     if brief and "config" in signature.parameters:
@@ -208,13 +215,29 @@ def _common_part(config: Any) -> Any:
     return type(kind.__name__, (kind,), own)(**values)
 
 
+def _join_lines(config: Settings) -> None:
+    """Joins the lines of the fields' docstrings, where the parser would break the help's lines."""
+    for base in type(config).__mro__[:-1]:
+        for parameter in docstring_parser.parse_from_object(base).params:
+            text = " ".join((parameter.description or "").split())
+            field = config.__dataclass_fields__[parameter.arg_name]
+            field.metadata = MappingProxyType({"help": text})
+    for value in vars(config).values():
+        if isinstance(value, Settings):
+            _join_lines(value)
+
+
 def _parser_message(text: str) -> str:
     """The parser's message, which it prints in a box of many lines, as one line."""
     # The box is drawn in ASCII where the terminal has no other characters.
     lines = [line.strip(" │|") for line in text.splitlines() if line[:1] not in ("╭", "╰", "+")]
     parts = [" ".join(part.split()) for part in re.split(r"\n[─-]{3,}\n", "\n".join(lines))]
     kept = [part.rstrip(". ") for part in parts if "helptext" not in part]
-    return "; ".join(kept if text.startswith("╭") else kept[1:])[:1500]  # without the box's title
+    message = "; ".join(kept if text.startswith("╭") else kept[1:])  # without the box's title
+    wrong = (
+        r"Error parsing (\S+): no type matching (?:{None}\|)?{?(.+?)}? could be .* from \[(.+?)\].*"
+    )
+    return re.sub(wrong, r"\1 takes \2, got \3", message)[:1500]
 
 
 def demo(
@@ -233,7 +256,7 @@ def demo(
 
 
 def train(
-    config: Annotated[RunConfig, Flat],
+    config: Config,
     output: Annotated[Path, OUTPUT],
     resume: Annotated[bool, RESUME] = False,
     tracker: Annotated[
@@ -248,7 +271,7 @@ def train(
 
 
 def compare(
-    config: Annotated[RunConfig, Flat],
+    config: Config,
     methods: Annotated[tuple[MethodName, ...], tyro.conf.arg(help="The methods, one a row.")],
     output: Annotated[Path, OUTPUT],
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each method's runs.")] = (0,),
@@ -270,7 +293,7 @@ def ablate(
         Positional,
         tyro.conf.arg(help="The setting to vary.", metavar="WHAT"),
     ],
-    config: Annotated[RunConfig, Flat],
+    config: Config,
     output: Annotated[Path, OUTPUT],
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each row's runs.")] = (0, 1, 2),
     resume: Annotated[

@@ -22,7 +22,7 @@ from naslora.data.layouts import list_images
 from naslora.data.picture import ImageError, Picture
 from naslora.data.tiff import GeoTags, read_georeference
 from naslora.data.tiles import SMALLEST, Grid, Tiles, check_tiles, fit_tiles
-from naslora.errors import UserError
+from naslora.errors import UserError, listing
 from naslora.files import reading, replaced_file
 from naslora.locks import locked
 from naslora.report.pictures import class_colour, paint_bands
@@ -277,6 +277,9 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: b
 def _find_images(inputs: Sequence[Path]) -> list[Path]:
     if not inputs:
         raise UserError("there is nothing to segment: give at least one IMAGE, a file or a folder")
+    missing = [str(item) for item in inputs if not item.exists()]
+    if missing:
+        raise UserError(f"{listing(missing)} does not exist")
     images = [
         image
         for item in inputs

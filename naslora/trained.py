@@ -33,7 +33,7 @@ from naslora.files import (
 from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import to_json
-from naslora.results import CONFIG, SplitScores, adapter_folder
+from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
 from naslora.sam.export import Description, export
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
@@ -87,6 +87,8 @@ def _load_run(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     adapter = adapter_folder(path)
     model = build_frozen_model(config)
     load_adapter(model, adapter)
+    if not (path / METRICS_JSON).exists():
+        warn(f"{path} is not finished: this is its model so far; train --resume continues it")
     return model, config
 
 

@@ -94,8 +94,8 @@ ROWS = {name: f"images/{name}.png,masks/{name}.png\n" for name in "abcdx"}
 HEADER = "image,label\n"
 # The file, what it holds (None: there is none), and parts of the line. tests/reliability has more.
 BAD_CSV = [
-    ("val", None, "looked for train.csv, val.csv and test.csv, val.csv missing"),
-    ("val", None, "holds images, masks, test.csv, train.csv"),
+    ("val", None, "no val.csv; found"),
+    ("val", None, "found images, masks, test.csv, train.csv"),
     ("train", "file;mask\n", "image,label", "found file;mask"),
     ("val", HEADER, "val.csv names no images"),
     ("train", HEADER + "images/a.png\n", "train.csv: row 2 needs an image and a label"),

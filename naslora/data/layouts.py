@@ -51,14 +51,16 @@ def read_csv(root: Path) -> Splits:
     Raises:
         UserError: a file is missing, is not such a CSV file, or names files that do not exist.
     """
+    if root.is_file():
+        raise UserError(f"{root} is one CSV file; give --split 0.7 0.15 0.15 to draw the splits")
     check_folder(root)
     files = {split: root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
     missing = [files[split].name for split in REQUIRED_SPLITS if not files[split].is_file()]
     if missing:
         raise UserError(
-            f"{root}: looked for train.csv, val.csv and test.csv, {' and '.join(missing)} missing; "
-            f"the folder holds {listing(p.name for p in root.iterdir())} (--dataset folders reads "
-            "folders of images and masks)"
+            f"{root}: no {', '.join(missing)}; found {listing(p.name for p in root.iterdir())} "
+            "(--dataset folders reads folders of images and masks, --split 0.7 0.15 0.15 draws the "
+            "splits)"
         )
     return {split: _read_csv(path) for split, path in files.items() if path.is_file()}
 
@@ -194,6 +196,8 @@ def read_folders(root: Path) -> Splits:
     Raises:
         UserError: as ``read_layout``.
     """
+    if has_folder(root, IMAGE_FOLDER):
+        raise UserError(f"{root} has no splits; give --split 0.7 0.15 0.15 to draw them")
     names = (*REQUIRED_SPLITS, *([OPTIONAL_SPLIT] if has_folder(root, OPTIONAL_SPLIT) else []))
     parts = (Part(name, f"{name}/{IMAGE_FOLDER}", f"{name}/{MASK_FOLDER}") for name in names)
     return read_layout([Layout(tuple(parts))], root)

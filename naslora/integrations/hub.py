@@ -152,6 +152,15 @@ def from_pretrained(
                 f"{adapter / CONFIG_NAME} does not name the base model; load that model yourself "
                 "and give it instead of its class"
             )
-        loaded = cast(Any, model).from_pretrained(base, **options)
+        from transformers.utils import logging
+
+        # On loading, transformers lists the adapter's tensors as unexpected. ``load_adapter``
+        # compares the weights under the adapter with those that it was made for.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            loaded = cast(Any, model).from_pretrained(base, **options)
+        finally:
+            logging.set_verbosity(verbosity)
     load_adapter(loaded, adapter)
     return cast(Model, loaded)

@@ -14,8 +14,9 @@ from naslora_kernels import OPERATIONS
 LINE_SECONDS = 30.0
 """Where there is no terminal, a line tells of the steps this often."""
 WORDS = (
-    "stage 1 trains the weights; stage 2 also trains alpha, the weights of the cell's operations: "
-    "arch loss is the loss of these steps, and entropy (nats) falls as alpha prefers operations"
+    "stage 1 trains the weights; stage 2{} also trains alpha, the weights of the cell's "
+    "operations: arch loss is the loss of these steps, and entropy (nats) falls as alpha prefers "
+    "operations"
 )
 
 
@@ -30,6 +31,7 @@ class TrainProgress(Progress):
             TextColumn("{task.fields[numbers]}"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,  # else it ends with an empty line
         )
         self.steps = self.add_task("", total=steps, numbers="")
         self.step_started = self.first_step = self.last_line = 0.0
@@ -47,7 +49,7 @@ class TrainProgress(Progress):
         self.advance(self.steps)
         self.first_step = self.first_step or now  # which is slower than the others
         left = 0.0
-        if task.completed > 2:
+        if task.completed > 2 and task.remaining:
             left = (now - self.first_step) / (task.completed - 1) * (task.remaining or 0)
             numbers += f"  about {duration(left)} left"
         self.update(self.steps, numbers=numbers)

@@ -118,7 +118,8 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
     Raises:
         UserError: as ``read_contents``; the palette is invalid.
     """
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("checking the data", total=len(samples))
         return read_contents(
             make_dataset(config, samples), lambda done, _: progress.update(task, completed=done)

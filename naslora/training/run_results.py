@@ -4,6 +4,7 @@ The report shows the worst and the best test images by Dice.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ from naslora.training.trainer import Trainer
 EXAMPLES = 6
 """Number of test images in the report."""
 FEW_IMAGES = 5
+LEARNED = 0.05
+"""A note advises what to try where the test images' Dice is lower."""
 
 
 def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, list[Panel]]:
@@ -56,6 +59,8 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
         The result, and the worst and best test images for the report; none but in the main process.
     """
     started = time.perf_counter()
+    if trainer.accelerator.is_main_process:
+        print("scoring the test images, before and after merging", file=sys.stderr)
     config, metrics = trainer.run_config, trainer.run_config.data.metrics or ()
     kept = kept_epoch(trainer.history, config.training.keep)
     test = trainer.evaluate("test", metrics)
@@ -112,10 +117,10 @@ def _notes(trainer: Trainer, test: SplitScores) -> list[str]:
         notes.append(
             "The image encoder has random, frozen weights: give --checkpoint FILE for good scores."
         )
-    if test.dice == 0:
+    if test.dice is not None and test.dice < LEARNED:
         notes.append(
-            "The model finds nothing (Dice 0.0000): train longer (--epochs), with another "
-            "--learning-rate, and check the masks and --num-classes."
+            f"The model finds next to nothing (Dice {test.dice:.4f}): train longer "
+            "(--epochs), with another --learning-rate, and check the masks and --num-classes."
         )
     if len(losses) > 1 and losses[-1] >= losses[0]:
         notes.append(

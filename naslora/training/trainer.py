@@ -189,7 +189,8 @@ class Trainer:
         epochs = range(self.epoch, self.config.epochs)
         steps = sum(self.weight_steps + self._searches(e) * self.alpha_steps for e in epochs)
         if self.alphas:
-            console.print(WORDS, highlight=False, soft_wrap=True)
+            second = next((f", from epoch {e + 1}," for e in epochs if self._searches(e)), "")
+            console.print(WORDS.format(second), highlight=False, soft_wrap=True)
         with TrainProgress(console, steps) as progress:
             for _ in epochs:
                 record = self._run_epoch(progress)

@@ -194,7 +194,7 @@ def _warning(fits: Mapping[str, Fit]) -> str | None:
     return (
         f"{len(scarce)} layers were fitted on fewer tokens than they need; {name} saw "
         f"{fits[name].tokens:,}, and should see {TOKENS_PER_INPUT * inputs[name]:,}: give "
-        "more calibration images"
+        "more images, as calibration or with naslora merge --images"
     )
 
 
