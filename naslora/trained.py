@@ -126,7 +126,8 @@ def evaluate_run(
         UserError: as ``load_model`` and ``find_splits``, or there is no such split.
     """
     model, config = load_model(path)
-    changed: dict[str, Any] = {} if data is None else {"root": data, "dataset": "csv"}
+    own = {"root": data, "dataset": "csv", "split": None}
+    changed: dict[str, Any] = {} if data is None else own
     if resolution is not None:
         changed["resolution"] = resolution
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))

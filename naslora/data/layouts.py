@@ -59,8 +59,8 @@ def read_csv(root: Path) -> Splits:
     if missing:
         raise UserError(
             f"{root}: no {', '.join(missing)}; found {listing(p.name for p in root.iterdir())} "
-            "(--dataset folders reads folders of images and masks, --split 0.7 0.15 0.15 draws the "
-            "splits)"
+            "(train --dataset folders reads folders of images and masks, and --split 0.7 0.15 0.15 "
+            "draws the splits)"
         )
     return {split: _read_csv(path) for split, path in files.items() if path.is_file()}
 

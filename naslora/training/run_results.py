@@ -122,15 +122,15 @@ def _notes(trainer: Trainer, test: SplitScores) -> list[str]:
             f"The model finds next to nothing (Dice {test.dice:.4f}): train longer "
             "(--epochs), with another --learning-rate, and check the masks and --num-classes."
         )
-    if len(losses) > 1 and losses[-1] >= losses[0]:
+    if losses[-1] > 1.5 * lowest:
+        notes.append(
+            f"The training loss rose from {lowest:.3f} in epoch {losses.index(lowest) + 1} to "
+            f"{losses[-1]:.4g}: lower --learning-rate."
+        )
+    elif len(losses) > 1 and losses[-1] >= losses[0]:
         notes.append(
             f"The training loss did not fall ({losses[0]:.3f} in the first epoch, "
             f"{losses[-1]:.3f} in the last): try another --learning-rate, or more --epochs."
-        )
-    elif losses[-1] > 1.5 * lowest:
-        notes.append(
-            f"The training loss rose again, from {lowest:.3f} in epoch "
-            f"{losses.index(lowest) + 1} to {losses[-1]:.3f}: lower --learning-rate."
         )
     if len(trainer.data["val"]) < FEW_IMAGES or len(trainer.data["test"]) < FEW_IMAGES:
         notes.append(f"Scores of fewer than {FEW_IMAGES} images say little; use more.")
