@@ -40,7 +40,7 @@ LEVELS = {
         {"training", "peft"},
         {"trained"},
         {"study", "prediction"},
-        {"exits"},
+        {"exits", "arguments"},
         {"cli"},
         {"__init__", "__main__"},
     ),
