@@ -44,8 +44,7 @@ from naslora.training.trainer import Trainer
 EXAMPLES = 6
 """Number of test images in the report."""
 FEW_IMAGES = 5
-LEARNED = 0.05
-"""A note advises what to try where the test images' Dice is lower."""
+LEARNED = 0.05  # Dice of the test images; where it is lower, a note advises what to try
 
 
 def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, list[Panel]]:
