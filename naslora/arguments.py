@@ -137,6 +137,9 @@ def _parser_message(text: str) -> str:
     parts = [" ".join(part.split()) for part in re.split(r"\n[─-]{3,}\n", "\n".join(lines))]
     kept = [part.rstrip(". ") for part in parts if "helptext" not in part]
     message = "; ".join(kept if text.startswith("╭") else kept[1:])  # without the box's title
+    if message.startswith("Missing from "):
+        missing = re.findall(r"(?:: |\(required\) )(\S+)", message)
+        return f"{message[13 : message.index(':')]} needs {' and '.join(missing)}"
     wrong = (
         r"Error parsing (\S+): no type matching (?:{None}\|)?{?(.+?)}? could be .* from \[(.+?)\].*"
     )
