@@ -124,7 +124,7 @@ def _join_lines(config: Settings) -> None:
         for parameter in docstring_parser.parse_from_object(base).params:
             text = " ".join((parameter.description or "").split())
             field = config.__dataclass_fields__[parameter.arg_name]
-            field.metadata = MappingProxyType({"help": text})
+            field.metadata = MappingProxyType({**field.metadata, "help": text})
     for value in vars(config).values():
         if isinstance(value, Settings):
             _join_lines(value)
