@@ -26,10 +26,17 @@ def scores_parts(result: RunResult) -> list[Part]:
     parts: list[Part] = [_score_table(known), *_histogram(result)]
     if result.test is None:
         parts.append("This run has no test scores.")
-    elif result.test.metrics:
+    elif _says_more(result.test):
         parts += [f"Test, scored at the resolution {result.test.resolution or MISSING}:"]
         parts += [metric_table(result.test)]
     return parts
+
+
+def _says_more(test: SplitScores) -> bool:
+    """Whether the data set is reported by more than the means in the table of all splits."""
+    means = {"dice": test.dice, "iou": test.iou, "accuracy": test.accuracy}
+    further = {name for name, value in (test.metrics or {}).items() if means.get(name) != value}
+    return bool(further or test.groups)
 
 
 def _score_table(known: Mapping[str, SplitScores]) -> Table:
