@@ -26,9 +26,9 @@ def scores_parts(result: RunResult) -> list[Part]:
     parts: list[Part] = [_score_table(known), *_histogram(result)]
     if result.test is None:
         parts.append("This run has no test scores.")
-    elif _says_more(result.test):
-        parts += [f"Test, scored at the resolution {result.test.resolution or MISSING}:"]
-        parts += [metric_table(result.test)]
+    elif result.test.metrics:
+        parts += [f"Test, scored at the resolution {result.test.resolution or MISSING}."]
+        parts += [metric_table(result.test)] if _says_more(result.test) else []
     return parts
 
 
