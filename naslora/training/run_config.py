@@ -60,7 +60,7 @@ class DataConfig(Settings):
     """Scaling of images with more than 8 bits, 16-bit or floating-point TIFF files for instance:
     `window LO HI` maps LO to black and HI to white; `percentile` does so with the 1st and the 99th
     percentile of each channel of each image, `percentile LO HI` with others. None scales 16-bit
-    greys by 255 / 65535."""
+    values by 255 / 65535."""
     metrics: tuple[MetricName, ...] | None = None
     """Metrics of the test images; the default is the data set's own."""
     resolution: Resolution | None = None
