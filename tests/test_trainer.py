@@ -500,6 +500,18 @@ def test_clipping_bounds_the_weights_gradient_alone(make_trainer):
     assert 0 < norms[1e-3]["architecture"][0] != pytest.approx(1e-3)
 
 
+def test_reported_losses_are_without_the_auxiliary_loss(make_trainer):
+    """Adapters start without effect. So at rate 0 all methods have LoRA's loss."""
+    lora, conv_lora = (
+        make_trainer(method=method, learning_rate=0.0, epochs=1) for method in ("lora", "conv-lora")
+    )
+    lora.run(), conv_lora.run()
+    assert conv_lora.history[0].train_loss == pytest.approx(lora.history[0].train_loss, rel=1e-6)
+    gates = [p for name, p in conv_lora.model.named_parameters() if name.endswith(".noise")]
+    moments = conv_lora.weights.optimizer.state
+    assert all(moments[gate]["exp_avg"].abs().sum() > 0 for gate in gates)  # it balances still
+
+
 def test_bfloat16_trains_float32_weights(make_trainer):
     trainer = make_trainer(mixed_precision="bf16")
     start = snapshot(trainer.model)

@@ -73,7 +73,8 @@ def train_pass(
             freezes the weights, and a weight step alpha.
         batches: the sizes of the global batches.
         loader: this process's share of each batch; None for no share.
-        loss: the mean loss of a forward pass; the method's auxiliary loss is added to it.
+        loss: the mean loss of a forward pass. The method's auxiliary loss is added for the
+            gradients. It is in no reported loss, so that the losses of methods compare.
         passes: forward passes over which a process spreads its share.
         accelerator: the processes, device, precision and loss scaling.
         before_step: called with the part of the pass that is done, in [0, 1).
@@ -143,9 +144,9 @@ def _accumulate_gradients(
             output = model(images.to(device, non_blocking=True))
         value = loss(output, masks.to(device, non_blocking=True))
         extra = auxiliary_loss(model)
-        value = (value if extra is None else value + extra) * (len(images) / size)
-        accelerator.backward(value)
-        total += value.detach()
+        share = len(images) / size
+        accelerator.backward((value if extra is None else value + extra) * share)
+        total += value.detach() * share
     return total
 
 
