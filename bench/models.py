@@ -74,7 +74,7 @@ class Candidate:
 
     @cached_property
     def weight_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.weights, SEARCH.learning_rate)
+        return torch.optim.Adam(self.weights, 1e-4)
 
     @cached_property
     def alpha_optimizer(self) -> torch.optim.Optimizer:

@@ -200,6 +200,8 @@ class RunResult:
 
     test: SplitScores | None = field(default=None, metadata=OPTIONAL)
     val: SplitScores | None = field(default=None, metadata=OPTIONAL)
+    test_last: SplitScores | None = field(default=None, metadata=OPTIONAL)
+    """Test scores of the last step's weights, where the kept ones are averages (``ema``)."""
     kept_epoch: int | None = field(default=None, metadata=OPTIONAL)
     """The epoch that the run kept and that the scores belong to."""
     trainable_parameters: int | None = field(default=None, metadata=OPTIONAL)

@@ -27,7 +27,7 @@ from naslora.training.accelerator import make_accelerator
 from naslora.training.epoch_images import EpochImages
 from naslora.training.run_data import find_splits
 from naslora.training.run_model import build_adapted_model
-from naslora.training.train_config import TrainConfig
+from naslora.training.train_config import LEARNING_BOUNDS, TrainConfig
 from naslora.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("tiny_sam", "fresh_accelerate")
@@ -372,7 +372,7 @@ def in_two_processes(make_data, tiny_sam, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     common = shlex.split(
         f"--model vit_t --image-size 32 --num-classes 3 --epochs 2 --search-start 1 "
-        f"--learning-rate {RATE} --alpha-learning-rate {ALPHA_RATE} --workers 0"
+        f"--learning-rate {RATE} --alpha-learning-rate {ALPHA_RATE} --workers 0 --ema 0.5"
     )
     runs = {}
     cases = {"odd": (11, "linear"), "paper": (10, "paper")}
@@ -431,22 +431,47 @@ def test_two_processes_train_as_one(naslora, in_two_processes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "schedule, factor",
+    "schedule, warmup, factor",
     [
-        ("linear", lambda done: 1 - done),
-        ("cosine", lambda done: (1 + math.cos(math.pi * done)) / 2),
-        ("constant", lambda done: 1.0),
+        ("linear", 0.0, lambda done: 1 - done),
+        ("cosine", 0.0, lambda done: (1 + math.cos(math.pi * done)) / 2),
+        ("constant", 0.0, lambda done: 1.0),
+        ("linear", 0.5, lambda done: 0.01 + 0.99 * done / 0.5 if done < 0.5 else 2 - 2 * done),
+        ("constant", 0.2, lambda done: min(0.01 + 0.99 * done / 0.2, 1)),
     ],
 )
-def test_schedules(make_trainer, schedule, factor):
-    trainer, rates, alpha_rates = make_trainer(schedule=schedule), [], []
+def test_schedules(make_trainer, schedule, warmup, factor):
+    trainer, rates, alpha_rates = make_trainer(schedule=schedule, warmup=warmup), [], []
     watch(trainer, "weights", lambda g: rates.append(g.optimizer.param_groups[0]["lr"]))
     watch(trainer, "architecture", lambda g: alpha_rates.append(g.optimizer.param_groups[0]["lr"]))
     trainer.run()
     assert rates == pytest.approx([RATE * factor(step / 6) for step in range(6)])
-    assert alpha_rates == [ALPHA_RATE * factor(0.5)]
+    falls = {"linear": 0.5, "cosine": 0.5, "constant": 1.0}
+    assert alpha_rates == pytest.approx([ALPHA_RATE * falls[schedule]])  # alpha has no warm-up
     recorded = [record.learning_rate for record in trainer.history]
-    assert recorded == pytest.approx([RATE, RATE * factor(0.5)])
+    assert recorded == pytest.approx([RATE * factor(0), RATE * factor(0.5)])
+
+
+@pytest.mark.parametrize(
+    "changes, epochs, rate",
+    [
+        # Of 11 images an epoch has three steps; the factors of n linear steps add up to (n + 1)/2.
+        ({"learning_rate": None, "epochs": 400}, 400, 0.2 / 600.5),
+        ({"learning_rate": None, "epochs": 400, "schedule": "constant"}, 400, 0.2 / 1200),
+        ({"learning_rate": None, "epochs": 2}, 2, LEARNING_BOUNDS[1]),
+        ({"learning_rate": None, "epochs": 4000}, 4000, LEARNING_BOUNDS[0]),
+        # The warm-up of 600 steps adds up to 302.505, and the fall of 600 to 300.5.
+        ({"learning_rate": None, "epochs": 400, "warmup": 0.5}, 400, 0.2 / 603.005),
+        ({"learning_rate": None, "steps": 1199}, 400, 0.2 / 600.5),
+        ({"steps": 1, "learning_rate": 1e-3}, 1, 1e-3),
+    ],
+)
+def test_epochs_and_rate_follow_from_the_number_of_images(data, changes, epochs, rate):
+    training = run_config(root=data, training=changes).training
+    assert training.learning_rate == pytest.approx(rate)
+    assert (training.epochs, training.steps, training.search_start) == (epochs, None, epochs // 3)
+    config = run_config(training=changes).training  # without data they stay open
+    assert (config.learning_rate, config.steps) == (changes["learning_rate"], changes.get("steps"))
 
 
 @pytest.mark.parametrize(
@@ -583,6 +608,58 @@ def test_the_kept_epoch(make_trainer, monkeypatch, keep, epoch):
     assert last["epoch"] == 4 and all(
         torch.equal(v, last["model"][k]) for k, v in states[3].items()
     )
+
+
+def test_averaged_weights(make_trainer, monkeypatch):
+    """Averages over 4.5 of 9 steps are validated and kept; the training is as without, and a
+    resumed run's as an unbroken one's. The preset `paper` has batch norms."""
+    settings = {"epochs": 3, "warmup": 0.25, "adapter": {"preset": "paper"}}
+    plain, whole, broken, resumed = (
+        make_trainer(**settings, **changes) for changes in ({}, *[{"ema": 0.5}] * 3)
+    )
+    steps, validated = [], []
+    watch(whole, "weights", lambda g: steps.append([p.detach().clone() for p in g.parameters]))
+    evaluate = whole.evaluate
+    parameters = whole.weights.parameters
+
+    def validate(split):
+        validated.append([p.detach().clone() for p in parameters])
+        return evaluate(split)
+
+    monkeypatch.setattr(whole, "evaluate", validate)
+    plain.run()
+    whole.run()
+    steps = [*steps[1:], [p.detach() for p in parameters]]  # after each step
+    means = steps[0]
+    for count, values in enumerate(steps[1:], 2):
+        share = 1 / min(count, 4.5)
+        means = [(1 - share) * m + share * v for m, v in zip(means, values, strict=True)]
+    for ours, expected in zip(validated[-1], means, strict=True):
+        torch.testing.assert_close(ours, expected)
+    last, live = trained_state(whole.model), trained_state(plain.model)
+    assert all(torch.equal(value, live[name]) for name, value in last.items())
+    kept = read_safetensors(whole.directory / ADAPTER / "adapter_model.safetensors")
+    names = {id(p): name for name, p in whole.model.named_parameters()}
+    assert all_equal([kept[names[id(p)]] for p in parameters], validated[-1])
+    others = kept.keys() - {names[id(p)] for p in parameters}
+    assert {name.rpartition(".")[2] for name in others} >= {"alpha", "running_mean"}
+    assert all_equal([kept[name] for name in others], [last[name] for name in others])
+
+    def stop(split):
+        if broken.epoch == 1:
+            raise KeyboardInterrupt
+        return Trainer.evaluate(broken, split)
+
+    monkeypatch.setattr(broken, "evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed.directory = broken.directory
+    resumed.resume()
+    assert resumed.epoch == 1
+    resumed.run()
+    again = read_safetensors(resumed.directory / ADAPTER / "adapter_model.safetensors")
+    assert kept.keys() == again.keys() and all(torch.equal(v, again[k]) for k, v in kept.items())
+    assert_same_training(last, trained_state(resumed.model), whole.history, resumed.history)
 
 
 def load_last(trainer):

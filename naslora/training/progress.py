@@ -69,7 +69,7 @@ def epoch_line(record: Epoch, epochs: int) -> str:
     return (
         f"epoch {record.epoch}/{epochs}  stage {record.stage}  "
         f"loss {record.train_loss:.3f}{searched}  val loss {record.val_loss:.3f}  "
-        f"val Dice {dice}{entropy}{spatial}  "
+        f"val Dice {dice}{entropy}{spatial}  rate {record.learning_rate:.1e}  "
         f"{record.seconds.total:.1f} s"
     )
 

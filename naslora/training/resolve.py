@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from naslora.data.datasets import DATASETS
+from naslora.data.datasets import DATASETS, load_splits
+from naslora.data.layouts import OPTIONAL_SPLIT
 from naslora.data.masks import IGNORED
 from naslora.data.picture import parse_intensity
 from naslora.errors import UserError
@@ -17,7 +18,12 @@ from naslora.metrics import METRICS, check_metrics
 from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_file, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
-from naslora.training.train_config import Precision, TrainConfig, first_search_epoch
+from naslora.training.train_config import (
+    Precision,
+    TrainConfig,
+    first_search_epoch,
+    fit_to_images,
+)
 
 SHIPPED = "shipped"
 """How the checkpoint in a resolved configuration begins for the weights in the package."""
@@ -38,20 +44,22 @@ def resolve(config: RunConfig) -> RunConfig:
     """The configuration with everything that its data, its model and this machine decide.
 
     These are the number and the names of the classes, the metrics, the resolution, the checkpoint,
-    the image size, the precision, and the epoch in which the search starts. Paths become absolute.
-    The result is its own result.
+    the image size, the precision, the learning rate, the number of epochs, and that in which
+    the search starts. Paths become absolute. The result is its own result.
 
     Raises:
         UserError: settings contradict each other or the data set, or its files cannot be read.
     """
     find_method(config.method).checked(config.adapter)
-    data, training = _data(config.data), _training(config.training)
-    return replace(
-        config,
-        data=replace(config.data, **data),
-        model=replace(config.model, **_model(config.model)),
-        training=replace(config.training, **training),
-    )
+    data = replace(config.data, **_data(config.data))
+    model = replace(config.model, **_model(config.model))
+    training = config.training
+    if data.root and (training.steps is not None or training.learning_rate is None):
+        splits = load_splits(data.dataset, data.root, data.class_names, data.split)
+        images = len(splits["train"]) + len(splits.get(OPTIONAL_SPLIT, ()))
+        training = fit_to_images(training, images)
+    training = replace(training, **_training(training))
+    return replace(config, data=data, model=model, training=training)
 
 
 def read_config(path: Path) -> RunConfig:

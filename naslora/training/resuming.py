@@ -33,6 +33,8 @@ class LastState:
     """State of the loss scaling of float16."""
     base_checksum: str | None = None
     """The checksum of the frozen weights."""
+    average: dict[str, Tensor] | None = None
+    """The averaged weights and the number of their steps, as ``AveragedModel``."""
 
 
 def write_last(path: Path, state: LastState) -> None:
@@ -60,7 +62,11 @@ def read_last(path: Path) -> LastState:
         state = msgspec.convert(stored, LastState)
     except (TypeError, ValueError, msgspec.ValidationError) as error:
         raise UserError(f"it is no checkpoint of a run: {error}") from error
-    for tensors in (state.model, *(m for moments in state.moments for m in moments.values())):
+    for tensors in (
+        state.model,
+        state.average or {},
+        *(m for moments in state.moments for m in moments.values()),
+    ):
         plain_tensors(tensors, "it")
     return state
 
@@ -93,8 +99,9 @@ def check_last(last: LastState, own: LastState, groups: Sequence[Group], epochs:
             "the run was trained on other frozen weights: give it the checkpoint that it was "
             "started with"
         )
-    _check_names("tensors", last.model, own.model)
-    _check_tensors(last.model, own.model)
+    for stored, tensors in ((last.model, own.model), (last.average or {}, own.average or {})):
+        _check_names("tensors", stored, tensors)
+        _check_tensors(stored, tensors)
     if last.scaler and own.scaler:
         _check_names("settings of the loss scaling", last.scaler, own.scaler)
     _check_names("optimizers", range(len(last.moments)), range(len(groups)))

@@ -16,6 +16,7 @@ trackers.json          by which other trackers continue a resumed run
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,11 +93,13 @@ def train(
         check_shared(output / DATA, accelerator)
         stack.enter_context(tracked(accelerator, trackers, output, values, trainer.epoch + 1))
         trainer.run()
+        last = trainer.evaluate("test", config.data.metrics or ()) if trainer.average else None
         if frozen_dtype(config.training) != torch.float32:
             # Merging adds the update to the frozen weights, so it needs all their digits.
             trainer.model = build_frozen_model(config).to(accelerator.device)
         load_adapter(trainer.model, adapter_folder(output))
         result, panels = final_result(trainer, counts)
+        result = replace(result, test_last=last)
         log(accelerator, tracked_scores(result), trainer.epoch)
         if accelerator.is_main_process:
             write_results(trainer, result, panels, output)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from naslora.data.sampling import GlobalBatches
 from naslora.methods import auxiliary_loss
 from naslora.sam.segmentation import SegmentationOutput
-from naslora.training.train_config import Schedule
+from naslora.training.train_config import Schedule, factor
 
 Loss = Callable[[SegmentationOutput, Tensor], Tensor]
 BUCKET = 1 << 23
@@ -31,21 +31,31 @@ class Group:
         optimizer: of all parameters of the group.
         clip_norm: largest norm of the group's gradients; 0 does not clip.
         schedule: how the optimizer's rates fall.
+        warmup: share of all steps over which they rise before.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, clip_norm: float, schedule: Schedule
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        schedule: Schedule,
+        warmup: float = 0.0,
     ) -> None:
-        self.optimizer, self.clip_norm, self.schedule = optimizer, clip_norm, schedule
+        self.optimizer, self.clip_norm = optimizer, clip_norm
+        self.schedule, self.warmup = schedule, warmup
         self.parameters: list[nn.Parameter] = [
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
         self._rates = [group["lr"] for group in optimizer.param_groups]
 
-    def set_rates(self, factor: float) -> None:
-        """Sets the optimizer's rates to ``factor`` times their values at the start."""
+    def factor(self, done: float) -> float:
+        """What the rates are multiplied by after the share ``done`` of all steps."""
+        return factor(self.schedule, done, self.warmup)
+
+    def set_rates(self, done: float) -> None:
+        """Sets the optimizer's rates to those after the share ``done`` of all steps."""
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = factor * rate
+            group["lr"] = self.factor(done) * rate
 
     def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
         """Takes over moments that ``check_last`` accepts. The settings stay as they are."""

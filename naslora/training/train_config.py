@@ -1,9 +1,10 @@
 """How to train: the schedule of the two stages, optimizers, precision."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import torch
@@ -21,6 +22,19 @@ Optimizer = Literal["adam", "adamw"]
 ArchData = Literal["redraw", "rotate", "hold-out", "split"]
 Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Part = Annotated[float, msgspec.Meta(ge=0, le=0.5)]
+if TYPE_CHECKING:
+    LearningRate = float  # once it is resolved
+else:
+    LearningRate = Rate | None
+
+LEARNING_TRAVEL = 0.2
+"""What the weights' rates of all steps add up to, if no rate is given: about how far Adam moves a
+weight whose gradient keeps its sign."""
+LEARNING_BOUNDS = 1e-4, 2e-3
+"""Of the rate that is fitted so."""
+WARMUP_START = 0.01
+"""Share of its rate at which a warm-up starts."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,9 @@ class TrainConfig(Settings):
 
     epochs: Common[Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]] = 30
     """Epochs over the training split."""
+    steps: Count | None = None
+    """Weight steps in all, in place of `epochs`: as many epochs as come nearest, at least one. So a
+    small set trains as long as a large one."""
     search_start: Index | None = None
     """First epoch (T1, counted from 0) that also updates alpha. None begins after a third of the
     epochs, as the paper does."""
@@ -48,8 +65,9 @@ class TrainConfig(Settings):
     optimizer: Optimizer = "adamw"
     """Optimizer of the weights and of alpha: `adamw` with decoupled weight decay, or `adam`, which
     adds the decay to the gradients."""
-    learning_rate: Common[Rate] = 1e-4
-    """Learning rate of the weights at the start."""
+    learning_rate: Common[LearningRate] = 1e-4
+    """Learning rate of the weights at the start of the schedule. None fits it to the number of
+    steps: the rates of all steps add up to 0.2, but it is at least 1e-4 and at most 2e-3."""
     weight_decay: Rate = 1e-4
     """Weight decay of the weights, without the cell's."""
     cell_rate: Rate = CELL_RATE
@@ -58,6 +76,13 @@ class TrainConfig(Settings):
     """Weight decay of the cell's weights."""
     schedule: Schedule = "linear"
     """How the rates fall: to zero at the end of training, or not at all (`constant`)."""
+    warmup: Part = 0.0
+    """Share of all weight steps, at most 0.5, over which the weights' rates rise from near zero.
+    The schedule follows."""
+    ema: Part = 0.0
+    """Average the weights exponentially (EMA), over about this share of all weight steps, at most
+    0.5. The averages are validated, kept and tested. Alpha and the statistics of batch norms are
+    not averaged. 0 takes the weights of the last step."""
     alpha_learning_rate: Rate | None = None
     """Rate of alpha at the start of training. None fits it to the number of alpha steps, so that
     small sets search too: the rates of all steps add up to 12, but it is at least 3e-4 (the
@@ -105,11 +130,38 @@ def first_search_epoch(config: TrainConfig) -> int:
     return config.epochs // 3 if config.search_start is None else config.search_start
 
 
-def factor(schedule: Schedule, done: float) -> float:
-    """What a rate is multiplied by after the share ``done`` of all epochs, in [0, 1]."""
+def factor(schedule: Schedule, done: float, warmup: float = 0.0) -> float:
+    """What a rate is multiplied by after the share ``done`` of all steps, in [0, 1].
+
+    It rises over the share ``warmup``, then falls as ``schedule`` says.
+    """
+    if done < warmup:
+        return WARMUP_START + (1 - WARMUP_START) * done / warmup
+    done = (done - warmup) / (1 - warmup)
     if schedule == "linear":
         return 1 - done
     return (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1.0
+
+
+def fitted_rate(travel: float, factors: Iterable[float], low: float, high: float) -> float:
+    """The rate with which the rates of all steps add up to ``travel``, or the nearer bound.
+
+    ``factors`` are what the rate is multiplied by in each step. Without steps it is ``high``.
+    """
+    total = sum(factors)
+    return min(max(low, travel / total if total else high), high)
+
+
+def fit_to_images(config: TrainConfig, images: int) -> TrainConfig:
+    """Turns ``steps`` into epochs, and fits the learning rate if it is None."""
+    own, rate, epochs = -(-images // config.batch_size), config.learning_rate, config.epochs
+    if config.steps is not None:
+        epochs = max(1, round(config.steps / own))
+    if rate is None:
+        steps = epochs * own
+        factors = (factor(config.schedule, step / steps, config.warmup) for step in range(steps))
+        rate = fitted_rate(LEARNING_TRAVEL, factors, *LEARNING_BOUNDS)
+    return replace(config, epochs=epochs, steps=None, learning_rate=rate)
 
 
 def loss_of(config: TrainConfig) -> partial[Tensor]:

@@ -14,6 +14,7 @@ preset `paper` see one forward pass, and so do the noise and the auxiliary loss 
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,6 +42,7 @@ from naslora.results import (
 )
 from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation
+from naslora.training.averaging import WeightAverage
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import evaluate, make_loader
 from naslora.training.progress import WORDS, TrainProgress, epoch_line, epoch_numbers
@@ -52,6 +54,7 @@ from naslora.training.train_config import (
     Schedule,
     factor,
     first_search_epoch,
+    fitted_rate,
     frozen_dtype,
     loss_of,
 )
@@ -85,6 +88,7 @@ class Trainer:
         alphas: the architecture parameters; empty for a method without them.
         weights: the weights and their optimizer.
         architecture: alpha and its optimizer; None for a method without alpha.
+        average: the averaged weights; None without ``ema``.
 
     Raises:
         UserError: annealing is asked for, but no cell can be annealed; no image can be held out
@@ -119,6 +123,8 @@ class Trainer:
         self.weights = self._weight_group()
         self.architecture = self._architecture_group() if self.alphas else None
         self.groups = [group for group in (self.weights, self.architecture) if group]
+        window = training.ema * training.epochs * self.weight_steps
+        self.average = WeightAverage(self.weights.parameters, window) if window else None
         if training.anneal_epochs and not set_spatial(model, 1.0):
             raise UserError("anneal_epochs anneals the cells of preset 'linear'; there are none")
 
@@ -140,7 +146,7 @@ class Trainer:
             {"params": [p for p in weights if id(p) in own], **cells},
         ]
         optimizer = OPTIMIZERS[config.optimizer]([g for g in parameters if g["params"]])
-        return Group(optimizer, config.clip_norm, config.schedule)
+        return Group(optimizer, config.clip_norm, config.schedule, config.warmup)
 
     def _architecture_group(self) -> Group:
         config = self.config
@@ -157,18 +163,13 @@ class Trainer:
     def _fitting_alpha_rate(self, schedule: Schedule) -> float:
         """The rate of alpha at the start that fits the number of its steps."""
         steps = self.weight_steps if self.config.simultaneous else self.alpha_steps
-        factors = sum(
-            self._factor(schedule, epoch, step / steps)
+        factors = (
+            factor(schedule, (epoch + step / steps) / self.config.epochs)
             for epoch in range(self.config.epochs)
             if self._searches(epoch)
             for step in range(steps)
         )
-        rate = ALPHA_TRAVEL / factors if factors else MAX_ALPHA_RATE
-        return min(max(PAPER_ALPHA_RATE, rate), MAX_ALPHA_RATE)
-
-    def _factor(self, schedule: Schedule, epoch: int, part: float) -> float:
-        """What a rate is multiplied by after ``part`` of an epoch."""
-        return factor(schedule, (epoch + part) / self.config.epochs)
+        return fitted_rate(ALPHA_TRAVEL, factors, PAPER_ALPHA_RATE, MAX_ALPHA_RATE)
 
     # ---- Epochs ----------------------------------------------------------------------------------
 
@@ -221,7 +222,8 @@ class Trainer:
             images = self.images.of_alpha(epoch)
             arch_loss = self._optimise([self.architecture], split, images, progress)
         arch_done = time.perf_counter()
-        scores = self.evaluate("val")
+        with self.average.in_use() if self.average else nullcontext():
+            scores = self.evaluate("val")
         if scores.loss is None or not math.isfinite(scores.loss):
             self._stop(scores.loss, "the validation images")  # the last step spoilt the weights
         self.operations.append(self._mixture(epoch + 1))
@@ -236,7 +238,7 @@ class Trainer:
             val_dice=scores.dice,
             val_iou=scores.iou,
             val_accuracy=scores.accuracy,
-            learning_rate=config.learning_rate * self._factor(config.schedule, epoch, 0),
+            learning_rate=config.learning_rate * self.weights.factor(epoch / config.epochs),
             entropy=sum(entropies) / len(entropies) if entropies else None,
             seconds=PhaseSeconds(
                 weights=weights_done - started,
@@ -259,7 +261,12 @@ class Trainer:
 
         def set_rates(part: float) -> None:
             for group in groups:
-                group.set_rates(self._factor(group.schedule, epoch, part))
+                group.set_rates((epoch + part) / config.epochs)
+
+        def finish_step(loss: float, images: int) -> None:
+            if self.average and self.weights in groups:
+                self.average.add_step()
+            progress.finish_step(loss, images)
 
         progress.start_pass(f"epoch {epoch + 1}/{config.epochs}")
         try:
@@ -273,7 +280,7 @@ class Trainer:
                 config.accumulation,
                 accelerator,
                 before_step=set_rates,
-                after_step=progress.finish_step,
+                after_step=finish_step,
             )
         except LossNotFiniteError as error:
             self._stop(*error.args)
@@ -311,8 +318,9 @@ class Trainer:
         """Writes the checkpoints; a kill at any moment leaves the previous ones whole."""
         if self.accelerator.is_main_process:
             if kept_epoch(self.history, self.config.keep) is record:
-                state = {**unshared(trained_state(self.model)), **annealed(self.model)}
-                write_adapter(self.model, self.directory / ADAPTER, state, self.base_checksum)
+                with self.average.in_use() if self.average else nullcontext():
+                    state = {**unshared(trained_state(self.model)), **annealed(self.model)}
+                    write_adapter(self.model, self.directory / ADAPTER, state, self.base_checksum)
             write_last(self.directory / LAST, self._state())
         self.accelerator.wait_for_everyone()
 
@@ -326,6 +334,7 @@ class Trainer:
             [group.optimizer.state_dict()["state"] for group in self.groups],
             scaler.state_dict() if scaler else None,
             self.base_checksum,
+            self.average.means.state_dict() if self.average else None,
         )
 
     def resume(self) -> None:
@@ -347,6 +356,8 @@ class Trainer:
         for group, moments in zip(self.groups, last.moments, strict=True):
             group.load_moments(moments)
         self.model.load_state_dict(last.model, strict=False)
+        if self.average and last.average:
+            self.average.means.load_state_dict(last.average)
         if self.accelerator.scaler and last.scaler:
             self.accelerator.scaler.load_state_dict(last.scaler)
         self.epoch, self.history, self.operations = last.epoch, last.history, last.operations

@@ -18,6 +18,7 @@ from naslora.results import RunResult, SplitScores
 def scores_parts(result: RunResult) -> list[Part]:
     """A table of all splits and ways of merging, a plot, and the data set's metrics."""
     named = {"Validation": result.val, "Test": result.test}
+    named["Test, weights of the last step"] = result.test_last
     named["Test, in float32"] = result.test_float32
     named |= {f"Test, merged ({m})": scores for m, scores in (result.test_merged or {}).items()}
     known = {name: scores for name, scores in named.items() if scores}
