@@ -334,7 +334,7 @@ def _summarise(result: RunResult, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from naslora.report.sections.scores import metric_table
+    from naslora.report.run_report import metric_table
 
     if os.environ.get("RANK", "0") != "0" or result.test is None or result.kept_epoch is None:
         return

@@ -143,14 +143,12 @@ def _write_pictures(
     mask: Path,
     overlay: Path,
 ) -> None:
-    def bands() -> Iterator[np.ndarray]:
-        return (labels[top:bottom] for top, bottom in picture.bands())
-
     with replaced_file(mask) as file:
         colours = None if foreground > 1 else [(0, 0, 0), *map(class_colour, range(1, 256))]
-        write_png(file, picture, (band * foreground for band in bands()), colours)
+        bands = (labels[top:bottom] * foreground for top, bottom in picture.bands())
+        write_png(file, picture, bands, colours)
     with replaced_file(overlay) as file:
-        painted = paint_bands(picture.rows, bands(), ["background", *class_names])
+        painted = paint_bands(picture.rows, labels, ["background", *class_names])
         write_png(file, picture, painted)
 
 

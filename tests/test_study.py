@@ -11,8 +11,7 @@ from bench.experiments import operations
 from bench.experiments.studies import STUDIES
 from bench.experiments.study import finished, main, table
 from naslora.records import read_rows, write_record, write_rows
-from naslora.report.numbers import MISSING
-from naslora.report.tables import markdown_table
+from naslora.report.tables import MISSING, markdown_table
 from naslora.results import Mixture, OperationHistory
 from naslora.study.operation_losses import ALL_LAYERS, OperationLoss
 from naslora_kernels import OPERATIONS

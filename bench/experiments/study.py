@@ -22,8 +22,7 @@ from naslora import NASLoRAConfig, merge
 from naslora.data.layouts import REQUIRED_SPLITS
 from naslora.methods import configure
 from naslora.records import read_record, read_rows, write_record, write_rows
-from naslora.report.numbers import MISSING
-from naslora.report.tables import Table, markdown_table
+from naslora.report.tables import MISSING, Table, markdown_table
 from naslora.results import HISTORY, Epoch, MergeResult, RunResult
 from naslora.study.summary import mean_and_spread, mean_text, paired_difference
 from naslora.trained import evaluate_model, load_model

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,61 +91,40 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.n
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    bands = paint_bands(lambda top, bottom: image[top:bottom], [labels], class_names)
+    bands = paint_bands(lambda top, bottom: image[top:bottom], labels, class_names)
     return np.concatenate(list(bands))
 
 
 def paint_bands(
-    rows_of: Callable[[int, int], np.ndarray],
-    bands: Iterable[np.ndarray],
-    class_names: list[str],
+    rows_of: Callable[[int, int], np.ndarray], labels: np.ndarray, class_names: list[str]
 ) -> Iterator[np.ndarray]:
-    """Paints an image as ``paint`` while its labels come, so that neither has to be in memory.
+    """Paints an image as ``paint``, some rows at a time, so that it need not be in memory.
 
     Args:
         rows_of: called as ``rows_of(top, bottom)``; returns (bottom - top, W, 3) uint8 RGB.
-        bands: (n, W) integer labels, from the top of the image to its bottom.
+        labels: (H, W) integer labels.
         class_names: as in ``paint``.
 
     Yields:
         (n, W, 3) uint8 RGB, from the top to the bottom.
     """
-    top = 0
-    for neighbours in _with_neighbours(bands):
-        bottom = top + len(neighbours) - 2
-        yield _paint_rows(rows_of(top, bottom), neighbours, class_names)
-        top = bottom
-
-
-def _with_neighbours(bands: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields (n + 2, W + 2) labels: n rows with one more pixel on every side.
-
-    A row is held back until the row below it has come. Beyond the image its outer pixels repeat.
-    """
-    known: np.ndarray | None = None
-    for band in bands:
-        step = max(1, PAINTED_PIXELS // max(1, band.shape[1]))
-        for rows in (band[start : start + step] for start in range(0, len(band), step)):
-            known = np.concatenate([rows[:1] if known is None else known, rows])
-            if len(known) > 2:
-                yield np.pad(known, ((0, 0), (1, 1)), mode="edge")
-                known = known[-2:]
-    if known is not None:
-        yield np.pad(known, ((0, 1), (1, 1)), mode="edge")
-
-
-def _paint_rows(image: np.ndarray, neighbours: np.ndarray, class_names: list[str]) -> np.ndarray:
-    """Paints rows of an image; ``neighbours`` are their labels with one more on every side."""
-    labels = neighbours[1:-1, 1:-1]
-    colours = np.zeros_like(image)
-    for index in range(1, len(class_names)):
-        colours[labels == index] = class_colour(index)
-    colours[unknown(labels, class_names)] = UNKNOWN_COLOUR
-    around = (neighbours[:-2, 1:-1], neighbours[2:, 1:-1], neighbours[1:-1, :-2])
-    border = np.any([labels != other for other in (*around, neighbours[1:-1, 2:])], axis=0)
-    opacity = np.where(border, 1, 0.35 * (labels != 0))
-    blend = image + opacity[..., None] * (colours.astype(float) - image)
-    return blend.round().astype(np.uint8)
+    height, width = labels.shape
+    step = max(1, PAINTED_PIXELS // max(1, width))
+    for top in range(0, height, step):
+        image = rows_of(top, min(top + step, height))
+        # One more label on every side. Beyond the image its outer pixels repeat.
+        rows = np.arange(top - 1, top + len(image) + 1).clip(0, height - 1)
+        around = np.pad(labels[rows], ((0, 0), (1, 1)), mode="edge")
+        own = around[1:-1, 1:-1]
+        colours = np.zeros_like(image)
+        for index in range(1, len(class_names)):
+            colours[own == index] = class_colour(index)
+        colours[unknown(own, class_names)] = UNKNOWN_COLOUR
+        sides = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
+        border = np.any([own != side for side in sides], axis=0)
+        opacity = np.where(border, 1, 0.35 * (own != 0))
+        blend = image + opacity[..., None] * (colours.astype(float) - image)
+        yield blend.round().astype(np.uint8)
 
 
 def paint_errors(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:

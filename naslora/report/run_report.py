@@ -1,19 +1,32 @@
-"""The report of a run."""
+"""The report of a run: its page, and the sections about scores, training and costs."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from naslora.report.numbers import duration, is_known, number, reduce_known
-from naslora.report.page import Cards, Code, Part, write_page
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from naslora.metrics import METRICS
+from naslora.report.figures import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    Curves,
+    Drawing,
+    draw_curves,
+    draw_epoch_axis,
+)
+from naslora.report.page import Cards, Code, Folded, Part, write_page
 from naslora.report.pictures import Panel
 from naslora.report.sections.examples import examples_parts
 from naslora.report.sections.merging import merging_parts
 from naslora.report.sections.operations import operations_parts
-from naslora.report.sections.scores import scores_parts
-from naslora.report.sections.training import training_parts
-from naslora.report.tables import Table
+from naslora.report.tables import MISSING, Table, duration, is_known, number, reduce_known
 from naslora.results import Epoch, OperationHistory, ParameterCounts, RunResult, SplitScores
 
 SPLIT_TITLES = {
@@ -53,11 +66,11 @@ def write_report(
         OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
     sections = {  # first whether it worked, then why, then what it took
-        "Scores": scores_parts(result),
+        "Scores": _scores(result),
         "Test images": examples_parts(panels, class_names, (result.images or {}).get("test")),
         "Merging": merging_parts(result, panels, class_names),
         "What next": _commands(path.parent, result),
-        "Training": training_parts(history, result.kept_epoch),
+        "Training": _training(history, result.kept_epoch),
         "Operations": operations_parts(operations, history),
         "Parameters": _parameters(result.parameters),
         "Time": _times(history, result.seconds),
@@ -100,6 +113,132 @@ def _header(result: RunResult) -> list[Part]:
     return [Cards(cards), *([f"Images: {', '.join(images)}."] if images else []), *result.notes]
 
 
+# ---- Scores --------------------------------------------------------------------------------------
+
+
+def _scores(result: RunResult) -> list[Part]:
+    """A table of all splits and ways of merging, a plot, and the data set's metrics."""
+    named = {"Validation": result.val, "Test": result.test}
+    named["Test, weights of the last step"] = result.test_last
+    named["Test, in float32"] = result.test_float32
+    named |= {f"Test, merged ({m})": scores for m, scores in (result.test_merged or {}).items()}
+    rows = []
+    for name, scores in named.items():
+        if scores is None:
+            continue
+        rows.append([name, number(scores.dice), number(scores.iou), number(scores.accuracy)])
+        classes = scores.per_class or {}
+        rows += [
+            [f"{name}, {title}", number(own.dice), number(own.iou), ""]
+            for title, own in classes.items()
+            if len(classes) > 1
+        ]
+    if not rows:
+        return ["This run has neither validation nor test scores."]
+    parts: list[Part] = [Table(["", "Dice", "IoU", "Pixel accuracy"], rows)]
+    name, shown = ("test", result.test) if result.test else ("validation", result.val)
+    dice = [value for value in (shown.image_dice if shown else None) or [] if is_known(value)]
+    if dice:
+        caption = f"Number of {name} images by their Dice. The line is the median."
+        parts.append(Drawing("images", caption, partial(_draw_images, dice=dice), (4.6, 2.3)))
+    test = result.test
+    if test is None:
+        return [*parts, "This run has no test scores."]
+    if test.metrics:
+        parts.append(f"Test, scored at the resolution {test.resolution or MISSING}.")
+        # The table of all splits has these means already.
+        means = {"dice": test.dice, "iou": test.iou, "accuracy": test.accuracy}
+        further = any(means.get(metric) != value for metric, value in test.metrics.items())
+        parts += [metric_table(test)] if further or test.groups else []
+    return parts
+
+
+def _draw_images(axes: Axes, dice: list[float]) -> None:
+    axes.hist(dice, bins=20, range=(0, 1), color=BLUE, rwidth=0.9)
+    axes.axvline(float(np.median(dice)), color=ORANGE, linewidth=1.5)
+    axes.set_xlim(0, 1)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("Dice")
+    axes.set_ylabel("images")
+
+
+def metric_table(scores: SplitScores) -> Table:
+    """The metrics of a split, over all its images and over each of its groups.
+
+    A metric is a row. A metric of classes has one row a class.
+    """
+    metrics, groups = scores.metrics or {}, scores.groups or {}
+    head = ["Metric", "All", *(f"{name} ({group.images})" for name, group in groups.items())]
+    columns = [metrics, *(group.metrics for group in groups.values())]
+    rows = []
+    for name, value in metrics.items():
+        label = METRICS[name].label if name in METRICS else name
+        for part in value if isinstance(value, dict) else [None]:
+            values = [column[name] for column in columns]
+            found = [own.get(part or "") if isinstance(own, dict) else own for own in values]
+            rows.append([label if part is None else f"{label}, {part}", *map(number, found)])
+    return Table(head, rows)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def _training(history: list[Epoch], kept: int | None) -> list[Part]:
+    """Curves of losses and scores, and a table of the epochs. ``kept`` is the epoch to mark."""
+    if not history:
+        return ["No epoch was finished, so there are no curves."]
+    losses: Curves = {
+        "training": (BLUE, [epoch.train_loss for epoch in history]),
+        "validation": (ORANGE, [epoch.val_loss for epoch in history]),
+        "architecture": (PURPLE, [epoch.arch_loss for epoch in history]),
+    }
+    scores: Curves = {
+        "Dice": (BLUE, [epoch.val_dice for epoch in history]),
+        "IoU": (GREEN, [epoch.val_iou for epoch in history]),
+    }
+    caption = "Dice and IoU on the validation images by epoch. A star marks the kept epoch."
+    star = next((e for e in history if e.epoch == kept and is_known(e.val_dice)), None)
+    draw = partial(_draw_curves, history=history)
+    return [
+        Drawing("loss", "Loss by epoch.", partial(draw, curves=losses, title="loss")),
+        Drawing(
+            "score", caption, partial(draw, curves=scores, title="validation score", star=star)
+        ),
+        Folded("Every epoch as numbers", _epochs(history)),
+    ]
+
+
+def _draw_curves(
+    axes: Axes, history: list[Epoch], curves: Curves, title: str, star: Epoch | None = None
+) -> None:
+    draw_curves(axes, history, curves)
+    if star is not None and star.val_dice is not None:
+        label = f"kept: epoch {star.epoch}, Dice {star.val_dice:.4f}"
+        place = [star.epoch], [star.val_dice]
+        axes.plot(*place, "*", label=label, zorder=3, color=ORANGE, markersize=11)
+    axes.set_ylabel(title)
+    if axes.lines:
+        axes.legend()
+    draw_epoch_axis(axes, history)
+
+
+def _epochs(history: list[Epoch]) -> Table:
+    head = ["Epoch", "Stage", "Training loss", "Architecture loss", "Validation loss"]
+    head += ["Validation Dice", "Validation IoU", "Learning rate", "Entropy"]
+    head += ["Weight steps, s", "Architecture steps, s", "Evaluation, s"]
+    rows = []
+    for epoch in history:
+        scores = (epoch.train_loss, epoch.arch_loss, epoch.val_loss, epoch.val_dice, epoch.val_iou)
+        seconds = (epoch.seconds.weights, epoch.seconds.architecture, epoch.seconds.evaluation)
+        row = [str(epoch.epoch), str(epoch.stage), *map(number, scores)]
+        row += [number(epoch.learning_rate, ".2e"), number(epoch.entropy)]
+        rows.append(row + [number(value, ".1f") for value in seconds])
+    return Table(head, rows)
+
+
+# ---- What next, parameters, time -----------------------------------------------------------------
+
+
 def _best_merge(result: RunResult) -> tuple[str, float | None]:
     """The way of merging with the highest test Dice; "" without one."""
     merged = {m: s.dice for m, s in (result.test_merged or {}).items() if is_known(s.dice)}
@@ -140,12 +279,7 @@ def _parameters(counts: ParameterCounts | None) -> list[Part]:
 
 
 def _times(history: list[Epoch], total: float | None) -> list[Part]:
-    """A table of seconds by phase; nothing if nothing was timed.
-
-    Args:
-        history: one record an epoch; may be empty.
-        total: seconds of the whole run; None if unknown.
-    """
+    """A table of seconds by phase, and of the whole run; nothing if nothing was timed."""
     if not history and not is_known(total):
         return []
     phases = {

@@ -1,6 +1,10 @@
-"""A table of text, for a page, Markdown or a terminal."""
+"""Tables of text, for a page, Markdown or a terminal, and numbers as their text."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeGuard
+
+MISSING = "–"  # an en dash, the usual mark of an empty cell
 
 
 class Table(NamedTuple):
@@ -19,3 +23,32 @@ def markdown_table(table: Table) -> str:
     lines = [table.head, ["---"] * len(table.head), *table.rows]
     escaped = ([" ".join(cell.replace("|", r"\|").split()) for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def is_known(value: float | None) -> TypeGuard[float]:
+    """Whether a number is neither None nor NaN."""
+    return value is not None and not math.isnan(value)
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """A number in the format ``form``, with a typographic minus; ``MISSING`` if unknown."""
+    return format(value, form).replace("-", "\N{MINUS SIGN}") if is_known(value) else MISSING
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours, whichever suits the length; ``MISSING`` if unknown."""
+    if not is_known(seconds):
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def reduce_known(
+    function: Callable[[list[float]], float], values: Iterable[float | None]
+) -> float | None:
+    """Applies ``function`` to the known values; None if there are none."""
+    known = [value for value in values if is_known(value)]
+    return function(known) if known else None

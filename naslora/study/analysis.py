@@ -43,11 +43,10 @@ from naslora.report.figures import (
     draw_row_axis,
     row_size,
 )
-from naslora.report.numbers import number
 from naslora.report.page import Part, Pictures, write_page
 from naslora.report.pictures import paint
 from naslora.report.run_report import page_title
-from naslora.report.tables import Table
+from naslora.report.tables import Table, number
 from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, REPORT, Epoch, OperationHistory
 from naslora.sam.encoders import transformer_blocks
 from naslora.sam.segmentation import SamForSegmentation, build_model, predict_labels

@@ -18,8 +18,7 @@ import numpy as np
 
 from naslora.adapter.merging.report import MODES
 from naslora.metrics import METRICS
-from naslora.report.numbers import number
-from naslora.report.tables import Table
+from naslora.report.tables import Table, number
 from naslora.results import RunNumbers
 
 LEVEL = 0.95

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from naslora.report.numbers import duration
+from naslora.report.tables import duration
 from naslora.results import Epoch, Mixture
 from naslora_kernels import OPERATIONS
 

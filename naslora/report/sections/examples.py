@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from naslora.report.numbers import is_known, number
 from naslora.report.page import Legend, Part, Pictures
 from naslora.report.pictures import (
     CHANGED,
@@ -19,6 +18,7 @@ from naslora.report.pictures import (
     paint_errors,
     unknown,
 )
+from naslora.report.tables import is_known, number
 
 
 def examples_parts(panels: list[Panel], class_names: list[str], images: int | None) -> list[Part]:
@@ -86,36 +86,37 @@ def merged_parts(panels: list[Panel], class_names: list[str], most: int = 2) -> 
         class_names: names of the labels 0, 1, ...
         most: how many images to show.
     """
-    changed = [panel for panel in panels if _most_changed(panel) > 0]
-    chosen = sorted(changed, key=_most_changed, reverse=True)[:most]
+    changed = {
+        id(panel): {
+            mode: float((merged.prediction != panel.prediction).mean())
+            for mode, merged in panel.merged.items()
+        }
+        for panel in panels
+    }
+
+    def most_changed(panel: Panel) -> float:
+        return max(changed[id(panel)].values(), default=0.0)
+
+    chosen = sorted(filter(most_changed, panels), key=most_changed, reverse=True)[:most]
     if not chosen:
         same = any(panel.merged for panel in panels)
         return ["No pixel of the images above changes by merging."] if same else []
     legend = Legend([("changed by the merge", CHANGED)])
-    shown = [_before_and_after(panel, class_names) for panel in chosen]
+    shown = [_before_and_after(panel, changed[id(panel)], class_names) for panel in chosen]
     return ["The images that merging changes most, before and after:", legend, *shown]
 
 
-def _changed(panel: Panel, mode: str) -> float:
-    """The share of pixels whose label a merge changes."""
-    return float((panel.merged[mode].prediction != panel.prediction).mean())
-
-
-def _most_changed(panel: Panel) -> float:
-    return max((_changed(panel, mode) for mode in panel.merged), default=0.0)
-
-
-def _before_and_after(panel: Panel, class_names: list[str]) -> Pictures:
+def _before_and_after(panel: Panel, changed: dict[str, float], class_names: list[str]) -> Pictures:
+    """``changed`` is the share of pixels whose label each merge changes."""
     small = _shrink(panel)
     before = paint(small.image, small.prediction, class_names)
     pictures = [(f"Before, Dice {number(panel.dice)}", before)]
     for mode, merged in small.merged.items():
-        share = _changed(panel, mode)
-        if share > 0:
+        if changed[mode] > 0:
             after = paint(small.image, merged.prediction, class_names)
             after[merged.prediction != small.prediction] = CHANGED
-            label = f"{mode}, Dice {number(merged.dice)}, {share:.2%} changed"
+            label = f"{mode}, Dice {number(merged.dice)}, {changed[mode]:.2%} changed"
             pictures.append((label, after))
-    same = [mode for mode in panel.merged if _changed(panel, mode) == 0]
+    same = [mode for mode, share in changed.items() if share == 0]
     unchanged = f" · unchanged by {', '.join(same)}" if same else ""
     return Pictures(panel.name, panel.name + unchanged, pictures)

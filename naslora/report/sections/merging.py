@@ -8,12 +8,11 @@ from matplotlib.axes import Axes
 
 from naslora.adapter.merging.report import LayerError
 from naslora.report.figures import BLUE, ORANGE, Drawing, as_array
-from naslora.report.numbers import MISSING, is_known, number, reduce_known
 from naslora.report.page import Part
 from naslora.report.pictures import Panel
 from naslora.report.sections.examples import merged_parts
 from naslora.report.sections.operations import short_names
-from naslora.report.tables import Table
+from naslora.report.tables import MISSING, Table, is_known, number, reduce_known
 from naslora.results import Annealing, AnnealingState, MergeResult, RunResult
 
 ROUNDING = 1e-4  # a smaller relative error is rounding, and no bar of it would be visible
@@ -48,8 +47,15 @@ def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]
             continue
         layers = merge.layers or []
         after = merged[mode].dice if mode in merged else None
-        rows.append([mode, *_merge_cells(before, after, layers), merge.source or MISSING])
-        worst = reduce_known(max, [layer.update_error for layer in layers])
+        difference = after - before if is_known(before) and is_known(after) else None
+        update = [layer.update_error for layer in layers]
+        output = [layer.output_error for layer in layers]
+        held_out = [layer.held_out_error for layer in layers]
+        folds = ((fmean, update), (max, update), (fmean, output), (max, output), (fmean, held_out))
+        errors = [number(reduce_known(fold, values), ".3g") for fold, values in folds]
+        dice = [number(before), number(after), number(difference, "+.4f")]
+        rows.append([mode, *dice, *errors, merge.source or MISSING])
+        worst = reduce_known(max, update)
         if worst is not None and worst < ROUNDING:
             notes.append(f"{mode}: errors are rounding, at most {number(worst, '.1e')}.")
         elif worst is not None:
@@ -67,17 +73,6 @@ def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]
             f"training, the model before merging has {number(result.test.dice)}."
         )
     return [Table(head, rows), ERRORS_NOTE, *notes, *pictures, *annealing, *drawings]
-
-
-def _merge_cells(before: float | None, after: float | None, layers: list[LayerError]) -> list[str]:
-    difference = after - before if is_known(before) and is_known(after) else None
-    cells = [number(before), number(after), number(difference, "+.4f")]
-    update = [layer.update_error for layer in layers]
-    output = [layer.output_error for layer in layers]
-    for errors in (update, output):
-        cells += [number(reduce_known(fold, errors), ".3g") for fold in (fmean, max)]
-    held_out = [layer.held_out_error for layer in layers]
-    return [*cells, number(reduce_known(fmean, held_out), ".3g")]
 
 
 def _annealing_table(annealing: Annealing) -> Table:
