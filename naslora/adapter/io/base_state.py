@@ -21,7 +21,7 @@ from naslora.adapter.io.storage import (
     unshared,
     write_adapter,
 )
-from naslora.adapter.io.wrappers import bare_state, fill, gathered, sharded, unwrap
+from naslora.adapter.io.wrappers import bare_state, fill, gathered, unwrap, writes_together
 from naslora.adapter.layer.applied import applied
 from naslora.adapter.layer.modules import adapter_layers, check_model
 from naslora.adapter.merging.merged import MergedNASLoRALinear, merged_modules
@@ -178,7 +178,7 @@ class SavePretrained:
         names = unshared(selected_state(model, "trainable"))
         adapter = {name: state[name] for name in names if name in state}
         complete = len(adapter) == len(names)  # the caller may have passed a part of the tensors
-        first = not (sharded(model) and distributed.is_initialized() and distributed.get_rank())
+        first = not (writes_together(model) and distributed.get_rank())
         if complete and first and given.arguments.get("is_main_process", True):
             folder = Path(given.arguments["save_directory"]) / ADAPTER_FOLDER
             write_adapter(model, folder, adapter, base_checksum(model, names, state))

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
 import msgspec
 from torch import Tensor, nn
@@ -20,15 +19,13 @@ from naslora.adapter.io.storage import (
 )
 from naslora.adapter.io.wrappers import bare_state, fill, unwrap
 from naslora.adapter.layer.applied import applied, find_method
-from naslora.adapter.layer.config import OUTPUT_FIELDS, MethodConfig, NASLoRAConfig
+from naslora.adapter.layer.config import OUTPUT_FIELDS, NASLoRAConfig
 from naslora.adapter.layer.injection import apply, inject
 from naslora.adapter.layer.modules import adapter_layers, check_model, undone_on_error
 from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors
 from naslora.state_dicts import check_fit, mismatches
-
-Config = TypeVar("Config", bound=MethodConfig)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, check_base: bool = True) -> None:
@@ -85,19 +82,14 @@ def read_description(path: Path) -> Description:
 
 
 def _adapt(model: nn.Module, stored: Description) -> None:
-    if stored.method is not None:
-        kind = find_method(stored.method).config
-        apply(stored.method, model, _config(kind, stored.config or {}))
-    elif stored.config is not None:  # of ``inject``; the model may hold the one that was adapted
-        config = _config(NASLoRAConfig, stored.config)
-        inject(model, dataclasses.replace(config, target=tuple(stored.layers), blocks=None))
-
-
-def _config(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The configuration that a file holds. It names the layers: a pattern would be run."""
-    if isinstance(values.get("target", ()), str):
+    values = stored.config or {}
+    if isinstance(values.get("target", ()), str):  # a pattern of a stranger's would be run
         raise UserError(f"target: expected the names of layers, got {values['target']!r:.80}")
-    return kind.from_dict(values)
+    if stored.method is not None:
+        apply(stored.method, model, find_method(stored.method).config.from_dict(values))
+    elif stored.config is not None:  # of ``inject``; the model may hold the one that was adapted
+        config = NASLoRAConfig.from_dict(values)
+        inject(model, dataclasses.replace(config, target=tuple(stored.layers), blocks=None))
 
 
 def _differing_settings(model: nn.Module, stored: Description) -> list[str]:
@@ -125,16 +117,12 @@ def _differing_tensors(
     expected = {*unshared({name: state[name] for name in state if name in ours}), *promised}
     problems = mismatches(tensors, state, sorted(expected))
     for name, (_, layer) in zip(layer_names(model), adapter_layers(model), strict=True):
-        problems += _channel_problems(f"{name}.channels".lstrip("."), layer.rank, tensors)
+        name = f"{name}.channels".lstrip(".")
+        channels = tensors.get(name)
+        if channels is None or channels.is_floating_point() or channels.dim() != 1:
+            continue  # reported as a missing tensor, a dtype or a shape
+        values = channels.tolist()  # they index the channels of the layer's cell
+        if len({*values}) < len(values) or not {*values} <= {*range(layer.rank)}:
+            numbers = f"distinct numbers from 0 to {layer.rank - 1}"
+            problems.append(f"{name} must be {numbers}, and is {values[:8]}")
     return problems
-
-
-def _channel_problems(name: str, rank: int, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Problems of the channels of a layer's cell, which index its ``rank`` channels."""
-    channels = tensors.get(name)
-    if channels is None or channels.is_floating_point() or channels.dim() != 1:
-        return []  # reported as a missing tensor, a dtype or a shape
-    values = channels.tolist()
-    if len(set(values)) == len(values) and all(0 <= value < rank for value in values):
-        return []
-    return [f"{name} must be distinct numbers from 0 to {rank - 1}, and is {values[:8]}"]

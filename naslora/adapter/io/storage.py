@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from naslora.adapter.io.wrappers import (
     bare_paths,
     bare_state,
     gathered,
     is_sharded,
-    one_writer,
     unwrap,
+    writes_together,
 )
 from naslora.adapter.layer.applied import applied, image_encoder
 from naslora.adapter.layer.config import MethodConfig
@@ -84,9 +84,13 @@ def save_adapter(model: nn.Module, directory: str | Path, include: Include = "tr
         raise UserError("there is nothing to save: the model has no adapter and nothing trainable")
     whole = {name: gathered(tensor) for name, tensor in unshared(tensors).items()}
     checksum = base_checksum(model, {*trained_state(model), *whole})
-    with one_writer(model) as writes:
-        if writes:
+    together = writes_together(model)
+    try:
+        if not together or distributed.get_rank() == 0:
             write_adapter(model, Path(directory), whole, checksum)
+    finally:
+        if together:
+            distributed.barrier()
 
 
 def write_adapter(

@@ -7,8 +7,7 @@ tensors; what is saved is gathered. Gathering is collective: every process must 
 """
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -132,15 +131,9 @@ def gathered(tensor: Tensor) -> Tensor:
     return (whole.full_tensor() if is_sharded(whole) else whole).detach()
 
 
-@contextmanager
-def one_writer(model: nn.Module) -> Iterator[bool]:
-    """Yields whether this process writes files. The processes of a sharded model leave together.
+def writes_together(model: nn.Module) -> bool:
+    """Whether the model's processes hold it together, so that the first one writes for all.
 
     Every process that saves an unsharded model writes.
     """
-    together = sharded(model) and distributed.is_initialized()
-    try:
-        yield not together or distributed.get_rank() == 0
-    finally:
-        if together:
-            distributed.barrier()
+    return sharded(model) and distributed.is_initialized()

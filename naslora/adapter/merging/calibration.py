@@ -19,8 +19,8 @@ The images pass once through the unmerged model, then once for every layer, up t
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -194,8 +194,7 @@ def calibrate(
         y = layer.mixed(x).reshape(-1, layer.rank)
         targets.setdefault(layer, {}).setdefault(batch, y)
 
-    feed(model, batches, keep_target, list(layers.values()))
-    check_reached(layers, targets)
+    feed(model, batches, keep_target, layers)
     for layer, ys in targets.items():
         tokens = sum(len(y) for y in ys.values())
         if tokens < layer.in_features:
@@ -229,7 +228,7 @@ def _fit_layer(
         moments.add(x.reshape(-1, layer.in_features), targets[batch])
         raise _Reached
 
-    feed(model, batches, add, [layer])
+    feed(model, batches, add, {name: layer})
     if not moments.sums.isfinite().all():
         raise UserError(
             f"layer {name} meets values that are not finite on the calibration images; look for "
@@ -248,7 +247,7 @@ def feed(
     model: nn.Module,
     batches: Calibration,
     observe: Callable[[int, Layer, Tensor], None],
-    layers: Sequence[Layer],
+    layers: Mapping[str, Layer],
 ) -> None:
     """Feeds the batches in evaluation mode and passes each input of a layer to ``observe``.
 
@@ -256,29 +255,34 @@ def feed(
         model: its modules' modes are restored at the end.
         batches: the result of ``calibration_batches``.
         observe: called with the batch's index, the layer and its input, before the layer computes.
-        layers: the layers to observe.
+        layers: the layers to observe, by name.
 
     Raises:
-        UserError: a batch does not fit the model.
+        UserError: a batch does not fit the model, or no batch reaches some layer.
     """
     busy = False  # `observe` calls layers itself; these calls are not observed
     index = 0
+    reached = set()
 
     def hook(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         nonlocal busy
         if busy:
             return
         busy = True
+        reached.add(layer)
         try:
             observe(index, layer, inputs[0])
         finally:
             busy = False
 
     modes = {module: module.training for module in model.modules()}
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
     try:
         model.eval()
-        with _eager(), torch.no_grad():
+        # Compiled code skips new hooks. If nothing is compiled, the import would take seconds.
+        compiled = "torch._dynamo" in sys.modules
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with eager, torch.no_grad():
             for index, batch in enumerate(batches.batches):
                 _feed_one(model, batch, index, batches.forward)
     finally:
@@ -286,6 +290,9 @@ def feed(
             handle.remove()
         for module, training in modes.items():
             module.training = training
+    unseen = [name for name, layer in layers.items() if layer not in reached]
+    if unseen:
+        raise UserError(f"no calibration batch reached the layers {', '.join(unseen[:4])}")
 
 
 def _feed_one(model: nn.Module, batch: Any, index: int, forward: Forward | None) -> None:
@@ -308,21 +315,3 @@ def _feed_one(model: nn.Module, batch: Any, index: int, forward: Forward | None)
         raise UserError(
             f"calibration batch {index + 1}{shape} does not fit the model: {reason}{advice}"
         ) from error
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Runs what ``torch.compile`` compiled as it was written: compiled code skips new hooks."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
-def check_reached(layers: Mapping[str, nn.Module], reached: Collection[nn.Module]) -> None:
-    """Refuses calibration batches that do not reach every layer.
-
-    Raises:
-        UserError: a layer is not among ``reached``.
-    """
-    unseen = [name for name, layer in layers.items() if layer not in reached]
-    if unseen:
-        raise UserError(f"no calibration batch reached the layers {', '.join(unseen[:4])}")
