@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,7 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 from naslora.choices import Augment
 from naslora.data.augmentation import Augmentation, Crop, draw_window
 from naslora.data.cache import Cache
-from naslora.data.images import Annotation, Sample, open_picture
+from naslora.data.images import Sample, open_picture
 from naslora.data.masks import has_foreground, palette_codes, read_mask
 from naslora.data.picture import Intensity, Picture, unreadable
 from naslora.data.sampling import FLIP, seeded_generator
@@ -42,64 +43,50 @@ class Item(TypedDict, total=False):
     images."""
 
 
+@dataclass(eq=False)
 class SegmentationDataset(Dataset[Item]):
     """Images and masks, resized to a square without keeping the aspect ratio.
-
-    Args:
-        samples: the samples to read.
-        image_size: side S of the square, in pixels.
-        num_classes: as in ``read_mask``.
-        palette: as in ``read_mask``.
-        flip: whether to mirror half of the images, with their masks, from left to right. The choice
-            depends only on the seed, the epoch and the index.
-        seed: seed of the flips.
-        cache: cache for the resized images and masks; None decodes a file at each access.
-        truth: whether items contain ``truth``.
-        ignore_index: as in ``read_mask``.
-        augment: further changes of the images and masks, as ``Augmentation``.
-        crop: windows that are drawn anew in each epoch, in place of whole images; None for none.
-        intensity: as in ``read_image``.
-        tiles: how the images will be cut, if items shall hold images and masks at the size of their
-            files; None for items of S x S pixels.
 
     Raises:
         UserError: the palette does not fit the classes.
             On access: as ``read_image`` and ``read_mask``, or an image and its mask differ in size.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        image_size: int,
-        num_classes: int,
-        palette: Sequence[str] | None = None,
-        flip: bool = False,
-        seed: int = 0,
-        cache: Cache | None = None,
-        truth: bool = False,
-        ignore_index: int | None = None,
-        augment: Augment = "none",
-        crop: Crop | None = None,
-        intensity: Intensity | None = None,
-        tiles: Tiles | None = None,
-    ) -> None:
-        self.samples = list(samples)
-        self.image_size = image_size
-        self.num_classes = num_classes
-        self.palette = palette
-        self.flip = flip
-        self.seed = seed
-        self.cache = cache
-        self.truth = truth
-        self.ignore_index = ignore_index
-        self.augmentation = Augmentation(augment, image_size)
-        self.crop = crop
-        self.intensity = intensity
-        self.tiles = tiles
-        self.whole = crop is not None or tiles is not None
-        palette_codes(palette, num_classes, ignore_index)  # raises if they do not fit
-        # One a sample; pictures and tables show them.
-        self.names = _names_below_common_folder(self.samples)
+    samples: list[Sample]
+    """The samples to read."""
+    image_size: int
+    """Side S of the square, in pixels."""
+    num_classes: int
+    """As in ``read_mask``, and so are ``palette`` and ``ignore_index``."""
+    palette: Sequence[str] | None = None
+    flip: bool = False
+    """Whether to mirror half of the images, with their masks, from left to right. The choice
+    depends only on the seed, the epoch and the index."""
+    seed: int = 0
+    """Seed of the flips."""
+    cache: Cache | None = None
+    """Cache for the resized images and masks; None decodes a file at each access."""
+    truth: bool = False
+    """Whether items contain ``truth``."""
+    ignore_index: int | None = None
+    augment: Augment = "none"
+    """Further changes of the images and masks, as ``Augmentation``."""
+    crop: Crop | None = None
+    """Windows that are drawn anew in each epoch, in place of whole images; None for none."""
+    intensity: Intensity | None = None
+    """As in ``read_image``."""
+    tiles: Tiles | None = None
+    """How the images will be cut, if items shall hold images and masks at the size of their files;
+    None for items of S x S pixels."""
+
+    def __post_init__(self) -> None:
+        self.augmentation = Augmentation(self.augment, self.image_size)
+        self.whole = self.crop is not None or self.tiles is not None
+        palette_codes(self.palette, self.num_classes, self.ignore_index)  # raises if they misfit
+        # The images' paths below their common folder; pictures and tables show them.
+        paths = [os.path.abspath(sample.image) for sample in self.samples]
+        common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+        self.names = [Path(path).relative_to(common).as_posix() for path in paths]
         # In shared memory, because persistent workers must see the change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -155,7 +142,12 @@ class SegmentationDataset(Dataset[Item]):
         if self.cache is None:
             return self._decode(sample)
         # The key and the entry are made from the same bytes, even if a file is replaced meanwhile.
-        files = [_read_bytes(path, sample) for path in (sample.image, sample.mask) if path]
+        files = []
+        for path in (sample.image, sample.mask):
+            try:
+                files += [] if path is None else [path.read_bytes()]
+            except OSError as error:
+                raise unreadable(f"{sample.origin}: {path}", error) from error
         labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
         how = ("whole" if self.whole else self.image_size, *labels, self.intensity)
 
@@ -241,21 +233,6 @@ def resize_image(pixels: np.ndarray, size: int) -> Tensor:
     # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
     image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
     return transforms.pil_to_tensor(image)
-
-
-def _read_bytes(path: Path | Annotation, sample: Sample) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise unreadable(f"{sample.origin}: {path}", error) from error
-
-
-def _names_below_common_folder(samples: Sequence[Sample]) -> list[str]:
-    if not samples:
-        return []
-    paths = [os.path.abspath(sample.image) for sample in samples]
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [Path(path).relative_to(common).as_posix() for path in paths]
 
 
 def collate(items: list[Item]) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ every worker, with any number of processes, and in a resumed run.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -79,39 +80,28 @@ def refill(indices: Sequence[int], count: int, seed: int, epoch: int) -> list[in
     return [*indices, *(indices[i] for i in again)]
 
 
+@dataclass(eq=False)
 class GlobalBatches(Sampler[list[int]]):
     """Yields this process's share of each batch. The number of processes does not change batches.
 
     The order of the samples depends only on the seed and the epoch. A batch is shared by all
     processes. No sample is dropped, so the last batch may be smaller. Process r of n takes the
     samples r, r + n, r + 2n, ... of each batch; its share of a small batch may be empty.
-
-    Args:
-        indices: the samples, by their indices in the data set.
-        batch_size: number of samples in a batch, over all processes.
-        rank: rank of this process, 0 .. world_size - 1.
-        world_size: number of processes.
-        shuffle: False keeps the order of the samples, for evaluation.
-        seed: seed of the order.
     """
 
-    def __init__(
-        self,
-        indices: Sequence[int],
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        seed: int = 0,
-    ) -> None:
-        self.indices = indices
-        self.count = len(indices)
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
+    indices: Sequence[int]
+    """The samples, by their indices in the data set."""
+    batch_size: int
+    """Number of samples in a batch, over all processes."""
+    rank: int = 0
+    """Rank of this process, 0 .. world_size - 1."""
+    world_size: int = 1
+    """Number of processes."""
+    shuffle: bool = True
+    """False keeps the order of the samples, for evaluation."""
+    seed: int = 0
+    """Seed of the order."""
+    epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that the order depends on. Call it before the epoch's iteration."""
@@ -119,15 +109,15 @@ class GlobalBatches(Sampler[list[int]]):
 
     def global_size(self, step: int) -> int:
         """Returns the number of samples over all processes in the epoch's batch ``step``."""
-        return min(self.batch_size, self.count - step * self.batch_size)
+        return min(self.batch_size, len(self.indices) - step * self.batch_size)
 
     def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+        return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(self.indices)
         if self.shuffle:
-            shuffled = seeded_generator(ORDER, self.seed, self.epoch).permutation(self.count)
+            shuffled = seeded_generator(ORDER, self.seed, self.epoch).permutation(len(self.indices))
             order = [order[i] for i in shuffled]
-        for start in range(0, self.count, self.batch_size):
+        for start in range(0, len(self.indices), self.batch_size):
             yield order[start : start + self.batch_size][self.rank :: self.world_size]

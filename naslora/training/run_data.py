@@ -149,7 +149,7 @@ def make_dataset(
     """Makes the data set that the run's model sees; ``truth`` as in ``SegmentationDataset``."""
     data, training, trained = config.data, config.training, view == "trained"
     return SegmentationDataset(
-        samples,
+        list(samples),
         config.model.image_size,
         data.num_classes,
         data.palette,

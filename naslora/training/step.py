@@ -111,7 +111,7 @@ def train_pass(
             total += mean * size
             after_step(mean, size)
     _average_batch_norms(model, accelerator)
-    return total / batches.count
+    return total / len(batches.indices)
 
 
 class LossNotFiniteError(Exception):
