@@ -73,6 +73,8 @@ class Passed:
         return signature is not None and signature in self._signatures
 
     def add(self, signature: object) -> None:
+        if signature is None:  # torch.compile would compile anew after a change of the set
+            return
         if len(self._signatures) >= 1024:  # shapes that keep changing do not fill the memory
             self._signatures.clear()
         self._signatures.add(signature)

@@ -1,6 +1,7 @@
 """The two-stage search: what each step moves, that no layout of a batch matters, when it stops."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from naslora.training.accelerator import make_accelerator
 from naslora.training.epoch_images import EpochImages
 from naslora.training.run_data import find_splits
 from naslora.training.run_model import build_adapted_model
+from naslora.training.step import Compiled
 from naslora.training.train_config import LEARNING_BOUNDS, TrainConfig
 from naslora.training.trainer import Trainer
 
@@ -711,3 +713,29 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(make_trainer):
 def test_settings_out_of_range(changes, message):
     with pytest.raises(UserError, match=message):
         run_config(training=changes)
+
+
+# --- Compiled ---
+
+
+def test_compiled_steps_are_the_eager_ones(make_trainer, monkeypatch):
+    """With the compiler that runs the traced operations as they are. The batches of 1 and of 2
+    images stay eager, and later epochs compile nothing."""
+    stats = torch._dynamo.utils.counters["stats"]
+    compiler = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, **options))
+    eager, ours = make_trainer(epochs=3), make_trainer(epochs=3, compile=True)
+    eager.run()
+    stats.clear()
+    ours.run()
+    assert stats["unique_graphs"] == 2  # the model and the loss
+    for one, other in zip(eager.history, ours.history, strict=True):
+        assert (one.train_loss, one.arch_loss) == (other.train_loss, other.arch_loss)
+    assert all_equal(trained_state(eager.model).values(), trained_state(ours.model).values())
+
+
+def test_what_does_not_compile_runs_eagerly():
+    doubled = Compiled(lambda x: torch._dynamo.graph_break() or 2 * x, captured=False)
+    with pytest.warns(UserWarning, match="^training goes on without --compile: "):
+        assert doubled(torch.ones(2)).tolist() == [2, 2]
+    assert doubled(torch.ones(2)).tolist() == [2, 2]

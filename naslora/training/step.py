@@ -5,6 +5,7 @@ depend on how many processes or forward passes share the batch.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,8 +63,42 @@ class Group:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
+class Compiled:
+    """A function of tensors, compiled as one graph for the shape of the first call's last argument.
+
+    Other shapes, such as the last batch of an epoch, run eagerly, so nothing is compiled for them.
+    If the function does not compile, a warning says why, and all calls run eagerly.
+
+    Args:
+        function: a module or a function.
+        captured: its launches become CUDA graphs. Gradients then lie in the memory of the graphs
+            until the next call, so each call's gradients must have been used before it.
+    """
+
+    def __init__(self, function: Callable[..., Any], captured: bool) -> None:
+        mode = "reduce-overhead" if captured else None
+        self._eager = function
+        self._compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+        self._shape: torch.Size | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        self._shape = self._shape or inputs[-1].shape
+        if inputs[-1].shape != self._shape:
+            return self._eager(*inputs)
+        from torch._dynamo import exc  # imported by torch.compile, which takes seconds
+
+        try:
+            return self._compiled(*inputs)
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"training goes on without --compile: {reason}", stacklevel=2)
+            self._compiled = self._eager
+            return self._eager(*inputs)
+
+
 def train_pass(
     model: nn.Module,
+    forward: Callable[[Tensor], SegmentationOutput],
     groups: Sequence[Group],
     frozen: Sequence[Group],
     batches: GlobalBatches,
@@ -77,7 +112,8 @@ def train_pass(
     """Takes a step of the groups' optimizers on every batch.
 
     Args:
-        model: images to a ``SegmentationOutput``; is put into training mode.
+        model: is put into training mode.
+        forward: the model, or the same compiled.
         groups: what trains.
         frozen: what requires no gradient meanwhile, so that none is computed. An architecture step
             freezes the weights, and a weight step alpha.
@@ -102,7 +138,7 @@ def train_pass(
         for step, batch in enumerate(loader):
             before_step(step / len(batches))
             size = batches.global_size(step)
-            own = _accumulate_gradients(model, batch, size, loss, passes, accelerator)
+            own = _accumulate_gradients(model, forward, batch, size, loss, passes, accelerator)
             mean = _sum_over_processes(groups, own, accelerator)
             if not math.isfinite(mean):
                 names = gather_object(list(batch["name"]) if batch else [])
@@ -133,6 +169,7 @@ def _without_gradients(groups: Sequence[Group]) -> Iterator[None]:
 
 def _accumulate_gradients(
     model: nn.Module,
+    forward: Callable[[Tensor], SegmentationOutput],
     batch: dict[str, Any] | None,
     size: int,
     loss: Loss,
@@ -151,7 +188,7 @@ def _accumulate_gradients(
     parts = min(passes, len(batch["image"]))
     for images, masks in zip(batch["image"].chunk(parts), batch["mask"].chunk(parts), strict=True):
         with accelerator.autocast():
-            output = model(images.to(device, non_blocking=True))
+            output = forward(images.to(device, non_blocking=True))
         value = loss(output, masks.to(device, non_blocking=True))
         extra = auxiliary_loss(model)
         share = len(images) / size

@@ -121,6 +121,10 @@ class TrainConfig(Settings):
     finished run is scored and merged with the weights in float32."""
     gradient_checkpointing: bool = False
     """Recompute the encoder's blocks in the backward: less memory, about a third more time."""
+    compile: bool = False
+    """Compile forward, loss and backward with torch.compile, for batches of the full size. It takes
+    minutes and pays on a GPU, where they also become CUDA graphs unless `accumulation` is used.
+    What does not compile runs as without it."""
     workers: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 2
     """Number of data loading processes."""
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +48,7 @@ from naslora.training.evaluation import evaluate, make_loader
 from naslora.training.progress import WORDS, TrainProgress, epoch_line, epoch_numbers
 from naslora.training.resuming import LastState, check_last, read_last, write_last
 from naslora.training.run_config import RunConfig
-from naslora.training.step import Group, LossNotFiniteError, train_pass
+from naslora.training.step import Compiled, Group, LossNotFiniteError, train_pass
 from naslora.training.trackers import log
 from naslora.training.train_config import (
     Schedule,
@@ -109,6 +109,7 @@ class Trainer:
         self.model = model.to(accelerator.device)
         self.data, self.directory, self.accelerator = data, directory, accelerator
         self.run_config, self.config = config, training
+        self.forward, self.loss = self._compute()
         self.epoch = 0
         self.history: list[Epoch] = []
         self.layers = list(adapter_layers(model))
@@ -127,6 +128,16 @@ class Trainer:
         self.average = WeightAverage(self.weights.parameters, window) if window else None
         if training.anneal_epochs and not set_spatial(model, 1.0):
             raise UserError("anneal_epochs anneals the cells of preset 'linear'; there are none")
+
+    def _compute(self) -> tuple[Any, Any]:
+        """The model and the loss, which a forward pass calls; compiled if that is asked for."""
+        loss = loss_of(self.config)
+        if not self.config.compile:
+            return self.model, loss
+        captured = self.accelerator.device.type == "cuda" and self.config.accumulation == 1
+        # The loss by matching assigns classes on the CPU.
+        whole = self.model.num_classes == 1 or self.config.class_loss == "pixel"
+        return Compiled(self.model, captured), Compiled(loss, captured) if whole else loss
 
     # ---- Optimizers ------------------------------------------------------------------------------
 
@@ -272,11 +283,12 @@ class Trainer:
         try:
             return train_pass(
                 self.model,
+                self.forward,
                 groups,
                 [g for g in self.groups if all(g is not group for group in groups)],
                 batches,
                 make_loader(self.data[split], batches, config.workers, accelerator),
-                loss_of(config),
+                self.loss,
                 config.accumulation,
                 accelerator,
                 before_step=set_rates,
