@@ -25,6 +25,7 @@ from naslora.adapter.layer.config import CellInit, ChannelSelection, NASLoRAConf
 from naslora.adapter.layer.frozen_norms import keep_frozen
 from naslora.adapter.layer.grid import place_hint
 from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
+from naslora.adapter.layer.targets import TARGETS
 from naslora.adapter.merging.merge import merge as merge_model
 from naslora.errors import UserError
 
@@ -60,7 +61,7 @@ class NasLoraConfig(LoraConfig):
     """LoRA rank: the number of channels between encoder and decoder."""
     lora_alpha: int = 32
     """Numerator of the scaling lora_alpha / r of the adapter's output."""
-    target_modules: list[str] | str | None = r"(.*\.)?attn\.qkv"
+    target_modules: list[str] | str | None = TARGETS[str(NASLoRAConfig.target)]
     """The nn.Linear layers to adapt."""
     channel_ratio: float = 2 / 3
     """As in ``NASLoRAConfig``, and so are the fields below."""

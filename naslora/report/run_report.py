@@ -1,6 +1,7 @@
 """The report of a run: its page, and the sections about scores, training and costs."""
 
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -72,7 +73,7 @@ def write_report(
         "What next": _commands(path.parent, result),
         "Training": _training(history, result.kept_epoch),
         "Operations": operations_parts(operations, history),
-        "Parameters": _parameters(result.parameters),
+        "Parameters": _parameters(result.parameters, config.get("adapter", {}).get("target")),
         "Time": _times(history, result.seconds),
     }
     write_page(path, page_title(config), config, _header(result), sections)
@@ -263,14 +264,16 @@ def _commands(run: Path, result: RunResult) -> list[Part]:
     ]
 
 
-def _parameters(counts: ParameterCounts | None) -> list[Part]:
+def _parameters(counts: ParameterCounts | None, target: str | Sequence[str] | None) -> list[Part]:
     """A table of parameters by part of the model; nothing if they were not counted."""
     if counts is None:
         return []
+    named = target if isinstance(target, str) else ", ".join(target or ())
+    adapted = f" (target {named})" if named else ""
     parts = {
         "Frozen": counts.frozen,
         "Decoder": counts.decoder,
-        "Trained in the encoder": counts.adapter,
+        "Trained in the encoder" + adapted: counts.adapter,
         "Architecture (α)": counts.architecture,
         "Total trainable": counts.trainable,
     }

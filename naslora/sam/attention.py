@@ -130,7 +130,7 @@ class FusedBlock(Fused):
         size, attention = self.window_size, self.attn
         padded = size > 0 and (x.shape[1] % size or x.shape[2] % size)
         ours = isinstance(attention, _SegmentAnything) and not has_hooks(attention)
-        if not padded or not ours or _traced():
+        if not padded or not ours or traced():
             return self.host_class.forward(self, x)
         x = x + _over_windows(attention, self.norm1(x), size)
         return x + self.mlp(self.norm2(x))
@@ -139,7 +139,7 @@ class FusedBlock(Fused):
 class _SegmentAnything(FusedAttention):
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
-        if _traced():
+        if traced():
             return self.host_class.forward(self, x)
         return _over_grid(self, x, self.num_heads)
 
@@ -150,7 +150,7 @@ class _HuggingFace(FusedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) to the same, and None instead of attention weights."""
         drops = self.training and self.dropout > 0
-        if _traced() or output_attentions or drops:
+        if traced() or output_attentions or drops:
             return self.host_class.forward(self, hidden_states, output_attentions)
         return _over_grid(self, hidden_states, self.num_attention_heads), None
 
@@ -160,7 +160,7 @@ class _HuggingFaceHiera(FusedAttention):
 
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """(B, H, W, C) to the same, or half of H and W where the queries are pooled."""
-        if _traced() or kwargs:
+        if traced() or kwargs:
             return self.host_class.forward(self, hidden_states, **kwargs)
         batch, height, width, _ = hidden_states.shape
         heads = self.num_attention_heads
@@ -179,7 +179,7 @@ class _HuggingFaceHiera(FusedAttention):
 class _TinyViT(FusedAttention):
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, N, C) to the same."""
-        if _traced():
+        if traced():
             return self.host_class.forward(self, x)
         batch, tokens, _ = x.shape
         qkv = self.qkv(self.norm(x)).view(batch, tokens, self.num_heads, -1)
@@ -199,7 +199,7 @@ class _TinyViT(FusedAttention):
         return self.ab  # MobileSAM computes it when the mode changes
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether a graph is recorded that other runtimes execute, which lack the fused operator."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from naslora.adapter.layer.config import NASLoRAConfig
-from naslora.adapter.layer.targets import find_targets
+from naslora.adapter.layer.targets import block_names, find_targets
 from naslora.choices import AblationName
 from naslora.errors import UserError
 from naslora.methods import METHODS, configure, searches
@@ -104,7 +104,7 @@ def _blocks(config: RunConfig) -> Iterator[Row]:
     """Adapters in the first half, the last half, or all of the encoder's blocks."""
     encoder = build_model(config.model.name, config.model.image_size, checkpoint=NONE).image_encoder
     whole = _with_adapter(config, blocks=None)
-    count = len(find_targets(encoder, _adapter(whole)))
+    count = len(block_names(find_targets(encoder, _adapter(whole))))
     half, every = count // 2, tuple(range(count))
     yield Row(f"1 to {half}", "first-half", _with_adapter(config, blocks=every[:half]))
     yield Row(f"{half + 1} to {count}", "last-half", _with_adapter(config, blocks=every[half:]))

@@ -19,9 +19,9 @@ from naslora.adapter.io.wrappers import (
     writes_together,
 )
 from naslora.adapter.layer.applied import applied, image_encoder
-from naslora.adapter.layer.config import MethodConfig
+from naslora.adapter.layer.config import MethodConfig, TargetConfig
 from naslora.adapter.layer.modules import NAMED, adapter_layers, check_model
-from naslora.adapter.layer.targets import compiled
+from naslora.adapter.layer.targets import compiled, target_name
 from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError, listing
 from naslora.files import write_json, write_tensors
@@ -46,6 +46,8 @@ class Description:
     """Names of the NAS-LoRA layers."""
     method: str | None = None
     """Name of the method; None for a model of ``inject`` or one without adapters."""
+    target: str | None = None
+    """The named target that the layers make up; None for other layers."""
     base_model_name_or_path: str | None = None
     """Where Transformers loaded the model from; None for other models."""
     other_tensors: list[str] | None = None
@@ -110,6 +112,7 @@ def write_adapter(
         config=config.to_dict() if config else None,
         layers=layers,
         method=present.name if present else None,
+        target=target_name(config.target) if isinstance(config, TargetConfig) else None,
         base_model_name_or_path=base_model(model),
         other_tensors=sorted(tensors.keys() - ours),
         unsaved_tensors=sorted(trained_state(model).keys() - tensors.keys() - ours),

@@ -16,6 +16,7 @@ from naslora.report.tables import MISSING, Table, is_known, number, reduce_known
 from naslora.results import Annealing, AnnealingState, MergeResult, RunResult
 
 ROUNDING = 1e-4  # a smaller relative error is rounding, and no bar of it would be visible
+MOST_NAMES = 32  # of layers, on an axis
 ERRORS_NOTE = (
     "Update error: the change of a layer's output by merging, relative to what the adapter adds to "
     "that output. Output error: the same change, relative to the whole output. Both compare "
@@ -104,7 +105,9 @@ def _draw_merge_errors(axes: Axes, layers: list[LayerError]) -> None:
     output = as_array(layer.output_error for layer in layers)
     axes.bar(places - 0.2, update, width=0.38, color=BLUE, label="update")
     axes.bar(places + 0.2, output, width=0.38, color=ORANGE, label="output")
-    axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 3 else 0)
+    step = -(-len(names) // MOST_NAMES)
+    rotation = 90 if max(map(len, names)) > 3 else 0
+    axes.set_xticks(places[::step], names[::step], rotation=rotation)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("layer")

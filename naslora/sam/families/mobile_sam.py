@@ -3,13 +3,32 @@
 from collections.abc import Iterator
 
 from segment_anything.modeling.common import LayerNorm2d
-from timm.models.tiny_vit import tiny_vit_5m_224
+from timm.models.tiny_vit import TinyVitBlock, tiny_vit_5m_224
 from torch import Tensor, nn
 
+from naslora.adapter.layer.windows import partition, unpartition
+from naslora.sam.attention import traced
 from naslora.sam.decoder import EMBED_DIM, SegmentationDecoder
 from naslora.sam.families.sam import HQ_TOKENS
 from naslora.sam.family import Family
 from naslora.sam.naming import Naming
+
+
+class GridBlock(TinyVitBlock):
+    """timm's block of TinyViT, except that its MLP gets (B, H, W, C) instead of (B, H * W, C).
+
+    An adapter on the MLP then knows which tokens are neighbours, whatever the image's shape.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        if traced():
+            return super().forward(x)
+        size, grid = self.window_size, (x.shape[1], x.shape[2])
+        windows = self.attn(partition(x, size).flatten(1, 2))
+        x = x + unpartition(windows.unflatten(1, (size, size)), size, grid)
+        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.mlp(x)
 
 
 class TinyViTEncoder(nn.Module):
@@ -24,6 +43,9 @@ class TinyViTEncoder(nn.Module):
         # name in timm's registry.
         tiny_vit = tiny_vit_5m_224(num_classes=0, drop_path_rate=0.0)
         tiny_vit.stages[3].downsample.conv2.conv.stride = (1, 1)
+        for block in tiny_vit.modules():
+            if isinstance(block, TinyVitBlock):
+                block.__class__ = GridBlock
         self.patch_embed = tiny_vit.patch_embed
         self.stages = tiny_vit.stages
         width = tiny_vit.num_features

@@ -1,0 +1,105 @@
+"""The named targets, in every family and for every method that adapts linears."""
+
+import copy
+
+import pytest
+import torch
+from segment_anything.modeling.transformer import TwoWayTransformer
+from torch import nn
+
+from bench.families import HOSTS, first, images
+from bench.models import fill_zeros
+from naslora import NASLoRAConfig, fuse_attention, inject, load_adapter, merge, save_adapter
+from naslora.adapter.io.loading import read_description
+from naslora.adapter.io.storage import CONFIG_NAME
+from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.layer.targets import find_targets, target_name
+from naslora.errors import UserError
+from naslora.methods import apply, configure, merge_modes, trainable_parameters
+
+LINEARS = {  # of a block, by the start of the family's title
+    "SAM (": ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"),
+    "SAM-HQ": ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"),
+    "MobileSAM": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    "SAM 2": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    "SamModel": ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"),
+    "Sam2Model": ("attn.qkv", "attn.proj", "mlp.proj_in", "mlp.proj_out"),
+}
+CHOSEN = {"qkv": [0], "mlp": [2], "qkv+mlp": [0, 2], "all": [0, 1, 2, 3]}
+METHODS = ("nas-lora", "nas-pc-lora", "conv-lora", "lora", "dora", "vera")
+OBLONG = (64, 96)
+
+
+def built(family: str, size=(64, 64)) -> nn.Module:
+    torch.manual_seed(0)
+    return next(host for host in HOSTS if host.title.startswith(family)).build(*size).eval()
+
+
+@pytest.mark.parametrize("family", LINEARS)
+def test_layers_of_a_name(family):
+    encoder, linears = built(family), LINEARS[family]
+    blocks = [n.removesuffix(linears[0]) for n in find_targets(encoder, NASLoRAConfig())]
+    for target, chosen in CHOSEN.items():
+        names = list(find_targets(encoder, NASLoRAConfig(target=target)))
+        assert names == [block + linears[i] for block in blocks for i in chosen]
+        assert target_name(names) == target
+        last = NASLoRAConfig(target=target, blocks=(len(blocks) - 1,))
+        assert list(find_targets(encoder, last)) == names[-len(chosen) :]
+
+
+def test_a_name_leaves_the_decoder_alone_and_stands_for_all_its_layers():
+    decoder = nn.ModuleDict({"transformer": TwoWayTransformer(1, 8, 2, 16)})
+    sam = nn.ModuleDict({"image_encoder": built("SAM ("), "mask_decoder": decoder})
+    assert not any("decoder" in name for name in inject(sam, NASLoRAConfig(target="all")))
+    with pytest.raises(UserError, match=r"a part of target 'qkv\+mlp'"):
+        inject(built("DINOv2"), NASLoRAConfig(target="qkv+mlp"))
+
+
+@pytest.mark.parametrize("family", ["SAM (", "MobileSAM", "SAM 2"])
+def test_the_mlp_sees_images_and_the_attention_its_windows(family):
+    encoder, seen = built(family, OBLONG), {}
+    inject(encoder, NASLoRAConfig(target="all"))
+    for name, layer in adapter_layers(encoder):
+        layer.register_forward_pre_hook(
+            lambda layer, inputs, name=name: seen.update({name: layer._split(inputs[0])[1].shape})
+        )
+    encoder(images(OBLONG))
+    for name, (batch, height, width, _) in seen.items():
+        whole = batch == 2 and 2 * width == 3 * height
+        assert whole or (height == width and ".mlp." not in name), name
+    assert len(seen) % 4 == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*(("SAM (", method) for method in METHODS), *(("MobileSAM", m) for m in METHODS[1:3])],
+)
+def test_methods_on_all_layers(family, method, tmp_path):
+    """Fused attention, merging and files change nothing but rounding."""
+    model = nn.ModuleDict({"image_encoder": built(family)})
+    fresh, x = copy.deepcopy(model), images((64, 64))
+    apply(method, model, configure(method, NASLoRAConfig(target="all")))
+    fill_zeros(trainable_parameters(model))
+    with torch.no_grad():
+        expected = first(model.image_encoder(x))
+        save_adapter(model, tmp_path)
+        assert read_description(tmp_path / CONFIG_NAME).target == "all"
+        load_adapter(fresh, tmp_path)
+        assert torch.equal(first(fresh.image_encoder(x)), expected)
+        fuse_attention(model)
+        changed = [first(model.image_encoder(x))]
+        if merge_modes(method):
+            merge(model, "exact")
+            changed.append(first(model.image_encoder(x)))
+    for output in changed:
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_calibrated_merging_of_all_layers():
+    encoder = built("SAM (")
+    inject(encoder, NASLoRAConfig(target="all"))
+    fill_zeros([layer.lora_B for _, layer in adapter_layers(encoder)])
+    batches = [torch.randn(16, 3, 64, 64) for _ in range(2)]
+    report = merge(encoder, "calibrated", batches)
+    assert [error.tokens for error in report.layers if "mlp" in error.name] == [32 * 16] * 4
+    assert max(error.output_error for error in report.layers) < 0.2
