@@ -38,7 +38,7 @@ SCALING = 32 / 3
 
 @dataclass(frozen=True)
 class Shape:
-    """Maps of an encoder as ``attn.qkv`` gets them: (batch, height, width), C_in -> C_out."""
+    """Maps of an encoder as a linear layer gets them: (batch, height, width), C_in -> C_out."""
 
     name: str
     grid: tuple[int, int, int]
@@ -49,6 +49,7 @@ class Shape:
 # SAM on an image of 1024 x 1024 pixels, in windows and whole; on one of 256 x 256; MobileSAM.
 WINDOWS = Shape("vit_b windows", (25, 14, 14))
 GLOBAL = Shape("vit_b global", (1, 64, 64))
+MLP = Shape("vit_b mlp", (1, 64, 64), 768, 3072)  # the first linear, of every block
 SMALL = Shape("vit_b 256px", (4, 14, 14))
 HUGE = Shape("vit_h windows", (25, 14, 14), 1280, 3840)  # the paper's encoder
 HUGE_BATCH = Shape("vit_h windows, 4 images", (100, 14, 14), 1280, 3840)
@@ -58,11 +59,12 @@ CASES = (
     *((WINDOWS, rank) for rank in RANKS),
     (GLOBAL, 3),
     (GLOBAL, 24),
+    (MLP, 3),
     (SMALL, 3),
     (HUGE, 3),
     (TINY, 3),
 )
-CELL_CASES = tuple(case for case in CASES if case[0] is not HUGE)  # to a cell, WINDOWS once more
+CELL_CASES = tuple(c for c in CASES if c[0] not in (HUGE, MLP))  # to a cell, WINDOWS and GLOBAL
 # Compiling takes some ten seconds a case, so it is measured on these alone.
 COMPILED_CASES = ((WINDOWS, 3), (WINDOWS, 24), (GLOBAL, 3))
 

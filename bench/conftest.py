@@ -32,6 +32,9 @@ def pytest_addoption(parser):
         "--stock", default="lora,conv-lora", help="which to measure on stock attention, too"
     )
     group.addoption("--compiled", default="", help="which to time through torch.compile, too")
+    group.addoption(
+        "--targets", default="", help="which to train the methods on, too, e.g. mlp,all"
+    )
     group.addoption("--rounds", type=int, default=5, help="measurements of each candidate")
 
 
@@ -52,9 +55,8 @@ def _listed(config, option):
     return [name for name in config.getoption(option).split(",") if name]
 
 
-def _training(config, compiled=""):
-    methods, stock = _listed(config, "methods"), _listed(config, "stock")
-    return models.training_names(methods, stock, _listed(config, compiled) if compiled else ())
+def _training(config, *more):
+    return models.training_names(*(_listed(config, name) for name in ("methods", "stock", *more)))
 
 
 def _entries(config, group):
@@ -70,7 +72,7 @@ def _entries(config, group):
                         yield title, (kind, case, direction), (name, direction)
         return
     if group == "training_step":
-        names = _training(config, "compiled")
+        names = _training(config, "compiled", "targets")
         keys = [(name, step) for name in names for step in models.training_steps(name)]
     elif group == "memory":
         keys = [(name, "memory") for name in _training(config)]
@@ -114,7 +116,7 @@ def measured(pytestconfig):
     groups = {
         "kernels": lambda work: suite.time_kernels(*work, rounds),
         "training_step": lambda setting: suite.time_training(
-            setting, _training(pytestconfig, "compiled"), rounds
+            setting, _training(pytestconfig, "compiled", "targets"), rounds
         ),
         "inference": lambda setting: suite.time_inference(setting, methods, rounds),
         "memory": lambda setting: suite.measure_memory(setting, _training(pytestconfig)),

@@ -1,7 +1,7 @@
 """Whole models of every method on the same frozen weights, and the steps that are timed of them.
 
 The names of candidates are a method, or ``untouched``, and how its model differs from what
-``naslora train`` runs: ``STOCK``, ``COMPILED``, or ``MERGED`` and the mode.
+``naslora train`` runs: ``STOCK``, ``COMPILED``, ``ON`` and the target, or ``MERGED`` and the mode.
 """
 
 import contextlib
@@ -38,6 +38,7 @@ UNTOUCHED = "untouched"
 MOST_INPUTS = 1280  # of a layer, in ViT-H
 STOCK = " stock attention"  # segment_anything's own code; all others are on fused attention
 COMPILED = " compiled"
+ON = " on "
 MERGED = " merged "
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEARCH = TrainConfig()
@@ -188,7 +189,7 @@ def candidates(
     for name in names:
         method = method_of(name)
         try:
-            model = adapted(method, base if name.endswith(STOCK) else fused)
+            model = adapted(method, base if name.endswith(STOCK) else fused, **_layers(name))
         except UserError:
             continue
         if PRECISIONS[setting.precision] is not None and not name.endswith(STOCK):
@@ -201,7 +202,13 @@ def candidates(
 
 def method_of(name: str) -> str:
     """The method of a candidate that trains."""
-    return name.removesuffix(STOCK).removesuffix(COMPILED)
+    return name.removesuffix(STOCK).removesuffix(COMPILED).partition(ON)[0]
+
+
+def _layers(name: str) -> dict[str, str]:
+    """The field of the configuration that a candidate's target changes."""
+    target = name.partition(ON)[2]
+    return {"target": target} if target else {}
 
 
 def compile_blocks(model: SamForSegmentation) -> None:
@@ -213,7 +220,10 @@ def compile_blocks(model: SamForSegmentation) -> None:
 
 
 def training_names(
-    methods: Sequence[str], stock: Sequence[str], compiled: Sequence[str] = ()
+    methods: Sequence[str],
+    stock: Sequence[str],
+    compiled: Sequence[str] = (),
+    targets: Sequence[str] = (),
 ) -> list[str]:
     """All that train.
 
@@ -221,8 +231,11 @@ def training_names(
         methods: which methods.
         stock: which of them are also on stock attention.
         compiled: which of them also go through ``torch.compile``.
+        targets: what those that adapt linear layers also adapt.
     """
+    linear = [m for m in methods if m in METHODS and hasattr(METHODS[m].config, "target")]
     chosen = {"": methods, STOCK: stock, COMPILED: compiled}
+    chosen |= {ON + target: linear for target in targets}
     return [method + how for method in methods for how in chosen if method in chosen[how]]
 
 
@@ -290,9 +303,10 @@ def gate_training(found: dict[str, Candidate], base: SamForSegmentation) -> str 
     """
 
     @functools.lru_cache(maxsize=1)  # the candidates of a method follow one another
-    def expected(method: str, setting: Setting) -> tuple[tuple[Tensor, ...], list[float]]:
+    def expected(name: str, setting: Setting) -> tuple[tuple[Tensor, ...], list[float]]:
         """The loss and the gradients, and how much each may differ."""
-        plain = adapted(method, base, backend="reference")
+        method = method_of(name)
+        plain = adapted(method, base, backend="reference", **_layers(name))
         exact = Candidate(method, plain, replace(setting, precision="no")).gradients()
         if setting.precision == "no":
             return exact, [1e-3] * len(exact)
@@ -304,7 +318,8 @@ def gate_training(found: dict[str, Candidate], base: SamForSegmentation) -> str 
     for name, candidate in found.items():
         if name == candidate.method + STOCK and not candidate.alpha:
             continue  # it is the reference
-        exact, tolerances = expected(candidate.method, candidate.setting)
+        plain = name.removesuffix(STOCK).removesuffix(COMPILED)
+        exact, tolerances = expected(plain, candidate.setting)
         errors = _errors(candidate.gradients(), exact)
         for i, (error, tolerance) in enumerate(zip(errors, tolerances, strict=True)):
             if not error < tolerance:

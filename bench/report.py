@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from bench import attention
 from bench.kinds import KINDS
-from bench.models import COMPILED, MERGED, STOCK, UNTOUCHED, Setting
+from bench.models import COMPILED, MERGED, ON, STOCK, UNTOUCHED, Setting
 from bench.timing import Times
 from naslora.methods import METHODS
 from naslora.report.tables import Table, markdown_table
@@ -42,6 +42,7 @@ TARGETS = {
     ("cell vit_b global r=3", "both"): {"reference": 6.0, "reference compiled": 4.0},
     ("cell vit_b windows r=24", "both"): {"reference": 3.0, "reference compiled": 3.0},
     ("layer vit_b windows r=3", "both"): {"frozen linear": 1 / 1.06},
+    ("layer vit_b mlp r=3", "both"): {"frozen linear": 1 / 1.06},
     ("attention vit_b global heads=12", "both"): {attention.STOCK: 2.2},
     ("attention vit_b global heads=12", "forward"): {attention.STOCK: 2.0},
     ("attention vit_b windows heads=12", "both"): {attention.STOCK: 1.15},
@@ -96,7 +97,8 @@ def _title(name: str) -> str:
         method, found, rest = name.partition(separator)
         if found:
             return f"{_title(method)},{separator}{rest}"
-    return METHODS[name].title if name in METHODS else name
+    method, on, target = name.partition(ON)
+    return METHODS[method].title + on + target if method in METHODS else name
 
 
 LORA, OURS = ("lora", "weights"), ("nas-pc-lora", "weights")
@@ -188,17 +190,17 @@ def training(measured: Measured) -> str:
     for name, step in measured.numbers:
         if step != "weights":
             continue
-        paper = PAPER.get(name.removesuffix(STOCK))
+        paper, like = PAPER.get(name.removesuffix(STOCK)), LORA[0] + "".join(name.partition(ON)[1:])
         rows.append(
             [
                 _title(name),
                 _milliseconds(measured, (name, "weights")),
                 _ratio(measured.ratio((name, "weights"), STOCK_LORA)),
-                _ratio(measured.ratio((name, "weights"), LORA)),
+                _ratio(measured.ratio((name, "weights"), (like, "weights"))),
                 _plain(paper and PAPER["lora"][0] / paper[0]),
                 _milliseconds(measured, (name, "architecture")),
                 _ratio(measured.ratio((name, "architecture"), (name, "weights"))),
-                _ratio(measured.ratio((name, "epoch"), LORA)),
+                _ratio(measured.ratio((name, "epoch"), (like, "weights"))),
                 _plain(name in PAPER_EPOCH and PAPER_EPOCH[name] / PAPER_EPOCH["lora"]),
             ]
         )

@@ -164,6 +164,8 @@ def test_candidates_are_named_after_their_attention():
     names = models.training_names(["lora", "nas-pc-lora"], stock=["lora", "conv-lora"])
     assert names == ["lora", "lora stock attention", "nas-pc-lora"]
     assert models.training_names(["lora"], [], ["lora"]) == ["lora", "lora compiled"]
+    names = models.training_names(["bitfit", "lora"], [], targets=["mlp"])
+    assert names == ["bitfit", "lora", "lora on mlp"]
     assert models.training_steps("lora stock attention") == ("weights",)
     assert "architecture" in models.training_steps("nas-pc-lora stock attention")
 
