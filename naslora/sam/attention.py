@@ -268,8 +268,8 @@ def _attended(attention: Any, qkv: Tensor, heads: int) -> Tensor:
         by_row = q.unflatten(2, grid)  # (B, heads, H, W, d)
         table_h = relative_positions(attention.rel_pos_h, height)
         table_w = relative_positions(attention.rel_pos_w, width)
-        rel_h = torch.einsum("bnhwc,hkc->bnhwk", by_row, table_h).flatten(2, 3)
-        rel_w = torch.einsum("bnhwc,wkc->bnhwk", by_row, table_w).flatten(2, 3)
+        rel_h = torch.einsum("bnhwc,hck->bnhwk", by_row, table_h).flatten(2, 3)
+        rel_w = torch.einsum("bnhwc,wck->bnhwk", by_row, table_w).flatten(2, 3)
         o = rel_pos_attention(q, k, v, rel_h, rel_w, grid, scale=attention.scale)
     else:
         o = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
@@ -285,13 +285,13 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
         size: tokens along the axis.
 
     Returns:
-        (size, size, d), by query and key.
+        (size, d, size), by query, feature and key.
     """
     distances = 2 * size - 1
     if table.shape[0] != distances:
         table = F.interpolate(table.t()[None], size=distances, mode="linear")[0].t()
-    place = torch.arange(size, device=table.device)
-    return table[place[:, None] - place + size - 1]
+    # The distance of key j to query i is in row i - j + size - 1. Two launches, no indices.
+    return table.flip(0).unfold(0, size, 1).flip(0)
 
 
 # ---- Recognising ---------------------------------------------------------------------------------
