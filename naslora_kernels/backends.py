@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 
@@ -26,9 +27,14 @@ GPU_BACKENDS = ("cuda", "triton")
 # These have a ``build_info()``, which is empty if the extension was not built.
 COMPILED_BACKENDS = ("cpp", "cuda")
 ENVIRONMENT_VARIABLE = "NASLORA_BACKEND"
-# From so many ranks on a layer needs tensor cores for its products. In 16 bits ``triton`` uses
-# them, ``cuda`` does not (docs/gpu_kernels.md), so the automatic choice then prefers ``triton``.
-MANY_RANKS = 4
+# These multiply. In 16 bits ``triton`` does so on tensor cores and ``cuda`` does not, so the
+# automatic choice then prefers ``triton`` (docs/gpu_kernels.md).
+PRODUCTS = ("nas_lora_linear", "folded_linear")
+# What the first launch of a backend may lack.
+NEEDS = {
+    "cuda": "a driver as new as the nvcc that built the extension",
+    "triton": "gcc, Python.h, libcuda and a driver as new as Triton's ptxas",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +72,12 @@ _loaded: dict[str, Backend] = {}
 
 
 def available_backends() -> dict[str, str | None]:
-    """Returns for each backend None, or the reason why this process cannot use it."""
-    return {name: _unavailable_reason(name) for name in reversed(BACKENDS)}
+    """Returns for each backend None, or the reason why this process cannot use it.
+
+    On a GPU, the current one, each backend of GPUs launches one block.
+    """
+    current = torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else None
+    return {name: _unavailable_reason(name) or probe(name, current) for name in reversed(BACKENDS)}
 
 
 def build_info() -> dict[str, object]:
@@ -103,7 +113,7 @@ def _version() -> str | None:
         return None
 
 
-def select_backend(x: Tensor, requested: str | None, function: str, ranks: int = 1) -> Backend:
+def select_backend(x: Tensor, requested: str | None, function: str) -> Backend:
     """Returns the backend that computes a function on tensors like ``x``.
 
     Args:
@@ -111,28 +121,22 @@ def select_backend(x: Tensor, requested: str | None, function: str, ranks: int =
         requested: a backend's name. None takes NASLORA_BACKEND if it is set, else the best backend
             that serves the tensors.
         function: the name of the function.
-        ranks: the ranks of a layer.
 
     Raises:
         TypeError: the name is no string.
         ValueError: no backend has the name.
         RuntimeError: the named backend cannot serve the call. The message says why.
     """
-    many_ranks = False
-    if ranks >= MANY_RANKS:  # torch.compile makes a constant of a comparison in a branch only
-        many_ranks = True
-    return _loaded[_select(x.device.type, x.dtype, requested, function, many_ranks)]
+    return _loaded[_select(x.device, x.dtype, requested, function)]
 
 
-def _select(
-    device_type: str, dtype: torch.dtype, requested: str | None, function: str, many_ranks: bool
-) -> str:
+def _select(device: torch.device, dtype: torch.dtype, requested: str | None, function: str) -> str:
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"backend: expected a name or None, got {type(requested).__name__}")
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         requested = "reference"  # the kernels have one derivative, in reverse mode
     named = requested or os.environ.get(ENVIRONMENT_VARIABLE)
-    return _choose(device_type, dtype, named, function, many_ranks)
+    return _choose(device, dtype, named, function)
 
 
 # torch.compiler.assume_constant_result sets the same attribute, but calling it would import the
@@ -141,36 +145,64 @@ _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(
-    device_type: str, dtype: torch.dtype, named: str | None, function: str, many_ranks: bool
-) -> str:
+def _choose(device: torch.device, dtype: torch.dtype, named: str | None, function: str) -> str:
     if not named:
-        candidates = [n for n in BACKENDS if device_type != "cpu" or n not in GPU_BACKENDS]
-        if many_ranks and dtype.itemsize == 2 and _has_16_bit_products(device_type):
+        candidates = [n for n in BACKENDS if device.type != "cpu" or n not in GPU_BACKENDS]
+        if function in PRODUCTS and dtype.itemsize == 2 and _has_16_bit_products(device):
             candidates.sort(key=lambda name: name != "triton")
-        name = next(n for n in candidates if _refusal(n, device_type, dtype, function) is None)
+        name = next(n for n in candidates if _refusal(n, device, dtype, function) is None)
         logger.info(
-            "NAS-LoRA computes %s, %s on %s, with backend %r", function, dtype, device_type, name
+            "NAS-LoRA computes %s, %s on %s, with backend %r", function, dtype, device, name
         )
+        for better in candidates[: candidates.index(name)]:
+            if _unavailable_reason(better) is None and (failure := probe(better, device)):
+                logger.warning("backend %r is not used: %s", better, failure)
         return name
     if named not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {named!r}")
-    reason = _refusal(named, device_type, dtype, function)
+    reason = _refusal(named, device, dtype, function)
     if reason is not None:
         raise RuntimeError(f"backend {named!r} cannot serve this call: {reason}")
     return named
 
 
-def _has_16_bit_products(device_type: str) -> bool:
-    """Returns whether the tensor cores of the GPUs multiply 16-bit numbers of either dtype."""
-    return device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+def _has_16_bit_products(device: torch.device) -> bool:
+    """Returns whether the tensor cores of the GPU multiply 16-bit numbers of either dtype."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _refusal(name: str, device_type: str, dtype: torch.dtype, function: str) -> str | None:
-    reason = _unavailable_reason(name) or _load(name).unsupported_reason(device_type, dtype)
+def _has_gpu() -> bool:
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
+def _refusal(name: str, device: torch.device, dtype: torch.dtype, function: str) -> str | None:
+    reason = _unavailable_reason(name) or _load(name).unsupported_reason(device.type, dtype)
     if reason is None and not hasattr(_load(name), function):
         return f"it does not compute {function}"
-    return reason
+    return reason or probe(name, device)
+
+
+@functools.cache
+def probe(name: str, device: torch.device | None) -> str | None:
+    """Launches one block of a backend's kernels on a GPU.
+
+    Returns:
+        Why that fails, or None. None for other backends and devices, and while a CUDA graph is
+        captured, when nothing can be waited for.
+    """
+    if name not in GPU_BACKENDS or device is None or device.type != "cuda":
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    try:
+        with _disable_current_modes(), torch.no_grad():  # it is also asked while a graph is traced
+            number = torch.zeros(1, 1, 1, 1, device=device)
+            _load(name).folded_cell(number, number, 0.0, 0.0)
+            torch.cuda.synchronize(device)
+    except Exception as error:  # Triton's and the driver's have no common class
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"its first launch on {device} fails: {lines[0]} (it needs {NEEDS[name]})"
+    return None
 
 
 @functools.cache

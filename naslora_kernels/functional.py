@@ -129,7 +129,7 @@ def nas_lora_linear(
     linear = LoRALinear(weight, bias, lora_A, lora_B)
     cell = Cell(alpha, dw_sep3, dw_sep5, dw_dil3, dw_dil5, pw, channels)
     check_layer(x, linear, cell, scaling)
-    serving = select_backend(x, backend, "nas_lora_linear", lora_A.shape[0])
+    serving = select_backend(x, backend, "nas_lora_linear")
     return serving.nas_lora_linear(x, linear, cell, float(scaling))
 
 
@@ -205,7 +205,7 @@ def folded_linear(
     linear = LoRALinear(weight, bias, lora_A, lora_B)
     check_folded_linear(x, linear, kernel, average, maximum)
     backend = "reference" if _needs_reference(x, *linear, kernel) else backend
-    serving = select_backend(x, backend, "folded_linear", lora_A.shape[0])
+    serving = select_backend(x, backend, "folded_linear")
     return serving.folded_linear(x, linear, kernel, float(average), float(maximum))
 
 

@@ -463,7 +463,7 @@ def fake_backend(monkeypatch):
     monkeypatch.setattr(naslora_kernels, "fake", module, raising=False)
     monkeypatch.setattr(backends, "BACKENDS", ("fake", "reference"))
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
-    for cached in (remembered := (backends._choose, backends._unavailable_reason)):
+    for cached in (remembered := (backends._choose, backends._unavailable_reason, backends.probe)):
         cached.cache_clear()
     yield module
     for cached in remembered:
@@ -509,26 +509,55 @@ def test_a_named_backend_that_cannot_serve_says_why(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "dtype", "capability", "chosen"),
+    ("function", "dtype", "capability", "chosen"),
     [
-        (3, torch.bfloat16, (9, 0), "cuda"),
-        (4, torch.bfloat16, (9, 0), "triton"),
-        (4, torch.float16, (8, 0), "triton"),
-        (4, torch.bfloat16, (7, 5), "cuda"),  # its tensor cores know no bfloat16
-        (4, torch.float32, (9, 0), "cuda"),
+        ("nas_lora_linear", torch.bfloat16, (9, 0), "triton"),
+        ("folded_linear", torch.float16, (8, 0), "triton"),
+        ("mixed_cell", torch.bfloat16, (9, 0), "cuda"),
+        ("nas_lora_linear", torch.bfloat16, (7, 5), "cuda"),  # its tensor cores know no bfloat16
+        ("nas_lora_linear", torch.float32, (9, 0), "cuda"),
     ],
 )
-def test_many_ranks_go_where_the_tensor_cores_are_used(
-    ranks, dtype, capability, chosen, monkeypatch
+def test_products_in_16_bits_go_where_the_tensor_cores_are_used(
+    function, dtype, capability, chosen, monkeypatch
 ):
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(backends, "_refusal", lambda *arguments: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    many = ranks >= backends.MANY_RANKS
+    monkeypatch.setattr(backends, "probe", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     choose = backends._choose.__wrapped__  # without its memory
-    assert choose("cuda", dtype, None, "nas_lora_linear", many) == chosen
-    assert choose("cuda", dtype, "cuda", "nas_lora_linear", many) == "cuda"  # a name is a name
-    assert choose("cpu", dtype, None, "nas_lora_linear", many) == "cpp"
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert choose(gpu, dtype, None, function) == chosen
+    assert choose(gpu, dtype, "cuda", function) == "cuda"  # a name is a name
+    assert choose(cpu, dtype, None, function) == "cpp"
+
+
+@pytest.mark.parametrize("failing", [("cuda",), ("cuda", "triton")])
+def test_a_backend_that_cannot_launch_is_passed_over(failing, fake_backend, monkeypatch, caplog):
+    """Such as with a driver that is too old for the runtime of the extension."""
+    gpu = torch.device("cuda", 0)
+
+    def fail(*arguments):
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version\nat a.cu")
+
+    def load(name):
+        module = types.SimpleNamespace(unsupported_reason=lambda *_: None, mixed_cell=None)
+        module.folded_cell = fail if name in failing else lambda *_: None
+        return module
+
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(backends, "BACKENDS", ("cuda", "triton", "reference"))
+    monkeypatch.setattr(backends, "_unavailable_reason", lambda name: None)
+    monkeypatch.setattr(backends, "_load", load)
+    chosen = "triton" if failing == ("cuda",) else "reference"
+    assert backends._choose(gpu, torch.float32, None, "mixed_cell") == chosen
+    warned = [record.args[0] for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [*failing]
+    reason = "its first launch on cuda:0 fails: CUDA driver version is insufficient"
+    with pytest.raises(RuntimeError, match=reason):
+        backends._choose(gpu, torch.float32, "cuda", "mixed_cell")
 
 
 class ChannelsOnAGPU:

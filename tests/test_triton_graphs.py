@@ -14,6 +14,7 @@ WRITTEN = {
     "cell_forward_kernel": {"y_ptr"},
     "cell_backward_kernel": {"grad_z_ptr", "partials_ptr"},
     "low_rank_expand_kernel": {"out_ptr"},
+    "low_rank_expand_dot_kernel": {"out_ptr"},  # for 16 bits
 }
 PASSES = ("low_rank_pass_kernel", "low_rank_pass_dot_kernel")  # for 32 and for 16 bits
 

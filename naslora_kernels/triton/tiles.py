@@ -117,9 +117,9 @@ def pass_tiles(
 def expand_tiles(rank: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
     """Returns the constants of the kernel of ``low_rank_expand`` that suits the rank and the dtype.
 
-    From four ranks on, 16-bit maps are multiplied on tensor cores where these know both dtypes.
+    16-bit maps are multiplied on tensor cores where these know both dtypes.
     """
-    if rank > 3 and dtype.itemsize == 2 and capability >= (8, 0):
+    if dtype.itemsize == 2 and capability >= (8, 0):
         return {"RANK": rank, "LANES": max(16, power_of_2(rank)), "ROWS": 64, "COLUMNS": 128}
     block = next(block for block in range(8, 0, -1) if rank % block == 0)
     columns = 64 if dtype == torch.float64 else 256
