@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader
 
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset, collate
-from naslora.data.datasets import DATASETS, load_splits
+from naslora.data.datasets import DATASETS, load_all, load_splits
 from naslora.data.demo_data import write_mni152
 from naslora.data.images import Sample, read_image
 from naslora.data.masks import IGNORED, read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
+from naslora.data.splits import draw_folds, write_splits
 
 GREYS = np.array([[0, 1, 2], [2, 1, 0]])
 BINARY = np.array([[0, 1, 1], [1, 0, 0]])
@@ -192,12 +193,51 @@ def test_one_folder_of_pairs_is_split(tmp_path):
     assert splits == load_splits("folders", tmp_path, (), (0.7, 0.15, 0.15))
 
 
+@pytest.mark.parametrize(
+    ("groups", "count", "sizes"),
+    [
+        ([None] * 10, 5, [2, 2, 2, 2, 2]),
+        ([None] * 7, 3, [2, 2, 3]),
+        ([*"aaaabbbccd", None], 3, [3, 4, 4]),  # b; a; c, d and the one alone
+    ],
+)
+def test_folds_hold_every_image_once_and_groups_together(groups, count, sizes):
+    samples = [sample_of(Path(f"{i}.png"))._replace(group=g) for i, g in enumerate(groups)]
+    folds = draw_folds(samples, count)
+    assert sorted(map(len, folds)) == sizes and folds == draw_folds(samples, count)
+    assert sorted(s.image for fold in folds for s in fold) == sorted(s.image for s in samples)
+    for group in {*groups} - {None}:
+        assert sum(any(s.group == group for s in fold) for fold in folds) == 1
+    few = len({*groups} - {None}) + groups.count(None)
+    assert f"groups of images, got {few}" in error_of(draw_folds, samples, few + 1)
+
+
+def test_splits_are_joined_and_written(csv_root, tmp_path):
+    samples = load_all("csv", csv_root, "--folds")
+    splits = load_splits("csv", csv_root)
+    assert [s.image for s in samples] == [s.image for own in splits.values() for s in own]
+    write_splits(tmp_path / "lists", splits)
+    again = load_splits("csv", tmp_path / "lists")
+    files = [
+        [(s.image, s.mask) for own in found.values() for s in own] for found in (splits, again)
+    ]
+    assert files[0] == files[1]
+    for split, name in (("train", "a"), ("val", "b"), ("test", "c")):
+        random_pair(tmp_path / "parts" / split, name)
+    joined = load_all("folders", tmp_path / "parts", "--folds")
+    assert [sample.image.stem for sample in joined] == ["a", "b", "c"]
+    assert (
+        error_of(load_all, "coco", csv_root, "--folds") == "coco has its own splits; drop --folds"
+    )
+
+
 # What is done to a folder of 5 pairs and a CSV file, the layout, the shares, and the line.
 BAD_SPLITS = [
     (None, "folders", (0.5, 0.2, 0.2), "three shares above 0 that sum to 1, got 0.5 0.2 0.2"),
     (None, "folders", (1.0, 0.0, 0.0), "three shares above 0"),
     (None, "folders", (0.98, 0.01, 0.01), "--split leaves val and test empty: there are 5 images"),
-    (None, "csv", (0.7, 0.15, 0.15), "takes one CSV file, found test.csv, train.csv, val.csv"),
+    (lambda root: (root / "train.csv").unlink(), "csv", (0.7, 0.15, 0.15),
+     "expected one CSV file, found test.csv, val.csv"),
     (None, "coco", (0.7, 0.15, 0.15), "coco has its own splits; drop --split"),
     (lambda root: (root / "masks/c.png").unlink(), "folders", (0.6, 0.2, 0.2),
      "1 of 5 files without mask: c.png"),

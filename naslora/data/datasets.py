@@ -11,16 +11,16 @@ from naslora.data.layouts import (
     DataSet,
     Splits,
     read_csv,
+    read_every_csv,
     read_folders,
-    read_one_csv,
     read_pairs,
-    split_samples,
 )
 from naslora.data.paper_sets import PAPER_SETS
+from naslora.data.splits import split_samples
 from naslora.errors import UserError
 
 DATASETS: dict[str, DataSet] = {
-    "csv": DataSet(read_csv, read_all=read_one_csv),
+    "csv": DataSet(read_csv, read_all=read_every_csv),
     "folders": DataSet(read_folders, read_all=read_pairs),
     "coco": DataSet(read_coco, categories=read_categories),
     "mni152": DataSet(read_mni152),
@@ -40,7 +40,7 @@ def load_splits(
         source: a key of ``DATASETS``.
         root: the folder of the data set.
         class_names: the foreground classes of the run, for a data set whose files name more.
-        shares: of train, val and test, if they are drawn from one folder of pairs or one CSV file.
+        shares: of train, val and test, if they are drawn from all images.
 
     Returns:
         "train", "val", "test" and, if the data set has it, "arch", the split that alpha is trained
@@ -54,15 +54,31 @@ def load_splits(
     if source not in DATASETS:
         raise UserError(f"unknown data set {source!r}; the known ones are {', '.join(DATASETS)}")
     dataset = DATASETS[source]
-    if shares is None:
-        names = () if dataset.categories is None else (class_names,)
-        splits = dataset.read(Path(root), *names)
-    elif dataset.read_all is None:
-        raise UserError(f"{source} has its own splits; drop --split")
-    else:
-        splits = split_samples(dataset.read_all(Path(root)), shares)
+    if shares is not None:
+        return split_samples(load_all(source, root, "--split"), shares)
+    names = () if dataset.categories is None else (class_names,)
+    splits = dataset.read(Path(root), *names)
     _check_distinct(splits)
     return splits
+
+
+def load_all(source: str, root: Path, option: str) -> list[Sample]:
+    """Locates all samples of a data set, of all splits, so that others can be drawn.
+
+    Args:
+        source: a key of ``DATASETS``.
+        root: the folder of the data set.
+        option: what draws the splits, for the message.
+
+    Raises:
+        UserError: the data set has splits of its own; as ``load_splits``.
+    """
+    read_all = DATASETS[source].read_all
+    if read_all is None:
+        raise UserError(f"{source} has its own splits; drop {option}")
+    samples = read_all(Path(root))
+    _check_distinct({"the data": samples})
+    return samples
 
 
 def _check_distinct(splits: Splits) -> None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from naslora.data.images import Encoding, Sample
-from naslora.data.sampling import HOLD_OUT, hold_out, seeded_generator
+from naslora.data.sampling import hold_out
 from naslora.errors import UserError, listing
 
 REQUIRED_SPLITS = ("train", "val", "test")
@@ -37,7 +37,7 @@ class DataSet(NamedTuple):
     """Reads the names of the foreground classes from the folder of the data set. ``read`` then
     takes the names that a run wants as its second argument. None if its files name no classes."""
     read_all: Callable[[Path], list[Sample]] | None = None
-    """Reads samples that are in no split yet; None if the data set always has splits."""
+    """Reads all samples, in a split or not; None if the data set has splits of its own."""
 
 
 # ---- CSV files -----------------------------------------------------------------------------------
@@ -62,28 +62,36 @@ def read_csv(root: Path) -> Splits:
             "(train --dataset folders reads folders of images and masks, and --split 0.7 0.15 0.15 "
             "draws the splits)"
         )
-    return {split: _read_csv(path) for split, path in files.items() if path.is_file()}
+    return {
+        split: [sample._replace(group=None) for sample in _read_csv(path)]
+        for split, path in files.items()
+        if path.is_file()
+    }
 
 
-def read_one_csv(root: Path) -> list[Sample]:
-    """Reads a CSV file, or the only one of a folder. Its column ``group`` becomes the groups.
+def read_every_csv(root: Path) -> list[Sample]:
+    """Reads a CSV file, the only one of a folder, or train.csv, val.csv, test.csv and arch.csv as
+    one. The column ``group`` becomes the groups.
 
     Raises:
-        UserError: there is none, or there are several; as ``read_csv``.
+        UserError: there is none, or there are several others; as ``read_csv``.
     """
     if root.is_file():
-        return _read_csv(root, "group")
+        return _read_csv(root)
     check_folder(root)
     files = sorted(root.glob("*.csv"))
-    if len(files) != 1:
+    splits = [root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)]
+    if splits[0] in files:
+        files = [path for path in splits if path in files]
+    elif len(files) != 1:
         raise UserError(
-            f"{root}: --split takes one CSV file, found {listing(path.name for path in files)}; "
-            "give the path of one (--dataset folders splits a folder of images and masks)"
+            f"{root}: expected one CSV file, found {listing(path.name for path in files)}; "
+            "give the path of one (--dataset folders takes a folder of images and masks)"
         )
-    return _read_csv(files[0], "group")
+    return [sample for path in files for sample in _read_csv(path)]
 
 
-def _read_csv(path: Path, group: str = "") -> list[Sample]:
+def _read_csv(path: Path) -> list[Sample]:
     rows: list[tuple[Path, Path, str]] = []
     groups: list[str | None] = []
     try:
@@ -101,7 +109,7 @@ def _read_csv(path: Path, group: str = "") -> list[Sample]:
                     raise UserError(f"{path}: row {reader.line_num} needs an image and a label")
                 origin = f"{path.name} row {reader.line_num}"
                 rows.append((path.parent / row["image"], path.parent / row["label"], origin))
-                groups.append(row.get(group))
+                groups.append(row.get("group"))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
     if not rows:
@@ -204,48 +212,14 @@ def read_folders(root: Path) -> Splits:
 
 
 def read_pairs(root: Path) -> list[Sample]:
-    """Reads an image and a mask folder, which are in no split yet.
+    """Reads an image and a mask folder, or those of all splits as one.
 
     Raises:
         UserError: as ``read_layout``.
     """
+    if has_folder(root, REQUIRED_SPLITS[0]) and not has_folder(root, IMAGE_FOLDER):
+        return [sample for samples in read_folders(root).values() for sample in samples]
     return read_layout([Layout((Part("train", IMAGE_FOLDER, MASK_FOLDER),))], root)["train"]
-
-
-def split_samples(samples: Sequence[Sample], shares: Sequence[float]) -> Splits:
-    """Draws train, val and test at random, the same for equal samples and shares.
-
-    Args:
-        samples: those of one group stay together.
-        shares: of the samples, for each split.
-
-    Raises:
-        UserError: the shares do not sum to 1, or a split would be empty.
-    """
-    if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-        shown = " ".join(map(str, shares))
-        raise UserError(f"split must be three shares above 0 that sum to 1, got {shown}")
-    groups: dict[str | int, list[int]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault(sample.group or index, []).append(index)
-    members = list(groups.values())
-    chosen: dict[str, list[int]] = {split: [] for split in REQUIRED_SPLITS}
-    taken = 0
-    for unit in seeded_generator(HOLD_OUT, 0).permutation(len(members)):
-        middle = (taken + len(members[unit]) / 2) / len(samples)
-        split = "train" if middle <= shares[0] else "val" if middle <= 1 - shares[2] else "test"
-        chosen[split] += members[unit]
-        taken += len(members[unit])
-    empty = [split for split, indices in chosen.items() if not indices]
-    if empty:
-        raise UserError(
-            f"--split leaves {' and '.join(empty)} empty: there are {len(samples)} images in "
-            f"{len(members)} groups; add some, or give other shares"
-        )
-    return {
-        split: [samples[index]._replace(group=None) for index in sorted(indices)]
-        for split, indices in chosen.items()
-    }
 
 
 def _locate(root: Path, parts: Sequence[Part]) -> list[tuple[Path, Path]]:

@@ -40,8 +40,9 @@ class DataConfig(Settings):
     root: Common[Annotated[Path | None, tyro.conf.arg(aliases=["--data"])]] = None
     """Folder of the data set."""
     split: tuple[float, float, float] | None = None
-    """Shares of train, val and test, which are drawn from one CSV file (`csv`), where images with
-    one entry in a column `group` stay together, or from one folder {images,masks} (`folders`)."""
+    """Shares of train, val and test, which are drawn from all images: of one CSV file, or of
+    train.csv, val.csv and test.csv (`csv`), where images with one entry in a column `group` stay
+    together, or of one folder {images,masks}, or of all (`folders`)."""
     cache: Path | None = None
     """Folder that keeps decoded, resized images for later epochs and runs."""
     num_classes: Common[Annotated[int, msgspec.Meta(ge=1, le=255)]] = 1
