@@ -35,6 +35,7 @@ from naslora.methods import MethodName
 from naslora.records import to_json
 from naslora.results import REPORT, RunResult
 from naslora.sam.shipped import describe_shipped
+from naslora.study.design import Design
 from naslora.training.run_config import Resolution, RunConfig
 from naslora_kernels import available_backends, build_info
 
@@ -140,6 +141,7 @@ def train(
 def compare(
     config: Config,
     methods: Annotated[tuple[MethodName, ...], tyro.conf.arg(help="The methods, one a row.")],
+    design: Annotated[Design, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")],
     output: Annotated[Path, OUTPUT],
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each method's runs.")] = (0,),
     resume: Annotated[
@@ -150,7 +152,7 @@ def compare(
     from naslora.study import compare as studies
 
     with locked(output):
-        studies.compare(config, methods, seeds, output, resume)
+        studies.compare(config, methods, seeds, output, resume, design)
     print(f"look at {output / 'report.html'}")
 
 

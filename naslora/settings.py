@@ -50,6 +50,15 @@ class Settings:
         """The fields as JSON-ready values. Paths are absolute."""
         return json.loads(msgspec.json.encode(self, enc_hook=lambda path: str(path.resolve())))
 
+    def with_text(self: Own, name: str, text: str) -> Own:
+        """The settings with another value of the field ``name``, as the command line has it.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        value = checked(name, text, _hints(cast(Any, type(self)))[name], is_text=True)
+        return cast(Any, dataclasses).replace(self, **{name: value})
+
     @classmethod
     def from_dict(cls: type[Own], values: Any) -> Own:
         """The inverse of ``to_dict``. Fields that ``values`` lacks get their defaults.
@@ -78,13 +87,14 @@ def _hints(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def checked(name: str, value: Any, hint: Any) -> Any:
+def checked(name: str, value: Any, hint: Any, is_text: bool = False) -> Any:
     """The value, converted to the type of an annotation.
 
     Args:
         name: what the value is, for the message.
         value: the value.
         hint: the annotation.
+        is_text: whether the value may be text that stands for a number, true, false or null.
 
     Raises:
         UserError: the value is of another type or out of range.
@@ -94,7 +104,7 @@ def checked(name: str, value: Any, hint: Any) -> Any:
             return value
         raise UserError(f"{name}: expected a {hint.__name__}, got {_short(value)}")
     try:
-        converted = msgspec.convert(value, hint, dec_hook=_path)
+        converted = msgspec.convert(value, hint, strict=not is_text, dec_hook=_path)
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
         text = str(error).partition(" - at ")[0].replace("`", "").partition(", got")[0]
         choices = [str(choice) for choice in _choices(hint)]

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 from dataclasses import replace
@@ -19,16 +20,13 @@ from naslora.errors import UserError
 from naslora.methods import METHODS
 from naslora.report.page import write_page
 from naslora.results import Costs, Epoch, PhaseSeconds, RunNumbers
-from naslora.study import compare
-from naslora.study.compare import in_own_process
+from naslora.study import compare, tables
+from naslora.study.design import Design, parse_grid, with_values
+from naslora.study.differences import over_images
 from naslora.study.measurement import find_refusals, training_seconds
-from naslora.study.summary import (
-    COLUMNS,
-    error_over_images,
-    mean_and_spread,
-    number_table,
-    row_numbers,
-)
+from naslora.study.own_process import in_own_process
+from naslora.study.summary import COLUMNS, mean_and_spread, number_table, row_numbers
+from naslora.training.run_config import DataConfig, RunConfig
 from naslora.training.train_config import TrainConfig
 
 TRAIN = shlex.split(
@@ -138,7 +136,7 @@ def test_tables_of_a_comparison(finished):
     markdown = (output / "table.md").read_text()
     assert "| VPT (refused) |" in markdown and "one run at a time" in markdown
     report = (output / "report.html").read_text()
-    assert "VPT (refused)" in report and report.count("<svg") == 1
+    assert "VPT (refused)" in report and report.count("<svg") == 2
     (difference,) = csv.DictReader((output / "differences.csv").open())
     dice = {key: numbers["scores"]["dice"] for key, numbers in measured(output).items()}
     gains = [dice["nas-pc-lora", seed] - dice["lora", seed] for seed in (3, 4)]
@@ -149,9 +147,10 @@ def test_tables_of_a_comparison(finished):
         name: {seed: image_dice(output / f"runs/{name}/{seed}") for seed in (3, 4)}
         for name in ("lora", "nas-pc-lora")
     }
-    error = error_over_images(images["nas-pc-lora"], images["lora"])
-    assert float(difference["over_images"]) == pytest.approx(error, abs=1e-12)
-    assert "± over images" in markdown
+    expected = over_images(images["nas-pc-lora"], images["lora"], 0.005)
+    for name, value in expected._asdict().items():
+        assert float(difference[name]) == pytest.approx(value, abs=1e-12)
+    assert "| 95% over images |" in markdown
 
 
 def image_dice(run):
@@ -205,7 +204,7 @@ def test_bad_data_is_refused_before_anything_is_written(naslora, make_data, tmp_
 
 
 @pytest.fixture
-def quick(monkeypatch, tmp_path):
+def quick(monkeypatch, tmp_path, data):
     """Compares with runs whose outcome ``outcomes`` holds; returns what ran."""
     ran = []
 
@@ -220,10 +219,10 @@ def quick(monkeypatch, tmp_path):
             return numbers(outcomes.get(key, 0.5))
 
         monkeypatch.setattr(compare, "in_own_process", answer)
-        monkeypatch.setattr(compare, "write_page", page)  # a real one takes half a second
+        monkeypatch.setattr(tables, "write_page", page)  # a real one takes half a second
         monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
         ran.clear()
-        config = run_config(root=tmp_path, training={"epochs": 2})
+        config = run_config(root=data, training={"epochs": 2})
         compare.compare(config, ("lora", "mona"), (0, 1), tmp_path / "out", resume)
 
     return run, ran
@@ -292,11 +291,173 @@ def test_an_interrupt_keeps_the_finished_runs(quick, tmp_path, interrupted):
     assert done.isdisjoint(ran) and len(done) + len(ran) == 4
 
 
-def test_all_methods_refused(monkeypatch, tmp_path):
+def test_all_methods_refused(monkeypatch, tmp_path, data):
     monkeypatch.setattr(compare, "in_own_process", lambda *_: {"vpt": "it needs a plain ViT"})
     with pytest.raises(UserError, match="no method fits: vpt: it needs a plain ViT"):
-        compare.compare(run_config(root=tmp_path), ["vpt"], [0], tmp_path / "out", False)
+        compare.compare(run_config(root=data), ["vpt"], [0], tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
+
+
+# --- Tuned, on folds ---
+
+
+DICE = {"1e-3": 0.6, "1e-2": 0.7, "1": 0.1}  # of a run with this rate
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path, data):
+    """Compares on folds with runs whose Dice ``DICE`` holds; returns what ran, as configurations."""
+    ran = []
+
+    def run(resume=False, errors=(), **changed):
+        """``errors``: by rate, what every run with it raises."""
+        errors = dict(errors)
+
+        def answer(function, config, *_):
+            if function is find_refusals:
+                return {}
+            ran.append(config)
+            rate = f"{config.training.learning_rate:g}".replace("0.01", "1e-2").replace(
+                "0.001", "1e-3"
+            )
+            if rate in errors:
+                raise errors[rate]
+            tested = rows_of(config.data.root / "test.csv")
+            return replace(numbers(DICE[rate]), image_dice=[DICE[rate]] * len(tested))
+
+        monkeypatch.setattr(compare, "in_own_process", answer)
+        monkeypatch.setattr(tables, "write_page", lambda *_, **__: None)
+        monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
+        ran.clear()
+        design = {"tune": ("learning-rate=1e-3,1e-2,1",), "folds": 4, **changed}
+        config, methods = RunConfig(data=DataConfig(root=data)), ("lora", "mona")
+        seeds = design.pop("seeds", (0, 1))
+        compare.compare(config, methods, seeds, tmp_path / "out", resume, Design(**design))
+
+    return run, ran
+
+
+def rows_of(path):
+    with path.open() as file:
+        return [*csv.DictReader(file)]
+
+
+def images_of(folder, split):
+    return {row["image"] for row in rows_of(folder / f"{split}.csv")}
+
+
+def test_nothing_is_tuned_on_what_it_is_tested_on(tuned, tmp_path):
+    run, ran = tuned
+    run(inner_folds=2)
+    trials = [config for config in ran if "inner" in config.data.root.name]
+    finals = [config for config in ran if config not in trials]
+    # Of each method: three rates on two inner folds with the first seed, then two seeds.
+    assert len(trials) == 2 * 4 * 3 * 2 and {config.seed for config in trials} == {0}
+    assert len(finals) == 2 * 4 * 2 and {c.training.learning_rate for c in finals} == {1e-2}
+    everything = {row["image"] for row in rows_of(tmp_path / "out/images.csv")}
+    assert len(everything) == 8
+    for config in ran:
+        parts = [images_of(config.data.root, split) for split in ("train", "val", "test")]
+        assert sum(map(len, parts)) == len(set().union(*parts))
+        if config in trials:
+            assert not set().union(*parts) & images_of(config.data.root.parent, "test")
+        else:
+            assert set().union(*parts) == everything
+    folds = [images_of(tmp_path / f"out/lists/fold-{k}", "test") for k in range(1, 5)]
+    assert sorted(image for fold in folds for image in fold) == sorted(everything)
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| 2 | 1e-2 |" in table and "| LoRA | 3 | 0.6000 | 0.7000 (chosen) | 0.1000 |" in table
+    for row in rows_of(tmp_path / "out/table.csv"):
+        assert row["learning_rate"] == "1e-2" and float(row["dice"]) == pytest.approx(0.7)
+    (difference,) = rows_of(tmp_path / "out/differences.csv")
+    assert difference["verdict"] == "level, within ± 0.005"
+
+
+def test_a_trial_that_cannot_train_is_the_worst_and_others_are_made_again(tuned, tmp_path):
+    run, ran = tuned
+    run(seeds=(0,), errors={"1": UserError("the loss is nan")})
+    assert "| 0.7000 (chosen) | failed |" in (tmp_path / "out/table.md").read_text()
+    run(seeds=(0,), resume=True)
+    assert not ran  # the choice is made
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(
+        UserError, match="2 of 2 runs have no result .*1 has no result: OSError: gone"
+    ):
+        run(seeds=(0,), errors={"1": OSError("gone")})
+    run(seeds=(0,), resume=True)
+    assert len(ran) == 2 * 4 * 2  # a trial and the run that waited for it
+
+
+def test_the_protocol_is_written_first_and_stays(tuned, tmp_path, data):
+    run, ran = tuned
+    with pytest.raises(KeyboardInterrupt):
+        run(errors={"1e-3": KeyboardInterrupt()})
+    words = (tmp_path / "out/protocol.md").read_text()
+    assert "On each fold a method has 3 trials" in words and "(2 2 2 2 images)" in words
+    before = modified(tmp_path / "out")
+    for changed, part in [
+        ({"seeds": (0,)}, "it has seeds [0, 1]"),
+        ({"margin": 0.01}, "it has margin 0.005"),
+        ({"folds": 3}, "it has folds 4, images [2, 2, 2, 2], images_sha256"),
+        (
+            {"tune": ("learning_rate=1e-3,1e-2",)},
+            "it has tune ['learning-rate=1e-3,1e-2,1'], trials",
+        ),
+    ]:
+        with pytest.raises(UserError, match=re.escape(part)):
+            run(resume=True, **changed)
+    assert not ran and modified(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({"folds": 1}, "folds: expected int >= 2"),
+        ({"folds": 9}, "9 folds need as many images, or groups of images, got 8"),
+        ({"folds": 2}, "to tune, --folds must be 3 or more"),
+        ({"inner_folds": 4}, "--inner-folds at most 3"),
+        ({"folds": None, "inner_folds": 2}, "--inner-folds at most 1"),
+        ({"margin": 0}, "margin: expected float > 0"),
+        ({"tune": ("learning_rate",)}, "--tune takes NAME=VALUE,VALUE,..."),
+        ({"tune": ("rank=3", "rank=6")}, "distinct names and values, got 'rank=6'"),
+        ({"tune": ("learning_rate=fast",)}, "learning_rate: expected float, got 'fast'"),
+        ({"tune": ("learning_rate=-1",)}, "learning_rate: expected float >= 0.0, got '-1'"),
+        ({"tune": ("schedule=cubic",)}, "schedule: expected one of linear, cosine, constant"),
+        ({"tune": ("rank=3,6",)}, "--tune rank: neither the training nor the method mona has"),
+    ],
+)
+def test_bad_designs(tuned, tmp_path, changed, part):
+    run, _ = tuned
+    with pytest.raises(UserError, match=re.escape(part)):
+        run(**changed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_are_those_of_the_command_line():
+    config = RunConfig.from_dict({"method": "lora"})
+    values = {"learning_rate": "3e-4", "search_start": "null", "rank": "6", "flip": "false"}
+    varied = with_values(config, values)
+    assert (varied.training.learning_rate, varied.training.search_start) == (3e-4, None)
+    assert (varied.adapter.rank, varied.training.flip) == (6, False)
+    grid = parse_grid(["learning-rate=1e-4,1e-3", "target=qkv,mlp"])
+    assert len(grid) == 4 and grid[1] == {"learning_rate": "1e-4", "target": "mlp"}
+
+
+def test_tuning_on_the_validation_images(naslora, data, tiny_sam, tmp_path):
+    """Real runs: without folds the data's own test images are tested."""
+    options = ["--methods", "lora", "--data", data, *TRAIN, "--output", tmp_path / "out"]
+    result = naslora("compare", *options, "--tune", "learning_rate=1e-3,1e-2")
+    assert result.status == 0, result.err
+    assert "run 2 of 3: LoRA, seed 0, tries learning_rate=1e-2 (inner-1)" in result.err
+    assert re.search(r"learning_rate=1e-\d is chosen", result.err)
+    trial = json.loads((tmp_path / "out/runs/lora/tuning/trial-2/inner-1/config.json").read_text())
+    assert trial["training"]["learning_rate"] == 1e-2
+    assert images_of(tmp_path / "out/lists/inner-1", "test") == {
+        str(data / row["image"]) for row in rows_of(data / "val.csv")
+    }
+    final = json.loads((tmp_path / "out/runs/lora/0/config.json").read_text())
+    assert final["data"]["root"] == str(data)
+    assert "Tuned: learning_rate=1e-3,1e-2." in (tmp_path / "out/protocol.md").read_text()
 
 
 # --- Numbers ---

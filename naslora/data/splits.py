@@ -24,7 +24,7 @@ def split_samples(samples: Sequence[Sample], shares: Sequence[float]) -> Splits:
     if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
         shown = " ".join(map(str, shares))
         raise UserError(f"split must be three shares above 0 that sum to 1, got {shown}")
-    members = _members(samples)
+    members = group_members(samples)
     chosen: dict[str, list[int]] = {split: [] for split in REQUIRED_SPLITS}
     taken = 0
     for unit in seeded_generator(HOLD_OUT, 0).permutation(len(members)):
@@ -52,7 +52,7 @@ def draw_folds(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
     Raises:
         UserError: there are fewer groups than folds.
     """
-    members = _members(samples)
+    members = group_members(samples)
     if len(members) < count:
         raise UserError(
             f"{count} folds need as many images, or groups of images, got {len(members)}"
@@ -64,7 +64,7 @@ def draw_folds(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
     return [[samples[index] for index in sorted(fold)] for fold in folds]
 
 
-def _members(samples: Sequence[Sample]) -> list[list[int]]:
+def group_members(samples: Sequence[Sample]) -> list[list[int]]:
     """The indices of each group's samples; a sample without a group is one of its own."""
     groups: dict[str | int, list[int]] = {}
     for index, sample in enumerate(samples):

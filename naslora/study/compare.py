@@ -2,107 +2,55 @@
 
 A row is a method, or a variant of the configuration. Each run is one of ``naslora train``:
 
-runs/ROW/SEED/       the run's folder; finished runs are kept
+runs/ROW/SEED/       the run's folder, with folds one a fold; finished runs are kept
     numbers.json     what the study measured of the run
 table.md, table.csv  one row a method or variant
-differences.csv      what each row gains on one of them, paired over the seeds
+differences.csv      what each row gains on one of them, paired over seeds and images
 report.html          the tables, and plots of the test Dice
+protocol.*, images.csv, lists/   what ``compare`` fixes before it runs (protocol.py)
 """
 
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-from matplotlib.axes import Axes
 
 from naslora.choices import AblationName
 from naslora.errors import UserError
-from naslora.files import write_text
-from naslora.records import read_record, write_record, write_rows
-from naslora.report.figures import (
-    BLUE,
-    ORANGE,
-    Drawing,
-    as_array,
-    draw_row_axis,
-    row_size,
-)
-from naslora.report.page import Part, write_page
+from naslora.records import read_record, write_record
+from naslora.report.numbers import number
 from naslora.report.run_report import page_title
-from naslora.report.tables import markdown_table
 from naslora.results import REPORT, RunNumbers
+from naslora.study.design import Design, parse_grid, values_text, with_values
 from naslora.study.measurement import find_refusals, run_and_measure
-from naslora.study.rows import BASE, Row, ablation_rows, method_rows
-from naslora.study.summary import (
-    COLUMNS,
-    MERGED,
-    Runs,
-    differences_from,
-    differences_table,
-    notes_on,
-    number_table,
-    row_numbers,
+from naslora.study.own_process import in_own_process
+from naslora.study.plan import NUMBERS, TUNING, Outcomes, Run, Study
+from naslora.study.protocol import (
+    LORA,
+    Fold,
+    check_protocol,
+    find_images,
+    in_words,
+    make_protocol,
+    write_protocol,
 )
+from naslora.study.rows import BASE, ablation_rows, method_rows
+from naslora.study.tables import missing_runs, reason, write_tables
 from naslora.training.resolve import resolve
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
-
-NUMBERS = "numbers.json"
-LORA = "lora"
-"""The method that others are compared with, if it is among them."""
-
-Result = TypeVar("Result")
-Outcomes = dict[tuple[str, int], RunNumbers | str]
-"""By row and seed, what a run gave, or why there are no numbers."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """Which runs to make, and where to write their table."""
-
-    command: str
-    """The word before the progress messages."""
-    title: str
-    """Of the report."""
-    recipe: RunConfig
-    """What the rows share."""
-    rows: Sequence[Row]
-    seeds: Sequence[int]
-    reference: str
-    """The row that the others are compared with."""
-    output: Path
-    """Folder of the runs."""
-    tables: Path
-    """Folder of the tables and of the report."""
-    costs: bool
-    """Whether every run has a process of its own, so that its time and memory can be measured."""
-    refused: Mapping[str, str] = field(default_factory=dict)
-    """The rows that do not fit the encoder, with the reason."""
-
-    def runs(self) -> Iterator[tuple[Row, int, Path]]:
-        """Each row, with each seed's configuration and folder, seed by seed."""
-        for seed in self.seeds:
-            for row in self.rows:
-                config = replace(row.config, seed=seed)
-                folder = self.output / "runs" / row.name / str(seed)
-                yield row._replace(config=config), seed, folder
-
 
 # ---- The commands --------------------------------------------------------------------------------
 
 
 def compare(
-    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], output: Path, resume: bool
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    resume: bool,
+    design: Design | None = None,
 ) -> None:
     """Trains every method with every seed under one recipe, and writes tables and report.
 
@@ -114,7 +62,9 @@ def compare(
         seeds: seeds of the data order, the held-out images and the fresh parameters.
         output: must be new or empty unless ``resume``.
         resume: keep the finished runs of ``output`` and make the others. Methods and seeds may
-            have been added.
+            have been added if ``design`` neither tunes nor draws folds.
+        design: what is tuned, on which images, and the margin of equivalence; None for its
+            defaults.
 
     Raises:
         UserError: the recipe cannot work for any method, or belongs to another comparison; or,
@@ -123,17 +73,45 @@ def compare(
     if (config.method, config.seed) != (RunConfig.method, RunConfig.seed):
         raise UserError("compare takes --methods and --seeds, not --method or --seed")
     _check_distinct("methods", methods)
-    config = resolve(config)
-    rows = method_rows(config, methods)
-    title = page_title(config.to_dict(), f"{len(methods)} methods")
-    study = Study("compare", title, config, rows, seeds, LORA, output, output, costs=True)
+    _check_distinct("seeds", seeds)
+    design = design or Design()
+    recipe = resolve(config)
+    # What depends on tuned settings, such as the start of the search, is still open in the rows.
+    rows = method_rows(replace(recipe, training=config.training), methods)
+    grid = parse_grid(design.tune)
+    tried = [
+        row._replace(config=resolve(with_values(row.config, values)))
+        for row in rows
+        for values in grid or [{}]
+    ]
+    images = find_images(recipe, design, output)
+    protocol = make_protocol(recipe, methods, seeds, design, images)
+    study = Study(
+        command="compare",
+        title=page_title(recipe.to_dict(), f"{len(methods)} methods"),
+        recipe=recipe,
+        rows=rows,
+        seeds=seeds,
+        output=output,
+        tables=output,
+        costs=True,
+        margin=design.margin,
+        folds=images.folds,
+        groups=images.groups,
+        grid=grid,
+        protocol=in_words(protocol),
+    )
+    if resume:
+        check_protocol(protocol, output)
     _check_output(study, resume)
-    refused = in_own_process(find_refusals, rows)
+    samples = [sample for part in images.samples.values() for sample in part]
+    refused = in_own_process(find_refusals, tried, samples)
     fitting = [method for method in methods if method not in refused]
     if not fitting:
         raise UserError("no method fits: " + "; ".join(f"{m}: {r}" for m, r in refused.items()))
-    for method, reason in refused.items():
-        say("compare", f"{method} is left out: {reason}")
+    for method, why in refused.items():
+        say("compare", f"{method} is left out: {why}")
+    write_protocol(protocol, images, output)
     reference = LORA if LORA in methods else fitting[0]
     run_study(replace(study, reference=reference, refused=refused))
 
@@ -159,23 +137,34 @@ def ablate(
         UserError: the configuration has nothing to ablate; ``output`` holds something else, or
             runs of another configuration; or, after all others, a run failed.
     """
+    _check_distinct("seeds", seeds)
     config = resolve(config)
-    rows = ablation_rows(name, config)
-    title = f"Ablation of {page_title(config.to_dict())}: {name}"
-    tables = output / name
-    study = Study(f"ablate {name}", title, config, rows, seeds, BASE, output, tables, costs=False)
+    study = Study(
+        command=f"ablate {name}",
+        title=f"Ablation of {page_title(config.to_dict())}: {name}",
+        recipe=config,
+        rows=ablation_rows(name, config),
+        seeds=seeds,
+        output=output,
+        tables=output / name,
+        costs=False,
+        margin=Design.margin,
+        folds=[Fold("", config.data)],
+        reference=BASE,
+    )
     _check_output(study, resume)
     run_study(study)
-    return (tables / "table.md").read_text(encoding="utf-8")
+    return (study.tables / "table.md").read_text(encoding="utf-8")
 
 
 def _check_output(study: Study, resume: bool) -> None:
-    """Checks the seeds, and the folders before anything runs."""
-    _check_distinct("seeds", study.seeds)
+    """Checks the folders before anything runs."""
     if not resume:
         check_output(study.recipe, study.output, resume)
-    for row, _, folder in study.runs():
-        check_output(row.config, folder, resume=True)
+    for run in study.runs():
+        tuned = study.folder(run.row, "tuning", run.fold) / TUNING
+        if not study.grid or run.trial is not None or tuned.is_file():
+            check_output(study.config(run, {}), run.folder, resume=True)
 
 
 def _check_distinct(name: str, values: Sequence[str] | Sequence[int]) -> None:
@@ -197,164 +186,61 @@ def run_study(study: Study) -> None:
     Raises:
         UserError: at the end, if a run was refused or failed; names the rows and the reasons.
     """
-    outcomes: Outcomes = {}
-    pending = []
-    for row, seed, folder in study.runs():
-        if row.name in study.refused:
-            outcomes[row.name, seed] = study.refused[row.name]
-        elif (folder / NUMBERS).is_file():
-            outcomes[row.name, seed] = read_record(folder / NUMBERS, RunNumbers)
-        else:
-            pending.append((row, seed, folder))
+    runs = [*study.runs()]
+    outcomes: Outcomes = {
+        run.folder: read_record(run.folder / NUMBERS, RunNumbers)
+        for run in runs
+        if (run.folder / NUMBERS).is_file()
+    }
+    pending = [run for run in runs if not run.finished]
     if not pending:
-        _write(study, outcomes)
+        write_tables(study, outcomes)
     started = time.perf_counter()
-    for done, (row, seed, folder) in enumerate(pending, 1):
-        say(study.command, f"run {done} of {len(pending)}: {row.title}, seed {seed}")
-        outcome = outcomes[row.name, seed] = _run(row.config, folder, study.costs)
-        _write(study, outcomes)
+    for done, run in enumerate(pending, 1):
+        say(study.command, f"run {done} of {len(pending)}: {_describe(study, run)}")
+        outcome = outcomes[run.folder] = _run(study, run, outcomes)
+        write_tables(study, outcomes)
         left = (time.perf_counter() - started) / done * (len(pending) - done)
-        found = f"failed: {outcome}"
         if isinstance(outcome, RunNumbers):
-            dice = outcome.scores["dice"]
-            found = "test Dice " + ("unknown" if dice is None else f"{dice:.4f}")
-        say(study.command, f"{found}; about {left / 60:.0f} min left")
-    missing = {key: reason for key, reason in outcomes.items() if isinstance(reason, str)}
+            found = f"test Dice {number(outcome.scores['dice'])}"
+        else:
+            found = f"failed: {reason(outcome)}"
+        say(study.command, f"{found}; runs left: {len(pending) - done}, about {left / 60:.0f} min")
+    missing = missing_runs(study, outcomes)
     if missing:
         reasons = {row: reason for (row, _), reason in missing.items()}
         listed = "; ".join(f"{row}: {reason}" for row, reason in reasons.items())
         raise UserError(
-            f"{len(missing)} of {len(outcomes)} runs have no result ({listed}); the others are in "
-            f"{study.tables / REPORT}"
+            f"{len(missing)} of {len(study.rows) * len(study.seeds)} runs have no result "
+            f"({listed}); the others are in {study.tables / REPORT}"
         )
 
 
-def _run(config: RunConfig, folder: Path, costs: bool) -> RunNumbers | str:
-    """The run's numbers, or its error as text."""
-    arguments = (config, folder, costs)
+def _describe(study: Study, run: Run) -> str:
+    """The row, seed and fold of a run, and the values that it tries."""
+    parts = [run.row.title, f"seed {run.seed}", run.fold.name]
+    if run.trial is not None:
+        parts.append(f"tries {values_text(study.grid[run.trial])} ({run.folder.name})")
+    return ", ".join(part for part in parts if part)
+
+
+def _run(study: Study, run: Run, outcomes: Outcomes) -> RunNumbers | Exception:
+    """The run's numbers, or its error."""
     try:
-        if costs:
+        values, config = study.values(run, outcomes), study.config(run, outcomes)
+        if values and run.trial is None:
+            say(study.command, f"{values_text(values)} is chosen")
+        arguments = (config, run.folder, study.costs and run.trial is None)
+        if study.costs:
             numbers = in_own_process(run_and_measure, *arguments)
         else:
             numbers = run_and_measure(*arguments)
     except Exception as error:  # any error of one run must not end the others
-        text = " ".join(str(error).split())
-        return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-    write_record(folder / NUMBERS, numbers)
+        return error
+    write_record(run.folder / NUMBERS, numbers)
     return numbers
 
 
 def say(command: str, text: str) -> None:
     """Prints a progress message of a command to the standard error."""
     print(f"{command}: {text}", file=sys.stderr, flush=True)
-
-
-# ---- The tables ----------------------------------------------------------------------------------
-
-
-def _write(study: Study, outcomes: Outcomes) -> None:
-    """Writes tables and report."""
-    runs: dict[str, dict[int, RunNumbers]] = {row.name: {} for row in study.rows}
-    for (name, seed), outcome in sorted(outcomes.items()):
-        if isinstance(outcome, RunNumbers):
-            runs[name][seed] = outcome
-    rows = [_table_row(row, study, outcomes, list(runs[row.name].values())) for row in study.rows]
-    titles = {row.name: row.title for row in study.rows}
-    reference = titles[study.reference]
-    differences = differences_from(study.reference, runs, titles)
-    first = "Method" if study.costs else "Variant"
-    merged = [row for row in rows if any(row.get(name) for name in MERGED if name != "dice")]
-    table = number_table(rows, COLUMNS, first)
-    others = {
-        f"Differences from {reference}": differences_table(reference, differences),
-        "Dice after merging": number_table(merged, MERGED, first),
-    }
-    others = {name: other for name, other in others.items() if other.rows}
-    notes = notes_on(rows, [run for own in runs.values() for run in own.values()])
-    text = [f"**{name}**\n\n{markdown_table(other)}" for name, other in others.items()]
-    write_rows(study.tables / "table.csv", rows)
-    write_rows(study.tables / "differences.csv", differences)
-    write_text(study.tables / "table.md", "\n\n".join([markdown_table(table), *text, *notes, ""]))
-    caption = "Test Dice: a dot for each seed, a line at the mean."
-    draw = partial(_draw_dice, runs=runs, titles=list(titles.values()))
-    sections: dict[str, Sequence[Part]] = {
-        "Comparison": [table, *notes, Drawing("dice", caption, draw, row_size(len(rows)))],
-        **{name: [other] for name, other in others.items()},
-    }
-    write_page(study.tables / REPORT, study.title, study.recipe.to_dict(), [], sections)
-
-
-def _table_row(
-    row: Row, study: Study, outcomes: Outcomes, runs: Sequence[RunNumbers]
-) -> dict[str, Any]:
-    """The row of table.csv."""
-    refused = study.refused.get(row.name)
-    own = {seed: outcome for (name, seed), outcome in outcomes.items() if name == row.name}
-    failed = [f"seed {seed}: {reason}" for seed, reason in own.items() if isinstance(reason, str)]
-    return {
-        "row": row.name,
-        "title": row.title,
-        "seeds": len(runs),
-        "missing": len(own) - len(runs),
-        "refused": refused is not None,
-        "reason": "; ".join(failed) if refused is None else refused,
-        **row_numbers(runs),
-    }
-
-
-def _draw_dice(axes: Axes, runs: Runs, titles: Sequence[str]) -> None:
-    """A row a method: a dot for each seed, and a line at the mean."""
-    for place, own in enumerate(runs.values()):
-        dice = as_array(run.scores["dice"] for run in own.values())
-        axes.plot(dice, [place] * len(dice), "o", color=BLUE, markersize=5, alpha=0.6)
-        if own:
-            axes.vlines(dice.mean(), place - 0.35, place + 0.35, color=ORANGE, linewidth=2)
-    draw_row_axis(axes, titles)
-    axes.set_xlabel("test Dice")
-
-
-# ---- A process for a run -------------------------------------------------------------------------
-
-
-def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls a function in a fresh process and returns its result.
-
-    The process ends when this one ends.
-
-    Raises:
-        RuntimeError: the process was killed.
-        Exception: whatever the function raises.
-    """
-    # The fork server imports the function's module once. A process forked from it has all imports
-    # and no results of an earlier run.
-    forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload([function.__module__])
-    try:
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
-            try:
-                return pool.submit(function, *arguments).result()
-            except KeyboardInterrupt:  # the pool would wait for the process
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                raise
-    except BrokenProcessPool as error:
-        raise RuntimeError("its process was killed, perhaps for lack of memory") from error
-
-
-def _end_with_parent() -> None:
-    """Ends this process when its parent ends.
-
-    Otherwise the run of a killed study would train on in a folder that a resumed one uses. An
-    interrupt from the terminal is the parent's, which then terminates this process.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # a pool starts this process
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from naslora.adapter.merging.report import MergeMode
+from naslora.data.images import Sample
 from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
 from naslora.records import read_rows
@@ -30,11 +31,12 @@ PASSES = 11  # forward passes of which the median is a model's time
 WARM_UP_PASSES = 2
 
 
-def find_refusals(rows: Sequence[Row]) -> dict[str, str]:
+def find_refusals(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[str, str]:
     """Finds the methods that do not fit the encoder. Also reads every image once.
 
     Args:
-        rows: the methods, under one recipe.
+        rows: the methods, under one recipe; one with several configurations several times.
+        samples: the images.
 
     Returns:
         Row to reason.
@@ -43,8 +45,7 @@ def find_refusals(rows: Sequence[Row]) -> dict[str, str]:
         UserError: no method could work with these data or this model.
     """
     recipe = rows[0].config
-    splits = find_splits(recipe)
-    check_with_progress([sample for split in splits.values() for sample in split], recipe)
+    check_with_progress(samples, recipe)
     model = build_frozen_model(recipe)
     refusals = {}
     for row in rows:

@@ -1,33 +1,22 @@
-"""The numbers of a study over its seeds: one row a method or variant, and their differences.
+"""The numbers of a study over its seeds: one row a method or variant.
 
 A row of the study is a row of table.csv: a dictionary of row, title, seeds, missing, refused,
 reason, and, once a run is finished, of its numbers in parameters, shares, seconds and bytes. A
 score has a mean over the seeds, NAME, and a standard deviation, NAME_spread.
-
-Runs with equal seeds share the order of the images and the start of the adapters. So the difference
-of two rows is taken seed by seed: it varies less over the seeds than their scores do.
 """
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from naslora.adapter.merging.report import MODES
 from naslora.metrics import METRICS
 from naslora.report.tables import Table, number
-from naslora.results import RunNumbers
+from naslora.results import Costs, RunNumbers
 
-LEVEL = 0.95
 UNMERGED = "unmerged"
-
-Runs = Mapping[str, Mapping[int, RunNumbers]]
-"""The finished runs by row and seed."""
-ImageScores = Mapping[int, Sequence[float | None]]
-"""The score of each test image, by seed; None where it is undefined."""
 
 # ---- Rows ----------------------------------------------------------------------------------------
 
@@ -73,109 +62,51 @@ def row_numbers(runs: Sequence[RunNumbers]) -> dict[str, Any]:
         found[name], found[f"{name}_spread"] = mean_and_spread(values)
     costs = [run.costs for run in runs if run.costs is not None]
     if costs:
-        for name in ("weight_seconds", "training_seconds"):
-            found[name] = statistics.median(getattr(own, name) for own in costs)
-        found["peak_memory"] = max(own.peak_memory for own in costs)
-        for mode in costs[0].inference_seconds:
-            seconds = statistics.median(own.inference_seconds[mode] for own in costs)
-            found[f"inference_{mode}"] = seconds
+        over = pooled_costs(costs)
+        found |= {name: getattr(over, name) for name in ("weight_seconds", "training_seconds")}
+        found["peak_memory"] = over.peak_memory
+        found |= {f"inference_{mode}": value for mode, value in over.inference_seconds.items()}
     return found
 
 
-# ---- Differences ---------------------------------------------------------------------------------
+def pooled(parts: Sequence[RunNumbers]) -> RunNumbers:
+    """The numbers of one row and seed over its folds: means, weighted by the folds' test images."""
+    if len(parts) == 1:
+        return parts[0]
+    images = [part.image_dice or [None] for part in parts]
+    weights = [max(1, sum(dice is not None for dice in own)) for own in images]
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known, weights) if len(known) == len(weights) else None
+
+    first, costs = parts[0], [part.costs for part in parts if part.costs is not None]
+    return replace(
+        first,
+        trainable_parameters=round(statistics.fmean(part.trainable_parameters for part in parts)),
+        scores={name: mean(part.scores.get(name) for part in parts) for name in first.scores},
+        merged_dice={
+            mode: mean(part.merged_dice.get(mode) for part in parts) for mode in first.merged_dice
+        },
+        entropy=mean(part.entropy for part in parts),
+        image_dice=[dice for own in images for dice in own],
+        costs=pooled_costs(costs) if costs else None,
+    )
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """What a row gains in test Dice on another row, paired over the seeds of both."""
-
-    title: str
-    """The row's title."""
-    seeds: list[int]
-    """The seeds that both rows have."""
-    values: list[float]
-    """One difference a seed."""
-    mean: float | None = None
-    """None without a shared seed."""
-    low: float | None = None
-    """Lower end of Student's 95 % confidence interval of the mean; None for less than two seeds."""
-    high: float | None = None
-    """Upper end of the interval."""
-    over_images: float | None = None
-    """Standard error of the mean over the test images; None if their Dice is not known."""
-
-
-def paired_difference(
-    title: str,
-    own: Mapping[int, float],
-    other: Mapping[int, float],
-    over_images: float | None = None,
-) -> PairedDifference:
-    """The differences over the shared seeds.
-
-    Args:
-        title: the row's title.
-        own: the row's score of each seed.
-        other: the scores of the row that it is compared with.
-        over_images: as ``error_over_images``.
-    """
-    from scipy.special import stdtrit  # what other commands should not wait for
-
-    seeds = sorted(own.keys() & other.keys())
-    values = [own[seed] - other[seed] for seed in seeds]
-    mean = statistics.mean(values) if seeds else None
-    if mean is None or len(seeds) < 2:
-        return PairedDifference(title, seeds, values, mean, over_images=over_images)
-    error = statistics.stdev(values) / math.sqrt(len(seeds))
-    half = float(stdtrit(len(seeds) - 1, (1 + LEVEL) / 2)) * error
-    return PairedDifference(title, seeds, values, mean, mean - half, mean + half, over_images)
-
-
-def error_over_images(own: ImageScores, other: ImageScores) -> float | None:
-    """The standard error of a paired difference over the test images.
-
-    The differences of an image are averaged over the shared seeds. What is left varies with the
-    image, not with the seed, so more seeds do not lower it.
-
-    Returns:
-        The error; None if fewer than two images have a score in all runs.
-    """
-    seeds = own.keys() & other.keys()
-    differences = np.array([own[seed] for seed in seeds], float)  # (seeds, images), None as NaN
-    differences -= np.array([other[seed] for seed in seeds], float)
-    means = differences.mean(0) if seeds else np.array([])
-    means = means[~np.isnan(means)]
-    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
-
-
-def differences_from(
-    reference: str, runs: Runs, titles: Mapping[str, str]
-) -> list[PairedDifference]:
-    """What each row gains in test Dice on the row ``reference``; none if that has no run.
-
-    Args:
-        reference: a row's name.
-        runs: the finished runs.
-        titles: the rows' titles, by name.
-    """
-    dice = {
-        name: {s: run.scores["dice"] for s, run in own.items() if run.scores["dice"] is not None}
-        for name, own in runs.items()
-    }
-    images = {
-        name: {seed: runs[name][seed].image_dice or [] for seed in own}
-        for name, own in dice.items()
-    }
-    return [
-        paired_difference(
-            titles[name],
-            own,
-            dice[reference],
-            error_over_images(images[name], images[reference]),
-        )
-        for name, own in dice.items()
-        if name != reference and own and dice.get(reference)
-    ]
+def pooled_costs(costs: Sequence[Costs]) -> Costs:
+    """Medians of the seconds, and the largest memory and load."""
+    return replace(
+        costs[0],
+        weight_seconds=statistics.median(own.weight_seconds for own in costs),
+        training_seconds=statistics.median(own.training_seconds for own in costs),
+        peak_memory=max(own.peak_memory for own in costs),
+        inference_seconds={
+            mode: statistics.median(own.inference_seconds.get(mode, math.nan) for own in costs)
+            for mode in costs[0].inference_seconds
+        },
+        load=max(own.load for own in costs),
+    )
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -189,8 +120,10 @@ class Column(NamedTuple):
     scale: float = 1
 
     def cell(self, row: Mapping[str, Any], name: str) -> str:
-        """The number of the column ``name`` of table.csv; ``MISSING`` without one."""
+        """The number, or the text, of the column ``name`` of table.csv; ``MISSING`` without."""
         value = row.get(name)
+        if isinstance(value, str):
+            return value
         scaled = None if value is None else self.scale * value
         return mean_text(MeanAndSpread(scaled, row.get(f"{name}_spread")), self.form)
 
@@ -231,19 +164,6 @@ def number_table(
     return Table([first, "Seeds", *(columns[name].title for name in shown)], table)
 
 
-def differences_table(reference: str, differences: Sequence[PairedDifference]) -> Table:
-    """The differences from the row with the title ``reference``."""
-    head = ["Method", f"Dice − {reference}", f"{LEVEL:.0%} interval", "± over images", "Seeds"]
-    rows = []
-    for own in differences:
-        interval = f"{number(own.low, '+.4f')} to {number(own.high, '+.4f')}"
-        if own.low is None:
-            interval = "one seed has no interval" if own.seeds else "no seed is shared"
-        cells = [own.title, number(own.mean, "+.4f"), interval, number(own.over_images)]
-        rows.append([*cells, str(len(own.seeds))])
-    return Table(head, rows)
-
-
 def notes_on(rows: Sequence[Mapping[str, Any]], runs: Sequence[RunNumbers]) -> list[str]:
     """What the numbers of a table are, under what load they were taken, and what is missing."""
     notes = [
@@ -262,8 +182,7 @@ def notes_on(rows: Sequence[Mapping[str, Any]], runs: Sequence[RunNumbers]) -> l
         )
     if any(run.image_dice for run in runs):
         notes.append(
-            "All seeds share the test images, and a difference's interval knows the seeds only. "
-            "± over images is its standard error over the images. A difference smaller than twice "
-            "that may not hold on other images."
+            "All seeds share the test images. The interval over the images says what other images "
+            "may change, that over the seeds what another training may change. Read the wider one."
         )
     return notes + [f"{row['title']}: {row['reason']}." for row in rows if row["missing"]]

@@ -1,0 +1,278 @@
+"""What a row of a study gains on another in test Dice: over the seeds, and over the images.
+
+Runs with equal seeds share the order of the images and the start of the adapters, and all runs
+share the test images. So differences are taken seed by seed and image by image: they vary less than
+the scores do.
+"""
+
+import math
+import statistics
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from naslora.errors import UserError
+from naslora.records import read_rows
+from naslora.report.figures import BLUE, GRID, MUTED, draw_row_axis
+from naslora.report.numbers import MISSING, number
+from naslora.report.tables import Table
+from naslora.results import RunNumbers
+
+LEVEL = 0.95
+RESAMPLES = 9999
+"""Of the bootstrap."""
+
+Runs = Mapping[str, Mapping[int, RunNumbers]]
+"""The finished runs by row and seed."""
+ImageScores = Mapping[int, Sequence[float | None]]
+"""The score of each test image, by seed; None where it is undefined."""
+
+
+class OverImages(NamedTuple):
+    """How sure a difference is for images like the tested ones."""
+
+    image_low: float
+    """Lower end of the 95 % interval, by resampling the images."""
+    image_high: float
+    """Upper end."""
+    equivalence: float
+    """p-value of the two one-sided tests (TOST) against a difference of the margin or more."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """What a row gains in test Dice on another row, paired over the seeds of both."""
+
+    title: str
+    """The row's title."""
+    seeds: list[int]
+    """The seeds that both rows have."""
+    values: list[float]
+    """One difference a seed."""
+    mean: float | None = None
+    """None without a shared seed."""
+    low: float | None = None
+    """Lower end of Student's 95 % confidence interval of the mean; None for less than two seeds."""
+    high: float | None = None
+    """Upper end of the interval."""
+    image_low: float | None = None
+    """As in ``OverImages``, like the next two; None if the Dice of the images is not known."""
+    image_high: float | None = None
+    equivalence: float | None = None
+    verdict: str = MISSING
+    """What the last three say, in words."""
+
+
+def paired_difference(
+    title: str,
+    own: Mapping[int, float],
+    other: Mapping[int, float],
+    over: OverImages | None = None,
+    margin: float = 0,
+) -> PairedDifference:
+    """The differences over the shared seeds.
+
+    Args:
+        title: the row's title.
+        own: the row's score of each seed.
+        other: the scores of the row that it is compared with.
+        over: as ``over_images``, with this ``margin``.
+        margin: as for ``verdict``.
+    """
+    from scipy.special import stdtrit  # what other commands should not wait for
+
+    seeds = sorted(own.keys() & other.keys())
+    values = [own[seed] - other[seed] for seed in seeds]
+    mean = statistics.mean(values) if seeds else None
+    low = high = None
+    if mean is not None and len(seeds) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(seeds))
+        half = float(stdtrit(len(seeds) - 1, (1 + LEVEL) / 2)) * error
+        low, high = mean - half, mean + half
+    words = {} if over is None else {**over._asdict(), "verdict": verdict(over, margin)}
+    return PairedDifference(title, seeds, values, mean, low, high, **words)
+
+
+def over_images(
+    own: ImageScores,
+    other: ImageScores,
+    margin: float,
+    groups: Sequence[Hashable] | None = None,
+) -> OverImages | None:
+    """How sure a paired difference is for other images than the tested ones.
+
+    The differences of an image are averaged over the shared seeds, and an image is drawn in all
+    seeds together: seeds that share it are no further images. Images of a group are drawn together.
+
+    Args:
+        own: a row's scores.
+        other: those of the row that it is compared with.
+        margin: differences smaller than this count as none.
+        groups: the group of each image; None if each is one of its own.
+
+    Returns:
+        None if fewer than two images, or groups, have a score in all runs.
+    """
+    from scipy import stats  # what other commands should not wait for
+
+    seeds = own.keys() & other.keys()
+    if not seeds:
+        return None
+    differences = np.array([own[seed] for seed in seeds], float)  # (seeds, images), None as NaN
+    differences -= np.array([other[seed] for seed in seeds], float)
+    means = differences.mean(0)
+    known = ~np.isnan(means)
+    numbers = {group: place for place, group in enumerate(dict.fromkeys(groups or ()))}
+    units = np.array([numbers[group] for group in groups] if groups else range(len(means)), int)
+    counts = np.bincount(units[known])
+    sums = np.bincount(units[known], means[known])[counts > 0]
+    counts = counts[counts > 0]
+    if len(counts) < 2:
+        return None
+    interval = stats.bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        n_resamples=RESAMPLES,
+        batch=100,
+        vectorized=True,
+        paired=True,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    # Their mean is the images'. Their spread is that of a ratio of sums, to first order.
+    mean = sums.sum() / counts.sum()
+    values = mean + (sums - mean * counts) / counts.mean()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of differences that are all equal, as in a row by itself
+        p = max(
+            stats.ttest_1samp(values, bound, alternative=side).pvalue
+            for bound, side in ((-margin, "greater"), (margin, "less"))
+        )
+    return OverImages(float(interval.low), float(interval.high), float(p))
+
+
+def verdict(over: OverImages, margin: float) -> str:
+    """What interval and test say, in words."""
+    level = over.equivalence < 1 - LEVEL
+    if over.image_low > 0 or over.image_high < 0:
+        return ("ahead" if over.image_low > 0 else "behind") + f", by less than {margin:g}" * level
+    return f"level, within ± {margin:g}" if level else "undecided"
+
+
+def differences_from(
+    reference: str,
+    runs: Runs,
+    titles: Mapping[str, str],
+    margin: float,
+    groups: Sequence[Hashable] | None = None,
+) -> list[PairedDifference]:
+    """What each row gains in test Dice on the row ``reference``; none if that has no run.
+
+    Args:
+        reference: a row's name.
+        runs: the finished runs.
+        titles: the rows' titles, by name.
+        margin: as for ``over_images``.
+        groups: as for ``over_images``.
+    """
+    dice = {
+        name: {s: run.scores["dice"] for s, run in own.items() if run.scores["dice"] is not None}
+        for name, own in runs.items()
+    }
+    images = {
+        name: {seed: runs[name][seed].image_dice or [] for seed in own}
+        for name, own in dice.items()
+    }
+    return [
+        paired_difference(
+            titles[name],
+            own,
+            dice[reference],
+            over_images(images[name], images[reference], margin, groups),
+            margin,
+        )
+        for name, own in dice.items()
+        if name != reference and own and dice.get(reference)
+    ]
+
+
+def differences_table(
+    reference: str, differences: Sequence[PairedDifference], margin: float
+) -> Table:
+    """The differences from the row with the title ``reference``."""
+    head = ["Method", f"Dice − {reference}", f"{LEVEL:.0%} over images", f"{LEVEL:.0%} over seeds"]
+    rows = []
+    for own in differences:
+        seeds = _interval(own.low, own.high)
+        if own.low is None:
+            seeds = "one seed has no interval" if own.seeds else "no seed is shared"
+        p = MISSING if own.equivalence is None else f"{own.equivalence:.2g}"
+        cells = [own.title, number(own.mean, "+.4f"), _interval(own.image_low, own.image_high)]
+        rows.append([*cells, seeds, p, own.verdict, str(len(own.seeds))])
+    return Table([*head, f"p, level within ± {margin:g}", "Verdict", "Seeds"], rows)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return MISSING if low is None else f"{number(low, '+.4f')} to {number(high, '+.4f')}"
+
+
+def draw_differences(
+    axes: Axes, differences: Sequence[PairedDifference], reference: str, margin: float
+) -> None:
+    """A row a method: a dot for the difference, and a line for the interval over the images."""
+    axes.axvspan(-margin, margin, color=GRID, linewidth=0)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    for place, own in enumerate(differences):
+        if own.image_low is not None and own.image_high is not None:
+            axes.hlines(place, own.image_low, own.image_high, color=BLUE, linewidth=2)
+        axes.plot([own.mean or 0.0], [place], "o", color=BLUE, markersize=6)
+    draw_row_axis(axes, [own.title for own in differences])
+    axes.set_xlabel(f"test Dice − {reference}")
+
+
+# ---- Several data sets ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of table.csv."""
+
+    title: str
+    dice: float | None = None
+
+
+def mean_ranks(folders: Sequence[Path | str]) -> Table:
+    """Ranks the methods by test Dice in several comparisons, for instance one a data set.
+
+    Args:
+        folders: those of ``naslora compare``.
+
+    Returns:
+        The methods that have a score in all of them, the best first, with their Dice in each and
+        the mean of their ranks. The best has rank 1; equal scores share the mean of their ranks.
+
+    Raises:
+        UserError: a folder has no table, or no method is in all of them.
+    """
+    from scipy.stats import rankdata
+
+    tables = [read_rows(Path(folder) / "table.csv", Score) for folder in folders]
+    known = [{row.title: row.dice for row in table if row.dice is not None} for table in tables]
+    titles = [title for title in known[0] if all(title in dice for dice in known)]
+    if not titles:
+        raise UserError(f"no method has a score in all of {' '.join(map(str, folders))}")
+    dice = np.array([[own[title] for title in titles] for own in known])  # (comparisons, methods)
+    ranks = rankdata(-dice, axis=1).mean(0)
+    rows = [
+        [titles[i], *(number(value, ".3f") for value in dice[:, i]), number(ranks[i], ".2f")]
+        for i in np.argsort(ranks, kind="stable")
+    ]
+    return Table(
+        ["Method", *(Path(folder).resolve().name for folder in folders), "Mean rank"], rows
+    )

@@ -1,0 +1,229 @@
+"""The protocol of a comparison: what is tuned and tested on which images. It is fixed first.
+
+protocol.json   everything that was decided; a resumed comparison must have the same
+protocol.md     the same in words
+images.csv      the images, with their group and their fold, or their split of the data
+lists/FOLD/     train.csv, val.csv and test.csv of a fold
+    inner-N/    the same for the runs that tune: their test images are of the fold's other images
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from naslora.data.datasets import DATASETS, load_all
+from naslora.data.images import Sample
+from naslora.data.layouts import Splits
+from naslora.data.splits import draw_folds, group_members, write_splits
+from naslora.errors import UserError
+from naslora.files import read_json, write_json, write_text
+from naslora.records import as_csv
+from naslora.study.design import Design, parse_grid
+from naslora.study.differences import LEVEL, RESAMPLES
+from naslora.training.run_config import DataConfig, RunConfig, differing
+from naslora.training.run_data import find_splits
+
+LORA = "lora"
+"""The method that others are compared with, if it is among them."""
+PROTOCOL = "protocol.json"
+IMAGES = "images.csv"
+VALIDATION_FOLDS = 10
+"""One of so many parts of the images that a drawn run trains on are its validation images."""
+
+
+class Fold(NamedTuple):
+    """Images that are tested together, by runs that have not seen them."""
+
+    name: str
+    """fold-1, ...; empty for the data's own test images."""
+    data: DataConfig
+    """Of the runs that are tested."""
+    inner: Sequence[DataConfig] = ()
+    """Of the runs that tune, whose test images are others of the fold's training images."""
+
+
+class Images(NamedTuple):
+    """The images of a comparison."""
+
+    folds: list[Fold]
+    lists: dict[Path, Splits]
+    """The splits of the folds' data, by folder."""
+    samples: dict[str, list[Sample]]
+    """All images, by fold, or by split of the data."""
+    groups: list[str] | None
+    """The group of each test image, fold by fold; None if each image is one of its own."""
+
+
+# ---- Which images --------------------------------------------------------------------------------
+
+
+def find_images(config: RunConfig, design: Design, output: Path) -> Images:
+    """Draws the folds, and the images of the runs that tune. They do not depend on the runs' seeds.
+
+    Args:
+        config: the recipe, resolved.
+        design: what to draw.
+        output: the comparison's folder.
+
+    Raises:
+        UserError: the data cannot be found, are too few, or have splits of their own.
+    """
+    data, count, trials = config.data, design.folds, design.inner_folds if design.tune else 0
+    most = 1 if count is None else count - 1
+    if design.tune and (trials > most or count == 2):
+        raise UserError(
+            "to tune, --folds must be 3 or more (one is tested, one tunes, the others train), and "
+            f"--inner-folds at most {most}"
+        )
+    if count is None:
+        if trials and DATASETS[data.dataset].read_all is None:
+            raise UserError(f"--tune takes --dataset csv or folders, got {data.dataset}")
+        parts = find_splits(config)
+        rest = [sample for name in ("train", "arch") for sample in parts.get(name, [])]
+        tested, others = {"": parts["test"]}, {"": [parts["val"], rest]}
+    else:
+        if data.root is None or data.split is not None:
+            raise UserError("--folds draws from the images of --data DIR, without --split")
+        drawn = draw_folds(load_all(data.dataset, data.root, "--folds"), count)
+        tested = parts = {f"fold-{k + 1}": fold for k, fold in enumerate(drawn)}
+        others = {name: drawn[k + 1 :] + drawn[:k] for k, name in enumerate(tested)}
+    folds, lists = [], {}
+    for name, test in tested.items():
+        folder, own, inner = output / "lists" / name, data, []
+        if count is not None:
+            own, lists[folder] = _listed(data, folder), _splits(test, others[name])
+        for k in range(trials):
+            place = folder / f"inner-{k + 1}"
+            lists[place] = _splits(others[name][k], others[name][:k] + others[name][k + 1 :])
+            inner.append(_listed(data, place))
+        folds.append(Fold(name, own, inner))
+    samples = {name: list(part) for name, part in parts.items()}
+    order = [sample for test in tested.values() for sample in test]
+    groups = [sample.group or str(sample.image) for sample in order] if count else None
+    return Images(folds, lists, samples, groups)
+
+
+def _listed(data: DataConfig, folder: Path) -> DataConfig:
+    """The same data, read from the lists in a folder."""
+    return replace(data, dataset="csv", root=folder, split=None)
+
+
+def _splits(test: list[Sample], parts: Sequence[list[Sample]]) -> Splits:
+    """The images of ``parts``, of which some are for validation, beside the test images."""
+    rest = [sample for part in parts for sample in part]
+    count = min(VALIDATION_FOLDS, len(group_members(rest)))
+    val, *train = draw_folds(rest, max(count, 2))
+    return {"train": [sample for part in train for sample in part], "val": val, "test": test}
+
+
+# ---- The files -----------------------------------------------------------------------------------
+
+
+def make_protocol(
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    design: Design,
+    images: Images,
+) -> dict[str, Any]:
+    """Everything that is decided before a comparison runs, JSON-ready.
+
+    Args:
+        config: the recipe, resolved.
+        methods: the rows.
+        seeds: the seeds of each row's runs.
+        design: how they are compared.
+        images: what ``find_images`` returns for it.
+    """
+    return {
+        "methods": [*methods],
+        "seeds": [*seeds],
+        "tune": [*design.tune],
+        "trials": len(parse_grid(design.tune)),
+        "folds": design.folds,
+        "inner_folds": design.inner_folds,
+        "images": [len(part) for part in images.samples.values()],
+        "images_sha256": hashlib.sha256(_images_csv(images).encode()).hexdigest(),
+        "metric": "dice",
+        "margin": design.margin,
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+        "recipe": config.to_dict(),
+    }
+
+
+def _images_csv(images: Images) -> str:
+    rows = (
+        {"image": str(sample.image), "label": str(sample.mask), "group": sample.group, "part": part}
+        for part, samples in images.samples.items()
+        for sample in samples
+    )
+    return as_csv([*rows])
+
+
+def check_protocol(protocol: Mapping[str, Any], output: Path) -> None:
+    """Checks that the comparison in ``output``, if there is one, has this protocol.
+
+    One that neither tunes nor draws folds may get other methods and seeds.
+
+    Raises:
+        UserError: it has another; the message names what differs.
+    """
+    if not (output / PROTOCOL).is_file():
+        return
+    free = () if protocol["tune"] or protocol["folds"] else ("methods", "seeds")
+    given = {name: value for name, value in protocol.items() if name not in free}
+    names = differing(read_json(output / PROTOCOL), given)
+    if names:
+        raise UserError(
+            f"{output} was started with another protocol (it has {', '.join(names)}); resume with "
+            "the same one, or start another comparison"
+        )
+
+
+def write_protocol(protocol: Mapping[str, Any], images: Images, output: Path) -> None:
+    """Writes the protocol and the lists of images."""
+    for folder, splits in images.lists.items():
+        write_splits(folder, splits)
+    write_text(output / IMAGES, _images_csv(images))
+    write_json(output / PROTOCOL, {**protocol})
+    lines = "".join(f"- {line}\n" for line in in_words(protocol))
+    write_text(output / "protocol.md", f"Written before the first run.\n\n{lines}")
+
+
+def in_words(protocol: Mapping[str, Any]) -> list[str]:
+    """The protocol in sentences."""
+    p = {
+        name: " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in protocol.items()
+    }
+    tested = "The test images are those of the data's own split."
+    if p["folds"]:
+        tested = (
+            f"Every image is tested once, in one of {p['folds']} folds ({p['images']} images), by "
+            "runs that train on the other folds. A group of images is in one fold."
+        )
+    tuned = "Nothing is tuned."
+    if p["tune"]:
+        each, where = "Each method", "the validation images"
+        if p["folds"]:
+            each, where = "On each fold a method", f"{p['inner_folds']} of the other folds"
+        tuned = (
+            f"Tuned: {p['tune']}. {each} has {p['trials']} trials, with the first seed. A trial is "
+            f"scored on {where}, which it does not train on. It never sees the test images. The "
+            "trial with the highest Dice is chosen, of equal ones the first."
+        )
+    return [
+        f"Methods: {p['methods']}. Seeds: {p['seeds']}.",
+        f"{tested} They are listed in {IMAGES} (SHA-256 {p['images_sha256']}).",
+        tuned,
+        "The score is the mean Dice of the test images. Differences are from "
+        f"{LORA}, or else from the first method. The {LEVEL:.0%} interval over the images is a "
+        f"percentile bootstrap of {RESAMPLES} resamples: images, or groups, are drawn in all seeds "
+        "together.",
+        "Equivalence: two one-sided t-tests (TOST) over the images against a difference of "
+        f"{p['margin']:g}, at {1 - LEVEL:.0%}.",
+        f"All other settings are in {PROTOCOL}.",
+    ]
