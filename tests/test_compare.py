@@ -306,7 +306,7 @@ DICE = {"1e-3": 0.6, "1e-2": 0.7, "1": 0.1}  # of a run with this rate
 
 @pytest.fixture
 def tuned(monkeypatch, tmp_path, data):
-    """Compares on folds with runs whose Dice ``DICE`` holds; returns what ran, as configurations."""
+    """Compares on folds with runs whose Dice ``DICE`` holds; returns what ran."""
     ran = []
 
     def run(resume=False, errors=(), **changed):
@@ -381,7 +381,7 @@ def test_a_trial_that_cannot_train_is_the_worst_and_others_are_made_again(tuned,
     assert not ran  # the choice is made
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(
-        UserError, match="2 of 2 runs have no result .*1 has no result: OSError: gone"
+        UserError, match=r"2 of 2 runs have no result .*1 has no result: OSError: gone"
     ):
         run(seeds=(0,), errors={"1": OSError("gone")})
     run(seeds=(0,), resume=True)
