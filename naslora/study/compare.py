@@ -19,8 +19,8 @@ from pathlib import Path
 from naslora.choices import AblationName
 from naslora.errors import UserError
 from naslora.records import read_record, write_record
-from naslora.report.numbers import number
 from naslora.report.run_report import page_title
+from naslora.report.tables import number
 from naslora.results import REPORT, RunNumbers
 from naslora.study.design import Design, parse_grid, values_text, with_values
 from naslora.study.measurement import find_refusals, run_and_measure

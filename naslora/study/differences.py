@@ -19,8 +19,7 @@ from matplotlib.axes import Axes
 from naslora.errors import UserError
 from naslora.records import read_rows
 from naslora.report.figures import BLUE, GRID, MUTED, draw_row_axis
-from naslora.report.numbers import MISSING, number
-from naslora.report.tables import Table
+from naslora.report.tables import MISSING, Table, number
 from naslora.results import RunNumbers
 
 LEVEL = 0.95

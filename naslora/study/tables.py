@@ -11,9 +11,8 @@ from naslora.errors import UserError
 from naslora.files import write_text
 from naslora.records import read_record, write_rows
 from naslora.report.figures import BLUE, ORANGE, Drawing, as_array, draw_row_axis, row_size
-from naslora.report.numbers import number
 from naslora.report.page import Part, write_page
-from naslora.report.tables import Table, markdown_table
+from naslora.report.tables import Table, markdown_table, number
 from naslora.results import REPORT, RunNumbers
 from naslora.study.design import values_text
 from naslora.study.differences import (
