@@ -148,8 +148,9 @@ def test_tables_of_a_comparison(finished):
         for name in ("lora", "nas-pc-lora")
     }
     expected = over_images(images["nas-pc-lora"], images["lora"], 0.005)
-    for name, value in expected._asdict().items():
-        assert float(difference[name]) == pytest.approx(value, abs=1e-12)
+    for name in ("low", "high", "equivalence"):
+        value = float(difference[f"images_{name}"])
+        assert value == pytest.approx(getattr(expected, name), abs=1e-12)
     assert "| 95% over images |" in markdown
 
 
@@ -370,7 +371,7 @@ def test_nothing_is_tuned_on_what_it_is_tested_on(tuned, tmp_path):
     for row in rows_of(tmp_path / "out/table.csv"):
         assert row["learning_rate"] == "1e-2" and float(row["dice"]) == pytest.approx(0.7)
     (difference,) = rows_of(tmp_path / "out/differences.csv")
-    assert difference["verdict"] == "level, within ± 0.005"
+    assert difference["images_verdict"] == "level, within ± 0.005"
 
 
 def test_a_trial_that_cannot_train_is_the_worst_and_others_are_made_again(tuned, tmp_path):
@@ -393,7 +394,7 @@ def test_the_protocol_is_written_first_and_stays(tuned, tmp_path, data):
     with pytest.raises(KeyboardInterrupt):
         run(errors={"1e-3": KeyboardInterrupt()})
     words = (tmp_path / "out/protocol.md").read_text()
-    assert "On each fold a method has 3 trials" in words and "(2 2 2 2 images)" in words
+    assert "Each method has 3 trials a fold" in words and "(2 2 2 2)" in words
     before = modified(tmp_path / "out")
     for changed, part in [
         ({"seeds": (0,)}, "it has seeds [0, 1]"),

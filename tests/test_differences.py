@@ -36,13 +36,13 @@ BOOTSTRAPS = [
 def test_intervals_by_resampling_images(differences, groups, interval):
     own = dict(enumerate(differences))
     other = {seed: [0.0] * len(scores) for seed, scores in own.items()}
-    found = over_images(own, other, MARGIN, groups)
-    assert (found.image_low, found.image_high) == pytest.approx(interval, abs=1e-12)
+    found = over_images(own, other, MARGIN, groups and [*groups])
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-12)
 
 
 def test_the_mean_of_groups_is_that_of_the_images():
     """With a margin at the mean, the test against it has p = 1/2."""
-    found = over_images({0: [0.0, 0.0, 0.0, 1.0]}, {0: [0.0] * 4}, 0.25, "aaab")
+    found = over_images({0: [0.0, 0.0, 0.0, 1.0]}, {0: [0.0] * 4}, 0.25, [*"aaab"])
     assert found.equivalence == pytest.approx(0.5)
 
 
@@ -70,7 +70,8 @@ def test_too_few_images_have_no_interval(scores):
 
 def test_a_method_is_level_with_itself(recwarn):
     scores = {seed: list(np.random.default_rng(seed).random(9)) for seed in (0, 1)}
-    assert over_images(scores, scores, MARGIN) == (0, 0, 0) and not recwarn.list
+    expected = OverImages(0, 0, 0, "level, within ± 0.005")
+    assert over_images(scores, scores, MARGIN) == expected and not recwarn.list
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_a_method_is_level_with_itself(recwarn):
     ],
 )
 def test_verdicts(low, high, p, words):
-    assert verdict(OverImages(low, high, p), MARGIN) == words
+    assert verdict(low, high, p, MARGIN) == words
 
 
 def test_seeds_have_students_interval():

@@ -8,10 +8,9 @@ the scores do.
 import math
 import statistics
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,15 +31,18 @@ ImageScores = Mapping[int, Sequence[float | None]]
 """The score of each test image, by seed; None where it is undefined."""
 
 
-class OverImages(NamedTuple):
+@dataclass(frozen=True)
+class OverImages:
     """How sure a difference is for images like the tested ones."""
 
-    image_low: float
+    low: float
     """Lower end of the 95 % interval, by resampling the images."""
-    image_high: float
+    high: float
     """Upper end."""
     equivalence: float
     """p-value of the two one-sided tests (TOST) against a difference of the margin or more."""
+    verdict: str
+    """What these say, in words."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +55,21 @@ class PairedDifference:
     """The seeds that both rows have."""
     values: list[float]
     """One difference a seed."""
-    mean: float | None = None
+    mean: float | None
     """None without a shared seed."""
-    low: float | None = None
+    low: float | None
     """Lower end of Student's 95 % confidence interval of the mean; None for less than two seeds."""
-    high: float | None = None
+    high: float | None
     """Upper end of the interval."""
-    image_low: float | None = None
-    """As in ``OverImages``, like the next two; None if the Dice of the images is not known."""
-    image_high: float | None = None
-    equivalence: float | None = None
-    verdict: str = MISSING
-    """What the last three say, in words."""
+    images: OverImages | None
+    """None if the Dice of the images is not known."""
 
 
 def paired_difference(
     title: str,
     own: Mapping[int, float],
     other: Mapping[int, float],
-    over: OverImages | None = None,
-    margin: float = 0,
+    images: OverImages | None = None,
 ) -> PairedDifference:
     """The differences over the shared seeds.
 
@@ -80,28 +77,22 @@ def paired_difference(
         title: the row's title.
         own: the row's score of each seed.
         other: the scores of the row that it is compared with.
-        over: as ``over_images``, with this ``margin``.
-        margin: as for ``verdict``.
+        images: what ``over_images`` returns.
     """
     from scipy.special import stdtrit  # what other commands should not wait for
 
     seeds = sorted(own.keys() & other.keys())
     values = [own[seed] - other[seed] for seed in seeds]
     mean = statistics.mean(values) if seeds else None
-    low = high = None
-    if mean is not None and len(seeds) > 1:
-        error = statistics.stdev(values) / math.sqrt(len(seeds))
-        half = float(stdtrit(len(seeds) - 1, (1 + LEVEL) / 2)) * error
-        low, high = mean - half, mean + half
-    words = {} if over is None else {**over._asdict(), "verdict": verdict(over, margin)}
-    return PairedDifference(title, seeds, values, mean, low, high, **words)
+    if mean is None or len(seeds) < 2:
+        return PairedDifference(title, seeds, values, mean, None, None, images)
+    error = statistics.stdev(values) / math.sqrt(len(seeds))
+    half = float(stdtrit(len(seeds) - 1, (1 + LEVEL) / 2)) * error
+    return PairedDifference(title, seeds, values, mean, mean - half, mean + half, images)
 
 
 def over_images(
-    own: ImageScores,
-    other: ImageScores,
-    margin: float,
-    groups: Sequence[Hashable] | None = None,
+    own: ImageScores, other: ImageScores, margin: float, groups: Sequence[str] | None = None
 ) -> OverImages | None:
     """How sure a paired difference is for other images than the tested ones.
 
@@ -126,10 +117,9 @@ def over_images(
     differences -= np.array([other[seed] for seed in seeds], float)
     means = differences.mean(0)
     known = ~np.isnan(means)
-    numbers = {group: place for place, group in enumerate(dict.fromkeys(groups or ()))}
-    units = np.array([numbers[group] for group in groups] if groups else range(len(means)), int)
-    counts = np.bincount(units[known])
-    sums = np.bincount(units[known], means[known])[counts > 0]
+    places = np.arange(len(means)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    counts = np.bincount(places[known])
+    sums = np.bincount(places[known], means[known])[counts > 0]
     counts = counts[counts > 0]
     if len(counts) < 2:
         return None
@@ -153,14 +143,15 @@ def over_images(
             stats.ttest_1samp(values, bound, alternative=side).pvalue
             for bound, side in ((-margin, "greater"), (margin, "less"))
         )
-    return OverImages(float(interval.low), float(interval.high), float(p))
+    low, high = map(float, interval)
+    return OverImages(low, high, float(p), verdict(low, high, float(p), margin))
 
 
-def verdict(over: OverImages, margin: float) -> str:
-    """What interval and test say, in words."""
-    level = over.equivalence < 1 - LEVEL
-    if over.image_low > 0 or over.image_high < 0:
-        return ("ahead" if over.image_low > 0 else "behind") + f", by less than {margin:g}" * level
+def verdict(low: float, high: float, equivalence: float, margin: float) -> str:
+    """What the interval and the test of ``OverImages`` say, in words."""
+    level = equivalence < 1 - LEVEL
+    if low > 0 or high < 0:
+        return ("ahead" if low > 0 else "behind") + f", by less than {margin:g}" * level
     return f"level, within ± {margin:g}" if level else "undecided"
 
 
@@ -169,7 +160,7 @@ def differences_from(
     runs: Runs,
     titles: Mapping[str, str],
     margin: float,
-    groups: Sequence[Hashable] | None = None,
+    groups: Sequence[str] | None = None,
 ) -> list[PairedDifference]:
     """What each row gains in test Dice on the row ``reference``; none if that has no run.
 
@@ -194,7 +185,6 @@ def differences_from(
             own,
             dice[reference],
             over_images(images[name], images[reference], margin, groups),
-            margin,
         )
         for name, own in dice.items()
         if name != reference and own and dice.get(reference)
@@ -208,17 +198,16 @@ def differences_table(
     head = ["Method", f"Dice − {reference}", f"{LEVEL:.0%} over images", f"{LEVEL:.0%} over seeds"]
     rows = []
     for own in differences:
-        seeds = _interval(own.low, own.high)
-        if own.low is None:
-            seeds = "one seed has no interval" if own.seeds else "no seed is shared"
-        p = MISSING if own.equivalence is None else f"{own.equivalence:.2g}"
-        cells = [own.title, number(own.mean, "+.4f"), _interval(own.image_low, own.image_high)]
-        rows.append([*cells, seeds, p, own.verdict, str(len(own.seeds))])
+        seeds = "one seed has no interval" if own.seeds else "no seed is shared"
+        if own.low is not None:
+            seeds = f"{number(own.low, '+.4f')} to {number(own.high, '+.4f')}"
+        images, p, words = MISSING, MISSING, MISSING
+        if own.images is not None:
+            images = f"{number(own.images.low, '+.4f')} to {number(own.images.high, '+.4f')}"
+            p, words = f"{own.images.equivalence:.2g}", own.images.verdict
+        count = str(len(own.seeds))
+        rows.append([own.title, number(own.mean, "+.4f"), images, seeds, p, words, count])
     return Table([*head, f"p, level within ± {margin:g}", "Verdict", "Seeds"], rows)
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return MISSING if low is None else f"{number(low, '+.4f')} to {number(high, '+.4f')}"
 
 
 def draw_differences(
@@ -228,8 +217,8 @@ def draw_differences(
     axes.axvspan(-margin, margin, color=GRID, linewidth=0)
     axes.axvline(0, color=MUTED, linewidth=1)
     for place, own in enumerate(differences):
-        if own.image_low is not None and own.image_high is not None:
-            axes.hlines(place, own.image_low, own.image_high, color=BLUE, linewidth=2)
+        if own.images is not None:
+            axes.hlines(place, own.images.low, own.images.high, color=BLUE, linewidth=2)
         axes.plot([own.mean or 0.0], [place], "o", color=BLUE, markersize=6)
     draw_row_axis(axes, [own.title for own in differences])
     axes.set_xlabel(f"test Dice − {reference}")

@@ -199,30 +199,22 @@ def in_words(protocol: Mapping[str, Any]) -> list[str]:
         name: " ".join(map(str, value)) if isinstance(value, list) else value
         for name, value in protocol.items()
     }
-    tested = "The test images are those of the data's own split."
+    tested, where = "The data's own test images are tested.", "the validation images"
     if p["folds"]:
-        tested = (
-            f"Every image is tested once, in one of {p['folds']} folds ({p['images']} images), by "
-            "runs that train on the other folds. A group of images is in one fold."
-        )
-    tuned = "Nothing is tuned."
-    if p["tune"]:
-        each, where = "Each method", "the validation images"
-        if p["folds"]:
-            each, where = "On each fold a method", f"{p['inner_folds']} of the other folds"
-        tuned = (
-            f"Tuned: {p['tune']}. {each} has {p['trials']} trials, with the first seed. A trial is "
-            f"scored on {where}, which it does not train on. It never sees the test images. The "
-            "trial with the highest Dice is chosen, of equal ones the first."
-        )
+        tested = f"Every image is tested once, by runs that train on other folds ({p['images']})."
+        where = f"{p['inner_folds']} of the other folds"
+    tuned = (
+        f"Tuned: {p['tune']}. Each method has {p['trials']} trials a fold, with the first seed. A "
+        f"trial is scored on {where}, which it does not train on, and never sees the test images. "
+        "The highest Dice is chosen, of equal ones the first."
+    )
     return [
         f"Methods: {p['methods']}. Seeds: {p['seeds']}.",
-        f"{tested} They are listed in {IMAGES} (SHA-256 {p['images_sha256']}).",
-        tuned,
+        f"{tested} All images are in {IMAGES} (SHA-256 {p['images_sha256']}).",
+        tuned if p["tune"] else "Nothing is tuned.",
         "The score is the mean Dice of the test images. Differences are from "
         f"{LORA}, or else from the first method. The {LEVEL:.0%} interval over the images is a "
-        f"percentile bootstrap of {RESAMPLES} resamples: images, or groups, are drawn in all seeds "
-        "together.",
+        f"percentile bootstrap of {RESAMPLES} resamples of the images, or of their groups.",
         "Equivalence: two one-sided t-tests (TOST) over the images against a difference of "
         f"{p['margin']:g}, at {1 - LEVEL:.0%}.",
         f"All other settings are in {PROTOCOL}.",
