@@ -24,6 +24,7 @@ from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 from naslora.records import write_rows
 from naslora.report.figures import BLUE, INK, MUTED, ORANGE, Drawing, draw_row_axis, row_size
+from naslora.report.sections.operations import short_names
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.trained import evaluate_model
 from naslora.training.run_config import RunConfig
@@ -139,6 +140,8 @@ def _draw(axes: Axes, rows: list[OperationLoss]) -> None:
     ]
     axes.barh(range(len(rows)), [row.dice_lost for row in rows], 0.65, color=colours)
     axes.axvline(0, color=INK, linewidth=1)
-    titles = [f"{row.layer}: {row.operation}" if row.operation else row.layer for row in rows]
+    layers = [row.layer for row in rows if row.operation]
+    short = dict(zip(layers, short_names(layers), strict=True))
+    titles = [f"{short[r.layer]}: {r.operation}" if r.operation else r.layer for r in rows]
     draw_row_axis(axes, titles)
     axes.set_xlabel("validation Dice lost")
