@@ -330,7 +330,7 @@ def tuned(monkeypatch, tmp_path, data):
         monkeypatch.setattr(tables, "write_page", lambda *_, **__: None)
         monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
         ran.clear()
-        design = {"tune": ("learning-rate=1e-3,1e-2,1",), "folds": 4, **changed}
+        design = {"tune": [["learning-rate=1e-3,1e-2,1"]], "folds": 4, **changed}
         config, methods = RunConfig(data=DataConfig(root=data)), ("lora", "mona")
         seeds = design.pop("seeds", (0, 1))
         compare.compare(config, methods, seeds, tmp_path / "out", resume, Design(**design))
@@ -401,7 +401,7 @@ def test_the_protocol_is_written_first_and_stays(tuned, tmp_path, data):
         ({"margin": 0.01}, "it has margin 0.005"),
         ({"folds": 3}, "it has folds 4, images [2, 2, 2, 2], images_sha256"),
         (
-            {"tune": ("learning_rate=1e-3,1e-2",)},
+            {"tune": [["learning_rate=1e-3,1e-2"]]},
             "it has tune ['learning-rate=1e-3,1e-2,1'], trials",
         ),
     ]:
@@ -419,12 +419,12 @@ def test_the_protocol_is_written_first_and_stays(tuned, tmp_path, data):
         ({"inner_folds": 4}, "--inner-folds at most 3"),
         ({"folds": None, "inner_folds": 2}, "--inner-folds at most 1"),
         ({"margin": 0}, "margin: expected float > 0"),
-        ({"tune": ("learning_rate",)}, "--tune takes NAME=VALUE,VALUE,..."),
-        ({"tune": ("rank=3", "rank=6")}, "distinct names and values, got 'rank=6'"),
-        ({"tune": ("learning_rate=fast",)}, "learning_rate: expected float, got 'fast'"),
-        ({"tune": ("learning_rate=-1",)}, "learning_rate: expected float >= 0.0, got '-1'"),
-        ({"tune": ("schedule=cubic",)}, "schedule: expected one of linear, cosine, constant"),
-        ({"tune": ("rank=3,6",)}, "--tune rank: neither the training nor the method mona has"),
+        ({"tune": [["learning_rate"]]}, "--tune takes NAME=VALUE,VALUE,..."),
+        ({"tune": [["rank=3", "rank=6"]]}, "distinct names and values, got 'rank=6'"),
+        ({"tune": [["learning_rate=fast"]]}, "learning_rate: expected float, got 'fast'"),
+        ({"tune": [["learning_rate=-1"]]}, "learning_rate: expected float >= 0.0, got '-1'"),
+        ({"tune": [["schedule=cubic"]]}, "schedule: expected one of linear, cosine, constant"),
+        ({"tune": [["rank=3,6"]]}, "--tune rank: neither the training nor the method mona has"),
     ],
 )
 def test_bad_designs(tuned, tmp_path, changed, part):
@@ -437,20 +437,22 @@ def test_bad_designs(tuned, tmp_path, changed, part):
 def test_values_are_those_of_the_command_line():
     config = RunConfig.from_dict({"method": "lora"})
     values = {"learning_rate": "3e-4", "search_start": "null", "rank": "6", "flip": "false"}
+    values["target"] = "mlp.fc1"
     varied = with_values(config, values)
     assert (varied.training.learning_rate, varied.training.search_start) == (3e-4, None)
-    assert (varied.adapter.rank, varied.training.flip) == (6, False)
-    grid = parse_grid(["learning-rate=1e-4,1e-3", "target=qkv,mlp"])
+    assert (varied.adapter.rank, varied.adapter.target) == (6, "mlp.fc1")
+    assert varied.training.flip is False
+    grid = parse_grid([["learning-rate=1e-4,1e-3"], ["target=qkv,mlp"]])
     assert len(grid) == 4 and grid[1] == {"learning_rate": "1e-4", "target": "mlp"}
 
 
 def test_tuning_on_the_validation_images(naslora, data, tiny_sam, tmp_path):
     """Real runs: without folds the data's own test images are tested."""
     options = ["--methods", "lora", "--data", data, *TRAIN, "--output", tmp_path / "out"]
-    result = naslora("compare", *options, "--tune", "learning_rate=1e-3,1e-2")
+    result = naslora("compare", *options, "--tune", "learning_rate=1e-3,1e-2", "--tune", "rank=3")
     assert result.status == 0, result.err
-    assert "run 2 of 3: LoRA, seed 0, tries learning_rate=1e-2 (inner-1)" in result.err
-    assert re.search(r"learning_rate=1e-\d is chosen", result.err)
+    assert "run 2 of 3: LoRA, seed 0, tries learning_rate=1e-2, rank=3 (inner-1)" in result.err
+    assert re.search(r"learning_rate=1e-\d, rank=3 is chosen", result.err)
     trial = json.loads((tmp_path / "out/runs/lora/tuning/trial-2/inner-1/config.json").read_text())
     assert trial["training"]["learning_rate"] == 1e-2
     assert images_of(tmp_path / "out/lists/inner-1", "test") == {
@@ -458,7 +460,7 @@ def test_tuning_on_the_validation_images(naslora, data, tiny_sam, tmp_path):
     }
     final = json.loads((tmp_path / "out/runs/lora/0/config.json").read_text())
     assert final["data"]["root"] == str(data)
-    assert "Tuned: learning_rate=1e-3,1e-2." in (tmp_path / "out/protocol.md").read_text()
+    assert "Tuned: learning_rate=1e-3,1e-2 rank=3." in (tmp_path / "out/protocol.md").read_text()
 
 
 # --- Numbers ---

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import msgspec
+import tyro
 
 from naslora.errors import UserError
 from naslora.settings import Count, Settings
@@ -20,7 +21,7 @@ class Design(Settings):
     """How methods are compared."""
 
     # A docstring of one line each: the parser would break others within a line of its help.
-    tune: tuple[str, ...] = ()
+    tune: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Settings to tune, each as NAME=VALUE,VALUE,...: all combinations, on training images."""
     folds: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """Test every image once, in so many folds; groups (a CSV column `group`) stay together."""
@@ -30,14 +31,14 @@ class Design(Settings):
     """Differences in Dice that are smaller count as none in the test of equivalence."""
 
 
-def parse_grid(tune: Sequence[str]) -> list[Values]:
+def parse_grid(tune: Sequence[Sequence[str]]) -> list[Values]:
     """All combinations of the values of ``Design.tune``; none without any.
 
     Raises:
         UserError: a text is not NAME=VALUE,VALUE,..., or names a setting or a value twice.
     """
     settings: dict[str, list[str]] = {}
-    for text in tune:
+    for text in itertools.chain(*tune):
         name, _, listed = text.partition("=")
         values = [value.strip() for value in listed.split(",")]
         name = name.strip().lstrip("-").replace("-", "_")
@@ -57,7 +58,11 @@ def with_values(config: RunConfig, values: Values) -> RunConfig:
         UserError: the method has no such setting, or the value is of a wrong type or out of range.
     """
     for name, text in values.items():
-        parts = [part for part in ("training", "adapter") if hasattr(getattr(config, part), name)]
+        parts = [
+            part
+            for part in ("training", "adapter")
+            if name in getattr(config, part).__dataclass_fields__
+        ]
         if not parts:
             raise UserError(
                 f"--tune {name}: neither the training nor the method {config.method} has this "

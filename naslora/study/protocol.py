@@ -8,6 +8,7 @@ lists/FOLD/     train.csv, val.csv and test.csv of a fold
 """
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,7 @@ def make_protocol(
     return {
         "methods": [*methods],
         "seeds": [*seeds],
-        "tune": [*design.tune],
+        "tune": [*itertools.chain(*design.tune)],
         "trials": len(parse_grid(design.tune)),
         "folds": design.folds,
         "inner_folds": design.inner_folds,
