@@ -221,6 +221,7 @@ def draw_differences(
             axes.hlines(place, own.images.low, own.images.high, color=BLUE, linewidth=2)
         axes.plot([own.mean or 0.0], [place], "o", color=BLUE, markersize=6)
     draw_row_axis(axes, [own.title for own in differences])
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(f"test Dice − {reference}")
 
 
