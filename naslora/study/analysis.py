@@ -2,7 +2,6 @@
 
 encoder.csv, *.png      mean attention distance and log amplitude of each block (Table 4)
 gradcam.png             where the encoder's last block sees the foreground (Fig. 4)
-predictions.png         test images, truth and prediction (Fig. 3)
 convergence.csv, .png   validation Dice by epoch, over the runs' seeds (Fig. C1)
 operations.csv, .png    how the search has distributed the operations (Fig. C2)
 operation_losses.csv, .png  what the chosen operations are worth, beside random ones
@@ -44,12 +43,11 @@ from naslora.report.figures import (
     row_size,
 )
 from naslora.report.page import Part, Pictures, write_page
-from naslora.report.pictures import paint
 from naslora.report.run_report import page_title
 from naslora.report.tables import Table, number
 from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, REPORT, Epoch, OperationHistory
 from naslora.sam.encoders import transformer_blocks
-from naslora.sam.segmentation import SamForSegmentation, build_model, predict_labels
+from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
 from naslora.study.operation_losses import write_operation_losses
@@ -113,10 +111,6 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
             "Grad-CAM (Fig. 4)": _write_pictures(
                 folder / "gradcam.png",
                 [_heat_maps(models, item) for item in shown],
-            ),
-            "Predictions (Fig. 3)": _write_pictures(
-                folder / "predictions.png",
-                [_prediction(model, config, item) for item in shown],
             ),
             "Convergence (Fig. C1)": _write_convergence(histories, config, folder),
         }
@@ -226,17 +220,6 @@ def _write_pictures(path: Path, rows: list[Pictures]) -> list[Part]:
     with replaced_file(path) as temporary:
         Image.fromarray(np.concatenate(lines)).save(temporary, format="PNG")
     return list(rows)
-
-
-def _prediction(model: SamForSegmentation, config: RunConfig, item: Item) -> Pictures:
-    names, pixels = ["background", *config.data.class_names], _pixels(item)
-    labels = predict_labels(model, item["image"][None])[0].numpy()
-    pictures = [
-        ("image", pixels),
-        ("truth", paint(pixels, item["mask"].numpy(), names)),
-        ("prediction", paint(pixels, labels, names)),
-    ]
-    return Pictures(item["name"], item["name"], pictures)
 
 
 def _heat_maps(models: Mapping[str, SamForSegmentation], item: Item) -> Pictures:
