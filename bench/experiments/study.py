@@ -24,7 +24,8 @@ from naslora.methods import configure
 from naslora.records import read_record, read_rows, write_record, write_rows
 from naslora.report.tables import MISSING, Table, markdown_table
 from naslora.results import HISTORY, Epoch, MergeResult, RunResult
-from naslora.study.summary import mean_and_spread, mean_text, paired_difference
+from naslora.study.differences import paired_difference
+from naslora.study.summary import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
 from naslora.training.run import train
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
