@@ -49,7 +49,9 @@ LIMITS |= {"kernels": kernels.SECONDS, "models": 60}
 # A line for each test, so that a step that ran out of time says what had passed.
 PYTEST = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider"]
 PRIMITIVE_TESTS = "tests/test_cuda_primitives.py"
-KERNEL_TESTS = [f"tests/test_kernels_{of}.py" for of in ("cell", "layer", "folded", "ops")]
+KERNEL_TESTS = [
+    f"tests/test_kernels_{of}.py" for of in ("functions", "cell", "layer", "folded", "ops")
+]
 TRITON_TESTS = [*KERNEL_TESTS, "tests/test_kernels_attention.py"]
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 MODEL_BENCHMARKS = ("bench/test_training_step.py", "bench/test_inference.py")

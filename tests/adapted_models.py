@@ -17,13 +17,13 @@ from naslora.adapter.layer.modules import adapter_layers
 SIZE, DEPTH = 64, 2
 
 
-def build_encoder() -> ImageEncoderViT:
-    """An unmodified segment_anything encoder: 4 x 4 tokens, a windowed and a global block."""
+def build_encoder(depth: int = DEPTH) -> ImageEncoderViT:
+    """An unmodified segment_anything encoder: 4 x 4 tokens, windowed blocks and a global one."""
     torch.manual_seed(0)
     return ImageEncoderViT(
         img_size=SIZE,
         embed_dim=32,
-        depth=DEPTH,
+        depth=depth,
         num_heads=2,
         out_chans=16,
         use_rel_pos=True,
@@ -68,6 +68,16 @@ def adapted_encoder(seed: int = 0, **options) -> ImageEncoderViT:
     return model
 
 
+def trained_encoder(**options) -> ImageEncoderViT:
+    """An adapted encoder of which the neck is trained as well."""
+    model = adapted_encoder(**options)
+    model.neck.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.neck.parameters():
+            parameter.add_(0.1)
+    return model
+
+
 def adapted_layer(dtype=torch.float32, c_in=16, c_out=12, **options) -> nn.Sequential:
     """One layer, as the child of a model whose state dict calls it ``qkv``."""
     torch.manual_seed(1)
@@ -94,6 +104,16 @@ def smooth_images(count: int, seed: int) -> torch.Tensor:
 
 def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
     return (difference.double().norm() / reference.double().norm()).item()
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> set[str]:
+    """The names of the tensors of two states whose bits differ."""
+    assert ours.keys() == theirs.keys()
+    return {name for name in ours if not torch.equal(ours[name], theirs[name])}
 
 
 def snapshot(model: nn.Module) -> dict:

@@ -44,6 +44,7 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 SIZE = 32  # of the images, in pixels
 TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
+SHORT = (*TRAIN, "--epochs", "1", "--search-start", "0")  # one epoch, in which alpha trains
 TINY = {"width": 32, "depth": 2, "heads": 2, "global_blocks": (1,)}  # of a ViT
 
 

@@ -32,10 +32,7 @@ def squares(model, batch):
 
 def trainable(**options) -> nn.Sequential:
     """An adapted layer, and a head that trains beside it."""
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    model.add_module("qkv", nn.Linear(16, 12))
-    model.add_module("head", nn.Linear(12, 4))
+    model = layers()
     inject(model, NASLoRAConfig(target="qkv", **options), train="head")
     with torch.no_grad():
         model.qkv.lora_B.normal_(std=0.1)
@@ -71,34 +68,36 @@ def test_adapted_layers_in_a_trained_part_keep_their_frozen_weights():
     assert "blocks.0.attn.proj.weight" in trained
 
 
-@pytest.mark.parametrize("pattern", ["decoder", "hea", "ead", "qkv", "head.0"])
-def test_a_pattern_that_matches_nothing_is_refused(pattern):
+def layers() -> nn.Sequential:
+    """A layer to adapt and a head."""
+    torch.manual_seed(0)
     model = nn.Sequential()
     model.add_module("qkv", nn.Linear(16, 12))
     model.add_module("head", nn.Linear(12, 4))
-    with pytest.raises(UserError, match=f"train: '{pattern}' matches no module .* qkv, head"):
-        inject(model, NASLoRAConfig(target="qkv"), train=("head", pattern))
-    assert isinstance(model.qkv, nn.Linear)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    return model
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
-        ((None,), {}, "model must be a torch.nn.Module, got NoneType"),
-        ((nn.Linear(2, 2), {}), {}, "config: expected a NASLoRAConfig, got"),
-        ((nn.Linear(2, 2), "r=3"), {}, "config: expected a NASLoRAConfig, got"),
-        ((nn.Linear(2, 2),), {"train": 3}, "train: expected list, got 3"),
-        (
-            (nn.Sequential(nn.Linear(2, 2)), NASLoRAConfig(target="0")),
-            {"train": ["["]},
-            "train is no regular expression",
-        ),
-    ],
-)
+QKV = NASLoRAConfig(target="qkv")
+# Arguments and options of inject, and the line.
+BAD_CALLS = [
+    ((None,), {}, "model must be a torch.nn.Module, got NoneType"),
+    ((layers(), {}), {}, "config: expected a NASLoRAConfig, got"),
+    ((layers(), "r=3"), {}, "config: expected a NASLoRAConfig, got"),
+    ((layers(),), {"train": 3}, "train: expected list, got 3"),
+    ((layers(), QKV), {"train": ["["]}, "train is no regular expression"),
+    *(((layers(), QKV), {"train": ("head", pattern)},
+       f"train: '{pattern}' matches no module .* qkv, head")
+      for pattern in ("decoder", "hea", "ead", "qkv", "head.0")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "options", "message"), BAD_CALLS)
 def test_inject_refuses_what_it_cannot_take(arguments, options, message):
     with pytest.raises(UserError, match=message):
         inject(*arguments, **options)
+    if arguments[0] is not None:
+        assert isinstance(arguments[0].qkv, nn.Linear)
+        assert all(parameter.requires_grad for parameter in arguments[0].parameters())
 
 
 def test_kinds_of_parameters():
@@ -242,38 +241,22 @@ def test_an_error_restores_the_weights():
 
 
 @pytest.mark.parametrize(
-    ("loss_fn", "message"),
+    ("make", "options", "loss_fn", "message"),
     [
-        (lambda model, x: model(x), "loss_fn must return a scalar tensor"),
-        (lambda model, x: squares(model, x).item(), "loss_fn must return a scalar tensor"),
-        (lambda model, x: squares(model, x).detach(), "does not depend on alpha"),
-        (lambda model, x: x.requires_grad_().mean(), "does not depend on alpha"),
+        (trainable, {}, lambda model, x: model(x), "loss_fn must return a scalar tensor"),
+        (trainable, {}, lambda model, x: squares(model, x).item(), "loss_fn must return a scalar"),
+        (trainable, {}, lambda model, x: squares(model, x).detach(), "does not depend on alpha"),
+        (trainable, {}, lambda model, x: x.requires_grad_().mean(), "does not depend on alpha"),
+        (trainable, {"lr": 0}, squares, "lr: expected float > 0.0"),
+        (trainable, {"lr": "fast"}, squares, "lr: expected float, got"),
+        (trainable, {"start": -1}, squares, "start: expected int >= 0"),
+        (lambda: trainable(channel_ratio=0), {}, squares, "has no alpha to search"),
+        (lambda: None, {}, squares, "model must be"),
     ],
 )
-def test_a_loss_that_cannot_train_alpha_is_refused(loss_fn, message):
-    model = trainable()
+def test_what_cannot_search_is_refused(make, options, loss_fn, message):
     with pytest.raises(UserError, match=message):
-        AlphaSearch(model, lr=0.01).step(batch(), loss_fn)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": 0}, "lr: expected float > 0.0"),
-        ({"lr": "fast"}, "lr: expected float, got"),
-        ({"lr": 0.1, "start": -1}, "start: expected int >= 0"),
-    ],
-)
-def test_bad_settings_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        AlphaSearch(trainable(), **options)
-
-
-def test_a_model_without_alpha_is_refused():
-    with pytest.raises(UserError, match="has no alpha to search"):
-        AlphaSearch(trainable(channel_ratio=0), lr=0.01)
-    with pytest.raises(UserError, match="model must be"):
-        AlphaSearch(None, lr=0.01)
+        AlphaSearch(make(), **{"lr": 0.01, **options}).step(batch(), loss_fn)
 
 
 def test_a_resumed_search_goes_on():

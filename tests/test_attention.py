@@ -3,13 +3,10 @@
 import copy
 import io
 import pickle
-import shlex
 import types
 import warnings
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from adapted_models import (
@@ -19,8 +16,8 @@ from adapted_models import (
     randomize,
     relative,
 )
+from conftest import SHORT
 from hugging_face import batch_loss, batch_of, build_sam, build_sam2
-from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Attention as SamAttention
 from segment_anything.modeling.image_encoder import Block as SamBlock
@@ -39,17 +36,11 @@ from naslora import (
     fuse_attention,
     inject,
     load_adapter,
-    load_merged,
-    merge,
     save_adapter,
-    save_merged,
     unfuse_attention,
-    unmerge,
 )
 from naslora.adapter.layer.windows import partition, unpartition
 from naslora.methods import METHODS, apply
-from naslora.records import read_rows
-from naslora.results import HISTORY, Epoch
 from naslora.sam.attention import FusedAttention
 from naslora.sam.encoders import checkpoint_blocks
 from naslora.sam.families import sam2
@@ -411,26 +402,6 @@ def test_before_and_after_inject_and_load(tmp_path):
         torch.testing.assert_close(model(images()), expected)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("mode", ["exact", "center"])
-def test_merged_models(mode, tmp_path):
-    model = fused(adapted_encoder())
-    expected = model(images())
-    merge(model, mode)
-    merged = model(images())
-    assert fuse_attention(model) == BLOCKS
-    unfused = copy.deepcopy(model)
-    unfuse_attention(unfused)
-    torch.testing.assert_close(merged, unfused(images()))
-    save_merged(model, tmp_path)
-    loaded = build_encoder()
-    load_merged(loaded, tmp_path)
-    torch.testing.assert_close(loaded(images()), merged)
-    assert torch.equal(fused(loaded)(images()), merged)
-    unmerge(model)
-    assert torch.equal(model(images()), expected)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method, tiny_vit):
     """VPT computes attention itself, from the attention's layers."""
@@ -693,34 +664,14 @@ def test_torch_jit_trace(name):
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
-
-
-@pytest.fixture(scope="module")
-def runs(naslora, clean_data, tiny_vit, tmp_path_factory) -> dict[str, Path]:
-    """Finished runs by their attention, from a checkpoint whose relative positions are not zero."""
-    root = tmp_path_factory.mktemp("attention")
-    model = build_model("vit_t", 32)
-    stirred(model.image_encoder)
-    save_file(model.state_dict(), root / "sam.safetensors")
-    options = ("--data", clean_data, "--checkpoint", root / "sam.safetensors", *TRAIN)
-    for name in ("fused", "stock"):
-        result = naslora("train", *options, "--attention", name, "--output", root / name)
-        assert result.status == 0, result.err
-    return {name: root / name for name in ("fused", "stock")}
-
-
-def test_runs_with_both_attentions_have_the_same_losses(runs):
-    ours, theirs = (read_rows(runs[name] / HISTORY, Epoch) for name in ("fused", "stock"))
-    for name in ("train_loss", "val_loss"):
-        found, expected = ([getattr(row, name) for row in rows] for rows in (ours, theirs))
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
 @pytest.mark.parametrize("attention", ["fused", "stock"])
-def test_the_configuration_decides(runs, tmp_path, attention):
-    merge_run(runs[attention], "exact", tmp_path / "merged")
-    for folder in (runs[attention], tmp_path / "merged"):
+def test_the_configuration_decides(naslora, clean_data, tiny_sam, tmp_path, attention):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    options = ("--data", clean_data, *SHORT, "--attention", attention, "--output", run)
+    result = naslora("train", *options)
+    assert result.status == 0, result.err
+    merge_run(run, "exact", merged)
+    for folder in (run, merged):
         model, config = load_model(folder)
         fused = any(isinstance(module, FusedAttention) for module in model.modules())
         assert config.model.attention == attention and fused == (attention == "fused")

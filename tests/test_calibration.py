@@ -192,15 +192,6 @@ def test_the_result_loads_strictly_into_an_unmodified_model():
     assert all(0 < error.held_out_error < 1 for report in reports for error in report.layers)
 
 
-def test_plain_lora_stays_exact():
-    model = adapted_encoder(channel_ratio=0)
-    with torch.no_grad():
-        expected = model(images())
-        report = merge(model, "calibrated", [images(seed) for seed in range(8)])
-        assert relative(model(images()) - expected, expected) < 1e-5
-    assert report.max_update_error < 1e-4
-
-
 def test_a_layer_without_a_bias_gets_none():
     torch.manual_seed(0)
     model = nn.Sequential()
@@ -220,42 +211,6 @@ def test_few_tokens_are_reported_with_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert merge(model, "calibrated", [images(s) for s in range(8)]).warning is None
-
-
-# ---------------------------------------------------------------- refusals
-
-
-def spoilt(value: float) -> torch.Tensor:
-    batch = images(1).clone()
-    batch[0, 0, 0, 0] = value
-    return batch
-
-
-NAN, INF = (spoilt(float(value)) for value in ("nan", "inf"))
-REFUSED = {
-    "no calibration": ("calibrated", None, "'calibrated' needs images"),
-    "empty list": ("calibrated", [], "yielded no batches"),
-    "empty iterator": ("calibrated", iter(()), "yielded no batches"),
-    "too few": ("calibrated", [images()[:1]], "sees 16 tokens .* fewer than its 32 inputs; give"),
-    "small": ("calibrated", [tokens(2, 3, 48, 48)], r"batch 1 of shape \(2, 3, 48, 48\) does not"),
-    "large": ("center", [images(), tokens(2, 3, 80, 80)], "batch 2 of shape .* does not fit"),
-    "NaN": ("calibrated", [images(0), images(1), NAN], "not finite"),
-    "infinite": ("calibrated", [images(0), images(1), INF], "not finite"),
-    "NaN, exact": ("exact", [NAN], "not finite"),
-    "infinite, center": ("center", [INF], "not finite"),
-}
-
-
-@pytest.mark.parametrize("mode, calibration, message", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_work_is_refused_and_changes_nothing(mode, calibration, message):
-    model = adapted_encoder().train()
-    before = snapshot(model)
-    with pytest.raises(UserError, match=message) as error:
-        merge(model, mode, calibration)
-    assert "\n" not in str(error.value)
-    assert snapshot(model) == before
-    with pytest.raises(UserError, match="the model is not merged"):
-        unmerge(model)
 
 
 def test_a_failure_half_way_leaves_no_layer_merged():

@@ -1,10 +1,10 @@
 """COCO's annotations: drawing, and the layout of files. tests/reliability has the bad files."""
 
 import json
-import shlex
 
 import numpy as np
 import pytest
+from conftest import SHORT
 from PIL import Image
 from run_configs import run_config
 
@@ -149,13 +149,10 @@ def test_the_classes_of_a_run(tmp_path):
         run_config(dataset="coco", root=root, num_classes=5)
 
 
-TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 --workers 0")
-
-
 def test_a_run(naslora, tiny_sam, tmp_path):
     root = write(tmp_path / "data")
     output = ("--output", tmp_path / "run")
-    result = naslora("train", "--dataset", "coco", "--root", root, *TRAIN, *output)
+    result = naslora("train", "--dataset", "coco", "--root", root, *SHORT, *output)
     assert result.status == 0, result.err
     scores = json.loads((tmp_path / "run/metrics.json").read_text())
     assert list(scores["test"]["per_class"]) == ["dog", "cat"]
@@ -163,7 +160,7 @@ def test_a_run(naslora, tiny_sam, tmp_path):
     changed = annotations("train")
     changed["annotations"][0]["segmentation"] = [[2, 2, 10, 2, 10, 8, 2, 8]]
     (root / "train.json").write_text(json.dumps(changed))
-    again = naslora("train", "--dataset", "coco", "--root", root, *TRAIN, "--resume", *output)
+    again = naslora("train", "--dataset", "coco", "--root", root, *SHORT, "--resume", *output)
     assert again.status == 2 and "the mask of" in again.err and "train1.png" in again.err
 
 

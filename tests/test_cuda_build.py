@@ -80,35 +80,45 @@ def test_nvcc_below_cuda_home_is_found_first(fake_nvcc):
     assert setup.find_nvcc() == fake_nvcc
 
 
-def test_all_architectures_are_built_if_forced(fake_nvcc, monkeypatch, cards):
-    cards(80)
-    monkeypatch.setenv("NASLORA_FORCE_CUDA", "1")
-    assert setup.architectures(fake_nvcc) == ["sm_75", "sm_80", "sm_90", "compute_90"]
+FORCED, NAMED = {"NASLORA_FORCE_CUDA": "1"}, "TORCH_CUDA_ARCH_LIST"
+UNKNOWN = "TORCH_CUDA_ARCH_LIST: {!r} is not one of 7.5, 8.0, 9.0, with or without +PTX"
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("environment", "found", "expected"),
     [
-        ([80], ["sm_80"]),
-        ([86], ["sm_80"]),  # nvcc does not know 8.6, and a card runs code of an earlier minor
-        ([75, 90], ["sm_75", "sm_90"]),
-        ([80, 86], ["sm_80"]),
-        ([120], ["compute_90"]),  # later than nvcc
-        ([61, 90], ["sm_90"]),  # the older card is too old for the kernels
+        (FORCED, [80], ["sm_75", "sm_80", "sm_90", "compute_90"]),
+        ({}, [80], ["sm_80"]),
+        ({}, [86], ["sm_80"]),  # nvcc does not know 8.6, and a card runs code of an earlier minor
+        ({}, [75, 90], ["sm_75", "sm_90"]),
+        ({}, [80, 86], ["sm_80"]),
+        ({}, [120], ["compute_90"]),  # later than nvcc
+        ({}, [61, 90], ["sm_90"]),  # the older card is too old for the kernels
+        ({}, [61, 70], "the cards' compute capabilities, 6.1, 7.0, are below 7.5"),
+        ({NAMED: "8.0"}, [], ["sm_80"]),
+        ({NAMED: "8.0;9.0+PTX"}, [], ["sm_80", "sm_90", "compute_90"]),
+        ({NAMED: "7.5 9.0a"}, [], ["sm_75", "sm_90a"]),
+        *(
+            ({NAMED: f"8.0;{unknown}"}, [], UNKNOWN.format(unknown))
+            for unknown in ("5.0", "10.0", "Hopper", "9.0+ptx")
+        ),
     ],
 )
-def test_the_cards_of_the_machine_are_built_for(found, expected, fake_nvcc, cards):
+def test_the_architectures_that_are_built(
+    environment, found, expected, fake_nvcc, monkeypatch, cards
+):
     cards(*found)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    if isinstance(expected, str):
+        with pytest.raises(setup.BuildError) as error:
+            setup.architectures(fake_nvcc)
+        assert str(error.value) == expected
+        return
     chosen = setup.architectures(fake_nvcc)
     assert chosen == expected
     served = [card for card in found if card >= 75]
     assert all(cuda._serves(chosen, divmod(card, 10)) for card in served)
-
-
-def test_cards_that_are_too_old_are_named(fake_nvcc, cards):
-    cards(61, 70)
-    with pytest.raises(setup.BuildError, match=r"capabilities, 6\.1, 7\.0, are below 7\.5$"):
-        setup.architectures(fake_nvcc)
 
 
 @pytest.mark.parametrize(
@@ -130,34 +140,6 @@ def test_cuda_is_built_for_a_card_or_on_request(
     if variable:
         monkeypatch.setenv(variable, value)
     assert setup.wants_cuda() is wanted
-
-
-@pytest.fixture
-def no_driver(tmp_path, monkeypatch):
-    """A machine on whose PATH and among whose libraries nothing is; returns the PATH's folder."""
-
-    def no_library(name):
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(setup.ctypes, "CDLL", no_library)
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("script", "found"),
-    [
-        ("printf '9.0\\n8.6\\n9.0\\n'", [86, 90]),
-        ("printf '12.0\\n[N/A]\\n'", [120]),
-        ("echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2", []),
-        ("echo 'NVIDIA-SMI has failed because it could not communicate with the driver'", []),
-    ],
-)
-def test_nvidia_smi_names_the_cards(script, found, no_driver):
-    tool = no_driver / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\n{script}\n")
-    tool.chmod(0o755)
-    assert setup.cards() == found
 
 
 class Driver:
@@ -183,21 +165,33 @@ class Driver:
 
 
 @pytest.mark.parametrize(
-    ("driver", "found"),
+    ("smi", "driver", "found"),
     [
-        (Driver((8, 7)), [87]),
-        (Driver((12, 1), (8, 0), (8, 0)), [80, 121]),
-        (Driver(), []),
-        (Driver((8, 0), status=100), []),  # CUDA_ERROR_NO_DEVICE
+        ("printf '9.0\\n8.6\\n9.0\\n'", None, [86, 90]),
+        ("printf '12.0\\n[N/A]\\n'", None, [120]),
+        ("echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2", None, []),
+        ("echo 'NVIDIA-SMI has failed because it could not communicate'", None, []),
+        (None, Driver((8, 7)), [87]),
+        (None, Driver((12, 1), (8, 0), (8, 0)), [80, 121]),
+        (None, Driver(), []),
+        (None, Driver((8, 0), status=100), []),  # CUDA_ERROR_NO_DEVICE
+        (None, None, []),
     ],
 )
-def test_libcuda_names_the_cards_without_nvidia_smi(driver, found, no_driver, monkeypatch):
-    monkeypatch.setattr(setup.ctypes, "CDLL", lambda name: driver)
+def test_nvidia_smi_or_libcuda_names_the_cards(smi, driver, found, tmp_path, monkeypatch):
+    """On a machine on whose PATH and among whose libraries nothing else is."""
+
+    def library(name):
+        if driver is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return driver
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(setup.ctypes, "CDLL", library)
+    if smi is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{smi}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
     assert setup.cards() == found
-
-
-def test_a_machine_without_a_driver_has_no_cards(no_driver):
-    assert setup.cards() == []
 
 
 @pytest.mark.parametrize(("jobs", "expected"), [("3", 3), ("0", 1), ("", None), ("many", None)])
@@ -206,34 +200,11 @@ def test_max_jobs_bounds_the_compilers(jobs, expected, monkeypatch):
     assert setup.processors() == (expected or os.cpu_count())
 
 
-@pytest.mark.parametrize(
-    ("wanted", "expected"),
-    [
-        ("8.0", ["sm_80"]),
-        ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
-        ("7.5 9.0a", ["sm_75", "sm_90a"]),
-    ],
-)
-def test_named_architectures(wanted, expected, fake_nvcc, monkeypatch):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
-    assert setup.architectures(fake_nvcc) == expected
-
-
 def test_each_capability_is_compiled_once():
     assert setup.code_flags(["sm_80", "sm_90", "compute_90"]) == [
         "-gencode=arch=compute_80,code=[sm_80]",
         "-gencode=arch=compute_90,code=[sm_90,compute_90]",
     ]
-
-
-@pytest.mark.parametrize("unknown", ["5.0", "10.0", "Hopper", "9.0+ptx"])
-def test_unknown_architectures_are_refused_in_one_line(unknown, fake_nvcc, monkeypatch):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{unknown}")
-    with pytest.raises(setup.BuildError) as error:
-        setup.architectures(fake_nvcc)
-    assert str(error.value) == (
-        f"TORCH_CUDA_ARCH_LIST: {unknown!r} is not one of 7.5, 8.0, 9.0, with or without +PTX"
-    )
 
 
 def build_cuda(tmp_path):

@@ -5,10 +5,9 @@ They run on a GPU, or emulated on the CPU. Expected values come from plain PyTor
 
 import pytest
 import torch
-import torch.nn.functional as F
-from kernel_cases import CELL, DTYPES, TARGETS, cell_case, layer_case
+from kernel_cases import DTYPES, TARGETS, cell_case, layer_case
 
-from naslora_kernels import cuda, folded_cell
+from naslora_kernels import cuda
 
 TARGET = next(t.values[0] for t in TARGETS if t.values[0].backend == "cuda")
 EMULATED = TARGET.device == "cpu"
@@ -115,21 +114,6 @@ def test_rows_with_any_alignment(offset, draw):
     assert all(map(torch.equal, *results))
 
 
-def test_memory_beyond_a_row_is_not_read(draw):
-    wide = torch.full((12, 512), float("nan"), dtype=torch.float32, device=TARGET.device)
-    wide[:, :248] = draw(12, 248)
-    rows, A = wide[:, :248], draw(3, 248)
-    assert_close(low_rank(rows, A, draw(5, 3))[0], rows.double() @ A.double().t(), 248)
-
-
-def test_an_infinity_stays_in_its_row_and_column(draw):
-    rows, A, B, z, G = draw(50, 70), draw(4, 70), draw(70, 4), draw(50, 4), draw(50, 70)
-    rows[20, 30] = float("inf")
-    product, dA = low_rank(rows, A, B)[0], low_rank(rows, A, B, None, z, G)[1]
-    assert product.isfinite().all(1).logical_not().nonzero().tolist() == [[20]]
-    assert dA.isfinite().all(0).logical_not().nonzero().tolist() == [[30]]
-
-
 # ---- The cell ----------------------------------------------------------------------------------
 
 # (B, H, W, r), c: more images than groups of tiles; many groups of channels; more channels outside
@@ -153,39 +137,6 @@ def test_each_parameter_may_be_float32(wide):
     for name, value in case.run(TARGET).items():
         assert value.dtype == (torch.float32 if name == wide else torch.bfloat16)
         assert torch.equal(value.bfloat16(), expected[name]), name
-
-
-@pytest.mark.parametrize("needed", [("z",), ("alpha",), CELL[1:]], ids=str)
-def test_gradients_alone(needed):
-    """Gradients have the same bits if only they are computed."""
-    case = cell_case((3, 6, 5, 6), 5).to(torch.float32).on(TARGET.device)
-    expected = case.run(TARGET)
-    for name, value in case.run(TARGET, needed).items():
-        assert torch.equal(value, expected[name]), name
-
-
-# ---- The folded cell ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1, 3, 5, 7, 9])
-@pytest.mark.parametrize("c", [1, 2, 6])
-def test_folded_cell(c, size, dtype, draw):
-    z, kernel = draw(2, 9, 18, c, dtype=dtype), draw(c, c, size, size, dtype=dtype)
-    y = folded_cell(z, kernel, 0.3, 0.6, backend="cuda")
-    maps = z.double().movedim(-1, 1)
-    expected = (
-        F.conv2d(maps, kernel.double(), padding=size // 2)
-        + 0.3 * F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
-        + 0.6 * F.max_pool2d(maps, 3, 1, 1)
-    )
-    assert_close(y, expected.movedim(1, -1), c * size * size)
-
-
-def test_pools_of_weight_zero_are_not_added(draw):
-    z, kernel = draw(1, 6, 6, 1), torch.ones(1, 1, 1, 1, device=TARGET.device)
-    z[0, 2, 2, 0] = float("nan")
-    assert torch.equal(folded_cell(z, kernel, backend="cuda").isnan(), z.isnan())
 
 
 # ---- Launches ----------------------------------------------------------------------------------
@@ -228,9 +179,3 @@ def test_grids_depend_on_shapes_alone_and_fill_large_cards():
     assert all(96 * groups(t)[0] >= t for t in (1, 97, 4900, 10**6))
     assert groups(1, 25, 14, 14, 2)[1] == 25
     assert all(groups(1, 4096, 14, 14, c)[1] <= 64 for c in (1, 2, 3, 16, 24, 100))
-
-
-def test_a_cell_without_channels_and_an_empty_batch_take_none():
-    case = cell_case((2, 3, 3, 3), 0).to(torch.float32).on(TARGET.device)
-    assert torch.equal(case.run(TARGET)["result"], case.arguments["z"])
-    assert cell_case((0, 3, 3, 3), 2).on(TARGET.device).run(TARGET)["result"].shape == (0, 3, 3, 3)

@@ -11,15 +11,13 @@ import torch
 from conftest import error_of
 from miniatures import check_samples
 from PIL import Image
-from run_configs import run_config
 from torch.utils.data import DataLoader
 
-from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.datasets import DATASETS, load_all, load_splits
 from naslora.data.demo_data import write_mni152
 from naslora.data.images import Sample, read_image
-from naslora.data.masks import IGNORED, read_mask
+from naslora.data.masks import read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.data.splits import draw_folds, write_splits
 
@@ -304,156 +302,6 @@ def test_exif_rotation_is_applied_to_image_and_size_check(tmp_path):
     stored_mask = save(tmp_path / "stored.png", np.zeros((16, 32)))
     message = error_of(check_samples, [sample_of(image, stored_mask)], 1)
     assert "16x32" in message and "32x16" in message
-
-
-def test_floating_point_and_wide_pixels_are_refused(tmp_path):
-    floats = save(tmp_path / "f.tif", [[0.5]], np.float32)
-    wide = save(tmp_path / "i.tif", [[70000]], np.int32)
-    assert "floating-point" in error_of(read_image, sample_of(floats))
-    assert "floating-point" in error_of(read_mask, mask_of(floats), 1)
-    assert "beyond 16 bits" in error_of(read_image, sample_of(wide))
-
-
-# --- masks
-
-
-def grey(labels) -> np.ndarray:
-    """The same number in three channels."""
-    return np.stack([np.asarray(labels)] * 3, axis=-1)
-
-
-PALETTE = ["#000000", "#ff0000", "#00ff00"]
-COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [9, 9, 9], [0, 0, 255]])
-HELD = np.where(GREYS == 2, IGNORED, GREYS)
-OTHER = np.where(GREYS == 2, 11, GREYS)
-IN_11 = {"ignore_index": 11}
-# Pixels of a PNG file, their type ("P" for indices of a palette), the classes, further arguments of
-# read_mask, and the labels or a part of the line that refuses them.
-MASKS = [
-    *((BINARY * high, dtype, classes, {}, BINARY) for classes in (1, 2) for dtype, high in
-      ((np.uint8, 1), (np.uint8, 255), (np.uint16, 1), (np.uint16, 65535), (bool, 1))),
-    *(([[value] * 2], np.uint8, 1, {}, [[label] * 2]) for value, label in
-      ((0, 0), (1, 1), (255, 1))),
-    *((pixels, dtype, 3, {}, GREYS) for pixels, dtype in (
-        (GREYS, np.uint8), (GREYS, np.uint16), (GREYS, "P"), (grey(GREYS), np.uint8),
-        (np.stack([GREYS, np.full_like(GREYS, 255)], axis=-1), np.uint8))),
-    ([[[0, 0, 0], [0, 0, 7], [128, 0, 0]]], np.uint8, 1, {}, [[0, 1, 1]]),
-    # Labels that are ignored.
-    *((pixels, dtype, classes, IN_11, HELD) for classes in (1, 2, 11) for pixels, dtype in
-      ((OTHER, np.uint8), (OTHER, np.uint16), (grey(OTHER), np.uint8))),
-    *((OTHER, np.uint8, 3, more, "beyond") for more in ({"ignore_index": 12}, {})),
-    ([[0, 128, 255]], np.uint8, 1, {"ignore_index": 128}, [[0, IGNORED, 1]]),
-    (np.where(GREYS == 2, 255, GREYS), np.uint8, 3, {}, HELD),  # 255 needs no --ignore-index
-    (np.where(GREYS == 2, 255, GREYS), np.uint8, 2, {}, "beyond"),
-    (np.where(GREYS == 2, 255, GREYS), np.uint8, 3, IN_11, "beyond"),
-    ([COLOURS[:4]], np.uint8, 3, {"palette": [*PALETTE, "#090909"], "ignore_index": 3},
-     [[0, 1, 2, IGNORED]]),
-    ([COLOURS[[0, 1, 3]]], np.uint8, 1, {"palette": [*PALETTE[:2], "#090909"], "ignore_index": 2},
-     [[0, 1, IGNORED]]),
-    ([COLOURS[:4]], np.uint8, 3, {"palette": PALETTE, "ignore_index": 3},
-     "expected 4 different colours, one per class in order, and one for ignored"),
-    # Colours of a palette. A palette image is read by its colours, not by its indices.
-    (COLOURS[GREYS], np.uint8, 3, {"palette": PALETTE}, GREYS),
-    (GREYS, "P", 3, {"palette": [PALETTE[i] for i in (0, 2, 1)]}, np.array([0, 2, 1])[GREYS]),
-    ([[0, 85, 255]], np.uint8, 3, {"palette": ["#000000", "#555555", "#ffffff"]}, [[0, 1, 2]]),
-    ([COLOURS[:2]], np.uint8, 1, {"palette": PALETTE[:2]}, [[0, 1]]),
-    ([COLOURS[[0, 1, 4]]], np.uint8, 3, {}, "#000000, #0000ff, #ff0000"),
-    ([COLOURS[[0, 1, 4]]], np.uint8, 3, {"palette": PALETTE}, "--palette lacks: #0000ff;"),
-    *(([values], np.uint8, classes, {}, f"has the labels {str(values)[1:-1]}, beyond")
-      for values, classes in (([0, 1, 2], 1), ([0, 2], 1), ([0, 128, 255], 1), ([0, 1, 255], 2),
-                              ([0, 1, 3], 3))),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("pixels, dtype, classes, options, expected", MASKS)
-def test_masks(tmp_path, pixels, dtype, classes, options, expected):
-    path = tmp_path / "m.png"
-    if dtype == "P":
-        image = Image.fromarray(np.asarray(pixels, np.uint8), "P")
-        image.putpalette(COLOURS[:3].astype(np.uint8).tobytes())
-        image.save(path)
-    else:
-        save(path, pixels, dtype)
-    if isinstance(expected, str):
-        message = error_of(read_mask, mask_of(path), classes, **options)
-        assert expected in message and (str(path) in message or "expected 4" in message)
-    else:
-        mask = read_mask(mask_of(path), classes, **options)
-        assert mask.dtype == np.int32 and mask.tolist() == np.asarray(expected).tolist()
-
-
-@pytest.mark.parametrize("num_classes", [1, 2])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_jpeg_masks_are_thresholded(tmp_path, num_classes, channels):
-    expected = np.zeros((32, 32), int)
-    expected[5:21, 9:30] = 1
-    path = save(tmp_path / "m.jpg", 255 * (expected if channels == 1 else grey(expected)))
-    assert len(np.unique(np.asarray(Image.open(path)))) > 2  # the compression blurred it
-    assert (read_mask(mask_of(path), num_classes) == expected).all()
-    assert "save masks of colours" in error_of(read_mask, mask_of(path), 3)
-    assert "is a JPEG" in error_of(read_mask, mask_of(path), 1, ["#000000", "#ff0000"])
-
-
-@pytest.mark.parametrize(
-    "palette", [PALETTE[:2], [*PALETTE, "#ffffff"], ["#000000"] * 3, ["#000000", "x", "#fff"]]
-)
-def test_palettes_that_do_not_fit(palette):
-    assert "--palette" in error_of(SegmentationDataset, [], 8, 3, palette)
-    assert "--palette" in error_of(check_samples, [], 3, palette)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGB"])
-@pytest.mark.parametrize(
-    "encoding, greys, expected",
-    [
-        ("threshold", [0, 100, 128, 200], [0, 0, IGNORED, 1]),
-        ("nonzero", [0, 1, 128, 200], [0, 1, IGNORED, 1]),
-        ("thirds", [0, 85, 128, 255], [0, 1, IGNORED, 2]),
-    ],
-)
-def test_the_ignored_grey_of_other_encodings(tmp_path, mode, encoding, greys, expected):
-    image = Image.fromarray(np.array([greys], np.uint8))
-    if mode == "P":
-        image = Image.fromarray(np.array([greys], np.uint8), "P")
-        image.putpalette(np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes())
-    elif mode == "RGB":
-        image = image.convert("RGB")
-    image.save(tmp_path / "m.png")
-    sample = mask_of(tmp_path / "m.png")._replace(encoding=encoding)
-    classes = 3 if encoding == "thirds" else 1
-    assert read_mask(sample, classes, ignore_index=128).tolist() == [expected]
-    image.convert("RGB").save(tmp_path / "m.jpg")
-    jpeg = mask_of(tmp_path / "m.jpg")._replace(encoding=encoding)
-    assert "is a JPEG" in error_of(read_mask, jpeg, classes, ignore_index=128)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_the_ignored_label_passes_through_the_data_set(tmp_path, cached):
-    image = save(tmp_path / "i.png", np.zeros((4, 4, 3)))
-    mask = save(tmp_path / "m.png", np.full((4, 4), 11))
-    cache = Cache(tmp_path / "cache") if cached else None
-    sample = sample_of(image, mask)
-    dataset = SegmentationDataset([sample], 32, 11, cache=cache, truth=True, ignore_index=11)
-    for _ in range(2):
-        assert (dataset[0]["mask"] == IGNORED).all() and (dataset[0]["truth"] == IGNORED).all()
-    check_samples([sample], 11, ignore_index=11)
-    other = SegmentationDataset([sample], 32, 11, cache=cache)
-    assert "beyond the 11 classes" in error_of(other.__getitem__, 0)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"palette": ("#000000", "#ffffff")}, "must be 2 with --palette"),
-        ({"dataset": "coco"}, "coco has no mask files"),
-        ({"dataset": "kvasir"}, "'s_alpha' cannot leave out pixels; choose others with --metrics"),
-        ({"ignore_index": 0}, "ignore_index: expected int >= 1, got 0"),
-        ({"num_classes": 12}, "must be none of the 12 classes 0 to 11"),
-        ({"metrics": ("s_alpha",)}, "'s_alpha' cannot leave out pixels"),
-    ],
-)
-def test_where_no_label_can_be_ignored(options, message):
-    assert message in error_of(run_config, **{"ignore_index": 11, **options})
 
 
 # --- the check before a run

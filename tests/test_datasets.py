@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import error_of
 from miniatures import check_samples
-from PIL import Image
 from run_configs import run_config
 
 from naslora.data.cache import Cache
@@ -179,29 +178,6 @@ def test_spoilt_folders(tmp_path, name, spoil, parts):
 
     message = error_of(check)
     assert all(part in message for part in parts), message
-
-
-# --- encodings of binary masks
-
-
-@pytest.mark.parametrize(
-    "pixels, palette, expected",
-    [
-        (np.uint8([[0, 127, 128, 255]]), None, [[0, 0, 1, 1]]),
-        (np.uint8([[0, 1]]), None, [[0, 1]]),
-        (np.array([[False, True]]), None, [[0, 1]]),
-        (np.uint16([[0, 32000, 33000, 65535]]), None, [[0, 0, 1, 1]]),
-        (np.uint8([[0, 1]]), b"\0\0\0\x80\0\0", [[0, 1]]),  # dark red, as class colours have it
-        (np.uint8([[0, 1]]), b"\xff\xff\xff\0\0\0", [[1, 0]]),  # black and white exchanged
-    ],
-)
-def test_threshold_reads_greys_bits_and_palettes(tmp_path, pixels, palette, expected):
-    image = Image.fromarray(pixels)
-    if palette:
-        image.putpalette(palette)
-    image.save(tmp_path / "m.png")
-    sample = Sample(tmp_path / "m.png", tmp_path / "m.png", "x", "threshold")
-    assert read_mask(sample, 1).tolist() == expected
 
 
 # --- the cache

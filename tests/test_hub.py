@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from naslora import UserError, save_adapter
-from naslora.adapter.layer.modules import adapter_layers
+from naslora import UserError, inject, save_adapter
 from naslora.integrations.hub import from_pretrained, push_to_hub
-from tests.adapted_models import adapted_encoder, build_encoder, images
+from tests.adapted_models import adapted_encoder, build_encoder, images, randomize
 from tests.hub_server import COMMIT, local_hub
+from tests.hugging_face import build_sam, logits
 
 
 @pytest.fixture
@@ -41,37 +41,48 @@ def test_a_folder_loads_into_the_model_that_is_given(tmp_path):
     assert torch.equal(fresh(images()), model(images()))
 
 
-def test_a_repository_that_does_not_exist_is_one_line(hub):
-    with pytest.raises(UserError, match=r"^me/nothing is no folder, and the Hub gives none: .+$"):
-        from_pretrained(build_encoder(), "me/nothing", endpoint=hub[0], token="hf_test")
+def encoder():
+    return build_encoder().requires_grad_(False)
 
 
-def test_a_bad_name_is_one_line(hub):
-    with pytest.raises(UserError, match=r"^repo_id 'a/b/c': .+$"):
-        push_to_hub(adapted_encoder(), "a/b/c", endpoint=hub[0], token="hf_test")
+# What is called with the Hub's address and a folder that holds an adapter, and the line.
+REFUSED = {
+    "no repository": (
+        lambda hub, folder: from_pretrained(encoder(), "me/nothing", endpoint=hub, token="hf_test"),
+        r"^me/nothing is no folder, and the Hub gives none: .+$",
+    ),
+    "bad name": (
+        lambda hub, folder: push_to_hub(adapted_encoder(), "a/b/c", endpoint=hub, token="hf_test"),
+        r"^repo_id 'a/b/c': .+$",
+    ),
+    "nothing to upload": (
+        lambda hub, folder: push_to_hub(encoder(), "me/nothing", endpoint=hub), "nothing to save"
+    ),
+    "no adapter": (lambda hub, folder: from_pretrained(encoder(), folder.parent), "holds no adapt"),
+    "no base": (
+        lambda hub, folder: from_pretrained(type(encoder()), folder), "does not name the base model"
+    ),
+    "options of a class": (
+        lambda hub, folder: from_pretrained(encoder(), folder, dtype=torch.float32),
+        "options of a class, but model is a module: dtype",
+    ),
+}  # fmt: skip
 
 
-def test_a_folder_without_adapter_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no adapter"):
-        from_pretrained(build_encoder(), tmp_path)
-
-
-def test_a_model_without_adapter_is_not_uploaded(hub):
-    model = build_encoder().requires_grad_(False)
-    with pytest.raises(UserError, match="nothing to save"):
-        push_to_hub(model, "me/nothing", endpoint=hub[0])
+@pytest.mark.parametrize("call, line", REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_in_one_line(hub, tmp_path, call, line):
+    save_adapter(adapted_encoder(), tmp_path / "adapter")
+    with pytest.raises(UserError, match=line):
+        call(hub[0], tmp_path / "adapter")
     assert not hub[1]
 
 
-def test_an_adapter_alone_needs_to_name_its_base_for_a_class(tmp_path):
-    save_adapter(adapted_encoder(), tmp_path)
-    with pytest.raises(UserError, match="does not name the base model"):
-        from_pretrained(type(build_encoder()), tmp_path)
-
-
-def test_options_belong_to_a_class(tmp_path):
-    save_adapter(adapted_encoder(), tmp_path)
-    model = build_encoder()
-    with pytest.raises(UserError, match="options of a class, but model is a module: dtype"):
-        from_pretrained(model, tmp_path, dtype=torch.float32)
-    assert not any(adapter_layers(model))
+def test_an_adapter_names_the_model_it_was_made_for(tmp_path):
+    base = build_sam()
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base")
+    inject(model)
+    randomize(model)
+    save_adapter(model, tmp_path / "adapter")
+    again = from_pretrained(type(base), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))

@@ -1,11 +1,9 @@
 """Images of more than 8 bits: their scaling, TIFF files of every kind, and georeferences."""
 
-import shlex
-
 import numpy as np
 import pytest
 import tifffile
-from conftest import error_of
+from conftest import SHORT, error_of
 from PIL import Image
 
 from naslora.data.cache import Cache
@@ -149,9 +147,6 @@ def test_the_cache_knows_the_scaling(tmp_path):
         assert (plain == cached).all()
 
 
-OPTIONS = shlex.split("--model vit_t --image-size 32 --epochs 1 --search-start 0 --workers 0")
-
-
 @pytest.fixture(scope="module")
 def runs(naslora, tiny_sam, make_data, tmp_path_factory):
     """A folder with a run on images of 8 bits, and a run on floating-point copies of them."""
@@ -167,7 +162,7 @@ def runs(naslora, tiny_sam, make_data, tmp_path_factory):
         (floats / f"{split}.csv").write_text(text)
     scaling = ("--intensity", "window", "-1", "1.55")
     for source, more, name in ((data, (), "plain"), (floats, scaling, "scaled")):
-        result = naslora("train", "--data", source, *OPTIONS, *more, "--output", folder / name)
+        result = naslora("train", "--data", source, *SHORT, *more, "--output", folder / name)
         assert result.status == 0, result.err
     return folder
 

@@ -17,7 +17,6 @@ from kernel_cases import (
 )
 from torch.testing import assert_close
 
-import naslora_kernels
 from naslora_kernels import (
     OPERATIONS,
     folded_cell,
@@ -138,6 +137,7 @@ SHAPES = [
     ((1, 5, 6), 16, 9),
     ((1, 20, 21), 2, 7),
     ((1, 1, 40), 1, 3),
+    ((2, 9, 18), 6, 1),
     ((0, 4, 4), 2, 3),
 ]
 # Where cases cost seconds, these run.
@@ -255,20 +255,6 @@ def test_compiles_in_one_graph(target):
         )
 
 
-def test_export_sees_plain_operators():
-    a = layer_arguments((2, 5, 4), 6, 8, 2, 3, torch.float32)
-
-    class Layer(torch.nn.Module):
-        def forward(self, x):
-            rest = {name: value for name, value in a.items() if name != "x"}
-            return folded_linear(x, **rest, average=0.2, maximum=0.3)
-
-    program = torch.export.export(Layer(), (a["x"],))
-    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert targets and not any("naslora" in target for target in targets)
-    assert_close(program.module()(a["x"]), folded_linear(**a, average=0.2, maximum=0.3))
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -298,7 +284,3 @@ def test_wrong_arguments_are_named(change, error, message):
         cell = {"z": draw(2, 5, 4, 2), "kernel": a["kernel"], **change}
         with pytest.raises(error, match=message):
             folded_cell(**cell)
-
-
-def test_what_is_public():
-    assert {"folded_cell", "folded_linear"} <= set(naslora_kernels.__all__)

@@ -1,7 +1,9 @@
 """The operators under PyTorch's own machinery: opcheck, compile, autocast, checkpointing."""
 
+import gc
 import itertools
 import json
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from kernel_cases import (
     COMPILER,
     TARGETS,
     UNAVAILABLE,
+    Target,
     attention_case,
     cell_case,
     few_costly,
@@ -28,6 +31,7 @@ only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
 every_target = pytest.mark.parametrize("target", TARGETS)
 
 GRID = ((2, 7, 6), 20, 24, 6)
+REFERENCE = Target("reference")
 
 
 @only_cpp
@@ -44,69 +48,53 @@ def test_is_the_default_on_cpus():
 
 # ---- opcheck: schema, fake kernels, and aot dispatch of every operator -------------------------
 
-opchecks = pytest.mark.parametrize(
-    ("target", "dtype", "c"),
+# No edge of a block matters here. Sizes differ from each other and from 1, which is specialised.
+# What is folded and separable has one schema.
+SMALL_GRID = ((2, 3, 4), 5, 7, 6)
+CHECKED = {
+    "cell": lambda: cell_case((2, 3, 4, 6), 2),
+    "cell without channels": lambda: cell_case((2, 3, 4, 6), 0),
+    "layer": lambda: layer_case(*SMALL_GRID, 2),
+    "layer without channels and bias": lambda: layer_case(*SMALL_GRID, 0, bias=False),
+    "attention": lambda: attention_case(2, 2, (3, 4), 5),
+}
+# Numbers behind an operator's tensors, and the gradients that its backward is asked for.
+SCALES = {"mixed_cell": (), "nas_lora_linear": (1.5,), "rel_pos_attention": (0.5,)}
+NEEDS = {
+    3: [(True, True, True), (True, False, False), (False, True, True)],
+    5: [(True,) * 5, (True, False, True, False, True), (False, False, True, False, False)],
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "dtype"),
     few_costly(
         TARGETS,
-        [(torch.float32, 0), (torch.bfloat16, 2)],  # what is folded and separable has one schema
-        lambda dtype, c: c == 2,
+        itertools.product(CHECKED, (torch.float32, torch.bfloat16)),
+        lambda name, dtype: "without" not in name and dtype == torch.bfloat16,
     ),
 )
-# No edge of a block matters here. Sizes differ from each other and from 1, which is specialised.
-SMALL_GRID = ((2, 3, 4), 5, 7, 6)
-
-ENDS = ("", "_backward")
-NEEDS = ((True, True, True), (True, False, False), (False, True, True))
-LAYER_NEEDS = ([True] * 5, [True, False, False, True, False], [False, False, True, False, False])
-
-
-def utils(target):
-    """What opcheck tests. Backends have their dispatch in common, and a simulation takes long."""
-    return ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")[: 3 - target.simulated]
-
-
-def cell_operands(case):
-    a = case.arguments
-    return (
-        *(a[name] for name in CELL),
-        case.options["channels"],
-    )
-
-
-@opchecks
-def test_opcheck_cell(target, dtype, c):
-    forward, backward = (operator(target.backend, f"mixed_cell{end}") for end in ENDS)
-    case = cell_case((2, 3, 4, 6), c).to(dtype, parameter_dtype=torch.float32).on(target.device)
-    z, operands = case.arguments["z"], cell_operands(case)
-    torch.library.opcheck(forward, (z, *operands), test_utils=utils(target))
-    for need in NEEDS[: 1 if target.simulated else None]:
-        torch.library.opcheck(
-            backward,
-            (case.gradient, z, *operands, *need),
-            test_utils=utils(target),
-        )
-
-
-@opchecks
-def test_opcheck_layer(target, dtype, c):
-    forward, backward = (operator(target.backend, f"nas_lora_linear{end}") for end in ENDS)
-    case = layer_case(*SMALL_GRID, c).to(dtype, parameter_dtype=torch.float32).on(target.device)
-    a, operands = case.arguments, (*cell_operands(case), 1.5)
-    frozen = (a["x"], a["weight"])
-    adapter = (a["lora_A"], a["lora_B"])
-    simulated = 1 if target.simulated else None  # each call takes long
-    for bias in (a["bias"], None)[:simulated]:
-        torch.library.opcheck(
-            forward, (*frozen, bias, *adapter, *operands),
-            test_utils=utils(target),
-        )  # fmt: skip
-    z = torch.randn(2, 3, 4, 6).to(case.gradient)
-    for need in LAYER_NEEDS[:simulated]:
-        torch.library.opcheck(
-            backward,
-            (case.gradient, a["x"], z, a["weight"], *adapter, *operands, *need),
-            test_utils=utils(target),
-        )
+def test_opcheck(target, name, dtype):
+    if name == "attention" and not serves_attention(target):
+        pytest.skip("this backend has no attention")
+    # Backends have their dispatch in common, and a simulation takes long.
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")[: 3 - target.simulated]
+    case = CHECKED[name]().to(dtype, parameter_dtype=torch.float32).on(target.device)
+    forward, backward = (operator(target.backend, case.function + end) for end in ("", "_backward"))
+    operands, scale = [*case.arguments.values()], SCALES[case.function]
+    if "bias" in case.options:
+        operands.insert(2, None)
+    if "channels" in case.options:
+        operands.append(case.options["channels"])
+    torch.library.opcheck(forward, (*operands, *scale), test_utils=utils)
+    kept = forward(*operands, *scale)
+    if case.function == "nas_lora_linear":
+        x, weight, _, *adapter = operands
+        operands, kept = [x, kept[1], weight, *adapter], ()
+    saved = (*operands, *(kept if case.function == "rel_pos_attention" else ()), *scale)
+    needs = NEEDS[3 if case.function == "mixed_cell" else 5]
+    for need in needs[: 1 if target.simulated else None]:
+        torch.library.opcheck(backward, (case.gradient, *saved, *need), test_utils=utils)
 
 
 # ---- torch.compile -----------------------------------------------------------------------------
@@ -136,11 +124,12 @@ def compiled_together():
 def test_compiled_training_step_equals_eager(targets, dynamic, compiler):
     """All operators are in one graph, because each compilation takes seconds."""
     cases = [float32_case(targets[0], name) for name in CASES]
+    served = targets if dynamic else [*targets, REFERENCE]  # Inductor would compile the reference
     names = [(case.function, name) for case in cases for name in case.arguments]
     values = [value for case in cases for value in case.arguments.values()]
     calls = [
         (case.function, {**case.options, "backend": target.backend})
-        for case, target in itertools.product(cases, targets)
+        for case, target in itertools.product(cases, served)
         if case.function != "rel_pos_attention" or serves_attention(target)
     ]
     torch.compiler.reset()
@@ -165,10 +154,11 @@ def test_compiled_training_step_equals_eager(targets, dynamic, compiler):
 
 # ---- autocast, checkpointing --------------------------------------------------------------
 
-OF_ATTENTION = [target for target in TARGETS if serves_attention(target.values[0])]
+BACKENDS = [pytest.param(REFERENCE, id="reference"), *TARGETS]
+OF_ATTENTION = [target for target in BACKENDS if serves_attention(target.values[0])]
 layers_and_attention = pytest.mark.parametrize(
     ("target", "name"),
-    [*few_costly(TARGETS, [("layer",)], bool), *few_costly(OF_ATTENTION, [("attention",)], bool)],
+    [*few_costly(BACKENDS, [("layer",)], bool), *few_costly(OF_ATTENTION, [("attention",)], bool)],
 )
 
 
@@ -206,6 +196,62 @@ def test_checkpointing_gives_the_same_gradients(target, name):
         h.backward(case.gradient)
         for n, leaf in leaves.items():
             assert torch.equal(leaf.grad, expected[n]), n
+
+
+# ---- What the operators of an extension keep ---------------------------------------------------
+
+registered_targets = pytest.mark.parametrize(
+    "target", [target for target in TARGETS if target.values[0].backend != "triton"]
+)
+
+
+@registered_targets
+def test_inference_mode_and_training_compute_the_same(target):
+    case = (
+        layer_case(*SMALL_GRID, 3)
+        .to(torch.bfloat16, parameter_dtype=torch.float32)
+        .on(target.device)
+    )
+    with torch.inference_mode():
+        h = nas_lora_linear(**case.arguments, **case.options, backend=target.backend)
+    assert h.is_inference()
+    assert torch.equal(case.run(target)["result"], h)
+
+
+@registered_targets
+def test_a_call_keeps_no_tensor(target):
+    case = layer_case(*SMALL_GRID, 3).to(torch.float32).on(target.device)
+    a = case.arguments
+    z = torch.zeros(2, 3, 4, 6, device=target.device)
+    cell = (*(a[name] for name in CELL), case.options["channels"])
+    tensors = (case.gradient, a["x"], z, a["weight"], a["lora_A"], a["lora_B"], *cell)
+    backward = operator(target.backend, "nas_lora_linear_backward")
+
+    def uses():
+        return [tensor._use_count() for tensor in tensors]
+
+    before = uses()
+    results = backward(*tensors, 1.0, True, True, True, True, True)
+    dead = [weakref.ref(result) for result in results]
+    storages = [result.untyped_storage() for result in results]
+    del results
+    gc.collect()
+    assert not [reference for reference in dead if reference() is not None]
+    assert all(torch._C._storage_Use_Count(s._cdata) == 1 for s in storages)
+    assert uses() == before
+
+
+@registered_targets
+def test_an_operator_that_refuses_keeps_no_tensor(target):
+    case = cell_case((2, 5, 4, 4), 3).to(torch.float32).on(target.device)
+    tensors = (*case.arguments.values(), case.options["channels"])
+    before = [tensor._use_count() for tensor in tensors]
+    forward = operator(target.backend, "mixed_cell")
+    for wrong in range(len(tensors)):
+        arguments = [t.flatten()[:1] if i == wrong else t for i, t in enumerate(tensors)]
+        with pytest.raises(RuntimeError, match=r": expected "):
+            forward(*arguments)
+    assert [tensor._use_count() for tensor in tensors] == before
 
 
 # ---- Which code runs ---------------------------------------------------------------------------

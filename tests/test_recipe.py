@@ -6,8 +6,9 @@ from pathlib import Path
 import miniatures
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from reliability.conftest import draws
 from run_configs import run_config
 
 from naslora.errors import UserError
@@ -196,7 +197,7 @@ RECIPES = st.dictionaries(st.sampled_from(NAMES), VALUES | SETTINGS, max_size=3)
 def test_any_recipe_is_read_or_refused_in_one_line(tmp_path, examples):
     path = tmp_path / "own.yaml"
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 1000)
+    @draws(examples)
     @given(RECIPES, st.sampled_from(NAMES), VALUES)
     def check(recipe, name, value):
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

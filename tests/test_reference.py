@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fresh_process import run_fresh
+from kernel_cases import CELL, cell_case, layer_case
 from torch.testing import assert_close
 
 import naslora_kernels
@@ -27,28 +28,23 @@ from naslora_kernels import (
     nas_lora_linear,
 )
 
-torch.set_num_threads(1)
-
 # Both sides compute in float64 and differ in the order of some hundred additions of values near 1:
 # 100 * 2**-53 is 1e-14, and 1e-11 leaves room for cancellation.
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 
-# (name, kernel size, dilation) of the convolutions, in the order of alpha.
-CONVOLUTIONS = (("sep3", 3, 1), ("sep5", 5, 1), ("dil3", 3, 2), ("dil5", 5, 2))
-KERNEL_SIZES = tuple(kernel for _, kernel, _ in CONVOLUTIONS)
-PARAMETERS = ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5", "pw")
+# (kernel size, dilation) of the convolutions, in the order of alpha.
+CONVOLUTIONS = ((3, 1), (5, 1), (3, 2), (5, 2))
 
 # The last but one is larger than the 9 x 9 window of the dilated 5 x 5 kernel.
 SHAPES = [(1, 1, 1), (2, 1, 1), (1, 1, 7), (1, 7, 1), (1, 2, 2), (2, 3, 5), (1, 11, 10), (0, 5, 4)]
-# (rank, channels): every channel (None or listed), a permuted part, none.
-SELECTIONS = [(1, None), (3, None), (3, [2, 0]), (3, [1, 2, 0]), (3, []), (5, [4, 1, 3]), (1, [0])]
+# (rank, number of channels); "all" gives the operator no list of them.
+SELECTIONS = [(1, "all"), (3, "all"), (3, 2), (3, 3), (3, 0), (5, 3), (1, 1)]
 
 
 def loop_cell(z, alpha, depthwise, pw, channels):
     """The mixed cell in float64 NumPy, one output pixel and channel at a time."""
-    z = np.asarray(z, dtype=np.float64)
     batch, height, width, _ = z.shape
-    weights = np.exp(np.asarray(alpha, dtype=np.float64) - np.max(alpha))
+    weights = np.exp(alpha - np.max(alpha))
     weights = weights / weights.sum()
     y = z.copy()
     for b in range(batch):
@@ -63,7 +59,7 @@ def loop_cell(z, alpha, depthwise, pw, channels):
 def _loop_pixel(maps, row, column, weights, depthwise, pw):
     height, width, c = maps.shape
     result = np.zeros(c)
-    for i, (_, kernel, dilation) in enumerate(CONVOLUTIONS):
+    for i, (kernel, dilation) in enumerate(CONVOLUTIONS):
         filtered = np.zeros(c)
         for u in range(kernel):
             for v in range(kernel):
@@ -85,43 +81,27 @@ def _loop_pixel(maps, row, column, weights, depthwise, pw):
     return result  # weights[7] is that of "none"
 
 
-def make_cell(c, dtype=torch.float64, seed=0):
-    """Random cell parameters, in the order of ``mixed_cell``'s arguments."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(8,), *((c, k, k) for k in KERNEL_SIZES), (4, c, c)]
-    values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    return [value.to(dtype) for value in values]
+def by_loop(case, z=None):
+    """The cell of a case, or of its layer for z, by the loop."""
+    alpha, *depthwise, pw = (case.arguments[name].double().numpy() for name in CELL)
+    z = (case.arguments["z"] if z is None else z).double().numpy()
+    channels = case.options["channels"]
+    channels = list(range(z.shape[-1])) if channels is None else channels.tolist()
+    return torch.from_numpy(loop_cell(z, alpha, depthwise, pw, channels))
 
 
-def make_map(*shape, dtype=torch.float64, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+def make(function, grid, rank, channels, **options):
+    """A case of the cell, or of a layer of 5 to 4 features, with so many channels."""
+    c = rank if channels == "all" else channels
+    case = cell_case((*grid, rank), c) if function == "cell" else layer_case(grid, 5, 4, rank, c)
+    if channels == "all":
+        options["channels"] = None
+    case.options |= options
+    return case
 
 
-def make_layer(rank=3, c=2, c_in=5, c_out=4, dtype=torch.float64, seed=2):
-    """(weight, bias, lora_A, lora_B) followed by the cell's parameters."""
-    shapes = enumerate([(c_out, c_in), (c_out,), (rank, c_in), (c_out, rank)])
-    matrices = [make_map(*shape, dtype=dtype, seed=seed + i) for i, shape in shapes]
-    return [*matrices, *make_cell(c, dtype, seed)]
-
-
-def selection(rank, channels):
-    """The channels as a tensor or None, and their number."""
-    if channels is None:
-        return None, rank
-    return torch.tensor(channels, dtype=torch.int64), len(channels)
-
-
-def gradients(function, tensors, grad_output=None):
-    """Of the function at the tensors, which keep their strides."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    return torch.autograd.grad(function(*leaves), leaves, grad_output)
-
-
-def expected_cell(z, cell, channels):
-    alpha, *depthwise, pw = [parameter.double().numpy() for parameter in cell]
-    channels = list(range(z.shape[-1])) if channels is None else list(channels)
-    return torch.from_numpy(loop_cell(z.double().numpy(), alpha, depthwise, pw, channels))
+def result(case):
+    return case.run("reference", [next(iter(case.arguments))])["result"]
 
 
 # ---------------------------------------------------------------- values
@@ -130,52 +110,54 @@ def expected_cell(z, cell, channels):
 @pytest.mark.parametrize("rank, channels", SELECTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cell_equals_the_loop(shape, rank, channels):
-    selected, c = selection(rank, channels)
-    z, cell = make_map(*shape, rank), make_cell(c)
-    y = mixed_cell(z, *cell, selected, backend="reference")
-    assert y.shape == z.shape and y.dtype == z.dtype
-    assert_close(y, expected_cell(z, cell, channels), **FLOAT64)
+    case = make("cell", shape, rank, channels)
+    y = result(case)
+    assert y.shape == case.arguments["z"].shape and y.dtype == torch.float64
+    assert_close(y, by_loop(case), **FLOAT64)
+
+
+def single(case, operation):
+    """The case with an alpha that singles an operation out: the other weights are exactly 0."""
+    case.arguments["alpha"] = torch.full((8,), -1e4, dtype=torch.float64)
+    case.arguments["alpha"][operation] = 0.0
+    return case
 
 
 @pytest.mark.parametrize("operation", range(8), ids=OPERATIONS)
 def test_each_operation_alone_equals_the_loop(operation):
-    """alpha singles one operation out, so an error in one cannot hide behind the others."""
-    z, cell = make_map(2, 4, 5, 3), make_cell(2)
-    cell[0] = torch.full((8,), -1e4, dtype=torch.float64)
-    cell[0][operation] = 0.0  # the other weights are exp(-1e4) = 0 exactly
-    y = mixed_cell(z, *cell, torch.tensor([2, 0]), backend="reference")
-    assert_close(y, expected_cell(z, cell, [2, 0]), **FLOAT64)
+    """An error in one cannot hide behind the others."""
+    case = single(make("cell", (2, 4, 5), 3, 2), operation)
+    y, z, channels = result(case), case.arguments["z"], case.options["channels"]
+    assert_close(y, by_loop(case), **FLOAT64)
     if OPERATIONS[operation] == "skip_connect":
         assert torch.equal(y, z)
     if OPERATIONS[operation] == "none":
-        assert torch.equal(y[..., [2, 0]], torch.zeros(2, 4, 5, 2, dtype=torch.float64))
+        assert not y[..., channels].any()
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("rank, channels", [(3, None), (3, [2, 0]), (3, []), (5, [4, 1, 3])])
+@pytest.mark.parametrize("rank, channels", [(3, "all"), (3, 2), (3, 0), (5, 3)])
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 1), (0, 3, 4)], ids=str)
 def test_layer_equals_the_loop(shape, rank, channels, with_bias):
-    x, (selected, c) = make_map(*shape, 5), selection(rank, channels)
-    weight, bias, lora_A, lora_B, *cell = make_layer(rank, c)
-    linear = (weight, bias if with_bias else None, lora_A, lora_B)
-    h = nas_lora_linear(x, *linear, *cell, selected, 2.5, backend="reference")
-    z = np.einsum("bhwi,ri->bhwr", x.numpy(), lora_A.numpy())
-    y = expected_cell(torch.from_numpy(z), cell, channels).numpy()
-    expected = np.einsum("bhwi,oi->bhwo", x.numpy(), weight.numpy())
-    expected = expected + (bias.numpy() if with_bias else 0)
-    expected = expected + 2.5 * np.einsum("bhwr,or->bhwo", y, lora_B.numpy())
-    assert_close(h, torch.from_numpy(expected), **FLOAT64)
+    case = make("layer", shape, rank, channels, scaling=2.5)
+    if not with_bias:
+        del case.arguments["bias"]
+        case.options["bias"] = None
+    a = case.arguments
+    y = by_loop(case, torch.einsum("bhwi,ri->bhwr", a["x"], a["lora_A"]))
+    expected = torch.einsum("bhwi,oi->bhwo", a["x"], a["weight"]) + a.get("bias", 0)
+    expected = expected + 2.5 * torch.einsum("bhwr,or->bhwo", y, a["lora_B"])
+    assert_close(result(case), expected, **FLOAT64)
 
 
 def test_nan_and_infinity_propagate():
-    cell = make_cell(2)
-    z = make_map(1, 12, 12, 2)
+    case = make("cell", (1, 12, 12), 2, "all")
+    z = case.arguments["z"]
     z[0, 1, 1, 0], z[0, 10, 10, 1], z[0, 1, 10, 1] = np.nan, np.inf, -np.inf
-    y = mixed_cell(z, *cell, backend="reference")
     with np.errstate(invalid="ignore"):  # inf - inf is NaN on both sides
-        expected = expected_cell(z, cell, None)
+        expected = by_loop(case)
     assert expected.isnan().any() and expected.isinf().any() and expected.isfinite().any()
-    assert_close(y, expected, equal_nan=True, **FLOAT64)
+    assert_close(result(case), expected, equal_nan=True, **FLOAT64)
 
 
 # A 16-bit map is computed in float32 and rounded once: half a unit in the last place relative to
@@ -191,176 +173,77 @@ DTYPES = [
 
 @pytest.mark.parametrize("float32_adapter", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", DTYPES, ids=lambda v: str(v).split(".")[-1])
-def test_cell_dtypes_against_float64(dtype, tolerance, float32_adapter):
-    z = make_map(2, 7, 6, 3, dtype=dtype)
-    cell = make_cell(2, torch.float32 if float32_adapter else dtype)
-    channels = torch.tensor([2, 0])
-    y = mixed_cell(z, *cell, channels, backend="reference")
-    assert y.dtype == dtype
-    exact = mixed_cell(z.double(), *(p.double() for p in cell), channels, backend="reference")
-    assert_close(y.double(), exact, **tolerance)
+def test_dtypes_against_float64(dtype, tolerance, float32_adapter):
+    """The layer's error is in units of the dtype's rounding, relative to the largest output.
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_layer_dtypes_against_float64(dtype):
-    """Error of the whole layer in units of the dtype's rounding, relative to the largest output.
-
-    Four results are rounded on the way (W0 x, z, y, W_d y) and then their sum, each by at most
-    half an epsilon of its own size, none of which is more than ~8 times the output's.
+    Four of its results are rounded on the way (W0 x, z, y, W_d y) and then their sum, each by at
+    most half an epsilon of its own size, none of which is more than ~8 times the output's.
     """
-    x = make_map(2, 5, 5, 8, dtype=dtype)
-    layer = make_layer(c_in=8, dtype=dtype)
-    channels = torch.tensor([0, 2])
-    h = nas_lora_linear(x, *layer, channels, 1.5, backend="reference")
-    assert h.dtype == dtype
-    exact = nas_lora_linear(
-        x.double(), *(p.double() for p in layer), channels, 1.5, backend="reference"
+    cell, layer = (
+        make(function, (2, 7, 6), 3, 2).to(dtype, torch.float32 if float32_adapter else None)
+        for function in ("cell", "layer")
     )
-    error = (h.double() - exact).abs().max() / exact.abs().max()
-    assert error <= 8 * torch.finfo(dtype).eps
+    y, h = result(cell), result(layer)
+    assert y.dtype == h.dtype == dtype
+    assert_close(y.double(), result(cell.to(torch.float64)), **tolerance)
+    exact = result(layer.to(torch.float64))
+    assert (h.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 # ---------------------------------------------------------------- gradients
 
 
-def gradcheck(function, inputs, *rest):
+@pytest.mark.parametrize("rank, channels", [(1, "all"), (3, 2), (5, 3), (3, 0)])
+@pytest.mark.parametrize("function", ["cell", "layer"])
+def test_gradcheck(function, rank, channels):
+    case = make(function, (1, 3, 4), rank, channels)
+    # The cell of no channel is empty, and alpha does nothing.
+    names = [name for name in case.arguments if channels or name not in CELL]
+
     def run(*leaves):
-        return function(*leaves, *rest, backend="reference")
+        arguments = case.arguments | dict(zip(names, leaves, strict=True))
+        call = getattr(naslora_kernels, case.function)
+        return call(**arguments, **case.options, backend="reference")
 
-    leaves = [tensor.requires_grad_() for tensor in inputs]
-    assert torch.autograd.gradcheck(run, leaves)
-
-
-@pytest.mark.parametrize("rank, channels", [(1, None), (3, [2, 0]), (5, [4, 1, 3])], ids=str)
-def test_cell_gradcheck(rank, channels):
-    selected, c = selection(rank, channels)
-    gradcheck(mixed_cell, [make_map(1, 3, 4, rank), *make_cell(c)], selected)
-
-
-@pytest.mark.parametrize("channels", [None, [2, 0], []], ids=str)
-def test_layer_gradcheck(channels):
-    selected, c = selection(3, channels)
-    inputs = [make_map(1, 3, 2, 3), *make_layer(c=c, c_in=3, c_out=2)]
-    checked = len(inputs) if c else 5  # the cell of no channel is empty, and alpha does nothing
-    gradcheck(nas_lora_linear, inputs[:checked], *inputs[checked:], selected, 1.5)
+    assert torch.autograd.gradcheck(run, [case.arguments[n].requires_grad_() for n in names])
 
 
 def test_max_pool_routes_ties_to_the_first_in_row_major_order():
-    z = torch.zeros(1, 3, 3, 1, dtype=torch.float64, requires_grad=True)
-    cell = make_cell(1)
-    cell[0] = torch.full((8,), -1e4, dtype=torch.float64)
-    cell[0][OPERATIONS.index("max_pool_3x3")] = 0.0
-    y = mixed_cell(z, *cell, backend="reference")
-    (grad,) = torch.autograd.grad(y.sum(), z)
+    case = single(make("cell", (1, 3, 3), 1, "all"), OPERATIONS.index("max_pool_3x3"))
+    case.arguments["z"].zero_()
+    case.gradient.fill_(1)
+    grad = case.run("reference", ("z",))["z"]
     # Windows centred at rows (columns) 0 and 1 start at 0, those at 2 start at 1.
     first = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
     assert torch.equal(grad[0, :, :, 0], torch.outer(first, first))
-
-
-LAYOUTS = {
-    "permuted": lambda: make_map(2, 3, 5, 4).permute(0, 2, 3, 1),
-    "sliced": lambda: make_map(4, 10, 8, 6)[::2, 1::2, ::2, 1:4],
-    "expanded batch": lambda: make_map(1, 5, 4, 3).expand(2, 5, 4, 3),
-    "expanded pixels": lambda: make_map(2, 1, 1, 3).expand(2, 5, 4, 3),
-}
-
-
-def assert_strides_do_not_matter(run, tensors, grad, rest, dense_rest):
-    """The same numbers in another layout give the same results: same code, so to rounding."""
-
-    def of(rest):
-        return lambda *leaves: run(*leaves, *rest, backend="reference")
-
-    dense = [tensor.contiguous() for tensor in tensors]
-    assert_close(of(rest)(*tensors), of(dense_rest)(*dense), **FLOAT64)
-    expected = gradients(of(dense_rest), dense, grad.contiguous())
-    assert_close(gradients(of(rest), tensors, grad), expected, **FLOAT64)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides_of_inputs_and_gradients_do_not_matter(layout):
-    z, cell = LAYOUTS[layout](), make_cell(2)
-    assert z.shape == (2, 5, 4, 3) and not z.is_contiguous()
-    cell[1] = cell[1].transpose(1, 2)
-    cell[5] = make_map(2, 2, 4).permute(2, 0, 1)
-    channels = torch.tensor([9, 2, 9, 0])[1::2]
-    grad = make_map(4, 3, 5, seed=7).permute(2, 0, 1).expand(2, 5, 4, 3)
-    assert_strides_do_not_matter(mixed_cell, [z, *cell], grad, [channels], [channels.contiguous()])
-
-
-def test_layer_strides_do_not_matter():
-    x, layer = make_map(2, 5, 3, 4).permute(0, 2, 3, 1), make_layer()
-    layer[0], layer[2] = make_map(5, 4, seed=2).T, make_map(5, 6, seed=4).T[::2]
-    grad = make_map(1, 1, 1, 4, seed=9).expand(2, 3, 4, 4)
-    rest = [torch.tensor([2, 0]), 1.5]
-    assert_strides_do_not_matter(nas_lora_linear, [x, *layer], grad, rest, rest)
 
 
 # ---------------------------------------------------------------- folding
 
 
 def test_folded_convolution_has_41_taps_and_equals_the_operations():
-    alpha, *depthwise, pw = make_cell(3)
+    case = make("cell", (2, 10, 7), 3, "all")
+    z, alpha, *depthwise, pw = case.arguments.values()
     alpha[4:6] = -1e4  # the poolings are not part of the convolution
     kernel = folded_convolution(alpha.softmax(0), tuple(depthwise), pw)
     assert kernel.shape == (3, 3, 9, 9)
     # 5 x 5 dense taps and 5 x 5 with dilation 2, which share 3 x 3.
     assert (kernel != 0).any(0).any(0).sum() == 41
-    z = make_map(2, 10, 7, 3)
     y = torch.nn.functional.conv2d(z.permute(0, 3, 1, 2), kernel, padding=4).permute(0, 2, 3, 1)
-    assert_close(y, expected_cell(z, [alpha, *depthwise, pw], None), **FLOAT64)
-
-
-# ---------------------------------------------------------------- compile and autocast
-
-
-def test_compiles_in_one_graph_forward_and_backward():
-    def run(x, *tensors):
-        h = nas_lora_linear(x, *tensors, torch.tensor([2, 0]), 1.5, backend="reference")
-        return h + mixed_cell(x[..., :2], *tensors[4:], backend="reference").sum()
-
-    inputs = [make_map(2, 4, 3, 5), *make_layer()]
-    grad = make_map(2, 4, 3, 4, seed=9)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(*inputs), run(*inputs), **FLOAT64)
-    expected = gradients(run, inputs, grad)
-    assert_close(gradients(compiled, inputs, grad), expected, **FLOAT64)
-
-
-def test_autocast_gives_16_bit_output_and_float32_gradients():
-    x = make_map(2, 4, 3, 8, dtype=torch.float32).requires_grad_()
-    layer = [t.requires_grad_() for t in make_layer(c_in=8, dtype=torch.float32)]
-    channels = torch.tensor([2, 0])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        h = nas_lora_linear(x, *layer, channels, backend="reference")
-        y = mixed_cell(x.detach()[..., :3].bfloat16(), *layer[4:], channels, backend="reference")
-    assert h.dtype == y.dtype == torch.bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        double = nas_lora_linear(make_map(1, 3, 3, 5), *make_layer(), channels, backend="reference")
-    assert double.dtype == torch.float64
-    h.sum().backward()
-    assert all(tensor.grad.dtype == torch.float32 for tensor in (x, *layer))
-    exact = nas_lora_linear(
-        *(t.detach().double() for t in (x, *layer)), channels, backend="reference"
-    )
-    # As in the test of 16-bit layers, and x, W0 and the adapter's matrices are rounded besides.
-    assert (h.double() - exact).abs().max() <= 12 * 2**-8 * exact.abs().max()
+    assert_close(y, by_loop(case), **FLOAT64)
 
 
 # ---------------------------------------------------------------- checks
 
 
 def cell_arguments(**changes):
-    values = [make_map(2, 3, 4, 3), *make_cell(2)]
-    found = dict(zip(("z", *PARAMETERS), [value.float() for value in values], strict=True))
-    return {**found, "channels": torch.tensor([2, 0]), **changes}
+    case = make("cell", (2, 3, 4), 3, 2).to(torch.float32)
+    return {**case.arguments, "channels": torch.tensor([2, 0]), **changes}
 
 
 def layer_arguments(**changes):
-    names = ("x", "weight", "bias", "lora_A", "lora_B", *PARAMETERS)
-    values = [make_map(2, 3, 4, 5), *make_layer()]
-    found = dict(zip(names, [value.float() for value in values], strict=True))
-    return {**found, "channels": torch.tensor([2, 0]), **changes}
+    case = make("layer", (2, 3, 4), 3, 2).to(torch.float32)
+    return {**case.arguments, **case.options, "channels": torch.tensor([2, 0]), **changes}
 
 
 META = {"device": "meta"}
@@ -421,9 +304,8 @@ def test_bad_arguments_are_named(function, arguments, name, value, kind, fragmen
 
 
 def test_16_bit_maps_take_float32_adapters_but_no_float32_base():
-    x = make_map(1, 2, 2, 5, dtype=torch.bfloat16)
-    weight, bias, *adapter = make_layer(dtype=torch.float32)
-    channels = torch.tensor([0, 1])
+    x, weight, bias, *adapter = make("layer", (1, 2, 2), 3, 2).to(torch.float32).arguments.values()
+    x, channels = x.bfloat16(), torch.tensor([0, 1])
     base = weight.bfloat16(), bias.bfloat16()
     assert nas_lora_linear(x, *base, *adapter, channels).dtype == torch.bfloat16
     with pytest.raises(TypeError, match=r"^weight: expected torch.bfloat16 .* got torch.float32$"):
@@ -472,7 +354,7 @@ def fake_backend(monkeypatch):
 
 def served_by_fake(dtype=torch.float32, **named):
     arguments = cell_arguments()
-    tensors = {name: arguments[name].to(dtype) for name in ("z", *PARAMETERS)}
+    tensors = {name: arguments[name].to(dtype) for name in ("z", *CELL)}
     return bool((mixed_cell(**arguments | tensors, **named) == 42.0).all())
 
 

@@ -8,19 +8,17 @@ import os
 import re
 import shlex
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import wait_for
+from conftest import TRAIN as BINARY
 from PIL import Image
-from reliability.conftest import Forked
 from rich.console import Console
 
 from naslora.data import demo_data
 from naslora.files import read_json, read_safetensors
-from naslora.results import ADAPTER, LAST
+from naslora.results import ADAPTER
 from naslora.sam import encoders as sam
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training import demo as demo_run
@@ -186,15 +184,12 @@ def scores_of(result):
     return json.loads(result.out)
 
 
-def test_evaluate_repeats_the_test(naslora, run):
+def test_evaluate_repeats_the_test(naslora, run, make_data, tmp_path):
     scores = scores_of(naslora("evaluate", run))
     assert scores.pop("images") == 5
     # The same weights, images and batches in the same process: the same numbers.
     assert scores == read(run / "metrics.json")["test"]
     assert scores_of(naslora("evaluate", run, "--split", "val"))["images"] == 4
-
-
-def test_evaluate_on_other_data(naslora, run, make_data, tmp_path):
     other = make_data(tmp_path / "other", classes=3, train=2, val=1, test=3)
     assert scores_of(naslora("evaluate", run, "--data", other))["images"] == 3
 
@@ -211,13 +206,6 @@ def test_merge_then_evaluate(naslora, run, tmp_path, mode):
     if mode == "center":  # it loads into an untouched model
         tensors = read_safetensors(folder / "model.safetensors")
         SamForSegmentation("vit_t", 32, 3).load_state_dict(tensors, strict=True)
-
-
-def test_a_merge_that_loses_too_much_writes_nothing(naslora, run, tmp_path):
-    options = ("--mode", "center", "--max-error", "1e-9", "--output", tmp_path / "m")
-    result = naslora("merge", run, *options)
-    assert result.status == 2 and "more than --max-error 1e-09" in result.err
-    assert not (tmp_path / "m").exists()
 
 
 def test_predict_files_and_folders(naslora, run, tmp_path):
@@ -239,27 +227,10 @@ def test_predict_files_and_folders(naslora, run, tmp_path):
     assert len(list((tmp_path / "o").iterdir())) == 6
 
 
-def test_predictions_are_what_was_scored(naslora, run, data, tmp_path):
-    images = sorted((data / "images").glob("test*.png"))
-    assert naslora("predict", run, *images, "--output", tmp_path / "o").status == 0
-    accuracy = [
-        np.mean(
-            np.asarray(Image.open(tmp_path / "o" / f"{image.stem}_mask.png"))
-            == np.asarray(Image.open(data / "masks" / image.name))
-        )
-        for image in images
-    ]
-    # Images are fed one by one here: a pixel on the border of two classes may fall otherwise.
-    expected = read(run / "metrics.json")["test"]["accuracy"]
-    assert np.mean(accuracy) == pytest.approx(expected, abs=2 / 32**2)
-
-
 def test_the_paper_preset_trains_and_merges(naslora, make_data, tmp_path):
     data = make_data(tmp_path / "data", train=6, val=2, test=2)
-    options = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
-    result = naslora(
-        "train", "--data", data, *options, "--preset", "paper", "--output", tmp_path / "run"
-    )
+    options = ("--data", data, *BINARY, "--preset", "paper", "--output", tmp_path / "run")
+    result = naslora("train", *options)
     assert result.status == 0, result.err
     metrics = read(tmp_path / "run" / "metrics.json")
     assert list(metrics["test_merged"]) == ["exact"]
@@ -268,52 +239,7 @@ def test_the_paper_preset_trains_and_merges(naslora, make_data, tmp_path):
     assert scores["dice"] == metrics["test_merged"]["exact"]["dice"]
 
 
-# --- Resuming ---
-
-LONG = (*TRAIN, "--workers", 1, "--rank", 6, "--channel-selection", "resample")
-LONG += ("--anneal-epochs", 2)
-
-
-def without_seconds(history):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
-
-
-@pytest.fixture(scope="module")
-def unbroken(naslora, data, tmp_path_factory):
-    """Nothing is there yet that ``--resume`` could continue."""
-    output = tmp_path_factory.mktemp("runs") / "unbroken"
-    result = naslora("train", "--data", data, *LONG, "--output", output, "--resume")
-    assert result.status == 0, result.err
-    return output
-
-
-def test_a_killed_run_ends_as_an_unbroken_one(naslora, data, unbroken, tmp_path):
-    arguments = ["train", "--data", data, *LONG, "--output"]
-    killed = tmp_path / "killed"
-    process = Forked([*arguments, killed])
-    wait_for((killed / LAST).exists, process)
-    os.killpg(process.pid, signal.SIGKILL)  # the workers, too
-    assert process.wait().status == -signal.SIGKILL
-    assert torch.load(killed / LAST)["epoch"] < EPOCHS
-    resumed = naslora(*arguments, killed, "--resume")
-    assert resumed.status == 0, resumed.err
-
-    assert_bitwise_same(adapter(killed), adapter(unbroken))
-    ours, theirs = (torch.load(run / LAST, weights_only=True) for run in (killed, unbroken))
-    assert_bitwise_same(ours["model"], theirs["model"])
-    assert without_seconds(ours["history"]) == without_seconds(theirs["history"])
-    assert ours["operations"] == theirs["operations"]
-    assert read(killed / "metrics.json")["test"] == read(unbroken / "metrics.json")["test"]
-    assert {p.name for p in killed.rglob("*.partial")} == set()
-
-
-def test_another_configuration_is_not_resumed(naslora, run, data):
-    before = (run / LAST).stat().st_mtime_ns
-    changed = ["--learning-rate", "1e-2", "--rank", "6", "--output", run, "--resume"]
-    result = naslora("train", "--data", data, *TRAIN, *changed)
-    assert result.status == 2
-    assert "it has rank 3, learning_rate 0.003)" in result.err
-    assert (run / LAST).stat().st_mtime_ns == before
+# --- Resuming: tests/reliability/test_kills.py has runs that were interrupted ---
 
 
 def test_a_finished_run_finishes_again(naslora, run, data, tmp_path):

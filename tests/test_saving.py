@@ -8,7 +8,15 @@ import stat
 
 import pytest
 import torch
-from adapted_models import adapted_encoder, build_encoder, images, randomize
+from adapted_models import (
+    adapted_encoder,
+    build_encoder,
+    differing,
+    images,
+    randomize,
+    state_of,
+    trained_encoder,
+)
 from hugging_face import BUILDERS, logits, trained
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,27 +41,13 @@ from naslora.adapter.io.merged_files import MERGED_CONFIG, MERGED_WEIGHTS
 from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.files import read_json, write_text
+from naslora.integrations.hub import from_pretrained
 
 torch.set_num_threads(1)
 
 
-def trained_encoder() -> nn.Module:
-    """An adapted encoder of which the neck is trained as well."""
-    model = adapted_encoder()
-    model.neck.requires_grad_(True)
-    with torch.no_grad():
-        model.neck[0].weight.add_(0.1)
-    return model
-
-
-def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def assert_same(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not differing(model.state_dict(), before)
 
 
 # ---------------------------------------------------------------- what a file holds
@@ -415,25 +409,30 @@ def reload(model: nn.Module, folder) -> nn.Module:
     return read.eval()
 
 
-def test_save_pretrained_is_a_round_trip(tmp_path):
-    model = trained("SamModel")
+every_model = pytest.mark.parametrize("name", BUILDERS)
+
+
+@every_model
+def test_save_pretrained_is_a_round_trip(name, tmp_path):
+    model = trained(name)
     before = state_of(model)
     model.save_pretrained(tmp_path)
     assert_same(model, before)
     read = reload(model, tmp_path)
     assert_same(read, before)
+    assert torch.equal(logits(from_pretrained(type(model), tmp_path)), logits(model))
     stored = json.loads((tmp_path / ADAPTER_FOLDER / CONFIG_NAME).read_text())
     assert stored["layers"] == [name for name, _ in adapter_layers(model)]
     # The adapter alone, on the original model.
-    alone = BUILDERS["SamModel"]()
+    alone = BUILDERS[name]()
     load_adapter(alone, tmp_path / ADAPTER_FOLDER)
     assert torch.equal(logits(alone), logits(model))
     # What was read saves as the trained model did, and so does a model with the adapter alone.
-    for name, other in (("again", read), ("alone", alone)):
-        other.save_pretrained(tmp_path / name)
-        assert_same(reload(other, tmp_path / name), before)
+    for part, other in (("again", read), ("alone", alone)):
+        other.save_pretrained(tmp_path / part)
+        assert_same(reload(other, tmp_path / part), before)
     # The Trainer resumes from model.safetensors by load_state_dict.
-    other = BUILDERS["SamModel"]()
+    other = BUILDERS[name]()
     inject(other, seed=4)
     keys = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     shared = {"prompt_encoder.shared_embedding.positional_embedding"}  # stored once by Transformers
@@ -466,8 +465,9 @@ def test_save_pretrained_writes_the_given_state(tmp_path):
     assert not list((tmp_path / "other").iterdir())
 
 
-def test_save_pretrained_after_a_merge(tmp_path):
-    model = trained("SamModel")
+@every_model
+def test_save_pretrained_after_a_merge(name, tmp_path):
+    model = trained(name)
     merge(model, "exact")
     with pytest.raises(UserError, match=r"mode 'exact': call naslora\.save_merged") as error:
         model.save_pretrained(tmp_path)

@@ -2,13 +2,12 @@
 
 import itertools
 import json
-import shlex
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_checkpoint
+from conftest import TRAIN, write_checkpoint
 from PIL import Image
 from run_configs import run_config
 
@@ -235,8 +234,6 @@ def test_items_are_windows_at_native_resolution(tmp_path):
 
 
 # --- the command line
-
-TRAIN = shlex.split("--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0")
 
 
 @pytest.fixture(scope="module")

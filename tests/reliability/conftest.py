@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import TRAIN, tiny_models, write_checkpoint
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 
 from naslora import cli, prediction  # noqa: F401, forks find imported what commands import
@@ -23,6 +24,7 @@ from naslora.report.figures import Drawing
 
 # Seconds after which a forked command that hangs prints where, and ends.
 LONGEST = 540
+SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 WITHOUT_WORLD = ("test_processes.py", "test_numbers.py")
 
 
@@ -198,6 +200,33 @@ def forked(tiny_sam):
         return Forked(arguments, prepare)
 
     return start
+
+
+def train(world, output):
+    """Whose channels are drawn anew each epoch."""
+    options = ("--checkpoint", world / "sam.safetensors", "--rank", 6, "--anneal-epochs", 1)
+    options += ("--channel-selection", "resample", "--output", output)
+    return ("train", "--data", world / "data", *TRAIN, *options)
+
+
+@pytest.fixture(scope="module")
+def unbroken(naslora, clean_world, tiny_sam, tmp_path_factory):
+    """Nothing is there yet that ``--resume`` could continue."""
+    output = tmp_path_factory.mktemp("runs") / "unbroken"
+    result = naslora(*train(clean_world, output), "--resume")
+    assert result.status == 0, result.err
+    return output
+
+
+def draws(examples: int) -> settings:
+    """Lets Hypothesis draw so many examples; CI draws the same few each time."""
+    return settings(
+        max_examples=examples,
+        derandomize=examples < 1000,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def one_line(err: str) -> str:

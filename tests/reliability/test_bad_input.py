@@ -153,10 +153,6 @@ def quoted(text: str) -> str:
     return " ".join(word if word[0] in "{-" else shlex.quote(word) for word in text.split())
 
 
-def test_there_are_enough_bad_inputs():
-    assert sum(len(group["cases"]) for group in CORPUS) >= 120
-
-
 def test_no_arguments_print_the_usage(naslora):
     result = naslora()
     assert result.status == 2 and result.out == ""

@@ -1,48 +1,17 @@
 """A full disk: one line, nothing half-written, and the run goes on when there is space again."""
 
-import errno
 import io
 import os
-import resource
-import shutil
-import signal
 import subprocess
 import sys
 
 import pytest
 
 from naslora.__main__ import open_streams
-from reliability.conftest import TRAIN, one_line
-from reliability.test_kills import assert_same, check_files
+from reliability.conftest import one_line, train
+from reliability.test_kills import FULL, assert_ended, resume
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
-
-
-def full_at(write: int):
-    """Makes a process's n-th atomic write, and those after it, fail as on a full disk."""
-
-    def prepare():
-        count = 0
-
-        def fsync(descriptor):
-            nonlocal count
-            count += 1
-            if count >= write:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        os.fsync = fsync
-
-    return prepare
-
-
-def limited(size: int):
-    """Makes writes beyond ``size`` bytes of any file fail with EFBIG."""
-
-    def prepare():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return prepare
 
 
 @pytest.fixture
@@ -57,50 +26,13 @@ def tmpfs(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def refused(ended, reason="No space left on device"):
-    assert ended.status == 2, ended.err
-    line = one_line(ended.err)
-    assert reason in line and line.startswith("naslora: error: ")
-    return line
-
-
-def train(world, output):
-    options = (*TRAIN, "--checkpoint", world / "sam.safetensors")
-    return ("train", "--data", world / "data", *options, "--output", output)
-
-
-def resume(naslora, command, output, world):
-    check_files(output) if output.exists() else None
-    assert not list(output.rglob(".*.partial"))
-    more = ("--resume",) if (output / "config.json").exists() else ()
-    result = naslora(*command, *more)
-    assert result.status == 0, result.err
-    assert_same(output, world / "run")
-
-
-SIZES = [0, 10, 100, 300, 1000, 3000, 10_000, 50_000, 100_000, 200_000, 10**8]
-
-
-@pytest.mark.parametrize(
-    "size", [30_000, *(pytest.param(size, marks=pytest.mark.campaign) for size in SIZES)]
-)
-def test_a_file_that_does_not_fit(forked, naslora, clean_world, tmp_path, size):
-    """One of the run's files is longer than ``size``, if it is not the last."""
-    output = tmp_path / "run"
-    command = train(clean_world, output)
-    ended = forked(*command, prepare=limited(size)).wait()
-    if size < SIZES[-1]:
-        refused(ended, "File too large")
-    resume(naslora, command, output, clean_world)
-
-
-def test_a_small_file_system(forked, naslora, clean_world, tmpfs):
+def test_a_small_file_system(forked, naslora, clean_world, unbroken, tmpfs):
     output = tmpfs / "run"
-    command = train(clean_world, output)
-    line = refused(forked(*command).wait())
-    assert "free some space and run the command again, with --resume" in line
+    ended = forked(*train(clean_world, output)).wait()
+    assert_ended(ended, *FULL)
+    assert "free some space and run the command again, with --resume" in ended.err
     subprocess.run(["mount", "-o", "remount,size=500m", str(tmpfs)], check=True)
-    resume(naslora, command, output, clean_world)
+    resume(naslora, clean_world, output, unbroken)
 
 
 @pytest.mark.parametrize(
@@ -122,28 +54,11 @@ def test_other_commands_on_a_small_file_system(forked, clean_world, tmpfs, comma
             *("--output", tmpfs / "out"),
         ),
     }[command]
-    refused(forked(*line).wait())
+    assert_ended(forked(*line).wait(), *FULL)
     left = {path.relative_to(tmpfs) for path in tmpfs.rglob("*") if path.is_file()}
     whole = {path for path in left if path.parent.name == "out"}  # masks that did fit
     assert left - whole == {full.relative_to(tmpfs)}
     assert not whole or command == "predict"
-
-
-@pytest.mark.campaign
-def test_a_disk_that_is_full_at_every_write_of_a_run(forked, naslora, clean_world, tmp_path):
-    places = 0
-    for write in range(1, 100):
-        output = tmp_path / f"run{write}"
-        command = train(clean_world, output)
-        ended = forked(*command, prepare=full_at(write)).wait()
-        if ended.status == 0:
-            break
-        refused(ended)
-        resume(naslora, command, output, clean_world)
-        shutil.rmtree(output)
-        places += 1
-    assert places >= 9
-    print(f"places where the disk was full: {places}")
 
 
 LOST = "naslora: error: the results cannot be printed: "

@@ -7,7 +7,6 @@ import subprocess
 import time
 
 import pytest
-from conftest import wait_for
 
 from naslora.errors import UserError
 from naslora.files import LOCK
@@ -19,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("tiny_sam")
 COMMANDS = {
     "demo": ("demo", "--epochs", 1),
     "train": ("train", "--data", "data", *TRAIN),
+    "resume": ("train", "--data", "data", *TRAIN, "--resume"),
     "compare": ("compare", "--methods", "lora", "--data", "data", *TRAIN),
     "ablate": ("ablate", "rank", "--data", "data", *TRAIN),
     "analyse": ("analyse", "run"),
@@ -92,16 +92,6 @@ def test_two_runs_that_start_together(forked, clean_world, tmp_path):
     # The second may have come when the first was done: it then sees a finished run.
     line = one_line(ends[second].err)
     assert f"in use by process {first} on " in line or "exists and is not empty" in line
-
-
-def test_resuming_a_run_that_goes_on(forked, naslora, clean_world, tmp_path):
-    arguments = ("train", "--data", clean_world / "data", *TRAIN, "--output", tmp_path / "run")
-    run = forked(*arguments, "--epochs", 500)
-    wait_for((tmp_path / "run/last.pt").exists, run)
-    result = naslora(*arguments, "--epochs", 500, "--resume")
-    run.kill()
-    run.wait()
-    assert result.status == 2 and f"in use by process {run.pid} on " in one_line(result.err)
 
 
 def test_the_lock_itself(tmp_path):

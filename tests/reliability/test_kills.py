@@ -1,8 +1,11 @@
-"""SIGKILL at any moment: every file stays whole, and the resumed run equals the unbroken one."""
+"""Kills, signals and full disks at any moment of a write: every file stays whole, and the resumed
+run equals the unbroken one."""
 
+import errno
 import itertools
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -15,7 +18,7 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.files import read_json, read_safetensors, read_torch
 from naslora.records import read_rows
 from naslora.results import LAST, Epoch
-from reliability.conftest import TRAIN, one_line
+from reliability.conftest import SIGNALS, one_line, train
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -23,33 +26,49 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 TIMES = ("seconds", "history_sha256")  # differ between equal runs
 
 
-def kill_at(write: int, moment: str):
-    """Makes a process kill itself at its n-th atomic write: at half of the file, before the file
+def at_write(write: int, moment: str, fault):
+    """Makes a process suffer a fault at its n-th atomic write: at half of the file, before the file
     gets its name, or after that."""
 
     def prepare():
         count = 0
         fsync, replace = os.fsync, os.replace
 
-        def die():
-            os.kill(os.getpid(), signal.SIGKILL)
-
         def counted_fsync(descriptor):
             nonlocal count
             count += 1
             if count == write and moment == "half":
                 os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
-                die()
+                fault()
             fsync(descriptor)
             if count == write and moment == "before":
-                die()
+                fault()
 
         def counted_replace(*arguments, **options):
             replace(*arguments, **options)
             if count == write and moment == "after":
-                die()
+                fault()
 
         os.fsync, os.replace = counted_fsync, counted_replace
+
+    return prepare
+
+
+def send(number: int):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def full(*_):
+    os.fsync = full  # the disk stays full
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def limited(size: int):
+    """Makes writes beyond ``size`` bytes of any file fail with EFBIG."""
+
+    def prepare():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     return prepare
 
@@ -84,64 +103,87 @@ def assert_same(run, other):
     assert metrics == other_metrics
 
 
-def arguments(world, output):
-    return ("train", "--data", world / "data", *TRAIN, "--checkpoint", world / "sam.safetensors"), (
-        "--output",
-        output,
-    )
-
-
-def kill_and_resume(forked, naslora, world, output, prepare) -> bool:
-    """Kills a run and resumes it; returns False if the run ended before the kill."""
-    command, out = arguments(world, output)
-    ended = forked(*command, *out, prepare=prepare).wait()
-    if ended.status == 0:
-        return False
-    assert ended.status == -signal.SIGKILL, ended.err
+def resume(naslora, world, output, unbroken):
+    """The run after an interruption: its files are whole, and it ends as the unbroken one."""
     if output.exists():
         check_files(output)
-    resume = ("--resume",) if (output / "config.json").exists() else ()
-    result = naslora(*command, *out, *resume)
+    more = ("--resume",) if (output / "config.json").exists() else ()
+    result = naslora(*train(world, output), *more)
     assert result.status == 0, result.err
-    assert_same(output, world / "run")
+    assert_same(output, unbroken)
     assert not list(output.rglob(".*.partial"))
-    return True
 
 
-@pytest.mark.parametrize("moment", ["half", "before", "after"])
-def test_a_kill_while_the_checkpoint_is_written(forked, naslora, clean_world, tmp_path, moment):
-    # config.json, the adapter's two files, last.pt
-    assert kill_and_resume(forked, naslora, clean_world, tmp_path / "run", kill_at(4, moment))
+def assert_ended(ended, status: int, line: str | None):
+    """How a command ended that was interrupted, and the one line that it wrote unless killed."""
+    assert ended.status == status, ended.err
+    assert line is None or line in one_line(ended.err)
+
+
+KILLED, FULL = (-signal.SIGKILL, None), (2, "No space left on device")
+# The moment of a write, what happens then, the status, and the line.
+FAULTS = {
+    **{moment: (moment, send(signal.SIGKILL), *KILLED) for moment in ("half", "before", "after")},
+    "full": ("before", full, *FULL),
+}
+SIZES = [0, 10, 100, 300, 1000, 3000, 10_000, 50_000, 100_000, 200_000]
+# The fourth write of a run is last.pt, after config.json and the adapter's two files.
+INTERRUPTIONS = {
+    **{f"{name}, last.pt": (at_write(4, *fault[:2]), *fault[2:]) for name, fault in FAULTS.items()},
+    **{
+        word: (at_write(2, "after", send(number)), status, f"naslora: {word}; --resume continues")
+        for number, status, word in SIGNALS
+    },
+    **{f"limit of {size}": (limited(size), 2, "File too large") for size in (30_000, *SIZES)},
+}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "status", "line"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.campaign] * (name[9:] in map(str, SIZES)))
+        for name, case in INTERRUPTIONS.items()
+    ],
+)
+def test_an_interrupted_run_goes_on(
+    forked, naslora, clean_world, unbroken, tmp_path, prepare, status, line
+):
+    """The limits are below the size of one of the run's files."""
+    output = tmp_path / "run"
+    assert_ended(forked(*train(clean_world, output), prepare=prepare).wait(), status, line)
+    resume(naslora, clean_world, output, unbroken)
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("moment", ["half", "before", "after"])
-def test_a_kill_in_every_write_of_a_run(forked, naslora, clean_world, tmp_path, moment):
-    kills = 0
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_every_write_of_a_run(forked, naslora, clean_world, unbroken, tmp_path, name):
+    moment, fault, status, line = FAULTS[name]
+    faults = 0
     for write in range(1, 100):
-        run = tmp_path / f"run{write}"
-        if not kill_and_resume(forked, naslora, clean_world, run, kill_at(write, moment)):
+        output = tmp_path / f"run{write}"
+        ended = forked(*train(clean_world, output), prepare=at_write(write, moment, fault)).wait()
+        if ended.status == 0:
             break
-        shutil.rmtree(run)
-        kills += 1
-    assert kills >= 9
-    print(f"kills while writing, {moment}: {kills}")
+        assert_ended(ended, status, line)
+        resume(naslora, clean_world, output, unbroken)
+        shutil.rmtree(output)
+        faults += 1
+    assert faults >= 9
+    print(f"faults while writing, {name}: {faults}")
 
 
 @pytest.mark.campaign
 def test_kills_at_random_moments(forked, naslora, clean_world, tmp_path):
-    """Several kills a run, until it ends; channels are drawn anew each epoch."""
-    options = ("--channel-selection", "resample", "--epochs", 6)
-    command = ("train", "--data", clean_world / "data", *TRAIN, *options)
-    started = time.monotonic()
-    assert naslora(*command, "--output", tmp_path / "whole").status == 0
+    """Several kills a run, until it ends."""
+    started, epochs = time.monotonic(), ("--epochs", 6)
+    assert naslora(*train(clean_world, tmp_path / "whole"), *epochs).status == 0
     seconds = time.monotonic() - started
     draw, kills = random.Random(0), 0
     for number in range(10):
         run = tmp_path / f"run{number}"
         for _ in range(3):
             resume = ("--resume",) if (run / "config.json").exists() else ()
-            process = forked(*command, "--output", run, *resume)
+            process = forked(*train(clean_world, run), *epochs, *resume)
             time.sleep(draw.uniform(0, 0.7 * seconds))
             kills += process.poll() is None
             process.kill()
@@ -149,7 +191,7 @@ def test_kills_at_random_moments(forked, naslora, clean_world, tmp_path):
             if run.exists():
                 check_files(run)
         resume = ("--resume",) if (run / "config.json").exists() else ()
-        result = naslora(*command, "--output", run, *resume)
+        result = naslora(*train(clean_world, run), *epochs, *resume)
         assert result.status == 0, result.err
         assert_same(run, tmp_path / "whole")
         shutil.rmtree(run)
@@ -171,7 +213,9 @@ def test_a_kill_in_every_write_of_other_commands(forked, naslora, clean_world, t
     kills = 0
     for write in range(1, 5):
         moment = ("half", "before", "after")[write % 3]
-        ended = forked(*line, "--output", output, prepare=kill_at(write, moment)).wait()
+        ended = forked(
+            *line, "--output", output, prepare=at_write(write, moment, send(signal.SIGKILL))
+        ).wait()
         if ended.status == 0:
             break
         assert ended.status == -signal.SIGKILL, ended.err
@@ -206,8 +250,8 @@ def test_a_kill_of_a_loader_worker(forked, clean_world, tmp_path, when):
 
         SegmentationDataset.__getitem__ = deadly
 
-    command, out = arguments(clean_world, tmp_path / "run")
-    ended = forked(*command, *out, "--workers", 2, "--batch-size", 1, prepare=prepare).wait()
+    command = train(clean_world, tmp_path / "run")
+    ended = forked(*command, "--workers", 2, "--batch-size", 1, prepare=prepare).wait()
     assert ended.status == 2
     line = one_line(ended.err)
     assert "DataLoader worker (pid" in line and "lower --workers, or free some memory" in line

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx.parser
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +19,7 @@ from naslora.files import read_json
 from naslora.sam.export import Description, load_class_map, text_of
 from naslora.sam.segmentation import predict_labels
 from naslora.trained import load_model
+from reliability.conftest import draws
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -258,13 +259,7 @@ def test_random_changes(world, name, factor):
     path = world / name
     whole = path.read_bytes()
 
-    @settings(
-        max_examples=factor * examples,
-        deadline=None,
-        database=None,
-        derandomize=factor == 1,
-        suppress_health_check=list(HealthCheck),
-    )
+    @draws(factor * examples)
     @given(st.data())
     def run(data) -> None:
         path.unlink()

@@ -15,43 +15,25 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from naslora.data.dataset import SegmentationDataset
 from naslora.exits import Interrupted, signals
-from reliability.conftest import TRAIN, one_line
-from reliability.test_kills import assert_same
+from reliability.conftest import SIGNALS, TRAIN, one_line, train
+from reliability.test_kills import assert_ended, at_write, send
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
-SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-
-
-@pytest.mark.parametrize("number, status, word", SIGNALS)
-def test_a_signal_in_training(forked, naslora, clean_world, tmp_path, number, status, word):
-    options = ("--checkpoint", clean_world / "sam.safetensors")
-    command = ("train", "--data", clean_world / "data", *TRAIN, *options)
-    output = ("--output", tmp_path / "run")
-    run = forked(*command, *output)
-    wait_for((tmp_path / "run/config.json").exists, run)
-    run.kill(number)
-    ended = run.wait()
-    assert ended.status == status
-    assert one_line(ended.err) == f"naslora: {word}; --resume continues the run"
-    assert naslora(*command, *output, "--resume").status == 0
-    assert_same(tmp_path / "run", clean_world / "run")
+TERMINATED = "naslora: terminated; --resume continues the run"
 
 
 @pytest.mark.parametrize("number, status, word", SIGNALS)
 def test_workers_end_with_the_run(forked, clean_world, tmp_path, number, status, word):
     options = ("--workers", 2, "--epochs", 500)
-    command = ("train", "--data", clean_world / "data", *TRAIN, *options)
-    run = forked(*command, "--output", tmp_path / "run")
+    run = forked(*train(clean_world, tmp_path / "run"), *options)
     wait_for((tmp_path / "run/last.pt").exists, run)
     # Ctrl-C reaches every process of the terminal, and a scheduler's SIGTERM often the first alone.
     if number == signal.SIGINT:
         os.killpg(run.pid, number)
     else:
         run.kill(number)
-    ended = run.wait()
-    assert ended.status == status, ended.err
-    assert word in one_line(ended.err)
+    assert_ended(run.wait(), status, word)
     wait_for(lambda: not group_lives(run.pid))
 
 
@@ -71,10 +53,8 @@ def test_workers_that_are_told_to_end_while_the_run_waits_for_them(forked, clean
         SegmentationDataset.__getitem__ = slow_after_the_first
         torch.optim.AdamW.step = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
 
-    command = ("train", "--data", clean_world / "data", *TRAIN, "--workers", 2, "--batch-size", 1)
-    ended = forked(*command, "--output", tmp_path / "run", prepare=prepare).wait()
-    assert ended.status == 143
-    assert one_line(ended.err) == "naslora: terminated; --resume continues the run"
+    command = (*train(clean_world, tmp_path / "run"), "--workers", 2, "--batch-size", 1)
+    assert_ended(forked(*command, prepare=prepare).wait(), 143, TERMINATED)
 
 
 def test_a_signal_while_a_data_loader_starts_its_workers(forked, clean_world, tmp_path):
@@ -89,11 +69,8 @@ def test_a_signal_while_a_data_loader_starts_its_workers(forked, clean_world, tm
 
         _BaseDataLoaderIter.__init__ = init
 
-    options = ("--checkpoint", clean_world / "sam.safetensors", "--workers", "1")
-    command = ("train", "--data", clean_world / "data", *TRAIN, *options)
-    ended = forked(*command, "--output", tmp_path / "run", prepare=prepare).wait()
-    assert ended.status == 143
-    assert one_line(ended.err) == "naslora: terminated; --resume continues the run"
+    command = (*train(clean_world, tmp_path / "run"), "--workers", 1)
+    assert_ended(forked(*command, prepare=prepare).wait(), 143, TERMINATED)
 
 
 def test_a_signal_that_arrives_in_a_destructor():
@@ -111,18 +88,9 @@ def test_a_signal_that_arrives_in_a_destructor():
 @pytest.mark.parametrize("number, status, word", SIGNALS)
 def test_commands_that_cannot_resume(forked, clean_world, tmp_path, number, status, word):
     command = ("merge", clean_world / "run", "--output", tmp_path / "merged")
-
-    def prepare():
-        real = os.fsync
-
-        def fsync(descriptor):
-            os.kill(os.getpid(), number)
-            real(descriptor)
-
-        os.fsync = fsync
-
-    ended = forked(*command, prepare=prepare).wait()
-    assert ended.status == status and one_line(ended.err) == f"naslora: {word}"
+    ended = forked(*command, prepare=at_write(1, "half", send(number))).wait()
+    assert_ended(ended, status, f"naslora: {word}")
+    assert "--resume" not in ended.err
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
@@ -172,8 +140,6 @@ def test_a_signal_at_the_start(number, status, word, delay):
 
 
 def test_a_second_signal_ends_at_once(forked, clean_world, tmp_path):
-    command = ("train", "--data", clean_world / "data", *TRAIN, "--epochs", 500)
-
     def prepare():
         from naslora.training.trainer import Trainer
 
@@ -187,7 +153,7 @@ def test_a_second_signal_ends_at_once(forked, clean_world, tmp_path):
 
         Trainer.run = stubborn
 
-    run = forked(*command, "--output", tmp_path / "run", prepare=prepare)
+    run = forked(*train(clean_world, tmp_path / "run"), prepare=prepare)
     wait_for((tmp_path / "trains").exists, run)
     run.kill(signal.SIGTERM)
     wait_for((tmp_path / "first").exists, run)

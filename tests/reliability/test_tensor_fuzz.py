@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from naslora.errors import UserError
@@ -18,6 +18,7 @@ from naslora.training.resolve import read_config
 from naslora.training.run_data import prepare_data
 from naslora.training.run_model import build_adapted_model
 from naslora.training.trainer import Trainer
+from reliability.conftest import draws
 
 EXAMPLES = [pytest.param(30, id="few"), pytest.param(3000, marks=pytest.mark.campaign, id="many")]
 # What a file can hold in place of a tensor t.
@@ -89,13 +90,7 @@ def shallow(value):
 
 
 def fuzz(examples, check):
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @draws(examples)
     @given(st.data())
     def run(data):
         check(data.draw)
