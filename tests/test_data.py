@@ -21,9 +21,6 @@ from naslora.data.masks import read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.data.splits import draw_folds, write_splits
 
-GREYS = np.array([[0, 1, 2], [2, 1, 0]])
-BINARY = np.array([[0, 1, 1], [1, 0, 0]])
-
 
 def save(path: Path, pixels, dtype=np.uint8, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,10 +59,6 @@ def folder_root(tmp_path):
 
 def sample_of(image: Path, mask: Path | None = None) -> Sample:
     return Sample(image, mask, "train.csv row 2")
-
-
-def mask_of(path: Path) -> Sample:
-    return sample_of(path.with_name("unused.png"), path)
 
 
 # --- users' layouts

@@ -27,7 +27,6 @@ def serving(targets):
 
 
 SERVING = serving(TARGETS)
-only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
 every_target = pytest.mark.parametrize("target", SERVING)
 OPERANDS = ("q", "k", "v", "rel_h", "rel_w")
 

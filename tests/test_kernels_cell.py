@@ -12,12 +12,10 @@ from kernel_cases import (
     assert_as_good_as_reference,
     cell_case,
     few_costly,
-    needs_cpp,
     targets_and,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "instruction_set")
-only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
 every_target = pytest.mark.parametrize("target", TARGETS)
 
 # (B, H, W, r), c: the windows and global maps of SAM, TinyViT's, and the corners: one pixel, one

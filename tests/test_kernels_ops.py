@@ -28,7 +28,6 @@ from naslora_kernels import mixed_cell, nas_lora_linear
 from naslora_kernels.ops import operator
 
 only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
-every_target = pytest.mark.parametrize("target", TARGETS)
 
 GRID = ((2, 7, 6), 20, 24, 6)
 REFERENCE = Target("reference")

@@ -65,10 +65,6 @@ def png_of_16_bits(kind: int, channels: int):
     return lambda folder: (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
 
 
-def raw(name: str, content: bytes):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
 PALETTE = ["#000000", "#ff0000", "#00ff00"]
 COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [9, 9, 9], [0, 0, 255]])
 HELD = np.where(GREYS == 2, IGNORED, GREYS)
