@@ -6,7 +6,7 @@ So the help imports none of those modules.
 from typing import Literal
 
 AblationName = Literal["operations", "rank", "blocks", "alpha-start", "channel-ratio"]
-Augment = Literal["none", "flip", "medical", "natural"]
+Augment = Literal["none", "flip", "dihedral", "medical", "natural"]
 """Which changes training images get. docs/data.md lists them with their strengths."""
 ClassLoss = Literal["pixel", "matching"]
 Format = Literal["onnx", "safetensors", "torch-export", "huggingface"]

@@ -14,7 +14,7 @@ from naslora.data.images import Sample
 from naslora.data.masks import IGNORED
 
 S = 64
-CHANGED = ("medical", "natural")
+CHANGED = ("dihedral", "medical", "natural")
 
 
 def coordinates() -> torch.Tensor:
@@ -53,7 +53,19 @@ def test_masks_move_with_their_images(augment):
     assert moved > 1000 and (outside > 0) == (augment == "medical")
 
 
-@pytest.mark.parametrize("augment", CHANGED)
+def test_dihedral_draws_the_eight_symmetries_of_the_square(tmp_path):
+    (sample,) = samples(tmp_path, 1)
+    image = SegmentationDataset([sample], S, 1)[0]["image"]
+    turned = [torch.rot90(image, k, (1, 2)) for k in range(4)]
+    symmetries = [*turned, *(image.flip(2) for image in turned)]
+    data, seen = SegmentationDataset([sample], S, 1, flip=True, augment="dihedral"), []
+    for epoch in range(60):
+        data.set_epoch(epoch)
+        seen.append(next(i for i, s in enumerate(symmetries) if torch.equal(data[0]["image"], s)))
+    assert {*seen} == {*range(8)}
+
+
+@pytest.mark.parametrize("augment", CHANGED[1:])
 def test_colours_change_and_pixels_stay(augment):
     image = torch.zeros(3, S, S, dtype=torch.uint8)
     image[:, :, : S // 2] = torch.tensor([180, 90, 60], dtype=torch.uint8)[:, None, None]
@@ -101,8 +113,8 @@ def test_changes_depend_on_seed_epoch_and_index_only(tmp_path, augment):
     torch.manual_seed(99)
     assert all(same(first[i], items[i]) for i in (2, 0, 1))
     assert not same(dataset(seed=6)[0], items[0]) and not same(dataset(epoch=1)[0], items[0])
-    again = SegmentationDataset([files[0]] * 2, S, 1, augment=augment)
-    assert not same(again[0], again[1])  # the index counts
+    again = SegmentationDataset([files[0]] * 8, S, 1, augment=augment)
+    assert not all(same(again[0], again[i]) for i in range(8))  # the index counts
     loader = DataLoader(first, batch_size=1, collate_fn=collate, num_workers=2)
     for i, batch in enumerate(loader):
         assert torch.equal(batch["image"][0], items[i]["image"])

@@ -23,13 +23,26 @@ def softmax(x, axis=-1):
     return e / e.sum(axis, keepdims=True)
 
 
-def bce(logits, mask):
-    p = sigmoid(logits)
-    return -(mask * np.log(p) + (1 - mask) * np.log(1 - p)).mean()
+def boundary(mask, weight):
+    """1 + weight |mean - mask|; the mean is over the pixels around, at most 31 x 31."""
+    if not weight:
+        return np.ones_like(mask)
+    rows, columns = mask.shape
+    near = [
+        [mask[max(y - 15, 0) : y + 16, max(x - 15, 0) : x + 16].mean() for x in range(columns)]
+        for y in range(rows)
+    ]
+    return 1 + weight * np.abs(np.array(near) - mask)
 
 
-def dice(probability, mask):
-    return 1 - (2 * (probability * mask).sum() + 1) / (probability.sum() + mask.sum() + 1)
+def bce(logits, mask, weight=0):
+    p, w = sigmoid(logits), boundary(mask, weight)
+    return -(w * (mask * np.log(p) + (1 - mask) * np.log(1 - p))).sum() / w.sum()
+
+
+def dice(p, mask, weight=0):
+    w = boundary(mask, weight)
+    return 1 - (2 * (w * p * mask).sum() + 1) / ((w * p).sum() + (w * mask).sum() + 1)
 
 
 def binary(logits, target, **weights):
@@ -62,13 +75,14 @@ def of_kind(class_loss, masks, classes, labels):
     return masks, classes, labels, class_loss
 
 
-def test_binary_is_the_mean_of_bce_plus_dice():
+@pytest.mark.parametrize("weight, size", [(0.0, 8), (5.0, 8), (5.0, 40)])
+def test_binary_is_the_mean_of_bce_plus_dice(weight, size):
     rng = np.random.default_rng(1)
-    logits, target = rng.standard_normal((3, 8, 8)), rng.integers(0, 2, (3, 8, 8))
-    expected = np.mean(
-        [bce(x, y) + dice(sigmoid(x), y) for x, y in zip(logits, target, strict=True)]
-    )
-    loss = binary(logits, target, lambda_seg=0.5, lambda_cls=7.0)
+    logits, target = rng.standard_normal((3, size, size)), rng.integers(0, 2, (3, size, size))
+    target[0, :, size // 2 :] = 0
+    images = zip(logits, target, strict=True)
+    expected = np.mean([bce(x, y, weight) + dice(sigmoid(x), y, weight) for x, y in images])
+    loss = binary(logits, target, lambda_seg=0.5, lambda_cls=7.0, boundary_weight=weight)
     assert float(loss) == pytest.approx(0.5 * expected, rel=TOLERANCE)
 
 
@@ -87,24 +101,31 @@ def test_binary_by_hand(logit, label, expected):
     assert float(loss) == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_pixel_loss(drawn):
+@pytest.mark.parametrize("weight", [0.0, 5.0])
+def test_pixel_loss(drawn, weight):
     masks, classes, labels = drawn
     scores = np.einsum("bqk,bqhw->bkhw", softmax(classes)[..., :-1], sigmoid(masks))
     p = scores / scores.sum(1, keepdims=True)
     y = np.stack([labels == k for k in range(CLASSES)], 1).astype(float)
     cross_entropy = -np.log((p * y).sum(1)).mean()
-    entropies = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
-    dices = np.mean([dice(p[b, k], y[b, k]) for b in range(2) for k in range(CLASSES)])
-    loss = segmentation_loss(as_output(masks, classes), torch.tensor(labels), "pixel", 0.5, 2.0)
+    maps = [(p[b, k], y[b, k]) for b in range(2) for k in range(CLASSES)]
+    logits = np.log(p / (1 - p))
+    entropies = np.mean(
+        [bce(logits[b, k], y[b, k], weight) for b in range(2) for k in range(CLASSES)]
+    )
+    dices = np.mean([dice(*own, weight) for own in maps])
+    output, labels = as_output(masks, classes), torch.tensor(labels)
+    loss = segmentation_loss(output, labels, "pixel", 0.5, 2.0, boundary_weight=weight)
     # The tolerance: the loss adds 1e-6 to the scores before it normalises them.
     assert loss.item() == pytest.approx(0.5 * (entropies + dices) + 2 * cross_entropy, rel=1e-4)
 
 
-def matching_by_brute_force(masks, classes, labels, lambda_seg, lambda_cls):
+def matching_by_brute_force(masks, classes, labels, lambda_seg, lambda_cls, weight=0):
     """Computes the loss of one image by trying every assignment of tokens to its classes."""
     present = np.unique(labels)
     truth = [(labels == k).astype(float) for k in present]
-    fit = np.array([[bce(m, y) + dice(sigmoid(m), y) for m in masks] for y in truth])
+    fit = [[bce(m, y, weight) + dice(sigmoid(m), y, weight) for m in masks] for y in truth]
+    fit = np.array(fit)
     probability = softmax(classes)
 
     price = lambda_seg * fit - lambda_cls * probability[:, present].T
@@ -121,7 +142,7 @@ def matching_by_brute_force(masks, classes, labels, lambda_seg, lambda_cls):
     return lambda_seg * segmentation + lambda_cls * (weight * nll).sum() / weight.sum()
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0, 5.0), (1.0, 0.0), (0.0, 1.0)])
 @pytest.mark.parametrize("absent", [None, 0, 2])
 def test_matching_finds_the_best_assignment(drawn, weights, absent):
     masks, classes, labels = drawn
@@ -130,7 +151,7 @@ def test_matching_finds_the_best_assignment(drawn, weights, absent):
     images = zip(masks, classes, labels, strict=True)
     expected = np.mean([matching_by_brute_force(*image, *weights) for image in images])
     output, labels = as_output(masks, classes), torch.tensor(labels)
-    loss = segmentation_loss(output, labels, "matching", *weights)
+    loss = segmentation_loss(output, labels, "matching", *weights[:2], None, *weights[2:])
     assert loss.item() == pytest.approx(expected, rel=TOLERANCE)
     assert segmentation_loss(output, labels) == segmentation_loss(output, labels, "matching")
 
@@ -153,17 +174,17 @@ def test_gradients_are_finite(drawn, class_loss, dtype, scale, one_class):
 
 
 @pytest.mark.parametrize("class_loss", ["binary", "pixel", "matching"])
-def test_ignored_pixels_do_not_count(drawn, class_loss):
+@pytest.mark.parametrize("weight", [0.0, 5.0])
+def test_ignored_pixels_do_not_count(drawn, class_loss, weight):
     """The loss of maps whose right half is ignored is that of their left half."""
     masks, classes, target, kind = of_kind(class_loss, *drawn)
     half = masks.shape[-1] // 2
-    left = as_output(masks[..., :half], classes)
-    expected = segmentation_loss(left, torch.from_numpy(target[..., :half].copy()), kind)
+    left, labels = as_output(masks[..., :half], classes), torch.tensor(target[..., :half])
+    expected = segmentation_loss(left, labels, kind, boundary_weight=weight)
     ignored = target.copy()
     ignored[..., half:] = 77
-    labels = torch.from_numpy(ignored)
-    whole = segmentation_loss(as_output(masks, classes), labels, kind, ignore_index=77)
+    settings = {"ignore_index": 77, "boundary_weight": weight}
+    labels, nothing = torch.tensor(ignored), torch.full(target.shape, 77)
+    whole = segmentation_loss(as_output(masks, classes), labels, kind, **settings)
     torch.testing.assert_close(whole, expected)
-    nothing = torch.full(target.shape, 77)
-    loss = segmentation_loss(as_output(masks, classes), nothing, kind, ignore_index=77)
-    assert torch.isfinite(loss)
+    assert segmentation_loss(as_output(masks, classes), nothing, kind, **settings).isfinite()

@@ -4,6 +4,7 @@ Every choice is a pure function of the seed, the epoch and the index of the samp
 random state stays as it is.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,9 @@ def geometry(augment: Augment, size: int) -> list[v2.Transform]:
 
     The mirroring is not among them: ``SegmentationDataset`` has it, for every choice but "none".
     """
+    if augment == "dihedral":  # mirrored or not, the four turns are the symmetries of the square
+        turns = [v2.Lambda(partial(torch.rot90, k=k, dims=(-2, -1)), *_OUTSIDE) for k in range(4)]
+        return [v2.RandomChoice(turns)]
     if augment == "medical":
         return [
             v2.RandomAffine(

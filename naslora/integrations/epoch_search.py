@@ -1,13 +1,11 @@
-"""What the callbacks share: the alpha steps of an epoch, and its draw of channels."""
+"""What the callbacks share: the alpha steps of an epoch."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from naslora.adapter.layer.alpha_search import AlphaSearch
-from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -62,16 +60,6 @@ class EpochSearch:
             self.search = AlphaSearch(model, self.lr, self.start)
         self.search.required = False  # also with a process group: the host wraps the model later
         self.search.rest()
-
-    def draw_channels(self, model: nn.Module, epoch: int) -> None:
-        """Draws the channels of layers with ``channel_selection="resample"``, in place.
-
-        The draw depends on the seed, the epoch and the layer's position: all processes agree.
-        """
-        for i, (_, layer) in enumerate(adapter_layers(model)):
-            if layer.config.channel_selection == "resample":
-                seed = (self.seed * 10_007 + epoch) * 10_007 + i
-                layer.draw_channels(torch.Generator().manual_seed(seed))
 
     def search_epoch(self, model: nn.Module, epoch: int, move: Callable[[Any], Any]) -> None:
         """Takes one alpha step on each held-out batch, from epoch ``start`` on.

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from naslora.adapter.layer.modules import draw_channels
 from naslora.integrations.epoch_search import EpochSearch, Loss
 
 try:
@@ -52,7 +53,7 @@ class AlphaCallback(EpochSearch, Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws channels."""
-        self.draw_channels(pl_module, trainer.current_epoch)
+        draw_channels(pl_module, self.seed, trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *arguments: Any, **options: Any

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from naslora.adapter.layer.alpha_search import AlphaSearch
+from naslora.adapter.layer.modules import draw_channels
 from naslora.errors import UserError
 from naslora.files import read_torch, write_torch
 from naslora.integrations.epoch_search import EpochSearch, Loss
@@ -79,7 +80,7 @@ class AlphaCallback(EpochSearch, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draws channels."""
-        self.draw_channels(kwargs["model"], int(state.epoch or 0))
+        draw_channels(kwargs["model"], self.seed, int(state.epoch or 0))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -50,22 +50,12 @@ class _Kind(NamedTuple):
     """How to use it without its server."""
 
 
-def _tensorboard(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
-    # Epochs of a killed run that the resumed one repeats are not shown twice.
-    # A Ctrl-C inside the writer's queue can cost so many seconds; its default is 120.
-    return TensorBoardTracker("tensorboard", output, purge_step=epoch, flush_secs=10)
-
-
 def _wandb(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
     project = os.environ.get("WANDB_PROJECT", PROJECT)
     options: dict[str, Any] = {"dir": os.environ.get("WANDB_DIR", str(output))}
     if identity is not None:
         options |= {"id": identity, "resume": "allow"}
     return WandBTracker(project, name=output.name, **options)
-
-
-def _mlflow(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
-    return MLflowTracker(PROJECT, run_name=output.name, run_id=identity)
 
 
 def _comet(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
@@ -75,7 +65,15 @@ def _comet(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
 
 _KINDS: dict[Tracker, _Kind] = {
     "tensorboard": _Kind(
-        "tensorboard", is_tensorboard_available, _tensorboard, None, "check the disk"
+        "tensorboard",
+        is_tensorboard_available,
+        # Epochs of a killed run that the resumed one repeats are not shown twice.
+        # A Ctrl-C inside the writer's queue can cost so many seconds; its default is 120.
+        lambda output, epoch, _: TensorBoardTracker(
+            "tensorboard", output, purge_step=epoch, flush_secs=10
+        ),
+        None,
+        "check the disk",
     ),
     "wandb": _Kind(
         "wandb",
@@ -87,7 +85,7 @@ _KINDS: dict[Tracker, _Kind] = {
     "mlflow": _Kind(
         "mlflow",
         is_mlflow_available,
-        _mlflow,
+        lambda output, _, identity: MLflowTracker(PROJECT, run_name=output.name, run_id=identity),
         lambda tracker: tracker.active_run.info.run_id,
         "check MLFLOW_TRACKING_URI; sqlite:///mlflow.db is a local file",
     ),
@@ -157,17 +155,12 @@ def _start(
     for name in dict.fromkeys(names):
         kind = _KINDS[name]
         with _one_line(name, f"does not start ({kind.offline})"):
-            # One at a time, because Accelerate starts all that it has.
-            started, accelerator.trackers = accelerator.trackers, []
-            accelerator.log_with = [kind.make(output, epoch, known.get(name))]
-            try:
-                accelerator.init_trackers(PROJECT)
-                started = [*started, *accelerator.trackers]
-            finally:
-                accelerator.trackers = started
+            tracker = kind.make(output, epoch, known.get(name))
+            tracker.start()
+            accelerator.trackers.append(tracker)
             if kind.identity is not None:  # TensorBoard would show the settings as a second run
-                started[-1].store_init_configuration(dict(_flat(config)))
-                identities[name] = kind.identity(started[-1])
+                tracker.store_init_configuration(dict(_flat(config)))
+                identities[name] = kind.identity(tracker)
     if identities != known:
         write_json(path, identities)
 

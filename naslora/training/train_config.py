@@ -106,12 +106,15 @@ class TrainConfig(Settings):
     """Weight of BCE + Dice."""
     lambda_cls: Rate = 1.0
     """Weight of the classification loss."""
+    boundary_weight: Rate = 0.0
+    """How much more pixels at the boundary of a mask weigh in BCE and Dice, at most: 5 in the
+    structure loss of F3Net and PraNet. 0 weighs all pixels alike."""
     flip: bool = True
     """Mirror half of the training images, left to right, unless `augment` is `none`."""
     augment: Augment = "flip"
-    """Random changes of the training images: `none`; `flip`, only the mirroring; `medical`, also
-    small rotations, shifts, brightness, contrast and blur; `natural`, also other excerpts and
-    colours. docs/data.md lists them."""
+    """Random changes of the training images: `none`; `flip`, only the mirroring; `dihedral`, also
+    quarter turns; `medical`, also small rotations, shifts, brightness, contrast and blur;
+    `natural`, also other excerpts and colours. docs/data.md lists them."""
     mixed_precision: Precision | None = None
     """Autocast precision. None takes that of `accelerate launch`, or else `bf16` if the machine has
     no GPU and its CPU multiplies in it, or else `no`."""
@@ -177,6 +180,7 @@ def loss_of(config: TrainConfig) -> partial[Tensor]:
         lambda_seg=config.lambda_seg,
         lambda_cls=config.lambda_cls,
         ignore_index=IGNORED,
+        boundary_weight=config.boundary_weight,
     )
 
 

@@ -23,9 +23,10 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from naslora.adapter.io.storage import base_checksum, trained_state, unshared, write_adapter
+from naslora.adapter.layer.alpha_search import param_groups
 from naslora.adapter.layer.cell import mixture_entropy
-from naslora.adapter.layer.injection import arch_parameters, cell_parameters
-from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.layer.injection import arch_parameters
+from naslora.adapter.layer.modules import adapter_layers, draw_channels
 from naslora.adapter.merging.annealing import annealed, set_spatial, spatial_share
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
@@ -142,21 +143,12 @@ class Trainer:
     # ---- Optimizers ------------------------------------------------------------------------------
 
     def _weight_group(self) -> Group:
-        """The weights; the cells' are a parameter group of their own if their settings differ."""
         config = self.config
-        others = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        cells = {
-            "lr": config.cell_rate * config.learning_rate,
-            "weight_decay": config.cell_weight_decay,
-        }
-        own = set() if cells == others else {id(p) for p in cell_parameters(self.model)}
-        alphas = {id(alpha) for alpha in self.alphas}
-        weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in alphas]
-        parameters = [
-            {"params": [p for p in weights if id(p) not in own], **others},
-            {"params": [p for p in weights if id(p) in own], **cells},
-        ]
-        optimizer = OPTIMIZERS[config.optimizer]([g for g in parameters if g["params"]])
+        rate, decay = config.learning_rate, config.weight_decay
+        parameters = param_groups(self.model, rate, None, decay, config.cell_rate)
+        for cells in parameters[1:]:
+            cells["weight_decay"] = config.cell_weight_decay
+        optimizer = OPTIMIZERS[config.optimizer](parameters)
         return Group(optimizer, config.clip_norm, config.schedule, config.warmup)
 
     def _architecture_group(self) -> Group:
@@ -218,9 +210,7 @@ class Trainer:
 
     def _run_epoch(self, progress: TrainProgress) -> Epoch:
         config, epoch = self.config, self.epoch
-        for i, (_, layer) in enumerate(self.layers):
-            if layer.config.channel_selection == "resample":
-                layer.draw_channels(torch.Generator().manual_seed(self._seed(i)))
+        draw_channels(self.model, self.run_config.seed, epoch)
         spatial = spatial_share(epoch, config.epochs, config.anneal_epochs)
         set_spatial(self.model, spatial)
         started = time.perf_counter()
@@ -264,7 +254,8 @@ class Trainer:
         """Takes one epoch of steps over images of a split; returns their mean loss."""
         config, epoch, accelerator = self.config, self.epoch, self.accelerator
         # What the model draws in training depends on seed, epoch and process.
-        torch.manual_seed(self._seed(accelerator.process_index))
+        seed = (self.run_config.seed * 10_007 + epoch) * 10_007 + accelerator.process_index
+        torch.manual_seed(seed)
         processes = accelerator.process_index, accelerator.num_processes
         batches = GlobalBatches(images, config.batch_size, *processes, seed=self.run_config.seed)
         batches.set_epoch(epoch)
@@ -307,10 +298,6 @@ class Trainer:
         """Loss and metrics of a split, as ``naslora.training.evaluation.evaluate``."""
         data = self.data[split]
         return evaluate(self.model, data, self.accelerator, self.run_config, metrics)
-
-    def _seed(self, part: int) -> int:
-        """A seed for a part of the current epoch."""
-        return (self.run_config.seed * 10_007 + self.epoch) * 10_007 + part
 
     # ---- The state of the search -----------------------------------------------------------------
 

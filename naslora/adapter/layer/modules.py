@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from naslora.adapter.layer.calls import host_calls
@@ -19,6 +20,17 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, NASLoRALinear]]:
     for name, module in model.named_modules():
         if isinstance(module, NASLoRALinear):
             yield name, module
+
+
+def draw_channels(model: nn.Module, seed: int, epoch: int) -> None:
+    """Draws the channels of layers with ``channel_selection="resample"``, in place.
+
+    The draw depends on the seed, the epoch and the layer's position: all processes agree.
+    """
+    for i, (_, layer) in enumerate(adapter_layers(model)):
+        if layer.config.channel_selection == "resample":
+            own = (seed * 10_007 + epoch) * 10_007 + i
+            layer.draw_channels(torch.Generator().manual_seed(own))
 
 
 def check_model(model: object) -> None:
