@@ -3,7 +3,6 @@
 import dataclasses
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from naslora.results import Epoch, RunResult
@@ -37,6 +36,9 @@ CALIBRATED: dict[str, Column] = {
     "Dice after calibrated": lambda result, _: _dice(result, "calibrated"),
 }
 
+LAST_STEP: dict[str, Column] = {
+    "Dice of the last step": lambda result, _: result.test_last and result.test_last.dice,
+}
 # Medians over the epochs, because a pause of the machine spoils single ones.
 SECONDS: dict[str, Column] = {
     "weights, s an epoch": lambda _, history: statistics.median(e.seconds.weights for e in history),
@@ -86,6 +88,8 @@ class Study:
     train_images: int | None = None
     """If given, so many of the training images are used, evenly spread, and as large a part of the
     validation images."""
+    of_data: dict[str, Settings] = dataclasses.field(default_factory=dict)
+    """Settings of single data sets, beside ``common``."""
     reference: str | None = None
     """The variant from which the paired differences of the others are taken, in test Dice. Where
     names start with an encoder or a rate, and a comma, its name without them."""
@@ -112,7 +116,7 @@ def _adapter(method: str, **adapter: Any) -> Settings:
 # Plain LoRA in the fused kernels.
 LORA = _adapter("nas-pc-lora", channel_ratio=0.0)
 
-RANDOM_VIT_T = {"model": "vit_t", "checkpoint": Path(NONE)}
+RANDOM_VIT_T = {"model": "vit_t", "checkpoint": NONE}
 # Encoders: with convolutions, without, and without pre-trained weights.
 ENCODERS: dict[str, dict[str, Any]] = {
     "MobileSAM": {"model": "mobile_sam"},
@@ -132,6 +136,11 @@ METHODS = {
 ENCODERS_AT_256: Settings = {
     "run": {"image_size": 256},
     "training": {"learning_rate": 5e-4, "mixed_precision": "no"},
+}
+# The defaults of version 0.2.0, with which all studies but "recipe" were made.
+EARLIER_DEFAULTS: Settings = {
+    "adapter": {"target": "qkv"},
+    "training": {"learning_rate": 1e-4, "warmup": 0.0, "ema": 0.0},
 }
 # What was the default before the study "whole-sets": the start of the cell, and its rate.
 UNIFORM: Settings = {"adapter": {"cell_init": "identity"}}
@@ -193,6 +202,42 @@ WHOLE_SETS = (
 )
 
 DEFAULT_RATE = METHODS | {"LoRA": _adapter("lora")}
+
+SHUFFLED = "neighbours shuffled"
+"""How the names of variants end whose cells see their tokens in a random order."""
+FROZEN: Settings = {
+    "adapter": {"cell_init": "kaiming"},
+    "training": {"cell_rate": 0.0, "search_start": 1000},
+}
+
+
+def _rate(rate: float) -> Settings:
+    return {"training": {"learning_rate": rate}}
+
+
+def _controls(rate: float) -> dict[str, Settings]:
+    """What the lead of NAS-PC-LoRA at a rate is: a higher rate of LoRA, or its neighbours."""
+    variants: dict[str, Settings] = {
+        "LoRA": LORA,
+        "LoRA, rate x 1.5": _joined(LORA, _rate(1.5 * rate)),
+        "LoRA, rate x 2": _joined(LORA, _rate(2 * rate)),
+        "LoRA, lora_alpha 64": _joined(LORA, {"adapter": {"lora_alpha": 64.0}}),
+        "LoRA, lora_alpha 85": _joined(LORA, {"adapter": {"lora_alpha": 85.0}}),
+        "LoRA, lora_alpha 160": _joined(LORA, {"adapter": {"lora_alpha": 160.0}}),
+        "NAS-PC-LoRA": {},
+        "annealed from the third epoch on": {"training": {"anneal_epochs": 4}},
+        "cell's rate x 1": SLOW_CELL,
+        "cell's rate x 0": {"training": {"cell_rate": 0.0}},
+        "frozen random cell": FROZEN,
+        SHUFFLED: {},
+    }
+    return {f"{rate:g}, {name}": _joined(_rate(rate), own) for name, own in variants.items()}
+
+
+# Where the adapter is, its rate, and how the rate changes.
+TARGETS = ("qkv", "mlp", "qkv+mlp", "all")
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+BOTH = {"LoRA": LORA, "NAS-PC-LoRA": METHODS["NAS-PC-LoRA"]}
 
 STUDIES = {
     # What the weights of vit_t in the package are worth, and whether NAS-PC-LoRA gains more over
@@ -263,5 +308,37 @@ STUDIES = {
         epochs={"he_nuclei": 24, "brain_deepgrey": 16},
         columns=MERGING,
         few_images=8,
+    ),
+    "controls": Study(
+        datasets=("kvasir_seg", "leaf_disease"),
+        seeds=(0, 1, 2, 3, 4),
+        common=_joined({"run": {"model": "mobile_sam", "image_size": 256}}, EARLIER_DEFAULTS),
+        variants=_controls(1e-4) | _controls(5e-4),
+        epochs={"kvasir_seg": 6, "leaf_disease": 6},
+        columns=TRAINING | CALIBRATED,
+        train_images=240,
+        reference="LoRA",
+    ),
+    # Tuned on none of the sets of the final comparison but the first two. The outlines of 16 images
+    # of nuclei stand for thin structures on few images.
+    "recipe": Study(
+        datasets=("kvasir_seg", "leaf_disease", "nuclei_outlines"),
+        seeds=(0, 1, 2),
+        common={
+            "run": {"model": "mobile_sam", "image_size": 256},
+            "training": {"warmup": 0.1, "ema": 0.1},
+        },
+        of_data={"nuclei_outlines": {"run": {"image_size": 512}, "training": {"batch_size": 2}}},
+        variants={
+            f"{target}, {rate:g}, {method}": _joined(
+                settings, {"adapter": {"target": target}, "training": {"learning_rate": rate}}
+            )
+            for target in TARGETS
+            for rate in RATES
+            for method, settings in BOTH.items()
+        },
+        epochs={"kvasir_seg": 6, "leaf_disease": 6, "nuclei_outlines": 16},
+        columns=TRAINING | CALIBRATED | LAST_STEP,
+        train_images=240,
     ),
 }
