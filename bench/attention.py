@@ -124,11 +124,15 @@ def least_bytes(shape: Shape, heads: int, direction: str, setting: Setting = CPU
     return setting.dtype.itemsize * tokens * of_direction(direction, forward, backward)
 
 
-def operations(shape: Shape, heads: int, direction: str) -> int:
-    """Multiplications and additions: two products with N x N scores forward and five backward, and
-    the two linears in each direction."""
+def products(shape: Shape, heads: int, direction: str) -> int:
+    """Multiplications and additions of the products with N x N scores: two forward and five
+    backward."""
     batch, height, width = shape.grid
-    tokens = height * width
-    product = 2 * batch * tokens**2 * shape.c_in
-    linears = 2 * batch * tokens * shape.c_in * 4 * shape.c_in
-    return of_direction(direction, 2 * product + linears, 5 * product + linears)
+    product = 2 * batch * (height * width) ** 2 * shape.c_in
+    return of_direction(direction, 2 * product, 5 * product)
+
+
+def operations(shape: Shape, heads: int, direction: str) -> int:
+    """The same with those of the two linears in each direction."""
+    linears = 2 * torch.Size(shape.grid).numel() * shape.c_in * 4 * shape.c_in
+    return products(shape, heads, direction) + of_direction(direction, linears, linears)

@@ -1,25 +1,27 @@
-"""Everything that needs a GPU, in one command: ``make gpu-check``, in eight minutes at most.
+"""Everything that needs a GPU, in one command: ``make gpu-check``, in twelve minutes at most.
 
 It needs torch and pytest, and Triton for that backend. What needs another package is left out, and
 the report says so. The steps, in this order:
 
     build       builds the extensions in place, CUDA for this card alone
+    contact     driver, clocks, power limit, MIG, compilers; one launch of each backend on each GPU
     cuda        the tests of the CUDA kernels on the device
     triton      the tests of the Triton kernels on the device
-    sanitizer   the tests of the CUDA primitives under compute-sanitizer
-    kernels     the time of each launch; of the layer, the cell and attention, eager, compiled and
-                as a CUDA graph, beside PEFT's LoRA, the frozen linear and torch's own attention
-    models      a training step and inference of whole models
+    sanitizer   tests of both under compute-sanitizer
+    behaviour   equal bits over repeats, streams, CUDA graphs and devices; errors beside SDPA's
+    kernels     the time of each launch; of the layer, the cell and attention, eager and as a
+                CUDA graph, beside PEFT's LoRA, the frozen linear and torch's own attention
+    sweep       each launch of attention, with what it takes of the card, for other tiles
 
-It writes ``gpu_check.json`` and ``gpu_check.md`` after every result. A step that runs out of time
-keeps its results and is reported as such. It exits with status 1 if a test, the sanitizer or the
-correctness gate failed, or if a step ran out of time.
+A test that fails is named with its first error, and run again by itself with CUDA_LAUNCH_BLOCKING.
+It writes ``gpu_check.json`` and ``gpu_check.md`` after every result, and an archive of them and the
+logs at the end. A step that runs out of time has failed only if a test has: the first run compiles.
+It exits with status 1 if a step failed.
 
 ``--rehearse`` runs all of that without a GPU: CUDA emulated, Triton interpreted, on tiny maps.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -28,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,29 +38,26 @@ from pathlib import Path
 import torch
 
 import naslora_kernels
-from bench import cases, timing
-from bench.gpu import kernels
-from bench.gpu.cuda_resources import load_setup
+from bench import cases
+from bench.gpu import behaviour, kernels, sweep
 from bench.gpu.kernels import Result, Save
 from naslora_kernels.cuda import EMULATION_VARIABLE
 
 ROUNDS = 40
-# Seconds that each step may take: eight minutes in all.
-LIMITS = {"build": 60, "cuda": 45, "triton": 120, "sanitizer": 90}
-LIMITS |= {"kernels": kernels.SECONDS, "models": 60}
+# Seconds that each step may take: twelve minutes in all.
+LIMITS = {"build": 60, "contact": 60, "cuda": 45, "triton": 120, "sanitizer": 120, "behaviour": 60}
+LIMITS |= {"kernels": kernels.SECONDS, "sweep": sweep.SECONDS}
+RERUN = 5  # tests that are run again by themselves
 # A line for each test, so that a step that ran out of time says what had passed.
 PYTEST = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider"]
-PRIMITIVE_TESTS = "tests/test_cuda_primitives.py"
-KERNEL_TESTS = [
-    f"tests/test_kernels_{of}.py" for of in ("functions", "cell", "layer", "folded", "ops")
-]
-TRITON_TESTS = [*KERNEL_TESTS, "tests/test_kernels_attention.py"]
-SANITIZER_TOOLS = ("memcheck", "racecheck")
-MODEL_BENCHMARKS = ("bench/test_training_step.py", "bench/test_inference.py")
-MODEL_METHODS = "nas-pc-lora,lora"
-MODEL_PACKAGES = (
-    *("segment_anything", "peft", "safetensors", "accelerate", "msgspec", "torchmetrics"),
-    "pytest_benchmark",
+PRIMITIVES = "tests/test_cuda_primitives.py"
+KERNELS = [f"tests/test_kernels_{of}.py" for of in ("functions", "cell", "layer", "folded", "ops")]
+TESTS = {"cuda": [PRIMITIVES, *KERNELS], "triton": [*KERNELS, "tests/test_kernels_attention.py"]}
+FEW = "not random and not gradcheck and (float32 or bfloat16)"
+WATCHED = (  # backend, tool, names of kernels, tests
+    ("cuda", "memcheck", "kns=naslora", (PRIMITIVES, "-k", "float32 or bfloat16")),
+    ("cuda", "racecheck", "kns=naslora", (PRIMITIVES, "-k", "float32 or bfloat16")),
+    ("triton", "memcheck", "kns=_kernel", (*TESTS["triton"][2::3], "-k", f"triton and {FEW}")),
 )
 
 
@@ -67,18 +66,19 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.rehearse:
         rehearse(arguments)
-    if arguments.device != "cpu" and not torch.cuda.is_available():
-        print("gpu-check: torch sees no GPU here", file=sys.stderr)
-        return 1
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        arguments.steps = ["contact"]  # says why, and what else there is
     record: dict[str, Result] = {}
     steps = {
         "build": build,
-        "cuda": run_cuda_tests,
-        "triton": run_triton_tests,
+        "contact": make_contact,
+        "cuda": partial(run_tests, backend="cuda"),
+        "triton": partial(run_tests, backend="triton"),
         "sanitizer": run_sanitizer,
+        "behaviour": behaviour.check_behaviour,
         "kernels": kernels.measure_kernels,
-        "models": measure_models,
+        "sweep": sweep.measure_sweep,
     }
     for name in arguments.steps:
         started = time.perf_counter()
@@ -88,11 +88,13 @@ def main() -> int:
             record[name] = {**result, "seconds": round(time.perf_counter() - started, 1)}
             write(arguments.output, record)
 
-        if name != "build" and "environment" not in record:  # it depends on what was built
-            record["environment"] = environment(arguments.device)
+        if name not in ("build", "contact") and "environment" not in record:
+            record["environment"] = cases.environment(arguments.device)  # of what was built
         save({"passed": False, "summary": "it did not end"})
         save(steps[name](arguments, save))
     print(table(record))
+    archive = shutil.make_archive(str(arguments.output), "gztar", arguments.output)
+    print(f"gpu-check: {archive} holds the report and the logs, to be sent as it is")
     return 0 if all(record[name]["passed"] for name in arguments.steps) else 1
 
 
@@ -128,73 +130,79 @@ def rehearse(arguments: argparse.Namespace) -> None:
     arguments.device, arguments.rounds = "cpu", min(arguments.rounds, 2)
 
 
-def environment(device: str) -> dict[str, object]:
-    """The card and its measured copy bandwidth, versions, commit, and the usable backends."""
-    triton = importlib.util.find_spec("triton")
-    return {
-        **cases.environment(device),
-        "cuda": torch.version.cuda,
-        "triton": None if triton is None else importlib.import_module("triton").__version__,
-        "copy_bandwidth_GB_per_s": round(timing.copy_bandwidth(device) / 1e9, 1),
-        "backends": naslora_kernels.available_backends(),
-    }
-
-
 def build(arguments: argparse.Namespace, save: Save) -> Result:
     """Builds the extensions. A rehearsal has built the emulation."""
     if arguments.device == "cpu":
         return {"passed": True, "summary": "left out: there is no GPU"}
-    command = [sys.executable, "-m", "bench.gpu.build"]
-    return _run(command, LIMITS["build"], arguments.output, "build")
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", capability)
+    # Any version of setuptools serves, because pyproject.toml is not read.
+    program = """
+from setuptools import Distribution
+from bench.gpu.cuda_resources import load_setup
+setup = load_setup()
+builder = setup.BuildKernels(Distribution({"ext_modules": setup.extensions()}))
+builder.inplace = True
+builder.ensure_finalized()
+builder.run()
+"""
+    return _run([sys.executable, "-c", program], LIMITS["build"], arguments.output, "build")
+
+
+def make_contact(arguments: argparse.Namespace, save: Save) -> Result:
+    """Probes every backend on every device, in a process of its own."""
+    result = _run([sys.executable, "-m", "bench.gpu.contact"], LIMITS["contact"], arguments.output)
+    if not result["passed"]:
+        return result
+    found = json.loads(result["summary"])
+    if arguments.rehearse:  # there is none
+        found["notes"] += found.pop("problems")
+    return {"passed": not found.get("problems"), "summary": "", **found}
 
 
 # ---- Tests -----------------------------------------------------------------------------------
 
 
-def run_cuda_tests(arguments: argparse.Namespace, save: Save) -> Result:
-    """The tests of the CUDA kernels on the device."""
-    return _tests(arguments, "cuda", [PRIMITIVE_TESTS, *KERNEL_TESTS])
+def run_tests(arguments: argparse.Namespace, save: Save, backend: str) -> Result:
+    """The tests of a backend's kernels on the device; files side by side, because Triton compiles.
 
-
-def run_triton_tests(arguments: argparse.Namespace, save: Save) -> Result:
-    """The tests of the Triton kernels on the device; side by side, because Triton compiles."""
-    return _tests(arguments, "triton", TRITON_TESTS)
-
-
-def _tests(arguments: argparse.Namespace, backend: str, files: Iterable[str]) -> Result:
-    unusable = _unusable(backend)
-    if unusable is not None:
+    A note gives the first error of each test that fails, and what it does by itself.
+    """
+    if unusable := _unusable(backend):
         return unusable
     selection = backend
     if arguments.rehearse:
         selection += " and not random and not gradcheck and (float32 or partial or infinity)"
-    command = [*PYTEST, "-k", selection]
+    run = partial(_run, limit=LIMITS[backend], folder=arguments.output)
     with ThreadPoolExecutor(1 if arguments.rehearse else None) as pool:
-        run = partial(_run, limit=LIMITS[backend], folder=arguments.output)
-        results = list(pool.map(lambda file: run([*command, file]), files))
-    return _joined(dict(zip(files, results, strict=True)))
+        jobs = {
+            file: pool.submit(run, [*PYTEST, "-k", selection, file], name=f"{backend}-{i}")
+            for i, file in enumerate(TESTS[backend])
+        }
+    joined = _joined({file: job.result() for file, job in jobs.items()})
+    logs = sorted(arguments.output.glob(f"{backend}-*.log"))
+    failed = failures("".join(log.read_text(errors="replace") for log in logs))
+    for number, (test, error) in enumerate(failed.items()):
+        joined["notes"].append(f"{test}: {error}")
+        if number < RERUN:
+            log = f"alone-{backend}-{number}"
+            alone = run([*PYTEST, test], limit=60, name=log, CUDA_LAUNCH_BLOCKING="1")
+            joined["notes"][-1] += f"; by itself, with launches waited for: {alone['summary']}"
+    return joined
+
+
+def failures(printed: str) -> dict[str, str]:
+    """The first error of each test that failed, by pytest's output, which may have been cut."""
+    names = re.findall(r"^(\S+::\S+) (?:FAILED|ERROR)\b", printed, re.MULTILINE)
+    errors = re.findall(r"^(?:FAILED|ERROR) (\S+::\S+) - (.*)$", printed, re.MULTILINE)
+    return {**dict.fromkeys(names, "stopped before its error was printed"), **dict(errors)}
 
 
 def _unusable(backend: str) -> Result | None:
-    """The result of a step whose backend cannot be used, or None. It has failed, unless what the
-    backend is built from is not installed."""
+    """The result of a step whose backend cannot be used, or None. The first steps say what of that
+    is a failure."""
     reason = naslora_kernels.available_backends()[backend]
-    if reason is None:
-        return None
-    if backend == "triton":
-        needed, found = "Triton", importlib.util.find_spec("triton") is not None
-    else:
-        needed, found = "nvcc", _finds_nvcc()
-    if not found:
-        return {"passed": True, "summary": f"left out: there is no {needed}"}
-    return {"passed": False, "summary": f"{backend} cannot be used: {reason}"}
-
-
-def _finds_nvcc() -> bool:
-    try:
-        return load_setup().find_nvcc() is not None
-    except ModuleNotFoundError:  # without setuptools nothing can be built
-        return False
+    return {"passed": True, "summary": f"left out: {reason}"} if reason else None
 
 
 def _joined(results: Mapping[str, Result]) -> Result:
@@ -203,25 +211,22 @@ def _joined(results: Mapping[str, Result]) -> Result:
 
 
 def run_sanitizer(arguments: argparse.Namespace, save: Save) -> Result:
-    """The tests of the CUDA primitives under compute-sanitizer, which watches our kernels alone.
+    """Tests under compute-sanitizer, which watches our kernels alone: the CUDA primitives by two
+    tools, Triton's kernels by memcheck.
 
     Without a cache each tensor is an allocation of its own, so that reads beyond it are found.
     """
-    unusable = _unusable("cuda")
-    if unusable is not None:
-        return unusable
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not arguments.rehearse and not Path(program).exists():
         return {"passed": True, "summary": "left out: compute-sanitizer was not found"}
-    limit = LIMITS["sanitizer"] // len(SANITIZER_TOOLS)
-    tests = [*PYTEST, "-x", PRIMITIVE_TESTS, "-k", "float32 or bfloat16"]
     results: dict[str, Result] = {}
-    for tool in SANITIZER_TOOLS[:1] if arguments.rehearse else SANITIZER_TOOLS:
-        watch = [program, "--tool", tool, "--kernel-regex", "kns=naslora", "--error-exitcode", "9"]
-        command = tests if arguments.rehearse else [*watch, *tests]
-        results[tool] = _run(
-            command, limit, arguments.output, tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-        )
+    limit = LIMITS["sanitizer"] // len(WATCHED)
+    for backend, tool, kernel, chosen in WATCHED[:: 2 if arguments.rehearse else 1]:
+        watch = [program, "--tool", tool, "--kernel-regex", kernel, "--error-exitcode", "9"]
+        command = [*([] if arguments.rehearse else watch), *PYTEST, "-x", *chosen]
+        name, memory = f"{tool}-{backend}", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        run = partial(_run, command, limit, arguments.output, name, **memory)
+        results[name] = _unusable(backend) or run()
         save(_joined(results))
     return _joined(results)
 
@@ -245,47 +250,13 @@ def _run(command: list[str], limit: int, folder: Path, name: str = "", **variabl
     if status is None:
         passed, failed = (len(re.findall(rf" {word}\b", printed)) for word in ("PASSED", "FAILED"))
         return {
-            "passed": False,
+            "passed": passed > 0 and not failed,  # the first run compiles
             "summary": f"stopped after {limit} s, its time: {passed} passed, {failed} failed; "
             f"last: {lines[-1]}",
         }
     if status:
         print("\n".join(lines[-40:]), file=sys.stderr)
     return {"passed": status == 0, "summary": lines[-1].strip("= ")}
-
-
-# ---- Whole models ----------------------------------------------------------------------------
-
-
-def measure_models(arguments: argparse.Namespace, save: Save) -> Result:
-    """A training step, then inference, by the other benchmarks at their sizes for the device."""
-    missing = [name for name in MODEL_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        return {"passed": True, "summary": f"left out: {', '.join(missing)} is not installed"}
-    results: dict[str, Result] = {}
-    rows: list[Result] = []
-    for file in MODEL_BENCHMARKS:
-        written = arguments.output / f"{Path(file).stem}.json"
-        options = ["--methods", MODEL_METHODS, "--stock", "lora", "--rounds", "5"]
-        timed = ["--benchmark-disable"] if arguments.rehearse else ["--benchmark-only"]
-        command = [*PYTEST, *options, *timed, f"--benchmark-json={written}", file]
-        limit = LIMITS["models"] // len(MODEL_BENCHMARKS)
-        results[file] = _run(command, limit, arguments.output)
-        rows += _benchmark_rows(written)
-        save({**_joined(results), "rows": rows})
-    return {**_joined(results), "rows": rows}
-
-
-def _benchmark_rows(written: Path) -> list[Result]:
-    """The rows of a file that pytest-benchmark wrote, if it did."""
-    rows = []
-    if written.is_file() and written.stat().st_size:
-        for benchmark in json.loads(written.read_text())["benchmarks"]:
-            data = sorted(benchmark["stats"].get("data") or [benchmark["stats"]["median"]] * 2)
-            times = timing.Times.of(data)
-            cuts = {f"{cut}_us": round(1e6 * time, 1) for cut, time in times._asdict().items()}
-            rows.append({"work": benchmark["group"], "mode": benchmark["name"], **cuts})
-    return rows
 
 
 # ---- The table -------------------------------------------------------------------------------
@@ -308,8 +279,10 @@ def table(record: Mapping[str, Result]) -> str:
 def _table_of_rows(rows: list[dict]) -> list[str]:
     if not rows:
         return []
-    head = ["work", "direction", "mode", "p20 us", "p50 us", "p80 us", "of copy bandwidth"]
-    keys = ["work", "direction", "mode", "p20_us", "p50_us", "p80_us", "of_copy_bandwidth"]
+    order = ("work", "direction", "mode", "p20_us", "p50_us", "p80_us", "of_copy_bandwidth")
+    order += ("TFLOP_per_s", "regs", "spills", "shared")
+    keys = [key for key in order if any(row.get(key) is not None for row in rows)]
+    head = [key.replace("_", " ") for key in keys]
     lines = ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = ["" if row.get(key) is None else str(row[key]) for key in keys]

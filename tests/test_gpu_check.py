@@ -1,8 +1,10 @@
 """``make gpu-check`` as far as a machine without a GPU can tell: its kernels step, on the CPU."""
 
 import json
+import os
 import pathlib
 import sys
+import types
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from fresh_process import run_fresh
 from kernel_cases import needs_cpp
 
 from bench import gpu_check, timing
-from bench.gpu import kernels
-from naslora_kernels import cpp
+from bench.gpu import contact, kernels
+from naslora_kernels import backends, cpp
 
 CASE = "cell tiny_vit r=3 float32"
 CPU = ("--device", "cpu")
@@ -66,12 +68,78 @@ def test_attention_beside_torchs_own(monkeypatch, tmp_path):
     assert "differs from that of reference in float64" in record["problems"][0]
 
 
-def test_what_is_missing_is_told(monkeypatch, tmp_path, capsys):
-    if not torch.cuda.is_available():
-        assert run(monkeypatch, tmp_path)[0] == 1 and "no GPU" in capsys.readouterr().err
-    monkeypatch.setattr(gpu_check, "MODEL_PACKAGES", ("torch", "no_such_package"))
-    result = gpu_check.measure_models(None, None)
-    assert result == {"passed": True, "summary": "left out: no_such_package is not installed"}
+SMI_OF_H100 = "550.54.15, 1980 MHz, 1980 MHz, 2619 MHz, 700.00 W, Disabled"
+CARD = {"name": "NVIDIA H100", "total_memory": 80 << 30, "multi_processor_count": 132, "major": 9}
+MISSING_GCC = "Failed to find C compiler. Please specify via CC environment variable"
+
+
+@pytest.mark.parametrize(
+    ("card", "failing", "lines"),
+    [
+        ({}, {}, []),
+        (
+            {},
+            {"cuda": "CUDA driver version is insufficient for CUDA runtime version"},
+            ["cuda on cuda:0: its first launch on cuda:0 fails: CUDA driver version is insuff"],
+        ),
+        (
+            {},
+            {"triton": MISSING_GCC},
+            [f"triton on cuda:0: its first launch on cuda:0 fails: {MISSING_GCC}"],
+        ),
+        (
+            {"name": "NVIDIA H100 MIG 1g.10gb", "total_memory": 10 << 30},
+            {},
+            ["cuda:0 is a MIG slice: its times are not those of the whole card"],
+        ),
+        ({"total_memory": 8 << 30}, {}, ["cuda:0 is a small card: cases that do not fit are le"]),
+    ],
+    ids=["fine", "old driver", "no gcc", "MIG", "small"],
+)
+def test_what_a_machine_lacks_is_one_line(card, failing, lines, monkeypatch, tmp_path):
+    """By a stubbed driver; the other backend goes on."""
+    properties = types.SimpleNamespace(**{**CARD, "minor": 0, **card})
+
+    def load(name):
+        def folded_cell(*arguments):
+            if name in failing:
+                raise RuntimeError(failing[name])
+
+        return types.SimpleNamespace(folded_cell=folded_cell, unavailable_reason=lambda: None)
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '{SMI_OF_H100}'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    stub = {"is_available": True, "device_count": 1, "is_current_stream_capturing": False}
+    stub |= {"get_device_properties": properties, "synchronize": None}
+    for name, value in stub.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(backends, "_unavailable_reason", lambda name: None)
+    monkeypatch.setattr(backends, "_load", load)
+    monkeypatch.setattr(backends, "probe", backends.probe.__wrapped__)
+    found = contact.inspect()
+    assert any(line.endswith(SMI_OF_H100) for line in found["notes"])
+    about = [*found["problems"], *(line for line in found["notes"] if line[:9] == "cuda:0 is")]
+    assert [a.startswith(b) for a, b in zip(about, lines, strict=True)] == [True] * len(lines)
+
+
+def test_failing_tests_are_named_with_their_first_error():
+    cut = "tests/a.py::test_b[cuda-1] FAILED [ 3%]\ntests/a.py::test_c PASSED [ 4%]\n"
+    whole = cut + "FAILED tests/a.py::test_b[cuda-1] - RuntimeError: launch failed\n1 failed\n"
+    test = "tests/a.py::test_b[cuda-1]"
+    assert gpu_check.failures(cut) == {test: "stopped before its error was printed"}
+    assert gpu_check.failures(whole) == {test: "RuntimeError: launch failed"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_report_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--output", str(tmp_path / "out")])
+    assert gpu_check.main() == 1
+    record = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    (problem,) = record["contact"]["problems"]
+    assert problem.startswith("torch sees no GPU: ") and (tmp_path / "out.tar.gz").exists()
 
 
 def test_a_step_that_fails_or_takes_too_long_is_told(tmp_path):
@@ -80,8 +148,9 @@ def test_a_step_that_fails_or_takes_too_long_is_told(tmp_path):
 
     failed = run("echo 3 failed; exit 1", 600)
     assert failed == {"passed": False, "summary": "3 failed"}
+    assert not run("echo test_a PASSED; echo test_b FAILED; sleep 600", 1)["passed"]
     late = run("echo test_a PASSED; sleep 600 & echo $!; sleep 600", 1)
-    assert not late["passed"]
+    assert late["passed"]  # a first run compiles
     assert late["summary"].startswith("stopped after 1 s, its time: 1 passed, 0 failed; last: ")
     child = pathlib.Path("/proc", (tmp_path / "step.log").read_text().split()[-1], "stat")
     # A killed process goes on until it is scheduled, and is a zombie until init has seen it.
@@ -116,7 +185,8 @@ others = ("accelerate", "peft", "segment_anything", "tyro", "PIL", "matplotlib",
 sys.modules.update(dict.fromkeys(others))
 import pytest
 import bench.gpu_check as check
-sys.exit(pytest.main(["--collect-only", "-q", check.PRIMITIVE_TESTS, *check.TRITON_TESTS]))
+files = {*check.TESTS["cuda"], *check.TESTS["triton"]}
+sys.exit(pytest.main(["--collect-only", "-q", *files]))
 """
     result = run_fresh(program)
     assert result.status == 0, result.out[-2000:]

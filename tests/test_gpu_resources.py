@@ -1,6 +1,5 @@
 """Registers and bytes of the GPU kernels, without a GPU: ``bench/gpu/resources.py`` and others."""
 
-import collections
 import importlib.util
 import os
 import subprocess
@@ -8,13 +7,11 @@ import sys
 
 import pytest
 import torch
-from segment_anything.modeling.image_encoder import Attention
 
 from bench import attention, cases
 from bench.gpu import launches, traffic, triton_resources
 from bench.gpu.resources import Usage, products, summary
 from bench.kinds import KINDS
-from naslora_kernels.triton.primitives import TritonPrimitives
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -94,8 +91,7 @@ WORKS = {**launches.WORKS, **launches.OTHER_WORKS}
 
 
 def counted(work, case=(SHAPE, 3)):
-    sizes = TritonPrimitives(None, lambda device: (9, 0))
-    return traffic.count(WORKS[work], launches.Operands(*case, torch.bfloat16), sizes)
+    return traffic.count(WORKS[work], launches.Operands(*case, torch.bfloat16))
 
 
 def test_launches_are_within_the_budget():
@@ -152,20 +148,7 @@ def test_a_large_batch_moves_little_beyond_the_least(work):
 @needs_triton
 @pytest.mark.parametrize("case", traffic.ATTENTION_CASES, ids=KINDS["attention"].title)
 def test_attention_moves_little_beyond_the_floor(case):
-    for direction, launched in traffic.attention_launches(traffic.attend_ours, case).items():
+    for direction, launched in traffic.attention_launches(case).items():
         assert len(launched) == {"forward": 1, "backward": 3}[direction]
         floor = attention.least_bytes(*case, direction, traffic.SETTING)
         assert traffic.moved(launched) <= traffic.FACTORS[direction] * floor
-
-
-@needs_triton
-def test_stock_attention_is_counted_as_segment_anything_computes_it():
-    """Its module launches all of that, and beside it the linears, the positions and copies."""
-    shape, heads = cases.Shape("small", (2, 4, 6), c_in=32), 2
-    block = Attention(32, heads, use_rel_pos=True, input_size=(4, 6))
-    whole = traffic.layer_launches(block, (shape, heads))
-    for direction, launched in traffic.attention_launches(
-        traffic.attend_stock, (shape, heads)
-    ).items():
-        missing = collections.Counter(launched) - collections.Counter(whole[direction])
-        assert not missing, direction

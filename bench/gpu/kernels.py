@@ -3,9 +3,9 @@
 import argparse
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,7 @@ import naslora_kernels
 from bench import attention, cases, timing
 from bench.gpu import launches, traffic
 from bench.kinds import KINDS, Case, Kind
-from naslora_kernels.launches import Primitives
-from naslora_kernels.triton.primitives import TritonPrimitives, capability, launch
+from naslora_kernels.triton.primitives import TritonPrimitives, capability
 
 SECONDS = 105  # for all of it; what is left then is reported as not measured
 DTYPES = (torch.bfloat16, torch.float32)
@@ -27,8 +26,6 @@ CASES = (
     (cases.HUGE, 24),
 )
 REHEARSED = cases.Shape("rehearsed", (1, 3, 4), 32, 48)
-# Compiling takes some ten seconds a candidate, so it is measured last and here alone.
-COMPILED = ((cases.HUGE, 3), torch.bfloat16)
 ATTENTION_CASES = ((cases.HUGE_GLOBAL, 16), (cases.HUGE, 16), (cases.SMALL, 12))  # and heads
 GPU_KINDS = (
     KINDS["layer"]._replace(cases=CASES),
@@ -52,25 +49,41 @@ def kernels(arguments: argparse.Namespace, kind: str) -> tuple[str, ...]:
     return tuple(name for name in usable if (kind, name) != ("attention", "cuda"))
 
 
+def combinations(
+    arguments: argparse.Namespace, of_kinds: dict[str, Sequence[Case]]
+) -> Iterator[tuple[str, Kind, Case, cases.Setting]]:
+    """Each case in each dtype by each backend, with a title; the smallest one where rehearsed."""
+    for kind in (kind for kind in GPU_KINDS if kind.name in of_kinds):
+        chosen, dtypes = of_kinds[kind.name], DTYPES
+        if arguments.rehearse:
+            chosen, dtypes = [(REHEARSED, chosen[0][1])], DTYPES[:1]
+        for case, dtype in itertools.product(chosen, dtypes):
+            for kernel in kernels(arguments, kind.name):
+                title = f"{kernel}, {kind.title(case)}, {str(dtype).removeprefix('torch.')}"
+                yield title, kind, case, cases.Setting(arguments.device, dtype, (kernel,))
+
+
 def measure_kernels(arguments: argparse.Namespace, save: Save) -> Result:
     """Times every launch, then every case, forward and forward + backward, in every mode.
 
     The rows are saved case by case.
     """
-    result: Result = {"passed": True, "summary": "", "problems": [], "rows": []}
+    result: Result = {"passed": True, "summary": "", "problems": [], "notes": [], "rows": []}
     bandwidth = timing.copy_bandwidth(arguments.device)
+    result["notes"].append(f"copies reach {bandwidth / 1e9:.1f} GB/s")
     deadline = time.perf_counter() + SECONDS
     for name, measure in measurements(arguments, bandwidth):
         if arguments.only not in name:
             continue
         if time.perf_counter() > deadline:
-            result["problems"].append(f"{name}: not measured, the step's time was over")
+            result["notes"].append(f"{name}: not measured, the step's time was over")
         else:
             try:
                 measure(name, result)
+            except torch.OutOfMemoryError:
+                result["notes"].append(f"{name}: left out, it does not fit the card's memory")
             except Exception as error:  # the device's have no common class
-                reason = (str(error).splitlines() or [""])[0]
-                result["problems"].append(f"{name}: {type(error).__name__}: {reason}")
+                result["problems"].append(f"{name}: {told(error)}")
         result["passed"] = not result["problems"] and bool(result["rows"])
         save(result)
     return result
@@ -79,21 +92,14 @@ def measure_kernels(arguments: argparse.Namespace, save: Save) -> Result:
 def measurements(arguments: argparse.Namespace, bandwidth: float) -> list[Measurement]:
     """What is to be measured, the most important first, as functions that add to a result."""
     found: list[Measurement] = []
-
-    def add(kind: Kind, case: Case, dtype: torch.dtype, compiled: bool) -> None:
-        title = f"{kind.title(case)} {str(dtype).removeprefix('torch.')}"
-        about = kind, case, dtype, compiled, bandwidth
-        found.append((title, partial(measure_case, arguments, *about)))
-
     for dtype, i, kind in itertools.product(DTYPES, range(len(CASES)), GPU_KINDS):
-        if i < len(kind.cases) and (kind.name != "attention" or dtype is DTYPES[0]):
+        if i < len(kind.cases):
             case = kind.cases[i] if not arguments.rehearse else (REHEARSED, kind.cases[i][1])
-            add(kind, case, dtype, False)
+            title = f"{kind.title(case)} {str(dtype).removeprefix('torch.')}"
+            measure = partial(measure_case, arguments, kind, case, dtype, bandwidth)
+            found.append((title, measure))
     if arguments.rehearse:  # one case of each kind, and one of the launches
         del found[len(GPU_KINDS) :]
-    else:
-        for kind in GPU_KINDS[:2]:
-            add(kind, *COMPILED, True)
     launched = ((REHEARSED, 3),) if arguments.rehearse else LAUNCHED
     for case in launched if arguments.device != "cpu" or arguments.rehearse else ():
         measure = partial(measure_launches, arguments, case, bandwidth)
@@ -106,7 +112,6 @@ def measure_case(
     kind: Kind,
     case: Case,
     dtype: torch.dtype,
-    compiled: bool,
     bandwidth: float,
     name: str,
     result: Result,
@@ -120,33 +125,62 @@ def measure_case(
         return
     works.pop(attention.EXACT, None)
     for direction in ("forward", "both"):
-        functions = modes(works, direction, arguments.device, compiled)
+        functions = modes(works, direction, arguments.device)
         moved = kind.least_bytes(*case, direction, setting)
         for mode, seconds in interleave(functions, arguments).items():
             # A layer also takes the time of the frozen product: the bytes tell something of cells.
             tells = mode.split(",")[0] in setting.kernels and kind.name == "cell"
             of = bandwidth if tells else None
-            result["rows"].append(_row(name, direction, mode, seconds, moved, of))
+            row = _row(name, direction, mode, seconds, moved, of)
+            if kind.name == "attention":
+                operations = attention.products(*case, direction)
+                row["TFLOP_per_s"] = round(operations / row["p50_us"] / 1e6, 1)
+            result["rows"].append(row)
 
 
-class Launcher:
-    """Primitives that launch, and keep each launch and its bytes so that it can be repeated."""
+def told(error: Exception) -> str:
+    """An error as one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
-    def __init__(self, primitives: Primitives) -> None:
-        self.calls: dict[str, tuple[Callable[[], None], int]] = {}
-        self._primitives, self._counter = primitives, traffic.Counter(primitives)
-        self.factor_partials = primitives.factor_partials
-        self.cell_partials = primitives.cell_partials
 
-    def __getattr__(self, primitive: str):
-        def record(*arguments) -> None:
-            run = partial(getattr(self._primitives, primitive), *arguments)
-            run()
-            getattr(self._counter, primitive)(*arguments)
-            moved = traffic.moved(self._counter.launches[-1:])
-            self.calls[f"triton: {len(self.calls) + 1} {primitive}"] = run, moved
+class Launch(NamedTuple):
+    """One launch: how to repeat it, the bytes of its tensors, and what it takes as loaded."""
 
-        return record
+    run: Callable[[], object]
+    bytes: int
+    takes: dict[str, object]
+
+
+def recorded(work: Callable[[Callable[..., None]], object]) -> dict[str, Launch]:
+    """The launches of a work, which gets the function that launches, by kernel."""
+    found: dict[str, Launch] = {}
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        run = partial(kernel[grid], *arguments, **constants)
+        loaded = run()
+        shared = getattr(getattr(loaded, "metadata", None), "shared", None)
+        takes = {name: getattr(loaded, f"n_{name}", None) for name in ("regs", "spills")}
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        name += f" {len(found) + 1}" if name in found else ""
+        found[name] = Launch(run, traffic.bytes_of(arguments), {**takes, "shared": shared})
+
+    work(launch)
+    return found
+
+
+def launch_rows(
+    arguments: argparse.Namespace,
+    title: str,
+    mode: str,
+    found: dict[str, Launch],
+    bandwidth: float | None = None,
+) -> list[Result]:
+    """A row for each launch, timed in turn."""
+    seconds = interleave({name: launch.run for name, launch in found.items()}, arguments)
+    return [
+        _row(title, name, mode, seconds[name], launch.bytes, bandwidth) | launch.takes
+        for name, launch in found.items()
+    ]
 
 
 def measure_launches(
@@ -157,25 +191,19 @@ def measure_launches(
         return
     operands = launches.Operands(*case, torch.bfloat16, arguments.device)
     for work in ("layer, forward", "layer, backward, weight step"):
-        launcher = Launcher(TritonPrimitives(launch, capability))
-        launches.WORKS[work](launcher, operands)
-        functions = {mode: run for mode, (run, _) in launcher.calls.items()}
-        for mode, seconds in interleave(functions, arguments).items():
-            moved = launcher.calls[mode][1]
-            result["rows"].append(_row(name, work, mode, seconds, moved, bandwidth))
+        run = launches.WORKS[work]
+        found = recorded(
+            lambda launch, run=run: run(TritonPrimitives(launch, capability), operands)
+        )
+        result["rows"] += launch_rows(arguments, f"{name} {work}", "triton", found, bandwidth)
 
 
 def modes(
-    works: dict[str, cases.Work], direction: str, device: str, compiled: bool
+    works: dict[str, cases.Work], direction: str, device: str
 ) -> dict[str, Callable[[], object]]:
-    """Each candidate compiled where asked for, else eager and on a GPU as a CUDA graph."""
+    """Each candidate eager, and on a GPU as a CUDA graph."""
     functions: dict[str, Callable[[], object]] = {}
     for candidate, work in works.items():
-        if compiled:
-            compute = torch.compile(work.compute, dynamic=False)
-            compiled_work = cases.Work(compute, work.leaves, work.gradient)
-            functions[f"{candidate}, compiled"] = compiled_work.function(direction)
-            continue
         functions[candidate] = work.function(direction)
         if device != "cpu":
             functions[f"{candidate}, CUDA graph"] = graphed(work.function(direction))
@@ -211,7 +239,7 @@ def interleave(
 
 def _row(
     name: str, direction: str, mode: str, seconds: list[float], moved: int, bandwidth: float | None
-) -> dict[str, object]:
+) -> Result:
     times = timing.Times.of(seconds)
     return {
         "work": name,

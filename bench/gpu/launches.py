@@ -89,12 +89,14 @@ ATTENTION_SHAPES: list[AttentionShape] = [
 ]
 
 
-def attention(kernels: TritonAttention, shape: AttentionShape, dtype: torch.dtype) -> None:
+def attention(
+    kernels: TritonAttention, shape: AttentionShape, dtype: torch.dtype, device: str = "meta"
+) -> None:
     """Attention forward and backward with all gradients; q, k and v are of a joint projection."""
     if shape[-1] > most_features(dtype):  # then the reference computes
         return
     batch, heads, (height, width), features = shape
-    maps = partial(torch.zeros, device="meta", dtype=dtype)
+    maps = partial(torch.randn, device=device, dtype=dtype)
     tokens = height * width
     q, k, v = maps(batch, tokens, 3, heads, features).permute(2, 0, 3, 1, 4)
     biases = (maps(batch, heads, tokens, side) for side in (height, width))

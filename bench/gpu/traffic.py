@@ -3,28 +3,26 @@
     python -m bench.gpu.traffic
 
 Every tensor that a launch reads or writes counts once: what is read again comes from a cache. Our
-launches, and those of PyTorch, one for each operation, run on tensors that have only shapes. The
-tables: the launches of a layer and a cell, with the least time that moving the bytes takes; whole
-layers of several methods with the frozen product; attention. Prints Markdown. Exits with status 1
-if a layer launches more kernels than its budget allows.
+launches, and those of PyTorch, one for each operation, run on tensors that have only shapes. Prints
+the launches of a layer and a cell, with the least time that moving the bytes takes, as Markdown.
+Exits with status 1 if a layer launches more kernels than its budget allows.
 """
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import attention, cases
+from bench import cases
 from bench.gpu import launches
 from bench.kinds import KINDS, Case
-from naslora_kernels import cuda, triton
+from naslora_kernels import triton
 from naslora_kernels.cell import AttentionOperands
 from naslora_kernels.launches import Primitives
 from naslora_kernels.triton.attention import TritonAttention
@@ -110,29 +108,12 @@ class Counter:
         self.launches.append(Launch("reduce_gradients", read, written))
 
 
-class CUDASizes(TritonPrimitives):
-    """Into how many groups the CUDA kernels divide their sums."""
-
-    def row_groups(self, tokens: int) -> int:
-        return cuda._CUDA.groups(tokens, 1, 1, 1, 1)[0]
-
-    def cell_groups(self, batch: int, height: int, width: int, c: int) -> int:
-        return cuda._CUDA.groups(1, batch, height, width, c)[1]
-
-    def cell_partial_size(self, c: int) -> int:
-        return cuda._CUDA.groups(1, 1, 1, 1, c)[2]
+SIZES = TritonPrimitives(None, lambda device: (9, 0))  # whose sums have its numbers of groups
 
 
-def backends() -> dict[str, Primitives]:
-    """The backends whose grouping is known here; ``cuda`` only if its extension was built."""
-    of_triton: tuple[Any, ...] = (None, lambda device: (9, 0))
-    known = {"triton": TritonPrimitives(*of_triton)}
-    return known | ({"cuda": CUDASizes(*of_triton)} if cuda.build_info() else {})
-
-
-def count(work: launches.Work, operands: launches.Operands, sizes: Primitives) -> list[Launch]:
-    """The launches of one work, by the grouping of a backend."""
-    counter = Counter(sizes)
+def count(work: launches.Work, operands: launches.Operands) -> list[Launch]:
+    """The launches of one work by ``triton``."""
+    counter = Counter(SIZES)
     work(counter, operands)
     return counter.launches
 
@@ -146,17 +127,17 @@ def least_bytes(name: str, case: Case) -> int:
     return least
 
 
-def layer_rows(sizes: Primitives, case: Case) -> list[list[object]]:
+def layer_rows(case: Case) -> list[list[object]]:
     """A row for each work of a case."""
     operands, rows = launches.Operands(*case, SETTING.dtype), []
     for name, work in launches.WORKS.items():
-        launched = count(work, operands, sizes)
-        kernels = " · ".join(f"{one.kernel} {_mega(moved([one]), 2)}" for one in launched)
+        launched = count(work, operands)
+        kernels = " · ".join(f"{one.kernel} {_mega(moved([one]))}" for one in launched)
         budget = f" of {BUDGETS[name]}" if name in BUDGETS else ""
-        floor = 1e6 * moved(launched) / BANDWIDTH
-        numbers = _mega(moved(launched), 2), _mega(least_bytes(name, case), 2)
-        row = [f"{case[0].name} r={case[1]}", name, f"{len(launched)}{budget}", kernels, *numbers]
-        rows.append([*row, f"{floor:.2f}", f"{2 * floor:.2f}"])
+        floor = moved(launched) / BANDWIDTH  # seconds
+        numbers = (moved(launched), least_bytes(name, case), 1e12 * floor, 2e12 * floor)
+        row = [f"{case[0].name} r={case[1]}", name, f"{len(launched)}{budget}", kernels]
+        rows.append([*row, *map(_mega, numbers)])
     return rows
 
 
@@ -164,9 +145,7 @@ def within_budget() -> bool:
     """Whether no work launches more often than it may."""
     operands = launches.Operands(*CASES[0], SETTING.dtype)
     return all(
-        len(count(launches.WORKS[name], operands, sizes)) <= budget
-        for name, budget in BUDGETS.items()
-        for sizes in backends().values()
+        len(count(launches.WORKS[name], operands)) <= budget for name, budget in BUDGETS.items()
     )
 
 
@@ -200,133 +179,40 @@ class Recorder(TorchDispatchMode):
         self.launches.append(launch_of(name, tensors, WRITTEN_BY[name]))
 
 
-def record(compute: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, list[Launch]]:
-    """The launches of a forward, and of a backward with the gradients of ``leaves``."""
-    with Recorder() as forward:
-        output = compute()
-    with Recorder() as backward:
-        torch.autograd.grad(output, leaves, torch.empty_like(output), allow_unused=True)
-    return {"forward": forward.launches, "backward": backward.launches}
-
-
-def attend_stock(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, grid: Any):
-    """What segment_anything does with q, k, v (B heads, N, d), once rel_h and rel_w are known."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B heads, N, N)
-    height, width = grid
-    by_place = scores.view(-1, *grid, *grid)
-    rel_h, rel_w = rel_h.view(-1, *grid, height), rel_w.view(-1, *grid, width)
-    scores = (by_place + rel_h[:, :, :, :, None] + rel_w[:, :, :, None, :]).view_as(scores)
-    return scores.softmax(dim=-1) @ v
-
-
-def attend_ours(*arguments: Any) -> Tensor:
-    """The ``triton`` backend's attention of the operands (B, heads, N, ...)."""
-    *operands, _ = arguments
-    return triton.rel_pos_attention(AttentionOperands(*operands), operands[0].shape[-1] ** -0.5)
-
-
-def attention_launches(attend: Callable[..., Tensor], case: Case) -> dict[str, list[Launch]]:
-    """The launches of a forward, and of a backward with all five gradients."""
+def attention_launches(case: Case) -> dict[str, list[Launch]]:
+    """The launches of ``triton``: a forward, and a backward with all five gradients."""
     shape, heads = case
     batch, *grid = shape.grid
     tokens, features = grid[0] * grid[1], shape.c_in // heads
-    rows = (batch, heads) if attend is attend_ours else (batch * heads,)
     maps = partial(torch.empty, device="meta", dtype=SETTING.dtype)
     sizes = (features, features, features, *grid)
-    operands = [maps(*rows, tokens, size).requires_grad_() for size in sizes]
-    return record(lambda: attend(*operands, tuple(grid)), operands)
+    operands = [maps(batch, heads, tokens, size).requires_grad_() for size in sizes]
+    with Recorder() as forward:
+        output = triton.rel_pos_attention(AttentionOperands(*operands), features**-0.5)
+    with Recorder() as backward:
+        torch.autograd.grad(output, operands, torch.empty_like(output))
+    return {"forward": forward.launches, "backward": backward.launches}
 
 
-def attention_rows(case: Case) -> list[list[object]]:
-    """The rows of one case of attention."""
-    codes = {"stock": attend_stock, "ours": attend_ours}
-    launched = {code: attention_launches(attend, case) for code, attend in codes.items()}
-    rows: list[list[object]] = []
-    for direction in FACTORS:
-        floor = attention.least_bytes(*case, direction, SETTING)
-        rows.append([KINDS["attention"].title(case), direction, "floor", "", _mega(floor), 1])
-        for code, of_code in launched.items():
-            number, size = len(of_code[direction]), moved(of_code[direction])
-            rows.append(["", "", code, number, _mega(size), f"{size / floor:.2f}"])
-    return rows
-
-
-# ---- Whole layers --------------------------------------------------------------------------------
-
-
-def our_layer(case: Case) -> dict[str, list[Launch]]:
-    """Our layer: its launches, and the frozen product that is added to the expansion.
-
-    The other order moves the same bytes: the second of the two reads what the first has written.
-    """
-    operands = launches.Operands(*case, SETTING.dtype)
-    x, h, weight = map(bytes_of, (operands.x, operands.grad_h, operands.linear[0]))
-    works = {"forward": "layer, forward", "backward": "layer, backward, weight step"}
-    products = {
-        "forward": Launch("product", x + weight + h, h),
-        "backward": Launch("product", h + weight + x, x),
-    }
-    sizes = backends()["triton"]
-    return {
-        direction: [*count(launches.WORKS[work], operands, sizes), products[direction]]
-        for direction, work in works.items()
-    }
-
-
-def layer_launches(layer: nn.Module, case: Case) -> dict[str, list[Launch]]:
-    """What PyTorch launches for a layer, forward and backward."""
-    like = {"device": "meta", "dtype": SETTING.dtype}
-    layer = layer.to(**like)
-    x = torch.empty(*case[0].grid, case[0].c_in, **like).requires_grad_()
-    return record(lambda: layer(x), [x, *(p for p in layer.parameters() if p.requires_grad)])
-
-
-def conv_lora(base: nn.Linear, case: Case) -> nn.Module:
-    """Conv-LoRA's layer, with its maps spread evenly over its experts; its gate is computed."""
-    from naslora.methods.conv_lora import Balance, ConvLoRAConfig, ConvLoRALinear
-
-    layer = ConvLoRALinear(base, ConvLoRAConfig(rank=case[1]), Balance(), torch.Generator())
-    choose, experts, maps = layer.choose, len(layer.experts), case[0].grid[0]
-    spread = [maps // experts + (i < maps % experts) for i in range(experts)]
-    layer.choose = lambda pooled: (choose(pooled)[0], SimpleNamespace(tolist=lambda: spread))
-    return layer
-
-
-def whole_layers(case: Case) -> list[list[object]]:
-    """A row for each kind of layer."""
-    base = nn.Linear(case[0].c_in, case[0].c_out).requires_grad_(False)
-    found = {
-        "ours": our_layer(case),
-        "PEFT LoRA": layer_launches(cases.peft_lora(base, case[1]), case),
-        "Conv-LoRA": layer_launches(conv_lora(base, case), case),
-    }
-    return [
-        [name, *(cell for of in launched.values() for cell in (len(of), _mega(moved(of))))]
-        for name, launched in found.items()
-    ]
-
-
-def _mega(number: int, digits: int = 1) -> str:
-    return f"{number / 1e6:.{digits}f}"
-
-
-def _print(head: str, rows: Sequence[Sequence[object]]) -> None:
-    """Prints a table in Markdown; ``head`` names its columns."""
-    columns = head.split(", ")
-    for row in (columns, ["--"] * len(columns), *rows):
-        print(f"| {' | '.join(map(str, row))} |")
-    print()
+def _mega(number: float) -> str:
+    return f"{number / 1e6:.2f}"
 
 
 def main() -> int:
-    """Prints the tables; returns 1 if a layer launches too often."""
-    head = "case, work, launches, MB by launch, MB, at the least, floor µs, budget µs"
-    for backend, sizes in backends().items():
-        print(f"### {backend}, bfloat16 maps, float32 adapter, at {BANDWIDTH / 1e12:.1f} TB/s\n")
-        _print(head, [row for case in CASES for row in layer_rows(sizes, case)])
-    _print("layer, launches forward, MB, launches backward, MB", whole_layers(CASES[0]))
-    head = "case, direction, code, launches, MB, × floor"
-    _print(head, [row for case in ATTENTION_CASES for row in attention_rows(case)])
+    """Prints the table; returns 1 if a layer launches too often."""
+    head = [
+        "case",
+        "work",
+        "launches",
+        "MB by launch",
+        "MB",
+        "at the least",
+        "floor µs",
+        "budget µs",
+    ]
+    print(f"Bfloat16 maps, float32 adapter, at {BANDWIDTH / 1e12:.1f} TB/s\n")
+    for row in (head, ["--"] * len(head), *(row for case in CASES for row in layer_rows(case))):
+        print(f"| {' | '.join(map(str, row))} |")
     return 0 if within_budget() else 1
 
 
