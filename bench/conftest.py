@@ -11,7 +11,7 @@ from bench import attention, cases, models, suite
 from bench.kinds import KINDS
 from bench.models import Setting
 from naslora.methods import METHODS
-from naslora.sam.encoders import VITS, ViT
+from naslora.sam.vits import VITS, ViT
 
 environment = functools.cache(cases.environment)
 

@@ -28,10 +28,11 @@ from naslora.methods import (
     trainable_parameters,
 )
 from naslora.sam.attention import fuse_attention
-from naslora.sam.encoders import PATCH_SIZE, VITS
+from naslora.sam.family import PATCH_SIZE
 from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
+from naslora.sam.vits import VITS
 from naslora.training.train_config import TrainConfig, loss_of
 
 UNTOUCHED = "untouched"

@@ -123,11 +123,6 @@ def _mean_over_classes(values: Tensor) -> Tensor:
     return values.nanmean(0).nanmean()
 
 
-def _thresholded_iou(scores: Scores) -> Tensor:
-    iou = scores["iou"]
-    return _mean_over_classes(torch.where(iou < T_IOU, 0.0, iou))
-
-
 def _balanced_error(confusion: Tensor) -> Tensor:
     """Computes 100 (1 - (TPR + TNR) / 2) of (..., 2, 2) counts; NaN if a class has no pixel."""
     counts = confusion.double()
@@ -177,7 +172,12 @@ def _saliency(name: str, label: str) -> Metric:
 
 METRICS: dict[str, Metric] = {
     "iou": Metric("IoU (Jaccard)", lambda scores: _mean_over_classes(scores["iou"])),
-    "t_iou": Metric(f"T-Jac (IoU, 0 below {T_IOU})", _thresholded_iou),
+    "t_iou": Metric(
+        f"T-Jac (IoU, 0 below {T_IOU})",
+        lambda scores: _mean_over_classes(
+            torch.where(scores["iou"] < T_IOU, 0.0, scores["iou"])  # NaN stays
+        ),
+    ),
     "dice": Metric("Dice", lambda scores: _mean_over_classes(scores["dice"])),
     "accuracy": Metric("Accuracy", lambda scores: scores["accuracy"].nanmean()),
     "ber": Metric(

@@ -217,14 +217,14 @@ def tiny_models(decoder: bool = True):
     """
     from segment_anything.modeling import TwoWayTransformer
 
-    from naslora.sam import encoders
+    from naslora.sam import vits
 
     def transformer(**options):
         return TwoWayTransformer(**options | {"depth": 1, "mlp_dim": 64})
 
-    tiny = encoders.ViT(**TINY)
+    tiny = vits.ViT(**TINY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(encoders.VITS, "vit_t", tiny)
+        patch.setitem(vits.VITS, "vit_t", tiny)
         if decoder:
             patch.setattr("naslora.sam.decoder.TwoWayTransformer", transformer)
         yield tiny

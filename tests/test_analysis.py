@@ -13,7 +13,7 @@ from run_configs import run_config
 from segment_anything.modeling.image_encoder import Attention
 
 from naslora.errors import UserError
-from naslora.sam import encoders as sam
+from naslora.sam import vits as sam
 from naslora.study.encoder_statistics import (
     attention_distances,
     block_statistics,

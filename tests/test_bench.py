@@ -9,7 +9,7 @@ import torch
 
 from bench import models, report, suite
 from bench.models import Setting
-from naslora.sam.encoders import VITS, ViT
+from naslora.sam.vits import VITS, ViT
 
 INFO = {"model": "vit_b", "image_size": 256, "batch": 4, "precision": "no", "device": "cpu"}
 TINY = Setting("vit_t", image_size=64, batch=4)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench import cases, counts, models
 from bench.models import MERGED, STOCK, UNTOUCHED, Setting
 from naslora.methods import merge, searches
-from naslora.sam import encoders as sam
+from naslora.sam import vits as sam
 from naslora_kernels import mixed_cell, nas_lora_linear, rel_pos_attention
 
 # Two blocks as wide as a real encoder's are narrow: small, and yet a frozen product dwarfs a cell.

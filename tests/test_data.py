@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.datasets import DATASETS, load_all, load_splits
 from naslora.data.demo_data import write_mni152
-from naslora.data.images import Sample, read_image
+from naslora.data.images import Sample, open_picture
 from naslora.data.masks import read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.data.splits import draw_folds, write_splits
@@ -278,7 +278,7 @@ def test_palette_alpha_and_cmyk_become_rgb(tmp_path):
         "cmyk.tif": [[255] * 3, [255] * 3],
     }
     for name, pixels in expected.items():
-        assert np.asarray(read_image(sample_of(tmp_path / name))).tolist() == [pixels], name
+        assert open_picture(sample_of(tmp_path / name)).rows().tolist() == [pixels], name
 
 
 def test_exif_rotation_is_applied_to_image_and_size_check(tmp_path):
@@ -287,7 +287,7 @@ def test_exif_rotation_is_applied_to_image_and_size_check(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate clockwise: then the upper half is bright
     image = save(tmp_path / "a.jpg", pixels, exif=exif)
-    upright = np.asarray(read_image(sample_of(image)))[..., 0]
+    upright = open_picture(sample_of(image)).rows()[..., 0]
     assert upright.shape == (32, 16)
     assert upright[:14].min() > 200 and upright[18:].max() < 55
     upright_mask = save(tmp_path / "upright.png", np.zeros((32, 16)))

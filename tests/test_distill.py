@@ -17,19 +17,19 @@ from naslora.data.images import Sample
 from naslora.errors import UserError
 from naslora.files import read_safetensors, write_tensors
 from naslora.records import read_rows
-from naslora.sam import encoders, prompts
+from naslora.sam import prompts, vits
 from naslora.sam.export import Embedding
 from naslora.sam.segmentation import build_model
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
 SIZE = 64
-TEACHER = encoders.ViT(width=48, depth=1, heads=2, global_blocks=(0,))
+TEACHER = vits.ViT(width=48, depth=1, heads=2, global_blocks=(0,))
 
 
 @pytest.fixture(autouse=True)
 def small_teacher(monkeypatch):
-    monkeypatch.setitem(encoders.VITS, "vit_b", TEACHER)
+    monkeypatch.setitem(vits.VITS, "vit_b", TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_an_interrupted_distillation_continues_as_if_it_was_not(settings, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run(settings, broken)
     monkeypatch.undo()
-    monkeypatch.setitem(encoders.VITS, "vit_b", TEACHER)
+    monkeypatch.setitem(vits.VITS, "vit_b", TEACHER)
     resumed = run(settings, broken, resume=True)
     for one, other in zip(whole, resumed, strict=True):
         assert dataclasses.replace(one, seconds=0) == dataclasses.replace(other, seconds=0)

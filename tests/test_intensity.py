@@ -9,7 +9,7 @@ from PIL import Image
 from naslora.data.cache import Cache
 from naslora.data.contents import read_contents, warnings_about
 from naslora.data.dataset import SegmentationDataset
-from naslora.data.images import Sample, read_image
+from naslora.data.images import Sample, open_picture
 from naslora.data.picture import Intensity, Limits, parse_intensity, scale
 from naslora.data.tiff import read_georeference
 from naslora.prediction import write_geotiff
@@ -20,7 +20,7 @@ EXPECTED = [[0, 0, 64], [128, 255, 255]]  # 255 (v - 1000) / 2000, clipped; 63.7
 
 
 def read(path, intensity=WINDOW):
-    return read_image(Sample(path, None, "here"), intensity)
+    return open_picture(Sample(path, None, "here"), intensity).rows()
 
 
 # --- the option

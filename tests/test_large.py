@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image, ImageOps
 
 from naslora.data import picture as pictures
-from naslora.data.images import Sample, open_picture, read_image, source_of
+from naslora.data.images import Sample, open_picture, source_of
 from naslora.data.masks import read_mask
 from naslora.data.picture import Intensity, Limits, Picture, scale
 from naslora.data.tiff import open_tiff
@@ -67,7 +67,7 @@ def test_colours_of_8_bits_as_pillow_reads_them(tmp_path, options):
         assert np.array_equal(rows_of(open_picture(sample_of(path)), 7), RGB)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"here: image .*a.tif cannot be read"):
-        read_image(sample_of(path))
+        open_picture(sample_of(path)).rows()
 
 
 def test_what_pillow_has_to_read(tmp_path):
@@ -96,7 +96,7 @@ def test_percentiles_do_not_depend_on_the_pieces(tmp_path, monkeypatch, options)
     path = save_tiff(tmp_path / "a.tif", values, **options)
     for band in (100, 1 << 20):
         monkeypatch.setattr(pictures, "BAND", band)
-        found = read_image(sample_of(path), Intensity("percentile", 5, 90))
+        found = open_picture(sample_of(path), Intensity("percentile", 5, 90)).rows()
         for channel in range(3):
             limits = np.nanpercentile(values[::2, ::2, channel].astype(float), [5, 90])
             expected = scale(values[..., [channel]], [Limits(*limits)])

@@ -16,7 +16,7 @@ from run_configs import run_config
 
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
-from naslora.data.images import Sample, read_image
+from naslora.data.images import Sample, open_picture
 from naslora.data.masks import IGNORED, read_mask
 
 SIDE = 64
@@ -183,7 +183,9 @@ def test_images_that_are_refused(tmp_path):
         ([[70000]], np.int32, "beyond 16 bits"),
     ):
         written(pixels, kind, "a.tif")(tmp_path)
-        assert line in error_of(read_image, Sample(tmp_path / "a.tif", None, "row 2"))
+        assert line in error_of(
+            lambda: open_picture(Sample(tmp_path / "a.tif", None, "row 2")).rows()
+        )
 
 
 # What EXIF orientations do to an image.

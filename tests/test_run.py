@@ -19,7 +19,7 @@ from rich.console import Console
 from naslora.data import demo_data
 from naslora.files import read_json, read_safetensors
 from naslora.results import ADAPTER
-from naslora.sam import encoders as sam
+from naslora.sam import vits as sam
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training import demo as demo_run
 from naslora.training import progress

@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from naslora import NASLoRAConfig, UserError, inject
 from naslora.sam.checkpoint import load_sam_checkpoint
-from naslora.sam.encoders import VITS, ViT, build_image_encoder
+from naslora.sam.encoders import build_image_encoder
 from naslora.sam.families.mobile_sam import NAMING
 from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, build_model
+from naslora.sam.vits import VITS, ViT
 
 torch.set_num_threads(1)
 

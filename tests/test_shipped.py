@@ -10,19 +10,19 @@ from run_configs import run_config
 
 from naslora.errors import UserError
 from naslora.files import read_metadata, read_safetensors, write_tensors
-from naslora.sam import encoders, prompts, shipped
+from naslora.sam import prompts, shipped, vits
 from naslora.sam.segmentation import build_model
 from naslora.training.resolve import checkpoint_of, resolve
 
 SIZE = 32
-TINY = encoders.ViT(width=32, depth=2, heads=2, global_blocks=(1,), weights="tiny.safetensors")
+TINY = vits.ViT(width=32, depth=2, heads=2, global_blocks=(1,), weights="tiny.safetensors")
 TRAIN = shlex.split("--model vit_t --epochs 1 --search-start 0 --workers 0 --method lora")
 
 
 @pytest.fixture
 def weights(monkeypatch, tmp_path):
     """A package with a tiny ``vit_t``; the file of its weights."""
-    monkeypatch.setitem(encoders.VITS, "vit_t", TINY)
+    monkeypatch.setitem(vits.VITS, "vit_t", TINY)
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "package")
     path = tmp_path / "package" / TINY.weights
     torch.manual_seed(3)

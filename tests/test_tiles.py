@@ -19,8 +19,8 @@ from naslora.data.picture import Picture
 from naslora.data.tiles import Grid, Tiles, fit_tiles
 from naslora.prediction import Predictor
 from naslora.prediction import segment as segment_picture
-from naslora.sam.encoders import PATCH_SIZE
 from naslora.sam.export import load_class_map, read_description
+from naslora.sam.family import PATCH_SIZE
 from naslora.sam.segmentation import labels_of
 from naslora.training.run_data import tiles_of
 

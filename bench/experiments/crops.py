@@ -16,7 +16,7 @@ from naslora.data.images import Sample
 from naslora.data.layouts import list_images, read_csv
 from naslora.data.sampling import AUGMENT, hold_out, seeded_generator
 from naslora.errors import UserError
-from naslora.sam.encoders import EMBED_DIM
+from naslora.sam.decoder import EMBED_DIM
 
 FULL_SIZE = 1.375
 """Side of the images from which crops are taken, in sides of a crop."""

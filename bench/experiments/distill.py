@@ -40,8 +40,8 @@ from naslora.files import read_json, read_torch, write_json, write_tensors, writ
 from naslora.records import from_json, to_json, write_rows
 from naslora.report.tables import Table, markdown_table
 from naslora.sam.checkpoint import read_checkpoint
-from naslora.sam.encoders import PATCH_SIZE
 from naslora.sam.export import Embedding
+from naslora.sam.family import PATCH_SIZE
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
 from naslora.training.run_config import differing

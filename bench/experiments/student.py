@@ -20,7 +20,7 @@ from segment_anything import SamPredictor
 
 from bench.experiments.crops import find_images
 from bench.experiments.distill import CONFIG, Settings, similarity
-from naslora.data.images import Sample, read_image
+from naslora.data.images import Sample, open_picture
 from naslora.files import read_json
 from naslora.report.tables import Table, markdown_table
 from naslora.sam.prompts import build_predictor
@@ -61,7 +61,7 @@ def _table(samples: list[Sample], teacher: SamPredictor, student: SamPredictor) 
     embeddings, similarities = [], []
     masks: dict[str, list[float]] = {}
     for sample in samples:
-        image = read_image(sample)
+        image = open_picture(sample).rows()
         teacher.set_image(image)
         student.set_image(image)
         embeddings.append(teacher.features)

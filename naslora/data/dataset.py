@@ -49,7 +49,8 @@ class SegmentationDataset(Dataset[Item]):
 
     Raises:
         UserError: the palette does not fit the classes.
-            On access: as ``read_image`` and ``read_mask``, or an image and its mask differ in size.
+            On access: as ``open_picture`` and ``read_mask``, or an image and its mask differ in
+            size.
     """
 
     samples: list[Sample]
@@ -74,7 +75,7 @@ class SegmentationDataset(Dataset[Item]):
     crop: Crop | None = None
     """Windows that are drawn anew in each epoch, in place of whole images; None for none."""
     intensity: Intensity | None = None
-    """As in ``read_image``."""
+    """As in ``open_picture``."""
     tiles: Tiles | None = None
     """How the images will be cut, if items shall hold images and masks at the size of their files;
     None for items of S x S pixels."""
@@ -136,7 +137,7 @@ class SegmentationDataset(Dataset[Item]):
             ``tiles`` they have the size of the files.
 
         Raises:
-            UserError: as ``read_image`` and ``read_mask``, the image and the mask differ in size,
+            UserError: as ``open_picture`` and ``read_mask``, the image and the mask differ in size,
                 or the cache cannot be written.
         """
         if self.cache is None:

@@ -66,7 +66,20 @@ def write_mni152(directory: Path) -> None:
         return
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not the demo data set; choose another folder")
-    volumes = _load_volumes()
+    try:  # nilearn is an optional package
+        from nilearn import datasets
+        from nilearn.image import get_data
+    except ImportError as error:
+        raise UserError(
+            f"the demo data needs nilearn ({error}); run pip install nilearn"
+        ) from error
+    loaders = (
+        datasets.load_mni152_template,
+        datasets.load_mni152_gm_template,
+        datasets.load_mni152_wm_template,
+    )
+    # nilearn stores the templates at 1 mm, so this resolution resamples nothing.
+    volumes = [get_data(load(resolution=1)) for load in loaders]
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".mni152-", dir=directory.parent) as temporary:
         whole = Path(temporary, "mni152")
@@ -84,6 +97,7 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _write(directory: Path, volumes: list[np.ndarray]) -> None:
+    """Volumes of T1 intensity, grey and white matter: (197, 233, 189) in [0, 1], axes x, y, z."""
     for folder in (directory, directory / "images", directory / "masks"):
         folder.mkdir()
     t1, grey, white = volumes
@@ -102,25 +116,3 @@ def _write(directory: Path, volumes: list[np.ndarray]) -> None:
         with (directory / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(rows[split])
     (directory / "README.txt").write_text(README, encoding="utf-8")
-
-
-def _load_volumes() -> list[np.ndarray]:
-    """Loads T1 intensity, grey and white matter probability.
-
-    Returns:
-        Three (197, 233, 189) arrays in [0, 1], with the axes x, y, z.
-    """
-    try:  # nilearn is an optional package
-        from nilearn import datasets
-        from nilearn.image import get_data
-    except ImportError as error:
-        raise UserError(
-            f"the demo data needs nilearn ({error}); run pip install nilearn"
-        ) from error
-    # nilearn stores the templates at 1 mm, so this resolution resamples nothing.
-    loaders = (
-        datasets.load_mni152_template,
-        datasets.load_mni152_gm_template,
-        datasets.load_mni152_wm_template,
-    )
-    return [get_data(load(resolution=1)) for load in loaders]

@@ -57,33 +57,23 @@ WHITE_IS_ZERO = (262, 0)
 """Tag and value of such TIFF files."""
 
 
-def read_image(sample: Sample, intensity: Intensity | None = None) -> np.ndarray:
-    """Reads an image upright and in colour.
+def open_picture(
+    sample: Sample, intensity: Intensity | None = None, content: io.BytesIO | None = None
+) -> Picture:
+    """Opens an image.
 
     Args:
         sample: only its image is read.
         intensity: how values of more than 8 bits are scaled; None scales 16 bits by 255 / 65535,
             and refuses floating-point numbers.
+        content: the bytes of the file, if they are in memory.
 
     Returns:
-        (H, W, 3) uint8, RGB, rotated by its EXIF orientation. Palette indices become colours. The
-        alpha channel is dropped.
+        The image upright, in RGB: rotated by its EXIF orientation. Palette indices become colours.
+        The alpha channel is dropped.
 
     Raises:
         ImageError: the file is missing, truncated, not an image, or has an unsupported pixel type.
-    """
-    return open_picture(sample, intensity).rows()
-
-
-def open_picture(
-    sample: Sample, intensity: Intensity | None = None, content: io.BytesIO | None = None
-) -> Picture:
-    """Opens an image, as ``read_image``.
-
-    Args:
-        sample: only its image is read.
-        intensity: as in ``read_image``.
-        content: the bytes of the file, if they are in memory.
     """
     file = content or sample.image
     where = f"{sample.origin}: image {sample.image}"

@@ -92,8 +92,7 @@ def read_every_csv(root: Path) -> list[Sample]:
 
 
 def _read_csv(path: Path) -> list[Sample]:
-    rows: list[tuple[Path, Path, str]] = []
-    groups: list[str | None] = []
+    samples = []
     try:
         # utf-8-sig accepts the byte order mark with which some spreadsheets start a file.
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -107,17 +106,17 @@ def _read_csv(path: Path) -> list[Sample]:
             for row in reader:
                 if not row.get("image") or not row.get("label"):  # absent after an empty first line
                     raise UserError(f"{path}: row {reader.line_num} needs an image and a label")
+                image, mask = path.parent / row["image"], path.parent / row["label"]
                 origin = f"{path.name} row {reader.line_num}"
-                rows.append((path.parent / row["image"], path.parent / row["label"], origin))
-                groups.append(row.get("group"))
+                samples.append(Sample(image, mask, origin, group=row.get("group")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
-    if not rows:
+    if not samples:
         raise UserError(f"{path} names no images; expected the line image,label and one per image")
     missing = [
-        f"{file} ({origin})"
-        for *files, origin in rows
-        for file in files
+        f"{file} ({sample.origin})"
+        for sample in samples
+        for file in map(str, (sample.image, sample.mask))
         if not os.path.isfile(file)  # also if its name is too long
     ]
     if missing:
@@ -125,7 +124,7 @@ def _read_csv(path: Path) -> list[Sample]:
             f"{path} names {len(missing)} missing file{'s' * (len(missing) > 1)}, first "
             f"{missing[0]}; paths are relative to the folder of the CSV file"
         )
-    return [Sample(*row, group=own) for row, own in zip(rows, groups, strict=True)]
+    return samples
 
 
 # ---- Folders -------------------------------------------------------------------------------------
@@ -182,19 +181,18 @@ def read_layout(layouts: Sequence[Layout], root: Path) -> Splits:
     return draw_splits(splits, layout.val, layout.test)
 
 
-def draw_splits(splits: Splits, val: float, test: float = 0, seed: int = 0) -> Splits:
+def draw_splits(splits: Splits, val: float, test: float = 0) -> Splits:
     """Draws test and validation images from the training images.
 
     Args:
         splits: a split of which no share is drawn is kept.
         val: share of the images that are not drawn for the test, in [0, 1).
         test: share of all images, in [0, 1).
-        seed: equal seeds and samples give equal splits.
     """
     drawn = dict(splits)
     for split, share in (("test", test), ("val", val)):
         if share:
-            drawn["train"], drawn[split] = hold_out(drawn["train"], share, seed)
+            drawn["train"], drawn[split] = hold_out(drawn["train"], share, seed=0)
     return {split: drawn[split] for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT) if split in drawn}
 
 
@@ -230,12 +228,11 @@ def _locate(root: Path, parts: Sequence[Part]) -> list[tuple[Path, Path]]:
             expected and the existing folders.
     """
     check_folder(root)
-    paths = [path for part in parts for path in (part.images, part.masks)]
-    found = {path: _descend(root, path) for path in paths}
+    found = {path: _descend(root, path) for part in parts for path in (part.images, part.masks)}
     missing = [path for path, folders in found.items() if not folders]
     if missing:
         raise UserError(
-            f"{root}: looked for the folders {', '.join(paths)}; {', '.join(missing)} missing; "
+            f"{root}: looked for the folders {', '.join(found)}; {', '.join(missing)} missing; "
             f"found {_below(root)}"
         )
     for path, folders in found.items():

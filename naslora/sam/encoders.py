@@ -13,22 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from naslora.errors import UserError
 from naslora.sam.decoder import EMBED_DIM
-from naslora.sam.families import MODELS, find_family
+from naslora.sam.families import find_family
 from naslora.sam.family import PATCH_SIZE
-from naslora.sam.vits import VITS, ViT
-
-__all__ = [
-    "EMBED_DIM",
-    "LARGEST_IMAGE",
-    "MODELS",
-    "PATCH_SIZE",
-    "VITS",
-    "ViT",
-    "build_image_encoder",
-    "build_prompt_encoder",
-    "checkpoint_blocks",
-    "transformer_blocks",
-]
 
 LARGEST_IMAGE = 4096
 """Largest side of an image in pixels: 65,536 tokens."""
@@ -41,7 +27,7 @@ def build_image_encoder(name: str, image_size: int) -> nn.Module:
     the further maps that its family's decoder takes.
 
     Args:
-        name: one of ``MODELS``.
+        name: one of ``naslora.sam.families.MODELS``.
         image_size: S in pixels, a positive multiple of 16, and of 32 for SAM 2.
 
     Raises:

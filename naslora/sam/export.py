@@ -37,7 +37,8 @@ from naslora.files import (
 )
 from naslora.records import from_json
 from naslora.sam.checkpoint import CONFIG, WEIGHTS, huggingface_files, sam_state_dict
-from naslora.sam.encoders import LARGEST_IMAGE, PATCH_SIZE
+from naslora.sam.encoders import LARGEST_IMAGE
+from naslora.sam.family import PATCH_SIZE
 from naslora.sam.segmentation import SamForSegmentation, build_model
 
 # ---- What a file contains ------------------------------------------------------------------------
@@ -60,7 +61,7 @@ class Description:
     """The model that a file contains."""
 
     model: str
-    """One of ``naslora.sam.encoders.MODELS``."""
+    """One of ``naslora.sam.families.MODELS``."""
     image_size: Annotated[int, Meta(ge=PATCH_SIZE, le=LARGEST_IMAGE, multiple_of=PATCH_SIZE)]
     """Side S of the images in pixels."""
     num_classes: Annotated[int, Meta(ge=1, le=256)]

@@ -11,8 +11,10 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from naslora.errors import UserError
 from naslora.sam.attention import fuse_attention
 from naslora.sam.checkpoint import load_sam_checkpoint
-from naslora.sam.encoders import EMBED_DIM, VITS, build_image_encoder, build_prompt_encoder
+from naslora.sam.decoder import EMBED_DIM
+from naslora.sam.encoders import build_image_encoder, build_prompt_encoder
 from naslora.sam.shipped import SHIPPED_SIZE, find_checkpoint
+from naslora.sam.vits import VITS
 
 PROMPTED = (*VITS, "mobile_sam")
 """The models whose encoder and decoder segment_anything's predictor can drive."""
@@ -65,7 +67,7 @@ def empty_sam(name: str, image_size: int) -> Sam:
     """A whole SAM with random weights. The global random state is not changed.
 
     Args:
-        name: one of ``naslora.sam.encoders.MODELS``.
+        name: one of ``naslora.sam.families.MODELS``.
         image_size: side of the images in pixels.
 
     Raises:

@@ -70,7 +70,7 @@ class SamForSegmentation(nn.Module):
     Frozen batch norms of the encoder stay in evaluation mode, also after ``train()``.
 
     Args:
-        name: one of ``naslora.sam.encoders.MODELS``.
+        name: one of ``naslora.sam.families.MODELS``.
         image_size: side S of the square images in pixels, as in ``build_image_encoder``.
         num_classes: 1 for binary segmentation, else K, with the background as class 0.
 

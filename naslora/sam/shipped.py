@@ -17,7 +17,7 @@ def find_checkpoint(name: str, given: str | Path | None) -> Path | None:
     """Finds the checkpoint that a model starts from.
 
     Args:
-        name: one of ``naslora.sam.encoders.MODELS``.
+        name: one of ``naslora.sam.families.MODELS``.
         given: the user's checkpoint; ``NONE`` for random weights; None for the weights in the
             package, or for random weights if it contains none of this model.
 

@@ -127,7 +127,7 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
 
 
 def scaling_of(config: RunConfig) -> Intensity | None:
-    """The scaling of images of more than 8 bits, as ``read_image`` takes it."""
+    """The scaling of images of more than 8 bits, as ``open_picture`` takes it."""
     words = config.data.intensity
     return None if words is None else parse_intensity(words)
 
