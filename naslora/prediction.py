@@ -128,28 +128,17 @@ def _predict(
             continue
         mask, overlay, geotiff = _targets(sample.image, output)
         foreground = np.uint8(255 if config.data.num_classes == 1 else 1)
-        _write_pictures(picture, labels, foreground, config.data.class_names, mask, overlay)
+        with replaced_file(mask) as file:
+            colours = None if foreground > 1 else [(0, 0, 0), *map(class_colour, range(1, 256))]
+            bands = (labels[top:bottom] * foreground for top, bottom in picture.bands())
+            write_png(file, picture, bands, colours)
+        with replaced_file(overlay) as file:
+            names = ["background", *config.data.class_names]
+            write_png(file, picture, paint_bands(picture.rows, labels, names))
         if georeference:
             with replaced_file(geotiff) as file:
                 write_geotiff(file, labels * foreground, georeference)
         yield mask
-
-
-def _write_pictures(
-    picture: Picture,
-    labels: np.ndarray,
-    foreground: np.uint8,
-    class_names: Sequence[str],
-    mask: Path,
-    overlay: Path,
-) -> None:
-    with replaced_file(mask) as file:
-        colours = None if foreground > 1 else [(0, 0, 0), *map(class_colour, range(1, 256))]
-        bands = (labels[top:bottom] * foreground for top, bottom in picture.bands())
-        write_png(file, picture, bands, colours)
-    with replaced_file(overlay) as file:
-        painted = paint_bands(picture.rows, labels, ["background", *class_names])
-        write_png(file, picture, painted)
 
 
 def write_png(

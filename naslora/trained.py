@@ -77,19 +77,16 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     if not merged and not (path / CONFIG).exists():
         raise UserError(f"{path} is no run: it has neither {CONFIG} nor {MERGED_CONFIG}")
     with reading(path):
-        model, config = _load_merged(path) if merged else _load_run(path)
+        if merged:
+            model, config = _load_merged(path)
+        else:
+            config, adapter = read_config(path / CONFIG), adapter_folder(path)
+            model = build_frozen_model(config)
+            load_adapter(model, adapter)
+    if not merged and not (path / METRICS_JSON).exists():
+        warn(f"{path} is not finished: this is its model so far; train --resume continues it")
     data = dataclasses.replace(config.data, cache=None)  # a path that stands in a file
     return model.eval(), dataclasses.replace(config, data=data)
-
-
-def _load_run(path: Path) -> tuple[SamForSegmentation, RunConfig]:
-    config = read_config(path / CONFIG)
-    adapter = adapter_folder(path)
-    model = build_frozen_model(config)
-    load_adapter(model, adapter)
-    if not (path / METRICS_JSON).exists():
-        warn(f"{path} is not finished: this is its model so far; train --resume continues it")
-    return model, config
 
 
 def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from naslora.adapter.io.base_state import override_save_pretrained
+from naslora.adapter.io.storage import PEFT_TYPE
 from naslora.adapter.layer.calls import host_calls, shown, watch
 from naslora.adapter.layer.config import CellInit, ChannelSelection, NASLoRAConfig
 from naslora.adapter.layer.frozen_norms import keep_frozen
@@ -28,8 +29,6 @@ from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
 from naslora.adapter.layer.targets import TARGETS
 from naslora.adapter.merging.merge import merge as merge_model
 from naslora.errors import UserError
-
-PEFT_TYPE = "NASLORA"  # in the files only; PEFT itself takes the layers for LoRA
 
 # The options of LoRA that NAS-LoRA has, too. All others must have PEFT's default value.
 SUPPORTED = {

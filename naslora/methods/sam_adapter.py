@@ -8,6 +8,8 @@ stage to stage, so it gets these layers once for each stage.
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -129,9 +131,14 @@ def add(encoder: Any, config: SAMAdapterConfig, seed: int) -> None:
     if is_plain_vit(encoder):
         stages = [list(encoder.blocks)]
         strides = [encoder.patch_embed.proj.stride[0]]
+        watch = [encoder.patch_embed.register_forward_hook]
     elif is_tiny_vit(encoder):
-        stages = [list(stage.blocks) for stage in tiny_vit_stages(encoder)]
-        strides = _tiny_vit_strides(encoder)
+        own = tiny_vit_stages(encoder)
+        stages = [list(stage.blocks) for stage in own]
+        steps = [stage.downsample.conv2.conv.stride[0] for stage in own]
+        # Pixels a side for a token of each stage: 8, 16 and 16 in MobileSAM.
+        strides = [encoder.patch_embed.stride * step for step in accumulate(steps, mul)]
+        watch = [stage.blocks.register_forward_pre_hook for stage in own]
     else:
         raise refuse("sam-adapter", encoder, "SAM's plain ViTs or MobileSAM's TinyViT")
     adapter = SamAdapter(
@@ -143,12 +150,8 @@ def add(encoder: Any, config: SAMAdapterConfig, seed: int) -> None:
     encoder.sam_adapter = adapter
     encoder.register_forward_pre_hook(adapter.see_image)
     encoder.register_forward_hook(adapter.forget)
-    if is_plain_vit(encoder):
-        encoder.patch_embed.register_forward_hook(partial(adapter.see_embedding, 0))
-    else:
-        for i, stage in enumerate(tiny_vit_stages(encoder)):
-            stage.blocks.register_forward_pre_hook(partial(adapter.see_embedding, i))
     for i, blocks in enumerate(stages):
+        watch[i](partial(adapter.see_embedding, i))
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(adapter.prompt, i, index))
 
@@ -161,14 +164,6 @@ def _prompts(blocks: list[Any], stride: int, scale_factor: int) -> Prompts:
             f"scale_factor must be at most the encoder's width {width}, got {scale_factor}"
         )
     return beside(Prompts(width, width // scale_factor, len(blocks), stride), weight)
-
-
-def _tiny_vit_strides(encoder: Any) -> list[int]:
-    """Pixels a side for a token of each stage with attention: 8, 16 and 16 in MobileSAM."""
-    strides = [encoder.patch_embed.stride]
-    for stage in tiny_vit_stages(encoder):
-        strides.append(strides[-1] * stage.downsample.conv2.conv.stride[0])
-    return strides[1:]
 
 
 METHOD = Method(

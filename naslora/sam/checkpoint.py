@@ -57,7 +57,11 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
             model. The model is then unchanged.
     """
     path, state = Path(path), model.state_dict()
-    stored = _read_folder(path) if path.is_dir() else read_checkpoint(path)
+    # Large models are several files in a folder of Hugging Face.
+    files = (
+        (sorted(path.glob("model*.safetensors")) or [path / WEIGHTS]) if path.is_dir() else [path]
+    )
+    stored = {key: value for file in files for key, value in read_checkpoint(file).items()}
     if not any(key.startswith(("image_encoder.", "vision_encoder.")) for key in stored):
         raise UserError(f"{path} holds no SAM checkpoint: it has no image_encoder weights")
     family = find_family(name)
@@ -98,12 +102,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict):
         raise UserError(f"checkpoint {path} holds a {type(tensors).__name__}, no state dict")
     return plain_tensors(tensors, f"checkpoint {path}")
-
-
-def _read_folder(path: Path) -> dict[str, Tensor]:
-    """The tensors of a folder of Hugging Face, under its names. Large models are several files."""
-    files = sorted(path.glob("model*.safetensors")) or [path / WEIGHTS]
-    return {name: value for file in files for name, value in read_safetensors(file).items()}
 
 
 def _under_our_names(stored: Tensors, family: Family) -> dict[str, Tensor] | None:

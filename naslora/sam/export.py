@@ -156,13 +156,10 @@ def export(
     adapted = next(adapter_layers(model), None)
     if adapted is not None:
         raise UserError(f"the model is not merged: {adapted[0]} has an adapter; merge it first")
-    if file_format == "huggingface":
-        _write_folder(model, description, path)
-        return
-    if path.suffix != SUFFIXES[file_format]:
+    if file_format != "huggingface" and path.suffix != SUFFIXES[file_format]:
         raise UserError(f"{path} must end in {SUFFIXES[file_format]} for format {file_format}")
-    if file_format == "safetensors":
-        _write_state_dict(model, description, path)
+    if file_format in ("huggingface", "safetensors"):
+        _write_tensors(model, description, file_format, path)
         return
     module = (Scores if description.part == "model" else Embedding)(model.cpu().float()).eval()
     with torch.no_grad():
@@ -170,39 +167,32 @@ def export(
         (_write_onnx if file_format == "onnx" else _write_program)(program, description, path)
 
 
-def _write_folder(model: SamForSegmentation, description: Description, path: Path) -> None:
-    """Writes a folder of Hugging Face, which appears when all its files are written."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+def _write_tensors(
+    model: SamForSegmentation, description: Description, file_format: Format, path: Path
+) -> None:
+    """Writes the tensors of SAM: a file, or a folder that appears when all its files are written."""
+    folder = file_format == "huggingface"
+    if folder and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not empty; choose another --output")
-    _check_layers(model, description)
-    config, tensors = huggingface_files(
-        model.state_dict(), model.left_out, description.model, description.image_size
-    )
-    metadata = {"format": "pt", KEY: text_of(description)}  # transformers asks for the first
-    with replaced_folder(path) as folder:
-        write_tensors(folder / WEIGHTS, tensors, metadata)
-        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-
-
-def _write_state_dict(model: SamForSegmentation, description: Description, path: Path) -> None:
-    _check_layers(model, description)
-    state = sam_state_dict(model.state_dict(), model.left_out, description.model)
-    write_tensors(path, state, {KEY: text_of(description)})
-
-
-def _check_layers(model: SamForSegmentation, description: Description) -> None:
     if description.part == "encoder":
         raise UserError("a SAM state dict contains the whole model; export the part 'model'")
+    name, size = description.model, description.image_size
     with torch.device("meta"):
-        plain = SamForSegmentation(
-            description.model, description.image_size, description.num_classes
-        )
-    extra = sorted(model.state_dict().keys() - plain.state_dict().keys())
+        plain = SamForSegmentation(name, size, description.num_classes)
+    state, metadata = model.state_dict(), {KEY: text_of(description)}
+    extra = sorted(state.keys() - plain.state_dict().keys())
     if extra:
         raise UserError(
             f"{model.family.title} has no {extra[0]}: merge with mode center or calibrated, or "
             "export to onnx or torch-export"
         )
+    if not folder:
+        write_tensors(path, sam_state_dict(state, model.left_out, name), metadata)
+        return
+    config, tensors = huggingface_files(state, model.left_out, name, size)
+    with replaced_folder(path) as temporary:
+        write_tensors(temporary / WEIGHTS, tensors, {"format": "pt", **metadata})
+        write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _traced(module: nn.Module, size: int) -> torch.export.ExportedProgram:
@@ -222,12 +212,13 @@ def _write_onnx(
         raise UserError(
             "exporting to ONNX needs more libraries; run pip install onnx onnxscript"
         ) from error
+    outputs = ["scores"]
+    if description.part == "encoder":
+        further = range(1, len(program.graph_signature.user_outputs))
+        outputs = ["embedding", *(f"features_{i}" for i in further)]
     with _quiet():
         converted = torch.onnx.export(
-            program,
-            dynamo=True,
-            input_names=["images"],
-            output_names=_outputs(program, description.part),
+            program, dynamo=True, input_names=["images"], output_names=outputs
         )
     assert converted is not None  # it is None without dynamo only
     converted.model.metadata_props[KEY] = text_of(description)
@@ -241,14 +232,6 @@ def _write_onnx(
         onnx.save(model, temporary)
         if data.exists():
             os.replace(data, path.with_name(data.name))
-
-
-def _outputs(program: torch.export.ExportedProgram, part: Part) -> list[str]:
-    """The names of a graph's outputs."""
-    if part == "model":
-        return ["scores"]
-    further = range(1, len(program.graph_signature.user_outputs))
-    return ["embedding", *(f"features_{i}" for i in further)]
 
 
 def _checksum(model: Any, data: Path) -> str:
