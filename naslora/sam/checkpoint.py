@@ -57,10 +57,9 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
             model. The model is then unchanged.
     """
     path, state = Path(path), model.state_dict()
-    # Large models are several files in a folder of Hugging Face.
-    files = (
-        (sorted(path.glob("model*.safetensors")) or [path / WEIGHTS]) if path.is_dir() else [path]
-    )
+    files = [path]
+    if path.is_dir():  # large models are several files in a folder of Hugging Face
+        files = sorted(path.glob("model*.safetensors")) or [path / WEIGHTS]
     stored = {key: value for file in files for key, value in read_checkpoint(file).items()}
     if not any(key.startswith(("image_encoder.", "vision_encoder.")) for key in stored):
         raise UserError(f"{path} holds no SAM checkpoint: it has no image_encoder weights")

@@ -170,7 +170,7 @@ def export(
 def _write_tensors(
     model: SamForSegmentation, description: Description, file_format: Format, path: Path
 ) -> None:
-    """Writes the tensors of SAM: a file, or a folder that appears when all its files are written."""
+    """Writes SAM's tensors: a file, or a folder that appears when all its files are written."""
     folder = file_format == "huggingface"
     if folder and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not empty; choose another --output")
