@@ -56,7 +56,12 @@ class Cache:
         Raises:
             UserError: the entry cannot be written.
         """
-        path = self.directory / f"{_key(files, how)}.npy"
+        key = hashlib.blake2b(f"{VERSION} {how}".encode(), digest_size=20)
+        for content in files:
+            # The length separates the files: two lists must not concatenate to the same bytes.
+            key.update(len(content).to_bytes(8, "little"))
+            key.update(content)
+        path = self.directory / f"{key.hexdigest()}.npy"
         with suppress(OSError, ValueError, EOFError):
             content = path.read_bytes()
             if _checksum(content[:-4]) == content[-4:]:
@@ -85,12 +90,3 @@ class Cache:
 
 def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(4, "little")
-
-
-def _key(files: Sequence[bytes], how: str) -> str:
-    digest = hashlib.blake2b(f"{VERSION} {how}".encode(), digest_size=20)
-    for content in files:
-        # The length separates the files: two lists must not concatenate to the same bytes.
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.hexdigest()

@@ -101,12 +101,8 @@ def warnings_about(contents: Contents) -> list[str]:
         for name, split in contents.items()
         if split and not any(content.foreground for content in split)
     ]
-    deep = [
-        content.highest
-        for split in contents.values()
-        for content in split
-        if content.highest is not None
-    ]
+    everything = [content for split in contents.values() for content in split]
+    deep = [content.highest for content in everything if content.highest is not None]
     if deep and max(deep) <= DIM:
         lines.append(
             f"the {len(deep)} images of 16 bits hold values up to {max(deep)} of 65535, so they "
@@ -143,11 +139,9 @@ def check_unchanged(stored: Any, contents: Contents, path: Path) -> None:
     """
     try:
         before = {name: [Content(*row) for row in rows] for name, rows in stored.items()}
-        changes = [
-            change
-            for name in dict.fromkeys([*before, *contents])
-            for change in _changes(before.get(name, []), list(contents.get(name, ())))
-        ]
+        changes = []
+        for name in dict.fromkeys([*before, *contents]):
+            changes += _changes(before.get(name, []), list(contents.get(name, ())))
     except (AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}; start a new run") from error
     if changes:
@@ -166,6 +160,6 @@ def _changes(before: Sequence[Content], now: Sequence[Content]) -> list[str]:
             changes.append(f"{image} has another content")
         elif old[image].mask_digest != new[image].mask_digest:
             changes.append(f"the mask of {image} has another content")
-    if not changes and [content.image for content in before] != [content.image for content in now]:
+    if not changes and [*old] != [*new]:
         changes.append(f"{now[0].image} and others are in another order")
     return changes
