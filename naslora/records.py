@@ -10,7 +10,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -102,7 +102,17 @@ def read_rows(path: Path, kind: type[Record]) -> list[Record]:
     with reading(path, f"does not hold rows of {kind.__name__}"):
         with path.open(encoding="utf-8", newline="") as file:
             columns, *rows = ([cell.removeprefix("'") for cell in row] for row in csv.reader(file))
-        return [_unflatten(kind, dict(zip(columns, row, strict=True))) for row in rows]
+        records = [
+            f for f in dataclasses.fields(cast(Any, kind)) if dataclasses.is_dataclass(f.type)
+        ]
+        found = []
+        for cells in rows:
+            row: dict[str, Any] = dict(zip(columns, (cell or None for cell in cells), strict=True))
+            for f in records:
+                inner = dataclasses.fields(cast(Any, f.type))
+                row[f.name] = {g.name: row.get(f"{f.name}_{g.name}") for g in inner}
+            found.append(msgspec.convert(row, kind, strict=False))
+        return found
 
 
 def _quoted(cell: Any) -> Any:
@@ -124,12 +134,3 @@ def _flatten(row: Any) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _unflatten(kind: type[Record], row: dict[str, str]) -> Record:
-    values: dict[str, Any] = {name: cell if cell != "" else None for name, cell in row.items()}
-    for f in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if dataclasses.is_dataclass(f.type):
-            inner = dataclasses.fields(f.type)
-            values[f.name] = {g.name: values.get(f"{f.name}_{g.name}") for g in inner}
-    return msgspec.convert(values, kind, strict=False)

@@ -192,29 +192,24 @@ def merge_run(
     with locked(output, folder=False):
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} exists and is not empty; choose another --output")
-        return _merge(path, mode, output, max_error, images)
-
-
-def _merge(
-    path: Path, mode: MergeMode, output: Path, max_error: float | None, images: int
-) -> tuple[MergeReport, MergeScores]:
-    model, config = load_model(path)
-    check_merges(model)
-    splits = find_splits(config)
-    before = evaluate_model(model, config, splits["val"], float32=True)
-    report = merge(model, mode, calibration(config, splits, mode, model.pixel_mean.device, images))
-    scores = MergeScores(before, evaluate_model(model, config, splits["val"], float32=True))
-    if max_error is not None and report.max_update_error > max_error:
-        raise UserError(
-            f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an update, "
-            f"more than --max-error {max_error:g}; nothing was written"
-        )
-    with replaced_folder(output) as folder:
-        details = {"report": report, "scores": scores, "config": config.to_dict()}
-        write_merged(model, folder, to_json(details))
-        if model.left_out:
-            write_tensors(folder / LEFT_OUT, model.left_out)
-    return report, scores
+        model, config = load_model(path)
+        check_merges(model)
+        splits = find_splits(config)
+        before = evaluate_model(model, config, splits["val"], float32=True)
+        batches = calibration(config, splits, mode, model.pixel_mean.device, images)
+        report = merge(model, mode, batches)
+        scores = MergeScores(before, evaluate_model(model, config, splits["val"], float32=True))
+        if max_error is not None and report.max_update_error > max_error:
+            raise UserError(
+                f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an "
+                f"update, more than --max-error {max_error:g}; nothing was written"
+            )
+        with replaced_folder(output) as folder:
+            details = {"report": report, "scores": scores, "config": config.to_dict()}
+            write_merged(model, folder, to_json(details))
+            if model.left_out:
+                write_tensors(folder / LEFT_OUT, model.left_out)
+        return report, scores
 
 
 def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:

@@ -85,7 +85,14 @@ def _check_distinct(splits: Splits) -> None:
     seen: dict[Path, tuple[str, Sample]] = {}
     for split, samples in splits.items():
         for sample in samples:
-            _check_name(sample.image)
+            try:  # results, which are in UTF-8, must be able to name the image
+                str(sample.image).encode()
+            except UnicodeEncodeError as error:
+                shown = str(sample.image).encode(errors="backslashreplace").decode()
+                raise UserError(
+                    f"{shown}: the name is not UTF-8; rename the file or its folder, for instance "
+                    "by convmv"
+                ) from error
             # Resolved, because two spellings of a path, or a link, may name one image.
             first_split, first = seen.setdefault(sample.image.resolve(), (split, sample))
             if first is sample:
@@ -99,17 +106,6 @@ def _check_distinct(splits: Splits) -> None:
             raise UserError(
                 f"{first.origin} and {sample.origin}: the image {sample.image} {problem}"
             )
-
-
-def _check_name(image: Path) -> None:
-    """Checks that results, which are in UTF-8, can name an image."""
-    try:
-        str(image).encode()
-    except UnicodeEncodeError as error:
-        shown = str(image).encode(errors="backslashreplace").decode()
-        raise UserError(
-            f"{shown}: the name is not UTF-8; rename the file or its folder, for instance by convmv"
-        ) from error
 
 
 def count_differences(source: str, splits: Splits) -> list[str]:

@@ -229,16 +229,21 @@ def _locate(root: Path, parts: Sequence[Part]) -> list[tuple[Path, Path]]:
     """
     check_folder(root)
     found = {path: _descend(root, path) for part in parts for path in (part.images, part.masks)}
-    missing = [path for path, folders in found.items() if not folders]
+    missing = [name for name, matching in found.items() if not matching]
     if missing:
+        present = []  # the entries of the folder, and the folders in them
+        for path in sorted(root.iterdir()):
+            inner = path.iterdir() if path.is_dir() else ()
+            folders = [f"{path.name}/{child.name}" for child in inner if child.is_dir()]
+            present += folders or [path.name]
         raise UserError(
             f"{root}: looked for the folders {', '.join(found)}; {', '.join(missing)} missing; "
-            f"found {_below(root)}"
+            f"found {listing(present, limit=12)}"
         )
-    for path, folders in found.items():
-        if len(folders) > 1:
-            names = " and ".join(str(folder.relative_to(root)) for folder in folders)
-            raise UserError(f"{root}: expected one folder {path}, found {names}; remove one")
+    for name, matching in found.items():
+        if len(matching) > 1:
+            names = " and ".join(str(folder.relative_to(root)) for folder in matching)
+            raise UserError(f"{root}: expected one folder {name}, found {names}; remove one")
     return [(found[part.images][0], found[part.masks][0]) for part in parts]
 
 
@@ -274,16 +279,6 @@ def _descend(root: Path, path: str) -> list[Path]:
             if child.is_dir() and child.name.lower() in names
         ]
     return folders
-
-
-def _below(root: Path) -> str:
-    """Lists the entries of a folder and the folders in them, shortened to fit into one line."""
-    entries = []
-    for path in sorted(root.iterdir()):
-        inner = path.iterdir() if path.is_dir() else ()
-        folders = [f"{path.name}/{child.name}" for child in inner if child.is_dir()]
-        entries += folders or [path.name]
-    return listing(entries, limit=12)
 
 
 # ---- Pairs ---------------------------------------------------------------------------------------

@@ -133,7 +133,15 @@ class Picture:
         for start, stop in self.bands(top, end):
             values = self._values(start, stop)
             if self._limits is not None:
-                values = self._to_8_bits(values, self._limits)
+                if self._intensity is None:
+                    self.highest = max(self.highest or 0, int(values.max()))
+                    if values.min() < 0 or self.highest > 65535:
+                        raise ImageError(
+                            f"{self._where} has values beyond 16 bits; save it with 8 or 16 bits, "
+                            "or train with --intensity"
+                        )
+                values = scale(values, self._limits)
+                values = 255 - values if self._source.white_is_zero else values
             pixels[start - top : stop - top] = values
         return pixels
 
@@ -151,17 +159,6 @@ class Picture:
         except Exception as error:  # the libraries raise exceptions of many types
             raise unreadable(self._where, error) from error
         return values if values.ndim == 3 else values[..., None]
-
-    def _to_8_bits(self, values: np.ndarray, limits: Sequence[Limits]) -> np.ndarray:
-        if self._intensity is None:
-            self.highest = max(self.highest or 0, int(values.max()))
-            if values.min() < 0 or self.highest > 65535:
-                raise ImageError(
-                    f"{self._where} has values beyond 16 bits; save it with 8 or 16 bits, or train "
-                    "with --intensity"
-                )
-        scaled = scale(values, limits)
-        return 255 - scaled if self._source.white_is_zero else scaled
 
     def _find_limits(self, channels: int) -> list[Limits]:
         """The values of each channel that become 0 and 255."""

@@ -73,7 +73,13 @@ def open_tiff(file: Path | io.BytesIO, where: str) -> Source | None:
         orientation = page.tags.valueof(ORIENTATION, default=1)
         if orientation == 1:
             return Source(height, width, values, white_is_zero)
-        whole = _upright(values(0, height), orientation)
+        whole = values(0, height)
+        if orientation in (5, 6, 7, 8):
+            whole = whole.swapaxes(0, 1)
+        if orientation in (3, 4, 7, 8):
+            whole = whole[::-1]
+        if orientation in (2, 3, 6, 7):
+            whole = whole[:, ::-1]
         height, width = whole.shape[:2]
         return Source(height, width, lambda top, bottom: whole[top:bottom], white_is_zero)
 
@@ -171,14 +177,3 @@ def _rows_of(page: "tifffile.TiffPage", channels: int) -> Callable[[int, int], n
         return rows[..., :channels]
 
     return values
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns and mirrors an image by its EXIF orientation, without a copy."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels

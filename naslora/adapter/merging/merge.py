@@ -87,7 +87,21 @@ def merge(
     present = applied(model)
     folding = CELLS if present is None else present.method.require_merge()
     layers = folding.layers(model)
-    _check_mergeable(model, layers, mode)
+    if any(merged_modules(model)):
+        if not can_unmerge(model):
+            raise UserError("there is nothing to merge: the model was merged before it was loaded")
+        raise UserError("the model is merged already; call unmerge(model) first")
+    if not layers:
+        raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")
+    if "" in layers:
+        raise UserError("model is a single layer; give the model around it")
+    if mode not in MODES:
+        raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if sharded(model):
+        raise UserError(
+            "the model's tensors are sharded (fully_shard): save its adapter, load that into a "
+            "model that is not, and merge there"
+        )
     batches = calibration_batches(calibration, forward)
     fits: dict[str, Fit] = {}
     if mode == "calibrated" and folding.fits:
@@ -120,25 +134,6 @@ def check_merges(model: nn.Module) -> None:
     present = applied(model)
     if present is not None:
         present.method.require_merge()
-
-
-def _check_mergeable(model: nn.Module, layers: Mapping[str, nn.Module], mode: str) -> None:
-    """The checks of ``merge`` that do not depend on the layers' values."""
-    if any(merged_modules(model)):
-        if not can_unmerge(model):
-            raise UserError("there is nothing to merge: the model was merged before it was loaded")
-        raise UserError("the model is merged already; call unmerge(model) first")
-    if not layers:
-        raise UserError("there is nothing to merge: the model has no NAS-LoRA layers")
-    if "" in layers:
-        raise UserError("model is a single layer; give the model around it")
-    if mode not in MODES:
-        raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if sharded(model):
-        raise UserError(
-            "the model's tensors are sharded (fully_shard): save its adapter, load that into a "
-            "model that is not, and merge there"
-        )
 
 
 # ---- The layers of ``inject`` --------------------------------------------------------------------
@@ -225,21 +220,17 @@ def _errors(
             layer.train(training)
     else:
         feed(model, batches, compare, layers)
-    return [_layer_error(name, squares[layer], fits.get(name)) for name, layer in layers.items()]
-
-
-def _layer_error(name: str, squares: list[float], fit: Fit | None) -> LayerError:
-    difference, update, output = squares
-    if not math.isfinite(sum(squares)):
-        raise UserError(
-            f"layer {name} meets values that are not finite; look for bad images, or merge in "
-            "float32"
-        )
-    # The error of an adapter whose update is zero (lora_B = 0) is zero.
-    of_update = (difference / update) ** 0.5 if update else 0.0
-    of_output = (difference / output) ** 0.5 if output else 0.0
-    if fit is None:
-        return LayerError(name, of_update, of_output)
-    return LayerError(
-        name, of_update, of_output, fit.tokens, fit.regularisation, fit.held_out_error
-    )
+    errors = []
+    for name, layer in layers.items():
+        difference, update, output = squares[layer]
+        if not math.isfinite(difference + update + output):
+            raise UserError(
+                f"layer {name} meets values that are not finite; look for bad images, or merge in "
+                "float32"
+            )
+        # The error of an adapter whose update is zero (lora_B = 0) is zero.
+        own = [(difference / whole) ** 0.5 if whole else 0.0 for whole in (update, output)]
+        fit = fits.get(name)
+        fitted = (fit.tokens, fit.regularisation, fit.held_out_error) if fit else ()
+        errors.append(LayerError(name, *own, *fitted))
+    return errors
