@@ -102,9 +102,8 @@ def read_rows(path: Path, kind: type[Record]) -> list[Record]:
     with reading(path, f"does not hold rows of {kind.__name__}"):
         with path.open(encoding="utf-8", newline="") as file:
             columns, *rows = ([cell.removeprefix("'") for cell in row] for row in csv.reader(file))
-        records = [
-            f for f in dataclasses.fields(cast(Any, kind)) if dataclasses.is_dataclass(f.type)
-        ]
+        fields = dataclasses.fields(cast(Any, kind))
+        records = [field for field in fields if dataclasses.is_dataclass(field.type)]
         found = []
         for cells in rows:
             row: dict[str, Any] = dict(zip(columns, (cell or None for cell in cells), strict=True))

@@ -229,8 +229,9 @@ def _errors(
                 "float32"
             )
         # The error of an adapter whose update is zero (lora_B = 0) is zero.
-        own = [(difference / whole) ** 0.5 if whole else 0.0 for whole in (update, output)]
+        of_update = (difference / update) ** 0.5 if update else 0.0
+        of_output = (difference / output) ** 0.5 if output else 0.0
         fit = fits.get(name)
-        fitted = (fit.tokens, fit.regularisation, fit.held_out_error) if fit else ()
-        errors.append(LayerError(name, *own, *fitted))
+        fitted = (fit.tokens, fit.regularisation, fit.held_out_error) if fit else (None, None, None)
+        errors.append(LayerError(name, of_update, of_output, *fitted))
     return errors
