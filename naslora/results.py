@@ -171,30 +171,6 @@ class MergeResult:
 
 
 @dataclass(frozen=True)
-class AnnealingState:
-    """Validation scores of one epoch, or of the merged model, which has no epoch."""
-
-    epoch: int | None = field(default=None, metadata=OPTIONAL)
-    spatial: float | None = field(default=None, metadata=OPTIONAL)
-    val_loss: float | None = None
-    val_dice: float | None = None
-    val_iou: float | None = None
-
-
-@dataclass(frozen=True)
-class Annealing:
-    """What annealing the cell cost on the validation images."""
-
-    before: AnnealingState | None
-    """The kept epoch of those before annealing; None if annealing begins with the first."""
-    during: list[AnnealingState]
-    after: AnnealingState
-    """The kept epoch of those after annealing."""
-    merged: AnnealingState
-    """That epoch, merged with mode ``center``."""
-
-
-@dataclass(frozen=True)
 class RunResult:
     """What a finished run reports: metrics.json."""
 
@@ -213,7 +189,8 @@ class RunResult:
     test_merged: dict[str, SplitScores] | None = field(default=None, metadata=OPTIONAL)
     """Test scores by way of merging, in float32."""
     merge: dict[str, MergeResult] | None = field(default=None, metadata=OPTIONAL)
-    annealing: Annealing | None = field(default=None, metadata=OPTIONAL)
+    annealed: SplitScores | None = field(default=None, metadata=OPTIONAL)
+    """Validation scores of the kept epoch merged with ``center``, if its cell was annealed."""
     seconds: float | None = field(default=None, metadata=OPTIONAL)
     """Seconds of training and of the final evaluation."""
     weights: str | None = field(default=None, metadata=OPTIONAL)

@@ -66,10 +66,11 @@ def write_report(
         UserError: the file cannot be created.
         OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
+    keep = config.get("training", {}).get("keep", "last")
     sections = {  # first whether it worked, then why, then what it took
         "Scores": _scores(result),
         "Test images": examples_parts(panels, class_names, (result.images or {}).get("test")),
-        "Merging": merging_parts(result, panels, class_names),
+        "Merging": merging_parts(result, history, keep, panels, class_names),
         "What next": _commands(path.parent, result),
         "Training": _training(history, result.kept_epoch),
         "Operations": operations_parts(operations, history),

@@ -25,9 +25,6 @@ from naslora.results import (
     OPERATIONS_JSON,
     REPORT,
     TEST_IMAGES,
-    Annealing,
-    AnnealingState,
-    Epoch,
     MergeResult,
     ParameterCounts,
     RunResult,
@@ -71,7 +68,7 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
     panels = _panels(trainer, float32 or test) if trainer.accelerator.is_main_process else {}
     merged: dict[str, SplitScores] = {}
     merges: dict[str, MergeResult] = {}
-    annealing = None
+    annealed = None
     samples = {split: data.samples for split, data in trainer.data.items()}
     for mode in modes:
         batches = calibration(config, samples, mode, trainer.accelerator.device)
@@ -86,7 +83,7 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
             dice = (merged[mode].image_dice or {index: None})[index]
             panel.merged[mode] = Merged(_predict(trainer, index), dice)
         if mode == "center" and config.training.anneal_epochs:
-            annealing = _annealing(trainer)
+            annealed = trainer.evaluate("val")
         merges[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
         unmerge(trainer.model)
     training = sum(epoch.seconds.total for epoch in trainer.history)
@@ -100,7 +97,7 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
         test_float32=float32,
         test_merged=merged if modes else None,
         merge=merges if modes else None,
-        annealing=annealing,
+        annealed=annealed,
         seconds=training + time.perf_counter() - started,
         weights=config.model.checkpoint,
         notes=_notes(trainer, test),
@@ -145,28 +142,6 @@ def tracked_scores(result: RunResult) -> dict[str, float]:
         for name in ("dice", "iou", "accuracy")
         if scores is not None and (value := getattr(scores, name)) is not None
     }
-
-
-def _annealing(trainer: Trainer) -> Annealing:
-    """What annealing cost; the model is merged with mode ``center`` now."""
-
-    def state(epoch: Epoch) -> AnnealingState:
-        scores = epoch.val_loss, epoch.val_dice, epoch.val_iou
-        return AnnealingState(epoch.epoch, epoch.spatial, *scores)
-
-    def kept(spatial: float) -> Epoch | None:
-        epochs = [epoch for epoch in trainer.history if epoch.spatial == spatial]
-        return kept_epoch(epochs, trainer.config.keep) if epochs else None
-
-    before, after = kept(spatial=1), kept(spatial=0)
-    assert after is not None  # the last epoch of annealing has no share of the neighbours left
-    merged = trainer.evaluate("val")
-    return Annealing(
-        before=None if before is None else state(before),
-        during=[state(epoch) for epoch in trainer.history if 0 < epoch.spatial < 1],
-        after=state(after),
-        merged=AnnealingState(val_loss=merged.loss, val_dice=merged.dice, val_iou=merged.iou),
-    )
 
 
 def write_results(trainer: Trainer, result: RunResult, panels: list[Panel], output: Path) -> None:

@@ -13,7 +13,7 @@ from naslora.report.pictures import Panel
 from naslora.report.sections.examples import merged_parts
 from naslora.report.sections.operations import short_names
 from naslora.report.tables import MISSING, Table, is_known, number, reduce_known
-from naslora.results import Annealing, AnnealingState, MergeResult, RunResult
+from naslora.results import Epoch, Keep, MergeResult, RunResult, SplitScores, kept_epoch
 
 ROUNDING = 1e-4  # a smaller relative error is rounding, and no bar of it would be visible
 MOST_NAMES = 32  # of layers, on an axis
@@ -24,11 +24,15 @@ ERRORS_NOTE = (
 )
 
 
-def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]) -> list[Part]:
+def merging_parts(
+    result: RunResult, history: list[Epoch], keep: Keep, panels: list[Panel], class_names: list[str]
+) -> list[Part]:
     """A table of the ways of merging, pictures and errors; nothing if nothing was merged.
 
     Args:
         result: what the run reports.
+        history: its epochs.
+        keep: which epoch it keeps.
         panels: test images with their predictions by way of merging.
         class_names: names of the labels 0, 1, ...
     """
@@ -66,7 +70,7 @@ def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]
     head = ["Mode", "Test Dice before", "Test Dice after", "Difference", "Update error, mean"]
     head += ["Update error, max", "Output error, mean", "Output error, max"]
     head += ["Update error on held-out tokens, mean", "Measured on"]
-    annealing = [_annealing_table(result.annealing)] if result.annealing else []
+    annealing = [_annealing_table(result.annealed, history, keep)] if result.annealed else []
     pictures = merged_parts(panels, class_names)
     if result.test and result.test_float32:
         notes.append(
@@ -76,24 +80,19 @@ def merging_parts(result: RunResult, panels: list[Panel], class_names: list[str]
     return [Table(head, rows), ERRORS_NOTE, *notes, *pictures, *annealing, *drawings]
 
 
-def _annealing_table(annealing: Annealing) -> Table:
+def _annealing_table(merged: SplitScores, history: list[Epoch], keep: Keep) -> Table:
     """What annealing the cell cost on the validation images."""
-    named: list[tuple[str, AnnealingState | None]] = [
-        ("kept epoch before annealing", annealing.before),
-        *(("annealing", state) for state in annealing.during),
-        ("kept epoch after annealing", annealing.after),
-        ("the same epoch, merged with center", annealing.merged),
-    ]
+    whole = [epoch for epoch in history if epoch.spatial == 1]
+    named = [("kept epoch before annealing", kept_epoch(whole, keep))] if whole else []
+    named += [("annealing", epoch) for epoch in history if 0 < epoch.spatial < 1]
+    named.append(("kept epoch after annealing", kept_epoch(history, keep)))
     rows = [
-        [
-            name,
-            MISSING if state.epoch is None else str(state.epoch),
-            number(state.spatial, ".2f"),
-            *map(number, (state.val_dice, state.val_iou, state.val_loss)),
-        ]
-        for name, state in named
-        if state is not None
+        [name, str(epoch.epoch), number(epoch.spatial, ".2f")]
+        + [number(score) for score in (epoch.val_dice, epoch.val_iou, epoch.val_loss)]
+        for name, epoch in named
     ]
+    scores = [number(score) for score in (merged.dice, merged.iou, merged.loss)]
+    rows.append(["the same epoch, merged with center", MISSING, MISSING, *scores])
     head = ["Annealing", "Epoch", "Share of the neighbours", "Val Dice", "Val IoU", "Val loss"]
     return Table(head, rows)
 
