@@ -13,23 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from naslora.adapter.io.merged_files import (
-    MERGED_CONFIG,
-    load_merged,
-    read_merged,
-    write_merged,
-)
+from naslora.adapter.io.merged_files import MERGED_CONFIG, load_merged, read_merged, write_merged
 from naslora.adapter.merging.report import MergeMode, MergeReport
 from naslora.choices import CALIBRATION_IMAGES, Format, Part
 from naslora.data.contents import warnings_about
 from naslora.data.images import Sample
 from naslora.errors import UserError, warn
-from naslora.files import (
-    read_safetensors,
-    reading,
-    replaced_folder,
-    write_tensors,
-)
+from naslora.files import read_safetensors, reading, replaced_folder, write_tensors
 from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import to_json
@@ -41,12 +31,7 @@ from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.evaluation import evaluate
 from naslora.training.resolve import read_config, resolve
 from naslora.training.run_config import Resolution, RunConfig
-from naslora.training.run_data import (
-    calibration,
-    check_with_progress,
-    find_splits,
-    make_dataset,
-)
+from naslora.training.run_data import calibration, check_with_progress, find_splits, make_dataset
 from naslora.training.run_model import build_frozen_model
 
 LEFT_OUT = "left_out.safetensors"
@@ -106,10 +91,7 @@ def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
 
 
 def evaluate_run(
-    path: Path,
-    split: str = "test",
-    data: Path | None = None,
-    resolution: Resolution | None = None,
+    path: Path, split: str = "test", data: Path | None = None, resolution: Resolution | None = None
 ) -> SplitScores:
     """Scores a trained or merged model on a split of its own data, or of another CSV folder.
 

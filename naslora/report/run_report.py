@@ -30,12 +30,7 @@ from naslora.report.sections.operations import operations_parts
 from naslora.report.tables import MISSING, Table, duration, is_known, number, reduce_known
 from naslora.results import Epoch, OperationHistory, ParameterCounts, RunResult, SplitScores
 
-SPLIT_TITLES = {
-    "train": "training",
-    "arch": "architecture",
-    "val": "validation",
-    "test": "test",
-}
+SPLIT_TITLES = {"train": "training", "arch": "architecture", "val": "validation", "test": "test"}
 
 
 def write_report(
