@@ -44,16 +44,14 @@ def shipped_file(name: str) -> Path | None:
     return None if vit is None or vit.weights is None else FOLDER / vit.weights
 
 
-def shipped_version(name: str) -> str:
-    """The first digits of the checksum of the weights that the package contains.
+def shipped_version(name: str) -> str | None:
+    """The first digits of the checksum of the package's weights; None if it has none of a model.
 
     Raises:
-        UserError: it contains none of this model, or the file is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     path = find_checkpoint(name, None)
-    if path is None:
-        raise UserError(f"the package contains no weights of {name}")
-    return read_metadata(path).get(CHECKSUM, "")[:12]
+    return None if path is None else read_metadata(path).get(CHECKSUM, "")[:12]
 
 
 def describe_shipped() -> dict[str, dict[str, str]]:

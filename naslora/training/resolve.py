@@ -15,7 +15,7 @@ from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.methods import find_method
 from naslora.metrics import METRICS, check_metrics
-from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_file, shipped_version
+from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
 from naslora.training.train_config import (
@@ -149,8 +149,9 @@ def _check_ignore_index(
 def _model(model: ModelConfig) -> dict[str, Any]:
     """Its checkpoint, which is ``NONE``, ``SHIPPED`` with a version, or a path, and its size."""
     given, size, own = model.checkpoint, LARGE, None
-    if shipped_file(model.name) is not None:
-        size, own = SHIPPED_SIZE, f"{SHIPPED} {shipped_version(model.name)}"
+    version = shipped_version(model.name)
+    if version is not None:
+        size, own = SHIPPED_SIZE, f"{SHIPPED} {version}"
     if given is None:
         source = next((url for name, url in SOURCES.items() if model.name.startswith(name)), None)
         if own is None and source is not None:

@@ -1,12 +1,13 @@
 """The frozen model inside an adapted one: its tensors under the names they had before ``inject``.
 
 Transformers' ``save_pretrained`` writes a model's state dict, and ``from_pretrained`` drops names
-that it does not know, such as ``attn.qkv.base.weight``. So ``inject`` puts a ``SavePretrained`` in
-front of the method.
+that it does not know, such as ``attn.qkv.base.weight``. So ``inject`` puts a function in front of
+the method.
 """
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,69 +129,58 @@ def _original_names(model: nn.Module) -> dict[str, str]:
 # ---- Transformers --------------------------------------------------------------------------------
 
 
-class SavePretrained:
-    """Stands in front of a model's ``save_pretrained``, as an attribute of the model.
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in front of a model's ``save_pretrained``, whose arguments it takes.
 
     It writes the weights under the names they had before ``inject``, so that ``from_pretrained``
     finds all of them. The adapter's tensors stand beside them, so that Transformers' ``Trainer``
     resumes. ``load_adapter`` reads the adapter from the folder ``naslora_adapter``.
 
-    Args:
-        model: the model whose method it stands for.
+    Raises:
+        UserError: the model is merged with mode "exact", the method takes no state dict, or the
+            argument ``push_to_hub`` is given.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes the arguments of the model's own method.
-
-        Raises:
-            UserError: the model is merged with mode "exact", the method takes no state dict, or the
-                argument ``push_to_hub`` is given.
-        """
-        model: Any = self.model
-        own = type(model).save_pretrained
-        if any(isinstance(module, MergedNASLoRALinear) for module in model.modules()):
-            raise UserError(
-                "save_pretrained cannot store a model merged with mode 'exact': call "
-                "naslora.save_merged(model, directory), or merge with mode 'center'"
-            )
-        if not any(adapter_layers(model)):
-            return own(model, *args, **kwargs)
-        original, signature = _original_names(model), inspect.signature(own)
-        if "state_dict" not in signature.parameters:
-            raise UserError(
-                f"{type(model).__name__}.save_pretrained cannot store an adapted model: call "
-                "naslora.save_adapter(model, directory)"
-            )
-        given = signature.bind(model, *args, **kwargs)
-        if given.arguments.get("push_to_hub"):
-            raise UserError(
-                "save_pretrained(push_to_hub=True) leaves out the adapter's folder: call "
-                "model.push_to_hub(repo_id)"
-            )
-        state = given.arguments.get("state_dict")
-        if state is None:
-            state = {name: gathered(tensor) for name, tensor in bare_state(model).items()}
-        given.arguments["state_dict"] = {original.get(n, n): value for n, value in state.items()}
-        result = own(*given.args, **given.kwargs)
-        names = unshared(selected_state(model, "trainable"))
-        adapter = {name: state[name] for name in names if name in state}
-        complete = len(adapter) == len(names)  # the caller may have passed a part of the tensors
-        first = not (writes_together(model) and distributed.get_rank())
-        if complete and first and given.arguments.get("is_main_process", True):
-            folder = Path(given.arguments["save_directory"]) / ADAPTER_FOLDER
-            write_adapter(model, folder, adapter, base_checksum(model, names, state))
-        return result
+    own = type(model).save_pretrained
+    if any(isinstance(module, MergedNASLoRALinear) for module in model.modules()):
+        raise UserError(
+            "save_pretrained cannot store a model merged with mode 'exact': call "
+            "naslora.save_merged(model, directory), or merge with mode 'center'"
+        )
+    if not any(adapter_layers(model)):
+        return own(model, *args, **kwargs)
+    original, signature = _original_names(model), inspect.signature(own)
+    if "state_dict" not in signature.parameters:
+        raise UserError(
+            f"{type(model).__name__}.save_pretrained cannot store an adapted model: call "
+            "naslora.save_adapter(model, directory)"
+        )
+    given = signature.bind(model, *args, **kwargs)
+    if given.arguments.get("push_to_hub"):
+        raise UserError(
+            "save_pretrained(push_to_hub=True) leaves out the adapter's folder: call "
+            "model.push_to_hub(repo_id)"
+        )
+    state = given.arguments.get("state_dict")
+    if state is None:
+        state = {name: gathered(tensor) for name, tensor in bare_state(model).items()}
+    given.arguments["state_dict"] = {original.get(n, n): value for n, value in state.items()}
+    result = own(*given.args, **given.kwargs)
+    names = unshared(selected_state(model, "trainable"))
+    adapter = {name: state[name] for name in names if name in state}
+    complete = len(adapter) == len(names)  # the caller may have passed a part of the tensors
+    first = not (writes_together(model) and distributed.get_rank())
+    if complete and first and given.arguments.get("is_main_process", True):
+        folder = Path(given.arguments["save_directory"]) / ADAPTER_FOLDER
+        write_adapter(model, folder, adapter, base_checksum(model, names, state))
+    return result
 
 
 def override_save_pretrained(model: nn.Module) -> None:
-    """Puts a ``SavePretrained`` in front of the ``save_pretrained`` of all adapted parts, in place.
+    """Puts ours in front of the ``save_pretrained`` of all adapted parts, in place.
 
     Args:
         model: the adapted model. Parts of it can have such a method as well.
     """
     for module in model.modules():
         if hasattr(type(module), "save_pretrained") and any(adapter_layers(module)):
-            vars(module)["save_pretrained"] = SavePretrained(module)
+            vars(module)["save_pretrained"] = partial(_save_pretrained, module)
