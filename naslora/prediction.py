@@ -8,9 +8,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from msgspec import Meta
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
@@ -21,7 +23,7 @@ from naslora.data.images import Sample, large_images, open_image, open_picture
 from naslora.data.layouts import list_images
 from naslora.data.picture import ImageError, Picture
 from naslora.data.tiff import GeoTags, read_georeference
-from naslora.data.tiles import SMALLEST, Grid, Tiles, check_tiles, fit_tiles
+from naslora.data.tiles import SMALLEST, Grid, Tiles, fit_tiles
 from naslora.errors import UserError, listing
 from naslora.files import reading, replaced_file
 from naslora.locks import locked
@@ -29,10 +31,11 @@ from naslora.report.pictures import class_colour, paint_bands
 from naslora.sam.export import ClassMap, load_class_map
 from naslora.sam.segmentation import labels_of
 from naslora.sam.shipped import NONE
+from naslora.settings import checked
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
 from naslora.training.resolve import resolve
-from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, Pixels, RunConfig
 from naslora.training.run_data import check_with_progress, scaling_of, tiles_of
 
 ENDINGS = "_mask.png", "_overlay.png", "_mask.tif"
@@ -41,6 +44,7 @@ _SOFTWARE = "naslora predict"
 _SOFTWARE_TAG = 305
 """The tag of a TIFF file that holds it."""
 
+Overlap = Annotated[float, Meta(ge=0, le=0.5)]
 LABELLED_ROWS = 64
 """Rows of a class map that become labels at once, because labels have 8 bytes at first."""
 
@@ -100,7 +104,8 @@ def predict_run(
     images = _find_images(inputs)
     _check_targets(images, output, overwrite)
     if tiles is not None:
-        check_tiles(Tiles(SMALLEST if tiles == "auto" else tiles, overlap))
+        checked("tiles", SMALLEST if tiles == "auto" else tiles, Pixels)
+        checked("overlap", overlap, Overlap)
     with locked(output), large_images() if tiles is not None else contextlib.nullcontext():
         predictor = _load_predictor(path, tiles, overlap, trust)
         samples = [Sample(image, None, "input") for image in images]

@@ -27,6 +27,7 @@ from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
 from naslora.sam.export import Description, export
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
+from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.evaluation import evaluate
 from naslora.training.resolve import read_config, resolve
@@ -167,10 +168,8 @@ def merge_run(
     Raises:
         UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
     """
-    if max_error is not None and not max_error >= 0:
-        raise UserError(f"max_error must be a number of at least 0, got {max_error}")
-    if images < 1:
-        raise UserError(f"images must be at least 1, got {images}")
+    checked("max_error", max_error, Rate | None)
+    checked("images", images, Count)
     with locked(output, folder=False):
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} exists and is not empty; choose another --output")

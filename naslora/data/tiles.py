@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from naslora.choices import OVERLAP
-from naslora.errors import UserError
 
 PATCH = 16
 """Side of a patch of SAM's encoder in pixels of the model's images."""
@@ -59,21 +58,6 @@ def fit_tiles(size: int, image_size: int, overlap: float = OVERLAP) -> Tiles:
     """
     step, rest = divmod(PATCH * size, image_size)
     return Tiles(size, overlap, 1 if rest else step)
-
-
-def check_tiles(tiles: Tiles) -> None:
-    """Checks the size and the overlap of tiles.
-
-    Raises:
-        UserError: one of them is out of range.
-    """
-    if not SMALLEST <= tiles.size <= LARGEST:
-        raise UserError(
-            f"tiles must be {SMALLEST} to {LARGEST} pixels, got {tiles.size}; a patch of the "
-            f"encoder has {SMALLEST}"
-        )
-    if not 0 <= tiles.overlap <= 0.5:
-        raise UserError(f"overlap must be a share of a tile, in [0, 0.5], got {tiles.overlap}")
 
 
 class Grid:
