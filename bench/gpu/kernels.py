@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -125,7 +125,10 @@ def measure_case(
         return
     works.pop(attention.EXACT, None)
     for direction in ("forward", "both"):
-        functions = modes(works, direction, arguments.device)
+        functions = {name: work.function(direction) for name, work in works.items()}
+        if arguments.device != "cpu":
+            graphs = {name: graphed(function) for name, function in functions.items()}
+            functions |= {f"{name}, CUDA graph": graph for name, graph in graphs.items()}
         moved = kind.least_bytes(*case, direction, setting)
         for mode, seconds in interleave(functions, arguments).items():
             # A layer also takes the time of the frozen product: the bytes tell something of cells.
@@ -143,43 +146,31 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-class Launch(NamedTuple):
-    """One launch: how to repeat it, the bytes of its tensors, and what it takes as loaded."""
-
-    run: Callable[[], object]
-    bytes: int
-    takes: dict[str, object]
-
-
-def recorded(work: Callable[[Callable[..., None]], object]) -> dict[str, Launch]:
-    """The launches of a work, which gets the function that launches, by kernel."""
-    found: dict[str, Launch] = {}
-
-    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        run = partial(kernel[grid], *arguments, **constants)
-        loaded = run()
-        shared = getattr(getattr(loaded, "metadata", None), "shared", None)
-        takes = {name: getattr(loaded, f"n_{name}", None) for name in ("regs", "spills")}
-        name = kernel.fn.__name__.removesuffix("_kernel")
-        name += f" {len(found) + 1}" if name in found else ""
-        found[name] = Launch(run, traffic.bytes_of(arguments), {**takes, "shared": shared})
-
-    work(launch)
-    return found
-
-
-def launch_rows(
+def time_launches(
     arguments: argparse.Namespace,
     title: str,
     mode: str,
-    found: dict[str, Launch],
+    work: Callable[[Callable[..., None]], object],
     bandwidth: float | None = None,
 ) -> list[Result]:
-    """A row for each launch, timed in turn."""
-    seconds = interleave({name: launch.run for name, launch in found.items()}, arguments)
+    """A row for each launch of a work, which gets the function that launches: its time, and what it
+    takes of the card as it was loaded."""
+    runs: dict[str, Callable[[], object]] = {}
+    takes: dict[str, Result] = {}
+    moved: dict[str, int] = {}
+
+    def launch(kernel: Any, grid: tuple[int, ...], *tensors: Any, **constants: Any) -> None:
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        name += f" {len(runs) + 1}" if name in runs else ""
+        runs[name] = partial(kernel[grid], *tensors, **constants)
+        loaded, moved[name] = runs[name](), traffic.bytes_of(tensors)
+        takes[name] = {key: getattr(loaded, f"n_{key}", None) for key in ("regs", "spills")}
+        takes[name]["shared"] = getattr(getattr(loaded, "metadata", None), "shared", None)
+
+    work(launch)
     return [
-        _row(title, name, mode, seconds[name], launch.bytes, bandwidth) | launch.takes
-        for name, launch in found.items()
+        _row(title, name, mode, seconds, moved[name], bandwidth) | takes[name]
+        for name, seconds in interleave(runs, arguments).items()
     ]
 
 
@@ -191,23 +182,14 @@ def measure_launches(
         return
     operands = launches.Operands(*case, torch.bfloat16, arguments.device)
     for work in ("layer, forward", "layer, backward, weight step"):
-        run = launches.WORKS[work]
-        found = recorded(
-            lambda launch, run=run: run(TritonPrimitives(launch, capability), operands)
+        run = partial(launches.WORKS[work], of=operands)
+        result["rows"] += time_launches(
+            arguments,
+            f"{name} {work}",
+            "triton",
+            lambda launch, run=run: run(TritonPrimitives(launch, capability)),
+            bandwidth,
         )
-        result["rows"] += launch_rows(arguments, f"{name} {work}", "triton", found, bandwidth)
-
-
-def modes(
-    works: dict[str, cases.Work], direction: str, device: str
-) -> dict[str, Callable[[], object]]:
-    """Each candidate eager, and on a GPU as a CUDA graph."""
-    functions: dict[str, Callable[[], object]] = {}
-    for candidate, work in works.items():
-        functions[candidate] = work.function(direction)
-        if device != "cpu":
-            functions[f"{candidate}, CUDA graph"] = graphed(work.function(direction))
-    return functions
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], object]:

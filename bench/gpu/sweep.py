@@ -73,16 +73,17 @@ def _rows(
     choice: tuple[int, int] | None,
 ) -> list[Result]:
     """A row for each kernel, with the tiles of ``choice``; None for the shipped ones."""
-    shipped = attention.attention_tiles
+    shipped, of, device = attention.attention_tiles, attention.TritonAttention, arguments.device
     tiles = shipped if choice is None else lambda *about: altered(shipped(*about), *choice)
     with mock.patch.object(attention, "attention_tiles", tiles):
-        of = attention.TritonAttention
-        found = kernels.recorded(
-            lambda do: launches.attention(of(do, capability), shape, dtype, arguments.device)
+        rows = kernels.time_launches(
+            arguments,
+            title,
+            str(choice or "as shipped"),
+            lambda launch: launches.attention(of(launch, capability), shape, dtype, device),
         )
     batch, heads, grid, features = shape
     product = 2 * batch * heads * (grid[0] * grid[1]) ** 2 * features
-    rows = kernels.launch_rows(arguments, title, str(choice or "as shipped"), found)
     for row in rows:
         products = KERNELS.get(row["direction"], ("", 0))[1]
         row["TFLOP_per_s"] = round(products * product / row["p50_us"] / 1e6, 1)
