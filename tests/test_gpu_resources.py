@@ -94,10 +94,7 @@ def counted(work, case=(SHAPE, 3)):
     return traffic.count(WORKS[work], launches.Operands(*case, torch.bfloat16))
 
 
-def test_launches_are_within_the_budget():
-    assert traffic.within_budget()
-
-
+# Beside the frozen product a layer may take three launches forward and six backward.
 ALL = "cell_forward low_rank_pass cell_backward low_rank_pass low_rank_expand reduce_gradients"
 LAUNCHES = {
     "layer, forward": "low_rank_pass cell_forward low_rank_expand",
@@ -135,20 +132,24 @@ def test_launches_move_what_they_need_once():
     assert backward[-1].read == partials + parameters  # folded again in the last launch
 
 
-@pytest.mark.parametrize("work", ["layer, forward", "layer, backward, weight step"])
-def test_a_large_batch_moves_little_beyond_the_least(work):
-    case = traffic.CASES[0]
-    moved = sum(launch.read + launch.written for launch in counted(work, case))
-    assert moved < 1.1 * traffic.least_bytes(work, case)
+@pytest.mark.parametrize(
+    ("direction", "work"),
+    [("forward", "layer, forward"), ("backward", "layer, backward, weight step")],
+)
+def test_a_large_batch_moves_little_beyond_the_least(direction, work):
+    case = cases.HUGE_BATCH, 3
+    least = KINDS["layer"].least_bytes(*case, direction, traffic.SETTING)
+    assert traffic.moved(counted(work, case)) < 1.1 * least
 
 
 # ---- What attention moves ----------------------------------------------------------------------
 
 
 @needs_triton
-@pytest.mark.parametrize("case", traffic.ATTENTION_CASES, ids=KINDS["attention"].title)
-def test_attention_moves_little_beyond_the_floor(case):
-    for direction, launched in traffic.attention_launches(case).items():
-        assert len(launched) == {"forward": 1, "backward": 3}[direction]
-        floor = attention.least_bytes(*case, direction, traffic.SETTING)
-        assert traffic.moved(launched) <= traffic.FACTORS[direction] * floor
+@pytest.mark.parametrize("shape", [cases.HUGE_GLOBAL, cases.HUGE], ids=lambda shape: shape.name)
+def test_attention_moves_little_beyond_the_floor(shape):
+    for direction, launched in traffic.attention_launches((shape, 16)).items():
+        number, factor = {"forward": (1, 1.05), "backward": (3, 1.7)}[direction]
+        assert len(launched) == number
+        floor = attention.least_bytes(shape, 16, direction, traffic.SETTING)
+        assert traffic.moved(launched) <= factor * floor

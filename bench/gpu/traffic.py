@@ -4,11 +4,10 @@
 
 Every tensor that a launch reads or writes counts once: what is read again comes from a cache. Our
 launches, and those of PyTorch, one for each operation, run on tensors that have only shapes. Prints
-the launches of a step. Exits with status 1 if a layer launches more kernels than its budget allows.
+the launches of a step.
 """
 
 import inspect
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,25 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from bench import cases
 from bench.gpu import launches
-from bench.kinds import KINDS, Case
+from bench.kinds import Case
 from naslora_kernels import functional, triton
 from naslora_kernels.cell import AttentionOperands
 from naslora_kernels.launches import Launches, Primitives
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives
 
-CASES = ((cases.HUGE_BATCH, 3), (cases.HUGE_BATCH, 24), (cases.HUGE_GLOBAL, 3), (cases.TINY, 3))
-ATTENTION_CASES = ((cases.HUGE_GLOBAL, 16), (cases.HUGE, 16))  # and the number of heads
 SETTING = cases.Setting("cuda", torch.bfloat16)
-# Launches beside the frozen product, at most.
-BUDGETS = {
-    "layer, forward": 3,
-    "layer, backward, weight step": 6,
-    "layer, backward, architecture step": 6,
-    "folded layer, forward": 3,
-}
-# What our attention may move at most, as multiples of the floor: ``attention.least_bytes``.
-FACTORS = {"forward": 1.05, "backward": 1.7}
 # The arguments that the primitives other than ``reduce_gradients`` write to.
 WRITTEN = ("product", "partials", "y", "grad_z", "out")
 WRITTEN_BY = {
@@ -117,23 +105,6 @@ def count(work: launches.Work, operands: launches.Operands) -> list[Launch]:
     return counter.launches
 
 
-def least_bytes(name: str, case: Case) -> int:
-    """Bytes of maps and rows that the work cannot do without: ``bench/cases.py``."""
-    kind = KINDS["cell" if name.startswith("cell") else "layer"]
-    least = kind.least_bytes(*case, "backward" if "backward" in name else "forward", SETTING)
-    if "architecture" in name:  # has no use for x
-        least -= torch.Size(case[0].grid).numel() * case[0].c_in * SETTING.dtype.itemsize
-    return least
-
-
-def within_budget() -> bool:
-    """Whether no work launches more often than it may."""
-    operands = launches.Operands(*CASES[0], SETTING.dtype)
-    return all(
-        len(count(launches.WORKS[name], operands)) <= budget for name, budget in BUDGETS.items()
-    )
-
-
 # ---- PyTorch's operations, and attention ---------------------------------------------------------
 
 
@@ -209,11 +180,5 @@ def step_launches(name: str = "vit_b") -> dict[str, int]:
     return {"forward": len(forward.launches), "backward": len(backward.launches)}
 
 
-def main() -> int:
-    """Prints the launches of a step; returns 1 if a layer launches too often."""
-    print(f"A weight step of ViT-B: {step_launches()}")
-    return 0 if within_budget() else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(f"A weight step of ViT-B: {step_launches()}")
