@@ -43,8 +43,10 @@ class SavedAttention(NamedTuple):
     o: Tensor
     """(B, heads, N, d)."""
     softmax: Tensor
-    """(2, B, heads, N), in the dtype of sums: each query's largest score, and the sum of
-    exp(score - largest). Their sum's logarithm, one number, would cost a digit of float32."""
+    """(2, B, heads, N), in the dtype of sums: two numbers of each query, of which the backend that
+    wrote them makes P again. ``cpp`` keeps the largest score and the sum of exp(score - largest).
+    ``triton`` keeps a shift and a factor: P = exp2(score log2(e) - shift) factor. In 16 bits the
+    factor is 1. One number for both, the logarithm of the sum, would cost a digit of float32."""
     scale: float
 
 

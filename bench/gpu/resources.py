@@ -3,6 +3,23 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# Multiprocessors and clock of an A100 and an H100 with SXM. Seven tenths of their cycles issue.
+SPEEDS = {"sm_80": (108, 1.41e9), "sm_90": (132, 1.755e9)}
+ISSUING = 0.7
+
+
+class Work(NamedTuple):
+    """What a kernel of attention takes for 64 queries and 64 keys of a head."""
+
+    issued: float
+    """Cycles in which one of a processor's four schedulers issues."""
+    exponentials: float
+    """Cycles of the unit of exponentials."""
+    repeated: float
+    """Products that tensor cores compute, of those that there are; 0 if it is not known."""
+    tiles: int
+    """Of 64 x 64, in the whole launch."""
+
 
 class Usage(NamedTuple):
     """What one kernel takes on one architecture; memory in bytes, a thread's but for ``shared``."""
@@ -15,6 +32,10 @@ class Usage(NamedTuple):
     spilled: int
     product: str = ""
     """The instruction by which tensor cores multiply, if the kernel has one."""
+    serialized: bool = False
+    """Whether ptxas says that it serialises wgmma (C7515)."""
+    work: Work | None = None
+    """What attention takes for its tiles."""
 
 
 def summary(usages: Sequence[Usage]) -> str:
@@ -47,6 +68,25 @@ def products(usages: Sequence[Usage]) -> str:
             for a in architectures
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def estimates(usages: Sequence[Usage]) -> str:
+    """What attention's kernels take by count, as Markdown; no GPU has measured the times."""
+    lines = [
+        "| card | kernel | cycles: issued | exponentials | products, of those needed | ms |",
+        "|---" * 6 + "|",
+    ]
+    for usage in usages:
+        if usage.work and usage.work.repeated:
+            issued, exponentials, repeated, tiles = usage.work
+            processors, clock = SPEEDS.get(usage.architecture, (0, 1.0))
+            cycles = tiles * max(issued / ISSUING, exponentials)
+            ms = f"{1e3 * cycles / processors / clock:.3f}" if processors else ""
+            lines.append(
+                f"| {usage.architecture} | {usage.kernel} | {issued:.0f} | {exponentials:.0f} "
+                f"| {repeated:.2f} | {ms} |"
+            )
     return "\n".join(lines)
 
 

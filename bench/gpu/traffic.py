@@ -34,7 +34,7 @@ WRITTEN_BY = {
     "attention_forward": ("o", "softmax"),
     "attention_delta": ("delta",),
     "attention_keys": ("grad_k", "grad_v"),
-    "attention_queries": ("grad_q", "grad_h", "grad_w"),
+    "attention_queries": ("grad_q", "grad_h", "grad_w", "row_sums"),
 }
 WITHOUT_A_KERNEL = ("_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided")
 

@@ -1,11 +1,13 @@
 """Compiles every Triton kernel for real cards, without one, and says what each takes.
 
-    python -m bench.gpu.triton_resources 75 80 90 100        # or: make triton-check
+    python -m bench.gpu.triton_resources 75 80 90 100        # all cards: make triton-check
     python -m bench.gpu.triton_resources --only attention
 
 Everything that training, search and inference launch, at the shapes of ``bench.gpu.kernels``, is
-compiled for the compute capabilities named. Prints registers by kernel and card; ends
-with status 1 if a register spills to memory, or if a kernel wants more than a processor has.
+compiled for the compute capabilities named. Prints registers by kernel and card, and what
+attention takes by count of its machine code. Ends with status 1 if a register spills to memory, if
+a kernel wants more than a processor has, if warps repeat products of attention, or if ptxas
+serialises wgmma.
 """
 
 import argparse
@@ -19,19 +21,23 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import cases
 from bench.gpu import launches
 from bench.gpu.kernels import CASES
-from bench.gpu.resources import Usage, products, summary
+from bench.gpu.machine_code import costliest_round
+from bench.gpu.resources import Usage, Work, estimates, products, summary
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives
 
-# The oldest card, and one of each generation of data-centre cards: bytes of shared memory that one
-# block may have (CUDA C++ Programming Guide, technical specifications per compute capability).
-SHARED_LIMITS = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The oldest card, and one of each generation and kind since: bytes of shared memory that one block
+# may have (CUDA C++ Programming Guide, technical specifications per compute capability).
+KIBIBYTES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMITS = {capability: 1024 * size for capability, size in KIBIBYTES.items()}
+PRODUCTS = {"attention_forward": 2, "attention_keys": 4, "attention_queries": 3}  # of a tile
 REGISTER_LIMIT = 255  # a thread's
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -80,6 +86,8 @@ class Compiler:
             self._architecture,
             shared=compiled.metadata.shared,
             product=product(compiled.asm["ptx"]),
+            serialized=serialized(compiled.asm["ptx"], self._architecture),
+            work=attention_work(name, compiled.asm["cubin"], grid, constants, arguments),
             **resources(compiled.asm["cubin"]),
         )
 
@@ -92,12 +100,55 @@ def product(ptx: str) -> str:
 
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers and local memory of the one kernel in a cubin, as cuobjdump reports them."""
+    return parse(_read(cubin, "--dump-resource-usage"))
+
+
+def _read(cubin: bytes, option: str) -> str:
+    """What cuobjdump prints about a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        command = [str(cuobjdump()), "--dump-resource-usage", str(file)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return parse(report)
+        command = [str(cuobjdump()), option, str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def serialized(ptx: str, architecture: str) -> bool:
+    """Whether ptxas, which Triton silences, warns that it serialises wgmma."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        ptxas = get_ptxas(int(architecture.removeprefix("sm_"))).path
+        command = [ptxas, "-v", f"--gpu-name={architecture}a", str(file), "-o", f"{file}.cubin"]
+        return "C7515" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def attention_work(
+    name: str,
+    cubin: bytes,
+    grid: tuple[int, ...],
+    constants: dict[str, Any],
+    arguments: tuple[Any, ...],
+) -> Work | None:
+    """What a kernel of attention takes for 64 x 64 scores; None for other kernels."""
+    if name not in PRODUCTS:
+        return None
+    found = costliest_round(_read(cubin, "-sass"), constants["num_warps"])
+    rows, columns, queries = (constants[key] for key in ("ROWS", "COLUMNS", "QUERIES"))
+    scores = queries * rows * columns
+    needed = PRODUCTS[name] * scores * (constants["LANES"] + constants["REST"])
+    q = arguments[1 if name != "attention_forward" else 0]
+    rel_h, rel_w = (arguments[i + 4 - (name == "attention_forward")] for i in (0, 1))
+    if name == "attention_keys":
+        inner = -(-q.shape[2] // queries)
+    else:
+        inner = -(-rel_h.shape[-1] // rows) * -(-rel_w.shape[-1] // columns)
+    tiles = grid[0] * inner * scores // 4096
+    share = 4096 / scores
+    return Work(found.issued * share, found.exponentials * share, found.products / needed, tiles)
 
 
 def parse(report: str) -> dict[str, int]:
@@ -137,7 +188,8 @@ def compile_for(
         for work in (*launches.WORKS.values(), *launches.OTHER_WORKS.values()):
             work(compiler.primitives, operands)
     for attention in attention_shapes:
-        compiler.label = f"d={attention[-1]} {str(dtype).removeprefix('torch.')}"
+        sides = "x".join(map(str, attention[2]))
+        compiler.label = f"{sides} d={attention[-1]} {str(dtype).removeprefix('torch.')}"
         launches.attention(compiler.attention, attention, dtype)
     return list(compiler.usages.values())
 
@@ -154,6 +206,10 @@ def problems(usages: Iterable[Usage]) -> list[str]:
             lines.append(f"{where}: {usage.shared} bytes of shared memory, of {limit}")
         if usage.registers > REGISTER_LIMIT:
             lines.append(f"{where}: {usage.registers} registers, of {REGISTER_LIMIT}")
+        if usage.serialized:
+            lines.append(f"{where}: ptxas serialises wgmma (C7515)")
+        if usage.work and usage.work.repeated > 1:
+            lines.append(f"{where}: {usage.work.repeated:.2f} times the products of its tiles")
     return lines
 
 
@@ -200,6 +256,7 @@ def main() -> int:
             print(f"sm_{capability} {dtype}: {len(of_job)} kernels", file=sys.stderr)
             usages += of_job
     print(f"{summary(usages)}\n\nProducts on tensor cores:\n\n{products(usages)}\n")
+    print(f"Attention by count; no GPU has measured it:\n\n{estimates(usages)}\n")
     found = problems(usages)
     print(f"{len(usages)} kernels compiled, {len(found)} problems")
     print("\n".join(found), file=sys.stderr)

@@ -24,10 +24,7 @@ from naslora_kernels.triton.tiles import ALL_REGISTERS, AttentionTiles, attentio
 
 
 class TritonAttention:
-    """The operators of attention: one launch forward, at most three backward.
-
-    A grid wider than a tile takes a fourth one, for drel_w.
-    """
+    """The operators of attention: one launch forward, at most three backward."""
 
     def __init__(
         self,
@@ -44,15 +41,15 @@ class TritonAttention:
 
         operands, scale = AttentionOperands(*arguments[:5]), arguments[5]
         o, softmax = empty_results(operands)
-        operands = AttentionOperands(*map(with_contiguous_features, operands))
+        operands = AttentionOperands(*map(_readable, operands))
         if o.numel():
             tiles = self._tiles(operands)
             self._launch(
                 attention_forward_kernel,
-                (_heads(o) * -(-o.shape[2] // tiles.queries),),
+                (_heads(o) * -(-o.shape[2] // tiles.forward["QUERIES"]),),
                 *(*operands, o, softmax, *in_two(scale), *_sizes(operands)),
                 *map(_strides, (*operands, o)),
-                **tiles.constants,
+                **tiles.forward,
             )
         return o, softmax
 
@@ -64,43 +61,42 @@ class TritonAttention:
         gradients = empty_gradients(saved.operands, need)
         if not grad_o.numel() or not any(need):
             return gradients
-        operands = AttentionOperands(*map(with_contiguous_features, saved.operands))
-        grad_o, softmax = with_contiguous_features(grad_o), saved.softmax.contiguous()
+        operands = AttentionOperands(*map(_readable, saved.operands))
+        grad_o, softmax = _readable(grad_o), saved.softmax.contiguous()
         tiles = self._tiles(operands)
         q, k, v, rel_h, rel_w = (
             gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)
         )
         delta = None
         if need.q or need.k or need.rel_h or need.rel_w:
-            delta = self._delta(grad_o, with_contiguous_features(saved.o), tiles)
+            delta = self._delta(grad_o, _readable(saved.o), tiles)
         inputs = (grad_o, *operands, softmax, delta)
         rest = (*in_two(saved.scale), *_sizes(operands), *map(_strides, (grad_o, *operands)))
         if need.k or need.v:
             self._keys(inputs, (k, v), rest, tiles)
-        one_piece = operands.rel_w.shape[-1] <= tiles.columns
-        if one_piece and (need.q or need.rel_h or need.rel_w):
-            self._queries(inputs, (q, rel_h, rel_w), rest, tiles, False)
-        if not one_piece and (need.q or need.rel_h):
-            self._queries(inputs, (q, rel_h, None), rest, tiles, True)
-        if not one_piece and need.rel_w:
-            self._queries(inputs, (None, None, rel_w), rest, tiles, False)
+        if need.q or need.rel_h or need.rel_w:
+            row_sums = None
+            if rel_h is not None and not tiles.queries_pass["ONE_PIECE"]:
+                row_sums = torch.empty_like(rel_h, dtype=ACCUMULATORS[rel_h.dtype])
+            self._queries(inputs, (q, rel_h, rel_w, row_sums), rest, tiles)
         return gradients
 
     def _tiles(self, operands: AttentionOperands) -> AttentionTiles:
-        q, width = operands.q, operands.rel_w.shape[-1]
-        return attention_tiles(width, q.shape[-1], q.dtype, self._capability(q.device))
+        q, grid = operands.q, (operands.rel_h.shape[-1], operands.rel_w.shape[-1])
+        return attention_tiles(grid, q.shape[-1], q.dtype, self._capability(q.device))
 
     def _delta(self, grad_o: Tensor, o: Tensor, tiles: AttentionTiles) -> Tensor:
         """Returns the sums of dO O over the features, (B, heads, N) in the dtype of sums."""
         from naslora_kernels.triton.attention_backward import attention_delta_kernel
 
         delta = o.new_empty(o.shape[:-1], dtype=ACCUMULATORS[o.dtype])
-        names = ("FEATURES", "LANES", "QUERIES")
+        names = ("FEATURES", "LANES", "REST", "QUERIES")
+        constants = {name: tiles.forward[name] for name in names}
         self._launch(
             attention_delta_kernel,
-            (_heads(o) * -(-o.shape[2] // tiles.queries),),
+            (_heads(o) * -(-o.shape[2] // constants["QUERIES"]),),
             *(grad_o, o, delta, o.shape[1], o.shape[2], _strides(grad_o), _strides(o)),
-            **{name: tiles.constants[name] for name in names},
+            **constants,
             num_warps=4,
             **ALL_REGISTERS,
         )
@@ -117,7 +113,7 @@ class TritonAttention:
 
         like = next(gradient for gradient in gradients if gradient is not None)
         height, width = rest[4:6]
-        key_tiles = -(-height // tiles.rows) * -(-width // tiles.columns)
+        key_tiles = -(-height // tiles.keys_pass["ROWS"]) * -(-width // tiles.keys_pass["COLUMNS"])
         self._launch(
             attention_keys_kernel,
             (_heads(like) * key_tiles,),
@@ -128,10 +124,9 @@ class TritonAttention:
     def _queries(
         self,
         inputs: tuple[Tensor | None, ...],
-        gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+        gradients: tuple[Tensor | None, ...],
         rest: tuple[object, ...],
         tiles: AttentionTiles,
-        rows_outside: bool,
     ) -> None:
         from naslora_kernels.triton.attention_backward import attention_queries_kernel
 
@@ -142,7 +137,6 @@ class TritonAttention:
             (_heads(like) * blocks,),
             *(*inputs, *gradients, *rest, _strides(like)),
             **tiles.queries_pass,
-            ROWS_OUTSIDE=rows_outside,
         )
 
 
@@ -154,6 +148,15 @@ def _sizes(operands: AttentionOperands) -> tuple[int, int, int, int]:
     """Returns B, heads, H, W."""
     batch, heads = operands.q.shape[:2]
     return batch, heads, operands.rel_h.shape[-1], operands.rel_w.shape[-1]
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Returns the tensor, or a copy if the kernels cannot address it.
+
+    They want contiguous features, and offsets in a head that 32 bits hold.
+    """
+    far = tensor.shape[2] * tensor.stride(2) >= 2**31
+    return tensor.contiguous() if far else with_contiguous_features(tensor)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

@@ -8,14 +8,20 @@ tile of keys. dQ = scale dS K and those of the biases are sums over keys: a prog
 import triton
 import triton.language as tl
 
-from naslora_kernels.triton.arithmetic import dot, rounded, whole, widened
+from naslora_kernels.triton.arithmetic import rounded, whole, widened
 from naslora_kernels.triton.attention_parts import (
+    LOG2E,
+    add_products,
     head_of,
     key_columns,
     key_rows,
     load_bias,
+    load_row_biases,
     load_rows,
+    products,
     store_rows,
+    waited,
+    zeros,
 )
 
 
@@ -30,6 +36,7 @@ def attention_delta_kernel(
     o_strides,
     FEATURES: tl.constexpr,
     LANES: tl.constexpr,
+    REST: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
     """delta (B, heads, N), the sums of dO O over the features, of QUERIES queries."""
@@ -40,9 +47,11 @@ def attention_delta_kernel(
     mask = query < tokens
     grad_o_ptr = head_of(grad_o_ptr, grad_o_strides, image, head)
     o_ptr = head_of(o_ptr, o_strides, image, head)
-    grad_o = load_rows(grad_o_ptr, grad_o_strides, query, mask, LANES, FEATURES, False)
-    o = load_rows(o_ptr, o_strides, query, mask, LANES, FEATURES, False)
-    delta = tl.sum(widened(grad_o) * widened(o), axis=1)
+    grad_o = load_rows(grad_o_ptr, grad_o_strides, query, mask, FEATURES, LANES, REST, False)
+    o = load_rows(o_ptr, o_strides, query, mask, FEATURES, LANES, REST, False)
+    delta = tl.sum(widened(grad_o[0]) * widened(o[0]), axis=1)
+    for i in tl.static_range(1, len(o)):
+        delta += tl.sum(widened(grad_o[i]) * widened(o[i]), axis=1)
     tl.store(delta_ptr + number.to(tl.int64) * tokens + query, delta, mask=mask)
 
 
@@ -73,10 +82,14 @@ def attention_keys_kernel(
     grad_strides,
     FEATURES: tl.constexpr,
     LANES: tl.constexpr,
+    REST: tl.constexpr,
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDEN: tl.constexpr,
+    FULL: tl.constexpr,
+    ONE_PIECE: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """dk and dv of a tile of ROWS x COLUMNS keys; either may be None.
 
@@ -85,6 +98,7 @@ def attention_keys_kernel(
     """
     DTYPE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = whole(scale, scale_rest, DTYPE)
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
     tokens = height * width
     pieces = tl.cdiv(width, COLUMNS)
     tiles = tl.cdiv(height, ROWS) * pieces
@@ -92,53 +106,74 @@ def attention_keys_kernel(
     image, head = (number // heads).to(tl.int64), (number % heads).to(tl.int64)
     row = key_rows(tile // pieces * ROWS, ROWS, COLUMNS)
     column = key_columns(tile % pieces * COLUMNS, ROWS, COLUMNS)
-    key, in_keys = row * width + column, (row < height) & (column < width)
+    key = row * width + column
+    in_keys = None if FULL else (row < height) & (column < width)
     q_ptr = head_of(q_ptr, q_strides, image, head)
     grad_o_ptr = head_of(grad_o_ptr, grad_o_strides, image, head)
     rel_h_ptr = head_of(rel_h_ptr, h_strides, image, head)
     rel_w_ptr = head_of(rel_w_ptr, w_strides, image, head)
     k_ptr = head_of(k_ptr, k_strides, image, head)
-    k = load_rows(k_ptr, k_strides, key, in_keys, LANES, FEATURES, WIDEN)
+    k = load_rows(k_ptr, k_strides, key, in_keys, FEATURES, LANES, REST, WIDEN)
     if grad_k_ptr is not None:
         v_ptr = head_of(v_ptr, v_strides, image, head)
-        v = load_rows(v_ptr, v_strides, key, in_keys, LANES, FEATURES, WIDEN)
+        v = load_rows(v_ptr, v_strides, key, in_keys, FEATURES, LANES, REST, WIDEN)
         delta_ptr += number.to(tl.int64) * tokens
-        grad_k = tl.zeros((ROWS * COLUMNS, LANES), DTYPE)
+        grad_k = zeros(ROWS * COLUMNS, LANES, REST, DTYPE)
     if grad_v_ptr is not None:
-        grad_v = tl.zeros((ROWS * COLUMNS, LANES), DTYPE)
+        grad_v = zeros(ROWS * COLUMNS, LANES, REST, DTYPE)
     softmax_ptr += number.to(tl.int64) * tokens
     rest = tl.cast(batch, tl.int64) * heads * tokens
 
     for first in range(0, tokens, QUERIES):
         query = first + tl.arange(0, QUERIES)
-        in_queries = query < tokens
-        q = load_rows(q_ptr, q_strides, query, in_queries, LANES, FEATURES, WIDEN)
-        grad_o = load_rows(grad_o_ptr, grad_o_strides, query, in_queries, LANES, FEATURES, WIDEN)
-        in_rows = (row < height)[:, None] & in_queries[None, :]
-        in_columns = (column < width)[:, None] & in_queries[None, :]
-        bias_h = load_bias(rel_h_ptr, h_strides, query[None, :], row[:, None], in_rows)
-        bias_w = load_bias(rel_w_ptr, w_strides, query[None, :], column[:, None], in_columns)
-        largest = tl.load(softmax_ptr + query, mask=in_queries, other=0.0)
-        total = tl.load(softmax_ptr + rest + query, mask=in_queries, other=1.0)
-        scores = dot(k, tl.trans(q), DTYPE) * scale + (bias_h.to(DTYPE) + bias_w.to(DTYPE))
-        p = tl.exp(scores - largest[None, :]) / total[None, :]
-        p = tl.where(in_queries[None, :], p, 0.0)
+        in_queries = None if FULL else query < tokens
+        in_bias = None if FULL else (query < tokens)[:, None]
+        q = load_rows(q_ptr, q_strides, query, in_queries, FEATURES, LANES, REST, WIDEN)
+        scores = products(k, q, DTYPE) * scale
+        columns = tile % pieces * COLUMNS + tl.arange(0, COLUMNS)
+        bias_w = load_bias(
+            rel_w_ptr, w_strides, query[:, None], in_bias, columns[None, :], width, DTYPE
+        )
+        bias_w = tl.broadcast_to(bias_w[:, None, :], (QUERIES, ROWS, COLUMNS))
+        scores += tl.trans(tl.reshape(bias_w, (QUERIES, ROWS * COLUMNS)))
+        shift = tl.load(softmax_ptr + query, mask=in_queries, other=None if FULL else 0.0)
+        if ROWS == 1:  # one number a query, which need not be added to each score
+            bias_h = load_bias(rel_h_ptr, h_strides, query, in_queries, row, height, DTYPE)
+            shift -= bias_h * LOG2E
+        else:
+            first_row = tile // pieces * ROWS
+            bias_h = load_row_biases(
+                rel_h_ptr, h_strides, query, in_bias, first_row, height, ROWS, COLUMNS, DTYPE
+            )
+            scores += tl.trans(bias_h)
+        p = tl.exp2(scores * LOG2E - shift[None, :])
+        if EXACT:
+            factor = tl.load(softmax_ptr + rest + query, mask=in_queries)
+            p *= factor[None, :]
+        if not FULL:
+            p = tl.where((query < tokens)[None, :], p, 0.0)
+        grad_o = load_rows(
+            grad_o_ptr, grad_o_strides, query, in_queries, FEATURES, LANES, REST, WIDEN
+        )
         if grad_v_ptr is not None:
-            grad_v += dot(rounded(p, grad_o.dtype), grad_o, DTYPE)
+            grad_v = add_products(grad_v, p, grad_o, DTYPE)
         if grad_k_ptr is not None:
-            delta = tl.load(delta_ptr + query, mask=in_queries, other=0.0)
-            grad_scores = p * (dot(v, tl.trans(grad_o), DTYPE) - delta[None, :])
-            grad_scores = tl.where(in_queries[None, :], grad_scores, 0.0)
-            grad_k += dot(rounded(grad_scores, q.dtype), q, DTYPE)
+            delta = tl.load(delta_ptr + query, mask=in_queries, other=None if FULL else 0.0)
+            grad_scores = p * (products(v, grad_o, DTYPE) - delta[None, :])
+            if not FULL:
+                grad_scores = tl.where((query < tokens)[None, :], grad_scores, 0.0)
+            grad_k = add_products(grad_k, grad_scores, q, DTYPE)
+            if WAIT:
+                grad_k = waited(grad_k)
+        if WAIT and grad_v_ptr is not None:
+            grad_v = waited(grad_v)
 
     if grad_k_ptr is not None:
         grad_k_ptr = head_of(grad_k_ptr, grad_strides, image, head)
-        grad_k = rounded(grad_k * scale, grad_k_ptr.dtype.element_ty)
-        store_rows(grad_k_ptr, grad_strides, key, in_keys, grad_k, FEATURES)
+        store_rows(grad_k_ptr, grad_strides, key, in_keys, grad_k, scale, FEATURES)
     if grad_v_ptr is not None:
         grad_v_ptr = head_of(grad_v_ptr, grad_strides, image, head)
-        grad_v = rounded(grad_v, grad_v_ptr.dtype.element_ty)
-        store_rows(grad_v_ptr, grad_strides, key, in_keys, grad_v, FEATURES)
+        store_rows(grad_v_ptr, grad_strides, key, in_keys, grad_v, 1.0, FEATURES)
 
 
 @triton.jit
@@ -154,6 +189,7 @@ def attention_queries_kernel(
     grad_q_ptr,
     grad_h_ptr,
     grad_w_ptr,
+    row_sums_ptr,
     scale,
     scale_rest,
     batch,
@@ -169,86 +205,103 @@ def attention_queries_kernel(
     grad_strides,
     FEATURES: tl.constexpr,
     LANES: tl.constexpr,
+    REST: tl.constexpr,
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDEN: tl.constexpr,
-    ROWS_OUTSIDE: tl.constexpr,
+    FULL: tl.constexpr,
+    ONE_PIECE: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """dq, drel_h and drel_w, contiguous, of QUERIES queries of a head; any may be None.
 
-    ROWS_OUTSIDE chooses the loop outside: over rows of keys, so that drel_h is complete inside, or
-    over columns, so that drel_w is. Both are complete if the columns are one piece. Over 60 lines
+    drel_w of a piece of columns is complete after a loop over rows. drel_h is complete after all
+    pieces: with several, row_sums, in the dtype of sums, keeps what came before. Over 60 lines
     because Triton takes the arguments one by one.
     """
     DTYPE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = whole(scale, scale_rest, DTYPE)
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
     tokens = height * width
     blocks = tl.cdiv(tokens, QUERIES)
     number = tl.program_id(0) // blocks
     image, head = (number // heads).to(tl.int64), (number % heads).to(tl.int64)
     query = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
-    in_queries = query < tokens
+    in_queries = None if FULL else query < tokens
+    in_bias = None if FULL else (query < tokens)[:, None]
     k_ptr = head_of(k_ptr, k_strides, image, head)
     v_ptr = head_of(v_ptr, v_strides, image, head)
     rel_h_ptr = head_of(rel_h_ptr, h_strides, image, head)
     rel_w_ptr = head_of(rel_w_ptr, w_strides, image, head)
     q_ptr = head_of(q_ptr, q_strides, image, head)
-    q = load_rows(q_ptr, q_strides, query, in_queries, LANES, FEATURES, WIDEN)
+    q = load_rows(q_ptr, q_strides, query, in_queries, FEATURES, LANES, REST, WIDEN)
     grad_o_ptr = head_of(grad_o_ptr, grad_o_strides, image, head)
-    grad_o = load_rows(grad_o_ptr, grad_o_strides, query, in_queries, LANES, FEATURES, WIDEN)
+    grad_o = load_rows(grad_o_ptr, grad_o_strides, query, in_queries, FEATURES, LANES, REST, WIDEN)
     start = number.to(tl.int64) * tokens  # of the head in (B, heads, N)
-    largest = tl.load(softmax_ptr + start + query, mask=in_queries, other=0.0)
+    shift = tl.load(softmax_ptr + start + query, mask=in_queries)
     rest = tl.cast(batch, tl.int64) * heads * tokens
-    total = tl.load(softmax_ptr + rest + start + query, mask=in_queries, other=1.0)
-    delta = tl.load(delta_ptr + start + query, mask=in_queries, other=0.0)
+    factor = tl.load(softmax_ptr + rest + start + query, mask=in_queries)
+    delta = tl.load(delta_ptr + start + query, mask=in_queries)
     token = start + query
 
-    grad_q = tl.zeros((QUERIES, LANES), DTYPE)
-    outside = height if ROWS_OUTSIDE else width
-    inside = width if ROWS_OUTSIDE else height
-    for first_outside in range(0, outside, ROWS if ROWS_OUTSIDE else COLUMNS):
-        row_sums = tl.zeros((QUERIES,), DTYPE)
+    grad_q = zeros(QUERIES, LANES, REST, DTYPE)
+    for first_column in range(0, COLUMNS if ONE_PIECE else width, COLUMNS):
+        column = key_columns(first_column, ROWS, COLUMNS)
+        bias_w = load_bias(
+            rel_w_ptr, w_strides, query[:, None], in_bias, column[None, :], width, DTYPE
+        )
         sums = tl.zeros((QUERIES, ROWS * COLUMNS), DTYPE)
-        for first_inside in range(0, inside, COLUMNS if ROWS_OUTSIDE else ROWS):
-            first_row = first_outside if ROWS_OUTSIDE else first_inside
-            first_column = first_inside if ROWS_OUTSIDE else first_outside
+        tl.debug_barrier()  # row_sums of the last columns are written
+        for first_row in range(0, height, ROWS):
             row = key_rows(first_row, ROWS, COLUMNS)
-            column = key_columns(first_column, ROWS, COLUMNS)
-            key, in_keys = row * width + column, (row < height) & (column < width)
-            in_rows = in_queries[:, None] & (row < height)[None, :]
-            in_columns = in_queries[:, None] & (column < width)[None, :]
-            bias_h = load_bias(rel_h_ptr, h_strides, query[:, None], row[None, :], in_rows)
-            bias_w = load_bias(rel_w_ptr, w_strides, query[:, None], column[None, :], in_columns)
-            k = load_rows(k_ptr, k_strides, key, in_keys, LANES, FEATURES, WIDEN)
-            v = load_rows(v_ptr, v_strides, key, in_keys, LANES, FEATURES, WIDEN)
-            scores = dot(q, tl.trans(k), DTYPE) * scale + (bias_h.to(DTYPE) + bias_w.to(DTYPE))
-            p = tl.exp(scores - largest[:, None]) / total[:, None]
-            grad_scores = p * (dot(grad_o, tl.trans(v), DTYPE) - delta[:, None])
-            grad_scores = tl.where(in_keys[None, :], grad_scores, 0.0)
+            key = row * width + column
+            in_keys = None if FULL else (row < height) & (column < width)
+            k = load_rows(k_ptr, k_strides, key, in_keys, FEATURES, LANES, REST, WIDEN)
+            v = load_rows(v_ptr, v_strides, key, in_keys, FEATURES, LANES, REST, WIDEN)
+            scores = products(q, k, DTYPE) * scale + bias_w
+            if ROWS == 1:  # one number a query, which need not be added to each score
+                bias_h = load_bias(rel_h_ptr, h_strides, query, in_queries, row, height, DTYPE)
+                row_shift = shift - bias_h * LOG2E
+            else:
+                scores += load_row_biases(
+                    rel_h_ptr, h_strides, query, in_bias, first_row, height, ROWS, COLUMNS, DTYPE
+                )
+                row_shift = shift
+            p = tl.exp2(scores * LOG2E - row_shift[:, None])
+            if EXACT:
+                p *= factor[:, None]
+            grad_scores = p * (products(grad_o, v, DTYPE) - delta[:, None])
             if grad_q_ptr is not None:
-                grad_q += dot(rounded(grad_scores, k.dtype), k, DTYPE)
+                grad_q = add_products(grad_q, grad_scores, k, DTYPE)
+                if WAIT:
+                    grad_q = waited(grad_q)
             if grad_w_ptr is not None:
                 sums += grad_scores
             if grad_h_ptr is not None:
-                if ROWS_OUTSIDE:
-                    row_sums += tl.sum(grad_scores, axis=1)
+                if ROWS == 1:
+                    by_row = tl.sum(grad_scores, axis=1)
+                    at = token * height + first_row
+                    mask = in_queries
                 else:
                     by_row = tl.sum(tl.reshape(grad_scores, (QUERIES, ROWS, COLUMNS)), axis=2)
                     rows = first_row + tl.arange(0, ROWS)
-                    at = grad_h_ptr + token[:, None] * height + rows[None, :]
-                    by_row = rounded(by_row, grad_h_ptr.dtype.element_ty)
-                    tl.store(at, by_row, mask=in_queries[:, None] & (rows < height)[None, :])
-        if grad_h_ptr is not None and ROWS_OUTSIDE:
-            to = grad_h_ptr + token * height + first_outside
-            tl.store(to, rounded(row_sums, grad_h_ptr.dtype.element_ty), mask=in_queries)
+                    at = token[:, None] * height + rows[None, :]
+                    mask = (query < tokens)[:, None] & (rows < height)[None, :]
+                if not ONE_PIECE:
+                    before = tl.full(by_row.shape, first_column, tl.int32) > 0
+                    if mask is not None:
+                        before = before & mask
+                    by_row += tl.load(row_sums_ptr + at, mask=before, other=0.0)
+                    tl.store(row_sums_ptr + at, by_row, mask=mask)
+                tl.store(grad_h_ptr + at, rounded(by_row, grad_h_ptr.dtype.element_ty), mask=mask)
         if grad_w_ptr is not None:
             by_column = tl.sum(tl.reshape(sums, (QUERIES, ROWS, COLUMNS)), axis=1)
-            columns = first_outside + tl.arange(0, COLUMNS)
+            columns = first_column + tl.arange(0, COLUMNS)
             by_column = rounded(by_column, grad_w_ptr.dtype.element_ty)
             to = grad_w_ptr + token[:, None] * width + columns[None, :]
-            tl.store(to, by_column, mask=in_queries[:, None] & (columns < width)[None, :])
+            mask = (query < tokens)[:, None] & (columns < width)[None, :]
+            tl.store(to, by_column, mask=mask)
     if grad_q_ptr is not None:
         grad_q_ptr = head_of(grad_q_ptr, grad_strides, image, head)
-        grad_q = rounded(grad_q * scale, grad_q_ptr.dtype.element_ty)
-        store_rows(grad_q_ptr, grad_strides, query, in_queries, grad_q, FEATURES)
+        store_rows(grad_q_ptr, grad_strides, query, in_queries, grad_q, scale, FEATURES)

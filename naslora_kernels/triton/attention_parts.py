@@ -1,14 +1,19 @@
-"""What the kernels of attention share: tiles of keys, rows of operands, scores.
+"""What the kernels of attention share: rows of operands in parts, tiles of keys, biases, products.
 
-A tile of keys is ROWS rows x COLUMNS columns of the grid, so the bias of a tile needs few numbers:
-with one row, rel_h is one number a query. Rows and columns outside of the grid are masked.
-Strides are those of the images, the heads and the tokens. Features are contiguous.
+Rows of operands are tuples of parts, each a power of two wide: 80 features are 64 and 16, where one
+part would compute the products of 128. A tile of keys is ROWS rows x COLUMNS columns of the grid,
+so the bias of a tile needs few numbers: with one row, rel_h is one number a query. The bias outside
+of the grid is -inf, which masks the scores. Exponentials are exp2(score LOG2E - shift): two
+instructions. Strides are those of the images, the heads and the tokens. Features are contiguous.
+The offsets in a head have 32 bits.
 """
 
 import triton
 import triton.language as tl
 
-from naslora_kernels.triton.arithmetic import widened
+from naslora_kernels.triton.arithmetic import dot, rounded, widened
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -18,22 +23,107 @@ def head_of(pointer, strides, image, head):
 
 
 @triton.jit
-def load_rows(
-    pointer, strides, token, in_tokens, LANES: tl.constexpr, SIZE: tl.constexpr, WIDEN: tl.constexpr
-):
-    """Returns the SIZE features of tokens, (tokens, LANES), zero outside."""
-    lane = tl.arange(0, LANES)[None, :]
-    at = pointer + token[:, None].to(tl.int64) * tl.cast(strides[2], tl.int64) + lane
-    rows = tl.load(at, mask=in_tokens[:, None] & (lane < SIZE), other=0.0)
-    return widened(rows) if WIDEN else rows
+def part_mask(inside, lane, FEATURES: tl.constexpr, LAST: tl.constexpr):
+    """Returns the mask of a part of rows whose lanes end before LAST; None if all are inside."""
+    if FEATURES >= LAST:
+        return None if inside is None else inside[:, None]
+    else:
+        return lane < FEATURES if inside is None else inside[:, None] & (lane < FEATURES)
 
 
 @triton.jit
-def store_rows(pointer, strides, token, in_tokens, values, SIZE: tl.constexpr):
-    """Stores SIZE features of tokens, in the dtype of ``values``."""
-    lane = tl.arange(0, values.shape[1])[None, :]
-    at = pointer + token[:, None].to(tl.int64) * tl.cast(strides[2], tl.int64) + lane
-    tl.store(at, values, mask=in_tokens[:, None] & (lane < SIZE))
+def load_part(at, inside, FIRST: tl.constexpr, LANES: tl.constexpr, FEATURES: tl.constexpr):
+    lane = FIRST + tl.arange(0, LANES)[None, :]
+    mask = part_mask(inside, lane, FEATURES, FIRST + LANES)
+    return tl.load(at + lane, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def load_rows(
+    pointer,
+    strides,
+    token,
+    inside,
+    FEATURES: tl.constexpr,
+    LANES: tl.constexpr,
+    REST: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Returns the features of tokens, zero outside: (tokens, LANES) and, if any, (tokens, REST).
+
+    ``inside`` says which tokens are of the grid; None if all are.
+    """
+    at = pointer + token[:, None] * tl.cast(strides[2], tl.int32)
+    parts = (load_part(at, inside, 0, LANES, FEATURES),)
+    if REST:
+        parts = parts + (load_part(at, inside, LANES, REST, FEATURES),)
+    if WIDEN:
+        widened_parts = ()
+        for i in tl.static_range(len(parts)):
+            widened_parts = widened_parts + (widened(parts[i]),)
+        return widened_parts
+    else:
+        return parts
+
+
+@triton.jit
+def store_part(at, inside, values, FIRST: tl.constexpr, FEATURES: tl.constexpr):
+    lane = FIRST + tl.arange(0, values.shape[1])[None, :]
+    mask = part_mask(inside, lane, FEATURES, FIRST + values.shape[1])
+    tl.store(at + lane, rounded(values, at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_rows(pointer, strides, token, inside, parts, factor, FEATURES: tl.constexpr):
+    """Stores the features of tokens, times ``factor``, in the dtype of ``pointer``."""
+    at = pointer + token[:, None] * tl.cast(strides[2], tl.int32)
+    store_part(at, inside, parts[0] * factor, 0, FEATURES)
+    if len(parts) > 1:
+        store_part(at, inside, parts[1] * factor, parts[0].shape[1], FEATURES)
+
+
+@triton.jit
+def zeros(TOKENS: tl.constexpr, LANES: tl.constexpr, REST: tl.constexpr, DTYPE: tl.constexpr):
+    """Returns sums of rows: (TOKENS, LANES) and, if any, (TOKENS, REST)."""
+    if REST:
+        return (tl.zeros((TOKENS, LANES), DTYPE), tl.zeros((TOKENS, REST), DTYPE))
+    else:
+        return (tl.zeros((TOKENS, LANES), DTYPE),)
+
+
+@triton.jit
+def products(a, b, DTYPE: tl.constexpr):
+    """Returns a b^T of two tuples of parts."""
+    total = dot(a[0], tl.trans(b[0]), DTYPE)
+    for i in tl.static_range(1, len(a)):
+        total += dot(a[i], tl.trans(b[i]), DTYPE)
+    return total
+
+
+@triton.jit
+def add_products(sums, weights, rows, DTYPE: tl.constexpr):
+    """Returns sums + weights rows, weights rounded to the dtype of ``rows``."""
+    new_sums = ()
+    for i in tl.static_range(len(sums)):
+        product = dot(rounded(weights, rows[i].dtype), rows[i], DTYPE)
+        new_sums = new_sums + (sums[i] + product,)
+    return new_sums
+
+
+@triton.jit
+def waited(sums):
+    """Returns the sums, used once by code that ptxas removes.
+
+    Sums that nothing uses in a loop stay in flight into its next round, where ptxas serialises
+    every product of sm_90 beside them (its warning C7515).
+    """
+    new_sums = ()
+    for i in tl.static_range(len(sums)):
+        used = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [sums[i]], dtype=tl.float32, is_pure=True, pack=1
+        )
+        new_sums = new_sums + (used,)
+    return new_sums
 
 
 @triton.jit
@@ -52,7 +142,34 @@ def key_rows(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_bias(pointer, strides, query, place, mask):
-    """Returns rel_h or rel_w at rows or columns of the grid. ``query`` and ``place`` broadcast."""
-    at = pointer + query.to(tl.int64) * tl.cast(strides[2], tl.int64) + place
-    return tl.load(at, mask=mask, other=0.0)
+def load_bias(pointer, strides, query, in_queries, place, size, DTYPE: tl.constexpr):
+    """Returns rel_h or rel_w at rows or columns of the grid, -inf outside.
+
+    ``query`` and ``place`` broadcast. ``in_queries`` is None if all are inside.
+    """
+    at = pointer + query * tl.cast(strides[2], tl.int32) + place
+    if in_queries is None:
+        bias = tl.load(at)
+    else:
+        bias = tl.load(at, mask=in_queries & (place < size), other=float("-inf"))
+    return bias.to(DTYPE)
+
+
+@triton.jit
+def load_row_biases(
+    pointer,
+    strides,
+    query,
+    in_queries,
+    first,
+    height,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Returns rel_h of queries at the keys of a tile; each number is loaded once, then repeated."""
+    row = first + tl.arange(0, ROWS)[None, :]
+    bias = load_bias(pointer, strides, query[:, None], in_queries, row, height, DTYPE)
+    QUERIES: tl.constexpr = query.shape[0]
+    bias = tl.broadcast_to(bias[:, :, None], (QUERIES, ROWS, COLUMNS))
+    return tl.reshape(bias, (QUERIES, ROWS * COLUMNS))

@@ -132,65 +132,73 @@ def most_features(dtype: torch.dtype) -> int:
 
 
 class AttentionTiles(NamedTuple):
-    """How the kernels of attention divide queries and keys."""
+    """The constants of the kernels of attention, and how they are launched.
 
-    queries: int
-    """Queries of a block."""
-    rows: int
-    """Rows of the grid in a tile of keys."""
-    columns: int
-    """Columns of the grid in a tile of keys."""
-    constants: dict[str, Any]
-    """The constants of the forward, and how it is launched."""
+    FULL says that no tile reaches beyond the grid, ONE_PIECE that a tile has whole rows of it.
+    """
+
+    forward: dict[str, Any]
     keys_pass: dict[str, Any]
-    """The same for the pass that keeps keys."""
+    """Of the pass that keeps keys."""
     queries_pass: dict[str, Any]
-    """The same for the passes that keep queries."""
+    """Of the pass that keeps queries."""
 
 
 @functools.cache
 def attention_tiles(
-    width: int, features: int, dtype: torch.dtype, capability: tuple[int, int]
+    grid: tuple[int, int], features: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> AttentionTiles:
-    """Returns the tiles for a grid of this width and heads of so many features.
+    """Returns the tiles for a grid of this height and width and heads of so many features.
 
-    A tile of keys has whole rows of the grid where these are narrow enough: in 16 bits up to 128
-    columns with heads of at most 64 features, and up to 64 with heads of at most 128. 16-bit
-    operands are widened on cards before capability 8.0, as in ``pass_tiles``.
+    In 16 bits a warp keeps 16 queries or keys, the rows of one product of tensor cores: more warps
+    would compute the same products again. Where operands come from registers, the backward spills
+    with tiles of 64. 16-bit operands are widened on cards before capability 8.0, as in
+    ``pass_tiles``.
     """
     widen = dtype.itemsize == 2 and capability < (8, 0)
     exact = widen or dtype.itemsize > 2
-    lanes = max(16, power_of_2(features))  # of tensor cores, which multiply 16 or more
-    if dtype == torch.float64:
-        keys, most_columns, queries = 16, 32, 16
-    elif exact:
-        keys, most_columns, queries = (32, 64, 16) if lanes <= 64 else (16, 16, 16)
-    else:
-        keys, most_columns, queries = (64, 128, 64) if lanes <= 64 else (64, 64, 64)
-        if lanes > 64 and width > 64:  # the sums of drel_w spill in a launch of their own
-            keys, most_columns, queries = 32, 32, 32
-    columns = min(power_of_2(width), most_columns)
-    rows = max(1, keys // columns)
-    if columns > 64 or rows > 2:  # else the addresses of so many biases spill
-        queries = min(queries, 32)
-    constants: dict[str, Any] = {"FEATURES": features, "LANES": lanes, "QUERIES": queries}
-    constants |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen}
-    constants |= {"num_warps": 8, "num_stages": 1 if exact else 2, **ALL_REGISTERS}
-    if width > columns:  # prefetched tiles spill beside the sums of drel_w
-        constants["num_stages"] = 1
-    # The passes of the backward hold more: two sums, or dO beside q.
-    fewer = {**constants, "QUERIES": min(queries, 32)}
-    from_registers = not multiplies_in_shared_memory(capability)
-    keys_pass = {**fewer, "num_stages": 1 if exact or from_registers else 2}
-    queries_pass = constants
-    if from_registers and rows > 2:
-        queries_pass = {**constants, "QUERIES": 16}
-    elif from_registers and lanes > 64:
-        queries_pass = fewer
-    if from_registers and lanes > 64 and queries > 32:
-        # Prefetched tiles spill on sm_80. They do not fit the shared memory of sm_120.
-        constants = {**constants, "num_stages": 1}
-    return AttentionTiles(queries, rows, columns, constants, keys_pass, queries_pass)
+    height, width = grid
+    lanes, rest = parts(features)
+
+    def constants(queries: int, keys: int, most_columns: int, **options: int) -> dict[str, Any]:
+        columns = min(power_of_2(width), most_columns)
+        rows = max(1, keys // columns)
+        full = not (width % columns or height % rows or height * width % queries)
+        sizes = {"FEATURES": features, "LANES": lanes, "REST": rest, "QUERIES": queries}
+        sizes |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen}
+        return {**sizes, "FULL": full, "ONE_PIECE": width <= columns, **options, **ALL_REGISTERS}
+
+    if exact:
+        keys, most_columns = (32, 64) if features <= 64 else (16, 16)
+        if dtype == torch.float64:
+            keys, most_columns = 16, 32
+        tiles = constants(16, keys, most_columns, num_warps=8, num_stages=1)
+        return AttentionTiles(tiles, tiles | {"WAIT": False}, tiles | {"WAIT": False})
+    most = 128 if height * width > 64 else 64
+    shared = multiplies_in_shared_memory(capability)
+    keys, few, stages = (64, 64, 2) if shared else (32, 32, 2)
+    forward_keys = 64
+    if not shared and capability != (8, 0):  # their assembler moves loads further ahead
+        stages = 1
+        if features > 64:
+            few, forward_keys = 16, 32
+    launch = {"num_warps": most // 16, "num_stages": 2}
+    wait = {"WAIT": capability[0] == 9 and not INTERPRETED}
+    return AttentionTiles(
+        constants(most, forward_keys, 64, **launch),
+        constants(few, most, 64, **launch) | wait | {"num_stages": stages},
+        constants(most, keys, keys, **launch) | wait,
+    )
+
+
+def parts(features: int) -> tuple[int, int]:
+    """Returns the widths of the one or two parts in which rows of so many features are computed.
+
+    Tensor cores multiply 16 and more.
+    """
+    lanes = max(16, power_of_2(features))
+    rest = max(16, power_of_2(features - lanes // 2))
+    return (lanes // 2, rest) if lanes > 16 and rest < lanes // 2 else (lanes, 0)
 
 
 def power_of_2(number: int) -> int:
