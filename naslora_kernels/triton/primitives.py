@@ -195,6 +195,7 @@ def in_two(number: float) -> tuple[float, float]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launches a kernel on the device of its tensors."""
+    constants["enable_fp_fusion"] = True  # which Triton 3.10 no longer does by itself
     if torch.version.hip:
         constants.pop("maxnreg", None)
     device = next(a.device for a in arguments if isinstance(a, Tensor))
