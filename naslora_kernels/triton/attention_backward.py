@@ -55,7 +55,7 @@ def attention_delta_kernel(
     tl.store(delta_ptr + number.to(tl.int64) * tokens + query, delta, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a last batch of 1 compiles nothing
 def attention_keys_kernel(
     grad_o_ptr,
     q_ptr,
@@ -176,7 +176,7 @@ def attention_keys_kernel(
         store_rows(grad_v_ptr, grad_strides, key, in_keys, grad_v, 1.0, FEATURES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a last batch of 1 compiles nothing
 def attention_queries_kernel(
     grad_o_ptr,
     q_ptr,

@@ -23,7 +23,7 @@ from naslora_kernels.triton.attention_parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a last batch of 1 compiles nothing
 def attention_forward_kernel(
     q_ptr,
     k_ptr,

@@ -177,15 +177,17 @@ def attention_tiles(
     most = 128 if height * width > 64 else 64
     shared = multiplies_in_shared_memory(capability)
     keys, few, stages = (64, 64, 2) if shared else (32, 32, 2)
-    forward_keys = 64
+    forward_keys = most_columns = 64
+    if not shared and lanes + rest > 80:
+        keys = forward_keys = most_columns = 16
+    elif not shared and capability != (8, 0) and features > 64:
+        forward_keys = 32
     if not shared and capability != (8, 0):  # their assembler moves loads further ahead
-        stages = 1
-        if features > 64:
-            few, forward_keys = 16, 32
+        few, stages = 16 if features > 64 else 32, 1
     launch = {"num_warps": most // 16, "num_stages": 2}
     wait = {"WAIT": capability[0] == 9 and not INTERPRETED}
     return AttentionTiles(
-        constants(most, forward_keys, 64, **launch),
+        constants(most, forward_keys, most_columns, **launch),
         constants(few, most, 64, **launch) | wait | {"num_stages": stages},
         constants(most, keys, keys, **launch) | wait,
     )
