@@ -85,10 +85,14 @@ class Compiled:
         self._shape = self._shape or inputs[-1].shape
         if inputs[-1].shape != self._shape:
             return self._eager(*inputs)
-        from torch._dynamo import exc  # imported by torch.compile, which takes seconds
+        # Imported by torch.compile, which takes seconds.
+        from torch._dynamo import exc
+        from torch._functorch import config
 
         try:
-            return self._compiled(*inputs)
+            # With the forward, so that an error in it is caught here, too.
+            with config.patch(force_non_lazy_backward_lowering=True):
+                return self._compiled(*inputs)
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"training goes on without --compile: {reason}", stacklevel=2)
