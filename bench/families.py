@@ -26,7 +26,7 @@ from naslora.sam.families import sam2, sam_hq
 from naslora.sam.families.mobile_sam import TinyViTEncoder
 from naslora.sam.families.sam import ViT, build_vit
 
-ATTENTION = NASLoRAConfig.target
+ATTENTION = "qkv"
 SEPARATE = r"attention\.(q|k|v)_proj$"
 VIT = ViT(32, 2, 2, (1,))
 HIERA = sam2.Hiera(16, 1, (1, 2, 3, 1), (4,))

@@ -150,11 +150,13 @@ def with_fused_attention(base: SamForSegmentation) -> SamForSegmentation:
 def adapted(method: str, base: SamForSegmentation, **config: object) -> SamForSegmentation:
     """``base`` with a method applied, as if trained a little; big frozen tensors are shared.
 
+    The methods adapt every attn.qkv, as in the paper, unless ``config`` says otherwise.
+
     Raises:
         UserError: the method does not fit.
     """
     model = sharing_copy(base, share=not METHODS[method].trains_encoder)
-    apply(method, model, configure(method, NASLoRAConfig(**config)))
+    apply(method, model, configure(method, NASLoRAConfig(**{"target": "qkv"} | config)))
     fill_zeros(trainable_parameters(model))
     return model
 

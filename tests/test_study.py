@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.experiments import operations
 from bench.experiments.studies import STUDIES
 from bench.experiments.study import finished, main, table
-from naslora.records import read_rows, write_record, write_rows
-from naslora.report.tables import MISSING, markdown_table
-from naslora.results import Mixture, OperationHistory
-from naslora.study.operation_losses import ALL_LAYERS, OperationLoss
-from naslora_kernels import OPERATIONS
+from naslora.report.tables import MISSING
 
 PAGES = Path(__file__).parents[1] / "bench/experiments"
 PAGE = (PAGES / "evidence.md").read_text(encoding="utf-8")
@@ -56,35 +51,6 @@ def test_one_change_at_a_time_is_compared_with_the_default():
     gains = {row.split(" | ")[-1].strip(" |") for row in table(plan, on_vit_t).splitlines()[2:]}
     assert len(gains - {MISSING}) > 10
     assert all(gain in PAGE for gain in gains)
-
-
-def test_the_losses_of_operations_are_what_the_file_holds():
-    losses = read_rows(PAGES / "results/operation_losses.csv", operations.Loss)
-    printed = markdown_table(operations.losses_table(losses)).splitlines()
-    shown = {line for line in printed if "---" not in line}
-    assert len(printed) == 7 and not shown - set(PAGE.splitlines())
-
-
-def test_losses_of_operations_are_read_from_the_analyses(tmp_path, capsys):
-    rows = [
-        OperationLoss("blocks.0.attn.qkv", "none", 0.5, 0.9),
-        OperationLoss(ALL_LAYERS, None, 0.4, 0.03),
-        OperationLoss("random operations, draw 1", None, 0.1, 0.01),
-        OperationLoss("random operations, draw 2", None, 0.3, -0.02),
-    ]
-    for run, lost in (("0", 0.03), ("1", 0.005)):
-        changed = [replace(r, dice_lost=lost) if r.layer == ALL_LAYERS else r for r in rows]
-        write_rows(tmp_path / f"runs/{run}/analysis/operation_losses.csv", changed)
-        epochs = [Mixture(epoch, [[1 / 8] * 8]) for epoch in (-1, 0)]
-        history = OperationHistory(list(OPERATIONS), ["blocks.0.attn.qkv"], epochs)
-        write_record(tmp_path / f"runs/{run}/operations.json", history)
-    operations.main((f"leaves={tmp_path / 'runs'}",), tmp_path / "losses.csv")
-    *chosen, losses = capsys.readouterr().out.strip().splitlines()
-    assert "| skip_connect | 0.125 (+0.000) |" in chosen
-    expected = "| leaves | 2 | 0.400, 0.200 | +0.0175 | +0.0050 to +0.0300 | -0.0050 | 1 of 2 |"
-    assert losses == expected
-    operations.main((), tmp_path / "losses.csv")
-    assert capsys.readouterr().out.strip().splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize(

@@ -469,7 +469,7 @@ def test_schedules(make_trainer, schedule, warmup, factor):
     ],
 )
 def test_epochs_and_rate_follow_from_the_number_of_images(data, changes, epochs, rate):
-    training = run_config(root=data, training=changes).training
+    training = run_config(root=data, training={"warmup": 0.0} | changes).training
     assert training.learning_rate == pytest.approx(rate)
     assert (training.epochs, training.steps, training.search_start) == (epochs, None, epochs // 3)
     config = run_config(training=changes).training  # without data they stay open

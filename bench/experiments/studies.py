@@ -133,15 +133,18 @@ METHODS = {
 }
 
 
-ENCODERS_AT_256: Settings = {
-    "run": {"image_size": 256},
-    "training": {"learning_rate": 5e-4, "mixed_precision": "no"},
-}
-# The defaults of version 0.2.0, with which all studies but "recipe" were made.
+# The defaults with which all studies but "recipe" were made.
 EARLIER_DEFAULTS: Settings = {
     "adapter": {"target": "qkv"},
-    "training": {"learning_rate": 1e-4, "warmup": 0.0, "ema": 0.0},
+    "training": {"learning_rate": 1e-4, "warmup": 0.0},
 }
+ENCODERS_AT_256 = _joined(
+    EARLIER_DEFAULTS,
+    {
+        "run": {"image_size": 256},
+        "training": {"learning_rate": 5e-4, "mixed_precision": "no"},
+    },
+)
 # What was the default before the study "whole-sets": the start of the cell, and its rate.
 UNIFORM: Settings = {"adapter": {"cell_init": "identity"}}
 SLOW_CELL: Settings = {"training": {"cell_rate": 1.0}}
@@ -267,10 +270,13 @@ STUDIES = {
     "default-rate": Study(
         datasets=("kvasir_seg", "leaf_disease"),
         seeds=(0, 1, 2, 3, 4),
-        common={
-            "run": {"model": "mobile_sam", "image_size": 256},
-            "training": {"mixed_precision": "no"},
-        },
+        common=_joined(
+            EARLIER_DEFAULTS,
+            {
+                "run": {"model": "mobile_sam", "image_size": 256},
+                "training": {"mixed_precision": "no"},
+            },
+        ),
         variants=DEFAULT_RATE
         | {
             f"rate x 5, {method}": _joined(
@@ -290,10 +296,10 @@ STUDIES = {
     "merging": Study(
         datasets=("he_nuclei", "brain_deepgrey"),
         seeds=(0, 1, 2),
-        common={
-            "run": {"image_size": 256},
-            "training": {"batch_size": 2, "arch_fraction": 1.0},
-        },
+        common=_joined(
+            EARLIER_DEFAULTS,
+            {"run": {"image_size": 256}, "training": {"batch_size": 2, "arch_fraction": 1.0}},
+        ),
         variants={
             f"{title}{', annealed' * (anneal > 0)}": {
                 "run": run,

@@ -65,7 +65,7 @@ class TrainConfig(Settings):
     optimizer: Optimizer = "adamw"
     """Optimizer of the weights and of alpha: `adamw` with decoupled weight decay, or `adam`, which
     adds the decay to the gradients."""
-    learning_rate: Common[LearningRate] = 1e-4
+    learning_rate: Common[LearningRate] = None  # type: ignore[assignment]
     """Learning rate of the weights at the start of the schedule. None fits it to the number of
     steps: the rates of all steps add up to 0.2, but it is at least 1e-4 and at most 2e-3."""
     weight_decay: Rate = 1e-4
@@ -76,7 +76,7 @@ class TrainConfig(Settings):
     """Weight decay of the cell's weights."""
     schedule: Schedule = "linear"
     """How the rates fall: to zero at the end of training, or not at all (`constant`)."""
-    warmup: Part = 0.0
+    warmup: Part = 0.1
     """Share of all weight steps, at most 0.5, over which the weights' rates rise from near zero.
     The schedule follows."""
     ema: Part = 0.0
