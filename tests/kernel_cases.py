@@ -117,7 +117,7 @@ def few_costly(targets, cases, fast):
         values = (*target.values, *case)
         slow = values[0].costs_a_case and not fast(*values[1:])
         marks = [*target.marks, *([pytest.mark.campaign] if slow else [])]
-        name = "-".join([target.id, *map(str, case)])
+        name = "-".join([target.id, *(getattr(part, "__name__", str(part)) for part in case)])
         parameters.append(pytest.param(*values, marks=marks, id=name))
     return parameters
 
