@@ -82,7 +82,8 @@ def signals() -> Iterator[None]:
 
     Python drops what is raised in a destructor, such as that of a data loader, so a signal that
     arrives there is sent again. What destructors raise after a signal is not printed, also later:
-    it may have left objects half built, such as the iterator of a data loader. A worker that was
+    it may have left objects half built, such as the iterator of a data loader. A worker, which
+    inherits the handler, raises nothing: it would print a traceback. A worker that was
     killed is reported by the loader that needs it. TensorBoard's writer raises an OSError of its
     thread in the main thread, too.
     """
@@ -90,9 +91,12 @@ def signals() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
+    owner = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
-        if arrived:
+        if os.getpid() != owner and number == signal.SIGINT:
+            return  # the owner ends its loader's workers
+        if arrived or os.getpid() != owner:
             os._exit(128 + number)
         arrived.append(number)
         raise Interrupted(number)
