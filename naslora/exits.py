@@ -80,17 +80,18 @@ def _signal_main_thread(number: int) -> None:
 def signals() -> Iterator[None]:
     """Turns the first SIGINT or SIGTERM into ``Interrupted``. A second one ends the process.
 
-    Python drops what is raised in a destructor, such as that of a data loader, so a signal that
-    arrives there is sent again. What destructors raise after a signal is not printed, also later:
-    it may have left objects half built, such as the iterator of a data loader. A worker, which
-    inherits the handler, raises nothing: it would print a traceback. A worker that was
-    killed is reported by the loader that needs it. TensorBoard's writer raises an OSError of its
-    thread in the main thread, too.
+    Python drops what is raised in a destructor, such as that of a data loader, or by a library's
+    hook around a fork, so a signal that arrives there is sent again. What these raise after a
+    signal is not printed, also later: it may have left objects half built, such as the iterator of
+    a data loader. A worker, which inherits the handler, raises nothing: it would print a traceback.
+    A worker that was killed is reported by the loader that needs it. TensorBoard's writer raises an
+    OSError of its thread in the main thread, too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     arrived: list[int] = []
+    dropped: list[int] = []
     owner = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
@@ -111,9 +112,10 @@ def signals() -> Iterator[None]:
 
     def unraisable(arguments: Any) -> None:
         if not isinstance(arguments.exc_value, Interrupted):
-            if not arrived and not _is_lost_worker(arguments.exc_value):
+            if not (arrived or dropped or _is_lost_worker(arguments.exc_value)):
                 unraisablehook(arguments)
             return
+        dropped.extend(arrived)
         arrived.clear()
         # Later: Python also drops what is raised in this hook.
         threading.Timer(0.05, _signal_main_thread, [arguments.exc_value.number]).start()

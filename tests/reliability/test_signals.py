@@ -159,3 +159,25 @@ def test_a_second_signal_ends_at_once(forked, clean_world, tmp_path):
     wait_for((tmp_path / "first").exists, run)
     run.kill(signal.SIGTERM)
     assert run.wait().status == 143
+
+
+def test_a_signal_during_a_fork_arrives_and_prints_nothing():
+    script = """
+import os, signal, time
+from naslora.exits import Interrupted, signals
+
+def fail():
+    raise IndexError("half built")
+
+os.register_at_fork(before=lambda: signal.raise_signal(signal.SIGINT))
+os.register_at_fork(after_in_parent=fail, after_in_child=fail)
+try:
+    with signals():
+        if os.fork() == 0:
+            os._exit(0)
+        time.sleep(60)
+except Interrupted:
+    print("interrupted")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("interrupted\n", "")
