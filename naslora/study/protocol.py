@@ -35,7 +35,7 @@ VALIDATION_FOLDS = 10
 
 
 class Fold(NamedTuple):
-    """Images that are tested together, by runs that have not seen them."""
+    """Test images, and the data of the runs that they test. None of these runs trains on them."""
 
     name: str
     """fold-1, ...; empty for the data's own test images."""
