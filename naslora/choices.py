@@ -11,6 +11,7 @@ Augment = Literal["none", "flip", "dihedral", "medical", "natural"]
 ClassLoss = Literal["pixel", "matching"]
 Format = Literal["onnx", "safetensors", "torch-export", "huggingface"]
 Part = Literal["model", "encoder"]
+Task = Literal["semantic", "promptable"]
 TileSize = Literal["auto"] | int
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet"]
 

@@ -29,6 +29,7 @@ from naslora.files import reading, replaced_file
 from naslora.locks import locked
 from naslora.report.pictures import class_colour, paint_bands
 from naslora.sam.export import ClassMap, load_class_map
+from naslora.sam.promptable import PROMPTS
 from naslora.sam.segmentation import labels_of
 from naslora.sam.shipped import NONE
 from naslora.settings import checked
@@ -252,6 +253,8 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: b
             config = resolve(RunConfig(data=data, model=own))
     else:
         model, config = load_model(path)
+        if config.task == "promptable":
+            raise UserError(f"{path} {PROMPTS}")
         model.to(make_accelerator(config.training).device)
 
         def class_map(images: Tensor) -> Tensor:

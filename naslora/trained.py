@@ -25,7 +25,7 @@ from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
 from naslora.sam.export import Description, export
-from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.promptable import AnySam
 from naslora.sam.shipped import NONE
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
@@ -33,7 +33,7 @@ from naslora.training.evaluation import evaluate
 from naslora.training.resolve import read_config, resolve
 from naslora.training.run_config import Resolution, RunConfig
 from naslora.training.run_data import calibration, check_with_progress, find_splits, make_dataset
-from naslora.training.run_model import build_frozen_model
+from naslora.training.run_model import build_frozen_model, build_run_model
 
 LEFT_OUT = "left_out.safetensors"
 
@@ -49,7 +49,7 @@ class MergeScores:
 # ---- Loading -------------------------------------------------------------------------------------
 
 
-def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
+def load_model(path: Path) -> tuple[AnySam, RunConfig]:
     """Loads the model of a run's folder, or of a folder that ``merge_run`` wrote.
 
     Returns:
@@ -75,13 +75,11 @@ def load_model(path: Path) -> tuple[SamForSegmentation, RunConfig]:
     return model.eval(), dataclasses.replace(config, data=data)
 
 
-def _load_merged(path: Path) -> tuple[SamForSegmentation, RunConfig]:
+def _load_merged(path: Path) -> tuple[AnySam, RunConfig]:
     stored = read_merged(path / MERGED_CONFIG)
     with reading(path / MERGED_CONFIG, "describes no merged model"):
         config = resolve(RunConfig.from_dict(stored.config))
-    own = config.model
-    size, attention = own.image_size, own.attention
-    model = build_model(own.name, size, config.data.num_classes, NONE, attention=attention)
+    model = build_run_model(config, NONE)
     load_merged(model, path)
     if (path / LEFT_OUT).exists():
         model.left_out = read_safetensors(path / LEFT_OUT)
@@ -123,7 +121,7 @@ def evaluate_run(
 
 
 def evaluate_model(
-    model: SamForSegmentation, config: RunConfig, samples: list[Sample], float32: bool = False
+    model: AnySam, config: RunConfig, samples: list[Sample], float32: bool = False
 ) -> SplitScores:
     """Loss and metrics of a run's model on some samples, as ``evaluate``.
 
@@ -215,6 +213,7 @@ def export_run(path: Path, file_format: Format, output: Path, part: Part = "mode
         part,
         config.data.crop,
         config.data.intensity,
+        config.task,
     )
     with locked(output, folder=False):
         export(model, held, file_format, output)

@@ -17,7 +17,7 @@ from naslora.data.images import Sample
 from naslora.errors import UserError
 from naslora.files import read_safetensors, write_tensors
 from naslora.records import read_rows
-from naslora.sam import prompts, vits
+from naslora.sam import promptable, vits
 from naslora.sam.export import Embedding
 from naslora.sam.segmentation import build_model
 
@@ -47,7 +47,7 @@ def photographs(tmp_path_factory):
 def settings(photographs, tmp_path):
     checkpoint = tmp_path / "teacher.safetensors"
     torch.manual_seed(1)
-    write_tensors(checkpoint, prompts.empty_sam("vit_b", SIZE).state_dict())
+    write_tensors(checkpoint, promptable.PromptableSam("vit_b", SIZE).state_dict())
     return distillation.Settings(
         checkpoint,
         photographs,

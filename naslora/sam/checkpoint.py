@@ -242,7 +242,7 @@ def _whole(state: dict[str, Tensor], left_out: dict[str, Tensor]) -> dict[str, T
     Raises:
         UserError: the model was not made from a SAM checkpoint.
     """
-    if not any(key.startswith("mask_decoder.iou_prediction_head.") for key in left_out):
+    if not any(key.startswith("mask_decoder.iou_prediction_head.") for key in (*state, *left_out)):
         raise UserError(
             "the model was not made from a SAM checkpoint, so SAM's IoU head is missing; export to "
             "onnx or torch-export"

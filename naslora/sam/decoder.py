@@ -12,6 +12,11 @@ EMBED_DIM = 256
 """Channels of SAM's image embedding."""
 
 
+def build_transformer() -> TwoWayTransformer:
+    """The transformer of SAM's mask decoder, with random weights."""
+    return TwoWayTransformer(depth=2, embedding_dim=EMBED_DIM, mlp_dim=2048, num_heads=8)
+
+
 class SegmentationDecoder(nn.Module):
     """SAM's mask decoder for semantic segmentation. Its parameters have SAM's names.
 
@@ -28,9 +33,7 @@ class SegmentationDecoder(nn.Module):
 
     def __init__(self, num_classes: int, num_tokens: int) -> None:
         super().__init__()
-        self.transformer = TwoWayTransformer(
-            depth=2, embedding_dim=EMBED_DIM, mlp_dim=2048, num_heads=8
-        )
+        self.transformer = build_transformer()
         self.iou_token = nn.Embedding(1, EMBED_DIM)
         self.mask_tokens = nn.Embedding(num_tokens, EMBED_DIM)
         self.output_upscaling = nn.Sequential(

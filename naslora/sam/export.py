@@ -22,7 +22,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from naslora.adapter.layer.modules import adapter_layers
-from naslora.choices import Format, Part
+from naslora.choices import Format, Part, Task
 from naslora.errors import UserError
 from naslora.files import (
     CHECKSUM,
@@ -39,6 +39,7 @@ from naslora.records import from_json
 from naslora.sam.checkpoint import CONFIG, WEIGHTS, huggingface_files, sam_state_dict
 from naslora.sam.encoders import LARGEST_IMAGE
 from naslora.sam.family import PATCH_SIZE
+from naslora.sam.promptable import PROMPTS, AnySam, PromptableSam
 from naslora.sam.segmentation import SamForSegmentation, build_model
 
 # ---- What a file contains ------------------------------------------------------------------------
@@ -75,6 +76,8 @@ class Description:
     images."""
     intensity: tuple[str, ...] | None = None
     """Scaling of images with more than 8 bits, as ``RunConfig.intensity``."""
+    task: Task = "semantic"
+    """As ``RunConfig.task``."""
 
 
 def text_of(description: Description) -> str:
@@ -117,11 +120,12 @@ class Embedding(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, model: SamForSegmentation) -> None:
+    def __init__(self, model: AnySam) -> None:
         super().__init__()
         self.encoder = model.image_encoder
-        self.register_buffer("pixel_mean", model.pixel_mean)
-        self.register_buffer("pixel_std", model.pixel_std)
+        scale = 255 if isinstance(model, PromptableSam) else 1  # it has SAM's own numbers
+        self.register_buffer("pixel_mean", model.pixel_mean / scale)
+        self.register_buffer("pixel_std", model.pixel_std / scale)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.encoder((images - self.pixel_mean) / self.pixel_std)
@@ -130,9 +134,7 @@ class Embedding(nn.Module):
 # ---- Writing -------------------------------------------------------------------------------------
 
 
-def export(
-    model: SamForSegmentation, description: Description, file_format: Format, path: Path
-) -> None:
+def export(model: AnySam, description: Description, file_format: Format, path: Path) -> None:
     """Writes a merged model to a file, atomically.
 
     For an ONNX model with more than ``MOST_BYTES`` of weights, two files are written one after the
@@ -161,14 +163,21 @@ def export(
     if file_format in ("huggingface", "safetensors"):
         _write_tensors(model, description, file_format, path)
         return
-    module = (Scores if description.part == "model" else Embedding)(model.cpu().float()).eval()
+    if description.part == "model" and isinstance(model, PromptableSam):
+        raise UserError(
+            "the model takes prompts, and a graph of it would take none; export it to safetensors "
+            "or huggingface, or its --part encoder"
+        )
+    module: nn.Module = (Scores if description.part == "model" else Embedding)(
+        model.cpu().float()
+    ).eval()
     with torch.no_grad():
         program = _traced(module, description.image_size)
         (_write_onnx if file_format == "onnx" else _write_program)(program, description, path)
 
 
 def _write_tensors(
-    model: SamForSegmentation, description: Description, file_format: Format, path: Path
+    model: AnySam, description: Description, file_format: Format, path: Path
 ) -> None:
     """Writes SAM's tensors: a file, or a folder that appears when all its files are written."""
     folder = file_format == "huggingface"
@@ -178,7 +187,9 @@ def _write_tensors(
         raise UserError("a SAM state dict contains the whole model; export the part 'model'")
     name, size = description.model, description.image_size
     with torch.device("meta"):
-        plain = SamForSegmentation(name, size, description.num_classes)
+        plain: nn.Module = PromptableSam(name, size)
+        if isinstance(model, SamForSegmentation):
+            plain = SamForSegmentation(name, size, description.num_classes)
     state, metadata = model.state_dict(), {KEY: text_of(description)}
     extra = sorted(state.keys() - plain.state_dict().keys())
     if extra:
@@ -309,6 +320,8 @@ def load_class_map(path: Path, trust: bool = False) -> tuple[ClassMap, Descripti
         compute, description = loaders[path.suffix](path)
         if description.part != "model":
             raise UserError(f"{path} holds only the image encoder, which predicts no masks")
+        if description.task == "promptable":
+            raise UserError(f"{path} {PROMPTS}")
 
     def class_map(images: Tensor) -> Tensor:
         expected = (len(images), description.num_classes, *images.shape[2:])

@@ -1,7 +1,10 @@
 """SAM for semantic segmentation: frozen encoder, constant prompts, trainable mask decoder."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from naslora.sam.families import find_family
 from naslora.sam.family import Family
 from naslora.sam.shipped import find_checkpoint
 
+Model = TypeVar("Model")
 # SAM's encoders expect images that are normalised by the mean and standard deviation of ImageNet.
 # The values are for images in [0, 1].
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -151,13 +155,26 @@ def build_model(
     Raises:
         UserError: as ``SamForSegmentation``, ``find_checkpoint`` and ``load_sam_checkpoint``.
     """
+    make = partial(SamForSegmentation, name, image_size, num_classes)
+    return made(make, name, checkpoint, seed, attention)
+
+
+def made(
+    make: Callable[[], Model],
+    name: str,
+    checkpoint: str | Path | None,
+    seed: int,
+    attention: Attention,
+) -> Model:
+    """The model that ``make`` builds, with the weights of a checkpoint. Arguments and errors as
+    ``build_model``."""
     path = find_checkpoint(name, checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SamForSegmentation(name, image_size, num_classes)
+        model: Any = make()
     if path is not None:
         model.left_out = load_sam_checkpoint(model, path, name)
-    if attention == "fused" and model.family.fuses:
+    if attention == "fused" and find_family(name).fuses:
         fuse_attention(model.image_encoder)
     return model
 

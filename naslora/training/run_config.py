@@ -8,12 +8,13 @@ import msgspec
 import tyro
 
 from naslora.adapter.layer.config import MethodConfig, NASLoRAConfig
+from naslora.choices import Task
 from naslora.data.datasets import DATASETS
 from naslora.data.tiles import LARGEST, SMALLEST
 from naslora.methods import METHODS, MethodName
 from naslora.metrics import METRICS
 from naslora.sam.attention import Attention
-from naslora.settings import Common, Seed, Settings, Share, checked
+from naslora.settings import Common, Count, Seed, Settings, Share, checked
 from naslora.training.train_config import TrainConfig
 
 Resolution = Literal["network", "original", "tiles"]
@@ -97,6 +98,20 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
+class PromptConfig(Settings):
+    """How prompts are simulated, for `--task promptable`."""
+
+    clicks: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
+    """Most prompts of an object in training: a point or a box, then corrections of the mask. Their
+    number is drawn for each batch."""
+    objects_per_image: Count = 8
+    """Most objects of an image that train at once, and that are scored. Training draws others in
+    every epoch."""
+    train_prompt_encoder: bool = False
+    """Train the prompt encoder, too."""
+
+
+@dataclass(frozen=True)
 class RunConfig(Settings):
     """Everything that decides a run's result.
 
@@ -106,6 +121,9 @@ class RunConfig(Settings):
     recipe: Common[str | None] = None
     """Source of the settings that are not given: a recipe that ships with naslora, such as
     `isic2017`, or a YAML file."""
+    task: Common[Task] = "semantic"
+    """`semantic` labels every pixel without prompts. `promptable` keeps SAM's prompts: it trains
+    masks of single objects from points and boxes."""
     seed: Seed = 0
     """Seed of every random number."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -116,6 +134,7 @@ class RunConfig(Settings):
     adapter: MethodConfig = field(default_factory=NASLoRAConfig)
     """The method's own configuration."""
     training: TrainConfig = field(default_factory=TrainConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
 
     @classmethod
     def from_dict(cls, values: Any) -> "RunConfig":

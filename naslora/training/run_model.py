@@ -7,14 +7,15 @@ from naslora.errors import UserError
 from naslora.methods import apply, trainable_parameters
 from naslora.results import ParameterCounts
 from naslora.sam.encoders import checkpoint_blocks
-from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.promptable import AnySam, build_promptable
+from naslora.sam.segmentation import build_model
 from naslora.training.resolve import checkpoint_of
 from naslora.training.run_config import RunConfig
 from naslora_kernels import available_backends
 from naslora_kernels.backends import ENVIRONMENT_VARIABLE
 
 
-def build_adapted_model(config: RunConfig) -> SamForSegmentation:
+def build_adapted_model(config: RunConfig) -> AnySam:
     """Builds the model of a run before training.
 
     Its encoder has the pre-trained weights, frozen, and a fresh adapter. Its decoder is trainable.
@@ -29,7 +30,7 @@ def build_adapted_model(config: RunConfig) -> SamForSegmentation:
     return model
 
 
-def build_frozen_model(config: RunConfig) -> SamForSegmentation:
+def build_frozen_model(config: RunConfig) -> AnySam:
     """Builds the model of a run without its adapter.
 
     Raises:
@@ -45,21 +46,26 @@ def build_frozen_model(config: RunConfig) -> SamForSegmentation:
                 f"backend {backend!r} cannot be used here: {reason}; choose one of {usable}, or "
                 "give none"
             )
-    return build_model(
-        config.model.name,
-        config.model.image_size,
-        config.data.num_classes,
-        checkpoint_of(config.model),
-        config.seed,
-        config.model.attention,
-    )
+    return build_run_model(config, checkpoint_of(config.model))
 
 
-def count_parameters(model: SamForSegmentation) -> ParameterCounts:
+def build_run_model(config: RunConfig, checkpoint: str | None) -> AnySam:
+    """Builds the model of a run's task with the weights of a checkpoint, as ``build_model``."""
+    own, size = config.model, config.model.image_size
+    if config.task == "semantic":
+        classes = config.data.num_classes
+        return build_model(own.name, size, classes, checkpoint, config.seed, own.attention)
+    model = build_promptable(own.name, size, checkpoint, config.seed, own.attention)
+    model.prompt_encoder.requires_grad_(config.prompts.train_prompt_encoder)
+    return model
+
+
+def count_parameters(model: AnySam) -> ParameterCounts:
     """Counts the parameters by part of the model."""
     architecture = sum(p.numel() for p in arch_parameters(model))
     adapter = sum(p.numel() for p in trainable_parameters(model)) - architecture
-    decoder = sum(p.numel() for p in model.mask_decoder.parameters())
+    parts = (model.mask_decoder, model.prompt_encoder)
+    decoder = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     frozen = everything - decoder - adapter - architecture
     return ParameterCounts(frozen, decoder, adapter, architecture)
