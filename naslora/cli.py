@@ -34,6 +34,7 @@ from naslora.locks import locked
 from naslora.methods import MethodName
 from naslora.records import to_json
 from naslora.results import REPORT, RunResult
+from naslora.sam.instance_config import InstanceConfig
 from naslora.sam.shipped import describe_shipped
 from naslora.study.design import Design
 from naslora.training.run_config import Resolution, RunConfig
@@ -41,6 +42,7 @@ from naslora_kernels import available_backends, build_info
 
 # Without a name, the headings of the help are those of the fields: "data options".
 Config = Annotated[RunConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
+Search = Annotated[InstanceConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
 Positional = tyro.conf.Positional
 OUTPUT = tyro.conf.arg(help="Folder for the results; new or empty.")
 RESUME = tyro.conf.arg(help="Continue the interrupted run in --output, with the same arguments.")
@@ -226,6 +228,7 @@ def predict(
     inputs: Annotated[
         tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
     ],
+    search: Search,
     output: Annotated[Path, tyro.conf.arg(help="Folder for masks and overlays.")],
     skip_errors: Annotated[
         bool,
@@ -250,15 +253,27 @@ def predict(
     overwrite: Annotated[
         bool, tyro.conf.arg(help="Replace masks and overlays that exist.")
     ] = False,
+    instances: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Find every object with a promptable model, or with SAM: write label images, in "
+            "which each object has its number, and instances.json, with their masks and scores."
+        ),
+    ] = False,
 ) -> None:
     """Segment images; write a mask and an overlay for each."""
-    from naslora import prediction
-
     errors: list[UserError] = []
     on_error = errors.append if skip_errors else None
-    written = prediction.predict_run(
-        path, inputs, output, on_error, tiles, overlap, trust, overwrite
-    )
+    if instances:
+        from naslora.instances import predict_instances
+
+        if tiles is not None:
+            raise UserError("--instances searches large images by --crops, not by --tiles")
+        written = predict_instances(path, inputs, output, search, on_error, overwrite)
+    else:
+        from naslora.prediction import predict_run
+
+        written = predict_run(path, inputs, output, on_error, tiles, overlap, trust, overwrite)
     print(f"wrote {len(written)} masks and overlays to {output}")
     for error in errors:
         print(f"naslora: skipped: {one_line(str(error))}", file=sys.stderr)

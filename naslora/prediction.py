@@ -40,8 +40,9 @@ from naslora.training.run_config import DataConfig, ModelConfig, Pixels, RunConf
 from naslora.training.run_data import check_with_progress, scaling_of, tiles_of
 
 ENDINGS = "_mask.png", "_overlay.png", "_mask.tif"
-_SOFTWARE = "naslora predict"
-"""The program's name in the files that ``predict_run`` writes, by which it knows them."""
+INSTANCE_ENDINGS = "_instances.png", "_overlay.png"
+SOFTWARE = "naslora predict"
+"""The program's name in the files that are written, by which it knows them."""
 _SOFTWARE_TAG = 305
 """The tag of a TIFF file that holds it."""
 
@@ -102,8 +103,8 @@ def predict_run(
             have the same name, a mask or an overlay would overwrite an input, or exists without
             ``overwrite``, or the tiles are out of range.
     """
-    images = _find_images(inputs)
-    _check_targets(images, output, overwrite)
+    images = find_images(inputs)
+    check_targets(images, output, overwrite)
     if tiles is not None:
         checked("tiles", SMALLEST if tiles == "auto" else tiles, Pixels)
         checked("overlap", overlap, Overlap)
@@ -132,7 +133,7 @@ def _predict(
                 raise
             on_error(error)
             continue
-        mask, overlay, geotiff = _targets(sample.image, output)
+        mask, overlay, geotiff = targets_of(sample.image, output)
         foreground = np.uint8(255 if config.data.num_classes == 1 else 1)
         with replaced_file(mask) as file:
             colours = None if foreground > 1 else [(0, 0, 0), *map(class_colour, range(1, 256))]
@@ -179,7 +180,7 @@ def write_png(
                 )
                 if palette is not None:
                     write_chunk(b"PLTE", np.array(palette, np.uint8).tobytes())
-                write_chunk(b"tEXt", f"Software\0{_SOFTWARE}".encode())
+                write_chunk(b"tEXt", f"Software\0{SOFTWARE}".encode())
                 above = np.zeros_like(rows[:1])
             # The filter 2 of each row: its difference to the row above. On photographs the file is
             # as small as with a choice of filters, within 4 %.
@@ -201,7 +202,7 @@ def write_geotiff(path: Path, mask: np.ndarray, georeference: GeoTags) -> None:
         photometric="minisblack",
         compression="zlib",
         metadata=None,
-        software=_SOFTWARE,
+        software=SOFTWARE,
         extratags=georeference,
     )
 
@@ -269,7 +270,7 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: b
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def _find_images(inputs: Sequence[Path]) -> list[Path]:
+def find_images(inputs: Sequence[Path]) -> list[Path]:
     if not inputs:
         raise UserError("there is nothing to segment: give at least one IMAGE, a file or a folder")
     missing = [str(item) for item in inputs if not item.exists()]
@@ -292,27 +293,29 @@ def _find_images(inputs: Sequence[Path]) -> list[Path]:
 
 def _is_own(image: Path) -> bool:
     """Returns whether ``predict_run`` wrote a file."""
-    if not image.name.endswith(ENDINGS):
+    if not image.name.endswith((*ENDINGS, *INSTANCE_ENDINGS)):
         return False
     try:
         with large_images(), open_image(image) as opened:
             tags = getattr(opened, "tag_v2", {})  # of TIFF files
-            return _SOFTWARE in (opened.info.get("Software"), tags.get(_SOFTWARE_TAG))
+            return SOFTWARE in (opened.info.get("Software"), tags.get(_SOFTWARE_TAG))
     except Exception:  # Pillow raises many kinds; the check of the images reports it
         return False
 
 
-def _targets(image: Path, output: Path) -> list[Path]:
+def targets_of(image: Path, output: Path, endings: Sequence[str] = ENDINGS) -> list[Path]:
     """The files that may be written for an image: mask, overlay and georeferenced mask."""
-    return [output / f"{image.stem}{ending}" for ending in ENDINGS]
+    return [output / f"{image.stem}{ending}" for ending in endings]
 
 
-def _check_targets(images: Sequence[Path], output: Path, overwrite: bool) -> None:
+def check_targets(
+    images: Sequence[Path], output: Path, overwrite: bool, endings: Sequence[str] = ENDINGS
+) -> None:
     """Refuses to overwrite an input, and without ``overwrite`` any file."""
     resolved = {image.resolve() for image in images}
     existing = []
     for image in images:
-        for target in _targets(image, output):
+        for target in targets_of(image, output, endings):
             if target.resolve() in resolved:
                 raise UserError(
                     f"{target} is an input, and the prediction for {image} would overwrite it; "

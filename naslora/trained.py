@@ -13,29 +13,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from segment_anything import SamPredictor
+
 from naslora.adapter.io.merged_files import MERGED_CONFIG, load_merged, read_merged, write_merged
 from naslora.adapter.merging.report import MergeMode, MergeReport
 from naslora.choices import CALIBRATION_IMAGES, Format, Part
 from naslora.data.contents import warnings_about
 from naslora.data.images import Sample
+from naslora.data.picture import Intensity, parse_intensity
 from naslora.errors import UserError, warn
-from naslora.files import read_safetensors, reading, replaced_folder, write_tensors
+from naslora.files import (
+    read_metadata,
+    read_safetensors,
+    reading,
+    replaced_folder,
+    write_tensors,
+)
 from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
-from naslora.sam.export import Description, export
-from naslora.sam.promptable import AnySam
-from naslora.sam.shipped import NONE
+from naslora.sam.checkpoint import LARGE_IMAGE, find_model
+from naslora.sam.export import KEY, Description, export, read_description
+from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.sam.prompts import build_predictor
+from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.evaluation import evaluate
 from naslora.training.resolve import read_config, resolve
 from naslora.training.run_config import Resolution, RunConfig
-from naslora.training.run_data import calibration, check_with_progress, find_splits, make_dataset
+from naslora.training.run_data import (
+    calibration,
+    check_with_progress,
+    find_splits,
+    make_dataset,
+    scaling_of,
+)
 from naslora.training.run_model import build_frozen_model, build_run_model
 
 LEFT_OUT = "left_out.safetensors"
+SEMANTIC = "is a semantic model, which takes no prompts; train with --task promptable"
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,51 @@ def _load_merged(path: Path) -> tuple[AnySam, RunConfig]:
     if (path / LEFT_OUT).exists():
         model.left_out = read_safetensors(path / LEFT_OUT)
     return model, config
+
+
+def load_predictor(
+    path: Path, image_size: int | None = None
+) -> tuple[SamPredictor, Intensity | None]:
+    """Loads a model that takes prompts, as ``build_predictor``, on the GPU if there is one.
+
+    Args:
+        path: the folder of a promptable run or of its merged model, a file that ``export_run``
+            wrote as safetensors, a checkpoint of SAM, or the name of a model whose weights are in
+            the package.
+        image_size: side of the images in pixels, for what does not say it: a checkpoint or a name.
+            None is 256 for ``vit_t``, 1024 for the others.
+
+    Returns:
+        The predictor, and the scaling of images of more than 8 bits.
+
+    Raises:
+        UserError: as ``load_model`` and ``build_predictor``; the model takes no prompts, or is not
+            known.
+    """
+    intensity = None
+    if path.is_dir():
+        model, config = load_model(path)
+        if not isinstance(model, PromptableSam):
+            raise UserError(f"{path} {SEMANTIC}")
+        predictor, intensity = build_predictor(model), scaling_of(config)
+    elif not path.exists() and shipped_file(str(path)) is not None:
+        predictor = build_predictor(str(path), image_size or SHIPPED_SIZE)
+    else:
+        with reading(path):
+            text = read_metadata(path).get(KEY) if path.suffix == ".safetensors" else None
+            if text is not None:
+                held = read_description(text)
+                if held.task == "semantic":
+                    raise UserError(f"{path} {SEMANTIC}")
+                image_size = held.image_size
+                intensity = None if held.intensity is None else parse_intensity(held.intensity)
+            name = find_model(path) if text is None else held.model
+            if name is None:
+                raise UserError("it is no checkpoint of SAM that is known")
+            size = SHIPPED_SIZE if shipped_file(name) else LARGE_IMAGE
+            predictor = build_predictor(name, image_size or size, path)
+    predictor.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return predictor, intensity
 
 
 # ---- Evaluating ----------------------------------------------------------------------------------

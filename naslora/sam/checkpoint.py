@@ -4,6 +4,7 @@ A checkpoint is an official file, the same tensors as ``.safetensors``, or a fol
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +114,40 @@ def _under_our_names(stored: Tensors, family: Family) -> dict[str, Tensor] | Non
 
 def _made_for(stored: Tensors, name: str) -> str | None:
     """Says which other model than ``name`` the checkpoint was made for; None if it is not known."""
+    for family, other in _fitting(stored):
+        if other != name:
+            about = f"is {family.title} ({other}), and --model says {name}"
+            return f"{about}; choose --model {other}"
+    return None
+
+
+def find_model(path: Path) -> str | None:
+    """The name of the model that a checkpoint was made for; None if it is not known.
+
+    Raises:
+        UserError: as ``read_checkpoint``.
+    """
+    return next((name for _, name in _fitting(read_checkpoint(path))), None)
+
+
+def _fitting(stored: Tensors) -> Iterator[tuple[Family, str]]:
+    """The models whose encoders have the tensors of a checkpoint."""
     for family in FAMILIES:
         tensors = _under_our_names(stored, family)
         if tensors is None or not family.has_marks(stored.keys()):
             continue
         blocks = {key for key in tensors if _ENCODER_BLOCK.match(key)}
-        for other in family.models:
+        for name in family.models:
             with torch.device("meta"):
-                encoder = family.build_encoder(other, LARGE_IMAGE)
+                encoder = family.build_encoder(name, LARGE_IMAGE)
             own = {f"image_encoder.{key}": value for key, value in encoder.state_dict().items()}
             fits = all(
                 _RESIZED.search(key) or (key in tensors and tensors[key].shape == value.shape)
                 for key, value in own.items()
                 if not _OPTIONAL.search(key)
             )
-            if fits and blocks <= own.keys() and other != name:
-                about = f"is {family.title} ({other}), and --model says {name}"
-                return f"{about}; choose --model {other}"
-    return None
+            if fits and blocks <= own.keys():
+                yield family, name
 
 
 def _fit(key: str, value: Tensor, state: dict[str, Tensor]) -> Tensor:

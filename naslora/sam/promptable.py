@@ -20,7 +20,10 @@ from naslora.sam.vits import VITS
 PROMPTED = (*VITS, "mobile_sam")
 """The models with SAM's own mask decoder."""
 
-PROMPTS = "takes prompts: naslora.sam.prompts.build_predictor gives its masks of points and boxes"
+PROMPTS = (
+    "takes prompts: give predict --instances to find its objects; "
+    "naslora.sam.prompts.build_predictor gives its masks of points and boxes"
+)
 """Why a promptable model does not label whole images."""
 
 

@@ -1,0 +1,124 @@
+"""Objects found without prompts from a user: label images, COCO files, scores; what is refused."""
+
+import json
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZE
+from PIL import Image
+from pycocotools import mask as coco
+from safetensors.torch import save_file
+
+from naslora.instances import Instance, label_image, predict_instances
+from naslora.prediction import find_images
+from naslora.sam.instance_config import InstanceConfig
+from naslora.sam.promptable import PromptableSam
+from naslora.trained import load_predictor
+
+
+@pytest.fixture
+def checkpoint(tiny_sam, tmp_path):
+    """A SAM with random weights; ``vit_t`` has no other."""
+    path = tmp_path / "sam.safetensors"
+    save_file(PromptableSam("vit_t", SIZE).state_dict(), path)
+    return path
+
+
+def instance(mask: np.ndarray, score: float) -> Instance:
+    runs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return Instance({"size": list(mask.shape), "counts": runs["counts"].decode()}, score)
+
+
+def test_a_pixel_belongs_to_the_best_object_and_many_take_16_bits():
+    rows, columns = np.mgrid[:20, :30]
+    best, half, little = columns < 10, columns < 20, (columns < 12) & (rows < 5)
+    labels = label_image([instance(m, 1) for m in (best, half, little)], (20, 30))
+    assert labels.dtype == np.uint8
+    expected = np.where(columns < 10, 1, np.where(columns < 20, 2, 0))
+    assert np.array_equal(labels, expected)  # ``little`` keeps a sixth of its pixels
+    single = [instance((rows == y) & (columns == x), 1) for y in range(20) for x in range(30)]
+    many = label_image(single, (20, 30))
+    assert many.dtype == np.uint16 and many.max() == 600
+    assert not label_image([], (20, 30)).any()
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory):
+    """Two images with two bright discs each, and the discs of both, (2, H, W) bool."""
+    folder = tmp_path_factory.mktemp("images")
+    rows, columns = np.mgrid[:96, :144]
+    masks = np.stack([np.hypot(rows - 46, columns - x) < 20 for x in (40, 105)])
+    for name in ("a", "b"):
+        noise = np.random.default_rng(ord(name)).integers(0, 30, (96, 144, 3))
+        pixels = noise + 40 + 150 * masks.any(0)[..., None]
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}.png")
+    return folder, masks
+
+
+def test_files_hold_the_same_objects(naslora, discs, tmp_path):
+    """With the weights in the package, which find what a disc is."""
+    images, truth = shutil.copytree(discs[0], tmp_path / "images"), discs[1]
+    output = tmp_path / "output"
+    options = shlex.split("--instances --points-per-side 8 --min-iou 0.6 --min-stability 0.7")
+    command = ("predict", "vit_t", images, "--output", output, *options)
+    result = naslora(*command)
+    assert result.status == 0 and "wrote 2 masks" in result.out, result.err
+    content = json.loads((output / "instances.json").read_text())
+    assert [one["file_name"] for one in content["images"]] == ["a.png", "b.png"]
+    assert {(one["height"], one["width"]) for one in content["images"]} == {(96, 144)}
+    assert content["categories"] == [{"id": 1, "name": "object"}]
+    count = len(content["annotations"])
+    assert [one["id"] for one in content["annotations"]] == [*range(1, 1 + count)]
+    for image in content["images"]:
+        own = [one for one in content["annotations"] if one["image_id"] == image["id"]]
+        scores = [one["score"] for one in own]
+        assert scores == sorted(scores, reverse=True)
+        found = [Instance(one["segmentation"], one["score"]) for one in own]
+        assert all(one["area"] == f.mask().sum() > 0 for one, f in zip(own, found, strict=True))
+        for disc in truth:
+            masks = [instance.mask() for instance in found]
+            assert max((m & disc).sum() / (m | disc).sum() for m in masks) > 0.8
+        labels = np.asarray(Image.open(output / f"{image['file_name'][0]}_instances.png"))
+        assert np.array_equal(labels, label_image(found, (96, 144)))
+        assert Image.open(output / f"{image['file_name'][0]}_overlay.png").size == (144, 96)
+    again = naslora(*command)
+    assert again.status == 2 and "give --overwrite" in again.err
+    # What an earlier call wrote into the folder of the images is no image.
+    for file in output.glob("*.png"):
+        shutil.copy(file, images)
+    assert len(find_images([images])) == 2
+
+
+@pytest.mark.parametrize("options, words", [
+    (("--tiles", "auto"), "--instances searches large images by --crops"),
+    (("--points-per-side", "0"), "points_per_side: expected int >= 1"),
+])  # fmt: skip
+def test_options_are_checked(naslora, checkpoint, clean_data, tmp_path, options, words):
+    command = ("predict", checkpoint, clean_data / "images", "--instances")
+    result = naslora(*command, "--output", tmp_path / "output", *options)
+    assert result.status == 2 and words in result.err and result.err.count("\n") == 1
+
+
+def test_images_without_objects_have_empty_files(checkpoint, tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "black.png")
+    none = InstanceConfig(points_per_side=2, min_iou=1)
+    (path,) = predict_instances(checkpoint, [tmp_path / "black.png"], tmp_path / "out", none)
+    assert not np.asarray(Image.open(path)).any()
+    assert json.loads((tmp_path / "out" / "instances.json").read_text())["annotations"] == []
+
+
+def test_models_that_take_no_prompts_are_refused(naslora, run, clean_data, tmp_path):
+    command = ("predict", run, clean_data / "images", "--instances", "--output", tmp_path / "out")
+    result = naslora(*command)
+    assert result.status == 2 and "train with --task promptable" in result.err
+    save_file({"image_encoder.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    result = naslora(command[0], tmp_path / "other.safetensors", *command[2:])
+    assert result.status == 2 and "no checkpoint of SAM that is known" in result.err
+
+
+def test_the_model_of_a_checkpoint_is_found(checkpoint):
+    predictor, intensity = load_predictor(checkpoint, SIZE)
+    assert predictor.model.image_encoder.img_size == SIZE and intensity is None
