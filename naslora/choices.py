@@ -9,7 +9,9 @@ AblationName = Literal["operations", "rank", "blocks", "alpha-start", "channel-r
 Augment = Literal["none", "flip", "dihedral", "medical", "natural"]
 """Which changes training images get. docs/data.md lists them with their strengths."""
 ClassLoss = Literal["pixel", "matching"]
-Format = Literal["onnx", "safetensors", "torch-export", "huggingface"]
+Tool = Literal["x-anylabeling", "samexporter"]
+"""Annotation tools that read a model as two ONNX graphs."""
+Format = Literal["onnx", "safetensors", "torch-export", "huggingface"] | Tool
 Part = Literal["model", "encoder"]
 Task = Literal["semantic", "promptable"]
 TileSize = Literal["auto"] | int

@@ -315,14 +315,15 @@ def export(
         Path, Positional, tyro.conf.arg(metavar="MERGED", help="Folder of a merged model.")
     ],
     output: Annotated[
-        Path, tyro.conf.arg(help="The file: .onnx, .safetensors or .pt2; for huggingface a folder.")
+        Path, tyro.conf.arg(help="The file: .onnx, .safetensors or .pt2; for others a folder.")
     ],
     format: Annotated[
         Format,
         tyro.conf.arg(
             help="onnx, torch-export: images to class scores. safetensors: the state dict that the "
-            "model's original code loads. huggingface: the folder that transformers loads. The "
-            "last two need a model merged with center or calibrated."
+            "model's original code loads. huggingface: the folder that transformers loads. These "
+            "two need a model merged with center or calibrated. x-anylabeling, samexporter: a "
+            "folder with SAM's encoder and its decoder of prompts, for annotation tools."
         ),
     ] = "onnx",
     part: Annotated[

@@ -11,14 +11,14 @@ import dataclasses
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from segment_anything import SamPredictor
 
 from naslora.adapter.io.merged_files import MERGED_CONFIG, load_merged, read_merged, write_merged
 from naslora.adapter.merging.report import MergeMode, MergeReport
-from naslora.choices import CALIBRATION_IMAGES, Format, Part
+from naslora.choices import CALIBRATION_IMAGES, Format, Part, Tool
 from naslora.data.contents import warnings_about
 from naslora.data.images import Sample
 from naslora.data.picture import Intensity, parse_intensity
@@ -35,7 +35,8 @@ from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
 from naslora.sam.checkpoint import LARGE_IMAGE, find_model
-from naslora.sam.export import KEY, Description, export, read_description
+from naslora.sam.export import KEY, Description, check_new, export, read_description
+from naslora.sam.prompt_graphs import export_prompts
 from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.sam.prompts import build_predictor
 from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_file
@@ -233,8 +234,7 @@ def merge_run(
     checked("max_error", max_error, Rate | None)
     checked("images", images, Count)
     with locked(output, folder=False):
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"{output} exists and is not empty; choose another --output")
+        check_new(output)
         model, config = load_model(path)
         check_merges(model)
         splits = find_splits(config)
@@ -259,14 +259,20 @@ def export_run(path: Path, file_format: Format, output: Path, part: Part = "mode
     """Writes a merged model for another runtime, as ``naslora.sam.export.export``.
 
     Args:
-        path: a merged model's folder, or that of a run without anything to merge.
-        file_format: onnx, safetensors or torch-export.
-        output: the file.
+        path: a merged model's folder, or that of a run without anything to merge. For annotation
+            tools whatever ``load_predictor`` takes.
+        file_format: what to write: a file, or a folder for Hugging Face and for annotation tools.
+        output: the file or the folder.
         part: "model", images to class scores, or "encoder", images to SAM's image embedding.
 
     Raises:
-        UserError: as ``load_model`` and ``export``.
+        UserError: as ``load_model`` and ``export``, or ``load_predictor`` and ``export_prompts``.
     """
+    if file_format in get_args(Tool):
+        predictor, _ = load_predictor(path)
+        with locked(output, folder=False):
+            export_prompts(cast(PromptableSam, predictor.model), cast(Tool, file_format), output)
+        return
     model, config = load_model(path)
     names = config.data.class_names
     held = Description(

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -155,9 +155,7 @@ def export(model: AnySam, description: Description, file_format: Format, path: P
         UserError: the model has adapters, the format cannot store the model, the suffix is wrong,
             the folder is not empty, or a package is missing.
     """
-    adapted = next(adapter_layers(model), None)
-    if adapted is not None:
-        raise UserError(f"the model is not merged: {adapted[0]} has an adapter; merge it first")
+    check_merged(model)
     if file_format != "huggingface" and path.suffix != SUFFIXES[file_format]:
         raise UserError(f"{path} must end in {SUFFIXES[file_format]} for format {file_format}")
     if file_format in ("huggingface", "safetensors"):
@@ -173,7 +171,27 @@ def export(model: AnySam, description: Description, file_format: Format, path: P
     ).eval()
     with torch.no_grad():
         program = _traced(module, description.image_size)
-        (_write_onnx if file_format == "onnx" else _write_program)(program, description, path)
+    if file_format == "torch-export":
+        _write_program(program, description, path)
+        return
+    outputs = ["scores"]
+    if description.part == "encoder":
+        further = range(1, len(program.graph_signature.user_outputs))
+        outputs = ["embedding", *(f"features_{i}" for i in further)]
+    write_onnx(program, description, path, ["images"], outputs)
+
+
+def check_merged(model: nn.Module) -> None:
+    """Refuses a model with adapters."""
+    adapted = next(adapter_layers(model), None)
+    if adapted is not None:
+        raise UserError(f"the model is not merged: {adapted[0]} has an adapter; merge it first")
+
+
+def check_new(folder: Path) -> None:
+    """Refuses a folder that is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; choose another --output")
 
 
 def _write_tensors(
@@ -181,8 +199,8 @@ def _write_tensors(
 ) -> None:
     """Writes SAM's tensors: a file, or a folder that appears when all its files are written."""
     folder = file_format == "huggingface"
-    if folder and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists and is not empty; choose another --output")
+    if folder:
+        check_new(path)
     if description.part == "encoder":
         raise UserError("a SAM state dict contains the whole model; export the part 'model'")
     name, size = description.model, description.image_size
@@ -213,9 +231,18 @@ def _traced(module: nn.Module, size: int) -> torch.export.ExportedProgram:
     return torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}})
 
 
-def _write_onnx(
-    program: torch.export.ExportedProgram, description: Description, path: Path
+def write_onnx(
+    program: torch.export.ExportedProgram,
+    description: Description,
+    path: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    versions: tuple[int, int] | None = None,
 ) -> None:
+    """Writes a program to an ONNX file, as ``export``.
+
+    ``versions`` are those of the operators and of the format; None takes PyTorch's own.
+    """
     try:  # optional packages
         import onnx
         import onnxscript  # noqa: F401  # which torch.onnx.export needs
@@ -223,13 +250,13 @@ def _write_onnx(
         raise UserError(
             "exporting to ONNX needs more libraries; run pip install onnx onnxscript"
         ) from error
-    outputs = ["scores"]
-    if description.part == "encoder":
-        further = range(1, len(program.graph_signature.user_outputs))
-        outputs = ["embedding", *(f"features_{i}" for i in further)]
-    with _quiet():
+    with quiet():
         converted = torch.onnx.export(
-            program, dynamo=True, input_names=["images"], output_names=outputs
+            program,
+            dynamo=True,
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=versions[0] if versions else None,
         )
     assert converted is not None  # it is None without dynamo only
     converted.model.metadata_props[KEY] = text_of(description)
@@ -239,6 +266,7 @@ def _write_onnx(
         graph, data = Path(folder, path.name), Path(folder, f"{path.name}.data")
         converted.save(graph, external_data=size > MOST_BYTES)
         model = onnx.load(graph, load_external_data=False)
+        model.ir_version = versions[1] if versions else model.ir_version
         model.metadata_props.add(key=CHECKSUM, value=_checksum(model, data))
         onnx.save(model, temporary)
         if data.exists():
@@ -264,14 +292,14 @@ def _write_program(
     program: torch.export.ExportedProgram, description: Description, path: Path
 ) -> None:
     buffer = io.BytesIO()  # torch.export.save refuses the temporary file's suffix
-    with _quiet():
+    with quiet():
         torch.export.save(program, buffer, extra_files={KEY: text_of(description)})
     with replaced_file(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hides progress and the warnings of other packages, some of which hold tracebacks."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
     levels = [logger.level for logger in loggers]
@@ -316,7 +344,7 @@ def load_class_map(path: Path, trust: bool = False) -> tuple[ClassMap, Descripti
             f"{path} may hold code, which PyTorch runs when it loads a .pt2 file: give --trust if "
             "you know who made it, or take the model's folder, .onnx or .safetensors file"
         )
-    with reading(path), _quiet():
+    with reading(path), quiet():
         compute, description = loaders[path.suffix](path)
         if description.part != "model":
             raise UserError(f"{path} holds only the image encoder, which predicts no masks")
