@@ -13,6 +13,7 @@ Tool = Literal["x-anylabeling", "samexporter"]
 """Annotation tools that read a model as two ONNX graphs."""
 Format = Literal["onnx", "safetensors", "torch-export", "huggingface"] | Tool
 Part = Literal["model", "encoder"]
+ObjectSource = Literal["components", "numbers"]
 Task = Literal["semantic", "promptable"]
 TileSize = Literal["auto"] | int
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet"]

@@ -127,6 +127,8 @@ class SplitScores:
     """Size at which ``metrics`` were taken, in words."""
     groups: dict[str, GroupScores] | None = field(default=None, metadata=OPTIONAL)
     images: int | None = field(default=None, metadata=OPTIONAL)
+    click_iou: list[float] | None = field(default=None, metadata=OPTIONAL)
+    """Mean IoU after one click, two, and so on, of a promptable model."""
     image_dice: list[float | None] | None = field(
         default=None, compare=False, repr=False, metadata=UNSTORED
     )
@@ -176,6 +178,8 @@ class RunResult:
 
     test: SplitScores | None = field(default=None, metadata=OPTIONAL)
     val: SplitScores | None = field(default=None, metadata=OPTIONAL)
+    untouched: SplitScores | None = field(default=None, metadata=OPTIONAL)
+    """Test scores of a promptable model before training."""
     test_last: SplitScores | None = field(default=None, metadata=OPTIONAL)
     """Test scores of the last step's weights, where the kept ones are averages (``ema``)."""
     kept_epoch: int | None = field(default=None, metadata=OPTIONAL)

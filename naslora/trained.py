@@ -19,7 +19,6 @@ from segment_anything import SamPredictor
 from naslora.adapter.io.merged_files import MERGED_CONFIG, load_merged, read_merged, write_merged
 from naslora.adapter.merging.report import MergeMode, MergeReport
 from naslora.choices import CALIBRATION_IMAGES, Format, Part, Tool
-from naslora.data.contents import warnings_about
 from naslora.data.images import Sample
 from naslora.data.picture import Intensity, parse_intensity
 from naslora.errors import UserError, warn
@@ -42,7 +41,7 @@ from naslora.sam.prompts import build_predictor
 from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
-from naslora.training.evaluation import evaluate
+from naslora.training.clicks import score_run
 from naslora.training.resolve import read_config, resolve
 from naslora.training.run_config import Resolution, RunConfig
 from naslora.training.run_data import (
@@ -51,6 +50,7 @@ from naslora.training.run_data import (
     find_splits,
     make_dataset,
     scaling_of,
+    warn_of_contents,
 )
 from naslora.training.run_model import build_frozen_model, build_run_model
 
@@ -178,8 +178,7 @@ def evaluate_run(
     if split not in splits:
         raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
     samples = splits[split]
-    for warning in warnings_about({split: check_with_progress(samples, config)}):
-        warn(warning)
+    warn_of_contents({split: check_with_progress(samples, config)}, config)
     merged = (path / MERGED_CONFIG).exists()
     scores = evaluate_model(model, config, samples, float32=merged)
     return dataclasses.replace(scores, images=len(samples))
@@ -194,7 +193,7 @@ def evaluate_model(
     """
     accelerator = make_accelerator(config.training)
     with in_float32(accelerator) if float32 else nullcontext():
-        return evaluate(
+        return score_run(
             model.to(accelerator.device),
             make_dataset(config, samples, "scored", truth=config.data.resolution == "original"),
             accelerator,

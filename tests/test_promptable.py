@@ -1,35 +1,301 @@
-"""SAM that keeps its prompts: training, scores by clicks, and that it stays SAM."""
+"""SAM that keeps its prompts: objects, training, scores by clicks, and that it stays SAM."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, error_of
-from segment_anything import SamPredictor
+from conftest import SIZE, TRAIN, error_of
+from PIL import Image
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
+from naslora.data.images import Annotation, Sample
+from naslora.data.masks import IGNORED
+from naslora.data.objects import choose_objects, components, count_objects, numbered
+from naslora.data.regions import Drawing, Instance, draw_objects
+from naslora.files import read_safetensors
 from naslora.sam import prompts
 from naslora.sam.promptable import PROMPTED, PromptableSam, build_promptable
+from naslora.trained import load_model
+from naslora.training.interactive import InteractiveLoss, objects_of
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 
-def test_it_is_segment_anything(tmp_path):
+@pytest.fixture(scope="module")
+def run(naslora, tiny_sam, tmp_path_factory):
+    """A finished run on squares, two in each image; tests only read it."""
+    root = tmp_path_factory.mktemp("promptable")
+    write_squares(root / "data")
+    command = ("train", "--task", "promptable", "--data", root / "data", *TRAIN)
+    result = naslora(*command, "--clicks", "3", "--train-prompt-encoder", "--output", root / "run")
+    assert result.status == 0, result.err
+    return root / "run"
+
+
+def write_squares(root: Path, values=(7, 300), size=SIZE) -> Path:
+    """Images with two bright squares, and label images of 16 bits."""
+    (root / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in {"train": 4, "val": 2, "test": 2}.items():
+        lines = ["image,label"]
+        for i in range(count):
+            mask = np.zeros((size, size), np.uint16)
+            for value, left in zip(values, (2, size // 2 + 2), strict=True):
+                top = rng.integers(2, size - 12)
+                mask[top : top + 9, left : left + 9] = value
+            image = 180 * (mask > 0)[..., None] + rng.integers(0, 50, (size, size, 3))
+            Image.fromarray(image.astype(np.uint8)).save(root / f"images/{split}{i}.png")
+            Image.fromarray(255 * (mask > 0).astype(np.uint8)).save(root / f"{split}{i}.png")
+            Image.fromarray(mask).save(root / f"{split}{i}-numbers.png")
+            lines.append(f"images/{split}{i}.png,{split}{i}.png")
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+# --- Objects ---
+
+
+def test_components_are_numbered_by_class_and_no_object_is_ignored():
+    labels = np.array([[1, 0, 2, IGNORED], [0, 1, 2, 0], [3, 0, 0, 1]])
+    expected = [[1, 0, 3, IGNORED], [0, 1, 3, 0], [4, 0, 0, 2]]
+    assert components(labels).tolist() == expected
+    many = numbered(np.arange(301).reshape(7, 43))
+    assert IGNORED not in many and len(np.unique(many)) == 301 and many.max() == 301
+    assert error_of_value(np.arange(70_000)) == "it holds 69999 objects, more than 65000"
+
+
+def error_of_value(values):
+    with pytest.raises(ValueError) as caught:
+        numbered(values)
+    return str(caught.value)
+
+
+def test_objects_are_drawn_anew_in_each_epoch_and_are_not_too_small():
+    numbers = torch.zeros(64, 64, dtype=torch.int64)
+    for k in range(9):
+        numbers[7 * k : 7 * k + 4, :4] = k + 1
+    numbers[0, 0:1], numbers[:, 60] = 0, IGNORED  # the first has 15 pixels
+    assert count_objects(numbers.numpy())[:2] == (8, 1)
+    drawn = [choose_objects(numbers, 3, 0, epoch, 5) for epoch in range(4)]
+    assert torch.equal(drawn[0], choose_objects(numbers, 3, 0, 0, 5))
+    assert any(not torch.equal(drawn[0], other) for other in drawn)
+    for chosen in drawn:
+        assert chosen.unique().tolist() == [0, 1, 2, 3, IGNORED]
+        assert not chosen[:4, :4].any() and (chosen[:, 60] == IGNORED).all()
+
+
+def test_coco_instances_overlap_and_crowds_are_left_out():
+    import msgspec
+
+    def square(x, y, side, **more):
+        corners = [x, y, x + side, y, x + side, y + side, x, y + side]
+        return Instance(0, 0, [list(map(float, corners))], **more)
+
+    parts = [(1, square(2, 2, 4)), (2, square(0, 0, 10)), (1, square(12, 12, 3, iscrowd=1))]
+    drawn = draw_objects(msgspec.json.encode(Drawing(16, 16, [*parts, (0, parts[0][1])])), "a")
+    assert drawn.overlapping and drawn.crowds == 1
+    assert drawn.numbers[3, 3] == 2 and drawn.numbers[8, 8] == 1 and drawn.numbers.max() == 2
+    whole = Sample(Path("a.png"), Annotation(Path("a.json"), b""), "a.json")
+    assert whole.encoding == "labels"
+
+
+# --- The model ---
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("three", [False, True])
+def test_objects_of_several_images_are_decoded_as_sam_decodes_one(given, three):
+    torch.manual_seed(0)
     model = build_promptable("vit_t", SIZE, "none")
-    assert isinstance(model, Sam)
-    images = torch.rand(2, 3, SIZE, SIZE)
-    predictor = prompts.build_predictor(model)
-    assert isinstance(predictor, SamPredictor)
-    pixels = (255 * images[0]).round().byte()
-    predictor.set_image(pixels.permute(1, 2, 0).numpy())
-    ours = model(pixels[None] / 255)
-    assert torch.allclose(predictor.features, ours, atol=1e-5)
-    masks, _, _ = predictor.predict(np.array([[5, 9]]), np.array([1]))
-    assert masks.shape == (3, SIZE, SIZE)
+    embeddings, owners = torch.randn(2, 256, 2, 2), torch.tensor([0, 1, 1])
+    points, labels = SIZE * torch.rand(3, 2, 2), torch.tensor([[1, -1], [0, -1], [1, -1]])
+    low = torch.randn(3, 1, 8, 8) if given else None
+    wanted = slice(1, 4) if three else slice(0, 1)
+    ours = model.decode(embeddings, owners, points, labels, low, wanted)
+    for i, owner in enumerate(owners):
+        sparse, dense = model.prompt_encoder(
+            (points[i : i + 1, :1], labels[i : i + 1, :1]), None, None if low is None else low[[i]]
+        )
+        theirs = model.mask_decoder(
+            embeddings[owner][None], model.prompt_encoder.get_dense_pe(), sparse, dense, three
+        )
+        for own, other in zip(ours, theirs, strict=True):
+            # the order of products differs; float32
+            torch.testing.assert_close(own[i : i + 1], other, atol=2e-5, rtol=1e-5)
+
+
+def test_boxes_are_encoded_as_sam_encodes_them():
+    model = build_promptable("vit_t", SIZE, "none")
+    box = torch.tensor([[3.0, 4, 20, 30]])
+    ours = prompts_of(model, box.view(1, 2, 2), torch.tensor([[2, 3]]))
+    assert torch.equal(ours, model.prompt_encoder(None, box, None)[0])
+
+
+def prompts_of(model, points, labels):
+    from naslora.sam.objects import encode_points
+
+    return encode_points(model.prompt_encoder, points, labels)
 
 
 @pytest.mark.parametrize("name", ["sam_hq_b", "sam2.1_t"])
 def test_models_with_another_decoder_are_refused(name):
     message = error_of(PromptableSam, name, 64)
-    assert (
-        message.startswith(f"prompts work with {', '.join(PROMPTED)}") and "of its own" in message
+    assert f"prompts work with {', '.join(PROMPTED)}" in message and "of its own" in message
+
+
+# --- Training ---
+
+
+@pytest.mark.parametrize("clicks", [1, 3])
+def test_the_loss_trains_decoder_and_encoder_and_ignores_what_does_not_count(clicks):
+    torch.manual_seed(0)
+    model = build_promptable("vit_t", SIZE, "none")
+    embeddings = torch.randn(3, 256, 2, 2, requires_grad=True)
+    numbers = torch.zeros(3, SIZE, SIZE, dtype=torch.int64)
+    numbers[0, 4:14, 4:14], numbers[0, 20:28, 2:14], numbers[1, 5:25, 5:25] = 1, 2, 1
+    numbers[1, :, 28:] = IGNORED
+    loss = InteractiveLoss(model, 3, clicks=clicks)(embeddings, numbers)
+    loss.backward()
+    assert loss.isfinite() and loss > 0
+    assert embeddings.grad[0].any() and embeddings.grad[1].any() and not embeddings.grad[2].any()
+    head = model.mask_decoder.iou_prediction_head.layers[0].weight
+    assert head.grad.any() and all(p.grad is None for p in model.prompt_encoder.parameters())
+    empty = InteractiveLoss(model, 3)(embeddings, torch.zeros_like(numbers))
+    assert empty == 0 and empty.requires_grad
+    found = objects_of(numbers)
+    assert found.owners.tolist() == [0, 0, 1] and found.masks.sum((1, 2)).tolist() == [100, 96, 400]
+
+
+def test_a_run_has_scores_by_clicks_beside_the_untouched_model(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    for name in ("test", "untouched"):
+        scores = metrics[name]
+        assert len(scores["click_iou"]) == 8 and scores["iou"] == scores["click_iou"][0]
+        assert set(scores["metrics"]) >= {"IoU, 3 clicks", "Dice, box", "NoC 85%", "NoC 90%"}
+    assert metrics["untouched"] != metrics["test"] and set(metrics["test_merged"]) >= {"center"}
+    assert any("prompt_encoder" in key for key in read_safetensors(next(run.glob("adapter/*.s*"))))
+
+
+def test_a_run_resumes_to_the_same_bits(naslora, run, tmp_path):
+    command = ("train", "--task", "promptable", "--data", run.parent / "data", *TRAIN)
+    command = (*command, "--clicks", "3", "--train-prompt-encoder", "--output", tmp_path / "run")
+    from naslora.training import trainer
+
+    class Stop(Exception):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(trainer, "log", lambda *_: (_ for _ in ()).throw(Stop))
+        naslora(*command)
+    assert naslora(*command, "--resume").status == 0
+    ours, theirs = (read_safetensors(next(p.glob("adapter/*.s*"))) for p in (run, tmp_path / "run"))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+# --- It stays SAM ---
+
+
+def test_the_exported_model_is_sam(naslora, run, tmp_path):
+    merged, file = tmp_path / "merged", tmp_path / "sam.safetensors"
+    assert naslora("merge", run, "--mode", "center", "--output", merged).status == 0
+    result = naslora("export", merged, "--format", "safetensors", "--output", file)
+    assert result.status == 0, result.err
+    model, _ = load_model(merged)
+    theirs = plain_sam(model)
+    theirs.load_state_dict(read_safetensors(file))
+    image = np.asarray(Image.open(run.parent / "data/images/test0.png"))
+    found = []
+    for predictor in (SamPredictor(theirs), prompts.build_predictor(model)):
+        predictor.set_image(image)
+        point = {"point_coords": np.array([[6, 8]]), "point_labels": np.array([1])}
+        found.append(predictor.predict(**point, return_logits=True))
+    for own, other in zip(*found, strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-4)
+    options = {"points_per_side": 2, "pred_iou_thresh": -9, "stability_score_thresh": 0}
+    masks = [SamAutomaticMaskGenerator(sam, **options).generate(image) for sam in (theirs, model)]
+    assert len(masks[0]) == len(masks[1]) > 0
+    for own, other in zip(*masks, strict=True):
+        assert (own["segmentation"] == other["segmentation"]).all()
+    message = naslora("predict", file, run.parent / "data/images", "--output", tmp_path / "p").err
+    assert "takes prompts" in message
+    message = naslora("export", merged, "--output", tmp_path / "sam.onnx").err
+    assert "takes prompts" in message
+
+
+def plain_sam(model) -> Sam:
+    """A new SAM of segment_anything alone, with the sizes of a model."""
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder
+
+    from naslora.sam.decoder import build_transformer
+    from naslora.sam.families.sam import build_vit
+    from naslora.sam.vits import VITS
+
+    encoder = build_vit(VITS["vit_t"], SIZE)
+    assert type(encoder) is ImageEncoderViT
+    decoder = MaskDecoder(transformer_dim=256, transformer=build_transformer())
+    return Sam(encoder, PromptEncoder(256, (SIZE // 16,) * 2, (SIZE, SIZE), 16), decoder).eval()
+
+
+# --- What is refused, and what is said ---
+
+CASES = {
+    "tiles": (("--resolution", "tiles"), "resolution tiles needs --task semantic"),
+    "crop": (("--crop", "32"), "crop 32 needs --task semantic"),
+    "model": (("--model", "sam2.1_t", "--checkpoint", "none"), "prompts work with"),
+    "too many": (("--objects-per-image", "255"), "objects_per_image: expected int <= 254"),
+    "numbers": ((), "set --objects numbers if each object has its number"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings_that_do_not_fit_cost_a_line(case, naslora, run, tmp_path):
+    data = run.parent / "data"
+    if case == "numbers":
+        data = numbers_of(data, tmp_path)
+    options, expected = CASES[case]
+    command = ("train", "--task", "promptable", "--data", data, *TRAIN, *options)
+    result = naslora(*command, "--output", tmp_path / "o")
+    assert result.status == 2 and expected in result.err, result.err
+    assert not (tmp_path / "o" / "config.json").exists()
+
+
+def numbers_of(data: Path, folder: Path) -> Path:
+    """The same data with label images."""
+    for split in ("train", "val", "test"):
+        images = [line.split(",")[0] for line in (data / f"{split}.csv").read_text().splitlines()]
+        rows = [f"{data}/{image},{data}/{Path(image).stem}-numbers.png" for image in images[1:]]
+        (folder / f"{split}.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    return folder
+
+
+def test_label_images_of_16_bits_and_what_is_left_out(naslora, run, tmp_path):
+    data = numbers_of(run.parent / "data", tmp_path)
+    Image.new("I;16", (SIZE, SIZE)).save(tmp_path / "empty.png")
+    small = np.zeros((SIZE, SIZE), np.uint16)
+    small[0, 0], small[9:20, 9:20] = 9, 8
+    Image.fromarray(small).save(tmp_path / "small.png")
+    rows = (data / "train.csv").read_text().splitlines()
+    rows[1] = rows[1].split(",")[0] + ",empty.png"
+    rows[2] = rows[2].split(",")[0] + ",small.png"
+    (data / "train.csv").write_text("\n".join(rows) + "\n")
+    result = naslora(
+        *("train", "--task", "promptable", "--objects", "numbers", "--data", data, *TRAIN),
+        *("--epochs", "1", "--objects-per-image", "1", "--cache", tmp_path / "cache"),
+        *("--output", tmp_path / "run"),
     )
+    assert result.status == 0, result.err
+    for line in (
+        "1 of 8 images hold no object",
+        "1 of 14 objects are left out: they have fewer than 16 pixels at 32 x 32",
+        "an image has up to 2 objects; 1 of each are scored",
+    ):
+        assert line in result.err, result.err
+    for row in ("val", "test"):
+        lines = (data / f"{row}.csv").read_text().splitlines()
+        lines[1:] = [line.split(",")[0] + ",empty.png" for line in lines[1:]]
+        (data / f"{row}.csv").write_text("\n".join(lines) + "\n")
+    result = naslora("evaluate", tmp_path / "run")
+    assert result.status == 2 and "the split 'test' holds no object" in result.err

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Annotation, Sample
+from naslora.data.objects import Counts
 from naslora.data.picture import unreadable
 from naslora.errors import UserError, listing
 
@@ -37,6 +38,8 @@ class Content(NamedTuple):
     """Whether the mask has a pixel of another class than 0."""
     highest: int | None = None
     """The highest value of an image of 16 bits that ``--intensity`` does not scale."""
+    objects: Counts | None = None
+    """None if masks hold class indices."""
 
 
 Contents = Mapping[str, Sequence[Content]]
@@ -57,9 +60,9 @@ def read_contents(
     """
 
     def read(sample: Sample) -> Content:
-        foreground, highest = dataset.check(sample)
+        found = dataset.check(sample)
         mask = None if sample.mask is None else _digest(sample.mask, sample)
-        return Content(str(sample.image), _digest(sample.image, sample), mask, foreground, highest)
+        return Content(str(sample.image), _digest(sample.image, sample), mask, *found)
 
     contents: list[Content] = []
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:

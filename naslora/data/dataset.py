@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional as transforms
 
-from naslora.choices import Augment
+from naslora.choices import Augment, ObjectSource
 from naslora.data.augmentation import Augmentation, Crop, draw_window
 from naslora.data.cache import Cache
-from naslora.data.images import Sample, open_picture
-from naslora.data.masks import has_foreground, palette_codes, read_mask
+from naslora.data.images import Annotation, Sample, open_picture
+from naslora.data.masks import has_foreground, palette_codes, read_mask, read_numbers
+from naslora.data.objects import Counts, choose_objects, components, count_objects, numbered
 from naslora.data.picture import Intensity, Picture, unreadable
+from naslora.data.regions import draw_objects
 from naslora.data.sampling import FLIP, seeded_generator
 from naslora.data.tiles import Box, Tiles
 from naslora.errors import UserError
@@ -41,6 +43,18 @@ class Item(TypedDict, total=False):
     pixels: Tensor
     """(3, H, W) uint8 RGB at the size of the file, in place of ``image`` and ``mask``, of whole
     images."""
+
+
+class Checked(NamedTuple):
+    """What ``SegmentationDataset.check`` finds."""
+
+    foreground: bool
+    """Whether a pixel of the mask that counts has another label than 0."""
+    highest: int | None
+    """The highest value of an image of more than 8 bits, without ``intensity``; None for other
+    images, and for those of the cache."""
+    objects: Counts | None = None
+    """None for class indices."""
 
 
 @dataclass(eq=False)
@@ -76,6 +90,11 @@ class SegmentationDataset(Dataset[Item]):
     """Windows that are drawn anew in each epoch, in place of whole images; None for none."""
     intensity: Intensity | None = None
     """As in ``open_picture``."""
+    objects: ObjectSource | None = None
+    """What the objects of ``PromptConfig.objects`` are, if masks shall hold objects' numbers, as
+    ``choose_objects`` gives them; None for class indices."""
+    most_objects: int = 1
+    """Largest number of objects that an item has."""
     tiles: Tiles | None = None
     """How the images will be cut, if items shall hold images and masks at the size of their files;
     None for items of S x S pixels."""
@@ -119,6 +138,9 @@ class SegmentationDataset(Dataset[Item]):
         item["image"] = transforms.to_dtype(image, torch.float32, scale=True)
         if mask is not None:
             item["mask"] = mask.long()
+        if mask is not None and self.objects:
+            most = self.most_objects
+            item["mask"] = choose_objects(mask.long(), most, self.seed, epoch, index)
         if self.truth:
             item["truth"] = torch.from_numpy(self._mask(sample)).long()
         return item
@@ -150,35 +172,43 @@ class SegmentationDataset(Dataset[Item]):
             except OSError as error:
                 raise unreadable(f"{sample.origin}: {path}", error) from error
         labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
-        how = ("whole" if self.whole else self.image_size, *labels, self.intensity)
+        how = ("whole" if self.whole else self.image_size, *labels, self.intensity, self.objects)
 
         def entry() -> np.ndarray:
             image, mask = self._decode(sample, *map(io.BytesIO, files))
-            channels = [image] if mask is None else [image, mask[None].to(torch.uint8)]
-            return torch.cat(channels).numpy()
+            if mask is None:
+                return image.numpy()
+            numbers = mask.int()[None]  # of 16 bits if they are objects'
+            bytes_of = [numbers & 255, numbers >> 8] if self.objects else [numbers]
+            return torch.cat([image, *(part.to(torch.uint8) for part in bytes_of)]).numpy()
 
         pixels = torch.from_numpy(self.cache.get(files, repr(how), entry))
-        return pixels[:3], pixels[3] if sample.mask is not None else None
+        if sample.mask is None:
+            return pixels[:3], None
+        return pixels[:3], pixels[3] + 256 * pixels[4].int() if self.objects else pixels[3]
 
-    def check(self, sample: Sample) -> tuple[bool, int | None]:
+    def check(self, sample: Sample) -> Checked:
         """Reads a sample once, which fills the cache. An image is decoded piece by piece.
-
-        Returns:
-            Whether a pixel of the mask that counts has another label than 0. The highest value of
-            an image of more than 8 bits, without ``intensity``; None for other images, and for
-            those of the cache.
 
         Raises:
             UserError: as ``read``.
         """
+        if self.objects and sample.mask is not None:
+            mask = self.read(sample)[1]
+            assert mask is not None
+            counts = count_objects(mask.numpy())
+            if isinstance(sample.mask, Annotation):
+                drawn = draw_objects(sample.mask.content, sample.origin)
+                counts = Counts(*counts[:2], drawn.overlapping, drawn.crowds)
+            return Checked(counts.objects > 0, None, counts)
         if self.cache is not None:
             mask = self.read(sample)[1]
-            return mask is not None and has_foreground(mask.numpy()), None
+            return Checked(mask is not None and has_foreground(mask.numpy()), None)
         picture = open_picture(sample, self.intensity)
         for top, bottom in picture.bands():
             picture.rows(top, bottom)
         foreground = sample.mask is not None and has_foreground(self._mask(sample, picture))
-        return foreground, picture.highest
+        return Checked(foreground, picture.highest)
 
     def cut(self, pixels: Tensor, labels: Tensor | None, box: Box) -> tuple[Tensor, Tensor | None]:
         """Cuts a box out of an image and its mask, and resizes both.
@@ -219,7 +249,10 @@ class SegmentationDataset(Dataset[Item]):
         self, sample: Sample, picture: Picture | None = None, content: io.BytesIO | None = None
     ) -> np.ndarray:
         """Reads a mask, and checks that it has the size of ``picture``."""
-        mask = read_mask(sample, self.num_classes, self.palette, self.ignore_index, content)
+        if self.objects:
+            mask = self._numbers(sample, content)
+        else:
+            mask = read_mask(sample, self.num_classes, self.palette, self.ignore_index, content)
         if picture is not None and mask.shape != (picture.height, picture.width):
             raise UserError(
                 f"{sample.origin}: image {sample.image} has {picture.width}x{picture.height} "
@@ -227,6 +260,18 @@ class SegmentationDataset(Dataset[Item]):
                 f"{mask.shape[1]}x{mask.shape[0]}; the sizes must be the same"
             )
         return mask
+
+    def _numbers(self, sample: Sample, content: io.BytesIO | None) -> np.ndarray:
+        """Reads the objects of a mask, (H, W) int32."""
+        try:
+            if isinstance(sample.mask, Annotation):
+                return numbered(draw_objects(sample.mask.content, sample.origin).numbers)
+            if self.objects == "numbers":
+                return numbered(*read_numbers(sample, self.ignore_index, content))
+            labels = self.num_classes, self.palette, self.ignore_index
+            return components(read_mask(sample, *labels, content))
+        except ValueError as error:
+            raise UserError(f"{sample.origin}: mask {sample.mask}: {error}") from error
 
 
 def resize_image(pixels: np.ndarray, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -94,6 +95,32 @@ def read_mask(
     return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
 
 
+def read_numbers(
+    sample: Sample, ignore_index: int | None = None, content: io.BytesIO | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads a mask in which each object has its value, of up to 32 bits, or its colour.
+
+    Arguments as ``read_mask``.
+
+    Returns:
+        (H, W) int32 values, 0 for no object, and where pixels are ignored, (H, W) bool; None for
+        nowhere.
+
+    Raises:
+        UserError: the file cannot be read, or its compression changes values.
+    """
+    where = f"{sample.origin}: mask {sample.mask}"
+    assert isinstance(sample.mask, Path)
+    image, lossy, shortened = open_upright(content or sample.mask, where)
+    if lossy or shortened:
+        raise UserError(
+            f"{where} does not keep the objects' numbers; save it as PNG of one channel"
+        )
+    values = _pixel_values(image, where)
+    ignored = _blank(values, ignore_index)
+    return (_pack(values) if values.ndim == 3 else values), ignored
+
+
 def _rgb(image: Image.Image, where: str) -> np.ndarray:
     return Picture(source_of(image), where).rows()
 
@@ -174,7 +201,10 @@ def _decode_values(values: np.ndarray, num_classes: int, lossy: bool, where: str
     remedy = "raise --num-classes, or relabel the mask"
     if num_classes == 1:
         beyond = "the two classes 0/1 or 0/255 of a binary mask"
-        remedy = "set --num-classes, or save the mask with two values"
+        remedy = (
+            "set --num-classes, save the mask with two values, or, with --task promptable, set "
+            "--objects numbers if each object has its number"
+        )
     raise UserError(f"{where} has the labels {shown}, beyond {beyond}; {remedy}")
 
 

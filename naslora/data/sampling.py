@@ -15,7 +15,7 @@ from naslora.errors import UserError
 
 Entry = TypeVar("Entry")
 
-HOLD_OUT, ORDER, FLIP, REFILL, AUGMENT, CROP = range(6)
+HOLD_OUT, ORDER, FLIP, REFILL, AUGMENT, CROP, OBJECTS = range(7)
 """Streams of random numbers, one for each use, so that one use does not change another."""
 
 

@@ -21,6 +21,8 @@ NO_OBJECT_WEIGHT = 0.1
 """Weight of the class "no object" in the cross-entropy, as in Mask2Former."""
 EPSILON = 1e-6
 """Added to the scores of the class map, and the distance of BCE's probabilities from 0 and 1."""
+FOCAL_WEIGHT = 20.0
+"""Of the focal loss beside Dice, as SAM has it."""
 BOUNDARY_WINDOW = 31
 """Side in pixels of the window that says how near a boundary is."""
 
@@ -69,6 +71,24 @@ def segmentation_loss(
     own = [None] * len(target) if counted is None else counted
     images = zip(output.masks.float(), output.classes.float(), target, own, strict=True)
     return torch.stack([_matched_image(*image, *weighing) for image in images]).mean()
+
+
+def object_loss(logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:
+    """SAM's loss of masks (Kirillov et al., 2023, A): focal loss times 20, plus Dice.
+
+    Args:
+        logits: (N, h, w).
+        masks: the same shape, in [0, 1].
+        counted: the same shape, 1 where a pixel counts, else 0.
+
+    Returns:
+        (N,) float32.
+    """
+    from torchvision.ops import sigmoid_focal_loss  # not for the help
+
+    logits = logits.float()
+    focal = _mean(sigmoid_focal_loss(logits, masks), counted)
+    return FOCAL_WEIGHT * focal + _dice(logits.sigmoid(), masks, counted)
 
 
 def _pixel_weights(mask: Tensor, counted: Tensor | None, boundary_weight: float) -> Tensor | None:

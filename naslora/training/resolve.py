@@ -51,6 +51,8 @@ def resolve(config: RunConfig) -> RunConfig:
         UserError: settings contradict each other or the data set, or its files cannot be read.
     """
     find_method(config.method).checked(config.adapter)
+    if config.task == "promptable":
+        _check_promptable(config.data)
     data = replace(config.data, **_data(config.data))
     model = replace(config.model, **_model(config.model))
     training = config.training
@@ -74,6 +76,13 @@ def read_config(path: Path) -> RunConfig:
         return resolve(RunConfig.from_dict(values))
     except UserError as error:
         raise UserError(f"{path} is no configuration of this version: {error}") from error
+
+
+def _check_promptable(data: DataConfig) -> None:
+    """Refuses what promptable runs do not have: windows cut objects, and so do tiles."""
+    for name, value in (("crop", data.crop), ("resolution", data.resolution)):
+        if value not in (None, "network"):
+            raise UserError(f"{name} {value} needs --task semantic; drop --{name}")
 
 
 def _absolute(path: Path | None) -> Path | None:

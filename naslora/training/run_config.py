@@ -8,13 +8,13 @@ import msgspec
 import tyro
 
 from naslora.adapter.layer.config import MethodConfig, NASLoRAConfig
-from naslora.choices import Task
+from naslora.choices import ObjectSource, Task
 from naslora.data.datasets import DATASETS
 from naslora.data.tiles import LARGEST, SMALLEST
 from naslora.methods import METHODS, MethodName
 from naslora.metrics import METRICS
 from naslora.sam.attention import Attention
-from naslora.settings import Common, Count, Seed, Settings, Share, checked
+from naslora.settings import Common, Seed, Settings, Share, checked
 from naslora.training.train_config import TrainConfig
 
 Resolution = Literal["network", "original", "tiles"]
@@ -101,10 +101,13 @@ class ModelConfig(Settings):
 class PromptConfig(Settings):
     """How prompts are simulated, for `--task promptable`."""
 
+    objects: ObjectSource = "components"
+    """What an object is: a connected part of a class (`components`), or what has a number of its
+    own in the mask, of 8 or more bits, or a colour (`numbers`). In COCO it is an instance."""
     clicks: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
     """Most prompts of an object in training: a point or a box, then corrections of the mask. Their
     number is drawn for each batch."""
-    objects_per_image: Count = 8
+    objects_per_image: Annotated[int, msgspec.Meta(ge=1, le=254)] = 8
     """Most objects of an image that train at once, and that are scored. Training draws others in
     every epoch."""
     train_prompt_encoder: bool = False

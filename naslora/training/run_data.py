@@ -26,6 +26,7 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import count_differences, load_splits
 from naslora.data.images import Sample
 from naslora.data.layouts import OPTIONAL_SPLIT
+from naslora.data.objects import warnings_about_objects
 from naslora.data.picture import Intensity, parse_intensity
 from naslora.data.tiles import Tiles, fit_tiles
 from naslora.errors import UserError, warn
@@ -62,8 +63,7 @@ def prepare_data(
         contents = {name: [next(found) for _ in split] for name, split in splits.items()}
         if record is not None and record.is_file():
             check_unchanged(read_json(record), contents, record)
-        for warning in warnings_about(contents):
-            warn(warning)
+        warn_of_contents(contents, config)
         return contents
 
     contents = in_main_process(accelerator, read)
@@ -126,6 +126,20 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
         )
 
 
+def warn_of_contents(contents: Contents, config: RunConfig) -> None:
+    """Warns of what ``warnings_about`` finds, and ``warnings_about_objects`` in a promptable run.
+
+    Raises:
+        UserError: as ``warnings_about_objects``.
+    """
+    found = []
+    if config.task == "promptable":
+        size, most = config.model.image_size, config.prompts.objects_per_image
+        found = warnings_about_objects(contents, size, most)
+    for warning in warnings_about(contents) + found:
+        warn(warning)
+
+
 def scaling_of(config: RunConfig) -> Intensity | None:
     """The scaling of images of more than 8 bits, as ``open_picture`` takes it."""
     words = config.data.intensity
@@ -154,13 +168,15 @@ def make_dataset(
         data.num_classes,
         data.palette,
         flip=trained and training.flip and training.augment != "none",
-        seed=config.seed,
+        seed=0 if view == "scored" else config.seed,  # all runs are scored on the same objects
         cache=None if data.cache is None else Cache(data.cache),
         truth=truth,
         ignore_index=data.ignore_index,
         augment=training.augment if trained else "none",
         crop=Crop(data.crop, data.crop_foreground) if data.crop and view != "scored" else None,
         intensity=scaling_of(config),
+        objects=config.prompts.objects if config.task == "promptable" else None,
+        most_objects=config.prompts.objects_per_image,
         tiles=tiles_of(config) if view == "scored" and data.resolution == "tiles" else None,
     )
 

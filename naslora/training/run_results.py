@@ -34,8 +34,10 @@ from naslora.results import (
 from naslora.sam.segmentation import labels_of, predict_labels
 from naslora.sam.shipped import NONE
 from naslora.training.accelerator import in_float32
+from naslora.training.clicks import score_run
 from naslora.training.evaluation import tiled_class_map
 from naslora.training.run_data import calibration
+from naslora.training.run_model import build_frozen_model
 from naslora.training.trainer import Trainer
 
 EXAMPLES = 6
@@ -65,7 +67,12 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
     if modes and config.training.mixed_precision != "no":
         with in_float32(trainer.accelerator):
             float32 = trainer.evaluate("test", metrics)
-    panels = _panels(trainer, float32 or test) if trainer.accelerator.is_main_process else {}
+    untouched, panels = None, {}
+    if config.task == "promptable":
+        sam = build_frozen_model(config).to(trainer.accelerator.device)
+        untouched = score_run(sam, trainer.data["test"], trainer.accelerator, config, metrics)
+    elif trainer.accelerator.is_main_process:
+        panels = _panels(trainer, float32 or test)
     merged: dict[str, SplitScores] = {}
     merges: dict[str, MergeResult] = {}
     annealed = None
@@ -90,6 +97,7 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
     result = RunResult(
         test=test,
         val=SplitScores(kept.val_loss, kept.val_dice, kept.val_iou, kept.val_accuracy),
+        untouched=untouched,
         kept_epoch=kept.epoch,
         trainable_parameters=counts.trainable,
         parameters=counts,

@@ -42,10 +42,12 @@ from naslora.results import (
     kept_epoch,
 )
 from naslora.sam.precision import cast_frozen
-from naslora.sam.segmentation import SamForSegmentation
+from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.training.averaging import WeightAverage
+from naslora.training.clicks import score_run
 from naslora.training.epoch_images import EpochImages
-from naslora.training.evaluation import evaluate, make_loader
+from naslora.training.evaluation import make_loader
+from naslora.training.interactive import InteractiveLoss
 from naslora.training.progress import WORDS, TrainProgress, epoch_line, epoch_numbers
 from naslora.training.resuming import LastState, check_last, read_last, write_last
 from naslora.training.run_config import RunConfig
@@ -98,7 +100,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: SamForSegmentation,
+        model: AnySam,
         data: dict[str, SegmentationDataset],
         config: RunConfig,
         directory: Path,
@@ -132,12 +134,15 @@ class Trainer:
 
     def _compute(self) -> tuple[Any, Any]:
         """The model and the loss, which a forward pass calls; compiled if that is asked for."""
-        loss = loss_of(self.config)
+        loss: Any = loss_of(self.config)
+        # The loss by matching assigns classes on the CPU.
+        whole = self.model.num_classes == 1 or self.config.class_loss == "pixel"
+        if isinstance(self.model, PromptableSam):
+            clicks, whole = self.run_config.prompts.clicks, False
+            loss = InteractiveLoss(self.model, clicks, self.accelerator.autocast)
         if not self.config.compile:
             return self.model, loss
         captured = self.accelerator.device.type == "cuda" and self.config.accumulation == 1
-        # The loss by matching assigns classes on the CPU.
-        whole = self.model.num_classes == 1 or self.config.class_loss == "pixel"
         return Compiled(self.model, captured), Compiled(loss, captured) if whole else loss
 
     # ---- Optimizers ------------------------------------------------------------------------------
@@ -295,9 +300,9 @@ class Trainer:
         )
 
     def evaluate(self, split: str, metrics: Sequence[str] = ()) -> SplitScores:
-        """Loss and metrics of a split, as ``naslora.training.evaluation.evaluate``."""
+        """Loss and metrics of a split, as ``naslora.training.clicks.score_run``."""
         data = self.data[split]
-        return evaluate(self.model, data, self.accelerator, self.run_config, metrics)
+        return score_run(self.model, data, self.accelerator, self.run_config, metrics)
 
     # ---- The state of the search -----------------------------------------------------------------
 

@@ -1,0 +1,217 @@
+"""Scores of a promptable model: simulated clicks, and a box, for each object of a split.
+
+The first click is the centre of the object, each further one the centre of the largest error: the
+pixel that is farthest from where the mask is right, as in the number of clicks (NoC) of RITM
+(Sofiiuk et al., 2022). Of the three masks of the first click, that with the highest estimate
+counts.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from naslora.data.dataset import SegmentationDataset
+from naslora.data.sampling import GlobalBatches
+from naslora.results import MetricValue, SplitScores
+from naslora.sam.losses import object_loss
+from naslora.sam.objects import BOTTOM_RIGHT, NEGATIVE, PADDING, POSITIVE, TOP_LEFT
+from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.training.evaluation import evaluate, make_loader
+from naslora.training.interactive import ONE, Objects, Prompts, objects_of
+from naslora.training.run_config import RunConfig
+
+CLICKS = 8
+"""Clicks of each object of the test split."""
+REPORTED = (1, 3, 5, 8)
+THRESHOLDS = (0.85, 0.9)
+"""IoU whose number of clicks is reported."""
+THREE = slice(1, 4)
+
+
+class Turn(NamedTuple):
+    """A prediction for N objects."""
+
+    logits: Tensor
+    """(N, S, S) float32."""
+    prompts: Prompts
+    """What it was made from."""
+
+
+class ImageScores(NamedTuple):
+    """Scores of the N objects of one image."""
+
+    index: int
+    """Of the image in its data set."""
+    loss: np.ndarray
+    """(N,) loss after one click."""
+    iou: np.ndarray
+    """(N, clicks + 1) after each click; the last is of the box."""
+    dice: np.ndarray
+    """The same."""
+
+
+def score_run(
+    model: AnySam,
+    dataset: SegmentationDataset,
+    accelerator: Accelerator,
+    config: RunConfig,
+    metrics: Sequence[str] = (),
+) -> SplitScores:
+    """Scores a split by the run's task: as ``evaluate``, or by clicks.
+
+    A promptable model gets ``CLICKS`` clicks if ``metrics`` names any, and one without. Dice and
+    IoU are those after one click, and means over the objects.
+    """
+    if not isinstance(model, PromptableSam):
+        return evaluate(model, dataset, accelerator, config, metrics)
+    model.eval()
+    training, clicks = config.training, CLICKS if metrics else 1
+    processes = accelerator.process_index, accelerator.num_processes
+    batches = GlobalBatches(range(len(dataset)), training.batch_size, *processes, shuffle=False)
+    own = []
+    for batch in make_loader(dataset, batches, training.workers, accelerator):
+        for place, index in enumerate([] if batch is None else batch["index"].tolist()):
+            found = batch["image"][place, None], batch["mask"][place, None]
+            own.append(_score_image(model, index, *found, accelerator, clicks))
+    scores: list[ImageScores] = sorted(gather_object(own))  # by the image's index
+    filled = [one for one in scores if len(one.iou)]
+    iou, dice, losses = (
+        np.concatenate([getattr(one, name) for one in filled]) for name in ("iou", "dice", "loss")
+    )
+    return SplitScores(
+        loss=float(losses.mean()),
+        dice=float(dice[:, 0].mean()),
+        iou=float(iou[:, 0].mean()),
+        metrics=_metrics(iou, dice) if metrics else None,
+        resolution=f"{dataset.image_size} x {dataset.image_size}, {len(iou)} objects",
+        click_iou=iou[:, :-1].mean(0).tolist() if metrics else None,
+        image_dice=[float(one.dice[:, 0].mean()) if len(one.dice) else None for one in scores],
+    )
+
+
+def _metrics(iou: np.ndarray, dice: np.ndarray) -> dict[str, MetricValue]:
+    """The numbers of a table by their titles."""
+    found: dict[str, MetricValue] = {}
+    for title, values in (("IoU", iou), ("Dice", dice)):
+        for clicks in REPORTED:
+            name = f"{title}, {clicks} click{'s' if clicks > 1 else ''}"
+            found[name] = float(values[:, clicks - 1].mean())
+        found[f"{title}, box"] = float(values[:, -1].mean())
+    for threshold in THRESHOLDS:
+        reached = iou[:, :-1] >= threshold
+        needed = np.where(reached.any(1), reached.argmax(1) + 1, CLICKS)
+        found[f"NoC {threshold:.0%}"] = float(needed.mean())
+    return found
+
+
+def _score_image(
+    model: PromptableSam,
+    index: int,
+    image: Tensor,
+    numbers: Tensor,
+    accelerator: Accelerator,
+    clicks: int,
+) -> ImageScores:
+    """Scores the objects of a (1, 3, S, S) image, whose numbers are (1, S, S)."""
+    objects = objects_of(numbers.to(accelerator.device))
+    if not len(objects.owners):
+        return ImageScores(index, np.zeros(0), *np.zeros((2, 0, clicks + 1)))
+    turns = list(play(model, image, objects, accelerator, clicks))
+    pairs = [_overlap(turn.logits, objects) for turn in turns]
+    iou, dice = (torch.stack(values, 1).cpu().numpy() for values in zip(*pairs, strict=True))
+    counted = objects.counted.float()
+    loss = object_loss(turns[0].logits, objects.masks.float(), counted).cpu().numpy()
+    return ImageScores(index, loss, iou, dice)
+
+
+def _overlap(logits: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
+    """IoU and Dice of N masks, (N,) each."""
+    inside, truth = (logits > 0) & objects.counted, objects.masks & objects.counted
+    common = (inside & truth).sum((1, 2)).double()
+    total = (inside.sum((1, 2)) + truth.sum((1, 2))).double()  # an object has pixels
+    return common / (total - common), 2 * common / total
+
+
+@torch.no_grad()
+def play(
+    model: PromptableSam,
+    image: Tensor,
+    objects: Objects,
+    accelerator: Accelerator,
+    clicks: int = CLICKS,
+) -> Iterator[Turn]:
+    """Predicts the masks of an image's objects after each click, and at last of their boxes.
+
+    Args:
+        model: on the accelerator's device, in evaluation mode.
+        image: (1, 3, S, S) in [0, 1].
+        objects: N of them, at least one, at the size of the image.
+        accelerator: the device and the precision.
+        clicks: number of clicks.
+    """
+    from torchvision.ops import masks_to_boxes
+
+    masks, device = objects.masks, accelerator.device
+    with accelerator.autocast():
+        embedding = model(image.to(device))
+
+    def predict(prompts: Prompts, previous: Tensor | None, wanted: slice) -> tuple[Tensor, Turn]:
+        with accelerator.autocast():
+            low, scores = model.decode(embedding, objects.owners, *prompts, previous, wanted)
+        best = scores.float().argmax(1)
+        low = low.float()[torch.arange(len(low), device=device), best][:, None]
+        large = F.interpolate(low, masks.shape[1:], mode="bilinear", align_corners=False)
+        return low, Turn(large[:, 0], prompts)
+
+    padding = torch.zeros(len(masks), 1, 2, device=device)
+    prompts = Prompts(padding, torch.full((len(masks), 1), PADDING, device=device))
+    logits, low = torch.full(masks.shape, -1.0, device=device), None
+    for click in range(clicks):
+        prompts = prompts.plus(*_next_clicks(logits, objects, prompts))
+        low, turn = predict(prompts, low, ONE if click else THREE)
+        logits = turn.logits
+        yield turn
+    corners = masks_to_boxes(masks).unflatten(1, (2, 2))
+    box = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=device).expand(len(masks), 2)
+    yield predict(Prompts(corners, box), None, ONE)[1]
+
+
+def _next_clicks(logits: Tensor, objects: Objects, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """The next click of each object: (N, 2) points and (N,) labels."""
+    inside = (logits > 0).cpu().numpy()
+    masks, counted = objects.masks.cpu().numpy(), objects.counted.cpu().numpy()
+    clicked = prompts.points[:, 1:].long().cpu().numpy()  # without the padding
+    found = []
+    for own, truth, counts, before in zip(inside, masks, counted, clicked, strict=True):
+        missed, wrong = truth & ~own & counts, own & ~truth & counts
+        depths = [_centre(area, before) for area in (missed, wrong)]
+        (depth, point), label = max(zip(depths, (POSITIVE, NEGATIVE), strict=True))
+        if depth == 0:  # nothing is wrong, or all of it was clicked on
+            point, label = (0, 0), PADDING
+        found.append((point, label))
+    points, labels = zip(*found, strict=True)
+    device = logits.device
+    return torch.tensor(points, device=device).float(), torch.tensor(labels, device=device)
+
+
+def _centre(area: np.ndarray, clicked: np.ndarray) -> tuple[float, tuple[int, int]]:
+    """The pixel of an (H, W) bool area that is farthest from its border, and its distance; 0 if
+    there is none but ``clicked``, (P, 2), x and y."""
+    from scipy import ndimage  # not for the help
+
+    boxes = ndimage.find_objects(area.astype(np.uint8))
+    if not boxes or boxes[0] is None:
+        return 0.0, (0, 0)
+    rows, columns = boxes[0]
+    distance = np.zeros(area.shape)
+    inner = ndimage.distance_transform_edt(np.pad(area[boxes[0]], 1))[1:-1, 1:-1]
+    distance[rows, columns] = inner
+    distance[clicked[:, 1], clicked[:, 0]] = 0
+    row, column = np.unravel_index(distance.argmax(), area.shape)
+    return float(distance[row, column]), (int(column), int(row))

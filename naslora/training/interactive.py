@@ -1,0 +1,212 @@
+"""Training by simulated prompts, as SAM's authors and micro-sam do it (Kirillov et al., 2023, A).
+
+An object's first prompt is a point in it or its box, which is jittered. A prediction from a point
+has three masks, of which the best trains. Then clicks follow where the mask errs, on the object
+where it is missed and off it elsewhere. They get the last mask as a prompt, and give one mask. As
+in RITM (Sofiiuk et al., 2022), only the last prediction has gradients: the others say where to
+click.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from naslora.data.masks import IGNORED
+from naslora.sam.losses import object_loss
+from naslora.sam.objects import BOTTOM_RIGHT, NEGATIVE, PADDING, POSITIVE, TOP_LEFT
+from naslora.sam.promptable import PromptableSam
+
+ONE, ALL = slice(0, 1), slice(0, 4)
+"""Mask tokens: that of one mask, and all, of which the last three belong to ambiguous points."""
+JITTER, MOST_JITTER = 0.1, 20 / 1024
+"""Standard deviation of a box's corners as a share of its sides, and the largest shift, as a share
+of the image's side."""
+FIRST_ALONE = 0.5
+"""Share of the batches that train the first prompts; the others train corrections."""
+
+
+class Objects(NamedTuple):
+    """N objects of a batch of images."""
+
+    owners: Tensor
+    """(N,) int64, the image of each."""
+    masks: Tensor
+    """(N, h, w) bool."""
+    counted: Tensor
+    """(N, h, w) bool: the pixels that count."""
+
+
+class Prompts(NamedTuple):
+    """Prompts of N objects, P each."""
+
+    points: Tensor
+    """(N, P, 2) float32, x and y in pixels of the image as the model sees it."""
+    labels: Tensor
+    """(N, P) int64, as in ``encode_points``."""
+
+    def plus(self, points: Tensor, labels: Tensor) -> "Prompts":
+        """With one more point for each object, (N, 2) and (N,)."""
+        return Prompts(
+            torch.cat([self.points, points[:, None]], 1),
+            torch.cat([self.labels, labels[:, None]], 1),
+        )
+
+
+def objects_of(numbers: Tensor) -> Objects:
+    """The objects of (B, S, S) int64 images of numbers 1, 2, ..., as ``choose_objects`` makes."""
+    counts = numbers.where(numbers != IGNORED, 0).amax((1, 2))
+    owners = torch.arange(len(numbers), device=numbers.device).repeat_interleave(counts)
+    starts = counts.cumsum(0) - counts
+    own = torch.arange(len(owners), device=numbers.device) - starts[owners] + 1
+    mine = numbers[owners]
+    return Objects(owners, mine == own[:, None, None], mine != IGNORED)
+
+
+class InteractiveLoss:
+    """The loss of a batch, from its image embeddings: the mean over its images.
+
+    What an image without objects adds is 0.
+
+    Args:
+        model: decodes the embeddings.
+        most_clicks: most prompts of an object.
+        autocast: makes the context of the precision.
+        clicks: number of prompts; None draws it for each batch.
+    """
+
+    def __init__(
+        self,
+        model: PromptableSam,
+        most_clicks: int,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        clicks: int | None = None,
+    ) -> None:
+        self.model, self.most_clicks = model, most_clicks
+        self.autocast, self.clicks = autocast, clicks
+
+    def __call__(self, embeddings: Tensor, numbers: Tensor) -> Tensor:
+        """The loss of (B, 256, g, g) embeddings and (B, S, S) int64 numbers of objects: ()."""
+        objects = objects_of(numbers)
+        if not len(objects.owners):
+            return 0.0 * embeddings.float().sum()
+        halves = _halved(objects, 8 * embeddings.shape[-1])
+        prompts, boxed = _first_prompts(objects.masks, halves.masks)
+        wanted, previous = ALL, None
+        allowed = torch.stack([boxed, ~boxed, ~boxed, ~boxed], 1)  # (N, 4)
+        corrections = self._corrections()
+        for done in range(corrections + 1):
+            last = done == corrections
+            with nullcontext() if last else torch.no_grad(), self.autocast():
+                masks, scores = self.model.decode(
+                    embeddings, objects.owners, *prompts, previous, wanted
+                )
+            if not last:
+                best = scores.float().masked_fill(~allowed, -torch.inf).argmax(1)
+                previous = _chosen(masks.detach().float(), best)
+                prompts = prompts.plus(*_correction(_enlarged(previous)[:, 0], halves))
+                wanted, allowed = ONE, allowed.new_ones(len(boxed), 1)
+        losses = _loss(masks.float(), scores.float(), allowed, halves)
+        shares = objects.owners.bincount(minlength=len(numbers))[objects.owners] * len(numbers)
+        return (losses / shares).sum()
+
+    def _corrections(self) -> int:
+        if self.clicks is not None:
+            return self.clicks - 1
+        if self.most_clicks == 1 or float(torch.rand(())) < FIRST_ALONE:
+            return 0
+        return int(torch.randint(1, self.most_clicks, ()))
+
+
+def _first_prompts(masks: Tensor, halves: Tensor) -> tuple[Prompts, Tensor]:
+    """Draws the first prompts of (N, S, S) bool masks: points and jittered boxes.
+
+    Args:
+        masks: gives the boxes.
+        halves: (N, S/2, S/2) bool, gives the points.
+
+    Returns:
+        The prompts, and which of them are boxes, (N,) bool. A point has a padding beside it.
+    """
+    from torchvision.ops import masks_to_boxes
+
+    size, device = masks.shape[-1], masks.device
+    boxes = masks_to_boxes(masks)  # (N, 4), x y x y
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    shift = (JITTER * sides * torch.randn(boxes.shape).to(device)).clamp(
+        -MOST_JITTER * size, MOST_JITTER * size
+    )
+    corners = (boxes + shift).clamp(0, size - 1).unflatten(1, (2, 2))
+    drawn = _drawn(halves)
+    points = torch.stack([drawn, torch.zeros_like(drawn)], 1)
+    boxed = (torch.rand(len(masks)) < 0.5).to(device)
+    labels = torch.where(
+        boxed[:, None],
+        torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=device),
+        torch.tensor([POSITIVE, PADDING], device=device),
+    )
+    return Prompts(torch.where(boxed[:, None, None], corners, points), labels), boxed
+
+
+def _drawn(areas: Tensor) -> Tensor:
+    """One pixel at random of each of (N, S/2, S/2) bool areas: (N, 2), x and y in pixels of S x S.
+    The first pixel if an area is empty."""
+    noise = torch.rand(areas.shape).to(areas.device) * areas
+    place = noise.flatten(1).argmax(1)
+    place = torch.stack([place % areas.shape[-1], place // areas.shape[-1]], 1)
+    return 2.0 * place + 0.5
+
+
+def _halved(objects: Objects, side: int) -> Objects:
+    """The objects on a grid of ``side`` pixels, which is finer than the decoder's and cheaper to
+    compare than the image's."""
+    step = objects.masks.shape[-1] // side
+    masks = F.avg_pool2d(objects.masks.float(), step) >= 0.5
+    return Objects(objects.owners, masks, F.avg_pool2d(objects.counted.float(), step) == 1)
+
+
+def _enlarged(masks: Tensor) -> Tensor:
+    """(N, Q, 4g, 4g) to (N, Q, 8g, 8g)."""
+    return F.interpolate(masks, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def _chosen(masks: Tensor, best: Tensor) -> Tensor:
+    """(N, 1, h, w): one of (N, Q, h, w) masks each."""
+    return masks[torch.arange(len(masks), device=masks.device), best][:, None]
+
+
+def _correction(logits: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
+    """Draws a click of each object where (N, h, w) logits err: (N, 2) and labels (N,)."""
+    wrong = ((logits > 0) != objects.masks) & objects.counted
+    place = _drawn(wrong)
+    columns, rows = (place / 2).long().unbind(1)
+    on = objects.masks[torch.arange(len(place), device=place.device), rows, columns]
+    return place, torch.where(on, POSITIVE, NEGATIVE)
+
+
+def _loss(masks: Tensor, scores: Tensor, allowed: Tensor, objects: Objects) -> Tensor:
+    """The loss of each object: that of its best mask, and of the scores of all it may have.
+
+    Args:
+        masks: (N, Q, 4g, 4g) logits.
+        scores: (N, Q) estimates of their IoU.
+        allowed: (N, Q) bool: the masks that an object may have.
+        objects: at (8g, 8g).
+    """
+    truth, counted = objects.masks.float(), objects.counted.float()
+    with torch.no_grad():
+        large = _enlarged(masks.detach())
+        inside = (large > 0) & objects.counted[:, None]
+        common = (inside & objects.masks[:, None]).sum((2, 3))
+        either = (inside | (objects.masks & objects.counted)[:, None]).sum((2, 3))
+        iou = common / either.clamp(min=1)  # (N, Q)
+        best = allowed.new_zeros(len(masks), dtype=torch.int64)
+        if masks.shape[1] > 1:
+            fits = [object_loss(one, truth, counted) for one in large.unbind(1)]
+            best = torch.stack(fits, 1).masked_fill(~allowed, torch.inf).argmin(1)
+    own = _enlarged(_chosen(masks, best))[:, 0]
+    error = ((scores - iou) ** 2 * allowed).sum(1) / allowed.sum(1)
+    return object_loss(own, truth, counted) + error
