@@ -46,8 +46,8 @@ class Turn(NamedTuple):
 class ImageScores(NamedTuple):
     """Scores of the N objects of one image."""
 
-    index: int
-    """Of the image in its data set."""
+    image: int
+    """Its index in the data set."""
     loss: np.ndarray
     """(N,) loss after one click."""
     iou: np.ndarray
