@@ -89,8 +89,20 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    commands = (demo, train, compare, ablate, evaluate, analyse, predict, merge, export, info)
-    named = {command.__name__: command for command in commands}
+    steps = (
+        demo,
+        train,
+        compare,
+        ablate,
+        evaluate,
+        analyse,
+        annotate,
+        predict,
+        merge,
+        export,
+        info,
+    )
+    named = {command.__name__: command for command in steps}
     name = arguments[0] if arguments else "--help"
     if name in named:
         parse(named[name], arguments[1:])()
@@ -279,6 +291,36 @@ def predict(
         print(f"naslora: skipped: {one_line(str(error))}", file=sys.stderr)
     if errors:
         raise SystemExit(1)
+
+
+def annotate(
+    path: Annotated[
+        Path,
+        Positional,
+        tyro.conf.arg(
+            metavar="MODEL",
+            help="Folder of a promptable run or of its merged model, an exported file, a "
+            "checkpoint of SAM, or vit_t.",
+        ),
+    ],
+    inputs: Annotated[
+        tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
+    ],
+    search: Search,
+    output: Annotated[
+        Path, tyro.conf.arg(help="Folder of the data set, new or with images labelled before.")
+    ],
+    image_size: Annotated[
+        int | None,
+        tyro.conf.arg(help="Side to which images are resized, for a checkpoint or vit_t."),
+    ] = None,
+    port: Annotated[int, tyro.conf.arg(help="Port of the page.")] = 8080,
+    browser: Annotated[bool, tyro.conf.arg(help="Open the page in your browser.")] = True,
+) -> None:
+    """Label objects by clicks on a local page; save them as a data set for train."""
+    from naslora import annotate
+
+    annotate.annotate(path, inputs, output, port, image_size, search, browser)
 
 
 def merge(

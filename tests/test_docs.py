@@ -41,6 +41,8 @@ LEVELS = {
         {"trained"},
         {"study", "prediction"},
         {"exits", "arguments", "instances"},
+        {"labelling"},
+        {"annotate"},
         {"annotate"},
         {"cli"},
         {"__init__", "__main__"},

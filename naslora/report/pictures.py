@@ -70,10 +70,10 @@ class Panel:
     """Its place among the images of the split by Dice, 1 for the worst; None if unknown."""
 
 
-def data_uri(pixels: np.ndarray) -> str:
-    """(H, W, 3) uint8 pixels, shrunk to ``PICTURE_SIDE``, as the data URI of a JPEG."""
+def data_uri(pixels: np.ndarray, side: int = PICTURE_SIDE) -> str:
+    """(H, W, 3) uint8 pixels, shrunk to a longer side, as the data URI of a JPEG."""
     image, buffer = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    image.thumbnail((side, side))
     # JPEG without colour subsampling keeps the edges of the overlay sharp in a fraction of a PNG's
     # size.
     image.save(buffer, "JPEG", quality=88, subsampling=0)

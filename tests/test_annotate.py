@@ -1,0 +1,241 @@
+"""Labelling by clicks: objects, the data set that they become, and the page."""
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from contextlib import closing
+
+import numpy as np
+import pytest
+from conftest import SIZE, error_of, free_port, wait_for
+from PIL import Image
+
+from naslora.annotate import Page
+from naslora.data.layouts import read_csv
+from naslora.labelling import LabelledSet, Labelling
+from naslora.sam.instance_config import InstanceConfig
+from naslora.sam.promptable import build_promptable
+from naslora.sam.prompts import build_predictor
+
+SHAPE = (24, 40)
+
+
+class Boxes:
+    """A predictor whose mask is the box, or a square around the last point in the object."""
+
+    def set_image(self, pixels):
+        self.seen = pixels
+
+    def predict(self, points, kinds, box, logits, multimask_output):
+        if box is None:
+            x, y = points[np.flatnonzero(kinds)[-1]]
+            box = (x - 2, y - 2, x + 3, y + 3)
+        rows, columns = np.mgrid[: SHAPE[0], : SHAPE[1]]
+        mask = (columns >= box[0]) & (columns < box[2]) & (rows >= box[1]) & (rows < box[3])
+        count = 3 if multimask_output else 1
+        return np.stack([mask] * count), np.arange(count), np.zeros((count, 4, 4))
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def labelling(images, tmp_path):
+    made = Labelling(Boxes(), None, LabelledSet(tmp_path / "set"))
+    made.open(images[0])
+    return made
+
+
+def test_three_images_are_a_data_set_and_keep_their_splits(images, tmp_path):
+    root = tmp_path / "set"
+    for i, image in enumerate(images):
+        labels = np.full(SHAPE, i, np.uint8)
+        LabelledSet(root).save(image, labels)  # as if every image were labelled another day
+        if i == 2:
+            assert {split: len(own) for split, own in read_csv(root).items()} == {
+                "train": 1, "val": 1, "test": 1
+            }  # fmt: skip
+    labelled = LabelledSet(root)
+    assert labelled.counts() == Counter(train=4, val=1, test=1)
+    labelled.save(images[1], np.full(SHAPE, 300, np.uint16))
+    again = LabelledSet(root)
+    assert again.counts() == labelled.counts() and (again.read(images[1]) == 300).all()
+    assert (again.read(images[5]) == 5).all() and again.read(tmp_path / "new.png") is None
+    shutil.copytree(tmp_path, tmp_path.parent / "moved")  # paths are relative
+    for samples in read_csv(tmp_path.parent / "moved" / "set").values():
+        for sample in samples:
+            assert "moved" in str(sample.image) and sample.mask.parent.name == "masks"
+
+
+def test_equal_names_from_two_folders_do_not_collide(images, tmp_path):
+    other = tmp_path / "other" / images[0].name
+    other.parent.mkdir()
+    shutil.copy(images[0], other)
+    labelled = LabelledSet(tmp_path / "set")
+    for number, image in enumerate((images[0], other), 1):
+        labelled.save(image, np.full(SHAPE, number, np.uint8))
+    assert (labelled.read(images[0]) == 1).all() and (labelled.read(other) == 2).all()
+
+
+def test_objects_are_made_corrected_and_saved(labelling, images, tmp_path):
+    labelling.prompt((10.0, 10.0))
+    labelling.prompt((20.0, 10.0))
+    labelling.prompt((3.0, 3.0), 0)
+    step = labelling.steps[-1]
+    assert len(step.points) == 3 and step.kinds == [1, 1, 0]
+    labelling.undo()
+    labelling.undo()
+    assert labelling.shown()[10, 10] == 1 and not labelling.labels.any()
+    labelling.keep()
+    labelling.prompt(box=(8, 0, 30, 24))  # overlaps: kept objects keep their pixels
+    labelling.keep()
+    assert labelling.labels[10, 10] == 1 and labelling.labels[2, 9] == 2
+    labelling.prompt((35.0, 20.0))
+    labelling.remove(10, 10)
+    labelling.remove(SHAPE[1], SHAPE[0])  # the corner of the last pixel
+    labelling.save()  # with the object that is being made; numbers begin at 1
+    assert np.unique(labelling.labels).tolist() == [0, 1, 2] and not labelling.changed
+    labelling.open(images[1])
+    labelling.save()  # no objects
+    labelling.open(images[0])
+    assert labelling.labels[20, 35] == 2 and labelling.labels[10, 10] == 0
+    mask = np.asarray(Image.open(tmp_path / "set" / "masks" / "0.png"))
+    assert mask.dtype == np.uint8 and np.array_equal(mask, labelling.labels)
+
+
+def test_bad_masks_are_refused(labelling, images, tmp_path):
+    labelling.save()
+    path = tmp_path / "set" / "masks" / "0.png"
+    for picture, words in (
+        (Image.new("RGB", SHAPE[::-1]), "is no label image"),
+        (Image.new("L", (5, 5)), "differ in size"),
+    ):
+        picture.save(path)
+        assert words in error_of(labelling.open, images[0])
+    path.write_bytes(b"no image")
+    assert "cannot be read" in error_of(labelling.open, images[0])
+
+
+# ---- The page ------------------------------------------------------------------------------------
+
+
+def test_the_page_labels(tiny_sam, images, tmp_path):
+    """By NiceGUI's client for tests, which runs no browser."""
+    testing = pytest.importorskip("nicegui.testing")
+    from nicegui import ui
+
+    labelled = LabelledSet(tmp_path / "set")
+    labelled.save(images[0], np.zeros(SHAPE, np.uint8))
+    predictor = build_predictor(build_promptable("vit_t", SIZE, "none"))
+    search = InstanceConfig(points_per_side=2, min_iou=0, min_stability=0)
+    page = Page(Labelling(predictor, None, labelled), images[:3], search)
+    assert page.labelling.image == images[1]  # the first that is not labelled
+
+    async def label() -> None:
+        async with testing.user_simulation(root=page.build) as user:
+            await user.open("/")
+            view = user.find(ui.interactive_image)
+
+            async def mouse(x, y, to=None, **more) -> None:
+                steps = len(page.labelling.steps)
+                for kind, at in (("mousedown", (x, y)), ("mouseup", to or (x, y))):
+                    place = {"image_x": at[0], "image_y": at[1]}
+                    view.trigger("mouse", {"mouse_event_type": kind, **place, **more})
+                while page.lock.locked() or len(page.labelling.steps) == steps:
+                    await asyncio.sleep(0.01)
+
+            await mouse(20, 12)
+            await mouse(5, 5, button=2)
+            await mouse(8, 8, to=(30, 20))
+            assert page.labelling.steps[1].kinds == [1, 0]
+            assert page.labelling.steps[2].box == (8, 8, 30, 20)
+            assert page.marks().count("<circle") == 2 and page.marks().count("<rect") == 1
+            user.find("Save").click()
+            await user.should_see("1.png, 2 of 3, saved; objects: ")
+            user.find("Next").click()
+            await user.should_see("2.png, 3 of 3, new")
+            user.find("Find all").click()
+            await user.should_see("3 of 3, changed")
+            images[0].unlink()
+            user.find("Next").click()
+            await user.should_see("cannot be read")
+
+    asyncio.run(label())
+    assert labelled.counts() == Counter(train=1, val=1, test=1)
+
+
+def test_what_is_refused(naslora, images, monkeypatch, tmp_path):
+    command = ("annotate", "vit_t", images[0].parent, "--output", tmp_path / "set", "--no-browser")
+    (tmp_path / "empty").mkdir()
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        taken = server.getsockname()[1]
+        cases = [
+            ((*command, "--port", taken), f"port {taken} cannot be used"),
+            ((*command, "--port", 70000), "port: expected int <= 65535"),
+            ((*command[:2], tmp_path / "empty", *command[3:]), "there are no images"),
+        ]
+        monkeypatch.setitem(sys.modules, "nicegui", None)
+        cases.append(((*command, "--port", free_port()), "pip install 'naslora[annotate]'"))
+        for arguments, words in cases:
+            result = naslora(*arguments)
+            assert result.status == 2 and words in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.campaign
+def test_the_page_in_a_browser(images, tmp_path):
+    """Needs playwright from the registry, and Chromium of the system."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    port = free_port()
+    command = [sys.executable, "-m", "naslora", "annotate", "vit_t", images[0].parent]
+    command += ["--output", tmp_path / "set", "--port", str(port), "--no-browser"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    server = subprocess.Popen(command, env=environment)
+    try:
+
+        def listens() -> bool:
+            with socket.socket() as tried:
+                return tried.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_for(listens, server)
+        with playwright.sync_playwright() as engine:
+            browser = engine.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.goto(f"http://127.0.0.1:{port}")
+            page.get_by_text("0.png, 1 of 6, new").wait_for()
+            box = page.locator("img").first.bounding_box()
+            middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            page.mouse.click(*middle)
+            page.locator("circle[fill=lime]").wait_for()
+            page.mouse.click(box["x"] + 20, box["y"] + 20, button="right")
+            page.locator("circle[fill=red]").wait_for()
+            page.keyboard.press("Enter")
+            page.locator("circle").first.wait_for(state="detached")
+            page.mouse.move(box["x"] + 30, box["y"] + 30)
+            page.mouse.down()
+            page.mouse.move(*middle)
+            page.mouse.up()
+            page.locator("rect").wait_for()
+            page.keyboard.press("ArrowRight")
+            page.get_by_text("1.png, 2 of 6, new").wait_for()
+            page.get_by_text("Save", exact=True).click()
+            page.get_by_text("labelled images: 1 train, 1 val").wait_for()
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+    assert LabelledSet(tmp_path / "set").counts() == Counter(train=1, val=1)
+    assert np.asarray(Image.open(tmp_path / "set" / "masks" / "0.png")).shape == SHAPE
