@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 from naslora.data.images import Sample, open_picture
 from naslora.data.layouts import read_every_csv
+from naslora.data.masks import read_numbers
+from naslora.data.objects import numbered
 from naslora.data.picture import Intensity
 from naslora.errors import UserError
 from naslora.files import write_text
@@ -51,18 +52,13 @@ class LabelledSet:
         """The (H, W) uint16 numbers of an image's objects; None if it is not labelled.
 
         Raises:
-            UserError: its mask cannot be read, or is no label image.
+            UserError: as ``read_numbers``.
         """
         if image not in self:
             return None
-        _, path = self._rows[image.resolve()]
-        try:
-            values = np.asarray(Image.open(path))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}); remove its row") from error
-        if values.ndim != 2 or values.dtype == bool:
-            raise UserError(f"{path} is no label image, in which each object has its number")
-        return values.astype(np.uint16)
+        split, mask = self._rows[image.resolve()]
+        values, _ = read_numbers(Sample(image, mask, f"{split}.csv"))
+        return numbered(values).astype(np.uint16)
 
     def save(self, image: Path, labels: np.ndarray) -> None:
         """Writes the (H, W) numbers of an image's objects. A new image gets a split.
