@@ -131,7 +131,7 @@ def test_ratio_decides_the_cell_channels(rank, ratio, channels):
 def test_a_fresh_adapter_changes_no_bit_of_the_output(preset, ratio):
     model = build_encoder(DEPTH)
     expected = model(images())
-    assert inject(model, NASLoRAConfig(preset=preset, channel_ratio=ratio)) == QKV_NAMES
+    assert inject(model, NASLoRAConfig("qkv", preset=preset, channel_ratio=ratio)) == QKV_NAMES
     assert torch.equal(model(images()), expected)
 
 
@@ -178,7 +178,7 @@ def test_parameters_are_named_as_peft_names_them():
     [
         ({"target": r"blocks\.[02]\.attn\.qkv$"}, [QKV_NAMES[0], QKV_NAMES[2]]),
         ({"target": r"blocks.*mlp\.lin1$"}, [f"blocks.{i}.mlp.lin1" for i in range(DEPTH)]),
-        ({"blocks": (2, 0)}, [QKV_NAMES[0], QKV_NAMES[2]]),  # in the model's order
+        ({"target": "qkv", "blocks": (2, 0)}, [QKV_NAMES[0], QKV_NAMES[2]]),  # in the model's order
     ],
 )
 def test_the_layers_that_are_adapted(options, expected):

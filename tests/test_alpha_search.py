@@ -50,7 +50,7 @@ def test_train_names_what_stays_trainable():
     model = build_encoder()
     inject(model, train=("neck", "blocks.1.norm1", r"blocks\.\d\.norm2", "pos_embed"))
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    ours = {n for n in names if "qkv" in n}
+    ours = {n for n in names if ".attn." in n or ".mlp." in n}
     assert not any(".base." in name for name in ours)
     parts = {name.rpartition(".")[0] for name in names - ours - {"pos_embed"}}
     assert parts == {
@@ -62,7 +62,7 @@ def test_train_names_what_stays_trainable():
 
 def test_adapted_layers_in_a_trained_part_keep_their_frozen_weights():
     model = build_encoder()
-    inject(model, train="blocks")
+    inject(model, NASLoRAConfig(target="qkv"), train="blocks")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(".base." in name for name in trained)
     assert "blocks.0.attn.proj.weight" in trained

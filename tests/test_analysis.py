@@ -172,13 +172,15 @@ def test_the_folder(naslora, runs, tmp_path):
     shares = [float(row["share_of_layers_where_largest"]) for row in operations]
     assert sum(shares) == pytest.approx(1)
     losses = read(output / "operation_losses.csv")
+    linears = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
+    adapted = [f"image_encoder.blocks.{block}.{linear}" for block in (0, 1) for linear in linears]
     assert [row["layer"] for row in losses] == [
-        *(f"image_encoder.blocks.{block}.attn.qkv" for block in (0, 1)),
+        *adapted,
         "all layers",
         *(f"random operations, draw {draw}" for draw in range(1, 6)),
     ]
-    assert float(losses[2]["weight"]) == pytest.approx(
-        (float(losses[0]["weight"]) + float(losses[1]["weight"])) / 2
+    assert float(losses[8]["weight"]) == pytest.approx(
+        sum(float(row["weight"]) for row in losses[:8]) / 8
     )
 
 

@@ -323,10 +323,10 @@ def test_windows_are_segment_anythings(grid):
 
 QKV = {
     "frozen": None,
-    "LoRA": NASLoRAConfig(channel_ratio=0.0),
-    "NAS-LoRA": NASLoRAConfig(channel_ratio=1.0),
-    "NAS-PC-LoRA": NASLoRAConfig(),
-    "the paper's operations": NASLoRAConfig(preset="paper"),
+    "LoRA": NASLoRAConfig("qkv", channel_ratio=0.0),
+    "NAS-LoRA": NASLoRAConfig("qkv", channel_ratio=1.0),
+    "NAS-PC-LoRA": NASLoRAConfig("qkv"),
+    "the paper's operations": NASLoRAConfig("qkv", preset="paper"),
 }
 
 

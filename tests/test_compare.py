@@ -169,7 +169,7 @@ def test_a_method_is_added_later(finished, naslora, data):
     rows = list(csv.DictReader((output / "table.csv").open()))
     assert [(row["row"], row["seeds"]) for row in rows] == [("decoder-only", "1"), ("lora", "1")]
     decoder, lora = (int(row["trainable_parameters"]) for row in rows)
-    assert lora == decoder + 2 * 3 * (32 + 96)  # r = 3 on two qkv of 32 to 96
+    assert lora == decoder + 2 * 3 * 16 * 32  # r = 3 on all linears of two blocks of width 32
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_an_example_trains_and_saves(name, tmp_path):
     folder = tmp_path / "naslora_adapter" if name == "hf_trainer" else tmp_path
     assert (folder / "adapter_model.safetensors").is_file()
     if name == "hf_trainer":
-        assert "the outputs differ by at most 0.0e+00" in output
+        assert float(output.rpartition("at most ")[2]) < 1e-6
 
 
 def test_an_example_takes_images_from_a_folder(tmp_path):
@@ -134,7 +134,7 @@ def test_the_printed_lines_run_at_any_image_size(page, size, tmp_path, monkeypat
     batches = {"train": [images[:2]], "held_out": [images[2:]]}
     scope = {**batches, "loss_fn": loss_fn, "train_step": train_step}
     exec(code, scope)
-    assert "merged 2 layers" in capsys.readouterr().out
+    assert "merged 8 layers" in capsys.readouterr().out
     fresh = tiny_sam(size)
     naslora.load_adapter(fresh, tmp_path / "adapter")
     assert any(layer.lora_B.any() for _, layer in adapter_layers(fresh))

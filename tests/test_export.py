@@ -184,11 +184,11 @@ def test_segment_anything_loads_it_strictly(mode, num_classes, checkpoint, tmp_p
     own = model.state_dict()
     changed = {name for name in before if not torch.equal(exported[name], before[name])}
     # Encoder: only the merged layers change. Resized positions have their original values.
-    qkv = {f"image_encoder.blocks.{i}.attn.qkv.{p}" for i in (0, 1) for p in ("weight", "bias")}
-    assert {name for name in changed if "encoder" in name} == (
-        qkv if mode == "calibrated" else {name for name in qkv if name.endswith("weight")}
-    )
-    assert all(torch.equal(exported[name], own[name]) for name in qkv)
+    linears = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
+    weights = {f"image_encoder.blocks.{i}.{linear}.weight" for i in (0, 1) for linear in linears}
+    biases = {name.replace("weight", "bias") for name in weights if mode == "calibrated"}
+    assert {name for name in changed if "encoder" in name} == weights | biases
+    assert all(torch.equal(exported[name], own[name]) for name in weights | biases)
     # Decoder: all trained tensors change. The tensors that the model lacks are the original ones.
     trained = {name for name in own if name.startswith("mask_decoder.")} & before.keys()
     assert trained <= changed
@@ -225,7 +225,7 @@ def test_mobile_sam_gets_its_own_names(tmp_path):
     state["image_encoder.head.weight"] = torch.ones(3, 320)  # unused, but kept
     save_file(state, tmp_path / "mobile.safetensors")
     model = build_model("mobile_sam", SIZE, 1, tmp_path / "mobile.safetensors").eval()
-    inject(model, NASLoRAConfig())
+    inject(model, NASLoRAConfig(target="qkv"))
     randomize(model)
     merge(model, "center")
     path = tmp_path / "merged.safetensors"

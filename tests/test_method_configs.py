@@ -124,7 +124,9 @@ def test_a_file_rebuilds_its_configuration(tmp_path, method):
     assert stored["config"] == applied(model).config.to_dict()
     if "target" in stored["config"]:  # the file holds names, which load without an expression
         blocks = config.blocks or (0, 1)
-        assert stored["config"]["target"] == [f"blocks.{i}.attn.qkv" for i in blocks]
+        linears = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
+        names = [f"blocks.{i}.{linear}" for i in blocks for linear in linears]
+        assert stored["config"]["target"] == names
     fresh = build_model("vit_t", SIZE)
     load_adapter(fresh, tmp_path)
     assert applied(fresh) == applied(model)

@@ -16,6 +16,7 @@ from torch import nn
 
 from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter, unmerge
 from naslora.adapter.layer.layer import layer_generator
+from naslora.adapter.layer.targets import find_targets
 from naslora.files import read_safetensors
 from naslora.methods import (
     METHODS,
@@ -147,7 +148,7 @@ COUNTS = [
 def test_parameters_on_vit_h(method, config, parameters):
     with torch.device("meta"):
         model = SamForSegmentation("vit_h", 1024)
-    apply(method, model, configure(method, NASLoRAConfig(**config)))
+    apply(method, model, configure(method, NASLoRAConfig("qkv", **config)))
     assert sum(p.numel() for p in trainable_parameters(model)) == parameters
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == DECODER + parameters
@@ -356,13 +357,13 @@ def test_merged_computes_the_same(make, method, encoder):
     # Rounding of float32 through the blocks; the adapters change the output by far more.
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
     assert (embed(built(encoder)) - before).abs().max() > 1e-3 * before.abs().max()
-    layers = [n for n, _ in built(encoder).named_modules() if n.endswith("attn.qkv")]
-    assert [layer.name for layer in report.layers] == layers
+    layers = list(find_targets(built(encoder).image_encoder, NASLoRAConfig()))
+    assert [layer.name for layer in report.layers] == [f"image_encoder.{n}" for n in layers]
     # An update is a small part of an output, so its own relative error is that much larger.
     assert report.max_update_error < 1e-3 and report.source == "white noise"
     if method in PEFT:
         assert state_of(model).keys() == built(encoder).state_dict().keys()
-        assert type(model.get_submodule(layers[0])) is nn.Linear
+        assert type(model.image_encoder.get_submodule(layers[0])) is nn.Linear
     unmerge(model)
     assert not differing(state_of(model), state)
     assert torch.equal(embed(model), before)
@@ -515,7 +516,7 @@ def test_conv_lora_calls_each_chosen_expert_once(conv_lora_layer):
 def test_the_auxiliary_loss_sums_over_the_layers(make):
     model = make("conv-lora", lively=True).train()
     assert auxiliary_loss(model) is None
-    layers = [block.attn.qkv for block in model.image_encoder.blocks]
+    layers = [m for m in model.modules() if isinstance(m, conv_lora.ConvLoRALinear)]
     singles = []
     hooks = [
         layer.register_forward_hook(lambda layer, *_: singles.append(layer.balance.losses[-1]))
@@ -525,8 +526,8 @@ def test_the_auxiliary_loss_sums_over_the_layers(make):
     for hook in hooks:
         hook.remove()
     total = auxiliary_loss(model)
-    assert len(singles) == 2
-    torch.testing.assert_close(total, singles[0] + singles[1])
+    assert len(singles) == 8
+    torch.testing.assert_close(total, sum(singles))
     total.backward()
     assert all(layer.gate.grad.any() and layer.lora_A.grad.any() for layer in layers)
     model.eval()(images())

@@ -31,7 +31,7 @@ SECOND = NASLoRAConfig(rank=4, target=r"attn\.(qkv|proj)$")
 
 def two_adapters() -> nn.Module:
     """An encoder with the adapters "default" and "second", which is active."""
-    model = adapted_encoder()
+    model = adapted_encoder(target="qkv")
     add_adapter(model, "second", SECOND, seed=1)
     set_adapter(model, "second")
     randomize(model, seed=7)
@@ -48,7 +48,7 @@ def alone() -> nn.Module:
 
 def test_each_adapter_computes_as_if_it_were_alone():
     model = two_adapters()
-    plain, first, second = build_encoder(), adapted_encoder(), alone()
+    plain, first, second = build_encoder(), adapted_encoder(target="qkv"), alone()
     assert torch.equal(model(images()), second(images()))
     frozen = model.blocks[0].attn.qkv.base
     set_adapter(model, "default")
@@ -69,7 +69,7 @@ def test_each_adapter_computes_as_if_it_were_alone():
 
 
 def test_adding_changes_nothing_yet():
-    model = adapted_encoder()
+    model = adapted_encoder(target="qkv")
     before, expected = [id(m) for m in model.modules()], model(images())
     names = add_adapter(model, "second", SECOND, seed=1)
     assert names == [f"blocks.{i}.attn.{name}" for i in (0, 1) for name in ("qkv", "proj")]
@@ -83,12 +83,12 @@ def test_copies_have_adapters_of_their_own(copied):
     twin = copied(model)
     set_adapter(twin, "default")
     assert active_adapter(model) == "second"
-    assert torch.equal(twin(images()), adapted_encoder()(images()))
+    assert torch.equal(twin(images()), adapted_encoder(target="qkv")(images()))
     with torch.no_grad():
         for parameter in adapter_parameters(twin):
             parameter.zero_()
     set_adapter(model, "default")
-    assert torch.equal(model(images()), adapted_encoder()(images()))
+    assert torch.equal(model(images()), adapted_encoder(target="qkv")(images()))
 
 
 def test_saving_takes_the_active_adapter(tmp_path):
@@ -96,7 +96,7 @@ def test_saving_takes_the_active_adapter(tmp_path):
     save_adapter(model, tmp_path / "second")
     set_adapter(model, "default")
     save_adapter(model, tmp_path / "default")
-    for name, expected in (("second", alone()), ("default", adapted_encoder())):
+    for name, expected in (("second", alone()), ("default", adapted_encoder(target="qkv"))):
         fresh = build_encoder()
         load_adapter(fresh, tmp_path / name)
         assert torch.equal(fresh(images()), expected(images()))
@@ -135,7 +135,7 @@ def test_a_compiled_model_switches():
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(images()), model(images()))
     set_adapter(compiled, "default")
-    torch.testing.assert_close(compiled(images()), adapted_encoder()(images()))
+    torch.testing.assert_close(compiled(images()), adapted_encoder(target="qkv")(images()))
 
 
 def test_refusals(tmp_path):
@@ -166,7 +166,7 @@ def test_refusals(tmp_path):
     assert torch.equal(model(images()), expected) and active_adapter(model) == "second"
     unmerge(merged)
     set_adapter(merged, "default")
-    assert torch.equal(merged(images()), adapted_encoder()(images()))
+    assert torch.equal(merged(images()), adapted_encoder(target="qkv")(images()))
     # The layers are away then, so a file would hold the rest of what trains, and no adapter.
     model.neck.requires_grad_(True)
     with disable_adapter(model), pytest.raises(UserError, match="outside of disable_adapter"):

@@ -139,7 +139,8 @@ ENCODERS = {
         lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL)), QKV, (64, 64)
     ),
     "DINOv3": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**SMALL)), QKV, (64, 64)),
-    "timm": (timm_with_registers, NASLoRAConfig.target, (56, 84)),
+    # Of its last block the output depends on the class token alone.
+    "timm": (timm_with_registers, "qkv", (56, 84)),
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_the_settings_are_those_written_down():
     assert (training.alpha_learning_rate, training.mixed_precision) == (3e-4, "fp16")
     assert config.data.resolution == "original"
     assert (config.adapter.cell_init, config.adapter.scaling) == ("identity", 32 / 3)
-    assert load_recipe("isic2017", "lora").adapter == METHODS["lora"].config()
+    assert load_recipe("isic2017", "lora").adapter == METHODS["lora"].config(target="qkv")
     # Another rate or number of epochs on four data sets, the rest as above
     rates = {"leaf": (3e-4, 30), "roads": (3e-4, 20), "camouflage": (1e-4, 20), "sbu": (1e-4, 10)}
     for dataset, expected in rates.items():

@@ -156,9 +156,10 @@ def test_parameters_are_counted(run):
     stored = adapter(run)
     counted = sum(value.numel() for name, value in stored.items() if name[-8:] != "channels")
     assert metrics["trainable_parameters"] == counted
-    assert metrics["parameters"]["architecture"] == 2 * len(OPERATIONS)
-    # r = 3 on two qkv of 32 to 96; on c = 2 channels 2 (9 + 25 + 9 + 25) taps and 4 * 2 * 2.
-    assert metrics["parameters"]["adapter"] == 2 * (3 * (32 + 96) + 2 * 68 + 16)
+    assert metrics["parameters"]["architecture"] == 8 * len(OPERATIONS)
+    # Two blocks of width C = 32 have 16 C r parameters with r = 3. Each of the eight layers has, on
+    # c = 2 channels, 2 (9 + 25 + 9 + 25) taps and 4 * 2 * 2.
+    assert metrics["parameters"]["adapter"] == 2 * 16 * 32 * 3 + 8 * (2 * 68 + 16)
 
 
 def test_history_and_operations(run):
@@ -171,9 +172,9 @@ def test_history_and_operations(run):
     assert metrics["kept_epoch"] == EPOCHS
     assert metrics["val"]["dice"] == float(rows[-1]["val_dice"])
     operations = read(run / "operations.json")
-    assert operations["operations"] == list(OPERATIONS) and len(operations["layers"]) == 2
+    assert operations["operations"] == list(OPERATIONS) and len(operations["layers"]) == 8
     mixtures = np.array([entry["softmax"] for entry in operations["epochs"]])
-    assert mixtures.shape == (EPOCHS + 1, 2, 8) and np.allclose(mixtures.sum(-1), 1)
+    assert mixtures.shape == (EPOCHS + 1, 8, 8) and np.allclose(mixtures.sum(-1), 1)
 
 
 # --- What can be done with it ---

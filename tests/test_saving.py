@@ -59,7 +59,8 @@ def saved(folder) -> set[str]:
 
 def test_include_decides_what_is_saved(tmp_path):
     model = trained_encoder()
-    adapter = {n for n in model.state_dict() if ".qkv." in n and ".qkv.base." not in n}
+    linears = (".attn.qkv.", ".attn.proj.", ".mlp.lin1.", ".mlp.lin2.")
+    adapter = {n for n in model.state_dict() if any(s in n for s in linears) and ".base." not in n}
     neck = {n for n in model.state_dict() if n.startswith("neck.")}
     assert adapter and neck
     save_adapter(model, tmp_path / "trainable")

@@ -38,7 +38,7 @@ def built(family: str, size=(64, 64)) -> nn.Module:
 @pytest.mark.parametrize("family", LINEARS)
 def test_layers_of_a_name(family):
     encoder, linears = built(family), LINEARS[family]
-    blocks = [n.removesuffix(linears[0]) for n in find_targets(encoder, NASLoRAConfig())]
+    blocks = [n.removesuffix(linears[0]) for n in find_targets(encoder, NASLoRAConfig("qkv"))]
     for target, chosen in CHOSEN.items():
         names = list(find_targets(encoder, NASLoRAConfig(target=target)))
         assert names == [block + linears[i] for block in blocks for i in chosen]

@@ -96,7 +96,10 @@ def _differing_settings(model: nn.Module, stored: Description) -> list[str]:
     """Differences of method and configuration that change the output of equal tensors."""
     present, config, layers = applied(unwrap(model)), applied_config(model), layer_names(model)
     ours, theirs = config.to_dict() if config else {}, stored.config or {}
-    problems = [
+    problems = []
+    if present is not None and stored.method not in (None, present.name):
+        problems.append(f"the method is {stored.method} in the file, {present.name} here")
+    problems += [
         *(f"layer {n} is not adapted in the model" for n in stored.layers if n not in layers),
         *(f"layer {n} is not in the file" for n in layers if n not in stored.layers),
         *(
@@ -105,8 +108,6 @@ def _differing_settings(model: nn.Module, stored: Description) -> list[str]:
             if field in ours and field in theirs and ours[field] != theirs[field]
         ),
     ]
-    if present is not None and stored.method not in (None, present.name):
-        problems.append(f"the method is {stored.method} in the file, {present.name} here")
     return problems
 
 

@@ -38,10 +38,11 @@ class MethodConfig(Settings):
 class TargetConfig(MethodConfig):
     """The settings that choose layers."""
 
-    target: str | tuple[str, ...] = "qkv"
+    target: str | tuple[str, ...] = "all"
     """The nn.Linear layers to adapt: `qkv` (of the attention), `mlp` (the first of the MLP),
-    `qkv+mlp`, `all` (these, and the projections behind both), a regular expression, searched in
-    module names, or the names. An adapted model, and its file, hold the names."""
+    `qkv+mlp`, `all` (these and the projections behind both, those of them that the model has), a
+    regular expression, searched in module names, or the names. An adapted model, and its file,
+    hold the names."""
     blocks: Blocks | None = None
     """Which of the blocks with matching layers to adapt, counted from 0 in model order; None means
     all."""

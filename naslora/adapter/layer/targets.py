@@ -110,8 +110,8 @@ def _matching(model: nn.Module, target: str | tuple[str, ...]) -> dict[str, nn.M
     if isinstance(target, str):
         pattern = compiled("target", TARGETS.get(target, target))
         found = {name: module for name, module in modules.items() if name and pattern.search(name)}
-        whole = found and (target not in TARGETS or target_name(found) == target)
-        missing = [] if whole else [target]
+        whole = target not in TARGETS or target in ("all", target_name(found))
+        missing = [] if found and whole else [target]
     else:
         found = {name: module for name, module in modules.items() if name and paths[name] in target}
         missing = sorted({*target} - {paths[name] for name in found})

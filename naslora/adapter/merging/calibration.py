@@ -35,8 +35,6 @@ from naslora.errors import UserError
 FOLDS = 4
 # Relative to the mean variance of a layer's inputs. The last one keeps the centre taps.
 PENALTIES = tuple(10.0**k for k in range(-8, 4))
-# Tokens that a layer should see for each of its inputs. Fewer give a warning.
-TOKENS_PER_INPUT = 4
 CHUNK = 4096  # tokens converted to float64 at a time
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -184,8 +182,8 @@ def calibrate(
         batches: the result of ``calibration_batches``.
 
     Raises:
-        UserError: a batch does not fit the model, no batch reaches some layer, a value is not
-            finite, or there are fewer tokens than inputs.
+        UserError: a batch does not fit the model, no batch reaches some layer, or a value is not
+            finite.
     """
     names = {layer: name for name, layer in layers.items()}
     targets: dict[NASLoRALinear, dict[int, Tensor]] = {}  # in the order in which layers are called
@@ -195,13 +193,6 @@ def calibrate(
         targets.setdefault(layer, {}).setdefault(batch, y)
 
     feed(model, batches, keep_target, layers)
-    for layer, ys in targets.items():
-        tokens = sum(len(y) for y in ys.values())
-        if tokens < layer.in_features:
-            raise UserError(
-                f"layer {names[layer]} sees {tokens} tokens of the calibration images, fewer than "
-                f"its {layer.in_features} inputs; give more images"
-            )
     fits = {}
     try:
         for layer, ys in targets.items():

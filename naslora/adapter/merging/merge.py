@@ -25,7 +25,6 @@ from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.adapter.layer.modules import adapter_layers, check_model, replace_module
 from naslora.adapter.merging.calibration import (
-    TOKENS_PER_INPUT,
     Calibration,
     Fit,
     Forward,
@@ -175,20 +174,16 @@ CELLS = Folding(_cells, _fold, _update, _modes, fits=True)
 
 
 def _warning(fits: Mapping[str, Fit]) -> str | None:
-    """The warning about fits on too few tokens; None if there are none."""
-    inputs = {name: fit.linear_map.shape[1] for name, fit in fits.items()}
-    scarce = {
-        name: fit.tokens / inputs[name]
-        for name, fit in fits.items()
-        if fit.tokens < TOKENS_PER_INPUT * inputs[name]
-    }
+    """The warning about fits on fewer tokens than inputs; None if there are none."""
+    scarce = {name: fit for name, fit in fits.items() if fit.tokens < fit.linear_map.shape[1]}
     if not scarce:
         return None
-    name = min(scarce, key=lambda name: scarce[name])
+    name = min(scarce, key=lambda name: scarce[name].tokens / scarce[name].linear_map.shape[1])
     return (
-        f"{len(scarce)} layers were fitted on fewer tokens than they need; {name} saw "
-        f"{fits[name].tokens:,}, and should see {TOKENS_PER_INPUT * inputs[name]:,}: give "
-        "more images, as calibration or with naslora merge --images"
+        f"{len(scarce)} layers were fitted on fewer tokens than they have inputs, so they stay "
+        f"close to 'center'; {name} saw {scarce[name].tokens:,}, and has "
+        f"{scarce[name].linear_map.shape[1]:,}: give more images, as calibration or with naslora "
+        "merge --images"
     )
 
 
