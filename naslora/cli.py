@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    steps = (
+    commands = (
         demo,
         train,
         compare,
@@ -102,7 +102,7 @@ def _run(arguments: list[str]) -> None:
         export,
         info,
     )
-    named = {command.__name__: command for command in steps}
+    named = {command.__name__: command for command in commands}
     name = arguments[0] if arguments else "--help"
     if name in named:
         parse(named[name], arguments[1:])()
