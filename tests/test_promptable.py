@@ -175,6 +175,7 @@ def test_a_run_has_scores_by_clicks_beside_the_untouched_model(run):
         scores = metrics[name]
         assert len(scores["click_iou"]) == 8 and scores["iou"] == scores["click_iou"][0]
         assert set(scores["metrics"]) >= {"IoU, 3 clicks", "Dice, box", "NoC 85%", "NoC 90%"}
+        assert scores["metrics"]["IoU, 1 click, best of 3"] >= scores["iou"]
     assert metrics["untouched"] != metrics["test"] and set(metrics["test_merged"]) >= {"center"}
     assert any("prompt_encoder" in key for key in read_safetensors(next(run.glob("adapter/*.s*"))))
 
@@ -193,6 +194,31 @@ def test_a_run_resumes_to_the_same_bits(naslora, run, tmp_path):
     assert naslora(*command, "--resume").status == 0
     ours, theirs = (read_safetensors(next(p.glob("adapter/*.s*"))) for p in (run, tmp_path / "run"))
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+# --- Scores ---
+
+
+def test_clicks_are_the_centres_of_the_largest_errors():
+    """The masks are what a prediction would have to be; the logits are made from them."""
+    from naslora.training.clicks import _next_clicks
+    from naslora.training.interactive import Objects, Prompts
+
+    truth, predicted = np.zeros((20, 20), bool), np.zeros((20, 20), bool)
+    truth[2:9, 3:10] = True  # 7 x 7, its centre is (6, 5)
+    none = Prompts(torch.zeros(1, 1, 2), torch.full((1, 1), -1))
+    objects = Objects(torch.tensor([0]), torch.tensor(truth)[None], torch.ones(1, 20, 20).bool())
+
+    def click(mask, before=none):
+        points, labels = _next_clicks(torch.tensor(mask)[None].float() - 0.5, objects, before)
+        return *points[0].tolist(), int(labels[0])
+
+    assert click(predicted) == (6, 5, 1)
+    predicted[11:20, 11:20] = True  # 9 x 9 too much at the border, beside what is missed
+    assert click(predicted) == (15, 15, 0)
+    once = none.plus(torch.tensor([[15.0, 15.0]]), torch.tensor([0]))
+    assert click(predicted, once)[:2] != (15, 15)
+    assert click(truth) == (0, 0, -1)  # nothing is wrong
 
 
 # --- It stays SAM ---
@@ -215,6 +241,19 @@ def test_the_exported_model_is_sam(naslora, run, tmp_path):
     for own, other in zip(*found, strict=True):
         np.testing.assert_allclose(own, other, atol=1e-4)
     options = {"points_per_side": 2, "pred_iou_thresh": -9, "stability_score_thresh": 0}
+    folder = tmp_path / "huggingface"
+    assert naslora("export", merged, "--format", "huggingface", "--output", folder).status == 0
+    hugging = hugging_face_sam()
+    hugging.load_state_dict(read_safetensors(folder / "model.safetensors"))
+    pixels = torch.tensor(image).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        out = hugging(model.preprocess(pixels), torch.tensor([[[[6.0, 8.0]]]]))
+        points = torch.tensor([[[6.0, 8.0], [0.0, 0.0]]]), torch.tensor([[1, -1]])
+        masks, scores = model.decode(
+            model(pixels / 255), torch.tensor([0]), *points, None, slice(1, 4)
+        )
+    torch.testing.assert_close(out.pred_masks[0], masks, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.iou_scores[0], scores, atol=1e-4, rtol=1e-4)
     masks = [SamAutomaticMaskGenerator(sam, **options).generate(image) for sam in (theirs, model)]
     assert len(masks[0]) == len(masks[1]) > 0
     for own, other in zip(*masks, strict=True):
@@ -223,6 +262,19 @@ def test_the_exported_model_is_sam(naslora, run, tmp_path):
     assert "takes prompts" in message
     message = naslora("export", merged, "--output", tmp_path / "sam.onnx").err
     assert "takes prompts" in message
+
+
+def hugging_face_sam():
+    """SAM of transformers, of the size of the tiny model."""
+    from transformers import SamConfig, SamModel
+
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 128}
+    vision |= {"image_size": SIZE, "global_attn_indexes": [1]}
+    prompt, decoder = {"image_size": SIZE}, {"num_hidden_layers": 1, "mlp_dim": 64}
+    config = SamConfig(
+        vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
+    )
+    return SamModel(config).eval()
 
 
 def plain_sam(model) -> Sam:

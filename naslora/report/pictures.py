@@ -70,6 +70,25 @@ class Panel:
     """Its place among the images of the split by Dice, 1 for the worst; None if unknown."""
 
 
+class View(NamedTuple):
+    """Masks of an image's objects."""
+
+    title: str
+    objects: np.ndarray
+    """(H, W) int: the number of the object at each pixel, 0 for none."""
+    clicks: list[tuple[float, float, bool]]
+    """x, y, and whether the click is on the object."""
+
+
+class Prompted(NamedTuple):
+    """An image with the masks that prompts give."""
+
+    name: str
+    image: np.ndarray
+    """(H, W, 3) uint8 RGB."""
+    views: list[View]
+
+
 def data_uri(pixels: np.ndarray, side: int = PICTURE_SIDE) -> str:
     """(H, W, 3) uint8 pixels, shrunk to a longer side, as the data URI of a JPEG."""
     image, buffer = Image.fromarray(pixels), io.BytesIO()

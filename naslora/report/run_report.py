@@ -23,7 +23,8 @@ from naslora.report.figures import (
     draw_epoch_axis,
 )
 from naslora.report.page import Cards, Code, Folded, Part, write_page
-from naslora.report.pictures import Panel
+from naslora.report.pictures import Panel, Prompted
+from naslora.report.sections.clicks import prompted_parts, scores_parts
 from naslora.report.sections.examples import examples_parts
 from naslora.report.sections.merging import merging_parts
 from naslora.report.sections.operations import operations_parts
@@ -40,7 +41,7 @@ def write_report(
     result: RunResult,
     history: list[Epoch],
     operations: OperationHistory | None,
-    panels: list[Panel],
+    panels: Sequence[Panel | Prompted],
     class_names: list[str],
 ) -> None:
     """Writes a run's report as one self-contained HTML file, atomically.
@@ -53,7 +54,7 @@ def write_report(
         result: what the run reports.
         history: one record an epoch; may be empty.
         operations: the path of alpha; None for a method without alpha.
-        panels: test images to show, the worst first.
+        panels: test images to show, the worst first; ``Prompted`` ones of a promptable run.
         class_names: names of the labels 0, 1, ..., so two for a binary task. Label 0 is the
             background, which is left unpainted.
 
@@ -62,10 +63,13 @@ def write_report(
         OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
     keep = config.get("training", {}).get("keep", "last")
+    labelled = [panel for panel in panels if isinstance(panel, Panel)]
+    prompted = [panel for panel in panels if isinstance(panel, Prompted)]
+    examples = examples_parts(labelled, class_names, (result.images or {}).get("test"))
     sections = {  # first whether it worked, then why, then what it took
-        "Scores": _scores(result),
-        "Test images": examples_parts(panels, class_names, (result.images or {}).get("test")),
-        "Merging": merging_parts(result, history, keep, panels, class_names),
+        "Scores": _scores(result) if result.untouched is None else scores_parts(result),
+        "Test images": examples + prompted_parts(prompted),
+        "Merging": merging_parts(result, history, keep, labelled, class_names),
         "What next": _commands(path.parent, result),
         "Training": _training(history, result.kept_epoch),
         "Operations": operations_parts(operations, history),
@@ -94,9 +98,11 @@ def _header(result: RunResult) -> list[Part]:
     scores = scores or SplitScores()
     worst = reduce_known(min, scores.image_dice or [])
     detail = "" if worst is None else f"worst image {number(worst)}"
+    clicked = "" if result.untouched is None else "one click; untouched "
+    before = result.untouched or SplitScores()
     cards = [
         (f"{name} Dice", number(scores.dice), detail),
-        (f"{name} IoU", number(scores.iou), ""),
+        (f"{name} IoU", number(scores.iou), clicked and clicked + number(before.iou)),
     ]
     mode, dice = _best_merge(result)
     if mode and mode != "exact":

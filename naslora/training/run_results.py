@@ -1,12 +1,13 @@
 """The results of a run: the kept epoch scored, merged in every way, scored again, reported.
 
-The report shows the worst and the best test images by Dice.
+The report shows the worst and the best test images by Dice, in a promptable run after one click.
 """
 
 import dataclasses
+import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from naslora.errors import UserError
 from naslora.files import file_checksum
 from naslora.methods import METHODS, merge, merge_modes
 from naslora.records import write_record, write_rows
-from naslora.report.pictures import Merged, Panel
+from naslora.report.pictures import Merged, Panel, Prompted, View
 from naslora.report.run_report import write_report
 from naslora.results import (
     HISTORY,
@@ -31,22 +32,30 @@ from naslora.results import (
     SplitScores,
     kept_epoch,
 )
+from naslora.sam.objects import PADDING, POSITIVE
+from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.sam.segmentation import labels_of, predict_labels
 from naslora.sam.shipped import NONE
 from naslora.training.accelerator import in_float32
-from naslora.training.clicks import score_run
+from naslora.training.clicks import play, score_run
 from naslora.training.evaluation import tiled_class_map
+from naslora.training.interactive import objects_of
 from naslora.training.run_data import calibration
 from naslora.training.run_model import build_frozen_model
 from naslora.training.trainer import Trainer
 
+Panels = Sequence[Panel | Prompted]
 EXAMPLES = 6
 """Number of test images in the report."""
+SHOWN_CLICKS = (1, 3)
+"""Clicks whose masks the report of a promptable run shows."""
 FEW_IMAGES = 5
 LEARNED = 0.05  # Dice of the test images; where it is lower, a note advises what to try
 
 
-def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, list[Panel]]:
+def final_result(
+    trainer: Trainer, counts: ParameterCounts
+) -> tuple[RunResult, Sequence[Panel | Prompted]]:
     """Scores the kept epoch on the test split, and again after each way of merging.
 
     Args:
@@ -67,10 +76,13 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
     if modes and config.training.mixed_precision != "no":
         with in_float32(trainer.accelerator):
             float32 = trainer.evaluate("test", metrics)
-    untouched, panels = None, {}
+    untouched = None
+    prompted: list[Prompted] = []
+    panels: dict[int, Panel] = {}
     if config.task == "promptable":
         sam = build_frozen_model(config).to(trainer.accelerator.device)
         untouched = score_run(sam, trainer.data["test"], trainer.accelerator, config, metrics)
+        prompted = _prompted(trainer, {"untouched": sam, "fine-tuned": trainer.model}, test)
     elif trainer.accelerator.is_main_process:
         panels = _panels(trainer, float32 or test)
     merged: dict[str, SplitScores] = {}
@@ -110,7 +122,7 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
         weights=config.model.checkpoint,
         notes=_notes(trainer, test),
     )
-    return result, list(panels.values())
+    return result, [*prompted, *panels.values()]
 
 
 def _notes(trainer: Trainer, test: SplitScores) -> list[str]:
@@ -152,7 +164,7 @@ def tracked_scores(result: RunResult) -> dict[str, float]:
     }
 
 
-def write_results(trainer: Trainer, result: RunResult, panels: list[Panel], output: Path) -> None:
+def write_results(trainer: Trainer, result: RunResult, panels: Panels, output: Path) -> None:
     """Writes history.csv, operations.json, test_images.csv, metrics.json and, last, report.html."""
     operations = trainer.operation_history()
     write_rows(output / HISTORY, trainer.history)
@@ -213,6 +225,41 @@ def _predict(trainer: Trainer, index: int) -> np.ndarray:
         pixels = data[index]["pixels"]
         bands = tiled_class_map(model.eval(), data, pixels, None, trainer.accelerator)
         return torch.cat([labels_of(band[None])[0] for band in bands]).numpy()
+
+
+def _prompted(
+    trainer: Trainer, models: Mapping[str, AnySam], scores: SplitScores
+) -> list[Prompted]:
+    """The worst and the best test images with the masks of some clicks, by each of the models."""
+    data, panels = trainer.data["test"], []
+    if not trainer.accelerator.is_main_process:
+        return []
+    for index in choose(scores.image_dice or [], EXAMPLES):
+        item = data[index]
+        objects = objects_of(item["mask"][None].to(trainer.accelerator.device))
+        image = item["image"][None]
+        numbers = torch.arange(1, len(objects.owners) + 1, device=objects.owners.device)
+        truth = (objects.masks * numbers[:, None, None]).amax(0)
+        views = [View("Truth", truth.cpu().numpy(), [])]
+        turns = {
+            name: list(play(model, image, objects, trainer.accelerator, max(SHOWN_CLICKS)))
+            for name, model in models.items()
+            if isinstance(model, PromptableSam)
+        }
+        for clicks, (name, played) in itertools.product(SHOWN_CLICKS, turns.items()):
+            turn = played[clicks - 1]
+            found = ((turn.logits > 0) * numbers[:, None, None]).amax(0)
+            points, labels = turn.prompts.points.flatten(0, 1), turn.prompts.labels.flatten()
+            dots = [
+                (x, y, label == POSITIVE)
+                for (x, y), label in zip(points.tolist(), labels.tolist(), strict=True)
+                if label != PADDING
+            ]
+            title = f"{clicks} click{'s' if clicks > 1 else ''}, {name}"
+            views.append(View(title, found.cpu().numpy(), dots))
+        pixels = (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()
+        panels.append(Prompted(item["name"], pixels, views))
+    return panels
 
 
 def choose(dice: Sequence[float | None], count: int) -> list[int]:
