@@ -115,6 +115,10 @@ def _warn(config: RunConfig, searches: bool) -> None:
     origin = "random weights" if model.checkpoint == NONE else origin
     size = f"{model.image_size} x {model.image_size} pixels"
     print(f"{model.name} starts from {one_line(origin)}, at {size}", file=sys.stderr)
+    if config.task == "promptable" and config.data.num_classes > 1:
+        print(
+            "each connected part of a class is an object; classes are not learned", file=sys.stderr
+        )
     if shipped and model.image_size != SHIPPED_SIZE:
         warn(
             f"the weights of {model.name} were made for images of {SHIPPED_SIZE} pixels; their "
