@@ -23,7 +23,6 @@ from naslora import (
     save_adapter,
 )
 from naslora.adapter.layer.cell import LinearCell, mixture_entropy
-from naslora.adapter.layer.layer import SKIP_LEAD
 from naslora.adapter.layer.modules import adapter_layers
 from naslora_kernels.operations import SKIP
 
@@ -366,8 +365,8 @@ def test_alpha_starts_in_favour_of_the_skip_connection():
         alpha = parameter.detach()
         others = torch.cat([alpha[:SKIP], alpha[SKIP + 1 :]])
         assert 0 < others.std() < 3e-3
-        assert alpha[SKIP] - others.mean() == pytest.approx(SKIP_LEAD, abs=0.01)
-        share = math.e**SKIP_LEAD / (math.e**SKIP_LEAD + 7)
+        assert alpha[SKIP] - others.mean() == pytest.approx(NASLoRAConfig.skip_lead, abs=0.01)
+        share = math.e**NASLoRAConfig.skip_lead / (math.e**NASLoRAConfig.skip_lead + 7)
         assert alpha.softmax(0)[SKIP] == pytest.approx(share, abs=1e-3)
 
 

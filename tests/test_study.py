@@ -5,8 +5,10 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from bench.experiments.outlines import outline
 from bench.experiments.studies import STUDIES
 from bench.experiments.study import finished, main, table
 from naslora.report.tables import MISSING
@@ -74,3 +76,11 @@ def test_another_reference(tmp_path, capsys):
     assert "| Dice − Conv-LoRA |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no variant of whole-sets has this name"):
         main("whole-sets", tmp_path, tmp_path, tmp_path, **options | {"against": "Conv"})
+
+
+def test_an_outline_is_on_both_sides_of_a_change():
+    labels = np.zeros((5, 8), int)
+    labels[1:4, 1:4], labels[1:4, 4:7] = 1, 2
+    expected = ["01111110", "11111111", "11011011", "11111111", "01111110"]
+    found = outline(labels) // 255
+    assert ["".join(map(str, row)) for row in found] == expected

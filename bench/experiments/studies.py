@@ -240,6 +240,7 @@ def _controls(rate: float) -> dict[str, Settings]:
 # Where the adapter is, its rate, and how the rate changes.
 TARGETS = ("qkv", "mlp", "qkv+mlp", "all")
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+FROM_LORA = _joined(SLOW_CELL, {"adapter": {"skip_lead": 8.0}, "training": {"arch_data": "rotate"}})
 BOTH = {"LoRA": LORA, "NAS-PC-LoRA": METHODS["NAS-PC-LoRA"]}
 
 STUDIES = {
@@ -325,8 +326,20 @@ STUDIES = {
         train_images=240,
         reference="LoRA",
     ),
+    # Whether the search finds plain LoRA where neighbours say nothing: from closer to LoRA, at
+    # LoRA's rate, on images that the epoch's weight steps leave out.
+    "search": Study(
+        datasets=("kvasir_seg", "crackforest"),
+        seeds=(0, 1, 2, 3, 4),
+        common={"run": {"model": "vit_t", "image_size": 256}, "adapter": {"target": "all"}},
+        variants=BOTH | {"from LoRA": FROM_LORA},
+        epochs={"kvasir_seg": 6, "crackforest": 15},
+        columns=TRAINING | CALIBRATED,
+        train_images=240,
+        reference="LoRA",
+    ),
     # Tuned on none of the sets of the final comparison but the first two. The outlines of 16 images
-    # of nuclei (of dsb_nuclei, both sides of a change of label) stand for thin structures.
+    # of nuclei, which bench.experiments.outlines writes, stand for thin structures.
     "recipe": Study(
         datasets=("kvasir_seg", "leaf_disease", "nuclei_outlines"),
         seeds=(0, 1, 2),

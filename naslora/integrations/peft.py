@@ -67,6 +67,7 @@ class NasLoraConfig(LoraConfig):
     preset: str = "linear"
     channel_selection: ChannelSelection = "first"
     cell_init: CellInit = "skip"
+    skip_lead: float = 3.0
     operations: tuple[str, ...] | None = None
     prefix_tokens: int = 0
     seed: int = 0

@@ -83,6 +83,10 @@ class NASLoRAConfig(LowRankConfig):
     LoRA; convolutions near the identity, so that the mixture has gain 1), `identity` (the same
     with uniform alpha) or `kaiming` (uniform alpha, kaiming-uniform convolutions; the search then
     starts slower than LoRA)."""
+    skip_lead: Annotated[float, msgspec.Meta(ge=0, le=20)] = 3.0
+    """How far the logit of the skip connection starts above the others with `cell_init` `skip`. At
+    8 a layer starts as LoRA up to 0.2 %, and stays it unless the images of the alpha steps ask for
+    neighbours."""
     operations: Operations | None = None
     """Which of the eight operations the cell mixes, for ablations; None means all."""
     prefix_tokens: Prefix = 0

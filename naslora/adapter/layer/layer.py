@@ -20,7 +20,6 @@ from naslora_kernels.cell import Cell as CellTensors
 from naslora_kernels.operations import SKIP
 
 ALPHA_INIT_STD = 1e-3  # the paper starts alpha from a standard normal scaled by 0.001
-SKIP_LEAD = 3.0  # with cell_init "skip": e^3 times the weight of each other operation
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
@@ -110,7 +109,7 @@ class NASLoRALinear(AdaptedLinear):
             alpha = torch.randn(len(OPERATIONS), generator=generator)
             alpha *= ALPHA_INIT_STD
             if config.cell_init == "skip":
-                alpha[SKIP] += SKIP_LEAD
+                alpha[SKIP] += config.skip_lead
             if config.operations is not None:
                 left_out = [i for i, name in enumerate(OPERATIONS) if name not in config.operations]
                 alpha[left_out] = LEFT_OUT
