@@ -19,6 +19,7 @@ from naslora.report.pictures import data_uri
 from naslora.sam.instance_config import InstanceConfig
 from naslora.settings import checked
 from naslora.trained import load_predictor
+from naslora.training.run_data import scaling_of
 
 HOST = "127.0.0.1"
 SIDE = 1400
@@ -70,8 +71,8 @@ def annotate(
         raise UserError("annotate needs NiceGUI; run pip install 'naslora[annotate]'") from error
     with locked(output):
         labelled = LabelledSet(output)
-        predictor, intensity = load_predictor(path, image_size)
-        labelling = Labelling(predictor, intensity, labelled)
+        predictor, config = load_predictor(path, image_size)
+        labelling = Labelling(predictor, scaling_of(config), labelled)
         page = Page(labelling, images, search)
         print(f"label {len(images)} images at http://{HOST}:{port}; Ctrl+C ends", flush=True)
         options = {"reload": False, "show": show, "show_welcome_message": False}

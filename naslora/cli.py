@@ -24,6 +24,7 @@ from naslora.choices import (
     OVERLAP,
     AblationName,
     Format,
+    ObjectSource,
     Part,
     TileSize,
     Tracker,
@@ -194,6 +195,7 @@ def ablate(
 
 def evaluate(
     path: Annotated[Path, Positional, RUN],
+    search: Search,
     split: Annotated[str, tyro.conf.arg(help="The split to score.")] = "test",
     data: Annotated[
         Path | None, tyro.conf.arg(help="Another CSV data folder; default: the run's own data.")
@@ -204,11 +206,28 @@ def evaluate(
             help="Size to score at: the model's, or each mask's; default: the run's setting."
         ),
     ] = None,
+    instances: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Score the objects that predict --instances finds: AP50, AP from 50 to 95, and "
+            "panoptic quality. The model may also be one that predict --instances takes."
+        ),
+    ] = False,
+    objects: Annotated[
+        ObjectSource | None,
+        tyro.conf.arg(help="What an object is, for --instances, as in train --help-all."),
+    ] = None,
 ) -> None:
     """Print a model's metrics on a split as JSON."""
-    from naslora import trained
+    scores: object
+    if instances:
+        from naslora.instances import evaluate_instances
 
-    scores = trained.evaluate_run(path, split, data, resolution)
+        scores = evaluate_instances(path, split, data, objects, search)
+    else:
+        from naslora import trained
+
+        scores = trained.evaluate_run(path, split, data, resolution)
     print(json.dumps(to_json(scores), indent=2))
 
 

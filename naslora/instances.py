@@ -1,19 +1,25 @@
 """Instances: every object of an image, found by a grid of points, and written with its score."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 from pycocotools import mask as coco
+from rich.console import Console
+from rich.progress import track
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
+from naslora.choices import ObjectSource
 from naslora.data.images import Sample, open_picture
+from naslora.data.masks import IGNORED
 from naslora.data.picture import ImageError
 from naslora.errors import UserError
 from naslora.files import replaced_file, write_text
+from naslora.instance_metrics import AveragePrecision, Quality, panoptic_quality
 from naslora.locks import locked
 from naslora.prediction import (
     INSTANCE_ENDINGS,
@@ -25,8 +31,10 @@ from naslora.prediction import (
 )
 from naslora.report.pictures import OVERLAY, paint_bands
 from naslora.sam.instance_config import InstanceConfig
-from naslora.trained import load_predictor
+from naslora.trained import load_predictor, split_of, with_data
+from naslora.training.run_data import check_with_progress, make_dataset, scaling_of
 
+T = TypeVar("T")
 COCO_FILE = "instances.json"
 WHOLE = 0.98
 """Share of an image's sides that the box of its background has at least."""
@@ -151,14 +159,14 @@ def predict_instances(
     if (output / COCO_FILE).exists() and not overwrite:
         raise UserError(f"{output / COCO_FILE} exists; give --overwrite, or another --output")
     with locked(output):
-        predictor, intensity = load_predictor(path)
+        predictor, run = load_predictor(path)
         generator = build_generator(predictor, config)
         pictures: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         written = []
-        for image in images:
+        for image in _followed(images):
             try:
-                picture = open_picture(Sample(image, None, "input"), intensity)
+                picture = open_picture(Sample(image, None, "input"), scaling_of(run))
                 pixels = picture.rows()
             except ImageError as error:
                 if on_error is None:
@@ -182,6 +190,84 @@ def predict_instances(
         }
         write_text(output / COCO_FILE, json.dumps(content))
         return written
+
+
+@dataclass(frozen=True)
+class InstanceScores:
+    """Scores of the objects that a model finds in a split. None means undefined."""
+
+    images: int
+    objects: int
+    found: int
+    """Masks of the model; they may overlap."""
+    ap50: float | None
+    """Average precision at an IoU of 0.5, as COCO's, but with any number of masks an image."""
+    ap: float | None
+    """Its mean over the IoU 0.50, 0.55, ..., 0.95."""
+    pq: float | None
+    """Panoptic quality: the mean over the images of ``rq`` times ``sq``."""
+    rq: float | None
+    """F1 of the objects with an IoU above 0.5."""
+    sq: float | None
+    """Mean IoU of these objects."""
+
+
+def evaluate_instances(
+    path: Path,
+    split: str,
+    data: Path | None,
+    objects: ObjectSource | None,
+    config: InstanceConfig,
+) -> InstanceScores:
+    """Scores the objects that a model finds, at the size of each image.
+
+    Average precision takes all masks, panoptic quality those of ``label_image``. Pixels that are
+    ignored count for neither.
+
+    Args:
+        path: as in ``load_predictor``.
+        split: the name of the split.
+        data: a CSV folder; None takes the run's own data.
+        objects: as ``PromptConfig.objects``; None takes the run's own.
+        config: how objects are found.
+
+    Raises:
+        UserError: as ``load_predictor`` and ``split_of``; a file cannot be read.
+    """
+    predictor, run = load_predictor(path)
+    run = with_data(run, data)
+    if objects is not None:
+        run = replace(run, prompts=replace(run.prompts, objects=objects))
+    samples = split_of(run, split)
+    check_with_progress(samples, run)
+    # With this resolution images and masks are read at their own size.
+    run = replace(run, data=replace(run.data, resolution="tiles", cache=None))
+    dataset, generator = make_dataset(run, samples, "scored"), build_generator(predictor, config)
+    precision, found, count = AveragePrecision(), 0, 0
+    qualities: list[Quality] = []
+    for sample in _followed(samples):
+        image, numbers = dataset.read(sample)
+        assert numbers is not None
+        instances = find_instances(generator, image.permute(1, 2, 0).numpy(), config.min_area)
+        truth, ignored = numbers.numpy(), numbers.numpy() == IGNORED
+        truth = np.where(ignored, 0, truth)
+        own = [(instance.runs, instance.score) for instance in instances]
+        precision.add(own, truth, ignored)
+        labels = label_image(instances, truth.shape)
+        qualities.append(panoptic_quality(np.where(ignored, 0, labels), truth))
+        found, count = found + len(instances), count + len(np.setdiff1d(truth, 0))
+    means = []
+    for values in np.array(qualities).T:
+        known = values[~np.isnan(values)]
+        means.append(float(known.mean()) if len(known) else None)
+    return InstanceScores(len(samples), count, found, *precision.compute(), *means)
+
+
+def _followed(items: Sequence[T]) -> Iterable[T]:
+    """The items, while a terminal shows how far they have come."""
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return track(items, "finding objects", console=console, transient=True, disable=hidden)
 
 
 def annotations_of(

@@ -11,7 +11,7 @@ import dataclasses
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 from segment_anything import SamPredictor
@@ -20,7 +20,6 @@ from naslora.adapter.io.merged_files import MERGED_CONFIG, load_merged, read_mer
 from naslora.adapter.merging.report import MergeMode, MergeReport
 from naslora.choices import CALIBRATION_IMAGES, Format, Part, Tool
 from naslora.data.images import Sample
-from naslora.data.picture import Intensity, parse_intensity
 from naslora.errors import UserError, warn
 from naslora.files import (
     read_metadata,
@@ -43,13 +42,12 @@ from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.clicks import score_run
 from naslora.training.resolve import read_config, resolve
-from naslora.training.run_config import Resolution, RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, Resolution, RunConfig
 from naslora.training.run_data import (
     calibration,
     check_with_progress,
     find_splits,
     make_dataset,
-    scaling_of,
     warn_of_contents,
 )
 from naslora.training.run_model import build_frozen_model, build_run_model
@@ -106,9 +104,7 @@ def _load_merged(path: Path) -> tuple[AnySam, RunConfig]:
     return model, config
 
 
-def load_predictor(
-    path: Path, image_size: int | None = None
-) -> tuple[SamPredictor, Intensity | None]:
+def load_predictor(path: Path, image_size: int | None = None) -> tuple[SamPredictor, RunConfig]:
     """Loads a model that takes prompts, as ``build_predictor``, on the GPU if there is one.
 
     Args:
@@ -119,36 +115,47 @@ def load_predictor(
             None is 256 for ``vit_t``, 1024 for the others.
 
     Returns:
-        The predictor, and the scaling of images of more than 8 bits.
+        The predictor, and its run's configuration; that of a file says no more than the file.
 
     Raises:
         UserError: as ``load_model`` and ``build_predictor``; the model takes no prompts, or is not
             known.
     """
-    intensity = None
     if path.is_dir():
         model, config = load_model(path)
         if not isinstance(model, PromptableSam):
             raise UserError(f"{path} {SEMANTIC}")
-        predictor, intensity = build_predictor(model), scaling_of(config)
-    elif not path.exists() and shipped_file(str(path)) is not None:
-        predictor = build_predictor(str(path), image_size or SHIPPED_SIZE)
+        predictor = build_predictor(model)
     else:
-        with reading(path):
-            text = read_metadata(path).get(KEY) if path.suffix == ".safetensors" else None
-            if text is not None:
-                held = read_description(text)
-                if held.task == "semantic":
-                    raise UserError(f"{path} {SEMANTIC}")
-                image_size = held.image_size
-                intensity = None if held.intensity is None else parse_intensity(held.intensity)
-            name = find_model(path) if text is None else held.model
-            if name is None:
-                raise UserError("it is no checkpoint of SAM that is known")
-            size = SHIPPED_SIZE if shipped_file(name) else LARGE_IMAGE
-            predictor = build_predictor(name, image_size or size, path)
+        name, checkpoint, data = str(path), None, DataConfig()
+        if path.exists() or shipped_file(name) is None:
+            with reading(path):
+                name, image_size, data = _described(path, image_size)
+            checkpoint = path
+        own = ModelConfig(name, NONE, image_size or side_of(name))
+        config = resolve(RunConfig(task="promptable", data=data, model=own))
+        predictor = build_predictor(name, config.model.image_size, checkpoint)
     predictor.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return predictor, intensity
+    return predictor, config
+
+
+def side_of(name: str) -> int:
+    """Side in pixels of the images that a model's pre-trained weights were made for."""
+    return SHIPPED_SIZE if shipped_file(name) else LARGE_IMAGE
+
+
+def _described(path: Path, image_size: int | None) -> tuple[str, int | None, DataConfig]:
+    """The model, the image size and the data that a file with weights was made for."""
+    text = read_metadata(path).get(KEY) if path.suffix == ".safetensors" else None
+    if text is None:
+        name = find_model(path)
+        if name is None:
+            raise UserError("it is no checkpoint of SAM that is known")
+        return name, image_size, DataConfig()
+    held = read_description(text)
+    if held.task == "semantic":
+        raise UserError(f"{path} {SEMANTIC}")
+    return held.model, held.image_size, DataConfig(intensity=held.intensity)
 
 
 # ---- Evaluating ----------------------------------------------------------------------------------
@@ -169,19 +176,35 @@ def evaluate_run(
         UserError: as ``load_model`` and ``find_splits``, or there is no such split.
     """
     model, config = load_model(path)
-    own = {"root": data, "dataset": "csv", "split": None}
-    changed: dict[str, Any] = {} if data is None else own
+    config = with_data(config, data)
     if resolution is not None:
-        changed["resolution"] = resolution
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
-    splits = find_splits(config)
-    if split not in splits:
-        raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
-    samples = splits[split]
+        changed = dataclasses.replace(config.data, resolution=resolution)
+        config = dataclasses.replace(config, data=changed)
+    samples = split_of(config, split)
     warn_of_contents({split: check_with_progress(samples, config)}, config)
     merged = (path / MERGED_CONFIG).exists()
     scores = evaluate_model(model, config, samples, float32=merged)
     return dataclasses.replace(scores, images=len(samples))
+
+
+def with_data(config: RunConfig, root: Path | None) -> RunConfig:
+    """A configuration with another CSV folder; None keeps its own data."""
+    if root is None:
+        return config
+    data = dataclasses.replace(config.data, root=root, dataset="csv", split=None)
+    return dataclasses.replace(config, data=data)
+
+
+def split_of(config: RunConfig, split: str) -> list[Sample]:
+    """The samples of a split.
+
+    Raises:
+        UserError: as ``find_splits``, or there is no such split.
+    """
+    splits = find_splits(config)
+    if split not in splits:
+        raise UserError(f"split must be one of {', '.join(splits)}, got {split!r}")
+    return splits[split]
 
 
 def evaluate_model(

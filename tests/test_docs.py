@@ -35,7 +35,7 @@ LEVELS = {
         {"files"},
         {"locks"},
         {"records", "adapter"},
-        {"methods", "sam", "data", "metrics", "results"},
+        {"methods", "sam", "data", "metrics", "instance_metrics", "results"},
         {"report", "integrations"},
         {"training", "peft"},
         {"trained"},

@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from safetensors.torch import save_file
 
+from naslora.instance_metrics import AveragePrecision, panoptic_quality
 from naslora.instances import Instance, label_image, predict_instances
 from naslora.prediction import find_images
 from naslora.sam.instance_config import InstanceConfig
@@ -90,6 +91,83 @@ def test_files_hold_the_same_objects(naslora, discs, tmp_path):
     for file in output.glob("*.png"):
         shutil.copy(file, images)
     assert len(find_images([images])) == 2
+
+
+# ---- Scores --------------------------------------------------------------------------------------
+
+
+def squares(*corners: tuple[int, int], side: int = 6) -> np.ndarray:
+    """(30, 30) numbers of squares, by their upper left corners."""
+    numbers = np.zeros((30, 30), np.int32)
+    for number, (y, x) in enumerate(corners, 1):
+        numbers[y : y + side, x : x + side] = number
+    return numbers
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_panoptic_quality_is_that_of_torchmetrics(seed):
+    from torchmetrics.functional.detection import panoptic_quality as reference
+
+    rng = np.random.default_rng(seed)
+    truth = squares(*rng.integers(0, 24, (9, 2)), side=7)
+    found = squares(*rng.integers(0, 24, (3, 2)), side=7)
+    found = np.where(rng.random((1, 30)) < 0.7, truth, found)
+    classes = [torch.tensor(np.stack([n > 0, n], 2).astype(np.int64))[None] for n in (found, truth)]
+    expected = reference(*classes, {1}, {0}, return_sq_and_rq=True, return_per_class=True)[0]
+    pq, rq, sq = panoptic_quality(found, truth)
+    assert [pq, np.nan_to_num(sq), rq] == pytest.approx(expected.tolist())
+
+
+def test_scores_of_images_with_nothing():
+    empty, one = squares(), squares((3, 4))
+    assert np.isnan(panoptic_quality(empty, empty)).all()
+    for found, truth in ((one, empty), (empty, one)):
+        pq, rq, sq = panoptic_quality(found, truth)
+        assert pq == rq == 0 and np.isnan(sq)
+    nothing = AveragePrecision()
+    nothing.add([(instance(one > 0, 1).runs, 1)], empty, empty > 0)
+    assert nothing.compute() == (None, None)
+
+
+def test_average_precision_counts_better_masks_first():
+    truth = squares((0, 0), (0, 20))
+    found = squares((0, 0), (0, 20), (20, 20))
+    found[:2, 20:] = 0  # IoU 2/3 with the second square
+    masks = [
+        (instance(found == number, 1).runs, score) for number, score in enumerate((3, 2, 1), 1)
+    ]
+    precision = AveragePrecision()
+    precision.add(masks, truth, squares() > 0)
+    # At 0.50, 0.55, 0.60 and 0.65 both are found. At the others 51 of the 101 recalls are reached.
+    assert precision.compute() == pytest.approx((1, (4 + 6 * 51 / 101) / 10))
+    worse = [(runs, -score) for runs, score in masks]  # the wrong one first
+    for ignored, first in ((squares() > 0, 2 / 3), (squares((19, 19), side=11) > 0, 1)):
+        precision = AveragePrecision()
+        precision.add(worse, truth, ignored)
+        assert precision.compute()[0] == pytest.approx(first)
+
+
+def test_evaluate_scores_objects_of_any_model(naslora, discs, tmp_path):
+    images, truth = discs
+    root = tmp_path / "data"
+    root.mkdir()
+    Image.fromarray((truth[0] + 2 * truth[1]).astype(np.uint8)).save(root / "labels.png")
+    for split, names in (("train", "c"), ("val", "d"), ("test", "ab")):
+        for name in names:
+            shutil.copy(images / f"{'b' if name == 'b' else 'a'}.png", root / f"{name}.png")
+        rows = [f"{name}.png,labels.png" for name in names]
+        (root / f"{split}.csv").write_text("\n".join(["image,label", *rows]))
+    options = shlex.split("--points-per-side 8 --min-iou 0.6 --min-stability 0.7")
+    result = naslora(
+        "evaluate", "vit_t", "--instances", "--data", root, *options, *("--objects", "numbers")
+    )
+    assert result.status == 0, result.err
+    scores = json.loads(result.out)
+    assert (scores["images"], scores["objects"]) == (2, 4) and scores["found"] >= 4
+    assert 0 < scores["ap"] < scores["ap50"] <= 1
+    assert scores["pq"] == pytest.approx(scores["rq"] * scores["sq"], rel=0.2)
+    again = naslora("evaluate", "vit_t", *options)
+    assert again.status == 2 and "give --data DIR" in again.err
 
 
 @pytest.mark.parametrize("options, words", [
