@@ -157,10 +157,10 @@ def test_evaluate_scores_objects_of_any_model(naslora, discs, tmp_path):
             shutil.copy(images / f"{'b' if name == 'b' else 'a'}.png", root / f"{name}.png")
         rows = [f"{name}.png,labels.png" for name in names]
         (root / f"{split}.csv").write_text("\n".join(["image,label", *rows]))
-    options = shlex.split("--points-per-side 8 --min-iou 0.6 --min-stability 0.7")
-    result = naslora(
-        "evaluate", "vit_t", "--instances", "--data", root, *options, *("--objects", "numbers")
+    options = shlex.split(
+        "--instances --objects numbers --points-per-side 8 --min-iou 0.6 --min-stability 0.7"
     )
+    result = naslora("evaluate", "vit_t", "--data", root, *options)
     assert result.status == 0, result.err
     scores = json.loads(result.out)
     assert (scores["images"], scores["objects"]) == (2, 4) and scores["found"] >= 4
@@ -198,5 +198,5 @@ def test_models_that_take_no_prompts_are_refused(naslora, run, clean_data, tmp_p
 
 
 def test_the_model_of_a_checkpoint_is_found(checkpoint):
-    predictor, intensity = load_predictor(checkpoint, SIZE)
-    assert predictor.model.image_encoder.img_size == SIZE and intensity is None
+    predictor, config = load_predictor(checkpoint, SIZE)
+    assert predictor.model.image_encoder.img_size == config.model.image_size == SIZE
