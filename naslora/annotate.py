@@ -37,7 +37,6 @@ def annotate(
     inputs: Sequence[Path],
     output: Path,
     port: int,
-    image_size: int | None,
     search: InstanceConfig,
     show: bool,
 ) -> None:
@@ -48,8 +47,7 @@ def annotate(
         inputs: image files, or folders of images.
         output: the folder of the data set, as ``LabelledSet``.
         port: of the loopback address.
-        image_size: as in ``load_predictor``.
-        search: how objects are found where the user asks for all.
+        search: how objects are found where the user asks for all, and the image size.
         show: whether to open the page in the user's browser.
 
     Raises:
@@ -71,7 +69,7 @@ def annotate(
         raise UserError("annotate needs NiceGUI; run pip install 'naslora[annotate]'") from error
     with locked(output):
         labelled = LabelledSet(output)
-        predictor, config = load_predictor(path, image_size)
+        predictor, config = load_predictor(path, search.image_size)
         labelling = Labelling(predictor, scaling_of(config), labelled)
         page = Page(labelling, images, search)
         print(f"label {len(images)} images at http://{HOST}:{port}; Ctrl+C ends", flush=True)

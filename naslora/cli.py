@@ -329,17 +329,13 @@ def annotate(
     output: Annotated[
         Path, tyro.conf.arg(help="Folder of the data set, new or with images labelled before.")
     ],
-    image_size: Annotated[
-        int | None,
-        tyro.conf.arg(help="Side to which images are resized, for a checkpoint or vit_t."),
-    ] = None,
     port: Annotated[int, tyro.conf.arg(help="Port of the page.")] = 8080,
     browser: Annotated[bool, tyro.conf.arg(help="Open the page in your browser.")] = True,
 ) -> None:
     """Label objects by clicks on a local page; save them as a data set for train."""
     from naslora import annotate
 
-    annotate.annotate(path, inputs, output, port, image_size, search, browser)
+    annotate.annotate(path, inputs, output, port, search, browser)
 
 
 def merge(

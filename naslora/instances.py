@@ -159,7 +159,7 @@ def predict_instances(
     if (output / COCO_FILE).exists() and not overwrite:
         raise UserError(f"{output / COCO_FILE} exists; give --overwrite, or another --output")
     with locked(output):
-        predictor, run = load_predictor(path)
+        predictor, run = load_predictor(path, config.image_size)
         generator = build_generator(predictor, config)
         pictures: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -234,7 +234,7 @@ def evaluate_instances(
     Raises:
         UserError: as ``load_predictor`` and ``split_of``; a file cannot be read.
     """
-    predictor, run = load_predictor(path)
+    predictor, run = load_predictor(path, config.image_size)
     run = with_data(run, data)
     if objects is not None:
         run = replace(run, prompts=replace(run.prompts, objects=objects))

@@ -1,6 +1,7 @@
 """Labelling by clicks: objects, the data set that they become, and the page."""
 
 import asyncio
+import json
 import os
 import shutil
 import socket
@@ -11,7 +12,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from conftest import SIZE, error_of, free_port, wait_for
+from conftest import SIZE, TRAIN, error_of, free_port, wait_for, write_data
 from PIL import Image
 
 from naslora.annotate import Page
@@ -20,6 +21,8 @@ from naslora.labelling import LabelledSet, Labelling
 from naslora.sam.instance_config import InstanceConfig
 from naslora.sam.promptable import build_promptable
 from naslora.sam.prompts import build_predictor
+from naslora.trained import load_predictor
+from naslora.training.run_data import scaling_of
 
 SHAPE = (24, 40)
 
@@ -121,6 +124,34 @@ def test_bad_masks_are_refused(labelling, images, tmp_path):
     assert "differ in size" in error_of(labelling.open, images[0])
     path.write_bytes(b"no image")
     assert "cannot be read" in error_of(labelling.open, images[0])
+
+
+def test_what_is_labelled_trains_and_finds_the_next_objects(naslora, tiny_sam, tmp_path):
+    """Ten images, a training, the next ten: the loop of two commands."""
+    data = write_data(tmp_path / "data", train=4)
+    images = sorted((data / "images").iterdir())
+    labelled = LabelledSet(tmp_path / "set")
+    for image in images[:3]:
+        mask = np.asarray(Image.open(data / "masks" / image.name))
+        labelled.save(image, 7 * mask)
+    options = (*TRAIN, "--task", "promptable", "--objects", "numbers", "--target", "qkv")
+    output = tmp_path / "run"
+    result = naslora("train", "--data", tmp_path / "set", *options, "--output", output)
+    assert result.status == 0, result.err
+    search = ("--points-per-side", "2", "--min-iou", "0", "--min-stability", "0")
+    result = naslora("evaluate", output, "--instances", *search)
+    assert json.loads(result.out)["objects"] == 1, result.err
+    found = ("--instances", "--output", tmp_path / "found", *search)
+    result = naslora("predict", output, images[3], *found)
+    assert result.status == 0 and "wrote 1 masks" in result.out, result.err
+    predictor, config = load_predictor(output)
+    labelling = Labelling(predictor, scaling_of(config), LabelledSet(tmp_path / "set"))
+    labelling.open(images[3])
+    labelling.prompt(box=(8.0, 8.0, 24.0, 24.0))
+    labelling.save()
+    assert labelling.labelled.counts() == Counter(train=2, val=1, test=1)
+    result = naslora("export", output, "--format", "x-anylabeling", "--output", tmp_path / "tool")
+    assert result.status == 2 and "merge it first" in result.err
 
 
 # ---- The page ------------------------------------------------------------------------------------

@@ -24,3 +24,5 @@ class InstanceConfig(Settings):
     """Layers of crops that are searched as well: 1 adds 4, 2 adds 16. For large images."""
     min_area: Index = 0
     """Masks of fewer pixels are dropped."""
+    image_size: Annotated[int, Meta(ge=1)] | None = None
+    """Side to which images are resized, for a checkpoint of SAM or `vit_t`: a run knows its own."""
