@@ -16,19 +16,14 @@ from naslora_kernels.triton.tiles import AttentionTiles
 SECONDS = 150
 TILES = [None, *itertools.product((32, 64, 128), (4, 8))]  # as shipped; queries and warps
 SHAPES = [launches.ATTENTION_SHAPES[i] for i in (1, 0, 3, 2)]
-# The field of AttentionTiles by which a kernel is launched, and its products of N x N numbers.
-KERNELS = {
-    "attention_forward": ("constants", 2),
-    "attention_keys": ("keys_pass", 4),
-    "attention_queries": ("queries_pass", 3),
-}
+# By kernel, in the order of the fields of AttentionTiles: its products of N x N numbers.
+KERNELS = {"attention_forward": 2, "attention_keys": 4, "attention_queries": 3}
 
 
 def altered(tiles: AttentionTiles, queries: int, warps: int) -> AttentionTiles:
     """The tiles with other numbers of queries and warps in every kernel."""
     changes = {"QUERIES": queries, "num_warps": warps}
-    fields = {field: {**getattr(tiles, field), **changes} for field, _ in KERNELS.values()}
-    return tiles._replace(queries=queries, **fields)
+    return AttentionTiles(*(constants | changes for constants in tiles))
 
 
 def measure_sweep(arguments: argparse.Namespace, save: Save) -> Result:
@@ -60,7 +55,7 @@ def measure_sweep(arguments: argparse.Namespace, save: Save) -> Result:
                 )
             save(result)
         card = capability(torch.device(arguments.device))
-        winners = {KERNELS[name][0]: row["mode"] for name, row in best.items()}
+        winners = {name: row["mode"] for name, row in best.items()}
         result["notes"].append(f"    {(card, shape[2], shape[3], str(dtype))}: {winners},")
     return result
 
@@ -85,6 +80,6 @@ def _rows(
     batch, heads, grid, features = shape
     product = 2 * batch * heads * (grid[0] * grid[1]) ** 2 * features
     for row in rows:
-        products = KERNELS.get(row["direction"], ("", 0))[1]
+        products = KERNELS.get(row["direction"], 0)
         row["TFLOP_per_s"] = round(products * product / row["p50_us"] / 1e6, 1)
     return [row for row in rows if row["direction"] in KERNELS]

@@ -147,20 +147,24 @@ class Trainer:
 
     # ---- Optimizers ------------------------------------------------------------------------------
 
+    def _optimizer(self, parameters: Any, **options: Any) -> torch.optim.Optimizer:
+        fused = self.accelerator.device.type == "cuda"  # one launch for all parameters
+        return OPTIMIZERS[self.config.optimizer](parameters, fused=fused, **options)
+
     def _weight_group(self) -> Group:
         config = self.config
         rate, decay = config.learning_rate, config.weight_decay
         parameters = param_groups(self.model, rate, None, decay, config.cell_rate)
         for cells in parameters[1:]:
             cells["weight_decay"] = config.cell_weight_decay
-        optimizer = OPTIMIZERS[config.optimizer](parameters)
+        optimizer = self._optimizer(parameters)
         return Group(optimizer, config.clip_norm, config.schedule, config.warmup)
 
     def _architecture_group(self) -> Group:
         config = self.config
         schedule = config.alpha_schedule or config.schedule
         rate = config.alpha_learning_rate
-        optimizer = OPTIMIZERS[config.optimizer](
+        optimizer = self._optimizer(
             self.alphas,
             lr=self._fitting_alpha_rate(schedule) if rate is None else rate,
             weight_decay=config.alpha_weight_decay,

@@ -20,7 +20,6 @@ from naslora_kernels.triton.attention_parts import (
     load_rows,
     products,
     store_rows,
-    waited,
     zeros,
 )
 
@@ -89,7 +88,6 @@ def attention_keys_kernel(
     WIDEN: tl.constexpr,
     FULL: tl.constexpr,
     ONE_PIECE: tl.constexpr,
-    WAIT: tl.constexpr,
 ):
     """dk and dv of a tile of ROWS x COLUMNS keys; either may be None.
 
@@ -100,6 +98,7 @@ def attention_keys_kernel(
     scale = whole(scale, scale_rest, DTYPE)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
     tokens = height * width
+    tl.assume(tokens > 0)
     pieces = tl.cdiv(width, COLUMNS)
     tiles = tl.cdiv(height, ROWS) * pieces
     number, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -128,6 +127,8 @@ def attention_keys_kernel(
         query = first + tl.arange(0, QUERIES)
         in_queries = None if FULL else query < tokens
         in_bias = None if FULL else (query < tokens)[:, None]
+        if grad_k_ptr is not None:
+            delta = tl.load(delta_ptr + query, mask=in_queries, other=None if FULL else 0.0)
         q = load_rows(q_ptr, q_strides, query, in_queries, FEATURES, LANES, REST, WIDEN)
         scores = products(k, q, DTYPE) * scale
         columns = tile % pieces * COLUMNS + tl.arange(0, COLUMNS)
@@ -148,25 +149,18 @@ def attention_keys_kernel(
             scores += tl.trans(bias_h)
         p = tl.exp2(scores * LOG2E - shift[None, :])
         if EXACT:
-            factor = tl.load(softmax_ptr + rest + query, mask=in_queries)
+            factor = tl.load(
+                softmax_ptr + rest + query, mask=in_queries, other=None if FULL else 0.0
+            )
             p *= factor[None, :]
-        if not FULL:
-            p = tl.where((query < tokens)[None, :], p, 0.0)
         grad_o = load_rows(
             grad_o_ptr, grad_o_strides, query, in_queries, FEATURES, LANES, REST, WIDEN
         )
         if grad_v_ptr is not None:
             grad_v = add_products(grad_v, p, grad_o, DTYPE)
         if grad_k_ptr is not None:
-            delta = tl.load(delta_ptr + query, mask=in_queries, other=None if FULL else 0.0)
             grad_scores = p * (products(v, grad_o, DTYPE) - delta[None, :])
-            if not FULL:
-                grad_scores = tl.where((query < tokens)[None, :], grad_scores, 0.0)
             grad_k = add_products(grad_k, grad_scores, q, DTYPE)
-            if WAIT:
-                grad_k = waited(grad_k)
-        if WAIT and grad_v_ptr is not None:
-            grad_v = waited(grad_v)
 
     if grad_k_ptr is not None:
         grad_k_ptr = head_of(grad_k_ptr, grad_strides, image, head)
@@ -212,7 +206,6 @@ def attention_queries_kernel(
     WIDEN: tl.constexpr,
     FULL: tl.constexpr,
     ONE_PIECE: tl.constexpr,
-    WAIT: tl.constexpr,
 ):
     """dq, drel_h and drel_w, contiguous, of QUERIES queries of a head; any may be None.
 
@@ -223,6 +216,7 @@ def attention_queries_kernel(
     DTYPE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = whole(scale, scale_rest, DTYPE)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
+    tl.assume(height > 0)
     tokens = height * width
     blocks = tl.cdiv(tokens, QUERIES)
     number = tl.program_id(0) // blocks
@@ -274,8 +268,6 @@ def attention_queries_kernel(
             grad_scores = p * (products(grad_o, v, DTYPE) - delta[:, None])
             if grad_q_ptr is not None:
                 grad_q = add_products(grad_q, grad_scores, k, DTYPE)
-                if WAIT:
-                    grad_q = waited(grad_q)
             if grad_w_ptr is not None:
                 sums += grad_scores
             if grad_h_ptr is not None:

@@ -111,22 +111,6 @@ def add_products(sums, weights, rows, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def waited(sums):
-    """Returns the sums, used once by code that ptxas removes.
-
-    Sums that nothing uses in a loop stay in flight into its next round, where ptxas serialises
-    every product of sm_90 beside them (its warning C7515).
-    """
-    new_sums = ()
-    for i in tl.static_range(len(sums)):
-        used = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [sums[i]], dtype=tl.float32, is_pure=True, pack=1
-        )
-        new_sums = new_sums + (used,)
-    return new_sums
-
-
-@triton.jit
 def key_columns(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Returns the column in the grid of every key of a tile."""
     return first + tl.arange(0, ROWS * COLUMNS) % COLUMNS

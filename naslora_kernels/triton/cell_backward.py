@@ -7,7 +7,8 @@ from naslora_kernels.triton.map_gradient import map_gradient
 from naslora_kernels.triton.parameter_sums import depthwise_sums, pointwise_sums, pooling_sums
 
 
-@triton.jit
+# A last batch of another size compiles nothing.
+@triton.jit(do_not_specialize=["pixels", "map_programs", "steps"])
 def cell_backward_kernel(
     grad_y_ptr,
     z_ptr,
@@ -33,6 +34,7 @@ def cell_backward_kernel(
     stride_w,
     stride_c,
     map_programs,
+    steps,
     CHANNELS: tl.constexpr,
     LANES: tl.constexpr,
     RANK_LANES: tl.constexpr,
@@ -40,7 +42,6 @@ def cell_backward_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
-    STEPS: tl.constexpr,
     PW: tl.constexpr,
     DW_SEP3: tl.constexpr,
     DW_SEP5: tl.constexpr,
@@ -53,7 +54,7 @@ def cell_backward_kernel(
     """Writes dL/dz and partial sums of the parameters' gradients.
 
     The first ``map_programs`` programs write dL/dz. The others write partial sums. Each group of
-    STEPS * PIXELS pixels has PARTS = 2 * BLOCKS + 3 programs:
+    steps * PIXELS pixels has PARTS = 2 * BLOCKS + 3 programs:
 
         BLOCKS for the pointwise parts of the first pair, BLOCK output channels each
         BLOCKS for those of the second pair
@@ -92,7 +93,7 @@ def cell_backward_kernel(
     elif partials_ptr is not None:
         group = ((program - map_programs) // PARTS).to(tl.int64)
         part = (program - map_programs) % PARTS
-        first = group * (STEPS * PIXELS)
+        first = group * (steps * PIXELS)
         sums = partials_ptr + group * SIZE
         for pair in tl.static_range(2):
             pw = 2 * pair * CHANNELS * CHANNELS
@@ -114,7 +115,7 @@ def cell_backward_kernel(
                     LANES,
                     PIXELS,
                     BLOCK,
-                    STEPS,
+                    steps,
                 )
             if part == 2 * BLOCKS + pair:
                 sums_3x3 = sums + (DW_DIL3 if pair else DW_SEP3)
@@ -132,8 +133,8 @@ def cell_backward_kernel(
                     LANES,
                     PIXELS,
                     BLOCK,
-                    STEPS,
+                    steps,
                 )
         if part == PARTS - 1:
             others = sums + A_OTHERS
-            pooling_sums(maps, channels_ptr, rank, first, others, CHANNELS, LANES, PIXELS, STEPS)
+            pooling_sums(maps, channels_ptr, rank, first, others, CHANNELS, LANES, PIXELS, steps)

@@ -9,7 +9,7 @@ from naslora_kernels.triton.arithmetic import rounded, whole
 from naslora_kernels.triton.pixels import lane_numbers, locate, pixel_offset, pool
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])  # a last batch of another size compiles nothing
 def folded_cell_kernel(
     z_ptr,
     kernel_ptr,

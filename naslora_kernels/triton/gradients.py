@@ -6,7 +6,8 @@ import triton.language as tl
 from naslora_kernels.triton.arithmetic import rounded, softmax
 
 
-@triton.jit
+# A last batch of another size compiles nothing.
+@triton.jit(do_not_specialize=["cell_groups", "A_groups", "B_groups"])
 def reduce_gradients_kernel(
     cell_ptr,
     cell_groups,

@@ -6,7 +6,7 @@ import triton.language as tl
 from naslora_kernels.triton.arithmetic import dot, rounded, whole, widened
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a last batch of another size compiles nothing
 def low_rank_pass_kernel(
     rows_ptr,
     factor_ptr,
@@ -70,7 +70,7 @@ def low_rank_pass_kernel(
             tl.store(product_ptr + row * RANK + k, total, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a last batch of another size compiles nothing
 def low_rank_pass_dot_kernel(
     rows_ptr,
     factor_ptr,
@@ -150,7 +150,7 @@ def low_rank_pass_dot_kernel(
             tl.store(to, values, mask=(token < tokens) & in_ranks[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a last batch of another size compiles nothing
 def low_rank_expand_kernel(
     u_ptr,
     factor_ptr,
@@ -192,7 +192,7 @@ def low_rank_expand_kernel(
     tl.store(to, rounded(out, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a last batch of another size compiles nothing
 def low_rank_expand_dot_kernel(
     u_ptr,
     factor_ptr,

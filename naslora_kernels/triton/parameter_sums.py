@@ -1,6 +1,6 @@
 """Triton code of the partial sums of a cell's gradients: three kinds of programs for each group.
 
-A group is STEPS tiles of PIXELS pixels from ``first`` on. ``maps`` are grad_y and its strides, z
+A group is steps tiles of PIXELS pixels from ``first`` on. ``maps`` are grad_y and its strides, z
 and its strides, and the shape (pixels, height, width). The sums have the dtype of the partial sums.
 ``partial_sums.py`` states where they lie.
 """
@@ -42,7 +42,7 @@ def pointwise_sums(
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
+    steps,
 ):
     """Writes <g_o, dw * z> of a pair of convolutions for BLOCK output channels o, and <pw, that>.
 
@@ -55,7 +55,7 @@ def pointwise_sums(
     channels = channel_numbers(channels_ptr, lanes, rank, CHANNELS)
     sums_3x3 = tl.zeros((PIXELS, LANES, BLOCK), DTYPE)
     sums_5x5 = sums_3x3
-    for step in tl.range(STEPS, disable_licm=True):
+    for step in tl.range(steps, disable_licm=True):
         image, y, x, exists = locate(first + step * PIXELS, shape, PIXELS)
         mask = exists & in_lanes
         at = z_ptr + pixel_offset(image, y, x, strides) + channels * strides[3]
@@ -115,7 +115,7 @@ def depthwise_sums(
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
+    steps,
 ):
     """Writes <pw^T g, z at each tap> of a pair of convolutions."""
     DTYPE: tl.constexpr = sums_3x3_ptr.dtype.element_ty
@@ -127,7 +127,7 @@ def depthwise_sums(
         row, column = tap_positions(first_tap, SUMMED)
         sums_3x3 = tl.zeros((PIXELS, LANES, SUMMED), DTYPE)
         sums_5x5 = sums_3x3
-        for step in tl.range(STEPS, disable_licm=True):
+        for step in tl.range(steps, disable_licm=True):
             image, y, x, exists = locate(first + step * PIXELS, shape, PIXELS)
             mask = exists & in_lanes
             pixels = grad_y_ptr + pixel_offset(image, y, x, grad_strides)
@@ -169,7 +169,7 @@ def pooling_sums(
     CHANNELS: tl.constexpr,
     LANES: tl.constexpr,
     PIXELS: tl.constexpr,
-    STEPS: tl.constexpr,
+    steps,
 ):
     """Writes <g, average>, <g, maximum>, <g, z>."""
     DTYPE: tl.constexpr = sums_ptr.dtype.element_ty
@@ -179,7 +179,7 @@ def pooling_sums(
     channels = channel_numbers(channels_ptr, lanes, rank, CHANNELS)
     average_sum = tl.zeros((PIXELS, LANES, 1), DTYPE)
     maximum_sum, skip_sum = average_sum, average_sum
-    for step in tl.range(STEPS, disable_licm=True):
+    for step in tl.range(steps, disable_licm=True):
         image, y, x, exists = locate(first + step * PIXELS, shape, PIXELS)
         mask = exists & in_lanes
         at = z_ptr + pixel_offset(image, y, x, strides) + channels * strides[3]

@@ -171,25 +171,31 @@ def attention_tiles(
     if exact:
         keys, most_columns = (32, 64) if features <= 64 else (16, 16)
         if dtype == torch.float64:
-            keys, most_columns = 16, 32
+            keys, most_columns = 16, 32 if capability in ((8, 0), (9, 0), (10, 0)) else 16
         tiles = constants(16, keys, most_columns, num_warps=8, num_stages=1)
-        return AttentionTiles(tiles, tiles | {"WAIT": False}, tiles | {"WAIT": False})
+        return AttentionTiles(tiles, tiles, tiles)
     most = 128 if height * width > 64 else 64
-    shared = multiplies_in_shared_memory(capability)
-    keys, few, stages = (64, 64, 2) if shared else (32, 32, 2)
-    forward_keys = most_columns = 64
-    if not shared and lanes + rest > 80:
-        keys = forward_keys = most_columns = 16
-    elif not shared and capability != (8, 0) and features > 64:
-        forward_keys = 32
-    if not shared and capability != (8, 0):  # their assembler moves loads further ahead
-        few, stages = 16 if features > 64 else 32, 1
-    launch = {"num_warps": most // 16, "num_stages": 2}
-    wait = {"WAIT": capability[0] == 9 and not INTERPRETED}
+    wide, ragged = features > 80, width % 64 or height * width % most
+    forward_keys, few, keys, most_columns = 64, 64, 64, 64
+    stages = [2, 2, 2]
+    if multiplies_in_shared_memory(capability):
+        if wide:
+            stages[0], few, keys = 1, 32, 16 if ragged else 64
+        if width > 64:
+            stages[2] = 1
+    else:
+        few = keys = 32
+        if wide:
+            forward_keys = few = keys = most_columns = 16
+        if capability != (8, 0) or (ragged and features > 64):
+            stages[1] = 1
+        if capability != (8, 0) and features > 64:  # their assembler moves loads further ahead
+            forward_keys, few = min(forward_keys, 32), 16
+    launches = [{"num_warps": most // 16, "num_stages": n} for n in stages]
     return AttentionTiles(
-        constants(most, forward_keys, most_columns, **launch),
-        constants(few, most, 64, **launch) | wait | {"num_stages": stages},
-        constants(most, keys, keys, **launch) | wait,
+        constants(most, forward_keys, most_columns, **launches[0]),
+        constants(few, most, 64, **launches[1]),
+        constants(most, keys, keys, **launches[2]),
     )
 
 

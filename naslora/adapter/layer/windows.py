@@ -56,9 +56,9 @@ class _Partition(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, fill: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.size, ctx.grid = size, x.shape[1:3]
-        windows = _cut(x, size)
-        for beyond in _beyond(windows, size, ctx.grid):
-            beyond.zero_() if fill is None else beyond.copy_(fill)
+        windows = _cut(x, size, zeros=fill is None)
+        for beyond in _beyond(windows, size, ctx.grid) if fill is not None else ():
+            beyond.copy_(fill)
         return windows
 
     @staticmethod
@@ -82,10 +82,7 @@ class _Unpartition(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        windows = _cut(grad, ctx.size)
-        for beyond in _beyond(windows, ctx.size, ctx.grid):
-            beyond.zero_()
-        return windows, None, None
+        return _cut(grad, ctx.size, zeros=True), None, None
 
 
 def _counts(size: int, grid: Grid) -> Grid:
@@ -93,11 +90,12 @@ def _counts(size: int, grid: Grid) -> Grid:
     return -(-grid[0] // size), -(-grid[1] // size)
 
 
-def _cut(x: Tensor, size: int) -> Tensor:
-    """The windows of images, with uninitialised tokens beyond them."""
+def _cut(x: Tensor, size: int, zeros: bool) -> Tensor:
+    """The windows of images; tokens beyond them are zero or uninitialised."""
     batch, height, width, features = x.shape
     down, across = _counts(size, (height, width))
-    windows = x.new_empty(batch * down * across, size, size, features)
+    new = x.new_zeros if zeros else x.new_empty  # one launch zeroes all, of which few stay zero
+    windows = new(batch * down * across, size, size, features)
     for image, part in _pairs(x, windows, size):
         part.copy_(image)
     return windows
