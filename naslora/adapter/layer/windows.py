@@ -57,8 +57,9 @@ class _Partition(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, size: int, fill: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.size, ctx.grid = size, x.shape[1:3]
         windows = _cut(x, size, zeros=fill is None)
-        for beyond in _beyond(windows, size, ctx.grid) if fill is not None else ():
-            beyond.copy_(fill)
+        if fill is not None:
+            for beyond in _beyond(windows, size, ctx.grid):
+                beyond.copy_(fill)
         return windows
 
     @staticmethod
