@@ -263,15 +263,12 @@ class SegmentationDataset(Dataset[Item]):
 
     def _numbers(self, sample: Sample, content: io.BytesIO | None) -> np.ndarray:
         """Reads the objects of a mask, (H, W) int32."""
-        try:
-            if isinstance(sample.mask, Annotation):
-                return numbered(draw_objects(sample.mask.content, sample.origin).numbers)
-            if self.objects == "numbers":
-                return numbered(*read_numbers(sample, self.ignore_index, content))
-            labels = self.num_classes, self.palette, self.ignore_index
-            return components(read_mask(sample, *labels, content))
-        except ValueError as error:
-            raise UserError(f"{sample.origin}: mask {sample.mask}: {error}") from error
+        if isinstance(sample.mask, Annotation):
+            return numbered(draw_objects(sample.mask.content, sample.origin).numbers)
+        if self.objects == "numbers":
+            return numbered(*read_numbers(sample, self.ignore_index, content))
+        labels = self.num_classes, self.palette, self.ignore_index
+        return components(read_mask(sample, *labels, content))
 
 
 def resize_image(pixels: np.ndarray, size: int) -> Tensor:

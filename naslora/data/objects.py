@@ -17,8 +17,6 @@ from naslora.errors import UserError
 SMALLEST = 16
 """Pixels of the smallest object that is taken, as the model sees it: SAM's decoder draws one value
 for 4 x 4 pixels."""
-MOST = 65_000
-"""Objects of an image: the cache keeps numbers of 16 bits."""
 
 
 class Counts(NamedTuple):
@@ -54,15 +52,8 @@ def components(labels: np.ndarray) -> np.ndarray:
 
 
 def numbered(values: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
-    """Numbers the values of (H, W) pixels, but 0, in their order: (H, W) int32.
-
-    Raises:
-        ValueError: there are more than ``MOST``.
-    """
-    present = np.unique(np.append(values, 0))
-    if len(present) > MOST:
-        raise ValueError(f"it holds {len(present) - 1} objects, more than {MOST}")
-    numbers = np.searchsorted(present, values)
+    """Numbers the values of (H, W) pixels, but 0, in their order: (H, W) int32."""
+    numbers = np.searchsorted(np.unique(np.append(values, 0)), values)
     numbers[numbers >= IGNORED] += 1
     if ignored is not None:
         numbers[ignored] = IGNORED

@@ -24,17 +24,16 @@ def scores_parts(result: RunResult) -> list[Part]:
     named["Fine-tuned, in float32"] = result.test_float32
     named |= {f"Merged ({mode})": scores for mode, scores in (result.test_merged or {}).items()}
     known = {name: scores.metrics for name, scores in named.items() if scores and scores.metrics}
-    titles = list(known.get("Fine-tuned", {}))
     rows = []
-    for name, metrics in known.items():
-        values = [metrics[title] for title in titles]
-        rows.append([name, *(number(v) for v in values if not isinstance(v, dict))])
+    for title in known.get("Fine-tuned", {}):
+        values = [metrics[title] for metrics in known.values()]
+        rows.append([title, *(number(v) for v in values if not isinstance(v, dict))])
     test = result.test or SplitScores()
     return [
         f"Means over the objects of the test images, at {test.resolution}. The first click is the "
         "centre of the object, each further one the centre of the largest error. NoC is the number "
         "of clicks until the IoU is reached, at most 8.",
-        Table(["", *titles], rows),
+        Table(["", *known], rows),
         Drawing("clicks", "Mean IoU by clicks.", partial(_draw_clicks, result=result), (4.6, 2.8)),
     ]
 
