@@ -41,7 +41,7 @@ from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.clicks import score_run
-from naslora.training.resolve import read_config, resolve
+from naslora.training.resolve import check_promptable, read_config, resolve
 from naslora.training.run_config import DataConfig, ModelConfig, Resolution, RunConfig
 from naslora.training.run_data import (
     calibration,
@@ -180,6 +180,8 @@ def evaluate_run(
     if resolution is not None:
         changed = dataclasses.replace(config.data, resolution=resolution)
         config = dataclasses.replace(config, data=changed)
+    if config.task == "promptable":
+        check_promptable(config.data)
     samples = split_of(config, split)
     warn_of_contents({split: check_with_progress(samples, config)}, config)
     merged = (path / MERGED_CONFIG).exists()

@@ -304,6 +304,12 @@ def test_settings_that_do_not_fit_cost_a_line(case, naslora, run, tmp_path):
     assert not (tmp_path / "o" / "config.json").exists()
 
 
+@pytest.mark.parametrize("command", [("evaluate", "--resolution", "tiles"), ("analyse",)])
+def test_commands_that_do_not_fit_cost_a_line(command, naslora, run, tmp_path):
+    result = naslora(*command, run, *("--output", tmp_path / "o") * (command[0] == "analyse"))
+    assert result.status == 2 and "--task semantic" in result.err, result.err
+
+
 def numbers_of(data: Path, folder: Path) -> Path:
     """The same data with label images."""
     for split in ("train", "val", "test"):

@@ -47,6 +47,7 @@ from naslora.report.run_report import page_title
 from naslora.report.tables import Table, number
 from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, REPORT, Epoch, OperationHistory
 from naslora.sam.encoders import transformer_blocks
+from naslora.sam.promptable import PROMPTS
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
@@ -90,6 +91,8 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
     if images < 1:
         raise UserError(f"images must be at least 1, got {images}")
     model, config = load_model(runs[0])
+    if config.task == "promptable":
+        raise UserError(f"{runs[0]} {PROMPTS}; analyse takes runs of --task semantic")
     histories = [_read_history(run, config) for run in runs]
     mixtures = _read_operations(runs) if searches(config.method, config.adapter) else None
     check_output(config, output, resume=False)

@@ -19,6 +19,8 @@ from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
 from naslora.training.train_config import (
+    LEARNING_BOUNDS,
+    PROMPTABLE_BOUNDS,
     Precision,
     TrainConfig,
     first_search_epoch,
@@ -52,14 +54,15 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     find_method(config.method).checked(config.adapter)
     if config.task == "promptable":
-        _check_promptable(config.data)
+        check_promptable(config.data)
     data = replace(config.data, **_data(config.data))
     model = replace(config.model, **_model(config.model))
     training = config.training
     if data.root and (training.steps is not None or training.learning_rate is None):
         splits = load_splits(data.dataset, data.root, data.class_names, data.split)
         images = len(splits["train"]) + len(splits.get(OPTIONAL_SPLIT, ()))
-        training = fit_to_images(training, images)
+        bounds = PROMPTABLE_BOUNDS if config.task == "promptable" else LEARNING_BOUNDS
+        training = fit_to_images(training, images, bounds)
     training = replace(training, **_training(training))
     return replace(config, data=data, model=model, training=training)
 
@@ -78,7 +81,7 @@ def read_config(path: Path) -> RunConfig:
         raise UserError(f"{path} is no configuration of this version: {error}") from error
 
 
-def _check_promptable(data: DataConfig) -> None:
+def check_promptable(data: DataConfig) -> None:
     """Refuses what promptable runs do not have: windows cut objects, and so do tiles."""
     for name, value in (("crop", data.crop), ("resolution", data.resolution)):
         if value not in (None, "network"):

@@ -33,6 +33,8 @@ LEARNING_TRAVEL = 0.2
 weight whose gradient keeps its sign."""
 LEARNING_BOUNDS = 1e-4, 2e-3
 """Of the rate that is fitted so."""
+PROMPTABLE_BOUNDS = 1e-4, 3e-4
+"""The same with `--task promptable`, whose decoder starts as SAM's and not from a part of it."""
 WARMUP_START = 0.01
 """Share of its rate at which a warm-up starts."""
 
@@ -67,7 +69,8 @@ class TrainConfig(Settings):
     adds the decay to the gradients."""
     learning_rate: Common[LearningRate] = None  # type: ignore[assignment]
     """Learning rate of the weights at the start of the schedule. None fits it to the number of
-    steps: the rates of all steps add up to 0.2, but it is at least 1e-4 and at most 2e-3."""
+    steps: the rates of all steps add up to 0.2, but it is at least 1e-4 and at most 2e-3, with
+    `--task promptable` at most 3e-4."""
     weight_decay: Rate = 1e-4
     """Weight decay of the weights, without the cell's."""
     cell_rate: Rate = CELL_RATE
@@ -159,15 +162,17 @@ def fitted_rate(travel: float, factors: Iterable[float], low: float, high: float
     return min(max(low, travel / total if total else high), high)
 
 
-def fit_to_images(config: TrainConfig, images: int) -> TrainConfig:
-    """Turns ``steps`` into epochs, and fits the learning rate if it is None."""
+def fit_to_images(
+    config: TrainConfig, images: int, bounds: tuple[float, float] = LEARNING_BOUNDS
+) -> TrainConfig:
+    """Turns ``steps`` into epochs, and fits the learning rate within bounds if it is None."""
     own, rate, epochs = -(-images // config.batch_size), config.learning_rate, config.epochs
     if config.steps is not None:
         epochs = max(1, round(config.steps / own))
     if rate is None:
         steps = epochs * own
         factors = (factor(config.schedule, step / steps, config.warmup) for step in range(steps))
-        rate = fitted_rate(LEARNING_TRAVEL, factors, *LEARNING_BOUNDS)
+        rate = fitted_rate(LEARNING_TRAVEL, factors, *bounds)
     return replace(config, epochs=epochs, steps=None, learning_rate=rate)
 
 
