@@ -84,11 +84,12 @@ def object_loss(logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:
     Returns:
         (N,) float32.
     """
-    from torchvision.ops import sigmoid_focal_loss  # not for the help
-
     logits = logits.float()
-    focal = _mean(sigmoid_focal_loss(logits, masks), counted)
-    return FOCAL_WEIGHT * focal + _dice(logits.sigmoid(), masks, counted)
+    probability = logits.sigmoid()
+    wrong = probability + masks - 2 * masks * probability  # the probability of the other label
+    bce = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
+    focal = (0.75 - 0.5 * masks) * wrong.square() * bce
+    return FOCAL_WEIGHT * _mean(focal, counted) + _dice(probability, masks, counted)
 
 
 def _pixel_weights(mask: Tensor, counted: Tensor | None, boundary_weight: float) -> Tensor | None:

@@ -93,7 +93,7 @@ class InteractiveLoss:
         objects = objects_of(numbers)
         if not len(objects.owners):
             return 0.0 * embeddings.float().sum()
-        halves = _halved(objects, 8 * embeddings.shape[-1])
+        halves = _halved(objects)
         prompts, boxed = _first_prompts(objects.masks, halves.masks)
         wanted, previous = ALL, None
         allowed = torch.stack([boxed, ~boxed, ~boxed, ~boxed], 1)  # (N, 4)
@@ -154,18 +154,23 @@ def _first_prompts(masks: Tensor, halves: Tensor) -> tuple[Prompts, Tensor]:
 def _drawn(areas: Tensor) -> Tensor:
     """One pixel at random of each of (N, S/2, S/2) bool areas: (N, 2), x and y in pixels of S x S.
     The first pixel if an area is empty."""
-    noise = torch.rand(areas.shape).to(areas.device) * areas
-    place = noise.flatten(1).argmax(1)
+    counts = areas.flatten(1).cumsum(1)
+    wanted = (torch.rand(len(areas), 1).to(areas.device) * counts[:, -1:]).ceil().long()
+    place = torch.searchsorted(counts, wanted.clamp(min=1)).clamp(max=counts.shape[1] - 1)[:, 0]
     place = torch.stack([place % areas.shape[-1], place // areas.shape[-1]], 1)
     return 2.0 * place + 0.5
 
 
-def _halved(objects: Objects, side: int) -> Objects:
-    """The objects on a grid of ``side`` pixels, which is finer than the decoder's and cheaper to
-    compare than the image's."""
-    step = objects.masks.shape[-1] // side
-    masks = F.avg_pool2d(objects.masks.float(), step) >= 0.5
-    return Objects(objects.owners, masks, F.avg_pool2d(objects.counted.float(), step) == 1)
+def _halved(objects: Objects) -> Objects:
+    """The objects at half of the size: finer than the decoder draws, and cheaper to compare than
+    the image. A pixel is an object's if two of four are, and counts if all four do."""
+
+    def quarters(masks: Tensor) -> Tensor:
+        parts = masks.byte()
+        rows = parts[:, ::2] + parts[:, 1::2]
+        return rows[:, :, ::2] + rows[:, :, 1::2]
+
+    return Objects(objects.owners, quarters(objects.masks) >= 2, quarters(objects.counted) == 4)
 
 
 def _enlarged(masks: Tensor) -> Tensor:
@@ -203,7 +208,7 @@ def _loss(masks: Tensor, scores: Tensor, allowed: Tensor, objects: Objects) -> T
         common = (inside & objects.masks[:, None]).sum((2, 3))
         either = (inside | (objects.masks & objects.counted)[:, None]).sum((2, 3))
         iou = common / either.clamp(min=1)  # (N, Q)
-        best = allowed.new_zeros(len(masks), dtype=torch.int64)
+        best = torch.zeros_like(objects.owners)
         if masks.shape[1] > 1:
             fits = [object_loss(one, truth, counted) for one in large.unbind(1)]
             best = torch.stack(fits, 1).masked_fill(~allowed, torch.inf).argmin(1)
