@@ -293,18 +293,21 @@ def predict(
     ] = False,
 ) -> None:
     """Segment images; write a mask and an overlay for each."""
+    from naslora import prediction
+
     errors: list[UserError] = []
     on_error = errors.append if skip_errors else None
-    if instances:
-        from naslora.instances import predict_instances
-
-        if tiles is not None:
-            raise UserError("--instances searches large images by --crops, not by --tiles")
-        written = predict_instances(path, inputs, output, search, on_error, overwrite)
-    else:
-        from naslora.prediction import predict_run
-
-        written = predict_run(path, inputs, output, on_error, tiles, overlap, trust, overwrite)
+    written = prediction.predict_run(
+        path,
+        inputs,
+        output,
+        on_error,
+        tiles,
+        overlap,
+        trust,
+        overwrite,
+        search if instances else None,
+    )
     print(f"wrote {len(written)} masks and overlays to {output}")
     for error in errors:
         print(f"naslora: skipped: {one_line(str(error))}", file=sys.stderr)

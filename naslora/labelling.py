@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from PIL import Image
 
 from naslora.data.images import Sample, open_picture
 from naslora.data.layouts import read_every_csv
 from naslora.data.masks import read_numbers
 from naslora.data.objects import numbered
-from naslora.data.picture import Intensity
 from naslora.errors import UserError
-from naslora.files import write_text
-from naslora.instances import find_instances, label_image, write_labels
+from naslora.files import replaced_file, write_text
+from naslora.instances import InstanceFinder, label_image
+from naslora.training.run_data import scaling_of
 
 ORDER = ("train", "val", "test", "train", "train")
 """The splits of new images in turn, so that three images are a data set. 3 of 5 train."""
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels."""
 
 
 class LabelledSet:
@@ -34,19 +36,17 @@ class LabelledSet:
     """
 
     def __init__(self, root: Path) -> None:
+        found = read_every_csv(root) if (root / "train.csv").is_file() else []
         self.root = root
-        self._rows: dict[Path, tuple[str, Path]] = {}  # split and label image, by the image
-        if (root / "train.csv").is_file():
-            for image, mask, origin, *_ in read_every_csv(root):
-                assert isinstance(mask, Path)
-                self._rows[image.resolve()] = (origin.partition(".")[0], mask)
+        self._masks = {one.image.resolve(): Path(str(one.mask)) for one in found}
+        self._splits = {one.image.resolve(): one.origin.partition(".")[0] for one in found}
 
     def __contains__(self, image: Path) -> bool:
-        return image.resolve() in self._rows
+        return image.resolve() in self._masks
 
     def counts(self) -> Counter[str]:
         """The number of images of each split."""
-        return Counter(split for split, _ in self._rows.values())
+        return Counter(self._splits.values())
 
     def read(self, image: Path) -> np.ndarray | None:
         """The (H, W) uint16 numbers of an image's objects; None if it is not labelled.
@@ -54,11 +54,10 @@ class LabelledSet:
         Raises:
             UserError: as ``read_numbers``.
         """
-        if image not in self:
+        mask = self._masks.get(image.resolve())
+        if mask is None:
             return None
-        split, mask = self._rows[image.resolve()]
-        values, _ = read_numbers(Sample(image, mask, f"{split}.csv"))
-        return numbered(values).astype(np.uint16)
+        return numbered(read_numbers(Sample(image, mask, str(self.root)))[0]).astype(np.uint16)
 
     def save(self, image: Path, labels: np.ndarray) -> None:
         """Writes the (H, W) numbers of an image's objects. A new image gets a split.
@@ -66,31 +65,26 @@ class LabelledSet:
         Raises:
             UserError: a file cannot be written.
         """
-        resolved = image.resolve()
-        if resolved not in self._rows:
-            taken = {mask for _, mask in self._rows.values()}
-            names = (f"{image.stem}{i or ''}.png" for i in range(len(taken) + 1))
-            path = next(
-                self.root / "masks" / n for n in names if self.root / "masks" / n not in taken
-            )
-            self._rows[resolved] = (ORDER[len(self._rows) % len(ORDER)], path)
-        split, path = self._rows[resolved]
-        write_labels(path, labels)
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(("image", "label"))
-        for other, (of, mask) in self._rows.items():
-            if of == split:
-                writer.writerow((_from(self.root, other), _from(self.root, mask)))
+        key, folder, name = image.resolve(), self.root / "masks", image.stem
+        if key not in self._masks:
+            while folder / f"{name}.png" in self._masks.values():  # an image of another folder
+                name += "_"
+            self._splits[key] = ORDER[len(self._masks) % len(ORDER)]
+            self._masks[key] = folder / f"{name}.png"
+        with replaced_file(self._masks[key]) as temporary:
+            Image.fromarray(labels).save(temporary, "PNG")
+        table, split = io.StringIO(), self._splits[key]
+        rows = [(i, mask) for i, mask in self._masks.items() if self._splits[i] == split]
+        csv.writer(table, lineterminator="\n").writerows(
+            [("image", "label"), *(tuple(self._from_root(path) for path in row) for row in rows)]
+        )
         write_text(self.root / f"{split}.csv", table.getvalue())
 
-
-def _from(root: Path, path: Path) -> str:
-    """A path relative to a folder."""
-    try:
-        return Path(os.path.relpath(path, root)).as_posix()
-    except ValueError:  # on another drive of Windows
-        return path.as_posix()
+    def _from_root(self, path: Path) -> str:
+        try:
+            return Path(os.path.relpath(path, self.root)).as_posix()
+        except ValueError:  # on another drive of Windows
+            return path.as_posix()
 
 
 class Step(NamedTuple):
@@ -100,8 +94,7 @@ class Step(NamedTuple):
     """x and y in pixels."""
     kinds: list[int]
     """Of each point: 1 in the object, 0 in the background."""
-    box: tuple[float, float, float, float] | None
-    """Left, top, right and bottom in pixels."""
+    box: Box | None
     mask: np.ndarray
     """(H, W) bool."""
     logits: np.ndarray
@@ -112,8 +105,7 @@ class Labelling:
     """The objects of one image at a time.
 
     Args:
-        predictor: the model.
-        intensity: as in ``open_picture``.
+        finder: the model.
         labelled: where the objects are saved.
 
     Attributes:
@@ -123,12 +115,8 @@ class Labelling:
         changed: whether something is not saved.
     """
 
-    def __init__(
-        self, predictor: SamPredictor, intensity: Intensity | None, labelled: LabelledSet
-    ) -> None:
-        self.predictor, self.intensity, self.labelled = predictor, intensity, labelled
-        self.steps: list[Step] = []
-        self.changed = False
+    def __init__(self, finder: InstanceFinder, labelled: LabelledSet) -> None:
+        self.finder, self.labelled = finder, labelled
 
     def open(self, image: Path) -> None:
         """Opens an image, with its objects if it is labelled.
@@ -136,27 +124,25 @@ class Labelling:
         Raises:
             UserError: the image or its mask cannot be read, or they differ in size.
         """
-        pixels = open_picture(Sample(image, None, "input"), self.intensity).rows()
+        sample = Sample(image, None, "input")
+        pixels = open_picture(sample, scaling_of(self.finder.config)).rows()
         labels = self.labelled.read(image)
         if labels is not None and labels.shape != pixels.shape[:2]:
             raise UserError(f"{image} and its mask differ in size; remove its row")
-        self.image, self.pixels = image, pixels
+        self.finder.predictor.set_image(pixels)
+        self.image, self.pixels, self.changed = image, pixels, False
         self.labels = np.zeros(pixels.shape[:2], np.uint16) if labels is None else labels
-        self.steps, self.changed = [], False
-        self.predictor.set_image(pixels)
+        self.steps: list[Step] = []
 
     def prompt(
-        self,
-        point: tuple[float, float] | None = None,
-        kind: int = 1,
-        box: tuple[float, float, float, float] | None = None,
+        self, point: tuple[float, float] | None = None, kind: int = 1, box: Box | None = None
     ) -> None:
         """Changes the mask of the object by a point or a box. Arguments as in ``Step``."""
         last = self.steps[-1] if self.steps else None
         points = [*(last.points if last else []), *([point] if point else [])]
         kinds = [*(last.kinds if last else []), *([kind] if point else [])]
         box = box or (last.box if last else None)
-        masks, scores, logits = self.predictor.predict(
+        masks, scores, logits = self.finder.predictor.predict(
             np.array(points) if points else None,
             np.array(kinds) if points else None,
             None if box is None else np.array(box),
@@ -172,9 +158,9 @@ class Labelling:
         del self.steps[-1:]
 
     def shown(self) -> np.ndarray:
-        """The (H, W) numbers of all objects; the one that is being made has the last number.
+        """The numbers of all objects, of which kept ones keep their pixels.
 
-        Kept objects keep their pixels.
+        The object that is being made has the last number.
         """
         if not self.steps:
             return self.labels
@@ -187,18 +173,16 @@ class Labelling:
 
     def remove(self, x: float, y: float) -> None:
         """Removes the kept object at a pixel."""
-        height, width = self.labels.shape
-        number = self.labels[min(int(y), height - 1), min(int(x), width - 1)]
-        self.labels = np.where(self.labels == number, 0, self.labels).astype(np.uint16)
+        rows, columns = self.labels.shape
+        self.labels[self.labels == self.labels[min(int(y), rows - 1), min(int(x), columns - 1)]] = 0
         self.changed = True
 
-    def find(self, generator: SamAutomaticMaskGenerator) -> None:
+    def find(self) -> None:
         """Adds the objects that the model finds where none is."""
-        found = label_image(find_instances(generator, self.pixels), self.labels.shape)
-        self.predictor.set_image(self.pixels)  # the generator forgets it
-        taken = np.unique(found[self.labels > 0])
-        new = np.where(np.isin(found, taken), 0, found.astype(np.int64) + self.labels.max())
-        self.labels = np.where(new > self.labels.max(), new, self.labels).astype(np.uint16)
+        found = label_image(self.finder.find(self.pixels), self.labels.shape).astype(np.uint16)
+        self.finder.predictor.set_image(self.pixels)  # the search forgets it
+        new = (found > 0) & ~np.isin(found, found[self.labels > 0])
+        self.labels = np.where(new, found + self.labels.max(), self.labels)
         self.changed = True
 
     def save(self) -> None:
@@ -210,6 +194,6 @@ class Labelling:
         self.keep()
         numbers = np.unique(np.append(self.labels, 0))
         self.labels = np.searchsorted(numbers, self.labels).astype(np.uint16)
-        small = self.labels.max() < 256
-        self.labelled.save(self.image, self.labels.astype(np.uint8) if small else self.labels)
+        kind = np.uint8 if len(numbers) <= 256 else np.uint16
+        self.labelled.save(self.image, self.labels.astype(kind))
         self.changed = False

@@ -26,9 +26,11 @@ from naslora.data.tiff import GeoTags, read_georeference
 from naslora.data.tiles import SMALLEST, Grid, Tiles, fit_tiles
 from naslora.errors import UserError, listing
 from naslora.files import reading, replaced_file
+from naslora.instances import COCO_FILE, InstanceFinder
 from naslora.locks import locked
-from naslora.report.pictures import class_colour, paint_bands
+from naslora.report.pictures import class_colour, in_turn, paint_bands
 from naslora.sam.export import ClassMap, load_class_map
+from naslora.sam.instance_config import InstanceConfig
 from naslora.sam.promptable import PROMPTS
 from naslora.sam.segmentation import labels_of
 from naslora.sam.shipped import NONE
@@ -40,9 +42,8 @@ from naslora.training.run_config import DataConfig, ModelConfig, Pixels, RunConf
 from naslora.training.run_data import check_with_progress, scaling_of, tiles_of
 
 ENDINGS = "_mask.png", "_overlay.png", "_mask.tif"
-INSTANCE_ENDINGS = "_instances.png", "_overlay.png"
-SOFTWARE = "naslora predict"
-"""The program's name in the files that are written, by which it knows them."""
+_SOFTWARE = "naslora predict"
+"""The program's name in the files that ``predict_run`` writes, by which it knows them."""
 _SOFTWARE_TAG = 305
 """The tag of a TIFF file that holds it."""
 
@@ -71,6 +72,7 @@ def predict_run(
     overlap: float = OVERLAP,
     trust: bool = False,
     overwrite: bool = False,
+    search: InstanceConfig | None = None,
 ) -> list[Path]:
     """Segments images: writes a mask and an overlay for each, at the image's own size.
 
@@ -94,6 +96,8 @@ def predict_run(
         overlap: share of a tile that neighbours have in common, in [0, 0.5].
         trust: as in ``load_class_map``.
         overwrite: whether masks and overlays that exist are replaced.
+        search: finds objects with a model of ``load_predictor`` instead, as ``InstanceFinder``.
+            Masks are label images, and ``output`` also gets instances.json.
 
     Returns:
         The PNG masks that were written.
@@ -104,20 +108,32 @@ def predict_run(
             ``overwrite``, or the tiles are out of range.
     """
     images = find_images(inputs)
-    check_targets(images, output, overwrite)
+    _check_targets(images, output, overwrite)
+    if search is not None and tiles is not None:
+        raise UserError("--instances searches large images by --crops, not by --tiles")
+    if search is not None and (output / COCO_FILE).exists() and not overwrite:
+        raise UserError(f"{output / COCO_FILE} exists; give --overwrite, or another --output")
     if tiles is not None:
         checked("tiles", SMALLEST if tiles == "auto" else tiles, Pixels)
         checked("overlap", overlap, Overlap)
     with locked(output), large_images() if tiles is not None else contextlib.nullcontext():
-        predictor = _load_predictor(path, tiles, overlap, trust)
+        predictor: Predictor | InstanceFinder
+        if search is None:
+            predictor = _load_predictor(path, tiles, overlap, trust)
+        else:
+            predictor = InstanceFinder(path, search)
         samples = [Sample(image, None, "input") for image in images]
         if on_error is None and len(samples) > 1:  # one image is read before anything is written
             check_with_progress(samples, predictor.config)
-        return list(_predict(predictor, samples, output, on_error))
+        written = list(_predict(predictor, samples, output, on_error))
+        if isinstance(predictor, InstanceFinder):
+            names = {_targets(image, output)[0]: image.name for image in images}
+            predictor.write(output / COCO_FILE, [names[mask] for mask in written])
+        return written
 
 
 def _predict(
-    predictor: Predictor,
+    predictor: Predictor | InstanceFinder,
     samples: list[Sample],
     output: Path,
     on_error: Callable[[UserError], None] | None,
@@ -127,21 +143,27 @@ def _predict(
         try:
             picture = open_picture(sample, scaling_of(config))
             georeference = read_georeference(sample.image)
-            labels = segment(predictor, picture)
+            if isinstance(predictor, InstanceFinder):
+                labels = predictor.labels(picture)
+            else:
+                labels = segment(predictor, picture)
         except ImageError as error:
             if on_error is None:
                 raise
             on_error(error)
             continue
-        mask, overlay, geotiff = targets_of(sample.image, output)
-        foreground = np.uint8(255 if config.data.num_classes == 1 else 1)
+        mask, overlay, geotiff = _targets(sample.image, output)
+        numbers = config.task == "promptable"
+        foreground = np.uint8(255 if config.data.num_classes == 1 and not numbers else 1)
         with replaced_file(mask) as file:
-            colours = None if foreground > 1 else [(0, 0, 0), *map(class_colour, range(1, 256))]
+            indexed = foreground == 1 and labels.dtype == np.uint8
+            colours = [(0, 0, 0), *map(class_colour, range(1, 256))] if indexed else None
             bands = (labels[top:bottom] * foreground for top, bottom in picture.bands())
             write_png(file, picture, bands, colours)
         with replaced_file(overlay) as file:
             names = ["background", *config.data.class_names]
-            write_png(file, picture, paint_bands(picture.rows, labels, names))
+            shown, names = in_turn(labels) if numbers else (labels, names)
+            write_png(file, picture, paint_bands(picture.rows, shown, names))
         if georeference:
             with replaced_file(geotiff) as file:
                 write_geotiff(file, labels * foreground, georeference)
@@ -154,12 +176,12 @@ def write_png(
     bands: Iterable[np.ndarray],
     palette: Sequence[tuple[int, int, int]] | None = None,
 ) -> None:
-    """Writes an 8-bit PNG file as its rows come. Pillow needs the whole image for that.
+    """Writes a PNG file of 8 or 16 bits as its rows come. Pillow needs the whole image for that.
 
     Args:
         path: the file.
         size: an image of the same height and width.
-        bands: (n, W) greys or (n, W, 3) RGB, uint8, from the top to the bottom.
+        bands: (n, W) greys, uint8 or uint16, or (n, W, 3) RGB, uint8, from the top to the bottom.
         palette: the RGB colours that viewers show in place of greys 0, 1, ...; None for none.
     """
     with open(path, "wb") as file:
@@ -170,17 +192,18 @@ def write_png(
 
         compressor, above = zlib.compressobj(), None
         for band in bands:
-            rows = band.reshape(len(band), -1)
+            big = np.ascontiguousarray(band, band.dtype.newbyteorder(">"))
+            rows = big.view(np.uint8).reshape(len(band), -1)
             if above is None:
                 file.write(b"\x89PNG\r\n\x1a\n")
                 # PNG's number for RGB, for greys and for indices of a palette
                 kind = 2 if band.ndim == 3 else 0 if palette is None else 3
-                write_chunk(
-                    b"IHDR", struct.pack(">2I5B", size.width, size.height, 8, kind, 0, 0, 0)
-                )
+                depth = 8 * band.itemsize
+                header = struct.pack(">2I5B", size.width, size.height, depth, kind, 0, 0, 0)
+                write_chunk(b"IHDR", header)
                 if palette is not None:
                     write_chunk(b"PLTE", np.array(palette, np.uint8).tobytes())
-                write_chunk(b"tEXt", f"Software\0{SOFTWARE}".encode())
+                write_chunk(b"tEXt", f"Software\0{_SOFTWARE}".encode())
                 above = np.zeros_like(rows[:1])
             # The filter 2 of each row: its difference to the row above. On photographs the file is
             # as small as with a choice of filters, within 4 %.
@@ -202,7 +225,7 @@ def write_geotiff(path: Path, mask: np.ndarray, georeference: GeoTags) -> None:
         photometric="minisblack",
         compression="zlib",
         metadata=None,
-        software=SOFTWARE,
+        software=_SOFTWARE,
         extratags=georeference,
     )
 
@@ -293,29 +316,27 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
 
 def _is_own(image: Path) -> bool:
     """Returns whether ``predict_run`` wrote a file."""
-    if not image.name.endswith((*ENDINGS, *INSTANCE_ENDINGS)):
+    if not image.name.endswith(ENDINGS):
         return False
     try:
         with large_images(), open_image(image) as opened:
             tags = getattr(opened, "tag_v2", {})  # of TIFF files
-            return SOFTWARE in (opened.info.get("Software"), tags.get(_SOFTWARE_TAG))
+            return _SOFTWARE in (opened.info.get("Software"), tags.get(_SOFTWARE_TAG))
     except Exception:  # Pillow raises many kinds; the check of the images reports it
         return False
 
 
-def targets_of(image: Path, output: Path, endings: Sequence[str] = ENDINGS) -> list[Path]:
+def _targets(image: Path, output: Path) -> list[Path]:
     """The files that may be written for an image: mask, overlay and georeferenced mask."""
-    return [output / f"{image.stem}{ending}" for ending in endings]
+    return [output / f"{image.stem}{ending}" for ending in ENDINGS]
 
 
-def check_targets(
-    images: Sequence[Path], output: Path, overwrite: bool, endings: Sequence[str] = ENDINGS
-) -> None:
+def _check_targets(images: Sequence[Path], output: Path, overwrite: bool) -> None:
     """Refuses to overwrite an input, and without ``overwrite`` any file."""
     resolved = {image.resolve() for image in images}
     existing = []
     for image in images:
-        for target in targets_of(image, output, endings):
+        for target in _targets(image, output):
             if target.resolve() in resolved:
                 raise UserError(
                     f"{target} is an input, and the prediction for {image} would overwrite it; "

@@ -9,20 +9,21 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import SIZE, TRAIN, error_of, free_port, wait_for, write_data
 from PIL import Image
+from safetensors.torch import save_file
 
 from naslora.annotate import Page
 from naslora.data.layouts import read_csv
+from naslora.instances import InstanceFinder
 from naslora.labelling import LabelledSet, Labelling
 from naslora.sam.instance_config import InstanceConfig
-from naslora.sam.promptable import build_promptable
-from naslora.sam.prompts import build_predictor
-from naslora.trained import load_predictor
-from naslora.training.run_data import scaling_of
+from naslora.sam.promptable import PromptableSam
+from naslora.training.run_config import RunConfig
 
 SHAPE = (24, 40)
 
@@ -55,7 +56,8 @@ def images(tmp_path):
 
 @pytest.fixture
 def labelling(images, tmp_path):
-    made = Labelling(Boxes(), None, LabelledSet(tmp_path / "set"))
+    finder = SimpleNamespace(predictor=Boxes(), config=RunConfig())
+    made = Labelling(finder, LabelledSet(tmp_path / "set"))
     made.open(images[0])
     return made
 
@@ -144,8 +146,7 @@ def test_what_is_labelled_trains_and_finds_the_next_objects(naslora, tiny_sam, t
     found = ("--instances", "--output", tmp_path / "found", *search)
     result = naslora("predict", output, images[3], *found)
     assert result.status == 0 and "wrote 1 masks" in result.out, result.err
-    predictor, config = load_predictor(output)
-    labelling = Labelling(predictor, scaling_of(config), LabelledSet(tmp_path / "set"))
+    labelling = Labelling(InstanceFinder(output, InstanceConfig()), LabelledSet(tmp_path / "set"))
     labelling.open(images[3])
     labelling.prompt(box=(8.0, 8.0, 24.0, 24.0))
     labelling.save()
@@ -164,9 +165,10 @@ def test_the_page_labels(tiny_sam, images, tmp_path):
 
     labelled = LabelledSet(tmp_path / "set")
     labelled.save(images[0], np.zeros(SHAPE, np.uint8))
-    predictor = build_predictor(build_promptable("vit_t", SIZE, "none"))
-    search = InstanceConfig(points_per_side=2, min_iou=0, min_stability=0)
-    page = Page(Labelling(predictor, None, labelled), images[:3], search)
+    checkpoint = tmp_path / "sam.safetensors"
+    save_file(PromptableSam("vit_t", SIZE).state_dict(), checkpoint)
+    search = InstanceConfig(points_per_side=2, min_iou=0, min_stability=0, image_size=SIZE)
+    page = Page(Labelling(InstanceFinder(checkpoint, search), labelled), images[:3])
     assert page.labelling.image == images[1]  # the first that is not labelled
 
     async def seen(user, text) -> None:

@@ -1,5 +1,6 @@
 """Objects found without prompts from a user: label images, COCO files, scores; what is refused."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -12,9 +13,9 @@ from PIL import Image
 from pycocotools import mask as coco
 from safetensors.torch import save_file
 
-from naslora.instance_metrics import AveragePrecision, panoptic_quality
-from naslora.instances import Instance, label_image, predict_instances
-from naslora.prediction import find_images
+from naslora.data.masks import IGNORED
+from naslora.instances import Instance, InstanceScores, label_image, score_instances
+from naslora.prediction import find_images, predict_run
 from naslora.sam.instance_config import InstanceConfig
 from naslora.sam.promptable import PromptableSam
 from naslora.trained import load_predictor
@@ -30,7 +31,7 @@ def checkpoint(tiny_sam, tmp_path):
 
 def instance(mask: np.ndarray, score: float) -> Instance:
     runs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return Instance({"size": list(mask.shape), "counts": runs["counts"].decode()}, score)
+    return Instance({"size": list(mask.shape), "counts": runs["counts"].decode()}, float(score))
 
 
 def test_a_pixel_belongs_to_the_best_object_and_many_take_16_bits():
@@ -82,7 +83,7 @@ def test_files_hold_the_same_objects(naslora, discs, tmp_path):
         for disc in truth:
             masks = [instance.mask() for instance in found]
             assert max((m & disc).sum() / (m | disc).sum() for m in masks) > 0.8
-        labels = np.asarray(Image.open(output / f"{image['file_name'][0]}_instances.png"))
+        labels = np.asarray(Image.open(output / f"{image['file_name'][0]}_mask.png"))
         assert np.array_equal(labels, label_image(found, (96, 144)))
         assert Image.open(output / f"{image['file_name'][0]}_overlay.png").size == (144, 96)
     again = naslora(*command)
@@ -104,47 +105,31 @@ def squares(*corners: tuple[int, int], side: int = 6) -> np.ndarray:
     return numbers
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_panoptic_quality_is_that_of_torchmetrics(seed):
-    from torchmetrics.functional.detection import panoptic_quality as reference
-
-    rng = np.random.default_rng(seed)
-    truth = squares(*rng.integers(0, 24, (9, 2)), side=7)
-    found = squares(*rng.integers(0, 24, (3, 2)), side=7)
-    found = np.where(rng.random((1, 30)) < 0.7, truth, found)
-    classes = [torch.tensor(np.stack([n > 0, n], 2).astype(np.int64))[None] for n in (found, truth)]
-    expected = reference(*classes, {1}, {0}, return_sq_and_rq=True, return_per_class=True)[0]
-    pq, rq, sq = panoptic_quality(found, truth)
-    assert [pq, np.nan_to_num(sq), rq] == pytest.approx(expected.tolist())
-
-
 def test_scores_of_images_with_nothing():
     empty, one = squares(), squares((3, 4))
-    assert np.isnan(panoptic_quality(empty, empty)).all()
-    for found, truth in ((one, empty), (empty, one)):
-        pq, rq, sq = panoptic_quality(found, truth)
-        assert pq == rq == 0 and np.isnan(sq)
-    nothing = AveragePrecision()
-    nothing.add([(instance(one > 0, 1).runs, 1)], empty, empty > 0)
-    assert nothing.compute() == (None, None)
+    found = [instance(one > 0, 1)]
+    assert score_instances([([], empty)]) == InstanceScores(1, 0, 0, *[None] * 5)
+    assert score_instances([(found, empty)]) == InstanceScores(1, 0, 1, None, None, 0, 0, 0)
+    assert score_instances([([], one)]) == InstanceScores(1, 1, 0, 0, 0, 0, 0, 0)
+    # An image with nothing counts for no score.
+    both = score_instances([(found, one), ([], empty)])
+    assert dataclasses.astuple(both) == (2, 1, 1, *[pytest.approx(1)] * 5)
 
 
 def test_average_precision_counts_better_masks_first():
     truth = squares((0, 0), (0, 20))
     found = squares((0, 0), (0, 20), (20, 20))
     found[:2, 20:] = 0  # IoU 2/3 with the second square
-    masks = [
-        (instance(found == number, 1).runs, score) for number, score in enumerate((3, 2, 1), 1)
-    ]
-    precision = AveragePrecision()
-    precision.add(masks, truth, squares() > 0)
+    masks = [instance(found == number, 1 / number) for number in (1, 2, 3)]
+    scores = score_instances([(masks, truth)])
     # At 0.50, 0.55, 0.60 and 0.65 both are found. At the others 51 of the 101 recalls are reached.
-    assert precision.compute() == pytest.approx((1, (4 + 6 * 51 / 101) / 10))
-    worse = [(runs, -score) for runs, score in masks]  # the wrong one first
-    for ignored, first in ((squares() > 0, 2 / 3), (squares((19, 19), side=11) > 0, 1)):
-        precision = AveragePrecision()
-        precision.add(worse, truth, ignored)
-        assert precision.compute()[0] == pytest.approx(first)
+    assert (scores.ap50, scores.ap) == pytest.approx((1, (4 + 6 * 51 / 101) / 10))
+    assert (scores.sq, scores.rq) == pytest.approx((5 / 6, 4 / 5))
+    assert scores.pq == pytest.approx(2 / 3)
+    worse = [Instance(runs, -score) for runs, score in masks]  # the wrong one first
+    ignored = np.where(squares((19, 19), side=11), IGNORED, truth)
+    assert score_instances([(worse, truth)]).ap50 == pytest.approx(2 / 3)
+    assert score_instances([(worse, ignored)]).ap50 == pytest.approx(1)
 
 
 def test_evaluate_scores_objects_of_any_model(naslora, discs, tmp_path):
@@ -183,7 +168,8 @@ def test_options_are_checked(naslora, checkpoint, clean_data, tmp_path, options,
 def test_images_without_objects_have_empty_files(checkpoint, tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "black.png")
     none = InstanceConfig(points_per_side=2, min_iou=1)
-    (path,) = predict_instances(checkpoint, [tmp_path / "black.png"], tmp_path / "out", none)
+    images = [tmp_path / "black.png"]
+    (path,) = predict_run(checkpoint, images, tmp_path / "out", search=none)
     assert not np.asarray(Image.open(path)).any()
     assert json.loads((tmp_path / "out" / "instances.json").read_text())["annotations"] == []
 
