@@ -144,11 +144,11 @@ class InstanceScores:
     found: int
     """Masks of the model; they may overlap."""
     ap50: float | None
-    """Average precision at an IoU of 0.5, as COCO's, but with any number of masks an image."""
+    """COCO's average precision at an IoU of 0.5, but with any number of masks an image."""
     ap: float | None
     """Its mean over the IoU 0.50, 0.55, ..., 0.95."""
     pq: float | None
-    """Panoptic quality of label images: the mean over the images with objects of rq times sq."""
+    """Panoptic quality of label images, sq times rq: the mean over the images with any object."""
     sq: float | None
     """Mean IoU of the objects that are found, with an IoU above 0.5."""
     rq: float | None

@@ -1,18 +1,13 @@
 """ONNX graphs of a promptable SAM for annotation tools: its encoder, and its decoder of prompts.
 
-The names and shapes are those of samexporter:
-
-| graph | inputs | outputs |
-| -- | -- | -- |
-| NAME.encoder.onnx | input_image | image_embeddings |
-| NAME.decoder.onnx | image_embeddings, point_coords, point_labels, mask_input, has_mask_input, orig_im_size | masks, iou_predictions, low_res_masks |
-
-Tools differ in how they resize images, which the graphs follow.
-"""  # noqa: E501
+Names and shapes are those of samexporter. Tools differ in how they resize images, which the graphs
+follow.
+"""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +28,8 @@ VERSIONS = 18, 9
 """ONNX's operators and format, as the tools' oldest runtime (1.15) reads them."""
 MOST_POINTS = 4096
 LARGEST_PICTURE = 1 << 16
+Inputs = dict[str, tuple[Tensor, dict[int, Any]]]
+"""Examples by name, each with its dimensions that vary."""
 
 
 class ImageEncoder(nn.Module):
@@ -154,58 +151,41 @@ def export_prompts(model: PromptableSam, tool: Tool, path: Path) -> None:
     """
     check_merged(model)
     check_new(path)
-    model = model.cpu().float().eval()
-    name = re.sub(r"[^\w.-]+", "-", path.resolve().name, flags=re.ASCII)
-    config: dict[str, Any] = {"name": name, "display_name": name, "provider": "naslora"}
-    config |= {f"{part}_model_path": f"{name}.{part}.onnx" for part in ("encoder", "decoder")}
+    model, size = model.cpu().float().eval(), model.image_size
+    name, grid = re.sub(r"[^\w.-]+", "-", path.resolve().name, flags=re.ASCII), size // PATCH_SIZE
+    frame, image, varied = size, torch.zeros(1, 3, size, size), dict[int, Any]()
+    config: dict[str, Any] = {"type": "sam_med2d", "name": name, "display_name": name}
     if tool == "samexporter":
-        size = {"input_size": FRAME, "max_width": FRAME, "max_height": 682}
-        config |= {"type": "segment_anything", **size}
-    else:  # X-AnyLabeling's type that takes any S, and resizes as we do
-        config |= {"type": "sam_med2d", "input_size": model.image_size}
-    held = Description(model.name, model.image_size, 1, (), "encoder", task="promptable")
-    with replaced_folder(path) as folder, torch.no_grad():
-        for part, graph in (("encoder", _encoder(model, tool)), ("decoder", _decoder(model, tool))):
-            graph.module(*graph.example)  # as in export.py: fills TinyViT's cache before the trace
-            with quiet():
-                program = torch.export.export(
-                    graph.module.eval(), graph.example, dynamic_shapes=graph.dynamic
-                )
-            file = folder / f"{name}.{part}.onnx"
-            write_onnx(program, held, file, graph.inputs, graph.outputs, VERSIONS)
-        write_text(folder / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False))
-
-
-class _Graph(NamedTuple):
-    module: nn.Module
-    example: tuple[Tensor, ...]
-    dynamic: tuple[dict[int, Any], ...]
-    """The dimensions of each input that vary."""
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-def _encoder(model: PromptableSam, tool: Tool) -> _Graph:
-    image, sides = torch.zeros(1, 3, model.image_size, model.image_size), {}
-    if tool == "samexporter":
-        image = torch.zeros(FRAME // 2, FRAME, 3)
-        sides = {i: torch.export.Dim(side, min=2, max=FRAME) for i, side in enumerate("hw")}
-    module = ImageEncoder(model, tool)
-    return _Graph(module, (image,), (sides,), ("input_image",), ("image_embeddings",))
-
-
-def _decoder(model: PromptableSam, tool: Tool) -> _Graph:
-    grid = model.image_size // PATCH_SIZE
-    frame = FRAME if tool == "samexporter" else model.image_size
-    number = torch.export.Dim("number", min=1, max=MOST_POINTS)
-    inputs: dict[str, tuple[Tensor, dict[int, Any]]] = {
+        frame, image = FRAME, torch.zeros(FRAME // 2, FRAME, 3)
+        varied = {i: torch.export.Dim(side, min=2, max=FRAME) for i, side in enumerate("hw")}
+        config |= {"type": "segment_anything", "max_width": FRAME, "max_height": 682}
+    number = {1: torch.export.Dim("number", min=1, max=MOST_POINTS)}
+    prompts: Inputs = {
         "image_embeddings": (torch.zeros(1, EMBED_DIM, grid, grid), {}),
-        "point_coords": (torch.full((1, 3, 2), 8.0), {1: number}),
-        "point_labels": (torch.tensor([[0.0, 1.0, -1.0]]), {1: number}),
+        "point_coords": (torch.full((1, 3, 2), 8.0), number),
+        "point_labels": (torch.tensor([[0.0, 1.0, -1.0]]), number),
         "mask_input": (torch.zeros(1, 1, frame // 4, frame // 4), {}),
         "has_mask_input": (torch.zeros(1), {}),
         "orig_im_size": (torch.tensor([150.0, 225.0]), {}),
     }
-    example, dynamic = zip(*inputs.values(), strict=True)
-    outputs = ("masks", "iou_predictions", "low_res_masks")
-    return _Graph(PromptDecoder(model, tool), example, dynamic, tuple(inputs), outputs)
+    masks = ("masks", "iou_predictions", "low_res_masks")
+    graphs: dict[str, tuple[nn.Module, Inputs, Sequence[str]]] = {
+        "encoder": (
+            ImageEncoder(model, tool),
+            {"input_image": (image, varied)},
+            ["image_embeddings"],
+        ),
+        "decoder": (PromptDecoder(model, tool), prompts, masks),
+    }
+    held = Description(model.name, size, 1, (), "encoder", task="promptable")
+    with replaced_folder(path) as folder, torch.no_grad():
+        for part, (module, inputs, outputs) in graphs.items():
+            example, dynamic = zip(*inputs.values(), strict=True)
+            module(*example)  # as in export.py: fills TinyViT's cache before the trace
+            with quiet():
+                program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic)
+            config[f"{part}_model_path"] = f"{name}.{part}.onnx"
+            file = folder / config[f"{part}_model_path"]
+            write_onnx(program, held, file, tuple(inputs), outputs, VERSIONS)
+        text = yaml.safe_dump({**config, "input_size": frame}, sort_keys=False)
+        write_text(folder / f"{name}.yaml", text)
