@@ -28,6 +28,11 @@ REPORT = "report.html"
 Keep = Literal["last", "best"]
 """The epoch that a run keeps."""
 
+CLICKS = (1, 3, 5, 8)
+"""Numbers of clicks whose scores a promptable run reports."""
+CLICK_SCORES = (*(f"IoU, {n} click{'s' if n > 1 else ''}" for n in CLICKS), "IoU, box")
+"""Its scores in the tables of a study."""
+
 MetricValue = float | None | dict[str, float | None]
 """A metric's number; None where it is undefined; for a metric of classes, one number a class."""
 

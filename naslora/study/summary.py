@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from naslora.adapter.merging.report import MODES
 from naslora.metrics import METRICS
 from naslora.report.tables import Table, number
-from naslora.results import Costs, RunNumbers
+from naslora.results import CLICK_SCORES, Costs, RunNumbers
 
 UNMERGED = "unmerged"
 
@@ -132,6 +132,7 @@ COLUMNS = {
     "trainable_parameters": Column("Trainable, M", scale=1e-6),
     "share_of_parameters": Column("Of all, %", ".2f", 100),
     **{name: Column(METRICS[name].label) for name in ("dice", *METRICS)},
+    **{name: Column(name) for name in CLICK_SCORES},
     "entropy": Column("Entropy of α"),
     "weight_seconds": Column("Weight steps, s/image"),
     "training_seconds": Column("Training, s/image"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
-from naslora.results import MetricValue, SplitScores
+from naslora.results import CLICKS, MetricValue, SplitScores
 from naslora.sam.losses import object_loss
 from naslora.sam.objects import BOTTOM_RIGHT, NEGATIVE, PADDING, POSITIVE, TOP_LEFT
 from naslora.sam.promptable import AnySam, PromptableSam
@@ -26,9 +26,6 @@ from naslora.training.evaluation import evaluate, make_loader
 from naslora.training.interactive import ONE, Objects, Prompts, objects_of
 from naslora.training.run_config import RunConfig
 
-CLICKS = 8
-"""Clicks of each object of the test split."""
-REPORTED = (1, 3, 5, 8)
 THRESHOLDS = (0.85, 0.9)
 """IoU whose number of clicks is reported."""
 THREE = slice(1, 4)
@@ -74,13 +71,13 @@ def score_run(
 ) -> SplitScores:
     """Scores a split by the run's task: as ``evaluate``, or by clicks.
 
-    A promptable model gets ``CLICKS`` clicks if ``metrics`` names any, and one without. Dice and
+    A promptable model gets all of ``CLICKS`` if ``metrics`` names any, and one without. Dice and
     IoU are those after one click, and means over the objects.
     """
     if not isinstance(model, PromptableSam):
         return evaluate(model, dataset, accelerator, config, metrics)
     model.eval()
-    training, clicks = config.training, CLICKS if metrics else 1
+    training, clicks = config.training, max(CLICKS) if metrics else 1
     processes = accelerator.process_index, accelerator.num_processes
     batches = GlobalBatches(range(len(dataset)), training.batch_size, *processes, shuffle=False)
     own = []
@@ -107,14 +104,14 @@ def _metrics(iou: np.ndarray, dice: np.ndarray, best: np.ndarray) -> dict[str, M
     """The numbers of a table by their titles."""
     found: dict[str, MetricValue] = {}
     for title, values in (("IoU", iou), ("Dice", dice)):
-        for clicks in REPORTED:
+        for clicks in CLICKS:
             name = f"{title}, {clicks} click{'s' if clicks > 1 else ''}"
             found[name] = float(values[:, clicks - 1].mean())
         found[f"{title}, box"] = float(values[:, -1].mean())
     found["IoU, 1 click, best of 3"] = float(best.mean())
     for threshold in THRESHOLDS:
         reached = iou[:, :-1] >= threshold
-        needed = np.where(reached.any(1), reached.argmax(1) + 1, CLICKS)
+        needed = np.where(reached.any(1), reached.argmax(1) + 1, max(CLICKS))
         found[f"NoC {threshold:.0%}"] = float(needed.mean())
     return found
 
@@ -158,7 +155,7 @@ def play(
     image: Tensor,
     objects: Objects,
     accelerator: Accelerator,
-    clicks: int = CLICKS,
+    clicks: int = max(CLICKS),
 ) -> Iterator[Turn]:
     """Predicts the masks of an image's objects after each click, and at last of their boxes.
 

@@ -2,9 +2,9 @@
 
 An object's first prompt is a point in it or its box, which is jittered. A prediction from a point
 has three masks, of which the best trains. Then clicks follow where the mask errs, on the object
-where it is missed and off it elsewhere. They get the last mask as a prompt, and give one mask. As
-in RITM (Sofiiuk et al., 2022), only the last prediction has gradients: the others say where to
-click.
+where it is missed and off it elsewhere. With the last mask as a prompt they give one mask. As in
+RITM (Sofiiuk et al., 2022), only the last prediction has gradients: the others say where to click.
+To save predictions, all clicks but the last one are drawn where the first mask errs.
 """
 
 from collections.abc import Callable
@@ -97,28 +97,33 @@ class InteractiveLoss:
         prompts, boxed = _first_prompts(objects.masks, halves.masks)
         wanted, previous = ALL, None
         allowed = torch.stack([boxed, ~boxed, ~boxed, ~boxed], 1)  # (N, 4)
-        corrections = self._corrections()
-        for done in range(corrections + 1):
-            last = done == corrections
-            with nullcontext() if last else torch.no_grad(), self.autocast():
+        for clicks in self._corrections():
+            with torch.no_grad(), self.autocast():
                 masks, scores = self.model.decode(
                     embeddings, objects.owners, *prompts, previous, wanted
                 )
-            if not last:
-                best = scores.float().masked_fill(~allowed, -torch.inf).argmax(1)
-                previous = _chosen(masks.detach().float(), best)
-                prompts = prompts.plus(*_correction(_enlarged(previous)[:, 0], halves))
-                wanted, allowed = ONE, allowed.new_ones(len(boxed), 1)
+            best = scores.float().masked_fill(~allowed, -torch.inf).argmax(1)
+            previous = _chosen(masks.float(), best)
+            wrong = ((_enlarged(previous)[:, 0] > 0) != halves.masks) & halves.counted
+            for _ in range(clicks):
+                prompts = prompts.plus(*_correction(wrong, halves.masks))
+            wanted, allowed = ONE, allowed.new_ones(len(boxed), 1)
+        with self.autocast():
+            masks, scores = self.model.decode(
+                embeddings, objects.owners, *prompts, previous, wanted
+            )
         losses = _loss(masks.float(), scores.float(), allowed, halves)
         shares = objects.owners.bincount(minlength=len(numbers))[objects.owners] * len(numbers)
         return (losses / shares).sum()
 
-    def _corrections(self) -> int:
+    def _corrections(self) -> list[int]:
+        """The clicks after each prediction but the last."""
+        corrections = 0
         if self.clicks is not None:
-            return self.clicks - 1
-        if self.most_clicks == 1 or float(torch.rand(())) < FIRST_ALONE:
-            return 0
-        return int(torch.randint(1, self.most_clicks, ()))
+            corrections = self.clicks - 1
+        elif self.most_clicks > 1 and float(torch.rand(())) >= FIRST_ALONE:
+            corrections = int(torch.randint(1, self.most_clicks, ()))
+        return [clicks for clicks in (corrections - 1, min(corrections, 1)) if clicks > 0]
 
 
 def _first_prompts(masks: Tensor, halves: Tensor) -> tuple[Prompts, Tensor]:
@@ -183,12 +188,11 @@ def _chosen(masks: Tensor, best: Tensor) -> Tensor:
     return masks[torch.arange(len(masks), device=masks.device), best][:, None]
 
 
-def _correction(logits: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
-    """Draws a click of each object where (N, h, w) logits err: (N, 2) and labels (N,)."""
-    wrong = ((logits > 0) != objects.masks) & objects.counted
+def _correction(wrong: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws a click of each object in (N, h, w) errors: (N, 2) and labels (N,)."""
     place = _drawn(wrong)
     columns, rows = (place / 2).long().unbind(1)
-    on = objects.masks[torch.arange(len(place), device=place.device), rows, columns]
+    on = masks[torch.arange(len(place), device=place.device), rows, columns]
     return place, torch.where(on, POSITIVE, NEGATIVE)
 
 
