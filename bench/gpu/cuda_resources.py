@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.gpu.resources import Usage, summary
+from bench.gpu.resources import Usage, problems, summary
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -109,20 +109,15 @@ def check(nvcc: str, architectures: list[int]) -> tuple[list[Usage], list[str]]:
         What each kernel takes, and a line for every problem.
     """
     jobs = [(source, architecture) for architecture in architectures for source in SOURCES]
-    usages, problems = [], []
+    usages, found = [], []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = pool.map(lambda job: compile_for(nvcc, *job), jobs)
         for (source, architecture), (of_file, generic) in zip(jobs, compiled, strict=True):
             usages += of_file.values()
             if generic and architecture in NAMED:
                 where = f"{source.name}, sm_{architecture}"
-                problems.append(f"{where}: {generic} loads and stores of unknown memory")
-    problems += [
-        f"{usage.kernel}, {usage.architecture}: {usage.spilled} bytes of a thread's registers spill"
-        for usage in usages
-        if usage.spilled
-    ]
-    return usages, problems
+                found.append(f"{where}: {generic} loads and stores of unknown memory")
+    return usages, found + problems(usages)
 
 
 def main() -> None:

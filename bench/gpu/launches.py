@@ -87,6 +87,7 @@ ATTENTION_SHAPES: list[AttentionShape] = [
     (4, 4, (7, 7), 32),
     (1, 1, (2, 300), 128),
 ]
+PRODUCTS = {"attention_forward": 2, "attention_keys": 4, "attention_queries": 3}  # of N x N scores
 
 
 def attention(

@@ -1,11 +1,16 @@
 """What compiled GPU kernels take of a processor: registers, shared memory, spills."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 # Multiprocessors and clock of an A100 and an H100 with SXM. Seven tenths of their cycles issue.
 SPEEDS = {"sm_80": (108, 1.41e9), "sm_90": (132, 1.755e9)}
 ISSUING = 0.7
+# The oldest card, and one of each generation and kind since: bytes of shared memory that one block
+# may have (CUDA C++ Programming Guide, technical specifications per compute capability).
+KIBIBYTES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMITS = {capability: 1024 * size for capability, size in KIBIBYTES.items()}
+REGISTER_LIMIT = 255  # a thread's
 
 
 class Work(NamedTuple):
@@ -101,3 +106,22 @@ def spread(numbers: Sequence[float]) -> str:
         return "–"
     low, high = min(numbers), max(numbers)
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
+
+def problems(usages: Iterable[Usage]) -> list[str]:
+    """A line for every kernel that spills or that a card cannot hold."""
+    lines = []
+    for usage in usages:
+        limit = SHARED_LIMITS.get(int(usage.architecture.removeprefix("sm_")), SHARED_LIMITS[75])
+        where = f"{usage.kernel}, {usage.architecture}"
+        if usage.spilled:
+            lines.append(f"{where}: {usage.spilled} bytes of a thread's registers spill")
+        if usage.shared > limit:
+            lines.append(f"{where}: {usage.shared} bytes of shared memory, of {limit}")
+        if usage.registers > REGISTER_LIMIT:
+            lines.append(f"{where}: {usage.registers} registers, of {REGISTER_LIMIT}")
+        if usage.serialized:
+            lines.append(f"{where}: ptxas serialises wgmma (C7515)")
+        if usage.work and usage.work.repeated > 1:
+            lines.append(f"{where}: {usage.work.repeated:.2f} times the products of its tiles")
+    return lines

@@ -16,8 +16,6 @@ from naslora_kernels.triton.tiles import AttentionTiles
 SECONDS = 150
 TILES = [None, *itertools.product((32, 64, 128), (4, 8))]  # as shipped; queries and warps
 SHAPES = [launches.ATTENTION_SHAPES[i] for i in (1, 0, 3, 2)]
-# By kernel, in the order of the fields of AttentionTiles: its products of N x N numbers.
-KERNELS = {"attention_forward": 2, "attention_keys": 4, "attention_queries": 3}
 
 
 def altered(tiles: AttentionTiles, queries: int, warps: int) -> AttentionTiles:
@@ -80,6 +78,6 @@ def _rows(
     batch, heads, grid, features = shape
     product = 2 * batch * heads * (grid[0] * grid[1]) ** 2 * features
     for row in rows:
-        products = KERNELS.get(row["direction"], 0)
+        products = launches.PRODUCTS.get(row["direction"], 0)
         row["TFLOP_per_s"] = round(products * product / row["p50_us"] / 1e6, 1)
-    return [row for row in rows if row["direction"] in KERNELS]
+    return [row for row in rows if row["direction"] in launches.PRODUCTS]

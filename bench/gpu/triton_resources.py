@@ -12,14 +12,13 @@ serialises wgmma.
 
 import argparse
 import concurrent.futures
-import importlib.util
 import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,10 @@ from bench import cases
 from bench.gpu import launches
 from bench.gpu.kernels import CASES
 from bench.gpu.machine_code import costliest_round
-from bench.gpu.resources import Usage, Work, estimates, products, summary
+from bench.gpu.resources import SHARED_LIMITS, Usage, Work, estimates, problems, products, summary
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.primitives import TritonPrimitives
 
-# The oldest card, and one of each generation and kind since: bytes of shared memory that one block
-# may have (CUDA C++ Programming Guide, technical specifications per compute capability).
-KIBIBYTES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-SHARED_LIMITS = {capability: 1024 * size for capability, size in KIBIBYTES.items()}
-PRODUCTS = {"attention_forward": 2, "attention_keys": 4, "attention_queries": 3}  # of a tile
-REGISTER_LIMIT = 255  # a thread's
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -88,7 +81,7 @@ class Compiler:
             product=product(compiled.asm["ptx"]),
             serialized=serialized(compiled.asm["ptx"], self._architecture),
             work=attention_work(name, compiled.asm["cubin"], grid, constants, arguments),
-            **resources(compiled.asm["cubin"]),
+            **parse(_read(compiled.asm["cubin"], "--dump-resource-usage")),
         )
 
 
@@ -96,11 +89,6 @@ def product(ptx: str) -> str:
     """The instruction by which tensor cores multiply, in a kernel's PTX; empty without."""
     found = re.search(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)
     return found.group() if found else ""
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and local memory of the one kernel in a cubin, as cuobjdump reports them."""
-    return parse(_read(cubin, "--dump-resource-usage"))
 
 
 def _read(cubin: bytes, option: str) -> str:
@@ -134,12 +122,13 @@ def attention_work(
     arguments: tuple[Any, ...],
 ) -> Work | None:
     """What a kernel of attention takes for 64 x 64 scores; None for other kernels."""
-    if name not in PRODUCTS:
+    if name not in launches.PRODUCTS:
         return None
     found = costliest_round(_read(cubin, "-sass"), constants["num_warps"])
     rows, columns, queries = (constants[key] for key in ("ROWS", "COLUMNS", "QUERIES"))
     scores = queries * rows * columns
-    needed = PRODUCTS[name] * scores * (constants["LANES"] + constants["REST"])
+    needed = launches.PRODUCTS[name] * scores * (constants["LANES"] + constants["REST"])
+    needed *= 3 if constants["PRECISION"] == "tf32x3" else 1
     q = arguments[1 if name != "attention_forward" else 0]
     rel_h, rel_w = (arguments[i + 4 - (name == "attention_forward")] for i in (0, 1))
     if name == "attention_keys":
@@ -152,17 +141,9 @@ def attention_work(
 
 
 def parse(report: str) -> dict[str, int]:
-    """The numbers of the one kernel in a report.
-
-    Raises:
-        ValueError: the report has none, or several.
-    """
-    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
-    if len(found) != 1:
-        raise ValueError(
-            f"cuobjdump reports {len(found)} kernels where one was expected:\n{report}"
-        )
-    registers, stack, local = map(int, found[0])
+    """Registers and local memory of the one kernel that cuobjdump reports."""
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    registers, stack, local = map(int, found)
     # The kernels have no arrays of their own in local memory: what lies there was spilled.
     return {"registers": registers, "stack": stack, "spilled": stack + local}
 
@@ -194,36 +175,6 @@ def compile_for(
     return list(compiler.usages.values())
 
 
-def problems(usages: Iterable[Usage]) -> list[str]:
-    """A line for every kernel that spills or that a card cannot hold."""
-    lines = []
-    for usage in usages:
-        limit = SHARED_LIMITS.get(int(usage.architecture.removeprefix("sm_")), SHARED_LIMITS[75])
-        where = f"{usage.kernel}, {usage.architecture}"
-        if usage.spilled:
-            lines.append(f"{where}: {usage.spilled} bytes of a thread's registers spill")
-        if usage.shared > limit:
-            lines.append(f"{where}: {usage.shared} bytes of shared memory, of {limit}")
-        if usage.registers > REGISTER_LIMIT:
-            lines.append(f"{where}: {usage.registers} registers, of {REGISTER_LIMIT}")
-        if usage.serialized:
-            lines.append(f"{where}: ptxas serialises wgmma (C7515)")
-        if usage.work and usage.work.repeated > 1:
-            lines.append(f"{where}: {usage.work.repeated:.2f} times the products of its tiles")
-    return lines
-
-
-def refusal() -> str | None:
-    """Why nothing can be compiled here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "TRITON_INTERPRET=1 is set, under which Triton compiles nothing: unset it"
-    if not cuobjdump().exists():
-        return f"this build of Triton brings no cuobjdump: {cuobjdump()} is missing"
-    return None
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("capabilities", nargs="*", type=int, default=list(SHARED_LIMITS))
@@ -237,9 +188,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Prints the tables; returns 1 with a line for every problem."""
     arguments = parse_arguments()
-    reason = refusal()
-    if reason is not None:
-        print(f"triton_resources: {reason}", file=sys.stderr)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("triton_resources: TRITON_INTERPRET=1 is set: unset it", file=sys.stderr)
         return 2
     # Triton asks a card whether to fuse multiplications and additions; there is none.
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"

@@ -38,16 +38,17 @@ def whole(number, rest, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, dtype: tl.constexpr):
+def dot(a, b, dtype: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
     """Returns the matrix product a b, summed in ``dtype``.
 
     If the dtypes differ, b is float32 and a has 16 bits. Then b is split into its rounded value
-    and the rest, so the 16 bits of the tensor cores lose nothing of b.
+    and the rest, so the 16 bits of the tensor cores lose nothing of b. PRECISION is Triton's
+    ``input_precision`` of float32.
     """
     if INTERPRETED:
         return tl.dot(a.to(dtype), b.to(dtype), out_dtype=dtype)
     elif a.dtype == b.dtype:
-        return tl.dot(a, b, input_precision="ieee", out_dtype=dtype)
+        return tl.dot(a, b, input_precision=PRECISION, out_dtype=dtype)
     else:
         near = b.to(a.dtype)
         total = tl.dot(a, near, out_dtype=dtype)

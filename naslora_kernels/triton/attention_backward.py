@@ -88,6 +88,7 @@ def attention_keys_kernel(
     WIDEN: tl.constexpr,
     FULL: tl.constexpr,
     ONE_PIECE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dk and dv of a tile of ROWS x COLUMNS keys; either may be None.
 
@@ -130,7 +131,7 @@ def attention_keys_kernel(
         if grad_k_ptr is not None:
             delta = tl.load(delta_ptr + query, mask=in_queries, other=None if FULL else 0.0)
         q = load_rows(q_ptr, q_strides, query, in_queries, FEATURES, LANES, REST, WIDEN)
-        scores = products(k, q, DTYPE) * scale
+        scores = products(k, q, DTYPE, PRECISION) * scale
         columns = tile % pieces * COLUMNS + tl.arange(0, COLUMNS)
         bias_w = load_bias(
             rel_w_ptr, w_strides, query[:, None], in_bias, columns[None, :], width, DTYPE
@@ -157,10 +158,10 @@ def attention_keys_kernel(
             grad_o_ptr, grad_o_strides, query, in_queries, FEATURES, LANES, REST, WIDEN
         )
         if grad_v_ptr is not None:
-            grad_v = add_products(grad_v, p, grad_o, DTYPE)
+            grad_v = add_products(grad_v, p, grad_o, DTYPE, PRECISION)
         if grad_k_ptr is not None:
-            grad_scores = p * (products(v, grad_o, DTYPE) - delta[None, :])
-            grad_k = add_products(grad_k, grad_scores, q, DTYPE)
+            grad_scores = p * (products(v, grad_o, DTYPE, PRECISION) - delta[None, :])
+            grad_k = add_products(grad_k, grad_scores, q, DTYPE, PRECISION)
 
     if grad_k_ptr is not None:
         grad_k_ptr = head_of(grad_k_ptr, grad_strides, image, head)
@@ -206,6 +207,7 @@ def attention_queries_kernel(
     WIDEN: tl.constexpr,
     FULL: tl.constexpr,
     ONE_PIECE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dq, drel_h and drel_w, contiguous, of QUERIES queries of a head; any may be None.
 
@@ -253,7 +255,7 @@ def attention_queries_kernel(
             in_keys = None if FULL else (row < height) & (column < width)
             k = load_rows(k_ptr, k_strides, key, in_keys, FEATURES, LANES, REST, WIDEN)
             v = load_rows(v_ptr, v_strides, key, in_keys, FEATURES, LANES, REST, WIDEN)
-            scores = products(q, k, DTYPE) * scale + bias_w
+            scores = products(q, k, DTYPE, PRECISION) * scale + bias_w
             if ROWS == 1:  # one number a query, which need not be added to each score
                 bias_h = load_bias(rel_h_ptr, h_strides, query, in_queries, row, height, DTYPE)
                 row_shift = shift - bias_h * LOG2E
@@ -265,9 +267,9 @@ def attention_queries_kernel(
             p = tl.exp2(scores * LOG2E - row_shift[:, None])
             if EXACT:
                 p *= factor[:, None]
-            grad_scores = p * (products(grad_o, v, DTYPE) - delta[:, None])
+            grad_scores = p * (products(grad_o, v, DTYPE, PRECISION) - delta[:, None])
             if grad_q_ptr is not None:
-                grad_q = add_products(grad_q, grad_scores, k, DTYPE)
+                grad_q = add_products(grad_q, grad_scores, k, DTYPE, PRECISION)
             if grad_w_ptr is not None:
                 sums += grad_scores
             if grad_h_ptr is not None:

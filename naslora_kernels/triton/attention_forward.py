@@ -53,6 +53,7 @@ def attention_forward_kernel(
     WIDEN: tl.constexpr,
     FULL: tl.constexpr,
     ONE_PIECE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """o and softmax of QUERIES queries of a head. FULL: no tile reaches beyond the grid.
 
@@ -88,7 +89,7 @@ def attention_forward_kernel(
             key = row * width + column
             in_keys = None if FULL else (row < height) & (column < width)
             k = load_rows(k_ptr, k_strides, key, in_keys, FEATURES, LANES, REST, WIDEN)
-            scores = products(q, k, DTYPE) * scale + bias_w
+            scores = products(q, k, DTYPE, PRECISION) * scale + bias_w
             if ROWS == 1:  # one number a query, which need not be added to each score
                 bias_h = load_bias(rel_h_ptr, h_strides, query, in_queries, row, height, DTYPE)
             else:
@@ -107,7 +108,7 @@ def attention_forward_kernel(
             decayed = ()
             for i in tl.static_range(len(o)):
                 decayed = decayed + (o[i] * decay[:, None],)
-            o = add_products(decayed, p, v, DTYPE)
+            o = add_products(decayed, p, v, DTYPE, PRECISION)
 
     o_ptr = head_of(o_ptr, o_strides, image, head)
     inverse = 1 / total

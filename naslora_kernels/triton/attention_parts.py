@@ -23,19 +23,21 @@ def head_of(pointer, strides, image, head):
 
 
 @triton.jit
-def part_mask(inside, lane, FEATURES: tl.constexpr, LAST: tl.constexpr):
-    """Returns the mask of a part of rows whose lanes end before LAST; None if all are inside."""
-    if FEATURES >= LAST:
-        return None if inside is None else inside[:, None]
+def part_mask(inside, lane, FEATURES: tl.constexpr):
+    """Returns the mask of a part of rows. Triton 3.6 cannot return None, where all are inside."""
+    if inside is None:
+        return lane < FEATURES
     else:
-        return lane < FEATURES if inside is None else inside[:, None] & (lane < FEATURES)
+        return inside[:, None] & (lane < FEATURES)
 
 
 @triton.jit
 def load_part(at, inside, FIRST: tl.constexpr, LANES: tl.constexpr, FEATURES: tl.constexpr):
     lane = FIRST + tl.arange(0, LANES)[None, :]
-    mask = part_mask(inside, lane, FEATURES, FIRST + LANES)
-    return tl.load(at + lane, mask=mask, other=None if mask is None else 0.0)
+    if inside is None and FEATURES >= FIRST + LANES:
+        return tl.load(at + lane)
+    else:
+        return tl.load(at + lane, mask=part_mask(inside, lane, FEATURES), other=0.0)
 
 
 @triton.jit
@@ -69,8 +71,11 @@ def load_rows(
 @triton.jit
 def store_part(at, inside, values, FIRST: tl.constexpr, FEATURES: tl.constexpr):
     lane = FIRST + tl.arange(0, values.shape[1])[None, :]
-    mask = part_mask(inside, lane, FEATURES, FIRST + values.shape[1])
-    tl.store(at + lane, rounded(values, at.dtype.element_ty), mask=mask)
+    values = rounded(values, at.dtype.element_ty)
+    if inside is None and FIRST + values.shape[1] <= FEATURES:
+        tl.store(at + lane, values)
+    else:
+        tl.store(at + lane, values, mask=part_mask(inside, lane, FEATURES))
 
 
 @triton.jit
@@ -92,20 +97,20 @@ def zeros(TOKENS: tl.constexpr, LANES: tl.constexpr, REST: tl.constexpr, DTYPE: 
 
 
 @triton.jit
-def products(a, b, DTYPE: tl.constexpr):
+def products(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Returns a b^T of two tuples of parts."""
-    total = dot(a[0], tl.trans(b[0]), DTYPE)
+    total = dot(a[0], tl.trans(b[0]), DTYPE, PRECISION)
     for i in tl.static_range(1, len(a)):
-        total += dot(a[i], tl.trans(b[i]), DTYPE)
+        total += dot(a[i], tl.trans(b[i]), DTYPE, PRECISION)
     return total
 
 
 @triton.jit
-def add_products(sums, weights, rows, DTYPE: tl.constexpr):
+def add_products(sums, weights, rows, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Returns sums + weights rows, weights rounded to the dtype of ``rows``."""
     new_sums = ()
     for i in tl.static_range(len(sums)):
-        product = dot(rounded(weights, rows[i].dtype), rows[i], DTYPE)
+        product = dot(rounded(weights, rows[i].dtype), rows[i], DTYPE, PRECISION)
         new_sums = new_sums + (sums[i] + product,)
     return new_sums
 

@@ -165,7 +165,7 @@ def attention_tiles(
         rows = max(1, keys // columns)
         full = not (width % columns or height % rows or height * width % queries)
         sizes = {"FEATURES": features, "LANES": lanes, "REST": rest, "QUERIES": queries}
-        sizes |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen}
+        sizes |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen, "PRECISION": "ieee"}
         return {**sizes, "FULL": full, "ONE_PIECE": width <= columns, **options, **ALL_REGISTERS}
 
     if exact:
@@ -173,7 +173,16 @@ def attention_tiles(
         if dtype == torch.float64:
             keys, most_columns = 16, 32 if capability in ((8, 0), (9, 0), (10, 0)) else 16
         tiles = constants(16, keys, most_columns, num_warps=8, num_stages=1)
-        return AttentionTiles(tiles, tiles, tiles)
+        result = AttentionTiles(tiles, tiles, tiles)
+        cards = ((8, 0), (9, 0))  # the assemblers of others spill
+        ragged = width % 64 or height * width % 64
+        if dtype != torch.float32 or capability not in cards or features > 80 or ragged:
+            return result
+        launch = {"num_warps": 4, "num_stages": 1, "PRECISION": "tf32x3"}
+        by_queries = constants(64, 16, 16, **launch)
+        if features > 64:  # the backward would spill
+            return result._replace(forward=by_queries)
+        return AttentionTiles(by_queries, constants(16, 64, 64, **launch), by_queries)
     most = 128 if height * width > 64 else 64
     wide, ragged = features > 80, width % 64 or height * width % most
     forward_keys, few, keys, most_columns = 64, 64, 64, 64
