@@ -16,12 +16,14 @@ from segment_anything import SamAutomaticMaskGenerator
 from naslora.choices import ObjectSource
 from naslora.data.masks import IGNORED
 from naslora.data.picture import Picture
+from naslora.errors import warn
 from naslora.files import write_text
 from naslora.sam.instance_config import InstanceConfig
 from naslora.trained import load_predictor, split_of, with_data
 from naslora.training.run_data import check_with_progress, make_dataset
 
 COCO_FILE = "instances.json"
+NOTHING = "no object was found: lower --min-iou and --min-stability, or raise --points-per-side"
 WHOLE = 0.98
 """Share of an image's sides that the box of its background has at least."""
 LEAST_LEFT = 0.5
@@ -104,6 +106,8 @@ class InstanceFinder:
                 area, box = int(coco.area(runs)), coco.toBbox(runs).tolist()
                 own = {"segmentation": runs, "area": area, "bbox": box, "iscrowd": 0}
                 annotations.append({**ids, **own, "score": score})
+        if not annotations:
+            warn(NOTHING)
         categories = [{"id": 1, "name": "object"}]
         content = {"images": images, "annotations": annotations, "categories": categories}
         write_text(path, json.dumps(content))
@@ -193,7 +197,10 @@ def evaluate_instances(
             assert numbers is not None
             yield finder.find(image.permute(1, 2, 0).numpy()), numbers.numpy()
 
-    return score_instances(pairs())
+    scores = score_instances(pairs())
+    if not scores.found:
+        warn(NOTHING)
+    return scores
 
 
 def score_instances(pairs: Iterable[tuple[Sequence[Instance], np.ndarray]]) -> InstanceScores:

@@ -165,13 +165,14 @@ def test_options_are_checked(naslora, checkpoint, clean_data, tmp_path, options,
     assert result.status == 2 and words in result.err and result.err.count("\n") == 1
 
 
-def test_images_without_objects_have_empty_files(checkpoint, tmp_path):
+def test_images_without_objects_have_empty_files(checkpoint, tmp_path, capsys):
     Image.new("RGB", (20, 20)).save(tmp_path / "black.png")
     none = InstanceConfig(points_per_side=2, min_iou=1)
     images = [tmp_path / "black.png"]
     (path,) = predict_run(checkpoint, images, tmp_path / "out", search=none)
     assert not np.asarray(Image.open(path)).any()
     assert json.loads((tmp_path / "out" / "instances.json").read_text())["annotations"] == []
+    assert "no object was found: lower --min-iou" in capsys.readouterr().err
 
 
 def test_models_that_take_no_prompts_are_refused(naslora, run, clean_data, tmp_path):
