@@ -116,6 +116,8 @@ def test_prompts_are_in_pixels_of_the_image(weights):
     assert moved.tolist() == [[SIZE / 2, SIZE / 4]]
     masks, scores, logits = predictor.predict(box=np.array([10, 4, 30, 16]))
     assert masks.shape == (3, 20, 50) and scores.shape == (3,) and logits.shape == (3, 8, 8)
+    with pytest.raises(UserError, match=r"the point \(60, 16\) is outside of the image of 50x20"):
+        predictor.predict(box=np.array([10, 4, 60, 16]))
     with pytest.raises(UserError, match="a predictor for vit_b needs pre-trained weights"):
         prompts.build_predictor("vit_b", SIZE)
 

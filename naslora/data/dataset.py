@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -43,18 +43,6 @@ class Item(TypedDict, total=False):
     pixels: Tensor
     """(3, H, W) uint8 RGB at the size of the file, in place of ``image`` and ``mask``, of whole
     images."""
-
-
-class Checked(NamedTuple):
-    """What ``SegmentationDataset.check`` finds."""
-
-    foreground: bool
-    """Whether a pixel of the mask that counts has another label than 0."""
-    highest: int | None
-    """The highest value of an image of more than 8 bits, without ``intensity``; None for other
-    images, and for those of the cache."""
-    objects: Counts | None = None
-    """None for class indices."""
 
 
 @dataclass(eq=False)
@@ -187,8 +175,13 @@ class SegmentationDataset(Dataset[Item]):
             return pixels[:3], None
         return pixels[:3], pixels[3] + 256 * pixels[4].int() if self.objects else pixels[3]
 
-    def check(self, sample: Sample) -> Checked:
+    def check(self, sample: Sample) -> tuple[bool, int | None, Counts | None]:
         """Reads a sample once, which fills the cache. An image is decoded piece by piece.
+
+        Returns:
+            Whether a pixel of the mask that counts has another label than 0. The highest value of
+            an image of more than 8 bits, without ``intensity``; None for other images, and for
+            those of the cache. The objects; None for class indices.
 
         Raises:
             UserError: as ``read``.
@@ -200,15 +193,15 @@ class SegmentationDataset(Dataset[Item]):
             if isinstance(sample.mask, Annotation):
                 drawn = draw_objects(sample.mask.content, sample.origin)
                 counts = Counts(*counts[:2], drawn.overlapping, drawn.crowds)
-            return Checked(counts.objects > 0, None, counts)
+            return counts.objects > 0, None, counts
         if self.cache is not None:
             mask = self.read(sample)[1]
-            return Checked(mask is not None and has_foreground(mask.numpy()), None)
+            return mask is not None and has_foreground(mask.numpy()), None, None
         picture = open_picture(sample, self.intensity)
         for top, bottom in picture.bands():
             picture.rows(top, bottom)
         foreground = sample.mask is not None and has_foreground(self._mask(sample, picture))
-        return Checked(foreground, picture.highest)
+        return foreground, picture.highest, None
 
     def cut(self, pixels: Tensor, labels: Tensor | None, box: Box) -> tuple[Tensor, Tensor | None]:
         """Cuts a box out of an image and its mask, and resizes both.

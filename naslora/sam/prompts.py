@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 
@@ -17,6 +18,19 @@ class Squash(ResizeLongestSide):
     def get_preprocess_shape(oldh: int, oldw: int, long_side_length: int) -> tuple[int, int]:
         """Height and width after resizing."""
         return long_side_length, long_side_length
+
+    def apply_coords(self, coords: np.ndarray, original_size: tuple[int, ...]) -> np.ndarray:
+        """Moves (..., 2) points, x and y, of an image of this height and width.
+
+        Raises:
+            UserError: a point, or the corner of a box, is outside of the image.
+        """
+        height, width = original_size
+        outside = ((coords < 0) | (coords > (width, height))).any(-1)
+        if outside.any():
+            x, y = coords[outside][0]
+            raise UserError(f"the point ({x:g}, {y:g}) is outside of the image of {width}x{height}")
+        return super().apply_coords(coords, original_size)
 
 
 def build_predictor(
