@@ -14,10 +14,10 @@ class InstanceConfig(Settings):
 
     points_per_side: Annotated[int, Meta(ge=1, le=128)] = 32
     """Points along each side of an image; each is a prompt. Small objects need more."""
-    min_iou: Share = 0.88
-    """Masks whose IoU the model estimates lower are dropped."""
-    min_stability: Share = 0.95
-    """Masks that change more with the threshold of the logits (IoU) are dropped."""
+    min_iou: Share = 0.5
+    """Masks whose IoU the model estimates lower are dropped. SAM has 0.88, for its own estimates."""
+    min_stability: Share = 0.7
+    """Masks that change more with the threshold of the logits (IoU) are dropped. SAM has 0.95."""
     max_overlap: Share = 0.7
     """IoU of the boxes of two masks from which on the worse one is dropped."""
     crops: Annotated[int, Meta(ge=0, le=3)] = 0
