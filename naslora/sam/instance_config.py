@@ -15,7 +15,7 @@ class InstanceConfig(Settings):
     points_per_side: Annotated[int, Meta(ge=1, le=128)] = 32
     """Points along each side of an image; each is a prompt. Small objects need more."""
     min_iou: Share = 0.5
-    """Masks whose IoU the model estimates lower are dropped. SAM has 0.88, for its own estimates."""
+    """Masks whose IoU the model estimates lower are dropped. SAM has 0.88."""
     min_stability: Share = 0.7
     """Masks that change more with the threshold of the logits (IoU) are dropped. SAM has 0.95."""
     max_overlap: Share = 0.7
