@@ -65,7 +65,7 @@ def annotate(
     with locked(output):
         page = Page(Labelling(InstanceFinder(path, search), LabelledSet(output)), images)
         print(f"label {len(images)} images at http://{HOST}:{port}; Ctrl+C ends", flush=True)
-        options = {"reload": False, "show": show, "show_welcome_message": False}
+        options: dict[str, Any] = {"reload": False, "show": show, "show_welcome_message": False}
         ui.run(page.build, host=HOST, port=port, title="naslora annotate", **options)
 
 

@@ -249,7 +249,10 @@ def run(tiny_sam, clean_data, tmp_path_factory):
     """A finished run on ``clean_data`` that tests only read."""
     output = tmp_path_factory.mktemp("runs") / "run"
     result = call("train", "--data", clean_data, *TRAIN, "--output", output)
-    assert result.status == 0 and "warning" not in result.err, result.err
+    assert result.status == 0, result.err
+    # So few and small images have fewer tokens than the second linear of an MLP has inputs.
+    warnings = [line for line in result.err.splitlines() if "warning" in line]
+    assert all("fewer tokens" in line for line in warnings), result.err
     return output
 
 

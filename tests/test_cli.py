@@ -15,7 +15,7 @@ import naslora as naslora_package
 from naslora.methods import METHODS
 from naslora.results import LAST
 from naslora.sam.segmentation import SamForSegmentation
-from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, PromptConfig, RunConfig
 from naslora.training.train_config import TrainConfig
 from naslora_kernels import available_backends
 
@@ -94,7 +94,7 @@ def test_help_names_the_commands(naslora):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_setting_is_an_option_of_train(naslora, method):
     text = naslora("train", "--method", method, "--help-all").out
-    kinds = (RunConfig, DataConfig, ModelConfig, TrainConfig, METHODS[method].config)
+    kinds = (RunConfig, DataConfig, ModelConfig, PromptConfig, TrainConfig, METHODS[method].config)
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    for name in (names - {"data", "name", "adapter", "training"}) | {"model", "data"}:
+    for name in (names - {"data", "name", "adapter", "training", "prompts"}) | {"model", "data"}:
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name

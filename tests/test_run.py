@@ -234,7 +234,7 @@ def test_the_paper_preset_trains_and_merges(naslora, make_data, tmp_path):
     result = naslora("train", *options)
     assert result.status == 0, result.err
     metrics = read(tmp_path / "run" / "metrics.json")
-    assert list(metrics["test_merged"]) == ["exact"]
+    assert list(metrics["test_merged"]) == ["exact", "calibrated"]
     assert naslora("merge", tmp_path / "run", "--output", tmp_path / "merged").status == 0
     scores = scores_of(naslora("evaluate", tmp_path / "merged"))
     assert scores["dice"] == metrics["test_merged"]["exact"]["dice"]

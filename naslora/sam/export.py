@@ -205,8 +205,10 @@ def _write_tensors(
         raise UserError("a SAM state dict contains the whole model; export the part 'model'")
     name, size = description.model, description.image_size
     with torch.device("meta"):
-        plain: nn.Module = PromptableSam(name, size)
-        if isinstance(model, SamForSegmentation):
+        plain: AnySam
+        if isinstance(model, PromptableSam):
+            plain = PromptableSam(name, size)
+        else:
             plain = SamForSegmentation(name, size, description.num_classes)
     state, metadata = model.state_dict(), {KEY: text_of(description)}
     extra = sorted(state.keys() - plain.state_dict().keys())

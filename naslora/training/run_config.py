@@ -49,7 +49,7 @@ class DataConfig(Settings):
     num_classes: Common[Annotated[int, msgspec.Meta(ge=1, le=255)]] = 1
     """1 for binary masks, else the number of classes, the background (0) included. The paper's data
     sets set it themselves. Masks have 8 bits."""
-    class_names: Common[tuple[str, ...]] = ()
+    class_names: tuple[str, ...] = ()
     """Names of the classes without the background, for tables and reports."""
     palette: tuple[str, ...] | None = None
     """One colour per class (#rrggbb), for masks that are colour images; with `ignore_index` one
