@@ -21,6 +21,7 @@ COMPILER = "aot_eager" if " " in torch.__file__ else "inductor"
 
 UNAVAILABLE = naslora_kernels.available_backends()
 needs_cpp = UNAVAILABLE["cpp"]
+only_cpp = pytest.mark.skipif(needs_cpp is not None, reason=str(needs_cpp))
 INSTRUCTION_SETS = [] if needs_cpp else cpp._C.capabilities()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import wait_for
 from fresh_process import run_fresh
-from kernel_cases import needs_cpp
+from kernel_cases import only_cpp
 
 from bench import gpu_check, timing
 from bench.gpu import contact, kernels
@@ -18,7 +18,6 @@ from naslora_kernels import backends, cpp
 
 CASE = "cell tiny_vit r=3 float32"
 CPU = ("--device", "cpu")
-without_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
 
 
 def run(monkeypatch, output, *options):
@@ -30,7 +29,7 @@ def run(monkeypatch, output, *options):
     return status, json.loads(path.read_text())["kernels"] if path.exists() else None
 
 
-@without_cpp
+@only_cpp
 def test_leaves_a_record_and_a_table(monkeypatch, tmp_path, capsys):
     status, record = run(monkeypatch, tmp_path, *CPU)
     rows = record["rows"]
@@ -45,7 +44,7 @@ def test_leaves_a_record_and_a_table(monkeypatch, tmp_path, capsys):
     assert f"| {CASE} | both | cpp |" in table
 
 
-@without_cpp
+@only_cpp
 def test_wrong_kernels_are_not_timed(monkeypatch, tmp_path):
     right = cpp.mixed_cell
     monkeypatch.setattr(cpp, "mixed_cell", lambda *arguments: 1.001 * right(*arguments))
@@ -53,7 +52,7 @@ def test_wrong_kernels_are_not_timed(monkeypatch, tmp_path):
     assert status == 1 and not record["rows"] and "not timed" in record["problems"][0]
 
 
-@without_cpp
+@only_cpp
 def test_attention_beside_torchs_own(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
     case = "attention vit_b 256px heads=12 bfloat16"

@@ -20,7 +20,7 @@ from kernel_cases import (
     cell_case,
     few_costly,
     layer_case,
-    needs_cpp,
+    only_cpp,
     serves_attention,
     without_max_pool,
 )
@@ -168,7 +168,7 @@ ON_THREADS = {
 }
 
 
-@pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
+@only_cpp
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 @pytest.mark.parametrize("make", ON_THREADS.values(), ids=ON_THREADS)
 def test_same_bits_on_any_number_of_threads(make, dtype):

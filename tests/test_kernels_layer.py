@@ -13,7 +13,7 @@ from kernel_cases import (
     assert_as_good_as_reference,
     few_costly,
     layer_case,
-    needs_cpp,
+    only_cpp,
     targets_and,
     without_max_pool,
 )
@@ -21,7 +21,6 @@ from kernel_cases import (
 from naslora_kernels import nas_lora_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "instruction_set")
-only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
 every_target = pytest.mark.parametrize("target", TARGETS)
 
 ADAPTER = ("lora_A", "lora_B", *CELL)

@@ -18,7 +18,7 @@ from kernel_cases import (
     cell_case,
     few_costly,
     layer_case,
-    needs_cpp,
+    only_cpp,
     serves_attention,
 )
 from torch.utils.checkpoint import checkpoint
@@ -26,8 +26,6 @@ from torch.utils.checkpoint import checkpoint
 import naslora_kernels
 from naslora_kernels import mixed_cell, nas_lora_linear
 from naslora_kernels.ops import operator
-
-only_cpp = pytest.mark.skipif(bool(needs_cpp), reason=str(needs_cpp))
 
 GRID = ((2, 7, 6), 20, 24, 6)
 REFERENCE = Target("reference")

@@ -23,8 +23,8 @@ from naslora.sam.promptable import PromptableSam
 ONE, ALL = slice(0, 1), slice(0, 4)
 """Mask tokens: that of one mask, and all, of which the last three belong to ambiguous points."""
 JITTER, MOST_JITTER = 0.1, 20 / 1024
-"""Standard deviation of a box's corners as a share of its sides, and the largest shift, as a share
-of the image's side."""
+"""How far the corners of a box move: the standard deviation, as a share of the box's sides, and the
+most, as a share of the image's."""
 FIRST_ALONE = 0.5
 """Share of the batches that train the first prompts; the others train corrections."""
 

@@ -2,10 +2,10 @@
 
 Rows of operands are tuples of parts, each a power of two wide: 80 features are 64 and 16, where one
 part would compute the products of 128. A tile of keys is ROWS rows x COLUMNS columns of the grid,
-so the bias of a tile needs few numbers: with one row, rel_h is one number a query. The bias outside
-of the grid is -inf, which masks the scores. An exponential takes two instructions: it is computed
-as exp2(score * LOG2E - shift). Strides are those of the images, the heads and the tokens. Features
-are contiguous. The offsets in a head have 32 bits.
+so the bias of a tile needs few numbers: with one row, rel_h is one number a query. Outside of the
+grid the bias is -inf, so keys there get the weight 0. An exponential is computed as
+exp2(score * LOG2E - shift), which takes two instructions. Strides are those of the images, the
+heads and the tokens. Features are contiguous. The offsets in a head have 32 bits.
 """
 
 import triton

@@ -20,7 +20,7 @@ from kernel_cases import (
     cell_case,
     few_costly,
     layer_case,
-    needs_cpp,
+    only_cpp,
     serves_attention,
 )
 from torch.autograd import forward_ad
@@ -34,7 +34,7 @@ from naslora_kernels import (
     rel_pos_attention,
 )
 
-pytestmark = pytest.mark.skipif(needs_cpp is not None, reason=str(needs_cpp))
+pytestmark = only_cpp
 
 RANK, C, C_IN, C_OUT = 4, 2, 6, 5
 GRID = (2, 5, 4)
