@@ -7,8 +7,9 @@ order; nothing is decoded or re-trained afterwards.
 
 Every random choice is a function of (seed, epoch, sample), and gradients are sums over the batch
 divided by its size. So the result does not depend on how many processes or forward passes share a
-batch, and a resumed run repeats the unbroken one. Two cases are exceptions: the batch norms of the
-preset `paper` see one forward pass, and so do the noise and the auxiliary loss of Conv-LoRA.
+batch, and a resumed run repeats the unbroken one. Three cases are exceptions. The batch norms of
+the preset `paper` see one forward pass, and so do the noise and the auxiliary loss of Conv-LoRA.
+The prompts of a promptable run are drawn for each forward pass.
 """
 
 import math
