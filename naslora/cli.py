@@ -101,6 +101,7 @@ def _run(arguments: list[str]) -> None:
         predict,
         merge,
         export,
+        models,
         info,
     )
     named = {command.__name__: command for command in commands}
@@ -395,6 +396,17 @@ def export(
 
     trained.export_run(path, format, output, part)
     print(f"wrote {output}")
+
+
+def models() -> None:
+    """List the models, the --checkpoint of each, image sizes, and the licences of the weights."""
+    from naslora.sam.families import FAMILIES
+
+    for family in FAMILIES:
+        sizes = f"image sizes are multiples of {family.multiple}"
+        print(f"{family.title}: {sizes}; {family.licence}; {family.home}")
+        for name in family.models:
+            print(f"  {name:<12}{family.weights.get(name, 'its weights are in the package')}")
 
 
 def info() -> None:

@@ -33,6 +33,7 @@ from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
 from naslora.sam.checkpoint import LARGE_IMAGE, find_model
+from naslora.sam.hub import PREFIX, download
 from naslora.sam.export import KEY, Description, check_new, export, read_description
 from naslora.sam.prompt_graphs import export_prompts
 from naslora.sam.promptable import AnySam, PromptableSam
@@ -109,8 +110,8 @@ def load_predictor(path: Path, image_size: int | None = None) -> tuple[SamPredic
 
     Args:
         path: the folder of a promptable run or of its merged model, a file that ``export_run``
-            wrote as safetensors, a checkpoint of SAM, or the name of a model whose weights are in
-            the package.
+            wrote as safetensors, a checkpoint of SAM, such a file on the Hugging Face Hub, or the
+            name of a model whose weights are in the package.
         image_size: side of the images in pixels, for what does not say it: a checkpoint or a name.
             None is 256 for ``vit_t``, 1024 for the others.
 
@@ -121,6 +122,8 @@ def load_predictor(path: Path, image_size: int | None = None) -> tuple[SamPredic
         UserError: as ``load_model`` and ``build_predictor``; the model takes no prompts, or is not
             known.
     """
+    if str(path).startswith(PREFIX):
+        path = download(str(path))
     if path.is_dir():
         model, config = load_model(path)
         if not isinstance(model, PromptableSam):

@@ -47,8 +47,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"name": "me", "type": "user", "orgs": []})
         elif parts[:2] == ["api", "models"]:
             name = "/".join(parts[2:4])
+            revision = parts[5] if len(parts) > 5 else "main"
             if name not in self.files:
                 self.answer({"error": "not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            elif revision not in ("main", COMMIT):
+                self.answer({"error": "not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
             elif "tree" in parts:
                 tree = [
                     {"type": "file", "path": path, "size": len(content), "oid": COMMIT}
@@ -58,6 +61,8 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 siblings = [{"rfilename": path} for path in self.files[name]]
                 self.answer({"id": name, "sha": COMMIT, "siblings": siblings})
+        elif parts[0] == "gated":
+            self.answer({"error": "gated"}, 403, {"X-Error-Code": "GatedRepo"})
         else:
             content = self.files["/".join(parts[:2])]["/".join(parts[4:])]
             headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hash(content):x}"'}

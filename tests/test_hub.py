@@ -1,13 +1,18 @@
-"""Adapters on a Hugging Face Hub, which runs on this machine."""
+"""Adapters and checkpoints on a Hugging Face Hub, which runs on this machine."""
+
+from functools import partial
 
 import pytest
 import torch
+from huggingface_hub import HfApi, snapshot_download
 
 from naslora import UserError, inject, save_adapter
 from naslora.integrations.hub import from_pretrained, push_to_hub
+from naslora.sam.shipped import find_checkpoint
 from tests.adapted_models import adapted_encoder, build_encoder, images, randomize
 from tests.hub_server import COMMIT, local_hub
 from tests.hugging_face import build_sam, logits
+from tests.run_configs import run_config
 
 
 @pytest.fixture
@@ -86,3 +91,50 @@ def test_an_adapter_names_the_model_it_was_made_for(tmp_path):
     save_adapter(model, tmp_path / "adapter")
     again = from_pretrained(type(base), tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.fixture
+def checkpoints(hub, monkeypatch):
+    """A Hub with a folder of transformers, single files, and one whose licence is not accepted."""
+    endpoint, files = hub
+    for function in (snapshot_download, HfApi):
+        name = f"naslora.sam.hub.{function.__name__}"
+        monkeypatch.setattr(name, partial(function, endpoint=endpoint))
+    folder = {"config.json": b"{}", "model.safetensors": b"weights", "README.md": b"a card"}
+    files |= {"me/sam": folder, "gated/sam": folder, "me/files": {"a.pt": b"a", "sub/b.pth": b"b"}}
+    return files
+
+
+def test_a_checkpoint_by_name_is_downloaded_once_and_pinned_to_its_commit(checkpoints, monkeypatch):
+    folder = find_checkpoint("vit_b", "hf:me/sam")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert find_checkpoint("vit_b", "hf:me/files@main/sub/b.pth").read_bytes() == b"b"
+    run = run_config(name="vit_b", checkpoint="hf:me/files/a.pt").model
+    assert run.checkpoint == f"hf:me/files@{COMMIT}/a.pt"
+    checkpoints.clear()  # from here on the Hub has nothing
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_checkpoint("vit_b", run.checkpoint).read_bytes() == b"a"
+    assert run_config(name="vit_b", checkpoint=run.checkpoint).model == run
+
+
+NAMES = {
+    "hf:sam": "is no name of the Hub: it is hf:owner/name",
+    "hf:me/nothing": "the Hub has no such repository, or it is private",
+    "hf:me/sam@other": "the repository has no revision other",
+    "hf:me/sam/c.pt": "the repository has no file c.pt; name one of model.safetensors",
+    "hf:me/files": "the repository has no model*.safetensors; name one of a.pt, sub/b.pth",
+    "hf:gated/sam": "its licence must be accepted at https://huggingface.co/gated/sam",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_without_a_checkpoint_is_refused_in_one_line(checkpoints, name):
+    with pytest.raises(UserError) as error:
+        run_config(name="vit_b", checkpoint=name)
+    assert NAMES[name] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_a_network_a_name_that_is_not_in_the_cache_is_refused(checkpoints, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="is not in the cache, and the Hub cannot be reached"):
+        find_checkpoint("vit_b", "hf:me/sam")

@@ -119,7 +119,7 @@ def test_sams_weights_are_asked_for(naslora, trees, tmp_path):
     run = tmp_path / "run"
     result = naslora("train", *arguments, "--mixed-precision", "no", "--output", run)
     assert result.status == 2
-    assert "model vit_h needs its weights: give --checkpoint FILE" in result.err
+    assert "model vit_h needs its weights: give --checkpoint hf:facebook/sam-vit-huge" in result.err
     assert not run.exists()
 
 

@@ -54,7 +54,7 @@ def test_a_configuration_says_which_weights(weights, given):
     assert config.model.checkpoint == (given or stored) and resolve(config) == config
     assert checkpoint_of(config.model) == given
     assert config.model.image_size == shipped.SHIPPED_SIZE
-    with pytest.raises(UserError, match="model vit_b needs its weights: give --checkpoint FILE"):
+    with pytest.raises(UserError, match="model vit_b needs its weights: give --checkpoint hf:"):
         run_config(name="vit_b")
     large = run_config(name="vit_b", checkpoint="none").model
     assert (large.checkpoint, large.image_size) == ("none", 1024)

@@ -39,6 +39,12 @@ class Family:
     """S is a multiple of this number of pixels."""
     fuses: bool = True
     """Whether ``fuse_attention`` has a faster attention for the encoder."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Checkpoints of its models on the Hugging Face Hub, as ``--checkpoint`` takes them."""
+    home: str = ""
+    """Where its authors have the weights."""
+    licence: str = "Apache-2.0"
+    """The licence of the weights."""
     elsewhere: str | None = None
     """A regular expression for the starts of official names that our models lack, but the original
     code needs."""

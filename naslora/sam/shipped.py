@@ -4,6 +4,7 @@ from pathlib import Path
 
 from naslora.errors import UserError
 from naslora.files import CHECKSUM, read_metadata
+from naslora.sam.hub import PREFIX, download
 from naslora.sam.vits import VITS
 
 FOLDER = Path(__file__).parents[1] / "weights"
@@ -18,15 +19,18 @@ def find_checkpoint(name: str, given: str | Path | None) -> Path | None:
 
     Args:
         name: one of ``naslora.sam.families.MODELS``.
-        given: the user's checkpoint; ``NONE`` for random weights; None for the weights in the
-            package, or for random weights if it contains none of this model.
+        given: the user's checkpoint, a path or a name on the Hugging Face Hub; ``NONE`` for random
+            weights; None for the weights in the package, or for random weights if it contains none
+            of this model.
 
     Returns:
         The file; None for random weights.
 
     Raises:
-        UserError: the package lacks a file that it should contain.
+        UserError: the package lacks a file that it should contain; as ``download``.
     """
+    if str(given).startswith(PREFIX):
+        return download(str(given))
     if given is not None:
         return None if str(given) == NONE else Path(given)
     path = shipped_file(name)

@@ -15,6 +15,8 @@ from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.methods import find_method
 from naslora.metrics import METRICS, check_metrics
+from naslora.sam.families import find_family
+from naslora.sam.hub import PREFIX, pinned
 from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
@@ -31,15 +33,6 @@ SHIPPED = "shipped"
 """How the checkpoint in a resolved configuration begins for the weights in the package."""
 LARGE = 1024
 """Side in pixels of the images that the other models were made for."""
-SOURCES = {
-    "vit_b": "github.com/facebookresearch/segment-anything#model-checkpoints",
-    "vit_l": "github.com/facebookresearch/segment-anything#model-checkpoints",
-    "vit_h": "github.com/facebookresearch/segment-anything#model-checkpoints",
-    "mobile_sam": "github.com/ChaoningZhang/MobileSAM, weights/mobile_sam.pt",
-    "sam_hq": "github.com/SysCV/sam-hq#model-checkpoints",
-    "sam2": "github.com/facebookresearch/sam2#download-checkpoints",
-}
-"""Where to get the checkpoints of models, by how their names begin."""
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -159,17 +152,20 @@ def _check_ignore_index(
 
 
 def _model(model: ModelConfig) -> dict[str, Any]:
-    """Its checkpoint, which is ``NONE``, ``SHIPPED`` with a version, or a path, and its size."""
+    """Its image size, and its checkpoint: ``NONE``, ``SHIPPED`` with a version, a name on the Hub
+    with its commit, or a path."""
     given, size, own = model.checkpoint, LARGE, None
     version = shipped_version(model.name)
     if version is not None:
         size, own = SHIPPED_SIZE, f"{SHIPPED} {version}"
     if given is None:
-        source = next((url for name, url in SOURCES.items() if model.name.startswith(name)), None)
-        if own is None and source is not None:
+        family = find_family(model.name)
+        named = family.weights.get(model.name)
+        if own is None and named is not None:
             raise UserError(
-                f"model {model.name} needs its weights: give --checkpoint FILE, from {source}; "
-                f"--checkpoint {NONE} starts from random weights, and vit_t needs no file"
+                f"model {model.name} needs its weights: give --checkpoint {named}, which downloads "
+                f"them, or a FILE, from {family.home}; --checkpoint {NONE} starts from random "
+                "weights, and vit_t needs no file"
             )
         given = own or NONE
     elif given.startswith(f"{SHIPPED} ") and given != own:
@@ -177,6 +173,8 @@ def _model(model: ModelConfig) -> dict[str, Any]:
             f"the run started from the weights of {model.name} in another version of naslora "
             f"({given}, here {own}); use that version"
         )
+    elif given.startswith(PREFIX):
+        given = pinned(given)
     elif given not in (NONE, own):
         given = os.path.abspath(given)
     return {"checkpoint": given, "image_size": model.image_size or size}

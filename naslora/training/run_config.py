@@ -85,9 +85,10 @@ class ModelConfig(Settings):
     sam_hq_l, sam_hq_h, sam_hq_tiny (SAM-HQ), sam2.1_t, sam2.1_s, sam2.1_b+, sam2.1_l (SAM 2.1), or
     the same with sam2_ (SAM 2)."""
     checkpoint: Common[Annotated[str, msgspec.Meta(pattern=r"^[^\0]+\Z")] | None] = None
-    """Pre-trained SAM checkpoint: an official .pth or .pt file, the same as .safetensors, or a
-    folder of Hugging Face. `vit_t` has its weights in the package and needs none. `none` starts
-    from random weights."""
+    """Pre-trained SAM checkpoint: an official .pth or .pt file, the same as .safetensors, a folder
+    of Hugging Face, or `hf:owner/name[@revision][/file]`, which is downloaded. `naslora models`
+    lists them. `vit_t` has its weights in the package and needs none. `none` starts from random
+    weights."""
     image_size: Common[ImageSize] = None  # type: ignore[assignment]
     """Side to which images are resized, in pixels; a multiple of 16, for SAM 2 of 32. None is 256
     for `vit_t`, 1024 for the others."""

@@ -85,4 +85,6 @@ FAMILY = Family(
     build_decoder=lambda name, classes, tokens: SegmentationDecoder(classes, tokens),
     official=NAMING,
     has_marks=HQ_TOKENS.isdisjoint,
+    weights={"mobile_sam": "hf:dhkim2810/MobileSAM/mobile_sam.pt"},
+    home="github.com/ChaoningZhang/MobileSAM, weights/mobile_sam.pt",
 )

@@ -64,12 +64,15 @@ def vit_config(kind: str, size: ViT, image_size: int) -> dict[str, Any]:
     return {"vision_config": vision, "prompt_encoder_config": {"image_size": image_size}}
 
 
+HUB_SIZES = {"b": "base", "l": "large", "h": "huge"}
 FAMILY = Family(
     title="SAM",
     models=VITS,
     build_encoder=lambda name, image_size: build_vit(VITS[name], image_size),
     build_decoder=lambda name, classes, tokens: SegmentationDecoder(classes, tokens),
     has_marks=HQ_TOKENS.isdisjoint,
+    weights={f"vit_{size}": f"hf:facebook/sam-vit-{name}" for size, name in HUB_SIZES.items()},
+    home="github.com/facebookresearch/segment-anything#model-checkpoints",
     huggingface=HuggingFace(
         architecture="SamModel",
         kind="sam",

@@ -45,6 +45,8 @@ SIZES: dict[str, Hiera] = {
     "b+": Hiera(112, 2, (2, 3, 16, 3), (12, 16, 20), positions=14),
     "l": Hiera(144, 2, (2, 6, 36, 4), (23, 33, 43), windows=(8, 4, 16, 8)),
 }
+HUB_SIZES = ("tiny", "small", "base-plus", "large")
+"""The same sizes on the Hugging Face Hub."""
 SAM2 = {f"sam2_{name}": size for name, size in SIZES.items()}
 SAM21 = {f"sam2.1_{name}": size for name, size in SIZES.items()}
 ONLY_IN_21 = ("no_obj_embed_spatial", "occlusion_spatial_embedding_parameter")
@@ -190,6 +192,7 @@ def _family(title: str, models: dict[str, Hiera], newer: bool) -> Family:
             return True  # nothing is left of the memory, by which the two differ
         return newer == any(name in names for name in ONLY_IN_21)
 
+    kind = title.lower().replace(" ", "")
     return Family(
         title=title,
         models=models,
@@ -200,6 +203,11 @@ def _family(title: str, models: dict[str, Hiera], newer: bool) -> Family:
         huggingface=HUGGINGFACE,
         multiple=32,  # the last stage has a token for 32 x 32 pixels, the first windows of 8 x 8
         fuses=False,
+        weights={
+            model: f"hf:facebook/{kind}-hiera-{long}/{kind}_hiera_{long.replace('-', '_')}.pt"
+            for model, long in zip(models, HUB_SIZES, strict=True)
+        },
+        home="github.com/facebookresearch/sam2#download-checkpoints",
         elsewhere=MEMORY,
     )
 

@@ -74,6 +74,9 @@ HUGGINGFACE = HuggingFace(
 )
 
 
+HOME = "github.com/SysCV/sam-hq#model-checkpoints"
+
+
 def _has_token(names: Collection[str]) -> bool:
     return not HQ_TOKENS.isdisjoint(names)
 
@@ -85,6 +88,8 @@ FAMILY = Family(
     build_decoder=lambda name, classes, tokens: HQDecoder(classes, tokens, SIZES[name].width),
     has_marks=_has_token,
     huggingface=HUGGINGFACE,
+    weights={f"sam_hq_{size}": f"hf:lkeab/hq-sam/sam_hq_vit_{size}.pth" for size in "blh"},
+    home=HOME,
 )
 LIGHT = Family(
     title="Light HQ-SAM",
@@ -93,4 +98,6 @@ LIGHT = Family(
     build_decoder=lambda name, classes, tokens: HQDecoder(classes, tokens, HQTinyViT.WIDTH),
     has_marks=_has_token,
     official=mobile_sam.NAMING,
+    weights={"sam_hq_tiny": "hf:lkeab/hq-sam/sam_hq_vit_tiny.pth"},
+    home=HOME,
 )
