@@ -33,8 +33,8 @@ from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
 from naslora.sam.checkpoint import LARGE_IMAGE, find_model
-from naslora.sam.hub import PREFIX, download
 from naslora.sam.export import KEY, Description, check_new, export, read_description
+from naslora.sam.hub import PREFIX, download
 from naslora.sam.prompt_graphs import export_prompts
 from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.sam.prompts import build_predictor
