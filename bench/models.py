@@ -28,7 +28,6 @@ from naslora.methods import (
     trainable_parameters,
 )
 from naslora.sam.attention import fuse_attention
-from naslora.sam.family import PATCH_SIZE
 from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
@@ -263,7 +262,7 @@ def inference_models(
     """Models by name: ``base``, which is untouched and on stock attention, and the same on fused
     attention; every method before merging, and after each of its ways to merge."""
     # Calibrated merging wants four tokens for each input of a layer.
-    tokens = setting.batch * (setting.image_size // PATCH_SIZE) ** 2
+    tokens = setting.batch * (setting.image_size // base.family.patch) ** 2
     batches = math.ceil(4 * VITS[setting.model].width / tokens)
     calibration = [batch(setting, seed)[0] for seed in range(batches)]
     # So often that the widest layer of the largest model may be fitted to them.

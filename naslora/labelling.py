@@ -98,7 +98,7 @@ class Step(NamedTuple):
     mask: np.ndarray
     """(H, W) bool."""
     logits: np.ndarray
-    """(1, S/4, S/4), for the next step."""
+    """(1, 4g, 4g), for the next step."""
 
 
 class Labelling:

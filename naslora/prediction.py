@@ -23,7 +23,7 @@ from naslora.data.images import Sample, large_images, open_image, open_picture
 from naslora.data.layouts import list_images
 from naslora.data.picture import ImageError, Picture
 from naslora.data.tiff import GeoTags, read_georeference
-from naslora.data.tiles import SMALLEST, Grid, Tiles, fit_tiles
+from naslora.data.tiles import SMALLEST, Grid, Tiles
 from naslora.errors import UserError, listing
 from naslora.files import reading, replaced_file
 from naslora.instances import COCO_FILE, InstanceFinder
@@ -286,8 +286,8 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: b
 
     if tiles is None:
         return Predictor(class_map, config, None)
-    side = tiles_of(config).size if tiles == "auto" else tiles
-    return Predictor(class_map, config, fit_tiles(side, config.model.image_size, overlap))
+    side = None if tiles == "auto" else tiles
+    return Predictor(class_map, config, tiles_of(config, side, overlap))
 
 
 # ---- Files ---------------------------------------------------------------------------------------

@@ -32,13 +32,14 @@ from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
 from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
-from naslora.sam.checkpoint import LARGE_IMAGE, find_model
+from naslora.sam.checkpoint import find_model
 from naslora.sam.export import KEY, Description, check_new, export, read_description
+from naslora.sam.families import side_of
 from naslora.sam.hub import PREFIX, download
 from naslora.sam.prompt_graphs import export_prompts
 from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.sam.prompts import build_predictor
-from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_file
+from naslora.sam.shipped import NONE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.clicks import score_run
@@ -140,11 +141,6 @@ def load_predictor(path: Path, image_size: int | None = None) -> tuple[SamPredic
         predictor = build_predictor(name, config.model.image_size, checkpoint)
     predictor.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return predictor, config
-
-
-def side_of(name: str) -> int:
-    """Side in pixels of the images that a model's pre-trained weights were made for."""
-    return SHIPPED_SIZE if shipped_file(name) else LARGE_IMAGE
 
 
 def _described(path: Path, image_size: int | None) -> tuple[str, int | None, DataConfig]:

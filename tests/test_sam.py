@@ -124,8 +124,8 @@ def test_qkv_layers_that_inject_finds():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        *(("vit_t", {"image_size": size}, f"must be a positive multiple of 16, got {size}")
-          for size in (0, 8, 100, -16)),
+        *(("vit_t", {"image_size": size}, f"of 16 for SAM, got {size}; choose {near}$")
+          for size, near in ((0, 16), (8, 16), (100, "96 or 112"), (-16, 16))),
         ("vit_x", {}, r"model must be one of vit_t, .*mobile_sam, .*, got 'vit_x'"),
         ("vit_b", {"num_classes": 0}, "num_classes must be at least 1, got 0"),
     ],

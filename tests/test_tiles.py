@@ -20,7 +20,6 @@ from naslora.data.tiles import Grid, Tiles, fit_tiles
 from naslora.prediction import Predictor
 from naslora.prediction import segment as segment_picture
 from naslora.sam.export import load_class_map, read_description
-from naslora.sam.family import PATCH_SIZE
 from naslora.sam.segmentation import labels_of
 from naslora.training.run_data import tiles_of
 
@@ -71,10 +70,11 @@ def test_tiles_start_at_patches(overlap):
 
 
 def test_the_step_of_tiles_is_a_patch():
-    assert fit_tiles(1024, 1024).step == PATCH_SIZE
-    assert fit_tiles(512, 256) == Tiles(512, 0.25, 32)
-    assert fit_tiles(128, 256, 0.5) == Tiles(128, 0.5, 8)
-    assert fit_tiles(1000, 1024).step == 1  # a patch has 15.6 pixels
+    assert fit_tiles(1024, 1024, 16).step == 16
+    assert fit_tiles(512, 256, 16) == Tiles(512, 0.25, 32)
+    assert fit_tiles(128, 256, 16, 0.5) == Tiles(128, 0.5, 8)
+    assert fit_tiles(1036, 518, 14).step == 28
+    assert fit_tiles(1000, 1024, 16).step == 1  # a patch has 15.6 pixels
     assert tiles_of(run_config(image_size=256, crop=320)).step == 20
     # Not more tiles than are needed: two of 16 with a quarter shared cover 28 pixels.
     for overlap, length, count in ((0, 32, 2), (0.25, 28, 2), (0.25, 29, 3)):
@@ -119,7 +119,7 @@ def test_a_model_of_patches_predicts_as_on_the_whole_image():
     def means(pixels):
         return F.interpolate(F.avg_pool2d(pixels[None], 16), scale_factor=16)[0]
 
-    torch.testing.assert_close(by_tiles(fit_tiles(80, 80), image, means), means(image))
+    torch.testing.assert_close(by_tiles(fit_tiles(80, 80, 16), image, means), means(image))
     # 53 pixels from tile to tile
     assert (by_tiles(Tiles(80), image, means) - means(image)).abs().max() > 0.01
 

@@ -41,7 +41,6 @@ from naslora.records import from_json, to_json, write_rows
 from naslora.report.tables import Table, markdown_table
 from naslora.sam.checkpoint import read_checkpoint
 from naslora.sam.export import Embedding
-from naslora.sam.family import PATCH_SIZE
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
 from naslora.training.run_config import differing
@@ -205,7 +204,8 @@ class Distillation:
         places = range(len(self.crops))
         self.batches = GlobalBatches(places, settings.batch_size, seed=settings.seed)
         count = settings.crops * len(train)
-        self.targets = Targets(output / TEACHER, self.teacher, count, size // PATCH_SIZE)
+        grid = size // teacher.family.patch
+        self.targets = Targets(output / TEACHER, self.teacher, count, grid)
         self.history: list[Pass] = []
 
     def _average(self, mean: list[Tensor], new: list[Tensor], count: Tensor) -> None:

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from naslora.choices import OVERLAP
 
-PATCH = 16
-"""Side of a patch of SAM's encoder in pixels of the model's images."""
-SMALLEST, LARGEST = PATCH, 1 << 16
+SMALLEST, LARGEST = 16, 1 << 16
 """Sides of a tile in pixels."""
 
 
@@ -42,7 +40,7 @@ class Tiles(NamedTuple):
     """Tiles start at multiples of it, in pixels, except for the last of a row or a column."""
 
 
-def fit_tiles(size: int, image_size: int, overlap: float = OVERLAP) -> Tiles:
+def fit_tiles(size: int, image_size: int, patch: int, overlap: float = OVERLAP) -> Tiles:
     """Makes tiles that start where a patch of the encoder starts.
 
     So the encoder cuts a tile into the same patches as its neighbours, and as the whole image. SAM
@@ -51,12 +49,13 @@ def fit_tiles(size: int, image_size: int, overlap: float = OVERLAP) -> Tiles:
     Args:
         size: side of a tile in pixels of the image.
         image_size: side of the model's images, to which tiles are resized.
+        patch: side of a patch of the encoder in pixels of the model's images.
         overlap: as in ``Tiles``.
 
     Returns:
         The tiles. Their step is 1 if a patch is no whole number of the image's pixels.
     """
-    step, rest = divmod(PATCH * size, image_size)
+    step, rest = divmod(patch * size, image_size)
     return Tiles(size, overlap, 1 if rest else step)
 
 

@@ -16,7 +16,7 @@ from naslora.adapter.io.wrappers import fill
 from naslora.errors import UserError
 from naslora.files import read_safetensors, reading
 from naslora.sam.families import FAMILIES, find_family
-from naslora.sam.family import PATCH_SIZE, Family
+from naslora.sam.family import Family
 from naslora.sam.naming import Tensors
 from naslora.state_dicts import plain_tensors, tensor_problems
 
@@ -27,8 +27,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 # ---- Loading -------------------------------------------------------------------------------------
 
-LARGE_IMAGE = 1024
-"""Side of the images in pixels of the official models."""
 _RESIZED = re.compile(r"(^|\.)pos_embed$|attn\.rel_pos_[hw]$")
 _ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages|trunk\.blocks)\.")
 # These tensors may be missing: the classification branch starts with random weights, and the
@@ -139,7 +137,7 @@ def _fitting(stored: Tensors) -> Iterator[tuple[Family, str]]:
         blocks = {key for key in tensors if _ENCODER_BLOCK.match(key)}
         for name in family.models:
             with torch.device("meta"):
-                encoder = family.build_encoder(name, LARGE_IMAGE)
+                encoder = family.build_encoder(name, family.image_size)
             own = {f"image_encoder.{key}": value for key, value in encoder.state_dict().items()}
             fits = all(
                 _RESIZED.search(key) or (key in tensors and tensors[key].shape == value.shape)
@@ -247,7 +245,7 @@ def huggingface_files(
         )
     whole = _whole(state, left_out)
     positions = whole.get("image_encoder.pos_embed")  # (1, H, W, C) of the checkpoint
-    size = image_size if positions is None else PATCH_SIZE * positions.shape[1]
+    size = image_size if positions is None else family.patch * positions.shape[1]
     config = theirs.config(name, size)
     header = {"architectures": [theirs.architecture], "model_type": theirs.kind}
     return {**header, "dtype": "float32", **config}, theirs.to_theirs(whole)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from naslora.errors import UserError
 from naslora.sam.decoder import EMBED_DIM
 from naslora.sam.families import find_family
-from naslora.sam.family import PATCH_SIZE
+from naslora.sam.family import Family
 
 LARGEST_IMAGE = 4096
 """Largest side of an image in pixels: 65,536 tokens."""
@@ -23,34 +23,47 @@ LARGEST_IMAGE = 4096
 def build_image_encoder(name: str, image_size: int) -> nn.Module:
     """Builds an image encoder with random weights.
 
-    The encoder maps (B, 3, S, S) normalised images to (B, 256, S/16, S/16), or to a tuple of it and
-    the further maps that its family's decoder takes.
+    The encoder maps (B, 3, S, S) normalised images to (B, 256, g, g), or to a tuple of it and the
+    further maps that its family's decoder takes. g is S divided by the family's patch.
 
     Args:
         name: one of ``naslora.sam.families.MODELS``.
-        image_size: S in pixels, a positive multiple of 16, and of 32 for SAM 2.
+        image_size: S in pixels, a positive multiple of the family's ``multiple``.
 
     Raises:
-        UserError: the name is unknown, or the size is not a multiple that the family can take.
+        UserError: as ``find_family`` and ``check_image_size``.
     """
     family = find_family(name)
-    if image_size < family.multiple or image_size % family.multiple:
-        reason = "" if family.multiple == PATCH_SIZE else f" for {family.title}"
-        raise UserError(
-            f"image_size must be a positive multiple of {family.multiple}{reason}, got {image_size}"
-        )
-    if image_size > LARGEST_IMAGE:
-        raise UserError(f"image_size must be at most {LARGEST_IMAGE} pixels, got {image_size}")
+    check_image_size(family, image_size)
     return family.build_encoder(name, image_size)
 
 
-def build_prompt_encoder(image_size: int) -> PromptEncoder:
+def check_image_size(family: Family, image_size: int) -> None:
+    """Refuses sides of images, in pixels, that a family's encoder cannot take.
+
+    Raises:
+        UserError: the size is out of range or no multiple of the family's.
+    """
+    if image_size > LARGEST_IMAGE:
+        raise UserError(f"image_size must be at most {LARGEST_IMAGE} pixels, got {image_size}")
+    step = family.multiple
+    if image_size < step or image_size % step:
+        below = image_size // step * step
+        near = " or ".join(str(n) for n in (below, below + step) if 0 < n <= LARGEST_IMAGE)
+        raise UserError(
+            f"image_size must be a positive multiple of {step} for {family.title}, got "
+            f"{image_size}; choose {near or step}"
+        )
+
+
+def build_prompt_encoder(image_size: int, patch: int) -> PromptEncoder:
     """Builds SAM's prompt encoder, which provides the no-mask embedding and the positions.
 
     Args:
-        image_size: side of the images in pixels, a multiple of 16.
+        image_size: side of the images in pixels.
+        patch: side in pixels of one token's patch.
     """
-    grid = image_size // PATCH_SIZE
+    grid = image_size // patch
     return PromptEncoder(EMBED_DIM, (grid, grid), (image_size, image_size), mask_in_chans=16)
 
 

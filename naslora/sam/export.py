@@ -37,8 +37,8 @@ from naslora.files import (
 )
 from naslora.records import from_json
 from naslora.sam.checkpoint import CONFIG, WEIGHTS, huggingface_files, sam_state_dict
-from naslora.sam.encoders import LARGEST_IMAGE
-from naslora.sam.family import PATCH_SIZE
+from naslora.sam.encoders import LARGEST_IMAGE, check_image_size
+from naslora.sam.families import find_family
 from naslora.sam.promptable import PROMPTS, AnySam, PromptableSam
 from naslora.sam.segmentation import SamForSegmentation, build_model
 
@@ -63,7 +63,7 @@ class Description:
 
     model: str
     """One of ``naslora.sam.families.MODELS``."""
-    image_size: Annotated[int, Meta(ge=PATCH_SIZE, le=LARGEST_IMAGE, multiple_of=PATCH_SIZE)]
+    image_size: Annotated[int, Meta(ge=1, le=LARGEST_IMAGE)]
     """Side S of the images in pixels."""
     num_classes: Annotated[int, Meta(ge=1, le=256)]
     """1 if binary, else K."""
@@ -92,11 +92,13 @@ def read_description(text: str | None) -> Description:
         text: the stored text; None if the file has none.
 
     Raises:
-        UserError: ``text`` is not a description.
+        UserError: ``text`` is not a description, or its model takes no images of its size.
     """
     if not text:
         raise UserError("it was not written by naslora export")
-    return from_json(Description, json.loads(text), "its description")
+    description = from_json(Description, json.loads(text), "its description")
+    check_image_size(find_family(description.model), description.image_size)
+    return description
 
 
 class Scores(nn.Module):
@@ -113,7 +115,7 @@ class Scores(nn.Module):
 class Embedding(nn.Module):
     """Maps (B, 3, S, S) images in [0, 1] to what the image encoder returns.
 
-    That is the image embedding, (B, 256, S/16, S/16), or a tuple of it and of the further maps that
+    That is the image embedding, (B, 256, g, g), or a tuple of it and of the further maps that
     the family's decoder takes.
     """
 

@@ -9,16 +9,13 @@ from torch import nn
 from naslora.sam.decoder import SegmentationDecoder
 from naslora.sam.naming import HuggingFace, Naming
 
-PATCH_SIZE = 16
-"""Side in pixels of the image patch of one token of the image embedding, for every encoder."""
-
 
 @dataclass(frozen=True)
 class Family:
     """A kind of SAM: one encoder and one decoder in several sizes.
 
-    An encoder maps (B, 3, S, S) normalised images to the embedding (B, 256, S/16, S/16), or to a
-    tuple of it and further maps, which the family's decoder takes.
+    An encoder maps (B, 3, S, S) normalised images to the embedding (B, 256, g, g), g = S/patch, or
+    to a tuple of it and further maps, which the family's decoder takes.
     """
 
     title: str
@@ -35,8 +32,16 @@ class Family:
     """The names in the official checkpoints."""
     huggingface: HuggingFace | None = None
     """How the transformers library stores it; None if it does not know it."""
-    multiple: int = PATCH_SIZE
-    """S is a multiple of this number of pixels."""
+    patch: int = 16
+    """Side in pixels of the image patch of one token of the embedding."""
+    grid_multiple: int = 1
+    """g is a multiple of this number of tokens."""
+    image_size: int = 1024
+    """S if the user gives none: what the official weights were made for."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """What the encoder's normalised images have subtracted, for RGB in [0, 255]; ImageNet's."""
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """What they are then divided by."""
     fuses: bool = True
     """Whether ``fuse_attention`` has a faster attention for the encoder."""
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -48,3 +53,8 @@ class Family:
     elsewhere: str | None = None
     """A regular expression for the starts of official names that our models lack, but the original
     code needs."""
+
+    @property
+    def multiple(self) -> int:
+        """S is a multiple of this number of pixels."""
+        return self.patch * self.grid_multiple

@@ -19,7 +19,6 @@ from naslora.choices import Tool
 from naslora.files import replaced_folder, write_text
 from naslora.sam.decoder import EMBED_DIM
 from naslora.sam.export import Description, check_merged, check_new, quiet, write_onnx
-from naslora.sam.family import PATCH_SIZE
 from naslora.sam.promptable import PromptableSam
 
 FRAME = 1024
@@ -33,7 +32,7 @@ Inputs = dict[str, tuple[Tensor, dict[int, Any]]]
 
 
 class ImageEncoder(nn.Module):
-    """Maps an image as a tool passes it to the embedding, (1, 256, S/16, S/16).
+    """Maps an image as a tool passes it to the embedding, (1, 256, g, g).
 
     - x-anylabeling: (1, 3, S, S), resized without keeping the aspect ratio, and normalised.
     - samexporter: (H, W, 3) RGB in [0, 255] with sides of at most ``FRAME`` pixels. It is padded to
@@ -80,7 +79,7 @@ class PromptDecoder(SamOnnxModel):
         """Decodes prompts.
 
         Args:
-            image_embeddings: (1, 256, S/16, S/16).
+            image_embeddings: (1, 256, g, g).
             point_coords: (1, N, 2) x and y in pixels.
             point_labels: (1, N) float32.
             mask_input: (1, 1, T/4, T/4) logits of an earlier mask, for images of T pixels.
@@ -96,13 +95,14 @@ class PromptDecoder(SamOnnxModel):
         labels = F.pad(point_labels, (0, 1), value=-1.0)[:, :count]
         points = F.pad(point_coords * (side / (4 * frame)), (0, 0, 0, 1))[:, :count]
         sparse = self._embed_points(points, labels)
-        dense = self._embed_masks(_resized(mask_input, side // 4), has_mask_input)
+        own = self.model.prompt_encoder.mask_input_size[0]  # 4g
+        dense = self._embed_masks(_resized(mask_input, own), has_mask_input)
         masks, scores = self.model.mask_decoder.predict_masks(
             image_embeddings=image_embeddings,
             image_pe=self.model.prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-        )  # (1, 4, S/4, S/4), (1, 4)
+        )  # (1, 4, 4g, 4g), (1, 4)
         first = torch.arange(4) == 0
         best = torch.where(first == (given > 1), scores, -torch.inf).argmax(1)
         chosen = masks[:, best]
@@ -110,7 +110,7 @@ class PromptDecoder(SamOnnxModel):
         return whole, scores[:, best], _resized(chosen, frame)
 
     def mask_postprocessing(self, masks: Tensor, orig_im_size: Tensor) -> Tensor:
-        """(1, 1, S/4, S/4) to (1, 1, H, W)."""
+        """(1, 1, 4g, 4g) to (1, 1, H, W)."""
         masks = _resized(masks, self.img_size)
         if self.tool == "samexporter":
             filled = self.resize_longest_image_size(orig_im_size, self.img_size)
@@ -152,7 +152,8 @@ def export_prompts(model: PromptableSam, tool: Tool, path: Path) -> None:
     check_merged(model)
     check_new(path)
     model, size = model.cpu().float().eval(), model.image_size
-    name, grid = re.sub(r"[^\w.-]+", "-", path.resolve().name, flags=re.ASCII), size // PATCH_SIZE
+    name = re.sub(r"[^\w.-]+", "-", path.resolve().name, flags=re.ASCII)
+    grid = model.prompt_encoder.image_embedding_size
     frame, image, varied = size, torch.zeros(1, 3, size, size), dict[int, Any]()
     config: dict[str, Any] = {"type": "sam_med2d", "name": name, "display_name": name}
     if tool == "samexporter":
@@ -161,7 +162,7 @@ def export_prompts(model: PromptableSam, tool: Tool, path: Path) -> None:
         config |= {"type": "segment_anything", "max_width": FRAME, "max_height": 682}
     number = {1: torch.export.Dim("number", min=1, max=MOST_POINTS)}
     prompts: Inputs = {
-        "image_embeddings": (torch.zeros(1, EMBED_DIM, grid, grid), {}),
+        "image_embeddings": (torch.zeros(1, EMBED_DIM, *grid), {}),
         "point_coords": (torch.full((1, 3, 2), 8.0), number),
         "point_labels": (torch.tensor([[0.0, 1.0, -1.0]]), number),
         "mask_input": (torch.zeros(1, 1, frame // 4, frame // 4), {}),

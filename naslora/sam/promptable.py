@@ -66,8 +66,9 @@ class PromptableSam(Sam):
             iou_head_depth=3,
             iou_head_hidden_dim=256,
         )
-        prompt_encoder = build_prompt_encoder(image_size).requires_grad_(False)
-        super().__init__(encoder, prompt_encoder, decoder)
+        family = find_family(name)
+        prompt_encoder = build_prompt_encoder(image_size, family.patch).requires_grad_(False)
+        super().__init__(encoder, prompt_encoder, decoder, [*family.mean], [*family.std])
         self.name = name
         self.image_size = image_size
         self.left_out: dict[str, Tensor] = {}
@@ -78,7 +79,7 @@ class PromptableSam(Sam):
         return find_family(self.name)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
-        """Encodes (B, 3, S, S) RGB images in [0, 1] to (B, 256, S/16, S/16)."""
+        """Encodes (B, 3, S, S) RGB images in [0, 1] to (B, 256, g, g)."""
         return self.image_encoder((255 * images - self.pixel_mean) / self.pixel_std)
 
     def decode(

@@ -42,7 +42,7 @@ def build_predictor(
 
     Its ``set_image`` takes an (H, W, 3) uint8 RGB image. Its ``predict`` takes points (N, 2) and a
     box (4,) in pixels of that image, and returns masks (C, H, W), their estimated IoU (C,) and
-    their logits (C, S/4, S/4). S is the image size.
+    their logits (C, 4g, 4g), for a grid of g x g tokens.
 
     Args:
         model: one of ``PROMPTED``, or the model of a run with ``--task promptable``, as

@@ -20,10 +20,6 @@ from naslora.sam.family import Family
 from naslora.sam.shipped import find_checkpoint
 
 Model = TypeVar("Model")
-# SAM's encoders expect images that are normalised by the mean and standard deviation of ImageNet.
-# The values are for images in [0, 1].
-PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
-PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 MULTICLASS_TOKENS = 10
 """Number of mask tokens for several classes; for more than 10 classes as many as classes."""
 
@@ -100,12 +96,13 @@ class SamForSegmentation(nn.Module):
         self.left_out: dict[str, Tensor] = {}
         self.image_encoder = build_image_encoder(name, image_size).requires_grad_(False)
         keep_frozen(self.image_encoder)
-        self.prompt_encoder = build_prompt_encoder(image_size).requires_grad_(False)
+        patch = self.family.patch
+        self.prompt_encoder = build_prompt_encoder(image_size, patch).requires_grad_(False)
         tokens = max(MULTICLASS_TOKENS, num_classes) if num_classes > 1 else 1
         self.mask_decoder = self.family.build_decoder(name, num_classes, tokens)
-        mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
-        self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
+        for part, values in (("pixel_mean", self.family.mean), ("pixel_std", self.family.std)):
+            own = torch.tensor([value / 255 for value in values])  # of images in [0, 1]
+            self.register_buffer(part, own.view(3, 1, 1), persistent=False)
 
     @property
     def family(self) -> Family:

@@ -104,7 +104,7 @@ class InteractiveLoss:
                 )
             best = scores.float().masked_fill(~allowed, -torch.inf).argmax(1)
             previous = _chosen(masks.float(), best)
-            wrong = ((_enlarged(previous)[:, 0] > 0) != halves.masks) & halves.counted
+            wrong = ((_enlarged(previous, halves.masks)[:, 0] > 0) != halves.masks) & halves.counted
             for _ in range(clicks):
                 prompts = prompts.plus(*_correction(wrong, halves.masks))
             wanted, allowed = ONE, allowed.new_ones(len(boxed), 1)
@@ -178,9 +178,9 @@ def _halved(objects: Objects) -> Objects:
     return Objects(objects.owners, quarters(objects.masks) >= 2, quarters(objects.counted) == 4)
 
 
-def _enlarged(masks: Tensor) -> Tensor:
-    """(N, Q, 4g, 4g) to (N, Q, 8g, 8g)."""
-    return F.interpolate(masks, scale_factor=2, mode="bilinear", align_corners=False)
+def _enlarged(masks: Tensor, like: Tensor) -> Tensor:
+    """(N, Q, 4g, 4g) to (N, Q, h, w) of ``like``, (N, h, w)."""
+    return F.interpolate(masks, like.shape[1:], mode="bilinear", align_corners=False)
 
 
 def _chosen(masks: Tensor, best: Tensor) -> Tensor:
@@ -203,11 +203,11 @@ def _loss(masks: Tensor, scores: Tensor, allowed: Tensor, objects: Objects) -> T
         masks: (N, Q, 4g, 4g) logits.
         scores: (N, Q) estimates of their IoU.
         allowed: (N, Q) bool: the masks that an object may have.
-        objects: at (8g, 8g).
+        objects: at (S/2, S/2).
     """
     truth, counted = objects.masks.float(), objects.counted.float()
     with torch.no_grad():
-        large = _enlarged(masks.detach())
+        large = _enlarged(masks.detach(), truth)
         inside = (large > 0) & objects.counted[:, None]
         common = (inside & objects.masks[:, None]).sum((2, 3))
         either = (inside | (objects.masks & objects.counted)[:, None]).sum((2, 3))
@@ -216,6 +216,6 @@ def _loss(masks: Tensor, scores: Tensor, allowed: Tensor, objects: Objects) -> T
         if masks.shape[1] > 1:
             fits = [object_loss(one, truth, counted) for one in large.unbind(1)]
             best = torch.stack(fits, 1).masked_fill(~allowed, torch.inf).argmin(1)
-    own = _enlarged(_chosen(masks, best))[:, 0]
+    own = _enlarged(_chosen(masks, best), truth)[:, 0]
     error = ((scores - iou) ** 2 * allowed).sum(1) / allowed.sum(1)
     return object_loss(own, truth, counted) + error

@@ -15,9 +15,9 @@ from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.methods import find_method
 from naslora.metrics import METRICS, check_metrics
-from naslora.sam.families import find_family
+from naslora.sam.families import find_family, side_of
 from naslora.sam.hub import PREFIX, pinned
-from naslora.sam.shipped import NONE, SHIPPED_SIZE, shipped_version
+from naslora.sam.shipped import NONE, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
 from naslora.training.train_config import (
@@ -31,8 +31,6 @@ from naslora.training.train_config import (
 
 SHIPPED = "shipped"
 """How the checkpoint in a resolved configuration begins for the weights in the package."""
-LARGE = 1024
-"""Side in pixels of the images that the other models were made for."""
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -154,10 +152,8 @@ def _check_ignore_index(
 def _model(model: ModelConfig) -> dict[str, Any]:
     """Its image size, and its checkpoint: ``NONE``, ``SHIPPED`` with a version, a name on the Hub
     with its commit, or a path."""
-    given, size, own = model.checkpoint, LARGE, None
-    version = shipped_version(model.name)
-    if version is not None:
-        size, own = SHIPPED_SIZE, f"{SHIPPED} {version}"
+    given, size, version = model.checkpoint, side_of(model.name), shipped_version(model.name)
+    own = None if version is None else f"{SHIPPED} {version}"
     if given is None:
         family = find_family(model.name)
         named = family.weights.get(model.name)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from naslora.choices import CALIBRATION_IMAGES
+from naslora.choices import CALIBRATION_IMAGES, OVERLAP
 from naslora.data.augmentation import Crop
 from naslora.data.cache import Cache
 from naslora.data.contents import (
@@ -32,6 +32,7 @@ from naslora.data.tiles import Tiles, fit_tiles
 from naslora.errors import UserError, warn
 from naslora.files import read_json
 from naslora.methods import searches
+from naslora.sam.families import find_family
 from naslora.training.accelerator import in_main_process
 from naslora.training.run_config import RunConfig
 
@@ -146,10 +147,10 @@ def scaling_of(config: RunConfig) -> Intensity | None:
     return None if words is None else parse_intensity(words)
 
 
-def tiles_of(config: RunConfig) -> Tiles:
-    """The tiles by which the model sees large images at the scale of its training."""
-    size = config.model.image_size
-    return fit_tiles(config.data.crop or size, size)
+def tiles_of(config: RunConfig, side: int | None = None, overlap: float = OVERLAP) -> Tiles:
+    """The tiles of large images; None as their side gives the scale of the run's training."""
+    size, patch = config.model.image_size, find_family(config.model.name).patch
+    return fit_tiles(side or config.data.crop or size, size, patch, overlap)
 
 
 View = Literal["trained", "seen", "scored"]

@@ -3,6 +3,7 @@
 from naslora.errors import UserError
 from naslora.sam.families import mobile_sam, sam, sam2, sam_hq
 from naslora.sam.family import Family
+from naslora.sam.shipped import SHIPPED_SIZE, shipped_file
 
 FAMILIES = (
     sam.FAMILY,
@@ -26,3 +27,12 @@ def find_family(name: str) -> Family:
         if name in family.models:
             return family
     raise UserError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+
+
+def side_of(name: str) -> int:
+    """Side in pixels of the images that a model's pre-trained weights were made for.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return SHIPPED_SIZE if shipped_file(name) else find_family(name).image_size

@@ -7,7 +7,7 @@ from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 from naslora.sam.decoder import EMBED_DIM, SegmentationDecoder
-from naslora.sam.family import PATCH_SIZE, Family
+from naslora.sam.family import Family
 from naslora.sam.naming import PLAIN_VIT, PROMPTS_AND_DECODER, HuggingFace, Naming
 from naslora.sam.vits import VITS, ViT
 
@@ -27,7 +27,6 @@ def build_vit(
     """
     encoder = kind(
         img_size=image_size,
-        patch_size=PATCH_SIZE,
         embed_dim=size.width,
         depth=size.depth,
         num_heads=size.heads,

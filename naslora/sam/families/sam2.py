@@ -201,7 +201,7 @@ def _family(title: str, models: dict[str, Hiera], newer: bool) -> Family:
         has_marks=has_marks,
         official=OFFICIAL,
         huggingface=HUGGINGFACE,
-        multiple=32,  # the last stage has a token for 32 x 32 pixels, the first windows of 8 x 8
+        grid_multiple=2,  # the last stage has one token for 2 x 2, the first windows of 8 x 8
         fuses=False,
         weights={
             model: f"hf:facebook/{kind}-hiera-{long}/{kind}_hiera_{long.replace('-', '_')}.pt"
