@@ -1,5 +1,9 @@
-"""NAS-LoRA inside PEFT: ``get_peft_model(model, NasLoraConfig(...))``."""
+"""NAS-LoRA inside PEFT: after this import, PEFT's own functions take ``NasLoraConfig``."""
 
-from naslora.integrations.peft import NasLoraConfig, from_pretrained, get_peft_model
+from peft import PeftModel, get_peft_model
+
+from naslora.integrations.peft import NasLoraConfig
 
 __all__ = ["NasLoraConfig", "from_pretrained", "get_peft_model"]
+
+from_pretrained = PeftModel.from_pretrained

@@ -1,21 +1,23 @@
 """NAS-LoRA inside PEFT, through PEFT's registration of custom LoRA modules.
 
 PEFT lists its methods in a closed enumeration (``PeftType``), and ``register_peft_method`` refuses
-names outside it. So NAS-LoRA registers as a custom module of PEFT's LoRA: ``NasLoraConfig`` is a
-``LoraConfig`` that makes PEFT's LoRA build ``NasLoraLinear`` instead of its own layers. Its files
-name the type "NASLORA", which a plain ``PeftModel.from_pretrained`` refuses; without that, PEFT
-would build plain LoRA layers and drop the cells.
+names outside it. So in memory NAS-LoRA is a custom module of PEFT's LoRA: ``NasLoraConfig`` is a
+``LoraConfig`` that makes PEFT's LoRA build ``NasLoraLinear`` instead of its own layers. Plain LoRA
+may stand beside it, on other layers. Its files name the type "NASLORA", so that PEFT without
+naslora refuses them instead of building plain LoRA without the cells. Importing this module enters
+two lines into PEFT's tables: the configuration of that type, and a tuner of LoRA that also prepares
+the host of NAS-LoRA. From then on PEFT's own functions read and write these adapters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
-import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, LoraModel, PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from naslora.adapter.layer.config import CellInit, ChannelSelection, NASLoRAConf
 from naslora.adapter.layer.frozen_norms import keep_frozen
 from naslora.adapter.layer.grid import place_hint
 from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.adapter.layer.targets import TARGETS
 from naslora.adapter.merging.merge import merge as merge_model
 from naslora.errors import UserError
@@ -73,6 +76,16 @@ class NasLoraConfig(LoraConfig):
     seed: int = 0
     backend: str | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "NasLoraConfig":
+        """Refuses the files of ``save_adapter``, whose type is the same.
+
+        Raises:
+            UserError: the values are theirs.
+        """
+        if "base_checksum" in kwargs:
+            raise UserError("naslora.save_adapter wrote this adapter: call naslora.load_adapter")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for option in dataclasses.fields(LoraConfig):
             factory: Any = option.default_factory
@@ -94,18 +107,6 @@ class NasLoraConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values, with ``peft_type`` "NASLORA"."""
         return {**super().to_dict(), "peft_type": PEFT_TYPE}
-
-    @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> "NasLoraConfig":
-        """The inverse of ``to_dict``.
-
-        Raises:
-            UserError: the file describes another method of PEFT.
-        """
-        kind = kwargs.pop("peft_type", PEFT_TYPE)
-        if kind != PEFT_TYPE:
-            raise UserError(f"peft_type must be {PEFT_TYPE}, got {kind!r}; load it with PEFT")
-        return cls(**kwargs)
 
 
 class NasLoraAdapter(NASLoRALinear):
@@ -129,6 +130,24 @@ class NasLoraAdapter(NASLoRALinear):
     def base(self) -> nn.Linear:  # type: ignore[override]
         """The frozen nn.Linear."""
         return cast(nn.Linear, self._held[0])
+
+    def __getattr__(self, name: str) -> Any:
+        """Also finds the tensors under the names for PEFT, which Transformers looks up."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not name.startswith(("encoder", "decoder", "cell_")):
+                raise
+            own = {_stored(n): n for n in super().state_dict()}[name]
+            return functools.reduce(getattr, own.split("."), self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Copies what Transformers loads into such a tensor."""
+        if isinstance(value, Tensor) and name.startswith(("encoder", "decoder", "cell_")):
+            with torch.no_grad():
+                getattr(self, name).copy_(value)
+        else:
+            super().__setattr__(name, value)
 
     def state_dict(  # type: ignore[override]
         self, *args: Any, prefix: str = "", **options: Any
@@ -223,6 +242,8 @@ class NasLoraLinear(nn.Module, LoraLayer):
             raise UserError("adapter_names: NAS-LoRA has one adapter for a whole batch")
         active = [name for name in self.active_adapters if name in self.lora_nas]
         if self.disable_adapters or not active:
+            for adapter in self.adapters():
+                adapter.called = True
             return self.base_layer(x, *args)
         layers = [cast(NasLoraAdapter, self.lora_nas[name]) for name in active]
         for name, layer in zip(active, layers, strict=True):
@@ -239,7 +260,7 @@ class NasLoraLinear(nn.Module, LoraLayer):
             UserError: always.
         """
         raise UserError(
-            "merge_adapter cannot fold a NAS-LoRA cell in place; call merge_and_unload(), which "
+            "a NAS-LoRA cell does not fold in place; call merge_and_unload() of a PeftModel, which "
             "is exact, or naslora.merge(model, 'center') before it"
         )
 
@@ -255,8 +276,7 @@ class NasLoraLinear(nn.Module, LoraLayer):
             adapter_names: the adapter to merge, one; None for the active one.
 
         Raises:
-            UserError: several adapters, values that are not finite, or the model was not made by
-                this module.
+            UserError: several adapters, or values that are not finite.
         """
         if not merge:
             return self.get_base_layer()
@@ -265,11 +285,6 @@ class NasLoraLinear(nn.Module, LoraLayer):
             raise UserError(f"one adapter merges at a time, got {', '.join(names) or 'none'}")
         alone = nn.Sequential(self.lora_nas[names[0]])
         if isinstance(alone[0], NASLoRALinear):
-            if not alone[0].name:  # the host's save_pretrained does not know merged layers
-                raise UserError(
-                    "merge_and_unload needs a model of naslora.peft.get_peft_model or "
-                    "naslora.peft.from_pretrained; or call naslora.merge(model, 'center') first"
-                )
             alone[0].scaling = self.scaling[names[0]]
             merge_model(alone, "exact")
         return alone[0]
@@ -279,56 +294,45 @@ class NasLoraLinear(nn.Module, LoraLayer):
         return f"adapters={list(self.lora_nas)}"
 
 
-def get_peft_model(model: nn.Module, config: NasLoraConfig, **options: Any) -> PeftModel:
-    """PEFT's ``get_peft_model``, which also does what ``inject`` does for the host.
+class NasLoraModel(LoraModel):
+    """PEFT's tuner of LoRA. For the host of NAS-LoRA it also does what ``inject`` does.
 
     Frozen batch norms stay in evaluation mode after ``model.train()``. Layers that see token
     sequences take the grid that the host states. ``save_pretrained`` of the host refuses layers
     that were merged exactly. A warning names layers that the host does not call.
-
-    Args:
-        model: the base model; it is changed in place.
-        config: the adapter's configuration.
-        options: as PEFT's ``get_peft_model``, such as ``adapter_name``.
-
-    Raises:
-        UserError: ``config`` is not a ``NasLoraConfig``.
     """
-    if not isinstance(config, NasLoraConfig):
-        raise UserError(f"config must be a NasLoraConfig, got {type(config).__name__}")
-    return _prepared(cast(PeftModel, peft.get_peft_model(model, config, **options)))
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **options: Any
+    ) -> None:
+        """As PEFT's, for every door: ``get_peft_model``, ``add_adapter``, ``from_pretrained``."""
+        super().inject_adapter(model, adapter_name, *args, **options)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, NasLoraLinear)}
+        new = []
+        for name, layer in layers.items():
+            for _, adapter in adapter_layers(layer):
+                if not adapter.name:  # another adapter takes them from the layer's first one
+                    adapter.name = name
+                    place_hint(model, name, adapter)
+                    new.append(name)
+        for name in new:
+            host_calls(model, name)
+        if new:
+            keep_frozen(model)
+            override_save_pretrained(model)
+            watch(model, new)
+
+    def _create_and_replace(  # type: ignore[override]
+        self, config: LoraConfig, adapter_name: str, target: nn.Module, *args: Any, **options: Any
+    ) -> None:
+        plain = isinstance(target, LoraLayer) and not isinstance(target, NasLoraLinear)
+        if plain and isinstance(config, NasLoraConfig):
+            raise UserError(
+                f"adapter {adapter_name!r}: {options['current_key']} has plain LoRA already; "
+                "choose other layers"
+            )
+        super()._create_and_replace(config, adapter_name, target, *args, **options)
 
 
-def _prepared(model: PeftModel) -> PeftModel:
-    host = model.get_base_model()
-    keep_frozen(host)
-    layers = {n: m for n, m in host.named_modules() if isinstance(m, NasLoraLinear)}
-    for name, layer in layers.items():
-        host_calls(host, name)
-        for adapter in layer.adapters():
-            adapter.name = name
-            place_hint(host, name, adapter)
-    override_save_pretrained(host)
-    watch(host, list(layers))
-    return model
-
-
-def from_pretrained(
-    model: nn.Module, directory: str | Path, adapter_name: str = "default", **options: Any
-) -> PeftModel:
-    """``PeftModel.from_pretrained`` for NAS-LoRA.
-
-    Args:
-        model: the base model.
-        directory: a folder of ``PeftModel.save_pretrained``, or a repository of the Hub.
-        adapter_name: the adapter's name.
-        options: as ``PeftModel.from_pretrained``, such as ``is_trainable``.
-
-    Raises:
-        UserError: the files hold no NAS-LoRA adapter, or do not fit the model.
-    """
-    config = NasLoraConfig.from_pretrained(str(directory))
-    config.inference_mode = not options.get("is_trainable", False)
-    return _prepared(
-        PeftModel.from_pretrained(model, str(directory), adapter_name, config=config, **options)
-    )
+PEFT_TYPE_TO_CONFIG_MAPPING[cast(PeftType, PEFT_TYPE)] = NasLoraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = NasLoraModel

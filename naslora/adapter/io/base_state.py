@@ -146,7 +146,8 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
             "save_pretrained cannot store a model merged with mode 'exact': call "
             "naslora.save_merged(model, directory), or merge with mode 'center'"
         )
-    if not any(adapter_layers(model)):
+    transformers_saves = getattr(model, "_hf_peft_config_loaded", False)  # the adapter alone
+    if transformers_saves or not any(adapter_layers(model)):
         return own(model, *args, **kwargs)
     original, signature = _original_names(model), inspect.signature(own)
     if "state_dict" not in signature.parameters:

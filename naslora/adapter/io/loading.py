@@ -76,7 +76,10 @@ def read_description(path: Path) -> Description:
         UserError: the file is missing or is no adapter configuration of naslora.
     """
     try:
-        return msgspec.convert(read_json(path), Description)
+        stored = read_json(path)
+        if isinstance(stored, dict) and "peft_version" in stored:
+            raise UserError(f"a PeftModel wrote {path}: call PeftModel.from_pretrained")
+        return msgspec.convert(stored, Description)
     except msgspec.ValidationError as error:
         raise UserError(f"{path} is not an adapter configuration of naslora: {error}") from error
 
