@@ -98,7 +98,7 @@ def checkpoints(hub, monkeypatch):
     """A Hub with a folder of transformers, single files, and one whose licence is not accepted."""
     endpoint, files = hub
     for function in (snapshot_download, HfApi):
-        name = f"naslora.sam.hub.{function.__name__}"
+        name = f"huggingface_hub.{function.__name__}"
         monkeypatch.setattr(name, partial(function, endpoint=endpoint))
     folder = {"config.json": b"{}", "model.safetensors": b"weights", "README.md": b"a card"}
     files |= {"me/sam": folder, "gated/sam": folder, "me/files": {"a.pt": b"a", "sub/b.pth": b"b"}}

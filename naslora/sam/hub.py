@@ -7,8 +7,6 @@ HF_HUB_OFFLINE, HF_ENDPOINT.
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, errors, snapshot_download
-
 from naslora.errors import UserError
 from naslora.files import reason_of
 
@@ -53,6 +51,8 @@ def _parts(name: str) -> tuple[str, str | None, str | None]:
 
 def _snapshot(name: str) -> Path:
     """The folder of a commit in the cache, with what is wanted of it."""
+    from huggingface_hub import errors, snapshot_download  # not for the help
+
     repository, revision, file = _parts(name)
     page = f"https://huggingface.co/{repository}"
     try:
@@ -85,6 +85,8 @@ def _snapshot(name: str) -> Path:
 
 def _offered(repository: str, commit: str) -> str:
     """What to give instead, if the Hub says it."""
+    from huggingface_hub import HfApi
+
     try:
         files = HfApi().list_repo_files(repository, revision=commit)
     except OSError:
