@@ -426,11 +426,11 @@ def _summarise(result: RunResult, output: Path) -> None:
 
     from naslora.report.run_report import metric_table
 
-    if os.environ.get("RANK", "0") != "0" or result.test is None or result.kept_epoch is None:
+    if os.environ.get("RANK", "0") != "0":
         return
     further = {} if result.untouched is None else {"untouched": result.untouched}
     further |= {} if result.test_float32 is None else {"in float32": result.test_float32}
-    further |= {f"merged, {mode}": scores for mode, scores in (result.test_merged or {}).items()}
+    further |= {f"merged, {mode}": scores for mode, scores in result.test_merged.items()}
     whole, *others = (metric_table(scores) for scores in (result.test, *further.values()))
     table = Table("test images", f"epoch {result.kept_epoch}", *whole.head[2:], *further)
     for row, *rows in zip(whole.rows, *(other.rows for other in others), strict=True):

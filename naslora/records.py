@@ -1,8 +1,8 @@
 """Reads and writes dataclasses as JSON and CSV files.
 
-A field with the metadata ``OPTIONAL`` is left out of a JSON file while it is None; every other None
-is written as null. A field with the metadata ``UNSTORED`` is in no JSON file. In a CSV file a
-nested record becomes columns with its field's name in front, and None is an empty cell.
+A field with the metadata ``OPTIONAL`` is left out of a JSON file while it is None or empty; every
+other None is written as null. A field with the metadata ``UNSTORED`` is in no JSON file. In a CSV
+file None is an empty cell.
 """
 
 import csv
@@ -10,7 +10,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,7 +18,7 @@ from naslora.errors import UserError
 from naslora.files import read_json, reading, write_json, write_text
 
 OPTIONAL = {"optional": True}
-"""Metadata of a dataclass field that is absent from JSON while it is None."""
+"""Metadata of a dataclass field that is absent from JSON while it is None or empty."""
 
 UNSTORED = {"stored": False}
 """Metadata of a dataclass field that JSON leaves out; it needs a default."""
@@ -33,7 +33,7 @@ def to_json(value: Any) -> Any:
             f.name: to_json(getattr(value, f.name))
             for f in dataclasses.fields(value)
             if f.metadata.get("stored", True)
-            and (getattr(value, f.name) is not None or not f.metadata.get("optional"))
+            and not (f.metadata.get("optional") and getattr(value, f.name) in (None, {}, []))
         }
     if isinstance(value, dict):
         return {key: to_json(item) for key, item in value.items()}
@@ -79,12 +79,12 @@ def as_csv(rows: Sequence[Any]) -> str:
     Args:
         rows: records, or dictionaries of column to value; a column that a row lacks is empty.
     """
-    flat = [_flatten(row) for row in rows]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
+    cells = [row if isinstance(row, dict) else vars(row) for row in rows]
+    columns = list(dict.fromkeys(name for row in cells for name in row))
     text = io.StringIO()
     writer = csv.writer(text)  # only its own line ends, \r\n, let it put a cell with \r in quotes
     writer.writerow(map(_quoted, columns))
-    writer.writerows([_quoted(row.get(name)) for name in columns] for row in flat)
+    writer.writerows([_quoted(row.get(name)) for name in columns] for row in cells)
     return text.getvalue().replace("\r\n", "\n")
 
 
@@ -102,34 +102,11 @@ def read_rows(path: Path, kind: type[Record]) -> list[Record]:
     with reading(path, f"does not hold rows of {kind.__name__}"):
         with path.open(encoding="utf-8", newline="") as file:
             columns, *rows = ([cell.removeprefix("'") for cell in row] for row in csv.reader(file))
-        fields = dataclasses.fields(cast(Any, kind))
-        records = [field for field in fields if dataclasses.is_dataclass(field.type)]
-        found = []
-        for cells in rows:
-            row: dict[str, Any] = dict(zip(columns, (cell or None for cell in cells), strict=True))
-            for f in records:
-                inner = dataclasses.fields(cast(Any, f.type))
-                row[f.name] = {g.name: row.get(f"{f.name}_{g.name}") for g in inner}
-            found.append(msgspec.convert(row, kind, strict=False))
-        return found
+        known = ({n: c or None for n, c in zip(columns, row, strict=True)} for row in rows)
+        return [msgspec.convert(row, kind, strict=False) for row in known]
 
 
 def _quoted(cell: Any) -> Any:
     """Puts ' before a text that a spreadsheet would compute. Reading takes it off again."""
     risky = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "'"))
     return f"'{cell}" if risky and cell != "-" else cell
-
-
-def _flatten(row: Any) -> dict[str, Any]:
-    values = (
-        row
-        if isinstance(row, dict)
-        else {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
-    )
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(value):
-            flat |= {f"{name}_{inner}": item for inner, item in _flatten(value).items()}
-        else:
-            flat[name] = value
-    return flat

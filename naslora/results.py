@@ -41,20 +41,6 @@ MetricValue = float | None | dict[str, float | None]
 
 
 @dataclass(frozen=True)
-class PhaseSeconds:
-    """Seconds that an epoch spent in each phase."""
-
-    weights: float
-    architecture: float
-    evaluation: float
-
-    @property
-    def total(self) -> float:
-        """Seconds of the whole epoch."""
-        return self.weights + self.architecture + self.evaluation
-
-
-@dataclass(frozen=True)
 class Epoch:
     """One epoch of training: a row of history.csv."""
 
@@ -76,7 +62,14 @@ class Epoch:
     """Rate of the weights at the start of the epoch."""
     entropy: float | None
     """Entropy of softmax(alpha) in nats, mean over the layers; None without alpha."""
-    seconds: PhaseSeconds
+    seconds_weights: float
+    seconds_architecture: float
+    seconds_evaluation: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole epoch."""
+        return self.seconds_weights + self.seconds_architecture + self.seconds_evaluation
 
 
 @dataclass(frozen=True)
@@ -125,12 +118,12 @@ class SplitScores:
     dice: float | None = None
     iou: float | None = None
     accuracy: float | None = None
-    per_class: dict[str, ClassScores] | None = field(default=None, metadata=OPTIONAL)
-    metrics: dict[str, MetricValue] | None = field(default=None, metadata=OPTIONAL)
+    per_class: dict[str, ClassScores] = field(default_factory=dict, metadata=OPTIONAL)
+    metrics: dict[str, MetricValue] = field(default_factory=dict, metadata=OPTIONAL)
     """What the data set is reported by, by the names of ``naslora.metrics.METRICS``."""
     resolution: str | None = field(default=None, metadata=OPTIONAL)
     """Size at which ``metrics`` were taken, in words."""
-    groups: dict[str, GroupScores] | None = field(default=None, metadata=OPTIONAL)
+    groups: dict[str, GroupScores] = field(default_factory=dict, metadata=OPTIONAL)
     images: int | None = field(default=None, metadata=OPTIONAL)
     click_iou: list[float] | None = field(default=None, metadata=OPTIONAL)
     """Mean IoU after one click, two, and so on, of a promptable model."""
@@ -172,35 +165,35 @@ class MergeResult:
     mode: str | None = field(default=None, metadata=OPTIONAL)
     source: str | None = field(default=None, metadata=OPTIONAL)
     """What the errors were measured on."""
-    layers: list[LayerError] | None = field(default=None, metadata=OPTIONAL)
+    layers: list[LayerError] = field(default_factory=list, metadata=OPTIONAL)
     warning: str | None = None
     refused: str | None = field(default=None, metadata=OPTIONAL)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunResult:
     """What a finished run reports: metrics.json."""
 
-    test: SplitScores | None = field(default=None, metadata=OPTIONAL)
-    val: SplitScores | None = field(default=None, metadata=OPTIONAL)
+    test: SplitScores
+    val: SplitScores
     untouched: SplitScores | None = field(default=None, metadata=OPTIONAL)
     """Test scores of a promptable model before training."""
     test_last: SplitScores | None = field(default=None, metadata=OPTIONAL)
     """Test scores of the last step's weights, where the kept ones are averages (``ema``)."""
-    kept_epoch: int | None = field(default=None, metadata=OPTIONAL)
+    kept_epoch: int
     """The epoch that the run kept and that the scores belong to."""
-    trainable_parameters: int | None = field(default=None, metadata=OPTIONAL)
-    parameters: ParameterCounts | None = field(default=None, metadata=OPTIONAL)
-    images: dict[str, int] | None = field(default=None, metadata=OPTIONAL)
+    trainable_parameters: int
+    parameters: ParameterCounts
+    images: dict[str, int]
     """Number of images by split."""
     test_float32: SplitScores | None = field(default=None, metadata=OPTIONAL)
     """Test scores in float32, for comparison with the merged models; None if ``test`` is."""
-    test_merged: dict[str, SplitScores] | None = field(default=None, metadata=OPTIONAL)
+    test_merged: dict[str, SplitScores] = field(default_factory=dict, metadata=OPTIONAL)
     """Test scores by way of merging, in float32."""
-    merge: dict[str, MergeResult] | None = field(default=None, metadata=OPTIONAL)
+    merge: dict[str, MergeResult] = field(default_factory=dict, metadata=OPTIONAL)
     annealed: SplitScores | None = field(default=None, metadata=OPTIONAL)
     """Validation scores of the kept epoch merged with ``center``, if its cell was annealed."""
-    seconds: float | None = field(default=None, metadata=OPTIONAL)
+    seconds: float
     """Seconds of training and of the final evaluation."""
     weights: str | None = field(default=None, metadata=OPTIONAL)
     """What the encoder started from, as ``resolve`` names it: `none` is random."""

@@ -19,7 +19,7 @@ from run_configs import run_config
 from naslora.errors import UserError
 from naslora.methods import METHODS
 from naslora.report.page import write_page
-from naslora.results import Costs, Epoch, PhaseSeconds, RunNumbers
+from naslora.results import Costs, Epoch, RunNumbers
 from naslora.study import compare, tables
 from naslora.study.design import Design, parse_grid, with_values
 from naslora.study.differences import over_images
@@ -489,8 +489,8 @@ def test_one_seed_has_no_spread_and_unknown_scores_no_mean():
 
 def test_training_seconds():
     history = [
-        Epoch(0, 1, 1.0, 1.0, None, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, PhaseSeconds(2.0, 0.0, 1.0)),
-        Epoch(1, 2, 1.0, 1.0, 1.0, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, PhaseSeconds(4.0, 3.0, 1.0)),
+        Epoch(0, 1, 1.0, 1.0, None, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, 2.0, 0.0, 1.0),
+        Epoch(1, 2, 1.0, 1.0, 1.0, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, 4.0, 3.0, 1.0),
     ]
     # 6 s of weight steps and 3 s of alpha's over two epochs of 10 images.
     assert training_seconds(history, 10) == pytest.approx((0.3, 0.45))

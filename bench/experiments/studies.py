@@ -19,7 +19,7 @@ Column = Callable[[RunResult, list[Epoch]], float | None]
 
 def _dice(result: RunResult, mode: str | None = None) -> float | None:
     """Test Dice, after a merge if ``mode`` is given."""
-    scores = result.test if mode is None else (result.test_merged or {}).get(mode)
+    scores = result.test if mode is None else result.test_merged.get(mode)
     return scores.dice if scores else None
 
 
@@ -27,7 +27,7 @@ TRAINING: dict[str, Column] = {
     "loss, epochs 2-5": lambda _, history: statistics.mean(e.train_loss for e in history[2:6]),
     "last loss": lambda _, history: history[-1].train_loss,
     "test Dice": lambda result, _: _dice(result),
-    "test IoU": lambda result, _: result.test.iou if result.test else None,
+    "test IoU": lambda result, _: result.test.iou,
     "Dice after center": lambda result, _: _dice(result, "center"),
     "entropy": lambda _, history: history[-1].entropy,
 }
@@ -41,9 +41,9 @@ LAST_STEP: dict[str, Column] = {
 }
 # Medians over the epochs, because a pause of the machine spoils single ones.
 SECONDS: dict[str, Column] = {
-    "weights, s an epoch": lambda _, history: statistics.median(e.seconds.weights for e in history),
+    "weights, s an epoch": lambda _, history: statistics.median(e.seconds_weights for e in history),
     "alpha, s an epoch": lambda _, history: _median(
-        [e.seconds.architecture for e in history if e.arch_loss is not None]
+        [e.seconds_architecture for e in history if e.arch_loss is not None]
     ),
 }
 
@@ -54,7 +54,7 @@ def _median(values: list[float]) -> float | None:
 
 def _error(result: RunResult, mode: str, held_out: bool = False) -> float | None:
     """Mean over the layers of the update's relative error after a merge."""
-    layers = (result.merge or {})[mode].layers or []
+    layers = result.merge[mode].layers
     if held_out:
         return mean_and_spread([layer.held_out_error for layer in layers]).mean
     return statistics.mean(layer.update_error for layer in layers)

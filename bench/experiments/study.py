@@ -173,8 +173,8 @@ def _merged_with(images: int, directory: Path, result: RunResult) -> RunResult:
     scores = evaluate_model(model, config, splits["test"])
     return dataclasses.replace(
         result,
-        merge={**(result.merge or {}), name: merged},
-        test_merged={**(result.test_merged or {}), name: scores},
+        merge={**result.merge, name: merged},
+        test_merged={**result.test_merged, name: scores},
     )
 
 

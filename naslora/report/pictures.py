@@ -47,7 +47,7 @@ class Merged(NamedTuple):
     prediction: np.ndarray
     """(H, W) integer labels."""
     dice: float | None
-    """Dice of this image in [0, 1]; None if unknown."""
+    """Dice of this image in [0, 1]; None if it is undefined."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,35 +58,16 @@ class Panel:
     """Shown below the pictures, for instance the file's name."""
     image: np.ndarray
     """(H, W, 3) uint8 RGB."""
-    truth: np.ndarray | None
-    """(H, W) integer labels; None if the image has no truth."""
+    truth: np.ndarray
+    """(H, W) integer labels."""
     prediction: np.ndarray
     """(H, W) integer labels."""
     dice: float | None
-    """Dice of this image in [0, 1]; None if unknown."""
+    """Dice of this image in [0, 1]; None if it is undefined."""
     merged: dict[str, Merged] = field(default_factory=dict)
     """Predictions by way of merging."""
     rank: int | None = None
-    """Its place among the images of the split by Dice, 1 for the worst; None if unknown."""
-
-
-class View(NamedTuple):
-    """Masks of an image's objects."""
-
-    title: str
-    objects: np.ndarray
-    """(H, W) int: the number of the object at each pixel, 0 for none."""
-    clicks: list[tuple[float, float, bool]]
-    """x, y, and whether the click is on the object."""
-
-
-class Prompted(NamedTuple):
-    """An image with the masks that prompts give."""
-
-    name: str
-    image: np.ndarray
-    """(H, W, 3) uint8 RGB."""
-    views: list[View]
+    """Its place among the images of the split by Dice, 1 for the worst; None without a Dice."""
 
 
 def data_uri(pixels: np.ndarray, side: int = PICTURE_SIDE) -> str:

@@ -22,13 +22,13 @@ from naslora.report.figures import (
     draw_curves,
     draw_epoch_axis,
 )
-from naslora.report.page import Cards, Code, Folded, Part, write_page
-from naslora.report.pictures import Panel, Prompted
-from naslora.report.sections.clicks import prompted_parts, scores_parts
+from naslora.report.page import Cards, Code, Folded, Part, Pictures, write_page
+from naslora.report.pictures import Panel
+from naslora.report.sections.clicks import CLICKS_NOTE, scores_parts
 from naslora.report.sections.examples import examples_parts
 from naslora.report.sections.merging import merging_parts
 from naslora.report.sections.operations import operations_parts
-from naslora.report.tables import MISSING, Table, duration, is_known, number, reduce_known
+from naslora.report.tables import Table, duration, is_known, number, reduce_known
 from naslora.results import Epoch, OperationHistory, ParameterCounts, RunResult, SplitScores
 
 SPLIT_TITLES = {"train": "training", "arch": "architecture", "val": "validation", "test": "test"}
@@ -41,20 +41,18 @@ def write_report(
     result: RunResult,
     history: list[Epoch],
     operations: OperationHistory | None,
-    panels: Sequence[Panel | Prompted],
+    panels: Sequence[Panel | Pictures],
     class_names: list[str],
 ) -> None:
     """Writes a run's report as one self-contained HTML file, atomically.
-
-    A section whose part of the result is None is left out, or says that it is missing.
 
     Args:
         path: the file to write. Its folder is made if needed.
         config: the run's configuration, as ``page_title`` takes it, shown whole.
         result: what the run reports.
-        history: one record an epoch; may be empty.
+        history: one record an epoch.
         operations: the path of alpha; None for a method without alpha.
-        panels: test images to show, the worst first; ``Prompted`` ones of a promptable run.
+        panels: test images to show, the worst first; of a promptable run as they are shown.
         class_names: names of the labels 0, 1, ..., so two for a binary task. Label 0 is the
             background, which is left unpainted.
 
@@ -62,18 +60,19 @@ def write_report(
         UserError: the file cannot be created.
         OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
-    keep = config.get("training", {}).get("keep", "last")
     labelled = [panel for panel in panels if isinstance(panel, Panel)]
-    prompted = [panel for panel in panels if isinstance(panel, Prompted)]
-    examples = examples_parts(labelled, class_names, (result.images or {}).get("test"))
+    prompted = [panel for panel in panels if isinstance(panel, Pictures)]
+    examples = examples_parts(labelled, class_names, result.images["test"])
     sections = {  # first whether it worked, then why, then what it took
         "Scores": _scores(result) if result.untouched is None else scores_parts(result),
-        "Test images": examples + prompted_parts(prompted),
-        "Merging": merging_parts(result, history, keep, labelled, class_names),
+        "Test images": examples + ([CLICKS_NOTE, *prompted] if prompted else []),
+        "Merging": merging_parts(
+            result, history, config["training"]["keep"], labelled, class_names
+        ),
         "What next": _commands(path.parent, result),
         "Training": _training(history, result.kept_epoch),
         "Operations": operations_parts(operations, history),
-        "Parameters": _parameters(result.parameters, config.get("adapter", {}).get("target")),
+        "Parameters": _parameters(result.parameters, config["adapter"].get("target")),
         "Time": _times(history, result.seconds),
     }
     write_page(path, page_title(config), config, _header(result), sections)
@@ -94,26 +93,26 @@ def page_title(config: dict[str, Any], method: str = "") -> str:
 
 def _header(result: RunResult) -> list[Part]:
     """Cards with the main numbers, and the number of images."""
-    name, scores = ("Test", result.test) if result.test else ("Validation", result.val)
-    scores = scores or SplitScores()
+    scores, before = result.test, result.untouched
     worst = reduce_known(min, scores.image_dice or [])
-    detail = "" if worst is None else f"worst image {number(worst)}"
-    clicked = "" if result.untouched is None else "one click; untouched "
-    before = result.untouched or SplitScores()
     cards = [
-        (f"{name} Dice", number(scores.dice), detail),
-        (f"{name} IoU", number(scores.iou), clicked and clicked + number(before.iou)),
+        ("Test Dice", number(scores.dice), "" if worst is None else f"worst image {number(worst)}"),
+        (
+            "Test IoU",
+            number(scores.iou),
+            "" if before is None else f"one click; untouched {number(before.iou)}",
+        ),
     ]
     mode, dice = _best_merge(result)
     if mode and mode != "exact":
         cards.append(("Merged into SAM's layers", number(dice), f"test Dice, {mode}"))
-    if result.parameters:
-        share = result.parameters.trainable / max(1, result.parameters.total)
-        trained = f"{result.parameters.trainable:,}"
-        cards.append(("Trainable parameters", trained, f"{share:.2%} of all"))
+    share = result.trainable_parameters / result.parameters.total
+    cards.append(
+        ("Trainable parameters", f"{result.trainable_parameters:,}", f"{share:.2%} of all")
+    )
     cards.append(("Time", duration(result.seconds), ""))
-    images = [f"{n:,} {SPLIT_TITLES.get(s, s)}" for s, n in (result.images or {}).items()]
-    return [Cards(cards), *([f"Images: {', '.join(images)}."] if images else []), *result.notes]
+    images = ", ".join(f"{count:,} {SPLIT_TITLES[s]}" for s, count in result.images.items())
+    return [Cards(cards), f"Images: {images}.", *result.notes]
 
 
 # ---- Scores --------------------------------------------------------------------------------------
@@ -121,39 +120,32 @@ def _header(result: RunResult) -> list[Part]:
 
 def _scores(result: RunResult) -> list[Part]:
     """A table of all splits and ways of merging, a plot, and the data set's metrics."""
-    named = {"Validation": result.val, "Test": result.test}
+    named: dict[str, SplitScores | None] = {"Validation": result.val, "Test": result.test}
     named["Test, weights of the last step"] = result.test_last
     named["Test, in float32"] = result.test_float32
-    named |= {f"Test, merged ({m})": scores for m, scores in (result.test_merged or {}).items()}
+    named |= {f"Test, merged ({mode})": scores for mode, scores in result.test_merged.items()}
     rows = []
     for name, scores in named.items():
         if scores is None:
             continue
         rows.append([name, number(scores.dice), number(scores.iou), number(scores.accuracy)])
-        classes = scores.per_class or {}
         rows += [
             [f"{name}, {title}", number(own.dice), number(own.iou), ""]
-            for title, own in classes.items()
-            if len(classes) > 1
+            for title, own in scores.per_class.items()
+            if len(scores.per_class) > 1
         ]
-    if not rows:
-        return ["This run has neither validation nor test scores."]
     parts: list[Part] = [Table(["", "Dice", "IoU", "Pixel accuracy"], rows)]
-    name, shown = ("test", result.test) if result.test else ("validation", result.val)
-    dice = [value for value in (shown.image_dice if shown else None) or [] if is_known(value)]
-    if dice:
-        caption = f"Number of {name} images by their Dice. The line is the median."
-        parts.append(Drawing("images", caption, partial(_draw_images, dice=dice), (4.6, 2.3)))
     test = result.test
-    if test is None:
-        return [*parts, "This run has no test scores."]
+    dice = [value for value in test.image_dice or [] if value is not None]
+    if dice:
+        caption = "Number of test images by their Dice. The line is the median."
+        parts.append(Drawing("images", caption, partial(_draw_images, dice=dice), (4.6, 2.3)))
     if test.metrics:
-        parts.append(f"Test, scored at the resolution {test.resolution or MISSING}.")
-        # The table of all splits has these means already.
-        means = {"dice": test.dice, "iou": test.iou, "accuracy": test.accuracy}
-        further = any(means.get(metric) != value for metric, value in test.metrics.items())
-        parts += [metric_table(test)] if further or test.groups else []
-    return parts
+        parts.append(f"Test, scored at the resolution {test.resolution}.")
+    # The table of all splits has these means already.
+    means = {"dice": test.dice, "iou": test.iou, "accuracy": test.accuracy}
+    further = any(means.get(metric) != value for metric, value in test.metrics.items())
+    return [*parts, metric_table(test)] if further or test.groups else parts
 
 
 def _draw_images(axes: Axes, dice: list[float]) -> None:
@@ -170,11 +162,11 @@ def metric_table(scores: SplitScores) -> Table:
 
     A metric is a row. A metric of classes has one row a class.
     """
-    metrics, groups = scores.metrics or {}, scores.groups or {}
+    groups = scores.groups
     head = ["Metric", "All", *(f"{name} ({group.images})" for name, group in groups.items())]
-    columns = [metrics, *(group.metrics for group in groups.values())]
+    columns = [scores.metrics, *(group.metrics for group in groups.values())]
     rows = []
-    for name, value in metrics.items():
+    for name, value in scores.metrics.items():
         label = METRICS[name].label if name in METRICS else name
         for part in value if isinstance(value, dict) else [None]:
             values = [column[name] for column in columns]
@@ -186,10 +178,8 @@ def metric_table(scores: SplitScores) -> Table:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def _training(history: list[Epoch], kept: int | None) -> list[Part]:
+def _training(history: list[Epoch], kept: int) -> list[Part]:
     """Curves of losses and scores, and a table of the epochs. ``kept`` is the epoch to mark."""
-    if not history:
-        return ["No epoch was finished, so there are no curves."]
     losses: Curves = {
         "training": (BLUE, [epoch.train_loss for epoch in history]),
         "validation": (ORANGE, [epoch.val_loss for epoch in history]),
@@ -232,7 +222,7 @@ def _epochs(history: list[Epoch]) -> Table:
     rows = []
     for epoch in history:
         scores = (epoch.train_loss, epoch.arch_loss, epoch.val_loss, epoch.val_dice, epoch.val_iou)
-        seconds = (epoch.seconds.weights, epoch.seconds.architecture, epoch.seconds.evaluation)
+        seconds = (epoch.seconds_weights, epoch.seconds_architecture, epoch.seconds_evaluation)
         row = [str(epoch.epoch), str(epoch.stage), *map(number, scores)]
         row += [number(epoch.learning_rate, ".2e"), number(epoch.entropy)]
         rows.append(row + [number(value, ".1f") for value in seconds])
@@ -244,7 +234,7 @@ def _epochs(history: list[Epoch]) -> Table:
 
 def _best_merge(result: RunResult) -> tuple[str, float | None]:
     """The way of merging with the highest test Dice; "" without one."""
-    merged = {m: s.dice for m, s in (result.test_merged or {}).items() if is_known(s.dice)}
+    merged = {m: s.dice for m, s in result.test_merged.items() if is_known(s.dice)}
     # exact leaves a convolution beside SAM's own layers
     plain = {mode: dice for mode, dice in merged.items() if mode != "exact"} or merged
     mode = max(plain, key=plain.__getitem__, default="")
@@ -266,10 +256,8 @@ def _commands(run: Path, result: RunResult) -> list[Part]:
     ]
 
 
-def _parameters(counts: ParameterCounts | None, target: str | Sequence[str] | None) -> list[Part]:
-    """A table of parameters by part of the model; nothing if they were not counted."""
-    if counts is None:
-        return []
+def _parameters(counts: ParameterCounts, target: str | Sequence[str] | None) -> list[Part]:
+    """A table of parameters by part of the model."""
     named = target if isinstance(target, str) else ", ".join(target or ())
     adapted = f" (target {named})" if named else ""
     parts = {
@@ -283,24 +271,20 @@ def _parameters(counts: ParameterCounts | None, target: str | Sequence[str] | No
     return [Table(["Part", "Parameters"], rows, total=True)]
 
 
-def _times(history: list[Epoch], total: float | None) -> list[Part]:
-    """A table of seconds by phase, and of the whole run; nothing if nothing was timed."""
-    if not history and not is_known(total):
-        return []
+def _times(history: list[Epoch], total: float) -> list[Part]:
+    """A table of seconds by phase, and of the whole run."""
     phases = {
-        "Weight steps": [epoch.seconds.weights for epoch in history],
-        "Architecture steps": [epoch.seconds.architecture for epoch in history],
-        "Evaluation": [epoch.seconds.evaluation for epoch in history],
+        "Weight steps": [epoch.seconds_weights for epoch in history],
+        "Architecture steps": [epoch.seconds_architecture for epoch in history],
+        "Evaluation": [epoch.seconds_evaluation for epoch in history],
     }
     rows, spent = [], 0.0
     for label, seconds in phases.items():
         # The mean is over the epochs that had such steps. Stage 1 has no architecture steps.
-        ran = [value for value in seconds if is_known(value) and value > 0]
+        ran = [value for value in seconds if value > 0]
         spent += sum(ran)
         mean = number(reduce_known(fmean, ran), ".2f")
         rows.append([label, f"{sum(ran):,.1f}", mean, str(len(ran))])
-    if is_known(total):
-        rows.append(["Everything else", f"{max(0.0, total - spent):,.1f}", "", ""])
-        rows.append(["Total", f"{total:,.1f}", "", ""])
-    head = ["", "Seconds", "Seconds per epoch", "Epochs"]
-    return [Table(head, rows, total=is_known(total))]
+    rows.append(["Everything else", f"{max(0.0, total - spent):,.1f}", "", ""])
+    rows.append(["Total", f"{total:,.1f}", "", ""])
+    return [Table(["", "Seconds", "Seconds per epoch", "Epochs"], rows, total=True)]

@@ -132,8 +132,8 @@ def _peak_memory(device: torch.device) -> int:
 
 def training_seconds(history: Sequence[Epoch], images: int) -> tuple[float, float]:
     """Seconds per training image and epoch: of the weight steps, and of those for alpha, too."""
-    weights = sum(epoch.seconds.weights for epoch in history)
-    architecture = sum(epoch.seconds.architecture for epoch in history)
+    weights = sum(epoch.seconds_weights for epoch in history)
+    architecture = sum(epoch.seconds_architecture for epoch in history)
     steps = images * len(history)
     return weights / steps, (weights + architecture) / steps
 

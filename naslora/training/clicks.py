@@ -93,7 +93,7 @@ def score_run(
         loss=float(losses.mean()),
         dice=float(dice[:, 0].mean()),
         iou=float(iou[:, 0].mean()),
-        metrics=_metrics(iou, dice, best) if metrics else None,
+        metrics=_metrics(iou, dice, best) if metrics else {},
         resolution=f"{dataset.image_size} x {dataset.image_size}, {len(iou)} objects",
         click_iou=iou[:, :-1].mean(0).tolist() if metrics else None,
         image_dice=[float(one.dice[:, 0].mean()) if len(one.dice) else None for one in scores],

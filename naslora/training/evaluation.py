@@ -98,7 +98,7 @@ def evaluate(
         if dataset.tiles is not None:
             side = dataset.tiles.size
             summary["resolution"] = f"of each mask, by tiles of {side} x {side}"
-        summary["groups"] = _groups(dataset, scores, class_names, metrics) or None
+        summary["groups"] = _groups(dataset, scores, class_names, metrics)
     return from_json(SplitScores, {"loss": sum(losses) / len(losses), **summary}, "scores")
 
 

@@ -1,6 +1,5 @@
 """What a training run shows while it runs: the progress bar, and an epoch's numbers."""
 
-import dataclasses
 import time
 
 import torch
@@ -70,14 +69,17 @@ def epoch_line(record: Epoch, epochs: int) -> str:
         f"epoch {record.epoch}/{epochs}  stage {record.stage}  "
         f"loss {record.train_loss:.3f}{searched}  val loss {record.val_loss:.3f}  "
         f"val Dice {dice}{entropy}{spatial}  rate {record.learning_rate:.1e}  "
-        f"{record.seconds.total:.1f} s"
+        f"{record.seconds:.1f} s"
     )
 
 
 def epoch_numbers(record: Epoch, mixture: Mixture | None) -> dict[str, float]:
     """An epoch's numbers by name, and the layers' mean mixture, for experiment trackers."""
-    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    numbers = {name: value for name, value in fields.items() if isinstance(value, float)}
+    numbers = {
+        name: value
+        for name, value in vars(record).items()
+        if isinstance(value, float) and not name.startswith("seconds_")
+    }
     if mixture is not None:
         mean = torch.tensor(mixture.softmax).mean(0).tolist()
         numbers |= {

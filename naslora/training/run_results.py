@@ -18,8 +18,10 @@ from naslora.errors import UserError
 from naslora.files import file_checksum
 from naslora.methods import METHODS, merge, merge_modes
 from naslora.records import write_record, write_rows
-from naslora.report.pictures import Merged, Panel, Prompted, View
+from naslora.report.page import Pictures
+from naslora.report.pictures import Merged, Panel
 from naslora.report.run_report import write_report
+from naslora.report.sections.clicks import draw_clicks
 from naslora.results import (
     HISTORY,
     METRICS_JSON,
@@ -44,7 +46,7 @@ from naslora.training.run_data import calibration
 from naslora.training.run_model import build_frozen_model
 from naslora.training.trainer import Trainer
 
-Panels = Sequence[Panel | Prompted]
+Panels = Sequence[Panel | Pictures]
 EXAMPLES = 6
 """Number of test images in the report."""
 SHOWN_CLICKS = (1, 3)
@@ -53,9 +55,7 @@ FEW_IMAGES = 5
 LEARNED = 0.05  # Dice of the test images; where it is lower, a note advises what to try
 
 
-def final_result(
-    trainer: Trainer, counts: ParameterCounts
-) -> tuple[RunResult, Sequence[Panel | Prompted]]:
+def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, Panels]:
     """Scores the kept epoch on the test split, and again after each way of merging.
 
     Args:
@@ -77,7 +77,7 @@ def final_result(
         with in_float32(trainer.accelerator):
             float32 = trainer.evaluate("test", metrics)
     untouched = None
-    prompted: list[Prompted] = []
+    prompted: list[Pictures] = []
     panels: dict[int, Panel] = {}
     if config.task == "promptable":
         sam = build_frozen_model(config).to(trainer.accelerator.device)
@@ -105,7 +105,7 @@ def final_result(
             annealed = trainer.evaluate("val")
         merges[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
         unmerge(trainer.model)
-    training = sum(epoch.seconds.total for epoch in trainer.history)
+    training = sum(epoch.seconds for epoch in trainer.history)
     result = RunResult(
         test=test,
         val=SplitScores(kept.val_loss, kept.val_dice, kept.val_iou, kept.val_accuracy),
@@ -115,8 +115,8 @@ def final_result(
         parameters=counts,
         images={split: len(data) for split, data in trainer.data.items()},
         test_float32=float32,
-        test_merged=merged if modes else None,
-        merge=merges if modes else None,
+        test_merged=merged,
+        merge=merges,
         annealed=annealed,
         seconds=training + time.perf_counter() - started,
         weights=config.model.checkpoint,
@@ -155,12 +155,12 @@ def _notes(trainer: Trainer, test: SplitScores) -> list[str]:
 
 def tracked_scores(result: RunResult) -> dict[str, float]:
     """The known test scores by name, for experiment trackers."""
-    merged = {f"test_{mode}": scores for mode, scores in (result.test_merged or {}).items()}
+    merged = {f"test_{mode}": scores for mode, scores in result.test_merged.items()}
     return {
         f"{split}_{name}": value
         for split, scores in {"test": result.test, **merged}.items()
         for name in ("dice", "iou", "accuracy")
-        if scores is not None and (value := getattr(scores, name)) is not None
+        if (value := getattr(scores, name)) is not None
     }
 
 
@@ -172,7 +172,7 @@ def write_results(trainer: Trainer, result: RunResult, panels: Panels, output: P
         write_record(output / OPERATIONS_JSON, operations)
     # The Dice of each image, before and after each way of merging.
     scores = {"dice": result.test, "dice_float32": result.test_float32}
-    scores |= {f"dice_{mode}": merged for mode, merged in (result.test_merged or {}).items()}
+    scores |= {f"dice_{mode}": merged for mode, merged in result.test_merged.items()}
     dice = {title: own.image_dice for title, own in scores.items() if own and own.image_dice}
     rows = [
         {"image": name, **{title: values[index] for title, values in dice.items()}}
@@ -229,18 +229,17 @@ def _predict(trainer: Trainer, index: int) -> np.ndarray:
 
 def _prompted(
     trainer: Trainer, models: Mapping[str, AnySam], scores: SplitScores
-) -> list[Prompted]:
+) -> list[Pictures]:
     """The worst and the best test images with the masks of some clicks, by each of the models."""
-    data, panels = trainer.data["test"], []
+    data, found = trainer.data["test"], []
     if not trainer.accelerator.is_main_process:
         return []
     for index in choose(scores.image_dice or [], EXAMPLES):
         item = data[index]
-        objects = objects_of(item["mask"][None].to(trainer.accelerator.device))
         image = item["image"][None]
-        numbers = torch.arange(1, len(objects.owners) + 1, device=objects.owners.device)
-        truth = (objects.masks * numbers[:, None, None]).amax(0)
-        views = [View("Truth", truth.cpu().numpy(), [])]
+        pixels = (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()
+        objects = objects_of(item["mask"][None].to(trainer.accelerator.device))
+        pictures = [("Truth", draw_clicks(pixels, _numbers(objects.masks), []))]
         turns = {
             name: list(play(model, image, objects, trainer.accelerator, max(SHOWN_CLICKS)))
             for name, model in models.items()
@@ -248,7 +247,6 @@ def _prompted(
         }
         for clicks, (name, played) in itertools.product(SHOWN_CLICKS, turns.items()):
             turn = played[clicks - 1]
-            found = ((turn.logits > 0) * numbers[:, None, None]).amax(0)
             points, labels = turn.prompts.points.flatten(0, 1), turn.prompts.labels.flatten()
             dots = [
                 (x, y, label == POSITIVE)
@@ -256,10 +254,15 @@ def _prompted(
                 if label != PADDING
             ]
             title = f"{clicks} click{'s' if clicks > 1 else ''}, {name}"
-            views.append(View(title, found.cpu().numpy(), dots))
-        pixels = (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()
-        panels.append(Prompted(item["name"], pixels, views))
-    return panels
+            pictures.append((title, draw_clicks(pixels, _numbers(turn.logits > 0), dots)))
+        found.append(Pictures(item["name"], item["name"], pictures))
+    return found
+
+
+def _numbers(masks: torch.Tensor) -> np.ndarray:
+    """(H, W) numbers 1, 2, ... of the objects with the (N, H, W) masks; of several the last."""
+    numbers = torch.arange(1, len(masks) + 1, device=masks.device)
+    return (masks * numbers[:, None, None]).amax(0).cpu().numpy()
 
 
 def choose(dice: Sequence[float | None], count: int) -> list[int]:

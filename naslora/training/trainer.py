@@ -38,7 +38,6 @@ from naslora.results import (
     Epoch,
     Mixture,
     OperationHistory,
-    PhaseSeconds,
     SplitScores,
     kept_epoch,
 )
@@ -251,11 +250,9 @@ class Trainer:
             val_accuracy=scores.accuracy,
             learning_rate=config.learning_rate * self.weights.factor(epoch / config.epochs),
             entropy=sum(entropies) / len(entropies) if entropies else None,
-            seconds=PhaseSeconds(
-                weights=weights_done - started,
-                architecture=arch_done - weights_done,
-                evaluation=time.perf_counter() - arch_done,
-            ),
+            seconds_weights=weights_done - started,
+            seconds_architecture=arch_done - weights_done,
+            seconds_evaluation=time.perf_counter() - arch_done,
         )
 
     def _optimise(

@@ -1,5 +1,6 @@
-"""Sections of a promptable run: scores by clicks, beside the untouched model, and pictures."""
+"""Scores of a promptable run by clicks, beside the untouched model, and pictures of the clicks."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -8,13 +9,14 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
 from naslora.report.figures import BLUE, ORANGE, Drawing
-from naslora.report.page import Part, Pictures
-from naslora.report.pictures import PICTURE_SIDE, Prompted, View, paint
+from naslora.report.page import Part
+from naslora.report.pictures import PICTURE_SIDE, paint
 from naslora.report.tables import Table, number
-from naslora.results import RunResult, SplitScores
+from naslora.results import RunResult
 
 DOT = 3
 """Radius of a click in pixels."""
+CLICKS_NOTE = "Each object has a colour. White dots are clicks on it, black ones are off it."
 
 
 def scores_parts(result: RunResult) -> list[Part]:
@@ -22,17 +24,16 @@ def scores_parts(result: RunResult) -> list[Part]:
     named = {"Untouched": result.untouched, "Fine-tuned": result.test}
     named["Fine-tuned, weights of the last step"] = result.test_last
     named["Fine-tuned, in float32"] = result.test_float32
-    named |= {f"Merged ({mode})": scores for mode, scores in (result.test_merged or {}).items()}
-    known = {name: scores.metrics for name, scores in named.items() if scores and scores.metrics}
+    named |= {f"Merged ({mode})": scores for mode, scores in result.test_merged.items()}
+    known = {name: scores.metrics for name, scores in named.items() if scores}
     rows = []
-    for title in known.get("Fine-tuned", {}):
+    for title in result.test.metrics:
         values = [metrics[title] for metrics in known.values()]
         rows.append([title, *(number(v) for v in values if not isinstance(v, dict))])
-    test = result.test or SplitScores()
     return [
-        f"Means over the objects of the test images, at {test.resolution}. The first click is the "
-        "centre of the object, each further one the centre of the largest error. NoC is the number "
-        "of clicks until the IoU is reached, at most 8.",
+        f"Means over the objects of the test images, at {result.test.resolution}. The first click "
+        "is the centre of the object, each further one the centre of the largest error. NoC is the "
+        "number of clicks until the IoU is reached, at most 8.",
         Table(["", *known], rows),
         Drawing("clicks", "Mean IoU by clicks.", partial(_draw_clicks, result=result), (4.6, 2.8)),
     ]
@@ -52,24 +53,25 @@ def _draw_clicks(axes: Axes, result: RunResult) -> None:
     axes.legend()
 
 
-def prompted_parts(panels: list[Prompted]) -> list[Part]:
-    """The masks of test images from their clicks, before training and after it."""
-    note = "Each object has a colour. White dots are clicks on it, black ones are off it."
-    pictures = []
-    for panel in panels:
-        shown = [(view.title, _drawn(panel, view)) for view in panel.views]
-        pictures.append(Pictures(panel.name, panel.name, shown))
-    return [note, *pictures] if pictures else []
+def draw_clicks(
+    image: np.ndarray, objects: np.ndarray, clicks: Iterable[tuple[float, float, bool]]
+) -> np.ndarray:
+    """Paints objects and clicks over an image.
 
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        objects: (H, W) int: the number of the object at each pixel, 0 for none.
+        clicks: x, y, and whether the click is on the object.
 
-def _drawn(panel: Prompted, view: View) -> np.ndarray:
-    """(H, W, 3) uint8: the image with masks and clicks, at most ``PICTURE_SIDE`` a side."""
-    names = ["background", *(f"object {k}" for k in range(1, int(view.objects.max()) + 1))]
-    picture = Image.fromarray(paint(panel.image, view.objects, names))
-    scale = PICTURE_SIDE / max(picture.size)
+    Returns:
+        (H, W, 3) uint8 RGB, at most ``PICTURE_SIDE`` a side.
+    """
+    names = ["background", *(f"object {k}" for k in range(1, int(objects.max()) + 1))]
+    picture = Image.fromarray(paint(image, objects, names))
+    scale = min(1, PICTURE_SIDE / max(picture.size))
     picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     pen = ImageDraw.Draw(picture)
-    for x, y, on in view.clicks:
+    for x, y, on in clicks:
         colours = ("white", "black") if on else ("black", "white")
-        pen.circle((x * min(scale, 1), y * min(scale, 1)), DOT, fill=colours[0], outline=colours[1])
+        pen.circle((x * scale, y * scale), DOT, fill=colours[0], outline=colours[1])
     return np.asarray(picture)

@@ -18,26 +18,27 @@ from naslora.report.pictures import (
     paint_errors,
     unknown,
 )
-from naslora.report.tables import is_known, number
+from naslora.report.tables import number
 
 
-def examples_parts(panels: list[Panel], class_names: list[str], images: int | None) -> list[Part]:
+def examples_parts(panels: list[Panel], class_names: list[str], images: int) -> list[Part]:
     """The panels below a legend of the classes and errors; nothing without panels.
 
     Args:
         panels: examples, the worst first.
         class_names: names of the labels 0, 1, ...
-        images: number of test images; None if unknown.
+        images: number of test images.
     """
     if not panels:
         return []
     labels = [label for panel in panels for label in (panel.truth, panel.prediction)]
-    unnamed = any(unknown(label, class_names).any() for label in labels if label is not None)
+    unnamed = any(unknown(label, class_names).any() for label in labels)
     legend = [(name, class_colour(index)) for index, name in enumerate(class_names) if index > 0]
-    parts: list[Part] = [Legend(legend + [("ignored or unknown", UNKNOWN_COLOUR)] * unnamed)]
-    if any(panel.truth is not None for panel in panels):
-        kinds = list(ERRORS.items())[: 3 if len(class_names) > 2 else 2]
-        parts.append(Legend([(f"error: {name}", colour) for name, colour in kinds]))
+    kinds = list(ERRORS.items())[: 3 if len(class_names) > 2 else 2]
+    parts: list[Part] = [
+        Legend(legend + [("ignored or unknown", UNKNOWN_COLOUR)] * unnamed),
+        Legend([(f"error: {name}", colour) for name, colour in kinds]),
+    ]
     return parts + [_panel(_shrink(panel), class_names, images) for panel in panels]
 
 
@@ -54,7 +55,7 @@ def _shrink(panel: Panel) -> Panel:
     return replace(
         panel,
         image=np.asarray(Image.fromarray(panel.image).resize(size, Image.Resampling.LANCZOS)),
-        truth=None if panel.truth is None else resize(panel.truth),
+        truth=resize(panel.truth),
         prediction=resize(panel.prediction),
         merged={
             mode: Merged(resize(merged.prediction), merged.dice)
@@ -63,18 +64,18 @@ def _shrink(panel: Panel) -> Panel:
     )
 
 
-def _panel(panel: Panel, class_names: list[str], images: int | None) -> Pictures:
+def _panel(panel: Panel, class_names: list[str], images: int) -> Pictures:
     image, truth, prediction = panel.image, panel.truth, panel.prediction
-    pictures = [("Image", image)]
-    if truth is not None:
-        pictures.append(("Truth", paint(image, truth, class_names)))
-    pictures.append(("Prediction", paint(image, prediction, class_names)))
-    if truth is not None:
-        # What is to be ignored is no error.
-        known = np.where(unknown(truth, class_names), prediction, truth)
-        pictures.append(("Errors", paint_errors(image, known, prediction)))
-    dice = f"Dice {number(panel.dice)}" if is_known(panel.dice) else "no Dice"
-    rank = "" if panel.rank is None or images is None else f" · rank {panel.rank} of {images}"
+    # What is to be ignored is no error.
+    known = np.where(unknown(truth, class_names), prediction, truth)
+    pictures = [
+        ("Image", image),
+        ("Truth", paint(image, truth, class_names)),
+        ("Prediction", paint(image, prediction, class_names)),
+        ("Errors", paint_errors(image, known, prediction)),
+    ]
+    dice = "no Dice" if panel.dice is None else f"Dice {number(panel.dice)}"
+    rank = "" if panel.rank is None else f" · rank {panel.rank} of {images}"
     return Pictures(panel.name, f"{panel.name} · {dice}{rank}", pictures)
 
 

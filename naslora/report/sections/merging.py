@@ -12,8 +12,8 @@ from naslora.report.page import Part
 from naslora.report.pictures import Panel
 from naslora.report.sections.examples import merged_parts
 from naslora.report.sections.operations import short_names
-from naslora.report.tables import MISSING, Table, is_known, number, reduce_known
-from naslora.results import Epoch, Keep, MergeResult, RunResult, SplitScores, kept_epoch
+from naslora.report.tables import MISSING, Table, number, reduce_known
+from naslora.results import Epoch, Keep, RunResult, SplitScores, kept_epoch
 
 ROUNDING = 1e-4  # a smaller relative error is rounding, and no bar of it would be visible
 MOST_NAMES = 32  # of layers, on an axis
@@ -36,23 +36,18 @@ def merging_parts(
         panels: test images with their predictions by way of merging.
         class_names: names of the labels 0, 1, ...
     """
-    merged, merges = result.test_merged or {}, result.merge or {}
-    modes = list(dict.fromkeys((*merged, *merges)))
-    if not modes:
+    if not result.merge:
         return []
-    scored = result.test_float32 or result.test
-    before = scored.dice if scored else None
+    before = (result.test_float32 or result.test).dice
     rows: list[list[str]] = []
     notes: list[Part] = []
     drawings: list[Part] = []
-    for mode in modes:
-        merge = merges.get(mode, MergeResult())
+    for mode, merge in result.merge.items():
         notes += [f"{mode}: {text}." for text in (merge.refused, merge.warning) if text]
         if merge.refused:
             continue
-        layers = merge.layers or []
-        after = merged[mode].dice if mode in merged else None
-        difference = after - before if is_known(before) and is_known(after) else None
+        layers, after = merge.layers, result.test_merged[mode].dice
+        difference = None if before is None or after is None else after - before
         update = [layer.update_error for layer in layers]
         output = [layer.output_error for layer in layers]
         held_out = [layer.held_out_error for layer in layers]
@@ -72,7 +67,7 @@ def merging_parts(
     head += ["Update error on held-out tokens, mean", "Measured on"]
     annealing = [_annealing_table(result.annealed, history, keep)] if result.annealed else []
     pictures = merged_parts(panels, class_names)
-    if result.test and result.test_float32:
+    if result.test_float32:
         notes.append(
             "Test Dice is compared in float32, before and after merging. In the precision of the "
             f"training, the model before merging has {number(result.test.dice)}."

@@ -42,8 +42,6 @@ def operations_parts(operations: OperationHistory | None, history: list[Epoch]) 
     if operations is None:
         return []
     names, layers = operations.operations, operations.layers
-    if not operations.epochs or not layers:
-        return ["No state of the architecture was recorded."]
     path = np.array([state.softmax for state in operations.epochs])  # (epochs, layers, operations)
     steps = np.array([state.epoch for state in operations.epochs])
     last = int(steps[-1])
