@@ -207,43 +207,18 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What a run of a study cost, which had a process of its own."""
-
-    weight_seconds: float
-    """Seconds of the weight steps of an epoch, per training image."""
-    training_seconds: float
-    """Seconds of all steps of an epoch, those for alpha included, per training image."""
-    peak_memory: int
-    """In bytes."""
-    inference_seconds: dict[str, float]
-    """Seconds of one image, by model: ``unmerged``, and each way of merging."""
-    threads: int
-    """Threads of PyTorch while the run trained."""
-    processors: int | None
-    """Processors of the machine; None if unknown."""
-    device: str
-    load: float
-    """Load average of the machine over the last minute of training."""
-
-
-@dataclass(frozen=True)
 class RunNumbers:
-    """What a study measures of one run."""
+    """What a study measures of one run: numbers.json."""
 
-    parameters: int
-    """All parameters of the model."""
-    trainable_parameters: int
-    scores: dict[str, float | None]
-    """On the test split, by the names of ``naslora.metrics.METRICS``; without those of classes."""
-    merged_dice: dict[str, float | None]
-    """Test Dice after each way of merging."""
-    entropy: float | None
-    """Entropy of softmax(alpha) after the last epoch, in nats; None without alpha."""
-    image_dice: list[float | None] | None = field(default=None, metadata=OPTIONAL)
+    numbers: dict[str, int | float | None]
+    """By the columns of a study's table.csv. Times and memory are among them if the run had a
+    process of its own."""
+    image_dice: list[float | None] = field(default_factory=list, metadata=OPTIONAL)
     """Dice of each test image, as in ``SplitScores``."""
-    costs: Costs | None = field(default=None, metadata=OPTIONAL)
-    """None in a study that does not measure them."""
+    machine: str | None = field(default=None, metadata=OPTIONAL)
+    """Where times were taken, in words."""
+    load: float = 0.0
+    """Load average of the machine over the last minute of training."""
 
 
 # ---- Reading -------------------------------------------------------------------------------------

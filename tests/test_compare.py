@@ -19,7 +19,7 @@ from run_configs import run_config
 from naslora.errors import UserError
 from naslora.methods import METHODS
 from naslora.report.page import write_page
-from naslora.results import Costs, Epoch, RunNumbers
+from naslora.results import Epoch, RunNumbers
 from naslora.study import compare, tables
 from naslora.study.design import Design, parse_grid, with_values
 from naslora.study.differences import over_images
@@ -118,7 +118,7 @@ def test_every_run_is_one_of_train(finished, naslora):
         config = json.loads((output / f"runs/{name}/4/config.json").read_text())
         assert config["method"] == name and config["seed"] == 4
         scores = json.loads(naslora("evaluate", output / f"runs/{name}/4").out)
-        assert measured(output)[name, 4]["scores"]["dice"] == pytest.approx(
+        assert measured(output)[name, 4]["numbers"]["dice"] == pytest.approx(
             scores["dice"], nan_ok=True
         )
 
@@ -138,7 +138,7 @@ def test_tables_of_a_comparison(finished):
     report = (output / "report.html").read_text()
     assert "VPT (refused)" in report and report.count("<svg") == 2
     (difference,) = csv.DictReader((output / "differences.csv").open())
-    dice = {key: numbers["scores"]["dice"] for key, numbers in measured(output).items()}
+    dice = {key: numbers["numbers"]["dice"] for key, numbers in measured(output).items()}
     gains = [dice["nas-pc-lora", seed] - dice["lora", seed] for seed in (3, 4)]
     assert difference["title"] == "NAS-PC-LoRA"
     assert float(difference["mean"]) == pytest.approx(statistics.mean(gains), abs=1e-12)
@@ -230,24 +230,12 @@ def quick(monkeypatch, tmp_path, data):
 
 
 def numbers(dice, **changed):
-    costs = Costs(
-        weight_seconds=0.5,
-        training_seconds=0.75,
-        peak_memory=10**9,
-        inference_seconds={"unmerged": 0.2, "exact": 0.1},
-        threads=1,
-        processors=2,
-        device="cpu",
-        load=1.0,
-    )
-    return RunNumbers(
-        parameters=1000,
-        trainable_parameters=250,
-        scores={"dice": dice, "iou": dice and dice / 2, "accuracy": 0.9},
-        merged_dice={"exact": dice},
-        entropy=None,
-        costs=replace(costs, **changed),
-    )
+    scores = {"dice": dice, "iou": dice and dice / 2, "accuracy": 0.9, "dice_exact": dice}
+    costs = {"weight_seconds": 0.5, "training_seconds": 0.75, "peak_memory": 10**9}
+    costs |= {"inference_unmerged": 0.2, "inference_exact": 0.1}
+    parameters = {"trainable_parameters": 250, "share_of_parameters": 0.25, "entropy": None}
+    machine = "1 threads each, on 2 processors (cpu)"
+    return RunNumbers({**parameters, **scores, **costs, **changed}, machine=machine, load=1.0)
 
 
 def a_row(*runs, name="lora"):
@@ -493,7 +481,8 @@ def test_training_seconds():
         Epoch(1, 2, 1.0, 1.0, 1.0, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, 4.0, 3.0, 1.0),
     ]
     # 6 s of weight steps and 3 s of alpha's over two epochs of 10 images.
-    assert training_seconds(history, 10) == pytest.approx((0.3, 0.45))
+    seconds = training_seconds(history, 10)
+    assert seconds == pytest.approx({"weight_seconds": 0.3, "training_seconds": 0.45})
 
 
 def test_a_process_of_its_own():

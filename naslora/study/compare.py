@@ -36,7 +36,7 @@ from naslora.study.protocol import (
     write_protocol,
 )
 from naslora.study.rows import BASE, ablation_rows, method_rows
-from naslora.study.tables import missing_runs, reason, write_tables
+from naslora.study.tables import reason, write_tables
 from naslora.training.resolve import resolve
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
@@ -193,26 +193,24 @@ def run_study(study: Study) -> None:
         if (run.folder / NUMBERS).is_file()
     }
     pending = [run for run in runs if not run.finished]
-    if not pending:
-        write_tables(study, outcomes)
+    missing = {} if pending else write_tables(study, outcomes)
     started = time.perf_counter()
     for done, run in enumerate(pending, 1):
         say(study.command, f"run {done} of {len(pending)}: {_describe(study, run)}")
         outcome = outcomes[run.folder] = _run(study, run, outcomes)
-        write_tables(study, outcomes)
+        missing = write_tables(study, outcomes)
         left = (time.perf_counter() - started) / done * (len(pending) - done)
         if isinstance(outcome, RunNumbers):
-            found = f"test Dice {number(outcome.scores['dice'])}"
+            found = f"test Dice {number(outcome.numbers['dice'])}"
         else:
             found = f"failed: {reason(outcome)}"
         say(study.command, f"{found}; runs left: {len(pending) - done}, about {left / 60:.0f} min")
-    missing = missing_runs(study, outcomes)
-    if missing:
-        reasons = {row: reason for (row, _), reason in missing.items()}
-        listed = "; ".join(f"{row}: {reason}" for row, reason in reasons.items())
+    reasons = {row: [*own.values()] for row, own in missing.items() if own}
+    if reasons:
+        listed = "; ".join(f"{row}: {own[-1]}" for row, own in reasons.items())
         raise UserError(
-            f"{len(missing)} of {len(study.rows) * len(study.seeds)} runs have no result "
-            f"({listed}); the others are in {study.tables / REPORT}"
+            f"{sum(map(len, reasons.values()))} of {len(study.rows) * len(study.seeds)} runs have "
+            f"no result ({listed}); the others are in {study.tables / REPORT}"
         )
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,8 +32,7 @@ ImageScores = Mapping[int, Sequence[float | None]]
 """The score of each test image, by seed; None where it is undefined."""
 
 
-@dataclass(frozen=True)
-class OverImages:
+class OverImages(NamedTuple):
     """How sure a difference is for images like the tested ones."""
 
     low: float
@@ -63,6 +63,12 @@ class PairedDifference:
     """Upper end of the interval."""
     images: OverImages | None
     """None if the Dice of the images is not known."""
+
+    def row(self) -> dict[str, Any]:
+        """The row of differences.csv."""
+        images = self.images._asdict() if self.images else {}
+        own = {name: value for name, value in vars(self).items() if name != "images"}
+        return own | {f"images_{name}": value for name, value in images.items()}
 
 
 def paired_difference(
@@ -171,24 +177,23 @@ def differences_from(
         margin: as for ``over_images``.
         groups: as for ``over_images``.
     """
-    dice = {
-        name: {s: run.scores["dice"] for s, run in own.items() if run.scores["dice"] is not None}
-        for name, own in runs.items()
-    }
-    images = {
-        name: {seed: runs[name][seed].image_dice or [] for seed in own}
-        for name, own in dice.items()
-    }
-    return [
-        paired_difference(
-            titles[name],
-            own,
-            dice[reference],
-            over_images(images[name], images[reference], margin, groups),
-        )
-        for name, own in dice.items()
-        if name != reference and own and dice.get(reference)
-    ]
+
+    def scores(name: str) -> tuple[dict[int, float], ImageScores]:
+        dice = {
+            seed: dice
+            for seed, run in runs[name].items()
+            if (dice := run.numbers["dice"]) is not None
+        }
+        return dice, {seed: runs[name][seed].image_dice for seed in dice}
+
+    other, other_images = scores(reference)
+    found = []
+    for name in runs:
+        dice, images = scores(name)
+        if name != reference and dice and other:
+            interval = over_images(images, other_images, margin, groups)
+            found.append(paired_difference(titles[name], dice, other, interval))
+    return found
 
 
 def differences_table(

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from naslora.data.images import Sample
 from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
 from naslora.records import read_rows
-from naslora.results import HISTORY, Costs, Epoch, RunNumbers
+from naslora.results import HISTORY, Epoch, RunNumbers
 from naslora.study.rows import Row
 from naslora.study.summary import UNMERGED
 from naslora.trained import load_model
@@ -70,39 +70,28 @@ def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbe
     """
     result = train(config, directory, resume=True)
     history = read_rows(directory / HISTORY, Epoch)
-    assert result.parameters is not None and result.test is not None  # of a finished run
-    test, merged = result.test, result.test_merged or {}
-    scores: dict[str, Any] = {"dice": test.dice, "iou": test.iou, "accuracy": test.accuracy}
-    scores |= test.metrics or {}
-    return RunNumbers(
-        parameters=result.parameters.total,
-        trainable_parameters=result.parameters.trainable,
-        scores={name: value for name, value in scores.items() if not isinstance(value, dict)},
-        merged_dice={mode: own.dice for mode, own in merged.items()},
-        entropy=history[-1].entropy,
-        image_dice=test.image_dice,
-        costs=_costs(config, directory, result.images or {}, history) if costs else None,
-    )
-
-
-def _costs(
-    config: RunConfig, directory: Path, images: Mapping[str, int], history: Sequence[Epoch]
-) -> Costs:
-    load = os.getloadavg()[0]
-    device = make_accelerator(config.training).device
+    test, counts = result.test, result.parameters
+    scores = {"dice": test.dice, "iou": test.iou, "accuracy": test.accuracy, **test.metrics}
+    numbers: dict[str, int | float | None] = {
+        "trainable_parameters": counts.trainable,
+        "share_of_parameters": counts.trainable / counts.total,
+        **{name: value for name, value in scores.items() if not isinstance(value, dict)},
+        "entropy": history[-1].entropy,
+        **{f"dice_{mode}": own.dice for mode, own in result.test_merged.items()},
+    }
+    if not costs:
+        return RunNumbers(numbers, test.image_dice or [])
+    load, device = os.getloadavg()[0], make_accelerator(config.training).device
     memory = _peak_memory(device)  # before the copies below
     # The weight steps of an epoch take as many images.
-    weights, everything = training_seconds(history, images["train"] + images.get("arch", 0))
-    return Costs(
-        weight_seconds=weights,
-        training_seconds=everything,
-        peak_memory=memory,
-        inference_seconds=_inference_seconds(_models(config, directory, device), config),
-        threads=torch.get_num_threads(),
-        processors=os.cpu_count(),
-        device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        load=load,
-    )
+    images = result.images["train"] + result.images.get("arch", 0)
+    numbers |= training_seconds(history, images) | {"peak_memory": memory}
+    seconds = _inference_seconds(_models(config, directory, device), config)
+    numbers |= {f"inference_{name}": value for name, value in seconds.items()}
+    where = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
+    threads, processors = torch.get_num_threads(), os.cpu_count()
+    machine = f"{threads} threads each, on {processors} processors ({where})"
+    return RunNumbers(numbers, test.image_dice or [], machine, load)
 
 
 def _models(config: RunConfig, directory: Path, device: torch.device) -> dict[str, nn.Module]:
@@ -130,12 +119,12 @@ def _peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
-def training_seconds(history: Sequence[Epoch], images: int) -> tuple[float, float]:
+def training_seconds(history: Sequence[Epoch], images: int) -> dict[str, float]:
     """Seconds per training image and epoch: of the weight steps, and of those for alpha, too."""
-    weights = sum(epoch.seconds_weights for epoch in history)
-    architecture = sum(epoch.seconds_architecture for epoch in history)
     steps = images * len(history)
-    return weights / steps, (weights + architecture) / steps
+    weights = sum(epoch.seconds_weights for epoch in history)
+    both = weights + sum(epoch.seconds_architecture for epoch in history)
+    return {"weight_seconds": weights / steps, "training_seconds": both / steps}
 
 
 @torch.no_grad()

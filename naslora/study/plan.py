@@ -166,7 +166,7 @@ class Study:
                 if not isinstance(error, UserError):
                     text = f"{type(error).__name__}: {error}"
                     raise UserError(f"the trial {values_text(values)} has no result: {text}")
-            dice = None if errors else pooled(found).scores["dice"]
+            dice = None if errors else pooled(found).numbers["dice"]
             trials.append(Trial({**values}, dice, "; ".join(map(str, errors)) or None))
         scored = [place for place, trial in enumerate(trials) if trial.dice is not None]
         if not scored:

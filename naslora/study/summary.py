@@ -5,20 +5,18 @@ reason, and, once a run is finished, of its numbers in parameters, shares, secon
 score has a mean over the seeds, NAME, and a standard deviation, NAME_spread.
 """
 
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from naslora.adapter.merging.report import MODES
 from naslora.metrics import METRICS
 from naslora.report.tables import Table, number
-from naslora.results import CLICK_SCORES, Costs, RunNumbers
+from naslora.results import CLICK_SCORES, RunNumbers
 
 UNMERGED = "unmerged"
 
-# ---- Rows ----------------------------------------------------------------------------------------
+# ---- Numbers -------------------------------------------------------------------------------------
 
 
 class MeanAndSpread(NamedTuple):
@@ -45,79 +43,18 @@ def mean_text(value: MeanAndSpread, form: str = ".3f") -> str:
     return number(value.mean, form) + ("" if value.spread is None else f" ± {value.spread:.3f}")
 
 
-def row_numbers(runs: Sequence[RunNumbers]) -> dict[str, Any]:
-    """The numbers of a row's runs, by column of table.csv; none without a run."""
-    if not runs:
-        return {}
-    first = runs[0]
-    found: dict[str, Any] = {
-        "trainable_parameters": first.trainable_parameters,
-        "share_of_parameters": first.trainable_parameters / first.parameters,
-    }
-    scores = {name: [run.scores[name] for run in runs] for name in first.scores}
-    scores["entropy"] = [run.entropy for run in runs]
-    for mode in first.merged_dice:
-        scores[f"dice_{mode}"] = [run.merged_dice.get(mode) for run in runs]
-    for name, values in scores.items():
-        found[name], found[f"{name}_spread"] = mean_and_spread(values)
-    costs = [run.costs for run in runs if run.costs is not None]
-    if costs:
-        over = pooled_costs(costs)
-        found |= {name: getattr(over, name) for name in ("weight_seconds", "training_seconds")}
-        found["peak_memory"] = over.peak_memory
-        found |= {f"inference_{mode}": value for mode, value in over.inference_seconds.items()}
-    return found
-
-
-def pooled(parts: Sequence[RunNumbers]) -> RunNumbers:
-    """The numbers of one row and seed over its folds: means, weighted by the folds' test images."""
-    if len(parts) == 1:
-        return parts[0]
-    images = [part.image_dice or [None] for part in parts]
-    weights = [max(1, sum(dice is not None for dice in own)) for own in images]
-
-    def mean(values: Iterable[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known, weights) if len(known) == len(weights) else None
-
-    first, costs = parts[0], [part.costs for part in parts if part.costs is not None]
-    return replace(
-        first,
-        trainable_parameters=round(statistics.fmean(part.trainable_parameters for part in parts)),
-        scores={name: mean(part.scores.get(name) for part in parts) for name in first.scores},
-        merged_dice={
-            mode: mean(part.merged_dice.get(mode) for part in parts) for mode in first.merged_dice
-        },
-        entropy=mean(part.entropy for part in parts),
-        image_dice=[dice for own in images for dice in own],
-        costs=pooled_costs(costs) if costs else None,
-    )
-
-
-def pooled_costs(costs: Sequence[Costs]) -> Costs:
-    """Medians of the seconds, and the largest memory and load."""
-    return replace(
-        costs[0],
-        weight_seconds=statistics.median(own.weight_seconds for own in costs),
-        training_seconds=statistics.median(own.training_seconds for own in costs),
-        peak_memory=max(own.peak_memory for own in costs),
-        inference_seconds={
-            mode: statistics.median(own.inference_seconds.get(mode, math.nan) for own in costs)
-            for mode in costs[0].inference_seconds
-        },
-        load=max(own.load for own in costs),
-    )
-
-
-# ---- Tables --------------------------------------------------------------------------------------
+def _rounded_mean(values: Sequence[float]) -> int:
+    return round(statistics.fmean(values))
 
 
 class Column(NamedTuple):
-    """A column of a table to read."""
+    """A number of a run, and how tables show it."""
 
     title: str
     form: str = ".3f"
     scale: float = 1
+    over: Callable[[Sequence[float]], float] | None = None
+    """Makes one number of those of several runs; None for a score, which is averaged."""
 
     def cell(self, row: Mapping[str, Any], name: str) -> str:
         """The number, or the text, of the column ``name`` of table.csv; ``MISSING`` without."""
@@ -129,18 +66,53 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    "trainable_parameters": Column("Trainable, M", scale=1e-6),
-    "share_of_parameters": Column("Of all, %", ".2f", 100),
+    "trainable_parameters": Column("Trainable, M", scale=1e-6, over=_rounded_mean),
+    "share_of_parameters": Column("Of all, %", ".2f", 100, statistics.fmean),
     **{name: Column(METRICS[name].label) for name in ("dice", *METRICS)},
     **{name: Column(name) for name in CLICK_SCORES},
     "entropy": Column("Entropy of α"),
-    "weight_seconds": Column("Weight steps, s/image"),
-    "training_seconds": Column("Training, s/image"),
-    "peak_memory": Column("Peak memory, MB", ",.0f", 1e-6),
-    f"inference_{UNMERGED}": Column("Inference, s/image"),
-    **{f"inference_{mode}": Column(f"merged, {mode}") for mode in MODES},
+    "weight_seconds": Column("Weight steps, s/image", over=statistics.median),
+    "training_seconds": Column("Training, s/image", over=statistics.median),
+    "peak_memory": Column("Peak memory, MB", ",.0f", 1e-6, max),
+    f"inference_{UNMERGED}": Column("Inference, s/image", over=statistics.median),
+    **{f"inference_{mode}": Column(f"merged, {mode}", over=statistics.median) for mode in MODES},
 }
 MERGED = {"dice": Column("Dice"), **{f"dice_{mode}": Column(f"merged, {mode}") for mode in MODES}}
+_OVER = {name: column.over for name, column in {**MERGED, **COLUMNS}.items()}
+
+
+def row_numbers(runs: Sequence[RunNumbers]) -> dict[str, Any]:
+    """The numbers of a row's runs, by column of table.csv; none without a run."""
+    found: dict[str, Any] = {}
+    for name in runs[0].numbers if runs else ():
+        values = [run.numbers.get(name) for run in runs]
+        over = _OVER[name]
+        if over is None:
+            found[name], found[f"{name}_spread"] = mean_and_spread(values)
+        else:
+            found[name] = over([value for value in values if value is not None])
+    return found
+
+
+def pooled(parts: Sequence[RunNumbers]) -> RunNumbers:
+    """The numbers of one row and seed over its folds: means, weighted by the folds' test images."""
+    if len(parts) == 1:
+        return parts[0]
+    weights = [max(1, sum(dice is not None for dice in part.image_dice)) for part in parts]
+    numbers: dict[str, int | float | None] = {}
+    for name in parts[0].numbers:
+        known = [v for part in parts if (v := part.numbers.get(name)) is not None]
+        over = _OVER[name]
+        if over is not None:
+            numbers[name] = over(known)
+        else:
+            complete = len(known) == len(parts)
+            numbers[name] = statistics.fmean(known, weights) if complete else None
+    image_dice = [dice for part in parts for dice in part.image_dice]
+    return RunNumbers(numbers, image_dice, parts[0].machine, max(part.load for part in parts))
+
+
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 def number_table(
@@ -154,8 +126,9 @@ def number_table(
         first: title of the first column.
     """
     always = {"trainable_parameters", "share_of_parameters", "dice"}
-    shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
-    shown = [name for name in columns if name in always or name in shown]
+    shown = [
+        name for name in columns if name in always or any(row.get(name) is not None for row in rows)
+    ]
     table = []
     for row in rows:
         failed = f" ({row['missing']} failed)" if row["missing"] else ""
@@ -171,14 +144,13 @@ def notes_on(rows: Sequence[Mapping[str, Any]], runs: Sequence[RunNumbers]) -> l
         "Scores are means over the test images, then mean ± standard deviation over the seeds. "
         "Differences are taken seed by seed."
     ]
-    costs = [run.costs for run in runs if run.costs is not None]
-    if costs:
-        loads = [own.load for own in costs]
+    timed = [run for run in runs if run.machine]
+    if timed:
+        loads = [run.load for run in timed]
         notes.append(
             "Times are medians over the seeds, memory is the maximum. Training seconds are those "
             "of all steps of an epoch, steps for α included, per training image. Times were taken "
-            f"with one run at a time, {costs[0].threads} threads each, on {costs[0].processors} "
-            f"processors ({costs[0].device}) at a load average of {min(loads):.1f} to "
+            f"with one run at a time, {timed[0].machine} at a load average of {min(loads):.1f} to "
             f"{max(loads):.1f}. They compare only if little else ran beside the runs."
         )
     if any(run.image_dice for run in runs):

@@ -35,8 +35,8 @@ from naslora.study.summary import (
 
 Tunings = Mapping[tuple[str, str], Tuning]
 """By row and fold."""
-Missing = Mapping[tuple[str, int], str]
-"""By row and seed, why it has no numbers."""
+Missing = dict[str, dict[int, str]]
+"""By row and seed, why it has no numbers: it was refused, or a run failed."""
 
 
 def reason(error: Exception) -> str:
@@ -45,36 +45,38 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-def missing_runs(study: Study, outcomes: Outcomes) -> Missing:
-    """The rows and seeds that were refused, or of which a run failed."""
-    found = {}
+def _results(study: Study, outcomes: Outcomes) -> tuple[Runs, Missing]:
+    """The numbers of each row and seed over the folds, where all have some, and what is missing."""
+    runs: dict[str, dict[int, RunNumbers]] = {row.name: {} for row in study.rows}
+    missing: Missing = {row.name: {} for row in study.rows}
     for row in study.rows:
         for seed in study.seeds:
-            if row.name in study.refused:
-                found[row.name, seed] = study.refused[row.name]
-                continue
             own = {fold.name: outcomes.get(study.folder(row, seed, fold)) for fold in study.folds}
-            failed = {name: reason(e) for name, e in own.items() if isinstance(e, Exception)}
-            if failed:
-                found[row.name, seed] = "; ".join(
-                    f"{name}: {text}" if name else text for name, text in failed.items()
-                )
-    return found
+            known = [numbers for numbers in own.values() if isinstance(numbers, RunNumbers)]
+            failed = [
+                f"{name}: {reason(error)}" if name else reason(error)
+                for name, error in own.items()
+                if isinstance(error, Exception)
+            ]
+            if row.name in study.refused:
+                missing[row.name][seed] = study.refused[row.name]
+            elif failed:
+                missing[row.name][seed] = "; ".join(failed)
+            elif len(known) == len(own):
+                runs[row.name][seed] = pooled(known)
+    return runs, missing
 
 
-def write_tables(study: Study, outcomes: Outcomes) -> None:
-    """Writes tables and report."""
-    runs = {row.name: _pooled(study, row, outcomes) for row in study.rows}
+def write_tables(study: Study, outcomes: Outcomes) -> Missing:
+    """Writes tables and report, and returns what they lack."""
+    runs, missing = _results(study, outcomes)
     tunings = {
         (row.name, fold.name): read_record(path, Tuning)
         for row in study.rows
         for fold in study.folds
         if (path := study.folder(row, "tuning", fold) / TUNING).is_file()
     }
-    missing = missing_runs(study, outcomes)
-    rows = [
-        _table_row(row, study, missing, tunings, [*runs[row.name].values()]) for row in study.rows
-    ]
+    rows = [_table_row(row, study, missing[row.name], tunings, runs) for row in study.rows]
     titles = {row.name: row.title for row in study.rows}
     reference = titles[study.reference]
     differences = differences_from(study.reference, runs, titles, study.margin, study.groups)
@@ -91,7 +93,7 @@ def write_tables(study: Study, outcomes: Outcomes) -> None:
     notes = notes_on(rows, [run for own in runs.values() for run in own.values()])
     text = [f"**{name}**\n\n{markdown_table(other)}" for name, other in others.items()]
     write_rows(study.tables / "table.csv", rows)
-    write_rows(study.tables / "differences.csv", differences)
+    write_rows(study.tables / "differences.csv", [own.row() for own in differences])
     write_text(study.tables / "table.md", "\n\n".join([markdown_table(table), *text, *notes, ""]))
     caption = "Test Dice: a dot for each seed, a line at the mean."
     draw = partial(_draw_dice, runs=runs, titles=list(titles.values()))
@@ -110,25 +112,14 @@ def write_tables(study: Study, outcomes: Outcomes) -> None:
         drawing = Drawing("differences", caption, draw, row_size(len(differences)))
         sections[f"Differences from {reference}"].append(drawing)
     write_page(study.tables / REPORT, study.title, study.recipe.to_dict(), [], sections)
-
-
-def _pooled(study: Study, row: Row, outcomes: Outcomes) -> dict[int, RunNumbers]:
-    """The numbers of a row by seed, where all folds have some."""
-    found = {}
-    for seed in study.seeds:
-        parts = [outcomes.get(study.folder(row, seed, fold)) for fold in study.folds]
-        numbers = [part for part in parts if isinstance(part, RunNumbers)]
-        if len(numbers) == len(parts):
-            found[seed] = pooled(numbers)
-    return found
+    return missing
 
 
 def _table_row(
-    row: Row, study: Study, missing: Missing, tunings: Tunings, runs: Sequence[RunNumbers]
+    row: Row, study: Study, missing: Mapping[int, str], tunings: Tunings, runs: Runs
 ) -> dict[str, Any]:
     """The row of table.csv. Of a tuned setting it has the chosen values, and how often each was."""
     refused = study.refused.get(row.name)
-    failed = {seed: text for (name, seed), text in missing.items() if name == row.name}
     tuned = {}
     for name in study.grid[0] if study.grid else ():
         own = Counter(tuning.values[name] for key, tuning in tunings.items() if key[0] == row.name)
@@ -137,12 +128,12 @@ def _table_row(
     return {
         "row": row.name,
         "title": row.title,
-        "seeds": len(runs),
-        "missing": len(failed),
+        "seeds": len(runs[row.name]),
+        "missing": len(missing),
         "refused": refused is not None,
-        "reason": refused or "; ".join(f"seed {seed}: {text}" for seed, text in failed.items()),
+        "reason": refused or "; ".join(f"seed {seed}: {text}" for seed, text in missing.items()),
         **tuned,
-        **row_numbers(runs),
+        **row_numbers([*runs[row.name].values()]),
     }
 
 
@@ -159,7 +150,7 @@ def _tuning_table(study: Study, tunings: Tunings, titles: Mapping[str, str]) -> 
 def _draw_dice(axes: Axes, runs: Runs, titles: Sequence[str]) -> None:
     """A row a method: a dot for each seed, and a line at the mean."""
     for place, own in enumerate(runs.values()):
-        dice = as_array(run.scores["dice"] for run in own.values())
+        dice = as_array(run.numbers["dice"] for run in own.values())
         axes.plot(dice, [place] * len(dice), "o", color=BLUE, markersize=5, alpha=0.6)
         if own:
             axes.vlines(dice.mean(), place - 0.35, place + 0.35, color=ORANGE, linewidth=2)
