@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from naslora.data.images import Sample, open_picture
-from naslora.data.layouts import read_every_csv
+from naslora.data.layouts import read_csv
 from naslora.data.masks import read_numbers
 from naslora.data.objects import numbered
 from naslora.errors import UserError
@@ -32,11 +32,12 @@ class LabelledSet:
         root: the folder; new, or one that holds such files.
 
     Raises:
-        UserError: as ``read_every_csv``.
+        UserError: as ``read_csv``.
     """
 
     def __init__(self, root: Path) -> None:
-        found = read_every_csv(root) if (root / "train.csv").is_file() else []
+        splits = read_csv(root) if (root / "train.csv").is_file() else {}
+        found = [sample for samples in splits.values() for sample in samples]
         self.root = root
         self._masks = {one.image.resolve(): Path(str(one.mask)) for one in found}
         self._splits = {one.image.resolve(): one.origin.partition(".")[0] for one in found}

@@ -7,21 +7,14 @@ from pathlib import Path
 from naslora.data.coco import read_categories, read_coco
 from naslora.data.demo_data import read_mni152
 from naslora.data.images import Sample
-from naslora.data.layouts import (
-    DataSet,
-    Splits,
-    read_csv,
-    read_every_csv,
-    read_folders,
-    read_pairs,
-)
+from naslora.data.layouts import REQUIRED_SPLITS, DataSet, Splits, read_csv, read_folders
 from naslora.data.paper_sets import PAPER_SETS
 from naslora.data.splits import split_samples
 from naslora.errors import UserError
 
 DATASETS: dict[str, DataSet] = {
-    "csv": DataSet(read_csv, read_all=read_every_csv),
-    "folders": DataSet(read_folders, read_all=read_pairs),
+    "csv": DataSet(read_csv, drawable=True),
+    "folders": DataSet(read_folders, drawable=True),
     "coco": DataSet(read_coco, categories=read_categories),
     "mni152": DataSet(read_mni152),
     **PAPER_SETS,
@@ -51,14 +44,17 @@ def load_splits(
             mask no image, a name is not UTF-8, or an image appears twice. The message names the
             files, and for a missing folder the folders that exist.
     """
-    if source not in DATASETS:
-        raise UserError(f"unknown data set {source!r}; the known ones are {', '.join(DATASETS)}")
-    dataset = DATASETS[source]
     if shares is not None:
         return split_samples(load_all(source, root, "--split"), shares)
-    names = () if dataset.categories is None else (class_names,)
-    splits = dataset.read(Path(root), *names)
-    _check_distinct(splits)
+    splits = _read(source, root, class_names)
+    missing = [split for split in REQUIRED_SPLITS if split not in splits]
+    if missing:
+        raise UserError(
+            f"{root} has no {', '.join(missing)}; add it, or give --split 0.7 0.15 0.15 to draw "
+            "the splits from all images"
+        )
+    if DATASETS[source].drawable:  # their groups are not scored
+        return {name: [own._replace(group=None) for own in splits[name]] for name in splits}
     return splits
 
 
@@ -73,12 +69,19 @@ def load_all(source: str, root: Path, option: str) -> list[Sample]:
     Raises:
         UserError: the data set has splits of its own; as ``load_splits``.
     """
-    read_all = DATASETS[source].read_all
-    if read_all is None:
+    if not DATASETS[source].drawable:
         raise UserError(f"{source} has its own splits; drop {option}")
-    samples = read_all(Path(root))
-    _check_distinct({"the data": samples})
-    return samples
+    return [sample for samples in _read(source, root).values() for sample in samples]
+
+
+def _read(source: str, root: Path, class_names: Sequence[str] = ()) -> Splits:
+    if source not in DATASETS:
+        raise UserError(f"unknown data set {source!r}; the known ones are {', '.join(DATASETS)}")
+    dataset = DATASETS[source]
+    names = () if dataset.categories is None else (class_names,)
+    splits = dataset.read(Path(root), *names)
+    _check_distinct(splits)
+    return splits
 
 
 def _check_distinct(splits: Splits) -> None:
@@ -98,7 +101,7 @@ def _check_distinct(splits: Splits) -> None:
             if first is sample:
                 continue
             problem = (
-                f"is listed twice in {split}; remove one of the two"
+                f"is listed twice in {split or 'the data'}; remove one of the two"
                 if split == first_split
                 else f"is both in {first_split} and in {split}; splits must not share images, so "
                 "keep it in one"

@@ -17,6 +17,8 @@ from naslora.errors import UserError, listing
 
 REQUIRED_SPLITS = ("train", "val", "test")
 OPTIONAL_SPLIT = "arch"
+UNDRAWN = ""
+"""In place of a split: the samples of data without splits."""
 
 Splits = dict[str, list[Sample]]
 """The samples of each split. "arch", where it exists, is the split that alpha is trained on."""
@@ -36,59 +38,38 @@ class DataSet(NamedTuple):
     categories: Callable[[Path], tuple[str, ...]] | None = None
     """Reads the names of the foreground classes from the folder of the data set. ``read`` then
     takes the names that a run wants as its second argument. None if its files name no classes."""
-    read_all: Callable[[Path], list[Sample]] | None = None
-    """Reads all samples, in a split or not; None if the data set has splits of its own."""
+    drawable: bool = False
+    """Whether other splits may be drawn from all its samples. ``read`` then takes data without
+    splits, too, and the groups of its samples are those that stay together."""
 
 
 # ---- CSV files -----------------------------------------------------------------------------------
 
 
 def read_csv(root: Path) -> Splits:
-    """Reads train.csv, val.csv, test.csv and, if it exists, arch.csv.
+    """Reads those of train.csv, val.csv, test.csv and arch.csv that exist, or one CSV file.
 
-    Each file has the columns ``image`` and ``label``, with paths relative to ``root``.
-
-    Raises:
-        UserError: a file is missing, is not such a CSV file, or names files that do not exist.
-    """
-    if root.is_file():
-        raise UserError(f"{root} is one CSV file; give --split 0.7 0.15 0.15 to draw the splits")
-    check_folder(root)
-    files = {split: root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
-    missing = [files[split].name for split in REQUIRED_SPLITS if not files[split].is_file()]
-    if missing:
-        raise UserError(
-            f"{root}: no {', '.join(missing)}; found {listing(p.name for p in root.iterdir())} "
-            "(train --dataset folders reads folders of images and masks, and --split 0.7 0.15 0.15 "
-            "draws the splits)"
-        )
-    return {
-        split: [sample._replace(group=None) for sample in _read_csv(path)]
-        for split, path in files.items()
-        if path.is_file()
-    }
-
-
-def read_every_csv(root: Path) -> list[Sample]:
-    """Reads a CSV file, the only one of a folder, or train.csv, val.csv, test.csv and arch.csv as
-    one. The column ``group`` becomes the groups.
+    Each file has the columns ``image`` and ``label``, with paths relative to its folder. A column
+    ``group`` becomes the groups.
 
     Raises:
-        UserError: there is none, or there are several others; as ``read_csv``.
+        UserError: there is no train.csv and not one other file, or a file is not such a CSV file,
+            or names files that do not exist.
     """
     if root.is_file():
-        return _read_csv(root)
+        return {UNDRAWN: _read_csv(root)}
     check_folder(root)
     files = sorted(root.glob("*.csv"))
-    splits = [root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)]
-    if splits[0] in files:
-        files = [path for path in splits if path in files]
-    elif len(files) != 1:
-        raise UserError(
-            f"{root}: expected one CSV file, found {listing(path.name for path in files)}; "
-            "give the path of one (--dataset folders takes a folder of images and masks)"
-        )
-    return [sample for path in files for sample in _read_csv(path)]
+    splits = {split: root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
+    if splits["train"] not in files:
+        if len(files) != 1:
+            raise UserError(
+                f"{root}: expected train.csv, val.csv and test.csv, or one CSV file, found "
+                f"{listing(path.name for path in files or root.iterdir())} (train --dataset "
+                "folders reads folders of images and masks)"
+            )
+        return {UNDRAWN: _read_csv(files[0])}
+    return {split: _read_csv(path) for split, path in splits.items() if path in files}
 
 
 def _read_csv(path: Path) -> list[Sample]:
@@ -193,31 +174,23 @@ def draw_splits(splits: Splits, val: float, test: float = 0) -> Splits:
     for split, share in (("test", test), ("val", val)):
         if share:
             drawn["train"], drawn[split] = hold_out(drawn["train"], share, seed=0)
-    return {split: drawn[split] for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT) if split in drawn}
+    order = (UNDRAWN, *REQUIRED_SPLITS, OPTIONAL_SPLIT)
+    return {split: drawn[split] for split in order if split in drawn}
 
 
 def read_folders(root: Path) -> Splits:
     """Reads train, val, test and, if it exists, arch, each with an image and a mask folder.
 
+    Or else reads the one image and mask folder of data without splits.
+
     Raises:
         UserError: as ``read_layout``.
     """
+    names = [*REQUIRED_SPLITS, *([OPTIONAL_SPLIT] if has_folder(root, OPTIONAL_SPLIT) else [])]
+    parts = [Part(name, f"{name}/{IMAGE_FOLDER}", f"{name}/{MASK_FOLDER}") for name in names]
     if has_folder(root, IMAGE_FOLDER):
-        raise UserError(f"{root} has no splits; give --split 0.7 0.15 0.15 to draw them")
-    names = (*REQUIRED_SPLITS, *([OPTIONAL_SPLIT] if has_folder(root, OPTIONAL_SPLIT) else []))
-    parts = (Part(name, f"{name}/{IMAGE_FOLDER}", f"{name}/{MASK_FOLDER}") for name in names)
+        parts = [Part(UNDRAWN, IMAGE_FOLDER, MASK_FOLDER)]
     return read_layout([Layout(tuple(parts))], root)
-
-
-def read_pairs(root: Path) -> list[Sample]:
-    """Reads an image and a mask folder, or those of all splits as one.
-
-    Raises:
-        UserError: as ``read_layout``.
-    """
-    if has_folder(root, REQUIRED_SPLITS[0]) and not has_folder(root, IMAGE_FOLDER):
-        return [sample for samples in read_folders(root).values() for sample in samples]
-    return read_layout([Layout((Part("train", IMAGE_FOLDER, MASK_FOLDER),))], root)["train"]
 
 
 def _locate(root: Path, parts: Sequence[Part]) -> list[tuple[Path, Path]]:

@@ -126,6 +126,7 @@ def read_polyp(root: Path) -> Splits:
 # ---- The table -----------------------------------------------------------------------------------
 
 SALIENCY = ("s_alpha", "e_phi")
+TRANSPARENT = "shelf jar freezer window door eyeglass cup wall bowl bottle box"
 TRANS10K = {"train": 5000, "val": 1000, "test": 4428}
 
 PAPER_SETS: dict[str, DataSet] = {
@@ -187,19 +188,6 @@ PAPER_SETS: dict[str, DataSet] = {
         partial(read_layout, (TRANS10K_V2,)),
         metrics=("pixel_accuracy", "miou", "class_iou"),
         counts=TRANS10K,
-        class_names=(
-            "background",
-            "shelf",
-            "jar",
-            "freezer",
-            "window",
-            "door",
-            "eyeglass",
-            "cup",
-            "wall",
-            "bowl",
-            "bottle",
-            "box",
-        ),
+        class_names=("background", *TRANSPARENT.split()),
     ),
 }

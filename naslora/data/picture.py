@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -43,24 +43,21 @@ def parse_intensity(words: Sequence[str]) -> Intensity:
     Raises:
         UserError: the words are none of the two, or LO and HI are no range.
     """
-    usage = "intensity must be percentile, percentile LO HI or window LO HI"
-    kind = words[0] if words else ""
-    if kind not in get_args(Kind):
-        raise UserError(f"{usage}, got {' '.join(words) or 'nothing'}")
+    kind, *ends = words or [""]
+    if kind == "percentile" and not ends:
+        return Intensity("percentile", *PERCENTILES)
     try:
-        numbers = [float(word) for word in words[1:]]
-    except ValueError as error:
-        raise UserError(f"{usage} with two numbers, got {' '.join(words)}") from error
-    if not numbers and kind == "percentile":
-        numbers = list(PERCENTILES)
-    if len(numbers) != 2:
-        raise UserError(f"{usage}, got {' '.join(words)}")
-    low, high = numbers
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"intensity: LO and HI must be finite and LO smaller, got {low}, {high}")
-    if kind == "percentile" and not 0 <= low < high <= 100:
-        raise UserError(f"intensity: percentiles lie in 0 to 100, got {low} and {high}")
-    return Intensity("window" if kind == "window" else "percentile", low, high)
+        low, high = map(float, ends)
+    except ValueError:  # other than two, or no numbers
+        low = high = math.nan
+    if kind == "window" and -math.inf < low < high < math.inf:
+        return Intensity("window", low, high)
+    if kind == "percentile" and 0 <= low < high <= 100:
+        return Intensity("percentile", low, high)
+    raise UserError(
+        "intensity must be percentile, percentile LO HI (0 to 100) or window LO HI, with finite "
+        f"numbers and LO below HI, got {' '.join(words) or 'nothing'}"
+    )
 
 
 def scale(values: np.ndarray, limits: Sequence[Limits]) -> np.ndarray:

@@ -46,10 +46,8 @@ def hold_out(
         The kept and the held-out samples, both in their original order.
 
     Raises:
-        UserError: the fraction is outside [0, 1), or fewer than two samples are to be split.
+        UserError: fewer than two samples are to be split.
     """
-    if not 0 <= fraction < 1:
-        raise UserError(f"the held-out fraction must be in [0, 1), got {fraction}")
     if fraction == 0:
         return list(samples), []
     if len(samples) < 2:

@@ -9,6 +9,7 @@ report.html             all of these
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -94,7 +95,9 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
     if config.task == "promptable":
         raise UserError(f"{runs[0]} {PROMPTS}; analyse takes runs of --task semantic")
     histories = [_read_history(run, config) for run in runs]
-    mixtures = _read_operations(runs) if searches(config.method, config.adapter) else None
+    searched = searches(config.method, config.adapter)
+    paths = [run / OPERATIONS_JSON for run in runs if searched]
+    records = [read_record(path, OperationHistory) for path in paths]
     check_output(config, output, resume=False)
     samples = find_splits(config)["test"]
     order = np.random.default_rng(seed).permutation(len(samples))
@@ -117,8 +120,8 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
             ),
             "Convergence (Fig. C1)": _write_convergence(histories, config, folder),
         }
-        if mixtures is not None:
-            sections["Operations (Fig. C2)"] = _write_operations(mixtures, folder)
+        if searched:
+            sections["Operations (Fig. C2)"] = _write_operations(records, folder)
             losses = write_operation_losses(model, config, seed, folder)
             sections["Operations moved to skip"] = losses
         for part in chain(*sections.values()):
@@ -206,11 +209,6 @@ def _shown(config: RunConfig, samples: list[Sample]) -> list[Item]:
     return [found[i] for i in places]
 
 
-def _pixels(item: Item) -> np.ndarray:
-    """(S, S, 3) uint8 RGB."""
-    return (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()
-
-
 def _write_pictures(path: Path, rows: list[Pictures]) -> list[Part]:
     """Writes pictures of equal size as one PNG file, with white gaps; none without rows."""
     if not rows:
@@ -226,11 +224,12 @@ def _write_pictures(path: Path, rows: list[Pictures]) -> list[Part]:
 
 
 def _heat_maps(models: Mapping[str, SamForSegmentation], item: Item) -> Pictures:
-    pixels = _pixels(item)
-    pictures = [("image", pixels)]
-    for name, model in models.items():
-        pictures.append((name, _heat_overlay(model, item["image"], item["mask"], pixels)))
-    return Pictures(item["name"], item["name"], pictures)
+    pixels = (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()  # (S, S, 3) RGB
+    heated = [
+        (name, _heat_overlay(model, item["image"], item["mask"], pixels))
+        for name, model in models.items()
+    ]
+    return Pictures(item["name"], item["name"], [("image", pixels), *heated])
 
 
 def _heat_overlay(
@@ -276,38 +275,23 @@ def _heat_overlay(
 
 
 def _read_history(run: Path, first: RunConfig) -> list[Epoch]:
-    """Reads the history of a run.
-
-    Args:
-        run: folder of the run.
-        first: the configuration of the first run.
+    """Reads the history of a run whose configuration is ``first``, except for the seed.
 
     Raises:
         UserError: the configurations differ in more than their seed, or the run is not finished.
     """
-    config = read_config(run / CONFIG)
-    given, own = config.to_dict(), first.to_dict()
-    given["seed"] = own["seed"]
-    if given != own:
+    own = replace(read_config(run / CONFIG), seed=first.seed)
+    if own.to_dict() != first.to_dict():
         raise UserError(f"{run} is a run of another configuration; give runs that differ in seed")
     if not (run / HISTORY).is_file():
         raise UserError(f"{run} is not finished: it has no {HISTORY}")
-    history = results.read_history(run)
-    if len(history) != config.training.epochs:
-        raise UserError(f"{run / HISTORY} has {len(history)} of {config.training.epochs} epochs")
-    return history
+    return results.read_history(run)
 
 
 def _write_convergence(
     histories: list[list[Epoch]], config: RunConfig, output: Path
 ) -> list[Drawing]:
-    """Writes convergence.csv, the validation Dice by epoch over the seeds, and plots it.
-
-    Args:
-        histories: the history of each run; all of the same length.
-        config: the configuration of the first run.
-        output: folder for convergence.csv.
-    """
+    """Writes convergence.csv, the validation Dice by epoch over the seeds, and plots it."""
     curves = np.array([as_array(epoch.val_dice for epoch in history) for history in histories])
     mean = curves.mean(0)  # NaN if a seed has no score
     spread = curves.std(0, ddof=1) if len(curves) > 1 else np.full(len(mean), np.nan)
@@ -335,30 +319,9 @@ def _draw_convergence(axes: Axes, mean: np.ndarray, spread: np.ndarray, start: i
 # ---- Operations ----------------------------------------------------------------------------------
 
 
-def _read_operations(runs: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Reads the mixtures at the end of the search: (runs, layers) weights by operation.
-
-    Raises:
-        UserError: a file is missing, holds no mixture, or one of other layers than the first.
-    """
-    stored = [read_record(run / OPERATIONS_JSON, OperationHistory) for run in runs]
-    names = stored[0].operations
-    for run, record in zip(runs, stored, strict=True):
-        layers = record.epochs[-1].softmax if record.epochs else []
-        if [len(layer) for layer in layers] != [len(names)] * max(1, len(stored[0].layers)):
-            raise UserError(f"{run / OPERATIONS_JSON} does not hold a mixture of each layer")
-    last = np.array([record.epochs[-1].softmax for record in stored])
-    return dict(zip(names, np.moveaxis(last, -1, 0), strict=True))
-
-
-def _write_operations(mixtures: Mapping[str, np.ndarray], output: Path) -> list[Drawing]:
-    """Writes operations.csv, the weights at the end of the search, and plots them.
-
-    Args:
-        mixtures: as ``read_operations`` returns them.
-        output: folder for operations.csv.
-    """
-    last = np.stack([*mixtures.values()], axis=-1)  # (runs, layers, operations)
+def _write_operations(records: Sequence[OperationHistory], output: Path) -> list[Drawing]:
+    """Writes operations.csv, the weights at the end of each run's search, and plots them."""
+    last = np.array([record.epochs[-1].softmax for record in records])  # (runs, layers, operations)
     runs, layers, _ = last.shape
     largest = last.argmax(-1)  # (runs, layers)
     rows = [
@@ -368,7 +331,9 @@ def _write_operations(mixtures: Mapping[str, np.ndarray], output: Path) -> list[
             "spread_over_runs": float(own.mean(1).std(ddof=1)) if runs > 1 else None,
             "share_of_layers_where_largest": float((largest == i).mean()),
         }
-        for i, (name, own) in enumerate(mixtures.items())
+        for i, (name, own) in enumerate(
+            zip(records[0].operations, np.moveaxis(last, -1, 0), strict=True)
+        )
     ]
     write_rows(output / "operations.csv", rows)
     caption = (

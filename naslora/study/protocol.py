@@ -79,7 +79,7 @@ def find_images(config: RunConfig, design: Design, output: Path) -> Images:
             f"--inner-folds at most {most}"
         )
     if count is None:
-        if trials and DATASETS[data.dataset].read_all is None:
+        if trials and not DATASETS[data.dataset].drawable:
             raise UserError(f"--tune takes --dataset csv or folders, got {data.dataset}")
         parts = find_splits(config)
         rest = [sample for name in ("train", "arch") for sample in parts.get(name, [])]
