@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from naslora.results import Epoch, RunResult
+from naslora.results import CLICK_SCORES, Epoch, RunResult
 from naslora.sam.shipped import NONE
 from naslora.study.summary import mean_and_spread
 
 Settings = dict[str, dict[str, Any]]
-"""Fields of RunConfig ("run"), of its adapter ("adapter") and of its training ("training")."""
+"""Fields of RunConfig ("run"), of its adapter, its training and its prompts."""
 Numbers = dict[str, float | None]
 """The columns of a finished cell."""
 Column = Callable[[RunResult, list[Epoch]], float | None]
@@ -60,6 +60,22 @@ def _error(result: RunResult, mode: str, held_out: bool = False) -> float | None
     return statistics.mean(layer.update_error for layer in layers)
 
 
+def _clicks(score: str, untouched: bool = False) -> Column:
+    """A score of a promptable model, after training or before."""
+
+    def column(result: RunResult, _: list[Epoch]) -> float | None:
+        scores = result.untouched if untouched else result.test
+        return mean_and_spread([(scores.metrics or {})[score]]).mean if scores else None
+
+    return column
+
+
+PROMPTS: dict[str, Column] = {
+    name: _clicks(score, untouched=name.startswith("untouched"))
+    for score in CLICK_SCORES
+    for name in (score.removeprefix("IoU, "), f"untouched, {score.removeprefix('IoU, ')}")
+}
+
 MERGING: dict[str, Column] = {
     "before": lambda result, _: _dice(result),
     "exact": lambda result, _: _dice(result, "exact"),
@@ -88,11 +104,16 @@ class Study:
     train_images: int | None = None
     """If given, so many of the training images are used, evenly spread, and as large a part of the
     validation images."""
+    test_images: int | None = None
+    """If given, so many of the test images are scored, evenly spread."""
     of_data: dict[str, Settings] = dataclasses.field(default_factory=dict)
     """Settings of single data sets, beside ``common``."""
     reference: str | None = None
     """The variant from which the paired differences of the others are taken, in test Dice. Where
     names start with an encoder or a rate, and a comma, its name without them."""
+
+    gains: tuple[tuple[str, str], ...] = ()
+    """Pairs of columns whose differences the table gives with their intervals, too."""
 
     def reference_of(self, variant: str) -> str | None:
         """The variant from which a variant's paired difference is taken."""
@@ -359,5 +380,17 @@ STUDIES = {
         epochs={"kvasir_seg": 6, "leaf_disease": 6, "nuclei_outlines": 16},
         columns=TRAINING | CALIBRATED | LAST_STEP,
         train_images=240,
+    ),
+    # SAM that stays SAM, against itself before training.
+    "prompts": Study(
+        datasets=("he_nuclei", "leaf_disease", "crackforest", "kvasir_seg"),
+        seeds=(0, 1, 2),
+        common={"run": {"model": "mobile_sam", "image_size": 512, "task": "promptable"}},
+        variants={name: METHODS[name] for name in ("decoder only", "LoRA", "NAS-PC-LoRA")},
+        epochs={"he_nuclei": 20, "leaf_disease": 6, "crackforest": 6, "kvasir_seg": 6},
+        columns=PROMPTS,
+        train_images=24,
+        test_images=30,
+        gains=tuple((name, f"untouched, {name}") for name in ("1 click", "box")),
     ),
 }

@@ -32,7 +32,7 @@ from naslora.study.differences import paired_difference
 from naslora.study.summary import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
 from naslora.training.run import train
-from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, PromptConfig, RunConfig
 from naslora.training.run_data import calibration, find_splits
 from naslora.training.train_config import TrainConfig
 
@@ -104,22 +104,25 @@ def _train_cell(
     variant, special = plan.variants[name], plan.of_data.get(dataset, {})
     merged = {
         part: plan.common.get(part, {}) | special.get(part, {}) | variant.get(part, {})
-        for part in ("run", "adapter", "training")
+        for part in ("run", "adapter", "training", "prompts")
     }
     training = {"epochs": plan.epochs[dataset], "workers": 0}
-    source = {"root": _part(data / dataset, plan.train_images, output / "data")}
+    source = {"root": _part(data / dataset, plan, output / "data")}
     if merged["run"]["model"] == "mobile_sam":
         source["checkpoint"] = str(weights)
     run = {**source, **OF_DATA.get(dataset, {}), **merged["run"]}
     method = run.pop("method", RunConfig.method)
+    task = run.pop("task", RunConfig.task)
     model = {key: run.pop(key) for key in MODEL if key in run}
     config = RunConfig(
+        task=task,
         seed=seed,
         data=DataConfig(**run),
         model=ModelConfig(model.pop("model"), **model),
         method=method,
         adapter=configure(method, NASLoRAConfig(**merged["adapter"])),
         training=TrainConfig(**training | merged["training"]),
+        prompts=PromptConfig(**merged["prompts"]),
     )
     print(f"== {dataset}, {name}, seed {seed}", flush=True)
     with shuffled_neighbours() if name.endswith(SHUFFLED) else nullcontext():
@@ -144,19 +147,20 @@ def shuffled_neighbours() -> Iterator[None]:
         yield
 
 
-def _part(folder: Path, count: int | None, output: Path) -> Path:
-    """The folder of a data set, or a new one that lists ``count`` of its training images, and as
-    large a part of its validation images."""
-    if count is None:
+def _part(folder: Path, plan: Study, output: Path) -> Path:
+    """The folder of a data set, or a new one that lists so many of its images, evenly spread."""
+    if plan.train_images is None:
         return folder
-    part = output / f"{folder.name}-{count}"
+    part = output / f"{folder.name}-{plan.train_images}"
     for split in REQUIRED_SPLITS:
         with (folder / f"{split}.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         if split == "train":
-            step = max(len(rows) / count, 1)
-        if split != "test":
-            rows = [rows[int(i * step)] for i in range(round(len(rows) / step))]
+            share = min(plan.train_images / len(rows), 1)
+        count = round(len(rows) * share)
+        if split == "test":
+            count = min(plan.test_images or len(rows), len(rows))
+        rows = [rows[i * len(rows) // count] for i in range(count)]
         named = [{name: str((folder / path).resolve()) for name, path in r.items()} for r in rows]
         write_rows(part / f"{split}.csv", named)
     return part
@@ -220,11 +224,12 @@ def table(plan: Study, cells: Cells) -> str:
             if own:
                 numbers = [[cell[title] for cell in own.values()] for title in plan.columns]
                 rows.append([dataset, name, str(len(own)), *map(_text, numbers)])
+                rows[-1] += [_gain(own, own, pair) for pair in plan.gains]
                 if plan.reference is not None:
                     reference = plan.reference_of(name)
                     others = {} if reference is None else _by_seed(cells, dataset, reference)
                     rows[-1].append(_gain(own, others))
-    head = ["data", "variant", "seeds", *plan.columns]
+    head = ["data", "variant", "seeds", *plan.columns, *(f"{a} − {b}" for a, b in plan.gains)]
     if plan.reference is not None:
         head.append(f"Dice − {plan.reference}")
     return markdown_table(Table(head, rows))
@@ -234,11 +239,15 @@ def _by_seed(cells: Cells, dataset: str, name: str) -> dict[int, Numbers]:
     return {k.seed: cells[k] for k in sorted(cells) if (k.data, k.variant) == (dataset, name)}
 
 
-def _gain(own: Mapping[int, Numbers], others: Mapping[int, Numbers]) -> str:
-    """Mean and 95 % interval of the difference in test Dice, over the seeds of both."""
+def _gain(
+    own: Mapping[int, Numbers],
+    others: Mapping[int, Numbers],
+    columns: tuple[str, str] = ("test Dice", "test Dice"),
+) -> str:
+    """Mean and 95 % interval of the difference of two columns, over the seeds of both."""
     ours, theirs = (
-        {seed: numbers["test Dice"] or 0.0 for seed, numbers in part.items()}
-        for part in (own, others)
+        {seed: numbers[column] or 0.0 for seed, numbers in part.items()}
+        for part, column in zip((own, others), columns, strict=True)
     )
     difference = paired_difference("", ours, theirs)
     if difference.low is None or ours == theirs:
