@@ -104,6 +104,8 @@ class Study:
     train_images: int | None = None
     """If given, so many of the training images are used, evenly spread, and as large a part of the
     validation images."""
+    merges: bool = True
+    """Whether the models are merged and scored again."""
     test_images: int | None = None
     """If given, so many of the test images are scored, evenly spread."""
     of_data: dict[str, Settings] = dataclasses.field(default_factory=dict)
@@ -391,6 +393,7 @@ STUDIES = {
         columns=PROMPTS,
         train_images=24,
         test_images=30,
+        merges=False,
         gains=tuple((name, f"untouched, {name}") for name in ("1 click", "box")),
     ),
 }

@@ -46,6 +46,7 @@ class Key(NamedTuple):
 
 
 Cells = dict[Key, Numbers]
+MERGE_MODES = "naslora.training.run_results.merge_modes"
 DONE = "study.json"  # what a finished cell reports
 MODEL = ("model", "checkpoint", "image_size", "attention")
 """Settings of a study's runs that are not fields of ``DataConfig``."""
@@ -125,7 +126,10 @@ def _train_cell(
         prompts=PromptConfig(**merged["prompts"]),
     )
     print(f"== {dataset}, {name}, seed {seed}", flush=True)
-    with shuffled_neighbours() if name.endswith(SHUFFLED) else nullcontext():
+    with (
+        shuffled_neighbours() if name.endswith(SHUFFLED) else nullcontext(),
+        nullcontext() if plan.merges else patch(MERGE_MODES, lambda *_: []),
+    ):
         result = train(config, directory, resume=directory.exists())
     if plan.few_images is not None:
         result = _merged_with(plan.few_images, directory, result)
