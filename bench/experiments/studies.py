@@ -182,51 +182,6 @@ def _on_encoders(*methods: str) -> dict[str, Settings]:
     }
 
 
-# Settings of version 0.1.0.
-COUPLED: Settings = {
-    "training": {"optimizer": "adam", "cell_weight_decay": 1e-4, "alpha_weight_decay": 1e-3}
-}
-CONSTANT_ALPHA: Settings = {"training": {"alpha_schedule": "constant"}}
-HOLD_OUT: Settings = {"training": {"arch_data": "hold-out"}}
-NEVER: Settings = {"training": {"search_start": 1000}}
-# One change at a time, and then several.
-SUSPECTS: dict[str, Settings] = {
-    "cell's rate x 1": SLOW_CELL,
-    "cell's rate x 30": {"training": {"cell_rate": 30.0}},
-    "start: identity": UNIFORM,
-    "alpha: never": NEVER,
-    "alpha: constant rate": CONSTANT_ALPHA,
-    "alpha: hold-out": HOLD_OUT,
-    "alpha: rotate": {"training": {"arch_data": "rotate"}},
-    "coupled weight decay": COUPLED,
-    "identity, x 1": _joined(UNIFORM, SLOW_CELL),
-    "identity, x 1, alpha: never": _joined(UNIFORM, SLOW_CELL, NEVER),
-    # Its rate of alpha was 2 / steps, of which the leaves have 92.
-    "all of 0.1.0": _joined(
-        UNIFORM,
-        SLOW_CELL,
-        COUPLED,
-        CONSTANT_ALPHA,
-        HOLD_OUT,
-        {"training": {"alpha_learning_rate": 0.022}},
-    ),
-}
-# Its rate of alpha in the 48 steps of "suspects", where a logit could travel 2.
-SLOW_ALPHA: Settings = {"training": {"alpha_learning_rate": 0.042}}
-
-EARLIER = "identity, x 1"
-
-
-def _suspect(encoder: str, name: str) -> Settings:
-    return _joined({"run": ENCODERS[encoder]}, SUSPECTS[name])
-
-
-WHOLE_SETS = (
-    _on_encoders(*METHODS)
-    | {f"vit_t, {name}": _suspect("vit_t", name) for name in SUSPECTS}
-    | {f"{name}, {EARLIER}": _suspect(name, EARLIER) for name in ("MobileSAM", "random vit_t")}
-)
-
 DEFAULT_RATE = METHODS | {"LoRA": _adapter("lora")}
 
 SHUFFLED = "neighbours shuffled"
@@ -278,13 +233,12 @@ STUDIES = {
         train_images=240,
         reference="LoRA",
     ),
-    # All training images, all methods. CrackForest and CamVid were never tuned on. Suspects are
-    # tried on vit_t, whose runs are the shortest.
+    # All training images, all methods. CrackForest and CamVid were never tuned on.
     "whole-sets": Study(
         datasets=("kvasir_seg", "leaf_disease", "crackforest", "camvid"),
         seeds=tuple(range(16)),
         common=ENCODERS_AT_256,
-        variants=WHOLE_SETS,
+        variants=_on_encoders(*METHODS),
         epochs={"kvasir_seg": 6, "leaf_disease": 6, "crackforest": 15, "camvid": 6},
         columns=TRAINING | SECONDS,
         reference="LoRA",
@@ -307,9 +261,7 @@ STUDIES = {
                 DEFAULT_RATE[method], {"training": {"learning_rate": 5e-4}}
             )
             for method in ("LoRA", "Conv-LoRA", "NAS-PC-LoRA")
-        }
-        | SUSPECTS
-        | {"all of 0.1.0": _joined(SUSPECTS["all of 0.1.0"], SLOW_ALPHA)},
+        },
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
         columns=TRAINING | CALIBRATED | SECONDS,
         train_images=240,
