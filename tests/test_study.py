@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from bench.experiments.outlines import outline
 from bench.experiments.studies import STUDIES
 from bench.experiments.study import finished, main, table
-from naslora.report.tables import MISSING
 
 PAGES = Path(__file__).parents[1] / "bench/experiments"
 PAGE = (PAGES / "evidence.md").read_text(encoding="utf-8")
@@ -46,20 +44,10 @@ def test_pairs_scatter_less_than_runs_of_different_seeds():
         assert f"{paired:.4f}" in PAGE and f"{unpaired:.4f}" in PAGE
 
 
-def test_one_change_at_a_time_is_compared_with_the_default():
-    plan = replace(STUDIES["whole-sets"], reference="NAS-PC-LoRA")
-    cells = finished(plan, PAGES, PAGES / "results/whole_sets.csv")
-    on_vit_t = {key: cell for key, cell in cells.items() if key.variant.startswith("vit_t, ")}
-    gains = {row.split(" | ")[-1].strip(" |") for row in table(plan, on_vit_t).splitlines()[2:]}
-    assert len(gains - {MISSING}) > 10
-    assert all(gain in PAGE for gain in gains)
-
-
 @pytest.mark.parametrize(
     ("study", "variant", "reference"),
     [
         ("whole-sets", "vit_t, NAS-PC-LoRA", "vit_t, LoRA"),
-        ("whole-sets", "vit_t, identity, x 1", "vit_t, LoRA"),
         ("whole-sets", "random vit_t, LoRA", "random vit_t, LoRA"),
         ("default-rate", "NAS-PC-LoRA", "LoRA"),
         ("default-rate", "rate x 5, NAS-PC-LoRA", "rate x 5, LoRA"),
