@@ -42,12 +42,12 @@ def isic2017(root: Path) -> None:
         (root / f"ISIC-2017_{part}_Data/ISIC-2017_{part}_Data_metadata.csv").write_text("image_id")
 
 
-def check_samples(samples, num_classes, palette=None, ignore_index=None, progress=None):
+def check_samples(samples, num_classes, palette=None, ignore_index=None):
     """Reads every sample once, as ``naslora train`` does before a run.
 
     Returns whether each has foreground."""
     dataset = SegmentationDataset(samples, 16, num_classes, palette, ignore_index=ignore_index)
-    return [content.foreground for content in read_contents(dataset, progress)]
+    return [content.foreground for content in read_contents(dataset)]
 
 
 def pranet(root: Path) -> None:

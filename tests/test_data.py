@@ -309,9 +309,7 @@ def samples(tmp_path):
 
 
 def test_check_samples_names_the_first_bad_row(samples):
-    calls = []
-    check_samples(samples, 1, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(i, 5) for i in range(1, 6)]
+    assert len(check_samples(samples, 1)) == 5
     save(samples[3].mask, np.zeros((3, 4)))
     save(samples[1].mask, np.full((10, 12), 9))
     message = error_of(check_samples, samples, 1)

@@ -137,8 +137,8 @@ def test_images_of_12_bits_are_nearly_black(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.minimum(GREY, 4000))
     samples = [Sample(tmp_path / "a.tif", None, "here")]
     for intensity, lines in ((None, ["values up to 4000 of 65535"]), (WINDOW, [])):
-        contents = read_contents(SegmentationDataset(samples, 16, 1, intensity=intensity))
-        found = warnings_about({"train": [contents[0]._replace(foreground=True)]})
+        (content,) = read_contents(SegmentationDataset(samples, 16, 1, intensity=intensity))
+        found = warnings_about({"train": [content._replace(foreground=True)]})
         assert len(found) == len(lines) and all(map(str.__contains__, found, lines))
 
 

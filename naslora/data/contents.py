@@ -7,7 +7,7 @@ not found.
 import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,14 +46,8 @@ Contents = Mapping[str, Sequence[Content]]
 """The samples of each split, in order."""
 
 
-def read_contents(
-    dataset: SegmentationDataset, progress: Callable[[int, int], None] | None = None
-) -> list[Content]:
+def read_contents(dataset: SegmentationDataset) -> Iterator[Content]:
     """Reads every sample once, in threads, so that a bad file is found before a long run starts.
-
-    Args:
-        dataset: the samples, and how they are read.
-        progress: called as ``progress(done, total)`` after each sample.
 
     Raises:
         UserError: as ``SegmentationDataset.check``, for the first bad sample in their order.
@@ -64,17 +58,8 @@ def read_contents(
         mask = None if sample.mask is None else _digest(sample.mask, sample)
         return Content(str(sample.image), _digest(sample.image, sample), mask, *found)
 
-    contents: list[Content] = []
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-        try:
-            for content in threads.map(read, dataset.samples):
-                contents.append(content)
-                if progress is not None:
-                    progress(len(contents), len(dataset))
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-    return contents
+        yield from threads.map(read, dataset.samples)  # which cancels the others after an error
 
 
 def _digest(file: Path | Annotation, sample: Sample) -> str:

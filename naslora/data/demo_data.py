@@ -1,6 +1,5 @@
 """The demo data set: axial slices of the MNI152 brain template, with grey and white matter."""
 
-import csv
 import tempfile
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from PIL import Image
 
 from naslora.data.layouts import Splits, read_csv
 from naslora.errors import UserError
+from naslora.records import write_rows
 
 # Blocks of axial slices of the 1 mm volume: split, first and last slice. The test block is in the
 # middle of the brain. 4 slices between two blocks are unused, because neighbouring slices are
@@ -101,18 +101,17 @@ def _write(directory: Path, volumes: list[np.ndarray]) -> None:
     for folder in (directory, directory / "images", directory / "masks"):
         folder.mkdir()
     t1, grey, white = volumes
-    rows: dict[str, list[tuple[str, str]]] = {split: [("image", "label")] for split in SPLITS}
+    rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     for split, first, last in BLOCKS:
         for z in range(first, last + 1):
             tissue = np.stack([grey[..., z], white[..., z]])
             classes = np.argmax(np.stack([1 - tissue.sum(0), *tissue]), axis=0)
-            row = (f"images/z{z:03d}.png", f"masks/z{z:03d}.png")
-            for name, plane in zip(row, (np.rint(t1[..., z] * 255), classes), strict=True):
+            row = {"image": f"images/z{z:03d}.png", "label": f"masks/z{z:03d}.png"}
+            for name, plane in zip(row.values(), (np.rint(t1[..., z] * 255), classes), strict=True):
                 # (197, 233), axes x and y, to (192, 192) with the front of the head up
                 pixels = np.ascontiguousarray(np.rot90(plane)[WINDOW], dtype=np.uint8)
                 Image.fromarray(pixels).save(directory / name)
             rows[split].append(row)
-    for split in SPLITS:
-        with (directory / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows[split])
+    for split, own in rows.items():
+        write_rows(directory / f"{split}.csv", own)
     (directory / "README.txt").write_text(README, encoding="utf-8")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from torch import Tensor
 
 from naslora.choices import CALIBRATION_IMAGES, OVERLAP
@@ -120,11 +120,17 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
         UserError: as ``read_contents``; the palette is invalid.
     """
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("checking the data", total=len(samples))
-        return read_contents(
-            make_dataset(config, samples), lambda done, _: progress.update(task, completed=done)
+    found = read_contents(make_dataset(config, samples))
+    return [
+        *track(
+            found,
+            "checking the data",
+            len(samples),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
+    ]
 
 
 def warn_of_contents(contents: Contents, config: RunConfig) -> None:

@@ -133,36 +133,30 @@ def tracked(
     Raises:
         UserError: in every process; a tracker does not start, or cannot log.
     """
+
+    def start() -> None:
+        path = output / IDENTITIES
+        known: dict[str, str] = read_json(path) if path.exists() else {}
+        identities = dict(known)
+        for name in dict.fromkeys(names):
+            kind = _KINDS[name]
+            with _one_line(name, f"does not start ({kind.offline})"):
+                tracker = kind.make(output, epoch, known.get(name))
+                tracker.start()
+                accelerator.trackers.append(tracker)
+                if kind.identity is not None:  # TensorBoard would show the settings as another run
+                    tracker.store_init_configuration(dict(_flat(config)))
+                    identities[name] = kind.identity(tracker)
+        if identities != known:
+            write_json(path, identities)
+
     try:
-        in_main_process(accelerator, lambda: _start(accelerator, names, output, config, epoch))
+        in_main_process(accelerator, start)
         yield
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers = []
-
-
-def _start(
-    accelerator: Accelerator,
-    names: Iterable[Tracker],
-    output: Path,
-    config: dict[str, Any],
-    epoch: int,
-) -> None:
-    path = output / IDENTITIES
-    known: dict[str, str] = read_json(path) if path.exists() else {}
-    identities = dict(known)
-    for name in dict.fromkeys(names):
-        kind = _KINDS[name]
-        with _one_line(name, f"does not start ({kind.offline})"):
-            tracker = kind.make(output, epoch, known.get(name))
-            tracker.start()
-            accelerator.trackers.append(tracker)
-            if kind.identity is not None:  # TensorBoard would show the settings as a second run
-                tracker.store_init_configuration(dict(_flat(config)))
-                identities[name] = kind.identity(tracker)
-    if identities != known:
-        write_json(path, identities)
 
 
 def log(accelerator: Accelerator, values: dict[str, float], epoch: int) -> None:

@@ -20,6 +20,8 @@ from naslora.report.pictures import (
 )
 from naslora.report.tables import number
 
+MOST_CHANGED = 2  # images that are shown before and after merging
+
 
 def examples_parts(panels: list[Panel], class_names: list[str], images: int) -> list[Part]:
     """The panels below a legend of the classes and errors; nothing without panels.
@@ -79,13 +81,12 @@ def _panel(panel: Panel, class_names: list[str], images: int) -> Pictures:
     return Pictures(panel.name, f"{panel.name} · {dice}{rank}", pictures)
 
 
-def merged_parts(panels: list[Panel], class_names: list[str], most: int = 2) -> list[Part]:
+def merged_parts(panels: list[Panel], class_names: list[str]) -> list[Part]:
     """The images whose prediction merging changes most, before and after; a note if none changes.
 
     Args:
         panels: examples with predictions by way of merging.
         class_names: names of the labels 0, 1, ...
-        most: how many images to show.
     """
     changed = {
         id(panel): {
@@ -98,7 +99,7 @@ def merged_parts(panels: list[Panel], class_names: list[str], most: int = 2) -> 
     def most_changed(panel: Panel) -> float:
         return max(changed[id(panel)].values(), default=0.0)
 
-    chosen = sorted(filter(most_changed, panels), key=most_changed, reverse=True)[:most]
+    chosen = sorted(filter(most_changed, panels), key=most_changed, reverse=True)[:MOST_CHANGED]
     if not chosen:
         same = any(panel.merged for panel in panels)
         return ["No pixel of the images above changes by merging."] if same else []
