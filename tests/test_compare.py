@@ -23,8 +23,7 @@ from naslora.results import Epoch, RunNumbers
 from naslora.study import compare, tables
 from naslora.study.design import Design, parse_grid, with_values
 from naslora.study.differences import over_images
-from naslora.study.measurement import find_refusals, training_seconds
-from naslora.study.own_process import in_own_process
+from naslora.study.measurement import find_refusals, in_own_process, training_seconds
 from naslora.study.summary import COLUMNS, mean_and_spread, number_table, row_numbers
 from naslora.training.run_config import DataConfig, RunConfig
 from naslora.training.train_config import TrainConfig

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Annotation, Sample
@@ -113,25 +113,14 @@ def warnings_about(contents: Contents) -> list[str]:
     return lines
 
 
-def check_unchanged(stored: Any, contents: Contents, path: Path) -> None:
+def check_unchanged(before: Contents, now: Contents) -> None:
     """Checks that the data is the data that a run was started with.
 
-    Args:
-        stored: the content of ``path``, the contents of the run's start as JSON.
-        contents: the data now.
-        path: names the file in messages.
-
     Raises:
-        UserError: images or masks changed, are missing or are new, or ``stored`` is no such record.
-            The message names the first of them.
+        UserError: images or masks changed, are missing or are new. The message names the first.
     """
-    try:
-        before = {name: [Content(*row) for row in rows] for name, rows in stored.items()}
-        changes = []
-        for name in dict.fromkeys([*before, *contents]):
-            changes += _changes(before.get(name, []), list(contents.get(name, ())))
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}; start a new run") from error
+    names = dict.fromkeys([*before, *now])
+    changes = [c for name in names for c in _changes(before.get(name, ()), now.get(name, ()))]
     if changes:
         raise UserError(
             f"the data has changed since the run was started: {listing(changes, limit=4)}; restore "

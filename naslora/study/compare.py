@@ -23,8 +23,7 @@ from naslora.report.run_report import page_title
 from naslora.report.tables import number
 from naslora.results import REPORT, RunNumbers
 from naslora.study.design import Design, parse_grid, values_text, with_values
-from naslora.study.measurement import find_refusals, run_and_measure
-from naslora.study.own_process import in_own_process
+from naslora.study.measurement import find_refusals, in_own_process, run_and_measure
 from naslora.study.plan import NUMBERS, TUNING, Outcomes, Run, Study
 from naslora.study.protocol import (
     LORA,
@@ -163,7 +162,7 @@ def _check_output(study: Study, resume: bool) -> None:
         check_output(study.recipe, study.output, resume)
     for run in study.runs():
         tuned = study.folder(run.row, "tuning", run.fold) / TUNING
-        if not study.grid or run.trial is not None or tuned.is_file():
+        if not study.grid or run.tries is not None or tuned.is_file():
             check_output(study.config(run, {}), run.folder, resume=True)
 
 
@@ -196,7 +195,7 @@ def run_study(study: Study) -> None:
     missing = {} if pending else write_tables(study, outcomes)
     started = time.perf_counter()
     for done, run in enumerate(pending, 1):
-        say(study.command, f"run {done} of {len(pending)}: {_describe(study, run)}")
+        say(study.command, f"run {done} of {len(pending)}: {_describe(run)}")
         outcome = outcomes[run.folder] = _run(study, run, outcomes)
         missing = write_tables(study, outcomes)
         left = (time.perf_counter() - started) / done * (len(pending) - done)
@@ -214,11 +213,11 @@ def run_study(study: Study) -> None:
         )
 
 
-def _describe(study: Study, run: Run) -> str:
+def _describe(run: Run) -> str:
     """The row, seed and fold of a run, and the values that it tries."""
     parts = [run.row.title, f"seed {run.seed}", run.fold.name]
-    if run.trial is not None:
-        parts.append(f"tries {values_text(study.grid[run.trial])} ({run.folder.name})")
+    if run.tries is not None:
+        parts.append(f"tries {values_text(run.tries)} ({run.folder.name})")
     return ", ".join(part for part in parts if part)
 
 
@@ -226,9 +225,9 @@ def _run(study: Study, run: Run, outcomes: Outcomes) -> RunNumbers | Exception:
     """The run's numbers, or its error."""
     try:
         values, config = study.values(run, outcomes), study.config(run, outcomes)
-        if values and run.trial is None:
+        if values and run.tries is None:
             say(study.command, f"{values_text(values)} is chosen")
-        arguments = (config, run.folder, study.costs and run.trial is None)
+        arguments = (config, run.folder, study.costs and run.tries is None)
         if study.costs:
             numbers = in_own_process(run_and_measure, *arguments)
         else:

@@ -1,13 +1,18 @@
-"""One run of a study: training a configuration, and measuring its scores and its costs."""
+"""One run of a study, in a process of its own: its training, its scores and its costs."""
 
 import copy
+import multiprocessing
 import os
+import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -27,6 +32,7 @@ from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration, check_with_progress, find_splits
 from naslora.training.run_model import build_frozen_model
 
+Result = TypeVar("Result")
 PASSES = 11  # forward passes of which the median is a model's time
 WARM_UP_PASSES = 2
 
@@ -148,3 +154,50 @@ def _inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> di
             if done >= WARM_UP_PASSES:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ---- A process of its own ------------------------------------------------------------------------
+
+
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls a function in a fresh process and returns its result.
+
+    The process ends when this one ends.
+
+    Raises:
+        RuntimeError: the process was killed.
+        Exception: whatever the function raises.
+    """
+    # The fork server imports the function's module once. A process forked from it has all imports
+    # and no results of an earlier run.
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([function.__module__])
+    try:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
+            try:
+                return pool.submit(function, *arguments).result()
+            except KeyboardInterrupt:  # the pool would wait for the process
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    except BrokenProcessPool as error:
+        raise RuntimeError("its process was killed, perhaps for lack of memory") from error
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent ends.
+
+    Otherwise the run of a killed study would train on in a folder that a resumed one uses. An
+    interrupt from the terminal is the parent's, which then terminates this process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a pool starts this process
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

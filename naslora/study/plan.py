@@ -60,13 +60,13 @@ class Run(NamedTuple):
     fold: Fold
     data: DataConfig
     folder: Path
-    trial: int | None = None
-    """Place of its values in the grid; None for a run whose test images count."""
+    tries: Values | None = None
+    """Values of the tuned settings; None for a run whose test images count."""
 
     @property
     def finished(self) -> bool:
         """Whether its numbers are known, or no longer needed."""
-        tuned = self.trial is not None and (self.folder.parents[1] / TUNING).is_file()
+        tuned = self.tries is not None and (self.folder.parents[1] / TUNING).is_file()
         return tuned or (self.folder / NUMBERS).is_file()
 
 
@@ -119,10 +119,10 @@ class Study:
 
     def trials(self, row: Row, fold: Fold) -> Iterator[Run]:
         """The runs that tune a row on a fold."""
-        for trial in range(len(self.grid)):
+        for trial, values in enumerate(self.grid, 1):
             for inner, data in enumerate(fold.inner, 1):
-                folder = self.folder(row, "tuning", fold) / f"trial-{trial + 1}" / f"inner-{inner}"
-                yield Run(row, self.seeds[0], fold, data, folder, trial)
+                folder = self.folder(row, "tuning", fold) / f"trial-{trial}" / f"inner-{inner}"
+                yield Run(row, self.seeds[0], fold, data, folder, values)
 
     def values(self, run: Run, outcomes: Outcomes) -> Values:
         """The values of a run's tuned settings.
@@ -130,11 +130,9 @@ class Study:
         Raises:
             UserError: as ``tuning``.
         """
-        if not self.grid:
-            return {}
-        if run.trial is not None:
-            return self.grid[run.trial]
-        return self.tuning(run.row, run.fold, outcomes).values
+        if run.tries is not None:
+            return run.tries
+        return self.tuning(run.row, run.fold, outcomes).values if self.grid else {}
 
     def config(self, run: Run, outcomes: Outcomes) -> RunConfig:
         """The configuration of a run; ``outcomes`` are those of its trials.
@@ -158,14 +156,14 @@ class Study:
         if path.is_file():
             return read_record(path, Tuning)
         trials = []
-        for place, values in enumerate(self.grid):
-            own = [outcomes[run.folder] for run in self.trials(row, fold) if run.trial == place]
-            found = [numbers for numbers in own if isinstance(numbers, RunNumbers)]
+        for values in self.grid:
+            own = [outcomes[run.folder] for run in self.trials(row, fold) if run.tries == values]
             errors = [error for error in own if isinstance(error, Exception)]
             for error in errors:
                 if not isinstance(error, UserError):
                     text = f"{type(error).__name__}: {error}"
                     raise UserError(f"the trial {values_text(values)} has no result: {text}")
+            found = [numbers for numbers in own if isinstance(numbers, RunNumbers)]
             dice = None if errors else pooled(found).numbers["dice"]
             trials.append(Trial({**values}, dice, "; ".join(map(str, errors)) or None))
         scored = [place for place, trial in enumerate(trials) if trial.dice is not None]

@@ -30,8 +30,8 @@ from naslora.data.objects import warnings_about_objects
 from naslora.data.picture import Intensity, parse_intensity
 from naslora.data.tiles import Tiles, fit_tiles
 from naslora.errors import UserError, warn
-from naslora.files import read_json
 from naslora.methods import searches
+from naslora.records import read_record
 from naslora.sam.families import find_family
 from naslora.training.accelerator import in_main_process
 from naslora.training.run_config import RunConfig
@@ -54,8 +54,8 @@ def prepare_data(
         The data set of each split, and what the files hold: nothing but in the main process.
 
     Raises:
-        UserError: in every process; as ``find_splits``, ``check_with_progress`` or
-            ``check_unchanged``.
+        UserError: in every process; ``record`` is damaged; as ``find_splits``,
+            ``check_with_progress`` or ``check_unchanged``.
     """
     splits = find_splits(config)
 
@@ -63,7 +63,7 @@ def prepare_data(
         found = iter(check_with_progress([s for split in splits.values() for s in split], config))
         contents = {name: [next(found) for _ in split] for name, split in splits.items()}
         if record is not None and record.is_file():
-            check_unchanged(read_json(record), contents, record)
+            check_unchanged(read_record(record, dict[str, list[Content]]), contents)
         warn_of_contents(contents, config)
         return contents
 

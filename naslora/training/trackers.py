@@ -7,6 +7,7 @@ each tracker's own: it reads it from its environment variables and its own files
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,6 @@ from accelerate.tracking import (
     MLflowTracker,
     TensorBoardTracker,
     WandBTracker,
-)
-from accelerate.utils import (
-    is_comet_ml_available,
-    is_mlflow_available,
-    is_tensorboard_available,
-    is_wandb_available,
 )
 
 from naslora.choices import Tracker
@@ -41,7 +36,6 @@ class _Kind(NamedTuple):
 
     package: str
     """What pip installs."""
-    available: Callable[[], bool]
     make: Callable[[Path, int, str | None], GeneralTracker]
     """Of the run's folder, its first epoch, and the identity of the run to continue, if any."""
     identity: Callable[[Any], str] | None
@@ -66,7 +60,6 @@ def _comet(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
 _KINDS: dict[Tracker, _Kind] = {
     "tensorboard": _Kind(
         "tensorboard",
-        is_tensorboard_available,
         # Epochs of a killed run that the resumed one repeats are not shown twice.
         # A Ctrl-C inside the writer's queue can cost so many seconds; its default is 120.
         lambda output, epoch, _: TensorBoardTracker(
@@ -76,22 +69,16 @@ _KINDS: dict[Tracker, _Kind] = {
         "check the disk",
     ),
     "wandb": _Kind(
-        "wandb",
-        is_wandb_available,
-        _wandb,
-        lambda tracker: tracker.run.id,
-        "log in, or set WANDB_MODE=offline",
+        "wandb", _wandb, lambda tracker: tracker.run.id, "log in, or set WANDB_MODE=offline"
     ),
     "mlflow": _Kind(
         "mlflow",
-        is_mlflow_available,
         lambda output, _, identity: MLflowTracker(PROJECT, run_name=output.name, run_id=identity),
         lambda tracker: tracker.active_run.info.run_id,
         "check MLFLOW_TRACKING_URI; sqlite:///mlflow.db is a local file",
     ),
     "comet": _Kind(
         "comet-ml",
-        is_comet_ml_available,
         _comet,
         lambda tracker: tracker.writer.get_key(),
         "set COMET_API_KEY, or COMET_START_ONLINE=0",
@@ -109,7 +96,7 @@ def check_trackers(names: Iterable[Tracker]) -> None:
         if name not in _KINDS:
             raise UserError(f"tracker must be one of {', '.join(_KINDS)}, got {name!r}")
         kind = _KINDS[name]
-        if not kind.available():
+        if find_spec(kind.package.replace("-", "_")) is None:
             raise UserError(f"tracker {name} is not installed: run pip install {kind.package}")
 
 
