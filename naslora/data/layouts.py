@@ -153,7 +153,8 @@ def read_layout(layouts: Sequence[Layout], root: Path) -> Splits:
     """
     layout = next((one for one in layouts[:-1] if has_folder(root, one.mark)), layouts[-1])
     splits: Splits = {}
-    for part, (images, masks) in zip(layout.parts, _locate(root, layout.parts), strict=True):
+    for part in layout.parts:
+        images, masks = _locate(root, part.images), _locate(root, part.masks)
         pairs = pair_files(images, masks, layout.suffix, layout.skip)
         splits.setdefault(part.split, []).extend(
             Sample(*pair, f"folder {images.relative_to(root)}", layout.encoding, part.group)
@@ -193,31 +194,19 @@ def read_folders(root: Path) -> Splits:
     return read_layout([Layout(tuple(parts))], root)
 
 
-def _locate(root: Path, parts: Sequence[Part]) -> list[tuple[Path, Path]]:
-    """Finds the image and the mask folder of each part.
+def _locate(root: Path, path: str) -> Path:
+    """Finds a folder of a ``Part``.
 
     Raises:
-        UserError: a folder is missing, or two folders match one path. The message lists the
-            expected and the existing folders.
+        UserError: there is none, or there are two. The message lists those that exist.
     """
     check_folder(root)
-    found = {path: _descend(root, path) for part in parts for path in (part.images, part.masks)}
-    missing = [name for name, matching in found.items() if not matching]
-    if missing:
-        present = []  # the entries of the folder, and the folders in them
-        for path in sorted(root.iterdir()):
-            inner = path.iterdir() if path.is_dir() else ()
-            folders = [f"{path.name}/{child.name}" for child in inner if child.is_dir()]
-            present += folders or [path.name]
-        raise UserError(
-            f"{root}: looked for the folders {', '.join(found)}; {', '.join(missing)} missing; "
-            f"found {listing(present, limit=12)}"
-        )
-    for name, matching in found.items():
-        if len(matching) > 1:
-            names = " and ".join(str(folder.relative_to(root)) for folder in matching)
-            raise UserError(f"{root}: expected one folder {name}, found {names}; remove one")
-    return [(found[part.images][0], found[part.masks][0]) for part in parts]
+    matching = _descend(root, path)
+    if len(matching) != 1:
+        shown = matching or [f for f in (*root.glob("*"), *root.glob("*/*")) if f.is_dir()]
+        names = listing((folder.relative_to(root).as_posix() for folder in shown), limit=12)
+        raise UserError(f"{root}: expected one folder {path}, found {names}")
+    return matching[0]
 
 
 def has_folder(root: Path, name: str) -> bool:
