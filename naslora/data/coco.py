@@ -85,24 +85,19 @@ def read_categories(root: Path) -> tuple[str, ...]:
 
 def _read_files(root: Path) -> dict[str, _Split]:
     check_folder(root)
-    found = {split: _find(root, split) for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
-    missing = [split for split in REQUIRED_SPLITS if not found[split]]
-    if missing:
-        raise UserError(
-            f"{root}: looked for the annotations of train, val and test (SPLIT.json, "
-            "annotations/SPLIT.json, annotations/instances_SPLIT*.json or "
-            f"SPLIT/_annotations.coco.json), {' and '.join(missing)} missing; the folder holds "
-            f"{listing(path.name for path in root.iterdir())}"
-        )
     files = {}
-    for split, paths in found.items():
-        if len(paths) > 1:
+    for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT):
+        paths = _find(root, split)
+        if not paths and split == OPTIONAL_SPLIT:
+            continue
+        if len(paths) != 1:
+            names = listing(str(path.relative_to(root)) for path in paths or root.iterdir())
             raise UserError(
-                f"{root}: expected one annotation file of {split}, found "
-                f"{listing(str(path.relative_to(root)) for path in paths)}; remove the others"
+                f"{root}: expected one annotation file of {split} (SPLIT.json, annotations/"
+                "SPLIT.json, annotations/instances_SPLIT*.json or SPLIT/_annotations.coco.json), "
+                f"found {names}"
             )
-        for path in paths:
-            files[split] = _read_file(root, path, split)
+        files[split] = _read_file(root, paths[0], split)
     _check_categories(files)
     return files
 
@@ -193,11 +188,9 @@ def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
         regions[region.image_id].append(region)
     samples = []
     for picture in file.images:
-        found = (folder / picture.file_name for folder in folders)
-        image = next(
-            (one for one in found if os.path.isfile(one)), None
-        )  # the name may be too long
-        if image is None:
+        paths = [folder / picture.file_name for folder in folders]
+        found = [path for path in paths if os.path.isfile(path)]  # the name may be too long
+        if not found:
             raise UserError(
                 f"{path} names {picture.file_name}, which is in none of the folders "
                 f"{listing(str(folder) for folder in folders)}"
@@ -205,5 +198,5 @@ def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
         instances = [(labels[region.category_id], region) for region in regions[picture.id]]
         drawing = msgspec.json.encode(Drawing(picture.height, picture.width, instances))
         origin = f"{path.name} image {picture.id}"
-        samples.append(Sample(image, Annotation(path, drawing), origin, "regions"))
+        samples.append(Sample(found[0], Annotation(path, drawing), origin, "regions"))
     return samples
