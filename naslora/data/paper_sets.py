@@ -1,5 +1,6 @@
 """The data sets of the paper's study (its Appendix B), read as their authors distribute them."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -126,68 +127,46 @@ def read_polyp(root: Path) -> Splits:
 # ---- The table -----------------------------------------------------------------------------------
 
 SALIENCY = ("s_alpha", "e_phi")
-TRANSPARENT = "shelf jar freezer window door eyeglass cup wall bowl bottle box"
 TRANS10K = {"train": 5000, "val": 1000, "test": 4428}
 
-PAPER_SETS: dict[str, DataSet] = {
-    "isic2017": DataSet(
-        partial(read_layout, (ISIC2017,)),
-        metrics=("iou", "t_iou", "dice", "accuracy"),
-        counts={"train": 2000, "val": 150, "test": 600},
-        class_names=("background", "lesion"),
+
+def _set(
+    layouts: Sequence[Layout] | Callable[[Path], Splits],
+    metrics: tuple[str, ...],
+    classes: str,
+    **counts: int,
+) -> DataSet:
+    """A data set that is read by its layouts, or by a function, with the names of its classes."""
+    read = layouts if callable(layouts) else partial(read_layout, layouts)
+    return DataSet(read, metrics, counts, ("background", *classes.split()))
+
+
+PAPER_SETS = {
+    "isic2017": _set(
+        (ISIC2017,), ("iou", "t_iou", "dice", "accuracy"), "lesion", train=2000, val=150, test=600
     ),
-    "kvasir": DataSet(
-        partial(read_layout, KVASIR),
-        metrics=SALIENCY,
-        counts={"train": 720, "val": 180, "test": 100},
-        class_names=("background", "polyp"),
+    "kvasir": _set(KVASIR, SALIENCY, "polyp", train=720, val=180, test=100),
+    "cvc-clinicdb": _set(CVC_CLINICDB, SALIENCY, "polyp", train=440, val=110, test=62),
+    "polyp": _set(read_polyp, SALIENCY, "polyp", train=1160, val=290, test=162),
+    "camouflage": _set(
+        (CAMOUFLAGE,),
+        (*SALIENCY, "f_w_beta", "f_w_beta_0.3", "mae"),
+        "camouflaged",
+        **{"train": 3636, "val": 404, "CAMO": 250, "CHAMELEON": 76, "COD10K": 2026},
     ),
-    "cvc-clinicdb": DataSet(
-        partial(read_layout, CVC_CLINICDB),
-        metrics=SALIENCY,
-        counts={"train": 440, "val": 110, "test": 62},
-        class_names=("background", "polyp"),
+    "sbu": _set((SBU,), ("ber", "ber_pooled"), "shadow", train=3677, val=408, test=638),
+    "leaf": _set(LEAF, ("iou", "dice", "accuracy"), "disease", train=448, val=50, test=90),
+    "roads": _set((ROADS,), ("iou", "dice"), "road", train=1107, val=13, test=48),
+    "trans10k-v1": _set(
+        (TRANS10K_V1,),
+        ("foreground_accuracy", "foreground_miou", "index_mae", "mber"),
+        "things stuff",
+        **TRANS10K,
     ),
-    "polyp": DataSet(
-        read_polyp,
-        metrics=SALIENCY,
-        counts={"train": 1160, "val": 290, "test": 162},
-        class_names=("background", "polyp"),
-    ),
-    "camouflage": DataSet(
-        partial(read_layout, (CAMOUFLAGE,)),
-        metrics=(*SALIENCY, "f_w_beta", "f_w_beta_0.3", "mae"),
-        counts={"train": 3636, "val": 404, "CAMO": 250, "CHAMELEON": 76, "COD10K": 2026},
-        class_names=("background", "camouflaged"),
-    ),
-    "sbu": DataSet(
-        partial(read_layout, (SBU,)),
-        metrics=("ber", "ber_pooled"),
-        counts={"train": 3677, "val": 408, "test": 638},
-        class_names=("background", "shadow"),
-    ),
-    "leaf": DataSet(
-        partial(read_layout, LEAF),
-        metrics=("iou", "dice", "accuracy"),
-        counts={"train": 448, "val": 50, "test": 90},
-        class_names=("background", "disease"),
-    ),
-    "roads": DataSet(
-        partial(read_layout, (ROADS,)),
-        metrics=("iou", "dice"),
-        counts={"train": 1107, "val": 13, "test": 48},
-        class_names=("background", "road"),
-    ),
-    "trans10k-v1": DataSet(
-        partial(read_layout, (TRANS10K_V1,)),
-        metrics=("foreground_accuracy", "foreground_miou", "index_mae", "mber"),
-        counts=TRANS10K,
-        class_names=("background", "things", "stuff"),
-    ),
-    "trans10k-v2": DataSet(
-        partial(read_layout, (TRANS10K_V2,)),
-        metrics=("pixel_accuracy", "miou", "class_iou"),
-        counts=TRANS10K,
-        class_names=("background", *TRANSPARENT.split()),
+    "trans10k-v2": _set(
+        (TRANS10K_V2,),
+        ("pixel_accuracy", "miou", "class_iou"),
+        "shelf jar freezer window door eyeglass cup wall bowl bottle box",
+        **TRANS10K,
     ),
 }
