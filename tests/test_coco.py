@@ -174,7 +174,7 @@ def test_missing_and_ambiguous_files(tmp_path):
     (root / "val").mkdir()
     (root / "val/_annotations.coco.json").write_text("{}")
     with pytest.raises(
-        UserError, match="expected one annotation file of val .* found val.json, val/_annotations"
+        UserError, match=r"expected one annotation file of val .* found val.json, val/_annotations"
     ):
         load_splits("coco", root)
     (root / "val/_annotations.coco.json").unlink()
