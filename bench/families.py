@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -22,12 +23,11 @@ from naslora import NASLoRAConfig, inject, load_adapter, merge, save_adapter
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 from naslora.sam.attention import fuse_attention, unfuse_attention
-from naslora.sam.families import sam2, sam_hq
+from naslora.sam.families import sam2, sam3, sam_hq
 from naslora.sam.families.mobile_sam import TinyViTEncoder
 from naslora.sam.families.sam import ViT, build_vit
 
 ATTENTION = "qkv"
-SEPARATE = r"attention\.(q|k|v)_proj$"
 VIT = ViT(32, 2, 2, (1,))
 HIERA = sam2.Hiera(16, 1, (1, 2, 3, 1), (4,))
 HEAD = ("family", "`target`", "layers see", "`prefix_tokens`", "same outputs", "gradients")
@@ -56,6 +56,11 @@ def plain_vit(kind: type[ImageEncoderViT]) -> Callable[[int, int], nn.Module]:
         return encoder
 
     return build
+
+
+def sam3_encoder(height: int, width: int) -> nn.Module:
+    with patch.dict(sam3.SIZES, sam3=sam3.Sam3ViT(32, 2, 2, 64, (1,), 2, 4)):
+        return sam3.Sam3Encoder("sam3", height)
 
 
 def transformers_model(kind: str, **values: Any) -> nn.Module:
@@ -102,8 +107,6 @@ def timm_vit(height: int, width: int) -> nn.Module:
     return timm.create_model("vit_small_patch16_dinov3", num_classes=0, **values)
 
 
-SAM3 = {"patch_size": 16, "intermediate_size": 64, "window_size": 2, "pretrain_image_size": 64}
-SAM3 |= {"global_attn_indexes": [1]}
 EOMT = {"num_register_tokens": 4, "num_blocks": 1, "num_queries": 7, "num_labels": 2}
 HOSTS = (
     Host("SAM (`vit_*`)", plain_vit(ImageEncoderViT)),
@@ -111,27 +114,27 @@ HOSTS = (
     Host("SAM-HQ (`sam_hq_*`)", plain_vit(sam_hq.HQViT)),
     Host("Light HQ-SAM (`sam_hq_tiny`)", lambda height, width: sam_hq.HQTinyViT()),
     Host("SAM 2, 2.1 (`sam2_*`, `sam2.1_*`)", lambda height, width: sam2.HieraEncoder(HIERA)),
+    Host("SAM 3 (`sam3`), Sam3 of transformers", sam3_encoder, size=(56, 56), oblong=(56, 84)),
     Host("SamModel of transformers", hugging_face_sam("SamVisionModel")),
     Host("SamHQModel of transformers", hugging_face_sam("SamHQVisionModel")),
     Host("Sam2Model of transformers", hugging_face_sam2),
-    Host("Sam3 of transformers", of_transformers("Sam3ViTModel", **SAM3), SEPARATE),
     Host(
         "DINOv2 of transformers",
         of_transformers("Dinov2WithRegistersModel", oblong=True, patch_size=16),
-        *(SEPARATE, 5),
+        prefix=5,
     ),
     Host(
         "DINOv3 of transformers",
         of_transformers("DINOv3ViTModel", oblong=True, num_register_tokens=4, intermediate_size=64),
-        *(SEPARATE, 5),
+        prefix=5,
     ),
     Host(
         "EoMT of transformers",
         of_transformers("EomtForUniversalSegmentation", **EOMT),
-        *(SEPARATE, 5),
+        prefix=5,
         later=7,
     ),
-    Host("ViTs of timm", timm_vit, ATTENTION, 5),
+    Host("ViTs of timm", timm_vit, prefix=5),
 )
 
 

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from transformers import (
     Sam2Config,
     Sam2Model,
+    Sam3TrackerConfig,
+    Sam3TrackerModel,
     SamConfig,
     SamHQConfig,
     SamHQModel,
     SamModel,
 )
 
-from naslora.sam.families import find_family, sam2, sam_hq
+from naslora.sam.families import find_family, sam2, sam3, sam_hq
 from naslora.sam.families.sam import VITS, ViT
 from naslora.sam.segmentation import SamForSegmentation
 
@@ -26,9 +28,16 @@ SMALL = {
     "sam_hq_l": (sam_hq.SIZES, ViT(48, 2, 3, (0, 1))),
     "sam2.1_t": (sam2.SAM21, sam2.Hiera(16, 1, (1, 2, 3, 1), (4,))),
     "sam2.1_l": (sam2.SAM21, sam2.Hiera(24, 2, (1, 1, 2, 2), (3,), (8, 4, 16, 8), 14)),
+    "sam3": (sam3.SIZES, sam3.Sam3ViT(32, 3, 2, 64, (1,), 4, 4)),
 }
 CLASSES = {"SamModel": (SamModel, SamConfig), "SamHQModel": (SamHQModel, SamHQConfig)}
 CLASSES["Sam2Model"] = (Sam2Model, Sam2Config)
+CLASSES["Sam3TrackerModel"] = (Sam3TrackerModel, Sam3TrackerConfig)
+
+
+def side(name: str) -> int:
+    """Of images with four by four tokens."""
+    return 4 * find_family(name).patch
 
 
 @contextlib.contextmanager
@@ -47,7 +56,7 @@ def reference(name: str, image_size: int, seed: int = 0) -> nn.Module:
     kind, config_kind = CLASSES[huggingface.architecture]
     values = huggingface.config(name, image_size)
     decoder = {**values.pop("mask_decoder_config", {}), "num_multimask_outputs": 0}
-    if huggingface.architecture != "Sam2Model":
+    if huggingface.architecture in ("SamModel", "SamHQModel"):
         decoder["layer_norm_eps"] = 1e-5  # segment_anything's; transformers has another default
     else:
         decoder["dynamic_multimask_via_stability"] = False
@@ -86,8 +95,11 @@ def our_masks(model: SamForSegmentation, images: Tensor) -> Tensor:
 def their_masks(model: nn.Module, images: Tensor) -> Tensor:
     """The same of transformers, without prompts."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    third = isinstance(model, Sam3TrackerModel)
+    if third:
+        mean = std = torch.full((3,), 0.5)
     x = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    batch, grid = len(x), x.shape[-1] // 16
+    batch, grid = len(x), x.shape[-1] // (14 if third else 16)
     dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
     shared = {
         "image_positional_embeddings": model.get_image_wide_positional_embeddings().expand(
@@ -97,7 +109,7 @@ def their_masks(model: nn.Module, images: Tensor) -> Tensor:
         "dense_prompt_embeddings": dense.expand(batch, -1, grid, grid),
         "multimask_output": False,
     }
-    if isinstance(model, Sam2Model):
+    if isinstance(model, Sam2Model | Sam3TrackerModel):
         fine, middle, last = model.get_image_features(x, return_dict=True).fpn_hidden_states
         last = last + model.no_memory_embedding
         maps = [

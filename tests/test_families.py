@@ -1,8 +1,9 @@
-"""SAM-HQ, SAM 2 and Hugging Face's folders, against the transformers library."""
+"""SAM-HQ, SAM 2, SAM 3 and Hugging Face's folders, against the transformers library."""
 
 import contextlib
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -17,11 +18,21 @@ from sam_families import (
     pixels,
     randomize_all,
     reference,
+    side,
     small_models,
     their_masks,
 )
 from torch.testing import assert_close
-from transformers import Sam2Config, Sam2VideoConfig, Sam2VideoModel, SamConfig, SamHQConfig
+from transformers import (
+    Sam2Config,
+    Sam2VideoConfig,
+    Sam2VideoModel,
+    Sam3TrackerConfig,
+    Sam3VideoConfig,
+    Sam3VideoModel,
+    SamConfig,
+    SamHQConfig,
+)
 
 from naslora import UserError, merge
 from naslora.adapter.layer.modules import adapter_layers
@@ -53,12 +64,11 @@ def folder(tmp_path_factory):
     """Makes a folder of Hugging Face for a model, once."""
     made = {}
 
-    def folder_of(name: str, size: int = 64):
-        if (name, size) not in made:
-            path = tmp_path_factory.mktemp("hf") / name
-            reference(name, size).save_pretrained(path)
-            made[name, size] = path
-        return made[name, size]
+    def folder_of(name: str):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("hf") / name
+            reference(name, side(name)).save_pretrained(made[name])
+        return made[name]
 
     return folder_of
 
@@ -74,6 +84,8 @@ def description(model: SamForSegmentation, part="model") -> Description:
     ("name", "size"),
     [
         *itertools.product(("vit_b", "sam_hq_b", "sam2.1_t", "sam2.1_l"), (64, 160)),
+        *(("sam3", 56), ("sam3", 84)),
+        pytest.param("sam3", 1008, marks=pytest.mark.campaign),
         *(
             pytest.param(name, size, marks=pytest.mark.campaign)
             for name in ("vit_l", "sam_hq_l", "sam2.1_t", "sam2.1_b+", "sam_hq_b", "vit_b")
@@ -82,12 +94,14 @@ def description(model: SamForSegmentation, part="model") -> Description:
     ],
 )
 def test_masks_equal_those_of_transformers(name, size, tmp_path):
-    with real_size(name) if size > 500 else contextlib.nullcontext():
+    # SAM 3 at its size would take gigabytes.
+    with real_size(name) if size > 500 and name != "sam3" else contextlib.nullcontext():
         original = reference(name, size)
         original.save_pretrained(tmp_path)
         model = build_model(name, size, 1, tmp_path)
     ours, theirs = our_masks(model, pixels(size)), their_masks(original, pixels(size))
-    assert ours.shape == theirs.shape == (2, 1, size // 4, size // 4) and ours.std() > 0.1
+    grid = size // find_family(name).patch
+    assert ours.shape == theirs.shape == (2, 1, 4 * grid, 4 * grid) and ours.std() > 0.1
     # Rounding of float32, in sums of other orders, relative to the largest logit.
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
     if size < 500:  # the file without its folder is known by its names
@@ -108,11 +122,19 @@ def real_size(name):
 
 @pytest.mark.parametrize(
     ("name", "theirs"),
-    [("vit_b", SamConfig), ("sam_hq_b", SamHQConfig), ("sam2.1_t", Sam2Config)],
+    [
+        ("vit_b", SamConfig),
+        ("sam_hq_b", SamHQConfig),
+        ("sam2.1_t", Sam2Config),
+        ("sam3", Sam3TrackerConfig),
+    ],
 )
 def test_configurations_of_real_sizes_are_the_defaults_of_transformers(name, theirs):
+    family = find_family(name)
     with real_size(name):
-        config = find_family(name).huggingface.config(name, 1024)
+        config = family.huggingface.config(name, family.image_size)
+    scales = config["vision_config"].pop("scale_factors", None)  # the tracker drops the last
+    assert scales == ([4, 2, 1] if name == "sam3" else None)
 
     def assert_within(ours, default):
         for key, value in ours.items():
@@ -127,15 +149,15 @@ def test_configurations_of_real_sizes_are_the_defaults_of_transformers(name, the
 # ---------------------------------------------------------------- folders of Hugging Face
 
 
-@pytest.mark.parametrize("name", ["vit_b", "sam_hq_b", "sam2.1_t"])
+@pytest.mark.parametrize("name", ["vit_b", "sam_hq_b", "sam2.1_t", "sam3"])
 def test_a_folder_comes_back_without_a_missing_key(name, tmp_path):
     """Merged, with a trained mask token: the other tensors of the decoder have the same bits."""
-    family = find_family(name)
+    family, size = find_family(name), side(name)
     kind, config_kind = CLASSES[family.huggingface.architecture]
-    original = kind(config_kind(**family.huggingface.config(name, 64)))
+    original = kind(config_kind(**family.huggingface.config(name, size)))
     randomize_all(original)
     original.save_pretrained(tmp_path / "in")
-    model = build_model(name, 64, 1, tmp_path / "in")
+    model = build_model(name, size, 1, tmp_path / "in")
     apply("nas-pc-lora", model)
     randomize(model)
     merge(model, "center")
@@ -152,10 +174,10 @@ def test_a_folder_comes_back_without_a_missing_key(name, tmp_path):
     theirs = original.state_dict()
     for key, value in loaded.state_dict().items():
         # Sam2Model starts with two different positional encodings. Checkpoints have one twice.
-        changed = (".attn.", ".mlp.", "mask_tokens", "prompt_encoder.shared_embedding")
+        changed = (".attn.", ".attention.", ".mlp.", "mask_tokens", "r.shared_embedding")
         assert torch.equal(value, theirs[key]) or any(part in key for part in changed), key
-    again = build_model(name, 64, 1, tmp_path / "out")
-    assert torch.equal(our_masks(again, pixels(64)), our_masks(model, pixels(64)))
+    again = build_model(name, size, 1, tmp_path / "out")
+    assert torch.equal(our_masks(again, pixels(size)), our_masks(model, pixels(size)))
 
 
 def test_weights_in_several_files_are_read(folder, tmp_path):
@@ -182,13 +204,20 @@ def test_the_model_of_videos_loads_without_its_memory(folder, tmp_path):
         build_model("sam2_t", 64, 1, tmp_path)
 
 
-def test_every_tensor_of_the_model_of_videos_has_a_place():
-    """It is in our model, or a part that our decoder leaves out, or the memory's."""
-    with real_size("sam2.1_t"), torch.device("meta"):
-        theirs = Sam2VideoModel(Sam2VideoConfig()).state_dict()
-        ours = SamForSegmentation("sam2.1_t", 64).state_dict()
-    huggingface = find_family("sam2.1_t").huggingface
-    found = huggingface.to_ours(theirs)
+@pytest.mark.parametrize(
+    ("name", "kind", "config"),
+    [
+        ("sam2.1_t", Sam2VideoModel, Sam2VideoConfig),
+        ("sam3", Sam3VideoModel, Sam3VideoConfig),
+    ],
+)
+def test_every_tensor_of_the_model_of_videos_has_a_place(name, kind, config):
+    """It is in our model, or a part that our decoder leaves out, or the memory's, or SAM 3's
+    detector's."""
+    with real_size(name), torch.device("meta"):
+        theirs = kind(config()).state_dict()
+        ours = SamForSegmentation(name, side(name)).state_dict()
+    found = find_family(name).huggingface.to_ours(theirs)
     assert set(ours) <= set(found)
     heads = ("iou_prediction_head", "output_hypernetworks_mlps", "pred_obj_score_head")
     left = [key for key in found if key not in ours]
@@ -250,8 +279,9 @@ def official_sam2(path, newer=True) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", SMALL)
 def test_no_two_names_become_one(name):
     family = find_family(name)
-    ours = SamForSegmentation(name, 64, 3).state_dict().keys()
-    for naming in (family.official, family.huggingface.naming):
+    ours = SamForSegmentation(name, side(name), 3).state_dict().keys()
+    namings = (family.huggingface.naming, *([family.official] if name != "sam3" else []))
+    for naming in namings:  # Meta's names of SAM 3 are read only
         theirs = [naming.theirs(key) for key in ours]
         assert len(set(theirs)) == len(theirs)
         assert [naming.ours(key) for key in theirs] == list(ours)
@@ -275,6 +305,81 @@ def test_an_official_checkpoint_of_sam2_comes_back_with_its_memory(tmp_path):
     assert not any(info.values()), info
 
 
+# ---------------------------------------------------------------- SAM 3's official names
+
+META = (  # transformers' names and Meta's, as regular expressions and their replacements
+    (
+        r"vision_encoder\.backbone\.embeddings\.patch_embeddings\.projection",
+        "TRUNK.patch_embed.proj",
+    ),
+    (r"vision_encoder\.backbone\.embeddings\.position_embeddings", "TRUNK.pos_embed"),
+    (r"vision_encoder\.backbone\.layer_norm", "TRUNK.ln_pre"),
+    (r"vision_encoder\.backbone\.layers\.", "TRUNK.blocks."),
+    (r"(TRUNK.*)layer_norm", r"\1norm"),
+    (r"(TRUNK.*)attention\.o_proj", r"\1attn.proj"),
+    (r"vision_encoder\.neck\.fpn_layers\.", "CONVS."),
+    (r"(CONVS\.0)\.scale_layers\.0", r"\1.dconv_2x2_0"),
+    (r"(CONVS\.0)\.scale_layers\.2", r"\1.dconv_2x2_1"),
+    (r"(CONVS\.1)\.scale_layers\.0", r"\1.dconv_2x2"),
+    (r"(CONVS\..)\.proj1", r"\1.conv_1x1"),
+    (r"(CONVS\..)\.proj2", r"\1.conv_3x3"),
+    ("TRUNK", "detector.backbone.vision_backbone.trunk"),
+    ("CONVS", "detector.backbone.vision_backbone.sam2_convs"),
+)
+
+
+def official_sam3(folder, path) -> None:
+    """What ``folder`` holds under Meta's names, with a part of all that naslora leaves out."""
+    huggingface = find_family("sam3").huggingface
+    theirs = {k.removeprefix("tracker_model."): v for k, v in load_file(folder).items()}
+    theirs = {
+        re.sub("^tracker_neck", "vision_encoder.neck", key.removeprefix("detector_model.")): value
+        for key, value in theirs.items()
+    }
+    own, state = huggingface.to_ours(theirs), {}
+    for key, value in own.items():  # SAM 2's official names of the decoder, behind "tracker."
+        if not key.startswith("image_encoder."):
+            state["tracker." + find_family("sam2.1_t").official.theirs(key)] = value
+    state["tracker.no_mem_embed"] = theirs["no_memory_embedding"]
+    for key, value in theirs.items():
+        if key.startswith("vision_encoder."):
+            for pattern, replacement in META:
+                key = re.sub(pattern, replacement, key)
+            state[key] = value
+    for key in [key for key in state if ".attention.q_proj." in key]:
+        parts = [state.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        state[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    trunk = "detector.backbone.vision_backbone.trunk."
+    positions = state[f"{trunk}pos_embed"]
+    state[f"{trunk}pos_embed"] = torch.cat([positions[:, :1] + 1, positions], 1)
+    state[f"{trunk}blocks.0.attn.freqs_cis"] = torch.ones(16, 8, dtype=torch.complex64)
+    others = ("detector.backbone.vision_backbone.convs.0.conv_1x1", "tracker.no_mem_pos_enc")
+    others += ("detector.backbone.vision_backbone.sam2_convs.3.conv_1x1", "tracker.obj_ptr_proj")
+    others += ("detector.backbone.language_backbone.resizer", "detector.transformer.decoder.norm")
+    torch.save({"model": {**state, **{f"{key}.weight": torch.ones(2) for key in others}}}, path)
+
+
+def test_sam3_loads_from_meta_s_file_and_from_the_model_of_videos(folder, tmp_path):
+    """transformers 5.24 puts tracker_model. in front of all names of a Sam3TrackerModel."""
+    stored = folder("sam3") / "model.safetensors"
+    official_sam3(stored, tmp_path / "sam3.pt")
+    video = {
+        re.sub("^tracker_model.(detector_model|tracker_neck)", r"\1", key): value
+        for key, value in load_file(stored).items()
+    }
+    detector = {"vision_encoder.neck.fpn_layers.0.proj1.weight": torch.ones(2)}
+    detector |= {"text_encoder.text_projection.weight": torch.ones(2)}
+    video |= {f"detector_model.{key}": value for key, value in detector.items()}
+    video |= {"tracker_model.memory_encoder.projection.weight": torch.ones(2)}
+    save_file({**video, "tracker_neck.fpn_layers.3.proj1.bias": torch.ones(2)}, tmp_path / "video")
+    (tmp_path / "video").rename(tmp_path / "video.safetensors")
+    expected = build_model("sam3", 56, 1, folder("sam3"))
+    for path in (tmp_path / "sam3.pt", tmp_path / "video.safetensors"):
+        model = build_model("sam3", 56, 1, path)
+        assert torch.equal(our_masks(model, pixels(56)), our_masks(expected, pixels(56)))
+        assert model.left_out.keys() == expected.left_out.keys()
+
+
 # ---------------------------------------------------------------- checkpoints of another model
 
 
@@ -287,6 +392,8 @@ def test_an_official_checkpoint_of_sam2_comes_back_with_its_memory(tmp_path):
         ("vit_b", "sam_hq_b", "model.safetensors", r"is SAM-HQ \(sam_hq_b\), and .*says vit_b"),
         ("mobile_sam", "sam2.1_t", "", r"is SAM 2 .*--model says mobile_sam"),
         ("sam2.1_t", "sam2_t", "", r"is SAM 2 \(sam2_t\), and --model says sam2.1_t"),
+        ("sam2.1_t", "sam3", "", r"is SAM 3 \(sam3\), and --model says sam2.1_t"),
+        ("sam3", "sam2.1_t", "", r"is SAM 2 \(sam2_t\), and --model says sam3"),
     ],
 )
 def test_checkpoints_of_other_models_are_named(name, made_for, file, message, folder, tmp_path):
@@ -296,7 +403,7 @@ def test_checkpoints_of_other_models_are_named(name, made_for, file, message, fo
     else:
         path = folder(made_for) / file
     with pytest.raises(UserError, match=message):
-        build_model(name, 64, 1, path)
+        build_model(name, side(name), 1, path)
 
 
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path):
@@ -309,13 +416,14 @@ def test_a_folder_without_weights_is_no_checkpoint(tmp_path):
     [
         ("mobile_sam", "huggingface", "transformers has no MobileSAM; export to safetensors"),
         ("sam2.1_t", "huggingface", "not made from a SAM checkpoint"),
-        ("a folder", "safetensors", r"without SAM 2.1's memory for videos.*to huggingface"),
-        ("a folder", "full", "is not empty; choose another --output"),
+        ("sam2.1_t from a folder", "safetensors", r"SAM 2.1's original code needs more than"),
+        ("sam3 from a folder", "safetensors", r"SAM 3's original code needs .*to huggingface"),
+        ("vit_b from a folder", "full", "is not empty; choose another --output"),
     ],
 )
 def test_what_cannot_be_exported(name, file_format, message, folder, tmp_path):
-    loaded = ("sam2.1_t", 64, 1, folder("sam2.1_t"))
-    model = build_model(*(loaded if name == "a folder" else (name, 64)))
+    name, _, source = name.partition(" from ")
+    model = build_model(name, side(name), 1, folder(name) if source else None)
     if file_format == "full":
         (tmp_path / "file").touch()
     before = list(tmp_path.iterdir())
@@ -330,9 +438,12 @@ def test_every_model_builds():
         for name in family.models:
             with torch.device("meta"):
                 assert find_family(name).build_encoder(name, 64) is not None
-    for size in (16, 48, 80, 1008):
-        with pytest.raises(UserError, match=f"multiple of 32 for SAM 2.1, got {size}"):
-            SamForSegmentation("sam2.1_t", size)
+    for name, size, message in (
+        *(("sam2.1_t", size, f"multiple of 32 for SAM 2.1, got {size}") for size in (16, 80, 1008)),
+        ("sam3", 1024, "multiple of 14 for SAM 3, got 1024"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SamForSegmentation(name, size)
 
 
 # ---------------------------------------------------------------- what a run does with them
@@ -340,17 +451,17 @@ def test_every_model_builds():
 
 def trained_like(name, classes=1) -> SamForSegmentation:
     """A model with an adapter and a decoder that differ from their start."""
-    model = build_model(name, 64, classes).eval()
+    model = build_model(name, side(name), classes).eval()
     apply("nas-pc-lora", model)
     randomize(model)
     return model
 
 
-RUNS = ("sam_hq_b", "sam_hq_tiny", "sam2.1_t")
+RUNS = ("sam_hq_b", "sam_hq_tiny", "sam2.1_t", "sam3")
 
 
 @pytest.mark.parametrize("classes", [1, 3])
-@pytest.mark.parametrize("name", quickly(RUNS, "sam_hq_b", "sam2.1_t"))
+@pytest.mark.parametrize("name", quickly(RUNS, "sam_hq_b", "sam2.1_t", "sam3"))
 def test_gradients_and_checkpointing(name, classes):
     """With recomputed blocks the gradients have the same bits."""
     found = []
@@ -358,7 +469,7 @@ def test_gradients_and_checkpointing(name, classes):
         model = trained_like(name, classes)
         if recomputed:
             checkpoint_blocks(model.image_encoder)
-        output = model(pixels(64))
+        output = model(pixels(side(name)))
         loss = output.masks.square().mean()
         if output.classes is not None:
             assert output.classes.shape == (2, 10, classes + 1)
@@ -373,17 +484,17 @@ def test_gradients_and_checkpointing(name, classes):
 
 
 @pytest.mark.parametrize("mode", ["exact", "center", "calibrated"])
-@pytest.mark.parametrize("name", ["sam_hq_b", "sam2.1_t"])
+@pytest.mark.parametrize("name", ["sam_hq_b", "sam2.1_t", "sam3"])
 @pytest.mark.filterwarnings("ignore")  # fewer than four tokens for each input of a layer
 def test_merging(name, mode):
-    model = trained_like(name)
-    before = our_masks(model, pixels(64))
+    model, size = trained_like(name), side(name)
+    before = our_masks(model, pixels(size))
     # Enough tokens for the widest layer.
-    images = [pixels(64, 16, seed=s) for s in range(3)]
+    images = [pixels(size, 16, seed=s) for s in range(3)]
     report = merge(model, mode, images if mode == "calibrated" else None)
     if mode == "exact":
         # Rounding of float32 through an encoder.
-        assert_close(our_masks(model, pixels(64)), before, rtol=1e-3, atol=1e-4)
+        assert_close(our_masks(model, pixels(size)), before, rtol=1e-3, atol=1e-4)
     else:
         assert 0 < report.max_update_error < 1.5
 
@@ -393,7 +504,7 @@ def test_merging(name, mode):
 @pytest.mark.parametrize("file_format", ["onnx", "torch-export"])
 def test_exported_graphs_predict_the_same(name, file_format, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, images = trained_like(name), pixels(64)
+    model, images = trained_like(name), pixels(side(name))
     merge(model, "exact")
     path = tmp_path / ("model.onnx" if file_format == "onnx" else "model.pt2")
     export(model, description(model), file_format, path)
@@ -413,16 +524,17 @@ def test_exported_graphs_predict_the_same(name, file_format, tmp_path):
         assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["sam2.1_t", "sam3"])
 @pytest.mark.parametrize("method", quickly(METHODS, "vpt", "lora", "conv-lora", "bitfit"))
-def test_methods_on_sam2_work_or_say_what_they_need(method):
-    model = build_model("sam2.1_t", 64)
+def test_methods_work_or_say_what_they_need(name, method):
+    model = build_model(name, side(name))
     try:
         apply(method, model)
     except UserError as error:
-        assert "needs" in str(error) and "HieraEncoder" in str(error)
+        assert "needs" in str(error) and type(model.image_encoder).__name__ in str(error)
         assert method in ("vpt", "sam-adapter", "mona")
         return
-    model(pixels(64)).masks.mean().backward()
+    model(pixels(side(name))).masks.mean().backward()
 
 
 def test_statistics_of_hiera_s_blocks():

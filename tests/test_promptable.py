@@ -130,7 +130,7 @@ def prompts_of(model, points, labels):
     return encode_points(model.prompt_encoder, points, labels)
 
 
-@pytest.mark.parametrize("name", ["sam_hq_b", "sam2.1_t"])
+@pytest.mark.parametrize("name", ["sam_hq_b", "sam2.1_t", "sam3"])
 def test_models_with_another_decoder_are_refused(name):
     message = error_of(PromptableSam, name, 64)
     assert f"prompts work with {', '.join(PROMPTED)}" in message and "of its own" in message

@@ -1,6 +1,7 @@
 """The named targets, in every family and for every method that adapts linears."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ LINEARS = {  # of a block, by the start of the family's title
     "SAM-HQ": ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"),
     "MobileSAM": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
     "SAM 2": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    "SAM 3": (*(f"attention.{name}_proj" for name in "qkvo"), "mlp.fc1", "mlp.fc2"),
     "SamModel": ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"),
     "Sam2Model": ("attn.qkv", "attn.proj", "mlp.proj_in", "mlp.proj_out"),
 }
-CHOSEN = {"qkv": [0], "mlp": [2], "qkv+mlp": [0, 2], "all": [0, 1, 2, 3]}
+CHOSEN = {"qkv": ("qkv", "q_", "k_", "v_"), "mlp": ("lin1", "fc1", "proj_in")}
+CHOSEN |= {"qkv+mlp": CHOSEN["qkv"] + CHOSEN["mlp"], "all": ("",)}
 METHODS = ("nas-lora", "nas-pc-lora", "conv-lora", "lora", "dora", "vera")
 OBLONG = (64, 96)
 
@@ -38,13 +41,15 @@ def built(family: str, size=(64, 64)) -> nn.Module:
 @pytest.mark.parametrize("family", LINEARS)
 def test_layers_of_a_name(family):
     encoder, linears = built(family), LINEARS[family]
-    blocks = [n.removesuffix(linears[0]) for n in find_targets(encoder, NASLoRAConfig("qkv"))]
+    firsts = find_targets(encoder, NASLoRAConfig(re.escape(linears[0])))
+    blocks = [name.removesuffix(linears[0]) for name in firsts]
     for target, chosen in CHOSEN.items():
         names = list(find_targets(encoder, NASLoRAConfig(target=target)))
-        assert names == [block + linears[i] for block in blocks for i in chosen]
+        ends = [linear for linear in linears if any(part in linear for part in chosen)]
+        assert names == [block + end for block in blocks for end in ends]
         assert target_name(names) == target
         last = NASLoRAConfig(target=target, blocks=(len(blocks) - 1,))
-        assert list(find_targets(encoder, last)) == names[-len(chosen) :]
+        assert list(find_targets(encoder, last)) == names[-len(ends) :]
 
 
 def test_a_name_leaves_the_decoder_alone_and_stands_for_all_its_layers():
@@ -52,7 +57,7 @@ def test_a_name_leaves_the_decoder_alone_and_stands_for_all_its_layers():
     sam = nn.ModuleDict({"image_encoder": built("SAM ("), "mask_decoder": decoder})
     assert not any("decoder" in name for name in inject(sam, NASLoRAConfig(target="all")))
     with pytest.raises(UserError, match=r"a part of target 'qkv\+mlp'"):
-        inject(built("DINOv2"), NASLoRAConfig(target="qkv+mlp"))
+        inject(built("DINOv3"), NASLoRAConfig(target="qkv+mlp"))
 
 
 @pytest.mark.parametrize("family", ["SAM (", "MobileSAM", "SAM 2"])

@@ -27,8 +27,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 # ---- Loading -------------------------------------------------------------------------------------
 
+_ENCODER = re.compile(r"(image_encoder|vision_encoder|vision_backbone)\.")
 _RESIZED = re.compile(r"(^|\.)pos_embed$|attn\.rel_pos_[hw]$")
-_ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages|trunk\.blocks)\.")
+_ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages|trunk\.blocks|backbone\.layers)\.")
 # These tensors may be missing: the classification branch starts with random weights, and the
 # batch norms of a SAM encoder do not use their counters.
 _OPTIONAL = re.compile(r"mask_decoder\.class_head\.|num_batches_tracked$")
@@ -60,7 +61,7 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
     if path.is_dir():  # large models are several files in a folder of Hugging Face
         files = sorted(path.glob("model*.safetensors")) or [path / WEIGHTS]
     stored = {key: value for file in files for key, value in read_checkpoint(file).items()}
-    if not any(key.startswith(("image_encoder.", "vision_encoder.")) for key in stored):
+    if not any(_ENCODER.search(key) for key in stored):
         raise UserError(f"{path} holds no SAM checkpoint: it has no image_encoder weights")
     family = find_family(name)
     tensors = _under_our_names(stored, family)
@@ -99,14 +100,16 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         tensors = tensors["model"]  # SAM 2 has it there
     if not isinstance(tensors, dict):
         raise UserError(f"checkpoint {path} holds a {type(tensors).__name__}, no state dict")
+    # SAM 3 has complex tables of its rotary positions there, which models compute.
+    tensors = {key: value for key, value in tensors.items() if not str(key).endswith("freqs_cis")}
     return plain_tensors(tensors, f"checkpoint {path}")
 
 
 def _under_our_names(stored: Tensors, family: Family) -> dict[str, Tensor] | None:
     """The tensors under a family's names; None if they are Hugging Face's and it has no such
     family."""
-    if not any(key.startswith("vision_encoder.") for key in stored):
-        return {family.official.ours(key): value for key, value in stored.items()}
+    if not any("vision_encoder." in key for key in stored):
+        return family.official.to_ours(stored)
     return None if family.huggingface is None else family.huggingface.to_ours(stored)
 
 
@@ -207,14 +210,15 @@ def sam_state_dict(
         name: the model's name in ``MODELS``.
 
     Raises:
-        UserError: the model was not made from a SAM checkpoint, or that had no memory for videos.
+        UserError: the model was not made from a SAM checkpoint, or its original code needs more
+            of that than was kept.
     """
     family, whole = find_family(name), _whole(state, left_out)
     elsewhere = family.elsewhere
     if elsewhere is not None and not any(re.match(elsewhere, key) for key in left_out):
         raise UserError(
-            f"the model was made from a checkpoint without {family.title}'s memory for videos, "
-            "which its original code needs; export to huggingface"
+            f"{family.title}'s original code needs more than the image model, and the checkpoint "
+            "that this one was made from left nothing else; export to huggingface"
         )
     return {family.official.theirs(key): value for key, value in whole.items()}
 

@@ -32,6 +32,10 @@ class Naming:
         """Their name for one of ours."""
         return self._replaced(name, 0, 1)
 
+    def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Tensors under our names."""
+        return {self.ours(name): tensor for name, tensor in tensors.items()}
+
     def _replaced(self, name: str, old: int, new: int) -> str:
         for pair in self.starts:
             if match := _pattern(pair[old]).match(name):
@@ -116,11 +120,14 @@ class HuggingFace:
     """Their names of tensors whose rows are tensors of ours, with our names; ``{}`` is the row."""
     foreign: str = r"(?!)"
     """A regular expression for the starts of names that their ``architecture`` lacks."""
+    prefix: str = ""
+    """A start that names of theirs may have beside."""
 
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
         """Tensors under our names, without those that their architecture lacks."""
         found = {}
-        for name, tensor in tensors.items():
+        for stored, tensor in tensors.items():
+            name = stored.removeprefix(self.prefix)
             if name in self.stacked and tensor.dim() > 1:
                 rows = {self.stacked[name].format(i): row[None] for i, row in enumerate(tensor)}
                 found.update(rows)

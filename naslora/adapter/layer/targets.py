@@ -15,7 +15,7 @@ from naslora.errors import UserError
 
 Own = TypeVar("Own", bound=TargetConfig)
 
-_ATTENTION = ("qkv", r"attn\.proj")
+_ATTENTION = (r"(qkv|attention\.[qkv]_proj)", r"(attn\.proj|attention\.o_proj)")
 _MLP = (r"mlp\.(lin1|fc1|proj_in|layers\.0)", r"mlp\.(lin2|fc2|proj_out|layers\.1)")
 _LINEARS = {
     "qkv": _ATTENTION[:1],

@@ -1,7 +1,7 @@
 """The families of SAMs. A family's file holds all that naslora knows of it."""
 
 from naslora.errors import UserError
-from naslora.sam.families import mobile_sam, sam, sam2, sam_hq
+from naslora.sam.families import mobile_sam, sam, sam2, sam3, sam_hq
 from naslora.sam.family import Family
 from naslora.sam.shipped import SHIPPED_SIZE, shipped_file
 
@@ -12,6 +12,7 @@ FAMILIES = (
     sam_hq.LIGHT,
     sam2.FAMILY,
     sam2.FAMILY_21,
+    sam3.FAMILY,
 )
 MODELS = tuple(name for family in FAMILIES for name in family.models)
 """The names for ``--model``."""

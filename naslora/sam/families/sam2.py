@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from naslora.sam.decoder import EMBED_DIM, Sam2Decoder
 from naslora.sam.family import Family
-from naslora.sam.naming import PROMPTS_AND_DECODER, HuggingFace, Naming, mlp
+from naslora.sam.naming import PROMPTS_AND_DECODER, HuggingFace, Naming, Pairs, mlp
 
 
 class Hiera(NamedTuple):
@@ -145,12 +145,25 @@ def _config(name: str, image_size: int) -> dict[str, Any]:
 
 _BLOCK, _BLOCK_HF = "image_encoder.trunk.blocks.{}.", "vision_encoder.backbone.blocks.{}."
 _LAYER, _FINAL = "transformer.layers.{}.", "mask_decoder.transformer.final_attn_token_to_image."
+DECODER: Pairs = (
+    ("prompt_encoder.", "sam_prompt_encoder."),
+    (f"mask_decoder.{_LAYER}mlp.lin1.", f"sam_mask_decoder.{_LAYER}mlp.layers.0."),
+    (f"mask_decoder.{_LAYER}mlp.lin2.", f"sam_mask_decoder.{_LAYER}mlp.layers.1."),
+    ("mask_decoder.", "sam_mask_decoder."),
+)
+"""The official names of the prompt encoder and the mask decoder."""
+DECODER_HF: Pairs = (
+    (f"mask_decoder.{_LAYER}mlp.lin1.", f"mask_decoder.{_LAYER}mlp.proj_in."),
+    (f"mask_decoder.{_LAYER}mlp.lin2.", f"mask_decoder.{_LAYER}mlp.proj_out."),
+    (f"mask_decoder.{_LAYER}{{}}.out_proj.", f"mask_decoder.{_LAYER}{{}}.o_proj."),
+    (f"{_FINAL}out_proj.", f"{_FINAL}o_proj."),
+    *mlp("mask_decoder.pred_obj_score_head.", "mask_decoder.pred_obj_score_head."),
+    *PROMPTS_AND_DECODER,
+)
+"""Hugging Face's names of the same."""
 OFFICIAL = Naming(
     (
-        ("prompt_encoder.", "sam_prompt_encoder."),
-        (f"mask_decoder.{_LAYER}mlp.lin1.", f"sam_mask_decoder.{_LAYER}mlp.layers.0."),
-        (f"mask_decoder.{_LAYER}mlp.lin2.", f"sam_mask_decoder.{_LAYER}mlp.layers.1."),
-        ("mask_decoder.", "sam_mask_decoder."),
+        *DECODER,
         ("image_encoder.no_mem_embed", "no_mem_embed"),
         (f"{_BLOCK}mlp.fc1.", f"{_BLOCK}mlp.layers.0."),
         (f"{_BLOCK}mlp.fc2.", f"{_BLOCK}mlp.layers.1."),
@@ -172,12 +185,7 @@ HUGGINGFACE = HuggingFace(
             (f"{_BLOCK}mlp.fc2.", f"{_BLOCK_HF}mlp.proj_out."),
             ("image_encoder.trunk.", "vision_encoder.backbone."),
             ("image_encoder.", "vision_encoder."),
-            (f"mask_decoder.{_LAYER}mlp.lin1.", f"mask_decoder.{_LAYER}mlp.proj_in."),
-            (f"mask_decoder.{_LAYER}mlp.lin2.", f"mask_decoder.{_LAYER}mlp.proj_out."),
-            (f"mask_decoder.{_LAYER}{{}}.out_proj.", f"mask_decoder.{_LAYER}{{}}.o_proj."),
-            (f"{_FINAL}out_proj.", f"{_FINAL}o_proj."),
-            *mlp("mask_decoder.pred_obj_score_head.", "mask_decoder.pred_obj_score_head."),
-            *PROMPTS_AND_DECODER,
+            *DECODER_HF,
         )
     ),
     config=_config,
