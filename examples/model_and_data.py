@@ -11,7 +11,7 @@ from segment_anything import modeling, sam_model_registry
 SIZE = 64  # of the synthetic images, in pixels
 
 
-def arguments(description, output):
+def arguments(description, output, hosts=()):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -19,6 +19,8 @@ def arguments(description, output):
     parser.add_argument("--data", type=Path, help="folder of images/ and masks/, equal file names")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--output", default=output)
+    if hosts:
+        parser.add_argument("--host", choices=hosts, default=hosts[0])
     return parser.parse_args()
 
 
