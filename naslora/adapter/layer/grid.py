@@ -89,7 +89,7 @@ def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None, prefix
             f"{tokens} at layer {stated.layer!r} are not the {height} x {width} grid of the "
             f"model's {stated.source}"
         )
-        if not stated.window and 0 <= prefix + count - height * width < height * width:
+        if 0 <= prefix + count - height * width < height * width:
             number = str(prefix + count - height * width)
     raise ValueError(
         f"x: {found}; {advice}, or prefix_tokens={number} in NASLoRAConfig if the sequence starts "
