@@ -15,7 +15,7 @@ from typing import NamedTuple
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Annotation, Sample
 from naslora.data.objects import Counts
-from naslora.data.picture import unreadable
+from naslora.data.picture import readable
 from naslora.errors import UserError, listing
 
 MOST_THREADS = 8
@@ -64,13 +64,11 @@ def read_contents(dataset: SegmentationDataset) -> Iterator[Content]:
 
 def _digest(file: Path | Annotation, sample: Sample) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    try:
+    with readable(f"{sample.origin}: {file}"):
         stream = io.BytesIO(file.content) if isinstance(file, Annotation) else file.open("rb")
         with stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
-    except OSError as error:
-        raise unreadable(f"{sample.origin}: {file}", error) from error
     return digest.hexdigest()
 
 

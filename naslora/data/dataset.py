@@ -20,7 +20,7 @@ from naslora.data.cache import Cache
 from naslora.data.images import Annotation, Sample, open_picture
 from naslora.data.masks import has_foreground, palette_codes, read_mask, read_numbers
 from naslora.data.objects import Counts, choose_objects, components, count_objects, numbered
-from naslora.data.picture import Intensity, Picture, unreadable
+from naslora.data.picture import Intensity, Picture, readable
 from naslora.data.regions import draw_objects
 from naslora.data.sampling import FLIP, seeded_generator
 from naslora.data.tiles import Box, Tiles
@@ -155,10 +155,8 @@ class SegmentationDataset(Dataset[Item]):
         # The key and the entry are made from the same bytes, even if a file is replaced meanwhile.
         files = []
         for path in (sample.image, sample.mask):
-            try:
+            with readable(f"{sample.origin}: {path}"):
                 files += [] if path is None else [path.read_bytes()]
-            except OSError as error:
-                raise unreadable(f"{sample.origin}: {path}", error) from error
         labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
         how = ("whole" if self.whole else self.image_size, *labels, self.intensity, self.objects)
 

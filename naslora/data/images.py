@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from naslora.data.picture import ImageError, Intensity, Picture, Source, unreadable
+from naslora.data.picture import Intensity, Picture, Source, readable
 from naslora.data.tiff import open_tiff
 
 Encoding = Literal["labels", "threshold", "nonzero", "thirds", "regions"]
@@ -77,12 +77,8 @@ def open_picture(
     """
     file = content or sample.image
     where = f"{sample.origin}: image {sample.image}"
-    try:
+    with readable(where):
         source = open_tiff(file, where)
-    except ImageError:
-        raise
-    except Exception as error:  # tifffile raises exceptions of many types
-        raise unreadable(where, error) from error
     if source is None:
         source = source_of(open_upright(file, where).image)
     return Picture(source, where, intensity)
@@ -120,7 +116,10 @@ def large_images() -> Iterator[None]:
 
 def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
     """Calls Pillow's ``Image.open`` for ``FORMATS``."""
-    image = Image.open(file, formats=FORMATS)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:  # it may name a BytesIO in place of the file
+        raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
     if image.format == "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
         image.filename = ""  # else Pillow 13 maps the file to memory with width and height swapped
     return image
@@ -146,25 +145,17 @@ def open_upright(file: Path | io.BytesIO, where: str) -> Upright:
     Raises:
         ImageError: the file is missing, truncated or not an image.
     """
-    try:
-        with open_image(file) as image:
-            shortened = image.mode[0] != "I" and any(";16" in str(t.args) for t in image.tile)
-            # In place: a copy of a large image costs as much memory as the image.
-            ImageOps.exif_transpose(image, in_place=True)
-            image.load()
-            lossy = _is_lossy(image, file)
-            tag, zero = WHITE_IS_ZERO
-            if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(tag) == zero:
-                inverted = Image.fromarray(65535 - np.asarray(image))  # Pillow does so for 8 bits
-                return Upright(inverted, lossy, shortened)
-            return Upright(image, lossy, shortened)
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and others.
-    # Each of them means that the file is bad.
-    except UnidentifiedImageError as error:  # it may name a BytesIO in place of the file
-        reason = ValueError(f"it is none of {', '.join(FORMATS)}")
-        raise unreadable(where, reason) from error
-    except Exception as error:
-        raise unreadable(where, error) from error
+    with readable(where), open_image(file) as image:
+        shortened = image.mode[0] != "I" and any(";16" in str(t.args) for t in image.tile)
+        # In place: a copy of a large image costs as much memory as the image.
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        lossy = _is_lossy(image, file)
+        tag, zero = WHITE_IS_ZERO
+        if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(tag) == zero:
+            inverted = Image.fromarray(65535 - np.asarray(image))  # Pillow does so for 8 bits
+            return Upright(inverted, lossy, shortened)
+        return Upright(image, lossy, shortened)
 
 
 def _is_lossy(image: Image.Image, file: Path | io.BytesIO) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -83,6 +84,22 @@ class ImageError(UserError):
     """An image cannot be read."""
 
 
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Turns every error of the body, which reads a file, into an ``ImageError``.
+
+    The libraries raise exceptions of many types. ``where`` is the start of the message.
+    """
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        text = f"{where} cannot be read ({reason}); replace the file or remove its entry"
+        raise ImageError(text) from error
+
+
 class Source(NamedTuple):
     """The pixels of a file, upright, as they are stored."""
 
@@ -151,10 +168,8 @@ class Picture:
 
     def _values(self, top: int, bottom: int) -> np.ndarray:
         """Rows as they are stored, (n, W, C)."""
-        try:
+        with readable(self._where):
             values = self._source.values(top, bottom)
-        except Exception as error:  # the libraries raise exceptions of many types
-            raise unreadable(self._where, error) from error
         return values if values.ndim == 3 else values[..., None]
 
     def _find_limits(self, channels: int) -> list[Limits]:
@@ -175,9 +190,3 @@ class Picture:
             ends = np.percentile(values, [low, high]) if values.size else (0, 0)
             limits.append(Limits(*map(float, ends)))
         return limits
-
-
-def unreadable(where: str, error: Exception) -> ImageError:
-    """Makes the error for a file that cannot be read; ``where`` as in ``Picture``."""
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return ImageError(f"{where} cannot be read ({reason}); replace the file or remove its entry")

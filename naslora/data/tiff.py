@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from naslora.data.picture import ImageError, Source, unreadable
+from naslora.data.picture import ImageError, Source, readable
 
 if TYPE_CHECKING:
     import tifffile
@@ -98,15 +98,12 @@ def read_georeference(path: Path) -> GeoTags:
         return []
     import tifffile
 
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            tags = tiff.pages.first.tags
-            if tags.valueof(ORIENTATION, default=1) != 1:
-                return []
-            found = [tags[code] for code in GEO_TAGS if code in tags]
-            return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
-    except Exception as error:  # tifffile raises exceptions of many types
-        raise unreadable(f"the georeference of {path}", error) from error
+    with readable(f"the georeference of {path}"), tifffile.TiffFile(path) as tiff:
+        tags = tiff.pages.first.tags
+        if tags.valueof(ORIENTATION, default=1) != 1:
+            return []
+        found = [tags[code] for code in GEO_TAGS if code in tags]
+        return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
 
 
 def _is_tiff(file: Path | io.BytesIO) -> bool:
