@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from pycocotools import mask as coco
-from rich.console import Console
-from rich.progress import track
 from segment_anything import SamAutomaticMaskGenerator
 
 from naslora.choices import ObjectSource
@@ -20,6 +18,7 @@ from naslora.errors import warn
 from naslora.files import write_text
 from naslora.sam.instance_config import InstanceConfig
 from naslora.trained import load_predictor, split_of, with_data
+from naslora.training.progress import with_progress
 from naslora.training.run_data import check_with_progress, make_dataset
 
 COCO_FILE = "instances.json"
@@ -189,10 +188,9 @@ def evaluate_instances(
     dataset = make_dataset(
         replace(run, data=replace(run.data, resolution="tiles", cache=None)), samples, "scored"
     )
-    console = Console(stderr=True)
 
     def pairs() -> Iterator[tuple[list[Instance], np.ndarray]]:
-        for sample in track(samples, "finding objects", transient=True, console=console):
+        for sample in with_progress(samples, "finding objects"):
             image, numbers = dataset.read(sample)
             assert numbers is not None
             yield finder.find(image.permute(1, 2, 0).numpy()), numbers.numpy()

@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from naslora.adapter.layer.cell import LEFT_OUT
@@ -27,6 +25,7 @@ from naslora.report.figures import BLUE, INK, MUTED, ORANGE, Drawing, draw_row_a
 from naslora.report.sections.operations import short_names
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.trained import evaluate_model
+from naslora.training.progress import with_progress
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits
 from naslora_kernels import OPERATIONS
@@ -81,13 +80,7 @@ def write_operation_losses(
         return found
 
     whole, rows = dice({}), []
-    shown = track(
-        _cases(weights, seed),
-        "moving weights to skip",
-        console=Console(stderr=True),
-        transient=True,
-    )
-    for layer, operation, moved in shown:
+    for layer, operation, moved in with_progress(_cases(weights, seed), "moving weights to skip"):
         weight = sum(float(weights[name][index]) for name, index in moved.items())
         lost = whole - dice(moved)
         rows.append(OperationLoss(layer, operation, weight / max(len(moved), 1), lost))

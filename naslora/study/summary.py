@@ -79,6 +79,7 @@ COLUMNS = {
 }
 MERGED = {"dice": Column("Dice"), **{f"dice_{mode}": Column(f"merged, {mode}") for mode in MODES}}
 _OVER = {name: column.over for name, column in {**MERGED, **COLUMNS}.items()}
+"""How the numbers of several runs become one; None for a score."""
 
 
 def row_numbers(runs: Sequence[RunNumbers]) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """What a training run shows while it runs: the progress bar, and an epoch's numbers."""
 
 import time
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, track
 
 from naslora.report.tables import duration
 from naslora.results import Epoch, Mixture
 from naslora_kernels import OPERATIONS
 
+Item = TypeVar("Item")
 LINE_SECONDS = 30.0
 """Where there is no terminal, a line tells of the steps this often."""
 WORDS = (
@@ -57,6 +60,13 @@ class TrainProgress(Progress):
             self.last_line = now
             count = f"step {task.completed:.0f}/{task.total:.0f}"
             self.console.print(f"{task.description}  {count}  {numbers}", soft_wrap=True)
+
+
+def with_progress(items: Iterable[Item], text: str, total: int | None = None) -> Iterable[Item]:
+    """The items, with a bar on the terminal, if there is one, of how many were taken."""
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return track(items, text, total, console=console, transient=True, disable=hidden)
 
 
 def epoch_line(record: Epoch, epochs: int) -> str:

@@ -8,8 +8,6 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from naslora.choices import CALIBRATION_IMAGES, OVERLAP
@@ -34,6 +32,7 @@ from naslora.methods import searches
 from naslora.records import read_record
 from naslora.sam.families import find_family
 from naslora.training.accelerator import in_main_process
+from naslora.training.progress import with_progress
 from naslora.training.run_config import RunConfig
 
 
@@ -119,18 +118,8 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
     Raises:
         UserError: as ``read_contents``; the palette is invalid.
     """
-    console = Console(stderr=True)
     found = read_contents(make_dataset(config, samples))
-    return [
-        *track(
-            found,
-            "checking the data",
-            len(samples),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-    ]
+    return [*with_progress(found, "checking the data", len(samples))]
 
 
 def warn_of_contents(contents: Contents, config: RunConfig) -> None:
