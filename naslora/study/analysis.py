@@ -49,7 +49,7 @@ from naslora.report.tables import Table, number
 from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, REPORT, Epoch, OperationHistory
 from naslora.sam.encoders import transformer_blocks
 from naslora.sam.promptable import PROMPTS
-from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.segmentation import SamForSegmentation
 from naslora.sam.shipped import NONE
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
 from naslora.study.operation_losses import write_operation_losses
@@ -59,6 +59,7 @@ from naslora.training.resolve import checkpoint_of, read_config
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset
+from naslora.training.run_model import build_run_model
 
 SHOWN = 4  # images in the picture panels
 COLOURS = {"random": MUTED, "frozen": ORANGE, "trained": BLUE}
@@ -138,17 +139,10 @@ def _models(
 
     The frozen model of a run without pre-trained weights is random as well.
     """
-    build = partial(
-        build_model,
-        config.model.name,
-        config.model.image_size,
-        config.data.num_classes,
-        attention=config.model.attention,
-    )
     # The seed differs from the run's, so that the random encoder is not that frozen one.
-    models = {"random": build(NONE, config.seed + 1 + seed)}
-    models["frozen"] = build(checkpoint_of(config.model), config.seed)
-    return {**{name: model.eval() for name, model in models.items()}, "trained": trained}
+    random = build_run_model(replace(config, seed=config.seed + 1 + seed), NONE)
+    frozen = build_run_model(config, checkpoint_of(config.model))
+    return {"random": random.eval(), "frozen": frozen.eval(), "trained": trained}
 
 
 def _items(config: RunConfig, samples: list[Sample]) -> Iterator[Item]:
