@@ -1,6 +1,5 @@
 """The report holds what the run measured, needs nothing beside it, and survives what is absent."""
 
-import math
 import re
 import sys
 from dataclasses import replace
@@ -211,26 +210,19 @@ def test_a_method_without_alpha_that_merges_nothing(report, run):
     assert "naslora merge" not in text
 
 
-def test_unknown_numbers_are_shown_as_such(report, run):
-    nan = math.nan
-    history = [
-        Epoch(0, 1, nan, nan, None, nan, None, None, None, nan, None, 0, 0, 0),
-        replace(run["history"][1], train_loss=nan),
-    ]
-    unknown = SplitScores(dice=nan, per_class={"grey": ClassScores(None, None)})
-    result = replace(run["result"], test=unknown)
-    layers = result.merge["center"].layers
-    layers[0] = replace(layers[0], update_error=nan)
-    text = report(plots=True, **{**run, "history": history, "result": result})
+def test_undefined_scores_are_shown_as_such(report, run):
+    first = replace(run["history"][0], val_dice=None, val_iou=None, val_accuracy=None)
+    result = replace(run["result"], test=SplitScores(per_class={"grey": ClassScores(None, None)}))
+    text = report(plots=True, **{**run, "history": [first, *run["history"][1:]], "result": result})
     Reader(text)
-    assert ">nan<" not in text.lower()
-    assert ">none</td>" not in text.lower()
+    assert table_row(text, "Test")[0] == "–" and ">none</td>" not in text.lower()
 
 
 @pytest.mark.parametrize("stages, marked", [([1, 1], False), ([1, 2], True), ([2], True)])
 def test_stage_2_is_marked_when_there_is_one(report, run, stages, marked):
-    history = [epoch(index, stage) for index, stage in enumerate(stages)]
-    assert (STAGE_2_LABEL in report(plots=True, **{**run, "history": history})) is marked
+    run["history"] = [epoch(index, stage) for index, stage in enumerate(stages)]
+    run["result"] = replace(run["result"], kept_epoch=0)
+    assert (STAGE_2_LABEL in report(plots=True, **run)) is marked
 
 
 def test_hostile_names_stay_text(report, run):

@@ -28,7 +28,7 @@ from naslora.report.sections.clicks import CLICKS_NOTE, scores_parts
 from naslora.report.sections.examples import examples_parts
 from naslora.report.sections.merging import merging_parts
 from naslora.report.sections.operations import operations_parts
-from naslora.report.tables import Table, duration, is_known, number, reduce_known
+from naslora.report.tables import Table, duration, number, reduce_known
 from naslora.results import Epoch, OperationHistory, ParameterCounts, RunResult, SplitScores
 
 SPLIT_TITLES = {"train": "training", "arch": "architecture", "val": "validation", "test": "test"}
@@ -190,7 +190,7 @@ def _training(history: list[Epoch], kept: int) -> list[Part]:
         "IoU": (GREEN, [epoch.val_iou for epoch in history]),
     }
     caption = "Dice and IoU on the validation images by epoch. A star marks the kept epoch."
-    star = next((e for e in history if e.epoch == kept and is_known(e.val_dice)), None)
+    star = next(epoch for epoch in history if epoch.epoch == kept)
     draw = partial(_draw_curves, history=history)
     return [
         Drawing("loss", "Loss by epoch.", partial(draw, curves=losses, title="loss")),
@@ -234,7 +234,7 @@ def _epochs(history: list[Epoch]) -> Table:
 
 def _best_merge(result: RunResult) -> tuple[str, float | None]:
     """The way of merging with the highest test Dice; "" without one."""
-    merged = {m: s.dice for m, s in result.test_merged.items() if is_known(s.dice)}
+    merged = {m: s.dice for m, s in result.test_merged.items() if s.dice is not None}
     # exact leaves a convolution beside SAM's own layers
     plain = {mode: dice for mode, dice in merged.items() if mode != "exact"} or merged
     mode = max(plain, key=plain.__getitem__, default="")

@@ -1,8 +1,7 @@
 """Tables of text, for a page, Markdown or a terminal, and numbers as their text."""
 
-import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 MISSING = "–"  # an en dash, the usual mark of an empty cell
 
@@ -25,20 +24,13 @@ def markdown_table(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-def is_known(value: float | None) -> TypeGuard[float]:
-    """Whether a number is neither None nor NaN."""
-    return value is not None and not math.isnan(value)
-
-
 def number(value: float | None, form: str = ".4f") -> str:
-    """A number in the format ``form``, with a typographic minus; ``MISSING`` if unknown."""
-    return format(value, form).replace("-", "\N{MINUS SIGN}") if is_known(value) else MISSING
+    """A number in the format ``form``, with a typographic minus; ``MISSING`` for None."""
+    return MISSING if value is None else format(value, form).replace("-", "\N{MINUS SIGN}")
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours, whichever suits the length; ``MISSING`` if unknown."""
-    if not is_known(seconds):
-        return MISSING
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever suits the length."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -49,6 +41,6 @@ def duration(seconds: float | None) -> str:
 def reduce_known(
     function: Callable[[list[float]], float], values: Iterable[float | None]
 ) -> float | None:
-    """Applies ``function`` to the known values; None if there are none."""
-    known = [value for value in values if is_known(value)]
+    """Applies ``function`` to the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
     return function(known) if known else None
