@@ -416,8 +416,8 @@ def test_a_folder_without_weights_is_no_checkpoint(tmp_path):
     [
         ("mobile_sam", "huggingface", "transformers has no MobileSAM; export to safetensors"),
         ("sam2.1_t", "huggingface", "not made from a SAM checkpoint"),
-        ("sam2.1_t from a folder", "safetensors", r"SAM 2.1's original code needs more than"),
-        ("sam3 from a folder", "safetensors", r"SAM 3's original code needs .*to huggingface"),
+        ("sam2.1_t from a folder", "safetensors", r"SAM 2.1's original code also needs"),
+        ("sam3 from a folder", "safetensors", r"SAM 3's original code also .*to huggingface"),
         ("vit_b from a folder", "full", "is not empty; choose another --output"),
     ],
 )
@@ -556,6 +556,18 @@ def test_statistics_of_hiera_s_blocks():
     assert found[0].attention_distance == pytest.approx(4 * uniform(8), rel=1e-5)
     assert found[1].attention_distance == pytest.approx(4 * uniform(8, 2), rel=1e-5)
     assert found[2].attention_distance == pytest.approx(8 * uniform(4), rel=1e-5)
+
+
+def test_statistics_of_sam3_s_blocks():
+    """Uniform attention, all tokens in one window."""
+    model = build_model("sam3", 56).eval()
+    for block in model.image_encoder.transformer_blocks():
+        torch.nn.init.zeros_(block.attention.q_proj.weight)
+    found = block_statistics(model.image_encoder, [pixels(56)], 56)
+    assert [block.window for block in found] == [4, None, 4]
+    places = np.stack(np.meshgrid(*[np.arange(4)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    uniform = np.linalg.norm(places[:, None] - places, axis=-1).mean()
+    assert [block.attention_distance for block in found] == pytest.approx([14 * uniform] * 3)
 
 
 @pytest.mark.campaign

@@ -158,6 +158,15 @@ def test_a_host_that_passes_a_layer_by_is_told_in_one_line(way, line, adapt):
             warnings.warn(caught[0].message, stacklevel=1)
 
 
+def test_merged_layers_are_not_missed():
+    model = Host(lambda host, i, qkv, x: qkv(x))
+    inject(model, NASLoRAConfig(target="qkv"), train="head")
+    merge(model, "exact")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tokens(1, 4, 4, 8))
+
+
 def test_the_search_names_layers_that_are_never_called():
     model = Host(lambda host, i, qkv, x: host.unregistered[i](x))
     inject(model, NASLoRAConfig(target="qkv"))

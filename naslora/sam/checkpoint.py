@@ -217,8 +217,8 @@ def sam_state_dict(
     elsewhere = family.elsewhere
     if elsewhere is not None and not any(re.match(elsewhere, key) for key in left_out):
         raise UserError(
-            f"{family.title}'s original code needs more than the image model, and the checkpoint "
-            "that this one was made from left nothing else; export to huggingface"
+            f"{family.title}'s original code also needs parts that are not in the image model, and "
+            "of this checkpoint they were not kept; export to huggingface"
         )
     return {family.official.theirs(key): value for key, value in whole.items()}
 

@@ -52,7 +52,8 @@ def block_statistics(
     """
     encoder.eval()
     fused = unfuse_attention(encoder)
-    watched = [_Watched(block) for block in transformer_blocks(encoder) if hasattr(block, "attn")]
+    blocks = transformer_blocks(encoder)
+    watched = [_Watched(block) for block in blocks if attention_of(block) is not None]
     try:
         for batch in images:
             encoder(batch)
@@ -78,6 +79,11 @@ def block_statistics(
     ]
 
 
+def attention_of(block: Any) -> Any:
+    """The attention of a block: ``attn``, or ``attention`` in SAM 3; None if it has none."""
+    return getattr(block, "attn", getattr(block, "attention", None))
+
+
 class _Watched:
     """Measures a block whenever it computes, until its handles are removed."""
 
@@ -88,12 +94,12 @@ class _Watched:
         self.amplitudes: list[float] = []
         self.found: Tensor | None = None
         self.handles = [
-            block.attn.register_forward_pre_hook(self.before_attention),
+            attention_of(block).register_forward_pre_hook(self.before_attention),
             block.register_forward_hook(self.after_block),
         ]
 
-    def before_attention(self, attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.found = attention_distances(attention, inputs[0])  # (B * windows, M, M)
+    def before_attention(self, attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.found = attention_distances(attention, *inputs)  # (B * windows, M, M)
         self.step = 1 if getattr(attention, "q_pool", None) is None else 2
 
     def after_block(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -118,18 +124,19 @@ class _Weights(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function is Tensor.softmax and result.dim() > 2:
+        if function in (Tensor.softmax, nn.functional.softmax) and result.dim() > 2:
             self.kept = result
         return result
 
 
-def attention_distances(attention: Any, x: Tensor) -> Tensor:
+def attention_distances(attention: Any, x: Tensor, *further: Any) -> Tensor:
     """Attention distance of each query: sum_k attention_qk |position_q - position_k|.
 
     Args:
-        attention: attention module of segment_anything, of timm's TinyViT, or of timm's Hiera, as
-            its package computes it.
+        attention: attention module of segment_anything, of timm's TinyViT, of timm's Hiera, or of
+            SAM 3 in transformers, as its package computes it.
         x: its input, (B, N, N, C), or (B, N * N, C).
+        further: its further arguments.
 
     Returns:
         (B, N, N) float32 distances in tokens of the keys, mean over the heads. Hiera pools the
@@ -137,8 +144,10 @@ def attention_distances(attention: Any, x: Tensor) -> Tensor:
         its four tokens.
     """
     attention.fused_attn = False  # timm's own fused attention shows no weights
+    if hasattr(attention, "config"):
+        attention.config._attn_implementation = "eager"  # nor does that of transformers
     with _Weights() as weights:
-        attention.forward(x)
+        attention.forward(x, *further)
     queries, keys = (math.isqrt(count) for count in weights.kept.shape[-2:])
     step = keys // queries
     away = torch.cdist(step * _places(queries, x) + (step - 1) / 2, _places(keys, x))

@@ -96,7 +96,7 @@ class CallCheck:
         self.done = True
         called: dict[str, bool] = {}  # several adapters of PEFT have one name
         for layer in host.modules():
-            if isinstance(layer, AdaptedLinear):
+            if isinstance(layer, AdaptedLinear) and layer.name:  # merged layers have none
                 called[layer.name] = layer.called or called.get(layer.name, False)
         idle = [name for name in called if not called[name]]
         if idle:
