@@ -224,12 +224,10 @@ def check_version(path: Path, version: Any) -> None:
     Raises:
         UserError: ``version`` is no number, or is greater than ``FORMAT``.
     """
-    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
-        raise UserError(f"{path}: version must be a whole number, got {str(version)[:40]!r}")
-    if version > FORMAT:
+    if not isinstance(version, int) or version > FORMAT:
         raise UserError(
-            f"{path} has version {version} of the format, and this naslora reads versions up to "
-            f"{FORMAT}: update naslora"
+            f"{path} has version {str(version)[:40]} of the format, and this naslora reads "
+            f"versions up to {FORMAT}: update naslora"
         )
 
 

@@ -51,6 +51,7 @@ from naslora.sam.encoders import transformer_blocks
 from naslora.sam.promptable import PROMPTS
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.sam.shipped import NONE
+from naslora.settings import Count, checked
 from naslora.study.encoder_statistics import BlockStatistics, block_statistics
 from naslora.study.operation_losses import write_operation_losses
 from naslora.trained import load_model
@@ -90,8 +91,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
         UserError: as ``load_model``; the runs differ in more than their seed; ``output`` is not
             empty.
     """
-    if images < 1:
-        raise UserError(f"images must be at least 1, got {images}")
+    checked("images", images, Count)
     model, config = load_model(runs[0])
     if config.task == "promptable":
         raise UserError(f"{runs[0]} {PROMPTS}; analyse takes runs of --task semantic")

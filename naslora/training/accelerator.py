@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, gather_object
+from msgspec import Meta
 
 from naslora.errors import LostProcessError, UserError
+from naslora.settings import checked
 from naslora.training.train_config import TrainConfig
 
 TIMEOUT_VARIABLE = "NASLORA_PROCESS_TIMEOUT"
@@ -20,6 +22,7 @@ TIMEOUT_VARIABLE = "NASLORA_PROCESS_TIMEOUT"
 They wait while the main process reads the data and writes the report, so it must not be too short.
 """
 DEFAULT_TIMEOUT = 1800.0
+Timeout = Annotated[float, Meta(gt=0, lt=1e7)]
 Result = TypeVar("Result")
 
 
@@ -61,14 +64,8 @@ def in_float32(accelerator: Accelerator) -> Iterator[None]:
 
 
 def _timeout() -> float:
-    given = os.environ.get(TIMEOUT_VARIABLE) or str(DEFAULT_TIMEOUT)
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e7:
-        raise UserError(f"{TIMEOUT_VARIABLE} must be a number of seconds above 0, got {given!r}")
-    return seconds
+    given = os.environ.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT
+    return checked(TIMEOUT_VARIABLE, given, Timeout, is_text=True)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from accelerate.tracking import (
 from naslora.choices import Tracker
 from naslora.errors import UserError
 from naslora.files import disk_error, read_json, reason_of, write_json
+from naslora.settings import checked
 from naslora.training.accelerator import in_main_process
 
 PROJECT = "naslora"
@@ -87,15 +88,13 @@ _KINDS: dict[Tracker, _Kind] = {
 
 
 def check_trackers(names: Iterable[Tracker]) -> None:
-    """Refuses a tracker that is not installed.
+    """Refuses a tracker that is unknown or not installed.
 
     Raises:
         UserError: the message says what to install.
     """
     for name in names:
-        if name not in _KINDS:
-            raise UserError(f"tracker must be one of {', '.join(_KINDS)}, got {name!r}")
-        kind = _KINDS[name]
+        kind = _KINDS[checked("tracker", name, Tracker)]
         if find_spec(kind.package.replace("-", "_")) is None:
             raise UserError(f"tracker {name} is not installed: run pip install {kind.package}")
 

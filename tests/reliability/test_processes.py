@@ -258,9 +258,8 @@ def test_a_timeout_that_is_no_time(naslora, data, tmp_path, monkeypatch, value):
     monkeypatch.setenv(TIMEOUT_VARIABLE, value)
     result = naslora("train", "--data", data, *OPTIONS, "--output", tmp_path / "run")
     assert result.status == 2
-    assert result.err == (
-        f"naslora: error: {TIMEOUT_VARIABLE} must be a number of seconds above 0, got {value!r}\n"
-    )
+    assert result.err.startswith(f"naslora: error: {TIMEOUT_VARIABLE}: expected ")
+    assert len(result.err.splitlines()) == 1
 
 
 @pytest.mark.campaign
