@@ -86,7 +86,7 @@ ROWS = {name: f"images/{name}.png,masks/{name}.png\n" for name in "abcdx"}
 HEADER = "image,label\n"
 # The file, what it holds (None: there is none), and parts of the line. tests/reliability has more.
 BAD_CSV = [
-    ("val", None, "has no val; add it, or give --split 0.7 0.15 0.15"),
+    ("val", None, "has no split val; add it, or give --split 0.7 0.15 0.15"),
     ("train", None, "train.csv, val.csv and test.csv, or one CSV file, found test.csv, val.csv"),
     ("train", "file;mask\n", "image,label", "found file;mask"),
     ("val", HEADER, "val.csv names no images"),
@@ -166,7 +166,7 @@ def test_one_csv_file_is_split_by_group(csv_root):
     for split in ("train", "val", "test"):
         (csv_root / f"{split}.csv").unlink()
     (csv_root / "all.csv").write_text("\n".join(["image,label,group", *rows]) + "\n")
-    assert "has no train, val, test; add it" in error_of(load_splits, "csv", csv_root)
+    assert "has no split train, val, test; add it" in error_of(load_splits, "csv", csv_root)
     splits = load_splits("csv", csv_root, (), (0.4, 0.2, 0.4))
     assert splits == load_splits("csv", csv_root / "all.csv", (), (0.4, 0.2, 0.4))
     names = {split: "".join(s.image.stem for s in samples) for split, samples in splits.items()}

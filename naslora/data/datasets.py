@@ -50,8 +50,8 @@ def load_splits(
     missing = [split for split in REQUIRED_SPLITS if split not in splits]
     if missing:
         raise UserError(
-            f"{root} has no {', '.join(missing)}; add it, or give --split 0.7 0.15 0.15 to draw "
-            "the splits from all images"
+            f"{root} has no split {', '.join(missing)}; add it, or give --split 0.7 0.15 0.15 to "
+            "draw the splits from all images"
         )
     if DATASETS[source].drawable:  # their groups are not scored
         return {name: [own._replace(group=None) for own in splits[name]] for name in splits}

@@ -29,7 +29,7 @@ from naslora.data.dataset import Item
 from naslora.data.images import Sample
 from naslora.data.masks import has_foreground
 from naslora.errors import UserError
-from naslora.files import replaced_file, replaced_folder
+from naslora.files import reading, replaced_file, replaced_folder
 from naslora.methods import searches
 from naslora.records import read_record, write_rows
 from naslora.report.figures import (
@@ -61,6 +61,7 @@ from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset
 from naslora.training.run_model import build_run_model
+from naslora_kernels import OPERATIONS
 
 SHOWN = 4  # images in the picture panels
 COLOURS = {"random": MUTED, "frozen": ORANGE, "trained": BLUE}
@@ -97,8 +98,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
         raise UserError(f"{runs[0]} {PROMPTS}; analyse takes runs of --task semantic")
     histories = [_read_history(run, config) for run in runs]
     searched = searches(config.method, config.adapter)
-    paths = [run / OPERATIONS_JSON for run in runs if searched]
-    records = [read_record(path, OperationHistory) for path in paths]
+    mixtures = [_read_mixture(run) for run in runs if searched]
     check_output(config, output, resume=False)
     samples = find_splits(config)["test"]
     order = np.random.default_rng(seed).permutation(len(samples))
@@ -122,7 +122,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
             "Convergence (Fig. C1)": _write_convergence(histories, config, folder),
         }
         if searched:
-            sections["Operations (Fig. C2)"] = _write_operations(records, folder)
+            sections["Operations (Fig. C2)"] = _write_operations(mixtures, folder)
             losses = write_operation_losses(model, config, seed, folder)
             sections["Operations moved to skip"] = losses
         for part in chain(*sections.values()):
@@ -279,7 +279,10 @@ def _read_history(run: Path, first: RunConfig) -> list[Epoch]:
         raise UserError(f"{run} is a run of another configuration; give runs that differ in seed")
     if not (run / HISTORY).is_file():
         raise UserError(f"{run} is not finished: it has no {HISTORY}")
-    return results.read_history(run)
+    history = results.read_history(run)
+    if len(history) != first.training.epochs:
+        raise UserError(f"{run / HISTORY} has {len(history)} of {first.training.epochs} epochs")
+    return history
 
 
 def _write_convergence(
@@ -313,9 +316,22 @@ def _draw_convergence(axes: Axes, mean: np.ndarray, spread: np.ndarray, start: i
 # ---- Operations ----------------------------------------------------------------------------------
 
 
-def _write_operations(records: Sequence[OperationHistory], output: Path) -> list[Drawing]:
+def _read_mixture(run: Path) -> np.ndarray:
+    """Reads the weights at the end of the search: (layers, operations).
+
+    Raises:
+        UserError: the file is missing, or does not hold them.
+    """
+    path = run / OPERATIONS_JSON
+    record = read_record(path, OperationHistory)
+    with reading(path, "does not hold a mixture of each layer"):
+        shape = len(record.layers), len(record.operations)
+        return np.array(record.epochs[-1].softmax).reshape(shape)
+
+
+def _write_operations(mixtures: Sequence[np.ndarray], output: Path) -> list[Drawing]:
     """Writes operations.csv, the weights at the end of each run's search, and plots them."""
-    last = np.array([record.epochs[-1].softmax for record in records])  # (runs, layers, operations)
+    last = np.stack(mixtures)  # (runs, layers, operations)
     runs, layers, _ = last.shape
     largest = last.argmax(-1)  # (runs, layers)
     rows = [
@@ -325,9 +341,7 @@ def _write_operations(records: Sequence[OperationHistory], output: Path) -> list
             "spread_over_runs": float(own.mean(1).std(ddof=1)) if runs > 1 else None,
             "share_of_layers_where_largest": float((largest == i).mean()),
         }
-        for i, (name, own) in enumerate(
-            zip(records[0].operations, np.moveaxis(last, -1, 0), strict=True)
-        )
+        for i, (name, own) in enumerate(zip(OPERATIONS, np.moveaxis(last, -1, 0), strict=True))
     ]
     write_rows(output / "operations.csv", rows)
     caption = (
