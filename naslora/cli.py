@@ -406,7 +406,7 @@ def models() -> None:
         sizes = f"image sizes are multiples of {family.multiple}"
         print(f"{family.title}: {sizes}; {family.licence}; {family.home}")
         for name in family.models:
-            print(f"  {name:<12}{family.weights.get(name, 'its weights are in the package')}")
+            print(f"  {name:<14}{family.weights.get(name, 'its weights are in the package')}")
 
 
 def info() -> None:

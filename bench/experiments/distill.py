@@ -63,7 +63,7 @@ class Settings:
     teacher: str = "mobile_sam"
     """The teacher's name, as `--model` of `naslora train`."""
     student: str = "vit_t"
-    """The student's name: a plain ViT."""
+    """The student's name: a plain ViT of SAM's, DINO's or PE's."""
     image_size: int = 256
     """Side of the images that both encoders get, in pixels."""
     epochs: int = 12
@@ -111,7 +111,12 @@ class Pass:
 # ---- Teacher and student -------------------------------------------------------------------------
 
 
-def build_student(settings: Settings, teacher: nn.Module) -> SamForSegmentation:
+def neck_of(model: Any) -> nn.Module:
+    """The last layers before the embedding, which are the encoder's or the decoder's."""
+    return getattr(model.mask_decoder, "neck", None) or model.image_encoder.neck
+
+
+def build_student(settings: Settings, teacher: SamForSegmentation) -> SamForSegmentation:
     """The student with random weights, whose last layers are the teacher's.
 
     Those are the layers of the neck that have the teacher's shapes. Without the last norm, whose
@@ -119,7 +124,7 @@ def build_student(settings: Settings, teacher: nn.Module) -> SamForSegmentation:
 
     Args:
         settings: the distillation.
-        teacher: the teacher's image encoder.
+        teacher: the teacher.
 
     Raises:
         UserError: the teacher's embedding has another shape.
@@ -129,15 +134,15 @@ def build_student(settings: Settings, teacher: nn.Module) -> SamForSegmentation:
     )
     images = torch.zeros(1, 3, settings.image_size, settings.image_size)
     with torch.no_grad():
-        shapes = [tuple(one(images).shape[1:]) for one in (teacher, model.image_encoder)]
+        shapes = [tuple(Embedding(one)(images).shape[1:]) for one in (teacher, model)]
     if shapes[0] != shapes[1]:
         raise UserError(
             f"the embedding of teacher {settings.teacher} has the shape {shapes[0]}, that of "
             f"student {settings.student} the shape {shapes[1]}; choose another --teacher"
         )
-    own, given = model.image_encoder.neck.state_dict(), teacher.neck.state_dict()
+    own, given = neck_of(model).state_dict(), neck_of(teacher).state_dict()
     fitting = {name: value for name, value in given.items() if own[name].shape == value.shape}
-    model.image_encoder.neck.load_state_dict({**own, **fitting})
+    neck_of(model).load_state_dict({**own, **fitting})
     model.image_encoder.requires_grad_(True)
     return model
 
@@ -185,13 +190,17 @@ class Distillation:
     def __init__(self, settings: Settings, output: Path) -> None:
         self.settings, self.output = settings, output
         size = settings.image_size
+        if not any(n.startswith("mask_decoder.") for n in read_checkpoint(settings.checkpoint)):
+            raise UserError(
+                f"{settings.checkpoint} holds an encoder alone, whose embedding is random: give a "
+                "model that was trained and exported to safetensors"
+            )
         teacher = build_model(
             settings.teacher, size, checkpoint=settings.checkpoint, attention="fused"
         )
         self.teacher = Embedding(teacher.eval())
-        student = build_student(settings, teacher.image_encoder)
-        self.optimizer = make_optimizer(student.image_encoder, settings)
-        self.student = Embedding(student)
+        self.student = Embedding(build_student(settings, teacher))
+        self.optimizer = make_optimizer(self.student, settings)
         self.mean = AveragedModel(self.student, multi_avg_fn=self._average, use_buffers=True)
         train, held_out = find_images(
             settings.photographs, settings.held_out, settings.repeat, settings.also, settings.seed
@@ -271,10 +280,11 @@ class Distillation:
 
     def _write_weights(self) -> None:
         """Writes a SAM in 16 bits: the mean of the student's weights, the teacher's decoder."""
-        given = read_checkpoint(self.settings.checkpoint)
-        tensors = {n: value for n, value in given.items() if not n.startswith("image_encoder.")}
-        encoder = self.mean.module.encoder.state_dict()
-        tensors |= {f"image_encoder.{name}": value for name, value in encoder.items()}
+        given, student = read_checkpoint(self.settings.checkpoint), self.mean.module
+        parts = {"image_encoder.": student.encoder, "mask_decoder.neck.": student.neck}
+        tensors = {n: value for n, value in given.items() if not n.startswith(tuple(parts))}
+        for start, part in parts.items():
+            tensors |= {f"{start}{name}": value for name, value in part.state_dict().items()}
         about = {
             "model": self.settings.student,
             "image_size": str(self.settings.image_size),

@@ -3,6 +3,7 @@
 A checkpoint is an official file, the same tensors as ``.safetensors``, or a folder of Hugging Face.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from naslora.adapter.io.wrappers import fill
@@ -27,7 +29,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 # ---- Loading -------------------------------------------------------------------------------------
 
-_ENCODER = re.compile(r"(image_encoder|vision_encoder|vision_backbone)\.")
+_ENCODER = re.compile(
+    r"(image_encoder|vision_encoder|vision_backbone)\.|^(blocks|transformer\.resblocks)\.0\."
+)
 _RESIZED = re.compile(r"(^|\.)pos_embed$|attn\.rel_pos_[hw]$")
 _ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages|trunk\.blocks|backbone\.layers)\.")
 # These tensors may be missing: the classification branch starts with random weights, and the
@@ -39,7 +43,8 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
     """Loads a SAM checkpoint. It executes no code from the file.
 
     Position embeddings are resized to the model's token grid. Mask-decoder tensors that the model
-    lacks are not loaded: the IoU head, and surplus mask tokens and hypernetworks.
+    lacks are not loaded: the IoU head, and surplus mask tokens and hypernetworks. Parts that the
+    family's checkpoints lack stay as they are.
 
     Args:
         model: a model with ``image_encoder``, ``prompt_encoder`` and ``mask_decoder``, whose
@@ -72,6 +77,9 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
         misfit = f"is not one of {family.title}"
     else:
         fitted = {key: _fit(key, value, state) for key, value in tensors.items() if key in state}
+        if family.new_decoder and not any(key.startswith("mask_decoder.") for key in tensors):
+            new = {k: v for k, v in state.items() if not k.startswith("image_encoder.")}
+            fitted = new | fitted
         misfit = _misfit(name, tensors, fitted, state)
     if tensors is None or misfit is not None:
         raise UserError(f"checkpoint {path} {_made_for(stored, name) or misfit}")
@@ -158,6 +166,11 @@ def _fit(key: str, value: Tensor, state: dict[str, Tensor]) -> Tensor:
         return value
     if key == "image_encoder.pos_embed" and value.shape[-1] == wanted[-1]:  # (1, H, W, C)
         return _resize(value.permute(0, 3, 1, 2), wanted[1:3], "bicubic").permute(0, 2, 3, 1)
+    if key == "image_encoder.trunk.pos_embed" and value.dim() == 3:  # (1, prefix + H W, C)
+        side = math.isqrt(wanted[1])
+        prefix = wanted[1] - side**2
+        if math.isqrt(value.shape[1] - prefix) ** 2 == value.shape[1] - prefix:
+            return resample_abs_pos_embed(value, [side, side], num_prefix_tokens=prefix)
     if _RESIZED.search(key) and value.dim() == 2 and value.shape[1] == wanted[1]:  # (2 size - 1, C)
         return _resize(value.T[None], wanted[:1], "linear")[0].T
     if key in TOKENS and value.shape[1] == wanted[1]:  # (Q, 256)
@@ -202,7 +215,7 @@ def sam_state_dict(
     Tensors with the same shape in the checkpoint and the model come from the model. The others come
     from the checkpoint: position embeddings of another image size, the IoU head, and the mask
     tokens and hypernetworks that the model lacks. SAM has no classification branch, so the model's
-    is not written.
+    is not written, unless its whole decoder is ours.
 
     Args:
         state: state dict of a model whose layers are all SAM's: merged, or without an adapter.
@@ -213,8 +226,8 @@ def sam_state_dict(
         UserError: the model was not made from a SAM checkpoint, or its original code needs more
             of that than was kept.
     """
-    family, whole = find_family(name), _whole(state, left_out)
-    elsewhere = family.elsewhere
+    family = find_family(name)
+    whole, elsewhere = _whole(state, left_out, family), family.elsewhere
     if elsewhere is not None and not any(re.match(elsewhere, key) for key in left_out):
         raise UserError(
             f"{family.title}'s original code also needs parts that are not in the image model, and "
@@ -244,10 +257,10 @@ def huggingface_files(
     theirs = family.huggingface
     if theirs is None:
         raise UserError(
-            f"Hugging Face's transformers has no {family.title}; export to safetensors, onnx or "
-            "torch-export"
+            f"Hugging Face's transformers has no {family.title} with a mask decoder; export to "
+            "safetensors, onnx or torch-export"
         )
-    whole = _whole(state, left_out)
+    whole = _whole(state, left_out, family)
     positions = whole.get("image_encoder.pos_embed")  # (1, H, W, C) of the checkpoint
     size = image_size if positions is None else family.patch * positions.shape[1]
     config = theirs.config(name, size)
@@ -255,12 +268,16 @@ def huggingface_files(
     return {**header, "dtype": "float32", **config}, theirs.to_theirs(whole)
 
 
-def _whole(state: dict[str, Tensor], left_out: dict[str, Tensor]) -> dict[str, Tensor]:
+def _whole(
+    state: dict[str, Tensor], left_out: dict[str, Tensor], family: Family
+) -> dict[str, Tensor]:
     """The tensors of a whole SAM under our names.
 
     Raises:
         UserError: the model was not made from a SAM checkpoint.
     """
+    if family.new_decoder:
+        return state | left_out
     if not any(key.startswith("mask_decoder.iou_prediction_head.") for key in (*state, *left_out)):
         raise UserError(
             "the model was not made from a SAM checkpoint, so SAM's IoU head is missing; export to "

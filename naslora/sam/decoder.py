@@ -17,6 +17,16 @@ def build_transformer() -> TwoWayTransformer:
     return TwoWayTransformer(depth=2, embedding_dim=EMBED_DIM, mlp_dim=2048, num_heads=8)
 
 
+def build_neck(width: int) -> nn.Sequential:
+    """SAM's neck, with random weights: (B, width, g, g) to (B, 256, g, g)."""
+    return nn.Sequential(
+        nn.Conv2d(width, EMBED_DIM, 1, bias=False),
+        LayerNorm2d(EMBED_DIM),
+        nn.Conv2d(EMBED_DIM, EMBED_DIM, 3, padding=1, bias=False),
+        LayerNorm2d(EMBED_DIM),
+    )
+
+
 class SegmentationDecoder(nn.Module):
     """SAM's mask decoder for semantic segmentation. Its parameters have SAM's names.
 
@@ -26,13 +36,15 @@ class SegmentationDecoder(nn.Module):
     Args:
         num_classes: 1 if binary, else K.
         num_tokens: number Q of mask tokens.
+        width: channels of the embedding, which a neck brings to 256 if it has others.
     """
 
     TOKENS: ClassVar[tuple[str, ...]] = ("iou_token", "mask_tokens")
     """The embeddings that the transformer takes, in its order."""
 
-    def __init__(self, num_classes: int, num_tokens: int) -> None:
+    def __init__(self, num_classes: int, num_tokens: int, width: int = EMBED_DIM) -> None:
         super().__init__()
+        self.neck = nn.Identity() if width == EMBED_DIM else build_neck(width)
         self.transformer = build_transformer()
         self.iou_token = nn.Embedding(1, EMBED_DIM)
         self.mask_tokens = nn.Embedding(num_tokens, EMBED_DIM)
@@ -54,7 +66,7 @@ class SegmentationDecoder(nn.Module):
         """Predicts masks and classes.
 
         Args:
-            embedding: (B, 256, g, g) image embedding.
+            embedding: (B, width, g, g) image embedding.
             positions: (1, 256, g, g) positional encoding of its tokens.
             dense_prompt: (1, 256, 1, 1) no-mask embedding.
             features: what the family's encoder returns beside the embedding.
@@ -62,6 +74,7 @@ class SegmentationDecoder(nn.Module):
         Returns:
             (B, Q, 4g, 4g) mask logits, and (B, Q, K + 1) class logits, None if binary.
         """
+        embedding = self.neck(embedding)
         batch, channels, height, width = embedding.shape
         tables = [getattr(self, name).weight for name in self.TOKENS]
         tokens = torch.cat(tables).expand(batch, -1, -1)  # (B, tokens, 256)

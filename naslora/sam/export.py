@@ -116,7 +116,7 @@ class Embedding(nn.Module):
     """Maps (B, 3, S, S) images in [0, 1] to what the image encoder returns.
 
     That is the image embedding, (B, 256, g, g), or a tuple of it and of the further maps that
-    the family's decoder takes.
+    the family's decoder takes. The decoder's neck counts as the encoder's.
     """
 
     pixel_mean: Tensor
@@ -125,12 +125,13 @@ class Embedding(nn.Module):
     def __init__(self, model: AnySam) -> None:
         super().__init__()
         self.encoder = model.image_encoder
+        self.neck = getattr(model.mask_decoder, "neck", nn.Identity())
         scale = 255 if isinstance(model, PromptableSam) else 1  # it has SAM's own numbers
         self.register_buffer("pixel_mean", model.pixel_mean / scale)
         self.register_buffer("pixel_std", model.pixel_std / scale)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.encoder((images - self.pixel_mean) / self.pixel_std)
+        return self.neck(self.encoder((images - self.pixel_mean) / self.pixel_std))
 
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -400,11 +401,12 @@ def _load_program(path: Path) -> tuple[ClassMap, Description]:
 
 def _load_state_dict(path: Path) -> tuple[ClassMap, Description]:
     description = read_description(read_metadata(path).get(KEY))
-    if description.num_classes > 1:
+    if description.num_classes > 1 and not find_family(description.model).new_decoder:
         raise UserError(
             f"{path} is a SAM state dict, and SAM has no classification branch for "
             f"{description.num_classes} classes; predict with the merged folder, onnx or "
             "torch-export"
         )
-    model = build_model(description.model, description.image_size, 1, path).eval()
+    classes = description.num_classes
+    model = build_model(description.model, description.image_size, classes, path).eval()
     return Scores(model), description

@@ -15,7 +15,8 @@ class Family:
     """A kind of SAM: one encoder and one decoder in several sizes.
 
     An encoder maps (B, 3, S, S) normalised images to the embedding (B, 256, g, g), g = S/patch, or
-    to a tuple of it and further maps, which the family's decoder takes.
+    to a tuple of it and further maps, which the family's decoder takes. The map may
+    have another number of channels, which the decoder's neck brings to 256.
     """
 
     title: str
@@ -50,6 +51,8 @@ class Family:
     """Where its authors have the weights."""
     licence: str = "Apache-2.0"
     """The licence of the weights."""
+    new_decoder: bool = False
+    """Whether official checkpoints hold the encoder alone: other parts keep random weights."""
     elsewhere: str | None = None
     """A regular expression for the starts of official names that our models lack, but the original
     code needs."""

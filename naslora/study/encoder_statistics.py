@@ -48,12 +48,12 @@ def block_statistics(
         image_size: S in pixels.
 
     Raises:
-        UserError: the encoder's method adds tokens to those of the image.
+        UserError: the encoder or its method adds tokens to those of the image.
     """
     encoder.eval()
     fused = unfuse_attention(encoder)
     blocks = transformer_blocks(encoder)
-    watched = [_Watched(block) for block in blocks if attention_of(block) is not None]
+    watched = [_Watched(block) for block in blocks if hasattr(block, "window_size")]
     try:
         for batch in images:
             encoder(batch)
@@ -63,10 +63,10 @@ def block_statistics(
                 handle.remove()
         if fused:
             fuse_attention(encoder)
-    if not all(block.distances for block in watched):
+    if not watched or not all(block.distances for block in watched):
         raise UserError(
-            "attention distances cannot be measured: the run's method attends to more tokens than "
-            "those of the image"
+            "attention distances cannot be measured: the run's encoder or method attends to more "
+            "tokens than those of the image"
         )
     return [
         BlockStatistics(
@@ -80,8 +80,8 @@ def block_statistics(
 
 
 def attention_of(block: Any) -> Any:
-    """The attention of a block: ``attn``, or ``attention`` in SAM 3; None if it has none."""
-    return getattr(block, "attn", getattr(block, "attention", None))
+    """The attention of a block: ``attn``, or ``attention`` in SAM 3."""
+    return getattr(block, "attn", None) or block.attention
 
 
 class _Watched:

@@ -27,6 +27,7 @@ from naslora.files import is_temporary, write_json
 from naslora.locks import locked
 from naslora.methods import load_adapter
 from naslora.results import CONFIG, DATA, RunResult, adapter_folder
+from naslora.sam.families import find_family
 from naslora.sam.shipped import NONE, SHIPPED_SIZE
 from naslora.training.accelerator import (
     check_shared,
@@ -112,7 +113,10 @@ def _warn(config: RunConfig, searches: bool) -> None:
     model, training = config.model, config.training
     shipped = str(model.checkpoint).startswith(SHIPPED)
     origin = "the weights in the package" if shipped else str(model.checkpoint)
-    origin = "random weights" if model.checkpoint == NONE else origin
+    if model.checkpoint == NONE:
+        origin = "random weights"
+    elif find_family(model.name).new_decoder:
+        origin += " (its decoder from random weights, unless the file has one)"
     size = f"{model.image_size} x {model.image_size} pixels"
     print(f"{model.name} starts from {one_line(origin)}, at {size}", file=sys.stderr)
     if config.task == "promptable" and config.data.num_classes > 1:

@@ -83,19 +83,21 @@ class ModelConfig(Settings):
     name: Common[Annotated[str, tyro.conf.arg(name="model")]] = "vit_t"
     """vit_t (small, trains on a CPU), vit_b, vit_l, vit_h (SAM), mobile_sam (MobileSAM), sam_hq_b,
     sam_hq_l, sam_hq_h, sam_hq_tiny (SAM-HQ), sam2.1_t, sam2.1_s, sam2.1_b+, sam2.1_l (SAM 2.1),
-    the same with sam2_ (SAM 2), or sam3 (SAM 3)."""
+    the same with sam2_ (SAM 2), sam3 (SAM 3), or an encoder under a new mask decoder: dinov3_s,
+    dinov3_b, dinov3_l, dinov2_s, dinov2_b, pe_spatial_t, pe_spatial_s, pe_spatial_b, pe_spatial_l.
+    """
     checkpoint: Common[Annotated[str, msgspec.Meta(pattern=r"^[^\0]+\Z")] | None] = None
     """Pre-trained SAM checkpoint: an official .pth or .pt file, the same as .safetensors, a folder
     of Hugging Face, or `hf:owner/name[@revision][/file]`, which is downloaded. `naslora models`
     lists them. `vit_t` has its weights in the package and needs none. `none` starts from random
     weights."""
     image_size: Common[ImageSize] = None  # type: ignore[assignment]
-    """Side to which images are resized, in pixels; a multiple of 16, for SAM 2 of 32, for SAM 3 of
-    14. None is 256 for `vit_t`, 1008 for `sam3`, 1024 for the others."""
+    """Side to which images are resized, in pixels; a multiple of the number that `naslora models`
+    shows. None is what the weights were made for, such as 256 for `vit_t` and 1024 for SAM."""
     attention: Attention = "fused"
     """Computation of the image encoder's attention: `fused`, which takes less time and memory, or
-    `stock`, the code of segment_anything and timm. The results are equal up to rounding. SAM 2 and
-    SAM 3 have no such bias as `fused` is for: they keep the stock code."""
+    `stock`, the code of segment_anything and timm. The results are equal up to rounding. Models
+    without such a bias as `fused` is for, such as SAM 2, keep the stock code."""
 
 
 @dataclass(frozen=True)

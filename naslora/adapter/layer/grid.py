@@ -98,15 +98,20 @@ def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None, prefix
 
 
 def place_hint(model: nn.Module, name: str, layer: Any) -> None:
-    """Gives a layer what the model states of its tokens: ``hint``, and ``grid`` if not square.
+    """Gives a layer what the model states of its tokens: ``hint``, ``grid`` if not square, and
+    ``prefix_tokens``, timm's ``num_prefix_tokens``, unless its configuration does.
 
     ``grid`` is what merged layers keep. They need it only where a square is wrong.
 
     Args:
         model: the host.
         name: the layer's name in it.
-        layer: a layer with these two attributes.
+        layer: a layer with these three attributes.
     """
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        host = model.get_submodule(".".join(parts[:depth]))
+        layer.prefix_tokens = layer.prefix_tokens or getattr(host, "num_prefix_tokens", 0)
     layer.hint = find_hint(model, name)
     if layer.hint is not None and layer.grid is None and layer.hint.grid[0] != layer.hint.grid[1]:
         layer.grid = layer.hint.grid

@@ -1,7 +1,7 @@
 """The families of SAMs. A family's file holds all that naslora knows of it."""
 
 from naslora.errors import UserError
-from naslora.sam.families import mobile_sam, sam, sam2, sam3, sam_hq
+from naslora.sam.families import mobile_sam, plain_vits, sam, sam2, sam3, sam_hq
 from naslora.sam.family import Family
 from naslora.sam.shipped import SHIPPED_SIZE, shipped_file
 
@@ -13,6 +13,7 @@ FAMILIES = (
     sam2.FAMILY,
     sam2.FAMILY_21,
     sam3.FAMILY,
+    *plain_vits.FAMILIES,
 )
 MODELS = tuple(name for family in FAMILIES for name in family.models)
 """The names for ``--model``."""

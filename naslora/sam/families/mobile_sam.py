@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 
-from segment_anything.modeling.common import LayerNorm2d
 from timm.models.tiny_vit import TinyVitBlock, tiny_vit_5m_224
 from torch import Tensor, nn
 
 from naslora.adapter.layer.windows import partition, unpartition
 from naslora.sam.attention import traced
-from naslora.sam.decoder import EMBED_DIM, SegmentationDecoder
+from naslora.sam.decoder import SegmentationDecoder, build_neck
 from naslora.sam.families.sam import HQ_TOKENS
 from naslora.sam.family import Family
 from naslora.sam.naming import Naming
@@ -48,13 +47,7 @@ class TinyViTEncoder(nn.Module):
                 block.__class__ = GridBlock
         self.patch_embed = tiny_vit.patch_embed
         self.stages = tiny_vit.stages
-        width = tiny_vit.num_features
-        self.neck = nn.Sequential(
-            nn.Conv2d(width, EMBED_DIM, 1, bias=False),
-            LayerNorm2d(EMBED_DIM),
-            nn.Conv2d(EMBED_DIM, EMBED_DIM, 3, padding=1, bias=False),
-            LayerNorm2d(EMBED_DIM),
-        )
+        self.neck = build_neck(tiny_vit.num_features)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps (B, 3, S, S) normalised images to (B, 256, S/16, S/16)."""
