@@ -23,7 +23,7 @@ from naslora import NASLoRAConfig, inject, load_adapter, merge, save_adapter
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 from naslora.sam.attention import fuse_attention, unfuse_attention
-from naslora.sam.families import sam2, sam3, sam_hq
+from naslora.sam.families import plain_vits, sam2, sam3, sam_hq
 from naslora.sam.families.mobile_sam import TinyViTEncoder
 from naslora.sam.families.sam import ViT, build_vit
 
@@ -107,6 +107,11 @@ def timm_vit(height: int, width: int) -> nn.Module:
     return timm.create_model("vit_small_patch16_dinov3", num_classes=0, **values)
 
 
+def plain(size: plain_vits.PlainViT) -> Callable[[int, int], nn.Module]:
+    small: Any = size._replace(width=32, depth=2, heads=2)
+    return lambda height, width: plain_vits.PlainViTEncoder(small, (height, width))
+
+
 EOMT = {"num_register_tokens": 4, "num_blocks": 1, "num_queries": 7, "num_labels": 2}
 HOSTS = (
     Host("SAM (`vit_*`)", plain_vit(ImageEncoderViT)),
@@ -115,6 +120,14 @@ HOSTS = (
     Host("Light HQ-SAM (`sam_hq_tiny`)", lambda height, width: sam_hq.HQTinyViT()),
     Host("SAM 2, 2.1 (`sam2_*`, `sam2.1_*`)", lambda height, width: sam2.HieraEncoder(HIERA)),
     Host("SAM 3 (`sam3`), Sam3 of transformers", sam3_encoder, size=(56, 56), oblong=(56, 84)),
+    Host("DINOv3 (`dinov3_*`)", plain(plain_vits.DINOV3["dinov3_s"])),
+    Host(
+        "DINOv2 (`dinov2_*`)",
+        plain(plain_vits.DINOV2["dinov2_s"]),
+        size=(56, 56),
+        oblong=(56, 84),
+    ),
+    Host("PE Spatial (`pe_spatial_*`)", plain(plain_vits.PE_SPATIAL["pe_spatial_s"])),
     Host("SamModel of transformers", hugging_face_sam("SamVisionModel")),
     Host("SamHQModel of transformers", hugging_face_sam("SamHQVisionModel")),
     Host("Sam2Model of transformers", hugging_face_sam2),
@@ -134,7 +147,7 @@ HOSTS = (
         prefix=5,
         later=7,
     ),
-    Host("ViTs of timm", timm_vit, prefix=5),
+    Host("ViTs of timm", timm_vit),
 )
 
 

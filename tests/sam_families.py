@@ -17,7 +17,7 @@ from transformers import (
     SamModel,
 )
 
-from naslora.sam.families import find_family, sam2, sam3, sam_hq
+from naslora.sam.families import find_family, plain_vits, sam2, sam3, sam_hq
 from naslora.sam.families.sam import VITS, ViT
 from naslora.sam.segmentation import SamForSegmentation
 
@@ -29,6 +29,16 @@ SMALL = {
     "sam2.1_t": (sam2.SAM21, sam2.Hiera(16, 1, (1, 2, 3, 1), (4,))),
     "sam2.1_l": (sam2.SAM21, sam2.Hiera(24, 2, (1, 1, 2, 2), (3,), (8, 4, 16, 8), 14)),
     "sam3": (sam3.SIZES, sam3.Sam3ViT(32, 3, 2, 64, (1,), 4, 4)),
+}
+PLAIN = {
+    name: (table, table[name]._replace(width=width, depth=2, heads=2))
+    for table, name, width in (
+        (plain_vits.DINOV3, "dinov3_s", 32),
+        (plain_vits.DINOV3, "dinov3_b", 48),
+        (plain_vits.DINOV2, "dinov2_s", 32),
+        (plain_vits.PE_SPATIAL, "pe_spatial_t", 32),
+        (plain_vits.PE_SPATIAL_L, "pe_spatial_l", 32),
+    )
 }
 CLASSES = {"SamModel": (SamModel, SamConfig), "SamHQModel": (SamHQModel, SamHQConfig)}
 CLASSES["Sam2Model"] = (Sam2Model, Sam2Config)
@@ -42,9 +52,9 @@ def side(name: str) -> int:
 
 @contextlib.contextmanager
 def small_models() -> Iterator[None]:
-    """Makes the models of ``SMALL`` small."""
+    """Makes the models of ``SMALL`` and ``PLAIN`` small."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, (table, size) in SMALL.items():
+        for name, (table, size) in (SMALL | PLAIN).items():
             patch.setitem(table, name, size)
         patch.setitem(sam2.SAM2, "sam2_t", SMALL["sam2.1_t"][1])
         yield

@@ -121,8 +121,9 @@ def test_the_teacher_sees_a_crop_once(tmp_path):
 
 def test_teacher_and_student(settings):
     """The student starts with the teacher's last layers; a perfect one has no loss."""
-    teacher = build_model("vit_b", SIZE, checkpoint=settings.checkpoint).image_encoder
-    own, given = distillation.build_student(settings, teacher).image_encoder.neck, teacher.neck
+    teacher = build_model("vit_b", SIZE, checkpoint=settings.checkpoint)
+    given = teacher.image_encoder.neck
+    own = distillation.build_student(settings, teacher).image_encoder.neck
     assert torch.equal(own[2].weight, given[2].weight.float())
     assert torch.equal(own[3].weight, given[3].weight)
     assert own[0].weight.shape != given[0].weight.shape

@@ -113,7 +113,7 @@ class Pass:
 
 def neck_of(model: Any) -> nn.Module:
     """The last layers before the embedding, which are the encoder's or the decoder's."""
-    return getattr(model.mask_decoder, "neck", None) or model.image_encoder.neck
+    return getattr(model.image_encoder, "neck", None) or model.mask_decoder.neck
 
 
 def build_student(settings: Settings, teacher: SamForSegmentation) -> SamForSegmentation:
