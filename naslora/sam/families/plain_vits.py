@@ -63,11 +63,10 @@ class PlainViTEncoder(nn.Module):
     def __init__(self, size: PlainViT, image_size: int | tuple[int, int]) -> None:
         super().__init__()
         name, width, depth, heads = size
-        options = {"embed_dim": width, "depth": depth, "num_heads": heads, "num_classes": 0}
+        own: Any = {"embed_dim": width, "depth": depth, "num_heads": heads, "num_classes": 0}
         # Of a fixed size, because adapted layers read their grid from `patch_embed.grid_size`.
-        self.trunk: Any = timm.create_model(
-            name, img_size=image_size, dynamic_img_size=False, **options
-        )
+        own |= {"img_size": image_size, "dynamic_img_size": False}
+        self.trunk: Any = timm.create_model(name, **own)
         for key, parameter in self.trunk.named_parameters():
             if "gamma" in key:  # timm starts at 1e-5, with which random weights do not train
                 nn.init.ones_(parameter)
