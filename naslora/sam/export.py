@@ -306,7 +306,7 @@ def _write_program(
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hides progress and the warnings of other packages, some of which hold tracebacks."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
