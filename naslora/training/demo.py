@@ -41,7 +41,7 @@ def run_demo(output: Path, epochs: int, seed: int, resume: bool, random: bool) -
         training=TrainConfig(
             epochs=epochs,
             learning_rate=1e-3,
-            mixed_precision="no",  # the scores of the README are the same on every CPU
+            mixed_precision="no",  # so that CPUs differ by rounding alone
         ),
     )
     with locked(output):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from naslora.errors import UserError
 from naslora.sam.decoder import EMBED_DIM, Sam2Decoder
 from naslora.sam.families import sam2
 from naslora.sam.family import Family
@@ -55,8 +56,11 @@ class Sam3Encoder(nn.Module):
 
     def __init__(self, name: str, image_size: int) -> None:
         super().__init__()
-        # Importing it takes seconds.
-        from transformers import Sam3VisionConfig, Sam3VisionModel
+        try:  # here, because it takes seconds
+            from transformers import Sam3VisionConfig, Sam3VisionModel
+        except ImportError as error:
+            reason = "--model sam3 needs transformers 5 or later"
+            raise UserError(f"{reason}; run pip install 'transformers>=5'") from error
 
         config = Sam3VisionConfig(**_config(name, image_size)["vision_config"])
         vision: Any = Sam3VisionModel(config)
