@@ -13,7 +13,6 @@ import naslora
 from naslora.integrations import AlphaCallback
 
 MEAN, STD = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
-ENCODER = r"(^layers|swin\.encoder\.layers)\..*\.[qkv]_proj$"
 HEADS = {
     "eomt": ("query", "upscale_block", "mask_head", "class_predictor"),
     "mask2former": ("pixel_level_module.decoder", "transformer_module", "class_predictor"),
@@ -55,7 +54,7 @@ images, masks = load_data(args.data, size)
 samples = list(zip((images - MEAN) / STD, masks, strict=True))
 held_out, train = samples[::4], [sample for i, sample in enumerate(samples) if i % 4]
 
-config = naslora.NASLoRAConfig(target=ENCODER, blocks=blocks, prefix_tokens=prefix)
+config = naslora.NASLoRAConfig(target="qkv", blocks=blocks, prefix_tokens=prefix)
 naslora.inject(model, config, train=HEADS[args.host])
 settings = TrainingArguments(
     output_dir=args.output,
