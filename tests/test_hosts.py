@@ -58,6 +58,13 @@ def test_a_switched_host_starts_as_it_was_trains_merges_and_loads(name, tmp_path
         assert torch.equal(fresh.forward_features(x), model.forward_features(x))
 
 
+def test_the_refusal_counts_the_class_token_beside_a_window_that_spans_the_image():
+    model = build("beit_base_patch16_224")
+    inject(model)
+    with pytest.raises(ValueError, match=r"17 tokens .* or prefix_tokens=1 in NASLoRAConfig"):
+        model(tokens(1, 3, 64, 64))
+
+
 class Host(nn.Module):
     """Three layers on (B, H, W, 8), and a way through them."""
 
