@@ -7,7 +7,7 @@ memory are left out.
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -182,20 +182,14 @@ HUGGINGFACE = HuggingFace(
         rf"(vision_encoder\.|tracker_)neck\.fpn_layers\.3\.|{sam2.MEMORY_HF}"
     ),
 )
-
-
-def _has_marks(names: Collection[str]) -> bool:
-    """Whether there are the norm in front of the blocks and the names around it."""
-    marks = ("vision_backbone.trunk.ln_pre.weight", "vision_encoder.backbone.layer_norm.weight")
-    return any(name.endswith(marks) for name in names)
-
-
+MARKS = ("vision_backbone.trunk.ln_pre.weight", "vision_encoder.backbone.layer_norm.weight")
+"""The norm in front of the blocks: ends of its official name, and of Hugging Face's."""
 FAMILY = Family(
     title="SAM 3",
     models=SIZES,
     build_encoder=Sam3Encoder,
     build_decoder=lambda name, classes, tokens: Sam2Decoder(classes, tokens),
-    has_marks=_has_marks,
+    has_marks=lambda names: any(name.endswith(MARKS) for name in names),
     official=OFFICIAL,
     huggingface=HUGGINGFACE,
     patch=PATCH,
