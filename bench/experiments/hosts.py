@@ -32,7 +32,7 @@ from naslora.adapter.layer.targets import TARGETS
 
 PAGE = Path(__file__).parents[2] / "docs/hosts.md"
 LAYERS = r"^(?!.*decoder)(.*\.)?(qkv|query|key|value|[qkv]_proj)$"
-SOURCE = r"(qkv|query|q_proj) = |Attention\w*\(|vision_transformer import"
+SOURCE = r"qkv|query = |q_proj|Attention\w*\(|vision_transformer import"
 SIZES = ("test", "atto", "femto", "pico", "nano", "xxs", "xs", "tiny", "_ti_", "mini", "s18")
 SIZES += ("_s0", "_b0", "small", "base")
 TINY = dict.fromkeys(("num_hidden_layers", "encoder_layers", "num_layers", "depth"), 2)
