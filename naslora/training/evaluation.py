@@ -1,7 +1,10 @@
 """Loss and metrics of a model on a split."""
 
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,18 +38,27 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_end_quietly,
+        worker_init_fn=end_with_the_run,
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
-def _end_quietly(_: int) -> None:
-    """Makes a data loading process end without a traceback.
+def end_with_the_run(_: int) -> None:
+    """Makes a data loading process end with the run's process, and without a traceback.
 
     SIGTERM, which ``timeout`` and batch systems send to every process of a run, ends it as Ctrl-C
     does. The thread that hands tensors over reports that the main process has ended by the hook for
     exceptions. Errors of images take another way: the loader raises them in the main process.
+    torch's own check takes whatever process is the parent when it begins for the run's.
     """
+    run = multiprocessing.parent_process()
+    assert run is not None
+
+    def follow() -> None:
+        run.join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.excepthook = lambda *_: None
 

@@ -37,6 +37,26 @@ def test_workers_end_with_the_run(forked, clean_world, tmp_path, number, status,
     wait_for(lambda: not group_lives(run.pid))
 
 
+ORPHAN = """
+import multiprocessing, os, time
+from naslora.training.evaluation import end_with_the_run
+
+def work(run):
+    while os.getppid() == run:
+        time.sleep(0.01)
+    end_with_the_run(0)
+    time.sleep(600)
+
+multiprocessing.get_context("fork").Process(target=work, args=(os.getpid(),)).start()
+os._exit(0)
+"""
+
+
+def test_a_worker_that_begins_after_its_run_has_ended_ends_too():
+    # The worker has the same standard output, which is read to its end.
+    subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, check=True, timeout=120)
+
+
 def test_workers_that_are_told_to_end_while_the_run_waits_for_them(forked, clean_world, tmp_path):
     """`timeout` sends SIGTERM to the first process, and then to all."""
 
