@@ -238,7 +238,11 @@ STUDIES = {
         datasets=("kvasir_seg", "leaf_disease", "crackforest", "camvid"),
         seeds=tuple(range(16)),
         common=ENCODERS_AT_256,
-        variants=_on_encoders(*METHODS),
+        variants=_on_encoders(*METHODS)
+        | {
+            f"{name}, identity, x 1": _joined({"run": run}, UNIFORM, SLOW_CELL)
+            for name, run in ENCODERS.items()
+        },
         epochs={"kvasir_seg": 6, "leaf_disease": 6, "crackforest": 15, "camvid": 6},
         columns=TRAINING | SECONDS,
         reference="LoRA",
