@@ -57,7 +57,8 @@ def test_a_name_leaves_the_decoder_alone_and_stands_for_all_its_layers():
     sam = nn.ModuleDict({"image_encoder": built("SAM ("), "mask_decoder": decoder})
     assert not any("decoder" in name for name in inject(sam, NASLoRAConfig(target="all")))
     with pytest.raises(UserError, match=r"a part of target 'qkv\+mlp'"):
-        inject(built("DINOv3"), NASLoRAConfig(target="qkv+mlp"))
+        attention = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(8, 24)})})
+        inject(attention, NASLoRAConfig(target="qkv+mlp"))
 
 
 @pytest.mark.parametrize("family", ["SAM (", "MobileSAM", "SAM 2"])
