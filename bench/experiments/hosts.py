@@ -37,6 +37,7 @@ LAYERS = r"^(?!.*decoder)(.*\.)?(qkv|query|key|value|[qkv]_proj)$"
 SOURCE = r"qkv|query = |q_proj|Attention\w*\(|vision_transformer import"
 SIZES = ("test", "atto", "femto", "pico", "nano", "xxs", "xs", "tiny", "_ti_", "mini", "s18")
 SIZES += ("_s0", "_b0", "small", "base")
+MOST = 2e8  # parameters of a model
 TINY = dict.fromkeys(("num_hidden_layers", "encoder_layers", "num_layers", "depth"), 2)
 TINY |= {"num_blocks": 1, "image_size": 128}
 Builds = Iterator[Callable[[], tuple[nn.Module, int]]]  # a model, and the side of its images
@@ -46,6 +47,11 @@ def layers(model: nn.Module) -> list[str]:
     """The names of the layers to adapt."""
     linear = (name for name, module in model.named_modules() if type(module) is nn.Linear)
     return [name for name in linear if re.search(LAYERS, name)]
+
+
+def parameters(model: nn.Module) -> int:
+    """How many parameters a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def of_timm(module: str) -> Builds:
@@ -60,7 +66,7 @@ def of_timm(module: str) -> Builds:
     for name in sorted(timm.list_models(module=module), key=size):
         with torch.device("meta"):
             model = timm.create_model(name)
-        if layers(model):
+        if layers(model) and parameters(model) < MOST:
             side = model.default_cfg["input_size"][-1]
             side = side if side <= 256 else 224
             for options in ({"depth": 2, "img_size": side}, {"depth": 2}, {"img_size": side}, {}):
@@ -80,7 +86,7 @@ def of_transformers(folder: str) -> Builds:
                 if isinstance(getattr(part, name, None), int):
                     setattr(part, name, min(value, getattr(part, name)))
         with torch.device("meta"):
-            assert sum(parameter.numel() for parameter in kind(config).parameters()) < 2e8
+            assert parameters(kind(config)) < MOST
         side = getattr(getattr(config, "vision_config", config), "image_size", 224)
         return kind(config), side if isinstance(side, int) else side[0]
 
@@ -128,7 +134,7 @@ def check(host: Host) -> str:
         if "naslora/adapter" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise
         advised = re.search(r"prefix_tokens=(\d+)", str(error))
-        if advised and not host.prefix:
+        if advised and int(advised[1]) > host.prefix:
             return check(replace(host, prefix=int(advised[1])))
         return re.sub(r"\d+", "N", str(error).partition(";")[0])
     return "works" + (f", `prefix_tokens={host.prefix}`" if host.prefix else "")
@@ -146,6 +152,7 @@ def main() -> None:
         builds = {"timm": of_timm, "transformers": of_transformers}[library]
         found = host(name, builds(name)) if re.search(SOURCE, path.read_text()) else None
         if found is not None:
+            print(f"{library}: {name}", file=sys.stderr)
             try:
                 key = library, "`qkv`" if found.target == "qkv" else "by names", check(found)
                 rows[key].append(name)
