@@ -66,6 +66,18 @@ def test_the_refusal_counts_the_class_token_beside_a_window_that_spans_the_image
         model(tokens(1, 3, 64, 64))
 
 
+def test_a_class_token_that_comes_after_the_adapted_blocks_can_be_left_out():
+    model = timm.create_model("cait_xxs24_224", img_size=64, depth=2).eval()
+    inject(model, NASLoRAConfig(target=r"^blocks\.\d+\.attn\.qkv$"))
+    with pytest.raises(
+        ValueError, match=r"`layer.prefix_tokens = 0` if the sequence starts without"
+    ):
+        model(tokens(1, 3, 64, 64))
+    for _, layer in adapter_layers(model):
+        layer.prefix_tokens = 0
+    model(tokens(1, 3, 64, 64))
+
+
 class Host(nn.Module):
     """Three layers on (B, H, W, 8), and a way through them."""
 

@@ -91,10 +91,10 @@ def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None, prefix
         )
         if 0 <= prefix + count - height * width < height * width:
             number = str(prefix + count - height * width)
-    raise ValueError(
-        f"x: {found}; {advice}, or prefix_tokens={number} in NASLoRAConfig if the sequence starts "
-        "with class or register tokens"
-    )
+    other = f"prefix_tokens={number} in NASLoRAConfig if the sequence starts with"
+    if number == "0":  # in a configuration it takes what the model states
+        other = "`layer.prefix_tokens = 0` if the sequence starts without"
+    raise ValueError(f"x: {found}; {advice}, or {other} class or register tokens")
 
 
 def place_hint(model: nn.Module, name: str, layer: Any) -> None:
