@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import error_of
 from miniatures import check_samples
+from PIL import Image
 from run_configs import run_config
 
 from naslora.data.cache import Cache
@@ -271,3 +272,16 @@ def test_a_run_takes_classes_and_metrics_from_its_data_set():
         run_config(metrics=["speed"])
     with pytest.raises(UserError, match="'s_alpha' is defined for binary masks only"):
         run_config(num_classes=3, metrics=("s_alpha",))
+
+
+def test_weights_of_rare_classes(tmp_path):
+    """Shares of the pixels of the images that have a class: 7/8 and 1/4; the third is nowhere."""
+    for name, row in {"a": [0, 0, 0, 1], "b": [0, 0, 0, 0], "c": [255] * 4}.items():
+        Image.fromarray(np.array([row], np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "train.csv").write_text("image,label\na.png,a.png\nb.png,b.png\nc.png,c.png\n")
+    for split in ("val", "test"):
+        Image.fromarray(np.zeros((1, 4), np.uint8)).save(tmp_path / f"{split}.png")
+        (tmp_path / f"{split}.csv").write_text(f"image,label\n{split}.png,{split}.png\n")
+    config = run_config(root=tmp_path, num_classes=3, training={"class_weights": "auto"})
+    median = (7 / 8 + 1 / 4) / 2
+    assert config.training.class_weights == pytest.approx((median * 8 / 7, median * 4, 1), abs=1e-4)

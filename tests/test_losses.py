@@ -5,8 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-from naslora.sam.losses import segmentation_loss
+from naslora.errors import UserError
+from naslora.sam.losses import TERMS, parse_terms, segmentation_loss
 from naslora.sam.segmentation import SegmentationOutput
 
 # Sums over a map in float32 against float64: 256 terms, each with a relative rounding of 6e-8.
@@ -43,6 +45,63 @@ def bce(logits, mask, weight=0):
 def dice(p, mask, weight=0):
     w = boundary(mask, weight)
     return 1 - (2 * (w * p * mask).sum() + 1) / ((w * p).sum() + (w * mask).sum() + 1)
+
+
+def focal(x, y):
+    right = np.where(y > 0, sigmoid(x), 1 - sigmoid(x))
+    return (np.where(y > 0, 0.25, 0.75) * (1 - right) ** 2 * -np.log(right)).mean()
+
+
+def tversky(x, y):
+    p = sigmoid(x)
+    common, extra, missed = (p * y).sum(), (p * (1 - y)).sum(), ((1 - p) * y).sum()
+    return 1 - (common + 1) / (common + 0.3 * extra + 0.7 * missed + 1)
+
+
+def lovasz(x, y):
+    """The Lovász extension of the Jaccard loss of the pixels that are wrong, at hinge losses."""
+    errors = 1 - x * (2 * y - 1)
+    value, wrong, before = 0.0, np.zeros_like(y), 0.0
+    for place in np.argsort(-errors, axis=None):
+        wrong.flat[place] = 1
+        jaccard = wrong.sum() / np.maximum(wrong, y).sum()
+        value += max(errors.flat[place], 0) * (jaccard - before)
+        before = jaccard
+    return value
+
+
+def structure(x, y):
+    w, p = boundary(y, 5), sigmoid(x)
+    common = (w * p * y).sum()
+    return bce(x, y, 5) + 1 - (common + 1) / ((w * (p + y)).sum() - common + 1)
+
+
+def cldice(x, y):
+    def skeleton(image):
+        found = np.zeros_like(image)
+        for _ in range(10):
+            cross = ndimage.generate_binary_structure(2, 1)
+            eroded = ndimage.minimum_filter(image, footprint=cross, mode="nearest")
+            lost = np.maximum(image - ndimage.maximum_filter(eroded, 3, mode="nearest"), 0)
+            found, image = found + np.maximum(lost - found * lost, 0), eroded
+        return found
+
+    p = sigmoid(x)
+    own, true = skeleton(p), skeleton(y)
+    precision, sensitivity = (((a * b).sum() + 1) / (a.sum() + 1) for a, b in ((own, y), (true, p)))
+    return 1 - 2 * precision * sensitivity / (precision + sensitivity)
+
+
+REFERENCES = {
+    "bce": bce,
+    "dice": lambda x, y: dice(sigmoid(x), y),
+    "focal": focal,
+    "tversky": tversky,
+    "focal_tversky": lambda x, y: tversky(x, y) ** 0.75,
+    "lovasz": lovasz,
+    "structure": structure,
+    "cldice": cldice,
+}
 
 
 def binary(logits, target, **weights):
@@ -86,6 +145,79 @@ def test_binary_is_the_mean_of_bce_plus_dice(weight, size):
     assert float(loss) == pytest.approx(0.5 * expected, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", TERMS)
+def test_terms(name):
+    """Each term against its definition: a line, a square, noise, ignored pixels."""
+    rng = np.random.default_rng(2)
+    target = rng.integers(0, 2, (3, 20, 20))
+    target[:2] = 0
+    target[0, 9:11, 3:18] = target[1, 4:12, 5:13] = 1
+    logits = 2 * rng.standard_normal((3, 20, 20)) + 2 * target
+    expected = np.mean([REFERENCES[name](x, y) for x, y in zip(logits, 1.0 * target, strict=True)])
+    loss = binary(logits, target, terms={name: 3.0, "bce": 1.0} if name != "bce" else {"bce": 4.0})
+    rest = np.mean([bce(x, y) for x, y in zip(logits, target, strict=True)])
+    assert float(loss) == pytest.approx(3 * expected + rest, rel=TOLERANCE)
+    # All pixels of the second image are ignored, and the first has no foreground.
+    target[0], target[1] = 0, 77
+    output = SegmentationOutput(torch.tensor(logits[:, None], requires_grad=True), None)
+    loss = segmentation_loss(output, torch.tensor(target), ignore_index=77, terms={name: 1.0})
+    loss.backward()
+    assert loss.isfinite() and output.masks.grad.isfinite().all()
+    assert name == "cldice" or not output.masks.grad[1].any()
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("bce,dice", {"bce": 1, "dice": 1}),
+        ("dice = 0.5, cldice=2", {"dice": 0.5, "cldice": 2}),
+        ("ce", "'ce' is none of bce, dice, focal"),
+        ("", "'' is none of"),
+        ("dice,dice=2", "'dice' is given twice"),
+        ("dice=-1", "the weight of dice must be a number above 0, got '-1'"),
+        ("dice=nan", "above 0, got 'nan'"),
+        ("dice=x", "above 0, got 'x'"),
+    ],
+)
+def test_parse_terms(text, expected):
+    if isinstance(expected, dict):
+        assert parse_terms(text) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            parse_terms(text)
+
+
+@pytest.mark.parametrize("class_loss", ["binary", "pixel", "matching"])
+def test_class_weights(drawn, class_loss):
+    """Equal weights change nothing, and a class that weighs nothing has no part."""
+    masks, classes, target, kind = of_kind(class_loss, *drawn)
+    count = 2 if classes is None else CLASSES
+
+    def loss(labels, weights=None, **changed):
+        output = as_output(masks, classes)
+        return segmentation_loss(
+            output, torch.tensor(labels), kind, class_weights=weights, **changed
+        )
+
+    torch.testing.assert_close(loss(target, [1.0] * count), loss(target))
+    if class_loss == "binary":
+        x, y = masks[:, 0], 1.0 * target
+        w = np.where(y > 0, 3.0, 0.5)
+        values = -(w * np.log(np.where(y > 0, sigmoid(x), 1 - sigmoid(x)))).sum((1, 2))
+        values = np.mean(values / w.sum((1, 2)))
+        assert loss(target, [0.5, 3], terms={"bce": 1.0}).item() == pytest.approx(values, rel=1e-5)
+    if class_loss == "pixel":  # the mean over the classes of one term, and the cross-entropy
+        one = [loss(target, np.eye(count)[k], lambda_cls=0.0).item() for k in range(count)]
+        mixed = loss(target, [1.0, 2.0, 5.0], lambda_cls=0.0).item()
+        assert mixed == pytest.approx(np.dot([1, 2, 5], one) / 8, rel=TOLERANCE)
+        # The cross-entropy of class 2 alone is that of its pixels.
+        others = np.where(target == 2, 2, 77)
+        alone = loss(target, [0.0, 0.0, 1.0], lambda_seg=0.0).item()
+        assert alone == pytest.approx(
+            loss(others, lambda_seg=0.0, ignore_index=77).item(), rel=TOLERANCE
+        )
+
+
 @pytest.mark.parametrize(
     "logit, label, expected",
     [
@@ -120,7 +252,9 @@ def test_pixel_loss(drawn, weight):
     assert loss.item() == pytest.approx(0.5 * (entropies + dices) + 2 * cross_entropy, rel=1e-4)
 
 
-def matching_by_brute_force(masks, classes, labels, lambda_seg, lambda_cls, weight=0):
+def matching_by_brute_force(
+    masks, classes, labels, lambda_seg, lambda_cls, weight=0, of_class=(1, 1, 1)
+):
     """Computes the loss of one image by trying every assignment of tokens to its classes."""
     present = np.unique(labels)
     truth = [(labels == k).astype(float) for k in present]
@@ -136,13 +270,16 @@ def matching_by_brute_force(masks, classes, labels, lambda_seg, lambda_cls, weig
     tokens = min(itertools.permutations(range(len(masks)), len(present)), key=cost)
     wanted = np.full(len(masks), CLASSES)
     wanted[list(tokens)] = present
-    weight = np.where(wanted == CLASSES, 0.1, 1.0)
+    weight = np.append(of_class, 0.1)[wanted]
     nll = -np.log(probability[np.arange(len(masks)), wanted])
-    segmentation = np.mean([fit[i, q] for i, q in enumerate(tokens)])
+    own = [fit[i, q] for i, q in enumerate(tokens)]
+    segmentation = np.average(own, weights=np.array(of_class)[present])
     return lambda_seg * segmentation + lambda_cls * (weight * nll).sum() / weight.sum()
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0, 5.0), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    "weights", [(1.0, 1.0), (0.5, 2.0, 5.0, (1, 2, 5)), (1.0, 0.0), (0.0, 1.0)]
+)
 @pytest.mark.parametrize("absent", [None, 0, 2])
 def test_matching_finds_the_best_assignment(drawn, weights, absent):
     masks, classes, labels = drawn
@@ -151,7 +288,8 @@ def test_matching_finds_the_best_assignment(drawn, weights, absent):
     images = zip(masks, classes, labels, strict=True)
     expected = np.mean([matching_by_brute_force(*image, *weights) for image in images])
     output, labels = as_output(masks, classes), torch.tensor(labels)
-    loss = segmentation_loss(output, labels, "matching", *weights[:2], None, *weights[2:])
+    more = dict(zip(("boundary_weight", "class_weights"), weights[2:], strict=False))
+    loss = segmentation_loss(output, labels, "matching", *weights[:2], **more)
     assert loss.item() == pytest.approx(expected, rel=TOLERANCE)
     assert segmentation_loss(output, labels) == segmentation_loss(output, labels, "matching")
 

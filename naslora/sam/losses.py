@@ -1,18 +1,26 @@
 """The training loss, lambda_seg (BCE + Dice) + lambda_cls CE (paper, Eq. 4 and 8-10).
 
+``TERMS`` can replace BCE + Dice. docs/losses.md has the source of each. Those of a region and of
+hard pixels are the functions of segmentation_models_pytorch.
+
 ``boundary_weight`` weighs the pixels of BCE and Dice as the structure loss of F3Net does (Wei et
 al., AAAI 2020) and, after it, PraNet (Fan et al., MICCAI 2020): by 1 + w |mean - mask|, where the
-mean is the mask's over 31 x 31 pixels, and w is 5. They use the weighted IoU in place of Dice. Here
-the mean is over the pixels that count, so that the image's border is no boundary.
+mean is the mask's over 31 x 31 pixels, and w is 5. They use the weighted IoU in place of Dice, as
+the term ``structure`` does. Here the mean is over the pixels that count, so that the image's border
+is no boundary.
 """
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from naslora.choices import ClassLoss
+from naslora.errors import UserError
 
 if TYPE_CHECKING:  # it imports packages of models, and configurations name a loss without them
     from naslora.sam.segmentation import SegmentationOutput
@@ -20,11 +28,30 @@ if TYPE_CHECKING:  # it imports packages of models, and configurations name a lo
 NO_OBJECT_WEIGHT = 0.1
 """Weight of the class "no object" in the cross-entropy, as in Mask2Former."""
 EPSILON = 1e-6
-"""Added to the scores of the class map, and the distance of BCE's probabilities from 0 and 1."""
+"""Added to the scores of the class map, and the distance of their probabilities from 0 and 1."""
 FOCAL_WEIGHT = 20.0
 """Of the focal loss beside Dice, as SAM has it."""
 BOUNDARY_WINDOW = 31
 """Side in pixels of the window that says how near a boundary is."""
+STRUCTURE_WEIGHT = 5.0
+"""Boundary weight of the structure loss."""
+SKELETON_STEPS = 10
+"""Erosions of the soft skeleton: half the width in pixels of the widest structure."""
+SKIPPED = 255
+"""In place of 0 or 1 where a pixel does not count, for the library."""
+PAPER_TERMS: Mapping[str, float] = MappingProxyType({"bce": 1.0, "dice": 1.0})
+"""The paper's loss of masks."""
+
+
+class Weighing(NamedTuple):
+    """How the parts of the loss are weighed, as the arguments of ``segmentation_loss``."""
+
+    lambda_seg: float
+    lambda_cls: float
+    boundary_weight: float
+    terms: Mapping[str, float]
+    class_weights: Tensor | None
+    """(K,), or (2,) if binary."""
 
 
 def segmentation_loss(
@@ -35,6 +62,8 @@ def segmentation_loss(
     lambda_cls: float = 1.0,
     ignore_index: int | None = None,
     boundary_weight: float = 0.0,
+    terms: Mapping[str, float] = PAPER_TERMS,
+    class_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Computes the loss of a batch: the mean over its images.
 
@@ -44,14 +73,18 @@ def segmentation_loss(
         class_loss: the loss for several classes; binary segmentation ignores it. "pixel" follows
             the paper's text: BCE, Dice and the cross-entropy compare the class map, normalised over
             the classes, with the labels at every pixel. "matching" follows Conv-LoRA and
-            Mask2Former: each class in the image is assigned to the mask token that fits best. BCE
-            and Dice compare the masks of these tokens, and the cross-entropy the classes of all
-            tokens.
-        lambda_seg: weight of BCE + Dice.
+            Mask2Former: each class in the image is assigned to the mask token that fits best, by
+            BCE + Dice. The loss of masks compares the masks of these tokens, and the cross-entropy
+            the classes of all tokens.
+        lambda_seg: weight of the loss of masks, BCE + Dice.
         lambda_cls: weight of the cross-entropy. Binary segmentation has no cross-entropy.
         ignore_index: label of the pixels that do not count; None if all count.
         boundary_weight: how much more pixels at the boundary of a mask weigh in BCE and Dice, at
             most; 0 weighs all alike.
+        terms: weights of the loss of masks, by names of ``TERMS``.
+        class_weights: what each class weighs, the background first; None if all weigh alike. They
+            weigh the masks and the cross-entropy of classes. If binary they weigh the pixels of BCE
+            and Dice.
 
     Returns:
         () float32.
@@ -61,16 +94,22 @@ def segmentation_loss(
     if ignore_index is not None and (compiling or (target == ignore_index).any()):  # few have any
         counted = (target != ignore_index).float()
         target = target.where(counted > 0, 0)
+    classes = None
+    if class_weights is not None:
+        classes = torch.tensor(class_weights, dtype=torch.float32, device=target.device)
+    weighing = Weighing(lambda_seg, lambda_cls, boundary_weight, terms, classes)
     if output.classes is None:
         mask = target.float()  # (B, S, S)
         weights = _pixel_weights(mask, counted, boundary_weight)
-        return lambda_seg * _bce_dice(output.masks[:, 0].float(), mask, weights).mean()
-    weighing = lambda_seg, lambda_cls, boundary_weight
+        if classes is not None:
+            weights = classes[target] if weights is None else weights * classes[target]
+        logits = output.masks[:, 0].float()
+        return lambda_seg * _mask_loss(logits, mask, counted, weights, terms).mean()
     if class_loss == "pixel":
-        return _pixel_loss(output, target, counted, *weighing)
+        return _pixel_loss(output, target, counted, weighing)
     own = [None] * len(target) if counted is None else counted
     images = zip(output.masks.float(), output.classes.float(), target, own, strict=True)
-    return torch.stack([_matched_image(*image, *weighing) for image in images]).mean()
+    return torch.stack([_matched_image(*image, weighing) for image in images]).mean()
 
 
 def object_loss(logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:
@@ -96,7 +135,7 @@ def _pixel_weights(mask: Tensor, counted: Tensor | None, boundary_weight: float)
     """What each pixel of a mask weighs in BCE and Dice; None if all weigh alike.
 
     Args:
-        mask: (N, S, S) or (B, K, S, S), 0 or 1.
+        mask: (N, S, S), 0 or 1.
         counted: 1 where a pixel counts, of a shape that broadcasts to the mask's; None if all do.
         boundary_weight: as in ``segmentation_loss``.
     """
@@ -117,16 +156,21 @@ def _blurred(maps: Tensor) -> Tensor:
     return maps
 
 
-def _bce_dice(logits: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
-    """Eq. 9 and 10: BCE plus Dice of (..., S, S) logits, one value a map.
+def _mask_loss(
+    logits: Tensor,
+    mask: Tensor,
+    counted: Tensor | None,
+    weights: Tensor | None,
+    terms: Mapping[str, float] = PAPER_TERMS,
+) -> Tensor:
+    """The weighted sum of the terms of (N, S, S) logits, as ``TERMS``."""
+    values = [w * TERMS[name](logits, mask, counted, weights) for name, w in terms.items()]
+    return torch.stack(values).sum(0)
 
-    Args:
-        logits: (..., S, S).
-        mask: the same shape, 0 or 1.
-        weights: what a pixel weighs, of a shape that broadcasts to this; None if all weigh alike.
-    """
-    bce = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-    return _mean(bce, weights) + _dice(logits.sigmoid(), mask, weights)
+
+def _bce(logits: Tensor, mask: Tensor, _: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Eq. 9, one value a map."""
+    return _mean(F.binary_cross_entropy_with_logits(logits, mask, reduction="none"), weights)
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -148,35 +192,131 @@ def _dice(probability: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
     return 1 - overlap / (probability.sum((-2, -1)) + area.sum((-2, -1)) + 1)
 
 
+def _structure(logits: Tensor, mask: Tensor, counted: Tensor | None, _: Tensor | None) -> Tensor:
+    """F3Net's loss: BCE and IoU, both weighted by the boundary, one value a map."""
+    weights = _pixel_weights(mask, counted, STRUCTURE_WEIGHT)
+    assert weights is not None
+    probability = logits.sigmoid()
+    common = (weights * probability * mask).sum((-2, -1))
+    either = (weights * (probability + mask)).sum((-2, -1)) - common
+    return _bce(logits, mask, None, weights) + 1 - (common + 1) / (either + 1)
+
+
+def _cldice(logits: Tensor, mask: Tensor, counted: Tensor | None, _: Tensor | None) -> Tensor:
+    """1 - soft clDice (Shit et al., CVPR 2021), one value a map: how much of the skeleton of each
+    lies in the other."""
+    probability = logits.sigmoid()
+    if counted is not None:
+        probability, mask = probability * counted, mask * counted
+    scores = []
+    for own, other in ((probability, mask), (mask, probability)):
+        skeleton = _skeleton(own)
+        area = skeleton.sum((-2, -1)) + 1
+        scores.append(((skeleton * other).sum((-2, -1)) + 1) / area)
+    precision, sensitivity = scores
+    return 1 - 2 * precision * sensitivity / (precision + sensitivity)
+
+
+def _skeleton(maps: Tensor) -> Tensor:
+    """The soft skeleton of (N, S, S) maps in [0, 1]: what the openings of their erosions lose."""
+    maps = maps[:, None]
+    skeleton = torch.zeros_like(maps)
+    for _ in range(SKELETON_STEPS):
+        eroded = -torch.maximum(
+            F.max_pool2d(-maps, (3, 1), 1, (1, 0)), F.max_pool2d(-maps, (1, 3), 1, (0, 1))
+        )
+        lost = F.relu(maps - F.max_pool2d(eroded, 3, 1, 1))
+        skeleton = skeleton + F.relu(lost - skeleton * lost)
+        maps = eroded
+    return skeleton[:, 0]
+
+
+def _by_library(name: str, exponent: float = 1.0, **options: float) -> Callable[..., Tensor]:
+    """A loss of segmentation_models_pytorch as a term, one value a map."""
+
+    def term(logits: Tensor, mask: Tensor, counted: Tensor | None, _: Tensor | None) -> Tensor:
+        from segmentation_models_pytorch import losses  # not for the help
+
+        own: Any = getattr(losses, name)("binary", ignore_index=SKIPPED, **options)
+        target = mask if counted is None else mask.where(counted > 0, SKIPPED)
+        values = [  # map by map, because the library pools the maps of a batch
+            own(maps, truth) if (truth != SKIPPED).any() else 0.0 * maps.sum()
+            for maps, truth in zip(logits[:, None, None], target[:, None, None], strict=True)
+        ]
+        # Below an exponent of 1 the slope at a loss of 0, as of an empty map, is infinite.
+        stacked = torch.stack(values)
+        return stacked if exponent == 1 else stacked.clamp(min=EPSILON) ** exponent
+
+    return term
+
+
+TERMS: dict[str, Callable[..., Tensor]] = {
+    "bce": _bce,
+    "dice": lambda logits, mask, _, weights: _dice(logits.sigmoid(), mask, weights),
+    "focal": _by_library("FocalLoss", alpha=0.25, gamma=2.0),
+    "tversky": _by_library("TverskyLoss", alpha=0.3, beta=0.7, smooth=1.0),
+    "focal_tversky": _by_library("TverskyLoss", 0.75, alpha=0.3, beta=0.7, smooth=1.0),
+    "lovasz": _by_library("LovaszLoss"),
+    "structure": _structure,
+    "cldice": _cldice,
+}
+"""Losses of (N, S, S) logits, masks of 0 and 1, 1 where a pixel counts or None, and the weights of
+pixels or None. They return (N,)."""
+WEIGHED = ("bce", "dice")
+"""The terms that use the weights of pixels."""
+
+
+def parse_terms(text: str) -> dict[str, float]:
+    """Reads the weights of terms, such as "dice=1,focal=20"; a name alone weighs 1.
+
+    Raises:
+        UserError: a term is unknown or given twice, or a weight is no number above 0.
+    """
+    terms: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = (word.strip() for word in part.partition("="))
+        if name not in TERMS or name in terms:
+            what = "is given twice" if name in terms else f"is none of {', '.join(TERMS)}"
+            raise UserError(f"loss: {name!r} {what}; write NAME=WEIGHT,NAME=WEIGHT")
+        try:
+            terms[name] = float(weight or 1)
+        except ValueError:
+            terms[name] = 0.0
+        if not 0 < terms[name] < math.inf:
+            raise UserError(f"loss: the weight of {name} must be a number above 0, got {weight!r}")
+    return terms
+
+
+# ---- Several classes -----------------------------------------------------------------------------
+
+
 def _pixel_loss(
-    output: "SegmentationOutput",
-    target: Tensor,
-    counted: Tensor | None,
-    lambda_seg: float,
-    lambda_cls: float,
-    boundary_weight: float,
+    output: "SegmentationOutput", target: Tensor, counted: Tensor | None, weighing: Weighing
 ) -> Tensor:
     scores = output.class_map()  # (B, K, S, S)
     probability = (scores + EPSILON) / (scores + EPSILON).sum(1, keepdim=True)
-    mask = F.one_hot(target, scores.shape[1]).permute(0, 3, 1, 2).float()  # (B, K, S, S)
-    own = None if counted is None else counted[:, None]  # for all classes
-    own = _pixel_weights(mask, own, boundary_weight)
-    # F.binary_cross_entropy raises on NaN. The training loop must get NaN, because it reports it.
-    right = torch.where(mask > 0, probability, 1 - probability)
-    bce = _mean(-right.clamp(EPSILON, 1 - EPSILON).log(), own).mean()
-    dice = _dice(probability, mask, own).mean()
-    cross_entropy = _mean(F.nll_loss(probability.log(), target, reduction="none"), counted).mean()
-    return lambda_seg * (bce + dice) + lambda_cls * cross_entropy
+    count = scores.shape[1]
+    mask = F.one_hot(target, count).permute(0, 3, 1, 2).float().flatten(0, 1)  # (B K, S, S)
+    own = None if counted is None else counted.repeat_interleave(count, 0)
+    weights = _pixel_weights(mask, own, weighing.boundary_weight)
+    logits = probability.flatten(0, 1).logit(EPSILON)
+    values = _mask_loss(logits, mask, own, weights, weighing.terms).view(-1, count)
+    entropy, classes = F.nll_loss(probability.log(), target, reduction="none"), counted
+    if weighing.class_weights is not None:
+        classes = weighing.class_weights[target] * (1.0 if counted is None else counted)
+    segmentation = _class_mean(values, weighing.class_weights).mean()
+    return weighing.lambda_seg * segmentation + weighing.lambda_cls * _mean(entropy, classes).mean()
+
+
+def _class_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The weighted mean of (..., K) values over the classes."""
+    if weights is None:
+        return values.mean(-1)
+    return (values * weights).sum(-1) / weights.sum().clamp(min=EPSILON)
 
 
 def _matched_image(
-    masks: Tensor,
-    classes: Tensor,
-    labels: Tensor,
-    counted: Tensor | None,
-    lambda_seg: float,
-    lambda_cls: float,
-    boundary_weight: float,
+    masks: Tensor, classes: Tensor, labels: Tensor, counted: Tensor | None, weighing: Weighing
 ) -> Tensor:
     """Computes the loss of one image: (Q, S, S) masks, (Q, K + 1) classes, (S, S) labels."""
     from scipy.optimize import linear_sum_assignment  # not for the help
@@ -185,12 +325,12 @@ def _matched_image(
     if not len(present):  # no pixel counts
         return 0.0 * (masks.sum() + classes.sum())
     truth = (labels == present[:, None, None]).float()  # (P, S, S)
-    weights = _pixel_weights(truth, counted, boundary_weight)
+    weights = _pixel_weights(truth, counted, weighing.boundary_weight)
     with torch.no_grad():
         own = zip(truth, [None] * len(truth) if weights is None else weights, strict=True)
-        fits = [_bce_dice(masks, mask.expand_as(masks), weight) for mask, weight in own]
-        cost = lambda_seg * torch.stack(fits)
-        cost = cost - lambda_cls * classes.softmax(-1)[:, present].T  # (P, Q)
+        fits = [_mask_loss(masks, mask.expand_as(masks), None, weight) for mask, weight in own]
+        cost = weighing.lambda_seg * torch.stack(fits)
+        cost = cost - weighing.lambda_cls * classes.softmax(-1)[:, present].T  # (P, Q)
         # The assignment raises on values that are not finite. The training loop must get them in
         # the loss, because it reports them.
         cost = cost.nan_to_num(posinf=0.0, neginf=0.0)
@@ -202,6 +342,12 @@ def _matched_image(
     wanted[token] = present[which]
     weight = torch.ones(classes.shape[-1], device=masks.device)
     weight[no_object] = NO_OBJECT_WEIGHT
+    of_class = None
+    if weighing.class_weights is not None:
+        weight[:no_object] = weighing.class_weights
+        of_class = weight[present[which]]
     weights = None if weights is None else weights[which]
-    segmentation = _bce_dice(masks[token], truth[which], weights).mean()
-    return lambda_seg * segmentation + lambda_cls * F.cross_entropy(classes, wanted, weight)
+    counted = None if counted is None else counted.expand_as(truth)
+    values = _mask_loss(masks[token], truth[which], counted, weights, weighing.terms)
+    entropy = F.cross_entropy(classes, wanted, weight)
+    return weighing.lambda_seg * _class_mean(values, of_class) + weighing.lambda_cls * entropy

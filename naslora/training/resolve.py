@@ -1,15 +1,19 @@
 """What a configuration leaves open, filled in from the data, the model's files and the machine."""
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from naslora.data.datasets import DATASETS, load_splits
+from naslora.data.images import Sample
 from naslora.data.layouts import OPTIONAL_SPLIT
-from naslora.data.masks import IGNORED
+from naslora.data.masks import IGNORED, read_mask
 from naslora.data.picture import parse_intensity
 from naslora.errors import UserError
 from naslora.files import read_json
@@ -17,6 +21,7 @@ from naslora.methods import find_method
 from naslora.metrics import METRICS, check_metrics
 from naslora.sam.families import find_family, side_of
 from naslora.sam.hub import PREFIX, pinned
+from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.shipped import NONE, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
@@ -46,14 +51,23 @@ def resolve(config: RunConfig) -> RunConfig:
     find_method(config.method).checked(config.adapter)
     if config.task == "promptable":
         check_promptable(config.data)
+        for name in ("loss", "class_weights"):
+            if getattr(config.training, name) != getattr(TrainConfig, name):
+                raise UserError(
+                    f"{name} needs --task semantic: SAM's own loss trains single objects"
+                )
     data = replace(config.data, **_data(config.data))
     model = replace(config.model, **_model(config.model))
     training = config.training
-    if data.root and (training.steps is not None or training.learning_rate is None):
+    balanced = training.class_weights == "auto"
+    if data.root and (training.steps is not None or training.learning_rate is None or balanced):
         splits = load_splits(data.dataset, data.root, data.class_names, data.split)
-        images = len(splits["train"]) + len(splits.get(OPTIONAL_SPLIT, ()))
+        samples = splits["train"] + splits.get(OPTIONAL_SPLIT, [])
         bounds = PROMPTABLE_BOUNDS if config.task == "promptable" else LEARNING_BOUNDS
-        training = fit_to_images(training, images, bounds)
+        training = fit_to_images(training, len(samples), bounds)
+        if balanced:
+            training = replace(training, class_weights=_balance(data, samples))
+    _check_loss(training, data.num_classes)
     training = replace(training, **_training(training))
     return replace(config, data=data, model=model, training=training)
 
@@ -203,6 +217,39 @@ def _training(training: TrainConfig) -> dict[str, Any]:
             f"anneal_epochs must be at most epochs, {training.epochs}, got {training.anneal_epochs}"
         )
     return {"mixed_precision": precision, "search_start": first_search_epoch(training)}
+
+
+def _check_loss(training: TrainConfig, classes: int) -> None:
+    terms, weights, expected = parse_terms(training.loss), training.class_weights, max(classes, 2)
+    if isinstance(weights, tuple) and not (
+        len(weights) == expected and all(0 <= w < math.inf for w in weights) and any(weights)
+    ):
+        raise UserError(
+            f"class_weights must be {expected} numbers from 0 on, one for each class with the "
+            f"background first, and not all 0, got {' '.join(f'{w:g}' for w in weights)}"
+        )
+    weighed = {"boundary_weight": training.boundary_weight, "class_weights": weights}
+    for name, value in weighed.items():
+        if value and not {*terms} & {*WEIGHED} and (classes == 1 or name == "boundary_weight"):
+            raise UserError(
+                f"{name} weighs the pixels of {' and '.join(WEIGHED)}, and --loss {training.loss} "
+                f"has neither; add one, or drop {name}"
+            )
+
+
+def _balance(data: DataConfig, samples: Sequence[Sample]) -> tuple[float, ...]:
+    """Weights by the median frequency (Eigen and Fergus, 2015): the median over the classes of
+    their shares of pixels, divided by the own share, in the images that have the class. 1 for a
+    class that no image has."""
+    classes = max(data.num_classes, 2)
+    counts = np.zeros((len(samples), classes))
+    for own, sample in zip(counts, samples, strict=True):
+        labels = read_mask(sample, data.num_classes, data.palette, data.ignore_index)
+        own += np.bincount(labels.ravel(), minlength=IGNORED + 1)[:classes]
+    pixels = ((counts > 0) * counts.sum(1, keepdims=True)).sum(0)
+    shares = np.divide(counts.sum(0), pixels, out=np.full(classes, np.nan), where=pixels > 0)
+    weights = np.nan_to_num(np.nanmedian(shares) / shares, nan=1.0)
+    return tuple(round(float(weight), 4) for weight in weights)
 
 
 def _precision() -> Precision:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import msgspec
 import torch
@@ -14,7 +14,7 @@ from naslora.adapter.layer.alpha_search import CELL_RATE
 from naslora.choices import Augment, ClassLoss
 from naslora.data.masks import IGNORED
 from naslora.results import Keep
-from naslora.sam.losses import segmentation_loss
+from naslora.sam.losses import parse_terms, segmentation_loss
 from naslora.settings import Common, Count, Index, Rate, Settings
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -105,8 +105,15 @@ class TrainConfig(Settings):
     """Largest norm of the weights' gradients; 0 does not clip."""
     class_loss: ClassLoss = "matching"
     """Loss of several classes: at every `pixel`, or by `matching` mask tokens to classes."""
+    loss: str = "bce,dice"
+    """Terms of the loss of masks with their weights, such as `bce=1,dice=1,cldice=0.5`: `bce`,
+    `dice`, `focal`, `tversky`, `focal_tversky`, `lovasz`, `structure`, `cldice`. docs/losses.md
+    says what they are for."""
+    class_weights: Literal["auto"] | tuple[float, ...] | None = None
+    """What each class weighs in the loss, the background first: a number for each, or `auto`, which
+    lets classes weigh more the rarer they are in the training masks. None weighs all alike."""
     lambda_seg: Rate = 1.0
-    """Weight of BCE + Dice."""
+    """Weight of the loss of masks."""
     lambda_cls: Rate = 1.0
     """Weight of the classification loss."""
     boundary_weight: Rate = 0.0
@@ -186,6 +193,8 @@ def loss_of(config: TrainConfig) -> partial[Tensor]:
         lambda_cls=config.lambda_cls,
         ignore_index=IGNORED,
         boundary_weight=config.boundary_weight,
+        terms=parse_terms(config.loss),
+        class_weights=cast(tuple[float, ...] | None, config.class_weights),  # once it is resolved
     )
 
 

@@ -41,6 +41,7 @@ from naslora.results import (
     SplitScores,
     kept_epoch,
 )
+from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.precision import cast_frozen
 from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.training.averaging import WeightAverage
@@ -135,8 +136,9 @@ class Trainer:
     def _compute(self) -> tuple[Any, Any]:
         """The model and the loss, which a forward pass calls; compiled if that is asked for."""
         loss: Any = loss_of(self.config)
-        # The loss by matching assigns classes on the CPU.
+        # The loss by matching assigns classes on the CPU. Terms of the library choose pixels.
         whole = self.model.num_classes == 1 or self.config.class_loss == "pixel"
+        whole = whole and {*parse_terms(self.config.loss)} <= {*WEIGHED}
         if isinstance(self.model, PromptableSam):
             clicks, whole = self.run_config.prompts.clicks, False
             loss = InteractiveLoss(self.model, clicks, self.accelerator.autocast)
