@@ -42,7 +42,8 @@ class Host:
     build: Callable[[int, int], nn.Module]
     """Maps height and width of the images to a small random encoder."""
     target: str = ATTENTION
-    prefix: int = 0
+    prefix: int | None = None
+    """As in the configuration; None takes what the model states."""
     size: tuple[int, int] = (64, 64)
     oblong: tuple[int, int] = (64, 96)
     later: int = 0
@@ -190,7 +191,7 @@ def row(host: Host) -> list[str]:
         host.title,
         f"`{host.target}`".replace("|", "\\|"),
         seen(host, x),
-        str(host.prefix) + (f", {host.prefix + host.later} in the last" if host.later else ""),
+        str(host.prefix or 0) + (f", {(host.prefix or 0) + host.later} in the last" if host.later else ""),
         same_outputs(host, x),
         yes(gradients(adapted(host, host.size), x)),
         yes(saves(host, x)),

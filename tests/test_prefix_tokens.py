@@ -159,7 +159,7 @@ def test_encoders_with_class_and_register_tokens(make, target, size):
             inject(model, NASLoRAConfig(target=r"attention\.q_projection$"))
         nearest = str(raised.value).split("names: ")[1].split(", ")[0]
         assert "layer.0.attention" in nearest and "q" in nearest
-    inject(model, NASLoRAConfig(target=target, prefix_tokens=5 if target == QKV else 0))
+    inject(model, NASLoRAConfig(target=target, prefix_tokens=5 if target == QKV else None))
     assert_close(features(), expected)
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:

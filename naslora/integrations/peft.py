@@ -72,7 +72,7 @@ class NasLoraConfig(LoraConfig):
     cell_init: CellInit = "skip"
     skip_lead: float = 3.0
     operations: tuple[str, ...] | None = None
-    prefix_tokens: int = 0
+    prefix_tokens: int | None = None
     seed: int = 0
     backend: str | None = None
 
@@ -313,7 +313,7 @@ class NasLoraModel(LoraModel):
             for _, adapter in adapter_layers(layer):
                 if not adapter.name:  # another adapter takes them from the layer's first one
                     adapter.name = name
-                    place_hint(model, name, adapter)
+                    place_hint(model, name, adapter, adapter.config.prefix_tokens)
                     new.append(name)
         for name in new:
             host_calls(model, name)

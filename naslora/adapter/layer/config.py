@@ -89,10 +89,10 @@ class NASLoRAConfig(LowRankConfig):
     neighbours."""
     operations: Operations | None = None
     """Which of the eight operations the cell mixes, for ablations; None means all."""
-    prefix_tokens: Prefix = 0
+    prefix_tokens: Prefix | None = None
     """Class and register tokens at the start of a sequence (B, N, C). They have no place in the
-    image, so they pass by the cell (plain LoRA). 0 takes the number that models of timm state, and
-    none of others. SAM's encoders have none."""
+    image, so they pass by the cell (plain LoRA). None takes the number that the model states, as
+    those of timm do, and 0 of others. SAM's encoders have none."""
     backend: Backend | None = None
     """Kernel backend; None takes the best that can compute here."""
 

@@ -91,15 +91,16 @@ def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None, prefix
         )
         if 0 <= prefix + count - height * width < height * width:
             number = str(prefix + count - height * width)
-    other = f"prefix_tokens={number} in NASLoRAConfig if the sequence starts with"
-    if number == "0":  # in a configuration it takes what the model states
-        other = "`layer.prefix_tokens = 0` if the sequence starts without"
-    raise ValueError(f"x: {found}; {advice}, or {other} class or register tokens")
+    starts = "without" if number == "0" else "with"
+    raise ValueError(
+        f"x: {found}; {advice}, or prefix_tokens={number} in NASLoRAConfig if the sequence starts "
+        f"{starts} class or register tokens"
+    )
 
 
-def place_hint(model: nn.Module, name: str, layer: Any) -> None:
+def place_hint(model: nn.Module, name: str, layer: Any, prefix: int | None = None) -> None:
     """Gives a layer what the model states of its tokens: ``hint``, ``grid`` if not square, and
-    ``prefix_tokens``, timm's ``num_prefix_tokens``, unless its configuration does.
+    ``prefix_tokens``, timm's ``num_prefix_tokens``.
 
     ``grid`` is what merged layers keep. They need it only where a square is wrong.
 
@@ -107,11 +108,12 @@ def place_hint(model: nn.Module, name: str, layer: Any) -> None:
         model: the host.
         name: the layer's name in it.
         layer: a layer with these three attributes.
+        prefix: the prefix tokens as the configuration states them; None takes the model's.
     """
     parts = name.split(".")
-    for depth in range(len(parts)):
-        host = model.get_submodule(".".join(parts[:depth]))
-        layer.prefix_tokens = layer.prefix_tokens or getattr(host, "num_prefix_tokens", 0)
+    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    stated = max(getattr(module, "num_prefix_tokens", 0) for module in around)
+    layer.prefix_tokens = stated if prefix is None else prefix
     layer.hint = find_hint(model, name)
     if layer.hint is not None and layer.grid is None and layer.hint.grid[0] != layer.hint.grid[1]:
         layer.grid = layer.hint.grid

@@ -89,7 +89,7 @@ def build_layers(
     }
     for name, layer in layers.items():
         layer.name = name
-        place_hint(model, name, layer)
+        place_hint(model, name, layer, config.prefix_tokens)
     return layers
 
 

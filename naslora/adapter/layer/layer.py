@@ -90,7 +90,7 @@ class NASLoRALinear(AdaptedLinear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.backend = config.backend
         self.grid: Grid | None = None
-        self.prefix_tokens = config.prefix_tokens
+        self.prefix_tokens = config.prefix_tokens or 0
         self.lora_A = nn.Parameter(draw_lora_A(self.rank, base.in_features, generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank))
         self._add_cell(config, generator)
