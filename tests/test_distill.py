@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sam_families import PLAIN
 from torch.testing import assert_close
 
 from bench.experiments import crops as images
@@ -159,6 +160,19 @@ def test_the_student_learns_and_the_best_weights_are_a_sam(settings, tmp_path, c
     # It is in float32, and resizes photographs bilinearly.
     assert float(shown[1]) == pytest.approx(score(settings, path), abs=0.02)
     assert "similarity of a constant" in printed
+
+
+@pytest.mark.parametrize("part", ["student", "teacher"])
+def test_an_encoder_of_today_learns_and_teaches(settings, tmp_path, monkeypatch, part):
+    table, small = PLAIN["dinov3_s"]
+    monkeypatch.setitem(table, "dinov3_s", small)
+    if part == "teacher":
+        torch.manual_seed(1)
+        write_tensors(settings.checkpoint, build_model("dinov3_s", SIZE, 4).state_dict())
+    settings = dataclasses.replace(settings, **{part: "dinov3_s"})
+    history = run(settings, tmp_path / "out")
+    assert history[-1].loss < history[0].loss
+    build_model(settings.student, SIZE, 1, tmp_path / "out" / f"{settings.student}.safetensors")
 
 
 @torch.no_grad()
