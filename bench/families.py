@@ -187,11 +187,12 @@ def images(size: tuple[int, int]) -> Tensor:
 def row(host: Host) -> list[str]:
     """Runs all checks of one host."""
     x = images(host.size)
+    prefix = host.prefix or 0
     return [
         host.title,
         f"`{host.target}`".replace("|", "\\|"),
         seen(host, x),
-        str(host.prefix or 0) + (f", {(host.prefix or 0) + host.later} in the last" if host.later else ""),
+        str(prefix) + (f", {prefix + host.later} in the last" if host.later else ""),
         same_outputs(host, x),
         yes(gradients(adapted(host, host.size), x)),
         yes(saves(host, x)),
