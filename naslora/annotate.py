@@ -13,7 +13,7 @@ from naslora.errors import UserError
 from naslora.instances import InstanceFinder
 from naslora.labelling import LabelledSet, Labelling
 from naslora.locks import locked
-from naslora.prediction import find_images
+from naslora.prediction import find_samples
 from naslora.report.pictures import data_uri, in_turn, paint
 from naslora.sam.instance_config import InstanceConfig
 from naslora.settings import checked
@@ -52,7 +52,7 @@ def annotate(
             ``InstanceFinder``, ``LabelledSet`` and ``Labelling.open``.
     """
     checked("port", port, Annotated[int, Meta(ge=1, le=65535)])
-    images = find_images(inputs)
+    images = [sample.image for sample in find_samples(inputs)]
     try:
         socket.create_server((HOST, port)).close()
     except OSError as error:

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as transforms
 from naslora.choices import OVERLAP, TileSize
 from naslora.data.dataset import resize_image
 from naslora.data.images import Sample, large_images, open_image, open_picture
-from naslora.data.layouts import list_images
+from naslora.data.layouts import list_images, read_rows
 from naslora.data.picture import ImageError, Picture
 from naslora.data.tiff import GeoTags, read_georeference
 from naslora.data.tiles import SMALLEST, Grid, Tiles
@@ -39,7 +39,7 @@ from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
 from naslora.training.resolve import resolve
 from naslora.training.run_config import DataConfig, ModelConfig, Pixels, RunConfig
-from naslora.training.run_data import check_with_progress, scaling_of, tiles_of
+from naslora.training.run_data import check_with_progress, scaling_of, shown_of, tiles_of
 
 ENDINGS = "_mask.png", "_overlay.png", "_mask.tif"
 _SOFTWARE = "naslora predict"
@@ -83,8 +83,8 @@ def predict_run(
 
     Args:
         path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
-        inputs: image files, or folders of images. Masks and overlays of an earlier call in such a
-            folder are no images.
+        inputs: image files, folders of images, or CSV files as ``read_csv`` takes, of which labels
+            are not read. Masks and overlays of an earlier call in such a folder are no images.
         output: created if needed; gets NAME_mask.png and NAME_overlay.png. For an image with a
             georeference it also gets NAME_mask.tif, which has the same.
         on_error: called with the error of an image that cannot be read; the other images are
@@ -107,7 +107,8 @@ def predict_run(
             have the same name, a mask or an overlay would overwrite an input, or exists without
             ``overwrite``, or the tiles are out of range.
     """
-    images = find_images(inputs)
+    samples = find_samples(inputs)
+    images = [sample.image for sample in samples]
     _check_targets(images, output, overwrite)
     if search is not None and tiles is not None:
         raise UserError("--instances searches large images by --crops, not by --tiles")
@@ -122,7 +123,6 @@ def predict_run(
             predictor = _load_predictor(path, tiles, overlap, trust)
         else:
             predictor = InstanceFinder(path, search)
-        samples = [Sample(image, None, "input") for image in images]
         if on_error is None and len(samples) > 1:  # one image is read before anything is written
             check_with_progress(samples, predictor.config)
         written = list(_predict(predictor, samples, output, on_error))
@@ -141,12 +141,14 @@ def _predict(
     config = predictor.config
     for sample in samples:
         try:
-            picture = open_picture(sample, scaling_of(config))
+            channels = len(config.data.channels) or None
+            picture = open_picture(sample, scaling_of(config), channels=channels)
             georeference = read_georeference(sample.image)
             if isinstance(predictor, InstanceFinder):
                 labels = predictor.labels(picture)
             else:
                 labels = segment(predictor, picture)
+            picture.check_channels()
         except ImageError as error:
             if on_error is None:
                 raise
@@ -163,11 +165,16 @@ def _predict(
         with replaced_file(overlay) as file:
             names = ["background", *config.data.class_names]
             shown, names = in_turn(labels) if numbers else (labels, names)
-            write_png(file, picture, paint_bands(picture.rows, shown, names))
+            rgb = functools.partial(_rgb_rows, picture, shown_of(config))
+            write_png(file, picture, paint_bands(rgb, shown, names))
         if georeference:
             with replaced_file(geotiff) as file:
                 write_geotiff(file, labels * foreground, georeference)
         yield mask
+
+
+def _rgb_rows(picture: Picture, shown: list[int], top: int, bottom: int) -> np.ndarray:
+    return picture.rows(top, bottom)[..., shown]
 
 
 def write_png(
@@ -257,7 +264,7 @@ def segment(predictor: Predictor, picture: Picture) -> np.ndarray:
 
 @torch.no_grad()
 def scores_of(predictor: Predictor, pixels: np.ndarray) -> Tensor:
-    """The (1, K, S, S) class map of (H, W, 3) uint8 RGB."""
+    """The (1, K, S, S) class map of (H, W, C) uint8."""
     image = resize_image(pixels, predictor.config.model.image_size)
     return predictor.class_map(transforms.to_dtype(image, torch.float32, scale=True)[None])
 
@@ -272,6 +279,8 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: b
                 class_names=held.class_names,
                 crop=held.crop,
                 intensity=held.intensity,
+                channels=held.channels,
+                shown=held.shown,
             )
             own = ModelConfig(held.model, NONE, held.image_size)
             config = resolve(RunConfig(data=data, model=own))
@@ -293,25 +302,26 @@ def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: b
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def find_images(inputs: Sequence[Path]) -> list[Path]:
+def find_samples(inputs: Sequence[Path]) -> list[Sample]:
+    """The images of ``predict_run``."""
     if not inputs:
         raise UserError("there is nothing to segment: give at least one IMAGE, a file or a folder")
     missing = [str(item) for item in inputs if not item.exists()]
     if missing:
         raise UserError(f"{listing(missing)} does not exist")
-    images = [
-        image
-        for item in inputs
-        for image in (
-            [item] if item.is_file() else [i for i in list_images(item) if not _is_own(i)]
-        )
-    ]
-    if not images:
+    samples = []
+    for item in inputs:
+        if item.suffix == ".csv":
+            samples += read_rows(item, masks=False)
+            continue
+        images = [item] if item.is_file() else [i for i in list_images(item) if not _is_own(i)]
+        samples += [Sample(image, None, "input") for image in images]
+    if not samples:
         raise UserError(f"there are no images in {', '.join(map(str, inputs))}")
-    repeated = [stem for stem, n in Counter(image.stem for image in images).items() if n > 1]
+    repeated = [stem for stem, n in Counter(own.image.stem for own in samples).items() if n > 1]
     if repeated:
         raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
-    return images
+    return samples
 
 
 def _is_own(image: Path) -> bool:

@@ -307,6 +307,8 @@ def export_run(path: Path, file_format: Format, output: Path, part: Part = "mode
         config.data.crop,
         config.data.intensity,
         config.task,
+        config.data.channels,
+        config.data.shown,
     )
     with locked(output, folder=False):
         export(model, held, file_format, output)

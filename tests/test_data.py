@@ -90,7 +90,7 @@ BAD_CSV = [
     ("train", None, "train.csv, val.csv and test.csv, or one CSV file, found test.csv, val.csv"),
     ("train", "file;mask\n", "image,label", "found file;mask"),
     ("val", HEADER, "val.csv names no images"),
-    ("train", HEADER + "images/a.png\n", "train.csv: row 2 needs an image and a label"),
+    ("train", HEADER + "images/a.png\n", "train.csv: row 2 needs image and label"),
     ("train", HEADER + ROWS["a"] + ROWS["x"], "names 2 missing files", "x.png (train.csv row 3)"),
     ("train", HEADER + ROWS["a"] + ROWS["b"] + ROWS["a"],
      "train.csv row 2 and train.csv row 4: ", "listed twice in train"),

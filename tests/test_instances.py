@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from naslora.data.masks import IGNORED
 from naslora.instances import Instance, InstanceScores, label_image, score_instances
-from naslora.prediction import find_images, predict_run
+from naslora.prediction import find_samples, predict_run
 from naslora.sam.instance_config import InstanceConfig
 from naslora.sam.promptable import PromptableSam
 from naslora.trained import load_predictor
@@ -91,7 +91,7 @@ def test_files_hold_the_same_objects(naslora, discs, tmp_path):
     # What an earlier call wrote into the folder of the images is no image.
     for file in output.glob("*.png"):
         shutil.copy(file, images)
-    assert len(find_images([images])) == 2
+    assert len(find_samples([images])) == 2
 
 
 # ---- Scores --------------------------------------------------------------------------------------

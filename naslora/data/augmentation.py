@@ -63,10 +63,11 @@ class Augmentation:
     Args:
         augment: the set of changes.
         size: side S of the images in pixels.
+        channels: C; colours change only if there are three.
     """
 
-    def __init__(self, augment: Augment, size: int) -> None:
-        changes = [*geometry(augment, size), *colour(augment)]
+    def __init__(self, augment: Augment, size: int, channels: int = 3) -> None:
+        changes = [*geometry(augment, size), *(colour(augment) if channels == 3 else [])]
         self._transform = v2.Compose(changes) if changes else None
 
     def __call__(
@@ -75,7 +76,7 @@ class Augmentation:
         """Changes a sample.
 
         Args:
-            image: (3, S, S) uint8.
+            image: (C, S, S) uint8.
             mask: (S, S) integer labels; None without a mask.
             seed: the seed of the run.
             epoch: the epoch.

@@ -7,7 +7,7 @@ not found.
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Content(NamedTuple):
     image: str
     """Path of the image."""
     image_digest: str
-    """BLAKE2b of the bytes of the image file, 32 hexadecimal digits."""
+    """BLAKE2b of the bytes of the image's files, 32 hexadecimal digits."""
     mask_digest: str | None
     """The same of the mask; None without a mask."""
     foreground: bool
@@ -55,20 +55,21 @@ def read_contents(dataset: SegmentationDataset) -> Iterator[Content]:
 
     def read(sample: Sample) -> Content:
         found = dataset.check(sample)
-        mask = None if sample.mask is None else _digest(sample.mask, sample)
-        return Content(str(sample.image), _digest(sample.image, sample), mask, *found)
+        mask = None if sample.mask is None else _digest([sample.mask], sample)
+        return Content(str(sample.image), _digest(sample.files, sample), mask, *found)
 
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
         yield from threads.map(read, dataset.samples)  # which cancels the others after an error
 
 
-def _digest(file: Path | Annotation, sample: Sample) -> str:
+def _digest(files: Iterable[Path | Annotation], sample: Sample) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with readable(f"{sample.origin}: {file}"):
-        stream = io.BytesIO(file.content) if isinstance(file, Annotation) else file.open("rb")
-        with stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+    for file in files:
+        with readable(f"{sample.origin}: {file}"):
+            stream = io.BytesIO(file.content) if isinstance(file, Annotation) else file.open("rb")
+            with stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ class Item(TypedDict, total=False):
     """One sample of ``SegmentationDataset``."""
 
     image: Tensor
-    """(3, S, S) float32 in [0, 1], RGB, resized bicubically with antialiasing."""
+    """(C, S, S) float32 in [0, 1], RGB by default, resized bicubically with antialiasing."""
     index: int
     """Position of the sample in ``SegmentationDataset.samples``."""
     name: str
@@ -41,7 +41,7 @@ class Item(TypedDict, total=False):
     truth: Tensor
     """(H, W) int64 class indices at the size of the file, never flipped. Only on request."""
     pixels: Tensor
-    """(3, H, W) uint8 RGB at the size of the file, in place of ``image`` and ``mask``, of whole
+    """(C, H, W) uint8 at the size of the file, in place of ``image`` and ``mask``, of whole
     images."""
 
 
@@ -77,7 +77,8 @@ class SegmentationDataset(Dataset[Item]):
     crop: Crop | None = None
     """Windows that are drawn anew in each epoch, in place of whole images; None for none."""
     intensity: Intensity | None = None
-    """As in ``open_picture``."""
+    """As in ``open_picture``, and so are ``channels``."""
+    channels: int | None = None
     objects: ObjectSource | None = None
     """What the objects of ``PromptConfig.objects`` are, if masks shall hold objects' numbers, as
     ``choose_objects`` gives them; None for class indices."""
@@ -88,7 +89,7 @@ class SegmentationDataset(Dataset[Item]):
     None for items of S x S pixels."""
 
     def __post_init__(self) -> None:
-        self.augmentation = Augmentation(self.augment, self.image_size)
+        self.augmentation = Augmentation(self.augment, self.image_size, self.channels or 3)
         self.whole = self.crop is not None or self.tiles is not None
         palette_codes(self.palette, self.num_classes, self.ignore_index)  # raises if they misfit
         # The images' paths below their common folder; pictures and tables show them.
@@ -143,7 +144,7 @@ class SegmentationDataset(Dataset[Item]):
         """Reads an image and its mask, from the cache if there is one.
 
         Returns:
-            (3, S, S) uint8, and (S, S) class indices, None without a mask. With ``crop`` or
+            (C, S, S) uint8, and (S, S) class indices, None without a mask. With ``crop`` or
             ``tiles`` they have the size of the files.
 
         Raises:
@@ -154,14 +155,16 @@ class SegmentationDataset(Dataset[Item]):
             return self._decode(sample)
         # The key and the entry are made from the same bytes, even if a file is replaced meanwhile.
         files = []
-        for path in (sample.image, sample.mask):
+        for path in (*sample.files, sample.mask):
             with readable(f"{sample.origin}: {path}"):
                 files += [] if path is None else [path.read_bytes()]
         labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
-        how = ("whole" if self.whole else self.image_size, *labels, self.intensity, self.objects)
+        size = "whole" if self.whole else self.image_size
+        how = (size, *labels, self.intensity, self.channels, self.objects)
+        channels = self.channels or 3
 
         def entry() -> np.ndarray:
-            image, mask = self._decode(sample, *map(io.BytesIO, files))
+            image, mask = self._decode(sample, [io.BytesIO(content) for content in files])
             if mask is None:
                 return image.numpy()
             numbers = mask.int()[None]  # of 16 bits if they are objects'
@@ -170,8 +173,9 @@ class SegmentationDataset(Dataset[Item]):
 
         pixels = torch.from_numpy(self.cache.get(files, repr(how), entry))
         if sample.mask is None:
-            return pixels[:3], None
-        return pixels[:3], pixels[3] + 256 * pixels[4].int() if self.objects else pixels[3]
+            return pixels, None
+        image, mask, *high = pixels.split([channels, *[1] * (len(pixels) - channels)])
+        return image, mask[0] + 256 * high[0][0].int() if self.objects else mask[0]
 
     def check(self, sample: Sample) -> tuple[bool, int | None, Counts | None]:
         """Reads a sample once, which fills the cache. An image is decoded piece by piece.
@@ -195,9 +199,10 @@ class SegmentationDataset(Dataset[Item]):
         if self.cache is not None:
             mask = self.read(sample)[1]
             return mask is not None and has_foreground(mask.numpy()), None, None
-        picture = open_picture(sample, self.intensity)
+        picture = open_picture(sample, self.intensity, channels=self.channels)
         for top, bottom in picture.bands():
             picture.rows(top, bottom)
+        picture.check_channels()
         foreground = sample.mask is not None and has_foreground(self._mask(sample, picture))
         return foreground, picture.highest, None
 
@@ -205,12 +210,12 @@ class SegmentationDataset(Dataset[Item]):
         """Cuts a box out of an image and its mask, and resizes both.
 
         Args:
-            pixels: (3, H, W) uint8.
+            pixels: (C, H, W) uint8.
             labels: (H, W) class indices; None without a mask.
             box: the box.
 
         Returns:
-            (3, S, S) uint8, and (S, S) int32 class indices, None without a mask.
+            (C, S, S) uint8, and (S, S) int32 class indices, None without a mask.
         """
         rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
         image = resize_image(pixels[:, rows, columns].permute(1, 2, 0).numpy(), self.image_size)
@@ -221,13 +226,11 @@ class SegmentationDataset(Dataset[Item]):
         return image, torch.from_numpy(np.array(mask))
 
     def _decode(
-        self,
-        sample: Sample,
-        image_content: io.BytesIO | None = None,
-        mask_content: io.BytesIO | None = None,
+        self, sample: Sample, contents: Sequence[io.BytesIO] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Decodes an image and its mask, from the bytes of the files if they are given."""
-        picture = open_picture(sample, self.intensity, image_content)
+        own, mask_content = contents[: len(sample.files)], contents[-1] if contents else None
+        picture = open_picture(sample, self.intensity, own, self.channels)
         pixels = torch.from_numpy(picture.rows()).permute(2, 0, 1)
         mask = None
         if sample.mask is not None:
@@ -263,10 +266,17 @@ class SegmentationDataset(Dataset[Item]):
 
 
 def resize_image(pixels: np.ndarray, size: int) -> Tensor:
-    """Resizes (H, W, 3) uint8 RGB to (3, size, size) uint8."""
+    """Resizes (H, W, C) uint8 to (C, size, size) uint8."""
     # Bicubic interpolation overshoots at edges. Resizing in 8 bits clamps the overshoot.
-    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
-    return transforms.pil_to_tensor(image)
+    # Pillow resizes three channels at once.
+    count, padding = pixels.shape[2], -pixels.shape[2] % 3
+    padded = np.pad(pixels, ((0, 0), (0, 0), (0, padding)), mode="edge") if padding else pixels
+    groups = [
+        Image.fromarray(np.ascontiguousarray(padded[..., first : first + 3]))
+        for first in range(0, count, 3)
+    ]
+    resized = [group.resize((size, size), Image.Resampling.BICUBIC) for group in groups]
+    return torch.cat([transforms.pil_to_tensor(group) for group in resized])[:count]
 
 
 def collate(items: list[Item]) -> dict[str, Any] | None:
@@ -276,7 +286,7 @@ def collate(items: list[Item]) -> dict[str, Any] | None:
         items: items of one ``SegmentationDataset``. All of them have a mask, or none has.
 
     Returns:
-        The entries of ``Item``, stacked: (B, 3, S, S) images, for instance. ``name``, ``truth`` and
+        The entries of ``Item``, stacked: (B, C, S, S) images, for instance. ``name``, ``truth`` and
         ``pixels`` are lists, because sizes may differ. None for no items: a process may have no
         share of a small last batch.
     """

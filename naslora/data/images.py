@@ -1,12 +1,12 @@
 """The samples of a data set, and decoding of their images.
 
-Pillow decodes files as a whole. TIFF files of colours, or of more than 8 bits, are read row by row
-(``tiff.py``), so that they need not fit into the memory.
+Pillow decodes files as a whole. Of TIFF files of colours or of more than 8 bits (``tiff.py``), and
+of NumPy files, windows are read, so that they need not fit into the memory.
 """
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from naslora.data.picture import Intensity, Picture, Source, readable
-from naslora.data.tiff import open_tiff
+from naslora.data.picture import ImageError, Intensity, Picture, Source, joined, readable
+from naslora.data.tiff import open_tiff, starts_with
 
 Encoding = Literal["labels", "threshold", "nonzero", "thirds", "regions"]
 
@@ -49,6 +49,13 @@ class Sample(NamedTuple):
     """How the mask stores its labels; see ``read_mask``."""
     group: str | None = None
     """Part of the split that also gets its own scores; None for none."""
+    further: tuple[Path, ...] = ()
+    """Files with further channels of the image."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the image."""
+        return self.image, *self.further
 
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -58,7 +65,10 @@ WHITE_IS_ZERO = (262, 0)
 
 
 def open_picture(
-    sample: Sample, intensity: Intensity | None = None, content: io.BytesIO | None = None
+    sample: Sample,
+    intensity: Intensity | None = None,
+    contents: Sequence[io.BytesIO] = (),
+    channels: int | None = None,
 ) -> Picture:
     """Opens an image.
 
@@ -66,29 +76,47 @@ def open_picture(
         sample: only its image is read.
         intensity: how values of more than 8 bits are scaled; None scales 16 bits by 255 / 65535,
             and refuses floating-point numbers.
-        content: the bytes of the file, if they are in memory.
+        contents: the bytes of the files, if they are in memory.
+        channels: as in ``Picture``. With a number the pages of a TIFF file are channels, too.
 
     Returns:
-        The image upright, in RGB: rotated by its EXIF orientation. Palette indices become colours.
-        The alpha channel is dropped.
+        The image upright: rotated by its EXIF orientation. Palette indices become colours. The
+        alpha channel is dropped.
 
     Raises:
-        ImageError: the file is missing, truncated, not an image, or has an unsupported pixel type.
+        ImageError: a file is missing, truncated, not an image, or has an unsupported pixel type;
+            the files of an image do not fit together; as ``Picture``.
     """
-    file = content or sample.image
+    sources = []
+    most = 0 if sample.further else channels  # of each of several files, all channels are taken
+    files: Sequence[Path | io.BytesIO] = contents or sample.files
+    for path, file in zip(sample.files, files, strict=True):
+        where = f"{sample.origin}: image {path}"
+        with readable(where):
+            source = _open_array(file, where) or open_tiff(file, where, most)
+        sources.append(source or source_of(open_upright(file, where).image))
     where = f"{sample.origin}: image {sample.image}"
-    with readable(where):
-        source = open_tiff(file, where)
-    if source is None:
-        source = source_of(open_upright(file, where).image)
-    return Picture(source, where, intensity)
+    return Picture(joined(sources, where), where, intensity, channels)
+
+
+def _open_array(file: Path | io.BytesIO, where: str) -> Source | None:
+    """Opens a NumPy file, (H, W), (H, W, C) or (C, H, W), C the smaller; None if it is none."""
+    if not starts_with(file, (b"\x93NUMPY",)):
+        return None
+    array = np.load(file, mmap_mode=None if isinstance(file, io.BytesIO) else "r")
+    if array.ndim == 3 and array.shape[0] < array.shape[2]:
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
+        raise ImageError(f"{where} holds {array.dtype} of {array.ndim} axes, and no image")
+    height, width = array.shape[:2]
+    return Source(height, width, lambda top, bottom, left, right: array[top:bottom, left:right])
 
 
 def source_of(image: Image.Image) -> Source:
     """The pixels of an image of Pillow: greys of any number of bits, or RGB."""
 
-    def values(top: int, bottom: int) -> np.ndarray:
-        part = image.crop((0, top, image.width, bottom))
+    def values(top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        part = image.crop((left, top, right, bottom))
         if part.mode not in ("L", "I", "F") and not part.mode.startswith("I;16"):
             part = part.convert("RGB")
         return np.asarray(part)

@@ -49,15 +49,16 @@ class DataSet(NamedTuple):
 def read_csv(root: Path) -> Splits:
     """Reads those of train.csv, val.csv, test.csv and arch.csv that exist, or one CSV file.
 
-    Each file has the columns ``image`` and ``label``, with paths relative to its folder. A column
-    ``group`` becomes the groups.
+    Each file has the columns ``image`` and ``label``, with paths relative to its folder. Columns
+    ``image2``, ``image3``, ... name files with further channels. A column ``group`` becomes the
+    groups.
 
     Raises:
         UserError: there is no train.csv and not one other file, or a file is not such a CSV file,
             or names files that do not exist.
     """
     if root.is_file():
-        return {UNDRAWN: _read_csv(root)}
+        return {UNDRAWN: read_rows(root)}
     check_folder(root)
     files = sorted(root.glob("*.csv"))
     splits = {split: root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
@@ -68,28 +69,32 @@ def read_csv(root: Path) -> Splits:
                 f"{listing(path.name for path in files or root.iterdir())} (train --dataset "
                 "folders reads folders of images and masks)"
             )
-        return {UNDRAWN: _read_csv(files[0])}
-    return {split: _read_csv(path) for split, path in splits.items() if path in files}
+        return {UNDRAWN: read_rows(files[0])}
+    return {split: read_rows(path) for split, path in splits.items() if path in files}
 
 
-def _read_csv(path: Path) -> list[Sample]:
+def read_rows(path: Path, masks: bool = True) -> list[Sample]:
+    """Reads a CSV file as ``read_csv``, without the masks if they are not needed."""
     samples = []
     try:
         # utf-8-sig accepts the byte order mark with which some spreadsheets start a file.
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             columns = reader.fieldnames or []
-            if columns and not {"image", "label"} <= set(columns):
+            named = ["image", *(c for c in columns if re.fullmatch(r"image\d+", c))]
+            needed = [*named, "label"] if masks else named
+            if columns and not {"image", needed[-1]} <= set(columns):
                 raise UserError(
                     f"{path}: expected the columns image,label in the first line, "
                     f"found {listing(columns)}"
                 )
             for row in reader:
-                if not row.get("image") or not row.get("label"):  # absent after an empty first line
-                    raise UserError(f"{path}: row {reader.line_num} needs an image and a label")
-                image, mask = path.parent / row["image"], path.parent / row["label"]
-                origin = f"{path.name} row {reader.line_num}"
-                samples.append(Sample(image, mask, origin, group=row.get("group")))
+                if not all(map(row.get, needed)):  # absent after an empty first line
+                    raise UserError(f"{path}: row {reader.line_num} needs {' and '.join(needed)}")
+                image, *further = (path.parent / row[name] for name in named)
+                mask = path.parent / row["label"] if masks else None
+                origin, group = f"{path.name} row {reader.line_num}", row.get("group")
+                samples.append(Sample(image, mask, origin, group=group, further=tuple(further)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
     if not samples:
@@ -97,7 +102,7 @@ def _read_csv(path: Path) -> list[Sample]:
     missing = [
         f"{file} ({sample.origin})"
         for sample in samples
-        for file in map(str, (sample.image, sample.mask))
+        for file in map(str, filter(None, (*sample.files, sample.mask)))
         if not os.path.isfile(file)  # also if its name is too long
     ]
     if missing:
@@ -245,7 +250,8 @@ def _descend(root: Path, path: str) -> list[Path]:
 
 # ---- Pairs ---------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
+_PILLOW = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (*_PILLOW, ".npy")
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""An image whose rows become RGB of 8 bits when they are taken, and the scaling of values."""
+"""An image whose windows become 8 bits when they are taken, and the scaling of values."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -105,47 +105,98 @@ class Source(NamedTuple):
 
     height: int
     width: int
-    values: Callable[[int, int], np.ndarray]
-    """Called as ``values(top, bottom)``; returns these rows, (n, W) or (n, W, 3) numbers. A damaged
-    file raises exceptions of many types."""
+    values: Callable[[int, int, int, int], np.ndarray]
+    """Called as ``values(top, bottom, left, right)``; returns these rows and columns, (n, m) or
+    (n, m, C) numbers. A damaged file raises exceptions of many types."""
     white_is_zero: bool = False
     """Whether values of more than 8 bits are inverted after their scaling."""
+    by_rows: bool = False
+    """Whether a part of a row costs as much as the row."""
+
+
+def joined(sources: Sequence[Source], where: str) -> Source:
+    """The channels of several sources, one after another, as one source.
+
+    Raises:
+        ImageError: they differ in size; from ``values``: in their type of numbers.
+    """
+    if len(sources) == 1:
+        return sources[0]
+    sizes = {(source.width, source.height) for source in sources}
+    if len(sizes) > 1:
+        shown = " and ".join(f"{width}x{height}" for width, height in sorted(sizes))
+        raise ImageError(f"{where} has parts of {shown} pixels (width x height); resize them")
+
+    def values(*window: int) -> np.ndarray:
+        parts = [np.atleast_3d(source.values(*window)) for source in sources]
+        if len({part.dtype.newbyteorder("=") for part in parts}) > 1:
+            kinds = ", ".join(str(part.dtype) for part in parts)
+            raise ImageError(f"{where} has parts of different types ({kinds}); save them alike")
+        return np.concatenate(parts, axis=2)
+
+    by_rows = any(source.by_rows for source in sources)
+    return Source(*sources[0][:2], values, sources[0].white_is_zero, by_rows)
 
 
 class Picture:
-    """An image whose rows become RGB of 8 bits when they are taken.
+    """An image whose windows become channels of 8 bits when they are taken.
 
     Args:
         source: its pixels.
         where: the start of an error message: the origin and the path.
         intensity: how values of more than 8 bits are scaled; None scales 16 bits by 255 / 65535.
+        channels: C, the number of channels that the source must have; None makes RGB of three or of
+            one.
 
     Raises:
-        ImageError: without ``intensity``, the values are floating-point numbers; here and in
-            ``rows``: the file is damaged, or, without ``intensity``, has values beyond 16 bits.
+        ImageError: there is another number of channels, or, without ``intensity``, the values are
+            floating-point numbers; here and in ``rows``: the file is damaged, or, without
+            ``intensity``, has values beyond 16 bits.
     """
 
-    def __init__(self, source: Source, where: str, intensity: Intensity | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        where: str,
+        intensity: Intensity | None = None,
+        channels: int | None = None,
+    ) -> None:
         self.height, self.width = source.height, source.width
+        self.by_rows = source.by_rows
         self._source = source
         self._where = where
         self._intensity = intensity
         self.highest: int | None = None
         """The highest value so far, of more than 8 bits without ``intensity``."""
-        first = self._values(0, 1)
+        first = self._values(0, 1, 0, 1)
+        found = first.shape[2]
+        if channels is None and found not in (1, 3):
+            raise ImageError(
+                f"{where} has {found} channels; save it with one (grey) or three (RGB), or train "
+                f"with --channels {found}"
+            )
+        if channels not in (None, found):
+            raise ImageError(f"{where} has {found} channels, and the run has {channels}")
+        self.channels = channels or 3
+        self._blank = np.full(found, first.dtype.kind == "f")
         if intensity is None and first.dtype.kind not in "bui":
             raise ImageError(
                 f"{where} has floating-point pixels; train with --intensity, or save it with 8 or "
                 "16 bits"
             )
-        self._limits = None if first.dtype == np.uint8 else self._find_limits(first.shape[2])
+        self._limits = None if first.dtype == np.uint8 else self._find_limits(found)
 
-    def rows(self, top: int = 0, bottom: int | None = None) -> np.ndarray:
-        """Returns rows, all of them by default, as (bottom - top, W, 3) uint8."""
-        end = self.height if bottom is None else bottom
-        pixels = np.empty((end - top, self.width, 3), np.uint8)
+    def rows(
+        self, top: int = 0, bottom: int | None = None, left: int = 0, right: int | None = None
+    ) -> np.ndarray:
+        """Returns rows and columns, all of them by default, as (bottom - top, right - left, C)
+        uint8."""
+        end, side = bottom or self.height, right or self.width
+        pixels = np.empty((end - top, side - left, self.channels), np.uint8)
         for start, stop in self.bands(top, end):
-            values = self._values(start, stop)
+            values = self._values(start, stop, left, side)
+            if self._blank.any():
+                self._blank &= ~np.isfinite(values).any(axis=(0, 1))
             if self._limits is not None:
                 if self._intensity is None:
                     self.highest = max(self.highest or 0, int(values.max()))
@@ -159,6 +210,16 @@ class Picture:
             pixels[start - top : stop - top] = values
         return pixels
 
+    def check_channels(self) -> None:
+        """Refuses a channel without a number in all rows that were taken.
+
+        Raises:
+            ImageError: there is one.
+        """
+        if self._blank.any():
+            number = 1 + int(np.flatnonzero(self._blank)[0])
+            raise ImageError(f"{self._where} has only NaN in channel {number}; replace the file")
+
     def bands(self, top: int = 0, bottom: int | None = None) -> Iterator[tuple[int, int]]:
         """Yields the first row of bands of ``BAND`` pixels, and the row after their last one."""
         end = self.height if bottom is None else bottom
@@ -166,10 +227,10 @@ class Picture:
         for start in range(top, end, step):
             yield start, min(start + step, end)
 
-    def _values(self, top: int, bottom: int) -> np.ndarray:
-        """Rows as they are stored, (n, W, C)."""
+    def _values(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """Rows and columns as they are stored, (n, m, C)."""
         with readable(self._where):
-            values = self._source.values(top, bottom)
+            values = self._source.values(top, bottom, left, right)
         return values if values.ndim == 3 else values[..., None]
 
     def _find_limits(self, channels: int) -> list[Limits]:
@@ -181,7 +242,8 @@ class Picture:
             return channels * [Limits(low, high)]
         step = math.isqrt(self.height * self.width // SAMPLED) + 1
         sampled = [
-            self._values(top, bottom)[-top % step :: step, ::step] for top, bottom in self.bands()
+            self._values(top, bottom, 0, self.width)[-top % step :: step, ::step]
+            for top, bottom in self.bands()
         ]
         limits = []
         for channel in range(channels):

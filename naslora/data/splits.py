@@ -75,7 +75,9 @@ def group_members(samples: Sequence[Sample]) -> list[list[int]]:
 def write_splits(folder: Path, splits: Splits) -> None:
     """Writes a CSV file a split, which ``read_csv`` reads: absolute paths, no groups."""
     for split, samples in splits.items():
-        paths = [[os.path.abspath(str(path)) for path in sample[:2]] for sample in samples]
-        write_rows(
-            folder / f"{split}.csv", [dict(zip(("image", "label"), p, strict=True)) for p in paths]
-        )
+        rows = []
+        for sample in samples:
+            files = {"image": sample.image, "label": sample.mask}
+            files |= {f"image{i}": file for i, file in enumerate(sample.further, 2)}
+            rows.append({name: os.path.abspath(str(file)) for name, file in files.items()})
+        write_rows(folder / f"{split}.csv", rows)

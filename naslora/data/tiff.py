@@ -1,4 +1,4 @@
-"""TIFF files that are read row by row, and their georeference.
+"""TIFF files of which windows are read, and their georeference.
 
 They are read with tifffile. Pillow reads no colours of 16 bits and no bands of floating-point
 numbers, and decodes an image as a whole.
@@ -7,13 +7,14 @@ numbers, and decodes an image as a whole.
 import functools
 import importlib.util
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from naslora.data.picture import ImageError, Source, readable
+from naslora.data.picture import ImageError, Source, joined, readable
 
 if TYPE_CHECKING:
     import tifffile
@@ -29,27 +30,28 @@ GeoTags = list[tuple[int, int, int, Any, bool]]
 """Code, type, count, value and True of each tag, as ``tifffile.imwrite`` takes them."""
 
 
-def open_tiff(file: Path | io.BytesIO, where: str) -> Source | None:
-    """Opens a TIFF file of more than 8 bits, or one of plain 8-bit RGB.
+def open_tiff(file: Path | io.BytesIO, where: str, channels: int | None = None) -> Source | None:
+    """Opens a TIFF file of more than 8 bits, one of plain 8-bit RGB, or one of many channels.
 
-    Only the rows that are taken are in memory. A file that is compressed in one piece, or stored
+    Only the windows that are taken are in memory. A file that is compressed in one piece, or stored
     rotated or mirrored, is in memory as a whole.
 
     Args:
         file: path or content.
         where: the start of an error message.
+        channels: their number, which decides whether transparency is one of them, and pages of the
+            same size are; 0 for unknown. None takes those of RGB, or those of the first page.
 
     Returns:
-        None if Pillow has to read the file: it is no TIFF; it has 8 bits and is not RGB without
-        transparency, uncompressed or compressed by deflate; or it has greys of more than 8 bits
-        whose compression needs a package that is not installed.
+        None if Pillow has to read the file: it is no TIFF; it has 8 bits, one or three channels,
+        and is not RGB without transparency, uncompressed or compressed by deflate; or it has greys
+        of more than 8 bits whose compression needs a package that is not installed.
 
     Raises:
-        ImageError: the file has another number of channels than 1 or 3, besides transparency, or
-            needs a package that is not installed.
+        ImageError: the file has further axes, or needs a package that is not installed.
         Exception: the file is damaged; tifffile raises exceptions of many types.
     """
-    if not _is_tiff(file):
+    if not starts_with(file, SIGNATURES):
         return None
     import tifffile  # imported here: few runs need it
 
@@ -57,31 +59,39 @@ def open_tiff(file: Path | io.BytesIO, where: str) -> Source | None:
         page = tiff.pages.first
         plain = (page.photometric, page.samplesperpixel, page.bitspersample) == (2, 3, 8)
         plain = plain and page.dtype == np.uint8 and page.compression in PLAIN
-        if page.dtype is None or (page.dtype.itemsize == 1 and not plain):
+        pages, count = [page], _channels(page, where, channels)
+        if channels is not None and count == 1 != channels:
+            pages = [own.aspage() for own in tiff.pages if own.shape == page.shape]
+        several = channels is not None and (len(pages) > 1 or count not in (1, 3))
+        if page.dtype is None or (page.dtype.itemsize == 1 and not plain and not several):
             return None
-        channels = _channels(page, where)
         if page.compression not in PLAIN and importlib.util.find_spec("imagecodecs") is None:
-            if channels == 1:
+            if count == len(pages) == 1:
                 return None
             raise ImageError(
                 f"{where} is compressed with {tifffile.COMPRESSION(page.compression).name}, which "
                 "needs imagecodecs; run pip install imagecodecs, or save it with the compression "
                 "deflate"
             )
-        _, _, height, width, _ = page.shaped
-        values, white_is_zero = _rows_of(page, channels), page.photometric == 0
-        orientation = page.tags.valueof(ORIENTATION, default=1)
-        if orientation == 1:
-            return Source(height, width, values, white_is_zero)
-        whole = values(0, height)
-        if orientation in (5, 6, 7, 8):
-            whole = whole.swapaxes(0, 1)
-        if orientation in (3, 4, 7, 8):
-            whole = whole[::-1]
-        if orientation in (2, 3, 6, 7):
-            whole = whole[:, ::-1]
-        height, width = whole.shape[:2]
-        return Source(height, width, lambda top, bottom: whole[top:bottom], white_is_zero)
+        return joined([_source(own, count) for own in pages], where)
+
+
+def _source(page: "tifffile.TiffPage", channels: int) -> Source:
+    """The channels of a page, upright."""
+    _, _, height, width, _ = page.shaped
+    values, white_is_zero = _windows_of(page, channels), page.photometric == 0
+    orientation = page.tags.valueof(ORIENTATION, default=1)
+    if orientation == 1:
+        return Source(height, width, values, white_is_zero, not page.is_tiled and not page.is_final)
+    whole = values(0, height, 0, width)
+    if orientation in (5, 6, 7, 8):
+        whole = whole.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        whole = whole[::-1]
+    if orientation in (2, 3, 6, 7):
+        whole = whole[:, ::-1]
+    height, width = whole.shape[:2]
+    return Source(height, width, lambda t, b, le, r: whole[t:b, le:r], white_is_zero)
 
 
 def read_georeference(path: Path) -> GeoTags:
@@ -94,7 +104,7 @@ def read_georeference(path: Path) -> GeoTags:
     Raises:
         ImageError: the tags cannot be read.
     """
-    if not _is_tiff(path):
+    if not starts_with(path, SIGNATURES):
         return []
     import tifffile
 
@@ -106,35 +116,40 @@ def read_georeference(path: Path) -> GeoTags:
         return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
 
 
-def _is_tiff(file: Path | io.BytesIO) -> bool:
+def starts_with(file: Path | io.BytesIO, signatures: tuple[bytes, ...]) -> bool:
+    """Whether a file starts with one of some bytes. False if it cannot be read."""
+    longest = max(map(len, signatures))
     if isinstance(file, io.BytesIO):
-        return file.getvalue()[:4] in SIGNATURES
+        return file.getvalue()[:longest].startswith(signatures)
     try:
         with file.open("rb") as stream:
-            return stream.read(4) in SIGNATURES
+            return stream.read(longest).startswith(signatures)
     except OSError:
         return False  # Pillow reports it
 
 
-def _channels(page: "tifffile.TiffPage", where: str) -> int:
-    """The channels of a page that are taken: those of RGB, or all that are no transparency.
+def _channels(page: "tifffile.TiffPage", where: str, wanted: int | None) -> int:
+    """The number of channels of a page that are taken, the first ones.
 
     Raises:
-        ImageError: they are neither one nor three, or the numbers are complex.
+        ImageError: the page has further axes, or the numbers are complex.
     """
     planes, depth, _, _, samples = page.shaped
-    channels = planes * samples - sum(extra in (1, 2) for extra in page.extrasamples)
-    channels = 3 if page.photometric == 2 else channels
-    if depth != 1 or channels not in (1, 3):
-        found = channels if depth == 1 else f"the axes {page.axes} and so other"
-        raise ImageError(f"{where} has {found} channels; save it with one (grey) or three (RGB)")
-    if np.issubdtype(page.dtype, np.complexfloating):
+    if depth != 1:
+        raise ImageError(f"{where} has the axes {page.axes}; save it with rows and columns alone")
+    if page.dtype is not None and np.issubdtype(page.dtype, np.complexfloating):
         raise ImageError(f"{where} has complex numbers; save their magnitude")
-    return channels
+    if planes * samples == wanted:
+        return wanted
+    if wanted is None and page.photometric == 2:
+        return 3
+    return planes * samples - sum(extra in (1, 2) for extra in page.extrasamples)
 
 
-def _rows_of(page: "tifffile.TiffPage", channels: int) -> Callable[[int, int], np.ndarray]:
-    """Makes the function that reads rows of a page as it is stored."""
+def _windows_of(
+    page: "tifffile.TiffPage", channels: int
+) -> Callable[[int, int, int, int], np.ndarray]:
+    """Makes the function that reads windows of a page as it is stored."""
     planes, _, height, width, samples = page.shaped
     file = page.parent.filehandle
     assert page.dtype is not None
@@ -154,23 +169,26 @@ def _rows_of(page: "tifffile.TiffPage", channels: int) -> Callable[[int, int], n
         piece = np.full(size, page.nodata, page.dtype) if piece is None else piece
         return piece[0, : height - top, : width - left], top, left  # tiles reach beyond the image
 
-    def values(top: int, bottom: int) -> np.ndarray:
-        rows = np.empty((bottom - top, width, planes * samples), page.dtype)
+    def values(top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        window = np.empty((bottom - top, right - left, planes * samples), page.dtype)
+        broad = page.tilewidth if page.is_tiled else width
+        columns = range(left // broad, -(-right // broad))
         file.open()
         for plane in range(planes):
-            own = rows[:, :, plane * samples : (plane + 1) * samples]
-            if page.is_final:  # as in memory: its one strip need not be read as a whole
-                before = (plane * height + top) * width * samples * stored.itemsize
-                read = file.read_array(stored, own.size, offset=page.dataoffsets[0] + before)
-                own[:] = read.reshape(own.shape)
-                continue
-            ends = [(plane * down + row) * across for row in (top // side, -(-bottom // side))]
-            for index in range(*ends):
-                piece, first, left = piece_of(index)
-                start = max(first - top, 0)
+            own = window[:, :, plane * samples : (plane + 1) * samples]
+            for row in range(top, bottom) if page.is_final else ():  # as in memory: no whole strip
+                before = ((plane * height + row) * width + left) * samples * stored.itemsize
+                offset = page.dataoffsets[0] + before
+                read = file.read_array(stored, own[0].size, offset=offset)
+                own[row - top] = read.reshape(own[0].shape)
+            rows = () if page.is_final else range(top // side, -(-bottom // side))
+            for row, column in itertools.product(rows, columns):
+                piece, first, start = piece_of((plane * down + row) * across + column)
                 part = piece[max(top - first, 0) : bottom - first]
-                own[start : start + len(part), left : left + part.shape[1]] = part
+                part = part[:, max(left - start, 0) : right - start]
+                y, x = max(first - top, 0), max(start - left, 0)
+                own[y : y + part.shape[0], x : x + part.shape[1]] = part
         file.close()
-        return rows[..., :channels]
+        return window[..., :channels]
 
     return values

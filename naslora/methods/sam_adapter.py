@@ -41,11 +41,12 @@ class Prompts(nn.Module):
         hidden: channels of the adapter.
         depth: number of blocks.
         stride: pixels a side for one token.
+        channels: C of the images.
     """
 
-    def __init__(self, width: int, hidden: int, depth: int, stride: int) -> None:
+    def __init__(self, width: int, hidden: int, depth: int, stride: int, channels: int) -> None:
         super().__init__()
-        self.patch_embed = nn.Conv2d(3, hidden, stride, stride)
+        self.patch_embed = nn.Conv2d(channels, hidden, stride, stride)
         self.embed = nn.Linear(width, hidden)
         self.block_mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(hidden, hidden), nn.GELU()) for _ in range(depth)
@@ -76,7 +77,7 @@ class SamAdapter(nn.Module):
         self.features: list[Tensor] = []
 
     def see_image(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Before the encoder: embeds the high frequencies of its (B, 3, S, S) images."""
+        """Before the encoder: embeds the high frequencies of its (B, C, S, S) images."""
         high = high_frequencies(inputs[0])
         embedded = [stage.patch_embed(high) for stage in self.stages]
         self.features = [features.permute(0, 2, 3, 1) for features in embedded]
@@ -108,7 +109,7 @@ class SamAdapter(nn.Module):
 def high_frequencies(images: Tensor) -> Tensor:
     """|images without their low frequencies|: the central quarter of the spectrum is set to zero.
 
-    (B, 3, H, W) to the same. The transform is computed in float32.
+    (B, C, H, W) to the same. The transform is computed in float32.
     """
     height, width = images.shape[-2:]
     half = int((MASKED * height * width) ** 0.5 / 2)
@@ -141,9 +142,10 @@ def add(encoder: Any, config: SAMAdapterConfig, seed: int) -> None:
         watch = [stage.blocks.register_forward_pre_hook for stage in own]
     else:
         raise refuse("sam-adapter", encoder, "SAM's plain ViTs or MobileSAM's TinyViT")
+    channels = next(part.in_channels for part in encoder.modules() if isinstance(part, nn.Conv2d))
     adapter = SamAdapter(
         [
-            _prompts(blocks, stride, config.scale_factor)
+            _prompts(blocks, stride, config.scale_factor, channels)
             for blocks, stride in zip(stages, strides, strict=True)
         ]
     )
@@ -156,14 +158,14 @@ def add(encoder: Any, config: SAMAdapterConfig, seed: int) -> None:
             block.register_forward_pre_hook(partial(adapter.prompt, i, index))
 
 
-def _prompts(blocks: list[Any], stride: int, scale_factor: int) -> Prompts:
+def _prompts(blocks: list[Any], stride: int, scale_factor: int, channels: int) -> Prompts:
     weight = blocks[0].attn.proj.weight
     width = weight.shape[0]
     if scale_factor > width:
         raise UserError(
             f"scale_factor must be at most the encoder's width {width}, got {scale_factor}"
         )
-    return beside(Prompts(width, width // scale_factor, len(blocks), stride), weight)
+    return beside(Prompts(width, width // scale_factor, len(blocks), stride, channels), weight)
 
 
 METHOD = Method(

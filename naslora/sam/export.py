@@ -78,6 +78,9 @@ class Description:
     """Scaling of images with more than 8 bits, as ``RunConfig.intensity``."""
     task: Task = "semantic"
     """As ``RunConfig.task``."""
+    channels: tuple[str, ...] = ()
+    """Names of the channels as ``DataConfig.channels``; empty for RGB. So is ``shown``."""
+    shown: tuple[str, str, str] | None = None
 
 
 def text_of(description: Description) -> str:
@@ -102,7 +105,7 @@ def read_description(text: str | None) -> Description:
 
 
 class Scores(nn.Module):
-    """Maps (B, 3, S, S) images in [0, 1] to the class map, (B, K, S, S)."""
+    """Maps (B, C, S, S) images in [0, 1] to the class map, (B, K, S, S)."""
 
     def __init__(self, model: SamForSegmentation) -> None:
         super().__init__()
@@ -113,7 +116,7 @@ class Scores(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Maps (B, 3, S, S) images in [0, 1] to what the image encoder returns.
+    """Maps (B, C, S, S) images in [0, 1] to what the image encoder returns.
 
     That is the image embedding, (B, 256, g, g), or a tuple of it and of the further maps that
     the family's decoder takes. The decoder's neck counts as the encoder's.
@@ -173,7 +176,7 @@ def export(model: AnySam, description: Description, file_format: Format, path: P
         model.cpu().float()
     ).eval()
     with torch.no_grad():
-        program = _traced(module, description.image_size)
+        program = _traced(module, description.image_size, len(model.pixel_mean))
     if file_format == "torch-export":
         _write_program(program, description, path)
         return
@@ -206,6 +209,11 @@ def _write_tensors(
         check_new(path)
     if description.part == "encoder":
         raise UserError("a SAM state dict contains the whole model; export the part 'model'")
+    if len(description.channels) not in (0, 3):
+        raise UserError(
+            f"the model has {len(description.channels)} channels, and {model.family.title}'s own "
+            "code takes three; export to onnx or torch-export"
+        )
     name, size = description.model, description.image_size
     with torch.device("meta"):
         plain: AnySam
@@ -229,8 +237,8 @@ def _write_tensors(
         write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _traced(module: nn.Module, size: int) -> torch.export.ExportedProgram:
-    images = torch.zeros(EXAMPLE_IMAGES, 3, size, size)
+def _traced(module: nn.Module, size: int, channels: int) -> torch.export.ExportedProgram:
+    images = torch.zeros(EXAMPLE_IMAGES, channels, size, size)
     module(images)  # fills TinyViT's cache of attention biases, which must not happen in the trace
     batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
     return torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}})
@@ -322,7 +330,7 @@ def quiet() -> Iterator[None]:
 # ---- Prediction ----------------------------------------------------------------------------------
 
 ClassMap = Callable[[Tensor], Tensor]
-"""Maps (B, 3, S, S) images in [0, 1] to the (B, K, S, S) class map, both on the CPU."""
+"""Maps (B, C, S, S) images in [0, 1] to the (B, K, S, S) class map, both on the CPU."""
 
 
 def load_class_map(path: Path, trust: bool = False) -> tuple[ClassMap, Description]:

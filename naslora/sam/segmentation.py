@@ -110,14 +110,14 @@ class SamForSegmentation(nn.Module):
         return find_family(self.name)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
-        """Segments (B, 3, S, S) RGB images in [0, 1].
+        """Segments (B, C, S, S) images in [0, 1]: RGB, or as ``set_channels`` says.
 
         Raises:
             ValueError: the images have another shape.
         """
-        size = (self.image_size, self.image_size)
-        if images.dim() != 4 or images.shape[1:] != (3, *size):
-            expected = f"(B, 3, {size[0]}, {size[1]})"
+        size, channels = (self.image_size, self.image_size), len(self.pixel_mean)
+        if images.dim() != 4 or images.shape[1:] != (channels, *size):
+            expected = f"(B, {channels}, {size[0]}, {size[1]})"
             raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
         encoded = self.image_encoder((images - self.pixel_mean) / self.pixel_std)
         embedding, *features = (encoded,) if isinstance(encoded, Tensor) else encoded
@@ -182,7 +182,7 @@ def predict_labels(model: SamForSegmentation, images: Tensor) -> Tensor:
 
     Args:
         model: on any device; it is set to evaluation mode.
-        images: (B, 3, S, S) RGB in [0, 1], on any device.
+        images: (B, C, S, S) in [0, 1], on any device.
 
     Returns:
         (B, S, S) int64 labels on the CPU.

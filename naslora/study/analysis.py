@@ -59,7 +59,7 @@ from naslora.training.accelerator import make_accelerator
 from naslora.training.resolve import checkpoint_of, read_config
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
-from naslora.training.run_data import find_splits, make_dataset
+from naslora.training.run_data import find_splits, make_dataset, shown_of
 from naslora.training.run_model import build_run_model
 from naslora_kernels import OPERATIONS
 
@@ -117,7 +117,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
             "Inductive bias (Table 4)": _write_statistics(statistics, len(drawn), folder),
             "Grad-CAM (Fig. 4)": _write_pictures(
                 folder / "gradcam.png",
-                [_heat_maps(models, item) for item in shown],
+                [_heat_maps(models, item, config) for item in shown],
             ),
             "Convergence (Fig. C1)": _write_convergence(histories, config, folder),
         }
@@ -217,8 +217,9 @@ def _write_pictures(path: Path, rows: list[Pictures]) -> list[Part]:
     return list(rows)
 
 
-def _heat_maps(models: Mapping[str, SamForSegmentation], item: Item) -> Pictures:
-    pixels = (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()  # (S, S, 3) RGB
+def _heat_maps(models: Mapping[str, SamForSegmentation], item: Item, config: RunConfig) -> Pictures:
+    image = item["image"][shown_of(config)]
+    pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()  # (S, S, 3) RGB
     heated = [
         (name, _heat_overlay(model, item["image"], item["mask"], pixels))
         for name, model in models.items()

@@ -141,7 +141,8 @@ def _inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> di
     """
     accelerator = make_accelerator(config.training)
     size = config.model.image_size
-    image = torch.rand(1, 3, size, size, device=accelerator.device)
+    channels = len(config.data.channels) or 3
+    image = torch.rand(1, channels, size, size, device=accelerator.device)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for done in range(WARM_UP_PASSES + PASSES):
         for name, model in models.items():

@@ -5,10 +5,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from naslora.data.datasets import DATASETS, load_splits
 from naslora.data.images import Sample
@@ -25,6 +26,7 @@ from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.shipped import NONE, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
+from naslora.training.run_data import make_dataset
 from naslora.training.train_config import (
     LEARNING_BOUNDS,
     PROMPTABLE_BOUNDS,
@@ -36,6 +38,10 @@ from naslora.training.train_config import (
 
 SHIPPED = "shipped"
 """How the checkpoint in a resolved configuration begins for the weights in the package."""
+MOST_CHANNELS = 512
+STATISTICS_IMAGES = 256
+SMALLEST_STD = 1 / 255
+"""Of a constant channel."""
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -60,13 +66,18 @@ def resolve(config: RunConfig) -> RunConfig:
     model = replace(config.model, **_model(config.model))
     training = config.training
     balanced = training.class_weights == "auto"
-    if data.root and (training.steps is not None or training.learning_rate is None or balanced):
+    measured = len(data.channels) not in (0, 3) and data.channel_mean is None
+    open_rate = training.steps is not None or training.learning_rate is None
+    if data.root and (open_rate or balanced or measured):
         splits = load_splits(data.dataset, data.root, data.class_names, data.split)
         samples = splits["train"] + splits.get(OPTIONAL_SPLIT, [])
         bounds = PROMPTABLE_BOUNDS if config.task == "promptable" else LEARNING_BOUNDS
         training = fit_to_images(training, len(samples), bounds)
         if balanced:
             training = replace(training, class_weights=_balance(data, samples))
+        if measured:
+            whole = replace(config, data=data, model=model)
+            data = replace(data, **_statistics(whole, samples))
     _check_loss(training, data.num_classes)
     training = replace(training, **_training(training))
     return replace(config, data=data, model=model, training=training)
@@ -87,9 +98,11 @@ def read_config(path: Path) -> RunConfig:
 
 
 def check_promptable(data: DataConfig) -> None:
-    """Refuses what promptable runs do not have: windows cut objects, and so do tiles."""
-    for name, value in (("crop", data.crop), ("resolution", data.resolution)):
-        if value not in (None, "network"):
+    """Refuses what promptable runs do not have: windows cut objects, and so do tiles. SAM's
+    predictor takes RGB."""
+    fields = ("crop", data.crop), ("resolution", data.resolution), ("channels", data.channels)
+    for name, value in fields:
+        if value not in (None, "network", ()):
             raise UserError(f"{name} {value} needs --task semantic; drop --{name}")
 
 
@@ -106,12 +119,47 @@ def _data(data: DataConfig) -> dict[str, Any]:
         _check_ignore_index(data, data.ignore_index, max(count, 2), metrics)
     return {
         "root": _absolute(data.root),
+        **_channels(data),
         "cache": _absolute(data.cache),
         "num_classes": count,
         "class_names": names,
         "metrics": metrics,
         "resolution": data.resolution or ("network" if data.crop is None else "tiles"),
     }
+
+
+def _channels(data: DataConfig) -> dict[str, Any]:
+    """Names of the channels, and those that pictures show."""
+    names, shown = data.channels, data.shown
+    if len(names) == 1 and names[0].isdigit():
+        count = checked("channels", int(names[0]), Annotated[int, Meta(ge=1, le=MOST_CHANNELS)])
+        names = tuple(f"channel {number}" for number in range(1, count + 1))
+    if len({*names}) < len(names):
+        raise UserError(f"channels must have different names, got {' '.join(names)}")
+    for field, values in (("channel_mean", data.channel_mean), ("channel_std", data.channel_std)):
+        if values is not None and (len(values) != len(names) or data.channel_mean is None):
+            raise UserError(f"{field} needs --channels and a value for each, got {len(values)}")
+    if names:
+        numbers = {str(number): name for number, name in enumerate(names, 1)}
+        wanted = shown or [names[min(i, len(names) - 1)] for i in range(3)]
+        shown = tuple(numbers.get(name, name) for name in wanted)  # type: ignore[assignment]
+    unknown = {*(shown or ())} - {*names}
+    if unknown:
+        raise UserError(f"shown must be among the channels {' '.join(names)}, got {min(unknown)}")
+    return {"channels": names, "shown": shown}
+
+
+def _statistics(config: RunConfig, samples: list[Sample]) -> dict[str, Any]:
+    """Mean and standard deviation of each channel of the training images, as the model sees them.
+
+    Of more than ``STATISTICS_IMAGES`` they are those of as many, evenly spread.
+    """
+    dataset = make_dataset(config, samples[:: -(-len(samples) // STATISTICS_IMAGES)])
+    images = [dataset[index]["image"].double() for index in range(len(dataset))]
+    mean = torch.stack([image.mean((1, 2)) for image in images]).mean(0)
+    square = torch.stack([(image**2).mean((1, 2)) for image in images]).mean(0)
+    std = (square - mean**2).clamp(min=SMALLEST_STD**2).sqrt()
+    return {"channel_mean": tuple(mean.tolist()), "channel_std": tuple(std.tolist())}
 
 
 def _classes(data: DataConfig) -> tuple[int, tuple[str, ...], tuple[str, ...]]:

@@ -63,6 +63,18 @@ class DataConfig(Settings):
     `window LO HI` maps LO to black and HI to white; `percentile` does so with the 1st and the 99th
     percentile of each channel of each image, `percentile LO HI` with others. None scales 16-bit
     values by 255 / 65535."""
+    channels: tuple[str, ...] = ()
+    """Number of the images' channels, or their names: bands of a GeoTIFF, pages of a TIFF stack,
+    NumPy arrays, or several files an image (columns `image`, `image2`, ...). The patch embedding is
+    widened and trained, unless there are three. None makes RGB."""
+    shown: tuple[str, str, str] | None = None
+    """Names, or numbers from 1, of the channels that are red, green and blue in pictures. None is
+    the first three."""
+    channel_mean: tuple[float, ...] | None = None
+    """Of each channel, in [0, 1]. None computes it from the training images; for three channels
+    it is what the model's weights were made for."""
+    channel_std: tuple[float, ...] | None = None
+    """The same of the standard deviation."""
     metrics: tuple[MetricName, ...] | None = None
     """Metrics of the test images; the default is the data set's own."""
     resolution: Resolution | None = None

@@ -142,6 +142,11 @@ def scaling_of(config: RunConfig) -> Intensity | None:
     return None if words is None else parse_intensity(words)
 
 
+def shown_of(config: RunConfig) -> list[int]:
+    """The channels that are red, green and blue in pictures."""
+    return [config.data.channels.index(name) for name in config.data.shown or ()] or [0, 1, 2]
+
+
 def tiles_of(config: RunConfig, side: int | None = None, overlap: float = OVERLAP) -> Tiles:
     """The tiles of large images; None as their side gives the scale of the run's training."""
     size, patch = config.model.image_size, find_family(config.model.name).patch
@@ -171,6 +176,7 @@ def make_dataset(
         augment=training.augment if trained else "none",
         crop=Crop(data.crop, data.crop_foreground) if data.crop and view != "scored" else None,
         intensity=scaling_of(config),
+        channels=len(data.channels) or None,
         objects=config.prompts.objects if config.task == "promptable" else None,
         most_objects=config.prompts.objects_per_image,
         tiles=tiles_of(config) if view == "scored" and data.resolution == "tiles" else None,
@@ -184,7 +190,7 @@ def calibration(
     device: torch.device,
     images: int = CALIBRATION_IMAGES,
 ) -> Iterator[Tensor]:
-    """Yields the (B, 3, S, S) float32 images that a way of merging needs, windows with ``crop``.
+    """Yields the (B, C, S, S) float32 images that a way of merging needs, windows with ``crop``.
 
     Mode ``calibrated`` is fitted to, and measured on, ``images`` training images, evenly spread.
     The other modes are measured on the validation images.

@@ -6,6 +6,7 @@ from naslora.adapter.layer.injection import arch_parameters
 from naslora.errors import UserError
 from naslora.methods import apply, trainable_parameters
 from naslora.results import ParameterCounts
+from naslora.sam.channels import set_channels, stem
 from naslora.sam.encoders import checkpoint_blocks
 from naslora.sam.promptable import AnySam, build_promptable
 from naslora.sam.segmentation import build_model
@@ -25,6 +26,8 @@ def build_adapted_model(config: RunConfig) -> AnySam:
     """
     model = build_frozen_model(config)
     apply(config.method, model, config.adapter, config.seed)
+    if len(config.data.channels) not in (0, 3):
+        stem(model.image_encoder).requires_grad_(True)
     if config.training.gradient_checkpointing:
         checkpoint_blocks(model.image_encoder)
     return model
@@ -53,8 +56,12 @@ def build_run_model(config: RunConfig, checkpoint: str | None) -> AnySam:
     """Builds the model of a run's task with the weights of a checkpoint, as ``build_model``."""
     own, size = config.model, config.model.image_size
     if config.task == "semantic":
-        classes = config.data.num_classes
-        return build_model(own.name, size, classes, checkpoint, config.seed, own.attention)
+        data = config.data
+        args = data.num_classes, checkpoint, config.seed, own.attention
+        semantic = build_model(own.name, size, *args)
+        if data.channel_mean is not None and data.channel_std is not None:
+            set_channels(semantic, data.channel_mean, data.channel_std)
+        return semantic
     model = build_promptable(own.name, size, checkpoint, config.seed, own.attention)
     model.prompt_encoder.requires_grad_(config.prompts.train_prompt_encoder)
     return model
@@ -63,7 +70,8 @@ def build_run_model(config: RunConfig, checkpoint: str | None) -> AnySam:
 def count_parameters(model: AnySam) -> ParameterCounts:
     """Counts the parameters by part of the model."""
     architecture = sum(p.numel() for p in arch_parameters(model))
-    adapter = sum(p.numel() for p in trainable_parameters(model)) - architecture
+    trained = {*trainable_parameters(model), *stem(model.image_encoder).parameters()}
+    adapter = sum(p.numel() for p in trained if p.requires_grad) - architecture
     parts = (model.mask_decoder, model.prompt_encoder)
     decoder = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())

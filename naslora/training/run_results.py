@@ -42,7 +42,7 @@ from naslora.training.accelerator import in_float32
 from naslora.training.clicks import play, score_run
 from naslora.training.evaluation import tiled_class_map
 from naslora.training.interactive import objects_of
-from naslora.training.run_data import calibration
+from naslora.training.run_data import calibration, shown_of
 from naslora.training.run_model import build_frozen_model
 from naslora.training.trainer import Trainer
 
@@ -204,10 +204,10 @@ def _panels(trainer: Trainer, scores: SplitScores) -> dict[int, Panel]:
     for index in choose(dice, EXAMPLES):
         item = data[index]
         whole = data.tiles is not None
-        pixels = item["pixels"] if whole else (255 * item["image"]).round().byte()  # (3, H, W)
+        pixels = item["pixels"] if whole else (255 * item["image"]).round().byte()  # (C, H, W)
         panels[index] = Panel(
             name=item["name"],
-            image=pixels.permute(1, 2, 0).numpy(),
+            image=pixels[shown_of(trainer.run_config)].permute(1, 2, 0).numpy(),
             truth=item["truth" if whole else "mask"].numpy(),
             prediction=_predict(trainer, index),
             dice=dice[index],
