@@ -15,7 +15,6 @@ from naslora import (
     NASLoRAConfig,
     NASLoRALinear,
     UserError,
-    adapter_parameters,
     arch_parameters,
     inject,
     load_adapter,
@@ -88,14 +87,9 @@ def test_every_public_name_can_be_imported():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("rank", 2.0, "rank: expected int, got 2.0"),
         ("rank", True, "rank: expected int, got True"),
         ("lora_alpha", float("inf"), "lora_alpha: expected a finite number"),
-        ("channel_ratio", -0.1, "channel_ratio: expected float >= 0.0, got -0.1"),
-        ("channel_selection", "last", "channel_selection: expected one of first, random, resample"),
-        ("cell_init", "zero", "cell_init: expected one of skip, identity, kaiming"),
         ("blocks", (), "blocks: expected list of length >= 1"),
-        ("blocks", (-1,), "blocks: expected int >= 0"),
     ],
 )
 def test_configuration_refuses(field, value, message):
@@ -103,23 +97,6 @@ def test_configuration_refuses(field, value, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         NASLoRAConfig(**{field: value})
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "rank, ratio, channels",
-    [
-        (3, 0, 0),
-        (3, 1 / 3, 1),
-        (3, 2 / 3, 2),
-        (3, 1, 3),
-        (6, 2 / 3, 4),
-        (12, 2 / 3, 8),
-        (24, 2 / 3, 16),
-        (3, 0.01, 1),  # at least one channel unless the ratio is 0
-    ],
-)
-def test_ratio_decides_the_cell_channels(rank, ratio, channels):
-    assert NASLoRAConfig(rank=rank, channel_ratio=ratio).cell_channels == channels
 
 
 # ---------------------------------------------------------------- injection
@@ -132,44 +109,6 @@ def test_a_fresh_adapter_changes_no_bit_of_the_output(preset, ratio):
     expected = model(images())
     assert inject(model, NASLoRAConfig("qkv", preset=preset, channel_ratio=ratio)) == QKV_NAMES
     assert torch.equal(model(images()), expected)
-
-
-@pytest.mark.parametrize("channel_selection", ["first", "random"])
-@pytest.mark.parametrize("preset", ["linear", "paper"])
-def test_gradients_reach_the_whole_adapter_and_nothing_else(preset, channel_selection):
-    model = adapted(preset=preset, channel_selection=channel_selection).train()
-    ours = {id(p) for p in adapter_parameters(model) + arch_parameters(model)}
-    assert {id(p) for p in model.parameters() if p.requires_grad} == ours
-    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    train(model, steps=1)  # lora_B was zero, so the first step moves it alone
-    model.zero_grad()
-    loss_of(model).backward()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            assert parameter.grad is None and torch.equal(parameter, frozen[name]), name
-            continue
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # Batch norm subtracts the mean, so the gradient of a bias before it is only rounding.
-        before_norm = re.search(r"convolutions\.\d\.[1256]\.bias$", name)
-        assert before_norm or parameter.grad.abs().sum() > 0, name
-
-
-def test_parameters_are_named_as_peft_names_them():
-    layer = next(iter(adapter_layers(adapted())))[1]
-    assert {name for name, _ in layer.named_parameters()} == {
-        "lora_A",
-        "lora_B",
-        "alpha",
-        "base.weight",
-        "base.bias",
-        "cell.dw_sep3",
-        "cell.dw_sep5",
-        "cell.dw_dil3",
-        "cell.dw_dil5",
-        "cell.pw",
-    }
-    assert set(layer.state_dict()) - {n for n, _ in layer.named_parameters()} == {"channels"}
-    assert layer.lora_A.shape == (3, WIDTH) and layer.lora_B.shape == (3 * WIDTH, 3)
 
 
 @pytest.mark.parametrize(
@@ -231,16 +170,6 @@ def test_drawn_channels_are_distinct_and_differ_between_layers(selection):
     drawn = [layer.channels.tolist() for _, layer in adapter_layers(model)]
     assert all(len(set(c)) == 16 and c == sorted(c) and set(c) <= set(range(24)) for c in drawn)
     assert len({tuple(c) for c in drawn}) > 1
-
-
-def test_channels_can_be_drawn_anew():
-    model = adapted(rank=24, channel_selection="resample")
-    layer = next(iter(adapter_layers(model)))[1]
-    channels, before = layer.channels, layer.channels.clone()
-    layer.draw_channels(torch.Generator().manual_seed(123))
-    assert layer.channels is channels and not torch.equal(channels, before)
-    assert len(set(channels.tolist())) == 16
-    assert model(images()).isfinite().all()
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -323,17 +252,6 @@ def test_adapters_stay_in_float32_beside_16_bits(preset, base, dtype):
             assert parameter.dtype == parameter.grad.dtype == torch.float32, name
 
 
-def test_attributes_of_a_linear():
-    layer = make_layer(5, 7)
-    assert (layer.in_features, layer.out_features) == (5, 7)
-    for shown, own in ((layer.weight, layer.base.weight), (layer.bias, layer.base.bias)):
-        assert (shown.dtype, shown.shape) == (own.dtype, own.shape) and isinstance(
-            shown, torch.Tensor
-        )
-    unbiased = NASLoRALinear(nn.Linear(5, 7, bias=False), NASLoRAConfig())
-    assert unbiased.bias is None and unbiased(torch.ones(1, 2, 2, 5)).shape == (1, 2, 2, 7)
-
-
 # ---------------------------------------------------------------- the start of the cell
 
 
@@ -379,24 +297,16 @@ def test_alpha_can_start_uniform():
 # ---------------------------------------------------------------- adapters on disk
 
 
-@pytest.mark.parametrize("into", ["injected", "original"])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"channel_ratio": 0},
-        {"preset": "paper"},
-        {"rank": 6, "channel_selection": "random", "blocks": (1, 2)},
-    ],
-    ids=str,
+    "options", [{"preset": "paper"}, {"rank": 6, "channel_selection": "random", "blocks": (1, 2)}]
 )
-def test_what_was_saved_loads_exactly(tmp_path, options, into):
+def test_what_was_saved_loads_exactly(tmp_path, options):
     """With a part of the model that is trained too, and the statistics of batch norms."""
     trained = adapted(**options)
     trained.neck.requires_grad_(True)
     train(trained.train())
     save_adapter(trained.eval(), tmp_path)
-    model = adapted(**options, seed=99) if into == "injected" else build_encoder(DEPTH)
+    model = build_encoder(DEPTH)
     load_adapter(model, tmp_path)
     expected, actual = trained.state_dict(), model.state_dict()
     assert expected.keys() == actual.keys()

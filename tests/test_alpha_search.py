@@ -20,7 +20,6 @@ from naslora import (
     arch_parameters,
     inject,
     param_groups,
-    print_trainable_parameters,
     weight_parameters,
 )
 from naslora.adapter.layer.injection import cell_parameters
@@ -137,15 +136,6 @@ def test_a_loop_that_sets_one_rate_for_all_groups_is_told_once(rates, warned):
             for group in optimizer.param_groups:
                 group["lr"] = rates(group, step)
     assert [("lose their factor of 10" in str(w.message)) for w in caught] == [True] * warned
-
-
-def test_the_line_of_peft(capsys):
-    model = trainable()
-    print_trainable_parameters(model)
-    count = sum(p.numel() for p in model.parameters())
-    trained = count - 16 * 12 - 12
-    expected = f"trainable params: {trained:,d} || all params: {count:,d} || trainable%: "
-    assert capsys.readouterr().out == f"{expected}{100 * trained / count:.4f}\n"
 
 
 # ---- Steps of alpha ------------------------------------------------------------------------------
@@ -312,19 +302,6 @@ def test_wrappers_are_looked_through(wrap):
         weights.zero_grad()
         search.step(batch(seed), squares)
     assert not torch.equal(alpha, before)
-
-
-def test_a_host_with_gradient_checkpointing():
-    from torch.utils.checkpoint import checkpoint
-
-    model = adapted_encoder()
-    search = AlphaSearch(model, lr=0.01)
-    for reentrant in (False, True):
-        x = images().requires_grad_()
-        loss = search.step(
-            x, lambda m, x, r=reentrant: checkpoint(m, x, use_reentrant=r).square().mean()
-        )
-        assert loss is not None
 
 
 def test_accelerate(fresh_accelerate):

@@ -1,9 +1,7 @@
 """Analysis of a run: attention distances and amplitudes by hand, and the command's folder."""
 
 import csv
-import json
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -56,19 +54,6 @@ def test_attention_without_preference_has_the_mean_distance_of_the_grid(side):
     assert found.shape == (3, side, side)
     # float32 softmax and sums of up to 49 terms
     np.testing.assert_allclose(found[0].detach().numpy(), mean_distances(side), rtol=1e-5)
-
-
-def test_attention_to_one_place_has_the_distance_to_it():
-    # Keys are their token, queries all ask for the first token's direction, strongly.
-    attention = Attention(2, num_heads=1, qkv_bias=True)
-    attention.qkv.bias.data = torch.tensor([200.0, 0, 0, 0, 0, 0])
-    attention.qkv.weight.data = torch.cat([torch.zeros(2, 2), torch.eye(2), torch.zeros(2, 2)])
-    x = torch.zeros(1, 4, 4, 2)
-    x[..., 1] = 1
-    x[0, 1, 2] = torch.tensor([1.0, 0.0])
-    expected = [[math.dist((i, j), (1, 2)) for j in range(4)] for i in range(4)]
-    found = attention_distances(attention, x)[0].detach()
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)  # exp(-141) is what is left
 
 
 # --- log amplitude
@@ -182,17 +167,3 @@ def test_the_folder(naslora, runs, tmp_path):
     assert float(losses[8]["weight"]) == pytest.approx(
         sum(float(row["weight"]) for row in losses[:8]) / 8
     )
-
-
-def test_what_cannot_be_analysed(naslora, runs, tmp_path):
-    other = shutil.copytree(runs[1], tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    del config["sha256"], config["version"]  # as edited by hand
-    config["model"]["attention"] = "stock"
-    (other / "config.json").write_text(json.dumps(config))
-    for folders, output, message in (
-        (runs, runs[0], "exists and is not empty"),
-        ([runs[0], other], "a", "is a run of another configuration"),
-    ):
-        result = naslora("analyse", *folders, "--output", tmp_path / output)
-        assert result.status == 2 and message in result.err

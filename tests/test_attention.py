@@ -35,8 +35,6 @@ from naslora import (
     UserError,
     fuse_attention,
     inject,
-    load_adapter,
-    save_adapter,
     unfuse_attention,
 )
 from naslora.adapter.layer.windows import partition, unpartition
@@ -196,14 +194,6 @@ def test_bfloat16_autocast(build):
             theirs, found = first(stock(x)), first(ours(x))
     assert found.dtype == theirs.dtype == torch.bfloat16
     assert relative(found - exact, exact) <= 1.5 * relative(theirs - exact, exact)
-
-
-@pytest.mark.parametrize("name", ["segment_anything", "segment_anything, no positions"])
-def test_no_images(name):
-    x = torch.zeros(0, 4, 6, 32, requires_grad=True)
-    attention = fused(FAMILIES[name]())
-    attention(x).sum().backward()
-    assert x.grad.shape == x.shape and not attention.qkv.weight.grad.any()
 
 
 def first(output):
@@ -386,22 +376,6 @@ class Products(TorchDispatchMode):
 # ---- With adapters -------------------------------------------------------------------------------
 
 
-def test_before_and_after_inject_and_load(tmp_path):
-    stock, after = adapted_encoder(), fused(adapted_encoder())
-    expected = stock(images())
-    before = fused(build_encoder())
-    inject(before, NASLoRAConfig())
-    randomize(before)
-    save_adapter(after, tmp_path)
-    into_fused, into_stock = fused(build_encoder()), build_encoder()
-    for other in (into_fused, into_stock):
-        load_adapter(other, tmp_path)
-    for model in (before, into_fused):
-        assert torch.equal(model(images()), after(images()))
-    for model in (after, into_stock):
-        torch.testing.assert_close(model(images()), expected)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method, tiny_vit):
     """VPT computes attention itself, from the attention's layers."""
@@ -444,17 +418,6 @@ def test_torch_compile_in_one_graph(name, dynamic):
     torch.testing.assert_close(first(compiled(x)), expected)
     first(compiled(x)).sum().backward()
     assert attention.qkv.weight.grad.abs().max() > 0
-
-
-def test_a_compiled_model_is_fused_and_restored():
-    torch.compiler.reset()
-    model = encoder().requires_grad_(False)
-    compiled = torch.compile(model, backend="eager")
-    stock = compiled(images())
-    assert fuse_attention(compiled) == [f"_orig_mod.{name}" for name in BLOCKS]
-    assert torch.equal(compiled(images()), model(images()))
-    unfuse_attention(compiled)
-    assert torch.equal(compiled(images()), stock)
 
 
 def test_gradient_checkpointing(tiny_vit):
@@ -507,22 +470,6 @@ def test_fully_shard(fuse_first, single_process_group):
     output.sum().backward()
     assert unfuse_attention(model) == BLOCKS
     torch.testing.assert_close(model(images()), expected)
-
-
-def test_fully_shard_of_an_attention_itself(single_process_group):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (1,))
-    model = fused(encoder())
-    expected = model(images())
-    fully_shard(model.blocks[0].attn, mesh=mesh)
-    assert torch.equal(model(images()), expected)
-    with pytest.raises(
-        UserError, match=r"blocks\.0\.attn is sharded; call unfuse_attention before"
-    ):
-        unfuse_attention(model)
-    assert isinstance(model.blocks[1].attn, FusedAttention)
 
 
 # ---- What is not known ---------------------------------------------------------------------------

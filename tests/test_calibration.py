@@ -192,16 +192,6 @@ def test_the_result_loads_strictly_into_an_unmodified_model():
     assert all(0 < error.held_out_error < 1 for report in reports for error in report.layers)
 
 
-def test_a_layer_without_a_bias_gets_none():
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    model.add_module("qkv", nn.Linear(8, 6, bias=False))
-    inject(model, NASLoRAConfig(target="qkv"))
-    randomize(model)
-    merge(model.eval(), "calibrated", [tokens(4, 6, 6, 8)])
-    assert model.qkv.bias is None and list(model.state_dict()) == ["qkv.weight"]
-
-
 def test_few_tokens_are_reported_with_a_warning():
     model = adapted_encoder()
     with pytest.warns(UserWarning, match=r"2 layers .* fewer tokens .* saw 64, and has 128: give"):

@@ -17,14 +17,12 @@ from reliability.conftest import Forked
 from run_configs import run_config
 
 from naslora.errors import UserError
-from naslora.methods import METHODS
 from naslora.report.page import write_page
-from naslora.results import Epoch, RunNumbers
+from naslora.results import RunNumbers
 from naslora.study import compare, tables
 from naslora.study.design import Design, parse_grid, with_values
 from naslora.study.differences import over_images
-from naslora.study.measurement import find_refusals, in_own_process, training_seconds
-from naslora.study.summary import COLUMNS, mean_and_spread, number_table, row_numbers
+from naslora.study.measurement import find_refusals, in_own_process
 from naslora.training.run_config import DataConfig, RunConfig
 from naslora.training.train_config import TrainConfig
 
@@ -192,14 +190,6 @@ def test_a_folder_in_use_is_refused(finished, naslora, arguments):
     assert result.status == 2 and "not empty" in result.err
 
 
-def test_bad_data_is_refused_before_anything_is_written(naslora, make_data, tmp_path):
-    data = make_data(tmp_path / "data", train=2, val=1, test=1)
-    (data / "images/train0.png").write_bytes(b"no picture")
-    options = ["--methods", "lora", "--data", data, *TRAIN, "--output", tmp_path / "out"]
-    result = naslora("compare", *options)
-    assert result.status == 2 and "train0.png" in result.err and not (tmp_path / "out").exists()
-
-
 # --- The order of things, on runs that do not train ---
 
 
@@ -235,13 +225,6 @@ def numbers(dice, **changed):
     parameters = {"trainable_parameters": 250, "share_of_parameters": 0.25, "entropy": None}
     machine = "1 threads each, on 2 processors (cpu)"
     return RunNumbers({**parameters, **scores, **costs, **changed}, machine=machine, load=1.0)
-
-
-def a_row(*runs, name="lora"):
-    """A row of finished runs."""
-    title = METHODS[name].title
-    row = {"title": title, "seeds": len(runs), "missing": 0, "refused": False}
-    return row | row_numbers(runs)
 
 
 def test_seeds_are_the_outer_loop_and_a_finished_comparison_is_drawn_again(quick, tmp_path):
@@ -451,37 +434,6 @@ def test_tuning_on_the_validation_images(naslora, data, tiny_sam, tmp_path):
 
 
 # --- Numbers ---
-
-
-def test_a_row():
-    row = a_row(numbers(0.4), numbers(0.5, weight_seconds=0.7, peak_memory=2 * 10**9))
-    assert row["dice"] == pytest.approx(0.45)
-    assert row["iou"] == pytest.approx(0.225)
-    assert row["dice_spread"] == pytest.approx(statistics.stdev([0.4, 0.5]))
-    assert row["weight_seconds"] == pytest.approx(0.6)
-    assert row["peak_memory"] == 2 * 10**9 and row["inference_exact"] == 0.1
-    assert row["share_of_parameters"] == 0.25
-    table = number_table([row], COLUMNS, "Method")
-    shown = dict(zip(table.head, table.rows[0], strict=True))
-    assert shown["Dice"] == "0.450 ± 0.071" and shown["Of all, %"] == "25.00"
-    assert shown["Peak memory, MB"] == "2,000" and shown["merged, exact"] == "0.100"
-
-
-def test_one_seed_has_no_spread_and_unknown_scores_no_mean():
-    assert mean_and_spread([0.25]) == (0.25, None)
-    assert mean_and_spread([0.25, None]) == (None, None)
-    table = number_table([a_row(numbers(None))], COLUMNS, "Method")
-    assert "–" in table.rows[0]
-
-
-def test_training_seconds():
-    history = [
-        Epoch(0, 1, 1.0, 1.0, None, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, 2.0, 0.0, 1.0),
-        Epoch(1, 2, 1.0, 1.0, 1.0, 1.0, 0.5, 0.4, 0.9, 1e-3, 2.0, 4.0, 3.0, 1.0),
-    ]
-    # 6 s of weight steps and 3 s of alpha's over two epochs of 10 images.
-    seconds = training_seconds(history, 10)
-    assert seconds == pytest.approx({"weight_seconds": 0.3, "training_seconds": 0.45})
 
 
 def test_a_process_of_its_own():

@@ -1,6 +1,5 @@
 """Building the extensions, without a GPU: setup.py, the report of nvcc, the served devices."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,7 +8,6 @@ from fresh_process import run_fresh
 from setuptools import Distribution
 
 from bench.gpu import cuda_resources
-from bench.gpu.resources import Usage
 from naslora_kernels import cuda
 
 setup = cuda_resources.load_setup()
@@ -32,19 +30,6 @@ def test_every_kernel_compiles_without_warning_and_without_spills(architecture):
     assert not problems and not [usage for usage in usages if usage.spilled or usage.stack]
     # With at most 128 registers, at least two blocks of 256 threads fit a multiprocessor.
     assert all(usage.registers <= 128 for usage in usages)
-
-
-def test_report_of_ptxas_is_parsed():
-    report = """
-ptxas info    : Compiling entry function '_Z8a_kernelIfLi2EEvi' for 'sm_80'
-ptxas info    : Function properties for _Z8a_kernelIfLi2EEvi
-    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
-ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 656 bytes cmem[0]
-"""
-    usage = Usage("a<float, 2>", "sm_80", 40, 1024, 16, 12)
-    assert cuda_resources.parse(report) == {"_Z8a_kernelIfLi2EEvi": usage}
-    code = "/*0000*/ @!P0 LD.E R1, [R2] ;\n/*0010*/ LDG.E R1, [R2] ;\n/*0020*/  ST [R1], R2 ;"
-    assert cuda_resources.generic_accesses(code) == 2
 
 
 # ---- setup.py ----------------------------------------------------------------------------------
@@ -74,10 +59,6 @@ def fake_nvcc(tmp_path, monkeypatch):
     for variable in ("TORCH_CUDA_ARCH_LIST", *(f"NASLORA_{v}" for v in SWITCHES)):
         monkeypatch.delenv(variable, raising=False)
     return str(nvcc)
-
-
-def test_nvcc_below_cuda_home_is_found_first(fake_nvcc):
-    assert setup.find_nvcc() == fake_nvcc
 
 
 FORCED, NAMED = {"NASLORA_FORCE_CUDA": "1"}, "TORCH_CUDA_ARCH_LIST"
@@ -194,19 +175,6 @@ def test_nvidia_smi_or_libcuda_names_the_cards(smi, driver, found, tmp_path, mon
     assert setup.cards() == found
 
 
-@pytest.mark.parametrize(("jobs", "expected"), [("3", 3), ("0", 1), ("", None), ("many", None)])
-def test_max_jobs_bounds_the_compilers(jobs, expected, monkeypatch):
-    monkeypatch.setenv("MAX_JOBS", jobs)
-    assert setup.processors() == (expected or os.cpu_count())
-
-
-def test_each_capability_is_compiled_once():
-    assert setup.code_flags(["sm_80", "sm_90", "compute_90"]) == [
-        "-gencode=arch=compute_80,code=[sm_80]",
-        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-    ]
-
-
 def build_cuda(tmp_path):
     """Builds the CUDA extension alone, as an install does."""
     builder = setup.BuildKernels(Distribution({"ext_modules": setup.extensions()}))
@@ -229,11 +197,6 @@ def test_failed_build_is_fatal_if_forced(fake_nvcc, tmp_path, monkeypatch):
     monkeypatch.setenv("NASLORA_FORCE_CUDA", "1")
     with pytest.raises(SystemExit, match=r"^naslora: the CUDA extension was not built: TORCH_CUDA"):
         build_cuda(tmp_path)
-
-
-def test_message_of_the_compiler_is_reported(fake_nvcc):
-    with pytest.raises(setup.BuildError, match=r"nvcc: kernel.cu\(7\): error: no such luck$"):
-        setup.run(fake_nvcc, "-c", "kernel.cu")
 
 
 def test_windows_compiles_and_links_with_zig(tmp_path, monkeypatch):

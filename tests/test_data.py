@@ -14,10 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from naslora.data.dataset import SegmentationDataset, collate
-from naslora.data.datasets import DATASETS, load_all, load_splits
+from naslora.data.datasets import load_all, load_splits
 from naslora.data.demo_data import write_mni152
 from naslora.data.images import Sample, open_picture
-from naslora.data.masks import read_mask
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.data.splits import draw_folds, write_splits
 
@@ -109,14 +108,6 @@ def test_bad_csv_files(csv_root, split, text, parts):
         path.write_text(text)
     message = error_of(load_splits, "csv", csv_root)
     assert all(part in message for part in parts), message
-
-
-def test_unknown_source_and_missing_root(tmp_path):
-    message = error_of(load_splits, "isic", tmp_path)
-    assert "'isic'" in message and all(name in message for name in DATASETS)
-    for source in ("csv", "folders"):
-        message = error_of(load_splits, source, tmp_path / "absent")
-        assert f"folder {tmp_path / 'absent'} does not exist" in message
 
 
 def test_folders_pair_by_stem_whatever_the_suffix(folder_root):
@@ -307,14 +298,6 @@ def samples(tmp_path):
     ]
 
 
-def test_check_samples_names_the_first_bad_row(samples):
-    assert len(check_samples(samples, 1)) == 5
-    save(samples[3].mask, np.zeros((3, 4)))
-    save(samples[1].mask, np.full((10, 12), 9))
-    message = error_of(check_samples, samples, 1)
-    assert message.startswith("train.csv row 3: ") and "labels 9, beyond" in message
-
-
 def test_sizes_that_differ(samples):
     save(samples[2].mask, np.zeros((3, 4)))
     dataset = SegmentationDataset(samples, 8, 1)
@@ -406,12 +389,6 @@ def test_flips_move_image_and_mask_alike_and_depend_on_seed_epoch_and_index(samp
     assert [flips_of(other, samples, epoch) for epoch in range(12)] != epochs
 
 
-def test_flips_are_half_of_all(samples):
-    dataset = SegmentationDataset(samples[:1] * 4000, 1, 1, flip=True)
-    share = np.mean([dataset.is_flipped(i) for i in range(4000)])
-    assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(4000)  # four standard deviations
-
-
 # --- batches
 
 
@@ -494,23 +471,6 @@ def test_demo_splits_lie_apart(demo):
     for split in planes:
         for other in planes.keys() - {split}:
             assert min(abs(a - b) for a in planes[split] for b in planes[other]) > 4
-
-
-def test_demo_images_and_labels(demo):
-    samples = list(itertools.chain(*load_splits("mni152", demo).values()))
-    check_samples(samples, 3)
-    intensity = {0: [], 1: [], 2: []}
-    for sample in samples:
-        image = Image.open(sample.image)
-        assert image.mode == "L" and image.size == (192, 192)
-        mask = read_mask(sample, 3)
-        assert set(np.unique(mask)) == {0, 1, 2}
-        for label, values in intensity.items():
-            values.append(np.asarray(image)[mask == label])
-        # the window contains the whole brain
-        assert not any(edge.any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
-    background, grey, white = (np.median(np.concatenate(values)) for values in intensity.values())
-    assert background < grey < white  # as in any T1 image
 
 
 def test_demo_is_upright_and_not_mirrored(demo):

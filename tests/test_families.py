@@ -563,18 +563,6 @@ def test_statistics_of_hiera_s_blocks():
     assert found[2].attention_distance == pytest.approx(8 * uniform(4), rel=1e-5)
 
 
-def test_statistics_of_sam3_s_blocks():
-    """Uniform attention, all tokens in one window."""
-    model = build_model("sam3", 56).eval()
-    for block in model.image_encoder.transformer_blocks():
-        torch.nn.init.zeros_(block.attention.q_proj.weight)
-    found = block_statistics(model.image_encoder, [pixels(56)], 56)
-    assert [block.window for block in found] == [4, None, 4]
-    places = np.stack(np.meshgrid(*[np.arange(4)] * 2, indexing="ij"), -1).reshape(-1, 2)
-    uniform = np.linalg.norm(places[:, None] - places, axis=-1).mean()
-    assert [block.attention_distance for block in found] == pytest.approx([14 * uniform] * 3)
-
-
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", ["sam2.1_t", "sam3", "dinov3_s", "dinov2_s", "pe_spatial_t"])
 def test_a_run_from_images_to_predictions(naslora, make_data, tmp_path, name):

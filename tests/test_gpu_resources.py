@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from bench import attention, cases
-from bench.gpu import launches, traffic, triton_resources
-from bench.gpu.resources import Usage, products, summary
+from bench.gpu import launches, traffic
 from bench.kinds import KINDS
 
 needs_triton = pytest.mark.skipif(
@@ -38,48 +37,6 @@ def test_triton_kernels_compile_for_real_cards_without_spills():
     for kernel in ("attention_forward", "attention_keys", "attention_queries"):
         assert f"\n| {kernel} | – | tcgen05.mma |\n" in result.stdout
     assert result.stdout.splitlines()[-1].endswith(" kernels compiled, 0 problems")
-
-
-@needs_triton
-def test_refuses_under_the_interpreter(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys, "argv", ["triton_resources", "90"])
-    assert triton_resources.main() == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("triton_resources: TRITON_INTERPRET=1 is set")
-
-
-def test_report_of_cuobjdump_is_read():
-    line = " Function a_kernel:\n  REG:40 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:632 TEXTURE:0\n"
-    assert triton_resources.parse(line) == {"registers": 40, "stack": 16, "spilled": 24}
-
-
-def test_problems_are_told_one_by_one():
-    problems = triton_resources.problems([
-        Usage("fine", "sm_90", 255, 227 * 1024, 0, 0),
-        Usage("spills", "sm_90", 255, 0, 16, 16),
-        Usage("big", "sm_75", 40, 65 * 1024, 0, 0),
-    ])  # fmt: skip
-    assert problems == [
-        "spills, sm_90: 16 bytes of a thread's registers spill",
-        "big, sm_75: 66560 bytes of shared memory, of 65536",
-    ]
-
-
-def test_tables_give_ranges_over_variants():
-    """Of a kernel that only some cards have, too."""
-    ptx = ["fma.rn.f32 %f1, %f2;", "wgmma.mma_async.sync.aligned.m64n64k16", "mma.sync.aligned.m16"]
-    fma, wgmma, mma = map(triton_resources.product, ptx)
-    usages = [
-        Usage("a<float>", "sm_80", 40, 0, 0, 0, fma),
-        Usage("a<half>", "sm_80", 64, 2048, 0, 0, mma),
-        Usage("a<float>", "sm_90", 32, 0, 0, 8, wgmma),
-        Usage("b", "sm_90", 64, 1024, 0, 0),
-    ]
-    head, _, *rows = summary(usages).splitlines()
-    assert head.startswith("| kernel | variants | registers: sm_80 |")
-    assert rows == ["| a | 2 | 40-64 | 32 | 0-2 | 8 |", "| b | 1 | – | 64 | 1 | 0 |"]
-    assert products(usages).splitlines()[2:] == ["| a | mma.sync, – | wgmma.mma_async |"]
 
 
 # ---- What a launch moves -----------------------------------------------------------------------

@@ -11,8 +11,6 @@ from naslora.data.contents import read_contents, warnings_about
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Sample, open_picture
 from naslora.data.picture import Intensity, Limits, parse_intensity, scale
-from naslora.data.tiff import read_georeference
-from naslora.prediction import write_geotiff
 
 WINDOW = Intensity("window", 1000, 3000)
 GREY = np.array([[0, 1000, 1500], [2000, 3000, 65535]], np.uint16)
@@ -216,13 +214,3 @@ def test_a_georeference_is_kept(naslora, runs, tmp_path):
     assert np.array_equal(*masks)
     plain = naslora("predict", runs / "plain", image, "--output", folder)
     assert plain.status == 0 and not (folder / "test0_mask.tif").exists()
-
-
-def test_a_rotated_file_has_no_georeference_for_its_upright_mask(tmp_path):
-    turned = [*GEO, (274, "H", 1, 6, True)]
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5), np.uint8), extratags=turned)
-    assert read_georeference(tmp_path / "a.tif") == []
-    labels = np.eye(70, 5, dtype=np.uint8)
-    tifffile.imwrite(tmp_path / "b.tif", labels, extratags=GEO)
-    write_geotiff(tmp_path / "c.tif", labels, read_georeference(tmp_path / "b.tif"))
-    assert np.array_equal(tifffile.imread(tmp_path / "c.tif"), labels)

@@ -9,7 +9,6 @@ from PIL import Image, ImageOps
 
 from naslora.data import picture as pictures
 from naslora.data.images import Sample, open_picture, source_of
-from naslora.data.masks import read_mask
 from naslora.data.picture import Intensity, Limits, Picture, scale
 from naslora.data.tiff import open_tiff
 from naslora.errors import UserError
@@ -155,16 +154,6 @@ def test_png_files_row_by_row(tmp_path, pixels):
             assert image.info == {"Software": "naslora predict"}
             assert image.mode == ("L" if pixels.ndim == 2 else "RGB")
             assert np.array_equal(image, pixels)
-
-
-def test_a_palette_shows_class_indices(tmp_path):
-    labels = np.eye(5, 7, dtype=np.uint8)
-    size = Picture(source_of(Image.fromarray(labels)), "here")
-    write_png(tmp_path / "a.png", size, [labels], [(0, 0, 0), (230, 159, 0)])
-    with Image.open(tmp_path / "a.png") as image:
-        assert np.array_equal(image, labels)
-        assert image.convert("RGB").getpixel((1, 1)) == (230, 159, 0)
-    assert np.array_equal(read_mask(Sample(tmp_path, tmp_path / "a.png", "here"), 3), labels)
 
 
 def test_painting_does_not_depend_on_the_bands(monkeypatch):

@@ -5,12 +5,10 @@ import gc
 import pickle
 import weakref
 from dataclasses import asdict, replace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from adapted_models import (
     adapted_encoder,
     adapted_layer,
@@ -24,7 +22,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRALinear, UserError, merge, unmerge
-from naslora.adapter.layer.cell import LEFT_OUT, FoldedCell
+from naslora.adapter.layer.cell import LEFT_OUT
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.adapter.merging.merge import NOISE_GRID
 from naslora.adapter.merging.merged import restore_merged
@@ -164,19 +162,6 @@ def test_the_folded_kernel_is_cropped_to_its_taps(operations, size):
     merge(model)
     assert model.qkv.mixture.kernel.shape == (2, 2, size, size)
     assert relative(model(x) - expected, expected) < ROUNDING[torch.float32]
-
-
-def test_pooling_without_weight_is_not_computed(monkeypatch):
-    monkeypatch.setenv("NASLORA_BACKEND", "reference")
-    average, maximum = (Mock(wraps=pool) for pool in (F.avg_pool2d, F.max_pool2d))
-    monkeypatch.setattr(F, "avg_pool2d", average)
-    monkeypatch.setattr(F, "max_pool2d", maximum)
-    z, kernel = tokens(1, 4, 4, 2), tokens(2, 2, 3, 3)
-    for weights in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (1e-30, 0.5)):
-        average.reset_mock()
-        maximum.reset_mock()
-        FoldedCell(kernel, torch.tensor(weights))(z)
-        assert (average.called, maximum.called) == (weights[0] > 0, weights[1] > 0)
 
 
 # ---------------------------------------------------------------- center
@@ -509,11 +494,3 @@ def test_errors_of_the_hosts_own_forward_are_its_own():
     with pytest.raises(AttributeError, match="'int' object has no attribute 'pixels'"):
         merge(host, calibration=[3], forward=lambda model, batch: model(batch.pixels))
     assert snapshot(host) == before
-
-
-@pytest.mark.parametrize("function", [merge, unmerge])
-@pytest.mark.parametrize("model", [None, {}, "vit_b"])
-def test_merging_no_model_is_refused(function, model):
-    kind = type(model).__name__
-    with pytest.raises(UserError, match=f"^model must be a torch.nn.Module, got {kind}$"):
-        function(model)

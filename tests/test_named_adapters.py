@@ -68,15 +68,6 @@ def test_each_adapter_computes_as_if_it_were_alone():
     assert all(module.training for module in model.modules())
 
 
-def test_adding_changes_nothing_yet():
-    model = adapted_encoder(target="qkv")
-    before, expected = [id(m) for m in model.modules()], model(images())
-    names = add_adapter(model, "second", SECOND, seed=1)
-    assert names == [f"blocks.{i}.attn.{name}" for i in (0, 1) for name in ("qkv", "proj")]
-    assert [id(m) for m in model.modules()] == before and active_adapter(model) == "default"
-    assert torch.equal(model(images()), expected)
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_have_adapters_of_their_own(copied):
     model = two_adapters()

@@ -37,27 +37,6 @@ def test_there_is_one_for_each_data_set():
     assert set(shipped_recipes()) == set(miniatures.TREES)
 
 
-def test_the_settings_are_those_written_down():
-    config = load_recipe("isic2017")
-    assert (config.data.dataset, config.method) == ("isic2017", "nas-pc-lora")
-    assert (config.model.name, config.model.image_size) == ("vit_h", 1024)
-    training = config.training
-    assert (training.optimizer, training.learning_rate) == ("adamw", 1e-4)
-    assert (training.weight_decay, training.epochs) == (1e-4, 30)
-    assert (training.search_start, training.schedule) == (10, "linear")
-    assert (training.batch_size, training.accumulation, training.clip_norm) == (4, 4, 1.0)
-    assert (training.alpha_learning_rate, training.mixed_precision) == (3e-4, "fp16")
-    assert config.data.resolution == "original"
-    assert (config.adapter.cell_init, config.adapter.scaling) == ("identity", 32 / 3)
-    assert load_recipe("isic2017", "lora").adapter == METHODS["lora"].config(target="qkv")
-    # Another rate or number of epochs on four data sets, the rest as above
-    rates = {"leaf": (3e-4, 30), "roads": (3e-4, 20), "camouflage": (1e-4, 20), "sbu": (1e-4, 10)}
-    for dataset, expected in rates.items():
-        training = load_recipe(dataset, "nas-lora").training
-        assert (training.learning_rate, training.epochs) == expected
-        assert training.search_start < training.epochs and training.optimizer == "adamw"
-
-
 @pytest.mark.parametrize("name, method", PAIRS)
 def test_each_trains_two_steps(
     name, method, trees, tiny_sam, tmp_path, fresh_accelerate, monkeypatch

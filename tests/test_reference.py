@@ -21,7 +21,6 @@ from naslora_kernels import (
     OPERATIONS,
     available_backends,
     backends,
-    build_info,
     checks,
     folded_convolution,
     mixed_cell,
@@ -480,14 +479,6 @@ def test_channels_on_a_gpu_are_read_once(inference, monkeypatch):
     captured = ChannelsOnAGPU(inference=True)
     checks._check_channel_values(captured, 3)
     assert captured.reads == 0
-
-
-def test_every_backend_answers():
-    reasons = available_backends()
-    assert next(iter(reasons)) == "reference" and reasons["reference"] is None
-    assert set(reasons) == {"reference", "cpp", "triton", "cuda"}
-    assert all(reason is None or reason.strip() for reason in reasons.values())
-    assert {"version", "compiled", "compiler", "architectures"} <= build_info().keys()
 
 
 IMPORT_WATCH = """

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from naslora.adapter.merging.report import LayerError
-from naslora.records import to_json
 from naslora.report.figures import STAGE_2_LABEL, Drawing
 from naslora.report.pictures import ERRORS, Merged, Panel, paint_errors
 from naslora.report.run_report import write_report
@@ -191,16 +190,6 @@ def test_full_report(report, run):
     assert report(plots=True, **run) == text
 
 
-def test_tints_show_what_changed_since_the_start(report, run):
-    start, final = ([[a, b, *[0.1 / 6] * 6]] for a, b in ((0.7, 0.2), (0.6, 0.3)))
-    states = [Mixture(-1, start * 3), Mixture(3, final * 3)]
-    run["operations"] = replace(run["operations"], epochs=states)
-    row = re.search(r'<th scope="row">1</th>(<td style.*?)</tr>', report(**run)).group(1)
-    tints = re.findall(r"--hue: var\(--(\w+)\); --heat: (\d+)%", row)
-    assert tints[:2] == [("orange", "60"), ("blue", "60")]
-    assert {heat for _, heat in tints[2:]} == {"0"}
-
-
 def test_a_method_without_alpha_that_merges_nothing(report, run):
     result = replace(run["result"], merge={}, test_merged={})
     text = report(**{**run, "result": result, "operations": None, "panels": []})
@@ -282,14 +271,6 @@ def test_merging_is_shown_where_it_changes_most(report, run):
     assert "No pixel of the images above changes by merging." in report(**run)
 
 
-def test_size_with_six_large_noisy_pictures(report, run):
-    noise = np.random.default_rng(0).normal(128, 25, (700, 1000, 1)).repeat(3, -1)
-    image = noise.clip(0, 255).astype(np.uint8)
-    labels = (noise[..., 0] > 150).astype(int)
-    run["panels"] = [Panel(str(index), image, labels, labels, 1.0) for index in range(6)]
-    assert len(report(plots=True, **run)) < 3_000_000
-
-
 def test_pyplot_is_never_imported(report, run, monkeypatch):
     """It would start a user's windows, and keep every figure in memory."""
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
@@ -314,9 +295,3 @@ def test_pyplot_is_never_imported(report, run, monkeypatch):
 )
 def test_the_worst_and_the_best_are_chosen(dice, chosen):
     assert choose(dice, 4) == chosen
-
-
-def test_the_dice_of_the_images_is_not_stored():
-    scores = SplitScores(dice=0.5, image_dice=[0.25, None, 0.75])
-    assert to_json(scores) == {"loss": None, "dice": 0.5, "iou": None, "accuracy": None}
-    assert scores == SplitScores(dice=0.5)

@@ -111,20 +111,6 @@ def test_statistics_of_trained_norms_are_saved(tmp_path):
         assert torch.equal(other.decoder.eval()(images()), expected)
 
 
-def test_files_carry_what_peft_files_carry(tmp_path):
-    model = adapted_encoder()
-    model.name_or_path = "facebook/sam-vit-base"
-    save_adapter(model, tmp_path)
-    stored = json.loads((tmp_path / CONFIG_NAME).read_text())
-    assert stored["peft_type"] == "NASLORA"
-    assert stored["base_model_name_or_path"] == "facebook/sam-vit-base"
-    plain = build_encoder().requires_grad_(False)
-    plain.neck.requires_grad_(True)
-    save_adapter(plain, tmp_path)
-    stored = json.loads((tmp_path / CONFIG_NAME).read_text())
-    assert stored["peft_type"] is None and stored["base_model_name_or_path"] is None
-
-
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
 def test_files_get_the_mode_of_other_files(mask, tmp_path):
     before = os.umask(mask)

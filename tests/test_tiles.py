@@ -86,32 +86,6 @@ def test_the_step_of_tiles_is_a_patch():
 # --- blending
 
 
-@pytest.mark.parametrize("overlap", [0, 0.1, 0.25, 0.5])
-def test_weights_sum_to_one(overlap):
-    for size in ((40, 33), (17, 100), (5, 16)):
-        grid = Grid(Tiles(SIDE, overlap), *size)
-        maps = (torch.full((2, *grid.size), 3.0) for _ in grid.boxes())
-        result = blended(grid, maps)
-        assert result.shape == (2, *size)
-        # Rounding of two products and a sum in float32.
-        torch.testing.assert_close(result, torch.full_like(result, 3.0), rtol=1e-6, atol=0)
-
-
-def test_a_model_of_small_reach_predicts_as_on_the_whole_image():
-    """A filter of reach 2, on an image of which every tile has an overlap of at least 8."""
-    image = torch.rand(1, 61, 83, generator=torch.Generator().manual_seed(0))
-    kernel = torch.rand(1, 1, 5, 5, generator=torch.Generator().manual_seed(1))
-
-    def filtered(pixels):
-        return F.conv2d(pixels[None], kernel, padding=2)[0]
-
-    whole = filtered(image)
-    torch.testing.assert_close(by_tiles(Tiles(SIDE, 0.5), image, filtered), whole)
-    # With a smaller overlap, or none, the zeros around the tiles show.
-    for overlap in (0, 0.25):
-        assert (by_tiles(Tiles(SIDE, overlap), image, filtered) - whole).abs().max() > 0.01
-
-
 def test_a_model_of_patches_predicts_as_on_the_whole_image():
     """A model whose output is the mean of each patch, as an encoder without attention."""
     image = torch.rand(1, 240, 144, generator=torch.Generator().manual_seed(0))
@@ -295,13 +269,3 @@ def test_an_exported_model_knows_its_tiles(naslora, run, tmp_path):
     old = '{"model": "vit_t", "image_size": 32, "num_classes": 1, "class_names": ["a"]}'
     assert read_description(old).crop is None
     assert load_class_map(file)[1].crop == 32
-
-
-def test_scores_of_images_that_fit_are_those_of_whole_images(naslora, run, make_data, tmp_path):
-    data = make_data(tmp_path / "small", train=1, val=1, test=3)
-    tiles, original = (
-        json.loads(naslora("evaluate", run, "--data", data, "--resolution", resolution).out)
-        for resolution in ("tiles", "original")
-    )
-    assert tiles["metrics"] == original["metrics"]
-    assert tiles["loss"] == pytest.approx(original["loss"], abs=1e-6)  # means in another order
