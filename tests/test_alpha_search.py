@@ -424,16 +424,6 @@ def test_the_adapter_stays_float32(preset, cast, dtype):
     assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
 
 
-def test_float64_casts_are_followed():
-    model = adapted_layer().double()
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert model(tokens(1, 4, 4, 16, dtype=torch.float64)).dtype == torch.float64
-    assert {p.dtype for p in model.float().parameters()} == {torch.float32}
-    assert {p.dtype for p in adapted_layer().double().half().qkv.cell.parameters()} == {
-        torch.float32
-    }
-
-
 @pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"channel_ratio": 0}])
 def test_a_traced_model_computes_what_the_model_computes(options, tmp_path):
     model = adapted_encoder(**options)
@@ -442,12 +432,3 @@ def test_a_traced_model_computes_what_the_model_computes(options, tmp_path):
     x = images(9)
     # The traced model computes with the reference, the model with the kernels.
     torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(x), model(x))
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 4, 16), (2, 16, 16)])
-@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
-def test_tracing_warns_of_nothing_and_takes_other_batches(shape):
-    model = adapted_layer()
-    traced = torch.jit.trace(model, tokens(*shape))
-    other = tokens(5, *shape[1:])
-    torch.testing.assert_close(traced(other), model(other))

@@ -2,10 +2,8 @@
 
 import asyncio
 import json
-import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SIZE, TRAIN, error_of, free_port, wait_for, write_data
+from conftest import SIZE, TRAIN, error_of, free_port, write_data
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -222,52 +220,3 @@ def test_what_is_refused(naslora, images, monkeypatch, tmp_path):
         for arguments, words in cases:
             result = naslora(*arguments)
             assert result.status == 2 and words in result.err and result.err.count("\n") == 1
-
-
-@pytest.mark.campaign
-def test_the_page_in_a_browser(images, tmp_path):
-    """Needs playwright from the registry, and Chromium of the system."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium")
-    port = free_port()
-    command = [sys.executable, "-m", "naslora", "annotate", "vit_t", images[0].parent]
-    command += ["--output", tmp_path / "set", "--port", str(port), "--no-browser"]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
-    server = subprocess.Popen(command, env=environment)
-    try:
-
-        def listens() -> bool:
-            with socket.socket() as tried:
-                return tried.connect_ex(("127.0.0.1", port)) == 0
-
-        wait_for(listens, server)
-        with playwright.sync_playwright() as engine:
-            browser = engine.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page()
-            page.goto(f"http://127.0.0.1:{port}")
-            page.get_by_text("0.png, 1 of 6, new").wait_for()
-            box = page.locator("img").first.bounding_box()
-            middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-            page.mouse.click(*middle)
-            page.locator("circle[fill=lime]").wait_for()
-            page.mouse.click(box["x"] + 20, box["y"] + 20, button="right")
-            page.locator("circle[fill=red]").wait_for()
-            page.keyboard.press("Enter")
-            page.locator("circle").first.wait_for(state="detached")
-            page.mouse.move(box["x"] + 30, box["y"] + 30)
-            page.mouse.down()
-            page.mouse.move(*middle)
-            page.mouse.up()
-            page.locator("rect").wait_for()
-            page.keyboard.press("ArrowRight")
-            page.get_by_text("1.png, 2 of 6, new").wait_for()
-            page.get_by_text("Save", exact=True).click()
-            page.get_by_text("labelled images: 1 train, 1 val").wait_for()
-            browser.close()
-    finally:
-        server.terminate()
-        server.wait()
-    assert LabelledSet(tmp_path / "set").counts() == Counter(train=1, val=1)
-    assert np.asarray(Image.open(tmp_path / "set" / "masks" / "0.png")).shape == SHAPE

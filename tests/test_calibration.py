@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from adapted_models import (
     adapted_encoder,
-    adapted_layer,
     build_encoder,
     images,
     randomize,
@@ -24,7 +23,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, UserError, inject, merge, unmerge
-from naslora.adapter.layer.cell import LEFT_OUT
 from naslora.adapter.merging.calibration import FOLDS, PENALTIES, Moments, fit
 
 torch.set_num_threads(1)
@@ -85,35 +83,6 @@ def test_the_fit_is_the_ridge_regression_that_held_out_tokens_choose(count, bias
     assert_close(result.linear_map.numpy(), linear_map, rtol=1e-8, atol=1e-9)
     assert_close(result.offset.numpy(), offset, rtol=1e-8, atol=1e-9)
     assert bias or not result.offset.any()
-
-
-def neighbourhoods(maps):
-    """(B, H, W, 18): a token's own two values and those of its eight neighbours, zero outside."""
-    batch, _, height, width = maps.shape
-    return F.unfold(maps, 3, padding=1).view(batch, 18, height, width).permute(0, 2, 3, 1)
-
-
-def test_a_spatial_part_that_the_input_holds_is_recovered():
-    """Tokens that contain their neighbours' values: then a 3 x 3 convolution is a linear map."""
-    model = adapted_layer(c_in=18, c_out=12, rank=2, channel_ratio=1.0)
-    layer = model.qkv
-    with torch.no_grad():
-        # Only the inputs from the centre count.
-        layer.lora_A[:, [tap for tap in range(18) if tap % 9 != 4]] = 0.0
-        layer.alpha.fill_(LEFT_OUT)
-        layer.alpha[[0, 6]] = 0.0  # sep_conv_3x3 and the skip connection
-    maps = [tokens(2, 2, 6, 6, seed=seed) for seed in range(4)]
-    report = merge(model, "calibrated", [neighbourhoods(m) for m in maps])
-    assert type(model.qkv) is nn.Linear
-    new = neighbourhoods(tokens(2, 2, 7, 5, seed=9))
-    with torch.no_grad():
-        expected, merged = layer(new), model(new)
-    assert relative(layer.update(new), expected) > 0.05
-    # The weakest penalty, 1e-8 of the variance, and float32's rounding.
-    assert relative(merged - expected, expected) < 1e-6
-    assert report.layers[0].held_out_error < 1e-5
-    unmerge(model)
-    assert merge(model, "center", [new]).max_update_error > 0.1
 
 
 class TwoLayers(nn.Module):

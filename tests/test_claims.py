@@ -197,22 +197,3 @@ def test_operations_of_attention_are_those_of_its_products():
     for tensor in (*maps[:2], *positions):
         tensor.requires_grad_(False)
     assert operations("cpp", True) == 4 * product  # dv needs the logits
-
-
-def test_peak_and_saved_bytes_of_known_functions():
-    x = torch.randn(1000, requires_grad=True)
-
-    def three_at_once():
-        y = x.detach() + 1  # 4000 bytes
-        z = y + 1  # 8000
-        del y  # 4000
-        return z + 1  # 8000
-
-    assert counts.count(three_at_once).peak == 8000
-    assert counts.count(three_at_once).calls == 3
-
-    class Doubling(torch.nn.Module):
-        def forward(self):
-            return (x * x.exp()).sum()  # keeps x, and exp(x) twice: for itself and the product
-
-    assert counts.saved_bytes(Doubling(), torch.nn.Module()) == 2 * 4000

@@ -185,11 +185,6 @@ def test_bad_arguments(finished, naslora, arguments, changed, words):
     assert modified(output) == before
 
 
-def test_a_folder_in_use_is_refused(finished, naslora, arguments):
-    result = naslora(*arguments[1])
-    assert result.status == 2 and "not empty" in result.err
-
-
 # --- The order of things, on runs that do not train ---
 
 

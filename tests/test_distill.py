@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from sam_families import PLAIN
 
-from bench.experiments import crops as images
 from bench.experiments import distill as distillation
 from bench.experiments import student as bench_student
 from naslora.files import read_safetensors, write_tensors
 from naslora.records import read_rows
 from naslora.sam import promptable, vits
+from naslora.sam.segmentation import build_model
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
 
@@ -65,15 +65,6 @@ def run(settings, output, resume=False):
 # --- The images ---
 
 
-def test_held_out_photographs_are_not_trained_on(settings, make_data, tmp_path):
-    data = make_data(tmp_path / "data", train=3, val=2, test=2)
-    train, held_out = images.find_images(settings.photographs, 0.25, 2, [data], seed=0)
-    assert len(held_out) == 3 and len(train) == 2 * 9 + 3
-    assert not {sample.image for sample in held_out} & {sample.image for sample in train}
-    others = {sample.image.name for sample in train if sample.image.parent.parent == data}
-    assert others == {"train0.png", "train1.png", "train2.png"}
-
-
 # --- Teacher and student ---
 
 
@@ -112,25 +103,3 @@ def test_an_encoder_of_today_learns_and_teaches(settings, tmp_path, monkeypatch,
     history = run(settings, tmp_path / "out")
     assert history[-1].loss < history[0].loss
     build_model(settings.student, SIZE, 1, tmp_path / "out" / f"{settings.student}.safetensors")
-
-
-def test_an_interrupted_distillation_continues_as_if_it_was_not(settings, tmp_path, monkeypatch):
-    whole = run(settings, tmp_path / "whole")
-    run_pass, broken = distillation.Distillation.run_pass, tmp_path / "broken"
-
-    def once(self):
-        if self.history:
-            raise KeyboardInterrupt
-        return run_pass(self)
-
-    monkeypatch.setattr(distillation.Distillation, "run_pass", once)
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, broken)
-    monkeypatch.undo()
-    monkeypatch.setitem(vits.VITS, "vit_b", TEACHER)
-    resumed = run(settings, broken, resume=True)
-    for one, other in zip(whole, resumed, strict=True):
-        assert dataclasses.replace(one, seconds=0) == dataclasses.replace(other, seconds=0)
-    weights = (read_safetensors(out / "vit_t.safetensors") for out in (tmp_path / "whole", broken))
-    one, other = weights
-    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -114,12 +114,6 @@ def test_readme_has_at_most_170_lines():
 
 
 @every_page
-def test_lines_other_than_tables_have_at_most_100_columns(page):
-    lines = read(page).splitlines()
-    assert not [line for line in lines if len(line) > 100 and not line.startswith("|")]
-
-
-@every_page
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(read(page))):
         if target.startswith("http"):

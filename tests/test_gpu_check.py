@@ -10,8 +10,8 @@ import torch
 from fresh_process import run_fresh
 from kernel_cases import only_cpp
 
-from bench import gpu_check, timing
-from bench.gpu import contact, kernels
+from bench import gpu_check
+from bench.gpu import contact
 from naslora_kernels import backends, cpp
 
 CASE = "cell tiny_vit r=3 float32"
@@ -48,21 +48,6 @@ def test_wrong_kernels_are_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp, "mixed_cell", lambda *arguments: 1.001 * right(*arguments))
     status, record = run(monkeypatch, tmp_path, *CPU)
     assert status == 1 and not record["rows"] and "not timed" in record["problems"][0]
-
-
-@only_cpp
-def test_attention_beside_torchs_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
-    case = "attention vit_b 256px heads=12 bfloat16"
-    status, record = run(monkeypatch, tmp_path, *CPU, "--only", case)
-    assert status == 0 and {row["work"] for row in record["rows"]} == {case}
-    assert {row["mode"] for row in record["rows"]} == {"cpp", "scaled_dot_product_attention"}
-
-    right = cpp.rel_pos_attention
-    monkeypatch.setattr(cpp, "rel_pos_attention", lambda *arguments: 1.2 * right(*arguments))
-    status, record = run(monkeypatch, tmp_path, *CPU, "--only", case)
-    assert status == 1 and not record["rows"]
-    assert "differs from that of reference in float64" in record["problems"][0]
 
 
 SMI_OF_H100 = "550.54.15, 1980 MHz, 1980 MHz, 2619 MHz, 700.00 W, Disabled"
@@ -129,26 +114,6 @@ def test_without_a_gpu_the_report_says_why(monkeypatch, tmp_path):
     record = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
     (problem,) = record["contact"]["problems"]
     assert problem.startswith("torch sees no GPU: ") and (tmp_path / "out.tar.gz").exists()
-
-
-def test_rows_are_written_as_they_come(monkeypatch, tmp_path):
-    """A case that fails is a problem of its own. The rows of the cases before it stay."""
-    written = []
-
-    def fail(name, result):
-        record = json.loads((tmp_path / "gpu_check.json").read_text())
-        written.append(record["kernels"]["rows"])
-        raise RuntimeError("the card is gone\nand so on")
-
-    def measure(name, result):
-        result["rows"].append({"work": name})
-
-    found = [("first", measure), ("second", fail)]
-    monkeypatch.setattr(kernels, "measurements", lambda *arguments: found)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
-    status, record = run(monkeypatch, tmp_path, *CPU, "--only", "s")
-    assert status == 1 and written == [[{"work": "first"}]]
-    assert record["problems"] == ["second: RuntimeError: the card is gone"]
 
 
 def test_tests_of_kernels_need_torch_pytest_and_triton_alone():

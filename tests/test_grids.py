@@ -187,10 +187,3 @@ def test_a_class_token_of_other_libraries_is_refused():
     refusal = r"36 tokens .* 5 x 7 grid of the model's config.*prefix_tokens=1 in NASLoRAConfig"
     with pytest.raises(ValueError, match=refusal):
         model(tokens(1, 3, 80, 112))
-
-
-def test_the_grid_compiles_in_one_graph():
-    model = injected(HOSTS["patch_embed"](8, 32))
-    x = tokens(2, 256, 16)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x))

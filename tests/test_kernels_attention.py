@@ -188,14 +188,6 @@ def test_large_scores(target):
     assert_as_good_as_reference(target, case)
 
 
-@every_target
-def test_autocast_leaves_float64(target):
-    case = attention_case(1, 1, (3, 4), 5).on(target.device)
-    with torch.autocast(target.device, torch.bfloat16):
-        o = rel_pos_attention(**case.arguments, grid=(3, 4), backend=target.backend)
-    assert torch.equal(o, case.run(target)["result"])
-
-
 # ---- Bad input ---------------------------------------------------------------------------------
 
 

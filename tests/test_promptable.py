@@ -117,19 +117,6 @@ def test_objects_of_several_images_are_decoded_as_sam_decodes_one(given, three):
             torch.testing.assert_close(own[i : i + 1], other, atol=2e-5, rtol=1e-5)
 
 
-def test_boxes_are_encoded_as_sam_encodes_them():
-    model = build_promptable("vit_t", SIZE, "none")
-    box = torch.tensor([[3.0, 4, 20, 30]])
-    ours = prompts_of(model, box.view(1, 2, 2), torch.tensor([[2, 3]]))
-    assert torch.equal(ours, model.prompt_encoder(None, box, None)[0])
-
-
-def prompts_of(model, points, labels):
-    from naslora.sam.objects import encode_points
-
-    return encode_points(model.prompt_encoder, points, labels)
-
-
 @pytest.mark.parametrize("name", ["sam_hq_b", "sam2.1_t", "sam3"])
 def test_models_with_another_decoder_are_refused(name):
     message = error_of(PromptableSam, name, 64)

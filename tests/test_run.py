@@ -101,13 +101,6 @@ def test_the_folder(run):
     assert "core" in report and "http://" not in report.replace("http://www.w3.org", "")
 
 
-def test_the_configuration_comes_back(run, data):
-    config = RunConfig.from_dict(read(run / "config.json"))
-    assert config.to_dict() == read(run / "config.json")
-    assert config.data.root == data.resolve() and config.data.class_names == ("rim", "core")
-    assert config.training.epochs == EPOCHS and config.training.learning_rate == 3e-3
-
-
 def test_metrics(run):
     metrics = read(run / "metrics.json")
     for scores in (metrics["test"], *metrics["test_merged"].values()):

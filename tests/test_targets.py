@@ -1,6 +1,5 @@
 """The named targets, in every family and for every method that adapts linears."""
 
-import copy
 import re
 
 import pytest
@@ -8,15 +7,11 @@ import torch
 from segment_anything.modeling.transformer import TwoWayTransformer
 from torch import nn
 
-from bench.families import HOSTS, first, images
-from bench.models import fill_zeros
-from naslora import NASLoRAConfig, fuse_attention, inject, load_adapter, merge, save_adapter
-from naslora.adapter.io.loading import read_description
-from naslora.adapter.io.storage import CONFIG_NAME
+from bench.families import HOSTS, images
+from naslora import NASLoRAConfig, inject
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.adapter.layer.targets import find_targets, target_name
 from naslora.errors import UserError
-from naslora.methods import apply, configure, merge_modes, trainable_parameters
 
 LINEARS = {  # of a block, by the start of the family's title
     "SAM (": ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"),
@@ -29,7 +24,6 @@ LINEARS = {  # of a block, by the start of the family's title
 }
 CHOSEN = {"qkv": ("qkv", "q_", "k_", "v_"), "mlp": ("lin1", "fc1", "proj_in")}
 CHOSEN |= {"qkv+mlp": CHOSEN["qkv"] + CHOSEN["mlp"], "all": ("",)}
-METHODS = ("nas-lora", "nas-pc-lora", "conv-lora", "lora", "dora", "vera")
 OBLONG = (64, 96)
 
 
@@ -74,38 +68,3 @@ def test_the_mlp_sees_images_and_the_attention_its_windows(family):
         whole = batch == 2 and 2 * width == 3 * height
         assert whole or (height == width and ".mlp." not in name), name
     assert len(seen) % 4 == 0
-
-
-@pytest.mark.parametrize(
-    ("family", "method"),
-    [*(("SAM (", method) for method in METHODS), *(("MobileSAM", m) for m in METHODS[1:3])],
-)
-def test_methods_on_all_layers(family, method, tmp_path):
-    """Fused attention, merging and files change nothing but rounding."""
-    model = nn.ModuleDict({"image_encoder": built(family)})
-    fresh, x = copy.deepcopy(model), images((64, 64))
-    apply(method, model, configure(method, NASLoRAConfig(target="all")))
-    fill_zeros(trainable_parameters(model))
-    with torch.no_grad():
-        expected = first(model.image_encoder(x))
-        save_adapter(model, tmp_path)
-        assert read_description(tmp_path / CONFIG_NAME).target == "all"
-        load_adapter(fresh, tmp_path)
-        assert torch.equal(first(fresh.image_encoder(x)), expected)
-        fuse_attention(model)
-        changed = [first(model.image_encoder(x))]
-        if merge_modes(method):
-            merge(model, "exact")
-            changed.append(first(model.image_encoder(x)))
-    for output in changed:
-        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_calibrated_merging_of_all_layers():
-    encoder = built("SAM (")
-    inject(encoder, NASLoRAConfig(target="all"))
-    fill_zeros([layer.lora_B for _, layer in adapter_layers(encoder)])
-    batches = [torch.randn(16, 3, 64, 64) for _ in range(2)]
-    report = merge(encoder, "calibrated", batches)
-    assert [error.tokens for error in report.layers if "mlp" in error.name] == [32 * 16] * 4
-    assert max(error.output_error for error in report.layers) < 0.2

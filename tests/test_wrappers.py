@@ -33,7 +33,7 @@ from naslora import (
     unmerge,
 )
 from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
-from naslora.adapter.io.wrappers import bare_state, unwrap
+from naslora.adapter.io.wrappers import unwrap
 
 torch.set_num_threads(1)
 
@@ -53,10 +53,6 @@ def checkpointed(model: nn.Module) -> nn.Module:
     model.blocks[0] = checkpoint_wrapper(model.blocks[0])
     model.blocks[1].attn.qkv = checkpoint_wrapper(model.blocks[1].attn.qkv)
     return model
-
-
-def several(model: nn.Module) -> nn.Module:
-    return AveragedModel(compiled(nn.parallel.DistributedDataParallel(compiled_parts(model))))
 
 
 WRAPPERS = {
@@ -162,19 +158,6 @@ def test_wrapped_models_merge(wrap, mode, tmp_path, single_process_group):
     assert snapshot(model)["modules"] == modules
     with torch.no_grad():
         assert torch.equal(model(images()), before)
-
-
-def test_original_checkpoints_load_into_wrapped_models(single_process_group):
-    original = build_encoder()
-    with torch.no_grad():
-        original.pos_embed.add_(1.0)
-    model = several(trained_encoder())
-    adapter = {n: v.clone() for n, v in bare_state(model).items() if "lora" in n}
-    load_base_state_dict(model, original.state_dict())
-    assert all(torch.equal(bare_state(model)[n], v) for n, v in adapter.items())
-    state = base_state_dict(model)
-    assert state.keys() == original.state_dict().keys()
-    assert all(torch.equal(state[n], v) for n, v in original.state_dict().items())
 
 
 def test_fsdp1_is_refused(single_process_group):

@@ -5,18 +5,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from naslora.data.cache import Cache
 from naslora.errors import UserError
 from naslora.files import (
-    check_archive,
     read_json,
     read_safetensors,
     read_torch,
-    write_json,
-    write_tensors,
-    write_torch,
 )
 from naslora.results import read_history
 from naslora.sam.export import load_class_map
@@ -98,28 +93,6 @@ def test_flipped_bits(world, name, many, capfd):
     refused, harmless = flip_bits(world, name, count, seed=int(many))
     assert not many or refused > harmless or name == "a.pt2"
     assert "Traceback" not in capfd.readouterr().err
-
-
-def test_what_is_written_is_read(tmp_path):
-    value = {"é": [1, 2.5, float("nan") is None, None], "10": {"b": 1, "a": "x"}, "2": (1, 2)}
-    write_json(tmp_path / "a.json", value)
-    assert read_json(tmp_path / "a.json") == {**value, "2": [1, 2]}
-    tensors = {
-        "bf16": torch.ones(2, 3, dtype=torch.bfloat16),
-        "bool": torch.tensor([True, False]),
-        "scalar": torch.tensor(3),
-        "strided": torch.arange(6).view(2, 3).T,
-        "empty": torch.zeros(0),
-        "trained": torch.nn.Parameter(torch.ones(2)),
-    }
-    write_tensors(tmp_path / "a.safetensors", tensors, {"naslora": "{}"})
-    found = read_safetensors(tmp_path / "a.safetensors")
-    assert same(found, {name: tensor.detach() for name, tensor in tensors.items()})
-    save_file(found, tmp_path / "b.safetensors")  # without a checksum
-    assert same(read_safetensors(tmp_path / "b.safetensors"), found)
-    write_torch(tmp_path / "a.pt", {"a": torch.ones(2), "b": [1, "x"]})
-    assert same(read_torch(tmp_path / "a.pt"), {"a": torch.ones(2), "b": [1, "x"]})
-    check_archive(tmp_path / "a.pt")
 
 
 def test_flipped_bits_in_the_cache(tmp_path):

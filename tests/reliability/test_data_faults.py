@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from conftest import TRAIN
 from PIL import Image
 
 from naslora.files import read_json
-from naslora.report.pictures import paint
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -155,18 +153,6 @@ def test_truncated_images(naslora, run, tmp_path):
 
 
 # ---- Memory --------------------------------------------------------------------------------------
-
-
-def test_painting_takes_little_memory():
-    image = np.zeros((2000, 2000, 3), np.uint8)
-    labels = np.zeros((2000, 2000), np.uint8)
-    labels[500:1500, 500:1500] = 1
-    tracemalloc.start()
-    painted = paint(image, labels, ["background", "foreground"])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert painted[1000, 1000].any() and not painted[0, 0].any()
-    assert peak < 4 * image.nbytes  # it was 17 times as much
 
 
 def peak_of_predict(run, image, output, *options) -> float:

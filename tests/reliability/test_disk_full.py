@@ -98,12 +98,3 @@ def test_streams_that_cannot_be_written(forked, tmp_path, case):
         assert line in one_line(ended.err)
     elif status:
         assert ended.err == ""
-
-
-@pytest.mark.campaign
-def test_a_closed_output_of_the_command():
-    command = [sys.executable, "-m", "naslora", "info"]
-    line = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
-    result = subprocess.run(line, stderr=subprocess.PIPE, text=True)
-    assert result.returncode == 2
-    assert "cannot be printed: Bad file descriptor" in one_line(result.stderr)

@@ -27,8 +27,6 @@ from torch.autograd import forward_ad
 
 import naslora_kernels
 from naslora_kernels import (
-    folded_cell,
-    folded_linear,
     mixed_cell,
     nas_lora_linear,
     rel_pos_attention,
@@ -494,19 +492,3 @@ def test_second_derivatives_are_refused(name):
     (gradient,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         (y.sum() + gradient.square().sum()).backward()
-
-
-@pytest.mark.parametrize("size", [1, 3, 9])
-@pytest.mark.parametrize("value", SPECIAL)
-def test_folded_functions_with_special_values(size, value):
-    generator = torch.Generator().manual_seed(size)
-    x = torch.randn(2, 4, 5, C_IN, generator=generator)
-    A, B = torch.randn(C, C_IN, generator=generator), torch.randn(C_OUT, C, generator=generator)
-    weight = torch.randn(C_OUT, C_IN, generator=generator)
-    kernel = torch.randn(C, C, size, size, generator=generator)
-    kernel[0, 1, size // 2, 0] = value
-    x[0, 2, 1, 3] = value
-    for _ in range(2):
-        h = folded_linear(x, weight, None, A, B, kernel, 0.5, 0.25, backend="cpp")
-        y = folded_cell(x[..., :C], kernel, 0.5, 0.25, backend="cpp")
-        assert h.shape == (2, 4, 5, C_OUT) and y.shape == (2, 4, 5, C)

@@ -153,10 +153,6 @@ def test_gradients_travel_in_buckets(monkeypatch, bucket):
         assert parameter.grad.dtype == parameter.dtype and (parameter.grad == expected).all()
 
 
-def test_nothing_to_sum(monkeypatch):
-    assert sum_over_two([]) == [1]
-
-
 @pytest.mark.campaign
 def test_buckets_change_no_bit(launch, data, tmp_path):
     """A sum over two processes has one order, however it is cut."""

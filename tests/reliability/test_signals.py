@@ -14,8 +14,7 @@ from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from naslora.data.dataset import SegmentationDataset
-from naslora.exits import Interrupted, signals
-from reliability.conftest import SIGNALS, TRAIN, one_line, train
+from reliability.conftest import SIGNALS, one_line, train
 from reliability.test_kills import assert_ended, at_write, send
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
@@ -93,18 +92,6 @@ def test_a_signal_while_a_data_loader_starts_its_workers(forked, clean_world, tm
     assert_ended(forked(*command, prepare=prepare).wait(), 143, TERMINATED)
 
 
-def test_a_signal_that_arrives_in_a_destructor():
-    class Slow:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-
-    with pytest.raises(Interrupted), signals():
-        slow = Slow()
-        del slow
-        time.sleep(60)
-
-
 @pytest.mark.parametrize("number, status, word", SIGNALS)
 def test_commands_that_cannot_resume(forked, clean_world, tmp_path, number, status, word):
     command = ("merge", clean_world / "run", "--output", tmp_path / "merged")
@@ -112,29 +99,6 @@ def test_commands_that_cannot_resume(forked, clean_world, tmp_path, number, stat
     assert_ended(ended, status, f"naslora: {word}")
     assert "--resume" not in ended.err
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("number, status, word", SIGNALS)
-def test_a_signal_in_a_comparison(clean_world, tmp_path, number, status, word):
-    """The cell's own process ends, too."""
-    options = ("--data", clean_world / "data", *TRAIN, "--epochs", 500)
-    command = ("compare", "--methods", "lora", *options, "--output", tmp_path / "all")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "naslora", *map(str, command)],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for((tmp_path / "all/runs/lora/0/config.json").exists, process)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    _, err = process.communicate()
-    assert process.returncode == status, err
-    assert one_line(err) == f"naslora: {word}; --resume continues the run"
-    wait_for(lambda: not group_lives(process.pid))
 
 
 @pytest.mark.parametrize("delay", [0.3, pytest.param(1.5, marks=pytest.mark.campaign)])
