@@ -219,6 +219,16 @@ def _controls(rate: float) -> dict[str, Settings]:
 TARGETS = ("qkv", "mlp", "qkv+mlp", "all")
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 FROM_LORA = _joined(SLOW_CELL, {"adapter": {"skip_lead": 8.0}, "training": {"arch_data": "rotate"}})
+# The loss of masks; the first is the default.
+LOSSES: dict[str, dict[str, Any]] = {
+    "bce, dice": {},
+    "focal=20, dice": {"loss": "focal=20,dice=1"},
+    "bce, focal_tversky": {"loss": "bce,focal_tversky"},
+    "bce, lovasz": {"loss": "bce,lovasz"},
+    "structure": {"loss": "structure"},
+    "bce, dice, cldice": {"loss": "bce,dice,cldice"},
+    "bce, dice, class weights": {"class_weights": "auto"},
+}
 BOTH = {"LoRA": LORA, "NAS-PC-LoRA": METHODS["NAS-PC-LoRA"]}
 
 STUDIES = {
@@ -351,5 +361,22 @@ STUDIES = {
         test_images=30,
         merges=False,
         gains=tuple((name, f"untouched, {name}") for name in ("1 click", "box")),
+    ),
+    # Which loss helps on thin foreground (cracks), small (leaves), and rare classes (CamVid).
+    "losses": Study(
+        datasets=("crackforest", "leaf_disease", "camvid"),
+        seeds=(0, 1, 2),
+        common=_joined(
+            {"run": {"model": "vit_t", "image_size": 256}, "training": {"batch_size": 2}},
+            LORA,
+            _rate(1e-3),
+        ),
+        variants={name: {"training": training} for name, training in LOSSES.items()},
+        epochs={"crackforest": 8, "leaf_disease": 8, "camvid": 8},
+        columns={name: TRAINING[name] for name in ("test Dice", "test IoU")},
+        train_images=24,
+        test_images=24,
+        merges=False,
+        reference="bce, dice",
     ),
 }
