@@ -38,7 +38,7 @@ from naslora.results import REPORT, RunResult
 from naslora.sam.instance_config import InstanceConfig
 from naslora.sam.shipped import describe_shipped
 from naslora.study.design import Design
-from naslora.training.run_config import Resolution, RunConfig
+from naslora.training.run_config import MetricName, Resolution, RunConfig
 from naslora_kernels import available_backends, build_info
 
 # Without a name, the headings of the help are those of the fields: "data options".
@@ -207,6 +207,10 @@ def evaluate(
             help="Size to score at: the model's, or each mask's; default: the run's setting."
         ),
     ] = None,
+    metrics: Annotated[
+        tuple[MetricName, ...] | None,
+        tyro.conf.arg(help="Further metrics, as in train --help-all; default: the run's own."),
+    ] = None,
     instances: Annotated[
         bool,
         tyro.conf.arg(
@@ -228,7 +232,7 @@ def evaluate(
     else:
         from naslora import trained
 
-        scores = trained.evaluate_run(path, split, data, resolution)
+        scores = trained.evaluate_run(path, split, data, resolution, metrics)
     print(json.dumps(to_json(scores), indent=2))
 
 

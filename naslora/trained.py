@@ -8,6 +8,7 @@ left_out.safetensors      tensors of the SAM checkpoint that the model lacks, fo
 """
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,11 @@ def _described(path: Path, image_size: int | None) -> tuple[str, int | None, Dat
 
 
 def evaluate_run(
-    path: Path, split: str = "test", data: Path | None = None, resolution: Resolution | None = None
+    path: Path,
+    split: str = "test",
+    data: Path | None = None,
+    resolution: Resolution | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> SplitScores:
     """Scores a trained or merged model on a split of its own data, or of another CSV folder.
 
@@ -170,15 +175,21 @@ def evaluate_run(
         split: the name of the split.
         data: another CSV folder; None takes the run's own data.
         resolution: the size at which images are scored; None takes the run's own setting.
+        metrics: names of ``naslora.metrics.METRICS``; None takes the run's own.
 
     Raises:
-        UserError: as ``load_model`` and ``find_splits``, or there is no such split.
+        UserError: as ``load_model`` and ``find_splits``; there is no such split, or a metric is not
+            defined for these masks.
     """
     model, config = load_model(path)
     config = with_data(config, data)
-    if resolution is not None:
-        changed = dataclasses.replace(config.data, resolution=resolution)
-        config = dataclasses.replace(config, data=changed)
+    own = config.data
+    changed = dataclasses.replace(
+        own,
+        resolution=resolution or own.resolution,
+        metrics=own.metrics if metrics is None else tuple(metrics),
+    )
+    config = resolve(dataclasses.replace(config, data=changed))
     if config.task == "promptable":
         check_promptable(config.data)
     samples = split_of(config, split)

@@ -6,7 +6,15 @@ import torch
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from naslora.errors import UserError
-from naslora.metrics import METRICS, check_metrics, image_scores, saliency_scores, summarise
+from naslora.metrics import (
+    METRICS,
+    check_metrics,
+    further_scores,
+    hd95,
+    image_scores,
+    saliency_scores,
+    summarise,
+)
 
 NAN = float("nan")
 # The scores are ratios of integers, rounded to float32.
@@ -140,6 +148,91 @@ def test_global_iou_agrees_with_torchmetrics():
     assert list(values["metrics"]["class_iou"].values()) == pytest.approx(whole, abs=TOLERANCE)
     mean = float(multiclass_jaccard_index(prediction, target, 5, average="macro"))
     assert values["metrics"]["miou"] == pytest.approx(mean, abs=TOLERANCE)
+
+
+# --- shapes and calibration
+
+
+def drawn(*parts):
+    """(8, 8) labels: 1 in the given rows and columns."""
+    labels = torch.zeros(8, 8, dtype=torch.int64)
+    for rows, columns in parts:
+        labels[rows, columns] = 1
+    return labels
+
+
+SHAPES = {
+    # Squares of 4 x 4, one pixel apart. Of the 12 pixels of each ring 6 are in the other ring, and
+    # 6 are 1 away. Their union has 18.
+    "squares": (
+        drawn((slice(2, 6), slice(3, 7))),
+        drawn((slice(2, 6), slice(2, 6))),
+        {"hd95": 1, "nsd": 1, "boundary_iou": 6 / 18, "lesion_f1": 1},
+    ),
+    # Half of a line, and a pixel 3 below its end. Distances are 0, 0, 0, 3 and 0, 0, 0, 1, 2, 3,
+    # whose 95th percentiles are 2.55 and 2.75; 8 of the 10 are at most 2. 3 of 4 and 3 of 6 pixels
+    # of the skeletons are in the other mask. The pixel is a second part, which is wrong.
+    "half a line": (
+        drawn((3, slice(1, 4)), (6, 6)),
+        drawn((3, slice(1, 7))),
+        {"hd95": 2.75, "nsd": 0.8, "boundary_iou": 3 / 7, "cldice": 0.6, "lesion_f1": 2 / 3},
+    ),
+    "lines side by side": (
+        drawn((slice(0, 8), 3)),
+        drawn((slice(0, 8), 2)),
+        {"hd95": 1, "nsd": 1, "boundary_iou": 0, "cldice": 0, "lesion_f1": 0},
+    ),
+    "missed": (
+        drawn(),
+        drawn((2, 2)),
+        {"hd95": 128**0.5, "nsd": 0, "boundary_iou": 0, "cldice": 0, "lesion_f1": 0},
+    ),
+    "both empty": (
+        drawn(),
+        drawn(),
+        dict.fromkeys(("hd95", "nsd", "boundary_iou", "cldice", "lesion_f1"), NAN),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_by_hand(name):
+    prediction, target, expected = SHAPES[name]
+    for k, classes in ((1, 1), (2, 3)):  # binary, and as the second class of three
+        nothing = torch.zeros(classes, 0, 0)  # no class map is needed
+        scores = further_scores([*expected], nothing, k * prediction, k * target, 9)
+        found = {metric: float(values[k - 1]) for metric, values in scores.items()}
+        assert found == pytest.approx(expected, nan_ok=True)
+    # What lies in ignored pixels is in neither mask.
+    wider = torch.cat([target, torch.full_like(target, 9)], 1)
+    both = torch.cat([prediction, torch.ones_like(target)], 1)
+    if name != "missed":  # of which the image's diagonal is a score
+        scores = further_scores([*expected], torch.zeros(1, 0, 0), both, wider, 9)
+        assert {m: float(v[0]) for m, v in scores.items()} == pytest.approx(expected, nan_ok=True)
+
+
+def test_distances_by_the_size_of_a_voxel():
+    """A voxel, and another 3 slices of 2 mm and 8 pixels of 1 mm away: 10 mm."""
+    prediction, truth = np.zeros((2, 5, 9, 9), bool)
+    prediction[0, 0, 0] = truth[3, 8, 0] = True
+    assert hd95(prediction, truth, (2.0, 1.0, 1.0)) == 10.0
+
+
+@pytest.mark.parametrize(
+    "class_map, target, expected",
+    [
+        # Two pixels of 0.9, one of them right; single ones of 0.1 and 0.2 without foreground.
+        ([[0.9, 0.9, 0.1, 0.2]], [1, 0, 0, 0], (0.4 * 2 + 0.1 + 0.2) / 4),
+        ([[0.5, 0.5, 0.5, 0.5]], [1, 0, 1, 0], 0.0),
+        # Divided by the sums: 0.8 for the right class, 0.6 for a wrong one; the third is ignored.
+        ([[0.4, 0.1, 0.3], [0.1, 0.3, 0.0], [0.0, 0.1, 0.0]], [0, 2, 9], (0.2 + 0.6) / 2),
+        ([[0.5]], [9], NAN),
+    ],
+)
+def test_calibration_by_hand(class_map, target, expected):
+    class_map, target = torch.tensor(class_map)[:, None], torch.tensor([target])
+    scores = further_scores(["ece"], class_map, class_map.argmax(0), target, 9)
+    assert float(scores["ece"]) == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_saliency_by_hand():

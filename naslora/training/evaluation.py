@@ -20,7 +20,7 @@ from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
 from naslora.data.tiles import Grid
-from naslora.metrics import METRICS, Scores, image_scores, saliency_scores, summarise
+from naslora.metrics import Scores, further_scores, image_scores, needs_map, summarise
 from naslora.records import from_json
 from naslora.results import GroupScores, SplitScores
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
@@ -92,12 +92,11 @@ def evaluate(
     training, class_names = config.training, list(config.data.class_names)
     processes = accelerator.process_index, accelerator.num_processes
     batches = GlobalBatches(range(len(dataset)), training.batch_size, *processes, shuffle=False)
-    saliency = any(METRICS[name].saliency for name in metrics)
     score = _score if dataset.tiles is None else _score_by_tiles
     records = []
     for batch in make_loader(dataset, batches, training.workers, accelerator):
         if batch is not None:
-            records += score(model, batch, dataset, accelerator, loss_of(training), saliency)
+            records += score(model, batch, dataset, accelerator, loss_of(training), metrics)
     records = sorted(gather_object(records), key=lambda record: record[0])  # by the image's index
     _, losses, scores = zip(*records, strict=True)
     summary = _summary(scores, class_names, metrics)
@@ -143,7 +142,7 @@ def _score(
     dataset: SegmentationDataset,
     accelerator: Accelerator,
     loss: Loss,
-    saliency: bool,
+    metrics: Sequence[str],
 ) -> list[tuple[int, float, Scores]]:
     """Of every image its index, the loss of its batch, and its scores."""
     with accelerator.autocast():
@@ -157,7 +156,7 @@ def _score(
         truth, class_map = truth.to(accelerator.device), class_map[None]
         if class_map.shape[-2:] != truth.shape:
             class_map = F.interpolate(class_map, truth.shape, mode="bilinear", align_corners=False)
-        own = _image_scores(labels_of(class_map), class_map[0, 0], truth, model, saliency)
+        own = _image_scores(labels_of(class_map), class_map[0], truth, model, metrics)
         records.append((int(index), mean_loss, own))
     return records
 
@@ -168,7 +167,7 @@ def _score_by_tiles(
     dataset: SegmentationDataset,
     accelerator: Accelerator,
     loss: Loss,
-    saliency: bool,
+    metrics: Sequence[str],
 ) -> list[tuple[int, float, Scores]]:
     """As ``_score``, of whole images; the loss is the image's own."""
     records = []
@@ -180,24 +179,29 @@ def _score_by_tiles(
         ) -> None:
             losses.append(float(loss(output, mask)))
 
-        # Labels of 8 bits and, if a metric needs them, probabilities are kept of a whole image.
-        labels, probabilities = [], []
+        # Labels of 8 bits and, if a metric needs it, the class map are kept of a whole image.
+        labels, class_map = [], []
         for band in tiled_class_map(model, dataset, pixels, truth, accelerator, add_loss):
             labels.append(labels_of(band[None])[0].to(torch.uint8))
-            probabilities.append(band[0] if saliency else band[0, :0])
+            class_map.append(band if needs_map(metrics) else band[:, :0])
         prediction = torch.cat(labels)[None].long()
-        own = _image_scores(prediction, torch.cat(probabilities), truth, model, saliency)
+        own = _image_scores(prediction, torch.cat(class_map, 1), truth, model, metrics)
         records.append((int(index), sum(losses) / len(losses), own))
     return records
 
 
 def _image_scores(
-    labels: Tensor, probability: Tensor, truth: Tensor, model: SamForSegmentation, saliency: bool
+    labels: Tensor,
+    class_map: Tensor,
+    truth: Tensor,
+    model: SamForSegmentation,
+    metrics: Sequence[str],
 ) -> Scores:
-    """Scores of one image's (1, H, W) labels, and of the (H, W) class map of a binary one."""
+    """Scores of one image's (1, H, W) labels, and of its (K, H, W) class map."""
     scores = image_scores(labels, truth[None], model.num_classes, IGNORED)
     own = {name: values[0].cpu() for name, values in scores.items()}
-    return own | saliency_scores(probability, truth) if saliency else own
+    more = further_scores(metrics, class_map, labels[0], truth, IGNORED)
+    return own | {name: values.cpu() for name, values in more.items()}
 
 
 def tiled_class_map(

@@ -204,7 +204,7 @@ def _check_ignore_index(
             f"be at most {IGNORED} classes, got {index}"
         )
     for name in metrics:
-        if METRICS[name].saliency:
+        if METRICS[name].of_map == "saliency":
             raise UserError(
                 f"metric {name!r} cannot leave out pixels; choose others with --metrics, or drop "
                 "--ignore-index"
