@@ -211,6 +211,9 @@ def evaluate(
         tuple[MetricName, ...] | None,
         tyro.conf.arg(help="Further metrics, as in train --help-all; default: the run's own."),
     ] = None,
+    flips: Annotated[
+        bool, tyro.conf.arg(help="Average an image's scores with those of its mirror images.")
+    ] = False,
     instances: Annotated[
         bool,
         tyro.conf.arg(
@@ -232,7 +235,7 @@ def evaluate(
     else:
         from naslora import trained
 
-        scores = trained.evaluate_run(path, split, data, resolution, metrics)
+        scores = trained.evaluate_run(path, split, data, resolution, metrics, flips)
     print(json.dumps(to_json(scores), indent=2))
 
 
@@ -433,6 +436,7 @@ def _summarise(result: RunResult, output: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     further = {} if result.untouched is None else {"untouched": result.untouched}
+    further |= {} if result.test_last is None else {"last step's weights": result.test_last}
     further |= {} if result.test_float32 is None else {"in float32": result.test_float32}
     further |= {f"merged, {mode}": scores for mode, scores in result.test_merged.items()}
     whole, *others = (metric_table(scores) for scores in (result.test, *further.values()))

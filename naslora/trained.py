@@ -40,12 +40,19 @@ from naslora.sam.hub import PREFIX, download
 from naslora.sam.prompt_graphs import export_prompts
 from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.sam.prompts import build_predictor
+from naslora.sam.segmentation import MirroredModel, SamForSegmentation
 from naslora.sam.shipped import NONE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.clicks import score_run
 from naslora.training.resolve import check_promptable, read_config, resolve
-from naslora.training.run_config import DataConfig, ModelConfig, Resolution, RunConfig
+from naslora.training.run_config import (
+    DataConfig,
+    ModelConfig,
+    Resolution,
+    RunConfig,
+    mirror_axes,
+)
 from naslora.training.run_data import (
     calibration,
     check_with_progress,
@@ -167,6 +174,7 @@ def evaluate_run(
     data: Path | None = None,
     resolution: Resolution | None = None,
     metrics: Sequence[str] | None = None,
+    flips: bool = False,
 ) -> SplitScores:
     """Scores a trained or merged model on a split of its own data, or of another CSV folder.
 
@@ -176,10 +184,11 @@ def evaluate_run(
         data: another CSV folder; None takes the run's own data.
         resolution: the size at which images are scored; None takes the run's own setting.
         metrics: names of ``naslora.metrics.METRICS``; None takes the run's own.
+        flips: average the scores of each image with those of its mirror images.
 
     Raises:
-        UserError: as ``load_model`` and ``find_splits``; there is no such split, or a metric is not
-            defined for these masks.
+        UserError: as ``load_model`` and ``find_splits``; there is no such split, a metric is not
+            defined for these masks, or a promptable model gets ``flips``.
     """
     model, config = load_model(path)
     config = with_data(config, data)
@@ -192,9 +201,13 @@ def evaluate_run(
     config = resolve(dataclasses.replace(config, data=changed))
     if config.task == "promptable":
         check_promptable(config.data)
+        if flips:
+            raise UserError(f"{path} is scored by clicks, which are not mirrored; drop --flips")
     samples = split_of(config, split)
     warn_of_contents({split: check_with_progress(samples, config)}, config)
     merged = (path / MERGED_CONFIG).exists()
+    if flips:
+        model = cast(AnySam, MirroredModel(cast(SamForSegmentation, model), mirror_axes(config)))
     scores = evaluate_model(model, config, samples, float32=merged)
     return dataclasses.replace(scores, images=len(samples))
 

@@ -162,6 +162,9 @@ def test_evaluate_repeats_the_test(naslora, run, make_data, tmp_path):
     assert scores_of(naslora("evaluate", run, "--split", "val"))["images"] == 4
     scores = scores_of(naslora("evaluate", run, "--metrics", "hd95", "ece"))["metrics"]
     assert scores["hd95"] > 0 and 0 < scores["ece"] < 1
+    flipped = scores_of(naslora("evaluate", run, "--flips"))
+    assert flipped["loss"] == read(run / "metrics.json")["test"]["loss"]  # of the image itself
+    assert flipped["dice"] != read(run / "metrics.json")["test"]["dice"]
     other = make_data(tmp_path / "other", classes=3, train=2, val=1, test=3)
     assert scores_of(naslora("evaluate", run, "--data", other))["images"] == 3
 

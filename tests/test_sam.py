@@ -22,7 +22,12 @@ from naslora import NASLoRAConfig, UserError, inject
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.families.mobile_sam import NAMING
 from naslora.sam.precision import cast_frozen
-from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, build_model
+from naslora.sam.segmentation import (
+    MirroredModel,
+    SamForSegmentation,
+    SegmentationOutput,
+    build_model,
+)
 from naslora.sam.vits import VITS, ViT
 
 torch.set_num_threads(1)
@@ -399,3 +404,15 @@ def test_class_map_is_the_papers():
     labels = output.labels()
     assert labels.dtype == torch.int64 and labels.shape == (2, 64, 64)
     assert torch.equal(labels.bool(), output.masks[:, 0] > 0)
+
+
+@pytest.mark.parametrize("axes", [[[-1]], [[-1], [-2], [-2, -1]]])
+def test_a_mirrored_model_scores_an_image_and_its_mirror_image_alike(tiny_sam, axes):
+    model = MirroredModel(build_model("vit_t", 32, 3).eval(), axes)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        own = model(images)
+        mean = sum(model.model(images.flip(a)).class_map().flip(a) for a in [[], *axes])
+        torch.testing.assert_close(own.class_map(), mean / (len(axes) + 1))
+        for turn in axes:
+            torch.testing.assert_close(model(images.flip(turn)).class_map().flip(turn), own.mean)

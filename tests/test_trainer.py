@@ -541,6 +541,30 @@ def test_the_kept_epoch(make_trainer, monkeypatch, keep, epoch):
     )
 
 
+@pytest.mark.parametrize(
+    "dice, search_start, epochs",
+    [
+        ([0.3, 0.6, 0.6, 0.5], 1, 4),  # equal Dice is no rise
+        ([0.6, None, 0.5, 0.7, 0.1, 0.1], 3, 6),  # counted from the start of the search
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 1, 7),
+    ],
+)
+def test_patience(make_trainer, monkeypatch, dice, search_start, epochs):
+    settings = {"epochs": 7, "search_start": search_start, "keep": "best", "patience": 2}
+    trainer, values = make_trainer(**settings), iter(dice)
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda _: SplitScores(1.0, next(values), 0.5, 0.5, image_dice=[])
+    )
+    trainer.run()
+    assert trainer.epoch == len(trainer.history) == epochs == len(dice)
+    again = Trainer(
+        trainer.model, trainer.data, trainer.run_config, trainer.directory, trainer.accelerator
+    )
+    again.resume()
+    again.run()  # a run that was stopped stays so
+    assert again.epoch == epochs
+
+
 def test_averaged_weights(make_trainer, monkeypatch):
     """Averages over 4.5 of 9 steps are validated and kept; the training is as without, and a
     resumed run's as an unbroken one's. The preset `paper` has batch norms."""
@@ -634,6 +658,8 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(make_trainer):
     [
         ({"arch_fraction": 1.0, "arch_data": "rotate"}, "leaves no images for the weights"),
         ({"frozen_precision": "bf16", "mixed_precision": "no"}, "needs mixed_precision bf16"),
+        ({"patience": 3}, "give --keep best"),
+        ({"patience": 3, "keep": "best", "anneal_epochs": 2}, "no --anneal-epochs"),
     ],
 )
 def test_settings_out_of_range(changes, message):

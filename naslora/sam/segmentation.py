@@ -51,6 +51,38 @@ class SegmentationOutput:
         return labels_of(self.class_map())
 
 
+@dataclass
+class AveragedOutput(SegmentationOutput):
+    """A prediction whose class map is the mean over an image and its mirror images."""
+
+    mean: Tensor
+    """(B, K, S, S)."""
+
+    def class_map(self) -> Tensor:
+        """Returns ``mean``."""
+        return self.mean
+
+
+class MirroredModel(nn.Module):
+    """A model that also sees mirror images, for scoring. Masks and classes are of the image alone.
+
+    Args:
+        model: a ``SamForSegmentation``.
+        axes: of each mirror image the axes of (B, 3, S, S) that are reversed.
+    """
+
+    def __init__(self, model: "SamForSegmentation", axes: list[list[int]]) -> None:
+        super().__init__()
+        self.model, self.axes, self.num_classes = model, axes, model.num_classes
+
+    def forward(self, images: Tensor) -> AveragedOutput:
+        """As ``SamForSegmentation.forward``."""
+        own = self.model(images)
+        maps = [own.class_map()]
+        maps += [self.model(images.flip(axes)).class_map().flip(axes) for axes in self.axes]
+        return AveragedOutput(own.masks, own.classes, torch.stack(maps).mean(0))
+
+
 def labels_of(class_map: Tensor) -> Tensor:
     """Converts a class map to labels.
 

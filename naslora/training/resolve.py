@@ -264,6 +264,11 @@ def _training(training: TrainConfig) -> dict[str, Any]:
         raise UserError(
             f"anneal_epochs must be at most epochs, {training.epochs}, got {training.anneal_epochs}"
         )
+    if training.patience and (training.keep != "best" or training.anneal_epochs):
+        raise UserError(
+            "patience stops after the best epoch: give --keep best, and no --anneal-epochs, which "
+            "anneals in the last ones"
+        )
     return {"mixed_precision": precision, "search_start": first_search_epoch(training)}
 
 

@@ -168,6 +168,12 @@ class RunConfig(Settings):
         return super().from_dict(values)
 
 
+def mirror_axes(config: RunConfig) -> list[list[int]]:
+    """Of each mirror image that a trained model knows, besides images, the axes of (B, 3, S, S)
+    that are reversed: left to right, after training with `dihedral` also upside down."""
+    return [[-1], [-2], [-2, -1]] if config.training.augment == "dihedral" else [[-1]]
+
+
 def differing(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """The fields in which two configurations differ, with the stored values, as text."""
     found = []

@@ -148,6 +148,11 @@ def _notes(trainer: Trainer, test: SplitScores) -> list[str]:
             f"The training loss did not fall ({losses[0]:.3f} in the first epoch, "
             f"{losses[-1]:.3f} in the last): try another --learning-rate, or more --epochs."
         )
+    if trainer.epoch < config.training.epochs:
+        notes.append(
+            f"Training stopped after epoch {trainer.epoch} of {config.training.epochs}: the "
+            f"validation Dice did not rise for {config.training.patience} epochs (--patience)."
+        )
     if len(trainer.data["val"]) < FEW_IMAGES or len(trainer.data["test"]) < FEW_IMAGES:
         notes.append(f"Scores of fewer than {FEW_IMAGES} images say little; use more.")
     return notes

@@ -192,6 +192,14 @@ class Trainer:
         started = self.config.simultaneous or epoch >= first_search_epoch(self.config)
         return bool(self.alphas) and started
 
+    def _out_of_patience(self) -> bool:
+        """Whether ``patience`` epochs did not better the best one, nor came before the search."""
+        if not self.config.patience or not self.history:
+            return False
+        best = kept_epoch(self.history, "best").epoch
+        start = first_search_epoch(self.config) if self.alphas else 0
+        return self.epoch - max(best, start) >= self.config.patience
+
     def run(self) -> None:
         """Trains from the current epoch to the last; writes checkpoints after every epoch.
 
@@ -208,6 +216,8 @@ class Trainer:
             console.print(WORDS.format(second), highlight=False, soft_wrap=True)
         with TrainProgress(console, steps) as progress:
             for _ in epochs:
+                if self._out_of_patience():
+                    break
                 record = self._run_epoch(progress)
                 self.history.append(record)
                 self.epoch += 1
