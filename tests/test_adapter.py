@@ -220,21 +220,6 @@ def test_update_is_the_difference_to_the_base(preset, ratio):
     assert_close(layer(x), layer.base(x) + layer.update(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("base", ["16 bits", "autocast"])
-@pytest.mark.parametrize("preset", ["linear", "paper"])
-def test_adapters_stay_in_float32_beside_16_bits(preset, base, dtype):
-    own = dtype if base == "16 bits" else torch.float32
-    layer = make_layer(preset=preset, dtype=own)
-    with torch.autocast("cpu", dtype, enabled=base == "autocast"):
-        h = layer(torch.randn(2, 4, 4, 8).to(own))
-    assert h.dtype == dtype and layer.base.weight.dtype == own
-    h.float().sum().backward()
-    for name, parameter in layer.named_parameters():
-        if not name.startswith("base."):
-            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
-
-
 # ---------------------------------------------------------------- the start of the cell
 
 

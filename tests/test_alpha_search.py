@@ -80,7 +80,6 @@ QKV = NASLoRAConfig(target="qkv")
 # Arguments and options of inject, and the line.
 BAD_CALLS = [
     ((None,), {}, "model must be a torch.nn.Module, got NoneType"),
-    ((layers(), {}), {}, "config: expected a NASLoRAConfig, got"),
     ((layers(), "r=3"), {}, "config: expected a NASLoRAConfig, got"),
     ((layers(),), {"train": 3}, "train: expected list, got 3"),
     ((layers(), QKV), {"train": ["["]}, "train is no regular expression"),
@@ -234,12 +233,8 @@ def test_an_error_restores_the_weights():
     ("make", "options", "loss_fn", "message"),
     [
         (trainable, {}, lambda model, x: model(x), "loss_fn must return a scalar tensor"),
-        (trainable, {}, lambda model, x: squares(model, x).item(), "loss_fn must return a scalar"),
         (trainable, {}, lambda model, x: squares(model, x).detach(), "does not depend on alpha"),
-        (trainable, {}, lambda model, x: x.requires_grad_().mean(), "does not depend on alpha"),
         (trainable, {"lr": 0}, squares, "lr: expected float > 0.0"),
-        (trainable, {"lr": "fast"}, squares, "lr: expected float, got"),
-        (trainable, {"start": -1}, squares, "start: expected int >= 0"),
         (lambda: trainable(channel_ratio=0), {}, squares, "has no alpha to search"),
         (lambda: None, {}, squares, "model must be"),
     ],
@@ -398,11 +393,9 @@ def test_two_hundred_groups_end(tmp_path):
     ("cast", "dtype"),
     [
         (lambda model: model.half(), torch.float16),
-        (lambda model: model.bfloat16(), torch.bfloat16),
-        (lambda model: model.to(torch.bfloat16), torch.bfloat16),
-        (lambda model: model.to("cpu", torch.float16), torch.float16),
+        (lambda model: model.to("cpu", torch.bfloat16), torch.bfloat16),
     ],
-    ids=["half", "bfloat16", "to", "to device and dtype"],
+    ids=["half", "to"],
 )
 def test_the_adapter_stays_float32(preset, cast, dtype):
     """The silent loss: after ``model.half()`` training was NaN at the second step."""

@@ -487,21 +487,18 @@ def with_a_further_layer() -> nn.Module:
     return attention
 
 
-def with_a_changed_forward(module: str = SamAttention.__module__) -> nn.Module:
+def with_a_changed_forward() -> nn.Module:
     def forward(self, x):
         return SamAttention.forward(self, x).tanh()
 
-    forward.__module__ = module
     attributes = {"__module__": SamAttention.__module__, "forward": forward}
     return sam_attention(kind=type("Attention", (SamAttention,), attributes))
 
 
 UNKNOWN = {
-    "subclass": lambda: sam_attention(kind=type("WindowAttention", (SamAttention,), {})),
     "own forward": with_its_own_forward,
     "further layer": with_a_further_layer,
-    "changed forward": with_a_changed_forward,
-    "patched class": lambda: with_a_changed_forward(__name__),
+    "patched class": with_a_changed_forward,
 }
 
 

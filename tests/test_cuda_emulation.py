@@ -23,10 +23,6 @@ void sums_a_block() {  // 0 + 1 + ... + 95, over warps by shuffles, then over th
   __syncthreads();
   if (threadIdx.x == 95) printf("%u: %d\n", blockIdx.x, sums[0] + sums[1] + sums[2]);
 }
-void one_thread_ends_before_the_barrier() {
-  if (threadIdx.x == 0) return;
-  __syncthreads();
-}
 void one_thread_ends_while_others_wait() {
   if (threadIdx.x == 40) return;
   __syncthreads();
@@ -38,13 +34,6 @@ void one_thread_skips_the_barrier() {
 void a_lane_skips_the_shuffle() {
   if (threadIdx.x != 40) __shfl_xor_sync(0xffffffffu, 1, 1);
 }
-void two_barriers_at_once() {
-  if (threadIdx.x < 48) {
-    __syncthreads();
-  } else {
-    __syncthreads();
-  }
-}
 void reads_memory_never_written() {
   if (threadIdx.x == 0) printf("%f\n", *reinterpret_cast<float*>(shared_memory()));
 }
@@ -53,11 +42,9 @@ void writes_beyond_its_memory() { shared_memory()[threadIdx.x] = 1; }
 int main(int, char** argv) {
   const std::vector<std::pair<std::string, void (*)()>> kernels = {
       {"sums", sums_a_block},
-      {"ends before", one_thread_ends_before_the_barrier},
       {"ends later", one_thread_ends_while_others_wait},
       {"skips", one_thread_skips_the_barrier},
       {"lane", a_lane_skips_the_shuffle},
-      {"two", two_barriers_at_once},
       {"unwritten", reads_memory_never_written},
       {"beyond", writes_beyond_its_memory},
   };
@@ -89,11 +76,9 @@ def test_threads_meet_at_barriers_and_shuffles(program):
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
-        ("ends before", "waits for threads that have ended"),
         ("ends later", "ends while others wait at a barrier"),
         ("skips", "other threads wait at another barrier"),
         ("lane", "ends while others wait at a barrier"),
-        ("two", "other threads wait at another barrier"),
     ],
 )
 def test_wrong_use_of_barriers_ends_with_a_message(kernel, message, program):

@@ -1,9 +1,7 @@
 """``make gpu-check`` as far as a machine without a GPU can tell: its kernels step, on the CPU."""
 
 import json
-import os
 import sys
-import types
 
 import pytest
 import torch
@@ -11,8 +9,7 @@ from fresh_process import run_fresh
 from kernel_cases import only_cpp
 
 from bench import gpu_check
-from bench.gpu import contact
-from naslora_kernels import backends, cpp
+from naslora_kernels import cpp
 
 CASE = "cell tiny_vit r=3 float32"
 CPU = ("--device", "cpu")
@@ -48,63 +45,6 @@ def test_wrong_kernels_are_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp, "mixed_cell", lambda *arguments: 1.001 * right(*arguments))
     status, record = run(monkeypatch, tmp_path, *CPU)
     assert status == 1 and not record["rows"] and "not timed" in record["problems"][0]
-
-
-SMI_OF_H100 = "550.54.15, 1980 MHz, 1980 MHz, 2619 MHz, 700.00 W, Disabled"
-CARD = {"name": "NVIDIA H100", "total_memory": 80 << 30, "multi_processor_count": 132, "major": 9}
-MISSING_GCC = "Failed to find C compiler. Please specify via CC environment variable"
-
-
-@pytest.mark.parametrize(
-    ("card", "failing", "lines"),
-    [
-        ({}, {}, []),
-        (
-            {},
-            {"cuda": "CUDA driver version is insufficient for CUDA runtime version"},
-            ["cuda on cuda:0: its first launch on cuda:0 fails: CUDA driver version is insuff"],
-        ),
-        (
-            {},
-            {"triton": MISSING_GCC},
-            [f"triton on cuda:0: its first launch on cuda:0 fails: {MISSING_GCC}"],
-        ),
-        (
-            {"name": "NVIDIA H100 MIG 1g.10gb", "total_memory": 10 << 30},
-            {},
-            ["cuda:0 is a MIG slice: its times are not those of the whole card"],
-        ),
-        ({"total_memory": 8 << 30}, {}, ["cuda:0 is a small card: cases that do not fit are le"]),
-    ],
-    ids=["fine", "old driver", "no gcc", "MIG", "small"],
-)
-def test_what_a_machine_lacks_is_one_line(card, failing, lines, monkeypatch, tmp_path):
-    """By a stubbed driver; the other backend goes on."""
-    properties = types.SimpleNamespace(**{**CARD, "minor": 0, **card})
-
-    def load(name):
-        def folded_cell(*arguments):
-            if name in failing:
-                raise RuntimeError(failing[name])
-
-        return types.SimpleNamespace(folded_cell=folded_cell, unavailable_reason=lambda: None)
-
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\necho '{SMI_OF_H100}'\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
-    stub = {"is_available": True, "device_count": 1, "is_current_stream_capturing": False}
-    stub |= {"get_device_properties": properties, "synchronize": None}
-    for name, value in stub.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(backends, "_unavailable_reason", lambda name: None)
-    monkeypatch.setattr(backends, "_load", load)
-    monkeypatch.setattr(backends, "probe", backends.probe.__wrapped__)
-    found = contact.inspect()
-    assert any(line.endswith(SMI_OF_H100) for line in found["notes"])
-    about = [*found["problems"], *(line for line in found["notes"] if line[:9] == "cuda:0 is")]
-    assert [a.startswith(b) for a, b in zip(about, lines, strict=True)] == [True] * len(lines)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

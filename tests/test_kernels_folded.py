@@ -265,13 +265,9 @@ def test_compiles_in_one_graph(target):
         ),
         ({"kernel": draw(2, 2, 11, 11)}, ValueError, "at most 9"),
         ({"kernel": draw(2, 2, 3, 5)}, ValueError, r"kernel: expected shape \(2, 2, 5, 5\)"),
-        ({"kernel": draw(3, 3, 3, 3)}, ValueError, r"kernel: expected shape \(2, 2, 3, 3\)"),
-        ({"kernel": draw(2, 2, 3)}, ValueError, "kernel: expected shape"),
         ({"kernel": draw(2, 2, 3, 3).float()}, TypeError, "kernel: expected torch.float64"),
         ({"average": float("nan")}, ValueError, "average: expected a finite number"),
         ({"maximum": "much"}, TypeError, "maximum: expected a number, got str"),
-        ({"lora_B": draw(8, 3)}, ValueError, r"lora_B: expected shape \(8, 2\)"),
-        ({"x": draw(5, 4, 6)}, ValueError, "x: expected a channels-last map"),
         ({"backend": "magic"}, ValueError, "backend: expected one of"),
     ],
     ids=str,
@@ -280,7 +276,6 @@ def test_wrong_arguments_are_named(change, error, message):
     a = layer_arguments((2, 5, 4), 6, 8, 2, 3)
     with pytest.raises(error, match=message):
         folded_linear(**{**a, "average": 0.2, "maximum": 0.3, **change})
-    if not {"x", "lora_B"} & change.keys():
-        cell = {"z": draw(2, 5, 4, 2), "kernel": a["kernel"], **change}
-        with pytest.raises(error, match=message):
-            folded_cell(**cell)
+    cell = {"z": draw(2, 5, 4, 2), "kernel": a["kernel"], **change}
+    with pytest.raises(error, match=message):
+        folded_cell(**cell)

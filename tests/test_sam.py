@@ -244,28 +244,19 @@ OTHER_MODEL = "does not fit model vit_b .*--model that the checkpoint was made f
 # The suffix, the bytes made of a state dict and of the folder that code would make, and the line.
 BAD = {
     "missing": ("pth", lambda state, mark: None, "does not exist"),
-    "missing safetensors": ("safetensors", lambda state, mark: None, "does not exist"),
     "cut": ("pth", lambda state, mark: half(as_torch(state)), DAMAGED),
     "cut safetensors": (
         "safetensors", lambda state, mark: half(save(state)), "is damaged or no safetensors file"
     ),
-    "empty": ("pth", lambda state, mark: b"", DAMAGED),
     "text": ("pth", lambda state, mark: b"<html>404: not found</html>\n", DAMAGED),
     "evil": ("pth", lambda state, mark: as_torch({**state, "extra": Intruder(mark)}), DAMAGED),
     "pickle": ("pth", lambda state, mark: pickle.dumps(Intruder(mark), protocol=2), DAMAGED),
     "nested": ("pth", lambda state, mark: as_torch({"state_dict": state}), PLAIN),
-    "numbered": ("pth", lambda state, mark: as_torch({0: torch.zeros(1)}), PLAIN),
     "foreign": (
         "pth", lambda state, mark: as_torch({"layer1.weight": torch.zeros(2, 2)}),
         "holds no SAM checkpoint: it has no image_encoder",
     ),
-    "encoder only": (
-        "pth",
-        lambda state, mark: as_torch({k: v for k, v in state.items() if "image_encoder" in k}),
-        "does not fit model vit_b",
-    ),
     "wider": ("pth", of_vit(width=48), OTHER_MODEL),
-    "deeper": ("pth", of_vit(depth=3), OTHER_MODEL),
     "shallower": ("pth", of_vit(depth=1, global_blocks=()), "does not fit model vit_b .*missing"),
     "MobileSAM": (
         "pth", lambda state, mark: as_torch(build_model("mobile_sam", 64).state_dict()),
