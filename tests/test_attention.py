@@ -527,18 +527,9 @@ def test_the_mask_decoder_is_not_meant(tiny_vit):
             assert names and not [name for name in names if "decoder" in name]
 
 
-@pytest.mark.parametrize(
-    "call, model, message",
-    [
-        (fuse_attention, nn.Linear(3, 3), "the model has no attention that can be fused: none of"),
-        (fuse_attention, "sam", "model must be a torch.nn.Module, got str"),
-        (unfuse_attention, None, r"model must be a torch\.nn\.Module"),
-    ],
-)
-def test_refused(call, model, message):
-    with pytest.raises(UserError, match=message) as caught:
-        call(model)
-    assert "\n" not in str(caught.value)
+def test_a_model_without_attention_is_refused():
+    with pytest.raises(UserError, match="no attention that can be fused: none of"):
+        fuse_attention(nn.Linear(3, 3))
 
 
 def test_sam2_of_transformers():

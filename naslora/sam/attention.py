@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.adapter.layer.layer import NASLoRALinear
-from naslora.adapter.layer.modules import check_model
 from naslora.adapter.layer.windows import has_hooks, partition, unpartition
 from naslora.errors import UserError, listing
 from naslora_kernels import rel_pos_attention
@@ -54,7 +53,6 @@ def fuse_attention(model: nn.Module) -> list[str]:
     Raises:
         UserError: the model has no attention that is known. It is then unchanged.
     """
-    check_model(model)
     known = {module: mixin for module in model.modules() if (mixin := _mixin(module)) is not None}
     unknown = [
         f"{name} ({type(module).__name__})"
@@ -87,7 +85,6 @@ def unfuse_attention(model: nn.Module) -> list[str]:
     Raises:
         UserError: ``fully_shard`` was called on an attention itself. The model is then unchanged.
     """
-    check_model(model)
     fused = _fused(model)
     for name, module in fused.items():
         if type(module) is not _fused_class(module.mixin, module.host_class):

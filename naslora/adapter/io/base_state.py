@@ -24,7 +24,7 @@ from naslora.adapter.io.storage import (
 )
 from naslora.adapter.io.wrappers import bare_state, fill, gathered, unwrap, writes_together
 from naslora.adapter.layer.applied import applied
-from naslora.adapter.layer.modules import adapter_layers, check_model
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.adapter.merging.merged import MergedNASLoRALinear, merged_modules
 from naslora.errors import UserError, listing
 
@@ -97,7 +97,6 @@ def load_base_state_dict(
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of ``base_state_dict``, not gathered."""
-    check_model(model)
     if any(merged_modules(model)):
         raise UserError("the model is merged, so its weights have changed: call unmerge first")
     present = applied(unwrap(model))

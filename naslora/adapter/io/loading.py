@@ -21,7 +21,7 @@ from naslora.adapter.io.wrappers import bare_state, fill, unwrap
 from naslora.adapter.layer.applied import applied, find_method
 from naslora.adapter.layer.config import OUTPUT_FIELDS, NASLoRAConfig
 from naslora.adapter.layer.injection import apply, inject
-from naslora.adapter.layer.modules import adapter_layers, check_model, undone_on_error
+from naslora.adapter.layer.modules import adapter_layers, undone_on_error
 from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors
@@ -43,7 +43,6 @@ def load_adapter(model: nn.Module, directory: str | Path, check_base: bool = Tru
         UserError: a file is missing or damaged, or does not fit the model. The message lists the
             mismatches. The model is then unchanged.
     """
-    check_model(model)
     if any(merged_modules(model)):
         raise UserError("the model is merged: call unmerge before load_adapter")
     directory = Path(directory)

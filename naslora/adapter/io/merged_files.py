@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from naslora.adapter.io.storage import PEFT_TYPE, base_model, unshared
 from naslora.adapter.io.wrappers import bare_paths, bare_state, fill, unwrap
-from naslora.adapter.layer.modules import adapter_layers, check_model, undone_on_error
+from naslora.adapter.layer.modules import adapter_layers, undone_on_error
 from naslora.adapter.merging.merged import merged_modules, restore_merged
 from naslora.errors import UserError, listing
 from naslora.files import read_json, read_safetensors, reading, write_json, write_tensors
@@ -47,7 +47,6 @@ def save_merged(model: nn.Module, directory: str | Path) -> None:
 
 def write_merged(model: nn.Module, directory: Path, details: Mapping[str, Any]) -> None:
     """``save_merged`` with further entries of merged.json, which are JSON-ready."""
-    check_model(model)
     paths = bare_paths(model)
     layers = [paths[name] for name, _ in merged_modules(model)]
     if not layers:
@@ -81,7 +80,6 @@ def load_merged(model: nn.Module, directory: str | Path) -> None:
         UserError: the model is adapted or merged, a file is missing or damaged, or does not fit the
             model. The message lists the mismatches. The model is then unchanged.
     """
-    check_model(model)
     if any(adapter_layers(model)) or any(merged_modules(model)):
         raise UserError("load_merged needs the original model: this one is adapted or merged")
     directory = Path(directory)

@@ -18,7 +18,7 @@ from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.frozen_norms import keep_frozen
 from naslora.adapter.layer.injection import build_layers
 from naslora.adapter.layer.layer import NASLoRALinear
-from naslora.adapter.layer.modules import NAMED, adapter_layers, check_model, replace_module
+from naslora.adapter.layer.modules import NAMED, adapter_layers, replace_module
 from naslora.adapter.layer.targets import find_targets, with_names
 from naslora.errors import UserError
 from naslora.settings import checked
@@ -135,7 +135,6 @@ def _find(model: nn.Module) -> tuple[nn.Module, NamedAdapters]:
     Raises:
         UserError: the model has no adapter, or is merged.
     """
-    check_model(model)
     for host in unwrap(model).modules():
         adapters = getattr(host, NAMED, None)
         if isinstance(adapters, NamedAdapters):

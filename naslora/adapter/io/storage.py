@@ -20,7 +20,7 @@ from naslora.adapter.io.wrappers import (
 )
 from naslora.adapter.layer.applied import applied, image_encoder
 from naslora.adapter.layer.config import MethodConfig, TargetConfig
-from naslora.adapter.layer.modules import NAMED, adapter_layers, check_model
+from naslora.adapter.layer.modules import NAMED, adapter_layers
 from naslora.adapter.layer.targets import compiled, target_name
 from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError, listing
@@ -80,7 +80,6 @@ def save_adapter(model: nn.Module, directory: str | Path, include: Include = "tr
         UserError: the model is merged, its adapters are disabled, it has no adapter and nothing
             else to save, or a regular expression matches nothing.
     """
-    check_model(model)
     tensors = selected_state(model, include)
     if not tensors:
         raise UserError("there is nothing to save: the model has no adapter and nothing trainable")

@@ -17,7 +17,7 @@ from torch.optim import Optimizer, optimizer
 from naslora.adapter.io.wrappers import unwrap
 from naslora.adapter.layer.config import Alpha
 from naslora.adapter.layer.injection import arch_parameters, cell_parameters
-from naslora.adapter.layer.modules import adapter_layers, check_model
+from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError, listing
 from naslora.settings import Index, checked
 
@@ -151,7 +151,6 @@ class AlphaSearch:
         start: int = 0,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
-        check_model(model)
         lr, start = checked("lr", lr, Alpha), checked("start", start, Index)
         self.model = unwrap(model)
         self.alphas = arch_parameters(self.model)

@@ -16,7 +16,6 @@ from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
 from naslora.adapter.layer.modules import (
     NAMED,
     adapter_layers,
-    check_model,
     replace_module,
     undone_on_error,
 )
@@ -55,7 +54,6 @@ def inject(
             index is out of range, there is no such preset, a pattern of ``train`` matches nothing,
             or the model has NAS-LoRA layers already. The model is then unchanged.
     """
-    check_model(model)
     config = checked("config", NASLoRAConfig() if config is None else config, NASLoRAConfig)
     if hasattr(model, NAMED):
         raise UserError("the model has NAS-LoRA layers already; add_adapter adds another adapter")

@@ -9,7 +9,6 @@ from torch import nn
 
 from naslora.adapter.layer.calls import host_calls
 from naslora.adapter.layer.layer import NASLoRALinear
-from naslora.errors import UserError
 
 NAMED = "named_adapters"
 """Attribute of a model with several adapters; copies and pickles of the model contain it."""
@@ -31,16 +30,6 @@ def draw_channels(model: nn.Module, seed: int, epoch: int) -> None:
         if layer.config.channel_selection == "resample":
             own = (seed * 10_007 + epoch) * 10_007 + i
             layer.draw_channels(torch.Generator().manual_seed(own))
-
-
-def check_model(model: object) -> None:
-    """Refuses an argument ``model`` that is no module.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -23,7 +23,7 @@ from naslora.adapter.io.wrappers import sharded, unwrap
 from naslora.adapter.layer.applied import Folding, applied
 from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.layer import NASLoRALinear
-from naslora.adapter.layer.modules import adapter_layers, check_model, replace_module
+from naslora.adapter.layer.modules import adapter_layers, replace_module
 from naslora.adapter.merging.calibration import (
     Calibration,
     Fit,
@@ -81,7 +81,6 @@ def merge(
             are not finite, or an operation set that the mode cannot fold. The model is then
             unchanged.
     """
-    check_model(model)
     model = unwrap(model)
     present = applied(model)
     folding = CELLS if present is None else present.method.require_merge()

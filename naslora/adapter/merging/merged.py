@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from naslora.adapter.layer.calls import AdaptedLinear
 from naslora.adapter.layer.cell import FixedMixture, FoldedCell, PaperCell
 from naslora.adapter.layer.grid import as_grid, split_prefix
-from naslora.adapter.layer.modules import check_model, replace_module
+from naslora.adapter.layer.modules import replace_module
 from naslora.errors import UserError
 from naslora_kernels import folded_linear
 from naslora_kernels.operations import FOLDED_SIZE, OPERATIONS
@@ -139,7 +139,6 @@ def unmerge(model: nn.Module) -> None:
         UserError: ``model`` is not merged, is a single merged layer, or was read from files. The
             model is then unchanged.
     """
-    check_model(model)
     merged = dict(merged_modules(model))
     if not merged:
         raise UserError("the model is not merged")
