@@ -26,29 +26,6 @@ SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--batch-size",
 
 
 TINY = run_config(name="vit_t", image_size=32, training={"epochs": 30, "search_start": 10})
-ROWS = {
-    "operations": (lambda config: config.adapter.operations, {
-        "all operations": None,
-        "without convolution": OPERATIONS[4:],
-        "without pooling": (*OPERATIONS[:4], *OPERATIONS[6:]),
-        "without skip/no connection": OPERATIONS[:6],
-    }),
-    "blocks": (lambda config: config.adapter.blocks, {
-        "1 to 3": (0, 1, 2), "4 to 6": (3, 4, 5), "1 to 6 (all)": None,
-    }),
-    "alpha-start": (lambda config: (config.training.simultaneous, config.training.search_start), {
-        "0 (simultaneously)": (True, 10),
-        "0 (stage-wise)": (False, 0),
-        "10": (False, 10),
-        "20": (False, 20),
-    }),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_what_is_varied(name):
-    varied, expected = ROWS[name]
-    assert {row.title: varied(row.config) for row in ablation_rows(name, TINY)} == expected
 
 
 def test_ranks_and_ratios_are_the_papers():

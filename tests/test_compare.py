@@ -246,17 +246,6 @@ def test_a_failed_run_is_marked_and_tried_again(quick, tmp_path):
     assert "failed" not in (tmp_path / "out/table.md").read_text()
 
 
-@pytest.mark.parametrize("interrupted", [("lora", 0), ("lora", 1)])
-def test_an_interrupt_keeps_the_finished_runs(quick, tmp_path, interrupted):
-    run, ran = quick
-    with pytest.raises(KeyboardInterrupt):
-        run({interrupted: KeyboardInterrupt()})
-    done = set(measured(tmp_path / "out"))
-    assert done == set(ran) - {interrupted}
-    run({}, resume=True)
-    assert done.isdisjoint(ran) and len(done) + len(ran) == 4
-
-
 def test_all_methods_refused(monkeypatch, tmp_path, data):
     monkeypatch.setattr(compare, "in_own_process", lambda *_: {"vpt": "it needs a plain ViT"})
     with pytest.raises(UserError, match="no method fits: vpt: it needs a plain ViT"):

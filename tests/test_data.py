@@ -254,23 +254,6 @@ def test_hold_out_is_a_repeatable_partition():
 # --- images
 
 
-def test_palette_alpha_and_cmyk_become_rgb(tmp_path):
-    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.save(tmp_path / "p.png")
-    save(tmp_path / "rgba.png", [[[10, 20, 30, 0], [40, 50, 60, 9]]])
-    save(tmp_path / "la.png", [[[10, 0], [40, 255]]])
-    Image.new("CMYK", (2, 1), (0, 0, 0, 0)).save(tmp_path / "cmyk.tif")
-    expected = {
-        "p.png": [[10, 20, 30], [40, 50, 60]],
-        "rgba.png": [[10, 20, 30], [40, 50, 60]],
-        "la.png": [[10] * 3, [40] * 3],
-        "cmyk.tif": [[255] * 3, [255] * 3],
-    }
-    for name, pixels in expected.items():
-        assert open_picture(sample_of(tmp_path / name)).rows().tolist() == [pixels], name
-
-
 def test_exif_rotation_is_applied_to_image_and_size_check(tmp_path):
     pixels = np.zeros((16, 32), np.uint8)
     pixels[:, :16] = 255  # in the file, the left half is bright
@@ -471,19 +454,6 @@ def test_demo_splits_lie_apart(demo):
     for split in planes:
         for other in planes.keys() - {split}:
             assert min(abs(a - b) for a in planes[split] for b in planes[other]) > 4
-
-
-def test_demo_is_upright_and_not_mirrored(demo):
-    from nilearn import datasets
-
-    template = datasets.load_mni152_template(resolution=1)
-    # voxel indices grow to the right and to the front of the head
-    assert np.array_equal(template.affine[:3, :3], np.eye(3))
-    for z in (20, 84, 149):
-        image = np.asarray(Image.open(demo / f"images/z{z:03d}.png"))
-        plane = template.get_fdata()[2:194, 22:214, z]  # (x, y), the window around the brain
-        front_up = plane.T[::-1]
-        assert np.abs(image - 255 * front_up).max() < 0.51  # rounding to 8 bits
 
 
 def test_the_folder_of_the_demo(demo, tmp_path, monkeypatch):

@@ -354,13 +354,6 @@ def test_merged_computes_the_same(make, method, encoder):
     assert torch.equal(embed(model), before)
 
 
-@pytest.mark.parametrize("method", PEFT)
-def test_merge_errors_are_measured_on_images(make, method):
-    model = make(method, lively=True)
-    report = merge(model.image_encoder, "center", calibration=[images()])
-    assert report.source == "calibration images" and 0 < report.max_update_error < 1e-3
-
-
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in MERGING])
 def test_what_cannot_merge_says_why(make, method):
     model = make(method)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from naslora.adapter.merging.report import LayerError
-from naslora.report.figures import STAGE_2_LABEL, Drawing
+from naslora.report.figures import Drawing
 from naslora.report.pictures import ERRORS, Merged, Panel, paint_errors
 from naslora.report.run_report import write_report
 from naslora.results import (
@@ -205,13 +205,6 @@ def test_undefined_scores_are_shown_as_such(report, run):
     text = report(plots=True, **{**run, "history": [first, *run["history"][1:]], "result": result})
     Reader(text)
     assert table_row(text, "Test")[0] == "–" and ">none</td>" not in text.lower()
-
-
-@pytest.mark.parametrize("stages, marked", [([1, 1], False), ([1, 2], True), ([2], True)])
-def test_stage_2_is_marked_when_there_is_one(report, run, stages, marked):
-    run["history"] = [epoch(index, stage) for index, stage in enumerate(stages)]
-    run["result"] = replace(run["result"], kept_epoch=0)
-    assert (STAGE_2_LABEL in report(plots=True, **run)) is marked
 
 
 def test_hostile_names_stay_text(report, run):

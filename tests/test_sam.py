@@ -102,16 +102,6 @@ def test_official_models_have_segment_anything_tensors(name, monkeypatch):
     assert [k for k in ours if k.startswith("mask_decoder.iou_prediction_head")] == []
 
 
-def test_qkv_layers_that_inject_finds():
-    """6 layers in vit_t; 10 in MobileSAM, with the published widths and (B, N, C) inputs."""
-    vit, mobile = SamForSegmentation("vit_t", 64), SamForSegmentation("mobile_sam", 64)
-    assert len(inject(vit, NASLoRAConfig("qkv"))) == 6
-    names = inject(mobile, NASLoRAConfig("qkv"))
-    widths = [mobile.get_submodule(name).in_features for name in names]
-    assert widths == [128] * 2 + [160] * 6 + [320] * 2
-    assert mobile(pixels(64)).masks.shape == (2, 1, 64, 64)
-
-
 @pytest.mark.parametrize(
     "name, options, message",
     [
