@@ -49,31 +49,6 @@ def counted(work, case=(SHAPE, 3)):
     return traffic.count(WORKS[work], launches.Operands(*case, torch.bfloat16))
 
 
-# Beside the frozen product a layer may take three launches forward and six backward.
-ALL = "cell_forward low_rank_pass cell_backward low_rank_pass low_rank_expand reduce_gradients"
-LAUNCHES = {
-    "layer, forward": "low_rank_pass cell_forward low_rank_expand",
-    "layer, everything": ALL,
-    "layer, backward, weight step": ALL,
-    # An architecture step: dy, cell, dx, reduction.
-    "layer, backward, architecture step": (
-        "low_rank_pass cell_backward low_rank_expand reduce_gradients"
-    ),
-    "layer, lora_B alone": "cell_forward low_rank_pass reduce_gradients",
-    "cell, forward": "cell_forward",
-    "cell, backward": "cell_backward reduce_gradients",
-    "cell, sums alone": "cell_backward reduce_gradients",
-    "cell, maps alone": "cell_backward",
-    "folded layer, forward": "low_rank_pass folded_cell_forward low_rank_expand",
-}
-
-
-def test_launches_of_layers_and_cells():
-    assert LAUNCHES.keys() == WORKS.keys()
-    for work, kernels in LAUNCHES.items():
-        assert [launch.kernel for launch in counted(work)] == kernels.split(), work
-
-
 def test_launches_move_what_they_need_once():
     """The forward reads x and writes h once; partial sums are written once and read once."""
     encode, cell, decode = counted("layer, forward")

@@ -228,11 +228,9 @@ def test_shared_tensors_are_stored_once(tmp_path):
     "tensors, description, message",
     [
         ({"pos_embed": None}, None, "pos_embed is missing in the file"),
-        ({"extra": torch.zeros(1)}, None, "extra is not in the model"),
         ({"pos_embed": torch.zeros(1)}, None, r"pos_embed has shape \(1,\) in the file, \(1, 4, "),
         ({"pos_embed": torch.ones(1, 4, 4, 32)}, None, "holds other weights than merged.json say"),
         ({}, "", f"{MERGED_CONFIG} does not exist"),
-        ({}, "{}", "describes no merged model"),
         ({}, "[]", "describes no merged model"),
         ({}, '{"layers": ["body.0"]}', "it has no nn.Linear body.0"),
     ],
@@ -320,23 +318,14 @@ def test_original_checkpoints_load_after_inject():
     torch_keys = by_torch.load_state_dict(state, strict=False)
     assert torch_keys == expected_keys and not torch_keys.unexpected_keys
     assert all("base" not in name for name in torch_keys.missing_keys)
-    strict = {n: v for n, v in adapted_encoder().state_dict().items() if ".base." not in n}
-    again, injected = adapted_encoder(), adapted_encoder(seed=4)
-    again.load_state_dict({**strict, **state})
-    injected.load_state_dict(expected.state_dict())
-    for model in (by_function, by_torch, again, injected):
+    for model in (by_function, by_torch):
         assert_same(model, state_of(expected))
-    layer = again.blocks[0].attn.qkv
-    layer.load_state_dict(original.blocks[0].attn.qkv.state_dict(), strict=False)
-    assert torch.equal(layer.weight, original.blocks[0].attn.qkv.weight)
     # A part of a checkpoint, if not strict.
-    part = {"pos_embed": again.pos_embed + 1, "x": again.pos_embed}
-    keys = load_base_state_dict(again, part, False)
+    part = {"pos_embed": by_torch.pos_embed + 1, "x": by_torch.pos_embed}
+    keys = load_base_state_dict(by_torch, part, False)
     assert keys.unexpected_keys == ["x"]
     assert set(keys.missing_keys) == set(original.state_dict()) - {"pos_embed"}
-    assert_close(again.pos_embed, part["pos_embed"])
-    with pytest.raises(UserError, match="state must be a state dict"):
-        load_base_state_dict(again, None)
+    assert_close(by_torch.pos_embed, part["pos_embed"])
 
 
 @pytest.mark.parametrize(
