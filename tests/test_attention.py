@@ -40,7 +40,6 @@ from naslora import (
 from naslora.adapter.layer.windows import partition, unpartition
 from naslora.methods import METHODS, apply
 from naslora.sam.attention import FusedAttention
-from naslora.sam.encoders import checkpoint_blocks
 from naslora.sam.families import sam2
 from naslora.sam.segmentation import build_model
 from naslora.trained import load_model, merge_run
@@ -420,15 +419,7 @@ def test_torch_compile_in_one_graph(name, dynamic):
     assert attention.qkv.weight.grad.abs().max() > 0
 
 
-def test_gradient_checkpointing(tiny_vit):
-    gradients = []
-    for checkpointing in (False, True):
-        model = build_model("vit_t", 32, attention="fused").image_encoder.requires_grad_(True)
-        if checkpointing:
-            checkpoint_blocks(model)
-        model(torch.ones(1, 3, 32, 32)).square().sum().backward()
-        gradients.append(gradients_of(model))
-    assert torch.equal(*gradients)
+def test_gradient_checkpointing():
     theirs = fused(build_sam()).train()
     expected = batch_loss(theirs, batch_of(2))
     theirs.gradient_checkpointing_enable()

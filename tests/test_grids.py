@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import transformers
-from adapted_models import adapted_layer, relative, tokens
+from adapted_models import relative, tokens
 from torch import nn
 
 from naslora import NASLoRAConfig, inject, merge
@@ -114,15 +114,6 @@ def test_conv_lora_takes_the_grid_too():
     assert torch.equal(model(x), model(x.reshape(2, 8, 32, 16)).reshape(2, 256, 16))
     with pytest.raises(ValueError, match="not the 8 x 32 grid"):
         model(tokens(1, 16, 16))
-
-
-def test_a_host_that_states_nothing_has_square_sequences():
-    model = adapted_layer(c_out=16)
-    assert model.qkv.hint is None
-    x = tokens(1, 36, 16)
-    assert torch.equal(model(x), model(x.reshape(1, 6, 6, 16)).reshape(1, 36, 16))
-    with pytest.raises(ValueError, match=r"35 tokens are no 5 x 5 grid; set the layer's `grid`"):
-        model(tokens(1, 35, 16))
 
 
 def test_windows_may_shrink_to_small_images():

@@ -18,7 +18,6 @@ from naslora.instances import Instance, InstanceScores, label_image, score_insta
 from naslora.prediction import find_samples, predict_run
 from naslora.sam.instance_config import InstanceConfig
 from naslora.sam.promptable import PromptableSam
-from naslora.trained import load_predictor
 
 
 @pytest.fixture
@@ -182,8 +181,3 @@ def test_models_that_take_no_prompts_are_refused(naslora, run, clean_data, tmp_p
     save_file({"image_encoder.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     result = naslora(command[0], tmp_path / "other.safetensors", *command[2:])
     assert result.status == 2 and "no checkpoint of SAM that is known" in result.err
-
-
-def test_the_model_of_a_checkpoint_is_found(checkpoint):
-    predictor, config = load_predictor(checkpoint, SIZE)
-    assert predictor.model.image_encoder.img_size == config.model.image_size == SIZE
