@@ -13,6 +13,7 @@ Nothing here imports segment_anything, transformers or timm. Classes are known b
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,10 +39,9 @@ def fuse_attention(model: nn.Module) -> list[str]:
     ``fully_shard``. While a model is exported or traced, the original code computes.
 
     Known are the attentions of segment_anything and its copies (SAM-HQ, MobileSAM), of Hugging
-    Face's SamModel, SamHQModel and Sam2Model, and of TinyViT in timm and MobileSAM. Other modules
-    with a layer ``qkv`` and "Attention" in the name of their class are left alone, and a warning
-    names them. Among these is timm's Hiera (SAM 2), whose own code is as fast. Hugging Face's
-    modules return None as attention weights, as its SDPA attention does. Blocks of segment_anything
+    Face's SamModel, SamHQModel and Sam2Model, of TinyViT in timm and MobileSAM, and of timm's Hiera
+    (SAM 2). Other modules with a layer ``qkv`` and "Attention" in the name of their class are left
+    alone, and a warning names them. Hugging Face's modules return None as attention weights, as its SDPA attention does. Blocks of segment_anything
     and its copies no longer project the padding of their windows.
 
     Args:
@@ -65,7 +65,7 @@ def fuse_attention(model: nn.Module) -> list[str]:
         found = f"; it has {listing(unknown, 3)}" if unknown else ""
         raise UserError(
             "the model has no attention that can be fused: none of segment_anything, SAM-HQ, "
-            f"MobileSAM, TinyViT or Hugging Face's SamModel{found}"
+            f"MobileSAM, TinyViT, SAM 2 or Hugging Face's SamModel{found}"
         )
     fused_class: Any = _fused_class
     for module, mixin in known.items():
@@ -152,25 +152,26 @@ class _HuggingFace(FusedAttention):
         return _over_grid(self, hidden_states, self.num_attention_heads), None
 
 
+class _Hiera(FusedAttention):
+    """SAM 2's attention in timm."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same, or half of H and W where the queries are pooled."""
+        if traced():
+            return self.host_class.forward(self, x)
+        return _pooled_attention(self, x, self.num_heads, self.q_pool)
+
+
 class _HuggingFaceHiera(FusedAttention):
     """Without a product of queries and keys that transformers computes and does not use."""
 
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """(B, H, W, C) to the same, or half of H and W where the queries are pooled."""
+        """As ``_Hiera``."""
         if traced() or kwargs:
             return self.host_class.forward(self, hidden_states, **kwargs)
-        batch, height, width, _ = hidden_states.shape
-        heads = self.num_attention_heads
-        qkv = self.qkv(hidden_states).reshape(batch, height * width, 3, heads, -1)
-        q, k, v = qkv.unbind(2)  # each (B, N, heads, d)
-        if self.query_stride:
-            maps = q.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
-            maps = F.max_pool2d(maps, self.query_stride)
-            height, width = maps.shape[2:]
-            q = maps.flatten(2).transpose(1, 2).unflatten(2, (heads, -1))
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(o.transpose(1, 2).reshape(batch, height, width, -1))
+        stride = self.query_stride
+        pool = functools.partial(F.max_pool2d, kernel_size=stride) if stride else None
+        return _pooled_attention(self, hidden_states, self.num_attention_heads, pool)
 
 
 class _TinyViT(FusedAttention):
@@ -182,9 +183,7 @@ class _TinyViT(FusedAttention):
         qkv = self.qkv(self.norm(x)).view(batch, tokens, self.num_heads, -1)
         widths = [self.key_dim, self.key_dim, qkv.shape[-1] - 2 * self.key_dim]
         q, k, v = (part.transpose(1, 2) for part in qkv.split(widths, -1))  # (B, heads, N, d)
-        # PyTorch's fused kernel for CPUs takes masks of four dimensions only.
-        bias = self._bias(x)[None]
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        o = _dot_product_attention(q, k, v, self.scale, self._bias(x))
         return self.proj(o.transpose(1, 2).flatten(2))
 
     def _bias(self: Any, x: Tensor) -> Tensor:
@@ -199,6 +198,65 @@ class _TinyViT(FusedAttention):
 def traced() -> bool:
     """Whether a graph is recorded that other runtimes execute, which lack the fused operator."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+SMALL_WINDOW = 1024
+"""Keys of a window up to which ``_dot_product_attention`` keeps the matrix of its logits."""
+
+
+def _dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """softmax(scale q kᵀ + bias) v, for windows of any size.
+
+    Forward and backward of PyTorch's fused kernel take 2 to 5 times the time of plain products on
+    CPUs in 16 bits with windows of 7 x 7 to 14 x 14 tokens (``bench/attention.py``).
+
+    Args:
+        q: (B, heads, N, d).
+        k: (B, heads, M, d).
+        v: (B, heads, M, e).
+        scale: factor of the logits.
+        bias: (heads, N, M).
+
+    Returns:
+        (B, heads, N, e).
+    """
+    if q.device.type == "cpu" and q.dtype.itemsize == 2 and k.shape[2] <= SMALL_WINDOW:
+        with torch.autocast("cpu", enabled=False):  # it would keep the softmax in float32, too
+            logits = (q * scale) @ k.transpose(2, 3)
+            if bias is not None:
+                logits += bias
+            return torch.softmax(logits, -1) @ v
+    # PyTorch's fused kernel for CPUs takes masks of four dimensions only.
+    mask = None if bias is None else bias[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _pooled_attention(
+    attention: Any, x: Tensor, heads: int, pool: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """Attention of which the queries may be pooled, as SAM 2 defines it.
+
+    Args:
+        attention: has ``scale``, ``qkv`` and ``proj``.
+        x: (B, H, W, C), an image or windows of it.
+        heads: number of heads.
+        pool: makes (B, C, H, W) queries fewer.
+
+    Returns:
+        (B, H, W, C), or H and W as they are after ``pool``.
+    """
+    batch, height, width, _ = x.shape
+    qkv = attention.qkv(x).reshape(batch, height * width, 3, heads, -1)
+    q, k, v = qkv.unbind(2)  # each (B, N, heads, d)
+    if pool is not None:
+        maps = pool(q.reshape(batch, height, width, -1).permute(0, 3, 1, 2))
+        height, width = maps.shape[2:]
+        q = maps.flatten(2).transpose(1, 2).unflatten(2, (heads, -1))
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    o = _dot_product_attention(q, k, v, attention.scale)
+    return attention.proj(o.transpose(1, 2).reshape(batch, height, width, -1))
 
 
 def _over_grid(attention: Any, x: Tensor, heads: int) -> Tensor:
@@ -335,6 +393,10 @@ _FORMS = (
         _LINEAR,
         _TABLES,
         _HuggingFace,
+    ),
+    *(
+        _Form(r"timm\.models\.hieradet_sam2\.MultiScaleAttention", children, _NONE, _Hiera)
+        for children in (_LINEAR, _LINEAR | {"q_pool"})
     ),
     _Form(
         r"transformers\.models\.sam2\.modeling_sam2\.Sam2MultiScaleAttention",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from timm.models.tiny_vit import TinyVitBlock, tiny_vit_5m_224
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ class TinyViTEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps (B, 3, S, S) normalised images to (B, 256, S/16, S/16)."""
+        # Convolutions keep this layout, and are faster in it on CPUs.
+        images = images.contiguous(memory_format=torch.channels_last)
         return self.neck(self.stages(self.patch_embed(images)))
 
     def transformer_blocks(self) -> Iterator[nn.Module]:

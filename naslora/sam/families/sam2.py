@@ -210,7 +210,6 @@ def _family(title: str, models: dict[str, Hiera], newer: bool) -> Family:
         official=OFFICIAL,
         huggingface=HUGGINGFACE,
         grid_multiple=2,  # the last stage has one token for 2 x 2, the first windows of 8 x 8
-        fuses=False,
         weights={
             model: f"hf:facebook/{kind}-hiera-{long}/{kind}_hiera_{long.replace('-', '_')}.pt"
             for model, long in zip(models, HUB_SIZES, strict=True)
