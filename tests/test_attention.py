@@ -18,10 +18,12 @@ from adapted_models import (
 )
 from conftest import SHORT
 from hugging_face import batch_loss, batch_of, build_sam, build_sam2
+from sam_families import PLAIN
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Attention as SamAttention
 from segment_anything.modeling.image_encoder import Block as SamBlock
 from segment_anything.modeling.image_encoder import window_partition, window_unpartition
+from timm.models.hieradet_sam2 import MultiScaleAttention
 from timm.models.tiny_vit import Attention as TimmAttention
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -40,7 +42,7 @@ from naslora import (
 from naslora.adapter.layer.windows import partition, unpartition
 from naslora.methods import METHODS, apply
 from naslora.sam.attention import FusedAttention
-from naslora.sam.families import sam2
+from naslora.sam.families import plain_vits
 from naslora.sam.segmentation import build_model
 from naslora.trained import load_model, merge_run
 
@@ -118,6 +120,12 @@ def timm_attention(sdpa: bool) -> TimmAttention:
     return attention
 
 
+def hiera(pool: nn.Module | None, sdpa: bool) -> MultiScaleAttention:
+    attention = MultiScaleAttention(32, 32, 2, pool)
+    attention.fused_attn = sdpa
+    return attention
+
+
 def hugging_face(name: str, **options) -> nn.Module:
     hq = "HQ" in name
     module, config = (modeling_sam_hq, SamHQVisionConfig) if hq else (modeling_sam, SamVisionConfig)
@@ -141,6 +149,8 @@ FAMILIES = {
     "transformers, SAM-HQ, sdpa": lambda: hugging_face("SamHQVisionSdpaAttention"),
     "timm's TinyViT": lambda: timm_attention(False),
     "timm's TinyViT, sdpa": lambda: timm_attention(True),
+    "timm's Hiera": lambda: hiera(None, True),
+    "timm's Hiera, pooled": lambda: hiera(nn.MaxPool2d(2, 2), False),
     "MobileSAM's TinyViT": lambda: named(_MobileSAM, "mobile_sam.modeling.tiny_vit_sam")(),
 }
 every_family = pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES)
@@ -538,23 +548,24 @@ def test_sam2_of_transformers():
     assert torch.equal(found[2][0], found[0][0])
 
 
-def test_hiera_of_timm_stays_and_is_named():
-    model = sam2.HieraEncoder(sam2.Hiera(16, 1, (1, 1, 1, 1), ()))
-    with pytest.raises(UserError, match=r"it has trunk\.blocks\.0\.attn \(MultiScaleAttention\)"):
+def test_an_attention_that_is_not_known_stays_and_is_named():
+    model = plain_vits.PlainViTEncoder(PLAIN["dinov3_s"][1], (64, 64))
+    name = r"trunk\.blocks\.0\.attn \(EvaAttention\)"
+    with pytest.raises(UserError, match=f"it has {name}"):
         fuse_attention(model)
     both = nn.ModuleList([model, sam_attention()])
-    with pytest.warns(UserWarning, match=r"0\.trunk\.blocks\.0\.attn \(MultiScaleAttention\)"):
+    with pytest.warns(UserWarning, match=name):
         assert fuse_attention(both) == ["1"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build_model("sam2.1_t", 32, attention="fused")
+        build_model("dinov3_s", 32, attention="fused")
 
 
 # ---- Export --------------------------------------------------------------------------------------
 
 
 EXPORTED = ("segment_anything", "transformers", "transformers, SAM-HQ, sdpa", "timm's TinyViT",
-            "MobileSAM's TinyViT")  # fmt: skip
+            "MobileSAM's TinyViT", "timm's Hiera, pooled")  # fmt: skip
 
 
 def operators(model: nn.Module, x: torch.Tensor, strict: bool = False) -> list[str]:
