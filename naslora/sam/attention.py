@@ -224,7 +224,7 @@ def _dot_product_attention(
         (B, heads, N, e).
     """
     if q.device.type == "cpu" and q.dtype.itemsize == 2 and k.shape[2] <= SMALL_WINDOW:
-        with torch.autocast("cpu", enabled=False):  # it would keep the softmax in float32, too
+        with torch.autocast("cpu", enabled=False):  # which computes softmax in float32
             logits = (q * scale) @ k.transpose(2, 3)
             if bias is not None:
                 logits += bias
