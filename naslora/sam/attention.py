@@ -41,8 +41,9 @@ def fuse_attention(model: nn.Module) -> list[str]:
     Known are the attentions of segment_anything and its copies (SAM-HQ, MobileSAM), of Hugging
     Face's SamModel, SamHQModel and Sam2Model, of TinyViT in timm and MobileSAM, and of timm's Hiera
     (SAM 2). Other modules with a layer ``qkv`` and "Attention" in the name of their class are left
-    alone, and a warning names them. Hugging Face's modules return None as attention weights, as its SDPA attention does. Blocks of segment_anything
-    and its copies no longer project the padding of their windows.
+    alone, and a warning names them. Hugging Face's modules return None as attention weights, as its
+    SDPA attention does. Blocks of segment_anything and its copies no longer project the padding of
+    their windows.
 
     Args:
         model: a SAM, its image encoder, or a model around it.
