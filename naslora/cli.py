@@ -29,6 +29,7 @@ from naslora.choices import (
     TileSize,
     Tracker,
 )
+from naslora.data.rasters import OutputConfig
 from naslora.errors import LostProcessError, UserError, one_line, printable, warn
 from naslora.exits import fail, flush_results, refusal, signals
 from naslora.locks import locked
@@ -44,6 +45,7 @@ from naslora_kernels import available_backends, build_info
 # Without a name, the headings of the help are those of the fields: "data options".
 Config = Annotated[RunConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
 Search = Annotated[InstanceConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
+Outputs = Annotated[OutputConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
 Positional = tyro.conf.Positional
 OUTPUT = tyro.conf.arg(help="Folder for the results; new or empty.")
 RESUME = tyro.conf.arg(help="Continue the interrupted run in --output, with the same arguments.")
@@ -268,6 +270,7 @@ def predict(
         tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
     ],
     search: Search,
+    outputs: Outputs,
     output: Annotated[Path, tyro.conf.arg(help="Folder for masks and overlays.")],
     skip_errors: Annotated[
         bool,
@@ -315,6 +318,7 @@ def predict(
         trust,
         overwrite,
         search if instances else None,
+        outputs,
     )
     print(f"wrote {len(written)} masks and overlays to {output}")
     for error in errors:

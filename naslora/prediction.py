@@ -3,17 +3,17 @@
 import contextlib
 import dataclasses
 import functools
-import struct
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from msgspec import Meta
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
@@ -22,8 +22,20 @@ from naslora.data.dataset import resize_image
 from naslora.data.images import Sample, large_images, open_image, open_picture
 from naslora.data.layouts import list_images, read_rows
 from naslora.data.picture import ImageError, Picture
-from naslora.data.tiff import GeoTags, read_georeference
-from naslora.data.tiles import SMALLEST, Grid, Tiles
+from naslora.data.rasters import (
+    DEFAULT_OUTPUTS,
+    SOFTWARE,
+    STRIP,
+    LabelFile,
+    OutputConfig,
+    Rows,
+    in_pieces,
+    rows_of,
+    write_png,
+    write_tiff,
+)
+from naslora.data.tiff import read_georeference, software_of
+from naslora.data.tiles import SMALLEST, Box, Grid, Tiles
 from naslora.errors import UserError, listing
 from naslora.files import reading, replaced_file
 from naslora.instances import COCO_FILE, InstanceFinder
@@ -41,15 +53,8 @@ from naslora.training.resolve import resolve
 from naslora.training.run_config import DataConfig, ModelConfig, Pixels, RunConfig
 from naslora.training.run_data import check_with_progress, scaling_of, shown_of, tiles_of
 
-ENDINGS = "_mask.png", "_overlay.png", "_mask.tif"
-_SOFTWARE = "naslora predict"
-"""The program's name in the files that ``predict_run`` writes, by which it knows them."""
-_SOFTWARE_TAG = 305
-"""The tag of a TIFF file that holds it."""
-
+ENDINGS = "_mask.png", "_overlay.png", "_mask.tif", "_probabilities.tif"
 Overlap = Annotated[float, Meta(ge=0, le=0.5)]
-LABELLED_ROWS = 64
-"""Rows of a class map that become labels at once, because labels have 8 bytes at first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +62,12 @@ class Predictor:
     """A model that segments images."""
 
     class_map: ClassMap
-    """Maps (B, 3, S, S) images in [0, 1] to (B, K, S, S) scores, both on the CPU."""
+    """Maps (B, C, S, S) images in [0, 1] to (B, K, S, S) scores, both on the CPU, or to one map
+    more, the uncertainty."""
     config: RunConfig
     tiles: Tiles | None
     """How images are cut; None takes them whole."""
+    outputs: OutputConfig = DEFAULT_OUTPUTS
 
 
 def predict_run(
@@ -73,13 +80,14 @@ def predict_run(
     trust: bool = False,
     overwrite: bool = False,
     search: InstanceConfig | None = None,
+    outputs: OutputConfig = DEFAULT_OUTPUTS,
 ) -> list[Path]:
     """Segments images: writes a mask and an overlay for each, at the image's own size.
 
     Binary masks are 0/255, others class indices, which a palette shows in colours. Images are read
-    one after another, so that the memory depends on the largest of them only: 1 byte a pixel for
-    the mask, and what Pillow needs, unless a TIFF file is read row by row. With tiles the class
-    maps of as many rows as a tile has are in memory as well.
+    one after another, and masks are written as they are computed. In memory are what Pillow needs,
+    unless windows of a TIFF file are read, and with tiles the class maps of as many rows as a tile
+    has.
 
     Args:
         path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
@@ -96,6 +104,7 @@ def predict_run(
         overlap: share of a tile that neighbours have in common, in [0, 0.5].
         trust: as in ``load_class_map``.
         overwrite: whether masks and overlays that exist are replaced.
+        outputs: what is decided from the scores, and which of them are written.
         search: finds objects with a model of ``load_predictor`` instead, as ``InstanceFinder``.
             Masks are label images, and ``output`` also gets instances.json.
 
@@ -110,8 +119,8 @@ def predict_run(
     samples = find_samples(inputs)
     images = [sample.image for sample in samples]
     _check_targets(images, output, overwrite)
-    if search is not None and tiles is not None:
-        raise UserError("--instances searches large images by --crops, not by --tiles")
+    if search is not None and (tiles is not None or outputs != DEFAULT_OUTPUTS):
+        raise UserError("--instances searches by --crops, and has no --tiles, --flips or the like")
     if search is not None and (output / COCO_FILE).exists() and not overwrite:
         raise UserError(f"{output / COCO_FILE} exists; give --overwrite, or another --output")
     if tiles is not None:
@@ -120,7 +129,7 @@ def predict_run(
     with locked(output), large_images() if tiles is not None else contextlib.nullcontext():
         predictor: Predictor | InstanceFinder
         if search is None:
-            predictor = _load_predictor(path, tiles, overlap, trust)
+            predictor = _load_predictor(path, tiles, overlap, trust, outputs)
         else:
             predictor = InstanceFinder(path, search)
         if on_error is None and len(samples) > 1:  # one image is read before anything is written
@@ -145,121 +154,127 @@ def _predict(
             picture = open_picture(sample, scaling_of(config), channels=channels)
             georeference = read_georeference(sample.image)
             if isinstance(predictor, InstanceFinder):
-                labels = predictor.labels(picture)
+                found = predictor.labels(picture)
+                labels, kind = rows_of(found), found.dtype
             else:
-                labels = segment(predictor, picture)
-            picture.check_channels()
+                labels = _segment_file(predictor, picture, sample, output).rows
+                kind = np.dtype(np.uint8)
         except ImageError as error:
             if on_error is None:
                 raise
             on_error(error)
             continue
-        mask, overlay, geotiff = _targets(sample.image, output)
+        mask, overlay, geotiff, _ = _targets(sample.image, output)
+        size = picture.height, picture.width
         numbers = config.task == "promptable"
         foreground = np.uint8(255 if config.data.num_classes == 1 and not numbers else 1)
         with replaced_file(mask) as file:
-            indexed = foreground == 1 and labels.dtype == np.uint8
+            indexed = foreground == 1 and kind == np.uint8
             colours = [(0, 0, 0), *map(class_colour, range(1, 256))] if indexed else None
-            bands = (labels[top:bottom] * foreground for top, bottom in picture.bands())
-            write_png(file, picture, bands, colours)
+            write_png(file, size, _times(labels, size, foreground), colours)
         with replaced_file(overlay) as file:
             names = ["background", *config.data.class_names]
-            shown, names = in_turn(labels) if numbers else (labels, names)
+            shown = labels
+            if numbers:
+                turned, names = in_turn(labels(0, picture.height))
+                shown = rows_of(turned)
             rgb = functools.partial(_rgb_rows, picture, shown_of(config))
-            write_png(file, picture, paint_bands(rgb, shown, names))
+            write_png(file, size, paint_bands(rgb, shown, size, names))
         if georeference:
             with replaced_file(geotiff) as file:
-                write_geotiff(file, labels * foreground, georeference)
+                bands = _times(labels, size, foreground)
+                write_tiff(file, bands, size, kind, georeference)
         yield mask
+
+
+def _times(labels: Rows, size: tuple[int, int], factor: np.uint8) -> Iterator[np.ndarray]:
+    return (rows * factor for rows in in_pieces(labels, size[0]))
+
+
+def _segment_file(
+    predictor: Predictor, picture: Picture, sample: Sample, output: Path
+) -> LabelFile:
+    """Segments an image into a file, and writes its probabilities if they are wanted.
+
+    Raises:
+        ImageError: the image is damaged, or a channel has only NaN. Nothing is written then.
+    """
+    labels = LabelFile(output, picture.width)
+    bands = segment(predictor, picture, labels)
+    kind = predictor.outputs.probabilities
+    if kind is None:
+        deque(bands, maxlen=0)
+        picture.check_channels()
+        return labels
+    with replaced_file(_targets(sample.image, output)[3]) as file:
+        first = next(bands)
+        shape = picture.height, picture.width, *first.shape[2:]
+        everything = map(functools.partial(_stored, kind), itertools.chain([first], bands))
+        write_tiff(file, everything, shape, np.dtype(kind), read_georeference(sample.image))
+        picture.check_channels()
+    return labels
+
+
+def _stored(kind: str, probabilities: np.ndarray) -> np.ndarray:
+    return np.rint(255 * probabilities).astype(np.uint8) if kind == "uint8" else probabilities
 
 
 def _rgb_rows(picture: Picture, shown: list[int], top: int, bottom: int) -> np.ndarray:
     return picture.rows(top, bottom)[..., shown]
 
 
-def write_png(
-    path: Path,
-    size: Picture,
-    bands: Iterable[np.ndarray],
-    palette: Sequence[tuple[int, int, int]] | None = None,
-) -> None:
-    """Writes a PNG file of 8 or 16 bits as its rows come. Pillow needs the whole image for that.
-
-    Args:
-        path: the file.
-        size: an image of the same height and width.
-        bands: (n, W) greys, uint8 or uint16, or (n, W, 3) RGB, uint8, from the top to the bottom.
-        palette: the RGB colours that viewers show in place of greys 0, 1, ...; None for none.
-    """
-    with open(path, "wb") as file:
-
-        def write_chunk(kind: bytes, data: bytes) -> None:
-            checksum = zlib.crc32(data, zlib.crc32(kind))
-            file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum))
-
-        compressor, above = zlib.compressobj(), None
-        for band in bands:
-            big = np.ascontiguousarray(band, band.dtype.newbyteorder(">"))
-            rows = big.view(np.uint8).reshape(len(band), -1)
-            if above is None:
-                file.write(b"\x89PNG\r\n\x1a\n")
-                # PNG's number for RGB, for greys and for indices of a palette
-                kind = 2 if band.ndim == 3 else 0 if palette is None else 3
-                depth = 8 * band.itemsize
-                header = struct.pack(">2I5B", size.width, size.height, depth, kind, 0, 0, 0)
-                write_chunk(b"IHDR", header)
-                if palette is not None:
-                    write_chunk(b"PLTE", np.array(palette, np.uint8).tobytes())
-                write_chunk(b"tEXt", f"Software\0{_SOFTWARE}".encode())
-                above = np.zeros_like(rows[:1])
-            # The filter 2 of each row: its difference to the row above. On photographs the file is
-            # as small as with a choice of filters, within 4 %.
-            filtered = np.full((len(rows), 1 + rows.shape[1]), 2, np.uint8)
-            np.subtract(rows, np.concatenate([above, rows[:-1]]), out=filtered[:, 1:])
-            above = rows[-1:].copy()
-            write_chunk(b"IDAT", compressor.compress(filtered.tobytes()))
-        write_chunk(b"IDAT", compressor.flush())
-        write_chunk(b"IEND", b"")
-
-
-def write_geotiff(path: Path, mask: np.ndarray, georeference: GeoTags) -> None:
-    """Writes an (H, W) uint8 mask with a georeference from ``read_georeference``."""
-    import tifffile  # imported here: few images need it
-
-    tifffile.imwrite(
-        path,
-        mask,
-        photometric="minisblack",
-        compression="zlib",
-        metadata=None,
-        software=_SOFTWARE,
-        extratags=georeference,
-    )
-
-
 # ---- Segmenting ----------------------------------------------------------------------------------
 
 
-def segment(predictor: Predictor, picture: Picture) -> np.ndarray:
-    """Segments an image. Returns (H, W) uint8 labels."""
+def segment(predictor: Predictor, picture: Picture, labels: LabelFile) -> Iterator[np.ndarray]:
+    """Segments an image.
+
+    Args:
+        predictor: the model.
+        picture: the image.
+        labels: gets the labels.
+
+    Yields:
+        The probabilities, some rows at a time, float32: (n, W), or (n, W, K) of several classes;
+        with an uncertainty (n, W, K + 1).
+    """
+    count, threshold = predictor.config.data.num_classes, predictor.outputs.threshold
+    for band in score_bands(predictor, picture):
+        for part in band.split(STRIP, dim=1):  # because labels have 8 bytes at first
+            labels.append(labels_of(part[None, :count], threshold)[0].numpy())
+            total = part[:count].sum(0).clamp(min=1e-12) if count > 1 else 1
+            shares = torch.cat([part[:count] / total, part[count:]])
+            yield shares.movedim(0, 2).squeeze(2).numpy()
+        del band, part, shares  # before the next row of tiles is computed
+
+
+def score_bands(predictor: Predictor, picture: Picture) -> Iterator[Tensor]:
+    """The class map of an image: (K, rows, W) float32 bands, from its top to its bottom."""
     height, width = picture.height, picture.width
     grid = None if predictor.tiles is None else Grid(predictor.tiles, height, width)
     if grid is None or len(grid) == 1:
-        labels = labels_of(scores_of(predictor, picture.rows()))[0].numpy().astype(np.uint8)
-        return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
-    rows_of = functools.lru_cache(1)(picture.rows)  # tiles of one row share them
-    maps = (
-        scores_of(predictor, rows_of(box.top, box.bottom)[:, box.left : box.right])[0]
-        for box in grid.boxes()
-    )
-    labels = np.empty((height, width), np.uint8)
-    for top, band in grid.blend(maps):
-        for start in range(0, band.shape[1], LABELLED_ROWS):
-            scores = band[None, :, start : start + LABELLED_ROWS]
-            found = labels_of(scores)[0].numpy()
-            labels[top + start : top + start + len(found)] = found
-        del band, scores  # before the next row of tiles is computed
-    return labels
+        yield from _enlarged(scores_of(predictor, picture.rows())[0], height, width)
+        return
+    shared = functools.lru_cache(1)(picture.rows)  # by the tiles of one row
+
+    def pixels_of(box: Box) -> np.ndarray:
+        if picture.by_rows:
+            return shared(box.top, box.bottom)[:, box.left : box.right]
+        return picture.rows(box.top, box.bottom, box.left, box.right)
+
+    maps = (scores_of(predictor, pixels_of(box))[0] for box in grid.boxes())
+    yield from map(itemgetter(1), grid.blend(maps))
+
+
+def _enlarged(scores: Tensor, height: int, width: int) -> Iterator[Tensor]:
+    """Resizes a (K, S, S) class map bilinearly, some rows at a time."""
+    side = scores.shape[1]
+    columns = F.interpolate(scores[None], (side, width), mode="bilinear", align_corners=False)[0]
+    for rows in ((torch.arange(height) + 0.5) * side / height - 0.5).clamp(min=0).split(STRIP):
+        low = rows.long().clamp(max=side - 1)
+        weight = (rows - low)[:, None]
+        high = (low + 1).clamp(max=side - 1)
+        yield columns[:, low] * (1 - weight) + columns[:, high] * weight
 
 
 @torch.no_grad()
@@ -269,34 +284,63 @@ def scores_of(predictor: Predictor, pixels: np.ndarray) -> Tensor:
     return predictor.class_map(transforms.to_dtype(image, torch.float32, scale=True)[None])
 
 
-def _load_predictor(path: Path, tiles: TileSize | None, overlap: float, trust: bool) -> Predictor:
+def _load_predictor(
+    path: Path, tiles: TileSize | None, overlap: float, trust: bool, outputs: OutputConfig
+) -> Predictor:
+    """Loads a folder or an exported file, and further members."""
+    class_map, config = _load_class_map(path, trust)
+    if outputs.threshold != OutputConfig.threshold and config.data.num_classes > 1:
+        raise UserError("--threshold is for two classes; of several the most probable one is taken")
+    views = [class_map]
+    for member in outputs.members:
+        other, its = _load_class_map(member, trust)
+        for name in ("num_classes", "channels", "intensity"):
+            if getattr(its.data, name) != getattr(config.data, name):
+                raise UserError(f"{member} has another {name} than {path}; give runs that agree")
+        if its.model.image_size != config.model.image_size:
+            raise UserError(f"{member} has another image_size than {path}; give runs that agree")
+        views.append(other)
+    if outputs.flips:
+        turns = [[-1], [-2], [-2, -1]] if config.training.augment == "dihedral" else [[-1]]
+        views += [functools.partial(_flipped, own, turn) for own in views for turn in turns]
+    if len(views) > 1:
+        class_map = functools.partial(_averaged, views)
+    size = None
+    if tiles is not None:
+        size = tiles_of(config, None if tiles == "auto" else tiles, overlap)
+    return Predictor(class_map, config, size, outputs)
+
+
+def _flipped(class_map: ClassMap, axes: list[int], images: Tensor) -> Tensor:
+    return class_map(images.flip(axes)).flip(axes)
+
+
+def _averaged(views: list[ClassMap], images: Tensor) -> Tensor:
+    """The mean class map, and the largest standard deviation of a class's probability."""
+    maps = torch.stack([view(images) for view in views])  # (V, B, K, S, S)
+    shares = maps / maps.sum(2, keepdim=True).clamp(min=1e-12) if maps.shape[2] > 1 else maps
+    spread = shares.std(0, correction=0).amax(1, keepdim=True)
+    return torch.cat([maps.mean(0), spread], dim=1)
+
+
+def _load_class_map(path: Path, trust: bool) -> tuple[ClassMap, RunConfig]:
     """Loads a folder or an exported file."""
     if path.is_file():
         class_map, held = load_class_map(path, trust)
         with reading(path):
-            data = DataConfig(
-                num_classes=held.num_classes,
-                class_names=held.class_names,
-                crop=held.crop,
-                intensity=held.intensity,
-                channels=held.channels,
-                shown=held.shown,
-            )
+            names = ("num_classes", "class_names", "crop", "intensity", "channels", "shown")
+            data = DataConfig(**{name: getattr(held, name) for name in names})
             own = ModelConfig(held.model, NONE, held.image_size)
-            config = resolve(RunConfig(data=data, model=own))
-    else:
-        model, config = load_model(path)
-        if config.task == "promptable":
-            raise UserError(f"{path} {PROMPTS}")
-        model.to(make_accelerator(config.training).device)
+            return class_map, resolve(RunConfig(data=data, model=own))
+    model, config = load_model(path)
+    if config.task == "promptable":
+        raise UserError(f"{path} {PROMPTS}")
+    model.to(make_accelerator(config.training).device)
 
-        def class_map(images: Tensor) -> Tensor:
-            return model(images.to(model.pixel_mean.device)).class_map().cpu()
+    def of_model(images: Tensor) -> Tensor:
+        return model(images.to(model.pixel_mean.device)).class_map().cpu()
 
-    if tiles is None:
-        return Predictor(class_map, config, None)
-    side = None if tiles == "auto" else tiles
-    return Predictor(class_map, config, tiles_of(config, side, overlap))
+    return of_model, config
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -329,15 +373,16 @@ def _is_own(image: Path) -> bool:
     if not image.name.endswith(ENDINGS):
         return False
     try:
+        if image.suffix == ".tif":
+            return software_of(image) == SOFTWARE
         with large_images(), open_image(image) as opened:
-            tags = getattr(opened, "tag_v2", {})  # of TIFF files
-            return _SOFTWARE in (opened.info.get("Software"), tags.get(_SOFTWARE_TAG))
-    except Exception:  # Pillow raises many kinds; the check of the images reports it
+            return opened.info.get("Software") == SOFTWARE
+    except Exception:  # the libraries raise many kinds; the check of the images reports it
         return False
 
 
 def _targets(image: Path, output: Path) -> list[Path]:
-    """The files that may be written for an image: mask, overlay and georeferenced mask."""
+    """The files that may be written for an image, in the order of ``ENDINGS``."""
     return [output / f"{image.stem}{ending}" for ending in ENDINGS]
 
 

@@ -155,7 +155,7 @@ def test_evaluate_scores_objects_of_any_model(naslora, discs, tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    (("--tiles", "auto"), "--instances searches large images by --crops"),
+    (("--tiles", "auto"), "--instances searches by --crops"),
     (("--points-per-side", "0"), "points_per_side: expected int >= 1"),
 ])  # fmt: skip
 def test_options_are_checked(naslora, checkpoint, clean_data, tmp_path, options, words):

@@ -10,9 +10,9 @@ from PIL import Image, ImageOps
 from naslora.data import picture as pictures
 from naslora.data.images import Sample, open_picture, source_of
 from naslora.data.picture import Intensity, Limits, Picture, scale
+from naslora.data.rasters import write_png
 from naslora.data.tiff import open_tiff
 from naslora.errors import UserError
-from naslora.prediction import write_png
 from naslora.report import pictures as painting
 from naslora.report.pictures import paint
 
@@ -146,10 +146,9 @@ def test_rows_are_those_of_the_rgb_image(image):
 
 @pytest.mark.parametrize("pixels", [RGB, RGB[..., 0], RGB[:1, :1]], ids=["colours", "greys", "one"])
 def test_png_files_row_by_row(tmp_path, pixels):
-    size = Picture(source_of(Image.fromarray(pixels)), "here")
     for step in (1, 13, 70):
         bands = (pixels[top : top + step] for top in range(0, len(pixels), step))
-        write_png(tmp_path / "a.png", size, bands)
+        write_png(tmp_path / "a.png", pixels.shape[:2], bands)
         with Image.open(tmp_path / "a.png") as image:
             assert image.info == {"Software": "naslora predict"}
             assert image.mode == ("L" if pixels.ndim == 2 else "RGB")

@@ -17,8 +17,7 @@ from naslora.data.images import Sample, source_of
 from naslora.data.masks import IGNORED
 from naslora.data.picture import Picture
 from naslora.data.tiles import Grid, Tiles, fit_tiles
-from naslora.prediction import Predictor
-from naslora.prediction import segment as segment_picture
+from naslora.prediction import Predictor, score_bands
 from naslora.sam.export import load_class_map, read_description
 from naslora.sam.segmentation import labels_of
 from naslora.training.run_data import tiles_of
@@ -134,7 +133,8 @@ def picture_of_cracks(height: int, width: int) -> Image.Image:
 def segment(side: int, tiles: Tiles | None, picture: Image.Image) -> np.ndarray:
     """The labels of a whole picture."""
     predictor = Predictor(brightness, run_config(image_size=side), tiles)
-    return segment_picture(predictor, Picture(source_of(picture), "here"))
+    bands = score_bands(predictor, Picture(source_of(picture), "here"))
+    return labels_of(torch.cat(list(bands), 1)[None])[0].numpy().astype(np.uint8)
 
 
 def test_an_image_at_twice_its_size_by_tiles():

@@ -116,6 +116,14 @@ def read_georeference(path: Path) -> GeoTags:
         return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
 
 
+def software_of(path: Path) -> str:
+    """The program that wrote a TIFF file."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as tiff:
+        return tiff.pages.first.software
+
+
 def starts_with(file: Path | io.BytesIO, signatures: tuple[bytes, ...]) -> bool:
     """Whether a file starts with one of some bytes. False if it cannot be read."""
     longest = max(map(len, signatures))

@@ -2,12 +2,14 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from naslora.data.rasters import Rows, rows_of
 
 # Pixels on the longer side of an embedded picture. 18 of them take well below 3 MB.
 PICTURE_SIDE = 320
@@ -91,30 +93,31 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.n
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    bands = paint_bands(lambda top, bottom: image[top:bottom], labels, class_names)
+    bands = paint_bands(rows_of(image), rows_of(labels), labels.shape, class_names)
     return np.concatenate(list(bands))
 
 
 def paint_bands(
-    rows_of: Callable[[int, int], np.ndarray], labels: np.ndarray, class_names: list[str]
+    pixels: Rows, labels: Rows, size: tuple[int, ...], class_names: list[str]
 ) -> Iterator[np.ndarray]:
     """Paints an image as ``paint``, some rows at a time, so that it need not be in memory.
 
     Args:
-        rows_of: called as ``rows_of(top, bottom)``; returns (bottom - top, W, 3) uint8 RGB.
+        pixels: (H, W, 3) uint8 RGB.
         labels: (H, W) integer labels.
+        size: H and W.
         class_names: as in ``paint``.
 
     Yields:
         (n, W, 3) uint8 RGB, from the top to the bottom.
     """
-    height, width = labels.shape
+    height, width = size
     step = max(1, PAINTED_PIXELS // max(1, width))
     for top in range(0, height, step):
-        image = rows_of(top, min(top + step, height))
+        bottom = min(top + step, height)
+        image, own = pixels(top, bottom), labels(max(top - 1, 0), min(bottom + 1, height))
         # One more label on every side. Beyond the image its outer pixels repeat.
-        rows = np.arange(top - 1, top + len(image) + 1).clip(0, height - 1)
-        around = np.pad(labels[rows], ((0, 0), (1, 1)), mode="edge")
+        around = np.pad(own, ((int(top == 0), int(bottom == height)), (1, 1)), mode="edge")
         own = around[1:-1, 1:-1]
         colours = np.zeros_like(image)
         for index in range(1, len(class_names)):

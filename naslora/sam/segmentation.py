@@ -83,17 +83,18 @@ class MirroredModel(nn.Module):
         return AveragedOutput(own.masks, own.classes, torch.stack(maps).mean(0))
 
 
-def labels_of(class_map: Tensor) -> Tensor:
+def labels_of(class_map: Tensor, threshold: float = 0.5) -> Tensor:
     """Converts a class map to labels.
 
     Args:
         class_map: (B, K, H, W) scores, from ``SegmentationOutput.class_map``.
+        threshold: for K = 1.
 
     Returns:
-        (B, H, W) int64. K = 1: 1 where the score exceeds 0.5, else 0. K > 1: the class with the
-        highest score.
+        (B, H, W) int64. K = 1: 1 where the score exceeds the threshold, else 0. K > 1: the class
+        with the highest score.
     """
-    return (class_map[:, 0] > 0.5).long() if class_map.shape[1] == 1 else class_map.argmax(1)
+    return (class_map[:, 0] > threshold).long() if class_map.shape[1] == 1 else class_map.argmax(1)
 
 
 class SamForSegmentation(nn.Module):
