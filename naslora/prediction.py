@@ -50,7 +50,7 @@ from naslora.settings import checked
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
 from naslora.training.resolve import resolve
-from naslora.training.run_config import DataConfig, ModelConfig, Pixels, RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, Pixels, RunConfig, mirror_axes
 from naslora.training.run_data import check_with_progress, scaling_of, shown_of, tiles_of
 
 ENDINGS = "_mask.png", "_overlay.png", "_mask.tif", "_probabilities.tif"
@@ -301,7 +301,7 @@ def _load_predictor(
             raise UserError(f"{member} has another image_size than {path}; give runs that agree")
         views.append(other)
     if outputs.flips:
-        turns = [[-1], [-2], [-2, -1]] if config.training.augment == "dihedral" else [[-1]]
+        turns = mirror_axes(config)
         views += [functools.partial(_flipped, own, turn) for own in views for turn in turns]
     if len(views) > 1:
         class_map = functools.partial(_averaged, views)
