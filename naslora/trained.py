@@ -21,6 +21,7 @@ from naslora.adapter.io.merged_files import MERGED_CONFIG, load_merged, read_mer
 from naslora.adapter.merging.report import MergeMode, MergeReport
 from naslora.choices import CALIBRATION_IMAGES, Format, Part, Tool
 from naslora.data.images import Sample
+from naslora.data.layouts import GROUP
 from naslora.errors import UserError, warn
 from naslora.files import (
     read_metadata,
@@ -216,7 +217,7 @@ def with_data(config: RunConfig, root: Path | None) -> RunConfig:
     """A configuration with another CSV folder; None keeps its own data."""
     if root is None:
         return config
-    data = dataclasses.replace(config.data, root=root, dataset="csv", split=None)
+    data = dataclasses.replace(config.data, root=root, dataset="csv", split=None, group=GROUP)
     return dataclasses.replace(config, data=data)
 
 

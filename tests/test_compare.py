@@ -415,6 +415,47 @@ def test_tuning_on_the_validation_images(naslora, data, tiny_sam, tmp_path):
     assert "Tuned: learning_rate=1e-3,1e-2 rank=3." in (tmp_path / "out/protocol.md").read_text()
 
 
+def test_folds_of_one_csv_file(naslora, data, tiny_sam, tmp_path):
+    """Real runs, whose rates and class weights are fitted to the training images of each fold."""
+    lines = [f"{row['image']},{row['label']},{i % 4}" for i, row in enumerate(all_rows(data))]
+    for split in ("train", "val", "test"):
+        (data / f"{split}.csv").unlink()
+    (data / "all.csv").write_text("\n".join(["image,label,patient", *lines]))
+    output = tmp_path / "out"
+    options = ["compare", "--methods", "decoder-only", "--data", data, *TRAIN, "--output", output]
+    options += ["--epochs", 1, "--class-weights", "auto", "--folds", 2, "--group", "patient"]
+    result = naslora(*options)
+    assert result.status == 0, result.err
+    patients = {str(data / line.split(",")[0]): line[-1] for line in lines}
+    tested, scores = [], []
+    for k in (1, 2):
+        run = output / f"runs/decoder-only/0/fold-{k}"
+        config = json.loads((run / "config.json").read_text())
+        assert config["training"]["learning_rate"] and len(config["training"]["class_weights"]) == 2
+        parts = [images_of(output / f"lists/fold-{k}", part) for part in ("train", "val", "test")]
+        groups = [{patients[image] for image in part} for part in parts]
+        assert sum(map(len, groups)) == 4 == len(set.union(*groups))
+        tested += parts[2]
+        scores.append(json.loads((run / "metrics.json").read_text())["test"]["dice"])
+    assert sorted(tested) == sorted(patients)
+    best = scores.index(max(scores)) + 1
+    table = (output / "table.md").read_text()
+    assert f"runs/decoder-only/0/fold-{best} |" in table
+    assert f" {statistics.mean(scores):.3f} (" in table  # the mean over the folds, with an interval
+    assert naslora(*options, "--resume").status == 0
+    for column, message in (
+        ("image", "each group of the column 'image' has one"),
+        ("x", "no colu"),
+    ):
+        refused = naslora(*options[:-1], column, "--output", tmp_path / "other")
+        assert refused.status == 2 and message in refused.err
+        assert not (tmp_path / "other").exists()
+
+
+def all_rows(data):
+    return [row for split in ("train", "val", "test") for row in rows_of(data / f"{split}.csv")]
+
+
 # --- Numbers ---
 
 

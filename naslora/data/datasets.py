@@ -3,13 +3,21 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from naslora.data.coco import read_categories, read_coco
 from naslora.data.demo_data import read_mni152
 from naslora.data.images import Sample
-from naslora.data.layouts import REQUIRED_SPLITS, DataSet, Splits, read_csv, read_folders
+from naslora.data.layouts import (
+    GROUP,
+    REQUIRED_SPLITS,
+    DataSet,
+    Splits,
+    read_csv,
+    read_folders,
+)
 from naslora.data.paper_sets import PAPER_SETS
-from naslora.data.splits import split_samples
+from naslora.data.splits import group_members, split_samples
 from naslora.errors import UserError
 
 DATASETS: dict[str, DataSet] = {
@@ -26,6 +34,7 @@ def load_splits(
     root: Path,
     class_names: Sequence[str] = (),
     shares: Sequence[float] | None = None,
+    group: str = GROUP,
 ) -> Splits:
     """Locates the files of a data set. It decodes no image.
 
@@ -34,6 +43,7 @@ def load_splits(
         root: the folder of the data set.
         class_names: the foreground classes of the run, for a data set whose files name more.
         shares: of train, val and test, if they are drawn from all images.
+        group: as in ``read_csv``.
 
     Returns:
         "train", "val", "test" and, if the data set has it, "arch", the split that alpha is trained
@@ -45,8 +55,8 @@ def load_splits(
             files, and for a missing folder the folders that exist.
     """
     if shares is not None:
-        return split_samples(load_all(source, root, "--split"), shares)
-    splits = _read(source, root, class_names)
+        return split_samples(load_all(source, root, "--split", group), shares)
+    splits = _read(source, root, class_names, group)
     missing = [split for split in REQUIRED_SPLITS if split not in splits]
     if missing:
         raise UserError(
@@ -58,28 +68,41 @@ def load_splits(
     return splits
 
 
-def load_all(source: str, root: Path, option: str) -> list[Sample]:
+def load_all(source: str, root: Path, option: str, group: str = GROUP) -> list[Sample]:
     """Locates all samples of a data set, of all splits, so that others can be drawn.
 
     Args:
         source: a key of ``DATASETS``.
         root: the folder of the data set.
         option: what draws the splits, for the message.
+        group: as in ``read_csv``.
 
     Raises:
-        UserError: the data set has splits of its own; as ``load_splits``.
+        UserError: the data set has splits of its own, or each entry of a column ``group`` that is
+            given is another; as ``load_splits``.
     """
     if not DATASETS[source].drawable:
         raise UserError(f"{source} has its own splits; drop {option}")
-    return [sample for samples in _read(source, root).values() for sample in samples]
+    found = _read(source, root, group=group).values()
+    samples = [sample for part in found for sample in part]
+    if group != GROUP and len(group_members(samples)) == len(samples):
+        raise UserError(
+            f"each group of the column {group!r} has one member, so nothing stays together; name "
+            "the column of what must, such as the patient, or drop --group"
+        )
+    return samples
 
 
-def _read(source: str, root: Path, class_names: Sequence[str] = ()) -> Splits:
+def _read(source: str, root: Path, class_names: Sequence[str] = (), group: str = GROUP) -> Splits:
     if source not in DATASETS:
         raise UserError(f"unknown data set {source!r}; the known ones are {', '.join(DATASETS)}")
     dataset = DATASETS[source]
-    names = () if dataset.categories is None else (class_names,)
-    splits = dataset.read(Path(root), *names)
+    more: tuple[Any, ...] = () if dataset.categories is None else (class_names,)
+    if source == "csv":
+        more = (group,)
+    elif group != GROUP:
+        raise UserError(f"--group names a column of CSV files, and {source} has none; drop it")
+    splits = dataset.read(Path(root), *more)
     _check_distinct(splits)
     return splits
 

@@ -17,6 +17,8 @@ from naslora.errors import UserError, listing
 
 REQUIRED_SPLITS = ("train", "val", "test")
 OPTIONAL_SPLIT = "arch"
+GROUP = "group"
+"""The column of CSV files that names groups, unless another one is given."""
 UNDRAWN = ""
 """In place of a split: the samples of data without splits."""
 
@@ -46,19 +48,19 @@ class DataSet(NamedTuple):
 # ---- CSV files -----------------------------------------------------------------------------------
 
 
-def read_csv(root: Path) -> Splits:
+def read_csv(root: Path, group: str = GROUP) -> Splits:
     """Reads those of train.csv, val.csv, test.csv and arch.csv that exist, or one CSV file.
 
     Each file has the columns ``image`` and ``label``, with paths relative to its folder. Columns
-    ``image2``, ``image3``, ... name files with further channels. A column ``group`` becomes the
-    groups.
+    ``image2``, ``image3``, ... name files with further channels. The column ``group`` becomes the
+    groups. A file may lack it if it has its default name.
 
     Raises:
         UserError: there is no train.csv and not one other file, or a file is not such a CSV file,
             or names files that do not exist.
     """
     if root.is_file():
-        return {UNDRAWN: read_rows(root)}
+        return {UNDRAWN: read_rows(root, group=group)}
     check_folder(root)
     files = sorted(root.glob("*.csv"))
     splits = {split: root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
@@ -69,11 +71,12 @@ def read_csv(root: Path) -> Splits:
                 f"{listing(path.name for path in files or root.iterdir())} (train --dataset "
                 "folders reads folders of images and masks)"
             )
-        return {UNDRAWN: read_rows(files[0])}
-    return {split: read_rows(path) for split, path in splits.items() if path in files}
+        return {UNDRAWN: read_rows(files[0], group=group)}
+    found = {split: path for split, path in splits.items() if path in files}
+    return {split: read_rows(path, group=group) for split, path in found.items()}
 
 
-def read_rows(path: Path, masks: bool = True) -> list[Sample]:
+def read_rows(path: Path, masks: bool = True, group: str = GROUP) -> list[Sample]:
     """Reads a CSV file as ``read_csv``, without the masks if they are not needed."""
     samples = []
     try:
@@ -88,13 +91,15 @@ def read_rows(path: Path, masks: bool = True) -> list[Sample]:
                     f"{path}: expected the columns image,label in the first line, "
                     f"found {listing(columns)}"
                 )
+            if columns and group not in {GROUP, *columns}:
+                raise UserError(f"{path} has no column {group!r}, only {listing(columns)}")
             for row in reader:
                 if not all(map(row.get, needed)):  # absent after an empty first line
                     raise UserError(f"{path}: row {reader.line_num} needs {' and '.join(needed)}")
                 image, *further = (path.parent / row[name] for name in named)
                 mask = path.parent / row["label"] if masks else None
-                origin, group = f"{path.name} row {reader.line_num}", row.get("group")
-                samples.append(Sample(image, mask, origin, group=group, further=tuple(further)))
+                origin, own = f"{path.name} row {reader.line_num}", row.get(group)
+                samples.append(Sample(image, mask, origin, group=own, further=tuple(further)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
     if not samples:

@@ -21,7 +21,7 @@ from naslora.errors import UserError
 from naslora.records import read_record, write_record
 from naslora.report.run_report import page_title
 from naslora.report.tables import number
-from naslora.results import REPORT, RunNumbers
+from naslora.results import CONFIG, REPORT, RunNumbers
 from naslora.study.design import Design, parse_grid, values_text, with_values
 from naslora.study.measurement import find_refusals, in_own_process, run_and_measure
 from naslora.study.plan import NUMBERS, TUNING, Outcomes, Run, Study
@@ -74,12 +74,13 @@ def compare(
     _check_distinct("methods", methods)
     _check_distinct("seeds", seeds)
     design = design or Design()
-    recipe = resolve(config)
+    drawn = design.folds is not None  # each fold has training images of its own
+    recipe = resolve(config, fit=not drawn)
     # What depends on tuned settings, such as the start of the search, is still open in the rows.
     rows = method_rows(replace(recipe, training=config.training), methods)
     grid = parse_grid(design.tune)
     tried = [
-        row._replace(config=resolve(with_values(row.config, values)))
+        row._replace(config=resolve(with_values(row.config, values), fit=not drawn))
         for row in rows
         for values in grid or [{}]
     ]
@@ -163,7 +164,9 @@ def _check_output(study: Study, resume: bool) -> None:
     for run in study.runs():
         tuned = study.folder(run.row, "tuning", run.fold) / TUNING
         if not study.grid or run.tries is not None or tuned.is_file():
-            check_output(study.config(run, {}), run.folder, resume=True)
+            started = (run.folder / CONFIG).is_file()  # the lists of its images exist then
+            config = study.config(run, {}) if started else study.recipe
+            check_output(config, run.folder, resume=True)
 
 
 def _check_distinct(name: str, values: Sequence[str] | Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from naslora.data.datasets import DATASETS, load_all
 from naslora.data.images import Sample
-from naslora.data.layouts import Splits
+from naslora.data.layouts import GROUP, Splits
 from naslora.data.splits import draw_folds, group_members, write_splits
 from naslora.errors import UserError
 from naslora.files import read_json, write_json, write_text
@@ -87,7 +87,7 @@ def find_images(config: RunConfig, design: Design, output: Path) -> Images:
     else:
         if data.root is None or data.split is not None:
             raise UserError("--folds draws from the images of --data DIR, without --split")
-        drawn = draw_folds(load_all(data.dataset, data.root, "--folds"), count)
+        drawn = draw_folds(load_all(data.dataset, data.root, "--folds", data.group), count)
         tested = parts = {f"fold-{k + 1}": fold for k, fold in enumerate(drawn)}
         others = {name: drawn[k + 1 :] + drawn[:k] for k, name in enumerate(tested)}
     folds, lists = [], {}
@@ -108,7 +108,7 @@ def find_images(config: RunConfig, design: Design, output: Path) -> Images:
 
 def _listed(data: DataConfig, folder: Path) -> DataConfig:
     """The same data, read from the lists in a folder."""
-    return replace(data, dataset="csv", root=folder, split=None)
+    return replace(data, dataset="csv", root=folder, split=None, group=GROUP)
 
 
 def _splits(test: list[Sample], parts: Sequence[list[Sample]]) -> Splits:

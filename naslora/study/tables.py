@@ -16,10 +16,12 @@ from naslora.report.tables import Table, markdown_table, number
 from naslora.results import REPORT, RunNumbers
 from naslora.study.design import values_text
 from naslora.study.differences import (
+    LEVEL,
     Runs,
     differences_from,
     differences_table,
     draw_differences,
+    paired_difference,
 )
 from naslora.study.plan import TUNING, Outcomes, Study, Tuning
 from naslora.study.rows import Row
@@ -27,6 +29,7 @@ from naslora.study.summary import (
     COLUMNS,
     MERGED,
     Column,
+    mean_and_spread,
     notes_on,
     number_table,
     pooled,
@@ -86,6 +89,7 @@ def write_tables(study: Study, outcomes: Outcomes) -> Missing:
     table = number_table(rows, {**tuned, **COLUMNS}, first)
     others = {
         f"Differences from {reference}": differences_table(reference, differences, study.margin),
+        "Folds": _fold_table(study, outcomes, titles),
         "Tuning": _tuning_table(study, tunings, titles),
         "Dice after merging": number_table(merged, MERGED, first),
     }
@@ -135,6 +139,30 @@ def _table_row(
         **tuned,
         **row_numbers([*runs[row.name].values()]),
     }
+
+
+def _fold_table(study: Study, outcomes: Outcomes, titles: Mapping[str, str]) -> Table:
+    """The Dice of each fold, over the seeds, and its mean over the folds; none without folds."""
+    rows = []
+    names = [fold.name for fold in study.folds if fold.name]
+    for row in study.rows if names else ():
+        dice: dict[int, float] = {}
+        for k, fold in enumerate(study.folds):
+            found = [outcomes.get(study.folder(row, seed, fold)) for seed in study.seeds]
+            known = [own.numbers["dice"] for own in found if isinstance(own, RunNumbers)]
+            mean = mean_and_spread(known).mean
+            if mean is not None and len(known) == len(found):
+                dice[k] = mean
+        if not dice:
+            continue
+        over = paired_difference("", dice, dict.fromkeys(dice, 0.0))
+        text = number(over.mean, ".3f")
+        if over.low is not None and over.high is not None:
+            text += f" ({over.low:.3f} to {over.high:.3f})"
+        best = study.folder(row, study.seeds[0], study.folds[max(dice, key=lambda k: dice[k])])
+        cells = [number(dice.get(k), ".3f") for k in range(len(names))]
+        rows.append([titles[row.name], *cells, text, str(best.relative_to(study.output))])
+    return Table(["Method", *names, f"Mean ({LEVEL:.0%} over the folds)", "Best"], rows)
 
 
 def _tuning_table(study: Study, tunings: Tunings, titles: Mapping[str, str]) -> Table:

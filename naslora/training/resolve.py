@@ -44,12 +44,17 @@ SMALLEST_STD = 1 / 255
 """Of a constant channel."""
 
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: RunConfig, fit: bool = True) -> RunConfig:
     """The configuration with everything that its data, its model and this machine decide.
 
     These are the number and the names of the classes, the metrics, the resolution, the checkpoint,
     the image size, the precision, the learning rate, the number of epochs, and that in which
     the search starts. Paths become absolute. The result is its own result.
+
+    Args:
+        config: what is given.
+        fit: whether steps, rate, class weights and channels are fitted to the training images,
+            which folds that are not drawn yet do not have.
 
     Raises:
         UserError: settings contradict each other or the data set, or its files cannot be read.
@@ -68,8 +73,8 @@ def resolve(config: RunConfig) -> RunConfig:
     balanced = training.class_weights == "auto"
     measured = len(data.channels) not in (0, 3) and data.channel_mean is None
     open_rate = training.steps is not None or training.learning_rate is None
-    if data.root and (open_rate or balanced or measured):
-        splits = load_splits(data.dataset, data.root, data.class_names, data.split)
+    if fit and data.root and (open_rate or balanced or measured):
+        splits = load_splits(data.dataset, data.root, data.class_names, data.split, data.group)
         samples = splits["train"] + splits.get(OPTIONAL_SPLIT, [])
         bounds = PROMPTABLE_BOUNDS if config.task == "promptable" else LEARNING_BOUNDS
         training = fit_to_images(training, len(samples), bounds)

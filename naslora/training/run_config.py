@@ -10,6 +10,7 @@ import tyro
 from naslora.adapter.layer.config import MethodConfig, NASLoRAConfig
 from naslora.choices import ObjectSource, Task
 from naslora.data.datasets import DATASETS
+from naslora.data.layouts import GROUP
 from naslora.data.tiles import LARGEST, SMALLEST
 from naslora.methods import METHODS, MethodName
 from naslora.metrics import METRICS
@@ -42,8 +43,11 @@ class DataConfig(Settings):
     """Folder of the data set."""
     split: tuple[float, float, float] | None = None
     """Shares of train, val and test, which are drawn from all images: of one CSV file, or of
-    train.csv, val.csv and test.csv (`csv`), where images with one entry in a column `group` stay
+    train.csv, val.csv and test.csv (`csv`), where images with one entry in the column `group` stay
     together, or of one folder {images,masks}, or of all (`folders`)."""
+    group: str = GROUP
+    """Column of the CSV files whose equal entries stay together in `split` and in the folds of
+    compare, such as the patient."""
     cache: Path | None = None
     """Folder that keeps decoded, resized images for later epochs and runs."""
     num_classes: Common[Annotated[int, msgspec.Meta(ge=1, le=255)]] = 1

@@ -93,7 +93,7 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     if root is None:
         raise UserError("no data: give --data DIR")
     data = config.data
-    splits = load_splits(data.dataset, root, data.class_names, data.split)
+    splits = load_splits(data.dataset, root, data.class_names, data.split, data.group)
     differences = count_differences(config.data.dataset, splits)
     if differences and os.environ.get("RANK", "0") == "0":
         warn(f"{root} is not the paper's {config.data.dataset}: {', '.join(differences)}")
