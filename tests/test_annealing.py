@@ -77,17 +77,6 @@ def test_once_annealed_the_zero_cost_merge_is_exact(dtype):
     assert dtype != torch.float32 or report.max_update_error < 1e-5
 
 
-def test_each_cell_owns_its_share():
-    """It is set at the start, changes in one model alone, and is no part of the state dict."""
-    one, other = adapted_layer(), adapted_layer()
-    names = list(one.state_dict())
-    assert set_spatial(one, 0.5) == 1
-    assert (one.qkv.cell.spatial, other.qkv.cell.spatial) == (0.5, 1.0)
-    assert "spatial" not in vars(type(one.qkv.cell)) and list(one.state_dict()) == names
-    assert set_spatial(adapted_layer(preset="paper"), 0.5) == 0
-    assert set_spatial(adapted_layer(channel_ratio=0), 0.5) == 0
-
-
 @torch.no_grad()
 def test_an_annealed_adapter_is_saved_as_what_it_computes(tmp_path):
     model = adapted_layer()

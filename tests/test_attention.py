@@ -287,16 +287,6 @@ def test_names_children_and_state_stay():
     assert [isinstance(block.attn, FusedAttention) for block in model.blocks] == [False, True]
 
 
-def test_the_layers_are_called_as_modules():
-    model, calls = fused(encoder()), []
-    for block in model.blocks:
-        for layer in (block.attn, block.attn.qkv, block.attn.proj):
-            layer.register_forward_hook(lambda module, *_: calls.append(module))
-            layer.register_full_backward_hook(lambda module, *_: calls.append(module))
-    model(images()).sum().backward()
-    assert len(calls) == 12
-
-
 def gradients_of(model: nn.Module) -> torch.Tensor:
     """All gradients in one vector. Parameters without one are left out."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

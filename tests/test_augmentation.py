@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from naslora.data.augmentation import Augmentation, geometry
+from naslora.data.augmentation import geometry
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.images import Sample
 from naslora.data.masks import IGNORED
@@ -100,9 +100,3 @@ def test_changes_depend_on_seed_epoch_and_index_only(tmp_path, augment):
     for i, batch in enumerate(loader):
         assert torch.equal(batch["image"][0], items[i]["image"])
         assert torch.equal(batch["mask"][0], items[i]["mask"])
-
-
-def test_augmentations_that_change_nothing():
-    for augment in ("none", "flip"):
-        image, mask = coordinates(), torch.zeros(S, S)
-        assert Augmentation(augment, S)(image, mask, 0, 0, 0) == (image, mask)

@@ -8,8 +8,6 @@ from conftest import SHORT
 from PIL import Image
 from run_configs import run_config
 
-from naslora.data.cache import Cache
-from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import load_splits
 from naslora.data.masks import IGNORED, read_mask
 from naslora.data.regions import draw_annotation
@@ -128,15 +126,6 @@ def test_categories_that_a_run_wants(tmp_path):
     assert np.array_equal(read_mask(cat, 1), (EXPECTED == 2) | (EXPECTED == IGNORED))
     (swapped, _) = load_splits("coco", root, ["cat", "dog"])["train"]
     assert read_mask(swapped, 3)[0, 8] == 1
-
-
-def test_items_with_and_without_a_cache(tmp_path):
-    samples = load_splits("coco", write(tmp_path))["train"]
-    plain = SegmentationDataset(samples, 16, 3)
-    for _ in range(2):
-        cached = SegmentationDataset(samples, 16, 3, cache=Cache(tmp_path / "cache"))
-        assert all((cached[i]["mask"] == plain[i]["mask"]).all() for i in (0, 1))
-    assert set(plain[0]["mask"].unique().tolist()) == {0, 1, 2, IGNORED}
 
 
 def test_the_classes_of_a_run(tmp_path):

@@ -1,6 +1,5 @@
 """The paper's data sets, read from small copies of their folders, and the cache."""
 
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -219,31 +218,6 @@ def test_the_cache_is_never_stale(tmp_path):
     )
     # 255 has no class in a mask of three classes. The entry for one class must not be used.
     assert set(as_labels[0]["mask"].unique().tolist()) == {0, IGNORED}
-
-
-def _read_all(root: Path, cache: Path, start) -> None:
-    dataset = dataset_of(root, cache)
-    start.wait()
-    list(dataset)
-
-
-def test_processes_share_a_cache(tmp_path):
-    tree(tmp_path, "sbu")
-    context = multiprocessing.get_context("fork")
-    start = context.Barrier(3)
-    arguments = (tmp_path, tmp_path / "cache", start)
-    processes = [context.Process(target=_read_all, args=arguments) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    entries = sorted((tmp_path / "cache").iterdir())
-    assert len(entries) == 9 and all(entry.suffix == ".npy" for entry in entries)
-    for plain, cached in zip(
-        dataset_of(tmp_path, None), dataset_of(tmp_path, tmp_path / "cache"), strict=True
-    ):
-        assert items_equal(plain, cached)
 
 
 # --- classes and metrics of a run

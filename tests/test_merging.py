@@ -265,22 +265,6 @@ def test_merging_in_float64_computes_in_copies(mode):
     assert snapshot(model)["values"] == before
 
 
-@pytest.mark.parametrize(
-    "preset, mode", [("linear", "exact"), ("linear", "center"), ("paper", "exact")]
-)
-@pytest.mark.parametrize("training", [True, False])
-def test_merging_keeps_the_training_mode_and_frozen_parameters(preset, mode, training):
-    model = adapted_encoder(preset=preset).train(training)
-    model.neck.requires_grad_(True)
-    model.blocks[0].mlp.train(not training)
-    merge(model, mode, calibration=[images()])
-    assert model.training is training and model.neck.training is training
-    assert model.blocks[0].mlp.training is (not training)
-    assert model.blocks[0].attn.qkv.training is training
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {f"neck.{name}" for name, _ in model.neck.named_parameters()}
-
-
 def test_statistics_do_not_move_while_merging():
     model = adapted_encoder(preset="paper").train()
     before = {n: v.clone() for n, v in model.state_dict().items()}

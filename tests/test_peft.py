@@ -244,10 +244,6 @@ def test_copies_are_independent():
     [
         ({"lora_dropout": 0.1}, "lora_dropout must be 0.0, got 0.1"),
         ({"use_dora": True}, "use_dora must be False, got True"),
-        ({"kasa_config": {}}, "kasa_config must be None, got {}"),
-        ({"velora_config": {}}, "velora_config must be None, got {}"),
-        ({"monteclora_config": {}}, "monteclora_config must be None, got {}"),
-        ({"use_bdlora": {}}, "use_bdlora must be None, got {}"),
         ({"arrow_config": {}}, "arrow_config must be None, got {}"),
         ({"loftq_config": {"bits": 4}}, "loftq_config must be {}"),
         ({"bias": "all"}, "bias must be 'none', got 'all'"),

@@ -13,7 +13,6 @@ from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import apply
 from naslora.sam.export import Description, export, load_class_map
 from naslora.sam.families import find_family
-from naslora.sam.promptable import PromptableSam
 from naslora.sam.segmentation import SamForSegmentation, build_model
 
 NAMES = ("dinov3_s", "dinov2_s", "pe_spatial_t", "pe_spatial_l")
@@ -156,8 +155,3 @@ def test_what_does_not_fit(name, made_for, size, message, checkpoint, tmp_path):
     with pytest.raises(UserError, match=message) as raised:
         build_model(name, size, 1, path)
     assert "\n" not in str(raised.value)
-
-
-def test_prompts_are_refused():
-    with pytest.raises(UserError, match="DINOv3 has a mask decoder of its own"):
-        PromptableSam("dinov3_s", 64)
