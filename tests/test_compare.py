@@ -189,26 +189,29 @@ def test_bad_arguments(finished, naslora, arguments, changed, words):
 
 
 @pytest.fixture
-def quick(monkeypatch, tmp_path, data):
-    """Compares with runs whose outcome ``outcomes`` holds; returns what ran."""
+def compared(monkeypatch, tmp_path, data):
+    """Compares two methods with runs that ``answer`` stands for; returns what ran."""
     ran = []
 
-    def run(outcomes, resume=False, page=lambda *_, **__: None):
-        def answer(function, config, *_):
+    def run(
+        answer=lambda config: numbers(0.5),
+        seeds=(0, 1),
+        resume=False,
+        design=None,
+        page=lambda *_, **__: None,
+    ):
+        def in_process(function, config, *_):
             if function is find_refusals:
                 return {}
-            key = config.method, config.seed
-            ran.append(key)
-            if isinstance(outcomes.get(key), BaseException):
-                raise outcomes[key]
-            return numbers(outcomes.get(key, 0.5))
+            ran.append(config)
+            return answer(config)
 
-        monkeypatch.setattr(compare, "in_own_process", answer)
+        monkeypatch.setattr(compare, "in_own_process", in_process)
         monkeypatch.setattr(tables, "write_page", page)  # a real one takes half a second
         monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
         ran.clear()
-        config = run_config(root=data, training={"epochs": 2})
-        compare.compare(config, ("lora", "mona"), (0, 1), tmp_path / "out", resume)
+        config = RunConfig(data=DataConfig(root=data), training=TrainConfig(learning_rate=1e-4))
+        compare.compare(config, ("lora", "mona"), seeds, tmp_path / "out", resume, design)
 
     return run, ran
 
@@ -222,27 +225,31 @@ def numbers(dice, **changed):
     return RunNumbers({**parameters, **scores, **costs, **changed}, machine=machine, load=1.0)
 
 
-def test_seeds_are_the_outer_loop_and_a_finished_comparison_is_drawn_again(quick, tmp_path):
-    run, ran = quick
-    run({})
-    assert ran == [("lora", 0), ("mona", 0), ("lora", 1), ("mona", 1)]
+def test_seeds_are_the_outer_loop_and_a_finished_comparison_is_drawn_again(compared, tmp_path):
+    run, ran = compared
+    run()
+    order = [("lora", 0), ("mona", 0), ("lora", 1), ("mona", 1)]
+    assert [(config.method, config.seed) for config in ran] == order
     assert not (tmp_path / "out/report.html").exists()
-    run({}, resume=True, page=write_page)
+    run(resume=True, page=write_page)
     assert ran == [] and "<path" in (tmp_path / "out/report.html").read_text()
 
 
-def test_a_failed_run_is_marked_and_tried_again(quick, tmp_path):
-    run, ran = quick
-    failure = RuntimeError("its process\nwas killed")
+def test_a_failed_run_is_marked_and_tried_again(compared, tmp_path):
+    def fails(config):
+        if (config.method, config.seed) == ("mona", 0):
+            raise RuntimeError("its process\nwas killed")
+        return numbers(0.5)
+
+    run, ran = compared
     with pytest.raises(UserError, match=r"1 of 4 runs have no result \(mona: RuntimeError"):
-        run({("mona", 0): failure})
+        run(fails)
     assert len(ran) == 4
     table = (tmp_path / "out/table.md").read_text()
-    assert (
-        "| Mona (1 failed) |" in table and "seed 0: RuntimeError: its process was killed" in table
-    )
-    run({}, resume=True)
-    assert ran == [("mona", 0)]
+    assert "| Mona (1 failed) |" in table
+    assert "seed 0: RuntimeError: its process was killed" in table
+    run(resume=True)
+    assert [(config.method, config.seed) for config in ran] == [("mona", 0)]
     assert "failed" not in (tmp_path / "out/table.md").read_text()
 
 
@@ -256,40 +263,28 @@ def test_all_methods_refused(monkeypatch, tmp_path, data):
 # --- Tuned, on folds ---
 
 
-DICE = {"1e-3": 0.6, "1e-2": 0.7, "1": 0.1}  # of a run with this rate
+DICE = {1e-3: 0.6, 1e-2: 0.7, 1.0: 0.1}  # of a run with this rate
 
 
 @pytest.fixture
-def tuned(monkeypatch, tmp_path, data):
+def tuned(compared):
     """Compares on folds with runs whose Dice ``DICE`` holds; returns what ran."""
-    ran = []
+    run, ran = compared
 
-    def run(resume=False, errors=(), **changed):
+    def tune(resume=False, errors=None, seeds=(0, 1), **changed):
         """``errors``: by rate, what every run with it raises."""
-        errors = dict(errors)
 
-        def answer(function, config, *_):
-            if function is find_refusals:
-                return {}
-            ran.append(config)
-            rate = f"{config.training.learning_rate:g}".replace("0.01", "1e-2").replace(
-                "0.001", "1e-3"
-            )
-            if rate in errors:
+        def answer(config):
+            rate = config.training.learning_rate
+            if rate in (errors or {}):
                 raise errors[rate]
             tested = rows_of(config.data.root / "test.csv")
             return replace(numbers(DICE[rate]), image_dice=[DICE[rate]] * len(tested))
 
-        monkeypatch.setattr(compare, "in_own_process", answer)
-        monkeypatch.setattr(tables, "write_page", lambda *_, **__: None)
-        monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
-        ran.clear()
         design = {"tune": [["learning-rate=1e-3,1e-2,1"]], "folds": 4, **changed}
-        config, methods = RunConfig(data=DataConfig(root=data)), ("lora", "mona")
-        seeds = design.pop("seeds", (0, 1))
-        compare.compare(config, methods, seeds, tmp_path / "out", resume, Design(**design))
+        run(answer, seeds, resume, Design(**design))
 
-    return run, ran
+    return tune, ran
 
 
 def rows_of(path):
@@ -330,7 +325,7 @@ def test_nothing_is_tuned_on_what_it_is_tested_on(tuned, tmp_path):
 
 def test_a_trial_that_cannot_train_is_the_worst_and_others_are_made_again(tuned, tmp_path):
     run, ran = tuned
-    run(seeds=(0,), errors={"1": UserError("the loss is nan")})
+    run(seeds=(0,), errors={1.0: UserError("the loss is nan")})
     assert "| 0.7000 (chosen) | failed |" in (tmp_path / "out/table.md").read_text()
     run(seeds=(0,), resume=True)
     assert not ran  # the choice is made
@@ -338,7 +333,7 @@ def test_a_trial_that_cannot_train_is_the_worst_and_others_are_made_again(tuned,
     with pytest.raises(
         UserError, match=r"2 of 2 runs have no result .*1 has no result: OSError: gone"
     ):
-        run(seeds=(0,), errors={"1": OSError("gone")})
+        run(seeds=(0,), errors={1.0: OSError("gone")})
     run(seeds=(0,), resume=True)
     assert len(ran) == 2 * 4 * 2  # a trial and the run that waited for it
 
@@ -346,7 +341,7 @@ def test_a_trial_that_cannot_train_is_the_worst_and_others_are_made_again(tuned,
 def test_the_protocol_is_written_first_and_stays(tuned, tmp_path, data):
     run, ran = tuned
     with pytest.raises(KeyboardInterrupt):
-        run(errors={"1e-3": KeyboardInterrupt()})
+        run(errors={1e-3: KeyboardInterrupt()})
     words = (tmp_path / "out/protocol.md").read_text()
     assert "Each method has 3 trials a fold" in words and "(2 2 2 2)" in words
     before = modified(tmp_path / "out")
