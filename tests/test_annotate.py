@@ -207,16 +207,10 @@ def test_the_page_labels(tiny_sam, images, tmp_path):
 
 def test_what_is_refused(naslora, images, monkeypatch, tmp_path):
     command = ("annotate", "vit_t", images[0].parent, "--output", tmp_path / "set", "--no-browser")
-    (tmp_path / "empty").mkdir()
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         taken = server.getsockname()[1]
-        cases = [
-            ((*command, "--port", taken), f"port {taken} cannot be used"),
-            ((*command, "--port", 70000), "port: expected int <= 65535"),
-            ((*command[:2], tmp_path / "empty", *command[3:]), "there are no images"),
-        ]
-        monkeypatch.setitem(sys.modules, "nicegui", None)
-        cases.append(((*command, "--port", free_port()), "pip install 'naslora[annotate]'"))
-        for arguments, words in cases:
-            result = naslora(*arguments)
-            assert result.status == 2 and words in result.err and result.err.count("\n") == 1
+        result = naslora(*command, "--port", taken)
+        assert result.status == 2 and f"port {taken} cannot be used" in result.err
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    result = naslora(*command, "--port", free_port())
+    assert result.status == 2 and "pip install 'naslora[annotate]'" in result.err

@@ -359,28 +359,6 @@ def test_the_protocol_is_written_first_and_stays(tuned, tmp_path, data):
     assert not ran and modified(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize(
-    ("changed", "part"),
-    [
-        ({"folds": 1}, "folds: expected int >= 2"),
-        ({"folds": 9}, "9 folds need as many images, or groups of images, got 8"),
-        ({"folds": 2}, "to tune, --folds must be 3 or more"),
-        ({"inner_folds": 4}, "--inner-folds at most 3"),
-        ({"folds": None, "inner_folds": 2}, "--inner-folds at most 1"),
-        ({"margin": 0}, "margin: expected float > 0"),
-        ({"tune": [["learning_rate"]]}, "--tune takes NAME=VALUE,VALUE,..."),
-        ({"tune": [["rank=3", "rank=6"]]}, "distinct names and values, got 'rank=6'"),
-        ({"tune": [["learning_rate=fast"]]}, "learning_rate: expected float, got 'fast'"),
-        ({"tune": [["rank=3,6"]]}, "--tune rank: neither the training nor the method mona has"),
-    ],
-)
-def test_bad_designs(tuned, tmp_path, changed, part):
-    run, _ = tuned
-    with pytest.raises(UserError, match=re.escape(part)):
-        run(**changed)
-    assert not (tmp_path / "out").exists()
-
-
 def test_values_are_those_of_the_command_line():
     config = RunConfig.from_dict({"method": "lora"})
     values = {"learning_rate": "3e-4", "search_start": "null", "rank": "6", "flip": "false"}

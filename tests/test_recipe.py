@@ -93,15 +93,6 @@ def test_the_command_with_flags_that_override(naslora, trees, tiny_sam, tmp_path
     assert json.loads(network.out)["resolution"] == "32 x 32"
 
 
-def test_sams_weights_are_asked_for(naslora, trees, tmp_path):
-    arguments = ("--recipe", "sbu", "--method", "lora", "--root", trees / "sbu")
-    run = tmp_path / "run"
-    result = naslora("train", *arguments, "--mixed-precision", "no", "--output", run)
-    assert result.status == 2
-    assert "model vit_h needs its weights: give --checkpoint hf:facebook/sam-vit-huge" in result.err
-    assert not run.exists()
-
-
 # --- recipes of one's own
 
 
@@ -119,34 +110,6 @@ def test_a_file_of_ones_own_builds_on_another(tmp_path):
     assert (config.method, config.adapter.width) == ("mona", 8)
     lora = load_recipe(own, "lora").adapter
     assert (lora.rank, lora.blocks) == (5, (0, 2))
-
-
-BAD = [
-    ("- a\n", "expected lines such as method"),
-    ("speed: 3\n", "there is no setting 'speed'"),
-    ("trainin: {epochs: 3}\n", "there is no setting 'trainin'; did you mean training?"),
-    ("training: {flip: 'no'}\n", "flip: expected bool, got 'no'"),
-    ("method: peft\n", "method: expected one of full, decoder-only"),
-    ("method: mona\nadapter: {rank: 3}\n", "there is no setting 'rank' in MonaConfig"),
-    ("methods: {peft: {}}\n", "method: expected one of full, decoder-only"),
-    ("methods: [lora]\n", "methods: expected the settings of methods, got ['lora']"),
-    ("7: 8\n", "there is no setting 7"),
-    ("method: [\n", "cannot be read"),
-    ("base: nowhere.yaml\n", "nowhere.yaml cannot be read"),
-    ("base: own.yaml\n", "base: expected another recipe's file, got 'own.yaml'"),
-    ("base: 3\n", "base: expected another recipe's file, got 3"),
-    ("a: " + "[" * 5000, "cannot be read"),
-]
-
-
-@pytest.mark.parametrize("text, message", BAD)
-def test_what_is_no_recipe(tmp_path, text, message):
-    path = tmp_path / "own.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError) as caught:
-        load_recipe(str(path))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert str(path.parent) in str(caught.value) and len(str(caught.value)) < 700
 
 
 # --- any values

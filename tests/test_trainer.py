@@ -653,20 +653,6 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(make_trainer):
     assert load_last(trainer) == 1
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"arch_fraction": 1.0, "arch_data": "rotate"}, "leaves no images for the weights"),
-        ({"frozen_precision": "bf16", "mixed_precision": "no"}, "needs mixed_precision bf16"),
-        ({"patience": 3}, "give --keep best"),
-        ({"patience": 3, "keep": "best", "anneal_epochs": 2}, "no --anneal-epochs"),
-    ],
-)
-def test_settings_out_of_range(changes, message):
-    with pytest.raises(UserError, match=message):
-        run_config(training=changes)
-
-
 # --- Compiled ---
 
 
