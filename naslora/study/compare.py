@@ -22,6 +22,7 @@ from naslora.records import read_record, write_record
 from naslora.report.run_report import page_title
 from naslora.report.tables import number
 from naslora.results import CONFIG, REPORT, RunNumbers
+from naslora.settings import Seed, checked
 from naslora.study.design import Design, parse_grid, values_text, with_values
 from naslora.study.measurement import find_refusals, in_own_process, run_and_measure
 from naslora.study.plan import NUMBERS, TUNING, Outcomes, Run, Study
@@ -72,7 +73,7 @@ def compare(
     if (config.method, config.seed) != (RunConfig.method, RunConfig.seed):
         raise UserError("compare takes --methods and --seeds, not --method or --seed")
     _check_distinct("methods", methods)
-    _check_distinct("seeds", seeds)
+    _check_distinct("seeds", [checked("seed", seed, Seed) for seed in seeds])
     design = design or Design()
     drawn = design.folds is not None  # each fold has training images of its own
     recipe = resolve(config, fit=not drawn)
@@ -137,7 +138,7 @@ def ablate(
         UserError: the configuration has nothing to ablate; ``output`` holds something else, or
             runs of another configuration; or, after all others, a run failed.
     """
-    _check_distinct("seeds", seeds)
+    _check_distinct("seeds", [checked("seed", seed, Seed) for seed in seeds])
     config = resolve(config)
     study = Study(
         command=f"ablate {name}",
