@@ -337,14 +337,6 @@ def test_item_is_squashed_with_antialiasing_and_nearest_labels(tmp_path):
     assert item["mask"].tolist() == [[0, 0, 1, 1, 2, 2, 0, 0]] * 8
 
 
-def test_item_without_mask_and_names_of_nested_images(tmp_path):
-    paths = [save(tmp_path / name, np.zeros((4, 4))) for name in ("x/a.png", "y/z/a.png")]
-    dataset = SegmentationDataset([sample_of(path) for path in paths], 4, 1)
-    assert [dataset[i]["name"] for i in range(2)] == ["x/a.png", "y/z/a.png"]
-    assert "mask" not in dataset[0]
-    check_samples(dataset.samples, 1)
-
-
 # --- flips
 
 

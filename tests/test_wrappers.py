@@ -100,24 +100,6 @@ def test_adapters_of_wrapped_models_are_those_of_bare_ones(wrap, tmp_path, singl
         assert torch.equal(unwrap(unadapted)(images()), expected)
 
 
-def test_the_average_of_weights_is_saved_and_loaded(tmp_path):
-    model = trained_encoder()
-    averaged = AveragedModel(model, avg_fn=lambda mean, value, count: (mean + value) / 2)
-    averaged.update_parameters(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3)
-    averaged.update_parameters(model)
-    save_adapter(averaged, tmp_path)
-    assert not [name for name in load_file(tmp_path / WEIGHTS_NAME) if "averaged" in name]
-    other = build_encoder()
-    load_adapter(other, tmp_path)
-    with torch.no_grad():
-        assert torch.equal(other(images()), averaged(images()))
-        assert not torch.equal(other(images()), model(images()))
-
-
 def test_a_part_called_module_keeps_its_name(tmp_path):
     """Only wrappers are stripped, not models that call a part of them `module`."""
     host = nn.Module()
