@@ -26,7 +26,6 @@ from segment_anything.modeling.image_encoder import window_partition, window_unp
 from timm.models.hieradet_sam2 import MultiScaleAttention
 from timm.models.tiny_vit import Attention as TimmAttention
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SamHQVisionConfig, SamVisionConfig
 from transformers.models.sam import modeling_sam
@@ -427,20 +426,6 @@ def test_gradient_checkpointing():
     assert torch.equal(loss, expected)
     loss.backward()
     assert theirs.vision_encoder.layers[0].attn.qkv.weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize(
-    "wrap", [nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel]
-)
-def test_wrappers(wrap, single_process_group):
-    model = fused(encoder())
-    expected = model(images())
-    wrapped = wrap(model)
-    assert torch.equal(wrapped(images()), expected)
-    names = [f"module.{name}" for name in BLOCKS]
-    assert fuse_attention(wrapped) == names == unfuse_attention(wrapped)
-    assert fuse_attention(wrapped) == names
-    assert torch.equal(wrapped(images()), expected)
 
 
 @pytest.mark.parametrize("fuse_first", [True, False])

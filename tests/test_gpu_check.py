@@ -3,8 +3,6 @@
 import json
 import sys
 
-import pytest
-import torch
 from fresh_process import run_fresh
 from kernel_cases import only_cpp
 
@@ -45,15 +43,6 @@ def test_wrong_kernels_are_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp, "mixed_cell", lambda *arguments: 1.001 * right(*arguments))
     status, record = run(monkeypatch, tmp_path, *CPU)
     assert status == 1 and not record["rows"] and "not timed" in record["problems"][0]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_report_says_why(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--output", str(tmp_path / "out")])
-    assert gpu_check.main() == 1
-    record = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
-    (problem,) = record["contact"]["problems"]
-    assert problem.startswith("torch sees no GPU: ") and (tmp_path / "out.tar.gz").exists()
 
 
 def test_tests_of_kernels_need_torch_pytest_and_triton_alone():

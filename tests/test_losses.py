@@ -218,21 +218,6 @@ def test_class_weights(drawn, class_loss):
         )
 
 
-@pytest.mark.parametrize(
-    "logit, label, expected",
-    [
-        (40.0, 1, 0.0),  # all right: BCE 0, Dice 1 - (2 n + 1) / (2 n + 1)
-        (-40.0, 0, 0.0),  # all right and empty: Dice 1 - 1 / 1
-        (40.0, 0, 40 + 1 - 1 / 65),  # all n = 64 pixels wrong: BCE is the logit
-        (-40.0, 1, 40 + 1 - 1 / 65),
-        (0.0, 1, np.log(2) + 1 - 65 / 97),  # undecided: overlap 2 * 32 + 1 over 32 + 64 + 1
-    ],
-)
-def test_binary_by_hand(logit, label, expected):
-    loss = binary(np.full((1, 8, 8), logit), np.full((1, 8, 8), label))
-    assert float(loss) == pytest.approx(expected, abs=TOLERANCE)
-
-
 @pytest.mark.parametrize("weight", [0.0, 5.0])
 def test_pixel_loss(drawn, weight):
     masks, classes, labels = drawn

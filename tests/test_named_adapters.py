@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from adapted_models import adapted_encoder, build_encoder, images, randomize
-from hugging_face import BUILDERS, batch_loss, batch_of, build_sam, logits
+from hugging_face import build_sam
 from torch import nn
 
 from naslora import (
@@ -163,36 +163,3 @@ def test_bitfit_trains_the_vision_encoder_alone(tmp_path):
     assert torch.equal(
         fresh.get_image_embeddings(images())[0], model.get_image_embeddings(images())[0]
     )
-
-
-@pytest.mark.parametrize("name", BUILDERS)
-def test_two_adapters_switched_between_steps_train_apart(name):
-    together, apart = BUILDERS[name](), {}
-    configs = {"default": NASLoRAConfig(), "second": NASLoRAConfig(rank=4)}
-    batches = {"default": batch_of(2, seed=1), "second": batch_of(2, seed=2)}
-    inject(together, configs["default"], train="prompt_encoder", seed=1)
-    add_adapter(together, "second", configs["second"], seed=2)
-    optimizers = {}
-    for adapter, config in configs.items():
-        set_adapter(together, adapter)
-        optimizers[adapter] = torch.optim.Adam(adapter_parameters(together), lr=1e-2)
-        apart[adapter] = BUILDERS[name]()
-        inject(apart[adapter], config, seed=1 if adapter == "default" else 2)
-    for _ in range(3):
-        for adapter in configs:
-            set_adapter(together, adapter)
-            step(together, batches[adapter], optimizers[adapter])
-    assert all(parameter.requires_grad for parameter in together.prompt_encoder.parameters())
-    for adapter, alone in apart.items():
-        optimizer = torch.optim.Adam(adapter_parameters(alone), lr=1e-2)
-        for _ in range(3):
-            step(alone, batches[adapter], optimizer)
-        set_adapter(together, adapter)
-        assert torch.equal(logits(together), logits(alone))
-
-
-def step(model, batch, optimizer) -> None:
-    model.train()
-    optimizer.zero_grad()
-    batch_loss(model, batch).backward()
-    optimizer.step()

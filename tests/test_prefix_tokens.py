@@ -13,8 +13,6 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
-    EomtConfig,
-    EomtForUniversalSegmentation,
 )
 
 from naslora import (
@@ -159,15 +157,3 @@ def test_encoders_with_class_and_register_tokens(make, target, size):
     layers[0].prefix_tokens = 1
     with pytest.raises(ValueError, match="prefix_tokens=5 in NASLoRAConfig"):
         features()
-
-
-def test_eomt_adds_its_queries_in_front_of_the_last_blocks():
-    torch.manual_seed(0)
-    own = {"num_hidden_layers": 3, "num_blocks": 1, "num_queries": 7, "num_labels": 3}
-    model = EomtForUniversalSegmentation(EomtConfig(**{**SMALL, **own})).eval()
-    x = tokens(1, 3, 64, 64)
-    expected = model(x).masks_queries_logits
-    inject(model, NASLoRAConfig(target=QKV, prefix_tokens=5))
-    for name, layer in adapter_layers(model):
-        layer.prefix_tokens += 7 if name.startswith("layers.2.") else 0
-    assert_close(model(x).masks_queries_logits, expected)

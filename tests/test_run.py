@@ -11,7 +11,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN as BINARY
 from PIL import Image
 from rich.console import Console
 
@@ -200,18 +199,6 @@ def test_predict_files_and_folders(naslora, run, tmp_path):
         assert mask.size == size and set(np.unique(mask)) <= {0, 1, 2}
         assert Image.open(tmp_path / "o" / f"{stem}_overlay.png").size == size
     assert len(list((tmp_path / "o").iterdir())) == 6
-
-
-def test_the_paper_preset_trains_and_merges(naslora, make_data, tmp_path):
-    data = make_data(tmp_path / "data", train=6, val=2, test=2)
-    options = ("--data", data, *BINARY, "--preset", "paper", "--output", tmp_path / "run")
-    result = naslora("train", *options)
-    assert result.status == 0, result.err
-    metrics = read(tmp_path / "run" / "metrics.json")
-    assert list(metrics["test_merged"]) == ["exact", "calibrated"]
-    assert naslora("merge", tmp_path / "run", "--output", tmp_path / "merged").status == 0
-    scores = scores_of(naslora("evaluate", tmp_path / "merged"))
-    assert scores["dice"] == metrics["test_merged"]["exact"]["dice"]
 
 
 # --- Resuming: tests/reliability/test_kills.py has runs that were interrupted ---

@@ -215,7 +215,6 @@ BAD = {
         "holds no SAM checkpoint: it has no image_encoder",
     ),
     "wider": ("pth", of_vit(width=48), OTHER_MODEL),
-    "shallower": ("pth", of_vit(depth=1, global_blocks=()), "does not fit model vit_b .*missing"),
     "MobileSAM": (
         "pth", lambda state, mark: as_torch(build_model("mobile_sam", 64).state_dict()),
         r"is MobileSAM \(mobile_sam\), and --model says vit_b",
