@@ -11,7 +11,12 @@ Augment = Literal["none", "flip", "dihedral", "medical", "natural"]
 ClassLoss = Literal["pixel", "matching"]
 Tool = Literal["x-anylabeling", "samexporter"]
 """Annotation tools that read a model as two ONNX graphs."""
-Format = Literal["onnx", "safetensors", "torch-export", "huggingface"] | Tool
+Format = (
+    Literal["onnx", "openvino", "tensorrt", "coreml", "safetensors", "torch-export", "huggingface"]
+    | Tool
+)
+Quantize = Literal["int8", "float16"]
+Launcher = Literal["local", "slurm", "ray"]
 Part = Literal["model", "encoder"]
 ObjectSource = Literal["components", "numbers"]
 Task = Literal["semantic", "promptable"]
@@ -20,6 +25,8 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "comet"]
 
 CALIBRATION_IMAGES = 16
 """Number of training images that merging with ``calibrated`` is fitted to."""
+MAX_LOSS = 0.005
+"""Dice that an export to int8 may lose on validation images."""
 DEMO_EPOCHS = 8
 """They take less than four minutes on two cores."""
 OVERLAP = 0.25

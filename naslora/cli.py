@@ -5,14 +5,10 @@ A command imports the modules that run it, so that help and short commands impor
 
 import contextlib
 import json
-import os
-import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 import naslora
@@ -21,24 +17,25 @@ from naslora.arguments import deferred, meant, parse
 from naslora.choices import (
     CALIBRATION_IMAGES,
     DEMO_EPOCHS,
+    MAX_LOSS,
     OVERLAP,
     AblationName,
     Format,
     ObjectSource,
     Part,
+    Quantize,
     TileSize,
     Tracker,
 )
 from naslora.data.rasters import OutputConfig
-from naslora.errors import LostProcessError, UserError, one_line, printable, warn
-from naslora.exits import fail, flush_results, refusal, signals
+from naslora.errors import UserError, one_line
+from naslora.exits import guarded
 from naslora.locks import locked
 from naslora.methods import MethodName
 from naslora.records import to_json
-from naslora.results import REPORT, RunResult
 from naslora.sam.instance_config import InstanceConfig
 from naslora.sam.shipped import describe_shipped
-from naslora.study.design import Design
+from naslora.study.design import Design, Launch
 from naslora.training.run_config import MetricName, Resolution, RunConfig
 from naslora_kernels import available_backends, build_info
 
@@ -46,49 +43,21 @@ from naslora_kernels import available_backends, build_info
 Config = Annotated[RunConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
 Search = Annotated[InstanceConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
 Outputs = Annotated[OutputConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
+Where = Annotated[Launch, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
 Positional = tyro.conf.Positional
 OUTPUT = tyro.conf.arg(help="Folder for the results; new or empty.")
 RESUME = tyro.conf.arg(help="Continue the interrupted run in --output, with the same arguments.")
+TRUST = tyro.conf.arg(help="Load a .pt2 file, although it can run any code on this machine.")
 RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model.")
 
 
-RESUMABLE = ("demo", "train", "compare", "ablate")
+RESUMABLE = ("demo", "train", "compare", "ablate", "predict")
 """Commands with --resume."""
 
 
 def main() -> None:
-    """Runs a command.
-
-    What the user or the machine refuses becomes one line of text and exit status 2. SIGINT and
-    SIGTERM become one line and status 130 and 143.
-    """
-    warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
-    try:
-        with signals():
-            try:
-                _run(sys.argv[1:])
-            except SystemExit:
-                flush_results()
-                raise
-            flush_results()
-    except UserError as error:
-        fail(str(error), every_process=isinstance(error, LostProcessError))
-    except KeyboardInterrupt as interrupt:
-        number = getattr(interrupt, "number", signal.SIGINT)
-        what = "terminated" if number == signal.SIGTERM else "interrupted"
-        resumable = bool({*RESUMABLE} & {*sys.argv[1:2]})
-        advice = "; --resume continues the run" if resumable else ""
-        fail(f"{what}{advice}", 128 + number, kind="")
-    except (MemoryError, RuntimeError, OSError) as error:
-        reason = refusal(error)
-        if reason is None:
-            raise
-        fail(reason)
-    finally:
-        # The group's threads, if they live until the interpreter ends, can abort the process and
-        # change its exit status.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    """Runs a command, as ``guarded``."""
+    guarded(_run, RESUMABLE)
 
 
 def _run(arguments: list[str]) -> None:
@@ -103,6 +72,7 @@ def _run(arguments: list[str]) -> None:
         predict,
         merge,
         export,
+        benchmark,
         models,
         info,
     )
@@ -136,9 +106,10 @@ def demo(
     ] = False,
 ) -> None:
     """Segment grey and white matter of the MNI152 brain: train, test, merge, report."""
+    from naslora.report.terminal import print_summary
     from naslora.training.demo import run_demo
 
-    _summarise(run_demo(output, epochs, seed, resume, random), output)
+    print_summary(run_demo(output, epochs, seed, resume, random), output)
 
 
 def train(
@@ -151,15 +122,17 @@ def train(
     ] = ("tensorboard",),
 ) -> None:
     """Fine-tune SAM on your images, then test, merge and report."""
+    from naslora.report.terminal import print_summary
     from naslora.training import run
 
-    _summarise(run.train(config, output, resume, tracker), output)
+    print_summary(run.train(config, output, resume, tracker), output)
 
 
 def compare(
     config: Config,
     methods: Annotated[tuple[MethodName, ...], tyro.conf.arg(help="The methods, one a row.")],
     design: Annotated[Design, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")],
+    launch: Where,
     output: Annotated[Path, OUTPUT],
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each method's runs.")] = (0,),
     resume: Annotated[
@@ -170,7 +143,7 @@ def compare(
     from naslora.study import compare as studies
 
     with locked(output):
-        studies.compare(config, methods, seeds, output, resume, design)
+        studies.compare(config, methods, seeds, output, resume, design, launch)
     print(f"look at {output / 'report.html'}")
 
 
@@ -181,6 +154,7 @@ def ablate(
         tyro.conf.arg(help="The setting to vary.", metavar="WHAT"),
     ],
     config: Config,
+    launch: Where,
     output: Annotated[Path, OUTPUT],
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each row's runs.")] = (0, 1, 2),
     resume: Annotated[
@@ -192,7 +166,7 @@ def ablate(
     from naslora.study import compare as studies
 
     with locked(output):
-        table = studies.ablate(name, config, seeds, output, resume)
+        table = studies.ablate(name, config, seeds, output, resume, launch)
     print(table, end="")
 
 
@@ -288,12 +262,13 @@ def predict(
     overlap: Annotated[
         float, tyro.conf.arg(help="Share of a tile that neighbours have in common, at most 0.5.")
     ] = OVERLAP,
-    trust: Annotated[
-        bool,
-        tyro.conf.arg(help="Load a .pt2 file, although it can run any code on this machine."),
-    ] = False,
+    trust: Annotated[bool, TRUST] = False,
     overwrite: Annotated[
         bool, tyro.conf.arg(help="Replace masks and overlays that exist.")
+    ] = False,
+    batch_size: Annotated[int, tyro.conf.arg(help="Whole images at once.")] = 1,
+    resume: Annotated[
+        bool, tyro.conf.arg(help="Leave out the images that manifest.csv lists as done.")
     ] = False,
     instances: Annotated[
         bool,
@@ -319,6 +294,8 @@ def predict(
         overwrite,
         search if instances else None,
         outputs,
+        batch_size,
+        resume,
     )
     print(f"wrote {len(written)} masks and overlays to {output}")
     for error in errors:
@@ -387,26 +364,68 @@ def export(
         Path, Positional, tyro.conf.arg(metavar="MERGED", help="Folder of a merged model.")
     ],
     output: Annotated[
-        Path, tyro.conf.arg(help="The file: .onnx, .safetensors or .pt2; for others a folder.")
+        Path,
+        tyro.conf.arg(help="The file: .onnx, .xml, .safetensors or .pt2; for others a folder."),
     ],
     format: Annotated[
         Format,
         tyro.conf.arg(
-            help="onnx, torch-export: images to class scores. safetensors: the state dict that the "
-            "model's original code loads. huggingface: the folder that transformers loads. These "
-            "two need a model merged with center or calibrated. x-anylabeling, samexporter: a "
-            "folder with SAM's encoder and its decoder of prompts, for annotation tools."
+            help="onnx, openvino, torch-export: images to class scores. tensorrt: ONNX for "
+            "trtexec. coreml: a .mlpackage folder, for one image at a time. safetensors: the state "
+            "dict that the model's original code loads. huggingface: the folder that transformers "
+            "loads. These two need a model merged with center or calibrated. x-anylabeling, "
+            "samexporter: a folder with SAM's encoder and its decoder of prompts, for annotation "
+            "tools."
         ),
     ] = "onnx",
     part: Annotated[
         Part, tyro.conf.arg(help="The whole model, or the image encoder alone.")
     ] = "model",
+    quantize: Annotated[
+        Quantize | None,
+        tyro.conf.arg(
+            help="For onnx and openvino. int8: compute with 8 bits, fitted to training images. "
+            "float16: store the weights in 16 bits, which halves the file."
+        ),
+    ] = None,
+    max_loss: Annotated[
+        float,
+        tyro.conf.arg(help="Refuse if --quantize loses more Dice on the validation images."),
+    ] = MAX_LOSS,
+    images: Annotated[
+        int, tyro.conf.arg(help="Number of training images that int8 is fitted to.")
+    ] = CALIBRATION_IMAGES,
 ) -> None:
     """Write a merged model for another runtime."""
     from naslora import trained
 
-    trained.export_run(path, format, output, part)
+    dice = trained.export_run(path, format, output, part, quantize, max_loss, images)
+    if dice is not None:
+        print(f"Dice on the validation images: {dice[0]:.4f} before, {dice[1]:.4f} in {quantize}")
     print(f"wrote {output}")
+
+
+def benchmark(
+    paths: Annotated[
+        tuple[Path, ...],
+        Positional,
+        tyro.conf.arg(metavar="MODEL", help="Folders of runs or merged models; exported files."),
+    ],
+    output: Annotated[Path, OUTPUT],
+    data: Annotated[
+        Path | None,
+        tyro.conf.arg(help="A CSV data folder; default: the data of the first folder."),
+    ] = None,
+    images: Annotated[int, tyro.conf.arg(help="Number of test images.")] = 32,
+    batch_size: Annotated[int, tyro.conf.arg(help="Images at once.")] = 1,
+    trust: Annotated[bool, TRUST] = False,
+) -> None:
+    """Compare models and runtimes on this machine: speed, latency, memory and Dice."""
+    from naslora import benchmark
+
+    with locked(output):
+        print(benchmark.benchmark(paths, output, data, images, batch_size, trust))
+    print(f"look at {output / 'benchmark.png'}")
 
 
 def models() -> None:
@@ -428,33 +447,3 @@ def info() -> None:
         "weights": describe_shipped(),
     }
     print(json.dumps(found, indent=2))
-
-
-def _summarise(result: RunResult, output: Path) -> None:
-    """Prints the scores of a finished run, and the path of its report."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from naslora.report.run_report import metric_table
-
-    if os.environ.get("RANK", "0") != "0":
-        return
-    further = {} if result.untouched is None else {"untouched": result.untouched}
-    further |= {} if result.test_last is None else {"last step's weights": result.test_last}
-    further |= {} if result.test_float32 is None else {"in float32": result.test_float32}
-    further |= {f"merged, {mode}": scores for mode, scores in result.test_merged.items()}
-    whole, *others = (metric_table(scores) for scores in (result.test, *further.values()))
-    table = Table("test images", f"epoch {result.kept_epoch}", *whole.head[2:], *further)
-    for row, *rows in zip(whole.rows, *(other.rows for other in others), strict=True):
-        table.add_row(*map(printable, (*row, *(own[1] for own in rows))))
-    console = Console(markup=False, emoji=False)  # names of classes are text
-    console.print(table)
-    for note in result.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    console.print(f"scored at the resolution {result.test.resolution}", highlight=False)
-    console.print(
-        f"{result.trainable_parameters:,} parameters trained in {result.seconds:.0f} s; "
-        f"look at {output / REPORT}",
-        highlight=False,
-        soft_wrap=True,
-    )

@@ -1,7 +1,9 @@
 """The exception for mistakes of the user, warnings, and how messages show names."""
 
+import importlib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -13,6 +15,20 @@ class UserError(ValueError):
 
 class LostProcessError(UserError):
     """Another process of the run has ended or does not answer. Every other process reports it."""
+
+
+def imported(extra: str, *names: str) -> list[Any]:
+    """Imports optional packages.
+
+    Raises:
+        UserError: one is not installed; the message names the extra that has them.
+    """
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise UserError(
+            f"this needs {' and '.join(names)}; run pip install 'naslora[{extra}]'"
+        ) from error
 
 
 def warn(text: str) -> None:

@@ -5,12 +5,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 
-from naslora.errors import UserError, one_line
+from naslora.errors import LostProcessError, UserError, one_line, warn
 from naslora.files import disk_error, reason_of
 
 
@@ -129,3 +130,40 @@ def signals() -> Iterator[None]:
             sys.unraisablehook = unraisablehook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def guarded(run: Callable[[list[str]], None], resumable: Sequence[str]) -> None:
+    """Runs a command, whose arguments are those of the program.
+
+    What the user or the machine refuses becomes one line of text and exit status 2. SIGINT and
+    SIGTERM become one line and status 130 and 143.
+
+    ``resumable`` are the commands with --resume.
+    """
+    warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
+    try:
+        with signals():
+            try:
+                run(sys.argv[1:])
+            except SystemExit:
+                flush_results()
+                raise
+            flush_results()
+    except UserError as error:
+        fail(str(error), every_process=isinstance(error, LostProcessError))
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "number", signal.SIGINT)
+        what = "terminated" if number == signal.SIGTERM else "interrupted"
+        known = bool({*resumable} & {*sys.argv[1:2]})
+        advice = "; --resume continues the run" if known else ""
+        fail(f"{what}{advice}", 128 + number, kind="")
+    except (MemoryError, RuntimeError, OSError) as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        fail(reason)
+    finally:
+        # The group's threads, if they live until the interpreter ends, can abort the process and
+        # change its exit status.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,31 +1,27 @@
 """Prediction: images to masks and overlays, whole or by tiles."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
+import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from naslora.choices import OVERLAP, TileSize
-from naslora.data.dataset import resize_image
 from naslora.data.images import Sample, large_images, open_image, open_picture
 from naslora.data.layouts import list_images, read_rows
 from naslora.data.picture import ImageError, Picture
 from naslora.data.rasters import (
     DEFAULT_OUTPUTS,
     SOFTWARE,
-    STRIP,
     LabelFile,
     OutputConfig,
     Rows,
@@ -35,39 +31,36 @@ from naslora.data.rasters import (
     write_tiff,
 )
 from naslora.data.tiff import read_georeference, software_of
-from naslora.data.tiles import SMALLEST, Box, Grid, Tiles
+from naslora.data.tiles import SMALLEST
 from naslora.errors import UserError, listing
-from naslora.files import reading, replaced_file
+from naslora.files import replaced_file
 from naslora.instances import COCO_FILE, InstanceFinder
 from naslora.locks import locked
+from naslora.manifest import Manifest
+from naslora.predictor import Predictor, image_of, make_predictor, segment
 from naslora.report.pictures import class_colour, in_turn, paint_bands
-from naslora.sam.export import ClassMap, load_class_map
 from naslora.sam.instance_config import InstanceConfig
-from naslora.sam.promptable import PROMPTS
-from naslora.sam.segmentation import labels_of
-from naslora.sam.shipped import NONE
-from naslora.settings import checked
-from naslora.trained import load_model
-from naslora.training.accelerator import make_accelerator
-from naslora.training.resolve import resolve
-from naslora.training.run_config import DataConfig, ModelConfig, Pixels, RunConfig, mirror_axes
-from naslora.training.run_data import check_with_progress, scaling_of, shown_of, tiles_of
+from naslora.settings import Count, checked
+from naslora.training.run_config import Pixels
+from naslora.training.run_data import check_with_progress, scaling_of, shown_of
 
 ENDINGS = "_mask.png", "_overlay.png", "_mask.tif", "_probabilities.tif"
 Overlap = Annotated[float, Meta(ge=0, le=0.5)]
+THREADS = 2
+"""That read, and that write, beside the one of the model."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-@dataclasses.dataclass(frozen=True)
-class Predictor:
-    """A model that segments images."""
+class _Opened(NamedTuple):
+    """An image that has been read, and its class map."""
 
-    class_map: ClassMap
-    """Maps (B, C, S, S) images in [0, 1] to (B, K, S, S) scores, both on the CPU, or to one map
-    more, the uncertainty."""
-    config: RunConfig
-    tiles: Tiles | None
-    """How images are cut; None takes them whole."""
-    outputs: OutputConfig = DEFAULT_OUTPUTS
+    sample: Sample
+    picture: Picture
+    image: Tensor | None = None
+    """(C, S, S) float32, of a whole image."""
+    scores: Tensor | None = None
+    """(K, S, S), of a whole image."""
 
 
 def predict_run(
@@ -81,13 +74,18 @@ def predict_run(
     overwrite: bool = False,
     search: InstanceConfig | None = None,
     outputs: OutputConfig = DEFAULT_OUTPUTS,
+    batch_size: int = 1,
+    resume: bool = False,
 ) -> list[Path]:
     """Segments images: writes a mask and an overlay for each, at the image's own size.
 
-    Binary masks are 0/255, others class indices, which a palette shows in colours. Images are read
-    one after another, and masks are written as they are computed. In memory are what Pillow needs,
-    unless windows of a TIFF file are read, and with tiles the class maps of as many rows as a tile
-    has.
+    Binary masks are 0/255, others class indices, which a palette shows in colours. Masks are
+    written as they are computed. While the model computes whole images, threads read the next ones
+    and write the last. Large images, by tiles, come one after another: in memory are what Pillow
+    needs, unless windows of a TIFF file are read, and the class maps of as many rows as a tile has.
+
+    Processes that ``torchrun`` or ``accelerate launch`` started share the images. Each lists those
+    that are done in a manifest of its own, in ``output``.
 
     Args:
         path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
@@ -107,6 +105,8 @@ def predict_run(
         outputs: what is decided from the scores, and which of them are written.
         search: finds objects with a model of ``load_predictor`` instead, as ``InstanceFinder``.
             Masks are label images, and ``output`` also gets instances.json.
+        batch_size: whole images that the model takes at once.
+        resume: leaves out the images that a manifest in ``output`` lists as done.
 
     Returns:
         The PNG masks that were written.
@@ -114,11 +114,14 @@ def predict_run(
     Raises:
         UserError: as ``load_model`` and ``load_class_map``; an image is missing or unreadable, two
             have the same name, a mask or an overlay would overwrite an input, or exists without
-            ``overwrite``, or the tiles are out of range.
+            ``overwrite``, the tiles are out of range, or a manifest is of another model.
     """
     samples = find_samples(inputs)
-    images = [sample.image for sample in samples]
-    _check_targets(images, output, overwrite)
+    _check_targets([sample.image for sample in samples], output, overwrite or resume)
+    checked("batch_size", batch_size, Count)
+    rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if search is not None and (resume or processes > 1):
+        raise UserError("--instances takes neither --resume nor several processes")
     if search is not None and (tiles is not None or outputs != DEFAULT_OUTPUTS):
         raise UserError("--instances searches by --crops, and has no --tiles, --flips or the like")
     if search is not None and (output / COCO_FILE).exists() and not overwrite:
@@ -126,81 +129,153 @@ def predict_run(
     if tiles is not None:
         checked("tiles", SMALLEST if tiles == "auto" else tiles, Pixels)
         checked("overlap", overlap, Overlap)
-    with locked(output), large_images() if tiles is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if rank == 0:  # the others work in its folder
+            stack.enter_context(locked(output))
+        if tiles is not None:
+            stack.enter_context(large_images())
         predictor: Predictor | InstanceFinder
         if search is None:
-            predictor = _load_predictor(path, tiles, overlap, trust, outputs)
+            predictor = make_predictor(path, tiles, overlap, trust, outputs)
         else:
             predictor = InstanceFinder(path, search)
+        settings = f"{tiles} {overlap} {outputs}"
+        manifest = Manifest(output, [path, *outputs.members], settings, rank, resume)
+        samples = [own for own in samples if own not in manifest][rank::processes]
         if on_error is None and len(samples) > 1:  # one image is read before anything is written
             check_with_progress(samples, predictor.config)
-        written = list(_predict(predictor, samples, output, on_error))
+        stack.enter_context(manifest)
+        written = list(_predict(predictor, samples, output, on_error, batch_size, manifest.add))
         if isinstance(predictor, InstanceFinder):
-            names = {_targets(image, output)[0]: image.name for image in images}
+            names = {_targets(own.image, output)[0]: own.image.name for own in samples}
             predictor.write(output / COCO_FILE, [names[mask] for mask in written])
         return written
 
 
 def _predict(
     predictor: Predictor | InstanceFinder,
-    samples: list[Sample],
+    samples: Sequence[Sample],
     output: Path,
     on_error: Callable[[UserError], None] | None,
+    batch_size: int,
+    done: Callable[[Sample, UserError | None], None],
 ) -> Iterator[Path]:
-    config = predictor.config
-    for sample in samples:
-        try:
-            channels = len(config.data.channels) or None
-            picture = open_picture(sample, scaling_of(config), channels=channels)
-            georeference = read_georeference(sample.image)
-            if isinstance(predictor, InstanceFinder):
-                found = predictor.labels(picture)
-                labels, kind = rows_of(found), found.dtype
-            else:
-                labels = _segment_file(predictor, picture, sample, output).rows
-                kind = np.dtype(np.uint8)
-        except ImageError as error:
-            if on_error is None:
-                raise
-            on_error(error)
+    """Reads, computes and writes whole images at the same time, others in turn."""
+    whole = isinstance(predictor, Predictor) and predictor.tiles is None
+    size = batch_size if whole else 1
+
+    def failed(sample: Sample, error: ImageError) -> None:
+        if on_error is None:
+            raise error
+        done(sample, error)
+        on_error(error)
+
+    def computed() -> Iterator[_Opened]:
+        batch: list[_Opened] = []
+        read = functools.partial(_read, predictor)
+        opened = _ahead(readers, read, samples, size + THREADS if whole else 0)
+        for place, (sample, result) in enumerate(opened, 1):
+            try:
+                batch.append(result())
+            except ImageError as error:
+                failed(sample, error)
+            if batch and (len(batch) == size or place == len(samples)):
+                yield from _with_scores(predictor, batch)
+                batch = []
+
+    write = functools.partial(_write, predictor, output)
+    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
+        for own, result in _ahead(writers, write, computed(), THREADS if whole else 0):
+            try:
+                path = result()
+            except ImageError as error:  # of which rows are read as they are needed
+                failed(own.sample, error)
+                continue
+            done(own.sample, None)
+            yield path
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[tuple[Item, Callable[[], Result]]]:
+    """The items in their order, each with what gives its result. Threads compute them ahead."""
+    pending: deque[tuple[Item, Callable[[], Result]]] = deque()
+    for item in items:
+        if not ahead:
+            yield item, functools.partial(function, item)
             continue
-        mask, overlay, geotiff, _ = _targets(sample.image, output)
-        size = picture.height, picture.width
-        numbers = config.task == "promptable"
-        foreground = np.uint8(255 if config.data.num_classes == 1 and not numbers else 1)
-        with replaced_file(mask) as file:
-            indexed = foreground == 1 and kind == np.uint8
-            colours = [(0, 0, 0), *map(class_colour, range(1, 256))] if indexed else None
-            write_png(file, size, _times(labels, size, foreground), colours)
-        with replaced_file(overlay) as file:
-            names = ["background", *config.data.class_names]
-            shown = labels
-            if numbers:
-                turned, names = in_turn(labels(0, picture.height))
-                shown = rows_of(turned)
-            rgb = functools.partial(_rgb_rows, picture, shown_of(config))
-            write_png(file, size, paint_bands(rgb, shown, size, names))
-        if georeference:
-            with replaced_file(geotiff) as file:
-                bands = _times(labels, size, foreground)
-                write_tiff(file, bands, size, kind, georeference)
-        yield mask
+        pending.append((item, pool.submit(function, item).result))
+        if len(pending) > ahead:
+            yield pending.popleft()
+    yield from pending
+
+
+def _read(predictor: Predictor | InstanceFinder, sample: Sample) -> _Opened:
+    config = predictor.config
+    channels = len(config.data.channels) or None
+    picture = open_picture(sample, scaling_of(config), channels=channels)
+    if isinstance(predictor, InstanceFinder) or predictor.tiles is not None:
+        return _Opened(sample, picture)
+    image = image_of(predictor, picture.rows())
+    picture.check_channels()
+    return _Opened(sample, picture, image)
+
+
+def _with_scores(predictor: Predictor | InstanceFinder, batch: list[_Opened]) -> list[_Opened]:
+    images = [own.image for own in batch if own.image is not None]
+    if not images or isinstance(predictor, InstanceFinder):
+        return batch
+    maps = predictor.class_map(torch.stack(images))
+    return [
+        own._replace(image=None, scores=own_map) for own, own_map in zip(batch, maps, strict=True)
+    ]
+
+
+def _write(predictor: Predictor | InstanceFinder, output: Path, opened: _Opened) -> Path:
+    """Segments an image if it has no class map yet, and writes its files."""
+    sample, picture, config = opened.sample, opened.picture, predictor.config
+    georeference = read_georeference(sample.image)
+    if isinstance(predictor, InstanceFinder):
+        found = predictor.labels(picture)
+        labels, kind = rows_of(found), found.dtype
+    else:
+        labels, kind = _segment_file(predictor, opened, output).rows, np.dtype(np.uint8)
+    mask, overlay, geotiff, _ = _targets(sample.image, output)
+    size = picture.height, picture.width
+    numbers = config.task == "promptable"
+    foreground = np.uint8(255 if config.data.num_classes == 1 and not numbers else 1)
+    with replaced_file(mask) as file:
+        indexed = foreground == 1 and kind == np.uint8
+        colours = [(0, 0, 0), *map(class_colour, range(1, 256))] if indexed else None
+        write_png(file, size, _times(labels, size, foreground), colours)
+    with replaced_file(overlay) as file:
+        names = ["background", *config.data.class_names]
+        shown = labels
+        if numbers:
+            turned, names = in_turn(labels(0, picture.height))
+            shown = rows_of(turned)
+        rgb = functools.partial(_rgb_rows, picture, shown_of(config))
+        write_png(file, size, paint_bands(rgb, shown, size, names))
+    if georeference:
+        with replaced_file(geotiff) as file:
+            bands = _times(labels, size, foreground)
+            write_tiff(file, bands, size, kind, georeference)
+    return mask
 
 
 def _times(labels: Rows, size: tuple[int, int], factor: np.uint8) -> Iterator[np.ndarray]:
     return (rows * factor for rows in in_pieces(labels, size[0]))
 
 
-def _segment_file(
-    predictor: Predictor, picture: Picture, sample: Sample, output: Path
-) -> LabelFile:
+def _segment_file(predictor: Predictor, opened: _Opened, output: Path) -> LabelFile:
     """Segments an image into a file, and writes its probabilities if they are wanted.
 
     Raises:
         ImageError: the image is damaged, or a channel has only NaN. Nothing is written then.
     """
+    sample, picture = opened.sample, opened.picture
     labels = LabelFile(output, picture.width)
-    bands = segment(predictor, picture, labels)
+    bands = segment(predictor, picture, labels, opened.scores)
     kind = predictor.outputs.probabilities
     if kind is None:
         deque(bands, maxlen=0)
@@ -221,126 +296,6 @@ def _stored(kind: str, probabilities: np.ndarray) -> np.ndarray:
 
 def _rgb_rows(picture: Picture, shown: list[int], top: int, bottom: int) -> np.ndarray:
     return picture.rows(top, bottom)[..., shown]
-
-
-# ---- Segmenting ----------------------------------------------------------------------------------
-
-
-def segment(predictor: Predictor, picture: Picture, labels: LabelFile) -> Iterator[np.ndarray]:
-    """Segments an image.
-
-    Args:
-        predictor: the model.
-        picture: the image.
-        labels: gets the labels.
-
-    Yields:
-        The probabilities, some rows at a time, float32: (n, W), or (n, W, K) of several classes;
-        with an uncertainty (n, W, K + 1).
-    """
-    count, threshold = predictor.config.data.num_classes, predictor.outputs.threshold
-    for band in score_bands(predictor, picture):
-        for part in band.split(STRIP, dim=1):  # because labels have 8 bytes at first
-            labels.append(labels_of(part[None, :count], threshold)[0].numpy())
-            total = part[:count].sum(0).clamp(min=1e-12) if count > 1 else 1
-            shares = torch.cat([part[:count] / total, part[count:]])
-            yield shares.movedim(0, 2).squeeze(2).numpy()
-        del band, part, shares  # before the next row of tiles is computed
-
-
-def score_bands(predictor: Predictor, picture: Picture) -> Iterator[Tensor]:
-    """The class map of an image: (K, rows, W) float32 bands, from its top to its bottom."""
-    height, width = picture.height, picture.width
-    grid = None if predictor.tiles is None else Grid(predictor.tiles, height, width)
-    if grid is None or len(grid) == 1:
-        yield from _enlarged(scores_of(predictor, picture.rows())[0], height, width)
-        return
-    shared = functools.lru_cache(1)(picture.rows)  # by the tiles of one row
-
-    def pixels_of(box: Box) -> np.ndarray:
-        if picture.by_rows:
-            return shared(box.top, box.bottom)[:, box.left : box.right]
-        return picture.rows(box.top, box.bottom, box.left, box.right)
-
-    maps = (scores_of(predictor, pixels_of(box))[0] for box in grid.boxes())
-    yield from map(itemgetter(1), grid.blend(maps))
-
-
-def _enlarged(scores: Tensor, height: int, width: int) -> Iterator[Tensor]:
-    """Resizes a (K, S, S) class map bilinearly, some rows at a time."""
-    side = scores.shape[1]
-    columns = F.interpolate(scores[None], (side, width), mode="bilinear", align_corners=False)[0]
-    for rows in ((torch.arange(height) + 0.5) * side / height - 0.5).clamp(min=0).split(STRIP):
-        low = rows.long().clamp(max=side - 1)
-        weight = (rows - low)[:, None]
-        high = (low + 1).clamp(max=side - 1)
-        yield columns[:, low] * (1 - weight) + columns[:, high] * weight
-
-
-@torch.no_grad()
-def scores_of(predictor: Predictor, pixels: np.ndarray) -> Tensor:
-    """The (1, K, S, S) class map of (H, W, C) uint8."""
-    image = resize_image(pixels, predictor.config.model.image_size)
-    return predictor.class_map(transforms.to_dtype(image, torch.float32, scale=True)[None])
-
-
-def _load_predictor(
-    path: Path, tiles: TileSize | None, overlap: float, trust: bool, outputs: OutputConfig
-) -> Predictor:
-    """Loads a folder or an exported file, and further members."""
-    class_map, config = _load_class_map(path, trust)
-    if outputs.threshold != OutputConfig.threshold and config.data.num_classes > 1:
-        raise UserError("--threshold is for two classes; of several the most probable one is taken")
-    views = [class_map]
-    for member in outputs.members:
-        other, its = _load_class_map(member, trust)
-        for name in ("num_classes", "channels", "intensity"):
-            if getattr(its.data, name) != getattr(config.data, name):
-                raise UserError(f"{member} has another {name} than {path}; give runs that agree")
-        if its.model.image_size != config.model.image_size:
-            raise UserError(f"{member} has another image_size than {path}; give runs that agree")
-        views.append(other)
-    if outputs.flips:
-        turns = mirror_axes(config)
-        views += [functools.partial(_flipped, own, turn) for own in views for turn in turns]
-    if len(views) > 1:
-        class_map = functools.partial(_averaged, views)
-    size = None
-    if tiles is not None:
-        size = tiles_of(config, None if tiles == "auto" else tiles, overlap)
-    return Predictor(class_map, config, size, outputs)
-
-
-def _flipped(class_map: ClassMap, axes: list[int], images: Tensor) -> Tensor:
-    return class_map(images.flip(axes)).flip(axes)
-
-
-def _averaged(views: list[ClassMap], images: Tensor) -> Tensor:
-    """The mean class map, and the largest standard deviation of a class's probability."""
-    maps = torch.stack([view(images) for view in views])  # (V, B, K, S, S)
-    shares = maps / maps.sum(2, keepdim=True).clamp(min=1e-12) if maps.shape[2] > 1 else maps
-    spread = shares.std(0, correction=0).amax(1, keepdim=True)
-    return torch.cat([maps.mean(0), spread], dim=1)
-
-
-def _load_class_map(path: Path, trust: bool) -> tuple[ClassMap, RunConfig]:
-    """Loads a folder or an exported file."""
-    if path.is_file():
-        class_map, held = load_class_map(path, trust)
-        with reading(path):
-            names = ("num_classes", "class_names", "crop", "intensity", "channels", "shown")
-            data = DataConfig(**{name: getattr(held, name) for name in names})
-            own = ModelConfig(held.model, NONE, held.image_size)
-            return class_map, resolve(RunConfig(data=data, model=own))
-    model, config = load_model(path)
-    if config.task == "promptable":
-        raise UserError(f"{path} {PROMPTS}")
-    model.to(make_accelerator(config.training).device)
-
-    def of_model(images: Tensor) -> Tensor:
-        return model(images.to(model.pixel_mean.device)).class_map().cpu()
-
-    return of_model, config
 
 
 # ---- Files ---------------------------------------------------------------------------------------

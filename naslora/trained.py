@@ -8,10 +8,12 @@ left_out.safetensors      tensors of the SAM checkpoint that the model lacks, fo
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast, get_args
 
 import torch
@@ -19,9 +21,11 @@ from segment_anything import SamPredictor
 
 from naslora.adapter.io.merged_files import MERGED_CONFIG, load_merged, read_merged, write_merged
 from naslora.adapter.merging.report import MergeMode, MergeReport
-from naslora.choices import CALIBRATION_IMAGES, Format, Part, Tool
+from naslora.choices import CALIBRATION_IMAGES, MAX_LOSS, Format, Part, Quantize, Tool
+from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Sample
 from naslora.data.layouts import GROUP
+from naslora.data.masks import IGNORED
 from naslora.errors import UserError, warn
 from naslora.files import (
     read_metadata,
@@ -32,6 +36,7 @@ from naslora.files import (
 )
 from naslora.locks import locked
 from naslora.methods import check_merges, load_adapter, merge
+from naslora.metrics import image_scores
 from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
 from naslora.sam.checkpoint import find_model
@@ -41,7 +46,8 @@ from naslora.sam.hub import PREFIX, download
 from naslora.sam.prompt_graphs import export_prompts
 from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.sam.prompts import build_predictor
-from naslora.sam.segmentation import MirroredModel, SamForSegmentation
+from naslora.sam.runtimes import ClassMap, load_class_map
+from naslora.sam.segmentation import MirroredModel, SamForSegmentation, labels_of
 from naslora.sam.shipped import NONE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
@@ -303,7 +309,15 @@ def merge_run(
         return report, scores
 
 
-def export_run(path: Path, file_format: Format, output: Path, part: Part = "model") -> None:
+def export_run(
+    path: Path,
+    file_format: Format,
+    output: Path,
+    part: Part = "model",
+    quantize: Quantize | None = None,
+    max_loss: float = MAX_LOSS,
+    images: int = CALIBRATION_IMAGES,
+) -> tuple[float, float] | None:
     """Writes a merged model for another runtime, as ``naslora.sam.export.export``.
 
     Args:
@@ -312,28 +326,68 @@ def export_run(path: Path, file_format: Format, output: Path, part: Part = "mode
         file_format: what to write: a file, or a folder for Hugging Face and for annotation tools.
         output: the file or the folder.
         part: "model", images to class scores, or "encoder", images to SAM's image embedding.
+        quantize: as in ``export``. The images for "int8" are the run's training images.
+        max_loss: with ``quantize`` nothing is written if the Dice on validation images falls by
+            more.
+        images: the number of training images for "int8".
+
+    Returns:
+        The Dice on the validation images of the model and of what was written, with ``quantize``.
 
     Raises:
-        UserError: as ``load_model`` and ``export``, or ``load_predictor`` and ``export_prompts``.
+        UserError: as ``load_model`` and ``export``, or ``load_predictor`` and ``export_prompts``;
+            the Dice falls by more than ``max_loss``.
     """
     if file_format in get_args(Tool):
         predictor, _ = load_predictor(path)
         with locked(output, folder=False):
             export_prompts(cast(PromptableSam, predictor.model), cast(Tool, file_format), output)
-        return
+        return None
     model, config = load_model(path)
-    names = config.data.class_names
+    data = config.data
     held = Description(
         config.model.name,
         config.model.image_size,
-        config.data.num_classes,
-        names,
+        data.num_classes,
+        data.class_names,
         part,
-        config.data.crop,
-        config.data.intensity,
+        data.crop,
+        data.intensity,
         config.task,
-        config.data.channels,
-        config.data.shown,
+        data.channels,
+        data.shown,
     )
-    with locked(output, folder=False):
-        export(model, held, file_format, output)
+    if quantize is None:
+        with locked(output, folder=False):
+            export(model, held, file_format, output)
+        return None
+    if isinstance(model, PromptableSam) or part != "model":
+        raise UserError("--quantize takes whole models that predict masks, whose Dice it compares")
+    checked("images", images, Count)
+    splits = find_splits(config)
+    batches = list(calibration(config, splits, "calibrated", torch.device("cpu"), images))
+    validation = make_dataset(config, splits["val"])
+    with locked(output, folder=False), torch.no_grad():
+        before = dice_of(lambda images: model(images).class_map(), validation)
+        # Beside the output: a file that loses too much replaces nothing.
+        with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}") as folder:
+            trial = Path(folder, output.name)
+            export(model, held, file_format, trial, quantize, batches)
+            after = dice_of(load_class_map(trial)[0], validation)
+            if before - after > max_loss:
+                raise UserError(
+                    f"in {quantize} the Dice on the validation images falls from {before:.4f} to "
+                    f"{after:.4f}, by more than --max-loss {max_loss:g}; nothing was written"
+                )
+            for file in sorted(Path(folder).iterdir()):  # .bin before the .xml that needs it
+                os.replace(file, output.with_name(file.name))
+    return before, after
+
+
+def dice_of(class_map: ClassMap, dataset: SegmentationDataset) -> float:
+    """The mean Dice of a model on images, one by one, at the size at which it sees them."""
+    found = []
+    for item in map(dataset.__getitem__, range(len(dataset))):
+        labels, truth = labels_of(class_map(item["image"][None])), item["mask"][None]
+        found.append(image_scores(labels, truth, dataset.num_classes, IGNORED)["dice"].nanmean())
+    return float(torch.stack(found).nanmean())

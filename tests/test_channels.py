@@ -18,8 +18,8 @@ from naslora.data.images import Sample, open_picture
 from naslora.data.layouts import read_csv
 from naslora.data.picture import Intensity
 from naslora.sam.channels import set_channels, stem
-from naslora.sam.export import load_class_map
 from naslora.sam.families import FAMILIES
+from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import build_model
 from naslora.training.resolve import resolve
 from naslora.training.run_config import RunConfig

@@ -19,8 +19,8 @@ from run_configs import run_config
 from naslora.errors import UserError
 from naslora.report.page import write_page
 from naslora.results import RunNumbers
-from naslora.study import compare, tables
-from naslora.study.design import Design, parse_grid, with_values
+from naslora.study import compare, launchers, tables
+from naslora.study.design import Design, Launch, parse_grid, with_values
 from naslora.study.differences import over_images
 from naslora.study.measurement import find_refusals, in_own_process
 from naslora.training.run_config import DataConfig, RunConfig
@@ -258,6 +258,32 @@ def test_all_methods_refused(monkeypatch, tmp_path, data):
     with pytest.raises(UserError, match="no method fits: vpt: it needs a plain ViT"):
         compare.compare(run_config(root=data), ["vpt"], [0], tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("launcher, library", [("slurm", "submitit"), ("ray", "ray")])
+def test_jobs_that_die_are_started_again(monkeypatch, quick, tmp_path, data, launcher, library):
+    """The table of jobs, of which one is killed, is that of runs here, one after another."""
+    pytest.importorskip(library)
+    run, _ = quick
+    run({("mona", 1): 0.7})
+    marker = tmp_path / "killed"
+    found = {("mona", 1): numbers(0.7)}
+    others = numbers(0.5)
+
+    def answer(place, config, folder, costs):  # it travels to the jobs, which import no test
+        if config.method == "mona" and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found.get((config.method, config.seed), others)
+
+    monkeypatch.setattr(launchers, "attempt", answer)
+    options = {"slurm": ["cluster=local"], "ray": ["num_cpus=2"]}[launcher]
+    launch = Launch(launcher, (tuple(options),))
+    config = run_config(root=data, training={"epochs": 2})
+    compare.compare(config, ("lora", "mona"), (0, 1), tmp_path / "jobs", False, launch=launch)
+    assert marker.exists()
+    for name in ("table.csv", "differences.csv"):
+        assert (tmp_path / "jobs" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 # --- Tuned, on folds ---

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from adapted_models import (
     adapted_encoder,
     images,
@@ -19,13 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, inject, merge
+from naslora.benchmark import Measured
 from naslora.files import read_json
+from naslora.prediction import predict_run
+from naslora.records import read_rows
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import build_image_encoder
-from naslora.sam.export import Description, Embedding, Scores, export, load_class_map
+from naslora.sam.export import Description, Embedding, Scores, export
 from naslora.sam.families.mobile_sam import NAMING
+from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
-from naslora.trained import load_model, merge_run
+from naslora.trained import export_run, load_model, merge_run
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -285,6 +290,101 @@ def test_export_and_predict_from_the_command_line(naslora, folders, tmp_path):
     for merged, file in (masks[:2], masks[2:]):
         # Labels may differ at pixels whose probability is 0.5 up to rounding.
         assert np.mean([np.mean(a == b) for a, b in zip(merged, file, strict=True)]) > 0.999
+
+
+OTHERS = {  # the format and its options, and the largest difference of a score
+    "a.xml": ("openvino", {}, 1e-4, ("openvino",)),
+    "b.xml": ("openvino", {"quantize": "int8"}, 0.2, ("openvino", "nncf")),
+    "c.xml": ("openvino", {"quantize": "float16"}, 1e-2, ("openvino",)),
+    "d.onnx": ("tensorrt", {}, 1e-4, ()),
+    "e.onnx": ("onnx", {"quantize": "int8"}, 0.2, ()),
+    "f.onnx": ("onnx", {"quantize": "float16"}, 1e-2, ()),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_runtimes_predict(folders, tmp_path, name):
+    file_format, options, most, needs = OTHERS[name]
+    for package in needs:
+        pytest.importorskip(package)
+    path = tmp_path / name
+    dice = export_run(folders / "center", file_format, path, max_loss=1, **options)
+    assert (dice is not None) == bool(options)
+    model, _ = load_model(folders / "center")
+    class_map, held = load_class_map(path)
+    assert held.image_size == 32
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = Scores(model)(x)
+    # OpenVINO computes in bfloat16 where the processor has it.
+    torch.testing.assert_close(class_map(x), expected, rtol=0, atol=max(most, 2e-2))
+    assert {*map(str, tmp_path.iterdir())} == {str(path)} | {str(p) for p in tmp_path.glob("*.bin")}
+
+
+def test_int8_that_loses_too_much_writes_nothing(folders, tmp_path, monkeypatch):
+    dice = iter([0.8, 0.7])
+    monkeypatch.setattr("naslora.trained.dice_of", lambda *_: next(dice))
+    with pytest.raises(UserError, match=r"falls from 0\.8000 to 0\.7000.*nothing was written"):
+        export_run(folders / "center", "onnx", tmp_path / "a.onnx", quantize="int8")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_relative_positions_become_one_operator(tmp_path):
+    """Padded windows and the whole image, in a graph that other runtimes fuse."""
+    model = build_model("vit_b", 64, 1, "none").eval()
+    model.image_encoder.blocks = model.image_encoder.blocks[1:3]  # a window, and the whole
+    for block in model.image_encoder.blocks:
+        nn.init.normal_(block.attn.rel_pos_h)
+        nn.init.normal_(block.attn.rel_pos_w)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = Embedding(model)(x)
+    path = tmp_path / "a.pt2"
+    held = Description("vit_b", 64, 1, ("a",), "encoder")
+    export(model, held, "torch-export", path)
+    program = torch.export.load(path)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum("scaled_dot_product_attention" in name for name in targets) == 2
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_images_go_through_several_processes_and_after_a_stop(folders, tmp_path, monkeypatch):
+    """Shares of two processes, one of which stops, are completed, and equal one call's masks."""
+    output, model = tmp_path / "out", folders / "center"
+    inputs = [folders / "data" / "images"]
+    whole = predict_run(model, inputs, tmp_path / "whole", batch_size=4)
+    assert len(whole) == 10
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("naslora.prediction.make_accelerator", lambda _: Accelerator(cpu=True))
+    written = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        written.append(predict_run(model, inputs, output, batch_size=2))
+    assert [len(own) for own in written] == [5, 5]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("RANK", "0")
+    lines = (output / "manifest-1.csv").read_text().splitlines()
+    (output / "manifest-1.csv").write_text("\n".join(lines[:3]) + "\n" + lines[3][:9])
+    with pytest.raises(UserError, match="20 of the files to write exist"):
+        predict_run(model, inputs, output)
+    assert len(predict_run(model, inputs, output, resume=True)) == 3
+    assert not predict_run(model, inputs, output, resume=True)
+    for path in whole:
+        assert (output / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(UserError, match=r"manifest.*\.csv is of another model"):
+        predict_run(folders / "exact", inputs, output, resume=True)
+
+
+def test_benchmark(naslora, folders, tmp_path):
+    export_run(folders / "center", "onnx", tmp_path / "a.onnx")
+    models = [folders / "center", tmp_path / "a.onnx"]
+    result = naslora("benchmark", *models, "--images", 2, "--output", tmp_path / "out")
+    assert result.status == 0 and "| a.onnx | onnx |" in result.out, result.err
+    rows = read_rows(tmp_path / "out" / "benchmark.csv", Measured)
+    assert [row.runtime for row in rows] == ["PyTorch, stock", "PyTorch, fused", "onnx"]
+    assert all(0 < row.p50_ms <= row.p95_ms and row.peak_memory_mb > 50 for row in rows)
+    assert rows[0].dice == pytest.approx(rows[2].dice, abs=1e-3)
+    assert (tmp_path / "out" / "benchmark.png").stat().st_size > 1000
 
 
 def test_what_is_refused(naslora, folders, checkpoint, tmp_path):

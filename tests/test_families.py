@@ -37,8 +37,9 @@ from naslora import UserError, merge
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import METHODS, apply
 from naslora.sam.encoders import checkpoint_blocks
-from naslora.sam.export import Description, export, load_class_map
+from naslora.sam.export import Description, export
 from naslora.sam.families import FAMILIES, find_family
+from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
 from naslora.study.encoder_statistics import block_statistics
 

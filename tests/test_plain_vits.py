@@ -11,7 +11,7 @@ from timm.models import eva, load_checkpoint, vision_transformer
 from naslora import UserError, merge
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import apply
-from naslora.sam.export import Description, export, load_class_map
+from naslora.sam.export import Description, export
 from naslora.sam.families import find_family
 from naslora.sam.segmentation import SamForSegmentation, build_model
 

@@ -17,8 +17,9 @@ from naslora.data.images import Sample, source_of
 from naslora.data.masks import IGNORED
 from naslora.data.picture import Picture
 from naslora.data.tiles import Grid, Tiles, fit_tiles
-from naslora.prediction import Predictor, score_bands
-from naslora.sam.export import load_class_map, read_description
+from naslora.predictor import Predictor, score_bands
+from naslora.sam.export import read_description
+from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import labels_of
 from naslora.training.run_data import tiles_of
 

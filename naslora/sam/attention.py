@@ -36,7 +36,8 @@ def fuse_attention(model: nn.Module) -> list[str]:
 
     The outputs are the same up to rounding. Modules, their names and the state dict stay the same,
     so it can be called before or after ``inject``, ``load_adapter`` and ``merge``. Call it before
-    ``fully_shard``. While a model is exported or traced, the original code computes.
+    ``fully_shard``. While a model is exported or traced, PyTorch's own
+    operator of attention computes, which other runtimes fuse.
 
     Known are the attentions of segment_anything and its copies (SAM-HQ, MobileSAM), of Hugging
     Face's SamModel, SamHQModel and Sam2Model, of TinyViT in timm and MobileSAM, and of timm's Hiera
@@ -137,8 +138,6 @@ class FusedBlock(Fused):
 class _SegmentAnything(FusedAttention):
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
-        if traced():
-            return self.host_class.forward(self, x)
         return _over_grid(self, x, self.num_heads)
 
 
@@ -327,10 +326,17 @@ def _attended(attention: Any, qkv: Tensor, heads: int) -> Tensor:
         table_w = relative_positions(attention.rel_pos_w, width)
         rel_h = torch.einsum("bnhwc,hck->bnhwk", by_row, table_h).flatten(2, 3)
         rel_w = torch.einsum("bnhwc,wck->bnhwk", by_row, table_w).flatten(2, 3)
-        o = rel_pos_attention(q, k, v, rel_h, rel_w, grid, scale=attention.scale)
+        if traced():
+            bias = (rel_h[..., None] + rel_w[..., None, :]).flatten(3)
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scale)
+        else:
+            o = rel_pos_attention(q, k, v, rel_h, rel_w, grid, scale=attention.scale)
     else:
         o = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-    return o.transpose(1, 2).flatten(2).unflatten(1, grid)
+    o = o.transpose(1, 2)
+    if traced():  # the decomposed operator's result lies in memory in another way
+        o = o.clone(memory_format=torch.contiguous_format)
+    return o.flatten(2).unflatten(1, grid)
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Export of merged models to SAM state dicts, ONNX and torch.export, and their prediction.
+"""Export of merged models: SAM state dicts, ONNX, OpenVINO, Core ML and torch.export.
 
 Each file contains a ``Description`` of its model, so that it needs no other file to predict.
 """
@@ -9,43 +9,51 @@ import io
 import json
 import logging
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
 from naslora.adapter.layer.modules import adapter_layers
-from naslora.choices import Format, Part, Task
-from naslora.errors import UserError
+from naslora.choices import Format, Part, Quantize, Task
+from naslora.errors import UserError, imported
 from naslora.files import (
     CHECKSUM,
-    check_archive,
     file_checksum,
-    read_metadata,
-    reading,
     replaced_file,
     replaced_folder,
     write_tensors,
     write_text,
 )
 from naslora.records import from_json
+from naslora.sam.attention import fuse_attention
 from naslora.sam.checkpoint import CONFIG, WEIGHTS, huggingface_files, sam_state_dict
 from naslora.sam.encoders import LARGEST_IMAGE, check_image_size
 from naslora.sam.families import find_family
-from naslora.sam.promptable import PROMPTS, AnySam, PromptableSam
-from naslora.sam.segmentation import SamForSegmentation, build_model
+from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.sam.quantization import QUANTIZED, compress_onnx, quantized_openvino
+from naslora.sam.segmentation import SamForSegmentation
 
 # ---- What a file contains ------------------------------------------------------------------------
 
-SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
+SUFFIXES = {
+    "onnx": ".onnx",
+    "tensorrt": ".onnx",
+    "openvino": ".xml",
+    "coreml": ".mlpackage",
+    "safetensors": ".safetensors",
+    "torch-export": ".pt2",
+}
 """The endings of files; format huggingface writes a folder."""
+TENSORRT = 18, 9
+"""ONNX's operators and format, as TensorRT 8.6 and later read them."""
 KEY = "naslora"
 """Key of the description in a file's metadata."""
 EXAMPLE_IMAGES = 2
@@ -140,11 +148,18 @@ class Embedding(nn.Module):
 # ---- Writing -------------------------------------------------------------------------------------
 
 
-def export(model: AnySam, description: Description, file_format: Format, path: Path) -> None:
+def export(
+    model: AnySam,
+    description: Description,
+    file_format: Format,
+    path: Path,
+    quantize: Quantize | None = None,
+    images: Sequence[Tensor] = (),
+) -> None:
     """Writes a merged model to a file, atomically.
 
     For an ONNX model with more than ``MOST_BYTES`` of weights, two files are written one after the
-    other: ``NAME.onnx.data`` and ``NAME.onnx``.
+    other: ``NAME.onnx.data`` and ``NAME.onnx``. OpenVINO's are ``NAME.bin`` and ``NAME.xml``.
 
     Args:
         model: a model without adapters: merged, or never adapted.
@@ -153,9 +168,14 @@ def export(model: AnySam, description: Description, file_format: Format, path: P
             the names of its original code. "huggingface": the same as a folder that the
             transformers library loads. "onnx", "torch-export": a graph that maps images to the
             class map, or to what the image encoder returns. It accepts one image size and batch
-            sizes up to ``MOST_IMAGES``.
+            sizes up to ``MOST_IMAGES``. "openvino": the same. "tensorrt": the same as ONNX with
+            operators that ``trtexec`` reads. "coreml": the same for one image.
         path: the file; its suffix must be that of the format. For "huggingface" the folder, new or
             empty.
+        quantize: "int8": linear layers and convolutions of an ONNX or OpenVINO graph compute with
+            8 bits, in ranges that are measured on ``images``. "float16": weights are stored in 16
+            bits, and computed with as float32. None keeps float32.
+        images: batches of images in [0, 1] as the model sees them, for "int8".
 
     Raises:
         UserError: the model has adapters, the format cannot store the model, the suffix is wrong,
@@ -164,6 +184,10 @@ def export(model: AnySam, description: Description, file_format: Format, path: P
     check_merged(model)
     if file_format != "huggingface" and path.suffix != SUFFIXES[file_format]:
         raise UserError(f"{path} must end in {SUFFIXES[file_format]} for format {file_format}")
+    if quantize and file_format not in QUANTIZED:
+        raise UserError(f"--quantize takes the formats {' and '.join(QUANTIZED)}")
+    if quantize == "int8" and not images:
+        raise UserError("int8 needs images to measure the ranges of the numbers on")
     if file_format in ("huggingface", "safetensors"):
         _write_tensors(model, description, file_format, path)
         return
@@ -172,11 +196,14 @@ def export(model: AnySam, description: Description, file_format: Format, path: P
             "the model takes prompts, and a graph of it would take none; export it to safetensors "
             "or huggingface, or its --part encoder"
         )
+    if model.family.fuses:  # its traced forward has an operator that other runtimes fuse
+        fuse_attention(model.image_encoder)
     module: nn.Module = (Scores if description.part == "model" else Embedding)(
         model.cpu().float()
     ).eval()
+    fixed = file_format == "coreml"  # Core ML compiles for one shape
     with torch.no_grad():
-        program = _traced(module, description.image_size, len(model.pixel_mean))
+        program = _traced(module, description.image_size, len(model.pixel_mean), fixed)
     if file_format == "torch-export":
         _write_program(program, description, path)
         return
@@ -184,7 +211,13 @@ def export(model: AnySam, description: Description, file_format: Format, path: P
     if description.part == "encoder":
         further = range(1, len(program.graph_signature.user_outputs))
         outputs = ["embedding", *(f"features_{i}" for i in further)]
-    write_onnx(program, description, path, ["images"], outputs)
+    if file_format == "openvino":
+        _write_openvino(program, description, path, outputs, quantize, images)
+    elif file_format == "coreml":
+        _write_coreml(program, description, path, outputs)
+    else:
+        versions = TENSORRT if file_format == "tensorrt" else None
+        write_onnx(program, description, path, ["images"], outputs, versions, quantize, images)
 
 
 def check_merged(model: nn.Module) -> None:
@@ -237,11 +270,14 @@ def _write_tensors(
         write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _traced(module: nn.Module, size: int, channels: int) -> torch.export.ExportedProgram:
-    images = torch.zeros(EXAMPLE_IMAGES, channels, size, size)
+def _traced(
+    module: nn.Module, size: int, channels: int, fixed: bool = False
+) -> torch.export.ExportedProgram:
+    images = torch.zeros(1 if fixed else EXAMPLE_IMAGES, channels, size, size)
     module(images)  # fills TinyViT's cache of attention biases, which must not happen in the trace
     batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
-    return torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}})
+    free = None if fixed else {"images": {0: batch}}
+    return torch.export.export(module, (images,), dynamic_shapes=free)
 
 
 def write_onnx(
@@ -251,18 +287,14 @@ def write_onnx(
     inputs: Sequence[str],
     outputs: Sequence[str],
     versions: tuple[int, int] | None = None,
+    quantize: Quantize | None = None,
+    images: Sequence[Tensor] = (),
 ) -> None:
     """Writes a program to an ONNX file, as ``export``.
 
     ``versions`` are those of the operators and of the format; None takes PyTorch's own.
     """
-    try:  # optional packages
-        import onnx
-        import onnxscript  # noqa: F401  # which torch.onnx.export needs
-    except ImportError as error:
-        raise UserError(
-            "exporting to ONNX needs more libraries; run pip install onnx onnxscript"
-        ) from error
+    onnx, _ = imported("export", "onnx", "onnxscript")  # the second for torch.onnx.export
     with quiet():
         converted = torch.onnx.export(
             program,
@@ -272,21 +304,24 @@ def write_onnx(
             opset_version=versions[0] if versions else None,
         )
     assert converted is not None  # it is None without dynamo only
-    converted.model.metadata_props[KEY] = text_of(description)
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     # NAME.onnx contains the name of NAME.onnx.data, so both get their names in another folder.
     with replaced_file(path) as temporary, TemporaryDirectory(dir=path.parent) as folder:
         graph, data = Path(folder, path.name), Path(folder, f"{path.name}.data")
         converted.save(graph, external_data=size > MOST_BYTES)
+        if quantize:
+            with quiet():
+                compress_onnx(graph, quantize, images)
         model = onnx.load(graph, load_external_data=False)
         model.ir_version = versions[1] if versions else model.ir_version
-        model.metadata_props.add(key=CHECKSUM, value=_checksum(model, data))
+        model.metadata_props.add(key=KEY, value=text_of(description))
+        model.metadata_props.add(key=CHECKSUM, value=onnx_checksum(model, data))
         onnx.save(model, temporary)
         if data.exists():
             os.replace(data, path.with_name(data.name))
 
 
-def _checksum(model: Any, data: Path) -> str:
+def onnx_checksum(model: Any, data: Path) -> str:
     """SHA-256 of an ONNX model, and of the file with its weights if it has one.
 
     Raises:
@@ -311,10 +346,61 @@ def _write_program(
         temporary.write_bytes(buffer.getvalue())
 
 
+def _write_openvino(
+    program: torch.export.ExportedProgram,
+    description: Description,
+    path: Path,
+    outputs: Sequence[str],
+    quantize: Quantize | None,
+    images: Sequence[Tensor],
+) -> None:
+    (openvino,) = imported("openvino", "openvino")
+    shape = program.example_inputs[0][0].shape  # type: ignore[index]
+    with quiet():
+        model = openvino.convert_model(program, input=[-1, *shape[1:]])
+        if quantize == "int8":
+            model = quantized_openvino(model, images)
+    for output, name in zip(model.outputs, outputs, strict=True):
+        output.get_tensor().set_names({name})
+    model.set_rt_info(text_of(description), [KEY, "description"])
+    # NAME.xml is read with the NAME.bin beside it, so both get their names in another folder.
+    with replaced_file(path) as temporary, TemporaryDirectory(dir=path.parent) as folder:
+        graph, data = Path(folder, path.name), Path(folder, f"{path.stem}.bin")
+        for checksum in ("", None):  # the second time it is known
+            model.set_rt_info(
+                file_checksum(data) if checksum is None else checksum, [KEY, CHECKSUM]
+            )
+            openvino.save_model(model, graph, compress_to_fp16=quantize == "float16")
+        os.replace(data, path.with_name(data.name))
+        os.replace(graph, temporary)
+
+
+def _write_coreml(
+    program: torch.export.ExportedProgram,
+    description: Description,
+    path: Path,
+    outputs: Sequence[str],
+) -> None:
+    """Writes a package, which is a folder, with weights in 16 bits."""
+    check_new(path)
+    with quiet():
+        (coremltools,) = imported("coreml", "coremltools")
+        model = coremltools.convert(
+            program.run_decompositions({}),
+            outputs=[coremltools.TensorType(name=name) for name in outputs],
+            minimum_deployment_target=coremltools.target.iOS17,
+        )
+        model.user_defined_metadata[KEY] = text_of(description)
+        with replaced_folder(path) as folder, TemporaryDirectory() as other:
+            model.save(str(Path(other, path.name)))
+            shutil.copytree(Path(other, path.name), folder, dirs_exist_ok=True)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hides progress and the warnings of other packages, some of which hold tracebacks."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    names = "torch.onnx", "torch.export", "onnxscript", "nncf", "coremltools", "root"
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -325,96 +411,3 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-# ---- Prediction ----------------------------------------------------------------------------------
-
-ClassMap = Callable[[Tensor], Tensor]
-"""Maps (B, C, S, S) images in [0, 1] to the (B, K, S, S) class map, both on the CPU."""
-
-
-def load_class_map(path: Path, trust: bool = False) -> tuple[ClassMap, Description]:
-    """Loads a file that ``export`` wrote, as a function from images to class maps, on the CPU.
-
-    Args:
-        path: the file.
-        trust: whether to read a ``.pt2`` file. PyTorch executes code that such a file holds. The
-            other formats hold none.
-
-    Raises:
-        UserError: the file is missing or damaged, was not written by ``export``, contains only the
-            image encoder, or is a SAM state dict of a model with several classes. The function
-            raises it, too, if the model cannot take the images, or returns anything else than
-            finite class maps.
-    """
-    loaders = {".onnx": _load_onnx, ".pt2": _load_program, ".safetensors": _load_state_dict}
-    if path.suffix not in loaders:
-        raise UserError(
-            f"{path} is not an exported model: its suffix is none of {', '.join(loaders)}"
-        )
-    if path.suffix == ".pt2" and not trust:
-        raise UserError(
-            f"{path} may hold code, which PyTorch runs when it loads a .pt2 file: give --trust if "
-            "you know who made it, or take the model's folder, .onnx or .safetensors file"
-        )
-    with reading(path), quiet():
-        compute, description = loaders[path.suffix](path)
-        if description.part != "model":
-            raise UserError(f"{path} holds only the image encoder, which predicts no masks")
-        if description.task == "promptable":
-            raise UserError(f"{path} {PROMPTS}")
-
-    def class_map(images: Tensor) -> Tensor:
-        expected = (len(images), description.num_classes, *images.shape[2:])
-        with reading(path, "cannot segment an image"):
-            scores = compute(images)
-            if scores.shape != expected:
-                raise ValueError(f"it returns the shape {tuple(scores.shape)}, not {expected}")
-            if not scores.isfinite().all():
-                raise ValueError("its weights or its graph give NaN or infinities")
-        return scores
-
-    return class_map, description
-
-
-def _load_onnx(path: Path) -> tuple[ClassMap, Description]:
-    try:  # optional packages
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(
-            "predicting with ONNX needs onnxruntime; run pip install onnxruntime"
-        ) from error
-    model = onnx.load(path, load_external_data=False)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    stored = model.metadata_props.pop().value if CHECKSUM in metadata else None
-    if _checksum(model, path.with_name(f"{path.name}.data")) != stored is not None:
-        raise UserError(f"{path} is damaged: it does not match its checksum; export it again")
-    del model
-    session = onnxruntime.InferenceSession(str(path))
-
-    def class_map(images: Tensor) -> Tensor:
-        (result,) = session.run(None, {"images": np.ascontiguousarray(images.numpy())})
-        return torch.from_numpy(result)
-
-    return class_map, read_description(metadata.get(KEY))
-
-
-def _load_program(path: Path) -> tuple[ClassMap, Description]:
-    extra = {KEY: ""}
-    check_archive(path)
-    program = torch.export.load(path, extra_files=extra)
-    return program.module(), read_description(extra[KEY])
-
-
-def _load_state_dict(path: Path) -> tuple[ClassMap, Description]:
-    description = read_description(read_metadata(path).get(KEY))
-    if description.num_classes > 1 and not find_family(description.model).new_decoder:
-        raise UserError(
-            f"{path} is a SAM state dict, and SAM has no classification branch for "
-            f"{description.num_classes} classes; predict with the merged folder, onnx or "
-            "torch-export"
-        )
-    classes = description.num_classes
-    model = build_model(description.model, description.image_size, classes, path).eval()
-    return Scores(model), description

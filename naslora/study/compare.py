@@ -12,7 +12,7 @@ protocol.*, images.csv, lists/   what ``compare`` fixes before it runs (protocol
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from naslora.report.run_report import page_title
 from naslora.report.tables import number
 from naslora.results import CONFIG, REPORT, RunNumbers
 from naslora.settings import Seed, checked
-from naslora.study.design import Design, parse_grid, values_text, with_values
+from naslora.study.design import Design, Launch, parse_grid, values_text, with_values
+from naslora.study.launchers import Job, finished, jobs
 from naslora.study.measurement import find_refusals, in_own_process, run_and_measure
 from naslora.study.plan import NUMBERS, TUNING, Outcomes, Run, Study
 from naslora.study.protocol import (
@@ -51,6 +52,7 @@ def compare(
     output: Path,
     resume: bool,
     design: Design | None = None,
+    launch: Launch | None = None,
 ) -> None:
     """Trains every method with every seed under one recipe, and writes tables and report.
 
@@ -65,6 +67,7 @@ def compare(
             have been added if ``design`` neither tunes nor draws folds.
         design: what is tuned, on which images, and the margin of equivalence; None for its
             defaults.
+        launch: where the runs are made; None for here.
 
     Raises:
         UserError: the recipe cannot work for any method, or belongs to another comparison; or,
@@ -101,6 +104,7 @@ def compare(
         groups=images.groups,
         grid=grid,
         protocol=in_words(protocol),
+        launch=launch or Launch(),
     )
     if resume:
         check_protocol(protocol, output)
@@ -118,7 +122,12 @@ def compare(
 
 
 def ablate(
-    name: AblationName, config: RunConfig, seeds: Sequence[int], output: Path, resume: bool
+    name: AblationName,
+    config: RunConfig,
+    seeds: Sequence[int],
+    output: Path,
+    resume: bool,
+    launch: Launch | None = None,
 ) -> str:
     """Varies one setting of the method (paper, Tables 6-9 and D1), and writes the table.
 
@@ -130,6 +139,7 @@ def ablate(
         seeds: seeds of each row's runs.
         output: must be new or empty unless ``resume``. The table is in its folder ``name``.
         resume: keep the finished runs in ``output`` and make the others.
+        launch: where the runs are made; None for here.
 
     Returns:
         The table as Markdown.
@@ -152,6 +162,7 @@ def ablate(
         margin=Design.margin,
         folds=[Fold("", config.data)],
         reference=BASE,
+        launch=launch or Launch(),
     )
     _check_output(study, resume)
     run_study(study)
@@ -182,12 +193,13 @@ def _check_distinct(name: str, values: Sequence[str] | Sequence[int]) -> None:
 
 
 def run_study(study: Study) -> None:
-    """Makes the runs that the study's folder lacks, seed by seed, one at a time.
+    """Makes the runs that the study's folder lacks, seed by seed: one at a time, or as jobs.
 
     A run that fails is marked, and the others go on. Tables are written after every run.
 
     Raises:
-        UserError: at the end, if a run was refused or failed; names the rows and the reasons.
+        UserError: as ``jobs``; at the end, if a run was refused or failed; names the rows and the
+            reasons.
     """
     runs = [*study.runs()]
     outcomes: Outcomes = {
@@ -198,15 +210,16 @@ def run_study(study: Study) -> None:
     pending = [run for run in runs if not run.finished]
     missing = {} if pending else write_tables(study, outcomes)
     started = time.perf_counter()
-    for done, run in enumerate(pending, 1):
-        say(study.command, f"run {done} of {len(pending)}: {_describe(run)}")
-        outcome = outcomes[run.folder] = _run(study, run, outcomes)
-        missing = write_tables(study, outcomes)
-        left = (time.perf_counter() - started) / done * (len(pending) - done)
+    made = _made_here if study.launch.launcher == "local" else _made_by_jobs
+    for done, (run, outcome) in enumerate(made(study, pending, outcomes), 1):
+        outcomes[run.folder] = outcome
         if isinstance(outcome, RunNumbers):
+            write_record(run.folder / NUMBERS, outcome)
             found = f"test Dice {number(outcome.numbers['dice'])}"
         else:
             found = f"failed: {reason(outcome)}"
+        missing = write_tables(study, outcomes)
+        left = (time.perf_counter() - started) / done * (len(pending) - done)
         say(study.command, f"{found}; runs left: {len(pending) - done}, about {left / 60:.0f} min")
     reasons = {row: [*own.values()] for row, own in missing.items() if own}
     if reasons:
@@ -225,21 +238,55 @@ def _describe(run: Run) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _run(study: Study, run: Run, outcomes: Outcomes) -> RunNumbers | Exception:
-    """The run's numbers, or its error."""
-    try:
-        values, config = study.values(run, outcomes), study.config(run, outcomes)
-        if values and run.tries is None:
-            say(study.command, f"{values_text(values)} is chosen")
-        arguments = (config, run.folder, study.costs and run.tries is None)
-        if study.costs:
-            numbers = in_own_process(run_and_measure, *arguments)
-        else:
-            numbers = run_and_measure(*arguments)
-    except Exception as error:  # any error of one run must not end the others
-        return error
-    write_record(run.folder / NUMBERS, numbers)
-    return numbers
+def _made_here(
+    study: Study, pending: Sequence[Run], outcomes: Outcomes
+) -> Iterator[tuple[Run, RunNumbers | Exception]]:
+    """Makes the runs one after another; gives each with its numbers, or its error."""
+    for place, run in enumerate(pending, 1):
+        say(study.command, f"run {place} of {len(pending)}: {_describe(run)}")
+        try:
+            arguments = _arguments(study, run, outcomes)
+            if study.costs:
+                yield run, in_own_process(run_and_measure, *arguments)
+            else:
+                yield run, run_and_measure(*arguments)
+        except Exception as error:  # any error of one run must not end the others
+            yield run, error
+
+
+def _made_by_jobs(
+    study: Study, pending: Sequence[Run], outcomes: Outcomes
+) -> Iterator[tuple[Run, RunNumbers | Exception]]:
+    """The same with all runs as jobs at once, but for those that wait for the runs that tune."""
+    waiting, running = [*pending], dict[Path, Job]()
+    by_folder = {run.folder: run for run in pending}
+    with jobs(study.launch, study.output) as submit:
+        try:
+            while waiting or running:
+                open_runs = {run.folder for run in waiting} | running.keys()
+                for run in [*waiting]:
+                    trials = () if run.tries is not None else study.trials(run.row, run.fold)
+                    if open_runs.isdisjoint(trial.folder for trial in trials):
+                        waiting.remove(run)
+                        say(study.command, f"starts {_describe(run)}")
+                        try:
+                            running[run.folder] = Job(submit, _arguments(study, run, outcomes))
+                        except UserError as error:  # nothing was found by tuning
+                            yield run, error
+                if running:
+                    folder, outcome = finished(running)
+                    yield by_folder[folder], outcome
+        finally:
+            for job in running.values():  # after an interrupt
+                job.running.cancel()
+
+
+def _arguments(study: Study, run: Run, outcomes: Outcomes) -> tuple[RunConfig, Path, bool]:
+    """Those of ``run_and_measure``."""
+    values, config = study.values(run, outcomes), study.config(run, outcomes)
+    if values and run.tries is None:
+        say(study.command, f"{values_text(values)} is chosen")
+    return config, run.folder, study.costs and run.tries is None
 
 
 def say(command: str, text: str) -> None:

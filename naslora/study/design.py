@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 import tyro
 
+from naslora.choices import Launcher
 from naslora.errors import UserError
 from naslora.settings import Count, Settings
 from naslora.training.run_config import RunConfig
@@ -29,6 +30,16 @@ class Design(Settings):
     """How many of a fold's other folds, each in turn, score what is tuned on the rest."""
     margin: Annotated[float, msgspec.Meta(gt=0)] = 0.005
     """Differences in Dice that are smaller count as none in the test of equivalence."""
+
+
+@dataclass(frozen=True)
+class Launch(Settings):
+    """Where the runs of a study are made."""
+
+    launcher: Launcher = "local"
+    """Make the runs here in turn, as jobs of Slurm by submitit, or on a cluster of Ray."""
+    cluster: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """NAME=VALUE for submitit's update_parameters (slurm_partition=gpu) or for ray.init."""
 
 
 def parse_grid(tune: Sequence[Sequence[str]]) -> list[Values]:

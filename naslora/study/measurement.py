@@ -88,7 +88,7 @@ def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbe
     if not costs:
         return RunNumbers(numbers, test.image_dice or [])
     load, device = os.getloadavg()[0], make_accelerator(config.training).device
-    memory = _peak_memory(device)  # before the copies below
+    memory = peak_memory(device)  # before the copies below
     # The weight steps of an epoch take as many images.
     images = result.images["train"] + result.images.get("arch", 0)
     numbers |= training_seconds(history, images) | {"peak_memory": memory}
@@ -115,7 +115,7 @@ def _models(config: RunConfig, directory: Path, device: torch.device) -> dict[st
     return models
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Peak memory of this process so far, in bytes: of the GPU if it computes there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from naslora.errors import UserError
 from naslora.records import read_record, write_record
 from naslora.results import RunNumbers
-from naslora.study.design import Values, values_text, with_values
+from naslora.study.design import Launch, Values, values_text, with_values
 from naslora.study.protocol import LORA, Fold
 from naslora.study.rows import Row
 from naslora.study.summary import pooled
@@ -101,6 +101,8 @@ class Study:
     """For the report."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """The rows that do not fit the encoder, with the reason."""
+
+    launch: Launch = field(default_factory=Launch)
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed and fold by fold. Trials, all with the first seed, come first."""

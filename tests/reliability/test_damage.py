@@ -14,7 +14,7 @@ from naslora.files import (
     read_torch,
 )
 from naslora.results import read_history
-from naslora.sam.export import load_class_map
+from naslora.sam.runtimes import load_class_map
 from reliability.conftest import own
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from naslora.errors import UserError
 from naslora.files import read_json
-from naslora.sam.export import Description, load_class_map, text_of
+from naslora.sam.export import Description, text_of
+from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import predict_labels
 from naslora.trained import load_model
 from reliability.conftest import draws

@@ -1,0 +1,155 @@
+"""Models in several runtimes on one machine, side by side: speed, latency, memory and Dice.
+
+benchmark.csv, benchmark.png   one row, one bar a model
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+
+from naslora.data.images import Sample
+from naslora.errors import UserError
+from naslora.predictor import Predictor, make_predictor
+from naslora.records import write_rows
+from naslora.report.figures import BLUE, Drawing, draw_row_axis, row_size
+from naslora.report.tables import Table, markdown_table, number
+from naslora.sam.attention import unfuse_attention
+from naslora.settings import Count, checked
+from naslora.study.measurement import in_own_process, peak_memory
+from naslora.trained import dice_of, split_of, with_data
+from naslora.training.run_data import make_dataset
+
+ROUNDS = 11
+"""Batches that are timed of each model. One before them is not."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model in a runtime: a row of benchmark.csv."""
+
+    model: str
+    runtime: str
+    images_per_second: float
+    p50_ms: float
+    """Median latency of a batch."""
+    p95_ms: float
+    peak_memory_mb: float
+    """Of a process that loads it and computes one batch, PyTorch's own memory included."""
+    dice: float | None
+    """On test images, at the size at which the model sees them; None without data."""
+
+
+def benchmark(
+    paths: Sequence[Path],
+    output: Path,
+    data: Path | None = None,
+    images: int = 32,
+    batch_size: int = 1,
+    trust: bool = False,
+) -> str:
+    """Measures models. They take turns, so that other load on the machine affects all of them.
+
+    Args:
+        paths: folders, each of which is measured with PyTorch's own and with fused attention, and
+            exported files.
+        output: the folder for the results.
+        data: a CSV folder with test images; None takes that of the first folder among ``paths``.
+            Without any, there is no Dice.
+        images: the number of test images.
+        batch_size: the images of a batch.
+        trust: as in ``load_class_map``.
+
+    Returns:
+        The table as Markdown.
+
+    Raises:
+        UserError: as ``make_predictor`` and ``find_splits``; the models take images of different
+            shapes.
+    """
+    checked("images", images, Count)
+    checked("batch_size", batch_size, Count)
+    forms = [(path, form) for path in paths for form in _forms(path)]
+    models = [_load(path, form, trust) for path, form in forms]
+    shapes = {(own.channels, own.config.model.image_size) for own in models}
+    if len(shapes) > 1:
+        raise UserError("the models take images of different sizes or channels; measure them apart")
+    ((channels, size),) = shapes
+    batch = torch.rand(batch_size, channels, size, size)
+    seconds = np.empty((ROUNDS + 1, len(models)))
+    for step in range(ROUNDS + 1):
+        for place, model in enumerate(models):
+            started = time.perf_counter()
+            model.class_map(batch)
+            seconds[step, place] = time.perf_counter() - started
+    rows = []
+    samples = _samples(models, data, images)
+    for (path, form), model, own in zip(forms, models, seconds[1:].T, strict=True):
+        dataset = make_dataset(model.config, samples)
+        rows.append(
+            Measured(
+                model=path.name,
+                runtime=form or path.suffix[1:],
+                images_per_second=batch_size / float(np.median(own)),
+                p50_ms=1000 * float(np.median(own)),
+                p95_ms=1000 * float(np.quantile(own, 0.95)),
+                peak_memory_mb=in_own_process(_memory, path, form, trust, batch_size) / 1e6,
+                dice=dice_of(model.class_map, dataset) if samples else None,
+            )
+        )
+    write_rows(output / "benchmark.csv", rows)
+    caption = "Median latency of a batch in ms, with a line to the 95th percentile."
+    Drawing("benchmark", caption, partial(_draw, rows=rows), row_size(len(rows))).save(output)
+    return markdown_table(_table(rows))
+
+
+def _forms(path: Path) -> tuple[str, ...]:
+    return ("",) if path.is_file() else ("PyTorch, stock", "PyTorch, fused")
+
+
+def _load(path: Path, form: str, trust: bool) -> Predictor:
+    predictor = make_predictor(path, trust=trust)
+    if form == "PyTorch, stock" and predictor.model is not None:
+        unfuse_attention(predictor.model)
+    return predictor
+
+
+def _memory(path: Path, form: str, trust: bool, batch_size: int) -> int:
+    predictor = _load(path, form, trust)
+    size = predictor.config.model.image_size
+    predictor.class_map(torch.rand(batch_size, predictor.channels, size, size))
+    return peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _samples(models: Sequence[Predictor], data: Path | None, images: int) -> list[Sample]:
+    """Test images, evenly spread over the split; none if no model names data."""
+    named = [own.config for own in models if own.config.data.root is not None]
+    config = with_data((named or [models[0].config])[0], data)
+    if config.data.root is None:
+        return []
+    samples = split_of(config, "test")
+    return samples[:: max(1, len(samples) // images)][:images]
+
+
+def _table(rows: Sequence[Measured]) -> Table:
+    head = ["Model", "Runtime", "Images/s", "p50, ms", "p95, ms", "Peak memory, MB", "Dice"]
+    cells = []
+    for row in rows:
+        speed, times = f"{row.images_per_second:.2f}", (f"{row.p50_ms:.0f}", f"{row.p95_ms:.0f}")
+        memory = f"{row.peak_memory_mb:.0f}"
+        cells.append([row.model, row.runtime, speed, *times, memory, number(row.dice)])
+    return Table(head, cells)
+
+
+def _draw(axes: Axes, rows: Sequence[Measured]) -> None:
+    places = range(len(rows))
+    axes.barh(places, [row.p50_ms for row in rows], color=BLUE, height=0.6)
+    for place, row in enumerate(rows):
+        axes.plot([row.p50_ms, row.p95_ms], [place, place], color=BLUE)
+    draw_row_axis(axes, [f"{row.model}, {row.runtime}" for row in rows])
+    axes.set_xlabel("milliseconds")

@@ -1,0 +1,89 @@
+"""The manifest of predictions: which images are done, by which model.
+
+manifest.csv, manifest-1.csv, ...   columns image, status, model; one file a process
+"""
+
+import csv
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from naslora.adapter.io.merged_files import MERGED_CONFIG, MERGED_WEIGHTS
+from naslora.data.images import Sample
+from naslora.errors import UserError, one_line
+from naslora.files import file_checksum, reading
+from naslora.results import adapter_folder
+
+DONE = "done"
+COLUMNS = "image", "status", "model"
+
+
+class Manifest:
+    """Lists images as they are done. A context: it opens the file of this process.
+
+    Args:
+        output: the folder.
+        models: the models' folders or files.
+        settings: text that differs where masks would.
+        rank: the number of this process.
+        resume: whether images that are done count.
+
+    Raises:
+        UserError: a manifest is of another model, or is damaged.
+    """
+
+    def __init__(
+        self, output: Path, models: Sequence[Path], settings: str, rank: int, resume: bool
+    ) -> None:
+        self.path = output / (f"manifest-{rank}.csv" if rank else "manifest.csv")
+        self.model = _identity(models, settings)
+        self.resume = resume
+        self._done: set[str] = set()
+        for path in output.glob("manifest*.csv") if resume else ():
+            with reading(path, "is no manifest"), path.open(encoding="utf-8", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["model"]]  # a line cut short
+            if {row["model"] for row in rows} - {self.model}:
+                raise UserError(
+                    f"{path} is of another model, or of other options; give another --output"
+                )
+            self._done |= {row["image"] for row in rows if row["status"] == DONE}
+
+    def __contains__(self, sample: Sample) -> bool:
+        """Whether an image is done."""
+        return os.path.abspath(sample.image) in self._done
+
+    def __enter__(self) -> "Manifest":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not (self.resume and self.path.exists())
+        self._file = self.path.open("w" if fresh else "a", encoding="utf-8", newline="")
+        self._rows: Any = csv.writer(self._file, lineterminator="\n")
+        if fresh:
+            self._rows.writerow(COLUMNS)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: Any, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, sample: Sample, error: UserError | None) -> None:
+        """Adds an image that is done, or that cannot be read."""
+        status = DONE if error is None else one_line(str(error))
+        self._rows.writerow([os.path.abspath(sample.image), status, self.model])
+        self._file.flush()
+
+
+def _identity(models: Sequence[Path], settings: str) -> str:
+    """Twelve digits that differ between models."""
+    digest = hashlib.sha256(settings.encode())
+    for model in models:
+        files = [model] if model.is_file() else []  # a model may be known by its name
+        if (model / MERGED_CONFIG).exists():
+            files = [model / MERGED_WEIGHTS]
+        elif model.is_dir():
+            files = sorted(adapter_folder(model).glob("*.safetensors"))
+        digest.update("".join([model.name, *map(file_checksum, files)]).encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,129 @@
+"""Where the runs of a study are made: here, one after another, or as jobs of Slurm or Ray.
+
+submitit and Ray queue, start and watch the jobs. A job trains one run in its folder, which every
+machine must see.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from naslora.errors import UserError, imported
+from naslora.results import RunNumbers
+from naslora.study.design import Launch
+from naslora.study.measurement import run_and_measure
+
+RETRIES = 3
+"""How often a job that died is started again."""
+POLL_SECONDS = 0.5
+LONGEST_MINUTES = 24 * 60
+"""Of a job of Slurm. submitit's own default is 5."""
+JOBS = "jobs"
+"""submitit's folder in the study's."""
+Outcome = RunNumbers | Exception
+Submit = Callable[..., Any]
+"""Takes the arguments of ``run_and_measure``; returns what has done(), result() and cancel()."""
+
+
+@contextlib.contextmanager
+def jobs(launch: Launch, output: Path) -> Iterator[Submit]:
+    """Starts jobs, one a run; one GPU each, if there are some.
+
+    Args:
+        launch: the launcher.
+        output: the study's folder.
+
+    Raises:
+        UserError: the launcher's library is not installed, or finds no cluster; an option is none.
+    """
+    given = dict(_option(text) for texts in launch.cluster for text in texts)
+    with contextlib.ExitStack() as stack:
+        try:
+            if launch.launcher == "slurm":
+                yield _slurm(given, output)
+            else:
+                yield _ray(given, stack)
+        except (RuntimeError, TypeError, ConnectionError, NameError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            text = f"--launcher {launch.launcher} cannot start jobs: {error}"
+            raise UserError(text) from error
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise UserError(f"--cluster takes NAME=VALUE, got {text!r}")
+    return name, int(value) if value.isdecimal() else value
+
+
+def _slurm(given: dict[str, Any], output: Path) -> Submit:
+    (submitit,) = imported("slurm", "submitit")
+    executor = submitit.AutoExecutor(output / JOBS, cluster=given.pop("cluster", "slurm"))
+    default = {"gpus_per_node": int(torch.cuda.is_available()), "timeout_min": LONGEST_MINUTES}
+    executor.update_parameters(**{**default, **given})
+    return lambda *arguments: executor.submit(attempt, os.getcwd(), *arguments)
+
+
+def _ray(given: dict[str, Any], stack: contextlib.ExitStack) -> Submit:
+    (ray,) = imported("ray", "ray")
+    if not ray.is_initialized():
+        ray.init(**{"log_to_driver": False, "include_dashboard": False, **given})
+        stack.callback(ray.shutdown)
+    gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
+    # A process makes one run, so that its peak memory is the run's. Ray starts lost ones again.
+    remote = ray.remote(attempt).options(num_gpus=gpus, max_calls=1, max_retries=RETRIES)
+    return lambda *arguments: remote.remote(os.getcwd(), *arguments).future()
+
+
+def attempt(place: str, *arguments: Any) -> Outcome:
+    """What ``run_and_measure`` returns or raises, in a job that starts in any folder."""
+    try:
+        os.chdir(place)
+        return run_and_measure(*arguments)
+    except UserError as error:
+        return error
+    except Exception as error:  # whose class the other process may not know
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+@dataclass
+class Job:
+    """A job, which is started again if it dies."""
+
+    submit: Submit
+    arguments: Sequence[Any]
+    retries: int = RETRIES
+
+    def __post_init__(self) -> None:
+        self.running = self.submit(*self.arguments)
+
+    def outcome(self) -> Outcome | None:
+        """What the run gave; None while it is not known."""
+        if not self.running.done():
+            return None
+        try:
+            return self.running.result()
+        except Exception as error:  # the library's own: the process is gone
+            if not self.retries:
+                return RuntimeError(f"its job died {RETRIES + 1} times: {error}")
+            self.retries -= 1
+            self.running = self.submit(*self.arguments)
+            return None
+
+
+def finished(running: dict[Any, Job]) -> tuple[Any, Outcome]:
+    """Waits for the next job that ends, and takes it out of ``running``."""
+    while True:
+        for key, job in running.items():
+            outcome = job.outcome()
+            if outcome is not None:
+                del running[key]
+                return key, outcome
+        time.sleep(POLL_SECONDS)
