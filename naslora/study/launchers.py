@@ -78,7 +78,7 @@ def _ray(given: dict[str, Any], stack: contextlib.ExitStack) -> Submit:
         stack.callback(ray.shutdown)
     gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
     # A process makes one run, so that its peak memory is the run's. Ray starts lost ones again.
-    remote = ray.remote(attempt).options(num_gpus=gpus, max_calls=1, max_retries=RETRIES)
+    remote = ray.remote(num_gpus=gpus, max_calls=1, max_retries=RETRIES)(attempt)
     return lambda *arguments: remote.remote(os.getcwd(), *arguments).future()
 
 
