@@ -355,7 +355,7 @@ def test_images_go_through_several_processes_and_after_a_stop(folders, tmp_path,
     whole = predict_run(model, inputs, tmp_path / "whole", batch_size=4)
     assert len(whole) == 10
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("naslora.prediction.make_accelerator", lambda _: Accelerator(cpu=True))
+    monkeypatch.setattr("naslora.predictor.make_accelerator", lambda _: Accelerator(cpu=True))
     written = []
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
