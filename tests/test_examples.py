@@ -31,7 +31,7 @@ RUNS = {
     "universal": "transformers",
     "ddp": "torch.distributed",
 }
-OTHERS = ("model_and_data", "prompts")
+OTHERS = ("model_and_data", "prompts", "serve")
 
 
 def run(name: str, *arguments: str) -> str:

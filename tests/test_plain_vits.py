@@ -13,6 +13,7 @@ from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import apply
 from naslora.sam.export import Description, export
 from naslora.sam.families import find_family
+from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import SamForSegmentation, build_model
 
 NAMES = ("dinov3_s", "dinov2_s", "pe_spatial_t", "pe_spatial_l")
