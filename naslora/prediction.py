@@ -116,10 +116,10 @@ def predict_run(
             have the same name, a mask or an overlay would overwrite an input, or exists without
             ``overwrite``, the tiles are out of range, or a manifest is of another model.
     """
-    samples = find_samples(inputs)
-    _check_targets([sample.image for sample in samples], output, overwrite or resume)
     checked("batch_size", batch_size, Count)
     rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    samples = find_samples(inputs)[rank::processes]
+    _check_targets([sample.image for sample in samples], output, overwrite or resume)
     if search is not None and (resume or processes > 1):
         raise UserError("--instances takes neither --resume nor several processes")
     if search is not None and (tiles is not None or outputs != DEFAULT_OUTPUTS):
@@ -141,7 +141,7 @@ def predict_run(
             predictor = InstanceFinder(path, search)
         settings = f"{tiles} {overlap} {outputs}"
         manifest = Manifest(output, [path, *outputs.members], settings, rank, resume)
-        samples = [own for own in samples if own not in manifest][rank::processes]
+        samples = [own for own in samples if own not in manifest]
         if on_error is None and len(samples) > 1:  # one image is read before anything is written
             check_with_progress(samples, predictor.config)
         stack.enter_context(manifest)
