@@ -1,5 +1,6 @@
-"""The paper's data sets, read from small copies of their folders, and the cache."""
+"""The paper's data sets, read from small copies of their folders, and the caches."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -8,10 +9,11 @@ import miniatures
 import numpy as np
 import pytest
 import torch
-from conftest import error_of
+from conftest import SHORT, error_of
 from miniatures import check_samples
 from PIL import Image
 from run_configs import run_config
+from sam_families import small_models
 
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
@@ -20,6 +22,10 @@ from naslora.data.images import Sample
 from naslora.data.layouts import draw_splits
 from naslora.data.masks import IGNORED, read_mask
 from naslora.errors import UserError
+from naslora.records import read_rows
+from naslora.results import HISTORY, Epoch
+from naslora.sam.segmentation import build_model
+from naslora.training.embeddings import keep_embeddings
 from naslora.training.resolve import resolve
 from naslora.training.run_config import RunConfig
 
@@ -250,3 +256,55 @@ def test_weights_of_rare_classes(tmp_path):
     config = run_config(root=tmp_path, num_classes=3, training={"class_weights": "auto"})
     median = (7 / 8 + 1 / 4) / 2
     assert config.training.class_weights == pytest.approx((median * 8 / 7, median * 4, 1), abs=1e-4)
+
+
+# --- embeddings in the cache
+
+
+@pytest.mark.parametrize("name", ["vit_t", "sam2.1_t"])
+def test_an_encoder_sees_an_image_once(tmp_path, tiny_vit, name):
+    with small_models():
+        encoder = build_model(name, 64, checkpoint="none").image_encoder
+    calls, forward = [], encoder.forward
+    encoder.forward = lambda images: calls.append(len(images)) or forward(images)
+    images = torch.randn(3, 3, 64, 64, generator=torch.manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, dtype != torch.float32):
+            expected = forward(images)
+            kept = copy.copy(encoder)
+            keep_embeddings(kept, Cache(tmp_path), "weights")
+            found = [kept(images[:2]), kept(images), kept(images)][-1]
+        pairs = zip(found, expected, strict=True) if name == "sam2.1_t" else [(found, expected)]
+        for ours, whole in pairs:
+            assert ours.dtype == whole.dtype
+            torch.testing.assert_close(ours, whole, rtol=0.02, atol=0.02 * whole.abs().max())
+    # One forward of zeros for the shapes, in each precision, and one an image.
+    assert calls == [1] * 8
+
+
+def test_a_run_with_embeddings_learns_the_same(naslora, clean_data, tiny_vit, tmp_path):
+    common = ("--data", clean_data, *SHORT, "--method", "decoder-only", "--mixed-precision", "no")
+    losses = []
+    for own in ((), ("--cache", tmp_path / "cache", "--cache-embeddings")):
+        run = tmp_path / f"run{len(own)}"
+        result = naslora("train", *common, *own, "--output", run)
+        assert result.status == 0, result.err
+        losses.append([row.train_loss for row in read_rows(run / HISTORY, Epoch)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--cache", "c", "--method", "lora"), "needs a frozen encoder, which --method lora chang"),
+        (("--cache", "c", "--augment", "medical"), "--augment medical gives new ones in every ep"),
+        ((), "cache_embeddings needs a folder: --cache DIR"),
+    ],
+)
+def test_embeddings_that_would_not_come_back_are_refused(naslora, clean_data, options, words):
+    method = () if "--method" in options else ("--method", "decoder-only")
+    result = naslora(
+        *("train", "--data", clean_data, "--cache-embeddings", *method, *options),
+        *("--output", "run"),
+    )
+    assert result.status == 2 and words in result.err

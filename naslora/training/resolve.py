@@ -67,6 +67,8 @@ def resolve(config: RunConfig, fit: bool = True) -> RunConfig:
                 raise UserError(
                     f"{name} needs --task semantic: SAM's own loss trains single objects"
                 )
+    if config.data.cache_embeddings:
+        _check_embeddings(config)
     data = replace(config.data, **_data(config.data))
     model = replace(config.model, **_model(config.model))
     training = config.training
@@ -109,6 +111,24 @@ def check_promptable(data: DataConfig) -> None:
     for name, value in fields:
         if value not in (None, "network", ()):
             raise UserError(f"{name} {value} needs --task semantic; drop --{name}")
+
+
+def _check_embeddings(config: RunConfig) -> None:
+    """Refuses embeddings that would not come back in the next epoch."""
+    data, training = config.data, config.training
+    if data.cache is None:
+        raise UserError("cache_embeddings needs a folder: --cache DIR")
+    if config.method != "decoder-only":
+        raise UserError(
+            f"cache_embeddings needs a frozen encoder, which --method {config.method} changes; "
+            "choose decoder-only"
+        )
+    changes = "crop" if data.crop else f"augment {training.augment}"
+    if data.crop or training.augment not in ("none", "flip", "dihedral"):
+        raise UserError(
+            f"cache_embeddings needs images that come back, and --{changes} gives new ones in "
+            "every epoch; choose --augment flip or dihedral, without --crop"
+        )
 
 
 def _absolute(path: Path | None) -> Path | None:

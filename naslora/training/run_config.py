@@ -50,6 +50,10 @@ class DataConfig(Settings):
     compare, such as the patient."""
     cache: Path | None = None
     """Folder that keeps decoded, resized images for later epochs and runs."""
+    cache_embeddings: bool = False
+    """Whether the folder of `--cache` also keeps the embeddings of the images, so that the encoder
+    sees each once. The encoder must be frozen (`--method decoder-only`), and the changes of images
+    few (`--augment none`, `flip` or `dihedral`)."""
     num_classes: Common[Annotated[int, msgspec.Meta(ge=1, le=255)]] = 1
     """1 for binary masks, else the number of classes, the background (0) included. The paper's data
     sets set it themselves. Masks have 8 bits."""

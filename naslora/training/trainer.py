@@ -29,6 +29,7 @@ from naslora.adapter.layer.cell import mixture_entropy
 from naslora.adapter.layer.injection import arch_parameters
 from naslora.adapter.layer.modules import adapter_layers, draw_channels
 from naslora.adapter.merging.annealing import annealed, set_spatial, spatial_share
+from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
@@ -46,6 +47,7 @@ from naslora.sam.precision import cast_frozen
 from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.training.averaging import WeightAverage
 from naslora.training.clicks import score_run
+from naslora.training.embeddings import keep_embeddings
 from naslora.training.epoch_images import EpochImages
 from naslora.training.evaluation import make_loader
 from naslora.training.interactive import InteractiveLoss
@@ -111,6 +113,11 @@ class Trainer:
         self.base_checksum = base_checksum(model, trained_state(model))
         cast_frozen(model.image_encoder, frozen_dtype(training))
         self.model = model.to(accelerator.device)
+        if config.data.cache_embeddings and config.data.cache is not None:
+            how = f"{self.base_checksum} {frozen_dtype(training)} {config.model.attention}"
+            keep_embeddings(
+                model.image_encoder, Cache(config.data.cache), f"{how} {training.mixed_precision}"
+            )
         self.data, self.directory, self.accelerator = data, directory, accelerator
         self.run_config, self.config = config, training
         self.forward, self.loss = self._compute()
