@@ -109,13 +109,16 @@ class SegmentationDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         sample, epoch = self.samples[index], int(self._epoch)
         item: Item = {"index": index, "name": self.names[index]}
-        image, mask = self.read(sample)
+        if self.crop is not None and self.cache is None:
+            image, mask = self._window(sample, self.crop, index)
+        else:
+            image, mask = self.read(sample)
         if self.tiles is not None:
             item["pixels"] = image
             if mask is not None:
                 item["truth"] = mask.long()
             return item
-        if self.crop is not None:
+        if self.crop is not None and self.cache is not None:
             labels = None if mask is None else mask.numpy()
             height, width = image.shape[1:]
             box = draw_window(self.crop, height, width, labels, self.seed, epoch, index)
@@ -224,6 +227,16 @@ class SegmentationDataset(Dataset[Item]):
         mask = Image.fromarray(labels[rows, columns].int().numpy())
         mask = mask.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
         return image, torch.from_numpy(np.array(mask))
+
+    def _window(self, sample: Sample, crop: Crop, index: int) -> tuple[Tensor, Tensor | None]:
+        """Reads the window of the epoch, of the image no more than that."""
+        picture = open_picture(sample, self.intensity, channels=self.channels)
+        labels = None if sample.mask is None else self._mask(sample, picture)
+        size, epoch = (picture.height, picture.width), int(self._epoch)
+        top, left, bottom, right = draw_window(crop, *size, labels, self.seed, epoch, index)
+        pixels = torch.from_numpy(picture.rows(top, bottom, left, right)).permute(2, 0, 1)
+        own = None if labels is None else torch.from_numpy(labels[top:bottom, left:right])
+        return self.cut(pixels, own, Box(0, 0, *pixels.shape[1:]))
 
     def _decode(
         self, sample: Sample, contents: Sequence[io.BytesIO] = ()

@@ -15,6 +15,8 @@ from naslora.settings import Settings, Share
 
 SOFTWARE = "naslora predict"
 """The program's name in the files that it writes, by which it knows them."""
+COMPRESSION = 3
+"""zlib's level. Photographs are as small as with its 6, in a third of the time."""
 STRIP = 64
 """Rows of a piece of a TIFF file."""
 Rows = Callable[[int, int], np.ndarray]
@@ -89,7 +91,7 @@ def write_png(
             checksum = zlib.crc32(data, zlib.crc32(kind))
             file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum))
 
-        compressor, above = zlib.compressobj(), None
+        compressor, above = zlib.compressobj(COMPRESSION), None
         for band in bands:
             big = np.ascontiguousarray(band, band.dtype.newbyteorder(">"))
             rows = big.view(np.uint8).reshape(len(band), -1)
@@ -155,7 +157,7 @@ def _strips(bands: Iterable[np.ndarray]) -> Iterator[bytes]:
         joined = np.concatenate([*left, band])
         whole = len(joined) - len(joined) % STRIP
         for top in range(0, whole, STRIP):
-            yield zlib.compress(joined[top : top + STRIP].tobytes())
+            yield zlib.compress(joined[top : top + STRIP].tobytes(), COMPRESSION)
         left = [joined[whole:].copy()] if whole < len(joined) else []
     for rest in left:
-        yield zlib.compress(rest.tobytes())
+        yield zlib.compress(rest.tobytes(), COMPRESSION)
