@@ -260,12 +260,15 @@ def test_all_methods_refused(monkeypatch, tmp_path, data):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("launcher, library", [("slurm", "submitit"), ("ray", "ray")])
-def test_jobs_that_die_are_started_again(monkeypatch, quick, tmp_path, data, launcher, library):
+@pytest.mark.parametrize(
+    "launcher, library",
+    [("slurm", "submitit"), pytest.param("ray", "ray", marks=pytest.mark.campaign)],
+)
+def test_jobs_that_die_are_started_again(monkeypatch, compared, tmp_path, data, launcher, library):
     """The table of jobs, of which one is killed, is that of runs here, one after another."""
     pytest.importorskip(library)
-    run, _ = quick
-    run({("mona", 1): 0.7})
+    run, _ = compared
+    run(lambda config: numbers(0.7 if (config.method, config.seed) == ("mona", 1) else 0.5))
     marker = tmp_path / "killed"
     found = {("mona", 1): numbers(0.7)}
     others = numbers(0.5)
@@ -279,7 +282,7 @@ def test_jobs_that_die_are_started_again(monkeypatch, quick, tmp_path, data, lau
     monkeypatch.setattr(launchers, "attempt", answer)
     options = {"slurm": ["cluster=local"], "ray": ["num_cpus=2"]}[launcher]
     launch = Launch(launcher, (tuple(options),))
-    config = run_config(root=data, training={"epochs": 2})
+    config = RunConfig(data=DataConfig(root=data), training=TrainConfig(learning_rate=1e-4))
     compare.compare(config, ("lora", "mona"), (0, 1), tmp_path / "jobs", False, launch=launch)
     assert marker.exists()
     for name in ("table.csv", "differences.csv"):
