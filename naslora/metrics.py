@@ -12,15 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from naslora import shapes
 from naslora.errors import UserError
 
 T_IOU = 0.65
 """The thresholded Jaccard index counts the IoU of an image as 0 below this value."""
-
-NSD_TOLERANCE = 2.0
-"""Distance up to which ``nsd`` takes two surfaces for the same, in pixels or the spacing's unit."""
-BOUNDARY_WIDTH = 0.02
-"""Width of the boundaries of ``boundary_iou``, as a share of the image's diagonal."""
 CALIBRATION_BINS = 15
 
 Scores = dict[str, Tensor]
@@ -108,139 +104,20 @@ def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
     }
 
 
-def calibration_scores(probability: Tensor, target: Tensor, ignore_index: int) -> Scores:
-    """Scores the class map of one image by its expected calibration error, with torchmetrics.
-
-    Args:
-        probability: (K, H, W) class map; K = 1 if binary.
-        target: (H, W) labels.
-        ignore_index: label of the pixels that do not count.
-
-    Returns:
-        ``ece``: () float32, the mean difference of confidence and accuracy over the pixels, in
-        ``CALIBRATION_BINS`` bins of the confidence; NaN if no pixel counts. Binary: the
-        probability of the foreground, and its share. Several classes: that of the likeliest class,
-        and whether it is right; a class map is divided by its sum.
-    """
+def _calibration_error(probability: Tensor, target: Tensor) -> Tensor:
+    """The expected calibration error of (K, P) scores and (P,) labels; NaN without a pixel."""
     # Imported here, as in ``image_scores``.
     from torchmetrics.functional.classification import (
         binary_calibration_error,
         multiclass_calibration_error,
     )
 
-    counted = target != ignore_index
-    values, truth = probability[:, counted].float(), target[counted]  # (K, P), (P,)
-    if not len(truth):
-        return {"ece": torch.tensor(torch.nan)}
-    if len(values) == 1:
-        return {"ece": binary_calibration_error(values[0], truth, CALIBRATION_BINS)}
-    values = (values / values.sum(0).clamp(min=1e-6)).T
-    return {"ece": multiclass_calibration_error(values, truth, len(probability), CALIBRATION_BINS)}
-
-
-# ---- Shapes --------------------------------------------------------------------------------------
-
-Shape = Callable[..., float]
-"""Compares a predicted and a true bool mask of any dimension that both have an element."""
-
-
-def _surface_distances(
-    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None
-) -> list[np.ndarray]:
-    """Of each element of one mask's surface the distance to the other's, both ways.
-
-    A surface are the elements of a mask that touch another element by a side, or the border.
-    """
-    from scipy import ndimage  # not for the help
-
-    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (prediction, truth)]
-    return [
-        ndimage.distance_transform_edt(~other, sampling=spacing)[own]
-        for own, other in (surfaces, surfaces[::-1])
-    ]
-
-
-def hd95(
-    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
-) -> float:
-    """The 95th percentile of the surfaces' distances, the larger one of both ways.
-
-    Args:
-        prediction: bool.
-        truth: the same shape.
-        spacing: size of an element along each axis; None counts elements.
-    """
-    both = _surface_distances(prediction, truth, spacing)
-    return float(max(np.percentile(distances, 95) for distances in both))
-
-
-def nsd(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None) -> float:
-    """Normalised surface distance: the share of both surfaces that is near the other one, at most
-    ``NSD_TOLERANCE`` away. Arguments as ``hd95``."""
-    both = np.concatenate(_surface_distances(prediction, truth, spacing))
-    return float((both <= NSD_TOLERANCE).mean())
-
-
-def _boundary_iou(prediction: np.ndarray, truth: np.ndarray) -> float:
-    from scipy import ndimage  # not for the help
-
-    width = max(1, round(BOUNDARY_WIDTH * np.hypot(*truth.shape)))
-    inner = (  # as many erosions by 3 x 3 pixels as the boundary is wide
-        ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1] > width
-        for mask in (prediction, truth)
-    )
-    a, b = (mask & ~own for mask, own in zip((prediction, truth), inner, strict=True))
-    return float((a & b).sum() / (a | b).sum())
-
-
-def _cldice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    from skimage.morphology import skeletonize  # imported here: it takes half a second
-
-    precision = truth[skeletonize(prediction)].mean()
-    sensitivity = prediction[skeletonize(truth)].mean()
-    return _harmonic_mean(precision, sensitivity)
-
-
-def _lesion_f1(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """A connected part, with diagonal neighbours, is found if a pixel of it is."""
-    from scipy import ndimage  # not for the help
-
-    shares = []
-    for own, other in ((prediction, truth), (truth, prediction)):
-        parts, count = ndimage.label(own, np.ones((3,) * own.ndim))
-        shares.append(len(np.setdiff1d(parts[other], 0)) / count)
-    return _harmonic_mean(*shares)
-
-
-def _harmonic_mean(a: float, b: float) -> float:
-    return float(2 * a * b / (a + b)) if a + b else 0.0
-
-
-def shape_score(
-    measure: Shape, labels: Tensor, target: Tensor, num_classes: int, ignore_index: int
-) -> Tensor:
-    """Compares the shapes of each foreground class in one image.
-
-    Args:
-        measure: what compares two masks.
-        labels: (H, W) predicted labels.
-        target: (H, W) true labels.
-        num_classes: 1 if binary, else K.
-        ignore_index: label of the pixels that do not count; they are in neither shape.
-
-    Returns:
-        (C,) float64. NaN for a class that is in neither. If it is in one of them, the worst value:
-        0, for ``hd95`` the image's diagonal.
-    """
-    found, truth = labels.cpu().numpy(), target.cpu().numpy()
-    found = np.where(truth == ignore_index, ignore_index, found)
-    scores = []
-    for k in range(1, max(num_classes, 2)):
-        masks = found == k, truth == k
-        both = [mask.any() for mask in masks]
-        worst = float(np.hypot(*truth.shape)) if measure is hd95 else 0.0
-        scores.append(measure(*masks) if all(both) else worst if any(both) else np.nan)
-    return torch.tensor(scores, dtype=torch.float64)
+    if not len(target):
+        return torch.tensor(torch.nan)
+    if len(probability) == 1:
+        return binary_calibration_error(probability[0], target, CALIBRATION_BINS)
+    shares = (probability / probability.sum(0).clamp(min=1e-6)).T
+    return multiclass_calibration_error(shares, target, len(probability), CALIBRATION_BINS)
 
 
 # ---- Metrics of a data set -----------------------------------------------------------------------
@@ -258,8 +135,8 @@ class Metric(NamedTuple):
     """Whether it is defined for binary masks only."""
     of_map: Literal["saliency", "calibration"] | None = None
     """Which scores of the class map it needs."""
-    shape: Shape | None = None
-    """What it measures of the shapes of a class."""
+    shape: Callable[[np.ndarray, np.ndarray], float] | None = None
+    """What it measures of the predicted and the true shape of a class."""
 
 
 def _mean_over_classes(values: Tensor) -> Tensor:
@@ -314,8 +191,9 @@ def _saliency(name: str, label: str) -> Metric:
     return Metric(label, lambda scores: scores[name].mean(), binary=True, of_map="saliency")
 
 
-def _shape(name: str, label: str, measure: Shape) -> Metric:
-    return Metric(label, lambda scores: _mean_over_classes(scores[name]), shape=measure)
+def _shape(name: str, label: str) -> Metric:
+    own = getattr(shapes, name)
+    return Metric(label, lambda scores: _mean_over_classes(scores[name]), shape=own)
 
 
 METRICS: dict[str, Metric] = {
@@ -356,18 +234,13 @@ METRICS: dict[str, Metric] = {
     ),
     "index_mae": Metric("MAE of the class index", _index_error),
     "mber": Metric("mBER", _class_error),
-    "hd95": _shape("hd95", "HD95, pixels", hd95),
-    "nsd": _shape("nsd", f"NSD, {NSD_TOLERANCE:g} pixels", nsd),
-    "boundary_iou": _shape("boundary_iou", "Boundary IoU", _boundary_iou),
-    "cldice": _shape("cldice", "clDice", _cldice),
-    "lesion_f1": _shape("lesion_f1", "F1 of lesions", _lesion_f1),
+    "hd95": _shape("hd95", "HD95, pixels"),
+    "nsd": _shape("nsd", f"NSD, {shapes.TOLERANCE:g} pixels"),
+    "boundary_iou": _shape("boundary_iou", "Boundary IoU"),
+    "cldice": _shape("cldice", "clDice"),
+    "lesion_f1": _shape("lesion_f1", "F1 of lesions"),
     "ece": Metric("ECE", lambda scores: scores["ece"].nanmean(), of_map="calibration"),
 }
-
-
-def needs_map(names: Sequence[str]) -> bool:
-    """Whether a metric needs the class map of whole images, beside the labels."""
-    return any(METRICS[name].of_map for name in names)
 
 
 def further_scores(
@@ -377,21 +250,29 @@ def further_scores(
 
     Args:
         names: names of ``METRICS``.
-        class_map: (K, H, W) scores; it may be empty unless ``needs_map``.
+        class_map: (K, H, W) scores; empty unless a metric has ``of_map``.
         labels: (H, W) predicted labels.
         target: (H, W) true labels.
-        ignore_index: label of the pixels that do not count.
+        ignore_index: label of the pixels that do not count; they are in no shape.
+
+    Returns:
+        Scores by name. Those of shapes are (C,) float64: NaN for a class that is neither in the
+        image nor in its prediction, the worst value for a class that is in one of them.
     """
     own: Scores = {}
     kinds = {METRICS[name].of_map for name in names}
+    counted = target != ignore_index
     if "saliency" in kinds:
         own |= saliency_scores(class_map[0], target)
     if "calibration" in kinds:
-        own |= calibration_scores(class_map, target, ignore_index)
-    for name in names:
-        measure = METRICS[name].shape
+        own["ece"] = _calibration_error(class_map[:, counted].float(), target[counted])
+    measures = {name: METRICS[name].shape for name in names}
+    found, truth = (values.where(counted, 0).cpu().numpy() for values in (labels, target))
+    for name, measure in measures.items():
         if measure is not None:
-            own[name] = shape_score(measure, labels, target, len(class_map), ignore_index)
+            classes = range(1, max(len(class_map), 2))
+            values = [measure(found == k, truth == k) for k in classes]
+            own[name] = torch.tensor(values, dtype=torch.float64)
     return own
 
 

@@ -34,7 +34,7 @@ LEVELS = {
         {"settings", "state_dicts"},
         {"files"},
         {"locks"},
-        {"records", "adapter"},
+        {"records", "shapes", "adapter"},
         {"methods", "sam", "data", "metrics", "results"},
         {"report", "integrations"},
         {"training", "peft"},

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from naslora import shapes
 from naslora.errors import UserError
 from naslora.metrics import (
     METRICS,
     check_metrics,
     further_scores,
-    hd95,
     image_scores,
     saliency_scores,
     summarise,
@@ -186,7 +186,7 @@ def test_distances_by_the_size_of_a_voxel():
     """A voxel, and another 3 slices of 2 mm and 8 pixels of 1 mm away: 10 mm."""
     prediction, truth = np.zeros((2, 5, 9, 9), bool)
     prediction[0, 0, 0] = truth[3, 8, 0] = True
-    assert hd95(prediction, truth, (2.0, 1.0, 1.0)) == 10.0
+    assert shapes.hd95(prediction, truth, (2.0, 1.0, 1.0)) == 10.0
 
 
 @pytest.mark.parametrize(

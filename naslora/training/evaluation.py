@@ -20,7 +20,7 @@ from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
 from naslora.data.tiles import Grid
-from naslora.metrics import Scores, further_scores, image_scores, needs_map, summarise
+from naslora.metrics import METRICS, Scores, further_scores, image_scores, summarise
 from naslora.records import from_json
 from naslora.results import GroupScores, SplitScores
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
@@ -181,9 +181,10 @@ def _score_by_tiles(
 
         # Labels of 8 bits and, if a metric needs it, the class map are kept of a whole image.
         labels, class_map = [], []
+        needed = any(METRICS[name].of_map for name in metrics)
         for band in tiled_class_map(model, dataset, pixels, truth, accelerator, add_loss):
             labels.append(labels_of(band[None])[0].to(torch.uint8))
-            class_map.append(band if needs_map(metrics) else band[:, :0])
+            class_map.append(band if needed else band[:, :0])
         prediction = torch.cat(labels)[None].long()
         own = _image_scores(prediction, torch.cat(class_map, 1), truth, model, metrics)
         records.append((int(index), sum(losses) / len(losses), own))
