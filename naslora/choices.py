@@ -18,6 +18,7 @@ Format = (
 Quantize = Literal["int8", "float16"]
 Launcher = Literal["local", "slurm", "ray"]
 Part = Literal["model", "encoder"]
+Precision = Literal["no", "bf16", "fp16"]
 ObjectSource = Literal["components", "numbers"]
 Task = Literal["semantic", "promptable"]
 TileSize = Literal["auto"] | int

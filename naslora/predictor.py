@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from naslora.choices import OVERLAP, TileSize
+from naslora.choices import OVERLAP, Precision, TileSize
 from naslora.data.dataset import resize_image
 from naslora.data.picture import Picture
 from naslora.data.rasters import DEFAULT_OUTPUTS, STRIP, LabelFile, OutputConfig
 from naslora.data.tiles import Box, Grid, Tiles
 from naslora.errors import UserError
 from naslora.files import reading
+from naslora.sam.precision import cast_frozen
 from naslora.sam.promptable import PROMPTS, AnySam
 from naslora.sam.runtimes import ClassMap, load_class_map
 from naslora.sam.segmentation import labels_of
@@ -28,6 +29,7 @@ from naslora.training.accelerator import make_accelerator
 from naslora.training.resolve import resolve
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, mirror_axes
 from naslora.training.run_data import tiles_of
+from naslora.training.train_config import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +129,12 @@ def make_predictor(
     outputs: OutputConfig = DEFAULT_OUTPUTS,
 ) -> Predictor:
     """Loads a folder or an exported file, and further members."""
-    class_map, config, model = _load_class_map(path, trust)
+    class_map, config, model = _load_class_map(path, trust, outputs.precision)
     if outputs.threshold != OutputConfig.threshold and config.data.num_classes > 1:
         raise UserError("--threshold is for two classes; of several the most probable one is taken")
     views = [class_map]
     for member in outputs.members:
-        other, its, _ = _load_class_map(member, trust)
+        other, its, _ = _load_class_map(member, trust, outputs.precision)
         for name in ("num_classes", "channels", "intensity"):
             if getattr(its.data, name) != getattr(config.data, name):
                 raise UserError(f"{member} has another {name} than {path}; give runs that agree")
@@ -162,8 +164,12 @@ def _averaged(views: list[ClassMap], images: Tensor) -> Tensor:
     return torch.cat([maps.mean(0), spread], dim=1)
 
 
-def _load_class_map(path: Path, trust: bool) -> tuple[ClassMap, RunConfig, AnySam | None]:
+def _load_class_map(
+    path: Path, trust: bool, precision: Precision
+) -> tuple[ClassMap, RunConfig, AnySam | None]:
     """Loads a folder or an exported file."""
+    if path.is_file() and precision != "no":
+        raise UserError(f"--precision is for runs and merged models, and {path} has its own")
     if path.is_file():
         class_map, held = load_class_map(path, trust)
         with reading(path):
@@ -174,10 +180,13 @@ def _load_class_map(path: Path, trust: bool) -> tuple[ClassMap, RunConfig, AnySa
     model, config = load_model(path)
     if config.task == "promptable":
         raise UserError(f"{path} {PROMPTS}")
-    model.to(make_accelerator(config.training).device)
+    accelerator = make_accelerator(dataclasses.replace(config.training, mixed_precision=precision))
+    cast_frozen(model.image_encoder, DTYPES[precision])
+    model.to(accelerator.device)
 
     @torch.no_grad()
     def of_model(images: Tensor) -> Tensor:
-        return model(images.to(model.pixel_mean.device)).class_map().cpu()
+        with accelerator.autocast():
+            return model(images.to(accelerator.device)).class_map().float().cpu()
 
     return of_model, config, model

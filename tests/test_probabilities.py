@@ -10,7 +10,8 @@ from PIL import Image
 from test_intensity import GEO, tags_of
 
 from naslora.data.rasters import write_tiff
-from naslora.prediction import _enlarged, find_samples
+from naslora.prediction import find_samples
+from naslora.predictor import _enlarged
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,16 @@ def test_of_two_classes(naslora, runs, tmp_path, tiles):
     assert find_samples([tmp_path / "b", runs / "two.tif"])  # its own files are no images
 
 
+def test_in_16_bits(naslora, runs, tmp_path):
+    raster = ("--probabilities", "float32")
+    found = [
+        predicted(naslora, runs, tmp_path / name, "two", *raster, "--precision", name)[1]
+        for name in ("no", "bf16")
+    ]
+    assert not np.array_equal(*found)
+    np.testing.assert_allclose(*found, atol=0.05)
+
+
 def test_of_several_classes(naslora, runs, tmp_path):
     mask, found = predicted(naslora, runs, tmp_path, "three", "--probabilities", "float32")
     assert found.shape == (*mask.shape, 3)
@@ -95,6 +106,7 @@ def test_uncertainty_over_flips_and_runs(naslora, runs, tmp_path):
         ("two", ("--threshold", "1.5"), "threshold: expected float <= 1.0, got 1.5"),
         ("three", ("--threshold", "0.3"), "--threshold is for two classes"),
         ("two", ("--members", "three0"), "has another num_classes"),
+        ("two", ("--precision", "fp16"), "fp16 needs a GPU"),
     ],
 )
 def test_bad_outputs(naslora, runs, tmp_path, name, options, message):

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from naslora.choices import Precision
 from naslora.data.tiff import GeoTags
 from naslora.settings import Settings, Share
 
@@ -38,6 +39,8 @@ class OutputConfig(Settings):
     of those that are upside down."""
     members: tuple[Path, ...] = ()
     """Further runs or models, with whose scores those of MODEL are averaged."""
+    precision: Precision = "no"
+    """In which runs and merged models compute; `no` is float32. Exported files have their own."""
 
 
 DEFAULT_OUTPUTS = OutputConfig()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from msgspec import Meta
 
+from naslora.choices import Precision
 from naslora.data.datasets import DATASETS, load_splits
 from naslora.data.images import Sample
 from naslora.data.layouts import OPTIONAL_SPLIT
@@ -30,7 +31,6 @@ from naslora.training.run_data import make_dataset
 from naslora.training.train_config import (
     LEARNING_BOUNDS,
     PROMPTABLE_BOUNDS,
-    Precision,
     TrainConfig,
     first_search_epoch,
     fit_to_images,

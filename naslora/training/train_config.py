@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from naslora.adapter.layer.alpha_search import CELL_RATE
-from naslora.choices import Augment, ClassLoss
+from naslora.choices import Augment, ClassLoss, Precision
 from naslora.data.masks import IGNORED
 from naslora.results import Keep
 from naslora.sam.losses import parse_terms, segmentation_loss
@@ -20,7 +20,6 @@ from naslora.settings import Common, Count, Index, Rate, Settings
 Schedule = Literal["linear", "cosine", "constant"]
 Optimizer = Literal["adam", "adamw"]
 ArchData = Literal["redraw", "rotate", "hold-out", "split"]
-Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Part = Annotated[float, msgspec.Meta(ge=0, le=0.5)]
 if TYPE_CHECKING:
