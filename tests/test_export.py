@@ -1,6 +1,13 @@
 """Exported models: computed by other runtimes, loaded by other packages; and error messages."""
 
+import contextlib
 import functools
+import io
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +22,7 @@ from adapted_models import (
     smooth_images,
     tokens,
 )
+from conftest import free_port, wait_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,7 +34,7 @@ from naslora.prediction import predict_run
 from naslora.records import read_rows
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import build_image_encoder
-from naslora.sam.export import Description, Embedding, Scores, export
+from naslora.sam.export import KEY, Description, Embedding, Scores, export, read_description
 from naslora.sam.families.mobile_sam import NAMING
 from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
@@ -34,6 +42,7 @@ from naslora.trained import export_run, load_model, merge_run
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.usefixtures("tiny_vit")
+ROOT = Path(__file__).parent.parent
 SIZE = 64
 
 
@@ -327,6 +336,57 @@ def test_int8_that_loses_too_much_writes_nothing(folders, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"falls from 0\.8000 to 0\.7000.*nothing was written"):
         export_run(folders / "center", "onnx", tmp_path / "a.onnx", quantize="int8")
     assert not [*tmp_path.iterdir()]
+
+
+def test_core_ml_takes_the_model(naslora, folders, tmp_path):
+    """Core ML itself runs on macOS alone, so that only the package is looked at."""
+    coremltools = pytest.importorskip("coremltools")
+    path = tmp_path / "a.mlpackage"
+    result = naslora("export", folders / "center", "--format", "coreml", "--output", path)
+    assert result.status == 0 and result.err.count("\n") < 2, result.err  # no bars of progress
+    held = coremltools.models.MLModel(str(path), skip_model_load=True)
+    (image,), (scores,) = held.input_description, held.output_description
+    kind = held.get_spec().description.input[0].type.multiArrayType
+    assert (image, scores, [*kind.shape]) == ("images", "scores", [1, 3, 32, 32])
+    assert read_description(held.user_defined_metadata[KEY]).image_size == 32
+    again = naslora("export", folders / "center", "--format", "coreml", "--output", path)
+    assert again.status == 2 and "is not empty" in again.err
+
+
+def test_the_server_answers_several_at_once(folders, tmp_path):
+    """The masks are those of predict. What is no image, or too large, is refused."""
+    pytest.importorskip("litserve")
+    httpx = pytest.importorskip("httpx")
+    model, port = tmp_path / "a.onnx", free_port()
+    export_run(folders / "center", "onnx", model)
+    pictures = sorted((folders / "data" / "images").glob("*.png"))
+    masks = predict_run(model, pictures, tmp_path / "masks", trust=True)
+    command = [sys.executable, "examples/serve.py", model, "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (
+        subprocess.Popen([*command, "--largest", "99999"], cwd=ROOT, env=environment) as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client,
+        ThreadPoolExecutor(5) as pool,
+    ):
+
+        def ready():
+            with contextlib.suppress(httpx.TransportError):
+                return client.get("/health").status_code == 200
+
+        def answer(content):
+            return client.post("/predict", files={"image": content})
+
+        try:
+            wait_for(ready, server)
+            answers = [*pool.map(answer, [picture.read_bytes() for picture in pictures])]
+            for mask, given in zip(masks, answers, strict=True):
+                assert given.status_code == 200, given.text
+                own = np.asarray(Image.open(io.BytesIO(given.content)))
+                # Their sums are rounded in another order in batches, and they have no tiles.
+                assert np.mean(own == np.asarray(Image.open(mask))) > 0.99
+            assert answer(b"x").status_code == 400 and answer(b"x" * 100_000).status_code == 413
+        finally:
+            server.terminate()
 
 
 def test_relative_positions_become_one_operator(tmp_path):

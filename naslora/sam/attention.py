@@ -353,8 +353,11 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
     distances = 2 * size - 1
     if table.shape[0] != distances:
         table = F.interpolate(table.t()[None], size=distances, mode="linear")[0].t()
-    # The distance of key j to query i is in row i - j + size - 1. One launch, no indices.
-    return table.unfold(0, size, 1).flip(2)
+    # The distance of key j to query i is in row i - j + size - 1.
+    if traced():  # Core ML has no unfold
+        place = torch.arange(size, device=table.device)
+        return table[place[:, None] - place + size - 1].transpose(1, 2)
+    return table.unfold(0, size, 1).flip(2)  # one launch, no indices
 
 
 # ---- Recognising ---------------------------------------------------------------------------------
