@@ -77,8 +77,8 @@ def _ray(given: dict[str, Any], stack: contextlib.ExitStack) -> Submit:
         ray.init(**{"log_to_driver": False, "include_dashboard": False, **given})
         stack.callback(ray.shutdown)
     gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
-    # A process makes one run, so that its peak memory is the run's. Ray starts lost ones again.
-    remote = ray.remote(num_gpus=gpus, max_calls=1, max_retries=RETRIES)(attempt)
+    # A process makes one run, so that its peak memory is the run's. Job starts lost ones again.
+    remote = ray.remote(num_gpus=gpus, max_calls=1, max_retries=0)(attempt)
     return lambda *arguments: remote.remote(os.getcwd(), *arguments).future()
 
 
