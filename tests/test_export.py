@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -362,9 +363,10 @@ def test_the_server_answers_several_at_once(folders, tmp_path):
     pictures = sorted((folders / "data" / "images").glob("*.png"))
     masks = predict_run(model, pictures, tmp_path / "masks", trust=True)
     command = [sys.executable, "examples/serve.py", model, "--port", str(port)]
+    command += ["--largest", "99999"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (
-        subprocess.Popen([*command, "--largest", "99999"], cwd=ROOT, env=environment) as server,
+        subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as server,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client,
         ThreadPoolExecutor(5) as pool,
     ):
@@ -386,7 +388,7 @@ def test_the_server_answers_several_at_once(folders, tmp_path):
                 assert np.mean(own == np.asarray(Image.open(mask))) > 0.99
             assert answer(b"x").status_code == 400 and answer(b"x" * 100_000).status_code == 413
         finally:
-            server.terminate()
+            os.killpg(server.pid, signal.SIGKILL)  # its workers outlive its own end
 
 
 def test_relative_positions_become_one_operator(tmp_path):
