@@ -16,6 +16,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from naslora.choices import OVERLAP, TileSize
+from naslora.data.datasets import slices_of
 from naslora.data.images import Sample, large_images, open_image, open_picture
 from naslora.data.layouts import list_images, read_rows
 from naslora.data.picture import ImageError, Picture
@@ -32,6 +33,7 @@ from naslora.data.rasters import (
 )
 from naslora.data.tiff import read_georeference, software_of
 from naslora.data.tiles import SMALLEST
+from naslora.data.volumes import is_nifti, is_volume, stem_of, write_volume
 from naslora.errors import UserError, listing
 from naslora.files import replaced_file
 from naslora.instances import COCO_FILE, InstanceFinder
@@ -42,9 +44,12 @@ from naslora.report.pictures import class_colour, in_turn, paint_bands
 from naslora.sam.instance_config import InstanceConfig
 from naslora.settings import Count, checked
 from naslora.training.run_config import Pixels
-from naslora.training.run_data import check_with_progress, scaling_of, shown_of
+from naslora.training.run_data import check_with_progress, scaling_of, shown_of, slicing_of
 
-ENDINGS = "_mask.png", "_overlay.png", "_mask.tif", "_probabilities.tif"
+ENDINGS = (
+    *("_mask.png", "_overlay.png", "_mask.tif", "_probabilities.tif"),
+    *("_mask.nii.gz", "_probabilities.nii.gz"),
+)
 Overlap = Annotated[float, Meta(ge=0, le=0.5)]
 THREADS = 2
 """That read, and that write, beside the one of the model."""
@@ -92,7 +97,9 @@ def predict_run(
         inputs: image files, folders of images, or CSV files as ``read_csv`` takes, of which labels
             are not read. Masks and overlays of an earlier call in such a folder are no images.
         output: created if needed; gets NAME_mask.png and NAME_overlay.png. For an image with a
-            georeference it also gets NAME_mask.tif, which has the same.
+            georeference it also gets NAME_mask.tif, which has the same. A volume gets
+            NAME_mask.nii.gz, with the class indices in its geometry, and the overlay of its middle
+            slice.
         on_error: called with the error of an image that cannot be read; the other images are
             segmented. If None, every image is read before the first mask is written, and the
             first error is raised.
@@ -109,7 +116,7 @@ def predict_run(
         resume: leaves out the images that a manifest in ``output`` lists as done.
 
     Returns:
-        The PNG masks that were written.
+        The masks that were written: PNG files, and volumes.
 
     Raises:
         UserError: as ``load_model`` and ``load_class_map``; an image is missing or unreadable, two
@@ -143,7 +150,8 @@ def predict_run(
         manifest = Manifest(output, [path, *outputs.members], settings, rank, resume)
         samples = [own for own in samples if own not in manifest]
         if on_error is None and len(samples) > 1:  # one image is read before anything is written
-            check_with_progress(samples, predictor.config)
+            how = slicing_of(predictor.config.data)
+            check_with_progress(slices_of(samples, how), predictor.config)
         stack.enter_context(manifest)
         written = list(_predict(predictor, samples, output, on_error, batch_size, manifest.add))
         if isinstance(predictor, InstanceFinder):
@@ -160,7 +168,10 @@ def _predict(
     batch_size: int,
     done: Callable[[Sample, UserError | None], None],
 ) -> Iterator[Path]:
-    """Reads, computes and writes whole images at the same time, others in turn."""
+    """Reads, computes and writes whole images at the same time, others in turn, volumes last."""
+    how = slicing_of(predictor.config.data)
+    volumes = [sample for sample in samples if is_volume(sample.image, how)]
+    samples = [sample for sample in samples if not is_volume(sample.image, how)]
     whole = isinstance(predictor, Predictor) and predictor.tiles is None
     size = batch_size if whole else 1
 
@@ -193,6 +204,14 @@ def _predict(
                 continue
             done(own.sample, None)
             yield path
+    for sample in volumes:
+        try:
+            path = _predict_volume(predictor, sample, output, batch_size)
+        except ImageError as error:
+            failed(sample, error)
+            continue
+        done(sample, None)
+        yield path
 
 
 def _ahead(
@@ -240,7 +259,7 @@ def _write(predictor: Predictor | InstanceFinder, output: Path, opened: _Opened)
         labels, kind = rows_of(found), found.dtype
     else:
         labels, kind = _segment_file(predictor, opened, output).rows, np.dtype(np.uint8)
-    mask, overlay, geotiff, _ = _targets(sample.image, output)
+    mask, overlay, geotiff, *_ = _targets(sample.image, output)
     size = picture.height, picture.width
     numbers = config.task == "promptable"
     foreground = np.uint8(255 if config.data.num_classes == 1 and not numbers else 1)
@@ -290,6 +309,42 @@ def _segment_file(predictor: Predictor, opened: _Opened, output: Path) -> LabelF
     return labels
 
 
+def _predict_volume(
+    predictor: Predictor | InstanceFinder, sample: Sample, output: Path, batch_size: int
+) -> Path:
+    """Segments the slices of a volume, and writes its files. Nothing is written of a bad one."""
+    if isinstance(predictor, InstanceFinder):
+        raise UserError(f"--instances takes images, and {sample.image} is a volume")
+    config, kind = predictor.config, predictor.outputs.probabilities
+    how = slicing_of(config.data)
+    slices = slices_of([sample], how)
+    labels, shares, middle = [], [], len(slices) // 2
+    for start in range(0, len(slices), batch_size):
+        batch = [_read(predictor, own) for own in slices[start : start + batch_size]]
+        for opened in _with_scores(predictor, batch):
+            picture, file = opened.picture, LabelFile(output, opened.picture.width)
+            bands = [
+                _stored(kind, band) if kind else band[:0]
+                for band in segment(predictor, picture, file, opened.scores)
+            ]
+            picture.check_channels()
+            labels.append(file.rows(0, picture.height))
+            shares.append(np.concatenate(bands))
+            if len(labels) == middle + 1:
+                shown = picture
+    _, overlay, mask, probabilities, *nifti = _targets(sample.image, output)
+    if is_nifti(sample.image):
+        mask, probabilities = nifti
+    with replaced_file(overlay) as path:
+        size, names = (shown.height, shown.width), ["background", *config.data.class_names]
+        rgb = functools.partial(_rgb_rows, shown, shown_of(config))
+        write_png(path, size, paint_bands(rgb, rows_of(labels[middle]), size, names))
+    for target, parts in [(mask, labels), *([(probabilities, shares)] if kind else [])]:
+        with replaced_file(target) as path:
+            write_volume(path, sample.image, parts, how.axis)
+    return mask
+
+
 def _stored(kind: str, probabilities: np.ndarray) -> np.ndarray:
     return np.rint(255 * probabilities).astype(np.uint8) if kind == "uint8" else probabilities
 
@@ -317,7 +372,7 @@ def find_samples(inputs: Sequence[Path]) -> list[Sample]:
         samples += [Sample(image, None, "input") for image in images]
     if not samples:
         raise UserError(f"there are no images in {', '.join(map(str, inputs))}")
-    repeated = [stem for stem, n in Counter(own.image.stem for own in samples).items() if n > 1]
+    repeated = [stem for stem, n in Counter(stem_of(own.image) for own in samples).items() if n > 1]
     if repeated:
         raise UserError(f"two images are called {repeated[0]!r}: their masks would collide")
     return samples
@@ -328,6 +383,8 @@ def _is_own(image: Path) -> bool:
     if not image.name.endswith(ENDINGS):
         return False
     try:
+        if is_nifti(image):
+            return True
         if image.suffix == ".tif":
             return software_of(image) == SOFTWARE
         with large_images(), open_image(image) as opened:
@@ -338,7 +395,7 @@ def _is_own(image: Path) -> bool:
 
 def _targets(image: Path, output: Path) -> list[Path]:
     """The files that may be written for an image, in the order of ``ENDINGS``."""
-    return [output / f"{image.stem}{ending}" for ending in ENDINGS]
+    return [output / f"{stem_of(image)}{ending}" for ending in ENDINGS]
 
 
 def _check_targets(images: Sequence[Path], output: Path, overwrite: bool) -> None:

@@ -135,7 +135,7 @@ def make_predictor(
     views = [class_map]
     for member in outputs.members:
         other, its, _ = _load_class_map(member, trust, outputs.precision)
-        for name in ("num_classes", "channels", "intensity"):
+        for name in ("num_classes", "channels", "intensity", "slice_axis"):
             if getattr(its.data, name) != getattr(config.data, name):
                 raise UserError(f"{member} has another {name} than {path}; give runs that agree")
         if its.model.image_size != config.model.image_size:
@@ -173,7 +173,9 @@ def _load_class_map(
     if path.is_file():
         class_map, held = load_class_map(path, trust)
         with reading(path):
-            names = ("num_classes", "class_names", "crop", "intensity", "channels", "shown")
+            names = {
+                field.name for field in dataclasses.fields(held)
+            } & DataConfig.__annotations__.keys()
             data = DataConfig(**{name: getattr(held, name) for name in names})
             own = ModelConfig(held.model, NONE, held.image_size)
             return class_map, resolve(RunConfig(data=data, model=own)), None

@@ -127,6 +127,10 @@ class SplitScores:
     images: int | None = field(default=None, metadata=OPTIONAL)
     click_iou: list[float] | None = field(default=None, metadata=OPTIONAL)
     """Mean IoU after one click, two, and so on, of a promptable model."""
+    volumes: int | None = field(default=None, metadata=OPTIONAL)
+    volume_dice: float | None = field(default=None, metadata=OPTIONAL)
+    """Dice in three dimensions, from the sums over the slices of a volume: the mean over volumes,
+    then over classes."""
     image_dice: list[float | None] | None = field(
         default=None, compare=False, repr=False, metadata=UNSTORED
     )

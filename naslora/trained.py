@@ -356,6 +356,9 @@ def export_run(
         config.task,
         data.channels,
         data.shown,
+        data.slice_axis,
+        data.neighbours,
+        data.tiff_volumes,
     )
     if quantize is None:
         with locked(output, folder=False):

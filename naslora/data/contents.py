@@ -4,10 +4,11 @@ Files are compared by their bytes. A copy that was saved anew, for instance as a
 not found.
 """
 
+import functools
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Content(NamedTuple):
     """One sample's files."""
 
     image: str
-    """Path of the image."""
+    """Path of the image, with the number of the slice."""
     image_digest: str
     """BLAKE2b of the bytes of the image's files, 32 hexadecimal digits."""
     mask_digest: str | None
@@ -55,17 +56,20 @@ def read_contents(dataset: SegmentationDataset) -> Iterator[Content]:
 
     def read(sample: Sample) -> Content:
         found = dataset.check(sample)
-        mask = None if sample.mask is None else _digest([sample.mask], sample)
-        return Content(str(sample.image), _digest(sample.files, sample), mask, *found)
+        mask = None if sample.mask is None else digest((sample.mask,), sample.origin)
+        name = f"{sample.image}{sample.at}"
+        return Content(name, digest(sample.files, sample.origin), mask, *found)
+
+    digest = functools.lru_cache(2 * MOST_THREADS)(_digest)  # once for the slices of a volume
 
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
         yield from threads.map(read, dataset.samples)  # which cancels the others after an error
 
 
-def _digest(files: Iterable[Path | Annotation], sample: Sample) -> str:
+def _digest(files: tuple[Path | Annotation, ...], origin: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        with readable(f"{sample.origin}: {file}"):
+        with readable(f"{origin}: {file}"):
             stream = io.BytesIO(file.content) if isinstance(file, Annotation) else file.open("rb")
             with stream:
                 while block := stream.read(1 << 20):

@@ -95,7 +95,10 @@ class SegmentationDataset(Dataset[Item]):
         # The images' paths below their common folder; pictures and tables show them.
         paths = [os.path.abspath(sample.image) for sample in self.samples]
         common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-        self.names = [Path(path).relative_to(common).as_posix() for path in paths]
+        self.names = [
+            Path(path).relative_to(common).as_posix() + sample.at
+            for path, sample in zip(paths, self.samples, strict=True)
+        ]
         # In shared memory, because persistent workers must see the change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -160,14 +163,20 @@ class SegmentationDataset(Dataset[Item]):
         files = []
         for path in (*sample.files, sample.mask):
             with readable(f"{sample.origin}: {path}"):
-                files += [] if path is None else [path.read_bytes()]
+                if path is not None and sample.slice is None:
+                    files.append(path.read_bytes())
+                elif isinstance(path, Path):  # whose slices would each cost the time of the whole
+                    stat = path.stat()
+                    stamp = os.path.abspath(path), stat.st_mtime_ns, stat.st_size, sample.slice
+                    files.append(repr(stamp).encode())
         labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
         size = "whole" if self.whole else self.image_size
         how = (size, *labels, self.intensity, self.channels, self.objects)
         channels = self.channels or 3
 
         def entry() -> np.ndarray:
-            image, mask = self._decode(sample, [io.BytesIO(content) for content in files])
+            contents = [] if sample.slice else [io.BytesIO(content) for content in files]
+            image, mask = self._decode(sample, contents)
             if mask is None:
                 return image.numpy()
             numbers = mask.int()[None]  # of 16 bits if they are objects'

@@ -18,6 +18,7 @@ from naslora.data.layouts import (
 )
 from naslora.data.paper_sets import PAPER_SETS
 from naslora.data.splits import group_members, split_samples
+from naslora.data.volumes import Slice, Slicing, check_volume, is_volume
 from naslora.errors import UserError
 
 DATASETS: dict[str, DataSet] = {
@@ -35,6 +36,7 @@ def load_splits(
     class_names: Sequence[str] = (),
     shares: Sequence[float] | None = None,
     group: str = GROUP,
+    how: Slicing = Slicing(),  # noqa: B008
 ) -> Splits:
     """Locates the files of a data set. It decodes no image.
 
@@ -44,6 +46,7 @@ def load_splits(
         class_names: the foreground classes of the run, for a data set whose files name more.
         shares: of train, val and test, if they are drawn from all images.
         group: as in ``read_csv``.
+        how: how volumes become images.
 
     Returns:
         "train", "val", "test" and, if the data set has it, "arch", the split that alpha is trained
@@ -52,11 +55,12 @@ def load_splits(
     Raises:
         UserError: the source is unknown, files or folders are missing, an image has no mask or a
             mask no image, a name is not UTF-8, or an image appears twice. The message names the
-            files, and for a missing folder the folders that exist.
+            files, and for a missing folder the folders that exist. Also as ``check_volume``.
     """
     if shares is not None:
-        return split_samples(load_all(source, root, "--split", group), shares)
-    splits = _read(source, root, class_names, group)
+        return split_samples(load_all(source, root, "--split", group, how), shares)
+    read = _read(source, root, class_names, group)
+    splits = {name: slices_of(samples, how) for name, samples in read.items()}
     missing = [split for split in REQUIRED_SPLITS if split not in splits]
     if missing:
         raise UserError(
@@ -68,7 +72,13 @@ def load_splits(
     return splits
 
 
-def load_all(source: str, root: Path, option: str, group: str = GROUP) -> list[Sample]:
+def load_all(
+    source: str,
+    root: Path,
+    option: str,
+    group: str = GROUP,
+    how: Slicing = Slicing(),  # noqa: B008
+) -> list[Sample]:
     """Locates all samples of a data set, of all splits, so that others can be drawn.
 
     Args:
@@ -76,6 +86,7 @@ def load_all(source: str, root: Path, option: str, group: str = GROUP) -> list[S
         root: the folder of the data set.
         option: what draws the splits, for the message.
         group: as in ``read_csv``.
+        how: as in ``load_splits``.
 
     Raises:
         UserError: the data set has splits of its own, or each entry of a column ``group`` that is
@@ -90,7 +101,32 @@ def load_all(source: str, root: Path, option: str, group: str = GROUP) -> list[S
             f"each group of the column {group!r} has one member, so nothing stays together; name "
             "the column of what must, such as the patient, or drop --group"
         )
-    return samples
+    return slices_of(samples, how)
+
+
+def slices_of(samples: Sequence[Sample], how: Slicing) -> list[Sample]:
+    """Replaces volumes by their slices, which are a group if they have none.
+
+    Raises:
+        UserError: as ``check_volume``; a mask is no volume.
+    """
+    found = []
+    for sample in samples:
+        if not is_volume(sample.image, how):
+            found.append(sample)
+            continue
+        mask = [] if sample.mask is None else [sample.mask]
+        files = [path for path in (*sample.files, *mask) if isinstance(path, Path)]
+        for path in files:
+            if not is_volume(path, how):
+                raise UserError(
+                    f"{sample.origin}: {sample.image} is a volume, and {path} is none; save it as "
+                    "NIfTI"
+                )
+        shape = check_volume(files, sample.origin)
+        whole = sample._replace(group=sample.group or str(sample.image))
+        found += [whole._replace(slice=Slice(index, how)) for index in range(shape[how.axis])]
+    return found
 
 
 def _read(source: str, root: Path, class_names: Sequence[str] = (), group: str = GROUP) -> Splits:

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from naslora.data.picture import ImageError, Intensity, Picture, Source, joined, readable
 from naslora.data.tiff import open_tiff, starts_with
+from naslora.data.volumes import Slice, read_slice
 
 Encoding = Literal["labels", "threshold", "nonzero", "thirds", "regions"]
 
@@ -51,6 +52,13 @@ class Sample(NamedTuple):
     """Part of the split that also gets its own scores; None for none."""
     further: tuple[Path, ...] = ()
     """Files with further channels of the image."""
+    slice: Slice | None = None
+    """What is taken of the files, which are volumes; None for images."""
+
+    @property
+    def at(self) -> str:
+        """The number of the slice, for what names the image; empty for images."""
+        return "" if self.slice is None else f" slice {self.slice.number}"
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -91,11 +99,14 @@ def open_picture(
     most = 0 if sample.further else channels  # of each of several files, all channels are taken
     files: Sequence[Path | io.BytesIO] = contents or sample.files
     for path, file in zip(sample.files, files, strict=True):
-        where = f"{sample.origin}: image {path}"
+        where = f"{sample.origin}: image {path}{sample.at}"
+        if sample.slice is not None:
+            sources.append(source_of(read_slice(path, sample.slice, where)))
+            continue
         with readable(where):
             source = _open_array(file, where) or open_tiff(file, where, most)
-        sources.append(source or source_of(open_upright(file, where).image))
-    where = f"{sample.origin}: image {sample.image}"
+        sources.append(source or source_of_image(open_upright(file, where).image))
+    where = f"{sample.origin}: image {sample.image}{sample.at}"
     return Picture(joined(sources, where), where, intensity, channels)
 
 
@@ -108,11 +119,16 @@ def _open_array(file: Path | io.BytesIO, where: str) -> Source | None:
         array = np.moveaxis(array, 0, 2)
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
         raise ImageError(f"{where} holds {array.dtype} of {array.ndim} axes, and no image")
+    return source_of(array)
+
+
+def source_of(array: np.ndarray) -> Source:
+    """The pixels of an array, (H, W) or (H, W, C)."""
     height, width = array.shape[:2]
     return Source(height, width, lambda top, bottom, left, right: array[top:bottom, left:right])
 
 
-def source_of(image: Image.Image) -> Source:
+def source_of_image(image: Image.Image) -> Source:
     """The pixels of an image of Pillow: greys of any number of bits, or RGB."""
 
     def values(top: int, bottom: int, left: int, right: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from naslora.data.images import Encoding, Sample
 from naslora.data.sampling import hold_out
+from naslora.data.volumes import NIFTI, stem_of
 from naslora.errors import UserError, listing
 
 REQUIRED_SPLITS = ("train", "val", "test")
@@ -256,7 +257,7 @@ def _descend(root: Path, path: str) -> list[Path]:
 # ---- Pairs ---------------------------------------------------------------------------------------
 
 _PILLOW = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
-IMAGE_SUFFIXES = (*_PILLOW, ".npy")
+IMAGE_SUFFIXES = (*_PILLOW, ".npy", *NIFTI)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -269,7 +270,7 @@ def list_images(folder: Path) -> list[Path]:
     found = sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        if path.name.lower().endswith(IMAGE_SUFFIXES) and not path.name.startswith(".")
     )
     for path in found:  # reading a pipe would wait for ever
         if not (path.is_file() or path.is_dir()) and path.exists():
@@ -314,7 +315,7 @@ def _files_by_stem(folder: Path, skip: str | None, suffix: str = "") -> dict[str
     for path in list_images(folder):
         if skip is not None and re.search(skip, path.stem, re.IGNORECASE):
             continue
-        stem = path.stem.lower().removesuffix(suffix)
+        stem = stem_of(path).lower().removesuffix(suffix)
         if stem in files:
             raise UserError(
                 f"{folder}: {files[stem].name} and {path.name} differ only in their suffix or in "

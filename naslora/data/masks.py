@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor
 
-from naslora.data.images import Annotation, Encoding, Sample, open_upright, source_of
+from naslora.data.images import Annotation, Encoding, Sample, open_upright, source_of_image
 from naslora.data.picture import Picture
 from naslora.data.regions import draw_annotation
+from naslora.data.volumes import Slice, read_slice
 from naslora.errors import UserError, listing
 
 IGNORED = 255
@@ -61,10 +62,12 @@ def read_mask(
     """
     if sample.mask is None:
         raise UserError(f"{sample.origin}: image {sample.image} has no mask")
-    where = f"{sample.origin}: mask {sample.mask}"
+    where = f"{sample.origin}: mask {sample.mask}{sample.at}"
     if isinstance(sample.mask, Annotation):
         return draw_annotation(sample.mask.content, IGNORED, where)
     codes = palette_codes(palette, num_classes, ignore_index)
+    if sample.slice is not None:
+        return _indices(_voxels(sample.mask, sample.slice, where), num_classes, ignore_index, where)
     image, lossy, shortened = open_upright(content or sample.mask, where)
     if shortened:
         raise UserError(
@@ -83,16 +86,34 @@ def read_mask(
         values = _pixel_values(image, where)
         if values.ndim == 3 and not lossy and (values == values[..., :1]).all():
             values = values[..., 0]
-        if ignore_index is None and 2 < num_classes <= IGNORED:
-            ignore_index = IGNORED
-        ignored = _blank(values, ignore_index)
-        found = _decode_values(values, num_classes, lossy, where)
+        return _indices(values, num_classes, ignore_index, where, lossy)
     else:
         values = _rgb(image, where)
         ignored = _blank(values, ignore_index)
         found = _decode_encoded(values, sample.encoding, image, where)
     labels = found.astype(np.int32, copy=False)
     return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
+
+
+def _indices(
+    values: np.ndarray, num_classes: int, ignore_index: int | None, where: str, lossy: bool = False
+) -> np.ndarray:
+    """Class indices of the grey values, or colours, of a mask."""
+    if ignore_index is None and 2 < num_classes <= IGNORED:
+        ignore_index = IGNORED
+    ignored = _blank(values, ignore_index)
+    labels = _decode_values(values, num_classes, lossy, where).astype(np.int32, copy=False)
+    return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
+
+
+def _voxels(path: Path, cut: Slice, where: str) -> np.ndarray:
+    """The labels of a slice, (H, W) int32."""
+    alone = cut._replace(how=cut.how._replace(neighbours=0))
+    values = read_slice(path, alone, where)[..., 0]
+    labels = np.nan_to_num(values).astype(np.int32)
+    if (labels != values).any():
+        raise UserError(f"{where} has values that are no whole numbers; save it as class indices")
+    return labels
 
 
 def read_numbers(
@@ -109,8 +130,11 @@ def read_numbers(
     Raises:
         UserError: the file cannot be read, or its compression changes values.
     """
-    where = f"{sample.origin}: mask {sample.mask}"
+    where = f"{sample.origin}: mask {sample.mask}{sample.at}"
     assert isinstance(sample.mask, Path)
+    if sample.slice is not None:
+        values = _voxels(sample.mask, sample.slice, where)
+        return values, _blank(values, ignore_index)
     image, lossy, shortened = open_upright(content or sample.mask, where)
     if lossy or shortened:
         raise UserError(
@@ -122,7 +146,7 @@ def read_numbers(
 
 
 def _rgb(image: Image.Image, where: str) -> np.ndarray:
-    return Picture(source_of(image), where).rows()
+    return Picture(source_of_image(image), where).rows()
 
 
 def _pixel_values(image: Image.Image, where: str) -> np.ndarray:

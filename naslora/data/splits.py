@@ -73,10 +73,11 @@ def group_members(samples: Sequence[Sample]) -> list[list[int]]:
 
 
 def write_splits(folder: Path, splits: Splits) -> None:
-    """Writes a CSV file a split, which ``read_csv`` reads: absolute paths, no groups."""
+    """Writes a CSV file a split, which ``read_csv`` reads: absolute paths, no groups. A volume has
+    one row."""
     for split, samples in splits.items():
         rows = []
-        for sample in samples:
+        for sample in {own.image: own for own in samples}.values():
             files = {"image": sample.image, "label": sample.mask}
             files |= {f"image{i}": file for i, file in enumerate(sample.further, 2)}
             rows.append({name: os.path.abspath(str(file)) for name, file in files.items()})

@@ -89,6 +89,10 @@ class Description:
     channels: tuple[str, ...] = ()
     """Names of the channels as ``DataConfig.channels``; empty for RGB. So is ``shown``."""
     shown: tuple[str, str, str] | None = None
+    slice_axis: int = 2
+    """As in ``DataConfig``, and so are ``neighbours`` and ``tiff_volumes``."""
+    neighbours: int = 0
+    tiff_volumes: bool = False
 
 
 def text_of(description: Description) -> str:

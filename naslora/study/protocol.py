@@ -24,7 +24,7 @@ from naslora.records import as_csv
 from naslora.study.design import Design, parse_grid
 from naslora.study.differences import LEVEL, RESAMPLES
 from naslora.training.run_config import DataConfig, RunConfig, differing
-from naslora.training.run_data import find_splits
+from naslora.training.run_data import find_splits, slicing_of
 
 LORA = "lora"
 """The method that others are compared with, if it is among them."""
@@ -87,7 +87,8 @@ def find_images(config: RunConfig, design: Design, output: Path) -> Images:
     else:
         if data.root is None or data.split is not None:
             raise UserError("--folds draws from the images of --data DIR, without --split")
-        drawn = draw_folds(load_all(data.dataset, data.root, "--folds", data.group), count)
+        how = slicing_of(data)
+        drawn = draw_folds(load_all(data.dataset, data.root, "--folds", data.group, how), count)
         tested = parts = {f"fold-{k + 1}": fold for k, fold in enumerate(drawn)}
         others = {name: drawn[k + 1 :] + drawn[:k] for k, name in enumerate(tested)}
     folds, lists = [], {}

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
 from naslora.data.tiles import Grid
-from naslora.metrics import METRICS, Scores, further_scores, image_scores, summarise
+from naslora.metrics import METRICS, Scores, dice_of, further_scores, image_scores, summarise
 from naslora.records import from_json
 from naslora.results import GroupScores, SplitScores
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
@@ -102,6 +103,7 @@ def evaluate(
     summary = _summary(scores, class_names, metrics)
     image_dice = torch.stack([own["dice"] for own in scores]).nanmean(1)  # (N,)
     summary["image_dice"] = [None if dice.isnan() else float(dice) for dice in image_dice]
+    summary |= _volumes(dataset, scores)
     if metrics:
         summary["resolution"] = f"{dataset.image_size} x {dataset.image_size}"
         if dataset.truth:
@@ -111,6 +113,18 @@ def evaluate(
             summary["resolution"] = f"of each mask, by tiles of {side} x {side}"
         summary["groups"] = _groups(dataset, scores, class_names, metrics)
     return from_json(SplitScores, {"loss": sum(losses) / len(losses), **summary}, "scores")
+
+
+def _volumes(dataset: SegmentationDataset, scores: Sequence[Scores]) -> dict[str, Any]:
+    """The number and the mean Dice of the volumes; empty if there are none."""
+    counts: dict[Path, Tensor] = {}
+    for sample, own in zip(dataset.samples, scores, strict=True):
+        if sample.slice is not None:
+            counts[sample.image] = counts.get(sample.image, 0) + own["confusion"]
+    if not counts:
+        return {}
+    dice = dice_of(torch.stack([*counts.values()])).nanmean(0).nanmean()
+    return {"volumes": len(counts), "volume_dice": None if dice.isnan() else float(dice)}
 
 
 def _groups(

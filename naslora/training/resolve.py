@@ -27,7 +27,7 @@ from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.shipped import NONE, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
-from naslora.training.run_data import make_dataset
+from naslora.training.run_data import make_dataset, slicing_of
 from naslora.training.train_config import (
     LEARNING_BOUNDS,
     PROMPTABLE_BOUNDS,
@@ -76,7 +76,9 @@ def resolve(config: RunConfig, fit: bool = True) -> RunConfig:
     measured = len(data.channels) not in (0, 3) and data.channel_mean is None
     open_rate = training.steps is not None or training.learning_rate is None
     if fit and data.root and (open_rate or balanced or measured):
-        splits = load_splits(data.dataset, data.root, data.class_names, data.split, data.group)
+        splits = load_splits(
+            data.dataset, data.root, data.class_names, data.split, data.group, slicing_of(data)
+        )
         samples = splits["train"] + splits.get(OPTIONAL_SPLIT, [])
         bounds = PROMPTABLE_BOUNDS if config.task == "promptable" else LEARNING_BOUNDS
         training = fit_to_images(training, len(samples), bounds)
@@ -156,6 +158,9 @@ def _data(data: DataConfig) -> dict[str, Any]:
 def _channels(data: DataConfig) -> dict[str, Any]:
     """Names of the channels, and those that pictures show."""
     names, shown = data.channels, data.shown
+    if data.neighbours and not names:
+        names = tuple(f"slice {k:+d}" for k in range(-data.neighbours, data.neighbours + 1))
+        shown = shown or 3 * (names[data.neighbours],)
     if len(names) == 1 and names[0].isdigit():
         count = checked("channels", int(names[0]), Annotated[int, Meta(ge=1, le=MOST_CHANNELS)])
         names = tuple(f"channel {number}" for number in range(1, count + 1))

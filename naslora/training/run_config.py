@@ -75,6 +75,13 @@ class DataConfig(Settings):
     """Number of the images' channels, or their names: bands of a GeoTIFF, pages of a TIFF stack,
     NumPy arrays, or several files an image (columns `image`, `image2`, ...). The patch embedding is
     widened and trained, unless there are three. None makes RGB."""
+    slice_axis: Literal[0, 1, 2] = 2
+    """Axis of volumes along which slices are taken. NIfTI files (.nii, .nii.gz) are volumes."""
+    neighbours: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
+    """Slices on each side of a volume's slice that are further channels; of several files an image,
+    `channels` counts them all."""
+    tiff_volumes: bool = False
+    """TIFF files are volumes, too; a page is a slice along the axis 2."""
     shown: tuple[str, str, str] | None = None
     """Names, or numbers from 1, of the channels that are red, green and blue in pictures. None is
     the first three."""

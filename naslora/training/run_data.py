@@ -27,13 +27,14 @@ from naslora.data.layouts import OPTIONAL_SPLIT
 from naslora.data.objects import warnings_about_objects
 from naslora.data.picture import Intensity, parse_intensity
 from naslora.data.tiles import Tiles, fit_tiles
+from naslora.data.volumes import Slicing
 from naslora.errors import UserError, warn
 from naslora.methods import searches
 from naslora.records import read_record
 from naslora.sam.families import find_family
 from naslora.training.accelerator import in_main_process
 from naslora.training.progress import with_progress
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import DataConfig, RunConfig
 
 
 def prepare_data(
@@ -93,7 +94,8 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     if root is None:
         raise UserError("no data: give --data DIR")
     data = config.data
-    splits = load_splits(data.dataset, root, data.class_names, data.split, data.group)
+    how = slicing_of(data)
+    splits = load_splits(data.dataset, root, data.class_names, data.split, data.group, how)
     differences = count_differences(config.data.dataset, splits)
     if differences and os.environ.get("RANK", "0") == "0":
         warn(f"{root} is not the paper's {config.data.dataset}: {', '.join(differences)}")
@@ -140,6 +142,11 @@ def scaling_of(config: RunConfig) -> Intensity | None:
     """The scaling of images of more than 8 bits, as ``open_picture`` takes it."""
     words = config.data.intensity
     return None if words is None else parse_intensity(words)
+
+
+def slicing_of(data: DataConfig) -> Slicing:
+    """How volumes become images."""
+    return Slicing(data.slice_axis, data.neighbours, data.tiff_volumes)
 
 
 def shown_of(config: RunConfig) -> list[int]:
