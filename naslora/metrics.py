@@ -64,19 +64,11 @@ def image_scores(
     right = counts.diagonal(dim1=1, dim2=2)  # (B, K)
     both = counts.sum(1) + counts.sum(2)
     return {
-        "dice": dice_of(confusion),
+        "dice": (2 * right / both)[:, 1:],  # 0 / 0 is NaN: the class is in neither
         "iou": (right / (both - right))[:, 1:],
         "accuracy": right.sum(1) / counts.sum((1, 2)),
         "confusion": confusion,
     }
-
-
-def dice_of(confusion: Tensor) -> Tensor:
-    """The Dice of foreground classes, (..., C), of the ``confusion`` of ``image_scores``."""
-    counts = confusion.float()
-    both = counts.sum(-2) + counts.sum(-1)
-    dice = 2 * counts.diagonal(dim1=-2, dim2=-1) / both  # 0 / 0 is NaN: the class is in neither
-    return dice[..., 1:]
 
 
 def saliency_scores(probability: Tensor, target: Tensor) -> Scores:

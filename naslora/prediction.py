@@ -33,7 +33,7 @@ from naslora.data.rasters import (
 )
 from naslora.data.tiff import read_georeference, software_of
 from naslora.data.tiles import SMALLEST
-from naslora.data.volumes import is_nifti, is_volume, stem_of, write_volume
+from naslora.data.volumes import is_volume, stem_of, write_volume
 from naslora.errors import UserError, listing
 from naslora.files import replaced_file
 from naslora.instances import COCO_FILE, InstanceFinder
@@ -46,10 +46,7 @@ from naslora.settings import Count, checked
 from naslora.training.run_config import Pixels
 from naslora.training.run_data import check_with_progress, scaling_of, shown_of, slicing_of
 
-ENDINGS = (
-    *("_mask.png", "_overlay.png", "_mask.tif", "_probabilities.tif"),
-    *("_mask.nii.gz", "_probabilities.nii.gz"),
-)
+ENDINGS = "_mask.png", "_overlay.png", "_mask.tif", "_probabilities.tif"
 Overlap = Annotated[float, Meta(ge=0, le=0.5)]
 THREADS = 2
 """That read, and that write, beside the one of the model."""
@@ -169,9 +166,8 @@ def _predict(
     done: Callable[[Sample, UserError | None], None],
 ) -> Iterator[Path]:
     """Reads, computes and writes whole images at the same time, others in turn, volumes last."""
-    how = slicing_of(predictor.config.data)
-    volumes = [sample for sample in samples if is_volume(sample.image, how)]
-    samples = [sample for sample in samples if not is_volume(sample.image, how)]
+    volumes = [sample for sample in samples if is_volume(sample.image)]
+    samples = [sample for sample in samples if not is_volume(sample.image)]
     whole = isinstance(predictor, Predictor) and predictor.tiles is None
     size = batch_size if whole else 1
 
@@ -259,7 +255,7 @@ def _write(predictor: Predictor | InstanceFinder, output: Path, opened: _Opened)
         labels, kind = rows_of(found), found.dtype
     else:
         labels, kind = _segment_file(predictor, opened, output).rows, np.dtype(np.uint8)
-    mask, overlay, geotiff, *_ = _targets(sample.image, output)
+    mask, overlay, geotiff, _ = _targets(sample.image, output)
     size = picture.height, picture.width
     numbers = config.task == "promptable"
     foreground = np.uint8(255 if config.data.num_classes == 1 and not numbers else 1)
@@ -332,9 +328,7 @@ def _predict_volume(
             shares.append(np.concatenate(bands))
             if len(labels) == middle + 1:
                 shown = picture
-    _, overlay, mask, probabilities, *nifti = _targets(sample.image, output)
-    if is_nifti(sample.image):
-        mask, probabilities = nifti
+    _, overlay, mask, probabilities = _targets(sample.image, output)
     with replaced_file(overlay) as path:
         size, names = (shown.height, shown.width), ["background", *config.data.class_names]
         rgb = functools.partial(_rgb_rows, shown, shown_of(config))
@@ -380,11 +374,11 @@ def find_samples(inputs: Sequence[Path]) -> list[Sample]:
 
 def _is_own(image: Path) -> bool:
     """Returns whether ``predict_run`` wrote a file."""
+    if is_volume(image):
+        return image.name.endswith(("_mask.nii.gz", "_probabilities.nii.gz"))
     if not image.name.endswith(ENDINGS):
         return False
     try:
-        if is_nifti(image):
-            return True
         if image.suffix == ".tif":
             return software_of(image) == SOFTWARE
         with large_images(), open_image(image) as opened:
@@ -395,7 +389,8 @@ def _is_own(image: Path) -> bool:
 
 def _targets(image: Path, output: Path) -> list[Path]:
     """The files that may be written for an image, in the order of ``ENDINGS``."""
-    return [output / f"{stem_of(image)}{ending}" for ending in ENDINGS]
+    kind = ".nii.gz" if is_volume(image) else ".tif"
+    return [output / f"{stem_of(image)}{ending.replace('.tif', kind)}" for ending in ENDINGS]
 
 
 def _check_targets(images: Sequence[Path], output: Path, overwrite: bool) -> None:

@@ -358,7 +358,6 @@ def export_run(
         data.shown,
         data.slice_axis,
         data.neighbours,
-        data.tiff_volumes,
     )
     if quantize is None:
         with locked(output, folder=False):

@@ -93,12 +93,9 @@ class SegmentationDataset(Dataset[Item]):
         self.whole = self.crop is not None or self.tiles is not None
         palette_codes(self.palette, self.num_classes, self.ignore_index)  # raises if they misfit
         # The images' paths below their common folder; pictures and tables show them.
-        paths = [os.path.abspath(sample.image) for sample in self.samples]
+        paths = [os.path.abspath(sample.image) + sample.at for sample in self.samples]
         common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-        self.names = [
-            Path(path).relative_to(common).as_posix() + sample.at
-            for path, sample in zip(paths, self.samples, strict=True)
-        ]
+        self.names = [Path(path).relative_to(common).as_posix() for path in paths]
         # In shared memory, because persistent workers must see the change of the epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -163,12 +160,11 @@ class SegmentationDataset(Dataset[Item]):
         files = []
         for path in (*sample.files, sample.mask):
             with readable(f"{sample.origin}: {path}"):
-                if path is not None and sample.slice is None:
-                    files.append(path.read_bytes())
-                elif isinstance(path, Path):  # whose slices would each cost the time of the whole
-                    stat = path.stat()
-                    stamp = os.path.abspath(path), stat.st_mtime_ns, stat.st_size, sample.slice
+                if isinstance(path, Path) and sample.slice:  # whose bytes are those of all slices
+                    stamp = os.path.abspath(path), path.stat().st_mtime_ns, sample.slice
                     files.append(repr(stamp).encode())
+                elif path is not None:
+                    files.append(path.read_bytes())
         labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
         size = "whole" if self.whole else self.image_size
         how = (size, *labels, self.intensity, self.channels, self.objects)

@@ -18,7 +18,7 @@ from naslora.data.layouts import (
 )
 from naslora.data.paper_sets import PAPER_SETS
 from naslora.data.splits import group_members, split_samples
-from naslora.data.volumes import Slice, Slicing, check_volume, is_volume
+from naslora.data.volumes import DEFAULT_SLICING, Slice, Slicing, check_volume, is_volume
 from naslora.errors import UserError
 
 DATASETS: dict[str, DataSet] = {
@@ -36,7 +36,7 @@ def load_splits(
     class_names: Sequence[str] = (),
     shares: Sequence[float] | None = None,
     group: str = GROUP,
-    how: Slicing = Slicing(),  # noqa: B008
+    how: Slicing = DEFAULT_SLICING,
 ) -> Splits:
     """Locates the files of a data set. It decodes no image.
 
@@ -73,11 +73,7 @@ def load_splits(
 
 
 def load_all(
-    source: str,
-    root: Path,
-    option: str,
-    group: str = GROUP,
-    how: Slicing = Slicing(),  # noqa: B008
+    source: str, root: Path, option: str, group: str = GROUP, how: Slicing = DEFAULT_SLICING
 ) -> list[Sample]:
     """Locates all samples of a data set, of all splits, so that others can be drawn.
 
@@ -108,21 +104,14 @@ def slices_of(samples: Sequence[Sample], how: Slicing) -> list[Sample]:
     """Replaces volumes by their slices, which are a group if they have none.
 
     Raises:
-        UserError: as ``check_volume``; a mask is no volume.
+        UserError: as ``check_volume``.
     """
     found = []
     for sample in samples:
-        if not is_volume(sample.image, how):
+        if not is_volume(sample.image):
             found.append(sample)
             continue
-        mask = [] if sample.mask is None else [sample.mask]
-        files = [path for path in (*sample.files, *mask) if isinstance(path, Path)]
-        for path in files:
-            if not is_volume(path, how):
-                raise UserError(
-                    f"{sample.origin}: {sample.image} is a volume, and {path} is none; save it as "
-                    "NIfTI"
-                )
+        files = [path for path in (*sample.files, sample.mask) if isinstance(path, Path)]
         shape = check_volume(files, sample.origin)
         whole = sample._replace(group=sample.group or str(sample.image))
         found += [whole._replace(slice=Slice(index, how)) for index in range(shape[how.axis])]

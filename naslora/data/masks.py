@@ -132,9 +132,6 @@ def read_numbers(
     """
     where = f"{sample.origin}: mask {sample.mask}{sample.at}"
     assert isinstance(sample.mask, Path)
-    if sample.slice is not None:
-        values = _voxels(sample.mask, sample.slice, where)
-        return values, _blank(values, ignore_index)
     image, lossy, shortened = open_upright(content or sample.mask, where)
     if lossy or shortened:
         raise UserError(

@@ -90,9 +90,8 @@ class Description:
     """Names of the channels as ``DataConfig.channels``; empty for RGB. So is ``shown``."""
     shown: tuple[str, str, str] | None = None
     slice_axis: int = 2
-    """As in ``DataConfig``, and so are ``neighbours`` and ``tiff_volumes``."""
+    """As in ``DataConfig``, and so is ``neighbours``."""
     neighbours: int = 0
-    tiff_volumes: bool = False
 
 
 def text_of(description: Description) -> str:

@@ -21,7 +21,7 @@ from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
 from naslora.data.tiles import Grid
-from naslora.metrics import METRICS, Scores, dice_of, further_scores, image_scores, summarise
+from naslora.metrics import METRICS, Scores, further_scores, image_scores, summarise
 from naslora.records import from_json
 from naslora.results import GroupScores, SplitScores
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
@@ -123,7 +123,9 @@ def _volumes(dataset: SegmentationDataset, scores: Sequence[Scores]) -> dict[str
             counts[sample.image] = counts.get(sample.image, 0) + own["confusion"]
     if not counts:
         return {}
-    dice = dice_of(torch.stack([*counts.values()])).nanmean(0).nanmean()
+    total = torch.stack([*counts.values()])  # (V, K, K)
+    right = total.diagonal(dim1=1, dim2=2)
+    dice = (2 * right / (total.sum(1) + total.sum(2)))[:, 1:].nanmean(0).nanmean()
     return {"volumes": len(counts), "volume_dice": None if dice.isnan() else float(dice)}
 
 

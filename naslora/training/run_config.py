@@ -80,8 +80,6 @@ class DataConfig(Settings):
     neighbours: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
     """Slices on each side of a volume's slice that are further channels; of several files an image,
     `channels` counts them all."""
-    tiff_volumes: bool = False
-    """TIFF files are volumes, too; a page is a slice along the axis 2."""
     shown: tuple[str, str, str] | None = None
     """Names, or numbers from 1, of the channels that are red, green and blue in pictures. None is
     the first three."""
