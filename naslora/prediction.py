@@ -95,8 +95,7 @@ def predict_run(
             are not read. Masks and overlays of an earlier call in such a folder are no images.
         output: created if needed; gets NAME_mask.png and NAME_overlay.png. For an image with a
             georeference it also gets NAME_mask.tif, which has the same. A volume gets
-            NAME_mask.nii.gz, with the class indices in its geometry, and the overlay of its middle
-            slice.
+            NAME_mask.nii.gz, class indices in its geometry, and the overlay of its middle slice.
         on_error: called with the error of an image that cannot be read; the other images are
             segmented. If None, every image is read before the first mask is written, and the
             first error is raised.
@@ -313,8 +312,7 @@ def _predict_volume(
         raise UserError(f"--instances takes images, and {sample.image} is a volume")
     config, kind = predictor.config, predictor.outputs.probabilities
     how = slicing_of(config.data)
-    slices = slices_of([sample], how)
-    labels, shares, middle = [], [], len(slices) // 2
+    slices, labels, shares = slices_of([sample], how), [], []
     for start in range(0, len(slices), batch_size):
         batch = [_read(predictor, own) for own in slices[start : start + batch_size]]
         for opened in _with_scores(predictor, batch):
@@ -326,12 +324,11 @@ def _predict_volume(
             picture.check_channels()
             labels.append(file.rows(0, picture.height))
             shares.append(np.concatenate(bands))
-            if len(labels) == middle + 1:
-                shown = picture
     _, overlay, mask, probabilities = _targets(sample.image, output)
+    middle, names = len(slices) // 2, ["background", *config.data.class_names]
+    rgb = functools.partial(_rgb_rows, _read(predictor, slices[middle]).picture, shown_of(config))
     with replaced_file(overlay) as path:
-        size, names = (shown.height, shown.width), ["background", *config.data.class_names]
-        rgb = functools.partial(_rgb_rows, shown, shown_of(config))
+        size = labels[middle].shape
         write_png(path, size, paint_bands(rgb, rows_of(labels[middle]), size, names))
     for target, parts in [(mask, labels), *([(probabilities, shares)] if kind else [])]:
         with replaced_file(target) as path:

@@ -16,6 +16,8 @@ from naslora.data.masks import read_mask
 from naslora.data.picture import Intensity
 from naslora.data.splits import draw_folds, write_splits
 from naslora.data.volumes import Slicing, read_slice, write_volume
+from naslora.training.resolve import resolve
+from naslora.training.run_config import RunConfig
 
 SHAPE = 16, 12, 6
 WINDOW = ("--intensity", "window", "-100", "300")
@@ -170,6 +172,11 @@ def test_bad_voxels(tmp_path):
 
 
 # --- runs
+
+
+def test_prompts_take_no_neighbours():
+    options = {"task": "promptable", "data": {"neighbours": 1}}
+    assert "neighbours 1 needs --task semantic" in error_of(resolve, RunConfig.from_dict(options))
 
 
 def test_a_run_on_volumes(naslora, tiny_sam, tmp_path):

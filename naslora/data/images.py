@@ -101,11 +101,11 @@ def open_picture(
     for path, file in zip(sample.files, files, strict=True):
         where = f"{sample.origin}: image {path}{sample.at}"
         if sample.slice is not None:
-            sources.append(source_of(read_slice(path, sample.slice, where)))
+            sources.append(source_of_array(read_slice(path, sample.slice, where)))
             continue
         with readable(where):
             source = _open_array(file, where) or open_tiff(file, where, most)
-        sources.append(source or source_of_image(open_upright(file, where).image))
+        sources.append(source or source_of(open_upright(file, where).image))
     where = f"{sample.origin}: image {sample.image}{sample.at}"
     return Picture(joined(sources, where), where, intensity, channels)
 
@@ -119,16 +119,16 @@ def _open_array(file: Path | io.BytesIO, where: str) -> Source | None:
         array = np.moveaxis(array, 0, 2)
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
         raise ImageError(f"{where} holds {array.dtype} of {array.ndim} axes, and no image")
-    return source_of(array)
+    return source_of_array(array)
 
 
-def source_of(array: np.ndarray) -> Source:
+def source_of_array(array: np.ndarray) -> Source:
     """The pixels of an array, (H, W) or (H, W, C)."""
     height, width = array.shape[:2]
     return Source(height, width, lambda top, bottom, left, right: array[top:bottom, left:right])
 
 
-def source_of_image(image: Image.Image) -> Source:
+def source_of(image: Image.Image) -> Source:
     """The pixels of an image of Pillow: greys of any number of bits, or RGB."""
 
     def values(top: int, bottom: int, left: int, right: int) -> np.ndarray:

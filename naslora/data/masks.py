@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor
 
-from naslora.data.images import Annotation, Encoding, Sample, open_upright, source_of_image
+from naslora.data.images import Annotation, Encoding, Sample, Upright, open_upright, source_of
 from naslora.data.picture import Picture
 from naslora.data.regions import draw_annotation
-from naslora.data.volumes import Slice, read_slice
+from naslora.data.volumes import read_slice
 from naslora.errors import UserError, listing
 
 IGNORED = 255
@@ -66,9 +66,7 @@ def read_mask(
     if isinstance(sample.mask, Annotation):
         return draw_annotation(sample.mask.content, IGNORED, where)
     codes = palette_codes(palette, num_classes, ignore_index)
-    if sample.slice is not None:
-        return _indices(_voxels(sample.mask, sample.slice, where), num_classes, ignore_index, where)
-    image, lossy, shortened = open_upright(content or sample.mask, where)
+    image, lossy, shortened = _open(sample, sample.mask, content, where)
     if shortened:
         raise UserError(
             f"{where} has colours of 16 bits, of which 8 are read; save it with 8 bits, or as greys"
@@ -86,34 +84,16 @@ def read_mask(
         values = _pixel_values(image, where)
         if values.ndim == 3 and not lossy and (values == values[..., :1]).all():
             values = values[..., 0]
-        return _indices(values, num_classes, ignore_index, where, lossy)
+        if ignore_index is None and 2 < num_classes <= IGNORED:
+            ignore_index = IGNORED
+        ignored = _blank(values, ignore_index)
+        found = _decode_values(values, num_classes, lossy, where)
     else:
         values = _rgb(image, where)
         ignored = _blank(values, ignore_index)
         found = _decode_encoded(values, sample.encoding, image, where)
     labels = found.astype(np.int32, copy=False)
     return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
-
-
-def _indices(
-    values: np.ndarray, num_classes: int, ignore_index: int | None, where: str, lossy: bool = False
-) -> np.ndarray:
-    """Class indices of the grey values, or colours, of a mask."""
-    if ignore_index is None and 2 < num_classes <= IGNORED:
-        ignore_index = IGNORED
-    ignored = _blank(values, ignore_index)
-    labels = _decode_values(values, num_classes, lossy, where).astype(np.int32, copy=False)
-    return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
-
-
-def _voxels(path: Path, cut: Slice, where: str) -> np.ndarray:
-    """The labels of a slice, (H, W) int32."""
-    alone = cut._replace(how=cut.how._replace(neighbours=0))
-    values = read_slice(path, alone, where)[..., 0]
-    labels = np.nan_to_num(values).astype(np.int32)
-    if (labels != values).any():
-        raise UserError(f"{where} has values that are no whole numbers; save it as class indices")
-    return labels
 
 
 def read_numbers(
@@ -132,7 +112,7 @@ def read_numbers(
     """
     where = f"{sample.origin}: mask {sample.mask}{sample.at}"
     assert isinstance(sample.mask, Path)
-    image, lossy, shortened = open_upright(content or sample.mask, where)
+    image, lossy, shortened = _open(sample, sample.mask, content, where)
     if lossy or shortened:
         raise UserError(
             f"{where} does not keep the objects' numbers; save it as PNG of one channel"
@@ -142,8 +122,20 @@ def read_numbers(
     return (_pack(values) if values.ndim == 3 else values), ignored
 
 
+def _open(sample: Sample, path: Path, content: io.BytesIO | None, where: str) -> Upright:
+    """Opens a mask, of a volume the slice."""
+    if sample.slice is None:
+        return open_upright(content or path, where)
+    alone = sample.slice.how._replace(neighbours=0)
+    values = read_slice(path, sample.slice._replace(how=alone), where)[..., 0]
+    labels = np.nan_to_num(values).astype(np.int32)
+    if (labels != values).any():
+        raise UserError(f"{where} has values that are no whole numbers; save it as class indices")
+    return Upright(Image.fromarray(labels), lossy=False, shortened=False)
+
+
 def _rgb(image: Image.Image, where: str) -> np.ndarray:
-    return Picture(source_of_image(image), where).rows()
+    return Picture(source_of(image), where).rows()
 
 
 def _pixel_values(image: Image.Image, where: str) -> np.ndarray:

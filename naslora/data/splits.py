@@ -73,8 +73,7 @@ def group_members(samples: Sequence[Sample]) -> list[list[int]]:
 
 
 def write_splits(folder: Path, splits: Splits) -> None:
-    """Writes a CSV file a split, which ``read_csv`` reads: absolute paths, no groups. A volume has
-    one row."""
+    """Writes a CSV file a split, which ``read_csv`` reads: absolute paths, no groups."""
     for split, samples in splits.items():
         rows = []
         for sample in {own.image: own for own in samples}.values():

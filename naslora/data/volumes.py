@@ -49,10 +49,7 @@ def stem_of(path: Path) -> str:
 
 
 def check_volume(files: Sequence[Path], where: str) -> tuple[int, ...]:
-    """Reads the headers of a volume, and of those that lie on it, such as its mask.
-
-    Returns:
-        The shape.
+    """Returns the shape of a volume, and of those that lie on it, such as its mask.
 
     Raises:
         UserError: nibabel is not installed.
@@ -111,7 +108,6 @@ def write_volume(path: Path, source: Path, slices: Sequence[np.ndarray], axis: i
     """Writes slices as a volume with the geometry of another one, as compressed NIfTI.
 
     Args:
-        path: the file.
         source: its header is taken, except for the type of the numbers and their range.
         slices: (H, W) or (H, W, K) numbers, as ``read_slice`` turns them.
         axis: as in ``Slicing``.

@@ -109,9 +109,9 @@ def read_config(path: Path) -> RunConfig:
 def check_promptable(data: DataConfig) -> None:
     """Refuses what promptable runs do not have: windows cut objects, and so do tiles. SAM's
     predictor takes RGB."""
-    fields = ("crop", data.crop), ("resolution", data.resolution), ("channels", data.channels)
-    for name, value in fields:
-        if value not in (None, "network", ()):
+    for name in ("crop", "resolution", "channels", "neighbours"):
+        value = getattr(data, name)
+        if value not in (None, "network", (), 0):
             raise UserError(f"{name} {value} needs --task semantic; drop --{name}")
 
 
