@@ -22,7 +22,7 @@ COLUMNS = "image", "status", "model"
 
 
 class Manifest:
-    """Lists images as they are done. A context: it opens the file of this process.
+    """Lists images as they are done. A context, which closes the file of this process.
 
     Args:
         output: the folder.
@@ -42,6 +42,7 @@ class Manifest:
         self.model = _identity(models, settings)
         self.resume = resume
         self._done: set[str] = set()
+        self._file: Any = None  # opened by the first image, so that a model that fails leaves none
         for path in output.glob("manifest*.csv") if resume else ():
             with reading(path, "is no manifest"), path.open(encoding="utf-8", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["model"]]  # a line cut short
@@ -56,23 +57,23 @@ class Manifest:
         return os.path.abspath(sample.image) in self._done
 
     def __enter__(self) -> "Manifest":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not (self.resume and self.path.exists())
-        self._file = self.path.open("w" if fresh else "a", encoding="utf-8", newline="")
-        self._rows: Any = csv.writer(self._file, lineterminator="\n")
-        if fresh:
-            self._rows.writerow(COLUMNS)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: Any, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def add(self, sample: Sample, error: UserError | None) -> None:
         """Adds an image that is done, or that cannot be read."""
         status = DONE if error is None else one_line(str(error))
-        self._rows.writerow([os.path.abspath(sample.image), status, self.model])
+        rows = [(os.path.abspath(sample.image), status, self.model)]
+        if self._file is None:
+            fresh = not (self.resume and self.path.exists())
+            self._file = self.path.open("w" if fresh else "a", encoding="utf-8", newline="")
+            rows = [COLUMNS, *rows] if fresh else rows
+        csv.writer(self._file, lineterminator="\n").writerows(rows)
         self._file.flush()
 
 

@@ -198,7 +198,7 @@ def test_predict_files_and_folders(naslora, run, tmp_path):
         mask = Image.open(tmp_path / "o" / f"{stem}_mask.png")
         assert mask.size == size and set(np.unique(mask)) <= {0, 1, 2}
         assert Image.open(tmp_path / "o" / f"{stem}_overlay.png").size == size
-    assert len(list((tmp_path / "o").iterdir())) == 6
+    assert len(list((tmp_path / "o").glob("*.png"))) == 6
 
 
 # --- Resuming: tests/reliability/test_kills.py has runs that were interrupted ---
