@@ -257,7 +257,7 @@ def _made_here(
 def _made_by_jobs(
     study: Study, pending: Sequence[Run], outcomes: Outcomes
 ) -> Iterator[tuple[Run, RunNumbers | Exception]]:
-    """The same with all runs as jobs at once, but for those that wait for the runs that tune."""
+    """The same by jobs. All start at once, except runs that wait for their tuning."""
     waiting, running = [*pending], dict[Path, Job]()
     by_folder = {run.folder: run for run in pending}
     with jobs(study.launch, study.output) as submit:

@@ -97,8 +97,8 @@ class TrainConfig(Settings):
     """The epoch whose weights the run keeps: the `last` one, or the one that is `best` on the
     validation images. On few images the best is luck."""
     patience: Index = 0
-    """Stop once so many epochs have not raised the validation Dice, counted from the start of the
-    search at the earliest. Needs `keep` `best`. 0 trains all epochs."""
+    """Stop after so many epochs without a higher validation Dice. Epochs before the search do not
+    count. Needs `keep` `best`. 0 trains all epochs."""
     anneal_epochs: Index = 0
     """Number of last epochs that anneal the cell to its pointwise part, so that merging with
     `center` is exact. The share of the neighbours falls over the first half of them and is zero
