@@ -297,7 +297,8 @@ def predict(
         batch_size,
         resume,
     )
-    print(f"wrote {len(written)} masks and overlays to {output}")
+    kinds = "masks and overlays" if outputs.overlays else "masks"
+    print(f"wrote {len(written)} {kinds} to {output}")
     for error in errors:
         print(f"naslora: skipped: {one_line(str(error))}", file=sys.stderr)
     if errors:

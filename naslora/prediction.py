@@ -256,20 +256,13 @@ def _write(predictor: Predictor | InstanceFinder, output: Path, opened: _Opened)
         labels, kind = _segment_file(predictor, opened, output).rows, np.dtype(np.uint8)
     mask, overlay, geotiff, _ = _targets(sample.image, output)
     size = picture.height, picture.width
-    numbers = config.task == "promptable"
-    foreground = np.uint8(255 if config.data.num_classes == 1 and not numbers else 1)
+    binary = config.data.num_classes == 1 and config.task == "semantic"
+    foreground = np.uint8(255 if binary else 1)
     with replaced_file(mask) as file:
         indexed = foreground == 1 and kind == np.uint8
         colours = [(0, 0, 0), *map(class_colour, range(1, 256))] if indexed else None
         write_png(file, size, _times(labels, size, foreground), colours)
-    with replaced_file(overlay) as file:
-        names = ["background", *config.data.class_names]
-        shown = labels
-        if numbers:
-            turned, names = in_turn(labels(0, picture.height))
-            shown = rows_of(turned)
-        rgb = functools.partial(_rgb_rows, picture, shown_of(config))
-        write_png(file, size, paint_bands(rgb, shown, size, names))
+    _write_overlay(predictor, picture, labels, overlay)
     if georeference:
         with replaced_file(geotiff) as file:
             bands = _times(labels, size, foreground)
@@ -325,23 +318,34 @@ def _predict_volume(
             labels.append(file.rows(0, picture.height))
             shares.append(np.concatenate(bands))
     _, overlay, mask, probabilities = _targets(sample.image, output)
-    middle, names = len(slices) // 2, ["background", *config.data.class_names]
-    rgb = functools.partial(_rgb_rows, _read(predictor, slices[middle]).picture, shown_of(config))
-    with replaced_file(overlay) as path:
-        size = labels[middle].shape
-        write_png(path, size, paint_bands(rgb, rows_of(labels[middle]), size, names))
+    middle = len(slices) // 2
+    picture = _read(predictor, slices[middle]).picture
+    _write_overlay(predictor, picture, rows_of(labels[middle]), overlay)
     for target, parts in [(mask, labels), *([(probabilities, shares)] if kind else [])]:
         with replaced_file(target) as path:
             write_volume(path, sample.image, parts, how.axis)
     return mask
 
 
+def _write_overlay(
+    predictor: Predictor | InstanceFinder, picture: Picture, labels: Rows, path: Path
+) -> None:
+    """Paints the labels on the image, if that is wanted."""
+    config, size = predictor.config, (picture.height, picture.width)
+    if isinstance(predictor, Predictor) and not predictor.outputs.overlays:
+        return
+    names = ["background", *config.data.class_names]
+    if config.task == "promptable":
+        turned, names = in_turn(labels(0, picture.height))
+        labels = rows_of(turned)
+    shown = shown_of(config)
+    with replaced_file(path) as file:
+        pixels = lambda top, bottom: picture.rows(top, bottom)[..., shown]  # noqa: E731
+        write_png(file, size, paint_bands(pixels, labels, size, names))
+
+
 def _stored(kind: str, probabilities: np.ndarray) -> np.ndarray:
     return np.rint(255 * probabilities).astype(np.uint8) if kind == "uint8" else probabilities
-
-
-def _rgb_rows(picture: Picture, shown: list[int], top: int, bottom: int) -> np.ndarray:
-    return picture.rows(top, bottom)[..., shown]
 
 
 # ---- Files ---------------------------------------------------------------------------------------

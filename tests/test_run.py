@@ -189,16 +189,19 @@ def test_predict_files_and_folders(naslora, run, tmp_path):
     for name, size in sizes.items():
         pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)
-    result = naslora(
-        "predict", run, tmp_path / "in", tmp_path / "c.png", "--output", tmp_path / "o"
-    )
-    assert result.status == 0 and "wrote 3 masks" in result.out
+    command = "predict", run, tmp_path / "in", tmp_path / "c.png", "--output"
+    result = naslora(*command, tmp_path / "o")
+    assert result.status == 0 and "wrote 3 masks and overlays" in result.out
     for name, size in sizes.items():
         stem = name.split("/")[-1][0]
         mask = Image.open(tmp_path / "o" / f"{stem}_mask.png")
         assert mask.size == size and set(np.unique(mask)) <= {0, 1, 2}
         assert Image.open(tmp_path / "o" / f"{stem}_overlay.png").size == size
     assert len(list((tmp_path / "o").glob("*.png"))) == 6
+    result = naslora(*command, tmp_path / "p", "--no-overlays")
+    assert result.status == 0 and "wrote 3 masks to" in result.out
+    for mask in (tmp_path / "p").glob("*.png"):
+        assert mask.read_bytes() == (tmp_path / "o" / mask.name).read_bytes()
 
 
 # --- Resuming: tests/reliability/test_kills.py has runs that were interrupted ---

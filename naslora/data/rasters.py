@@ -17,7 +17,7 @@ from naslora.settings import Settings, Share
 SOFTWARE = "naslora predict"
 """The program's name in the files that it writes, by which it knows them."""
 COMPRESSION = 3
-"""zlib's level. Photographs are as small as with its 6, in a third of the time."""
+"""zlib's level in TIFF files. Photographs are as small as with its 6, in a third of the time."""
 STRIP = 64
 """Rows of a piece of a TIFF file."""
 Rows = Callable[[int, int], np.ndarray]
@@ -32,6 +32,9 @@ class OutputConfig(Settings):
     """Also write NAME_probabilities.tif: a band for each class, the foreground alone of two, in [0,
     1] or 0 to 255. With `flips` or `members`, one more band is the uncertainty: the largest
     standard deviation of a class's probability over them."""
+    overlays: bool = True
+    """Write NAME_overlay.png, the image with the mask painted over it. Half of the processor time
+    beside the model's goes into it."""
     threshold: Share = 0.5
     """Probability that the foreground must exceed, of two classes."""
     flips: bool = False
@@ -94,7 +97,9 @@ def write_png(
             checksum = zlib.crc32(data, zlib.crc32(kind))
             file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum))
 
-        compressor, above = zlib.compressobj(COMPRESSION), None
+        # Runs alone, without a search for other repetitions: photographs become 13 % larger, in 0.4
+        # of the time.
+        compressor, above = zlib.compressobj(strategy=zlib.Z_RLE), None
         for band in bands:
             big = np.ascontiguousarray(band, band.dtype.newbyteorder(">"))
             rows = big.view(np.uint8).reshape(len(band), -1)
