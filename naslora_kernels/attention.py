@@ -2,7 +2,7 @@
 
 Every backend that serves ``rel_pos_attention`` has two operators in its namespace. This module
 states their schemas and their shapes once, as ``ops.py`` does for the cell. The forward keeps its
-operands, o and two numbers for each query. Nothing of N x N numbers is kept.
+operands, o and two numbers for each query. The matrix of scores is not kept.
 """
 
 from collections.abc import Callable, Mapping

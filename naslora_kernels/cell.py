@@ -51,14 +51,14 @@ class LoRALinear(NamedTuple):
 
 
 class AttentionOperands(NamedTuple):
-    """The differentiable arguments of attention. d are the features of a head, N = H W tokens."""
+    """The differentiable arguments of attention. N queries, H W keys, d features a head."""
 
     q: Tensor
     """(B, heads, N, d)."""
     k: Tensor
-    """(B, heads, N, d)."""
+    """(B, heads, H W, d)."""
     v: Tensor
-    """(B, heads, N, d)."""
+    """(B, heads, H W, d)."""
     rel_h: Tensor
     """(B, heads, N, H): what each query adds to the scores of each row of keys."""
     rel_w: Tensor

@@ -118,15 +118,14 @@ def check_attention(
     if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(map(_is_integer, grid)):
         raise TypeError(f"grid: expected two integers (H, W), got {grid!r}")
     height, width = grid
-    if height < 1 or width < 1 or height * width != q.shape[2]:
-        raise ValueError(
-            f"grid: expected (H, W) with H W = {q.shape[2]}, the tokens of q, got {tuple(grid)}"
-        )
-    sizes = {"k": q.shape[3], "v": q.shape[3], "rel_h": height, "rel_w": width}
-    for (name, size), tensor in zip(sizes.items(), operands[1:], strict=True):
+    if height < 1 or width < 1:
+        raise ValueError(f"grid: expected (H, W) of at least 1, got {tuple(grid)}")
+    keys = (*q.shape[:2], height * width, q.shape[3])
+    biases = [(*q.shape[:3], size) for size in (height, width)]
+    shapes = {"k": keys, "v": keys, "rel_h": biases[0], "rel_w": biases[1]}
+    for (name, expected), tensor in zip(shapes.items(), operands[1:], strict=True):
         _check_tensor(name, tensor)
         _check_same_dtype(name, tensor, q, "q")
-        expected = (*q.shape[:3], size)
         if tensor.shape != expected:
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
         if tensor.device != q.device:

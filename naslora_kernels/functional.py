@@ -222,9 +222,9 @@ def rel_pos_attention(
 ) -> Tensor:
     """Computes SAM's attention with decomposed relative positions.
 
-    For queries ij and keys kl of an (H, W) grid of N = H W tokens in row-major order:
+    For N queries n and keys kl of an (H, W) grid in row-major order:
 
-        S[ij, kl] = scale q_ij k_kl + rel_h[ij, k] + rel_w[ij, l]
+        S[n, kl] = scale q_n k_kl + rel_h[n, k] + rel_w[n, l]
         o = softmax(S) v
 
     The result is differentiable in q, k, v, rel_h and rel_w. S is not kept: the backward recomputes
@@ -235,9 +235,10 @@ def rel_pos_attention(
     Args:
         q: (B, heads, N, d) queries in float32, float64, bfloat16 or float16. Any strides. B may be
             0. Nothing is copied if the features are contiguous, as those of a joint projection are.
-        k, v: (B, heads, N, d) keys and values, in the dtype of q.
+            SAM's are all tokens of the grid, N = H W; they may be fewer.
+        k, v: (B, heads, H W, d) keys and values, in the dtype of q.
         rel_h: (B, heads, N, H) what a query adds to its scores for each row of keys, in the dtype
-            of q. SAM's is q_ij R_h[i - k], with q not scaled.
+            of q. SAM's is q R_h[i - k] for a query in row i, q not scaled.
         rel_w: (B, heads, N, W) the same for each column of keys.
         grid: (H, W).
         scale: the factor of q k^T. None takes d ** -0.5.

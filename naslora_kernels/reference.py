@@ -90,7 +90,7 @@ def folded_linear(
 
 
 def rel_pos_attention(operands: AttentionOperands, scale: float) -> Tensor:
-    """o = softmax(S) v with S[ij, kl] = scale q_ij k_kl + rel_h[ij, k] + rel_w[ij, l].
+    """o = softmax(S) v with S[n, kl] = scale q_n k_kl + rel_h[n, k] + rel_w[n, l].
 
     16-bit inputs are computed in float32 and rounded once, at the end.
     """

@@ -277,18 +277,21 @@ def layer_case(grid, c_in, c_out, rank, c, seed=0, bias=True, scaling=1.5):
     return Case("nas_lora_linear", {**arguments, **parameters}, options, draw(*grid, c_out))
 
 
-def attention_case(batch, heads, grid, features, seed=0):
-    """A random ``rel_pos_attention`` in float64."""
+def attention_case(batch, heads, grid, features, queries=None, seed=0):
+    """A random ``rel_pos_attention`` in float64, of so many queries; None for one of each key."""
     generator = torch.Generator().manual_seed(seed)
     height, width = grid
-    rows = (batch, heads, height * width)
+    keys = height * width
+    queries = keys if queries is None else queries
 
-    def draw(size):
-        return torch.randn(*rows, size, generator=generator, dtype=torch.float64)
+    def draw(tokens, size):
+        shape = (batch, heads, tokens, size)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    sizes = {"q": features, "k": features, "v": features, "rel_h": height, "rel_w": width}
-    arguments = {name: draw(size) for name, size in sizes.items()}
-    return Case("rel_pos_attention", arguments, {"grid": grid}, draw(features))
+    arguments = {"q": draw(queries, features)}
+    arguments |= {name: draw(keys, features) for name in ("k", "v")}
+    arguments |= {"rel_h": draw(queries, height), "rel_w": draw(queries, width)}
+    return Case("rel_pos_attention", arguments, {"grid": grid}, draw(queries, features))
 
 
 def without_max_pool(case):
@@ -304,7 +307,7 @@ KINDS = {
     "folded cell": lambda grid, seed=0: cell_case((*grid, 5), 2, seed),
     "separable cell": lambda grid, seed=0: cell_case((*grid, 5), 4, seed),
     "layer": lambda grid, seed=0: layer_case(grid, 8, 8, 4, 2, seed),
-    "attention": lambda grid, seed=0: attention_case(grid[0], 2, grid[1:], 6, seed),
+    "attention": lambda grid, seed=0: attention_case(grid[0], 2, grid[1:], 6, seed=seed),
 }
 
 

@@ -50,11 +50,15 @@ def case_for(target, usual, simulated):
     return attention_case(*(simulated if target.simulated else usual))
 
 
-# batch, heads, (H, W), d: windows of SAM, the 1024 tokens of a head's parts and blocks and more,
+# batch, heads, (H, W), d and the queries, if they are not those of the grid: windows of SAM, whole
+# and cut by the edge of an image, the 1024 tokens of a head's parts and blocks and more,
 # the widths of heads of ViT-B, ViT-H and TinyViT, grids that are no square, one row or column wider
 # than a block of keys, sizes that fill no vector, more columns than a tile has, no image.
 SHAPES = [
     (2, 3, (14, 14), 64),
+    (2, 3, (14, 14), 64, 28),
+    (1, 2, (14, 14), 80, 4),
+    (1, 1, (3, 5), 16, 1030),
     (1, 1, (32, 32), 80),
     (1, 1, (33, 34), 32),
     (2, 2, (7, 7), 32),
@@ -71,13 +75,14 @@ SHAPES = [
 # of lanes.
 SIMULATED_SHAPES = [
     (1, 2, (5, 9), 64),
+    (1, 2, (5, 9), 64, 20),
     (1, 1, (9, 5), 80),
     (1, 1, (7, 7), 32),
     (3, 1, (2, 3), 1),
 ]
 # More columns than Triton's tiles have at 80 features, very wide heads, no image.
 EDGES = [(1, 1, (2, 18), 80), (1, 1, (2, 3), 300), (0, 2, (3, 4), 8)]
-LONG_SHAPES = [(1, 1, (9, 5), 33), (2, 2, (7, 7), 32), (1, 1, (4, 17), 80)]
+LONG_SHAPES = [(1, 1, (8, 8), 16, 72), (1, 1, (9, 5), 33), (2, 2, (7, 7), 32), (1, 1, (4, 17), 80)]
 QUICK = [
     *itertools.product(SIMULATED_SHAPES, DTYPES[::2]),  # float32 and bfloat16
     *itertools.product(EDGES, DTYPES[:1]),
@@ -203,7 +208,9 @@ WRONG = {
     "mixed dtypes": (TypeError, {"rel_w": torch.ones(2, 2, 12, 4).double()}, "rel_w: .*float64"),
     "other keys": (ValueError, {"k": torch.ones(2, 2, 11, 5)}, r"k: .*\(2, 2, 12, 5\), got"),
     "swapped": (ValueError, {"grid": (4, 3)}, r"rel_h: .*\(2, 2, 12, 4\), got \(2, 2, 12, 3\)"),
-    "other grid": (ValueError, {"grid": (3, 3)}, "grid: .*H W = 12, the tokens of q, got"),
+    "other queries": (ValueError, {"q": torch.ones(2, 2, 7, 5)}, r"rel_h: .*\(2, 2, 7, 3\), got"),
+    "other grid": (ValueError, {"grid": (3, 3)}, r"k: .*\(2, 2, 9, 5\), got \(2, 2, 12, 5\)"),
+    "no grid": (ValueError, {"grid": (0, 4)}, r"grid: .*at least 1, got \(0, 4\)"),
     "no pair": (TypeError, {"grid": 12}, "grid: expected two integers"),
     "devices": (ValueError, {"v": torch.ones(2, 2, 12, 5, device="meta")}, "v: expected device"),
     "infinite": (ValueError, {"scale": math.inf}, "scale: expected a finite number"),

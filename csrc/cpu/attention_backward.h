@@ -103,7 +103,8 @@ struct BackwardParts {
   void store_keys(const A* from, const KeyBlock& keys, int64_t task, const Buffer<A>& sums, A scale,
                   void* out) const {
     if (plan.parts == 1)
-      return store_rows<S, A>(from, plan.width, keys.count, scale, a, task, keys.first, out);
+      return store_rows<S, A>(from, plan.width, keys.count, scale, a, task, plan.tokens, keys.first,
+                              out);
     A* to = sums.data() + task * head_size + keys.first * a.dim;
     for (int64_t j = 0; j < keys.count; ++j)
       for (int64_t c = 0; c < a.dim; ++c) to[j * a.dim + c] = scale * from[j * plan.width + c];
@@ -113,7 +114,7 @@ struct BackwardParts {
     A* total = sums.data() + head * plan.parts * head_size;
     for (int64_t part = 1; part < plan.parts; ++part)
       for (int64_t i = 0; i < head_size; ++i) total[i] += total[part * head_size + i];
-    store_rows<S, A>(total, a.dim, plan.tokens, 1, a, head, 0, out);
+    store_rows<S, A>(total, a.dim, plan.tokens, 1, a, head, plan.tokens, 0, out);
   }
 };
 
@@ -219,8 +220,8 @@ struct AttentionBackward : BackwardParts<S, AttentionBackward<S>, QueryData<A>, 
     fill<A>(q.maximum, stride, 0);
     fill<A>(q.inverse_sum, stride, 1);
     fill<A>(q.delta, stride, 0);
-    const A* maximum = static_cast<const A*>(g.softmax) + head * plan.tokens + first;
-    const A* sum = maximum + plan.images_heads * plan.tokens;
+    const A* maximum = static_cast<const A*>(g.softmax) + head * a.queries + first;
+    const A* sum = maximum + plan.images_heads * a.queries;
     for (int64_t i = 0; i < count; ++i) {
       q.maximum[i] = maximum[i];
       q.inverse_sum[i] = 1 / sum[i];
@@ -262,7 +263,7 @@ struct AttentionBackward : BackwardParts<S, AttentionBackward<S>, QueryData<A>, 
   void store_queries(int64_t head, const QueryBlock& block, const QueryData<A>& q) const {
     if (g.q)
       store_rows<S, A>(q.grad_queries, plan.width, block.count, static_cast<A>(a.scale), a, head,
-                       block.first, g.q);
+                       a.queries, block.first, g.q);
     if (g.rel_h) store_bias(head, block, q.grad_rel_h, a.height, g.rel_h);
     if (g.rel_w) store_bias(head, block, q.grad_rel_w, a.width, g.rel_w);
   }
@@ -270,7 +271,7 @@ struct AttentionBackward : BackwardParts<S, AttentionBackward<S>, QueryData<A>, 
   // Transposes the gradients of rel_h or rel_w back to (queries, features).
   void store_bias(int64_t head, const QueryBlock& block, const A* from, int64_t features,
                   void* out) const {
-    S* to = static_cast<S*>(out) + (head * plan.tokens + block.first) * features;
+    S* to = static_cast<S*>(out) + (head * a.queries + block.first) * features;
     for (int64_t i = 0; i < block.count; ++i)
       for (int64_t c = 0; c < features; ++c)
         to[i * features + c] = Narrow<S>::from(from[c * plan.stride + i]);

@@ -105,12 +105,12 @@ void forward_block(const AttentionPlan& plan, int64_t head, const QueryBlock& qu
   fill<A>(scratch.sum, plan.stride, 0);
   for (int64_t b = 0; b < plan.key_blocks(); ++b)
     forward_tile<A>(plan, plan.keys_of(b), queries.count, b == 0, scratch);
-  A* maximum = static_cast<A*>(softmax) + head * plan.tokens + queries.first;
-  A* sum = maximum + plan.images_heads * plan.tokens;
+  A* maximum = static_cast<A*>(softmax) + head * a.queries + queries.first;
+  A* sum = maximum + plan.images_heads * a.queries;
   for (int64_t i = 0; i < queries.count; ++i) {
     maximum[i] = scratch.maximum[i];
     sum[i] = scratch.sum[i];
-    store_rows<S, A>(scratch.out + i * plan.width, plan.width, 1, 1 / sum[i], a, head,
+    store_rows<S, A>(scratch.out + i * plan.width, plan.width, 1, 1 / sum[i], a, head, a.queries,
                      queries.first + i, o);
   }
 }

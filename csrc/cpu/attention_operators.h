@@ -16,13 +16,12 @@ struct AttentionTensors {
   void check(const Checks& check) const {
     check.map("q", q);
     const Sizes shape = q.shape();
-    check.tensor("k", k, shape);
-    check.tensor("v", v, shape);
     const int64_t height = rel_h.dim ? rel_h.size(-1) : 0, width = rel_w.dim ? rel_w.size(-1) : 0;
     check.tensor("rel_h", rel_h, {shape[0], shape[1], shape[2], height});
     check.tensor("rel_w", rel_w, {shape[0], shape[1], shape[2], width});
-    if (height * width != shape[2])
-      check.fail("rel_h, rel_w", "expected H W = " + std::to_string(shape[2]));
+    const Sizes keys = {shape[0], shape[1], height * width, shape[3]};
+    check.tensor("k", k, keys);
+    check.tensor("v", v, keys);
   }
 };
 
@@ -36,9 +35,9 @@ class Readable {
     return {read.data, {read.strides[0], read.strides[1], read.strides[2]}};
   }
   Attention operator()(const AttentionTensors& t, double scale) {
-    return {t.q.dtype,        t.q.sizes[0],    t.q.sizes[1], t.rel_h.sizes[3], t.rel_w.sizes[3],
-            t.q.sizes[3],     scale,           (*this)(t.q), (*this)(t.k),     (*this)(t.v),
-            (*this)(t.rel_h), (*this)(t.rel_w)};
+    return {t.q.dtype,        t.q.sizes[0],     t.q.sizes[1],    t.q.sizes[2], t.rel_h.sizes[3],
+            t.rel_w.sizes[3], t.q.sizes[3],     scale,           (*this)(t.q), (*this)(t.k),
+            (*this)(t.v),     (*this)(t.rel_h), (*this)(t.rel_w)};
   }
 
  private:

@@ -39,7 +39,7 @@ struct KeyBlock {
 
 struct AttentionPlan {
   const Attention& a;
-  int64_t tokens = 0;                         // N = H W
+  int64_t tokens = 0;                         // H W, the keys
   int64_t query_block = 0, query_blocks = 0;  // queries of a block, whole vectors
   int64_t block_rows = 0, down = 0;           // rows of the grid in a block of keys; blocks of rows
   int64_t block_columns = 0, across = 0;      // columns of the grid; blocks of columns
@@ -53,8 +53,8 @@ struct AttentionPlan {
   static AttentionPlan of(const Attention& a) {
     AttentionPlan p = {a};
     p.tokens = a.height * a.width;
-    p.query_block = round_up(ceil_div(p.tokens, ceil_div(p.tokens, kQueryBlock)), kLanes<A>);
-    p.query_blocks = ceil_div(p.tokens, p.query_block);
+    p.query_block = round_up(ceil_div(a.queries, ceil_div(a.queries, kQueryBlock)), kLanes<A>);
+    p.query_blocks = ceil_div(a.queries, p.query_block);
     p.across = ceil_div(a.width, kKeyBlock);
     p.block_columns = ceil_div(a.width, p.across);
     const int64_t most_rows = p.across > 1 ? 1 : larger(1, kKeyBlock / a.width);
@@ -67,7 +67,7 @@ struct AttentionPlan {
     p.stride *= kLanes<A>;
     p.images_heads = a.batch * a.heads;
     const int64_t wanted = ceil_div(kWantedTasks, larger(1, p.images_heads));
-    p.parts = larger(1, smaller(wanted, p.tokens / kPartTokens));
+    p.parts = larger(1, smaller(wanted, a.queries / kPartTokens));
     p.tasks = p.images_heads * p.parts;
     return p;
   }
@@ -85,7 +85,7 @@ struct AttentionPlan {
   }
   QueryBlock queries_of(int64_t index) const {
     const int64_t first = index * query_block;
-    return {index, first, smaller(query_block, tokens - first)};
+    return {index, first, smaller(query_block, a.queries - first)};
   }
   // The first block of queries of a part; for part `parts`, the end.
   int64_t first_of_part(int64_t part) const { return part * query_blocks / parts; }
@@ -141,19 +141,19 @@ void load_transposed(const HeadRows<S>& rows, int64_t first, int64_t count, int6
   }
 }
 
-// The row of a token in an output (B, tokens, heads, d).
+// The row of a token in an output (B, tokens, heads, d), of queries or of keys.
 template <typename S>
-S* row_of(void* out, const Attention& a, int64_t head, int64_t token) {
-  token += head / a.heads * a.height * a.width;
+S* row_of(void* out, const Attention& a, int64_t head, int64_t tokens, int64_t token) {
+  token += head / a.heads * tokens;
   return static_cast<S*>(out) + (token * a.heads + head % a.heads) * a.dim;
 }
 
 // Writes rows of d numbers to an output (B, tokens, heads, d).
 template <typename S, typename A>
 void store_rows(const A* from, int64_t width, int64_t count, A scale, const Attention& a,
-                int64_t head, int64_t first, void* out) {
+                int64_t head, int64_t tokens, int64_t first, void* out) {
   for (int64_t i = 0; i < count; ++i) {
-    S* to = row_of<S>(out, a, head, first + i);
+    S* to = row_of<S>(out, a, head, tokens, first + i);
     for (int64_t c = 0; c < a.dim; ++c) to[c] = Narrow<S>::from(scale * from[i * width + c]);
   }
 }

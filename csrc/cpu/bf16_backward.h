@@ -71,8 +71,8 @@ struct Bf16Backward : BackwardParts<bfloat16, Bf16Backward, Bf16Queries, Bf16Key
     Rows{{a.rel_w, a, head}, first, count, a.width}.widen_transposed(kLog2e, q.rel_w, stride);
     fill<A>(q.grad_rel_h, a.height * stride, 0);
     fill<A>(q.grad_rel_w, a.width * stride, 0);
-    const A* maximum = static_cast<const A*>(g.softmax) + head * plan.tokens + first;
-    const A* sum = maximum + plan.images_heads * plan.tokens;
+    const A* maximum = static_cast<const A*>(g.softmax) + head * a.queries + first;
+    const A* sum = maximum + plan.images_heads * a.queries;
     for (int64_t i = 0; i < count; ++i) {
       q.maximum[i] = maximum[i] * kLog2e;
       q.inverse_sum[i] = 1 / sum[i];
@@ -153,9 +153,9 @@ struct Bf16Backward : BackwardParts<bfloat16, Bf16Backward, Bf16Queries, Bf16Key
       fill<A>(q.delta, plan.stride, scale);
       store_columns(from, plan.stride, block.count, features, q.delta, to, row);
     };
-    const int64_t first = head * plan.tokens + block.first;
+    const int64_t first = head * a.queries + block.first;
     if (g.q)
-      store(q.grad_queries, a.dim, key_scale, row_of<S>(g.q, a, head, block.first),
+      store(q.grad_queries, a.dim, key_scale, row_of<S>(g.q, a, head, a.queries, block.first),
             a.heads * a.dim);
     if (g.rel_h)
       store(q.grad_rel_h, a.height, 1, static_cast<S*>(g.rel_h) + first * a.height, a.height);

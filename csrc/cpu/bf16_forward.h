@@ -143,15 +143,15 @@ inline void bf16_forward(const Attention& a, void* o, void* softmax) {
         fill<float>(s.maximum, plan.stride, kLowest<float>);
         fill<float>(s.sum, plan.stride, 0);
         for (int64_t b = 0; b < plan.key_blocks(); ++b) bf16_forward_tile(plan, b, count, s);
-        float* maximum = static_cast<float*>(softmax) + head * plan.tokens + first;
-        float* sum = maximum + plan.images_heads * plan.tokens;
+        float* maximum = static_cast<float*>(softmax) + head * a.queries + first;
+        float* sum = maximum + plan.images_heads * a.queries;
         for (int64_t i = 0; i < count; ++i) {
           maximum[i] = s.maximum[i] / kLog2e;
           sum[i] = s.sum[i];
           s.sum[i] = 1 / sum[i];
         }
-        store_columns(s.out, plan.stride, count, a.dim, s.sum, row_of<bfloat16>(o, a, head, first),
-                      a.heads * a.dim);
+        store_columns(s.out, plan.stride, count, a.dim, s.sum,
+                      row_of<bfloat16>(o, a, head, a.queries, first), a.heads * a.dim);
       });
 }
 

@@ -75,10 +75,10 @@ struct Tokens {
   int64_t stride[3];
 };
 
-// Attention with decomposed relative positions over a grid of N = height * width tokens.
+// Attention with decomposed relative positions: N = queries, and a grid of height * width keys.
 struct Attention {
   Dtype dtype;
-  int64_t batch, heads, height, width, dim;
+  int64_t batch, heads, queries, height, width, dim;
   double scale;
   Tokens q, k, v, rel_h, rel_w;
 };
@@ -87,7 +87,7 @@ struct Attention {
 struct AttentionGradients {
   Tokens grad_o, o;
   const void* softmax;  // what the forward wrote
-  void *q, *k, *v;      // (B, N, heads, dim)
+  void *q, *k, *v;      // (B, N, heads, dim), of the keys (B, height * width, heads, dim)
   void *rel_h, *rel_w;  // (B, heads, N, height) and (B, heads, N, width)
 };
 

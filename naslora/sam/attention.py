@@ -13,17 +13,20 @@ Nothing here imports segment_anything, transformers or timm. Classes are known b
 import functools
 import re
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.layer.layer import NASLoRALinear
-from naslora.adapter.layer.windows import has_hooks, partition, unpartition
+from naslora.adapter.layer.windows import has_hooks
 from naslora.errors import UserError, listing
-from naslora_kernels import rel_pos_attention
+from naslora.sam.attend import (
+    dot_product_attention,
+    over_grid,
+    over_windows,
+    pooled_attention,
+    traced,
+)
 
 Attention = Literal["fused", "stock"]
 """How the image encoder computes attention: in the fused operator, or in its package's code."""
@@ -126,19 +129,22 @@ class FusedBlock(Fused):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
+        x = x.contiguous()  # the patch embedding leaves features apart, and every sum would, too
         size, attention = self.window_size, self.attn
         padded = size > 0 and (x.shape[1] % size or x.shape[2] % size)
-        ours = isinstance(attention, _SegmentAnything) and not has_hooks(attention)
-        if not padded or not ours or traced():
+        ours = isinstance(attention, _SegmentAnything)
+        # Who watches a layer sees whole windows.
+        watched = ours and any(map(has_hooks, (attention, attention.qkv, attention.proj)))
+        if not padded or not ours or watched or traced():
             return self.host_class.forward(self, x)
-        x = x + _over_windows(attention, self.norm1(x), size)
+        x = x + over_windows(attention, self.norm1(x), size)
         return x + self.mlp(self.norm2(x))
 
 
 class _SegmentAnything(FusedAttention):
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
-        return _over_grid(self, x, self.num_heads)
+        return over_grid(self, x, self.num_heads)
 
 
 class _HuggingFace(FusedAttention):
@@ -149,7 +155,7 @@ class _HuggingFace(FusedAttention):
         drops = self.training and self.dropout > 0
         if traced() or output_attentions or drops:
             return self.host_class.forward(self, hidden_states, output_attentions)
-        return _over_grid(self, hidden_states, self.num_attention_heads), None
+        return over_grid(self, hidden_states, self.num_attention_heads), None
 
 
 class _Hiera(FusedAttention):
@@ -159,7 +165,7 @@ class _Hiera(FusedAttention):
         """(B, H, W, C) to the same, or half of H and W where the queries are pooled."""
         if traced():
             return self.host_class.forward(self, x)
-        return _pooled_attention(self, x, self.num_heads, self.q_pool)
+        return pooled_attention(self, x, self.num_heads, self.q_pool)
 
 
 class _HuggingFaceHiera(FusedAttention):
@@ -171,7 +177,7 @@ class _HuggingFaceHiera(FusedAttention):
             return self.host_class.forward(self, hidden_states, **kwargs)
         stride = self.query_stride
         pool = functools.partial(F.max_pool2d, kernel_size=stride) if stride else None
-        return _pooled_attention(self, hidden_states, self.num_attention_heads, pool)
+        return pooled_attention(self, hidden_states, self.num_attention_heads, pool)
 
 
 class _TinyViT(FusedAttention):
@@ -183,7 +189,7 @@ class _TinyViT(FusedAttention):
         qkv = self.qkv(self.norm(x)).view(batch, tokens, self.num_heads, -1)
         widths = [self.key_dim, self.key_dim, qkv.shape[-1] - 2 * self.key_dim]
         q, k, v = (part.transpose(1, 2) for part in qkv.split(widths, -1))  # (B, heads, N, d)
-        o = _dot_product_attention(q, k, v, self.scale, self._bias(x))
+        o = dot_product_attention(q, k, v, self.scale, self._bias(x))
         return self.proj(o.transpose(1, 2).flatten(2))
 
     def _bias(self: Any, x: Tensor) -> Tensor:
@@ -193,171 +199,6 @@ class _TinyViT(FusedAttention):
         if self.training:
             return self.attention_biases[:, self.attention_bias_idxs]
         return self.ab  # MobileSAM computes it when the mode changes
-
-
-def traced() -> bool:
-    """Whether a graph is recorded that other runtimes execute, which lack the fused operator."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
-SMALL_WINDOW = 1024
-"""Keys up to which ``_dot_product_attention`` keeps the matrix of its weights on CPUs."""
-
-
-def _dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
-) -> Tensor:
-    """softmax(scale q kᵀ + bias) v, for windows of any size.
-
-    On CPUs in 16 bits forward and backward of PyTorch's fused kernel take 2 to 5 times the time of
-    plain products with windows of 7 x 7 to 14 x 14 tokens, and 1.4 times with 32 x 32. Plain ones
-    round as the code that is replaced does, which keeps the logits in 16 bits, too.
-
-    Args:
-        q: (B, heads, N, d).
-        k: (B, heads, M, d).
-        v: (B, heads, M, e).
-        scale: factor of the logits.
-        bias: (heads, N, M).
-
-    Returns:
-        (B, heads, N, e).
-    """
-    if q.device.type == "cpu" and q.dtype.itemsize == 2 and k.shape[2] <= SMALL_WINDOW:
-        with torch.autocast("cpu", enabled=False):  # which computes softmax in float32
-            logits = (q * scale) @ k.transpose(2, 3)
-            if bias is not None:
-                logits += bias
-            return torch.softmax(logits, -1) @ v
-    # PyTorch's fused kernel for CPUs takes masks of four dimensions only.
-    mask = None if bias is None else bias[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def _pooled_attention(
-    attention: Any, x: Tensor, heads: int, pool: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    """Attention of which the queries may be pooled, as SAM 2 defines it.
-
-    Args:
-        attention: has ``scale``, ``qkv`` and ``proj``.
-        x: (B, H, W, C), an image or windows of it.
-        heads: number of heads.
-        pool: makes (B, C, H, W) queries fewer.
-
-    Returns:
-        (B, H, W, C), or H and W as they are after ``pool``.
-    """
-    batch, height, width, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, height * width, 3, heads, -1)
-    q, k, v = qkv.unbind(2)  # each (B, N, heads, d)
-    if pool is not None:
-        maps = pool(q.reshape(batch, height, width, -1).permute(0, 3, 1, 2))
-        height, width = maps.shape[2:]
-        q = maps.flatten(2).transpose(1, 2).unflatten(2, (heads, -1))
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    o = _dot_product_attention(q, k, v, attention.scale)
-    return attention.proj(o.transpose(1, 2).reshape(batch, height, width, -1))
-
-
-def _over_grid(attention: Any, x: Tensor, heads: int) -> Tensor:
-    """Attention with decomposed relative positions, as segment_anything defines it.
-
-    Args:
-        attention: has ``qkv``, ``proj``, and what ``_attended`` reads.
-        x: (B, H, W, C), an image or windows of it.
-        heads: number of heads.
-
-    Returns:
-        (B, H, W, C).
-    """
-    return attention.proj(_attended(attention, attention.qkv(x), heads))
-
-
-def _over_windows(attention: Any, x: Tensor, size: int) -> Tensor:
-    """The same in windows of images whose edge SAM pads with zeros.
-
-    Linear layers do not compute the padding: it is the bias before the attention, and dropped after
-    it.
-
-    Args:
-        attention: as in ``_over_grid``.
-        x: (B, H, W, C) images.
-        size: side of the windows, in tokens.
-
-    Returns:
-        (B, H, W, C).
-    """
-    o = _attended(attention, _in_windows(attention.qkv, x, size), attention.num_heads)
-    grid = x.shape[1], x.shape[2]
-    if type(attention.proj) is nn.Linear:
-        return attention.proj(unpartition(o, size, grid))
-    return unpartition(attention.proj(o), size, grid)
-
-
-def _in_windows(layer: nn.Module, x: Tensor, size: int) -> Tensor:
-    """``layer`` on the windows of images. A layer that is watched sees the windows themselves."""
-    if not has_hooks(layer):
-        if type(layer) is nn.Linear:
-            return partition(layer(x), size, layer.bias)
-        if isinstance(layer, NASLoRALinear):
-            return layer.in_windows(x, size)
-    return layer(partition(x, size))
-
-
-def _attended(attention: Any, qkv: Tensor, heads: int) -> Tensor:
-    """What the heads gather, before the last projection.
-
-    Args:
-        attention: has ``scale``, ``use_rel_pos``, ``rel_pos_h``, ``rel_pos_w``.
-        qkv: (B, H, W, 3 C), queries, keys and values of an image or of windows.
-        heads: number of heads.
-
-    Returns:
-        (B, H, W, C).
-    """
-    grid = height, width = qkv.shape[1], qkv.shape[2]
-    qkv = qkv.flatten(1, 2).unflatten(-1, (3, heads, -1))  # (B, H * W, 3, heads, d)
-    # Split in the layout of the projection, so that the backward joins the gradients in one pass.
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, heads, H * W, d)
-    if attention.use_rel_pos:
-        by_row = q.unflatten(2, grid)  # (B, heads, H, W, d)
-        table_h = relative_positions(attention.rel_pos_h, height)
-        table_w = relative_positions(attention.rel_pos_w, width)
-        rel_h = torch.einsum("bnhwc,hck->bnhwk", by_row, table_h).flatten(2, 3)
-        rel_w = torch.einsum("bnhwc,wck->bnhwk", by_row, table_w).flatten(2, 3)
-        if traced():
-            bias = (rel_h[..., None] + rel_w[..., None, :]).flatten(3)
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scale)
-        else:
-            o = rel_pos_attention(q, k, v, rel_h, rel_w, grid, scale=attention.scale)
-    else:
-        o = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-    o = o.transpose(1, 2)
-    if traced():  # the decomposed operator's result lies in memory in another way
-        o = o.clone(memory_format=torch.contiguous_format)
-    return o.flatten(2).unflatten(1, grid)
-
-
-def relative_positions(table: Tensor, size: int) -> Tensor:
-    """The embeddings of the distances between all queries and keys of one axis.
-
-    Args:
-        table: (L, d), one row for each distance from -(L - 1) / 2 to (L - 1) / 2. It is
-            interpolated if L is not 2 size - 1.
-        size: tokens along the axis.
-
-    Returns:
-        (size, d, size), by query, feature and key.
-    """
-    distances = 2 * size - 1
-    if table.shape[0] != distances:
-        table = F.interpolate(table.t()[None], size=distances, mode="linear")[0].t()
-    # The distance of key j to query i is in row i - j + size - 1.
-    if traced():  # Core ML has no unfold
-        place = torch.arange(size, device=table.device)
-        return table[place[:, None] - place + size - 1].transpose(1, 2)
-    return table.unfold(0, size, 1).flip(2)  # one launch, no indices
 
 
 # ---- Recognising ---------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class TritonAttention:
 
     def _tiles(self, operands: AttentionOperands) -> AttentionTiles:
         q, grid = operands.q, (operands.rel_h.shape[-1], operands.rel_w.shape[-1])
-        return attention_tiles(grid, q.shape[-1], q.dtype, self._capability(q.device))
+        return attention_tiles(q.shape[2], grid, q.shape[-1], q.dtype, self._capability(q.device))
 
     def _delta(self, grad_o: Tensor, o: Tensor, tiles: AttentionTiles) -> Tensor:
         """Returns the sums of dO O over the features, (B, heads, N) in the dtype of sums."""
@@ -112,7 +112,7 @@ class TritonAttention:
         from naslora_kernels.triton.attention_backward import attention_keys_kernel
 
         like = next(gradient for gradient in gradients if gradient is not None)
-        height, width = rest[4:6]
+        height, width = rest[5:7]
         key_tiles = -(-height // tiles.keys_pass["ROWS"]) * -(-width // tiles.keys_pass["COLUMNS"])
         self._launch(
             attention_keys_kernel,
@@ -144,10 +144,9 @@ def _heads(tensor: Tensor) -> int:
     return tensor.shape[0] * tensor.shape[1]
 
 
-def _sizes(operands: AttentionOperands) -> tuple[int, int, int, int]:
-    """Returns B, heads, H, W."""
-    batch, heads = operands.q.shape[:2]
-    return batch, heads, operands.rel_h.shape[-1], operands.rel_w.shape[-1]
+def _sizes(operands: AttentionOperands) -> tuple[int, ...]:
+    """Returns B, heads, N, H, W."""
+    return *operands.q.shape[:3], operands.rel_h.shape[-1], operands.rel_w.shape[-1]
 
 
 def _readable(tensor: Tensor) -> Tensor:

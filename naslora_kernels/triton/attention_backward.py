@@ -70,6 +70,7 @@ def attention_keys_kernel(
     scale_rest,
     batch,
     heads,
+    tokens,
     height,
     width,
     grad_o_strides,
@@ -98,7 +99,6 @@ def attention_keys_kernel(
     DTYPE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = whole(scale, scale_rest, DTYPE)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
-    tokens = height * width
     tl.assume(tokens > 0)
     pieces = tl.cdiv(width, COLUMNS)
     tiles = tl.cdiv(height, ROWS) * pieces
@@ -189,6 +189,7 @@ def attention_queries_kernel(
     scale_rest,
     batch,
     heads,
+    tokens,
     height,
     width,
     grad_o_strides,
@@ -219,7 +220,6 @@ def attention_queries_kernel(
     scale = whole(scale, scale_rest, DTYPE)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
     tl.assume(height > 0)
-    tokens = height * width
     blocks = tl.cdiv(tokens, QUERIES)
     number = tl.program_id(0) // blocks
     image, head = (number // heads).to(tl.int64), (number % heads).to(tl.int64)

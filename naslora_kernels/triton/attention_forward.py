@@ -36,6 +36,7 @@ def attention_forward_kernel(
     scale_rest,
     batch,
     heads,
+    tokens,
     height,
     width,
     q_strides,
@@ -62,7 +63,6 @@ def attention_forward_kernel(
     DTYPE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = whole(scale, scale_rest, DTYPE)
     tl.assume(height > 0)
-    tokens = height * width
     blocks = tl.cdiv(tokens, QUERIES)
     number = tl.program_id(0) // blocks
     image, head = (number // heads).to(tl.int64), (number % heads).to(tl.int64)

@@ -146,9 +146,13 @@ class AttentionTiles(NamedTuple):
 
 @functools.cache
 def attention_tiles(
-    grid: tuple[int, int], features: int, dtype: torch.dtype, capability: tuple[int, int]
+    tokens: int,
+    grid: tuple[int, int],
+    features: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
 ) -> AttentionTiles:
-    """Returns the tiles for a grid of this height and width and heads of so many features.
+    """Returns the tiles for so many queries, a grid of keys and heads of so many features.
 
     In 16 bits a warp keeps 16 queries or keys, the rows of one product of tensor cores: more warps
     would compute the same products again. Where operands come from registers, the backward spills
@@ -163,7 +167,7 @@ def attention_tiles(
     def constants(queries: int, keys: int, most_columns: int, **options: int) -> dict[str, Any]:
         columns = min(power_of_2(width), most_columns)
         rows = max(1, keys // columns)
-        full = not (width % columns or height % rows or height * width % queries)
+        full = not (width % columns or height % rows or tokens % queries)
         sizes = {"FEATURES": features, "LANES": lanes, "REST": rest, "QUERIES": queries}
         sizes |= {"ROWS": rows, "COLUMNS": columns, "WIDEN": widen, "PRECISION": "ieee"}
         return {**sizes, "FULL": full, "ONE_PIECE": width <= columns, **options, **ALL_REGISTERS}
@@ -175,7 +179,7 @@ def attention_tiles(
         tiles = constants(16, keys, most_columns, num_warps=8, num_stages=1)
         result = AttentionTiles(tiles, tiles, tiles)
         cards = ((8, 0), (9, 0))  # the assemblers of others spill
-        ragged = width % 64 or height * width % 64
+        ragged = width % 64 or tokens % 64
         if dtype != torch.float32 or capability not in cards or features > 80 or ragged:
             return result
         launch = {"num_warps": 4, "num_stages": 1, "PRECISION": "tf32x3"}
@@ -183,8 +187,8 @@ def attention_tiles(
         if features > 64:  # the backward would spill
             return result._replace(forward=by_queries)
         return AttentionTiles(by_queries, constants(16, 64, 64, **launch), by_queries)
-    most = 128 if height * width > 64 else 64
-    wide, ragged = features > 80, width % 64 or height * width % most
+    most = 128 if tokens > 64 else 64
+    wide, ragged = features > 80, width % 64 or tokens % most
     forward_keys, few, keys, most_columns = 64, 64, 64, 64
     stages = [2, 2, 2]
     if multiplies_in_shared_memory(capability):

@@ -285,7 +285,8 @@ def cases(draw):
     if kind == "cell":
         return cell_case((*grid, rank), c, seed)
     if kind == "attention":
-        return attention_case(grid[0], 2, grid[1:], rank, seed)
+        queries = draw(st.one_of(st.none(), st.integers(1, 40)))
+        return attention_case(grid[0], 2, grid[1:], rank, queries, seed)
     c_in, c_out = draw(st.sampled_from((1, 5, 32))), draw(st.sampled_from((1, 7, 33)))
     return layer_case(grid, c_in, c_out, rank, c, seed, draw(st.booleans()))
 

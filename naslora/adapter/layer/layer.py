@@ -201,14 +201,14 @@ class NASLoRALinear(AdaptedLinear):
             size: side of the windows, in tokens.
 
         Returns:
-            (B * windows, size, size, C_out), as ``forward`` of ``windows.partition(x)``.
+            (B * windows, size, size, C_out), as ``forward`` of the windows that ``partition`` cuts,
+            ordered by shape.
         """
         object.__setattr__(self, "called", True)
-        if self.cell is None:
-            return partition(self(x), size, self.base.bias)
-        z = partition(F.linear(x, self.lora_A.to(x.dtype)), size)
-        y = self.cell(z, self.alpha, self._selected_channels(), self.backend)
-        h = partition(self.base(x), size, self.base.bias)
+        z = partition(F.linear(x, self.lora_A.to(x.dtype)), size, by_shape=True)
+        cell: Any = self.cell
+        y = cell(z, self.alpha, self._selected_channels(), self.backend)
+        h = partition(self.base(x), size, self.base.bias, by_shape=True)
         decoder = self.lora_B.to(y.dtype).t()
         update = torch.addmm(h.flatten(0, 2), self.scaling * y.flatten(0, 2), decoder)
         return update.view_as(h)
