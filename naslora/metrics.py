@@ -1,8 +1,8 @@
 """Segmentation metrics: the scores of each image, and their summaries over a data set.
 
 Each data set has metrics of its own, which its papers report. Metrics lie in [0, 1], except for
-balanced error rates, which are percentages in all papers, for ``index_mae``, and for ``hd95``,
-which is in pixels. docs/losses.md says where those of shapes come from.
+balanced error rates, which are percentages in all papers, for ``index_mae``, and for ``hd95`` and
+``size_difference``, which are in pixels. docs/losses.md says where those of shapes come from.
 """
 
 from collections.abc import Callable, Sequence
@@ -135,8 +135,8 @@ class Metric(NamedTuple):
     """Whether it is defined for binary masks only."""
     of_map: Literal["saliency", "calibration"] | None = None
     """Which scores of the class map it needs."""
-    shape: Callable[[np.ndarray, np.ndarray], float] | None = None
-    """What it measures of the predicted and the true shape of a class."""
+    shape: Callable[[np.ndarray, np.ndarray, Sequence[float] | None], float] | None = None
+    """What it measures of the predicted and the true shape of a class, by the size of a pixel."""
 
 
 def _mean_over_classes(values: Tensor) -> Tensor:
@@ -238,6 +238,7 @@ METRICS: dict[str, Metric] = {
     "nsd": _shape("nsd", f"NSD, {shapes.TOLERANCE:g} pixels"),
     "boundary_iou": _shape("boundary_iou", "Boundary IoU"),
     "cldice": _shape("cldice", "clDice"),
+    "size_difference": _shape("size_difference", "Difference in size, pixels"),
     "lesion_f1": _shape("lesion_f1", "F1 of lesions"),
     "ece": Metric("ECE", lambda scores: scores["ece"].nanmean(), of_map="calibration"),
 }
@@ -266,14 +267,43 @@ def further_scores(
         own |= saliency_scores(class_map[0], target)
     if "calibration" in kinds:
         own["ece"] = _calibration_error(class_map[:, counted].float(), target[counted])
-    measures = {name: METRICS[name].shape for name in names}
     found, truth = (values.where(counted, 0).cpu().numpy() for values in (labels, target))
-    for name, measure in measures.items():
-        if measure is not None:
-            classes = range(1, max(len(class_map), 2))
-            values = [measure(found == k, truth == k) for k in classes]
-            own[name] = torch.tensor(values, dtype=torch.float64)
-    return own
+    return own | shape_scores(names, found, truth, max(len(class_map), 2))
+
+
+def shape_scores(
+    names: Sequence[str],
+    found: np.ndarray,
+    truth: np.ndarray,
+    count: int,
+    spacing: Sequence[float] | None = None,
+) -> Scores:
+    """The scores of an image or a volume that measure the shapes of its classes.
+
+    Args:
+        names: names of ``METRICS``; those of other kinds are left out.
+        found: predicted labels, of any shape.
+        truth: true labels.
+        count: number of the classes, with the background.
+        spacing: the size of an element along each axis; None is 1.
+
+    Returns:
+        (C,) float64 by name.
+    """
+    measures = {name: METRICS[name].shape for name in names}
+    return {
+        name: torch.tensor(
+            [measure(found == k, truth == k, spacing) for k in range(1, count)], dtype=torch.float64
+        )
+        for name, measure in measures.items()
+        if measure is not None
+    }
+
+
+def label_of(name: str, unit: str = "pixels") -> str:
+    """The name of a metric in tables, in a unit of length."""
+    label, cubic = METRICS[name].label, unit if unit in ("pixels", "voxels") else f"{unit}³"
+    return label.replace("pixels", cubic if name == "size_difference" else unit)
 
 
 def check_metrics(names: Sequence[str], num_classes: int) -> None:

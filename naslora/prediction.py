@@ -33,7 +33,7 @@ from naslora.data.rasters import (
 )
 from naslora.data.tiff import read_georeference, software_of
 from naslora.data.tiles import SMALLEST
-from naslora.data.volumes import is_volume, stem_of, write_volume
+from naslora.data.volumes import is_nifti, is_volume, stem_of, write_volume
 from naslora.errors import UserError, listing
 from naslora.files import replaced_file
 from naslora.instances import COCO_FILE, InstanceFinder
@@ -165,8 +165,9 @@ def _predict(
     done: Callable[[Sample, UserError | None], None],
 ) -> Iterator[Path]:
     """Reads, computes and writes whole images at the same time, others in turn, volumes last."""
-    volumes = [sample for sample in samples if is_volume(sample.image)]
-    samples = [sample for sample in samples if not is_volume(sample.image)]
+    how = slicing_of(predictor.config.data)
+    volumes = [sample for sample in samples if is_volume(sample.image, how)]
+    samples = [sample for sample in samples if not is_volume(sample.image, how)]
     whole = isinstance(predictor, Predictor) and predictor.tiles is None
     size = batch_size if whole else 1
 
@@ -375,7 +376,7 @@ def find_samples(inputs: Sequence[Path]) -> list[Sample]:
 
 def _is_own(image: Path) -> bool:
     """Returns whether ``predict_run`` wrote a file."""
-    if is_volume(image):
+    if is_nifti(image):
         return image.name.endswith(("_mask.nii.gz", "_probabilities.nii.gz"))
     if not image.name.endswith(ENDINGS):
         return False
@@ -390,7 +391,7 @@ def _is_own(image: Path) -> bool:
 
 def _targets(image: Path, output: Path) -> list[Path]:
     """The files that may be written for an image, in the order of ``ENDINGS``."""
-    kind = ".nii.gz" if is_volume(image) else ".tif"
+    kind = ".nii.gz" if is_nifti(image) else ".tif"
     return [output / f"{stem_of(image)}{ending.replace('.tif', kind)}" for ending in ENDINGS]
 
 

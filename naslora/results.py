@@ -111,6 +111,18 @@ class GroupScores:
 
 
 @dataclass(frozen=True)
+class VolumeScores:
+    """Scores of the volumes of a split in three dimensions: means over volumes, then classes."""
+
+    number: int
+    """Of the volumes."""
+    unit: str
+    """Of the lengths: "mm" if the headers say so, "voxels", or "header units"."""
+    metrics: dict[str, float | None]
+    """``dice``, and the metrics of shapes among those of the images."""
+
+
+@dataclass(frozen=True)
 class SplitScores:
     """Loss and scores of a model on a split. Scores lie in [0, 1]; None means undefined."""
 
@@ -127,10 +139,7 @@ class SplitScores:
     images: int | None = field(default=None, metadata=OPTIONAL)
     click_iou: list[float] | None = field(default=None, metadata=OPTIONAL)
     """Mean IoU after one click, two, and so on, of a promptable model."""
-    volumes: int | None = field(default=None, metadata=OPTIONAL)
-    volume_dice: float | None = field(default=None, metadata=OPTIONAL)
-    """Dice in three dimensions, from the sums over the slices of a volume: the mean over volumes,
-    then over classes."""
+    volumes: VolumeScores | None = field(default=None, metadata=OPTIONAL)
     image_dice: list[float | None] | None = field(
         default=None, compare=False, repr=False, metadata=UNSTORED
     )

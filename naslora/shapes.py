@@ -24,7 +24,9 @@ def _distances(
         lengths = np.array(truth.shape) * (1.0 if spacing is None else np.array(spacing))
         empty = not (prediction.any() or truth.any())
         return [np.array([np.nan if empty else np.linalg.norm(lengths)])] * 2
-    surfaces = [shape & ~ndimage.binary_erosion(shape) for shape in (prediction, truth)]
+    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]  # beyond it is nothing
+    own, true = prediction[box], truth[box]
+    surfaces = [shape & ~ndimage.binary_erosion(shape) for shape in (own, true)]
     return [
         ndimage.distance_transform_edt(~other, sampling=spacing)[own]
         for own, other in (surfaces, surfaces[::-1])
@@ -48,7 +50,19 @@ def nsd(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | No
     return float((np.concatenate(_distances(prediction, truth, spacing)) <= TOLERANCE).mean())
 
 
-def boundary_iou(prediction: np.ndarray, truth: np.ndarray) -> float:
+def size_difference(
+    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
+) -> float:
+    """How much larger or smaller the prediction is; ``spacing`` as in ``hd95``."""
+    if not (prediction.any() or truth.any()):
+        return np.nan
+    difference = abs(int(prediction.sum()) - int(truth.sum()))
+    return float(difference * np.prod(1.0 if spacing is None else spacing))
+
+
+def boundary_iou(
+    prediction: np.ndarray, truth: np.ndarray, _: Sequence[float] | None = None
+) -> float:
     """The IoU of the boundaries, which lie inside the shapes."""
     from scipy import ndimage  # not for the help
 
@@ -61,7 +75,7 @@ def boundary_iou(prediction: np.ndarray, truth: np.ndarray) -> float:
     return _share((a & b).sum(), (a | b).sum())
 
 
-def cldice(prediction: np.ndarray, truth: np.ndarray) -> float:
+def cldice(prediction: np.ndarray, truth: np.ndarray, _: Sequence[float] | None = None) -> float:
     """The F1 of the skeletons: precision and recall are the shares that lie in the other shape."""
     from skimage.morphology import skeletonize  # imported here: it takes half a second
 
@@ -69,7 +83,7 @@ def cldice(prediction: np.ndarray, truth: np.ndarray) -> float:
     return _f1(truth[own].sum(), own.sum(), prediction[true].sum(), true.sum())
 
 
-def lesion_f1(prediction: np.ndarray, truth: np.ndarray) -> float:
+def lesion_f1(prediction: np.ndarray, truth: np.ndarray, _: Sequence[float] | None = None) -> float:
     """The F1 of the connected parts, by any neighbours. A part is found if an element of it is."""
     from scipy import ndimage  # not for the help
 

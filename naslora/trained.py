@@ -358,6 +358,7 @@ def export_run(
         data.shown,
         data.slice_axis,
         data.neighbours,
+        data.stacks,
     )
     if quantize is None:
         with locked(output, folder=False):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from naslora import shapes
 from naslora.errors import UserError
 from naslora.metrics import (
     METRICS,
@@ -12,6 +11,7 @@ from naslora.metrics import (
     further_scores,
     image_scores,
     saliency_scores,
+    shape_scores,
     summarise,
 )
 
@@ -182,11 +182,32 @@ def test_shapes_by_hand(name):
         assert {m: float(v[0]) for m, v in scores.items()} == pytest.approx(expected, nan_ok=True)
 
 
-def test_distances_by_the_size_of_a_voxel():
-    """A voxel, and another 3 slices of 2 mm and 8 pixels of 1 mm away: 10 mm."""
-    prediction, truth = np.zeros((2, 5, 9, 9), bool)
-    prediction[0, 0, 0] = truth[3, 8, 0] = True
-    assert shapes.hd95(prediction, truth, (2.0, 1.0, 1.0)) == 10.0
+VOXELS = {  # of (5, 9, 9) voxels of 2 x 1 x 0.5: by their slice, row and column
+    # 3 slices of 2 and 8 rows of 1 away: 10.
+    "far": ([(0, 0, 0)], [(3, 8, 0)], {"hd95": 10, "nsd": 0, "size_difference": 0}),
+    # One more voxel, 4 columns of 0.5 away: distances 0, 2 and 0, of which the 95th percentiles are
+    # 1.9 and 0. All are at most 2. Its size is 2 * 1 * 0.5.
+    "row": ([(1, 1, 1), (1, 1, 5)], [(1, 1, 1)], {"hd95": 1.9, "nsd": 1, "size_difference": 1}),
+    # One more voxel, 2 slices of 2 away: 3.8. Two of three surface voxels are at most 2 away.
+    "slice": ([(0, 4, 4), (2, 4, 4)], [(0, 4, 4)], {"hd95": 3.8, "nsd": 2 / 3}),
+    # The diagonal of 10 x 9 x 4.5, and two voxels.
+    "missed": ([], [(1, 1, 1), (4, 8, 8)], {"hd95": 201.25**0.5, "nsd": 0, "size_difference": 2}),
+    "both empty": ([], [], {"hd95": NAN, "nsd": NAN, "size_difference": NAN}),
+}
+
+
+@pytest.mark.parametrize("name", VOXELS)
+def test_shapes_by_the_size_of_a_voxel(name):
+    found, true, expected = VOXELS[name]
+    prediction, truth = np.zeros((2, 5, 9, 9), np.uint8)
+    for volume, places in ((prediction, found), (truth, true)):
+        for place in places:
+            volume[place] = 2
+    scores = shape_scores([*expected, "dice"], prediction, truth, 3, (2.0, 1.0, 0.5))
+    assert {name: float(own[1]) for name, own in scores.items()} == pytest.approx(
+        expected, nan_ok=True
+    )
+    assert all(own[0].isnan() for own in scores.values())  # of a class that is nowhere
 
 
 @pytest.mark.parametrize(

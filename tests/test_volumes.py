@@ -6,8 +6,10 @@ import sys
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 from conftest import SHORT, error_of
 
+from naslora import shapes
 from naslora.data.contents import read_contents
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.datasets import load_all, load_splits
@@ -15,7 +17,7 @@ from naslora.data.images import open_picture
 from naslora.data.masks import read_mask
 from naslora.data.picture import Intensity
 from naslora.data.splits import draw_folds, write_splits
-from naslora.data.volumes import Slicing, read_slice, write_volume
+from naslora.data.volumes import Slicing, read_slice, spacing_of, write_volume
 from naslora.training.resolve import resolve
 from naslora.training.run_config import RunConfig
 
@@ -32,6 +34,10 @@ AFFINES = {
 
 
 def save(path, values, affine="oblique", scale=None):
+    if path.suffix == ".tif":  # compressed, or in one piece, of which slices are read
+        compression = "zlib" if "0" in path.name else None
+        tifffile.imwrite(path, values.T, photometric="minisblack", compression=compression)
+        return path
     image = nibabel.Nifti1Image(values, AFFINES[affine])
     image.header.set_xyzt_units("mm")
     if affine == "oblique":  # a header whose two transformations differ
@@ -68,11 +74,11 @@ def write(root, suffix=".nii.gz", per_split=2):
 # --- files
 
 
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".tif"])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("neighbours", [0, 1])
 def test_slices(tmp_path, suffix, axis, neighbours):
-    root, how = write(tmp_path / "data", suffix, 1), Slicing(axis, neighbours)
+    root, how = write(tmp_path / "data", suffix, 1), Slicing(axis, neighbours, suffix == ".tif")
     samples = load_splits("csv", root, how=how)["train"]
     image, mask = values_of(0)
     assert len(samples) == SHAPE[axis]
@@ -100,6 +106,42 @@ def test_there_and_back(tmp_path, affine, axis):
     for name in fields | {"dim"}:
         assert old.header[name].tobytes() == new.header[name].tobytes(), name
     assert nibabel.aff2axcodes(old.affine) == nibabel.aff2axcodes(new.affine)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("bands", [0, 2])
+def test_a_stack_there_and_back(tmp_path, axis, bands):
+    values = np.stack([values_of(k)[0] for k in range(bands or 1)], 3)
+    values = values if bands else values[..., 0]
+    slices = [part.swapaxes(0, 1) for part in np.moveaxis(values, axis, 0)]
+    write_volume(tmp_path / "b.tif", tmp_path / "a.tif", slices, axis)
+    with tifffile.TiffFile(tmp_path / "b.tif") as tiff:
+        assert len(tiff.pages) == SHAPE[2] and tiff.pages[0].software == "naslora predict"
+        assert np.array_equal(tiff.asarray().swapaxes(0, 2), values)
+
+
+@pytest.mark.parametrize(
+    "unit, factor, name",
+    [("mm", 1, "mm"), ("micron", 1e-3, "mm"), ("meter", 1e3, "mm"), ("unknown", 1, "header units")],
+)
+@pytest.mark.parametrize("affine", AFFINES)
+def test_spacing(tmp_path, unit, factor, name, affine):
+    """A volume of 16 x 12 x 6 voxels of 0.7 x 0.9 x 3, and slices of 24 rows and 8 columns."""
+    save(tmp_path / "a.nii", values_of(0)[0], affine)
+    image = nibabel.load(tmp_path / "a.nii")
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "b.nii")
+    for axis, expected in enumerate(
+        [
+            (0.7, 3 * 6 / 24, 0.9 * 12 / 8),
+            (0.9, 3 * 6 / 24, 0.7 * 16 / 8),
+            (3, 0.9 * 12 / 24, 0.7 * 16 / 8),
+        ]
+    ):
+        found, its = spacing_of(tmp_path / "b.nii", axis, (24, 8))
+        assert found == pytest.approx(factor * np.array(expected), rel=1e-6) and its == name
+    stack = save(tmp_path / "c.tif", values_of(0)[0])
+    assert spacing_of(stack, 2, (12, 16)) == ((1, 1, 1), "voxels")
 
 
 def test_folds_keep_volumes_together(tmp_path):
@@ -142,6 +184,15 @@ def test_bad_volumes(tmp_path, monkeypatch):
         row = [f"{name}.nii.gz" for name in files]
         assert message in problem(tmp_path, *row), files
     assert "a.png is none" in problem(tmp_path, "a.nii.gz", "a.png")
+    tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((4, 8, 8, 3), np.uint8), photometric="rgb")
+    stacks = Slicing(stacks=True)
+    save(tmp_path / "a.tif", image)
+    for row, message in {
+        ("rgb.tif", "a.tif"): "rgb.tif has 4 axes",
+        ("a.tif", "a.nii.gz"): "a.nii.gz is none",
+    }.items():
+        (tmp_path / "train.csv").write_text("image,label\n" + ",".join(row))
+        assert message in error_of(load_all, "csv", tmp_path, "--folds", how=stacks)
     assert "broken.nii cannot be read" in problem(tmp_path, "broken.nii", "a.nii.gz")
     monkeypatch.setitem(sys.modules, "nibabel", None)
     line = "needs nibabel; run pip install 'naslora[volumes]'"
@@ -179,33 +230,42 @@ def test_prompts_take_no_neighbours():
     assert "neighbours 1 needs --task semantic" in error_of(resolve, RunConfig.from_dict(options))
 
 
-def test_a_run_on_volumes(naslora, tiny_sam, tmp_path):
-    data, run, out = write(tmp_path / "data"), tmp_path / "run", tmp_path / "out"
+@pytest.mark.parametrize("suffix, unit", [(".nii.gz", "mm"), (".tif", "voxels")])
+def test_a_run_on_volumes(naslora, tiny_sam, tmp_path, suffix, unit):
+    data, run, out = write(tmp_path / "data", suffix), tmp_path / "run", tmp_path / "out"
     cache, beside = ("--cache", tmp_path / "cache"), ("--neighbours", 2)
-    arguments = ("--data", data, *SHORT, *WINDOW, *beside, *cache, "--output", run)
-    result = naslora("train", *arguments, "--resolution", "original")
+    stacks = ("--stacks",) if suffix == ".tif" else ()
+    arguments = ("--data", data, *SHORT, *WINDOW, *beside, *cache, *stacks, "--output", run)
+    metrics = ("--metrics", "dice", "hd95", "size_difference")
+    result = naslora("train", *arguments, "--resolution", "original", *metrics)
     assert result.status == 0, result.err
     stored = json.loads((run / "metrics.json").read_text())
     assert stored["images"] == {"train": 12, "val": 12, "test": 12}
-    assert stored["test"]["volumes"] == 2
-    assert "test0.nii.gz slice 3" in (run / "test_images.csv").read_text()
-    volumes = [data / f"test{k}.nii.gz" for k in range(2)]
+    assert f"test0{suffix} slice 3" in (run / "test_images.csv").read_text()
+    volumes = [data / f"test{k}{suffix}" for k in range(2)]
     more = ("--probabilities", "uint8", "--output", out)
     result = naslora("predict", run, *volumes, *more)
     assert result.status == 0, result.err
 
     def read(path):
-        return np.asarray(nibabel.load(path).dataobj)
+        return tifffile.imread(path).T if stacks else np.asarray(nibabel.load(path).dataobj)
 
-    dice = []
+    spacing = (1, 1, 1) if stacks else (0.7, 0.9, 3)
+    found = {"dice": [], "hd95": [], "size_difference": []}
     for k in range(2):
         truth = values_of(20 + k)[1]
-        mask = read(out / f"test{k}_mask.nii.gz")
-        shares = read(out / f"test{k}_probabilities.nii.gz")
+        mask = read(out / f"test{k}_mask{suffix}")
+        shares = read(out / f"test{k}_probabilities{suffix}")
         assert mask.shape == shares.shape == SHAPE and (out / f"test{k}_overlay.png").exists()
         assert ((shares > 127) == mask).all()
-        dice.append(2 * (mask * truth).sum() / (mask.sum() + truth.sum()))
-    assert stored["test"]["volume_dice"] == pytest.approx(np.mean(dice), abs=1e-6)
+        found["dice"].append(2 * (mask * truth).sum() / (mask.sum() + truth.sum()))
+        found["hd95"].append(shapes.hd95(mask > 0, truth > 0, spacing))
+        found["size_difference"].append(abs(int(mask.sum()) - int(truth.sum())) * np.prod(spacing))
+    means = {name: pytest.approx(np.mean(values), rel=1e-6) for name, values in found.items()}
+    assert stored["test"]["volumes"] == {"number": 2, "unit": unit, "metrics": means}
+    assert f"HD95, {unit}<" in (run / "report.html").read_text()
+    if stacks:
+        return
     assert nibabel.load(out / "test0_mask.nii.gz").affine == pytest.approx(AFFINES["oblique"])
     save(data / "four.nii", np.zeros((4, 4, 4, 2)))
     refused = naslora("predict", run, data / "four.nii", volumes[0], *more, "--overwrite")

@@ -108,11 +108,11 @@ def slices_of(samples: Sequence[Sample], how: Slicing) -> list[Sample]:
     """
     found = []
     for sample in samples:
-        if not is_volume(sample.image):
+        if not is_volume(sample.image, how):
             found.append(sample)
             continue
         files = [path for path in (*sample.files, sample.mask) if isinstance(path, Path)]
-        shape = check_volume(files, sample.origin)
+        shape = check_volume(files, how, sample.origin)
         whole = sample._replace(group=sample.group or str(sample.image))
         found += [whole._replace(slice=Slice(index, how)) for index in range(shape[how.axis])]
     return found

@@ -1,4 +1,4 @@
-"""Volumes in NIfTI files, of which single slices are read."""
+"""Volumes, of which single slices are read: NIfTI files, and TIFF files whose pages are slices."""
 
 import functools
 import gzip
@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from naslora.data.picture import ImageError, readable
+from naslora.data.rasters import SOFTWARE
 from naslora.errors import imported
 
 NIFTI = (".nii", ".nii.gz")
+TIFF = (".tif", ".tiff")
+MILLIMETRES = {"mm": 1.0, "meter": 1e3, "micron": 1e-3}
 SAME_PLACE = 1e-3
 """Largest difference of two affines' entries, in millimetres: programs round them differently."""
 _LOCK = threading.Lock()
@@ -25,6 +28,8 @@ class Slicing(NamedTuple):
     """The axis along which slices follow each other."""
     neighbours: int = 0
     """Slices on each side that are further channels."""
+    stacks: bool = False
+    """Whether TIFF files are volumes. Their axes are those of an image, x and y, and the pages."""
 
 
 DEFAULT_SLICING = Slicing()
@@ -38,7 +43,12 @@ class Slice(NamedTuple):
     how: Slicing
 
 
-def is_volume(path: Path) -> bool:
+def is_volume(path: Path, how: Slicing) -> bool:
+    """Whether a file is a volume by its name."""
+    return is_nifti(path) or (how.stacks and path.suffix.lower() in TIFF)
+
+
+def is_nifti(path: Path) -> bool:
     """Whether a file is NIfTI by its name."""
     return path.name.lower().endswith(NIFTI)
 
@@ -48,7 +58,7 @@ def stem_of(path: Path) -> str:
     return path.stem[:-4] if path.name.lower().endswith(".nii.gz") else path.stem
 
 
-def check_volume(files: Sequence[Path], where: str) -> tuple[int, ...]:
+def check_volume(files: Sequence[Path], how: Slicing, where: str) -> tuple[int, ...]:
     """Returns the shape of a volume, and of those that lie on it, such as its mask.
 
     Raises:
@@ -56,29 +66,71 @@ def check_volume(files: Sequence[Path], where: str) -> tuple[int, ...]:
         ImageError: a file cannot be read, or has other than three axes, another shape or another
             affine than the first.
     """
-    (nibabel,) = imported("volumes", "nibabel")
-    shape, affine = (), np.eye(4)
+    shape: tuple[int, ...] = ()
+    affine = np.eye(4)
     for file in files:
-        if not is_volume(file):
+        if not is_volume(file, how) or is_nifti(file) != is_nifti(files[0]):
             raise ImageError(f"{where}: {files[0]} is a volume, and {file} is none; save it so")
         with readable(f"{where}: {file}"):
-            image = nibabel.load(file)
-        if len(image.shape) != 3:
-            raise ImageError(f"{where}: {file} has {len(image.shape)} axes; save volumes of three")
+            own, its, _ = _geometry(file)
+        if len(own) != 3:
+            raise ImageError(f"{where}: {file} has {len(own)} axes; save volumes of three")
         both, remedy = f"{where}: {files[0]} and {file} have", "resample one to the other"
         if file == files[0]:
-            shape, affine = image.shape, image.affine
-        if image.shape != shape:
-            sizes = " and ".join("x".join(map(str, size)) for size in (shape, image.shape))
+            shape, affine = own, its
+        if own != shape:
+            sizes = " and ".join("x".join(map(str, size)) for size in (shape, own))
             raise ImageError(f"{both} {sizes} voxels; {remedy}")
-        if not np.allclose(affine, image.affine, rtol=0, atol=SAME_PLACE):
+        if not np.allclose(affine, its, rtol=0, atol=SAME_PLACE):
             raise ImageError(f"{both} other affines, so they lie elsewhere; {remedy}")
     return shape
+
+
+def _geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray, str]:
+    """The shape, the affine and its unit; of a TIFF file the identity, in voxels."""
+    if is_nifti(path):
+        (nibabel,) = imported("volumes", "nibabel")
+        image = nibabel.load(path)
+        return image.shape, image.affine, image.header.get_xyzt_units()[0]
+    import tifffile  # imported here: few runs need it
+
+    with tifffile.TiffFile(path) as tiff:
+        shape = tiff.series[0].shape
+    return ((1,) * (len(shape) == 2) + shape)[::-1], np.eye(4), "voxels"  # one page is a slice
+
+
+def spacing_of(path: Path, axis: int, size: Sequence[int]) -> tuple[tuple[float, ...], str]:
+    """The size of an element of stacked slices.
+
+    Args:
+        path: the volume.
+        axis: as in ``Slicing``.
+        size: height and width of the slices, which may have been resized.
+
+    Returns:
+        The size along the slices, the rows and the columns, and its unit: "mm", "voxels" for TIFF
+        files, or "header units" if a NIfTI file names none.
+    """
+    shape, affine, unit = _geometry(path)
+    factor = MILLIMETRES.get(unit, 1.0)
+    sides = factor * np.linalg.norm(affine[:3, :3], axis=0)
+    wide, high = np.delete(sides * shape, axis)
+    if unit != "voxels":
+        unit = "mm" if unit in MILLIMETRES else "header units"
+    return (float(sides[axis]), float(high / size[0]), float(wide / size[1])), unit
 
 
 @functools.lru_cache(4)
 def _values(path: Path, _: int) -> Any:
     """The voxels, (X, Y, Z). Of an uncompressed file only what is taken is read."""
+    if not is_nifti(path):
+        import tifffile  # imported here: few runs need it
+
+        try:
+            pages: np.ndarray = tifffile.memmap(path, mode="r")
+        except ValueError:  # compressed, or not in one piece
+            pages = tifffile.imread(path)
+        return pages.reshape(-1, *pages.shape[-2:]).T
     (nibabel,) = imported("volumes", "nibabel")
     values = nibabel.load(path).dataobj
     return np.asanyarray(values) if path.suffix.lower() == ".gz" else values
@@ -93,7 +145,7 @@ def read_slice(path: Path, cut: Slice, where: str) -> np.ndarray:
     Raises:
         ImageError: the file is damaged.
     """
-    (axis, count), planes = cut.how, []
+    (axis, count, _), planes = cut.how, []
     with readable(where):
         with _LOCK:  # so that threads do not decompress the same file
             values = _values(path, path.stat().st_mtime_ns)
@@ -105,16 +157,28 @@ def read_slice(path: Path, cut: Slice, where: str) -> np.ndarray:
 
 
 def write_volume(path: Path, source: Path, slices: Sequence[np.ndarray], axis: int) -> None:
-    """Writes slices as a volume with the geometry of another one, as compressed NIfTI.
+    """Writes slices as a volume with the geometry of another one, as compressed NIfTI or TIFF.
 
     Args:
-        source: its header is taken, except for the type of the numbers and their range.
+        source: of NIfTI its header is taken, except for the type of the numbers and their range.
         slices: (H, W) or (H, W, K) numbers, as ``read_slice`` turns them.
         axis: as in ``Slicing``.
     """
+    values = np.stack([own.swapaxes(0, 1) for own in slices], axis)
+    if not is_nifti(source):
+        import tifffile  # imported here: few runs need it
+
+        tifffile.imwrite(
+            path,
+            values.swapaxes(0, 2),
+            photometric="minisblack",
+            planarconfig="contig" if values.ndim > 3 else None,
+            compression="zlib",
+            software=SOFTWARE,
+        )
+        return
     (nibabel,) = imported("volumes", "nibabel")
     image = nibabel.load(source)
-    values = np.stack([own.swapaxes(0, 1) for own in slices], axis)
     header = image.header.copy()
     header.set_data_dtype(values.dtype)
     header["cal_min"] = header["cal_max"] = 0

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from naslora.metrics import METRICS
+from naslora.metrics import METRICS, label_of
 from naslora.report.figures import (
     BLUE,
     GREEN,
@@ -145,7 +145,14 @@ def _scores(result: RunResult) -> list[Part]:
     # The table of all splits has these means already.
     means = {"dice": test.dice, "iou": test.iou, "accuracy": test.accuracy}
     further = any(means.get(metric) != value for metric, value in test.metrics.items())
-    return [*parts, metric_table(test)] if further or test.groups else parts
+    if further or test.groups:
+        parts.append(metric_table(test))
+    if test.volumes is not None:
+        head = ["Metric in three dimensions", f"Volumes ({test.volumes.number})"]
+        own = test.volumes.metrics.items()
+        rows = [[label_of(name, test.volumes.unit), number(value)] for name, value in own]
+        parts.append(Table(head, rows))
+    return parts
 
 
 def _draw_images(axes: Axes, dice: list[float]) -> None:
@@ -167,7 +174,7 @@ def metric_table(scores: SplitScores) -> Table:
     columns = [scores.metrics, *(group.metrics for group in groups.values())]
     rows = []
     for name, value in scores.metrics.items():
-        label = METRICS[name].label if name in METRICS else name
+        label = label_of(name) if name in METRICS else name
         for part in value if isinstance(value, dict) else [None]:
             values = [column[name] for column in columns]
             found = [own.get(part or "") if isinstance(own, dict) else own for own in values]

@@ -90,8 +90,9 @@ class Description:
     """Names of the channels as ``DataConfig.channels``; empty for RGB. So is ``shown``."""
     shown: tuple[str, str, str] | None = None
     slice_axis: int = 2
-    """As in ``DataConfig``, and so is ``neighbours``."""
+    """As in ``DataConfig``, and so are ``neighbours`` and ``stacks``."""
     neighbours: int = 0
+    stacks: bool = False
 
 
 def text_of(description: Description) -> str:

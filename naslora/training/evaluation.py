@@ -1,5 +1,6 @@
 """Loss and metrics of a model on a split."""
 
+import io
 import multiprocessing
 import os
 import signal
@@ -7,8 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -21,9 +23,10 @@ from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
 from naslora.data.tiles import Grid
-from naslora.metrics import METRICS, Scores, further_scores, image_scores, summarise
+from naslora.data.volumes import spacing_of
+from naslora.metrics import METRICS, Scores, further_scores, image_scores, shape_scores, summarise
 from naslora.records import from_json
-from naslora.results import GroupScores, SplitScores
+from naslora.results import GroupScores, SplitScores, VolumeScores
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
 from naslora.training.run_config import RunConfig
 from naslora.training.step import Loss
@@ -98,12 +101,12 @@ def evaluate(
     for batch in make_loader(dataset, batches, training.workers, accelerator):
         if batch is not None:
             records += score(model, batch, dataset, accelerator, loss_of(training), metrics)
-    records = sorted(gather_object(records), key=lambda record: record[0])  # by the image's index
-    _, losses, scores = zip(*records, strict=True)
+    records = sorted(gather_object(records), key=lambda record: record.place)
+    losses, scores = [own.loss for own in records], [own.scores for own in records]
     summary = _summary(scores, class_names, metrics)
     image_dice = torch.stack([own["dice"] for own in scores]).nanmean(1)  # (N,)
     summary["image_dice"] = [None if dice.isnan() else float(dice) for dice in image_dice]
-    summary |= _volumes(dataset, scores)
+    summary["volumes"] = _volumes(dataset, records, metrics)
     if metrics:
         summary["resolution"] = f"{dataset.image_size} x {dataset.image_size}"
         if dataset.truth:
@@ -115,18 +118,47 @@ def evaluate(
     return from_json(SplitScores, {"loss": sum(losses) / len(losses), **summary}, "scores")
 
 
-def _volumes(dataset: SegmentationDataset, scores: Sequence[Scores]) -> dict[str, Any]:
-    """The number and the mean Dice of the volumes; empty if there are none."""
-    counts: dict[Path, Tensor] = {}
-    for sample, own in zip(dataset.samples, scores, strict=True):
+class _Record(NamedTuple):
+    """What is known of an image of a split."""
+
+    place: int
+    """Of the image in the data set."""
+    loss: float
+    """Of the image, or of its batch."""
+    scores: Scores
+    labels: bytes = b""
+    """Of a slice, if a metric needs them: predicted and true labels, (2, H, W), as np.savez."""
+
+
+def _volumes(
+    dataset: SegmentationDataset, records: Sequence[_Record], metrics: Sequence[str]
+) -> VolumeScores | None:
+    """The scores of the volumes; None if there are none."""
+    members: dict[Path, list[_Record]] = {}
+    for sample, own in zip(dataset.samples, records, strict=True):
         if sample.slice is not None:
-            counts[sample.image] = counts.get(sample.image, 0) + own["confusion"]
-    if not counts:
-        return {}
-    total = torch.stack([*counts.values()])  # (V, K, K)
-    right = total.diagonal(dim1=1, dim2=2)
-    dice = (2 * right / (total.sum(1) + total.sum(2)))[:, 1:].nanmean(0).nanmean()
-    return {"volumes": len(counts), "volume_dice": None if dice.isnan() else float(dice)}
+            members.setdefault(sample.image, []).append(own)
+    scores: list[Scores] = []
+    units: set[str] = set()
+    for path, slices in members.items():
+        total = torch.stack([own.scores["confusion"] for own in slices]).sum(0)  # (K, K)
+        both = total.sum(0) + total.sum(1)
+        found: Scores = {"dice": (2 * total.diagonal() / both)[1:]}
+        if slices[0].labels:
+            stack = [np.load(io.BytesIO(own.labels))["arr_0"] for own in slices]
+            predicted, truth = np.stack(stack, 1)  # (slices, H, W) each
+            how = dataset.samples[slices[0].place].slice
+            assert how is not None
+            spacing, unit = spacing_of(path, how.how.axis, truth.shape[1:])
+            found |= shape_scores(metrics, predicted, truth, len(total), spacing)
+            units.add(unit)
+        scores.append(found)
+    if not scores:
+        return None
+    stacked = {name: torch.stack([own[name] for own in scores]) for name in scores[0]}
+    values = {name: METRICS[name].of(stacked) for name in stacked}
+    numbers = {name: None if own.isnan() else float(own) for name, own in values.items()}
+    return VolumeScores(len(scores), " and ".join(sorted(units)) or "voxels", numbers)
 
 
 def _groups(
@@ -159,8 +191,8 @@ def _score(
     accelerator: Accelerator,
     loss: Loss,
     metrics: Sequence[str],
-) -> list[tuple[int, float, Scores]]:
-    """Of every image its index, the loss of its batch, and its scores."""
+) -> list[_Record]:
+    """The records of a batch; the loss is the batch's."""
     with accelerator.autocast():
         output = model(batch["image"].to(accelerator.device))
     mask = batch["mask"].to(accelerator.device)
@@ -172,8 +204,8 @@ def _score(
         truth, class_map = truth.to(accelerator.device), class_map[None]
         if class_map.shape[-2:] != truth.shape:
             class_map = F.interpolate(class_map, truth.shape, mode="bilinear", align_corners=False)
-        own = _image_scores(labels_of(class_map), class_map[0], truth, model, metrics)
-        records.append((int(index), mean_loss, own))
+        labels = labels_of(class_map)[0]
+        records.append(_record(index, mean_loss, labels, class_map[0], truth, dataset, metrics))
     return records
 
 
@@ -184,7 +216,7 @@ def _score_by_tiles(
     accelerator: Accelerator,
     loss: Loss,
     metrics: Sequence[str],
-) -> list[tuple[int, float, Scores]]:
+) -> list[_Record]:
     """As ``_score``, of whole images; the loss is the image's own."""
     records = []
     for index, pixels, truth in zip(batch["index"], batch["pixels"], batch["truth"], strict=True):
@@ -201,24 +233,32 @@ def _score_by_tiles(
         for band in tiled_class_map(model, dataset, pixels, truth, accelerator, add_loss):
             labels.append(labels_of(band[None])[0].to(torch.uint8))
             class_map.append(band if needed else band[:, :0])
-        prediction = torch.cat(labels)[None].long()
-        own = _image_scores(prediction, torch.cat(class_map, 1), truth, model, metrics)
-        records.append((int(index), sum(losses) / len(losses), own))
+        loss_of_image, prediction = sum(losses) / len(losses), torch.cat(labels).long()
+        scores = torch.cat(class_map, 1)
+        records.append(_record(index, loss_of_image, prediction, scores, truth, dataset, metrics))
     return records
 
 
-def _image_scores(
+def _record(
+    index: Tensor,
+    loss: float,
     labels: Tensor,
     class_map: Tensor,
     truth: Tensor,
-    model: SamForSegmentation,
+    dataset: SegmentationDataset,
     metrics: Sequence[str],
-) -> Scores:
-    """Scores of one image's (1, H, W) labels, and of its (K, H, W) class map."""
-    scores = image_scores(labels, truth[None], model.num_classes, IGNORED)
+) -> _Record:
+    """Scores of one image's (H, W) labels, and of its (K, H, W) class map."""
+    scores = image_scores(labels[None], truth[None], dataset.num_classes, IGNORED)
     own = {name: values[0].cpu() for name, values in scores.items()}
-    more = further_scores(metrics, class_map, labels[0], truth, IGNORED)
-    return own | {name: values.cpu() for name, values in more.items()}
+    more = further_scores(metrics, class_map, labels, truth, IGNORED)
+    own |= {name: values.cpu() for name, values in more.items()}
+    kept = io.BytesIO()
+    sample, shapes = dataset.samples[int(index)], [METRICS[name].shape for name in metrics]
+    if sample.slice is not None and any(shapes):
+        pair = torch.stack([labels, truth]).where(truth != IGNORED, 0).to(torch.uint8)
+        np.savez_compressed(kept, pair.cpu().numpy())
+    return _Record(int(index), loss, own, kept.getvalue())
 
 
 def tiled_class_map(

@@ -77,6 +77,8 @@ class DataConfig(Settings):
     widened and trained, unless there are three. None makes RGB."""
     slice_axis: Literal[0, 1, 2] = 2
     """Axis of volumes along which slices are taken. NIfTI files (.nii, .nii.gz) are volumes."""
+    stacks: bool = False
+    """Whether TIFF files are volumes, whose pages are slices along axis 2, and not channels."""
     neighbours: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
     """Slices on each side of a volume's slice that are further channels; of several files an image,
     `channels` counts them all."""

@@ -146,7 +146,7 @@ def scaling_of(config: RunConfig) -> Intensity | None:
 
 def slicing_of(data: DataConfig) -> Slicing:
     """How volumes become images."""
-    return Slicing(data.slice_axis, data.neighbours)
+    return Slicing(data.slice_axis, data.neighbours, data.stacks)
 
 
 def shown_of(config: RunConfig) -> list[int]:
