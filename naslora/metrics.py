@@ -104,20 +104,25 @@ def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
     }
 
 
-def _calibration_error(probability: Tensor, target: Tensor) -> Tensor:
-    """The expected calibration error of (K, P) scores and (P,) labels; NaN without a pixel."""
-    # Imported here, as in ``image_scores``.
-    from torchmetrics.functional.classification import (
-        binary_calibration_error,
-        multiclass_calibration_error,
-    )
+def _calibration_bins(probability: Tensor, target: Tensor) -> Tensor:
+    """Sums of the pixels by their confidence, of (K, P) scores and (P,) labels.
 
-    if not len(target):
-        return torch.tensor(torch.nan)
-    if len(probability) == 1:
-        return binary_calibration_error(probability[0], target, CALIBRATION_BINS)
-    shares = (probability / probability.sum(0).clamp(min=1e-6)).T
-    return multiclass_calibration_error(shares, target, len(probability), CALIBRATION_BINS)
+    Returns:
+        (CALIBRATION_BINS, 3) float64: the number of a bin's pixels, and the sums of their
+        confidence and of what is right. If binary these are the foreground's probability and share.
+    """
+    confidence, right = probability[0], target
+    if len(probability) > 1:
+        confidence, likeliest = (probability / probability.sum(0).clamp(min=1e-6)).max(0)
+        right = likeliest == target
+    values = torch.stack([torch.ones_like(confidence), confidence, right], 1).double()
+    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    return values.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, values)
+
+
+def calibration_error(bins: Tensor) -> Tensor:
+    """The expected calibration error of (..., B, 3) sums of bins; NaN without a pixel."""
+    return (bins[..., 1] - bins[..., 2]).abs().sum(-1) / bins[..., 0].sum(-1)
 
 
 # ---- Metrics of a data set -----------------------------------------------------------------------
@@ -240,7 +245,11 @@ METRICS: dict[str, Metric] = {
     "cldice": _shape("cldice", "clDice"),
     "size_difference": _shape("size_difference", "Difference in size, pixels"),
     "lesion_f1": _shape("lesion_f1", "F1 of lesions"),
-    "ece": Metric("ECE", lambda scores: scores["ece"].nanmean(), of_map="calibration"),
+    "ece": Metric(
+        "ECE",
+        lambda scores: calibration_error(scores["calibration"]).nanmean(),
+        of_map="calibration",
+    ),
 }
 
 
@@ -266,7 +275,7 @@ def further_scores(
     if "saliency" in kinds:
         own |= saliency_scores(class_map[0], target)
     if "calibration" in kinds:
-        own["ece"] = _calibration_error(class_map[:, counted].float(), target[counted])
+        own["calibration"] = _calibration_bins(class_map[:, counted].float(), target[counted])
     found, truth = (values.where(counted, 0).cpu().numpy() for values in (labels, target))
     return own | shape_scores(names, found, truth, max(len(class_map), 2))
 

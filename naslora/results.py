@@ -139,6 +139,9 @@ class SplitScores:
     images: int | None = field(default=None, metadata=OPTIONAL)
     click_iou: list[float] | None = field(default=None, metadata=OPTIONAL)
     """Mean IoU after one click, two, and so on, of a promptable model."""
+    calibration: list[tuple[float, float, float]] = field(default_factory=list, metadata=OPTIONAL)
+    """Of each bin of confidence the number of pixels, and the sums of their confidence and of those
+    that are right, over all images; with the metric ``ece``."""
     volumes: VolumeScores | None = field(default=None, metadata=OPTIONAL)
     image_dice: list[float | None] | None = field(
         default=None, compare=False, repr=False, metadata=UNSTORED

@@ -90,6 +90,10 @@ def panel(side=24, name="slice 7", dice=0.8765, **parts):
     return Panel(name, image, labels.copy(), labels, dice, **parts)
 
 
+CALIBRATION = [(40.0, 2.0, 6.0), *[(0.0, 0.0, 0.0)] * 13, (60.0, 57.0, 45.0)]
+"""40 pixels of confidence 0.05, of which 0.15 are right, and 60 of 0.95, of which 0.75 are."""
+
+
 @pytest.fixture
 def run():
     uniform = [[1 / 8] * 8] * 3
@@ -97,7 +101,7 @@ def run():
     return {
         "config": CONFIG,
         "result": RunResult(
-            test=replace(scores(0.8421), image_dice=[0.9, None, 0.7214]),
+            test=replace(scores(0.8421), image_dice=[0.9, None, 0.7214], calibration=CALIBRATION),
             val=scores(0.8532),
             kept_epoch=2,
             test_merged={"exact": scores(0.8421), "center": scores(0.8021)},
@@ -166,6 +170,7 @@ def test_full_report(report, run):
         "<dd>0.8021<small>test Dice, center</small>",  # exact leaves another module
         "kept: epoch 2, Dice 0.7000",
         "slice 7 · Dice 0.8765 · rank 1 of 24",
+        "ECE 0.1600 over all pixels",  # 0.4 * 0.1 + 0.6 * 0.2
     ):
         assert shown in text
     center = ["0.8421", "0.8021", "−0.0400", "0.45", "0.45", "0.045", "0.045"]
@@ -181,9 +186,9 @@ def test_full_report(report, run):
     row = re.search(r'<th scope="row">1</th>(<td style.*?)</tr>', text).group(1)
     assert re.findall(r">(0\.\d+)<", row) == ["0.300"] + ["0.100"] * 7
     assert len(page.ids) == len(set(page.ids))
-    # Two curves, two of the search, the lossy merge, and bars of the images.
+    # Two curves, two of the search, the lossy merge, bars of the images, and the confidence.
     # 4 pictures of each of the two panels; two before and after merging.
-    assert len(page.images) == 6 + 8 + 2
+    assert len(page.images) == 7 + 8 + 2
     assert all(picture.get("alt") or picture.get("aria-label") for picture in page.images)
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert "var(--blue)" in drawings and not re.search(r"(?:fill|stroke): #", drawings)

@@ -15,6 +15,8 @@ from naslora.metrics import METRICS, label_of
 from naslora.report.figures import (
     BLUE,
     GREEN,
+    GRID,
+    MUTED,
     ORANGE,
     PURPLE,
     Curves,
@@ -140,6 +142,15 @@ def _scores(result: RunResult) -> list[Part]:
     if dice:
         caption = "Number of test images by their Dice. The line is the median."
         parts.append(Drawing("images", caption, partial(_draw_images, dice=dice), (4.6, 2.3)))
+    if test.calibration:
+        bins = np.array(test.calibration)
+        error = np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum()
+        caption = (
+            "Confidence of the test pixels, and how many are right; of binary masks the "
+            "probability and the share of the foreground. On the dashed line both agree. Bars are "
+            f"shares of the pixels. ECE {number(error)} over all pixels."
+        )
+        parts.append(Drawing("reliability", caption, partial(_draw_reliability, bins=bins)))
     if test.metrics:
         parts.append(f"Test, scored at the resolution {test.resolution}.")
     # The table of all splits has these means already.
@@ -162,6 +173,18 @@ def _draw_images(axes: Axes, dice: list[float]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("Dice")
     axes.set_ylabel("images")
+
+
+def _draw_reliability(axes: Axes, bins: np.ndarray) -> None:
+    """``bins`` as ``SplitScores.calibration``."""
+    pixels, confidence, right = bins[bins[:, 0] > 0].T
+    middle = (np.arange(len(bins)) + 0.5) / len(bins)
+    shares = bins[:, 0] / pixels.sum()
+    axes.bar(middle, shares, 0.9 / len(bins), color=GRID, label="share of the pixels")
+    axes.plot([0, 1], [0, 1], "--", color=MUTED, linewidth=1)
+    axes.plot(confidence / pixels, right / pixels, "o-", color=BLUE, label="share that is right")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence")
+    axes.legend(loc="upper left")
 
 
 def metric_table(scores: SplitScores) -> Table:

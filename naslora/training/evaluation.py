@@ -106,6 +106,8 @@ def evaluate(
     summary = _summary(scores, class_names, metrics)
     image_dice = torch.stack([own["dice"] for own in scores]).nanmean(1)  # (N,)
     summary["image_dice"] = [None if dice.isnan() else float(dice) for dice in image_dice]
+    if "calibration" in scores[0]:
+        summary["calibration"] = torch.stack([own["calibration"] for own in scores]).sum(0).tolist()
     summary["volumes"] = _volumes(dataset, records, metrics)
     if metrics:
         summary["resolution"] = f"{dataset.image_size} x {dataset.image_size}"
