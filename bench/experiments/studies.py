@@ -362,6 +362,22 @@ STUDIES = {
         merges=False,
         gains=tuple((name, f"untouched, {name}") for name in ("1 click", "box")),
     ),
+    # Whether 16 bits cost accuracy.
+    "precision": Study(
+        datasets=("kvasir_seg", "leaf_disease"),
+        seeds=(0, 1, 2),
+        common=_joined({"run": {"model": "mobile_sam", "image_size": 256}}, METHODS["NAS-PC-LoRA"]),
+        variants={
+            name: {"training": {"mixed_precision": value}}
+            for name, value in (("float32", "no"), ("bfloat16", "bf16"))
+        },
+        epochs={"kvasir_seg": 6, "leaf_disease": 6},
+        columns={name: TRAINING[name] for name in ("last loss", "test Dice", "test IoU")},
+        train_images=60,
+        test_images=60,
+        merges=False,
+        reference="float32",
+    ),
     # Which loss helps on thin foreground (cracks), small (leaves), and rare classes (CamVid).
     "losses": Study(
         datasets=("crackforest", "leaf_disease", "camvid"),
