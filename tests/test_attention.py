@@ -371,6 +371,17 @@ def test_the_padding_of_windows_is_not_projected(config):
     assert isinstance(block, SamBlock)
 
 
+def test_hugging_faces_padding_is_not_projected():
+    layer = build_sam().double().vision_encoder.layers[0]
+    side = layer.window_size + 1
+    x = torch.randn(2, side, side, layer.attn.qkv.in_features, dtype=torch.float64)
+    expected, rows = layer(x), []
+    fuse_attention(layer)
+    with Products(rows):
+        torch.testing.assert_close(layer(x), expected)
+    assert max(rows) == 2 * side * side
+
+
 def test_a_watched_layer_sees_whole_windows():
     model, shapes = fused(adapted_encoder()), []
     expected = model(images())

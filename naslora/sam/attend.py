@@ -82,18 +82,17 @@ def pooled_attention(
     return attention.proj(o.transpose(1, 2).reshape(batch, height, width, -1))
 
 
-def over_grid(attention: Any, x: Tensor, heads: int) -> Tensor:
+def over_grid(attention: Any, x: Tensor) -> Tensor:
     """Attention with decomposed relative positions, as segment_anything defines it.
 
     Args:
-        attention: has ``qkv``, ``proj``, and what ``_attended`` reads.
+        attention: has ``qkv``, ``proj``, ``num_heads``, and what ``_attended`` reads.
         x: (B, H, W, C), an image or windows of it.
-        heads: number of heads.
 
     Returns:
         (B, H, W, C).
     """
-    return attention.proj(_attended(attention, *_heads(attention.qkv(x), heads)))
+    return attention.proj(_attended(attention, *_heads(attention.qkv(x), attention.num_heads)))
 
 
 def over_windows(attention: Any, x: Tensor, size: int) -> Tensor:

@@ -46,8 +46,7 @@ def fuse_attention(model: nn.Module) -> list[str]:
     Face's SamModel, SamHQModel and Sam2Model, of TinyViT in timm and MobileSAM, and of timm's Hiera
     (SAM 2). Other modules with a layer ``qkv`` and "Attention" in the name of their class are left
     alone, and a warning names them. Hugging Face's modules return None as attention weights, as its
-    SDPA attention does. Blocks of segment_anything and its copies no longer project the padding of
-    their windows.
+    SDPA attention does. Blocks with windows no longer project the padding of these.
 
     Args:
         model: a SAM, its image encoder, or a model around it.
@@ -127,35 +126,57 @@ class FusedAttention(Fused):
 class FusedBlock(Fused):
     """segment_anything's transformer block, which does not project the padding of its windows."""
 
+    norms = "norm1", "norm2"
+
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
         x = x.contiguous()  # the patch embedding leaves features apart, and every sum would, too
         size, attention = self.window_size, self.attn
         padded = size > 0 and (x.shape[1] % size or x.shape[2] % size)
-        ours = isinstance(attention, _SegmentAnything)
+        ours = isinstance(attention, (_SegmentAnything, _HuggingFace))
         # Who watches a layer sees whole windows.
         watched = ours and any(map(has_hooks, (attention, attention.qkv, attention.proj)))
-        if not padded or not ours or watched or traced():
+        if not padded or not ours or watched or attention.drops or traced():
             return self.host_class.forward(self, x)
-        x = x + over_windows(attention, self.norm1(x), size)
-        return x + self.mlp(self.norm2(x))
+        norm1, norm2 = (getattr(self, name) for name in self.norms)
+        x = x + over_windows(attention, norm1(x), size)
+        return x + self.mlp(norm2(x))
+
+
+class _HuggingFaceLayer(FusedBlock):
+    norms = "layer_norm1", "layer_norm2"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As ``FusedBlock``."""
+        return super().forward(hidden_states)
 
 
 class _SegmentAnything(FusedAttention):
+    drops = False
+
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
-        return over_grid(self, x, self.num_heads)
+        return over_grid(self, x)
 
 
 class _HuggingFace(FusedAttention):
+    @property
+    def num_heads(self: Any) -> int:
+        """As segment_anything calls it."""
+        return self.num_attention_heads
+
+    @property
+    def drops(self: Any) -> bool:
+        """Whether it drops weights at random, which the fused operator does not."""
+        return self.training and self.dropout > 0
+
     def forward(
         self: Any, hidden_states: Tensor, output_attentions: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) to the same, and None instead of attention weights."""
-        drops = self.training and self.dropout > 0
-        if traced() or output_attentions or drops:
+        if traced() or output_attentions or self.drops:
             return self.host_class.forward(self, hidden_states, output_attentions)
-        return over_grid(self, hidden_states, self.num_attention_heads), None
+        return over_grid(self, hidden_states), None
 
 
 class _Hiera(FusedAttention):
@@ -245,6 +266,12 @@ _FORMS = (
         _LINEAR,
         _TABLES,
         _HuggingFace,
+    ),
+    _Form(
+        r"transformers\.models\.(sam|sam_hq)\.modeling_\1\.Sam(HQ)?VisionLayer",
+        frozenset({"layer_norm1", "attn", "layer_norm2", "mlp"}),
+        _NONE,
+        _HuggingFaceLayer,
     ),
     *(
         _Form(r"timm\.models\.hieradet_sam2\.MultiScaleAttention", children, _NONE, _Hiera)
