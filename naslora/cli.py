@@ -106,7 +106,7 @@ def demo(
     ] = False,
 ) -> None:
     """Segment grey and white matter of the MNI152 brain: train, test, merge, report."""
-    from naslora.report.terminal import print_summary
+    from naslora.report.run_report import print_summary
     from naslora.training.demo import run_demo
 
     print_summary(run_demo(output, epochs, seed, resume, random), output)
@@ -122,7 +122,7 @@ def train(
     ] = ("tensorboard",),
 ) -> None:
     """Fine-tune SAM on your images, then test, merge and report."""
-    from naslora.report.terminal import print_summary
+    from naslora.report.run_report import print_summary
     from naslora.training import run
 
     print_summary(run.train(config, output, resume, tracker), output)

@@ -25,9 +25,9 @@ from naslora.errors import UserError
 from naslora.records import read_rows
 from naslora.results import HISTORY, Epoch
 from naslora.sam.segmentation import build_model
-from naslora.training.embeddings import keep_embeddings
 from naslora.training.resolve import resolve
 from naslora.training.run_config import RunConfig
+from naslora.training.run_model import keep_embeddings
 
 V2_CLASSES = np.where(miniatures.CLASSES == 2, 11, miniatures.CLASSES)
 

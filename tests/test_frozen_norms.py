@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from naslora import NASLoRAConfig, inject, load_adapter, merge, save_adapter
-from naslora.adapter.layer.frozen_norms import keep_frozen
+from naslora.adapter.layer.modules import keep_frozen
 from naslora.methods import apply
 from naslora.sam.segmentation import build_model
 

@@ -26,8 +26,7 @@ from naslora.files import read_safetensors
 from naslora.records import from_json
 from naslora.results import ADAPTER, LAST, Epoch, SplitScores, kept_epoch
 from naslora.training.accelerator import make_accelerator
-from naslora.training.epoch_images import EpochImages
-from naslora.training.run_data import find_splits
+from naslora.training.run_data import EpochImages, find_splits
 from naslora.training.run_model import build_adapted_model
 from naslora.training.step import Compiled
 from naslora.training.train_config import LEARNING_BOUNDS, TrainConfig

@@ -25,10 +25,9 @@ from naslora.adapter.io.base_state import override_save_pretrained
 from naslora.adapter.io.storage import PEFT_TYPE
 from naslora.adapter.layer.calls import host_calls, shown, watch
 from naslora.adapter.layer.config import CellInit, ChannelSelection, NASLoRAConfig
-from naslora.adapter.layer.frozen_norms import keep_frozen
 from naslora.adapter.layer.grid import place_hint
 from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
-from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers, keep_frozen
 from naslora.adapter.layer.targets import TARGETS
 from naslora.adapter.merging.merge import merge as merge_model
 from naslora.errors import UserError

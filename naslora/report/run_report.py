@@ -1,5 +1,6 @@
-"""The report of a run: its page, and the sections about scores, training and costs."""
+"""The report of a run: its page, the sections on scores, training and costs, and its summary."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from rich import table as rich_table
+from rich.console import Console
 
+from naslora.errors import printable
 from naslora.metrics import METRICS, label_of
 from naslora.report.figures import (
     BLUE,
@@ -31,7 +35,7 @@ from naslora.report.sections.examples import examples_parts
 from naslora.report.sections.merging import merging_parts
 from naslora.report.sections.operations import operations_parts
 from naslora.report.tables import Table, duration, number, reduce_known
-from naslora.results import Epoch, OperationHistory, ParameterCounts, RunResult, SplitScores
+from naslora.results import REPORT, Epoch, OperationHistory, ParameterCounts, RunResult, SplitScores
 
 SPLIT_TITLES = {"train": "training", "arch": "architecture", "val": "validation", "test": "test"}
 
@@ -318,3 +322,31 @@ def _times(history: list[Epoch], total: float) -> list[Part]:
     rows.append(["Everything else", f"{max(0.0, total - spent):,.1f}", "", ""])
     rows.append(["Total", f"{total:,.1f}", "", ""])
     return [Table(["", "Seconds", "Seconds per epoch", "Epochs"], rows, total=True)]
+
+
+# ---- The terminal --------------------------------------------------------------------------------
+
+
+def print_summary(result: RunResult, output: Path) -> None:
+    """Prints the scores of a finished run, and the path of its report."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    further = {} if result.untouched is None else {"untouched": result.untouched}
+    further |= {} if result.test_last is None else {"last step's weights": result.test_last}
+    further |= {} if result.test_float32 is None else {"in float32": result.test_float32}
+    further |= {f"merged, {mode}": scores for mode, scores in result.test_merged.items()}
+    whole, *others = (metric_table(scores) for scores in (result.test, *further.values()))
+    table = rich_table.Table("test images", f"epoch {result.kept_epoch}", *whole.head[2:], *further)
+    for row, *rows in zip(whole.rows, *(other.rows for other in others), strict=True):
+        table.add_row(*map(printable, (*row, *(own[1] for own in rows))))
+    console = Console(markup=False, emoji=False)  # names of classes are text
+    console.print(table)
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    console.print(f"scored at the resolution {result.test.resolution}", highlight=False)
+    console.print(
+        f"{result.trainable_parameters:,} parameters trained in {result.seconds:.0f} s; "
+        f"look at {output / REPORT}",
+        highlight=False,
+        soft_wrap=True,
+    )

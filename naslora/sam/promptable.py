@@ -7,7 +7,7 @@ from typing import Any
 from segment_anything.modeling import MaskDecoder, Sam
 from torch import Tensor
 
-from naslora.adapter.layer.frozen_norms import keep_frozen
+from naslora.adapter.layer.modules import keep_frozen
 from naslora.errors import UserError
 from naslora.sam.attention import Attention
 from naslora.sam.decoder import EMBED_DIM, build_transformer

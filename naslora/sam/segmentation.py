@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.layer.frozen_norms import keep_frozen
+from naslora.adapter.layer.modules import keep_frozen
 from naslora.errors import UserError
 from naslora.sam.attention import Attention, fuse_attention
 from naslora.sam.checkpoint import load_sam_checkpoint

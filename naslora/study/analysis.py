@@ -270,11 +270,7 @@ def _heat_overlay(
 
 
 def _read_history(run: Path, first: RunConfig) -> list[Epoch]:
-    """Reads the history of a run whose configuration is ``first``, except for the seed.
-
-    Raises:
-        UserError: the configurations differ in more than their seed, or the run is not finished.
-    """
+    """The history of a run whose configuration is ``first``, except for the seed."""
     own = replace(read_config(run / CONFIG), seed=first.seed)
     if own.to_dict() != first.to_dict():
         raise UserError(f"{run} is a run of another configuration; give runs that differ in seed")
@@ -318,11 +314,7 @@ def _draw_convergence(axes: Axes, mean: np.ndarray, spread: np.ndarray, start: i
 
 
 def _read_mixture(run: Path) -> np.ndarray:
-    """Reads the weights at the end of the search: (layers, operations).
-
-    Raises:
-        UserError: the file is missing, or does not hold them.
-    """
+    """Reads the weights at the end of the search: (layers, operations)."""
     path = run / OPERATIONS_JSON
     record = read_record(path, OperationHistory)
     with reading(path, "does not hold a mixture of each layer"):

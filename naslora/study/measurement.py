@@ -135,10 +135,7 @@ def training_seconds(history: Sequence[Epoch], images: int) -> dict[str, float]:
 
 @torch.no_grad()
 def _inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> dict[str, float]:
-    """Median seconds of one image through each model.
-
-    The models take turns, so that other load on the machine affects all of them.
-    """
+    """Median seconds of one image through each model; they take turns, so other load hits all."""
     accelerator = make_accelerator(config.training)
     size = config.model.image_size
     channels = len(config.data.channels) or 3

@@ -98,10 +98,7 @@ def write_operation_losses(
 def _cases(
     weights: Mapping[str, Tensor], seed: int
 ) -> list[tuple[str, str | None, dict[str, int]]]:
-    """What to move: the chosen operation of each layer and of all, then the random draws.
-
-    A random operation is neither `skip`, nor the chosen one, nor left out.
-    """
+    """What to move: the chosen operation of each layer and of all, then draws among the others."""
     chosen, others = {}, {}
     for name, own in weights.items():
         ranked = [i for i in own.argsort(descending=True, stable=True).tolist() if i != SKIP]

@@ -127,15 +127,8 @@ class InteractiveLoss:
 
 
 def _first_prompts(masks: Tensor, halves: Tensor) -> tuple[Prompts, Tensor]:
-    """Draws the first prompts of (N, S, S) bool masks: points and jittered boxes.
-
-    Args:
-        masks: gives the boxes.
-        halves: (N, S/2, S/2) bool, gives the points.
-
-    Returns:
-        The prompts, and which of them are boxes, (N,) bool. A point has a padding beside it.
-    """
+    """Points in (N, S/2, S/2) halves, each with a padding, or jittered boxes of (N, S, S) masks;
+    and which of them are boxes, (N,) bool."""
     from torchvision.ops import masks_to_boxes
 
     size, device = masks.shape[-1], masks.device
@@ -197,14 +190,8 @@ def _correction(wrong: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _loss(masks: Tensor, scores: Tensor, allowed: Tensor, objects: Objects) -> Tensor:
-    """The loss of each object: that of its best mask, and of the scores of all it may have.
-
-    Args:
-        masks: (N, Q, 4g, 4g) logits.
-        scores: (N, Q) estimates of their IoU.
-        allowed: (N, Q) bool: the masks that an object may have.
-        objects: at (S/2, S/2).
-    """
+    """The loss of each object: of the best of its allowed masks (N, Q, 4g, 4g), and of the (N, Q)
+    scores that estimate their IoU."""
     truth, counted = objects.masks.float(), objects.counted.float()
     with torch.no_grad():
         large = _enlarged(masks.detach(), truth)

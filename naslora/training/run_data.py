@@ -1,7 +1,8 @@
-"""The images of a run: its splits, their check before training, and the images for merging."""
+"""The images of a run: splits, check before training, those of each epoch, and for merging."""
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ from naslora.data.images import Sample
 from naslora.data.layouts import OPTIONAL_SPLIT
 from naslora.data.objects import warnings_about_objects
 from naslora.data.picture import Intensity, parse_intensity
+from naslora.data.sampling import draw_part, hold_out, refill
 from naslora.data.tiles import Tiles, fit_tiles
 from naslora.data.volumes import Slicing
 from naslora.errors import UserError, warn
@@ -35,6 +37,7 @@ from naslora.sam.families import find_family
 from naslora.training.accelerator import in_main_process
 from naslora.training.progress import with_progress
 from naslora.training.run_config import DataConfig, RunConfig
+from naslora.training.train_config import TrainConfig, first_search_epoch
 
 
 def prepare_data(
@@ -212,3 +215,45 @@ def calibration(
     for start in range(0, len(dataset), size):
         items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
         yield torch.stack(items).to(device)
+
+
+@dataclass(frozen=True)
+class EpochImages:
+    """The images of the weight steps and of the alpha steps.
+
+    An epoch's weight steps take equally many images, whatever alpha takes. Images that are left to
+    alpha are replaced by others, which then come twice.
+    """
+
+    config: TrainConfig
+    train: int
+    """Number of training images."""
+    arch: int
+    """Number of images in the data's own split for alpha; 0 without one."""
+    searches: bool
+    """Whether the run takes alpha steps of their own."""
+    seed: int
+
+    def of_weights(self, epoch: int) -> Sequence[int]:
+        """Indices of the training images that an epoch's weight steps take."""
+        kept: Sequence[int] = range(self.train)
+        count = self.train + self.arch
+        started = epoch >= first_search_epoch(self.config)
+        leaves_out = {"hold-out": True, "rotate": started}.get(str(self.config.arch_data), False)
+        if leaves_out and self.searches and not self.arch:
+            kept, _ = self._parts(epoch)
+        return refill(kept, count, self.seed, epoch) if len(kept) < count else kept
+
+    def of_alpha(self, epoch: int) -> Sequence[int]:
+        """Indices of the images that an epoch's alpha steps take: in the data's own split for
+        alpha, if there is one, else in the training split."""
+        if self.arch:
+            return range(self.arch)
+        if self.config.arch_data in ("rotate", "hold-out"):
+            return self._parts(epoch)[1]
+        return draw_part(range(self.train), self.config.arch_fraction, self.seed, epoch)
+
+    def _parts(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The training images of the weights, and those of alpha, which `hold-out` draws once."""
+        path = () if self.config.arch_data == "hold-out" else (epoch,)
+        return hold_out(range(self.train), self.config.arch_fraction, self.seed, *path)

@@ -111,11 +111,7 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _original_names(model: nn.Module) -> dict[str, str]:
-    """The names of the adapted layers' weights and biases, mapped to those before ``inject``.
-
-    Raises:
-        UserError: the layers are PEFT's, which hold the frozen weights under names of their own.
-    """
+    """The names of the adapted layers' weights and biases, mapped to those before ``inject``."""
     if any("base" not in layer._modules for _, layer in adapter_layers(model)):
         raise UserError(
             "the adapter belongs to a PeftModel: call its save_pretrained, or its "

@@ -15,10 +15,9 @@ from torch import nn
 from naslora.adapter.io.wrappers import unwrap
 from naslora.adapter.layer.applied import applied
 from naslora.adapter.layer.config import NASLoRAConfig
-from naslora.adapter.layer.frozen_norms import keep_frozen
 from naslora.adapter.layer.injection import build_layers
 from naslora.adapter.layer.layer import NASLoRALinear
-from naslora.adapter.layer.modules import NAMED, adapter_layers, replace_module
+from naslora.adapter.layer.modules import NAMED, adapter_layers, keep_frozen, replace_module
 from naslora.adapter.layer.targets import find_targets, with_names
 from naslora.errors import UserError
 from naslora.settings import checked
@@ -130,11 +129,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, NamedAdapters]:
-    """The module that was adapted, and its adapters.
-
-    Raises:
-        UserError: the model has no adapter, or is merged.
-    """
+    """The module that was adapted, and its adapters; a UserError if it has none or is merged."""
     for host in unwrap(model).modules():
         adapters = getattr(host, NAMED, None)
         if isinstance(adapters, NamedAdapters):

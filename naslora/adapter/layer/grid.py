@@ -70,11 +70,7 @@ def as_grid(x: Tensor, grid: Grid | None, hint: GridHint | None = None, prefix: 
 
 
 def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None, prefix: int) -> Grid:
-    """The grid of tokens that are not the declared grid.
-
-    Raises:
-        ValueError: they are not a smaller window.
-    """
+    """The grid of tokens that are no declared grid: a smaller window, or else a ValueError."""
     side = math.isqrt(count)
     stated = hint if hint is not None and grid in (None, hint.grid) else None
     height, width = stated.grid if stated is not None else grid or (side, side)

@@ -10,12 +10,12 @@ from naslora.adapter.io.base_state import override_save_pretrained
 from naslora.adapter.layer.applied import RECORD, Applied, applied, find_method, image_encoder
 from naslora.adapter.layer.calls import watch
 from naslora.adapter.layer.config import MethodConfig, NASLoRAConfig, TargetConfig
-from naslora.adapter.layer.frozen_norms import keep_frozen
 from naslora.adapter.layer.grid import place_hint
 from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
 from naslora.adapter.layer.modules import (
     NAMED,
     adapter_layers,
+    keep_frozen,
     replace_module,
     undone_on_error,
 )
@@ -94,16 +94,7 @@ def build_layers(
 def _trained(
     model: nn.Module, patterns: Sequence[str], frozen: Collection[int]
 ) -> tuple[list[nn.Module], list[nn.Parameter]]:
-    """The modules and parameters that the patterns of ``train`` select.
-
-    Args:
-        model: the model without its adapters.
-        patterns: as the argument ``train`` of ``inject``.
-        frozen: the ids of parameters that no pattern selects.
-
-    Raises:
-        UserError: a pattern is no regular expression or selects nothing.
-    """
+    """The modules and parameters that patterns of ``train`` select, but the ids in ``frozen``."""
     modules, parameters = [], []
     for pattern in patterns:
         whole = compiled("train", pattern)

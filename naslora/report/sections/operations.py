@@ -95,15 +95,7 @@ def _draw_path(
 def _heat_map(
     names: list[str], layers: list[str], start: np.ndarray, weights: np.ndarray, epoch: int
 ) -> list[Part]:
-    """A table of layers by operations, tinted by how the weights changed since the start.
-
-    Args:
-        names: of the operations.
-        layers: names of the layers.
-        start: (layers, operations), before training.
-        weights: (layers, operations).
-        epoch: after which the weights were taken.
-    """
+    """A table of layers by operations, tinted by how the weights changed since the start."""
     change = weights - start
     # A change below 0.01 is hardly a preference. The floor keeps the tint of it faint.
     reach = max(0.01, float(np.abs(change).max()))
