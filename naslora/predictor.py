@@ -91,7 +91,7 @@ def score_bands(
     shared = functools.lru_cache(1)(picture.rows)  # by the tiles of one row
 
     def pixels_of(box: Box) -> np.ndarray:
-        if picture.by_rows:
+        if picture.source.by_rows:
             return shared(box.top, box.bottom)[:, box.left : box.right]
         return picture.rows(box.top, box.bottom, box.left, box.right)
 

@@ -72,7 +72,7 @@ def test_colours_of_8_bits_as_pillow_reads_them(tmp_path, options):
 def test_what_pillow_has_to_read(tmp_path):
     alpha = np.concatenate([RGB, RGB[..., :1]], axis=2)
     save_tiff(tmp_path / "rgba.tif", alpha, extrasamples=["unassalpha"])
-    tifffile.imwrite(tmp_path / "grey.tif", RGB[..., 0])
+    Image.fromarray(RGB[..., 0]).save(tmp_path / "grey.tif", compression="tiff_lzw")
     Image.fromarray(RGB).save(tmp_path / "lzw.tif", compression="tiff_lzw")
     greys = 257 * RGB[..., 0].astype(np.uint16)
     Image.fromarray(greys).save(tmp_path / "grey.png")

@@ -17,7 +17,7 @@ from run_configs import run_config
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Sample, open_picture
-from naslora.data.masks import IGNORED, read_mask
+from naslora.data.masks import IGNORED, open_mask, read_mask
 
 SIDE = 64
 DISC = np.hypot(*(np.mgrid[:SIDE, :SIDE] - SIDE // 2)) < 20
@@ -167,6 +167,28 @@ def test_masks(tmp_path, write, classes, options, expected):
     else:
         mask = read_mask(sample, classes, **options)
         assert mask.dtype == np.int32 and mask.tolist() == np.asarray(expected).tolist()
+
+
+@pytest.mark.parametrize(
+    "pixels, dtype, classes, options, expected",
+    [case for case in PIXELS if case[1] in (np.uint8, np.uint16) and np.ndim(case[0]) == 2],
+)
+def test_windows_of_masks(tmp_path, pixels, dtype, classes, options, expected):
+    """Of TIFF files in tiles; what single windows do not show is refused as well."""
+    values = np.tile(np.asarray(pixels, dtype), (20, 20))
+    tifffile.imwrite(tmp_path / "a.tif", values, tile=(16, 16), compression="zlib")
+    mask = open_mask(Sample(Path("image.png"), tmp_path / "a.tif", "x"), classes, **options)
+    assert mask[:2] == values.shape
+    size = len(values) // 2, values.shape[1] // 2 + 3
+    windows = [(top, top + 3, left, left + 1) for top in range(size[0]) for left in range(size[1])]
+    if isinstance(expected, str):
+        message = error_of(lambda: [mask.values(*window) for window in windows])
+        assert expected.split(" labels ")[0] in message and "a.tif" in message
+        return
+    labels = np.tile(np.asarray(expected, np.int32), (20, 20))
+    for top, bottom, left, right in [*windows, (0, len(values), 0, values.shape[1])]:
+        found = mask.values(top, bottom, left, right)
+        assert found.dtype == np.int32 and np.array_equal(found, labels[top:bottom, left:right])
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from conftest import TRAIN, write_checkpoint
 from PIL import Image
 from run_configs import run_config
 
+from naslora.data import picture
 from naslora.data.augmentation import Crop, draw_window
 from naslora.data.dataset import SegmentationDataset
-from naslora.data.images import Sample, source_of
+from naslora.data.images import Sample, source_of, source_of_array
 from naslora.data.masks import IGNORED
 from naslora.data.picture import Picture
 from naslora.data.tiles import Grid, Tiles, fit_tiles
@@ -161,26 +162,28 @@ def test_an_image_that_fits_is_segmented_as_without_tiles(size):
 # --- windows
 
 
-def test_windows_that_hold_foreground():
+def test_windows_that_hold_foreground(monkeypatch):
+    monkeypatch.setattr(picture, "BAND", 300 * 7)  # rows that are read at once
     mask = np.zeros((200, 300), np.int32)
     mask[:, :150] = IGNORED  # no foreground
     mask[7, 290] = 1
     mask[150:160, 200:260] = 2
-    crop = Crop(32, foreground=1.0)
-    boxes = [draw_window(crop, 200, 300, mask, 0, epoch, 5) for epoch in range(200)]
+    crop, labels = Crop(32, foreground=1.0), source_of_array(mask)
+    boxes = [draw_window(crop, 200, 300, labels, 0, epoch, 5) for epoch in range(200)]
     inside = [mask[b.top : b.bottom, b.left : b.right] for b in boxes]
     assert all(window.shape == (32, 32) for window in inside)
-    shares = [np.mean([(window == label).any() for window in inside]) for label in (1, 2)]
+    shares = [np.mean([(window == k).any() for window in inside]) for k in (1, 2)]
     # A class is drawn first: one pixel is seen as often as six hundred. Binomial, 200 draws of 1/2:
     # five standard deviations are 0.18.
     assert shares == pytest.approx([0.5, 0.5], abs=0.18)
     assert len({box.top for box in boxes}) > 30
 
     never = Crop(32, foreground=0.0)
-    plain = [draw_window(never, 200, 300, mask, 0, epoch, 5) for epoch in range(200)]
+    plain = [draw_window(never, 200, 300, labels, 0, epoch, 5) for epoch in range(200)]
     tops = np.array([box.top for box in plain])
     assert tops.min() < 20 and tops.max() > 148 and np.mean(tops) == pytest.approx(84, abs=20)
-    empty = draw_window(crop, 200, 300, np.zeros((200, 300), np.int32), 0, 0, 0)
+    nothing = source_of_array(np.zeros((200, 300), np.int32))
+    empty = draw_window(crop, 200, 300, nothing, 0, 0, 0)
     assert empty.bottom - empty.top == 32
     assert draw_window(crop, 20, 300, None, 0, 0, 0)[0] == 0  # a short side is taken whole
     # A window depends on the seed, the epoch and the index.
@@ -188,19 +191,20 @@ def test_windows_that_hold_foreground():
     assert len({draw_window(Crop(8), 1000, 1000, None, *path) for path in paths}) == 4
 
 
-def test_items_are_windows_at_native_resolution(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_items_are_windows_at_native_resolution(tmp_path, suffix):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
     labels = rng.integers(0, 2, (60, 90), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "i.png")
-    Image.fromarray(labels).save(tmp_path / "m.png")
-    sample = Sample(tmp_path / "i.png", tmp_path / "m.png", "x")
+    Image.fromarray(pixels).save(tmp_path / f"i.{suffix}")
+    Image.fromarray(labels).save(tmp_path / f"m.{suffix}")
+    sample = Sample(tmp_path / f"i.{suffix}", tmp_path / f"m.{suffix}", "x")
     dataset = SegmentationDataset([sample], 32, 1, crop=Crop(32), seed=4)
     seen = set()
     for epoch in range(3):
         dataset.set_epoch(epoch)
         item = dataset[0]
-        box = draw_window(Crop(32), 60, 90, labels.astype(np.int32), 4, epoch, 0)
+        box = draw_window(Crop(32), 60, 90, source_of_array(labels), 4, epoch, 0)
         rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
         assert np.array_equal((255 * item["image"]).round().permute(1, 2, 0), pixels[rows, columns])
         assert np.array_equal(item["mask"], labels[rows, columns])

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from naslora.choices import Augment
 from naslora.data.masks import IGNORED
+from naslora.data.picture import Source
 from naslora.data.sampling import AUGMENT, CROP, seeded_generator
 from naslora.data.tiles import Box
 
@@ -111,7 +112,7 @@ class Crop(NamedTuple):
 
 
 def draw_window(
-    crop: Crop, height: int, width: int, mask: np.ndarray | None, seed: int, epoch: int, index: int
+    crop: Crop, height: int, width: int, mask: Source | None, seed: int, epoch: int, index: int
 ) -> Box:
     """Draws the window of a sample.
 
@@ -123,7 +124,7 @@ def draw_window(
         crop: size and preference.
         height: of the image in pixels.
         width: of the image in pixels.
-        mask: (height, width) labels; None without a mask.
+        mask: the labels, which are read band by band if they are needed; None without a mask.
         seed: the seed of the run.
         epoch: the epoch.
         index: the index of the sample in its data set.
@@ -141,16 +142,22 @@ def draw_window(
     return Box(corner[0], corner[1], corner[0] + size[0], corner[1] + size[1])
 
 
-def _foreground_pixel(mask: np.ndarray, random: np.random.Generator) -> tuple[int, int] | None:
+def _foreground_pixel(mask: Source, random: np.random.Generator) -> tuple[int, int] | None:
     """Draws a class of the foreground, then a pixel of it; None without foreground."""
-    counts = np.bincount(mask.ravel())
-    counts[0] = 0
-    if len(counts) > IGNORED:
-        counts[IGNORED] = 0
-    classes = np.flatnonzero(counts)
+    bands = [*mask.bands()]
+    counted = [np.bincount(mask.values(*rows, 0, mask.width).ravel()) for rows in bands]
+    counts = np.zeros((len(bands), max(IGNORED + 1, *map(len, counted))), np.int64)
+    for line, own in zip(counts, counted, strict=True):
+        line[: len(own)] = own
+    counts[:, [0, IGNORED]] = 0
+    classes = np.flatnonzero(counts.sum(0))
     if not len(classes):
         return None
     label = classes[random.integers(len(classes))]
-    pixels = np.flatnonzero(mask == label)
-    row, column = divmod(int(pixels[random.integers(len(pixels))]), mask.shape[1])
-    return row, column
+    ends = counts[:, label].cumsum()
+    place = int(random.integers(ends[-1]))
+    band = int(np.searchsorted(ends, place, side="right"))
+    place -= int(ends[band] - counts[band, label])
+    pixels = np.flatnonzero(mask.values(*bands[band], 0, mask.width) == label)
+    row, column = divmod(int(pixels[place]), mask.width)
+    return bands[band][0] + row, column

@@ -17,10 +17,10 @@ from torchvision.transforms.v2 import functional as transforms
 from naslora.choices import Augment, ObjectSource
 from naslora.data.augmentation import Augmentation, Crop, draw_window
 from naslora.data.cache import Cache
-from naslora.data.images import Annotation, Sample, open_picture
-from naslora.data.masks import has_foreground, palette_codes, read_mask, read_numbers
+from naslora.data.images import Annotation, Sample, open_picture, source_of_array
+from naslora.data.masks import has_foreground, open_mask, palette_codes, read_mask, read_numbers
 from naslora.data.objects import Counts, choose_objects, components, count_objects, numbered
-from naslora.data.picture import Intensity, Picture, readable
+from naslora.data.picture import Intensity, Picture, Source, readable
 from naslora.data.regions import draw_objects
 from naslora.data.sampling import FLIP, seeded_generator
 from naslora.data.tiles import Box, Tiles
@@ -119,7 +119,7 @@ class SegmentationDataset(Dataset[Item]):
                 item["truth"] = mask.long()
             return item
         if self.crop is not None and self.cache is not None:
-            labels = None if mask is None else mask.numpy()
+            labels = None if mask is None else source_of_array(mask.numpy())
             height, width = image.shape[1:]
             box = draw_window(self.crop, height, width, labels, self.seed, epoch, index)
             image, mask = self.cut(image, mask, box)
@@ -208,11 +208,14 @@ class SegmentationDataset(Dataset[Item]):
             mask = self.read(sample)[1]
             return mask is not None and has_foreground(mask.numpy()), None, None
         picture = open_picture(sample, self.intensity, channels=self.channels)
-        for top, bottom in picture.bands():
+        for top, bottom in picture.source.bands():
             picture.rows(top, bottom)
         picture.check_channels()
-        foreground = sample.mask is not None and has_foreground(self._mask(sample, picture))
-        return foreground, picture.highest, None
+        found = [False]
+        if sample.mask is not None:
+            own = self._labels(sample, picture)
+            found = [has_foreground(own.values(*rows, 0, own.width)) for rows in own.bands()]
+        return any(found), picture.highest, None
 
     def cut(self, pixels: Tensor, labels: Tensor | None, box: Box) -> tuple[Tensor, Tensor | None]:
         """Cuts a box out of an image and its mask, and resizes both.
@@ -236,11 +239,13 @@ class SegmentationDataset(Dataset[Item]):
     def _window(self, sample: Sample, crop: Crop, index: int) -> tuple[Tensor, Tensor | None]:
         """Reads the window of the epoch, of the image no more than that."""
         picture = open_picture(sample, self.intensity, channels=self.channels)
-        labels = None if sample.mask is None else self._mask(sample, picture)
+        labels = None if sample.mask is None else self._labels(sample, picture)
         size, epoch = (picture.height, picture.width), int(self._epoch)
         top, left, bottom, right = draw_window(crop, *size, labels, self.seed, epoch, index)
         pixels = torch.from_numpy(picture.rows(top, bottom, left, right)).permute(2, 0, 1)
-        own = None if labels is None else torch.from_numpy(labels[top:bottom, left:right])
+        own = None
+        if labels is not None:
+            own = torch.from_numpy(labels.values(top, bottom, left, right))
         return self.cut(pixels, own, Box(0, 0, *pixels.shape[1:]))
 
     def _decode(
@@ -260,16 +265,23 @@ class SegmentationDataset(Dataset[Item]):
     def _mask(
         self, sample: Sample, picture: Picture | None = None, content: io.BytesIO | None = None
     ) -> np.ndarray:
-        """Reads a mask, and checks that it has the size of ``picture``."""
+        """Reads a mask as a whole."""
+        mask = self._labels(sample, picture, content)
+        return mask.values(0, mask.height, 0, mask.width)
+
+    def _labels(
+        self, sample: Sample, picture: Picture | None = None, content: io.BytesIO | None = None
+    ) -> Source:
+        """Opens a mask, and checks that it has the size of ``picture``."""
         if self.objects:
-            mask = self._numbers(sample, content)
+            mask = source_of_array(self._numbers(sample, content))
         else:
-            mask = read_mask(sample, self.num_classes, self.palette, self.ignore_index, content)
-        if picture is not None and mask.shape != (picture.height, picture.width):
+            mask = open_mask(sample, self.num_classes, self.palette, self.ignore_index, content)
+        if picture is not None and mask[:2] != (picture.height, picture.width):
             raise UserError(
                 f"{sample.origin}: image {sample.image} has {picture.width}x{picture.height} "
                 f"pixels (width x height), its mask {sample.mask} has "
-                f"{mask.shape[1]}x{mask.shape[0]}; the sizes must be the same"
+                f"{mask.width}x{mask.height}; the sizes must be the same"
             )
         return mask
 

@@ -7,9 +7,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor
 
-from naslora.data.images import Annotation, Encoding, Sample, Upright, open_upright, source_of
-from naslora.data.picture import Picture
+from naslora.data.images import (
+    Annotation,
+    Encoding,
+    Sample,
+    Upright,
+    open_upright,
+    source_of,
+    source_of_array,
+)
+from naslora.data.picture import Picture, Source, readable
 from naslora.data.regions import draw_annotation
+from naslora.data.tiff import open_tiff
 from naslora.data.volumes import read_slice
 from naslora.errors import UserError, listing
 
@@ -84,16 +93,48 @@ def read_mask(
         values = _pixel_values(image, where)
         if values.ndim == 3 and not lossy and (values == values[..., :1]).all():
             values = values[..., 0]
-        if ignore_index is None and 2 < num_classes <= IGNORED:
-            ignore_index = IGNORED
-        ignored = _blank(values, ignore_index)
-        found = _decode_values(values, num_classes, lossy, where)
+        return _class_indices(values, num_classes, ignore_index, where, lossy)
     else:
         values = _rgb(image, where)
         ignored = _blank(values, ignore_index)
         found = _decode_encoded(values, sample.encoding, image, where)
     labels = found.astype(np.int32, copy=False)
     return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
+
+
+def open_mask(
+    sample: Sample,
+    num_classes: int,
+    palette: Sequence[str] | None = None,
+    ignore_index: int | None = None,
+    content: io.BytesIO | None = None,
+) -> Source:
+    """Opens a mask, of which windows are taken as class indices, (h, w) int32.
+
+    Of a TIFF file of whole numbers in one channel only these windows are in memory, as
+    ``open_tiff`` reads them. Arguments and errors as ``read_mask``, also of windows.
+    """
+    found, where = None, f"{sample.origin}: mask {sample.mask}{sample.at}"
+    if isinstance(sample.mask, Path) and sample.slice is None and sample.encoding == "labels":
+        with readable(where):
+            found = open_tiff(content or sample.mask, where)
+            pixel = np.zeros((1, 1, 3)) if found is None else found.values(0, 1, 0, 1)
+    if found is None or palette or found.white_is_zero or pixel.shape[2] > 1:
+        return source_of_array(read_mask(sample, num_classes, palette, ignore_index, content))
+    if pixel.dtype.kind not in "ui":
+        raise UserError(f"{where} has floating-point pixels; save it with 8 or 16 bits")
+    source, seen = found, np.zeros(0, np.int32)
+
+    def labels(top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        nonlocal seen
+        with readable(where):
+            values = source.values(top, bottom, left, right)[..., 0]
+        # All values so far are decoded, because 1 and 255 are no foreground of one mask.
+        seen = np.union1d(seen, values).astype(np.int32)
+        table = _class_indices(seen.copy(), num_classes, ignore_index, where)
+        return table[np.searchsorted(seen, values)]
+
+    return source._replace(values=labels)
 
 
 def read_numbers(
@@ -157,6 +198,17 @@ def _blank(values: np.ndarray, ignore_index: int | None) -> np.ndarray | None:
     ignored = np.asarray(np.all(values == ignore_index, axis=channels))
     values[ignored] = 0
     return ignored
+
+
+def _class_indices(
+    values: np.ndarray, num_classes: int, ignore_index: int | None, where: str, lossy: bool = False
+) -> np.ndarray:
+    """Decodes greys or colours of a mask that stores labels, without a palette; int32."""
+    if ignore_index is None and 2 < num_classes <= IGNORED:
+        ignore_index = IGNORED
+    ignored = _blank(values, ignore_index)
+    labels = _decode_values(values, num_classes, lossy, where).astype(np.int32, copy=False)
+    return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
 
 
 def _decode_encoded(

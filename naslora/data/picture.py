@@ -113,6 +113,13 @@ class Source(NamedTuple):
     by_rows: bool = False
     """Whether a part of a row costs as much as the row."""
 
+    def bands(self, top: int = 0, bottom: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yields the first row of bands of ``BAND`` pixels, and the row after their last one."""
+        end = self.height if bottom is None else bottom
+        step = max(1, BAND // self.width)
+        for start in range(top, end, step):
+            yield start, min(start + step, end)
+
 
 def joined(sources: Sequence[Source], where: str) -> Source:
     """The channels of several sources, one after another, as one source.
@@ -162,8 +169,7 @@ class Picture:
         channels: int | None = None,
     ) -> None:
         self.height, self.width = source.height, source.width
-        self.by_rows = source.by_rows
-        self._source = source
+        self.source = source
         self._where = where
         self._intensity = intensity
         self.highest: int | None = None
@@ -193,7 +199,7 @@ class Picture:
         uint8."""
         end, side = bottom or self.height, right or self.width
         pixels = np.empty((end - top, side - left, self.channels), np.uint8)
-        for start, stop in self.bands(top, end):
+        for start, stop in self.source.bands(top, end):
             values = self._values(start, stop, left, side)
             if self._blank.any():
                 self._blank &= ~np.isfinite(values).any(axis=(0, 1))
@@ -206,7 +212,7 @@ class Picture:
                             "or train with --intensity"
                         )
                 values = scale(values, self._limits)
-                values = 255 - values if self._source.white_is_zero else values
+                values = 255 - values if self.source.white_is_zero else values
             pixels[start - top : stop - top] = values
         return pixels
 
@@ -220,17 +226,10 @@ class Picture:
             number = 1 + int(np.flatnonzero(self._blank)[0])
             raise ImageError(f"{self._where} has only NaN in channel {number}; replace the file")
 
-    def bands(self, top: int = 0, bottom: int | None = None) -> Iterator[tuple[int, int]]:
-        """Yields the first row of bands of ``BAND`` pixels, and the row after their last one."""
-        end = self.height if bottom is None else bottom
-        step = max(1, BAND // self.width)
-        for start in range(top, end, step):
-            yield start, min(start + step, end)
-
     def _values(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Rows and columns as they are stored, (n, m, C)."""
         with readable(self._where):
-            values = self._source.values(top, bottom, left, right)
+            values = self.source.values(top, bottom, left, right)
         return values if values.ndim == 3 else values[..., None]
 
     def _find_limits(self, channels: int) -> list[Limits]:
@@ -243,7 +242,7 @@ class Picture:
         step = math.isqrt(self.height * self.width // SAMPLED) + 1
         sampled = [
             self._values(top, bottom, 0, self.width)[-top % step :: step, ::step]
-            for top, bottom in self.bands()
+            for top, bottom in self.source.bands()
         ]
         limits = []
         for channel in range(channels):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PLAIN = (1, 8, 32946)
 """Compressions that need no further package: none and deflate."""
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PLAIN_PIXELS = ((2, 3, 8), (1, 1, 8))
+"""Photometric interpretation, samples and bits of the images of 8 bits that are read here."""
 ORIENTATION = 274
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 """Pixel scale, tie points, transformation, key directory, and the numbers and text of the keys.
@@ -31,7 +33,7 @@ GeoTags = list[tuple[int, int, int, Any, bool]]
 
 
 def open_tiff(file: Path | io.BytesIO, where: str, channels: int | None = None) -> Source | None:
-    """Opens a TIFF file of more than 8 bits, one of plain 8-bit RGB, or one of many channels.
+    """Opens a TIFF file of more than 8 bits, of plain RGB or greys of 8, or of many channels.
 
     Only the windows that are taken are in memory. A file that is compressed in one piece, or stored
     rotated or mirrored, is in memory as a whole.
@@ -44,8 +46,8 @@ def open_tiff(file: Path | io.BytesIO, where: str, channels: int | None = None) 
 
     Returns:
         None if Pillow has to read the file: it is no TIFF; it has 8 bits, one or three channels,
-        and is not RGB without transparency, uncompressed or compressed by deflate; or it has greys
-        of more than 8 bits whose compression needs a package that is not installed.
+        and is not RGB or grey without transparency, uncompressed or compressed by deflate; or it
+        has greys of more than 8 bits whose compression needs a package that is not installed.
 
     Raises:
         ImageError: the file has further axes, or needs a package that is not installed.
@@ -57,7 +59,7 @@ def open_tiff(file: Path | io.BytesIO, where: str, channels: int | None = None) 
 
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages.first
-        plain = (page.photometric, page.samplesperpixel, page.bitspersample) == (2, 3, 8)
+        plain = (page.photometric, page.samplesperpixel, page.bitspersample) in PLAIN_PIXELS
         plain = plain and page.dtype == np.uint8 and page.compression in PLAIN
         pages, count = [page], _channels(page, where, channels)
         if channels is not None and count == 1 != channels:
