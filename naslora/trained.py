@@ -35,7 +35,7 @@ from naslora.files import (
     write_tensors,
 )
 from naslora.locks import locked
-from naslora.methods import check_merges, load_adapter, merge
+from naslora.methods import find_method, load_adapter, merge
 from naslora.metrics import image_scores
 from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
@@ -290,7 +290,7 @@ def merge_run(
     with locked(output, folder=False):
         check_new(output)
         model, config = load_model(path)
-        check_merges(model)
+        find_method(config.method).require_merge()
         splits = find_splits(config)
         before = evaluate_model(model, config, splits["val"], float32=True)
         batches = calibration(config, splits, mode, model.pixel_mean.device, images)

@@ -21,7 +21,7 @@ from naslora.adapter.layer.applied import (
 )
 from naslora.adapter.layer.config import MethodConfig
 from naslora.adapter.layer.injection import apply
-from naslora.adapter.merging.merge import check_merges, merge
+from naslora.adapter.merging.merge import merge
 from naslora.adapter.merging.report import MergeMode
 from naslora.methods import conv_lora, mona, nas_lora, own_weights, peft_lora, sam_adapter, vpt
 
@@ -33,8 +33,8 @@ __all__ = [
     "applied",
     "apply",
     "auxiliary_loss",
-    "check_merges",
     "configure",
+    "find_method",
     "load_adapter",
     "merge",
     "merge_modes",

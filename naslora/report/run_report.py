@@ -30,8 +30,7 @@ from naslora.report.figures import (
 )
 from naslora.report.page import Cards, Code, Folded, Part, Pictures, write_page
 from naslora.report.pictures import Panel
-from naslora.report.sections.clicks import CLICKS_NOTE, scores_parts
-from naslora.report.sections.examples import examples_parts
+from naslora.report.sections.examples import CLICKS_NOTE, examples_parts
 from naslora.report.sections.merging import merging_parts
 from naslora.report.sections.operations import operations_parts
 from naslora.report.tables import Table, duration, number, reduce_known
@@ -70,7 +69,7 @@ def write_report(
     prompted = [panel for panel in panels if isinstance(panel, Pictures)]
     examples = examples_parts(labelled, class_names, result.images["test"])
     sections = {  # first whether it worked, then why, then what it took
-        "Scores": _scores(result) if result.untouched is None else scores_parts(result),
+        "Scores": _scores(result) if result.untouched is None else _click_scores(result),
         "Test images": examples + ([CLICKS_NOTE, *prompted] if prompted else []),
         "Merging": merging_parts(
             result, history, config["training"]["keep"], labelled, class_names
@@ -189,6 +188,40 @@ def _draw_reliability(axes: Axes, bins: np.ndarray) -> None:
     axes.plot(confidence / pixels, right / pixels, "o-", color=BLUE, label="share that is right")
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence")
     axes.legend(loc="upper left")
+
+
+def _click_scores(result: RunResult) -> list[Part]:
+    """A table of the test scores of all models, and the IoU by clicks."""
+    named = {"Untouched": result.untouched, "Fine-tuned": result.test}
+    named["Fine-tuned, weights of the last step"] = result.test_last
+    named["Fine-tuned, in float32"] = result.test_float32
+    named |= {f"Merged ({mode})": scores for mode, scores in result.test_merged.items()}
+    known = {name: scores.metrics for name, scores in named.items() if scores}
+    rows = []
+    for title in result.test.metrics:
+        values = [metrics[title] for metrics in known.values()]
+        rows.append([title, *(number(v) for v in values if not isinstance(v, dict))])
+    return [
+        f"Means over the objects of the test images, at {result.test.resolution}. The first click "
+        "is the centre of the object, each further one the centre of the largest error. NoC is the "
+        "number of clicks until the IoU is reached, at most 8.",
+        Table(["", *known], rows),
+        Drawing("clicks", "Mean IoU by clicks.", partial(_draw_clicks, result=result), (4.6, 2.8)),
+    ]
+
+
+def _draw_clicks(axes: Axes, result: RunResult) -> None:
+    for name, scores, colour in (
+        ("untouched", result.untouched, ORANGE),
+        ("fine-tuned", result.test, BLUE),
+    ):
+        if scores is not None and scores.click_iou:
+            clicks = range(1, len(scores.click_iou) + 1)
+            axes.plot(clicks, scores.click_iou, "o-", label=name, color=colour)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("clicks")
+    axes.set_ylabel("IoU")
+    axes.legend()
 
 
 def metric_table(scores: SplitScores) -> Table:

@@ -79,11 +79,6 @@ def block_statistics(
     ]
 
 
-def attention_of(block: Any) -> Any:
-    """The attention of a block: ``attn``, or ``attention`` in SAM 3."""
-    return getattr(block, "attn", None) or block.attention
-
-
 class _Watched:
     """Measures a block whenever it computes, until its handles are removed."""
 
@@ -93,8 +88,9 @@ class _Watched:
         self.distances: list[float] = []  # one mean a batch, as shares of the image's side
         self.amplitudes: list[float] = []
         self.found: Tensor | None = None
+        attention = getattr(block, "attn", None) or block.attention  # in SAM 3
         self.handles = [
-            attention_of(block).register_forward_pre_hook(self.before_attention),
+            attention.register_forward_pre_hook(self.before_attention),
             block.register_forward_hook(self.after_block),
         ]
 

@@ -9,8 +9,7 @@ import msgspec
 from torch import Tensor
 
 from naslora.errors import UserError
-from naslora.files import FORMAT, check_version, read_torch, write_torch
-from naslora.records import to_json
+from naslora.files import check_version, read_torch
 from naslora.results import Epoch, Mixture
 from naslora.state_dicts import plain_tensors, tensor_problems
 from naslora.training.step import Group
@@ -35,15 +34,6 @@ class LastState:
     """The checksum of the frozen weights."""
     average: dict[str, Tensor] | None = None
     """The averaged weights and the number of their steps, as ``AveragedModel``."""
-
-
-def write_last(path: Path, state: LastState) -> None:
-    """Writes last.pt, atomically.
-
-    Raises:
-        UserError: ``path`` cannot be written.
-    """
-    write_torch(path, {"version": FORMAT, **to_json(state)})
 
 
 def read_last(path: Path) -> LastState:

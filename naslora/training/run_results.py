@@ -21,7 +21,7 @@ from naslora.records import write_record, write_rows
 from naslora.report.page import Pictures
 from naslora.report.pictures import Merged, Panel
 from naslora.report.run_report import write_report
-from naslora.report.sections.clicks import draw_clicks
+from naslora.report.sections.examples import draw_clicks
 from naslora.results import (
     HISTORY,
     METRICS_JSON,

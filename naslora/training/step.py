@@ -60,10 +60,6 @@ class Group:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = self.factor(done) * rate
 
-    def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
-        """Takes over moments that ``check_last`` accepts. The settings stay as they are."""
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-
 
 class Compiled:
     """A function of tensors, compiled as one graph for the shape of the first call's last argument.

@@ -33,6 +33,8 @@ from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
+from naslora.files import FORMAT, write_torch
+from naslora.records import to_json
 from naslora.results import (
     ADAPTER,
     LAST,
@@ -49,7 +51,7 @@ from naslora.training.clicks import score_run
 from naslora.training.evaluation import make_loader
 from naslora.training.interactive import InteractiveLoss
 from naslora.training.progress import WORDS, TrainProgress, epoch_line, epoch_numbers
-from naslora.training.resuming import LastState, check_last, read_last, write_last
+from naslora.training.resuming import LastState, check_last, read_last
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import EpochImages
 from naslora.training.run_model import keep_embeddings
@@ -345,7 +347,7 @@ class Trainer:
                 with self.average.in_use() if self.average else nullcontext():
                     state = {**unshared(trained_state(self.model)), **annealed(self.model)}
                     write_adapter(self.model, self.directory / ADAPTER, state, self.base_checksum)
-            write_last(self.directory / LAST, self._state())
+            write_torch(self.directory / LAST, {"version": FORMAT, **to_json(self._state())})
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> LastState:
@@ -378,7 +380,7 @@ class Trainer:
                 f"cannot resume from {path}: {error}; start a new run with another --output"
             ) from error
         for group, moments in zip(self.groups, last.moments, strict=True):
-            group.load_moments(moments)
+            group.optimizer.load_state_dict({**group.optimizer.state_dict(), "state": moments})
         self.model.load_state_dict(last.model, strict=False)
         if self.average and last.average:
             self.average.means.load_state_dict(last.average)

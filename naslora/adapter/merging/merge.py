@@ -123,17 +123,6 @@ def merge(
     return report
 
 
-def check_merges(model: nn.Module) -> None:
-    """Refuses a model whose applied method cannot be merged.
-
-    Raises:
-        UserError: it cannot. The message says why.
-    """
-    present = applied(model)
-    if present is not None:
-        present.method.require_merge()
-
-
 # ---- The layers of ``inject`` --------------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
-"""Section "Test images": the worst and the best, with truth, prediction and errors."""
+"""Section "Test images": the worst and the best, with truth, prediction and errors, or clicks."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from naslora.report.page import Legend, Part, Pictures
 from naslora.report.pictures import (
@@ -21,6 +22,9 @@ from naslora.report.pictures import (
 from naslora.report.tables import number
 
 MOST_CHANGED = 2  # images that are shown before and after merging
+DOT = 3
+"""Radius of a click in pixels."""
+CLICKS_NOTE = "Each object has a colour. White dots are clicks on it, black ones are off it."
 
 
 def examples_parts(panels: list[Panel], class_names: list[str], images: int) -> list[Part]:
@@ -122,3 +126,27 @@ def _before_and_after(panel: Panel, changed: dict[str, float], class_names: list
     same = [mode for mode, share in changed.items() if share == 0]
     unchanged = f" · unchanged by {', '.join(same)}" if same else ""
     return Pictures(panel.name, panel.name + unchanged, pictures)
+
+
+def draw_clicks(
+    image: np.ndarray, objects: np.ndarray, clicks: Iterable[tuple[float, float, bool]]
+) -> np.ndarray:
+    """Paints objects and clicks over an image.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        objects: (H, W) int: the number of the object at each pixel, 0 for none.
+        clicks: x, y, and whether the click is on the object.
+
+    Returns:
+        (H, W, 3) uint8 RGB, at most ``PICTURE_SIDE`` a side.
+    """
+    names = ["background", *(f"object {k}" for k in range(1, int(objects.max()) + 1))]
+    picture = Image.fromarray(paint(image, objects, names))
+    scale = min(1, PICTURE_SIDE / max(picture.size))
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    pen = ImageDraw.Draw(picture)
+    for x, y, on in clicks:
+        colours = ("white", "black") if on else ("black", "white")
+        pen.circle((x * scale, y * scale), DOT, fill=colours[0], outline=colours[1])
+    return np.asarray(picture)
