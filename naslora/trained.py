@@ -19,7 +19,7 @@ from typing import cast, get_args
 import torch
 from segment_anything import SamPredictor
 
-from naslora.adapter.io.merged_files import MERGED_CONFIG, load_merged, read_merged, write_merged
+from naslora.adapter.io.merged_files import MERGED_CONFIG, load_merged, read_merged, save_merged
 from naslora.adapter.merging.report import MergeMode, MergeReport
 from naslora.choices import CALIBRATION_IMAGES, MAX_LOSS, Format, Part, Quantize, Tool
 from naslora.data.dataset import SegmentationDataset
@@ -303,7 +303,7 @@ def merge_run(
             )
         with replaced_folder(output) as folder:
             details = {"report": report, "scores": scores, "config": config.to_dict()}
-            write_merged(model, folder, to_json(details))
+            save_merged(model, folder, to_json(details))
             if model.left_out:
                 write_tensors(folder / LEFT_OUT, model.left_out)
         return report, scores

@@ -5,7 +5,7 @@ Inline SVG uses the CSS variables of the page for colours, so it follows the lig
 
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +60,6 @@ FIGURE_STYLE = {
     "lines.markersize": 3,
 }
 STAGE_2_LABEL = "stage 2: architecture search"
-MOST_MARKERS = 40  # a curve of more points has no markers
 
 
 class Drawing(NamedTuple):
@@ -126,22 +125,6 @@ def draw_row_axis(axes: Axes, titles: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(len(titles) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-
-
-# ---- Curves over epochs --------------------------------------------------------------------------
-
-Curves = Mapping[str, tuple[str, Iterable[float | None]]]
-"""The colour of each line, and one number an epoch, by label."""
-
-
-def draw_curves(axes: Axes, history: list[Epoch], curves: Curves) -> None:
-    """Draws the curves that have at least one known value."""
-    epochs = [epoch.epoch for epoch in history]
-    marker = "o" if len(epochs) <= MOST_MARKERS else None
-    for label, (colour, values) in curves.items():
-        known = as_array(values)
-        if np.isfinite(known).any():
-            axes.plot(epochs, known, color=colour, marker=marker, label=label)
 
 
 def draw_epoch_axis(axes: Axes, history: list[Epoch]) -> None:

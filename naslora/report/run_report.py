@@ -23,9 +23,8 @@ from naslora.report.figures import (
     MUTED,
     ORANGE,
     PURPLE,
-    Curves,
     Drawing,
-    draw_curves,
+    as_array,
     draw_epoch_axis,
 )
 from naslora.report.page import Cards, Code, Folded, Part, Pictures, write_page
@@ -36,6 +35,9 @@ from naslora.report.sections.operations import operations_parts
 from naslora.report.tables import Table, duration, number, reduce_known
 from naslora.results import REPORT, Epoch, OperationHistory, ParameterCounts, RunResult, SplitScores
 
+MOST_MARKERS = 40  # a curve of more points has no markers
+Curves = dict[str, tuple[str, list[float | None]]]
+"""The colour of each line, and one number an epoch, by label."""
 SPLIT_TITLES = {"train": "training", "arch": "architecture", "val": "validation", "test": "test"}
 
 
@@ -271,7 +273,11 @@ def _training(history: list[Epoch], kept: int) -> list[Part]:
 def _draw_curves(
     axes: Axes, history: list[Epoch], curves: Curves, title: str, star: Epoch | None = None
 ) -> None:
-    draw_curves(axes, history, curves)
+    epochs = [epoch.epoch for epoch in history]
+    marker = "o" if len(epochs) <= MOST_MARKERS else None
+    for label, (colour, values) in curves.items():
+        if np.isfinite(known := as_array(values)).any():
+            axes.plot(epochs, known, color=colour, marker=marker, label=label)
     if star is not None and star.val_dice is not None:
         label = f"kept: epoch {star.epoch}, Dice {star.val_dice:.4f}"
         place = [star.epoch], [star.val_dice]

@@ -6,7 +6,6 @@ import os
 import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +26,7 @@ from naslora.study.rows import Row
 from naslora.study.summary import UNMERGED
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
+from naslora.training.evaluation import end_with_parent
 from naslora.training.run import train
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import calibration, check_with_progress, find_splits
@@ -173,7 +173,7 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
     if forks:
         context.set_forkserver_preload([function.__module__])
     try:
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_start) as pool:
             try:
                 return pool.submit(function, *arguments).result()
             except KeyboardInterrupt:  # the pool would wait for the process
@@ -184,18 +184,7 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
         raise RuntimeError("its process was killed, perhaps for lack of memory") from error
 
 
-def _end_with_parent() -> None:
-    """Ends this process when its parent ends.
-
-    Otherwise the run of a killed study would train on in a folder that a resumed one uses. An
-    interrupt from the terminal is the parent's, which then terminates this process.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # a pool starts this process
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _start() -> None:
+    """Otherwise the run of a killed study would train on in a folder that a resumed one uses."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's, which then terminates this process
+    end_with_parent()

@@ -53,18 +53,25 @@ def end_with_the_run(_: int) -> None:
     SIGTERM, which ``timeout`` and batch systems send to every process of a run, ends it as Ctrl-C
     does. The thread that hands tensors over reports that the main process has ended by the hook for
     exceptions. Errors of images take another way: the loader raises them in the main process.
-    torch's own check takes whatever process is the parent when it begins for the run's.
     """
-    run = multiprocessing.parent_process()
-    assert run is not None
+    end_with_parent()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.excepthook = lambda *_: None
+
+
+def end_with_parent() -> None:
+    """Ends this process when the process ends that started it, also if it has ended already.
+
+    torch's own check takes whatever process is the parent when it begins for that process.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def follow() -> None:
-        run.join()
+        parent.join()
         os._exit(0)
 
     threading.Thread(target=follow, daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.excepthook = lambda *_: None
 
 
 @torch.no_grad()

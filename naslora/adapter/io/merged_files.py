@@ -30,7 +30,9 @@ class Merged(msgspec.Struct):
     """None compares nothing."""
 
 
-def save_merged(model: nn.Module, directory: str | Path) -> None:
+def save_merged(
+    model: nn.Module, directory: str | Path, details: Mapping[str, Any] | None = None
+) -> None:
     """Saves a merged model as a whole. ``load_merged`` reads it.
 
     Both files are replaced atomically.
@@ -38,15 +40,11 @@ def save_merged(model: nn.Module, directory: str | Path) -> None:
     Args:
         model: a merged model, inside wrappers or not.
         directory: created if it does not exist.
+        details: further entries of merged.json, JSON-ready.
 
     Raises:
         UserError: the model is not merged.
     """
-    write_merged(model, Path(directory), {})
-
-
-def write_merged(model: nn.Module, directory: Path, details: Mapping[str, Any]) -> None:
-    """``save_merged`` with further entries of merged.json, which are JSON-ready."""
     paths = bare_paths(model)
     layers = [paths[name] for name, _ in merged_modules(model)]
     if not layers:
@@ -57,10 +55,10 @@ def write_merged(model: nn.Module, directory: Path, details: Mapping[str, Any]) 
         "base_model_name_or_path": base_model(model),
         "layers": layers,
         "weights_checksum": merged_checksum(tensors),
-        **details,
+        **(details or {}),
     }
-    write_tensors(directory / MERGED_WEIGHTS, tensors)
-    write_json(directory / MERGED_CONFIG, description)
+    write_tensors(Path(directory) / MERGED_WEIGHTS, tensors)
+    write_json(Path(directory) / MERGED_CONFIG, description)
 
 
 def merged_checksum(tensors: Mapping[str, Tensor]) -> str:

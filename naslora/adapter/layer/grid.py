@@ -129,7 +129,9 @@ def find_hint(model: nn.Module, name: str) -> GridHint | None:
     for depth in range(len(parts) - 1, -1, -1):
         host: Any = model.get_submodule(".".join(parts[:depth]))
         inner = parts[depth:]
-        if len(inner) <= 2 and _is_attention(host, inner[:-1]):
+        # The MLP of a block does not see its windows.
+        named = any("att" in part.lower() for part in (type(host).__name__, *inner[:-1]))
+        if len(inner) <= 2 and named:
             for attribute in ("resolution", "window_size"):
                 sides = getattr(host, attribute, None)
                 # One number on an attention itself means something else, as in Hiera.
@@ -140,11 +142,6 @@ def find_hint(model: nn.Module, name: str) -> GridHint | None:
         if stated is not None:
             return GridHint(*stated, name)
     return None
-
-
-def _is_attention(host: nn.Module, path: list[str]) -> bool:
-    """Whether the layer is a part of an attention. The MLP of a block does not see its windows."""
-    return any("att" in part.lower() for part in (type(host).__name__, *path))
 
 
 def _image_grid(host: Any, inner: str) -> tuple[Grid, str] | None:
