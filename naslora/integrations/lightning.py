@@ -5,8 +5,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from naslora.adapter.layer.alpha_search import EpochSearch, Loss
 from naslora.adapter.layer.modules import draw_channels
-from naslora.integrations.epoch_search import EpochSearch, Loss
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

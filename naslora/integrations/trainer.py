@@ -10,11 +10,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from naslora.adapter.layer.alpha_search import AlphaSearch
+from naslora.adapter.layer.alpha_search import AlphaSearch, EpochSearch, Loss
 from naslora.adapter.layer.modules import draw_channels
 from naslora.errors import UserError
 from naslora.files import read_torch, write_torch
-from naslora.integrations.epoch_search import EpochSearch, Loss
 
 STATE_NAME = "alpha_search.pt"  # beside Trainer's own files in a checkpoint
 

@@ -6,7 +6,7 @@ architecture parameters alpha on other images (paper, Algorithm 1, first order).
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ NO_ALPHA = (
 CELL_RATE = 10.0
 """The default rate of the cells' weights, as a multiple of the other weights' rate. An operation
 starts with a small share of the mixture, so its weights have to move further to be felt."""
-LossFunction = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[[nn.Module, Any], Tensor]
 """Takes the model and a batch. Returns the loss, a scalar."""
 
 
@@ -170,7 +170,7 @@ class AlphaSearch:
         self._hold_in_other_optimizers()
         self.rest()
 
-    def step(self, batch: Any, loss_fn: LossFunction, epoch: int | None = None) -> float | None:
+    def step(self, batch: Any, loss_fn: Loss, epoch: int | None = None) -> float | None:
         """Takes a step of alpha on a batch.
 
         Args:
@@ -288,3 +288,78 @@ class AlphaSearch:
                 for alpha, mean in zip(self.alphas, means, strict=True):
                     alpha.grad = mean.view_as(alpha).to(alpha)
         return float(loss)
+
+
+# ---- Hosts that train the weights themselves -----------------------------------------------------
+
+
+class EpochSearch:
+    """Alpha steps at the end of an epoch, for hosts that train the weights themselves.
+
+    Args:
+        held_out: batches that the weights do not train on, read anew each epoch: a DataLoader or a
+            list. With several processes each one reads its own, and all must yield equally many.
+        loss_fn: the loss of a batch.
+        lr: Adam's rate for alpha.
+        start: the first epoch with alpha steps, counted from 0.
+        seed: seed of the channels that ``channel_selection="resample"`` draws each epoch.
+
+    Attributes:
+        losses: by epoch, the mean loss of its alpha steps.
+
+    Raises:
+        UserError: ``held_out`` can be read only once.
+    """
+
+    search: AlphaSearch
+
+    def __init__(
+        self,
+        held_out: Iterable[Any],
+        loss_fn: Loss,
+        *,
+        lr: float = 1e-2,
+        start: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if iter(held_out) is held_out:
+            raise UserError(
+                "held_out must be readable once an epoch, such as a DataLoader or a list, got "
+                f"{type(held_out).__name__}, which ends after one pass"
+            )
+        self.held_out, self.loss_fn = held_out, loss_fn
+        self.lr, self.start, self.seed = lr, start, seed
+        self.losses: dict[int, float] = {}
+
+    def attach(self, model: nn.Module) -> None:
+        """Starts the search of a model, once, and freezes its alpha.
+
+        Raises:
+            UserError: the model has no alpha.
+        """
+        if not hasattr(self, "search") or self.search.model is not model:
+            self.search = AlphaSearch(model, self.lr, self.start)
+        self.search.required = False  # also with a process group: the host wraps the model later
+        self.search.rest()
+
+    def search_epoch(self, model: nn.Module, epoch: int, move: Callable[[Any], Any]) -> None:
+        """Takes one alpha step on each held-out batch, from epoch ``start`` on.
+
+        Args:
+            model: the model of ``attach``.
+            epoch: counted from 0.
+            move: puts a batch on the model's device.
+
+        Raises:
+            UserError: there are no held-out batches.
+        """
+        if epoch < self.start:
+            return
+        training, losses = model.training, []
+        model.train()
+        for batch in self.held_out:
+            losses.append(self.search.step(move(batch), self.loss_fn, epoch) or 0.0)
+        model.train(training)
+        if not losses:
+            raise UserError("held_out yielded no batches")
+        self.losses[epoch] = sum(losses) / len(losses)
