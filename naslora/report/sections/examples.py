@@ -1,7 +1,6 @@
 """Section "Test images": the worst and the best, with truth, prediction and errors, or clicks."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -12,7 +11,6 @@ from naslora.report.pictures import (
     ERRORS,
     PICTURE_SIDE,
     UNKNOWN_COLOUR,
-    Merged,
     Panel,
     class_colour,
     paint,
@@ -45,33 +43,23 @@ def examples_parts(panels: list[Panel], class_names: list[str], images: int) -> 
         Legend(legend + [("ignored or unknown", UNKNOWN_COLOUR)] * unnamed),
         Legend([(f"error: {name}", colour) for name, colour in kinds]),
     ]
-    return parts + [_panel(_shrink(panel), class_names, images) for panel in panels]
+    return parts + [_panel(panel, class_names, images) for panel in panels]
 
 
-def _shrink(panel: Panel) -> Panel:
-    """Shrinks the pictures of a panel to at most ``PICTURE_SIDE`` pixels a side."""
-    height, width = panel.image.shape[:2]
+def _small(values: np.ndarray) -> np.ndarray:
+    """(H, W, 3) pixels or (H, W) labels, shrunk to at most ``PICTURE_SIDE`` a side."""
+    height, width = values.shape[:2]
     scale = min(1.0, PICTURE_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-
-    def resize(labels: np.ndarray) -> np.ndarray:
-        pixels = Image.fromarray(np.asarray(labels, dtype=np.int32))
-        return np.asarray(pixels.resize(size, Image.Resampling.NEAREST))
-
-    return replace(
-        panel,
-        image=np.asarray(Image.fromarray(panel.image).resize(size, Image.Resampling.LANCZOS)),
-        truth=resize(panel.truth),
-        prediction=resize(panel.prediction),
-        merged={
-            mode: Merged(resize(merged.prediction), merged.dice)
-            for mode, merged in panel.merged.items()
-        },
-    )
+    if values.ndim == 2:
+        picture, how = Image.fromarray(values.astype(np.int32)), Image.Resampling.NEAREST
+    else:
+        picture, how = Image.fromarray(values), Image.Resampling.LANCZOS
+    return np.asarray(picture.resize(size, how))
 
 
 def _panel(panel: Panel, class_names: list[str], images: int) -> Pictures:
-    image, truth, prediction = panel.image, panel.truth, panel.prediction
+    image, truth, prediction = map(_small, (panel.image, panel.truth, panel.prediction))
     # What is to be ignored is no error.
     known = np.where(unknown(truth, class_names), prediction, truth)
     pictures = [
@@ -114,13 +102,13 @@ def merged_parts(panels: list[Panel], class_names: list[str]) -> list[Part]:
 
 def _before_and_after(panel: Panel, changed: dict[str, float], class_names: list[str]) -> Pictures:
     """``changed`` is the share of pixels whose label each merge changes."""
-    small = _shrink(panel)
-    before = paint(small.image, small.prediction, class_names)
-    pictures = [(f"Before, Dice {number(panel.dice)}", before)]
-    for mode, merged in small.merged.items():
+    image, prediction = _small(panel.image), _small(panel.prediction)
+    pictures = [(f"Before, Dice {number(panel.dice)}", paint(image, prediction, class_names))]
+    for mode, merged in panel.merged.items():
         if changed[mode] > 0:
-            after = paint(small.image, merged.prediction, class_names)
-            after[merged.prediction != small.prediction] = CHANGED
+            labels = _small(merged.prediction)
+            after = paint(image, labels, class_names)
+            after[labels != prediction] = CHANGED
             label = f"{mode}, Dice {number(merged.dice)}, {changed[mode]:.2%} changed"
             pictures.append((label, after))
     same = [mode for mode, share in changed.items() if share == 0]
