@@ -264,7 +264,7 @@ def _opened(path: Path) -> Iterator[Any]:
         yield file
 
 
-def read_torch(path: Path, device: torch.device | str = "cpu") -> Any:
+def read_torch(path: Path) -> Any:
     """Reads a file that ``write_torch`` wrote. It executes no code from the file.
 
     Raises:
@@ -273,7 +273,7 @@ def read_torch(path: Path, device: torch.device | str = "cpu") -> Any:
     """
     with reading(path):
         check_archive(path)
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager
