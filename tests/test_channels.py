@@ -17,7 +17,7 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Sample, open_picture
 from naslora.data.layouts import read_csv
 from naslora.data.picture import Intensity
-from naslora.sam.channels import set_channels, stem
+from naslora.sam.encoders import set_channels, stem
 from naslora.sam.families import FAMILIES
 from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import build_model

@@ -13,8 +13,7 @@ from naslora.data.cache import Cache
 from naslora.errors import UserError
 from naslora.methods import apply, trainable_parameters
 from naslora.results import ParameterCounts
-from naslora.sam.channels import set_channels, stem
-from naslora.sam.encoders import checkpoint_blocks
+from naslora.sam.encoders import checkpoint_blocks, set_channels, stem
 from naslora.sam.promptable import AnySam, build_promptable
 from naslora.sam.segmentation import build_model
 from naslora.training.resolve import checkpoint_of
