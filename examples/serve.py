@@ -9,6 +9,8 @@ Requests that arrive together are computed as one batch. Larger images than --la
 
 import argparse
 import io
+import multiprocessing
+import signal
 from pathlib import Path
 
 import litserve
@@ -59,6 +61,11 @@ class Masks(litserve.LitAPI):
         return Response(file.getvalue(), media_type="image/png")
 
 
+def stop(*_):
+    """Ends the workers as well: LitServe leaves them to themselves unless it is interrupted."""
+    raise SystemExit if multiprocessing.parent_process() else KeyboardInterrupt
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="a folder or a file, as for naslora predict")
@@ -66,6 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=4, help="most images at once")
     parser.add_argument("--largest", type=int, default=16_000_000, help="most bytes of a request")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, stop)
     api = Masks(args.model, max_batch_size=args.batch, batch_timeout=0.02)
     server = litserve.LitServer(api, accelerator="cpu", max_payload_size=args.largest)
     server.run(port=args.port, host="127.0.0.1", generate_client_file=False)

@@ -1,19 +1,10 @@
 """Exported models: computed by other runtimes, loaded by other packages; and error messages."""
 
-import contextlib
 import functools
-import io
-import os
-import signal
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from adapted_models import (
     adapted_encoder,
     images,
@@ -23,23 +14,17 @@ from adapted_models import (
     smooth_images,
     tokens,
 )
-from conftest import free_port, wait_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, inject, merge
-from naslora.benchmark import Measured
-from naslora.files import read_json
-from naslora.prediction import predict_run
-from naslora.records import read_rows
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import build_image_encoder
-from naslora.sam.export import KEY, Description, Embedding, Scores, export, read_description
+from naslora.sam.export import Description, Embedding, Scores, export
 from naslora.sam.families.mobile_sam import NAMING
 from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
-from naslora.trained import export_run, load_model, merge_run
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -252,145 +237,6 @@ def test_mobile_sam_gets_its_own_names(tmp_path):
     assert differing and all(name.endswith("attn.qkv.weight") for name in differing)
 
 
-# ---------------------------------------------------------------- predictions
-
-
-@pytest.fixture(scope="module")
-def folders(naslora, make_data, tmp_path_factory, tiny_vit):
-    """A folder with a binary run from a SAM checkpoint, and its merged models by mode."""
-    root = tmp_path_factory.mktemp("export")
-    save_file(tiny_sam(32).state_dict(), root / "sam.safetensors")
-    data = make_data(root / "data", train=6, val=2, test=2)
-    options = (
-        f"--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0 "
-        f"--learning-rate 3e-3 --checkpoint {root / 'sam.safetensors'}"
-    )
-    result = naslora("train", "--data", data, *options.split(), "--output", root / "run")
-    assert result.status == 0, result.err
-    for mode in ("exact", "center"):
-        merge_run(root / "run", mode, root / mode)
-    return root
-
-
-def test_export_and_predict_from_the_command_line(naslora, folders, tmp_path):
-    """A file must predict the masks of the merged model that it was made from."""
-    pictures = sorted((folders / "data" / "images").glob("test*.png"))
-    sources = []
-    for mode, file_format in (("exact", "onnx"), ("center", "safetensors")):
-        path = tmp_path / f"model.{file_format}"
-        result = naslora("export", folders / mode, "--output", path, "--format", file_format)
-        assert result.status == 0 and f"wrote {path}" in result.out, result.err
-        sources += [folders / mode, path]
-    model, _ = load_model(folders / "exact")
-    assert_onnx_runtime_computes(Scores(model.eval()), sources[1], 32)
-    masks = []
-    for i, source in enumerate(sources):
-        result = naslora("predict", source, *pictures, "--output", tmp_path / str(i), "--trust")
-        assert result.status == 0 and "wrote 2 masks" in result.out, result.err
-        assert len(list((tmp_path / str(i)).glob("*_overlay.png"))) == 2
-        files = sorted((tmp_path / str(i)).glob("*_mask.png"))
-        masks.append([np.asarray(Image.open(file)) for file in files])
-    exact, center = (read_json(folders / mode / "merged.json") for mode in ("exact", "center"))
-    for stored in (exact, center):  # what merging changed
-        assert {"before", "after"} == stored["scores"].keys()
-        assert all({"dice", "iou", "loss"} <= scores.keys() for scores in stored["scores"].values())
-    losses = [exact["scores"][name]["loss"] for name in ("before", "after")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert len(masks[0]) == 2 and set(np.unique(masks[0])) <= {0, 255}
-    for merged, file in (masks[:2], masks[2:]):
-        # Labels may differ at pixels whose probability is 0.5 up to rounding.
-        assert np.mean([np.mean(a == b) for a, b in zip(merged, file, strict=True)]) > 0.999
-
-
-OTHERS = {  # the format and its options, and the largest difference of a score
-    "a.xml": ("openvino", {}, 1e-4, ("openvino",)),
-    "b.xml": ("openvino", {"quantize": "int8"}, 0.2, ("openvino", "nncf")),
-    "c.xml": ("openvino", {"quantize": "float16"}, 1e-2, ("openvino",)),
-    "d.onnx": ("tensorrt", {}, 1e-4, ()),
-    "e.onnx": ("onnx", {"quantize": "int8"}, 0.2, ()),
-    "f.onnx": ("onnx", {"quantize": "float16"}, 1e-2, ()),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_runtimes_predict(folders, tmp_path, name):
-    file_format, options, most, needs = OTHERS[name]
-    for package in needs:
-        pytest.importorskip(package)
-    path = tmp_path / name
-    dice = export_run(folders / "center", file_format, path, max_loss=1, **options)
-    assert (dice is not None) == bool(options)
-    model, _ = load_model(folders / "center")
-    class_map, held = load_class_map(path)
-    assert held.image_size == 32
-    x = torch.rand(3, 3, 32, 32)
-    with torch.no_grad():
-        expected = Scores(model)(x)
-    # OpenVINO computes in bfloat16 where the processor has it.
-    torch.testing.assert_close(class_map(x), expected, rtol=0, atol=max(most, 2e-2))
-    assert {*map(str, tmp_path.iterdir())} == {str(path)} | {str(p) for p in tmp_path.glob("*.bin")}
-
-
-def test_int8_that_loses_too_much_writes_nothing(folders, tmp_path, monkeypatch):
-    dice = iter([0.8, 0.7])
-    monkeypatch.setattr("naslora.trained.dice_of", lambda *_: next(dice))
-    with pytest.raises(UserError, match=r"falls from 0\.8000 to 0\.7000.*nothing was written"):
-        export_run(folders / "center", "onnx", tmp_path / "a.onnx", quantize="int8")
-    assert not [*tmp_path.iterdir()]
-
-
-def test_core_ml_takes_the_model(naslora, folders, tmp_path):
-    """Core ML itself runs on macOS alone, so that only the package is looked at."""
-    coremltools = pytest.importorskip("coremltools")
-    path = tmp_path / "a.mlpackage"
-    result = naslora("export", folders / "center", "--format", "coreml", "--output", path)
-    assert result.status == 0 and result.err.count("\n") < 2, result.err  # no bars of progress
-    held = coremltools.models.MLModel(str(path), skip_model_load=True)
-    (image,), (scores,) = held.input_description, held.output_description
-    kind = held.get_spec().description.input[0].type.multiArrayType
-    assert (image, scores, [*kind.shape]) == ("images", "scores", [1, 3, 32, 32])
-    assert read_description(held.user_defined_metadata[KEY]).image_size == 32
-    again = naslora("export", folders / "center", "--format", "coreml", "--output", path)
-    assert again.status == 2 and "is not empty" in again.err
-
-
-def test_the_server_answers_several_at_once(folders, tmp_path):
-    """The masks are those of predict. What is no image, or too large, is refused."""
-    pytest.importorskip("litserve")
-    httpx = pytest.importorskip("httpx")
-    model, port = tmp_path / "a.onnx", free_port()
-    export_run(folders / "center", "onnx", model)
-    pictures = sorted((folders / "data" / "images").glob("*.png"))
-    masks = predict_run(model, pictures, tmp_path / "masks", trust=True)
-    command = [sys.executable, "examples/serve.py", model, "--port", str(port)]
-    command += ["--largest", "99999"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (
-        subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as server,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client,
-        ThreadPoolExecutor(5) as pool,
-    ):
-
-        def ready():
-            with contextlib.suppress(httpx.TransportError):
-                return client.get("/health").status_code == 200
-
-        def answer(content):
-            return client.post("/predict", files={"image": content})
-
-        try:
-            wait_for(ready, server)
-            answers = [*pool.map(answer, [picture.read_bytes() for picture in pictures])]
-            for mask, given in zip(masks, answers, strict=True):
-                assert given.status_code == 200, given.text
-                own = np.asarray(Image.open(io.BytesIO(given.content)))
-                # Their sums are rounded in another order in batches, and they have no tiles.
-                assert np.mean(own == np.asarray(Image.open(mask))) > 0.99
-            assert answer(b"x").status_code == 400 and answer(b"x" * 100_000).status_code == 413
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)  # its workers outlive its own end
-
-
 def test_relative_positions_become_one_operator(tmp_path):
     """Padded windows and the whole image, in a graph that other runtimes fuse."""
     model = build_model("vit_b", 64, 1, "none").eval()
@@ -410,52 +256,12 @@ def test_relative_positions_become_one_operator(tmp_path):
     torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_images_go_through_several_processes_and_after_a_stop(folders, tmp_path, monkeypatch):
-    """Shares of two processes, one of which stops, are completed, and equal one call's masks."""
-    output, model = tmp_path / "out", folders / "center"
-    inputs = [folders / "data" / "images"]
-    whole = predict_run(model, inputs, tmp_path / "whole", batch_size=4)
-    assert len(whole) == 10
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("naslora.predictor.make_accelerator", lambda _: Accelerator(cpu=True))
-    written = []
-    for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        written.append(predict_run(model, inputs, output, batch_size=2))
-    assert [len(own) for own in written] == [5, 5]
-    monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.setenv("RANK", "0")
-    lines = (output / "manifest-1.csv").read_text().splitlines()
-    (output / "manifest-1.csv").write_text("\n".join(lines[:3]) + "\n" + lines[3][:9])
-    with pytest.raises(UserError, match="20 of the files to write exist"):
-        predict_run(model, inputs, output)
-    assert len(predict_run(model, inputs, output, resume=True)) == 3
-    assert not predict_run(model, inputs, output, resume=True)
-    for path in whole:
-        assert (output / path.name).read_bytes() == path.read_bytes()
-    with pytest.raises(UserError, match=r"manifest.*\.csv is of another model"):
-        predict_run(folders / "exact", inputs, output, resume=True)
-
-
-def test_benchmark(naslora, folders, tmp_path, monkeypatch):
-    # A new process has no tiny vit_t.
-    monkeypatch.setattr("naslora.benchmark.in_own_process", lambda call, *given: call(*given))
-    export_run(folders / "center", "onnx", tmp_path / "a.onnx")
-    models = [folders / "center", tmp_path / "a.onnx"]
-    result = naslora("benchmark", *models, "--images", 2, "--output", tmp_path / "out")
-    assert result.status == 0 and "| a.onnx | onnx |" in result.out, result.err
-    rows = read_rows(tmp_path / "out" / "benchmark.csv", Measured)
-    assert [row.runtime for row in rows] == ["PyTorch, stock", "PyTorch, fused", "onnx"]
-    assert all(0 < row.p50_ms <= row.p95_ms and row.peak_memory_mb > 50 for row in rows)
-    assert rows[0].dice == pytest.approx(rows[2].dice, abs=1e-3)
-    assert (tmp_path / "out" / "benchmark.png").stat().st_size > 1000
-
-
-def test_what_is_refused(naslora, folders, checkpoint, tmp_path):
+def test_what_is_refused(naslora, checkpoint, tmp_path):
     """tests/reliability has what the command line refuses, damaged files and files of others."""
     model, path = segmenter(num_classes=3, checkpoint=checkpoint, mode="center"), tmp_path / "c"
     export(model, description(model), "safetensors", path.with_suffix(".safetensors"))
-    picture = next((folders / "data" / "images").glob("test*.png"))
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (SIZE, SIZE)).save(picture)
     result = naslora("predict", f"{path}.safetensors", picture, "--output", tmp_path / "masks")
     assert result.status == 2 and "SAM has no classification branch for 3 classes" in result.err
     merged = tmp_path / "merged.safetensors"
