@@ -24,7 +24,7 @@ from naslora.adapter.layer.injection import apply, inject
 from naslora.adapter.layer.modules import adapter_layers, undone_on_error
 from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError
-from naslora.files import read_json, read_safetensors
+from naslora.files import read_json, read_safetensors, reading
 from naslora.state_dicts import check_fit, mismatches
 
 
@@ -74,13 +74,11 @@ def read_description(path: Path) -> Description:
     Raises:
         UserError: the file is missing or is no adapter configuration of naslora.
     """
-    try:
+    with reading(path, "is not an adapter configuration of naslora"):
         stored = read_json(path)
         if isinstance(stored, dict) and "peft_version" in stored:
             raise UserError(f"a PeftModel wrote {path}: call PeftModel.from_pretrained")
         return msgspec.convert(stored, Description)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path} is not an adapter configuration of naslora: {error}") from error
 
 
 def _adapt(model: nn.Module, stored: Description) -> None:

@@ -178,7 +178,11 @@ class NASLoRALinear(AdaptedLinear):
         if cell is not None and self.alpha is not None:
             tensors = cell.tensors(self.alpha, self._selected_channels())
         else:
-            tensors = _empty_cell(self.lora_A, self.channels[:0])
+            # A cell on no channels, with which the kernels compute plain LoRA.
+            zeros = self.lora_A.new_zeros
+            sep3, sep5, dil3, dil5 = [zeros(0, size, size) for size in (3, 5, 3, 5)]
+            alpha, pw = zeros(len(OPERATIONS)), zeros(4, 0, 0)
+            tensors = CellTensors(alpha, sep3, sep5, dil3, dil5, pw, self.channels[:0])
         return nas_lora_linear(
             tokens,
             self.base.weight,
@@ -285,10 +289,3 @@ class NASLoRALinear(AdaptedLinear):
     def extra_repr(self) -> str:
         """The adapter's numbers, for ``print(model)``."""
         return f"rank={self.rank}, cell_channels={self.channels.shape[0]}, scaling={self.scaling:g}"
-
-
-def _empty_cell(like: Tensor, channels: Tensor) -> CellTensors:
-    """A cell on no channels, with which the kernels compute plain LoRA."""
-    sep3, sep5, dil3, dil5 = [like.new_zeros(0, size, size) for size in (3, 5, 3, 5)]
-    alpha, pw = like.new_zeros(len(OPERATIONS)), like.new_zeros(4, 0, 0)
-    return CellTensors(alpha, sep3, sep5, dil3, dil5, pw, channels)
