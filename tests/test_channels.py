@@ -217,8 +217,8 @@ def test_a_run_on_channels(naslora, tiny_sam, clean_data, tmp_path, count, optio
     assert trained["image_encoder.patch_embed.proj.weight"].shape[1] == count
     image, masks, models = data / "images/test0.tif", [], [merged]
     if count == 2:  # once, because tracing takes seconds
-        models.append(tmp_path / "model.pt2")
-        result = naslora("export", merged, "--format", "torch-export", "--output", models[1])
+        models.append(tmp_path / "model.onnx")
+        result = naslora("export", merged, "--format", "onnx", "--output", models[1])
         assert result.status == 0, result.err
         assert load_class_map(models[1], trust=True)[1].channels == tuple(config["channels"])
     for model in models:
