@@ -235,7 +235,7 @@ struct LayerBackward {
         scaling(a.number()) {
     for (bool* need : {&need_x, &need_A, &need_B, &need_alpha, &need_weights}) *need = a.flag();
     const Checks check{grad_h, true};
-    if (grad_h.dim != 4) check.fail("grad_h", "expected (B, H, W, C_out)");
+    check.map("grad_h", grad_h);
     if (need_A && !x) check.fail("x", "expected for the gradient of lora_A");
     const int64_t rank = z.dim ? z.size(-1) : 0, c_in = weight.dim ? weight.size(-1) : 0;
     check.tensor("z", z, tokens_of(rank));
@@ -243,7 +243,6 @@ struct LayerBackward {
     check.parameter("lora_A", lora_A, {rank, c_in});
     check.parameter("lora_B", lora_B, {grad_h.sizes[3], rank});
     if (x) check.tensor("x", x, tokens_of(c_in));
-    check.tensor("grad_h", grad_h, grad_h.shape());
     check.map("z", z);
     check.cell(cell, rank);
   }
