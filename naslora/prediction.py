@@ -191,7 +191,7 @@ def _predict(
                 batch = []
 
     write = functools.partial(_write, predictor, output)
-    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
+    with _threads() as readers, _threads() as writers:
         for own, result in _ahead(writers, write, computed(), THREADS if whole else 0):
             try:
                 path = result()
@@ -208,6 +208,17 @@ def _predict(
             continue
         done(sample, None)
         yield path
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that start none of torch's own, which would take the model's cores."""
+    of_model = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(of_model)  # of threads that start later
 
 
 def _ahead(
