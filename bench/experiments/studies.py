@@ -184,9 +184,35 @@ def _on_encoders(*methods: str) -> dict[str, Settings]:
 
 DEFAULT_RATE = METHODS | {"LoRA": _adapter("lora")}
 
+SHUFFLED = "neighbours shuffled"
+"""How the names of variants end whose cells see their tokens in a random order."""
+FROZEN: Settings = {
+    "adapter": {"cell_init": "kaiming"},
+    "training": {"cell_rate": 0.0, "search_start": 1000},
+}
+
 
 def _rate(rate: float) -> Settings:
     return {"training": {"learning_rate": rate}}
+
+
+def _controls(rate: float) -> dict[str, Settings]:
+    """What the lead of NAS-PC-LoRA at a rate is: a higher rate of LoRA, or its neighbours."""
+    variants: dict[str, Settings] = {
+        "LoRA": LORA,
+        "LoRA, rate x 1.5": _joined(LORA, _rate(1.5 * rate)),
+        "LoRA, rate x 2": _joined(LORA, _rate(2 * rate)),
+        "LoRA, lora_alpha 64": _joined(LORA, {"adapter": {"lora_alpha": 64.0}}),
+        "LoRA, lora_alpha 85": _joined(LORA, {"adapter": {"lora_alpha": 85.0}}),
+        "LoRA, lora_alpha 160": _joined(LORA, {"adapter": {"lora_alpha": 160.0}}),
+        "NAS-PC-LoRA": {},
+        "annealed from the third epoch on": {"training": {"anneal_epochs": 4}},
+        "cell's rate x 1": SLOW_CELL,
+        "cell's rate x 0": {"training": {"cell_rate": 0.0}},
+        "frozen random cell": FROZEN,
+        SHUFFLED: {},
+    }
+    return {f"{rate:g}, {name}": _joined(_rate(rate), own) for name, own in variants.items()}
 
 
 # Where the adapter is, its rate, and how the rate changes.
@@ -278,6 +304,16 @@ STUDIES = {
         epochs={"he_nuclei": 24, "brain_deepgrey": 16},
         columns=MERGING,
         few_images=8,
+    ),
+    "controls": Study(
+        datasets=("kvasir_seg", "leaf_disease"),
+        seeds=(0, 1, 2, 3, 4),
+        common=_joined({"run": {"model": "mobile_sam", "image_size": 256}}, EARLIER_DEFAULTS),
+        variants=_controls(1e-4) | _controls(5e-4),
+        epochs={"kvasir_seg": 6, "leaf_disease": 6},
+        columns=TRAINING | CALIBRATED,
+        train_images=240,
+        reference="LoRA",
     ),
     # Whether the search finds plain LoRA where neighbours say nothing: from closer to LoRA, at
     # LoRA's rate, on images that the epoch's weight steps leave out.

@@ -10,17 +10,19 @@ kept, so an interrupted study can continue. Two processes can share one ``--outp
 import csv
 import dataclasses
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import tyro
+from torch import Tensor
 
-from bench.experiments.studies import STUDIES, Numbers, Study
-from naslora import NASLoRAConfig, merge
+from bench.experiments.studies import SHUFFLED, STUDIES, Numbers, Study
+from naslora import NASLoRAConfig, NASLoRALinear, merge
+from naslora.adapter.layer.cell import LinearCell
 from naslora.data.layouts import REQUIRED_SPLITS
 from naslora.methods import configure
 from naslora.records import read_record, read_rows, write_record, write_rows
@@ -124,11 +126,29 @@ def _train_cell(
         prompts=PromptConfig(**merged["prompts"]),
     )
     print(f"== {dataset}, {name}, seed {seed}", flush=True)
-    with nullcontext() if plan.merges else patch(MERGE_MODES, lambda *_: []):
+    with (
+        shuffled_neighbours() if name.endswith(SHUFFLED) else nullcontext(),
+        nullcontext() if plan.merges else patch(MERGE_MODES, lambda *_: []),
+    ):
         result = train(config, directory, resume=directory.exists())
     if plan.few_images is not None:
         result = _merged_with(plan.few_images, directory, result)
     write_record(directory / DONE, result)
+
+
+@contextmanager
+def shuffled_neighbours() -> Iterator[None]:
+    """Lets every cell see its tokens in a random order, always the same: neighbours say nothing."""
+    fused = NASLoRALinear._fused
+
+    def shuffled(layer: NASLoRALinear, tokens: Tensor, cell: LinearCell | None) -> Tensor:
+        flat = tokens.flatten(1, 2)
+        order = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0))
+        h = fused(layer, flat[:, order].view_as(tokens), cell)
+        return h.flatten(1, 2)[:, order.argsort()].view_as(h)
+
+    with patch.object(NASLoRALinear, "_fused", shuffled):
+        yield
 
 
 def _part(folder: Path, plan: Study, output: Path) -> Path:
