@@ -214,8 +214,8 @@ class NASLoRALinear(AdaptedLinear):
         y = cell(z, self.alpha, self._selected_channels(), self.backend)
         h = partition(self.base(x), size, self.base.bias, by_shape=True)
         decoder = self.lora_B.to(y.dtype).t()
-        update = torch.addmm(h.flatten(0, 2), self.scaling * y.flatten(0, 2), decoder)
-        return update.view_as(h)
+        h.view(-1, h.shape[-1]).addmm_(self.scaling * y.flatten(0, 2), decoder)
+        return h
 
     def _selected_channels(self) -> Tensor | None:
         """(c,) int64, or None for all."""
