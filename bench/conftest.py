@@ -74,6 +74,7 @@ def _entries(config, group):
     if group == "training_step":
         names = _training(config, "compiled", "targets")
         keys = [(name, step) for name in names for step in models.training_steps(name)]
+        keys.append((models.FLOOR, "weights"))
     elif group == "memory":
         keys = [(name, "memory") for name in _training(config)]
     else:

@@ -38,6 +38,7 @@ UNTOUCHED = "untouched"
 MOST_INPUTS = 1280  # of a layer, in ViT-H
 STOCK = " stock attention"  # segment_anything's own code; all others are on fused attention
 COMPILED = " compiled"
+FLOOR = "frozen linear layers"
 ON = " on "
 MERGED = " merged "
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -200,6 +201,34 @@ def candidates(
             compile_blocks(model)
         found[name] = Candidate(method, model, setting)
     return found
+
+
+def floor(base: SamForSegmentation, setting: Setting) -> Callable[[], None]:
+    """What the encoder's frozen linear layers alone take in a step: their outputs, and the gradients
+    of their inputs. The padding of a plain ViT's windows is left out."""
+    dtype, tokens = PRECISIONS[setting.precision] or torch.float32, 0
+    if hasattr(base.image_encoder, "blocks"):
+        tokens = setting.batch * (setting.image_size // base.family.patch) ** 2
+    works = []
+
+    def add(layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows = tokens or inputs[0].shape[:-1].numel()
+        x, grad = (torch.randn(rows, t.shape[-1], device=t.device) for t in (inputs[0], output))
+        works.append([t.to(dtype) for t in (layer.weight.detach(), x, grad)])
+
+    layers = [m for m in base.image_encoder.modules() if isinstance(m, nn.Linear)]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    with torch.no_grad():
+        base(batch(setting)[0])
+    for hook in hooks:
+        hook.remove()
+
+    def run() -> None:
+        for weight, x, grad in works:
+            nn.functional.linear(x, weight)
+            grad @ weight
+
+    return run
 
 
 def method_of(name: str) -> str:

@@ -70,6 +70,7 @@ def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Entrie
         functions[name, "weights"] = candidate.weight_step
         if candidate.alpha:
             functions[name, "architecture"] = candidate.architecture_step
+    functions[models.FLOOR, "weights"] = models.floor(base, setting)
     seconds = timing.interleave(functions, rounds, target=0, device=setting.device)
     for name, step in list(seconds):
         if step == "architecture":

@@ -107,7 +107,7 @@ def demo(
 ) -> None:
     """Segment grey and white matter of the MNI152 brain: train, test, merge, report."""
     from naslora.report.run_report import print_summary
-    from naslora.training.run import run_demo
+    from naslora.training.demo import run_demo
 
     print_summary(run_demo(output, epochs, seed, resume, random), output)
 

@@ -350,9 +350,11 @@ def _write_overlay(
     if config.task == "promptable":
         turned, names = in_turn(labels(0, picture.height))
         labels = rows_of(turned)
-    shown = shown_of(config)
+
+    def pixels(top: int, bottom: int) -> np.ndarray:
+        return picture.rows(top, bottom)[..., shown_of(config)]
+
     with replaced_file(path) as file:
-        pixels = lambda top, bottom: picture.rows(top, bottom)[..., shown]  # noqa: E731
         write_png(file, size, paint_bands(pixels, labels, size, names))
 
 

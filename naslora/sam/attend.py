@@ -110,24 +110,26 @@ def over_windows(attention: Any, x: Tensor, size: int) -> Tensor:
         (B, H, W, C).
     """
     grid, heads = (x.shape[1], x.shape[2]), attention.num_heads
-    qkv = _in_windows(attention.qkv, x, size)
-    if _pointwise(attention.proj) and x.device.type == "cpu":
+    pointwise = _pointwise(attention.proj)
+    by_shape = pointwise and x.device.type == "cpu"
+    qkv = _in_windows(attention.qkv, x, size, by_shape)
+    if by_shape:
         parts = [_attended(attention, *own) for own in heads_of_windows(qkv, heads, size, grid)]
         return attention.proj(join_windows(parts, size, grid))
     o = _attended(attention, *_heads(qkv, heads))
-    if _pointwise(attention.proj):
-        return attention.proj(unpartition(o, size, grid, by_shape=True))
-    return unpartition(attention.proj(o), size, grid, by_shape=True)
+    if pointwise:
+        return attention.proj(unpartition(o, size, grid))
+    return unpartition(attention.proj(o), size, grid)
 
 
-def _in_windows(layer: nn.Module, x: Tensor, size: int) -> Tensor:
-    """``layer`` on the windows of images, ordered by their shape."""
+def _in_windows(layer: nn.Module, x: Tensor, size: int, by_shape: bool) -> Tensor:
+    """``layer`` on the windows of images, in the order of ``partition``."""
     if _pointwise(layer):
         linear: Any = getattr(layer, "base", layer)
-        return partition(layer(x), size, linear.bias, by_shape=True)
+        return partition(layer(x), size, linear.bias, by_shape)
     if isinstance(layer, NASLoRALinear):
-        return layer.in_windows(x, size)
-    return layer(partition(x, size, by_shape=True))
+        return layer.in_windows(x, size, by_shape)
+    return layer(partition(x, size, by_shape=by_shape))
 
 
 def _pointwise(layer: Any) -> bool:

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from naslora.choices import Tracker
-from naslora.data.demo_data import write_mni152
 from naslora.errors import UserError, one_line, warn
 from naslora.files import is_temporary, write_json
 from naslora.locks import locked
@@ -37,7 +36,7 @@ from naslora.training.accelerator import (
     make_accelerator,
 )
 from naslora.training.resolve import SHIPPED, read_config, resolve
-from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, differing
+from naslora.training.run_config import RunConfig, differing
 from naslora.training.run_data import prepare_data
 from naslora.training.run_model import (
     build_adapted_model,
@@ -46,7 +45,7 @@ from naslora.training.run_model import (
 )
 from naslora.training.run_results import final_result, tracked_scores, write_results
 from naslora.training.trackers import check_trackers, log, tracked
-from naslora.training.train_config import TrainConfig, frozen_dtype
+from naslora.training.train_config import frozen_dtype
 from naslora.training.trainer import Trainer
 
 
@@ -163,45 +162,3 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         advice = "" if resume else ", or add --resume to continue the run in it"
         what = "holds files, but no run" if resume else "exists and is not empty"
         raise UserError(f"{output} {what}; choose another --output{advice}")
-
-
-# ---- The demo ------------------------------------------------------------------------------------
-
-
-WINDOW = 64  # pixels of a slice, which the network sees enlarged to 256
-
-
-def run_demo(output: Path, epochs: int, seed: int, resume: bool, random: bool) -> RunResult:
-    """Writes the data to ``output/data`` and the run to ``output``.
-
-    The model is the pre-trained ``vit_t`` in the package, or one with a random encoder and decoder.
-    The encoder stays frozen; the adapters and the decoder learn, at a rate that suits a run this
-    short. A token of the encoder covers 16 pixels, more than the folds of the brain are wide. So
-    the network sees enlarged windows of the slices.
-
-    Returns:
-        The content of metrics.json.
-
-    Raises:
-        UserError: as ``train``; nilearn, whose package holds the images, is not installed.
-    """
-    config = RunConfig(
-        seed=seed,
-        data=DataConfig(
-            dataset="mni152",
-            root=output / "data",
-            crop=WINDOW,
-            num_classes=3,
-            class_names=("grey matter", "white matter"),
-        ),
-        model=ModelConfig("vit_t", checkpoint=NONE if random else None, image_size=256),
-        training=TrainConfig(
-            epochs=epochs,
-            learning_rate=1e-3,
-            mixed_precision="no",  # so that CPUs differ by rounding alone
-        ),
-    )
-    with locked(output):
-        check_output(resolve(config), output, resume)
-        write_mni152(output / "data")
-        return train(config, output, resume)

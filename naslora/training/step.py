@@ -1,8 +1,7 @@
 """A pass of optimizer steps over a split, by all processes together.
 
 Gradients are sums over the images of the global batch, divided by its size. So a step does not
-depend on how many processes or forward passes share the batch. torch's ``AveragedModel`` keeps the
-averages of the weights (EMA) beside those that train.
+depend on how many processes or forward passes share the batch.
 """
 
 import math
@@ -15,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
 from naslora.data.sampling import GlobalBatches
 from naslora.methods import auxiliary_loss
@@ -255,41 +253,3 @@ def _average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
                 for statistic in (module.running_mean, module.running_var):
                     if statistic is not None:
                         statistic.copy_(accelerator.reduce(statistic, "mean"))
-
-
-class WeightAverage:
-    """The exponential average of parameters over about ``window`` steps.
-
-    The first ``window`` steps count equally, so that a short run does not remember its start.
-
-    Args:
-        parameters: what is averaged. Each process averages the same values.
-        window: a number of steps; below 1 the average is the last value.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], window: float) -> None:
-        def update(means: PARAM_LIST, values: PARAM_LIST, count: Tensor | int) -> None:
-            steps = max(min(float(count) + 1, window), 1)
-            get_ema_multi_avg_fn(1 - 1 / steps)(means, values, count)
-
-        self.parameters = nn.ParameterList(parameters)
-        self.means = AveragedModel(self.parameters, multi_avg_fn=update)
-
-    def add_step(self) -> None:
-        """Takes the parameters' values after a step into the average."""
-        self.means.update_parameters(self.parameters)
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Gives the parameters the averaged values while the body runs."""
-        own = [parameter.detach().clone() for parameter in self.parameters]
-        self._set(list(self.means.parameters()))
-        try:
-            yield
-        finally:
-            self._set(own)
-
-    @torch.no_grad()
-    def _set(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)

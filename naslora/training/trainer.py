@@ -47,6 +47,7 @@ from naslora.results import (
 from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.precision import cast_frozen
 from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.training.averaging import WeightAverage
 from naslora.training.clicks import score_run
 from naslora.training.evaluation import make_loader
 from naslora.training.interactive import InteractiveLoss
@@ -55,7 +56,7 @@ from naslora.training.resuming import LastState, check_last, read_last
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import EpochImages
 from naslora.training.run_model import keep_embeddings
-from naslora.training.step import Compiled, Group, LossNotFiniteError, WeightAverage, train_pass
+from naslora.training.step import Compiled, Group, LossNotFiniteError, train_pass
 from naslora.training.trackers import log
 from naslora.training.train_config import (
     Schedule,

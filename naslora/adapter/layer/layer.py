@@ -194,7 +194,7 @@ class NASLoRALinear(AdaptedLinear):
             backend=self.backend,
         )
 
-    def in_windows(self, x: Tensor, size: int) -> Tensor:
+    def in_windows(self, x: Tensor, size: int, by_shape: bool) -> Tensor:
         """Computes the layer on the windows of images, which are padded with zeros.
 
         The frozen product is computed on the images' tokens alone; beyond them it is the bias. The
@@ -203,16 +203,16 @@ class NASLoRALinear(AdaptedLinear):
         Args:
             x: (B, H, W, C_in) images.
             size: side of the windows, in tokens.
+            by_shape: the order of the windows, as in ``partition``.
 
         Returns:
-            (B * windows, size, size, C_out), as ``forward`` of the windows that ``partition`` cuts,
-            ordered by shape.
+            (B * windows, size, size, C_out), as ``forward`` of the windows that ``partition`` cuts.
         """
         object.__setattr__(self, "called", True)
-        z = partition(F.linear(x, self.lora_A.to(x.dtype)), size, by_shape=True)
+        z = partition(F.linear(x, self.lora_A.to(x.dtype)), size, by_shape=by_shape)
         cell: Any = self.cell
         y = cell(z, self.alpha, self._selected_channels(), self.backend)
-        h = partition(self.base(x), size, self.base.bias, by_shape=True)
+        h = partition(self.base(x), size, self.base.bias, by_shape)
         decoder = self.lora_B.to(y.dtype).t()
         h.view(-1, h.shape[-1]).addmm_(self.scaling * y.flatten(0, 2), decoder)
         return h

@@ -34,19 +34,18 @@ def partition(x: Tensor, size: int, fill: Tensor | None = None, by_shape: bool =
     return _Partition.apply(x, size, fill, by_shape)
 
 
-def unpartition(windows: Tensor, size: int, grid: Grid, by_shape: bool = False) -> Tensor:
-    """Puts windows together to images, without the tokens beyond them.
+def unpartition(windows: Tensor, size: int, grid: Grid) -> Tensor:
+    """Puts windows in row-major order together to images, without the tokens beyond them.
 
     Args:
         windows: (B * windows, size, size, C), from ``partition``.
         size: side of the windows.
         grid: (H, W) of the images.
-        by_shape: the order of the windows, as in ``partition``.
 
     Returns:
         (B, H, W, C).
     """
-    return _Unpartition.apply(windows, size, grid, by_shape)
+    return _Unpartition.apply(windows, size, grid)
 
 
 def heads_of_windows(
@@ -119,16 +118,14 @@ class _Partition(torch.autograd.Function):
 
 class _Unpartition(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, windows: Tensor, size: int, grid: Grid, by_shape: bool
-    ) -> Tensor:
-        ctx.size, ctx.by_shape = size, by_shape
-        return _joined(windows, size, grid, by_shape)
+    def forward(ctx: Any, windows: Tensor, size: int, grid: Grid) -> Tensor:  # type: ignore[override]
+        ctx.size = size
+        return _joined(windows, size, grid, ordered=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _cut(grad, ctx.size, ctx.by_shape, zeros=True), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _cut(grad, ctx.size, ordered=False, zeros=True), None, None
 
 
 class _Heads(torch.autograd.Function):
