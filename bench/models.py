@@ -204,8 +204,10 @@ def candidates(
 
 
 def floor(base: SamForSegmentation, setting: Setting) -> Callable[[], None]:
-    """What the encoder's frozen linear layers alone take in a step: their outputs, and the gradients
-    of their inputs. The padding of a plain ViT's windows is left out."""
+    """What the encoder's frozen linear layers alone take: outputs, and gradients of inputs.
+
+    The padding of a plain ViT's windows is left out.
+    """
     dtype, tokens = PRECISIONS[setting.precision] or torch.float32, 0
     if hasattr(base.image_encoder, "blocks"):
         tokens = setting.batch * (setting.image_size // base.family.patch) ** 2
