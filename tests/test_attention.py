@@ -37,6 +37,7 @@ from naslora import (
     UserError,
     fuse_attention,
     inject,
+    merge,
     unfuse_attention,
 )
 from naslora.adapter.layer.windows import (
@@ -366,6 +367,20 @@ def test_the_padding_of_windows_is_not_projected(config):
     torch.testing.assert_close(found, expected)
     assert max(stock_rows) == 2 * 36 and max(our_rows) == 2 * 16
     assert isinstance(block, SamBlock)
+
+
+@pytest.mark.parametrize("preset", ["linear", "paper"])
+def test_exactly_merged_layers_do_not_project_it_either(preset):
+    model = encoder()
+    inject(model, NASLoRAConfig("qkv", preset=preset))
+    randomize(model)
+    merge(model.double().eval(), "exact")
+    x, rows = torch.randn(2, 4, 4, 32, dtype=torch.float64), []
+    with torch.no_grad():
+        expected = model.blocks[0](x)
+        with Products(rows):
+            torch.testing.assert_close(fused(model).blocks[0](x), expected)
+    assert max(rows) == 2 * 16
 
 
 def test_hugging_faces_padding_is_not_projected():

@@ -14,6 +14,7 @@ from naslora.adapter.layer.windows import (
     partition,
     unpartition,
 )
+from naslora.adapter.merging.merged import MergedNASLoRALinear
 from naslora_kernels import rel_pos_attention
 
 
@@ -127,7 +128,7 @@ def _in_windows(layer: nn.Module, x: Tensor, size: int, by_shape: bool) -> Tenso
     if _pointwise(layer):
         linear: Any = getattr(layer, "base", layer)
         return partition(layer(x), size, linear.bias, by_shape)
-    if isinstance(layer, NASLoRALinear):
+    if isinstance(layer, NASLoRALinear | MergedNASLoRALinear):
         return layer.in_windows(x, size, by_shape)
     return layer(partition(x, size, by_shape=by_shape))
 

@@ -14,7 +14,7 @@ from naslora.adapter.layer.calls import AdaptedLinear
 from naslora.adapter.layer.cell import LEFT_OUT, PRESETS, Cell, LinearCell
 from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.grid import Grid, GridHint, as_grid, split_prefix
-from naslora.adapter.layer.windows import partition
+from naslora.adapter.layer.windows import adapted_windows
 from naslora_kernels import OPERATIONS, nas_lora_linear
 from naslora_kernels.cell import Cell as CellTensors
 from naslora_kernels.operations import SKIP
@@ -195,27 +195,15 @@ class NASLoRALinear(AdaptedLinear):
         )
 
     def in_windows(self, x: Tensor, size: int, by_shape: bool) -> Tensor:
-        """Computes the layer on the windows of images, which are padded with zeros.
-
-        The frozen product is computed on the images' tokens alone; beyond them it is the bias. The
-        cell sees the padding, because it looks at a token's neighbours.
-
-        Args:
-            x: (B, H, W, C_in) images.
-            size: side of the windows, in tokens.
-            by_shape: the order of the windows, as in ``partition``.
-
-        Returns:
-            (B * windows, size, size, C_out), as ``forward`` of the windows that ``partition`` cuts.
-        """
+        """Computes the layer on windows of images, as ``adapted_windows``; it has a cell."""
         object.__setattr__(self, "called", True)
-        z = partition(F.linear(x, self.lora_A.to(x.dtype)), size, by_shape=by_shape)
         cell: Any = self.cell
-        y = cell(z, self.alpha, self._selected_channels(), self.backend)
-        h = partition(self.base(x), size, self.base.bias, by_shape)
-        decoder = self.lora_B.to(y.dtype).t()
-        h.view(-1, h.shape[-1]).addmm_(self.scaling * y.flatten(0, 2), decoder)
-        return h
+
+        def mixed(z: Tensor) -> Tensor:
+            return cell(z, self.alpha, self._selected_channels(), self.backend)
+
+        decoder = self.scaling * self.lora_B
+        return adapted_windows(self.base, self.lora_A, mixed, decoder, x, size, by_shape)
 
     def _selected_channels(self) -> Tensor | None:
         """(c,) int64, or None for all."""

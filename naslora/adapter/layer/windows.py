@@ -7,10 +7,11 @@ leaves them out.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -79,6 +80,38 @@ def join_windows(parts: Sequence[Tensor], size: int, grid: Grid) -> Tensor:
         (B, H, W, C).
     """
     return _Join.apply(size, grid, *parts)
+
+
+def adapted_windows(
+    base: nn.Linear,
+    encoder: Tensor,
+    mixed: Callable[[Tensor], Tensor],
+    decoder: Tensor,
+    x: Tensor,
+    size: int,
+    by_shape: bool,
+) -> Tensor:
+    """Computes an adapted linear layer on the windows of images, which are padded with zeros.
+
+    The frozen product is computed on the images' tokens alone; beyond them it is the bias. The
+    mixture sees the padding, because it looks at a token's neighbours.
+
+    Args:
+        base: the frozen layer.
+        encoder: (r, C_in).
+        mixed: maps (B * windows, size, size, r) to the same.
+        decoder: (C_out, r), with the scaling.
+        x: (B, H, W, C_in) images.
+        size: side of the windows, in tokens.
+        by_shape: the order of the windows, as in ``partition``.
+
+    Returns:
+        (B * windows, size, size, C_out).
+    """
+    y = mixed(partition(F.linear(x, encoder.to(x.dtype)), size, by_shape=by_shape))
+    h = partition(base(x), size, base.bias, by_shape)
+    h.view(-1, h.shape[-1]).addmm_(y.flatten(0, 2).to(h.dtype), decoder.to(h.dtype).t())
+    return h
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from naslora.adapter.layer.calls import AdaptedLinear
 from naslora.adapter.layer.cell import FixedMixture, FoldedCell, PaperCell
 from naslora.adapter.layer.grid import as_grid, split_prefix
 from naslora.adapter.layer.modules import replace_module
+from naslora.adapter.layer.windows import adapted_windows
 from naslora.errors import UserError
 from naslora_kernels import folded_linear
 from naslora_kernels.operations import FOLDED_SIZE, OPERATIONS
@@ -82,6 +83,10 @@ class MergedNASLoRALinear(AdaptedLinear):
             return h
         # Plain LoRA, so nothing is left of the cell.
         return torch.cat([base(prefix) + self._decoded(self._encoded(prefix)), h], 1)
+
+    def in_windows(self, x: Tensor, size: int, by_shape: bool) -> Tensor:
+        """Computes the layer on windows of images, as ``adapted_windows``."""
+        return adapted_windows(self.base, self.lora_A, self.mixture, self.lora_B, x, size, by_shape)
 
     def _encoded(self, x: Tensor) -> Tensor:
         return F.linear(x, self.lora_A.to(x.dtype))  # (..., c)
