@@ -32,7 +32,7 @@ def partition(x: Tensor, size: int, fill: Tensor | None = None, by_shape: bool =
     Returns:
         (B * windows, size, size, C) in the dtype of ``x``.
     """
-    return _Partition.apply(x, size, fill, by_shape)
+    return _Partition.apply(x, size, fill, by_shape).unflatten(0, (-1, size, size))
 
 
 def unpartition(windows: Tensor, size: int, grid: Grid) -> Tensor:
@@ -109,9 +109,10 @@ def adapted_windows(
         (B * windows, size, size, C_out).
     """
     y = mixed(partition(F.linear(x, encoder.to(x.dtype)), size, by_shape=by_shape))
-    h = partition(base(x), size, base.bias, by_shape)
-    h.view(-1, h.shape[-1]).addmm_(y.flatten(0, 2).to(h.dtype), decoder.to(h.dtype).t())
-    return h
+    h = _Partition.apply(base(x), size, base.bias, by_shape)
+    # Not in place of a view of h: autograd would copy the gradient of h twice.
+    h.addmm_(y.flatten(0, 2).to(h.dtype), decoder.to(h.dtype).t())
+    return h.view(*y.shape[:-1], -1)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -125,21 +126,25 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class _Partition(torch.autograd.Function):
+    """The tokens of ``partition``, one after the other: (B * windows * size * size, C)."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, size: int, fill: Tensor | None, by_shape: bool
     ) -> Tensor:
         ctx.size, ctx.grid, ctx.by_shape = size, x.shape[1:3], by_shape
-        windows = _cut(x, size, by_shape, zeros=fill is None)
+        tokens = _cut(x, size, by_shape, zeros=fill is None)
         if fill is not None:
+            windows = tokens.unflatten(0, (-1, size, size))
             for beyond in _beyond(windows, size, ctx.grid, by_shape):
                 beyond.copy_(fill)
-        return windows
+        return tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         need_x, _, need_fill, _ = ctx.needs_input_grad
+        grad = grad.unflatten(0, (-1, ctx.size, ctx.size))
         grad_fill = None
         if need_fill:
             parts = _beyond(grad.contiguous(), ctx.size, ctx.grid, ctx.by_shape)
@@ -158,7 +163,8 @@ class _Unpartition(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _cut(grad, ctx.size, ordered=False, zeros=True), None, None
+        tokens = _cut(grad, ctx.size, ordered=False, zeros=True)
+        return tokens.unflatten(0, (-1, ctx.size, ctx.size)), None, None
 
 
 class _Heads(torch.autograd.Function):
@@ -256,14 +262,15 @@ def _by_shape(
 
 
 def _cut(x: Tensor, size: int, ordered: bool, zeros: bool) -> Tensor:
-    """The windows of images; tokens beyond them are zero or uninitialised."""
+    """The tokens of images' windows, as rows; those beyond the images are zero or uninitialised."""
     batch, height, width, features = x.shape
     count = -(-height // size) * -(-width // size)
     new = x.new_zeros if zeros else x.new_empty  # one launch zeroes all, of which few stay zero
-    windows = new(batch * count, size, size, features)
+    tokens = new(batch * count * size * size, features)
+    windows = tokens.unflatten(0, (-1, size, size))
     for shape, own in _by_shape(windows, size, (height, width), ordered):
         own[..., : shape.height, : shape.width, :] = shape.of_images(x, size)
-    return windows
+    return tokens
 
 
 def _joined(windows: Tensor, size: int, grid: Grid, ordered: bool) -> Tensor:
