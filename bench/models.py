@@ -346,14 +346,14 @@ def gate_training(found: dict[str, Candidate], base: SamForSegmentation) -> str 
         plain = copy.deepcopy(plain)  # its weights are those of ``base``, and are cast now
         cast_frozen(plain.image_encoder, PRECISIONS[setting.precision])
         rounded = Candidate(method, plain, setting).gradients()
-        return exact, [max(0.25, 2 * error) for error in _errors(rounded, exact)]
+        return exact, [max(0.25, 2 * error) for error in _errors(rounded, exact, setting)]
 
     for name, candidate in found.items():
         if name == candidate.method + STOCK and not candidate.alpha:
             continue  # it is the reference
         plain = name.removesuffix(STOCK).removesuffix(COMPILED)
         exact, tolerances = expected(plain, candidate.setting)
-        errors = _errors(candidate.gradients(), exact)
+        errors = _errors(candidate.gradients(), exact, candidate.setting)
         for i, (error, tolerance) in enumerate(zip(errors, tolerances, strict=True)):
             if not error < tolerance:
                 what = "loss" if i == 0 else f"gradient {i - 1} of {tuple(exact[i].shape)}"
@@ -361,9 +361,10 @@ def gate_training(found: dict[str, Candidate], base: SamForSegmentation) -> str 
     return None
 
 
-def _errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+def _errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...], setting: Setting) -> list[float]:
     # Some gradients are zero except for rounding, such as those of keys' biases before a softmax.
-    rounding = 1e-5 * torch.cat([value.flatten() for value in exact]).norm()
+    share = 1e-5 if setting.precision == "no" else 1e-4
+    rounding = share * torch.cat([value.flatten() for value in exact]).norm()
     return [
         float((value - expected).norm() / (expected.norm() + rounding))
         for value, expected in zip(found, exact, strict=True)
