@@ -43,6 +43,7 @@ from naslora import (
 from naslora.adapter.layer.windows import (
     heads_of_windows,
     join_windows,
+    ordered_by_shape,
     partition,
     unpartition,
 )
@@ -321,6 +322,7 @@ def test_windows_are_segment_anythings(grid):
 def test_queries_beyond_the_images_are_left_out(grid):
     x = torch.randn(2, *grid, 12, dtype=torch.float64)
     windows = partition(x, 3, by_shape=True).requires_grad_()
+    assert torch.equal(ordered_by_shape(partition(x, 3), 3, grid), windows)
     parts = heads_of_windows(windows, 2, 3, grid)
     assert sum(q[..., 0, 0].numel() for q, _, _ in parts) == 2 * math.prod(grid)
     assert torch.equal(join_windows([q.flatten(3) for q, _, _ in parts], 3, grid), x[..., :4])
@@ -435,6 +437,19 @@ def test_every_method(method, tiny_vit):
     assert stock.state_dict().keys() == ours.state_dict().keys()
     with torch.no_grad():
         torch.testing.assert_close(ours(x).masks, stock(x).masks, rtol=1e-4, atol=1e-5)
+
+
+def test_conv_lora_draws_the_random_numbers_of_stock():
+    """It draws some for each window, so the windows keep their order."""
+    stock = encoder()
+    apply("conv-lora", stock, METHODS["conv-lora"].config(target="qkv"))
+    stirred(stock).train()
+    ours = fused(copy.deepcopy(stock))
+    outputs = []
+    for model in (stock, ours):
+        torch.manual_seed(0)
+        outputs.append(model(images()))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
 
 
 # ---- Copies, wrappers, compilers -----------------------------------------------------------------

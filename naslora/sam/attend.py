@@ -11,6 +11,7 @@ from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.adapter.layer.windows import (
     heads_of_windows,
     join_windows,
+    ordered_by_shape,
     partition,
     unpartition,
 )
@@ -130,7 +131,9 @@ def _in_windows(layer: nn.Module, x: Tensor, size: int, by_shape: bool) -> Tenso
         return partition(layer(x), size, linear.bias, by_shape)
     if isinstance(layer, NASLoRALinear | MergedNASLoRALinear):
         return layer.in_windows(x, size, by_shape)
-    return layer(partition(x, size, by_shape=by_shape))
+    # In the order of the original: Conv-LoRA draws a random number for each window.
+    windows = layer(partition(x, size))
+    return ordered_by_shape(windows, size, (x.shape[1], x.shape[2])) if by_shape else windows
 
 
 def _pointwise(layer: Any) -> bool:

@@ -49,6 +49,13 @@ def unpartition(windows: Tensor, size: int, grid: Grid) -> Tensor:
     return _Unpartition.apply(windows, size, grid)
 
 
+def ordered_by_shape(windows: Tensor, size: int, grid: Grid) -> Tensor:
+    """Puts windows (B * windows, ...) in row-major order into the order ``by_shape``."""
+    places = torch.arange(len(windows), device=windows.device)
+    parts = [own.flatten() for _, own in _by_shape(places, size, grid, ordered=False)]
+    return windows.index_select(0, torch.cat(parts))
+
+
 def heads_of_windows(
     qkv: Tensor, heads: int, size: int, grid: Grid
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
