@@ -1,5 +1,7 @@
 """The metrics against values computed by hand, counts in NumPy, and other libraries."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -242,6 +244,48 @@ def test_saliency_by_hand():
     # The thresholded map equals the truth at 255 of the 256 thresholds. At 0 it is all foreground.
     assert 0.99 < float(perfect["e_phi"]) <= 1 and float(inverted["e_phi"]) < 0.05
     assert (float(perfect["mae"]), float(inverted["mae"])) == (0, 1)
+
+
+def test_structure_by_hand():
+    """Eight columns, of which the last four are foreground. The map has one more."""
+    truth = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]] * 6)
+    probability = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1.0]] * 6)
+    # 2 mean / (mean² + 1 + deviation) of the map on the foreground, and of its complement beside:
+    # a quarter of those 24 pixels is 0.
+    objects = [1, 1.5 / (0.75**2 + 1 + math.sqrt(24 * 0.75 * 0.25 / 23))]
+    # The centre of the foreground divides the columns 7 : 1. Left the means are 4/7 and 3/7, the
+    # variances 12/49 both, the covariance 9/49. Right both are 1.
+    left = 4 * 12 / 49 * 9 / 49 / (25 / 49 * 24 / 49)
+    expected = (sum(objects) / 2 + (7 * left + 1) / 8) / 2
+    assert float(saliency_scores(probability, truth)["s_alpha"]) == pytest.approx(expected)
+
+
+def test_alignment_by_hand():
+    # The thresholds 1-85, 86-170 and 171-255 find columns 2-4, 3-4 and 4; the truth is 3-4. At 0
+    # all is foreground, and not aligned: (1 + 0)² / 4. The sums are divided by one pixel less.
+    probability = torch.tensor([[0.2, 0.4, 0.6, 0.8]] * 2)
+    scores = saliency_scores(probability, torch.tensor([[0, 0, 1, 1]] * 2))
+    # 2 a b / (a² + b²) of the maps minus their means, 3/4 and 1/2: four, two and two pixels.
+    aligned = [0.25 * 0.5, 0.25 * -0.5, -0.75 * -0.5], [0.3125, 0.3125, 0.8125]
+    found, wrong, free = ((1 + 2 * a / b) ** 2 / 4 for a, b in zip(*aligned, strict=True))
+    one_more = 4 * found + 2 * wrong + 2 * free
+    expected = (8 / 4 + 85 * one_more + 85 * 8 + 85 * one_more) / 7 / 256
+    assert float(scores["e_phi"]) == pytest.approx(expected)
+
+
+def test_weighted_f_by_hand():
+    # The foreground is found with 0.4. One pixel is wrong, ten pixels away from it: it weighs
+    # 2 - 0.5 ** (10 / 5).
+    truth = torch.zeros(32, 32, dtype=torch.int64)
+    truth[8:20, 4:14] = 1
+    probability = 0.4 * truth.float()
+    probability[13, 23] = 1
+    scores = saliency_scores(probability, truth)
+    hits = 0.4 * 12 * 10
+    precision, recall = hits / (hits + 1.75), 0.4
+    for name, beta in (("f_w_beta", 1), ("f_w_beta_0.3", 0.3)):
+        expected = (1 + beta) * precision * recall / (recall + beta * precision)
+        assert float(scores[name]) == pytest.approx(expected)
 
 
 def test_saliency_agrees_with_the_library_over_a_set():

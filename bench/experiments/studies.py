@@ -362,19 +362,23 @@ STUDIES = {
         merges=False,
         gains=tuple((name, f"untouched, {name}") for name in ("1 click", "box")),
     ),
-    # Whether 16 bits cost accuracy.
+    # Whether 16 bits cost accuracy, and whether fused attention has a part in it.
     "precision": Study(
         datasets=("kvasir_seg", "leaf_disease"),
-        seeds=(0, 1, 2),
+        seeds=tuple(range(6)),
         common=_joined({"run": {"model": "mobile_sam", "image_size": 256}}, METHODS["NAS-PC-LoRA"]),
         variants={
-            name: {"training": {"mixed_precision": value}}
-            for name, value in (("float32", "no"), ("bfloat16", "bf16"))
+            "float32": {"training": {"mixed_precision": "no"}},
+            "bfloat16": {"training": {"mixed_precision": "bf16"}},
+            "bfloat16, stock attention": {
+                "run": {"attention": "stock"},
+                "training": {"mixed_precision": "bf16"},
+            },
         },
-        epochs={"kvasir_seg": 6, "leaf_disease": 6},
+        epochs={"kvasir_seg": 8, "leaf_disease": 8},
         columns={name: TRAINING[name] for name in ("last loss", "test Dice", "test IoU")},
-        train_images=60,
-        test_images=60,
+        train_images=120,
+        test_images=100,
         merges=False,
         reference="float32",
     ),
