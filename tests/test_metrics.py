@@ -261,15 +261,15 @@ def test_structure_by_hand():
 
 
 def test_alignment_by_hand():
-    # The thresholds 1-85, 86-170 and 171-255 find columns 2-4, 3-4 and 4; the truth is 3-4. At 0
+    # The thresholds 1-51, 52-153 and 154-255 find columns 2-4, 3-4 and 4; the truth is 3-4. At 0
     # all is foreground, and not aligned: (1 + 0)² / 4. The sums are divided by one pixel less.
-    probability = torch.tensor([[0.2, 0.4, 0.6, 0.8]] * 2)
+    probability = torch.tensor([[0, 0.2, 0.6, 1]] * 2)
     scores = saliency_scores(probability, torch.tensor([[0, 0, 1, 1]] * 2))
     # 2 a b / (a² + b²) of the maps minus their means, 3/4 and 1/2: four, two and two pixels.
     aligned = [0.25 * 0.5, 0.25 * -0.5, -0.75 * -0.5], [0.3125, 0.3125, 0.8125]
     found, wrong, free = ((1 + 2 * a / b) ** 2 / 4 for a, b in zip(*aligned, strict=True))
     one_more = 4 * found + 2 * wrong + 2 * free
-    expected = (8 / 4 + 85 * one_more + 85 * 8 + 85 * one_more) / 7 / 256
+    expected = (8 / 4 + 51 * one_more + 102 * 8 + 102 * one_more) / 7 / 256
     assert float(scores["e_phi"]) == pytest.approx(expected)
 
 
