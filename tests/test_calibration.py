@@ -23,6 +23,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from naslora import NASLoRAConfig, UserError, inject, merge, unmerge
+from naslora.adapter.merging import calibration
 from naslora.adapter.merging.calibration import FOLDS, PENALTIES, Moments, fit
 
 torch.set_num_threads(1)
@@ -130,6 +131,55 @@ def test_layers_are_fitted_in_turn_on_what_the_merged_ones_give():
         inputs = F.gelu(F.linear(inputs, weight, bias))
 
 
+class Block(nn.Module):
+    """A block that counts its calls, and adds in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.calls = nn.Linear(8, 10), nn.Linear(10, 8), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x.add_(self.second(F.gelu(self.first(x))))
+
+
+class Blocks(nn.Module):
+    """Three blocks; ``around`` leads past the second one, too."""
+
+    def __init__(self, around):
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.around = nn.Linear(8, 8), around
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        inject(self, NASLoRAConfig(target="first|second"))
+        randomize(self)
+
+    def forward(self, x):
+        first = self.blocks[0](self.stem(x))
+        second = self.blocks[1](first.clone())
+        return self.blocks[2](second + first if self.around else second)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("around", [False, True])
+def test_what_lies_before_a_block_is_computed_once(around, monkeypatch):
+    """With equal results, also where a connection leads around the block before."""
+    batches = [tokens(2, 5, 6, 8, seed=seed) for seed in range(3)]
+    states, calls = [], []
+    for units in (calibration._units, lambda *_: iter(())):
+        monkeypatch.setattr(calibration, "_units", units)
+        model = Blocks(around).eval()
+        merge(model, "calibrated", batches)
+        states.append(model.state_dict())
+        calls.append([block.calls / len(batches) for block in model.blocks])
+        assert model(batches[0]).isfinite().all()
+    assert_close(states[0], states[1], rtol=0, atol=0)
+    # In the unmerged model, for its own layers, for those of later blocks, and for the errors.
+    assert calls[1] == [1 + 2 + 4 + 1, 1 + 2 + 2 + 1, 1 + 2 + 1]
+    # A block is computed once more for the later ones. The third one meets NaN, and starts again.
+    assert calls[0] == ([5 + 2, 5 + 2, 5] if around else [5, 5, 4])
+
+
 @torch.no_grad()
 def test_it_loses_less_than_center_on_new_images():
     model = adapted_encoder()
@@ -150,9 +200,9 @@ def test_the_result_loads_strictly_into_an_unmodified_model():
     batches = [images(seed) for seed in range(8)]
     loader = torch.utils.data.DataLoader(torch.cat(batches), batch_size=2)
     reports = []
-    for preset, calibration in (("linear", batches), ("linear", loader), ("paper", iter(batches))):
+    for preset, source in (("linear", batches), ("linear", loader), ("paper", iter(batches))):
         model, original = adapted_encoder(preset=preset), build_encoder()
-        reports.append(merge(model, "calibrated", calibration))
+        reports.append(merge(model, "calibrated", source))
         assert list(model.state_dict()) == list(original.state_dict())
         original.load_state_dict(model.state_dict(), strict=True)
         with torch.no_grad():

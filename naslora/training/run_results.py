@@ -67,7 +67,7 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
     """
     started = time.perf_counter()
     if trainer.accelerator.is_main_process:
-        print("scoring the test images, before and after merging", file=sys.stderr)
+        print("scoring the test images", file=sys.stderr)
     config, metrics = trainer.run_config, trainer.run_config.data.metrics or ()
     kept = kept_epoch(trainer.history, config.training.keep)
     test = trainer.evaluate("test", metrics)
@@ -90,6 +90,8 @@ def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, 
     annealed = None
     samples = {split: data.samples for split, data in trainer.data.items()}
     for mode in modes:
+        if trainer.accelerator.is_main_process:
+            print(f"merging ({mode}), and scoring the test images again", file=sys.stderr)
         batches = calibration(config, samples, mode, trainer.accelerator.device)
         try:
             report = merge(trainer.model, mode, batches)

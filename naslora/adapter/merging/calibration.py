@@ -14,13 +14,17 @@ y ~ G x + g by ridge regression, and s W_d G and s W_d g fold into the frozen we
   chooses the penalty. They are consecutive in the stream of tokens, so that few tokens have a
   neighbour in another group.
 
-The images pass once through the unmerged model, then once for every layer, up to that layer: about
-1 + L / 2 passes for L layers. The only assumption on the model is that it calls its layers.
+The images pass once through the unmerged model, then once for every layer, up to that layer. What
+lies before a layer's block is not computed again: see ``Finished``. So a layer costs about half a
+block. The only assumption on the model is that it calls its layers.
 """
 
+import itertools
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -131,17 +135,17 @@ def _solve(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(G, g) for each penalty: prior + the ridge regression of y - prior x."""
     c_in = prior.shape[1]
-    change = torch.eye(len(sums)).to(sums)  # of variables, from y to y - prior x
-    change[c_in:-1, :c_in] = -prior
-    moments = change @ (sums / sums[-1, -1]) @ change.T
-    mean = moments[:-1, -1] if bias else torch.zeros_like(moments[:-1, -1])
-    covariance = moments[:-1, :-1] - torch.outer(mean, mean)
-    variance = covariance[:c_in, :c_in].diagonal().mean().clamp(min=1e-300)
+    moments = sums[:c_in] / sums[-1, -1]
+    means = sums[:-1, -1] / sums[-1, -1] if bias else torch.zeros_like(sums[:-1, -1])
+    mean, target = means[:c_in], means[c_in:] - prior @ means[:c_in]
+    covariance = moments[:, :c_in] - torch.outer(mean, mean)
+    products = moments[:, c_in:-1] - moments[:, :c_in] @ prior.T - torch.outer(mean, target)
+    variance = covariance.diagonal().mean().clamp(min=1e-300)
     for penalty in penalties:
-        regular = covariance[:c_in, :c_in] + penalty * variance * torch.eye(c_in).to(sums)
-        factor = torch.linalg.cholesky(regular)
-        difference = torch.cholesky_solve(covariance[:c_in, c_in:], factor).T  # (r, C_in)
-        yield prior + difference, mean[c_in:] - difference @ mean[:c_in]
+        regular = covariance.clone()
+        regular.diagonal().add_(penalty * variance)
+        difference = torch.cholesky_solve(products, torch.linalg.cholesky(regular)).T  # (r, C_in)
+        yield prior + difference, target - difference @ mean
 
 
 def calibration_batches(
@@ -186,32 +190,107 @@ def calibrate(
             finite.
     """
     names = {layer: name for name, layer in layers.items()}
-    targets: dict[NASLoRALinear, dict[int, Tensor]] = {}  # in the order in which layers are called
+    units = dict.fromkeys(_units(model, names))
+    targets: dict[NASLoRALinear, dict[int, Tensor]] = {}
+    calls: Counter[nn.Module] = Counter()  # in the order of the first calls
 
-    def keep_target(batch: int, layer: NASLoRALinear, x: Tensor) -> None:
-        y = layer.mixed(x).reshape(-1, layer.rank)
-        targets.setdefault(layer, {}).setdefault(batch, y)
+    def keep_target(batch: int, called: nn.Module, x: Tensor) -> None:
+        calls[called] += 1
+        if isinstance(called, NASLoRALinear) and batch not in targets.setdefault(called, {}):
+            targets[called][batch] = called.mixed(x).reshape(-1, called.rank)
 
-    feed(model, batches, keep_target, layers)
-    fits = {}
-    try:
-        for layer, ys in targets.items():
-            name = names[layer]
-            fits[name] = fitted = _fit_layer(model, name, layer, ys, batches)
-            replace_module(model, name, layer.folded(fitted.linear_map, fitted.offset))
-    finally:
+    feed(model, batches, keep_target, layers, tuple(units))
+    fits: dict[str, Fit] = {}
+    with ExitStack() as stack:
         for name, layer in layers.items():
-            replace_module(model, name, layer)
+            stack.callback(replace_module, model, name, layer)
+        finished = Finished(model, batches)
+        stack.callback(finished.stop)
+        last = None
+        for called, count in calls.items():
+            if len(fits) == len(targets):
+                break
+            if isinstance(called, NASLoRALinear):
+                name = names[called]
+                moments = _moments(model, name, called, targets[called], batches, finished)
+                # Without centre taps the penalty pulls to what needs no fit.
+                paper = isinstance(called.cell, PaperCell)
+                prior = called.bypass() if paper else called.pointwise()
+                fits[name] = own = fit(moments, prior, called.lora_B, called.bias is not None)
+                replace_module(model, name, called.folded(own.linear_map, own.offset))
+            elif count == len(batches.batches):
+                if last is not None:
+                    finished.add(last)
+                last = called
     return fits
 
 
-def _fit_layer(
+def _units(module: nn.Module, layers: Container[nn.Module]) -> Iterator[nn.Module]:
+    """Blocks of adapted layers, which are what a ModuleList holds, and the modules around them."""
+    for name, child in module.named_children():
+        if not any(part in layers for part in child.modules()):
+            yield child
+        elif child not in layers:
+            inner = list(_units(child, layers))
+            blocks = any(part in layers for unit in inner for part in unit.modules())
+            yield from [child] if name.isdigit() and not blocks else inner
+
+
+class Finished:
+    """Modules in front of the layer that is fitted, which give again what they gave before.
+
+    The outputs of the last one are kept. Those before give NaN, which needs no memory: where the
+    model has connections around the last one, NaN is what reaches the layer.
+    """
+
+    def __init__(self, model: nn.Module, batches: Calibration) -> None:
+        self.model, self.batches = model, batches
+        self.active = True
+        self._forwards: dict[nn.Module, Any] = {}
+        self._last: tuple[nn.Module, list[Tensor]] | None = None
+
+    def stop(self) -> None:
+        """Lets all modules compute again."""
+        for module, forward in self._forwards.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+        self._forwards, self._last, self.active = {}, None, False
+
+    def add(self, module: nn.Module) -> None:
+        """Adds the module that the model calls next, once a batch."""
+        outputs: list[Any] = []
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            outputs.append(output)
+            raise _Reached
+
+        if not self.active:
+            return
+        with module.register_forward_hook(keep):
+            feed(self.model, self.batches, lambda *_: None, {})
+        if not all(isinstance(output, Tensor) for output in outputs):
+            return
+        if self._last is not None:
+            before, old = self._last
+            self._replay(before, [own.new_full((), math.nan).expand_as(own) for own in old])
+        self._last = module, outputs
+        self._forwards[module] = vars(module).get("forward")
+        self._replay(module, outputs)
+
+    def _replay(self, module: nn.Module, outputs: list[Tensor]) -> None:
+        again = itertools.cycle(outputs)
+        module.forward = lambda *_, **__: next(again).clone()  # models add to it in place
+
+
+def _moments(
     model: nn.Module,
     name: str,
     layer: NASLoRALinear,
     targets: dict[int, Tensor],
     batches: Calibration,
-) -> Fit:
+    finished: Finished,
+) -> Moments:
     tokens = sum(len(y) for y in targets.values())
     moments = Moments(tokens, layer.in_features, layer.rank, layer.base.weight.device)
 
@@ -220,14 +299,15 @@ def _fit_layer(
         raise _Reached
 
     feed(model, batches, add, {name: layer})
-    if not moments.sums.isfinite().all():
-        raise UserError(
-            f"layer {name} meets values that are not finite on the calibration images; look for "
-            "bad images, or merge in float32"
-        )
-    # Without centre taps the penalty pulls to what needs no fit.
-    prior = layer.bypass() if isinstance(layer.cell, PaperCell) else layer.pointwise()
-    return fit(moments, prior, layer.lora_B, layer.bias is not None)
+    if moments.sums.isfinite().all():
+        return moments
+    if finished.active:
+        finished.stop()
+        return _moments(model, name, layer, targets, batches, finished)
+    raise UserError(
+        f"layer {name} meets values that are not finite on the calibration images; look for bad "
+        "images, or merge in float32"
+    )
 
 
 class _Reached(Exception):
@@ -239,6 +319,7 @@ def feed(
     batches: Calibration,
     observe: Callable[[int, Layer, Tensor], None],
     layers: Mapping[str, Layer],
+    others: Sequence[nn.Module] = (),
 ) -> None:
     """Feeds the batches in evaluation mode and passes each input of a layer to ``observe``.
 
@@ -247,27 +328,29 @@ def feed(
         batches: the result of ``calibration_batches``.
         observe: called with the batch's index, the layer and its input, before the layer computes.
         layers: the layers to observe, by name.
+        others: further modules to observe, which no batch need reach.
 
     Raises:
         UserError: a batch does not fit the model, or no batch reaches some layer.
     """
     busy = False  # `observe` calls layers itself; these calls are not observed
     index = 0
-    reached = set()
+    reached, empty = set(), torch.empty(0)  # of modules that take arguments by name
 
-    def hook(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    def hook(layer: Any, inputs: tuple[Any, ...]) -> None:
         nonlocal busy
         if busy:
             return
         busy = True
         reached.add(layer)
         try:
-            observe(index, layer, inputs[0])
+            observe(index, layer, next(iter(inputs), empty))
         finally:
             busy = False
 
     modes = {module: module.training for module in model.modules()}
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
+    observed: list[nn.Module] = [*layers.values(), *others]
+    handles = [module.register_forward_pre_hook(hook) for module in observed]
     try:
         model.eval()
         # Compiled code skips new hooks. If nothing is compiled, the import would take seconds.

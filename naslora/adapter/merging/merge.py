@@ -191,7 +191,7 @@ def _errors(
         h = layer(x)
         sums = squares.setdefault(layer, [0.0, 0.0, 0.0])
         for i, part in enumerate((twins[layer](x) - h, folding.update(layer, x, h), h)):
-            sums[i] += float(part.double().square().sum())
+            sums[i] += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
 
     if batches is None:
         for layer in layers.values():
