@@ -60,7 +60,11 @@ def check_saved_attention(grad_o: Tensor, saved: SavedAttention) -> None:
     shape = tuple(grad_o.shape)
     rows = shape[:3]  # (B, heads, N)
     height, width = operands.rel_h.shape[-1:], operands.rel_w.shape[-1:]
-    keys = (*shape[:2], height[0] * width[0], shape[3])
+    sizes = (height[0] * width[0], *operands.k.shape[2:3], *operands.v.shape[2:3])
+    count = sorted(sizes)[len(sizes) // 2]  # the median, as for a cell
+    if sizes[0] != count:
+        raise _changed("rel_h, rel_w", f"expected {count} keys, got {height[0]} x {width[0]}")
+    keys = (*shape[:2], count, shape[3])
     shapes = (shape, keys, keys, (*rows, *height), (*rows, *width))
     expected: list[_Expected] = list(zip(operands._fields, operands, shapes, strict=True))
     expected += [("o", o, shape), ("softmax", softmax, (2, *rows))]
