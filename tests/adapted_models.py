@@ -32,19 +32,12 @@ def build_encoder(depth: int = DEPTH) -> ImageEncoderViT:
     ).eval()
 
 
-def mask_decoder(mask_tokens: int) -> MaskDecoder:
-    """SAM's decoder of full size."""
-    return MaskDecoder(
-        transformer_dim=256,
-        transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
-        num_multimask_outputs=mask_tokens - 1,
-    )
-
-
-def original_sam(encoder: nn.Module, size: int) -> Sam:
-    """segment_anything's own model around an encoder."""
+def original_sam(encoder: nn.Module, size: int, **transformer: int) -> Sam:
+    """segment_anything's own model around an encoder, with a decoder of full size by default."""
+    sizes = {"depth": 2, "embedding_dim": 256, "mlp_dim": 2048, "num_heads": 8, **transformer}
+    decoder = MaskDecoder(transformer_dim=256, transformer=TwoWayTransformer(**sizes))
     prompts = PromptEncoder(256, (size // 16,) * 2, (size, size), mask_in_chans=16)
-    return Sam(encoder, prompts, mask_decoder(4)).eval()
+    return Sam(encoder, prompts, decoder).eval()
 
 
 def randomize(module: nn.Module, seed: int = 3) -> None:

@@ -5,6 +5,7 @@ it is used.
 """
 
 import contextlib
+import csv
 import gc
 import io
 import os
@@ -118,6 +119,20 @@ def call(*arguments: object) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
+def succeed(*arguments: object) -> Result:
+    """Runs a command that has to succeed."""
+    result = call(*arguments)
+    assert result.status == 0, result.err
+    return result
+
+
+def refusal(*arguments: object) -> str:
+    """What a command writes to standard error that has to end with status 2."""
+    result = call(*arguments)
+    assert result.status == 2, result.err
+    return result.err
+
+
 def error_of(function, *arguments, **options) -> str:
     """The message of the ``UserError`` that a function raises, as the command line prints it."""
     from naslora.errors import UserError, one_line
@@ -125,6 +140,11 @@ def error_of(function, *arguments, **options) -> str:
     with pytest.raises(UserError) as caught:
         function(*arguments, **options)
     return one_line(str(caught.value))
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def group_lives(group: int) -> bool:

@@ -227,6 +227,8 @@ class Case:
         backend = target.backend if isinstance(target, Target) else target
         result = function(**arguments, **self.options, backend=backend)
         leaves = {name: arguments[name] for name in self.arguments if name in needed}
+        if not leaves:
+            return {"result": result}
         gradients = torch.autograd.grad(
             result, list(leaves.values()), self.gradient, allow_unused=True, materialize_grads=True
         )

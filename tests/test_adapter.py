@@ -63,9 +63,6 @@ def test_every_public_name_can_be_imported():
         _ = naslora.injct
 
 
-# ---------------------------------------------------------------- configuration
-
-
 # ---------------------------------------------------------------- injection
 
 
@@ -230,6 +227,3 @@ def test_alpha_can_start_uniform():
     for alpha in arch_parameters(adapted(cell_init="identity")):
         assert 0 < alpha.std() < 3e-3
         assert mixture_entropy(alpha) == pytest.approx(torch.tensor(8.0).log().item(), abs=1e-4)
-
-
-# ---------------------------------------------------------------- adapters on disk

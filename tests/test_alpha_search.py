@@ -1,7 +1,6 @@
 """The search in a training loop of one's own: parameters, steps of alpha, processes."""
 
 import copy
-import os
 import warnings
 from pathlib import Path
 
@@ -361,23 +360,6 @@ def test_two_processes_agree_with_one(compiled, options, tmp_path):
         assert torch.equal(state[name], other[name])
         # Sums over images in another order; Adam's first steps divide by their own size.
         torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5)
-
-
-def rested_worker(rank: int, folder: Path) -> None:
-    """The group's threads run only while this one waits, so that the last message is not freed."""
-    for thread in map(int, os.listdir("/proc/self/task")):
-        os.sched_setaffinity(thread, {min(os.sched_getaffinity(0))})
-        if thread != os.getpid():
-            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
-    worker(rank, False, {}, folder)
-
-
-@pytest.mark.campaign
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="schedules threads as Linux does")
-def test_two_hundred_groups_end(tmp_path):
-    for start in range(200):
-        (folder := tmp_path / str(start)).mkdir()
-        in_two_processes(rested_worker, folder, folder)
 
 
 # ---- 16 bit, tracing -----------------------------------------------------------------------------

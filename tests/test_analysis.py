@@ -1,11 +1,11 @@
 """Analysis of a run: attention distances and amplitudes by hand, and the command's folder."""
 
-import csv
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import csv_rows, succeed
 from PIL import Image
 from run_configs import run_config
 from segment_anything.modeling.image_encoder import Attention
@@ -111,27 +111,20 @@ def test_every_block_of_mobile_sam():
 
 
 @pytest.fixture(scope="module")
-def runs(naslora, make_data, tiny_sam, tmp_path_factory):
+def runs(make_data, tiny_sam, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     data = make_data(root / "data", train=4, val=1, test=3)
     folders = [root / f"seed{seed}" for seed in (0, 1)]
     for seed, folder in enumerate(folders):
         arguments = ("--data", data, "--output", folder, "--seed", seed, "--search-start", 1)
-        result = naslora("train", *arguments, *SMALL)
-        assert result.status == 0, result.err
+        succeed("train", *arguments, *SMALL)
     return folders
 
 
-def read(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_the_folder(naslora, runs, tmp_path):
-    result = naslora("analyse", *runs, "--output", tmp_path / "analysis", "--images", 2)
-    assert result.status == 0, result.err
+def test_the_folder(runs, tmp_path):
+    succeed("analyse", *runs, "--output", tmp_path / "analysis", "--images", 2)
     output = tmp_path / "analysis"
-    rows = read(output / "encoder.csv")
+    rows = csv_rows(output / "encoder.csv")
     models = [row["model"] for row in rows]
     assert models == ["random"] * 2 + ["frozen"] * 2 + ["trained"] * 2  # two blocks each
     names = ("attention_distance", "log_amplitude", "gradcam", "convergence")
@@ -147,16 +140,16 @@ def test_the_folder(naslora, runs, tmp_path):
     assert np.abs(trained - frozen).max() < np.abs(random - frozen).max()
 
     # Convergence: mean and standard deviation over the two seeds, from their histories
-    histories = [[float(row["val_dice"]) for row in read(run / "history.csv")] for run in runs]
-    for row, a, b in zip(read(output / "convergence.csv"), *histories, strict=True):
+    histories = [[float(row["val_dice"]) for row in csv_rows(run / "history.csv")] for run in runs]
+    for row, a, b in zip(csv_rows(output / "convergence.csv"), *histories, strict=True):
         assert float(row["mean_val_dice"]) == pytest.approx((a + b) / 2)
         spread = abs(a - b) / math.sqrt(2)
         assert float(row["standard_deviation"]) == pytest.approx(spread, abs=1e-12)
-    operations = read(output / "operations.csv")
+    operations = csv_rows(output / "operations.csv")
     assert sum(float(row["mean_weight"]) for row in operations) == pytest.approx(1)
     shares = [float(row["share_of_layers_where_largest"]) for row in operations]
     assert sum(shares) == pytest.approx(1)
-    losses = read(output / "operation_losses.csv")
+    losses = csv_rows(output / "operation_losses.csv")
     linears = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
     adapted = [f"image_encoder.blocks.{block}.{linear}" for block in (0, 1) for linear in linears]
     assert [row["layer"] for row in losses] == [

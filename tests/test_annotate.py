@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SIZE, TRAIN, error_of, free_port, write_data
+from conftest import SIZE, TRAIN, error_of, free_port, refusal, succeed, write_data
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -136,21 +136,19 @@ def test_what_is_labelled_trains_and_finds_the_next_objects(naslora, tiny_sam, t
         labelled.save(image, 7 * mask)
     options = (*TRAIN, "--task", "promptable", "--objects", "numbers", "--target", "qkv")
     output = tmp_path / "run"
-    result = naslora("train", "--data", tmp_path / "set", *options, "--output", output)
-    assert result.status == 0, result.err
+    succeed("train", "--data", tmp_path / "set", *options, "--output", output)
     search = ("--points-per-side", "2", "--min-iou", "0", "--min-stability", "0")
     result = naslora("evaluate", output, "--instances", *search)
     assert json.loads(result.out)["objects"] == 1, result.err
     found = ("--instances", "--output", tmp_path / "found", *search)
-    result = naslora("predict", output, images[3], *found)
-    assert result.status == 0 and "wrote 1 masks" in result.out, result.err
+    assert "wrote 1 masks" in succeed("predict", output, images[3], *found).out
     labelling = Labelling(InstanceFinder(output, InstanceConfig()), LabelledSet(tmp_path / "set"))
     labelling.open(images[3])
     labelling.prompt(box=(8.0, 8.0, 24.0, 24.0))
     labelling.save()
     assert labelling.labelled.counts() == Counter(train=2, val=1, test=1)
-    result = naslora("export", output, "--format", "x-anylabeling", "--output", tmp_path / "tool")
-    assert result.status == 2 and "merge it first" in result.err
+    result = refusal("export", output, "--format", "x-anylabeling", "--output", tmp_path / "tool")
+    assert "merge it first" in result
 
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -205,12 +203,10 @@ def test_the_page_labels(tiny_sam, images, tmp_path):
     assert labelled.counts() == Counter(train=1, val=1, test=1)
 
 
-def test_what_is_refused(naslora, images, monkeypatch, tmp_path):
+def test_what_is_refused(images, monkeypatch, tmp_path):
     command = ("annotate", "vit_t", images[0].parent, "--output", tmp_path / "set", "--no-browser")
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         taken = server.getsockname()[1]
-        result = naslora(*command, "--port", taken)
-        assert result.status == 2 and f"port {taken} cannot be used" in result.err
+        assert f"port {taken} cannot be used" in refusal(*command, "--port", taken)
     monkeypatch.setitem(sys.modules, "nicegui", None)
-    result = naslora(*command, "--port", free_port())
-    assert result.status == 2 and "pip install 'naslora[annotate]'" in result.err
+    assert "pip install 'naslora[annotate]'" in refusal(*command, "--port", free_port())

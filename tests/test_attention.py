@@ -17,7 +17,7 @@ from adapted_models import (
     randomize,
     relative,
 )
-from conftest import SHORT
+from conftest import SHORT, succeed
 from hugging_face import batch_loss, batch_of, build_sam, build_sam2
 from sam_families import PLAIN
 from segment_anything.modeling import ImageEncoderViT
@@ -647,11 +647,10 @@ def test_torch_jit_trace(name):
 
 
 @pytest.mark.parametrize("attention", ["fused", "stock"])
-def test_the_configuration_decides(naslora, clean_data, tiny_sam, tmp_path, attention):
+def test_the_configuration_decides(clean_data, tiny_sam, tmp_path, attention):
     run, merged = tmp_path / "run", tmp_path / "merged"
     options = ("--data", clean_data, *SHORT, "--attention", attention, "--output", run)
-    result = naslora("train", *options)
-    assert result.status == 0, result.err
+    succeed("train", *options)
     merge_run(run, "exact", merged)
     for folder in (run, merged):
         model, config = load_model(folder)

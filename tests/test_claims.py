@@ -148,6 +148,3 @@ def test_inference(inference):
     for method in NEVER_MERGED:
         assert inference[method].calls > untouched.calls
         assert inference[method].operations > untouched.operations
-
-
-# --- The counting itself ---

@@ -1,4 +1,4 @@
-"""The command line: its help, checkpoints, and a loss that is not finite.
+"""The command line: its help, and checkpoints.
 
 tests/reliability/bad_inputs.yaml has the input that costs one line.
 """
@@ -8,12 +8,11 @@ import json
 import re
 
 import pytest
-from conftest import TRAIN
+from conftest import TRAIN, succeed
 from safetensors.torch import save_file
 
 import naslora as naslora_package
 from naslora.methods import METHODS
-from naslora.results import LAST
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.run_config import DataConfig, ModelConfig, PromptConfig, RunConfig
 from naslora.training.train_config import TrainConfig
@@ -46,7 +45,7 @@ def test_good_checkpoints_train(trained, naslora, tmp_path):
     path = tmp_path / "sam.safetensors"
     save_file(state_of_vit_t(), path)
     assert trained("--method", "lora", "--checkpoint", path)[0].status == 0
-    assert naslora("evaluate", tmp_path / "run").status == 0
+    succeed("evaluate", tmp_path / "run")
     path.unlink()
     assert "does not exist" in naslora("evaluate", tmp_path / "run").err
 
@@ -56,19 +55,12 @@ def test_a_backend_that_the_environment_misnames(trained, monkeypatch):
     assert "backend 'fast' cannot be used here: it does not exist" in trained()[1]
 
 
-def test_a_loss_that_is_not_finite(trained, tmp_path):
-    _, line = trained("--learning-rate", "1e30")
-    assert re.search(r"the loss is (nan|inf) in epoch 1/2 on ", line)
-    assert "lower --learning-rate" in line
-    assert not (tmp_path / "run" / LAST).exists() and not (tmp_path / "run" / "adapter").exists()
-
-
 # --- Help and info ---
 
 
-def test_info_is_json(naslora):
-    result = naslora("info")
-    assert result.status == 0 and result.err == ""
+def test_info_is_json():
+    result = succeed("info")
+    assert result.err == ""
     described = json.loads(result.out)
     assert described["backends"] == available_backends()
     assert described["backends"]["reference"] is None and "version" in described["build"]

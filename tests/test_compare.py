@@ -1,6 +1,5 @@
 """``naslora compare``: what it refuses, marks, keeps and writes."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -12,7 +11,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from conftest import group_lives, wait_for
+from conftest import csv_rows, group_lives, refusal, succeed, wait_for
 from reliability.conftest import Forked
 from run_configs import run_config
 
@@ -122,7 +121,7 @@ def test_every_run_is_one_of_train(finished, naslora):
 
 def test_tables_of_a_comparison(finished):
     _, output, _ = finished
-    rows = list(csv.DictReader((output / "table.csv").open()))
+    rows = csv_rows(output / "table.csv")
     assert [row["row"] for row in rows] == list(METHOD_NAMES)
     lora, vpt, ours = rows
     assert vpt["trainable_parameters"] == "" and "needs the attention of SAM" in vpt["reason"]
@@ -134,7 +133,7 @@ def test_tables_of_a_comparison(finished):
     assert "| VPT (refused) |" in markdown and "one run at a time" in markdown
     report = (output / "report.html").read_text()
     assert "VPT (refused)" in report and report.count("<svg") == 2
-    (difference,) = csv.DictReader((output / "differences.csv").open())
+    (difference,) = csv_rows(output / "differences.csv")
     dice = {key: numbers["numbers"]["dice"] for key, numbers in measured(output).items()}
     gains = [dice["nas-pc-lora", seed] - dice["lora", seed] for seed in (3, 4)]
     assert difference["title"] == "NAS-PC-LoRA"
@@ -152,36 +151,25 @@ def test_tables_of_a_comparison(finished):
 
 
 def image_dice(run):
-    with (run / "test_images.csv").open() as file:
-        return [float(row["dice"]) for row in csv.DictReader(file)]
+    return [float(row["dice"]) for row in csv_rows(run / "test_images.csv")]
 
 
-def test_a_method_is_added_later(finished, naslora, data):
+def test_a_method_is_added_later(finished, data):
     _, output, _ = finished
     before = modified(output / "runs/lora")
     options = ["--methods", "decoder-only", "lora", "--seeds", 3, "--data", data, *TRAIN]
-    result = naslora("compare", *options, "--output", output, "--resume")
-    assert result.status == 0, result.err
+    result = succeed("compare", *options, "--output", output, "--resume")
     assert "run 1 of 1: Decoder only" in result.err and modified(output / "runs/lora") == before
-    rows = list(csv.DictReader((output / "table.csv").open()))
+    rows = csv_rows(output / "table.csv")
     assert [(row["row"], row["seeds"]) for row in rows] == [("decoder-only", "1"), ("lora", "1")]
     decoder, lora = (int(row["trainable_parameters"]) for row in rows)
     assert lora == decoder + 2 * 3 * 16 * 32  # r = 3 on all linears of two blocks of width 32
 
 
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        (["--epochs", 2], "it has epochs 1"),
-        (["--seed", 5], "--seeds"),
-        (["--method", "lora"], "--methods"),
-    ],
-)
-def test_bad_arguments(finished, naslora, arguments, changed, words):
+def test_a_comparison_resumes_with_its_own_settings(finished, arguments):
     output, options = arguments
     before = modified(output)
-    result = naslora(*options, *changed, "--resume")
-    assert result.status == 2 and words in result.err and len(result.err.splitlines()) == 1
+    assert "it has epochs 1" in refusal(*options, "--epochs", 2, "--resume")
     assert modified(output) == before
 
 
@@ -307,7 +295,7 @@ def tuned(compared):
             rate = config.training.learning_rate
             if rate in (errors or {}):
                 raise errors[rate]
-            tested = rows_of(config.data.root / "test.csv")
+            tested = csv_rows(config.data.root / "test.csv")
             return replace(numbers(DICE[rate]), image_dice=[DICE[rate]] * len(tested))
 
         design = {"tune": [["learning-rate=1e-3,1e-2,1"]], "folds": 4, **changed}
@@ -316,13 +304,8 @@ def tuned(compared):
     return tune, ran
 
 
-def rows_of(path):
-    with path.open() as file:
-        return [*csv.DictReader(file)]
-
-
 def images_of(folder, split):
-    return {row["image"] for row in rows_of(folder / f"{split}.csv")}
+    return {row["image"] for row in csv_rows(folder / f"{split}.csv")}
 
 
 def test_nothing_is_tuned_on_what_it_is_tested_on(tuned, tmp_path):
@@ -333,7 +316,7 @@ def test_nothing_is_tuned_on_what_it_is_tested_on(tuned, tmp_path):
     # Of each method: three rates on two inner folds with the first seed, then two seeds.
     assert len(trials) == 2 * 4 * 3 * 2 and {config.seed for config in trials} == {0}
     assert len(finals) == 2 * 4 * 2 and {c.training.learning_rate for c in finals} == {1e-2}
-    everything = {row["image"] for row in rows_of(tmp_path / "out/images.csv")}
+    everything = {row["image"] for row in csv_rows(tmp_path / "out/images.csv")}
     assert len(everything) == 8
     for config in ran:
         parts = [images_of(config.data.root, split) for split in ("train", "val", "test")]
@@ -346,9 +329,9 @@ def test_nothing_is_tuned_on_what_it_is_tested_on(tuned, tmp_path):
     assert sorted(image for fold in folds for image in fold) == sorted(everything)
     table = (tmp_path / "out/table.md").read_text()
     assert "| 2 | 1e-2 |" in table and "| LoRA | 3 | 0.6000 | 0.7000 (chosen) | 0.1000 |" in table
-    for row in rows_of(tmp_path / "out/table.csv"):
+    for row in csv_rows(tmp_path / "out/table.csv"):
         assert row["learning_rate"] == "1e-2" and float(row["dice"]) == pytest.approx(0.7)
-    (difference,) = rows_of(tmp_path / "out/differences.csv")
+    (difference,) = csv_rows(tmp_path / "out/differences.csv")
     assert difference["images_verdict"] == "level, within ± 0.005"
 
 
@@ -400,24 +383,23 @@ def test_values_are_those_of_the_command_line():
     assert len(grid) == 4 and grid[1] == {"learning_rate": "1e-4", "target": "mlp"}
 
 
-def test_tuning_on_the_validation_images(naslora, data, tiny_sam, tmp_path):
+def test_tuning_on_the_validation_images(data, tiny_sam, tmp_path):
     """Real runs: without folds the data's own test images are tested."""
     options = ["--methods", "lora", "--data", data, *TRAIN, "--output", tmp_path / "out"]
-    result = naslora("compare", *options, "--tune", "learning_rate=1e-3,1e-2", "--tune", "rank=3")
-    assert result.status == 0, result.err
+    result = succeed("compare", *options, "--tune", "learning_rate=1e-3,1e-2", "--tune", "rank=3")
     assert "run 2 of 3: LoRA, seed 0, tries learning_rate=1e-2, rank=3 (inner-1)" in result.err
     assert re.search(r"learning_rate=1e-\d, rank=3 is chosen", result.err)
     trial = json.loads((tmp_path / "out/runs/lora/tuning/trial-2/inner-1/config.json").read_text())
     assert trial["training"]["learning_rate"] == 1e-2
     assert images_of(tmp_path / "out/lists/inner-1", "test") == {
-        str(data / row["image"]) for row in rows_of(data / "val.csv")
+        str(data / row["image"]) for row in csv_rows(data / "val.csv")
     }
     final = json.loads((tmp_path / "out/runs/lora/0/config.json").read_text())
     assert final["data"]["root"] == str(data)
     assert "Tuned: learning_rate=1e-3,1e-2 rank=3." in (tmp_path / "out/protocol.md").read_text()
 
 
-def test_folds_of_one_csv_file(naslora, data, tiny_sam, tmp_path):
+def test_folds_of_one_csv_file(data, tiny_sam, tmp_path):
     """Real runs, whose rates and class weights are fitted to the training images of each fold."""
     lines = [f"{row['image']},{row['label']},{i % 4}" for i, row in enumerate(all_rows(data))]
     for split in ("train", "val", "test"):
@@ -426,8 +408,7 @@ def test_folds_of_one_csv_file(naslora, data, tiny_sam, tmp_path):
     output = tmp_path / "out"
     options = ["compare", "--methods", "decoder-only", "--data", data, *TRAIN, "--output", output]
     options += ["--epochs", 1, "--class-weights", "auto", "--folds", 2, "--group", "patient"]
-    result = naslora(*options)
-    assert result.status == 0, result.err
+    succeed(*options)
     patients = {str(data / line.split(",")[0]): line[-1] for line in lines}
     tested, scores = [], []
     for k in (1, 2):
@@ -444,18 +425,17 @@ def test_folds_of_one_csv_file(naslora, data, tiny_sam, tmp_path):
     table = (output / "table.md").read_text()
     assert f"runs/decoder-only/0/fold-{best} |" in table
     assert f" {statistics.mean(scores):.3f} (" in table  # the mean over the folds, with an interval
-    assert naslora(*options, "--resume").status == 0
+    succeed(*options, "--resume")
     for column, message in (
         ("image", "each group of the column 'image' has one"),
         ("x", "no colu"),
     ):
-        refused = naslora(*options[:-1], column, "--output", tmp_path / "other")
-        assert refused.status == 2 and message in refused.err
+        assert message in refusal(*options[:-1], column, "--output", tmp_path / "other")
         assert not (tmp_path / "other").exists()
 
 
 def all_rows(data):
-    return [row for split in ("train", "val", "test") for row in rows_of(data / f"{split}.csv")]
+    return [row for split in ("train", "val", "test") for row in csv_rows(data / f"{split}.csv")]
 
 
 # --- Numbers ---

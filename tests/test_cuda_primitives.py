@@ -1,11 +1,12 @@
 """The kernels of the ``cuda`` backend, on shapes that whole layers rarely have.
 
-They run on a GPU, or emulated on the CPU. Expected values come from plain PyTorch in float64.
+They run on a GPU, or emulated on the CPU.
 """
 
 import pytest
 import torch
-from kernel_cases import DTYPES, TARGETS, cell_case, layer_case
+import torch.nn.functional as F
+from kernel_cases import DTYPES, TARGETS, assert_as_good_as_reference, cell_case, layer_case
 
 from naslora_kernels import cuda
 
@@ -16,30 +17,6 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 only_emulated = pytest.mark.skipif(not EMULATED, reason="only the emulation counts launches")
-
-
-@pytest.fixture(scope="module")
-def draw():
-    generator = torch.Generator().manual_seed(4)
-    return lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=generator).to(
-        TARGET.device, dtype
-    )
-
-
-def sum_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def assert_close(result, expected, terms=1):
-    """Allows one rounding to the result's dtype and the error of sums of ``terms`` numbers near 1.
-
-    A sum is about the square root of ``terms`` large. As the kernels add short sums, its error is a
-    few roundings of that size. The factor 16 covers the largest error of thousands of sums and, in
-    float64, the error of the expected values.
-    """
-    eps = torch.finfo(result.dtype).eps
-    sums = torch.finfo(sum_dtype(result.dtype)).eps * 16 * terms**0.5
-    torch.testing.assert_close(result.double(), expected.double(), rtol=eps, atol=eps / 8 + sums)
 
 
 # ---- The low-rank products ---------------------------------------------------------------------
@@ -61,57 +38,31 @@ LOW_RANK = [
 ]
 
 
-def low_rank(rows, A, B, bias=None, z=None, G=None):
-    """z and h of rows (T, J) without a frozen product and a cell; or dx, dA and dB."""
-    like = {"device": rows.device, "dtype": rows.dtype}
-    sizes = ((8,), (0, 3, 3), (0, 5, 5), (0, 3, 3), (0, 5, 5), (4, 0, 0))
-    cell = (*(torch.empty(size, **like) for size in sizes), torch.empty(0).long().to(rows.device))
-    weight, scale = torch.zeros(len(B), rows.shape[1], **like), 0.5
-    kernels = torch.ops.naslora_cuda
-    if G is None:
-        h, z = kernels.nas_lora_linear(rows[None, None], weight, bias, A, B, *cell, scale)
-        return z[0, 0], h[0, 0]
-    tensors = (G[None, None], rows[None, None], z[None, None], weight, A, B, *cell)
-    gradients = kernels.nas_lora_linear_backward(*tensors, scale, True, True, True, False, False)
-    return gradients[0][0, 0], *gradients[1:3]
-
-
 # Every shape in two dtypes, and every dtype with half of the shapes.
 PAIRS = [(shape, dtype) for i, shape in enumerate(LOW_RANK) for dtype in DTYPES[i % 2 :: 2]]
 
 
+def low_rank_case(tokens, columns, rank, bias=False):
+    """A layer without channels, whose frozen product is zero: torch computes that one."""
+    case = layer_case((1, 1, tokens), columns, max(columns, rank), rank, 0, bias=bias)
+    case.arguments["weight"].zero_()
+    return case
+
+
 @pytest.mark.parametrize("shape, dtype", PAIRS, ids=str)
-def test_low_rank_products(shape, dtype, draw):
-    tokens, columns, rank = shape
-    rows, A = draw(tokens, columns, dtype=dtype), draw(columns, rank, dtype=dtype).t()
-    A = A / columns**0.5  # so that z is near 1
-    wide = max(columns, rank)
-    B = draw(wide, rank, dtype=dtype)
-    for bias in (None, draw(wide, dtype=dtype)):
-        z, h = low_rank(rows, A, B, bias)
-        assert_close(z, rows.double() @ A.double().t(), columns)
-        expected = 0.5 * z.double() @ B.double().t()
-        assert_close(h, expected if bias is None else expected + bias.double(), rank + 1)
-    B = torch.eye(wide, rank, dtype=dtype, device=rows.device)  # dL/dy is exact
-    G = draw(tokens, wide, dtype=dtype)
-    dx, dA, dB = low_rank(rows, A, B, None, z, G)
-    dy = 0.5 * G[:, :rank].double()
-    assert_close(dx, dy @ A.double(), rank)
-    assert_close(dA, dy.t() @ rows.double(), tokens)
-    assert_close(dB, 0.5 * G.double().t() @ z.double(), tokens)
+def test_low_rank_products(shape, dtype):
+    for bias in (False, True):
+        case = low_rank_case(*shape, bias).to(dtype)
+        assert_as_good_as_reference(TARGET, case, ("x", "lora_A", "lora_B"))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 8])
-def test_rows_with_any_alignment(offset, draw):
-    wide = draw(30, 160, dtype=torch.bfloat16)
-    rows = wide[:, offset : offset + 128]
-    A, B = draw(3, 128, dtype=torch.bfloat16), draw(128, 3, dtype=torch.bfloat16)
-    z, G = draw(30, 3, dtype=torch.bfloat16), draw(30, 128, dtype=torch.bfloat16)
-    results = [
-        (low_rank(some, A, B)[0], low_rank(some, A, B, None, z, G)[1])
-        for some in (rows, rows.contiguous())
-    ]
-    assert all(map(torch.equal, *results))
+def test_rows_with_any_alignment(offset):
+    case = low_rank_case(30, 128, 3).to(torch.bfloat16).on(TARGET.device)
+    expected = case.run(TARGET)
+    case.arguments["x"] = F.pad(case.arguments["x"], (offset, 32))[..., offset : offset + 128]
+    for name, value in case.run(TARGET).items():
+        assert name == "weight" or torch.equal(value, expected[name]), name
 
 
 # ---- The cell ----------------------------------------------------------------------------------

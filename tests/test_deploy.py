@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from adapted_models import original_sam
-from conftest import free_port, wait_for
+from conftest import free_port, refusal, succeed, wait_for
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("tiny_vit")
 
 
 @pytest.fixture(scope="module")
-def folders(naslora, make_data, tmp_path_factory, tiny_vit):
+def folders(make_data, tmp_path_factory, tiny_vit):
     """A folder with a binary run from a SAM checkpoint, and its merged models by mode."""
     root = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
@@ -38,26 +38,25 @@ def folders(naslora, make_data, tmp_path_factory, tiny_vit):
         f"--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0 "
         f"--learning-rate 3e-3 --checkpoint {root / 'sam.safetensors'}"
     )
-    result = naslora("train", "--data", data, *options.split(), "--output", root / "run")
-    assert result.status == 0, result.err
+    succeed("train", "--data", data, *options.split(), "--output", root / "run")
     for mode in ("exact", "center"):
         merge_run(root / "run", mode, root / mode)
     return root
 
 
-def test_export_and_predict_from_the_command_line(naslora, folders, tmp_path):
+def test_export_and_predict_from_the_command_line(folders, tmp_path):
     """A file must predict the masks of the merged model that it was made from."""
     pictures = sorted((folders / "data" / "images").glob("test*.png"))
     sources = []
     for mode, file_format in (("exact", "onnx"), ("center", "safetensors")):
         path = tmp_path / f"model.{file_format}"
-        result = naslora("export", folders / mode, "--output", path, "--format", file_format)
-        assert result.status == 0 and f"wrote {path}" in result.out, result.err
+        result = succeed("export", folders / mode, "--output", path, "--format", file_format)
+        assert f"wrote {path}" in result.out
         sources += [folders / mode, path]
     masks = []
     for i, source in enumerate(sources):
-        result = naslora("predict", source, *pictures, "--output", tmp_path / str(i), "--trust")
-        assert result.status == 0 and "wrote 2 masks" in result.out, result.err
+        result = succeed("predict", source, *pictures, "--output", tmp_path / str(i), "--trust")
+        assert "wrote 2 masks" in result.out
         assert len(list((tmp_path / str(i)).glob("*_overlay.png"))) == 2
         files = sorted((tmp_path / str(i)).glob("*_mask.png"))
         masks.append([np.asarray(Image.open(file)) for file in files])
@@ -111,19 +110,19 @@ def test_int8_that_loses_too_much_writes_nothing(folders, tmp_path, monkeypatch)
     assert not [*tmp_path.iterdir()]
 
 
-def test_core_ml_takes_the_model(naslora, folders, tmp_path):
+def test_core_ml_takes_the_model(folders, tmp_path):
     """Core ML itself runs on macOS alone, so that only the package is looked at."""
     coremltools = pytest.importorskip("coremltools")
     path = tmp_path / "a.mlpackage"
-    result = naslora("export", folders / "center", "--format", "coreml", "--output", path)
-    assert result.status == 0 and result.err.count("\n") < 2, result.err  # no bars of progress
+    result = succeed("export", folders / "center", "--format", "coreml", "--output", path)
+    assert result.err.count("\n") < 2  # no bars of progress
     held = coremltools.models.MLModel(str(path), skip_model_load=True)
     (image,), (scores,) = held.input_description, held.output_description
     kind = held.get_spec().description.input[0].type.multiArrayType
     assert (image, scores, [*kind.shape]) == ("images", "scores", [1, 3, 32, 32])
     assert read_description(held.user_defined_metadata[KEY]).image_size == 32
-    again = naslora("export", folders / "center", "--format", "coreml", "--output", path)
-    assert again.status == 2 and "is not empty" in again.err
+    again = refusal("export", folders / "center", "--format", "coreml", "--output", path)
+    assert "is not empty" in again
 
 
 def test_the_server_answers_several_at_once(folders, tmp_path):
@@ -177,13 +176,13 @@ def test_images_go_through_several_processes_and_after_a_stop(folders, tmp_path,
         predict_run(folders / "exact", inputs, output, resume=True)
 
 
-def test_benchmark(naslora, folders, tmp_path, monkeypatch):
+def test_benchmark(folders, tmp_path, monkeypatch):
     # A new process has no tiny vit_t.
     monkeypatch.setattr("naslora.benchmark.in_own_process", lambda call, *given: call(*given))
     export_run(folders / "center", "onnx", tmp_path / "a.onnx")
     models = [folders / "center", tmp_path / "a.onnx"]
-    result = naslora("benchmark", *models, "--images", 2, "--output", tmp_path / "out")
-    assert result.status == 0 and "| a.onnx | onnx |" in result.out, result.err
+    result = succeed("benchmark", *models, "--images", 2, "--output", tmp_path / "out")
+    assert "| a.onnx | onnx |" in result.out
     rows = read_rows(tmp_path / "out" / "benchmark.csv", Measured)
     assert [row.runtime for row in rows] == ["PyTorch, stock", "PyTorch, fused", "onnx"]
     assert all(0 < row.p50_ms <= row.p95_ms and row.peak_memory_mb > 50 for row in rows)

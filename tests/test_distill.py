@@ -62,15 +62,6 @@ def run(settings, output, resume=False):
     return read_rows(output / distillation.HISTORY, distillation.Pass)
 
 
-# --- The images ---
-
-
-# --- Teacher and student ---
-
-
-# --- Training ---
-
-
 def test_the_student_learns_and_the_best_weights_are_a_sam(settings, tmp_path, capsys):
     settings = dataclasses.replace(settings, epochs=8)
     history = run(settings, tmp_path / "out")

@@ -14,6 +14,7 @@ from adapted_models import (
     smooth_images,
     tokens,
 )
+from conftest import refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -256,15 +257,11 @@ def test_relative_positions_become_one_operator(tmp_path):
     torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_refused(naslora, checkpoint, tmp_path):
+def test_what_is_refused(checkpoint, tmp_path):
     """tests/reliability has what the command line refuses, damaged files and files of others."""
     model, path = segmenter(num_classes=3, checkpoint=checkpoint, mode="center"), tmp_path / "c"
     export(model, description(model), "safetensors", path.with_suffix(".safetensors"))
     picture = tmp_path / "a.png"
     Image.new("RGB", (SIZE, SIZE)).save(picture)
-    result = naslora("predict", f"{path}.safetensors", picture, "--output", tmp_path / "masks")
-    assert result.status == 2 and "SAM has no classification branch for 3 classes" in result.err
-    merged = tmp_path / "merged.safetensors"
-    fresh = segmenter(mode="center")
-    with pytest.raises(UserError, match="not made from a SAM checkpoint"):
-        export(fresh, description(fresh), "safetensors", merged)
+    result = refusal("predict", f"{path}.safetensors", picture, "--output", tmp_path / "masks")
+    assert "SAM has no classification branch for 3 classes" in result

@@ -5,6 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
+from conftest import succeed
 from PIL import Image
 
 VOID = 11
@@ -34,20 +35,18 @@ def street(root, void_label=VOID, seed=0):
 
 
 @pytest.fixture(scope="module")
-def run(naslora, tiny_sam, tmp_path_factory):
+def run(tiny_sam, tmp_path_factory):
     folder = tmp_path_factory.mktemp("void")
     data = street(folder / "data")
-    result = naslora("train", "--data", data, *TRAIN, "--output", folder / "run")
-    assert result.status == 0, result.err
+    succeed("train", "--data", data, *TRAIN, "--output", folder / "run")
     return folder / "run"
 
 
-def test_void_pixels_have_no_influence(naslora, run, tmp_path):
+def test_void_pixels_have_no_influence(run, tmp_path):
     """Another void label, and the default 255 without the option, end with the same bits."""
     data = street(tmp_path / "data", void_label=255)
     options = [word for word in TRAIN if word not in ("--ignore-index", "11")]
-    result = naslora("train", "--data", data, *options, "--output", tmp_path / "run")
-    assert result.status == 0, result.err
+    succeed("train", "--data", data, *options, "--output", tmp_path / "run")
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
     own, other = (

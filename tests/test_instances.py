@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE
+from conftest import SIZE, refusal, succeed
 from PIL import Image
 from pycocotools import mask as coco
 from safetensors.torch import save_file
@@ -59,14 +59,13 @@ def discs(tmp_path_factory):
     return folder, masks
 
 
-def test_files_hold_the_same_objects(naslora, discs, tmp_path):
+def test_files_hold_the_same_objects(discs, tmp_path):
     """With the weights in the package, which find what a disc is."""
     images, truth = shutil.copytree(discs[0], tmp_path / "images"), discs[1]
     output = tmp_path / "output"
     options = shlex.split("--instances --points-per-side 8 --min-iou 0.6 --min-stability 0.7")
     command = ("predict", "vit_t", images, "--output", output, *options)
-    result = naslora(*command)
-    assert result.status == 0 and "wrote 2 masks" in result.out, result.err
+    assert "wrote 2 masks" in succeed(*command).out
     content = json.loads((output / "instances.json").read_text())
     assert [one["file_name"] for one in content["images"]] == ["a.png", "b.png"]
     assert {(one["height"], one["width"]) for one in content["images"]} == {(96, 144)}
@@ -85,8 +84,7 @@ def test_files_hold_the_same_objects(naslora, discs, tmp_path):
         labels = np.asarray(Image.open(output / f"{image['file_name'][0]}_mask.png"))
         assert np.array_equal(labels, label_image(found, (96, 144)))
         assert Image.open(output / f"{image['file_name'][0]}_overlay.png").size == (144, 96)
-    again = naslora(*command)
-    assert again.status == 2 and "give --overwrite" in again.err
+    assert "give --overwrite" in refusal(*command)
     # What an earlier call wrote into the folder of the images is no image.
     for file in output.glob("*.png"):
         shutil.copy(file, images)
@@ -131,7 +129,7 @@ def test_average_precision_counts_better_masks_first():
     assert score_instances([(worse, ignored)]).ap50 == pytest.approx(1)
 
 
-def test_evaluate_scores_objects_of_any_model(naslora, discs, tmp_path):
+def test_evaluate_scores_objects_of_any_model(discs, tmp_path):
     images, truth = discs
     root = tmp_path / "data"
     root.mkdir()
@@ -144,14 +142,12 @@ def test_evaluate_scores_objects_of_any_model(naslora, discs, tmp_path):
     options = shlex.split(
         "--instances --objects numbers --points-per-side 8 --min-iou 0.6 --min-stability 0.7"
     )
-    result = naslora("evaluate", "vit_t", "--data", root, *options)
-    assert result.status == 0, result.err
+    result = succeed("evaluate", "vit_t", "--data", root, *options)
     scores = json.loads(result.out)
     assert (scores["images"], scores["objects"]) == (2, 4) and scores["found"] >= 4
     assert 0 < scores["ap"] < scores["ap50"] <= 1
     assert scores["pq"] == pytest.approx(scores["rq"] * scores["sq"], rel=0.2)
-    again = naslora("evaluate", "vit_t", *options)
-    assert again.status == 2 and "give --data DIR" in again.err
+    assert "give --data DIR" in refusal("evaluate", "vit_t", *options)
 
 
 def test_images_without_objects_have_empty_files(checkpoint, tmp_path, capsys):
@@ -164,8 +160,7 @@ def test_images_without_objects_have_empty_files(checkpoint, tmp_path, capsys):
     assert "no object was found: lower --min-iou" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_known_is_refused(naslora, clean_data, tmp_path):
+def test_a_model_that_is_not_known_is_refused(clean_data, tmp_path):
     save_file({"image_encoder.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     command = ("predict", tmp_path / "other.safetensors", clean_data / "images", "--instances")
-    result = naslora(*command, "--output", tmp_path / "out")
-    assert result.status == 2 and "no checkpoint of SAM that is known" in result.err
+    assert "no checkpoint of SAM that is known" in refusal(*command, "--output", tmp_path / "out")

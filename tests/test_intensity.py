@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tifffile
-from conftest import SHORT, error_of
+from conftest import SHORT, error_of, refusal, succeed
 from PIL import Image
 
 from naslora.data.cache import Cache
@@ -136,7 +136,7 @@ def test_the_cache_knows_the_scaling(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def runs(naslora, tiny_sam, make_data, tmp_path_factory):
+def runs(tiny_sam, make_data, tmp_path_factory):
     """A folder with a run on images of 8 bits, and a run on floating-point copies of them."""
     folder = tmp_path_factory.mktemp("runs")
     data, floats = make_data(folder / "data", train=2, val=1, test=1), folder / "floats"
@@ -150,19 +150,17 @@ def runs(naslora, tiny_sam, make_data, tmp_path_factory):
         (floats / f"{split}.csv").write_text(text)
     scaling = ("--intensity", "window", "-1", "1.55")
     for source, more, name in ((data, (), "plain"), (floats, scaling, "scaled")):
-        result = naslora("train", "--data", source, *SHORT, *more, "--output", folder / name)
-        assert result.status == 0, result.err
+        succeed("train", "--data", source, *SHORT, *more, "--output", folder / name)
     return folder
 
 
-def test_a_run_on_scaled_images_is_the_run_on_images_of_8_bits(naslora, runs, tmp_path):
+def test_a_run_on_scaled_images_is_the_run_on_images_of_8_bits(runs, tmp_path):
     weights = [runs / name / "adapter/adapter_model.safetensors" for name in ("plain", "scaled")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     image = runs / "floats/images/test0.tif"
-    result = naslora("predict", runs / "scaled", image, "--output", tmp_path / "out")
-    assert result.status == 0, result.err
-    refused = naslora("predict", runs / "plain", image, "--output", tmp_path / "no")
-    assert refused.status == 2 and "test0.tif has floating-point pixels" in refused.err
+    succeed("predict", runs / "scaled", image, "--output", tmp_path / "out")
+    refused = refusal("predict", runs / "plain", image, "--output", tmp_path / "no")
+    assert "test0.tif has floating-point pixels" in refused
 
 
 # --- georeferences
@@ -182,18 +180,17 @@ def tags_of(path):
         return tiff.geotiff_metadata, [tiff.pages.first.tags[code].value for code in (33550, 33922)]
 
 
-def test_a_georeference_is_kept(naslora, runs, tmp_path):
+def test_a_georeference_is_kept(runs, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     image = runs / "data/images/test0.png"
     pixels = np.asarray(Image.open(image))
     tifffile.imwrite(folder / "field.tif", pixels, photometric="rgb", extratags=GEO)
     for options in ((), ("--overwrite",)):  # its own files in the folder are no inputs
-        result = naslora("predict", runs / "plain", folder, "--output", folder, *options)
-        assert result.status == 0, result.err
+        succeed("predict", runs / "plain", folder, "--output", folder, *options)
     assert tags_of(folder / "field_mask.tif") == tags_of(folder / "field.tif")
     assert tags_of(folder / "field_mask.tif")[1] == [SCALE, TIE]
     masks = [np.asarray(Image.open(folder / f"field_mask.{kind}")) for kind in ("tif", "png")]
     assert np.array_equal(*masks)
-    plain = naslora("predict", runs / "plain", image, "--output", folder)
-    assert plain.status == 0 and not (folder / "test0_mask.tif").exists()
+    succeed("predict", runs / "plain", image, "--output", folder)
+    assert not (folder / "test0_mask.tif").exists()

@@ -9,7 +9,9 @@ from kernel_cases import (
     DTYPES,
     LAYOUTS,
     TARGETS,
+    Case,
     Target,
+    assert_as_good_as_reference,
     cell_case,
     few_costly,
     layer_case,
@@ -17,6 +19,7 @@ from kernel_cases import (
 )
 from torch.testing import assert_close
 
+import naslora_kernels
 from naslora_kernels import (
     OPERATIONS,
     folded_cell,
@@ -35,24 +38,31 @@ every_backend = pytest.mark.parametrize(
 )
 
 
-def draw(*shape, seed=0, dtype=torch.float64, device="cpu"):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+WEIGHTS = {"average": 0.2, "maximum": 0.3}
 
 
-def layer_arguments(grid, c_in, c_out, c, size, dtype=torch.float64, device="cpu"):
-    shapes = {
-        "x": (*grid, c_in),
-        "weight": (c_out, c_in),
-        "bias": (c_out,),
-        "lora_A": (c, c_in),
-        "lora_B": (c_out, c),
-        "kernel": (c, c, size, size),
-    }
-    return {
-        name: draw(*shape, seed=i, dtype=dtype, device=device)
-        for i, (name, shape) in enumerate(shapes.items())
-    }
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def case_of(function, shapes, weights):
+    """A random case in float64. Its gradients come from the reference."""
+    arguments = {n: draw(*shape, seed=i) for i, (n, shape) in enumerate(shapes.items())}
+    return Case(function, arguments, weights, torch.ones(()).double())
+
+
+def cell(grid, c, size, weights=WEIGHTS):
+    return case_of("folded_cell", {"z": (*grid, c), "kernel": (c, c, size, size)}, weights)
+
+
+def linear(grid, c_in, c_out, c, size):
+    shapes = {"x": (*grid, c_in), "weight": (c_out, c_in), "bias": (c_out,)}
+    shapes |= {"lora_A": (c, c_in), "lora_B": (c_out, c), "kernel": (c, c, size, size)}
+    return case_of("folded_linear", shapes, WEIGHTS)
+
+
+def result(case, target):
+    return case.run(target, ())["result"]
 
 
 def by_hand(z, kernel, average, maximum):
@@ -73,20 +83,15 @@ def by_hand(z, kernel, average, maximum):
     return y
 
 
-DEFINED = [((2, 5, 7, 2), 3), ((1, 1, 1, 3), 9), ((2, 12, 4, 5), 9), ((1, 3, 3, 1), 1)]
+DEFINED = [((2, 5, 7), 2, 3), ((1, 1, 1), 3, 9), ((2, 12, 4), 5, 9), ((1, 3, 3), 1, 1)]
 
 
 @every_backend
-@pytest.mark.parametrize(
-    "shape, size, average, maximum",
-    [(*case, *weights) for case, weights in zip(DEFINED, POOLINGS, strict=True)],
-    ids=str,
-)
-def test_is_its_definition(target, shape, size, average, maximum):
-    z = draw(*shape, device=target.device)
-    kernel = draw(shape[-1], shape[-1], size, size, seed=1, device=target.device)
-    y = folded_cell(z, kernel, average, maximum, backend=target.backend)
-    assert_close(y, by_hand(z, kernel, average, maximum), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("shape, weights", [*zip(DEFINED, POOLINGS, strict=True)], ids=str)
+def test_is_its_definition(target, shape, weights):
+    case = cell(*shape, dict(zip(WEIGHTS, weights, strict=True))).on(target.device)
+    expected = by_hand(*case.arguments.values(), *weights)
+    assert_close(result(case, target), expected, rtol=1e-12, atol=1e-12)
 
 
 @every_backend
@@ -159,48 +164,24 @@ QUICK = [
 )
 def test_kernels_are_as_good_as_the_reference(target, shape, dtype):
     grid, c, size = shape
-    given = layer_arguments(grid, 24, 36, c, size, dtype, target.device)
-    z = draw(*grid, c, dtype=dtype, device=target.device)
-    calls = {
-        "cell": lambda a, z, backend: folded_cell(z, a["kernel"], 0.2, 0.3, backend=backend),
-        "layer": lambda a, z, backend: folded_linear(
-            **a, average=0.2, maximum=0.3, backend=backend
-        ),
-    }
-    wide = {name: value.double() for name, value in given.items()}
-    for name, call in calls.items():
-        kernel, reference = call(given, z, target.backend), call(given, z, "reference")
-        truth = call(wide, z.double(), "reference")
-        assert kernel.dtype == dtype and kernel.shape == truth.shape
-        if not truth.numel():
-            continue
-        # Twice the reference's error, and the ulps that kernel_cases grants.
-        unit = 2 * max(torch.finfo(dtype).eps, 1e-13) * truth.abs().max()
-        allowed = 2 * (reference.double() - truth).abs().max() + unit
-        assert (kernel.double() - truth).abs().max() <= allowed, name
+    for case in (cell(*shape), linear(grid, 24, 36, c, size)):
+        assert_as_good_as_reference(target, case.to(dtype), ())
 
 
 @every_kernel
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(target, layout):
-    a = layer_arguments((2, 9, 6), 8, 12, 2, 5, device=target.device)
-    strided = {n: LAYOUTS[layout](v) if v.dim() > 1 else v for n, v in a.items()}
-    z = draw(2, 9, 6, 2, device=target.device)
-    assert_close(
-        folded_linear(**strided, average=0.2, maximum=0.3, backend=target.backend),
-        folded_linear(**a, average=0.2, maximum=0.3, backend="reference"),
-    )
-    assert_close(
-        folded_cell(LAYOUTS[layout](z), strided["kernel"], 0.2, 0.3, backend=target.backend),
-        folded_cell(z, a["kernel"], 0.2, 0.3, backend="reference"),
-    )
+    for case in (cell((2, 9, 6), 2, 5), linear((2, 9, 6), 8, 12, 2, 5)):
+        case = case.on(target.device)
+        strided = case.laid_out(layout, "contiguous")
+        assert_close(result(strided, target), result(case, "reference"))
 
 
 @every_backend
 def test_a_pooling_without_weight_lets_infinities_alone(target):
     """0 * inf would be NaN."""
-    z = draw(1, 5, 5, 1, device=target.device)
+    z = draw(1, 5, 5, 1).to(target.device)
     z[0, 2, 2] = float("inf")
     kernel = torch.ones(1, 1, 1, 1).to(z)
     y = folded_cell(z, kernel, backend=target.backend)
@@ -209,60 +190,48 @@ def test_a_pooling_without_weight_lets_infinities_alone(target):
 
 @every_backend
 def test_adapter_in_float32_beside_16_bit(target):
-    a = layer_arguments((2, 7, 7), 16, 24, 2, 5, torch.float32, target.device)
-    low = {n: v.bfloat16() if n in ("x", "weight", "bias") else v for n, v in a.items()}
-    h = folded_linear(**low, average=0.2, maximum=0.3, backend=target.backend)
-    truth = folded_linear(
-        **{n: v.double() for n, v in low.items()}, average=0.2, maximum=0.3, backend="reference"
-    )
+    case = linear((2, 7, 7), 16, 24, 2, 5).to(torch.float32).on(target.device)
+    for name in ("x", "weight", "bias"):
+        case.arguments[name] = case.arguments[name].bfloat16()
+    h, truth = result(case, target), result(case.to(torch.float64), "reference")
     assert h.dtype == torch.bfloat16
     # z, y and h are rounded to 8 bits each, the reference's matrices as well.
     assert (h.double() - truth).norm() / truth.norm() < 5 * 2**-9
 
 
-def test_gradients_come_from_the_reference():
+@pytest.mark.parametrize("case", [cell((1, 3, 4), 2, 3), linear((1, 3, 4), 3, 4, 2, 3)])
+def test_gradients_come_from_the_reference(case):
     """Whoever trains through a merged model gets the right gradients, whatever the backend."""
-    a = layer_arguments((1, 3, 4), 3, 4, 2, 3)
-    for value in a.values():
-        value.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda *tensors: folded_linear(*tensors, 0.2, 0.3), tuple(a.values())
-    )
-    z = draw(1, 3, 4, 2).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda z, kernel: folded_cell(z, kernel, 0.2, 0.3), (z, a["kernel"])
-    )
+    leaves = tuple(value.requires_grad_() for value in case.arguments.values())
+    function = getattr(naslora_kernels, case.function)
+    assert torch.autograd.gradcheck(lambda *values: function(*values, **WEIGHTS), leaves)
+
+
+SMALL = {"cell": cell((2, 5, 4), 2, 3), "linear": linear((2, 5, 4), 6, 8, 2, 3)}
 
 
 @every_kernel
-def test_operators_are_well_formed(target):
-    cell, linear = (operator(target.backend, f"folded_{part}") for part in ("cell", "linear"))
-    a = layer_arguments((2, 5, 4), 6, 8, 2, 3, torch.float32, target.device)
+@pytest.mark.parametrize("name", SMALL)
+def test_operators_are_well_formed(target, name):
+    arguments = SMALL[name].to(torch.float32).on(target.device).arguments.values()
     checks = ("test_schema", "test_faketensor")  # they have no gradients to check
-    torch.library.opcheck(linear, (*a.values(), 0.2, 0.3), test_utils=checks)
-    z = draw(2, 5, 4, 2, dtype=torch.float32, device=target.device)
-    torch.library.opcheck(cell, (z, a["kernel"], 0.2, 0.3), test_utils=checks)
+    own = operator(target.backend, f"folded_{name}")
+    torch.library.opcheck(own, (*arguments, *WEIGHTS.values()), test_utils=checks)
 
 
 @every_backend
 def test_compiles_in_one_graph(target):
-    a = layer_arguments((2, 5, 4), 6, 8, 2, 3, torch.float32, target.device)
+    case = SMALL["linear"].to(torch.float32).on(target.device)
     compiled = torch.compile(folded_linear, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert_close(
-            compiled(**a, average=0.2, maximum=0.3, backend=target.backend),
-            folded_linear(**a, average=0.2, maximum=0.3, backend=target.backend),
-        )
+        h = compiled(**case.arguments, **WEIGHTS, backend=target.backend)
+    assert_close(h, result(case, target))
 
 
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (
-            {"kernel": draw(2, 2, 4, 4)},
-            ValueError,
-            "kernel: .* with k odd",
-        ),
+        ({"kernel": draw(2, 2, 4, 4)}, ValueError, "kernel: .* with k odd"),
         ({"kernel": draw(2, 2, 11, 11)}, ValueError, "at most 9"),
         ({"kernel": draw(2, 2, 3, 5)}, ValueError, r"kernel: expected shape \(2, 2, 5, 5\)"),
         ({"kernel": draw(2, 2, 3, 3).float()}, TypeError, "kernel: expected torch.float64"),
@@ -273,9 +242,7 @@ def test_compiles_in_one_graph(target):
     ids=str,
 )
 def test_wrong_arguments_are_named(change, error, message):
-    a = layer_arguments((2, 5, 4), 6, 8, 2, 3)
-    with pytest.raises(error, match=message):
-        folded_linear(**{**a, "average": 0.2, "maximum": 0.3, **change})
-    cell = {"z": draw(2, 5, 4, 2), "kernel": a["kernel"], **change}
-    with pytest.raises(error, match=message):
-        folded_cell(**cell)
+    for case in SMALL.values():
+        arguments = {**case.arguments, **WEIGHTS, **change}
+        with pytest.raises(error, match=message):
+            getattr(naslora_kernels, case.function)(**arguments)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy import ndimage
 
-from naslora.errors import UserError
 from naslora.sam.losses import TERMS, parse_terms, segmentation_loss
 from naslora.sam.segmentation import SegmentationOutput
 
@@ -171,20 +170,11 @@ def test_terms(name):
     [
         ("bce,dice", {"bce": 1, "dice": 1}),
         ("dice = 0.5, cldice=2", {"dice": 0.5, "cldice": 2}),
-        ("ce", "'ce' is none of bce, dice, focal"),
-        ("", "'' is none of"),
-        ("dice,dice=2", "'dice' is given twice"),
-        ("dice=-1", "the weight of dice must be a number above 0, got '-1'"),
-        ("dice=nan", "above 0, got 'nan'"),
-        ("dice=x", "above 0, got 'x'"),
     ],
 )
 def test_parse_terms(text, expected):
-    if isinstance(expected, dict):
-        assert parse_terms(text) == expected
-    else:
-        with pytest.raises(UserError, match=expected):
-            parse_terms(text)
+    """tests/reliability/bad_inputs.yaml has the terms that are refused."""
+    assert parse_terms(text) == expected
 
 
 @pytest.mark.parametrize("class_loss", ["binary", "pixel", "matching"])

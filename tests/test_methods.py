@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapted_models import differing, state_of
-from conftest import SHORT
+from conftest import SHORT, succeed
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter, unmerge
@@ -608,8 +608,7 @@ def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
 
     monkeypatch.setattr(run_module, "build_adapted_model", watched)
     output = tmp_path / "run"
-    result = naslora("train", "--data", data, *SHORT, "--method", method, "--output", output)
-    assert result.status == 0, result.err
+    succeed("train", "--data", data, *SHORT, "--method", method, "--output", output)
     model, start = models
     trained = {n for n, p in start.named_parameters() if p.requires_grad}
     changed = differing(state_of(model), state_of(start))
@@ -633,18 +632,17 @@ def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
     assert scores.pop("images") == 2 and scores == metrics["test"]
 
 
-def test_conv_loras_noise_is_the_same_in_a_resumed_run(naslora, data, tmp_path):
+def test_conv_loras_noise_is_the_same_in_a_resumed_run(data, tmp_path):
     """Two epochs at once, and two with a stop between them."""
     options = ["--data", data, *SHORT, "--method", "conv-lora", "--schedule", "constant"]
     runs = [tmp_path / "unbroken", tmp_path / "resumed"]
-    assert naslora("train", *options, "--epochs", 2, "--output", runs[0]).status == 0
-    assert naslora("train", *options, "--output", runs[1]).status == 0
+    succeed("train", *options, "--epochs", 2, "--output", runs[0])
+    succeed("train", *options, "--output", runs[1])
     config = json.loads((runs[1] / "config.json").read_text())
     config["training"]["epochs"] = 2
     del config["sha256"], config["version"]
     (runs[1] / "config.json").write_text(json.dumps(config))
     torch.rand(7)  # other code may draw from the generator
-    resumed = naslora("train", *options, "--epochs", 2, "--output", runs[1], "--resume")
-    assert resumed.status == 0, resumed.err
+    succeed("train", *options, "--epochs", 2, "--output", runs[1], "--resume")
     one, other = (torch.load(run / "last.pt", weights_only=True)["model"] for run in runs)
     assert not differing(one, other)

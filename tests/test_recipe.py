@@ -6,6 +6,7 @@ from pathlib import Path
 import miniatures
 import pytest
 import yaml
+from conftest import succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from reliability.conftest import draws
@@ -69,8 +70,7 @@ def test_the_command_with_flags_that_override(naslora, trees, tiny_sam, tmp_path
     arguments = ("--recipe", dataset, "--method", method, "--root", trees / dataset)
     small = ("--model", "vit_t", "--image-size", 32, "--epochs", 1, "--mixed-precision", "no")
     run = tmp_path / "run"
-    result = naslora("train", *arguments, *small, "--workers", 0, "--rank", 2, "--output", run)
-    assert result.status == 0, result.err
+    result = succeed("train", *arguments, *small, "--workers", 0, "--rank", 2, "--output", run)
     assert "is not the paper's" in result.err and "train images instead of" in result.err
     config = json.loads((run / "config.json").read_text())
     assert (config["recipe"], config["data"]["dataset"]) == (dataset, dataset)

@@ -1,6 +1,5 @@
 """A run from its first file to its last: what it holds, that it reloads, that a kill is no loss."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -11,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import csv_rows, succeed
 from PIL import Image
 from rich.console import Console
 
@@ -40,17 +40,12 @@ def data(make_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(naslora, data, tmp_path_factory):
+def run(data, tmp_path_factory):
     """A finished run; tests only read it."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    result = naslora("train", "--data", data, *TRAIN, "--output", output)
-    assert result.status == 0, result.err
+    result = succeed("train", "--data", data, *TRAIN, "--output", output)
     assert f"epoch {EPOCHS}" in result.out and "report.html" in result.out
     return output
-
-
-def read(path):
-    return read_json(path)  # verifies the checksum and leaves it out
 
 
 def adapter(run):
@@ -101,7 +96,7 @@ def test_the_folder(run):
 
 
 def test_metrics(run):
-    metrics = read(run / "metrics.json")
+    metrics = read_json(run / "metrics.json")
     for scores in (metrics["test"], *metrics["test_merged"].values()):
         assert 0 <= scores["dice"] <= 1 and 0 <= scores["iou"] <= scores["dice"]
         assert set(scores["per_class"]) == {"rim", "core"}
@@ -124,22 +119,21 @@ def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(naslora, data, tmp_pa
     result = naslora("train", *options, "--output", output)
     warning = "naslora: warning: alpha is not trained: --search-start 1 is not among the 1 epochs"
     assert result.status == 0 and warning in result.err
-    metrics = read(output / "metrics.json")
+    metrics = read_json(output / "metrics.json")
     scores = json.loads(naslora("evaluate", output).out)
     assert scores.pop("images") == 5 and scores == metrics["test"]
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
 
 
 def test_history_and_operations(run):
-    with (run / "history.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(run / "history.csv")
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [row["stage"] for row in rows] == ["1", "2", "2"]
     assert [bool(row["arch_loss"]) for row in rows] == [False, True, True]
-    metrics = read(run / "metrics.json")
+    metrics = read_json(run / "metrics.json")
     assert metrics["kept_epoch"] == EPOCHS
     assert metrics["val"]["dice"] == float(rows[-1]["val_dice"])
-    operations = read(run / "operations.json")
+    operations = read_json(run / "operations.json")
     assert operations["operations"] == list(OPERATIONS) and len(operations["layers"]) == 8
     mixtures = np.array([entry["softmax"] for entry in operations["epochs"]])
     assert mixtures.shape == (EPOCHS + 1, 8, 8) and np.allclose(mixtures.sum(-1), 1)
@@ -157,13 +151,13 @@ def test_evaluate_repeats_the_test(naslora, run, make_data, tmp_path):
     scores = scores_of(naslora("evaluate", run))
     assert scores.pop("images") == 5
     # The same weights, images and batches in the same process: the same numbers.
-    assert scores == read(run / "metrics.json")["test"]
+    assert scores == read_json(run / "metrics.json")["test"]
     assert scores_of(naslora("evaluate", run, "--split", "val"))["images"] == 4
     scores = scores_of(naslora("evaluate", run, "--metrics", "hd95", "ece"))["metrics"]
     assert scores["hd95"] > 0 and 0 < scores["ece"] < 1
     flipped = scores_of(naslora("evaluate", run, "--flips"))
-    assert flipped["loss"] == read(run / "metrics.json")["test"]["loss"]  # of the image itself
-    assert flipped["dice"] != read(run / "metrics.json")["test"]["dice"]
+    assert flipped["loss"] == read_json(run / "metrics.json")["test"]["loss"]  # of the image itself
+    assert flipped["dice"] != read_json(run / "metrics.json")["test"]["dice"]
     other = make_data(tmp_path / "other", classes=3, train=2, val=1, test=3)
     assert scores_of(naslora("evaluate", run, "--data", other))["images"] == 3
 
@@ -171,18 +165,17 @@ def test_evaluate_repeats_the_test(naslora, run, make_data, tmp_path):
 @pytest.mark.parametrize("mode", ["exact", "center"])
 def test_merge_then_evaluate(naslora, run, tmp_path, mode):
     folder = tmp_path / mode
-    result = naslora("merge", run, "--mode", mode, "--output", folder)
-    assert result.status == 0 and f"mode {mode!r}" in result.out
+    assert f"mode {mode!r}" in succeed("merge", run, "--mode", mode, "--output", folder).out
     assert {path.name for path in folder.iterdir()} == {"merged.json", "model.safetensors"}
     scores = scores_of(naslora("evaluate", folder))
     scores.pop("images")
-    assert scores == read(run / "metrics.json")["test_merged"][mode]
+    assert scores == read_json(run / "metrics.json")["test_merged"][mode]
     if mode == "center":  # it loads into an untouched model
         tensors = read_safetensors(folder / "model.safetensors")
         SamForSegmentation("vit_t", 32, 3).load_state_dict(tensors, strict=True)
 
 
-def test_predict_files_and_folders(naslora, run, tmp_path):
+def test_predict_files_and_folders(run, tmp_path):
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(0)
     sizes = {"in/a.png": (40, 30), "in/b.jpg": (17, 50), "c.png": (64, 64)}
@@ -190,16 +183,14 @@ def test_predict_files_and_folders(naslora, run, tmp_path):
         pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)
     command = "predict", run, tmp_path / "in", tmp_path / "c.png", "--output"
-    result = naslora(*command, tmp_path / "o")
-    assert result.status == 0 and "wrote 3 masks and overlays" in result.out
+    assert "wrote 3 masks and overlays" in succeed(*command, tmp_path / "o").out
     for name, size in sizes.items():
         stem = name.split("/")[-1][0]
         mask = Image.open(tmp_path / "o" / f"{stem}_mask.png")
         assert mask.size == size and set(np.unique(mask)) <= {0, 1, 2}
         assert Image.open(tmp_path / "o" / f"{stem}_overlay.png").size == size
     assert len(list((tmp_path / "o").glob("*.png"))) == 6
-    result = naslora(*command, tmp_path / "p", "--no-overlays")
-    assert result.status == 0 and "wrote 3 masks to" in result.out
+    assert "wrote 3 masks to" in succeed(*command, tmp_path / "p", "--no-overlays").out
     for mask in (tmp_path / "p").glob("*.png"):
         assert mask.read_bytes() == (tmp_path / "o" / mask.name).read_bytes()
 
@@ -207,16 +198,15 @@ def test_predict_files_and_folders(naslora, run, tmp_path):
 # --- Resuming: tests/reliability/test_kills.py has runs that were interrupted ---
 
 
-def test_a_finished_run_finishes_again(naslora, run, data, tmp_path):
+def test_a_finished_run_finishes_again(run, data, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
-    result = naslora("train", "--data", data, *TRAIN, "--output", copy, "--resume")
-    assert result.status == 0, result.err
+    succeed("train", "--data", data, *TRAIN, "--output", copy, "--resume")
     assert_bitwise_same(adapter(copy), adapter(run))
-    metrics = [read(folder / "metrics.json") | {"seconds": None} for folder in (copy, run)]
+    metrics = [read_json(folder / "metrics.json") | {"seconds": None} for folder in (copy, run)]
     assert metrics[0] == metrics[1]
 
 
-def test_the_demo(naslora, tmp_path, monkeypatch):
+def test_the_demo(tmp_path, monkeypatch):
     """The demo's own settings on a few of its images, small and whole, and again with --resume."""
     pytest.importorskip("nilearn")
 
@@ -230,8 +220,7 @@ def test_the_demo(naslora, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_run, "RunConfig", small)
     assert sam.VITS["vit_t"].depth == 2
     for resume in ([], ["--resume"]):
-        result = naslora("demo", "--output", tmp_path / "demo", "--epochs", "1", *resume)
-        assert result.status == 0, result.err
-        metrics = read(tmp_path / "demo" / "metrics.json")
+        succeed("demo", "--output", tmp_path / "demo", "--epochs", "1", *resume)
+        metrics = read_json(tmp_path / "demo" / "metrics.json")
         assert set(metrics["test"]["per_class"]) == {"grey matter", "white matter"}
         assert metrics["images"] == {"train": 4, "val": 2, "test": 3, "arch": 2}

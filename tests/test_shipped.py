@@ -6,6 +6,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
+from conftest import succeed
 from run_configs import run_config
 
 from naslora.errors import UserError
@@ -60,10 +61,9 @@ def test_a_configuration_says_which_weights(weights, given):
     assert (large.checkpoint, large.image_size) == ("none", 1024)
 
 
-def test_training_says_so_if_positions_are_resized(weights, naslora, clean_data, tmp_path):
+def test_training_says_so_if_positions_are_resized(weights, clean_data, tmp_path):
     output = ("--image-size", SIZE, "--output", tmp_path / "run")
-    result = naslora("train", "--data", clean_data, *TRAIN, *output)
-    assert result.status == 0, result.err
+    result = succeed("train", "--data", clean_data, *TRAIN, *output)
     warnings = [line for line in result.err.splitlines() if "position embeddings" in line]
     assert warnings == [
         "naslora: warning: the weights of vit_t were made for images of 256 pixels; their position "

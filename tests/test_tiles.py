@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TRAIN, write_checkpoint
+from conftest import TRAIN, succeed, write_checkpoint
 from PIL import Image
 from run_configs import run_config
 
@@ -216,7 +216,7 @@ def test_items_are_windows_at_native_resolution(tmp_path, suffix):
 
 
 @pytest.fixture(scope="module")
-def run(naslora, tiny_sam, make_data, tmp_path_factory):
+def run(tiny_sam, make_data, tmp_path_factory):
     """A run on windows of larger images: the discs of ``make_data`` on canvases of 70 x 50."""
     folder = tmp_path_factory.mktemp("crops")
     data = make_data(folder / "data", train=4, val=2, test=2)
@@ -229,8 +229,7 @@ def run(naslora, tiny_sam, make_data, tmp_path_factory):
             Image.fromarray(canvas).save(file)
     checkpoint = ("--checkpoint", write_checkpoint(folder / "sam.safetensors"))
     arguments = ("--data", data, *TRAIN, *checkpoint, "--crop", 32, "--augment", "medical")
-    result = naslora("train", *arguments, "--cache", folder / "cache", "--output", folder / "run")
-    assert result.status == 0, result.err
+    succeed("train", *arguments, "--cache", folder / "cache", "--output", folder / "run")
     return folder / "run"
 
 
@@ -245,8 +244,7 @@ def test_scores_by_tiles_are_those_of_the_predicted_masks(naslora, run, tmp_path
     assert whole["resolution"] == "of each mask"
     data = run.parent / "data"
     images = [data / f"images/test{i}.png" for i in range(2)]
-    result = naslora("predict", run, *images, "--tiles", "auto", "--output", tmp_path / "out")
-    assert result.status == 0, result.err
+    succeed("predict", run, *images, "--tiles", "auto", "--output", tmp_path / "out")
     shares = []
     for image in images:
         predicted = np.array(Image.open(tmp_path / "out" / f"{image.stem}_mask.png")) > 0
@@ -257,18 +255,17 @@ def test_scores_by_tiles_are_those_of_the_predicted_masks(naslora, run, tmp_path
     assert scores["metrics"] == pytest.approx(metrics["test"]["metrics"], abs=1e-6)
 
 
-def test_an_exported_model_knows_its_tiles(naslora, run, tmp_path):
+def test_an_exported_model_knows_its_tiles(run, tmp_path):
     """The file predicts with ``--tiles auto`` what the merged model does."""
     image = run.parent / "data/images/test0.png"
     merged, file = tmp_path / "merged", tmp_path / "model.safetensors"
-    assert naslora("merge", run, "--mode", "center", "--output", merged).status == 0
-    result = naslora("export", merged, "--format", "safetensors", "--output", file)
-    assert result.status == 0, result.err
+    succeed("merge", run, "--mode", "center", "--output", merged)
+    succeed("export", merged, "--format", "safetensors", "--output", file)
     masks = []
     for model in (merged, file):
         output = tmp_path / f"of_{model.stem}"
         options = ("--tiles", "auto", "--output", output)
-        assert naslora("predict", model, image, *options).status == 0
+        succeed("predict", model, image, *options)
         masks.append(np.array(Image.open(output / "test0_mask.png")))
     assert (masks[0] == masks[1]).mean() > 0.999  # labels differ where rounding decides
     old = '{"model": "vit_t", "image_size": 32, "num_classes": 1, "class_names": ["a"]}'

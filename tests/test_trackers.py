@@ -1,6 +1,5 @@
 """Experiment trackers get every epoch's numbers, offline, and one line says what is wrong."""
 
-import csv
 import sqlite3
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import TRAIN
+from conftest import TRAIN, csv_rows, refusal, succeed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from naslora.errors import UserError
@@ -20,11 +19,6 @@ from naslora.training.train_config import TrainConfig
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
 
-def history(run: Path) -> list[dict[str, str]]:
-    with (run / "history.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 def curve(run: Path, name: str) -> list[tuple[int, float]]:
     """The points of a curve that TensorBoard shows."""
     events = EventAccumulator(str(run / "tensorboard"))
@@ -32,8 +26,8 @@ def curve(run: Path, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in events.Scalars(name)]
 
 
-def test_tensorboard_gets_every_epoch_by_default(naslora, clean_data, run, tmp_path):
-    rows = history(run)
+def test_tensorboard_gets_every_epoch_by_default(clean_data, run, tmp_path):
+    rows = csv_rows(run / "history.csv")
     for name in ("train_loss", "val_loss", "learning_rate"):
         expected = [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in rows]
         assert curve(run, name) == expected
@@ -44,13 +38,11 @@ def test_tensorboard_gets_every_epoch_by_default(naslora, clean_data, run, tmp_p
     exact = tested["test_merged"]["exact"]["dice"]
     assert curve(run, "test_exact_dice") == [(2, pytest.approx(exact))]
     options = ["--data", clean_data, *TRAIN, "--epochs", "1", "--tracker"]
-    assert naslora("train", *options, "--output", tmp_path / "run").status == 0
+    succeed("train", *options, "--output", tmp_path / "run")
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_trackers_that_do_not_start_cost_one_line(
-    broken, naslora, clean_data, tmp_path, monkeypatch
-):
+def test_trackers_that_do_not_start_cost_one_line(broken, clean_data, tmp_path, monkeypatch):
     broken(from_the_start=True)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "comet_ml" else name)
     for names, line in (
@@ -58,8 +50,8 @@ def test_trackers_that_do_not_start_cost_one_line(
         (["tensorboard", "wandb"], "tracker wandb does not start (unplug it): no answer"),
     ):
         options = ["--data", clean_data, *TRAIN, "--tracker", *names]
-        result = naslora("train", *options, "--output", tmp_path / "run")
-        assert result.status == 2 and result.err.splitlines()[-1] == f"naslora: error: {line}"
+        result = refusal("train", *options, "--output", tmp_path / "run")
+        assert result.splitlines()[-1] == f"naslora: error: {line}"
         assert (tmp_path / "run").exists() == (names != ["comet"])
 
 
@@ -126,7 +118,9 @@ def check_mlflow(run: Path, identity: str) -> None:
     runs = database.execute("select run_uuid, name, status from runs").fetchall()
     assert runs == [(identity, "run", "FINISHED")]
     query = "select step, value from metrics where key = 'val_loss' order by step"
-    expected = [(int(row["epoch"]), float(row["val_loss"])) for row in history(run)]
+    expected = [
+        (int(row["epoch"]), float(row["val_loss"])) for row in csv_rows(run / "history.csv")
+    ]
     assert database.execute(query).fetchall() == expected
     rank = "select value from params where key = 'adapter.rank'"
     assert database.execute(rank).fetchall() == [("3",)]

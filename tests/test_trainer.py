@@ -2,19 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import math
-import os
-import shlex
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from adapted_models import state_of
-from conftest import call, free_port
 from run_configs import run_config
-from torch.multiprocessing import start_processes
 
 from naslora.adapter.io.storage import trained_state
 from naslora.adapter.layer.config import LowRankConfig
@@ -23,8 +16,7 @@ from naslora.adapter.layer.modules import adapter_layers
 from naslora.data.dataset import SegmentationDataset
 from naslora.errors import UserError
 from naslora.files import read_safetensors
-from naslora.records import from_json
-from naslora.results import ADAPTER, LAST, Epoch, SplitScores, kept_epoch
+from naslora.results import ADAPTER, LAST, SplitScores, kept_epoch
 from naslora.training.accelerator import make_accelerator
 from naslora.training.run_data import EpochImages, find_splits
 from naslora.training.run_model import build_adapted_model
@@ -275,88 +267,6 @@ def test_gradient_checkpointing_changes_nothing(make_trainer):
     theirs = trained_state(recomputed.model)
     # The same operations on the same numbers: equal to the bit.
     assert all(torch.equal(v, theirs[k]) for k, v in trained_state(kept.model).items())
-
-
-def train_as_rank(rank: int, folder: Path, runs: dict, ports: list[int]) -> None:
-    """One process of two: it trains every run, joins a group for each, and stores how they end."""
-    train = Trainer.run
-
-    def run(trainer):
-        train(trainer)
-        torch.save(trained_state(trainer.model), trainer.directory / f"rank{rank}.pt")
-
-    Trainer.run = run
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    ends = {}
-    for port, (name, arguments) in zip(ports, runs.items(), strict=True):
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ends[name] = dataclasses.asdict(call("train", *arguments, "--output", folder / name))
-    (folder / f"ends{rank}.json").write_text(json.dumps(ends))
-
-
-@pytest.fixture(scope="module")
-def in_two_processes(make_data, tiny_sam, tmp_path_factory):
-    """Runs that two processes trained, in one launch: name -> arguments and output folder.
-
-    Of 11 images the last batch gets one, so that the second process has no share of it.
-    """
-    folder = tmp_path_factory.mktemp("two")
-    common = shlex.split(
-        f"--model vit_t --image-size 32 --num-classes 3 --epochs 2 --search-start 1 "
-        f"--learning-rate {RATE} --alpha-learning-rate {ALPHA_RATE} --workers 0 --ema 0.5"
-    )
-    runs = {}
-    cases = {"odd": (11, "linear"), "paper": (10, "paper")}
-    for name, (train, preset) in cases.items():
-        data = make_data(folder / f"{name}-data", classes=3, train=train, val=3, test=2)
-        runs[name] = ["--data", str(data), *common, "--preset", preset]
-    runs["bad"] = ["--data", str(folder / "nowhere"), *common]
-    unreadable = make_data(folder / "unreadable-data", classes=3, train=2, val=1, test=1)
-    (unreadable / "images/val0.png").write_bytes(b"")
-    runs["unreadable"] = ["--data", str(unreadable), *common]
-    ports = [free_port() for _ in runs]
-    start_processes(train_as_rank, (folder, runs, ports), nprocs=2, start_method="fork")
-    return {name: (arguments, folder / name) for name, arguments in runs.items()}
-
-
-@pytest.mark.parametrize("name", ["odd", "paper"])
-def test_two_processes_hold_the_same(in_two_processes, name):
-    """Batch norms included, which the preset `paper` has."""
-    _, output = in_two_processes[name]
-    first, second = (torch.load(output / f"rank{rank}.pt") for rank in (0, 1))
-    last = torch.load(output / LAST)["model"]
-    assert [k for k in last if not torch.equal(first[k], last[k])] == []
-    # Batch norms count their batches, and a process may have no share of one.
-    named = [k for k in last if not k.endswith("num_batches_tracked")]
-    assert [k for k in named if not torch.equal(first[k], second[k])] == []
-
-
-def test_two_processes_refuse_bad_input_once(in_two_processes):
-    _, output = in_two_processes["unreadable"]
-    ends = [json.loads((output.parent / f"ends{rank}.json").read_text()) for rank in (0, 1)]
-    for name, reason in {"bad": "nowhere", "unreadable": "val.csv row 2"}.items():
-        first, second = (end[name] for end in ends)
-        assert first["status"] == second["status"] == 2
-        (line,) = [line for line in first["err"].splitlines() if "naslora: error: " in line]
-        assert reason in line and "Traceback" not in first["err"] and second["err"] == ""
-    assert not output.exists()
-
-
-def test_two_processes_train_as_one(naslora, in_two_processes, tmp_path):
-    arguments, two = in_two_processes["odd"]
-    result = naslora("train", *arguments, "--output", tmp_path)
-    assert result.status == 0, result.err
-    last = [torch.load(output / LAST) for output in (two, tmp_path)]
-    assert_same_training(
-        *(s["model"] for s in last),
-        *(from_json(list[Epoch], s["history"], "last.pt") for s in last),
-    )
-    kept = [
-        read_safetensors(output / ADAPTER / "adapter_model.safetensors")
-        for output in (two, tmp_path)
-    ]
-    assert_same_training(*kept, [], [])
 
 
 # --- Schedules, clipping, precision ---
@@ -634,7 +544,7 @@ def test_a_loss_that_is_not_finite_stops(make_trainer, num_classes, class_loss):
     with pytest.raises(UserError, match=r"loss is nan in epoch 2/2 on train\d+\.png, train") as e:
         trainer.run()
     # The first step of the epoch spoils the weights, so that its second batch of 4 shows it.
-    assert str(e.value).count(".png") == 4
+    assert str(e.value).count(".png") == 4 and "lower --learning-rate" in str(e.value)
     assert load_last(trainer) == 1
 
 

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import tifffile
-from conftest import SHORT, error_of
+from conftest import SHORT, error_of, refusal, succeed
 
 from naslora import shapes
 from naslora.data.contents import read_contents
@@ -18,8 +18,6 @@ from naslora.data.masks import read_mask
 from naslora.data.picture import Intensity
 from naslora.data.splits import draw_folds, write_splits
 from naslora.data.volumes import Slicing, read_slice, spacing_of, write_volume
-from naslora.training.resolve import resolve
-from naslora.training.run_config import RunConfig
 
 SHAPE = 16, 12, 6
 WINDOW = ("--intensity", "window", "-100", "300")
@@ -241,27 +239,20 @@ def test_numbers_of_objects_in_volumes(tmp_path):
     assert [dataset.check(sample)[0] for sample in samples] == [False, True, False]
 
 
-def test_prompts_take_no_neighbours():
-    options = {"task": "promptable", "data": {"neighbours": 1}}
-    assert "neighbours 1 needs --task semantic" in error_of(resolve, RunConfig.from_dict(options))
-
-
 @pytest.mark.parametrize("suffix, unit", [(".nii.gz", "mm"), (".tif", "voxels")])
-def test_a_run_on_volumes(naslora, tiny_sam, tmp_path, suffix, unit):
+def test_a_run_on_volumes(tiny_sam, tmp_path, suffix, unit):
     data, run, out = write(tmp_path / "data", suffix), tmp_path / "run", tmp_path / "out"
     cache, beside = ("--cache", tmp_path / "cache"), ("--neighbours", 2)
     stacks = ("--stacks",) if suffix == ".tif" else ()
     arguments = ("--data", data, *SHORT, *WINDOW, *beside, *cache, *stacks, "--output", run)
     metrics = ("--metrics", "dice", "hd95", "size_difference")
-    result = naslora("train", *arguments, "--resolution", "original", *metrics)
-    assert result.status == 0, result.err
+    succeed("train", *arguments, "--resolution", "original", *metrics)
     stored = json.loads((run / "metrics.json").read_text())
     assert stored["images"] == {"train": 12, "val": 12, "test": 12}
     assert f"test0{suffix} slice 3" in (run / "test_images.csv").read_text()
     volumes = [data / f"test{k}{suffix}" for k in range(2)]
     more = ("--probabilities", "uint8", "--output", out)
-    result = naslora("predict", run, *volumes, *more)
-    assert result.status == 0, result.err
+    succeed("predict", run, *volumes, *more)
 
     def read(path):
         return tifffile.imread(path).T if stacks else np.asarray(nibabel.load(path).dataobj)
@@ -282,14 +273,13 @@ def test_a_run_on_volumes(naslora, tiny_sam, tmp_path, suffix, unit):
     assert f"HD95, {unit}<" in (run / "report.html").read_text()
     if stacks:  # a file says what a run says of volumes; once, because tracing takes seconds
         merged, file = tmp_path / "merged", tmp_path / "model.pt2"
-        assert naslora("merge", run, "--output", merged).status == 0
-        assert naslora("export", merged, "--format", "torch-export", "--output", file).status == 0
-        result = naslora("predict", file, volumes[0], "--trust", "--output", tmp_path / "own")
-        assert result.status == 0, result.err
+        succeed("merge", run, "--output", merged)
+        succeed("export", merged, "--format", "torch-export", "--output", file)
+        succeed("predict", file, volumes[0], "--trust", "--output", tmp_path / "own")
         own, before = (read(folder / "test0_mask.tif") for folder in (tmp_path / "own", out))
         assert (own == before).mean() > 0.99  # where rounding decides
         return
     assert nibabel.load(out / "test0_mask.nii.gz").affine == pytest.approx(AFFINES["oblique"])
     save(data / "four.nii", np.zeros((4, 4, 4, 2)))
-    refused = naslora("predict", run, data / "four.nii", volumes[0], *more, "--overwrite")
-    assert refused.status == 2 and "four.nii has 4 axes" in refused.err, refused.err
+    refused = refusal("predict", run, data / "four.nii", volumes[0], *more, "--overwrite")
+    assert "four.nii has 4 axes" in refused

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import succeed
 from safetensors.torch import load_file, save_file
 
 from naslora.files import file_checksum, read_json, write_json
@@ -142,9 +143,9 @@ def test_one_line_and_a_status(naslora, world, clean_world, capfd, group, kind, 
 
 
 @pytest.mark.parametrize("text", ["evaluate {w}/run", "merge {w}/run --output {w}/out"])
-def test_nothing_is_written_where_a_file_says(naslora, world, clean_world, text):
+def test_nothing_is_written_where_a_file_says(world, clean_world, text):
     spoil_json(own(world / "run/config.json"), "data.cache", str(world / "elsewhere"))
-    assert naslora(*command(text, world, clean_world)).status == 0
+    succeed(*command(text, world, clean_world))
     assert not (world / "elsewhere").exists()
 
 
@@ -160,7 +161,7 @@ def test_no_arguments_print_the_usage(naslora):
     assert "Traceback" not in result.err
 
 
-def test_damage_behind_a_checksum_that_matches(naslora, world):
+def test_damage_behind_a_checksum_that_matches(world):
     """A run without checksums and versions loads: whoever edits a file removes its checksum."""
     for path in (world / "run/config.json", world / "run/adapter/adapter_config.json"):
         stored = read_json(path)
@@ -168,4 +169,4 @@ def test_damage_behind_a_checksum_that_matches(naslora, world):
         own(path).write_text(json.dumps(stored))
     path = world / "run/adapter/adapter_model.safetensors"
     save_file(load_file(path), own(path))
-    assert naslora("evaluate", world / "run").status == 0
+    succeed("evaluate", world / "run")

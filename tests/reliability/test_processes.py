@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import free_port, wait_for
+from conftest import free_port, succeed, wait_for
 from test_trainer import ALPHA_RATE, RATE, assert_same_training
 
+from naslora.adapter.io.storage import trained_state
+from naslora.files import read_safetensors
 from naslora.records import from_json
-from naslora.results import CONFIG, LAST, Epoch
+from naslora.results import ADAPTER, CONFIG, LAST, Epoch
 from naslora.training import step
 from naslora.training.accelerator import TIMEOUT_VARIABLE
 from naslora.training.trainer import Trainer
-from reliability.conftest import Forked
+from reliability.conftest import Forked, one_line
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -40,22 +43,23 @@ with tiny_models():
 """
 OPTIONS = shlex.split(
     f"--model vit_t --image-size 32 --num-classes 3 --search-start 1 --learning-rate {RATE} "
-    f"--alpha-learning-rate {ALPHA_RATE} --workers 0"
+    f"--alpha-learning-rate {ALPHA_RATE} --workers 0 --ema 0.5"
 )
 
 
 @pytest.fixture(scope="module")
 def data(make_data, tmp_path_factory):
+    """Of 11 images the last batch gets one, so that a second process has no share of it."""
     folder = tmp_path_factory.mktemp("data") / "data"
-    return make_data(folder, classes=3, train=7, val=3, test=2)
+    return make_data(folder, classes=3, train=11, val=3, test=2)
 
 
 @pytest.fixture
-def launch(tiny_sam):
+def launch(tiny_sam, tmp_path):
     """Starts the processes of one command, as forks; ends those that still run after the test.
 
     ``stop_after`` is an epoch after which every process is interrupted. Each process works in its
-    folder of ``folders``.
+    folder of ``folders``, and stores what it has trained below ``tmp_path``.
     """
     started = []
 
@@ -63,8 +67,10 @@ def launch(tiny_sam):
         port = free_port()
         save = Trainer._save
 
-        def save_and_stop(trainer, is_best):
-            save(trainer, is_best)
+        def save_and_stop(trainer, record):
+            save(trainer, record)
+            rank = trainer.accelerator.process_index
+            torch.save(trained_state(trainer.model), tmp_path / f"rank{rank}.pt")
             if trainer.epoch == stop_after:
                 raise KeyboardInterrupt
 
@@ -108,12 +114,44 @@ def assert_same(*outputs):
 
 
 @pytest.fixture(scope="module")
-def alone(naslora, data, tmp_path_factory):
+def alone(data, tmp_path_factory):
     """Three epochs of one process."""
     output = tmp_path_factory.mktemp("alone") / "run"
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", output)
-    assert naslora(*arguments).status == 0
+    succeed(*arguments)
     return output
+
+
+# ---- Two processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["linear", "paper"])
+def test_two_processes_hold_the_same_and_train_as_one(launch, data, alone, tmp_path, preset):
+    """Batch norms included, which the preset `paper` has."""
+    run, options = tmp_path / "run", ("--epochs", 3, "--preset", preset)
+    finish(launch(2, "train", "--data", data, *OPTIONS, *options, "--output", run))
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    last = last_of(run)["model"]
+    assert [k for k in last if not torch.equal(first[k], last[k])] == []
+    # Batch norms count their batches, and a process may have no share of one.
+    named = [k for k in last if not k.endswith("num_batches_tracked")]
+    assert [k for k in named if not torch.equal(first[k], second[k])] == []
+    if preset == "linear":
+        assert_same(run, alone)
+        kept = [read_safetensors(r / ADAPTER / "adapter_model.safetensors") for r in (run, alone)]
+        assert_same_training(*kept, [], [])
+
+
+@pytest.mark.parametrize("spoilt, reason", [(True, "val.csv row 2"), (False, "nowhere")])
+def test_two_processes_refuse_bad_input_once(launch, clean_data, tmp_path, spoilt, reason):
+    data = tmp_path / "nowhere"
+    if spoilt:
+        shutil.copytree(clean_data, data)
+        (data / "images/val0.png").write_bytes(b"")
+    command = ("train", "--data", data, *OPTIONS, "--output", tmp_path / "run")
+    first, second = finish(launch(2, *command), status=2)
+    assert reason in one_line(first) and second == ""
+    assert not (tmp_path / "run").exists()
 
 
 # ---- Buckets -------------------------------------------------------------------------------------
