@@ -1,26 +1,20 @@
-"""A pass of optimizer steps over a split, by all processes together.
+"""The parts of an optimizer step, which all processes take together.
 
 Gradients are sums over the images of the global batch, divided by its size. So a step does not
 depend on how many processes or forward passes share the batch.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from naslora.data.sampling import GlobalBatches
-from naslora.methods import auxiliary_loss
-from naslora.sam.segmentation import SegmentationOutput
 from naslora.training.train_config import Schedule, factor
 
-Loss = Callable[[SegmentationOutput, Tensor], Tensor]
 BUCKET = 1 << 23
 """Numbers of gradients that processes send each other at once: 32 MiB of float32."""
 
@@ -96,66 +90,8 @@ class Compiled:
             return self._eager(*inputs)
 
 
-def train_pass(
-    model: nn.Module,
-    forward: Callable[[Tensor], SegmentationOutput],
-    groups: Sequence[Group],
-    frozen: Sequence[Group],
-    batches: GlobalBatches,
-    loader: Iterable[dict[str, Any] | None],
-    loss: Loss,
-    passes: int,
-    accelerator: Accelerator,
-    before_step: Callable[[float], None],
-    after_step: Callable[[float, int], None],
-) -> float:
-    """Takes a step of the groups' optimizers on every batch.
-
-    Args:
-        model: is put into training mode.
-        forward: the model, or the same compiled.
-        groups: what trains.
-        frozen: what requires no gradient meanwhile, so that none is computed. An architecture step
-            freezes the weights, and a weight step alpha.
-        batches: the sizes of the global batches.
-        loader: this process's share of each batch; None for no share.
-        loss: the mean loss of a forward pass. The method's auxiliary loss is added for the
-            gradients. It is in no reported loss, so that the losses of methods compare.
-        passes: forward passes over which a process spreads its share.
-        accelerator: the processes, device, precision and loss scaling.
-        before_step: called with the part of the pass that is done, in [0, 1).
-        after_step: called with a batch's mean loss and its number of images.
-
-    Returns:
-        The mean loss over the images.
-
-    Raises:
-        LossNotFiniteError: in every process; no step is taken on that batch.
-    """
-    total = 0.0
-    with _without_gradients(frozen):
-        model.train()  # after the freeze, by which batch norms decide whether they train
-        for step, batch in enumerate(loader):
-            before_step(step / len(batches))
-            size = batches.global_size(step)
-            own = _accumulate_gradients(model, forward, batch, size, loss, passes, accelerator)
-            mean = _sum_over_processes(groups, own, accelerator)
-            if not math.isfinite(mean):
-                names = gather_object(list(batch["name"]) if batch else [])
-                raise LossNotFiniteError(mean, ", ".join(names))
-            _apply_gradients(groups, accelerator.scaler)
-            total += mean * size
-            after_step(mean, size)
-    _average_batch_norms(model, accelerator)
-    return total / len(batches.indices)
-
-
-class LossNotFiniteError(Exception):
-    """The loss of a batch is infinite or NaN. ``args``: the loss, the names of its images."""
-
-
 @contextmanager
-def _without_gradients(groups: Sequence[Group]) -> Iterator[None]:
+def without_gradients(groups: Sequence[Group]) -> Iterator[None]:
     """Lets the groups' parameters require no gradients while the body runs."""
     parameters = [parameter for group in groups for parameter in group.parameters]
     for parameter in parameters:
@@ -167,33 +103,7 @@ def _without_gradients(groups: Sequence[Group]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _accumulate_gradients(
-    model: nn.Module,
-    forward: Callable[[Tensor], SegmentationOutput],
-    batch: dict[str, Any] | None,
-    size: int,
-    loss: Loss,
-    passes: int,
-    accelerator: Accelerator,
-) -> Tensor:
-    """Adds up the gradients of this process's share; returns its part of the batch's mean loss."""
-    device = accelerator.device
-    total = torch.zeros((), device=device)
-    if batch is None:
-        return total
-    parts = min(passes, len(batch["image"]))
-    for images, masks in zip(batch["image"].chunk(parts), batch["mask"].chunk(parts), strict=True):
-        with accelerator.autocast():
-            output = forward(images.to(device, non_blocking=True))
-        value = loss(output, masks.to(device, non_blocking=True))
-        extra = auxiliary_loss(model)
-        share = len(images) / size
-        accelerator.backward((value if extra is None else value + extra) * share)
-        total += value.detach() * share
-    return total
-
-
-def _sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accelerator) -> float:
+def sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accelerator) -> float:
     """Sums the groups' gradients, in place, and the loss over the processes.
 
     Gradients travel in buckets, so that the copy in float32 stays small if a whole encoder trains.
@@ -225,7 +135,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     yield bucket
 
 
-def _apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None) -> None:
+def apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None) -> None:
     """Clips the gradients, takes one step of each group's optimizer, and clears the gradients.
 
     Accelerate's own optimizers are not used: with fp16 they would end the loss scaling at the
@@ -245,7 +155,7 @@ def _apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | Non
         scaler.update()
 
 
-def _average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
+def average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
     """Gives every process the same batch-norm statistics: the mean of what each has counted."""
     if accelerator.num_processes > 1:
         for module in model.modules():
