@@ -46,6 +46,15 @@ def make_loader(
     )
 
 
+def batches_of(
+    dataset: SegmentationDataset, accelerator: Accelerator, config: RunConfig
+) -> Iterator[dict[str, Any]]:
+    """This process's share of all images of a split, in order."""
+    training, processes = config.training, (accelerator.process_index, accelerator.num_processes)
+    batches = GlobalBatches(range(len(dataset)), training.batch_size, *processes, shuffle=False)
+    return filter(None, make_loader(dataset, batches, training.workers, accelerator))
+
+
 def end_with_the_run(_: int) -> None:
     """Makes a data loading process end with the run's process, and without a traceback.
 
@@ -99,15 +108,9 @@ def evaluate(
         there are neither ``metrics`` nor ``resolution`` nor ``groups``.
     """
     model.eval()
-    training = config.training
-    processes = accelerator.process_index, accelerator.num_processes
-    batches = GlobalBatches(range(len(dataset)), training.batch_size, *processes, shuffle=False)
     scorer = _Scorer(model, dataset, accelerator, config, metrics)
     score = scorer.of_batch if dataset.tiles is None else scorer.of_tiles
-    records = []
-    for batch in make_loader(dataset, batches, training.workers, accelerator):
-        if batch is not None:
-            records += score(batch)
+    records = [own for batch in batches_of(dataset, accelerator, config) for own in score(batch)]
     records = sorted(gather_object(records), key=lambda record: record.place)
     losses, scores = [own.loss for own in records], [own.scores for own in records]
     summary = scorer.summary(scores)

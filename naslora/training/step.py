@@ -4,14 +4,17 @@ Gradients are sums over the images of the global batch, divided by its size. So 
 depend on how many processes or forward passes share the batch.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
 from naslora.training.train_config import Schedule, factor
 
@@ -19,38 +22,60 @@ BUCKET = 1 << 23
 """Numbers of gradients that processes send each other at once: 32 MiB of float32."""
 
 
+@dataclass(eq=False)
 class Group:
-    """The parameters that one kind of step trains, and their optimizer.
+    """The parameters that one kind of step trains, and their optimizer."""
 
-    Args:
-        optimizer: of all parameters of the group.
-        clip_norm: largest norm of the group's gradients; 0 does not clip.
-        schedule: how the optimizer's rates fall.
-        warmup: share of all steps over which they rise before.
-    """
+    optimizer: torch.optim.Optimizer
+    clip_norm: float
+    """Largest norm of the group's gradients; 0 does not clip."""
+    schedule: Schedule
+    """How the optimizer's rates fall."""
+    warmup: float = 0.0
+    """Share of all steps over which they rise before."""
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        clip_norm: float,
-        schedule: Schedule,
-        warmup: float = 0.0,
-    ) -> None:
-        self.optimizer, self.clip_norm = optimizer, clip_norm
-        self.schedule, self.warmup = schedule, warmup
-        self.parameters: list[nn.Parameter] = [
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        ]
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-
-    def factor(self, done: float) -> float:
-        """What the rates are multiplied by after the share ``done`` of all steps."""
-        return factor(self.schedule, done, self.warmup)
+    def __post_init__(self) -> None:
+        groups = self.optimizer.param_groups
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self._rates = [group["lr"] for group in groups]
 
     def set_rates(self, done: float) -> None:
         """Sets the optimizer's rates to those after the share ``done`` of all steps."""
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = self.factor(done) * rate
+            group["lr"] = factor(self.schedule, done, self.warmup) * rate
+
+
+class WeightAverage:
+    """The exponential average (EMA) of parameters over about ``window`` steps.
+
+    The first ``window`` steps count equally, so that a short run does not remember its start.
+
+    Args:
+        parameters: what is averaged. Each process averages the same values.
+        window: a number of steps; below 1 the average is the last value.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], window: float) -> None:
+        def update(means: PARAM_LIST, values: PARAM_LIST, count: Tensor | int) -> None:
+            steps = max(min(float(count) + 1, window), 1)
+            get_ema_multi_avg_fn(1 - 1 / steps)(means, values, count)
+
+        self.parameters = nn.ParameterList(parameters)
+        self.means = AveragedModel(self.parameters, multi_avg_fn=update)
+
+    def add_step(self) -> None:
+        """Takes the parameters' values after a step into the average."""
+        self.means.update_parameters(self.parameters)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Gives the parameters the averaged values while the body runs."""
+        own = copy.deepcopy(self.parameters.state_dict())
+        self.parameters.load_state_dict(self.means.module.state_dict())
+        try:
+            yield
+        finally:
+            self.parameters.load_state_dict(own)
 
 
 class Compiled:

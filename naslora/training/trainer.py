@@ -50,7 +50,6 @@ from naslora.results import (
 from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.precision import cast_frozen
 from naslora.sam.promptable import AnySam, PromptableSam
-from naslora.training.averaging import WeightAverage
 from naslora.training.clicks import score_run
 from naslora.training.evaluation import make_loader
 from naslora.training.interactive import InteractiveLoss
@@ -62,6 +61,7 @@ from naslora.training.run_model import keep_embeddings
 from naslora.training.step import (
     Compiled,
     Group,
+    WeightAverage,
     apply_gradients,
     average_batch_norms,
     sum_over_processes,
@@ -279,7 +279,8 @@ class Trainer:
             val_dice=scores.dice,
             val_iou=scores.iou,
             val_accuracy=scores.accuracy,
-            learning_rate=config.learning_rate * self.weights.factor(epoch / config.epochs),
+            learning_rate=config.learning_rate
+            * factor(config.schedule, epoch / config.epochs, config.warmup),
             entropy=sum(entropies) / len(entropies) if entropies else None,
             seconds_weights=weights_done - started,
             seconds_architecture=arch_done - weights_done,
