@@ -344,22 +344,10 @@ def export_run(
             export_prompts(cast(PromptableSam, predictor.model), cast(Tool, file_format), output)
         return None
     model, config = load_model(path)
-    data = config.data
-    held = Description(
-        config.model.name,
-        config.model.image_size,
-        data.num_classes,
-        data.class_names,
-        part,
-        data.crop,
-        data.intensity,
-        config.task,
-        data.channels,
-        data.shown,
-        data.slice_axis,
-        data.neighbours,
-        data.stacks,
-    )
+    names = [field.name for field in dataclasses.fields(Description)]
+    data = {name: getattr(config.data, name) for name in names if hasattr(config.data, name)}
+    own, task = config.model, config.task
+    held = Description(own.name, own.image_size, part=part, task=task, **data)
     if quantize is None:
         with locked(output, folder=False):
             export(model, held, file_format, output)
