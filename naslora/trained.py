@@ -378,7 +378,7 @@ def export_run(
 def dice_of(class_map: ClassMap, dataset: SegmentationDataset) -> float:
     """The mean Dice of a model on images, one by one, at the size at which it sees them."""
     found = []
-    for item in map(dataset.__getitem__, range(len(dataset))):
+    for item in iter(dataset):
         labels, truth = labels_of(class_map(item["image"][None])), item["mask"][None]
         found.append(image_scores(labels, truth, dataset.num_classes, IGNORED)["dice"].nanmean())
     return float(torch.stack(found).nanmean())

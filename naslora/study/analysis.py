@@ -146,14 +146,9 @@ def _models(
     return {"random": random.eval(), "frozen": frozen.eval(), "trained": trained}
 
 
-def _items(config: RunConfig, samples: list[Sample]) -> Iterator[Item]:
-    dataset = make_dataset(config, samples)
-    return (dataset[index] for index in range(len(dataset)))
-
-
 def _batches(model: Any, config: RunConfig, samples: list[Sample]) -> Iterator[Tensor]:
     """(1, 3, S, S) normalised images, as the encoder takes them."""
-    for item in _items(config, samples):
+    for item in iter(make_dataset(config, samples)):
         image = item["image"].to(model.pixel_mean.device)
         yield ((image - model.pixel_mean) / model.pixel_std)[None]
 
@@ -193,7 +188,8 @@ def _write_statistics(statistics: Statistics, images: int, output: Path) -> list
 
 def _shown(config: RunConfig, samples: list[Sample]) -> list[Item]:
     """Test images with some foreground, evenly spread."""
-    found = [item for item in _items(config, samples) if has_foreground(item["mask"].numpy())]
+    items = iter(make_dataset(config, samples))
+    found = [item for item in items if has_foreground(item["mask"].numpy())]
     places = np.linspace(0, len(found) - 1, min(SHOWN, len(found))).round().astype(int)
     return [found[i] for i in places]
 
