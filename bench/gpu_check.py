@@ -41,6 +41,7 @@ import naslora_kernels
 from bench import cases
 from bench.gpu import behaviour, kernels, sweep
 from bench.gpu.kernels import Result, Save
+from bench.gpu.resources import markdown
 from naslora_kernels.cuda import EMULATION_VARIABLE
 
 ROUNDS = 40
@@ -282,12 +283,8 @@ def _table_of_rows(rows: list[dict]) -> list[str]:
     order = ("work", "direction", "mode", "p20_us", "p50_us", "p80_us", "of_copy_bandwidth")
     order += ("TFLOP_per_s", "regs", "spills", "shared")
     keys = [key for key in order if any(row.get(key) is not None for row in rows)]
-    head = [key.replace("_", " ") for key in keys]
-    lines = ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = ["" if row.get(key) is None else str(row[key]) for key in keys]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    cells = [["" if row.get(key) is None else row[key] for key in keys] for row in rows]
+    return ["", markdown([key.replace("_", " ") for key in keys], cells)]
 
 
 if __name__ == "__main__":

@@ -182,10 +182,7 @@ def candidates(
 ) -> dict[str, Candidate]:
     """Models that train, by name. A method that does not fit the encoder is left out.
 
-    Args:
-        setting: what they train on.
-        names: as ``training_names``.
-        base: the untouched model, on stock attention.
+    ``names`` are those of ``training_names``; ``base`` is the untouched model, on stock attention.
     """
     fused = with_fused_attention(base)
     found = {}

@@ -52,12 +52,7 @@ def time_kernels(kind: Kind, case: Case, direction: str, rounds: int) -> Entries
 def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Entries:
     """Seconds of each candidate's ``weights`` step; of those that search, the ``architecture``
     step, and ``epoch``, both for each batch of an epoch. A step leaves nothing in memory but
-    weights and the optimizers' state.
-
-    Args:
-        setting: what they run on.
-        names: as ``models.training_names``.
-        rounds: measurements of each step.
+    weights and the optimizers' state. ``names`` are those of ``models.training_names``.
 
     Raises:
         RuntimeError: a gate failed.

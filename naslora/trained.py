@@ -344,22 +344,10 @@ def export_run(
             export_prompts(cast(PromptableSam, predictor.model), cast(Tool, file_format), output)
         return None
     model, config = load_model(path)
-    data = config.data
-    held = Description(
-        config.model.name,
-        config.model.image_size,
-        data.num_classes,
-        data.class_names,
-        part,
-        data.crop,
-        data.intensity,
-        config.task,
-        data.channels,
-        data.shown,
-        data.slice_axis,
-        data.neighbours,
-        data.stacks,
-    )
+    names = [field.name for field in dataclasses.fields(Description)]
+    data = {name: getattr(config.data, name) for name in names if hasattr(config.data, name)}
+    own, task = config.model, config.task
+    held = Description(own.name, own.image_size, part=part, task=task, **data)
     if quantize is None:
         with locked(output, folder=False):
             export(model, held, file_format, output)
@@ -390,7 +378,7 @@ def export_run(
 def dice_of(class_map: ClassMap, dataset: SegmentationDataset) -> float:
     """The mean Dice of a model on images, one by one, at the size at which it sees them."""
     found = []
-    for item in map(dataset.__getitem__, range(len(dataset))):
+    for item in iter(dataset):
         labels, truth = labels_of(class_map(item["image"][None])), item["mask"][None]
         found.append(image_scores(labels, truth, dataset.num_classes, IGNORED)["dice"].nanmean())
     return float(torch.stack(found).nanmean())

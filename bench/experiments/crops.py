@@ -123,12 +123,7 @@ class Targets:
 
     @torch.no_grad()
     def of(self, images: Tensor, indices: Tensor) -> Tensor:
-        """The (B, 256, g, g) embeddings of a batch.
-
-        Args:
-            images: (B, 3, S, S) in [0, 1].
-            indices: (B,) places of the crops.
-        """
+        """The (B, 256, g, g) embeddings of (B, 3, S, S) images in [0, 1] at (B,) places."""
         rows = indices.numpy()
         if not self.known[rows].all():
             self.values[rows] = self.teacher(images).half().numpy()

@@ -122,10 +122,6 @@ def build_student(settings: Settings, teacher: SamForSegmentation) -> SamForSegm
     Those are the layers of the neck that have the teacher's shapes. Without the last norm, whose
     scale differs between channels, the student needs hundreds of steps to find that scale.
 
-    Args:
-        settings: the distillation.
-        teacher: the teacher.
-
     Raises:
         UserError: the teacher's embedding has another shape.
     """
@@ -159,12 +155,7 @@ def make_optimizer(encoder: nn.Module, settings: Settings) -> torch.optim.Optimi
 
 
 def distance(embedding: Tensor, target: Tensor) -> Tensor:
-    """The loss: 1 - cosine similarity of the tokens, plus smooth L1.
-
-    Args:
-        embedding: (B, 256, g, g) of the student.
-        target: the same of the teacher.
-    """
+    """The loss of (B, 256, g, g) embeddings: 1 - cosine similarity of tokens, plus smooth L1."""
     return 1 - similarity(embedding, target) + F.smooth_l1_loss(embedding, target)
 
 
@@ -177,11 +168,7 @@ def similarity(embedding: Tensor, target: Tensor) -> Tensor:
 
 
 class Distillation:
-    """The teacher, the student, and what trains it.
-
-    Args:
-        settings: the distillation.
-        output: folder of its files.
+    """The teacher, the student, and what trains it. ``output`` is the folder of its files.
 
     Raises:
         UserError: as ``build_model``, ``build_student`` and ``find_images``.

@@ -43,13 +43,18 @@ class Usage(NamedTuple):
     """What attention takes for its tiles."""
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; naslora's own needs packages that a machine with a GPU may lack."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def summary(usages: Sequence[Usage]) -> str:
     """The ranges over all variants of each kernel, as Markdown; – where a card lacks the kernel."""
     architectures = list(dict.fromkeys(usage.architecture for usage in usages))
-    lines = [
-        f"| kernel | variants | registers: {' | '.join(architectures)} | shared, KiB | spilled |",
-        "|---|---|" + "---|" * len(architectures) + "---|---|",
-    ]
+    head = ["kernel", "variants", *architectures, "shared, KiB", "spilled"]
+    head[2] = f"registers: {head[2]}"
+    rows = []
     for name in sorted({family(usage) for usage in usages}):
         members = [usage for usage in usages if family(usage) == name]
         registers = [
@@ -58,41 +63,37 @@ def summary(usages: Sequence[Usage]) -> str:
         shared = spread([round(usage.shared / 1024, 1) for usage in members])
         spilled = sum(usage.spilled for usage in members)
         variants = len({usage.kernel for usage in members})
-        lines.append(f"| {name} | {variants} | {' | '.join(registers)} | {shared} | {spilled} |")
-    return "\n".join(lines)
+        rows.append([name, variants, *registers, shared, spilled])
+    return markdown(head, rows)
 
 
 def products(usages: Sequence[Usage]) -> str:
     """The tensor-core instructions over all variants of each kernel that has any, as Markdown."""
     architectures = list(dict.fromkeys(usage.architecture for usage in usages))
-    lines = [f"| kernel | {' | '.join(architectures)} |", "|---" * (len(architectures) + 1) + "|"]
+    rows = []
     for name in sorted({family(usage) for usage in usages if usage.product}):
         members = [usage for usage in usages if family(usage) == name]
         cells = [
             ", ".join(sorted({u.product or "–" for u in members if u.architecture == a}))
             for a in architectures
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown(["kernel", *architectures], rows)
 
 
 def estimates(usages: Sequence[Usage]) -> str:
     """What attention's kernels take by count, as Markdown; no GPU has measured the times."""
-    lines = [
-        "| card | kernel | cycles: issued | exponentials | products, of those needed | ms |",
-        "|---" * 6 + "|",
-    ]
+    rows = []
     for usage in usages:
         if usage.work and usage.work.repeated:
             issued, exponentials, repeated, tiles = usage.work
             processors, clock = SPEEDS.get(usage.architecture, (0, 1.0))
             cycles = tiles * max(issued / ISSUING, exponentials)
             ms = f"{1e3 * cycles / processors / clock:.3f}" if processors else ""
-            lines.append(
-                f"| {usage.architecture} | {usage.kernel} | {issued:.0f} | {exponentials:.0f} "
-                f"| {repeated:.2f} | {ms} |"
-            )
-    return "\n".join(lines)
+            found = f"{issued:.0f}", f"{exponentials:.0f}", f"{repeated:.2f}", ms
+            rows.append([usage.architecture, usage.kernel, *found])
+    head = ["card", "kernel", "cycles: issued", "exponentials", "products, of those needed", "ms"]
+    return markdown(head, rows)
 
 
 def family(usage: Usage) -> str:

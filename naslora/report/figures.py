@@ -5,7 +5,7 @@ Inline SVG uses the CSS variables of the page for colours, so it follows the lig
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,9 @@ FIGURE_STYLE = {
     "lines.markersize": 3,
 }
 STAGE_2_LABEL = "stage 2: architecture search"
+MOST_MARKERS = 40  # a curve of more points has no markers
+Curves = Mapping[str, tuple[str, Sequence[float | None]]]
+"""The colour of each line, and its numbers, by label."""
 
 
 class Drawing(NamedTuple):
@@ -106,9 +109,18 @@ class Drawing(NamedTuple):
         return Markup(svg)
 
 
-def as_array(values: Iterable[float | None]) -> np.ndarray:
-    """(N,) float64 of N numbers; None becomes NaN, which is not drawn."""
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
+def draw_curves(axes: Axes, curves: Curves, xlabel: str, ylabel: str) -> None:
+    """Lines over 1, 2, ...; one without any number is left out."""
+    for label, (colour, values) in curves.items():
+        known = np.array(values, float)  # None becomes NaN, which is not drawn
+        if np.isfinite(known).any():
+            marker = "o" if len(known) <= MOST_MARKERS else None
+            places = np.arange(1, len(known) + 1)
+            axes.plot(places, known, color=colour, marker=marker, label=label)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.lines:
+        axes.legend()
 
 
 # ---- One row a method, layer or class ------------------------------------------------------------

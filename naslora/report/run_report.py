@@ -23,8 +23,9 @@ from naslora.report.figures import (
     MUTED,
     ORANGE,
     PURPLE,
+    Curves,
     Drawing,
-    as_array,
+    draw_curves,
     draw_epoch_axis,
 )
 from naslora.report.page import Cards, Code, Folded, Part, Pictures, write_page
@@ -35,9 +36,6 @@ from naslora.report.sections.operations import operations_parts
 from naslora.report.tables import Table, duration, number, reduce_known
 from naslora.results import REPORT, Epoch, OperationHistory, ParameterCounts, RunResult, SplitScores
 
-MOST_MARKERS = 40  # a curve of more points has no markers
-Curves = dict[str, tuple[str, list[float | None]]]
-"""The colour of each line, and one number an epoch, by label."""
 SPLIT_TITLES = {"train": "training", "arch": "architecture", "val": "validation", "test": "test"}
 
 
@@ -122,19 +120,22 @@ def _header(result: RunResult) -> list[Part]:
     return [Cards(cards), f"Images: {images}.", *result.notes]
 
 
+def _further(result: RunResult) -> dict[str, SplitScores]:
+    """The test scores of the model's other states, by what these are."""
+    named = {"weights of the last step": result.test_last, "in float32": result.test_float32}
+    named |= {f"merged ({mode})": scores for mode, scores in result.test_merged.items()}
+    return {name: scores for name, scores in named.items() if scores is not None}
+
+
 # ---- Scores --------------------------------------------------------------------------------------
 
 
 def _scores(result: RunResult) -> list[Part]:
     """A table of all splits and ways of merging, a plot, and the data set's metrics."""
-    named: dict[str, SplitScores | None] = {"Validation": result.val, "Test": result.test}
-    named["Test, weights of the last step"] = result.test_last
-    named["Test, in float32"] = result.test_float32
-    named |= {f"Test, merged ({mode})": scores for mode, scores in result.test_merged.items()}
+    named = {"Validation": result.val, "Test": result.test}
+    named |= {f"Test, {name}": scores for name, scores in _further(result).items()}
     rows = []
     for name, scores in named.items():
-        if scores is None:
-            continue
         rows.append([name, number(scores.dice), number(scores.iou), number(scores.accuracy)])
         rows += [
             [f"{name}, {title}", number(own.dice), number(own.iou), ""]
@@ -174,10 +175,8 @@ def _scores(result: RunResult) -> list[Part]:
 def _draw_images(axes: Axes, dice: list[float]) -> None:
     axes.hist(dice, bins=20, range=(0, 1), color=BLUE, rwidth=0.9)
     axes.axvline(float(np.median(dice)), color=ORANGE, linewidth=1.5)
-    axes.set_xlim(0, 1)
+    axes.set(xlim=(0, 1), xlabel="Dice", ylabel="images")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("Dice")
-    axes.set_ylabel("images")
 
 
 def _draw_reliability(axes: Axes, bins: np.ndarray) -> None:
@@ -195,35 +194,25 @@ def _draw_reliability(axes: Axes, bins: np.ndarray) -> None:
 def _click_scores(result: RunResult) -> list[Part]:
     """A table of the test scores of all models, and the IoU by clicks."""
     named = {"Untouched": result.untouched, "Fine-tuned": result.test}
-    named["Fine-tuned, weights of the last step"] = result.test_last
-    named["Fine-tuned, in float32"] = result.test_float32
-    named |= {f"Merged ({mode})": scores for mode, scores in result.test_merged.items()}
+    named |= {f"Fine-tuned, {name}": scores for name, scores in _further(result).items()}
     known = {name: scores.metrics for name, scores in named.items() if scores}
     rows = []
     for title in result.test.metrics:
         values = [metrics[title] for metrics in known.values()]
         rows.append([title, *(number(v) for v in values if not isinstance(v, dict))])
+    curves: Curves = {
+        name.lower(): (colour, scores.click_iou)
+        for (name, scores), colour in zip(named.items(), (ORANGE, BLUE), strict=False)
+        if scores is not None and scores.click_iou
+    }
+    draw = partial(draw_curves, curves=curves, xlabel="clicks", ylabel="IoU")
     return [
         f"Means over the objects of the test images, at {result.test.resolution}. The first click "
         "is the centre of the object, each further one the centre of the largest error. NoC is the "
         "number of clicks until the IoU is reached, at most 8.",
         Table(["", *known], rows),
-        Drawing("clicks", "Mean IoU by clicks.", partial(_draw_clicks, result=result), (4.6, 2.8)),
+        Drawing("clicks", "Mean IoU by clicks.", draw, (4.6, 2.8)),
     ]
-
-
-def _draw_clicks(axes: Axes, result: RunResult) -> None:
-    for name, scores, colour in (
-        ("untouched", result.untouched, ORANGE),
-        ("fine-tuned", result.test, BLUE),
-    ):
-        if scores is not None and scores.click_iou:
-            clicks = range(1, len(scores.click_iou) + 1)
-            axes.plot(clicks, scores.click_iou, "o-", label=name, color=colour)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("clicks")
-    axes.set_ylabel("IoU")
-    axes.legend()
 
 
 def metric_table(scores: SplitScores) -> Table:
@@ -273,17 +262,11 @@ def _training(history: list[Epoch], kept: int) -> list[Part]:
 def _draw_curves(
     axes: Axes, history: list[Epoch], curves: Curves, title: str, star: Epoch | None = None
 ) -> None:
-    epochs = [epoch.epoch for epoch in history]
-    marker = "o" if len(epochs) <= MOST_MARKERS else None
-    for label, (colour, values) in curves.items():
-        if np.isfinite(known := as_array(values)).any():
-            axes.plot(epochs, known, color=colour, marker=marker, label=label)
+    draw_curves(axes, curves, "epoch", title)
     if star is not None and star.val_dice is not None:
         label = f"kept: epoch {star.epoch}, Dice {star.val_dice:.4f}"
         place = [star.epoch], [star.val_dice]
         axes.plot(*place, "*", label=label, zorder=3, color=ORANGE, markersize=11)
-    axes.set_ylabel(title)
-    if axes.lines:
         axes.legend()
     draw_epoch_axis(axes, history)
 
@@ -371,9 +354,7 @@ def print_summary(result: RunResult, output: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     further = {} if result.untouched is None else {"untouched": result.untouched}
-    further |= {} if result.test_last is None else {"last step's weights": result.test_last}
-    further |= {} if result.test_float32 is None else {"in float32": result.test_float32}
-    further |= {f"merged, {mode}": scores for mode, scores in result.test_merged.items()}
+    further |= _further(result)
     whole, *others = (metric_table(scores) for scores in (result.test, *further.values()))
     table = rich_table.Table("test images", f"epoch {result.kept_epoch}", *whole.head[2:], *further)
     for row, *rows in zip(whole.rows, *(other.rows for other in others), strict=True):

@@ -38,8 +38,9 @@ from naslora.report.figures import (
     INK,
     MUTED,
     ORANGE,
+    Curves,
     Drawing,
-    as_array,
+    draw_curves,
     draw_row_axis,
     row_size,
 )
@@ -145,14 +146,9 @@ def _models(
     return {"random": random.eval(), "frozen": frozen.eval(), "trained": trained}
 
 
-def _items(config: RunConfig, samples: list[Sample]) -> Iterator[Item]:
-    dataset = make_dataset(config, samples)
-    return (dataset[index] for index in range(len(dataset)))
-
-
 def _batches(model: Any, config: RunConfig, samples: list[Sample]) -> Iterator[Tensor]:
     """(1, 3, S, S) normalised images, as the encoder takes them."""
-    for item in _items(config, samples):
+    for item in iter(make_dataset(config, samples)):
         image = item["image"].to(model.pixel_mean.device)
         yield ((image - model.pixel_mean) / model.pixel_std)[None]
 
@@ -167,10 +163,14 @@ def _write_statistics(statistics: Statistics, images: int, output: Path) -> list
         for block in blocks
     ]
     write_rows(output / "encoder.csv", rows)
-    drawings = [
-        Drawing(name, caption, partial(_draw_blocks, statistics=statistics, name=name, label=label))
-        for name, (caption, label) in QUANTITIES.items()
-    ]
+    drawings = []
+    for name, (caption, label) in QUANTITIES.items():
+        curves: Curves = {
+            model: (COLOURS[model], [getattr(block, name) for block in blocks])
+            for model, blocks in statistics.items()
+        }
+        draw = partial(draw_curves, curves=curves, xlabel="block", ylabel=label)
+        drawings.append(Drawing(name, caption, draw))
     head = ["Block", "Window"]
     head += [f"{model}: {label}" for _, label in QUANTITIES.values() for model in statistics]
     table = []
@@ -183,22 +183,13 @@ def _write_statistics(statistics: Statistics, images: int, output: Path) -> list
     return [*drawings, Table(head, table), note]
 
 
-def _draw_blocks(axes: Axes, statistics: Statistics, name: str, label: str) -> None:
-    for model, blocks in statistics.items():
-        values = [getattr(block, name) for block in blocks]
-        axes.plot([own.block for own in blocks], values, "o-", color=COLOURS[model], label=model)
-    axes.set_xlabel("block")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel(label)
-    axes.legend()
-
-
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
 def _shown(config: RunConfig, samples: list[Sample]) -> list[Item]:
     """Test images with some foreground, evenly spread."""
-    found = [item for item in _items(config, samples) if has_foreground(item["mask"].numpy())]
+    items = iter(make_dataset(config, samples))
+    found = [item for item in items if has_foreground(item["mask"].numpy())]
     places = np.linspace(0, len(found) - 1, min(SHOWN, len(found))).round().astype(int)
     return [found[i] for i in places]
 
@@ -233,16 +224,8 @@ def _heat_overlay(
     """Grad-CAM (Selvaraju et al. 2017) of the foreground's score at the encoder's last block.
 
     The score is a sum over the foreground's pixels: of logits if the task is binary, else of the
-    class map.
-
-    Args:
-        model: trained or not.
-        image: (3, S, S) in [0, 1].
-        mask: (S, S) labels.
-        pixels: (S, S, 3) uint8 RGB, the image.
-
-    Returns:
-        (S, S, 3) uint8 RGB: the heat over the image.
+    class map. ``image`` is (3, S, S) in [0, 1], ``mask`` (S, S) labels; ``pixels``, the image, and
+    the heat over it are (S, S, 3) uint8 RGB.
     """
     kept: list[Tensor] = []  # the output of the last block, (1, H, W, C)
     last = transformer_blocks(model.image_encoder)[-1]
@@ -286,7 +269,7 @@ def _write_convergence(
     histories: list[list[Epoch]], config: RunConfig, output: Path
 ) -> list[Drawing]:
     """Writes convergence.csv, the validation Dice by epoch over the seeds, and plots it."""
-    curves = np.array([as_array(epoch.val_dice for epoch in history) for history in histories])
+    curves = np.array([[epoch.val_dice for epoch in history] for history in histories], float)
     mean = curves.mean(0)  # NaN if a seed has no score
     spread = curves.std(0, ddof=1) if len(curves) > 1 else np.full(len(mean), np.nan)
     numbers = enumerate(zip(mean.tolist(), spread.tolist(), strict=True))
@@ -305,8 +288,7 @@ def _draw_convergence(axes: Axes, mean: np.ndarray, spread: np.ndarray, start: i
         axes.fill_between(epochs, mean - spread, mean + spread, color=BLUE, alpha=0.25, linewidth=0)
     if start is not None and 0 < start < len(mean):
         axes.axvline(start - 0.5, color=MUTED, linestyle="--", linewidth=1)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("validation Dice")
+    axes.set(xlabel="epoch", ylabel="validation Dice")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

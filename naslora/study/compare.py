@@ -136,10 +136,8 @@ def ablate(
     Args:
         name: a key of ``naslora.study.rows.ABLATIONS``.
         config: the unchanged method. Its seed is replaced.
-        seeds: seeds of each row's runs.
+        seeds: as for ``compare``, and so are ``resume`` and ``launch``.
         output: must be new or empty unless ``resume``. The table is in its folder ``name``.
-        resume: keep the finished runs in ``output`` and make the others.
-        launch: where the runs are made; None for here.
 
     Returns:
         The table as Markdown.

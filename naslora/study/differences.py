@@ -27,7 +27,7 @@ RESAMPLES = 9999
 """Of the bootstrap."""
 
 Runs = Mapping[str, Mapping[int, RunNumbers]]
-"""The finished runs by row and seed."""
+"""The finished runs by the row's title and seed."""
 ImageScores = Mapping[int, Sequence[float | None]]
 """The score of each test image, by seed; None where it is undefined."""
 
@@ -77,14 +77,7 @@ def paired_difference(
     other: Mapping[int, float],
     images: OverImages | None = None,
 ) -> PairedDifference:
-    """The differences over the shared seeds.
-
-    Args:
-        title: the row's title.
-        own: the row's score of each seed.
-        other: the scores of the row that it is compared with.
-        images: what ``over_images`` returns.
-    """
+    """The differences of two rows' scores by seed, over the seeds that both have."""
     from scipy.special import stdtrit  # what other commands should not wait for
 
     seeds = sorted(own.keys() & other.keys())
@@ -162,44 +155,35 @@ def verdict(low: float, high: float, equivalence: float, margin: float) -> str:
 
 
 def differences_from(
-    reference: str,
-    runs: Runs,
-    titles: Mapping[str, str],
-    margin: float,
-    groups: Sequence[str] | None = None,
+    reference: str, runs: Runs, margin: float, groups: Sequence[str] | None = None
 ) -> list[PairedDifference]:
     """What each row gains in test Dice on the row ``reference``; none if that has no run.
 
-    Args:
-        reference: a row's name.
-        runs: the finished runs.
-        titles: the rows' titles, by name.
-        margin: as for ``over_images``.
-        groups: as for ``over_images``.
+    Margin and groups are those of ``over_images``.
     """
 
-    def scores(name: str) -> tuple[dict[int, float], ImageScores]:
+    def scores(title: str) -> tuple[dict[int, float], ImageScores]:
         dice = {
             seed: dice
-            for seed, run in runs[name].items()
+            for seed, run in runs[title].items()
             if (dice := run.numbers["dice"]) is not None
         }
-        return dice, {seed: runs[name][seed].image_dice for seed in dice}
+        return dice, {seed: runs[title][seed].image_dice for seed in dice}
 
     other, other_images = scores(reference)
     found = []
-    for name in runs:
-        dice, images = scores(name)
-        if name != reference and dice and other:
+    for title in runs:
+        dice, images = scores(title)
+        if title != reference and dice and other:
             interval = over_images(images, other_images, margin, groups)
-            found.append(paired_difference(titles[name], dice, other, interval))
+            found.append(paired_difference(title, dice, other, interval))
     return found
 
 
 def differences_table(
     reference: str, differences: Sequence[PairedDifference], margin: float
 ) -> Table:
-    """The differences from the row with the title ``reference``."""
+    """The differences from the row ``reference``."""
     head = ["Method", f"Dice − {reference}", f"{LEVEL:.0%} over images", f"{LEVEL:.0%} over seeds"]
     rows = []
     for own in differences:

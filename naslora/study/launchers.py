@@ -33,11 +33,7 @@ Submit = Callable[..., Any]
 
 @contextlib.contextmanager
 def jobs(launch: Launch, output: Path) -> Iterator[Submit]:
-    """Starts jobs, one a run; one GPU each, if there are some.
-
-    Args:
-        launch: the launcher.
-        output: the study's folder.
+    """Starts jobs, one a run of the study in ``output``; one GPU each, if there are some.
 
     Raises:
         UserError: the launcher's library is not installed, or finds no cluster; an option is none.

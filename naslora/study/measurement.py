@@ -90,8 +90,11 @@ def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbe
     load, device = os.getloadavg()[0], make_accelerator(config.training).device
     memory = peak_memory(device)  # before the copies below
     # The weight steps of an epoch take as many images.
-    images = result.images["train"] + result.images.get("arch", 0)
-    numbers |= training_seconds(history, images) | {"peak_memory": memory}
+    images = len(history) * (result.images["train"] + result.images.get("arch", 0))
+    weights = sum(epoch.seconds_weights for epoch in history)
+    both = weights + sum(epoch.seconds_architecture for epoch in history)
+    numbers |= {"weight_seconds": weights / images, "training_seconds": both / images}
+    numbers["peak_memory"] = memory
     seconds = _inference_seconds(_models(config, directory, device), config)
     numbers |= {f"inference_{name}": value for name, value in seconds.items()}
     where = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -123,14 +126,6 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
-
-
-def training_seconds(history: Sequence[Epoch], images: int) -> dict[str, float]:
-    """Seconds per training image and epoch: of the weight steps, and of those for alpha, too."""
-    steps = images * len(history)
-    weights = sum(epoch.seconds_weights for epoch in history)
-    both = weights + sum(epoch.seconds_architecture for epoch in history)
-    return {"weight_seconds": weights / steps, "training_seconds": both / steps}
 
 
 @torch.no_grad()

@@ -54,11 +54,7 @@ def write_operation_losses(
 ) -> list[Drawing]:
     """Measures what the chosen operations, and random ones, are worth on the validation images.
 
-    Args:
-        model: a trained model whose layers have cells.
-        config: its run.
-        seed: of the random operations.
-        output: folder for operation_losses.csv.
+    The layers of the trained model have cells. ``output`` is the folder for operation_losses.csv.
 
     Raises:
         UserError: no validation image has a foreground to score.

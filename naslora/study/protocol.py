@@ -63,10 +63,7 @@ class Images(NamedTuple):
 def find_images(config: RunConfig, design: Design, output: Path) -> Images:
     """Draws the folds, and the images of the runs that tune. They do not depend on the runs' seeds.
 
-    Args:
-        config: the recipe, resolved.
-        design: what to draw.
-        output: the comparison's folder.
+    Their lists will be in ``output``, the comparison's folder. The recipe is resolved.
 
     Raises:
         UserError: the data cannot be found, are too few, or have splits of their own.
@@ -130,15 +127,7 @@ def make_protocol(
     design: Design,
     images: Images,
 ) -> dict[str, Any]:
-    """Everything that is decided before a comparison runs, JSON-ready.
-
-    Args:
-        config: the recipe, resolved.
-        methods: the rows.
-        seeds: the seeds of each row's runs.
-        design: how they are compared.
-        images: what ``find_images`` returns for it.
-    """
+    """Everything that is decided before a comparison runs, JSON-ready; the recipe is resolved."""
     return {
         "methods": [*methods],
         "seeds": [*seeds],

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 from naslora.adapter.merging.report import MODES
 from naslora.metrics import METRICS
-from naslora.report.tables import Table, number
+from naslora.report.tables import number
 from naslora.results import CLICK_SCORES, RunNumbers
 
 UNMERGED = "unmerged"
-
-# ---- Numbers -------------------------------------------------------------------------------------
 
 
 class MeanAndSpread(NamedTuple):
@@ -43,10 +41,6 @@ def mean_text(value: MeanAndSpread, form: str = ".3f") -> str:
     return number(value.mean, form) + ("" if value.spread is None else f" ± {value.spread:.3f}")
 
 
-def _rounded_mean(values: Sequence[float]) -> int:
-    return round(statistics.fmean(values))
-
-
 class Column(NamedTuple):
     """A number of a run, and how tables show it."""
 
@@ -66,7 +60,9 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    "trainable_parameters": Column("Trainable, M", scale=1e-6, over=_rounded_mean),
+    "trainable_parameters": Column(
+        "Trainable, M", scale=1e-6, over=lambda values: round(statistics.fmean(values))
+    ),
     "share_of_parameters": Column("Of all, %", ".2f", 100, statistics.fmean),
     **{name: Column(METRICS[name].label) for name in ("dice", *METRICS)},
     **{name: Column(name) for name in CLICK_SCORES},
@@ -111,52 +107,3 @@ def pooled(parts: Sequence[RunNumbers]) -> RunNumbers:
             numbers[name] = statistics.fmean(known, weights) if complete else None
     image_dice = [dice for part in parts for dice in part.image_dice]
     return RunNumbers(numbers, image_dice, parts[0].machine, max(part.load for part in parts))
-
-
-# ---- Tables --------------------------------------------------------------------------------------
-
-
-def number_table(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column], first: str
-) -> Table:
-    """The columns that a row has, after the rows' titles and their numbers of seeds.
-
-    Args:
-        rows: as in table.csv.
-        columns: by the name of the column of table.csv.
-        first: title of the first column.
-    """
-    always = {"trainable_parameters", "share_of_parameters", "dice"}
-    shown = [
-        name for name in columns if name in always or any(row.get(name) is not None for row in rows)
-    ]
-    table = []
-    for row in rows:
-        failed = f" ({row['missing']} failed)" if row["missing"] else ""
-        title = row["title"] + (" (refused)" if row["refused"] else failed)
-        cells = [columns[name].cell(row, name) for name in shown]
-        table.append([title, str(row["seeds"]), *cells])
-    return Table([first, "Seeds", *(columns[name].title for name in shown)], table)
-
-
-def notes_on(rows: Sequence[Mapping[str, Any]], runs: Sequence[RunNumbers]) -> list[str]:
-    """What the numbers of a table are, under what load they were taken, and what is missing."""
-    notes = [
-        "Scores are means over the test images, then mean ± standard deviation over the seeds. "
-        "Differences are taken seed by seed."
-    ]
-    timed = [run for run in runs if run.machine]
-    if timed:
-        loads = [run.load for run in timed]
-        notes.append(
-            "Times are medians over the seeds, memory is the maximum. Training seconds are those "
-            "of all steps of an epoch, steps for α included, per training image. Times were taken "
-            f"with one run at a time, {timed[0].machine} at a load average of {min(loads):.1f} to "
-            f"{max(loads):.1f}. They compare only if little else ran beside the runs."
-        )
-    if any(run.image_dice for run in runs):
-        notes.append(
-            "All seeds share the test images. The interval over the images says what other images "
-            "may change, that over the seeds what another training may change. Read the wider one."
-        )
-    return notes + [f"{row['title']}: {row['reason']}." for row in rows if row["missing"]]

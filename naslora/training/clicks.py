@@ -11,19 +11,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from naslora.data.dataset import SegmentationDataset
-from naslora.data.sampling import GlobalBatches
 from naslora.results import CLICKS, MetricValue, SplitScores
 from naslora.sam.losses import object_loss
 from naslora.sam.objects import BOTTOM_RIGHT, NEGATIVE, PADDING, POSITIVE, TOP_LEFT
 from naslora.sam.promptable import AnySam, PromptableSam
-from naslora.training.evaluation import evaluate, make_loader
-from naslora.training.interactive import ONE, Objects, Prompts, objects_of
+from naslora.training.evaluation import batches_of, evaluate
+from naslora.training.interactive import ONE, Objects, Prompts, chosen, enlarged, objects_of
 from naslora.training.run_config import RunConfig
 
 THRESHOLDS = (0.85, 0.9)
@@ -44,7 +42,7 @@ class Turn(NamedTuple):
     @property
     def logits(self) -> Tensor:
         """(N, S, S) of the best candidates."""
-        return self.candidates[torch.arange(len(self.best), device=self.best.device), self.best]
+        return chosen(self.candidates, self.best)[:, 0]
 
 
 class ImageScores(NamedTuple):
@@ -77,12 +75,9 @@ def score_run(
     if not isinstance(model, PromptableSam):
         return evaluate(model, dataset, accelerator, config, metrics)
     model.eval()
-    training, clicks = config.training, max(CLICKS) if metrics else 1
-    processes = accelerator.process_index, accelerator.num_processes
-    batches = GlobalBatches(range(len(dataset)), training.batch_size, *processes, shuffle=False)
-    own = []
-    for batch in make_loader(dataset, batches, training.workers, accelerator):
-        for place, index in enumerate([] if batch is None else batch["index"].tolist()):
+    own, clicks = [], max(CLICKS) if metrics else 1
+    for batch in batches_of(dataset, accelerator, config):
+        for place, index in enumerate(batch["index"].tolist()):
             found = batch["image"][place, None], batch["mask"][place, None]
             own.append(_score_image(model, index, *found, accelerator, clicks))
     scores: list[ImageScores] = sorted(gather_object(own))  # by the image's index
@@ -176,9 +171,7 @@ def play(
         with accelerator.autocast():
             low, scores = model.decode(embedding, objects.owners, *prompts, previous, wanted)
         best, low = scores.float().argmax(1), low.float()
-        large = F.interpolate(low, masks.shape[1:], mode="bilinear", align_corners=False)
-        low = low[torch.arange(len(low), device=device), best][:, None]
-        return low, Turn(large, best, prompts)
+        return chosen(low, best), Turn(enlarged(low, masks), best, prompts)
 
     padding = torch.zeros(len(masks), 1, 2, device=device)
     prompts = Prompts(padding, torch.full((len(masks), 1), PADDING, device=device))

@@ -29,7 +29,6 @@ from naslora.records import from_json
 from naslora.results import GroupScores, SplitScores, VolumeScores
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
 from naslora.training.run_config import RunConfig
-from naslora.training.step import Loss
 from naslora.training.train_config import loss_of
 
 
@@ -45,6 +44,15 @@ def make_loader(
         worker_init_fn=end_with_the_run,
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def batches_of(
+    dataset: SegmentationDataset, accelerator: Accelerator, config: RunConfig
+) -> Iterator[dict[str, Any]]:
+    """This process's share of all images of a split, in order."""
+    training, processes = config.training, (accelerator.process_index, accelerator.num_processes)
+    batches = GlobalBatches(range(len(dataset)), training.batch_size, *processes, shuffle=False)
+    return filter(None, make_loader(dataset, batches, training.workers, accelerator))
 
 
 def end_with_the_run(_: int) -> None:
@@ -100,17 +108,12 @@ def evaluate(
         there are neither ``metrics`` nor ``resolution`` nor ``groups``.
     """
     model.eval()
-    training, class_names = config.training, list(config.data.class_names)
-    processes = accelerator.process_index, accelerator.num_processes
-    batches = GlobalBatches(range(len(dataset)), training.batch_size, *processes, shuffle=False)
-    score = _score if dataset.tiles is None else _score_by_tiles
-    records = []
-    for batch in make_loader(dataset, batches, training.workers, accelerator):
-        if batch is not None:
-            records += score(model, batch, dataset, accelerator, loss_of(training), metrics)
+    scorer = _Scorer(model, dataset, accelerator, config, metrics)
+    score = scorer.of_batch if dataset.tiles is None else scorer.of_tiles
+    records = [own for batch in batches_of(dataset, accelerator, config) for own in score(batch)]
     records = sorted(gather_object(records), key=lambda record: record.place)
     losses, scores = [own.loss for own in records], [own.scores for own in records]
-    summary = _summary(scores, class_names, metrics)
+    summary = scorer.summary(scores)
     image_dice = torch.stack([own["dice"] for own in scores]).nanmean(1)  # (N,)
     summary["image_dice"] = [None if dice.isnan() else float(dice) for dice in image_dice]
     if "calibration" in scores[0]:
@@ -123,7 +126,14 @@ def evaluate(
         if dataset.tiles is not None:
             side = dataset.tiles.size
             summary["resolution"] = f"of each mask, by tiles of {side} x {side}"
-        summary["groups"] = _groups(dataset, scores, class_names, metrics)
+        members: dict[str, list[Scores]] = {}
+        for sample, own in zip(dataset.samples, scores, strict=True):
+            if sample.group:
+                members.setdefault(sample.group, []).append(own)
+        summary["groups"] = {
+            group: GroupScores(len(own), scorer.summary(own)["metrics"])
+            for group, own in members.items()
+        }
     return from_json(SplitScores, {"loss": sum(losses) / len(losses), **summary}, "scores")
 
 
@@ -170,104 +180,75 @@ def _volumes(
     return VolumeScores(len(scores), " and ".join(sorted(units)) or "voxels", numbers)
 
 
-def _groups(
-    dataset: SegmentationDataset,
-    scores: Sequence[Scores],
-    class_names: list[str],
-    metrics: Sequence[str],
-) -> dict[str, GroupScores]:
-    members: dict[str, list[Scores]] = {}
-    for sample, own in zip(dataset.samples, scores, strict=True):
-        if sample.group:
-            members.setdefault(sample.group, []).append(own)
-    return {
-        group: GroupScores(len(own), _summary(own, class_names, metrics)["metrics"])
-        for group, own in members.items()
-    }
+class _Scorer(NamedTuple):
+    """Scores images; the fields are the arguments of ``evaluate``."""
 
+    model: SamForSegmentation
+    dataset: SegmentationDataset
+    accelerator: Accelerator
+    config: RunConfig
+    metrics: Sequence[str]
 
-def _summary(
-    scores: Sequence[Scores], class_names: list[str], metrics: Sequence[str]
-) -> dict[str, Any]:
-    stacked = {name: torch.stack([own[name] for own in scores]) for name in scores[0]}
-    return summarise(stacked, class_names, metrics)
+    def of_batch(self, batch: dict[str, Any]) -> list[_Record]:
+        """The records of a batch; the loss is the batch's."""
+        device = self.accelerator.device
+        with self.accelerator.autocast():
+            output = self.model(batch["image"].to(device))
+        mask = batch["mask"].to(device)
+        loss, truths = self.loss(output, mask), batch.get("truth", mask)
+        records = []
+        for index, class_map, truth in zip(batch["index"], output.class_map(), truths, strict=True):
+            truth, scores = truth.to(device), class_map[None]
+            if scores.shape[-2:] != truth.shape:
+                scores = F.interpolate(scores, truth.shape, mode="bilinear", align_corners=False)
+            records.append(self._record(index, loss, labels_of(scores)[0], scores[0], truth))
+        return records
 
+    def of_tiles(self, batch: dict[str, Any]) -> list[_Record]:
+        """The records of whole images; the loss is the image's own."""
+        images = zip(batch["index"], batch["pixels"], batch["truth"], strict=True)
+        return [self._of_tiles(*image) for image in images]
 
-def _score(
-    model: SamForSegmentation,
-    batch: dict[str, Any],
-    dataset: SegmentationDataset,
-    accelerator: Accelerator,
-    loss: Loss,
-    metrics: Sequence[str],
-) -> list[_Record]:
-    """The records of a batch; the loss is the batch's."""
-    with accelerator.autocast():
-        output = model(batch["image"].to(accelerator.device))
-    mask = batch["mask"].to(accelerator.device)
-    mean_loss = float(loss(output, mask))
-    records = []
-    for index, class_map, truth in zip(
-        batch["index"], output.class_map(), batch.get("truth", mask), strict=True
-    ):
-        truth, class_map = truth.to(accelerator.device), class_map[None]
-        if class_map.shape[-2:] != truth.shape:
-            class_map = F.interpolate(class_map, truth.shape, mode="bilinear", align_corners=False)
-        labels = labels_of(class_map)[0]
-        records.append(_record(index, mean_loss, labels, class_map[0], truth, dataset, metrics))
-    return records
-
-
-def _score_by_tiles(
-    model: SamForSegmentation,
-    batch: dict[str, Any],
-    dataset: SegmentationDataset,
-    accelerator: Accelerator,
-    loss: Loss,
-    metrics: Sequence[str],
-) -> list[_Record]:
-    """As ``_score``, of whole images; the loss is the image's own."""
-    records = []
-    for index, pixels, truth in zip(batch["index"], batch["pixels"], batch["truth"], strict=True):
+    def _of_tiles(self, index: Tensor, pixels: Tensor, truth: Tensor) -> _Record:
         losses: list[float] = []
 
-        def add_loss(
-            output: SegmentationOutput, mask: Tensor, losses: list[float] = losses
-        ) -> None:
-            losses.append(float(loss(output, mask)))
+        def add_loss(output: SegmentationOutput, mask: Tensor) -> None:
+            losses.append(self.loss(output, mask))
 
         # Labels of 8 bits and, if a metric needs it, the class map are kept of a whole image.
-        labels, class_map = [], []
-        needed = any(METRICS[name].of_map for name in metrics)
-        for band in tiled_class_map(model, dataset, pixels, truth, accelerator, add_loss):
+        labels, scores = [], []
+        needed = any(METRICS[name].of_map for name in self.metrics)
+        arguments = self.model, self.dataset, pixels, truth, self.accelerator, add_loss
+        for band in tiled_class_map(*arguments):
             labels.append(labels_of(band[None])[0].to(torch.uint8))
-            class_map.append(band if needed else band[:, :0])
-        loss_of_image, prediction = sum(losses) / len(losses), torch.cat(labels).long()
-        scores = torch.cat(class_map, 1)
-        records.append(_record(index, loss_of_image, prediction, scores, truth, dataset, metrics))
-    return records
+            scores.append(band if needed else band[:, :0])
+        loss, prediction = sum(losses) / len(losses), torch.cat(labels).long()
+        return self._record(index, loss, prediction, torch.cat(scores, 1), truth)
 
+    def loss(self, output: SegmentationOutput, mask: Tensor) -> float:
+        """The run's loss."""
+        return float(loss_of(self.config.training)(output, mask))
 
-def _record(
-    index: Tensor,
-    loss: float,
-    labels: Tensor,
-    class_map: Tensor,
-    truth: Tensor,
-    dataset: SegmentationDataset,
-    metrics: Sequence[str],
-) -> _Record:
-    """Scores of one image's (H, W) labels, and of its (K, H, W) class map."""
-    scores = image_scores(labels[None], truth[None], dataset.num_classes, IGNORED)
-    own = {name: values[0].cpu() for name, values in scores.items()}
-    more = further_scores(metrics, class_map, labels, truth, IGNORED)
-    own |= {name: values.cpu() for name, values in more.items()}
-    kept = io.BytesIO()
-    sample, shapes = dataset.samples[int(index)], [METRICS[name].shape for name in metrics]
-    if sample.slice is not None and any(shapes):
-        pair = torch.stack([labels, truth]).where(truth != IGNORED, 0).to(torch.uint8)
-        np.savez_compressed(kept, pair.cpu().numpy())
-    return _Record(int(index), loss, own, kept.getvalue())
+    def _record(
+        self, index: Tensor, loss: float, labels: Tensor, class_map: Tensor, truth: Tensor
+    ) -> _Record:
+        """Scores of one image's (H, W) labels, and of its (K, H, W) class map."""
+        scores = image_scores(labels[None], truth[None], self.dataset.num_classes, IGNORED)
+        own = {name: values[0].cpu() for name, values in scores.items()}
+        more = further_scores(self.metrics, class_map, labels, truth, IGNORED)
+        own |= {name: values.cpu() for name, values in more.items()}
+        kept = io.BytesIO()
+        if self.dataset.samples[int(index)].slice is not None and any(
+            METRICS[name].shape for name in self.metrics
+        ):
+            pair = torch.stack([labels, truth]).where(truth != IGNORED, 0).to(torch.uint8)
+            np.savez_compressed(kept, pair.cpu().numpy())
+        return _Record(int(index), loss, own, kept.getvalue())
+
+    def summary(self, scores: Sequence[Scores]) -> dict[str, Any]:
+        """What ``summarise`` makes of the scores of some images."""
+        stacked = {name: torch.stack([own[name] for own in scores]) for name in scores[0]}
+        return summarise(stacked, list(self.config.data.class_names), self.metrics)
 
 
 def tiled_class_map(

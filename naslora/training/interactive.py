@@ -9,6 +9,8 @@ To save predictions, all clicks but the last one are drawn where the first mask 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -66,27 +68,21 @@ def objects_of(numbers: Tensor) -> Objects:
     return Objects(owners, mine == own[:, None, None], mine != IGNORED)
 
 
+@dataclass
 class InteractiveLoss:
     """The loss of a batch, from its image embeddings: the mean over its images.
 
     What an image without objects adds is 0.
-
-    Args:
-        model: decodes the embeddings.
-        most_clicks: most prompts of an object.
-        autocast: makes the context of the precision.
-        clicks: number of prompts; None draws it for each batch.
     """
 
-    def __init__(
-        self,
-        model: PromptableSam,
-        most_clicks: int,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-        clicks: int | None = None,
-    ) -> None:
-        self.model, self.most_clicks = model, most_clicks
-        self.autocast, self.clicks = autocast, clicks
+    model: PromptableSam
+    """Decodes the embeddings."""
+    most_clicks: int
+    """Most prompts of an object."""
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Makes the context of the precision."""
+    clicks: int | None = None
+    """Number of prompts; None draws it for each batch."""
 
     def __call__(self, embeddings: Tensor, numbers: Tensor) -> Tensor:
         """The loss of (B, 256, g, g) embeddings and (B, S, S) int64 numbers of objects: ()."""
@@ -96,22 +92,19 @@ class InteractiveLoss:
         halves = _halved(objects)
         prompts, boxed = _first_prompts(objects.masks, halves.masks)
         wanted, previous = ALL, None
+        decode = partial(self.model.decode, embeddings, objects.owners)
         allowed = torch.stack([boxed, ~boxed, ~boxed, ~boxed], 1)  # (N, 4)
         for clicks in self._corrections():
             with torch.no_grad(), self.autocast():
-                masks, scores = self.model.decode(
-                    embeddings, objects.owners, *prompts, previous, wanted
-                )
+                masks, scores = decode(*prompts, previous, wanted)
             best = scores.float().masked_fill(~allowed, -torch.inf).argmax(1)
-            previous = _chosen(masks.float(), best)
-            wrong = ((_enlarged(previous, halves.masks)[:, 0] > 0) != halves.masks) & halves.counted
+            previous = chosen(masks.float(), best)
+            wrong = ((enlarged(previous, halves.masks)[:, 0] > 0) != halves.masks) & halves.counted
             for _ in range(clicks):
                 prompts = prompts.plus(*_correction(wrong, halves.masks))
             wanted, allowed = ONE, allowed.new_ones(len(boxed), 1)
         with self.autocast():
-            masks, scores = self.model.decode(
-                embeddings, objects.owners, *prompts, previous, wanted
-            )
+            masks, scores = decode(*prompts, previous, wanted)
         losses = _loss(masks.float(), scores.float(), allowed, halves)
         shares = objects.owners.bincount(minlength=len(numbers))[objects.owners] * len(numbers)
         return (losses / shares).sum()
@@ -162,21 +155,16 @@ def _drawn(areas: Tensor) -> Tensor:
 def _halved(objects: Objects) -> Objects:
     """The objects at half of the size: finer than the decoder draws, and cheaper to compare than
     the image. A pixel is an object's if two of four are, and counts if all four do."""
-
-    def quarters(masks: Tensor) -> Tensor:
-        parts = masks.byte()
-        rows = parts[:, ::2] + parts[:, 1::2]
-        return rows[:, :, ::2] + rows[:, :, 1::2]
-
-    return Objects(objects.owners, quarters(objects.masks) >= 2, quarters(objects.counted) == 4)
+    masks, counted = (F.avg_pool2d(part.float(), 2) for part in (objects.masks, objects.counted))
+    return Objects(objects.owners, masks >= 0.5, counted == 1)
 
 
-def _enlarged(masks: Tensor, like: Tensor) -> Tensor:
+def enlarged(masks: Tensor, like: Tensor) -> Tensor:
     """(N, Q, 4g, 4g) to (N, Q, h, w) of ``like``, (N, h, w)."""
     return F.interpolate(masks, like.shape[1:], mode="bilinear", align_corners=False)
 
 
-def _chosen(masks: Tensor, best: Tensor) -> Tensor:
+def chosen(masks: Tensor, best: Tensor) -> Tensor:
     """(N, 1, h, w): one of (N, Q, h, w) masks each."""
     return masks[torch.arange(len(masks), device=masks.device), best][:, None]
 
@@ -194,7 +182,7 @@ def _loss(masks: Tensor, scores: Tensor, allowed: Tensor, objects: Objects) -> T
     scores that estimate their IoU."""
     truth, counted = objects.masks.float(), objects.counted.float()
     with torch.no_grad():
-        large = _enlarged(masks.detach(), truth)
+        large = enlarged(masks.detach(), truth)
         inside = (large > 0) & objects.counted[:, None]
         common = (inside & objects.masks[:, None]).sum((2, 3))
         either = (inside | (objects.masks & objects.counted)[:, None]).sum((2, 3))
@@ -203,6 +191,6 @@ def _loss(masks: Tensor, scores: Tensor, allowed: Tensor, objects: Objects) -> T
         if masks.shape[1] > 1:
             fits = [object_loss(one, truth, counted) for one in large.unbind(1)]
             best = torch.stack(fits, 1).masked_fill(~allowed, torch.inf).argmin(1)
-    own = _enlarged(_chosen(masks, best), truth)[:, 0]
+    own = enlarged(chosen(masks, best), truth)[:, 0]
     error = ((scores - iou) ** 2 * allowed).sum(1) / allowed.sum(1)
     return object_loss(own, truth, counted) + error

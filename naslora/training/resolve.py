@@ -133,10 +133,6 @@ def _check_embeddings(config: RunConfig) -> None:
         )
 
 
-def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else Path(os.path.abspath(path))
-
-
 def _data(data: DataConfig) -> dict[str, Any]:
     if data.intensity is not None:
         parse_intensity(data.intensity)
@@ -145,9 +141,9 @@ def _data(data: DataConfig) -> dict[str, Any]:
     if data.ignore_index is not None:
         _check_ignore_index(data, data.ignore_index, max(count, 2), metrics)
     return {
-        "root": _absolute(data.root),
+        "root": data.root and Path(os.path.abspath(data.root)),
         **_channels(data),
-        "cache": _absolute(data.cache),
+        "cache": data.cache and Path(os.path.abspath(data.cache)),
         "num_classes": count,
         "class_names": names,
         "metrics": metrics,
@@ -185,7 +181,7 @@ def _statistics(config: RunConfig, samples: list[Sample]) -> dict[str, Any]:
     Of more than ``STATISTICS_IMAGES`` they are those of as many, evenly spread.
     """
     dataset = make_dataset(config, samples[:: -(-len(samples) // STATISTICS_IMAGES)])
-    images = [dataset[index]["image"].double() for index in range(len(dataset))]
+    images = [item["image"].double() for item in iter(dataset)]
     mean = torch.stack([image.mean((1, 2)) for image in images]).mean(0)
     square = torch.stack([(image**2).mean((1, 2)) for image in images]).mean(0)
     std = (square - mean**2).clamp(min=SMALLEST_STD**2).sqrt()

@@ -64,12 +64,6 @@ def read_last(path: Path) -> LastState:
 def check_last(last: LastState, own: LastState, groups: Sequence[Group], epochs: int) -> None:
     """Compares last.pt with the state of the trainer that resumes from it, before its first epoch.
 
-    Args:
-        last: the content of the file.
-        own: the trainer's state.
-        groups: the trainer's optimizers.
-        epochs: how many the run has.
-
     Raises:
         UserError: it belongs to another run or model, or its values are damaged.
     """

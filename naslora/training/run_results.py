@@ -58,9 +58,7 @@ LEARNED = 0.05  # Dice of the test images; where it is lower, a note advises wha
 def final_result(trainer: Trainer, counts: ParameterCounts) -> tuple[RunResult, Panels]:
     """Scores the kept epoch on the test split, and again after each way of merging.
 
-    Args:
-        trainer: a finished trainer whose model holds the kept epoch's adapter.
-        counts: the model's parameters.
+    The trainer has finished, and its model holds the kept epoch's adapter.
 
     Returns:
         The result, and the worst and best test images for the report; none but in the main process.

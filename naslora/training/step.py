@@ -1,62 +1,81 @@
-"""A pass of optimizer steps over a split, by all processes together.
+"""The parts of an optimizer step, which all processes take together.
 
 Gradients are sums over the images of the global batch, divided by its size. So a step does not
 depend on how many processes or forward passes share the batch.
 """
 
-import math
+import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
-from naslora.data.sampling import GlobalBatches
-from naslora.methods import auxiliary_loss
-from naslora.sam.segmentation import SegmentationOutput
 from naslora.training.train_config import Schedule, factor
 
-Loss = Callable[[SegmentationOutput, Tensor], Tensor]
 BUCKET = 1 << 23
 """Numbers of gradients that processes send each other at once: 32 MiB of float32."""
 
 
+@dataclass(eq=False)
 class Group:
-    """The parameters that one kind of step trains, and their optimizer.
+    """The parameters that one kind of step trains, and their optimizer."""
 
-    Args:
-        optimizer: of all parameters of the group.
-        clip_norm: largest norm of the group's gradients; 0 does not clip.
-        schedule: how the optimizer's rates fall.
-        warmup: share of all steps over which they rise before.
-    """
+    optimizer: torch.optim.Optimizer
+    clip_norm: float
+    """Largest norm of the group's gradients; 0 does not clip."""
+    schedule: Schedule
+    """How the optimizer's rates fall."""
+    warmup: float = 0.0
+    """Share of all steps over which they rise before."""
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        clip_norm: float,
-        schedule: Schedule,
-        warmup: float = 0.0,
-    ) -> None:
-        self.optimizer, self.clip_norm = optimizer, clip_norm
-        self.schedule, self.warmup = schedule, warmup
-        self.parameters: list[nn.Parameter] = [
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        ]
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-
-    def factor(self, done: float) -> float:
-        """What the rates are multiplied by after the share ``done`` of all steps."""
-        return factor(self.schedule, done, self.warmup)
+    def __post_init__(self) -> None:
+        groups = self.optimizer.param_groups
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self._rates = [group["lr"] for group in groups]
 
     def set_rates(self, done: float) -> None:
         """Sets the optimizer's rates to those after the share ``done`` of all steps."""
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = self.factor(done) * rate
+            group["lr"] = factor(self.schedule, done, self.warmup) * rate
+
+
+class WeightAverage:
+    """The exponential average (EMA) of parameters over about ``window`` steps.
+
+    The first ``window`` steps count equally, so that a short run does not remember its start.
+
+    Args:
+        parameters: what is averaged. Each process averages the same values.
+        window: a number of steps; below 1 the average is the last value.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], window: float) -> None:
+        def update(means: PARAM_LIST, values: PARAM_LIST, count: Tensor | int) -> None:
+            steps = max(min(float(count) + 1, window), 1)
+            get_ema_multi_avg_fn(1 - 1 / steps)(means, values, count)
+
+        self.parameters = nn.ParameterList(parameters)
+        self.means = AveragedModel(self.parameters, multi_avg_fn=update)
+
+    def add_step(self) -> None:
+        """Takes the parameters' values after a step into the average."""
+        self.means.update_parameters(self.parameters)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Gives the parameters the averaged values while the body runs."""
+        own = copy.deepcopy(self.parameters.state_dict())
+        self.parameters.load_state_dict(self.means.module.state_dict())
+        try:
+            yield
+        finally:
+            self.parameters.load_state_dict(own)
 
 
 class Compiled:
@@ -96,66 +115,8 @@ class Compiled:
             return self._eager(*inputs)
 
 
-def train_pass(
-    model: nn.Module,
-    forward: Callable[[Tensor], SegmentationOutput],
-    groups: Sequence[Group],
-    frozen: Sequence[Group],
-    batches: GlobalBatches,
-    loader: Iterable[dict[str, Any] | None],
-    loss: Loss,
-    passes: int,
-    accelerator: Accelerator,
-    before_step: Callable[[float], None],
-    after_step: Callable[[float, int], None],
-) -> float:
-    """Takes a step of the groups' optimizers on every batch.
-
-    Args:
-        model: is put into training mode.
-        forward: the model, or the same compiled.
-        groups: what trains.
-        frozen: what requires no gradient meanwhile, so that none is computed. An architecture step
-            freezes the weights, and a weight step alpha.
-        batches: the sizes of the global batches.
-        loader: this process's share of each batch; None for no share.
-        loss: the mean loss of a forward pass. The method's auxiliary loss is added for the
-            gradients. It is in no reported loss, so that the losses of methods compare.
-        passes: forward passes over which a process spreads its share.
-        accelerator: the processes, device, precision and loss scaling.
-        before_step: called with the part of the pass that is done, in [0, 1).
-        after_step: called with a batch's mean loss and its number of images.
-
-    Returns:
-        The mean loss over the images.
-
-    Raises:
-        LossNotFiniteError: in every process; no step is taken on that batch.
-    """
-    total = 0.0
-    with _without_gradients(frozen):
-        model.train()  # after the freeze, by which batch norms decide whether they train
-        for step, batch in enumerate(loader):
-            before_step(step / len(batches))
-            size = batches.global_size(step)
-            own = _accumulate_gradients(model, forward, batch, size, loss, passes, accelerator)
-            mean = _sum_over_processes(groups, own, accelerator)
-            if not math.isfinite(mean):
-                names = gather_object(list(batch["name"]) if batch else [])
-                raise LossNotFiniteError(mean, ", ".join(names))
-            _apply_gradients(groups, accelerator.scaler)
-            total += mean * size
-            after_step(mean, size)
-    _average_batch_norms(model, accelerator)
-    return total / len(batches.indices)
-
-
-class LossNotFiniteError(Exception):
-    """The loss of a batch is infinite or NaN. ``args``: the loss, the names of its images."""
-
-
 @contextmanager
-def _without_gradients(groups: Sequence[Group]) -> Iterator[None]:
+def without_gradients(groups: Sequence[Group]) -> Iterator[None]:
     """Lets the groups' parameters require no gradients while the body runs."""
     parameters = [parameter for group in groups for parameter in group.parameters]
     for parameter in parameters:
@@ -167,33 +128,7 @@ def _without_gradients(groups: Sequence[Group]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _accumulate_gradients(
-    model: nn.Module,
-    forward: Callable[[Tensor], SegmentationOutput],
-    batch: dict[str, Any] | None,
-    size: int,
-    loss: Loss,
-    passes: int,
-    accelerator: Accelerator,
-) -> Tensor:
-    """Adds up the gradients of this process's share; returns its part of the batch's mean loss."""
-    device = accelerator.device
-    total = torch.zeros((), device=device)
-    if batch is None:
-        return total
-    parts = min(passes, len(batch["image"]))
-    for images, masks in zip(batch["image"].chunk(parts), batch["mask"].chunk(parts), strict=True):
-        with accelerator.autocast():
-            output = forward(images.to(device, non_blocking=True))
-        value = loss(output, masks.to(device, non_blocking=True))
-        extra = auxiliary_loss(model)
-        share = len(images) / size
-        accelerator.backward((value if extra is None else value + extra) * share)
-        total += value.detach() * share
-    return total
-
-
-def _sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accelerator) -> float:
+def sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accelerator) -> float:
     """Sums the groups' gradients, in place, and the loss over the processes.
 
     Gradients travel in buckets, so that the copy in float32 stays small if a whole encoder trains.
@@ -225,7 +160,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     yield bucket
 
 
-def _apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None) -> None:
+def apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None) -> None:
     """Clips the gradients, takes one step of each group's optimizer, and clears the gradients.
 
     Accelerate's own optimizers are not used: with fp16 they would end the loss scaling at the
@@ -245,7 +180,7 @@ def _apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | Non
         scaler.update()
 
 
-def _average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
+def average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
     """Gives every process the same batch-norm statistics: the mean of what each has counted."""
     if accelerator.num_processes > 1:
         for module in model.modules():

@@ -109,12 +109,8 @@ def tracked(
 ) -> Iterator[None]:
     """What the body logs goes to the trackers. All processes enter; the main one tracks.
 
-    Args:
-        accelerator: of the run.
-        names: the trackers, each of them installed; may be empty.
-        output: the run's folder. A resumed run continues what the trackers have of it.
-        config: the configuration as JSON-ready values.
-        epoch: the first epoch that is logged.
+    A resumed run, whose folder is ``output``, continues what the trackers have of it. The trackers
+    are installed, ``config`` is JSON-ready, and ``epoch`` is the first one that is logged.
 
     Raises:
         UserError: in every process; a tracker does not start, or cannot log.

@@ -21,7 +21,9 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
+from torch import Tensor
 
 from naslora.adapter.io.storage import base_checksum, trained_state, unshared, write_adapter
 from naslora.adapter.layer.alpha_search import param_groups
@@ -34,6 +36,7 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
 from naslora.errors import UserError
 from naslora.files import FORMAT, write_torch
+from naslora.methods import auxiliary_loss
 from naslora.records import to_json
 from naslora.results import (
     ADAPTER,
@@ -47,7 +50,6 @@ from naslora.results import (
 from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.precision import cast_frozen
 from naslora.sam.promptable import AnySam, PromptableSam
-from naslora.training.averaging import WeightAverage
 from naslora.training.clicks import score_run
 from naslora.training.evaluation import make_loader
 from naslora.training.interactive import InteractiveLoss
@@ -56,7 +58,15 @@ from naslora.training.resuming import LastState, check_last, read_last
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import EpochImages
 from naslora.training.run_model import keep_embeddings
-from naslora.training.step import Compiled, Group, LossNotFiniteError, train_pass
+from naslora.training.step import (
+    Compiled,
+    Group,
+    WeightAverage,
+    apply_gradients,
+    average_batch_norms,
+    sum_over_processes,
+    without_gradients,
+)
 from naslora.training.trackers import log
 from naslora.training.train_config import (
     Schedule,
@@ -269,7 +279,8 @@ class Trainer:
             val_dice=scores.dice,
             val_iou=scores.iou,
             val_accuracy=scores.accuracy,
-            learning_rate=config.learning_rate * self.weights.factor(epoch / config.epochs),
+            learning_rate=config.learning_rate
+            * factor(config.schedule, epoch / config.epochs, config.warmup),
             entropy=sum(entropies) / len(entropies) if entropies else None,
             seconds_weights=weights_done - started,
             seconds_architecture=arch_done - weights_done,
@@ -279,7 +290,11 @@ class Trainer:
     def _optimise(
         self, groups: list[Group], split: str, images: Sequence[int], progress: TrainProgress
     ) -> float:
-        """Takes one epoch of steps over images of a split; returns their mean loss."""
+        """Takes one epoch of steps over images of a split; returns their mean loss.
+
+        Other groups require no gradients meanwhile, so that none are computed: an architecture step
+        freezes the weights, and a weight step alpha.
+        """
         config, epoch, accelerator = self.config, self.epoch, self.accelerator
         # What the model draws in training depends on seed, epoch and process.
         seed = (self.run_config.seed * 10_007 + epoch) * 10_007 + accelerator.process_index
@@ -288,33 +303,48 @@ class Trainer:
         batches = GlobalBatches(images, config.batch_size, *processes, seed=self.run_config.seed)
         batches.set_epoch(epoch)
         self.data[split].set_epoch(epoch)
-
-        def set_rates(part: float) -> None:
-            for group in groups:
-                group.set_rates((epoch + part) / config.epochs)
-
-        def finish_step(loss: float, images: int) -> None:
-            if self.average and self.weights in groups:
-                self.average.add_step()
-            progress.finish_step(loss, images)
-
+        loader = make_loader(self.data[split], batches, config.workers, accelerator)
         progress.start_pass(f"epoch {epoch + 1}/{config.epochs}")
-        try:
-            return train_pass(
-                self.model,
-                self.forward,
-                groups,
-                [g for g in self.groups if all(g is not group for group in groups)],
-                batches,
-                make_loader(self.data[split], batches, config.workers, accelerator),
-                self.loss,
-                config.accumulation,
-                accelerator,
-                before_step=set_rates,
-                after_step=finish_step,
-            )
-        except LossNotFiniteError as error:
-            self._stop(*error.args)
+        total = 0.0
+        with without_gradients([group for group in self.groups if group not in groups]):
+            self.model.train()  # after the freeze, by which batch norms decide whether they train
+            for step, batch in enumerate(loader):
+                for group in groups:
+                    group.set_rates((epoch + step / len(batches)) / config.epochs)
+                size = batches.global_size(step)
+                mean = sum_over_processes(groups, self._backward(batch, size), accelerator)
+                if not math.isfinite(mean):  # no step is taken on this batch
+                    names = gather_object(list(batch["name"]) if batch else [])
+                    self._stop(mean, ", ".join(names))
+                apply_gradients(groups, accelerator.scaler)
+                if self.average and self.weights in groups:
+                    self.average.add_step()
+                total += mean * size
+                progress.finish_step(mean, size)
+        average_batch_norms(self.model, accelerator)
+        return total / len(batches.indices)
+
+    def _backward(self, batch: dict[str, Any] | None, size: int) -> Tensor:
+        """Adds up the gradients of this process's share of a batch of ``size`` images.
+
+        Returns the share's part of the mean loss. The method's auxiliary loss is not in it, so that
+        the losses of methods compare.
+        """
+        device = self.accelerator.device
+        total = torch.zeros((), device=device)
+        if batch is None:
+            return total
+        parts = min(self.config.accumulation, len(batch["image"]))
+        pairs = zip(batch["image"].chunk(parts), batch["mask"].chunk(parts), strict=True)
+        for images, masks in pairs:
+            with self.accelerator.autocast():
+                output = self.forward(images.to(device, non_blocking=True))
+            value = self.loss(output, masks.to(device, non_blocking=True))
+            extra = auxiliary_loss(self.model)
+            share = len(images) / size
+            self.accelerator.backward((value if extra is None else value + extra) * share)
+            total += value.detach() * share
+        return total
 
     def _stop(self, loss: float | None, images: str) -> NoReturn:
         raise UserError(

@@ -158,7 +158,7 @@ def test_two_processes_refuse_bad_input_once(launch, clean_data, tmp_path, spoil
 
 
 def sum_over_two(parameters):
-    """Calls ``_sum_over_processes`` as if another process had the same; returns message sizes."""
+    """Calls ``sum_over_processes`` as if another process had the same; returns message sizes."""
     sizes = []
 
     def reduce(flat, how):
@@ -168,7 +168,7 @@ def sum_over_two(parameters):
 
     group = SimpleNamespace(parameters=parameters)
     accelerator = SimpleNamespace(num_processes=2, reduce=reduce)
-    assert step._sum_over_processes([group], torch.tensor(1.5), accelerator) == 3.0
+    assert step.sum_over_processes([group], torch.tensor(1.5), accelerator) == 3.0
     return sizes
 
 

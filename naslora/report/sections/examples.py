@@ -28,10 +28,7 @@ CLICKS_NOTE = "Each object has a colour. White dots are clicks on it, black ones
 def examples_parts(panels: list[Panel], class_names: list[str], images: int) -> list[Part]:
     """The panels below a legend of the classes and errors; nothing without panels.
 
-    Args:
-        panels: examples, the worst first.
-        class_names: names of the labels 0, 1, ...
-        images: number of test images.
+    ``class_names`` are those of the labels 0, 1, ...; ``images`` is the number of test images.
     """
     if not panels:
         return []
@@ -48,14 +45,11 @@ def examples_parts(panels: list[Panel], class_names: list[str], images: int) -> 
 
 def _small(values: np.ndarray) -> np.ndarray:
     """(H, W, 3) pixels or (H, W) labels, shrunk to at most ``PICTURE_SIDE`` a side."""
-    height, width = values.shape[:2]
-    scale = min(1.0, PICTURE_SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    if values.ndim == 2:
-        picture, how = Image.fromarray(values.astype(np.int32)), Image.Resampling.NEAREST
-    else:
-        picture, how = Image.fromarray(values), Image.Resampling.LANCZOS
-    return np.asarray(picture.resize(size, how))
+    labels = values.ndim == 2
+    picture = Image.fromarray(values.astype(np.int32) if labels else values)
+    how = Image.Resampling.NEAREST if labels else Image.Resampling.LANCZOS
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), how)
+    return np.asarray(picture)
 
 
 def _panel(panel: Panel, class_names: list[str], images: int) -> Pictures:
@@ -74,29 +68,21 @@ def _panel(panel: Panel, class_names: list[str], images: int) -> Pictures:
 
 
 def merged_parts(panels: list[Panel], class_names: list[str]) -> list[Part]:
-    """The images whose prediction merging changes most, before and after; a note if none changes.
-
-    Args:
-        panels: examples with predictions by way of merging.
-        class_names: names of the labels 0, 1, ...
-    """
-    changed = {
-        id(panel): {
-            mode: float((merged.prediction != panel.prediction).mean())
-            for mode, merged in panel.merged.items()
+    """The images that merging changes most, before and after; a note if none changes."""
+    changed = [
+        {
+            mode: float((own.prediction != panel.prediction).mean())
+            for mode, own in panel.merged.items()
         }
         for panel in panels
-    }
-
-    def most_changed(panel: Panel) -> float:
-        return max(changed[id(panel)].values(), default=0.0)
-
-    chosen = sorted(filter(most_changed, panels), key=most_changed, reverse=True)[:MOST_CHANGED]
-    if not chosen:
+    ]
+    pairs = [pair for pair in zip(panels, changed, strict=True) if any(pair[1].values())]
+    if not pairs:
         same = any(panel.merged for panel in panels)
         return ["No pixel of the images above changes by merging."] if same else []
+    pairs.sort(key=lambda pair: max(pair[1].values()), reverse=True)
     legend = Legend([("changed by the merge", CHANGED)])
-    shown = [_before_and_after(panel, changed[id(panel)], class_names) for panel in chosen]
+    shown = [_before_and_after(*pair, class_names) for pair in pairs[:MOST_CHANGED]]
     return ["The images that merging changes most, before and after:", legend, *shown]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from naslora.adapter.merging.report import LayerError
-from naslora.report.figures import BLUE, ORANGE, Drawing, as_array
+from naslora.report.figures import BLUE, ORANGE, Drawing
 from naslora.report.page import Part
 from naslora.report.pictures import Panel
 from naslora.report.sections.examples import merged_parts
@@ -27,15 +27,7 @@ ERRORS_NOTE = (
 def merging_parts(
     result: RunResult, history: list[Epoch], keep: Keep, panels: list[Panel], class_names: list[str]
 ) -> list[Part]:
-    """A table of the ways of merging, pictures and errors; nothing if nothing was merged.
-
-    Args:
-        result: what the run reports.
-        history: its epochs.
-        keep: which epoch it keeps.
-        panels: test images with their predictions by way of merging.
-        class_names: names of the labels 0, 1, ...
-    """
+    """A table of the ways of merging, pictures and errors; nothing if nothing was merged."""
     if not result.merge:
         return []
     before = (result.test_float32 or result.test).dice
@@ -95,8 +87,8 @@ def _annealing_table(merged: SplitScores, history: list[Epoch], keep: Keep) -> T
 def _draw_merge_errors(axes: Axes, layers: list[LayerError]) -> None:
     names = short_names([layer.name for layer in layers])
     places = np.arange(len(names))
-    update = as_array(layer.update_error for layer in layers)
-    output = as_array(layer.output_error for layer in layers)
+    update = np.array([layer.update_error for layer in layers], float)  # None becomes NaN
+    output = np.array([layer.output_error for layer in layers], float)
     axes.bar(places - 0.2, update, width=0.38, color=BLUE, label="update")
     axes.bar(places + 0.2, output, width=0.38, color=ORANGE, label="output")
     step = -(-len(names) // MOST_NAMES)
@@ -104,6 +96,5 @@ def _draw_merge_errors(axes: Axes, layers: list[LayerError]) -> None:
     axes.set_xticks(places[::step], names[::step], rotation=rotation)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("relative error")
+    axes.set(xlabel="layer", ylabel="relative error")
     axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
