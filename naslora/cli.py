@@ -352,6 +352,7 @@ def merge(
     """Fold the trained adapters into the weights and write the model."""
     from naslora import trained
 
+    print(f"scoring the validation images, merging ({mode}), and scoring again", file=sys.stderr)
     report, scores = trained.merge_run(path, mode, output, max_error, images)
     print(report)
     before, after = scores.before.dice, scores.after.dice
