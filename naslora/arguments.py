@@ -1,12 +1,12 @@
 """The arguments of a command: parsed, named in help, and refused in one line."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
 import io
-import itertools
 import re
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
@@ -28,7 +28,12 @@ def parse(command: Callable[..., None], arguments: list[str]) -> Callable[[], No
         UserError: the parser or a configuration refuses a value.
     """
     name, messages = f"naslora {command.__name__}", io.StringIO()
-    config = load_recipe(_value_of("--recipe", arguments), _value_of("--method", arguments))
+    # These decide the defaults of the other options and, with --method, which there are.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", nargs="?")
+    first.add_argument("--method", nargs="?")
+    early, _ = first.parse_known_args(arguments)
+    config = load_recipe(early.recipe or None, early.method or None)
     everything = "--help-all" in arguments
     brief = not everything and bool({"-h", "--help"} & {*arguments})
     given = ["--help"] if everything else arguments
@@ -68,15 +73,6 @@ def meant(given: str, names: Iterable[str]) -> str:
     return f"did you mean {near[0]}?; " if near else ""
 
 
-def _value_of(option: str, arguments: list[str]) -> str | None:
-    """The value of an option that decides the parser's defaults and, with --method, its options."""
-    for given, value in itertools.zip_longest(arguments, arguments[1:]):
-        found = value if given == option else given.partition(f"{option}=")[2]
-        if found:
-            return found
-    return None
-
-
 def deferred(
     command: Callable[..., None], config: RunConfig, brief: bool = False
 ) -> Callable[..., Callable[[], None]]:
@@ -90,6 +86,8 @@ def deferred(
         return functools.partial(command, *args, **kwargs)
 
     functools.update_wrapper(take, command)
+    # The parser would break the help's lines where the docstring breaks.
+    take.__doc__ = re.sub(r"\n {12}", " ", command.__doc__ or "")
     signature = inspect.signature(command)
     # After one with a default, a parameter without one has to be keyword-only.
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()]
@@ -100,7 +98,8 @@ def deferred(
     vars(take)["__signature__"] = signature.replace(parameters=parameters)
     take.__annotations__ = {p.name: p.annotation for p in parameters}
     if brief and "config" in signature.parameters:
-        take.__doc__ = f"{command.__doc__}\n\nAll settings: naslora {command.__name__} --help-all"
+        advice = f"All settings: naslora {command.__name__} --help-all"
+        take.__doc__ = take.__doc__.replace("\n", f"\n\n    {advice}\n", 1)
     return take
 
 

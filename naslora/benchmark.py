@@ -25,6 +25,8 @@ from naslora.study.measurement import in_own_process, peak_memory
 from naslora.trained import dice_of, split_of, with_data
 from naslora.training.run_data import make_dataset
 
+FORMS = ["PyTorch, stock", "PyTorch, fused"]
+"""In which a folder is measured."""
 ROUNDS = 11
 """Batches that are timed of each model. One before them is not."""
 
@@ -74,7 +76,7 @@ def benchmark(
     """
     checked("images", images, Count)
     checked("batch_size", batch_size, Count)
-    forms = [(path, form) for path in paths for form in _forms(path)]
+    forms = [(path, form) for path in paths for form in ([""] if path.is_file() else FORMS)]
     models = [_load(path, form, trust) for path, form in forms]
     shapes = {(own.channels, own.config.model.image_size) for own in models}
     if len(shapes) > 1:
@@ -108,13 +110,9 @@ def benchmark(
     return markdown_table(_table(rows))
 
 
-def _forms(path: Path) -> tuple[str, ...]:
-    return ("",) if path.is_file() else ("PyTorch, stock", "PyTorch, fused")
-
-
 def _load(path: Path, form: str, trust: bool) -> Predictor:
     predictor = make_predictor(path, trust=trust)
-    if form == "PyTorch, stock" and predictor.model is not None:
+    if form == FORMS[0] and predictor.model is not None:
         unfuse_attention(predictor.model)
     return predictor
 

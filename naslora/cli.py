@@ -1,6 +1,7 @@
 """The command line, ``naslora COMMAND``: each command is a function of this file.
 
-A command imports the modules that run it, so that help and short commands import none of them.
+The docstring of a command is its help, also of its options. A command imports the modules that run
+it, so that help and short commands import none of them.
 """
 
 import contextlib
@@ -98,14 +99,18 @@ def _run(arguments: list[str]) -> None:
 
 def demo(
     output: Annotated[Path, OUTPUT],
-    epochs: Annotated[int, tyro.conf.arg(help="Epochs of training.")] = DEMO_EPOCHS,
-    seed: Annotated[int, tyro.conf.arg(help="Seed of the run.")] = 0,
+    epochs: int = DEMO_EPOCHS,
+    seed: int = 0,
     resume: Annotated[bool, RESUME] = False,
-    random: Annotated[
-        bool, tyro.conf.arg(help="Start from random weights, not from those in the package.")
-    ] = False,
+    random: bool = False,
 ) -> None:
-    """Segment grey and white matter of the MNI152 brain: train, test, merge, report."""
+    """Segment grey and white matter of the MNI152 brain: train, test, merge, report.
+
+    Args:
+        epochs: Epochs of training.
+        seed: Seed of the run.
+        random: Start from random weights, not from those in the package.
+    """
     from naslora.report.run_report import print_summary
     from naslora.training.demo import run_demo
 
@@ -116,12 +121,13 @@ def train(
     config: Config,
     output: Annotated[Path, OUTPUT],
     resume: Annotated[bool, RESUME] = False,
-    tracker: Annotated[
-        tuple[Tracker, ...],
-        tyro.conf.arg(help="Experiment trackers that get the numbers of every epoch."),
-    ] = ("tensorboard",),
+    tracker: tuple[Tracker, ...] = ("tensorboard",),
 ) -> None:
-    """Fine-tune SAM on your images, then test, merge and report."""
+    """Fine-tune SAM on your images, then test, merge and report.
+
+    Args:
+        tracker: Experiment trackers that get the numbers of every epoch.
+    """
     from naslora.report.run_report import print_summary
     from naslora.training import run
 
@@ -130,16 +136,20 @@ def train(
 
 def compare(
     config: Config,
-    methods: Annotated[tuple[MethodName, ...], tyro.conf.arg(help="The methods, one a row.")],
+    methods: tuple[MethodName, ...],
     design: Annotated[Design, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")],
     launch: Where,
     output: Annotated[Path, OUTPUT],
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each method's runs.")] = (0,),
-    resume: Annotated[
-        bool, tyro.conf.arg(help="Keep the finished runs in --output, and continue the others.")
-    ] = False,
+    seeds: tuple[int, ...] = (0,),
+    resume: bool = False,
 ) -> None:
-    """Train several methods under one recipe; write tables and a report of quality and cost."""
+    """Train several methods under one recipe; write tables and a report of quality and cost.
+
+    Args:
+        methods: The methods, one a row.
+        seeds: Seeds of each method's runs.
+        resume: Keep the finished runs in --output, and continue the others.
+    """
     from naslora.study import compare as studies
 
     with locked(output):
@@ -148,21 +158,20 @@ def compare(
 
 
 def ablate(
-    name: Annotated[
-        AblationName,
-        Positional,
-        tyro.conf.arg(help="The setting to vary.", metavar="WHAT"),
-    ],
+    name: Annotated[AblationName, Positional, tyro.conf.arg(metavar="WHAT")],
     config: Config,
     launch: Where,
     output: Annotated[Path, OUTPUT],
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of each row's runs.")] = (0, 1, 2),
-    resume: Annotated[
-        bool,
-        tyro.conf.arg(help="Keep the finished runs in --output, also those of other ablations."),
-    ] = False,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    resume: bool = False,
 ) -> None:
-    """Vary operations, rank, blocks, the start of alpha or the channel ratio; write the table."""
+    """Vary operations, rank, blocks, the start of alpha or the channel ratio; write the table.
+
+    Args:
+        name: The setting to vary.
+        seeds: Seeds of each row's runs.
+        resume: Keep the finished runs in --output, also those of other ablations.
+    """
     from naslora.study import compare as studies
 
     with locked(output):
@@ -173,36 +182,26 @@ def ablate(
 def evaluate(
     path: Annotated[Path, Positional, RUN],
     search: Search,
-    split: Annotated[str, tyro.conf.arg(help="The split to score.")] = "test",
-    data: Annotated[
-        Path | None, tyro.conf.arg(help="Another CSV data folder; default: the run's own data.")
-    ] = None,
-    resolution: Annotated[
-        Resolution | None,
-        tyro.conf.arg(
-            help="Size to score at: the model's, or each mask's; default: the run's setting."
-        ),
-    ] = None,
-    metrics: Annotated[
-        tuple[MetricName, ...] | None,
-        tyro.conf.arg(help="Further metrics, as in train --help-all; default: the run's own."),
-    ] = None,
-    flips: Annotated[
-        bool, tyro.conf.arg(help="Average an image's scores with those of its mirror images.")
-    ] = False,
-    instances: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="Score the objects that predict --instances finds: AP50, AP from 50 to 95, and "
-            "panoptic quality. The model may also be one that predict --instances takes."
-        ),
-    ] = False,
-    objects: Annotated[
-        ObjectSource | None,
-        tyro.conf.arg(help="What an object is, for --instances, as in train --help-all."),
-    ] = None,
+    split: str = "test",
+    data: Path | None = None,
+    resolution: Resolution | None = None,
+    metrics: tuple[MetricName, ...] | None = None,
+    flips: bool = False,
+    instances: bool = False,
+    objects: ObjectSource | None = None,
 ) -> None:
-    """Print a model's metrics on a split as JSON."""
+    """Print a model's metrics on a split as JSON.
+
+    Args:
+        split: The split to score.
+        data: Another CSV data folder; default: the run's own data.
+        resolution: Size to score at: the model's, or each mask's; default: the run's setting.
+        metrics: Further metrics, as in train --help-all; default: the run's own.
+        flips: Average an image's scores with those of its mirror images.
+        instances: Score the objects that predict --instances finds: AP50, AP from 50 to 95, and
+            panoptic quality. The model may also be one that predict --instances takes.
+        objects: What an object is, for --instances, as in train --help-all.
+    """
     scores: object
     if instances:
         from naslora.instances import evaluate_instances
@@ -216,15 +215,16 @@ def evaluate(
 
 
 def analyse(
-    runs: Annotated[
-        tuple[Path, ...],
-        Positional,
-        tyro.conf.arg(metavar="RUN", help="Run folders that differ only in their seed."),
-    ],
+    runs: Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="RUN")],
     output: Annotated[Path, OUTPUT],
-    images: Annotated[int, tyro.conf.arg(help="Test images to measure encoders on.")] = 100,
+    images: int = 100,
 ) -> None:
-    """Compare a run's encoder with the frozen one and a random one; show convergence by seed."""
+    """Compare a run's encoder with the frozen one and a random one; show convergence by seed.
+
+    Args:
+        runs: Run folders that differ only in their seed.
+        images: Test images to measure encoders on.
+    """
     from naslora.study import analysis
 
     with locked(output, folder=False):
@@ -233,52 +233,36 @@ def analyse(
 
 
 def predict(
-    path: Annotated[
-        Path,
-        Positional,
-        tyro.conf.arg(
-            metavar="MODEL", help="Folder of a run or of a merged model, or an exported file."
-        ),
-    ],
-    inputs: Annotated[
-        tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
-    ],
+    path: Annotated[Path, Positional, tyro.conf.arg(metavar="MODEL")],
+    inputs: Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE")],
     search: Search,
     outputs: Outputs,
-    output: Annotated[Path, tyro.conf.arg(help="Folder for masks and overlays.")],
-    skip_errors: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="Go on past images that cannot be read, list them at the end, and exit with 1."
-        ),
-    ] = False,
-    tiles: Annotated[
-        TileSize | None,
-        tyro.conf.arg(
-            help="Side of overlapping tiles, in an image's pixels, for large images; auto takes "
-            "the windows of --crop, or else --image-size. Without it images are segmented whole."
-        ),
-    ] = None,
-    overlap: Annotated[
-        float, tyro.conf.arg(help="Share of a tile that neighbours have in common, at most 0.5.")
-    ] = OVERLAP,
+    output: Path,
+    skip_errors: bool = False,
+    tiles: TileSize | None = None,
+    overlap: float = OVERLAP,
     trust: Annotated[bool, TRUST] = False,
-    overwrite: Annotated[
-        bool, tyro.conf.arg(help="Replace masks and overlays that exist.")
-    ] = False,
-    batch_size: Annotated[int, tyro.conf.arg(help="Whole images at once.")] = 1,
-    resume: Annotated[
-        bool, tyro.conf.arg(help="Leave out the images that manifest.csv lists as done.")
-    ] = False,
-    instances: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="Find every object with a promptable model, or with SAM: write label images, in "
-            "which each object has its number, and instances.json, with their masks and scores."
-        ),
-    ] = False,
+    overwrite: bool = False,
+    batch_size: int = 1,
+    resume: bool = False,
+    instances: bool = False,
 ) -> None:
-    """Segment images; write a mask and an overlay for each."""
+    """Segment images; write a mask and an overlay for each.
+
+    Args:
+        path: Folder of a run or of a merged model, or an exported file.
+        inputs: Images, or folders.
+        output: Folder for masks and overlays.
+        skip_errors: Go on past images that cannot be read, list them at the end, and exit with 1.
+        tiles: Side of overlapping tiles, in an image's pixels, for large images; auto takes the
+            windows of --crop, or else --image-size. Without it images are segmented whole.
+        overlap: Share of a tile that neighbours have in common, at most 0.5.
+        overwrite: Replace masks and overlays that exist.
+        batch_size: Whole images at once.
+        resume: Leave out the images that manifest.csv lists as done.
+        instances: Find every object with a promptable model, or with SAM: write label images, in
+            which each object has its number, and instances.json, with their masks and scores.
+    """
     from naslora import prediction
 
     errors: list[UserError] = []
@@ -306,50 +290,44 @@ def predict(
 
 
 def annotate(
-    path: Annotated[
-        Path,
-        Positional,
-        tyro.conf.arg(
-            metavar="MODEL",
-            help="Folder of a promptable run or of its merged model, an exported file, a "
-            "checkpoint of SAM, or vit_t.",
-        ),
-    ],
-    inputs: Annotated[
-        tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE", help="Images, or folders.")
-    ],
+    path: Annotated[Path, Positional, tyro.conf.arg(metavar="MODEL")],
+    inputs: Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE")],
     search: Search,
-    output: Annotated[
-        Path, tyro.conf.arg(help="Folder of the data set, new or with images labelled before.")
-    ],
-    port: Annotated[int, tyro.conf.arg(help="Port of the page.")] = 8080,
-    browser: Annotated[bool, tyro.conf.arg(help="Open the page in your browser.")] = True,
+    output: Path,
+    port: int = 8080,
+    browser: bool = True,
 ) -> None:
-    """Label objects by clicks on a local page; save them as a data set for train."""
+    """Label objects by clicks on a local page; save them as a data set for train.
+
+    Args:
+        path: Folder of a promptable run or of its merged model, an exported file, a checkpoint of
+            SAM, or vit_t.
+        inputs: Images, or folders.
+        output: Folder of the data set, new or with images labelled before.
+        port: Port of the page.
+        browser: Open the page in your browser.
+    """
     from naslora import annotate
 
     annotate.annotate(path, inputs, output, port, search, browser)
 
 
 def merge(
-    path: Annotated[Path, Positional, tyro.conf.arg(metavar="RUN", help="Folder of a run.")],
+    path: Annotated[Path, Positional, tyro.conf.arg(metavar="RUN")],
     output: Annotated[Path, OUTPUT],
-    mode: Annotated[
-        MergeMode,
-        tyro.conf.arg(
-            help="exact: no loss, a small convolution stays. center: plain SAM layers, only the "
-            "cell's centre taps. calibrated: plain SAM layers, fitted to training images."
-        ),
-    ] = "exact",
-    max_error: Annotated[
-        float | None,
-        tyro.conf.arg(help="Refuse if a layer's relative error of the update is larger than this."),
-    ] = None,
-    images: Annotated[
-        int, tyro.conf.arg(help="Number of training images that mode calibrated is fitted to.")
-    ] = CALIBRATION_IMAGES,
+    mode: MergeMode = "exact",
+    max_error: float | None = None,
+    images: int = CALIBRATION_IMAGES,
 ) -> None:
-    """Fold the trained adapters into the weights and write the model."""
+    """Fold the trained adapters into the weights and write the model.
+
+    Args:
+        path: Folder of a run.
+        mode: exact: no loss, a small convolution stays. center: plain SAM layers, only the cell's
+            centre taps. calibrated: plain SAM layers, fitted to training images.
+        max_error: Refuse if a layer's relative error of the update is larger than this.
+        images: Number of training images that mode calibrated is fitted to.
+    """
     from naslora import trained
 
     print(f"scoring the validation images, merging ({mode}), and scoring again", file=sys.stderr)
@@ -362,43 +340,30 @@ def merge(
 
 
 def export(
-    path: Annotated[
-        Path, Positional, tyro.conf.arg(metavar="MERGED", help="Folder of a merged model.")
-    ],
-    output: Annotated[
-        Path,
-        tyro.conf.arg(help="The file: .onnx, .xml, .safetensors or .pt2; for others a folder."),
-    ],
-    format: Annotated[
-        Format,
-        tyro.conf.arg(
-            help="onnx, openvino, torch-export: images to class scores. tensorrt: ONNX for "
-            "trtexec. coreml: a .mlpackage folder, for one image at a time. safetensors: the state "
-            "dict that the model's original code loads. huggingface: the folder that transformers "
-            "loads. These two need a model merged with center or calibrated. x-anylabeling, "
-            "samexporter: a folder with SAM's encoder and its decoder of prompts, for annotation "
-            "tools."
-        ),
-    ] = "onnx",
-    part: Annotated[
-        Part, tyro.conf.arg(help="The whole model, or the image encoder alone.")
-    ] = "model",
-    quantize: Annotated[
-        Quantize | None,
-        tyro.conf.arg(
-            help="For onnx and openvino. int8: compute with 8 bits, fitted to training images. "
-            "float16: store the weights in 16 bits, which halves the file."
-        ),
-    ] = None,
-    max_loss: Annotated[
-        float,
-        tyro.conf.arg(help="Refuse if --quantize loses more Dice on the validation images."),
-    ] = MAX_LOSS,
-    images: Annotated[
-        int, tyro.conf.arg(help="Number of training images that int8 is fitted to.")
-    ] = CALIBRATION_IMAGES,
+    path: Annotated[Path, Positional, tyro.conf.arg(metavar="MERGED")],
+    output: Path,
+    format: Format = "onnx",
+    part: Part = "model",
+    quantize: Quantize | None = None,
+    max_loss: float = MAX_LOSS,
+    images: int = CALIBRATION_IMAGES,
 ) -> None:
-    """Write a merged model for another runtime."""
+    """Write a merged model for another runtime.
+
+    Args:
+        path: Folder of a merged model.
+        output: The file: .onnx, .xml, .safetensors or .pt2; for others a folder.
+        format: onnx, openvino, torch-export: images to class scores. tensorrt: ONNX for trtexec.
+            coreml: a .mlpackage folder, for one image at a time. safetensors: the state dict that
+            the model's original code loads. huggingface: the folder that transformers loads. These
+            two need a model merged with center or calibrated. x-anylabeling, samexporter: a folder
+            with SAM's encoder and its decoder of prompts, for annotation tools.
+        part: The whole model, or the image encoder alone.
+        quantize: For onnx and openvino. int8: compute with 8 bits, fitted to training images.
+            float16: store the weights in 16 bits, which halves the file.
+        max_loss: Refuse if --quantize loses more Dice on the validation images.
+        images: Number of training images that int8 is fitted to.
+    """
     from naslora import trained
 
     dice = trained.export_run(path, format, output, part, quantize, max_loss, images)
@@ -408,21 +373,21 @@ def export(
 
 
 def benchmark(
-    paths: Annotated[
-        tuple[Path, ...],
-        Positional,
-        tyro.conf.arg(metavar="MODEL", help="Folders of runs or merged models; exported files."),
-    ],
+    paths: Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="MODEL")],
     output: Annotated[Path, OUTPUT],
-    data: Annotated[
-        Path | None,
-        tyro.conf.arg(help="A CSV data folder; default: the data of the first folder."),
-    ] = None,
-    images: Annotated[int, tyro.conf.arg(help="Number of test images.")] = 32,
-    batch_size: Annotated[int, tyro.conf.arg(help="Images at once.")] = 1,
+    data: Path | None = None,
+    images: int = 32,
+    batch_size: int = 1,
     trust: Annotated[bool, TRUST] = False,
 ) -> None:
-    """Compare models and runtimes on this machine: speed, latency, memory and Dice."""
+    """Compare models and runtimes on this machine: speed, latency, memory and Dice.
+
+    Args:
+        paths: Folders of runs or merged models; exported files.
+        data: A CSV data folder; default: the data of the first folder.
+        images: Number of test images.
+        batch_size: Images at once.
+    """
     from naslora import benchmark
 
     with locked(output):

@@ -8,8 +8,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from naslora.adapter.io.merged_files import MERGED_CONFIG, MERGED_WEIGHTS
 from naslora.data.images import Sample
@@ -22,7 +20,7 @@ COLUMNS = "image", "status", "model"
 
 
 class Manifest:
-    """Lists images as they are done. A context, which closes the file of this process.
+    """Lists images as they are done.
 
     Args:
         output: the folder.
@@ -40,9 +38,8 @@ class Manifest:
     ) -> None:
         self.path = output / (f"manifest-{rank}.csv" if rank else "manifest.csv")
         self.model = _identity(models, settings)
-        self.resume = resume
+        self._append = resume
         self._done: set[str] = set()
-        self._file: Any = None  # opened by the first image, so that a model that fails leaves none
         for path in output.glob("manifest*.csv") if resume else ():
             with reading(path, "is no manifest"), path.open(encoding="utf-8", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["model"]]  # a line cut short
@@ -56,25 +53,14 @@ class Manifest:
         """Whether an image is done."""
         return os.path.abspath(sample.image) in self._done
 
-    def __enter__(self) -> "Manifest":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: Any, traceback: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-
     def add(self, sample: Sample, error: UserError | None) -> None:
         """Adds an image that is done, or that cannot be read."""
         status = DONE if error is None else one_line(str(error))
         rows = [(os.path.abspath(sample.image), status, self.model)]
-        if self._file is None:
-            fresh = not (self.resume and self.path.exists())
-            self._file = self.path.open("w" if fresh else "a", encoding="utf-8", newline="")
-            rows = [COLUMNS, *rows] if fresh else rows
-        csv.writer(self._file, lineterminator="\n").writerows(rows)
-        self._file.flush()
+        fresh = not (self._append and self.path.exists())
+        with self.path.open("w" if fresh else "a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows] if fresh else rows)
+        self._append = True
 
 
 def _identity(models: Sequence[Path], settings: str) -> str:

@@ -316,11 +316,7 @@ def label_of(name: str, unit: str = "pixels") -> str:
 
 
 def check_metrics(names: Sequence[str], num_classes: int) -> None:
-    """Checks that metrics are defined for a number of classes.
-
-    Args:
-        names: names of ``METRICS``.
-        num_classes: 1 if binary, else K.
+    """Checks that metrics are defined for a number of classes, which is 1 if binary, else K.
 
     Raises:
         UserError: a metric is defined for binary masks only.

@@ -148,7 +148,6 @@ def predict_run(
         if on_error is None and len(samples) > 1:  # one image is read before anything is written
             how = slicing_of(predictor.config.data)
             check_with_progress(slices_of(samples, how), predictor.config)
-        stack.enter_context(manifest)
         written = list(_predict(predictor, samples, output, on_error, batch_size, manifest.add))
         if isinstance(predictor, InstanceFinder):
             names = {_targets(own.image, output)[0]: own.image.name for own in samples}
@@ -192,22 +191,19 @@ def _predict(
 
     write = functools.partial(_write, predictor, output)
     with _threads() as readers, _threads() as writers:
-        for own, result in _ahead(writers, write, computed(), THREADS if whole else 0):
+        written = _ahead(writers, write, computed(), THREADS if whole else 0)
+        results = ((opened.sample, result) for opened, result in written)
+        segment_volume = functools.partial(_predict_volume, predictor, output, batch_size)
+        for sample, result in itertools.chain(
+            results, _ahead(writers, segment_volume, volumes, ahead=0)
+        ):
             try:
                 path = result()
             except ImageError as error:  # of which rows are read as they are needed
-                failed(own.sample, error)
+                failed(sample, error)
                 continue
-            done(own.sample, None)
+            done(sample, None)
             yield path
-    for sample in volumes:
-        try:
-            path = _predict_volume(predictor, sample, output, batch_size)
-        except ImageError as error:
-            failed(sample, error)
-            continue
-        done(sample, None)
-        yield path
 
 
 @contextlib.contextmanager
@@ -310,7 +306,7 @@ def _segment_file(predictor: Predictor, opened: _Opened, output: Path) -> LabelF
 
 
 def _predict_volume(
-    predictor: Predictor | InstanceFinder, sample: Sample, output: Path, batch_size: int
+    predictor: Predictor | InstanceFinder, output: Path, batch_size: int, sample: Sample
 ) -> Path:
     """Segments the slices of a volume, and writes its files. Nothing is written of a bad one."""
     if isinstance(predictor, InstanceFinder):

@@ -79,9 +79,7 @@ class Augmentation:
         Args:
             image: (C, S, S) uint8.
             mask: (S, S) integer labels; None without a mask.
-            seed: the seed of the run.
-            epoch: the epoch.
-            index: the index of the sample in its data set.
+            seed, epoch, index: of the run, and of the sample in its data set.
 
         Returns:
             The changed image and mask, of the same shapes and dtypes. Pixels from outside the image
@@ -122,12 +120,9 @@ def draw_window(
 
     Args:
         crop: size and preference.
-        height: of the image in pixels.
-        width: of the image in pixels.
+        height, width: of the image in pixels.
         mask: the labels, which are read band by band if they are needed; None without a mask.
-        seed: the seed of the run.
-        epoch: the epoch.
-        index: the index of the sample in its data set.
+        seed, epoch, index: as in ``Augmentation``.
     """
     random = seeded_generator(CROP, seed, epoch, index)
     wanted = random.random() < crop.foreground

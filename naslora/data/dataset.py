@@ -130,18 +130,17 @@ class SegmentationDataset(Dataset[Item]):
         item["image"] = transforms.to_dtype(image, torch.float32, scale=True)
         if mask is not None:
             item["mask"] = mask.long()
-        if mask is not None and self.objects:
-            most = self.most_objects
-            item["mask"] = choose_objects(mask.long(), most, self.seed, epoch, index)
+            if self.objects:
+                seeds = self.seed, epoch, index
+                item["mask"] = choose_objects(item["mask"], self.most_objects, *seeds)
         if self.truth:
             item["truth"] = torch.from_numpy(self._mask(sample)).long()
         return item
 
     def is_flipped(self, index: int) -> bool:
         """Returns whether the item is mirrored in the current epoch."""
-        if not self.flip:
-            return False
-        return bool(seeded_generator(FLIP, self.seed, int(self._epoch), index).random() < 0.5)
+        random = seeded_generator(FLIP, self.seed, int(self._epoch), index)
+        return self.flip and bool(random.random() < 0.5)
 
     def read(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
         """Reads an image and its mask, from the cache if there is one.

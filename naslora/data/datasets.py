@@ -78,11 +78,8 @@ def load_all(
     """Locates all samples of a data set, of all splits, so that others can be drawn.
 
     Args:
-        source: a key of ``DATASETS``.
-        root: the folder of the data set.
+        source, root, group, how: as in ``load_splits``.
         option: what draws the splits, for the message.
-        group: as in ``read_csv``.
-        how: as in ``load_splits``.
 
     Raises:
         UserError: the data set has splits of its own, or each entry of a column ``group`` that is

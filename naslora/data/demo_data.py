@@ -49,10 +49,9 @@ def read_mni152(root: Path) -> Splits:
 def write_mni152(directory: Path) -> None:
     """Writes the demo data set with CSV files. It uses files inside nilearn and no network.
 
-    The axial slices of the brain form contiguous blocks, from the neck upwards: train (24 slices),
-    val (12), train (16), test (18), train (12), arch (16), train (8). 4 slices between two blocks
-    are unused. Images are 8-bit greys. Masks are class indices: 0 everything else, 1 grey matter,
-    2 white matter. Both are PNG files of the 192 x 192 pixels around the brain.
+    The axial slices of the brain form contiguous ``BLOCKS``, from the neck upwards. Images are
+    8-bit greys, masks class indices, which ``README`` names. Both are PNG files of the 192 x 192
+    pixels around the brain.
 
     Args:
         directory: is created complete or not at all; an existing demo data set is not changed. It

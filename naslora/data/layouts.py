@@ -211,7 +211,6 @@ def _locate(root: Path, path: str) -> Path:
     Raises:
         UserError: there is none, or there are two. The message lists those that exist.
     """
-    check_folder(root)
     matching = _descend(root, path)
     if len(matching) != 1:
         shown = matching or [f for f in (*root.glob("*"), *root.glob("*/*")) if f.is_dir()]
@@ -226,7 +225,6 @@ def has_folder(root: Path, name: str) -> bool:
     Raises:
         UserError: ``root`` does not exist.
     """
-    check_folder(root)
     return bool(_descend(root, name))
 
 
@@ -242,6 +240,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _descend(root: Path, path: str) -> list[Path]:
+    check_folder(root)
     folders = [root]
     for step in path.split("/"):
         names = step.lower().split("|")
@@ -284,10 +283,8 @@ def pair_files(
     """Pairs each image of a folder with the mask of the same stem. The case is ignored.
 
     Args:
-        images: the image folder.
-        masks: the mask folder.
-        suffix: as in ``Layout``.
-        skip: as in ``Layout``.
+        images, masks: the folders.
+        suffix, skip: as in ``Layout``.
 
     Raises:
         UserError: there are no images, two images or two masks have the same stem, or a file has

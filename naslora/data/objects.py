@@ -72,9 +72,7 @@ def choose_objects(numbers: Tensor, most: int, seed: int, epoch: int, index: int
     Args:
         numbers: (S, S) int64.
         most: how many to draw. Fewer than ``SMALLEST`` pixels are no object.
-        seed: of the run.
-        epoch: of the run.
-        index: of the image in its data set.
+        seed, epoch, index: as in ``Augmentation``.
     """
     present = np.flatnonzero(_pixels(numbers.numpy()) >= SMALLEST)
     drawn = seeded_generator(OBJECTS, seed, epoch, index).permutation(present)[:most]

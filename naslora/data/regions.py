@@ -71,7 +71,7 @@ def draw_annotation(content: bytes, ignored: int, where: str) -> np.ndarray:
     for label, instance in drawing.instances:
         if label == 0:
             continue
-        inside = _draw(instance, drawing, f"{where}: annotation {instance.id}")
+        inside = _draw(instance, drawing, where)
         other = inside & (mask != 0) & (mask != label)
         mask[inside] = label
         mask[other] = ignored
@@ -96,11 +96,7 @@ def draw_objects(content: bytes, where: str) -> Objects:
     """
     drawing = msgspec.json.decode(content, type=Drawing)
     own = [instance for label, instance in drawing.instances if label]
-    drawn = [
-        _draw(instance, drawing, f"{where}: annotation {instance.id}")
-        for instance in own
-        if not instance.iscrowd
-    ]
+    drawn = [_draw(instance, drawing, where) for instance in own if not instance.iscrowd]
     numbers = np.zeros((drawing.height, drawing.width), np.int32)
     for number, inside in enumerate(sorted(drawn, key=np.sum, reverse=True), start=1):
         numbers[inside] = number
@@ -110,6 +106,7 @@ def draw_objects(content: bytes, where: str) -> Objects:
 
 def _draw(instance: Instance, drawing: Drawing, where: str) -> np.ndarray:
     """Draws one instance, (H, W) bool."""
+    where = f"{where}: annotation {instance.id}"
     height, width = drawing.height, drawing.width
     parts = instance.segmentation
     if isinstance(parts, Runs):

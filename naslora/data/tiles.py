@@ -6,6 +6,7 @@ it is 0: there a tile only sees the surroundings. So a model whose output depend
 quarter of the overlap gives the same class map as on the whole image.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -64,8 +65,7 @@ class Grid:
 
     Args:
         tiles: their size and overlap.
-        height: of the image in pixels.
-        width: of the image in pixels.
+        height, width: of the image in pixels.
     """
 
     def __init__(self, tiles: Tiles, height: int, width: int) -> None:
@@ -81,9 +81,8 @@ class Grid:
     def boxes(self) -> Iterator[Box]:
         """Yields the tiles, row by row."""
         height, width = self.size
-        for top in self._rows:
-            for left in self._columns:
-                yield Box(top, left, top + height, left + width)
+        for top, left in itertools.product(self._rows, self._columns):
+            yield Box(top, left, top + height, left + width)
 
     def blend(self, maps: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Blends the class maps of the tiles.
