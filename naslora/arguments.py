@@ -86,8 +86,8 @@ def deferred(
         return functools.partial(command, *args, **kwargs)
 
     functools.update_wrapper(take, command)
-    # The parser would break the help's lines where the docstring breaks.
-    take.__doc__ = re.sub(r"\n {12}", " ", command.__doc__ or "")
+    # The parser would break the help's lines where an option's text breaks.
+    text = re.sub(r"\n {8}", " ", inspect.getdoc(command) or "")
     signature = inspect.signature(command)
     # After one with a default, a parameter without one has to be keyword-only.
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()]
@@ -98,8 +98,9 @@ def deferred(
     vars(take)["__signature__"] = signature.replace(parameters=parameters)
     take.__annotations__ = {p.name: p.annotation for p in parameters}
     if brief and "config" in signature.parameters:
-        advice = f"All settings: naslora {command.__name__} --help-all"
-        take.__doc__ = take.__doc__.replace("\n", f"\n\n    {advice}\n", 1)
+        purpose, _, options = text.partition("\n")
+        text = f"{purpose}\n\nAll settings: naslora {command.__name__} --help-all\n{options}"
+    take.__doc__ = text
     return take
 
 

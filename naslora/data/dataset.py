@@ -139,8 +139,8 @@ class SegmentationDataset(Dataset[Item]):
 
     def is_flipped(self, index: int) -> bool:
         """Returns whether the item is mirrored in the current epoch."""
-        random = seeded_generator(FLIP, self.seed, int(self._epoch), index)
-        return self.flip and bool(random.random() < 0.5)
+        place = FLIP, self.seed, int(self._epoch), index
+        return self.flip and bool(seeded_generator(*place).random() < 0.5)
 
     def read(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
         """Reads an image and its mask, from the cache if there is one.

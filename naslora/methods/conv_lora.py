@@ -134,20 +134,16 @@ class ConvLoRALinear(nn.Module):
         """
         dtype = torch.promote_types(pooled.dtype, torch.float32)
         logits = F.linear(pooled, self.gate).to(dtype)
-        if not self.training:
-            chosen = logits.argmax(1)
-            return chosen, self._counts(chosen)
-        noise = F.softplus(F.linear(pooled, self.noise).to(dtype)) + MIN_NOISE
-        noisy = logits + noise * torch.randn_like(logits)
+        noise, noisy = None, logits
+        if self.training:
+            noise = F.softplus(F.linear(pooled, self.noise).to(dtype)) + MIN_NOISE
+            noisy = logits + noise * torch.randn_like(logits)
         chosen = noisy.argmax(1)
-        counts = self._counts(chosen)
-        self.balance.add(BALANCE_WEIGHT * balance_loss(logits, noise, noisy, counts))
+        experts = torch.arange(len(self.experts), device=chosen.device)
+        counts = (chosen[:, None] == experts).sum(0)
+        if noise is not None:
+            self.balance.add(BALANCE_WEIGHT * balance_loss(logits, noise, noisy, counts))
         return chosen, counts
-
-    def _counts(self, chosen: Tensor) -> Tensor:
-        """(experts,) the number of maps that selected each expert."""
-        indices = torch.arange(len(self.experts), device=chosen.device)
-        return (chosen[:, None] == indices).sum(0)
 
     def mixture(self, z: Tensor, chosen: Tensor, counts: list[int]) -> Tensor:
         """Each map through its expert, the maps of an expert in one call.

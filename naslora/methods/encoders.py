@@ -21,14 +21,9 @@ def is_plain_vit(encoder: nn.Module) -> bool:
     return len(blocks) > 0 and all(hasattr(block, part) for block in blocks for part in parts)
 
 
-def is_tiny_vit(encoder: nn.Module) -> bool:
-    """Whether it is MobileSAM's encoder, a ``naslora.sam.encoders.TinyViTEncoder``."""
-    return len(tiny_vit_stages(encoder)) > 0
-
-
 def tiny_vit_stages(encoder: nn.Module) -> list[Any]:
-    """The stages of a TinyViT that have attention. A stage sees (B, C, H, W), its blocks see
-    (B, H, W, C)."""
+    """The stages of a TinyViT, MobileSAM's encoder, that have attention; none of others. A stage
+    sees (B, C, H, W), its blocks see (B, H, W, C)."""
     stages: Any = getattr(encoder, "stages", ())
     return [stage for stage in stages if hasattr(stage.blocks[0], "attn")]
 

@@ -15,7 +15,6 @@ from naslora.methods.encoders import (
     AdaptedBlock,
     beside,
     is_plain_vit,
-    is_tiny_vit,
     refuse,
     tiny_vit_stages,
 )
@@ -99,8 +98,8 @@ def add(encoder: Any, config: MonaConfig, seed: int) -> None:
     if is_plain_vit(encoder):
         for index, block in enumerate(encoder.blocks):
             encoder.blocks[index] = MonaBlock(block, config.width)
-    elif is_tiny_vit(encoder):
-        for stage in tiny_vit_stages(encoder):
+    elif stages := tiny_vit_stages(encoder):
+        for stage in stages:
             for index, block in enumerate(stage.blocks):
                 block.local_conv = MonaThenConv(_mona(block, config.width), block.local_conv)
                 stage.blocks[index] = nn.Sequential(block, _mona(block, config.width))

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,11 +51,6 @@ def add_lora(encoder: Any, config: LowRankConfig, seed: int, dora: bool = False)
             layer.lora_A["default"].weight.copy_(drawn)
 
 
-def add_dora(encoder: Any, config: LowRankConfig, seed: int) -> None:
-    """``add_lora`` with a magnitude for each output."""
-    add_lora(encoder, config, seed, dora=True)
-
-
 def add_vera(encoder: Any, config: VeRAConfig, seed: int) -> None:
     """VeRA (arXiv 2310.11454): trained scales around random matrices that all layers share.
 
@@ -93,5 +89,5 @@ def _modes(config: Any) -> list[MergeMode]:
 
 FOLDING = Folding(_peft_layers, _folded, _update, _modes)
 LORA = Method("lora", "LoRA", LowRankConfig, add_lora, FOLDING)
-DORA = Method("dora", "DoRA", LowRankConfig, add_dora, FOLDING)
+DORA = Method("dora", "DoRA", LowRankConfig, partial(add_lora, dora=True), FOLDING)
 VERA = Method("vera", "VeRA", VeRAConfig, add_vera, FOLDING)

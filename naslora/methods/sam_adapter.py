@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from naslora.adapter.layer.applied import Method
 from naslora.adapter.layer.config import MethodConfig
 from naslora.errors import UserError
-from naslora.methods.encoders import beside, is_plain_vit, is_tiny_vit, refuse, tiny_vit_stages
+from naslora.methods.encoders import beside, is_plain_vit, refuse, tiny_vit_stages
 from naslora.settings import Count
 
 MASKED = 0.25  # share of the spectrum, its lowest frequencies, that is set to zero
@@ -133,8 +133,7 @@ def add(encoder: Any, config: SAMAdapterConfig, seed: int) -> None:
         stages = [list(encoder.blocks)]
         strides = [encoder.patch_embed.proj.stride[0]]
         watch = [encoder.patch_embed.register_forward_hook]
-    elif is_tiny_vit(encoder):
-        own = tiny_vit_stages(encoder)
+    elif own := tiny_vit_stages(encoder):
         stages = [list(stage.blocks) for stage in own]
         steps = [stage.downsample.conv2.conv.stride[0] for stage in own]
         # Pixels a side for a token of each stage: 8, 16 and 16 in MobileSAM.

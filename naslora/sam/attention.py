@@ -232,23 +232,22 @@ class _Form(NamedTuple):
     """A regular expression that matches the class's module and name."""
     children: frozenset[str]
     """The names of its children. The fused forward would leave out a further one."""
-    parameters: frozenset[str]
-    """The names that its own parameters can have."""
     mixin: type[Fused]
+    parameters: frozenset[str] = frozenset()
+    """The names that its own parameters can have."""
     names: frozenset[str] | None = None
     """If given, what the class's forward may refer to: a copy that refers to more computes more."""
 
 
 _LINEAR = frozenset({"qkv", "proj"})
 _TABLES = frozenset({"rel_pos_h", "rel_pos_w"})
-_NONE: frozenset[str] = frozenset()
 _BLOCK = frozenset({"norm1", "attn", "norm2", "mlp"})
 _FORMS = (
     _Form(
         r"(.+\.)?modeling\.image_encoder\.Attention",
         _LINEAR,
-        _TABLES,
         _SegmentAnything,
+        _TABLES,
         _LINEAR
         | _TABLES
         | {"shape", "reshape", "num_heads", "permute", "unbind", "scale", "transpose", "softmax"}
@@ -257,37 +256,34 @@ _FORMS = (
     _Form(
         r"(.+\.)?modeling\.image_encoder\.Block",
         _BLOCK,
-        _NONE,
         FusedBlock,
-        _BLOCK | {"window_size", "shape", "window_partition", "window_unpartition"},
+        names=_BLOCK | {"window_size", "shape", "window_partition", "window_unpartition"},
     ),
     _Form(
         r"transformers\.models\.(sam|sam_hq)\.modeling_\1\.Sam(HQ)?Vision(Sdpa)?Attention",
         _LINEAR,
-        _TABLES,
         _HuggingFace,
+        _TABLES,
     ),
     _Form(
         r"transformers\.models\.(sam|sam_hq)\.modeling_\1\.Sam(HQ)?VisionLayer",
         frozenset({"layer_norm1", "attn", "layer_norm2", "mlp"}),
-        _NONE,
         _HuggingFaceLayer,
     ),
     *(
-        _Form(r"timm\.models\.hieradet_sam2\.MultiScaleAttention", children, _NONE, _Hiera)
+        _Form(r"timm\.models\.hieradet_sam2\.MultiScaleAttention", children, _Hiera)
         for children in (_LINEAR, _LINEAR | {"q_pool"})
     ),
     _Form(
         r"transformers\.models\.sam2\.modeling_sam2\.Sam2MultiScaleAttention",
         _LINEAR,
-        _NONE,
         _HuggingFaceHiera,
     ),
     _Form(
         r"(timm\.models\.tiny_vit|(.+\.)?modeling\.tiny_vit_sam)\.Attention",
         _LINEAR | {"norm"},
-        frozenset({"attention_biases"}),
         _TinyViT,
+        frozenset({"attention_biases"}),
     ),
 )
 

@@ -48,13 +48,8 @@ class SegmentationDecoder(nn.Module):
         self.transformer = build_transformer()
         self.iou_token = nn.Embedding(1, EMBED_DIM)
         self.mask_tokens = nn.Embedding(num_tokens, EMBED_DIM)
-        self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(EMBED_DIM, EMBED_DIM // 4, kernel_size=2, stride=2),
-            LayerNorm2d(EMBED_DIM // 4),
-            nn.GELU(),
-            nn.ConvTranspose2d(EMBED_DIM // 4, EMBED_DIM // 8, kernel_size=2, stride=2),
-            nn.GELU(),
-        )
+        enlarging = _enlarging(EMBED_DIM, EMBED_DIM // 4, EMBED_DIM // 8)
+        self.output_upscaling = nn.Sequential(*enlarging, nn.GELU())
         self.output_hypernetworks_mlps = nn.ModuleList(
             [MLP(EMBED_DIM, EMBED_DIM, EMBED_DIM // 8, num_layers=3)]
         )

@@ -32,6 +32,8 @@ class SegmentationOutput:
     """(B, Q, S, S) mask logits, upsampled bilinearly to the image size; Q = 1 if binary."""
     classes: Tensor | None
     """(B, Q, K + 1) class logits of the mask tokens, "no object" last; None if binary."""
+    mean: Tensor | None = None
+    """(B, K, S, S) class map over an image and its mirror images, if these were computed."""
 
     def class_map(self) -> Tensor:
         """Computes the scores of the classes at each pixel.
@@ -40,6 +42,8 @@ class SegmentationOutput:
             (B, K, S, S) float32. Binary: K = 1, the probability of the foreground. Several classes:
             the paper's class map, sum_q softmax(classes)_qk sigmoid(masks)_q.
         """
+        if self.mean is not None:
+            return self.mean
         masks = self.masks.float().sigmoid()
         if self.classes is None:
             return masks
@@ -49,18 +53,6 @@ class SegmentationOutput:
     def labels(self) -> Tensor:
         """Computes the (B, S, S) int64 labels, as ``labels_of``."""
         return labels_of(self.class_map())
-
-
-@dataclass
-class AveragedOutput(SegmentationOutput):
-    """A prediction whose class map is the mean over an image and its mirror images."""
-
-    mean: Tensor
-    """(B, K, S, S)."""
-
-    def class_map(self) -> Tensor:
-        """Returns ``mean``."""
-        return self.mean
 
 
 class MirroredModel(nn.Module):
@@ -75,12 +67,12 @@ class MirroredModel(nn.Module):
         super().__init__()
         self.model, self.axes, self.num_classes = model, axes, model.num_classes
 
-    def forward(self, images: Tensor) -> AveragedOutput:
+    def forward(self, images: Tensor) -> SegmentationOutput:
         """As ``SamForSegmentation.forward``."""
         own = self.model(images)
         maps = [own.class_map()]
         maps += [self.model(images.flip(axes)).class_map().flip(axes) for axes in self.axes]
-        return AveragedOutput(own.masks, own.classes, torch.stack(maps).mean(0))
+        return SegmentationOutput(own.masks, own.classes, torch.stack(maps).mean(0))
 
 
 def labels_of(class_map: Tensor, threshold: float = 0.5) -> Tensor:

@@ -190,16 +190,18 @@ def calibrate(
             finite.
     """
     names = {layer: name for name, layer in layers.items()}
-    units = dict.fromkeys(_units(model, names))
     targets: dict[NASLoRALinear, dict[int, Tensor]] = {}
     calls: Counter[nn.Module] = Counter()  # in the order of the first calls
 
-    def keep_target(batch: int, called: nn.Module, x: Tensor) -> None:
-        calls[called] += 1
-        if isinstance(called, NASLoRALinear) and batch not in targets.setdefault(called, {}):
-            targets[called][batch] = called.mixed(x).reshape(-1, called.rank)
+    def keep_target(batch: int, layer: NASLoRALinear, x: Tensor) -> None:
+        y = layer.mixed(x).reshape(-1, layer.rank)
+        targets.setdefault(layer, {}).setdefault(batch, y)
 
-    feed(model, batches, keep_target, layers, tuple(units))
+    with ExitStack() as stack:
+        for module in {*_units(model, names), *layers.values()}:
+            hook = module.register_forward_pre_hook(lambda called, _: calls.update([called]))
+            stack.enter_context(hook)
+        feed(model, batches, keep_target, layers)
     fits: dict[str, Fit] = {}
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -319,7 +321,6 @@ def feed(
     batches: Calibration,
     observe: Callable[[int, Layer, Tensor], None],
     layers: Mapping[str, Layer],
-    others: Sequence[nn.Module] = (),
 ) -> None:
     """Feeds the batches in evaluation mode and passes each input of a layer to ``observe``.
 
@@ -328,29 +329,27 @@ def feed(
         batches: the result of ``calibration_batches``.
         observe: called with the batch's index, the layer and its input, before the layer computes.
         layers: the layers to observe, by name.
-        others: further modules to observe, which no batch need reach.
 
     Raises:
         UserError: a batch does not fit the model, or no batch reaches some layer.
     """
     busy = False  # `observe` calls layers itself; these calls are not observed
     index = 0
-    reached, empty = set(), torch.empty(0)  # of modules that take arguments by name
+    reached = set()
 
-    def hook(layer: Any, inputs: tuple[Any, ...]) -> None:
+    def hook(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         nonlocal busy
         if busy:
             return
         busy = True
         reached.add(layer)
         try:
-            observe(index, layer, next(iter(inputs), empty))
+            observe(index, layer, inputs[0])
         finally:
             busy = False
 
     modes = {module: module.training for module in model.modules()}
-    observed: list[nn.Module] = [*layers.values(), *others]
-    handles = [module.register_forward_pre_hook(hook) for module in observed]
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
     try:
         model.eval()
         # Compiled code skips new hooks. If nothing is compiled, the import would take seconds.
