@@ -86,6 +86,7 @@ def deferred(
         return functools.partial(command, *args, **kwargs)
 
     functools.update_wrapper(take, command)
+    del vars(take)["__wrapped__"]  # where the parser would look for the docstring
     # The parser would break the help's lines where an option's text breaks.
     text = re.sub(r"\n {8}", " ", inspect.getdoc(command) or "")
     signature = inspect.signature(command)

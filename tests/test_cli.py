@@ -72,6 +72,12 @@ def test_help_shows_what_most_people_need_first(naslora):
     assert len(shown) <= 15 and "--help-all" in naslora("train", "--help").out
 
 
+def test_the_help_of_an_option_has_no_line_breaks_of_the_source(naslora, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    help_ = naslora("predict", "--help").out
+    assert "auto takes the windows of --crop" in help_ and "write label images, in which" in help_
+
+
 def test_the_version(naslora):
     assert naslora("--version").out == f"naslora {naslora_package.__version__}\n"
 
