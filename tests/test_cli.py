@@ -1,4 +1,4 @@
-"""The command line: its help, and checkpoints.
+"""The command line: its help, checkpoints, and a loss that is not finite.
 
 tests/reliability/bad_inputs.yaml has the input that costs one line.
 """
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import naslora as naslora_package
 from naslora.methods import METHODS
+from naslora.results import LAST
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.run_config import DataConfig, ModelConfig, PromptConfig, RunConfig
 from naslora.training.train_config import TrainConfig
@@ -53,6 +54,13 @@ def test_good_checkpoints_train(trained, naslora, tmp_path):
 def test_a_backend_that_the_environment_misnames(trained, monkeypatch):
     monkeypatch.setenv("NASLORA_BACKEND", "fast")
     assert "backend 'fast' cannot be used here: it does not exist" in trained()[1]
+
+
+def test_a_loss_that_is_not_finite(trained, tmp_path):
+    _, line = trained("--learning-rate", "1e30")
+    assert re.search(r"the loss is (nan|inf) in epoch 1/2 on ", line)
+    assert "lower --learning-rate" in line
+    assert not (tmp_path / "run" / LAST).exists() and not (tmp_path / "run" / "adapter").exists()
 
 
 # --- Help and info ---

@@ -265,3 +265,6 @@ def test_what_is_refused(checkpoint, tmp_path):
     Image.new("RGB", (SIZE, SIZE)).save(picture)
     result = refusal("predict", f"{path}.safetensors", picture, "--output", tmp_path / "masks")
     assert "SAM has no classification branch for 3 classes" in result
+    fresh = segmenter(mode="center")
+    with pytest.raises(UserError, match="not made from a SAM checkpoint"):
+        export(fresh, description(fresh), "safetensors", tmp_path / "merged.safetensors")

@@ -8,6 +8,7 @@ from adapted_models import differing
 
 from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter
 from naslora.adapter.layer.config import LowRankConfig
+from naslora.files import read_json, write_json
 from naslora.methods import METHODS, applied, apply, configure, merge_modes, searches
 from naslora.methods.conv_lora import ConvLoRAConfig
 from naslora.methods.mona import MonaConfig
@@ -114,3 +115,24 @@ def test_a_file_rebuilds_its_configuration(tmp_path, method):
     load_adapter(fresh, tmp_path)
     assert applied(fresh) == applied(model)
     assert not differing(fresh.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("method", ["vpt", "nas-pc-lora"])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"colour": "red"}, "there is no setting 'colour'"),
+        ({"target": "(a+)+$"}, "target: expected the names of layers"),
+    ],
+)
+def test_what_a_file_may_not_hold(tmp_path, method, changes, words):
+    model, fresh = build_model("vit_t", SIZE), build_model("vit_t", SIZE)
+    apply(method, model)
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    stored = read_json(path)
+    write_json(path, stored | {"config": stored["config"] | changes})
+    before = list(fresh.state_dict())
+    with pytest.raises(UserError, match=words):
+        load_adapter(fresh, tmp_path)
+    assert applied(fresh) is None and list(fresh.state_dict()) == before

@@ -225,15 +225,17 @@ def test_shared_tensors_are_stored_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tensors, message",
+    "tensors, description, message",
     [
-        ({"pos_embed": None}, "pos_embed is missing in the file"),
-        ({"pos_embed": torch.zeros(1)}, r"pos_embed has shape \(1,\) in the file, \(1, 4, "),
-        ({"pos_embed": torch.ones(1, 4, 4, 32)}, "holds other weights than merged.json say"),
-        ({}, f"{MERGED_CONFIG} does not exist"),
+        ({"pos_embed": None}, None, "pos_embed is missing in the file"),
+        ({"pos_embed": torch.zeros(1)}, None, r"pos_embed has shape \(1,\) in the file, \(1, 4, "),
+        ({"pos_embed": torch.ones(1, 4, 4, 32)}, None, "holds other weights than merged.json say"),
+        ({}, "", f"{MERGED_CONFIG} does not exist"),
+        ({}, "[]", "describes no merged model"),
+        ({}, '{"layers": ["body.0"]}', "it has no nn.Linear body.0"),
     ],
 )
-def test_damaged_merged_models_leave_the_model_alone(tensors, message, tmp_path):
+def test_damaged_merged_models_leave_the_model_alone(tensors, description, message, tmp_path):
     model = adapted_encoder()
     merge(model)
     save_merged(model, tmp_path)
@@ -241,6 +243,8 @@ def test_damaged_merged_models_leave_the_model_alone(tensors, message, tmp_path)
         changed = {**load_file(tmp_path / MERGED_WEIGHTS), **tensors}
         kept = {name: value for name, value in changed.items() if value is not None}
         save_file(kept, tmp_path / MERGED_WEIGHTS)
+    elif description:
+        (tmp_path / MERGED_CONFIG).write_text(description)
     else:
         (tmp_path / MERGED_CONFIG).unlink()
     other = build_encoder()
