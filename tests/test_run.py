@@ -188,8 +188,8 @@ def test_predict_files_and_folders(run, tmp_path):
         stem = name.split("/")[-1][0]
         mask = Image.open(tmp_path / "o" / f"{stem}_mask.png")
         assert mask.size == size and set(np.unique(mask)) <= {0, 1, 2}
-        assert Image.open(tmp_path / "o" / f"{stem}_overlay.png").size == size
-    assert len(list((tmp_path / "o").glob("*.png"))) == 6
+        assert Image.open(tmp_path / "o" / f"{stem}_overlay.jpg").size == size
+    assert len(list((tmp_path / "o").glob("*.*"))) == 6
     assert "wrote 3 masks to" in succeed(*command, tmp_path / "p", "--no-overlays").out
     for mask in (tmp_path / "p").glob("*.png"):
         assert mask.read_bytes() == (tmp_path / "o" / mask.name).read_bytes()
