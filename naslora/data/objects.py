@@ -51,12 +51,11 @@ def components(labels: np.ndarray) -> np.ndarray:
     return numbered(found, labels == IGNORED)
 
 
-def numbered(values: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
+def numbered(values: np.ndarray, ignored: np.ndarray | bool = False) -> np.ndarray:
     """Numbers the values of (H, W) pixels, but 0, in their order: (H, W) int32."""
     numbers = np.searchsorted(np.unique(np.append(values, 0)), values)
     numbers[numbers >= IGNORED] += 1
-    if ignored is not None:
-        numbers[ignored] = IGNORED
+    numbers[ignored] = IGNORED
     return numbers.astype(np.int32)
 
 
