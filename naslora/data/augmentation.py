@@ -59,13 +59,7 @@ def colour(augment: Augment) -> list[v2.Transform]:
 
 
 class Augmentation:
-    """Changes an image and its mask together.
-
-    Args:
-        augment: the set of changes.
-        size: side S of the images in pixels.
-        channels: C; colours change only if there are three.
-    """
+    """Changes an image and its mask together. Colours change only if there are three channels."""
 
     def __init__(self, augment: Augment, size: int, channels: int = 3) -> None:
         changes = [*geometry(augment, size), *(colour(augment) if channels == 3 else [])]
@@ -74,16 +68,10 @@ class Augmentation:
     def __call__(
         self, image: Tensor, mask: Tensor | None, seed: int, epoch: int, index: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Changes a sample.
+        """Changes a (C, S, S) uint8 image and its (S, S) integer labels; None without a mask.
 
-        Args:
-            image: (C, S, S) uint8.
-            mask: (S, S) integer labels; None without a mask.
-            seed, epoch, index: of the run, and of the sample in its data set.
-
-        Returns:
-            The changed image and mask, of the same shapes and dtypes. Pixels from outside the image
-            are 0, and their label is ``IGNORED``.
+        Pixels from outside the image become 0, and their label ``IGNORED``. ``seed`` is the run's,
+        ``index`` that of the sample in its data set.
         """
         if self._transform is None:
             return image, mask

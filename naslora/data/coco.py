@@ -59,10 +59,8 @@ def read_coco(root: Path, class_names: Sequence[str] = ()) -> Splits:
     of that file, in the root, or in a folder below the root that is called ``images``, like the
     split, or like the split and a year.
 
-    Args:
-        root: the folder of the data set.
-        class_names: the categories that become the classes 1, 2, ... in this order. The others
-            are background. Empty for all categories, in the order of their ids.
+    The categories of ``class_names`` become the classes 1, 2, ... in this order. The others are
+    background. Without ``class_names`` all categories are classes, in the order of their ids.
 
     Raises:
         UserError: a file is missing, is no such file, or names what does not exist; categories

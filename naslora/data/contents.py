@@ -78,14 +78,8 @@ def _digest(files: tuple[Path | Annotation, ...], origin: str) -> str:
 
 
 def warnings_about(contents: Contents) -> list[str]:
-    """Names splits without foreground, copies of training images, and images that are nearly black.
-
-    Args:
-        contents: the splits of a run.
-
-    Returns:
-        A line for each of them.
-    """
+    """A line for each split without foreground, for copies of training images, and for images that
+    are nearly black."""
     lines = [
         f"all {len(split)} masks of the split {name!r} are empty, so it has no Dice; check the "
         "masks and --num-classes"

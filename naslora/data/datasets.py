@@ -77,9 +77,7 @@ def load_all(
 ) -> list[Sample]:
     """Locates all samples of a data set, of all splits, so that others can be drawn.
 
-    Args:
-        source, root, group, how: as in ``load_splits``.
-        option: what draws the splits, for the message.
+    Arguments as ``load_splits``; ``option`` is what draws the splits, for the message.
 
     Raises:
         UserError: the data set has splits of its own, or each entry of a column ``group`` that is

@@ -175,12 +175,9 @@ def read_layout(layouts: Sequence[Layout], root: Path) -> Splits:
 
 
 def draw_splits(splits: Splits, val: float, test: float = 0) -> Splits:
-    """Draws test and validation images from the training images.
+    """Draws test images from the training images, and validation images from the rest.
 
-    Args:
-        splits: a split of which no share is drawn is kept.
-        val: share of the images that are not drawn for the test, in [0, 1).
-        test: share of all images, in [0, 1).
+    The shares are in [0, 1). A split of which no share is drawn is kept.
     """
     drawn = dict(splits)
     for split, share in (("test", test), ("val", val)):
@@ -282,9 +279,7 @@ def pair_files(
 ) -> list[tuple[Path, Path]]:
     """Pairs each image of a folder with the mask of the same stem. The case is ignored.
 
-    Args:
-        images, masks: the folders.
-        suffix, skip: as in ``Layout``.
+    ``suffix`` and ``skip`` as in ``Layout``.
 
     Raises:
         UserError: there are no images, two images or two masks have the same stem, or a file has

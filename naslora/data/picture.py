@@ -62,16 +62,9 @@ def parse_intensity(words: Sequence[str]) -> Intensity:
 
 
 def scale(values: np.ndarray, limits: Sequence[Limits]) -> np.ndarray:
-    """Scales values to 8 bits, rounded.
+    """Scales (H, W, C) numbers to uint8, rounded, by the limits of each channel.
 
     NaN becomes 0. With equal limits, values become 0 up to them and 255 above.
-
-    Args:
-        values: (H, W, C) numbers.
-        limits: of each channel.
-
-    Returns:
-        uint8, of the same shape.
     """
     low, high = np.array(limits).T  # (C,) float64 each
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

@@ -45,28 +45,20 @@ def fit_tiles(size: int, image_size: int, patch: int, overlap: float = OVERLAP) 
     """Makes tiles that start where a patch of the encoder starts.
 
     So the encoder cuts a tile into the same patches as its neighbours, and as the whole image. SAM
-    predicts a thin structure differently if it is cut otherwise.
+    predicts a thin structure differently if it is cut otherwise. The step is 1 if a patch is no
+    whole number of the image's pixels.
 
     Args:
-        size: side of a tile in pixels of the image.
-        image_size: side of the model's images, to which tiles are resized.
-        patch: side of a patch of the encoder in pixels of the model's images.
-        overlap: as in ``Tiles``.
-
-    Returns:
-        The tiles. Their step is 1 if a patch is no whole number of the image's pixels.
+        size, overlap: as in ``Tiles``.
+        image_size, patch: sides of the model's images, to which tiles are resized, and of a patch
+            of the encoder, in pixels of the model's images.
     """
     step, rest = divmod(patch * size, image_size)
     return Tiles(size, overlap, 1 if rest else step)
 
 
 class Grid:
-    """The tiles of one image, spread evenly over it.
-
-    Args:
-        tiles: their size and overlap.
-        height, width: of the image in pixels.
-    """
+    """The tiles of one image of ``height`` x ``width`` pixels, spread evenly over it."""
 
     def __init__(self, tiles: Tiles, height: int, width: int) -> None:
         self._rows = _starts(height, tiles)
