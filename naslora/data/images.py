@@ -68,8 +68,6 @@ class Sample(NamedTuple):
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that are read. Pillow reads some others by calling a program, such as Ghostscript."""
-WHITE_IS_ZERO = (262, 0)
-"""Tag and value of such TIFF files."""
 
 
 def open_picture(
@@ -180,11 +178,9 @@ class Upright(NamedTuple):
 
 
 def open_upright(file: Path | io.BytesIO, where: str) -> Upright:
-    """Decodes an image file and rotates the image by its EXIF orientation.
+    """Decodes an image file, by path or content, and rotates it by its EXIF orientation.
 
-    Args:
-        file: path or content.
-        where: the start of an error message: the origin and the path.
+    ``where`` is the start of an error message: the origin and the path.
 
     Raises:
         ImageError: the file is missing, truncated or not an image.
@@ -195,10 +191,9 @@ def open_upright(file: Path | io.BytesIO, where: str) -> Upright:
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
         lossy = _is_lossy(image, file)
-        tag, zero = WHITE_IS_ZERO
-        if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(tag) == zero:
-            inverted = Image.fromarray(65535 - np.asarray(image))  # Pillow does so for 8 bits
-            return Upright(inverted, lossy, shortened)
+        photometric = getattr(image, "tag_v2", {}).get(262)
+        if photometric == 0 and image.mode.startswith("I;16"):  # white; Pillow inverts 8 bits only
+            return Upright(Image.fromarray(65535 - np.asarray(image)), lossy, shortened)
         return Upright(image, lossy, shortened)
 
 

@@ -146,8 +146,8 @@ class Layout(NamedTuple):
     """The encoding of the masks."""
     suffix: str = ""
     """Text that a mask's stem may have after the stem of its image."""
-    skip: str | None = None
-    """Regular expression; files with a matching stem are ignored."""
+    skip: str = "(?!)"
+    """Regular expression; files with a matching stem are ignored. The default matches none."""
     test: float = 0
     """Share of the training images that are drawn at random as test images."""
     val: float = 0
@@ -162,14 +162,13 @@ def read_layout(layouts: Sequence[Layout], root: Path) -> Splits:
     Raises:
         UserError: a folder is missing, or two folders match one path; as ``pair_files``.
     """
-    layout = next((one for one in layouts[:-1] if has_folder(root, one.mark)), layouts[-1])
+    layout = next((one for one in layouts[:-1] if find_folders(root, one.mark)), layouts[-1])
     splits: Splits = {}
     for part in layout.parts:
         images, masks = _locate(root, part.images), _locate(root, part.masks)
-        pairs = pair_files(images, masks, layout.suffix, layout.skip)
         splits.setdefault(part.split, []).extend(
             Sample(*pair, f"folder {images.relative_to(root)}", layout.encoding, part.group)
-            for pair in pairs
+            for pair in pair_files(images, masks, layout)
         )
     return draw_splits(splits, layout.val, layout.test)
 
@@ -195,9 +194,9 @@ def read_folders(root: Path) -> Splits:
     Raises:
         UserError: as ``read_layout``.
     """
-    names = [*REQUIRED_SPLITS, *([OPTIONAL_SPLIT] if has_folder(root, OPTIONAL_SPLIT) else [])]
+    names = [*REQUIRED_SPLITS, *([OPTIONAL_SPLIT] if find_folders(root, OPTIONAL_SPLIT) else [])]
     parts = [Part(name, f"{name}/{IMAGE_FOLDER}", f"{name}/{MASK_FOLDER}") for name in names]
-    if has_folder(root, IMAGE_FOLDER):
+    if find_folders(root, IMAGE_FOLDER):
         parts = [Part(UNDRAWN, IMAGE_FOLDER, MASK_FOLDER)]
     return read_layout([Layout(tuple(parts))], root)
 
@@ -208,21 +207,12 @@ def _locate(root: Path, path: str) -> Path:
     Raises:
         UserError: there is none, or there are two. The message lists those that exist.
     """
-    matching = _descend(root, path)
+    matching = find_folders(root, path)
     if len(matching) != 1:
         shown = matching or [f for f in (*root.glob("*"), *root.glob("*/*")) if f.is_dir()]
         names = listing((folder.relative_to(root).as_posix() for folder in shown), limit=12)
         raise UserError(f"{root}: expected one folder {path}, found {names}")
     return matching[0]
-
-
-def has_folder(root: Path, name: str) -> bool:
-    """Returns whether ``root`` contains the folder ``name``; as in ``Part``.
-
-    Raises:
-        UserError: ``root`` does not exist.
-    """
-    return bool(_descend(root, name))
 
 
 def check_folder(folder: Path) -> None:
@@ -236,7 +226,12 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"the folder {folder} {problem}")
 
 
-def _descend(root: Path, path: str) -> list[Path]:
+def find_folders(root: Path, path: str) -> list[Path]:
+    """The folders below ``root`` with a path of a ``Part``.
+
+    Raises:
+        UserError: ``root`` does not exist.
+    """
     check_folder(root)
     folders = [root]
     for step in path.split("/"):
@@ -274,18 +269,15 @@ def list_images(folder: Path) -> list[Path]:
     return found
 
 
-def pair_files(
-    images: Path, masks: Path, suffix: str = "", skip: str | None = None
-) -> list[tuple[Path, Path]]:
+def pair_files(images: Path, masks: Path, layout: Layout) -> list[tuple[Path, Path]]:
     """Pairs each image of a folder with the mask of the same stem. The case is ignored.
-
-    ``suffix`` and ``skip`` as in ``Layout``.
 
     Raises:
         UserError: there are no images, two images or two masks have the same stem, or a file has
             no partner.
     """
-    named = _files_by_stem(images, skip), _files_by_stem(masks, skip, suffix)
+    suffix = layout.suffix
+    named = _files_by_stem(images, layout.skip), _files_by_stem(masks, layout.skip, suffix)
     for (files, partners), kind in ((named, "mask"), (named[::-1], "image")):
         unpaired = [files[stem].name for stem in files if stem not in partners]
         if unpaired:
@@ -302,10 +294,10 @@ def pair_files(
     return [(named[0][stem], named[1][stem]) for stem in named[0]]
 
 
-def _files_by_stem(folder: Path, skip: str | None, suffix: str = "") -> dict[str, Path]:
+def _files_by_stem(folder: Path, skip: str, suffix: str = "") -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in list_images(folder):
-        if skip is not None and re.search(skip, path.stem, re.IGNORECASE):
+        if re.search(skip, path.stem, re.IGNORECASE):
             continue
         stem = stem_of(path).lower().removesuffix(suffix)
         if stem in files:

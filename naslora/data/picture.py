@@ -222,14 +222,11 @@ class Picture:
     def _values(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Rows and columns as they are stored, (n, m, C)."""
         with readable(self._where):
-            values = self.source.values(top, bottom, left, right)
-        return values if values.ndim == 3 else values[..., None]
+            return np.atleast_3d(self.source.values(top, bottom, left, right))
 
     def _find_limits(self, channels: int) -> list[Limits]:
         """The values of each channel that become 0 and 255."""
-        if self._intensity is None:
-            return channels * [Limits(0, 65535)]
-        kind, low, high = self._intensity
+        kind, low, high = self._intensity or ("window", 0, 65535)
         if kind == "window":
             return channels * [Limits(low, high)]
         step = math.isqrt(self.height * self.width // SAMPLED) + 1

@@ -145,15 +145,13 @@ def read_slice(path: Path, cut: Slice, where: str) -> np.ndarray:
     Raises:
         ImageError: the file is damaged.
     """
-    (axis, count, _), planes = cut.how, []
+    axis, count, _ = cut.how
     with readable(where):
         with _LOCK:  # so that threads do not decompress the same file
             values = _values(path, path.stat().st_mtime_ns)
-        for number in range(cut.number - count, cut.number + count + 1):
-            place: list[Any] = [slice(None)] * 3
-            place[axis] = min(max(number, 0), values.shape[axis] - 1)
-            planes.append(np.asarray(values[tuple(place)]).T)
-    return np.stack(planes, axis=2)
+        numbers = np.arange(cut.number - count, cut.number + count + 1)
+        places = [(slice(None),) * axis + (n,) for n in numbers.clip(0, values.shape[axis] - 1)]
+        return np.stack([np.asarray(values[place]).T for place in places], axis=2)
 
 
 def write_volume(path: Path, source: Path, slices: Sequence[np.ndarray], axis: int) -> None:
