@@ -106,11 +106,8 @@ def draw_window(
     the mask is drawn, so that rare classes are seen as often as others, then one of its pixels, and
     then a window around it. Otherwise, and without foreground, every window is equally likely.
 
-    Args:
-        crop: size and preference.
-        height, width: of the image in pixels.
-        mask: the labels, which are read band by band if they are needed; None without a mask.
-        seed, epoch, index: as in ``Augmentation``.
+    ``height`` and ``width`` are the image's in pixels. Labels of ``mask``, None without one, are
+    read band by band if they are needed. The seeds are those of ``Augmentation``.
     """
     random = seeded_generator(CROP, seed, epoch, index)
     wanted = random.random() < crop.foreground
@@ -128,10 +125,8 @@ def draw_window(
 def _foreground_pixel(mask: Source, random: np.random.Generator) -> tuple[int, int] | None:
     """Draws a class of the foreground, then a pixel of it; None without foreground."""
     bands = [*mask.bands()]
-    counted = [np.bincount(mask.values(*rows, 0, mask.width).ravel()) for rows in bands]
-    counts = np.zeros((len(bands), max(IGNORED + 1, *map(len, counted))), np.int64)
-    for line, own in zip(counts, counted, strict=True):
-        line[: len(own)] = own
+    parts = (mask.values(*rows, 0, mask.width).ravel() for rows in bands)
+    counts = np.stack([np.bincount(part, minlength=IGNORED + 1) for part in parts])
     counts[:, [0, IGNORED]] = 0
     classes = np.flatnonzero(counts.sum(0))
     if not len(classes):

@@ -30,10 +30,7 @@ class Cache:
     """A folder of tensors. Any number of workers, processes and runs may share it.
 
     Entries are written atomically, with a CRC-32. An entry that is damaged is created again. The
-    folder only grows; it may be deleted while no run uses it.
-
-    Args:
-        directory: the folder; it is created if it does not exist.
+    folder only grows; it may be deleted while no run uses it. It is created if it does not exist.
 
     Raises:
         UserError: the folder cannot be created.
@@ -47,15 +44,12 @@ class Cache:
             raise UserError(f"cache {directory} cannot be created: {error.strerror}") from error
 
     def get(self, files: Sequence[bytes], how: str, make: Callable[[], Tensors]) -> Tensors:
-        """Reads an entry, or creates it.
+        """Reads an entry, or creates it: what ``make`` returns, or returned then.
 
         Args:
             files: the content of the files that the tensors depend on.
             how: everything else that they depend on, as text.
             make: computes a new entry, on the CPU. If it raises, no entry is written.
-
-        Returns:
-            What ``make`` returns, or returned when the entry was created.
 
         Raises:
             UserError: the entry cannot be written.

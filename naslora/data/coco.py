@@ -72,11 +72,7 @@ def read_coco(root: Path, class_names: Sequence[str] = ()) -> Splits:
 
 
 def read_categories(root: Path) -> tuple[str, ...]:
-    """Reads the names of the categories, in the order of their ids.
-
-    Raises:
-        UserError: as ``read_coco``.
-    """
+    """Reads the names of the categories, in the order of their ids. Errors as ``read_coco``."""
     first = next(iter(_read_files(root).values()))
     return tuple(category.name for category in first.file.categories)
 
@@ -121,8 +117,8 @@ def _read_file(root: Path, path: Path, split: str) -> _Split:
         raise UserError(f"{path} is no file of COCO annotations: {error}") from error
     file.categories.sort(key=lambda category: category.id)
     names = OTHER_NAMES.get(split, (split,))
-    years = [folder for name in names for folder in sorted(root.glob(f"{name}[0-9]*"))]
-    folders = [path.parent, root, root / "images", *(root / name for name in names), *years]
+    folders = [path.parent, root, root / "images", *(root / name for name in names)]
+    folders += [folder for name in names for folder in sorted(root.glob(f"{name}[0-9]*"))]
     return _Split(path, file, folders)
 
 

@@ -200,15 +200,10 @@ class SegmentationDataset(Dataset[Item]):
     def cut(
         self, pixels: Tensor, labels: Tensor | None, box: Box | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Cuts a box, if there is one, out of an image and its mask, and resizes both.
+        """Cuts a box, None for the whole, out of an image and its mask, and resizes both.
 
-        Args:
-            pixels: (C, H, W) uint8.
-            labels: (H, W) class indices; None without a mask.
-            box: the box; None for the whole.
-
-        Returns:
-            (C, S, S) uint8, and (S, S) int32 class indices, None without a mask.
+        (C, H, W) uint8 pixels become (C, S, S) uint8, (H, W) class indices (S, S) int32. Without a
+        mask ``labels`` is None, and so is its result.
         """
         top, left, bottom, right = box or (0, 0, None, None)
         image = resize_image(pixels[:, top:bottom, left:right], self.image_size)

@@ -37,11 +37,7 @@ One averaged brain shows that a method runs and learns; it says nothing about ne
 
 
 def read_mni152(root: Path) -> Splits:
-    """Reads the demo data set from ``root`` and writes it there first if necessary.
-
-    Raises:
-        UserError: as ``write_mni152``.
-    """
+    """Reads the demo data set from ``root``, after ``write_mni152`` if necessary."""
     write_mni152(root)
     return read_csv(root)
 

@@ -76,18 +76,15 @@ def open_picture(
     contents: Sequence[io.BytesIO] = (),
     channels: int | None = None,
 ) -> Picture:
-    """Opens an image.
+    """Opens the image of a sample upright: rotated by its EXIF orientation.
+
+    Palette indices become colours. The alpha channel is dropped.
 
     Args:
         sample: only its image is read.
-        intensity: how values of more than 8 bits are scaled; None scales 16 bits by 255 / 65535,
-            and refuses floating-point numbers.
+        intensity, channels: as in ``Picture``. With ``channels`` the pages of a TIFF file are
+            channels, too.
         contents: the bytes of the files, if they are in memory.
-        channels: as in ``Picture``. With a number the pages of a TIFF file are channels, too.
-
-    Returns:
-        The image upright: rotated by its EXIF orientation. Palette indices become colours. The
-        alpha channel is dropped.
 
     Raises:
         ImageError: a file is missing, truncated, not an image, or has an unsupported pixel type;

@@ -63,18 +63,17 @@ def read_csv(root: Path, group: str = GROUP) -> Splits:
     if root.is_file():
         return {UNDRAWN: read_rows(root, group=group)}
     check_folder(root)
-    files = sorted(root.glob("*.csv"))
-    splits = {split: root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
-    if splits["train"] not in files:
-        if len(files) != 1:
-            raise UserError(
-                f"{root}: expected train.csv, val.csv and test.csv, or one CSV file, found "
-                f"{listing(path.name for path in files or root.iterdir())} (train --dataset "
-                "folders reads folders of images and masks)"
-            )
-        return {UNDRAWN: read_rows(files[0], group=group)}
-    found = {split: path for split, path in splits.items() if path in files}
-    return {split: read_rows(path, group=group) for split, path in found.items()}
+    files = {path.stem: path for path in root.glob("*.csv")}
+    if "train" not in files and len(files) == 1:
+        return read_csv(next(iter(files.values())), group)
+    if "train" not in files:
+        raise UserError(
+            f"{root}: expected train.csv, val.csv and test.csv, or one CSV file, found "
+            f"{listing(path.name for path in files.values() or root.iterdir())} (train --dataset "
+            "folders reads folders of images and masks)"
+        )
+    splits = (*REQUIRED_SPLITS, OPTIONAL_SPLIT)
+    return {split: read_rows(files[split], group=group) for split in splits if split in files}
 
 
 def read_rows(path: Path, masks: bool = True, group: str = GROUP) -> list[Sample]:
@@ -189,10 +188,7 @@ def draw_splits(splits: Splits, val: float, test: float = 0) -> Splits:
 def read_folders(root: Path) -> Splits:
     """Reads train, val, test and, if it exists, arch, each with an image and a mask folder.
 
-    Or else reads the one image and mask folder of data without splits.
-
-    Raises:
-        UserError: as ``read_layout``.
+    Or else reads the one image and mask folder of data without splits. Errors as ``read_layout``.
     """
     names = [*REQUIRED_SPLITS, *([OPTIONAL_SPLIT] if find_folders(root, OPTIONAL_SPLIT) else [])]
     parts = [Part(name, f"{name}/{IMAGE_FOLDER}", f"{name}/{MASK_FOLDER}") for name in names]
@@ -216,22 +212,14 @@ def _locate(root: Path, path: str) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that a folder exists.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises ``UserError`` if a folder does not exist."""
     if not folder.is_dir():
         problem = "is no folder" if folder.exists() else "does not exist"
         raise UserError(f"the folder {folder} {problem}")
 
 
 def find_folders(root: Path, path: str) -> list[Path]:
-    """The folders below ``root`` with a path of a ``Part``.
-
-    Raises:
-        UserError: ``root`` does not exist.
-    """
+    """The folders below ``root``, which must exist, with a path of a ``Part``."""
     check_folder(root)
     folders = [root]
     for step in path.split("/"):

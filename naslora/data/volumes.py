@@ -100,12 +100,9 @@ def _geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray, str]:
 
 
 def spacing_of(path: Path, axis: int, size: Sequence[int]) -> tuple[tuple[float, ...], str]:
-    """The size of an element of stacked slices.
+    """The size of an element of slices that are stacked along ``axis``, as in ``Slicing``.
 
-    Args:
-        path: the volume.
-        axis: as in ``Slicing``.
-        size: height and width of the slices, which may have been resized.
+    ``size`` is the height and width of the slices, which may have been resized.
 
     Returns:
         The size along the slices, the rows and the columns, and its unit: "mm", "voxels" for TIFF
@@ -157,10 +154,8 @@ def read_slice(path: Path, cut: Slice, where: str) -> np.ndarray:
 def write_volume(path: Path, source: Path, slices: Sequence[np.ndarray], axis: int) -> None:
     """Writes slices as a volume with the geometry of another one, as compressed NIfTI or TIFF.
 
-    Args:
-        source: of NIfTI its header is taken, except for the type of the numbers and their range.
-        slices: (H, W) or (H, W, K) numbers, as ``read_slice`` turns them.
-        axis: as in ``Slicing``.
+    Of NIfTI the header of ``source`` is taken, except for the type of the numbers and their range.
+    Slices are (H, W) or (H, W, K) numbers, as ``read_slice`` turns them, along ``axis``.
     """
     values = np.stack([own.swapaxes(0, 1) for own in slices], axis)
     if not is_nifti(source):
