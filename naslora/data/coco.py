@@ -192,5 +192,5 @@ def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
         instances = [(labels[region.category_id], region) for region in regions[picture.id]]
         drawing = msgspec.json.encode(Drawing(picture.height, picture.width, instances))
         origin = f"{path.name} image {picture.id}"
-        samples.append(Sample(found[0], Annotation(path, drawing), origin, "regions"))
+        samples.append(Sample(found[0], Annotation(path, drawing), origin))
     return samples

@@ -6,7 +6,6 @@ not found.
 
 import functools
 import hashlib
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,11 +68,9 @@ def read_contents(dataset: SegmentationDataset) -> Iterator[Content]:
 def _digest(files: tuple[Path | Annotation, ...], origin: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        with readable(f"{origin}: {file}"):
-            stream = io.BytesIO(file.content) if isinstance(file, Annotation) else file.open("rb")
-            with stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+        with readable(f"{origin}: {file}"), file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -154,7 +154,8 @@ class SegmentationDataset(Dataset[Item]):
                     stamp = os.path.abspath(path), path.stat().st_mtime_ns, sample.slice
                     files.append(repr(stamp).encode())
                 elif path is not None:
-                    files.append(path.read_bytes())
+                    with path.open("rb") as file:
+                        files.append(file.read())
         labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
         size = "whole" if self.whole else self.image_size
         how = (size, *labels, self.intensity, self.channels, self.objects)

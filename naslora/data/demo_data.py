@@ -49,10 +49,8 @@ def write_mni152(directory: Path) -> None:
     8-bit greys, masks class indices, which ``README`` names. Both are PNG files of the 192 x 192
     pixels around the brain.
 
-    Args:
-        directory: is created complete or not at all; an existing demo data set is not changed. It
-            will contain ``train.csv``, ``arch.csv``, ``val.csv``, ``test.csv``, ``images``,
-            ``masks`` and ``README.txt``.
+    The directory is created complete or not at all, with ``train.csv``, ``arch.csv``, ``val.csv``,
+    ``test.csv``, ``images``, ``masks`` and ``README.txt``. An existing one is not changed.
 
     Raises:
         UserError: nilearn is not installed, or the directory contains something else.

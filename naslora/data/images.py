@@ -18,7 +18,7 @@ from naslora.data.picture import ImageError, Intensity, Picture, Source, joined,
 from naslora.data.tiff import open_tiff, starts_with
 from naslora.data.volumes import Slice, read_slice
 
-Encoding = Literal["labels", "threshold", "nonzero", "thirds", "regions"]
+Encoding = Literal["labels", "threshold", "nonzero", "thirds"]
 
 
 class Annotation(NamedTuple):
@@ -29,9 +29,9 @@ class Annotation(NamedTuple):
     content: bytes
     """What ``regions.draw_annotation`` draws."""
 
-    def read_bytes(self) -> bytes:
-        """Returns the content, as ``Path.read_bytes`` does of a file."""
-        return self.content
+    def open(self, _: str) -> io.BytesIO:
+        """Opens the content, as ``Path.open`` does a file."""
+        return io.BytesIO(self.content)
 
     def __str__(self) -> str:
         return str(self.path)

@@ -50,7 +50,8 @@ def read_mask(
       were compressed or smoothed. A mask with no value above 1 is read as class indices.
     - "nonzero": two classes; a pixel is foreground if any channel is not zero.
     - "thirds": three classes; the mean of the channels is 0, 85 or 255.
-    - "regions": the mask is an ``Annotation``. Pixels of several classes are ``IGNORED``.
+
+    In the mask that an ``Annotation`` describes, pixels of several classes are ``IGNORED``.
 
     Args:
         sample: only its mask is read.

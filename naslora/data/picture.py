@@ -19,11 +19,8 @@ SAMPLED = 1 << 24
 memory."""
 
 
-class Limits(NamedTuple):
-    """The values that become 0 and 255."""
-
-    low: float
-    high: float
+Limits = tuple[float, float]
+"""The values that become 0 and 255."""
 
 
 class Intensity(NamedTuple):
@@ -142,8 +139,7 @@ class Picture:
     """An image whose windows become channels of 8 bits when they are taken.
 
     Args:
-        source: its pixels.
-        where: the start of an error message: the origin and the path.
+        source, where: its pixels, and the start of an error message: the origin and the path.
         intensity: how values of more than 8 bits are scaled; None scales 16 bits by 255 / 65535.
         channels: C, the number of channels that the source must have; None makes RGB of three or of
             one.
@@ -162,9 +158,7 @@ class Picture:
         channels: int | None = None,
     ) -> None:
         self.height, self.width = source.height, source.width
-        self.source = source
-        self._where = where
-        self._intensity = intensity
+        self.source, self._where, self._intensity = source, where, intensity
         self.highest: int | None = None
         """The highest value so far, of more than 8 bits without ``intensity``."""
         first = self._values(0, 1, 0, 1)
@@ -228,7 +222,7 @@ class Picture:
         """The values of each channel that become 0 and 255."""
         kind, low, high = self._intensity or ("window", 0, 65535)
         if kind == "window":
-            return channels * [Limits(low, high)]
+            return channels * [(low, high)]
         step = math.isqrt(self.height * self.width // SAMPLED) + 1
         sampled = [
             self._values(top, bottom, 0, self.width)[-top % step :: step, ::step]
@@ -238,6 +232,5 @@ class Picture:
         for channel in range(channels):
             values = np.concatenate([part[..., channel].ravel() for part in sampled])
             values = values[np.isfinite(values)]
-            ends = np.percentile(values, [low, high]) if values.size else (0, 0)
-            limits.append(Limits(*map(float, ends)))
+            limits.append(tuple(np.percentile(values, [low, high])) if values.size else (0, 0))
         return limits

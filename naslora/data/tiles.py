@@ -131,12 +131,11 @@ def _starts(length: int, tiles: Tiles) -> list[int]:
 
 def _weights(starts: list[int], side: int) -> list[Tensor]:
     """(side,) float32 weights of each tile along one axis; over all tiles they sum to 1."""
-    position = np.arange(side) + 0.5
-    ramps = []
-    for i, start in enumerate(starts):
-        before = starts[i - 1] + side - start if i else 0
-        after = start + side - starts[i + 1] if i + 1 < len(starts) else 0
-        ramps.append(_rise(position, before) * _rise(side - position, after))
+    position, shared = np.arange(side) + 0.5, [0, *(side - np.diff(starts)), 0]
+    ramps = [
+        _rise(position, before) * _rise(side - position, after)
+        for before, after in itertools.pairwise(shared)
+    ]
     total = np.zeros(starts[-1] + side)
     for start, ramp in zip(starts, ramps, strict=True):
         total[start : start + side] += ramp
