@@ -125,7 +125,7 @@ def draw_window(
 def _foreground_pixel(mask: Source, random: np.random.Generator) -> tuple[int, int] | None:
     """Draws a class of the foreground, then a pixel of it; None without foreground."""
     bands = [*mask.bands()]
-    parts = (mask.values(*rows, 0, mask.width).ravel() for rows in bands)
+    parts = (mask.rows(*band).ravel() for band in bands)
     counts = np.stack([np.bincount(part, minlength=IGNORED + 1) for part in parts])
     counts[:, [0, IGNORED]] = 0
     classes = np.flatnonzero(counts.sum(0))
@@ -136,6 +136,6 @@ def _foreground_pixel(mask: Source, random: np.random.Generator) -> tuple[int, i
     place = int(random.integers(ends[-1]))
     band = int(np.searchsorted(ends, place, side="right"))
     place -= int(ends[band] - counts[band, label])
-    pixels = np.flatnonzero(mask.values(*bands[band], 0, mask.width) == label)
+    pixels = np.flatnonzero(mask.rows(*bands[band]) == label)
     row, column = divmod(int(pixels[place]), mask.width)
     return bands[band][0] + row, column

@@ -117,7 +117,7 @@ class SegmentationDataset(Dataset[Item]):
                 item["truth"] = mask.long()
             return item
         image, mask = self.augmentation(image, mask, *place)
-        if self.is_flipped(index):
+        if self.flip and seeded_generator(FLIP, *place).random() < 0.5:
             image = transforms.horizontal_flip(image)
             mask = None if mask is None else transforms.horizontal_flip(mask)
         item["image"] = transforms.to_dtype(image, torch.float32, scale=True)
@@ -125,13 +125,8 @@ class SegmentationDataset(Dataset[Item]):
             mask = mask.long()
             item["mask"] = choose_objects(mask, self.most_objects, *place) if self.objects else mask
         if self.truth:
-            item["truth"] = _whole(self._labels(sample)).long()
+            item["truth"] = torch.from_numpy(self._labels(sample).rows()).long()
         return item
-
-    def is_flipped(self, index: int) -> bool:
-        """Returns whether the item is mirrored in the current epoch."""
-        place = FLIP, self.seed, int(self._epoch), index
-        return self.flip and bool(seeded_generator(*place).random() < 0.5)
 
     def read(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
         """Reads an image and its mask, from the cache if there is one.
@@ -195,7 +190,7 @@ class SegmentationDataset(Dataset[Item]):
         picture.check_channels()
         found = [False]
         if labels is not None:
-            found = [has_foreground(labels.values(*own, 0, labels.width)) for own in labels.bands()]
+            found = [has_foreground(labels.rows(*band)) for band in labels.bands()]
         return any(found), picture.highest, None
 
     def cut(
@@ -235,7 +230,7 @@ class SegmentationDataset(Dataset[Item]):
         """Decodes an image and its mask; arguments as ``_open``."""
         picture, labels = self._open(sample, contents)
         pixels = torch.from_numpy(picture.rows()).permute(2, 0, 1)
-        mask = None if labels is None else _whole(labels)
+        mask = None if labels is None else torch.from_numpy(labels.rows())
         return (pixels.contiguous(), mask) if self.whole else self.cut(pixels, mask)
 
     def _open(
@@ -267,10 +262,6 @@ class SegmentationDataset(Dataset[Item]):
         else:
             numbers = components(read_mask(sample, *labels, content))
         return source_of_array(numbers)
-
-
-def _whole(labels: Source) -> Tensor:
-    return torch.from_numpy(labels.values(0, labels.height, 0, labels.width))
 
 
 def resize_image(pixels: Tensor, size: int) -> Tensor:

@@ -103,6 +103,10 @@ class Source(NamedTuple):
     by_rows: bool = False
     """Whether a part of a row costs as much as the row."""
 
+    def rows(self, top: int = 0, bottom: int | None = None) -> np.ndarray:
+        """Whole rows, all of them by default."""
+        return self.values(top, self.height if bottom is None else bottom, 0, self.width)
+
     def bands(self, top: int = 0, bottom: int | None = None) -> Iterator[tuple[int, int]]:
         """Yields the first row of bands of ``BAND`` pixels, and the row after their last one."""
         end = self.height if bottom is None else bottom
