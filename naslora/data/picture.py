@@ -9,7 +9,6 @@ import numpy as np
 
 from naslora.errors import UserError
 
-Kind = Literal["percentile", "window"]
 PERCENTILES = (1.0, 99.0)
 """The percentiles that ``percentile`` takes if it is given none."""
 BAND = 1 << 20
@@ -26,7 +25,7 @@ Limits = tuple[float, float]
 class Intensity(NamedTuple):
     """How values of more than 8 bits become 0 to 255."""
 
-    kind: Kind
+    kind: Literal["percentile", "window"]
     """``window``: ``low`` and ``high`` are values, the same for every image. ``percentile``: they
     are percentiles of each channel of each image."""
     low: float

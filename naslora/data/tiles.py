@@ -61,11 +61,9 @@ class Grid:
     """The tiles of one image of ``height`` x ``width`` pixels, spread evenly over it."""
 
     def __init__(self, tiles: Tiles, height: int, width: int) -> None:
-        self._rows = _starts(height, tiles)
-        self._columns = _starts(width, tiles)
+        self._rows, self._columns = _starts(height, tiles), _starts(width, tiles)
         self.size = min(tiles.size, height), min(tiles.size, width)
-        self._height = height
-        self._width = width
+        self._height, self._width = height, width
 
     def __len__(self) -> int:
         return len(self._rows) * len(self._columns)
@@ -96,10 +94,12 @@ class Grid:
         for row, top in enumerate(self._rows):
             band: Tensor | None = None
             for column, left in enumerate(self._columns):
-                scores = fit(next(source), self.size).cpu()
+                scores = next(source)
+                if scores.shape[-2:] != self.size:
+                    scores = F.interpolate(scores[None], self.size, mode="bilinear")[0]
+                scores = scores.cpu() * (down[row][:, None] * across[column])
                 if band is None:
                     band = scores.new_zeros(len(scores), self.size[0], self._width)
-                scores = scores * (down[row][:, None] * across[column])
                 band[:, :, left : left + self.size[1]] += scores
             assert band is not None
             if unfinished is not None:
@@ -107,13 +107,6 @@ class Grid:
             end = self._rows[row + 1] if row + 1 < len(self._rows) else self._height
             yield top, band[:, : end - top]
             unfinished = band[:, end - top :].clone()
-
-
-def fit(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes a (K, S, S) class map bilinearly to ``size``, (height, width)."""
-    if scores.shape[-2:] == size:
-        return scores
-    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def _starts(length: int, tiles: Tiles) -> list[int]:

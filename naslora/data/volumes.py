@@ -15,7 +15,8 @@ from naslora.errors import imported
 
 NIFTI = (".nii", ".nii.gz")
 TIFF = (".tif", ".tiff")
-MILLIMETRES = {"mm": 1.0, "meter": 1e3, "micron": 1e-3}
+UNITS = {"mm": (1.0, "mm"), "meter": (1e3, "mm"), "micron": (1e-3, "mm"), "voxels": (1.0, "voxels")}
+"""The factor of a unit of NIfTI, or of TIFF, and the unit that it then has."""
 SAME_PLACE = 1e-3
 """Largest difference of two affines' entries, in millimetres: programs round them differently."""
 _LOCK = threading.Lock()
@@ -109,11 +110,9 @@ def spacing_of(path: Path, axis: int, size: Sequence[int]) -> tuple[tuple[float,
         files, or "header units" if a NIfTI file names none.
     """
     shape, affine, unit = _geometry(path)
-    factor = MILLIMETRES.get(unit, 1.0)
+    factor, unit = UNITS.get(unit, (1.0, "header units"))
     sides = factor * np.linalg.norm(affine[:3, :3], axis=0)
     wide, high = np.delete(sides * shape, axis)
-    if unit != "voxels":
-        unit = "mm" if unit in MILLIMETRES else "header units"
     return (float(sides[axis]), float(high / size[0]), float(wide / size[1])), unit
 
 
