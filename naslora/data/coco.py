@@ -67,14 +67,13 @@ def read_coco(root: Path, class_names: Sequence[str] = ()) -> Splits:
             collide; an annotation has no segmentation.
     """
     files = _read_files(root)
-    labels = _labels(files, class_names)
+    labels = _labels(files["train"], class_names)
     return {split: _samples(one, labels) for split, one in files.items()}
 
 
 def read_categories(root: Path) -> tuple[str, ...]:
     """Reads the names of the categories, in the order of their ids. Errors as ``read_coco``."""
-    first = next(iter(_read_files(root).values()))
-    return tuple(category.name for category in first.file.categories)
+    return tuple(category.name for category in _read_files(root)["train"].file.categories)
 
 
 def _read_files(root: Path) -> dict[str, _Split]:
@@ -124,7 +123,7 @@ def _read_file(root: Path, path: Path, split: str) -> _Split:
 
 def _check_categories(files: dict[str, _Split]) -> None:
     """Checks that categories are distinct, and the same in every split."""
-    first = next(iter(files.values()))
+    first = files["train"]
     expected = {category.id: category.name for category in first.file.categories}
     for path, file, _ in files.values():
         own = {category.id: category.name for category in file.categories}
@@ -141,10 +140,9 @@ def _check_categories(files: dict[str, _Split]) -> None:
         raise UserError(f"{first.path} has no categories")
 
 
-def _labels(files: dict[str, _Split], class_names: Sequence[str]) -> dict[int, int]:
+def _labels(split: _Split, class_names: Sequence[str]) -> dict[int, int]:
     """The class of each category; categories without one are background."""
-    path, file, _ = next(iter(files.values()))
-    ids = {category.name: category.id for category in file.categories}
+    path, ids = split.path, {category.name: category.id for category in split.file.categories}
     unknown = [name for name in class_names if name not in ids]
     if unknown:
         raise UserError(
@@ -153,7 +151,7 @@ def _labels(files: dict[str, _Split], class_names: Sequence[str]) -> dict[int, i
     if len(class_names or ids) >= IGNORED - 1:
         raise UserError(f"{path} has {len(ids)} categories; choose at most 253 with --class-names")
     labels = {ids[name]: label for label, name in enumerate(class_names or ids, start=1)}
-    return {category.id: labels.get(category.id, 0) for category in file.categories}
+    return {id: labels.get(id, 0) for id in ids.values()}
 
 
 def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
