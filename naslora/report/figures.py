@@ -126,9 +126,16 @@ def draw_curves(axes: Axes, curves: Curves, xlabel: str, ylabel: str) -> None:
 # ---- One row a method, layer or class ------------------------------------------------------------
 
 
-def row_size(rows: int) -> tuple[float, float]:
-    """Width and height of a plot with so many rows."""
-    return 4.6, 0.9 + 0.3 * rows
+def row_drawing(
+    name: str, caption: str, titles: Sequence[str], draw: Callable[[Axes], None]
+) -> Drawing:
+    """A plot with a row a title, from top to bottom; ``draw`` draws the rows at 0, 1, ..."""
+
+    def draw_rows(axes: Axes) -> None:
+        draw(axes)
+        draw_row_axis(axes, titles)
+
+    return Drawing(name, caption, draw_rows, (4.6, 0.9 + 0.3 * len(titles)))
 
 
 def draw_row_axis(axes: Axes, titles: Sequence[str]) -> None:

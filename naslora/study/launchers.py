@@ -5,6 +5,7 @@ machine must see.
 """
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,25 +39,20 @@ def jobs(launch: Launch, output: Path) -> Iterator[Submit]:
     Raises:
         UserError: the launcher's library is not installed, or finds no cluster; an option is none.
     """
-    given = dict(_option(text) for texts in launch.cluster for text in texts)
+    given: dict[str, Any] = {}
+    for text in itertools.chain(*launch.cluster):
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise UserError(f"--cluster takes NAME=VALUE, got {text!r}")
+        given[name] = int(value) if value.isdecimal() else value
     with contextlib.ExitStack() as stack:
         try:
-            if launch.launcher == "slurm":
-                yield _slurm(given, output)
-            else:
-                yield _ray(given, stack)
+            yield _slurm(given, output) if launch.launcher == "slurm" else _ray(given, stack)
+        except UserError:
+            raise
         except (RuntimeError, TypeError, ConnectionError, NameError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
             text = f"--launcher {launch.launcher} cannot start jobs: {error}"
             raise UserError(text) from error
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise UserError(f"--cluster takes NAME=VALUE, got {text!r}")
-    return name, int(value) if value.isdecimal() else value
 
 
 def _slurm(given: dict[str, Any], output: Path) -> Submit:

@@ -4,15 +4,16 @@ import copy
 import multiprocessing
 import os
 import signal
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,7 +34,8 @@ from naslora.training.run_data import calibration, check_with_progress, find_spl
 from naslora.training.run_model import build_frozen_model
 
 Result = TypeVar("Result")
-PASSES = 11  # forward passes of which the median is a model's time
+PASSES = 11
+"""Timed passes of a model, of which the median is its time."""
 WARM_UP_PASSES = 2
 
 
@@ -87,7 +89,8 @@ def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbe
     }
     if not costs:
         return RunNumbers(numbers, test.image_dice or [])
-    load, device = os.getloadavg()[0], make_accelerator(config.training).device
+    accelerator, load = make_accelerator(config.training), os.getloadavg()[0]
+    device, size = accelerator.device, config.model.image_size
     memory = peak_memory(device)  # before the copies below
     # The weight steps of an epoch take as many images.
     images = len(history) * (result.images["train"] + result.images.get("arch", 0))
@@ -95,8 +98,17 @@ def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbe
     both = weights + sum(epoch.seconds_architecture for epoch in history)
     numbers |= {"weight_seconds": weights / images, "training_seconds": both / images}
     numbers["peak_memory"] = memory
-    seconds = _inference_seconds(_models(config, directory, device), config)
-    numbers |= {f"inference_{name}": value for name, value in seconds.items()}
+    models = _models(config, directory, device)
+    image = torch.rand(1, len(config.data.channels) or 3, size, size, device=device)
+
+    @torch.no_grad()
+    @accelerator.autocast()
+    def infer(model: nn.Module) -> None:
+        model(image)
+
+    seconds = seconds_in_turn([partial(infer, model.eval()) for model in models.values()])
+    for name, own in zip(models, seconds, strict=True):
+        numbers[f"inference_{name}"] = float(np.median(own))
     where = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
     threads, processors = torch.get_num_threads(), os.cpu_count()
     machine = f"{threads} threads each, on {processors} processors ({where})"
@@ -128,25 +140,21 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
-@torch.no_grad()
-def _inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> dict[str, float]:
-    """Median seconds of one image through each model; they take turns, so other load hits all."""
-    accelerator = make_accelerator(config.training)
-    size = config.model.image_size
-    channels = len(config.data.channels) or 3
-    image = torch.rand(1, channels, size, size, device=accelerator.device)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for done in range(WARM_UP_PASSES + PASSES):
-        for name, model in models.items():
-            model.eval()
+def seconds_in_turn(calls: Sequence[Callable[[], object]]) -> np.ndarray:
+    """Times calls, which take turns, so that other load on the machine affects all of them.
+
+    Returns:
+        (calls, PASSES) seconds, those of the first passes left out.
+    """
+    seconds = np.empty((len(calls), WARM_UP_PASSES + PASSES))
+    for own in seconds.T:
+        for place, call in enumerate(calls):
             started = time.perf_counter()
-            with accelerator.autocast():
-                model(image)
-            if image.device.type != "cpu":
+            call()
+            if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
-            if done >= WARM_UP_PASSES:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            own[place] = time.perf_counter() - started
+    return seconds[:, WARM_UP_PASSES:]
 
 
 # ---- A process of its own ------------------------------------------------------------------------
