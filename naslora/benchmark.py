@@ -52,7 +52,7 @@ def benchmark(
     batch_size: int = 1,
     trust: bool = False,
 ) -> str:
-    """Measures models. They take turns, so that other load on the machine affects all of them.
+    """Measures models, and returns the table as Markdown.
 
     Args:
         paths: folders, each of which is measured with PyTorch's own and with fused attention, and
@@ -63,9 +63,6 @@ def benchmark(
         images: the number of test images.
         batch_size: the images of a batch.
         trust: as in ``load_class_map``.
-
-    Returns:
-        The table as Markdown.
 
     Raises:
         UserError: as ``make_predictor`` and ``find_splits``; the models take images of different

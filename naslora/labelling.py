@@ -28,11 +28,7 @@ Box = tuple[float, float, float, float]
 class LabelledSet:
     """A folder with train.csv, val.csv and test.csv, and label images in the folder ``masks``.
 
-    Args:
-        root: the folder; new, or one that holds such files.
-
-    Raises:
-        UserError: as ``read_csv``.
+    ``root`` is new, or holds such files; errors as in ``read_csv``.
     """
 
     def __init__(self, root: Path) -> None:
@@ -52,8 +48,7 @@ class LabelledSet:
     def read(self, image: Path) -> np.ndarray | None:
         """The (H, W) uint16 numbers of an image's objects; None if it is not labelled.
 
-        Raises:
-            UserError: as ``read_numbers``.
+        Errors as in ``read_numbers``.
         """
         mask = self._masks.get(image.resolve())
         if mask is None:
@@ -103,11 +98,7 @@ class Step(NamedTuple):
 
 
 class Labelling:
-    """The objects of one image at a time.
-
-    Args:
-        finder: the model.
-        labelled: where the objects are saved.
+    """The objects of one image at a time, found by a model, and saved to a data set.
 
     Attributes:
         pixels: the image, (H, W, 3) uint8 RGB.

@@ -49,21 +49,17 @@ def write_report(
     panels: Sequence[Panel | Pictures],
     class_names: list[str],
 ) -> None:
-    """Writes a run's report as one self-contained HTML file, atomically.
+    """Writes a run's report as one self-contained HTML file; errors as in ``write_page``.
 
     Args:
         path: the file to write. Its folder is made if needed.
-        config: the run's configuration, as ``page_title`` takes it, shown whole.
+        config: the run's configuration as JSON-ready values, shown whole.
         result: what the run reports.
         history: one record an epoch.
         operations: the path of alpha; None for a method without alpha.
         panels: test images to show, the worst first; of a promptable run as they are shown.
         class_names: names of the labels 0, 1, ..., so two for a binary task. Label 0 is the
             background, which is left unpainted.
-
-    Raises:
-        UserError: the file cannot be created.
-        OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
     labelled = [panel for panel in panels if isinstance(panel, Panel)]
     prompted = [panel for panel in panels if isinstance(panel, Pictures)]
@@ -84,11 +80,9 @@ def write_report(
 
 
 def page_title(config: dict[str, Any], method: str = "") -> str:
-    """The title of a run's page: method, model and data.
+    """The title of a run's page, by its JSON-ready configuration: method, model and data.
 
-    Args:
-        config: the configuration as JSON-ready values.
-        method: replaces the configuration's.
+    ``method`` replaces the configuration's.
     """
     dataset, root = config["data"]["dataset"], config["data"]["root"]
     own = dataset in ("csv", "folders", "coco") and root  # a layout; the folder has the data's name

@@ -10,7 +10,6 @@ report.html          the tables, and plots of the test Dice
 protocol.*, images.csv, lists/   what ``compare`` fixes before it runs (protocol.py)
 """
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from naslora.settings import Seed, checked
 from naslora.study.design import Design, Launch, parse_grid, values_text, with_values
 from naslora.study.launchers import Job, finished, jobs
 from naslora.study.measurement import find_refusals, in_own_process, run_and_measure
-from naslora.study.plan import NUMBERS, TUNING, Outcomes, Run, Study
+from naslora.study.plan import NUMBERS, TUNING, Outcomes, Run, Study, reason
 from naslora.study.protocol import (
     LORA,
     Fold,
@@ -37,7 +36,7 @@ from naslora.study.protocol import (
     write_protocol,
 )
 from naslora.study.rows import BASE, ablation_rows, method_rows
-from naslora.study.tables import reason, write_tables
+from naslora.study.tables import write_tables
 from naslora.training.resolve import resolve
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
@@ -115,7 +114,7 @@ def compare(
     if not fitting:
         raise UserError("no method fits: " + "; ".join(f"{m}: {r}" for m, r in refused.items()))
     for method, why in refused.items():
-        say("compare", f"{method} is left out: {why}")
+        study.say(f"{method} is left out: {why}")
     write_protocol(protocol, images, output)
     reference = LORA if LORA in methods else fitting[0]
     run_study(replace(study, reference=reference, refused=refused))
@@ -218,7 +217,7 @@ def run_study(study: Study) -> None:
             found = f"failed: {reason(outcome)}"
         missing = write_tables(study, outcomes)
         left = (time.perf_counter() - started) / done * (len(pending) - done)
-        say(study.command, f"{found}; runs left: {len(pending) - done}, about {left / 60:.0f} min")
+        study.say(f"{found}; runs left: {len(pending) - done}, about {left / 60:.0f} min")
     reasons = {row: [*own.values()] for row, own in missing.items() if own}
     if reasons:
         listed = "; ".join(f"{row}: {own[-1]}" for row, own in reasons.items())
@@ -241,7 +240,7 @@ def _made_here(
 ) -> Iterator[tuple[Run, RunNumbers | Exception]]:
     """Makes the runs one after another; gives each with its numbers, or its error."""
     for place, run in enumerate(pending, 1):
-        say(study.command, f"run {place} of {len(pending)}: {_describe(run)}")
+        study.say(f"run {place} of {len(pending)}: {_describe(run)}")
         try:
             arguments = _arguments(study, run, outcomes)
             if study.costs:
@@ -266,7 +265,7 @@ def _made_by_jobs(
                     trials = () if run.tries is not None else study.trials(run.row, run.fold)
                     if open_runs.isdisjoint(trial.folder for trial in trials):
                         waiting.remove(run)
-                        say(study.command, f"starts {_describe(run)}")
+                        study.say(f"starts {_describe(run)}")
                         try:
                             running[run.folder] = Job(submit, _arguments(study, run, outcomes))
                         except UserError as error:  # nothing was found by tuning
@@ -281,12 +280,4 @@ def _made_by_jobs(
 
 def _arguments(study: Study, run: Run, outcomes: Outcomes) -> tuple[RunConfig, Path, bool]:
     """Those of ``run_and_measure``."""
-    values, config = study.values(run, outcomes), study.config(run, outcomes)
-    if values and run.tries is None:
-        say(study.command, f"{values_text(values)} is chosen")
-    return config, run.folder, study.costs and run.tries is None
-
-
-def say(command: str, text: str) -> None:
-    """Prints a progress message of a command to the standard error."""
-    print(f"{command}: {text}", file=sys.stderr, flush=True)
+    return study.config(run, outcomes), run.folder, study.costs and run.tries is None

@@ -69,17 +69,14 @@ def with_values(config: RunConfig, values: Values) -> RunConfig:
         UserError: the method has no such setting, or the value is of a wrong type or out of range.
     """
     for name, text in values.items():
-        parts = [
-            part
-            for part in ("training", "adapter")
-            if name in getattr(config, part).__dataclass_fields__
-        ]
-        if not parts:
+        part = "training" if hasattr(config.training, name) else "adapter"
+        settings = getattr(config, part)
+        if name not in settings.__dataclass_fields__:
             raise UserError(
                 f"--tune {name}: neither the training nor the method {config.method} has this "
                 "setting; all methods get equal trials, so tune what all of them have"
             )
-        config = replace(config, **{parts[0]: getattr(config, parts[0]).with_text(name, text)})
+        config = replace(config, **{part: settings.with_text(name, text)})
     return config
 
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 
 from naslora.errors import UserError
 from naslora.records import read_rows
-from naslora.report.figures import BLUE, GRID, MUTED, draw_row_axis
+from naslora.report.figures import BLUE, GRID, MUTED, Drawing, row_drawing
 from naslora.report.tables import MISSING, Table, number
 from naslora.results import RunNumbers
 
@@ -82,12 +82,12 @@ def paired_difference(
 
     seeds = sorted(own.keys() & other.keys())
     values = [own[seed] - other[seed] for seed in seeds]
-    mean = statistics.mean(values) if seeds else None
-    if mean is None or len(seeds) < 2:
-        return PairedDifference(title, seeds, values, mean, None, None, images)
-    error = statistics.stdev(values) / math.sqrt(len(seeds))
-    half = float(stdtrit(len(seeds) - 1, (1 + LEVEL) / 2)) * error
-    return PairedDifference(title, seeds, values, mean, mean - half, mean + half, images)
+    mean, low, high = statistics.mean(values) if seeds else None, None, None
+    if mean is not None and len(seeds) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(seeds))
+        half = float(stdtrit(len(seeds) - 1, (1 + LEVEL) / 2)) * error
+        low, high = mean - half, mean + half
+    return PairedDifference(title, seeds, values, mean, low, high, images)
 
 
 def over_images(
@@ -199,19 +199,26 @@ def differences_table(
     return Table([*head, f"p, level within ± {margin:g}", "Verdict", "Seeds"], rows)
 
 
-def draw_differences(
-    axes: Axes, differences: Sequence[PairedDifference], reference: str, margin: float
-) -> None:
+def differences_drawing(
+    reference: str, differences: Sequence[PairedDifference], margin: float
+) -> Drawing:
     """A row a method: a dot for the difference, and a line for the interval over the images."""
-    axes.axvspan(-margin, margin, color=GRID, linewidth=0)
-    axes.axvline(0, color=MUTED, linewidth=1)
-    for place, own in enumerate(differences):
-        if own.images is not None:
-            axes.hlines(place, own.images.low, own.images.high, color=BLUE, linewidth=2)
-        axes.plot([own.mean or 0.0], [place], "o", color=BLUE, markersize=6)
-    draw_row_axis(axes, [own.title for own in differences])
-    axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(f"test Dice − {reference}")
+
+    def draw(axes: Axes) -> None:
+        axes.axvspan(-margin, margin, color=GRID, linewidth=0)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        for place, own in enumerate(differences):
+            if own.images is not None:
+                axes.hlines(place, own.images.low, own.images.high, color=BLUE, linewidth=2)
+            axes.plot([own.mean or 0.0], [place], "o", color=BLUE, markersize=6)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(f"test Dice − {reference}")
+
+    caption = (
+        "Difference in test Dice: a dot, with a line for the 95 % interval over the images. In "
+        f"the band are differences below {margin:g}."
+    )
+    return row_drawing("differences", caption, [own.title for own in differences], draw)
 
 
 # ---- Several data sets ---------------------------------------------------------------------------

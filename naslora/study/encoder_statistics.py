@@ -143,15 +143,10 @@ def _places(side: int, like: Tensor) -> Tensor:
 
 
 def relative_log_amplitude(features: Tensor) -> Tensor:
-    """Log amplitude of the highest diagonal frequency minus that of frequency 0.
+    """Log amplitude of the highest diagonal frequency minus that of frequency 0: (B,) float32.
 
-    The log amplitudes of the two-dimensional Fourier transform are averaged over the channels.
-
-    Args:
-        features: (B, H, W, C) maps.
-
-    Returns:
-        (B,) float32.
+    The log amplitudes of the two-dimensional Fourier transform of (B, H, W, C) maps are averaged
+    over the channels.
     """
     amplitude = torch.fft.fft2(features.float(), dim=(1, 2)).abs()
     # The offset, about 1e-6 of a usual amplitude, keeps the logarithm of zero finite.

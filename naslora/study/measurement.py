@@ -40,14 +40,9 @@ WARM_UP_PASSES = 2
 
 
 def find_refusals(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[str, str]:
-    """Finds the methods that do not fit the encoder. Also reads every image once.
+    """Finds why rows of a comparison do not fit the encoder, by row. Also reads every image once.
 
-    Args:
-        rows: the methods, under one recipe; one with several configurations several times.
-        samples: the images.
-
-    Returns:
-        Row to reason.
+    A row with several configurations comes several times.
 
     Raises:
         UserError: no method could work with these data or this model.
@@ -65,16 +60,10 @@ def find_refusals(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[str, s
 
 
 def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbers:
-    """Trains a run, continuing what is in its folder, and measures it.
+    """Trains a run, continuing what is in its folder, and measures it; errors as in ``train``.
 
-    Args:
-        config: the run.
-        directory: its folder.
-        costs: measure time and memory, too. The process must be the run's own, because its peak
-            memory counts.
-
-    Raises:
-        UserError: as ``naslora.training.run.train``.
+    With ``costs`` it measures time and memory, too. The process must then be the run's own, because
+    its peak memory counts.
     """
     result = train(config, directory, resume=True)
     history = read_rows(directory / HISTORY, Epoch)
@@ -141,11 +130,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def seconds_in_turn(calls: Sequence[Callable[[], object]]) -> np.ndarray:
-    """Times calls, which take turns, so that other load on the machine affects all of them.
-
-    Returns:
-        (calls, PASSES) seconds, those of the first passes left out.
-    """
+    """(calls, PASSES) seconds of calls, which take turns: other load affects all of them."""
     seconds = np.empty((len(calls), WARM_UP_PASSES + PASSES))
     for own in seconds.T:
         for place, call in enumerate(calls):

@@ -105,15 +105,11 @@ def _before_and_after(panel: Panel, changed: dict[str, float], class_names: list
 def draw_clicks(
     image: np.ndarray, objects: np.ndarray, clicks: Iterable[tuple[float, float, bool]]
 ) -> np.ndarray:
-    """Paints objects and clicks over an image.
+    """Paints objects, and clicks as dots, over an image.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        objects: (H, W) int: the number of the object at each pixel, 0 for none.
-        clicks: x, y, and whether the click is on the object.
-
-    Returns:
-        (H, W, 3) uint8 RGB, at most ``PICTURE_SIDE`` a side.
+    ``image`` is (H, W, 3) uint8 RGB, ``objects`` (H, W) the number of the object at each pixel, 0
+    for none. A click is x, y, and whether it is on the object. Returns (H, W, 3) uint8 RGB, at most
+    ``PICTURE_SIDE`` a side.
     """
     names = ["background", *(f"object {k}" for k in range(1, int(objects.max()) + 1))]
     picture = Image.fromarray(paint(image, objects, names))
