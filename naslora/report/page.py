@@ -80,9 +80,8 @@ def write_page(
     """
     text = json.dumps(config, indent=2, ensure_ascii=False, default=str)
     everything = {**sections, "Configuration": [Folded("Every setting of this run", Code(text))]}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True)
     environment.filters |= {"data_uri": data_uri, "kind": _kind}
     page = environment.get_template("page.html").render(
         title=title,

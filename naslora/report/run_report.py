@@ -63,13 +63,12 @@ def write_report(
     """
     labelled = [panel for panel in panels if isinstance(panel, Panel)]
     prompted = [panel for panel in panels if isinstance(panel, Pictures)]
+    keep = config["training"]["keep"]
     examples = examples_parts(labelled, class_names, result.images["test"])
     sections = {  # first whether it worked, then why, then what it took
         "Scores": _scores(result) if result.untouched is None else _click_scores(result),
         "Test images": examples + ([CLICKS_NOTE, *prompted] if prompted else []),
-        "Merging": merging_parts(
-            result, history, config["training"]["keep"], labelled, class_names
-        ),
+        "Merging": merging_parts(result, history, keep, labelled, class_names),
         "What next": _commands(path.parent, result),
         "Training": _training(history, result.kept_epoch),
         "Operations": operations_parts(operations, history),
@@ -94,22 +93,21 @@ def _header(result: RunResult) -> list[Part]:
     """Cards with the main numbers, and the number of images."""
     scores, before = result.test, result.untouched
     worst = reduce_known(min, scores.image_dice or [])
+    of_worst = "" if worst is None else f"worst image {number(worst)}"
+    at_start = "" if before is None else f"one click; untouched {number(before.iou)}"
     cards = [
-        ("Test Dice", number(scores.dice), "" if worst is None else f"worst image {number(worst)}"),
-        (
-            "Test IoU",
-            number(scores.iou),
-            "" if before is None else f"one click; untouched {number(before.iou)}",
-        ),
+        ("Test Dice", number(scores.dice), of_worst),
+        ("Test IoU", number(scores.iou), at_start),
     ]
     mode, dice = _best_merge(result)
     if mode and mode != "exact":
         cards.append(("Merged into SAM's layers", number(dice), f"test Dice, {mode}"))
-    share = result.trainable_parameters / result.parameters.total
-    cards.append(
-        ("Trainable parameters", f"{result.trainable_parameters:,}", f"{share:.2%} of all")
-    )
-    cards.append(("Time", duration(result.seconds), ""))
+    trained = result.trainable_parameters
+    share = f"{trained / result.parameters.total:.2%} of all"
+    cards += [
+        ("Trainable parameters", f"{trained:,}", share),
+        ("Time", duration(result.seconds), ""),
+    ]
     images = ", ".join(f"{count:,} {SPLIT_TITLES[s]}" for s, count in result.images.items())
     return [Cards(cards), f"Images: {images}.", *result.notes]
 
@@ -300,10 +298,8 @@ def _commands(run: Path, result: RunResult) -> list[Part]:
         commands.append(("merge", run, "--mode", mode, "--output", model))
     commands.append(("export", model, "--format", "onnx", "--output", f"{run}.onnx"))
     lines = [shlex.join(["naslora", *map(str, command)]) for command in commands]
-    return [
-        "Score the run again, segment images, merge the adapter, export the model:",
-        Code("\n".join(lines)),
-    ]
+    note = "Score the run again, segment images, merge the adapter, export the model:"
+    return [note, Code("\n".join(lines))]
 
 
 def _parameters(counts: ParameterCounts, target: str | Sequence[str] | None) -> list[Part]:

@@ -67,10 +67,7 @@ SHOWN = 4  # images in the picture panels
 COLOURS = {"random": MUTED, "frozen": ORANGE, "trained": BLUE}
 QUANTITIES = {
     "attention_distance": ("Mean attention distance of each block, in pixels.", "distance, px"),
-    "log_amplitude": (
-        "Relative log amplitude of the highest frequency after each block.",
-        "log amplitude",
-    ),
+    "log_amplitude": ("Relative log amplitude of the highest frequency by block.", "log amplitude"),
 }
 """Of fields of ``BlockStatistics`` the plot's caption and the name of the axis."""
 
@@ -115,11 +112,11 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100) -> None:
         sections: dict[str, Sequence[Part]] = {
             "Inductive bias (Table 4)": _write_statistics(statistics, len(drawn), folder),
             "Grad-CAM (Fig. 4)": _write_pictures(folder / "gradcam.png", heated),
-            "Convergence (Fig. C1)": _write_convergence(histories, config, folder),
+            "Convergence (Fig. C1)": [_write_convergence(histories, config, folder)],
         }
         if searched:
-            sections["Operations (Fig. C2)"] = _write_operations(mixtures, folder)
-            sections["Operations moved to skip"] = write_operation_losses(model, config, folder)
+            sections["Operations (Fig. C2)"] = [_write_operations(mixtures, folder)]
+            sections["Operations moved to skip"] = [write_operation_losses(model, config, folder)]
         for part in chain(*sections.values()):
             if isinstance(part, Drawing):
                 part.save(folder)
@@ -149,11 +146,8 @@ def _batches(model: Any, config: RunConfig, samples: list[Sample]) -> Iterator[T
 
 
 def _write_statistics(statistics: Statistics, images: int, output: Path) -> list[Part]:
-    rows = [
-        {"model": name, **block._asdict()}
-        for name, blocks in statistics.items()
-        for block in blocks
-    ]
+    named = ((model, block) for model, blocks in statistics.items() for block in blocks)
+    rows = [{"model": model, **block._asdict()} for model, block in named]
     write_rows(output / "encoder.csv", rows)
     head, drawings = ["Block", "Window"], []
     for name, (caption, label) in QUANTITIES.items():
@@ -201,21 +195,15 @@ def _write_pictures(path: Path, rows: list[Pictures]) -> list[Part]:
 def _heat_maps(models: Mapping[str, SamForSegmentation], item: Item, config: RunConfig) -> Pictures:
     image = item["image"][shown_of(config)]
     pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()  # (S, S, 3) RGB
-    heated = [
-        (name, _heat_overlay(model, item["image"], item["mask"], pixels))
-        for name, model in models.items()
-    ]
+    heated = [(name, _heat_overlay(model, item, pixels)) for name, model in models.items()]
     return Pictures(item["name"], item["name"], [("image", pixels), *heated])
 
 
-def _heat_overlay(
-    model: SamForSegmentation, image: Tensor, mask: Tensor, pixels: np.ndarray
-) -> np.ndarray:
+def _heat_overlay(model: SamForSegmentation, item: Item, pixels: np.ndarray) -> np.ndarray:
     """Grad-CAM (Selvaraju et al. 2017) of the foreground's score at the encoder's last block.
 
     The score is a sum over the foreground's pixels: of logits if the task is binary, else of the
-    class map. ``image`` is (3, S, S) in [0, 1], ``mask`` (S, S) labels; ``pixels``, the image, and
-    the heat over it are (S, S, 3) uint8 RGB.
+    class map. ``pixels``, the image, and the heat over it are (S, S, 3) uint8 RGB.
     """
     kept: list[Tensor] = []  # the output of the last block, (1, H, W, C)
     last = transformer_blocks(model.image_encoder)[-1]
@@ -223,17 +211,17 @@ def _heat_overlay(
     # The encoder is frozen, so gradients reach its last block only on the way to the image.
     device = next(model.parameters()).device
     try:
-        output = model.eval()(image[None].to(device).requires_grad_(True))
+        output = model.eval()(item["image"][None].to(device).requires_grad_(True))
     finally:
         hook.remove()
-    scores, labels = output.masks, mask.to(device)
+    scores, labels = output.masks, item["mask"].to(device)
     if output.classes is not None:
         scores = output.class_map()[:, 1:]
     score = sum(scores[0, k][labels == k + 1].sum() for k in range(scores.shape[1]))
     (gradient,) = torch.autograd.grad(score, kept)
     weights = gradient.mean((1, 2), keepdim=True)
     heat = (weights * kept[0]).sum(-1).relu().detach()[:, None]  # (1, 1, H, W)
-    heat = F.interpolate(heat, mask.shape, mode="bilinear")[0, 0]
+    heat = F.interpolate(heat, labels.shape, mode="bilinear")[0, 0]
     heat = heat - heat.min()
     colours = matplotlib.colormaps["jet"]((heat / heat.max().clamp_min(1e-7)).float().cpu().numpy())
     return (255 * colours[..., :3] / 2 + pixels / 2).round().astype(np.uint8)
@@ -255,9 +243,7 @@ def _read_history(run: Path, first: RunConfig) -> list[Epoch]:
     return history
 
 
-def _write_convergence(
-    histories: list[list[Epoch]], config: RunConfig, output: Path
-) -> list[Drawing]:
+def _write_convergence(histories: list[list[Epoch]], config: RunConfig, output: Path) -> Drawing:
     """Writes convergence.csv, the validation Dice by epoch over the seeds, and plots it."""
     curves = np.array([[epoch.val_dice for epoch in history] for history in histories], float)
     seeds, epochs = len(curves), np.arange(curves.shape[1])
@@ -279,7 +265,7 @@ def _write_convergence(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     caption = f"Validation Dice by epoch, mean and standard deviation of {seeds} seeds."
-    return [Drawing("convergence", caption, draw)]
+    return Drawing("convergence", caption, draw)
 
 
 # ---- Operations ----------------------------------------------------------------------------------
@@ -294,7 +280,7 @@ def _read_mixture(run: Path) -> np.ndarray:
         return np.array(record.epochs[-1].softmax).reshape(shape)
 
 
-def _write_operations(mixtures: Sequence[np.ndarray], output: Path) -> list[Drawing]:
+def _write_operations(mixtures: Sequence[np.ndarray], output: Path) -> Drawing:
     """Writes operations.csv, the weights at the end of each run's search, and plots them."""
     last = np.stack(mixtures)  # (runs, layers, operations)
     runs, layers, count = last.shape
@@ -319,4 +305,4 @@ def _write_operations(mixtures: Sequence[np.ndarray], output: Path) -> list[Draw
         f"Mean of softmax(α) over {layers} layers of {runs} runs, and the share of the "
         "layers in which an operation has the largest weight."
     )
-    return [row_drawing("operations", caption, OPERATIONS, draw)]
+    return row_drawing("operations", caption, OPERATIONS, draw)

@@ -41,6 +41,9 @@ from naslora.training.resolve import resolve
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 
+Made = Iterator[tuple[Run, RunNumbers | Exception]]
+"""Runs that were made, each with its numbers, or its error."""
+
 # ---- The commands --------------------------------------------------------------------------------
 
 
@@ -85,7 +88,7 @@ def compare(
     tried = [
         row._replace(config=resolve(with_values(row.config, values), fit=not drawn))
         for row in rows
-        for values in grid or [{}]
+        for values in grid
     ]
     images = find_images(recipe, design, output)
     protocol = make_protocol(recipe, methods, seeds, design, images)
@@ -172,7 +175,7 @@ def _check_output(study: Study, resume: bool) -> None:
         check_output(study.recipe, study.output, resume)
     for run in study.runs():
         tuned = study.folder(run.row, "tuning", run.fold) / TUNING
-        if not study.grid or run.tries is not None or tuned.is_file():
+        if not run.fold.inner or run.tries is not None or tuned.is_file():
             started = (run.folder / CONFIG).is_file()  # the lists of its images exist then
             config = study.config(run, {}) if started else study.recipe
             check_output(config, run.folder, resume=True)
@@ -235,10 +238,8 @@ def _describe(run: Run) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _made_here(
-    study: Study, pending: Sequence[Run], outcomes: Outcomes
-) -> Iterator[tuple[Run, RunNumbers | Exception]]:
-    """Makes the runs one after another; gives each with its numbers, or its error."""
+def _made_here(study: Study, pending: Sequence[Run], outcomes: Outcomes) -> Made:
+    """Makes the runs one after another."""
     for place, run in enumerate(pending, 1):
         study.say(f"run {place} of {len(pending)}: {_describe(run)}")
         try:
@@ -251,30 +252,26 @@ def _made_here(
             yield run, error
 
 
-def _made_by_jobs(
-    study: Study, pending: Sequence[Run], outcomes: Outcomes
-) -> Iterator[tuple[Run, RunNumbers | Exception]]:
+def _made_by_jobs(study: Study, pending: Sequence[Run], outcomes: Outcomes) -> Made:
     """The same by jobs. All start at once, except runs that wait for their tuning."""
-    waiting, running = [*pending], dict[Path, Job]()
-    by_folder = {run.folder: run for run in pending}
+    waiting, running = [*pending], list[Job]()
     with jobs(study.launch, study.output) as submit:
         try:
             while waiting or running:
-                open_runs = {run.folder for run in waiting} | running.keys()
+                open_runs = {run.folder for run in (*waiting, *(job.run for job in running))}
                 for run in [*waiting]:
                     trials = () if run.tries is not None else study.trials(run.row, run.fold)
                     if open_runs.isdisjoint(trial.folder for trial in trials):
                         waiting.remove(run)
                         study.say(f"starts {_describe(run)}")
                         try:
-                            running[run.folder] = Job(submit, _arguments(study, run, outcomes))
+                            running.append(Job(run, submit, _arguments(study, run, outcomes)))
                         except UserError as error:  # nothing was found by tuning
                             yield run, error
                 if running:
-                    folder, outcome = finished(running)
-                    yield by_folder[folder], outcome
+                    yield finished(running)
         finally:
-            for job in running.values():  # after an interrupt
+            for job in running:  # after an interrupt
                 job.running.cancel()
 
 

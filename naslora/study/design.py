@@ -43,7 +43,7 @@ class Launch(Settings):
 
 
 def parse_grid(tune: Sequence[Sequence[str]]) -> list[Values]:
-    """All combinations of the values of ``Design.tune``; none without any.
+    """All combinations of the values of ``Design.tune``; without any, one of no values.
 
     Raises:
         UserError: a text is not NAME=VALUE,VALUE,..., or names a setting or a value twice.
@@ -58,8 +58,7 @@ def parse_grid(tune: Sequence[Sequence[str]]) -> list[Values]:
                 f"--tune takes NAME=VALUE,VALUE,... with distinct names and values, got {text!r}"
             )
         settings[name] = values
-    grid = (dict(zip(settings, own, strict=True)) for own in itertools.product(*settings.values()))
-    return list(grid) if settings else []
+    return [dict(zip(settings, own, strict=True)) for own in itertools.product(*settings.values())]
 
 
 def with_values(config: RunConfig, values: Values) -> RunConfig:

@@ -71,6 +71,9 @@ class PairedDifference:
         return own | {f"images_{name}": value for name, value in images.items()}
 
 
+Differences = Sequence[PairedDifference]
+
+
 def paired_difference(
     title: str,
     own: Mapping[int, float],
@@ -163,12 +166,9 @@ def differences_from(
     """
 
     def scores(title: str) -> tuple[dict[int, float], ImageScores]:
-        dice = {
-            seed: dice
-            for seed, run in runs[title].items()
-            if (dice := run.numbers["dice"]) is not None
-        }
-        return dice, {seed: runs[title][seed].image_dice for seed in dice}
+        own = runs[title]
+        dice = {seed: d for seed, run in own.items() if (d := run.numbers["dice"]) is not None}
+        return dice, {seed: own[seed].image_dice for seed in dice}
 
     other, other_images = scores(reference)
     found = []
@@ -180,9 +180,7 @@ def differences_from(
     return found
 
 
-def differences_table(
-    reference: str, differences: Sequence[PairedDifference], margin: float
-) -> Table:
+def differences_table(reference: str, differences: Differences, margin: float) -> Table:
     """The differences from the row ``reference``."""
     head = ["Method", f"Dice − {reference}", f"{LEVEL:.0%} over images", f"{LEVEL:.0%} over seeds"]
     rows = []
@@ -199,9 +197,7 @@ def differences_table(
     return Table([*head, f"p, level within ± {margin:g}", "Verdict", "Seeds"], rows)
 
 
-def differences_drawing(
-    reference: str, differences: Sequence[PairedDifference], margin: float
-) -> Drawing:
+def differences_drawing(reference: str, differences: Differences, margin: float) -> Drawing:
     """A row a method: a dot for the difference, and a line for the interval over the images."""
 
     def draw(axes: Axes) -> None:
@@ -258,6 +254,5 @@ def mean_ranks(folders: Sequence[Path | str]) -> Table:
         [titles[i], *(number(value, ".3f") for value in dice[:, i]), number(ranks[i], ".2f")]
         for i in np.argsort(ranks, kind="stable")
     ]
-    return Table(
-        ["Method", *(Path(folder).resolve().name for folder in folders), "Mean rank"], rows
-    )
+    names = [Path(folder).resolve().name for folder in folders]
+    return Table(["Method", *names, "Mean rank"], rows)

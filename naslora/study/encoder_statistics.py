@@ -61,9 +61,8 @@ def block_statistics(
     blocks: list[Any] = [b for b in transformer_blocks(encoder) if hasattr(b, "window_size")]
     if not blocks:
         raise UserError(OTHER_TOKENS)
-    windows = [
-        b.window_size if isinstance(b.window_size, int) else b.window_size[0] for b in blocks
-    ]
+    sizes = (block.window_size for block in blocks)
+    windows = [size if isinstance(size, int) else size[0] for size in sizes]
     found: list[list[tuple[float, float]]] = [[] for _ in blocks]  # one pair of means a batch
     weights = AttentionWeights()
 

@@ -19,6 +19,7 @@ from naslora.errors import UserError, imported
 from naslora.results import RunNumbers
 from naslora.study.design import Launch
 from naslora.study.measurement import run_and_measure
+from naslora.study.plan import Run
 
 RETRIES = 3
 """How often a job that died is started again."""
@@ -85,10 +86,11 @@ def attempt(place: str, *arguments: Any) -> Outcome:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """A job, which is started again if it dies."""
+    """The job of a run, which is started again if it dies."""
 
+    run: Run
     submit: Submit
     arguments: Sequence[Any]
     retries: int = RETRIES
@@ -110,12 +112,11 @@ class Job:
             return None
 
 
-def finished(running: dict[Any, Job]) -> tuple[Any, Outcome]:
+def finished(running: list[Job]) -> tuple[Run, Outcome]:
     """Waits for the next job that ends, and takes it out of ``running``."""
     while True:
-        for key, job in running.items():
-            outcome = job.outcome()
-            if outcome is not None:
-                del running[key]
-                return key, outcome
+        for job in running:
+            if (outcome := job.outcome()) is not None:
+                running.remove(job)
+                return job.run, outcome
         time.sleep(POLL_SECONDS)

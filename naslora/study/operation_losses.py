@@ -48,9 +48,7 @@ class OperationLoss:
     """Dice of the trained model minus that of the changed one."""
 
 
-def write_operation_losses(
-    model: SamForSegmentation, config: RunConfig, output: Path
-) -> list[Drawing]:
+def write_operation_losses(model: SamForSegmentation, config: RunConfig, output: Path) -> Drawing:
     """Measures what the chosen operations, and random ones, are worth on the validation images.
 
     The layers of the trained model have cells. ``output`` is the folder for operation_losses.csv.
@@ -93,13 +91,13 @@ def write_operation_losses(
 
     def draw(axes: Axes) -> None:
         colours = [
-            ORANGE if row.layer == ALL_LAYERS else BLUE if row.operation else MUTED for row in rows
+            ORANGE if r.layer == ALL_LAYERS else BLUE if r.operation else MUTED for r in rows
         ]
         axes.barh(range(len(rows)), [row.dice_lost for row in rows], 0.65, color=colours)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_xlabel("validation Dice lost")
 
-    return [row_drawing("operation_losses", caption, titles, draw)]
+    return row_drawing("operation_losses", caption, titles, draw)
 
 
 def _cases(weights: Mapping[str, Tensor]) -> list[tuple[str, str | None, dict[str, int]]]:

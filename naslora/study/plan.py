@@ -91,8 +91,8 @@ class Study:
     """The row that the others are compared with."""
     groups: Sequence[str] | None = None
     """The group of each test image, as in ``Images``."""
-    grid: Sequence[Values] = ()
-    """The values to try; empty if nothing is tuned."""
+    grid: Sequence[Values] = ({},)
+    """The values to try; one of no values if nothing is tuned."""
     protocol: Sequence[str] = ()
     """For the report."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class Study:
     def config(self, run: Run, outcomes: Outcomes) -> RunConfig:
         """A run's configuration; ``outcomes`` are those of its trials. Errors as in ``tuning``."""
         values = run.tries or {}
-        if self.grid and run.tries is None:
+        if run.fold.inner and run.tries is None:
             tuning = self.tuning(run.row, run.fold, outcomes)
             values = tuning.trials[tuning.chosen].values
         config = with_values(run.row.config, values)

@@ -98,10 +98,9 @@ def find_images(config: RunConfig, design: Design, output: Path) -> Images:
             lists[place] = _splits(others[name][k], others[name][:k] + others[name][k + 1 :])
             inner.append(_listed(data, place))
         folds.append(Fold(name, own, inner))
-    samples = {name: list(part) for name, part in parts.items()}
     order = [sample for test in tested.values() for sample in test]
     groups = [sample.group or str(sample.image) for sample in order] if count else None
-    return Images(folds, lists, samples, groups)
+    return Images(folds, lists, parts, groups)
 
 
 def _listed(data: DataConfig, folder: Path) -> DataConfig:
@@ -132,7 +131,7 @@ def make_protocol(
         "methods": [*methods],
         "seeds": [*seeds],
         "tune": [*itertools.chain(*design.tune)],
-        "trials": len(parse_grid(design.tune)),
+        "trials": len(parse_grid(design.tune)) if design.tune else 0,
         "folds": design.folds,
         "inner_folds": design.inner_folds,
         "images": [len(part) for part in images.samples.values()],
@@ -186,10 +185,7 @@ def write_protocol(protocol: Mapping[str, Any], images: Images, output: Path) ->
 
 def in_words(protocol: Mapping[str, Any]) -> list[str]:
     """The protocol in sentences."""
-    p = {
-        name: " ".join(map(str, value)) if isinstance(value, list) else value
-        for name, value in protocol.items()
-    }
+    p = {n: " ".join(map(str, v)) if isinstance(v, list) else v for n, v in protocol.items()}
     tested, where = "The data's own test images are tested.", "the validation images"
     if p["folds"]:
         tested = f"Every image is tested once, by runs that train on other folds ({p['images']})."

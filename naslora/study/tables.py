@@ -66,7 +66,7 @@ def write_tables(study: Study, outcomes: Outcomes) -> Missing:
     differences = differences_from(reference, runs, study.margin, study.groups)
     first = "Method" if study.costs else "Variant"
     merged = [row for row in rows if any(row.get(name) for name in MERGED if name != "dice")]
-    tuned = {name: Column(name) for values in study.grid[:1] for name in values}
+    tuned = {name: Column(name) for name in study.grid[0]}
     table = _number_table(rows, {**tuned, **COLUMNS}, first)
     others = {
         f"Differences from {reference}": differences_table(reference, differences, study.margin),
@@ -98,7 +98,7 @@ def _table_row(
     """The row of table.csv. Of a tuned setting it has the chosen values, and how often each was."""
     refused = study.refused.get(row.name)
     tuned = {}
-    for name in study.grid[0] if study.grid else ():
+    for name in study.grid[0]:
         own = Counter(t.trials[t.chosen].values[name] for of, _, t in tunings if of is row)
         once = [*own.values()] == [len(study.folds)]
         tuned[name] = ", ".join(v if once else f"{v} ({n})" for v, n in own.most_common())

@@ -25,16 +25,8 @@ from naslora.report.tables import Table
 from naslora.results import Epoch, OperationHistory
 
 # One colour a family of operations, one dash a member, in the order of alpha.
-OPERATION_LINES = (
-    (BLUE, "-"),
-    (BLUE, "--"),
-    (ORANGE, "-"),
-    (ORANGE, "--"),
-    (GREEN, "-"),
-    (GREEN, "--"),
-    (PURPLE, "-"),
-    (MUTED, ":"),
-)
+OPERATION_LINES = [(colour, dash) for colour in (BLUE, ORANGE, GREEN) for dash in ("-", "--")]
+OPERATION_LINES += [(PURPLE, "-"), (MUTED, ":")]
 
 
 def operations_parts(operations: OperationHistory | None, history: list[Epoch]) -> list[Part]:
@@ -83,8 +75,8 @@ def _draw_mean_weights(
 def _draw_path(
     axes: Axes, names: list[str], history: list[Epoch], steps: np.ndarray, path: np.ndarray
 ) -> None:
-    for index, (name, weights) in enumerate(zip(names, path.mean(1).T, strict=True)):
-        colour, dash = OPERATION_LINES[index % len(OPERATION_LINES)]
+    lines = zip(names, OPERATION_LINES, path.mean(1).T, strict=True)
+    for name, (colour, dash), weights in lines:
         alone = "o" if len(steps) == 1 else None  # a line needs two points to be seen
         axes.plot(steps, weights, dash, color=colour, marker=alone, label=name)
     axes.set_ylabel("mean weight")
