@@ -156,14 +156,6 @@ def draw_epoch_axis(axes: Axes, history: list[Epoch]) -> None:
     # A point is the state after its epoch, so stage 2 starts half an epoch before its first point.
     position = first - 0.5
     axes.axvline(position, color=MUTED, linestyle="--", linewidth=1)
-    on_the_left = position <= sum(axes.get_xlim()) / 2
-    axes.text(
-        position,
-        1.02,
-        STAGE_2_LABEL,
-        transform=axes.get_xaxis_transform(),
-        ha="left" if on_the_left else "right",
-        va="bottom",
-        fontsize=8,
-        color=MUTED,
-    )
+    side = "left" if position <= sum(axes.get_xlim()) / 2 else "right"
+    style: dict[str, Any] = {"ha": side, "va": "bottom", "fontsize": 8, "color": MUTED}
+    axes.text(position, 1.02, STAGE_2_LABEL, transform=axes.get_xaxis_transform(), **style)

@@ -54,8 +54,7 @@ def write_report(
     Args:
         path: the file to write. Its folder is made if needed.
         config: the run's configuration as JSON-ready values, shown whole.
-        result: what the run reports.
-        history: one record an epoch.
+        result, history: what the run leaves in metrics.json and history.csv.
         operations: the path of alpha; None for a method without alpha.
         panels: test images to show, the worst first; of a promptable run as they are shown.
         class_names: names of the labels 0, 1, ..., so two for a binary task. Label 0 is the
@@ -349,14 +348,9 @@ def print_summary(result: RunResult, output: Path) -> None:
     table = rich_table.Table("test images", f"epoch {result.kept_epoch}", *whole.head[2:], *further)
     for row, *rows in zip(whole.rows, *(other.rows for other in others), strict=True):
         table.add_row(*map(printable, (*row, *(own[1] for own in rows))))
-    console = Console(markup=False, emoji=False)  # names of classes are text
+    console = Console(markup=False, emoji=False, highlight=False)  # names of classes are text
     console.print(table)
-    for note in result.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    console.print(f"scored at the resolution {result.test.resolution}", highlight=False)
-    console.print(
-        f"{result.trainable_parameters:,} parameters trained in {result.seconds:.0f} s; "
-        f"look at {output / REPORT}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    lines = [f"note: {note}" for note in result.notes]
+    lines.append(f"scored at the resolution {result.test.resolution}")
+    trained = f"{result.trainable_parameters:,} parameters trained in {result.seconds:.0f} s"
+    console.print(*lines, f"{trained}; look at {output / REPORT}", sep="\n", soft_wrap=True)
