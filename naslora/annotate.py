@@ -30,12 +30,7 @@ HELP = (
 
 
 def annotate(
-    path: Path,
-    inputs: Sequence[Path],
-    output: Path,
-    port: int,
-    search: InstanceConfig,
-    show: bool,
+    path: Path, inputs: Sequence[Path], output: Path, port: int, search: InstanceConfig, show: bool
 ) -> None:
     """Serves the page until the process is interrupted.
 

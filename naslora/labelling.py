@@ -180,8 +180,7 @@ class Labelling:
     def save(self) -> None:
         """Saves the objects, with the one that is being made, numbered from 1 on.
 
-        Raises:
-            UserError: as ``LabelledSet.save``.
+        Errors as in ``LabelledSet.save``.
         """
         self.keep()
         numbers = np.unique(np.append(self.labels, 0))

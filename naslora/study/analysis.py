@@ -101,11 +101,10 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100) -> None:
     drawn = [samples[i] for i in sorted(order[:images])]
     device = make_accelerator(config.training).device
     models = _models(model, config)
+    size = config.model.image_size
     statistics = {
-        name: block_statistics(
-            other.to(device).image_encoder, _batches(other, config, drawn), config.model.image_size
-        )
-        for name, other in models.items()
+        name: block_statistics(own.to(device).image_encoder, _batches(own, config, drawn), size)
+        for name, own in models.items()
     }
     heated = [_heat_maps(models, item, config) for item in _shown(config, samples)]
     with replaced_folder(output) as folder:
@@ -183,12 +182,9 @@ def _write_pictures(path: Path, rows: list[Pictures]) -> list[Part]:
     if not rows:
         return ["No test image has any foreground."]
     gap = ((0, 4), (0, 4), (0, 0))
-    lines = [
-        np.concatenate([np.pad(pixels, gap, constant_values=255) for _, pixels in row.pictures], 1)
-        for row in rows
-    ]
+    padded = [[np.pad(own, gap, constant_values=255) for _, own in row.pictures] for row in rows]
     with replaced_file(path) as temporary:
-        Image.fromarray(np.concatenate(lines)).save(temporary, format="PNG")
+        Image.fromarray(np.vstack([*map(np.hstack, padded)])).save(temporary, format="PNG")
     return list(rows)
 
 

@@ -67,8 +67,7 @@ def compare(
         output: must be new or empty unless ``resume``.
         resume: keep the finished runs of ``output`` and make the others. Methods and seeds may
             have been added if ``design`` neither tunes nor draws folds.
-        design: what is tuned, on which images, and the margin of equivalence; None for its
-            defaults.
+        design: what is tuned, on which images, and the margin of equivalence.
         launch: where the runs are made; None for here.
 
     Raises:
@@ -131,18 +130,11 @@ def ablate(
     resume: bool,
     launch: Launch | None = None,
 ) -> str:
-    """Varies one setting of the method (paper, Tables 6-9 and D1), and writes the table.
+    """Varies one setting of the method (paper, Tables 6-9 and D1); returns the table as Markdown.
 
     The unchanged method is a row of every ablation, so ablations in one folder share its runs.
-
-    Args:
-        name: a key of ``naslora.study.rows.ABLATIONS``.
-        config: the unchanged method. Its seed is replaced.
-        seeds: as for ``compare``, and so are ``resume`` and ``launch``.
-        output: must be new or empty unless ``resume``. The table is in its folder ``name``.
-
-    Returns:
-        The table as Markdown.
+    ``config`` is the unchanged method; its seed is replaced. The tables are in the folder ``name``
+    of ``output``. Other arguments as in ``compare``.
 
     Raises:
         UserError: the configuration has nothing to ablate; ``output`` holds something else, or
@@ -202,11 +194,8 @@ def run_study(study: Study) -> None:
             reasons.
     """
     runs = [*study.runs()]
-    outcomes: Outcomes = {
-        run.folder: read_record(run.folder / NUMBERS, RunNumbers)
-        for run in runs
-        if (run.folder / NUMBERS).is_file()
-    }
+    measured = (run.folder for run in runs if (run.folder / NUMBERS).is_file())
+    outcomes: Outcomes = {own: read_record(own / NUMBERS, RunNumbers) for own in measured}
     pending = [run for run in runs if not run.finished]
     missing = {} if pending else write_tables(study, outcomes)
     started = time.perf_counter()

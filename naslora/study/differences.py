@@ -139,12 +139,10 @@ def over_images(
     # Their mean is the images'. Their spread is that of a ratio of sums, to first order.
     mean = sums.sum() / counts.sum()
     values = mean + (sums - mean * counts) / counts.mean()
+    bounds = ((-margin, "greater"), (margin, "less"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of differences that are all equal, as in a row by itself
-        p = max(
-            stats.ttest_1samp(values, bound, alternative=side).pvalue
-            for bound, side in ((-margin, "greater"), (margin, "less"))
-        )
+        p = max(stats.ttest_1samp(values, m, alternative=side).pvalue for m, side in bounds)
     low, high = map(float, interval)
     return OverImages(low, high, float(p), verdict(low, high, float(p), margin))
 

@@ -26,8 +26,6 @@ RETRIES = 3
 POLL_SECONDS = 0.5
 LONGEST_MINUTES = 24 * 60
 """Of a job of Slurm. submitit's own default is 5."""
-JOBS = "jobs"
-"""submitit's folder in the study's."""
 Outcome = RunNumbers | Exception
 Submit = Callable[..., Any]
 """Takes the arguments of ``run_and_measure``; returns what has done(), result() and cancel()."""
@@ -58,7 +56,7 @@ def jobs(launch: Launch, output: Path) -> Iterator[Submit]:
 
 def _slurm(given: dict[str, Any], output: Path) -> Submit:
     (submitit,) = imported("slurm", "submitit")
-    executor = submitit.AutoExecutor(output / JOBS, cluster=given.pop("cluster", "slurm"))
+    executor = submitit.AutoExecutor(output / "jobs", cluster=given.pop("cluster", "slurm"))
     default = {"gpus_per_node": int(torch.cuda.is_available()), "timeout_min": LONGEST_MINUTES}
     executor.update_parameters(**{**default, **given})
     return lambda *arguments: executor.submit(attempt, os.getcwd(), *arguments)

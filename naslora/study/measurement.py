@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from naslora.adapter.merging.report import MergeMode
 from naslora.data.images import Sample
 from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
@@ -111,11 +111,9 @@ def _models(config: RunConfig, directory: Path, device: torch.device) -> dict[st
     for mode in merge_modes(config.method, config.adapter):
         merged = copy.deepcopy(model)
         batches = calibration(config, find_splits(config), mode, device)
-        try:
-            merge(merged, cast(MergeMode, mode), batches)
-        except UserError:  # too few images for the mode; the run's metrics hold the reason
-            continue
-        models[mode] = merged
+        with suppress(UserError):  # too few images for the mode; the run's metrics hold the reason
+            merge(merged, mode, batches)
+            models[mode] = merged
     return models
 
 
@@ -146,13 +144,10 @@ def seconds_in_turn(calls: Sequence[Callable[[], object]]) -> np.ndarray:
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls a function in a fresh process and returns its result.
-
-    The process ends when this one ends.
+    """Calls a function in a fresh process, which ends with this one, and returns its result.
 
     Raises:
-        RuntimeError: the process was killed.
-        Exception: whatever the function raises.
+        RuntimeError: the process was killed; or else, as the function.
     """
     # The fork server imports the function's module once. A process forked from it has all imports
     # and no results of an earlier run.

@@ -40,12 +40,9 @@ def _results(study: Study, outcomes: Outcomes) -> tuple[Runs, Missing]:
         for seed in study.seeds:
             own = {fold.name: outcomes.get(study.folder(row, seed, fold)) for fold in study.folds}
             known = [numbers for numbers in own.values() if isinstance(numbers, RunNumbers)]
-            failed = [
-                f"{name}: {reason(error)}" if name else reason(error)
-                for name, error in own.items()
-                if isinstance(error, Exception)
-            ]
-            if why := study.refused.get(row.name) or "; ".join(failed):
+            errors = ((k, reason(e)) for k, e in own.items() if isinstance(e, Exception))
+            failed = "; ".join(f"{name}: {text}" if name else text for name, text in errors)
+            if why := study.refused.get(row.name) or failed:
                 missing[row.name][seed] = why
             elif len(known) == len(own):
                 runs[row.title][seed] = pooled(known)
@@ -120,9 +117,7 @@ def _number_table(
     """The columns, by their name in table.csv, that a row has, after the rows' titles and their
     numbers of seeds; ``first`` is the title of the first column."""
     always = {"trainable_parameters", "share_of_parameters", "dice"}
-    shown = [
-        name for name in columns if name in always or any(row.get(name) is not None for row in rows)
-    ]
+    shown = [n for n in columns if n in always or any(row.get(n) is not None for row in rows)]
     table = []
     for row in rows:
         failed = f" ({row['missing']} failed)" if row["missing"] else ""

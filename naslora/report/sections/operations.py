@@ -45,7 +45,7 @@ def _means(operations: OperationHistory, path: np.ndarray) -> Drawing:
     def draw(axes: Axes) -> None:
         axes.barh(rows, mean, height=0.72, color=BLUE)
         axes.hlines(rows, least, most, color=INK, linewidth=1)
-        for row, value, end in zip(rows, mean, most, strict=True):
+        for row, (value, end) in enumerate(zip(mean, most, strict=True)):
             axes.text(end, row, f"  {value:.3f}", va="center", fontsize=8)
         axes.vlines(
             start, rows - 0.45, rows + 0.45, ORANGE, "--", linewidth=1, label="at the start"
