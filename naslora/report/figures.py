@@ -123,9 +123,6 @@ def draw_curves(axes: Axes, curves: Curves, xlabel: str, ylabel: str) -> None:
         axes.legend()
 
 
-# ---- One row a method, layer or class ------------------------------------------------------------
-
-
 def row_drawing(
     name: str, caption: str, titles: Sequence[str], draw: Callable[[Axes], None]
 ) -> Drawing:
@@ -133,17 +130,12 @@ def row_drawing(
 
     def draw_rows(axes: Axes) -> None:
         draw(axes)
-        draw_row_axis(axes, titles)
+        axes.set_yticks(range(len(titles)), titles)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set_ylim(len(titles) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
 
     return Drawing(name, caption, draw_rows, (4.6, 0.9 + 0.3 * len(titles)))
-
-
-def draw_row_axis(axes: Axes, titles: Sequence[str]) -> None:
-    """Labels the vertical axis with the rows' titles, from top to bottom."""
-    axes.set_yticks(range(len(titles)), titles)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.set_ylim(len(titles) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
 
 
 def draw_epoch_axis(axes: Axes, history: list[Epoch]) -> None:

@@ -252,9 +252,7 @@ def _write_convergence(histories: list[list[Epoch]], config: RunConfig, output: 
 
     def draw(axes: Axes) -> None:
         axes.plot(epochs, mean, color=BLUE)
-        low, high = mean - spread, mean + spread
-        if np.isfinite(spread).any():
-            axes.fill_between(epochs, low, high, color=BLUE, alpha=0.25, linewidth=0)
+        axes.fill_between(epochs, mean - spread, mean + spread, color=BLUE, alpha=0.25, linewidth=0)
         if start is not None and 0 < start < len(mean):
             axes.axvline(start - 0.5, color=MUTED, linestyle="--", linewidth=1)
         axes.set(xlabel="epoch", ylabel="validation Dice")

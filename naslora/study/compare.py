@@ -13,6 +13,7 @@ protocol.*, images.csv, lists/   what ``compare`` fixes before it runs (protocol
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from naslora.choices import AblationName
@@ -25,7 +26,7 @@ from naslora.settings import Seed, checked
 from naslora.study.design import Design, Launch, parse_grid, values_text, with_values
 from naslora.study.launchers import Job, finished, jobs
 from naslora.study.measurement import find_refusals, in_own_process, run_and_measure
-from naslora.study.plan import NUMBERS, TUNING, Outcomes, Run, Study, reason
+from naslora.study.plan import NUMBERS, TUNING, Outcome, Outcomes, Run, Study, reason
 from naslora.study.protocol import (
     LORA,
     Fold,
@@ -41,8 +42,8 @@ from naslora.training.resolve import resolve
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 
-Made = Iterator[tuple[Run, RunNumbers | Exception]]
-"""Runs that were made, each with its numbers, or its error."""
+Made = Iterator[tuple[Run, Outcome]]
+"""Runs that were made, in the order of their ends."""
 
 # ---- The commands --------------------------------------------------------------------------------
 
@@ -229,14 +230,11 @@ def _describe(run: Run) -> str:
 
 def _made_here(study: Study, pending: Sequence[Run], outcomes: Outcomes) -> Made:
     """Makes the runs one after another."""
+    measure = partial(in_own_process, run_and_measure) if study.costs else run_and_measure
     for place, run in enumerate(pending, 1):
         study.say(f"run {place} of {len(pending)}: {_describe(run)}")
         try:
-            arguments = _arguments(study, run, outcomes)
-            if study.costs:
-                yield run, in_own_process(run_and_measure, *arguments)
-            else:
-                yield run, run_and_measure(*arguments)
+            yield run, measure(*_arguments(study, run, outcomes))
         except Exception as error:  # any error of one run must not end the others
             yield run, error
 

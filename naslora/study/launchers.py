@@ -16,17 +16,15 @@ from typing import Any
 import torch
 
 from naslora.errors import UserError, imported
-from naslora.results import RunNumbers
 from naslora.study.design import Launch
 from naslora.study.measurement import run_and_measure
-from naslora.study.plan import Run
+from naslora.study.plan import Outcome, Run
 
 RETRIES = 3
 """How often a job that died is started again."""
 POLL_SECONDS = 0.5
 LONGEST_MINUTES = 24 * 60
 """Of a job of Slurm. submitit's own default is 5."""
-Outcome = RunNumbers | Exception
 Submit = Callable[..., Any]
 """Takes the arguments of ``run_and_measure``; returns what has done(), result() and cancel()."""
 

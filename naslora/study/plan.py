@@ -24,8 +24,10 @@ from naslora.training.run_config import DataConfig, RunConfig
 NUMBERS = "numbers.json"
 TUNING = "tuning.json"
 
-Outcomes = dict[Path, RunNumbers | Exception]
-"""By the run's folder, what it gave, or why there are no numbers."""
+Outcome = RunNumbers | Exception
+"""What a run gave, or why there are no numbers."""
+Outcomes = dict[Path, Outcome]
+"""By the run's folder."""
 
 
 @dataclass(frozen=True)

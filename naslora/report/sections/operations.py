@@ -17,7 +17,7 @@ from naslora.report.figures import (
     PURPLE,
     Drawing,
     draw_epoch_axis,
-    draw_row_axis,
+    row_drawing,
 )
 from naslora.report.page import Part
 from naslora.report.tables import Table
@@ -51,7 +51,6 @@ def _means(operations: OperationHistory, path: np.ndarray) -> Drawing:
             start, rows - 0.45, rows + 0.45, ORANGE, "--", linewidth=1, label="at the start"
         )
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
-        draw_row_axis(axes, operations.operations)
         axes.set_xlim(0, 1.18 * max(most.max(), start.max()))  # room for the numbers
         axes.set_xlabel("mean of softmax(α) over the layers")
 
@@ -59,7 +58,7 @@ def _means(operations: OperationHistory, path: np.ndarray) -> Drawing:
         f"Mean weight over the {len(weights)} layers after epoch {operations.epochs[-1].epoch}. "
         "Thin lines span the range over the layers, dashed ones mark the mean at the start."
     )
-    return Drawing("mean", caption, draw)
+    return row_drawing("mean", caption, operations.operations, draw)
 
 
 def _path(operations: OperationHistory, path: np.ndarray, history: list[Epoch]) -> Drawing:
