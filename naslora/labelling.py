@@ -183,8 +183,7 @@ class Labelling:
         Errors as in ``LabelledSet.save``.
         """
         self.keep()
-        numbers = np.unique(np.append(self.labels, 0))
-        self.labels = np.searchsorted(numbers, self.labels).astype(np.uint16)
-        kind = np.uint8 if len(numbers) <= 256 else np.uint16
-        self.labelled.save(self.image, self.labels.astype(kind))
+        self.labels = numbered(self.labels).astype(np.uint16)
+        smallest = np.min_scalar_type(self.labels.max())  # uint8 or uint16
+        self.labelled.save(self.image, self.labels.astype(smallest))
         self.changed = False

@@ -68,7 +68,7 @@ def with_values(config: RunConfig, values: Values) -> RunConfig:
         UserError: the method has no such setting, or the value is of a wrong type or out of range.
     """
     for name, text in values.items():
-        part = "training" if hasattr(config.training, name) else "adapter"
+        part = "training" if name in config.training.__dataclass_fields__ else "adapter"
         settings = getattr(config, part)
         if name not in settings.__dataclass_fields__:
             raise UserError(
