@@ -84,35 +84,33 @@ def attempt(place: str, *arguments: Any) -> Outcome:
 
 @dataclass(eq=False)
 class Job:
-    """The job of a run, which is started again if it dies."""
+    """The job of a run."""
 
     run: Run
     submit: Submit
     arguments: Sequence[Any]
-    retries: int = RETRIES
+    starts: int = 0
 
     def __post_init__(self) -> None:
-        self.running = self.submit(*self.arguments)
+        self.start()
 
-    def outcome(self) -> Outcome | None:
-        """What the run gave; None while it is not known."""
-        if not self.running.done():
-            return None
-        try:
-            return self.running.result()
-        except Exception as error:  # the library's own: the process is gone
-            if not self.retries:
-                return RuntimeError(f"its job died {RETRIES + 1} times: {error}")
-            self.retries -= 1
-            self.running = self.submit(*self.arguments)
-            return None
+    def start(self) -> None:
+        """Starts it, or starts it again."""
+        self.starts += 1
+        self.running = self.submit(*self.arguments)
 
 
 def finished(running: list[Job]) -> tuple[Run, Outcome]:
-    """Waits for the next job that ends, and takes it out of ``running``."""
+    """Waits for the next job that ends, and takes it out of ``running``. Starts lost ones again."""
     while True:
-        for job in running:
-            if (outcome := job.outcome()) is not None:
-                running.remove(job)
-                return job.run, outcome
+        for job in [own for own in running if own.running.done()]:
+            try:
+                outcome = job.running.result()
+            except Exception as error:  # the library's own: the process is gone
+                if job.starts <= RETRIES:
+                    job.start()
+                    continue
+                outcome = RuntimeError(f"its job died {job.starts} times: {error}")
+            running.remove(job)
+            return job.run, outcome
         time.sleep(POLL_SECONDS)

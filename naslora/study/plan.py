@@ -8,6 +8,7 @@ runs/ROW/tuning/FOLD/tuning.json        the scores of the trials, and the chosen
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,14 +105,11 @@ class Study:
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed and fold by fold. Trials, all with the first seed, come first."""
-        for seed in self.seeds:
-            for fold in self.folds:
-                for row in self.rows:
-                    if row.name in self.refused:
-                        continue
-                    if seed == self.seeds[0]:
-                        yield from self.trials(row, fold)
-                    yield Run(row, seed, fold, fold.data, self.folder(row, seed, fold))
+        fitting = [row for row in self.rows if row.name not in self.refused]
+        for seed, fold, row in product(self.seeds, self.folds, fitting):
+            if seed == self.seeds[0]:
+                yield from self.trials(row, fold)
+            yield Run(row, seed, fold, fold.data, self.folder(row, seed, fold))
 
     def folder(self, row: Row, seed: int | str, fold: Fold) -> Path:
         """The folder of a run whose test images count; of a row's tuning for ``tuning``."""
