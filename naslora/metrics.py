@@ -6,7 +6,7 @@ balanced error rates, which are percentages in all papers, for ``index_mae``, an
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from naslora import shapes
 from naslora.errors import UserError
+from naslora.results import ClassScores, SplitScores
 
 T_IOU = 0.65
 """The thresholded Jaccard index counts the IoU of an image as 0 below this value."""
@@ -329,48 +330,47 @@ def check_metrics(names: Sequence[str], num_classes: int) -> None:
 # ---- The summary ---------------------------------------------------------------------------------
 
 
+def stacked(scores: Sequence[Scores]) -> Scores:
+    """The scores of several images in one tensor each."""
+    return {name: torch.stack([own[name] for own in scores]) for name in scores[0]}
+
+
 def summarise(
     scores: Scores, class_names: Sequence[str], metrics: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> SplitScores:
     """Averages the scores of all images: first over the images, then over the foreground classes.
+
+    A class that no image has does not count. Without any foreground there is neither Dice nor IoU.
 
     Args:
         scores: ``image_scores`` of N images, and ``further_scores`` if a metric needs them.
         class_names: names of the foreground classes.
         metrics: names of ``METRICS``.
-
-    Returns:
-        ``dice``, ``iou`` and ``accuracy``: a number, or None if undefined. ``per_class``: for each
-        class name its ``dice`` and ``iou``, None for a class that no image has; such classes do not
-        count in the means. If no image has foreground, all of these are None. ``metrics``, only if
-        some are given: their values by name. A value is a number, None if undefined, or a number
-        for each class name, the background first.
     """
+    image_dice = scores["dice"].nanmean(1)  # (N,)
     if "confusion" in scores and not scores["confusion"][:, 1:].any():
         # Dice and IoU of no foreground are no results.
         undefined = {name: torch.full_like(scores[name], torch.nan) for name in ("dice", "iou")}
         scores = {**scores, **undefined}
     dice, iou = scores["dice"].nanmean(0), scores["iou"].nanmean(0)  # (C,)
-    summary: dict[str, Any] = {
-        "dice": _number(dice.nanmean()),
-        "iou": _number(iou.nanmean()),
-        "accuracy": _number(scores["accuracy"].nanmean()),
-        "per_class": {
-            name: {"dice": _number(dice[i]), "iou": _number(iou[i])}
-            for i, name in enumerate(class_names)
-        },
-    }
-    if metrics:
-        names = ["background", *class_names]
-        values = {name: METRICS[name].of(scores) for name in metrics}
-        summary["metrics"] = {
-            name: dict(zip(names, map(_number, value), strict=True))
-            if value.dim()
-            else _number(value)
+    both = zip(class_names, dice, iou, strict=True)
+    values = {name: METRICS[name].of(scores) for name in metrics}
+    names = ["background", *class_names]
+    bins = scores["calibration"].sum(0).tolist() if "calibration" in scores else []
+    return SplitScores(
+        dice=known(dice.nanmean()),
+        iou=known(iou.nanmean()),
+        accuracy=known(scores["accuracy"].nanmean()),
+        per_class={name: ClassScores(known(d), known(i)) for name, d, i in both},
+        metrics={
+            name: dict(zip(names, map(known, value), strict=True)) if value.dim() else known(value)
             for name, value in values.items()
-        }
-    return summary
+        },
+        calibration=[(count, confidence, right) for count, confidence, right in bins],
+        image_dice=[known(value) for value in image_dice],
+    )
 
 
-def _number(value: Tensor) -> float | None:
+def known(value: Tensor) -> float | None:
+    """A () tensor as a number, NaN as None."""
     return None if value.isnan() else float(value)
