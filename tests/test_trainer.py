@@ -18,10 +18,11 @@ from naslora.errors import UserError
 from naslora.files import read_safetensors
 from naslora.results import ADAPTER, LAST, SplitScores, kept_epoch
 from naslora.training.accelerator import make_accelerator
+from naslora.training.resolve import LEARNING_BOUNDS
+from naslora.training.run_config import TrainConfig
 from naslora.training.run_data import EpochImages, find_splits
 from naslora.training.run_model import build_adapted_model
 from naslora.training.step import Compiled
-from naslora.training.train_config import LEARNING_BOUNDS, TrainConfig
 from naslora.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("tiny_sam", "fresh_accelerate")

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from naslora.errors import LostProcessError, UserError
 from naslora.settings import checked
-from naslora.training.train_config import TrainConfig
+from naslora.training.run_config import TrainConfig
 
 TIMEOUT_VARIABLE = "NASLORA_PROCESS_TIMEOUT"
 """Environment variable: the seconds that a process waits for the others.

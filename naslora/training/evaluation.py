@@ -8,8 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -35,9 +36,9 @@ from naslora.metrics import (
     summarise,
 )
 from naslora.results import GroupScores, SplitScores, VolumeScores
+from naslora.sam.losses import parse_terms, segmentation_loss
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
-from naslora.training.run_config import RunConfig
-from naslora.training.train_config import loss_of
+from naslora.training.run_config import RunConfig, TrainConfig
 
 
 def make_loader(
@@ -88,6 +89,21 @@ def end_with_parent() -> None:
         os._exit(0)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def loss_of(config: TrainConfig) -> partial[Tensor]:
+    """The loss of an output and a target, as ``segmentation_loss``. Pixels with the label
+    ``IGNORED`` do not count."""
+    return partial(
+        segmentation_loss,
+        class_loss=config.class_loss,
+        lambda_seg=config.lambda_seg,
+        lambda_cls=config.lambda_cls,
+        ignore_index=IGNORED,
+        boundary_weight=config.boundary_weight,
+        terms=parse_terms(config.loss),
+        class_weights=cast(tuple[float, ...] | None, config.class_weights),  # once it is resolved
+    )
 
 
 @torch.no_grad()

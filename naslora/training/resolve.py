@@ -26,18 +26,19 @@ from naslora.sam.hub import PREFIX, pinned
 from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.shipped import NONE, shipped_version
 from naslora.settings import checked
-from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from naslora.training.run_data import make_dataset, slicing_of
-from naslora.training.train_config import (
-    LEARNING_BOUNDS,
-    PROMPTABLE_BOUNDS,
-    TrainConfig,
-    first_search_epoch,
-    fit_to_images,
-)
+from naslora.training.step import factor, fitted_rate
 
 SHIPPED = "shipped"
 """How the checkpoint in a resolved configuration begins for the weights in the package."""
+LEARNING_TRAVEL = 0.2
+"""What the weights' rates of all steps add up to, if no rate is given: about how far Adam moves a
+weight whose gradient keeps its sign."""
+LEARNING_BOUNDS = 1e-4, 2e-3
+"""Of the rate that is fitted so."""
+PROMPTABLE_BOUNDS = 1e-4, 3e-4
+"""The same with `--task promptable`, whose decoder starts as SAM's and not from a part of it."""
 MOST_CHANNELS = 512
 STATISTICS_IMAGES = 256
 SMALLEST_STD = 1 / 255
@@ -81,7 +82,7 @@ def resolve(config: RunConfig, fit: bool = True) -> RunConfig:
         )
         samples = splits["train"] + splits.get(OPTIONAL_SPLIT, [])
         bounds = PROMPTABLE_BOUNDS if config.task == "promptable" else LEARNING_BOUNDS
-        training = fit_to_images(training, len(samples), bounds)
+        training = _fitted(training, len(samples), bounds)
         if balanced:
             training = replace(training, class_weights=_balance(data, samples))
         if measured:
@@ -274,10 +275,23 @@ def checkpoint_of(model: ModelConfig) -> str | None:
     return None if checkpoint.startswith(f"{SHIPPED} ") else checkpoint
 
 
+def _fitted(config: TrainConfig, images: int, bounds: tuple[float, float]) -> TrainConfig:
+    """Turns ``steps`` into epochs, and fits the learning rate within bounds if it is None."""
+    own, rate, epochs = -(-images // config.batch_size), config.learning_rate, config.epochs
+    if config.steps is not None:
+        epochs = max(1, round(config.steps / own))
+    if rate is None:
+        steps = epochs * own
+        factors = (factor(config.schedule, step / steps, config.warmup) for step in range(steps))
+        rate = fitted_rate(LEARNING_TRAVEL, factors, *bounds)
+    return replace(config, epochs=epochs, steps=None, learning_rate=rate)
+
+
 def _training(training: TrainConfig) -> dict[str, Any]:
     """Its precision and the start of the search."""
     precision = training.mixed_precision or _precision()
     frozen, fraction = training.frozen_precision, training.arch_fraction
+    start = training.epochs // 3 if training.search_start is None else training.search_start
     if frozen not in (None, "no", precision):
         raise UserError(
             f"frozen_precision {frozen} needs mixed_precision {frozen}, got {precision}"
@@ -295,7 +309,7 @@ def _training(training: TrainConfig) -> dict[str, Any]:
             "patience stops after the best epoch: give --keep best, and no --anneal-epochs, which "
             "anneals in the last ones"
         )
-    return {"mixed_precision": precision, "search_start": first_search_epoch(training)}
+    return {"mixed_precision": precision, "search_start": start}
 
 
 def _check_loss(training: TrainConfig, classes: int) -> None:

@@ -42,10 +42,10 @@ from naslora.training.run_model import (
     build_adapted_model,
     build_frozen_model,
     count_parameters,
+    frozen_dtype,
 )
 from naslora.training.run_results import final_result, tracked_scores, write_results
 from naslora.training.trackers import check_trackers, log, tracked
-from naslora.training.train_config import frozen_dtype
 from naslora.training.trainer import Trainer
 
 
@@ -128,7 +128,7 @@ def _warn(config: RunConfig, searches: bool) -> None:
             f"the weights of {model.name} were made for images of {SHIPPED_SIZE} pixels; their "
             f"position embeddings are resized to {model.image_size} pixels"
         )
-    start = training.search_start or 0
+    start = training.search_start
     if searches and start >= training.epochs and not training.simultaneous:
         warn(
             f"alpha is not trained: --search-start {start} is not among the "

@@ -36,8 +36,7 @@ from naslora.records import read_record
 from naslora.sam.families import find_family
 from naslora.training.accelerator import in_main_process
 from naslora.training.progress import with_progress
-from naslora.training.run_config import DataConfig, RunConfig
-from naslora.training.train_config import TrainConfig, first_search_epoch
+from naslora.training.run_config import DataConfig, RunConfig, TrainConfig
 
 
 def prepare_data(
@@ -238,7 +237,7 @@ class EpochImages:
         """Indices of the training images that an epoch's weight steps take."""
         kept: Sequence[int] = range(self.train)
         count = self.train + self.arch
-        started = epoch >= first_search_epoch(self.config)
+        started = epoch >= self.config.search_start
         leaves_out = {"hold-out": True, "rotate": started}.get(str(self.config.arch_data), False)
         if leaves_out and self.searches and not self.arch:
             kept, _ = self._parts(epoch)

@@ -14,12 +14,18 @@ from naslora.errors import UserError
 from naslora.methods import apply, trainable_parameters
 from naslora.results import ParameterCounts
 from naslora.sam.encoders import checkpoint_blocks, set_channels, stem
+from naslora.sam.precision import DTYPES
 from naslora.sam.promptable import AnySam, build_promptable
 from naslora.sam.segmentation import build_model
 from naslora.training.resolve import checkpoint_of
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import RunConfig, TrainConfig
 from naslora_kernels import available_backends
 from naslora_kernels.backends import ENVIRONMENT_VARIABLE
+
+
+def frozen_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype of the encoder's frozen weights while training."""
+    return DTYPES[config.frozen_precision or config.mixed_precision or "no"]
 
 
 def build_adapted_model(config: RunConfig) -> AnySam:

@@ -5,8 +5,9 @@ depend on how many processes or forward passes share the batch.
 """
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,34 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
-from naslora.training.train_config import Schedule, factor
+from naslora.training.run_config import Schedule
 
 BUCKET = 1 << 23
 """Numbers of gradients that processes send each other at once: 32 MiB of float32."""
+WARMUP_START = 0.01
+"""Share of its rate at which a warm-up starts."""
+
+
+def factor(schedule: Schedule, done: float, warmup: float = 0.0) -> float:
+    """What a rate is multiplied by after the share ``done`` of all steps, in [0, 1].
+
+    It rises over the share ``warmup``, then falls as ``schedule`` says.
+    """
+    if done < warmup:
+        return WARMUP_START + (1 - WARMUP_START) * done / warmup
+    done = (done - warmup) / (1 - warmup)
+    if schedule == "linear":
+        return 1 - done
+    return (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1.0
+
+
+def fitted_rate(travel: float, factors: Iterable[float], low: float, high: float) -> float:
+    """The rate with which the rates of all steps add up to ``travel``, or the nearer bound.
+
+    ``factors`` are what the rate is multiplied by in each step. Without steps it is ``high``.
+    """
+    total = sum(factors)
+    return min(max(low, travel / total if total else high), high)
 
 
 @dataclass(eq=False)

@@ -51,31 +51,25 @@ from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.precision import cast_frozen
 from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.training.clicks import score_run
-from naslora.training.evaluation import make_loader
+from naslora.training.evaluation import loss_of, make_loader
 from naslora.training.interactive import InteractiveLoss
 from naslora.training.progress import WORDS, TrainProgress, epoch_line, epoch_numbers
 from naslora.training.resuming import LastState, check_last, read_last
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import RunConfig, Schedule
 from naslora.training.run_data import EpochImages
-from naslora.training.run_model import keep_embeddings
+from naslora.training.run_model import frozen_dtype, keep_embeddings
 from naslora.training.step import (
     Compiled,
     Group,
     WeightAverage,
     apply_gradients,
     average_batch_norms,
+    factor,
+    fitted_rate,
     sum_over_processes,
     without_gradients,
 )
 from naslora.training.trackers import log
-from naslora.training.train_config import (
-    Schedule,
-    factor,
-    first_search_epoch,
-    fitted_rate,
-    frozen_dtype,
-    loss_of,
-)
 from naslora_kernels import OPERATIONS
 
 # Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps.
@@ -208,7 +202,7 @@ class Trainer:
 
     def _searches(self, epoch: int) -> bool:
         """Whether an epoch updates alpha."""
-        started = self.config.simultaneous or epoch >= first_search_epoch(self.config)
+        started = self.config.simultaneous or epoch >= self.config.search_start
         return bool(self.alphas) and started
 
     def _out_of_patience(self) -> bool:
@@ -216,7 +210,7 @@ class Trainer:
         if not self.config.patience or not self.history:
             return False
         best = kept_epoch(self.history, "best").epoch
-        start = first_search_epoch(self.config) if self.alphas else 0
+        start = self.config.search_start if self.alphas else 0
         return self.epoch - max(best, start) >= self.config.patience
 
     def run(self) -> None:
