@@ -51,7 +51,7 @@ from naslora.sam.segmentation import MirroredModel, SamForSegmentation, labels_o
 from naslora.sam.shipped import NONE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
-from naslora.training.clicks import score_run
+from naslora.training.interactive import score_run
 from naslora.training.resolve import check_promptable, read_config, resolve
 from naslora.training.run_config import (
     DataConfig,

@@ -39,9 +39,8 @@ from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.sam.segmentation import labels_of, predict_labels
 from naslora.sam.shipped import NONE
 from naslora.training.accelerator import in_float32
-from naslora.training.clicks import play, score_run
 from naslora.training.evaluation import tiled_class_map
-from naslora.training.interactive import objects_of
+from naslora.training.interactive import objects_of, play, score_run
 from naslora.training.run_data import calibration, shown_of
 from naslora.training.run_model import build_frozen_model
 from naslora.training.trainer import Trainer
