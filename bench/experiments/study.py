@@ -51,7 +51,7 @@ class Key(NamedTuple):
 
 
 Cells = dict[Key, Numbers]
-MERGE_MODES = "naslora.training.run_results.merge_modes"
+MERGE_MODES = "naslora.training.run.merge_modes"
 DONE = "study.json"  # what a finished cell reports
 MODEL = ("model", "checkpoint", "image_size", "attention")
 """Settings of a study's runs that are not fields of ``DataConfig``."""
