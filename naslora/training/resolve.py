@@ -266,13 +266,9 @@ def _model(model: ModelConfig) -> dict[str, Any]:
 
 
 def checkpoint_of(model: ModelConfig) -> str | None:
-    """The checkpoint as ``build_model`` takes it.
-
-    Raises:
-        UserError: the run started from other weights than those in this package.
-    """
-    checkpoint = _model(model)["checkpoint"]
-    return None if checkpoint.startswith(f"{SHIPPED} ") else checkpoint
+    """The checkpoint of a resolved configuration, as ``build_model`` takes it."""
+    shipped = str(model.checkpoint).startswith(f"{SHIPPED} ")
+    return None if shipped else model.checkpoint
 
 
 def _fitted(config: TrainConfig, images: int, bounds: tuple[float, float]) -> TrainConfig:

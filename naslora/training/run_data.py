@@ -44,40 +44,29 @@ def prepare_data(
 ) -> tuple[dict[str, SegmentationDataset], Contents]:
     """Finds the images of a run, reads each once, and makes the data set of each split.
 
-    The main process reads for all. It warns of splits without foreground and of copies of training
-    images.
+    The main process reads for all, as ``check_splits``.
 
-    Args:
-        config: the run.
-        accelerator: the processes.
-        record: the file in which a run that is resumed recorded its data; None for a new run.
+    ``record`` is the file in which a run that is resumed recorded its data; None for a new run.
 
     Returns:
         The data set of each split, and what the files hold: nothing but in the main process.
 
     Raises:
-        UserError: in every process; ``record`` is damaged; as ``find_splits``,
-            ``check_with_progress`` or ``check_unchanged``.
+        UserError: in every process; ``record`` is damaged; as ``find_splits``, ``check_splits`` or
+            ``check_unchanged``.
     """
     splits = find_splits(config)
 
     def read() -> Contents:
-        found = iter(check_with_progress([s for split in splits.values() for s in split], config))
-        contents = {name: [next(found) for _ in split] for name, split in splits.items()}
+        contents = check_splits(splits, config)
         if record is not None and record.is_file():
             check_unchanged(read_record(record, dict[str, list[Content]]), contents)
-        warn_of_contents(contents, config)
         return contents
 
     contents = in_main_process(accelerator, read)
-    whole = config.data.resolution == "original"
+    views: dict[str, View] = {"val": "validated", "test": "tested"}
     datasets = {
-        name: make_dataset(
-            config,
-            samples,
-            "trained" if name in ("train", "arch") else "scored",
-            truth=whole and name == "test",
-        )
+        name: make_dataset(config, samples, views.get(name, "trained"))
         for name, samples in splits.items()
     }
     return datasets, contents or {}
@@ -126,18 +115,23 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
     return [*with_progress(found, "checking the data", len(samples))]
 
 
-def warn_of_contents(contents: Contents, config: RunConfig) -> None:
-    """Warns of what ``warnings_about`` finds, and ``warnings_about_objects`` in a promptable run.
+def check_splits(splits: dict[str, list[Sample]], config: RunConfig) -> Contents:
+    """Reads every sample once, as ``check_with_progress``.
+
+    Warns of what ``warnings_about`` finds, and ``warnings_about_objects`` in a promptable run.
 
     Raises:
-        UserError: as ``warnings_about_objects``.
+        UserError: as ``check_with_progress`` and ``warnings_about_objects``.
     """
-    found = []
+    found = iter(check_with_progress([s for split in splits.values() for s in split], config))
+    contents = {name: [next(found) for _ in split] for name, split in splits.items()}
+    warnings = warnings_about(contents)
     if config.task == "promptable":
         size, most = config.model.image_size, config.prompts.objects_per_image
-        found = warnings_about_objects(contents, size, most)
-    for warning in warnings_about(contents) + found:
+        warnings += warnings_about_objects(contents, size, most)
+    for warning in warnings:
         warn(warning)
+    return contents
 
 
 def scaling_of(config: RunConfig) -> Intensity | None:
@@ -162,33 +156,35 @@ def tiles_of(config: RunConfig, side: int | None = None, overlap: float = OVERLA
     return fit_tiles(side or config.data.crop or size, size, patch, overlap)
 
 
-View = Literal["trained", "seen", "scored"]
+View = Literal["trained", "seen", "validated", "tested"]
 """What a data set gives: ``trained``, images as training sees them, changed at random; ``seen``,
-the same without changes, but for the windows of ``crop``; ``scored``, images for metrics."""
+the same without changes, but for the windows of ``crop``; ``validated`` and ``tested``, images for
+metrics, the latter at the size of the masks if the run's ``resolution`` says so."""
 
 
 def make_dataset(
-    config: RunConfig, samples: Sequence[Sample], view: View = "seen", truth: bool = False
+    config: RunConfig, samples: Sequence[Sample], view: View = "seen"
 ) -> SegmentationDataset:
-    """Makes the data set that the run's model sees; ``truth`` as in ``SegmentationDataset``."""
+    """Makes the data set that the run's model sees."""
     data, training, trained = config.data, config.training, view == "trained"
+    scored = view in ("validated", "tested")
     return SegmentationDataset(
         list(samples),
         config.model.image_size,
         data.num_classes,
         data.palette,
         flip=trained and training.flip and training.augment != "none",
-        seed=0 if view == "scored" else config.seed,  # all runs are scored on the same objects
+        seed=0 if scored else config.seed,  # all runs are scored on the same objects
         cache=None if data.cache is None else Cache(data.cache),
-        truth=truth,
+        truth=view == "tested" and data.resolution == "original",
         ignore_index=data.ignore_index,
         augment=training.augment if trained else "none",
-        crop=Crop(data.crop, data.crop_foreground) if data.crop and view != "scored" else None,
+        crop=Crop(data.crop, data.crop_foreground) if data.crop and not scored else None,
         intensity=scaling_of(config),
         channels=len(data.channels) or None,
         objects=config.prompts.objects if config.task == "promptable" else None,
         most_objects=config.prompts.objects_per_image,
-        tiles=tiles_of(config) if view == "scored" and data.resolution == "tiles" else None,
+        tiles=tiles_of(config) if scored and data.resolution == "tiles" else None,
     )
 
 
