@@ -43,12 +43,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[Record], values: Any, where: object) -> Record:
-    """Makes a record of JSON-ready values.
-
-    Args:
-        kind: the type to make.
-        values: what ``to_json`` returned; unknown keys are ignored.
-        where: the file, for the message.
+    """Makes a record of what ``to_json`` returned; unknown keys are ignored. ``where`` is the file.
 
     Raises:
         UserError: a value is missing or has another type; the message names the first one.

@@ -121,15 +121,18 @@ def test_objects_of_several_images_are_decoded_as_sam_decodes_one(given, three):
 # --- Training ---
 
 
-@pytest.mark.parametrize("clicks", [1, 3])
-def test_the_loss_trains_decoder_and_encoder_and_ignores_what_does_not_count(clicks):
+@pytest.mark.parametrize("corrections", [[], [1, 1]])
+def test_the_loss_trains_decoder_and_encoder_and_ignores_what_does_not_count(
+    corrections, monkeypatch
+):
+    monkeypatch.setattr(InteractiveLoss, "_corrections", lambda _: corrections)
     torch.manual_seed(0)
     model = build_promptable("vit_t", SIZE, "none")
     embeddings = torch.randn(3, 256, 2, 2, requires_grad=True)
     numbers = torch.zeros(3, SIZE, SIZE, dtype=torch.int64)
     numbers[0, 4:14, 4:14], numbers[0, 20:28, 2:14], numbers[1, 5:25, 5:25] = 1, 2, 1
     numbers[1, :, 28:] = IGNORED
-    loss = InteractiveLoss(model, 3, clicks=clicks)(embeddings, numbers)
+    loss = InteractiveLoss(model, 3)(embeddings, numbers)
     loss.backward()
     assert loss.isfinite() and loss > 0
     assert embeddings.grad[0].any() and embeddings.grad[1].any() and not embeddings.grad[2].any()

@@ -120,16 +120,12 @@ def evaluate(
     class map is resized bilinearly before it is thresholded. Where it gives whole images and their
     tiles, the class maps of the tiles are blended; the loss of an image is the mean over its tiles.
 
-    Args:
-        model: on the accelerator's device; is put into evaluation mode.
-        dataset: images with masks.
-        accelerator: processes share the images; each returns the whole result.
-        config: the run, for its loss, classes and batches.
-        metrics: names of ``naslora.metrics.METRICS``.
+    The model is on the accelerator's device, and is put into evaluation mode. Processes share the
+    images; each returns the whole result.
 
     Returns:
-        The loss as a mean over images, the scores, and the Dice of each image. Without ``metrics``
-        there are neither ``metrics`` nor ``resolution`` nor ``groups``.
+        The loss as a mean over images, the scores, and the Dice of each image. Without ``metrics``,
+        names of ``naslora.metrics.METRICS``, there is neither ``resolution`` nor ``groups``.
     """
     model.eval()
     predictions = _predictions(model, dataset, accelerator, config, metrics)

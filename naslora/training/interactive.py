@@ -112,8 +112,6 @@ class InteractiveLoss:
     """Most prompts of an object."""
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     """Makes the context of the precision."""
-    clicks: int | None = None
-    """Number of prompts; None draws it for each batch."""
 
     def __call__(self, embeddings: Tensor, numbers: Tensor) -> Tensor:
         """The loss of (B, 256, g, g) embeddings and (B, S, S) int64 numbers of objects: ()."""
@@ -141,11 +139,9 @@ class InteractiveLoss:
         return (losses / shares).sum()
 
     def _corrections(self) -> list[int]:
-        """The clicks after each prediction but the last."""
+        """Draws the numbers of clicks after each prediction but the last."""
         corrections = 0
-        if self.clicks is not None:
-            corrections = self.clicks - 1
-        elif self.most_clicks > 1 and float(torch.rand(())) >= FIRST_ALONE:
+        if self.most_clicks > 1 and float(torch.rand(())) >= FIRST_ALONE:
             corrections = int(torch.randint(1, self.most_clicks, ()))
         return [clicks for clicks in (corrections - 1, min(corrections, 1)) if clicks > 0]
 

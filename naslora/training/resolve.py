@@ -50,12 +50,9 @@ def resolve(config: RunConfig, fit: bool = True) -> RunConfig:
 
     These are the number and the names of the classes, the metrics, the resolution, the checkpoint,
     the image size, the precision, the learning rate, the number of epochs, and that in which
-    the search starts. Paths become absolute. The result is its own result.
-
-    Args:
-        config: what is given.
-        fit: whether steps, rate, class weights and channels are fitted to the training images,
-            which folds that are not drawn yet do not have.
+    the search starts. Paths become absolute. The result is its own result. Steps, rate, class
+    weights and channels are fitted to the training images, unless ``fit`` is False, because folds
+    are not drawn yet.
 
     Raises:
         UserError: settings contradict each other or the data set, or its files cannot be read.

@@ -229,26 +229,20 @@ class EpochImages:
     """Whether the run takes alpha steps of their own."""
     seed: int
 
-    def of_weights(self, epoch: int) -> Sequence[int]:
-        """Indices of the training images that an epoch's weight steps take."""
+    def of(self, epoch: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Indices of the training images that an epoch's weight steps take, and of the images of
+        its alpha steps: in the data's own split for alpha, if there is one, else in the training
+        split."""
         kept: Sequence[int] = range(self.train)
-        count = self.train + self.arch
-        started = epoch >= self.config.search_start
-        leaves_out = {"hold-out": True, "rotate": started}.get(str(self.config.arch_data), False)
-        if leaves_out and self.searches and not self.arch:
-            kept, _ = self._parts(epoch)
-        return refill(kept, count, self.seed, epoch) if len(kept) < count else kept
-
-    def of_alpha(self, epoch: int) -> Sequence[int]:
-        """Indices of the images that an epoch's alpha steps take: in the data's own split for
-        alpha, if there is one, else in the training split."""
-        if self.arch:
-            return range(self.arch)
-        if self.config.arch_data in ("rotate", "hold-out"):
-            return self._parts(epoch)[1]
-        return draw_part(range(self.train), self.config.arch_fraction, self.seed, epoch)
-
-    def _parts(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The training images of the weights, and those of alpha, which `hold-out` draws once."""
-        path = () if self.config.arch_data == "hold-out" else (epoch,)
-        return hold_out(range(self.train), self.config.arch_fraction, self.seed, *path)
+        alpha: Sequence[int] = range(self.arch)
+        how, fraction = self.config.arch_data, self.config.arch_fraction
+        if not self.searches:
+            alpha = ()
+        elif not self.arch and how in ("rotate", "hold-out"):
+            path = () if how == "hold-out" else (epoch,)  # `hold-out` draws once
+            others, alpha = hold_out(kept, fraction, self.seed, *path)
+            if how == "hold-out" or epoch >= self.config.search_start:
+                kept = others
+        elif not self.arch:
+            alpha = draw_part(kept, fraction, self.seed, epoch)
+        return refill(kept, self.train + self.arch, self.seed, epoch), alpha

@@ -191,18 +191,14 @@ def apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None
     Accelerate's own optimizers are not used: with fp16 they would end the loss scaling at the
     first of two groups.
     """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     for group in groups:
-        if scaler:
-            scaler.unscale_(group.optimizer)
+        scaler.unscale_(group.optimizer)
         if group.clip_norm:
             nn.utils.clip_grad_norm_(group.parameters, group.clip_norm)
-        if scaler:
-            scaler.step(group.optimizer)
-        else:
-            group.optimizer.step()
+        scaler.step(group.optimizer)
         group.optimizer.zero_grad()
-    if scaler:
-        scaler.update()
+    scaler.update()
 
 
 def average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:

@@ -135,8 +135,7 @@ class Trainer:
         counts = len(data["train"]), len(data.get("arch", ()))
         self.images = EpochImages(training, *counts, own_steps, config.seed)
         self.weight_steps = -(-sum(counts) // training.batch_size)
-        alpha_images = self.images.of_alpha(0) if own_steps else ()
-        self.alpha_steps = -(-len(alpha_images) // training.batch_size)
+        self.alpha_steps = -(-len(self.images.of(0)[1]) // training.batch_size)
         self.weights = self._weight_group()
         self.architecture = self._architecture_group() if self.alphas else None
         self.groups = [group for group in (self.weights, self.architecture) if group]
@@ -248,13 +247,13 @@ class Trainer:
         set_spatial(self.model, spatial)
         started = time.perf_counter()
         groups = self.groups if config.simultaneous else [self.weights]
-        train_loss = self._optimise(groups, "train", self.images.of_weights(epoch), progress)
+        train_images, alpha_images = self.images.of(epoch)
+        train_loss = self._optimise(groups, "train", train_images, progress)
         weights_done = time.perf_counter()
         arch_loss = None
         if self.architecture is not None and self._searches(epoch) and not config.simultaneous:
             split = "arch" if "arch" in self.data else "train"
-            images = self.images.of_alpha(epoch)
-            arch_loss = self._optimise([self.architecture], split, images, progress)
+            arch_loss = self._optimise([self.architecture], split, alpha_images, progress)
         arch_done = time.perf_counter()
         with self.average.in_use() if self.average else nullcontext():
             scores = self.evaluate("val")
