@@ -271,34 +271,27 @@ def _final_result(trainer: Trainer) -> tuple[RunResult, list[Panel | Pictures]]:
 def _notes(trainer: Trainer, test: SplitScores) -> list[str]:
     """What a reader of the scores should know: a random encoder, a run that learned nothing."""
     config, losses = trainer.run_config, [epoch.train_loss for epoch in trainer.history]
-    lowest, notes = min(losses), []
-    if config.model.checkpoint == NONE and not METHODS[config.method].trains_encoder:
-        notes.append(
-            "The image encoder has random, frozen weights: give --checkpoint FILE for good scores."
-        )
-    if test.dice is not None and test.dice < LEARNED:
-        notes.append(
-            f"The model finds next to nothing (Dice {test.dice:.4f}): train longer "
-            "(--epochs), with another --learning-rate, and check the masks and --num-classes."
-        )
-    if losses[-1] > 1.5 * lowest:
-        notes.append(
-            f"The training loss rose from {lowest:.3f} in epoch {losses.index(lowest) + 1} to "
-            f"{losses[-1]:.4g}: lower --learning-rate."
-        )
-    elif len(losses) > 1 and losses[-1] >= losses[0]:
-        notes.append(
-            f"The training loss did not fall ({losses[0]:.3f} in the first epoch, "
-            f"{losses[-1]:.3f} in the last): try another --learning-rate, or more --epochs."
-        )
-    if trainer.epoch < config.training.epochs:
-        notes.append(
-            f"Training stopped after epoch {trainer.epoch} of {config.training.epochs}: the "
-            f"validation Dice did not rise for {config.training.patience} epochs (--patience)."
-        )
-    if len(trainer.data["val"]) < FEW_IMAGES or len(trainer.data["test"]) < FEW_IMAGES:
-        notes.append(f"Scores of fewer than {FEW_IMAGES} images say little; use more.")
-    return notes
+    lowest, dice, epochs = min(losses), test.dice, config.training.epochs
+    random = config.model.checkpoint == NONE and not METHODS[config.method].trains_encoder
+    poor = dice is not None and dice < LEARNED
+    rose = losses[-1] > 1.5 * lowest
+    level = not rose and len(losses) > 1 and losses[-1] >= losses[0]
+    stopped = trainer.epoch < epochs
+    few = min(len(trainer.data["val"]), len(trainer.data["test"])) < FEW_IMAGES
+    notes = {
+        "The image encoder has random, frozen weights: give --checkpoint FILE for good "
+        "scores.": random,
+        f"The model finds next to nothing (Dice {dice or 0:.4f}): train longer (--epochs), with "
+        "another --learning-rate, and check the masks and --num-classes.": poor,
+        f"The training loss rose from {lowest:.3f} in epoch {losses.index(lowest) + 1} to "
+        f"{losses[-1]:.4g}: lower --learning-rate.": rose,
+        f"The training loss did not fall ({losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in "
+        "the last): try another --learning-rate, or more --epochs.": level,
+        f"Training stopped after epoch {trainer.epoch} of {epochs}: the validation Dice did not "
+        f"rise for {config.training.patience} epochs (--patience).": stopped,
+        f"Scores of fewer than {FEW_IMAGES} images say little; use more.": few,
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 def _tracked_scores(result: RunResult) -> dict[str, float]:
