@@ -29,38 +29,23 @@ Scores = dict[str, Tensor]
 def image_scores(
     prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None = None
 ) -> Scores:
-    """Scores each image of a batch.
+    """Scores each image of (B, H, W) int64 labels of K classes, 2 if ``num_classes`` is 1.
 
     Dice and IoU are for the foreground classes. They are NaN for a class that is neither in the
     image nor in its prediction. A score of 1 would favour a model that predicts nothing, if many
-    images are empty.
-
-    Args:
-        prediction: (B, H, W) int64 labels.
-        target: (B, H, W) int64 labels.
-        num_classes: 1 if binary, else K.
-        ignore_index: label of the pixels that do not count; None if all count.
+    images are empty. Pixels whose target is ``ignore_index`` do not count.
 
     Returns:
         ``dice`` and ``iou``: (B, C) float32 for C foreground classes. ``accuracy``: (B,) float32,
         the share of pixels with the right label. ``confusion``: (B, K, K) int64, the number of
-        pixels with the true class of the row and the predicted class of the column; K = 2 if
-        binary.
+        pixels with the true class of the row and the predicted class of the column.
     """
-    # Imported here, because torchmetrics imports matplotlib's pyplot, and ``METRICS`` is needed
-    # without it.
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
-    labels = max(num_classes, 2)
-    confusion = torch.stack(
-        [
-            multiclass_confusion_matrix(
-                image, truth, labels, ignore_index=ignore_index, validate_args=False
-            )
-            for image, truth in zip(prediction, target, strict=True)
-        ]
-    )
-    # From the counts, because torchmetrics' own Dice and IoU need K numbers of 8 bytes a pixel.
+    batch, labels = len(target), max(num_classes, 2)
+    images = torch.arange(batch, device=target.device)[:, None, None]
+    pairs = (images * labels + target) * labels + prediction  # (B, H, W)
+    if ignore_index is not None:
+        pairs = pairs[target != ignore_index]
+    confusion = pairs.flatten().bincount(minlength=batch * labels**2).view(batch, labels, labels)
     counts = confusion.float()
     right = counts.diagonal(dim1=1, dim2=2)  # (B, K)
     both = counts.sum(1) + counts.sum(2)
@@ -75,11 +60,8 @@ def image_scores(
 def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
     """Scores one image by the measures of salient object detection, with PySODMetrics.
 
-    As in that field, the map is rounded to 8 bits and stretched to its full range.
-
-    Args:
-        probability: (H, W) probability of the foreground, in [0, 1].
-        target: (H, W) labels 0 and 1.
+    As in that field, the (H, W) map of probabilities is rounded to 8 bits and stretched to its full
+    range. The target is (H, W) labels 0 and 1.
 
     Returns:
         () float64 each: ``s_alpha``, the structure measure; ``e_phi``, the alignment measure, mean
@@ -288,17 +270,11 @@ def shape_scores(
     count: int,
     spacing: Sequence[float] | None = None,
 ) -> Scores:
-    """The scores of an image or a volume that measure the shapes of its classes.
+    """The scores of an image or a volume that measure the shapes of its classes: (C,) by name.
 
-    Args:
-        names: names of ``METRICS``; those of other kinds are left out.
-        found: predicted labels, of any shape.
-        truth: true labels.
-        count: number of the classes, with the background.
-        spacing: the size of an element along each axis; None is 1.
-
-    Returns:
-        (C,) float64 by name.
+    ``found`` are the predicted labels, ``truth`` the true ones, of ``count`` classes with the
+    background. ``spacing`` is the size of an element along each axis, 1 if None. Metrics of other
+    kinds are left out.
     """
     measures = {name: METRICS[name].shape for name in names}
     return {
@@ -341,11 +317,7 @@ def summarise(
     """Averages the scores of all images: first over the images, then over the foreground classes.
 
     A class that no image has does not count. Without any foreground there is neither Dice nor IoU.
-
-    Args:
-        scores: ``image_scores`` of N images, and ``further_scores`` if a metric needs them.
-        class_names: names of the foreground classes.
-        metrics: names of ``METRICS``.
+    The scores are ``image_scores`` of N images, and ``further_scores`` if a metric needs them.
     """
     image_dice = scores["dice"].nanmean(1)  # (N,)
     if "confusion" in scores and not scores["confusion"][:, 1:].any():

@@ -268,11 +268,9 @@ class NasLoraLinear(nn.Module, LoraLayer):
     ) -> nn.Module:
         """What PEFT's ``unload`` and ``merge_and_unload`` put in this layer's place.
 
-        Args:
-            merge: False returns the untouched nn.Linear. True returns the layer that
-                ``naslora.merge`` left, or else merges exactly.
-            safe_merge: whether to refuse values that are not finite. They are refused always.
-            adapter_names: the adapter to merge, one; None for the active one.
+        Without ``merge`` it is the untouched nn.Linear, else the layer that ``naslora.merge`` left,
+        or the one adapter that is named, or active, merged exactly. Values that are not finite are
+        refused, also without ``safe_merge``.
 
         Raises:
             UserError: several adapters, or values that are not finite.

@@ -180,6 +180,14 @@ def _halved(objects: Objects) -> Objects:
     return Objects(objects.owners, masks >= 0.5, counted == 1)
 
 
+def _overlap(masks: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
+    """Pixels that (N, Q, h, w) mask logits have in common with their objects, and the sum of the
+    pixels of both: (N, Q) int64. Pixels that do not count are in neither."""
+    inside = (masks > 0) & objects.counted[:, None]
+    truth = (objects.masks & objects.counted)[:, None]
+    return (inside & truth).sum((2, 3)), inside.sum((2, 3)) + truth.sum((2, 3))
+
+
 def _correction(wrong: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Draws a click of each object in (N, h, w) errors: (N, 2) and labels (N,)."""
     place = _drawn(wrong)
@@ -194,10 +202,8 @@ def _loss(masks: Tensor, scores: Tensor, allowed: Tensor, objects: Objects) -> T
     truth, counted = objects.masks.float(), objects.counted.float()
     with torch.no_grad():
         large = enlarged(masks.detach(), truth)
-        inside = (large > 0) & objects.counted[:, None]
-        common = (inside & objects.masks[:, None]).sum((2, 3))
-        either = (inside | (objects.masks & objects.counted)[:, None]).sum((2, 3))
-        iou = common / either.clamp(min=1)  # (N, Q)
+        common, total = _overlap(large, objects)
+        iou = common / (total - common).clamp(min=1)  # (N, Q)
         best = torch.zeros_like(objects.owners)
         if masks.shape[1] > 1:
             fits = [object_loss(one, truth, counted) for one in large.unbind(1)]
@@ -304,24 +310,18 @@ def _score_image(
     if not len(objects.owners):
         none, turns = np.zeros(0, np.float32), np.zeros((0, clicks + 1))
         return ImageScores(index, none, turns, turns, none)
-    pairs: list[tuple[Tensor, Tensor]] = []
+    scores: list[Tensor] = []
     loss = best = torch.empty(0)
     for turn in play(model, image, objects, accelerator, clicks):
-        if not pairs:
+        common, total = (pixels.double() for pixels in _overlap(turn.candidates, objects))
+        # IoU and Dice, (2, N, Q); an object has pixels.
+        both = torch.stack([common / (total - common), 2 * common / total])
+        if not scores:
             loss = object_loss(turn.logits, objects.masks.float(), objects.counted.float())
-            found = [_overlap(one, objects)[0] for one in turn.candidates.unbind(1)]
-            best = torch.stack(found, 1).amax(1)
-        pairs.append(_overlap(turn.logits, objects))
-    iou, dice = (torch.stack(values, 1).cpu().numpy() for values in zip(*pairs, strict=True))
+            best = both[0].amax(1)
+        scores.append(both.take_along_dim(turn.best[None, :, None], 2)[..., 0])
+    iou, dice = torch.stack(scores, 2).cpu().numpy()
     return ImageScores(index, loss.cpu().numpy(), iou, dice, best.cpu().numpy())
-
-
-def _overlap(logits: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
-    """IoU and Dice of N masks, (N,) each."""
-    inside, truth = (logits > 0) & objects.counted, objects.masks & objects.counted
-    common = (inside & truth).sum((1, 2)).double()
-    total = (inside.sum((1, 2)) + truth.sum((1, 2))).double()  # an object has pixels
-    return common / (total - common), 2 * common / total
 
 
 @torch.no_grad()
@@ -334,12 +334,7 @@ def play(
 ) -> Iterator[Turn]:
     """Predicts the masks of an image's objects after each click, and at last of their boxes.
 
-    Args:
-        model: on the accelerator's device, in evaluation mode.
-        image: (1, 3, S, S) in [0, 1].
-        objects: N of them, at least one, at the size of the image.
-        accelerator: the device and the precision.
-        clicks: number of clicks.
+    The model is in evaluation mode. The image is (1, 3, S, S) in [0, 1] and has objects.
     """
     masks, device = objects.masks, accelerator.device
     with accelerator.autocast():

@@ -31,12 +31,10 @@ def shipped_recipes() -> list[str]:
 
 
 def load_recipe(name: str | None, method: str | None = None) -> RunConfig:
-    """Reads the settings of a recipe.
+    """Reads the settings of a recipe for a fine-tuning method, None for that of the recipe.
 
-    Args:
-        name: a shipped recipe, such as "isic2017", or the path of a YAML file; None for the
-            defaults.
-        method: the fine-tuning method; None for that of the recipe.
+    ``name`` is a shipped recipe, such as "isic2017", the path of a YAML file, or None for the
+    defaults.
 
     Raises:
         UserError: no recipe has this name, the file is not a recipe, or a setting is unknown or out

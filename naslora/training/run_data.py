@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from naslora.choices import CALIBRATION_IMAGES, OVERLAP
 from naslora.data.augmentation import Crop
@@ -206,10 +207,8 @@ def calibration(
         train = list(dict.fromkeys(splits["train"] + splits.get("arch", [])))
         indices = np.linspace(0, len(train) - 1, min(images, len(train))).round().astype(int)
         samples = [train[int(i)] for i in indices]
-    dataset, size = make_dataset(config, samples), config.training.batch_size
-    for start in range(0, len(dataset), size):
-        items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
-        yield torch.stack(items).to(device)
+    for batch in DataLoader(make_dataset(config, samples), config.training.batch_size):
+        yield batch["image"].to(device)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from naslora.training.evaluation import loss_of, make_loader
 from naslora.training.interactive import InteractiveLoss, score_run
 from naslora.training.progress import WORDS, TrainProgress, epoch_line, epoch_numbers
 from naslora.training.resuming import LastState, check_last, read_last
-from naslora.training.run_config import RunConfig, Schedule
+from naslora.training.run_config import RunConfig
 from naslora.training.run_data import EpochImages
 from naslora.training.run_model import frozen_dtype, keep_embeddings
 from naslora.training.step import (
@@ -88,19 +88,6 @@ class Trainer:
         directory: where checkpoints go.
         accelerator: made by ``make_accelerator``.
 
-    Attributes:
-        epoch: the number of finished epochs.
-        history: the finished epochs.
-        operations: the mixtures before training and after every epoch.
-        images: which images an epoch's steps take.
-        weight_steps: number of weight steps of an epoch.
-        alpha_steps: number of an epoch's steps for alpha alone, once they start.
-        layers: the adapted layers with their names.
-        alphas: the architecture parameters; empty for a method without them.
-        weights: the weights and their optimizer.
-        architecture: alpha and its optimizer; None for a method without alpha.
-        average: the averaged weights; None without ``ema``.
-
     Raises:
         UserError: annealing is asked for, but no cell can be annealed; no image can be held out
             for alpha.
@@ -126,14 +113,15 @@ class Trainer:
         self.data, self.directory, self.accelerator = data, directory, accelerator
         self.run_config, self.config = config, training
         self.forward, self.loss = self._compute()
-        self.epoch = 0
+        self.epoch = 0  # the number of finished ones
         self.history: list[Epoch] = []
         self.layers = list(adapter_layers(model))
-        self.alphas = arch_parameters(model)
-        self.operations = [self._mixture(epoch=0)]
+        self.alphas = arch_parameters(model)  # empty for a method without them
+        self.operations = [self._mixture(epoch=0)]  # before training and after every epoch
         own_steps = bool(self.alphas) and not training.simultaneous
         counts = len(data["train"]), len(data.get("arch", ()))
         self.images = EpochImages(training, *counts, own_steps, config.seed)
+        # Steps of an epoch: of the weights, and of alpha alone, once these start.
         self.weight_steps = -(-sum(counts) // training.batch_size)
         self.alpha_steps = -(-len(self.images.of(0)[1]) // training.batch_size)
         self.weights = self._weight_group()
@@ -175,26 +163,19 @@ class Trainer:
 
     def _architecture_group(self) -> Group:
         config = self.config
-        schedule = config.alpha_schedule or config.schedule
-        rate = config.alpha_learning_rate
-        optimizer = self._optimizer(
-            self.alphas,
-            lr=self._fitting_alpha_rate(schedule) if rate is None else rate,
-            weight_decay=config.alpha_weight_decay,
-            betas=(0.5, 0.999),
-        )
+        schedule, rate = config.alpha_schedule or config.schedule, config.alpha_learning_rate
+        if rate is None:  # fits the number of alpha's steps
+            steps = self.weight_steps if config.simultaneous else self.alpha_steps
+            factors = (
+                factor(schedule, (epoch + step / steps) / config.epochs)
+                for epoch in range(config.epochs)
+                if self._searches(epoch)
+                for step in range(steps)
+            )
+            rate = fitted_rate(ALPHA_TRAVEL, factors, PAPER_ALPHA_RATE, MAX_ALPHA_RATE)
+        decay = config.alpha_weight_decay
+        optimizer = self._optimizer(self.alphas, lr=rate, weight_decay=decay, betas=(0.5, 0.999))
         return Group(optimizer, 0.0, schedule)
-
-    def _fitting_alpha_rate(self, schedule: Schedule) -> float:
-        """The rate of alpha at the start that fits the number of its steps."""
-        steps = self.weight_steps if self.config.simultaneous else self.alpha_steps
-        factors = (
-            factor(schedule, (epoch + step / steps) / self.config.epochs)
-            for epoch in range(self.config.epochs)
-            if self._searches(epoch)
-            for step in range(steps)
-        )
-        return fitted_rate(ALPHA_TRAVEL, factors, PAPER_ALPHA_RATE, MAX_ALPHA_RATE)
 
     # ---- Epochs ----------------------------------------------------------------------------------
 
@@ -219,12 +200,13 @@ class Trainer:
         Raises:
             UserError: the loss is not finite; the message names the batch's files. A tracker fails.
         """
-        console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
+        quiet = not self.accelerator.is_main_process
+        console = Console(stderr=True, quiet=quiet, highlight=False)
         epochs = range(self.epoch, self.config.epochs)
         steps = sum(self.weight_steps + self._searches(e) * self.alpha_steps for e in epochs)
         if self.alphas:
             second = next((f", from epoch {e + 1}," for e in epochs if self._searches(e)), "")
-            console.print(WORDS.format(second), highlight=False, soft_wrap=True)
+            console.print(WORDS.format(second), soft_wrap=True)
         with TrainProgress(console, steps) as progress:
             for _ in epochs:
                 if self._out_of_patience():
@@ -233,9 +215,7 @@ class Trainer:
                 self.history.append(record)
                 self.epoch += 1
                 self._save(record)
-                console.print(
-                    epoch_line(record, self.config.epochs), highlight=False, soft_wrap=True
-                )
+                console.print(epoch_line(record, self.config.epochs), soft_wrap=True)
                 mixture = self.operations[-1] if self.alphas else None
                 log(self.accelerator, epoch_numbers(record, mixture), record.epoch)
         set_spatial(self.model, 1.0)  # the saved adapters are annealed already
