@@ -73,18 +73,19 @@ def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
     prediction = (255 * probability.cpu().float().numpy()).round().astype(np.uint8)
     truth = 255 * target.cpu().numpy().astype(np.uint8)
     measures = {
-        "s_alpha": (sod.Smeasure(), lambda results: results["sm"]),
-        "e_phi": (sod.Emeasure(), lambda results: results["em"]["curve"].mean()),
-        "f_w_beta": (sod.WeightedFmeasure(beta=1), lambda results: results["wfm"]),
-        "f_w_beta_0.3": (sod.WeightedFmeasure(beta=0.3), lambda results: results["wfm"]),
-        "mae": (sod.MAE(), lambda results: results["mae"]),
+        "s_alpha": sod.Smeasure(),
+        "e_phi": sod.Emeasure(),
+        "f_w_beta": sod.WeightedFmeasure(beta=1),
+        "f_w_beta_0.3": sod.WeightedFmeasure(beta=0.3),
+        "mae": sod.MAE(),
     }
-    for measure, _ in measures.values():
+    scores = {}
+    for name, measure in measures.items():
         measure.step(prediction, truth)
-    return {
-        name: torch.tensor(float(read(measure.get_results())), dtype=torch.float64)
-        for name, (measure, read) in measures.items()
-    }
+        (value,) = measure.get_results().values()
+        value = value["curve"].mean() if name == "e_phi" else value
+        scores[name] = torch.tensor(float(value), dtype=torch.float64)
+    return scores
 
 
 def _calibration_bins(probability: Tensor, target: Tensor) -> Tensor:
@@ -241,12 +242,8 @@ def further_scores(
 ) -> Scores:
     """The scores of one image that metrics need, beside those of ``image_scores``.
 
-    Args:
-        names: names of ``METRICS``.
-        class_map: (K, H, W) scores; empty unless a metric has ``of_map``.
-        labels: (H, W) predicted labels.
-        target: (H, W) true labels.
-        ignore_index: label of the pixels that do not count; they are in no shape.
+    The (K, H, W) class map is empty unless a metric has ``of_map``. Labels and target are (H, W).
+    Pixels whose target is ``ignore_index`` do not count, and are in no shape.
 
     Returns:
         Scores by name. Those of shapes are (C,) float64: NaN for a class that is neither in the

@@ -171,13 +171,7 @@ def _stored(name: str) -> str:
 class NasLoraLinear(nn.Module, LoraLayer):
     """PEFT's layer for NAS-LoRA: a frozen nn.Linear and its named adapters.
 
-    Args:
-        base_layer: the nn.Linear to adapt.
-        adapter_name: the first adapter's name.
-        r: LoRA rank.
-        lora_alpha: numerator of the scaling.
-        config: a ``NasLoraConfig``.
-        kwargs: what PEFT passes to its layers beside; ``target_name`` seeds the random numbers.
+    Arguments are those of PEFT's layers. ``target_name`` seeds the random numbers.
     """
 
     adapter_layer_names = ("lora_nas",)
@@ -285,10 +279,6 @@ class NasLoraLinear(nn.Module, LoraLayer):
             alone[0].scaling = self.scaling[names[0]]
             merge_model(alone, "exact")
         return alone[0]
-
-    def extra_repr(self) -> str:
-        """The adapters' names, for ``print(model)``."""
-        return f"adapters={list(self.lora_nas)}"
 
 
 class NasLoraModel(LoraModel):

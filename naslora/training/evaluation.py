@@ -263,13 +263,8 @@ def tiled_class_map(
 ) -> Iterator[Tensor]:
     """Computes the class map of a whole image from those of its tiles.
 
-    Args:
-        model: on the accelerator's device, in evaluation mode.
-        dataset: its ``tiles`` say how the image is cut.
-        pixels: (3, H, W) uint8.
-        truth: (H, W) labels; None without a mask.
-        accelerator: the device and the precision.
-        on_output: called with the output for each tile and its (1, S, S) labels; needs ``truth``.
+    The model is in evaluation mode. The image is (3, H, W) uint8, its truth (H, W) labels or None.
+    ``on_output`` is called with the output for each tile and its (1, S, S) labels.
 
     Yields:
         (K, rows, W) float32 scores on the CPU: bands of the image, from its top to its bottom.

@@ -21,8 +21,6 @@ from naslora.settings import Common, Count, Index, Rate, Seed, Settings, Share, 
 
 Resolution = Literal["network", "original", "tiles"]
 Schedule = Literal["linear", "cosine", "constant"]
-Optimizer = Literal["adam", "adamw"]
-ArchData = Literal["redraw", "rotate", "hold-out", "split"]
 Pixels = Annotated[int, msgspec.Meta(ge=SMALLEST, le=LARGEST)]
 Part = Annotated[float, msgspec.Meta(ge=0, le=0.5)]
 if TYPE_CHECKING:
@@ -148,7 +146,7 @@ class TrainConfig(Settings):
     epochs, as the paper does."""
     simultaneous: bool = False
     """Ablation: update weights and alpha together, on the training split, from epoch 0."""
-    arch_data: ArchData | None = None
+    arch_data: Literal["redraw", "rotate", "hold-out", "split"] | None = None
     """Images of the alpha steps: `redraw`, a part of the training images drawn anew each epoch;
     `rotate`, the same, but that epoch's weight steps leave it out; `hold-out`, a fixed part that
     the weights never see; `split`, the data's own `arch` split. None is `split` if the data has
@@ -159,7 +157,7 @@ class TrainConfig(Settings):
     """Images per optimizer step, over all processes."""
     accumulation: Count = 1
     """Forward passes over which a process spreads its share of a batch."""
-    optimizer: Optimizer = "adamw"
+    optimizer: Literal["adam", "adamw"] = "adamw"
     """Optimizer of the weights and of alpha: `adamw` with decoupled weight decay, or `adam`, which
     adds the decay to the gradients."""
     learning_rate: Common[LearningRate] = None  # type: ignore[assignment]

@@ -82,16 +82,14 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     Raises:
         UserError: no data is given, ``arch_data`` is `split` and there is none; as ``load_splits``.
     """
-    root = config.data.root
+    data, root, wanted = config.data, config.data.root, config.training.arch_data
     if root is None:
         raise UserError("no data: give --data DIR")
-    data = config.data
     how = slicing_of(data)
     splits = load_splits(data.dataset, root, data.class_names, data.split, data.group, how)
-    differences = count_differences(config.data.dataset, splits)
+    differences = count_differences(data.dataset, splits)
     if differences and os.environ.get("RANK", "0") == "0":
-        warn(f"{root} is not the paper's {config.data.dataset}: {', '.join(differences)}")
-    wanted = config.training.arch_data
+        warn(f"{root} is not the paper's {data.dataset}: {', '.join(differences)}")
     if wanted == "split" and OPTIONAL_SPLIT not in splits:
         raise UserError(
             f"arch_data is split, but {root} has no split {OPTIONAL_SPLIT!r}; add one, or choose "

@@ -73,11 +73,8 @@ class Group:
 class WeightAverage:
     """The exponential average (EMA) of parameters over about ``window`` steps.
 
-    The first ``window`` steps count equally, so that a short run does not remember its start.
-
-    Args:
-        parameters: what is averaged. Each process averages the same values.
-        window: a number of steps; below 1 the average is the last value.
+    The first ``window`` steps count equally, so that a short run does not remember its start. Below
+    1 the average is the last value. Each process averages the same values.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], window: float) -> None:

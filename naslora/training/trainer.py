@@ -80,13 +80,9 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 class Trainer:
     """Trains one model; ``run`` does it all.
 
-    Args:
-        model: its parameters that require gradients are trained. The frozen ones of its encoder
-            are cast to ``frozen_dtype(config.training)``.
-        data: the splits ``train`` and ``val``, and ``arch`` where alpha has images of its own.
-        config: the run.
-        directory: where checkpoints go.
-        accelerator: made by ``make_accelerator``.
+    The model's parameters that require gradients are trained. The frozen ones of its encoder are
+    cast to ``frozen_dtype(config.training)``. ``data`` has the splits ``train`` and ``val``, and
+    ``arch`` where alpha has images of its own. Checkpoints go to ``directory``.
 
     Raises:
         UserError: annealing is asked for, but no cell can be annealed; no image can be held out
