@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -262,11 +262,12 @@ def score_run(
     if not isinstance(model, PromptableSam):
         return evaluate(model, dataset, accelerator, config, metrics)
     model.eval()
-    own, clicks = [], max(CLICKS) if metrics else 1
-    for batch in batches_of(dataset, accelerator, config):
-        for place, index in enumerate(batch["index"].tolist()):
-            found = batch["image"][place, None], batch["mask"][place, None]
-            own.append(_score_image(model, index, *found, accelerator, clicks))
+    clicks = max(CLICKS) if metrics else 1
+    own = [
+        _score_image(model, batch, place, accelerator, clicks)
+        for batch in batches_of(dataset, accelerator, config)
+        for place in range(len(batch["index"]))
+    ]
     scores: list[ImageScores] = sorted(gather_object(own))  # by the image's index
     parts = zip(*(one[1:] for one in scores), strict=True)
     losses, iou, dice, best = map(np.concatenate, parts)
@@ -298,15 +299,11 @@ def _metrics(iou: np.ndarray, dice: np.ndarray, best: np.ndarray) -> dict[str, M
 
 
 def _score_image(
-    model: PromptableSam,
-    index: int,
-    image: Tensor,
-    numbers: Tensor,
-    accelerator: Accelerator,
-    clicks: int,
+    model: PromptableSam, batch: dict[str, Any], place: int, accelerator: Accelerator, clicks: int
 ) -> ImageScores:
-    """Scores the objects of a (1, 3, S, S) image, whose numbers are (1, S, S)."""
-    objects = objects_of(numbers.to(accelerator.device))
+    """Scores the objects of an image of a batch."""
+    index, image = int(batch["index"][place]), batch["image"][place, None]
+    objects = objects_of(batch["mask"][place, None].to(accelerator.device))
     if not len(objects.owners):
         none, turns = np.zeros(0, np.float32), np.zeros((0, clicks + 1))
         return ImageScores(index, none, turns, turns, none)
@@ -326,11 +323,7 @@ def _score_image(
 
 @torch.no_grad()
 def play(
-    model: PromptableSam,
-    image: Tensor,
-    objects: Objects,
-    accelerator: Accelerator,
-    clicks: int = max(CLICKS),
+    model: PromptableSam, image: Tensor, objects: Objects, accelerator: Accelerator, clicks: int
 ) -> Iterator[Turn]:
     """Predicts the masks of an image's objects after each click, and at last of their boxes.
 

@@ -74,9 +74,8 @@ def resolve(config: RunConfig, fit: bool = True) -> RunConfig:
     measured = len(data.channels) not in (0, 3) and data.channel_mean is None
     open_rate = training.steps is not None or training.learning_rate is None
     if fit and data.root and (open_rate or balanced or measured):
-        splits = load_splits(
-            data.dataset, data.root, data.class_names, data.split, data.group, slicing_of(data)
-        )
+        how = slicing_of(data)
+        splits = load_splits(data.dataset, data.root, data.class_names, data.split, data.group, how)
         samples = splits["train"] + splits.get(OPTIONAL_SPLIT, [])
         bounds = PROMPTABLE_BOUNDS if config.task == "promptable" else LEARNING_BOUNDS
         training = _fitted(training, len(samples), bounds)

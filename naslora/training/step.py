@@ -104,12 +104,9 @@ class Compiled:
     """A function of tensors, compiled as one graph for the shape of the first call's last argument.
 
     Other shapes, such as the last batch of an epoch, run eagerly, so nothing is compiled for them.
-    If the function does not compile, a warning says why, and all calls run eagerly.
-
-    Args:
-        function: a module or a function.
-        captured: its launches become CUDA graphs. Gradients then lie in the memory of the graphs
-            until the next call, so each call's gradients must have been used before it.
+    If the function does not compile, a warning says why, and all calls run eagerly. If it is
+    ``captured``, its launches become CUDA graphs. Gradients then lie in the memory of the graphs
+    until the next call, so each call's gradients must have been used before it.
     """
 
     def __init__(self, function: Callable[..., Any], captured: bool) -> None:

@@ -111,7 +111,7 @@ class Trainer:
         self.forward, self.loss = self._compute()
         self.epoch = 0  # the number of finished ones
         self.history: list[Epoch] = []
-        self.layers = list(adapter_layers(model))
+        self.layers = [name for name, layer in adapter_layers(model) if layer.alpha is not None]
         self.alphas = arch_parameters(model)  # empty for a method without them
         self.operations = [self._mixture(epoch=0)]  # before training and after every epoch
         own_steps = bool(self.alphas) and not training.simultaneous
@@ -334,8 +334,7 @@ class Trainer:
         """softmax(alpha) of every layer after every epoch; None for a method without alpha."""
         if not self.alphas:
             return None
-        layers = [name for name, layer in self.layers if layer.alpha is not None]
-        return OperationHistory(list(OPERATIONS), layers, self.operations)
+        return OperationHistory(list(OPERATIONS), self.layers, self.operations)
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 
