@@ -98,9 +98,10 @@ class NasLoraConfig(LoraConfig):
 
     def adapter_config(self, rank: int, lora_alpha: float) -> NASLoRAConfig:
         """The configuration of one layer, whose rank and alpha PEFT's patterns may change."""
-        shared = {field.name for field in dataclasses.fields(NASLoRAConfig)}
-        own = {field.name for field in dataclasses.fields(NasLoraConfig)} & shared
-        values = {name: getattr(self, name) for name in own - {"rank", "lora_alpha"}}
+        shared = {f.name for f in dataclasses.fields(NASLoRAConfig)} - {"rank", "lora_alpha"}
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in shared
+        }
         return NASLoRAConfig(rank=rank, lora_alpha=lora_alpha, **values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -249,7 +249,8 @@ def _volumes(
         scores.append(found)
     if not scores:
         return None
-    numbers = {name: known(METRICS[name].of(stacked(scores))) for name in scores[0]}
+    together = stacked(scores)
+    numbers = {name: known(METRICS[name].of(together)) for name in together}
     return VolumeScores(len(scores), " and ".join(sorted(units)) or "voxels", numbers)
 
 

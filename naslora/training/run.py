@@ -247,7 +247,6 @@ def _final_result(trainer: Trainer) -> tuple[RunResult, list[Panel | Pictures]]:
             annealed = trainer.evaluate("val")
         merges[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
         unmerge(trainer.model)
-    training = sum(epoch.seconds for epoch in trainer.history)
     result = RunResult(
         test=test,
         val=SplitScores(kept.val_loss, kept.val_dice, kept.val_iou, kept.val_accuracy),
@@ -261,7 +260,7 @@ def _final_result(trainer: Trainer) -> tuple[RunResult, list[Panel | Pictures]]:
         test_merged=merged,
         merge=merges,
         annealed=annealed,
-        seconds=training + time.perf_counter() - started,
+        seconds=sum(epoch.seconds for epoch in trainer.history) + time.perf_counter() - started,
         weights=config.model.checkpoint,
         notes=_notes(trainer, test),
     )

@@ -157,14 +157,12 @@ def sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accel
         return float(loss)
     parameters = [p for group in groups for p in group.parameters]
     for bucket in _buckets(parameters):
-        for parameter in bucket:
-            if parameter.grad is None:  # this process has no share of the batch
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [p.grad for p in bucket if p.grad is not None]
+        # None: this process has no share of the batch.
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([*(grad.flatten().float() for grad in grads), loss.reshape(1)])
         *summed, total = accelerator.reduce(flat, "sum").split([*map(Tensor.numel, grads), 1])
-        for grad, sum_of_all in zip(grads, summed, strict=True):
-            grad.copy_(sum_of_all.view_as(grad))
+        for parameter, grad, sum_of_all in zip(bucket, grads, summed, strict=True):
+            parameter.grad = grad.copy_(sum_of_all.view_as(grad))
     return float(total)
 
 

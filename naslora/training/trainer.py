@@ -99,13 +99,12 @@ class Trainer:
     ) -> None:
         training = config.training
         self.base_checksum = base_checksum(model, trained_state(model))
-        cast_frozen(model.image_encoder, frozen_dtype(training))
+        encoder, dtype, cache = model.image_encoder, frozen_dtype(training), config.data.cache
+        cast_frozen(encoder, dtype)
         self.model = model.to(accelerator.device)
-        if config.data.cache_embeddings and config.data.cache is not None:
-            how = f"{self.base_checksum} {frozen_dtype(training)} {config.model.attention}"
-            keep_embeddings(
-                model.image_encoder, Cache(config.data.cache), f"{how} {training.mixed_precision}"
-            )
+        if config.data.cache_embeddings and cache is not None:
+            how = self.base_checksum, dtype, config.model.attention, training.mixed_precision
+            keep_embeddings(encoder, Cache(cache), " ".join(map(str, how)))
         self.data, self.directory, self.accelerator = data, directory, accelerator
         self.run_config, self.config = config, training
         self.forward, self.loss = self._compute()
