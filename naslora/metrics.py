@@ -104,9 +104,10 @@ def _calibration_bins(probability: Tensor, target: Tensor) -> Tensor:
     return values.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, values)
 
 
-def calibration_error(bins: Tensor) -> Tensor:
-    """The expected calibration error of (..., B, 3) sums of bins; NaN without a pixel."""
-    return (bins[..., 1] - bins[..., 2]).abs().sum(-1) / bins[..., 0].sum(-1)
+def _calibration_error(scores: Scores) -> Tensor:
+    """The expected calibration error, mean over the images that have a pixel."""
+    counts, confidence, right = scores["calibration"].unbind(-1)  # (N, CALIBRATION_BINS) each
+    return ((confidence - right).abs().sum(-1) / counts.sum(-1)).nanmean()
 
 
 # ---- Metrics of a data set -----------------------------------------------------------------------
@@ -229,11 +230,7 @@ METRICS: dict[str, Metric] = {
     "cldice": _shape("cldice", "clDice"),
     "size_difference": _shape("size_difference", "Difference in size, pixels"),
     "lesion_f1": _shape("lesion_f1", "F1 of lesions"),
-    "ece": Metric(
-        "ECE",
-        lambda scores: calibration_error(scores["calibration"]).nanmean(),
-        of_map="calibration",
-    ),
+    "ece": Metric("ECE", _calibration_error, of_map="calibration"),
 }
 
 
