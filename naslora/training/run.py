@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from naslora.adapter.merging.merged import unmerge
+from naslora.adapter.merging.report import MergeMode
 from naslora.choices import Tracker
 from naslora.errors import UserError, one_line, warn
 from naslora.files import file_checksum, is_temporary, write_json
@@ -225,10 +226,39 @@ def _final_result(trainer: Trainer) -> tuple[RunResult, list[Panel | Pictures]]:
         prompted = _prompted(trainer, {"untouched": sam, "fine-tuned": trainer.model}, test)
     elif accelerator.is_main_process:
         panels = _panels(trainer, float32 or test)
-    merged: dict[str, SplitScores] = {}
+    merges, merged, annealed = _merged_scores(trainer, modes, panels)
+    result = RunResult(
+        test=test,
+        val=SplitScores(kept.val_loss, kept.val_dice, kept.val_iou, kept.val_accuracy),
+        untouched=untouched,
+        test_last=last,
+        kept_epoch=kept.epoch,
+        trainable_parameters=counts.trainable,
+        parameters=counts,
+        images={split: len(own.samples) for split, own in data.items()},
+        test_float32=float32,
+        test_merged=merged,
+        merge=merges,
+        annealed=annealed,
+        seconds=sum(epoch.seconds for epoch in trainer.history) + time.perf_counter() - started,
+        weights=config.model.checkpoint,
+        notes=_notes(trainer, test),
+    )
+    return result, [*prompted, *panels.values()]
+
+
+def _merged_scores(
+    trainer: Trainer, modes: Sequence[MergeMode], panels: dict[int, Panel]
+) -> tuple[dict[str, MergeResult], dict[str, SplitScores], SplitScores | None]:
+    """Merges in each way, scores the test images, and adds their predictions to the panels.
+
+    The last result is the validation scores after annealing, None without.
+    """
+    config, accelerator = trainer.run_config, trainer.accelerator
     merges: dict[str, MergeResult] = {}
+    merged: dict[str, SplitScores] = {}
     annealed = None
-    samples = {split: own.samples for split, own in data.items()}
+    samples = {split: own.samples for split, own in trainer.data.items()}
     for mode in modes:
         if accelerator.is_main_process:
             print(f"merging ({mode}), and scoring the test images again", file=sys.stderr)
@@ -239,7 +269,7 @@ def _final_result(trainer: Trainer) -> tuple[RunResult, list[Panel | Pictures]]:
             merges[mode] = MergeResult(refused=str(error))
             continue
         with in_float32(accelerator):
-            merged[mode] = trainer.evaluate("test", metrics)
+            merged[mode] = trainer.evaluate("test", config.data.metrics or ())
         for index, panel in panels.items():
             dice = (merged[mode].image_dice or {index: None})[index]
             panel.merged[mode] = Merged(_predict(trainer, index), dice)
@@ -247,24 +277,7 @@ def _final_result(trainer: Trainer) -> tuple[RunResult, list[Panel | Pictures]]:
             annealed = trainer.evaluate("val")
         merges[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
         unmerge(trainer.model)
-    result = RunResult(
-        test=test,
-        val=SplitScores(kept.val_loss, kept.val_dice, kept.val_iou, kept.val_accuracy),
-        untouched=untouched,
-        test_last=last,
-        kept_epoch=kept.epoch,
-        trainable_parameters=counts.trainable,
-        parameters=counts,
-        images={split: len(own) for split, own in samples.items()},
-        test_float32=float32,
-        test_merged=merged,
-        merge=merges,
-        annealed=annealed,
-        seconds=sum(epoch.seconds for epoch in trainer.history) + time.perf_counter() - started,
-        weights=config.model.checkpoint,
-        notes=_notes(trainer, test),
-    )
-    return result, [*prompted, *panels.values()]
+    return merges, merged, annealed
 
 
 def _notes(trainer: Trainer, test: SplitScores) -> list[str]:
