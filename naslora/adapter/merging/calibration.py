@@ -324,11 +324,8 @@ def feed(
 ) -> None:
     """Feeds the batches in evaluation mode and passes each input of a layer to ``observe``.
 
-    Args:
-        model: its modules' modes are restored at the end.
-        batches: the result of ``calibration_batches``.
-        observe: called with the batch's index, the layer and its input, before the layer computes.
-        layers: the layers to observe, by name.
+    ``observe`` is called with the batch's index, the layer and its input, before the layer
+    computes. The modules' modes are restored at the end.
 
     Raises:
         UserError: a batch does not fit the model, or no batch reaches some layer.
