@@ -270,7 +270,7 @@ def official_sam2(path, newer=True) -> dict[str, torch.Tensor]:
 def test_no_two_names_become_one(name):
     family = find_family(name)
     ours = SamForSegmentation(name, side(name), 3).state_dict().keys()
-    namings = (family.huggingface.naming, *([family.official] if name != "sam3" else []))
+    namings = (family.huggingface, *([family.official] if name != "sam3" else []))
     for naming in namings:  # Meta's names of SAM 3 are read only
         theirs = [naming.theirs(key) for key in ours]
         assert len(set(theirs)) == len(theirs)
