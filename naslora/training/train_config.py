@@ -3,18 +3,16 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import msgspec
 import torch
-from torch import Tensor
 
 from naslora.adapter.layer.alpha_search import CELL_RATE
 from naslora.choices import Augment, ClassLoss, Precision
 from naslora.data.masks import IGNORED
 from naslora.results import Keep
-from naslora.sam.losses import parse_terms, segmentation_loss
+from naslora.sam.losses import SegmentationLoss, parse_terms
 from naslora.settings import Common, Count, Index, Rate, Settings
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -185,11 +183,9 @@ def fit_to_images(
     return replace(config, epochs=epochs, steps=None, learning_rate=rate)
 
 
-def loss_of(config: TrainConfig) -> partial[Tensor]:
-    """The loss of an output and a target, as ``segmentation_loss``. Pixels with the label
-    ``IGNORED`` do not count."""
-    return partial(
-        segmentation_loss,
+def loss_of(config: TrainConfig) -> SegmentationLoss:
+    """The loss of a run. Pixels with the label ``IGNORED`` do not count."""
+    return SegmentationLoss(
         class_loss=config.class_loss,
         lambda_seg=config.lambda_seg,
         lambda_cls=config.lambda_cls,
