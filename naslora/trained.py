@@ -47,7 +47,7 @@ from naslora.sam.prompt_graphs import export_prompts
 from naslora.sam.promptable import AnySam, PromptableSam
 from naslora.sam.prompts import build_predictor
 from naslora.sam.runtimes import ClassMap, load_class_map
-from naslora.sam.segmentation import MirroredModel, SamForSegmentation, labels_of
+from naslora.sam.segmentation import labels_of, mirror
 from naslora.sam.shipped import NONE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
@@ -208,7 +208,7 @@ def evaluate_run(
     check_splits({split: samples}, config)
     merged = (path / MERGED_CONFIG).exists()
     if flips:
-        model = cast(AnySam, MirroredModel(cast(SamForSegmentation, model), mirror_axes(config)))
+        mirror(model, mirror_axes(config))
     scores = evaluate_model(model, config, samples, float32=merged)
     return dataclasses.replace(scores, images=len(samples))
 

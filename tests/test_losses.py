@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from naslora.sam.losses import TERMS, parse_terms, segmentation_loss
+from naslora.sam.losses import TERMS, SegmentationLoss, parse_terms
 from naslora.sam.segmentation import SegmentationOutput
 
 # Sums over a map in float32 against float64: 256 terms, each with a relative rounding of 6e-8.
@@ -106,7 +106,7 @@ REFERENCES = {
 def binary(logits, target, **weights):
     masks = torch.as_tensor(np.asarray(logits), dtype=torch.float32)[:, None]
     labels = torch.as_tensor(np.asarray(target))
-    return segmentation_loss(SegmentationOutput(masks, None), labels, **weights)
+    return SegmentationLoss(**weights)(SegmentationOutput(masks, None), labels)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_terms(name):
     # All pixels of the second image are ignored, and the first has no foreground.
     target[0], target[1] = 0, 77
     output = SegmentationOutput(torch.tensor(logits[:, None], requires_grad=True), None)
-    loss = segmentation_loss(output, torch.tensor(target), ignore_index=77, terms={name: 1.0})
+    loss = SegmentationLoss(ignore_index=77, terms={name: 1.0})(output, torch.tensor(target))
     loss.backward()
     assert loss.isfinite() and output.masks.grad.isfinite().all()
     assert name == "cldice" or not output.masks.grad[1].any()
@@ -185,9 +185,8 @@ def test_class_weights(drawn, class_loss):
 
     def loss(labels, weights=None, **changed):
         output = as_output(masks, classes)
-        return segmentation_loss(
-            output, torch.tensor(labels), kind, class_weights=weights, **changed
-        )
+        own = SegmentationLoss(kind, class_weights=weights, **changed)
+        return own(output, torch.tensor(labels))
 
     torch.testing.assert_close(loss(target, [1.0] * count), loss(target))
     if class_loss == "binary":
@@ -222,7 +221,7 @@ def test_pixel_loss(drawn, weight):
     )
     dices = np.mean([dice(*own, weight) for own in maps])
     output, labels = as_output(masks, classes), torch.tensor(labels)
-    loss = segmentation_loss(output, labels, "pixel", 0.5, 2.0, boundary_weight=weight)
+    loss = SegmentationLoss("pixel", 0.5, 2.0, boundary_weight=weight)(output, labels)
     # The tolerance: the loss adds 1e-6 to the scores before it normalises them.
     assert loss.item() == pytest.approx(0.5 * (entropies + dices) + 2 * cross_entropy, rel=1e-4)
 
@@ -264,9 +263,9 @@ def test_matching_finds_the_best_assignment(drawn, weights, absent):
     expected = np.mean([matching_by_brute_force(*image, *weights) for image in images])
     output, labels = as_output(masks, classes), torch.tensor(labels)
     more = dict(zip(("boundary_weight", "class_weights"), weights[2:], strict=False))
-    loss = segmentation_loss(output, labels, "matching", *weights[:2], **more)
+    loss = SegmentationLoss("matching", *weights[:2], **more)(output, labels)
     assert loss.item() == pytest.approx(expected, rel=TOLERANCE)
-    assert segmentation_loss(output, labels) == segmentation_loss(output, labels, "matching")
+    assert SegmentationLoss()(output, labels) == SegmentationLoss("matching")(output, labels)
 
 
 @pytest.mark.parametrize("class_loss", ["binary", "pixel", "matching"])
@@ -277,13 +276,13 @@ def test_gradients_are_finite(drawn, class_loss, dtype, scale, one_class):
     masks, classes, labels, kind = of_kind(class_loss, *drawn)
     output = as_output(scale * masks, None if classes is None else scale * classes, dtype)
     labels = torch.tensor(labels) * (0 if one_class else 1)
-    loss = segmentation_loss(output, labels, kind)
+    loss = SegmentationLoss(kind)(output, labels)
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite()
     for tensor in (output.masks, output.classes):
         assert tensor is None or tensor.grad.isfinite().all()
     nan = as_output(np.full_like(masks, np.nan), classes)
-    assert segmentation_loss(nan, labels, kind).isnan()
+    assert SegmentationLoss(kind)(nan, labels).isnan()
 
 
 @pytest.mark.parametrize("class_loss", ["binary", "pixel", "matching"])
@@ -293,11 +292,11 @@ def test_ignored_pixels_do_not_count(drawn, class_loss, weight):
     masks, classes, target, kind = of_kind(class_loss, *drawn)
     half = masks.shape[-1] // 2
     left, labels = as_output(masks[..., :half], classes), torch.tensor(target[..., :half])
-    expected = segmentation_loss(left, labels, kind, boundary_weight=weight)
+    expected = SegmentationLoss(kind, boundary_weight=weight)(left, labels)
     ignored = target.copy()
     ignored[..., half:] = 77
-    settings = {"ignore_index": 77, "boundary_weight": weight}
+    loss = SegmentationLoss(kind, ignore_index=77, boundary_weight=weight)
     labels, nothing = torch.tensor(ignored), torch.full(target.shape, 77)
-    whole = segmentation_loss(as_output(masks, classes), labels, kind, **settings)
+    whole = loss(as_output(masks, classes), labels)
     torch.testing.assert_close(whole, expected)
-    assert segmentation_loss(as_output(masks, classes), nothing, kind, **settings).isfinite()
+    assert loss(as_output(masks, classes), nothing).isfinite()

@@ -161,7 +161,7 @@ def step_launches(name: str = "vit_b") -> dict[str, int]:
     from naslora import NASLoRAConfig
     from naslora.adapter.layer.injection import arch_parameters
     from naslora.methods import apply
-    from naslora.sam.losses import segmentation_loss
+    from naslora.sam.losses import SegmentationLoss
     from naslora.sam.segmentation import build_model
 
     with torch.device("meta"):
@@ -174,7 +174,7 @@ def step_launches(name: str = "vit_b") -> dict[str, int]:
     names = {"select_backend": lambda *about: triton, "_autocast_dtype": lambda tensor: None}
     with mock.patch.multiple(functional, **names):
         with Recorder() as forward:
-            loss = segmentation_loss(model.to("meta").train()(images), masks)
+            loss = SegmentationLoss()(model.to("meta").train()(images), masks)
         with Recorder() as backward:
             loss.backward()
     return {"forward": len(forward.launches), "backward": len(backward.launches)}

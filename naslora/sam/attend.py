@@ -31,15 +31,8 @@ def dot_product_attention(
     plain products with windows of 7 x 7 to 14 x 14 tokens, and 1.4 times with 32 x 32. Plain ones
     round as the code that is replaced does, which keeps the logits in 16 bits, too.
 
-    Args:
-        q: (B, heads, N, d).
-        k: (B, heads, M, d).
-        v: (B, heads, M, e).
-        scale: factor of the logits.
-        bias: (heads, N, M).
-
-    Returns:
-        (B, heads, N, e).
+    ``q`` is (B, heads, N, d), ``k`` (B, heads, M, d), ``v`` (B, heads, M, e), ``bias``
+    (heads, N, M), and the result (B, heads, N, e).
     """
     if q.device.type == "cpu" and q.dtype.itemsize == 2 and k.shape[2] <= SMALL_WINDOW:
         with torch.autocast("cpu", enabled=False):  # which computes softmax in float32
@@ -57,14 +50,8 @@ def pooled_attention(
 ) -> Tensor:
     """Attention of which the queries may be pooled, as SAM 2 defines it.
 
-    Args:
-        attention: has ``scale``, ``qkv`` and ``proj``.
-        x: (B, H, W, C), an image or windows of it.
-        heads: number of heads.
-        pool: makes (B, C, H, W) queries fewer.
-
-    Returns:
-        (B, H, W, C), or H and W as they are after ``pool``.
+    ``attention`` has ``scale``, ``qkv`` and ``proj``. ``x`` is (B, H, W, C), an image or windows of
+    it, and so is the result, with H and W as they are after ``pool`` of (B, C, H, W) queries.
     """
     batch, height, width, _ = x.shape
     qkv = attention.qkv(x).reshape(batch, height * width, 3, heads, -1)
@@ -81,29 +68,17 @@ def pooled_attention(
 def over_grid(attention: Any, x: Tensor) -> Tensor:
     """Attention with decomposed relative positions, as segment_anything defines it.
 
-    Args:
-        attention: has ``qkv``, ``proj``, ``num_heads``, and what ``_attended`` reads.
-        x: (B, H, W, C), an image or windows of it.
-
-    Returns:
-        (B, H, W, C).
+    ``attention`` has ``qkv``, ``proj``, ``num_heads``, and what ``_attended`` reads. ``x`` and the
+    result are (B, H, W, C), an image or windows of it.
     """
     return attention.proj(_attended(attention, *_heads(attention.qkv(x), attention.num_heads)))
 
 
 def over_windows(attention: Any, x: Tensor, size: int) -> Tensor:
-    """The same in windows of images whose edge SAM pads with zeros.
+    """The same in windows, of ``size`` tokens a side, of images whose edge SAM pads with zeros.
 
     Linear layers do not compute the padding: it is the bias before the attention, and dropped after
     it. On CPUs the queries there are left out, too; on GPUs that would be four launches for one.
-
-    Args:
-        attention: as in ``over_grid``.
-        x: (B, H, W, C) images.
-        size: side of the windows, in tokens.
-
-    Returns:
-        (B, H, W, C).
     """
     pointwise = _pointwise(attention.proj)
     windows = Windows(size, (x.shape[1], x.shape[2]), pointwise and x.device.type == "cpu")

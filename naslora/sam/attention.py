@@ -38,8 +38,8 @@ def fuse_attention(model: nn.Module) -> list[str]:
 
     The outputs are the same up to rounding. Modules, their names and the state dict stay the same,
     so it can be called before or after ``inject``, ``load_adapter`` and ``merge``. Call it before
-    ``fully_shard``. While a model is exported or traced, PyTorch's own
-    operator of attention computes, which other runtimes fuse.
+    ``fully_shard``. While a model is exported or traced, PyTorch's own operator of attention
+    computes, which other runtimes fuse.
 
     Known are the attentions of segment_anything and its copies (SAM-HQ, MobileSAM), of Hugging
     Face's SamModel, SamHQModel and Sam2Model, of TinyViT in timm and MobileSAM, and of timm's Hiera
@@ -56,27 +56,25 @@ def fuse_attention(model: nn.Module) -> list[str]:
     Raises:
         UserError: the model has no attention that is known. It is then unchanged.
     """
-    known = {module: mixin for module in model.modules() if (mixin := _mixin(module)) is not None}
+    known = {module: kind for module in model.modules() if (kind := _fused_kind(module))}
     unknown = [
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
         if "attention" in type(module).__name__.lower() and "qkv" in module._modules
         if module not in known and not isinstance(module, FusedAttention)
     ]
-    attentions = [module for module, mixin in known.items() if issubclass(mixin, FusedAttention)]
-    if not attentions and not _fused(model):
+    if not _fused(model) and not any(issubclass(kind, FusedAttention) for kind in known.values()):
         found = f"; it has {listing(unknown, 3)}" if unknown else ""
         raise UserError(
             "the model has no attention that can be fused: none of segment_anything, SAM-HQ, "
             f"MobileSAM, TinyViT, SAM 2 or Hugging Face's SamModel{found}"
         )
-    fused_class: Any = _fused_class
-    for module, mixin in known.items():
-        module.__class__ = fused_class(mixin, type(module))
+    for module, kind in known.items():
+        module.__class__ = kind
     if unknown:
         described = listing(unknown, 3)
         warnings.warn(f"attention that is not known stays as it is: {described}", stacklevel=2)
-    return list(_fused(model))
+    return _fused(model)
 
 
 def unfuse_attention(model: nn.Module) -> list[str]:
@@ -88,20 +86,20 @@ def unfuse_attention(model: nn.Module) -> list[str]:
     Raises:
         UserError: ``fully_shard`` was called on an attention itself. The model is then unchanged.
     """
-    fused = _fused(model)
-    for name, module in fused.items():
-        if type(module) is not _fused_class(module.mixin, module.host_class):
+    fused: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, Fused)}
+    # A block that was sharded keeps its class. Around a stock attention it computes as stock.
+    ours = {n: m for n, m in fused.items() if type(m) is _fused_class(m.mixin, m.host_class)}
+    names = _fused(model)
+    for name in names:
+        if name not in ours:
             raise UserError(f"{name} is sharded; call unfuse_attention before fully_shard")
-    modules: list[Any] = [module for module in model.modules() if isinstance(module, Fused)]
-    for module in modules:
-        # A block that was sharded keeps its class. Around a stock attention it computes as stock.
-        if type(module) is _fused_class(module.mixin, module.host_class):
-            module.__class__ = module.host_class
-    return list(fused)
+    for module in ours.values():
+        module.__class__ = module.host_class
+    return names
 
 
-def _fused(model: nn.Module) -> dict[str, Any]:
-    return {n: module for n, module in model.named_modules() if isinstance(module, FusedAttention)}
+def _fused(model: nn.Module) -> list[str]:
+    return [name for name, own in model.named_modules() if isinstance(own, FusedAttention)]
 
 
 # ---- The forwards --------------------------------------------------------------------------------
@@ -235,50 +233,36 @@ class _Form(NamedTuple):
 
     classes: str
     """A regular expression that matches the class's module and name."""
-    children: frozenset[str]
-    """The names of its children. The fused forward would leave out a further one."""
-    mixin: type[Fused]
-    parameters: frozenset[str] = frozenset()
-    """The names that its own parameters can have."""
+    parts: frozenset[str]
+    """The names that its children and parameters can have. The fused forward would leave out a
+    further one."""
+    mixin: Any
+    """A subclass of ``Fused``."""
     names: frozenset[str] | None = None
     """If given, what the class's forward may refer to: a copy that refers to more computes more."""
 
 
 _LINEAR = frozenset({"qkv", "proj"})
-_TABLES = frozenset({"rel_pos_h", "rel_pos_w"})
+_TABLES = _LINEAR | {"rel_pos_h", "rel_pos_w"}
 _BLOCK = frozenset({"norm1", "attn", "norm2", "mlp"})
+_SAM, _HF = r"(.+\.)?modeling\.image_encoder", r"transformers\.models\.(sam|sam_hq)\.modeling_\1"
+_SAM_ATTENTION = "shape reshape num_heads permute unbind scale transpose softmax view use_rel_pos"
+_SAM_BLOCK = "window_size shape window_partition window_unpartition"
 _FORMS = (
     _Form(
-        r"(.+\.)?modeling\.image_encoder\.Attention",
-        _LINEAR,
+        rf"{_SAM}\.Attention",
+        _TABLES,
         _SegmentAnything,
-        _TABLES,
-        _LINEAR
-        | _TABLES
-        | {"shape", "reshape", "num_heads", "permute", "unbind", "scale", "transpose", "softmax"}
-        | {"use_rel_pos", "add_decomposed_rel_pos", "view"},
+        _TABLES | {*_SAM_ATTENTION.split(), "add_decomposed_rel_pos"},
     ),
+    _Form(rf"{_SAM}\.Block", _BLOCK, FusedBlock, _BLOCK | {*_SAM_BLOCK.split()}),
+    _Form(rf"{_HF}\.Sam(HQ)?Vision(Sdpa)?Attention", _TABLES, _HuggingFace),
     _Form(
-        r"(.+\.)?modeling\.image_encoder\.Block",
-        _BLOCK,
-        FusedBlock,
-        names=_BLOCK | {"window_size", "shape", "window_partition", "window_unpartition"},
-    ),
-    _Form(
-        r"transformers\.models\.(sam|sam_hq)\.modeling_\1\.Sam(HQ)?Vision(Sdpa)?Attention",
-        _LINEAR,
-        _HuggingFace,
-        _TABLES,
-    ),
-    _Form(
-        r"transformers\.models\.(sam|sam_hq)\.modeling_\1\.Sam(HQ)?VisionLayer",
+        rf"{_HF}\.Sam(HQ)?VisionLayer",
         frozenset({"layer_norm1", "attn", "layer_norm2", "mlp"}),
         _HuggingFaceLayer,
     ),
-    *(
-        _Form(r"timm\.models\.hieradet_sam2\.MultiScaleAttention", children, _Hiera)
-        for children in (_LINEAR, _LINEAR | {"q_pool"})
-    ),
+    _Form(r"timm\.models\.hieradet_sam2\.MultiScaleAttention", _LINEAR | {"q_pool"}, _Hiera),
     _Form(
         r"transformers\.models\.sam2\.modeling_sam2\.Sam2MultiScaleAttention",
         _LINEAR,
@@ -286,15 +270,14 @@ _FORMS = (
     ),
     _Form(
         r"(timm\.models\.tiny_vit|(.+\.)?modeling\.tiny_vit_sam)\.Attention",
-        _LINEAR | {"norm"},
+        _LINEAR | {"norm", "attention_biases"},
         _TinyViT,
-        frozenset({"attention_biases"}),
     ),
 )
 
 
-def _mixin(module: nn.Module) -> type[Fused] | None:
-    """What makes a module fused; None if it is fused already, or not known."""
+def _fused_kind(module: nn.Module) -> Any:
+    """The class that makes a module fused; None if it is fused already, or not known."""
     kind: Any = type(module)
     replaced = kind.forward.__module__ != kind.__module__ or "forward" in vars(module)
     if replaced or isinstance(module, Fused):
@@ -302,20 +285,20 @@ def _mixin(module: nn.Module) -> type[Fused] | None:
     for form in _FORMS:
         if (
             re.fullmatch(form.classes, f"{kind.__module__}.{kind.__name__}")
-            and {*module._modules} == form.children
-            and {*module._parameters} <= form.parameters
+            and {*module._modules, *module._parameters} <= form.parts
             and (form.names is None or {*kind.forward.__code__.co_names} <= form.names)
         ):
-            return form.mixin
+            return _fused_class(form.mixin, kind)
     return None
 
 
 @functools.cache
 def _fused_class(mixin: Any, host_class: Any) -> Any:
     """The subclass. It has the name of ``host_class``, so the model is printed as before."""
-    names = {"__module__": host_class.__module__, "__qualname__": host_class.__qualname__}
-    own = {"__doc__": host_class.__doc__, "host_class": host_class, "mixin": mixin}
-    return type(host_class.__name__, (mixin, host_class), {**names, **own})
+    kept = ("__module__", "__qualname__", "__doc__")
+    own = {name: getattr(host_class, name) for name in kept}
+    own |= {"host_class": host_class, "mixin": mixin}
+    return type(host_class.__name__, (mixin, host_class), own)
 
 
 def _rebuild(mixin: Any, host_class: Any) -> Any:

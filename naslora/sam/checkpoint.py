@@ -82,7 +82,13 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
             fitted = new | fitted
         misfit = _misfit(name, tensors, fitted, state)
     if tensors is None or misfit is not None:
-        raise UserError(f"checkpoint {path} {_made_for(stored, name) or misfit}")
+        for fit, other in _fitting(stored):
+            if other != name:
+                misfit = (
+                    f"is {fit.title} ({other}), and --model says {name}; choose --model {other}"
+                )
+                break
+        raise UserError(f"checkpoint {path} {misfit}")
     for key, value in fitted.items():
         for problem in tensor_problems(key, value, state):
             raise UserError(f"checkpoint {path} is damaged: {problem}; use another copy")
@@ -119,15 +125,6 @@ def _under_our_names(stored: Tensors, family: Family) -> dict[str, Tensor] | Non
     if not any("vision_encoder." in key for key in stored):
         return family.official.to_ours(stored)
     return None if family.huggingface is None else family.huggingface.to_ours(stored)
-
-
-def _made_for(stored: Tensors, name: str) -> str | None:
-    """Says which other model than ``name`` the checkpoint was made for; None if it is not known."""
-    for family, other in _fitting(stored):
-        if other != name:
-            about = f"is {family.title} ({other}), and --model says {name}"
-            return f"{about}; choose --model {other}"
-    return None
 
 
 def find_model(path: Path) -> str | None:
@@ -233,7 +230,7 @@ def sam_state_dict(
             f"{family.title}'s original code also needs parts that are not in the image model, and "
             "of this checkpoint they were not kept; export to huggingface"
         )
-    return {family.official.theirs(key): value for key, value in whole.items()}
+    return family.official.to_theirs(whole)
 
 
 def huggingface_files(
@@ -241,11 +238,8 @@ def huggingface_files(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Makes what the transformers library loads without a missing tensor.
 
-    Args:
-        state: as in ``sam_state_dict``.
-        left_out: as in ``sam_state_dict``.
-        name: as in ``sam_state_dict``.
-        image_size: side of the model's images in pixels.
+    ``image_size`` is the side of the model's images in pixels. The others are as in
+    ``sam_state_dict``.
 
     Returns:
         The content of config.json, and the tensors under Hugging Face's names.

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.choices import Format, Part, Quantize, Task
@@ -52,8 +53,9 @@ SUFFIXES = {
     "torch-export": ".pt2",
 }
 """The endings of files; format huggingface writes a folder."""
-TENSORRT = 18, 9
-"""ONNX's operators and format, as TensorRT 8.6 and later read them."""
+OLD_VERSIONS = 18, 9
+"""ONNX's operators and format, as TensorRT 8.6 and onnxruntime 1.15 of annotation tools read
+them."""
 KEY = "naslora"
 """Key of the description in a file's metadata."""
 EXAMPLE_IMAGES = 2
@@ -205,9 +207,12 @@ def export(
     module: nn.Module = (Scores if description.part == "model" else Embedding)(
         model.cpu().float()
     ).eval()
-    fixed = file_format == "coreml"  # Core ML compiles for one shape
+    fixed, size = file_format == "coreml", description.image_size  # Core ML compiles for one shape
+    example = torch.zeros(1 if fixed else EXAMPLE_IMAGES, len(model.pixel_mean), size, size)
+    free = {} if fixed else {0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)}
     with torch.no_grad():
-        program = _traced(module, description.image_size, len(model.pixel_mean), fixed)
+        module(example)  # fills TinyViT's cache of attention biases, which must not be traced
+        program = torch.export.export(module, (example,), dynamic_shapes={"images": free})
     if file_format == "torch-export":
         _write_program(program, description, path)
         return
@@ -220,8 +225,8 @@ def export(
     elif file_format == "coreml":
         _write_coreml(program, description, path, outputs)
     else:
-        versions = TENSORRT if file_format == "tensorrt" else None
-        write_onnx(program, description, path, ["images"], outputs, versions, quantize, images)
+        old = file_format == "tensorrt"
+        write_onnx(program, description, path, ["images"], outputs, old, quantize, images)
 
 
 def check_merged(model: nn.Module) -> None:
@@ -253,11 +258,8 @@ def _write_tensors(
         )
     name, size = description.model, description.image_size
     with torch.device("meta"):
-        plain: AnySam
-        if isinstance(model, PromptableSam):
-            plain = PromptableSam(name, size)
-        else:
-            plain = SamForSegmentation(name, size, description.num_classes)
+        prompted, classes = isinstance(model, PromptableSam), description.num_classes
+        plain = PromptableSam(name, size) if prompted else SamForSegmentation(name, size, classes)
     state, metadata = model.state_dict(), {KEY: text_of(description)}
     extra = sorted(state.keys() - plain.state_dict().keys())
     if extra:
@@ -274,30 +276,17 @@ def _write_tensors(
         write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _traced(
-    module: nn.Module, size: int, channels: int, fixed: bool = False
-) -> torch.export.ExportedProgram:
-    images = torch.zeros(1 if fixed else EXAMPLE_IMAGES, channels, size, size)
-    module(images)  # fills TinyViT's cache of attention biases, which must not happen in the trace
-    batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
-    free = None if fixed else {"images": {0: batch}}
-    return torch.export.export(module, (images,), dynamic_shapes=free)
-
-
 def write_onnx(
-    program: torch.export.ExportedProgram,
+    program: ExportedProgram,
     description: Description,
     path: Path,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    versions: tuple[int, int] | None = None,
+    old: bool = False,
     quantize: Quantize | None = None,
     images: Sequence[Tensor] = (),
 ) -> None:
-    """Writes a program to an ONNX file, as ``export``.
-
-    ``versions`` are those of the operators and of the format; None takes PyTorch's own.
-    """
+    """Writes a program to an ONNX file, as ``export``; in ``OLD_VERSIONS`` or PyTorch's own."""
     onnx, _ = imported("export", "onnx", "onnxscript")  # the second for torch.onnx.export
     with quiet():
         converted = torch.onnx.export(
@@ -305,7 +294,7 @@ def write_onnx(
             dynamo=True,
             input_names=inputs,
             output_names=outputs,
-            opset_version=versions[0] if versions else None,
+            opset_version=OLD_VERSIONS[0] if old else None,
         )
     assert converted is not None  # it is None without dynamo only
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
@@ -317,7 +306,8 @@ def write_onnx(
             with quiet():
                 compress_onnx(graph, quantize, images)
         model = onnx.load(graph, load_external_data=False)
-        model.ir_version = versions[1] if versions else model.ir_version
+        if old:
+            model.ir_version = OLD_VERSIONS[1]
         model.metadata_props.add(key=KEY, value=text_of(description))
         model.metadata_props.add(key=CHECKSUM, value=onnx_checksum(model, data))
         onnx.save(model, temporary)
@@ -340,9 +330,7 @@ def onnx_checksum(model: Any, data: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_program(
-    program: torch.export.ExportedProgram, description: Description, path: Path
-) -> None:
+def _write_program(program: ExportedProgram, description: Description, path: Path) -> None:
     buffer = io.BytesIO()  # torch.export.save refuses the temporary file's suffix
     with quiet():
         torch.export.save(program, buffer, extra_files={KEY: text_of(description)})
@@ -351,7 +339,7 @@ def _write_program(
 
 
 def _write_openvino(
-    program: torch.export.ExportedProgram,
+    program: ExportedProgram,
     description: Description,
     path: Path,
     outputs: Sequence[str],
@@ -370,20 +358,15 @@ def _write_openvino(
     # NAME.xml is read with the NAME.bin beside it, so both get their names in another folder.
     with replaced_file(path) as temporary, TemporaryDirectory(dir=path.parent) as folder:
         graph, data = Path(folder, path.name), Path(folder, f"{path.stem}.bin")
-        for checksum in ("", None):  # the second time it is known
-            model.set_rt_info(
-                file_checksum(data) if checksum is None else checksum, [KEY, CHECKSUM]
-            )
+        for known in (False, True):  # the weights' checksum, after they are written once
+            model.set_rt_info(file_checksum(data) if known else "", [KEY, CHECKSUM])
             openvino.save_model(model, graph, compress_to_fp16=quantize == "float16")
         os.replace(data, path.with_name(data.name))
         os.replace(graph, temporary)
 
 
 def _write_coreml(
-    program: torch.export.ExportedProgram,
-    description: Description,
-    path: Path,
-    outputs: Sequence[str],
+    program: ExportedProgram, description: Description, path: Path, outputs: Sequence[str]
 ) -> None:
     """Writes a package, which is a folder, with weights in 16 bits."""
     check_new(path)
@@ -403,11 +386,8 @@ def _write_coreml(
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hides progress and the warnings of other packages, some of which hold tracebacks."""
-    names = "torch.onnx", "torch.export", "onnxscript", "nncf", "coremltools", "root"
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with (
             contextlib.redirect_stdout(io.StringIO()),
@@ -417,5 +397,4 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

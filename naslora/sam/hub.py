@@ -26,8 +26,7 @@ def pinned(name: str) -> str:
     repository, revision, file = _parts(name)
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         return name
-    folder = _snapshot(name)
-    return f"{PREFIX}{repository}@{folder.name}" + (f"/{file}" if file else "")
+    return f"{PREFIX}{repository}@{_snapshot(name).name}" + (f"/{file}" if file else "")
 
 
 def download(name: str) -> Path:
@@ -37,59 +36,46 @@ def download(name: str) -> Path:
         UserError: the name is none, the Hub has nothing of it or does not give it, or it can be
             neither reached nor found in the cache.
     """
-    file = _parts(name)[2]
-    return _snapshot(name) / (file or "")
+    return _snapshot(name) / (_parts(name)[2] or "")
 
 
-def _parts(name: str) -> tuple[str, str | None, str | None]:
+def _parts(name: str) -> tuple[str | None, ...]:
+    """The repository, the revision and the file; None for what the name does not say."""
     found = _NAME.fullmatch(name)
     if found is None:
         raise UserError(f"{name} is no name of the Hub: it is hf:owner/name[@revision][/file]")
-    repository, revision, file = found.groups()
-    return repository, revision, file
+    return found.groups()
 
 
 def _snapshot(name: str) -> Path:
     """The folder of a commit in the cache, with what is wanted of it."""
-    from huggingface_hub import errors, snapshot_download  # not for the help
+    from huggingface_hub import HfApi, errors, snapshot_download  # not for the help
 
     repository, revision, file = _parts(name)
     page = f"https://huggingface.co/{repository}"
+    assert repository is not None
+    reasons = {  # the more special errors first
+        errors.GatedRepoError: f"its licence must be accepted at {page}, and `hf auth login` says "
+        "who you are",
+        errors.RepositoryNotFoundError: "the Hub has no such repository, or it is private and "
+        "`hf auth login` is missing",
+        errors.RevisionNotFoundError: f"the repository has no revision {revision}",
+        errors.LocalEntryNotFoundError: "it is not in the cache, and the Hub cannot be reached: "
+        "connect, unset HF_HUB_OFFLINE if it is set, or give --checkpoint a file",
+    }
     try:
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=file or _FOLDER)
-        )
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{name}: its licence must be accepted at {page}, and `hf auth login` says who you are"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{name}: the Hub has no such repository, or it is private and `hf auth login` is "
-            "missing"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{name}: the repository has no revision {revision}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{name} is not in the cache, and the Hub cannot be reached: connect, unset "
-            "HF_HUB_OFFLINE if it is set, or give --checkpoint a file"
-        ) from error
+        wanted = file or _FOLDER
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except (errors.HFValidationError, errors.EntryNotFoundError, OSError) as error:
-        raise UserError(f"{name}: {reason_of(error)}") from error
-    if not ((folder / file).is_file() if file else any(folder.glob(_FOLDER[1]))):
-        missing = f"no file {file}" if file else f"no {_FOLDER[1]}"
-        raise UserError(f"{name}: the repository has {missing}{_offered(repository, folder.name)}")
-    return folder
-
-
-def _offered(repository: str, commit: str) -> str:
-    """What to give instead, if the Hub says it."""
-    from huggingface_hub import HfApi
-
+        known = (reason for kind, reason in reasons.items() if isinstance(error, kind))
+        raise UserError(f"{name}: {next(known, reason_of(error))}") from error
+    if (folder / file).is_file() if file else any(folder.glob(_FOLDER[1])):
+        return folder
+    problem = f"{name}: the repository has no {f'file {file}' if file else _FOLDER[1]}"
     try:
-        files = HfApi().list_repo_files(repository, revision=commit)
+        files = HfApi().list_repo_files(repository, revision=folder.name)
     except OSError:
-        return ""
-    found = [file for file in files if file.endswith(_CHECKPOINTS)]
-    return f"; name one of {', '.join(found)}" if found else ", and no other checkpoint"
+        raise UserError(problem) from None
+    found = ", ".join(file for file in files if file.endswith(_CHECKPOINTS))
+    offer = f"; name one of {found}" if found else ", and no other checkpoint"
+    raise UserError(f"{problem}{offer}")

@@ -12,8 +12,9 @@ is no boundary.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,73 +44,127 @@ PAPER_TERMS: Mapping[str, float] = MappingProxyType({"bce": 1.0, "dice": 1.0})
 """The paper's loss of masks."""
 
 
-class Weighing(NamedTuple):
-    """How the parts of the loss are weighed, as the arguments of ``segmentation_loss``."""
+@dataclass(frozen=True)
+class SegmentationLoss:
+    """The loss of a batch: the mean over its images."""
 
-    lambda_seg: float
-    lambda_cls: float
-    boundary_weight: float
-    terms: Mapping[str, float]
-    class_weights: Tensor | None
-    """(K,), or (2,) if binary."""
+    class_loss: ClassLoss = "matching"
+    """The loss for several classes; binary segmentation ignores it. "pixel" follows the paper's
+    text: BCE, Dice and the cross-entropy compare the class map, normalised over the classes, with
+    the labels at every pixel. "matching" follows Conv-LoRA and Mask2Former: each class in the image
+    is assigned to the mask token that fits best, by BCE + Dice. The loss of masks compares the
+    masks of these tokens, and the cross-entropy the classes of all tokens."""
+    lambda_seg: float = 1.0
+    """Weight of the loss of masks, BCE + Dice."""
+    lambda_cls: float = 1.0
+    """Weight of the cross-entropy. Binary segmentation has no cross-entropy."""
+    ignore_index: int | None = None
+    """Label of the pixels that do not count; None if all count."""
+    boundary_weight: float = 0.0
+    """How much more pixels at the boundary of a mask weigh in BCE and Dice, at most; 0 weighs all
+    alike."""
+    terms: Mapping[str, float] = field(default_factory=lambda: PAPER_TERMS)
+    """Weights of the loss of masks, by names of ``TERMS``."""
+    class_weights: Sequence[float] | None = None
+    """What each class weighs, the background first; None if all weigh alike. They weigh the masks
+    and the cross-entropy of classes. If binary they weigh the pixels of BCE and Dice."""
+
+    def __call__(self, output: "SegmentationOutput", target: Tensor) -> Tensor:
+        """Computes the loss.
+
+        Args:
+            output: the prediction for B images of S x S pixels.
+            target: (B, S, S) int64 labels: 0 and 1 if binary, else 0 .. K-1.
+
+        Returns:
+            () float32.
+        """
+        counted, ignored = None, self.ignore_index
+        compiling = torch.compiler.is_compiling()  # then nothing is read back from the device
+        if ignored is not None and (compiling or (target == ignored).any()):  # few have any
+            counted = (target != ignored).float()
+            target = target.where(counted > 0, 0)
+        classes = None
+        if self.class_weights is not None:
+            classes = torch.tensor(self.class_weights, dtype=torch.float32, device=target.device)
+        if output.classes is None:
+            mask = target.float()  # (B, S, S)
+            weights = _pixel_weights(mask, counted, self.boundary_weight)
+            if classes is not None:
+                weights = classes[target] if weights is None else weights * classes[target]
+            logits = output.masks[:, 0].float()
+            return self.lambda_seg * _mask_loss(logits, mask, counted, weights, self.terms).mean()
+        if self.class_loss == "pixel":
+            return self._of_pixels(output.class_map(), target, counted, classes)
+        own = [None] * len(target) if counted is None else counted
+        images = zip(output.masks.float(), output.classes.float(), target, own, strict=True)
+        return torch.stack([self._matched(*image, classes) for image in images]).mean()
+
+    def _of_pixels(
+        self, scores: Tensor, target: Tensor, counted: Tensor | None, of_class: Tensor | None
+    ) -> Tensor:
+        """The loss of a class map (B, K, S, S) with classes of (K,) weights."""
+        probability = (scores + EPSILON) / (scores + EPSILON).sum(1, keepdim=True)
+        count = scores.shape[1]
+        mask = F.one_hot(target, count).permute(0, 3, 1, 2).float().flatten(0, 1)  # (B K, S, S)
+        own = None if counted is None else counted.repeat_interleave(count, 0)
+        weights = _pixel_weights(mask, own, self.boundary_weight)
+        logits = probability.flatten(0, 1).logit(EPSILON)
+        values = _mask_loss(logits, mask, own, weights, self.terms).view(-1, count)
+        segmentation = _class_mean(values, of_class).mean()
+        entropy = F.nll_loss(probability.log(), target, reduction="none")
+        if of_class is not None:
+            counted = of_class[target] * (1.0 if counted is None else counted)
+        return self.lambda_seg * segmentation + self.lambda_cls * _mean(entropy, counted).mean()
+
+    def _matched(
+        self,
+        masks: Tensor,
+        classes: Tensor,
+        labels: Tensor,
+        counted: Tensor | None,
+        of_class: Tensor | None,
+    ) -> Tensor:
+        """The loss of one image: (Q, S, S) masks, (Q, K + 1) classes, (S, S) labels."""
+        from scipy.optimize import linear_sum_assignment  # not for the help
+
+        present = labels.unique() if counted is None else labels[counted > 0].unique()
+        if not len(present):  # no pixel counts
+            return 0.0 * (masks.sum() + classes.sum())
+        truth = (labels == present[:, None, None]).float()  # (P, S, S)
+        weights = _pixel_weights(truth, counted, self.boundary_weight)
+        with torch.no_grad():
+            own = zip(truth, [None] * len(truth) if weights is None else weights, strict=True)
+            fits = [_mask_loss(masks, mask.expand_as(masks), None, weight) for mask, weight in own]
+            cost = self.lambda_seg * torch.stack(fits)
+            cost = cost - self.lambda_cls * classes.softmax(-1)[:, present].T  # (P, Q)
+            # The assignment raises on values that are not finite. The training loop must get them
+            # in the loss, because it reports them.
+            cost = cost.nan_to_num(posinf=0.0, neginf=0.0)
+            pairs = linear_sum_assignment(cost.cpu().numpy())
+        which, token = (torch.as_tensor(side, device=masks.device) for side in pairs)
+        wanted = torch.full((len(classes),), classes.shape[-1] - 1, device=masks.device)
+        wanted[token] = present[which]
+        weight = torch.ones(classes.shape[-1], device=masks.device)
+        weight[-1] = NO_OBJECT_WEIGHT
+        if of_class is not None:
+            weight[:-1] = of_class
+            of_class = of_class[present[which]]
+        weights = None if weights is None else weights[which]
+        counted = None if counted is None else counted.expand_as(truth)
+        values = _mask_loss(masks[token], truth[which], counted, weights, self.terms)
+        entropy = F.cross_entropy(classes, wanted, weight)
+        return self.lambda_seg * _class_mean(values, of_class) + self.lambda_cls * entropy
 
 
-def segmentation_loss(
-    output: "SegmentationOutput",
-    target: Tensor,
-    class_loss: ClassLoss = "matching",
-    lambda_seg: float = 1.0,
-    lambda_cls: float = 1.0,
-    ignore_index: int | None = None,
-    boundary_weight: float = 0.0,
-    terms: Mapping[str, float] = PAPER_TERMS,
-    class_weights: Sequence[float] | None = None,
-) -> Tensor:
-    """Computes the loss of a batch: the mean over its images.
+def _class_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The weighted mean of (..., K) values over the classes."""
+    if weights is None:
+        return values.mean(-1)
+    return (values * weights).sum(-1) / weights.sum().clamp(min=EPSILON)
 
-    Args:
-        output: the prediction for B images of S x S pixels.
-        target: (B, S, S) int64 labels: 0 and 1 if binary, else 0 .. K-1.
-        class_loss: the loss for several classes; binary segmentation ignores it. "pixel" follows
-            the paper's text: BCE, Dice and the cross-entropy compare the class map, normalised over
-            the classes, with the labels at every pixel. "matching" follows Conv-LoRA and
-            Mask2Former: each class in the image is assigned to the mask token that fits best, by
-            BCE + Dice. The loss of masks compares the masks of these tokens, and the cross-entropy
-            the classes of all tokens.
-        lambda_seg: weight of the loss of masks, BCE + Dice.
-        lambda_cls: weight of the cross-entropy. Binary segmentation has no cross-entropy.
-        ignore_index: label of the pixels that do not count; None if all count.
-        boundary_weight: how much more pixels at the boundary of a mask weigh in BCE and Dice, at
-            most; 0 weighs all alike.
-        terms: weights of the loss of masks, by names of ``TERMS``.
-        class_weights: what each class weighs, the background first; None if all weigh alike. They
-            weigh the masks and the cross-entropy of classes. If binary they weigh the pixels of BCE
-            and Dice.
 
-    Returns:
-        () float32.
-    """
-    counted = None
-    compiling = torch.compiler.is_compiling()  # then nothing is read back from the device
-    if ignore_index is not None and (compiling or (target == ignore_index).any()):  # few have any
-        counted = (target != ignore_index).float()
-        target = target.where(counted > 0, 0)
-    classes = None
-    if class_weights is not None:
-        classes = torch.tensor(class_weights, dtype=torch.float32, device=target.device)
-    weighing = Weighing(lambda_seg, lambda_cls, boundary_weight, terms, classes)
-    if output.classes is None:
-        mask = target.float()  # (B, S, S)
-        weights = _pixel_weights(mask, counted, boundary_weight)
-        if classes is not None:
-            weights = classes[target] if weights is None else weights * classes[target]
-        logits = output.masks[:, 0].float()
-        return lambda_seg * _mask_loss(logits, mask, counted, weights, terms).mean()
-    if class_loss == "pixel":
-        return _pixel_loss(output, target, counted, weighing)
-    own = [None] * len(target) if counted is None else counted
-    images = zip(output.masks.float(), output.classes.float(), target, own, strict=True)
-    return torch.stack([_matched_image(*image, weighing) for image in images]).mean()
+# ---- Masks ---------------------------------------------------------------------------------------
 
 
 def object_loss(logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:
@@ -137,7 +192,7 @@ def _pixel_weights(mask: Tensor, counted: Tensor | None, boundary_weight: float)
     Args:
         mask: (N, S, S), 0 or 1.
         counted: 1 where a pixel counts, of a shape that broadcasts to the mask's; None if all do.
-        boundary_weight: as in ``segmentation_loss``.
+        boundary_weight: as in ``SegmentationLoss``.
     """
     counted = None if counted is None else counted.expand_as(mask)
     if not boundary_weight:
@@ -285,69 +340,3 @@ def parse_terms(text: str) -> dict[str, float]:
         if not 0 < terms[name] < math.inf:
             raise UserError(f"loss: the weight of {name} must be a number above 0, got {weight!r}")
     return terms
-
-
-# ---- Several classes -----------------------------------------------------------------------------
-
-
-def _pixel_loss(
-    output: "SegmentationOutput", target: Tensor, counted: Tensor | None, weighing: Weighing
-) -> Tensor:
-    scores = output.class_map()  # (B, K, S, S)
-    probability = (scores + EPSILON) / (scores + EPSILON).sum(1, keepdim=True)
-    count = scores.shape[1]
-    mask = F.one_hot(target, count).permute(0, 3, 1, 2).float().flatten(0, 1)  # (B K, S, S)
-    own = None if counted is None else counted.repeat_interleave(count, 0)
-    weights = _pixel_weights(mask, own, weighing.boundary_weight)
-    logits = probability.flatten(0, 1).logit(EPSILON)
-    values = _mask_loss(logits, mask, own, weights, weighing.terms).view(-1, count)
-    entropy, classes = F.nll_loss(probability.log(), target, reduction="none"), counted
-    if weighing.class_weights is not None:
-        classes = weighing.class_weights[target] * (1.0 if counted is None else counted)
-    segmentation = _class_mean(values, weighing.class_weights).mean()
-    return weighing.lambda_seg * segmentation + weighing.lambda_cls * _mean(entropy, classes).mean()
-
-
-def _class_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """The weighted mean of (..., K) values over the classes."""
-    if weights is None:
-        return values.mean(-1)
-    return (values * weights).sum(-1) / weights.sum().clamp(min=EPSILON)
-
-
-def _matched_image(
-    masks: Tensor, classes: Tensor, labels: Tensor, counted: Tensor | None, weighing: Weighing
-) -> Tensor:
-    """Computes the loss of one image: (Q, S, S) masks, (Q, K + 1) classes, (S, S) labels."""
-    from scipy.optimize import linear_sum_assignment  # not for the help
-
-    present = labels.unique() if counted is None else labels[counted > 0].unique()
-    if not len(present):  # no pixel counts
-        return 0.0 * (masks.sum() + classes.sum())
-    truth = (labels == present[:, None, None]).float()  # (P, S, S)
-    weights = _pixel_weights(truth, counted, weighing.boundary_weight)
-    with torch.no_grad():
-        own = zip(truth, [None] * len(truth) if weights is None else weights, strict=True)
-        fits = [_mask_loss(masks, mask.expand_as(masks), None, weight) for mask, weight in own]
-        cost = weighing.lambda_seg * torch.stack(fits)
-        cost = cost - weighing.lambda_cls * classes.softmax(-1)[:, present].T  # (P, Q)
-        # The assignment raises on values that are not finite. The training loop must get them in
-        # the loss, because it reports them.
-        cost = cost.nan_to_num(posinf=0.0, neginf=0.0)
-        which, token = linear_sum_assignment(cost.cpu().numpy())
-    token = torch.as_tensor(token, device=masks.device)
-    which = torch.as_tensor(which, device=masks.device)
-    no_object = classes.shape[-1] - 1
-    wanted = torch.full((len(classes),), no_object, device=masks.device)
-    wanted[token] = present[which]
-    weight = torch.ones(classes.shape[-1], device=masks.device)
-    weight[no_object] = NO_OBJECT_WEIGHT
-    of_class = None
-    if weighing.class_weights is not None:
-        weight[:no_object] = weighing.class_weights
-        of_class = weight[present[which]]
-    weights = None if weights is None else weights[which]
-    counted = None if counted is None else counted.expand_as(truth)
-    values = _mask_loss(masks[token], truth[which], counted, weights, weighing.terms)
-    entropy = F.cross_entropy(classes, wanted, weight)
-    return weighing.lambda_seg * _class_mean(values, of_class) + weighing.lambda_cls * entropy

@@ -36,6 +36,10 @@ class Naming:
         """Tensors under our names."""
         return {self.ours(name): tensor for name, tensor in tensors.items()}
 
+    def to_theirs(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Tensors under their names."""
+        return {self.theirs(name): tensor for name, tensor in tensors.items()}
+
     def _replaced(self, name: str, old: int, new: int) -> str:
         for pair in self.starts:
             if match := _pattern(pair[old]).match(name):
@@ -105,34 +109,31 @@ PLAIN_VIT: Pairs = (
 """SAM's plain ViT."""
 
 
-@dataclass(frozen=True)
-class HuggingFace:
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace(Naming):
     """How a family is stored by the transformers library."""
 
     architecture: str
     """The class that loads it, such as SamModel."""
     kind: str
     """``model_type`` in config.json."""
-    naming: Naming
     config: Callable[[str, int], dict[str, Any]]
     """Maps the name of a model and its image size to config.json, without the two above."""
     stacked: Mapping[str, str] = field(default_factory=dict)
     """Their names of tensors whose rows are tensors of ours, with our names; ``{}`` is the row."""
     foreign: str = r"(?!)"
     """A regular expression for the starts of names that their ``architecture`` lacks."""
-    prefix: str = ""
-    """A start that names of theirs may have beside."""
 
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
         """Tensors under our names, without those that their architecture lacks."""
         found = {}
         for stored, tensor in tensors.items():
-            name = stored.removeprefix(self.prefix)
+            name = stored.removeprefix("tracker_model.")  # SAM 3's model of videos has it
             if name in self.stacked and tensor.dim() > 1:
                 rows = {self.stacked[name].format(i): row[None] for i, row in enumerate(tensor)}
                 found.update(rows)
             elif not re.match(self.foreign, name):
-                found[self.naming.ours(name)] = tensor
+                found[self.ours(name)] = tensor
         return found
 
     def to_theirs(self, tensors: Tensors) -> dict[str, Tensor]:
@@ -141,7 +142,7 @@ class HuggingFace:
         for name, ours in self.stacked.items():
             rows = [left.pop(key) for key in sorted(left) if _pattern(ours).fullmatch(key)]
             found[name] = torch.cat(rows)
-        found |= {self.naming.theirs(name): tensor for name, tensor in left.items()}
+        found |= super().to_theirs(left)
         first, copy = POSITIONS_TWICE
         found[copy] = found[first].clone()
         return {k: v for k, v in found.items() if not re.match(self.foreign, k)}

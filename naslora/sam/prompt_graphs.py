@@ -23,8 +23,6 @@ from naslora.sam.promptable import PromptableSam
 
 FRAME = 1024
 """Longer side of the images and of the points' coordinates, in pixels, of samexporter."""
-VERSIONS = 18, 9
-"""ONNX's operators and format, as the tools' oldest runtime (1.15) reads them."""
 MOST_POINTS = 4096
 LARGEST_PICTURE = 1 << 16
 Inputs = dict[str, tuple[Tensor, dict[int, Any]]]
@@ -187,6 +185,6 @@ def export_prompts(model: PromptableSam, tool: Tool, path: Path) -> None:
                 program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic)
             config[f"{part}_model_path"] = f"{name}.{part}.onnx"
             file = folder / config[f"{part}_model_path"]
-            write_onnx(program, held, file, tuple(inputs), outputs, VERSIONS)
+            write_onnx(program, held, file, tuple(inputs), outputs, old=True)
         text = yaml.safe_dump({**config, "input_size": frame}, sort_keys=False)
         write_text(folder / f"{name}.yaml", text)

@@ -93,13 +93,8 @@ class PromptableSam(Sam):
     ) -> tuple[Tensor, Tensor]:
         """Predicts masks of objects, as SAM's predictor, but of several images at once.
 
-        Args:
-            embeddings: (B, 256, g, g) of ``forward``.
-            owners: (N,) int64, the image of each object.
-            points: (N, P, 2), as in ``encode_points``; ``labels`` as well.
-            labels: (N, P) int64.
-            masks: (N, 1, 4g, 4g) mask logits of the last prediction; None without one.
-            wanted: as in ``naslora.sam.objects.decode``, which says what is returned.
+        ``points`` and ``labels`` are as in ``encode_points``; ``masks`` are (N, 1, 4g, 4g) logits
+        of the last prediction, None without one. All else is as in ``naslora.sam.objects.decode``.
         """
         encoder = self.prompt_encoder
         prompts = encode_points(encoder, points, labels)

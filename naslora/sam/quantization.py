@@ -43,12 +43,10 @@ def compress_onnx(path: Path, quantize: Quantize, images: Sequence[Tensor]) -> N
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rest = iter([image[None].numpy() for batch in images for image in batch])
+        rest = iter([{"images": image[None].numpy()} for batch in images for image in batch])
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self.rest, None)
-            return None if image is None else {"images": image}
+            return next(self.rest, None)
 
     quant_pre_process(path, path, skip_symbolic_shape=True)
     quantization.quantize_static(

@@ -9,14 +9,7 @@ from torch import Tensor
 
 from naslora.errors import UserError, imported
 from naslora.files import CHECKSUM, check_archive, file_checksum, read_metadata, reading
-from naslora.sam.export import (
-    KEY,
-    Description,
-    Scores,
-    onnx_checksum,
-    quiet,
-    read_description,
-)
+from naslora.sam.export import KEY, Description, Scores, onnx_checksum, quiet, read_description
 from naslora.sam.families import find_family
 from naslora.sam.promptable import PROMPTS
 from naslora.sam.segmentation import build_model
@@ -112,12 +105,11 @@ def _load_openvino(path: Path) -> tuple[ClassMap, Description]:
     (openvino,) = imported("openvino", "openvino")
     core = openvino.Core()
     model = core.read_model(path)
-    if not model.has_rt_info([KEY, "description"]):
-        raise UserError("it was not written by naslora export")
-    stored = model.get_rt_info([KEY, CHECKSUM]).astype(str)
-    if stored != file_checksum(path.with_suffix(".bin")):
+    written = model.has_rt_info([KEY, "description"])
+    text = model.get_rt_info([KEY, "description"]).astype(str) if written else None
+    description = read_description(text)
+    if model.get_rt_info([KEY, CHECKSUM]).astype(str) != file_checksum(path.with_suffix(".bin")):
         raise UserError(f"{path.with_suffix('.bin')} does not match {path}; export it again")
-    description = read_description(model.get_rt_info([KEY, "description"]).astype(str))
     compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
 
     def class_map(images: Tensor) -> Tensor:

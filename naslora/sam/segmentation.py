@@ -50,41 +50,27 @@ class SegmentationOutput:
         classes = self.classes.float().softmax(-1)[..., :-1]
         return torch.einsum("bqk,bqhw->bkhw", classes, masks)
 
-    def labels(self) -> Tensor:
-        """Computes the (B, S, S) int64 labels, as ``labels_of``."""
-        return labels_of(self.class_map())
 
+def mirror(model: nn.Module, axes: list[list[int]]) -> None:
+    """Makes a ``SamForSegmentation`` also see mirror images, in place, for scoring.
 
-class MirroredModel(nn.Module):
-    """A model that also sees mirror images, for scoring. Masks and classes are of the image alone.
-
-    Args:
-        model: a ``SamForSegmentation``.
-        axes: of each mirror image the axes of (B, 3, S, S) that are reversed.
+    Masks and classes stay those of the image alone. ``axes`` are of each mirror image the axes of
+    (B, C, S, S) that are reversed.
     """
 
-    def __init__(self, model: "SamForSegmentation", axes: list[list[int]]) -> None:
-        super().__init__()
-        self.model, self.axes, self.num_classes = model, axes, model.num_classes
-
-    def forward(self, images: Tensor) -> SegmentationOutput:
-        """As ``SamForSegmentation.forward``."""
-        own = self.model(images)
+    def averaged(_: Any, inputs: tuple[Tensor], own: SegmentationOutput) -> SegmentationOutput:
+        (images,) = inputs
         maps = [own.class_map()]
-        maps += [self.model(images.flip(axes)).class_map().flip(axes) for axes in self.axes]
+        maps += [model.forward(images.flip(turn)).class_map().flip(turn) for turn in axes]
         return SegmentationOutput(own.masks, own.classes, torch.stack(maps).mean(0))
+
+    model.register_forward_hook(averaged)
 
 
 def labels_of(class_map: Tensor, threshold: float = 0.5) -> Tensor:
-    """Converts a class map to labels.
+    """Converts a class map, (B, K, H, W) scores, to (B, H, W) int64 labels.
 
-    Args:
-        class_map: (B, K, H, W) scores, from ``SegmentationOutput.class_map``.
-        threshold: for K = 1.
-
-    Returns:
-        (B, H, W) int64. K = 1: 1 where the score exceeds the threshold, else 0. K > 1: the class
-        with the highest score.
+    K = 1: 1 where the score exceeds the threshold, else 0. K > 1: the class with the highest score.
     """
     return (class_map[:, 0] > threshold).long() if class_map.shape[1] == 1 else class_map.argmax(1)
 
@@ -164,9 +150,7 @@ def build_model(
     """Builds SAM for segmentation and loads a checkpoint.
 
     Args:
-        name: as in ``SamForSegmentation``.
-        image_size: as in ``SamForSegmentation``.
-        num_classes: as in ``SamForSegmentation``.
+        name: as in ``SamForSegmentation``, and so are ``image_size`` and ``num_classes``.
         checkpoint: as ``path`` of ``load_sam_checkpoint``; "none" keeps random weights. None loads
             the weights in the package, which it has for ``vit_t``, and keeps random weights for the
             others.
@@ -203,14 +187,8 @@ def made(
 
 @torch.no_grad()
 def predict_labels(model: SamForSegmentation, images: Tensor) -> Tensor:
-    """Segments images.
+    """The (B, S, S) int64 labels, on the CPU, of (B, C, S, S) images in [0, 1] on any device.
 
-    Args:
-        model: on any device; it is set to evaluation mode.
-        images: (B, C, S, S) in [0, 1], on any device.
-
-    Returns:
-        (B, S, S) int64 labels on the CPU.
+    The model is set to evaluation mode.
     """
-    model.eval()
-    return model(images.to(model.pixel_mean.device)).labels().cpu()
+    return labels_of(model.eval()(images.to(model.pixel_mean.device)).class_map()).cpu()

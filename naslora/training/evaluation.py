@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -36,7 +35,7 @@ from naslora.metrics import (
     summarise,
 )
 from naslora.results import GroupScores, SplitScores, VolumeScores
-from naslora.sam.losses import parse_terms, segmentation_loss
+from naslora.sam.losses import SegmentationLoss, parse_terms
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
 from naslora.training.run_config import RunConfig, TrainConfig
 
@@ -91,11 +90,9 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def loss_of(config: TrainConfig) -> partial[Tensor]:
-    """The loss of an output and a target, as ``segmentation_loss``. Pixels with the label
-    ``IGNORED`` do not count."""
-    return partial(
-        segmentation_loss,
+def loss_of(config: TrainConfig) -> SegmentationLoss:
+    """The loss of a run. Pixels with the label ``IGNORED`` do not count."""
+    return SegmentationLoss(
         class_loss=config.class_loss,
         lambda_seg=config.lambda_seg,
         lambda_cls=config.lambda_cls,

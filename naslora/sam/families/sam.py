@@ -8,7 +8,7 @@ from torch import nn
 
 from naslora.sam.decoder import EMBED_DIM, SegmentationDecoder
 from naslora.sam.family import Family
-from naslora.sam.naming import PLAIN_VIT, PROMPTS_AND_DECODER, HuggingFace, Naming
+from naslora.sam.naming import PLAIN_VIT, PROMPTS_AND_DECODER, HuggingFace
 from naslora.sam.vits import VITS, ViT
 
 HQ_TOKENS = frozenset({"mask_decoder.hf_token.weight", "mask_decoder.hq_token.weight"})
@@ -75,7 +75,7 @@ FAMILY = Family(
     huggingface=HuggingFace(
         architecture="SamModel",
         kind="sam",
-        naming=Naming((*PROMPTS_AND_DECODER, *PLAIN_VIT)),
+        starts=(*PROMPTS_AND_DECODER, *PLAIN_VIT),
         config=lambda name, image_size: vit_config("sam", VITS[name], image_size),
     ),
 )

@@ -173,20 +173,18 @@ OFFICIAL = Naming(
 HUGGINGFACE = HuggingFace(
     architecture="Sam2Model",
     kind="sam2",
-    naming=Naming(
+    starts=(
+        ("image_encoder.no_mem_embed", "no_memory_embedding"),
         (
-            ("image_encoder.no_mem_embed", "no_memory_embedding"),
-            (
-                "image_encoder.trunk.patch_embed.proj.",
-                "vision_encoder.backbone.patch_embed.projection.",
-            ),
-            (f"{_BLOCK}norm{{}}.", f"{_BLOCK_HF}layer_norm{{}}."),
-            (f"{_BLOCK}mlp.fc1.", f"{_BLOCK_HF}mlp.proj_in."),
-            (f"{_BLOCK}mlp.fc2.", f"{_BLOCK_HF}mlp.proj_out."),
-            ("image_encoder.trunk.", "vision_encoder.backbone."),
-            ("image_encoder.", "vision_encoder."),
-            *DECODER_HF,
-        )
+            "image_encoder.trunk.patch_embed.proj.",
+            "vision_encoder.backbone.patch_embed.projection.",
+        ),
+        (f"{_BLOCK}norm{{}}.", f"{_BLOCK_HF}layer_norm{{}}."),
+        (f"{_BLOCK}mlp.fc1.", f"{_BLOCK_HF}mlp.proj_in."),
+        (f"{_BLOCK}mlp.fc2.", f"{_BLOCK_HF}mlp.proj_out."),
+        ("image_encoder.trunk.", "vision_encoder.backbone."),
+        ("image_encoder.", "vision_encoder."),
+        *DECODER_HF,
     ),
     config=_config,
     stacked={"prompt_encoder.point_embed.weight": "prompt_encoder.point_embeddings.{}.weight"},

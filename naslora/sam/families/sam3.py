@@ -163,20 +163,17 @@ OFFICIAL = OfficialNaming(
 HUGGINGFACE = HuggingFace(
     architecture="Sam3TrackerModel",
     kind="sam3_tracker",
-    naming=Naming(
-        (
-            ("image_encoder.no_mem_embed", "no_memory_embedding"),
-            ("image_encoder.neck.", "vision_encoder.neck."),
-            ("image_encoder.", "vision_encoder."),
-            # Sam3VideoModel, as facebook/sam3 is stored.
-            ("image_encoder.neck.", "tracker_neck."),
-            ("image_encoder.", "detector_model.vision_encoder."),
-            *sam2.DECODER_HF,
-        )
+    starts=(
+        ("image_encoder.no_mem_embed", "no_memory_embedding"),
+        ("image_encoder.neck.", "vision_encoder.neck."),
+        ("image_encoder.", "vision_encoder."),
+        # Sam3VideoModel, as facebook/sam3 is stored.
+        ("image_encoder.neck.", "tracker_neck."),
+        ("image_encoder.", "detector_model.vision_encoder."),
+        *sam2.DECODER_HF,
     ),
     config=_config,
     stacked=sam2.HUGGINGFACE.stacked,
-    prefix="tracker_model.",
     foreign=(
         r"detector_model\.(?!vision_encoder\.backbone\.)|"
         rf"(vision_encoder\.|tracker_)neck\.fpn_layers\.3\.|{sam2.MEMORY_HF}"

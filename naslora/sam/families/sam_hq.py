@@ -9,7 +9,7 @@ from naslora.sam.decoder import HQDecoder
 from naslora.sam.families import mobile_sam
 from naslora.sam.families.sam import HQ_TOKENS, build_vit, vit_config
 from naslora.sam.family import Family
-from naslora.sam.naming import PLAIN_VIT, PROMPTS_AND_DECODER, HuggingFace, Naming, mlp, parts
+from naslora.sam.naming import PLAIN_VIT, PROMPTS_AND_DECODER, HuggingFace, mlp, parts
 from naslora.sam.vits import VITS, ViT
 
 SIZES: dict[str, ViT] = {f"sam_hq_{size}": VITS[f"vit_{size}"] for size in "blh"}
@@ -56,16 +56,14 @@ _CONVOLUTIONS = {0: "conv1", 1: "norm", 3: "conv2"}
 HUGGINGFACE = HuggingFace(
     architecture="SamHQModel",
     kind="sam_hq",
-    naming=Naming(
-        (
-            ("mask_decoder.hf_token.", "mask_decoder.hq_token."),
-            *mlp("mask_decoder.hf_mlp.", "mask_decoder.hq_mask_mlp."),
-            *parts("mask_decoder.compress_vit_feat.", "mask_decoder.compress_vit_", _CONVOLUTIONS),
-            *parts("mask_decoder.embedding_encoder.", "mask_decoder.encoder_", _CONVOLUTIONS),
-            *parts("mask_decoder.embedding_maskfeature.", "mask_decoder.mask_", _CONVOLUTIONS),
-            *PROMPTS_AND_DECODER,
-            *PLAIN_VIT,
-        )
+    starts=(
+        ("mask_decoder.hf_token.", "mask_decoder.hq_token."),
+        *mlp("mask_decoder.hf_mlp.", "mask_decoder.hq_mask_mlp."),
+        *parts("mask_decoder.compress_vit_feat.", "mask_decoder.compress_vit_", _CONVOLUTIONS),
+        *parts("mask_decoder.embedding_encoder.", "mask_decoder.encoder_", _CONVOLUTIONS),
+        *parts("mask_decoder.embedding_maskfeature.", "mask_decoder.mask_", _CONVOLUTIONS),
+        *PROMPTS_AND_DECODER,
+        *PLAIN_VIT,
     ),
     config=lambda name, image_size: {
         **vit_config("sam_hq", SIZES[name], image_size),
