@@ -504,7 +504,9 @@ def test_exported_graphs_predict_the_same(name, file_format, tmp_path):
     export(model, description(model), file_format, path)
     class_map, held = load_class_map(path, trust=True)
     assert held.model == name
-    assert (labels_of(class_map(images)) == labels_of(model(images).class_map())).float().mean() > 0.999
+    assert (
+        labels_of(class_map(images)) == labels_of(model(images).class_map())
+    ).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("name", ["sam2.1_t", "sam3", "dinov3_s"])
