@@ -41,15 +41,10 @@ def refusal(error: Exception) -> str | None:
         return "there is not enough memory; lower --batch-size or --image-size, or use a GPU"
     if _is_lost_worker(error):
         return f"{reason_of(error)}; lower --workers, or free some memory"
-    reason = disk_error(error)
+    reason, name = disk_error(error), getattr(error, "filename", None)
     if reason is None and isinstance(error, OSError) and error.errno is not None:
         reason = error.strerror
-    if reason is None:
-        return None
-    name = getattr(error, "filename", None)
-    if name is not None:
-        return f"{str(name)[:300]}: {reason}"
-    return reason
+    return reason if reason is None or name is None else f"{str(name)[:300]}: {reason}"
 
 
 def _is_lost_worker(error: BaseException) -> bool:

@@ -169,12 +169,8 @@ def evaluate_instances(
 
     Pixels that are ignored count for nothing.
 
-    Args:
-        path: as in ``load_predictor``.
-        split: the name of the split.
-        data: a CSV folder; None takes the run's own data.
-        objects: as ``PromptConfig.objects``; None takes the run's own.
-        search: how objects are found.
+    ``path`` is as in ``load_predictor``. The other arguments are the options of ``naslora evaluate
+    --instances``.
 
     Raises:
         UserError: as ``load_predictor`` and ``split_of``; a file cannot be read.

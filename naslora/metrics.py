@@ -120,11 +120,6 @@ def _calibration_bins(probability: Tensor, target: Tensor) -> Tensor:
     return values.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, values)
 
 
-def calibration_error(bins: Tensor) -> Tensor:
-    """The expected calibration error of (..., B, 3) sums of bins; NaN without a pixel."""
-    return (bins[..., 1] - bins[..., 2]).abs().sum(-1) / bins[..., 0].sum(-1)
-
-
 # ---- Metrics of a data set -----------------------------------------------------------------------
 
 
@@ -192,6 +187,12 @@ def _global_accuracy(scores: Scores, first: int) -> Tensor:
     return counts[:, first:].diagonal().sum() / counts.sum()
 
 
+def _calibration_error(scores: Scores) -> Tensor:
+    """The expected calibration error, mean over the images; NaN for one without a pixel."""
+    counts, confidence, right = scores["calibration"].unbind(-1)  # (N, B)
+    return ((confidence - right).abs().sum(-1) / counts.sum(-1)).nanmean()
+
+
 def _saliency(name: str, label: str) -> Metric:
     return Metric(label, lambda scores: scores[name].mean(), binary=True, of_map="saliency")
 
@@ -245,11 +246,7 @@ METRICS: dict[str, Metric] = {
     "cldice": _shape("cldice", "clDice"),
     "size_difference": _shape("size_difference", "Difference in size, pixels"),
     "lesion_f1": _shape("lesion_f1", "F1 of lesions"),
-    "ece": Metric(
-        "ECE",
-        lambda scores: calibration_error(scores["calibration"]).nanmean(),
-        of_map="calibration",
-    ),
+    "ece": Metric("ECE", _calibration_error, of_map="calibration"),
 }
 
 

@@ -89,12 +89,14 @@ def predict_run(
     written as they are computed. While the model computes whole images, threads read the next ones
     and write the last. Large images, by tiles, come one after another: in memory are what Pillow
     needs, unless windows of a TIFF file are read, and the class maps of as many rows as a tile has.
+    An image that fits into one tile has the same mask with and without tiles.
 
     Processes that ``torchrun`` or ``accelerate launch`` started share the images. Each lists those
     that are done in a manifest of its own, in ``output``.
 
+    Arguments that are not listed are the options of ``naslora predict``.
+
     Args:
-        path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
         inputs: image files, folders of images, or CSV files as ``read_csv`` takes, of which labels
             are not read. Masks and overlays of an earlier call in such a folder are no images.
         output: created if needed; gets NAME_mask.png and NAME_overlay.jpg. For an image with a
@@ -103,17 +105,8 @@ def predict_run(
         on_error: called with the error of an image that cannot be read; the other images are
             segmented. If None, every image is read before the first mask is written, and the
             first error is raised.
-        tiles: side of the tiles in pixels of the images; "auto" takes the windows that the model
-            was trained on (``crop``), or else its image size. None segments images whole. An image
-            that fits into one tile has the same mask with and without tiles.
-        overlap: share of a tile that neighbours have in common, in [0, 0.5].
-        trust: as in ``load_class_map``.
-        overwrite: whether masks and overlays that exist are replaced.
-        outputs: what is decided from the scores, and which of them are written.
         search: finds objects with a model of ``load_predictor`` instead, as ``InstanceFinder``.
             Masks are label images, and ``output`` also gets instances.json.
-        batch_size: whole images that the model takes at once.
-        resume: leaves out the images that a manifest in ``output`` lists as done.
 
     Returns:
         The masks that were written: PNG files, and volumes.
