@@ -286,15 +286,9 @@ def shape_scores(
 ) -> Scores:
     """The scores of an image or a volume that measure the shapes of its classes.
 
-    Args:
-        names: names of ``METRICS``; those of other kinds are left out.
-        found: predicted labels, of any shape.
-        truth: true labels.
-        count: number of the classes, with the background.
-        spacing: the size of an element along each axis; None is 1.
-
-    Returns:
-        (C,) float64 by name.
+    Metrics of other kinds in ``names`` are left out. ``found`` and ``truth`` are labels of any
+    shape, of ``count`` classes with the background. ``spacing`` is the size of an element along
+    each axis; None is 1. Returns (C,) float64 by name.
     """
     measures = {name: METRICS[name].shape for name in names}
     return {

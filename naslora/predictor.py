@@ -55,13 +55,9 @@ class Predictor:
 def segment(
     predictor: Predictor, picture: Picture, labels: LabelFile, scores: Tensor | None = None
 ) -> Iterator[np.ndarray]:
-    """Segments an image.
+    """Segments an image, whose labels ``labels`` gets.
 
-    Args:
-        predictor: the model.
-        picture: the image.
-        labels: gets the labels.
-        scores: the (K, S, S) class map of the whole image; None computes it.
+    ``scores`` is the (K, S, S) class map of the whole image; None computes it.
 
     Yields:
         The probabilities, some rows at a time, float32: (n, W), or (n, W, K) of several classes;

@@ -16,16 +16,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *INTEGERS
 
 
 def plain_tensors(tensors: Mapping[Any, Any], where: object) -> dict[str, Tensor]:
-    """Checks the state dict of a file before anything computes with it.
+    """Checks the state dict of a file, ``where``, before anything computes with it.
 
     PyTorch's files can hold tensors of every layout, and describe terabytes by strides of 0.
-
-    Args:
-        tensors: what the file holds.
-        where: the file, for the message.
-
-    Returns:
-        The tensors, detached.
+    Returns the tensors, detached.
 
     Raises:
         UserError: a name is no string, or a value no plain tensor: on the CPU, strided, of real or
