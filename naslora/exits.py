@@ -16,11 +16,7 @@ from naslora.files import disk_error, reason_of
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
+    """SIGINT or SIGTERM arrived. The argument is its number."""
 
 
 def fail(
@@ -114,7 +110,7 @@ def signals() -> Iterator[None]:
         dropped.extend(arrived)
         arrived.clear()
         # Later: Python also drops what is raised in this hook.
-        threading.Timer(0.05, _signal_main_thread, [arguments.exc_value.number]).start()
+        threading.Timer(0.05, _signal_main_thread, arguments.exc_value.args).start()
 
     threading.excepthook, sys.unraisablehook = report, unraisable
     try:
@@ -147,7 +143,7 @@ def guarded(run: Callable[[list[str]], None], resumable: Sequence[str]) -> None:
     except UserError as error:
         fail(str(error), every_process=isinstance(error, LostProcessError))
     except KeyboardInterrupt as interrupt:
-        number = getattr(interrupt, "number", signal.SIGINT)
+        number = interrupt.args[0] if isinstance(interrupt, Interrupted) else signal.SIGINT
         what = "terminated" if number == signal.SIGTERM else "interrupted"
         known = bool({*resumable} & {*sys.argv[1:2]})
         advice = "; --resume continues the run" if known else ""

@@ -135,7 +135,7 @@ class Metric(NamedTuple):
     """Whether it is defined for binary masks only."""
     of_map: Literal["saliency", "calibration"] | None = None
     """Which scores of the class map it needs."""
-    shape: Callable[[np.ndarray, np.ndarray, Sequence[float] | None], float] | None = None
+    shape: Callable[[np.ndarray, np.ndarray, shapes.Spacing], float] | None = None
     """What it measures of the predicted and the true shape of a class, by the size of a pixel."""
 
 
@@ -282,7 +282,7 @@ def shape_scores(
     found: np.ndarray,
     truth: np.ndarray,
     count: int,
-    spacing: Sequence[float] | None = None,
+    spacing: shapes.Spacing = None,
 ) -> Scores:
     """The scores of an image or a volume that measure the shapes of its classes.
 

@@ -54,6 +54,7 @@ OVERLAY_SIDE = 4096
 """Pixels on the longer side of an overlay, at most: of larger images it has every n-th pixel."""
 THREADS = 2
 """That read, and that write, beside the one of the model."""
+Model = Predictor | InstanceFinder
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -134,7 +135,7 @@ def predict_run(
             stack.enter_context(locked(output))
         if tiles is not None:
             stack.enter_context(large_images())
-        predictor: Predictor | InstanceFinder
+        predictor: Model
         if search is None:
             predictor = make_predictor(path, tiles, overlap, trust, outputs)
         else:
@@ -153,7 +154,7 @@ def predict_run(
 
 
 def _predict(
-    predictor: Predictor | InstanceFinder,
+    predictor: Model,
     samples: Sequence[Sample],
     output: Path,
     on_error: Callable[[UserError], None] | None,
@@ -229,7 +230,7 @@ def _ahead(
     yield from pending
 
 
-def _read(predictor: Predictor | InstanceFinder, sample: Sample) -> _Opened:
+def _read(predictor: Model, sample: Sample) -> _Opened:
     config = predictor.config
     channels = len(config.data.channels) or None
     picture = open_picture(sample, scaling_of(config), channels=channels)
@@ -240,7 +241,7 @@ def _read(predictor: Predictor | InstanceFinder, sample: Sample) -> _Opened:
     return _Opened(sample, picture, image)
 
 
-def _with_scores(predictor: Predictor | InstanceFinder, batch: list[_Opened]) -> list[_Opened]:
+def _with_scores(predictor: Model, batch: list[_Opened]) -> list[_Opened]:
     images = [own.image for own in batch if own.image is not None]
     if not images or isinstance(predictor, InstanceFinder):
         return batch
@@ -250,7 +251,7 @@ def _with_scores(predictor: Predictor | InstanceFinder, batch: list[_Opened]) ->
     ]
 
 
-def _write(predictor: Predictor | InstanceFinder, output: Path, opened: _Opened) -> Path:
+def _write(predictor: Model, output: Path, opened: _Opened) -> Path:
     """Segments an image if it has no class map yet, and writes its files."""
     sample, picture, config = opened.sample, opened.picture, predictor.config
     georeference = read_georeference(sample.image)
@@ -302,9 +303,7 @@ def _segment_file(predictor: Predictor, opened: _Opened, output: Path) -> LabelF
     return labels
 
 
-def _predict_volume(
-    predictor: Predictor | InstanceFinder, output: Path, batch_size: int, sample: Sample
-) -> Path:
+def _predict_volume(predictor: Model, output: Path, batch_size: int, sample: Sample) -> Path:
     """Segments the slices of a volume, and writes its files. Nothing is written of a bad one."""
     if isinstance(predictor, InstanceFinder):
         raise UserError(f"--instances takes images, and {sample.image} is a volume")
@@ -332,9 +331,7 @@ def _predict_volume(
     return mask
 
 
-def _write_overlay(
-    predictor: Predictor | InstanceFinder, picture: Picture, labels: Rows, path: Path
-) -> None:
+def _write_overlay(predictor: Model, picture: Picture, labels: Rows, path: Path) -> None:
     """Paints the labels on the image, if that is wanted."""
     config = predictor.config
     if isinstance(predictor, Predictor) and not predictor.outputs.overlays:
