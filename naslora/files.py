@@ -245,11 +245,8 @@ def read_torch(path: Path) -> Any:
 def reading(path: Path, problem: str = "is damaged or has another format") -> Iterator[None]:
     """Turns every error of the body, which reads and checks ``path``, into one line that names it.
 
-    Lack of memory is no error of the file, and is raised as it is.
-
-    Args:
-        path: a file or a folder.
-        problem: what an error of the body means.
+    Lack of memory is no error of the file, and is raised as it is. ``problem`` is what another
+    error of the body means.
 
     Raises:
         UserError: the body raised, or ``path`` is neither a file nor a folder.

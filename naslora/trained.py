@@ -302,8 +302,8 @@ def export_run(
             export_prompts(cast(PromptableSam, predictor.model), cast(Tool, file_format), output)
         return None
     model, config = load_model(path)
-    names = [field.name for field in dataclasses.fields(Description)]
-    data = {name: getattr(config.data, name) for name in names if hasattr(config.data, name)}
+    names = Description.__annotations__.keys() & vars(config.data).keys()
+    data = {name: getattr(config.data, name) for name in names}
     own, task = config.model, config.task
     held = Description(own.name, own.image_size, part=part, task=task, **data)
     if quantize is None:
