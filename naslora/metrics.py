@@ -89,19 +89,19 @@ def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
 
     prediction = (255 * probability.cpu().float().numpy()).round().astype(np.uint8)
     truth = 255 * target.cpu().numpy().astype(np.uint8)
-    measures = {
-        "s_alpha": (sod.Smeasure(), lambda results: results["sm"]),
-        "e_phi": (sod.Emeasure(), lambda results: results["em"]["curve"].mean()),
-        "f_w_beta": (sod.WeightedFmeasure(beta=1), lambda results: results["wfm"]),
-        "f_w_beta_0.3": (sod.WeightedFmeasure(beta=0.3), lambda results: results["wfm"]),
-        "mae": (sod.MAE(), lambda results: results["mae"]),
-    }
-    for measure, _ in measures.values():
+
+    def results(measure: Any) -> dict[str, Any]:
         measure.step(prediction, truth)
-    return {
-        name: torch.tensor(float(read(measure.get_results())), dtype=torch.float64)
-        for name, (measure, read) in measures.items()
+        return measure.get_results()
+
+    found = {
+        "s_alpha": results(sod.Smeasure())["sm"],
+        "e_phi": results(sod.Emeasure())["em"]["curve"].mean(),
+        "f_w_beta": results(sod.WeightedFmeasure(beta=1))["wfm"],
+        "f_w_beta_0.3": results(sod.WeightedFmeasure(beta=0.3))["wfm"],
+        "mae": results(sod.MAE())["mae"],
     }
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
 def _calibration_bins(probability: Tensor, target: Tensor) -> Tensor:
