@@ -43,10 +43,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path. The file that the body writes there replaces ``path`` at the end.
 
     If the body raises, or the process is killed, ``path`` keeps its old content. The next call
-    removes what a killed process leaves.
-
-    Args:
-        path: the file to write; missing parent folders are created.
+    removes what a killed process leaves. Missing parent folders are created.
 
     Raises:
         UserError: ``path`` cannot be written, for instance because the disk is full.

@@ -45,7 +45,7 @@ from naslora.sam.shipped import NONE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.clicks import score_run
-from naslora.training.resolve import check_promptable, read_config, resolve
+from naslora.training.resolve import read_config, resolve
 from naslora.training.run_config import DataConfig, ModelConfig, Resolution, RunConfig, mirror_axes
 from naslora.training.run_data import (
     calibration,
@@ -175,10 +175,8 @@ def evaluate_run(
         metrics=own.metrics if metrics is None else tuple(metrics),
     )
     config = resolve(dataclasses.replace(config, data=changed))
-    if config.task == "promptable":
-        check_promptable(config.data)
-        if flips:
-            raise UserError(f"{path} is scored by clicks, which are not mirrored; drop --flips")
+    if flips and config.task == "promptable":
+        raise UserError(f"{path} is scored by clicks, which are not mirrored; drop --flips")
     samples = split_of(config, split)
     warn_of_contents({split: check_with_progress(samples, config)}, config)
     merged = (path / MERGED_CONFIG).exists()
