@@ -4,7 +4,6 @@ import os
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,29 +93,19 @@ def keep_embeddings(encoder: nn.Module, cache: Cache, how: str) -> None:
         how: the weights and all else but the image that the maps depend on.
     """
     forward: Any = encoder.forward
-    forms: dict[bool, list[tuple[torch.Size, torch.dtype]]] = {}  # with autocast and without
-
-    def bytes_of(*maps: Tensor) -> np.ndarray:
-        flat = [part.cpu().contiguous().view(-1).view(torch.uint8) for part in maps]
-        return torch.cat(flat).numpy()
-
-    def maps_of(image: Tensor) -> list[Tensor]:
-        found = forward(image[None])
-        return list(found) if isinstance(found, tuple) else [found]
 
     @torch.no_grad()
     def kept(images: Tensor) -> Any:
         autocast = torch.is_autocast_enabled(images.device.type)
-        if autocast not in forms:
-            maps = maps_of(torch.zeros_like(images[0]))
-            forms[autocast] = [(part.shape, part.dtype) for part in maps]
-        sizes = [shape.numel() * dtype.itemsize for shape, dtype in forms[autocast]]
+
+        def maps_of(image: Tensor) -> list[Tensor]:
+            found = forward(image[None])
+            return [part.cpu() for part in (found if isinstance(found, tuple) else (found,))]
+
         batch = []
         for image in images:
-            compute = partial(lambda image: bytes_of(*maps_of(image)), image)
-            stored = cache.get([bytes_of(image).tobytes()], f"{how} {autocast}", compute)
-            parts = zip(torch.from_numpy(stored).split(sizes), forms[autocast], strict=True)
-            batch.append([part.view(dtype).view(shape) for part, (shape, dtype) in parts])
+            content = image.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            batch.append(cache.get([content], f"{how} {autocast}", partial(maps_of, image)))
         found = tuple(torch.cat(part).to(images.device) for part in zip(*batch, strict=True))
         return found if len(found) > 1 else found[0]
 
