@@ -70,10 +70,8 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def as_csv(rows: Sequence[Any]) -> str:
-    """Records, or dictionaries of column to value, as CSV text; a column that a row lacks is empty.
-
-    No cell is a formula of a spreadsheet, see ``_quoted``.
-    """
+    """Rows, records or dictionaries of column to value, as CSV text. A column that a row lacks is
+    empty. No cell is a formula of a spreadsheet, see ``_quoted``."""
     cells = [row if isinstance(row, dict) else vars(row) for row in rows]
     columns = list(dict.fromkeys(name for row in cells for name in row))
     text = io.StringIO()

@@ -1,19 +1,23 @@
 """NAS-LoRA in other people's software. Each module imports the library that it serves.
 
-- ``trainer``: a callback for the Hugging Face Trainer.
+- ``trainer``: a callback for the Hugging Face Trainer. It is also ``AlphaCallback`` here, which is
+  imported on first use (module ``__getattr__``, PEP 562), because it needs transformers.
 - ``lightning``: a callback for Lightning.
 - ``hub``: adapters on the Hugging Face Hub.
 - ``peft``: NAS-LoRA as a custom module of PEFT; ``naslora.peft`` is its public name.
-
-``naslora.integrations.AlphaCallback`` is the callback for the Trainer. It is imported on first use,
-because it needs transformers.
 """
 
-from typing import TYPE_CHECKING
-
-import lazy_loader
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from naslora.integrations.trainer import AlphaCallback as AlphaCallback
+    from naslora.integrations.trainer import AlphaCallback
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, None, {"trainer": ["AlphaCallback"]})
+__all__ = ["AlphaCallback"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AlphaCallback":
+        from naslora.integrations.trainer import AlphaCallback  # imports transformers
+
+        return AlphaCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,12 +13,18 @@ from naslora.errors import UserError
 from naslora.methods import apply, trainable_parameters
 from naslora.results import ParameterCounts
 from naslora.sam.encoders import checkpoint_blocks, set_channels, stem
+from naslora.sam.precision import DTYPES
 from naslora.sam.promptable import AnySam, build_promptable
 from naslora.sam.segmentation import build_model
 from naslora.training.resolve import checkpoint_of
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import RunConfig, TrainConfig
 from naslora_kernels import available_backends
 from naslora_kernels.backends import ENVIRONMENT_VARIABLE
+
+
+def frozen_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype of the encoder's frozen weights while training."""
+    return DTYPES[config.frozen_precision or config.mixed_precision or "no"]
 
 
 def build_adapted_model(config: RunConfig) -> AnySam:
@@ -54,20 +60,20 @@ def build_frozen_model(config: RunConfig) -> AnySam:
                 f"backend {backend!r} cannot be used here: {reason}; choose one of {usable}, or "
                 "give none"
             )
-    return build_run_model(config, checkpoint_of(config.model))
+    return build_run_model(config)
 
 
-def build_run_model(config: RunConfig, checkpoint: str | None) -> AnySam:
-    """Builds the model of a run's task with the weights of a checkpoint, as ``build_model``."""
-    own, size = config.model, config.model.image_size
+def build_run_model(config: RunConfig, checkpoint: str | None = None) -> AnySam:
+    """Builds the model of a run's task with the weights of a checkpoint, None for its own, as
+    ``build_model``."""
+    own, size, data = config.model, config.model.image_size, config.data
+    rest = checkpoint or checkpoint_of(own), config.seed, own.attention
     if config.task == "semantic":
-        data = config.data
-        args = data.num_classes, checkpoint, config.seed, own.attention
-        semantic = build_model(own.name, size, *args)
+        semantic = build_model(own.name, size, data.num_classes, *rest)
         if data.channel_mean is not None and data.channel_std is not None:
             set_channels(semantic, data.channel_mean, data.channel_std)
         return semantic
-    model = build_promptable(own.name, size, checkpoint, config.seed, own.attention)
+    model = build_promptable(own.name, size, *rest)
     model.prompt_encoder.requires_grad_(config.prompts.train_prompt_encoder)
     return model
 

@@ -145,7 +145,7 @@ def test_truncated_images(naslora, run, tmp_path):
     assert result.status == 1 and "wrote 18 masks and overlays" in result.out
     skipped = [line for line in result.err.splitlines() if line.startswith("naslora: skipped: ")]
     assert [name in line for name, line in zip(("007", "011"), skipped, strict=True)] == [True] * 2
-    assert len(list((tmp_path / "out").glob("*.png"))) == 36
+    assert len(list((tmp_path / "out").glob("*_*.*"))) == 36
     for name in ("007.png", "011.png"):
         (folder / name).unlink()
     result = naslora(*command, "--skip-errors", "--overwrite")

@@ -97,14 +97,7 @@ def save_adapter(model: nn.Module, directory: str | Path, include: Include = "tr
 def write_adapter(
     model: nn.Module, directory: Path, tensors: Mapping[str, Tensor], checksum: str
 ) -> None:
-    """Writes both files of an adapter.
-
-    Args:
-        model: the adapted model.
-        directory: the folder.
-        tensors: what adapter_model.safetensors will hold.
-        checksum: of the frozen weights.
-    """
+    """Writes both files of an adapter: ``tensors``, and the ``checksum`` of the frozen weights."""
     present, layers, ours = applied(unwrap(model)), layer_names(model), adapter_names(model)
     config = applied_config(model)
     description = Description(

@@ -177,13 +177,11 @@ def calibration_batches(
 
 def calibrate(
     model: nn.Module, layers: Mapping[str, NASLoRALinear], batches: Calibration
-) -> dict[str, Fit]:
+) -> tuple[dict[str, Fit], dict[str, nn.Module]]:
     """Fits every layer, each with the layers before it merged. The model is unchanged at the end.
 
-    Args:
-        model: a model that calls ``layers``.
-        layers: its adapted layers by name.
-        batches: the result of ``calibration_batches``.
+    Returns:
+        The fits and the merged layers, by name.
 
     Raises:
         UserError: a batch does not fit the model, no batch reaches some layer, or a value is not
@@ -203,6 +201,7 @@ def calibrate(
             stack.enter_context(hook)
         feed(model, batches, keep_target, layers)
     fits: dict[str, Fit] = {}
+    merged: dict[str, nn.Module] = {}
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(replace_module, model, name, layer)
@@ -219,12 +218,13 @@ def calibrate(
                 paper = isinstance(called.cell, PaperCell)
                 prior = called.bypass() if paper else called.pointwise()
                 fits[name] = own = fit(moments, prior, called.lora_B, called.bias is not None)
-                replace_module(model, name, called.folded(own.linear_map, own.offset))
+                merged[name] = called.folded(own.linear_map, own.offset)
+                replace_module(model, name, merged[name])
             elif count == len(batches.batches):
                 if last is not None:
                     finished.add(last)
                 last = called
-    return fits
+    return fits, merged
 
 
 def _units(module: nn.Module, layers: Container[nn.Module]) -> Iterator[nn.Module]:
@@ -324,11 +324,8 @@ def feed(
 ) -> None:
     """Feeds the batches in evaluation mode and passes each input of a layer to ``observe``.
 
-    Args:
-        model: its modules' modes are restored at the end.
-        batches: the result of ``calibration_batches``.
-        observe: called with the batch's index, the layer and its input, before the layer computes.
-        layers: the layers to observe, by name.
+    ``observe`` is called with the batch's index, the layer and its input, before the layer
+    computes. The modules' modes are restored at the end.
 
     Raises:
         UserError: a batch does not fit the model, or no batch reaches some layer.

@@ -105,10 +105,7 @@ def merge(
     if mode == "calibrated" and folding.fits:
         if batches is None:
             raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
-        fits = calibrate(model, layers, batches)
-        merged = {
-            n: layer.folded(fits[n].linear_map, fits[n].offset) for n, layer in layers.items()
-        }
+        fits, merged = calibrate(model, layers, batches)
     else:
         merged = {name: folding.fold(layer, mode) for name, layer in layers.items()}
     errors = _errors(model, layers, merged, batches, folding, fits)
