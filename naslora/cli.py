@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -40,11 +40,9 @@ from naslora.study.design import Design, Launch
 from naslora.training.run_config import MetricName, Resolution, RunConfig
 from naslora_kernels import available_backends, build_info
 
+T = TypeVar("T")
 # Without a name, the headings of the help are those of the fields: "data options".
-Config = Annotated[RunConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
-Search = Annotated[InstanceConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
-Outputs = Annotated[OutputConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
-Where = Annotated[Launch, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
+Flat = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
 Positional = tyro.conf.Positional
 OUTPUT = tyro.conf.arg(help="Folder for the results; new or empty.")
 RESUME = tyro.conf.arg(help="Continue the interrupted run in --output, with the same arguments.")
@@ -118,7 +116,7 @@ def demo(
 
 
 def train(
-    config: Config,
+    config: Flat[RunConfig],
     output: Annotated[Path, OUTPUT],
     resume: Annotated[bool, RESUME] = False,
     tracker: tuple[Tracker, ...] = ("tensorboard",),
@@ -135,10 +133,10 @@ def train(
 
 
 def compare(
-    config: Config,
+    config: Flat[RunConfig],
     methods: tuple[MethodName, ...],
-    design: Annotated[Design, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")],
-    launch: Where,
+    design: Flat[Design],
+    launch: Flat[Launch],
     output: Annotated[Path, OUTPUT],
     seeds: tuple[int, ...] = (0,),
     resume: bool = False,
@@ -159,8 +157,8 @@ def compare(
 
 def ablate(
     name: Annotated[AblationName, Positional, tyro.conf.arg(metavar="WHAT")],
-    config: Config,
-    launch: Where,
+    config: Flat[RunConfig],
+    launch: Flat[Launch],
     output: Annotated[Path, OUTPUT],
     seeds: tuple[int, ...] = (0, 1, 2),
     resume: bool = False,
@@ -181,7 +179,7 @@ def ablate(
 
 def evaluate(
     path: Annotated[Path, Positional, RUN],
-    search: Search,
+    search: Flat[InstanceConfig],
     split: str = "test",
     data: Path | None = None,
     resolution: Resolution | None = None,
@@ -235,8 +233,8 @@ def analyse(
 def predict(
     path: Annotated[Path, Positional, tyro.conf.arg(metavar="MODEL")],
     inputs: Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE")],
-    search: Search,
-    outputs: Outputs,
+    search: Flat[InstanceConfig],
+    outputs: Flat[OutputConfig],
     output: Path,
     skip_errors: bool = False,
     tiles: TileSize | None = None,
@@ -292,7 +290,7 @@ def predict(
 def annotate(
     path: Annotated[Path, Positional, tyro.conf.arg(metavar="MODEL")],
     inputs: Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="IMAGE")],
-    search: Search,
+    search: Flat[InstanceConfig],
     output: Path,
     port: int = 8080,
     browser: bool = True,
@@ -331,11 +329,10 @@ def merge(
     from naslora import trained
 
     print(f"scoring the validation images, merging ({mode}), and scoring again", file=sys.stderr)
-    report, scores = trained.merge_run(path, mode, output, max_error, images)
+    report, before, after = trained.merge_run(path, mode, output, max_error, images)
     print(report)
-    before, after = scores.before.dice, scores.after.dice
-    if before is not None and after is not None:
-        print(f"Dice on the validation images: {before:.4f} before, {after:.4f} after")
+    if before.dice is not None and after.dice is not None:
+        print(f"Dice on the validation images: {before.dice:.4f} before, {after.dice:.4f} after")
     print(f"wrote {output / 'model.safetensors'}")
 
 

@@ -47,12 +47,8 @@ def printable(text: str) -> str:
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:
-    """Sorts names and joins them for a message.
-
-    Args:
-        names: the names; "nothing" stands for none.
-        limit: names beyond this number are only counted.
-    """
+    """Sorts names and joins them for a message, "nothing" for none; those beyond ``limit`` are
+    only counted."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return (", ".join(ordered[:limit]) or "nothing") + more

@@ -16,11 +16,7 @@ from naslora.files import disk_error, reason_of
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
+    """SIGINT or SIGTERM arrived. The argument is its number."""
 
 
 def fail(
@@ -41,15 +37,10 @@ def refusal(error: Exception) -> str | None:
         return "there is not enough memory; lower --batch-size or --image-size, or use a GPU"
     if _is_lost_worker(error):
         return f"{reason_of(error)}; lower --workers, or free some memory"
-    reason = disk_error(error)
+    reason, name = disk_error(error), getattr(error, "filename", None)
     if reason is None and isinstance(error, OSError) and error.errno is not None:
         reason = error.strerror
-    if reason is None:
-        return None
-    name = getattr(error, "filename", None)
-    if name is not None:
-        return f"{str(name)[:300]}: {reason}"
-    return reason
+    return reason if reason is None or name is None else f"{str(name)[:300]}: {reason}"
 
 
 def _is_lost_worker(error: BaseException) -> bool:
@@ -119,7 +110,7 @@ def signals() -> Iterator[None]:
         dropped.extend(arrived)
         arrived.clear()
         # Later: Python also drops what is raised in this hook.
-        threading.Timer(0.05, _signal_main_thread, [arguments.exc_value.number]).start()
+        threading.Timer(0.05, _signal_main_thread, arguments.exc_value.args).start()
 
     threading.excepthook, sys.unraisablehook = report, unraisable
     try:
@@ -152,7 +143,7 @@ def guarded(run: Callable[[list[str]], None], resumable: Sequence[str]) -> None:
     except UserError as error:
         fail(str(error), every_process=isinstance(error, LostProcessError))
     except KeyboardInterrupt as interrupt:
-        number = getattr(interrupt, "number", signal.SIGINT)
+        number = interrupt.args[0] if isinstance(interrupt, Interrupted) else signal.SIGINT
         what = "terminated" if number == signal.SIGTERM else "interrupted"
         known = bool({*resumable} & {*sys.argv[1:2]})
         advice = "; --resume continues the run" if known else ""

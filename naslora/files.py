@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from naslora.errors import UserError
@@ -32,6 +32,7 @@ CHECKSUM = "sha256"
 # The names start with a dot, and say that the files are naslora's: others are never removed.
 LOCK = ".naslora.lock"
 PARTIAL = ".naslora.partial"
+NO_SAFETENSORS = "is damaged or no safetensors file"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -42,57 +43,27 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path. The file that the body writes there replaces ``path`` at the end.
 
     If the body raises, or the process is killed, ``path`` keeps its old content. The next call
-    overwrites the temporary file that a killed process leaves.
-
-    Args:
-        path: the file to write; missing parent folders are created.
+    removes what a killed process leaves. Missing parent folders are created.
 
     Raises:
         UserError: ``path`` cannot be written, for instance because the disk is full.
     """
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        temporary.touch(exist_ok=False)
+    with _temporary(path, folder=False) as temporary:
         mode = temporary.stat().st_mode
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    try:
         yield temporary
         temporary.chmod(mode)  # safetensors makes the file unreadable for others
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except Exception as error:  # the writers of the formats raise exceptions of many types
-        reason = disk_error(error)
-        if reason is None:
-            raise
-        raise UserError(f"{path} cannot be written: {reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder. It becomes ``path`` at the end.
+    """Yields a temporary folder, which becomes ``path`` at the end; else as ``replaced_file``.
 
-    If the body raises, nothing is left. The next call removes what a killed process leaves.
-
-    Args:
-        path: must not exist, or be an empty folder; missing parent folders are created.
-
-    Raises:
-        UserError: ``path`` cannot be written.
+    ``path`` must not exist, or be an empty folder.
     """
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    try:
+    with _temporary(path, folder=True) as temporary:
         yield temporary
         try:
             if path.is_dir():
@@ -103,14 +74,36 @@ def replaced_folder(path: Path) -> Iterator[Path]:
                 raise
             for file in temporary.iterdir():
                 shutil.move(file, path)
-    except UserError as error:  # it names the temporary folder
-        raise UserError(str(error).replace(str(temporary), str(path))) from error
+
+
+@contextmanager
+def _temporary(path: Path, folder: bool) -> Iterator[Path]:
+    """Yields a new file or folder beside ``path``, which is removed at the end if it is there."""
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        temporary.mkdir() if folder else temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+    except Exception as error:  # the writers of the formats raise exceptions of many types
+        reason = disk_error(error)
+        if isinstance(error, UserError) and str(temporary) in str(error):
+            raise UserError(str(error).replace(str(temporary), str(path))) from error
+        if isinstance(error, UserError) or reason is None:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}{PARTIAL}")
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_temporary(path: Path) -> bool:
@@ -118,43 +111,32 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith((PARTIAL, LOCK))
 
 
-def disk_error(error: BaseException) -> str | None:
+def disk_error(error: BaseException | None) -> str | None:
     """What the disk refused, and the advice; None if ``error`` has another cause."""
-    link: BaseException | None = error
-    while link is not None:
-        number = link.errno if isinstance(link, OSError) else None
-        if isinstance(link, SafetensorError):  # it names the number in its text only
-            found = re.search(r"os error (\d+)", str(link))
-            number = int(found.group(1)) if found else None
-        elif isinstance(link, RuntimeError):  # PyTorch's shared memory
-            found = re.search(r"unable to \w+ .*\((\d+)\)", str(link))
-            number = int(found.group(1)) if found else number
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        # safetensors' errors and those of PyTorch's shared memory name the number in the text only.
+        if isinstance(error, SafetensorError | RuntimeError):
+            found = re.search(r"os error (\d+)|unable to \w+ .*\((\d+)\)", str(error))
+            number = int(found[1] or found[2]) if found else None
         if number in DISK_ERRORS:
             advice = ""
             if number in (errno.ENOSPC, errno.EDQUOT):
                 advice = "; free some space and run the command again, with --resume if it has that"
             return os.strerror(number or 0) + advice
-        link = link.__cause__ or link.__context__
+        error = error.__cause__ or error.__context__
     return None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` in UTF-8, atomically.
-
-    Raises:
-        UserError: ``path`` cannot be written.
-    """
+    """Writes ``text`` in UTF-8, as ``replaced_file``."""
     with replaced_file(path) as temporary:
         # The name of an image need not be UTF-8: Python holds such bytes as lone surrogates.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically. A dictionary also gets version and checksum.
-
-    Raises:
-        UserError: ``path`` cannot be written.
-    """
+    """Writes indented JSON, as ``replaced_file``. A dictionary also gets version and checksum."""
     if isinstance(value, dict):
         value = {"version": FORMAT, **value}
         value[CHECKSUM] = _json_checksum(value)
@@ -164,16 +146,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file with its checksum, atomically.
-
-    Args:
-        path: the file.
-        tensors: what it holds, by name.
-        metadata: further metadata.
-
-    Raises:
-        UserError: ``path`` cannot be written.
-    """
+    """Writes a safetensors file with its checksum beside other metadata, as ``replaced_file``."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = dict(metadata or {})
     described[CHECKSUM] = tensors_checksum(whole, described)
@@ -182,11 +155,7 @@ def write_tensors(
 
 
 def write_torch(path: Path, value: Any) -> None:
-    """Writes ``value`` with ``torch.save``, atomically.
-
-    Raises:
-        UserError: ``path`` cannot be written.
-    """
+    """Writes ``value`` with ``torch.save``, as ``replaced_file``."""
     # A Python file: PyTorch's own one does not name the operating system's error.
     with replaced_file(path) as temporary, open(temporary, "wb") as file:
         torch.save(value, file)
@@ -238,10 +207,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         UserError: the file is missing, truncated, not a safetensors file, or does not match its
             checksum; as ``plain_tensors``.
     """
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        names = file.keys()
-        tensors = plain_tensors({name: file.get_tensor(name) for name in names}, path)
+    metadata = read_metadata(path)
+    with reading(path, NO_SAFETENSORS):
+        tensors = plain_tensors(load_file(path), path)
     stored = metadata.pop(CHECKSUM, None)
     if stored is not None and stored != tensors_checksum(tensors, metadata):
         raise UserError(f"{path} is damaged: it does not match its checksum; use another copy")
@@ -254,14 +222,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         UserError: the file is missing, truncated or not a safetensors file.
     """
-    with _opened(path) as file:
+    with reading(path, NO_SAFETENSORS), safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    with reading(path, "is damaged or no safetensors file"), safe_open(path, "pt") as file:
-        yield file
 
 
 def read_torch(path: Path) -> Any:
@@ -280,11 +242,8 @@ def read_torch(path: Path) -> Any:
 def reading(path: Path, problem: str = "is damaged or has another format") -> Iterator[None]:
     """Turns every error of the body, which reads and checks ``path``, into one line that names it.
 
-    Lack of memory is no error of the file, and is raised as it is.
-
-    Args:
-        path: a file or a folder.
-        problem: what an error of the body means.
+    Lack of memory is no error of the file, and is raised as it is. ``problem`` is what another
+    error of the body means.
 
     Raises:
         UserError: the body raised, or ``path`` is neither a file nor a folder.

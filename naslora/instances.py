@@ -47,12 +47,7 @@ class Instance(NamedTuple):
 class InstanceFinder:
     """Finds objects by segment_anything's ``SamAutomaticMaskGenerator``.
 
-    Args:
-        path: as in ``load_predictor``.
-        search: how objects are found.
-
-    Raises:
-        UserError: as ``load_predictor``.
+    ``path`` and errors are as those of ``load_predictor``.
     """
 
     def __init__(self, path: Path, search: InstanceConfig) -> None:
@@ -118,12 +113,8 @@ def label_image(instances: Sequence[Instance], shape: tuple[int, int]) -> np.nda
     A pixel belongs to the first of the objects that have it. An object is left out if it keeps less
     than ``LEAST_LEFT`` of its pixels.
 
-    Args:
-        instances: the objects, the best first.
-        shape: height and width.
-
-    Returns:
-        (H, W) labels, 0 for the background: uint8, or uint16 for more than 255 objects.
+    The best instance comes first. Returns (H, W) labels, 0 for the background: uint8, or uint16 for
+    more than 255 objects.
     """
     labels, number = np.zeros(shape, np.uint16), 0
     for instance in instances:
@@ -169,12 +160,8 @@ def evaluate_instances(
 
     Pixels that are ignored count for nothing.
 
-    Args:
-        path: as in ``load_predictor``.
-        split: the name of the split.
-        data: a CSV folder; None takes the run's own data.
-        objects: as ``PromptConfig.objects``; None takes the run's own.
-        search: how objects are found.
+    ``path`` is as in ``load_predictor``. The other arguments are the options of ``naslora evaluate
+    --instances``.
 
     Raises:
         UserError: as ``load_predictor`` and ``split_of``; a file cannot be read.
@@ -204,8 +191,7 @@ def evaluate_instances(
 def score_instances(pairs: Iterable[tuple[Sequence[Instance], np.ndarray]]) -> InstanceScores:
     """Scores the objects that are found in images, by torchmetrics and pycocotools.
 
-    Args:
-        pairs: of each image what is found, and the (H, W) numbers of the true objects. 0 is none.
+    A pair is what is found in an image, and the (H, W) numbers of its true objects; 0 is none.
     """
     # Imported here, because torchmetrics imports matplotlib's pyplot.
     from torchmetrics.detection import MeanAveragePrecision

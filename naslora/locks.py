@@ -14,8 +14,8 @@ from naslora.files import LOCK
 
 HOLDER = b"process "
 """What a lock file begins with, unless it is empty."""
-_held: set[tuple[int, int]] = set()
-"""Device and inode of each lock file that this process holds."""
+_held: set[Path] = set()
+"""The lock files that this process holds."""
 
 
 @contextmanager
@@ -43,37 +43,35 @@ def locked(output: Path, folder: bool = True) -> Iterator[None]:
         )
     output = Path(os.path.realpath(output))
     path = output / LOCK if folder else output.with_name(f".{output.name[:200]}{LOCK}")
+    if path in _held:  # closing a second descriptor would free it
+        yield
+        return
     missing = [parent for parent in path.parents if not parent.exists()]  # innermost first
     try:
         descriptor = _take(path, output)
-        if descriptor is None:
-            yield
-            return
-        identity = _identity(os.fstat(descriptor))
-        _held.add(identity)
+        _held.add(path)
         try:
             yield
         finally:
-            _held.discard(identity)
-            _release(descriptor, path)
+            _held.discard(path)
+            if os.name == "nt":  # an open file cannot be removed there
+                os.close(descriptor)
+            with suppress(OSError):
+                path.unlink()
+            if os.name != "nt":
+                os.close(descriptor)
     finally:
         for parent in missing:
             with suppress(OSError):  # it holds the output now
                 parent.rmdir()
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
-
-
-def _take(path: Path, output: Path) -> int | None:
-    """Opens and locks the file, and writes this process into it; None if this process holds it."""
+def _take(path: Path, output: Path) -> int:
+    """Opens and locks the file, and writes this process into it."""
     # No link is followed, and a pipe does not block.
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    foreign = UserError(f"{path} is no lock of naslora; remove it, or choose another --output")
     for attempt in itertools.count():
-        with suppress(OSError):
-            if _identity(os.lstat(path)) in _held:  # closing a second descriptor would free it
-                return None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
@@ -81,54 +79,34 @@ def _take(path: Path, output: Path) -> int | None:
             if isinstance(error, FileNotFoundError) and attempt < 100:
                 continue  # another process may have removed its empty folder
             if path.is_symlink() or path.is_dir():
-                raise _foreign(path) from error
+                raise foreign from error
             raise UserError(f"{output} cannot be written: {error.strerror}") from error
         with ExitStack() as opened:
             opened.callback(os.close, descriptor)
-            _lock(descriptor, path, output)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise foreign
+            try:
+                _lock_file(descriptor)
+            except OSError as error:
+                holder = os.read(descriptor, 200).decode(errors="replace").strip()
+                raise UserError(
+                    f"{output} is in use by {holder or 'another process'}; wait until it ends, or "
+                    "choose another --output"
+                ) from error
+            if os.read(descriptor, len(HOLDER)) not in (b"", HOLDER):
+                raise foreign
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            text = f"{os.getpid()} on {socket.gethostname()}, which started at {started}"
+            with suppress(OSError):  # a full disk: the lock holds without its text
+                os.lseek(descriptor, 0, os.SEEK_SET)  # Windows has no pwrite
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, HOLDER + text.encode())
             # The process that held the lock may have removed the file since it was opened.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                     opened.pop_all()
                     return descriptor
     raise AssertionError
-
-
-def _lock(descriptor: int, path: Path, output: Path) -> None:
-    """Locks an open file and writes this process into it, if the file is one of naslora's."""
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise _foreign(path)
-    try:
-        _lock_file(descriptor)
-    except OSError as error:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        raise UserError(
-            f"{output} is in use by {holder or 'another process'}; wait until it ends, or "
-            "choose another --output"
-        ) from error
-    if os.read(descriptor, len(HOLDER)) not in (b"", HOLDER):
-        raise _foreign(path)
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    text = f"{os.getpid()} on {socket.gethostname()}, which started at {started}"
-    with suppress(OSError):  # a full disk: the lock holds without its text
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, HOLDER + text.encode())
-
-
-def _foreign(path: Path) -> UserError:
-    return UserError(f"{path} is no lock of naslora; remove it, or choose another --output")
-
-
-def _release(descriptor: int, path: Path) -> None:
-    if os.name == "nt":  # an open file cannot be removed there
-        os.close(descriptor)
-        with suppress(OSError):
-            path.unlink()
-        return
-    with suppress(OSError):
-        path.unlink()
-    os.close(descriptor)
 
 
 if os.name == "nt":

@@ -20,14 +20,9 @@ COLUMNS = "image", "status", "model"
 
 
 class Manifest:
-    """Lists images as they are done.
+    """Lists images as they are done in the folder ``output``. With ``resume`` earlier ones count.
 
-    Args:
-        output: the folder.
-        models: the models' folders or files.
-        settings: text that differs where masks would.
-        rank: the number of this process.
-        resume: whether images that are done count.
+    ``models`` are folders or files, and ``settings`` is text that differs where masks would.
 
     Raises:
         UserError: a manifest is of another model, or is damaged.

@@ -6,7 +6,7 @@ balanced error rates, which are percentages in all papers, for ``index_mae``, an
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -72,20 +72,19 @@ def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
 
     prediction = (255 * probability.cpu().float().numpy()).round().astype(np.uint8)
     truth = 255 * target.cpu().numpy().astype(np.uint8)
-    measures = {
-        "s_alpha": sod.Smeasure(),
-        "e_phi": sod.Emeasure(),
-        "f_w_beta": sod.WeightedFmeasure(beta=1),
-        "f_w_beta_0.3": sod.WeightedFmeasure(beta=0.3),
-        "mae": sod.MAE(),
-    }
-    scores = {}
-    for name, measure in measures.items():
+
+    def results(measure: Any) -> dict[str, Any]:
         measure.step(prediction, truth)
-        (value,) = measure.get_results().values()
-        value = value["curve"].mean() if name == "e_phi" else value
-        scores[name] = torch.tensor(float(value), dtype=torch.float64)
-    return scores
+        return measure.get_results()
+
+    found = {
+        "s_alpha": results(sod.Smeasure())["sm"],
+        "e_phi": results(sod.Emeasure())["em"]["curve"].mean(),
+        "f_w_beta": results(sod.WeightedFmeasure(beta=1))["wfm"],
+        "f_w_beta_0.3": results(sod.WeightedFmeasure(beta=0.3))["wfm"],
+        "mae": results(sod.MAE())["mae"],
+    }
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
 def _calibration_bins(probability: Tensor, target: Tensor) -> Tensor:
@@ -104,12 +103,6 @@ def _calibration_bins(probability: Tensor, target: Tensor) -> Tensor:
     return values.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, values)
 
 
-def _calibration_error(scores: Scores) -> Tensor:
-    """The expected calibration error, mean over the images that have a pixel."""
-    counts, confidence, right = scores["calibration"].unbind(-1)  # (N, CALIBRATION_BINS) each
-    return ((confidence - right).abs().sum(-1) / counts.sum(-1)).nanmean()
-
-
 # ---- Metrics of a data set -----------------------------------------------------------------------
 
 
@@ -125,7 +118,7 @@ class Metric(NamedTuple):
     """Whether it is defined for binary masks only."""
     of_map: Literal["saliency", "calibration"] | None = None
     """Which scores of the class map it needs."""
-    shape: Callable[[np.ndarray, np.ndarray, Sequence[float] | None], float] | None = None
+    shape: Callable[[np.ndarray, np.ndarray, shapes.Spacing], float] | None = None
     """What it measures of the predicted and the true shape of a class, by the size of a pixel."""
 
 
@@ -175,6 +168,12 @@ def _global_accuracy(scores: Scores, first: int) -> Tensor:
     """Computes the share of right labels among the pixels of the classes ``first`` .. K-1."""
     counts = scores["confusion"].sum(0).double()[first:]
     return counts[:, first:].diagonal().sum() / counts.sum()
+
+
+def _calibration_error(scores: Scores) -> Tensor:
+    """The expected calibration error, mean over the images; NaN for one without a pixel."""
+    counts, confidence, right = scores["calibration"].unbind(-1)  # (N, B)
+    return ((confidence - right).abs().sum(-1) / counts.sum(-1)).nanmean()
 
 
 def _saliency(name: str, label: str) -> Metric:
@@ -262,7 +261,7 @@ def shape_scores(
     found: np.ndarray,
     truth: np.ndarray,
     count: int,
-    spacing: Sequence[float] | None = None,
+    spacing: shapes.Spacing = None,
 ) -> Scores:
     """The scores of an image or a volume that measure the shapes of its classes: (C,) by name.
 

@@ -54,6 +54,7 @@ OVERLAY_SIDE = 4096
 """Pixels on the longer side of an overlay, at most: of larger images it has every n-th pixel."""
 THREADS = 2
 """That read, and that write, beside the one of the model."""
+Model = Predictor | InstanceFinder
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -89,12 +90,14 @@ def predict_run(
     written as they are computed. While the model computes whole images, threads read the next ones
     and write the last. Large images, by tiles, come one after another: in memory are what Pillow
     needs, unless windows of a TIFF file are read, and the class maps of as many rows as a tile has.
+    An image that fits into one tile has the same mask with and without tiles.
 
     Processes that ``torchrun`` or ``accelerate launch`` started share the images. Each lists those
     that are done in a manifest of its own, in ``output``.
 
+    Arguments that are not listed are the options of ``naslora predict``.
+
     Args:
-        path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
         inputs: image files, folders of images, or CSV files as ``read_csv`` takes, of which labels
             are not read. Masks and overlays of an earlier call in such a folder are no images.
         output: created if needed; gets NAME_mask.png and NAME_overlay.jpg. For an image with a
@@ -103,17 +106,8 @@ def predict_run(
         on_error: called with the error of an image that cannot be read; the other images are
             segmented. If None, every image is read before the first mask is written, and the
             first error is raised.
-        tiles: side of the tiles in pixels of the images; "auto" takes the windows that the model
-            was trained on (``crop``), or else its image size. None segments images whole. An image
-            that fits into one tile has the same mask with and without tiles.
-        overlap: share of a tile that neighbours have in common, in [0, 0.5].
-        trust: as in ``load_class_map``.
-        overwrite: whether masks and overlays that exist are replaced.
-        outputs: what is decided from the scores, and which of them are written.
         search: finds objects with a model of ``load_predictor`` instead, as ``InstanceFinder``.
             Masks are label images, and ``output`` also gets instances.json.
-        batch_size: whole images that the model takes at once.
-        resume: leaves out the images that a manifest in ``output`` lists as done.
 
     Returns:
         The masks that were written: PNG files, and volumes.
@@ -141,7 +135,7 @@ def predict_run(
             stack.enter_context(locked(output))
         if tiles is not None:
             stack.enter_context(large_images())
-        predictor: Predictor | InstanceFinder
+        predictor: Model
         if search is None:
             predictor = make_predictor(path, tiles, overlap, trust, outputs)
         else:
@@ -160,7 +154,7 @@ def predict_run(
 
 
 def _predict(
-    predictor: Predictor | InstanceFinder,
+    predictor: Model,
     samples: Sequence[Sample],
     output: Path,
     on_error: Callable[[UserError], None] | None,
@@ -236,7 +230,7 @@ def _ahead(
     yield from pending
 
 
-def _read(predictor: Predictor | InstanceFinder, sample: Sample) -> _Opened:
+def _read(predictor: Model, sample: Sample) -> _Opened:
     config = predictor.config
     channels = len(config.data.channels) or None
     picture = open_picture(sample, scaling_of(config), channels=channels)
@@ -247,7 +241,7 @@ def _read(predictor: Predictor | InstanceFinder, sample: Sample) -> _Opened:
     return _Opened(sample, picture, image)
 
 
-def _with_scores(predictor: Predictor | InstanceFinder, batch: list[_Opened]) -> list[_Opened]:
+def _with_scores(predictor: Model, batch: list[_Opened]) -> list[_Opened]:
     images = [own.image for own in batch if own.image is not None]
     if not images or isinstance(predictor, InstanceFinder):
         return batch
@@ -257,7 +251,7 @@ def _with_scores(predictor: Predictor | InstanceFinder, batch: list[_Opened]) ->
     ]
 
 
-def _write(predictor: Predictor | InstanceFinder, output: Path, opened: _Opened) -> Path:
+def _write(predictor: Model, output: Path, opened: _Opened) -> Path:
     """Segments an image if it has no class map yet, and writes its files."""
     sample, picture, config = opened.sample, opened.picture, predictor.config
     georeference = read_georeference(sample.image)
@@ -309,9 +303,7 @@ def _segment_file(predictor: Predictor, opened: _Opened, output: Path) -> LabelF
     return labels
 
 
-def _predict_volume(
-    predictor: Predictor | InstanceFinder, output: Path, batch_size: int, sample: Sample
-) -> Path:
+def _predict_volume(predictor: Model, output: Path, batch_size: int, sample: Sample) -> Path:
     """Segments the slices of a volume, and writes its files. Nothing is written of a bad one."""
     if isinstance(predictor, InstanceFinder):
         raise UserError(f"--instances takes images, and {sample.image} is a volume")
@@ -339,9 +331,7 @@ def _predict_volume(
     return mask
 
 
-def _write_overlay(
-    predictor: Predictor | InstanceFinder, picture: Picture, labels: Rows, path: Path
-) -> None:
+def _write_overlay(predictor: Model, picture: Picture, labels: Rows, path: Path) -> None:
     """Paints the labels on the image, if that is wanted."""
     config = predictor.config
     if isinstance(predictor, Predictor) and not predictor.outputs.overlays:

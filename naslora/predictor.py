@@ -54,13 +54,9 @@ class Predictor:
 def segment(
     predictor: Predictor, picture: Picture, labels: LabelFile, scores: Tensor | None = None
 ) -> Iterator[np.ndarray]:
-    """Segments an image.
+    """Segments an image, whose labels ``labels`` gets.
 
-    Args:
-        predictor: the model.
-        picture: the image.
-        labels: gets the labels.
-        scores: the (K, S, S) class map of the whole image; None computes it.
+    ``scores`` is the (K, S, S) class map of the whole image; None computes it.
 
     Yields:
         The probabilities, some rows at a time, float32: (n, W), or (n, W, K) of several classes;
@@ -135,11 +131,10 @@ def make_predictor(
     views = [class_map]
     for member in outputs.members:
         other, its, _ = _load_class_map(member, trust, outputs.precision)
-        for name in ("num_classes", "channels", "intensity", "slice_axis"):
-            if getattr(its.data, name) != getattr(config.data, name):
+        theirs, ours = ({**vars(own.model), **vars(own.data)} for own in (its, config))
+        for name in ("num_classes", "channels", "intensity", "slice_axis", "image_size"):
+            if theirs[name] != ours[name]:
                 raise UserError(f"{member} has another {name} than {path}; give runs that agree")
-        if its.model.image_size != config.model.image_size:
-            raise UserError(f"{member} has another image_size than {path}; give runs that agree")
         views.append(other)
     if outputs.flips:
         turns = mirror_axes(config)
@@ -168,14 +163,12 @@ def _load_class_map(
     path: Path, trust: bool, precision: Precision
 ) -> tuple[ClassMap, RunConfig, AnySam | None]:
     """Loads a folder or an exported file."""
-    if path.is_file() and precision != "no":
-        raise UserError(f"--precision is for runs and merged models, and {path} has its own")
     if path.is_file():
+        if precision != "no":
+            raise UserError(f"--precision is for runs and merged models, and {path} has its own")
         class_map, held = load_class_map(path, trust)
         with reading(path):
-            names = {
-                field.name for field in dataclasses.fields(held)
-            } & DataConfig.__annotations__.keys()
+            names = vars(held).keys() & DataConfig.__annotations__.keys()
             data = DataConfig(**{name: getattr(held, name) for name in names})
             own = ModelConfig(held.model, NONE, held.image_size)
             return class_map, resolve(RunConfig(data=data, model=own)), None

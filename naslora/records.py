@@ -43,10 +43,11 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[Record], values: Any, where: object) -> Record:
-    """Makes a record of what ``to_json`` returned; unknown keys are ignored. ``where`` is the file.
+    """Makes a record of what ``to_json`` returned. Unknown keys are ignored.
 
     Raises:
-        UserError: a value is missing or has another type; the message names the first one.
+        UserError: a value is missing or has another type; the message names the first one, and the
+            file, which is ``where``.
     """
     try:
         return msgspec.convert(values, kind)

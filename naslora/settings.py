@@ -88,13 +88,9 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def checked(name: str, value: Any, hint: Any, is_text: bool = False) -> Any:
-    """The value, converted to the type of an annotation.
+    """The value, converted to the type of an annotation. ``name`` stands for it in messages.
 
-    Args:
-        name: what the value is, for the message.
-        value: the value.
-        hint: the annotation.
-        is_text: whether the value may be text that stands for a number, true, false or null.
+    With ``is_text`` it may be text that stands for a number, true, false or null.
 
     Raises:
         UserError: the value is of another type or out of range.

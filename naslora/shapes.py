@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Spacing = Sequence[float] | None
+"""The size of an element along each axis; None is 1."""
 TOLERANCE = 2.0
 """Distance up to which ``nsd`` takes two surfaces for the same, in the unit of the spacing."""
 BOUNDARY_WIDTH = 0.02
 """Width of the boundaries of ``boundary_iou``, as a share of the image's diagonal."""
 
 
-def _distances(
-    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None
-) -> list[np.ndarray]:
+def _distances(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> list[np.ndarray]:
     """Of each element of one surface the distance to the other surface, both ways. An element of a
     surface touches by a side what is not of the shape, or the border."""
     from scipy import ndimage  # not for the help
@@ -33,36 +33,30 @@ def _distances(
     ]
 
 
-def hd95(
-    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
-) -> float:
+def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing = None) -> float:
     """The 95th percentile of the surfaces' distances, the larger one of both ways. The worst value
-    is the diagonal. ``spacing`` is the size of an element along each axis, 1 if None."""
+    is the diagonal."""
     both = _distances(prediction, truth, spacing)
     return float(max(np.percentile(distances, 95) for distances in both))
 
 
-def nsd(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None) -> float:
+def nsd(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing = None) -> float:
     """The normalised surface distance: the share of both surfaces that is at most ``TOLERANCE``
-    from the other one; ``spacing`` as in ``hd95``."""
+    from the other one."""
     if not (prediction.any() and truth.any()):
         return 0.0 if prediction.any() or truth.any() else np.nan
     return float((np.concatenate(_distances(prediction, truth, spacing)) <= TOLERANCE).mean())
 
 
-def size_difference(
-    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
-) -> float:
-    """How much larger or smaller the prediction is; ``spacing`` as in ``hd95``."""
+def size_difference(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing = None) -> float:
+    """How much larger or smaller the prediction is."""
     if not (prediction.any() or truth.any()):
         return np.nan
     difference = abs(int(prediction.sum()) - int(truth.sum()))
     return float(difference * np.prod(1.0 if spacing is None else spacing))
 
 
-def boundary_iou(
-    prediction: np.ndarray, truth: np.ndarray, _: Sequence[float] | None = None
-) -> float:
+def boundary_iou(prediction: np.ndarray, truth: np.ndarray, _: Spacing = None) -> float:
     """The IoU of the boundaries, which lie inside the shapes."""
     from scipy import ndimage  # not for the help
 
@@ -75,7 +69,7 @@ def boundary_iou(
     return _share((a & b).sum(), (a | b).sum())
 
 
-def cldice(prediction: np.ndarray, truth: np.ndarray, _: Sequence[float] | None = None) -> float:
+def cldice(prediction: np.ndarray, truth: np.ndarray, _: Spacing = None) -> float:
     """The F1 of the skeletons: precision and recall are the shares that lie in the other shape."""
     from skimage.morphology import skeletonize  # imported here: it takes half a second
 
@@ -83,7 +77,7 @@ def cldice(prediction: np.ndarray, truth: np.ndarray, _: Sequence[float] | None 
     return _f1(truth[own].sum(), own.sum(), prediction[true].sum(), true.sum())
 
 
-def lesion_f1(prediction: np.ndarray, truth: np.ndarray, _: Sequence[float] | None = None) -> float:
+def lesion_f1(prediction: np.ndarray, truth: np.ndarray, _: Spacing = None) -> float:
     """The F1 of the connected parts, by any neighbours. A part is found if an element of it is."""
     from scipy import ndimage  # not for the help
 

@@ -16,16 +16,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *INTEGERS
 
 
 def plain_tensors(tensors: Mapping[Any, Any], where: object) -> dict[str, Tensor]:
-    """Checks the state dict of a file before anything computes with it.
+    """Checks the state dict of a file, ``where``, before anything computes with it.
 
     PyTorch's files can hold tensors of every layout, and describe terabytes by strides of 0.
-
-    Args:
-        tensors: what the file holds.
-        where: the file, for the message.
-
-    Returns:
-        The tensors, detached.
+    Returns the tensors, detached.
 
     Raises:
         UserError: a name is no string, or a value no plain tensor: on the CPU, strided, of real or
@@ -53,26 +47,23 @@ def _unusual(value: Any) -> str | None:
     return None
 
 
-def tensor_problems(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> list[str]:
-    """Why a tensor from a file does not fit a model: its name, shape, kind of dtype, NaN, infinity.
+def tensor_problem(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> str | None:
+    """Why a tensor of ``plain_tensors`` does not fit a model, whose tensors are ``state``.
 
-    Args:
-        name: its name.
-        tensor: the tensor, as ``plain_tensors`` returns it.
-        state: the model's tensors.
+    Its name, shape or kind of dtype differs, or it holds NaN or infinities. None if it fits.
     """
     present = state.get(name)
     if present is None:
-        return [f"{name} is not in the model"]
+        return f"{name} is not in the model"
     if tensor.shape != present.shape:
         shapes = f"{tuple(tensor.shape)} in the file, {tuple(present.shape)} in the model"
-        return [f"{name} has shape {shapes}"]
+        return f"{name} has shape {shapes}"
     floating = tensor.is_floating_point()
     if tensor.dtype != present.dtype and not (floating and present.is_floating_point()):
-        return [f"{name} has dtype {tensor.dtype} in the file, {present.dtype} in the model"]
+        return f"{name} has dtype {tensor.dtype} in the file, {present.dtype} in the model"
     if floating and not tensor.to(present.dtype).isfinite().all():
-        return [f"{name} holds NaN or infinities in the file"]
-    return []
+        return f"{name} holds NaN or infinities in the file"
+    return None
 
 
 def mismatches(
@@ -80,15 +71,12 @@ def mismatches(
 ) -> list[str]:
     """Why the tensors of a file do not fit a model, of which the file must hold ``expected``."""
     missing = [f"{name} is missing in the file" for name in expected if name not in tensors]
-    return [*(p for name in tensors for p in tensor_problems(name, tensors[name], state)), *missing]
+    problems = (tensor_problem(name, tensor, state) for name, tensor in tensors.items())
+    return [*filter(None, problems), *missing]
 
 
 def check_fit(what: str, problems: list[str]) -> None:
-    """Refuses a file that does not fit a model.
-
-    Args:
-        what: the file, for the message.
-        problems: why it does not fit; empty if it does.
+    """Refuses a file, which ``what`` names, that does not fit a model.
 
     Raises:
         UserError: there are problems. The message lists the first six.

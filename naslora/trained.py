@@ -11,7 +11,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast, get_args
@@ -27,13 +26,7 @@ from naslora.data.images import Sample
 from naslora.data.layouts import GROUP
 from naslora.data.masks import IGNORED
 from naslora.errors import UserError, warn
-from naslora.files import (
-    read_metadata,
-    read_safetensors,
-    reading,
-    replaced_folder,
-    write_tensors,
-)
+from naslora.files import read_metadata, read_safetensors, reading, replaced_folder, write_tensors
 from naslora.locks import locked
 from naslora.methods import find_method, load_adapter, merge
 from naslora.metrics import image_scores
@@ -52,27 +45,13 @@ from naslora.sam.shipped import NONE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.interactive import score_run
-from naslora.training.resolve import check_promptable, read_config, resolve
-from naslora.training.run_config import (
-    DataConfig,
-    ModelConfig,
-    Resolution,
-    RunConfig,
-    mirror_axes,
-)
+from naslora.training.resolve import read_config, resolve
+from naslora.training.run_config import DataConfig, ModelConfig, Resolution, RunConfig, mirror_axes
 from naslora.training.run_data import calibration, check_splits, find_splits, make_dataset
 from naslora.training.run_model import build_frozen_model, build_run_model
 
 LEFT_OUT = "left_out.safetensors"
 SEMANTIC = "is a semantic model, which takes no prompts; train with --task promptable"
-
-
-@dataclass(frozen=True)
-class MergeScores:
-    """Scores on the validation images before and after a merge, in float32."""
-
-    before: SplitScores
-    after: SplitScores
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -93,7 +72,13 @@ def load_model(path: Path) -> tuple[AnySam, RunConfig]:
         raise UserError(f"{path} is no run: it has neither {CONFIG} nor {MERGED_CONFIG}")
     with reading(path):
         if merged:
-            model, config = _load_merged(path)
+            stored = read_merged(path / MERGED_CONFIG)
+            with reading(path / MERGED_CONFIG, "describes no merged model"):
+                config = resolve(RunConfig.from_dict(stored.config))
+            model = build_run_model(config, NONE)
+            load_merged(model, path)
+            if (path / LEFT_OUT).exists():
+                model.left_out = read_safetensors(path / LEFT_OUT)
         else:
             config, adapter = read_config(path / CONFIG), adapter_folder(path)
             model = build_frozen_model(config)
@@ -102,17 +87,6 @@ def load_model(path: Path) -> tuple[AnySam, RunConfig]:
         warn(f"{path} is not finished: this is its model so far; train --resume continues it")
     data = dataclasses.replace(config.data, cache=None)  # a path that stands in a file
     return model.eval(), dataclasses.replace(config, data=data)
-
-
-def _load_merged(path: Path) -> tuple[AnySam, RunConfig]:
-    stored = read_merged(path / MERGED_CONFIG)
-    with reading(path / MERGED_CONFIG, "describes no merged model"):
-        config = resolve(RunConfig.from_dict(stored.config))
-    model = build_run_model(config, NONE)
-    load_merged(model, path)
-    if (path / LEFT_OUT).exists():
-        model.left_out = read_safetensors(path / LEFT_OUT)
-    return model, config
 
 
 def load_predictor(path: Path, image_size: int | None = None) -> tuple[SamPredictor, RunConfig]:
@@ -179,13 +153,8 @@ def evaluate_run(
 ) -> SplitScores:
     """Scores a trained or merged model on a split of its own data, or of another CSV folder.
 
-    Args:
-        path: a run's folder, or a merged model's.
-        split: the name of the split.
-        data: another CSV folder; None takes the run's own data.
-        resolution: the size at which images are scored; None takes the run's own setting.
-        metrics: names of ``naslora.metrics.METRICS``; None takes the run's own.
-        flips: average the scores of each image with those of its mirror images.
+    ``path`` is a run's folder, or a merged model's. The other arguments are the options of
+    ``naslora evaluate``.
 
     Raises:
         UserError: as ``load_model`` and ``find_splits``; there is no such split, a metric is not
@@ -200,10 +169,8 @@ def evaluate_run(
         metrics=own.metrics if metrics is None else tuple(metrics),
     )
     config = resolve(dataclasses.replace(config, data=changed))
-    if config.task == "promptable":
-        check_promptable(config.data)
-        if flips:
-            raise UserError(f"{path} is scored by clicks, which are not mirrored; drop --flips")
+    if flips and config.task == "promptable":
+        raise UserError(f"{path} is scored by clicks, which are not mirrored; drop --flips")
     samples = split_of(config, split)
     check_splits({split: samples}, config)
     merged = (path / MERGED_CONFIG).exists()
@@ -260,21 +227,17 @@ def merge_run(
     output: Path,
     max_error: float | None = None,
     images: int = CALIBRATION_IMAGES,
-) -> tuple[MergeReport, MergeScores]:
+) -> tuple[MergeReport, SplitScores, SplitScores]:
     """Merges a run's trained model and writes it to a folder.
 
     Errors are measured on the run's validation images. Mode "calibrated" is fitted to, and
     measured on, training images.
 
-    Args:
-        path: a run's folder.
-        mode: as in ``naslora.merge``.
-        output: must be new or empty.
-        max_error: the merge is refused if a layer's relative error of the update is larger.
-        images: number of training images that mode "calibrated" is fitted to.
+    Arguments as the options of ``naslora merge``; ``path`` is a run's folder, and ``output`` must
+    be new or empty.
 
     Returns:
-        The merge's report, and the validation scores before and after it.
+        The merge's report, and the validation scores before and after it, in float32.
 
     Raises:
         UserError: as ``load_model`` and ``merge``; ``output`` is not empty; the error is too large.
@@ -289,18 +252,19 @@ def merge_run(
         before = evaluate_model(model, config, splits["val"], float32=True)
         batches = calibration(config, splits, mode, model.pixel_mean.device, images)
         report = merge(model, mode, batches)
-        scores = MergeScores(before, evaluate_model(model, config, splits["val"], float32=True))
+        after = evaluate_model(model, config, splits["val"], float32=True)
         if max_error is not None and report.max_update_error > max_error:
             raise UserError(
                 f"merging with mode {mode!r} loses up to {report.max_update_error:.2e} of an "
                 f"update, more than --max-error {max_error:g}; nothing was written"
             )
         with replaced_folder(output) as folder:
+            scores = {"before": before, "after": after}
             details = {"report": report, "scores": scores, "config": config.to_dict()}
             save_merged(model, folder, to_json(details))
             if model.left_out:
                 write_tensors(folder / LEFT_OUT, model.left_out)
-        return report, scores
+        return report, before, after
 
 
 def export_run(
@@ -314,16 +278,8 @@ def export_run(
 ) -> tuple[float, float] | None:
     """Writes a merged model for another runtime, as ``naslora.sam.export.export``.
 
-    Args:
-        path: a merged model's folder, or that of a run without anything to merge. For annotation
-            tools whatever ``load_predictor`` takes.
-        file_format: what to write: a file, or a folder for Hugging Face and for annotation tools.
-        output: the file or the folder.
-        part: "model", images to class scores, or "encoder", images to SAM's image embedding.
-        quantize: as in ``export``. The images for "int8" are the run's training images.
-        max_loss: with ``quantize`` nothing is written if the Dice on validation images falls by
-            more.
-        images: the number of training images for "int8".
+    Arguments as the options of ``naslora export``. ``path`` may also be the folder of a run without
+    anything to merge, and for annotation tools whatever ``load_predictor`` takes.
 
     Returns:
         The Dice on the validation images of the model and of what was written, with ``quantize``.
@@ -338,8 +294,8 @@ def export_run(
             export_prompts(cast(PromptableSam, predictor.model), cast(Tool, file_format), output)
         return None
     model, config = load_model(path)
-    names = [field.name for field in dataclasses.fields(Description)]
-    data = {name: getattr(config.data, name) for name in names if hasattr(config.data, name)}
+    names = Description.__annotations__.keys() & vars(config.data).keys()
+    data = {name: getattr(config.data, name) for name in names}
     own, task = config.model, config.task
     held = Description(own.name, own.image_size, part=part, task=task, **data)
     if quantize is None:

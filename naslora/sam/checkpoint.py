@@ -20,7 +20,7 @@ from naslora.files import read_safetensors, reading
 from naslora.sam.families import FAMILIES, find_family
 from naslora.sam.family import Family
 from naslora.sam.naming import Tensors
-from naslora.state_dicts import plain_tensors, tensor_problems
+from naslora.state_dicts import plain_tensors, tensor_problem
 
 TOKENS = ("mask_decoder.mask_tokens.weight", "mask_decoder.hf_token.weight")
 """(Q, 256) embeddings, of which the model may have another number than the checkpoint."""
@@ -90,7 +90,7 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
                 break
         raise UserError(f"checkpoint {path} {misfit}")
     for key, value in fitted.items():
-        for problem in tensor_problems(key, value, state):
+        if problem := tensor_problem(key, value, state):
             raise UserError(f"checkpoint {path} is damaged: {problem}; use another copy")
     fill(model, fitted)
     return {

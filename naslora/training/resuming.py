@@ -11,7 +11,7 @@ from torch import Tensor
 from naslora.errors import UserError
 from naslora.files import check_version, read_torch
 from naslora.results import Epoch, Mixture
-from naslora.state_dicts import plain_tensors, tensor_problems
+from naslora.state_dicts import plain_tensors, tensor_problem
 from naslora.training.step import Group
 
 
@@ -114,5 +114,5 @@ def _check_names(what: str, stored: Collection[object], own: Collection[object])
 
 def _check_tensors(stored: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     for name, tensor in stored.items():
-        for problem in tensor_problems(name, tensor, own):
+        if problem := tensor_problem(name, tensor, own):
             raise UserError(problem)
