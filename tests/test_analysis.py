@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import csv_rows, succeed
+from conftest import csv_rows, succeed, write_data
 from PIL import Image
 from run_configs import run_config
 from segment_anything.modeling.image_encoder import Attention
@@ -111,9 +111,9 @@ def test_every_block_of_mobile_sam():
 
 
 @pytest.fixture(scope="module")
-def runs(make_data, tiny_sam, tmp_path_factory):
+def runs(tiny_sam, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    data = make_data(root / "data", train=4, val=1, test=3)
+    data = write_data(root / "data", train=4, val=1, test=3)
     folders = [root / f"seed{seed}" for seed in (0, 1)]
     for seed, folder in enumerate(folders):
         arguments = ("--data", data, "--output", folder, "--seed", seed, "--search-start", 1)

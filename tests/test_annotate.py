@@ -1,7 +1,6 @@
 """Labelling by clicks: objects, the data set that they become, and the page."""
 
 import asyncio
-import json
 import shutil
 import socket
 import sys
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SIZE, TRAIN, error_of, free_port, refusal, succeed, write_data
+from conftest import SIZE, TRAIN, error_of, free_port, refusal, scores_of, succeed, write_data
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -126,7 +125,7 @@ def test_bad_masks_are_refused(labelling, images, tmp_path):
     assert "cannot be read" in error_of(labelling.open, images[0])
 
 
-def test_what_is_labelled_trains_and_finds_the_next_objects(naslora, tiny_sam, tmp_path):
+def test_what_is_labelled_trains_and_finds_the_next_objects(tiny_sam, tmp_path):
     """Ten images, a training, the next ten: the loop of two commands."""
     data = write_data(tmp_path / "data", train=4)
     images = sorted((data / "images").iterdir())
@@ -138,8 +137,7 @@ def test_what_is_labelled_trains_and_finds_the_next_objects(naslora, tiny_sam, t
     output = tmp_path / "run"
     succeed("train", "--data", tmp_path / "set", *options, "--output", output)
     search = ("--points-per-side", "2", "--min-iou", "0", "--min-stability", "0")
-    result = naslora("evaluate", output, "--instances", *search)
-    assert json.loads(result.out)["objects"] == 1, result.err
+    assert scores_of(output, "--instances", *search)["objects"] == 1
     found = ("--instances", "--output", tmp_path / "found", *search)
     assert "wrote 1 masks" in succeed("predict", output, images[3], *found).out
     labelling = Labelling(InstanceFinder(output, InstanceConfig()), LabelledSet(tmp_path / "set"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import SHORT, SIZE, TRAIN, error_of, succeed
+from conftest import SHORT, SIZE, TRAIN, error_of, refusal, scores_of, succeed
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
@@ -170,18 +170,15 @@ def test_three_channels_are_the_ordinary_run(tiny_sam, clean_data, tmp_path, ext
         for name in ("plain", "three", "named")
     ]
     assert scores[0] == scores[1]
-    assert scores[2]["loss"] == pytest.approx(
-        scores[0]["loss"], rel=1e-4
-    )  # float32 of 123.675 / 255
+    # float32 of 123.675 / 255
+    assert scores[2]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("count, options", [(2, ()), (12, ("--crop", 24, "--augment", "natural"))])
-def test_a_run_on_channels(naslora, tiny_sam, clean_data, tmp_path, count, options):
+def test_a_run_on_channels(tiny_sam, clean_data, tmp_path, count, options):
     """Trained, scored, merged, exported and predicted with; the stem has been trained."""
-    data, run, merged = (
-        with_channels(clean_data, tmp_path / "data", count),
-        *map(tmp_path.joinpath, ("run", "merged")),
-    )
+    data = with_channels(clean_data, tmp_path / "data", count)
+    run, merged = tmp_path / "run", tmp_path / "merged"
     shown = ("--shown", "channel 1", 2, 2) if count == 2 else ()
     window = ("--intensity", "window", -3, 255)
     arguments = ("train", "--data", data, *TRAIN, "--channels", count, *shown, *window, *options)
@@ -192,10 +189,8 @@ def test_a_run_on_channels(naslora, tiny_sam, clean_data, tmp_path, count, optio
     assert config["channel_mean"][1] == pytest.approx(1 - noise, abs=0.002)
     assert config["channel_std"][1] == pytest.approx(1 / 258, rel=0.2)
     assert config["shown"] == [f"channel {k}" for k in ((1, 2, 2) if count == 2 else (1, 2, 3))]
-    scores = [json.loads(naslora("evaluate", run).out)]
     succeed("merge", run, "--output", merged)
-    scores.append(json.loads(naslora("evaluate", merged).out))
-    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-3)
+    assert scores_of(run)["loss"] == pytest.approx(scores_of(merged)["loss"], rel=1e-3)
     trained = load_file(run / "adapter/adapter_model.safetensors")
     assert trained["image_encoder.patch_embed.proj.weight"].shape[1] == count
     image, masks, models = data / "images/test0.tif", [], [merged]
@@ -209,12 +204,11 @@ def test_a_run_on_channels(naslora, tiny_sam, clean_data, tmp_path, count, optio
         masks.append(np.asarray(Image.open(output / "test0_mask.png")))
         assert Image.open(output / "test0_overlay.png").mode == "RGB"
     assert (masks[0] == masks[-1]).mean() > 0.99  # where rounding decides
-    refused = naslora(
-        "export", merged, "--format", "safetensors", "--output", tmp_path / "no.safetensors"
-    )
-    assert f"the model has {count} channels" in refused.err
-    refused = naslora("predict", run, clean_data / "images/test0.png", "--output", tmp_path / "no")
-    assert f"has 3 channels, and the run has {count}" in refused.err
+    output = ("--output", tmp_path / "no.safetensors")
+    refused = refusal("export", merged, "--format", "safetensors", *output)
+    assert f"the model has {count} channels" in refused
+    refused = refusal("predict", run, clean_data / "images/test0.png", *output)
+    assert f"has 3 channels, and the run has {count}" in refused
 
 
 def test_several_files_are_predicted_from_a_csv(tiny_sam, clean_data, tmp_path):

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from conftest import csv_rows, group_lives, refusal, succeed, wait_for
+from conftest import call, csv_rows, group_lives, refusal, scores_of, succeed, wait_for, write_data
 from reliability.conftest import Forked
 from run_configs import run_config
 
@@ -45,8 +45,8 @@ def runs_are_forks():
 
 
 @pytest.fixture(scope="module")
-def data(make_data, tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "discs", train=4, val=2, test=2)
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "discs", train=4, val=2, test=2)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,11 @@ def killed(arguments, tiny_sam):
 
 
 @pytest.fixture(scope="module")
-def finished(naslora, killed):
+def finished(killed):
     """The same, resumed: the command's result, its folder, what had been finished before."""
     output, options = killed
     before = modified(output / "runs/lora/3")
-    return naslora(*options, "--resume"), output, before
+    return call(*options, "--resume"), output, before
 
 
 def measured(output):
@@ -106,17 +106,15 @@ def test_resuming_keeps_the_finished_run(finished):
     assert "run 3 of 3" in result.err and "4 of" not in result.err.replace("2 of 6", "")
 
 
-def test_every_run_is_one_of_train(finished, naslora):
+def test_every_run_is_one_of_train(finished):
     _, output, _ = finished
     expected = {(name, seed) for name in ("lora", "nas-pc-lora") for seed in (3, 4)}
     assert measured(output).keys() == expected
     for name in ("lora", "nas-pc-lora"):
         config = json.loads((output / f"runs/{name}/4/config.json").read_text())
         assert config["method"] == name and config["seed"] == 4
-        scores = json.loads(naslora("evaluate", output / f"runs/{name}/4").out)
-        assert measured(output)[name, 4]["numbers"]["dice"] == pytest.approx(
-            scores["dice"], nan_ok=True
-        )
+        dice = scores_of(output / f"runs/{name}/4")["dice"]
+        assert measured(output)[name, 4]["numbers"]["dice"] == pytest.approx(dice, nan_ok=True)
 
 
 def test_tables_of_a_comparison(finished):

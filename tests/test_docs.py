@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import call
 
 from naslora.methods import METHODS
 
@@ -94,14 +95,14 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def options_of(naslora):
+def options_of():
     """Options that a command's help lists; None if there is no such command."""
 
     @cache
     def options(command: str) -> set[str] | None:
-        result = naslora(command, "--help-all")
+        result = call(command, "--help-all")
         own = (
-            naslora("train", "--method", method, "--help-all").out
+            call("train", "--method", method, "--help-all").out
             for method in (METHODS if command == "train" else ())
         )
         found = set(re.findall(r"--[a-z][\w-]*", "".join([result.out, *own])))

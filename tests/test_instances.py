@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, refusal, succeed
+from conftest import SIZE, refusal, scores_of, succeed
 from PIL import Image
 from pycocotools import mask as coco
 from safetensors.torch import save_file
@@ -142,8 +142,7 @@ def test_evaluate_scores_objects_of_any_model(discs, tmp_path):
     options = shlex.split(
         "--instances --objects numbers --points-per-side 8 --min-iou 0.6 --min-stability 0.7"
     )
-    result = succeed("evaluate", "vit_t", "--data", root, *options)
-    scores = json.loads(result.out)
+    scores = scores_of("vit_t", "--data", root, *options)
     assert (scores["images"], scores["objects"]) == (2, 4) and scores["found"] >= 4
     assert 0 < scores["ap"] < scores["ap50"] <= 1
     assert scores["pq"] == pytest.approx(scores["rq"] * scores["sq"], rel=0.2)

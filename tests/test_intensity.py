@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tifffile
-from conftest import SHORT, error_of, refusal, succeed
+from conftest import SHORT, error_of, refusal, succeed, write_data
 from PIL import Image
 
 from naslora.data.cache import Cache
@@ -136,10 +136,10 @@ def test_the_cache_knows_the_scaling(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_sam, make_data, tmp_path_factory):
+def runs(tiny_sam, tmp_path_factory):
     """A folder with a run on images of 8 bits, and a run on floating-point copies of them."""
     folder = tmp_path_factory.mktemp("runs")
-    data, floats = make_data(folder / "data", train=2, val=1, test=1), folder / "floats"
+    data, floats = write_data(folder / "data", train=2, val=1, test=1), folder / "floats"
     (floats / "images").mkdir(parents=True)
     (floats / "masks").symlink_to(data / "masks")
     for path in (data / "images").iterdir():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapted_models import differing, state_of
-from conftest import SHORT, succeed
+from conftest import SHORT, scores_of, succeed, write_data
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter, unmerge
@@ -592,12 +592,12 @@ def test_sam_adapter_adds_its_prompts_before_each_block(make, name, widths):
 
 
 @pytest.fixture(scope="module")
-def data(make_data, tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "data", train=8, val=2, test=2)
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "data", train=8, val=2, test=2)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
+def test_a_run_of_each_method(data, tmp_path, monkeypatch, method):
     """Two steps train what the method trains and nothing else."""
     models, build = [], run_module.build_adapted_model
 
@@ -628,7 +628,7 @@ def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
         p.numel() for p in start.mask_decoder.parameters()
     )
     assert method in (output / "report.html").read_text()
-    scores = json.loads(naslora("evaluate", output).out)
+    scores = scores_of(output)
     assert scores.pop("images") == 2 and scores == metrics["test"]
 
 

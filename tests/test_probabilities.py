@@ -5,7 +5,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, SIZE, refusal, succeed
+from conftest import SHORT, SIZE, refusal, succeed, write_data
 from PIL import Image
 from test_intensity import GEO, tags_of
 
@@ -15,12 +15,12 @@ from naslora.predictor import _enlarged
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_sam, make_data, tmp_path_factory):
+def runs(tiny_sam, tmp_path_factory):
     """The folders of data and of runs of two and of three classes, with an image of another size
     that has a georeference."""
     folder = tmp_path_factory.mktemp("runs")
     for name, classes, seeds in (("two", 2, (0, 1)), ("three", 3, (0,))):
-        data = make_data(folder / f"{name} data", classes=classes, train=2, val=1, test=1)
+        data = write_data(folder / f"{name} data", classes=classes, train=2, val=1, test=1)
         large = Image.open(data / "images/test0.png").resize((2 * SIZE + 9, 3 * SIZE))
         options = {"photometric": "rgb", "extratags": GEO}
         tifffile.imwrite(folder / f"{name}.tif", np.asarray(large), **options)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import re
 import shlex
 import shutil
@@ -10,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import csv_rows, succeed
+from conftest import csv_rows, scores_of, succeed, write_data
 from PIL import Image
 from rich.console import Console
 
@@ -35,8 +34,8 @@ TRAIN = shlex.split(
 
 
 @pytest.fixture(scope="module")
-def data(make_data, tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "rings", classes=3, train=12, val=4, test=5)
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "rings", classes=3, train=12, val=4, test=5)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +72,7 @@ def test_without_a_terminal_lines_tell_how_long_a_run_takes(monkeypatch):
 
 
 def test_a_run_from_random_weights_says_so(run):
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = read_json(run / "metrics.json")
     assert metrics["weights"] == "none"
     (note,) = [note for note in metrics["notes"] if "random, frozen weights" in note]
     assert note in (run / "report.html").read_text()
@@ -112,15 +111,13 @@ def test_metrics(run):
     assert metrics["seconds"] > 0
 
 
-def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(naslora, data, tmp_path):
+def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(data, tmp_path):
     """It ends before alpha trains, which has a warning."""
     output = tmp_path / "run"
     options = ["--data", data, *TRAIN, "--epochs", 1, "--mixed-precision", "bf16"]
-    result = naslora("train", *options, "--output", output)
     warning = "naslora: warning: alpha is not trained: --search-start 1 is not among the 1 epochs"
-    assert result.status == 0 and warning in result.err
-    metrics = read_json(output / "metrics.json")
-    scores = json.loads(naslora("evaluate", output).out)
+    assert warning in succeed("train", *options, "--output", output).err
+    metrics, scores = read_json(output / "metrics.json"), scores_of(output)
     assert scores.pop("images") == 5 and scores == metrics["test"]
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
 
@@ -142,32 +139,26 @@ def test_history_and_operations(run):
 # --- What can be done with it ---
 
 
-def scores_of(result):
-    assert result.status == 0, result.err
-    return json.loads(result.out)
-
-
-def test_evaluate_repeats_the_test(naslora, run, make_data, tmp_path):
-    scores = scores_of(naslora("evaluate", run))
+def test_evaluate_repeats_the_test(run, tmp_path):
+    scores, tested = scores_of(run), read_json(run / "metrics.json")["test"]
     assert scores.pop("images") == 5
     # The same weights, images and batches in the same process: the same numbers.
-    assert scores == read_json(run / "metrics.json")["test"]
-    assert scores_of(naslora("evaluate", run, "--split", "val"))["images"] == 4
-    scores = scores_of(naslora("evaluate", run, "--metrics", "hd95", "ece"))["metrics"]
+    assert scores == tested
+    assert scores_of(run, "--split", "val")["images"] == 4
+    scores = scores_of(run, "--metrics", "hd95", "ece")["metrics"]
     assert scores["hd95"] > 0 and 0 < scores["ece"] < 1
-    flipped = scores_of(naslora("evaluate", run, "--flips"))
-    assert flipped["loss"] == read_json(run / "metrics.json")["test"]["loss"]  # of the image itself
-    assert flipped["dice"] != read_json(run / "metrics.json")["test"]["dice"]
-    other = make_data(tmp_path / "other", classes=3, train=2, val=1, test=3)
-    assert scores_of(naslora("evaluate", run, "--data", other))["images"] == 3
+    flipped = scores_of(run, "--flips")
+    assert flipped["loss"] == tested["loss"] and flipped["dice"] != tested["dice"]  # of the image
+    other = write_data(tmp_path / "other", classes=3, train=2, val=1, test=3)
+    assert scores_of(run, "--data", other)["images"] == 3
 
 
 @pytest.mark.parametrize("mode", ["exact", "center"])
-def test_merge_then_evaluate(naslora, run, tmp_path, mode):
+def test_merge_then_evaluate(run, tmp_path, mode):
     folder = tmp_path / mode
     assert f"mode {mode!r}" in succeed("merge", run, "--mode", mode, "--output", folder).out
     assert {path.name for path in folder.iterdir()} == {"merged.json", "model.safetensors"}
-    scores = scores_of(naslora("evaluate", folder))
+    scores = scores_of(folder)
     scores.pop("images")
     assert scores == read_json(run / "metrics.json")["test_merged"][mode]
     if mode == "center":  # it loads into an untouched model

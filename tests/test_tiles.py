@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TRAIN, succeed, write_checkpoint
+from conftest import TRAIN, scores_of, succeed, write_checkpoint, write_data
 from PIL import Image
 from run_configs import run_config
 
@@ -216,10 +216,10 @@ def test_items_are_windows_at_native_resolution(tmp_path, suffix):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_sam, make_data, tmp_path_factory):
-    """A run on windows of larger images: the discs of ``make_data`` on canvases of 70 x 50."""
+def run(tiny_sam, tmp_path_factory):
+    """A run on windows of larger images: the discs of ``write_data`` on canvases of 70 x 50."""
     folder = tmp_path_factory.mktemp("crops")
-    data = make_data(folder / "data", train=4, val=2, test=2)
+    data = write_data(folder / "data", train=4, val=2, test=2)
     for path in sorted((data / "images").iterdir()):
         for name, empty in (("images", 20), ("masks", 0)):
             file = data / name / path.name
@@ -233,15 +233,14 @@ def run(tiny_sam, make_data, tmp_path_factory):
     return folder / "run"
 
 
-def test_scores_by_tiles_are_those_of_the_predicted_masks(naslora, run, tmp_path):
+def test_scores_by_tiles_are_those_of_the_predicted_masks(run, tmp_path):
     """Accuracy by tiles, counted in the masks that ``predict`` writes."""
     config = json.loads((run / "config.json").read_text())
     assert (config["data"]["crop"], config["data"]["resolution"]) == (32, "tiles")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["test"]["resolution"] == "of each mask, by tiles of 32 x 32"
     assert "of each mask, by tiles of 32 x 32" in (run / "report.html").read_text()
-    whole = json.loads(naslora("evaluate", run, "--resolution", "original").out)
-    assert whole["resolution"] == "of each mask"
+    assert scores_of(run, "--resolution", "original")["resolution"] == "of each mask"
     data = run.parent / "data"
     images = [data / f"images/test{i}.png" for i in range(2)]
     succeed("predict", run, *images, "--tiles", "auto", "--output", tmp_path / "out")
@@ -250,7 +249,7 @@ def test_scores_by_tiles_are_those_of_the_predicted_masks(naslora, run, tmp_path
         predicted = np.array(Image.open(tmp_path / "out" / f"{image.stem}_mask.png")) > 0
         truth = np.array(Image.open(data / "masks" / image.name)) > 0
         shares.append((predicted == truth).mean())
-    scores = json.loads(naslora("evaluate", run).out)
+    scores = scores_of(run)
     assert np.mean(shares) == pytest.approx(scores["accuracy"], abs=1e-6)
     assert scores["metrics"] == pytest.approx(metrics["test"]["metrics"], abs=1e-6)
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from adapted_models import state_of
+from conftest import write_data
 from run_configs import run_config
 
 from naslora.adapter.io.storage import trained_state
@@ -30,9 +31,9 @@ RATE, ALPHA_RATE = 1e-3, 3e-4
 
 
 @pytest.fixture(scope="module")
-def data(make_data, tmp_path_factory):
+def data(tmp_path_factory):
     """Of 11 training images 2 go to the architecture: batches of 4, 4, 1 and of 2."""
-    return make_data(tmp_path_factory.mktemp("data") / "binary", train=11, val=3, test=2)
+    return write_data(tmp_path_factory.mktemp("data") / "binary", train=11, val=3, test=2)
 
 
 @pytest.fixture
@@ -176,8 +177,8 @@ def test_a_single_image_cannot_be_held_out():
         epoch_images("hold-out", train=1).of_alpha(0)
 
 
-def test_the_own_split_joins_the_training_images_unless_alpha_takes_it(data, make_data, tmp_path):
-    own = make_data(tmp_path / "own", train=3, arch=2, val=1, test=1)
+def test_the_own_split_joins_the_training_images_unless_alpha_takes_it(data, tmp_path):
+    own = write_data(tmp_path / "own", train=3, arch=2, val=1, test=1)
     config = run_config(root=own)
     for arch_data in (None, "split"):
         chosen = TrainConfig(arch_data=arch_data)

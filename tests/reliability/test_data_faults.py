@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TRAIN
+from conftest import TRAIN, call, refusal, succeed
 from PIL import Image
 
 from naslora.files import read_json
@@ -22,14 +22,13 @@ def empty(mask):
 # ---- What the splits hold ------------------------------------------------------------------------
 
 
-def test_empty_masks_and_copies_of_training_images_have_warnings(naslora, data, tmp_path):
+def test_empty_masks_and_copies_of_training_images_have_warnings(data, tmp_path):
     for split in ("val", "test"):
         for mask in (data / "masks").glob(f"{split}*"):
             empty(mask)
     copied, original = (sorted((data / "images").glob(f"{s}*"))[0] for s in ("test", "train"))
     shutil.copy(original, copied)
-    result = naslora("train", "--data", data, *TRAIN, "--output", tmp_path / "run")
-    assert result.status == 0
+    result = succeed("train", "--data", data, *TRAIN, "--output", tmp_path / "run")
     lines = [
         f"naslora: warning: all 2 masks of the split '{split}' are empty, so it has no Dice; check "
         "the masks and --num-classes\n"
@@ -46,8 +45,8 @@ def test_empty_masks_and_copies_of_training_images_have_warnings(naslora, data, 
         assert scores["dice"] is None and scores["iou"] is None
     assert metrics["test"]["metrics"]["dice"] is None
     assert metrics["test"]["accuracy"] is not None
-    result = naslora("evaluate", tmp_path / "run")
-    assert result.status == 0 and "all 2 masks of the split 'test' are empty" in result.err
+    again = succeed("evaluate", tmp_path / "run").err
+    assert "all 2 masks of the split 'test' are empty" in again
 
 
 def change_image(data, images, masks, rows):
@@ -81,9 +80,9 @@ def reorder(data, images, masks, rows):
 CHANGES = (change_image, change_mask, remove_row, add_row, reorder)
 
 
-def test_data_that_changed_between_starts_is_named(naslora, data, tmp_path):
+def test_data_that_changed_between_starts_is_named(data, tmp_path):
     command = ("train", "--data", data, *TRAIN, "--epochs", 1, "--output", tmp_path / "run")
-    assert naslora(*command).status == 0
+    succeed(*command)
     before = (tmp_path / "run/data.json").read_bytes()
     images, masks = (sorted((data / kind).glob("train*")) for kind in ("images", "masks"))
     whole = shutil.copytree(data, tmp_path / "whole")
@@ -91,9 +90,7 @@ def test_data_that_changed_between_starts_is_named(naslora, data, tmp_path):
         rows = (data / "train.csv").read_text().splitlines()
         what = change(data, images, masks, rows)
         (data / "train.csv").write_text("\n".join(rows) + "\n")
-        result = naslora(*command, "--resume")
-        assert result.status == 2
-        assert result.err.splitlines()[-1] == (
+        assert refusal(*command, "--resume").splitlines()[-1] == (
             f"naslora: error: the data has changed since the run was started: {what}; restore it, "
             "or start a new run with another --output"
         )
@@ -113,43 +110,41 @@ def images(folder, count, size=(20, 16)):
     return folder
 
 
-def test_predict_in_its_input_folder(naslora, run, tmp_path):
+def test_predict_in_its_input_folder(run, tmp_path):
     """Its own masks are no inputs; one drawn by hand is, and is not overwritten."""
     folder = images(tmp_path / "in", 3)
     for options in ((), ("--overwrite",)):
-        result = naslora("predict", run, folder, "--output", folder, *options)
-        assert result.status == 0 and "wrote 3 masks and overlays" in result.out
-    result = naslora("predict", run, folder, "--output", folder)
-    assert result.status == 2 and "6 of the files to write exist, first " in result.err
+        result = succeed("predict", run, folder, "--output", folder, *options)
+        assert "wrote 3 masks and overlays" in result.out
+    refused = refusal("predict", run, folder, "--output", folder)
+    assert "6 of the files to write exist, first " in refused
     assert len(list(folder.iterdir())) == 10  # with manifest.csv
     folder = images(tmp_path / "drawn", 1)
     drawn = folder / "000_mask.png"
     shutil.copy(folder / "000.png", drawn)
     before = drawn.read_bytes()
-    result = naslora("predict", run, folder, "--output", folder)
-    assert result.status == 2 and len(result.err.splitlines()) == 1
-    assert f"{drawn} is an input, and the prediction for {folder / '000.png'}" in result.err
+    refused = refusal("predict", run, folder, "--output", folder)
+    assert len(refused.splitlines()) == 1
+    assert f"{drawn} is an input, and the prediction for {folder / '000.png'}" in refused
     assert drawn.read_bytes() == before and len(list(folder.iterdir())) == 2
 
 
-def test_truncated_images(naslora, run, tmp_path):
+def test_truncated_images(run, tmp_path):
     """They end predict before it writes, unless --skip-errors leaves them out."""
     folder = images(tmp_path / "in", 20)
     for name, length in (("007.png", 200), ("011.png", 0)):
         (folder / name).write_bytes((folder / name).read_bytes()[:length])
     command = ("predict", run, folder, "--output", tmp_path / "out")
-    result = naslora(*command)
-    assert result.status == 2 and not (tmp_path / "out").exists()
-    assert f"image {folder / '007.png'} cannot be read" in result.err.splitlines()[-1]
-    result = naslora(*command, "--skip-errors")
+    line = refusal(*command).splitlines()[-1]
+    assert f"image {folder / '007.png'} cannot be read" in line and not (tmp_path / "out").exists()
+    result = call(*command, "--skip-errors")
     assert result.status == 1 and "wrote 18 masks and overlays" in result.out
     skipped = [line for line in result.err.splitlines() if line.startswith("naslora: skipped: ")]
     assert [name in line for name, line in zip(("007", "011"), skipped, strict=True)] == [True] * 2
     assert len(list((tmp_path / "out").glob("*.png"))) == 36
     for name in ("007.png", "011.png"):
         (folder / name).unlink()
-    result = naslora(*command, "--skip-errors", "--overwrite")
-    assert result.status == 0 and "skipped" not in result.err
+    assert "skipped" not in succeed(*command, "--skip-errors", "--overwrite").err
 
 
 # ---- Memory --------------------------------------------------------------------------------------

@@ -26,13 +26,13 @@ def tmpfs(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_small_file_system(forked, naslora, clean_world, unbroken, tmpfs):
+def test_a_small_file_system(forked, clean_world, unbroken, tmpfs):
     output = tmpfs / "run"
     ended = forked(*train(clean_world, output)).wait()
     assert_ended(ended, *FULL)
     assert "free some space and run the command again, with --resume" in ended.err
     subprocess.run(["mount", "-o", "remount,size=500m", str(tmpfs)], check=True)
-    resume(naslora, clean_world, output, unbroken)
+    resume(clean_world, output, unbroken)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import pytest
+from conftest import refusal, succeed
 
 from naslora.errors import UserError
 from naslora.files import LOCK
@@ -61,24 +62,22 @@ def end(pid):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_output_in_use_is_refused_by_name(naslora, holder, clean_world, tmp_path, command):
+def test_an_output_in_use_is_refused_by_name(holder, clean_world, tmp_path, command):
     output = tmp_path / ("out.onnx" if command == "export" else "out")
     pid = holder(output, folder=command not in ("analyse", "merge", "export"))
     arguments = [
         clean_world / a if (clean_world / str(a)).exists() else a for a in COMMANDS[command]
     ]
-    result = naslora(*arguments, "--output", output)
-    assert result.status == 2
-    line = one_line(result.err)
+    line = one_line(refusal(*arguments, "--output", output))
     assert f"{output} is in use by process {pid} on " in line
     assert not output.exists() or not [path for path in output.iterdir() if path.name != LOCK]
 
 
-def test_a_dead_process_frees_its_output(naslora, holder, clean_world, tmp_path):
+def test_a_dead_process_frees_its_output(holder, clean_world, tmp_path):
     output, lock = tmp_path / "merged", tmp_path / ".merged.naslora.lock"
     end(holder(output, folder=False))
     assert lock.exists()
-    assert naslora("merge", clean_world / "run", "--output", output).status == 0
+    succeed("merge", clean_world / "run", "--output", output)
     assert not lock.exists()
 
 

@@ -11,6 +11,7 @@ import signal
 import time
 
 import pytest
+from conftest import succeed
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
@@ -103,13 +104,12 @@ def assert_same(run, other):
     assert metrics == other_metrics
 
 
-def resume(naslora, world, output, unbroken):
+def resume(world, output, unbroken):
     """The run after an interruption: its files are whole, and it ends as the unbroken one."""
     if output.exists():
         check_files(output)
     more = ("--resume",) if (output / "config.json").exists() else ()
-    result = naslora(*train(world, output), *more)
-    assert result.status == 0, result.err
+    succeed(*train(world, output), *more)
     assert_same(output, unbroken)
     assert not list(output.rglob(".*.partial"))
 
@@ -145,18 +145,16 @@ INTERRUPTIONS = {
         for name, case in INTERRUPTIONS.items()
     ],
 )
-def test_an_interrupted_run_goes_on(
-    forked, naslora, clean_world, unbroken, tmp_path, prepare, status, line
-):
+def test_an_interrupted_run_goes_on(forked, clean_world, unbroken, tmp_path, prepare, status, line):
     """The limits are below the size of one of the run's files."""
     output = tmp_path / "run"
     assert_ended(forked(*train(clean_world, output), prepare=prepare).wait(), status, line)
-    resume(naslora, clean_world, output, unbroken)
+    resume(clean_world, output, unbroken)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_in_every_write_of_a_run(forked, naslora, clean_world, unbroken, tmp_path, name):
+def test_a_fault_in_every_write_of_a_run(forked, clean_world, unbroken, tmp_path, name):
     moment, fault, status, line = FAULTS[name]
     faults = 0
     for write in range(1, 100):
@@ -165,7 +163,7 @@ def test_a_fault_in_every_write_of_a_run(forked, naslora, clean_world, unbroken,
         if ended.status == 0:
             break
         assert_ended(ended, status, line)
-        resume(naslora, clean_world, output, unbroken)
+        resume(clean_world, output, unbroken)
         shutil.rmtree(output)
         faults += 1
     assert faults >= 9
@@ -173,10 +171,10 @@ def test_a_fault_in_every_write_of_a_run(forked, naslora, clean_world, unbroken,
 
 
 @pytest.mark.campaign
-def test_kills_at_random_moments(forked, naslora, clean_world, tmp_path):
+def test_kills_at_random_moments(forked, clean_world, tmp_path):
     """Several kills a run, until it ends."""
     started, epochs = time.monotonic(), ("--epochs", 6)
-    assert naslora(*train(clean_world, tmp_path / "whole"), *epochs).status == 0
+    succeed(*train(clean_world, tmp_path / "whole"), *epochs)
     seconds = time.monotonic() - started
     draw, kills = random.Random(0), 0
     for number in range(10):
@@ -191,8 +189,7 @@ def test_kills_at_random_moments(forked, naslora, clean_world, tmp_path):
             if run.exists():
                 check_files(run)
         resume = ("--resume",) if (run / "config.json").exists() else ()
-        result = naslora(*train(clean_world, run), *epochs, *resume)
-        assert result.status == 0, result.err
+        succeed(*train(clean_world, run), *epochs, *resume)
         assert_same(run, tmp_path / "whole")
         shutil.rmtree(run)
     assert kills
@@ -201,7 +198,7 @@ def test_kills_at_random_moments(forked, naslora, clean_world, tmp_path):
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("command", ["analyse", "merge", "predict", "export", "export2"])
-def test_a_kill_in_every_write_of_other_commands(forked, naslora, clean_world, tmp_path, command):
+def test_a_kill_in_every_write_of_other_commands(forked, clean_world, tmp_path, command):
     output = tmp_path / {"export": "a.onnx", "export2": "a.pt2"}.get(command, "out")
     line = {
         "analyse": ("analyse", clean_world / "run"),
@@ -225,7 +222,7 @@ def test_a_kill_in_every_write_of_other_commands(forked, naslora, clean_world, t
         if command != "predict" and moment != "after":
             assert not output.exists()
     if not output.exists():
-        assert naslora(*line, "--output", output).status == 0
+        succeed(*line, "--output", output)
     assert kills >= 1
     print(f"kills of {command}: {kills}")
 

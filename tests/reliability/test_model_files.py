@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx.parser
 import pytest
 import torch
+from conftest import call, refusal, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -88,14 +89,14 @@ def changed_archive(path: Path, changes, *arguments) -> None:
 
 
 @pytest.mark.parametrize("changes", EVIL_PROGRAMS.values(), ids=EVIL_PROGRAMS)
-def test_programs_run_no_code_unless_they_are_trusted(naslora, world, changes):
+def test_programs_run_no_code_unless_they_are_trusted(world, changes):
     path, mark = world / "a.pt2", world / "ran"
     changed_archive(path, changes, mark)
     arguments = ("predict", path, world / "data/images", "--output", world / "out")
-    result = naslora(*arguments)
-    assert result.status == 2 and f"{path} may hold code" in result.err and "--trust" in result.err
+    line = refusal(*arguments)
+    assert f"{path} may hold code" in line and "--trust" in line
     assert not mark.exists() and not (world / "out").exists()
-    naslora(*arguments, "--trust")
+    call(*arguments, "--trust")
     assert mark.exists(), "the file would have run nothing"
 
 
@@ -146,19 +147,20 @@ FOREIGN_DESCRIPTIONS = [
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_foreign_onnx_models(naslora, world, old, new, held, line):
+def test_foreign_onnx_models(world, old, new, held, line):
     path = world / "model.onnx"
     model = onnx.parser.parse_model(GRAPH.replace(old, new))
     text = held if isinstance(held, str) else json.dumps(OURS | held)
     model.metadata_props.add(key="naslora", value=text)
     onnx.save(model, path)
     before = sorted(world.rglob("*"))
-    result = naslora("predict", path, world / "data/images/test0.png", "--output", world / "out")
+    command = ("predict", path, world / "data/images/test0.png", "--output", world / "out")
     if line is None:
-        assert result.status == 0, result.err
+        succeed(*command)
         return
-    assert result.status == 2 and result.err.count("\n") == 1 and line in result.err, result.err
-    assert str(path) in result.err and sorted(world.rglob("*")) == before
+    found = refusal(*command)
+    assert found.count("\n") == 1 and line in found and str(path) in found, found
+    assert sorted(world.rglob("*")) == before
 
 
 # ---- Random changes ------------------------------------------------------------------------------
