@@ -1,5 +1,7 @@
 """Small adapted models, and helpers for tests of merging."""
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import (
@@ -17,19 +19,17 @@ from naslora.adapter.layer.modules import adapter_layers
 SIZE, DEPTH = 64, 2
 
 
-def build_encoder(depth: int = DEPTH) -> ImageEncoderViT:
+def build_encoder(depth: int = DEPTH, **options) -> ImageEncoderViT:
     """An unmodified segment_anything encoder: 4 x 4 tokens, windowed blocks and a global one."""
     torch.manual_seed(0)
-    return ImageEncoderViT(
-        img_size=SIZE,
-        embed_dim=32,
-        depth=depth,
-        num_heads=2,
-        out_chans=16,
-        use_rel_pos=True,
-        window_size=3,
-        global_attn_indexes=(1,),
-    ).eval()
+    sizes = {"img_size": SIZE, "embed_dim": 32, "num_heads": 2, "out_chans": 16, "window_size": 3}
+    sizes |= {"use_rel_pos": True, "global_attn_indexes": (1,), **options}
+    return ImageEncoderViT(depth=depth, **sizes).eval()
+
+
+def named(**parts: nn.Module) -> nn.Sequential:
+    """Modules one after the other, as children of these names."""
+    return nn.Sequential(OrderedDict(parts))
 
 
 def original_sam(encoder: nn.Module, size: int, **transformer: int) -> Sam:
@@ -74,8 +74,7 @@ def trained_encoder(**options) -> ImageEncoderViT:
 def adapted_layer(dtype=torch.float32, c_in=16, c_out=12, **options) -> nn.Sequential:
     """One layer, as the child of a model whose state dict calls it ``qkv``."""
     torch.manual_seed(1)
-    model = nn.Sequential()
-    model.add_module("qkv", nn.Linear(c_in, c_out).to(dtype))
+    model = named(qkv=nn.Linear(c_in, c_out).to(dtype))
     inject(model, NASLoRAConfig(target="qkv", **options))
     randomize(model)
     return model.eval()

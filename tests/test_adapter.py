@@ -23,8 +23,6 @@ from naslora.adapter.layer.cell import LinearCell, mixture_entropy
 from naslora.adapter.layer.modules import adapter_layers
 from naslora_kernels.operations import SKIP
 
-torch.set_num_threads(1)
-
 WIDTH, DEPTH = 32, 3
 QKV_NAMES = [f"blocks.{i}.attn.qkv" for i in range(DEPTH)]
 

@@ -26,8 +26,6 @@ from naslora import NASLoRAConfig, UserError, inject, merge, unmerge
 from naslora.adapter.merging import calibration
 from naslora.adapter.merging.calibration import FOLDS, PENALTIES, Moments, fit
 
-torch.set_num_threads(1)
-
 
 def ridge(x, y, prior, penalty, bias=True):
     """(G, g) by numpy's lstsq. The penalty is written as further rows with zero targets.

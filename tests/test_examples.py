@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapted_models import build_encoder, original_sam
 from conftest import free_port
 from PIL import Image
-from segment_anything import modeling
+from segment_anything.modeling import Sam
 from torch.multiprocessing import start_processes
 
 import naslora
@@ -102,15 +103,8 @@ def test_an_example_takes_images_from_a_folder(tmp_path):
     assert len(losses(run("plain_loop", *data))) == 2
 
 
-def tiny_sam(size: int) -> modeling.Sam:
-    torch.manual_seed(0)
-    encoder = modeling.ImageEncoderViT(
-        size, 16, embed_dim=32, depth=2, num_heads=2, out_chans=32, use_rel_pos=True, window_size=3
-    )
-    prompts = modeling.PromptEncoder(32, (size // 16,) * 2, (size, size), mask_in_chans=4)
-    transformer = modeling.TwoWayTransformer(1, embedding_dim=32, num_heads=2, mlp_dim=64)
-    decoder = modeling.MaskDecoder(transformer_dim=32, transformer=transformer)
-    return modeling.Sam(encoder, prompts, decoder)
+def tiny_sam(size: int) -> Sam:
+    return original_sam(build_encoder(img_size=size, out_chans=256), size, depth=1, mlp_dim=64)
 
 
 @pytest.mark.parametrize("size", [64, 80])

@@ -12,6 +12,7 @@ from adapted_models import (
     adapted_layer,
     build_encoder,
     images,
+    named,
     relative,
     snapshot,
     tokens,
@@ -24,8 +25,6 @@ from naslora.adapter.layer.cell import LEFT_OUT
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.adapter.merging.merged import restore_merged
 from naslora_kernels import OPERATIONS
-
-torch.set_num_threads(1)
 
 AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
 SKIP = OPERATIONS.index("skip_connect")
@@ -111,8 +110,7 @@ def test_a_declared_grid_survives():
     expected = model(x)
     merge(model)
     assert relative(model(x) - expected, expected) < ROUNDING[torch.float32]
-    reloaded = nn.Sequential()
-    reloaded.add_module("qkv", nn.Linear(16, 12))
+    reloaded = named(qkv=nn.Linear(16, 12))
     restore_merged(reloaded, ["qkv"], model.state_dict())
     reloaded.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_models import original_sam
+from adapted_models import build_encoder, differing, original_sam, state_of
+from conftest import TINY
 from safetensors.torch import load_file, save_file
 from sam_families import pixels
 from segment_anything import sam_model_registry
-from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,30 +29,19 @@ from naslora.sam.segmentation import (
 )
 from naslora.sam.vits import VITS, ViT
 
-torch.set_num_threads(1)
-
 # The weights are not part of the project. The tests that need them are skipped without them.
 MOBILE_SAM = Path(__file__).parents[1].parent / "shared" / "weights" / "mobile_sam.safetensors"
 needs_mobile_sam = pytest.mark.skipif(
     not MOBILE_SAM.is_file(), reason=f"needs MobileSAM's weights as {MOBILE_SAM}"
 )
 
-SMALL = ViT(width=32, depth=2, heads=2, global_blocks=(1,))
+SMALL = ViT(**TINY)
 
 
-def build_sam(size: int, vit: ViT = SMALL) -> nn.Module:
+def build_sam(size: int, width: int = SMALL.width) -> nn.Module:
     """Builds segment_anything's own model with a small encoder."""
-    torch.manual_seed(0)
-    encoder = ImageEncoderViT(
-        img_size=size,
-        embed_dim=vit.width,
-        depth=vit.depth,
-        num_heads=vit.heads,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=14,
-        global_attn_indexes=vit.global_blocks,
-    )
+    sizes = {"img_size": size, "embed_dim": width, "out_chans": 256, "window_size": 14}
+    encoder = build_encoder(**sizes, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     for name, parameter in encoder.named_parameters():
         if "pos" in name:  # zero without a checkpoint
             nn.init.normal_(parameter, std=0.3)
@@ -172,10 +161,6 @@ def as_torch(value) -> bytes:
     return buffer.getvalue()
 
 
-def of_vit(**changes):
-    return lambda state: as_torch(build_sam(64, SMALL._replace(**changes)).state_dict())
-
-
 PLAIN = "is not a plain state dict of tensors"
 DAMAGED = "is truncated or is not a PyTorch state dict"
 OTHER_MODEL = "does not fit model vit_b .*--model that the checkpoint was made for"
@@ -187,7 +172,7 @@ BAD = {
         lambda state: as_torch({"layer1.weight": torch.zeros(2, 2)}),
         "holds no SAM checkpoint: it has no image_encoder",
     ),
-    "wider": (of_vit(width=48), OTHER_MODEL),
+    "wider": (lambda state: as_torch(build_sam(64, width=48).state_dict()), OTHER_MODEL),
     "MobileSAM": (
         lambda state: as_torch(build_model("mobile_sam", 64).state_dict()),
         r"is MobileSAM \(mobile_sam\), and --model says vit_b",
@@ -200,11 +185,11 @@ def test_bad_checkpoints_are_refused_in_one_line(original, tmp_path, make, messa
     path = tmp_path / "bad.pth"
     path.write_bytes(make(original.state_dict()))
     model = build_model("vit_b", 64)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = state_of(model)
     with pytest.raises(UserError, match=rf"bad\.pth.* {message}") as error:
         load_sam_checkpoint(model, path, "vit_b")
     assert "\n" not in str(error.value)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not differing(model.state_dict(), before)
 
 
 # ---------------------------------------------------------------- MobileSAM's weights

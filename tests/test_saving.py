@@ -43,8 +43,6 @@ from naslora.adapter.layer.modules import adapter_layers
 from naslora.files import write_text
 from naslora.integrations.hub import from_pretrained
 
-torch.set_num_threads(1)
-
 
 def assert_same(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     assert not differing(model.state_dict(), before)

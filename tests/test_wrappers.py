@@ -35,8 +35,6 @@ from naslora import (
 from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
 from naslora.adapter.io.wrappers import unwrap
 
-torch.set_num_threads(1)
-
 
 def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="eager")
