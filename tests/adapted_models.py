@@ -1,6 +1,7 @@
 """Small adapted models, and helpers for tests of merging."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,14 @@ def original_sam(encoder: nn.Module, size: int, **transformer: int) -> Sam:
     return Sam(encoder, prompts, decoder).eval()
 
 
+@torch.no_grad()
+def stir(parameters: Iterable[torch.Tensor], by: float, seed: int = 1) -> None:
+    """Adds normal noise of this deviation: what starts at zero or alike does not stay so."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
 def randomize(module: nn.Module, seed: int = 3) -> None:
     """Moves all parameters and statistics of the adapters away from their start."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,9 +74,7 @@ def trained_encoder(**options) -> ImageEncoderViT:
     """An adapted encoder of which the neck is trained as well."""
     model = adapted_encoder(**options)
     model.neck.requires_grad_(True)
-    with torch.no_grad():
-        for parameter in model.neck.parameters():
-            parameter.add_(0.1)
+    stir(model.neck.parameters(), 0.1)
     return model
 
 

@@ -10,13 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import (
-    adapted_encoder,
-    build_encoder,
-    images,
-    randomize,
-    relative,
-)
+from adapted_models import adapted_encoder, build_encoder, images, randomize, relative, stir
 from conftest import SHORT, succeed
 from hugging_face import batch_loss, batch_of, build_sam, build_sam2
 from sam_families import PLAIN
@@ -56,12 +50,9 @@ from naslora.trained import load_model, merge_run
 BLOCKS = ["blocks.0.attn", "blocks.1.attn"]  # a windowed and a global one
 
 
-def stirred(model: nn.Module, by: float = 0.3) -> nn.Module:
+def stirred(model: nn.Module) -> nn.Module:
     """Moves every parameter: a fresh SAM's relative positions and biases are zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+    stir(model.parameters(), 0.3)
     return model
 
 

@@ -12,6 +12,7 @@ from adapted_models import (
     randomize,
     relative,
     smooth_images,
+    stir,
     tokens,
 )
 from conftest import refusal
@@ -45,9 +46,7 @@ def segmenter(
     model = build_model(name, size, num_classes, checkpoint).eval()
     inject(model, NASLoRAConfig())
     randomize(model)
-    with torch.no_grad():
-        for parameter in model.mask_decoder.parameters():
-            parameter.add_(0.01)
+    stir(model.mask_decoder.parameters(), 0.01)
     merge(model, mode, calibration)
     return model
 

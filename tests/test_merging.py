@@ -15,6 +15,7 @@ from adapted_models import (
     named,
     relative,
     snapshot,
+    stir,
     tokens,
 )
 from torch import nn
@@ -297,9 +298,7 @@ def test_a_deep_copy_can_be_unmerged(mode):
     unmerge(model)
     assert dict(adapter_layers(model)) == layers
     for twin in twins:
-        with torch.no_grad():
-            for parameter in model.parameters():  # the original trains on
-                parameter.add_(1.0)
+        stir(model.parameters(), 1.0)  # the original trains on
         unmerge(twin)
         assert all(torch.equal(before[n], v) for n, v in adapters(twin).items())
         assert not {*twin.parameters()} & {*model.parameters()}

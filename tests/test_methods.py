@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_models import differing, state_of
+from adapted_models import differing, state_of, stir
 from conftest import SHORT, scores_of, succeed, write_data
 from torch import nn
 
@@ -75,19 +75,11 @@ def make():
     def build(method, encoder="vit_t", lively=False, config=DEFAULT, seed=0):
         model = untouched(encoder)
         apply(method, model, configure(method, config), seed)
-        if lively:
-            enliven(model)
+        if lively:  # no gradient is zero by design
+            stir(trainable_parameters(model), 0.02)
         return model
 
     return build
-
-
-def enliven(model):
-    """Moves every trained parameter of the encoder, so that no gradient is zero by design."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
 
 
 def images(count=2, seed=0):
@@ -421,10 +413,8 @@ def conv_lora_layer():
         base = nn.Linear(6, 10).to(dtype).requires_grad_(False)
         config, balance = conv_lora.ConvLoRAConfig(), conv_lora.Balance()
         layer = conv_lora.ConvLoRALinear(base, config, balance, layer_generator(0, "qkv"))
+        stir((p for name, p in layer.named_parameters() if not name.startswith("base")), 0.5)
         with torch.no_grad():
-            for name, parameter in layer.named_parameters():
-                if not name.startswith("base"):
-                    parameter += 0.5 * torch.randn_like(parameter)
             layer.gate.mul_(3)
         return layer
 
@@ -521,9 +511,8 @@ def test_vpt_attends_to_prompts_and_window(make, index):
 def test_mona_computes_its_equation():
     torch.manual_seed(0)
     layer, x = mona.Mona(8, width=64), torch.randn(2, 5, 9, 8)
+    stir(layer.parameters(), 0.1)
     with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
         mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
         normal = (x - mean) / (variance + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
         z = layer.down(normal * layer.norm_scale + x * layer.scale).permute(0, 3, 1, 2)

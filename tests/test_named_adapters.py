@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from adapted_models import adapted_encoder, build_encoder, images, randomize
+from adapted_models import adapted_encoder, build_encoder, images, randomize, stir
 from hugging_face import build_sam
 from torch import nn
 
@@ -154,9 +154,7 @@ def test_bitfit_trains_the_vision_encoder_alone(tmp_path):
     assert len(trainable_parameters(model)) == sum(
         name.startswith("vision_encoder.") and name.endswith(".bias") for name in before
     )
-    with torch.no_grad():
-        for parameter in trainable_parameters(model):
-            parameter.add_(1.0)
+    stir(trainable_parameters(model), 1.0)
     model.mask_decoder.requires_grad_(False)
     save_adapter(model, tmp_path)
     load_adapter(fresh, tmp_path)

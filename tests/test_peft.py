@@ -11,7 +11,7 @@ from torch import nn
 import naslora
 from naslora import NASLoRAConfig, NASLoRALinear, UserError, inject, merge
 from naslora.peft import NasLoraConfig, get_peft_model
-from tests.adapted_models import adapted_encoder, build_encoder, images, named
+from tests.adapted_models import adapted_encoder, build_encoder, images, named, stir
 from tests.hugging_face import build_sam, logits
 
 
@@ -21,11 +21,7 @@ def wrapped(host: nn.Module | None = None, **options) -> PeftModel:
 
 
 def moved(model: PeftModel) -> PeftModel:
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.add_(noise, alpha=0.1)
+    stir((parameter for parameter in model.parameters() if parameter.requires_grad), 0.1)
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from adapted_models import (
     images,
     randomize,
     state_of,
+    stir,
     trained_encoder,
 )
 from hugging_face import BUILDERS, logits, trained
@@ -303,9 +304,7 @@ def test_the_base_state_dict_is_the_original_one():
 
 def test_original_checkpoints_load_after_inject():
     original = build_encoder()
-    with torch.no_grad():
-        for parameter in original.parameters():
-            parameter.add_(0.1)
+    stir(original.parameters(), 0.1)
     state = original.state_dict()
     expected = adapted_encoder()
     expected_keys = expected.load_state_dict(
