@@ -11,7 +11,6 @@ from run_configs import run_config
 from segment_anything.modeling.image_encoder import Attention
 
 from naslora.errors import UserError
-from naslora.sam import vits as sam
 from naslora.study.encoder_statistics import (
     attention_distances,
     block_statistics,
@@ -72,10 +71,9 @@ def test_a_checkerboard_on_a_grey_has_the_amplitudes_it_was_made_of():
 # --- encoders
 
 
-def test_every_block_of_a_vit_in_pixels(monkeypatch):
+def test_every_block_of_a_vit_in_pixels(tiny_sam):
     # A grid of 16 tokens in windows of 14: four windows, padded to 28 x 28. Queries without
     # preference are as far from all cells of a window as the grid is; those of the padding are out.
-    monkeypatch.setitem(sam.VITS, "vit_t", sam.ViT(width=32, depth=2, heads=2, global_blocks=(1,)))
     encoder = build_adapted_model(run_config(name="vit_t", image_size=256)).image_encoder.eval()
     for block in encoder.blocks:
         torch.nn.init.zeros_(block.attn.qkv.base.weight)
@@ -95,9 +93,8 @@ def test_every_block_of_a_vit_in_pixels(monkeypatch):
 
 
 def test_every_block_of_mobile_sam():
-    encoder = build_adapted_model(
-        run_config(name="mobile_sam", image_size=128, checkpoint="none")
-    ).image_encoder
+    config = run_config(name="mobile_sam", image_size=128, checkpoint="none")
+    encoder = build_adapted_model(config).image_encoder
     found = block_statistics(encoder.eval(), [torch.rand(1, 3, 128, 128)], 128)
     assert [block.window for block in found] == [7] * 2 + [14] * 6 + [7] * 2
     # The first stage with attention has tokens of 8 pixels, the others of 16; no token can look

@@ -45,7 +45,6 @@ LEVELS = {
         {"benchmark"},
         {"exits", "arguments"},
         {"annotate"},
-        {"annotate"},
         {"cli"},
         {"__init__", "__main__"},
     ),
