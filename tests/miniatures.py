@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import tifffile
 from PIL import Image
 
 from naslora.data.contents import read_contents
@@ -25,9 +27,22 @@ def picture(path: Path, seed: int = 0, **options) -> None:
     save(path, (180 * DISC[..., None] + noise).astype(np.uint8), **options)
 
 
-def save(path: Path, pixels: np.ndarray, **options) -> None:
+def save(path: Path, pixels: npt.ArrayLike, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(path, **options)
+    return path
+
+
+def as_tiff(data: Path, folder: Path, change: Callable, **options) -> Path:
+    """A CSV data set as TIFF files of what ``change`` makes of its images, (H, W, 3) float32."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").symlink_to(data / "masks")
+    for path in sorted((data / "images").iterdir()):
+        values = change(np.asarray(Image.open(path), np.float32)).astype(np.float32)
+        tifffile.imwrite(folder / f"images/{path.stem}.tif", values, **options)
+    for path in data.glob("*.csv"):
+        (folder / path.name).write_text(path.read_text().replace(".png,", ".tif,"))
+    return folder
 
 
 def isic2017(root: Path) -> None:
@@ -125,10 +140,8 @@ def roads(root: Path) -> None:
 
 
 def trans10k_v1(root: Path) -> None:
-    for part, count in (
-        ("train", 3),
-        *((f"{s}/{g}", 1) for s in ("validation", "test") for g in ("easy", "hard")),
-    ):
+    parts = [f"{split}/{group}" for split in ("validation", "test") for group in ("easy", "hard")]
+    for part, count in {"train": 3, **dict.fromkeys(parts, 1)}.items():
         for i in range(count):
             picture(root / part / f"images/{i}.jpg", i)
             save(root / part / f"masks/{i}_mask.png", V1_COLOURS[CLASSES])

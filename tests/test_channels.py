@@ -8,6 +8,7 @@ import pytest
 import tifffile
 import torch
 from conftest import SHORT, SIZE, TRAIN, error_of, refusal, scores_of, succeed
+from miniatures import as_tiff
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
@@ -133,17 +134,12 @@ def test_equal_channels_give_what_greys_gave(tiny_sam, name, channels):
 
 def with_channels(data, folder, count):
     """The images of ``data`` as float TIFF files of ``count`` bands, some of them noise."""
-    (folder / "images").mkdir(parents=True)
-    (folder / "masks").symlink_to(data / "masks")
-    for path in sorted((data / "images").iterdir()):
-        grey = np.asarray(Image.open(path))[..., 0].astype(np.float32)
-        bands = np.stack(
-            [grey * (k % 2) + rng.normal(size=grey.shape) for k in range(1, count + 1)]
-        )
-        tifffile.imwrite(folder / f"images/{path.stem}.tif", bands.astype(np.float32), **BANDS)
-    for path in data.glob("*.csv"):
-        (folder / path.name).write_text(path.read_text().replace(".png,", ".tif,"))
-    return folder
+
+    def bands(pixels):
+        places = [pixels[..., 0] * (k % 2) for k in range(1, count + 1)]
+        return np.stack([grey + rng.normal(size=grey.shape) for grey in places])
+
+    return as_tiff(data, folder, bands, **BANDS)
 
 
 @pytest.mark.parametrize("extra", [(), ("--tiles", "auto")])
@@ -213,12 +209,9 @@ def test_a_run_on_channels(tiny_sam, clean_data, tmp_path, count, options):
 
 def test_several_files_are_predicted_from_a_csv(tiny_sam, clean_data, tmp_path):
     for split in ("train", "val", "test"):
-        rows = (clean_data / f"{split}.csv").read_text().split()[1:]
-        lines = [
-            f"{row.split(',')[0]},{row}".replace("images", f"{clean_data}/images") for row in rows
-        ]
-        text = "\n".join(["image,image2,label", *lines]).replace("masks", f"{clean_data}/masks")
-        (tmp_path / f"{split}.csv").write_text(text)
+        rows = [line.split(",") for line in (clean_data / f"{split}.csv").read_text().split()[1:]]
+        lines = [f"{clean_data}/{i},{clean_data}/{i},{clean_data}/{m}" for i, m in rows]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["image,image2,label", *lines]))
     arguments = ("--data", tmp_path, *SHORT, "--channels", 6, "--output", tmp_path / "run")
     succeed("train", *arguments, "--cache", tmp_path / "cache")
     succeed("predict", tmp_path / "run", tmp_path / "test.csv", "--output", tmp_path / "out")
