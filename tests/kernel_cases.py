@@ -94,32 +94,22 @@ ALL_TARGETS = [
 MOST_SIMULATED = int(os.environ.get("NASLORA_MOST_SIMULATED", "1300"))  # numbers in a map
 
 
-def targets_and(cases, size, targets=None):
-    """(target, case) pairs; simulated targets get the cases of at most MOST_SIMULATED numbers."""
-    pairs = []
-    for target in targets or TARGETS:
-        limit = MOST_SIMULATED if target.values[0].simulated else math.inf
-        fitting = [case for case in cases if size(case) <= limit]
-        pairs += [
-            pytest.param(target.values[0], case, marks=target.marks, id=f"{target.id}-{case}")
-            for case in fitting
-        ]
-    return pairs
-
-
-def few_costly(targets, cases, fast):
+def few_costly(targets, cases, fast=lambda *case: True, size=lambda *case: 0):
     """``targets`` with each of ``cases``, which are tuples of further values.
 
-    Where a case costs seconds, it is a fast test only if ``fast`` returns True for the values
-    behind the target. The other cases are part of the campaign.
+    Where a case costs seconds, it is a fast test only if ``fast`` returns True for it. The other
+    cases are part of the campaign. Simulated targets get the cases of at most MOST_SIMULATED
+    numbers in ``size``, and backends without attention none that has the word in its name.
     """
     parameters = []
     for target, case in itertools.product(targets, cases):
-        values = (*target.values, *case)
-        slow = values[0].costs_a_case and not fast(*values[1:])
-        marks = [*target.marks, *([pytest.mark.campaign] if slow else [])]
-        name = "-".join([target.id, *(getattr(part, "__name__", str(part)) for part in case)])
-        parameters.append(pytest.param(*values, marks=marks, id=name))
+        (backend,), names = target.values, (getattr(part, "__name__", str(part)) for part in case)
+        name = "-".join([target.id, *names])
+        absent = "attention" in name and not serves_attention(backend)
+        if not absent and not (backend.simulated and size(*case) > MOST_SIMULATED):
+            slow = backend.costs_a_case and not fast(*case)
+            marks = [*target.marks, *([pytest.mark.campaign] if slow else [])]
+            parameters.append(pytest.param(backend, *case, marks=marks, id=name))
     return parameters
 
 

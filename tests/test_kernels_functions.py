@@ -21,7 +21,6 @@ from kernel_cases import (
     few_costly,
     layer_case,
     only_cpp,
-    serves_attention,
     without_max_pool,
 )
 
@@ -34,12 +33,7 @@ FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "100"))
 def every_kind(names=(), cases=lambda kind: [()], fast=lambda *case: True):
     """Targets, kinds of calls and further values, which depend on the kind: see ``few_costly``."""
     pairs = [(kind, *case) for kind in KINDS for case in cases(kind)]
-    found = [
-        parameter
-        for parameter in few_costly(TARGETS, pairs, fast)
-        if parameter.values[1] != "attention" or serves_attention(parameter.values[0])
-    ]
-    return pytest.mark.parametrize(("target", "kind", *names), found)
+    return pytest.mark.parametrize(("target", "kind", *names), few_costly(TARGETS, pairs, fast))
 
 
 @functools.cache
@@ -141,11 +135,8 @@ FAR = {
 }
 
 
-@pytest.mark.parametrize("kind", FAR)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "kind"), few_costly(TARGETS, [(kind,) for kind in FAR]))
 def test_offsets_beyond_32_bits(target, kind):
-    if kind == "attention" and not serves_attention(target):
-        pytest.skip("this backend has no attention")
     # The memory between the two maps is reserved, but never touched.
     torch.utils.deterministic.fill_uninitialized_memory = False
     make, name = FAR[kind]

@@ -1,5 +1,6 @@
 """The adapter layer of every backend against the reference."""
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,6 @@ from kernel_cases import (
     assert_as_good_as_reference,
     few_costly,
     layer_case,
-    targets_and,
     without_max_pool,
 )
 
@@ -43,7 +43,7 @@ QUICK = [
 ]
 
 
-def largest_map(shape):
+def largest_map(shape, _):
     """Numbers in the rank-r map, and a twentieth of those in x, which is only passed over."""
     grid, c_in, _, rank, _ = shape
     return math.prod(grid) * max(rank, c_in // 20)
@@ -52,9 +52,10 @@ def largest_map(shape):
 @pytest.mark.parametrize(
     ("target", "shape", "dtype"),
     few_costly(
-        targets_and(SHAPES, largest_map, ALL_TARGETS),
-        [(dtype,) for dtype in DTYPES],
+        ALL_TARGETS,
+        itertools.product(SHAPES, DTYPES),
         lambda shape, dtype: (shape, dtype) in QUICK,
+        largest_map,
     ),
 )
 def test_matches_reference(target, shape, dtype):
