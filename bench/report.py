@@ -6,7 +6,6 @@ over rounds of two candidates' seconds in the same round. The exit status is 1 i
 was not measured, or if a target of the kernels is missed.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import tyro
 
 from bench import attention
 from bench.kinds import KINDS
@@ -133,11 +134,12 @@ CLAIMS = {
 }
 
 
-def main() -> int:
-    """Prints the tables and the claims; returns 1 if a claim fails or was not measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path)
-    files = parser.parse_args().files
+def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> int:
+    """Prints the tables and the claims; returns 1 if a claim fails or was not measured.
+
+    Args:
+        files: what pytest-benchmark wrote.
+    """
     entries = [entry for path in files for entry in json.loads(path.read_text())["benchmarks"]]
     print(about(entries))
     measured = by_setting(entries)
@@ -322,4 +324,4 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main))
