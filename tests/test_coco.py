@@ -53,24 +53,16 @@ CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]  # classes: do
 
 
 def annotation(number, image, category, segmentation):
-    return {
-        "id": number,
-        "image_id": image,
-        "category_id": category,
-        "segmentation": segmentation,
-        "bbox": [0, 0, 1, 1],
-        "iscrowd": 0,
-    }
+    own = {"id": number, "image_id": image, "category_id": category, "segmentation": segmentation}
+    return {**own, "bbox": [0, 0, 1, 1], "iscrowd": 0}
 
 
 def annotations(split: str) -> dict:
     """Two images: a dog, and a cat that overlaps it; and nothing."""
+    size = {"height": HEIGHT, "width": WIDTH}
     return {
         "info": {"year": 2026},
-        "images": [
-            {"id": 1, "file_name": f"{split}1.png", "height": HEIGHT, "width": WIDTH},
-            {"id": 2, "file_name": f"{split}2.png", "height": HEIGHT, "width": WIDTH},
-        ],
+        "images": [{"id": i, "file_name": f"{split}{i}.png", **size} for i in (1, 2)],
         "annotations": [
             annotation(11, 1, 3, [SQUARE]),
             annotation(12, 1, 7, runs([8 * HEIGHT, 3 * HEIGHT, 9 * HEIGHT])),  # columns 8 to 10
@@ -161,9 +153,8 @@ def test_missing_and_ambiguous_files(tmp_path):
         load_splits("coco", root, ["bird"])
     (root / "val").mkdir()
     (root / "val/_annotations.coco.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"expected one annotation file of val .* found val.json, val/_annotations"
-    ):
+    lines = r"expected one annotation file of val .* found val.json, val/_annotations"
+    with pytest.raises(UserError, match=lines):
         load_splits("coco", root)
     (root / "val/_annotations.coco.json").unlink()
     (root / "val.json").unlink()

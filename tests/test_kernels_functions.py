@@ -118,14 +118,13 @@ def test_gradcheck(target, kind):
     case = KINDS[kind]((1, 2, 3)).on(target.device)
     function = getattr(naslora_kernels, case.function)
     leaves = {name: value.requires_grad_() for name, value in case.arguments.items()}
-    assert torch.autograd.gradcheck(
-        lambda *values: function(
-            **dict(zip(leaves, values, strict=True)), **case.options, backend=target.backend
-        ),
-        list(leaves.values()),
-        # One random direction instead of every element: a simulated call takes 0.1 s.
-        fast_mode=target.simulated,
-    )
+
+    def call(*values):
+        arguments = dict(zip(leaves, values, strict=True))
+        return function(**arguments, **case.options, backend=target.backend)
+
+    # One random direction instead of every element: a simulated call takes 0.1 s.
+    assert torch.autograd.gradcheck(call, list(leaves.values()), fast_mode=target.simulated)
 
 
 # A case, and the argument whose maps are far from each other.

@@ -202,9 +202,8 @@ def test_report_on_calibration_batches():
         assert error.update_error == pytest.approx((sums[0] / sums[1]) ** 0.5, rel=1e-4)
         assert error.output_error == pytest.approx((sums[0] / sums[2]) ** 0.5, rel=1e-4)
     assert report.max_update_error == max(e.update_error for e in report.layers)
-    assert report.mean_update_error == pytest.approx(
-        np.mean([e.update_error for e in report.layers])
-    )
+    mean = np.mean([error.update_error for error in report.layers])
+    assert report.mean_update_error == pytest.approx(mean)
     assert asdict(report)["layers"][0]["name"] == report.layers[0].name
     assert "8 layers" in str(report) and "'center'" in str(report)
 
@@ -405,16 +404,10 @@ def test_forward_feeds_the_batches_of_any_host(mode):
     batches = [images(seed) for seed in range(4)]
     plain = adapted_encoder()
     expected = merge(plain, mode, batches)
-    host = Host()
-    report = merge(
-        host,
-        mode,
-        [{"pixels": batch, "size": batch.shape[-1]} for batch in batches],
-        forward=lambda model, batch: model(**batch),
-    )
-    assert [
-        replace(error, name=error.name.removeprefix("encoder.")) for error in report.layers
-    ] == (expected.layers)
+    host, given = Host(), [{"pixels": batch, "size": batch.shape[-1]} for batch in batches]
+    report = merge(host, mode, given, forward=lambda model, batch: model(**batch))
+    found = [replace(error, name=error.name.removeprefix("encoder.")) for error in report.layers]
+    assert found == expected.layers
     for name, value in plain.state_dict().items():
         assert torch.equal(host.state_dict()[f"encoder.{name}"], value)
 

@@ -111,9 +111,8 @@ def test_embedding_equals_segment_anything(original, checkpoints, file):
     model = build_model("vit_b", 64, checkpoint=checkpoints / file).eval()
     images = pixels(64)
     with torch.no_grad():
-        expected = original.image_encoder(
-            torch.stack([original.preprocess(255 * i) for i in images])
-        )
+        normalised = torch.stack([original.preprocess(255 * image) for image in images])
+        expected = original.image_encoder(normalised)
         actual = model.image_encoder((images - model.pixel_mean) / model.pixel_std)
     # float32 rounding: the images are normalised on a scale of 1 here, and of 255 in SAM.
     assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -138,9 +137,8 @@ def test_another_image_size_resizes_the_positions(original, checkpoints, size):
     """4 x 4 tokens in the file, 2 x 2 or 6 x 6 in the model."""
     model = build_model("vit_b", size, checkpoint=checkpoints / "sam.pth").eval()
     grid, stored = size // 16, original.image_encoder
-    bicubic = F.interpolate(
-        stored.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False
-    )
+    maps = stored.pos_embed.permute(0, 3, 1, 2)
+    bicubic = F.interpolate(maps, (grid, grid), mode="bicubic", align_corners=False)
     assert_close(model.image_encoder.pos_embed, bicubic.permute(0, 2, 3, 1))
     # Linear interpolation of the 7 relative positions at the centres of pixels, in NumPy.
     count = 2 * grid - 1
