@@ -28,9 +28,7 @@ def run_fresh(program: str, **environment: str | None) -> Result:
     """Runs a program in a process of its own; None removes a variable of the environment."""
     changed = {**os.environ, **environment}
     kept = {name: value for name, value in changed.items() if value is not None}
-    forks = multiprocessing.get_context(
-        "forkserver"
-    )  # of a process that has torch and nothing else
+    forks = multiprocessing.get_context("forkserver")  # of a process that has torch alone
     forks.set_forkserver_preload(["torch"])
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("out", "err")]

@@ -164,8 +164,7 @@ def outcome(attention: nn.Module, dtype, training: bool) -> dict[str, torch.Tens
     attention.to(dtype).train(training)
     x = tokens_for(attention, dtype).requires_grad_()
     torch.manual_seed(0)  # of dropout
-    output = attention(x)
-    output = first(output)
+    output = first(attention(x))
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     (output * weight).sum().backward()
     gradients = {name: p.grad for name, p in attention.named_parameters() if p.grad is not None}
@@ -251,7 +250,8 @@ def test_whole_models(build, loss, count):
         value = loss(model)
         value.backward()
         values.append(value.detach())
-        gradients.append(gradients_of(model))
+        found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found))
     torch.testing.assert_close(*values, rtol=1e-5, atol=0)
     assert relative(gradients[1] - gradients[0], gradients[0]) < 1e-5
 
@@ -283,11 +283,6 @@ def test_names_children_and_state_stay():
     assert fuse_attention(model.blocks[1]) == ["attn"] and fuse_attention(model) == BLOCKS
     assert unfuse_attention(model.blocks[0]) == ["attn"]
     assert [isinstance(block.attn, FusedAttention) for block in model.blocks] == [False, True]
-
-
-def gradients_of(model: nn.Module) -> torch.Tensor:
-    """All gradients in one vector. Parameters without one are left out."""
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 # ---- Windows -------------------------------------------------------------------------------------
@@ -389,16 +384,11 @@ def test_hugging_faces_padding_is_not_projected():
 
 def test_a_watched_layer_sees_whole_windows():
     model, shapes = fused(adapted_encoder()), []
-    expected = model(images())
-    hook = model.blocks[0].attn.qkv.register_forward_pre_hook(
-        lambda _, arguments: shapes.append(arguments[0].shape)
-    )
-    torch.testing.assert_close(model(images()), expected)
-    hook.remove()
-    model.blocks[0].attn.register_forward_pre_hook(
-        lambda _, arguments: shapes.append(arguments[0].shape)
-    )
-    torch.testing.assert_close(model(images()), expected)
+    expected, attention = model(images()), model.blocks[0].attn
+    for watched in (attention.qkv, attention):
+        hook = watched.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
+        torch.testing.assert_close(model(images()), expected)
+        hook.remove()
     assert {shape[1:] for shape in shapes} == {(3, 3, 32)} and len(shapes) == 2
 
 
@@ -544,9 +534,8 @@ def test_unknown_attention_stays_and_is_named(build):
     with pytest.warns(UserWarning) as caught:
         assert fuse_attention(model) == ["0"]
     assert len(caught) == 1 and caught[0].filename == __file__
-    assert str(caught[0].message) == (
-        f"attention that is not known stays as it is: 1 ({kind.__name__})"
-    )
+    line = f"attention that is not known stays as it is: 1 ({kind.__name__})"
+    assert str(caught[0].message) == line
     assert type(unknown) is kind and torch.equal(unknown(tokens_for(unknown)), expected)
     with pytest.raises(UserError, match=rf"it has 0 \({kind.__name__}\)$"):
         fuse_attention(nn.Sequential(unknown))

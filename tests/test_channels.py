@@ -1,7 +1,6 @@
 """Images of other channels than RGB: files, windows, the widened stem, and runs."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Sample, open_picture
 from naslora.data.layouts import read_csv
 from naslora.data.picture import Intensity
+from naslora.files import read_json
 from naslora.sam.encoders import set_channels, stem
 from naslora.sam.families import FAMILIES
 from naslora.sam.runtimes import load_class_map
@@ -80,9 +80,8 @@ def test_several_files_of_one_image(tmp_path):
     tifffile.imwrite(tmp_path / "stack.tif", np.moveaxis(rgb, 2, 0)[:2], photometric="minisblack")
     Image.fromarray(deep).save(tmp_path / "deep.png")
     Image.fromarray(rgb[:5]).save(tmp_path / "small.png")
-    (tmp_path / "train.csv").write_text(
-        "image,image2,image3,label\nrgb.png,grey.png,stack.tif,grey.png\n"
-    )
+    rows = "image,image2,image3,label\nrgb.png,grey.png,stack.tif,grey.png\n"
+    (tmp_path / "train.csv").write_text(rows)
     (sample,) = read_csv(tmp_path)["train"]
     expected = np.concatenate([rgb, rgb[..., :1], rgb[..., :2]], axis=2)
     assert np.array_equal(open_picture(sample, channels=6).rows(), expected)
@@ -148,11 +147,8 @@ def test_three_channels_are_the_ordinary_run(tiny_sam, clean_data, tmp_path, ext
     colours = ("0.485", "0.456", "0.406"), ("0.229", "0.224", "0.225")
     stated = ("--channel-mean", *colours[0], "--channel-std", *colours[1])
     crop = ("--crop", SIZE) if extra else ()
-    for name, options in {
-        "plain": (),
-        "three": ("--channels", 3),
-        "named": ("--channels", "red", "green", "blue", *stated),
-    }.items():
+    named = ("--channels", "red", "green", "blue", *stated)
+    for name, options in {"plain": (), "three": ("--channels", 3), "named": named}.items():
         arguments = ("train", "--data", clean_data, *SHORT, *crop, *options)
         succeed(*arguments, "--output", tmp_path / name)
         image = clean_data / "images/test0.png"
@@ -161,10 +157,8 @@ def test_three_channels_are_the_ordinary_run(tiny_sam, clean_data, tmp_path, ext
     for file in ("{}/adapter/adapter_model.safetensors", "of {}/test0_mask.png"):
         contents = {(tmp_path / file.format(name)).read_bytes() for name in ("plain", "three")}
         assert len(contents) == 1, file
-    scores = [
-        json.loads((tmp_path / name / "metrics.json").read_text())["test"]
-        for name in ("plain", "three", "named")
-    ]
+    names = ("plain", "three", "named")
+    scores = [read_json(tmp_path / name / "metrics.json")["test"] for name in names]
     assert scores[0] == scores[1]
     # float32 of 123.675 / 255
     assert scores[2]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-4)
@@ -179,7 +173,7 @@ def test_a_run_on_channels(tiny_sam, clean_data, tmp_path, count, options):
     window = ("--intensity", "window", -3, 255)
     arguments = ("train", "--data", data, *TRAIN, "--channels", count, *shown, *window, *options)
     succeed(*arguments, "--output", run)
-    config = json.loads((run / "config.json").read_text())["data"]
+    config = read_json(run / "config.json")["data"]
     assert len(config["channels"]) == len(config["channel_mean"]) == count
     noise = 255 / 258  # of a band of noise around 0 in the window
     assert config["channel_mean"][1] == pytest.approx(1 - noise, abs=0.002)

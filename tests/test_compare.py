@@ -47,10 +47,8 @@ def runs_are_forks():
 @pytest.fixture(scope="module")
 def arguments(clean_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("comparisons") / "all"
-    return output, [
-        *("compare", "--methods", *METHOD_NAMES, "--seeds", 3, 4),
-        *("--data", clean_data, *TRAIN, "--output", output),
-    ]
+    options = ("--seeds", 3, 4, "--data", clean_data, *TRAIN, "--output", output)
+    return output, ["compare", "--methods", *METHOD_NAMES, *options]
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +130,11 @@ def test_tables_of_a_comparison(finished):
     assert difference["title"] == "NAS-PC-LoRA"
     assert float(difference["mean"]) == pytest.approx(statistics.mean(gains), abs=1e-12)
     assert not re.search(r"https?:|<script|<link", report)
-    images = {
-        name: {seed: image_dice(output / f"runs/{name}/{seed}") for seed in (3, 4)}
-        for name in ("lora", "nas-pc-lora")
-    }
-    expected = over_images(images["nas-pc-lora"], images["lora"], 0.005)
+    own, other = (
+        {seed: image_dice(output / f"runs/{name}/{seed}") for seed in (3, 4)}
+        for name in ("nas-pc-lora", "lora")
+    )
+    expected = over_images(own, other, 0.005)
     for name in ("low", "high", "equivalence"):
         value = float(difference[f"images_{name}"])
         assert value == pytest.approx(getattr(expected, name), abs=1e-12)
@@ -378,9 +376,8 @@ def test_tuning_on_the_validation_images(clean_data, tiny_sam, tmp_path):
     assert re.search(r"learning_rate=1e-\d, rank=3 is chosen", result.err)
     trial = json.loads((tmp_path / "out/runs/lora/tuning/trial-2/inner-1/config.json").read_text())
     assert trial["training"]["learning_rate"] == 1e-2
-    assert images_of(tmp_path / "out/lists/inner-1", "test") == {
-        str(clean_data / row["image"]) for row in csv_rows(clean_data / "val.csv")
-    }
+    validated = {str(clean_data / row["image"]) for row in csv_rows(clean_data / "val.csv")}
+    assert images_of(tmp_path / "out/lists/inner-1", "test") == validated
     final = json.loads((tmp_path / "out/runs/lora/0/config.json").read_text())
     assert final["data"]["root"] == str(clean_data)
     assert "Tuned: learning_rate=1e-3,1e-2 rank=3." in (tmp_path / "out/protocol.md").read_text()

@@ -70,9 +70,7 @@ def without_blocks(text: str) -> str:
 
 def spans(page: Path) -> list[str]:
     """The inline code of a page."""
-    return [
-        span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", without_blocks(read(page)))
-    ]
+    return re.findall(r"`([^`]+)`", without_blocks(read(page)).replace("\n", " "))
 
 
 def blocks(page: Path) -> list[str]:
@@ -100,10 +98,8 @@ def options_of():
     @cache
     def options(command: str) -> set[str] | None:
         result = call(command, "--help-all")
-        own = (
-            call("train", "--method", method, "--help-all").out
-            for method in (METHODS if command == "train" else ())
-        )
+        methods = METHODS if command == "train" else ()
+        own = (call("train", "--method", method, "--help-all").out for method in methods)
         found = set(re.findall(r"--[a-z][\w-]*", "".join([result.out, *own])))
         return found if result.status == 0 else None
 

@@ -156,10 +156,7 @@ def test_a_folder_comes_back_without_a_missing_key(name, tmp_path):
     export(model, description(model), "huggingface", tmp_path / "out")
     loaded, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
-    tokens, before = (
-        loaded.mask_decoder.mask_tokens.weight,
-        original.mask_decoder.mask_tokens.weight,
-    )
+    tokens, before = (one.mask_decoder.mask_tokens.weight for one in (loaded, original))
     assert torch.equal(tokens[0], before[0] + 1) and torch.equal(tokens[1:], before[1:])
     theirs = original.state_dict()
     for key, value in loaded.state_dict().items():
@@ -321,11 +318,14 @@ META = (  # transformers' names and Meta's, as regular expressions and their rep
 def official_sam3(folder, path) -> None:
     """What ``folder`` holds under Meta's names, with a part of all that naslora leaves out."""
     huggingface = find_family("sam3").huggingface
-    theirs = {k.removeprefix("tracker_model."): v for k, v in load_file(folder).items()}
-    theirs = {
-        re.sub("^tracker_neck", "vision_encoder.neck", key.removeprefix("detector_model.")): value
-        for key, value in theirs.items()
-    }
+    starts = (
+        ("^tracker_model.", ""),
+        ("^detector_model.", ""),
+        ("^tracker_neck", "vision_encoder.neck"),
+    )
+    theirs = load_file(folder)
+    for start, own in starts:
+        theirs = {re.sub(start, own, key): value for key, value in theirs.items()}
     own, state = huggingface.to_ours(theirs), {}
     for key, value in own.items():  # SAM 2's official names of the decoder, behind "tracker."
         if not key.startswith("image_encoder."):

@@ -1,12 +1,13 @@
 """Pixels without a class, through a whole run: they have no influence."""
 
-import json
 import shlex
 
 import numpy as np
 import pytest
 from conftest import succeed
 from PIL import Image
+
+from naslora.files import read_json
 
 VOID = 11
 TRAIN = shlex.split(
@@ -49,7 +50,5 @@ def test_void_pixels_have_no_influence(run, tmp_path):
     succeed("train", "--data", data, *options, "--output", tmp_path / "run")
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
-    own, other = (
-        json.loads((path / "metrics.json").read_text()) for path in (run, tmp_path / "run")
-    )
+    own, other = (read_json(path / "metrics.json") for path in (run, tmp_path / "run"))
     assert own["test"] == other["test"]

@@ -1,5 +1,7 @@
 """Images of more than 8 bits: their scaling, TIFF files of every kind, and georeferences."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tifffile
@@ -128,11 +130,8 @@ def test_the_cache_knows_the_scaling(tmp_path):
     sample = Sample(tmp_path / "a.tif", None, "here")
     cache = Cache(tmp_path / "cache")
     for intensity in (WINDOW, Intensity("window", 0, 65535), None, WINDOW):
-        plain, cached = (
-            SegmentationDataset([sample], 16, 1, intensity=intensity, cache=own)[0]["image"]
-            for own in (None, cache)
-        )
-        assert (plain == cached).all()
+        make = partial(SegmentationDataset, [sample], 16, 1, intensity=intensity)
+        assert (make()[0]["image"] == make(cache=cache)[0]["image"]).all()
 
 
 @pytest.fixture(scope="module")

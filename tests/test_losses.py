@@ -184,10 +184,8 @@ def test_class_weights(drawn, class_loss):
     count = 2 if classes is None else CLASSES
 
     def loss(labels, weights=None, **changed):
-        output = as_output(masks, classes)
-        return segmentation_loss(
-            output, torch.tensor(labels), kind, class_weights=weights, **changed
-        )
+        given = as_output(masks, classes), torch.tensor(labels), kind
+        return segmentation_loss(*given, class_weights=weights, **changed)
 
     torch.testing.assert_close(loss(target, [1.0] * count), loss(target))
     if class_loss == "binary":
@@ -203,9 +201,8 @@ def test_class_weights(drawn, class_loss):
         # The cross-entropy of class 2 alone is that of its pixels.
         others = np.where(target == 2, 2, 77)
         alone = loss(target, [0.0, 0.0, 1.0], lambda_seg=0.0).item()
-        assert alone == pytest.approx(
-            loss(others, lambda_seg=0.0, ignore_index=77).item(), rel=TOLERANCE
-        )
+        of_others = loss(others, lambda_seg=0.0, ignore_index=77).item()
+        assert alone == pytest.approx(of_others, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("weight", [0.0, 5.0])
@@ -216,10 +213,7 @@ def test_pixel_loss(drawn, weight):
     y = np.stack([labels == k for k in range(CLASSES)], 1).astype(float)
     cross_entropy = -np.log((p * y).sum(1)).mean()
     maps = [(p[b, k], y[b, k]) for b in range(2) for k in range(CLASSES)]
-    logits = np.log(p / (1 - p))
-    entropies = np.mean(
-        [bce(logits[b, k], y[b, k], weight) for b in range(2) for k in range(CLASSES)]
-    )
+    entropies = np.mean([bce(np.log(own / (1 - own)), true, weight) for own, true in maps])
     dices = np.mean([dice(*own, weight) for own in maps])
     output, labels = as_output(masks, classes), torch.tensor(labels)
     loss = segmentation_loss(output, labels, "pixel", 0.5, 2.0, boundary_weight=weight)

@@ -397,10 +397,7 @@ def conv_lora_formula(layer, x, noise=None):
     if noise is None:
         return h, chosen, None
     importance = np.bincount(chosen, minlength=8).astype(float)
-    variation = sum(
-        statistics.variance(counted) / statistics.mean(counted) ** 2
-        for counted in (importance.tolist(), load.tolist())
-    )
+    variation = sum(counted.var(ddof=1) / counted.mean() ** 2 for counted in (importance, load))
     return h, chosen, 1e-2 * variation
 
 
@@ -612,10 +609,8 @@ def test_a_run_of_each_method(data, tmp_path, monkeypatch, method):
     assert metrics["images"]["train"] == 8
     assert list(metrics.get("test_merged", {})) == merge_modes(method)
     assert (output / "operations.json").exists() == searches(method)
-    parameters = sum(p.numel() for p in trainable_parameters(start))
-    assert metrics["trainable_parameters"] == parameters + sum(
-        p.numel() for p in start.mask_decoder.parameters()
-    )
+    parameters = (*trainable_parameters(start), *start.mask_decoder.parameters())
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in parameters)
     assert method in (output / "report.html").read_text()
     scores = scores_of(output)
     assert scores.pop("images") == 2 and scores == metrics["test"]

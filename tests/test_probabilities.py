@@ -53,11 +53,8 @@ def test_of_two_classes(runs, tmp_path, tiles):
 
 
 def test_in_16_bits(runs, tmp_path):
-    raster = ("--probabilities", "float32")
-    found = [
-        predicted(runs, tmp_path / name, "two", *raster, "--precision", name)[1]
-        for name in ("no", "bf16")
-    ]
+    raster = ("--probabilities", "float32", "--precision")
+    found = [predicted(runs, tmp_path / p, "two", *raster, p)[1] for p in ("no", "bf16")]
     assert not np.array_equal(*found)
     np.testing.assert_allclose(*found, atol=0.05)
 
@@ -101,10 +98,8 @@ def test_uncertainty_over_flips_and_runs(runs, tmp_path):
 )
 def test_bad_outputs(runs, tmp_path, name, options, message):
     given = [runs / own if own == "three0" else own for own in options]
-    result = refusal(
-        "predict", runs / f"{name}0", runs / "two.tif", *given, "--output", tmp_path / "o"
-    )
-    assert message in result
+    command = ("predict", runs / f"{name}0", runs / "two.tif", *given)
+    assert message in refusal(*command, "--output", tmp_path / "o")
     assert not list((tmp_path / "o").glob("*.png"))
 
 

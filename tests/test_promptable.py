@@ -241,11 +241,9 @@ def hugging_face_sam():
 
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 128}
     vision |= {"image_size": SIZE, "global_attn_indexes": [1]}
-    prompt, decoder = {"image_size": SIZE}, {"num_hidden_layers": 1, "mlp_dim": 64}
-    config = SamConfig(
-        vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
-    )
-    return SamModel(config).eval()
+    parts = {"prompt_encoder_config": {"image_size": SIZE}}
+    parts["mask_decoder_config"] = {"num_hidden_layers": 1, "mlp_dim": 64}
+    return SamModel(SamConfig(vision_config=vision, **parts)).eval()
 
 
 # --- What is refused, and what is said ---

@@ -297,9 +297,8 @@ def test_the_base_state_dict_is_the_original_one():
     assert state.keys() == before.keys()
     assert all(torch.equal(state[name], value) for name, value in before.items())
     build_encoder().load_state_dict(state, strict=True)
-    assert (
-        state["blocks.0.attn.qkv.weight"].data_ptr() == model.blocks[0].attn.qkv.weight.data_ptr()
-    )
+    qkv = model.blocks[0].attn.qkv
+    assert state["blocks.0.attn.qkv.weight"].data_ptr() == qkv.weight.data_ptr()
 
 
 def test_original_checkpoints_load_after_inject():
@@ -307,9 +306,8 @@ def test_original_checkpoints_load_after_inject():
     stir(original.parameters(), 0.1)
     state = original.state_dict()
     expected = adapted_encoder()
-    expected_keys = expected.load_state_dict(
-        {(k.replace("qkv.", "qkv.base.")): v for k, v in state.items()}, strict=False
-    )
+    named = {name.replace("qkv.", "qkv.base."): value for name, value in state.items()}
+    expected_keys = expected.load_state_dict(named, strict=False)
     by_function, by_torch = adapted_encoder(), adapted_encoder()
     assert load_base_state_dict(by_function, state) == ([], [])
     torch_keys = by_torch.load_state_dict(state, strict=False)

@@ -49,10 +49,10 @@ def make_trainer(data, tmp_path):
         about = {"method": method, "adapter": adapter or {}, "training": settings}
         about |= {"name": "vit_t", "image_size": 32, "num_classes": num_classes}
         config = run_config(root=data, **about)
-        splits = {
-            name: SegmentationDataset(samples, 32, num_classes, flip=name in ("train", "arch"))
-            for name, samples in find_splits(config).items()
-        }
+        splits = find_splits(config)
+        for name, samples in splits.items():
+            flip = name in ("train", "arch")
+            splits[name] = SegmentationDataset(samples, 32, num_classes, flip=flip)
         model = build_adapted_model(config)
         accelerator = make_accelerator(config.training)
         return Trainer(model, splits, config, tmp_path / str(count), accelerator)

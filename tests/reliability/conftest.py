@@ -188,13 +188,8 @@ def unbroken(clean_world, tiny_sam, tmp_path_factory):
 
 def draws(examples: int) -> settings:
     """Lets Hypothesis draw so many examples; CI draws the same few each time."""
-    return settings(
-        max_examples=examples,
-        derandomize=examples < 1000,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    free = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    return settings(max_examples=examples, derandomize=examples < 1000, **free)
 
 
 def one_line(err: str) -> str:

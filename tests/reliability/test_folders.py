@@ -65,9 +65,8 @@ def end(pid):
 def test_an_output_in_use_is_refused_by_name(holder, clean_world, tmp_path, command):
     output = tmp_path / ("out.onnx" if command == "export" else "out")
     pid = holder(output, folder=command not in ("analyse", "merge", "export"))
-    arguments = [
-        clean_world / a if (clean_world / str(a)).exists() else a for a in COMMANDS[command]
-    ]
+    given = ((a, clean_world / str(a)) for a in COMMANDS[command])
+    arguments = [path if path.exists() else argument for argument, path in given]
     line = one_line(refusal(*arguments, "--output", output))
     assert f"{output} is in use by process {pid} on " in line
     assert not output.exists() or not [path for path in output.iterdir() if path.name != LOCK]

@@ -76,15 +76,10 @@ def limited(size: int):
 
 def check_files(folder):
     """Reads every file that has its name: none is half-written."""
-    for path in folder.rglob("*"):
-        if path.name.startswith(".") or not path.is_file():
-            continue
-        if path.suffix == ".json":
-            read_json(path)
-        elif path.suffix == ".safetensors":
-            read_safetensors(path)
-        elif path.suffix == ".pt":
-            read_torch(path)
+    read = {".json": read_json, ".safetensors": read_safetensors, ".pt": read_torch}
+    for path in folder.rglob("[!.]*"):
+        if path.is_file() and path.suffix in read:
+            read[path.suffix](path)
         elif path.name == "history.csv":
             read_rows(path, Epoch)
 
@@ -210,9 +205,8 @@ def test_a_kill_in_every_write_of_other_commands(forked, clean_world, tmp_path, 
     kills = 0
     for write in range(1, 5):
         moment = ("half", "before", "after")[write % 3]
-        ended = forked(
-            *line, "--output", output, prepare=at_write(write, moment, send(signal.SIGKILL))
-        ).wait()
+        prepare = at_write(write, moment, send(signal.SIGKILL))
+        ended = forked(*line, "--output", output, prepare=prepare).wait()
         if ended.status == 0:
             break
         assert ended.status == -signal.SIGKILL, ended.err

@@ -176,10 +176,8 @@ def test_gradients_travel_in_buckets(monkeypatch, bucket):
     monkeypatch.setattr(step, "BUCKET", bucket)
     shapes = [(3, 4), (5,), (), (30,), (2, 2)]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32]
-    parameters = [
-        torch.nn.Parameter(torch.ones(shape, dtype=dtype))
-        for shape, dtype in zip(shapes, dtypes, strict=True)
-    ]
+    pairs = zip(shapes, dtypes, strict=True)
+    parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape, dtype in pairs]
     for i, parameter in enumerate(parameters[:-1]):  # the last has no gradient here
         parameter.grad = torch.full_like(parameter, i + 1)
     sizes = sum_over_two(parameters)
@@ -224,16 +222,8 @@ def test_two_agents_train_as_one(tiny_sam, data, alone, tmp_path):
     script = tmp_path / "launch.py"
     script.write_text(LAUNCH.format(tests=Path(__file__).parents[1]))
     command = [sys.executable, "-m", *agent, script, *map(str, arguments)]
-    agents = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    agents = [subprocess.Popen(command, **streams) for _ in range(2)]
     try:
         errors = [process.communicate()[1] for process in agents]
         assert [process.returncode for process in agents] == [0, 0], errors
@@ -251,9 +241,8 @@ def test_processes_that_do_not_share_the_output(launch, data, tmp_path):
         folder.mkdir()
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", "run")
     errors = finish(launch(2, *arguments, folders=folders), status=2)
-    assert (
-        "the processes 1 do not see run/data.json; give an --output on a file system" in errors[0]
-    )
+    line = "the processes 1 do not see run/data.json; give an --output on a file system"
+    assert line in errors[0]
     assert not (folders[0] / "run" / LAST).exists()
 
 

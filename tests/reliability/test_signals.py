@@ -105,15 +105,9 @@ def test_commands_that_cannot_resume(forked, clean_world, tmp_path, number, stat
 @pytest.mark.parametrize("number, status, word", SIGNALS)
 def test_a_signal_at_the_start(number, status, word, delay):
     """While torch and the other libraries are imported."""
-    code = (
-        "import sys, time, naslora.__main__ as start\nprint('started', flush=True)\nstart.main()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "info"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    code = "import naslora.__main__ as start; print('started', flush=True); start.main()"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code, "info"], **pipes)
     assert process.stdout.readline() == "started\n"
     time.sleep(delay)
     process.send_signal(number)
