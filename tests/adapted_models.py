@@ -1,5 +1,6 @@
 """Small adapted models, and helpers for tests of merging."""
 
+import io
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -103,6 +104,12 @@ def smooth_images(count: int, seed: int) -> torch.Tensor:
 
 def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
     return (difference.double().norm() / reference.double().norm()).item()
+
+
+def as_torch(value: object) -> bytes:
+    """What ``torch.save`` writes."""
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -33,6 +33,12 @@ def save(path: Path, pixels: npt.ArrayLike, **options) -> Path:
     return path
 
 
+def noise(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+    """Images of random pixels, (height, width)."""
+    rng = np.random.default_rng(0)
+    return [save(folder / f"{i:02}.png", rng.integers(0, 256, (*size, 3))) for i in range(count)]
+
+
 def as_tiff(data: Path, folder: Path, change: Callable, **options) -> Path:
     """A CSV data set as TIFF files of what ``change`` makes of its images, (H, W, 3) float32."""
     (folder / "images").mkdir(parents=True)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import SIZE, TRAIN, error_of, free_port, refusal, scores_of, succeed, write_data
+from miniatures import noise
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -43,12 +44,7 @@ class Boxes:
 
 @pytest.fixture
 def images(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i in range(6):
-        pixels = np.random.default_rng(i).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return sorted(folder.iterdir())
+    return noise(tmp_path / "images", 6, SHAPE)
 
 
 @pytest.fixture
@@ -112,13 +108,13 @@ def test_objects_are_made_corrected_and_saved(labelling, images, tmp_path):
     labelling.save()  # no objects
     labelling.open(images[0])
     assert labelling.labels[20, 35] == 2 and labelling.labels[10, 10] == 0
-    mask = np.asarray(Image.open(tmp_path / "set" / "masks" / "0.png"))
+    mask = np.asarray(Image.open(tmp_path / "set" / "masks" / "00.png"))
     assert mask.dtype == np.uint8 and np.array_equal(mask, labelling.labels)
 
 
 def test_bad_masks_are_refused(labelling, images, tmp_path):
     labelling.save()
-    path = tmp_path / "set" / "masks" / "0.png"
+    path = tmp_path / "set" / "masks" / "00.png"
     Image.new("L", (5, 5)).save(path)
     assert "differ in size" in error_of(labelling.open, images[0])
     path.write_bytes(b"no image")
@@ -188,9 +184,9 @@ def test_the_page_labels(tiny_sam, images, tmp_path):
             assert page.labelling.steps[2].box == (8, 8, 30, 20)
             assert page.marks().count("<circle") == 2 and page.marks().count("<rect") == 1
             user.find("Save").click()
-            await seen(user, "1.png, 2 of 3, saved; objects: ")
+            await seen(user, "01.png, 2 of 3, saved; objects: ")
             user.find("Next").click()
-            await seen(user, "2.png, 3 of 3, new")
+            await seen(user, "02.png, 3 of 3, new")
             user.find("Find all").click()
             await seen(user, "3 of 3, changed")
             images[0].unlink()

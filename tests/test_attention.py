@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import adapted_encoder, build_encoder, images, randomize, relative, stir
+from adapted_models import (
+    adapted_encoder,
+    as_torch,
+    build_encoder,
+    images,
+    randomize,
+    relative,
+    stir,
+)
 from conftest import SHORT, succeed
 from hugging_face import batch_loss, batch_of, build_sam, build_sam2
 from sam_families import PLAIN
@@ -439,11 +447,8 @@ def test_conv_lora_draws_the_random_numbers_of_stock():
 def test_copies_and_pickles():
     model = fused(adapted_encoder())
     expected = model(images())
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    for twin in (*twins, torch.load(buffer, weights_only=False)):
+    for twin in (*twins, torch.load(io.BytesIO(as_torch(model)), weights_only=False)):
         assert torch.equal(twin(images()), expected)
         assert unfuse_attention(twin) == BLOCKS
         assert type(twin.blocks[0].attn) is SamAttention
@@ -498,36 +503,15 @@ def test_fully_shard(fuse_first, single_process_group):
 # ---- What is not known ---------------------------------------------------------------------------
 
 
-def with_its_own_forward() -> nn.Module:
-    attention = sam_attention()
-    attention.forward = lambda x: SamAttention.forward(attention, x)
-    return attention
-
-
-def with_a_further_layer() -> nn.Module:
-    attention = sam_attention()
-    attention.gate = nn.Linear(32, 32)
-    return attention
-
-
-def with_a_changed_forward() -> nn.Module:
-    def forward(self, x):
-        return SamAttention.forward(self, x).tanh()
-
-    attributes = {"__module__": SamAttention.__module__, "forward": forward}
-    return sam_attention(kind=type("Attention", (SamAttention,), attributes))
-
-
-UNKNOWN = {
-    "own forward": with_its_own_forward,
-    "further layer": with_a_further_layer,
-    "patched class": with_a_changed_forward,
-}
-
-
-@pytest.mark.parametrize("build", UNKNOWN.values(), ids=UNKNOWN)
-def test_unknown_attention_stays_and_is_named(build):
-    unknown = build()
+@pytest.mark.parametrize("change", ["own forward", "further layer", "patched class"])
+def test_unknown_attention_stays_and_is_named(change):
+    patched = {"forward": lambda self, x: SamAttention.forward(self, x).tanh()}
+    kind = type("Attention", (SamAttention,), {"__module__": SamAttention.__module__, **patched})
+    unknown = sam_attention(kind=kind if change == "patched class" else SamAttention)
+    if change == "own forward":
+        unknown.forward = lambda x: SamAttention.forward(unknown, x)
+    if change == "further layer":
+        unknown.gate = nn.Linear(32, 32)
     model = nn.Sequential(sam_attention(), unknown)
     kind = type(unknown)
     expected = unknown(tokens_for(unknown))

@@ -318,14 +318,9 @@ META = (  # transformers' names and Meta's, as regular expressions and their rep
 def official_sam3(folder, path) -> None:
     """What ``folder`` holds under Meta's names, with a part of all that naslora leaves out."""
     huggingface = find_family("sam3").huggingface
-    starts = (
-        ("^tracker_model.", ""),
-        ("^detector_model.", ""),
-        ("^tracker_neck", "vision_encoder.neck"),
-    )
-    theirs = load_file(folder)
-    for start, own in starts:
-        theirs = {re.sub(start, own, key): value for key, value in theirs.items()}
+    start, stored = r"^(tracker_model\.)?(detector_model\.)?", load_file(folder).items()
+    theirs = {re.sub(start, "", key): value for key, value in stored}
+    theirs = {re.sub("^tracker_neck", "vision_encoder.neck", k): v for k, v in theirs.items()}
     own, state = huggingface.to_ours(theirs), {}
     for key, value in own.items():  # SAM 2's official names of the decoder, behind "tracker."
         if not key.startswith("image_encoder."):

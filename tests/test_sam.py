@@ -1,6 +1,5 @@
 """Encoders, checkpoints and the segmentation model, against segment_anything."""
 
-import io
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_models import build_encoder, differing, original_sam, state_of
+from adapted_models import as_torch, build_encoder, differing, original_sam, state_of
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 from sam_families import pixels
@@ -152,11 +151,6 @@ def test_another_image_size_resizes_the_positions(original, checkpoints, size):
         windowed = getattr(model.image_encoder.blocks[0].attn, axis)
         assert torch.equal(windowed, getattr(stored.blocks[0].attn, axis))
     assert model(pixels(size)).masks.shape == (2, 1, size, size)
-
-
-def as_torch(value) -> bytes:
-    torch.save(value, buffer := io.BytesIO())
-    return buffer.getvalue()
 
 
 PLAIN = "is not a plain state dict of tensors"

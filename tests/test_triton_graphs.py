@@ -1,15 +1,12 @@
 """What torch.compile sees of the ``triton`` backend: its launches, and what each writes to."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from fresh_process import run_fresh
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+pytest.importorskip("triton")
 WRITTEN = {
     "cell_forward_kernel": {"y_ptr"},
     "cell_backward_kernel": {"grad_z_ptr", "partials_ptr"},

@@ -186,6 +186,18 @@ def unbroken(clean_world, tiny_sam, tmp_path_factory):
     return output
 
 
+PROGRAM = f"""
+import sys
+sys.path.insert(0, "{Path(__file__).parents[1]}")
+from conftest import tiny_models
+from naslora.cli import main
+
+with tiny_models():
+    main()
+"""
+"""``naslora`` with small models, in a process that is no fork."""
+
+
 def draws(examples: int) -> settings:
     """Lets Hypothesis draw so many examples; CI draws the same few each time."""
     free = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}

@@ -3,14 +3,15 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TRAIN, call, refusal, succeed
+from miniatures import noise
 from PIL import Image
 
 from naslora.files import read_json
+from reliability.conftest import PROGRAM
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -101,48 +102,41 @@ def test_data_that_changed_between_starts_is_named(data, tmp_path):
 # ---- predict -------------------------------------------------------------------------------------
 
 
-def images(folder, count, size=(20, 16)):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(count):
-        pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index:03}.png")
-    return folder
-
-
 def test_predict_in_its_input_folder(run, tmp_path):
     """Its own masks are no inputs; one drawn by hand is, and is not overwritten."""
-    folder = images(tmp_path / "in", 3)
+    folder = tmp_path / "in"
+    noise(folder, 3, (16, 20))
     for options in ((), ("--overwrite",)):
         result = succeed("predict", run, folder, "--output", folder, *options)
         assert "wrote 3 masks and overlays" in result.out
     refused = refusal("predict", run, folder, "--output", folder)
     assert "6 of the files to write exist, first " in refused
     assert len(list(folder.iterdir())) == 10  # with manifest.csv
-    folder = images(tmp_path / "drawn", 1)
-    drawn = folder / "000_mask.png"
-    shutil.copy(folder / "000.png", drawn)
+    folder = tmp_path / "drawn"
+    drawn = folder / "00_mask.png"
+    shutil.copy(*noise(folder, 1, (16, 20)), drawn)
     before = drawn.read_bytes()
     refused = refusal("predict", run, folder, "--output", folder)
     assert len(refused.splitlines()) == 1
-    assert f"{drawn} is an input, and the prediction for {folder / '000.png'}" in refused
+    assert f"{drawn} is an input, and the prediction for {folder / '00.png'}" in refused
     assert drawn.read_bytes() == before and len(list(folder.iterdir())) == 2
 
 
 def test_truncated_images(run, tmp_path):
     """They end predict before it writes, unless --skip-errors leaves them out."""
-    folder = images(tmp_path / "in", 20)
-    for name, length in (("007.png", 200), ("011.png", 0)):
+    folder = tmp_path / "in"
+    noise(folder, 20, (16, 20))
+    for name, length in (("07.png", 200), ("11.png", 0)):
         (folder / name).write_bytes((folder / name).read_bytes()[:length])
     command = ("predict", run, folder, "--output", tmp_path / "out")
     line = refusal(*command).splitlines()[-1]
-    assert f"image {folder / '007.png'} cannot be read" in line and not (tmp_path / "out").exists()
+    assert f"image {folder / '07.png'} cannot be read" in line and not (tmp_path / "out").exists()
     result = call(*command, "--skip-errors")
     assert result.status == 1 and "wrote 18 masks and overlays" in result.out
     skipped = [line for line in result.err.splitlines() if line.startswith("naslora: skipped: ")]
-    assert [name in line for name, line in zip(("007", "011"), skipped, strict=True)] == [True] * 2
+    assert "07.png" in skipped[0] and "11.png" in skipped[1] and len(skipped) == 2
     assert len(list((tmp_path / "out").glob("*.png"))) == 36
-    for name in ("007.png", "011.png"):
+    for name in ("07.png", "11.png"):
         (folder / name).unlink()
     assert "skipped" not in succeed(*command, "--skip-errors", "--overwrite").err
 
@@ -153,16 +147,19 @@ def test_truncated_images(run, tmp_path):
 def peak_of_predict(run, image, output, *options) -> float:
     """Predicts in a process of its own. Returns its peak memory in bytes, 0.5 GB of them
     PyTorch's."""
-    code = (
-        f"import sys; sys.path.insert(0, '{Path(__file__).parents[1]}')\n"
-        "from conftest import tiny_models\n"
-        "from naslora.cli import main\n"
-        "with tiny_models():\n"
-        "    main()\n"
-        # ru_maxrss would include this process, which the other one was forked from.
-        "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
-    )
-    command = [sys.executable, "-c", code, "predict", run, image, "--output", output, *options]
+    # ru_maxrss would include this process, which the other one was forked from.
+    code = "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM + code,
+        "predict",
+        run,
+        image,
+        "--output",
+        output,
+        *options,
+    ]
     result = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
     peak = 1024 * int(result.stdout.split()[-1])
     print(f"peak memory of predict: {peak / 1e9:.2f} GB")

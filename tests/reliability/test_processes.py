@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,20 +25,10 @@ from naslora.results import ADAPTER, CONFIG, LAST, Epoch
 from naslora.training import step
 from naslora.training.accelerator import TIMEOUT_VARIABLE
 from naslora.training.trainer import Trainer
-from reliability.conftest import Forked, one_line
+from reliability.conftest import PROGRAM, Forked, one_line
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
-# For launchers, which start fresh processes.
-LAUNCH = """
-import sys
-sys.path.insert(0, "{tests}")
-from conftest import tiny_models
-from naslora import cli
-
-with tiny_models():
-    cli.main()
-"""
 OPTIONS = shlex.split(
     f"--model vit_t --image-size 32 --num-classes 3 --search-start 1 --learning-rate {RATE} "
     f"--alpha-learning-rate {ALPHA_RATE} --workers 0 --ema 0.5"
@@ -220,7 +209,7 @@ def test_two_agents_train_as_one(tiny_sam, data, alone, tmp_path):
     )
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", tmp_path / "run")
     script = tmp_path / "launch.py"
-    script.write_text(LAUNCH.format(tests=Path(__file__).parents[1]))
+    script.write_text(PROGRAM)
     command = [sys.executable, "-m", *agent, script, *map(str, arguments)]
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     agents = [subprocess.Popen(command, **streams) for _ in range(2)]
