@@ -8,13 +8,11 @@ import json
 import re
 
 import pytest
-from conftest import TRAIN, call, refusal, succeed
-from safetensors.torch import save_file
+from conftest import TRAIN, call, refusal, succeed, write_checkpoint
 
 import naslora as naslora_package
 from naslora.methods import METHODS
 from naslora.results import LAST
-from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.run_config import DataConfig, ModelConfig, PromptConfig, RunConfig
 from naslora.training.train_config import TrainConfig
 from naslora_kernels import available_backends
@@ -38,13 +36,8 @@ def trained(clean_data, tmp_path):
     return train
 
 
-def state_of_vit_t():
-    return SamForSegmentation("vit_t", 32).state_dict()
-
-
 def test_good_checkpoints_train(trained, tmp_path):
-    path = tmp_path / "sam.safetensors"
-    save_file(state_of_vit_t(), path)
+    path = write_checkpoint(tmp_path / "sam.safetensors")
     assert trained("--method", "lora", "--checkpoint", path)[0].status == 0
     succeed("evaluate", tmp_path / "run")
     path.unlink()

@@ -221,6 +221,22 @@ def test_a_kill_in_every_write_of_other_commands(forked, clean_world, tmp_path, 
     print(f"kills of {command}: {kills}")
 
 
+def in_workers(act):
+    """Makes workers of a loader call ``act`` with their number before their n-th image, and n."""
+
+    def prepare():
+        load, loaded = SegmentationDataset.__getitem__, itertools.count(1)
+
+        def watched(dataset, index):
+            if worker := get_worker_info():
+                act(worker.id, next(loaded))
+            return load(dataset, index)
+
+        SegmentationDataset.__getitem__ = watched
+
+    return prepare
+
+
 WORKER_DIES = {
     "at the first image": lambda worker, item: (worker, item) == (0, 1),
     "of the second, later": lambda worker, item: (worker, item) == (1, 2),
@@ -230,19 +246,12 @@ WORKER_DIES = {
 
 @pytest.mark.parametrize("when", WORKER_DIES)
 def test_a_kill_of_a_loader_worker(forked, clean_world, tmp_path, when):
-    def prepare():
-        load, loaded = SegmentationDataset.__getitem__, itertools.count(1)
-
-        def deadly(dataset, index):
-            worker = get_worker_info()
-            if worker and WORKER_DIES[when](worker.id, next(loaded)):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return load(dataset, index)
-
-        SegmentationDataset.__getitem__ = deadly
+    def act(worker, item):
+        if WORKER_DIES[when](worker, item):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     command = train(clean_world, tmp_path / "run")
-    ended = forked(*command, "--workers", 2, "--batch-size", 1, prepare=prepare).wait()
+    ended = forked(*command, "--workers", 2, "--batch-size", 1, prepare=in_workers(act)).wait()
     assert ended.status == 2
     line = one_line(ended.err)
     assert "DataLoader worker (pid" in line and "lower --workers, or free some memory" in line
