@@ -35,7 +35,7 @@ def count(function: Callable[[], object]) -> Counts:
     mapping = {
         getattr(operators, name): formula
         for operators in (torch.ops.naslora_cpp, torch.ops.naslora_cuda, torch.ops.naslora_triton)
-        for name, formula in (FORMULAS | ATTENTION_FORMULAS).items()
+        for name, formula in FORMULAS.items()
         if hasattr(operators, name)
     }
     flops = FlopCounterMode(display=False, custom_mapping=mapping)
@@ -171,8 +171,6 @@ FORMULAS = {
     "nas_lora_linear_backward": _linear_backward,
     "folded_cell": _folded_cell,
     "folded_linear": _folded_linear,
-}
-ATTENTION_FORMULAS = {
     "rel_pos_attention": _attention,
     "rel_pos_attention_backward": _attention_backward,
 }

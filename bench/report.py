@@ -218,15 +218,10 @@ def inference(measured: Measured) -> str:
         if step != "inference":
             continue
         paper = PAPER.get(name)
-        rows.append(
-            [
-                _title(name),
-                _milliseconds(measured, (name, step)),
-                _ratio(measured.ratio((name, step), (UNTOUCHED + STOCK, step))),
-                _ratio(measured.ratio((name, step), (UNTOUCHED, step))),
-                _plain(paper and PAPER["lora"][1] / paper[1]),
-            ]
-        )
+        others = ((UNTOUCHED + STOCK, step), (UNTOUCHED, step))
+        ratios = [_ratio(measured.ratio((name, step), other)) for other in others]
+        times = _milliseconds(measured, (name, step))
+        rows.append([_title(name), times, *ratios, _plain(paper and PAPER["lora"][1] / paper[1])])
     head = ["Model", "inference, ms (p20, p80)", "× untouched, stock attention", "× untouched"]
     return _table([*head, "paper × LoRA"], rows)
 
@@ -282,11 +277,8 @@ def kernels_table(entries: list[dict]) -> tuple[str, bool]:
 
 def startup_table(entries: list[dict]) -> str:
     """Medians of the group startup."""
-    rows = [
-        [entry["name"], f"{1e3 * statistics.median(entry['stats']['data']):,.1f}"]
-        for entry in entries
-        if entry["group"] == "startup"
-    ]
+    found = [entry for entry in entries if entry["group"] == "startup"]
+    rows = [[e["name"], f"{1e3 * statistics.median(e['stats']['data']):,.1f}"] for e in found]
     return _table(["What", "ms"], rows)
 
 

@@ -126,16 +126,15 @@ def build_student(settings: Settings, teacher: SamForSegmentation) -> SamForSegm
     Raises:
         UserError: the teacher's embedding has another shape.
     """
-    model = build_model(
-        settings.student, settings.image_size, 1, NONE, settings.seed, attention="fused"
-    )
-    images = torch.zeros(1, 3, settings.image_size, settings.image_size)
+    student, size = settings.student, settings.image_size
+    model = build_model(student, size, 1, NONE, settings.seed, attention="fused")
+    images = torch.zeros(1, 3, size, size)
     with torch.no_grad():
         shapes = [tuple(Embedding(one)(images).shape[1:]) for one in (teacher, model)]
     if shapes[0] != shapes[1]:
         raise UserError(
             f"the embedding of teacher {settings.teacher} has the shape {shapes[0]}, that of "
-            f"student {settings.student} the shape {shapes[1]}; choose another --teacher"
+            f"student {student} the shape {shapes[1]}; choose another --teacher"
         )
     own, given = neck_of(model).state_dict(), neck_of(teacher).state_dict()
     fitting = {name: value for name, value in given.items() if own[name].shape == value.shape}
@@ -183,9 +182,8 @@ class Distillation:
                 f"{settings.checkpoint} holds an encoder alone, whose embedding is random: give a "
                 "model that was trained and exported to safetensors"
             )
-        teacher = build_model(
-            settings.teacher, size, checkpoint=settings.checkpoint, attention="fused"
-        )
+        checkpoint = {"checkpoint": settings.checkpoint, "attention": "fused"}
+        teacher = build_model(settings.teacher, size, **checkpoint)
         self.teacher = Embedding(teacher.eval())
         self.student = Embedding(build_student(settings, teacher))
         self.optimizer = make_optimizer(self.student, settings)
@@ -283,12 +281,9 @@ class Distillation:
         tensors = {n: value for n, value in given.items() if not n.startswith(tuple(parts))}
         for start, part in parts.items():
             tensors |= {f"{start}{name}": value for name, value in part.state_dict().items()}
-        about = {
-            "model": self.settings.student,
-            "image_size": str(self.settings.image_size),
-            "views": str(self.history[-1].views),
-            "similarity": f"{self.history[-1].similarity:.4f}",
-        }
+        about = {"model": self.settings.student, "image_size": str(self.settings.image_size)}
+        best = self.history[-1]
+        about |= {"views": str(best.views), "similarity": f"{best.similarity:.4f}"}
         path = self.output / f"{self.settings.student}.safetensors"
         write_tensors(path, {name: value.half() for name, value in tensors.items()}, about)
 
