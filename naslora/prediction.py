@@ -13,6 +13,7 @@ from typing import Annotated, NamedTuple, TypeVar
 import numpy as np
 import torch
 from msgspec import Meta
+from PIL import Image
 from torch import Tensor
 
 from naslora.choices import OVERLAP, TileSize
@@ -23,6 +24,7 @@ from naslora.data.picture import ImageError, Picture
 from naslora.data.rasters import (
     DEFAULT_OUTPUTS,
     SOFTWARE,
+    STRIP,
     LabelFile,
     OutputConfig,
     Rows,
@@ -40,14 +42,16 @@ from naslora.instances import COCO_FILE, InstanceFinder
 from naslora.locks import locked
 from naslora.manifest import Manifest
 from naslora.predictor import Predictor, image_of, make_predictor, segment
-from naslora.report.pictures import class_colour, in_turn, paint_bands
+from naslora.report.pictures import JPEG, class_colour, in_turn, paint
 from naslora.sam.instance_config import InstanceConfig
 from naslora.settings import Count, checked
 from naslora.training.run_config import Pixels
 from naslora.training.run_data import check_with_progress, scaling_of, shown_of, slicing_of
 
-ENDINGS = "_mask.png", "_overlay.png", "_mask.tif", "_probabilities.tif"
+ENDINGS = "_mask.png", "_overlay.jpg", "_mask.tif", "_probabilities.tif"
 Overlap = Annotated[float, Meta(ge=0, le=0.5)]
+OVERLAY_SIDE = 4096
+"""Pixels on the longer side of an overlay, at most: of larger images it has every n-th pixel."""
 THREADS = 2
 """That read, and that write, beside the one of the model."""
 Item = TypeVar("Item")
@@ -79,7 +83,7 @@ def predict_run(
     batch_size: int = 1,
     resume: bool = False,
 ) -> list[Path]:
-    """Segments images: writes a mask and an overlay for each, at the image's own size.
+    """Segments images: writes a mask for each, at the image's own size, and an overlay.
 
     Binary masks are 0/255, others class indices, which a palette shows in colours. Masks are
     written as they are computed. While the model computes whole images, threads read the next ones
@@ -93,7 +97,7 @@ def predict_run(
         path: a run's folder, a merged model's, or a file that ``export_run`` wrote.
         inputs: image files, folders of images, or CSV files as ``read_csv`` takes, of which labels
             are not read. Masks and overlays of an earlier call in such a folder are no images.
-        output: created if needed; gets NAME_mask.png and NAME_overlay.png. For an image with a
+        output: created if needed; gets NAME_mask.png and NAME_overlay.jpg. For an image with a
             georeference it also gets NAME_mask.tif, which has the same. A volume gets
             NAME_mask.nii.gz, class indices in its geometry, and the overlay of its middle slice.
         on_error: called with the error of an image that cannot be read; the other images are
@@ -339,19 +343,22 @@ def _write_overlay(
     predictor: Predictor | InstanceFinder, picture: Picture, labels: Rows, path: Path
 ) -> None:
     """Paints the labels on the image, if that is wanted."""
-    config, size = predictor.config, (picture.height, picture.width)
+    config = predictor.config
     if isinstance(predictor, Predictor) and not predictor.outputs.overlays:
         return
+    step = -(-max(picture.height, picture.width) // OVERLAY_SIDE)
+    image, shown = (
+        np.concatenate(
+            [part[::step, ::step].copy() for part in in_pieces(rows, picture.height, STRIP * step)]
+        )
+        for rows in (picture.rows, labels)
+    )
     names = ["background", *config.data.class_names]
     if config.task == "promptable":
-        turned, names = in_turn(labels(0, picture.height))
-        labels = rows_of(turned)
-
-    def pixels(top: int, bottom: int) -> np.ndarray:
-        return picture.rows(top, bottom)[..., shown_of(config)]
-
+        shown, names = in_turn(shown)
+    painted = paint(image[..., shown_of(config)], shown, names)
     with replaced_file(path) as file:
-        write_png(file, size, paint_bands(pixels, labels, size, names))
+        Image.fromarray(painted).save(file, **JPEG, comment=SOFTWARE)
 
 
 def _stored(kind: str, probabilities: np.ndarray) -> np.ndarray:
@@ -393,7 +400,8 @@ def _is_own(image: Path) -> bool:
         if image.suffix == ".tif":
             return software_of(image) == SOFTWARE
         with large_images(), open_image(image) as opened:
-            return opened.info.get("Software") == SOFTWARE
+            info = opened.info
+            return info.get("Software") == SOFTWARE or info.get("comment") == SOFTWARE.encode()
     except Exception:  # the libraries raise many kinds; the check of the images reports it
         return False
 

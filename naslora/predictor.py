@@ -112,7 +112,8 @@ def _enlarged(scores: Tensor, height: int, width: int) -> Iterator[Tensor]:
 
 def image_of(predictor: Predictor, pixels: np.ndarray) -> Tensor:
     """(H, W, C) uint8 as the model takes it: (C, S, S) float32."""
-    image = resize_image(pixels, predictor.config.model.image_size)
+    own = torch.from_numpy(pixels).permute(2, 0, 1)
+    image = resize_image(own, predictor.config.model.image_size)
     return transforms.to_dtype(image, torch.float32, scale=True)
 
 

@@ -192,7 +192,7 @@ def test_a_run_on_channels(tiny_sam, clean_data, tmp_path, count, options):
         output = tmp_path / f"of {model.name}"
         succeed("predict", model, image, "--trust", "--tiles", 24, "--output", output)
         masks.append(np.asarray(Image.open(output / "test0_mask.png")))
-        assert Image.open(output / "test0_overlay.png").mode == "RGB"
+        assert Image.open(output / "test0_overlay.jpg").mode == "RGB"
     assert (masks[0] == masks[-1]).mean() > 0.99  # where rounding decides
     output = ("--output", tmp_path / "no.safetensors")
     refused = refusal("export", merged, "--format", "safetensors", *output)

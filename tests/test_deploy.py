@@ -57,7 +57,7 @@ def test_export_and_predict_from_the_command_line(folders, tmp_path):
     for i, source in enumerate(sources):
         result = succeed("predict", source, *pictures, "--output", tmp_path / str(i), "--trust")
         assert "wrote 2 masks" in result.out
-        assert len(list((tmp_path / str(i)).glob("*_overlay.png"))) == 2
+        assert len(list((tmp_path / str(i)).glob("*_overlay.jpg"))) == 2
         files = sorted((tmp_path / str(i)).glob("*_mask.png"))
         masks.append([np.asarray(Image.open(file)) for file in files])
     exact, center = (read_json(folders / mode / "merged.json") for mode in ("exact", "center"))

@@ -83,7 +83,7 @@ def test_files_hold_the_same_objects(discs, tmp_path):
             assert max((m & disc).sum() / (m | disc).sum() for m in masks) > 0.8
         labels = np.asarray(Image.open(output / f"{image['file_name'][0]}_mask.png"))
         assert np.array_equal(labels, label_image(found, (96, 144)))
-        assert Image.open(output / f"{image['file_name'][0]}_overlay.png").size == (144, 96)
+        assert Image.open(output / f"{image['file_name'][0]}_overlay.jpg").size == (144, 96)
     assert "give --overwrite" in refusal(*command)
     # What an earlier call wrote into the folder of the images is no image.
     for file in output.glob("*.png"):

@@ -13,6 +13,7 @@ from conftest import csv_rows, scores_of, succeed, write_data
 from PIL import Image
 from rich.console import Console
 
+from naslora import prediction
 from naslora.data import demo_data
 from naslora.files import read_json, read_safetensors
 from naslora.results import ADAPTER
@@ -163,7 +164,7 @@ def test_merge_then_evaluate(run, tmp_path, mode):
         SamForSegmentation("vit_t", 32, 3).load_state_dict(tensors, strict=True)
 
 
-def test_predict_files_and_folders(run, tmp_path):
+def test_predict_files_and_folders(run, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(0)
     sizes = {"in/a.png": (40, 30), "in/b.jpg": (17, 50), "c.png": (64, 64)}
@@ -176,8 +177,13 @@ def test_predict_files_and_folders(run, tmp_path):
         stem = name.split("/")[-1][0]
         mask = Image.open(tmp_path / "o" / f"{stem}_mask.png")
         assert mask.size == size and set(np.unique(mask)) <= {0, 1, 2}
-        assert Image.open(tmp_path / "o" / f"{stem}_overlay.png").size == size
-    assert len(list((tmp_path / "o").glob("*.png"))) == 6
+        assert Image.open(tmp_path / "o" / f"{stem}_overlay.jpg").size == size
+    assert len(list((tmp_path / "o").glob("?_*"))) == 6
+    monkeypatch.setattr(prediction, "OVERLAY_SIDE", 20)
+    succeed(*command, tmp_path / "small")
+    for name, (width, height) in {"a": (20, 15), "b": (6, 17), "c": (16, 16)}.items():
+        overlay = Image.open(tmp_path / "small" / f"{name}_overlay.jpg")
+        assert overlay.size == (width, height)
     assert "wrote 3 masks to" in succeed(*command, tmp_path / "p", "--no-overlays").out
     for mask in (tmp_path / "p").glob("*.png"):
         assert mask.read_bytes() == (tmp_path / "o" / mask.name).read_bytes()

@@ -258,7 +258,7 @@ def test_a_run_on_volumes(tiny_sam, tmp_path, suffix, unit):
         truth = values_of(20 + k)[1]
         mask = read(out / f"test{k}_mask{suffix}")
         shares = read(out / f"test{k}_probabilities{suffix}")
-        assert mask.shape == shares.shape == SHAPE and (out / f"test{k}_overlay.png").exists()
+        assert mask.shape == shares.shape == SHAPE and (out / f"test{k}_overlay.jpg").exists()
         assert ((shares > 127) == mask).all()
         found["dice"].append(2 * (mask * truth).sum() / (mask.sum() + truth.sum()))
         found["hd95"].append(shapes.hd95(mask > 0, truth > 0, spacing))

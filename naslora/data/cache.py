@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import torchvision
 
 from naslora.errors import UserError
 
-# Part of every key: increase the number when the content of entries changes. Another decoder may
-# decode a file to other pixels.
-VERSION = f"3 Pillow {PIL.__version__}"
+# Part of every key: increase the number when the content of entries changes. Another version may
+# decode or resize a file to other pixels.
+VERSION = f"4 Pillow {PIL.__version__} torchvision {torchvision.__version__}"
 
 
 class Cache:

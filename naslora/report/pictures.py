@@ -3,17 +3,16 @@
 import base64
 import functools
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from naslora.data.rasters import Rows, rows_of
-
 # Pixels on the longer side of an embedded picture. 18 of them take well below 3 MB.
 PICTURE_SIDE = 320
+# Without colour subsampling, which keeps the edges of an overlay sharp, in a seventh of PNG.
+JPEG: dict[str, Any] = {"format": "JPEG", "quality": 88, "subsampling": 0}
 PAINTED_PIXELS = 1 << 18  # at once, to bound the memory for numbers of 8 bytes
 
 Colour = tuple[int, int, int]
@@ -77,9 +76,7 @@ def data_uri(pixels: np.ndarray, side: int = PICTURE_SIDE) -> str:
     """(H, W, 3) uint8 pixels, shrunk to a longer side, as the data URI of a JPEG."""
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((side, side))
-    # JPEG without colour subsampling keeps the edges of the overlay sharp in a fraction of a PNG's
-    # size.
-    image.save(buffer, "JPEG", quality=88, subsampling=0)
+    image.save(buffer, **JPEG)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
@@ -94,43 +91,25 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.n
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    bands = paint_bands(rows_of(image), rows_of(labels), labels.shape, class_names)
-    return np.concatenate(list(bands))
-
-
-def paint_bands(
-    pixels: Rows, labels: Rows, size: tuple[int, ...], class_names: list[str]
-) -> Iterator[np.ndarray]:
-    """Paints an image as ``paint``, some rows at a time, so that it need not be in memory.
-
-    Args:
-        pixels: (H, W, 3) uint8 RGB.
-        labels: (H, W) integer labels.
-        size: H and W.
-        class_names: as in ``paint``.
-
-    Yields:
-        (n, W, 3) uint8 RGB, from the top to the bottom.
-    """
-    height, width = size
-    step = max(1, PAINTED_PIXELS // max(1, width))
+    height, width = labels.shape
+    step, painted = max(1, PAINTED_PIXELS // max(1, width)), image.copy()
     classes = map(class_colour, range(1, len(class_names)))
     colours = np.array([(0, 0, 0), *classes, UNKNOWN_COLOUR], np.uint8)
     tints = 7 * colours.astype(np.uint16) + 10
     for top in range(0, height, step):
         bottom = min(top + step, height)
-        image, own = pixels(top, bottom), labels(max(top - 1, 0), min(bottom + 1, height))
+        own = labels[max(top - 1, 0) : bottom + 1]
         # One more label on every side. Beyond the image its outer pixels repeat.
         around = np.pad(own, ((int(top == 0), int(bottom == height)), (1, 1)), mode="edge")
         own = around[1:-1, 1:-1]
         sides = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
         border = np.flatnonzero(functools.reduce(np.logical_or, (own != side for side in sides)))
         kinds = np.where(unknown(own, class_names), len(colours) - 1, own).ravel()
-        seen, painted = np.flatnonzero(kinds != 0), image.reshape(-1, 3).copy()
-        own = np.take(painted, seen, 0).astype(np.uint16)
-        painted[seen] = (13 * own + np.take(tints, kinds[seen], 0)) // 20  # 0.35 of the colour
-        painted[border] = colours[kinds[border]]
-        yield painted.reshape(image.shape)
+        seen, pixels = np.flatnonzero(kinds != 0), painted[top:bottom].reshape(-1, 3)
+        own = np.take(pixels, seen, 0).astype(np.uint16)
+        pixels[seen] = (13 * own + np.take(tints, kinds[seen], 0)) // 20  # 0.35 of the colour
+        pixels[border] = colours[kinds[border]]
+    return painted
 
 
 def in_turn(numbers: np.ndarray) -> tuple[np.ndarray, list[str]]:
