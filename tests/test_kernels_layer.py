@@ -19,7 +19,6 @@ from kernel_cases import (
 from naslora_kernels import nas_lora_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "instruction_set")
-every_target = pytest.mark.parametrize("target", TARGETS)
 
 ADAPTER = ("lora_A", "lora_B", *CELL)
 # (B, H, W), C_in, C_out, r, c: widths that are and are no multiple of a vector, numbers of tokens
@@ -73,25 +72,17 @@ def test_gradients_of_the_frozen_linear_where_asked_for(target, bias):
     assert_as_good_as_reference(target, case)
 
 
-def kept_for_backward(target, case, needed):
-    """The tensors kept for the backward, without the parameters."""
-    case = case.on(target.device)
+Z, X = (2, 7, 6, 3), (2, 7, 6, 64)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("needed, expected", [(("x", *ADAPTER), [Z, X]), (("x", "alpha"), [Z])])
+def test_what_is_kept_for_the_backward(target, needed, expected):
+    """Beside the parameters x and z, and in an architecture step z alone."""
+    case = layer_case(*SMALL).to(torch.float32).on(target.device)
     arguments = {n: t.requires_grad_(n in needed) for n, t in case.arguments.items()}
     given = {id(arguments[n]) for n in (*ADAPTER, "weight")} | {id(case.options["channels"])}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         nas_lora_linear(**arguments, **case.options, backend=target.backend)
-    return [tuple(t.shape) for t in kept if id(t) not in given]
-
-
-@every_target
-def test_keeps_x_and_z_for_the_backward(target):
-    case = layer_case(*SMALL).to(torch.float32)
-    x, z = (2, 7, 6, 64), (2, 7, 6, 3)
-    assert sorted(kept_for_backward(target, case, ("x", *ADAPTER))) == sorted([x, z])
-
-
-@every_target
-def test_keeps_only_z_in_an_architecture_step(target):
-    case = layer_case(*SMALL).to(torch.float32)
-    assert kept_for_backward(target, case, ("x", "alpha")) == [(2, 7, 6, 3)]
+    assert sorted(tuple(t.shape) for t in kept if id(t) not in given) == expected
