@@ -53,12 +53,10 @@ TINY = {"width": 32, "depth": 2, "heads": 2, "global_blocks": (1,)}  # of a ViT
 def write_data(root: Path, classes: int = 2, **counts: int) -> Path:
     """A CSV data set of bright discs on dark noise, as many a split as ``counts`` says."""
     import numpy as np
-    from PIL import Image
+    from miniatures import save
 
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:SIZE, :SIZE]
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
     for split, count in counts.items():
         lines = ["image,label"]
         for i in range(count):
@@ -67,8 +65,8 @@ def write_data(root: Path, classes: int = 2, **counts: int) -> Path:
             mask = sum((distance < 10 * k / (classes - 1)).astype(np.uint8) for k in range(classes))
             mask = np.minimum(mask, classes - 1)
             image = 200 * mask[..., None] / (classes - 1) + rng.integers(0, 40, (SIZE, SIZE, 3))
-            Image.fromarray(image.astype(np.uint8)).save(root / f"images/{split}{i}.png")
-            Image.fromarray(mask).save(root / f"masks/{split}{i}.png")
+            save(root / f"images/{split}{i}.png", image)
+            save(root / f"masks/{split}{i}.png", mask)
             lines.append(f"images/{split}{i}.png,masks/{split}{i}.png")
         (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
     return root

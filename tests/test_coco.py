@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import SHORT, refusal, succeed
-from PIL import Image
+from miniatures import save
 from run_configs import run_config
 
 from naslora.data.datasets import load_splits
@@ -72,11 +72,9 @@ def annotations(split: str) -> dict:
 
 
 def write_images(folder, split):
-    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(len(split))
     for i in (1, 2):
-        pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{split}{i}.png")
+        save(folder / f"{split}{i}.png", rng.integers(0, 256, (HEIGHT, WIDTH, 3)))
 
 
 LAYOUTS = {

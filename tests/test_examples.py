@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapted_models import build_encoder, original_sam
 from conftest import free_port
+from miniatures import save
 from PIL import Image
 from segment_anything.modeling import Sam
 from torch.multiprocessing import start_processes
@@ -85,14 +86,12 @@ def test_an_example_trains_and_saves(options, tmp_path):
 
 def test_an_example_takes_images_from_a_folder(tmp_path):
     rng = np.random.default_rng(0)
-    for folder in ("images", "masks"):
-        (tmp_path / folder).mkdir()
     for i in range(8):
         mask = np.zeros((40, 50), np.uint8)
         mask[10:30, 5 * i : 5 * i + 15] = 255
-        image = (mask[..., None] // 2 + rng.integers(0, 99, (40, 50, 3))).astype(np.uint8)
-        Image.fromarray(image).save(tmp_path / f"images/{i}.png")
-        Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
+        save(tmp_path / f"masks/{i}.png", mask)
+        pixels = mask[..., None] // 2 + rng.integers(0, 99, (40, 50, 3))
+        save(tmp_path / f"images/{i}.png", pixels)
     data = ("--data", str(tmp_path), "--epochs", "2", "--output", str(tmp_path / "out"))
     assert len(losses(run("plain_loop", *data))) == 2
 

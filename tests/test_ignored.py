@@ -5,7 +5,7 @@ import shlex
 import numpy as np
 import pytest
 from conftest import succeed
-from PIL import Image
+from miniatures import save
 
 from naslora.files import read_json
 
@@ -28,8 +28,7 @@ def street(root, void_label=VOID, seed=0):
             image = 60 * mask[..., None] + rng.integers(0, 15, (*mask.shape, 3))
             mask[mask == 4] = void_label
             for folder, pixels in (("images", image), ("masks", mask)):
-                (root / folder).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.astype(np.uint8)).save(root / folder / f"{split}{i}.png")
+                save(root / folder / f"{split}{i}.png", pixels)
             rows.append(f"images/{split}{i}.png,masks/{split}{i}.png")
         (root / f"{split}.csv").write_text("\n".join(rows) + "\n")
     return root

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import csv_rows, scores_of, succeed, write_data
+from miniatures import save
 from PIL import Image
 from rich.console import Console
 
@@ -165,12 +166,10 @@ def test_merge_then_evaluate(run, tmp_path, mode):
 
 
 def test_predict_files_and_folders(run, tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
     rng = np.random.default_rng(0)
     sizes = {"in/a.png": (40, 30), "in/b.jpg": (17, 50), "c.png": (64, 64)}
     for name, size in sizes.items():
-        pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / name)
+        save(tmp_path / name, rng.integers(0, 255, (*size[::-1], 3)))
     command = "predict", run, tmp_path / "in", tmp_path / "c.png", "--output"
     assert "wrote 3 masks and overlays" in succeed(*command, tmp_path / "o").out
     for name, size in sizes.items():

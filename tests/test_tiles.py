@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TRAIN, scores_of, succeed, write_checkpoint, write_data
+from miniatures import save
 from PIL import Image
 from run_configs import run_config
 
@@ -194,11 +195,9 @@ def test_windows_that_hold_foreground(monkeypatch):
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_items_are_windows_at_native_resolution(tmp_path, suffix):
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    labels = rng.integers(0, 2, (60, 90), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / f"i.{suffix}")
-    Image.fromarray(labels).save(tmp_path / f"m.{suffix}")
-    sample = Sample(tmp_path / f"i.{suffix}", tmp_path / f"m.{suffix}", "x")
+    pixels, labels = (rng.integers(0, n, size) for n, size in ((256, (60, 90, 3)), (2, (60, 90))))
+    files = [save(tmp_path / f"{n}.{suffix}", v) for n, v in (("i", pixels), ("m", labels))]
+    sample = Sample(*files, "x")
     dataset = SegmentationDataset([sample], 32, 1, crop=Crop(32), seed=4)
     seen = set()
     for epoch in range(3):
@@ -224,9 +223,9 @@ def run(tiny_sam, tmp_path_factory):
         for name, empty in (("images", 20), ("masks", 0)):
             file = data / name / path.name
             own = np.array(Image.open(file))
-            canvas = np.full((70, 50, *own.shape[2:]), empty, np.uint8)
+            canvas = np.full((70, 50, *own.shape[2:]), empty)
             canvas[20:52, 9:41] = own
-            Image.fromarray(canvas).save(file)
+            save(file, canvas)
     checkpoint = ("--checkpoint", write_checkpoint(folder / "sam.safetensors"))
     arguments = ("--data", data, *TRAIN, *checkpoint, "--crop", 32, "--augment", "medical")
     succeed("train", *arguments, "--cache", folder / "cache", "--output", folder / "run")
