@@ -34,14 +34,7 @@ from transformers import SamHQVisionConfig, SamVisionConfig
 from transformers.models.sam import modeling_sam
 from transformers.models.sam_hq import modeling_sam_hq
 
-from naslora import (
-    NASLoRAConfig,
-    UserError,
-    fuse_attention,
-    inject,
-    merge,
-    unfuse_attention,
-)
+from naslora import NASLoRAConfig, UserError, fuse_attention, inject, merge, unfuse_attention
 from naslora.adapter.layer.windows import (
     heads_of_windows,
     join_windows,

@@ -193,10 +193,7 @@ def test_the_model_of_videos_loads_without_its_memory(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind", "config"),
-    [
-        ("sam2.1_t", Sam2VideoModel, Sam2VideoConfig),
-        ("sam3", Sam3VideoModel, Sam3VideoConfig),
-    ],
+    [("sam2.1_t", Sam2VideoModel, Sam2VideoConfig), ("sam3", Sam3VideoModel, Sam3VideoConfig)],
 )
 def test_every_tensor_of_the_model_of_videos_has_a_place(name, kind, config):
     """It is in our model, or a part that our decoder leaves out, or the memory's, or SAM 3's

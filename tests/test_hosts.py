@@ -8,15 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from naslora import (
-    AlphaSearch,
-    NASLoRAConfig,
-    UserError,
-    inject,
-    load_merged,
-    merge,
-    save_merged,
-)
+from naslora import AlphaSearch, NASLoRAConfig, UserError, inject, load_merged, merge, save_merged
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.peft import NasLoraConfig, get_peft_model
 from tests.adapted_models import randomize, tokens

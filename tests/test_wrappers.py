@@ -6,13 +6,7 @@ import os
 import adapted_models
 import pytest
 import torch
-from adapted_models import (
-    adapted_encoder,
-    build_encoder,
-    images,
-    randomize,
-    snapshot,
-)
+from adapted_models import adapted_encoder, build_encoder, images, randomize, snapshot
 from conftest import in_two_processes
 from safetensors.torch import load_file
 from torch import distributed, nn

@@ -25,11 +25,7 @@ from kernel_cases import (
 from torch.autograd import forward_ad
 
 import naslora_kernels
-from naslora_kernels import (
-    mixed_cell,
-    nas_lora_linear,
-    rel_pos_attention,
-)
+from naslora_kernels import mixed_cell, nas_lora_linear, rel_pos_attention
 
 pytestmark = only_cpp
 

@@ -57,7 +57,7 @@ def expression(content: bytes, mark: Path) -> bytes:
 WEIGHTS, CONSTANTS = (f"data/{kind}/model_{kind}_config.json" for kind in ("weights", "constants"))
 EVIL_PROGRAMS = {
     "pickled sample inputs": {
-        "data/sample_inputs/model.pt": lambda content, mark: as_torch(Evil(mark)),
+        "data/sample_inputs/model.pt": lambda content, mark: as_torch(Evil(mark))
     },
     "a pickled weight": {
         WEIGHTS: entry("evil"),

@@ -7,14 +7,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import (
-    CELL,
-    DTYPES,
-    KINDS,
-    TARGETS,
-    assert_as_good_as_reference,
-    few_costly,
-)
+from kernel_cases import CELL, DTYPES, KINDS, TARGETS, assert_as_good_as_reference, few_costly
 
 VALUES = [float("inf"), float("-inf"), float("nan")]
 FINITE = ("folded cell", "separable cell", "layer")
