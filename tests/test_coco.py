@@ -71,12 +71,6 @@ def annotations(split: str) -> dict:
     }
 
 
-def write_images(folder, split):
-    rng = np.random.default_rng(len(split))
-    for i in (1, 2):
-        save(folder / f"{split}{i}.png", rng.integers(0, 256, (HEIGHT, WIDTH, 3)))
-
-
 LAYOUTS = {
     "plain": ("{split}.json", "images"),
     "coco": ("annotations/instances_{split}2017.json", "{split}2017"),
@@ -88,7 +82,9 @@ def write(root, layout="plain"):
     for split in ("train", "val", "test"):
         name = "valid" if (layout, split) == ("roboflow", "val") else split
         file, folder = (part.format(split=name) for part in LAYOUTS[layout])
-        write_images(root / folder, split)
+        for i in (1, 2):
+            image = np.random.default_rng(i).integers(0, 256, (HEIGHT, WIDTH, 3))
+            save(root / folder / f"{split}{i}.png", image)
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(json.dumps(annotations(split)))
     return root

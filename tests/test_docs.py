@@ -153,8 +153,8 @@ def test_commands_and_their_options_exist(page, options_of):
 
 @every_page
 def test_options_named_alone_exist(page, options_of):
-    commands = set(re.findall(r"[a-z]+", naslora_commands()))
-    known = set().union(FOREIGN_OPTIONS, *(options_of(command) or () for command in commands))
+    commands = re.search(r"commands = \(([^)]*)\)", read(ROOT / "naslora" / "cli.py"))[1]
+    known = set().union(*map(options_of, re.findall("[a-z]+", commands)), FOREIGN_OPTIONS)
     bench = "".join(read(path) for path in (ROOT / "bench").rglob("*.py"))
     for span in spans(page):
         if match := re.match(r"--[a-z][\w-]*", span):
@@ -179,11 +179,6 @@ def test_every_command_is_run_or_says_why_not(page):
             assert names or mark[1] == "not run:", mark[0]
             assert all((ROOT / name).exists() for name in names), mark[0]
         assert match[1] != "bash" or page.name == "tutorial.md", match[2]
-
-
-def naslora_commands() -> str:
-    """The tuple of commands in the command line's source."""
-    return re.search(r"commands = \(([^)]*)\)", read(ROOT / "naslora" / "cli.py"))[1]
 
 
 @every_page

@@ -113,17 +113,12 @@ def test_a_file_of_ones_own_builds_on_another(tmp_path):
 # --- any values
 
 
-def names_of(values):
-    return {*values} | {name for v in values.values() if isinstance(v, dict) for name in v}
-
-
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
 DEFAULTS = run_config(root="/data", training={"mixed_precision": "no"}).to_dict()
-NAMES = sorted(names_of(DEFAULTS) | {"methods", "base", "lora", "width", "colour"})
+NAMES = {name for v in DEFAULTS.values() if isinstance(v, dict) for name in v}
+NAMES = sorted(NAMES.union(DEFAULTS, {"methods", "base", "lora", "width", "colour"}))
 SETTINGS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), VALUES, max_size=3)
-
-
 RECIPES = st.dictionaries(st.sampled_from(NAMES), VALUES | SETTINGS, max_size=3)
 
 

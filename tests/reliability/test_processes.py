@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from adapted_models import differing
 from conftest import free_port, refusal, succeed, wait_for, write_data
 from test_trainer import ALPHA_RATE, RATE, assert_same_training
 
@@ -184,7 +185,7 @@ def test_buckets_change_no_bit(launch, data, tmp_path):
         arguments = ("train", "--data", data, *OPTIONS, "--epochs", 1, "--method", "full")
         finish(launch(2, *arguments, "--output", tmp_path / name, bucket=bucket))
     whole, cut = (last_of(tmp_path / name)["model"] for name in ("whole", "cut"))
-    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    assert not differing(whole, cut)
 
 
 # ---- Other numbers of processes ------------------------------------------------------------------
@@ -290,7 +291,6 @@ def test_two_processes_killed_at_random_moments_resume_to_equal_bits(launch, dat
             process.wait()
     finish(launch(2, *command, "--output", run, "--resume"))
     whole, resumed = last_of(tmp_path / "whole"), last_of(run)
-    assert whole["model"].keys() == resumed["model"].keys()
-    assert all(whole["model"][name].equal(resumed["model"][name]) for name in whole["model"])
+    assert not differing(whole["model"], resumed["model"])
     assert kills
     print(f"kills of two processes: {kills}")
