@@ -171,6 +171,7 @@ def test_a_comparison_resumes_with_its_own_settings(finished, arguments):
 def compared(monkeypatch, tmp_path, clean_data):
     """Compares two methods with runs that ``answer`` stands for; what ran; the configuration."""
     ran = []
+    config = RunConfig(data=DataConfig(root=clean_data), training=TrainConfig(learning_rate=1e-4))
 
     def run(answer=lambda _: numbers(0.5), seeds=(0, 1), resume=False, design=None, page=None):
         def in_process(function, config, *_):
@@ -184,12 +185,9 @@ def compared(monkeypatch, tmp_path, clean_data):
         monkeypatch.setattr(tables, "write_page", page or (lambda *_, **__: None))
         monkeypatch.setattr(compare, "check_output", lambda *_, **__: None)  # there are no runs
         ran.clear()
-        config = RunConfig(
-            data=DataConfig(root=clean_data), training=TrainConfig(learning_rate=1e-4)
-        )
         compare.compare(config, ("lora", "mona"), seeds, tmp_path / "out", resume, design)
 
-    return run, ran
+    return run, ran, config
 
 
 def numbers(dice, **changed):

@@ -1,6 +1,7 @@
 """Which (H, W) a sequence of tokens has: what the host states, else a square."""
 
 import copy
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +17,14 @@ from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import apply
 
 
+class Attention(nn.Sequential):
+    """The name of the class tells what it is."""
+
+
 def host(attention=(), block=(), **stated) -> nn.Module:
     """A model of one block, with attributes of the attention, of the block and of the model."""
     torch.manual_seed(0)
-    attn = named(qkv=nn.Linear(16, 48))
+    attn = Attention(OrderedDict(qkv=nn.Linear(16, 48)))
     blocks = nn.Sequential(named(attn=attn, mlp=nn.Sequential(nn.Linear(48, 16))))
     model = named(blocks=blocks)
     for module, values in ((attn, attention), (blocks[0], block), (model, stated)):
