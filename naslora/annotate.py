@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
-from naslora.errors import UserError
+from naslora.errors import UserError, imported
 from naslora.instances import InstanceFinder
 from naslora.labelling import LabelledSet, Labelling
 from naslora.locks import locked
@@ -30,12 +30,7 @@ HELP = (
 
 
 def annotate(
-    path: Path,
-    inputs: Sequence[Path],
-    output: Path,
-    port: int,
-    search: InstanceConfig,
-    show: bool,
+    path: Path, inputs: Sequence[Path], output: Path, port: int, search: InstanceConfig, show: bool
 ) -> None:
     """Serves the page until the process is interrupted.
 
@@ -58,26 +53,18 @@ def annotate(
     except OSError as error:
         reason = f"port {port} cannot be used ({error.strerror})"
         raise UserError(f"{reason}; give another --port") from error
-    try:
-        from nicegui import ui
-    except ImportError as error:
-        raise UserError("annotate needs NiceGUI; run pip install 'naslora[annotate]'") from error
+    (nicegui,) = imported("annotate", "nicegui")
     with locked(output):
         page = Page(Labelling(InstanceFinder(path, search), LabelledSet(output)), images)
         print(f"label {len(images)} images at http://{HOST}:{port}; Ctrl+C ends", flush=True)
         options: dict[str, Any] = {"reload": False, "show": show, "show_welcome_message": False}
-        ui.run(page.build, host=HOST, port=port, title="naslora annotate", **options)
+        nicegui.ui.run(page.build, host=HOST, port=port, title="naslora annotate", **options)
 
 
 class Page:
     """What all windows of the page share.
 
-    Args:
-        labelling: the image that is labelled.
-        images: the images in their order. The first that is not labelled is opened.
-
-    Raises:
-        UserError: as ``Labelling.open``.
+    The first of the images that is not labelled is opened; errors as in ``Labelling.open``.
     """
 
     def __init__(self, labelling: Labelling, images: Sequence[Path]) -> None:
@@ -191,8 +178,7 @@ class Page:
     def move(self, by: int) -> None:
         """Opens another image, and saves this one if it has changed.
 
-        Raises:
-            UserError: as ``Labelling.save`` and ``Labelling.open``.
+        Errors as in ``Labelling.save`` and ``Labelling.open``.
         """
         if self.labelling.changed:
             self.labelling.save()

@@ -3,7 +3,6 @@
 benchmark.csv, benchmark.png   one row, one bar a model
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,18 +16,16 @@ from naslora.data.images import Sample
 from naslora.errors import UserError
 from naslora.predictor import Predictor, make_predictor
 from naslora.records import write_rows
-from naslora.report.figures import BLUE, Drawing, draw_row_axis, row_size
+from naslora.report.figures import BLUE, row_drawing
 from naslora.report.tables import Table, markdown_table, number
 from naslora.sam.attention import unfuse_attention
 from naslora.settings import Count, checked
-from naslora.study.measurement import in_own_process, peak_memory
+from naslora.study.measurement import in_own_process, peak_memory, seconds_in_turn
 from naslora.trained import dice_of, split_of, with_data
 from naslora.training.run_data import make_dataset
 
 FORMS = ["PyTorch, stock", "PyTorch, fused"]
 """In which a folder is measured."""
-ROUNDS = 11
-"""Batches that are timed of each model. One before them is not."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def benchmark(
     batch_size: int = 1,
     trust: bool = False,
 ) -> str:
-    """Measures models. They take turns, so that other load on the machine affects all of them.
+    """Measures models, and returns the table as Markdown.
 
     Args:
         paths: folders, each of which is measured with PyTorch's own and with fused attention, and
@@ -66,9 +63,6 @@ def benchmark(
         images: the number of test images.
         batch_size: the images of a batch.
         trust: as in ``load_class_map``.
-
-    Returns:
-        The table as Markdown.
 
     Raises:
         UserError: as ``make_predictor`` and ``find_splits``; the models take images of different
@@ -83,15 +77,9 @@ def benchmark(
         raise UserError("the models take images of different sizes or channels; measure them apart")
     ((channels, size),) = shapes
     batch = torch.rand(batch_size, channels, size, size)
-    seconds = np.empty((ROUNDS + 1, len(models)))
-    for step in range(ROUNDS + 1):
-        for place, model in enumerate(models):
-            started = time.perf_counter()
-            model.class_map(batch)
-            seconds[step, place] = time.perf_counter() - started
-    rows = []
-    samples = _samples(models, data, images)
-    for (path, form), model, own in zip(forms, models, seconds[1:].T, strict=True):
+    seconds = seconds_in_turn([partial(model.class_map, batch) for model in models])
+    rows, samples = [], _samples(models, data, images)
+    for (path, form), model, own in zip(forms, models, seconds, strict=True):
         dataset = make_dataset(model.config, samples)
         rows.append(
             Measured(
@@ -105,8 +93,16 @@ def benchmark(
             )
         )
     write_rows(output / "benchmark.csv", rows)
+
+    def draw(axes: Axes) -> None:
+        axes.barh(range(len(rows)), [row.p50_ms for row in rows], color=BLUE, height=0.6)
+        for place, row in enumerate(rows):
+            axes.plot([row.p50_ms, row.p95_ms], [place, place], color=BLUE)
+        axes.set_xlabel("milliseconds")
+
     caption = "Median latency of a batch in ms, with a line to the 95th percentile."
-    Drawing("benchmark", caption, partial(_draw, rows=rows), row_size(len(rows))).save(output)
+    titles = [f"{row.model}, {row.runtime}" for row in rows]
+    row_drawing("benchmark", caption, titles, draw).save(output)
     return markdown_table(_table(rows))
 
 
@@ -136,18 +132,8 @@ def _samples(models: Sequence[Predictor], data: Path | None, images: int) -> lis
 
 def _table(rows: Sequence[Measured]) -> Table:
     head = ["Model", "Runtime", "Images/s", "p50, ms", "p95, ms", "Peak memory, MB", "Dice"]
+    forms = (".2f", ".0f", ".0f", ".0f", ".4f")
     cells = []
-    for row in rows:
-        speed, times = f"{row.images_per_second:.2f}", (f"{row.p50_ms:.0f}", f"{row.p95_ms:.0f}")
-        memory = f"{row.peak_memory_mb:.0f}"
-        cells.append([row.model, row.runtime, speed, *times, memory, number(row.dice)])
+    for model, runtime, *numbers in (vars(row).values() for row in rows):
+        cells.append([model, runtime, *map(number, numbers, forms)])
     return Table(head, cells)
-
-
-def _draw(axes: Axes, rows: Sequence[Measured]) -> None:
-    places = range(len(rows))
-    axes.barh(places, [row.p50_ms for row in rows], color=BLUE, height=0.6)
-    for place, row in enumerate(rows):
-        axes.plot([row.p50_ms, row.p95_ms], [place, place], color=BLUE)
-    draw_row_axis(axes, [f"{row.model}, {row.runtime}" for row in rows])
-    axes.set_xlabel("milliseconds")

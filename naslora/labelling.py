@@ -28,11 +28,7 @@ Box = tuple[float, float, float, float]
 class LabelledSet:
     """A folder with train.csv, val.csv and test.csv, and label images in the folder ``masks``.
 
-    Args:
-        root: the folder; new, or one that holds such files.
-
-    Raises:
-        UserError: as ``read_csv``.
+    ``root`` is new, or holds such files; errors as in ``read_csv``.
     """
 
     def __init__(self, root: Path) -> None:
@@ -52,8 +48,7 @@ class LabelledSet:
     def read(self, image: Path) -> np.ndarray | None:
         """The (H, W) uint16 numbers of an image's objects; None if it is not labelled.
 
-        Raises:
-            UserError: as ``read_numbers``.
+        Errors as in ``read_numbers``.
         """
         mask = self._masks.get(image.resolve())
         if mask is None:
@@ -103,11 +98,7 @@ class Step(NamedTuple):
 
 
 class Labelling:
-    """The objects of one image at a time.
-
-    Args:
-        finder: the model.
-        labelled: where the objects are saved.
+    """The objects of one image at a time, found by a model, and saved to a data set.
 
     Attributes:
         pixels: the image, (H, W, 3) uint8 RGB.
@@ -189,12 +180,10 @@ class Labelling:
     def save(self) -> None:
         """Saves the objects, with the one that is being made, numbered from 1 on.
 
-        Raises:
-            UserError: as ``LabelledSet.save``.
+        Errors as in ``LabelledSet.save``.
         """
         self.keep()
-        numbers = np.unique(np.append(self.labels, 0))
-        self.labels = np.searchsorted(numbers, self.labels).astype(np.uint16)
-        kind = np.uint8 if len(numbers) <= 256 else np.uint16
-        self.labelled.save(self.image, self.labels.astype(kind))
+        self.labels = numbered(self.labels).astype(np.uint16)
+        smallest = np.min_scalar_type(self.labels.max())  # uint8 or uint16
+        self.labelled.save(self.image, self.labels.astype(smallest))
         self.changed = False

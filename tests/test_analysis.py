@@ -12,6 +12,7 @@ from segment_anything.modeling.image_encoder import Attention
 
 from naslora.errors import UserError
 from naslora.study.encoder_statistics import (
+    AttentionWeights,
     attention_distances,
     block_statistics,
     relative_log_amplitude,
@@ -49,7 +50,9 @@ def test_attention_without_preference_has_the_mean_distance_of_the_grid(side):
     attention = Attention(8, num_heads=2, use_rel_pos=True, input_size=(side, side))
     torch.nn.init.zeros_(attention.qkv.weight)
     torch.nn.init.zeros_(attention.qkv.bias)
-    found = attention_distances(attention, torch.rand(3, side, side, 8))
+    with AttentionWeights() as weights:
+        attention(torch.rand(3, side, side, 8))
+    found = attention_distances(weights.kept, 3)
     assert found.shape == (3, side, side)
     # float32 softmax and sums of up to 49 terms
     np.testing.assert_allclose(found[0].detach().numpy(), mean_distances(side), rtol=1e-5)

@@ -123,20 +123,19 @@ def draw_curves(axes: Axes, curves: Curves, xlabel: str, ylabel: str) -> None:
         axes.legend()
 
 
-# ---- One row a method, layer or class ------------------------------------------------------------
+def row_drawing(
+    name: str, caption: str, titles: Sequence[str], draw: Callable[[Axes], None]
+) -> Drawing:
+    """A plot with a row a title, from top to bottom; ``draw`` draws the rows at 0, 1, ..."""
 
+    def draw_rows(axes: Axes) -> None:
+        draw(axes)
+        axes.set_yticks(range(len(titles)), titles)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set_ylim(len(titles) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
 
-def row_size(rows: int) -> tuple[float, float]:
-    """Width and height of a plot with so many rows."""
-    return 4.6, 0.9 + 0.3 * rows
-
-
-def draw_row_axis(axes: Axes, titles: Sequence[str]) -> None:
-    """Labels the vertical axis with the rows' titles, from top to bottom."""
-    axes.set_yticks(range(len(titles)), titles)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.set_ylim(len(titles) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
+    return Drawing(name, caption, draw_rows, (4.6, 0.9 + 0.3 * len(titles)))
 
 
 def draw_epoch_axis(axes: Axes, history: list[Epoch]) -> None:
@@ -149,14 +148,6 @@ def draw_epoch_axis(axes: Axes, history: list[Epoch]) -> None:
     # A point is the state after its epoch, so stage 2 starts half an epoch before its first point.
     position = first - 0.5
     axes.axvline(position, color=MUTED, linestyle="--", linewidth=1)
-    on_the_left = position <= sum(axes.get_xlim()) / 2
-    axes.text(
-        position,
-        1.02,
-        STAGE_2_LABEL,
-        transform=axes.get_xaxis_transform(),
-        ha="left" if on_the_left else "right",
-        va="bottom",
-        fontsize=8,
-        color=MUTED,
-    )
+    side = "left" if position <= sum(axes.get_xlim()) / 2 else "right"
+    style: dict[str, Any] = {"ha": side, "va": "bottom", "fontsize": 8, "color": MUTED}
+    axes.text(position, 1.02, STAGE_2_LABEL, transform=axes.get_xaxis_transform(), **style)

@@ -64,15 +64,11 @@ def write_page(
     header: Sequence[Part],
     sections: Mapping[str, Sequence[Part]],
 ) -> None:
-    """Writes a page, atomically.
+    """Writes a page, atomically, and makes its folder if needed.
 
-    Args:
-        path: the file to write. Its folder is made if needed.
-        title: plain text.
-        config: the configuration as JSON-ready values, shown whole at the end.
-        header: parts below the title.
-        sections: heading to parts, in order. Adjacent plots stand side by side. A section without
-            parts is left out.
+    ``header`` is below the title, in plain text. The sections follow, each by its heading. Adjacent
+    plots stand side by side. A section without parts is left out. ``config``, the configuration as
+    JSON-ready values, is shown whole at the end.
 
     Raises:
         UserError: the file cannot be created.
@@ -80,9 +76,8 @@ def write_page(
     """
     text = json.dumps(config, indent=2, ensure_ascii=False, default=str)
     everything = {**sections, "Configuration": [Folded("Every setting of this run", Code(text))]}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True)
     environment.filters |= {"data_uri": data_uri, "kind": _kind}
     page = environment.get_template("page.html").render(
         title=title,

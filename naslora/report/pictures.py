@@ -121,13 +121,8 @@ def in_turn(numbers: np.ndarray) -> tuple[np.ndarray, list[str]]:
 def paint_errors(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Marks the pixels that are wrong, in the colours of ``ERRORS``, on the image in dim grey.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        truth: (H, W) integer labels; 0 is the background.
-        prediction: (H, W) integer labels.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
+    ``image`` and the result are (H, W, 3) uint8 RGB, the others (H, W) integer labels, 0 for the
+    background.
     """
     grey = image.mean(-1, keepdims=True) * 0.55
     painted = np.broadcast_to(grey, image.shape).astype(np.uint8)

@@ -49,31 +49,25 @@ def write_report(
     panels: Sequence[Panel | Pictures],
     class_names: list[str],
 ) -> None:
-    """Writes a run's report as one self-contained HTML file, atomically.
+    """Writes a run's report as one self-contained HTML file; errors as in ``write_page``.
 
     Args:
         path: the file to write. Its folder is made if needed.
-        config: the run's configuration, as ``page_title`` takes it, shown whole.
-        result: what the run reports.
-        history: one record an epoch.
+        config: the run's configuration as JSON-ready values, shown whole.
+        result, history: what the run leaves in metrics.json and history.csv.
         operations: the path of alpha; None for a method without alpha.
         panels: test images to show, the worst first; of a promptable run as they are shown.
         class_names: names of the labels 0, 1, ..., so two for a binary task. Label 0 is the
             background, which is left unpainted.
-
-    Raises:
-        UserError: the file cannot be created.
-        OSError: writing fails, for instance on a full disk. An older file then keeps its content.
     """
     labelled = [panel for panel in panels if isinstance(panel, Panel)]
     prompted = [panel for panel in panels if isinstance(panel, Pictures)]
+    keep = config["training"]["keep"]
     examples = examples_parts(labelled, class_names, result.images["test"])
     sections = {  # first whether it worked, then why, then what it took
         "Scores": _scores(result) if result.untouched is None else _click_scores(result),
         "Test images": examples + ([CLICKS_NOTE, *prompted] if prompted else []),
-        "Merging": merging_parts(
-            result, history, config["training"]["keep"], labelled, class_names
-        ),
+        "Merging": merging_parts(result, history, keep, labelled, class_names),
         "What next": _commands(path.parent, result),
         "Training": _training(history, result.kept_epoch),
         "Operations": operations_parts(operations, history),
@@ -84,11 +78,9 @@ def write_report(
 
 
 def page_title(config: dict[str, Any], method: str = "") -> str:
-    """The title of a run's page: method, model and data.
+    """The title of a run's page, by its JSON-ready configuration: method, model and data.
 
-    Args:
-        config: the configuration as JSON-ready values.
-        method: replaces the configuration's.
+    ``method`` replaces the configuration's.
     """
     dataset, root = config["data"]["dataset"], config["data"]["root"]
     own = dataset in ("csv", "folders", "coco") and root  # a layout; the folder has the data's name
@@ -100,22 +92,21 @@ def _header(result: RunResult) -> list[Part]:
     """Cards with the main numbers, and the number of images."""
     scores, before = result.test, result.untouched
     worst = reduce_known(min, scores.image_dice or [])
+    of_worst = "" if worst is None else f"worst image {number(worst)}"
+    at_start = "" if before is None else f"one click; untouched {number(before.iou)}"
     cards = [
-        ("Test Dice", number(scores.dice), "" if worst is None else f"worst image {number(worst)}"),
-        (
-            "Test IoU",
-            number(scores.iou),
-            "" if before is None else f"one click; untouched {number(before.iou)}",
-        ),
+        ("Test Dice", number(scores.dice), of_worst),
+        ("Test IoU", number(scores.iou), at_start),
     ]
     mode, dice = _best_merge(result)
     if mode and mode != "exact":
         cards.append(("Merged into SAM's layers", number(dice), f"test Dice, {mode}"))
-    share = result.trainable_parameters / result.parameters.total
-    cards.append(
-        ("Trainable parameters", f"{result.trainable_parameters:,}", f"{share:.2%} of all")
-    )
-    cards.append(("Time", duration(result.seconds), ""))
+    trained = result.trainable_parameters
+    share = f"{trained / result.parameters.total:.2%} of all"
+    cards += [
+        ("Trainable parameters", f"{trained:,}", share),
+        ("Time", duration(result.seconds), ""),
+    ]
     images = ", ".join(f"{count:,} {SPLIT_TITLES[s]}" for s, count in result.images.items())
     return [Cards(cards), f"Images: {images}.", *result.notes]
 
@@ -306,10 +297,8 @@ def _commands(run: Path, result: RunResult) -> list[Part]:
         commands.append(("merge", run, "--mode", mode, "--output", model))
     commands.append(("export", model, "--format", "onnx", "--output", f"{run}.onnx"))
     lines = [shlex.join(["naslora", *map(str, command)]) for command in commands]
-    return [
-        "Score the run again, segment images, merge the adapter, export the model:",
-        Code("\n".join(lines)),
-    ]
+    note = "Score the run again, segment images, merge the adapter, export the model:"
+    return [note, Code("\n".join(lines))]
 
 
 def _parameters(counts: ParameterCounts, target: str | Sequence[str] | None) -> list[Part]:
@@ -359,14 +348,9 @@ def print_summary(result: RunResult, output: Path) -> None:
     table = rich_table.Table("test images", f"epoch {result.kept_epoch}", *whole.head[2:], *further)
     for row, *rows in zip(whole.rows, *(other.rows for other in others), strict=True):
         table.add_row(*map(printable, (*row, *(own[1] for own in rows))))
-    console = Console(markup=False, emoji=False)  # names of classes are text
+    console = Console(markup=False, emoji=False, highlight=False)  # names of classes are text
     console.print(table)
-    for note in result.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    console.print(f"scored at the resolution {result.test.resolution}", highlight=False)
-    console.print(
-        f"{result.trainable_parameters:,} parameters trained in {result.seconds:.0f} s; "
-        f"look at {output / REPORT}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    lines = [f"note: {note}" for note in result.notes]
+    lines.append(f"scored at the resolution {result.test.resolution}")
+    trained = f"{result.trainable_parameters:,} parameters trained in {result.seconds:.0f} s"
+    console.print(*lines, f"{trained}; look at {output / REPORT}", sep="\n", soft_wrap=True)

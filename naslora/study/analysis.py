@@ -41,8 +41,7 @@ from naslora.report.figures import (
     Curves,
     Drawing,
     draw_curves,
-    draw_row_axis,
-    row_size,
+    row_drawing,
 )
 from naslora.report.page import Part, Pictures, write_page
 from naslora.report.run_report import page_title
@@ -68,10 +67,7 @@ SHOWN = 4  # images in the picture panels
 COLOURS = {"random": MUTED, "frozen": ORANGE, "trained": BLUE}
 QUANTITIES = {
     "attention_distance": ("Mean attention distance of each block, in pixels.", "distance, px"),
-    "log_amplitude": (
-        "Relative log amplitude of the highest frequency after each block.",
-        "log amplitude",
-    ),
+    "log_amplitude": ("Relative log amplitude of the highest frequency by block.", "log amplitude"),
 }
 """Of fields of ``BlockStatistics`` the plot's caption and the name of the axis."""
 
@@ -79,7 +75,7 @@ Statistics = Mapping[str, list[BlockStatistics]]
 """The blocks of each model, by the name of the model."""
 
 
-def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0) -> None:
+def analyse(runs: Sequence[Path], output: Path, images: int = 100) -> None:
     """Analyses a trained run, and the convergence over the seeds of several runs.
 
     Args:
@@ -87,7 +83,6 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
             analysed.
         output: must be new or empty.
         images: how many test images the encoders are measured on, at most.
-        seed: of the draw of the images and of the random encoder.
 
     Raises:
         UserError: as ``load_model``; the runs differ in more than their seed; ``output`` is not
@@ -102,30 +97,25 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
     mixtures = [_read_mixture(run) for run in runs if searched]
     check_output(config, output, resume=False)
     samples = find_splits(config)["test"]
-    order = np.random.default_rng(seed).permutation(len(samples))
+    order = np.random.default_rng(0).permutation(len(samples))
     drawn = [samples[i] for i in sorted(order[:images])]
     device = make_accelerator(config.training).device
-    models = _models(model, config, seed)
+    models = _models(model, config)
+    size = config.model.image_size
     statistics = {
-        name: block_statistics(
-            other.to(device).image_encoder, _batches(other, config, drawn), config.model.image_size
-        )
-        for name, other in models.items()
+        name: block_statistics(own.to(device).image_encoder, _batches(own, config, drawn), size)
+        for name, own in models.items()
     }
-    shown = _shown(config, samples)
+    heated = [_heat_maps(models, item, config) for item in _shown(config, samples)]
     with replaced_folder(output) as folder:
         sections: dict[str, Sequence[Part]] = {
             "Inductive bias (Table 4)": _write_statistics(statistics, len(drawn), folder),
-            "Grad-CAM (Fig. 4)": _write_pictures(
-                folder / "gradcam.png",
-                [_heat_maps(models, item, config) for item in shown],
-            ),
-            "Convergence (Fig. C1)": _write_convergence(histories, config, folder),
+            "Grad-CAM (Fig. 4)": _write_pictures(folder / "gradcam.png", heated),
+            "Convergence (Fig. C1)": [_write_convergence(histories, config, folder)],
         }
         if searched:
-            sections["Operations (Fig. C2)"] = _write_operations(mixtures, folder)
-            losses = write_operation_losses(model, config, seed, folder)
-            sections["Operations moved to skip"] = losses
+            sections["Operations (Fig. C2)"] = [_write_operations(mixtures, folder)]
+            sections["Operations moved to skip"] = [write_operation_losses(model, config, folder)]
         for part in chain(*sections.values()):
             if isinstance(part, Drawing):
                 part.save(folder)
@@ -133,15 +123,13 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100, seed: int = 0
         write_page(folder / REPORT, f"Analysis of {page_title(values)}", values, [], sections)
 
 
-def _models(
-    trained: SamForSegmentation, config: RunConfig, seed: int
-) -> dict[str, SamForSegmentation]:
+def _models(trained: SamForSegmentation, config: RunConfig) -> dict[str, SamForSegmentation]:
     """A random, the frozen and the trained model, by name.
 
     The frozen model of a run without pre-trained weights is random as well.
     """
     # The seed differs from the run's, so that the random encoder is not that frozen one.
-    random = build_run_model(replace(config, seed=config.seed + 1 + seed), NONE)
+    random = build_run_model(replace(config, seed=config.seed + 1), NONE)
     frozen = build_run_model(config, checkpoint_of(config.model))
     return {"random": random.eval(), "frozen": frozen.eval(), "trained": trained}
 
@@ -157,13 +145,10 @@ def _batches(model: Any, config: RunConfig, samples: list[Sample]) -> Iterator[T
 
 
 def _write_statistics(statistics: Statistics, images: int, output: Path) -> list[Part]:
-    rows = [
-        {"model": name, **block._asdict()}
-        for name, blocks in statistics.items()
-        for block in blocks
-    ]
+    named = ((model, block) for model, blocks in statistics.items() for block in blocks)
+    rows = [{"model": model, **block._asdict()} for model, block in named]
     write_rows(output / "encoder.csv", rows)
-    drawings = []
+    head, drawings = ["Block", "Window"], []
     for name, (caption, label) in QUANTITIES.items():
         curves: Curves = {
             model: (COLOURS[model], [getattr(block, name) for block in blocks])
@@ -171,14 +156,12 @@ def _write_statistics(statistics: Statistics, images: int, output: Path) -> list
         }
         draw = partial(draw_curves, curves=curves, xlabel="block", ylabel=label)
         drawings.append(Drawing(name, caption, draw))
-    head = ["Block", "Window"]
-    head += [f"{model}: {label}" for _, label in QUANTITIES.values() for model in statistics]
-    table = []
-    for blocks in zip(*statistics.values(), strict=True):  # the same block of each model
-        cells = [str(blocks[0].block), str(blocks[0].window or "global")]
-        for name in QUANTITIES:
-            cells += [number(getattr(block, name), ".2f") for block in blocks]
-        table.append(cells)
+        head += [f"{model}: {label}" for model in statistics]
+    table = [
+        [str(blocks[0].block), str(blocks[0].window or "global")]
+        + [number(getattr(block, name), ".2f") for name in QUANTITIES for block in blocks]
+        for blocks in zip(*statistics.values(), strict=True)  # the same block of each model
+    ]
     note = f"Means over {images} test images. Distances are also means over heads and queries."
     return [*drawings, Table(head, table), note]
 
@@ -199,33 +182,24 @@ def _write_pictures(path: Path, rows: list[Pictures]) -> list[Part]:
     if not rows:
         return ["No test image has any foreground."]
     gap = ((0, 4), (0, 4), (0, 0))
-    lines = [
-        np.concatenate([np.pad(pixels, gap, constant_values=255) for _, pixels in row.pictures], 1)
-        for row in rows
-    ]
+    padded = [[np.pad(own, gap, constant_values=255) for _, own in row.pictures] for row in rows]
     with replaced_file(path) as temporary:
-        Image.fromarray(np.concatenate(lines)).save(temporary, format="PNG")
+        Image.fromarray(np.vstack([*map(np.hstack, padded)])).save(temporary, format="PNG")
     return list(rows)
 
 
 def _heat_maps(models: Mapping[str, SamForSegmentation], item: Item, config: RunConfig) -> Pictures:
     image = item["image"][shown_of(config)]
     pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()  # (S, S, 3) RGB
-    heated = [
-        (name, _heat_overlay(model, item["image"], item["mask"], pixels))
-        for name, model in models.items()
-    ]
+    heated = [(name, _heat_overlay(model, item, pixels)) for name, model in models.items()]
     return Pictures(item["name"], item["name"], [("image", pixels), *heated])
 
 
-def _heat_overlay(
-    model: SamForSegmentation, image: Tensor, mask: Tensor, pixels: np.ndarray
-) -> np.ndarray:
+def _heat_overlay(model: SamForSegmentation, item: Item, pixels: np.ndarray) -> np.ndarray:
     """Grad-CAM (Selvaraju et al. 2017) of the foreground's score at the encoder's last block.
 
     The score is a sum over the foreground's pixels: of logits if the task is binary, else of the
-    class map. ``image`` is (3, S, S) in [0, 1], ``mask`` (S, S) labels; ``pixels``, the image, and
-    the heat over it are (S, S, 3) uint8 RGB.
+    class map. ``pixels``, the image, and the heat over it are (S, S, 3) uint8 RGB.
     """
     kept: list[Tensor] = []  # the output of the last block, (1, H, W, C)
     last = transformer_blocks(model.image_encoder)[-1]
@@ -233,17 +207,17 @@ def _heat_overlay(
     # The encoder is frozen, so gradients reach its last block only on the way to the image.
     device = next(model.parameters()).device
     try:
-        output = model.eval()(image[None].to(device).requires_grad_(True))
+        output = model.eval()(item["image"][None].to(device).requires_grad_(True))
     finally:
         hook.remove()
-    scores, labels = output.masks, mask.to(device)
+    scores, labels = output.masks, item["mask"].to(device)
     if output.classes is not None:
         scores = output.class_map()[:, 1:]
     score = sum(scores[0, k][labels == k + 1].sum() for k in range(scores.shape[1]))
     (gradient,) = torch.autograd.grad(score, kept)
     weights = gradient.mean((1, 2), keepdim=True)
     heat = (weights * kept[0]).sum(-1).relu().detach()[:, None]  # (1, 1, H, W)
-    heat = F.interpolate(heat, mask.shape, mode="bilinear")[0, 0]
+    heat = F.interpolate(heat, labels.shape, mode="bilinear")[0, 0]
     heat = heat - heat.min()
     colours = matplotlib.colormaps["jet"]((heat / heat.max().clamp_min(1e-7)).float().cpu().numpy())
     return (255 * colours[..., :3] / 2 + pixels / 2).round().astype(np.uint8)
@@ -265,31 +239,27 @@ def _read_history(run: Path, first: RunConfig) -> list[Epoch]:
     return history
 
 
-def _write_convergence(
-    histories: list[list[Epoch]], config: RunConfig, output: Path
-) -> list[Drawing]:
+def _write_convergence(histories: list[list[Epoch]], config: RunConfig, output: Path) -> Drawing:
     """Writes convergence.csv, the validation Dice by epoch over the seeds, and plots it."""
     curves = np.array([[epoch.val_dice for epoch in history] for history in histories], float)
+    seeds, epochs = len(curves), np.arange(curves.shape[1])
     mean = curves.mean(0)  # NaN if a seed has no score
-    spread = curves.std(0, ddof=1) if len(curves) > 1 else np.full(len(mean), np.nan)
-    numbers = enumerate(zip(mean.tolist(), spread.tolist(), strict=True))
-    rows = [{"epoch": e, "mean_val_dice": m, "standard_deviation": s} for e, (m, s) in numbers]
+    spread = curves.std(0, ddof=1) if seeds > 1 else np.full(len(mean), np.nan)
+    numbers = zip(epochs.tolist(), mean.tolist(), spread.tolist(), strict=True)
+    rows = [{"epoch": e, "mean_val_dice": m, "standard_deviation": s} for e, m, s in numbers]
     write_rows(output / "convergence.csv", rows)
     start = config.training.search_start if searches(config.method, config.adapter) else None
-    caption = f"Validation Dice by epoch, mean and standard deviation of {len(curves)} seeds."
-    draw = partial(_draw_convergence, mean=mean, spread=spread, start=start)
-    return [Drawing("convergence", caption, draw)]
 
-
-def _draw_convergence(axes: Axes, mean: np.ndarray, spread: np.ndarray, start: int | None) -> None:
-    epochs = np.arange(len(mean))
-    axes.plot(epochs, mean, color=BLUE)
-    if np.isfinite(spread).any():
+    def draw(axes: Axes) -> None:
+        axes.plot(epochs, mean, color=BLUE)
         axes.fill_between(epochs, mean - spread, mean + spread, color=BLUE, alpha=0.25, linewidth=0)
-    if start is not None and 0 < start < len(mean):
-        axes.axvline(start - 0.5, color=MUTED, linestyle="--", linewidth=1)
-    axes.set(xlabel="epoch", ylabel="validation Dice")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if start is not None and 0 < start < len(mean):
+            axes.axvline(start - 0.5, color=MUTED, linestyle="--", linewidth=1)
+        axes.set(xlabel="epoch", ylabel="validation Dice")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    caption = f"Validation Dice by epoch, mean and standard deviation of {seeds} seeds."
+    return Drawing("convergence", caption, draw)
 
 
 # ---- Operations ----------------------------------------------------------------------------------
@@ -304,37 +274,29 @@ def _read_mixture(run: Path) -> np.ndarray:
         return np.array(record.epochs[-1].softmax).reshape(shape)
 
 
-def _write_operations(mixtures: Sequence[np.ndarray], output: Path) -> list[Drawing]:
+def _write_operations(mixtures: Sequence[np.ndarray], output: Path) -> Drawing:
     """Writes operations.csv, the weights at the end of each run's search, and plots them."""
     last = np.stack(mixtures)  # (runs, layers, operations)
-    runs, layers, _ = last.shape
-    largest = last.argmax(-1)  # (runs, layers)
-    rows = [
-        {
-            "operation": name,
-            "mean_weight": float(own.mean()),
-            "spread_over_runs": float(own.mean(1).std(ddof=1)) if runs > 1 else None,
-            "share_of_layers_where_largest": float((largest == i).mean()),
-        }
-        for i, (name, own) in enumerate(zip(OPERATIONS, np.moveaxis(last, -1, 0), strict=True))
-    ]
-    write_rows(output / "operations.csv", rows)
+    runs, layers, count = last.shape
+    places, by_operation = np.arange(count), np.moveaxis(last, -1, 0)
+    weights = [float(own.mean()) for own in by_operation]
+    spread = [float(own.mean(1).std(ddof=1)) if runs > 1 else None for own in by_operation]
+    shares = [float((last.argmax(-1) == place).mean()) for place in places]
+    names = ("operation", "mean_weight", "spread_over_runs", "share_of_layers_where_largest")
+    rows = zip(OPERATIONS, weights, spread, shares, strict=True)
+    write_rows(output / "operations.csv", [dict(zip(names, row, strict=True)) for row in rows])
+
+    def draw(axes: Axes) -> None:
+        lines = [value or 0 for value in spread]
+        axes.barh(
+            places - 0.2, weights, 0.38, xerr=lines, color=BLUE, ecolor=INK, label="mean weight"
+        )
+        axes.barh(places + 0.2, shares, 0.38, color=GREEN, label="share of layers")
+        axes.axvline(1 / count, color=ORANGE, linestyle="--", linewidth=1, label="uniform")
+        axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+
     caption = (
         f"Mean of softmax(α) over {layers} layers of {runs} runs, and the share of the "
         "layers in which an operation has the largest weight."
     )
-    return [
-        Drawing("operations", caption, partial(_draw_operations, rows=rows), row_size(len(rows)))
-    ]
-
-
-def _draw_operations(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    places = np.arange(len(rows))
-    weights = [row["mean_weight"] for row in rows]
-    spread = [row["spread_over_runs"] or 0 for row in rows]
-    axes.barh(places - 0.2, weights, 0.38, xerr=spread, color=BLUE, ecolor=INK, label="mean weight")
-    shares = [row["share_of_layers_where_largest"] for row in rows]
-    axes.barh(places + 0.2, shares, 0.38, color=GREEN, label="share of layers")
-    axes.axvline(1 / len(rows), color=ORANGE, linestyle="--", linewidth=1, label="uniform")
-    draw_row_axis(axes, [row["operation"] for row in rows])
-    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    return row_drawing("operations", caption, OPERATIONS, draw)

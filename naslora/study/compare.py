@@ -10,10 +10,10 @@ report.html          the tables, and plots of the test Dice
 protocol.*, images.csv, lists/   what ``compare`` fixes before it runs (protocol.py)
 """
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from naslora.choices import AblationName
@@ -26,7 +26,7 @@ from naslora.settings import Seed, checked
 from naslora.study.design import Design, Launch, parse_grid, values_text, with_values
 from naslora.study.launchers import Job, finished, jobs
 from naslora.study.measurement import find_refusals, in_own_process, run_and_measure
-from naslora.study.plan import NUMBERS, TUNING, Outcomes, Run, Study
+from naslora.study.plan import NUMBERS, TUNING, Outcome, Outcomes, Run, Study, reason
 from naslora.study.protocol import (
     LORA,
     Fold,
@@ -37,10 +37,13 @@ from naslora.study.protocol import (
     write_protocol,
 )
 from naslora.study.rows import BASE, ablation_rows, method_rows
-from naslora.study.tables import reason, write_tables
+from naslora.study.tables import write_tables
 from naslora.training.resolve import resolve
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
+
+Made = Iterator[tuple[Run, Outcome]]
+"""Runs that were made, in the order of their ends."""
 
 # ---- The commands --------------------------------------------------------------------------------
 
@@ -65,8 +68,7 @@ def compare(
         output: must be new or empty unless ``resume``.
         resume: keep the finished runs of ``output`` and make the others. Methods and seeds may
             have been added if ``design`` neither tunes nor draws folds.
-        design: what is tuned, on which images, and the margin of equivalence; None for its
-            defaults.
+        design: what is tuned, on which images, and the margin of equivalence.
         launch: where the runs are made; None for here.
 
     Raises:
@@ -86,7 +88,7 @@ def compare(
     tried = [
         row._replace(config=resolve(with_values(row.config, values), fit=not drawn))
         for row in rows
-        for values in grid or [{}]
+        for values in grid
     ]
     images = find_images(recipe, design, output)
     protocol = make_protocol(recipe, methods, seeds, design, images)
@@ -115,7 +117,7 @@ def compare(
     if not fitting:
         raise UserError("no method fits: " + "; ".join(f"{m}: {r}" for m, r in refused.items()))
     for method, why in refused.items():
-        say("compare", f"{method} is left out: {why}")
+        study.say(f"{method} is left out: {why}")
     write_protocol(protocol, images, output)
     reference = LORA if LORA in methods else fitting[0]
     run_study(replace(study, reference=reference, refused=refused))
@@ -129,18 +131,11 @@ def ablate(
     resume: bool,
     launch: Launch | None = None,
 ) -> str:
-    """Varies one setting of the method (paper, Tables 6-9 and D1), and writes the table.
+    """Varies one setting of the method (paper, Tables 6-9 and D1); returns the table as Markdown.
 
     The unchanged method is a row of every ablation, so ablations in one folder share its runs.
-
-    Args:
-        name: a key of ``naslora.study.rows.ABLATIONS``.
-        config: the unchanged method. Its seed is replaced.
-        seeds: as for ``compare``, and so are ``resume`` and ``launch``.
-        output: must be new or empty unless ``resume``. The table is in its folder ``name``.
-
-    Returns:
-        The table as Markdown.
+    ``config`` is the unchanged method; its seed is replaced. The tables are in the folder ``name``
+    of ``output``. Other arguments as in ``compare``.
 
     Raises:
         UserError: the configuration has nothing to ablate; ``output`` holds something else, or
@@ -173,7 +168,7 @@ def _check_output(study: Study, resume: bool) -> None:
         check_output(study.recipe, study.output, resume)
     for run in study.runs():
         tuned = study.folder(run.row, "tuning", run.fold) / TUNING
-        if not study.grid or run.tries is not None or tuned.is_file():
+        if not run.fold.inner or run.tries is not None or tuned.is_file():
             started = (run.folder / CONFIG).is_file()  # the lists of its images exist then
             config = study.config(run, {}) if started else study.recipe
             check_output(config, run.folder, resume=True)
@@ -200,11 +195,8 @@ def run_study(study: Study) -> None:
             reasons.
     """
     runs = [*study.runs()]
-    outcomes: Outcomes = {
-        run.folder: read_record(run.folder / NUMBERS, RunNumbers)
-        for run in runs
-        if (run.folder / NUMBERS).is_file()
-    }
+    measured = (run.folder for run in runs if (run.folder / NUMBERS).is_file())
+    outcomes: Outcomes = {own: read_record(own / NUMBERS, RunNumbers) for own in measured}
     pending = [run for run in runs if not run.finished]
     missing = {} if pending else write_tables(study, outcomes)
     started = time.perf_counter()
@@ -218,7 +210,7 @@ def run_study(study: Study) -> None:
             found = f"failed: {reason(outcome)}"
         missing = write_tables(study, outcomes)
         left = (time.perf_counter() - started) / done * (len(pending) - done)
-        say(study.command, f"{found}; runs left: {len(pending) - done}, about {left / 60:.0f} min")
+        study.say(f"{found}; runs left: {len(pending) - done}, about {left / 60:.0f} min")
     reasons = {row: [*own.values()] for row, own in missing.items() if own}
     if reasons:
         listed = "; ".join(f"{row}: {own[-1]}" for row, own in reasons.items())
@@ -236,57 +228,40 @@ def _describe(run: Run) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _made_here(
-    study: Study, pending: Sequence[Run], outcomes: Outcomes
-) -> Iterator[tuple[Run, RunNumbers | Exception]]:
-    """Makes the runs one after another; gives each with its numbers, or its error."""
+def _made_here(study: Study, pending: Sequence[Run], outcomes: Outcomes) -> Made:
+    """Makes the runs one after another."""
+    measure = partial(in_own_process, run_and_measure) if study.costs else run_and_measure
     for place, run in enumerate(pending, 1):
-        say(study.command, f"run {place} of {len(pending)}: {_describe(run)}")
+        study.say(f"run {place} of {len(pending)}: {_describe(run)}")
         try:
-            arguments = _arguments(study, run, outcomes)
-            if study.costs:
-                yield run, in_own_process(run_and_measure, *arguments)
-            else:
-                yield run, run_and_measure(*arguments)
+            yield run, measure(*_arguments(study, run, outcomes))
         except Exception as error:  # any error of one run must not end the others
             yield run, error
 
 
-def _made_by_jobs(
-    study: Study, pending: Sequence[Run], outcomes: Outcomes
-) -> Iterator[tuple[Run, RunNumbers | Exception]]:
+def _made_by_jobs(study: Study, pending: Sequence[Run], outcomes: Outcomes) -> Made:
     """The same by jobs. All start at once, except runs that wait for their tuning."""
-    waiting, running = [*pending], dict[Path, Job]()
-    by_folder = {run.folder: run for run in pending}
+    waiting, running = [*pending], list[Job]()
     with jobs(study.launch, study.output) as submit:
         try:
             while waiting or running:
-                open_runs = {run.folder for run in waiting} | running.keys()
+                open_runs = {run.folder for run in (*waiting, *(job.run for job in running))}
                 for run in [*waiting]:
                     trials = () if run.tries is not None else study.trials(run.row, run.fold)
                     if open_runs.isdisjoint(trial.folder for trial in trials):
                         waiting.remove(run)
-                        say(study.command, f"starts {_describe(run)}")
+                        study.say(f"starts {_describe(run)}")
                         try:
-                            running[run.folder] = Job(submit, _arguments(study, run, outcomes))
+                            running.append(Job(run, submit, _arguments(study, run, outcomes)))
                         except UserError as error:  # nothing was found by tuning
                             yield run, error
                 if running:
-                    folder, outcome = finished(running)
-                    yield by_folder[folder], outcome
+                    yield finished(running)
         finally:
-            for job in running.values():  # after an interrupt
+            for job in running:  # after an interrupt
                 job.running.cancel()
 
 
 def _arguments(study: Study, run: Run, outcomes: Outcomes) -> tuple[RunConfig, Path, bool]:
     """Those of ``run_and_measure``."""
-    values, config = study.values(run, outcomes), study.config(run, outcomes)
-    if values and run.tries is None:
-        say(study.command, f"{values_text(values)} is chosen")
-    return config, run.folder, study.costs and run.tries is None
-
-
-def say(command: str, text: str) -> None:
-    """Prints a progress message of a command to the standard error."""
-    print(f"{command}: {text}", file=sys.stderr, flush=True)
+    return study.config(run, outcomes), run.folder, study.costs and run.tries is None

@@ -43,7 +43,7 @@ class Launch(Settings):
 
 
 def parse_grid(tune: Sequence[Sequence[str]]) -> list[Values]:
-    """All combinations of the values of ``Design.tune``; none without any.
+    """All combinations of the values of ``Design.tune``; without any, one of no values.
 
     Raises:
         UserError: a text is not NAME=VALUE,VALUE,..., or names a setting or a value twice.
@@ -58,8 +58,7 @@ def parse_grid(tune: Sequence[Sequence[str]]) -> list[Values]:
                 f"--tune takes NAME=VALUE,VALUE,... with distinct names and values, got {text!r}"
             )
         settings[name] = values
-    grid = (dict(zip(settings, own, strict=True)) for own in itertools.product(*settings.values()))
-    return list(grid) if settings else []
+    return [dict(zip(settings, own, strict=True)) for own in itertools.product(*settings.values())]
 
 
 def with_values(config: RunConfig, values: Values) -> RunConfig:
@@ -69,17 +68,14 @@ def with_values(config: RunConfig, values: Values) -> RunConfig:
         UserError: the method has no such setting, or the value is of a wrong type or out of range.
     """
     for name, text in values.items():
-        parts = [
-            part
-            for part in ("training", "adapter")
-            if name in getattr(config, part).__dataclass_fields__
-        ]
-        if not parts:
+        part = "training" if name in config.training.__dataclass_fields__ else "adapter"
+        settings = getattr(config, part)
+        if name not in settings.__dataclass_fields__:
             raise UserError(
                 f"--tune {name}: neither the training nor the method {config.method} has this "
                 "setting; all methods get equal trials, so tune what all of them have"
             )
-        config = replace(config, **{parts[0]: getattr(config, parts[0]).with_text(name, text)})
+        config = replace(config, **{part: settings.with_text(name, text)})
     return config
 
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 
 from naslora.errors import UserError
 from naslora.records import read_rows
-from naslora.report.figures import BLUE, GRID, MUTED, draw_row_axis
+from naslora.report.figures import BLUE, GRID, MUTED, Drawing, row_drawing
 from naslora.report.tables import MISSING, Table, number
 from naslora.results import RunNumbers
 
@@ -71,6 +71,9 @@ class PairedDifference:
         return own | {f"images_{name}": value for name, value in images.items()}
 
 
+Differences = Sequence[PairedDifference]
+
+
 def paired_difference(
     title: str,
     own: Mapping[int, float],
@@ -82,12 +85,12 @@ def paired_difference(
 
     seeds = sorted(own.keys() & other.keys())
     values = [own[seed] - other[seed] for seed in seeds]
-    mean = statistics.mean(values) if seeds else None
-    if mean is None or len(seeds) < 2:
-        return PairedDifference(title, seeds, values, mean, None, None, images)
-    error = statistics.stdev(values) / math.sqrt(len(seeds))
-    half = float(stdtrit(len(seeds) - 1, (1 + LEVEL) / 2)) * error
-    return PairedDifference(title, seeds, values, mean, mean - half, mean + half, images)
+    mean, low, high = statistics.mean(values) if seeds else None, None, None
+    if mean is not None and len(seeds) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(seeds))
+        half = float(stdtrit(len(seeds) - 1, (1 + LEVEL) / 2)) * error
+        low, high = mean - half, mean + half
+    return PairedDifference(title, seeds, values, mean, low, high, images)
 
 
 def over_images(
@@ -136,12 +139,10 @@ def over_images(
     # Their mean is the images'. Their spread is that of a ratio of sums, to first order.
     mean = sums.sum() / counts.sum()
     values = mean + (sums - mean * counts) / counts.mean()
+    bounds = ((-margin, "greater"), (margin, "less"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of differences that are all equal, as in a row by itself
-        p = max(
-            stats.ttest_1samp(values, bound, alternative=side).pvalue
-            for bound, side in ((-margin, "greater"), (margin, "less"))
-        )
+        p = max(stats.ttest_1samp(values, m, alternative=side).pvalue for m, side in bounds)
     low, high = map(float, interval)
     return OverImages(low, high, float(p), verdict(low, high, float(p), margin))
 
@@ -163,12 +164,9 @@ def differences_from(
     """
 
     def scores(title: str) -> tuple[dict[int, float], ImageScores]:
-        dice = {
-            seed: dice
-            for seed, run in runs[title].items()
-            if (dice := run.numbers["dice"]) is not None
-        }
-        return dice, {seed: runs[title][seed].image_dice for seed in dice}
+        own = runs[title]
+        dice = {seed: d for seed, run in own.items() if (d := run.numbers["dice"]) is not None}
+        return dice, {seed: own[seed].image_dice for seed in dice}
 
     other, other_images = scores(reference)
     found = []
@@ -180,9 +178,7 @@ def differences_from(
     return found
 
 
-def differences_table(
-    reference: str, differences: Sequence[PairedDifference], margin: float
-) -> Table:
+def differences_table(reference: str, differences: Differences, margin: float) -> Table:
     """The differences from the row ``reference``."""
     head = ["Method", f"Dice − {reference}", f"{LEVEL:.0%} over images", f"{LEVEL:.0%} over seeds"]
     rows = []
@@ -199,19 +195,24 @@ def differences_table(
     return Table([*head, f"p, level within ± {margin:g}", "Verdict", "Seeds"], rows)
 
 
-def draw_differences(
-    axes: Axes, differences: Sequence[PairedDifference], reference: str, margin: float
-) -> None:
+def differences_drawing(reference: str, differences: Differences, margin: float) -> Drawing:
     """A row a method: a dot for the difference, and a line for the interval over the images."""
-    axes.axvspan(-margin, margin, color=GRID, linewidth=0)
-    axes.axvline(0, color=MUTED, linewidth=1)
-    for place, own in enumerate(differences):
-        if own.images is not None:
-            axes.hlines(place, own.images.low, own.images.high, color=BLUE, linewidth=2)
-        axes.plot([own.mean or 0.0], [place], "o", color=BLUE, markersize=6)
-    draw_row_axis(axes, [own.title for own in differences])
-    axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(f"test Dice − {reference}")
+
+    def draw(axes: Axes) -> None:
+        axes.axvspan(-margin, margin, color=GRID, linewidth=0)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        for place, own in enumerate(differences):
+            if own.images is not None:
+                axes.hlines(place, own.images.low, own.images.high, color=BLUE, linewidth=2)
+            axes.plot([own.mean or 0.0], [place], "o", color=BLUE, markersize=6)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(f"test Dice − {reference}")
+
+    caption = (
+        "Difference in test Dice: a dot, with a line for the 95 % interval over the images. In "
+        f"the band are differences below {margin:g}."
+    )
+    return row_drawing("differences", caption, [own.title for own in differences], draw)
 
 
 # ---- Several data sets ---------------------------------------------------------------------------
@@ -251,6 +252,5 @@ def mean_ranks(folders: Sequence[Path | str]) -> Table:
         [titles[i], *(number(value, ".3f") for value in dice[:, i]), number(ranks[i], ".2f")]
         for i in np.argsort(ranks, kind="stable")
     ]
-    return Table(
-        ["Method", *(Path(folder).resolve().name for folder in folders), "Mean rank"], rows
-    )
+    names = [Path(folder).resolve().name for folder in folders]
+    return Table(["Method", *names, "Mean rank"], rows)

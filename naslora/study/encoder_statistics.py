@@ -4,8 +4,10 @@ The mean attention distance (Raghu et al. 2021) is how far a token looks. The re
 (Park and Kim 2022) is how much of the high frequencies the output of a block keeps.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -17,6 +19,11 @@ from torch.overrides import TorchFunctionMode
 from naslora.errors import UserError
 from naslora.sam.attention import fuse_attention, unfuse_attention
 from naslora.sam.encoders import transformer_blocks
+
+OTHER_TOKENS = (
+    "attention distances cannot be measured: the run's encoder or method attends to more tokens "
+    "than those of the image"
+)
 
 
 class BlockStatistics(NamedTuple):
@@ -51,70 +58,53 @@ def block_statistics(
         UserError: the encoder or its method adds tokens to those of the image.
     """
     encoder.eval()
+    blocks: list[Any] = [b for b in transformer_blocks(encoder) if hasattr(b, "window_size")]
+    if not blocks:
+        raise UserError(OTHER_TOKENS)
+    sizes = (block.window_size for block in blocks)
+    windows = [size if isinstance(size, int) else size[0] for size in sizes]
+    found: list[list[tuple[float, float]]] = [[] for _ in blocks]  # one pair of means a batch
+    weights = AttentionWeights()
+
+    def measure(place: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        batch, tokens = inputs[0].shape[:2]
+        side = windows[place] or tokens
+        if weights.kept is None or weights.kept.shape[-1] != side**2:
+            raise UserError(OTHER_TOKENS)
+        count = -(-tokens // side)  # windows along a side
+        distances = attention_distances(weights.kept, batch * count**2)
+        own = distances.shape[-1]  # side, or half of it
+        real, padded = tokens * own // side, count * own
+        distances = window_unpartition(distances[..., None], own, (padded,) * 2, (real,) * 2)
+        amplitude = float(relative_log_amplitude(output).mean())
+        found[place].append((float(distances.mean()) / tokens, amplitude))
+        weights.kept = None
+
     fused = unfuse_attention(encoder)
-    blocks = transformer_blocks(encoder)
-    watched = [_Watched(block) for block in blocks if hasattr(block, "window_size")]
-    try:
+    with contextlib.ExitStack() as stack:
+        if fused:
+            stack.callback(fuse_attention, encoder)
+        for place, block in enumerate(blocks):
+            handle = block.register_forward_hook(partial(measure, place))
+            stack.callback(handle.remove)
+            attention = getattr(block, "attn", None) or block.attention  # in SAM 3
+            attention.fused_attn = False  # timm's own fused attention shows no weights
+            if hasattr(attention, "config"):
+                attention.config._attn_implementation = "eager"  # nor does that of transformers
+        stack.enter_context(weights)
         for batch in images:
             encoder(batch)
-    finally:
-        for block in watched:
-            for handle in block.handles:
-                handle.remove()
-        if fused:
-            fuse_attention(encoder)
-    if not watched or not all(block.distances for block in watched):
-        raise UserError(
-            "attention distances cannot be measured: the run's encoder or method attends to more "
-            "tokens than those of the image"
-        )
+    means = [[fmean(values) for values in zip(*own, strict=True)] for own in found]
     return [
-        BlockStatistics(
-            i,
-            block.window or None,
-            image_size * fmean(block.distances),
-            fmean(block.amplitudes),
-        )
-        for i, block in enumerate(watched, 1)
+        BlockStatistics(i, window or None, image_size * distance, amplitude)
+        for i, (window, (distance, amplitude)) in enumerate(zip(windows, means, strict=True), 1)
     ]
 
 
-class _Watched:
-    """Measures a block whenever it computes, until its handles are removed."""
-
-    def __init__(self, block: Any) -> None:
-        size = block.window_size
-        self.window: int = size if isinstance(size, int) else size[0]  # 0 is none
-        self.distances: list[float] = []  # one mean a batch, as shares of the image's side
-        self.amplitudes: list[float] = []
-        self.found: Tensor | None = None
-        attention = getattr(block, "attn", None) or block.attention  # in SAM 3
-        self.handles = [
-            attention.register_forward_pre_hook(self.before_attention),
-            block.register_forward_hook(self.after_block),
-        ]
-
-    def before_attention(self, attention: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.found = attention_distances(attention, *inputs)  # (B * windows, M, M)
-        self.step = 1 if getattr(attention, "q_pool", None) is None else 2
-
-    def after_block(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.amplitudes.append(float(relative_log_amplitude(output).mean()))
-        if self.found is None:
-            return
-        tokens = inputs[0].shape[1]
-        if self.window:
-            side, queries = self.window // self.step, tokens // self.step
-            padded = queries + -queries % side
-            windows = self.found[..., None]
-            self.found = window_unpartition(windows, side, (padded,) * 2, (queries,) * 2)
-        self.distances.append(float(self.found.mean()) / tokens)
-
-
-class _Weights(TorchFunctionMode):
+class AttentionWeights(TorchFunctionMode):
     """Keeps the last softmax of at least three dimensions: the weights of an attention."""
 
-    kept: Tensor
+    kept: Tensor | None = None
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -125,30 +115,24 @@ class _Weights(TorchFunctionMode):
         return result
 
 
-def attention_distances(attention: Any, x: Tensor, *further: Any) -> Tensor:
+def attention_distances(weights: Tensor, windows: int) -> Tensor:
     """Attention distance of each query: sum_k attention_qk |position_q - position_k|.
 
     Args:
-        attention: attention module of segment_anything, of timm's TinyViT, of timm's Hiera, or of
-            SAM 3 in transformers, as its package computes it.
-        x: its input, (B, N, N, C), or (B, N * N, C).
-        further: its further arguments.
+        weights: (windows * heads, Q, K) or (windows, heads, Q, K): the attention of Q queries on a
+            square to K keys on a square.
+        windows: the number of squares.
 
     Returns:
-        (B, N, N) float32 distances in tokens of the keys, mean over the heads. Hiera pools the
-        queries at the start of a stage: then (B, N / 2, N / 2). A pooled query is in the middle of
-        its four tokens.
+        (windows, √Q, √Q) float32 distances in tokens of the keys, mean over the heads. Hiera pools
+        the queries at the start of a stage: then Q = K / 4. A pooled query is in the middle of its
+        four tokens.
     """
-    attention.fused_attn = False  # timm's own fused attention shows no weights
-    if hasattr(attention, "config"):
-        attention.config._attn_implementation = "eager"  # nor does that of transformers
-    with _Weights() as weights:
-        attention.forward(x, *further)
-    queries, keys = (math.isqrt(count) for count in weights.kept.shape[-2:])
+    queries, keys = (math.isqrt(count) for count in weights.shape[-2:])
     step = keys // queries
-    away = torch.cdist(step * _places(queries, x) + (step - 1) / 2, _places(keys, x))
-    found = (weights.kept.float() * away).sum(-1)
-    return found.view(len(x), -1, queries, queries).mean(1)
+    away = torch.cdist(step * _places(queries, weights) + (step - 1) / 2, _places(keys, weights))
+    found = (weights.float() * away).sum(-1)
+    return found.view(windows, -1, queries, queries).mean(1)
 
 
 def _places(side: int, like: Tensor) -> Tensor:
@@ -158,15 +142,10 @@ def _places(side: int, like: Tensor) -> Tensor:
 
 
 def relative_log_amplitude(features: Tensor) -> Tensor:
-    """Log amplitude of the highest diagonal frequency minus that of frequency 0.
+    """Log amplitude of the highest diagonal frequency minus that of frequency 0: (B,) float32.
 
-    The log amplitudes of the two-dimensional Fourier transform are averaged over the channels.
-
-    Args:
-        features: (B, H, W, C) maps.
-
-    Returns:
-        (B,) float32.
+    The log amplitudes of the two-dimensional Fourier transform of (B, H, W, C) maps are averaged
+    over the channels.
     """
     amplitude = torch.fft.fft2(features.float(), dim=(1, 2)).abs()
     # The offset, about 1e-6 of a usual amplitude, keeps the logarithm of zero finite.

@@ -5,6 +5,7 @@ machine must see.
 """
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,15 @@ from typing import Any
 import torch
 
 from naslora.errors import UserError, imported
-from naslora.results import RunNumbers
 from naslora.study.design import Launch
 from naslora.study.measurement import run_and_measure
+from naslora.study.plan import Outcome, Run
 
 RETRIES = 3
 """How often a job that died is started again."""
 POLL_SECONDS = 0.5
 LONGEST_MINUTES = 24 * 60
 """Of a job of Slurm. submitit's own default is 5."""
-JOBS = "jobs"
-"""submitit's folder in the study's."""
-Outcome = RunNumbers | Exception
 Submit = Callable[..., Any]
 """Takes the arguments of ``run_and_measure``; returns what has done(), result() and cancel()."""
 
@@ -38,30 +36,25 @@ def jobs(launch: Launch, output: Path) -> Iterator[Submit]:
     Raises:
         UserError: the launcher's library is not installed, or finds no cluster; an option is none.
     """
-    given = dict(_option(text) for texts in launch.cluster for text in texts)
+    given: dict[str, Any] = {}
+    for text in itertools.chain(*launch.cluster):
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise UserError(f"--cluster takes NAME=VALUE, got {text!r}")
+        given[name] = int(value) if value.isdecimal() else value
     with contextlib.ExitStack() as stack:
         try:
-            if launch.launcher == "slurm":
-                yield _slurm(given, output)
-            else:
-                yield _ray(given, stack)
+            yield _slurm(given, output) if launch.launcher == "slurm" else _ray(given, stack)
+        except UserError:
+            raise
         except (RuntimeError, TypeError, ConnectionError, NameError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
             text = f"--launcher {launch.launcher} cannot start jobs: {error}"
             raise UserError(text) from error
 
 
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise UserError(f"--cluster takes NAME=VALUE, got {text!r}")
-    return name, int(value) if value.isdecimal() else value
-
-
 def _slurm(given: dict[str, Any], output: Path) -> Submit:
     (submitit,) = imported("slurm", "submitit")
-    executor = submitit.AutoExecutor(output / JOBS, cluster=given.pop("cluster", "slurm"))
+    executor = submitit.AutoExecutor(output / "jobs", cluster=given.pop("cluster", "slurm"))
     default = {"gpus_per_node": int(torch.cuda.is_available()), "timeout_min": LONGEST_MINUTES}
     executor.update_parameters(**{**default, **given})
     return lambda *arguments: executor.submit(attempt, os.getcwd(), *arguments)
@@ -89,37 +82,35 @@ def attempt(place: str, *arguments: Any) -> Outcome:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """A job, which is started again if it dies."""
+    """The job of a run."""
 
+    run: Run
     submit: Submit
     arguments: Sequence[Any]
-    retries: int = RETRIES
+    starts: int = 0
 
     def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, or starts it again."""
+        self.starts += 1
         self.running = self.submit(*self.arguments)
 
-    def outcome(self) -> Outcome | None:
-        """What the run gave; None while it is not known."""
-        if not self.running.done():
-            return None
-        try:
-            return self.running.result()
-        except Exception as error:  # the library's own: the process is gone
-            if not self.retries:
-                return RuntimeError(f"its job died {RETRIES + 1} times: {error}")
-            self.retries -= 1
-            self.running = self.submit(*self.arguments)
-            return None
 
-
-def finished(running: dict[Any, Job]) -> tuple[Any, Outcome]:
-    """Waits for the next job that ends, and takes it out of ``running``."""
+def finished(running: list[Job]) -> tuple[Run, Outcome]:
+    """Waits for the next job that ends, and takes it out of ``running``. Starts lost ones again."""
     while True:
-        for key, job in running.items():
-            outcome = job.outcome()
-            if outcome is not None:
-                del running[key]
-                return key, outcome
+        for job in [own for own in running if own.running.done()]:
+            try:
+                outcome = job.running.result()
+            except Exception as error:  # the library's own: the process is gone
+                if job.starts <= RETRIES:
+                    job.start()
+                    continue
+                outcome = RuntimeError(f"its job died {job.starts} times: {error}")
+            running.remove(job)
+            return job.run, outcome
         time.sleep(POLL_SECONDS)

@@ -4,19 +4,20 @@ import copy
 import multiprocessing
 import os
 import signal
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
-from naslora.adapter.merging.report import MergeMode
 from naslora.data.images import Sample
 from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
@@ -33,19 +34,15 @@ from naslora.training.run_data import calibration, check_with_progress, find_spl
 from naslora.training.run_model import build_frozen_model
 
 Result = TypeVar("Result")
-PASSES = 11  # forward passes of which the median is a model's time
+PASSES = 11
+"""Timed passes of a model, of which the median is its time."""
 WARM_UP_PASSES = 2
 
 
 def find_refusals(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[str, str]:
-    """Finds the methods that do not fit the encoder. Also reads every image once.
+    """Finds why rows of a comparison do not fit the encoder, by row. Also reads every image once.
 
-    Args:
-        rows: the methods, under one recipe; one with several configurations several times.
-        samples: the images.
-
-    Returns:
-        Row to reason.
+    A row with several configurations comes several times.
 
     Raises:
         UserError: no method could work with these data or this model.
@@ -63,16 +60,10 @@ def find_refusals(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[str, s
 
 
 def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbers:
-    """Trains a run, continuing what is in its folder, and measures it.
+    """Trains a run, continuing what is in its folder, and measures it; errors as in ``train``.
 
-    Args:
-        config: the run.
-        directory: its folder.
-        costs: measure time and memory, too. The process must be the run's own, because its peak
-            memory counts.
-
-    Raises:
-        UserError: as ``naslora.training.run.train``.
+    With ``costs`` it measures time and memory, too. The process must then be the run's own, because
+    its peak memory counts.
     """
     result = train(config, directory, resume=True)
     history = read_rows(directory / HISTORY, Epoch)
@@ -87,7 +78,8 @@ def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbe
     }
     if not costs:
         return RunNumbers(numbers, test.image_dice or [])
-    load, device = os.getloadavg()[0], make_accelerator(config.training).device
+    accelerator, load = make_accelerator(config.training), os.getloadavg()[0]
+    device, size = accelerator.device, config.model.image_size
     memory = peak_memory(device)  # before the copies below
     # The weight steps of an epoch take as many images.
     images = len(history) * (result.images["train"] + result.images.get("arch", 0))
@@ -95,8 +87,17 @@ def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbe
     both = weights + sum(epoch.seconds_architecture for epoch in history)
     numbers |= {"weight_seconds": weights / images, "training_seconds": both / images}
     numbers["peak_memory"] = memory
-    seconds = _inference_seconds(_models(config, directory, device), config)
-    numbers |= {f"inference_{name}": value for name, value in seconds.items()}
+    models = _models(config, directory, device)
+    image = torch.rand(1, len(config.data.channels) or 3, size, size, device=device)
+
+    @torch.no_grad()
+    @accelerator.autocast()
+    def infer(model: nn.Module) -> None:
+        model(image)
+
+    seconds = seconds_in_turn([partial(infer, model.eval()) for model in models.values()])
+    for name, own in zip(models, seconds, strict=True):
+        numbers[f"inference_{name}"] = float(np.median(own))
     where = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
     threads, processors = torch.get_num_threads(), os.cpu_count()
     machine = f"{threads} threads each, on {processors} processors ({where})"
@@ -110,11 +111,9 @@ def _models(config: RunConfig, directory: Path, device: torch.device) -> dict[st
     for mode in merge_modes(config.method, config.adapter):
         merged = copy.deepcopy(model)
         batches = calibration(config, find_splits(config), mode, device)
-        try:
-            merge(merged, cast(MergeMode, mode), batches)
-        except UserError:  # too few images for the mode; the run's metrics hold the reason
-            continue
-        models[mode] = merged
+        with suppress(UserError):  # too few images for the mode; the run's metrics hold the reason
+            merge(merged, mode, batches)
+            models[mode] = merged
     return models
 
 
@@ -128,38 +127,27 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
-@torch.no_grad()
-def _inference_seconds(models: Mapping[str, nn.Module], config: RunConfig) -> dict[str, float]:
-    """Median seconds of one image through each model; they take turns, so other load hits all."""
-    accelerator = make_accelerator(config.training)
-    size = config.model.image_size
-    channels = len(config.data.channels) or 3
-    image = torch.rand(1, channels, size, size, device=accelerator.device)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for done in range(WARM_UP_PASSES + PASSES):
-        for name, model in models.items():
-            model.eval()
+def seconds_in_turn(calls: Sequence[Callable[[], object]]) -> np.ndarray:
+    """(calls, PASSES) seconds of calls, which take turns: other load affects all of them."""
+    seconds = np.empty((len(calls), WARM_UP_PASSES + PASSES))
+    for own in seconds.T:
+        for place, call in enumerate(calls):
             started = time.perf_counter()
-            with accelerator.autocast():
-                model(image)
-            if image.device.type != "cpu":
+            call()
+            if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
-            if done >= WARM_UP_PASSES:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            own[place] = time.perf_counter() - started
+    return seconds[:, WARM_UP_PASSES:]
 
 
 # ---- A process of its own ------------------------------------------------------------------------
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls a function in a fresh process and returns its result.
-
-    The process ends when this one ends.
+    """Calls a function in a fresh process, which ends with this one, and returns its result.
 
     Raises:
-        RuntimeError: the process was killed.
-        Exception: whatever the function raises.
+        RuntimeError: the process was killed; or else, as the function.
     """
     # The fork server imports the function's module once. A process forked from it has all imports
     # and no results of an earlier run.

@@ -9,7 +9,6 @@ operation_losses.csv    one row a layer, one for all layers, and one a draw
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from naslora.adapter.layer.cell import LEFT_OUT
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
 from naslora.records import write_rows
-from naslora.report.figures import BLUE, INK, MUTED, ORANGE, Drawing, draw_row_axis, row_size
+from naslora.report.figures import BLUE, INK, MUTED, ORANGE, Drawing, row_drawing
 from naslora.report.sections.operations import short_names
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.trained import evaluate_model
@@ -49,9 +48,7 @@ class OperationLoss:
     """Dice of the trained model minus that of the changed one."""
 
 
-def write_operation_losses(
-    model: SamForSegmentation, config: RunConfig, seed: int, output: Path
-) -> list[Drawing]:
+def write_operation_losses(model: SamForSegmentation, config: RunConfig, output: Path) -> Drawing:
     """Measures what the chosen operations, and random ones, are worth on the validation images.
 
     The layers of the trained model have cells. ``output`` is the folder for operation_losses.csv.
@@ -76,7 +73,7 @@ def write_operation_losses(
         return found
 
     whole, rows = dice({}), []
-    for layer, operation, moved in with_progress(_cases(weights, seed), "moving weights to skip"):
+    for layer, operation, moved in with_progress(_cases(weights), "moving weights to skip"):
         weight = sum(float(weights[name][index]) for name, index in moved.items())
         lost = whole - dice(moved)
         rows.append(OperationLoss(layer, operation, weight / max(len(moved), 1), lost))
@@ -88,19 +85,29 @@ def write_operation_losses(
         f"or in all ({lost_by_chosen:.4f}), and when that of a random other operation does in all "
         f"layers (mean {lost_by_random:.4f} of {RANDOM_DRAWS} draws)."
     )
-    return [Drawing("operation_losses", caption, partial(_draw, rows=rows), row_size(len(rows)))]
+    layers = zip(short_names([*weights]), rows, strict=False)  # the other rows follow them
+    titles = [f"{name}: {row.operation}" for name, row in layers]
+    titles += [row.layer for row in rows[len(titles) :]]
+
+    def draw(axes: Axes) -> None:
+        colours = [
+            ORANGE if r.layer == ALL_LAYERS else BLUE if r.operation else MUTED for r in rows
+        ]
+        axes.barh(range(len(rows)), [row.dice_lost for row in rows], 0.65, color=colours)
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_xlabel("validation Dice lost")
+
+    return row_drawing("operation_losses", caption, titles, draw)
 
 
-def _cases(
-    weights: Mapping[str, Tensor], seed: int
-) -> list[tuple[str, str | None, dict[str, int]]]:
+def _cases(weights: Mapping[str, Tensor]) -> list[tuple[str, str | None, dict[str, int]]]:
     """What to move: the chosen operation of each layer and of all, then draws among the others."""
     chosen, others = {}, {}
     for name, own in weights.items():
         ranked = [i for i in own.argsort(descending=True, stable=True).tolist() if i != SKIP]
         chosen[name] = ranked[0]
         others[name] = sorted(i for i in ranked[1:] if own[i] > 0)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     draws = [
         {name: int(generator.choice(own)) for name, own in others.items() if own}
         for _ in range(RANDOM_DRAWS)
@@ -118,16 +125,3 @@ def moved_to_skip(alpha: Tensor, index: int) -> Tensor:
     logs[SKIP] = torch.logaddexp(logs[SKIP], logs[index])
     logs[index] = LEFT_OUT
     return logs
-
-
-def _draw(axes: Axes, rows: list[OperationLoss]) -> None:
-    colours = [
-        ORANGE if row.layer == ALL_LAYERS else BLUE if row.operation else MUTED for row in rows
-    ]
-    axes.barh(range(len(rows)), [row.dice_lost for row in rows], 0.65, color=colours)
-    axes.axvline(0, color=INK, linewidth=1)
-    layers = [row.layer for row in rows if row.operation]
-    short = dict(zip(layers, short_names(layers), strict=True))
-    titles = [f"{short[r.layer]}: {r.operation}" if r.operation else r.layer for r in rows]
-    draw_row_axis(axes, titles)
-    axes.set_xlabel("validation Dice lost")

@@ -5,8 +5,10 @@ runs/ROW/tuning/FOLD/trial-N/inner-M/   a run that tunes
 runs/ROW/tuning/FOLD/tuning.json        the scores of the trials, and the chosen one
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +25,10 @@ from naslora.training.run_config import DataConfig, RunConfig
 NUMBERS = "numbers.json"
 TUNING = "tuning.json"
 
-Outcomes = dict[Path, RunNumbers | Exception]
-"""By the run's folder, what it gave, or why there are no numbers."""
+Outcome = RunNumbers | Exception
+"""What a run gave, or why there are no numbers."""
+Outcomes = dict[Path, Outcome]
+"""By the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,6 @@ class Tuning:
     trials: list[Trial]
     chosen: int
     """Place of the trial with the highest Dice; of equal ones the first."""
-
-    @property
-    def values(self) -> Values:
-        """The chosen values."""
-        return self.trials[self.chosen].values
 
 
 class Run(NamedTuple):
@@ -95,8 +94,8 @@ class Study:
     """The row that the others are compared with."""
     groups: Sequence[str] | None = None
     """The group of each test image, as in ``Images``."""
-    grid: Sequence[Values] = ()
-    """The values to try; empty if nothing is tuned."""
+    grid: Sequence[Values] = ({},)
+    """The values to try; one of no values if nothing is tuned."""
     protocol: Sequence[str] = ()
     """For the report."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -106,14 +105,11 @@ class Study:
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed and fold by fold. Trials, all with the first seed, come first."""
-        for seed in self.seeds:
-            for fold in self.folds:
-                for row in self.rows:
-                    if row.name in self.refused:
-                        continue
-                    if seed == self.seeds[0]:
-                        yield from self.trials(row, fold)
-                    yield Run(row, seed, fold, fold.data, self.folder(row, seed, fold))
+        fitting = [row for row in self.rows if row.name not in self.refused]
+        for seed, fold, row in product(self.seeds, self.folds, fitting):
+            if seed == self.seeds[0]:
+                yield from self.trials(row, fold)
+            yield Run(row, seed, fold, fold.data, self.folder(row, seed, fold))
 
     def folder(self, row: Row, seed: int | str, fold: Fold) -> Path:
         """The folder of a run whose test images count; of a row's tuning for ``tuning``."""
@@ -126,23 +122,13 @@ class Study:
                 folder = self.folder(row, "tuning", fold) / f"trial-{trial}" / f"inner-{inner}"
                 yield Run(row, self.seeds[0], fold, data, folder, values)
 
-    def values(self, run: Run, outcomes: Outcomes) -> Values:
-        """The values of a run's tuned settings.
-
-        Raises:
-            UserError: as ``tuning``.
-        """
-        if run.tries is not None:
-            return run.tries
-        return self.tuning(run.row, run.fold, outcomes).values if self.grid else {}
-
     def config(self, run: Run, outcomes: Outcomes) -> RunConfig:
-        """The configuration of a run; ``outcomes`` are those of its trials.
-
-        Raises:
-            UserError: as ``tuning``.
-        """
-        config = with_values(run.row.config, self.values(run, outcomes))
+        """A run's configuration; ``outcomes`` are those of its trials. Errors as in ``tuning``."""
+        values = run.tries or {}
+        if run.fold.inner and run.tries is None:
+            tuning = self.tuning(run.row, run.fold, outcomes)
+            values = tuning.trials[tuning.chosen].values
+        config = with_values(run.row.config, values)
         return resolve(replace(config, seed=run.seed, data=run.data))
 
     def tuning(self, row: Row, fold: Fold, outcomes: Outcomes) -> Tuning:
@@ -163,14 +149,25 @@ class Study:
             errors = [error for error in own if isinstance(error, Exception)]
             for error in errors:
                 if not isinstance(error, UserError):
-                    text = f"{type(error).__name__}: {error}"
-                    raise UserError(f"the trial {values_text(values)} has no result: {text}")
+                    text = f"the trial {values_text(values)} has no result: {reason(error)}"
+                    raise UserError(text)
             found = [numbers for numbers in own if isinstance(numbers, RunNumbers)]
             dice = None if errors else pooled(found).numbers["dice"]
-            trials.append(Trial({**values}, dice, "; ".join(map(str, errors)) or None))
+            trials.append(Trial({**values}, dice, "; ".join(map(reason, errors)) or None))
         scored = [place for place, trial in enumerate(trials) if trial.dice is not None]
         if not scored:
             raise UserError(f"no trial has a score: {trials[0].failed or 'its Dice is undefined'}")
         tuning = Tuning(trials, max(scored, key=lambda place: trials[place].dice or 0.0))
         write_record(path, tuning)
+        self.say(f"{values_text(trials[tuning.chosen].values)} is chosen")
         return tuning
+
+    def say(self, text: str) -> None:
+        """Prints a progress message to the standard error."""
+        print(f"{self.command}: {text}", file=sys.stderr, flush=True)
+
+
+def reason(error: Exception) -> str:
+    """The error of a run as one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

@@ -79,8 +79,8 @@ def find_images(config: RunConfig, design: Design, output: Path) -> Images:
         if trials and not DATASETS[data.dataset].drawable:
             raise UserError(f"--tune takes --dataset csv or folders, got {data.dataset}")
         parts = find_splits(config)
-        rest = [sample for name in ("train", "arch") for sample in parts.get(name, [])]
-        tested, others = {"": parts["test"]}, {"": [parts["val"], rest]}
+        trained = parts["train"] + parts.get("arch", [])
+        tested, others = {"": parts["test"]}, {"": [parts["val"], trained]}
     else:
         if data.root is None or data.split is not None:
             raise UserError("--folds draws from the images of --data DIR, without --split")
@@ -89,24 +89,23 @@ def find_images(config: RunConfig, design: Design, output: Path) -> Images:
         tested = parts = {f"fold-{k + 1}": fold for k, fold in enumerate(drawn)}
         others = {name: drawn[k + 1 :] + drawn[:k] for k, name in enumerate(tested)}
     folds, lists = [], {}
+
+    def listed(folder: Path, test: list[Sample], parts: list[list[Sample]]) -> DataConfig:
+        """The same data, read from lists in a folder."""
+        lists[folder] = _splits(test, parts)
+        return replace(data, dataset="csv", root=folder, split=None, group=GROUP)
+
     for name, test in tested.items():
-        folder, own, inner = output / "lists" / name, data, []
-        if count is not None:
-            own, lists[folder] = _listed(data, folder), _splits(test, others[name])
-        for k in range(trials):
-            place = folder / f"inner-{k + 1}"
-            lists[place] = _splits(others[name][k], others[name][:k] + others[name][k + 1 :])
-            inner.append(_listed(data, place))
+        folder, rest = output / "lists" / name, others[name]
+        own = data if count is None else listed(folder, test, rest)
+        inner = [
+            listed(folder / f"inner-{k + 1}", rest[k], rest[:k] + rest[k + 1 :])
+            for k in range(trials)
+        ]
         folds.append(Fold(name, own, inner))
-    samples = {name: list(part) for name, part in parts.items()}
     order = [sample for test in tested.values() for sample in test]
     groups = [sample.group or str(sample.image) for sample in order] if count else None
-    return Images(folds, lists, samples, groups)
-
-
-def _listed(data: DataConfig, folder: Path) -> DataConfig:
-    """The same data, read from the lists in a folder."""
-    return replace(data, dataset="csv", root=folder, split=None, group=GROUP)
+    return Images(folds, lists, parts, groups)
 
 
 def _splits(test: list[Sample], parts: Sequence[list[Sample]]) -> Splits:
@@ -121,18 +120,14 @@ def _splits(test: list[Sample], parts: Sequence[list[Sample]]) -> Splits:
 
 
 def make_protocol(
-    config: RunConfig,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    design: Design,
-    images: Images,
+    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], design: Design, images: Images
 ) -> dict[str, Any]:
     """Everything that is decided before a comparison runs, JSON-ready; the recipe is resolved."""
     return {
         "methods": [*methods],
         "seeds": [*seeds],
         "tune": [*itertools.chain(*design.tune)],
-        "trials": len(parse_grid(design.tune)),
+        "trials": len(parse_grid(design.tune)) if design.tune else 0,
         "folds": design.folds,
         "inner_folds": design.inner_folds,
         "images": [len(part) for part in images.samples.values()],
@@ -186,10 +181,7 @@ def write_protocol(protocol: Mapping[str, Any], images: Images, output: Path) ->
 
 def in_words(protocol: Mapping[str, Any]) -> list[str]:
     """The protocol in sentences."""
-    p = {
-        name: " ".join(map(str, value)) if isinstance(value, list) else value
-        for name, value in protocol.items()
-    }
+    p = {n: " ".join(map(str, v)) if isinstance(v, list) else v for n, v in protocol.items()}
     tested, where = "The data's own test images are tested.", "the validation images"
     if p["folds"]:
         tested = f"Every image is tested once, by runs that train on other folds ({p['images']})."

@@ -5,7 +5,7 @@ The ablations are those of the paper (Tables 6-9 and D1).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.targets import block_names, find_targets
@@ -77,37 +77,35 @@ def _adapter(config: RunConfig) -> NASLoRAConfig:
     return cast(NASLoRAConfig, config.adapter)
 
 
-def _with_adapter(config: RunConfig, **fields: Any) -> RunConfig:
-    return replace(config, adapter=replace(config.adapter, **fields))
-
-
-def _with_training(config: RunConfig, **fields: Any) -> RunConfig:
-    return replace(config, training=replace(config.training, **fields))
+def _varied(config: RunConfig, part: Literal["adapter", "training"], **fields: Any) -> RunConfig:
+    return replace(config, **{part: replace(getattr(config, part), **fields)})
 
 
 def _operations(config: RunConfig) -> Iterator[Row]:
     """All operations, and each family left out."""
-    yield Row("all operations", "all-operations", _with_adapter(config, operations=None))
+    yield Row("all operations", "all-operations", _varied(config, "adapter", operations=None))
     for family, left_out in FAMILIES.items():
         kept = tuple(name for name in OPERATIONS if name not in left_out)
         folder = "without-" + family.replace("/", "-").replace(" ", "-")
-        yield Row(f"without {family}", folder, _with_adapter(config, operations=kept))
+        yield Row(f"without {family}", folder, _varied(config, "adapter", operations=kept))
 
 
 def _ranks(config: RunConfig) -> Iterator[Row]:
     """The paper's ranks, and the configured one."""
     for rank in sorted({*RANKS, _adapter(config).rank}):
-        yield Row(f"r = {rank}", f"rank-{rank}", _with_adapter(config, rank=rank))
+        yield Row(f"r = {rank}", f"rank-{rank}", _varied(config, "adapter", rank=rank))
 
 
 def _blocks(config: RunConfig) -> Iterator[Row]:
     """Adapters in the first half, the last half, or all of the encoder's blocks."""
     encoder = build_model(config.model.name, config.model.image_size, checkpoint=NONE).image_encoder
-    whole = _with_adapter(config, blocks=None)
+    whole = _varied(config, "adapter", blocks=None)
     count = len(block_names(find_targets(encoder, _adapter(whole))))
     half, every = count // 2, tuple(range(count))
-    yield Row(f"1 to {half}", "first-half", _with_adapter(config, blocks=every[:half]))
-    yield Row(f"{half + 1} to {count}", "last-half", _with_adapter(config, blocks=every[half:]))
+    yield Row(f"1 to {half}", "first-half", _varied(config, "adapter", blocks=every[:half]))
+    yield Row(
+        f"{half + 1} to {count}", "last-half", _varied(config, "adapter", blocks=every[half:])
+    )
     yield Row(f"1 to {count} (all)", "all-blocks", whole)
 
 
@@ -117,17 +115,17 @@ def _alpha_starts(config: RunConfig) -> Iterator[Row]:
     The paper starts alpha in epoch 10, and varies 0, 10 and 20.
     """
     own = first_search_epoch(config.training)
-    yield Row("0 (simultaneously)", "simultaneous", _with_training(config, simultaneous=True))
+    yield Row("0 (simultaneously)", "simultaneous", _varied(config, "training", simultaneous=True))
     for start in dict.fromkeys((0, own, 2 * own)):
         title = "0 (stage-wise)" if start == 0 else str(start)
-        varied = config if start == own else _with_training(config, search_start=start)
+        varied = config if start == own else _varied(config, "training", search_start=start)
         yield Row(title, f"alpha-from-{start}", varied)
 
 
 def _channel_ratios(config: RunConfig) -> Iterator[Row]:
     """All, two thirds, or one third of the channels pass through the cell."""
     for third in (3, 2, 1):
-        varied = _with_adapter(config, channel_ratio=third / 3)
+        varied = _varied(config, "adapter", channel_ratio=third / 3)
         channels = f"{_adapter(varied).cell_channels} of {_adapter(config).rank} channels"
         yield Row(f"{third}/3 ({channels})", f"ratio-{third}-3", varied)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from naslora.adapter.merging.report import MODES
 from naslora.metrics import METRICS
-from naslora.report.tables import number
+from naslora.report.tables import number, reduce_known
 from naslora.results import CLICK_SCORES, RunNumbers
 
 UNMERGED = "unmerged"
@@ -31,9 +31,8 @@ def mean_and_spread(values: Sequence[float | None]) -> MeanAndSpread:
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
         return MeanAndSpread(None, None)
-    return MeanAndSpread(
-        statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None
-    )
+    spread = statistics.stdev(known) if len(known) > 1 else None
+    return MeanAndSpread(statistics.mean(known), spread)
 
 
 def mean_text(value: MeanAndSpread, form: str = ".3f") -> str:
@@ -83,11 +82,10 @@ def row_numbers(runs: Sequence[RunNumbers]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in runs[0].numbers if runs else ():
         values = [run.numbers.get(name) for run in runs]
-        over = _OVER[name]
-        if over is None:
-            found[name], found[f"{name}_spread"] = mean_and_spread(values)
+        if over := _OVER[name]:
+            found[name] = reduce_known(over, values)
         else:
-            found[name] = over([value for value in values if value is not None])
+            found[name], found[f"{name}_spread"] = mean_and_spread(values)
     return found
 
 
@@ -98,12 +96,11 @@ def pooled(parts: Sequence[RunNumbers]) -> RunNumbers:
     weights = [max(1, sum(dice is not None for dice in part.image_dice)) for part in parts]
     numbers: dict[str, int | float | None] = {}
     for name in parts[0].numbers:
-        known = [v for part in parts if (v := part.numbers.get(name)) is not None]
-        over = _OVER[name]
-        if over is not None:
-            numbers[name] = over(known)
+        values = [part.numbers.get(name) for part in parts]
+        known = [value for value in values if value is not None]
+        if over := _OVER[name]:
+            numbers[name] = reduce_known(over, values)
         else:
-            complete = len(known) == len(parts)
-            numbers[name] = statistics.fmean(known, weights) if complete else None
+            numbers[name] = statistics.fmean(known, weights) if known == values else None
     image_dice = [dice for part in parts for dice in part.image_dice]
     return RunNumbers(numbers, image_dice, parts[0].machine, max(part.load for part in parts))

@@ -2,16 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from naslora.errors import UserError
 from naslora.files import write_text
 from naslora.records import read_record, write_rows
-from naslora.report.figures import BLUE, ORANGE, Drawing, draw_row_axis, row_size
+from naslora.report.figures import BLUE, ORANGE, Drawing, row_drawing
 from naslora.report.page import Part, write_page
 from naslora.report.tables import Table, markdown_table, number
 from naslora.results import REPORT, RunNumbers
@@ -19,12 +17,12 @@ from naslora.study.design import values_text
 from naslora.study.differences import (
     LEVEL,
     Runs,
+    differences_drawing,
     differences_from,
     differences_table,
-    draw_differences,
     paired_difference,
 )
-from naslora.study.plan import TUNING, Outcomes, Study, Tuning
+from naslora.study.plan import TUNING, Outcomes, Study, Tuning, reason
 from naslora.study.protocol import Fold
 from naslora.study.rows import Row
 from naslora.study.summary import COLUMNS, MERGED, Column, mean_and_spread, pooled, row_numbers
@@ -32,12 +30,6 @@ from naslora.study.summary import COLUMNS, MERGED, Column, mean_and_spread, pool
 Tunings = Sequence[tuple[Row, Fold, Tuning]]
 Missing = dict[str, dict[int, str]]
 """By row and seed, why it has no numbers: it was refused, or a run failed."""
-
-
-def reason(error: Exception) -> str:
-    """The error of a run as one line."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def _results(study: Study, outcomes: Outcomes) -> tuple[Runs, Missing]:
@@ -48,15 +40,10 @@ def _results(study: Study, outcomes: Outcomes) -> tuple[Runs, Missing]:
         for seed in study.seeds:
             own = {fold.name: outcomes.get(study.folder(row, seed, fold)) for fold in study.folds}
             known = [numbers for numbers in own.values() if isinstance(numbers, RunNumbers)]
-            failed = [
-                f"{name}: {reason(error)}" if name else reason(error)
-                for name, error in own.items()
-                if isinstance(error, Exception)
-            ]
-            if row.name in study.refused:
-                missing[row.name][seed] = study.refused[row.name]
-            elif failed:
-                missing[row.name][seed] = "; ".join(failed)
+            errors = ((k, reason(e)) for k, e in own.items() if isinstance(e, Exception))
+            failed = "; ".join(f"{name}: {text}" if name else text for name, text in errors)
+            if why := study.refused.get(row.name) or failed:
+                missing[row.name][seed] = why
             elif len(known) == len(own):
                 runs[row.title][seed] = pooled(known)
     return runs, missing
@@ -76,7 +63,7 @@ def write_tables(study: Study, outcomes: Outcomes) -> Missing:
     differences = differences_from(reference, runs, study.margin, study.groups)
     first = "Method" if study.costs else "Variant"
     merged = [row for row in rows if any(row.get(name) for name in MERGED if name != "dice")]
-    tuned = {name: Column(name) for values in study.grid[:1] for name in values}
+    tuned = {name: Column(name) for name in study.grid[0]}
     table = _number_table(rows, {**tuned, **COLUMNS}, first)
     others = {
         f"Differences from {reference}": differences_table(reference, differences, study.margin),
@@ -90,21 +77,13 @@ def write_tables(study: Study, outcomes: Outcomes) -> Missing:
     write_rows(study.tables / "table.csv", rows)
     write_rows(study.tables / "differences.csv", [own.row() for own in differences])
     write_text(study.tables / "table.md", "\n\n".join([markdown_table(table), *text, *notes, ""]))
-    caption = "Test Dice: a dot for each seed, a line at the mean."
-    draw = partial(_draw_dice, runs=runs)
     sections: dict[str, list[Part]] = {
-        "Comparison": [table, *notes, Drawing("dice", caption, draw, row_size(len(rows)))],
+        "Comparison": [table, *notes, _dice_drawing(runs)],
         **{name: [other] for name, other in others.items()},
         "Protocol": [*study.protocol],
     }
     if differences:
-        caption = (
-            "Difference in test Dice: a dot, with a line for the 95 % interval over the images. In "
-            f"the band are differences below {study.margin:g}."
-        )
-        draw = partial(draw_differences, differences=differences, reference=reference)
-        draw = partial(draw, margin=study.margin)
-        drawing = Drawing("differences", caption, draw, row_size(len(differences)))
+        drawing = differences_drawing(reference, differences, study.margin)
         sections[f"Differences from {reference}"].append(drawing)
     write_page(study.tables / REPORT, study.title, study.recipe.to_dict(), [], sections)
     return missing
@@ -116,8 +95,8 @@ def _table_row(
     """The row of table.csv. Of a tuned setting it has the chosen values, and how often each was."""
     refused = study.refused.get(row.name)
     tuned = {}
-    for name in study.grid[0] if study.grid else ():
-        own = Counter(tuning.values[name] for of, _, tuning in tunings if of is row)
+    for name in study.grid[0]:
+        own = Counter(t.trials[t.chosen].values[name] for of, _, t in tunings if of is row)
         once = [*own.values()] == [len(study.folds)]
         tuned[name] = ", ".join(v if once else f"{v} ({n})" for v, n in own.most_common())
     return {
@@ -138,9 +117,7 @@ def _number_table(
     """The columns, by their name in table.csv, that a row has, after the rows' titles and their
     numbers of seeds; ``first`` is the title of the first column."""
     always = {"trainable_parameters", "share_of_parameters", "dice"}
-    shown = [
-        name for name in columns if name in always or any(row.get(name) is not None for row in rows)
-    ]
+    shown = [n for n in columns if n in always or any(row.get(n) is not None for row in rows)]
     table = []
     for row in rows:
         failed = f" ({row['missing']} failed)" if row["missing"] else ""
@@ -181,9 +158,8 @@ def _fold_table(study: Study, outcomes: Outcomes) -> Table:
         dice: dict[int, float] = {}
         for k, fold in enumerate(study.folds):
             found = [outcomes.get(study.folder(row, seed, fold)) for seed in study.seeds]
-            known = [own.numbers["dice"] for own in found if isinstance(own, RunNumbers)]
-            mean = mean_and_spread(known).mean
-            if mean is not None and len(known) == len(found):
+            known = [own.numbers["dice"] if isinstance(own, RunNumbers) else None for own in found]
+            if (mean := mean_and_spread(known).mean) is not None:
                 dice[k] = mean
         if not dice:
             continue
@@ -207,12 +183,13 @@ def _tuning_table(study: Study, tunings: Tunings) -> Table:
     return Table(["Method", "Fold", *map(values_text, study.grid)], rows)
 
 
-def _draw_dice(axes: Axes, runs: Runs) -> None:
-    """A row a method: a dot for each seed, and a line at the mean."""
-    for place, own in enumerate(runs.values()):
-        dice = np.array([run.numbers["dice"] for run in own.values()], float)  # None becomes NaN
-        axes.plot(dice, [place] * len(dice), "o", color=BLUE, markersize=5, alpha=0.6)
-        if own:
-            axes.vlines(dice.mean(), place - 0.35, place + 0.35, color=ORANGE, linewidth=2)
-    draw_row_axis(axes, list(runs))
-    axes.set_xlabel("test Dice")
+def _dice_drawing(runs: Runs) -> Drawing:
+    def draw(axes: Axes) -> None:
+        for place, own in enumerate(runs.values()):
+            dice = np.array([run.numbers["dice"] for run in own.values()], float)  # None: NaN
+            axes.plot(dice, [place] * len(dice), "o", color=BLUE, markersize=5, alpha=0.6)
+            if own:
+                axes.vlines(dice.mean(), place - 0.35, place + 0.35, color=ORANGE, linewidth=2)
+        axes.set_xlabel("test Dice")
+
+    return row_drawing("dice", "Test Dice: a dot for each seed, a line at the mean.", [*runs], draw)

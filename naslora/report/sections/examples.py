@@ -69,26 +69,24 @@ def _panel(panel: Panel, class_names: list[str], images: int) -> Pictures:
 
 def merged_parts(panels: list[Panel], class_names: list[str]) -> list[Part]:
     """The images that merging changes most, before and after; a note if none changes."""
-    changed = [
-        {
-            mode: float((own.prediction != panel.prediction).mean())
-            for mode, own in panel.merged.items()
-        }
-        for panel in panels
-    ]
-    pairs = [pair for pair in zip(panels, changed, strict=True) if any(pair[1].values())]
-    if not pairs:
+    changed = [panel for panel in panels if any(_changed(panel).values())]
+    changed.sort(key=lambda panel: max(_changed(panel).values()), reverse=True)
+    if not changed:
         same = any(panel.merged for panel in panels)
         return ["No pixel of the images above changes by merging."] if same else []
-    pairs.sort(key=lambda pair: max(pair[1].values()), reverse=True)
     legend = Legend([("changed by the merge", CHANGED)])
-    shown = [_before_and_after(*pair, class_names) for pair in pairs[:MOST_CHANGED]]
+    shown = [_before_and_after(panel, class_names) for panel in changed[:MOST_CHANGED]]
     return ["The images that merging changes most, before and after:", legend, *shown]
 
 
-def _before_and_after(panel: Panel, changed: dict[str, float], class_names: list[str]) -> Pictures:
-    """``changed`` is the share of pixels whose label each merge changes."""
-    image, prediction = _small(panel.image), _small(panel.prediction)
+def _changed(panel: Panel) -> dict[str, float]:
+    """The share of pixels whose label each merge changes."""
+    merged = panel.merged.items()
+    return {mode: float((own.prediction != panel.prediction).mean()) for mode, own in merged}
+
+
+def _before_and_after(panel: Panel, class_names: list[str]) -> Pictures:
+    image, prediction, changed = _small(panel.image), _small(panel.prediction), _changed(panel)
     pictures = [(f"Before, Dice {number(panel.dice)}", paint(image, prediction, class_names))]
     for mode, merged in panel.merged.items():
         if changed[mode] > 0:
@@ -105,15 +103,11 @@ def _before_and_after(panel: Panel, changed: dict[str, float], class_names: list
 def draw_clicks(
     image: np.ndarray, objects: np.ndarray, clicks: Iterable[tuple[float, float, bool]]
 ) -> np.ndarray:
-    """Paints objects and clicks over an image.
+    """Paints objects, and clicks as dots, over an image.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        objects: (H, W) int: the number of the object at each pixel, 0 for none.
-        clicks: x, y, and whether the click is on the object.
-
-    Returns:
-        (H, W, 3) uint8 RGB, at most ``PICTURE_SIDE`` a side.
+    ``image`` is (H, W, 3) uint8 RGB, ``objects`` (H, W) the number of the object at each pixel, 0
+    for none. A click is x, y, and whether it is on the object. Returns (H, W, 3) uint8 RGB, at most
+    ``PICTURE_SIDE`` a side.
     """
     names = ["background", *(f"object {k}" for k in range(1, int(objects.max()) + 1))]
     picture = Image.fromarray(paint(image, objects, names))

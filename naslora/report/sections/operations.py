@@ -3,7 +3,6 @@
 The weight of an operation is its share in softmax(alpha).
 """
 
-from functools import partial
 from itertools import compress
 
 import numpy as np
@@ -18,104 +17,84 @@ from naslora.report.figures import (
     PURPLE,
     Drawing,
     draw_epoch_axis,
-    draw_row_axis,
+    row_drawing,
 )
 from naslora.report.page import Part
 from naslora.report.tables import Table
 from naslora.results import Epoch, OperationHistory
 
 # One colour a family of operations, one dash a member, in the order of alpha.
-OPERATION_LINES = (
-    (BLUE, "-"),
-    (BLUE, "--"),
-    (ORANGE, "-"),
-    (ORANGE, "--"),
-    (GREEN, "-"),
-    (GREEN, "--"),
-    (PURPLE, "-"),
-    (MUTED, ":"),
-)
+OPERATION_LINES = [(colour, dash) for colour in (BLUE, ORANGE, GREEN) for dash in ("-", "--")]
+OPERATION_LINES += [(PURPLE, "-"), (MUTED, ":")]
 
 
 def operations_parts(operations: OperationHistory | None, history: list[Epoch]) -> list[Part]:
     """Plots of the weights, and a table of them by layer; nothing if ``operations`` is None."""
     if operations is None:
         return []
-    names, layers = operations.operations, operations.layers
     path = np.array([state.softmax for state in operations.epochs])  # (epochs, layers, operations)
-    steps = np.array([state.epoch for state in operations.epochs])
-    last = int(steps[-1])
-    return [
-        Drawing(
-            "mean",
-            f"Mean weight over the {len(layers)} layers after epoch {last}. Thin lines span "
-            "the range over the layers, dashed ones mark the mean at the start.",
-            partial(_draw_mean_weights, names=names, start=path[0], weights=path[-1]),
-        ),
-        Drawing(
-            "path",
-            "Mean weight over the layers by epoch, from the start (epoch 0).",
-            partial(_draw_path, names=names, history=history, steps=steps, path=path),
-        ),
-        *_heat_map(names, layers, path[0], path[-1], last),
-    ]
+    plots = [_means(operations, path), _path(operations, path, history)]
+    return [*plots, *_heat_map(operations, path)]
 
 
-def _draw_mean_weights(
-    axes: Axes, names: list[str], start: np.ndarray, weights: np.ndarray
-) -> None:
+def _means(operations: OperationHistory, path: np.ndarray) -> Drawing:
+    start, weights = path[0].mean(0), path[-1]
     mean, least, most = weights.mean(0), weights.min(0), weights.max(0)
-    rows = np.arange(len(names))
-    axes.barh(rows, mean, height=0.72, color=BLUE)
-    axes.hlines(rows, least, most, color=INK, linewidth=1)
-    for row, (value, end) in enumerate(zip(mean, most, strict=True)):
-        text = f"{value:.3f}"
-        axes.annotate(text, (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.vlines(
-        start.mean(0), rows - 0.45, rows + 0.45, ORANGE, "--", linewidth=1, label="at the start"
+    rows = np.arange(len(mean))
+
+    def draw(axes: Axes) -> None:
+        axes.barh(rows, mean, height=0.72, color=BLUE)
+        axes.hlines(rows, least, most, color=INK, linewidth=1)
+        for row, (value, end) in enumerate(zip(mean, most, strict=True)):
+            axes.text(end, row, f"  {value:.3f}", va="center", fontsize=8)
+        axes.vlines(
+            start, rows - 0.45, rows + 0.45, ORANGE, "--", linewidth=1, label="at the start"
+        )
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+        axes.set_xlim(0, 1.18 * max(most.max(), start.max()))  # room for the numbers
+        axes.set_xlabel("mean of softmax(α) over the layers")
+
+    caption = (
+        f"Mean weight over the {len(weights)} layers after epoch {operations.epochs[-1].epoch}. "
+        "Thin lines span the range over the layers, dashed ones mark the mean at the start."
     )
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
-    draw_row_axis(axes, names)
-    axes.set_xlim(0, 1.18 * max(most.max(), start.mean(0).max()))  # room for the numbers
-    axes.set_xlabel("mean of softmax(α) over the layers")
+    return row_drawing("mean", caption, operations.operations, draw)
 
 
-def _draw_path(
-    axes: Axes, names: list[str], history: list[Epoch], steps: np.ndarray, path: np.ndarray
-) -> None:
-    for index, (name, weights) in enumerate(zip(names, path.mean(1).T, strict=True)):
-        colour, dash = OPERATION_LINES[index % len(OPERATION_LINES)]
+def _path(operations: OperationHistory, path: np.ndarray, history: list[Epoch]) -> Drawing:
+    steps = [state.epoch for state in operations.epochs]
+
+    def draw(axes: Axes) -> None:
         alone = "o" if len(steps) == 1 else None  # a line needs two points to be seen
-        axes.plot(steps, weights, dash, color=colour, marker=alone, label=name)
-    axes.set_ylabel("mean weight")
-    axes.figure.legend(loc="outside lower center", ncols=3, handlelength=2.6, columnspacing=1.2)
-    draw_epoch_axis(axes, history)
+        lines = zip(operations.operations, OPERATION_LINES, path.mean(1).T, strict=True)
+        for name, (colour, dash), weights in lines:
+            axes.plot(steps, weights, dash, color=colour, marker=alone, label=name)
+        axes.set_ylabel("mean weight")
+        style = {"ncols": 3, "handlelength": 2.6, "columnspacing": 1.2}
+        axes.figure.legend(loc="outside lower center", **style)
+        draw_epoch_axis(axes, history)
+
+    return Drawing("path", "Mean weight over the layers by epoch, from the start (epoch 0).", draw)
 
 
-def _heat_map(
-    names: list[str], layers: list[str], start: np.ndarray, weights: np.ndarray, epoch: int
-) -> list[Part]:
+def _heat_map(operations: OperationHistory, path: np.ndarray) -> list[Part]:
     """A table of layers by operations, tinted by how the weights changed since the start."""
-    change = weights - start
+    change = path[-1] - path[0]
     # A change below 0.01 is hardly a preference. The floor keeps the tint of it faint.
     reach = max(0.01, float(np.abs(change).max()))
     caption = (
-        f"softmax(α) per layer after epoch {epoch}. Blue weights grew since the start, orange ones "
-        f"shrank. The full tint is a change of {reach:.3f}."
+        f"softmax(α) per layer after epoch {operations.epochs[-1].epoch}. Blue weights grew since "
+        f"the start, orange ones shrank. The full tint is a change of {reach:.3f}."
     )
-    rows = [
-        [name, *(f"{weight:.3f}" for weight in own)]
-        for name, own in zip(short_names(layers), weights, strict=True)
-    ]
+    names = short_names(operations.layers)
+    rows = [[n, *(f"{v:.3f}" for v in own)] for n, own in zip(names, path[-1], strict=True)]
+    # A tint of more than 60 percent would hide the number.
+    hues, heats = np.where(change > 0, "blue", "orange"), 60 * np.abs(change) / reach
     tints = [
-        # A tint of more than 60 percent would hide the number.
-        [
-            f"--hue: var(--{'blue' if v > 0 else 'orange'}); --heat: {60 * abs(v) / reach:.0f}%"
-            for v in own
-        ]
-        for own in change
+        [f"--hue: var(--{hue}); --heat: {heat:.0f}%" for hue, heat in zip(*own, strict=True)]
+        for own in zip(hues, heats, strict=True)
     ]
-    return [caption, Table(["Layer", *names], rows, tints=tints)]
+    return [caption, Table(["Layer", *operations.operations], rows, tints=tints)]
 
 
 def short_names(names: list[str]) -> list[str]:
