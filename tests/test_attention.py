@@ -35,13 +35,7 @@ from transformers.models.sam import modeling_sam
 from transformers.models.sam_hq import modeling_sam_hq
 
 from naslora import NASLoRAConfig, UserError, fuse_attention, inject, merge, unfuse_attention
-from naslora.adapter.layer.windows import (
-    heads_of_windows,
-    join_windows,
-    ordered_by_shape,
-    partition,
-    unpartition,
-)
+from naslora.adapter.layer.windows import Windows
 from naslora.methods import METHODS, apply
 from naslora.sam.attention import FusedAttention
 from naslora.sam.families import plain_vits
@@ -293,33 +287,35 @@ def test_names_children_and_state_stay():
 def test_windows_are_segment_anythings(grid):
     x = torch.randn(2, *grid, 5, dtype=torch.float64, requires_grad=True)
     expected, padded = window_partition(x, 3)
-    windows = partition(x, 3)
+    cut = Windows(3, grid)
+    windows = cut.partition(x)
     assert torch.equal(windows, expected)
-    assert torch.equal(unpartition(windows, 3, grid), window_unpartition(windows, 3, padded, grid))
+    assert torch.equal(cut.unpartition(windows), window_unpartition(windows, 3, padded, grid))
 
     fill = torch.randn(5, dtype=torch.float64, requires_grad=True)
     outside = window_partition(torch.ones_like(x), 3)[0] == 0
-    assert torch.equal(partition(x, 3, fill), torch.where(outside, fill, expected))
-    assert torch.autograd.gradcheck(partition, (x, 3, fill))
-    assert torch.autograd.gradcheck(partition, (x, 3, fill, True))
-    assert torch.autograd.gradcheck(unpartition, (windows, 3, grid))
+    assert torch.equal(cut.partition(x, fill), torch.where(outside, fill, expected))
+    assert torch.autograd.gradcheck(cut.partition, (x, fill))
+    assert torch.autograd.gradcheck(Windows(3, grid, by_shape=True).partition, (x, fill))
+    assert torch.autograd.gradcheck(cut.unpartition, (windows,))
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 6), (2, 7), (6, 2), (1, 1)], ids=str)
 def test_queries_beyond_the_images_are_left_out(grid):
     x = torch.randn(2, *grid, 12, dtype=torch.float64)
-    windows = partition(x, 3, by_shape=True).requires_grad_()
-    assert torch.equal(ordered_by_shape(partition(x, 3), 3, grid), windows)
-    parts = heads_of_windows(windows, 2, 3, grid)
+    cut = Windows(3, grid, by_shape=True)
+    windows = cut.partition(x).requires_grad_()
+    assert torch.equal(cut.ordered(Windows(3, grid).partition(x)), windows)
+    parts = cut.heads(windows, 2)
     assert sum(q[..., 0, 0].numel() for q, _, _ in parts) == 2 * math.prod(grid)
-    assert torch.equal(join_windows([q.flatten(3) for q, _, _ in parts], 3, grid), x[..., :4])
+    assert torch.equal(cut.join([q.flatten(3) for q, _, _ in parts]), x[..., :4])
     keys, values = (torch.cat([own[i] for own in parts]).flatten(3) for i in (1, 2))
     assert torch.equal(torch.cat([keys, values], 3), windows[..., 4:])
 
     def joined(windows):
-        parts = heads_of_windows(windows, 2, 3, grid)
+        parts = cut.heads(windows, 2)
         o = [(q * k[:, : q.shape[1], : q.shape[2]]).flatten(3) for q, k, _ in parts]
-        return join_windows(o, 3, grid), *(v for _, _, v in parts)
+        return cut.join(o), *(v for _, _, v in parts)
 
     assert torch.autograd.gradcheck(joined, (windows,))
 

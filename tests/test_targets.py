@@ -61,7 +61,7 @@ def test_the_mlp_sees_images_and_the_attention_its_windows(family):
     inject(encoder, NASLoRAConfig(target="all"))
     for name, layer in adapter_layers(encoder):
         layer.register_forward_pre_hook(
-            lambda layer, inputs, name=name: seen.update({name: layer._split(inputs[0])[1].shape})
+            lambda layer, inputs, name=name: seen.update({name: layer.split(inputs[0])[1].shape})
         )
     encoder(images(OBLONG))
     for name, (batch, height, width, _) in seen.items():

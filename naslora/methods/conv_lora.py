@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from naslora.adapter.layer.applied import Method
 from naslora.adapter.layer.config import LowRankConfig
-from naslora.adapter.layer.grid import Grid, GridHint, as_grid, place_hint, split_prefix
+from naslora.adapter.layer.grid import GridLayer, place_hint
 from naslora.adapter.layer.layer import draw_lora_A, layer_generator
 from naslora.adapter.layer.modules import replace_module
 from naslora.adapter.layer.targets import find_targets
@@ -64,8 +64,9 @@ class Balance:
         return torch.stack(losses).sum() if losses else None
 
 
-class ConvLoRALinear(nn.Module):
-    """A drop-in for the nn.Linear it wraps; shapes as ``naslora.NASLoRALinear``.
+class ConvLoRALinear(GridLayer):
+    """A drop-in for the nn.Linear it wraps; shapes as ``naslora.NASLoRALinear``. A prefix gets
+    plain LoRA.
 
     Args:
         base: the frozen nn.Linear.
@@ -80,9 +81,6 @@ class ConvLoRALinear(nn.Module):
         gate: (experts, r) the logits' weights; zero.
         noise: (experts, r) the noise's weights; zero.
         experts: convolutions, r to r.
-        grid: (H, W) of token sequences that are not square, or None.
-        hint: what the encoder states of the layer's tokens, or None.
-        prefix_tokens: class and register tokens before the grid; they get plain LoRA.
     """
 
     def __init__(
@@ -95,9 +93,6 @@ class ConvLoRALinear(nn.Module):
         super().__init__()
         rank = config.rank
         self.balance, self.scaling = balance, config.scaling
-        self.grid: Grid | None = None
-        self.hint: GridHint | None = None
-        self.prefix_tokens = 0
         self.lora_A = nn.Parameter(draw_lora_A(rank, base.in_features, generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         self.gate = nn.Parameter(torch.zeros(config.experts, rank))
@@ -112,8 +107,7 @@ class ConvLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out."""
-        prefix, tokens = split_prefix(F.linear(x, self.lora_A), self.prefix_tokens)
-        z = as_grid(tokens, self.grid, self.hint, self.prefix_tokens)  # (B, H, W, r)
+        prefix, z = self.split(F.linear(x, self.lora_A))  # z: (B, H, W, r)
         chosen, counts = self.choose(z.mean((1, 2)))
         sizes = counts.tolist()  # waits for the device, once: the shapes below depend on the sizes
         h = self.base(x)  # keeps the device busy while the experts' many small calls are queued

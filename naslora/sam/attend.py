@@ -7,15 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from naslora.adapter.layer.calls import AdaptedLinear
 from naslora.adapter.layer.layer import NASLoRALinear
-from naslora.adapter.layer.windows import (
-    heads_of_windows,
-    join_windows,
-    ordered_by_shape,
-    partition,
-    unpartition,
-)
-from naslora.adapter.merging.merged import MergedNASLoRALinear
+from naslora.adapter.layer.windows import Windows
 from naslora_kernels import rel_pos_attention
 
 
@@ -111,29 +105,28 @@ def over_windows(attention: Any, x: Tensor, size: int) -> Tensor:
     Returns:
         (B, H, W, C).
     """
-    grid, heads = (x.shape[1], x.shape[2]), attention.num_heads
     pointwise = _pointwise(attention.proj)
-    by_shape = pointwise and x.device.type == "cpu"
-    qkv = _in_windows(attention.qkv, x, size, by_shape)
-    if by_shape:
-        parts = [_attended(attention, *own) for own in heads_of_windows(qkv, heads, size, grid)]
-        return attention.proj(join_windows(parts, size, grid))
-    o = _attended(attention, *_heads(qkv, heads))
+    windows = Windows(size, (x.shape[1], x.shape[2]), pointwise and x.device.type == "cpu")
+    qkv = _in_windows(attention.qkv, x, windows)
+    if windows.by_shape:
+        parts = windows.heads(qkv, attention.num_heads)
+        return attention.proj(windows.join([_attended(attention, *own) for own in parts]))
+    o = _attended(attention, *_heads(qkv, attention.num_heads))
     if pointwise:
-        return attention.proj(unpartition(o, size, grid))
-    return unpartition(attention.proj(o), size, grid)
+        return attention.proj(windows.unpartition(o))
+    return windows.unpartition(attention.proj(o))
 
 
-def _in_windows(layer: nn.Module, x: Tensor, size: int, by_shape: bool) -> Tensor:
-    """``layer`` on the windows of images, in the order of ``partition``."""
+def _in_windows(layer: nn.Module, x: Tensor, windows: Windows) -> Tensor:
+    """``layer`` on the windows of images."""
     if _pointwise(layer):
         linear: Any = getattr(layer, "base", layer)
-        return partition(layer(x), size, linear.bias, by_shape)
-    if isinstance(layer, NASLoRALinear | MergedNASLoRALinear):
-        return layer.in_windows(x, size, by_shape)
+        return windows.partition(layer(x), linear.bias)
+    if isinstance(layer, AdaptedLinear):
+        return layer.in_windows(x, windows)
     # In the order of the original: Conv-LoRA draws a random number for each window.
-    windows = layer(partition(x, size))
-    return ordered_by_shape(windows, size, (x.shape[1], x.shape[2])) if by_shape else windows
+    y = layer(windows._replace(by_shape=False).partition(x))
+    return windows.ordered(y) if windows.by_shape else y
 
 
 def _pointwise(layer: Any) -> bool:

@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.layer.windows import has_hooks
 from naslora.errors import UserError, listing
 from naslora.sam.attend import (
     dot_product_attention,
@@ -135,7 +134,13 @@ class FusedBlock(Fused):
         padded = size > 0 and (x.shape[1] % size or x.shape[2] % size)
         ours = isinstance(attention, (_SegmentAnything, _HuggingFace))
         # Who watches a layer sees whole windows.
-        watched = ours and any(map(has_hooks, (attention, attention.qkv, attention.proj)))
+        watched = ours and any(
+            part._forward_pre_hooks
+            or part._forward_hooks
+            or part._backward_pre_hooks
+            or part._backward_hooks
+            for part in (attention, attention.qkv, attention.proj)
+        )
         if not padded or not ours or watched or attention.drops or traced():
             return self.host_class.forward(self, x)
         norm1, norm2 = (getattr(self, name) for name in self.norms)

@@ -33,51 +33,52 @@ class GridHint:
     are smaller than it, so smaller squares are accepted."""
 
 
-def split_prefix(x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor]:
-    """Splits (B, N, C) tokens into those without a place in the image and those with one.
+class GridLayer(nn.Module):
+    """A layer whose tokens are an image.
 
-    Args:
-        x: the tokens. (B, H, W, C) has no prefix.
-        prefix: number of class and register tokens at the start of a sequence.
-
-    Returns:
-        (B, prefix, C), None if there are none, and the other tokens.
+    Attributes:
+        grid: (H, W) of token sequences that are not square, or None.
+        hint: what the host model states of the layer's tokens, or None.
+        prefix_tokens: class and register tokens at the start of (B, N, C) inputs. They have no
+            place in the image.
     """
-    return (x[:, :prefix], x[:, prefix:]) if prefix and x.dim() == 3 else (None, x)
+
+    grid: Grid | None = None
+    hint: GridHint | None = None
+    prefix_tokens: int = 0
+
+    def split(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Splits (B, N, C) into the prefix, (B, prefix_tokens, C) or None if there is none, and the
+        image, a view (B, H, W, C). (B, H, W, C) is an image without a prefix.
+
+        Raises:
+            ValueError: another number of dimensions, or the other tokens do not fit the grid.
+        """
+        if x.dim() == 4:
+            return None, x
+        if x.dim() != 3:
+            raise ValueError(f"x: expected (B, H, W, C_in) or (B, N, C_in), got {tuple(x.shape)}")
+        tokens = x[:, self.prefix_tokens :]
+        count = tokens.shape[1]
+        prefix = x[:, : self.prefix_tokens] if self.prefix_tokens else None
+        side, hint = math.isqrt(count), self.hint
+        height, width = self.grid or (hint.grid if hint is not None else (side, side))
+        if height * width != count or (prefix is not None and not count):
+            # A grid of the user's own is no window of the host's.
+            stated = hint if hint is not None and self.grid in (None, hint.grid) else None
+            window = stated is not None and stated.window and height == width > side
+            if not window or side * side != count:
+                before = x.shape[1] - count
+                raise ValueError(_misfit(count, before, (height, width), stated))
+            height, width = side, side
+        return prefix, tokens.reshape(x.shape[0], height, width, x.shape[2])
 
 
-def as_grid(x: Tensor, grid: Grid | None, hint: GridHint | None = None, prefix: int = 0) -> Tensor:
-    """Views (B, N, C) tokens as a (B, H, W, C) grid; returns (B, H, W, C) unchanged.
-
-    Args:
-        x: the tokens, without the prefix.
-        grid: (H, W) as set by the user; None for what the host states.
-        hint: what the host states; None for a square.
-        prefix: number of tokens that were split off, for the message.
-
-    Raises:
-        ValueError: another number of dimensions, or N does not fit the grid.
-    """
-    if x.dim() == 4:
-        return x
-    if x.dim() != 3:
-        raise ValueError(f"x: expected (B, H, W, C_in) or (B, N, C_in), got {tuple(x.shape)}")
-    count = x.shape[1]
-    height, width = grid or (hint.grid if hint is not None else (math.isqrt(count),) * 2)
-    if height * width != count or (prefix and not count):
-        height, width = _smaller_window(count, grid, hint, prefix)
-    return x.reshape(x.shape[0], height, width, x.shape[2])
-
-
-def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None, prefix: int) -> Grid:
-    """The grid of tokens that are no declared grid: a smaller window, or else a ValueError."""
-    side = math.isqrt(count)
-    stated = hint if hint is not None and grid in (None, hint.grid) else None
-    height, width = stated.grid if stated is not None else grid or (side, side)
-    if stated is not None and stated.window and side * side == count and height == width > side:
-        return side, side
+def _misfit(count: int, prefix: int, grid: Grid, stated: GridHint | None) -> str:
+    """The message about tokens behind a prefix that are no ``grid``, which the host has stated."""
     tokens = f"{count} tokens" + (f" behind {prefix} prefix tokens" if prefix else "")
-    advice, number = "set the layer's `grid` to (H, W), as in `layer.grid = (H, W)`", "N"
+    height, width = grid
+    number = "N"
     if stated is None:
         found = f"{tokens} are no {height} x {width} grid"
     else:
@@ -88,23 +89,18 @@ def _smaller_window(count: int, grid: Grid | None, hint: GridHint | None, prefix
         if 0 <= prefix + count - height * width < height * width:
             number = str(prefix + count - height * width)
     starts = "without" if number == "0" else "with"
-    raise ValueError(
-        f"x: {found}; {advice}, or prefix_tokens={number} in NASLoRAConfig if the sequence starts "
-        f"{starts} class or register tokens"
+    return (
+        f"x: {found}; set the layer's `grid` to (H, W), as in `layer.grid = (H, W)`, or "
+        f"prefix_tokens={number} in NASLoRAConfig if the sequence starts {starts} class or "
+        "register tokens"
     )
 
 
-def place_hint(model: nn.Module, name: str, layer: Any, prefix: int | None = None) -> None:
-    """Gives a layer what the model states of its tokens: ``hint``, ``grid`` if not square, and
-    ``prefix_tokens``, timm's ``num_prefix_tokens``.
+def place_hint(model: nn.Module, name: str, layer: GridLayer, prefix: int | None = None) -> None:
+    """Gives the layer of this name what the model states of its tokens: ``hint``, ``grid`` if not
+    square, and ``prefix_tokens``, timm's ``num_prefix_tokens`` unless ``prefix`` is given.
 
     ``grid`` is what merged layers keep. They need it only where a square is wrong.
-
-    Args:
-        model: the host.
-        name: the layer's name in it.
-        layer: a layer with these three attributes.
-        prefix: the prefix tokens as the configuration states them; None takes the model's.
     """
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]

@@ -7,14 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.adapter.layer.calls import AdaptedLinear
 from naslora.adapter.layer.cell import LEFT_OUT, PRESETS, Cell, LinearCell
 from naslora.adapter.layer.config import NASLoRAConfig
-from naslora.adapter.layer.grid import Grid, GridHint, as_grid, split_prefix
-from naslora.adapter.layer.windows import adapted_windows
 from naslora_kernels import OPERATIONS, nas_lora_linear
 from naslora_kernels.cell import Cell as CellTensors
 from naslora_kernels.operations import SKIP
@@ -55,15 +52,11 @@ class NASLoRALinear(AdaptedLinear):
         generator: where the random numbers come from; None seeds one with 0.
 
     Attributes:
-        base: the frozen nn.Linear.
         lora_A: (r, C_in) encoder W_e; kaiming-uniform(a=sqrt(5)).
         lora_B: (C_out, r) decoder W_d; zero.
         alpha: (8,) architecture logits, or None for plain LoRA (channel_ratio 0).
         cell: the operations' weights, or None for plain LoRA.
         channels: (c,) int64, the channels that pass through the cell.
-        grid: (H, W) of token sequences that are not square, or None.
-        hint: what the host model states of the layer's tokens, or None.
-        prefix_tokens: class and register tokens at the start of (B, N, C_in) inputs.
         config: the configuration it was made with.
         in_features, out_features: C_in and C_out.
 
@@ -76,7 +69,6 @@ class NASLoRALinear(AdaptedLinear):
     lora_B: nn.Parameter
     alpha: nn.Parameter | None
     cell: Cell | None
-    hint: GridHint | None = None
 
     def __init__(
         self, base: nn.Linear, config: NASLoRAConfig, generator: torch.Generator | None = None
@@ -89,7 +81,6 @@ class NASLoRALinear(AdaptedLinear):
         self.rank = config.rank
         self.in_features, self.out_features = base.in_features, base.out_features
         self.backend = config.backend
-        self.grid: Grid | None = None
         self.prefix_tokens = config.prefix_tokens or 0
         self.lora_A = nn.Parameter(draw_lora_A(self.rank, base.in_features, generator))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank))
@@ -166,14 +157,14 @@ class NASLoRALinear(AdaptedLinear):
             return self.base(x) + update
         if self.cell is not None and not isinstance(self.cell, LinearCell):
             return self.base(x) + self.update(x)
-        prefix, tokens = self._split(x)
-        h = self._fused(tokens, self.cell)  # (B, H, W, C_out)
+        prefix, image = self.split(x)
+        h = self._fused(image, self.cell)  # (B, H, W, C_out)
         if prefix is None:
             return h.reshape(*x.shape[:-1], self.out_features)
         plain = self._fused(prefix[:, None], None)  # (B, 1, p, C_out)
         return torch.cat([plain.flatten(1, 2), h.flatten(1, 2)], 1)
 
-    def _fused(self, tokens: Tensor, cell: LinearCell | None) -> Tensor:
+    def _fused(self, image: Tensor, cell: LinearCell | None) -> Tensor:
         """(B, H, W, C_in) to (B, H, W, C_out) in the kernels; plain LoRA without a cell."""
         if cell is not None and self.alpha is not None:
             tensors = cell.tensors(self.alpha, self._selected_channels())
@@ -184,7 +175,7 @@ class NASLoRALinear(AdaptedLinear):
             alpha, pw = zeros(len(OPERATIONS)), zeros(4, 0, 0)
             tensors = CellTensors(alpha, sep3, sep5, dil3, dil5, pw, self.channels[:0])
         return nas_lora_linear(
-            tokens,
+            image,
             self.base.weight,
             self.base.bias,
             self.lora_A,
@@ -194,30 +185,19 @@ class NASLoRALinear(AdaptedLinear):
             backend=self.backend,
         )
 
-    def in_windows(self, x: Tensor, size: int, by_shape: bool) -> Tensor:
-        """Computes the layer on windows of images, as ``adapted_windows``; it has a cell."""
-        object.__setattr__(self, "called", True)
-        cell: Any = self.cell
-
-        def mixed(z: Tensor) -> Tensor:
-            return cell(z, self.alpha, self._selected_channels(), self.backend)
-
-        decoder = self.scaling * self.lora_B
-        return adapted_windows(self.base, self.lora_A, mixed, decoder, x, size, by_shape)
-
     def _selected_channels(self) -> Tensor | None:
         """(c,) int64, or None for all."""
         return None if self.all_channels else self.channels
 
-    def mixed(self, x: Tensor) -> Tensor:
-        """The decoder's input y = cell(W_e x), (..., r). Shapes of x as in ``forward``."""
-        prefix, tokens = self._split(x)
-        y = F.linear(tokens, self.lora_A.to(x.dtype))  # (B, H, W, r)
-        if self.cell is not None:
-            y = self.cell(y, self.alpha, self._selected_channels(), self.backend)
-        if prefix is None:
-            return y.reshape(*x.shape[:-1], self.rank)
-        return torch.cat([F.linear(prefix, self.lora_A.to(x.dtype)), y.flatten(1, 2)], 1)
+    def mix(self, z: Tensor) -> Tensor:
+        """The cell on maps, (B, H, W, r) to the same."""
+        if self.cell is None:
+            return z
+        return self.cell(z, self.alpha, self._selected_channels(), self.backend)
+
+    def split(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Without a cell tokens have no neighbours, so any shape works."""
+        return (None, x.reshape(-1, 1, 1, x.shape[-1])) if self.cell is None else super().split(x)
 
     def pointwise(self) -> Tensor:
         """(r, C_in) float64: the map from a token to y through the cell's centre taps (Eq. 6).
@@ -250,19 +230,6 @@ class NASLoRALinear(AdaptedLinear):
                 shift = 0.0 if offset is None else decoder @ offset
                 merged.bias.copy_(base.bias.double() + shift)
         return merged
-
-    def update(self, x: Tensor) -> Tensor:
-        """The adapter's part of the output, s W_d cell(W_e x). Shapes as in ``forward``."""
-        y = self.mixed(x)
-        return self.scaling * F.linear(y, self.lora_B.to(y.dtype))
-
-    def _split(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The tokens that pass by the cell, (B, p, C_in) or None, and the grid (B, H, W, C_in)."""
-        if self.cell is None:  # tokens have no neighbours without a cell, so any shape works
-            return None, x.reshape(-1, 1, 1, x.shape[-1])
-        prefix, tokens = split_prefix(x, self.prefix_tokens)
-        beside = 0 if prefix is None else prefix.shape[1]
-        return prefix, as_grid(tokens, self.grid, self.hint, beside)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any

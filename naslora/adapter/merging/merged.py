@@ -5,14 +5,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naslora.adapter.layer.calls import AdaptedLinear
 from naslora.adapter.layer.cell import FixedMixture, FoldedCell, PaperCell
-from naslora.adapter.layer.grid import as_grid, split_prefix
 from naslora.adapter.layer.modules import replace_module
-from naslora.adapter.layer.windows import adapted_windows
 from naslora.errors import UserError
 from naslora_kernels import folded_linear
 from naslora_kernels.operations import FOLDED_SIZE, OPERATIONS
@@ -28,13 +25,8 @@ class MergedNASLoRALinear(AdaptedLinear):
         lora_A: (c, C_in) the encoder's rows that feed the cell.
         lora_B: (C_out, c) the decoder's columns behind it, scaling included.
         mixture: the collapsed cell, on (B, H, W, c).
-        grid: (H, W) of token sequences that are not square, or None.
         backend: kernel backend; None takes the best that can compute here.
-        prefix_tokens: class and register tokens at the start of (B, N, C_in) inputs.
     """
-
-    lora_A: Tensor
-    lora_B: Tensor
 
     def __init__(
         self,
@@ -62,37 +54,29 @@ class MergedNASLoRALinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C_in) or (B, N, C_in) to the same with C_out; shapes as ``NASLoRALinear``."""
-        prefix, tokens = split_prefix(x, self.prefix_tokens)
-        grid, base, mixture = as_grid(tokens, self.grid), self.base, self.mixture
-        if isinstance(mixture, FoldedCell):
-            h = folded_linear(
-                grid,
-                base.weight,
-                base.bias,
-                self.lora_A,
-                self.lora_B,
-                mixture.kernel,
-                mixture.average,
-                mixture.maximum,
-                backend=self.backend,
-            )
-        else:
-            h = base(grid) + self._decoded(mixture(self._encoded(grid)))
-        h = h if x.dim() == 4 else h.flatten(1, 2)
+        base, mixture = self.base, self.mixture
+        if not isinstance(mixture, FoldedCell):
+            return base(x) + self.update(x)
+        prefix, image = self.split(x)
+        h = folded_linear(
+            image,
+            base.weight,
+            base.bias,
+            self.lora_A,
+            self.lora_B,
+            mixture.kernel,
+            mixture.average,
+            mixture.maximum,
+            backend=self.backend,
+        )
         if prefix is None:
-            return h
+            return h if x.dim() == 4 else h.flatten(1, 2)
         # Plain LoRA, so nothing is left of the cell.
-        return torch.cat([base(prefix) + self._decoded(self._encoded(prefix)), h], 1)
+        return torch.cat([base(prefix) + self.decoded(self.encoded(prefix)), h.flatten(1, 2)], 1)
 
-    def in_windows(self, x: Tensor, size: int, by_shape: bool) -> Tensor:
-        """Computes the layer on windows of images, as ``adapted_windows``."""
-        return adapted_windows(self.base, self.lora_A, self.mixture, self.lora_B, x, size, by_shape)
-
-    def _encoded(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.lora_A.to(x.dtype))  # (..., c)
-
-    def _decoded(self, y: Tensor) -> Tensor:
-        return F.linear(y, self.lora_B.to(y.dtype))
+    def mix(self, z: Tensor) -> Tensor:
+        """The collapsed cell on maps, (B, H, W, c) to the same."""
+        return self.mixture(z)
 
 
 class MergedFrom:

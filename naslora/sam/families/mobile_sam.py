@@ -6,7 +6,7 @@ import torch
 from timm.models.tiny_vit import TinyVitBlock, tiny_vit_5m_224
 from torch import Tensor, nn
 
-from naslora.adapter.layer.windows import partition, unpartition
+from naslora.adapter.layer.windows import Windows
 from naslora.sam.attention import traced
 from naslora.sam.decoder import SegmentationDecoder, build_neck
 from naslora.sam.families.sam import HQ_TOKENS
@@ -24,9 +24,10 @@ class GridBlock(TinyVitBlock):
         """(B, H, W, C) to the same."""
         if traced():
             return super().forward(x)
-        size, grid = self.window_size, (x.shape[1], x.shape[2])
-        windows = self.attn(partition(x, size).flatten(1, 2))
-        x = x + unpartition(windows.unflatten(1, (size, size)), size, grid)
+        size = self.window_size
+        windows = Windows(size, (x.shape[1], x.shape[2]))
+        attended = self.attn(windows.partition(x).flatten(1, 2))
+        x = x + windows.unpartition(attended.unflatten(1, (size, size)))
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.mlp(x)
 
