@@ -32,7 +32,8 @@ from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
 from naslora.sam.vits import VITS
-from naslora.training.train_config import TrainConfig, loss_of
+from naslora.training.evaluation import loss_of
+from naslora.training.run_config import TrainConfig
 
 UNTOUCHED = "untouched"
 MOST_INPUTS = 1280  # of a layer, in ViT-H

@@ -13,9 +13,8 @@ from naslora.data.sampling import GlobalBatches
 from naslora.training.accelerator import make_accelerator
 from naslora.training.evaluation import make_loader
 from naslora.training.resolve import resolve
-from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from naslora.training.run_data import make_dataset
-from naslora.training.train_config import TrainConfig
 
 BATCH = 4
 

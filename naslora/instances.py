@@ -186,7 +186,7 @@ def evaluate_instances(
     check_with_progress(samples, run)
     # With this resolution images and masks are read at their own size.
     dataset = make_dataset(
-        replace(run, data=replace(run.data, resolution="tiles", cache=None)), samples, "scored"
+        replace(run, data=replace(run.data, resolution="tiles", cache=None)), samples, "tested"
     )
 
     def pairs() -> Iterator[tuple[list[Instance], np.ndarray]]:

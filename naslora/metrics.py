@@ -6,7 +6,7 @@ balanced error rates, which are percentages in all papers, for ``index_mae``, an
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from naslora import shapes
 from naslora.errors import UserError
+from naslora.results import ClassScores, SplitScores
 
 T_IOU = 0.65
 """The thresholded Jaccard index counts the IoU of an image as 0 below this value."""
@@ -28,38 +29,23 @@ Scores = dict[str, Tensor]
 def image_scores(
     prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None = None
 ) -> Scores:
-    """Scores each image of a batch.
+    """Scores each image of (B, H, W) int64 labels of K classes, 2 if ``num_classes`` is 1.
 
     Dice and IoU are for the foreground classes. They are NaN for a class that is neither in the
     image nor in its prediction. A score of 1 would favour a model that predicts nothing, if many
-    images are empty.
-
-    Args:
-        prediction: (B, H, W) int64 labels.
-        target: (B, H, W) int64 labels.
-        num_classes: 1 if binary, else K.
-        ignore_index: label of the pixels that do not count; None if all count.
+    images are empty. Pixels whose target is ``ignore_index`` do not count.
 
     Returns:
         ``dice`` and ``iou``: (B, C) float32 for C foreground classes. ``accuracy``: (B,) float32,
         the share of pixels with the right label. ``confusion``: (B, K, K) int64, the number of
-        pixels with the true class of the row and the predicted class of the column; K = 2 if
-        binary.
+        pixels with the true class of the row and the predicted class of the column.
     """
-    # Imported here, because torchmetrics imports matplotlib's pyplot, and ``METRICS`` is needed
-    # without it.
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
-    labels = max(num_classes, 2)
-    confusion = torch.stack(
-        [
-            multiclass_confusion_matrix(
-                image, truth, labels, ignore_index=ignore_index, validate_args=False
-            )
-            for image, truth in zip(prediction, target, strict=True)
-        ]
-    )
-    # From the counts, because torchmetrics' own Dice and IoU need K numbers of 8 bytes a pixel.
+    batch, labels = len(target), max(num_classes, 2)
+    images = torch.arange(batch, device=target.device)[:, None, None]
+    pairs = (images * labels + target) * labels + prediction  # (B, H, W)
+    if ignore_index is not None:
+        pairs = pairs[target != ignore_index]
+    confusion = pairs.flatten().bincount(minlength=batch * labels**2).view(batch, labels, labels)
     counts = confusion.float()
     right = counts.diagonal(dim1=1, dim2=2)  # (B, K)
     both = counts.sum(1) + counts.sum(2)
@@ -74,11 +60,8 @@ def image_scores(
 def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
     """Scores one image by the measures of salient object detection, with PySODMetrics.
 
-    As in that field, the map is rounded to 8 bits and stretched to its full range.
-
-    Args:
-        probability: (H, W) probability of the foreground, in [0, 1].
-        target: (H, W) labels 0 and 1.
+    As in that field, the (H, W) map of probabilities is rounded to 8 bits and stretched to its full
+    range. The target is (H, W) labels 0 and 1.
 
     Returns:
         () float64 each: ``s_alpha``, the structure measure; ``e_phi``, the alignment measure, mean
@@ -90,18 +73,19 @@ def saliency_scores(probability: Tensor, target: Tensor) -> Scores:
     prediction = (255 * probability.cpu().float().numpy()).round().astype(np.uint8)
     truth = 255 * target.cpu().numpy().astype(np.uint8)
     measures = {
-        "s_alpha": (sod.Smeasure(), lambda results: results["sm"]),
-        "e_phi": (sod.Emeasure(), lambda results: results["em"]["curve"].mean()),
-        "f_w_beta": (sod.WeightedFmeasure(beta=1), lambda results: results["wfm"]),
-        "f_w_beta_0.3": (sod.WeightedFmeasure(beta=0.3), lambda results: results["wfm"]),
-        "mae": (sod.MAE(), lambda results: results["mae"]),
+        "s_alpha": sod.Smeasure(),
+        "e_phi": sod.Emeasure(),
+        "f_w_beta": sod.WeightedFmeasure(beta=1),
+        "f_w_beta_0.3": sod.WeightedFmeasure(beta=0.3),
+        "mae": sod.MAE(),
     }
-    for measure, _ in measures.values():
+    scores = {}
+    for name, measure in measures.items():
         measure.step(prediction, truth)
-    return {
-        name: torch.tensor(float(read(measure.get_results())), dtype=torch.float64)
-        for name, (measure, read) in measures.items()
-    }
+        (value,) = measure.get_results().values()
+        value = value["curve"].mean() if name == "e_phi" else value
+        scores[name] = torch.tensor(float(value), dtype=torch.float64)
+    return scores
 
 
 def _calibration_bins(probability: Tensor, target: Tensor) -> Tensor:
@@ -120,9 +104,10 @@ def _calibration_bins(probability: Tensor, target: Tensor) -> Tensor:
     return values.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, values)
 
 
-def calibration_error(bins: Tensor) -> Tensor:
-    """The expected calibration error of (..., B, 3) sums of bins; NaN without a pixel."""
-    return (bins[..., 1] - bins[..., 2]).abs().sum(-1) / bins[..., 0].sum(-1)
+def _calibration_error(scores: Scores) -> Tensor:
+    """The expected calibration error, mean over the images that have a pixel."""
+    counts, confidence, right = scores["calibration"].unbind(-1)  # (N, CALIBRATION_BINS) each
+    return ((confidence - right).abs().sum(-1) / counts.sum(-1)).nanmean()
 
 
 # ---- Metrics of a data set -----------------------------------------------------------------------
@@ -245,11 +230,7 @@ METRICS: dict[str, Metric] = {
     "cldice": _shape("cldice", "clDice"),
     "size_difference": _shape("size_difference", "Difference in size, pixels"),
     "lesion_f1": _shape("lesion_f1", "F1 of lesions"),
-    "ece": Metric(
-        "ECE",
-        lambda scores: calibration_error(scores["calibration"]).nanmean(),
-        of_map="calibration",
-    ),
+    "ece": Metric("ECE", _calibration_error, of_map="calibration"),
 }
 
 
@@ -258,12 +239,8 @@ def further_scores(
 ) -> Scores:
     """The scores of one image that metrics need, beside those of ``image_scores``.
 
-    Args:
-        names: names of ``METRICS``.
-        class_map: (K, H, W) scores; empty unless a metric has ``of_map``.
-        labels: (H, W) predicted labels.
-        target: (H, W) true labels.
-        ignore_index: label of the pixels that do not count; they are in no shape.
+    The (K, H, W) class map is empty unless a metric has ``of_map``. Labels and target are (H, W).
+    Pixels whose target is ``ignore_index`` do not count, and are in no shape.
 
     Returns:
         Scores by name. Those of shapes are (C,) float64: NaN for a class that is neither in the
@@ -287,17 +264,11 @@ def shape_scores(
     count: int,
     spacing: Sequence[float] | None = None,
 ) -> Scores:
-    """The scores of an image or a volume that measure the shapes of its classes.
+    """The scores of an image or a volume that measure the shapes of its classes: (C,) by name.
 
-    Args:
-        names: names of ``METRICS``; those of other kinds are left out.
-        found: predicted labels, of any shape.
-        truth: true labels.
-        count: number of the classes, with the background.
-        spacing: the size of an element along each axis; None is 1.
-
-    Returns:
-        (C,) float64 by name.
+    ``found`` are the predicted labels, ``truth`` the true ones, of ``count`` classes with the
+    background. ``spacing`` is the size of an element along each axis, 1 if None. Metrics of other
+    kinds are left out.
     """
     measures = {name: METRICS[name].shape for name in names}
     return {
@@ -329,48 +300,43 @@ def check_metrics(names: Sequence[str], num_classes: int) -> None:
 # ---- The summary ---------------------------------------------------------------------------------
 
 
+def stacked(scores: Sequence[Scores]) -> Scores:
+    """The scores of several images in one tensor each."""
+    return {name: torch.stack([own[name] for own in scores]) for name in scores[0]}
+
+
 def summarise(
     scores: Scores, class_names: Sequence[str], metrics: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> SplitScores:
     """Averages the scores of all images: first over the images, then over the foreground classes.
 
-    Args:
-        scores: ``image_scores`` of N images, and ``further_scores`` if a metric needs them.
-        class_names: names of the foreground classes.
-        metrics: names of ``METRICS``.
-
-    Returns:
-        ``dice``, ``iou`` and ``accuracy``: a number, or None if undefined. ``per_class``: for each
-        class name its ``dice`` and ``iou``, None for a class that no image has; such classes do not
-        count in the means. If no image has foreground, all of these are None. ``metrics``, only if
-        some are given: their values by name. A value is a number, None if undefined, or a number
-        for each class name, the background first.
+    A class that no image has does not count. Without any foreground there is neither Dice nor IoU.
+    The scores are ``image_scores`` of N images, and ``further_scores`` if a metric needs them.
     """
+    image_dice = scores["dice"].nanmean(1)  # (N,)
     if "confusion" in scores and not scores["confusion"][:, 1:].any():
         # Dice and IoU of no foreground are no results.
         undefined = {name: torch.full_like(scores[name], torch.nan) for name in ("dice", "iou")}
         scores = {**scores, **undefined}
     dice, iou = scores["dice"].nanmean(0), scores["iou"].nanmean(0)  # (C,)
-    summary: dict[str, Any] = {
-        "dice": _number(dice.nanmean()),
-        "iou": _number(iou.nanmean()),
-        "accuracy": _number(scores["accuracy"].nanmean()),
-        "per_class": {
-            name: {"dice": _number(dice[i]), "iou": _number(iou[i])}
-            for i, name in enumerate(class_names)
-        },
-    }
-    if metrics:
-        names = ["background", *class_names]
-        values = {name: METRICS[name].of(scores) for name in metrics}
-        summary["metrics"] = {
-            name: dict(zip(names, map(_number, value), strict=True))
-            if value.dim()
-            else _number(value)
+    both = zip(class_names, dice, iou, strict=True)
+    values = {name: METRICS[name].of(scores) for name in metrics}
+    names = ["background", *class_names]
+    bins = scores["calibration"].sum(0).tolist() if "calibration" in scores else []
+    return SplitScores(
+        dice=known(dice.nanmean()),
+        iou=known(iou.nanmean()),
+        accuracy=known(scores["accuracy"].nanmean()),
+        per_class={name: ClassScores(known(d), known(i)) for name, d, i in both},
+        metrics={
+            name: dict(zip(names, map(known, value), strict=True)) if value.dim() else known(value)
             for name, value in values.items()
-        }
-    return summary
+        },
+        calibration=[(count, confidence, right) for count, confidence, right in bins],
+        image_dice=[known(value) for value in image_dice],
+    )
 
 
-def _number(value: Tensor) -> float | None:
+def known(value: Tensor) -> float | None:
+    """A () tensor as a number, NaN as None."""
     return None if value.isnan() else float(value)

@@ -19,7 +19,7 @@ from naslora.data.rasters import DEFAULT_OUTPUTS, STRIP, LabelFile, OutputConfig
 from naslora.data.tiles import Box, Grid, Tiles
 from naslora.errors import UserError
 from naslora.files import reading
-from naslora.sam.precision import cast_frozen
+from naslora.sam.precision import DTYPES, cast_frozen
 from naslora.sam.promptable import PROMPTS, AnySam
 from naslora.sam.runtimes import ClassMap, load_class_map
 from naslora.sam.segmentation import labels_of
@@ -29,7 +29,6 @@ from naslora.training.accelerator import make_accelerator
 from naslora.training.resolve import resolve
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, mirror_axes
 from naslora.training.run_data import tiles_of
-from naslora.training.train_config import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,12 +43,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[Record], values: Any, where: object) -> Record:
-    """Makes a record of JSON-ready values.
-
-    Args:
-        kind: the type to make.
-        values: what ``to_json`` returned; unknown keys are ignored.
-        where: the file, for the message.
+    """Makes a record of what ``to_json`` returned; unknown keys are ignored. ``where`` is the file.
 
     Raises:
         UserError: a value is missing or has another type; the message names the first one.
@@ -74,11 +69,8 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def as_csv(rows: Sequence[Any]) -> str:
-    """The rows as CSV text. No cell is a formula of a spreadsheet, see ``_quoted``.
-
-    Args:
-        rows: records, or dictionaries of column to value; a column that a row lacks is empty.
-    """
+    """Rows, records or dictionaries of column to value, as CSV text. A column that a row lacks is
+    empty. No cell is a formula of a spreadsheet, see ``_quoted``."""
     cells = [row if isinstance(row, dict) else vars(row) for row in rows]
     columns = list(dict.fromkeys(name for row in cells for name in row))
     text = io.StringIO()

@@ -246,11 +246,7 @@ def kept_epoch(history: list[Epoch], keep: Keep) -> Epoch:
     With ``best`` it is the epoch with the highest Dice on the validation images. Equal Dice leaves
     the choice to the lower validation loss: a model that predicts nothing yet has a Dice of 0, and
     a split without foreground has none. With annealing only the epochs count whose cells take
-    nothing from neighbouring tokens.
-
-    Args:
-        history: the epochs so far; at least one.
-        keep: as ``TrainConfig.keep``.
+    nothing from neighbouring tokens. ``history`` has at least one epoch.
     """
     if keep == "last":
         return history[-1]

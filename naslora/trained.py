@@ -51,7 +51,7 @@ from naslora.sam.segmentation import MirroredModel, SamForSegmentation, labels_o
 from naslora.sam.shipped import NONE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
-from naslora.training.clicks import score_run
+from naslora.training.interactive import score_run
 from naslora.training.resolve import check_promptable, read_config, resolve
 from naslora.training.run_config import (
     DataConfig,
@@ -60,13 +60,7 @@ from naslora.training.run_config import (
     RunConfig,
     mirror_axes,
 )
-from naslora.training.run_data import (
-    calibration,
-    check_with_progress,
-    find_splits,
-    make_dataset,
-    warn_of_contents,
-)
+from naslora.training.run_data import calibration, check_splits, find_splits, make_dataset
 from naslora.training.run_model import build_frozen_model, build_run_model
 
 LEFT_OUT = "left_out.safetensors"
@@ -211,7 +205,7 @@ def evaluate_run(
         if flips:
             raise UserError(f"{path} is scored by clicks, which are not mirrored; drop --flips")
     samples = split_of(config, split)
-    warn_of_contents({split: check_with_progress(samples, config)}, config)
+    check_splits({split: samples}, config)
     merged = (path / MERGED_CONFIG).exists()
     if flips:
         model = cast(AnySam, MirroredModel(cast(SamForSegmentation, model), mirror_axes(config)))
@@ -250,7 +244,7 @@ def evaluate_model(
     with in_float32(accelerator) if float32 else nullcontext():
         return score_run(
             model.to(accelerator.device),
-            make_dataset(config, samples, "scored", truth=config.data.resolution == "original"),
+            make_dataset(config, samples, "tested"),
             accelerator,
             config,
             config.data.metrics or (),

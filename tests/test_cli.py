@@ -13,8 +13,13 @@ from conftest import TRAIN, call, refusal, succeed, write_checkpoint
 import naslora as naslora_package
 from naslora.methods import METHODS
 from naslora.results import LAST
-from naslora.training.run_config import DataConfig, ModelConfig, PromptConfig, RunConfig
-from naslora.training.train_config import TrainConfig
+from naslora.training.run_config import (
+    DataConfig,
+    ModelConfig,
+    PromptConfig,
+    RunConfig,
+    TrainConfig,
+)
 from naslora_kernels import available_backends
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")

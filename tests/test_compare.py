@@ -22,8 +22,7 @@ from naslora.study import compare, launchers, tables
 from naslora.study.design import Design, Launch, parse_grid, with_values
 from naslora.study.differences import over_images
 from naslora.study.measurement import find_refusals, in_own_process
-from naslora.training.run_config import DataConfig, RunConfig
-from naslora.training.train_config import TrainConfig
+from naslora.training.run_config import DataConfig, RunConfig, TrainConfig
 
 TRAIN = shlex.split(
     "--model vit_t --image-size 32 --epochs 1 --search-start 0 --arch-fraction 0.5 --workers 0"

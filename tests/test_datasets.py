@@ -266,8 +266,7 @@ def test_an_encoder_sees_an_image_once(tmp_path, tiny_vit, name):
         for ours, whole in pairs:
             assert ours.dtype == whole.dtype
             torch.testing.assert_close(ours, whole, rtol=0.02, atol=0.02 * whole.abs().max())
-    # One forward of zeros for the shapes, in each precision, and one an image.
-    assert calls == [1] * 8
+    assert calls == [1] * 6  # one an image, in each precision
 
 
 def test_a_run_with_embeddings_learns_the_same(clean_data, tiny_vit, tmp_path):

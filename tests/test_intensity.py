@@ -13,7 +13,7 @@ from naslora.data.cache import Cache
 from naslora.data.contents import read_contents, warnings_about
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Sample, open_picture
-from naslora.data.picture import Intensity, Limits, parse_intensity, scale
+from naslora.data.picture import Intensity, parse_intensity, scale
 
 WINDOW = Intensity("window", 1000, 3000)
 GREY = np.array([[0, 1000, 1500], [2000, 3000, 65535]], np.uint16)
@@ -44,12 +44,12 @@ def test_words(words, expected):
 
 
 def test_a_window_by_hand():
-    limits = [Limits(*WINDOW[1:])]
+    limits = [WINDOW[1:]]
     assert scale(GREY[..., None], limits)[..., 0].tolist() == EXPECTED
     values = np.array([np.nan, np.inf, -np.inf, 2000]).reshape(2, 2, 1)
     assert scale(values, limits).ravel().tolist() == [0, 255, 0, 128]
     constant = np.array([6.0, 7.0, 8.0, np.nan]).reshape(2, 2, 1)
-    assert scale(constant, [Limits(7, 7)]).ravel().tolist() == [0, 0, 255, 0]
+    assert scale(constant, [(7, 7)]).ravel().tolist() == [0, 0, 255, 0]
 
 
 def test_percentiles_of_each_channel(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from naslora.data import picture as pictures
 from naslora.data.images import Sample, open_picture, source_of
-from naslora.data.picture import Intensity, Limits, Picture, scale
+from naslora.data.picture import Intensity, Picture, scale
 from naslora.data.rasters import write_png
 from naslora.data.tiff import open_tiff
 from naslora.errors import UserError
@@ -96,7 +96,7 @@ def test_percentiles_do_not_depend_on_the_pieces(tmp_path, monkeypatch, options)
         found = open_picture(sample_of(path), Intensity("percentile", 5, 90)).rows()
         for channel in range(3):
             limits = np.nanpercentile(values[::2, ::2, channel].astype(float), [5, 90])
-            expected = scale(values[..., [channel]], [Limits(*limits)])
+            expected = scale(values[..., [channel]], [limits])
             assert np.array_equal(found[..., [channel]], expected)
 
 

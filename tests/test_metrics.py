@@ -16,6 +16,7 @@ from naslora.metrics import (
     shape_scores,
     summarise,
 )
+from naslora.results import ClassScores, SplitScores
 
 NAN = float("nan")
 # The scores are ratios of integers, rounded to float32.
@@ -55,16 +56,16 @@ def test_summarise_ignores_undefined_scores():
         "iou": torch.tensor([[0.25, NAN, NAN], [1.0, 0.5, NAN]]),
         "accuracy": torch.tensor([0.5, 1.0]),
     }
-    assert summarise(scores, ["a", "b", "c"]) == {
-        "dice": 0.5,  # mean of 0.75 and 0.25: first over images, then over classes
-        "iou": pytest.approx((0.625 + 0.5) / 2),
-        "accuracy": 0.75,
-        "per_class": {
-            "a": {"dice": 0.75, "iou": 0.625},
-            "b": {"dice": 0.25, "iou": 0.5},
-            "c": {"dice": None, "iou": None},
+    assert summarise(scores, ["a", "b", "c"]) == SplitScores(
+        dice=0.5,  # mean of 0.75 and 0.25: first over images, then over classes
+        iou=pytest.approx((0.625 + 0.5) / 2),
+        accuracy=0.75,
+        per_class={
+            "a": ClassScores(0.75, 0.625),
+            "b": ClassScores(0.25, 0.5),
+            "c": ClassScores(None, None),
         },
-    }
+    )
 
 
 # --- metrics of data sets
@@ -73,7 +74,7 @@ def test_summarise_ignores_undefined_scores():
 def metrics_of(names, prediction, target, num_classes=1):
     scores = score(prediction, target, num_classes)
     classes = [f"class {k}" for k in range(1, max(num_classes, 2))]
-    return summarise(scores, classes, names)["metrics"]
+    return summarise(scores, classes, names).metrics
 
 
 def test_thresholded_jaccard_counts_a_failure_as_zero():
@@ -306,4 +307,4 @@ def test_ignored_pixels_do_not_count():
         torch.testing.assert_close(whole[name], values, msg=name)
     nothing = image_scores(prediction, torch.full_like(target, 77), 1, ignore_index=77)
     summary = summarise(nothing, ["a"])
-    assert (summary["accuracy"], summary["dice"], summary["iou"]) == (None, None, None)
+    assert (summary.accuracy, summary.dice, summary.iou) == (None, None, None)

@@ -121,15 +121,18 @@ def test_objects_of_several_images_are_decoded_as_sam_decodes_one(given, three):
 # --- Training ---
 
 
-@pytest.mark.parametrize("clicks", [1, 3])
-def test_the_loss_trains_decoder_and_encoder_and_ignores_what_does_not_count(clicks):
+@pytest.mark.parametrize("corrections", [[], [1, 1]])
+def test_the_loss_trains_decoder_and_encoder_and_ignores_what_does_not_count(
+    corrections, monkeypatch
+):
+    monkeypatch.setattr(InteractiveLoss, "_corrections", lambda _: corrections)
     torch.manual_seed(0)
     model = build_promptable("vit_t", SIZE, "none")
     embeddings = torch.randn(3, 256, 2, 2, requires_grad=True)
     numbers = torch.zeros(3, SIZE, SIZE, dtype=torch.int64)
     numbers[0, 4:14, 4:14], numbers[0, 20:28, 2:14], numbers[1, 5:25, 5:25] = 1, 2, 1
     numbers[1, :, 28:] = IGNORED
-    loss = InteractiveLoss(model, 3, clicks=clicks)(embeddings, numbers)
+    loss = InteractiveLoss(model, 3)(embeddings, numbers)
     loss.backward()
     assert loss.isfinite() and loss > 0
     assert embeddings.grad[0].any() and embeddings.grad[1].any() and not embeddings.grad[2].any()
@@ -173,8 +176,7 @@ def test_a_run_resumes_to_the_same_bits(run, tmp_path):
 
 def test_clicks_are_the_centres_of_the_largest_errors():
     """The masks are what a prediction would have to be; the logits are made from them."""
-    from naslora.training.clicks import _next_clicks
-    from naslora.training.interactive import Objects, Prompts
+    from naslora.training.interactive import Objects, Prompts, _next_clicks
 
     truth, predicted = np.zeros((20, 20), bool), np.zeros((20, 20), bool)
     truth[2:9, 3:10] = True  # 7 x 7, its centre is (6, 5)

@@ -14,7 +14,7 @@ from naslora.errors import UserError
 from naslora.files import read_json
 from naslora.training import trackers
 from naslora.training.accelerator import make_accelerator
-from naslora.training.train_config import TrainConfig
+from naslora.training.run_config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 

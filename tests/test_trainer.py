@@ -19,10 +19,11 @@ from naslora.errors import UserError
 from naslora.files import read_safetensors
 from naslora.results import ADAPTER, LAST, SplitScores, kept_epoch
 from naslora.training.accelerator import make_accelerator
+from naslora.training.resolve import LEARNING_BOUNDS
+from naslora.training.run_config import TrainConfig
 from naslora.training.run_data import EpochImages, find_splits
 from naslora.training.run_model import build_adapted_model
 from naslora.training.step import Compiled
-from naslora.training.train_config import LEARNING_BOUNDS, TrainConfig
 from naslora.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("tiny_sam", "fresh_accelerate")
@@ -145,24 +146,24 @@ def epoch_images(arch_data, train=10, arch=0, **changes):
 @pytest.mark.parametrize("arch_data", ["redraw", "rotate", "hold-out"])
 def test_the_images_of_an_epoch(arch_data):
     images = epoch_images(arch_data)
-    parts = [frozenset(images.of_alpha(epoch)) for epoch in (1, 2, 3)]
+    parts = [frozenset(images.of(epoch)[1]) for epoch in (1, 2, 3)]
     assert all(len(part) == 2 for part in parts)
     assert (len(set(parts)) == 1) == (arch_data == "hold-out")
     for epoch, part in zip((1, 2, 3), parts, strict=True):
-        weights = list(images.of_weights(epoch))
+        weights = list(images.of(epoch)[0])
         assert len(weights) == 10  # every choice takes as many steps
         assert set(weights) == set(range(10)) - (set() if arch_data == "redraw" else part)
 
 
 def test_the_datas_own_split_takes_no_weight_steps_away():
     images = epoch_images(None, train=8, arch=3)
-    assert list(images.of_alpha(5)) == [0, 1, 2]
-    assert len(images.of_weights(0)) == 11 and set(images.of_weights(0)) == set(range(8))
+    assert list(images.of(5)[1]) == [0, 1, 2]
+    assert len(images.of(0)[0]) == 11 and set(images.of(0)[0]) == set(range(8))
 
 
 def test_a_single_image_cannot_be_held_out():
     with pytest.raises(UserError, match="at least 2"):
-        epoch_images("hold-out", train=1).of_alpha(0)
+        epoch_images("hold-out", train=1).of(0)
 
 
 def test_the_own_split_joins_the_training_images_unless_alpha_takes_it(data, tmp_path):

@@ -32,9 +32,14 @@ from naslora.study.differences import paired_difference
 from naslora.study.summary import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
 from naslora.training.run import train
-from naslora.training.run_config import DataConfig, ModelConfig, PromptConfig, RunConfig
+from naslora.training.run_config import (
+    DataConfig,
+    ModelConfig,
+    PromptConfig,
+    RunConfig,
+    TrainConfig,
+)
 from naslora.training.run_data import calibration, find_splits
-from naslora.training.train_config import TrainConfig
 
 
 class Key(NamedTuple):
@@ -46,7 +51,7 @@ class Key(NamedTuple):
 
 
 Cells = dict[Key, Numbers]
-MERGE_MODES = "naslora.training.run_results.merge_modes"
+MERGE_MODES = "naslora.training.run.merge_modes"
 DONE = "study.json"  # what a finished cell reports
 MODEL = ("model", "checkpoint", "image_size", "attention")
 """Settings of a study's runs that are not fields of ``DataConfig``."""

@@ -59,13 +59,7 @@ def colour(augment: Augment) -> list[v2.Transform]:
 
 
 class Augmentation:
-    """Changes an image and its mask together.
-
-    Args:
-        augment: the set of changes.
-        size: side S of the images in pixels.
-        channels: C; colours change only if there are three.
-    """
+    """Changes an image and its mask together. Colours change only if there are three channels."""
 
     def __init__(self, augment: Augment, size: int, channels: int = 3) -> None:
         changes = [*geometry(augment, size), *(colour(augment) if channels == 3 else [])]
@@ -74,16 +68,10 @@ class Augmentation:
     def __call__(
         self, image: Tensor, mask: Tensor | None, seed: int, epoch: int, index: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Changes a sample.
+        """Changes a (C, S, S) uint8 image and its (S, S) integer labels; None without a mask.
 
-        Args:
-            image: (C, S, S) uint8.
-            mask: (S, S) integer labels; None without a mask.
-            seed, epoch, index: of the run, and of the sample in its data set.
-
-        Returns:
-            The changed image and mask, of the same shapes and dtypes. Pixels from outside the image
-            are 0, and their label is ``IGNORED``.
+        Pixels from outside the image become 0, and their label ``IGNORED``. ``seed`` is the run's,
+        ``index`` that of the sample in its data set.
         """
         if self._transform is None:
             return image, mask
@@ -118,11 +106,8 @@ def draw_window(
     the mask is drawn, so that rare classes are seen as often as others, then one of its pixels, and
     then a window around it. Otherwise, and without foreground, every window is equally likely.
 
-    Args:
-        crop: size and preference.
-        height, width: of the image in pixels.
-        mask: the labels, which are read band by band if they are needed; None without a mask.
-        seed, epoch, index: as in ``Augmentation``.
+    ``height`` and ``width`` are the image's in pixels. Labels of ``mask``, None without one, are
+    read band by band if they are needed. The seeds are those of ``Augmentation``.
     """
     random = seeded_generator(CROP, seed, epoch, index)
     wanted = random.random() < crop.foreground
@@ -140,10 +125,8 @@ def draw_window(
 def _foreground_pixel(mask: Source, random: np.random.Generator) -> tuple[int, int] | None:
     """Draws a class of the foreground, then a pixel of it; None without foreground."""
     bands = [*mask.bands()]
-    counted = [np.bincount(mask.values(*rows, 0, mask.width).ravel()) for rows in bands]
-    counts = np.zeros((len(bands), max(IGNORED + 1, *map(len, counted))), np.int64)
-    for line, own in zip(counts, counted, strict=True):
-        line[: len(own)] = own
+    parts = (mask.rows(*band).ravel() for band in bands)
+    counts = np.stack([np.bincount(part, minlength=IGNORED + 1) for part in parts])
     counts[:, [0, IGNORED]] = 0
     classes = np.flatnonzero(counts.sum(0))
     if not len(classes):
@@ -153,6 +136,6 @@ def _foreground_pixel(mask: Source, random: np.random.Generator) -> tuple[int, i
     place = int(random.integers(ends[-1]))
     band = int(np.searchsorted(ends, place, side="right"))
     place -= int(ends[band] - counts[band, label])
-    pixels = np.flatnonzero(mask.values(*bands[band], 0, mask.width) == label)
+    pixels = np.flatnonzero(mask.rows(*bands[band]) == label)
     row, column = divmod(int(pixels[place]), mask.width)
     return bands[band][0] + row, column

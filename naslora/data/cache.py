@@ -11,26 +11,26 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import PIL
+import torch
 import torchvision
 
 from naslora.errors import UserError
 
 # Part of every key: increase the number when the content of entries changes. Another version may
 # decode or resize a file to other pixels.
-VERSION = f"4 Pillow {PIL.__version__} torchvision {torchvision.__version__}"
+VERSION = f"5 Pillow {PIL.__version__} torchvision {torchvision.__version__}"
+Tensors = TypeVar("Tensors")
+"""A tensor, or a tuple or list of tensors and None."""
 
 
 class Cache:
-    """A folder of arrays. Any number of workers, processes and runs may share it.
+    """A folder of tensors. Any number of workers, processes and runs may share it.
 
     Entries are written atomically, with a CRC-32. An entry that is damaged is created again. The
-    folder only grows; it may be deleted while no run uses it.
-
-    Args:
-        directory: the folder; it is created if it does not exist.
+    folder only grows; it may be deleted while no run uses it. It is created if it does not exist.
 
     Raises:
         UserError: the folder cannot be created.
@@ -43,16 +43,13 @@ class Cache:
         except OSError as error:
             raise UserError(f"cache {directory} cannot be created: {error.strerror}") from error
 
-    def get(self, files: Sequence[bytes], how: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Reads an entry, or creates it.
+    def get(self, files: Sequence[bytes], how: str, make: Callable[[], Tensors]) -> Tensors:
+        """Reads an entry, or creates it: what ``make`` returns, or returned then.
 
         Args:
-            files: the content of the files that the array depends on.
-            how: everything else that the array depends on, as text.
-            make: computes the array of a new entry. If it raises, no entry is written.
-
-        Returns:
-            The array that ``make`` returns, or returned when the entry was created.
+            files: the content of the files that the tensors depend on.
+            how: everything else that they depend on, as text.
+            make: computes a new entry, on the CPU. If it raises, no entry is written.
 
         Raises:
             UserError: the entry cannot be written.
@@ -62,20 +59,19 @@ class Cache:
             # The length separates the files: two lists must not concatenate to the same bytes.
             key.update(len(content).to_bytes(8, "little"))
             key.update(content)
-        path = self.directory / f"{key.hexdigest()}.npy"
-        with suppress(OSError, ValueError, EOFError):
+        path = self.directory / f"{key.hexdigest()}.pt"
+        with suppress(OSError):
             content = path.read_bytes()
             if _checksum(content[:-4]) == content[-4:]:
-                return np.load(io.BytesIO(content))
-        array = make()
-        npy = io.BytesIO()
-        np.save(npy, array)
+                return torch.load(io.BytesIO(content[:-4]), weights_only=True)
+        made, stored = make(), io.BytesIO()
+        torch.save(made, stored)
         try:
             # Each writer uses its own temporary name, because two may write the same entry.
             descriptor, name = tempfile.mkstemp(suffix=".partial", dir=self.directory)
             try:
                 with open(descriptor, "wb") as file:
-                    file.write(npy.getvalue() + _checksum(npy.getvalue()))
+                    file.write(stored.getvalue() + _checksum(stored.getvalue()))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(name, path)
@@ -86,7 +82,7 @@ class Cache:
                 f"cache {self.directory} cannot be written: {error.strerror}; free some space, or "
                 "omit --cache"
             ) from error
-        return array
+        return made
 
 
 def _checksum(content: bytes) -> bytes:

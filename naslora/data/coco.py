@@ -59,28 +59,21 @@ def read_coco(root: Path, class_names: Sequence[str] = ()) -> Splits:
     of that file, in the root, or in a folder below the root that is called ``images``, like the
     split, or like the split and a year.
 
-    Args:
-        root: the folder of the data set.
-        class_names: the categories that become the classes 1, 2, ... in this order. The others
-            are background. Empty for all categories, in the order of their ids.
+    The categories of ``class_names`` become the classes 1, 2, ... in this order. The others are
+    background. Without ``class_names`` all categories are classes, in the order of their ids.
 
     Raises:
         UserError: a file is missing, is no such file, or names what does not exist; categories
             collide; an annotation has no segmentation.
     """
     files = _read_files(root)
-    labels = _labels(files, class_names)
+    labels = _labels(files["train"], class_names)
     return {split: _samples(one, labels) for split, one in files.items()}
 
 
 def read_categories(root: Path) -> tuple[str, ...]:
-    """Reads the names of the categories, in the order of their ids.
-
-    Raises:
-        UserError: as ``read_coco``.
-    """
-    first = next(iter(_read_files(root).values()))
-    return tuple(category.name for category in first.file.categories)
+    """Reads the names of the categories, in the order of their ids. Errors as ``read_coco``."""
+    return tuple(category.name for category in _read_files(root)["train"].file.categories)
 
 
 def _read_files(root: Path) -> dict[str, _Split]:
@@ -123,14 +116,14 @@ def _read_file(root: Path, path: Path, split: str) -> _Split:
         raise UserError(f"{path} is no file of COCO annotations: {error}") from error
     file.categories.sort(key=lambda category: category.id)
     names = OTHER_NAMES.get(split, (split,))
-    years = [folder for name in names for folder in sorted(root.glob(f"{name}[0-9]*"))]
-    folders = [path.parent, root, root / "images", *(root / name for name in names), *years]
+    folders = [path.parent, root, root / "images", *(root / name for name in names)]
+    folders += [folder for name in names for folder in sorted(root.glob(f"{name}[0-9]*"))]
     return _Split(path, file, folders)
 
 
 def _check_categories(files: dict[str, _Split]) -> None:
     """Checks that categories are distinct, and the same in every split."""
-    first = next(iter(files.values()))
+    first = files["train"]
     expected = {category.id: category.name for category in first.file.categories}
     for path, file, _ in files.values():
         own = {category.id: category.name for category in file.categories}
@@ -147,10 +140,9 @@ def _check_categories(files: dict[str, _Split]) -> None:
         raise UserError(f"{first.path} has no categories")
 
 
-def _labels(files: dict[str, _Split], class_names: Sequence[str]) -> dict[int, int]:
+def _labels(split: _Split, class_names: Sequence[str]) -> dict[int, int]:
     """The class of each category; categories without one are background."""
-    path, file, _ = next(iter(files.values()))
-    ids = {category.name: category.id for category in file.categories}
+    path, ids = split.path, {category.name: category.id for category in split.file.categories}
     unknown = [name for name in class_names if name not in ids]
     if unknown:
         raise UserError(
@@ -159,7 +151,7 @@ def _labels(files: dict[str, _Split], class_names: Sequence[str]) -> dict[int, i
     if len(class_names or ids) >= IGNORED - 1:
         raise UserError(f"{path} has {len(ids)} categories; choose at most 253 with --class-names")
     labels = {ids[name]: label for label, name in enumerate(class_names or ids, start=1)}
-    return {category.id: labels.get(category.id, 0) for category in file.categories}
+    return {id: labels.get(id, 0) for id in ids.values()}
 
 
 def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
@@ -198,5 +190,5 @@ def _samples(split: _Split, labels: dict[int, int]) -> list[Sample]:
         instances = [(labels[region.category_id], region) for region in regions[picture.id]]
         drawing = msgspec.json.encode(Drawing(picture.height, picture.width, instances))
         origin = f"{path.name} image {picture.id}"
-        samples.append(Sample(found[0], Annotation(path, drawing), origin, "regions"))
+        samples.append(Sample(found[0], Annotation(path, drawing), origin))
     return samples

@@ -6,7 +6,6 @@ not found.
 
 import functools
 import hashlib
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,23 +68,15 @@ def read_contents(dataset: SegmentationDataset) -> Iterator[Content]:
 def _digest(files: tuple[Path | Annotation, ...], origin: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        with readable(f"{origin}: {file}"):
-            stream = io.BytesIO(file.content) if isinstance(file, Annotation) else file.open("rb")
-            with stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+        with readable(f"{origin}: {file}"), file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
 def warnings_about(contents: Contents) -> list[str]:
-    """Names splits without foreground, copies of training images, and images that are nearly black.
-
-    Args:
-        contents: the splits of a run.
-
-    Returns:
-        A line for each of them.
-    """
+    """A line for each split without foreground, for copies of training images, and for images that
+    are nearly black."""
     lines = [
         f"all {len(split)} masks of the split {name!r} are empty, so it has no Dice; check the "
         "masks and --num-classes"

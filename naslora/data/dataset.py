@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -56,7 +57,6 @@ class SegmentationDataset(Dataset[Item]):
     """
 
     samples: list[Sample]
-    """The samples to read."""
     image_size: int
     """Side S of the square, in pixels."""
     num_classes: int
@@ -107,46 +107,32 @@ class SegmentationDataset(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
-        sample, epoch = self.samples[index], int(self._epoch)
+        sample, place = self.samples[index], (self.seed, int(self._epoch), index)
         item: Item = {"index": index, "name": self.names[index]}
-        if self.crop is not None and self.cache is None:
-            image, mask = self._window(sample, self.crop, index)
-        else:
-            image, mask = self.read(sample)
+        read = self.read if self.crop is None else partial(self._window, self.crop, place)
+        image, mask = read(sample)
         if self.tiles is not None:
             item["pixels"] = image
             if mask is not None:
                 item["truth"] = mask.long()
             return item
-        if self.crop is not None and self.cache is not None:
-            labels = None if mask is None else source_of_array(mask.numpy())
-            height, width = image.shape[1:]
-            box = draw_window(self.crop, height, width, labels, self.seed, epoch, index)
-            image, mask = self.cut(image, mask, box)
-        image, mask = self.augmentation(image, mask, self.seed, epoch, index)
-        if self.is_flipped(index):
+        image, mask = self.augmentation(image, mask, *place)
+        if self.flip and seeded_generator(FLIP, *place).random() < 0.5:
             image = transforms.horizontal_flip(image)
             mask = None if mask is None else transforms.horizontal_flip(mask)
         item["image"] = transforms.to_dtype(image, torch.float32, scale=True)
         if mask is not None:
-            item["mask"] = mask.long()
-            if self.objects:
-                seeds = self.seed, epoch, index
-                item["mask"] = choose_objects(item["mask"], self.most_objects, *seeds)
+            mask = mask.long()
+            item["mask"] = choose_objects(mask, self.most_objects, *place) if self.objects else mask
         if self.truth:
-            item["truth"] = torch.from_numpy(self._mask(sample)).long()
+            item["truth"] = torch.from_numpy(self._labels(sample).rows()).long()
         return item
-
-    def is_flipped(self, index: int) -> bool:
-        """Returns whether the item is mirrored in the current epoch."""
-        place = FLIP, self.seed, int(self._epoch), index
-        return self.flip and bool(seeded_generator(*place).random() < 0.5)
 
     def read(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
         """Reads an image and its mask, from the cache if there is one.
 
         Returns:
-            (C, S, S) uint8, and (S, S) class indices, None without a mask. With ``crop`` or
+            (C, S, S) uint8, and (S, S) int32 class indices, None without a mask. With ``crop`` or
             ``tiles`` they have the size of the files.
 
         Raises:
@@ -163,26 +149,20 @@ class SegmentationDataset(Dataset[Item]):
                     stamp = os.path.abspath(path), path.stat().st_mtime_ns, sample.slice
                     files.append(repr(stamp).encode())
                 elif path is not None:
-                    files.append(path.read_bytes())
+                    with path.open("rb") as file:
+                        files.append(file.read())
         labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
         size = "whole" if self.whole else self.image_size
         how = (size, *labels, self.intensity, self.channels, self.objects)
-        channels = self.channels or 3
 
-        def entry() -> np.ndarray:
+        def entry() -> tuple[Tensor, Tensor | None]:
             contents = [] if sample.slice else [io.BytesIO(content) for content in files]
             image, mask = self._decode(sample, contents)
-            if mask is None:
-                return image.numpy()
-            numbers = mask.int()[None]  # of 16 bits if they are objects'
-            bytes_of = [numbers & 255, numbers >> 8] if self.objects else [numbers]
-            return torch.cat([image, *(part.to(torch.uint8) for part in bytes_of)]).numpy()
+            kind = torch.uint16 if self.objects else torch.uint8
+            return image, None if mask is None else mask.to(kind)
 
-        pixels = torch.from_numpy(self.cache.get(files, repr(how), entry))
-        if sample.mask is None:
-            return pixels, None
-        image, mask, *high = pixels.split([channels, *[1] * (len(pixels) - channels)])
-        return image, mask[0] + 256 * high[0][0].int() if self.objects else mask[0]
+        image, mask = self.cache.get(files, repr(how), entry)
+        return image, None if mask is None else mask.int()
 
     def check(self, sample: Sample) -> tuple[bool, int | None, Counts | None]:
         """Reads a sample once, which fills the cache. An image is decoded piece by piece.
@@ -195,103 +175,93 @@ class SegmentationDataset(Dataset[Item]):
         Raises:
             UserError: as ``read``.
         """
-        if self.objects and sample.mask is not None:
+        if self.cache is not None or (self.objects and sample.mask is not None):
             mask = self.read(sample)[1]
-            assert mask is not None
+            if mask is None or not self.objects:
+                return mask is not None and has_foreground(mask.numpy()), None, None
             counts = count_objects(mask.numpy())
             if isinstance(sample.mask, Annotation):
                 drawn = draw_objects(sample.mask.content, sample.origin)
                 counts = Counts(*counts[:2], drawn.overlapping, drawn.crowds)
             return counts.objects > 0, None, counts
-        if self.cache is not None:
-            mask = self.read(sample)[1]
-            return mask is not None and has_foreground(mask.numpy()), None, None
-        picture = open_picture(sample, self.intensity, channels=self.channels)
+        picture, labels = self._open(sample)
         for top, bottom in picture.source.bands():
             picture.rows(top, bottom)
         picture.check_channels()
         found = [False]
-        if sample.mask is not None:
-            own = self._labels(sample, picture)
-            found = [has_foreground(own.values(*rows, 0, own.width)) for rows in own.bands()]
+        if labels is not None:
+            found = [has_foreground(labels.rows(*band)) for band in labels.bands()]
         return any(found), picture.highest, None
 
-    def cut(self, pixels: Tensor, labels: Tensor | None, box: Box) -> tuple[Tensor, Tensor | None]:
-        """Cuts a box out of an image and its mask, and resizes both.
+    def cut(
+        self, pixels: Tensor, labels: Tensor | None, box: Box | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cuts a box, None for the whole, out of an image and its mask, and resizes both.
 
-        Args:
-            pixels: (C, H, W) uint8.
-            labels: (H, W) class indices; None without a mask.
-            box: the box.
-
-        Returns:
-            (C, S, S) uint8, and (S, S) int32 class indices, None without a mask.
+        (C, H, W) uint8 pixels become (C, S, S) uint8, (H, W) class indices (S, S) int32. Without a
+        mask ``labels`` is None, and so is its result.
         """
-        rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
-        image = resize_image(pixels[:, rows, columns], self.image_size)
+        top, left, bottom, right = box or (0, 0, None, None)
+        image = resize_image(pixels[:, top:bottom, left:right], self.image_size)
         if labels is None:
             return image, None
-        mask = Image.fromarray(labels[rows, columns].int().numpy())
+        mask = Image.fromarray(labels[top:bottom, left:right].int().numpy())
         mask = mask.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
         return image, torch.from_numpy(np.array(mask))
 
-    def _window(self, sample: Sample, crop: Crop, index: int) -> tuple[Tensor, Tensor | None]:
-        """Reads the window of the epoch, of the image no more than that."""
-        picture = open_picture(sample, self.intensity, channels=self.channels)
-        labels = None if sample.mask is None else self._labels(sample, picture)
-        size, epoch = (picture.height, picture.width), int(self._epoch)
-        top, left, bottom, right = draw_window(crop, *size, labels, self.seed, epoch, index)
-        pixels = torch.from_numpy(picture.rows(top, bottom, left, right)).permute(2, 0, 1)
-        own = None
-        if labels is not None:
-            own = torch.from_numpy(labels.values(top, bottom, left, right))
-        return self.cut(pixels, own, Box(0, 0, *pixels.shape[1:]))
+    def _window(
+        self, crop: Crop, place: tuple[int, int, int], sample: Sample
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reads the window of an epoch; without a cache, no more than that."""
+        if self.cache is not None:
+            image, mask = self.read(sample)
+            labels = None if mask is None else source_of_array(mask.numpy())
+            height, width = image.shape[1:]
+            return self.cut(image, mask, draw_window(crop, height, width, labels, *place))
+        picture, labels = self._open(sample)
+        box = draw_window(crop, picture.height, picture.width, labels, *place)
+        window = box.top, box.bottom, box.left, box.right
+        mask = None if labels is None else torch.from_numpy(labels.values(*window))
+        return self.cut(torch.from_numpy(picture.rows(*window)).permute(2, 0, 1), mask)
 
     def _decode(
         self, sample: Sample, contents: Sequence[io.BytesIO] = ()
     ) -> tuple[Tensor, Tensor | None]:
-        """Decodes an image and its mask, from the bytes of the files if they are given."""
-        own, mask_content = contents[: len(sample.files)], contents[-1] if contents else None
-        picture = open_picture(sample, self.intensity, own, self.channels)
+        """Decodes an image and its mask; arguments as ``_open``."""
+        picture, labels = self._open(sample, contents)
         pixels = torch.from_numpy(picture.rows()).permute(2, 0, 1)
-        mask = None
-        if sample.mask is not None:
-            mask = torch.from_numpy(self._mask(sample, picture, mask_content))
-        if self.whole:
-            return pixels.contiguous(), mask
-        return self.cut(pixels, mask, Box(0, 0, picture.height, picture.width))
+        mask = None if labels is None else torch.from_numpy(labels.rows())
+        return (pixels.contiguous(), mask) if self.whole else self.cut(pixels, mask)
 
-    def _mask(
-        self, sample: Sample, picture: Picture | None = None, content: io.BytesIO | None = None
-    ) -> np.ndarray:
-        """Reads a mask as a whole."""
-        mask = self._labels(sample, picture, content)
-        return mask.values(0, mask.height, 0, mask.width)
-
-    def _labels(
-        self, sample: Sample, picture: Picture | None = None, content: io.BytesIO | None = None
-    ) -> Source:
-        """Opens a mask, and checks that it has the size of ``picture``."""
-        if self.objects:
-            mask = source_of_array(self._numbers(sample, content))
-        else:
-            mask = open_mask(sample, self.num_classes, self.palette, self.ignore_index, content)
-        if picture is not None and mask[:2] != (picture.height, picture.width):
+    def _open(
+        self, sample: Sample, contents: Sequence[io.BytesIO] = ()
+    ) -> tuple[Picture, Source | None]:
+        """Opens an image and its mask, from the bytes of the files if they are given."""
+        own = contents[: len(sample.files)]
+        picture = open_picture(sample, self.intensity, own, self.channels)
+        if sample.mask is None:
+            return picture, None
+        mask = self._labels(sample, contents[-1] if contents else None)
+        if mask[:2] != (picture.height, picture.width):
             raise UserError(
                 f"{sample.origin}: image {sample.image} has {picture.width}x{picture.height} "
                 f"pixels (width x height), its mask {sample.mask} has "
                 f"{mask.width}x{mask.height}; the sizes must be the same"
             )
-        return mask
+        return picture, mask
 
-    def _numbers(self, sample: Sample, content: io.BytesIO | None) -> np.ndarray:
-        """Reads the objects of a mask, (H, W) int32."""
-        if isinstance(sample.mask, Annotation):
-            return numbered(draw_objects(sample.mask.content, sample.origin).numbers)
-        if self.objects == "numbers":
-            return numbered(*read_numbers(sample, self.ignore_index, content))
+    def _labels(self, sample: Sample, content: io.BytesIO | None = None) -> Source:
+        """Opens a mask as class indices, or as the numbers of its objects."""
         labels = self.num_classes, self.palette, self.ignore_index
-        return components(read_mask(sample, *labels, content))
+        if not self.objects:
+            return open_mask(sample, *labels, content)
+        if isinstance(sample.mask, Annotation):
+            numbers = numbered(draw_objects(sample.mask.content, sample.origin).numbers)
+        elif self.objects == "numbers":
+            numbers = numbered(*read_numbers(sample, self.ignore_index, content))
+        else:
+            numbers = components(read_mask(sample, *labels, content))
+        return source_of_array(numbers)
 
 
 def resize_image(pixels: Tensor, size: int) -> Tensor:
@@ -302,10 +272,7 @@ def resize_image(pixels: Tensor, size: int) -> Tensor:
 
 
 def collate(items: list[Item]) -> dict[str, Any] | None:
-    """Makes a batch of items.
-
-    Args:
-        items: items of one ``SegmentationDataset``. All of them have a mask, or none has.
+    """Makes a batch of items of one data set. All of them have a mask, or none has.
 
     Returns:
         The entries of ``Item``, stacked: (B, C, S, S) images, for instance. ``name``, ``truth`` and

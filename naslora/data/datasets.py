@@ -41,8 +41,7 @@ def load_splits(
     """Locates the files of a data set. It decodes no image.
 
     Args:
-        source: a key of ``DATASETS``.
-        root: the folder of the data set.
+        source, root: a key of ``DATASETS``, and the folder of the data set.
         class_names: the foreground classes of the run, for a data set whose files name more.
         shares: of train, val and test, if they are drawn from all images.
         group: as in ``read_csv``.
@@ -77,9 +76,7 @@ def load_all(
 ) -> list[Sample]:
     """Locates all samples of a data set, of all splits, so that others can be drawn.
 
-    Args:
-        source, root, group, how: as in ``load_splits``.
-        option: what draws the splits, for the message.
+    Arguments as ``load_splits``; ``option`` is what draws the splits, for the message.
 
     Raises:
         UserError: the data set has splits of its own, or each entry of a column ``group`` that is
@@ -100,8 +97,7 @@ def load_all(
 def slices_of(samples: Sequence[Sample], how: Slicing) -> list[Sample]:
     """Replaces volumes by their slices, which are a group if they have none.
 
-    Raises:
-        UserError: as ``check_volume``.
+    Errors as ``check_volume``.
     """
     found = []
     for sample in samples:
@@ -157,11 +153,8 @@ def _check_distinct(splits: Splits) -> None:
 
 
 def count_differences(source: str, splits: Splits) -> list[str]:
-    """Compares the numbers of images with the paper's.
-
-    Returns:
-        One text for each split, or group of the test split, that has another number of images.
-    """
+    """One text for each split, or group of the test split, that has another number of images than
+    the paper's."""
     found = Counter({split: len(samples) for split, samples in splits.items()})
     found.update(sample.group for sample in splits["test"] if sample.group)
     return [

@@ -37,11 +37,7 @@ One averaged brain shows that a method runs and learns; it says nothing about ne
 
 
 def read_mni152(root: Path) -> Splits:
-    """Reads the demo data set from ``root`` and writes it there first if necessary.
-
-    Raises:
-        UserError: as ``write_mni152``.
-    """
+    """Reads the demo data set from ``root``, after ``write_mni152`` if necessary."""
     write_mni152(root)
     return read_csv(root)
 
@@ -53,10 +49,8 @@ def write_mni152(directory: Path) -> None:
     8-bit greys, masks class indices, which ``README`` names. Both are PNG files of the 192 x 192
     pixels around the brain.
 
-    Args:
-        directory: is created complete or not at all; an existing demo data set is not changed. It
-            will contain ``train.csv``, ``arch.csv``, ``val.csv``, ``test.csv``, ``images``,
-            ``masks`` and ``README.txt``.
+    The directory is created complete or not at all, with ``train.csv``, ``arch.csv``, ``val.csv``,
+    ``test.csv``, ``images``, ``masks`` and ``README.txt``. An existing one is not changed.
 
     Raises:
         UserError: nilearn is not installed, or the directory contains something else.

@@ -18,7 +18,7 @@ from naslora.data.picture import ImageError, Intensity, Picture, Source, joined,
 from naslora.data.tiff import open_tiff, starts_with
 from naslora.data.volumes import Slice, read_slice
 
-Encoding = Literal["labels", "threshold", "nonzero", "thirds", "regions"]
+Encoding = Literal["labels", "threshold", "nonzero", "thirds"]
 
 
 class Annotation(NamedTuple):
@@ -29,9 +29,9 @@ class Annotation(NamedTuple):
     content: bytes
     """What ``regions.draw_annotation`` draws."""
 
-    def read_bytes(self) -> bytes:
-        """Returns the content, as ``Path.read_bytes`` does of a file."""
-        return self.content
+    def open(self, _: str) -> io.BytesIO:
+        """Opens the content, as ``Path.open`` does a file."""
+        return io.BytesIO(self.content)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -68,8 +68,6 @@ class Sample(NamedTuple):
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that are read. Pillow reads some others by calling a program, such as Ghostscript."""
-WHITE_IS_ZERO = (262, 0)
-"""Tag and value of such TIFF files."""
 
 
 def open_picture(
@@ -78,18 +76,15 @@ def open_picture(
     contents: Sequence[io.BytesIO] = (),
     channels: int | None = None,
 ) -> Picture:
-    """Opens an image.
+    """Opens the image of a sample upright: rotated by its EXIF orientation.
+
+    Palette indices become colours. The alpha channel is dropped.
 
     Args:
         sample: only its image is read.
-        intensity: how values of more than 8 bits are scaled; None scales 16 bits by 255 / 65535,
-            and refuses floating-point numbers.
+        intensity, channels: as in ``Picture``. With ``channels`` the pages of a TIFF file are
+            channels, too.
         contents: the bytes of the files, if they are in memory.
-        channels: as in ``Picture``. With a number the pages of a TIFF file are channels, too.
-
-    Returns:
-        The image upright: rotated by its EXIF orientation. Palette indices become colours. The
-        alpha channel is dropped.
 
     Raises:
         ImageError: a file is missing, truncated, not an image, or has an unsupported pixel type;
@@ -180,11 +175,9 @@ class Upright(NamedTuple):
 
 
 def open_upright(file: Path | io.BytesIO, where: str) -> Upright:
-    """Decodes an image file and rotates the image by its EXIF orientation.
+    """Decodes an image file, by path or content, and rotates it by its EXIF orientation.
 
-    Args:
-        file: path or content.
-        where: the start of an error message: the origin and the path.
+    ``where`` is the start of an error message: the origin and the path.
 
     Raises:
         ImageError: the file is missing, truncated or not an image.
@@ -195,10 +188,9 @@ def open_upright(file: Path | io.BytesIO, where: str) -> Upright:
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
         lossy = _is_lossy(image, file)
-        tag, zero = WHITE_IS_ZERO
-        if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(tag) == zero:
-            inverted = Image.fromarray(65535 - np.asarray(image))  # Pillow does so for 8 bits
-            return Upright(inverted, lossy, shortened)
+        photometric = getattr(image, "tag_v2", {}).get(262)
+        if photometric == 0 and image.mode.startswith("I;16"):  # white; Pillow inverts 8 bits only
+            return Upright(Image.fromarray(65535 - np.asarray(image)), lossy, shortened)
         return Upright(image, lossy, shortened)
 
 

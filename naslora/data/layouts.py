@@ -63,18 +63,17 @@ def read_csv(root: Path, group: str = GROUP) -> Splits:
     if root.is_file():
         return {UNDRAWN: read_rows(root, group=group)}
     check_folder(root)
-    files = sorted(root.glob("*.csv"))
-    splits = {split: root / f"{split}.csv" for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT)}
-    if splits["train"] not in files:
-        if len(files) != 1:
-            raise UserError(
-                f"{root}: expected train.csv, val.csv and test.csv, or one CSV file, found "
-                f"{listing(path.name for path in files or root.iterdir())} (train --dataset "
-                "folders reads folders of images and masks)"
-            )
-        return {UNDRAWN: read_rows(files[0], group=group)}
-    found = {split: path for split, path in splits.items() if path in files}
-    return {split: read_rows(path, group=group) for split, path in found.items()}
+    files = {path.stem: path for path in root.glob("*.csv")}
+    if "train" not in files and len(files) == 1:
+        return read_csv(next(iter(files.values())), group)
+    if "train" not in files:
+        raise UserError(
+            f"{root}: expected train.csv, val.csv and test.csv, or one CSV file, found "
+            f"{listing(path.name for path in files.values() or root.iterdir())} (train --dataset "
+            "folders reads folders of images and masks)"
+        )
+    splits = (*REQUIRED_SPLITS, OPTIONAL_SPLIT)
+    return {split: read_rows(files[split], group=group) for split in splits if split in files}
 
 
 def read_rows(path: Path, masks: bool = True, group: str = GROUP) -> list[Sample]:
@@ -146,8 +145,8 @@ class Layout(NamedTuple):
     """The encoding of the masks."""
     suffix: str = ""
     """Text that a mask's stem may have after the stem of its image."""
-    skip: str | None = None
-    """Regular expression; files with a matching stem are ignored."""
+    skip: str = "(?!)"
+    """Regular expression; files with a matching stem are ignored. The default matches none."""
     test: float = 0
     """Share of the training images that are drawn at random as test images."""
     val: float = 0
@@ -162,25 +161,21 @@ def read_layout(layouts: Sequence[Layout], root: Path) -> Splits:
     Raises:
         UserError: a folder is missing, or two folders match one path; as ``pair_files``.
     """
-    layout = next((one for one in layouts[:-1] if has_folder(root, one.mark)), layouts[-1])
+    layout = next((one for one in layouts[:-1] if find_folders(root, one.mark)), layouts[-1])
     splits: Splits = {}
     for part in layout.parts:
         images, masks = _locate(root, part.images), _locate(root, part.masks)
-        pairs = pair_files(images, masks, layout.suffix, layout.skip)
         splits.setdefault(part.split, []).extend(
             Sample(*pair, f"folder {images.relative_to(root)}", layout.encoding, part.group)
-            for pair in pairs
+            for pair in pair_files(images, masks, layout)
         )
     return draw_splits(splits, layout.val, layout.test)
 
 
 def draw_splits(splits: Splits, val: float, test: float = 0) -> Splits:
-    """Draws test and validation images from the training images.
+    """Draws test images from the training images, and validation images from the rest.
 
-    Args:
-        splits: a split of which no share is drawn is kept.
-        val: share of the images that are not drawn for the test, in [0, 1).
-        test: share of all images, in [0, 1).
+    The shares are in [0, 1). A split of which no share is drawn is kept.
     """
     drawn = dict(splits)
     for split, share in (("test", test), ("val", val)):
@@ -193,14 +188,11 @@ def draw_splits(splits: Splits, val: float, test: float = 0) -> Splits:
 def read_folders(root: Path) -> Splits:
     """Reads train, val, test and, if it exists, arch, each with an image and a mask folder.
 
-    Or else reads the one image and mask folder of data without splits.
-
-    Raises:
-        UserError: as ``read_layout``.
+    Or else reads the one image and mask folder of data without splits. Errors as ``read_layout``.
     """
-    names = [*REQUIRED_SPLITS, *([OPTIONAL_SPLIT] if has_folder(root, OPTIONAL_SPLIT) else [])]
+    names = [*REQUIRED_SPLITS, *([OPTIONAL_SPLIT] if find_folders(root, OPTIONAL_SPLIT) else [])]
     parts = [Part(name, f"{name}/{IMAGE_FOLDER}", f"{name}/{MASK_FOLDER}") for name in names]
-    if has_folder(root, IMAGE_FOLDER):
+    if find_folders(root, IMAGE_FOLDER):
         parts = [Part(UNDRAWN, IMAGE_FOLDER, MASK_FOLDER)]
     return read_layout([Layout(tuple(parts))], root)
 
@@ -211,7 +203,7 @@ def _locate(root: Path, path: str) -> Path:
     Raises:
         UserError: there is none, or there are two. The message lists those that exist.
     """
-    matching = _descend(root, path)
+    matching = find_folders(root, path)
     if len(matching) != 1:
         shown = matching or [f for f in (*root.glob("*"), *root.glob("*/*")) if f.is_dir()]
         names = listing((folder.relative_to(root).as_posix() for folder in shown), limit=12)
@@ -219,27 +211,15 @@ def _locate(root: Path, path: str) -> Path:
     return matching[0]
 
 
-def has_folder(root: Path, name: str) -> bool:
-    """Returns whether ``root`` contains the folder ``name``; as in ``Part``.
-
-    Raises:
-        UserError: ``root`` does not exist.
-    """
-    return bool(_descend(root, name))
-
-
 def check_folder(folder: Path) -> None:
-    """Checks that a folder exists.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises ``UserError`` if a folder does not exist."""
     if not folder.is_dir():
         problem = "is no folder" if folder.exists() else "does not exist"
         raise UserError(f"the folder {folder} {problem}")
 
 
-def _descend(root: Path, path: str) -> list[Path]:
+def find_folders(root: Path, path: str) -> list[Path]:
+    """The folders below ``root``, which must exist, with a path of a ``Part``."""
     check_folder(root)
     folders = [root]
     for step in path.split("/"):
@@ -277,20 +257,15 @@ def list_images(folder: Path) -> list[Path]:
     return found
 
 
-def pair_files(
-    images: Path, masks: Path, suffix: str = "", skip: str | None = None
-) -> list[tuple[Path, Path]]:
+def pair_files(images: Path, masks: Path, layout: Layout) -> list[tuple[Path, Path]]:
     """Pairs each image of a folder with the mask of the same stem. The case is ignored.
-
-    Args:
-        images, masks: the folders.
-        suffix, skip: as in ``Layout``.
 
     Raises:
         UserError: there are no images, two images or two masks have the same stem, or a file has
             no partner.
     """
-    named = _files_by_stem(images, skip), _files_by_stem(masks, skip, suffix)
+    suffix = layout.suffix
+    named = _files_by_stem(images, layout.skip), _files_by_stem(masks, layout.skip, suffix)
     for (files, partners), kind in ((named, "mask"), (named[::-1], "image")):
         unpaired = [files[stem].name for stem in files if stem not in partners]
         if unpaired:
@@ -307,10 +282,10 @@ def pair_files(
     return [(named[0][stem], named[1][stem]) for stem in named[0]]
 
 
-def _files_by_stem(folder: Path, skip: str | None, suffix: str = "") -> dict[str, Path]:
+def _files_by_stem(folder: Path, skip: str, suffix: str = "") -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in list_images(folder):
-        if skip is not None and re.search(skip, path.stem, re.IGNORECASE):
+        if re.search(skip, path.stem, re.IGNORECASE):
             continue
         stem = stem_of(path).lower().removesuffix(suffix)
         if stem in files:

@@ -50,7 +50,8 @@ def read_mask(
       were compressed or smoothed. A mask with no value above 1 is read as class indices.
     - "nonzero": two classes; a pixel is foreground if any channel is not zero.
     - "thirds": three classes; the mean of the channels is 0, 85 or 255.
-    - "regions": the mask is an ``Annotation``. Pixels of several classes are ``IGNORED``.
+
+    In the mask that an ``Annotation`` describes, pixels of several classes are ``IGNORED``.
 
     Args:
         sample: only its mask is read.
@@ -86,20 +87,24 @@ def read_mask(
             f"{where} is a JPEG or a lossy WebP, whose compression changes labels and colours; "
             "save masks of colours, of more than two classes or with ignored pixels as PNG"
         )
-    if sample.encoding == "labels" and codes is not None:
-        found = _decode_colors(_rgb(image, where), codes, where)
-        ignored = None if ignore_index is None else found == len(codes) - 1
-    elif sample.encoding == "labels":
+    if sample.encoding != "labels":
+        rgb = _rgb(image, where)
+        ignored = _blank(rgb, ignore_index)
+        labels = _decode_encoded(rgb, sample.encoding, image, where)
+    elif codes is not None:
+        labels, unknown = _places(_pack(_rgb(image, where)), codes)
+        if unknown.size:
+            raise UserError(
+                f"{where} has colours that --palette lacks: {listing(map(_hex, unknown))}; "
+                "add them as classes, or correct the mask"
+            )
+        ignored = labels == max(num_classes, 2)  # the last colour of ``ignore_index``
+    else:
         values = _pixel_values(image, where)
         if values.ndim == 3 and not lossy and (values == values[..., :1]).all():
             values = values[..., 0]
         return _class_indices(values, num_classes, ignore_index, where, lossy)
-    else:
-        values = _rgb(image, where)
-        ignored = _blank(values, ignore_index)
-        found = _decode_encoded(values, sample.encoding, image, where)
-    labels = found.astype(np.int32, copy=False)
-    return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
+    return np.where(ignored, np.int32(IGNORED), labels)
 
 
 def open_mask(
@@ -139,14 +144,13 @@ def open_mask(
 
 def read_numbers(
     sample: Sample, ignore_index: int | None = None, content: io.BytesIO | None = None
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Reads a mask in which each object has its value, of up to 32 bits, or its colour.
 
     Arguments as ``read_mask``.
 
     Returns:
-        (H, W) int32 values, 0 for no object, and where pixels are ignored, (H, W) bool; None for
-        nowhere.
+        (H, W) int32 values, 0 for no object, and where pixels are ignored, (H, W) or () bool.
 
     Raises:
         UserError: the file cannot be read, or its compression changes values.
@@ -190,12 +194,11 @@ def _pixel_values(image: Image.Image, where: str) -> np.ndarray:
     return np.array(image).astype(np.int32)
 
 
-def _blank(values: np.ndarray, ignore_index: int | None) -> np.ndarray | None:
-    """Sets ignored pixels to 0 and returns where they are, (H, W) bool; None for nowhere."""
+def _blank(values: np.ndarray, ignore_index: int | None) -> np.ndarray:
+    """Sets ignored pixels to 0 and returns where they are, (H, W) bool; () without an index."""
     if ignore_index is None:
-        return None
-    channels = tuple(range(2, values.ndim))
-    ignored = np.asarray(np.all(values == ignore_index, axis=channels))
+        return np.array(False)
+    ignored = np.asarray(np.all(values == ignore_index, axis=tuple(range(2, values.ndim))))
     values[ignored] = 0
     return ignored
 
@@ -208,7 +211,7 @@ def _class_indices(
         ignore_index = IGNORED
     ignored = _blank(values, ignore_index)
     labels = _decode_values(values, num_classes, lossy, where).astype(np.int32, copy=False)
-    return labels if ignored is None else np.where(ignored, np.int32(IGNORED), labels)
+    return np.where(ignored, np.int32(IGNORED), labels)
 
 
 def _decode_encoded(
@@ -223,16 +226,22 @@ def _decode_encoded(
             return np.asarray(image) > 0
         values = np.asarray(image) if image.mode.startswith("I") else means
         return values > 0 if values.max() <= 1 else means >= 128
-    labels = np.full(means.shape, -1, dtype=np.int32)
-    for label, mean in enumerate((0, 85, 255)):
-        labels[means == mean] = label
-    if (labels < 0).any():
-        unknown = np.unique(means[labels < 0])[:8].round(1).tolist()
+    labels, unknown = _places(means, (0, 85, 255))
+    if unknown.size:
+        shown = ", ".join(map(str, unknown[:8].round(1).tolist()))
         raise UserError(
-            f"{where} has pixels whose channels have the means {', '.join(map(str, unknown))}; "
-            "expected 0 (background), 85 (things) and 255 (stuff)"
+            f"{where} has pixels whose channels have the means {shown}; expected 0 (background), "
+            "85 (things) and 255 (stuff)"
         )
     return labels
+
+
+def _places(values: np.ndarray, known: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The place of each value among the known ones, int32, and the values that are not there."""
+    places = np.full(values.shape, -1, np.int32)
+    for place, value in enumerate(known):
+        places[values == value] = place
+    return places, np.unique(values[places < 0])
 
 
 def _decode_values(values: np.ndarray, num_classes: int, lossy: bool, where: str) -> np.ndarray:
@@ -278,20 +287,6 @@ def _photograph(what: str, where: str) -> str:
         f"{where} {what}, so it is a photograph, or noise, and no mask; check that the "
         "columns image and label are not swapped"
     )
-
-
-def _decode_colors(rgb: np.ndarray, codes: list[int], where: str) -> np.ndarray:
-    packed = _pack(rgb)  # (H, W)
-    labels = np.full(packed.shape, -1, dtype=np.int32)
-    for label, code in enumerate(codes):
-        labels[packed == code] = label
-    unknown = np.unique(packed[labels < 0])
-    if unknown.size:
-        raise UserError(
-            f"{where} has colours that --palette lacks: {listing([_hex(c) for c in unknown])}; "
-            "add them as classes, or correct the mask"
-        )
-    return labels
 
 
 def palette_codes(

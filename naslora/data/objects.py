@@ -33,13 +33,9 @@ class Counts(NamedTuple):
 
 
 def components(labels: np.ndarray) -> np.ndarray:
-    """Numbers the connected parts of each class; pixels that meet at a corner are connected.
+    """Numbers the connected parts of each class of (H, W) class indices: (H, W) int32 numbers.
 
-    Args:
-        labels: (H, W) class indices, as ``read_mask`` returns them.
-
-    Returns:
-        (H, W) int32 numbers of objects.
+    Pixels that meet at a corner are connected.
     """
     from scipy import ndimage  # not for the help
 
@@ -51,12 +47,11 @@ def components(labels: np.ndarray) -> np.ndarray:
     return numbered(found, labels == IGNORED)
 
 
-def numbered(values: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
+def numbered(values: np.ndarray, ignored: np.ndarray | bool = False) -> np.ndarray:
     """Numbers the values of (H, W) pixels, but 0, in their order: (H, W) int32."""
     numbers = np.searchsorted(np.unique(np.append(values, 0)), values)
     numbers[numbers >= IGNORED] += 1
-    if ignored is not None:
-        numbers[ignored] = IGNORED
+    numbers[ignored] = IGNORED
     return numbers.astype(np.int32)
 
 
@@ -67,12 +62,8 @@ def count_objects(numbers: np.ndarray) -> Counts:
 
 
 def choose_objects(numbers: Tensor, most: int, seed: int, epoch: int, index: int) -> Tensor:
-    """Draws objects of an image and numbers them 1, 2, ...; the others become background.
-
-    Args:
-        numbers: (S, S) int64.
-        most: how many to draw. Fewer than ``SMALLEST`` pixels are no object.
-        seed, epoch, index: as in ``Augmentation``.
+    """Draws ``most`` objects of (S, S) int64 numbers and numbers them 1, 2, ...; the others become
+    background, and so do fewer than ``SMALLEST`` pixels. The seeds are those of ``Augmentation``.
     """
     present = np.flatnonzero(_pixels(numbers.numpy()) >= SMALLEST)
     drawn = seeded_generator(OBJECTS, seed, epoch, index).permutation(present)[:most]
@@ -90,12 +81,10 @@ def _pixels(numbers: np.ndarray) -> np.ndarray:
 
 
 def warnings_about_objects(splits: Mapping[str, Sequence[Any]], size: int, most: int) -> list[str]:
-    """Says what is left out of the objects of a run's splits.
+    """Says what is left out of the objects of a run's splits, whose records have ``objects``.
 
-    Args:
-        splits: records with ``objects``, the ``Counts`` of an image.
-        size: side S of the images in pixels.
-        most: objects of an image that train at once.
+    ``size`` is the side S of the images in pixels, ``most`` the objects of an image that train at
+    once.
 
     Raises:
         UserError: a split has no object.

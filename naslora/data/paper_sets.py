@@ -12,7 +12,7 @@ from naslora.data.layouts import (
     Layout,
     Part,
     Splits,
-    has_folder,
+    find_folders,
     read_layout,
 )
 
@@ -109,7 +109,7 @@ def read_polyp(root: Path) -> Splits:
     The root holds PraNet's folders, or the two original data sets in folders of their names. Each
     is a group of the test split.
     """
-    together = has_folder(root, "TrainDataset")
+    together = find_folders(root, "TrainDataset")
     parts = {
         name: read_layout(layouts, root if together else root / name)
         for name, layouts in (("Kvasir-SEG", KVASIR), ("CVC-ClinicDB", CVC_CLINICDB))

@@ -9,7 +9,6 @@ import numpy as np
 
 from naslora.errors import UserError
 
-Kind = Literal["percentile", "window"]
 PERCENTILES = (1.0, 99.0)
 """The percentiles that ``percentile`` takes if it is given none."""
 BAND = 1 << 20
@@ -19,17 +18,14 @@ SAMPLED = 1 << 24
 memory."""
 
 
-class Limits(NamedTuple):
-    """The values that become 0 and 255."""
-
-    low: float
-    high: float
+Limits = tuple[float, float]
+"""The values that become 0 and 255."""
 
 
 class Intensity(NamedTuple):
     """How values of more than 8 bits become 0 to 255."""
 
-    kind: Kind
+    kind: Literal["percentile", "window"]
     """``window``: ``low`` and ``high`` are values, the same for every image. ``percentile``: they
     are percentiles of each channel of each image."""
     low: float
@@ -62,16 +58,9 @@ def parse_intensity(words: Sequence[str]) -> Intensity:
 
 
 def scale(values: np.ndarray, limits: Sequence[Limits]) -> np.ndarray:
-    """Scales values to 8 bits, rounded.
+    """Scales (H, W, C) numbers to uint8, rounded, by the limits of each channel.
 
     NaN becomes 0. With equal limits, values become 0 up to them and 255 above.
-
-    Args:
-        values: (H, W, C) numbers.
-        limits: of each channel.
-
-    Returns:
-        uint8, of the same shape.
     """
     low, high = np.array(limits).T  # (C,) float64 each
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -113,6 +102,10 @@ class Source(NamedTuple):
     by_rows: bool = False
     """Whether a part of a row costs as much as the row."""
 
+    def rows(self, top: int = 0, bottom: int | None = None) -> np.ndarray:
+        """Whole rows, all of them by default."""
+        return self.values(top, self.height if bottom is None else bottom, 0, self.width)
+
     def bands(self, top: int = 0, bottom: int | None = None) -> Iterator[tuple[int, int]]:
         """Yields the first row of bands of ``BAND`` pixels, and the row after their last one."""
         end = self.height if bottom is None else bottom
@@ -149,8 +142,7 @@ class Picture:
     """An image whose windows become channels of 8 bits when they are taken.
 
     Args:
-        source: its pixels.
-        where: the start of an error message: the origin and the path.
+        source, where: its pixels, and the start of an error message: the origin and the path.
         intensity: how values of more than 8 bits are scaled; None scales 16 bits by 255 / 65535.
         channels: C, the number of channels that the source must have; None makes RGB of three or of
             one.
@@ -169,9 +161,7 @@ class Picture:
         channels: int | None = None,
     ) -> None:
         self.height, self.width = source.height, source.width
-        self.source = source
-        self._where = where
-        self._intensity = intensity
+        self.source, self._where, self._intensity = source, where, intensity
         self.highest: int | None = None
         """The highest value so far, of more than 8 bits without ``intensity``."""
         first = self._values(0, 1, 0, 1)
@@ -229,16 +219,13 @@ class Picture:
     def _values(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Rows and columns as they are stored, (n, m, C)."""
         with readable(self._where):
-            values = self.source.values(top, bottom, left, right)
-        return values if values.ndim == 3 else values[..., None]
+            return np.atleast_3d(self.source.values(top, bottom, left, right))
 
     def _find_limits(self, channels: int) -> list[Limits]:
         """The values of each channel that become 0 and 255."""
-        if self._intensity is None:
-            return channels * [Limits(0, 65535)]
-        kind, low, high = self._intensity
+        kind, low, high = self._intensity or ("window", 0, 65535)
         if kind == "window":
-            return channels * [Limits(low, high)]
+            return channels * [(low, high)]
         step = math.isqrt(self.height * self.width // SAMPLED) + 1
         sampled = [
             self._values(top, bottom, 0, self.width)[-top % step :: step, ::step]
@@ -248,6 +235,5 @@ class Picture:
         for channel in range(channels):
             values = np.concatenate([part[..., channel].ravel() for part in sampled])
             values = values[np.isfinite(values)]
-            ends = np.percentile(values, [low, high]) if values.size else (0, 0)
-            limits.append(Limits(*map(float, ends)))
+            limits.append(tuple(np.percentile(values, [low, high])) if values.size else (0, 0))
         return limits

@@ -85,8 +85,7 @@ def write_png(
     """Writes greys of 8 or 16 bits as PNG as their rows come. Pillow needs all of them for that.
 
     Args:
-        path: the file.
-        size: height and width.
+        path, size: the file; height and width.
         bands: (n, W) uint8 or uint16, from the top to the bottom.
         palette: the RGB colours that viewers show in place of greys 0, 1, ...; None for none.
     """
@@ -129,12 +128,8 @@ def write_tiff(
 ) -> None:
     """Writes a TIFF file as its rows come.
 
-    Args:
-        path: the file.
-        bands: (n, W) or (n, W, K) numbers, from the top to the bottom.
-        shape: (H, W) or (H, W, K).
-        dtype: of the numbers.
-        georeference: from ``read_georeference``; may be empty.
+    ``bands`` are (n, W) or (n, W, K) numbers from the top to the bottom, ``shape`` is (H, W) or
+    (H, W, K), and ``georeference`` comes from ``read_georeference``; it may be empty.
     """
     import tifffile  # imported here: few images need it
 

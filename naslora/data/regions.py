@@ -52,15 +52,10 @@ class Drawing(msgspec.Struct):
 
 
 def draw_annotation(content: bytes, ignored: int, where: str) -> np.ndarray:
-    """Draws the mask of an image.
+    """Draws the mask of an image, (H, W) int32 labels.
 
-    Args:
-        content: a ``Drawing`` as JSON.
-        ignored: the label of pixels in instances of several classes.
-        where: the start of an error message.
-
-    Returns:
-        (H, W) int32 labels.
+    ``content`` is a ``Drawing`` as JSON, ``ignored`` the label of pixels in instances of several
+    classes, ``where`` the start of an error message.
 
     Raises:
         UserError: run lengths have another size than the image, or do not add up to it; a polygon

@@ -34,16 +34,12 @@ def seeded_generator(stream: int, seed: int, *path: int) -> np.random.Generator:
 def hold_out(
     samples: Sequence[Entry], fraction: float, seed: int, *path: int
 ) -> tuple[list[Entry], list[Entry]]:
-    """Splits samples at random into two parts.
+    """Splits samples at random into the kept and the held-out ones, in their original order.
 
     Args:
-        samples: the samples to split.
+        samples: equal samples, seeds and paths give equal splits.
         fraction: share to hold out, in [0, 1). If it is not 0, both parts get at least one sample.
-        seed: equal seeds and samples give equal splits.
-        path: further integers that the choice depends on, such as the epoch.
-
-    Returns:
-        The kept and the held-out samples, both in their original order.
+        seed, path: as in ``seeded_generator``.
 
     Raises:
         UserError: fewer than two samples are to be split.
@@ -88,17 +84,14 @@ class GlobalBatches(Sampler[list[int]]):
     """
 
     indices: Sequence[int]
-    """The samples, by their indices in the data set."""
+    """Of the samples in the data set."""
     batch_size: int
     """Number of samples in a batch, over all processes."""
     rank: int = 0
-    """Rank of this process, 0 .. world_size - 1."""
     world_size: int = 1
-    """Number of processes."""
     shuffle: bool = True
     """False keeps the order of the samples, for evaluation."""
     seed: int = 0
-    """Seed of the order."""
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

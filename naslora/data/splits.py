@@ -14,10 +14,6 @@ from naslora.records import write_rows
 def split_samples(samples: Sequence[Sample], shares: Sequence[float]) -> Splits:
     """Draws train, val and test at random, the same for equal samples and shares.
 
-    Args:
-        samples: those of one group stay together.
-        shares: of the samples, for each split.
-
     Raises:
         UserError: the shares do not sum to 1, or a split would be empty.
     """

@@ -88,10 +88,8 @@ def _source(page: "tifffile.TiffPage", channels: int) -> Source:
     whole = values(0, height, 0, width)
     if orientation in (5, 6, 7, 8):
         whole = whole.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        whole = whole[::-1]
-    if orientation in (2, 3, 6, 7):
-        whole = whole[:, ::-1]
+    down, right = (-1 if orientation in own else 1 for own in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    whole = whole[::down, ::right]
     height, width = whole.shape[:2]
     return Source(height, width, lambda t, b, le, r: whole[t:b, le:r], white_is_zero)
 

@@ -45,35 +45,25 @@ def fit_tiles(size: int, image_size: int, patch: int, overlap: float = OVERLAP) 
     """Makes tiles that start where a patch of the encoder starts.
 
     So the encoder cuts a tile into the same patches as its neighbours, and as the whole image. SAM
-    predicts a thin structure differently if it is cut otherwise.
+    predicts a thin structure differently if it is cut otherwise. The step is 1 if a patch is no
+    whole number of the image's pixels.
 
     Args:
-        size: side of a tile in pixels of the image.
-        image_size: side of the model's images, to which tiles are resized.
-        patch: side of a patch of the encoder in pixels of the model's images.
-        overlap: as in ``Tiles``.
-
-    Returns:
-        The tiles. Their step is 1 if a patch is no whole number of the image's pixels.
+        size, overlap: as in ``Tiles``.
+        image_size, patch: sides of the model's images, to which tiles are resized, and of a patch
+            of the encoder, in pixels of the model's images.
     """
     step, rest = divmod(patch * size, image_size)
     return Tiles(size, overlap, 1 if rest else step)
 
 
 class Grid:
-    """The tiles of one image, spread evenly over it.
-
-    Args:
-        tiles: their size and overlap.
-        height, width: of the image in pixels.
-    """
+    """The tiles of one image of ``height`` x ``width`` pixels, spread evenly over it."""
 
     def __init__(self, tiles: Tiles, height: int, width: int) -> None:
-        self._rows = _starts(height, tiles)
-        self._columns = _starts(width, tiles)
+        self._rows, self._columns = _starts(height, tiles), _starts(width, tiles)
         self.size = min(tiles.size, height), min(tiles.size, width)
-        self._height = height
-        self._width = width
+        self._height, self._width = height, width
 
     def __len__(self) -> int:
         return len(self._rows) * len(self._columns)
@@ -104,10 +94,12 @@ class Grid:
         for row, top in enumerate(self._rows):
             band: Tensor | None = None
             for column, left in enumerate(self._columns):
-                scores = fit(next(source), self.size).cpu()
+                scores = next(source)
+                if scores.shape[-2:] != self.size:
+                    scores = F.interpolate(scores[None], self.size, mode="bilinear")[0]
+                scores = scores.cpu() * (down[row][:, None] * across[column])
                 if band is None:
                     band = scores.new_zeros(len(scores), self.size[0], self._width)
-                scores = scores * (down[row][:, None] * across[column])
                 band[:, :, left : left + self.size[1]] += scores
             assert band is not None
             if unfinished is not None:
@@ -115,13 +107,6 @@ class Grid:
             end = self._rows[row + 1] if row + 1 < len(self._rows) else self._height
             yield top, band[:, : end - top]
             unfinished = band[:, end - top :].clone()
-
-
-def fit(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes a (K, S, S) class map bilinearly to ``size``, (height, width)."""
-    if scores.shape[-2:] == size:
-        return scores
-    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def _starts(length: int, tiles: Tiles) -> list[int]:
@@ -139,12 +124,11 @@ def _starts(length: int, tiles: Tiles) -> list[int]:
 
 def _weights(starts: list[int], side: int) -> list[Tensor]:
     """(side,) float32 weights of each tile along one axis; over all tiles they sum to 1."""
-    position = np.arange(side) + 0.5
-    ramps = []
-    for i, start in enumerate(starts):
-        before = starts[i - 1] + side - start if i else 0
-        after = start + side - starts[i + 1] if i + 1 < len(starts) else 0
-        ramps.append(_rise(position, before) * _rise(side - position, after))
+    position, shared = np.arange(side) + 0.5, [0, *(side - np.diff(starts)), 0]
+    ramps = [
+        _rise(position, before) * _rise(side - position, after)
+        for before, after in itertools.pairwise(shared)
+    ]
     total = np.zeros(starts[-1] + side)
     for start, ramp in zip(starts, ramps, strict=True):
         total[start : start + side] += ramp

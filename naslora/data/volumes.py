@@ -15,7 +15,8 @@ from naslora.errors import imported
 
 NIFTI = (".nii", ".nii.gz")
 TIFF = (".tif", ".tiff")
-MILLIMETRES = {"mm": 1.0, "meter": 1e3, "micron": 1e-3}
+UNITS = {"mm": (1.0, "mm"), "meter": (1e3, "mm"), "micron": (1e-3, "mm"), "voxels": (1.0, "voxels")}
+"""The factor of a unit of NIfTI, or of TIFF, and the unit that it then has."""
 SAME_PLACE = 1e-3
 """Largest difference of two affines' entries, in millimetres: programs round them differently."""
 _LOCK = threading.Lock()
@@ -100,23 +101,18 @@ def _geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray, str]:
 
 
 def spacing_of(path: Path, axis: int, size: Sequence[int]) -> tuple[tuple[float, ...], str]:
-    """The size of an element of stacked slices.
+    """The size of an element of slices that are stacked along ``axis``, as in ``Slicing``.
 
-    Args:
-        path: the volume.
-        axis: as in ``Slicing``.
-        size: height and width of the slices, which may have been resized.
+    ``size`` is the height and width of the slices, which may have been resized.
 
     Returns:
         The size along the slices, the rows and the columns, and its unit: "mm", "voxels" for TIFF
         files, or "header units" if a NIfTI file names none.
     """
     shape, affine, unit = _geometry(path)
-    factor = MILLIMETRES.get(unit, 1.0)
+    factor, unit = UNITS.get(unit, (1.0, "header units"))
     sides = factor * np.linalg.norm(affine[:3, :3], axis=0)
     wide, high = np.delete(sides * shape, axis)
-    if unit != "voxels":
-        unit = "mm" if unit in MILLIMETRES else "header units"
     return (float(sides[axis]), float(high / size[0]), float(wide / size[1])), unit
 
 
@@ -145,24 +141,20 @@ def read_slice(path: Path, cut: Slice, where: str) -> np.ndarray:
     Raises:
         ImageError: the file is damaged.
     """
-    (axis, count, _), planes = cut.how, []
+    axis, count, _ = cut.how
     with readable(where):
         with _LOCK:  # so that threads do not decompress the same file
             values = _values(path, path.stat().st_mtime_ns)
-        for number in range(cut.number - count, cut.number + count + 1):
-            place: list[Any] = [slice(None)] * 3
-            place[axis] = min(max(number, 0), values.shape[axis] - 1)
-            planes.append(np.asarray(values[tuple(place)]).T)
-    return np.stack(planes, axis=2)
+        numbers = np.arange(cut.number - count, cut.number + count + 1)
+        places = [(slice(None),) * axis + (n,) for n in numbers.clip(0, values.shape[axis] - 1)]
+        return np.stack([np.asarray(values[place]).T for place in places], axis=2)
 
 
 def write_volume(path: Path, source: Path, slices: Sequence[np.ndarray], axis: int) -> None:
     """Writes slices as a volume with the geometry of another one, as compressed NIfTI or TIFF.
 
-    Args:
-        source: of NIfTI its header is taken, except for the type of the numbers and their range.
-        slices: (H, W) or (H, W, K) numbers, as ``read_slice`` turns them.
-        axis: as in ``Slicing``.
+    Of NIfTI the header of ``source`` is taken, except for the type of the numbers and their range.
+    Slices are (H, W) or (H, W, K) numbers, as ``read_slice`` turns them, along ``axis``.
     """
     values = np.stack([own.swapaxes(0, 1) for own in slices], axis)
     if not is_nifti(source):

@@ -1,12 +1,10 @@
 """NAS-LoRA in other people's software. Each module imports the library that it serves.
 
-- ``trainer``: a callback for the Hugging Face Trainer.
+- ``trainer``: a callback for the Hugging Face Trainer. It is also ``AlphaCallback`` here, which is
+  imported on first use (module ``__getattr__``, PEP 562), because it needs transformers.
 - ``lightning``: a callback for Lightning.
 - ``hub``: adapters on the Hugging Face Hub.
 - ``peft``: NAS-LoRA as a custom module of PEFT; ``naslora.peft`` is its public name.
-
-``naslora.integrations.AlphaCallback`` is the callback for the Trainer. It is imported on first use
-(module ``__getattr__``, PEP 562), because it needs transformers.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -3,7 +3,7 @@
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypeVar, cast
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import HFValidationError
@@ -94,10 +94,6 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-@overload
-def from_pretrained(model: type[Model], source: str | Path, **options: Any) -> Model: ...
-@overload
-def from_pretrained(model: Model, source: str | Path, **options: Any) -> Model: ...
 def from_pretrained(
     model: type[Model] | Model,
     source: str | Path,

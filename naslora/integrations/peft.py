@@ -98,9 +98,10 @@ class NasLoraConfig(LoraConfig):
 
     def adapter_config(self, rank: int, lora_alpha: float) -> NASLoRAConfig:
         """The configuration of one layer, whose rank and alpha PEFT's patterns may change."""
-        shared = {field.name for field in dataclasses.fields(NASLoRAConfig)}
-        own = {field.name for field in dataclasses.fields(NasLoraConfig)} & shared
-        values = {name: getattr(self, name) for name in own - {"rank", "lora_alpha"}}
+        shared = {f.name for f in dataclasses.fields(NASLoRAConfig)} - {"rank", "lora_alpha"}
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in shared
+        }
         return NASLoRAConfig(rank=rank, lora_alpha=lora_alpha, **values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,13 +172,7 @@ def _stored(name: str) -> str:
 class NasLoraLinear(nn.Module, LoraLayer):
     """PEFT's layer for NAS-LoRA: a frozen nn.Linear and its named adapters.
 
-    Args:
-        base_layer: the nn.Linear to adapt.
-        adapter_name: the first adapter's name.
-        r: LoRA rank.
-        lora_alpha: numerator of the scaling.
-        config: a ``NasLoraConfig``.
-        kwargs: what PEFT passes to its layers beside; ``target_name`` seeds the random numbers.
+    Arguments are those of PEFT's layers. ``target_name`` seeds the random numbers.
     """
 
     adapter_layer_names = ("lora_nas",)
@@ -268,11 +263,9 @@ class NasLoraLinear(nn.Module, LoraLayer):
     ) -> nn.Module:
         """What PEFT's ``unload`` and ``merge_and_unload`` put in this layer's place.
 
-        Args:
-            merge: False returns the untouched nn.Linear. True returns the layer that
-                ``naslora.merge`` left, or else merges exactly.
-            safe_merge: whether to refuse values that are not finite. They are refused always.
-            adapter_names: the adapter to merge, one; None for the active one.
+        Without ``merge`` it is the untouched nn.Linear, else the layer that ``naslora.merge`` left,
+        or the one adapter that is named, or active, merged exactly. Values that are not finite are
+        refused, also without ``safe_merge``.
 
         Raises:
             UserError: several adapters, or values that are not finite.
@@ -287,10 +280,6 @@ class NasLoraLinear(nn.Module, LoraLayer):
             alone[0].scaling = self.scaling[names[0]]
             merge_model(alone, "exact")
         return alone[0]
-
-    def extra_repr(self) -> str:
-        """The adapters' names, for ``print(model)``."""
-        return f"adapters={list(self.lora_nas)}"
 
 
 class NasLoraModel(LoraModel):

@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, LayerNorm2d, _NormBase)
 """They divide by small numbers and have few weights, so theirs stay in float32."""
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ from naslora.study.encoder_statistics import BlockStatistics, block_statistics
 from naslora.study.operation_losses import write_operation_losses
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
-from naslora.training.resolve import checkpoint_of, read_config
+from naslora.training.resolve import read_config
 from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset, shown_of
@@ -130,7 +130,7 @@ def _models(trained: SamForSegmentation, config: RunConfig) -> dict[str, SamForS
     """
     # The seed differs from the run's, so that the random encoder is not that frozen one.
     random = build_run_model(replace(config, seed=config.seed + 1), NONE)
-    frozen = build_run_model(config, checkpoint_of(config.model))
+    frozen = build_run_model(config)
     return {"random": random.eval(), "frozen": frozen.eval(), "trained": trained}
 
 

@@ -16,7 +16,6 @@ from naslora.sam.segmentation import build_model
 from naslora.sam.shipped import NONE
 from naslora.training.recipe import load_recipe
 from naslora.training.run_config import RunConfig
-from naslora.training.train_config import first_search_epoch
 from naslora_kernels import OPERATIONS
 
 BASE = "base"  # the row of the unchanged method
@@ -114,7 +113,7 @@ def _alpha_starts(config: RunConfig) -> Iterator[Row]:
 
     The paper starts alpha in epoch 10, and varies 0, 10 and 20.
     """
-    own = first_search_epoch(config.training)
+    own = config.training.search_start
     yield Row("0 (simultaneously)", "simultaneous", _varied(config, "training", simultaneous=True))
     for start in dict.fromkeys((0, own, 2 * own)):
         title = "0 (stage-wise)" if start == 0 else str(start)

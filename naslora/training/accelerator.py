@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from naslora.errors import LostProcessError, UserError
 from naslora.settings import checked
-from naslora.training.train_config import TrainConfig
+from naslora.training.run_config import TrainConfig
 
 TIMEOUT_VARIABLE = "NASLORA_PROCESS_TIMEOUT"
 """Environment variable: the seconds that a process waits for the others.
@@ -22,7 +22,6 @@ TIMEOUT_VARIABLE = "NASLORA_PROCESS_TIMEOUT"
 They wait while the main process reads the data and writes the report, so it must not be too short.
 """
 DEFAULT_TIMEOUT = 1800.0
-Timeout = Annotated[float, Meta(gt=0, lt=1e7)]
 Result = TypeVar("Result")
 
 
@@ -65,7 +64,7 @@ def in_float32(accelerator: Accelerator) -> Iterator[None]:
 
 def _timeout() -> float:
     given = os.environ.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT
-    return checked(TIMEOUT_VARIABLE, given, Timeout, is_text=True)
+    return checked(TIMEOUT_VARIABLE, given, Annotated[float, Meta(gt=0, lt=1e7)], is_text=True)
 
 
 @contextmanager

@@ -8,8 +8,7 @@ from naslora.results import RunResult
 from naslora.sam.shipped import NONE
 from naslora.training.resolve import resolve
 from naslora.training.run import check_output, train
-from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
-from naslora.training.train_config import TrainConfig
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
 WINDOW = 64  # pixels of a slice, which the network sees enlarged to 256
 

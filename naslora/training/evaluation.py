@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -22,14 +23,22 @@ from torchvision.transforms.v2 import functional as transforms
 from naslora.data.dataset import SegmentationDataset, collate
 from naslora.data.masks import IGNORED
 from naslora.data.sampling import GlobalBatches
-from naslora.data.tiles import Grid
+from naslora.data.tiles import Grid, fit
 from naslora.data.volumes import spacing_of
-from naslora.metrics import METRICS, Scores, further_scores, image_scores, shape_scores, summarise
-from naslora.records import from_json
+from naslora.metrics import (
+    METRICS,
+    Scores,
+    further_scores,
+    image_scores,
+    known,
+    shape_scores,
+    stacked,
+    summarise,
+)
 from naslora.results import GroupScores, SplitScores, VolumeScores
+from naslora.sam.losses import parse_terms, segmentation_loss
 from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
-from naslora.training.run_config import RunConfig
-from naslora.training.train_config import loss_of
+from naslora.training.run_config import RunConfig, TrainConfig
 
 
 def make_loader(
@@ -82,6 +91,21 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+def loss_of(config: TrainConfig) -> partial[Tensor]:
+    """The loss of an output and a target, as ``segmentation_loss``. Pixels with the label
+    ``IGNORED`` do not count."""
+    return partial(
+        segmentation_loss,
+        class_loss=config.class_loss,
+        lambda_seg=config.lambda_seg,
+        lambda_cls=config.lambda_cls,
+        ignore_index=IGNORED,
+        boundary_weight=config.boundary_weight,
+        terms=parse_terms(config.loss),
+        class_weights=cast(tuple[float, ...] | None, config.class_weights),  # once it is resolved
+    )
+
+
 @torch.no_grad()
 def evaluate(
     model: SamForSegmentation,
@@ -96,45 +120,82 @@ def evaluate(
     class map is resized bilinearly before it is thresholded. Where it gives whole images and their
     tiles, the class maps of the tiles are blended; the loss of an image is the mean over its tiles.
 
-    Args:
-        model: on the accelerator's device; is put into evaluation mode.
-        dataset: images with masks.
-        accelerator: processes share the images; each returns the whole result.
-        config: the run, for its loss, classes and batches.
-        metrics: names of ``naslora.metrics.METRICS``.
+    The model is on the accelerator's device, and is put into evaluation mode. Processes share the
+    images; each returns the whole result.
 
     Returns:
-        The loss as a mean over images, the scores, and the Dice of each image. Without ``metrics``
-        there are neither ``metrics`` nor ``resolution`` nor ``groups``.
+        The loss as a mean over images, the scores, and the Dice of each image. Without ``metrics``,
+        names of ``naslora.metrics.METRICS``, there is neither ``resolution`` nor ``groups``.
     """
     model.eval()
-    scorer = _Scorer(model, dataset, accelerator, config, metrics)
-    score = scorer.of_batch if dataset.tiles is None else scorer.of_tiles
-    records = [own for batch in batches_of(dataset, accelerator, config) for own in score(batch)]
-    records = sorted(gather_object(records), key=lambda record: record.place)
-    losses, scores = [own.loss for own in records], [own.scores for own in records]
-    summary = scorer.summary(scores)
-    image_dice = torch.stack([own["dice"] for own in scores]).nanmean(1)  # (N,)
-    summary["image_dice"] = [None if dice.isnan() else float(dice) for dice in image_dice]
-    if "calibration" in scores[0]:
-        summary["calibration"] = torch.stack([own["calibration"] for own in scores]).sum(0).tolist()
-    summary["volumes"] = _volumes(dataset, records, metrics)
-    if metrics:
-        summary["resolution"] = f"{dataset.image_size} x {dataset.image_size}"
-        if dataset.truth:
-            summary["resolution"] = "of each mask"
-        if dataset.tiles is not None:
-            side = dataset.tiles.size
-            summary["resolution"] = f"of each mask, by tiles of {side} x {side}"
-        members: dict[str, list[Scores]] = {}
-        for sample, own in zip(dataset.samples, scores, strict=True):
-            if sample.group:
-                members.setdefault(sample.group, []).append(own)
-        summary["groups"] = {
-            group: GroupScores(len(own), scorer.summary(own)["metrics"])
-            for group, own in members.items()
-        }
-    return from_json(SplitScores, {"loss": sum(losses) / len(losses), **summary}, "scores")
+    predictions = _predictions(model, dataset, accelerator, config, metrics)
+    own = [_record(dataset, metrics, prediction) for prediction in predictions]
+    records: list[_Record] = sorted(gather_object(own), key=lambda record: record.place)
+    names, scores = config.data.class_names, [record.scores for record in records]
+    summary = replace(
+        summarise(stacked(scores), names, metrics),
+        loss=sum(record.loss for record in records) / len(records),
+        volumes=_volumes(dataset, records, metrics),
+    )
+    if not metrics:
+        return summary
+    resolution = f"{dataset.image_size} x {dataset.image_size}"
+    if dataset.truth:
+        resolution = "of each mask"
+    if dataset.tiles is not None:
+        resolution = f"of each mask, by tiles of {dataset.tiles.size} x {dataset.tiles.size}"
+    members: dict[str, list[Scores]] = {}
+    for sample, one in zip(dataset.samples, scores, strict=True):
+        if sample.group:
+            members.setdefault(sample.group, []).append(one)
+    groups = {
+        group: GroupScores(len(own), summarise(stacked(own), names, metrics).metrics)
+        for group, own in members.items()
+    }
+    return replace(summary, resolution=resolution, groups=groups)
+
+
+Prediction = tuple[int, float, Tensor, Tensor, Tensor]
+"""Of an image the place in the data set, the loss of its batch or of its tiles, the (H, W) labels,
+the (K, H, W) class map, and the (H, W) truth."""
+
+
+def _predictions(
+    model: SamForSegmentation,
+    dataset: SegmentationDataset,
+    accelerator: Accelerator,
+    config: RunConfig,
+    metrics: Sequence[str],
+) -> Iterator[Prediction]:
+    """Segments this process's share of the images."""
+    loss, device = loss_of(config.training), accelerator.device
+    # Labels of 8 bits and, if a metric needs it, the class map are kept of a whole image.
+    needed = any(METRICS[name].of_map for name in metrics)
+    losses: list[float] = []  # of the tiles of an image
+
+    def add_loss(output: SegmentationOutput, mask: Tensor) -> None:
+        losses.append(float(loss(output, mask)))
+
+    for batch in batches_of(dataset, accelerator, config):
+        if dataset.tiles is None:
+            with accelerator.autocast():
+                output = model(batch["image"].to(device))
+            mask = batch["mask"].to(device)
+            value, truths = float(loss(output, mask)), batch.get("truth", mask)
+            images = zip(batch["index"], output.class_map(), truths, strict=True)
+            for index, class_map, truth in images:
+                class_map = fit(class_map, truth.shape)
+                yield int(index), value, labels_of(class_map[None])[0], class_map, truth.to(device)
+            continue
+        images = zip(batch["index"], batch["pixels"], batch["truth"], strict=True)
+        for index, pixels, truth in images:
+            losses.clear()
+            labels, maps = [], []
+            for band in tiled_class_map(model, dataset, pixels, truth, accelerator, add_loss):
+                labels.append(labels_of(band[None])[0].to(torch.uint8))
+                maps.append(band if needed else band[:, :0])
+            value, prediction = sum(losses) / len(losses), torch.cat(labels).long()
+            yield int(index), value, prediction, torch.cat(maps, 1), truth
 
 
 class _Record(NamedTuple):
@@ -143,10 +204,24 @@ class _Record(NamedTuple):
     place: int
     """Of the image in the data set."""
     loss: float
-    """Of the image, or of its batch."""
     scores: Scores
-    labels: bytes = b""
+    labels: bytes
     """Of a slice, if a metric needs them: predicted and true labels, (2, H, W), as np.savez."""
+
+
+def _record(
+    dataset: SegmentationDataset, metrics: Sequence[str], prediction: Prediction
+) -> _Record:
+    """Scores an image."""
+    place, loss, labels, class_map, truth = prediction
+    scores = image_scores(labels[None], truth[None], dataset.num_classes, IGNORED)
+    own = {name: values[0] for name, values in scores.items()}
+    own |= further_scores(metrics, class_map, labels, truth, IGNORED)
+    kept = io.BytesIO()
+    if dataset.samples[place].slice is not None and any(METRICS[name].shape for name in metrics):
+        pair = torch.stack([labels, truth]).where(truth != IGNORED, 0).to(torch.uint8)
+        np.savez_compressed(kept, pair.cpu().numpy())
+    return _Record(place, loss, {name: own[name].cpu() for name in own}, kept.getvalue())
 
 
 def _volumes(
@@ -174,81 +249,9 @@ def _volumes(
         scores.append(found)
     if not scores:
         return None
-    stacked = {name: torch.stack([own[name] for own in scores]) for name in scores[0]}
-    values = {name: METRICS[name].of(stacked) for name in stacked}
-    numbers = {name: None if own.isnan() else float(own) for name, own in values.items()}
+    together = stacked(scores)
+    numbers = {name: known(METRICS[name].of(together)) for name in together}
     return VolumeScores(len(scores), " and ".join(sorted(units)) or "voxels", numbers)
-
-
-class _Scorer(NamedTuple):
-    """Scores images; the fields are the arguments of ``evaluate``."""
-
-    model: SamForSegmentation
-    dataset: SegmentationDataset
-    accelerator: Accelerator
-    config: RunConfig
-    metrics: Sequence[str]
-
-    def of_batch(self, batch: dict[str, Any]) -> list[_Record]:
-        """The records of a batch; the loss is the batch's."""
-        device = self.accelerator.device
-        with self.accelerator.autocast():
-            output = self.model(batch["image"].to(device))
-        mask = batch["mask"].to(device)
-        loss, truths = self.loss(output, mask), batch.get("truth", mask)
-        records = []
-        for index, class_map, truth in zip(batch["index"], output.class_map(), truths, strict=True):
-            truth, scores = truth.to(device), class_map[None]
-            if scores.shape[-2:] != truth.shape:
-                scores = F.interpolate(scores, truth.shape, mode="bilinear", align_corners=False)
-            records.append(self._record(index, loss, labels_of(scores)[0], scores[0], truth))
-        return records
-
-    def of_tiles(self, batch: dict[str, Any]) -> list[_Record]:
-        """The records of whole images; the loss is the image's own."""
-        images = zip(batch["index"], batch["pixels"], batch["truth"], strict=True)
-        return [self._of_tiles(*image) for image in images]
-
-    def _of_tiles(self, index: Tensor, pixels: Tensor, truth: Tensor) -> _Record:
-        losses: list[float] = []
-
-        def add_loss(output: SegmentationOutput, mask: Tensor) -> None:
-            losses.append(self.loss(output, mask))
-
-        # Labels of 8 bits and, if a metric needs it, the class map are kept of a whole image.
-        labels, scores = [], []
-        needed = any(METRICS[name].of_map for name in self.metrics)
-        arguments = self.model, self.dataset, pixels, truth, self.accelerator, add_loss
-        for band in tiled_class_map(*arguments):
-            labels.append(labels_of(band[None])[0].to(torch.uint8))
-            scores.append(band if needed else band[:, :0])
-        loss, prediction = sum(losses) / len(losses), torch.cat(labels).long()
-        return self._record(index, loss, prediction, torch.cat(scores, 1), truth)
-
-    def loss(self, output: SegmentationOutput, mask: Tensor) -> float:
-        """The run's loss."""
-        return float(loss_of(self.config.training)(output, mask))
-
-    def _record(
-        self, index: Tensor, loss: float, labels: Tensor, class_map: Tensor, truth: Tensor
-    ) -> _Record:
-        """Scores of one image's (H, W) labels, and of its (K, H, W) class map."""
-        scores = image_scores(labels[None], truth[None], self.dataset.num_classes, IGNORED)
-        own = {name: values[0].cpu() for name, values in scores.items()}
-        more = further_scores(self.metrics, class_map, labels, truth, IGNORED)
-        own |= {name: values.cpu() for name, values in more.items()}
-        kept = io.BytesIO()
-        if self.dataset.samples[int(index)].slice is not None and any(
-            METRICS[name].shape for name in self.metrics
-        ):
-            pair = torch.stack([labels, truth]).where(truth != IGNORED, 0).to(torch.uint8)
-            np.savez_compressed(kept, pair.cpu().numpy())
-        return _Record(int(index), loss, own, kept.getvalue())
-
-    def summary(self, scores: Sequence[Scores]) -> dict[str, Any]:
-        """What ``summarise`` makes of the scores of some images."""
-        stacked = {name: torch.stack([own[name] for own in scores]) for name in scores[0]}
-        return summarise(stacked, list(self.config.data.class_names), self.metrics)
 
 
 def tiled_class_map(
@@ -261,13 +264,8 @@ def tiled_class_map(
 ) -> Iterator[Tensor]:
     """Computes the class map of a whole image from those of its tiles.
 
-    Args:
-        model: on the accelerator's device, in evaluation mode.
-        dataset: its ``tiles`` say how the image is cut.
-        pixels: (3, H, W) uint8.
-        truth: (H, W) labels; None without a mask.
-        accelerator: the device and the precision.
-        on_output: called with the output for each tile and its (1, S, S) labels; needs ``truth``.
+    The model is in evaluation mode. The image is (3, H, W) uint8, its truth (H, W) labels or None.
+    ``on_output`` is called with the output for each tile and its (1, S, S) labels.
 
     Yields:
         (K, rows, W) float32 scores on the CPU: bands of the image, from its top to its bottom.

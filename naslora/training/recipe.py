@@ -15,8 +15,14 @@ from naslora.errors import UserError
 from naslora.training.run_config import RunConfig
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-# YAML 1.1 reads 1e-4 as text, because the number has no point.
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
+
+
+class _Loader(yaml.SafeLoader):
+    """Also reads 1e-4 as a number, which is text in YAML 1.1, because it has no point."""
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, [*"+-0123456789"])
 
 
 def shipped_recipes() -> list[str]:
@@ -25,12 +31,10 @@ def shipped_recipes() -> list[str]:
 
 
 def load_recipe(name: str | None, method: str | None = None) -> RunConfig:
-    """Reads the settings of a recipe.
+    """Reads the settings of a recipe for a fine-tuning method, None for that of the recipe.
 
-    Args:
-        name: a shipped recipe, such as "isic2017", or the path of a YAML file; None for the
-            defaults.
-        method: the fine-tuning method; None for that of the recipe.
+    ``name`` is a shipped recipe, such as "isic2017", the path of a YAML file, or None for the
+    defaults.
 
     Raises:
         UserError: no recipe has this name, the file is not a recipe, or a setting is unknown or out
@@ -63,26 +67,20 @@ def load_recipe(name: str | None, method: str | None = None) -> RunConfig:
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """Reads the settings of a file and of its base; the file's own win."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is no recipe: expected lines such as method: nas-pc-lora")
     base = values.pop("base", None)
     if base is None:
-        return _numbers(values)
+        return values
     if not isinstance(base, str) or (path.parent / base).resolve() in above:
         raise UserError(f"{path}: base: expected another recipe's file, got {base!r:.80}")
-    return _merged(_read(path.parent / base, (*above, path.resolve())), _numbers(values))
+    return _merged(_read(path.parent / base, (*above, path.resolve())), values)
 
 
 def _merged(base: Any, own: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(own, dict)):
         return own
     return base | {key: _merged(base.get(key), value) for key, value in own.items()}
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(entry) for key, entry in value.items()}
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value

@@ -26,18 +26,19 @@ from naslora.sam.hub import PREFIX, pinned
 from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.shipped import NONE, shipped_version
 from naslora.settings import checked
-from naslora.training.run_config import DataConfig, ModelConfig, RunConfig
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from naslora.training.run_data import make_dataset, slicing_of
-from naslora.training.train_config import (
-    LEARNING_BOUNDS,
-    PROMPTABLE_BOUNDS,
-    TrainConfig,
-    first_search_epoch,
-    fit_to_images,
-)
+from naslora.training.step import factor, fitted_rate
 
 SHIPPED = "shipped"
 """How the checkpoint in a resolved configuration begins for the weights in the package."""
+LEARNING_TRAVEL = 0.2
+"""What the weights' rates of all steps add up to, if no rate is given: about how far Adam moves a
+weight whose gradient keeps its sign."""
+LEARNING_BOUNDS = 1e-4, 2e-3
+"""Of the rate that is fitted so."""
+PROMPTABLE_BOUNDS = 1e-4, 3e-4
+"""The same with `--task promptable`, whose decoder starts as SAM's and not from a part of it."""
 MOST_CHANNELS = 512
 STATISTICS_IMAGES = 256
 SMALLEST_STD = 1 / 255
@@ -49,12 +50,9 @@ def resolve(config: RunConfig, fit: bool = True) -> RunConfig:
 
     These are the number and the names of the classes, the metrics, the resolution, the checkpoint,
     the image size, the precision, the learning rate, the number of epochs, and that in which
-    the search starts. Paths become absolute. The result is its own result.
-
-    Args:
-        config: what is given.
-        fit: whether steps, rate, class weights and channels are fitted to the training images,
-            which folds that are not drawn yet do not have.
+    the search starts. Paths become absolute. The result is its own result. Steps, rate, class
+    weights and channels are fitted to the training images, unless ``fit`` is False, because folds
+    are not drawn yet.
 
     Raises:
         UserError: settings contradict each other or the data set, or its files cannot be read.
@@ -76,12 +74,11 @@ def resolve(config: RunConfig, fit: bool = True) -> RunConfig:
     measured = len(data.channels) not in (0, 3) and data.channel_mean is None
     open_rate = training.steps is not None or training.learning_rate is None
     if fit and data.root and (open_rate or balanced or measured):
-        splits = load_splits(
-            data.dataset, data.root, data.class_names, data.split, data.group, slicing_of(data)
-        )
+        how = slicing_of(data)
+        splits = load_splits(data.dataset, data.root, data.class_names, data.split, data.group, how)
         samples = splits["train"] + splits.get(OPTIONAL_SPLIT, [])
         bounds = PROMPTABLE_BOUNDS if config.task == "promptable" else LEARNING_BOUNDS
-        training = fit_to_images(training, len(samples), bounds)
+        training = _fitted(training, len(samples), bounds)
         if balanced:
             training = replace(training, class_weights=_balance(data, samples))
         if measured:
@@ -265,19 +262,28 @@ def _model(model: ModelConfig) -> dict[str, Any]:
 
 
 def checkpoint_of(model: ModelConfig) -> str | None:
-    """The checkpoint as ``build_model`` takes it.
+    """The checkpoint of a resolved configuration, as ``build_model`` takes it."""
+    shipped = str(model.checkpoint).startswith(f"{SHIPPED} ")
+    return None if shipped else model.checkpoint
 
-    Raises:
-        UserError: the run started from other weights than those in this package.
-    """
-    checkpoint = _model(model)["checkpoint"]
-    return None if checkpoint.startswith(f"{SHIPPED} ") else checkpoint
+
+def _fitted(config: TrainConfig, images: int, bounds: tuple[float, float]) -> TrainConfig:
+    """Turns ``steps`` into epochs, and fits the learning rate within bounds if it is None."""
+    own, rate, epochs = -(-images // config.batch_size), config.learning_rate, config.epochs
+    if config.steps is not None:
+        epochs = max(1, round(config.steps / own))
+    if rate is None:
+        steps = epochs * own
+        factors = (factor(config.schedule, step / steps, config.warmup) for step in range(steps))
+        rate = fitted_rate(LEARNING_TRAVEL, factors, *bounds)
+    return replace(config, epochs=epochs, steps=None, learning_rate=rate)
 
 
 def _training(training: TrainConfig) -> dict[str, Any]:
     """Its precision and the start of the search."""
     precision = training.mixed_precision or _precision()
     frozen, fraction = training.frozen_precision, training.arch_fraction
+    start = training.epochs // 3 if training.search_start is None else training.search_start
     if frozen not in (None, "no", precision):
         raise UserError(
             f"frozen_precision {frozen} needs mixed_precision {frozen}, got {precision}"
@@ -295,7 +301,7 @@ def _training(training: TrainConfig) -> dict[str, Any]:
             "patience stops after the best epoch: give --keep best, and no --anneal-epochs, which "
             "anneals in the last ones"
         )
-    return {"mixed_precision": precision, "search_start": first_search_epoch(training)}
+    return {"mixed_precision": precision, "search_start": start}
 
 
 def _check_loss(training: TrainConfig, classes: int) -> None:

@@ -76,7 +76,11 @@ def check_last(last: LastState, own: LastState, groups: Sequence[Group], epochs:
             f"it holds epoch {last.epoch} of {epochs}, {len(last.history)} records of epochs and "
             f"{len(last.operations)} of operations"
         )
-    if any(_sizes(m) != _sizes(own.operations[0]) for m in last.operations):
+    first, *others = (
+        [len(weights) for weights in mixture.softmax]
+        for mixture in own.operations + last.operations
+    )
+    if any(sizes != first for sizes in others):
         raise UserError("its records of operations are not those of this model's layers")
     if last.base_checksum not in (None, own.base_checksum):
         raise UserError(
@@ -100,10 +104,6 @@ def check_last(last: LastState, own: LastState, groups: Sequence[Group], epochs:
             _check_tensors(values, kept)
             if min(values["step"].min(), values["exp_avg_sq"].min()) < 0:
                 raise UserError("the state of an optimizer is negative")
-
-
-def _sizes(mixture: Mixture) -> list[int]:
-    return [len(weights) for weights in mixture.softmax]
 
 
 def _check_names(what: str, stored: Collection[object], own: Collection[object]) -> None:

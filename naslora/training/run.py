@@ -13,40 +13,74 @@ tensorboard/           the curves for TensorBoard, if it is among the trackers
 trackers.json          by which other trackers continue a resumed run
 """
 
+import itertools
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from naslora.adapter.merging.merged import unmerge
 from naslora.choices import Tracker
 from naslora.errors import UserError, one_line, warn
-from naslora.files import is_temporary, write_json
+from naslora.files import file_checksum, is_temporary, write_json
 from naslora.locks import locked
-from naslora.methods import load_adapter
-from naslora.results import CONFIG, DATA, RunResult, adapter_folder
+from naslora.methods import METHODS, load_adapter, merge, merge_modes
+from naslora.records import write_record, write_rows
+from naslora.report.page import Pictures
+from naslora.report.pictures import Merged, Panel
+from naslora.report.run_report import write_report
+from naslora.report.sections.examples import draw_clicks
+from naslora.results import (
+    CONFIG,
+    DATA,
+    HISTORY,
+    METRICS_JSON,
+    OPERATIONS_JSON,
+    REPORT,
+    TEST_IMAGES,
+    MergeResult,
+    RunResult,
+    SplitScores,
+    adapter_folder,
+    kept_epoch,
+)
 from naslora.sam.families import find_family
+from naslora.sam.objects import PADDING, POSITIVE
+from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.sam.segmentation import labels_of, predict_labels
 from naslora.sam.shipped import NONE, SHIPPED_SIZE
 from naslora.training.accelerator import (
     check_shared,
+    in_float32,
     in_main_process,
     lost_processes,
     make_accelerator,
 )
+from naslora.training.evaluation import tiled_class_map
+from naslora.training.interactive import objects_of, play, score_run
 from naslora.training.resolve import SHIPPED, read_config, resolve
 from naslora.training.run_config import RunConfig, differing
-from naslora.training.run_data import prepare_data
+from naslora.training.run_data import calibration, prepare_data, shown_of
 from naslora.training.run_model import (
     build_adapted_model,
     build_frozen_model,
     count_parameters,
+    frozen_dtype,
 )
-from naslora.training.run_results import final_result, tracked_scores, write_results
 from naslora.training.trackers import check_trackers, log, tracked
-from naslora.training.train_config import frozen_dtype
 from naslora.training.trainer import Trainer
+
+EXAMPLES = 6
+"""Number of test images in the report."""
+SHOWN_CLICKS = (1, 3)
+"""Clicks whose masks the report of a promptable run shows."""
+FEW_IMAGES = 5
+LEARNED = 0.05  # Dice of the test images; where it is lower, a note advises what to try
 
 
 def train(
@@ -80,9 +114,7 @@ def train(
         in_main_process(accelerator, lambda: stack.enter_context(locked(output)))
         check_output(config, output, resume)
         data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
-        model = build_adapted_model(config)
-        counts = count_parameters(model)
-        trainer = Trainer(model, data, config, output, accelerator)
+        trainer = Trainer(build_adapted_model(config), data, config, output, accelerator)
         if accelerator.is_main_process:
             _warn(config, bool(trainer.alphas))
         if resume:
@@ -94,16 +126,10 @@ def train(
         check_shared(output / DATA, accelerator)
         stack.enter_context(tracked(accelerator, trackers, output, values, trainer.epoch + 1))
         trainer.run()
-        last = trainer.evaluate("test", config.data.metrics or ()) if trainer.average else None
-        if frozen_dtype(config.training) != torch.float32:
-            # Merging adds the update to the frozen weights, so it needs all their digits.
-            trainer.model = build_frozen_model(config).to(accelerator.device)
-        load_adapter(trainer.model, adapter_folder(output))
-        result, panels = final_result(trainer, counts)
-        result = replace(result, test_last=last)
-        log(accelerator, tracked_scores(result), trainer.epoch)
+        result, pictures = _final_result(trainer)
+        log(accelerator, _tracked_scores(result), trainer.epoch)
         if accelerator.is_main_process:
-            write_results(trainer, result, panels, output)
+            _write_results(trainer, result, pictures)
         accelerator.wait_for_everyone()
         return result
 
@@ -128,7 +154,7 @@ def _warn(config: RunConfig, searches: bool) -> None:
             f"the weights of {model.name} were made for images of {SHIPPED_SIZE} pixels; their "
             f"position embeddings are resized to {model.image_size} pixels"
         )
-    start = training.search_start or 0
+    start = training.search_start
     if searches and start >= training.epochs and not training.simultaneous:
         warn(
             f"alpha is not trained: --search-start {start} is not among the "
@@ -162,3 +188,238 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
         advice = "" if resume else ", or add --resume to continue the run in it"
         what = "holds files, but no run" if resume else "exists and is not empty"
         raise UserError(f"{output} {what}; choose another --output{advice}")
+
+
+# ---- The results --------------------------------------------------------------------------------
+
+
+def _final_result(trainer: Trainer) -> tuple[RunResult, list[Panel | Pictures]]:
+    """Scores the kept epoch on the test split, and again after each way of merging.
+
+    Returns:
+        The result, and the worst and best test images for the report; none but in the main process.
+    """
+    config, accelerator, data = trainer.run_config, trainer.accelerator, trainer.data
+    metrics, counts = config.data.metrics or (), count_parameters(trainer.model)
+    last = trainer.evaluate("test", metrics) if trainer.average else None
+    if frozen_dtype(config.training) != torch.float32:
+        # Merging adds the update to the frozen weights, so it needs all their digits.
+        trainer.model = build_frozen_model(config).to(accelerator.device)
+    load_adapter(trainer.model, adapter_folder(trainer.directory))
+    started = time.perf_counter()
+    if accelerator.is_main_process:
+        print("scoring the test images", file=sys.stderr)
+    kept = kept_epoch(trainer.history, config.training.keep)
+    test = trainer.evaluate("test", metrics)
+    modes = merge_modes(config.method, config.adapter)
+    float32 = None
+    if modes and config.training.mixed_precision != "no":
+        with in_float32(accelerator):
+            float32 = trainer.evaluate("test", metrics)
+    untouched = None
+    prompted: list[Pictures] = []
+    panels: dict[int, Panel] = {}
+    if config.task == "promptable":
+        sam = build_frozen_model(config).to(accelerator.device)
+        untouched = score_run(sam, data["test"], accelerator, config, metrics)
+        prompted = _prompted(trainer, {"untouched": sam, "fine-tuned": trainer.model}, test)
+    elif accelerator.is_main_process:
+        panels = _panels(trainer, float32 or test)
+    merged: dict[str, SplitScores] = {}
+    merges: dict[str, MergeResult] = {}
+    annealed = None
+    samples = {split: own.samples for split, own in data.items()}
+    for mode in modes:
+        if accelerator.is_main_process:
+            print(f"merging ({mode}), and scoring the test images again", file=sys.stderr)
+        batches = calibration(config, samples, mode, accelerator.device)
+        try:
+            report = merge(trainer.model, mode, batches)
+        except UserError as error:  # for example too few images for the mode; the others go on
+            merges[mode] = MergeResult(refused=str(error))
+            continue
+        with in_float32(accelerator):
+            merged[mode] = trainer.evaluate("test", metrics)
+        for index, panel in panels.items():
+            dice = (merged[mode].image_dice or {index: None})[index]
+            panel.merged[mode] = Merged(_predict(trainer, index), dice)
+        if mode == "center" and config.training.anneal_epochs:
+            annealed = trainer.evaluate("val")
+        merges[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
+        unmerge(trainer.model)
+    result = RunResult(
+        test=test,
+        val=SplitScores(kept.val_loss, kept.val_dice, kept.val_iou, kept.val_accuracy),
+        untouched=untouched,
+        test_last=last,
+        kept_epoch=kept.epoch,
+        trainable_parameters=counts.trainable,
+        parameters=counts,
+        images={split: len(own) for split, own in samples.items()},
+        test_float32=float32,
+        test_merged=merged,
+        merge=merges,
+        annealed=annealed,
+        seconds=sum(epoch.seconds for epoch in trainer.history) + time.perf_counter() - started,
+        weights=config.model.checkpoint,
+        notes=_notes(trainer, test),
+    )
+    return result, [*prompted, *panels.values()]
+
+
+def _notes(trainer: Trainer, test: SplitScores) -> list[str]:
+    """What a reader of the scores should know: a random encoder, a run that learned nothing."""
+    config, losses = trainer.run_config, [epoch.train_loss for epoch in trainer.history]
+    lowest, dice, epochs = min(losses), test.dice, config.training.epochs
+    random = config.model.checkpoint == NONE and not METHODS[config.method].trains_encoder
+    poor = dice is not None and dice < LEARNED
+    rose = losses[-1] > 1.5 * lowest
+    level = not rose and len(losses) > 1 and losses[-1] >= losses[0]
+    stopped = trainer.epoch < epochs
+    few = min(len(trainer.data["val"]), len(trainer.data["test"])) < FEW_IMAGES
+    notes = {
+        "The image encoder has random, frozen weights: give --checkpoint FILE for good "
+        "scores.": random,
+        f"The model finds next to nothing (Dice {dice or 0:.4f}): train longer (--epochs), with "
+        "another --learning-rate, and check the masks and --num-classes.": poor,
+        f"The training loss rose from {lowest:.3f} in epoch {losses.index(lowest) + 1} to "
+        f"{losses[-1]:.4g}: lower --learning-rate.": rose,
+        f"The training loss did not fall ({losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in "
+        "the last): try another --learning-rate, or more --epochs.": level,
+        f"Training stopped after epoch {trainer.epoch} of {epochs}: the validation Dice did not "
+        f"rise for {config.training.patience} epochs (--patience).": stopped,
+        f"Scores of fewer than {FEW_IMAGES} images say little; use more.": few,
+    }
+    return [note for note, holds in notes.items() if holds]
+
+
+def _tracked_scores(result: RunResult) -> dict[str, float]:
+    """The known test scores by name, for experiment trackers."""
+    merged = {f"test_{mode}": scores for mode, scores in result.test_merged.items()}
+    return {
+        f"{split}_{name}": value
+        for split, scores in {"test": result.test, **merged}.items()
+        for name in ("dice", "iou", "accuracy")
+        if (value := getattr(scores, name)) is not None
+    }
+
+
+def _write_results(
+    trainer: Trainer, result: RunResult, pictures: Sequence[Panel | Pictures]
+) -> None:
+    """Writes history.csv, operations.json, test_images.csv, metrics.json and, last, report.html."""
+    output, operations = trainer.directory, trainer.operation_history()
+    write_rows(output / HISTORY, trainer.history)
+    if operations is not None:
+        write_record(output / OPERATIONS_JSON, operations)
+    # The Dice of each image, before and after each way of merging.
+    scores = {"dice": result.test, "dice_float32": result.test_float32}
+    scores |= {f"dice_{mode}": merged for mode, merged in result.test_merged.items()}
+    dice = {title: own.image_dice for title, own in scores.items() if own and own.image_dice}
+    rows = [
+        {"image": name, **{title: values[index] for title, values in dice.items()}}
+        for index, name in enumerate(trainer.data["test"].names)
+    ]
+    write_rows(output / TEST_IMAGES, rows)
+    checksum = file_checksum(output / HISTORY)
+    write_record(output / METRICS_JSON, replace(result, history_sha256=checksum))
+    write_report(
+        output / REPORT,
+        config=trainer.run_config.to_dict(),
+        result=result,
+        history=trainer.history,
+        operations=operations,
+        panels=pictures,
+        class_names=["background", *trainer.run_config.data.class_names],
+    )
+
+
+# ---- The images of the report --------------------------------------------------------------------
+
+
+def _panels(trainer: Trainer, scores: SplitScores) -> dict[int, Panel]:
+    """The worst and the best test images by their index, as the model segments them."""
+    data = trainer.data["test"]
+    dice = scores.image_dice or [None] * len(data)
+    ranks = {index: rank for rank, index in enumerate(_ascending(dice), 1)}
+    panels = {}
+    for index in choose(dice, EXAMPLES):
+        item = data[index]
+        whole = data.tiles is not None
+        pixels = item["pixels"] if whole else (255 * item["image"]).round().byte()  # (C, H, W)
+        panels[index] = Panel(
+            name=item["name"],
+            image=pixels[shown_of(trainer.run_config)].permute(1, 2, 0).numpy(),
+            truth=item["truth" if whole else "mask"].numpy(),
+            prediction=_predict(trainer, index),
+            dice=dice[index],
+            rank=ranks.get(index),
+        )
+    return panels
+
+
+def _predict(trainer: Trainer, index: int) -> np.ndarray:
+    """Labels of a test image at the size at which it is scored, (H, W) int64."""
+    model, data = trainer.model, trainer.data["test"]
+    if data.tiles is None:
+        return predict_labels(model, data[index]["image"][None])[0].numpy()
+    with torch.no_grad():
+        pixels = data[index]["pixels"]
+        bands = tiled_class_map(model.eval(), data, pixels, None, trainer.accelerator)
+        return torch.cat([labels_of(band[None])[0] for band in bands]).numpy()
+
+
+def _prompted(
+    trainer: Trainer, models: Mapping[str, AnySam], scores: SplitScores
+) -> list[Pictures]:
+    """The worst and the best test images with the masks of some clicks, by each of the models."""
+    data, found = trainer.data["test"], []
+    if not trainer.accelerator.is_main_process:
+        return []
+    for index in choose(scores.image_dice or [], EXAMPLES):
+        item = data[index]
+        image = item["image"][None]
+        pixels = (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()
+        objects = objects_of(item["mask"][None].to(trainer.accelerator.device))
+        pictures = [("Truth", draw_clicks(pixels, _numbers(objects.masks), []))]
+        turns = {
+            name: list(play(model, image, objects, trainer.accelerator, max(SHOWN_CLICKS)))
+            for name, model in models.items()
+            if isinstance(model, PromptableSam)
+        }
+        for clicks, (name, played) in itertools.product(SHOWN_CLICKS, turns.items()):
+            turn = played[clicks - 1]
+            points, labels = turn.prompts.points.flatten(0, 1), turn.prompts.labels.flatten()
+            dots = [
+                (x, y, label == POSITIVE)
+                for (x, y), label in zip(points.tolist(), labels.tolist(), strict=True)
+                if label != PADDING
+            ]
+            title = f"{clicks} click{'s' if clicks > 1 else ''}, {name}"
+            pictures.append((title, draw_clicks(pixels, _numbers(turn.logits > 0), dots)))
+        found.append(Pictures(item["name"], item["name"], pictures))
+    return found
+
+
+def _numbers(masks: torch.Tensor) -> np.ndarray:
+    """(H, W) numbers 1, 2, ... of the objects with the (N, H, W) masks; of several the last."""
+    numbers = torch.arange(1, len(masks) + 1, device=masks.device)
+    return (masks * numbers[:, None, None]).amax(0).cpu().numpy()
+
+
+def choose(dice: Sequence[float | None], count: int) -> list[int]:
+    """Chooses the worst and the best images, half of ``count`` each, the worst first.
+
+    Without any Dice, as in a split without foreground, the choice is spread over the split.
+    """
+    order = _ascending(dice)
+    if not order:
+        spread = np.linspace(0, len(dice) - 1, min(count, len(dice)))
+        return [int(index) for index in spread.round()]
+    return order if len(order) <= count else [*order[: count // 2], *order[count // 2 - count :]]
+
+
+def _ascending(dice: Sequence[float | None]) -> list[int]:
+    """The images whose Dice is defined, the worst first."""
+    known = [(value, index) for index, value in enumerate(dice) if value is not None]
+    return [index for _, index in sorted(known)]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from naslora.choices import CALIBRATION_IMAGES, OVERLAP
 from naslora.data.augmentation import Crop
@@ -36,8 +37,7 @@ from naslora.records import read_record
 from naslora.sam.families import find_family
 from naslora.training.accelerator import in_main_process
 from naslora.training.progress import with_progress
-from naslora.training.run_config import DataConfig, RunConfig
-from naslora.training.train_config import TrainConfig, first_search_epoch
+from naslora.training.run_config import DataConfig, RunConfig, TrainConfig
 
 
 def prepare_data(
@@ -45,40 +45,29 @@ def prepare_data(
 ) -> tuple[dict[str, SegmentationDataset], Contents]:
     """Finds the images of a run, reads each once, and makes the data set of each split.
 
-    The main process reads for all. It warns of splits without foreground and of copies of training
-    images.
+    The main process reads for all, as ``check_splits``.
 
-    Args:
-        config: the run.
-        accelerator: the processes.
-        record: the file in which a run that is resumed recorded its data; None for a new run.
+    ``record`` is the file in which a run that is resumed recorded its data; None for a new run.
 
     Returns:
         The data set of each split, and what the files hold: nothing but in the main process.
 
     Raises:
-        UserError: in every process; ``record`` is damaged; as ``find_splits``,
-            ``check_with_progress`` or ``check_unchanged``.
+        UserError: in every process; ``record`` is damaged; as ``find_splits``, ``check_splits`` or
+            ``check_unchanged``.
     """
     splits = find_splits(config)
 
     def read() -> Contents:
-        found = iter(check_with_progress([s for split in splits.values() for s in split], config))
-        contents = {name: [next(found) for _ in split] for name, split in splits.items()}
+        contents = check_splits(splits, config)
         if record is not None and record.is_file():
             check_unchanged(read_record(record, dict[str, list[Content]]), contents)
-        warn_of_contents(contents, config)
         return contents
 
     contents = in_main_process(accelerator, read)
-    whole = config.data.resolution == "original"
+    views: dict[str, View] = {"val": "validated", "test": "tested"}
     datasets = {
-        name: make_dataset(
-            config,
-            samples,
-            "trained" if name in ("train", "arch") else "scored",
-            truth=whole and name == "test",
-        )
+        name: make_dataset(config, samples, views.get(name, "trained"))
         for name, samples in splits.items()
     }
     return datasets, contents or {}
@@ -93,16 +82,14 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
     Raises:
         UserError: no data is given, ``arch_data`` is `split` and there is none; as ``load_splits``.
     """
-    root = config.data.root
+    data, root, wanted = config.data, config.data.root, config.training.arch_data
     if root is None:
         raise UserError("no data: give --data DIR")
-    data = config.data
     how = slicing_of(data)
     splits = load_splits(data.dataset, root, data.class_names, data.split, data.group, how)
-    differences = count_differences(config.data.dataset, splits)
+    differences = count_differences(data.dataset, splits)
     if differences and os.environ.get("RANK", "0") == "0":
-        warn(f"{root} is not the paper's {config.data.dataset}: {', '.join(differences)}")
-    wanted = config.training.arch_data
+        warn(f"{root} is not the paper's {data.dataset}: {', '.join(differences)}")
     if wanted == "split" and OPTIONAL_SPLIT not in splits:
         raise UserError(
             f"arch_data is split, but {root} has no split {OPTIONAL_SPLIT!r}; add one, or choose "
@@ -127,18 +114,23 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
     return [*with_progress(found, "checking the data", len(samples))]
 
 
-def warn_of_contents(contents: Contents, config: RunConfig) -> None:
-    """Warns of what ``warnings_about`` finds, and ``warnings_about_objects`` in a promptable run.
+def check_splits(splits: dict[str, list[Sample]], config: RunConfig) -> Contents:
+    """Reads every sample once, as ``check_with_progress``.
+
+    Warns of what ``warnings_about`` finds, and ``warnings_about_objects`` in a promptable run.
 
     Raises:
-        UserError: as ``warnings_about_objects``.
+        UserError: as ``check_with_progress`` and ``warnings_about_objects``.
     """
-    found = []
+    found = iter(check_with_progress([s for split in splits.values() for s in split], config))
+    contents = {name: [next(found) for _ in split] for name, split in splits.items()}
+    warnings = warnings_about(contents)
     if config.task == "promptable":
         size, most = config.model.image_size, config.prompts.objects_per_image
-        found = warnings_about_objects(contents, size, most)
-    for warning in warnings_about(contents) + found:
+        warnings += warnings_about_objects(contents, size, most)
+    for warning in warnings:
         warn(warning)
+    return contents
 
 
 def scaling_of(config: RunConfig) -> Intensity | None:
@@ -163,33 +155,35 @@ def tiles_of(config: RunConfig, side: int | None = None, overlap: float = OVERLA
     return fit_tiles(side or config.data.crop or size, size, patch, overlap)
 
 
-View = Literal["trained", "seen", "scored"]
+View = Literal["trained", "seen", "validated", "tested"]
 """What a data set gives: ``trained``, images as training sees them, changed at random; ``seen``,
-the same without changes, but for the windows of ``crop``; ``scored``, images for metrics."""
+the same without changes, but for the windows of ``crop``; ``validated`` and ``tested``, images for
+metrics, the latter at the size of the masks if the run's ``resolution`` says so."""
 
 
 def make_dataset(
-    config: RunConfig, samples: Sequence[Sample], view: View = "seen", truth: bool = False
+    config: RunConfig, samples: Sequence[Sample], view: View = "seen"
 ) -> SegmentationDataset:
-    """Makes the data set that the run's model sees; ``truth`` as in ``SegmentationDataset``."""
+    """Makes the data set that the run's model sees."""
     data, training, trained = config.data, config.training, view == "trained"
+    scored = view in ("validated", "tested")
     return SegmentationDataset(
         list(samples),
         config.model.image_size,
         data.num_classes,
         data.palette,
         flip=trained and training.flip and training.augment != "none",
-        seed=0 if view == "scored" else config.seed,  # all runs are scored on the same objects
+        seed=0 if scored else config.seed,  # all runs are scored on the same objects
         cache=None if data.cache is None else Cache(data.cache),
-        truth=truth,
+        truth=view == "tested" and data.resolution == "original",
         ignore_index=data.ignore_index,
         augment=training.augment if trained else "none",
-        crop=Crop(data.crop, data.crop_foreground) if data.crop and view != "scored" else None,
+        crop=Crop(data.crop, data.crop_foreground) if data.crop and not scored else None,
         intensity=scaling_of(config),
         channels=len(data.channels) or None,
         objects=config.prompts.objects if config.task == "promptable" else None,
         most_objects=config.prompts.objects_per_image,
-        tiles=tiles_of(config) if view == "scored" and data.resolution == "tiles" else None,
+        tiles=tiles_of(config) if scored and data.resolution == "tiles" else None,
     )
 
 
@@ -211,10 +205,8 @@ def calibration(
         train = list(dict.fromkeys(splits["train"] + splits.get("arch", [])))
         indices = np.linspace(0, len(train) - 1, min(images, len(train))).round().astype(int)
         samples = [train[int(i)] for i in indices]
-    dataset, size = make_dataset(config, samples), config.training.batch_size
-    for start in range(0, len(dataset), size):
-        items = [dataset[i]["image"] for i in range(start, min(start + size, len(dataset)))]
-        yield torch.stack(items).to(device)
+    for batch in DataLoader(make_dataset(config, samples), config.training.batch_size):
+        yield batch["image"].to(device)
 
 
 @dataclass(frozen=True)
@@ -234,26 +226,20 @@ class EpochImages:
     """Whether the run takes alpha steps of their own."""
     seed: int
 
-    def of_weights(self, epoch: int) -> Sequence[int]:
-        """Indices of the training images that an epoch's weight steps take."""
+    def of(self, epoch: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Indices of the training images that an epoch's weight steps take, and of the images of
+        its alpha steps: in the data's own split for alpha, if there is one, else in the training
+        split."""
         kept: Sequence[int] = range(self.train)
-        count = self.train + self.arch
-        started = epoch >= first_search_epoch(self.config)
-        leaves_out = {"hold-out": True, "rotate": started}.get(str(self.config.arch_data), False)
-        if leaves_out and self.searches and not self.arch:
-            kept, _ = self._parts(epoch)
-        return refill(kept, count, self.seed, epoch) if len(kept) < count else kept
-
-    def of_alpha(self, epoch: int) -> Sequence[int]:
-        """Indices of the images that an epoch's alpha steps take: in the data's own split for
-        alpha, if there is one, else in the training split."""
-        if self.arch:
-            return range(self.arch)
-        if self.config.arch_data in ("rotate", "hold-out"):
-            return self._parts(epoch)[1]
-        return draw_part(range(self.train), self.config.arch_fraction, self.seed, epoch)
-
-    def _parts(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The training images of the weights, and those of alpha, which `hold-out` draws once."""
-        path = () if self.config.arch_data == "hold-out" else (epoch,)
-        return hold_out(range(self.train), self.config.arch_fraction, self.seed, *path)
+        alpha: Sequence[int] = range(self.arch)
+        how, fraction = self.config.arch_data, self.config.arch_fraction
+        if not self.searches:
+            alpha = ()
+        elif not self.arch and how in ("rotate", "hold-out"):
+            path = () if how == "hold-out" else (epoch,)  # `hold-out` draws once
+            others, alpha = hold_out(kept, fraction, self.seed, *path)
+            if how == "hold-out" or epoch >= self.config.search_start:
+                kept = others
+        elif not self.arch:
+            alpha = draw_part(kept, fraction, self.seed, epoch)
+        return refill(kept, self.train + self.arch, self.seed, epoch), alpha

@@ -4,7 +4,6 @@ import os
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,12 +13,18 @@ from naslora.errors import UserError
 from naslora.methods import apply, trainable_parameters
 from naslora.results import ParameterCounts
 from naslora.sam.encoders import checkpoint_blocks, set_channels, stem
+from naslora.sam.precision import DTYPES
 from naslora.sam.promptable import AnySam, build_promptable
 from naslora.sam.segmentation import build_model
 from naslora.training.resolve import checkpoint_of
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import RunConfig, TrainConfig
 from naslora_kernels import available_backends
 from naslora_kernels.backends import ENVIRONMENT_VARIABLE
+
+
+def frozen_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype of the encoder's frozen weights while training."""
+    return DTYPES[config.frozen_precision or config.mixed_precision or "no"]
 
 
 def build_adapted_model(config: RunConfig) -> AnySam:
@@ -55,20 +60,20 @@ def build_frozen_model(config: RunConfig) -> AnySam:
                 f"backend {backend!r} cannot be used here: {reason}; choose one of {usable}, or "
                 "give none"
             )
-    return build_run_model(config, checkpoint_of(config.model))
+    return build_run_model(config)
 
 
-def build_run_model(config: RunConfig, checkpoint: str | None) -> AnySam:
-    """Builds the model of a run's task with the weights of a checkpoint, as ``build_model``."""
-    own, size = config.model, config.model.image_size
+def build_run_model(config: RunConfig, checkpoint: str | None = None) -> AnySam:
+    """Builds the model of a run's task with the weights of a checkpoint, None for its own, as
+    ``build_model``."""
+    own, size, data = config.model, config.model.image_size, config.data
+    rest = checkpoint or checkpoint_of(own), config.seed, own.attention
     if config.task == "semantic":
-        data = config.data
-        args = data.num_classes, checkpoint, config.seed, own.attention
-        semantic = build_model(own.name, size, *args)
+        semantic = build_model(own.name, size, data.num_classes, *rest)
         if data.channel_mean is not None and data.channel_std is not None:
             set_channels(semantic, data.channel_mean, data.channel_std)
         return semantic
-    model = build_promptable(own.name, size, checkpoint, config.seed, own.attention)
+    model = build_promptable(own.name, size, *rest)
     model.prompt_encoder.requires_grad_(config.prompts.train_prompt_encoder)
     return model
 
@@ -94,29 +99,19 @@ def keep_embeddings(encoder: nn.Module, cache: Cache, how: str) -> None:
         how: the weights and all else but the image that the maps depend on.
     """
     forward: Any = encoder.forward
-    forms: dict[bool, list[tuple[torch.Size, torch.dtype]]] = {}  # with autocast and without
-
-    def bytes_of(*maps: Tensor) -> np.ndarray:
-        flat = [part.cpu().contiguous().view(-1).view(torch.uint8) for part in maps]
-        return torch.cat(flat).numpy()
-
-    def maps_of(image: Tensor) -> list[Tensor]:
-        found = forward(image[None])
-        return list(found) if isinstance(found, tuple) else [found]
 
     @torch.no_grad()
     def kept(images: Tensor) -> Any:
         autocast = torch.is_autocast_enabled(images.device.type)
-        if autocast not in forms:
-            maps = maps_of(torch.zeros_like(images[0]))
-            forms[autocast] = [(part.shape, part.dtype) for part in maps]
-        sizes = [shape.numel() * dtype.itemsize for shape, dtype in forms[autocast]]
+
+        def maps_of(image: Tensor) -> list[Tensor]:
+            found = forward(image[None])
+            return [part.cpu() for part in (found if isinstance(found, tuple) else (found,))]
+
         batch = []
         for image in images:
-            compute = partial(lambda image: bytes_of(*maps_of(image)), image)
-            stored = cache.get([bytes_of(image).tobytes()], f"{how} {autocast}", compute)
-            parts = zip(torch.from_numpy(stored).split(sizes), forms[autocast], strict=True)
-            batch.append([part.view(dtype).view(shape) for part, (shape, dtype) in parts])
+            content = image.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            batch.append(cache.get([content], f"{how} {autocast}", partial(maps_of, image)))
         found = tuple(torch.cat(part).to(images.device) for part in zip(*batch, strict=True))
         return found if len(found) > 1 else found[0]
 

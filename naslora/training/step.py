@@ -5,8 +5,9 @@ depend on how many processes or forward passes share the batch.
 """
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,34 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
-from naslora.training.train_config import Schedule, factor
+from naslora.training.run_config import Schedule
 
 BUCKET = 1 << 23
 """Numbers of gradients that processes send each other at once: 32 MiB of float32."""
+WARMUP_START = 0.01
+"""Share of its rate at which a warm-up starts."""
+
+
+def factor(schedule: Schedule, done: float, warmup: float = 0.0) -> float:
+    """What a rate is multiplied by after the share ``done`` of all steps, in [0, 1].
+
+    It rises over the share ``warmup``, then falls as ``schedule`` says.
+    """
+    if done < warmup:
+        return WARMUP_START + (1 - WARMUP_START) * done / warmup
+    done = (done - warmup) / (1 - warmup)
+    if schedule == "linear":
+        return 1 - done
+    return (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1.0
+
+
+def fitted_rate(travel: float, factors: Iterable[float], low: float, high: float) -> float:
+    """The rate with which the rates of all steps add up to ``travel``, or the nearer bound.
+
+    ``factors`` are what the rate is multiplied by in each step. Without steps it is ``high``.
+    """
+    total = sum(factors)
+    return min(max(low, travel / total if total else high), high)
 
 
 @dataclass(eq=False)
@@ -48,11 +73,8 @@ class Group:
 class WeightAverage:
     """The exponential average (EMA) of parameters over about ``window`` steps.
 
-    The first ``window`` steps count equally, so that a short run does not remember its start.
-
-    Args:
-        parameters: what is averaged. Each process averages the same values.
-        window: a number of steps; below 1 the average is the last value.
+    The first ``window`` steps count equally, so that a short run does not remember its start. Below
+    1 the average is the last value. Each process averages the same values.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], window: float) -> None:
@@ -82,12 +104,9 @@ class Compiled:
     """A function of tensors, compiled as one graph for the shape of the first call's last argument.
 
     Other shapes, such as the last batch of an epoch, run eagerly, so nothing is compiled for them.
-    If the function does not compile, a warning says why, and all calls run eagerly.
-
-    Args:
-        function: a module or a function.
-        captured: its launches become CUDA graphs. Gradients then lie in the memory of the graphs
-            until the next call, so each call's gradients must have been used before it.
+    If the function does not compile, a warning says why, and all calls run eagerly. If it is
+    ``captured``, its launches become CUDA graphs. Gradients then lie in the memory of the graphs
+    until the next call, so each call's gradients must have been used before it.
     """
 
     def __init__(self, function: Callable[..., Any], captured: bool) -> None:
@@ -138,14 +157,12 @@ def sum_over_processes(groups: Sequence[Group], loss: Tensor, accelerator: Accel
         return float(loss)
     parameters = [p for group in groups for p in group.parameters]
     for bucket in _buckets(parameters):
-        for parameter in bucket:
-            if parameter.grad is None:  # this process has no share of the batch
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [p.grad for p in bucket if p.grad is not None]
+        # None: this process has no share of the batch.
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([*(grad.flatten().float() for grad in grads), loss.reshape(1)])
         *summed, total = accelerator.reduce(flat, "sum").split([*map(Tensor.numel, grads), 1])
-        for grad, sum_of_all in zip(grads, summed, strict=True):
-            grad.copy_(sum_of_all.view_as(grad))
+        for parameter, grad, sum_of_all in zip(bucket, grads, summed, strict=True):
+            parameter.grad = grad.copy_(sum_of_all.view_as(grad))
     return float(total)
 
 
@@ -166,18 +183,14 @@ def apply_gradients(groups: Sequence[Group], scaler: torch.amp.GradScaler | None
     Accelerate's own optimizers are not used: with fp16 they would end the loss scaling at the
     first of two groups.
     """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     for group in groups:
-        if scaler:
-            scaler.unscale_(group.optimizer)
+        scaler.unscale_(group.optimizer)
         if group.clip_norm:
             nn.utils.clip_grad_norm_(group.parameters, group.clip_norm)
-        if scaler:
-            scaler.step(group.optimizer)
-        else:
-            group.optimizer.step()
+        scaler.step(group.optimizer)
         group.optimizer.zero_grad()
-    if scaler:
-        scaler.update()
+    scaler.update()
 
 
 def average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:

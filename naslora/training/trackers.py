@@ -45,19 +45,6 @@ class _Kind(NamedTuple):
     """How to use it without its server."""
 
 
-def _wandb(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
-    project = os.environ.get("WANDB_PROJECT", PROJECT)
-    options: dict[str, Any] = {"dir": os.environ.get("WANDB_DIR", str(output))}
-    if identity is not None:
-        options |= {"id": identity, "resume": "allow"}
-    return WandBTracker(project, name=output.name, **options)
-
-
-def _comet(output: Path, epoch: int, identity: str | None) -> GeneralTracker:
-    project = os.environ.get("COMET_PROJECT_NAME", PROJECT)
-    return CometMLTracker(project, **({} if identity is None else {"experiment_key": identity}))
-
-
 _KINDS: dict[Tracker, _Kind] = {
     "tensorboard": _Kind(
         "tensorboard",
@@ -70,7 +57,16 @@ _KINDS: dict[Tracker, _Kind] = {
         "check the disk",
     ),
     "wandb": _Kind(
-        "wandb", _wandb, lambda tracker: tracker.run.id, "log in, or set WANDB_MODE=offline"
+        "wandb",
+        lambda output, _, identity: WandBTracker(
+            os.environ.get("WANDB_PROJECT", PROJECT),
+            name=output.name,
+            dir=os.environ.get("WANDB_DIR", str(output)),
+            id=identity,
+            resume=identity and "allow",
+        ),
+        lambda tracker: tracker.run.id,
+        "log in, or set WANDB_MODE=offline",
     ),
     "mlflow": _Kind(
         "mlflow",
@@ -80,7 +76,9 @@ _KINDS: dict[Tracker, _Kind] = {
     ),
     "comet": _Kind(
         "comet-ml",
-        _comet,
+        lambda _, __, identity: CometMLTracker(
+            os.environ.get("COMET_PROJECT_NAME", PROJECT), experiment_key=identity
+        ),
         lambda tracker: tracker.writer.get_key(),
         "set COMET_API_KEY, or COMET_START_ONLINE=0",
     ),

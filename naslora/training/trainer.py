@@ -50,32 +50,25 @@ from naslora.results import (
 from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.precision import cast_frozen
 from naslora.sam.promptable import AnySam, PromptableSam
-from naslora.training.clicks import score_run
-from naslora.training.evaluation import make_loader
-from naslora.training.interactive import InteractiveLoss
+from naslora.training.evaluation import loss_of, make_loader
+from naslora.training.interactive import InteractiveLoss, score_run
 from naslora.training.progress import WORDS, TrainProgress, epoch_line, epoch_numbers
 from naslora.training.resuming import LastState, check_last, read_last
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import EpochImages
-from naslora.training.run_model import keep_embeddings
+from naslora.training.run_model import frozen_dtype, keep_embeddings
 from naslora.training.step import (
     Compiled,
     Group,
     WeightAverage,
     apply_gradients,
     average_batch_norms,
+    factor,
+    fitted_rate,
     sum_over_processes,
     without_gradients,
 )
 from naslora.training.trackers import log
-from naslora.training.train_config import (
-    Schedule,
-    factor,
-    first_search_epoch,
-    fitted_rate,
-    frozen_dtype,
-    loss_of,
-)
 from naslora_kernels import OPERATIONS
 
 # Bounds of the automatic rate of alpha, and how far it lets Adam move a logit over all its steps.
@@ -87,26 +80,9 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 class Trainer:
     """Trains one model; ``run`` does it all.
 
-    Args:
-        model: its parameters that require gradients are trained. The frozen ones of its encoder
-            are cast to ``frozen_dtype(config.training)``.
-        data: the splits ``train`` and ``val``, and ``arch`` where alpha has images of its own.
-        config: the run.
-        directory: where checkpoints go.
-        accelerator: made by ``make_accelerator``.
-
-    Attributes:
-        epoch: the number of finished epochs.
-        history: the finished epochs.
-        operations: the mixtures before training and after every epoch.
-        images: which images an epoch's steps take.
-        weight_steps: number of weight steps of an epoch.
-        alpha_steps: number of an epoch's steps for alpha alone, once they start.
-        layers: the adapted layers with their names.
-        alphas: the architecture parameters; empty for a method without them.
-        weights: the weights and their optimizer.
-        architecture: alpha and its optimizer; None for a method without alpha.
-        average: the averaged weights; None without ``ema``.
+    The model's parameters that require gradients are trained. The frozen ones of its encoder are
+    cast to ``frozen_dtype(config.training)``. ``data`` has the splits ``train`` and ``val``, and
+    ``arch`` where alpha has images of its own. Checkpoints go to ``directory``.
 
     Raises:
         UserError: annealing is asked for, but no cell can be annealed; no image can be held out
@@ -123,27 +99,26 @@ class Trainer:
     ) -> None:
         training = config.training
         self.base_checksum = base_checksum(model, trained_state(model))
-        cast_frozen(model.image_encoder, frozen_dtype(training))
+        encoder, dtype, cache = model.image_encoder, frozen_dtype(training), config.data.cache
+        cast_frozen(encoder, dtype)
         self.model = model.to(accelerator.device)
-        if config.data.cache_embeddings and config.data.cache is not None:
-            how = f"{self.base_checksum} {frozen_dtype(training)} {config.model.attention}"
-            keep_embeddings(
-                model.image_encoder, Cache(config.data.cache), f"{how} {training.mixed_precision}"
-            )
+        if config.data.cache_embeddings and cache is not None:
+            how = self.base_checksum, dtype, config.model.attention, training.mixed_precision
+            keep_embeddings(encoder, Cache(cache), " ".join(map(str, how)))
         self.data, self.directory, self.accelerator = data, directory, accelerator
         self.run_config, self.config = config, training
         self.forward, self.loss = self._compute()
-        self.epoch = 0
+        self.epoch = 0  # the number of finished ones
         self.history: list[Epoch] = []
-        self.layers = list(adapter_layers(model))
-        self.alphas = arch_parameters(model)
-        self.operations = [self._mixture(epoch=0)]
+        self.layers = [name for name, layer in adapter_layers(model) if layer.alpha is not None]
+        self.alphas = arch_parameters(model)  # empty for a method without them
+        self.operations = [self._mixture(epoch=0)]  # before training and after every epoch
         own_steps = bool(self.alphas) and not training.simultaneous
         counts = len(data["train"]), len(data.get("arch", ()))
         self.images = EpochImages(training, *counts, own_steps, config.seed)
+        # Steps of an epoch: of the weights, and of alpha alone, once these start.
         self.weight_steps = -(-sum(counts) // training.batch_size)
-        alpha_images = self.images.of_alpha(0) if own_steps else ()
-        self.alpha_steps = -(-len(alpha_images) // training.batch_size)
+        self.alpha_steps = -(-len(self.images.of(0)[1]) // training.batch_size)
         self.weights = self._weight_group()
         self.architecture = self._architecture_group() if self.alphas else None
         self.groups = [group for group in (self.weights, self.architecture) if group]
@@ -183,32 +158,25 @@ class Trainer:
 
     def _architecture_group(self) -> Group:
         config = self.config
-        schedule = config.alpha_schedule or config.schedule
-        rate = config.alpha_learning_rate
-        optimizer = self._optimizer(
-            self.alphas,
-            lr=self._fitting_alpha_rate(schedule) if rate is None else rate,
-            weight_decay=config.alpha_weight_decay,
-            betas=(0.5, 0.999),
-        )
+        schedule, rate = config.alpha_schedule or config.schedule, config.alpha_learning_rate
+        if rate is None:  # fits the number of alpha's steps
+            steps = self.weight_steps if config.simultaneous else self.alpha_steps
+            factors = (
+                factor(schedule, (epoch + step / steps) / config.epochs)
+                for epoch in range(config.epochs)
+                if self._searches(epoch)
+                for step in range(steps)
+            )
+            rate = fitted_rate(ALPHA_TRAVEL, factors, PAPER_ALPHA_RATE, MAX_ALPHA_RATE)
+        decay = config.alpha_weight_decay
+        optimizer = self._optimizer(self.alphas, lr=rate, weight_decay=decay, betas=(0.5, 0.999))
         return Group(optimizer, 0.0, schedule)
-
-    def _fitting_alpha_rate(self, schedule: Schedule) -> float:
-        """The rate of alpha at the start that fits the number of its steps."""
-        steps = self.weight_steps if self.config.simultaneous else self.alpha_steps
-        factors = (
-            factor(schedule, (epoch + step / steps) / self.config.epochs)
-            for epoch in range(self.config.epochs)
-            if self._searches(epoch)
-            for step in range(steps)
-        )
-        return fitted_rate(ALPHA_TRAVEL, factors, PAPER_ALPHA_RATE, MAX_ALPHA_RATE)
 
     # ---- Epochs ----------------------------------------------------------------------------------
 
     def _searches(self, epoch: int) -> bool:
         """Whether an epoch updates alpha."""
-        started = self.config.simultaneous or epoch >= first_search_epoch(self.config)
+        started = self.config.simultaneous or epoch >= self.config.search_start
         return bool(self.alphas) and started
 
     def _out_of_patience(self) -> bool:
@@ -216,7 +184,7 @@ class Trainer:
         if not self.config.patience or not self.history:
             return False
         best = kept_epoch(self.history, "best").epoch
-        start = first_search_epoch(self.config) if self.alphas else 0
+        start = self.config.search_start if self.alphas else 0
         return self.epoch - max(best, start) >= self.config.patience
 
     def run(self) -> None:
@@ -227,12 +195,13 @@ class Trainer:
         Raises:
             UserError: the loss is not finite; the message names the batch's files. A tracker fails.
         """
-        console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
+        quiet = not self.accelerator.is_main_process
+        console = Console(stderr=True, quiet=quiet, highlight=False)
         epochs = range(self.epoch, self.config.epochs)
         steps = sum(self.weight_steps + self._searches(e) * self.alpha_steps for e in epochs)
         if self.alphas:
             second = next((f", from epoch {e + 1}," for e in epochs if self._searches(e)), "")
-            console.print(WORDS.format(second), highlight=False, soft_wrap=True)
+            console.print(WORDS.format(second), soft_wrap=True)
         with TrainProgress(console, steps) as progress:
             for _ in epochs:
                 if self._out_of_patience():
@@ -241,9 +210,7 @@ class Trainer:
                 self.history.append(record)
                 self.epoch += 1
                 self._save(record)
-                console.print(
-                    epoch_line(record, self.config.epochs), highlight=False, soft_wrap=True
-                )
+                console.print(epoch_line(record, self.config.epochs), soft_wrap=True)
                 mixture = self.operations[-1] if self.alphas else None
                 log(self.accelerator, epoch_numbers(record, mixture), record.epoch)
         set_spatial(self.model, 1.0)  # the saved adapters are annealed already
@@ -255,13 +222,13 @@ class Trainer:
         set_spatial(self.model, spatial)
         started = time.perf_counter()
         groups = self.groups if config.simultaneous else [self.weights]
-        train_loss = self._optimise(groups, "train", self.images.of_weights(epoch), progress)
+        train_images, alpha_images = self.images.of(epoch)
+        train_loss = self._optimise(groups, "train", train_images, progress)
         weights_done = time.perf_counter()
         arch_loss = None
         if self.architecture is not None and self._searches(epoch) and not config.simultaneous:
             split = "arch" if "arch" in self.data else "train"
-            images = self.images.of_alpha(epoch)
-            arch_loss = self._optimise([self.architecture], split, images, progress)
+            arch_loss = self._optimise([self.architecture], split, alpha_images, progress)
         arch_done = time.perf_counter()
         with self.average.in_use() if self.average else nullcontext():
             scores = self.evaluate("val")
@@ -353,7 +320,7 @@ class Trainer:
         )
 
     def evaluate(self, split: str, metrics: Sequence[str] = ()) -> SplitScores:
-        """Loss and metrics of a split, as ``naslora.training.clicks.score_run``."""
+        """Loss and metrics of a split, as ``naslora.training.interactive.score_run``."""
         data = self.data[split]
         return score_run(self.model, data, self.accelerator, self.run_config, metrics)
 
@@ -366,8 +333,7 @@ class Trainer:
         """softmax(alpha) of every layer after every epoch; None for a method without alpha."""
         if not self.alphas:
             return None
-        layers = [name for name, layer in self.layers if layer.alpha is not None]
-        return OperationHistory(list(OPERATIONS), layers, self.operations)
+        return OperationHistory(list(OPERATIONS), self.layers, self.operations)
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 
