@@ -94,10 +94,8 @@ class Grid:
         for row, top in enumerate(self._rows):
             band: Tensor | None = None
             for column, left in enumerate(self._columns):
-                scores = next(source)
-                if scores.shape[-2:] != self.size:
-                    scores = F.interpolate(scores[None], self.size, mode="bilinear")[0]
-                scores = scores.cpu() * (down[row][:, None] * across[column])
+                scores = fit(next(source), self.size).cpu()
+                scores = scores * (down[row][:, None] * across[column])
                 if band is None:
                     band = scores.new_zeros(len(scores), self.size[0], self._width)
                 band[:, :, left : left + self.size[1]] += scores
@@ -107,6 +105,13 @@ class Grid:
             end = self._rows[row + 1] if row + 1 < len(self._rows) else self._height
             yield top, band[:, : end - top]
             unfinished = band[:, end - top :].clone()
+
+
+def fit(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes a (K, S, S) class map bilinearly to ``size``, (height, width)."""
+    if scores.shape[-2:] == size:
+        return scores
+    return F.interpolate(scores[None], size, mode="bilinear")[0]
 
 
 def _starts(length: int, tiles: Tiles) -> list[int]:
