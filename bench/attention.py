@@ -73,10 +73,8 @@ def operator_works(shape: Shape, heads: int, setting: Setting = CPU) -> dict[str
         name: partial(rel_pos_attention, backend=name) for name in setting.kernels
     }
     attends[SDPA] = _as_more_keys
-    works = {
-        name: Work(partial(attend, *leaves, grid), leaves, gradient)
-        for name, attend in attends.items()
-    }
+    computes = {name: partial(attend, *leaves, grid) for name, attend in attends.items()}
+    works = {name: Work(compute, leaves, gradient) for name, compute in computes.items()}
     judge = partial(rel_pos_attention, *exact, grid, backend="reference")
     return {**works, EXACT: Work(judge, exact, gradient.double())}
 

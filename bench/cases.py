@@ -160,14 +160,12 @@ def layer_works(shape: Shape, rank: int, setting: Setting = CPU) -> dict[str, Wo
             scaling=SCALING, backend=backend,
         )  # fmt: skip
 
-    leaves = [x, *adapter, *cell.values()]
-    works = {
-        name: Work(partial(nas_lora, x, adapter, cell, name), leaves, gradient)
-        for name in (*setting.kernels, "reference")
-    }
+    given, leaves = (x, adapter, cell), [x, *adapter, *cell.values()]
+    names = (*setting.kernels, "reference")
+    works = {name: Work(partial(nas_lora, *given, name), leaves, gradient) for name in names}
     if (shape, rank) in COMPILED_CASES:
         compiled = torch.compile(nas_lora, fullgraph=True, dynamic=False)
-        compute = partial(compiled, x, adapter, cell, "reference")
+        compute = partial(compiled, *given, "reference")
         works["reference compiled"] = Work(compute, leaves, gradient)
     if importlib.util.find_spec("peft"):
         lora = peft_lora(linear, rank).to(**like)
@@ -187,12 +185,8 @@ def of_direction(direction: str, forward: int, backward: int) -> int:
 
 def cell_bytes(shape: Shape, rank: int, direction: str, setting: Setting = CPU) -> int:
     """Bytes of maps: forward reads z and writes y, backward reads z and dy, writes dz."""
-    return (
-        setting.dtype.itemsize
-        * of_direction(direction, 2, 3)
-        * torch.Size(shape.grid).numel()
-        * rank
-    )
+    numbers = of_direction(direction, 2, 3) * torch.Size(shape.grid).numel() * rank
+    return setting.dtype.itemsize * numbers
 
 
 def cell_operations(shape: Shape, rank: int, direction: str) -> int:
@@ -239,18 +233,16 @@ def gate(works: Mapping[str, Work], setting: Setting = CPU, judge: str = "refere
     bound = 1e-4 if setting.dtype.itemsize >= 4 else 5e-2
     # By default cuDNN multiplies float32 with 10 bits of precision, which is not within the bound.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        results = {
-            name: (works[name].forward(), *works[name].both()) for name in (judge, *setting.kernels)
-        }
+        judged = {name: works[name] for name in (judge, *setting.kernels)}
+        results = {name: (work.forward(), *work.both()) for name, work in judged.items()}
     references = results.pop(judge)
     names = ["output", *(f"gradient {i}" for i in range(len(works[judge].leaves)))]
     for kernel, of_kernel in results.items():
         for name, result, reference in zip(names, of_kernel, references, strict=True):
             error = (result - reference).float().norm() / reference.float().norm()
             if not error < bound:
-                return (
-                    f"{kernel}: the {name} differs from that of {judge} by {error:.1e} of its norm"
-                )
+                part = f"{kernel}: the {name} differs from that of {judge}"
+                return f"{part} by {error:.1e} of its norm"
     return None
 
 

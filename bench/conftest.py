@@ -23,18 +23,13 @@ def pytest_addoption(parser):
     group.addoption("--models", help="encoders; default: vit_b,vit_t, or vit_h on a GPU")
     group.addoption("--image-size", type=int, default=1024 if on_gpu else 256, help="pixels")
     group.addoption("--batch", type=int, default=1 if on_gpu else 4, help="images a step")
-    group.addoption(
-        "--precision", choices=list(models.PRECISIONS), default="bf16" if on_gpu else "no"
-    )
-    group.addoption("--device", default="cuda" if on_gpu else "cpu")
+    precision, device = ("bf16", "cuda") if on_gpu else ("no", "cpu")
+    group.addoption("--precision", choices=list(models.PRECISIONS), default=precision)
+    group.addoption("--device", default=device)
     group.addoption("--methods", default=",".join(METHODS), help="default: all")
-    group.addoption(
-        "--stock", default="lora,conv-lora", help="which to measure on stock attention, too"
-    )
+    group.addoption("--stock", default="lora,conv-lora", help="which on stock attention, too")
     group.addoption("--compiled", default="", help="which to time through torch.compile, too")
-    group.addoption(
-        "--targets", default="", help="which to train the methods on, too, e.g. mlp,all"
-    )
+    group.addoption("--targets", default="", help="what else the methods adapt, e.g. mlp,all")
     group.addoption("--rounds", type=int, default=5, help="measurements of each candidate")
 
 
@@ -114,13 +109,12 @@ def measured(pytestconfig):
     """``measured(group, of)``: all entries of a group, measured in turn, once a session."""
     rounds = 1 if _runs_once(pytestconfig) else pytestconfig.getoption("rounds")
     methods = _listed(pytestconfig, "methods")
+    names, training = _training(pytestconfig), _training(pytestconfig, "compiled", "targets")
     groups = {
         "kernels": lambda work: suite.time_kernels(*work, rounds),
-        "training_step": lambda setting: suite.time_training(
-            setting, _training(pytestconfig, "compiled", "targets"), rounds
-        ),
+        "training_step": lambda setting: suite.time_training(setting, training, rounds),
         "inference": lambda setting: suite.time_inference(setting, methods, rounds),
-        "memory": lambda setting: suite.measure_memory(setting, _training(pytestconfig)),
+        "memory": lambda setting: suite.measure_memory(setting, names),
     }
 
     @functools.cache

@@ -35,7 +35,7 @@ def count(function: Callable[[], object]) -> Counts:
     mapping = {
         getattr(operators, name): formula
         for operators in (torch.ops.naslora_cpp, torch.ops.naslora_cuda, torch.ops.naslora_triton)
-        for name, formula in (FORMULAS | ATTENTION_FORMULAS).items()
+        for name, formula in FORMULAS.items()
         if hasattr(operators, name)
     }
     flops = FlopCounterMode(display=False, custom_mapping=mapping)
@@ -137,17 +137,9 @@ def _cell_backward(
     return _cell(z[:-1].numel(), pw[-1], need_z + (need_alpha or need_weights))
 
 
-def _folded_cell(z, kernel, *_, **__) -> int:
-    return 2 * z[:-1].numel() * kernel.numel()
-
-
 def _folded_linear(x, weight, bias, lora_A, lora_B, kernel, *_, **__) -> int:
     c_out, c_in = weight
     return 2 * x[:-1].numel() * (c_in * c_out + lora_A[0] * (c_in + c_out) + kernel.numel())
-
-
-def _attention(q, *_, **__) -> int:
-    return 2 * _logits(q)
 
 
 def _attention_backward(
@@ -169,10 +161,8 @@ FORMULAS = {
     "mixed_cell_backward": _cell_backward,
     "nas_lora_linear": _linear,
     "nas_lora_linear_backward": _linear_backward,
-    "folded_cell": _folded_cell,
+    "folded_cell": lambda z, kernel, *_, **__: 2 * z[:-1].numel() * kernel.numel(),
     "folded_linear": _folded_linear,
-}
-ATTENTION_FORMULAS = {
-    "rel_pos_attention": _attention,
+    "rel_pos_attention": lambda q, *_, **__: 2 * _logits(q),
     "rel_pos_attention_backward": _attention_backward,
 }

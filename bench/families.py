@@ -114,20 +114,17 @@ def plain(size: plain_vits.PlainViT) -> Callable[[int, int], nn.Module]:
 
 
 EOMT = {"num_register_tokens": 4, "num_blocks": 1, "num_queries": 7, "num_labels": 2}
+DINOV3 = {"num_register_tokens": 4, "intermediate_size": 64}
+OF_14 = {"size": (56, 56), "oblong": (56, 84)}  # pixels a patch
 HOSTS = (
     Host("SAM (`vit_*`)", plain_vit(ImageEncoderViT)),
     Host("MobileSAM (`mobile_sam`)", lambda height, width: TinyViTEncoder()),
     Host("SAM-HQ (`sam_hq_*`)", plain_vit(sam_hq.HQViT)),
     Host("Light HQ-SAM (`sam_hq_tiny`)", lambda height, width: sam_hq.HQTinyViT()),
     Host("SAM 2, 2.1 (`sam2_*`, `sam2.1_*`)", lambda height, width: sam2.HieraEncoder(HIERA)),
-    Host("SAM 3 (`sam3`), Sam3 of transformers", sam3_encoder, size=(56, 56), oblong=(56, 84)),
+    Host("SAM 3 (`sam3`), Sam3 of transformers", sam3_encoder, **OF_14),
     Host("DINOv3 (`dinov3_*`)", plain(plain_vits.DINOV3["dinov3_s"])),
-    Host(
-        "DINOv2 (`dinov2_*`)",
-        plain(plain_vits.DINOV2["dinov2_s"]),
-        size=(56, 56),
-        oblong=(56, 84),
-    ),
+    Host("DINOv2 (`dinov2_*`)", plain(plain_vits.DINOV2["dinov2_s"]), **OF_14),
     Host("PE Spatial (`pe_spatial_*`)", plain(plain_vits.PE_SPATIAL["pe_spatial_s"])),
     Host("SamModel of transformers", hugging_face_sam("SamVisionModel")),
     Host("SamHQModel of transformers", hugging_face_sam("SamHQVisionModel")),
@@ -138,9 +135,7 @@ HOSTS = (
         prefix=5,
     ),
     Host(
-        "DINOv3 of transformers",
-        of_transformers("DINOv3ViTModel", oblong=True, num_register_tokens=4, intermediate_size=64),
-        prefix=5,
+        "DINOv3 of transformers", of_transformers("DINOv3ViTModel", oblong=True, **DINOV3), prefix=5
     ),
     Host(
         "EoMT of transformers",
@@ -155,9 +150,7 @@ HOSTS = (
 def first(output: Any) -> Tensor:
     """The first tensor of what an encoder returns."""
     while not isinstance(output, Tensor):
-        output = (
-            next(value for value in output.values()) if hasattr(output, "values") else output[0]
-        )
+        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
     return output
 
 
@@ -230,12 +223,9 @@ def same_outputs(host: Host, x: Tensor) -> str:
 def gradients(model: nn.Module, x: Tensor) -> bool:
     """Whether every parameter of every adapter gets a gradient."""
     first(model(x)).float().square().mean().backward()
-    return all(
-        parameter.grad is not None and bool(parameter.grad.isfinite().all())
-        for _, layer in adapter_layers(model)
-        for parameter in layer.parameters()
-        if parameter.requires_grad
-    )
+    parameters = [p for _, layer in adapter_layers(model) for p in layer.parameters()]
+    gradients = [p.grad for p in parameters if p.requires_grad]
+    return all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 @torch.no_grad()

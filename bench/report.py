@@ -6,7 +6,6 @@ over rounds of two candidates' seconds in the same round. The exit status is 1 i
 was not measured, or if a target of the kernels is missed.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import tyro
 
 from bench import attention
 from bench.kinds import KINDS
@@ -133,11 +134,12 @@ CLAIMS = {
 }
 
 
-def main() -> int:
-    """Prints the tables and the claims; returns 1 if a claim fails or was not measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path)
-    files = parser.parse_args().files
+def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> int:
+    """Prints the tables and the claims; returns 1 if a claim fails or was not measured.
+
+    Args:
+        files: what pytest-benchmark wrote.
+    """
     entries = [entry for path in files for entry in json.loads(path.read_text())["benchmarks"]]
     print(about(entries))
     measured = by_setting(entries)
@@ -216,15 +218,10 @@ def inference(measured: Measured) -> str:
         if step != "inference":
             continue
         paper = PAPER.get(name)
-        rows.append(
-            [
-                _title(name),
-                _milliseconds(measured, (name, step)),
-                _ratio(measured.ratio((name, step), (UNTOUCHED + STOCK, step))),
-                _ratio(measured.ratio((name, step), (UNTOUCHED, step))),
-                _plain(paper and PAPER["lora"][1] / paper[1]),
-            ]
-        )
+        others = ((UNTOUCHED + STOCK, step), (UNTOUCHED, step))
+        ratios = [_ratio(measured.ratio((name, step), other)) for other in others]
+        times = _milliseconds(measured, (name, step))
+        rows.append([_title(name), times, *ratios, _plain(paper and PAPER["lora"][1] / paper[1])])
     head = ["Model", "inference, ms (p20, p80)", "× untouched, stock attention", "× untouched"]
     return _table([*head, "paper × LoRA"], rows)
 
@@ -280,11 +277,8 @@ def kernels_table(entries: list[dict]) -> tuple[str, bool]:
 
 def startup_table(entries: list[dict]) -> str:
     """Medians of the group startup."""
-    rows = [
-        [entry["name"], f"{1e3 * statistics.median(entry['stats']['data']):,.1f}"]
-        for entry in entries
-        if entry["group"] == "startup"
-    ]
+    found = [entry for entry in entries if entry["group"] == "startup"]
+    rows = [[e["name"], f"{1e3 * statistics.median(e['stats']['data']):,.1f}"] for e in found]
     return _table(["What", "ms"], rows)
 
 
@@ -322,4 +316,4 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main))

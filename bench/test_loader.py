@@ -46,9 +46,8 @@ def test_loader(benchmark, photographs, tmp_path, source, workers):
     """An epoch, after one that warms the page cache and fills ours."""
     data = DataConfig(root=photographs, cache=tmp_path if source == "cache" else None)
     training = TrainConfig(batch_size=BATCH, workers=0)
-    config = resolve(
-        RunConfig(data=data, model=ModelConfig("vit_t", None, 1024), training=training)
-    )
+    model = ModelConfig("vit_t", None, 1024)
+    config = resolve(RunConfig(data=data, model=model, training=training))
     images = load_splits("csv", photographs)["train"]
     dataset = make_dataset(config, images, "trained")
     batches = GlobalBatches(range(len(dataset)), BATCH)

@@ -1,5 +1,9 @@
 """Small adapted models, and helpers for tests of merging."""
 
+import io
+from collections import OrderedDict
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import (
@@ -17,19 +21,17 @@ from naslora.adapter.layer.modules import adapter_layers
 SIZE, DEPTH = 64, 2
 
 
-def build_encoder(depth: int = DEPTH) -> ImageEncoderViT:
+def build_encoder(depth: int = DEPTH, **options) -> ImageEncoderViT:
     """An unmodified segment_anything encoder: 4 x 4 tokens, windowed blocks and a global one."""
     torch.manual_seed(0)
-    return ImageEncoderViT(
-        img_size=SIZE,
-        embed_dim=32,
-        depth=depth,
-        num_heads=2,
-        out_chans=16,
-        use_rel_pos=True,
-        window_size=3,
-        global_attn_indexes=(1,),
-    ).eval()
+    sizes = {"img_size": SIZE, "embed_dim": 32, "num_heads": 2, "out_chans": 16, "window_size": 3}
+    sizes |= {"use_rel_pos": True, "global_attn_indexes": (1,), **options}
+    return ImageEncoderViT(depth=depth, **sizes).eval()
+
+
+def named(**parts: nn.Module) -> nn.Sequential:
+    """Modules one after the other, as children of these names."""
+    return nn.Sequential(OrderedDict(parts))
 
 
 def original_sam(encoder: nn.Module, size: int, **transformer: int) -> Sam:
@@ -38,6 +40,14 @@ def original_sam(encoder: nn.Module, size: int, **transformer: int) -> Sam:
     decoder = MaskDecoder(transformer_dim=256, transformer=TwoWayTransformer(**sizes))
     prompts = PromptEncoder(256, (size // 16,) * 2, (size, size), mask_in_chans=16)
     return Sam(encoder, prompts, decoder).eval()
+
+
+@torch.no_grad()
+def stir(parameters: Iterable[torch.Tensor], by: float, seed: int = 1) -> None:
+    """Adds normal noise of this deviation: what starts at zero or alike does not stay so."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.add_(by * torch.randn(parameter.shape, generator=generator))
 
 
 def randomize(module: nn.Module, seed: int = 3) -> None:
@@ -65,17 +75,14 @@ def trained_encoder(**options) -> ImageEncoderViT:
     """An adapted encoder of which the neck is trained as well."""
     model = adapted_encoder(**options)
     model.neck.requires_grad_(True)
-    with torch.no_grad():
-        for parameter in model.neck.parameters():
-            parameter.add_(0.1)
+    stir(model.neck.parameters(), 0.1)
     return model
 
 
 def adapted_layer(dtype=torch.float32, c_in=16, c_out=12, **options) -> nn.Sequential:
     """One layer, as the child of a model whose state dict calls it ``qkv``."""
     torch.manual_seed(1)
-    model = nn.Sequential()
-    model.add_module("qkv", nn.Linear(c_in, c_out).to(dtype))
+    model = named(qkv=nn.Linear(c_in, c_out).to(dtype))
     inject(model, NASLoRAConfig(target="qkv", **options))
     randomize(model)
     return model.eval()
@@ -97,6 +104,12 @@ def smooth_images(count: int, seed: int) -> torch.Tensor:
 
 def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
     return (difference.double().norm() / reference.double().norm()).item()
+
+
+def as_torch(value: object) -> bytes:
+    """What ``torch.save`` writes."""
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

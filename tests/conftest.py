@@ -8,13 +8,13 @@ import contextlib
 import csv
 import gc
 import io
+import json
 import os
 import shlex
 import shutil
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 # One thread, in processes that tests start as well: they fork, and a forked process cannot use the
@@ -25,6 +25,7 @@ import cuda_emulation
 import pytest
 import torch
 import torch.multiprocessing
+from fresh_process import Result
 from torch import distributed
 
 # Without a GPU, Triton's kernels are interpreted and the CUDA kernels emulated. Both variables are
@@ -52,12 +53,10 @@ TINY = {"width": 32, "depth": 2, "heads": 2, "global_blocks": (1,)}  # of a ViT
 def write_data(root: Path, classes: int = 2, **counts: int) -> Path:
     """A CSV data set of bright discs on dark noise, as many a split as ``counts`` says."""
     import numpy as np
-    from PIL import Image
+    from miniatures import save
 
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:SIZE, :SIZE]
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
     for split, count in counts.items():
         lines = ["image,label"]
         for i in range(count):
@@ -66,8 +65,8 @@ def write_data(root: Path, classes: int = 2, **counts: int) -> Path:
             mask = sum((distance < 10 * k / (classes - 1)).astype(np.uint8) for k in range(classes))
             mask = np.minimum(mask, classes - 1)
             image = 200 * mask[..., None] / (classes - 1) + rng.integers(0, 40, (SIZE, SIZE, 3))
-            Image.fromarray(image.astype(np.uint8)).save(root / f"images/{split}{i}.png")
-            Image.fromarray(mask).save(root / f"masks/{split}{i}.png")
+            save(root / f"images/{split}{i}.png", image)
+            save(root / f"masks/{split}{i}.png", mask)
             lines.append(f"images/{split}{i}.png,masks/{split}{i}.png")
         (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
     return root
@@ -83,15 +82,6 @@ def write_checkpoint(path: Path) -> Path:
     head = {"mask_decoder.iou_prediction_head.layers.0.weight": torch.zeros(4, 4)}
     save_file({**SamForSegmentation("vit_t", SIZE).state_dict(), **head}, path)
     return path
-
-
-@dataclass
-class Result:
-    """What a command ended with and wrote."""
-
-    status: int
-    out: str
-    err: str
 
 
 def call(*arguments: object) -> Result:
@@ -131,6 +121,11 @@ def refusal(*arguments: object) -> str:
     result = call(*arguments)
     assert result.status == 2, result.err
     return result.err
+
+
+def scores_of(run: Path, *options: object) -> dict:
+    """What ``naslora evaluate`` prints of a run, a merged model or a family."""
+    return json.loads(succeed("evaluate", run, *options).out)
 
 
 def error_of(function, *arguments, **options) -> str:
@@ -207,20 +202,10 @@ def single_process_group(tmp_path):
         yield
 
 
-@pytest.fixture(scope="session")
-def naslora():
-    return call
-
-
-@pytest.fixture(scope="session")
-def make_data():
-    return write_data
-
-
 @pytest.fixture(scope="module")
-def clean_data(make_data, tmp_path_factory):
+def clean_data(tmp_path_factory):
     """Images that tests only read."""
-    return make_data(tmp_path_factory.mktemp("data") / "data", train=4, val=2, test=2)
+    return write_data(tmp_path_factory.mktemp("data") / "data", train=4, val=2, test=2)
 
 
 @pytest.fixture
@@ -268,8 +253,7 @@ def tiny_sam():
 def run(tiny_sam, clean_data, tmp_path_factory):
     """A finished run on ``clean_data`` that tests only read."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    result = call("train", "--data", clean_data, *TRAIN, "--output", output)
-    assert result.status == 0, result.err
+    result = succeed("train", "--data", clean_data, *TRAIN, "--output", output)
     # So few and small images have fewer tokens than the second linear of an MLP has inputs.
     warnings = [line for line in result.err.splitlines() if "warning" in line]
     assert all("fewer tokens" in line for line in warnings), result.err

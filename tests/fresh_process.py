@@ -1,69 +1,38 @@
 """Programs in processes that have imported nothing but torch, without importing torch each time."""
 
-import atexit
-import functools
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
-
-# Forks for every request on a line: a fork of this process has torch and nothing else.
-SERVER = """
-import json, os, sys, tempfile, traceback, torch
-
-def run(program, environment):
-    os.environ.clear()
-    os.environ.update(environment)
-    try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
-    except SystemExit as error:
-        return error.code or 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-for line in sys.stdin:
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        if (child := os.fork()) == 0:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            status = run(*json.loads(line))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        written = []
-        for file in (out, err):
-            file.seek(0)
-            written.append(file.read().decode())
-    print(json.dumps([status, *written]), flush=True)
-"""
 
 
 class Result(NamedTuple):
-    """What a program ended with and wrote."""
+    """What a program or a command ended with and wrote."""
 
     status: int
+    """The exit status; -n if signal n killed it."""
     out: str
     err: str
 
 
-@functools.cache
-def _server() -> subprocess.Popen:
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    atexit.register(server.communicate)  # ends it
-    return server
+def _run(program: str, environment: dict[str, str], streams: list[Path]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
 
 
 def run_fresh(program: str, **environment: str | None) -> Result:
     """Runs a program in a process of its own; None removes a variable of the environment."""
     changed = {**os.environ, **environment}
     kept = {name: value for name, value in changed.items() if value is not None}
-    server = _server()
-    server.stdin.write(json.dumps([program, kept]) + "\n")
-    server.stdin.flush()
-    return Result(*json.loads(server.stdout.readline()))
+    forks = multiprocessing.get_context("forkserver")  # of a process that has torch alone
+    forks.set_forkserver_preload(["torch"])
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder, name) for name in ("out", "err")]
+        process = forks.Process(target=_run, args=(program, kept, streams))
+        process.start()
+        process.join()
+        return Result(process.exitcode, *(path.read_text() for path in streams))

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from adapted_models import randomize
+from adapted_models import randomize, stir
 from torch import nn
 from torch.func import functional_call
 from transformers import Sam2Config, Sam2Model, SamConfig, SamModel
@@ -22,34 +22,22 @@ DECODER = {
 
 def build_sam() -> SamModel:
     """4 x 4 tokens, a windowed and a global block."""
-    vision = {
-        "hidden_size": 32,
-        "output_channels": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": SIZE,
-        "patch_size": 16,
-        "window_size": 3,
-        "global_attn_indexes": [1],
-        "mlp_dim": 64,
-        "num_pos_feats": 8,
-    }
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64}
+    vision |= {"output_channels": 16, "num_pos_feats": 8, "image_size": SIZE, "patch_size": 16}
+    vision |= {"window_size": 3, "global_attn_indexes": [1]}
     return started(SamModel, SamConfig, vision)
 
 
 def build_sam2() -> Sam2Model:
     """Four stages of Hiera, from 16 x 16 to 2 x 2 tokens."""
     backbone = {
-        "model_type": "sam2_hiera_det_model",
-        "hidden_size": 16,
-        "num_attention_heads": 1,
-        "image_size": [SIZE, SIZE],
+        **{"model_type": "sam2_hiera_det_model", "hidden_size": 16, "num_attention_heads": 1},
+        **{"image_size": [SIZE, SIZE], "global_attention_blocks": [3]},
         "blocks_per_stage": [1, 1, 2, 1],
         "embed_dim_per_stage": [16, 32, 64, 128],
         "num_attention_heads_per_stage": [1, 2, 4, 8],
         "window_size_per_stage": [8, 4, 4, 2],
         "window_positional_embedding_background_size": [4, 4],
-        "global_attention_blocks": [3],
     }
     vision = {
         "backbone_config": backbone,
@@ -65,9 +53,7 @@ def started(kind: type[nn.Module], config: type, vision: dict) -> nn.Module:
     torch.manual_seed(0)
     parts = {"prompt_encoder_config": dict(PROMPTS), "mask_decoder_config": dict(DECODER)}
     model = kind(config(vision_config=vision, **parts)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    stir(model.parameters(), 0.15)
     return model
 
 
@@ -79,9 +65,7 @@ def trained(name: str) -> nn.Module:
     model = BUILDERS[name]()
     inject(model, NASLoRAConfig(), train=("mask_decoder",))
     randomize(model)
-    with torch.no_grad():
-        for parameter in model.mask_decoder.parameters():
-            parameter.add_(0.01)
+    stir(model.mask_decoder.parameters(), 0.01)
     return model
 
 

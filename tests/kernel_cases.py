@@ -57,9 +57,8 @@ def _skipped_for(reason):
 
 def serves_attention(target):
     """Whether the target's backend computes attention."""
-    return hasattr(
-        importlib.import_module(f"naslora_kernels.{target.backend}"), "rel_pos_attention"
-    )
+    backend = importlib.import_module(f"naslora_kernels.{target.backend}")
+    return hasattr(backend, "rel_pos_attention")
 
 
 def _patch_language_once():
@@ -94,32 +93,22 @@ ALL_TARGETS = [
 MOST_SIMULATED = int(os.environ.get("NASLORA_MOST_SIMULATED", "1300"))  # numbers in a map
 
 
-def targets_and(cases, size, targets=None):
-    """(target, case) pairs; simulated targets get the cases of at most MOST_SIMULATED numbers."""
-    pairs = []
-    for target in targets or TARGETS:
-        limit = MOST_SIMULATED if target.values[0].simulated else math.inf
-        fitting = [case for case in cases if size(case) <= limit]
-        pairs += [
-            pytest.param(target.values[0], case, marks=target.marks, id=f"{target.id}-{case}")
-            for case in fitting
-        ]
-    return pairs
-
-
-def few_costly(targets, cases, fast):
+def few_costly(targets, cases, fast=lambda *case: True, size=lambda *case: 0):
     """``targets`` with each of ``cases``, which are tuples of further values.
 
-    Where a case costs seconds, it is a fast test only if ``fast`` returns True for the values
-    behind the target. The other cases are part of the campaign.
+    Where a case costs seconds, it is a fast test only if ``fast`` returns True for it. The other
+    cases are part of the campaign. Simulated targets get the cases of at most MOST_SIMULATED
+    numbers in ``size``, and backends without attention none that has the word in its name.
     """
     parameters = []
     for target, case in itertools.product(targets, cases):
-        values = (*target.values, *case)
-        slow = values[0].costs_a_case and not fast(*values[1:])
-        marks = [*target.marks, *([pytest.mark.campaign] if slow else [])]
-        name = "-".join([target.id, *(getattr(part, "__name__", str(part)) for part in case)])
-        parameters.append(pytest.param(*values, marks=marks, id=name))
+        (backend,), names = target.values, (getattr(part, "__name__", str(part)) for part in case)
+        name = "-".join([target.id, *names])
+        absent = "attention" in name and not serves_attention(backend)
+        if not absent and not (backend.simulated and size(*case) > MOST_SIMULATED):
+            slow = backend.costs_a_case and not fast(*case)
+            marks = [*target.marks, *([pytest.mark.campaign] if slow else [])]
+            parameters.append(pytest.param(backend, *case, marks=marks, id=name))
     return parameters
 
 
@@ -181,21 +170,16 @@ class Case:
 
     def to(self, dtype, parameter_dtype=None):
         """The case in another dtype; what is no parameter may differ from what is one."""
-        adapter = (*CELL, "lora_A", "lora_B")
-        arguments = {
-            name: value.to((parameter_dtype or dtype) if name in adapter else dtype)
-            for name, value in self.arguments.items()
-        }
+        own = dict.fromkeys((*CELL, "lora_A", "lora_B"), parameter_dtype or dtype)
+        arguments = {name: value.to(own.get(name, dtype)) for name, value in self.arguments.items()}
         return Case(self.function, arguments, self.options, self.gradient.to(dtype))
 
     def laid_out(self, layout, gradient_layout):
         """The first argument in a layout, each one behind it in the next; and the gradient."""
         layouts = itertools.cycle(LAYOUTS.values())
         following = itertools.dropwhile(lambda own: own is not LAYOUTS[layout], layouts)
-        arguments = {
-            name: own(value) if value.dim() > 1 else value
-            for (name, value), own in zip(self.arguments.items(), following, strict=False)
-        }
+        pairs = zip(self.arguments.items(), following, strict=False)
+        arguments = {name: own(v) if v.dim() > 1 else v for (name, v), own in pairs}
         return Case(self.function, arguments, self.options, LAYOUTS[gradient_layout](self.gradient))
 
     def of_each(self, function):
@@ -219,19 +203,15 @@ class Case:
         ``target`` is a Target, on whose device the case must be, or a backend's name, or None.
         """
         needed = set(self.arguments if needed is None else needed)
-        arguments = {
-            name: value.detach().requires_grad_(name in needed)
-            for name, value in self.arguments.items()
-        }
+        arguments = {n: v.detach().requires_grad_(n in needed) for n, v in self.arguments.items()}
         function = getattr(naslora_kernels, self.function)
         backend = target.backend if isinstance(target, Target) else target
         result = function(**arguments, **self.options, backend=backend)
         leaves = {name: arguments[name] for name in self.arguments if name in needed}
         if not leaves:
             return {"result": result}
-        gradients = torch.autograd.grad(
-            result, list(leaves.values()), self.gradient, allow_unused=True, materialize_grads=True
-        )
+        zero = {"allow_unused": True, "materialize_grads": True}
+        gradients = torch.autograd.grad(result, list(leaves.values()), self.gradient, **zero)
         return {"result": result.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import tifffile
 from PIL import Image
 
 from naslora.data.contents import read_contents
@@ -25,9 +27,34 @@ def picture(path: Path, seed: int = 0, **options) -> None:
     save(path, (180 * DISC[..., None] + noise).astype(np.uint8), **options)
 
 
-def save(path: Path, pixels: np.ndarray, **options) -> None:
+def sample(root: Path, image: str, mask: str, seed: int, labels: npt.ArrayLike = BINARY) -> None:
+    """Writes a picture and its mask."""
+    picture(root / image, seed)
+    save(root / mask, labels)
+
+
+def save(path: Path, pixels: npt.ArrayLike, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(path, **options)
+    return path
+
+
+def noise(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+    """Images of random pixels, (height, width)."""
+    rng = np.random.default_rng(0)
+    return [save(folder / f"{i:02}.png", rng.integers(0, 256, (*size, 3))) for i in range(count)]
+
+
+def as_tiff(data: Path, folder: Path, change: Callable, **options) -> Path:
+    """A CSV data set as TIFF files of what ``change`` makes of its images, (H, W, 3) float32."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").symlink_to(data / "masks")
+    for path in sorted((data / "images").iterdir()):
+        values = change(np.asarray(Image.open(path), np.float32)).astype(np.float32)
+        tifffile.imwrite(folder / f"images/{path.stem}.tif", values, **options)
+    for path in data.glob("*.csv"):
+        (folder / path.name).write_text(path.read_text().replace(".png,", ".tif,"))
+    return folder
 
 
 def isic2017(root: Path) -> None:
@@ -53,11 +80,9 @@ def check_samples(samples, num_classes, palette=None, ignore_index=None):
 def pranet(root: Path) -> None:
     for i in range(5):
         for name in (f"cju{i}qkwl35piu0993l0dewei2", str(i)):
-            picture(root / f"TrainDataset/image/{name}.png", i)
-            save(root / f"TrainDataset/masks/{name}.png", BINARY)
+            sample(root / "TrainDataset", f"image/{name}.png", f"masks/{name}.png", i)
     for folder, name in (("Kvasir", "cju9a"), ("CVC-ClinicDB", "99"), ("ETIS", "1")):
-        picture(root / f"TestDataset/{folder}/images/{name}.png", 9)
-        save(root / f"TestDataset/{folder}/masks/{name}.png", BINARY)
+        sample(root / "TestDataset" / folder, f"images/{name}.png", f"masks/{name}.png", 9)
 
 
 def kvasir_raw(root: Path) -> None:
@@ -75,63 +100,49 @@ def polyps_raw(root: Path) -> None:
 
 def cvc_raw(root: Path) -> None:
     for i in range(1, 11):
-        picture(root / f"Original/{i}.tif", i)
-        save(root / f"Ground Truth/{i}.tif", BINARY)
+        sample(root, f"Original/{i}.tif", f"Ground Truth/{i}.tif", i)
 
 
 def camouflage(root: Path) -> None:
-    for i in range(10):
-        picture(root / f"TrainDataset/Imgs/camourflage_{i:05d}.jpg", i)
-        soft = np.where(DISC, 250, 3).astype(np.uint8)  # a smoothed mask
-        save(root / f"TrainDataset/GT/camourflage_{i:05d}.png", soft)
+    soft = np.where(DISC, 250, 3)  # smoothed masks
+    for name in (f"camourflage_{i:05d}" for i in range(10)):
+        sample(root / "TrainDataset", f"Imgs/{name}.jpg", f"GT/{name}.png", int(name[-2:]), soft)
+    tests = root / "TestDataset"
     for folder, name in (("CAMO", "camourflage_1"), ("CHAMELEON", "animal-1"), ("COD10K", "COD-1")):
-        picture(root / f"TestDataset/{folder}/Imgs/{name}.jpg", 10)
-        save(root / f"TestDataset/{folder}/GT/{name}.png", BINARY)
+        sample(tests / folder, f"Imgs/{name}.jpg", f"GT/{name}.png", 10)
     # The original also has names that differ in case.
-    picture(root / "TestDataset/CHAMELEON/Imgs/animal-2.JPG", 11)
-    save(root / "TestDataset/CHAMELEON/GT/Animal-2.png", BINARY)
+    sample(tests / "CHAMELEON", "Imgs/animal-2.JPG", "GT/Animal-2.png", 11)
 
 
 def sbu(root: Path) -> None:
     for folder, count in (("SBUTrain4KRecoveredSmall", 10), ("SBU-Test", 2)):
         for i in range(count):
-            picture(root / folder / f"ShadowImages/lssd{i}.jpg", i)
-            save(root / folder / f"ShadowMasks/lssd{i}.png", BINARY)
-
-
-def leaf_mask(path: Path) -> None:
-    save(path, np.where(DISC[..., None], (128, 0, 0), 0).astype(np.uint8))
+            sample(root / folder, f"ShadowImages/lssd{i}.jpg", f"ShadowMasks/lssd{i}.png", i)
 
 
 def leaf(root: Path) -> None:
     for folder, count in (("train", 10), ("test", 2)):
-        for i in range(count):
-            picture(root / folder / f"images/{folder}{i:05d}.jpg", i)
-            leaf_mask(root / folder / f"masks/{folder}{i:05d}.png")
+        leaf_flat(root / folder, folder, count)
 
 
-def leaf_flat(root: Path) -> None:
-    for i in range(12):
-        picture(root / f"images/{i:05d}.jpg", i)
-        leaf_mask(root / f"masks/{i:05d}.png")
+def leaf_flat(root: Path, prefix: str = "", count: int = 12) -> None:
+    for i in range(count):
+        name = f"{prefix}{i:05d}"
+        sample(root, f"images/{name}.jpg", f"masks/{name}.png", i, DISC[..., None] * (128, 0, 0))
 
 
 def roads(root: Path) -> None:
     for split, count in (("train", 3), ("val", 1), ("test", 1)):
         for i in range(count):
-            name = f"{split}_{i}_15"
-            picture(root / f"tiff/{split}/{name}.tiff", i)
-            save(root / f"tiff/{split}_labels/{name}.tif", BINARY)
+            name = f"{split}_{i}_15.tif"
+            sample(root / "tiff", f"{split}/{name}f", f"{split}_labels/{name}", i)
 
 
 def trans10k_v1(root: Path) -> None:
-    for part, count in (
-        ("train", 3),
-        *((f"{s}/{g}", 1) for s in ("validation", "test") for g in ("easy", "hard")),
-    ):
+    parts = [f"{split}/{group}" for split in ("validation", "test") for group in ("easy", "hard")]
+    for part, count in {"train": 3, **dict.fromkeys(parts, 1)}.items():
         for i in range(count):
-            picture(root / part / f"images/{i}.jpg", i)
-            save(root / part / f"masks/{i}_mask.png", V1_COLOURS[CLASSES])
+            sample(root / part, f"images/{i}.jpg", f"masks/{i}_mask.png", i, V1_COLOURS[CLASSES])
 
 
 def trans10k_v2(root: Path) -> None:

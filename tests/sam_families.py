@@ -111,10 +111,9 @@ def their_masks(model: nn.Module, images: Tensor) -> Tensor:
     x = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     batch, grid = len(x), x.shape[-1] // (14 if third else 16)
     dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+    positions = model.get_image_wide_positional_embeddings()
     shared = {
-        "image_positional_embeddings": model.get_image_wide_positional_embeddings().expand(
-            batch, -1, -1, -1
-        ),
+        "image_positional_embeddings": positions.expand(batch, -1, -1, -1),
         "sparse_prompt_embeddings": torch.zeros(batch, 1, 0, 256),
         "dense_prompt_embeddings": dense.expand(batch, -1, grid, grid),
         "multimask_output": False,
@@ -122,14 +121,12 @@ def their_masks(model: nn.Module, images: Tensor) -> Tensor:
     if isinstance(model, Sam2Model | Sam3TrackerModel):
         fine, middle, last = model.get_image_features(x, return_dict=True).fpn_hidden_states
         last = last + model.no_memory_embedding
-        maps = [
+        *finer, maps = (
             tokens.permute(1, 2, 0).unflatten(2, (side * grid, side * grid))
             for tokens, side in ((fine, 4), (middle, 2), (last, 1))
-        ]
-        decoded = model.mask_decoder(
-            image_embeddings=maps[2], high_resolution_features=maps[:2], **shared
         )
-        return decoded[0][:, 0]
+        shared |= {"image_embeddings": maps, "high_resolution_features": finer}
+        return model.mask_decoder(**shared)[0][:, 0]
     encoded = model.vision_encoder(x)
     if isinstance(model, SamHQModel):
         early = encoded.intermediate_embeddings[0].permute(0, 3, 1, 2)
@@ -162,7 +159,5 @@ def hq_masks(decoder: nn.Module, embedding: Tensor, early: Tensor, **shared: Ten
     detail = detail + parts.compress_vit_conv2(compressed)
     sam = parts.output_hypernetworks_mlps[0](tokens[:, 0, 1])  # (B, 32)
     own = parts.hq_mask_mlp(tokens[:, 0, 2])
-    return (
-        torch.einsum("bc,bchw->bhw", sam, upscaled)[:, None]
-        + (torch.einsum("bc,bchw->bhw", own, detail)[:, None])
-    )
+    pairs = ((sam, upscaled), (own, detail))
+    return sum(torch.einsum("bc,bchw->bhw", *pair)[:, None] for pair in pairs)

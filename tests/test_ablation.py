@@ -90,10 +90,8 @@ def test_the_table_is_that_of_the_runs(study):
     gains = {r["title"][:3]: float(r["mean"]) for r in csv_rows(tables / "differences.csv")}
     rows = csv_rows(tables / "table.csv")
     for row, folder in zip(rows, ("ratio-3-3", "base", "ratio-1-3"), strict=True):
-        dice, base = (
-            [read_json(output / f"runs/{f}/{s}/metrics.json")["test"]["dice"] for s in (0, 1)]
-            for f in (folder, "base")
-        )
+        files = [[output / f"runs/{f}/{s}/metrics.json" for s in (0, 1)] for f in (folder, "base")]
+        dice, base = ([read_json(file)["test"]["dice"] for file in own] for own in files)
         assert float(row["dice"]) == pytest.approx(statistics.mean(dice))
         assert float(row["dice_spread"]) == pytest.approx(statistics.stdev(dice))
         if folder != "base":

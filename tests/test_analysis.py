@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import csv_rows, succeed
+from conftest import csv_rows, succeed, write_data
 from PIL import Image
 from run_configs import run_config
 from segment_anything.modeling.image_encoder import Attention
 
 from naslora.errors import UserError
-from naslora.sam import vits as sam
 from naslora.study.encoder_statistics import (
     AttentionWeights,
     attention_distances,
@@ -75,10 +74,9 @@ def test_a_checkerboard_on_a_grey_has_the_amplitudes_it_was_made_of():
 # --- encoders
 
 
-def test_every_block_of_a_vit_in_pixels(monkeypatch):
+def test_every_block_of_a_vit_in_pixels(tiny_sam):
     # A grid of 16 tokens in windows of 14: four windows, padded to 28 x 28. Queries without
     # preference are as far from all cells of a window as the grid is; those of the padding are out.
-    monkeypatch.setitem(sam.VITS, "vit_t", sam.ViT(width=32, depth=2, heads=2, global_blocks=(1,)))
     encoder = build_adapted_model(run_config(name="vit_t", image_size=256)).image_encoder.eval()
     for block in encoder.blocks:
         torch.nn.init.zeros_(block.attn.qkv.base.weight)
@@ -98,9 +96,8 @@ def test_every_block_of_a_vit_in_pixels(monkeypatch):
 
 
 def test_every_block_of_mobile_sam():
-    encoder = build_adapted_model(
-        run_config(name="mobile_sam", image_size=128, checkpoint="none")
-    ).image_encoder
+    config = run_config(name="mobile_sam", image_size=128, checkpoint="none")
+    encoder = build_adapted_model(config).image_encoder
     found = block_statistics(encoder.eval(), [torch.rand(1, 3, 128, 128)], 128)
     assert [block.window for block in found] == [7] * 2 + [14] * 6 + [7] * 2
     # The first stage with attention has tokens of 8 pixels, the others of 16; no token can look
@@ -114,9 +111,9 @@ def test_every_block_of_mobile_sam():
 
 
 @pytest.fixture(scope="module")
-def runs(make_data, tiny_sam, tmp_path_factory):
+def runs(tiny_sam, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    data = make_data(root / "data", train=4, val=1, test=3)
+    data = write_data(root / "data", train=4, val=1, test=3)
     folders = [root / f"seed{seed}" for seed in (0, 1)]
     for seed, folder in enumerate(folders):
         arguments = ("--data", data, "--output", folder, "--seed", seed, "--search-start", 1)
@@ -155,11 +152,7 @@ def test_the_folder(runs, tmp_path):
     losses = csv_rows(output / "operation_losses.csv")
     linears = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
     adapted = [f"image_encoder.blocks.{block}.{linear}" for block in (0, 1) for linear in linears]
-    assert [row["layer"] for row in losses] == [
-        *adapted,
-        "all layers",
-        *(f"random operations, draw {draw}" for draw in range(1, 6)),
-    ]
-    assert float(losses[8]["weight"]) == pytest.approx(
-        sum(float(row["weight"]) for row in losses[:8]) / 8
-    )
+    random = [f"random operations, draw {draw}" for draw in range(1, 6)]
+    assert [row["layer"] for row in losses] == [*adapted, "all layers", *random]
+    mean = sum(float(row["weight"]) for row in losses[:8]) / 8
+    assert float(losses[8]["weight"]) == pytest.approx(mean)

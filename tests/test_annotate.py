@@ -1,7 +1,6 @@
 """Labelling by clicks: objects, the data set that they become, and the page."""
 
 import asyncio
-import json
 import shutil
 import socket
 import sys
@@ -11,7 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SIZE, TRAIN, error_of, free_port, refusal, succeed, write_data
+from conftest import SIZE, TRAIN, error_of, free_port, refusal, scores_of, succeed, write_data
+from miniatures import noise
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -44,12 +44,7 @@ class Boxes:
 
 @pytest.fixture
 def images(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i in range(6):
-        pixels = np.random.default_rng(i).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return sorted(folder.iterdir())
+    return noise(tmp_path / "images", 6, SHAPE)
 
 
 @pytest.fixture
@@ -113,20 +108,20 @@ def test_objects_are_made_corrected_and_saved(labelling, images, tmp_path):
     labelling.save()  # no objects
     labelling.open(images[0])
     assert labelling.labels[20, 35] == 2 and labelling.labels[10, 10] == 0
-    mask = np.asarray(Image.open(tmp_path / "set" / "masks" / "0.png"))
+    mask = np.asarray(Image.open(tmp_path / "set" / "masks" / "00.png"))
     assert mask.dtype == np.uint8 and np.array_equal(mask, labelling.labels)
 
 
 def test_bad_masks_are_refused(labelling, images, tmp_path):
     labelling.save()
-    path = tmp_path / "set" / "masks" / "0.png"
+    path = tmp_path / "set" / "masks" / "00.png"
     Image.new("L", (5, 5)).save(path)
     assert "differ in size" in error_of(labelling.open, images[0])
     path.write_bytes(b"no image")
     assert "cannot be read" in error_of(labelling.open, images[0])
 
 
-def test_what_is_labelled_trains_and_finds_the_next_objects(naslora, tiny_sam, tmp_path):
+def test_what_is_labelled_trains_and_finds_the_next_objects(tiny_sam, tmp_path):
     """Ten images, a training, the next ten: the loop of two commands."""
     data = write_data(tmp_path / "data", train=4)
     images = sorted((data / "images").iterdir())
@@ -138,8 +133,7 @@ def test_what_is_labelled_trains_and_finds_the_next_objects(naslora, tiny_sam, t
     output = tmp_path / "run"
     succeed("train", "--data", tmp_path / "set", *options, "--output", output)
     search = ("--points-per-side", "2", "--min-iou", "0", "--min-stability", "0")
-    result = naslora("evaluate", output, "--instances", *search)
-    assert json.loads(result.out)["objects"] == 1, result.err
+    assert scores_of(output, "--instances", *search)["objects"] == 1
     found = ("--instances", "--output", tmp_path / "found", *search)
     assert "wrote 1 masks" in succeed("predict", output, images[3], *found).out
     labelling = Labelling(InstanceFinder(output, InstanceConfig()), LabelledSet(tmp_path / "set"))
@@ -190,9 +184,9 @@ def test_the_page_labels(tiny_sam, images, tmp_path):
             assert page.labelling.steps[2].box == (8, 8, 30, 20)
             assert page.marks().count("<circle") == 2 and page.marks().count("<rect") == 1
             user.find("Save").click()
-            await seen(user, "1.png, 2 of 3, saved; objects: ")
+            await seen(user, "01.png, 2 of 3, saved; objects: ")
             user.find("Next").click()
-            await seen(user, "2.png, 3 of 3, new")
+            await seen(user, "02.png, 3 of 3, new")
             user.find("Find all").click()
             await seen(user, "3 of 3, changed")
             images[0].unlink()

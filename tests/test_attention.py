@@ -12,10 +12,12 @@ import pytest
 import torch
 from adapted_models import (
     adapted_encoder,
+    as_torch,
     build_encoder,
     images,
     randomize,
     relative,
+    stir,
 )
 from conftest import SHORT, succeed
 from hugging_face import batch_loss, batch_of, build_sam, build_sam2
@@ -32,14 +34,7 @@ from transformers import SamHQVisionConfig, SamVisionConfig
 from transformers.models.sam import modeling_sam
 from transformers.models.sam_hq import modeling_sam_hq
 
-from naslora import (
-    NASLoRAConfig,
-    UserError,
-    fuse_attention,
-    inject,
-    merge,
-    unfuse_attention,
-)
+from naslora import NASLoRAConfig, UserError, fuse_attention, inject, merge, unfuse_attention
 from naslora.adapter.layer.windows import Windows
 from naslora.methods import METHODS, apply
 from naslora.sam.attention import FusedAttention
@@ -50,12 +45,9 @@ from naslora.trained import load_model, merge_run
 BLOCKS = ["blocks.0.attn", "blocks.1.attn"]  # a windowed and a global one
 
 
-def stirred(model: nn.Module, by: float = 0.3) -> nn.Module:
+def stirred(model: nn.Module) -> nn.Module:
     """Moves every parameter: a fresh SAM's relative positions and biases are zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+    stir(model.parameters(), 0.3)
     return model
 
 
@@ -167,8 +159,7 @@ def outcome(attention: nn.Module, dtype, training: bool) -> dict[str, torch.Tens
     attention.to(dtype).train(training)
     x = tokens_for(attention, dtype).requires_grad_()
     torch.manual_seed(0)  # of dropout
-    output = attention(x)
-    output = first(output)
+    output = first(attention(x))
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     (output * weight).sum().backward()
     gradients = {name: p.grad for name, p in attention.named_parameters() if p.grad is not None}
@@ -254,7 +245,8 @@ def test_whole_models(build, loss, count):
         value = loss(model)
         value.backward()
         values.append(value.detach())
-        gradients.append(gradients_of(model))
+        found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found))
     torch.testing.assert_close(*values, rtol=1e-5, atol=0)
     assert relative(gradients[1] - gradients[0], gradients[0]) < 1e-5
 
@@ -286,11 +278,6 @@ def test_names_children_and_state_stay():
     assert fuse_attention(model.blocks[1]) == ["attn"] and fuse_attention(model) == BLOCKS
     assert unfuse_attention(model.blocks[0]) == ["attn"]
     assert [isinstance(block.attn, FusedAttention) for block in model.blocks] == [False, True]
-
-
-def gradients_of(model: nn.Module) -> torch.Tensor:
-    """All gradients in one vector. Parameters without one are left out."""
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 # ---- Windows -------------------------------------------------------------------------------------
@@ -394,16 +381,11 @@ def test_hugging_faces_padding_is_not_projected():
 
 def test_a_watched_layer_sees_whole_windows():
     model, shapes = fused(adapted_encoder()), []
-    expected = model(images())
-    hook = model.blocks[0].attn.qkv.register_forward_pre_hook(
-        lambda _, arguments: shapes.append(arguments[0].shape)
-    )
-    torch.testing.assert_close(model(images()), expected)
-    hook.remove()
-    model.blocks[0].attn.register_forward_pre_hook(
-        lambda _, arguments: shapes.append(arguments[0].shape)
-    )
-    torch.testing.assert_close(model(images()), expected)
+    expected, attention = model(images()), model.blocks[0].attn
+    for watched in (attention.qkv, attention):
+        hook = watched.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
+        torch.testing.assert_close(model(images()), expected)
+        hook.remove()
     assert {shape[1:] for shape in shapes} == {(3, 3, 32)} and len(shapes) == 2
 
 
@@ -454,11 +436,8 @@ def test_conv_lora_draws_the_random_numbers_of_stock():
 def test_copies_and_pickles():
     model = fused(adapted_encoder())
     expected = model(images())
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    for twin in (*twins, torch.load(buffer, weights_only=False)):
+    for twin in (*twins, torch.load(io.BytesIO(as_torch(model)), weights_only=False)):
         assert torch.equal(twin(images()), expected)
         assert unfuse_attention(twin) == BLOCKS
         assert type(twin.blocks[0].attn) is SamAttention
@@ -513,45 +492,23 @@ def test_fully_shard(fuse_first, single_process_group):
 # ---- What is not known ---------------------------------------------------------------------------
 
 
-def with_its_own_forward() -> nn.Module:
-    attention = sam_attention()
-    attention.forward = lambda x: SamAttention.forward(attention, x)
-    return attention
-
-
-def with_a_further_layer() -> nn.Module:
-    attention = sam_attention()
-    attention.gate = nn.Linear(32, 32)
-    return attention
-
-
-def with_a_changed_forward() -> nn.Module:
-    def forward(self, x):
-        return SamAttention.forward(self, x).tanh()
-
-    attributes = {"__module__": SamAttention.__module__, "forward": forward}
-    return sam_attention(kind=type("Attention", (SamAttention,), attributes))
-
-
-UNKNOWN = {
-    "own forward": with_its_own_forward,
-    "further layer": with_a_further_layer,
-    "patched class": with_a_changed_forward,
-}
-
-
-@pytest.mark.parametrize("build", UNKNOWN.values(), ids=UNKNOWN)
-def test_unknown_attention_stays_and_is_named(build):
-    unknown = build()
+@pytest.mark.parametrize("change", ["own forward", "further layer", "patched class"])
+def test_unknown_attention_stays_and_is_named(change):
+    patched = {"forward": lambda self, x: SamAttention.forward(self, x).tanh()}
+    kind = type("Attention", (SamAttention,), {"__module__": SamAttention.__module__, **patched})
+    unknown = sam_attention(kind=kind if change == "patched class" else SamAttention)
+    if change == "own forward":
+        unknown.forward = lambda x: SamAttention.forward(unknown, x)
+    if change == "further layer":
+        unknown.gate = nn.Linear(32, 32)
     model = nn.Sequential(sam_attention(), unknown)
     kind = type(unknown)
     expected = unknown(tokens_for(unknown))
     with pytest.warns(UserWarning) as caught:
         assert fuse_attention(model) == ["0"]
     assert len(caught) == 1 and caught[0].filename == __file__
-    assert str(caught[0].message) == (
-        f"attention that is not known stays as it is: 1 ({kind.__name__})"
-    )
+    line = f"attention that is not known stays as it is: 1 ({kind.__name__})"
+    assert str(caught[0].message) == line
     assert type(unknown) is kind and torch.equal(unknown(tokens_for(unknown)), expected)
     with pytest.raises(UserError, match=rf"it has 0 \({kind.__name__}\)$"):
         fuse_attention(nn.Sequential(unknown))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from miniatures import save
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -68,9 +68,8 @@ def test_dihedral_draws_the_eight_symmetries_of_the_square(tmp_path):
 def samples(folder, count=3):
     rng = np.random.default_rng(0)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (S, S, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        mask = rng.integers(0, 2, (S, S), dtype=np.uint8)
-        Image.fromarray(mask).save(folder / f"{i}_mask.png")
+        save(folder / f"{i}.png", rng.integers(0, 256, (S, S, 3)))
+        save(folder / f"{i}_mask.png", rng.integers(0, 2, (S, S)))
     return [Sample(folder / f"{i}.png", folder / f"{i}_mask.png", "x") for i in range(count)]
 
 
@@ -98,5 +97,4 @@ def test_changes_depend_on_seed_epoch_and_index_only(tmp_path, augment):
     assert not all(same(again[0], again[i]) for i in range(8))  # the index counts
     loader = DataLoader(first, batch_size=1, collate_fn=collate, num_workers=2)
     for i, batch in enumerate(loader):
-        assert torch.equal(batch["image"][0], items[i]["image"])
-        assert torch.equal(batch["mask"][0], items[i]["mask"])
+        assert same({key: batch[key][0] for key in ("image", "mask")}, items[i])

@@ -5,14 +5,12 @@ import torch
 
 from bench import models, suite
 from bench.models import Setting
-from naslora.sam.vits import VITS, ViT
 
 TINY = Setting("vit_t", image_size=64, batch=4)
 
 
 @pytest.fixture
-def base(monkeypatch):
-    monkeypatch.setitem(VITS, "vit_t", ViT(width=32, depth=2, heads=2, global_blocks=(1,)))
+def base(tiny_vit):
     return models.untouched(TINY)
 
 

@@ -26,8 +26,6 @@ from naslora import NASLoRAConfig, UserError, inject, merge, unmerge
 from naslora.adapter.merging import calibration
 from naslora.adapter.merging.calibration import FOLDS, PENALTIES, Moments, fit
 
-torch.set_num_threads(1)
-
 
 def ridge(x, y, prior, penalty, bias=True):
     """(G, g) by numpy's lstsq. The penalty is written as further rows with zero targets.
@@ -114,13 +112,9 @@ def test_layers_are_fitted_in_turn_on_what_the_merged_ones_give():
     errors = {error.name: error for error in report.layers}
     inputs = x
     for name, layer, y in (("first", first, targets[0]), ("second", second, targets[1])):
-        prior = layer.pointwise().numpy()
-        linear_map, offset = ridge(
-            inputs.double().reshape(-1, inputs.shape[-1]).numpy(),
-            y.double().reshape(-1, 3).numpy(),
-            prior,
-            errors[name].regularisation,
-        )
+        given, wanted = (v.double().flatten(0, -2).numpy() for v in (inputs, y))
+        prior, penalty = layer.pointwise().numpy(), errors[name].regularisation
+        linear_map, offset = ridge(given, wanted, prior, penalty)
         decoder = layer.scaling * layer.lora_B.double().numpy()
         weight = torch.from_numpy(layer.base.weight.double().numpy() + decoder @ linear_map).float()
         bias = torch.from_numpy(layer.base.bias.double().numpy() + decoder @ offset).float()

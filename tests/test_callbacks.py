@@ -60,16 +60,10 @@ class Lightning:
         import lightning.pytorch as L
         from lightning.pytorch.callbacks import ModelCheckpoint
 
-        trainer = L.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[*callbacks, ModelCheckpoint(folder, save_last=True)],
-            **options,
-        )
+        options |= {"max_epochs": epochs, "default_root_dir": folder, "accelerator": "cpu"}
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+        callbacks = [*callbacks, ModelCheckpoint(folder, save_last=True)]
+        trainer = L.Trainer(callbacks=callbacks, **quiet, **options)
         trainer.fit(model, DataLoader(self.batches, batch_size=None), ckpt_path=checkpoint)
 
 
@@ -100,26 +94,12 @@ class Transformers:
     def trainer(self, model, folder, callbacks, epochs):
         from transformers import Trainer, TrainingArguments
 
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=epochs,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            save_strategy="epoch",
-        )
-        return Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=samples(4),
-            compute_loss_func=mask_loss,
-            callbacks=callbacks,
-        )
+        options = {"output_dir": str(folder), "num_train_epochs": epochs, "save_strategy": "epoch"}
+        options |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "use_cpu": True}
+        options |= {"per_device_train_batch_size": 2, "remove_unused_columns": False}
+        options |= {"label_names": ["labels"], "report_to": [], "disable_tqdm": True}
+        parts = {"train_dataset": samples(4), "compute_loss_func": mask_loss}
+        return Trainer(model, TrainingArguments(**options), callbacks=callbacks, **parts)
 
     def train(self, model, folder, callbacks, epochs, checkpoint=None):
         trainer = self.trainer(model, folder, callbacks, epochs)

@@ -1,13 +1,13 @@
 """Images of other channels than RGB: files, windows, the widened stem, and runs."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import SHORT, SIZE, TRAIN, error_of, succeed
+from conftest import SHORT, SIZE, TRAIN, error_of, refusal, scores_of, succeed
+from miniatures import as_tiff
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
@@ -17,6 +17,7 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.data.images import Sample, open_picture
 from naslora.data.layouts import read_csv
 from naslora.data.picture import Intensity
+from naslora.files import read_json
 from naslora.sam.encoders import set_channels, stem
 from naslora.sam.families import FAMILIES
 from naslora.sam.runtimes import load_class_map
@@ -79,9 +80,8 @@ def test_several_files_of_one_image(tmp_path):
     tifffile.imwrite(tmp_path / "stack.tif", np.moveaxis(rgb, 2, 0)[:2], photometric="minisblack")
     Image.fromarray(deep).save(tmp_path / "deep.png")
     Image.fromarray(rgb[:5]).save(tmp_path / "small.png")
-    (tmp_path / "train.csv").write_text(
-        "image,image2,image3,label\nrgb.png,grey.png,stack.tif,grey.png\n"
-    )
+    rows = "image,image2,image3,label\nrgb.png,grey.png,stack.tif,grey.png\n"
+    (tmp_path / "train.csv").write_text(rows)
     (sample,) = read_csv(tmp_path)["train"]
     expected = np.concatenate([rgb, rgb[..., :1], rgb[..., :2]], axis=2)
     assert np.array_equal(open_picture(sample, channels=6).rows(), expected)
@@ -133,17 +133,12 @@ def test_equal_channels_give_what_greys_gave(tiny_sam, name, channels):
 
 def with_channels(data, folder, count):
     """The images of ``data`` as float TIFF files of ``count`` bands, some of them noise."""
-    (folder / "images").mkdir(parents=True)
-    (folder / "masks").symlink_to(data / "masks")
-    for path in sorted((data / "images").iterdir()):
-        grey = np.asarray(Image.open(path))[..., 0].astype(np.float32)
-        bands = np.stack(
-            [grey * (k % 2) + rng.normal(size=grey.shape) for k in range(1, count + 1)]
-        )
-        tifffile.imwrite(folder / f"images/{path.stem}.tif", bands.astype(np.float32), **BANDS)
-    for path in data.glob("*.csv"):
-        (folder / path.name).write_text(path.read_text().replace(".png,", ".tif,"))
-    return folder
+
+    def bands(pixels):
+        places = [pixels[..., 0] * (k % 2) for k in range(1, count + 1)]
+        return np.stack([grey + rng.normal(size=grey.shape) for grey in places])
+
+    return as_tiff(data, folder, bands, **BANDS)
 
 
 @pytest.mark.parametrize("extra", [(), ("--tiles", "auto")])
@@ -152,11 +147,8 @@ def test_three_channels_are_the_ordinary_run(tiny_sam, clean_data, tmp_path, ext
     colours = ("0.485", "0.456", "0.406"), ("0.229", "0.224", "0.225")
     stated = ("--channel-mean", *colours[0], "--channel-std", *colours[1])
     crop = ("--crop", SIZE) if extra else ()
-    for name, options in {
-        "plain": (),
-        "three": ("--channels", 3),
-        "named": ("--channels", "red", "green", "blue", *stated),
-    }.items():
+    named = ("--channels", "red", "green", "blue", *stated)
+    for name, options in {"plain": (), "three": ("--channels", 3), "named": named}.items():
         arguments = ("train", "--data", clean_data, *SHORT, *crop, *options)
         succeed(*arguments, "--output", tmp_path / name)
         image = clean_data / "images/test0.png"
@@ -165,37 +157,30 @@ def test_three_channels_are_the_ordinary_run(tiny_sam, clean_data, tmp_path, ext
     for file in ("{}/adapter/adapter_model.safetensors", "of {}/test0_mask.png"):
         contents = {(tmp_path / file.format(name)).read_bytes() for name in ("plain", "three")}
         assert len(contents) == 1, file
-    scores = [
-        json.loads((tmp_path / name / "metrics.json").read_text())["test"]
-        for name in ("plain", "three", "named")
-    ]
+    names = ("plain", "three", "named")
+    scores = [read_json(tmp_path / name / "metrics.json")["test"] for name in names]
     assert scores[0] == scores[1]
-    assert scores[2]["loss"] == pytest.approx(
-        scores[0]["loss"], rel=1e-4
-    )  # float32 of 123.675 / 255
+    # float32 of 123.675 / 255
+    assert scores[2]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("count, options", [(2, ()), (12, ("--crop", 24, "--augment", "natural"))])
-def test_a_run_on_channels(naslora, tiny_sam, clean_data, tmp_path, count, options):
+def test_a_run_on_channels(tiny_sam, clean_data, tmp_path, count, options):
     """Trained, scored, merged, exported and predicted with; the stem has been trained."""
-    data, run, merged = (
-        with_channels(clean_data, tmp_path / "data", count),
-        *map(tmp_path.joinpath, ("run", "merged")),
-    )
+    data = with_channels(clean_data, tmp_path / "data", count)
+    run, merged = tmp_path / "run", tmp_path / "merged"
     shown = ("--shown", "channel 1", 2, 2) if count == 2 else ()
     window = ("--intensity", "window", -3, 255)
     arguments = ("train", "--data", data, *TRAIN, "--channels", count, *shown, *window, *options)
     succeed(*arguments, "--output", run)
-    config = json.loads((run / "config.json").read_text())["data"]
+    config = read_json(run / "config.json")["data"]
     assert len(config["channels"]) == len(config["channel_mean"]) == count
     noise = 255 / 258  # of a band of noise around 0 in the window
     assert config["channel_mean"][1] == pytest.approx(1 - noise, abs=0.002)
     assert config["channel_std"][1] == pytest.approx(1 / 258, rel=0.2)
     assert config["shown"] == [f"channel {k}" for k in ((1, 2, 2) if count == 2 else (1, 2, 3))]
-    scores = [json.loads(naslora("evaluate", run).out)]
     succeed("merge", run, "--output", merged)
-    scores.append(json.loads(naslora("evaluate", merged).out))
-    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-3)
+    assert scores_of(run)["loss"] == pytest.approx(scores_of(merged)["loss"], rel=1e-3)
     trained = load_file(run / "adapter/adapter_model.safetensors")
     assert trained["image_encoder.patch_embed.proj.weight"].shape[1] == count
     image, masks, models = data / "images/test0.tif", [], [merged]
@@ -209,22 +194,18 @@ def test_a_run_on_channels(naslora, tiny_sam, clean_data, tmp_path, count, optio
         masks.append(np.asarray(Image.open(output / "test0_mask.png")))
         assert Image.open(output / "test0_overlay.jpg").mode == "RGB"
     assert (masks[0] == masks[-1]).mean() > 0.99  # where rounding decides
-    refused = naslora(
-        "export", merged, "--format", "safetensors", "--output", tmp_path / "no.safetensors"
-    )
-    assert f"the model has {count} channels" in refused.err
-    refused = naslora("predict", run, clean_data / "images/test0.png", "--output", tmp_path / "no")
-    assert f"has 3 channels, and the run has {count}" in refused.err
+    output = ("--output", tmp_path / "no.safetensors")
+    refused = refusal("export", merged, "--format", "safetensors", *output)
+    assert f"the model has {count} channels" in refused
+    refused = refusal("predict", run, clean_data / "images/test0.png", *output)
+    assert f"has 3 channels, and the run has {count}" in refused
 
 
 def test_several_files_are_predicted_from_a_csv(tiny_sam, clean_data, tmp_path):
     for split in ("train", "val", "test"):
-        rows = (clean_data / f"{split}.csv").read_text().split()[1:]
-        lines = [
-            f"{row.split(',')[0]},{row}".replace("images", f"{clean_data}/images") for row in rows
-        ]
-        text = "\n".join(["image,image2,label", *lines]).replace("masks", f"{clean_data}/masks")
-        (tmp_path / f"{split}.csv").write_text(text)
+        rows = [line.split(",") for line in (clean_data / f"{split}.csv").read_text().split()[1:]]
+        lines = [f"{clean_data}/{i},{clean_data}/{i},{clean_data}/{m}" for i, m in rows]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["image,image2,label", *lines]))
     arguments = ("--data", tmp_path, *SHORT, "--channels", 6, "--output", tmp_path / "run")
     succeed("train", *arguments, "--cache", tmp_path / "cache")
     succeed("predict", tmp_path / "run", tmp_path / "test.csv", "--output", tmp_path / "out")

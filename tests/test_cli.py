@@ -8,13 +8,11 @@ import json
 import re
 
 import pytest
-from conftest import TRAIN, succeed
-from safetensors.torch import save_file
+from conftest import TRAIN, call, refusal, succeed, write_checkpoint
 
 import naslora as naslora_package
 from naslora.methods import METHODS
 from naslora.results import LAST
-from naslora.sam.segmentation import SamForSegmentation
 from naslora.training.run_config import (
     DataConfig,
     ModelConfig,
@@ -30,12 +28,12 @@ COMMANDS = ("demo", "train", "evaluate", "predict", "merge", "info")
 
 
 @pytest.fixture
-def trained(naslora, clean_data, tmp_path):
+def trained(clean_data, tmp_path):
     """Trains with options: the result, and the line of its error."""
 
     def train(*options):
         output = ("--output", tmp_path / "run")
-        result = naslora("train", "--data", clean_data, *TRAIN, *options, *output)
+        result = call("train", "--data", clean_data, *TRAIN, *options, *output)
         lines = [line for line in result.err.splitlines() if line.startswith("naslora: error: ")]
         assert len(lines) == (result.status == 2) and "Traceback" not in result.err, result.err
         return result, *lines
@@ -43,17 +41,12 @@ def trained(naslora, clean_data, tmp_path):
     return train
 
 
-def state_of_vit_t():
-    return SamForSegmentation("vit_t", 32).state_dict()
-
-
-def test_good_checkpoints_train(trained, naslora, tmp_path):
-    path = tmp_path / "sam.safetensors"
-    save_file(state_of_vit_t(), path)
+def test_good_checkpoints_train(trained, tmp_path):
+    path = write_checkpoint(tmp_path / "sam.safetensors")
     assert trained("--method", "lora", "--checkpoint", path)[0].status == 0
     succeed("evaluate", tmp_path / "run")
     path.unlink()
-    assert "does not exist" in naslora("evaluate", tmp_path / "run").err
+    assert "does not exist" in refusal("evaluate", tmp_path / "run")
 
 
 def test_a_backend_that_the_environment_misnames(trained, monkeypatch):
@@ -79,32 +72,33 @@ def test_info_is_json():
     assert described["backends"]["reference"] is None and "version" in described["build"]
 
 
-def test_help_shows_what_most_people_need_first(naslora):
-    shown = re.findall(r"^│? *(--[a-z][a-z-]*)", naslora("train", "--help").out, re.MULTILINE)
+def test_help_shows_what_most_people_need_first():
+    text = call("train", "--help").out
+    shown = re.findall(r"^│? *(--[a-z][a-z-]*)", text, re.MULTILINE)
     assert {"--output", "--data", "--model", "--checkpoint", "--num-classes", "--epochs"} < {*shown}
-    assert len(shown) <= 15 and "--help-all" in naslora("train", "--help").out
+    assert len(shown) <= 15 and "--help-all" in text
 
 
-def test_the_help_of_an_option_has_no_line_breaks_of_the_source(naslora, monkeypatch):
+def test_the_help_of_an_option_has_no_line_breaks_of_the_source(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    help_ = naslora("predict", "--help").out
+    help_ = call("predict", "--help").out
     assert "auto takes the windows of --crop" in help_ and "write label images, in which" in help_
 
 
-def test_the_version(naslora):
-    assert naslora("--version").out == f"naslora {naslora_package.__version__}\n"
+def test_the_version():
+    assert call("--version").out == f"naslora {naslora_package.__version__}\n"
 
 
-def test_help_names_the_commands(naslora):
-    text = naslora("--help").out
+def test_help_names_the_commands():
+    text = call("--help").out
     for command in COMMANDS:
-        result = naslora(command, "--help")
+        result = call(command, "--help")
         assert command in text and f"usage: naslora {command}" in result.out and result.status == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_setting_is_an_option_of_train(naslora, method):
-    text = naslora("train", "--method", method, "--help-all").out
+def test_every_setting_is_an_option_of_train(method):
+    text = call("train", "--method", method, "--help-all").out
     kinds = (RunConfig, DataConfig, ModelConfig, PromptConfig, TrainConfig, METHODS[method].config)
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     for name in (names - {"data", "name", "adapter", "training", "prompts"}) | {"model", "data"}:

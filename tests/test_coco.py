@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import SHORT, refusal, succeed
-from PIL import Image
+from miniatures import save
 from run_configs import run_config
 
 from naslora.data.datasets import load_splits
@@ -53,38 +53,22 @@ CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]  # classes: do
 
 
 def annotation(number, image, category, segmentation):
-    return {
-        "id": number,
-        "image_id": image,
-        "category_id": category,
-        "segmentation": segmentation,
-        "bbox": [0, 0, 1, 1],
-        "iscrowd": 0,
-    }
+    own = {"id": number, "image_id": image, "category_id": category, "segmentation": segmentation}
+    return {**own, "bbox": [0, 0, 1, 1], "iscrowd": 0}
 
 
 def annotations(split: str) -> dict:
     """Two images: a dog, and a cat that overlaps it; and nothing."""
+    size = {"height": HEIGHT, "width": WIDTH}
     return {
         "info": {"year": 2026},
-        "images": [
-            {"id": 1, "file_name": f"{split}1.png", "height": HEIGHT, "width": WIDTH},
-            {"id": 2, "file_name": f"{split}2.png", "height": HEIGHT, "width": WIDTH},
-        ],
+        "images": [{"id": i, "file_name": f"{split}{i}.png", **size} for i in (1, 2)],
         "annotations": [
             annotation(11, 1, 3, [SQUARE]),
             annotation(12, 1, 7, runs([8 * HEIGHT, 3 * HEIGHT, 9 * HEIGHT])),  # columns 8 to 10
         ],
         "categories": list(CATEGORIES),
     }
-
-
-def write_images(folder, split):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(len(split))
-    for i in (1, 2):
-        pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{split}{i}.png")
 
 
 LAYOUTS = {
@@ -98,7 +82,9 @@ def write(root, layout="plain"):
     for split in ("train", "val", "test"):
         name = "valid" if (layout, split) == ("roboflow", "val") else split
         file, folder = (part.format(split=name) for part in LAYOUTS[layout])
-        write_images(root / folder, split)
+        for i in (1, 2):
+            image = np.random.default_rng(i).integers(0, 256, (HEIGHT, WIDTH, 3))
+            save(root / folder / f"{split}{i}.png", image)
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(json.dumps(annotations(split)))
     return root
@@ -161,9 +147,8 @@ def test_missing_and_ambiguous_files(tmp_path):
         load_splits("coco", root, ["bird"])
     (root / "val").mkdir()
     (root / "val/_annotations.coco.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"expected one annotation file of val .* found val.json, val/_annotations"
-    ):
+    lines = r"expected one annotation file of val .* found val.json, val/_annotations"
+    with pytest.raises(UserError, match=lines):
         load_splits("coco", root)
     (root / "val/_annotations.coco.json").unlink()
     (root / "val.json").unlink()

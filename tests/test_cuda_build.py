@@ -104,24 +104,23 @@ def test_the_architectures_that_are_built(
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "found", "wanted"),
+    ("environment", "found", "names"),
     [
-        (None, None, [], False),  # nvcc without a card
-        (None, None, [90], True),
-        ("TORCH_CUDA_ARCH_LIST", "9.0", [], True),
-        ("NASLORA_FORCE_CUDA", "1", [], True),
-        ("NASLORA_FORCE_CUDA", "0", [], False),
-        ("NASLORA_SKIP_CUDA", "1", [90], False),
-        ("NASLORA_SANITIZE", "1", [90], False),
+        ({}, [], ["_C"]),  # nvcc without a card
+        ({}, [90], ["_C", "_CUDA"]),
+        ({NAMED: "9.0"}, [], ["_C", "_CUDA"]),
+        (FORCED, [], ["_C", "_CUDA"]),
+        ({"NASLORA_FORCE_CUDA": "0"}, [], ["_C"]),
+        ({"NASLORA_SKIP_CUDA": "1"}, [90], ["_C"]),
+        ({"NASLORA_SANITIZE": "1"}, [90], ["_C"]),
+        ({"NASLORA_SKIP_EXT": "1"}, [90], []),
     ],
 )
-def test_cuda_is_built_for_a_card_or_on_request(
-    variable, value, found, wanted, fake_nvcc, monkeypatch, cards
-):
+def test_the_extensions_that_are_built(environment, found, names, fake_nvcc, monkeypatch, cards):
     cards(*found)
-    if variable:
+    for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    assert setup.wants_cuda() is wanted
+    assert [e.name.removeprefix("naslora_kernels.") for e in setup.extensions()] == names
 
 
 @pytest.mark.parametrize(
@@ -141,11 +140,17 @@ def test_nvidia_smi_names_the_cards(smi, found, tmp_path, monkeypatch):
     assert setup.cards() == found
 
 
+def builder_in(folder):
+    """What an install builds with."""
+    builder = setup.BuildKernels(Distribution({"ext_modules": setup.extensions()}))
+    builder.build_lib = builder.build_temp = str(folder)
+    builder.ensure_finalized()
+    return builder
+
+
 def build_cuda(tmp_path):
     """Builds the CUDA extension alone, as an install does."""
-    builder = setup.BuildKernels(Distribution({"ext_modules": setup.extensions()}))
-    builder.build_lib = builder.build_temp = str(tmp_path)
-    builder.ensure_finalized()
+    builder = builder_in(tmp_path)
     extension = next(e for e in builder.extensions if e.name == "naslora_kernels._CUDA")
     builder.build_extension(extension)
 
@@ -170,9 +175,7 @@ def test_windows_compiles_and_links_with_zig(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "WINDOWS", True)
     monkeypatch.setattr(setup, "run", lambda *command: commands.append(list(command)))
     monkeypatch.setattr(setup.platform, "machine", lambda: "AMD64")
-    builder = setup.BuildKernels(Distribution({"ext_modules": setup.extensions()}))
-    builder.build_lib = builder.build_temp = str(tmp_path)
-    builder.ensure_finalized()
+    builder = builder_in(tmp_path)
     builder.build_cpu(builder.extensions[0])
     zig = [sys.executable, "-m", "ziglang", "c++", "-target", "x86_64-windows-gnu"]
     assert all(command[:6] == zig for command in commands)
@@ -183,21 +186,6 @@ def test_windows_compiles_and_links_with_zig(tmp_path, monkeypatch):
     assert all("-DPy_LIMITED_API=0x030A0000" in command for command in compilers)
     assert linker[-3].endswith("python3.lib")
     assert Path(linker[-1]).parent == tmp_path / "naslora_kernels"
-
-
-@pytest.mark.parametrize(
-    ("variable", "names"),
-    [
-        ("NASLORA_SKIP_EXT", []),
-        ("NASLORA_SKIP_CUDA", ["_C"]),
-        ("NASLORA_FORCE_CUDA", ["_C", "_CUDA"]),
-        ("NOTHING", ["_C", "_CUDA"]),
-    ],
-)
-def test_environment_chooses_what_is_built(variable, names, fake_nvcc, monkeypatch, cards):
-    cards(90)
-    monkeypatch.setenv(variable, "1")
-    assert [e.name.removeprefix("naslora_kernels.") for e in setup.extensions()] == names
 
 
 # ---- The devices that a build serves -----------------------------------------------------------

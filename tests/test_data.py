@@ -1,5 +1,6 @@
 """Users' layouts, decoding of images and masks, items, flips, batches, and the demo data set."""
 
+import functools
 import itertools
 import os
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import error_of
-from miniatures import check_samples
+from miniatures import check_samples, save
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -19,12 +20,6 @@ from naslora.data.demo_data import write_mni152
 from naslora.data.images import Sample, open_picture
 from naslora.data.sampling import GlobalBatches, hold_out
 from naslora.data.splits import draw_folds, write_splits
-
-
-def save(path: Path, pixels, dtype=np.uint8, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(pixels, dtype=dtype)).save(path, **options)
-    return path
 
 
 def random_pair(folder: Path, name: str, size=(6, 8), seed=0) -> tuple[Path, Path]:
@@ -117,10 +112,8 @@ def test_folders_pair_by_stem_whatever_the_suffix(folder_root):
     (folder_root / "val/masks").rename(folder_root / "val/labels")
     (folder_root / "val/images").rename(folder_root / "val/image")
     splits = load_splits("folders", folder_root)
-    assert [(s.image.name, s.mask.name) for s in splits["train"]] == [
-        ("a.png", "a.png"),
-        ("z.jpg", "z.png"),
-    ]
+    pairs = [(s.image.name, s.mask.name) for s in splits["train"]]
+    assert pairs == [("a.png", "a.png"), ("z.jpg", "z.png")]
     (sample,) = splits["val"]
     assert sample.image == folder_root / "val/image/b.png"
     assert sample.mask == folder_root / "val/labels/b.png"
@@ -200,17 +193,14 @@ def test_splits_are_joined_and_written(csv_root, tmp_path):
     assert [s.image for s in samples] == [s.image for own in splits.values() for s in own]
     write_splits(tmp_path / "lists", splits)
     again = load_splits("csv", tmp_path / "lists")
-    files = [
-        [(s.image, s.mask) for own in found.values() for s in own] for found in (splits, again)
-    ]
-    assert files[0] == files[1]
+    one, other = ([(s.image, s.mask) for own in v.values() for s in own] for v in (splits, again))
+    assert one == other
     for split, name in (("train", "a"), ("val", "b"), ("test", "c")):
         random_pair(tmp_path / "parts" / split, name)
     joined = load_all("folders", tmp_path / "parts", "--folds")
     assert [sample.image.stem for sample in joined] == ["a", "b", "c"]
-    assert (
-        error_of(load_all, "coco", csv_root, "--folds") == "coco has its own splits; drop --folds"
-    )
+    line = error_of(load_all, "coco", csv_root, "--folds")
+    assert line == "coco has its own splits; drop --folds"
 
 
 # What is done to a folder of 5 pairs and a CSV file, the layout, the shares, and the line.
@@ -391,11 +381,8 @@ def test_batches_of_a_loader(samples):
 def test_global_batches_are_the_same_for_any_number_of_processes(
     count, batch_size, world_size, shuffle
 ):
-    alone = GlobalBatches(range(count), batch_size, shuffle=shuffle, seed=1)
-    shares = [
-        GlobalBatches(range(count), batch_size, rank, world_size, shuffle=shuffle, seed=1)
-        for rank in range(world_size)
-    ]
+    make = functools.partial(GlobalBatches, range(count), batch_size, shuffle=shuffle, seed=1)
+    alone, shares = make(), [make(rank, world_size) for rank in range(world_size)]
     for epoch in (0, 3):
         for batches in (alone, *shares):
             batches.set_epoch(epoch)
@@ -437,12 +424,8 @@ def test_demo_splits_lie_apart(demo):
         split: {int(sample.image.stem[1:]) for sample in samples}
         for split, samples in splits.items()
     }
-    assert {split: len(samples) for split, samples in splits.items()} == {
-        "train": 60,
-        "val": 12,
-        "test": 18,
-        "arch": 16,
-    }
+    sizes = {split: len(samples) for split, samples in splits.items()}
+    assert sizes == {"train": 60, "val": 12, "test": 18, "arch": 16}
     for split in planes:
         for other in planes.keys() - {split}:
             assert min(abs(a - b) for a in planes[split] for b in planes[other]) > 4

@@ -62,16 +62,13 @@ def tree(root: Path, name: str) -> Path:
 def test_every_file_of_a_layout_is_read_and_its_masks_are_decoded(tmp_path, name, write, sizes):
     write(tmp_path)
     splits = load_splits(name, tmp_path)
-    assert {split: len(samples) for split, samples in splits.items()} == dict(
-        zip(("train", "val", "test"), sizes, strict=True)
-    )
+    assert tuple(len(splits[split]) for split in ("train", "val", "test")) == sizes
+    assert len(splits) == 3
     config = run_config(dataset=name, root=tmp_path).data
     samples = [sample for split in splits.values() for sample in split]
     check_samples(samples, config.num_classes)
-    expected = {
-        "trans10k-v1": miniatures.CLASSES,
-        "trans10k-v2": V2_CLASSES,
-    }.get(name, miniatures.DISC)
+    labels = {"trans10k-v1": miniatures.CLASSES, "trans10k-v2": V2_CLASSES}
+    expected = labels.get(name, miniatures.DISC)
     for sample in samples:
         mask = read_mask(sample, config.num_classes)
         # The compression of a JPEG mask may change pixels at the edge of the disc.
@@ -183,10 +180,6 @@ def dataset_of(root: Path, cache: Path | None, **options) -> SegmentationDataset
     return SegmentationDataset(samples, 16, 1, cache=cache and Cache(cache), **options)
 
 
-def items_equal(first, second) -> bool:
-    return all(torch.equal(first[key], second[key]) for key in ("image", "mask"))
-
-
 def test_the_cache_changes_no_pixel_and_is_used(tmp_path, monkeypatch):
     tree(tmp_path, "sbu")
     plain = list(dataset_of(tmp_path, None, flip=True))
@@ -200,7 +193,7 @@ def test_the_cache_changes_no_pixel_and_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(SegmentationDataset, "_decode", None)  # decoding would fail now
     second = list(dataset_of(tmp_path, tmp_path / "cache", flip=True))
     for a, *others in zip(plain, first, again, second, strict=True):
-        assert all(items_equal(a, other) for other in others)
+        assert all(torch.equal(a[k], other[k]) for other in others for k in ("image", "mask"))
     assert len(list((tmp_path / "cache").iterdir())) == len(plain)
     monkeypatch.undo()
     miniatures.save(sample.mask, np.zeros((5, 5), np.uint8))
@@ -219,9 +212,8 @@ def test_the_cache_is_never_stale(tmp_path):
     assert torch.equal(dataset[0]["mask"], 1 - before["mask"])
     larger = SegmentationDataset([sample], 24, 1, cache=Cache(tmp_path / "cache"))
     assert larger[0]["image"].shape == (3, 24, 24)
-    as_labels = SegmentationDataset(
-        [sample._replace(encoding="labels")], 16, 3, cache=Cache(tmp_path / "cache")
-    )
+    of_labels = [sample._replace(encoding="labels")]
+    as_labels = SegmentationDataset(of_labels, 16, 3, cache=Cache(tmp_path / "cache"))
     # 255 has no class in a mask of three classes. The entry for one class must not be used.
     assert set(as_labels[0]["mask"].unique().tolist()) == {0, IGNORED}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from adapted_models import original_sam
-from conftest import free_port, refusal, succeed, wait_for
+from conftest import free_port, refusal, succeed, wait_for, write_data
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("tiny_vit")
 
 
 @pytest.fixture(scope="module")
-def folders(make_data, tmp_path_factory, tiny_vit):
+def folders(tmp_path_factory, tiny_vit):
     """A folder with a binary run from a SAM checkpoint, and its merged models by mode."""
     root = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     sam = original_sam(build_image_encoder("vit_t", 32), 32)
     save_file(sam.state_dict(), root / "sam.safetensors")
-    data = make_data(root / "data", train=6, val=2, test=2)
+    data = write_data(root / "data", train=6, val=2, test=2)
     options = (
         f"--model vit_t --image-size 32 --epochs 2 --search-start 1 --workers 0 "
         f"--learning-rate 3e-3 --checkpoint {root / 'sam.safetensors'}"

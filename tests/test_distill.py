@@ -43,18 +43,9 @@ def settings(photographs, tmp_path):
     checkpoint = tmp_path / "teacher.safetensors"
     torch.manual_seed(1)
     write_tensors(checkpoint, promptable.PromptableSam("vit_b", SIZE).state_dict())
-    return distillation.Settings(
-        checkpoint,
-        photographs,
-        teacher="vit_b",
-        image_size=SIZE,
-        epochs=3,
-        crops=2,
-        held_out=0.25,
-        batch_size=4,
-        warm_up=2,
-        averaging=0.5,
-    )
+    values = {"teacher": "vit_b", "image_size": SIZE, "epochs": 3, "crops": 2, "held_out": 0.25}
+    values |= {"batch_size": 4, "warm_up": 2, "averaging": 0.5}
+    return distillation.Settings(checkpoint, photographs, **values)
 
 
 def run(settings, output, resume=False):

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import call
 
 from naslora.methods import METHODS
 
@@ -45,7 +46,6 @@ LEVELS = {
         {"benchmark"},
         {"exits", "arguments"},
         {"annotate"},
-        {"annotate"},
         {"cli"},
         {"__init__", "__main__"},
     ),
@@ -71,9 +71,7 @@ def without_blocks(text: str) -> str:
 
 def spans(page: Path) -> list[str]:
     """The inline code of a page."""
-    return [
-        span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", without_blocks(read(page)))
-    ]
+    return re.findall(r"`([^`]+)`", without_blocks(read(page)).replace("\n", " "))
 
 
 def blocks(page: Path) -> list[str]:
@@ -95,16 +93,14 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def options_of(naslora):
+def options_of():
     """Options that a command's help lists; None if there is no such command."""
 
     @cache
     def options(command: str) -> set[str] | None:
-        result = naslora(command, "--help-all")
-        own = (
-            naslora("train", "--method", method, "--help-all").out
-            for method in (METHODS if command == "train" else ())
-        )
+        result = call(command, "--help-all")
+        methods = METHODS if command == "train" else ()
+        own = (call("train", "--method", method, "--help-all").out for method in methods)
         found = set(re.findall(r"--[a-z][\w-]*", "".join([result.out, *own])))
         return found if result.status == 0 else None
 
@@ -158,8 +154,8 @@ def test_commands_and_their_options_exist(page, options_of):
 
 @every_page
 def test_options_named_alone_exist(page, options_of):
-    commands = set(re.findall(r"[a-z]+", naslora_commands()))
-    known = set().union(FOREIGN_OPTIONS, *(options_of(command) or () for command in commands))
+    commands = re.search(r"commands = \(([^)]*)\)", read(ROOT / "naslora" / "cli.py"))[1]
+    known = set().union(*map(options_of, re.findall("[a-z]+", commands)), FOREIGN_OPTIONS)
     bench = "".join(read(path) for path in (ROOT / "bench").rglob("*.py"))
     for span in spans(page):
         if match := re.match(r"--[a-z][\w-]*", span):
@@ -184,11 +180,6 @@ def test_every_command_is_run_or_says_why_not(page):
             assert names or mark[1] == "not run:", mark[0]
             assert all((ROOT / name).exists() for name in names), mark[0]
         assert match[1] != "bash" or page.name == "tutorial.md", match[2]
-
-
-def naslora_commands() -> str:
-    """The tuple of commands in the command line's source."""
-    return re.search(r"commands = \(([^)]*)\)", read(ROOT / "naslora" / "cli.py"))[1]
 
 
 @every_page

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapted_models import build_encoder, original_sam
 from conftest import free_port
+from miniatures import save
 from PIL import Image
-from segment_anything import modeling
+from segment_anything.modeling import Sam
 from torch.multiprocessing import start_processes
 
 import naslora
@@ -52,11 +54,6 @@ def run_as_rank(rank: int, folder: Path, port: int) -> None:
     (folder / f"printed{rank}").write_text(run("ddp", "--output", str(folder)))
 
 
-def run_in_two_processes(folder: Path) -> str:
-    start_processes(run_as_rank, (folder, free_port()), nprocs=2, start_method="fork")
-    return (folder / "printed0").read_text()
-
-
 def losses(output: str) -> list[float]:
     own = re.findall(r"^epoch \d+: loss ([\d.]+)$", output, flags=re.MULTILINE)
     trainers = re.findall(r"'loss': '?([\d.]+)", output)
@@ -70,14 +67,13 @@ def test_every_example_is_run():
 @pytest.mark.parametrize("options", [*RUNS, "universal --host mask2former"])
 def test_an_example_trains_and_saves(options, tmp_path):
     name, *others = options.split()
-    output = (
-        run_in_two_processes(tmp_path)
-        if name == "ddp"
-        else run(name, *others, "--output", str(tmp_path))
-    )
+    if name == "ddp":
+        start_processes(run_as_rank, (tmp_path, free_port()), nprocs=2, start_method="fork")
+        output = (tmp_path / "printed0").read_text()
+    else:
+        output = run(name, *others, "--output", str(tmp_path))
     found = losses(output)
-    assert len(found) == 4
-    assert found[-1] < found[0]
+    assert len(found) == 4 and found[-1] < found[0]
     folder = tmp_path / "naslora_adapter" if name == "hf_trainer" else tmp_path
     assert (folder / "adapter_model.safetensors").is_file()
     if RUNS[name] == "transformers":
@@ -90,27 +86,18 @@ def test_an_example_trains_and_saves(options, tmp_path):
 
 def test_an_example_takes_images_from_a_folder(tmp_path):
     rng = np.random.default_rng(0)
-    for folder in ("images", "masks"):
-        (tmp_path / folder).mkdir()
     for i in range(8):
         mask = np.zeros((40, 50), np.uint8)
         mask[10:30, 5 * i : 5 * i + 15] = 255
-        image = (mask[..., None] // 2 + rng.integers(0, 99, (40, 50, 3))).astype(np.uint8)
-        Image.fromarray(image).save(tmp_path / f"images/{i}.png")
-        Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
+        save(tmp_path / f"masks/{i}.png", mask)
+        pixels = mask[..., None] // 2 + rng.integers(0, 99, (40, 50, 3))
+        save(tmp_path / f"images/{i}.png", pixels)
     data = ("--data", str(tmp_path), "--epochs", "2", "--output", str(tmp_path / "out"))
     assert len(losses(run("plain_loop", *data))) == 2
 
 
-def tiny_sam(size: int) -> modeling.Sam:
-    torch.manual_seed(0)
-    encoder = modeling.ImageEncoderViT(
-        size, 16, embed_dim=32, depth=2, num_heads=2, out_chans=32, use_rel_pos=True, window_size=3
-    )
-    prompts = modeling.PromptEncoder(32, (size // 16,) * 2, (size, size), mask_in_chans=4)
-    transformer = modeling.TwoWayTransformer(1, embedding_dim=32, num_heads=2, mlp_dim=64)
-    decoder = modeling.MaskDecoder(transformer_dim=32, transformer=transformer)
-    return modeling.Sam(encoder, prompts, decoder)
+def tiny_sam(size: int) -> Sam:
+    return original_sam(build_encoder(img_size=size, out_chans=256), size, depth=1, mlp_dim=64)
 
 
 @pytest.mark.parametrize("size", [64, 80])

@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from adapted_models import (
@@ -12,10 +13,11 @@ from adapted_models import (
     randomize,
     relative,
     smooth_images,
+    stir,
     tokens,
 )
 from conftest import refusal
-from PIL import Image
+from miniatures import save
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -45,9 +47,7 @@ def segmenter(
     model = build_model(name, size, num_classes, checkpoint).eval()
     inject(model, NASLoRAConfig())
     randomize(model)
-    with torch.no_grad():
-        for parameter in model.mask_decoder.parameters():
-            parameter.add_(0.01)
+    stir(model.mask_decoder.parameters(), 0.01)
     merge(model, mode, calibration)
     return model
 
@@ -261,8 +261,7 @@ def test_what_is_refused(checkpoint, tmp_path):
     """tests/reliability has what the command line refuses, damaged files and files of others."""
     model, path = segmenter(num_classes=3, checkpoint=checkpoint, mode="center"), tmp_path / "c"
     export(model, description(model), "safetensors", path.with_suffix(".safetensors"))
-    picture = tmp_path / "a.png"
-    Image.new("RGB", (SIZE, SIZE)).save(picture)
+    picture = save(tmp_path / "a.png", np.zeros((SIZE, SIZE, 3)))
     result = refusal("predict", f"{path}.safetensors", picture, "--output", tmp_path / "masks")
     assert "SAM has no classification branch for 3 classes" in result
     fresh = segmenter(mode="center")

@@ -156,10 +156,7 @@ def test_a_folder_comes_back_without_a_missing_key(name, tmp_path):
     export(model, description(model), "huggingface", tmp_path / "out")
     loaded, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
-    tokens, before = (
-        loaded.mask_decoder.mask_tokens.weight,
-        original.mask_decoder.mask_tokens.weight,
-    )
+    tokens, before = (one.mask_decoder.mask_tokens.weight for one in (loaded, original))
     assert torch.equal(tokens[0], before[0] + 1) and torch.equal(tokens[1:], before[1:])
     theirs = original.state_dict()
     for key, value in loaded.state_dict().items():
@@ -196,10 +193,7 @@ def test_the_model_of_videos_loads_without_its_memory(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind", "config"),
-    [
-        ("sam2.1_t", Sam2VideoModel, Sam2VideoConfig),
-        ("sam3", Sam3VideoModel, Sam3VideoConfig),
-    ],
+    [("sam2.1_t", Sam2VideoModel, Sam2VideoConfig), ("sam3", Sam3VideoModel, Sam3VideoConfig)],
 )
 def test_every_tensor_of_the_model_of_videos_has_a_place(name, kind, config):
     """It is in our model, or a part that our decoder leaves out, or the memory's, or SAM 3's
@@ -321,11 +315,9 @@ META = (  # transformers' names and Meta's, as regular expressions and their rep
 def official_sam3(folder, path) -> None:
     """What ``folder`` holds under Meta's names, with a part of all that naslora leaves out."""
     huggingface = find_family("sam3").huggingface
-    theirs = {k.removeprefix("tracker_model."): v for k, v in load_file(folder).items()}
-    theirs = {
-        re.sub("^tracker_neck", "vision_encoder.neck", key.removeprefix("detector_model.")): value
-        for key, value in theirs.items()
-    }
+    start, stored = r"^(tracker_model\.)?(detector_model\.)?", load_file(folder).items()
+    theirs = {re.sub(start, "", key): value for key, value in stored}
+    theirs = {re.sub("^tracker_neck", "vision_encoder.neck", k): v for k, v in theirs.items()}
     own, state = huggingface.to_ours(theirs), {}
     for key, value in own.items():  # SAM 2's official names of the decoder, behind "tracker."
         if not key.startswith("image_encoder."):

@@ -1,6 +1,5 @@
 """Registers and bytes of the GPU kernels, without a GPU: ``bench/gpu/resources.py`` and others."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,9 +11,6 @@ from bench import attention, cases
 from bench.gpu import launches, traffic
 from bench.kinds import KINDS
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
 SHAPE = cases.Shape("small", (2, 14, 14), 64, 96)
 ROWS = 2 * 14 * 14
 
@@ -22,10 +18,10 @@ ROWS = 2 * 14 * 14
 # ---- What Triton's kernels take ----------------------------------------------------------------
 
 
-@needs_triton
 @pytest.mark.campaign
 def test_triton_kernels_compile_for_real_cards_without_spills():
     """The oldest and the newest; `make triton-check` has them all."""
+    pytest.importorskip("triton")
     # Outside of Triton's interpreter, under which nothing is compiled.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     arguments = ("75", "100", "--quick", "--dtypes", "bfloat16")
@@ -75,9 +71,9 @@ def test_a_large_batch_moves_little_beyond_the_least(direction, work):
 # ---- What attention moves ----------------------------------------------------------------------
 
 
-@needs_triton
 @pytest.mark.parametrize("shape", [cases.HUGE_GLOBAL, cases.HUGE], ids=lambda shape: shape.name)
 def test_attention_moves_little_beyond_the_floor(shape):
+    pytest.importorskip("triton")
     for direction, launched in traffic.attention_launches((shape, 16)).items():
         number, factor = {"forward": (1, 1.05), "backward": (3, 1.7)}[direction]
         assert len(launched) == number

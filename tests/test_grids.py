@@ -1,13 +1,14 @@
 """Which (H, W) a sequence of tokens has: what the host states, else a square."""
 
 import copy
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import transformers
-from adapted_models import relative, tokens
+from adapted_models import named, relative, tokens
 from torch import nn
 
 from naslora import NASLoRAConfig, inject, merge
@@ -16,55 +17,37 @@ from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import apply
 
 
-class Attention(nn.Module):
-    def __init__(self, **stated) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(16, 48)
-        for name, value in stated.items():
-            setattr(self, name, value)
-
-    def forward(self, x):
-        return self.qkv(x)
+class Attention(nn.Sequential):
+    """The name of the class tells what it is."""
 
 
-class Block(nn.Module):
-    def __init__(self, stated=(), **attention) -> None:
-        super().__init__()
-        self.attn = Attention(**attention)
-        self.mlp = nn.Sequential(nn.Linear(48, 16))
-        for name, value in dict(stated).items():
-            setattr(self, name, value)
+def host(attention=(), block=(), **stated) -> nn.Module:
+    """A model of one block, with attributes of the attention, of the block and of the model."""
+    torch.manual_seed(0)
+    attn = Attention(OrderedDict(qkv=nn.Linear(16, 48)))
+    blocks = nn.Sequential(named(attn=attn, mlp=nn.Sequential(nn.Linear(48, 16))))
+    model = named(blocks=blocks)
+    for module, values in ((attn, attention), (blocks[0], block), (model, stated)):
+        vars(module).update(values)
+    return model
 
-    def forward(self, x):
-        return self.mlp(self.attn(x))
 
-
-class Host(nn.Module):
-    def __init__(self, block: Block, **stated) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList([block])
-        for name, value in stated.items():
-            setattr(self, name, value)
-
-    def forward(self, x):
-        return self.blocks[0](x)
+def config(**values) -> nn.Module:
+    return host(config=SimpleNamespace(**values))
 
 
 HOSTS = {
-    "patch_embed": lambda h, w: Host(Block(), patch_embed=SimpleNamespace(grid_size=(h, w))),
-    "window of the attention": lambda h, w: Host(Block(window_size=(h, w))),
-    "window of the block": lambda h, w: Host(Block({"window_size": (h, w)})),
-    "resolution": lambda h, w: Host(Block(resolution=(h, w))),
-    "grid_size": lambda h, w: Host(Block(), grid_size=(h, w)),
-    "config": lambda h, w: Host(
-        Block(), config=SimpleNamespace(image_size=(4 * h, 4 * w), patch_size=4)
-    ),
+    "patch_embed": lambda h, w: host(patch_embed=SimpleNamespace(grid_size=(h, w))),
+    "window of the attention": lambda h, w: host({"window_size": (h, w)}),
+    "window of the block": lambda h, w: host(block={"window_size": (h, w)}),
+    "resolution": lambda h, w: host({"resolution": (h, w)}),
+    "grid_size": lambda h, w: host(grid_size=(h, w)),
+    "config": lambda h, w: config(image_size=(4 * h, 4 * w), patch_size=4),
 }
 hosts = pytest.mark.parametrize("make", HOSTS.values(), ids=HOSTS)
 
 
-def injected(host: Host, **options) -> Host:
+def injected(host: nn.Module, **options) -> nn.Module:
     inject(host, NASLoRAConfig(**options))
     [(_, layer)] = adapter_layers(host)
     with torch.no_grad():
@@ -124,14 +107,12 @@ def test_windows_may_shrink_to_small_images():
 
 
 STATES_NOTHING = {
-    "global block in an encoder with windows": Host(Block({"window_size": 0}), window_size=14),
-    "one number on an attention": Host(Block(window_size=64)),
-    "a number of splines": Host(Block(), grid_size=5),
-    "stages": Host(
-        Block(), config=SimpleNamespace(image_size=64, patch_size=4, depths=[2, 2], window_size=7)
-    ),
-    "no patch size": Host(Block(), config=SimpleNamespace(image_size=64)),
-    "a dictionary": Host(Block(), config={"image_size": 64, "patch_size": 4}),
+    "global block in an encoder with windows": host(block={"window_size": 0}, window_size=14),
+    "one number on an attention": host({"window_size": 64}),
+    "a number of splines": host(grid_size=5),
+    "stages": config(image_size=64, patch_size=4, depths=[2, 2], window_size=7),
+    "no patch size": config(image_size=64),
+    "a dictionary": host(config={"image_size": 64, "patch_size": 4}),
 }
 
 
@@ -164,15 +145,9 @@ def test_models_of_timm(name, options, size, grid):
 
 
 def test_a_class_token_of_other_libraries_is_refused():
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=(80, 112),
-        patch_size=16,
-    )
-    model = transformers.ViTModel(config)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "image_size": (80, 112), "patch_size": 16}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes))
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     inject(model, NASLoRAConfig([next(n for n in names if "quer" in n or "q_" in n)]))
     refusal = r"36 tokens .* 5 x 7 grid of the model's config.*prefix_tokens=1 in NASLoRAConfig"

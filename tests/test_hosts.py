@@ -8,15 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from naslora import (
-    AlphaSearch,
-    NASLoRAConfig,
-    UserError,
-    inject,
-    load_merged,
-    merge,
-    save_merged,
-)
+from naslora import AlphaSearch, NASLoRAConfig, UserError, inject, load_merged, merge, save_merged
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.peft import NasLoraConfig, get_peft_model
 from tests.adapted_models import randomize, tokens
@@ -69,9 +61,8 @@ def test_the_refusal_counts_the_class_token_beside_a_window_that_spans_the_image
 def test_a_class_token_that_comes_after_the_adapted_blocks_can_be_left_out():
     model = timm.create_model("cait_xxs24_224", img_size=64, depth=2).eval()
     inject(model, NASLoRAConfig(target=r"^blocks\.\d+\.attn\.qkv$"))
-    with pytest.raises(
-        ValueError, match="prefix_tokens=0 in NASLoRAConfig if the sequence starts without"
-    ):
+    line = "prefix_tokens=0 in NASLoRAConfig if the sequence starts without"
+    with pytest.raises(ValueError, match=line):
         model(tokens(1, 3, 64, 64))
     model = timm.create_model("cait_xxs24_224", img_size=64, depth=2).eval()
     inject(model, NASLoRAConfig(target=r"^blocks\.\d+\.attn\.qkv$", prefix_tokens=0))

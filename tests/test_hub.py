@@ -29,11 +29,8 @@ def test_an_adapter_goes_to_the_hub_and_comes_back_equal(hub, tmp_path):
     model = adapted_encoder()
     url = push_to_hub(model, "me/polyps", token="hf_test", endpoint=endpoint)
     assert url == f"{endpoint}/me/polyps/commit/{COMMIT}"
-    assert set(files["me/polyps"]) == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(files["me/polyps"]) == names
     assert b'from_pretrained(model, "me/polyps")' in files["me/polyps"]["README.md"]
     again = from_pretrained(build_encoder(), "me/polyps", endpoint=endpoint)
     assert torch.equal(again(images()), model(images()))

@@ -1,12 +1,13 @@
 """Pixels without a class, through a whole run: they have no influence."""
 
-import json
 import shlex
 
 import numpy as np
 import pytest
 from conftest import succeed
-from PIL import Image
+from miniatures import save
+
+from naslora.files import read_json
 
 VOID = 11
 TRAIN = shlex.split(
@@ -27,8 +28,7 @@ def street(root, void_label=VOID, seed=0):
             image = 60 * mask[..., None] + rng.integers(0, 15, (*mask.shape, 3))
             mask[mask == 4] = void_label
             for folder, pixels in (("images", image), ("masks", mask)):
-                (root / folder).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.astype(np.uint8)).save(root / folder / f"{split}{i}.png")
+                save(root / folder / f"{split}{i}.png", pixels)
             rows.append(f"images/{split}{i}.png,masks/{split}{i}.png")
         (root / f"{split}.csv").write_text("\n".join(rows) + "\n")
     return root
@@ -49,7 +49,5 @@ def test_void_pixels_have_no_influence(run, tmp_path):
     succeed("train", "--data", data, *options, "--output", tmp_path / "run")
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
-    own, other = (
-        json.loads((path / "metrics.json").read_text()) for path in (run, tmp_path / "run")
-    )
+    own, other = (read_json(path / "metrics.json") for path in (run, tmp_path / "run"))
     assert own["test"] == other["test"]

@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, refusal, succeed
+from conftest import SIZE, refusal, scores_of, succeed
+from miniatures import save
 from PIL import Image
 from pycocotools import mask as coco
 from safetensors.torch import save_file
@@ -54,8 +55,7 @@ def discs(tmp_path_factory):
     masks = np.stack([np.hypot(rows - 46, columns - x) < 20 for x in (40, 105)])
     for name in ("a", "b"):
         noise = np.random.default_rng(ord(name)).integers(0, 30, (96, 144, 3))
-        pixels = noise + 40 + 150 * masks.any(0)[..., None]
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}.png")
+        save(folder / f"{name}.png", noise + 40 + 150 * masks.any(0)[..., None])
     return folder, masks
 
 
@@ -132,8 +132,7 @@ def test_average_precision_counts_better_masks_first():
 def test_evaluate_scores_objects_of_any_model(discs, tmp_path):
     images, truth = discs
     root = tmp_path / "data"
-    root.mkdir()
-    Image.fromarray((truth[0] + 2 * truth[1]).astype(np.uint8)).save(root / "labels.png")
+    save(root / "labels.png", truth[0] + 2 * truth[1])
     for split, names in (("train", "c"), ("val", "d"), ("test", "ab")):
         for name in names:
             shutil.copy(images / f"{'b' if name == 'b' else 'a'}.png", root / f"{name}.png")
@@ -142,8 +141,7 @@ def test_evaluate_scores_objects_of_any_model(discs, tmp_path):
     options = shlex.split(
         "--instances --objects numbers --points-per-side 8 --min-iou 0.6 --min-stability 0.7"
     )
-    result = succeed("evaluate", "vit_t", "--data", root, *options)
-    scores = json.loads(result.out)
+    scores = scores_of("vit_t", "--data", root, *options)
     assert (scores["images"], scores["objects"]) == (2, 4) and scores["found"] >= 4
     assert 0 < scores["ap"] < scores["ap50"] <= 1
     assert scores["pq"] == pytest.approx(scores["rq"] * scores["sq"], rel=0.2)

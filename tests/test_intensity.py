@@ -1,9 +1,12 @@
 """Images of more than 8 bits: their scaling, TIFF files of every kind, and georeferences."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tifffile
-from conftest import SHORT, error_of, refusal, succeed
+from conftest import SHORT, error_of, refusal, succeed, write_data
+from miniatures import as_tiff
 from PIL import Image
 
 from naslora.data.cache import Cache
@@ -96,9 +99,8 @@ def test_colour_files(tmp_path, monkeypatch):
         assert np.array_equal(read(tmp_path / name), scale(rgb, 3 * [WINDOW[1:]])), name
     plain = np.rint(rgb / 257)  # 65535 / 255 = 257
     assert np.array_equal(read(tmp_path / "chunky.tif", None), plain)
-    assert "floating-point pixels; train with --int" in error_of(
-        read, tmp_path / "planar.tif", None
-    )
+    line = error_of(read, tmp_path / "planar.tif", None)
+    assert "floating-point pixels; train with --int" in line
     for name in ("8.png", "8.tif"):  # 8 bits stay as they are
         Image.fromarray(rgb.astype(np.uint8)).save(tmp_path / name)
         assert np.array_equal(read(tmp_path / name), rgb.astype(np.uint8))
@@ -128,26 +130,16 @@ def test_the_cache_knows_the_scaling(tmp_path):
     sample = Sample(tmp_path / "a.tif", None, "here")
     cache = Cache(tmp_path / "cache")
     for intensity in (WINDOW, Intensity("window", 0, 65535), None, WINDOW):
-        plain, cached = (
-            SegmentationDataset([sample], 16, 1, intensity=intensity, cache=own)[0]["image"]
-            for own in (None, cache)
-        )
-        assert (plain == cached).all()
+        make = partial(SegmentationDataset, [sample], 16, 1, intensity=intensity)
+        assert (make()[0]["image"] == make(cache=cache)[0]["image"]).all()
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_sam, make_data, tmp_path_factory):
+def runs(tiny_sam, tmp_path_factory):
     """A folder with a run on images of 8 bits, and a run on floating-point copies of them."""
     folder = tmp_path_factory.mktemp("runs")
-    data, floats = make_data(folder / "data", train=2, val=1, test=1), folder / "floats"
-    (floats / "images").mkdir(parents=True)
-    (floats / "masks").symlink_to(data / "masks")
-    for path in (data / "images").iterdir():
-        values = 0.01 * np.asarray(Image.open(path)).astype(np.float32) - 1
-        tifffile.imwrite(floats / "images" / f"{path.stem}.tif", values, photometric="rgb")
-    for split in ("train", "val", "test"):
-        text = (data / f"{split}.csv").read_text().replace(".png,", ".tif,")
-        (floats / f"{split}.csv").write_text(text)
+    data = write_data(folder / "data", train=2, val=1, test=1)
+    floats = as_tiff(data, folder / "floats", lambda v: 0.01 * v - 1, photometric="rgb")
     scaling = ("--intensity", "window", "-1", "1.55")
     for source, more, name in ((data, (), "plain"), (floats, scaling, "scaled")):
         succeed("train", "--data", source, *SHORT, *more, "--output", folder / name)

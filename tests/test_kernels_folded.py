@@ -1,5 +1,6 @@
 """The folded cell and layer: their definition, the mixed cell, the reference, and refusals."""
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,6 @@ from kernel_cases import (
     cell_case,
     few_costly,
     layer_case,
-    targets_and,
 )
 from torch.testing import assert_close
 
@@ -94,18 +94,18 @@ def test_is_its_definition(target, shape, weights):
     assert_close(result(case, target), expected, rtol=1e-12, atol=1e-12)
 
 
+def folded(alpha, depthwise, pw):
+    """The kernel and the weights of the poolings."""
+    mixture = alpha.softmax(0)
+    kernel = folded_convolution(mixture, tuple(depthwise), pw)
+    return kernel, float(mixture[AVG_POOL]), float(mixture[MAX_POOL])
+
+
 @every_backend
 def test_is_the_mixed_cell_with_its_convolutions_folded(target):
     arguments = cell_case((2, 9, 11, 3), 3).on(target.device).arguments
     z, alpha, *depthwise, pw = arguments.values()
-    mixture = alpha.softmax(0)
-    y = folded_cell(
-        z,
-        folded_convolution(mixture, tuple(depthwise), pw),
-        float(mixture[AVG_POOL]),
-        float(mixture[MAX_POOL]),
-        backend=target.backend,
-    )
+    y = folded_cell(z, *folded(alpha, depthwise, pw), backend=target.backend)
     expected = mixed_cell(**arguments, backend="reference")
     assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
@@ -117,8 +117,7 @@ def test_is_the_layer_with_everything_folded(target, bias):
     case = layer_case((2, 6, 5), 16, 12, 5, 3, bias=bias).on(target.device)
     a, channels, scaling = case.arguments, case.options["channels"], case.options["scaling"]
     expected = nas_lora_linear(**a, **case.options, backend="reference")
-    mixture = a["alpha"].softmax(0)
-    depthwise = tuple(a[f"dw_{name}"] for name in ("sep3", "sep5", "dil3", "dil5"))
+    depthwise = [a[f"dw_{name}"] for name in ("sep3", "sep5", "dil3", "dil5")]
     bypass = [k for k in range(5) if k not in channels]
     h = folded_linear(
         a["x"],
@@ -126,9 +125,7 @@ def test_is_the_layer_with_everything_folded(target, bias):
         a.get("bias"),
         a["lora_A"][channels],
         scaling * a["lora_B"][:, channels],
-        folded_convolution(mixture, depthwise, a["pw"]),
-        float(mixture[AVG_POOL]),
-        float(mixture[MAX_POOL]),
+        *folded(a["alpha"], depthwise, a["pw"]),
         backend=target.backend,
     )
     assert_close(h, expected, rtol=1e-12, atol=1e-12)
@@ -157,9 +154,10 @@ QUICK = [
 @pytest.mark.parametrize(
     ("target", "shape", "dtype"),
     few_costly(
-        targets_and(SHAPES, lambda shape: math.prod(shape[0]) * shape[1], ALL_TARGETS),
-        [(dtype,) for dtype in DTYPES],
+        ALL_TARGETS,
+        itertools.product(SHAPES, DTYPES),
         lambda shape, dtype: (shape, dtype) in QUICK,
+        lambda shape, _: math.prod(shape[0]) * shape[1],
     ),
 )
 def test_kernels_are_as_good_as_the_reference(target, shape, dtype):

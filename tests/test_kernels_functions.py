@@ -21,7 +21,6 @@ from kernel_cases import (
     few_costly,
     layer_case,
     only_cpp,
-    serves_attention,
     without_max_pool,
 )
 
@@ -34,12 +33,7 @@ FUZZED_SHAPES = int(os.environ.get("NASLORA_FUZZ_SHAPES", "100"))
 def every_kind(names=(), cases=lambda kind: [()], fast=lambda *case: True):
     """Targets, kinds of calls and further values, which depend on the kind: see ``few_costly``."""
     pairs = [(kind, *case) for kind in KINDS for case in cases(kind)]
-    found = [
-        parameter
-        for parameter in few_costly(TARGETS, pairs, fast)
-        if parameter.values[1] != "attention" or serves_attention(parameter.values[0])
-    ]
-    return pytest.mark.parametrize(("target", "kind", *names), found)
+    return pytest.mark.parametrize(("target", "kind", *names), few_costly(TARGETS, pairs, fast))
 
 
 @functools.cache
@@ -124,14 +118,13 @@ def test_gradcheck(target, kind):
     case = KINDS[kind]((1, 2, 3)).on(target.device)
     function = getattr(naslora_kernels, case.function)
     leaves = {name: value.requires_grad_() for name, value in case.arguments.items()}
-    assert torch.autograd.gradcheck(
-        lambda *values: function(
-            **dict(zip(leaves, values, strict=True)), **case.options, backend=target.backend
-        ),
-        list(leaves.values()),
-        # One random direction instead of every element: a simulated call takes 0.1 s.
-        fast_mode=target.simulated,
-    )
+
+    def call(*values):
+        arguments = dict(zip(leaves, values, strict=True))
+        return function(**arguments, **case.options, backend=target.backend)
+
+    # One random direction instead of every element: a simulated call takes 0.1 s.
+    assert torch.autograd.gradcheck(call, list(leaves.values()), fast_mode=target.simulated)
 
 
 # A case, and the argument whose maps are far from each other.
@@ -141,11 +134,8 @@ FAR = {
 }
 
 
-@pytest.mark.parametrize("kind", FAR)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "kind"), few_costly(TARGETS, [(kind,) for kind in FAR]))
 def test_offsets_beyond_32_bits(target, kind):
-    if kind == "attention" and not serves_attention(target):
-        pytest.skip("this backend has no attention")
     # The memory between the two maps is reserved, but never touched.
     torch.utils.deterministic.fill_uninitialized_memory = False
     make, name = FAR[kind]

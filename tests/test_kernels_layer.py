@@ -1,5 +1,6 @@
 """The adapter layer of every backend against the reference."""
 
+import itertools
 import math
 
 import pytest
@@ -12,14 +13,12 @@ from kernel_cases import (
     assert_as_good_as_reference,
     few_costly,
     layer_case,
-    targets_and,
     without_max_pool,
 )
 
 from naslora_kernels import nas_lora_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "instruction_set")
-every_target = pytest.mark.parametrize("target", TARGETS)
 
 ADAPTER = ("lora_A", "lora_B", *CELL)
 # (B, H, W), C_in, C_out, r, c: widths that are and are no multiple of a vector, numbers of tokens
@@ -43,7 +42,7 @@ QUICK = [
 ]
 
 
-def largest_map(shape):
+def largest_map(shape, _):
     """Numbers in the rank-r map, and a twentieth of those in x, which is only passed over."""
     grid, c_in, _, rank, _ = shape
     return math.prod(grid) * max(rank, c_in // 20)
@@ -52,9 +51,10 @@ def largest_map(shape):
 @pytest.mark.parametrize(
     ("target", "shape", "dtype"),
     few_costly(
-        targets_and(SHAPES, largest_map, ALL_TARGETS),
-        [(dtype,) for dtype in DTYPES],
+        ALL_TARGETS,
+        itertools.product(SHAPES, DTYPES),
         lambda shape, dtype: (shape, dtype) in QUICK,
+        largest_map,
     ),
 )
 def test_matches_reference(target, shape, dtype):
@@ -72,25 +72,17 @@ def test_gradients_of_the_frozen_linear_where_asked_for(target, bias):
     assert_as_good_as_reference(target, case)
 
 
-def kept_for_backward(target, case, needed):
-    """The tensors kept for the backward, without the parameters."""
-    case = case.on(target.device)
+Z, X = (2, 7, 6, 3), (2, 7, 6, 64)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("needed, expected", [(("x", *ADAPTER), [Z, X]), (("x", "alpha"), [Z])])
+def test_what_is_kept_for_the_backward(target, needed, expected):
+    """Beside the parameters x and z, and in an architecture step z alone."""
+    case = layer_case(*SMALL).to(torch.float32).on(target.device)
     arguments = {n: t.requires_grad_(n in needed) for n, t in case.arguments.items()}
     given = {id(arguments[n]) for n in (*ADAPTER, "weight")} | {id(case.options["channels"])}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         nas_lora_linear(**arguments, **case.options, backend=target.backend)
-    return [tuple(t.shape) for t in kept if id(t) not in given]
-
-
-@every_target
-def test_keeps_x_and_z_for_the_backward(target):
-    case = layer_case(*SMALL).to(torch.float32)
-    x, z = (2, 7, 6, 64), (2, 7, 6, 3)
-    assert sorted(kept_for_backward(target, case, ("x", *ADAPTER))) == sorted([x, z])
-
-
-@every_target
-def test_keeps_only_z_in_an_architecture_step(target):
-    case = layer_case(*SMALL).to(torch.float32)
-    assert kept_for_backward(target, case, ("x", "alpha")) == [(2, 7, 6, 3)]
+    assert sorted(tuple(t.shape) for t in kept if id(t) not in given) == expected

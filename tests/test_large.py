@@ -80,10 +80,8 @@ def test_what_pillow_has_to_read(tmp_path):
     for name in ("rgba.tif", "grey.tif", "lzw.tif", "grey.png", "deep_lzw.tif"):
         assert open_tiff(tmp_path / name, "here") is None, name
         pixels = rows_of(open_picture(sample_of(tmp_path / name)), 7)
-        coloured = name in ("rgba.tif", "lzw.tif")
-        assert np.array_equal(pixels, RGB if coloured else RGB[..., [0, 0, 0]]), (
-            name
-        )  # 65535 / 255 = 257
+        coloured = name in ("rgba.tif", "lzw.tif")  # 65535 / 255 = 257
+        assert np.array_equal(pixels, RGB if coloured else RGB[..., [0, 0, 0]]), name
 
 
 @pytest.mark.parametrize("options", [{}, TILED, {"rowsperstrip": 8, "compression": "zlib"}])
@@ -124,14 +122,8 @@ def images_of_every_mode():
     palette.info["transparency"] = 2
     alpha = image.copy()
     alpha.putalpha(Image.fromarray(RGB[..., 1]))
-    grey_alpha = alpha.convert("LA")
-    return [
-        image,
-        palette,
-        alpha,
-        grey_alpha,
-        *(image.convert(mode) for mode in ["L", "1", "CMYK"]),
-    ]
+    others = [image.convert(mode) for mode in ("L", "1", "CMYK")]
+    return [image, palette, alpha, alpha.convert("LA"), *others]
 
 
 @pytest.mark.parametrize("image", images_of_every_mode(), ids=lambda image: image.mode)

@@ -54,9 +54,8 @@ def png_of_16_bits(kind: int, channels: int):
     """Writes class indices as PNG of 16 bits; Pillow cannot."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
+        length, checksum = (struct.pack(">I", n) for n in (len(data), zlib.crc32(name + data)))
+        return length + name + data + checksum
 
     header = struct.pack(">2I5B", SIDE, SIDE, 16, kind, 0, 0, 0)
     rows = np.repeat(CLASSES, channels, axis=1).astype(">u2")
@@ -200,14 +199,10 @@ def test_palettes_that_do_not_fit(palette):
 
 
 def test_images_that_are_refused(tmp_path):
-    for pixels, kind, line in (
-        ([[0.5]], np.float32, "floating-point"),
-        ([[70000]], np.int32, "beyond 16 bits"),
-    ):
-        written(pixels, kind, "a.tif")(tmp_path)
-        assert line in error_of(
-            lambda: open_picture(Sample(tmp_path / "a.tif", None, "row 2")).rows()
-        )
+    sample = Sample(tmp_path / "a.tif", None, "row 2")
+    for value, kind, line in ((0.5, np.float32, "floating-p"), (70000, np.int32, "beyond 16 bits")):
+        written([[value]], kind, "a.tif")(tmp_path)
+        assert line in error_of(lambda: open_picture(sample).rows())
 
 
 # What EXIF orientations do to an image.

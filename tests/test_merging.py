@@ -12,8 +12,10 @@ from adapted_models import (
     adapted_layer,
     build_encoder,
     images,
+    named,
     relative,
     snapshot,
+    stir,
     tokens,
 )
 from torch import nn
@@ -24,8 +26,6 @@ from naslora.adapter.layer.cell import LEFT_OUT
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.adapter.merging.merged import restore_merged
 from naslora_kernels import OPERATIONS
-
-torch.set_num_threads(1)
 
 AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
 SKIP = OPERATIONS.index("skip_connect")
@@ -111,8 +111,7 @@ def test_a_declared_grid_survives():
     expected = model(x)
     merge(model)
     assert relative(model(x) - expected, expected) < ROUNDING[torch.float32]
-    reloaded = nn.Sequential()
-    reloaded.add_module("qkv", nn.Linear(16, 12))
+    reloaded = named(qkv=nn.Linear(16, 12))
     restore_merged(reloaded, ["qkv"], model.state_dict())
     reloaded.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -203,9 +202,8 @@ def test_report_on_calibration_batches():
         assert error.update_error == pytest.approx((sums[0] / sums[1]) ** 0.5, rel=1e-4)
         assert error.output_error == pytest.approx((sums[0] / sums[2]) ** 0.5, rel=1e-4)
     assert report.max_update_error == max(e.update_error for e in report.layers)
-    assert report.mean_update_error == pytest.approx(
-        np.mean([e.update_error for e in report.layers])
-    )
+    mean = np.mean([error.update_error for error in report.layers])
+    assert report.mean_update_error == pytest.approx(mean)
     assert asdict(report)["layers"][0]["name"] == report.layers[0].name
     assert "8 layers" in str(report) and "'center'" in str(report)
 
@@ -299,9 +297,7 @@ def test_a_deep_copy_can_be_unmerged(mode):
     unmerge(model)
     assert dict(adapter_layers(model)) == layers
     for twin in twins:
-        with torch.no_grad():
-            for parameter in model.parameters():  # the original trains on
-                parameter.add_(1.0)
+        stir(model.parameters(), 1.0)  # the original trains on
         unmerge(twin)
         assert all(torch.equal(before[n], v) for n, v in adapters(twin).items())
         assert not {*twin.parameters()} & {*model.parameters()}
@@ -408,16 +404,10 @@ def test_forward_feeds_the_batches_of_any_host(mode):
     batches = [images(seed) for seed in range(4)]
     plain = adapted_encoder()
     expected = merge(plain, mode, batches)
-    host = Host()
-    report = merge(
-        host,
-        mode,
-        [{"pixels": batch, "size": batch.shape[-1]} for batch in batches],
-        forward=lambda model, batch: model(**batch),
-    )
-    assert [
-        replace(error, name=error.name.removeprefix("encoder.")) for error in report.layers
-    ] == (expected.layers)
+    host, given = Host(), [{"pixels": batch, "size": batch.shape[-1]} for batch in batches]
+    report = merge(host, mode, given, forward=lambda model, batch: model(**batch))
+    found = [replace(error, name=error.name.removeprefix("encoder.")) for error in report.layers]
+    assert found == expected.layers
     for name, value in plain.state_dict().items():
         assert torch.equal(host.state_dict()[f"encoder.{name}"], value)
 

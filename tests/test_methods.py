@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_models import differing, state_of
-from conftest import SHORT, succeed
+from adapted_models import differing, state_of, stir
+from conftest import SHORT, scores_of, succeed, write_data
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter, unmerge
@@ -75,19 +75,11 @@ def make():
     def build(method, encoder="vit_t", lively=False, config=DEFAULT, seed=0):
         model = untouched(encoder)
         apply(method, model, configure(method, config), seed)
-        if lively:
-            enliven(model)
+        if lively:  # no gradient is zero by design
+            stir(trainable_parameters(model), 0.02)
         return model
 
     return build
-
-
-def enliven(model):
-    """Moves every trained parameter of the encoder, so that no gradient is zero by design."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
 
 
 def images(count=2, seed=0):
@@ -405,10 +397,7 @@ def conv_lora_formula(layer, x, noise=None):
     if noise is None:
         return h, chosen, None
     importance = np.bincount(chosen, minlength=8).astype(float)
-    variation = sum(
-        statistics.variance(counted) / statistics.mean(counted) ** 2
-        for counted in (importance.tolist(), load.tolist())
-    )
+    variation = sum(counted.var(ddof=1) / counted.mean() ** 2 for counted in (importance, load))
     return h, chosen, 1e-2 * variation
 
 
@@ -421,10 +410,8 @@ def conv_lora_layer():
         base = nn.Linear(6, 10).to(dtype).requires_grad_(False)
         config, balance = conv_lora.ConvLoRAConfig(), conv_lora.Balance()
         layer = conv_lora.ConvLoRALinear(base, config, balance, layer_generator(0, "qkv"))
+        stir((p for name, p in layer.named_parameters() if not name.startswith("base")), 0.5)
         with torch.no_grad():
-            for name, parameter in layer.named_parameters():
-                if not name.startswith("base"):
-                    parameter += 0.5 * torch.randn_like(parameter)
             layer.gate.mul_(3)
         return layer
 
@@ -521,9 +508,8 @@ def test_vpt_attends_to_prompts_and_window(make, index):
 def test_mona_computes_its_equation():
     torch.manual_seed(0)
     layer, x = mona.Mona(8, width=64), torch.randn(2, 5, 9, 8)
+    stir(layer.parameters(), 0.1)
     with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
         mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
         normal = (x - mean) / (variance + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
         z = layer.down(normal * layer.norm_scale + x * layer.scale).permute(0, 3, 1, 2)
@@ -592,12 +578,12 @@ def test_sam_adapter_adds_its_prompts_before_each_block(make, name, widths):
 
 
 @pytest.fixture(scope="module")
-def data(make_data, tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "data", train=8, val=2, test=2)
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "data", train=8, val=2, test=2)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
+def test_a_run_of_each_method(data, tmp_path, monkeypatch, method):
     """Two steps train what the method trains and nothing else."""
     models, build = [], run_module.build_adapted_model
 
@@ -623,12 +609,10 @@ def test_a_run_of_each_method(naslora, data, tmp_path, monkeypatch, method):
     assert metrics["images"]["train"] == 8
     assert list(metrics.get("test_merged", {})) == merge_modes(method)
     assert (output / "operations.json").exists() == searches(method)
-    parameters = sum(p.numel() for p in trainable_parameters(start))
-    assert metrics["trainable_parameters"] == parameters + sum(
-        p.numel() for p in start.mask_decoder.parameters()
-    )
+    parameters = (*trainable_parameters(start), *start.mask_decoder.parameters())
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in parameters)
     assert method in (output / "report.html").read_text()
-    scores = json.loads(naslora("evaluate", output).out)
+    scores = scores_of(output)
     assert scores.pop("images") == 2 and scores == metrics["test"]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import naslora
 from naslora import NASLoRAConfig, NASLoRALinear, UserError, inject, merge
 from naslora.peft import NasLoraConfig, get_peft_model
-from tests.adapted_models import adapted_encoder, build_encoder, images
+from tests.adapted_models import adapted_encoder, build_encoder, images, named, stir
 from tests.hugging_face import build_sam, logits
 
 
@@ -21,11 +21,7 @@ def wrapped(host: nn.Module | None = None, **options) -> PeftModel:
 
 
 def moved(model: PeftModel) -> PeftModel:
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.add_(noise, alpha=0.1)
+    stir((parameter for parameter in model.parameters() if parameter.requires_grad), 0.1)
     return model.eval()
 
 
@@ -148,8 +144,7 @@ def test_adapters_are_switched_disabled_and_deleted(encoder):
 
 
 def test_two_active_adapters_add_their_updates():
-    layer = nn.Sequential()
-    layer.add_module("qkv", nn.Linear(8, 6))
+    layer = named(qkv=nn.Linear(8, 6))
     x = torch.randn(2, 4, 5, 8)
     model = get_peft_model(layer, NasLoraConfig(target_modules=["qkv"]))
     model.add_adapter("second", NasLoraConfig(target_modules=["qkv"], r=5))
@@ -215,30 +210,18 @@ def test_merging_in_place_and_merging_two_adapters_are_refused():
 
 
 def test_frozen_batch_norms_stay_as_they_are_and_trained_ones_do_not():
-    model = nn.ModuleDict({"qkv": nn.Linear(8, 6), "norm": nn.BatchNorm2d(6), "head": head()})
+    head = nn.Sequential(nn.BatchNorm2d(6))
+    model = named(qkv=nn.Linear(8, 6), norm=nn.BatchNorm2d(6), head=head)
     config = NasLoraConfig(target_modules=["qkv"], modules_to_save=["head"])
     adapted = get_peft_model(model, config).train()
-    assert not model["norm"].training
-    assert model["head"].modules_to_save["default"][0].training
-    assert adapted.training
-
-
-def head() -> nn.Sequential:
-    return nn.Sequential(nn.BatchNorm2d(6))
+    assert not model.norm.training and adapted.training
+    assert model.head.modules_to_save["default"][0].training
 
 
 def test_token_sequences_take_the_grid_that_the_host_states():
-    class Host(nn.Module):
-        grid_size = (2, 6)
-
-        def __init__(self):
-            super().__init__()
-            self.qkv = nn.Linear(8, 6)
-
-        def forward(self, x):
-            return self.qkv(x)
-
-    model = get_peft_model(Host(), NasLoraConfig(target_modules=["qkv"]))
+    host = named(qkv=nn.Linear(8, 6))
+    host.grid_size = (2, 6)
+    model = get_peft_model(host, NasLoraConfig(target_modules=["qkv"]))
     model.add_adapter("second", NasLoraConfig(target_modules=["qkv"]))
     model.set_adapter("second")
     assert model(torch.randn(1, 12, 8)).shape == (1, 12, 6)

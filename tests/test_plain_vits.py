@@ -27,14 +27,9 @@ def small():
 
 def of_timm(name, image_size):
     size = PLAIN[name][1]
-    return timm.create_model(
-        size.timm_name,
-        num_classes=0,
-        img_size=image_size,
-        embed_dim=size.width,
-        depth=size.depth,
-        num_heads=size.heads,
-    ).eval()
+    sizes = {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
+    model = timm.create_model(size.timm_name, num_classes=0, img_size=image_size, **sizes)
+    return model.eval()
 
 
 @pytest.fixture

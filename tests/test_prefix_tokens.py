@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from adapted_models import tokens
+from adapted_models import named, tokens
 from torch import nn
 from torch.testing import assert_close
 from transformers import (
@@ -30,21 +30,14 @@ from naslora.adapter.layer.modules import adapter_layers
 PREFIX, GRID, WIDTH = 5, (3, 4), 16
 
 
-class Host(nn.Module):
+def host() -> nn.Module:
     """One attention whose projection sees (B, 5 + 12, 16) tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.attn = nn.Module()
-        self.attn.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x):
-        return self.attn.qkv(x)
+    torch.manual_seed(0)
+    return named(attn=named(qkv=nn.Linear(WIDTH, 3 * WIDTH)))
 
 
-def adapted(**options) -> Host:
-    model = Host()
+def adapted(**options) -> nn.Module:
+    model = host()
     inject(model, NASLoRAConfig(prefix_tokens=PREFIX, **options))
     layer = model.attn.qkv
     layer.grid = GRID
@@ -80,26 +73,23 @@ def test_exact_merge_keeps_the_prefix(tmp_path):
     assert report.max_update_error < 1e-5  # rounding
     assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
     save_merged(model, tmp_path)
-    loaded = Host()
+    loaded = host()
     load_merged(loaded, tmp_path)
     assert torch.equal(loaded(x), model(x))
     # A plain layer cannot treat the prefix in a way of its own; the fit is nearer than the centre.
     centre = copy.deepcopy(calibrated)
-    errors = [
-        merge(one, mode, images).max_update_error
-        for one, mode in ((calibrated, "calibrated"), (centre, "center"))
-    ]
-    assert 0 < errors[0] < errors[1]
+    fitted = merge(calibrated, "calibrated", images).max_update_error
+    assert 0 < fitted < merge(centre, "center", images).max_update_error
 
 
 def test_an_adapter_keeps_its_prefix_and_fits_no_other(tmp_path):
     model, x = adapted(), tokens(1, PREFIX + 12, WIDTH)
     save_adapter(model, tmp_path)
-    loaded = Host()
+    loaded = host()
     load_adapter(loaded, tmp_path)
     loaded.attn.qkv.grid = GRID
     assert torch.equal(loaded.eval()(x), model(x))
-    other = Host()
+    other = host()
     inject(other, NASLoRAConfig(prefix_tokens=1))
     with pytest.raises(UserError, match="prefix_tokens is 5 in the file, 1 here"):
         load_adapter(other, tmp_path)

@@ -5,7 +5,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, SIZE, refusal, succeed
+from conftest import SHORT, SIZE, refusal, succeed, write_data
 from PIL import Image
 from test_intensity import GEO, tags_of
 
@@ -15,12 +15,12 @@ from naslora.predictor import _enlarged
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_sam, make_data, tmp_path_factory):
+def runs(tiny_sam, tmp_path_factory):
     """The folders of data and of runs of two and of three classes, with an image of another size
     that has a georeference."""
     folder = tmp_path_factory.mktemp("runs")
     for name, classes, seeds in (("two", 2, (0, 1)), ("three", 3, (0,))):
-        data = make_data(folder / f"{name} data", classes=classes, train=2, val=1, test=1)
+        data = write_data(folder / f"{name} data", classes=classes, train=2, val=1, test=1)
         large = Image.open(data / "images/test0.png").resize((2 * SIZE + 9, 3 * SIZE))
         options = {"photometric": "rgb", "extratags": GEO}
         tifffile.imwrite(folder / f"{name}.tif", np.asarray(large), **options)
@@ -53,11 +53,8 @@ def test_of_two_classes(runs, tmp_path, tiles):
 
 
 def test_in_16_bits(runs, tmp_path):
-    raster = ("--probabilities", "float32")
-    found = [
-        predicted(runs, tmp_path / name, "two", *raster, "--precision", name)[1]
-        for name in ("no", "bf16")
-    ]
+    raster = ("--probabilities", "float32", "--precision")
+    found = [predicted(runs, tmp_path / p, "two", *raster, p)[1] for p in ("no", "bf16")]
     assert not np.array_equal(*found)
     np.testing.assert_allclose(*found, atol=0.05)
 
@@ -101,10 +98,8 @@ def test_uncertainty_over_flips_and_runs(runs, tmp_path):
 )
 def test_bad_outputs(runs, tmp_path, name, options, message):
     given = [runs / own if own == "three0" else own for own in options]
-    result = refusal(
-        "predict", runs / f"{name}0", runs / "two.tif", *given, "--output", tmp_path / "o"
-    )
-    assert message in result
+    command = ("predict", runs / f"{name}0", runs / "two.tif", *given)
+    assert message in refusal(*command, "--output", tmp_path / "o")
     assert not list((tmp_path / "o").glob("*.png"))
 
 

@@ -41,9 +41,8 @@ def test_graphs_equal_the_predictor(tool, kind, frame, tmp_path):
     export_prompts(model, tool, path)
     config = yaml.safe_load((path / "mine.yaml").read_text())
     assert config["type"] == kind and config["input_size"] == frame
-    assert {config[f"{part}_model_path"] for part in ("encoder", "decoder")} == {
-        file.name for file in path.glob("*.onnx")
-    }
+    files = {config[f"{part}_model_path"] for part in ("encoder", "decoder")}
+    assert files == {file.name for file in path.glob("*.onnx")}
     predictor = build_predictor(model)
     if tool == "samexporter":
         predictor.transform = ResizeLongestSide(SIZE)
@@ -61,10 +60,15 @@ def test_graphs_equal_the_predictor(tool, kind, frame, tmp_path):
     # float32 rounding over a few layers, with a margin; as in tests/test_export.py
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
-    scale = np.array(
-        [frame / (SHAPE[1] if tool == "samexporter" else side) for side in SHAPE[::-1]]
-    )
+    sides = SHAPE[1:] * 2 if tool == "samexporter" else SHAPE[::-1]
+    scale = frame / np.array(sides)
     empty = np.zeros((1, 1, frame // 4, frame // 4))
+
+    def decoded(points, labels, mask, given):
+        prompts = {"point_coords": (points * scale)[None], "point_labels": [labels]}
+        prompts |= {"mask_input": mask, "has_mask_input": [given], "orig_im_size": SHAPE}
+        return ran(path, "decoder", image_embeddings=predictor.features, **prompts)
+
     padded = (np.concatenate([CLICKS[:1], [[0, 0]]]), [1, -1])  # as most tools pass a click
     corners = (np.concatenate([BOX.reshape(2, 2), [[0, 0]]]), [2, 3, -1])
     for (points, labels), prompts, several in (
@@ -78,16 +82,7 @@ def test_graphs_equal_the_predictor(tool, kind, frame, tmp_path):
             **prompts, multimask_output=several, return_logits=True
         )
         best = scores.argmax()
-        found = ran(
-            path,
-            "decoder",
-            image_embeddings=predictor.features,
-            point_coords=(points * scale)[None],
-            point_labels=[labels],
-            mask_input=empty,
-            has_mask_input=[0],
-            orig_im_size=SHAPE,
-        )
+        found = decoded(points, labels, empty, 0)
         np.testing.assert_allclose(found["masks"][0, 0], masks[best], rtol=1e-4, atol=1e-4)
         assert found["iou_predictions"][0, 0] == pytest.approx(scores[best], rel=1e-4, abs=1e-4)
         assert found["low_res_masks"].shape == empty.shape
@@ -95,16 +90,7 @@ def test_graphs_equal_the_predictor(tool, kind, frame, tmp_path):
         masks, _, _ = predictor.predict(
             CLICKS, np.array([1, 0]), mask_input=logits, multimask_output=False, return_logits=True
         )
-        again = ran(
-            path,
-            "decoder",
-            image_embeddings=predictor.features,
-            point_coords=(CLICKS * scale)[None],
-            point_labels=[[1, 0]],
-            mask_input=logits[None],
-            has_mask_input=[1],
-            orig_im_size=SHAPE,
-        )
+        again = decoded(CLICKS, [1, 0], logits[None], 1)
         np.testing.assert_allclose(again["masks"][0], masks, rtol=1e-4, atol=1e-4)
 
 

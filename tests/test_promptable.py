@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from adapted_models import original_sam
-from conftest import SIZE, TRAIN, refusal, succeed
+from conftest import SIZE, TRAIN, call, refusal, succeed
 from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import ImageEncoderViT
@@ -155,7 +155,7 @@ def test_a_run_has_scores_by_clicks_beside_the_untouched_model(run):
     assert any("prompt_encoder" in key for key in read_safetensors(next(run.glob("adapter/*.s*"))))
 
 
-def test_a_run_resumes_to_the_same_bits(naslora, run, tmp_path):
+def test_a_run_resumes_to_the_same_bits(run, tmp_path):
     command = ("train", "--task", "promptable", "--data", run.parent / "data", *TRAIN)
     command = (*command, "--clicks", "3", "--train-prompt-encoder", "--output", tmp_path / "run")
     from naslora.training import trainer
@@ -165,7 +165,7 @@ def test_a_run_resumes_to_the_same_bits(naslora, run, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(trainer, "log", lambda *_: (_ for _ in ()).throw(Stop))
-        naslora(*command)
+        call(*command)
     succeed(*command, "--resume")
     ours, theirs = (read_safetensors(next(p.glob("adapter/*.s*"))) for p in (run, tmp_path / "run"))
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -198,7 +198,7 @@ def test_clicks_are_the_centres_of_the_largest_errors():
 # --- It stays SAM ---
 
 
-def test_the_exported_model_is_sam(naslora, run, tmp_path):
+def test_the_exported_model_is_sam(run, tmp_path):
     merged, file = tmp_path / "merged", tmp_path / "sam.safetensors"
     succeed("merge", run, "--mode", "center", "--output", merged)
     succeed("export", merged, "--format", "safetensors", "--output", file)
@@ -233,10 +233,8 @@ def test_the_exported_model_is_sam(naslora, run, tmp_path):
     assert len(masks[0]) == len(masks[1]) > 0
     for own, other in zip(*masks, strict=True):
         assert (own["segmentation"] == other["segmentation"]).all()
-    message = naslora("predict", file, run.parent / "data/images", "--output", tmp_path / "p").err
-    assert "takes prompts" in message
-    message = naslora("export", merged, "--output", tmp_path / "sam.onnx").err
-    assert "takes prompts" in message
+    for command in (("predict", file, run.parent / "data/images"), ("export", merged)):
+        assert "takes prompts" in refusal(*command, "--output", tmp_path / "sam.onnx")
 
 
 def hugging_face_sam():
@@ -245,11 +243,9 @@ def hugging_face_sam():
 
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 128}
     vision |= {"image_size": SIZE, "global_attn_indexes": [1]}
-    prompt, decoder = {"image_size": SIZE}, {"num_hidden_layers": 1, "mlp_dim": 64}
-    config = SamConfig(
-        vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
-    )
-    return SamModel(config).eval()
+    parts = {"prompt_encoder_config": {"image_size": SIZE}}
+    parts["mask_decoder_config"] = {"num_hidden_layers": 1, "mlp_dim": 64}
+    return SamModel(SamConfig(vision_config=vision, **parts)).eval()
 
 
 # --- What is refused, and what is said ---

@@ -6,7 +6,7 @@ from pathlib import Path
 import miniatures
 import pytest
 import yaml
-from conftest import succeed
+from conftest import scores_of, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from reliability.conftest import draws
@@ -66,7 +66,7 @@ def test_each_trains_two_steps(
 
 
 @pytest.mark.parametrize("dataset, method", [("sbu", "nas-pc-lora"), ("camouflage", "lora")])
-def test_the_command_with_flags_that_override(naslora, trees, tiny_sam, tmp_path, dataset, method):
+def test_the_command_with_flags_that_override(trees, tiny_sam, tmp_path, dataset, method):
     arguments = ("--recipe", dataset, "--method", method, "--root", trees / dataset)
     small = ("--model", "vit_t", "--image-size", 32, "--epochs", 1, "--mixed-precision", "no")
     run = tmp_path / "run"
@@ -87,10 +87,8 @@ def test_the_command_with_flags_that_override(naslora, trees, tiny_sam, tmp_path
     assert "scored at the resolution of each mask" in result.out
     report = (run / "report.html").read_text()
     assert "scored at the resolution of each mask" in report
-    again = naslora("evaluate", run)
-    assert json.loads(again.out)["metrics"] == pytest.approx(test["metrics"], abs=1e-6)
-    network = naslora("evaluate", run, "--resolution", "network")
-    assert json.loads(network.out)["resolution"] == "32 x 32"
+    assert scores_of(run)["metrics"] == pytest.approx(test["metrics"], abs=1e-6)
+    assert scores_of(run, "--resolution", "network")["resolution"] == "32 x 32"
 
 
 # --- recipes of one's own
@@ -115,17 +113,12 @@ def test_a_file_of_ones_own_builds_on_another(tmp_path):
 # --- any values
 
 
-def names_of(values):
-    return {*values} | {name for v in values.values() if isinstance(v, dict) for name in v}
-
-
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
 DEFAULTS = run_config(root="/data", training={"mixed_precision": "no"}).to_dict()
-NAMES = sorted(names_of(DEFAULTS) | {"methods", "base", "lora", "width", "colour"})
+NAMES = {name for v in DEFAULTS.values() if isinstance(v, dict) for name in v}
+NAMES = sorted(NAMES.union(DEFAULTS, {"methods", "base", "lora", "width", "colour"}))
 SETTINGS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), VALUES, max_size=3)
-
-
 RECIPES = st.dictionaries(st.sampled_from(NAMES), VALUES | SETTINGS, max_size=3)
 
 

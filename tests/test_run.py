@@ -2,15 +2,15 @@
 
 import dataclasses
 import io
-import json
 import re
 import shlex
 import shutil
 
 import numpy as np
 import pytest
-import torch
-from conftest import csv_rows, succeed
+from adapted_models import differing
+from conftest import csv_rows, scores_of, succeed, write_data
+from miniatures import save
 from PIL import Image
 from rich.console import Console
 
@@ -36,8 +36,8 @@ TRAIN = shlex.split(
 
 
 @pytest.fixture(scope="module")
-def data(make_data, tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "rings", classes=3, train=12, val=4, test=5)
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "rings", classes=3, train=12, val=4, test=5)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,6 @@ def run(data, tmp_path_factory):
 
 def adapter(run):
     return read_safetensors(run / ADAPTER / "adapter_model.safetensors")
-
-
-def assert_bitwise_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
 
 
 # --- What a run shows ---
@@ -74,7 +69,7 @@ def test_without_a_terminal_lines_tell_how_long_a_run_takes(monkeypatch):
 
 
 def test_a_run_from_random_weights_says_so(run):
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = read_json(run / "metrics.json")
     assert metrics["weights"] == "none"
     (note,) = [note for note in metrics["notes"] if "random, frozen weights" in note]
     assert note in (run / "report.html").read_text()
@@ -88,10 +83,8 @@ def test_the_folder(run):
     expected |= {"operations.json", "report.html", "tensorboard", "test_images.csv"}
     assert {path.name for path in run.iterdir()} == expected
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
-    assert {path.name for path in (run / ADAPTER).iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    names = sorted(path.name for path in (run / ADAPTER).iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
     report = (run / "report.html").read_text()
     assert "core" in report and "http://" not in report.replace("http://www.w3.org", "")
 
@@ -105,23 +98,20 @@ def test_metrics(run):
     modes = {"exact", "center", "calibrated"}
     assert set(metrics["test_merged"]) == set(metrics["merge"]) == modes
     # The promise of the exact merge: the same Dice to three decimals.
-    assert metrics["test_merged"]["exact"]["dice"] == pytest.approx(
-        metrics["test"]["dice"], abs=5e-4
-    )
+    exact = metrics["test_merged"]["exact"]["dice"]
+    assert exact == pytest.approx(metrics["test"]["dice"], abs=5e-4)
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
     assert metrics["images"] == {"train": 12, "val": 4, "test": 5}
     assert metrics["seconds"] > 0
 
 
-def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(naslora, data, tmp_path):
+def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(data, tmp_path):
     """It ends before alpha trains, which has a warning."""
     output = tmp_path / "run"
     options = ["--data", data, *TRAIN, "--epochs", 1, "--mixed-precision", "bf16"]
-    result = naslora("train", *options, "--output", output)
     warning = "naslora: warning: alpha is not trained: --search-start 1 is not among the 1 epochs"
-    assert result.status == 0 and warning in result.err
-    metrics = read_json(output / "metrics.json")
-    scores = json.loads(naslora("evaluate", output).out)
+    assert warning in succeed("train", *options, "--output", output).err
+    metrics, scores = read_json(output / "metrics.json"), scores_of(output)
     assert scores.pop("images") == 5 and scores == metrics["test"]
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
 
@@ -143,32 +133,26 @@ def test_history_and_operations(run):
 # --- What can be done with it ---
 
 
-def scores_of(result):
-    assert result.status == 0, result.err
-    return json.loads(result.out)
-
-
-def test_evaluate_repeats_the_test(naslora, run, make_data, tmp_path):
-    scores = scores_of(naslora("evaluate", run))
+def test_evaluate_repeats_the_test(run, tmp_path):
+    scores, tested = scores_of(run), read_json(run / "metrics.json")["test"]
     assert scores.pop("images") == 5
     # The same weights, images and batches in the same process: the same numbers.
-    assert scores == read_json(run / "metrics.json")["test"]
-    assert scores_of(naslora("evaluate", run, "--split", "val"))["images"] == 4
-    scores = scores_of(naslora("evaluate", run, "--metrics", "hd95", "ece"))["metrics"]
+    assert scores == tested
+    assert scores_of(run, "--split", "val")["images"] == 4
+    scores = scores_of(run, "--metrics", "hd95", "ece")["metrics"]
     assert scores["hd95"] > 0 and 0 < scores["ece"] < 1
-    flipped = scores_of(naslora("evaluate", run, "--flips"))
-    assert flipped["loss"] == read_json(run / "metrics.json")["test"]["loss"]  # of the image itself
-    assert flipped["dice"] != read_json(run / "metrics.json")["test"]["dice"]
-    other = make_data(tmp_path / "other", classes=3, train=2, val=1, test=3)
-    assert scores_of(naslora("evaluate", run, "--data", other))["images"] == 3
+    flipped = scores_of(run, "--flips")
+    assert flipped["loss"] == tested["loss"] and flipped["dice"] != tested["dice"]  # of the image
+    other = write_data(tmp_path / "other", classes=3, train=2, val=1, test=3)
+    assert scores_of(run, "--data", other)["images"] == 3
 
 
 @pytest.mark.parametrize("mode", ["exact", "center"])
-def test_merge_then_evaluate(naslora, run, tmp_path, mode):
+def test_merge_then_evaluate(run, tmp_path, mode):
     folder = tmp_path / mode
     assert f"mode {mode!r}" in succeed("merge", run, "--mode", mode, "--output", folder).out
     assert {path.name for path in folder.iterdir()} == {"merged.json", "model.safetensors"}
-    scores = scores_of(naslora("evaluate", folder))
+    scores = scores_of(folder)
     scores.pop("images")
     assert scores == read_json(run / "metrics.json")["test_merged"][mode]
     if mode == "center":  # it loads into an untouched model
@@ -177,12 +161,10 @@ def test_merge_then_evaluate(naslora, run, tmp_path, mode):
 
 
 def test_predict_files_and_folders(run, tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
     rng = np.random.default_rng(0)
     sizes = {"in/a.png": (40, 30), "in/b.jpg": (17, 50), "c.png": (64, 64)}
     for name, size in sizes.items():
-        pixels = rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / name)
+        save(tmp_path / name, rng.integers(0, 255, (*size[::-1], 3)))
     command = "predict", run, tmp_path / "in", tmp_path / "c.png", "--output"
     assert "wrote 3 masks and overlays" in succeed(*command, tmp_path / "o").out
     for name, size in sizes.items():
@@ -207,7 +189,7 @@ def test_predict_files_and_folders(run, tmp_path, monkeypatch):
 def test_a_finished_run_finishes_again(run, data, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     succeed("train", "--data", data, *TRAIN, "--output", copy, "--resume")
-    assert_bitwise_same(adapter(copy), adapter(run))
+    assert not differing(adapter(copy), adapter(run))
     metrics = [read_json(folder / "metrics.json") | {"seconds": None} for folder in (copy, run)]
     assert metrics[0] == metrics[1]
 

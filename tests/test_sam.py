@@ -1,6 +1,5 @@
 """Encoders, checkpoints and the segmentation model, against segment_anything."""
 
-import io
 from functools import partial
 from pathlib import Path
 
@@ -8,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_models import original_sam
+from adapted_models import as_torch, build_encoder, differing, original_sam, state_of
+from conftest import TINY
 from safetensors.torch import load_file, save_file
 from sam_families import pixels
 from segment_anything import sam_model_registry
-from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,30 +29,19 @@ from naslora.sam.segmentation import (
 )
 from naslora.sam.vits import VITS, ViT
 
-torch.set_num_threads(1)
-
 # The weights are not part of the project. The tests that need them are skipped without them.
 MOBILE_SAM = Path(__file__).parents[1].parent / "shared" / "weights" / "mobile_sam.safetensors"
 needs_mobile_sam = pytest.mark.skipif(
     not MOBILE_SAM.is_file(), reason=f"needs MobileSAM's weights as {MOBILE_SAM}"
 )
 
-SMALL = ViT(width=32, depth=2, heads=2, global_blocks=(1,))
+SMALL = ViT(**TINY)
 
 
-def build_sam(size: int, vit: ViT = SMALL) -> nn.Module:
+def build_sam(size: int, width: int = SMALL.width) -> nn.Module:
     """Builds segment_anything's own model with a small encoder."""
-    torch.manual_seed(0)
-    encoder = ImageEncoderViT(
-        img_size=size,
-        embed_dim=vit.width,
-        depth=vit.depth,
-        num_heads=vit.heads,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=14,
-        global_attn_indexes=vit.global_blocks,
-    )
+    sizes = {"img_size": size, "embed_dim": width, "out_chans": 256, "window_size": 14}
+    encoder = build_encoder(**sizes, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     for name, parameter in encoder.named_parameters():
         if "pos" in name:  # zero without a checkpoint
             nn.init.normal_(parameter, std=0.3)
@@ -123,9 +111,8 @@ def test_embedding_equals_segment_anything(original, checkpoints, file):
     model = build_model("vit_b", 64, checkpoint=checkpoints / file).eval()
     images = pixels(64)
     with torch.no_grad():
-        expected = original.image_encoder(
-            torch.stack([original.preprocess(255 * i) for i in images])
-        )
+        normalised = torch.stack([original.preprocess(255 * image) for image in images])
+        expected = original.image_encoder(normalised)
         actual = model.image_encoder((images - model.pixel_mean) / model.pixel_std)
     # float32 rounding: the images are normalised on a scale of 1 here, and of 255 in SAM.
     assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -150,9 +137,8 @@ def test_another_image_size_resizes_the_positions(original, checkpoints, size):
     """4 x 4 tokens in the file, 2 x 2 or 6 x 6 in the model."""
     model = build_model("vit_b", size, checkpoint=checkpoints / "sam.pth").eval()
     grid, stored = size // 16, original.image_encoder
-    bicubic = F.interpolate(
-        stored.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False
-    )
+    maps = stored.pos_embed.permute(0, 3, 1, 2)
+    bicubic = F.interpolate(maps, (grid, grid), mode="bicubic", align_corners=False)
     assert_close(model.image_encoder.pos_embed, bicubic.permute(0, 2, 3, 1))
     # Linear interpolation of the 7 relative positions at the centres of pixels, in NumPy.
     count = 2 * grid - 1
@@ -168,15 +154,6 @@ def test_another_image_size_resizes_the_positions(original, checkpoints, size):
     assert model(pixels(size)).masks.shape == (2, 1, size, size)
 
 
-def as_torch(value) -> bytes:
-    torch.save(value, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
-def of_vit(**changes):
-    return lambda state: as_torch(build_sam(64, SMALL._replace(**changes)).state_dict())
-
-
 PLAIN = "is not a plain state dict of tensors"
 DAMAGED = "is truncated or is not a PyTorch state dict"
 OTHER_MODEL = "does not fit model vit_b .*--model that the checkpoint was made for"
@@ -188,7 +165,7 @@ BAD = {
         lambda state: as_torch({"layer1.weight": torch.zeros(2, 2)}),
         "holds no SAM checkpoint: it has no image_encoder",
     ),
-    "wider": (of_vit(width=48), OTHER_MODEL),
+    "wider": (lambda state: as_torch(build_sam(64, width=48).state_dict()), OTHER_MODEL),
     "MobileSAM": (
         lambda state: as_torch(build_model("mobile_sam", 64).state_dict()),
         r"is MobileSAM \(mobile_sam\), and --model says vit_b",
@@ -201,11 +178,11 @@ def test_bad_checkpoints_are_refused_in_one_line(original, tmp_path, make, messa
     path = tmp_path / "bad.pth"
     path.write_bytes(make(original.state_dict()))
     model = build_model("vit_b", 64)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = state_of(model)
     with pytest.raises(UserError, match=rf"bad\.pth.* {message}") as error:
         load_sam_checkpoint(model, path, "vit_b")
     assert "\n" not in str(error.value)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not differing(model.state_dict(), before)
 
 
 # ---------------------------------------------------------------- MobileSAM's weights

@@ -15,6 +15,7 @@ from adapted_models import (
     images,
     randomize,
     state_of,
+    stir,
     trained_encoder,
 )
 from hugging_face import BUILDERS, logits, trained
@@ -42,8 +43,6 @@ from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.files import write_text
 from naslora.integrations.hub import from_pretrained
-
-torch.set_num_threads(1)
 
 
 def assert_same(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
@@ -298,21 +297,17 @@ def test_the_base_state_dict_is_the_original_one():
     assert state.keys() == before.keys()
     assert all(torch.equal(state[name], value) for name, value in before.items())
     build_encoder().load_state_dict(state, strict=True)
-    assert (
-        state["blocks.0.attn.qkv.weight"].data_ptr() == model.blocks[0].attn.qkv.weight.data_ptr()
-    )
+    qkv = model.blocks[0].attn.qkv
+    assert state["blocks.0.attn.qkv.weight"].data_ptr() == qkv.weight.data_ptr()
 
 
 def test_original_checkpoints_load_after_inject():
     original = build_encoder()
-    with torch.no_grad():
-        for parameter in original.parameters():
-            parameter.add_(0.1)
+    stir(original.parameters(), 0.1)
     state = original.state_dict()
     expected = adapted_encoder()
-    expected_keys = expected.load_state_dict(
-        {(k.replace("qkv.", "qkv.base.")): v for k, v in state.items()}, strict=False
-    )
+    named = {name.replace("qkv.", "qkv.base."): value for name, value in state.items()}
+    expected_keys = expected.load_state_dict(named, strict=False)
     by_function, by_torch = adapted_encoder(), adapted_encoder()
     assert load_base_state_dict(by_function, state) == ([], [])
     torch_keys = by_torch.load_state_dict(state, strict=False)

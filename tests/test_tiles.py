@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TRAIN, succeed, write_checkpoint
+from conftest import TRAIN, scores_of, succeed, write_checkpoint, write_data
+from miniatures import save
 from PIL import Image
 from run_configs import run_config
 
@@ -194,11 +195,9 @@ def test_windows_that_hold_foreground(monkeypatch):
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_items_are_windows_at_native_resolution(tmp_path, suffix):
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    labels = rng.integers(0, 2, (60, 90), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / f"i.{suffix}")
-    Image.fromarray(labels).save(tmp_path / f"m.{suffix}")
-    sample = Sample(tmp_path / f"i.{suffix}", tmp_path / f"m.{suffix}", "x")
+    pixels, labels = (rng.integers(0, n, size) for n, size in ((256, (60, 90, 3)), (2, (60, 90))))
+    files = [save(tmp_path / f"{n}.{suffix}", v) for n, v in (("i", pixels), ("m", labels))]
+    sample = Sample(*files, "x")
     dataset = SegmentationDataset([sample], 32, 1, crop=Crop(32), seed=4)
     seen = set()
     for epoch in range(3):
@@ -216,32 +215,31 @@ def test_items_are_windows_at_native_resolution(tmp_path, suffix):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_sam, make_data, tmp_path_factory):
-    """A run on windows of larger images: the discs of ``make_data`` on canvases of 70 x 50."""
+def run(tiny_sam, tmp_path_factory):
+    """A run on windows of larger images: the discs of ``write_data`` on canvases of 70 x 50."""
     folder = tmp_path_factory.mktemp("crops")
-    data = make_data(folder / "data", train=4, val=2, test=2)
+    data = write_data(folder / "data", train=4, val=2, test=2)
     for path in sorted((data / "images").iterdir()):
         for name, empty in (("images", 20), ("masks", 0)):
             file = data / name / path.name
             own = np.array(Image.open(file))
-            canvas = np.full((70, 50, *own.shape[2:]), empty, np.uint8)
+            canvas = np.full((70, 50, *own.shape[2:]), empty)
             canvas[20:52, 9:41] = own
-            Image.fromarray(canvas).save(file)
+            save(file, canvas)
     checkpoint = ("--checkpoint", write_checkpoint(folder / "sam.safetensors"))
     arguments = ("--data", data, *TRAIN, *checkpoint, "--crop", 32, "--augment", "medical")
     succeed("train", *arguments, "--cache", folder / "cache", "--output", folder / "run")
     return folder / "run"
 
 
-def test_scores_by_tiles_are_those_of_the_predicted_masks(naslora, run, tmp_path):
+def test_scores_by_tiles_are_those_of_the_predicted_masks(run, tmp_path):
     """Accuracy by tiles, counted in the masks that ``predict`` writes."""
     config = json.loads((run / "config.json").read_text())
     assert (config["data"]["crop"], config["data"]["resolution"]) == (32, "tiles")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["test"]["resolution"] == "of each mask, by tiles of 32 x 32"
     assert "of each mask, by tiles of 32 x 32" in (run / "report.html").read_text()
-    whole = json.loads(naslora("evaluate", run, "--resolution", "original").out)
-    assert whole["resolution"] == "of each mask"
+    assert scores_of(run, "--resolution", "original")["resolution"] == "of each mask"
     data = run.parent / "data"
     images = [data / f"images/test{i}.png" for i in range(2)]
     succeed("predict", run, *images, "--tiles", "auto", "--output", tmp_path / "out")
@@ -250,7 +248,7 @@ def test_scores_by_tiles_are_those_of_the_predicted_masks(naslora, run, tmp_path
         predicted = np.array(Image.open(tmp_path / "out" / f"{image.stem}_mask.png")) > 0
         truth = np.array(Image.open(data / "masks" / image.name)) > 0
         shares.append((predicted == truth).mean())
-    scores = json.loads(naslora("evaluate", run).out)
+    scores = scores_of(run)
     assert np.mean(shares) == pytest.approx(scores["accuracy"], abs=1e-6)
     assert scores["metrics"] == pytest.approx(metrics["test"]["metrics"], abs=1e-6)
 

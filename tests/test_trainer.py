@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from adapted_models import state_of
+from conftest import write_data
 from run_configs import run_config
 
 from naslora.adapter.io.storage import trained_state
@@ -31,9 +32,9 @@ RATE, ALPHA_RATE = 1e-3, 3e-4
 
 
 @pytest.fixture(scope="module")
-def data(make_data, tmp_path_factory):
+def data(tmp_path_factory):
     """Of 11 training images 2 go to the architecture: batches of 4, 4, 1 and of 2."""
-    return make_data(tmp_path_factory.mktemp("data") / "binary", train=11, val=3, test=2)
+    return write_data(tmp_path_factory.mktemp("data") / "binary", train=11, val=3, test=2)
 
 
 @pytest.fixture
@@ -44,27 +45,15 @@ def make_trainer(data, tmp_path):
     def make(method="nas-pc-lora", adapter=None, num_classes=1, **changes):
         nonlocal count
         count += 1
-        settings = {
-            "epochs": 2,
-            "search_start": 1,
-            "learning_rate": RATE,
-            "alpha_learning_rate": ALPHA_RATE,
-            "workers": 0,
-            **changes,
-        }
-        config = run_config(
-            root=data,
-            name="vit_t",
-            image_size=32,
-            num_classes=num_classes,
-            method=method,
-            adapter=adapter or {},
-            training=settings,
-        )
-        splits = {
-            name: SegmentationDataset(samples, 32, num_classes, flip=name in ("train", "arch"))
-            for name, samples in find_splits(config).items()
-        }
+        settings = {"epochs": 2, "search_start": 1, "workers": 0, "learning_rate": RATE}
+        settings |= {"alpha_learning_rate": ALPHA_RATE, **changes}
+        about = {"method": method, "adapter": adapter or {}, "training": settings}
+        about |= {"name": "vit_t", "image_size": 32, "num_classes": num_classes}
+        config = run_config(root=data, **about)
+        splits = find_splits(config)
+        for name, samples in splits.items():
+            flip = name in ("train", "arch")
+            splits[name] = SegmentationDataset(samples, 32, num_classes, flip=flip)
         model = build_adapted_model(config)
         accelerator = make_accelerator(config.training)
         return Trainer(model, splits, config, tmp_path / str(count), accelerator)
@@ -177,8 +166,8 @@ def test_a_single_image_cannot_be_held_out():
         epoch_images("hold-out", train=1).of(0)
 
 
-def test_the_own_split_joins_the_training_images_unless_alpha_takes_it(data, make_data, tmp_path):
-    own = make_data(tmp_path / "own", train=3, arch=2, val=1, test=1)
+def test_the_own_split_joins_the_training_images_unless_alpha_takes_it(data, tmp_path):
+    own = write_data(tmp_path / "own", train=3, arch=2, val=1, test=1)
     config = run_config(root=own)
     for arch_data in (None, "split"):
         chosen = TrainConfig(arch_data=arch_data)
@@ -341,9 +330,8 @@ def test_the_rates_of_alpha_add_up(make_trainer, monkeypatch, changes, rates):
 @pytest.mark.parametrize("travel, rate", [(1e-6, 3e-4), (1e6, 0.3)])
 def test_the_rate_of_alpha_is_bounded(make_trainer, monkeypatch, travel, rate):
     monkeypatch.setattr("naslora.training.trainer.ALPHA_TRAVEL", travel)
-    trainer = make_trainer(
-        alpha_learning_rate=None, alpha_schedule="constant", search_start=0, epochs=1
-    )
+    settings = {"alpha_schedule": "constant", "search_start": 0, "epochs": 1}
+    trainer = make_trainer(alpha_learning_rate=None, **settings)
     trainer.run()
     assert trainer.architecture.optimizer.param_groups[0]["lr"] == rate
 
@@ -369,9 +357,8 @@ def test_clipping_bounds_the_weights_gradient_alone(make_trainer):
 
 def test_reported_losses_are_without_the_auxiliary_loss(make_trainer):
     """Adapters start without effect. So at rate 0 all methods have LoRA's loss."""
-    lora, conv_lora = (
-        make_trainer(method=method, learning_rate=0.0, epochs=1) for method in ("lora", "conv-lora")
-    )
+    rest = {"learning_rate": 0.0, "epochs": 1}
+    lora, conv_lora = (make_trainer(method=method, **rest) for method in ("lora", "conv-lora"))
     lora.run(), conv_lora.run()
     assert conv_lora.history[0].train_loss == pytest.approx(lora.history[0].train_loss, rel=1e-6)
     gates = [p for name, p in conv_lora.model.named_parameters() if name.endswith(".noise")]
@@ -397,9 +384,8 @@ def test_loss_scaling_changes_nothing(make_trainer):
     plain.run()
     scaled.run()
     assert scaled.accelerator.scaler.get_scale() > 2.0**8
-    assert_same_training(
-        trained_state(plain.model), trained_state(scaled.model), plain.history, scaled.history
-    )
+    states = (trained_state(trainer.model) for trainer in (plain, scaled))
+    assert_same_training(*states, plain.history, scaled.history)
 
 
 @pytest.mark.parametrize(
@@ -446,9 +432,8 @@ def test_the_kept_epoch(make_trainer, monkeypatch, keep, epoch):
     assert all(torch.equal(v, kept[k]) for k, v in states[epoch].items())
     assert kept_epoch(trainer.history, keep).epoch == epoch + 1
     last = torch.load(trainer.directory / LAST)
-    assert last["epoch"] == 4 and all(
-        torch.equal(v, last["model"][k]) for k, v in states[3].items()
-    )
+    assert last["epoch"] == 4
+    assert all(torch.equal(v, last["model"][k]) for k, v in states[3].items())
 
 
 @pytest.mark.parametrize(
@@ -461,15 +446,13 @@ def test_the_kept_epoch(make_trainer, monkeypatch, keep, epoch):
 )
 def test_patience(make_trainer, monkeypatch, dice, search_start, epochs):
     settings = {"epochs": 7, "search_start": search_start, "keep": "best", "patience": 2}
-    trainer, values = make_trainer(**settings), iter(dice)
-    monkeypatch.setattr(
-        trainer, "evaluate", lambda _: SplitScores(1.0, next(values), 0.5, 0.5, image_dice=[])
-    )
+    trainer = make_trainer(**settings)
+    scores = (SplitScores(1.0, value, 0.5, 0.5, image_dice=[]) for value in dice)
+    monkeypatch.setattr(trainer, "evaluate", lambda _: next(scores))
     trainer.run()
     assert trainer.epoch == len(trainer.history) == epochs == len(dice)
-    again = Trainer(
-        trainer.model, trainer.data, trainer.run_config, trainer.directory, trainer.accelerator
-    )
+    parts = (trainer.model, trainer.data, trainer.run_config, trainer.directory)
+    again = Trainer(*parts, trainer.accelerator)
     again.resume()
     again.run()  # a run that was stopped stays so
     assert again.epoch == epochs

@@ -129,13 +129,9 @@ def test_spacing(tmp_path, unit, factor, name, affine):
     image = nibabel.load(tmp_path / "a.nii")
     image.header.set_xyzt_units(unit)
     nibabel.save(image, tmp_path / "b.nii")
-    for axis, expected in enumerate(
-        [
-            (0.7, 3 * 6 / 24, 0.9 * 12 / 8),
-            (0.9, 3 * 6 / 24, 0.7 * 16 / 8),
-            (3, 0.9 * 12 / 24, 0.7 * 16 / 8),
-        ]
-    ):
+    x, y, z = 0.7 * 16, 0.9 * 12, 3 * 6
+    spacings = [(0.7, z / 24, y / 8), (0.9, z / 24, x / 8), (3, y / 24, x / 8)]
+    for axis, expected in enumerate(spacings):
         found, its = spacing_of(tmp_path / "b.nii", axis, (24, 8))
         assert found == pytest.approx(factor * np.array(expected), rel=1e-6) and its == name
     stack = save(tmp_path / "c.tif", values_of(0)[0])
@@ -148,10 +144,9 @@ def test_folds_keep_volumes_together(tmp_path):
     assert [len({sample.image for sample in fold}) for fold in folds] == [2, 2, 2]
     assert sum(map(len, folds)) == 36
     write_splits(tmp_path / "lists", dict(zip(("train", "val", "test"), folds, strict=True)))
-    again = load_splits("csv", tmp_path / "lists")
-    assert [[own.slice for own in part] for part in again.values()] == [
-        [own.slice for own in fold] for fold in folds
-    ]
+    again = load_splits("csv", tmp_path / "lists").values()
+    found, expected = ([[own.slice for own in part] for part in all_] for all_ in (again, folds))
+    assert found == expected
 
 
 # --- bad input

@@ -6,15 +6,15 @@ Each step takes two training images of DATA/kvasir_seg, at 256 x 256 pixels, wit
 attn.qkv. ViT-B has random weights.
 """
 
-import csv
 from pathlib import Path
 
 import torch
 import tyro
 
 from bench.models import Candidate, Setting, adapted, with_fused_attention
-from naslora.data.dataset import SegmentationDataset
+from naslora.data.dataset import SegmentationDataset as Dataset
 from naslora.data.layouts import read_rows
+from naslora.records import write_rows
 from naslora.sam.precision import cast_frozen
 from naslora.sam.segmentation import build_model
 from naslora.sam.shipped import NONE
@@ -23,9 +23,7 @@ STEPS, BATCH, SIZE = 50, 2, 256
 FORMS = {"float32": ("no", False), "bf16, stock": ("bf16", False), "bf16, fused": ("bf16", True)}
 
 
-def losses(
-    name: str, checkpoint: str | Path, images: SegmentationDataset, form: str
-) -> list[float]:
+def losses(name: str, checkpoint: str | Path, images: Dataset, form: str) -> list[float]:
     """The loss before each step. ``form`` is one of ``FORMS``; float32 is on stock attention."""
     precision, fused = FORMS[form]
     torch.manual_seed(0)
@@ -53,17 +51,17 @@ def main(data: tyro.conf.Positional[Path], weights: tyro.conf.Positional[Path], 
         save: CSV file.
     """
     samples = read_rows(data / "kvasir_seg" / "train.csv")[: STEPS * BATCH]
-    images = SegmentationDataset(samples, num_classes=1, image_size=SIZE)
+    images = Dataset(samples, num_classes=1, image_size=SIZE)
     rows = []
     for name, checkpoint in (("mobile_sam", weights), ("vit_b", NONE)):
         found = {form: torch.tensor(losses(name, checkpoint, images, form)) for form in FORMS}
         for step, values in enumerate(zip(*found.values(), strict=True), 1):
-            rows.append([name, step, *(f"{value:.5f}" for value in values)])
+            numbers = {form: f"{value:.5f}" for form, value in zip(FORMS, values, strict=True)}
+            rows.append({"model": name, "step": step, **numbers})
         for form, values in found.items():
             apart = (values - found["float32"]).abs().mean()
             print(f"{name}, {form}: {apart:.4f}; last ten steps {values[-10:].mean():.3f}")
-    with save.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["model", "step", *FORMS], *rows])
+    write_rows(save, rows)
 
 
 if __name__ == "__main__":

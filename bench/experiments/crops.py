@@ -1,12 +1,10 @@
-"""What a distillation reads: crops of images, and the teacher's embeddings of them."""
+"""What a distillation reads: crops of images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
@@ -16,7 +14,6 @@ from naslora.data.images import Sample
 from naslora.data.layouts import list_images, read_csv
 from naslora.data.sampling import AUGMENT, hold_out, seeded_generator
 from naslora.errors import UserError
-from naslora.sam.decoder import EMBED_DIM
 
 FULL_SIZE = 1.375
 """Side of the images from which crops are taken, in sides of a crop."""
@@ -49,24 +46,14 @@ class Crops(SegmentationDataset):
         self.size, self.count, self.smallest = size, count, smallest
 
     def __getitem__(self, index: int) -> Item:
-        """A crop. Its ``index`` is its place among all crops of all images."""
-        crop = int(self._epoch) % self.count
-        draw = seeded_generator(AUGMENT, self.seed, crop, index)
+        """A crop."""
+        draw = seeded_generator(AUGMENT, self.seed, int(self._epoch) % self.count, index)
         pixels, _ = self.read(self.samples[index])
-        pixels = transforms.resized_crop(
-            pixels,
-            *self._box(draw),
-            [self.size, self.size],
-            InterpolationMode.BICUBIC,
-            antialias=True,
-        )
+        size, bicubic = [self.size, self.size], InterpolationMode.BICUBIC
+        pixels = transforms.resized_crop(pixels, *self._box(draw), size, bicubic, antialias=True)
         if draw.random() < 0.5:
             pixels = transforms.horizontal_flip(pixels)
-        return {
-            "image": transforms.to_dtype(pixels, torch.float32, scale=True),
-            "index": crop * len(self) + index,
-            "name": self.names[index],
-        }
+        return {"image": transforms.to_dtype(pixels, torch.float32, scale=True)}
 
     def _box(self, draw: np.random.Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width: sides between 3:4 and 4:3, as far as they fit."""
@@ -99,40 +86,3 @@ def find_images(
     kept, scored = hold_out(found, held_out, seed)
     more = [s._replace(mask=None) for folder in others for s in read_csv(folder)["train"]]
     return repeat * kept + more, scored
-
-
-class Targets:
-    """The teacher's embeddings of crops, each computed once and kept on disk.
-
-    Args:
-        folder: where they are kept.
-        teacher: (B, 3, S, S) images in [0, 1] to (B, 256, g, g).
-        count: number of the crops.
-        grid: g.
-    """
-
-    def __init__(
-        self, folder: Path, teacher: Callable[[Tensor], Tensor], count: int, grid: int
-    ) -> None:
-        self.teacher = teacher
-        folder.mkdir(parents=True, exist_ok=True)
-        shape = (count, EMBED_DIM, grid, grid)
-        self.values = _array(folder / "embeddings.npy", np.float16, shape)
-        # A crop is marked after its embedding is written, so that a kill leaves no half of one.
-        self.known = _array(folder / "known.npy", np.bool_, (count,))
-
-    @torch.no_grad()
-    def of(self, images: Tensor, indices: Tensor) -> Tensor:
-        """The (B, 256, g, g) embeddings of (B, 3, S, S) images in [0, 1] at (B,) places."""
-        rows = indices.numpy()
-        if not self.known[rows].all():
-            self.values[rows] = self.teacher(images).half().numpy()
-            self.known[rows] = True
-        return torch.from_numpy(self.values[rows]).float()
-
-
-def _array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
-    """The array of a file, created with zeros. The file takes space as rows are written."""
-    if path.is_file():
-        return np.lib.format.open_memmap(path, "r+")
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)

@@ -9,7 +9,7 @@ every pass over the images, with the mean of the student's weights: ``OUTPUT/his
 cosine similarity of their embeddings to the teacher's. ``OUTPUT/MODEL.safetensors`` has the weights
 with the highest one. It is a checkpoint that ``naslora train --checkpoint`` loads.
 
-An embedding of the teacher is computed once for every crop and kept in ``OUTPUT/teacher``. Every
+An embedding of the teacher is computed once for every crop and kept in ``OUTPUT/cache``. Every
 random choice is a function of the seed, the epoch and the image, so that ``--resume`` continues an
 interrupted run as if it had not been interrupted.
 """
@@ -17,13 +17,14 @@ interrupted run as if it had not been interrupted.
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from bench.experiments.crops import Crops, Targets, find_images
+from bench.experiments.crops import Crops, find_images
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset
 from naslora.data.sampling import GlobalBatches
@@ -45,7 +46,7 @@ from naslora.sam.segmentation import SamForSegmentation, build_model
 from naslora.sam.shipped import NONE
 from naslora.training.run_config import differing
 
-CONFIG, HISTORY, LAST, TEACHER = "config.json", "history.csv", "last.pt", "teacher"
+CONFIG, HISTORY, LAST = "config.json", "history.csv", "last.pt"
 POSITIONS = re.compile(r"pos_embed$|rel_pos_[hw]$")
 CLIP_NORM = 1.0
 
@@ -125,16 +126,15 @@ def build_student(settings: Settings, teacher: SamForSegmentation) -> SamForSegm
     Raises:
         UserError: the teacher's embedding has another shape.
     """
-    model = build_model(
-        settings.student, settings.image_size, 1, NONE, settings.seed, attention="fused"
-    )
-    images = torch.zeros(1, 3, settings.image_size, settings.image_size)
+    student, size = settings.student, settings.image_size
+    model = build_model(student, size, 1, NONE, settings.seed, attention="fused")
+    images = torch.zeros(1, 3, size, size)
     with torch.no_grad():
         shapes = [tuple(Embedding(one)(images).shape[1:]) for one in (teacher, model)]
     if shapes[0] != shapes[1]:
         raise UserError(
             f"the embedding of teacher {settings.teacher} has the shape {shapes[0]}, that of "
-            f"student {settings.student} the shape {shapes[1]}; choose another --teacher"
+            f"student {student} the shape {shapes[1]}; choose another --teacher"
         )
     own, given = neck_of(model).state_dict(), neck_of(teacher).state_dict()
     fitting = {name: value for name, value in given.items() if own[name].shape == value.shape}
@@ -182,9 +182,8 @@ class Distillation:
                 f"{settings.checkpoint} holds an encoder alone, whose embedding is random: give a "
                 "model that was trained and exported to safetensors"
             )
-        teacher = build_model(
-            settings.teacher, size, checkpoint=settings.checkpoint, attention="fused"
-        )
+        checkpoint = {"checkpoint": settings.checkpoint, "attention": "fused"}
+        teacher = build_model(settings.teacher, size, **checkpoint)
         self.teacher = Embedding(teacher.eval())
         self.student = Embedding(build_student(settings, teacher))
         self.optimizer = make_optimizer(self.student, settings)
@@ -192,16 +191,13 @@ class Distillation:
         train, held_out = find_images(
             settings.photographs, settings.held_out, settings.repeat, settings.also, settings.seed
         )
-        cache = Cache(output / "cache")
+        self.cache = cache = Cache(output / "cache")
         self.crops = Crops(
             train, size, settings.crops, settings.smallest_crop, settings.seed, cache
         )
         self.photographs = SegmentationDataset(held_out, size, 1, cache=cache)
         places = range(len(self.crops))
         self.batches = GlobalBatches(places, settings.batch_size, seed=settings.seed)
-        count = settings.crops * len(train)
-        grid = size // teacher.family.patch
-        self.targets = Targets(output / TEACHER, self.teacher, count, grid)
         self.history: list[Pass] = []
 
     def _average(self, mean: list[Tensor], new: list[Tensor], count: Tensor) -> None:
@@ -209,6 +205,19 @@ class Distillation:
         steps = float(count)
         keep = min(self.settings.averaging, (1 + steps) / (10 + steps))
         torch._foreach_lerp_(mean, new, 1 - keep)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Tensor:
+        """The teacher's embeddings (B, 256, g, g) of (B, 3, S, S) crops, on disk in 16 bits."""
+
+        def embed(image: Tensor) -> np.ndarray:
+            return self.teacher(image[None])[0].half().numpy()
+
+        kept = [
+            self.cache.get([image.numpy().tobytes()], "teacher", partial(embed, image))
+            for image in images
+        ]
+        return torch.from_numpy(np.stack(kept)).float()
 
     def run_pass(self) -> Pass:
         """Trains on one crop of every image, and scores.
@@ -227,7 +236,7 @@ class Distillation:
             fall = (1 + math.cos(math.pi * (done / settings.epochs))) / 2
             for group in self.optimizer.param_groups:
                 group["lr"] = rise * fall * settings.learning_rate
-            targets = self.targets.of(batch["image"], batch["index"])
+            targets = self.targets(batch["image"])
             loss = distance(self.student(batch["image"]), targets)
             if not loss.isfinite():
                 raise UserError(f"the loss is {loss.item()}; lower --learning-rate")
@@ -272,12 +281,9 @@ class Distillation:
         tensors = {n: value for n, value in given.items() if not n.startswith(tuple(parts))}
         for start, part in parts.items():
             tensors |= {f"{start}{name}": value for name, value in part.state_dict().items()}
-        about = {
-            "model": self.settings.student,
-            "image_size": str(self.settings.image_size),
-            "views": str(self.history[-1].views),
-            "similarity": f"{self.history[-1].similarity:.4f}",
-        }
+        about = {"model": self.settings.student, "image_size": str(self.settings.image_size)}
+        best = self.history[-1]
+        about |= {"views": str(best.views), "similarity": f"{best.similarity:.4f}"}
         path = self.output / f"{self.settings.student}.safetensors"
         write_tensors(path, {name: value.half() for name, value in tensors.items()}, about)
 
@@ -332,8 +338,6 @@ def distill(
 
 
 if __name__ == "__main__":
-    if os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         tyro.cli(distill)
     except UserError as error:

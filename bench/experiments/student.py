@@ -8,7 +8,6 @@ The prompts are a grid of points, and the boxes around the teacher's masks of th
 teacher that cover less than 1 % or more than 60 % of a photograph are left out.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -115,6 +114,4 @@ def _iou(one: np.ndarray, other: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    if os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     tyro.cli(main)

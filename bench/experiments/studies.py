@@ -33,11 +33,11 @@ TRAINING: dict[str, Column] = {
 }
 
 CALIBRATED: dict[str, Column] = {
-    "Dice after calibrated": lambda result, _: _dice(result, "calibrated"),
+    "Dice after calibrated": lambda result, _: _dice(result, "calibrated")
 }
 
 LAST_STEP: dict[str, Column] = {
-    "Dice of the last step": lambda result, _: result.test_last and result.test_last.dice,
+    "Dice of the last step": lambda result, _: result.test_last and result.test_last.dice
 }
 # Medians over the epochs, because a pause of the machine spoils single ones.
 SECONDS: dict[str, Column] = {
@@ -163,10 +163,7 @@ EARLIER_DEFAULTS: Settings = {
 }
 ENCODERS_AT_256 = _joined(
     EARLIER_DEFAULTS,
-    {
-        "run": {"image_size": 256},
-        "training": {"learning_rate": 5e-4, "mixed_precision": "no"},
-    },
+    {"run": {"image_size": 256}, "training": {"learning_rate": 5e-4, "mixed_precision": "no"}},
 )
 # What was the default before the study "whole-sets": the start of the cell, and its rate.
 UNIFORM: Settings = {"adapter": {"cell_init": "identity"}}

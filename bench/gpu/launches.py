@@ -46,11 +46,6 @@ class Operands:
         self.folded = (numbers(rank, rank, FOLDED_SIZE, FOLDED_SIZE), 0.3, 0.2)
 
 
-def layer_forward(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
-    """h and z."""
-    return Launches(primitives).nas_lora_linear(of.x, *of.linear, *of.cell, cases.SCALING)
-
-
 def layer_backward(primitives: Primitives, of: Operands, needed: str) -> tuple[Tensor, ...]:
     """The gradients ``needed``, of x, A, B, alpha and the weights of the operations."""
     need = (name in needed.split() for name in ("x", "A", "B", "alpha", "weights"))
@@ -59,20 +54,10 @@ def layer_backward(primitives: Primitives, of: Operands, needed: str) -> tuple[T
     return Launches(primitives).nas_lora_linear_backward(of.grad_h, *saved, *need)
 
 
-def cell_forward(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
-    """y."""
-    return (Launches(primitives).mixed_cell(of.z, *of.cell),)
-
-
 def cell_backward(primitives: Primitives, of: Operands, needed: str) -> tuple[Tensor, ...]:
     """The gradients ``needed``, of z, alpha and the weights of the operations."""
     need = (name in needed.split() for name in ("z", "alpha", "weights"))
     return Launches(primitives).mixed_cell_backward(of.grad_y, of.z, *of.cell, *need)
-
-
-def folded_layer(primitives: Primitives, of: Operands) -> tuple[Tensor, ...]:
-    """h of a merged layer."""
-    return (Launches(primitives).folded_linear(of.x, *of.linear, *of.folded),)
 
 
 # B, heads, (H, W), d: a global map and windows of ViT-B and ViT-H at 1024 x 1024, the global map of
@@ -109,14 +94,18 @@ def attention(
 
 Work = Callable[[Primitives, Operands], tuple[Tensor, ...]]
 
-# What training, search and inference do.
+# What training, search and inference do: h and z, gradients, y, and the h of a merged layer.
 WORKS: dict[str, Work] = {
-    "layer, forward": layer_forward,
+    "layer, forward": lambda primitives, of: Launches(primitives).nas_lora_linear(
+        of.x, *of.linear, *of.cell, cases.SCALING
+    ),
     "layer, backward, weight step": partial(layer_backward, needed="x A B weights"),
     "layer, backward, architecture step": partial(layer_backward, needed="x alpha"),
-    "cell, forward": cell_forward,
+    "cell, forward": lambda primitives, of: (Launches(primitives).mixed_cell(of.z, *of.cell),),
     "cell, backward": partial(cell_backward, needed="z alpha weights"),
-    "folded layer, forward": folded_layer,
+    "folded layer, forward": lambda primitives, of: (
+        Launches(primitives).folded_linear(of.x, *of.linear, *of.folded),
+    ),
 }
 # Other sets of gradients. The same kernels are compiled differently for them.
 OTHER_WORKS: dict[str, Work] = {

@@ -9,13 +9,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAIN, tiny_models, write_checkpoint
+from conftest import TRAIN, succeed, tiny_models, write_checkpoint, write_data
 from filelock import FileLock
+from fresh_process import Result
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 
@@ -25,24 +25,10 @@ from naslora.report.figures import Drawing
 # Seconds after which a forked command that hangs prints where, and ends.
 LONGEST = 540
 SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-WITHOUT_WORLD = ("test_processes.py", "test_numbers.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves files that need no ``clean_world`` forward.
-
-    One worker of pytest-xdist runs them while another one writes the world.
-    """
-    early = [item for item in items if item.path.name in WITHOUT_WORLD]
-    others = [item for item in items if item.path.name not in WITHOUT_WORLD]
-    first = [item for item in others if item.path.name == "test_bad_input.py"]
-    if first:
-        place = others.index(first[-1]) + 1
-        items[:] = [*others[:place], *early, *others[place:]]
 
 
 @pytest.fixture(scope="session")
-def clean_world(naslora, make_data, tmp_path_factory):
+def clean_world(tmp_path_factory):
     """A folder with data, a checkpoint, a finished run, and what its commands write.
 
     Tests only read it. Workers of pytest-xdist share it: the first that needs it writes it.
@@ -55,35 +41,28 @@ def clean_world(naslora, make_data, tmp_path_factory):
         if not whole.exists():
             # The patches are undone before tests of other files run.
             with tiny_models():
-                write_world(world, naslora, make_data)
+                write_world(world)
             whole.touch()
     return world
 
 
-def write_world(world: Path, naslora: Callable, make_data: Callable) -> None:
+def write_world(world: Path) -> None:
     """Writes the files of ``clean_world``."""
-    make_data(world / "data", train=4, val=2, test=2)
+    write_data(world / "data", train=4, val=2, test=2)
     checkpoint = ("--checkpoint", write_checkpoint(world / "sam.safetensors"))
     torch.save(load_file(world / "sam.safetensors"), world / "sam.pth")
     train = ("train", "--data", world / "data", *TRAIN)
+    export = ("export", world / "center", "--format")
     for command in (
         (*train, *checkpoint, "--output", world / "run"),
         (*train, "--method", "lora", "--output", world / "run-lora"),
         ("merge", world / "run", "--output", world / "merged"),
         ("merge", world / "run", "--mode", "center", "--output", world / "center"),
-        ("export", world / "center", "--output", world / "a.onnx"),
-        ("export", world / "center", "--format", "torch-export", "--output", world / "a.pt2"),
-        (
-            "export",
-            world / "center",
-            "--format",
-            "safetensors",
-            "--output",
-            world / "a.safetensors",
-        ),
+        (*export, "onnx", "--output", world / "a.onnx"),
+        (*export, "torch-export", "--output", world / "a.pt2"),
+        (*export, "safetensors", "--output", world / "a.safetensors"),
     ):
-        result = naslora(*command)
-        assert result.status == 0, result.err
+        succeed(*command)
 
 
 @pytest.fixture
@@ -105,16 +84,6 @@ def nothing_is_kept(tmp_path):
     """Removes a test's files, because runs are large."""
     yield
     shutil.rmtree(tmp_path, ignore_errors=True)
-
-
-@dataclass
-class Ended:
-    """How a forked command ended."""
-
-    status: int
-    """The exit status; -n if signal n killed it."""
-    out: str
-    err: str
 
 
 class Forked:
@@ -172,11 +141,11 @@ class Forked:
         """None while it runs, as of ``subprocess.Popen``; does not reap it."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
-    def wait(self) -> Ended:
+    def wait(self) -> Result:
         """Waits until it ends."""
         _, status = os.waitpid(self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
-        return Ended(code, _all_of(self.out), _all_of(self.err))
+        return Result(code, _all_of(self.out), _all_of(self.err))
 
 
 def _all_of(pipe: int) -> str:
@@ -210,23 +179,29 @@ def train(world, output):
 
 
 @pytest.fixture(scope="module")
-def unbroken(naslora, clean_world, tiny_sam, tmp_path_factory):
+def unbroken(clean_world, tiny_sam, tmp_path_factory):
     """Nothing is there yet that ``--resume`` could continue."""
     output = tmp_path_factory.mktemp("runs") / "unbroken"
-    result = naslora(*train(clean_world, output), "--resume")
-    assert result.status == 0, result.err
+    succeed(*train(clean_world, output), "--resume")
     return output
+
+
+PROGRAM = f"""
+import sys
+sys.path.insert(0, "{Path(__file__).parents[1]}")
+from conftest import tiny_models
+from naslora.cli import main
+
+with tiny_models():
+    main()
+"""
+"""``naslora`` with small models, in a process that is no fork."""
 
 
 def draws(examples: int) -> settings:
     """Lets Hypothesis draw so many examples; CI draws the same few each time."""
-    return settings(
-        max_examples=examples,
-        derandomize=examples < 1000,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    free = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    return settings(max_examples=examples, derandomize=examples < 1000, **free)
 
 
 def one_line(err: str) -> str:

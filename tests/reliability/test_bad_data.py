@@ -12,7 +12,7 @@ import yaml
 from conftest import error_of
 from hypothesis import given
 from hypothesis import strategies as st
-from miniatures import check_samples
+from miniatures import check_samples, save
 from PIL import Image
 from test_coco import SQUARE_RUNS, annotations, write
 from test_masks import CLASSES, DISC, NOISE, grey
@@ -99,9 +99,8 @@ FILES = {
 @pytest.mark.parametrize("replace, line", FILES.values(), ids=FILES)
 def test_files_of_a_folder(tmp_path, replace, line):
     for split in ("train", "val", "test"):
-        for kind, pixels in (("images", NOISE), ("masks", 255 * DISC.astype(np.uint8))):
-            (tmp_path / split / kind).mkdir(parents=True)
-            Image.fromarray(pixels).save(tmp_path / split / kind / "a.png")
+        for kind, pixels in (("images", NOISE), ("masks", 255 * DISC)):
+            save(tmp_path / split / kind / "a.png", pixels)
     path = tmp_path / "train/images/a.png"
     path.unlink()
     replace(path)
@@ -181,12 +180,8 @@ def test_any_mask(tmp_path, examples):
     """Files of every format with changed bytes, or cut off."""
     good = []
     for name in ("a.png", "a.jpg", "a.tif", "a.bmp", "a.webp", "a.gif", "a.ppm"):
-        for pixels in (
-            255 * DISC.astype(np.uint8),
-            grey(CLASSES).astype(np.uint8),
-        ):
-            Image.fromarray(pixels).save(tmp_path / name)
-            good.append((tmp_path / name).read_bytes())
+        for pixels in (255 * DISC, grey(CLASSES)):
+            good.append(save(tmp_path / name, pixels).read_bytes())
     sample = Sample(tmp_path / "no.png", tmp_path / "mask", "row 2")
 
     def check(content: bytes, changes: dict[int, int], end: int, classes: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import succeed
+from conftest import call, succeed
 from safetensors.torch import load_file, save_file
 
 from naslora.files import file_checksum, read_json, write_json
@@ -121,7 +121,7 @@ def command(text: str, world: Path, clean: Path, **more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("group, kind, case", list(cases()))
-def test_one_line_and_a_status(naslora, world, clean_world, capfd, group, kind, case):
+def test_one_line_and_a_status(world, clean_world, capfd, group, kind, case):
     text, line = group.get("run"), case["line"] if isinstance(case, dict) else case[-1]
     if isinstance(case, dict):
         spoil_file(world, case)
@@ -133,7 +133,7 @@ def test_one_line_and_a_status(naslora, world, clean_world, capfd, group, kind, 
         spoil(own(world / group[kind]), *case[:-1])
         arguments = command(text, world, clean_world)
     before = sorted(path for path in world.rglob("*"))
-    result = naslora(*arguments)
+    result = call(*arguments)
     message = one_line(result.err)
     assert line in message, message
     assert result.status == 2 and message.startswith("naslora: error: ")
@@ -154,11 +154,10 @@ def quoted(text: str) -> str:
     return " ".join(word if word[0] in "{-" else shlex.quote(word) for word in text.split())
 
 
-def test_no_arguments_print_the_usage(naslora):
-    result = naslora()
-    assert result.status == 2 and result.out == ""
+def test_no_arguments_print_the_usage():
+    result = call()
+    assert result.status == 2 and result.out == "" and "Traceback" not in result.err
     assert "usage: naslora" in result.err and "train" in result.err
-    assert "Traceback" not in result.err
 
 
 def test_damage_behind_a_checksum_that_matches(world):

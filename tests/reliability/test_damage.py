@@ -7,11 +7,7 @@ import torch
 
 from naslora.data.cache import Cache
 from naslora.errors import UserError
-from naslora.files import (
-    read_json,
-    read_safetensors,
-    read_torch,
-)
+from naslora.files import read_json, read_safetensors, read_torch
 from naslora.results import read_history
 from naslora.sam.runtimes import load_class_map
 from reliability.conftest import own

@@ -1,12 +1,12 @@
 """Two processes, one output: the second is refused and told who the first is."""
 
-import contextlib
+import multiprocessing
 import os
-import signal
 import subprocess
 import time
 
 import pytest
+from conftest import refusal, succeed
 
 from naslora.errors import UserError
 from naslora.files import LOCK
@@ -30,55 +30,49 @@ COMMANDS = {
 
 @pytest.fixture
 def holder():
-    """Starts a process that holds the lock of an output, and returns its number."""
-    started = []
+    """Starts a process that holds the lock of an output."""
+    forks, started = multiprocessing.get_context("fork"), []
 
     def hold(output, folder):
-        read, write = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                with locked(output, folder):
-                    os.write(write, b"held")
-                    time.sleep(600)
-            finally:
-                os._exit(1)
-        started.append(pid)
-        os.close(write)
-        assert os.read(read, 4) == b"held"
-        os.close(read)
-        return pid
+        held = forks.Event()
+        process = forks.Process(target=hold_lock, args=(output, folder, held), daemon=True)
+        started.append(process)
+        process.start()
+        held.wait()
+        return process
 
     yield hold
-    for pid in started:
-        end(pid)
+    for process in started:
+        end(process)
 
 
-def end(pid):
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+def hold_lock(output, folder, held):
+    with locked(output, folder):
+        held.set()
+        time.sleep(600)
+
+
+def end(process):
+    process.kill()
+    process.join()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_output_in_use_is_refused_by_name(naslora, holder, clean_world, tmp_path, command):
+def test_an_output_in_use_is_refused_by_name(holder, clean_world, tmp_path, command):
     output = tmp_path / ("out.onnx" if command == "export" else "out")
-    pid = holder(output, folder=command not in ("analyse", "merge", "export"))
-    arguments = [
-        clean_world / a if (clean_world / str(a)).exists() else a for a in COMMANDS[command]
-    ]
-    result = naslora(*arguments, "--output", output)
-    assert result.status == 2
-    line = one_line(result.err)
+    pid = holder(output, folder=command not in ("analyse", "merge", "export")).pid
+    given = ((a, clean_world / str(a)) for a in COMMANDS[command])
+    arguments = [path if path.exists() else argument for argument, path in given]
+    line = one_line(refusal(*arguments, "--output", output))
     assert f"{output} is in use by process {pid} on " in line
     assert not output.exists() or not [path for path in output.iterdir() if path.name != LOCK]
 
 
-def test_a_dead_process_frees_its_output(naslora, holder, clean_world, tmp_path):
+def test_a_dead_process_frees_its_output(holder, clean_world, tmp_path):
     output, lock = tmp_path / "merged", tmp_path / ".merged.naslora.lock"
     end(holder(output, folder=False))
     assert lock.exists()
-    assert naslora("merge", clean_world / "run", "--output", output).status == 0
+    succeed("merge", clean_world / "run", "--output", output)
     assert not lock.exists()
 
 
@@ -147,10 +141,10 @@ def test_another_way_to_a_folder_has_the_same_lock(holder, tmp_path, way):
         if subprocess.run(["mount", "--bind", output, other], capture_output=True).returncode:
             pytest.skip("this user may not mount a folder")
     try:
-        pid = holder(output, folder=True)
-        with pytest.raises(UserError, match=f"in use by process {pid} "), locked(other):
+        process = holder(output, folder=True)
+        with pytest.raises(UserError, match=f"in use by process {process.pid} "), locked(other):
             pass
-        end(pid)
+        end(process)
         with locked(output), locked(other):
             pass
         assert not list(output.iterdir())

@@ -21,16 +21,11 @@ from kernel_cases import (
     few_costly,
     layer_case,
     only_cpp,
-    serves_attention,
 )
 from torch.autograd import forward_ad
 
 import naslora_kernels
-from naslora_kernels import (
-    mixed_cell,
-    nas_lora_linear,
-    rel_pos_attention,
-)
+from naslora_kernels import mixed_cell, nas_lora_linear, rel_pos_attention
 
 pytestmark = only_cpp
 
@@ -219,15 +214,11 @@ OF_FUNCTIONS = {
 SAVED_BY = [(function, name) for function, names in OF_FUNCTIONS.items() for name in names]
 
 
-SAVED_CASES = [
-    case
-    for case in few_costly(TARGETS, SAVED_BY, lambda function, name: name in ("alpha", "k"))
-    if case.values[1] is not rel_pos_attention or serves_attention(case.values[0])
-]
-
-
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize(("target", "function", "name"), SAVED_CASES)
+@pytest.mark.parametrize(
+    ("target", "function", "name"),
+    few_costly(TARGETS, SAVED_BY, lambda function, name: name in ("alpha", "k")),
+)
 def test_saved_tensors_that_change(target, function, name, change):
     """A saved tensor of another shape, dtype or storage is named; it was a crash or garbage.
 

@@ -11,6 +11,7 @@ import signal
 import time
 
 import pytest
+from conftest import succeed
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
@@ -75,15 +76,10 @@ def limited(size: int):
 
 def check_files(folder):
     """Reads every file that has its name: none is half-written."""
-    for path in folder.rglob("*"):
-        if path.name.startswith(".") or not path.is_file():
-            continue
-        if path.suffix == ".json":
-            read_json(path)
-        elif path.suffix == ".safetensors":
-            read_safetensors(path)
-        elif path.suffix == ".pt":
-            read_torch(path)
+    read = {".json": read_json, ".safetensors": read_safetensors, ".pt": read_torch}
+    for path in folder.rglob("[!.]*"):
+        if path.is_file() and path.suffix in read:
+            read[path.suffix](path)
         elif path.name == "history.csv":
             read_rows(path, Epoch)
 
@@ -103,13 +99,12 @@ def assert_same(run, other):
     assert metrics == other_metrics
 
 
-def resume(naslora, world, output, unbroken):
+def resume(world, output, unbroken):
     """The run after an interruption: its files are whole, and it ends as the unbroken one."""
     if output.exists():
         check_files(output)
     more = ("--resume",) if (output / "config.json").exists() else ()
-    result = naslora(*train(world, output), *more)
-    assert result.status == 0, result.err
+    succeed(*train(world, output), *more)
     assert_same(output, unbroken)
     assert not list(output.rglob(".*.partial"))
 
@@ -145,18 +140,16 @@ INTERRUPTIONS = {
         for name, case in INTERRUPTIONS.items()
     ],
 )
-def test_an_interrupted_run_goes_on(
-    forked, naslora, clean_world, unbroken, tmp_path, prepare, status, line
-):
+def test_an_interrupted_run_goes_on(forked, clean_world, unbroken, tmp_path, prepare, status, line):
     """The limits are below the size of one of the run's files."""
     output = tmp_path / "run"
     assert_ended(forked(*train(clean_world, output), prepare=prepare).wait(), status, line)
-    resume(naslora, clean_world, output, unbroken)
+    resume(clean_world, output, unbroken)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_in_every_write_of_a_run(forked, naslora, clean_world, unbroken, tmp_path, name):
+def test_a_fault_in_every_write_of_a_run(forked, clean_world, unbroken, tmp_path, name):
     moment, fault, status, line = FAULTS[name]
     faults = 0
     for write in range(1, 100):
@@ -165,7 +158,7 @@ def test_a_fault_in_every_write_of_a_run(forked, naslora, clean_world, unbroken,
         if ended.status == 0:
             break
         assert_ended(ended, status, line)
-        resume(naslora, clean_world, output, unbroken)
+        resume(clean_world, output, unbroken)
         shutil.rmtree(output)
         faults += 1
     assert faults >= 9
@@ -173,10 +166,10 @@ def test_a_fault_in_every_write_of_a_run(forked, naslora, clean_world, unbroken,
 
 
 @pytest.mark.campaign
-def test_kills_at_random_moments(forked, naslora, clean_world, tmp_path):
+def test_kills_at_random_moments(forked, clean_world, tmp_path):
     """Several kills a run, until it ends."""
     started, epochs = time.monotonic(), ("--epochs", 6)
-    assert naslora(*train(clean_world, tmp_path / "whole"), *epochs).status == 0
+    succeed(*train(clean_world, tmp_path / "whole"), *epochs)
     seconds = time.monotonic() - started
     draw, kills = random.Random(0), 0
     for number in range(10):
@@ -191,8 +184,7 @@ def test_kills_at_random_moments(forked, naslora, clean_world, tmp_path):
             if run.exists():
                 check_files(run)
         resume = ("--resume",) if (run / "config.json").exists() else ()
-        result = naslora(*train(clean_world, run), *epochs, *resume)
-        assert result.status == 0, result.err
+        succeed(*train(clean_world, run), *epochs, *resume)
         assert_same(run, tmp_path / "whole")
         shutil.rmtree(run)
     assert kills
@@ -201,7 +193,7 @@ def test_kills_at_random_moments(forked, naslora, clean_world, tmp_path):
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("command", ["analyse", "merge", "predict", "export", "export2"])
-def test_a_kill_in_every_write_of_other_commands(forked, naslora, clean_world, tmp_path, command):
+def test_a_kill_in_every_write_of_other_commands(forked, clean_world, tmp_path, command):
     output = tmp_path / {"export": "a.onnx", "export2": "a.pt2"}.get(command, "out")
     line = {
         "analyse": ("analyse", clean_world / "run"),
@@ -213,9 +205,8 @@ def test_a_kill_in_every_write_of_other_commands(forked, naslora, clean_world, t
     kills = 0
     for write in range(1, 5):
         moment = ("half", "before", "after")[write % 3]
-        ended = forked(
-            *line, "--output", output, prepare=at_write(write, moment, send(signal.SIGKILL))
-        ).wait()
+        prepare = at_write(write, moment, send(signal.SIGKILL))
+        ended = forked(*line, "--output", output, prepare=prepare).wait()
         if ended.status == 0:
             break
         assert ended.status == -signal.SIGKILL, ended.err
@@ -225,9 +216,25 @@ def test_a_kill_in_every_write_of_other_commands(forked, naslora, clean_world, t
         if command != "predict" and moment != "after":
             assert not output.exists()
     if not output.exists():
-        assert naslora(*line, "--output", output).status == 0
+        succeed(*line, "--output", output)
     assert kills >= 1
     print(f"kills of {command}: {kills}")
+
+
+def in_workers(act):
+    """Makes workers of a loader call ``act`` with their number before their n-th image, and n."""
+
+    def prepare():
+        load, loaded = SegmentationDataset.__getitem__, itertools.count(1)
+
+        def watched(dataset, index):
+            if worker := get_worker_info():
+                act(worker.id, next(loaded))
+            return load(dataset, index)
+
+        SegmentationDataset.__getitem__ = watched
+
+    return prepare
 
 
 WORKER_DIES = {
@@ -239,19 +246,12 @@ WORKER_DIES = {
 
 @pytest.mark.parametrize("when", WORKER_DIES)
 def test_a_kill_of_a_loader_worker(forked, clean_world, tmp_path, when):
-    def prepare():
-        load, loaded = SegmentationDataset.__getitem__, itertools.count(1)
-
-        def deadly(dataset, index):
-            worker = get_worker_info()
-            if worker and WORKER_DIES[when](worker.id, next(loaded)):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return load(dataset, index)
-
-        SegmentationDataset.__getitem__ = deadly
+    def act(worker, item):
+        if WORKER_DIES[when](worker, item):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     command = train(clean_world, tmp_path / "run")
-    ended = forked(*command, "--workers", 2, "--batch-size", 1, prepare=prepare).wait()
+    ended = forked(*command, "--workers", 2, "--batch-size", 1, prepare=in_workers(act)).wait()
     assert ended.status == 2
     line = one_line(ended.err)
     assert "DataLoader worker (pid" in line and "lower --workers, or free some memory" in line

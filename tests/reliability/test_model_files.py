@@ -1,6 +1,5 @@
 """Model files from others: they run no code, and what cannot be used costs one line."""
 
-import io
 import json
 import pickle
 import re
@@ -10,6 +9,8 @@ from pathlib import Path
 import onnx.parser
 import pytest
 import torch
+from adapted_models import as_torch
+from conftest import call, refusal, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -37,11 +38,6 @@ class Evil:
         return Path.touch, (self.mark,)
 
 
-def as_torch(value) -> bytes:
-    torch.save(value, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
 def entry(name: str):
     """Makes a weight or constant come from a record that is unpickled."""
 
@@ -61,7 +57,7 @@ def expression(content: bytes, mark: Path) -> bytes:
 WEIGHTS, CONSTANTS = (f"data/{kind}/model_{kind}_config.json" for kind in ("weights", "constants"))
 EVIL_PROGRAMS = {
     "pickled sample inputs": {
-        "data/sample_inputs/model.pt": lambda content, mark: as_torch(Evil(mark)),
+        "data/sample_inputs/model.pt": lambda content, mark: as_torch(Evil(mark))
     },
     "a pickled weight": {
         WEIGHTS: entry("evil"),
@@ -88,14 +84,14 @@ def changed_archive(path: Path, changes, *arguments) -> None:
 
 
 @pytest.mark.parametrize("changes", EVIL_PROGRAMS.values(), ids=EVIL_PROGRAMS)
-def test_programs_run_no_code_unless_they_are_trusted(naslora, world, changes):
+def test_programs_run_no_code_unless_they_are_trusted(world, changes):
     path, mark = world / "a.pt2", world / "ran"
     changed_archive(path, changes, mark)
     arguments = ("predict", path, world / "data/images", "--output", world / "out")
-    result = naslora(*arguments)
-    assert result.status == 2 and f"{path} may hold code" in result.err and "--trust" in result.err
+    line = refusal(*arguments)
+    assert f"{path} may hold code" in line and "--trust" in line
     assert not mark.exists() and not (world / "out").exists()
-    naslora(*arguments, "--trust")
+    call(*arguments, "--trust")
     assert mark.exists(), "the file would have run nothing"
 
 
@@ -146,19 +142,20 @@ FOREIGN_DESCRIPTIONS = [
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_foreign_onnx_models(naslora, world, old, new, held, line):
+def test_foreign_onnx_models(world, old, new, held, line):
     path = world / "model.onnx"
     model = onnx.parser.parse_model(GRAPH.replace(old, new))
     text = held if isinstance(held, str) else json.dumps(OURS | held)
     model.metadata_props.add(key="naslora", value=text)
     onnx.save(model, path)
     before = sorted(world.rglob("*"))
-    result = naslora("predict", path, world / "data/images/test0.png", "--output", world / "out")
+    command = ("predict", path, world / "data/images/test0.png", "--output", world / "out")
     if line is None:
-        assert result.status == 0, result.err
+        succeed(*command)
         return
-    assert result.status == 2 and result.err.count("\n") == 1 and line in result.err, result.err
-    assert str(path) in result.err and sorted(world.rglob("*")) == before
+    found = refusal(*command)
+    assert found.count("\n") == 1 and line in found and str(path) in found, found
+    assert sorted(world.rglob("*")) == before
 
 
 # ---- Random changes ------------------------------------------------------------------------------

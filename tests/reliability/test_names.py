@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+from conftest import succeed
 
 from naslora.errors import one_line
 from naslora.records import as_csv, read_rows, write_rows
@@ -43,13 +44,12 @@ def test_messages_are_one_line_that_can_be_printed(text):
     assert one_line(text) == LINES[text]
 
 
-def test_paths_and_class_names_are_no_markup(naslora, clean_world, tmp_path, tiny_sam):
+def test_paths_and_class_names_are_no_markup(clean_world, tmp_path, tiny_sam):
     output = tmp_path / "run[" / "]:smile:[red]"
     names = ("--num-classes", 2, "--class-names", "[/]\x1b[31m", "--metrics", "class_iou")
     options = (*names, "--epochs", 1, "--search-start", 0)
     command = ("train", "--data", clean_world / "data", *TRAIN, *options)
-    result = naslora(*command, "--output", output)
-    assert result.status == 0, result.err
+    result = succeed(*command, "--output", output)
     assert "run[/]:smile:[red]/report.html" in result.out.replace("\n", "")
     assert r"[/]\x1b[31m" in result.out and "\x1b[31m" not in result.out + result.err
 

@@ -1,7 +1,6 @@
 """Runs that several processes share: gradients in buckets, resuming on others, dead processes."""
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import random
@@ -12,12 +11,12 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import free_port, succeed, wait_for
+from adapted_models import differing
+from conftest import free_port, refusal, succeed, wait_for, write_data
 from test_trainer import ALPHA_RATE, RATE, assert_same_training
 
 from naslora.adapter.io.storage import trained_state
@@ -27,20 +26,10 @@ from naslora.results import ADAPTER, CONFIG, LAST, Epoch
 from naslora.training import step
 from naslora.training.accelerator import TIMEOUT_VARIABLE
 from naslora.training.trainer import Trainer
-from reliability.conftest import Forked, one_line
+from reliability.conftest import PROGRAM, Forked, one_line
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
-# For launchers, which start fresh processes.
-LAUNCH = """
-import sys
-sys.path.insert(0, "{tests}")
-from conftest import tiny_models
-from naslora import cli
-
-with tiny_models():
-    cli.main()
-"""
 OPTIONS = shlex.split(
     f"--model vit_t --image-size 32 --num-classes 3 --search-start 1 --learning-rate {RATE} "
     f"--alpha-learning-rate {ALPHA_RATE} --workers 0 --ema 0.5"
@@ -48,10 +37,10 @@ OPTIONS = shlex.split(
 
 
 @pytest.fixture(scope="module")
-def data(make_data, tmp_path_factory):
+def data(tmp_path_factory):
     """Of 11 images the last batch gets one, so that a second process has no share of it."""
     folder = tmp_path_factory.mktemp("data") / "data"
-    return make_data(folder, classes=3, train=11, val=3, test=2)
+    return write_data(folder, classes=3, train=11, val=3, test=2)
 
 
 @pytest.fixture
@@ -177,10 +166,8 @@ def test_gradients_travel_in_buckets(monkeypatch, bucket):
     monkeypatch.setattr(step, "BUCKET", bucket)
     shapes = [(3, 4), (5,), (), (30,), (2, 2)]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32]
-    parameters = [
-        torch.nn.Parameter(torch.ones(shape, dtype=dtype))
-        for shape, dtype in zip(shapes, dtypes, strict=True)
-    ]
+    pairs = zip(shapes, dtypes, strict=True)
+    parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape, dtype in pairs]
     for i, parameter in enumerate(parameters[:-1]):  # the last has no gradient here
         parameter.grad = torch.full_like(parameter, i + 1)
     sizes = sum_over_two(parameters)
@@ -198,7 +185,7 @@ def test_buckets_change_no_bit(launch, data, tmp_path):
         arguments = ("train", "--data", data, *OPTIONS, "--epochs", 1, "--method", "full")
         finish(launch(2, *arguments, "--output", tmp_path / name, bucket=bucket))
     whole, cut = (last_of(tmp_path / name)["model"] for name in ("whole", "cut"))
-    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    assert not differing(whole, cut)
 
 
 # ---- Other numbers of processes ------------------------------------------------------------------
@@ -223,18 +210,10 @@ def test_two_agents_train_as_one(tiny_sam, data, alone, tmp_path):
     )
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", tmp_path / "run")
     script = tmp_path / "launch.py"
-    script.write_text(LAUNCH.format(tests=Path(__file__).parents[1]))
+    script.write_text(PROGRAM)
     command = [sys.executable, "-m", *agent, script, *map(str, arguments)]
-    agents = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    agents = [subprocess.Popen(command, **streams) for _ in range(2)]
     try:
         errors = [process.communicate()[1] for process in agents]
         assert [process.returncode for process in agents] == [0, 0], errors
@@ -252,9 +231,8 @@ def test_processes_that_do_not_share_the_output(launch, data, tmp_path):
         folder.mkdir()
     arguments = ("train", "--data", data, *OPTIONS, "--epochs", 3, "--output", "run")
     errors = finish(launch(2, *arguments, folders=folders), status=2)
-    assert (
-        "the processes 1 do not see run/data.json; give an --output on a file system" in errors[0]
-    )
+    line = "the processes 1 do not see run/data.json; give an --output on a file system"
+    assert line in errors[0]
     assert not (folders[0] / "run" / LAST).exists()
 
 
@@ -277,7 +255,7 @@ def test_one_dead_process_ends_the_others(launch, data, tmp_path, dead, how, whe
     wait_for((tmp_path / "run" / when).exists, *processes)
     processes[dead].kill(how)
     alive = processes[1 - dead]
-    status, _, text = dataclasses.astuple(alive.wait())
+    status, _, text = alive.wait()
     assert status == 2, text
     lines = [line for line in text.splitlines() if line.startswith("naslora: error: ")]
     assert lines == [
@@ -288,12 +266,11 @@ def test_one_dead_process_ends_the_others(launch, data, tmp_path, dead, how, whe
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "soon", "inf"])
-def test_a_timeout_that_is_no_time(naslora, data, tmp_path, monkeypatch, value):
+def test_a_timeout_that_is_no_time(data, tmp_path, monkeypatch, value):
     monkeypatch.setenv(TIMEOUT_VARIABLE, value)
-    result = naslora("train", "--data", data, *OPTIONS, "--output", tmp_path / "run")
-    assert result.status == 2
-    assert result.err.startswith(f"naslora: error: {TIMEOUT_VARIABLE}: expected ")
-    assert len(result.err.splitlines()) == 1
+    line = refusal("train", "--data", data, *OPTIONS, "--output", tmp_path / "run")
+    assert line.startswith(f"naslora: error: {TIMEOUT_VARIABLE}: expected ")
+    assert line.count("\n") == 1
 
 
 @pytest.mark.campaign
@@ -314,7 +291,6 @@ def test_two_processes_killed_at_random_moments_resume_to_equal_bits(launch, dat
             process.wait()
     finish(launch(2, *command, "--output", run, "--resume"))
     whole, resumed = last_of(tmp_path / "whole"), last_of(run)
-    assert whole["model"].keys() == resumed["model"].keys()
-    assert all(whole["model"][name].equal(resumed["model"][name]) for name in whole["model"])
+    assert not differing(whole["model"], resumed["model"])
     assert kills
     print(f"kills of two processes: {kills}")

@@ -1,6 +1,5 @@
 """SIGINT and SIGTERM: one line, an exit status, no process left, and a run that can go on."""
 
-import itertools
 import os
 import signal
 import subprocess
@@ -10,12 +9,10 @@ import time
 import pytest
 import torch
 from conftest import group_lives, wait_for
-from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from naslora.data.dataset import SegmentationDataset
 from reliability.conftest import SIGNALS, one_line, train
-from reliability.test_kills import assert_ended, at_write, send
+from reliability.test_kills import assert_ended, at_write, in_workers, send
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -59,17 +56,13 @@ def test_a_worker_that_begins_after_its_run_has_ended_ends_too():
 def test_workers_that_are_told_to_end_while_the_run_waits_for_them(forked, clean_world, tmp_path):
     """`timeout` sends SIGTERM to the first process, and then to all."""
 
+    def slow_after_the_first(worker, item):
+        if item > 1:
+            time.sleep(0.3 if worker else 1)  # the run waits for the first worker first
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def prepare():
-        load, loaded = SegmentationDataset.__getitem__, itertools.count(1)
-
-        def slow_after_the_first(dataset, index):
-            worker = get_worker_info()
-            if worker and next(loaded) > 1:
-                time.sleep(0.3 if worker.id else 1)  # the run waits for the first worker first
-                os.kill(os.getpid(), signal.SIGTERM)
-            return load(dataset, index)
-
-        SegmentationDataset.__getitem__ = slow_after_the_first
+        in_workers(slow_after_the_first)()
         torch.optim.AdamW.step = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
 
     command = (*train(clean_world, tmp_path / "run"), "--workers", 2, "--batch-size", 1)
@@ -105,15 +98,9 @@ def test_commands_that_cannot_resume(forked, clean_world, tmp_path, number, stat
 @pytest.mark.parametrize("number, status, word", SIGNALS)
 def test_a_signal_at_the_start(number, status, word, delay):
     """While torch and the other libraries are imported."""
-    code = (
-        "import sys, time, naslora.__main__ as start\nprint('started', flush=True)\nstart.main()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "info"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    code = "import naslora.__main__ as start; print('started', flush=True); start.main()"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code, "info"], **pipes)
     assert process.stdout.readline() == "started\n"
     time.sleep(delay)
     process.send_signal(number)
