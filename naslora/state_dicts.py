@@ -71,7 +71,7 @@ def mismatches(
 ) -> list[str]:
     """Why the tensors of a file do not fit a model, of which the file must hold ``expected``."""
     missing = [f"{name} is missing in the file" for name in expected if name not in tensors]
-    problems = (tensor_problem(name, tensor, state) for name, tensor in tensors.items())
+    problems = (tensor_problem(name, tensors[name], state) for name in sorted(tensors))
     return [*filter(None, problems), *missing]
 
 

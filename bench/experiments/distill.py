@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -210,14 +209,14 @@ class Distillation:
     def targets(self, images: Tensor) -> Tensor:
         """The teacher's embeddings (B, 256, g, g) of (B, 3, S, S) crops, on disk in 16 bits."""
 
-        def embed(image: Tensor) -> np.ndarray:
-            return self.teacher(image[None])[0].half().numpy()
+        def embed(image: Tensor) -> Tensor:
+            return self.teacher(image[None])[0].half()
 
         kept = [
             self.cache.get([image.numpy().tobytes()], "teacher", partial(embed, image))
             for image in images
         ]
-        return torch.from_numpy(np.stack(kept)).float()
+        return torch.stack(kept).float()
 
     def run_pass(self) -> Pass:
         """Trains on one crop of every image, and scores.
