@@ -44,7 +44,7 @@ from naslora.sam.segmentation import labels_of, mirror
 from naslora.sam.shipped import NONE, shipped_file
 from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
-from naslora.training.interactive import score_run
+from naslora.training.clicks import score_run
 from naslora.training.resolve import read_config, resolve
 from naslora.training.run_config import DataConfig, ModelConfig, Resolution, RunConfig, mirror_axes
 from naslora.training.run_data import calibration, check_splits, find_splits, make_dataset

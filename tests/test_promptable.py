@@ -176,7 +176,8 @@ def test_a_run_resumes_to_the_same_bits(run, tmp_path):
 
 def test_clicks_are_the_centres_of_the_largest_errors():
     """The masks are what a prediction would have to be; the logits are made from them."""
-    from naslora.training.interactive import Objects, Prompts, _next_clicks
+    from naslora.training.clicks import _next_clicks
+    from naslora.training.interactive import Objects, Prompts
 
     truth, predicted = np.zeros((20, 20), bool), np.zeros((20, 20), bool)
     truth[2:9, 3:10] = True  # 7 x 7, its centre is (6, 5)

@@ -22,7 +22,7 @@ from naslora.results import (
     RunResult,
     SplitScores,
 )
-from naslora.training.run import choose
+from naslora.training.example_images import choose
 from naslora_kernels import OPERATIONS
 
 HEADINGS = ["Scores", "Test images", "Merging", "What next", "Training", "Operations"]

@@ -13,15 +13,13 @@ tensorboard/           the curves for TensorBoard, if it is among the trackers
 trackers.json          by which other trackers continue a resumed run
 """
 
-import itertools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from naslora.adapter.merging.merged import unmerge
@@ -35,7 +33,6 @@ from naslora.records import write_record, write_rows
 from naslora.report.page import Pictures
 from naslora.report.pictures import Merged, Panel
 from naslora.report.run_report import write_report
-from naslora.report.sections.examples import draw_clicks
 from naslora.results import (
     CONFIG,
     DATA,
@@ -51,9 +48,6 @@ from naslora.results import (
     kept_epoch,
 )
 from naslora.sam.families import find_family
-from naslora.sam.objects import PADDING, POSITIVE
-from naslora.sam.promptable import AnySam, PromptableSam
-from naslora.sam.segmentation import labels_of, predict_labels
 from naslora.sam.shipped import NONE, SHIPPED_SIZE
 from naslora.training.accelerator import (
     check_shared,
@@ -62,11 +56,11 @@ from naslora.training.accelerator import (
     lost_processes,
     make_accelerator,
 )
-from naslora.training.evaluation import tiled_class_map
-from naslora.training.interactive import objects_of, play, score_run
+from naslora.training.clicks import score_run
+from naslora.training.example_images import labels_of_image, panels_of, prompted_pictures
 from naslora.training.resolve import SHIPPED, read_config, resolve
 from naslora.training.run_config import RunConfig, differing
-from naslora.training.run_data import calibration, prepare_data, shown_of
+from naslora.training.run_data import calibration, prepare_data
 from naslora.training.run_model import (
     build_adapted_model,
     build_frozen_model,
@@ -76,10 +70,6 @@ from naslora.training.run_model import (
 from naslora.training.trackers import check_trackers, log, tracked
 from naslora.training.trainer import Trainer
 
-EXAMPLES = 6
-"""Number of test images in the report."""
-SHOWN_CLICKS = (1, 3)
-"""Clicks whose masks the report of a promptable run shows."""
 FEW_IMAGES = 5
 LEARNED = 0.05  # Dice of the test images; where it is lower, a note advises what to try
 
@@ -223,9 +213,9 @@ def _final_result(trainer: Trainer) -> tuple[RunResult, list[Panel | Pictures]]:
     if config.task == "promptable":
         sam = build_frozen_model(config).to(accelerator.device)
         untouched = score_run(sam, data["test"], accelerator, config, metrics)
-        prompted = _prompted(trainer, {"untouched": sam, "fine-tuned": trainer.model}, test)
+        prompted = prompted_pictures(trainer, {"untouched": sam, "fine-tuned": trainer.model}, test)
     elif accelerator.is_main_process:
-        panels = _panels(trainer, float32 or test)
+        panels = panels_of(trainer, float32 or test)
     merges, merged, annealed = _merged_scores(trainer, modes, panels)
     result = RunResult(
         test=test,
@@ -272,7 +262,7 @@ def _merged_scores(
             merged[mode] = trainer.evaluate("test", config.data.metrics or ())
         for index, panel in panels.items():
             dice = (merged[mode].image_dice or {index: None})[index]
-            panel.merged[mode] = Merged(_predict(trainer, index), dice)
+            panel.merged[mode] = Merged(labels_of_image(trainer, index), dice)
         if mode == "center" and config.training.anneal_epochs:
             annealed = trainer.evaluate("val")
         merges[mode] = MergeResult(report.mode, report.source, report.layers, report.warning)
@@ -345,94 +335,3 @@ def _write_results(
         panels=pictures,
         class_names=["background", *trainer.run_config.data.class_names],
     )
-
-
-# ---- The images of the report --------------------------------------------------------------------
-
-
-def _panels(trainer: Trainer, scores: SplitScores) -> dict[int, Panel]:
-    """The worst and the best test images by their index, as the model segments them."""
-    data = trainer.data["test"]
-    dice = scores.image_dice or [None] * len(data)
-    ranks = {index: rank for rank, index in enumerate(_ascending(dice), 1)}
-    panels = {}
-    for index in choose(dice, EXAMPLES):
-        item = data[index]
-        whole = data.tiles is not None
-        pixels = item["pixels"] if whole else (255 * item["image"]).round().byte()  # (C, H, W)
-        panels[index] = Panel(
-            name=item["name"],
-            image=pixels[shown_of(trainer.run_config)].permute(1, 2, 0).numpy(),
-            truth=item["truth" if whole else "mask"].numpy(),
-            prediction=_predict(trainer, index),
-            dice=dice[index],
-            rank=ranks.get(index),
-        )
-    return panels
-
-
-def _predict(trainer: Trainer, index: int) -> np.ndarray:
-    """Labels of a test image at the size at which it is scored, (H, W) int64."""
-    model, data = trainer.model, trainer.data["test"]
-    if data.tiles is None:
-        return predict_labels(model, data[index]["image"][None])[0].numpy()
-    with torch.no_grad():
-        pixels = data[index]["pixels"]
-        bands = tiled_class_map(model.eval(), data, pixels, None, trainer.accelerator)
-        return torch.cat([labels_of(band[None])[0] for band in bands]).numpy()
-
-
-def _prompted(
-    trainer: Trainer, models: Mapping[str, AnySam], scores: SplitScores
-) -> list[Pictures]:
-    """The worst and the best test images with the masks of some clicks, by each of the models."""
-    data, found = trainer.data["test"], []
-    if not trainer.accelerator.is_main_process:
-        return []
-    for index in choose(scores.image_dice or [], EXAMPLES):
-        item = data[index]
-        image = item["image"][None]
-        pixels = (255 * item["image"]).round().byte().permute(1, 2, 0).numpy()
-        objects = objects_of(item["mask"][None].to(trainer.accelerator.device))
-        pictures = [("Truth", draw_clicks(pixels, _numbers(objects.masks), []))]
-        turns = {
-            name: list(play(model, image, objects, trainer.accelerator, max(SHOWN_CLICKS)))
-            for name, model in models.items()
-            if isinstance(model, PromptableSam)
-        }
-        for clicks, (name, played) in itertools.product(SHOWN_CLICKS, turns.items()):
-            turn = played[clicks - 1]
-            points, labels = turn.prompts.points.flatten(0, 1), turn.prompts.labels.flatten()
-            dots = [
-                (x, y, label == POSITIVE)
-                for (x, y), label in zip(points.tolist(), labels.tolist(), strict=True)
-                if label != PADDING
-            ]
-            title = f"{clicks} click{'s' if clicks > 1 else ''}, {name}"
-            pictures.append((title, draw_clicks(pixels, _numbers(turn.logits > 0), dots)))
-        found.append(Pictures(item["name"], item["name"], pictures))
-    return found
-
-
-def _numbers(masks: torch.Tensor) -> np.ndarray:
-    """(H, W) numbers 1, 2, ... of the objects with the (N, H, W) masks; of several the last."""
-    numbers = torch.arange(1, len(masks) + 1, device=masks.device)
-    return (masks * numbers[:, None, None]).amax(0).cpu().numpy()
-
-
-def choose(dice: Sequence[float | None], count: int) -> list[int]:
-    """Chooses the worst and the best images, half of ``count`` each, the worst first.
-
-    Without any Dice, as in a split without foreground, the choice is spread over the split.
-    """
-    order = _ascending(dice)
-    if not order:
-        spread = np.linspace(0, len(dice) - 1, min(count, len(dice)))
-        return [int(index) for index in spread.round()]
-    return order if len(order) <= count else [*order[: count // 2], *order[count // 2 - count :]]
-
-
-def _ascending(dice: Sequence[float | None]) -> list[int]:
-    """The images whose Dice is defined, the worst first."""
-    known = [(value, index) for index, value in enumerate(dice) if value is not None]
-    return [index for _, index in sorted(known)]

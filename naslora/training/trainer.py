@@ -50,8 +50,9 @@ from naslora.results import (
 from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.precision import cast_frozen
 from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.training.clicks import score_run
 from naslora.training.evaluation import loss_of, make_loader
-from naslora.training.interactive import InteractiveLoss, score_run
+from naslora.training.interactive import InteractiveLoss
 from naslora.training.progress import WORDS, TrainProgress, epoch_line, epoch_numbers
 from naslora.training.resuming import LastState, check_last, read_last
 from naslora.training.run_config import RunConfig
@@ -320,7 +321,7 @@ class Trainer:
         )
 
     def evaluate(self, split: str, metrics: Sequence[str] = ()) -> SplitScores:
-        """Loss and metrics of a split, as ``naslora.training.interactive.score_run``."""
+        """Loss and metrics of a split, as ``naslora.training.clicks.score_run``."""
         data = self.data[split]
         return score_run(self.model, data, self.accelerator, self.run_config, metrics)
 
