@@ -50,8 +50,8 @@ def fit_tiles(size: int, image_size: int, patch: int, overlap: float = OVERLAP) 
 
     Args:
         size, overlap: as in ``Tiles``.
-        image_size, patch: sides of the model's images, to which tiles are resized, and of a patch
-            of the encoder, in pixels of the model's images.
+        image_size: side of the model's images in pixels. Tiles are resized to it.
+        patch: side of a patch of the encoder in pixels of these images.
     """
     step, rest = divmod(patch * size, image_size)
     return Tiles(size, overlap, 1 if rest else step)

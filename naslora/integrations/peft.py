@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from naslora.adapter.io.base_state import override_save_pretrained
 from naslora.adapter.io.storage import PEFT_TYPE
-from naslora.adapter.layer.calls import host_calls, shown, watch
+from naslora.adapter.layer.adapted import shown
+from naslora.adapter.layer.calls import host_calls, watch
 from naslora.adapter.layer.config import CellInit, ChannelSelection, NASLoRAConfig
 from naslora.adapter.layer.grid import place_hint
 from naslora.adapter.layer.layer import NASLoRALinear, layer_generator

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from naslora.adapter.layer.calls import AdaptedLinear
+from naslora.adapter.layer.adapted import AdaptedLinear
 from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.adapter.layer.windows import Windows
 from naslora_kernels import rel_pos_attention

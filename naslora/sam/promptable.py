@@ -93,8 +93,9 @@ class PromptableSam(Sam):
     ) -> tuple[Tensor, Tensor]:
         """Predicts masks of objects, as SAM's predictor, but of several images at once.
 
-        ``points`` and ``labels`` are as in ``encode_points``; ``masks`` are (N, 1, 4g, 4g) logits
-        of the last prediction, None without one. All else is as in ``naslora.sam.objects.decode``.
+        ``points`` and ``labels`` are those of ``encode_points``. ``masks`` are the (N, 1, 4g, 4g)
+        logits of the last prediction; None if there is none. ``naslora.sam.objects.decode``
+        explains the other arguments and the result.
         """
         encoder = self.prompt_encoder
         prompts = encode_points(encoder, points, labels)

@@ -156,9 +156,9 @@ def tiles_of(config: RunConfig, side: int | None = None, overlap: float = OVERLA
 
 
 View = Literal["trained", "seen", "validated", "tested"]
-"""What a data set gives: ``trained``, images as training sees them, changed at random; ``seen``,
-the same without changes, but for the windows of ``crop``; ``validated`` and ``tested``, images for
-metrics, the latter at the size of the masks if the run's ``resolution`` says so."""
+"""What a data set gives. ``trained``: images as training sees them, changed at random. ``seen``:
+images without these changes; windows of ``crop`` are still drawn. ``validated`` and ``tested``:
+images for metrics. Those of ``tested`` have the size of the masks if ``resolution`` says so."""
 
 
 def make_dataset(

@@ -85,6 +85,18 @@ class Trainer:
     cast to ``frozen_dtype(config.training)``. ``data`` has the splits ``train`` and ``val``, and
     ``arch`` where alpha has images of its own. Checkpoints go to ``directory``.
 
+    Attributes:
+        epoch, history: the number of finished epochs, and their records.
+        operations: the mixtures before training and after every epoch.
+        images: which images an epoch's steps take.
+        weight_steps: number of weight steps of an epoch.
+        alpha_steps: number of an epoch's steps for alpha alone, once they start.
+        layers: names of the adapted layers with a cell.
+        alphas: the architecture parameters; empty for a method without them.
+        weights: the weights and their optimizer.
+        architecture: alpha and its optimizer; None for a method without alpha.
+        average: the averaged weights; None without ``ema``.
+
     Raises:
         UserError: annealing is asked for, but no cell can be annealed; no image can be held out
             for alpha.
@@ -109,15 +121,14 @@ class Trainer:
         self.data, self.directory, self.accelerator = data, directory, accelerator
         self.run_config, self.config = config, training
         self.forward, self.loss = self._compute()
-        self.epoch = 0  # the number of finished ones
+        self.epoch = 0
         self.history: list[Epoch] = []
         self.layers = [name for name, layer in adapter_layers(model) if layer.alpha is not None]
-        self.alphas = arch_parameters(model)  # empty for a method without them
-        self.operations = [self._mixture(epoch=0)]  # before training and after every epoch
+        self.alphas = arch_parameters(model)
+        self.operations = [self._mixture(epoch=0)]
         own_steps = bool(self.alphas) and not training.simultaneous
         counts = len(data["train"]), len(data.get("arch", ()))
         self.images = EpochImages(training, *counts, own_steps, config.seed)
-        # Steps of an epoch: of the weights, and of alpha alone, once these start.
         self.weight_steps = -(-sum(counts) // training.batch_size)
         self.alpha_steps = -(-len(self.images.of(0)[1]) // training.batch_size)
         self.weights = self._weight_group()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.layer.calls import AdaptedLinear
+from naslora.adapter.layer.adapted import AdaptedLinear
 from naslora.adapter.layer.cell import LEFT_OUT, PRESETS, Cell, LinearCell
 from naslora.adapter.layer.config import NASLoRAConfig
 from naslora_kernels import OPERATIONS, nas_lora_linear

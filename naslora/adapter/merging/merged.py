@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.layer.calls import AdaptedLinear
+from naslora.adapter.layer.adapted import AdaptedLinear
 from naslora.adapter.layer.cell import FixedMixture, FoldedCell, PaperCell
 from naslora.adapter.layer.modules import replace_module
 from naslora.errors import UserError
