@@ -53,7 +53,7 @@ Overlap = Annotated[float, Meta(ge=0, le=0.5)]
 OVERLAY_SIDE = 4096
 """Pixels on the longer side of an overlay, at most: of larger images it has every n-th pixel."""
 THREADS = 2
-"""That read, and that write, beside the one of the model."""
+"""That read and write, beside the one of the model."""
 Model = Predictor | InstanceFinder
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -177,7 +177,7 @@ def _predict(
     def computed() -> Iterator[_Opened]:
         batch: list[_Opened] = []
         read = functools.partial(_read, predictor)
-        opened = _ahead(readers, read, samples, size + THREADS if whole else 0)
+        opened = _ahead(threads, read, samples, size + THREADS if whole else 0)
         for place, (sample, result) in enumerate(opened, 1):
             try:
                 batch.append(result())
@@ -188,12 +188,12 @@ def _predict(
                 batch = []
 
     write = functools.partial(_write, predictor, output)
-    with _threads() as readers, _threads() as writers:
-        written = _ahead(writers, write, computed(), THREADS if whole else 0)
+    with _threads() as threads:
+        written = _ahead(threads, write, computed(), THREADS if whole else 0)
         results = ((opened.sample, result) for opened, result in written)
         segment_volume = functools.partial(_predict_volume, predictor, output, batch_size)
         for sample, result in itertools.chain(
-            results, _ahead(writers, segment_volume, volumes, ahead=0)
+            results, _ahead(threads, segment_volume, volumes, ahead=0)
         ):
             try:
                 path = result()
