@@ -14,6 +14,7 @@ import tyro
 
 import naslora
 from naslora.adapter.merging.report import MergeMode
+from naslora.allocator import keep_freed_memory
 from naslora.arguments import deferred, meant, parse
 from naslora.choices import (
     CALIBRATION_IMAGES,
@@ -78,7 +79,9 @@ def _run(arguments: list[str]) -> None:
     named = {command.__name__: command for command in commands}
     name = arguments[0] if arguments else "--help"
     if name in named:
-        parse(named[name], arguments[1:])()
+        command = parse(named[name], arguments[1:])
+        keep_freed_memory()
+        command()
     elif name == "--version":
         print(f"naslora {naslora.__version__}")
     elif name in ("-h", "--help"):

@@ -31,7 +31,7 @@ FOREIGN_OPTIONS = {"--benchmark-disable", "--nproc-per-node"}
 # lower levels.
 LEVELS = {
     "naslora": (
-        {"errors", "choices"},
+        {"errors", "choices", "allocator"},
         {"settings", "state_dicts"},
         {"files"},
         {"locks"},

@@ -61,7 +61,8 @@ def decode(
     transformer, grid = decoder.transformer, embeddings.shape[-1]
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     start = torch.cat([own.expand(len(prompts), -1, -1), prompts], 1)  # (N, T, 256)
-    image = _rows(embeddings)[owners] + _rows(masks)  # (N, g², 256)
+    # index_select has a faster backward than an index.
+    image = _rows(embeddings).index_select(0, owners) + _rows(masks)  # (N, g², 256)
     places, tokens = _rows(positions), start
     for index, layer in enumerate(transformer.layers):
         if index == 0:  # the first layer has nothing but the prompts' own places

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from naslora.allocator import keep_freed_memory
 from naslora.data.images import Sample
 from naslora.errors import UserError
 from naslora.methods import apply, merge, merge_modes
@@ -65,6 +66,7 @@ def run_and_measure(config: RunConfig, directory: Path, costs: bool) -> RunNumbe
     With ``costs`` it measures time and memory, too. The process must then be the run's own, because
     its peak memory counts.
     """
+    keep_freed_memory()  # also in a job, which is no process of the command
     result = train(config, directory, resume=True)
     history = read_rows(directory / HISTORY, Epoch)
     test, counts = result.test, result.parameters
