@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import tyro
 
+from naslora.allocator import keep_freed_memory
 from naslora.prediction import predict_run
 from naslora.predictor import Predictor, make_predictor
 
@@ -37,6 +38,7 @@ def main(
         threads: of torch.
     """
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the command does
     predictor = make_predictor(model)
     side = predictor.config.model.image_size
     pixels = torch.rand(1, predictor.channels, side, side)
@@ -56,10 +58,10 @@ def main(
     scores = predictor.class_map(pixels)
     torch.set_num_threads(1)  # waiting threads of torch take processor time
     free = dataclasses.replace(predictor, class_map=lambda images: scores)
-    bare = dataclasses.replace(free.outputs, overlays=False)
+    masks = dataclasses.replace(free.outputs, overlays=False)
     for title, own, skip in (
         ("with overlays", free, True),
-        ("without", dataclasses.replace(free, outputs=bare), True),
+        ("without", dataclasses.replace(free, outputs=masks), True),
         ("with overlays, and every image read before", free, False),
     ):
         _, processor = _predict(own, model, files[:TURN], skip)
