@@ -8,9 +8,10 @@ from typing import Any
 from naslora.results import CLICK_SCORES, Epoch, RunResult
 from naslora.sam.shipped import NONE
 from naslora.study.summary import mean_and_spread
+from naslora.training.resolve import LEARNING_TRAVEL
 
 Settings = dict[str, dict[str, Any]]
-"""Fields of RunConfig ("run"), of its adapter, its training and its prompts."""
+"""Fields of RunConfig ("run"), of its adapter, its training and its prompts, and "fitted"."""
 Numbers = dict[str, float | None]
 """The columns of a finished cell."""
 Column = Callable[[RunResult, list[Epoch]], float | None]
@@ -227,6 +228,15 @@ LOSSES: dict[str, dict[str, Any]] = {
     "bce, dice, class weights": {"class_weights": "auto"},
 }
 BOTH = {"LoRA": LORA, "NAS-PC-LoRA": METHODS["NAS-PC-LoRA"]}
+# What is changed of the defaults. "travel" is what the fitted rates of all steps add up to.
+ONE_CHANGE: dict[str, Settings] = {
+    "": {},
+    "rate x 2": {"fitted": {"travel": 2 * LEARNING_TRAVEL}},
+    "rate x 0.5": {"fitted": {"travel": LEARNING_TRAVEL / 2}},
+    "qkv": {"adapter": {"target": "qkv"}},
+    "mlp": {"adapter": {"target": "mlp"}},
+    "ema 0.1": {"training": {"ema": 0.1}},
+}
 
 STUDIES = {
     # What the weights of vit_t in the package are worth, and whether NAS-PC-LoRA gains more over
@@ -345,6 +355,22 @@ STUDIES = {
         epochs={"kvasir_seg": 6, "leaf_disease": 6, "nuclei_outlines": 16},
         columns=TRAINING | CALIBRATED | LAST_STEP,
         train_images=240,
+    ),
+    # `naslora train --data DIR`, and the settings that could be better, one changed at a time.
+    # CrackForest and CamVid are for looking only: no default was chosen by them.
+    "default-command": Study(
+        datasets=("kvasir_seg", "leaf_disease", "crackforest", "camvid"),
+        seeds=(0, 1, 2),
+        common={"run": {"model": "vit_t"}},
+        variants={
+            f"{method}{name and f', {name}'}": _joined(settings, own)
+            for name, own in ONE_CHANGE.items()
+            for method, settings in BOTH.items()
+        },
+        epochs=dict.fromkeys(("kvasir_seg", "leaf_disease", "crackforest", "camvid"), 30),
+        columns=TRAINING | SECONDS,
+        train_images=240,
+        reference="NAS-PC-LoRA",
     ),
     # SAM that stays SAM, against itself before training.
     "prompts": Study(

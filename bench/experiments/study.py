@@ -31,6 +31,7 @@ from naslora.results import HISTORY, Epoch, MergeResult, RunResult
 from naslora.study.differences import paired_difference
 from naslora.study.summary import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
+from naslora.training.resolve import LEARNING_TRAVEL
 from naslora.training.run import train
 from naslora.training.run_config import (
     DataConfig,
@@ -52,6 +53,7 @@ class Key(NamedTuple):
 
 Cells = dict[Key, Numbers]
 MERGE_MODES = "naslora.training.run.merge_modes"
+FITTED = "naslora.training.resolve.LEARNING_TRAVEL"
 DONE = "study.json"  # what a finished cell reports
 MODEL = ("model", "checkpoint", "image_size", "attention")
 """Settings of a study's runs that are not fields of ``DataConfig``."""
@@ -110,7 +112,7 @@ def _train_cell(
     variant, special = plan.variants[name], plan.of_data.get(dataset, {})
     merged = {
         part: plan.common.get(part, {}) | special.get(part, {}) | variant.get(part, {})
-        for part in ("run", "adapter", "training", "prompts")
+        for part in ("run", "adapter", "training", "prompts", "fitted")
     }
     training = {"epochs": plan.epochs[dataset], "workers": 0}
     source = {"root": _part(data / dataset, plan, output / "data")}
@@ -134,6 +136,7 @@ def _train_cell(
     with (
         shuffled_neighbours() if name.endswith(SHUFFLED) else nullcontext(),
         nullcontext() if plan.merges else patch(MERGE_MODES, lambda *_: []),
+        patch(FITTED, merged["fitted"].get("travel", LEARNING_TRAVEL)),
     ):
         result = train(config, directory, resume=directory.exists())
     if plan.few_images is not None:
