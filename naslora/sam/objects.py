@@ -8,7 +8,7 @@ image's tokens to the width of a head, here the projection moves to the object's
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import MaskDecoder, PromptEncoder
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 from segment_anything.modeling.transformer import Attention
 from torch import Tensor
 
@@ -16,54 +16,42 @@ PADDING, NEGATIVE, POSITIVE, TOP_LEFT, BOTTOM_RIGHT = range(-1, 4)
 """Labels of points: nothing, off the object, on the object, and the corners of a box."""
 
 
-def encode_points(encoder: PromptEncoder, points: Tensor, labels: Tensor) -> Tensor:
-    """Encodes points and corners of boxes.
+def decode(
+    model: Sam,
+    embeddings: Tensor,
+    owners: Tensor,
+    points: Tensor,
+    labels: Tensor,
+    masks: Tensor | None,
+    wanted: slice,
+) -> tuple[Tensor, Tensor]:
+    """Predicts masks of N objects of B images, as SAM's predictor.
 
     SAM adds a point with the label ``PADDING`` to points without a box; give it, too.
 
     Args:
-        encoder: the prompt encoder.
-        points: (N, P, 2), x and y in pixels.
-        labels: (N, P) int64.
-
-    Returns:
-        (N, P, 256).
-    """
-    tables = [encoder.not_a_point_embed, *encoder.point_embeddings]
-    table = torch.cat([embedding.weight for embedding in tables])  # (5, 256)
-    places = encoder.pe_layer.forward_with_coords(points + 0.5, encoder.input_image_size)
-    return places * (labels != PADDING)[..., None] + table[labels + 1]
-
-
-def decode(
-    decoder: MaskDecoder,
-    embeddings: Tensor,
-    owners: Tensor,
-    positions: Tensor,
-    prompts: Tensor,
-    masks: Tensor,
-    wanted: slice,
-) -> tuple[Tensor, Tensor]:
-    """Predicts masks of N objects of B images.
-
-    Args:
-        decoder: the mask decoder.
+        model: the SAM whose prompt encoder and mask decoder are used.
         embeddings: (B, 256, g, g) image embeddings.
         owners: (N,) int64, the image of each object.
-        positions: (1, 256, g, g) positional encoding of the image's tokens.
-        prompts: (N, P, 256) from ``encode_points``.
-        masks: (N, 256, g, g), or (1, 256, 1, 1) for all: encoded masks.
+        points: (N, P, 2), x and y in pixels, of clicks and of corners of boxes.
+        labels: (N, P) int64.
+        masks: (N, 1, 4g, 4g) logits of the last prediction; None if there is none.
         wanted: which of the four mask tokens: 0 for one mask, 1 to 3 for three.
 
     Returns:
         (N, Q, 4g, 4g) mask logits, and (N, Q) estimates of their IoU.
     """
+    decoder, prompts = model.mask_decoder, _encode_points(model.prompt_encoder, points, labels)
+    if masks is None:
+        dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+    else:
+        dense = model.prompt_encoder.mask_downscaling(masks)  # (N, 256, g, g)
     transformer, grid = decoder.transformer, embeddings.shape[-1]
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     start = torch.cat([own.expand(len(prompts), -1, -1), prompts], 1)  # (N, T, 256)
     # index_select has a faster backward than an index.
-    image = _rows(embeddings).index_select(0, owners) + _rows(masks)  # (N, g², 256)
-    places, tokens = _rows(positions), start
+    image = _rows(embeddings).index_select(0, owners) + _rows(dense)  # (N, g², 256)
+    places, tokens = _rows(model.prompt_encoder.get_dense_pe()), start
     for index, layer in enumerate(transformer.layers):
         if index == 0:  # the first layer has nothing but the prompts' own places
             tokens = layer.self_attn(tokens, tokens, tokens)
@@ -80,11 +68,18 @@ def decode(
     attention = transformer.final_attn_token_to_image
     seen = _to_image(attention, tokens + start, image + places, image)
     tokens = transformer.norm_final_attn(tokens + seen)
-    number = decoder.num_mask_tokens
-    chosen = range(number)[wanted]
+    chosen = range(decoder.num_mask_tokens)[wanted]
     weights = [decoder.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in chosen]
     scores = decoder.iou_prediction_head(tokens[:, 0])[:, wanted]
     return _draw(decoder, image, torch.stack(weights, -1), grid), scores
+
+
+def _encode_points(encoder: PromptEncoder, points: Tensor, labels: Tensor) -> Tensor:
+    """(N, P, 256) of (N, P, 2) points and their (N, P) labels."""
+    tables = [encoder.not_a_point_embed, *encoder.point_embeddings]
+    table = torch.cat([embedding.weight for embedding in tables])  # (5, 256)
+    places = encoder.pe_layer.forward_with_coords(points + 0.5, encoder.input_image_size)
+    return places * (labels != PADDING)[..., None] + table[labels + 1]
 
 
 def _rows(maps: Tensor) -> Tensor:

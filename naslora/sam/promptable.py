@@ -14,7 +14,7 @@ from naslora.sam.decoder import EMBED_DIM, build_transformer
 from naslora.sam.encoders import build_image_encoder, build_prompt_encoder
 from naslora.sam.families import find_family
 from naslora.sam.family import Family
-from naslora.sam.objects import decode, encode_points
+from naslora.sam.objects import decode
 from naslora.sam.segmentation import SamForSegmentation, made
 from naslora.sam.vits import VITS
 
@@ -82,27 +82,7 @@ class PromptableSam(Sam):
         """Encodes (B, 3, S, S) RGB images in [0, 1] to (B, 256, g, g)."""
         return self.image_encoder((255 * images - self.pixel_mean) / self.pixel_std)
 
-    def decode(
-        self,
-        embeddings: Tensor,
-        owners: Tensor,
-        points: Tensor,
-        labels: Tensor,
-        masks: Tensor | None,
-        wanted: slice,
-    ) -> tuple[Tensor, Tensor]:
-        """Predicts masks of objects, as SAM's predictor, but of several images at once.
-
-        ``points`` and ``labels`` are those of ``encode_points``. ``masks`` are the (N, 1, 4g, 4g)
-        logits of the last prediction; None if there is none. ``naslora.sam.objects.decode``
-        explains the other arguments and the result.
-        """
-        encoder = self.prompt_encoder
-        prompts = encode_points(encoder, points, labels)
-        dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        dense = dense if masks is None else encoder.mask_downscaling(masks)
-        positions = encoder.get_dense_pe()
-        return decode(self.mask_decoder, embeddings, owners, positions, prompts, dense, wanted)
+    decode = decode
 
 
 AnySam = SamForSegmentation | PromptableSam

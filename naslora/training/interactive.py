@@ -51,7 +51,7 @@ class Prompts(NamedTuple):
     points: Tensor
     """(N, P, 2) float32, x and y in pixels of the image as the model sees it."""
     labels: Tensor
-    """(N, P) int64, as in ``encode_points``."""
+    """(N, P) int64, as in ``decode``."""
 
     def plus(self, points: Tensor, labels: Tensor) -> "Prompts":
         """With one more point for each object, (N, 2) and (N,)."""
