@@ -36,7 +36,7 @@ from transformers import (
 from naslora import UserError, merge
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import METHODS, apply
-from naslora.sam.encoders import checkpoint_blocks
+from naslora.sam.encoders import checkpoint_blocks, transformer_blocks
 from naslora.sam.export import Description, export
 from naslora.sam.families import FAMILIES, find_family
 from naslora.sam.runtimes import load_class_map
@@ -517,7 +517,7 @@ def test_methods_work_or_say_what_they_need(name, method):
 def test_statistics_of_hiera_s_blocks():
     """Uniform attention: the mean distance of a query to all keys of its window, by hand."""
     model = build_model("sam2.1_t", 128).eval()
-    blocks = list(model.image_encoder.transformer_blocks())
+    blocks = transformer_blocks(model.image_encoder)
     for block in blocks:
         torch.nn.init.zeros_(block.attn.qkv.weight)
     found = block_statistics(model.image_encoder, [pixels(128)], 128)

@@ -44,12 +44,10 @@ class Cache:
             raise UserError(f"cache {directory} cannot be created: {error.strerror}") from error
 
     def get(self, files: Sequence[bytes], how: str, make: Callable[[], Tensors]) -> Tensors:
-        """Reads an entry, or creates it: what ``make`` returns, or returned then.
+        """Reads an entry, or creates it: what ``make`` returns, or returned then, on the CPU.
 
-        Args:
-            files: the content of the files that the tensors depend on.
-            how: everything else that they depend on, as text.
-            make: computes a new entry, on the CPU. If it raises, no entry is written.
+        The tensors depend on the content of ``files`` and, as text, on ``how``. If ``make`` raises,
+        no entry is written.
 
         Raises:
             UserError: the entry cannot be written.

@@ -21,10 +21,18 @@ from naslora.data.layouts import (
 BOTH = f"{{}}/{IMAGE_FOLDER}", f"{{}}/{MASK_FOLDER}"
 
 
-def _parts(images: str, masks: str, **folders: str) -> tuple[Part, ...]:
-    """One part a split; its name takes the place of {} in both paths."""
+def _parts(images: str, masks: str, groups: Sequence[str] = (), **folders: str) -> tuple[Part, ...]:
+    """One part a split, or one for each group of it, which is a folder in the split's own.
+
+    The folder takes the place of {} in both paths.
+    """
+    named = [
+        (split, f"{folder}/{group}" if group else folder, group)
+        for split, folder in folders.items()
+        for group in groups or [None]
+    ]
     return tuple(
-        Part(split, images.format(name), masks.format(name)) for split, name in folders.items()
+        Part(s, images.format(name), masks.format(name), group) for s, name, group in named
     )
 
 
@@ -60,11 +68,8 @@ CVC_CLINICDB = (
 # COD10K and CAMO for training; CAMO, CHAMELEON and COD10K as groups of the test split.
 CAMOUFLAGE = Layout(
     (
-        Part("train", "TrainDataset/Imgs", "TrainDataset/GT"),
-        *(
-            Part("test", f"TestDataset/{name}/Imgs", f"TestDataset/{name}/GT", name)
-            for name in ("CAMO", "CHAMELEON", "COD10K")
-        ),
+        *_parts("{}/Imgs", "{}/GT", train="TrainDataset"),
+        *_parts("{}/Imgs", "{}/GT", ("CAMO", "CHAMELEON", "COD10K"), test="TestDataset"),
     ),
     "threshold",
     val=0.1,
@@ -85,14 +90,9 @@ ROADS = Layout(
 )
 # The easy and the hard images are groups.
 TRANS10K_V1 = Layout(
-    tuple(
-        Part(split, f"{folder}/images", f"{folder}/masks", folder.partition("/")[2] or None)
-        for split, *folders in (
-            ("train", "train"),
-            ("val", "validation/easy", "validation/hard"),
-            ("test", "test/easy", "test/hard"),
-        )
-        for folder in folders
+    (
+        *_parts("{}/images", "{}/masks", train="train"),
+        *_parts("{}/images", "{}/masks", ("easy", "hard"), val="validation", test="test"),
     ),
     "thirds",
     suffix="_mask",

@@ -84,10 +84,8 @@ def write_png(
 ) -> None:
     """Writes greys of 8 or 16 bits as PNG as their rows come. Pillow needs all of them for that.
 
-    Args:
-        path, size: the file; height and width.
-        bands: (n, W) uint8 or uint16, from the top to the bottom.
-        palette: the RGB colours that viewers show in place of greys 0, 1, ...; None for none.
+    ``size`` is height and width. ``bands`` are (n, W) uint8 or uint16, from the top to the bottom.
+    Viewers show the RGB colours of ``palette`` in place of greys 0, 1, ...
     """
     with open(path, "wb") as file:
 

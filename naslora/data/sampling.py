@@ -20,12 +20,10 @@ HOLD_OUT, ORDER, FLIP, REFILL, AUGMENT, CROP, OBJECTS = range(7)
 
 
 def seeded_generator(stream: int, seed: int, *path: int) -> np.random.Generator:
-    """Makes the generator for one random choice.
+    """Makes the generator for one random choice, in a stream of the constants above.
 
-    Args:
-        stream: one of the constants above.
-        seed: any integer.
-        path: further integers that the choice depends on, such as the epoch and the index.
+    ``seed`` is any integer, ``path`` further ones that the choice depends on, such as the epoch and
+    the index.
     """
     # NumPy mixes all integers of the tuple into the state. The modulus makes negative seeds valid.
     return np.random.default_rng((stream, seed % 2**64, *path))
@@ -36,10 +34,8 @@ def hold_out(
 ) -> tuple[list[Entry], list[Entry]]:
     """Splits samples at random into the kept and the held-out ones, in their original order.
 
-    Args:
-        samples: equal samples, seeds and paths give equal splits.
-        fraction: share to hold out, in [0, 1). If it is not 0, both parts get at least one sample.
-        seed, path: as in ``seeded_generator``.
+    Equal samples, seeds and paths, as in ``seeded_generator``, give equal splits. ``fraction`` is
+    the share to hold out, in [0, 1). If it is not 0, both parts get at least one sample.
 
     Raises:
         UserError: fewer than two samples are to be split.

@@ -48,10 +48,8 @@ def fit_tiles(size: int, image_size: int, patch: int, overlap: float = OVERLAP) 
     predicts a thin structure differently if it is cut otherwise. The step is 1 if a patch is no
     whole number of the image's pixels.
 
-    Args:
-        size, overlap: as in ``Tiles``.
-        image_size: side of the model's images in pixels. Tiles are resized to it.
-        patch: side of a patch of the encoder in pixels of these images.
+    Tiles are resized to the model's images, of ``image_size`` pixels a side, where the encoder's
+    patch has ``patch`` pixels.
     """
     step, rest = divmod(patch * size, image_size)
     return Tiles(size, overlap, 1 if rest else step)

@@ -119,16 +119,11 @@ def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
 
 
 def _attended(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What the heads gather, before the last projection.
+    """What the heads gather, before the last projection: (B, h, w, C).
 
-    Args:
-        attention: has ``scale``, ``use_rel_pos``, ``rel_pos_h``, ``rel_pos_w``.
-        q: (B, h, w, heads, d) queries, of the upper left corner of the grid or of all of it.
-        k: (B, H, W, heads, d) keys.
-        v: (B, H, W, heads, d) values.
-
-    Returns:
-        (B, h, w, C).
+    ``attention`` has ``scale``, ``use_rel_pos``, ``rel_pos_h``, ``rel_pos_w``. Queries are (B, h,
+    w, heads, d), of the upper left corner of the grid or of all of it, keys and values (B, H, W,
+    heads, d).
     """
     grid = k.shape[1], k.shape[2]
     height, width = q.shape[1:3]
@@ -153,15 +148,10 @@ def _attended(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """The embeddings of the distances between all queries and keys of one axis.
+    """The embeddings of the distances between all queries and keys of an axis of ``size`` tokens.
 
-    Args:
-        table: (L, d), one row for each distance from -(L - 1) / 2 to (L - 1) / 2. It is
-            interpolated if L is not 2 size - 1.
-        size: tokens along the axis.
-
-    Returns:
-        (size, d, size), by query, feature and key.
+    ``table`` is (L, d), one row for each distance from -(L - 1) / 2 to (L - 1) / 2. It is
+    interpolated if L is not 2 size - 1. The result is (size, d, size), by query, feature and key.
     """
     distances = 2 * size - 1
     if table.shape[0] != distances:

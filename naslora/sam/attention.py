@@ -47,8 +47,7 @@ def fuse_attention(model: nn.Module) -> list[str]:
     alone, and a warning names them. Hugging Face's modules return None as attention weights, as its
     SDPA attention does. Blocks with windows no longer project the padding of these.
 
-    Args:
-        model: a SAM, its image encoder, or a model around it.
+    The model is a SAM, its image encoder, or a model around it.
 
     Returns:
         The names of the fused modules in model order, including those that were fused before.
@@ -121,9 +120,7 @@ class FusedAttention(Fused):
 
 
 class FusedBlock(Fused):
-    """segment_anything's transformer block, which does not project the padding of its windows."""
-
-    norms = "norm1", "norm2"
+    """A transformer block of SAM, which does not project the padding of its windows."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
@@ -141,17 +138,10 @@ class FusedBlock(Fused):
         )
         if not padded or not ours or watched or attention.drops or traced():
             return self.host_class.forward(self, x)
-        norm1, norm2 = (getattr(self, name) for name in self.norms)
+        prefix = "" if hasattr(self, "norm1") else "layer_"  # Hugging Face's
+        norm1, norm2 = (getattr(self, f"{prefix}norm{i}") for i in (1, 2))
         x = x + over_windows(attention, norm1(x), size)
         return x + self.mlp(norm2(x))
-
-
-class _HuggingFaceLayer(FusedBlock):
-    norms = "layer_norm1", "layer_norm2"
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """As ``FusedBlock``."""
-        return super().forward(hidden_states)
 
 
 class _SegmentAnything(FusedAttention):
@@ -260,7 +250,7 @@ _FORMS = (
     _Form(
         rf"{_HF}\.Sam(HQ)?VisionLayer",
         frozenset({"layer_norm1", "attn", "layer_norm2", "mlp"}),
-        _HuggingFaceLayer,
+        FusedBlock,
     ),
     _Form(r"timm\.models\.hieradet_sam2\.MultiScaleAttention", _LINEAR | {"q_pool"}, _Hiera),
     _Form(

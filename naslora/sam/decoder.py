@@ -31,12 +31,8 @@ class SegmentationDecoder(nn.Module):
     """SAM's mask decoder for semantic segmentation. Its parameters have SAM's names.
 
     It has no IoU head. Binary: one mask token with one hypernetwork. Several classes: the mask
-    tokens share one hypernetwork, and ``class_head`` classifies them.
-
-    Args:
-        num_classes: 1 if binary, else K.
-        num_tokens: number Q of mask tokens.
-        width: channels of the embedding, which a neck brings to 256 if it has others.
+    tokens, Q in number, share one hypernetwork, and ``class_head`` classifies them. If the
+    embedding has another ``width`` than 256 channels, a neck brings it to them.
     """
 
     TOKENS: ClassVar[tuple[str, ...]] = ("iou_token", "mask_tokens")
@@ -125,11 +121,7 @@ class HQDecoder(SegmentationDecoder):
     """SAM-HQ's mask decoder: the masks of SAM's tokens plus those of its own tokens.
 
     SAM-HQ has one token. Here every mask token has one beside it, and they share ``hf_mlp``.
-
-    Args:
-        num_classes: as in ``SegmentationDecoder``.
-        num_tokens: as in ``SegmentationDecoder``.
-        width: channels of the encoder's early map.
+    ``width`` is the channels of the encoder's early map.
     """
 
     TOKENS = (*SegmentationDecoder.TOKENS, "hf_token")

@@ -3,7 +3,8 @@
 Each family of SAMs has a file in ``families/``.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -61,26 +62,26 @@ def check_image_size(family: Family, image_size: int) -> None:
 def build_prompt_encoder(image_size: int, patch: int) -> PromptEncoder:
     """Builds SAM's prompt encoder, which provides the no-mask embedding and the positions.
 
-    Args:
-        image_size: side of the images in pixels.
-        patch: side in pixels of one token's patch.
+    ``image_size`` and ``patch`` are the sides of the images and of a token's patch, in pixels.
     """
     grid = image_size // patch
     return PromptEncoder(EMBED_DIM, (grid, grid), (image_size, image_size), mask_in_chans=16)
 
 
-def transformer_blocks(encoder: Any) -> list[nn.Module]:
-    """The blocks of an encoder of ``build_image_encoder``, in their order."""
-    own: Iterable[nn.Module]
-    own = encoder.transformer_blocks() if hasattr(encoder, "transformer_blocks") else encoder.blocks
-    return list(own)
+def transformer_blocks(encoder: nn.Module) -> list[nn.Module]:
+    """The blocks of an encoder of ``build_image_encoder``, in their order.
+
+    They are in lists called ``blocks`` or ``layers``. Those of TinyViT's first stage are
+    convolutions.
+    """
+    lists = (m for name, m in encoder.named_modules() if re.search(r"(^|\.)(blocks|layers)$", name))
+    return [block for own in lists for block in own.children()]
 
 
 def checkpoint_blocks(encoder: nn.Module) -> None:
     """Makes the backward recompute each transformer block instead of keeping its activations.
 
-    Args:
-        encoder: an encoder of ``build_image_encoder``; it is changed in place.
+    The encoder, of ``build_image_encoder``, is changed in place.
     """
     for block in transformer_blocks(encoder):
         forward: Any = block.forward

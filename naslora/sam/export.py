@@ -105,11 +105,9 @@ def text_of(description: Description) -> str:
 def read_description(text: str | None) -> Description:
     """Inverts ``text_of``.
 
-    Args:
-        text: the stored text; None if the file has none.
-
     Raises:
-        UserError: ``text`` is not a description, or its model takes no images of its size.
+        UserError: ``text``, None if the file has none, is not a description, or its model takes no
+            images of its size.
     """
     if not text:
         raise UserError("it was not written by naslora export")

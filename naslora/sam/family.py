@@ -25,10 +25,12 @@ class Family:
     """The sizes of its models by their names for ``--model``."""
     build_encoder: Callable[[str, int], nn.Module]
     """Maps a model's name and the image size S to an encoder with random weights."""
-    build_decoder: Callable[[str, int, int], SegmentationDecoder]
-    """Maps a model's name, the number of classes and the number of mask tokens to a decoder."""
     has_marks: Callable[[Collection[str]], bool]
     """Whether a checkpoint with tensors of these names may be the family's, if the encoder fits."""
+    build_decoder: Callable[[str, int, int], SegmentationDecoder] = lambda name, classes, tokens: (
+        SegmentationDecoder(classes, tokens)
+    )
+    """Maps a model's name, the number of classes and the number of mask tokens to a decoder."""
     official: Naming = field(default_factory=Naming)
     """The names in the official checkpoints."""
     huggingface: HuggingFace | None = None

@@ -170,13 +170,8 @@ def _class_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 def object_loss(logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:
     """SAM's loss of masks (Kirillov et al., 2023, A): focal loss times 20, plus Dice.
 
-    Args:
-        logits: (N, h, w).
-        masks: the same shape, in [0, 1].
-        counted: the same shape, 1 where a pixel counts, else 0.
-
-    Returns:
-        (N,) float32.
+    Logits, masks in [0, 1] and ``counted``, 1 where a pixel counts, else 0, are (N, h, w), the
+    result (N,) float32.
     """
     logits = logits.float()
     probability = logits.sigmoid()
@@ -187,12 +182,9 @@ def object_loss(logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:
 
 
 def _pixel_weights(mask: Tensor, counted: Tensor | None, boundary_weight: float) -> Tensor | None:
-    """What each pixel of a mask weighs in BCE and Dice; None if all weigh alike.
+    """What each pixel of a (N, S, S) mask weighs in BCE and Dice; None if all weigh alike.
 
-    Args:
-        mask: (N, S, S), 0 or 1.
-        counted: 1 where a pixel counts, of a shape that broadcasts to the mask's; None if all do.
-        boundary_weight: as in ``SegmentationLoss``.
+    ``counted`` is 1 where a pixel counts, of a shape that broadcasts to the mask's; None if all do.
     """
     counted = None if counted is None else counted.expand_as(mask)
     if not boundary_weight:

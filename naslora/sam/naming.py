@@ -23,6 +23,8 @@ class Naming:
     replaces its start."""
     ends: Pairs = ()
     """Ends of names."""
+    foreign: str = r"(?!)"
+    """A regular expression for the starts of their names of tensors that ``to_ours`` leaves out."""
 
     def ours(self, name: str) -> str:
         """Our name for one of theirs."""
@@ -34,7 +36,8 @@ class Naming:
 
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
         """Tensors under our names."""
-        return {self.ours(name): tensor for name, tensor in tensors.items()}
+        own = ((name, t) for name, t in tensors.items() if not re.match(self.foreign, name))
+        return {self.ours(name): tensor for name, tensor in own}
 
     def to_theirs(self, tensors: Tensors) -> dict[str, Tensor]:
         """Tensors under their names."""
@@ -121,20 +124,16 @@ class HuggingFace(Naming):
     """Maps the name of a model and its image size to config.json, without the two above."""
     stacked: Mapping[str, str] = field(default_factory=dict)
     """Their names of tensors whose rows are tensors of ours, with our names; ``{}`` is the row."""
-    foreign: str = r"(?!)"
-    """A regular expression for the starts of names that their ``architecture`` lacks."""
 
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
         """Tensors under our names, without those that their architecture lacks."""
+        # SAM 3's model of videos has the prefix.
+        left = {name.removeprefix("tracker_model."): tensor for name, tensor in tensors.items()}
         found = {}
-        for stored, tensor in tensors.items():
-            name = stored.removeprefix("tracker_model.")  # SAM 3's model of videos has it
-            if name in self.stacked and tensor.dim() > 1:
-                rows = {self.stacked[name].format(i): row[None] for i, row in enumerate(tensor)}
-                found.update(rows)
-            elif not re.match(self.foreign, name):
-                found[self.ours(name)] = tensor
-        return found
+        for name, ours in self.stacked.items():
+            if name in left and left[name].dim() > 1:
+                found |= {ours.format(i): row[None] for i, row in enumerate(left.pop(name))}
+        return found | super().to_ours(left)
 
     def to_theirs(self, tensors: Tensors) -> dict[str, Tensor]:
         """The inverse of ``to_ours``. Tensors that their architecture lacks are left out."""

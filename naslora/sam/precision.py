@@ -16,11 +16,7 @@ def cast_frozen(encoder: nn.Module, dtype: torch.dtype) -> None:
 
     Under autocast the linear layers and convolutions compute the same as before: autocast would
     cast their weights in every step. The sum of the residual connections of a plain ViT is in
-    ``dtype`` afterwards, because its position embeddings are.
-
-    Args:
-        encoder: its parameters that require no gradient are cast.
-        dtype: torch.bfloat16 or torch.float16.
+    ``dtype`` (bfloat16 or float16) afterwards, because its position embeddings are.
     """
     for module in encoder.modules():
         if isinstance(module, NORMS):

@@ -5,7 +5,6 @@ follow.
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ FRAME = 1024
 """Longer side of the images and of the points' coordinates, in pixels, of samexporter."""
 MOST_POINTS = 4096
 LARGEST_PICTURE = 1 << 16
-Inputs = dict[str, tuple[Tensor, dict[int, Any]]]
-"""Examples by name, each with its dimensions that vary."""
 
 
 class ImageEncoder(nn.Module):
@@ -139,10 +136,7 @@ def _resized(maps: Tensor, side: int) -> Tensor:
 def export_prompts(model: PromptableSam, tool: Tool, path: Path) -> None:
     """Writes the two graphs and the configuration file that X-AnyLabeling loads to a folder.
 
-    Args:
-        model: merged, or never adapted.
-        tool: the annotation tool.
-        path: the folder, new or empty. Its name is that of the model.
+    The folder, ``path``, is new or empty. Its name is that of the model.
 
     Raises:
         UserError: the model has adapters, the folder is not empty, or a package is missing.
@@ -159,7 +153,8 @@ def export_prompts(model: PromptableSam, tool: Tool, path: Path) -> None:
         varied = {i: torch.export.Dim(side, min=2, max=FRAME) for i, side in enumerate("hw")}
         config |= {"type": "segment_anything", "max_width": FRAME, "max_height": 682}
     number = {1: torch.export.Dim("number", min=1, max=MOST_POINTS)}
-    prompts: Inputs = {
+    # Examples by name, each with its dimensions that vary.
+    prompts: dict[str, tuple[Tensor, dict[int, Any]]] = {
         "image_embeddings": (torch.zeros(1, EMBED_DIM, *grid), {}),
         "point_coords": (torch.full((1, 3, 2), 8.0), number),
         "point_labels": (torch.tensor([[0.0, 1.0, -1.0]]), number),
@@ -168,23 +163,19 @@ def export_prompts(model: PromptableSam, tool: Tool, path: Path) -> None:
         "orig_im_size": (torch.tensor([150.0, 225.0]), {}),
     }
     masks = ("masks", "iou_predictions", "low_res_masks")
-    graphs: dict[str, tuple[nn.Module, Inputs, Sequence[str]]] = {
-        "encoder": (
-            ImageEncoder(model, tool),
-            {"input_image": (image, varied)},
-            ["image_embeddings"],
-        ),
-        "decoder": (PromptDecoder(model, tool), prompts, masks),
-    }
+    graphs: Any = (
+        ("encoder", ImageEncoder, {"input_image": (image, varied)}, ["image_embeddings"]),
+        ("decoder", PromptDecoder, prompts, masks),
+    )
     held = Description(model.name, size, 1, (), "encoder", task="promptable")
     with replaced_folder(path) as folder, torch.no_grad():
-        for part, (module, inputs, outputs) in graphs.items():
+        for part, kind, inputs, outputs in graphs:
+            module = kind(model, tool).eval()
             example, dynamic = zip(*inputs.values(), strict=True)
             module(*example)  # as in export.py: fills TinyViT's cache before the trace
             with quiet():
-                program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic)
-            config[f"{part}_model_path"] = f"{name}.{part}.onnx"
-            file = folder / config[f"{part}_model_path"]
-            write_onnx(program, held, file, tuple(inputs), outputs, old=True)
+                program = torch.export.export(module, example, dynamic_shapes=dynamic)
+            file = config[f"{part}_model_path"] = f"{name}.{part}.onnx"
+            write_onnx(program, held, folder / file, tuple(inputs), outputs, old=True)
         text = yaml.safe_dump({**config, "input_size": frame}, sort_keys=False)
         write_text(folder / f"{name}.yaml", text)

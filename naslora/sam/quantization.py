@@ -17,11 +17,9 @@ SMALLEST_WEIGHT = 1024
 
 
 def quantized_openvino(model: Any, images: Sequence[Tensor]) -> Any:
-    """An OpenVINO model whose linear layers and convolutions compute with 8 bits.
+    """An ``openvino.Model`` whose linear layers and convolutions compute with 8 bits.
 
-    Args:
-        model: ``openvino.Model``.
-        images: batches of (B, C, S, S) images that the ranges are measured on.
+    The ranges are measured on batches of (B, C, S, S) images.
     """
     (nncf,) = imported("openvino", "nncf")
     singles = [image[None].numpy() for batch in images for image in batch]

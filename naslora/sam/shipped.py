@@ -15,16 +15,11 @@ SHIPPED_SIZE = 256
 
 
 def find_checkpoint(name: str, given: str | Path | None) -> Path | None:
-    """Finds the checkpoint that a model starts from.
+    """Finds the file of the checkpoint that a model starts from; None for random weights.
 
-    Args:
-        name: one of ``naslora.sam.families.MODELS``.
-        given: the user's checkpoint, a path or a name on the Hugging Face Hub; ``NONE`` for random
-            weights; None for the weights in the package, or for random weights if it contains none
-            of this model.
-
-    Returns:
-        The file; None for random weights.
+    ``given`` is the user's checkpoint, a path or a name on the Hugging Face Hub; ``NONE`` for
+    random weights; None for the weights in the package, or for random weights if it contains none
+    of this model.
 
     Raises:
         UserError: the package lacks a file that it should contain; as ``download``.

@@ -1,14 +1,12 @@
 """MobileSAM: TinyViT-5M, built from timm, with SAM's neck."""
 
-from collections.abc import Iterator
-
 import torch
 from timm.models.tiny_vit import TinyVitBlock, tiny_vit_5m_224
 from torch import Tensor, nn
 
 from naslora.adapter.layer.windows import Windows
 from naslora.sam.attention import traced
-from naslora.sam.decoder import SegmentationDecoder, build_neck
+from naslora.sam.decoder import build_neck
 from naslora.sam.families.sam import HQ_TOKENS
 from naslora.sam.family import Family
 from naslora.sam.naming import Naming
@@ -57,11 +55,6 @@ class TinyViTEncoder(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         return self.neck(self.stages(self.patch_embed(images)))
 
-    def transformer_blocks(self) -> Iterator[nn.Module]:
-        """Its blocks in their order; those of the first stage are convolutions."""
-        for stage in self.stages.children():
-            yield from stage.get_submodule("blocks").children()
-
 
 # MobileSAM reduces the resolution at the end of a stage, timm at the start of the next one.
 _NEXT = ("image_encoder.stages.{}.downsample.", "image_encoder.layers.{}.downsample.")
@@ -79,7 +72,6 @@ FAMILY = Family(
     title="MobileSAM",
     models={"mobile_sam": None},
     build_encoder=lambda name, image_size: TinyViTEncoder(),
-    build_decoder=lambda name, classes, tokens: SegmentationDecoder(classes, tokens),
     official=NAMING,
     has_marks=HQ_TOKENS.isdisjoint,
     weights={"mobile_sam": "hf:dhkim2810/MobileSAM/mobile_sam.pt"},

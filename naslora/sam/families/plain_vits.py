@@ -6,7 +6,7 @@ random weights and train.
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -75,10 +75,6 @@ class PlainViTEncoder(nn.Module):
         """Maps (B, 3, S, S) normalised images to (B, width, g, g)."""
         tokens = self.trunk.forward_features(images)[:, self.trunk.num_prefix_tokens :]
         return tokens.transpose(1, 2).unflatten(2, self.trunk.patch_embed.grid_size)
-
-    def transformer_blocks(self) -> Iterator[nn.Module]:
-        """Its blocks in their order."""
-        return self.trunk.blocks.children()
 
 
 @dataclass(frozen=True)

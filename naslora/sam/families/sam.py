@@ -6,7 +6,7 @@ from typing import Any
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
-from naslora.sam.decoder import EMBED_DIM, SegmentationDecoder
+from naslora.sam.decoder import EMBED_DIM
 from naslora.sam.family import Family
 from naslora.sam.naming import PLAIN_VIT, PROMPTS_AND_DECODER, HuggingFace
 from naslora.sam.vits import VITS, ViT
@@ -18,13 +18,7 @@ HQ_TOKENS = frozenset({"mask_decoder.hf_token.weight", "mask_decoder.hq_token.we
 def build_vit(
     size: ViT, image_size: int, kind: type[ImageEncoderViT] = ImageEncoderViT
 ) -> ImageEncoderViT:
-    """Builds a plain ViT with random weights.
-
-    Args:
-        size: its size.
-        image_size: side of the images in pixels, a multiple of 16.
-        kind: the class of the encoder.
-    """
+    """Builds a plain ViT with random weights, for images whose side is a multiple of 16 pixels."""
     encoder = kind(
         img_size=image_size,
         embed_dim=size.width,
@@ -44,12 +38,9 @@ def build_vit(
 
 
 def vit_config(kind: str, size: ViT, image_size: int) -> dict[str, Any]:
-    """Hugging Face's configuration of a SAM with a plain ViT.
+    """Hugging Face's configuration of a SAM with a plain ViT, for images of ``image_size`` pixels.
 
-    Args:
-        kind: the start of its parts' ``model_type``.
-        size: the size of its encoder.
-        image_size: side of the images in pixels.
+    ``kind`` is the start of its parts' ``model_type``.
     """
     vision = {
         "model_type": f"{kind}_vision_model",
@@ -68,7 +59,6 @@ FAMILY = Family(
     title="SAM",
     models=VITS,
     build_encoder=lambda name, image_size: build_vit(VITS[name], image_size),
-    build_decoder=lambda name, classes, tokens: SegmentationDecoder(classes, tokens),
     has_marks=HQ_TOKENS.isdisjoint,
     weights={f"vit_{size}": f"hf:facebook/sam-vit-{name}" for size, name in HUB_SIZES.items()},
     home="github.com/facebookresearch/segment-anything#model-checkpoints",

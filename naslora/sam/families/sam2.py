@@ -4,7 +4,7 @@ The two have the same encoder and decoder and differ in their weights. Their mem
 mask from frame to frame of a video, is left out.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -63,11 +63,7 @@ MEMORY_HF = (
 
 
 class HieraEncoder(nn.Module):
-    """SAM 2's image encoder.
-
-    Args:
-        size: its size.
-    """
+    """SAM 2's image encoder."""
 
     def __init__(self, size: Hiera) -> None:
         super().__init__()
@@ -93,18 +89,12 @@ class HieraEncoder(nn.Module):
         # An image is a frame without a memory.
         return embedding + self.no_mem_embed.reshape(1, -1, 1, 1), middle, fine
 
-    def transformer_blocks(self) -> Iterator[nn.Module]:
-        """Its blocks in their order."""
-        return self.trunk.blocks.children()
-
 
 class FeaturePyramid(nn.Module):
     """SAM 2's neck: brings three maps to 256 channels, and adds the coarsest map to the third.
 
-    SAM 2's own neck also computes position encodings, which only its memory uses.
-
-    Args:
-        widths: channels of the four maps, finest first.
+    SAM 2's own neck also computes position encodings, which only its memory uses. ``widths`` are
+    the channels of the four maps, finest first.
     """
 
     def __init__(self, widths: list[int]) -> None:

@@ -6,8 +6,6 @@ memory are left out.
 """
 
 import math
-import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,12 +44,10 @@ SIZES: dict[str, Sam3ViT] = {"sam3": Sam3ViT()}
 
 
 class Sam3Encoder(nn.Module):
-    """SAM 3's image encoder as its tracker uses it.
+    """SAM 3's image encoder as its tracker uses it, for a model of ``SIZES``.
 
-    Args:
-        name: one of ``SIZES``.
-        image_size: side of the images in pixels. The rotary positions of the global blocks depend
-            on it; no weight does.
+    The rotary positions of the global blocks depend on the side of the images, in pixels; no weight
+    does.
     """
 
     def __init__(self, name: str, image_size: int) -> None:
@@ -77,10 +73,6 @@ class Sam3Encoder(nn.Module):
         fine, middle, embedding = (layer(x) for layer in self.neck.fpn_layers)
         # An image is a frame without a memory.
         return embedding + self.no_mem_embed.reshape(1, -1, 1, 1), middle, fine
-
-    def transformer_blocks(self) -> Iterator[nn.Module]:
-        """Its blocks in their order."""
-        return self.backbone.layers.children()
 
 
 def _config(name: str, image_size: int) -> dict[str, Any]:
@@ -116,27 +108,19 @@ _BLOCK, _CONVS = f"{_BACKBONE}trunk.blocks.{{}}.", f"{_BACKBONE}sam2_convs.{{}}.
 
 
 class OfficialNaming(Naming):
-    """Meta's names. Its files also hold the detector, the text encoder and the memory."""
-
-    FOREIGN = re.compile(
-        r"detector\.(?!backbone\.vision_backbone\.(trunk|sam2_convs\.[012])\.)|"
-        r"tracker\.(?!sam_|no_mem_embed)"
-    )
+    """Meta's names."""
 
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
         """Tensors under our names: q, k and v apart, positions without that of a class token."""
         found = {}
-        for name, tensor in tensors.items():
-            if self.FOREIGN.match(name):
-                continue
-            own = self.ours(name)
-            if own.endswith(_POSITIONS):
-                found[own] = tensor[:, -(math.isqrt(tensor.shape[1]) ** 2) :]
-            elif ".attn.qkv." in own:
+        for name, tensor in super().to_ours(tensors).items():
+            if ".attn.qkv." in name:
                 for letter, part in zip("qkv", tensor.chunk(3), strict=False):
-                    found[own.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
+                    found[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
+            elif name.endswith(_POSITIONS):
+                found[name] = tensor[:, -(math.isqrt(tensor.shape[1]) ** 2) :]
             else:
-                found[own] = tensor
+                found[name] = tensor
         return found
 
 
@@ -158,7 +142,12 @@ OFFICIAL = OfficialNaming(
         (f"{_LEVEL}proj1.", f"{_CONVS}conv_1x1."),
         (f"{_LEVEL}proj2.", f"{_CONVS}conv_3x3."),
         *((ours, f"tracker.{theirs}") for ours, theirs in sam2.DECODER),
-    )
+    ),
+    # The detector, the text encoder and the memory.
+    foreign=(
+        r"detector\.(?!backbone\.vision_backbone\.(trunk|sam2_convs\.[012])\.)|"
+        r"tracker\.(?!sam_|no_mem_embed)"
+    ),
 )
 HUGGINGFACE = HuggingFace(
     architecture="Sam3TrackerModel",
