@@ -20,7 +20,7 @@ from naslora.data.tiles import Box, Grid, Tiles
 from naslora.errors import UserError
 from naslora.files import reading
 from naslora.sam.precision import DTYPES, cast_frozen
-from naslora.sam.promptable import PROMPTS, AnySam
+from naslora.sam.prompts import PROMPTS, AnySam
 from naslora.sam.runtimes import ClassMap, load_class_map
 from naslora.sam.segmentation import labels_of
 from naslora.sam.shipped import NONE

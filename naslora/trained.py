@@ -37,8 +37,7 @@ from naslora.sam.export import KEY, Description, check_new, export, read_descrip
 from naslora.sam.families import side_of
 from naslora.sam.hub import PREFIX, download
 from naslora.sam.prompt_graphs import export_prompts
-from naslora.sam.promptable import AnySam, PromptableSam
-from naslora.sam.prompts import build_predictor
+from naslora.sam.prompts import AnySam, PromptableSam, build_predictor
 from naslora.sam.runtimes import ClassMap, load_class_map
 from naslora.sam.segmentation import labels_of, mirror
 from naslora.sam.shipped import NONE, shipped_file

@@ -20,7 +20,7 @@ from naslora.data.layouts import read_csv
 from naslora.instances import InstanceFinder
 from naslora.labelling import LabelledSet, Labelling
 from naslora.sam.instance_config import InstanceConfig
-from naslora.sam.promptable import PromptableSam
+from naslora.sam.prompts import PromptableSam
 from naslora.training.run_config import RunConfig
 
 SHAPE = (24, 40)

@@ -13,7 +13,7 @@ from bench.experiments import distill as distillation
 from bench.experiments import student as bench_student
 from naslora.files import read_safetensors, write_tensors
 from naslora.records import read_rows
-from naslora.sam import promptable, vits
+from naslora.sam import prompts, vits
 from naslora.sam.segmentation import build_model
 
 pytestmark = pytest.mark.usefixtures("tiny_vit")
@@ -42,7 +42,7 @@ def photographs(tmp_path_factory):
 def settings(photographs, tmp_path):
     checkpoint = tmp_path / "teacher.safetensors"
     torch.manual_seed(1)
-    write_tensors(checkpoint, promptable.PromptableSam("vit_b", SIZE).state_dict())
+    write_tensors(checkpoint, prompts.PromptableSam("vit_b", SIZE).state_dict())
     values = {"teacher": "vit_b", "image_size": SIZE, "epochs": 3, "crops": 2, "held_out": 0.25}
     values |= {"batch_size": 4, "warm_up": 2, "averaging": 0.5}
     return distillation.Settings(checkpoint, photographs, **values)

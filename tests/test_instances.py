@@ -18,7 +18,7 @@ from naslora.data.masks import IGNORED
 from naslora.instances import Instance, InstanceScores, label_image, score_instances
 from naslora.prediction import find_samples, predict_run
 from naslora.sam.instance_config import InstanceConfig
-from naslora.sam.promptable import PromptableSam
+from naslora.sam.prompts import PromptableSam
 
 
 @pytest.fixture

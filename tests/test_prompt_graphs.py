@@ -9,8 +9,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 from naslora import inject
 from naslora.sam.prompt_graphs import FRAME, ImageEncoder, export_prompts
-from naslora.sam.promptable import build_promptable
-from naslora.sam.prompts import build_predictor
+from naslora.sam.prompts import build_predictor, build_promptable
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.usefixtures("tiny_sam")

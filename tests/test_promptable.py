@@ -18,7 +18,7 @@ from naslora.data.regions import Drawing, Instance, draw_objects
 from naslora.files import read_safetensors
 from naslora.sam import prompts
 from naslora.sam.encoders import build_image_encoder
-from naslora.sam.promptable import build_promptable
+from naslora.sam.prompts import build_promptable
 from naslora.trained import load_model
 from naslora.training.interactive import InteractiveLoss, objects_of
 

@@ -11,7 +11,7 @@ from run_configs import run_config
 
 from naslora.errors import UserError
 from naslora.files import read_metadata, read_safetensors, write_tensors
-from naslora.sam import promptable, prompts, shipped, vits
+from naslora.sam import prompts, shipped, vits
 from naslora.sam.segmentation import build_model
 from naslora.training.resolve import checkpoint_of, resolve
 
@@ -27,7 +27,7 @@ def weights(monkeypatch, tmp_path):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "package")
     path = tmp_path / "package" / TINY.weights
     torch.manual_seed(3)
-    state = promptable.PromptableSam("vit_t", shipped.SHIPPED_SIZE).half().state_dict()
+    state = prompts.PromptableSam("vit_t", shipped.SHIPPED_SIZE).half().state_dict()
     write_tensors(path, state, {"similarity": "0.5"})
     return path
 

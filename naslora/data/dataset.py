@@ -1,6 +1,5 @@
 """The data set that a training loop reads: resized images and masks, changes, and collation."""
 
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,23 +140,15 @@ class SegmentationDataset(Dataset[Item]):
         """
         if self.cache is None:
             return self._decode(sample)
-        # The key and the entry are made from the same bytes, even if a file is replaced meanwhile.
-        files = []
-        for path in (*sample.files, sample.mask):
-            with readable(f"{sample.origin}: {path}"):
-                if isinstance(path, Path) and sample.slice:  # whose bytes are those of all slices
-                    stamp = os.path.abspath(path), path.stat().st_mtime_ns, sample.slice
-                    files.append(repr(stamp).encode())
-                elif path is not None:
-                    with path.open("rb") as file:
-                        files.append(file.read())
+        files = _contents(sample)
         labels = (self.num_classes, self.palette, self.ignore_index, sample.encoding)
         size = "whole" if self.whole else self.image_size
         how = (size, *labels, self.intensity, self.channels, self.objects)
 
         def entry() -> tuple[Tensor, Tensor | None]:
-            contents = [] if sample.slice else [io.BytesIO(content) for content in files]
-            image, mask = self._decode(sample, contents)
+            image, mask = self._decode(sample)
+            if _contents(sample) != files:  # else the key would be another one's
+                raise UserError(f"{sample.origin}: a file changed while it was read; run again")
             kind = torch.uint16 if self.objects else torch.uint8
             return image, None if mask is None else mask.to(kind)
 
@@ -224,24 +215,19 @@ class SegmentationDataset(Dataset[Item]):
         mask = None if labels is None else torch.from_numpy(labels.values(*window))
         return self.cut(torch.from_numpy(picture.rows(*window)).permute(2, 0, 1), mask)
 
-    def _decode(
-        self, sample: Sample, contents: Sequence[io.BytesIO] = ()
-    ) -> tuple[Tensor, Tensor | None]:
-        """Decodes an image and its mask; arguments as ``_open``."""
-        picture, labels = self._open(sample, contents)
+    def _decode(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
+        """Decodes an image and its mask."""
+        picture, labels = self._open(sample)
         pixels = torch.from_numpy(picture.rows()).permute(2, 0, 1)
         mask = None if labels is None else torch.from_numpy(labels.rows())
         return (pixels.contiguous(), mask) if self.whole else self.cut(pixels, mask)
 
-    def _open(
-        self, sample: Sample, contents: Sequence[io.BytesIO] = ()
-    ) -> tuple[Picture, Source | None]:
-        """Opens an image and its mask, from the bytes of the files if they are given."""
-        own = contents[: len(sample.files)]
-        picture = open_picture(sample, self.intensity, own, self.channels)
+    def _open(self, sample: Sample) -> tuple[Picture, Source | None]:
+        """Opens an image and its mask."""
+        picture = open_picture(sample, self.intensity, self.channels)
         if sample.mask is None:
             return picture, None
-        mask = self._labels(sample, contents[-1] if contents else None)
+        mask = self._labels(sample)
         if mask[:2] != (picture.height, picture.width):
             raise UserError(
                 f"{sample.origin}: image {sample.image} has {picture.width}x{picture.height} "
@@ -250,18 +236,32 @@ class SegmentationDataset(Dataset[Item]):
             )
         return picture, mask
 
-    def _labels(self, sample: Sample, content: io.BytesIO | None = None) -> Source:
+    def _labels(self, sample: Sample) -> Source:
         """Opens a mask as class indices, or as the numbers of its objects."""
         labels = self.num_classes, self.palette, self.ignore_index
         if not self.objects:
-            return open_mask(sample, *labels, content)
+            return open_mask(sample, *labels)
         if isinstance(sample.mask, Annotation):
             numbers = numbered(draw_objects(sample.mask.content, sample.origin).numbers)
         elif self.objects == "numbers":
-            numbers = numbered(*read_numbers(sample, self.ignore_index, content))
+            numbers = numbered(*read_numbers(sample, self.ignore_index))
         else:
-            numbers = components(read_mask(sample, *labels, content))
+            numbers = components(read_mask(sample, *labels))
         return source_of_array(numbers)
+
+
+def _contents(sample: Sample) -> list[bytes]:
+    """The bytes of the files of a sample; of a volume what stands for the slice."""
+    contents = []
+    for path in (*sample.files, sample.mask):
+        with readable(f"{sample.origin}: {path}"):
+            if isinstance(path, Path) and sample.slice:  # whose bytes are those of all slices
+                stamp = os.path.abspath(path), path.stat().st_mtime_ns, sample.slice
+                contents.append(repr(stamp).encode())
+            elif path is not None:
+                with path.open("rb") as file:
+                    contents.append(file.read())
+    return contents
 
 
 def resize_image(pixels: Tensor, size: int) -> Tensor:

@@ -6,7 +6,7 @@ of NumPy files, windows are read, so that they need not fit into the memory.
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -73,7 +73,6 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 def open_picture(
     sample: Sample,
     intensity: Intensity | None = None,
-    contents: Sequence[io.BytesIO] = (),
     channels: int | None = None,
 ) -> Picture:
     """Opens the image of a sample upright: rotated by its EXIF orientation.
@@ -84,7 +83,6 @@ def open_picture(
         sample: only its image is read.
         intensity, channels: as in ``Picture``. With ``channels`` the pages of a TIFF file are
             channels, too.
-        contents: the bytes of the files, if they are in memory.
 
     Raises:
         ImageError: a file is missing, truncated, not an image, or has an unsupported pixel type;
@@ -92,24 +90,23 @@ def open_picture(
     """
     sources = []
     most = 0 if sample.further else channels  # of each of several files, all channels are taken
-    files: Sequence[Path | io.BytesIO] = contents or sample.files
-    for path, file in zip(sample.files, files, strict=True):
+    for path in sample.files:
         where = f"{sample.origin}: image {path}{sample.at}"
         if sample.slice is not None:
             sources.append(source_of_array(read_slice(path, sample.slice, where)))
             continue
         with readable(where):
-            source = _open_array(file, where) or open_tiff(file, where, most)
-        sources.append(source or source_of(open_upright(file, where).image))
+            source = _open_array(path, where) or open_tiff(path, where, most)
+        sources.append(source or source_of(open_upright(path, where).image))
     where = f"{sample.origin}: image {sample.image}{sample.at}"
     return Picture(joined(sources, where), where, intensity, channels)
 
 
-def _open_array(file: Path | io.BytesIO, where: str) -> Source | None:
+def _open_array(path: Path, where: str) -> Source | None:
     """Opens a NumPy file, (H, W), (H, W, C) or (C, H, W), C the smaller; None if it is none."""
-    if not starts_with(file, (b"\x93NUMPY",)):
+    if not starts_with(path, (b"\x93NUMPY",)):
         return None
-    array = np.load(file, mmap_mode=None if isinstance(file, io.BytesIO) else "r")
+    array = np.load(path, mmap_mode="r")
     if array.ndim == 3 and array.shape[0] < array.shape[2]:
         array = np.moveaxis(array, 0, 2)
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
@@ -153,11 +150,11 @@ def large_images() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def open_image(file: Path | io.BytesIO) -> ImageFile.ImageFile:
+def open_image(path: Path) -> ImageFile.ImageFile:
     """Calls Pillow's ``Image.open`` for ``FORMATS``."""
     try:
-        image = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError as error:  # it may name a BytesIO in place of the file
+        image = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError as error:
         raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
     if image.format == "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
         image.filename = ""  # else Pillow 13 maps the file to memory with width and height swapped
@@ -174,29 +171,28 @@ class Upright(NamedTuple):
     """Whether the file has colours of 16 bits, of which Pillow keeps the upper 8."""
 
 
-def open_upright(file: Path | io.BytesIO, where: str) -> Upright:
-    """Decodes an image file, by path or content, and rotates it by its EXIF orientation.
+def open_upright(path: Path, where: str) -> Upright:
+    """Decodes an image file, and rotates it by its EXIF orientation.
 
     ``where`` is the start of an error message: the origin and the path.
 
     Raises:
         ImageError: the file is missing, truncated or not an image.
     """
-    with readable(where), open_image(file) as image:
+    with readable(where), open_image(path) as image:
         shortened = image.mode[0] != "I" and any(";16" in str(t.args) for t in image.tile)
         # In place: a copy of a large image costs as much memory as the image.
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
-        lossy = _is_lossy(image, file)
+        lossy = _is_lossy(image, path)
         photometric = getattr(image, "tag_v2", {}).get(262)
         if photometric == 0 and image.mode.startswith("I;16"):  # white; Pillow inverts 8 bits only
             return Upright(Image.fromarray(65535 - np.asarray(image)), lossy, shortened)
         return Upright(image, lossy, shortened)
 
 
-def _is_lossy(image: Image.Image, file: Path | io.BytesIO) -> bool:
+def _is_lossy(image: Image.Image, path: Path) -> bool:
     if image.format != "WEBP":
         return image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
-    content = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
-    kind = re.search(rb"VP8[ L]", content)  # the chunk that holds the pixels
+    kind = re.search(rb"VP8[ L]", path.read_bytes())  # the chunk that holds the pixels
     return kind is None or kind.group() == b"VP8 "

@@ -1,6 +1,5 @@
 """Decoding of masks."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +35,6 @@ def read_mask(
     num_classes: int,
     palette: Sequence[str] | None = None,
     ignore_index: int | None = None,
-    content: io.BytesIO | None = None,
 ) -> np.ndarray:
     """Reads a mask as class indices.
 
@@ -61,7 +59,6 @@ def read_mask(
         ignore_index: the grey value or palette index of pixels without a known class. With
             ``palette`` it is the number of the last colour, which is one more than the classes.
             None is 255 in masks of class indices of more than two classes, else no value.
-        content: the bytes of the file, if they are in memory.
 
     Returns:
         (H, W) int32, rotated by the EXIF orientation. ``IGNORED`` stands for ``ignore_index``.
@@ -76,7 +73,7 @@ def read_mask(
     if isinstance(sample.mask, Annotation):
         return draw_annotation(sample.mask.content, IGNORED, where)
     codes = palette_codes(palette, num_classes, ignore_index)
-    image, lossy, shortened = _open(sample, sample.mask, content, where)
+    image, lossy, shortened = _open(sample, sample.mask, where)
     if shortened:
         raise UserError(
             f"{where} has colours of 16 bits, of which 8 are read; save it with 8 bits, or as greys"
@@ -112,7 +109,6 @@ def open_mask(
     num_classes: int,
     palette: Sequence[str] | None = None,
     ignore_index: int | None = None,
-    content: io.BytesIO | None = None,
 ) -> Source:
     """Opens a mask, of which windows are taken as class indices, (h, w) int32.
 
@@ -122,10 +118,10 @@ def open_mask(
     found, where = None, f"{sample.origin}: mask {sample.mask}{sample.at}"
     if isinstance(sample.mask, Path) and sample.slice is None and sample.encoding == "labels":
         with readable(where):
-            found = open_tiff(content or sample.mask, where)
+            found = open_tiff(sample.mask, where)
             pixel = np.zeros((1, 1, 3)) if found is None else found.values(0, 1, 0, 1)
     if found is None or palette or found.white_is_zero or pixel.shape[2] > 1:
-        return source_of_array(read_mask(sample, num_classes, palette, ignore_index, content))
+        return source_of_array(read_mask(sample, num_classes, palette, ignore_index))
     if pixel.dtype.kind not in "ui":
         raise UserError(f"{where} has floating-point pixels; save it with 8 or 16 bits")
     source, seen = found, np.zeros(0, np.int32)
@@ -142,9 +138,7 @@ def open_mask(
     return source._replace(values=labels)
 
 
-def read_numbers(
-    sample: Sample, ignore_index: int | None = None, content: io.BytesIO | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def read_numbers(sample: Sample, ignore_index: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Reads a mask in which each object has its value, of up to 32 bits, or its colour.
 
     Arguments as ``read_mask``.
@@ -157,7 +151,7 @@ def read_numbers(
     """
     where = f"{sample.origin}: mask {sample.mask}{sample.at}"
     assert isinstance(sample.mask, Path)
-    image, lossy, shortened = _open(sample, sample.mask, content, where)
+    image, lossy, shortened = _open(sample, sample.mask, where)
     if lossy or shortened:
         raise UserError(
             f"{where} does not keep the objects' numbers; save it as PNG of one channel"
@@ -167,10 +161,10 @@ def read_numbers(
     return (_pack(values) if values.ndim == 3 else values), ignored
 
 
-def _open(sample: Sample, path: Path, content: io.BytesIO | None, where: str) -> Upright:
+def _open(sample: Sample, path: Path, where: str) -> Upright:
     """Opens a mask, of a volume the slice."""
     if sample.slice is None:
-        return open_upright(content or path, where)
+        return open_upright(path, where)
     alone = sample.slice.how._replace(neighbours=0)
     values = read_slice(path, sample.slice._replace(how=alone), where)[..., 0]
     labels = np.nan_to_num(values).astype(np.int32)

@@ -26,13 +26,11 @@ def _parts(images: str, masks: str, groups: Sequence[str] = (), **folders: str) 
 
     The folder takes the place of {} in both paths.
     """
-    named = [
-        (split, f"{folder}/{group}" if group else folder, group)
-        for split, folder in folders.items()
-        for group in groups or [None]
-    ]
     return tuple(
-        Part(s, images.format(name), masks.format(name), group) for s, name, group in named
+        Part(split, images.format(name), masks.format(name), group or None)
+        for split, folder in folders.items()
+        for group in groups or ("",)
+        for name in [f"{folder}/{group}".rstrip("/")]
     )
 
 

@@ -6,7 +6,6 @@ numbers, and decodes an image as a whole.
 
 import functools
 import importlib.util
-import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -32,17 +31,15 @@ GeoTags = list[tuple[int, int, int, Any, bool]]
 """Code, type, count, value and True of each tag, as ``tifffile.imwrite`` takes them."""
 
 
-def open_tiff(file: Path | io.BytesIO, where: str, channels: int | None = None) -> Source | None:
+def open_tiff(path: Path, where: str, channels: int | None = None) -> Source | None:
     """Opens a TIFF file of more than 8 bits, of plain RGB or greys of 8, or of many channels.
 
     Only the windows that are taken are in memory. A file that is compressed in one piece, or stored
     rotated or mirrored, is in memory as a whole.
 
-    Args:
-        file: path or content.
-        where: the start of an error message.
-        channels: their number, which decides whether transparency is one of them, and pages of the
-            same size are; 0 for unknown. None takes those of RGB, or those of the first page.
+    ``where`` is the start of an error message. The number of ``channels`` decides whether
+    transparency is one of them, and pages of the same size are; 0 for unknown. None takes those of
+    RGB, or those of the first page.
 
     Returns:
         None if Pillow has to read the file: it is no TIFF; it has 8 bits, one or three channels,
@@ -53,11 +50,11 @@ def open_tiff(file: Path | io.BytesIO, where: str, channels: int | None = None) 
         ImageError: the file has further axes, or needs a package that is not installed.
         Exception: the file is damaged; tifffile raises exceptions of many types.
     """
-    if not starts_with(file, SIGNATURES):
+    if not starts_with(path, SIGNATURES):
         return None
     import tifffile  # imported here: few runs need it
 
-    with tifffile.TiffFile(file) as tiff:
+    with tifffile.TiffFile(path) as tiff:
         page = tiff.pages.first
         plain = (page.photometric, page.samplesperpixel, page.bitspersample) in PLAIN_PIXELS
         plain = plain and page.dtype == np.uint8 and page.compression in PLAIN
@@ -124,14 +121,11 @@ def software_of(path: Path) -> str:
         return tiff.pages.first.software
 
 
-def starts_with(file: Path | io.BytesIO, signatures: tuple[bytes, ...]) -> bool:
+def starts_with(path: Path, signatures: tuple[bytes, ...]) -> bool:
     """Whether a file starts with one of some bytes. False if it cannot be read."""
-    longest = max(map(len, signatures))
-    if isinstance(file, io.BytesIO):
-        return file.getvalue()[:longest].startswith(signatures)
     try:
-        with file.open("rb") as stream:
-            return stream.read(longest).startswith(signatures)
+        with path.open("rb") as file:
+            return file.read(max(map(len, signatures))).startswith(signatures)
     except OSError:
         return False  # Pillow reports it
 

@@ -38,7 +38,7 @@ from naslora.sam.attention import fuse_attention
 from naslora.sam.checkpoint import CONFIG, WEIGHTS, huggingface_files, sam_state_dict
 from naslora.sam.encoders import LARGEST_IMAGE, check_image_size
 from naslora.sam.families import find_family
-from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.sam.prompts import AnySam, PromptableSam
 from naslora.sam.quantization import QUANTIZED, compress_onnx, quantized_openvino
 from naslora.sam.segmentation import SamForSegmentation
 

@@ -129,7 +129,7 @@ class HuggingFace(Naming):
         """Tensors under our names, without those that their architecture lacks."""
         # SAM 3's model of videos has the prefix.
         left = {name.removeprefix("tracker_model."): tensor for name, tensor in tensors.items()}
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, ours in self.stacked.items():
             if name in left and left[name].dim() > 1:
                 found |= {ours.format(i): row[None] for i, row in enumerate(left.pop(name))}

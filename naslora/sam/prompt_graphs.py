@@ -18,7 +18,7 @@ from naslora.choices import Tool
 from naslora.files import replaced_folder, write_text
 from naslora.sam.decoder import EMBED_DIM
 from naslora.sam.export import Description, check_merged, check_new, quiet, write_onnx
-from naslora.sam.promptable import PromptableSam
+from naslora.sam.prompts import PromptableSam
 
 FRAME = 1024
 """Longer side of the images and of the points' coordinates, in pixels, of samexporter."""

@@ -11,7 +11,7 @@ from naslora.errors import UserError, imported
 from naslora.files import CHECKSUM, check_archive, file_checksum, read_metadata, reading
 from naslora.sam.export import KEY, Description, Scores, onnx_checksum, quiet, read_description
 from naslora.sam.families import find_family
-from naslora.sam.promptable import PROMPTS
+from naslora.sam.prompts import PROMPTS
 from naslora.sam.segmentation import build_model
 
 ClassMap = Callable[[Tensor], Tensor]

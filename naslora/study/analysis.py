@@ -48,7 +48,7 @@ from naslora.report.run_report import page_title
 from naslora.report.tables import Table, number
 from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, REPORT, Epoch, OperationHistory
 from naslora.sam.encoders import transformer_blocks
-from naslora.sam.promptable import PROMPTS
+from naslora.sam.prompts import PROMPTS
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.sam.shipped import NONE
 from naslora.settings import Count, checked

@@ -20,7 +20,7 @@ from naslora.data.dataset import SegmentationDataset
 from naslora.results import CLICKS, MetricValue, SplitScores
 from naslora.sam.losses import object_loss
 from naslora.sam.objects import NEGATIVE, PADDING, POSITIVE
-from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.sam.prompts import AnySam, PromptableSam
 from naslora.training.evaluation import batches_of, evaluate
 from naslora.training.interactive import (
     BOX,

@@ -11,7 +11,7 @@ from naslora.report.pictures import Panel
 from naslora.report.sections.examples import draw_clicks
 from naslora.results import SplitScores
 from naslora.sam.objects import PADDING, POSITIVE
-from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.sam.prompts import AnySam, PromptableSam
 from naslora.sam.segmentation import labels_of, predict_labels
 from naslora.training.clicks import play
 from naslora.training.evaluation import tiled_class_map

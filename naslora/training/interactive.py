@@ -21,7 +21,7 @@ from torchvision.ops import masks_to_boxes
 from naslora.data.masks import IGNORED
 from naslora.sam.losses import object_loss
 from naslora.sam.objects import BOTTOM_RIGHT, NEGATIVE, PADDING, POSITIVE, TOP_LEFT
-from naslora.sam.promptable import PromptableSam
+from naslora.sam.prompts import PromptableSam
 
 ONE, THREE, ALL = slice(0, 1), slice(1, 4), slice(0, 4)
 """Mask tokens: that of one mask, the three of ambiguous points, and all."""

@@ -14,7 +14,7 @@ from naslora.methods import apply, trainable_parameters
 from naslora.results import ParameterCounts
 from naslora.sam.encoders import checkpoint_blocks, set_channels, stem
 from naslora.sam.precision import DTYPES
-from naslora.sam.promptable import AnySam, build_promptable
+from naslora.sam.prompts import AnySam, build_promptable
 from naslora.sam.segmentation import build_model
 from naslora.training.resolve import checkpoint_of
 from naslora.training.run_config import RunConfig, TrainConfig

@@ -49,7 +49,7 @@ from naslora.results import (
 )
 from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.precision import cast_frozen
-from naslora.sam.promptable import AnySam, PromptableSam
+from naslora.sam.prompts import AnySam, PromptableSam
 from naslora.training.clicks import score_run
 from naslora.training.evaluation import loss_of, make_loader
 from naslora.training.interactive import InteractiveLoss
