@@ -204,7 +204,7 @@ def test_segment_anything_loads_it_strictly(mode, num_classes, checkpoint, tmp_p
         assert own.keys() == again.keys()
         assert not [name for name in own if not torch.equal(own[name], again[name])]
         other = SamForSegmentation("vit_t", 2 * SIZE)
-        load_sam_checkpoint(other, path, "vit_t")  # at the image size of the checkpoint
+        load_sam_checkpoint(other, path)  # at the image size of the checkpoint
 
 
 def test_mobile_sam_gets_its_own_names(tmp_path):

@@ -180,7 +180,7 @@ def test_bad_checkpoints_are_refused_in_one_line(original, tmp_path, make, messa
     model = build_model("vit_b", 64)
     before = state_of(model)
     with pytest.raises(UserError, match=rf"bad\.pth.* {message}") as error:
-        load_sam_checkpoint(model, path, "vit_b")
+        load_sam_checkpoint(model, path)
     assert "\n" not in str(error.value)
     assert not differing(model.state_dict(), before)
 
@@ -211,7 +211,7 @@ def test_mobile_sam_is_that_of_the_original():
             assert key.removeprefix("mask_decoder.").startswith(dropped), key
     # TinyViT caches its attention biases in evaluation mode; loading renews the cache.
     late = build_model("mobile_sam", 64).eval()
-    load_sam_checkpoint(late, MOBILE_SAM, "mobile_sam")
+    load_sam_checkpoint(late, MOBILE_SAM)
     assert not late.training
     fresh = build_model("mobile_sam", 64, checkpoint=MOBILE_SAM).eval()
     assert torch.equal(late(pixels(64)).masks, fresh(pixels(64)).masks)

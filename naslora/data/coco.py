@@ -80,45 +80,41 @@ def _read_files(root: Path) -> dict[str, _Split]:
     check_folder(root)
     files = {}
     for split in (*REQUIRED_SPLITS, OPTIONAL_SPLIT):
-        paths = _find(root, split)
+        names = OTHER_NAMES.get(split, (split,))
+        paths = [
+            path
+            for name in names
+            for path in (
+                root / f"{name}.json",
+                root / "annotations" / f"{name}.json",
+                *sorted((root / "annotations").glob(f"instances_{name}*.json")),
+                root / name / "_annotations.coco.json",
+            )
+            if path.is_file()
+        ]
         if not paths and split == OPTIONAL_SPLIT:
             continue
         if len(paths) != 1:
-            names = listing(str(path.relative_to(root)) for path in paths or root.iterdir())
+            found = listing(str(path.relative_to(root)) for path in paths or root.iterdir())
             raise UserError(
                 f"{root}: expected one annotation file of {split} (SPLIT.json, annotations/"
                 "SPLIT.json, annotations/instances_SPLIT*.json or SPLIT/_annotations.coco.json), "
-                f"found {names}"
+                f"found {found}"
             )
-        files[split] = _read_file(root, paths[0], split)
+        folders = [paths[0].parent, root, root / "images", *(root / name for name in names)]
+        folders += [folder for name in names for folder in sorted(root.glob(f"{name}[0-9]*"))]
+        files[split] = _Split(paths[0], _read_file(paths[0]), folders)
     _check_categories(files)
     return files
 
 
-def _find(root: Path, split: str) -> list[Path]:
-    return [
-        path
-        for name in OTHER_NAMES.get(split, (split,))
-        for path in (
-            root / f"{name}.json",
-            root / "annotations" / f"{name}.json",
-            *sorted((root / "annotations").glob(f"instances_{name}*.json")),
-            root / name / "_annotations.coco.json",
-        )
-        if path.is_file()
-    ]
-
-
-def _read_file(root: Path, path: Path, split: str) -> _Split:
+def _read_file(path: Path) -> File:
     try:
         file = msgspec.json.decode(path.read_bytes(), type=File)
     except (OSError, RecursionError, msgspec.MsgspecError) as error:
         raise UserError(f"{path} is no file of COCO annotations: {error}") from error
     file.categories.sort(key=lambda category: category.id)
-    names = OTHER_NAMES.get(split, (split,))
-    folders = [path.parent, root, root / "images", *(root / name for name in names)]
-    folders += [folder for name in names for folder in sorted(root.glob(f"{name}[0-9]*"))]
-    return _Split(path, file, folders)
+    return file
 
 
 def _check_categories(files: dict[str, _Split]) -> None:

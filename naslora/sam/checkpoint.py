@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
 from naslora.adapter.io.wrappers import fill
 from naslora.errors import UserError
 from naslora.files import read_safetensors, reading
-from naslora.sam.families import FAMILIES, find_family
+from naslora.sam.families import FAMILIES
 from naslora.sam.family import Family
 from naslora.sam.naming import Tensors
 from naslora.state_dicts import plain_tensors, tensor_problem
@@ -39,23 +39,20 @@ _ENCODER_BLOCK = re.compile(r"image_encoder\.(blocks|stages|trunk\.blocks|backbo
 _OPTIONAL = re.compile(r"mask_decoder\.class_head\.|num_batches_tracked$")
 
 
-def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[str, Tensor]:
+def load_sam_checkpoint(model: Any, path: str | Path) -> None:
     """Loads a SAM checkpoint. It executes no code from the file.
 
     Position embeddings are resized to the model's token grid. Mask-decoder tensors that the model
     lacks are not loaded: the IoU head, and surplus mask tokens and hypernetworks. Parts that the
     family's checkpoints lack stay as they are.
 
+    The model's ``left_out`` becomes the tensors of the file that were not loaded or were resized,
+    with their original values and the model's names.
+
     Args:
-        model: a model with ``image_encoder``, ``prompt_encoder`` and ``mask_decoder``, whose
-            parameters have the names of ``SamForSegmentation``.
+        model: a ``SamForSegmentation`` or a ``PromptableSam``.
         path: an official ``.pth`` or ``.pt`` file, the same tensors as ``.safetensors``, or a
             folder of Hugging Face with model.safetensors.
-        name: the model's name in ``MODELS``.
-
-    Returns:
-        The tensors of the file that were not loaded or were resized, with their original values
-        and the model's names. ``sam_state_dict`` and ``huggingface_files`` write them back.
 
     Raises:
         UserError: the file is missing, damaged, not a SAM checkpoint, or has the tensors of another
@@ -68,7 +65,7 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
     stored = {key: value for file in files for key, value in read_checkpoint(file).items()}
     if not any(_ENCODER.search(key) for key in stored):
         raise UserError(f"{path} holds no SAM checkpoint: it has no image_encoder weights")
-    family = find_family(name)
+    name, family = model.name, model.family
     tensors = _under_our_names(stored, family)
     misfit: str | None
     if tensors is None:
@@ -93,7 +90,7 @@ def load_sam_checkpoint(model: nn.Module, path: str | Path, name: str) -> dict[s
         if problem := tensor_problem(key, value, state):
             raise UserError(f"checkpoint {path} is damaged: {problem}; use another copy")
     fill(model, fitted)
-    return {
+    model.left_out = {
         key: value
         for key, value in tensors.items()
         if key not in state or value.shape != state[key].shape
@@ -204,28 +201,21 @@ def _misfit(name: str, tensors: Tensors, fitted: Tensors, state: dict[str, Tenso
 # ---- Writing back --------------------------------------------------------------------------------
 
 
-def sam_state_dict(
-    state: dict[str, Tensor], left_out: dict[str, Tensor], name: str
-) -> dict[str, Tensor]:
+def sam_state_dict(model: Any) -> dict[str, Tensor]:
     """Makes a state dict that the model's original code loads strictly.
 
-    Tensors with the same shape in the checkpoint and the model come from the model. The others come
-    from the checkpoint: position embeddings of another image size, the IoU head, and the mask
-    tokens and hypernetworks that the model lacks. SAM has no classification branch, so the model's
-    is not written, unless its whole decoder is ours.
-
-    Args:
-        state: state dict of a model whose layers are all SAM's: merged, or without an adapter.
-        left_out: what ``load_sam_checkpoint`` returned.
-        name: the model's name in ``MODELS``.
+    The model's layers are all SAM's: it is merged, or without an adapter. Tensors with the same
+    shape in the checkpoint and the model come from the model. The others come from the checkpoint:
+    position embeddings of another image size, the IoU head, and the mask tokens and hypernetworks
+    that the model lacks. SAM has no classification branch, so the model's is not written, unless
+    its whole decoder is ours.
 
     Raises:
         UserError: the model was not made from a SAM checkpoint, or its original code needs more
             of that than was kept.
     """
-    family = find_family(name)
-    whole, elsewhere = _whole(state, left_out, family), family.elsewhere
-    if elsewhere is not None and not any(re.match(elsewhere, key) for key in left_out):
+    whole, family = _whole(model), model.family
+    if family.elsewhere and not any(re.match(family.elsewhere, key) for key in model.left_out):
         raise UserError(
             f"{family.title}'s original code also needs parts that are not in the image model, and "
             "of this checkpoint they were not kept; export to huggingface"
@@ -233,13 +223,10 @@ def sam_state_dict(
     return family.official.to_theirs(whole)
 
 
-def huggingface_files(
-    state: dict[str, Tensor], left_out: dict[str, Tensor], name: str, image_size: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def huggingface_files(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Makes what the transformers library loads without a missing tensor.
 
-    ``image_size`` is the side of the model's images in pixels. The others are as in
-    ``sam_state_dict``.
+    The model is as in ``sam_state_dict``.
 
     Returns:
         The content of config.json, and the tensors under Hugging Face's names.
@@ -247,30 +234,28 @@ def huggingface_files(
     Raises:
         UserError: the model was not made from a SAM checkpoint, or Hugging Face does not know it.
     """
-    family = find_family(name)
-    theirs = family.huggingface
+    family, theirs = model.family, model.family.huggingface
     if theirs is None:
         raise UserError(
             f"Hugging Face's transformers has no {family.title} with a mask decoder; export to "
             "safetensors, onnx or torch-export"
         )
-    whole = _whole(state, left_out, family)
+    whole = _whole(model)
     positions = whole.get("image_encoder.pos_embed")  # (1, H, W, C) of the checkpoint
-    size = image_size if positions is None else family.patch * positions.shape[1]
-    config = theirs.config(name, size)
+    size = model.image_size if positions is None else family.patch * positions.shape[1]
+    config = theirs.config(model.name, size)
     header = {"architectures": [theirs.architecture], "model_type": theirs.kind}
     return {**header, "dtype": "float32", **config}, theirs.to_theirs(whole)
 
 
-def _whole(
-    state: dict[str, Tensor], left_out: dict[str, Tensor], family: Family
-) -> dict[str, Tensor]:
+def _whole(model: Any) -> dict[str, Tensor]:
     """The tensors of a whole SAM under our names.
 
     Raises:
         UserError: the model was not made from a SAM checkpoint.
     """
-    if family.new_decoder:
+    state, left_out = model.state_dict(), model.left_out
+    if model.family.new_decoder:
         return state | left_out
     if not any(key.startswith("mask_decoder.iou_prediction_head.") for key in (*state, *left_out)):
         raise UserError(

@@ -254,21 +254,20 @@ def _write_tensors(
             f"the model has {len(description.channels)} channels, and {model.family.title}'s own "
             "code takes three; export to onnx or torch-export"
         )
-    name, size = description.model, description.image_size
+    classes = () if isinstance(model, PromptableSam) else (model.num_classes,)
     with torch.device("meta"):
-        prompted, classes = isinstance(model, PromptableSam), description.num_classes
-        plain = PromptableSam(name, size) if prompted else SamForSegmentation(name, size, classes)
-    state, metadata = model.state_dict(), {KEY: text_of(description)}
-    extra = sorted(state.keys() - plain.state_dict().keys())
+        plain: Any = type(model)(model.name, model.image_size, *classes)
+    metadata = {KEY: text_of(description)}
+    extra = sorted(model.state_dict().keys() - plain.state_dict().keys())
     if extra:
         raise UserError(
             f"{model.family.title} has no {extra[0]}: merge with mode center or calibrated, or "
             "export to onnx or torch-export"
         )
     if not folder:
-        write_tensors(path, sam_state_dict(state, model.left_out, name), metadata)
+        write_tensors(path, sam_state_dict(model), metadata)
         return
-    config, tensors = huggingface_files(state, model.left_out, name, size)
+    config, tensors = huggingface_files(model)
     with replaced_folder(path) as temporary:
         write_tensors(temporary / WEIGHTS, tensors, {"format": "pt", **metadata})
         write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")

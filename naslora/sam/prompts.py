@@ -101,7 +101,7 @@ def build_promptable(
     attention: Attention = "stock",
 ) -> PromptableSam:
     """Builds a promptable SAM and loads a checkpoint. Arguments and errors as ``build_model``."""
-    return made(partial(PromptableSam, name, image_size), name, checkpoint, seed, attention)
+    return made(partial(PromptableSam, name, image_size), checkpoint, seed, attention)
 
 
 class Squash(ResizeLongestSide):

@@ -162,25 +162,21 @@ def build_model(
         UserError: as ``SamForSegmentation``, ``find_checkpoint`` and ``load_sam_checkpoint``.
     """
     make = partial(SamForSegmentation, name, image_size, num_classes)
-    return made(make, name, checkpoint, seed, attention)
+    return made(make, checkpoint, seed, attention)
 
 
 def made(
-    make: Callable[[], Model],
-    name: str,
-    checkpoint: str | Path | None,
-    seed: int,
-    attention: Attention,
+    make: Callable[[], Model], checkpoint: str | Path | None, seed: int, attention: Attention
 ) -> Model:
     """The model that ``make`` builds, with the weights of a checkpoint. Arguments and errors as
     ``build_model``."""
-    path = find_checkpoint(name, checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = make()
+    path = find_checkpoint(model.name, checkpoint)
     if path is not None:
-        model.left_out = load_sam_checkpoint(model, path, name)
-    if attention == "fused" and find_family(name).fuses:
+        load_sam_checkpoint(model, path)
+    if attention == "fused" and model.family.fuses:
         fuse_attention(model.image_encoder)
     return model
 

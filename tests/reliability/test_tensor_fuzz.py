@@ -117,7 +117,7 @@ def test_checkpoints(tiny_vit, tmp_path, examples):
         stored[name] = damaged(stored[name], draw)
         with mock.patch("torch.load", lambda *args, **options: stored):
             try:
-                load_sam_checkpoint(model, path, "vit_t")
+                load_sam_checkpoint(model, path)
             except UserError as error:
                 assert "\n" not in str(error) and "sam.pth" in str(error)
                 loaded = model.state_dict()

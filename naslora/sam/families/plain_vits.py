@@ -53,11 +53,8 @@ class PlainViTEncoder(nn.Module):
     """A ViT of timm that returns the map of the image's tokens.
 
     Class and register tokens have no place in the image. In adapted layers they pass by the cell,
-    and get the frozen layer plus plain LoRA.
-
-    Args:
-        size: its size.
-        image_size: side S of the images in pixels, or height and width.
+    and get the frozen layer plus plain LoRA. ``image_size`` is the side S of the images in pixels,
+    or height and width.
     """
 
     def __init__(self, size: PlainViT, image_size: int | tuple[int, int]) -> None:

@@ -40,15 +40,13 @@ class HQTinyViT(mobile_sam.TinyViTEncoder):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Maps (B, 3, S, S) to the embedding (B, 256, g, g) and (B, 160, g, g), g = S/16."""
-        stages = list(self.stages.children())
         x = self.patch_embed(images)
-        for stage in stages[: self.EARLY]:
-            x = stage(x)
-        stage = stages[self.EARLY]
-        early = stage.get_submodule("downsample")(x)
-        x = stage.get_submodule("blocks")(early.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        for stage in stages[self.EARLY + 1 :]:
-            x = stage(x)
+        for number, stage in enumerate(self.stages.children()):
+            if number == self.EARLY:
+                early = stage.get_submodule("downsample")(x)
+                x = stage.get_submodule("blocks")(early.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            else:
+                x = stage(x)
         return self.neck(x), early
 
 
