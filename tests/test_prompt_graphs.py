@@ -50,7 +50,7 @@ def test_graphs_equal_the_predictor(tool, kind, frame, tmp_path):
 
     if tool == "samexporter":
         image = 255 * torch.rand(300, 700, 3)
-        expected = ImageEncoder(model, tool)(image).numpy()
+        expected = ImageEncoder(model)(image).numpy()
     else:
         resized = predictor.transform.apply_image(pixels)
         image = model.preprocess(torch.from_numpy(resized).permute(2, 0, 1).float()[None])

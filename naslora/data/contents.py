@@ -49,8 +49,7 @@ Contents = Mapping[str, Sequence[Content]]
 def read_contents(dataset: SegmentationDataset) -> Iterator[Content]:
     """Reads every sample once, in threads, so that a bad file is found before a long run starts.
 
-    Raises:
-        UserError: as ``SegmentationDataset.check``, for the first bad sample in their order.
+    Errors as ``SegmentationDataset.check``, for the first bad sample in their order.
     """
 
     def read(sample: Sample) -> Content:

@@ -163,8 +163,7 @@ class SegmentationDataset(Dataset[Item]):
             an image of more than 8 bits, without ``intensity``; None for other images, and for
             those of the cache. The objects; None for class indices.
 
-        Raises:
-            UserError: as ``read``.
+        Errors as ``read``.
         """
         if self.cache is not None or (self.objects and sample.mask is not None):
             mask = self.read(sample)[1]

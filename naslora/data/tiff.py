@@ -157,23 +157,23 @@ def _windows_of(
     assert page.dtype is not None
     stored = page.dtype.newbyteorder(page.parent.byteorder)
     # Tiles, or strips, lie row by row, plane after plane.
-    side = page.tilelength if page.is_tiled else min(page.rowsperstrip, height)
-    across = -(-width // page.tilewidth) if page.is_tiled else 1
-    down = -(-height // side)
+    side, broad = min(page.rowsperstrip, height), width
+    if page.is_tiled:
+        side, broad = page.tilelength, page.tilewidth
+    down, across = -(-height // side), -(-width // broad)
 
     @functools.lru_cache(across * planes)  # a tile reaches beyond the rows that are taken
-    def piece_of(index: int) -> tuple[np.ndarray, int, int]:
-        """The (h, w, samples) values of a piece, and its first row and column."""
+    def piece_of(index: int) -> np.ndarray:
+        """The (h, w, samples) values of a piece."""
         offset, count = page.dataoffsets[index], page.databytecounts[index]
         file.seek(offset)
         data = file.read(count) if offset and count else None  # None: left out of the file
         piece, (_, _, top, left, _), size = page.decode(data, index)
         piece = np.full(size, page.nodata, page.dtype) if piece is None else piece
-        return piece[0, : height - top, : width - left], top, left  # tiles reach beyond the image
+        return piece[0, : height - top, : width - left]  # tiles reach beyond the image
 
     def values(top: int, bottom: int, left: int, right: int) -> np.ndarray:
         window = np.empty((bottom - top, right - left, planes * samples), page.dtype)
-        broad = page.tilewidth if page.is_tiled else width
         columns = range(left // broad, -(-right // broad))
         file.open()
         for plane in range(planes):
@@ -185,10 +185,10 @@ def _windows_of(
                 own[row - top] = read.reshape(own[0].shape)
             rows = () if page.is_final else range(top // side, -(-bottom // side))
             for row, column in itertools.product(rows, columns):
-                piece, first, start = piece_of((plane * down + row) * across + column)
-                part = piece[max(top - first, 0) : bottom - first]
-                part = part[:, max(left - start, 0) : right - start]
-                y, x = max(first - top, 0), max(start - left, 0)
+                y, x = row * side - top, column * broad - left  # where the piece starts
+                piece = piece_of((plane * down + row) * across + column)
+                part = piece[max(-y, 0) : bottom - top - y, max(-x, 0) : right - left - x]
+                y, x = max(y, 0), max(x, 0)
                 own[y : y + part.shape[0], x : x + part.shape[1]] = part
         file.close()
         return window[..., :channels]

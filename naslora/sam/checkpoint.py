@@ -127,8 +127,7 @@ def _under_our_names(stored: Tensors, family: Family) -> dict[str, Tensor] | Non
 def find_model(path: Path) -> str | None:
     """The name of the model that a checkpoint was made for; None if it is not known.
 
-    Raises:
-        UserError: as ``read_checkpoint``.
+    Errors as ``read_checkpoint``.
     """
     return next((name for _, name in _fitting(read_checkpoint(path))), None)
 
@@ -179,18 +178,18 @@ def _resize(value: Tensor, size: torch.Size, mode: str) -> Tensor:
 
 def _misfit(name: str, tensors: Tensors, fitted: Tensors, state: dict[str, Tensor]) -> str | None:
     """Says how a checkpoint differs from a model's ``state``; None if it fills it exactly."""
-    wrong = [key for key, value in fitted.items() if value.shape != state[key].shape]
-    missing = [key for key in state if key not in fitted and not _OPTIONAL.search(key)]
-    surplus = [key for key in tensors if key not in state and _ENCODER_BLOCK.match(key)]
-    if not wrong and not missing and not surplus:
-        return None
-    examples = [
-        f"{key} has shape {tuple(fitted[key].shape)} in the file, {tuple(state[key].shape)} in the "
-        "model"
-        for key in wrong[:2]
+    wrong = [
+        f"{key} has shape {tuple(value.shape)} in the file, {tuple(state[key].shape)} in the model"
+        for key, value in fitted.items()
+        if value.shape != state[key].shape
     ]
-    examples += [f"{key} is missing" for key in missing[:2]]
-    examples += [f"{key} is not in the model" for key in surplus[:2]]
+    lacking = (key for key in state if key not in fitted and not _OPTIONAL.search(key))
+    missing = [f"{key} is missing" for key in lacking]
+    further = (key for key in tensors if key not in state and _ENCODER_BLOCK.match(key))
+    surplus = [f"{key} is not in the model" for key in further]
+    examples = [*wrong[:2], *missing[:2], *surplus[:2]]
+    if not examples:
+        return None
     return (
         f"does not fit model {name} ({len(wrong)} tensors of another shape, {len(missing)} "
         f"missing, {len(surplus)} not in the model): {'; '.join(examples)}; choose the --model "

@@ -33,8 +33,7 @@ def build_image_encoder(name: str, image_size: int) -> nn.Module:
         name: one of ``naslora.sam.families.MODELS``.
         image_size: S in pixels, a positive multiple of the family's ``multiple``.
 
-    Raises:
-        UserError: as ``find_family`` and ``check_image_size``.
+    Errors as ``find_family`` and ``check_image_size``.
     """
     family = find_family(name)
     check_image_size(family, image_size)
@@ -59,13 +58,11 @@ def check_image_size(family: Family, image_size: int) -> None:
         )
 
 
-def build_prompt_encoder(image_size: int, patch: int) -> PromptEncoder:
-    """Builds SAM's prompt encoder, which provides the no-mask embedding and the positions.
-
-    ``image_size`` and ``patch`` are the sides of the images and of a token's patch, in pixels.
-    """
-    grid = image_size // patch
-    return PromptEncoder(EMBED_DIM, (grid, grid), (image_size, image_size), mask_in_chans=16)
+def build_prompt_encoder(family: Family, image_size: int) -> PromptEncoder:
+    """Builds SAM's prompt encoder, frozen: it provides the no-mask embedding and the positions."""
+    grid = image_size // family.patch
+    encoder = PromptEncoder(EMBED_DIM, (grid, grid), (image_size, image_size), mask_in_chans=16)
+    return encoder.requires_grad_(False)
 
 
 def transformer_blocks(encoder: nn.Module) -> list[nn.Module]:
@@ -98,12 +95,8 @@ def set_channels(model: Any, mean: Sequence[float], std: Sequence[float]) -> Non
 
     The kernels of the three colours repeat over the channels, scaled by 3/C, or are summed for one
     channel, as timm does it. So an image whose channels are alike gives what its grey copy in RGB
-    gave. Three channels keep the convolution.
-
-    Args:
-        model: a model with ``image_encoder``, ``pixel_mean`` and ``pixel_std``, for three channels.
-        mean: C values in [0, 1], which are subtracted from images in [0, 1].
-        std: C values by which the difference is divided.
+    gave. Three channels keep the convolution. ``mean`` and ``std`` are C values each: images in
+    [0, 1] have the one subtracted, and are then divided by the other.
     """
     first, count = stem(model.image_encoder), len(mean)
     first.weight = nn.Parameter(adapt_input_conv(count, first.weight.data), requires_grad=False)

@@ -20,8 +20,7 @@ _CHECKPOINTS = (".safetensors", ".pth", ".pt")
 def pinned(name: str) -> str:
     """The name with the commit that its revision stands for now, as 40 hexadecimal digits.
 
-    Raises:
-        UserError: as ``download``.
+    Errors as ``download``.
     """
     repository, revision, file = _parts(name)
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):

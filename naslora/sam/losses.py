@@ -70,14 +70,9 @@ class SegmentationLoss:
     and the cross-entropy of classes. If binary they weigh the pixels of BCE and Dice."""
 
     def __call__(self, output: "SegmentationOutput", target: Tensor) -> Tensor:
-        """Computes the loss.
+        """Computes the loss of the prediction for B images of S x S pixels: () float32.
 
-        Args:
-            output: the prediction for B images of S x S pixels.
-            target: (B, S, S) int64 labels: 0 and 1 if binary, else 0 .. K-1.
-
-        Returns:
-            () float32.
+        ``target`` is (B, S, S) int64 labels: 0 and 1 if binary, else 0 .. K-1.
         """
         counted, ignored = None, self.ignore_index
         compiling = torch.compiler.is_compiling()  # then nothing is read back from the device

@@ -27,20 +27,17 @@ LARGEST_PICTURE = 1 << 16
 
 
 class ImageEncoder(nn.Module):
-    """Maps an image as a tool passes it to the embedding, (1, 256, g, g).
+    """Maps an image as samexporter passes it to the embedding, (1, 256, g, g).
 
-    - x-anylabeling: (1, 3, S, S), resized without keeping the aspect ratio, and normalised.
-    - samexporter: (H, W, 3) RGB in [0, 255] with sides of at most ``FRAME`` pixels. It is padded to
-      a square, as SAM does, and resized to S.
+    It is (H, W, 3) RGB in [0, 255] with sides of at most ``FRAME`` pixels. It is padded to a
+    square, as SAM does, and resized to S.
     """
 
-    def __init__(self, model: PromptableSam, tool: Tool) -> None:
+    def __init__(self, model: PromptableSam) -> None:
         super().__init__()
-        self.model, self.tool = model, tool
+        self.model = model
 
     def forward(self, input_image: Tensor) -> Tensor:
-        if self.tool == "x-anylabeling":
-            return self.model.image_encoder(input_image)
         height, width, _ = input_image.shape
         image = (input_image.permute(2, 0, 1) - self.model.pixel_mean) / self.model.pixel_std
         image = F.pad(image, (0, FRAME - width, 0, FRAME - height))[None]
@@ -146,10 +143,12 @@ def export_prompts(model: PromptableSam, tool: Tool, path: Path) -> None:
     model, size = model.cpu().float().eval(), model.image_size
     name = re.sub(r"[^\w.-]+", "-", path.resolve().name, flags=re.ASCII)
     grid = model.prompt_encoder.image_embedding_size
+    # X-AnyLabeling resizes without keeping the aspect ratio, and normalises.
+    encoder: nn.Module = model.image_encoder
     frame, image, varied = size, torch.zeros(1, 3, size, size), dict[int, Any]()
     config: dict[str, Any] = {"type": "sam_med2d", "name": name, "display_name": name}
     if tool == "samexporter":
-        frame, image = FRAME, torch.zeros(FRAME // 2, FRAME, 3)
+        encoder, frame, image = ImageEncoder(model), FRAME, torch.zeros(FRAME // 2, FRAME, 3)
         varied = {i: torch.export.Dim(side, min=2, max=FRAME) for i, side in enumerate("hw")}
         config |= {"type": "segment_anything", "max_width": FRAME, "max_height": 682}
     number = {1: torch.export.Dim("number", min=1, max=MOST_POINTS)}
@@ -164,17 +163,16 @@ def export_prompts(model: PromptableSam, tool: Tool, path: Path) -> None:
     }
     masks = ("masks", "iou_predictions", "low_res_masks")
     graphs: Any = (
-        ("encoder", ImageEncoder, {"input_image": (image, varied)}, ["image_embeddings"]),
-        ("decoder", PromptDecoder, prompts, masks),
+        ("encoder", encoder, {"input_image": (image, varied)}, ["image_embeddings"]),
+        ("decoder", PromptDecoder(model, tool), prompts, masks),
     )
     held = Description(model.name, size, 1, (), "encoder", task="promptable")
     with replaced_folder(path) as folder, torch.no_grad():
-        for part, kind, inputs, outputs in graphs:
-            module = kind(model, tool).eval()
+        for part, module, inputs, outputs in graphs:
             example, dynamic = zip(*inputs.values(), strict=True)
             module(*example)  # as in export.py: fills TinyViT's cache before the trace
             with quiet():
-                program = torch.export.export(module, example, dynamic_shapes=dynamic)
+                program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic)
             file = config[f"{part}_model_path"] = f"{name}.{part}.onnx"
             write_onnx(program, held, folder / file, tuple(inputs), outputs, old=True)
         text = yaml.safe_dump({**config, "input_size": frame}, sort_keys=False)

@@ -44,7 +44,6 @@ class PromptableSam(Sam):
         image_size: side S of the square images in pixels, as in ``build_image_encoder``.
 
     Attributes:
-        name: the argument.
         left_out: as in ``SamForSegmentation``.
 
     Raises:
@@ -71,7 +70,7 @@ class PromptableSam(Sam):
             iou_head_depth=3,
             iou_head_hidden_dim=256,
         )
-        prompt_encoder = build_prompt_encoder(image_size, family.patch).requires_grad_(False)
+        prompt_encoder = build_prompt_encoder(family, image_size)
         super().__init__(encoder, prompt_encoder, decoder, [*family.mean], [*family.std])
         self.name = name
         self.image_size = image_size

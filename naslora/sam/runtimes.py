@@ -21,10 +21,8 @@ ClassMap = Callable[[Tensor], Tensor]
 def load_class_map(path: Path, trust: bool = False) -> tuple[ClassMap, Description]:
     """Loads a file that ``export`` wrote, as a function from images to class maps, on the CPU.
 
-    Args:
-        path: the file.
-        trust: whether to read a ``.pt2`` file. PyTorch executes code that such a file holds. The
-            other formats hold none.
+    ``trust`` says whether to read a ``.pt2`` file. PyTorch executes code that such a file holds.
+    The other formats hold none.
 
     Raises:
         UserError: the file is missing or damaged, was not written by ``export``, contains only the

@@ -86,7 +86,6 @@ class SamForSegmentation(nn.Module):
         num_classes: 1 for binary segmentation, else K, with the background as class 0.
 
     Attributes:
-        name: the argument.
         left_out: tensors of the SAM checkpoint that the model lacks or has in another size, for
             ``sam_state_dict``.
 
@@ -107,8 +106,7 @@ class SamForSegmentation(nn.Module):
         self.left_out: dict[str, Tensor] = {}
         self.image_encoder = build_image_encoder(name, image_size).requires_grad_(False)
         keep_frozen(self.image_encoder)
-        patch = self.family.patch
-        self.prompt_encoder = build_prompt_encoder(image_size, patch).requires_grad_(False)
+        self.prompt_encoder = build_prompt_encoder(self.family, image_size)
         tokens = max(MULTICLASS_TOKENS, num_classes) if num_classes > 1 else 1
         self.mask_decoder = self.family.build_decoder(name, num_classes, tokens)
         for part, values in (("pixel_mean", self.family.mean), ("pixel_std", self.family.std)):
@@ -158,8 +156,7 @@ def build_model(
         attention: "fused" calls ``fuse_attention`` for the image encoder of a family that gains
             from it.
 
-    Raises:
-        UserError: as ``SamForSegmentation``, ``find_checkpoint`` and ``load_sam_checkpoint``.
+    Errors as ``SamForSegmentation``, ``find_checkpoint`` and ``load_sam_checkpoint``.
     """
     make = partial(SamForSegmentation, name, image_size, num_classes)
     return made(make, checkpoint, seed, attention)

@@ -1,7 +1,5 @@
 """SAM-HQ: SAM, or MobileSAM, with one more mask token and finer maps in the decoder."""
 
-from collections.abc import Collection
-
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor
 
@@ -68,21 +66,13 @@ HUGGINGFACE = HuggingFace(
         "mask_decoder_config": {"vit_dim": SIZES[name].width},
     },
 )
-
-
 HOME = "github.com/SysCV/sam-hq#model-checkpoints"
-
-
-def _has_token(names: Collection[str]) -> bool:
-    return not HQ_TOKENS.isdisjoint(names)
-
-
 FAMILY = Family(
     title="SAM-HQ",
     models=SIZES,
     build_encoder=lambda name, image_size: build_vit(SIZES[name], image_size, HQViT),
     build_decoder=lambda name, classes, tokens: HQDecoder(classes, tokens, SIZES[name].width),
-    has_marks=_has_token,
+    has_marks=lambda names: not HQ_TOKENS.isdisjoint(names),
     huggingface=HUGGINGFACE,
     weights={f"sam_hq_{size}": f"hf:lkeab/hq-sam/sam_hq_vit_{size}.pth" for size in "blh"},
     home=HOME,
@@ -92,7 +82,7 @@ LIGHT = Family(
     models={"sam_hq_tiny": None},
     build_encoder=lambda name, image_size: HQTinyViT(),
     build_decoder=lambda name, classes, tokens: HQDecoder(classes, tokens, HQTinyViT.WIDTH),
-    has_marks=_has_token,
+    has_marks=lambda names: not HQ_TOKENS.isdisjoint(names),
     official=mobile_sam.NAMING,
     weights={"sam_hq_tiny": "hf:lkeab/hq-sam/sam_hq_vit_tiny.pth"},
     home=HOME,
