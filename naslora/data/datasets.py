@@ -8,14 +8,7 @@ from typing import Any
 from naslora.data.coco import read_categories, read_coco
 from naslora.data.demo_data import read_mni152
 from naslora.data.images import Sample
-from naslora.data.layouts import (
-    GROUP,
-    REQUIRED_SPLITS,
-    DataSet,
-    Splits,
-    read_csv,
-    read_folders,
-)
+from naslora.data.layouts import GROUP, REQUIRED_SPLITS, DataSet, Splits, read_csv, read_folders
 from naslora.data.paper_sets import PAPER_SETS
 from naslora.data.splits import group_members, split_samples
 from naslora.data.volumes import DEFAULT_SLICING, Slice, Slicing, check_volume, is_volume

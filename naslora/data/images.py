@@ -71,9 +71,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def open_picture(
-    sample: Sample,
-    intensity: Intensity | None = None,
-    channels: int | None = None,
+    sample: Sample, intensity: Intensity | None = None, channels: int | None = None
 ) -> Picture:
     """Opens the image of a sample upright: rotated by its EXIF orientation.
 

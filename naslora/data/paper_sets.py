@@ -96,8 +96,7 @@ TRANS10K_V1 = Layout(
     suffix="_mask",
 )
 TRANS10K_V2 = Layout(  # its masks are class indices
-    _parts("{}/images", "{}/masks_12", train="train", val="validation", test="test"),
-    suffix="_mask",
+    _parts("{}/images", "{}/masks_12", train="train", val="validation", test="test"), suffix="_mask"
 )
 
 

@@ -133,10 +133,9 @@ def _values(path: Path, _: int) -> Any:
 
 
 def read_slice(path: Path, cut: Slice, where: str) -> np.ndarray:
-    """Reads a slice and its neighbours; beyond the volume its outer slices repeat.
+    """Reads a slice and its N neighbours on each side as (H, W, 2 N + 1) numbers.
 
-    Returns:
-        (H, W, 2 N + 1) numbers for N neighbours. The rows are the last of the other two axes.
+    Beyond the volume its outer slices repeat. The rows are the last of the other two axes.
 
     Raises:
         ImageError: the file is damaged.

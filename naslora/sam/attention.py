@@ -79,8 +79,7 @@ def fuse_attention(model: nn.Module) -> list[str]:
 def unfuse_attention(model: nn.Module) -> list[str]:
     """Undoes ``fuse_attention``: every module has its own class and forward again.
 
-    Returns:
-        The names of the restored modules in model order; empty if none was fused.
+    Returns the names of the restored modules in model order; empty if none was fused.
 
     Raises:
         UserError: ``fully_shard`` was called on an attention itself. The model is then unchanged.
@@ -130,11 +129,9 @@ class FusedBlock(Fused):
         ours = isinstance(attention, (_SegmentAnything, _HuggingFace))
         # Who watches a layer sees whole windows.
         watched = ours and any(
-            part._forward_pre_hooks
-            or part._forward_hooks
-            or part._backward_pre_hooks
-            or part._backward_hooks
+            getattr(part, f"_{kind}_hooks")
             for part in (attention, attention.qkv, attention.proj)
+            for kind in ("forward_pre", "forward", "backward_pre", "backward")
         )
         if not padded or not ours or watched or attention.drops or traced():
             return self.host_class.forward(self, x)
@@ -234,7 +231,7 @@ class _Form(NamedTuple):
 
 _LINEAR = frozenset({"qkv", "proj"})
 _TABLES = _LINEAR | {"rel_pos_h", "rel_pos_w"}
-_BLOCK = frozenset({"norm1", "attn", "norm2", "mlp"})
+_BLOCK = frozenset({"norm1", "layer_norm1", "attn", "norm2", "layer_norm2", "mlp"})
 _SAM, _HF = r"(.+\.)?modeling\.image_encoder", r"transformers\.models\.(sam|sam_hq)\.modeling_\1"
 _SAM_ATTENTION = "shape reshape num_heads permute unbind scale transpose softmax view use_rel_pos"
 _SAM_BLOCK = "window_size shape window_partition window_unpartition"
@@ -247,17 +244,9 @@ _FORMS = (
     ),
     _Form(rf"{_SAM}\.Block", _BLOCK, FusedBlock, _BLOCK | {*_SAM_BLOCK.split()}),
     _Form(rf"{_HF}\.Sam(HQ)?Vision(Sdpa)?Attention", _TABLES, _HuggingFace),
-    _Form(
-        rf"{_HF}\.Sam(HQ)?VisionLayer",
-        frozenset({"layer_norm1", "attn", "layer_norm2", "mlp"}),
-        FusedBlock,
-    ),
+    _Form(rf"{_HF}\.Sam(HQ)?VisionLayer", _BLOCK, FusedBlock),
     _Form(r"timm\.models\.hieradet_sam2\.MultiScaleAttention", _LINEAR | {"q_pool"}, _Hiera),
-    _Form(
-        r"transformers\.models\.sam2\.modeling_sam2\.Sam2MultiScaleAttention",
-        _LINEAR,
-        _HuggingFaceHiera,
-    ),
+    _Form(r"transformers\.models\.sam2\..+\.Sam2MultiScaleAttention", _LINEAR, _HuggingFaceHiera),
     _Form(
         r"(timm\.models\.tiny_vit|(.+\.)?modeling\.tiny_vit_sam)\.Attention",
         _LINEAR | {"norm", "attention_biases"},

@@ -46,8 +46,7 @@ def shipped_file(name: str) -> Path | None:
 def shipped_version(name: str) -> str | None:
     """The first digits of the checksum of the package's weights; None if it has none of a model.
 
-    Raises:
-        UserError: the file is missing or damaged.
+    Errors as ``find_checkpoint`` and ``read_metadata``.
     """
     path = find_checkpoint(name, None)
     return None if path is None else read_metadata(path).get(CHECKSUM, "")[:12]

@@ -31,8 +31,6 @@ class HQViT(ImageEncoderViT):
 class HQTinyViT(mobile_sam.TinyViTEncoder):
     """MobileSAM's encoder, which also returns what its third stage starts from."""
 
-    EARLY = 2
-    """The stage whose first map is returned."""
     WIDTH = 160
     """Channels of that map."""
 
@@ -40,7 +38,7 @@ class HQTinyViT(mobile_sam.TinyViTEncoder):
         """Maps (B, 3, S, S) to the embedding (B, 256, g, g) and (B, 160, g, g), g = S/16."""
         x = self.patch_embed(images)
         for number, stage in enumerate(self.stages.children()):
-            if number == self.EARLY:
+            if number == 2:
                 early = stage.get_submodule("downsample")(x)
                 x = stage.get_submodule("blocks")(early.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             else:
