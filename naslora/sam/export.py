@@ -229,8 +229,7 @@ def export(
 
 def check_merged(model: nn.Module) -> None:
     """Refuses a model with adapters."""
-    adapted = next(adapter_layers(model), None)
-    if adapted is not None:
+    if adapted := next(adapter_layers(model), None):
         raise UserError(f"the model is not merged: {adapted[0]} has an adapter; merge it first")
 
 

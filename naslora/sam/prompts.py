@@ -72,8 +72,7 @@ class PromptableSam(Sam):
         )
         prompt_encoder = build_prompt_encoder(family, image_size)
         super().__init__(encoder, prompt_encoder, decoder, [*family.mean], [*family.std])
-        self.name = name
-        self.image_size = image_size
+        self.name, self.image_size = name, image_size
         self.left_out: dict[str, Tensor] = {}
 
     @property
