@@ -301,7 +301,6 @@ class NasLoraModel(LoraModel):
         for name, layer in layers.items():
             for _, adapter in adapter_layers(layer):
                 if not adapter.name:  # another adapter takes them from the layer's first one
-                    adapter.name = name
                     place_hint(model, name, adapter, adapter.config.prefix_tokens)
                     new.append(name)
         for name in new:

@@ -19,7 +19,6 @@ class AdaptedLinear(GridLayer):
         lora_A: (r, C_in) encoder W_e.
         lora_B: (C_out, r) decoder W_d.
         scaling: s; 1 where lora_B holds it.
-        name: the layer's name in the host, for messages.
         called: whether the layer has computed.
     """
 
@@ -27,7 +26,6 @@ class AdaptedLinear(GridLayer):
     lora_A: Tensor
     lora_B: Tensor
     scaling = 1.0
-    name = ""
     called = False
 
     def encoded(self, x: Tensor) -> Tensor:

@@ -86,7 +86,6 @@ def build_layers(
         for name, base in targets.items()
     }
     for name, layer in layers.items():
-        layer.name = name
         place_hint(model, name, layer, config.prefix_tokens)
     return layers
 
