@@ -249,7 +249,7 @@ def test_one_method_a_model(make):
     model = make("bitfit")
     with pytest.raises(UserError, match="has a method already: bitfit"):
         apply("lora", model)
-    assert applied(model).name == "bitfit"
+    assert applied(model).method.name == "bitfit"
     encoder = untouched("vit_t").image_encoder  # which can be adapted alone
     apply("mona", encoder)
     assert trainable_parameters(encoder) == [p for p in encoder.parameters() if p.requires_grad]

@@ -102,8 +102,8 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     present = applied(unwrap(model))
     if present is not None and not any(adapter_layers(model)):
         raise UserError(
-            f"the model is adapted with method {present.name}; only models with NAS-LoRA layers "
-            "have a base state dict"
+            f"the model is adapted with method {present.method.name}; only models with NAS-LoRA "
+            "layers have a base state dict"
         )
     original, adapter = _original_names(model), adapter_names(model)
     state = bare_state(model)

@@ -97,8 +97,8 @@ def _differing_settings(model: nn.Module, stored: Description) -> list[str]:
     present, config, layers = applied(unwrap(model)), applied_config(model), layer_names(model)
     ours, theirs = config.to_dict() if config else {}, stored.config or {}
     problems = []
-    if present is not None and stored.method not in (None, present.name):
-        problems.append(f"the method is {stored.method} in the file, {present.name} here")
+    if present is not None and stored.method not in (None, present.method.name):
+        problems.append(f"the method is {stored.method} in the file, {present.method.name} here")
     problems += [
         *(f"layer {n} is not adapted in the model" for n in stored.layers if n not in layers),
         *(f"layer {n} is not in the file" for n in layers if n not in stored.layers),

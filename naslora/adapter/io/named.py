@@ -18,7 +18,6 @@ from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.injection import build_layers
 from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.adapter.layer.modules import NAMED, adapter_layers, keep_frozen, replace_module
-from naslora.adapter.layer.targets import find_targets, with_names
 from naslora.errors import UserError
 from naslora.settings import checked
 
@@ -66,8 +65,7 @@ def add_adapter(
     active = next(iter(adapters.layers[adapters.active].values()))
     config = checked("config", active.config if config is None else config, NASLoRAConfig)
     with disable_adapter(model):
-        config = with_names(config, host)
-        layers = build_layers(host, find_targets(host, config), config, seed)
+        layers = build_layers(host, config, seed)
         for layer in layers.values():
             keep_frozen(layer)
         adapters.layers[name] = layers

@@ -103,7 +103,7 @@ def write_adapter(
     description = Description(
         config=config.to_dict() if config else None,
         layers=layers,
-        method=present.name if present else None,
+        method=present.method.name if present else None,
         target=target_name(config.target) if isinstance(config, TargetConfig) else None,
         base_model_name_or_path=base_model(model),
         other_tensors=sorted(tensors.keys() - ours),

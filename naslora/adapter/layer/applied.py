@@ -35,9 +35,8 @@ class Folding(NamedTuple):
     update: Callable[[Any, Tensor, Tensor], Tensor]
     """Takes a layer, its input and its output. Returns the adapter's part of the output."""
     modes: Callable[[Any], list[MergeMode]]
-    """The modes whose results differ, for a configuration."""
-    fits: bool = False
-    """Whether mode "calibrated" fits layers. Otherwise ``fold`` is exact in every mode."""
+    """The modes whose results differ, for a configuration. Without "calibrated" among them ``fold``
+    is exact in every mode."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,6 @@ class Applied:
     tensors: tuple[str, ...]
     """The method's tensors (trained parameters and buffers), by their names in the encoder's state
     dict. Every other tensor has the value it had before."""
-
-    @property
-    def name(self) -> str:
-        """The method's name."""
-        return self.method.name
 
 
 METHODS: dict[str, Method] = {}

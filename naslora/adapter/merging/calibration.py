@@ -25,7 +25,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -55,9 +54,8 @@ class Calibration(NamedTuple):
     """Feeds a batch; None calls ``model(batch)``."""
 
 
-@dataclass(frozen=True)
-class Fit:
-    """y ~ G x + g for one layer."""
+class Fit(NamedTuple):
+    """y ~ G x + g for one layer. The last three fields are those of a ``LayerError``."""
 
     linear_map: Tensor
     """(r, C_in) float64: G."""
