@@ -17,14 +17,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 from naslora.adapter.io.storage import (
     adapter_names,
     base_checksum,
-    layer_names,
     selected_state,
     unshared,
     write_adapter,
 )
 from naslora.adapter.io.wrappers import bare_state, fill, gathered, unwrap, writes_together
 from naslora.adapter.layer.applied import applied
-from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers, bare_layers
 from naslora.adapter.merging.merged import MergedNASLoRALinear, merged_modules
 from naslora.errors import UserError, listing
 
@@ -117,7 +116,7 @@ def _original_names(model: nn.Module) -> dict[str, str]:
             "the adapter belongs to a PeftModel: call its save_pretrained, or its "
             "merge_and_unload or unload first"
         )
-    prefixes = [f"{name}." if name else "" for name in layer_names(model)]
+    prefixes = [f"{name}." if name else "" for name in bare_layers(model)]
     return {f"{p}base.{leaf}": f"{p}{leaf}" for p in prefixes for leaf in ("weight", "bias")}
 
 

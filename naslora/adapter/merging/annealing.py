@@ -14,9 +14,8 @@ what mode "center" folds. Only the preset `linear` can be annealed.
 
 from torch import Tensor, nn
 
-from naslora.adapter.io.wrappers import bare_paths
 from naslora.adapter.layer.cell import LinearCell
-from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers, bare_layers
 
 
 def spatial_share(epoch: int, epochs: int, anneal_epochs: int) -> float:
@@ -46,11 +45,11 @@ def annealed(model: nn.Module) -> dict[str, Tensor]:
     With these values, under their names in the model without wrappers, a cell computes at t = 1
     what it computes now. So a saved adapter holds them.
     """
-    paths, values = bare_paths(model), {}
-    for name, layer in adapter_layers(model):
+    values = {}
+    for name, layer in bare_layers(model).items():
         if layer.alpha is not None and isinstance(layer.cell, LinearCell):
             cell = layer.cell.tensors(layer.alpha)
             for field in ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5"):
                 leaf = field if field == "alpha" else f"cell.{field}"
-                values[f"{paths[name]}.{leaf}".lstrip(".")] = getattr(cell, field).detach()
+                values[f"{name}.{leaf}".lstrip(".")] = getattr(cell, field).detach()
     return values
