@@ -570,7 +570,7 @@ def test_sam_adapter_adds_its_prompts_before_each_block(make, name, widths):
         for prompts, stage in zip(stages, plain.stages[1:], strict=True):
             x = through(prompts, stage.downsample(x).permute(0, 2, 3, 1), stage.blocks)
     torch.testing.assert_close(encoder(batch), plain.neck(x))
-    assert encoder.sam_adapter.features == []
+    assert all(stage.features is None for stage in encoder.sam_adapter.stages)
     assert [stage.up.in_features for stage in stages] == widths
 
 
