@@ -41,12 +41,9 @@ def beside(new: New, weight: Tensor) -> New:
 
 
 class AdaptedBlock(nn.Module):
-    """A transformer block of SAM with its halves as methods, for subclasses to change.
+    """A block of a plain ViT with its halves as methods, for subclasses to change.
 
     Its parts keep their names, and it computes what the block computes.
-
-    Args:
-        block: a block of a plain ViT.
     """
 
     def __init__(self, block: Any) -> None:

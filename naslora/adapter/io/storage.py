@@ -10,13 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, distributed, nn
 
-from naslora.adapter.io.wrappers import (
-    bare_state,
-    gathered,
-    is_sharded,
-    unwrap,
-    writes_together,
-)
+from naslora.adapter.io.wrappers import bare_state, gathered, is_sharded, unwrap, writes_together
 from naslora.adapter.layer.applied import applied, image_encoder
 from naslora.adapter.layer.config import MethodConfig, TargetConfig
 from naslora.adapter.layer.modules import NAMED, adapter_layers, bare_layers

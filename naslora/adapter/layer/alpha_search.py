@@ -146,11 +146,7 @@ class AlphaSearch:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        start: int = 0,
-        betas: tuple[float, float] = (0.5, 0.999),
+        self, model: nn.Module, lr: float, start: int = 0, betas: tuple[float, float] = (0.5, 0.999)
     ) -> None:
         lr, start = checked("lr", lr, Alpha), checked("start", start, Index)
         self.model = unwrap(model)

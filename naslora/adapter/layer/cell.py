@@ -17,14 +17,7 @@ from naslora.adapter.layer.config import CellInit
 from naslora.errors import UserError
 from naslora_kernels import folded_cell, folded_convolution, mixed_cell
 from naslora_kernels.cell import Cell as CellTensors
-from naslora_kernels.operations import (
-    AVG_POOL,
-    CONVOLUTIONS,
-    MAX_POOL,
-    NONE,
-    SKIP,
-    Convolution,
-)
+from naslora_kernels.operations import AVG_POOL, CONVOLUTIONS, MAX_POOL, NONE, SKIP, Convolution
 
 LEFT_OUT = -1e4
 """The logit of an operation that is left out. Its softmax and its gradient are exactly zero in any
