@@ -17,7 +17,6 @@ from naslora.methods import load_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
 
-
 # What huggingface_hub raises. Its errors of the network and of the Hub derive from OSError.
 REFUSALS = (HFValidationError, OSError)
 
@@ -129,9 +128,8 @@ def from_pretrained(
                 str(source), revision=revision, token=token, endpoint=endpoint
             )
         except REFUSALS as error:
-            raise UserError(
-                f"{source} is no folder, and the Hub gives none: {reason_of(error)}"
-            ) from error
+            reason = reason_of(error)
+            raise UserError(f"{source} is no folder, and the Hub gives none: {reason}") from error
         folder = Path(found)
     whole = (folder / ADAPTER_FOLDER / CONFIG_NAME).is_file()
     adapter = folder / ADAPTER_FOLDER if whole else folder

@@ -171,11 +171,7 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def override_save_pretrained(model: nn.Module) -> None:
-    """Puts ours in front of the ``save_pretrained`` of all adapted parts, in place.
-
-    Args:
-        model: the adapted model. Parts of it can have such a method as well.
-    """
+    """Puts ours in front of the ``save_pretrained`` of the adapted model and of its parts."""
     for module in model.modules():
         if hasattr(type(module), "save_pretrained") and any(adapter_layers(module)):
             vars(module)["save_pretrained"] = partial(_save_pretrained, module)

@@ -73,11 +73,7 @@ def add_adapter(
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Lets an adapter compute, and no other. An optimizer belongs to one adapter.
-
-    Args:
-        model: a model of ``inject`` or ``add_adapter``.
-        name: the adapter's name.
+    """Lets the adapter of this name compute, and no other. An optimizer belongs to one adapter.
 
     Raises:
         UserError: there is no such adapter, or the model is merged.
@@ -100,9 +96,6 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Lets the frozen layers compute while the body runs.
 
     Inside, ``set_adapter`` chooses the adapter that computes afterwards.
-
-    Args:
-        model: a model of ``inject``.
 
     Raises:
         UserError: the model has no adapter, or is merged.

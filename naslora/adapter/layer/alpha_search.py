@@ -80,9 +80,7 @@ def param_groups(
 class CellGroup(dict[str, Any]):
     """The cells' group of an optimizer. It warns, once, if its rate is set to that of the others.
 
-    Args:
-        others: the group of the other weights.
-        entries: the group's.
+    ``others`` is the group of the other weights.
     """
 
     others: dict[str, Any] | None = None  # also in copies, which are filled before it is set
@@ -332,12 +330,8 @@ class EpochSearch:
         self.search.rest()
 
     def search_epoch(self, model: nn.Module, epoch: int, move: Callable[[Any], Any]) -> None:
-        """Takes one alpha step on each held-out batch, from epoch ``start`` on.
-
-        Args:
-            model: the model of ``attach``.
-            epoch: counted from 0.
-            move: puts a batch on the model's device.
+        """Takes one alpha step on each held-out batch, from epoch ``start`` on. Epochs are counted
+        from 0. ``move`` puts a batch on the device of the model, which is that of ``attach``.
 
         Raises:
             UserError: there are no held-out batches.

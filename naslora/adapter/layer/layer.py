@@ -170,10 +170,9 @@ class NASLoRALinear(AdaptedLinear):
             tensors = cell.tensors(self.alpha, self._selected_channels())
         else:
             # A cell on no channels, with which the kernels compute plain LoRA.
-            zeros = self.lora_A.new_zeros
-            sep3, sep5, dil3, dil5 = [zeros(0, size, size) for size in (3, 5, 3, 5)]
-            alpha, pw = zeros(len(OPERATIONS)), zeros(4, 0, 0)
-            tensors = CellTensors(alpha, sep3, sep5, dil3, dil5, pw, self.channels[:0])
+            shapes = (8,), (0, 3, 3), (0, 5, 5), (0, 3, 3), (0, 5, 5), (4, 0, 0)
+            zeros = map(self.lora_A.new_zeros, shapes)
+            tensors = CellTensors(*zeros, self.channels[:0])
         return nas_lora_linear(
             image,
             self.base.weight,

@@ -19,13 +19,8 @@ from naslora.adapter.layer.modules import adapter_layers, bare_layers
 
 
 def spatial_share(epoch: int, epochs: int, anneal_epochs: int) -> float:
-    """t in an epoch. It falls over the first half of the last ``anneal_epochs``, then it is 0.
-
-    Args:
-        epoch: counted from 0.
-        epochs: of the whole training.
-        anneal_epochs: the number of last epochs that anneal; 0 for none.
-    """
+    """t in an epoch, counted from 0, of the training's ``epochs``. It falls over the first half of
+    the last ``anneal_epochs``, then it is 0."""
     into = epoch - (epochs - anneal_epochs) + 1
     falling = max(anneal_epochs // 2, 1)
     return min(max(1 - into / falling, 0.0), 1.0)
