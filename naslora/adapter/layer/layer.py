@@ -171,8 +171,8 @@ class NASLoRALinear(AdaptedLinear):
         else:
             # A cell on no channels, with which the kernels compute plain LoRA.
             shapes = (8,), (0, 3, 3), (0, 5, 5), (0, 3, 3), (0, 5, 5), (4, 0, 0)
-            zeros = map(self.lora_A.new_zeros, shapes)
-            tensors = CellTensors(*zeros, self.channels[:0])
+            alpha, sep3, sep5, dil3, dil5, pw = [self.lora_A.new_zeros(own) for own in shapes]
+            tensors = CellTensors(alpha, sep3, sep5, dil3, dil5, pw, self.channels[:0])
         return nas_lora_linear(
             image,
             self.base.weight,
