@@ -97,8 +97,7 @@ class NASLoRALinear(AdaptedLinear):
         if c > 0:
             if config.channel_selection != "first":
                 self.draw_channels(generator)
-            alpha = torch.randn(len(OPERATIONS), generator=generator)
-            alpha *= ALPHA_INIT_STD
+            alpha = ALPHA_INIT_STD * torch.randn(len(OPERATIONS), generator=generator)
             if config.cell_init == "skip":
                 alpha[SKIP] += config.skip_lead
             if config.operations is not None:

@@ -53,14 +53,9 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
     The class and the attributes of every module are restored, its hooks included.
     """
-    modules = [
-        (
-            module,
-            type(module),
-            {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()},
-        )
-        for module in model.modules()
-    ]
+    modules = [(module, type(module), vars(module).copy()) for module in model.modules()]
+    for _, _, attributes in modules:
+        attributes |= {k: copy.copy(v) for k, v in attributes.items() if isinstance(v, dict)}
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

@@ -51,12 +51,8 @@ class Windows(NamedTuple):
 
     def heads(self, qkv: Tensor, heads: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Queries, keys and values of windows (B * windows, size, size, 3 C) that are ordered by
-        shape, without the queries beyond the images.
-
-        Returns:
-            Views for each shape of windows: (n, h, w, heads, d) queries inside the images, and
-            (n, size, size, heads, d) keys and values.
-        """
+        shape: for each shape views of (n, h, w, heads, d) queries, those inside the images, and of
+        (n, size, size, heads, d) keys and values."""
         views = _Heads.apply(qkv, heads, self)
         return [views[i : i + 3] for i in range(0, len(views), 3)]
 
