@@ -5,7 +5,7 @@ the encoder. The record holds the ``Method`` itself, so saving, merging and the 
 the record. Only code that starts from a name needs the table of methods.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ OWN = {"own": True}
 class Folding(NamedTuple):
     """How ``naslora.merge`` folds a method into the frozen weights."""
 
-    layers: Callable[[nn.Module], dict[str, Any]]
-    """Takes the model. Returns the adapted layers by their names. They have the attributes
+    layers: Callable[[nn.Module], Iterable[tuple[str, Any]]]
+    """Takes the model. Returns the adapted layers with their names. They have the attributes
     ``in_features`` and ``weight``."""
     fold: Callable[[Any, MergeMode], nn.Module]
     """Takes a layer and the mode. Returns the merged module."""

@@ -84,7 +84,7 @@ def merge(
     model = unwrap(model)
     present = applied(model)
     folding = CELLS if present is None else present.method.require_merge()
-    layers = folding.layers(model)
+    layers = dict(folding.layers(model))
     if any(merged_modules(model)):
         if not can_unmerge(model):
             raise UserError("there is nothing to merge: the model was merged before it was loaded")
@@ -123,10 +123,6 @@ def merge(
 # ---- The layers of ``inject`` --------------------------------------------------------------------
 
 
-def _cells(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(adapter_layers(model))
-
-
 def _fold(layer: NASLoRALinear, mode: MergeMode) -> nn.Module:
     """Mode "center" folds the cell's centre taps on its channels, the identity on the others. Mode
     "exact" folds the channels that bypass the cell; the cell becomes a convolution and pooling."""
@@ -152,7 +148,7 @@ def _modes(config: NASLoRAConfig) -> list[MergeMode]:
     return [mode for mode in MODES if mode != "center" or config.preset != "paper"]
 
 
-CELLS = Folding(_cells, _fold, _update, _modes)
+CELLS = Folding(adapter_layers, _fold, _update, _modes)
 
 
 # ---- Errors --------------------------------------------------------------------------------------
