@@ -50,13 +50,9 @@ def load_adapter(model: nn.Module, directory: str | Path, check_base: bool = Tru
     with undone_on_error(model):
         if applied(unwrap(model)) is None and not any(adapter_layers(model)):
             _adapt(unwrap(model), stored)
-        check_fit(
-            f"the adapter in {directory}",
-            [
-                *_differing_settings(model, stored),
-                *_differing_tensors(model, tensors, stored.other_tensors or []),
-            ],
-        )
+        problems = _differing_settings(model, stored)
+        problems += _differing_tensors(model, tensors, stored.other_tensors or [])
+        check_fit(f"the adapter in {directory}", problems)
         trained = {*tensors, *(stored.unsaved_tensors or ())}
         expected = stored.base_checksum if check_base else None
         if expected is not None and expected != base_checksum(model, trained):

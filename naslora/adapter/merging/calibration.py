@@ -72,11 +72,7 @@ class Fit(NamedTuple):
 class Moments:
     """Sums of products of v = (x, y, 1) over tokens, in float64, for each of FOLDS groups.
 
-    Args:
-        tokens: how many will be added in all.
-        c_in: size of x.
-        rank: size of y.
-        device: where the sums are kept.
+    ``tokens`` is how many will be added in all. x has size ``c_in``, y ``rank``.
 
     Attributes:
         sums: (FOLDS, C_in + r + 1, C_in + r + 1).
@@ -102,16 +98,10 @@ class Moments:
 
 
 def fit(moments: Moments, prior: Tensor, decoder: Tensor, bias: bool) -> Fit:
-    """Ridge regression of y on x, towards a prior, with the penalty chosen by cross-validation.
+    """Ridge regression of y on x on all tokens, with the penalty chosen by cross-validation.
 
-    Args:
-        moments: sums over all tokens.
-        prior: (r, C_in) the map to which the penalty pulls.
-        decoder: (C_out, r) W_d, in whose outputs errors are measured.
-        bias: whether there is an offset g.
-
-    Returns:
-        The fit on all tokens with the penalty whose held-out error is least.
+    The penalty pulls to ``prior``, (r, C_in). Its held-out error is least, measured in the outputs
+    of ``decoder``, (C_out, r) W_d. Without ``bias`` the offset g is zero.
     """
     rank, c_in = prior.shape
     metric = decoder.double().T @ decoder.double()
