@@ -249,7 +249,7 @@ def test_one_method_a_model(make):
     model = make("bitfit")
     with pytest.raises(UserError, match="has a method already: bitfit"):
         apply("lora", model)
-    assert applied(model).name == "bitfit"
+    assert applied(model).method.name == "bitfit"
     encoder = untouched("vit_t").image_encoder  # which can be adapted alone
     apply("mona", encoder)
     assert trainable_parameters(encoder) == [p for p in encoder.parameters() if p.requires_grad]
@@ -570,7 +570,7 @@ def test_sam_adapter_adds_its_prompts_before_each_block(make, name, widths):
         for prompts, stage in zip(stages, plain.stages[1:], strict=True):
             x = through(prompts, stage.downsample(x).permute(0, 2, 3, 1), stage.blocks)
     torch.testing.assert_close(encoder(batch), plain.neck(x))
-    assert encoder.sam_adapter.features == []
+    assert all(stage.features is None for stage in encoder.sam_adapter.stages)
     assert [stage.up.in_features for stage in stages] == widths
 
 

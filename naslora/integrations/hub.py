@@ -17,7 +17,6 @@ from naslora.methods import load_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
 
-
 # What huggingface_hub raises. Its errors of the network and of the Hub derive from OSError.
 REFUSALS = (HFValidationError, OSError)
 
@@ -53,15 +52,9 @@ def push_to_hub(
 ) -> str:
     """Saves the model's adapter and uploads it, with a model card. Creates the repository.
 
-    Args:
-        model: as for ``save_adapter``.
-        repo_id: "owner/name".
-        private: whether a new repository is private; None takes the owner's default.
-        token: an access token; None takes the one of ``hf auth login``.
-        revision: the branch; None is the main one.
-        commit_message: the message of the commit.
-        endpoint: the Hub's address; None takes huggingface_hub's.
-        options: as for ``save_adapter``, such as ``include``.
+    ``model`` and ``options``, such as ``include``, are those of ``save_adapter``. ``repo_id`` is
+    "owner/name". The other arguments are huggingface_hub's: without ``private`` the owner's default
+    decides, without ``token`` that of ``hf auth login`` serves.
 
     Returns:
         The address of the commit.
@@ -110,9 +103,8 @@ def from_pretrained(
             transformers, such as ``SamModel``.
         source: a folder, or "owner/name" on the Hub: of ``save_adapter`` and ``push_to_hub`` (the
             adapter alone), or of ``save_pretrained`` of an injected model.
-        revision: branch, tag or commit on the Hub; None is the main branch.
-        token: an access token for the Hub.
-        endpoint: the Hub's address; None takes huggingface_hub's.
+        revision: branch, tag or commit on the Hub; it, ``token`` and ``endpoint`` are as in
+            huggingface_hub.
         options: for the class's own ``from_pretrained``, such as ``dtype``.
 
     Returns:
@@ -129,9 +121,8 @@ def from_pretrained(
                 str(source), revision=revision, token=token, endpoint=endpoint
             )
         except REFUSALS as error:
-            raise UserError(
-                f"{source} is no folder, and the Hub gives none: {reason_of(error)}"
-            ) from error
+            reason = reason_of(error)
+            raise UserError(f"{source} is no folder, and the Hub gives none: {reason}") from error
         folder = Path(found)
     whole = (folder / ADAPTER_FOLDER / CONFIG_NAME).is_file()
     adapter = folder / ADAPTER_FOLDER if whole else folder

@@ -11,11 +11,7 @@ from naslora.adapter.layer.modules import draw_channels
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:  # the same library under its older name
-    from pytorch_lightning import (  # type: ignore[assignment]
-        Callback,
-        LightningModule,
-        Trainer,
-    )
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 
 class AlphaCallback(EpochSearch, Callback):

@@ -100,9 +100,7 @@ class NasLoraConfig(LoraConfig):
     def adapter_config(self, rank: int, lora_alpha: float) -> NASLoRAConfig:
         """The configuration of one layer, whose rank and alpha PEFT's patterns may change."""
         shared = {f.name for f in dataclasses.fields(NASLoRAConfig)} - {"rank", "lora_alpha"}
-        values = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in shared
-        }
+        values = {name: value for name, value in vars(self).items() if name in shared}
         return NASLoRAConfig(rank=rank, lora_alpha=lora_alpha, **values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -296,16 +294,14 @@ class NasLoraModel(LoraModel):
     ) -> None:
         """As PEFT's, for every door: ``get_peft_model``, ``add_adapter``, ``from_pretrained``."""
         super().inject_adapter(model, adapter_name, *args, **options)
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, NasLoraLinear)}
         new = []
-        for name, layer in layers.items():
-            for _, adapter in adapter_layers(layer):
-                if not adapter.name:  # another adapter takes them from the layer's first one
-                    adapter.name = name
-                    place_hint(model, name, adapter, adapter.config.prefix_tokens)
-                    new.append(name)
-        for name in new:
-            host_calls(model, name)
+        for name, layer in model.named_modules():
+            if isinstance(layer, NasLoraLinear):
+                for _, adapter in adapter_layers(layer):
+                    if not adapter.name:  # another adapter takes them from the layer's first one
+                        place_hint(model, name, adapter, adapter.config.prefix_tokens)
+                        host_calls(model, name)
+                        new.append(name)
         if new:
             keep_frozen(model)
             override_save_pretrained(model)

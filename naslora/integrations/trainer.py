@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from naslora.adapter.layer.alpha_search import AlphaSearch, EpochSearch, Loss
 from naslora.adapter.layer.modules import draw_channels
@@ -56,15 +56,11 @@ class AlphaCallback(EpochSearch, TrainerCallback):
     ) -> None:
         super().__init__(held_out, loss_fn or own_loss, **options)
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Freezes alpha before the Trainer makes its optimizer."""
         self.attach(kwargs["model"])
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reads the state of the search if the Trainer resumes."""
         if not hasattr(self, "search"):  # added after the Trainer was made
             self.search = AlphaSearch(kwargs["model"], self.lr, self.start)
@@ -75,23 +71,17 @@ class AlphaCallback(EpochSearch, TrainerCallback):
             else:
                 warnings.warn(f"{path} does not exist, so alpha's Adam starts anew", stacklevel=2)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draws channels."""
         draw_channels(kwargs["model"], self.seed, int(state.epoch or 0))
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes the epoch's alpha steps."""
         # state.epoch is the number of epochs done, as a sum of fractions; max_steps may cut one.
         epoch = max(math.ceil((state.epoch or 0) - 1e-6) - 1, 0)
         self.search_epoch(kwargs["model"], epoch, lambda batch: send_to_device(batch, args.device))
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the state of the search into the Trainer's checkpoint."""
         if state.is_world_process_zero:
             write_torch(checkpoint(args, state) / STATE_NAME, self.search.state_dict())

@@ -45,11 +45,11 @@ class Balance:
         self.losses: list[Tensor] = []
         self.open = False
 
-    def start(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def start(self, *_: Any) -> None:
         """Before the encoder's forward: drops earlier losses and opens."""
         self.losses, self.open = [], True
 
-    def stop(self, encoder: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def stop(self, *_: Any) -> None:
         """After the encoder's forward: closes."""
         self.open = False
 
@@ -68,14 +68,11 @@ class ConvLoRALinear(GridLayer):
     """A drop-in for the nn.Linear it wraps; shapes as ``naslora.NASLoRALinear``. A prefix gets
     plain LoRA.
 
-    Args:
-        base: the frozen nn.Linear.
-        config: the adapter's settings.
-        balance: where the layer adds its auxiliary loss.
-        generator: where lora_A comes from. The experts draw from PyTorch's global generator.
+    lora_A comes from ``generator``. The experts draw from PyTorch's global generator.
 
     Attributes:
         base: the frozen nn.Linear.
+        balance: where the layer adds its auxiliary loss.
         lora_A: (r, C_in) encoder W_e; kaiming-uniform(a=sqrt(5)).
         lora_B: (C_out, r) decoder W_d; zero.
         gate: (experts, r) the logits' weights; zero.
@@ -84,11 +81,7 @@ class ConvLoRALinear(GridLayer):
     """
 
     def __init__(
-        self,
-        base: nn.Linear,
-        config: ConvLoRAConfig,
-        balance: Balance,
-        generator: torch.Generator,
+        self, base: nn.Linear, config: ConvLoRAConfig, balance: Balance, generator: torch.Generator
     ) -> None:
         super().__init__()
         rank = config.rank
@@ -117,11 +110,8 @@ class ConvLoRALinear(GridLayer):
         return h + F.linear(self.scaling * y, self.lora_B).reshape(h.shape)
 
     def choose(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Selects an expert for each map. In training the choice is noisy, and the auxiliary loss
-        is added to ``balance``.
-
-        Args:
-            pooled: (B, r) the maps' means.
+        """Selects an expert for each map, by the maps' means, (B, r). In training the choice is
+        noisy, and the auxiliary loss is added to ``balance``.
 
         Returns:
             The expert of each map, (B,) int64, and the number of maps of each expert, (experts,).
@@ -140,15 +130,8 @@ class ConvLoRALinear(GridLayer):
         return chosen, counts
 
     def mixture(self, z: Tensor, chosen: Tensor, counts: list[int]) -> Tensor:
-        """Each map through its expert, the maps of an expert in one call.
-
-        Args:
-            z: (B, H, W, r) maps.
-            chosen: (B,) the expert of each map.
-            counts: the number of maps of each expert.
-
-        Returns:
-            (B, H, W, r).
+        """Each map through its expert, the maps of an expert in one call: (B, H, W, r) to the same.
+        ``chosen`` and ``counts`` are those of ``choose``.
         """
         order = chosen.argsort()
         groups = z.index_select(0, order).split(counts)

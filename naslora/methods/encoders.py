@@ -41,12 +41,9 @@ def beside(new: New, weight: Tensor) -> New:
 
 
 class AdaptedBlock(nn.Module):
-    """A transformer block of SAM with its halves as methods, for subclasses to change.
+    """A block of a plain ViT with its halves as methods, for subclasses to change.
 
     Its parts keep their names, and it computes what the block computes.
-
-    Args:
-        block: a block of a plain ViT.
     """
 
     def __init__(self, block: Any) -> None:
@@ -64,13 +61,11 @@ class AdaptedBlock(nn.Module):
         """The block's first half: x + attention, in windows where the block has windows."""
         from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 
-        windows = self.norm1(x)
-        if self.window_size > 0:
-            windows, padded = window_partition(windows, self.window_size)
-        windows = self.attend(windows)
-        if self.window_size > 0:
-            windows = window_unpartition(windows, self.window_size, padded, x.shape[1:3])
-        return x + windows
+        size = self.window_size
+        if size == 0:
+            return x + self.attend(self.norm1(x))
+        windows, padded = window_partition(self.norm1(x), size)
+        return x + window_unpartition(self.attend(windows), size, padded, x.shape[1:3])
 
     def attend(self, windows: Tensor) -> Tensor:
         """Attention within (B * windows, H, W, C)."""

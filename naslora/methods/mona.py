@@ -11,13 +11,7 @@ from torch import Tensor, nn
 
 from naslora.adapter.layer.applied import Method
 from naslora.adapter.layer.config import MethodConfig
-from naslora.methods.encoders import (
-    AdaptedBlock,
-    beside,
-    is_plain_vit,
-    refuse,
-    tiny_vit_stages,
-)
+from naslora.methods.encoders import AdaptedBlock, beside, is_plain_vit, refuse, tiny_vit_stages
 from naslora.settings import Count
 
 KERNELS = (3, 5, 7)
@@ -36,11 +30,7 @@ class Mona(nn.Module):
     """x + up(gelu(mix(down(s1 norm(x) + s2 x)))) on (B, H, W, C).
 
     mix: the mean of depthwise 3 x 3, 5 x 5 and 7 x 7 convolutions plus the identity, then a
-    pointwise convolution plus the identity.
-
-    Args:
-        channels: C.
-        width: channels between ``down`` and ``up``.
+    pointwise convolution plus the identity. These have ``width`` channels.
     """
 
     def __init__(self, channels: int, width: int) -> None:

@@ -45,7 +45,7 @@ def add_lora(encoder: Any, config: LowRankConfig, seed: int, dora: bool = False)
     targets = list(find_targets(encoder, config))
     options = LoraConfig(r=config.rank, lora_alpha=alpha, use_dora=dora, target_modules=targets)
     get_peft_model(encoder, options)
-    for name, layer in _peft_layers(encoder).items():
+    for name, layer in _peft_layers(encoder):
         drawn = draw_lora_A(config.rank, layer.in_features, layer_generator(seed, name))
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(drawn)
@@ -64,10 +64,10 @@ def add_vera(encoder: Any, config: VeRAConfig, seed: int) -> None:
     get_peft_model(encoder, options)
 
 
-def _peft_layers(model: nn.Module) -> dict[str, Any]:
+def _peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
 def _folded(layer: Any, mode: MergeMode) -> nn.Linear:

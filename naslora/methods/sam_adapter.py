@@ -6,6 +6,7 @@ the sum into the prompt, which is added to the block's tokens. The width of Tiny
 stage to stage, so it gets these layers once for each stage.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -34,22 +35,34 @@ class SAMAdapterConfig(MethodConfig):
 
 
 class Prompts(nn.Module):
-    """The layers that compute the prompts of the blocks of one stage.
+    """Computes the prompts of the blocks of one stage, as hooks.
 
     Args:
-        width: C of the tokens.
-        hidden: channels of the adapter.
-        depth: number of blocks.
+        blocks: the stage's blocks, whose tokens are (B, H, W, C).
+        scale_factor: C divided by the channels of the prompts.
         stride: pixels a side for one token.
-        channels: C of the images.
+        channels: of the images.
+
+    Raises:
+        UserError: ``scale_factor`` is greater than C.
     """
 
-    def __init__(self, width: int, hidden: int, depth: int, stride: int, channels: int) -> None:
+    features: Tensor | None = None
+    """(B, H, W, hidden), during the encoder's forward."""
+
+    def __init__(self, blocks: Sequence[Any], scale_factor: int, stride: int, channels: int):
         super().__init__()
+        weight = blocks[0].attn.proj.weight
+        width = weight.shape[0]
+        if scale_factor > width:
+            raise UserError(
+                f"scale_factor must be at most the encoder's width {width}, got {scale_factor}"
+            )
+        hidden = width // scale_factor
         self.patch_embed = nn.Conv2d(channels, hidden, stride, stride)
         self.embed = nn.Linear(width, hidden)
         self.block_mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(hidden, hidden), nn.GELU()) for _ in range(depth)
+            nn.Sequential(nn.Linear(hidden, hidden), nn.GELU()) for _ in blocks
         )
         self.up = nn.Linear(hidden, width)
         for module in self.modules():
@@ -59,50 +72,37 @@ class Prompts(nn.Module):
         nn.init.kaiming_normal_(self.patch_embed.weight, mode="fan_out")
         assert self.patch_embed.bias is not None
         nn.init.zeros_(self.patch_embed.bias)
+        beside(self, weight)
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self.prompt, index))
+
+    def see_tokens(self, module: nn.Module, inputs: Any, output: Tensor | None = None) -> None:
+        """After the embedding of a plain ViT, or before the blocks of TinyViT."""
+        tokens = inputs[0] if output is None else output  # (B, H, W, C)
+        self.features = self.features + self.embed(tokens)
+
+    def prompt(self, index: int, block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Before a block: adds its prompt to its tokens."""
+        return (inputs[0] + self.up(self.block_mlps[index](self.features)),)
 
 
 class SamAdapter(nn.Module):
-    """The prompts of every stage, and the hooks that add them to an encoder's tokens.
+    """The prompts of every stage, which see the image first."""
 
-    Args:
-        stages: the layers of each stage.
-
-    Attributes:
-        features: (B, H, W, hidden) of each stage, during the encoder's forward; else empty.
-    """
-
-    def __init__(self, stages: list[Prompts]) -> None:
+    def __init__(self, stages: Iterable[Prompts]) -> None:
         super().__init__()
         self.stages: Any = nn.ModuleList(stages)
-        self.features: list[Tensor] = []
 
     def see_image(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Before the encoder: embeds the high frequencies of its (B, C, S, S) images."""
         high = high_frequencies(inputs[0])
-        embedded = [stage.patch_embed(high) for stage in self.stages]
-        self.features = [features.permute(0, 2, 3, 1) for features in embedded]
-
-    def see_embedding(
-        self,
-        stage: int,
-        module: nn.Module,
-        inputs: tuple[Tensor, ...],
-        output: Tensor | None = None,
-    ) -> None:
-        """After a stage's embedding, or before its blocks: adds a projection of the tokens."""
-        tokens = inputs[0] if output is None else output  # (B, H, W, C)
-        self.features[stage] = self.features[stage] + self.stages[stage].embed(tokens)
-
-    def prompt(
-        self, stage: int, index: int, block: nn.Module, inputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor]:
-        """Before a block: adds its prompt to its tokens."""
-        prompts = self.stages[stage]
-        return (inputs[0] + prompts.up(prompts.block_mlps[index](self.features[stage])),)
+        for stage in self.stages:
+            stage.features = stage.patch_embed(high).permute(0, 2, 3, 1)
 
     def forget(self, encoder: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """After the encoder: drops the features, and with them their autograd graph."""
-        self.features = []
+        for stage in self.stages:
+            stage.features = None
 
 
 @torch.no_grad()
@@ -113,10 +113,7 @@ def high_frequencies(images: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     half = int((MASKED * height * width) ** 0.5 / 2)
-    rows, columns = (
-        slice(height // 2 - half, height // 2 + half),
-        slice(width // 2 - half, width // 2 + half),
-    )
+    rows, columns = (slice(side // 2 - half, side // 2 + half) for side in (height, width))
     spectrum = torch.fft.fftshift(torch.fft.fft2(images.float()), dim=(-2, -1))
     spectrum[..., rows, columns] = 0
     return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real.abs().to(images.dtype)
@@ -130,41 +127,27 @@ def add(encoder: Any, config: SAMAdapterConfig, seed: int) -> None:
             ``config.scale_factor``.
     """
     if is_plain_vit(encoder):
-        stages = [list(encoder.blocks)]
+        stages = [encoder.blocks]
         strides = [encoder.patch_embed.proj.stride[0]]
         watch = [encoder.patch_embed.register_forward_hook]
     elif own := tiny_vit_stages(encoder):
-        stages = [list(stage.blocks) for stage in own]
+        stages = [stage.blocks for stage in own]
         steps = [stage.downsample.conv2.conv.stride[0] for stage in own]
         # Pixels a side for a token of each stage: 8, 16 and 16 in MobileSAM.
         strides = [encoder.patch_embed.stride * step for step in accumulate(steps, mul)]
-        watch = [stage.blocks.register_forward_pre_hook for stage in own]
+        watch = [blocks.register_forward_pre_hook for blocks in stages]
     else:
         raise refuse("sam-adapter", encoder, "SAM's plain ViTs or MobileSAM's TinyViT")
     channels = next(part.in_channels for part in encoder.modules() if isinstance(part, nn.Conv2d))
-    adapter = SamAdapter(
-        [
-            _prompts(blocks, stride, config.scale_factor, channels)
-            for blocks, stride in zip(stages, strides, strict=True)
-        ]
-    )
-    encoder.sam_adapter = adapter
+    prompts = [
+        Prompts(blocks, config.scale_factor, stride, channels)
+        for blocks, stride in zip(stages, strides, strict=True)
+    ]
+    for stage, register in zip(prompts, watch, strict=True):
+        register(stage.see_tokens)
+    encoder.sam_adapter = adapter = SamAdapter(prompts)
     encoder.register_forward_pre_hook(adapter.see_image)
     encoder.register_forward_hook(adapter.forget)
-    for i, blocks in enumerate(stages):
-        watch[i](partial(adapter.see_embedding, i))
-        for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(partial(adapter.prompt, i, index))
-
-
-def _prompts(blocks: list[Any], stride: int, scale_factor: int, channels: int) -> Prompts:
-    weight = blocks[0].attn.proj.weight
-    width = weight.shape[0]
-    if scale_factor > width:
-        raise UserError(
-            f"scale_factor must be at most the encoder's width {width}, got {scale_factor}"
-        )
-    return beside(Prompts(width, width // scale_factor, len(blocks), stride, channels), weight)
 
 
 METHOD = Method(

@@ -28,10 +28,6 @@ class VPTConfig(MethodConfig):
 class PromptedBlock(AdaptedBlock):
     """A block whose windows all attend to the same prompts beside the image.
 
-    Args:
-        block: a block of a plain ViT.
-        count: number of prompts.
-
     Attributes:
         prompts: (count, C); uniform like a patch embedding of 16 x 16 x 3 pixels.
     """

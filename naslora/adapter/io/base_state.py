@@ -17,14 +17,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 from naslora.adapter.io.storage import (
     adapter_names,
     base_checksum,
-    layer_names,
     selected_state,
     unshared,
     write_adapter,
 )
 from naslora.adapter.io.wrappers import bare_state, fill, gathered, unwrap, writes_together
 from naslora.adapter.layer.applied import applied
-from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers, bare_layers
 from naslora.adapter.merging.merged import MergedNASLoRALinear, merged_modules
 from naslora.errors import UserError, listing
 
@@ -102,8 +101,8 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     present = applied(unwrap(model))
     if present is not None and not any(adapter_layers(model)):
         raise UserError(
-            f"the model is adapted with method {present.name}; only models with NAS-LoRA layers "
-            "have a base state dict"
+            f"the model is adapted with method {present.method.name}; only models with NAS-LoRA "
+            "layers have a base state dict"
         )
     original, adapter = _original_names(model), adapter_names(model)
     state = bare_state(model)
@@ -117,7 +116,7 @@ def _original_names(model: nn.Module) -> dict[str, str]:
             "the adapter belongs to a PeftModel: call its save_pretrained, or its "
             "merge_and_unload or unload first"
         )
-    prefixes = [f"{name}." if name else "" for name in layer_names(model)]
+    prefixes = [f"{name}." if name else "" for name in bare_layers(model)]
     return {f"{p}base.{leaf}": f"{p}{leaf}" for p in prefixes for leaf in ("weight", "bias")}
 
 
@@ -172,11 +171,7 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def override_save_pretrained(model: nn.Module) -> None:
-    """Puts ours in front of the ``save_pretrained`` of all adapted parts, in place.
-
-    Args:
-        model: the adapted model. Parts of it can have such a method as well.
-    """
+    """Puts ours in front of the ``save_pretrained`` of the adapted model and of its parts."""
     for module in model.modules():
         if hasattr(type(module), "save_pretrained") and any(adapter_layers(module)):
             vars(module)["save_pretrained"] = partial(_save_pretrained, module)

@@ -14,14 +14,13 @@ from naslora.adapter.io.storage import (
     adapter_names,
     applied_config,
     base_checksum,
-    layer_names,
     unshared,
 )
 from naslora.adapter.io.wrappers import bare_state, fill, unwrap
 from naslora.adapter.layer.applied import applied, find_method
 from naslora.adapter.layer.config import OUTPUT_FIELDS, NASLoRAConfig
 from naslora.adapter.layer.injection import apply, inject
-from naslora.adapter.layer.modules import adapter_layers, undone_on_error
+from naslora.adapter.layer.modules import adapter_layers, bare_layers, undone_on_error
 from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError
 from naslora.files import read_json, read_safetensors, reading
@@ -51,13 +50,9 @@ def load_adapter(model: nn.Module, directory: str | Path, check_base: bool = Tru
     with undone_on_error(model):
         if applied(unwrap(model)) is None and not any(adapter_layers(model)):
             _adapt(unwrap(model), stored)
-        check_fit(
-            f"the adapter in {directory}",
-            [
-                *_differing_settings(model, stored),
-                *_differing_tensors(model, tensors, stored.other_tensors or []),
-            ],
-        )
+        problems = _differing_settings(model, stored)
+        problems += _differing_tensors(model, tensors, stored.other_tensors or [])
+        check_fit(f"the adapter in {directory}", problems)
         trained = {*tensors, *(stored.unsaved_tensors or ())}
         expected = stored.base_checksum if check_base else None
         if expected is not None and expected != base_checksum(model, trained):
@@ -94,11 +89,11 @@ def _adapt(model: nn.Module, stored: Description) -> None:
 
 def _differing_settings(model: nn.Module, stored: Description) -> list[str]:
     """Differences of method and configuration that change the output of equal tensors."""
-    present, config, layers = applied(unwrap(model)), applied_config(model), layer_names(model)
+    present, config, layers = applied(unwrap(model)), applied_config(model), bare_layers(model)
     ours, theirs = config.to_dict() if config else {}, stored.config or {}
     problems = []
-    if present is not None and stored.method not in (None, present.name):
-        problems.append(f"the method is {stored.method} in the file, {present.name} here")
+    if present is not None and stored.method not in (None, present.method.name):
+        problems.append(f"the method is {stored.method} in the file, {present.method.name} here")
     problems += [
         *(f"layer {n} is not adapted in the model" for n in stored.layers if n not in layers),
         *(f"layer {n} is not in the file" for n in layers if n not in stored.layers),
@@ -117,7 +112,7 @@ def _differing_tensors(
     state, ours = bare_state(model), adapter_names(model)
     expected = {*unshared({name: state[name] for name in state if name in ours}), *promised}
     problems = mismatches(tensors, state, sorted(expected))
-    for name, (_, layer) in zip(layer_names(model), adapter_layers(model), strict=True):
+    for name, layer in bare_layers(model).items():
         name = f"{name}.channels".lstrip(".")
         channels = tensors.get(name)
         if channels is None or channels.is_floating_point() or channels.dim() != 1:

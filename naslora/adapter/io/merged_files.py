@@ -68,11 +68,7 @@ def merged_checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_merged(model: nn.Module, directory: str | Path) -> None:
-    """Loads what ``save_merged`` or ``naslora merge`` wrote, exactly, in place.
-
-    Args:
-        model: the original model, unadapted.
-        directory: the folder.
+    """Loads the folder of ``save_merged`` or ``naslora merge`` into the original model, exactly.
 
     Raises:
         UserError: the model is adapted or merged, a file is missing or damaged, or does not fit the

@@ -18,7 +18,6 @@ from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.injection import build_layers
 from naslora.adapter.layer.layer import NASLoRALinear
 from naslora.adapter.layer.modules import NAMED, adapter_layers, keep_frozen, replace_module
-from naslora.adapter.layer.targets import find_targets, with_names
 from naslora.errors import UserError
 from naslora.settings import checked
 
@@ -66,8 +65,7 @@ def add_adapter(
     active = next(iter(adapters.layers[adapters.active].values()))
     config = checked("config", active.config if config is None else config, NASLoRAConfig)
     with disable_adapter(model):
-        config = with_names(config, host)
-        layers = build_layers(host, find_targets(host, config), config, seed)
+        layers = build_layers(host, config, seed)
         for layer in layers.values():
             keep_frozen(layer)
         adapters.layers[name] = layers
@@ -75,11 +73,7 @@ def add_adapter(
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Lets an adapter compute, and no other. An optimizer belongs to one adapter.
-
-    Args:
-        model: a model of ``inject`` or ``add_adapter``.
-        name: the adapter's name.
+    """Lets the adapter of this name compute, and no other. An optimizer belongs to one adapter.
 
     Raises:
         UserError: there is no such adapter, or the model is merged.
@@ -102,9 +96,6 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Lets the frozen layers compute while the body runs.
 
     Inside, ``set_adapter`` chooses the adapter that computes afterwards.
-
-    Args:
-        model: a model of ``inject``.
 
     Raises:
         UserError: the model has no adapter, or is merged.

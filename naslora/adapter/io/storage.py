@@ -10,17 +10,10 @@ from typing import Any, Literal
 
 from torch import Tensor, distributed, nn
 
-from naslora.adapter.io.wrappers import (
-    bare_paths,
-    bare_state,
-    gathered,
-    is_sharded,
-    unwrap,
-    writes_together,
-)
+from naslora.adapter.io.wrappers import bare_state, gathered, is_sharded, unwrap, writes_together
 from naslora.adapter.layer.applied import applied, image_encoder
 from naslora.adapter.layer.config import MethodConfig, TargetConfig
-from naslora.adapter.layer.modules import NAMED, adapter_layers
+from naslora.adapter.layer.modules import NAMED, adapter_layers, bare_layers
 from naslora.adapter.layer.targets import compiled, target_name
 from naslora.adapter.merging.merged import merged_modules
 from naslora.errors import UserError, listing
@@ -98,12 +91,12 @@ def write_adapter(
     model: nn.Module, directory: Path, tensors: Mapping[str, Tensor], checksum: str
 ) -> None:
     """Writes both files of an adapter: ``tensors``, and the ``checksum`` of the frozen weights."""
-    present, layers, ours = applied(unwrap(model)), layer_names(model), adapter_names(model)
+    present, layers, ours = applied(unwrap(model)), [*bare_layers(model)], adapter_names(model)
     config = applied_config(model)
     description = Description(
         config=config.to_dict() if config else None,
         layers=layers,
-        method=present.name if present else None,
+        method=present.method.name if present else None,
         target=target_name(config.target) if isinstance(config, TargetConfig) else None,
         base_model_name_or_path=base_model(model),
         other_tensors=sorted(tensors.keys() - ours),
@@ -121,12 +114,6 @@ def applied_config(model: nn.Module) -> MethodConfig | None:
     if present is not None:
         return present.config
     return next((layer.config for _, layer in adapter_layers(model)), None)
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """The NAS-LoRA layers' names in the model without wrappers, in model order."""
-    paths = bare_paths(model)
-    return [paths[name] for name, _ in adapter_layers(model)]
 
 
 def base_model(model: nn.Module) -> str | None:
@@ -189,7 +176,7 @@ def adapter_names(model: nn.Module) -> set[str]:
     if present is not None:
         prefix = next((n for n, m in own.named_modules() if m is image_encoder(own)), "")
         names = {f"{prefix}.{name}".lstrip(".") for name in present.tensors}
-    ours = tuple(f"{name}." if name else "" for name in layer_names(model))
+    ours = tuple(f"{name}." if name else "" for name in bare_layers(model))
     bases = tuple(f"{prefix}base." for prefix in ours)
     return names | {n for n in state if n.startswith(ours) and not n.startswith(bases)}
 

@@ -65,11 +65,8 @@ def bare_paths(model: nn.Module) -> dict[str, str]:
 def bare_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
     """The state dict under the names of the bare model, without the wrappers' own tensors.
 
-    Entries that are no tensors are left out. Sharded tensors stay so.
-
-    Args:
-        model: the model, in wrappers or not.
-        keep_vars: as in ``torch.nn.Module.state_dict``.
+    Entries that are no tensors are left out. Sharded tensors stay so. ``keep_vars`` is that of
+    ``torch.nn.Module.state_dict``.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes time
     state: dict[str, Any] = {}
@@ -83,14 +80,10 @@ def bare_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies values into the tensors of these names, in place.
+    """Copies values, by names of ``bare_state``, into the tensors of these names, in place.
 
     Sharded tensors take their own part. TinyViT caches its attention biases in evaluation mode; a
     change of mode drops the cache.
-
-    Args:
-        model: the model, in wrappers or not.
-        tensors: by names of ``bare_state``, in shapes that fit.
     """
     state: dict[str, Any] = bare_state(model)
     with torch.no_grad():

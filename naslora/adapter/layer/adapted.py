@@ -19,7 +19,6 @@ class AdaptedLinear(GridLayer):
         lora_A: (r, C_in) encoder W_e.
         lora_B: (C_out, r) decoder W_d.
         scaling: s; 1 where lora_B holds it.
-        name: the layer's name in the host, for messages.
         called: whether the layer has computed.
     """
 
@@ -27,7 +26,6 @@ class AdaptedLinear(GridLayer):
     lora_A: Tensor
     lora_B: Tensor
     scaling = 1.0
-    name = ""
     called = False
 
     def encoded(self, x: Tensor) -> Tensor:
@@ -56,17 +54,11 @@ class AdaptedLinear(GridLayer):
         return self.decoded(self.mixed(x))
 
     def in_windows(self, x: Tensor, windows: Windows) -> Tensor:
-        """The layer on the windows of images, whose edge is padded with zeros.
+        """The layer on the windows of images, whose edge is padded with zeros: (B, H, W, C_in) to
+        (B * windows, size, size, C_out).
 
         The frozen product is computed on the images' tokens alone; beyond them it is the bias. The
         cell sees the padding, because it looks at a token's neighbours.
-
-        Args:
-            x: (B, H, W, C_in) images.
-            windows: how they are cut.
-
-        Returns:
-            (B * windows, size, size, C_out).
         """
         object.__setattr__(self, "called", True)  # a tenth of the time of Module.__setattr__
         y = self.mix(windows.partition(self.encoded(x)))

@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,9 +80,7 @@ def param_groups(
 class CellGroup(dict[str, Any]):
     """The cells' group of an optimizer. It warns, once, if its rate is set to that of the others.
 
-    Args:
-        others: the group of the other weights.
-        entries: the group's.
+    ``others`` is the group of the other weights.
     """
 
     others: dict[str, Any] | None = None  # also in copies, which are filled before it is set
@@ -145,11 +144,7 @@ class AlphaSearch:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        start: int = 0,
-        betas: tuple[float, float] = (0.5, 0.999),
+        self, model: nn.Module, lr: float, start: int = 0, betas: tuple[float, float] = (0.5, 0.999)
     ) -> None:
         lr, start = checked("lr", lr, Alpha), checked("start", start, Index)
         self.model = unwrap(model)
@@ -166,7 +161,7 @@ class AlphaSearch:
         self.optimizer = AlphaAdam(self.alphas, lr=lr, betas=betas)
         self._scaler = torch.amp.GradScaler(self.alphas[0].device.type)
         self._message: Any = None
-        self.required = distributed.is_available() and distributed.is_initialized()
+        self.required = processes() > 0
         self._hold_in_other_optimizers()
         self.rest()
 
@@ -194,10 +189,15 @@ class AlphaSearch:
             # Autocast could return copies of the weights that still require gradients.
             torch.clear_autocast_cache()
             loss = loss_fn(self.model, batch)
-            self._check_loss(loss)
-            self._scaler.scale(loss).backward()
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise UserError(f"loss_fn must return a scalar tensor, got {got}")
+            if loss.requires_grad:
+                self._scaler.scale(loss).backward()
             if all(alpha.grad is None for alpha in self.alphas):
-                raise UserError(self._no_alpha())
+                names = [name for name, layer in adapter_layers(self.model) if not layer.called]
+                idle = f"; the model has never called {listing(names)}, which are adapted"
+                raise UserError(NO_ALPHA + (idle if names else ""))
             mean = self._average(loss.detach())
             self._scaler.step(self.optimizer)
             self._scaler.update()
@@ -223,33 +223,17 @@ class AlphaSearch:
         self._scaler.load_state_dict(state["scaler"])
         self.calls = state["calls"]
 
-    def _check_loss(self, loss: object) -> None:
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(f"loss_fn must return a scalar tensor, got {got}")
-        if not loss.requires_grad:
-            raise UserError(self._no_alpha())
-
-    def _no_alpha(self) -> str:
-        names = [name for name, layer in adapter_layers(self.model) if not layer.called]
-        idle = f"; the model has never called {listing(names)}, which are adapted"
-        return NO_ALPHA + (idle if names else "")
-
     def _hold_in_other_optimizers(self) -> None:
         """Restores alpha after every step of another optimizer, as long as this object lives."""
         alphas: list[Tensor] = [*self.alphas]
         before = [alpha.detach().clone() for alpha in alphas]
 
         @torch.no_grad()
-        def keep(stepping: Optimizer, *arguments: Any) -> None:
+        def copy(to: list[Tensor], source: list[Tensor], stepping: Optimizer, *_: Any) -> None:
             if not isinstance(stepping, AlphaAdam):
-                torch._foreach_copy_(before, alphas)
+                torch._foreach_copy_(to, source)
 
-        @torch.no_grad()
-        def restore(stepping: Optimizer, *arguments: Any) -> None:
-            if not isinstance(stepping, AlphaAdam):
-                torch._foreach_copy_(alphas, before)
-
+        keep, restore = partial(copy, before, alphas), partial(copy, alphas, before)
         for handle in (
             optimizer.register_optimizer_step_pre_hook(keep),
             optimizer.register_optimizer_step_post_hook(restore),
@@ -273,21 +257,24 @@ class AlphaSearch:
 
     def _average(self, loss: Tensor) -> float:
         """Averages alpha's gradients, in place, and the loss over the processes, in one message."""
-        if distributed.is_available() and distributed.is_initialized():
-            processes = distributed.get_world_size()
-            if processes > 1:
-                grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in self.alphas]
-                place = self.alphas[0]
-                flat = torch.cat([part.flatten().to(place) for part in (*grads, loss)])
-                # Kept, so that the group's thread need not free it, which takes Python's lock. A
-                # DistributedDataParallel that outlives its group holds the lock and waits for it.
-                self._message = distributed.all_reduce(flat, async_op=True)
-                self._message.wait()
-                flat /= processes
-                *means, loss = flat.split([*(grad.numel() for grad in grads), 1])
-                for alpha, mean in zip(self.alphas, means, strict=True):
-                    alpha.grad = mean.view_as(alpha).to(alpha)
+        if processes() > 1:
+            grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in self.alphas]
+            flat = torch.cat([part.flatten().to(self.alphas[0]) for part in (*grads, loss)])
+            # Kept, so that the group's thread need not free it, which takes Python's lock. A
+            # DistributedDataParallel that outlives its group holds the lock and waits for it.
+            self._message = distributed.all_reduce(flat, async_op=True)
+            self._message.wait()
+            flat /= processes()
+            *means, loss = flat.split([*(grad.numel() for grad in grads), 1])
+            for alpha, mean in zip(self.alphas, means, strict=True):
+                alpha.grad = mean.view_as(alpha).to(alpha)
         return float(loss)
+
+
+def processes() -> int:
+    """The number of processes of the process group; 0 without one."""
+    grouped = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if grouped else 0
 
 
 # ---- Hosts that train the weights themselves -----------------------------------------------------
@@ -343,12 +330,8 @@ class EpochSearch:
         self.search.rest()
 
     def search_epoch(self, model: nn.Module, epoch: int, move: Callable[[Any], Any]) -> None:
-        """Takes one alpha step on each held-out batch, from epoch ``start`` on.
-
-        Args:
-            model: the model of ``attach``.
-            epoch: counted from 0.
-            move: puts a batch on the model's device.
+        """Takes one alpha step on each held-out batch, from epoch ``start`` on. Epochs are counted
+        from 0. ``move`` puts a batch on the device of the model, which is that of ``attach``.
 
         Raises:
             UserError: there are no held-out batches.

@@ -5,7 +5,7 @@ the encoder. The record holds the ``Method`` itself, so saving, merging and the 
 the record. Only code that starts from a name needs the table of methods.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,17 +27,16 @@ OWN = {"own": True}
 class Folding(NamedTuple):
     """How ``naslora.merge`` folds a method into the frozen weights."""
 
-    layers: Callable[[nn.Module], dict[str, Any]]
-    """Takes the model. Returns the adapted layers by their names. They have the attributes
+    layers: Callable[[nn.Module], Iterable[tuple[str, Any]]]
+    """Takes the model. Returns the adapted layers with their names. They have the attributes
     ``in_features`` and ``weight``."""
     fold: Callable[[Any, MergeMode], nn.Module]
     """Takes a layer and the mode. Returns the merged module."""
     update: Callable[[Any, Tensor, Tensor], Tensor]
     """Takes a layer, its input and its output. Returns the adapter's part of the output."""
     modes: Callable[[Any], list[MergeMode]]
-    """The modes whose results differ, for a configuration."""
-    fits: bool = False
-    """Whether mode "calibrated" fits layers. Otherwise ``fold`` is exact in every mode."""
+    """The modes whose results differ, for a configuration. Without "calibrated" among them ``fold``
+    is exact in every mode."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,6 @@ class Applied:
     tensors: tuple[str, ...]
     """The method's tensors (trained parameters and buffers), by their names in the encoder's state
     dict. Every other tensor has the value it had before."""
-
-    @property
-    def name(self) -> str:
-        """The method's name."""
-        return self.method.name
 
 
 METHODS: dict[str, Method] = {}

@@ -17,19 +17,17 @@ from naslora.adapter.layer.config import CellInit
 from naslora.errors import UserError
 from naslora_kernels import folded_cell, folded_convolution, mixed_cell
 from naslora_kernels.cell import Cell as CellTensors
-from naslora_kernels.operations import (
-    AVG_POOL,
-    CONVOLUTIONS,
-    MAX_POOL,
-    NONE,
-    SKIP,
-    Convolution,
-)
+from naslora_kernels.operations import AVG_POOL, CONVOLUTIONS, MAX_POOL, NONE, SKIP, Convolution
 
 LEFT_OUT = -1e4
 """The logit of an operation that is left out. Its softmax and its gradient are exactly zero in any
 precision, so weight decay cannot bring the operation back. Minus infinity would give NaN in Adam.
 """
+
+
+def _uniform(tensor: Tensor, fan_in: int, generator: torch.Generator) -> Tensor:
+    bound = fan_in**-0.5
+    return tensor.uniform_(-bound, bound, generator=generator)
 
 
 # ---- Preset "linear" -----------------------------------------------------------------------------
@@ -54,24 +52,19 @@ class LinearCell(nn.Module):
     def __init__(self, channels: int, init: CellInit, generator: torch.Generator) -> None:
         super().__init__()
         self.spatial = 1.0
-        kernels = []
-        for size in (convolution.kernel for convolution in CONVOLUTIONS):
-            dw = torch.empty(channels, size, size)
-            if init == "kaiming":
-                dw.uniform_(-1 / size, 1 / size, generator=generator)
-            else:
-                dw = self.IDENTITY_NOISE * dw.normal_(generator=generator)
-                dw[:, size // 2, size // 2] += 1.0
-            kernels.append(nn.Parameter(dw))
-        self.dw_sep3, self.dw_sep5, self.dw_dil3, self.dw_dil5 = kernels
-        pw = torch.empty(len(CONVOLUTIONS), channels, channels)
-        if init == "kaiming":
-            bound = channels**-0.5  # kaiming-uniform(a=sqrt(5)), PyTorch's start of a convolution
-            pw.uniform_(-bound, bound, generator=generator)
-        else:
-            pw = self.IDENTITY_NOISE * pw.normal_(generator=generator)
-            pw = torch.eye(channels) * self.IDENTITY_GAIN + pw
-        self.pw = nn.Parameter(pw)
+
+        def start(identity: Tensor, fan_in: int) -> nn.Parameter:
+            drawn = torch.empty(identity.shape)
+            if init == "kaiming":  # kaiming-uniform(a=sqrt(5)), PyTorch's start of a convolution
+                return nn.Parameter(_uniform(drawn, fan_in, generator))
+            return nn.Parameter(identity + self.IDENTITY_NOISE * drawn.normal_(generator=generator))
+
+        centre = torch.ones(channels, 1, 1)
+        self.dw_sep3, self.dw_sep5, self.dw_dil3, self.dw_dil5 = (
+            start(F.pad(centre, (conv.kernel // 2,) * 4), conv.kernel**2) for conv in CONVOLUTIONS
+        )
+        identity = self.IDENTITY_GAIN * torch.eye(channels)
+        self.pw = start(identity.expand(len(CONVOLUTIONS), -1, -1), channels)
 
     @property
     def depthwise(self) -> tuple[Tensor, ...]:
@@ -211,23 +204,17 @@ class PaperCell(nn.Module):
                 for conv in CONVOLUTIONS
             )
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() == 4:
-                    bound = (parameter.shape[1] * parameter[0, 0].numel()) ** -0.5
-                    parameter.copy_(
-                        torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-                    )
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d) and module.bias is not None:
+                    _uniform(module.weight, module.weight[0].numel(), generator)
+                    module.bias.zero_()
 
     @staticmethod
     def _block(channels: int, conv: Convolution) -> list[nn.Module]:
         depthwise = nn.Conv2d(
             channels, channels, conv.kernel, 1, conv.reach, conv.dilation, groups=channels
         )
-        pointwise = nn.Conv2d(channels, channels, 1)
-        for convolution in (depthwise, pointwise):
-            assert convolution.bias is not None
-            nn.init.zeros_(convolution.bias)
-        return [nn.ReLU(), depthwise, pointwise, nn.BatchNorm2d(channels)]
+        return [nn.ReLU(), depthwise, nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)]
 
     def forward(
         self, z: Tensor, alpha: Tensor, channels: Tensor | None, backend: str | None = None

@@ -26,8 +26,6 @@ class GridHint:
     """(H, W)."""
     source: str
     """The attribute that states it, for messages, such as `patch_embed.grid_size`."""
-    layer: str
-    """The layer's name in the model, for messages."""
     window: bool = False
     """Whether it is the window of a windowed attention. Hosts shrink a square window to images that
     are smaller than it, so smaller squares are accepted."""
@@ -37,12 +35,14 @@ class GridLayer(nn.Module):
     """A layer whose tokens are an image.
 
     Attributes:
+        name: the layer's name in the host, for messages.
         grid: (H, W) of token sequences that are not square, or None.
         hint: what the host model states of the layer's tokens, or None.
         prefix_tokens: class and register tokens at the start of (B, N, C) inputs. They have no
             place in the image.
     """
 
+    name = ""
     grid: Grid | None = None
     hint: GridHint | None = None
     prefix_tokens: int = 0
@@ -68,36 +68,31 @@ class GridLayer(nn.Module):
             stated = hint if hint is not None and self.grid in (None, hint.grid) else None
             window = stated is not None and stated.window and height == width > side
             if not window or side * side != count:
-                before = x.shape[1] - count
-                raise ValueError(_misfit(count, before, (height, width), stated))
+                raise self._misfit(count, x.shape[1] - count, height, width, stated)
             height, width = side, side
         return prefix, tokens.reshape(x.shape[0], height, width, x.shape[2])
 
-
-def _misfit(count: int, prefix: int, grid: Grid, stated: GridHint | None) -> str:
-    """The message about tokens behind a prefix that are no ``grid``, which the host has stated."""
-    tokens = f"{count} tokens" + (f" behind {prefix} prefix tokens" if prefix else "")
-    height, width = grid
-    number = "N"
-    if stated is None:
-        found = f"{tokens} are no {height} x {width} grid"
-    else:
-        found = (
-            f"{tokens} at layer {stated.layer!r} are not the {height} x {width} grid of the "
-            f"model's {stated.source}"
+    def _misfit(
+        self, count: int, prefix: int, height: int, width: int, stated: GridHint | None
+    ) -> ValueError:
+        """The error about tokens behind a prefix that are no such grid, which the host states."""
+        tokens = f"{count} tokens" + (f" behind {prefix} prefix tokens" if prefix else "")
+        found, further = f"{tokens} are no {height} x {width} grid", -1
+        if stated is not None:
+            grid = f"the {height} x {width} grid of the model's {stated.source}"
+            found = f"{tokens} at layer {self.name!r} are not {grid}"
+            further = prefix + count - height * width
+        number = further if 0 <= further < height * width else "N"
+        starts = "with" if number else "without"
+        return ValueError(
+            f"x: {found}; set the layer's `grid` to (H, W), as in `layer.grid = (H, W)`, or "
+            f"prefix_tokens={number} in NASLoRAConfig if the sequence starts {starts} class or "
+            "register tokens"
         )
-        if 0 <= prefix + count - height * width < height * width:
-            number = str(prefix + count - height * width)
-    starts = "without" if number == "0" else "with"
-    return (
-        f"x: {found}; set the layer's `grid` to (H, W), as in `layer.grid = (H, W)`, or "
-        f"prefix_tokens={number} in NASLoRAConfig if the sequence starts {starts} class or "
-        "register tokens"
-    )
 
 
 def place_hint(model: nn.Module, name: str, layer: GridLayer, prefix: int | None = None) -> None:
-    """Gives the layer of this name what the model states of its tokens: ``hint``, ``grid`` if not
+    """Gives the layer its name, and what the model states of its tokens: ``hint``, ``grid`` if not
     square, and ``prefix_tokens``, timm's ``num_prefix_tokens`` unless ``prefix`` is given.
 
     ``grid`` is what merged layers keep. They need it only where a square is wrong.
@@ -106,7 +101,7 @@ def place_hint(model: nn.Module, name: str, layer: GridLayer, prefix: int | None
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
     stated = max(getattr(module, "num_prefix_tokens", 0) for module in around)
     layer.prefix_tokens = stated if prefix is None else prefix
-    layer.hint = find_hint(model, name)
+    layer.name, layer.hint = name, find_hint(model, name)
     if layer.hint is not None and layer.grid is None and layer.hint.grid[0] != layer.hint.grid[1]:
         layer.grid = layer.hint.grid
 
@@ -129,35 +124,35 @@ def find_hint(model: nn.Module, name: str) -> GridHint | None:
         named = any("att" in part.lower() for part in (type(host).__name__, *inner[:-1]))
         if len(inner) <= 2 and named:
             for attribute in ("resolution", "window_size"):
-                sides = getattr(host, attribute, None)
                 # One number on an attention itself means something else, as in Hiera.
-                window = None if isinstance(sides, int) and len(inner) == 1 else _pair(sides)
+                window = _pair(getattr(host, attribute, None), one=len(inner) > 1)
                 if window is not None:
-                    return GridHint(window, attribute, name, window=True)
+                    return GridHint(window, attribute, window=True)
         stated = _image_grid(host, inner[0])
         if stated is not None:
-            return GridHint(*stated, name)
+            return stated
     return None
 
 
-def _image_grid(host: Any, inner: str) -> tuple[Grid, str] | None:
-    """The grid of the whole image that a module states, and the attribute that states it."""
+def _image_grid(host: Any, inner: str) -> GridHint | None:
+    """The grid of the whole image that a module states."""
     grid = _pair(getattr(getattr(host, "patch_embed", None), "grid_size", None))
     if inner == "blocks" and grid is not None:
-        return grid, "patch_embed.grid_size"
-    grid = getattr(host, "grid_size", None)  # one number means something else, as in KAN layers
-    if not isinstance(grid, int) and _pair(grid) is not None:
-        return _pair(grid), "grid_size"  # type: ignore[return-value]
+        return GridHint(grid, "patch_embed.grid_size")
+    # One number means something else, as in KAN layers.
+    if (grid := _pair(getattr(host, "grid_size", None), one=False)) is not None:
+        return GridHint(grid, "grid_size")
     config = getattr(host, "config", None)
     image, patch = (_pair(getattr(config, key, None)) for key in ("image_size", "patch_size"))
     if image is None or patch is None or any(hasattr(config, key) for key in STAGED):
         return None
-    return (image[0] // patch[0], image[1] // patch[1]), "config.image_size and config.patch_size"
+    grid = image[0] // patch[0], image[1] // patch[1]
+    return GridHint(grid, "config.image_size and config.patch_size")
 
 
-def _pair(value: Any) -> Grid | None:
-    """(H, W) of one positive integer or of two; None for anything else."""
-    sides = (value, value) if isinstance(value, int) else value
+def _pair(value: Any, one: bool = True) -> Grid | None:
+    """(H, W) of two positive integers, or of one if that is allowed; None for anything else."""
+    sides = (value, value) if one and isinstance(value, int) else value
     if not isinstance(sides, tuple | list) or len(sides) != 2:
         return None
     if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):

@@ -1,6 +1,6 @@
 """Puts NAS-LoRA or another method into an existing model, and finds its parameters again."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,11 +59,10 @@ def inject(
         raise UserError("the model has NAS-LoRA layers already; add_adapter adds another adapter")
     patterns = (train,) if isinstance(train, str) else checked("train", train, tuple[str, ...])
     seed = checked("seed", seed, Seed)
-    config = with_names(config, model)
-    targets = find_targets(model, config)
-    frozen = {id(parameter) for base in targets.values() for parameter in base.parameters()}
-    modules, trained = _trained(model, patterns, frozen)
-    adapted = build_layers(model, targets, config, seed)
+    with undone_on_error(model):
+        adapted = build_layers(model, config, seed)
+        frozen = {p for layer in adapted.values() for p in layer.base.parameters()}
+        modules, trained = _trained(model, patterns, frozen)
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -72,41 +71,38 @@ def inject(
         replace_module(model, name, layer)
     keep_frozen(model, modules)
     override_save_pretrained(model)
-    watch(model, list(targets))
-    return list(targets)
+    watch(model, list(adapted))
+    return list(adapted)
 
 
-def build_layers(
-    model: nn.Module, targets: Mapping[str, nn.Linear], config: NASLoRAConfig, seed: int
-) -> dict[str, NASLoRALinear]:
+def build_layers(model: nn.Module, config: NASLoRAConfig, seed: int) -> dict[str, NASLoRALinear]:
     """New layers around the targets, by the targets' names. The model is not changed, except that
     the targets are frozen."""
-    layers = {
-        name: NASLoRALinear(base, config, layer_generator(seed, name))
-        for name, base in targets.items()
-    }
-    for name, layer in layers.items():
-        layer.name = name
+    config, layers = with_names(config, model), {}
+    for name, base in find_targets(model, config).items():
+        layers[name] = layer = NASLoRALinear(base, config, layer_generator(seed, name))
         place_hint(model, name, layer, config.prefix_tokens)
     return layers
 
 
 def _trained(
-    model: nn.Module, patterns: Sequence[str], frozen: Collection[int]
+    model: nn.Module, patterns: Sequence[str], frozen: set[nn.Parameter]
 ) -> tuple[list[nn.Module], list[nn.Parameter]]:
-    """The modules and parameters that patterns of ``train`` select, but the ids in ``frozen``."""
-    modules, parameters = [], []
+    """The modules and parameters that patterns of ``train`` select, without those in ``frozen``."""
+    named: dict[str, Any] = {**dict(model.named_modules()), **dict(model.named_parameters())}
+    modules: list[nn.Module] = []
+    parameters: list[nn.Parameter] = []
     for pattern in patterns:
         whole = compiled("train", pattern)
-
-        def matches(name: str, pattern: str = pattern, whole: Any = whole) -> bool:
-            ends = name == pattern or name.endswith(f".{pattern}")
-            return ends or bool(name and whole.fullmatch(name))
-
-        inside = [module for name, module in model.named_modules() if matches(name)]
-        found = [parameter for module in inside for parameter in module.parameters()]
-        found += [parameter for name, parameter in model.named_parameters() if matches(name)]
-        found = [p for p in found if id(p) not in frozen and p.is_floating_point()]
+        chosen = [
+            part
+            for name, part in named.items()
+            if name == pattern or name.endswith(f".{pattern}") or (name and whole.fullmatch(name))
+        ]
+        inside = [part for part in chosen if isinstance(part, nn.Module)]
+        found = [p for part in inside for p in part.parameters()]
+        found += [part for part in chosen if isinstance(part, nn.Parameter)]
+        found = [p for p in found if p not in frozen and p.is_floating_point()]
         if not found:
             children = ", ".join(name for name, _ in model.named_children())
             raise UserError(
@@ -138,7 +134,7 @@ def apply(name: str, model: nn.Module, config: MethodConfig | None = None, seed:
     method, seed = find_method(name), checked("seed", seed, Seed)
     config, present, encoder = method.checked(config), applied(model), image_encoder(model)
     if present is not None:
-        raise UserError(f"the model has a method already: {present.name}")
+        raise UserError(f"the model has a method already: {present.method.name}")
     if isinstance(config, TargetConfig):
         config = with_names(config, encoder)
     with undone_on_error(encoder):

@@ -97,8 +97,7 @@ class NASLoRALinear(AdaptedLinear):
         if c > 0:
             if config.channel_selection != "first":
                 self.draw_channels(generator)
-            alpha = torch.randn(len(OPERATIONS), generator=generator)
-            alpha *= ALPHA_INIT_STD
+            alpha = ALPHA_INIT_STD * torch.randn(len(OPERATIONS), generator=generator)
             if config.cell_init == "skip":
                 alpha[SKIP] += config.skip_lead
             if config.operations is not None:
@@ -170,9 +169,8 @@ class NASLoRALinear(AdaptedLinear):
             tensors = cell.tensors(self.alpha, self._selected_channels())
         else:
             # A cell on no channels, with which the kernels compute plain LoRA.
-            zeros = self.lora_A.new_zeros
-            sep3, sep5, dil3, dil5 = [zeros(0, size, size) for size in (3, 5, 3, 5)]
-            alpha, pw = zeros(len(OPERATIONS)), zeros(4, 0, 0)
+            shapes = (8,), (0, 3, 3), (0, 5, 5), (0, 3, 3), (0, 5, 5), (4, 0, 0)
+            alpha, sep3, sep5, dil3, dil5, pw = [self.lora_A.new_zeros(own) for own in shapes]
             tensors = CellTensors(alpha, sep3, sep5, dil3, dil5, pw, self.channels[:0])
         return nas_lora_linear(
             image,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
+from naslora.adapter.io.wrappers import bare_paths
 from naslora.adapter.layer.calls import host_calls
 from naslora.adapter.layer.layer import NASLoRALinear
 
@@ -20,6 +21,12 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, NASLoRALinear]]:
     for name, module in model.named_modules():
         if isinstance(module, NASLoRALinear):
             yield name, module
+
+
+def bare_layers(model: nn.Module) -> dict[str, NASLoRALinear]:
+    """The same by their names in the model without wrappers."""
+    paths = bare_paths(model)
+    return {paths[name]: layer for name, layer in adapter_layers(model)}
 
 
 def draw_channels(model: nn.Module, seed: int, epoch: int) -> None:
@@ -46,14 +53,9 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
     The class and the attributes of every module are restored, its hooks included.
     """
-    modules = [
-        (
-            module,
-            type(module),
-            {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()},
-        )
-        for module in model.modules()
-    ]
+    modules = [(module, type(module), vars(module).copy()) for module in model.modules()]
+    for _, _, attributes in modules:
+        attributes |= {k: copy.copy(v) for k, v in attributes.items() if isinstance(v, dict)}
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

@@ -65,10 +65,6 @@ def with_names(config: Own, model: nn.Module) -> Own:
 def find_targets(model: nn.Module, config: TargetConfig) -> dict[str, nn.Linear]:
     """The nn.Linear layers to adapt with their names, in model order.
 
-    Args:
-        model: a model without NAS-LoRA layers.
-        config: states the layers.
-
     Raises:
         UserError: no layer matches, a name is none of the model's, a match is no nn.Linear, a block
             index is out of range, or the model has NAS-LoRA layers already.

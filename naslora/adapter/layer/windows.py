@@ -51,12 +51,8 @@ class Windows(NamedTuple):
 
     def heads(self, qkv: Tensor, heads: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Queries, keys and values of windows (B * windows, size, size, 3 C) that are ordered by
-        shape, without the queries beyond the images.
-
-        Returns:
-            Views for each shape of windows: (n, h, w, heads, d) queries inside the images, and
-            (n, size, size, heads, d) keys and values.
-        """
+        shape: for each shape views of (n, h, w, heads, d) queries, those inside the images, and of
+        (n, size, size, heads, d) keys and values."""
         views = _Heads.apply(qkv, heads, self)
         return [views[i : i + 3] for i in range(0, len(views), 3)]
 
@@ -74,26 +70,24 @@ class Windows(NamedTuple):
 
     def insides(self, x: Tensor) -> Iterator[Tensor]:
         """Views of images for each shape of windows: (B, down, across, height, width, C)."""
-        for rows, columns in itertools.product(*map(self._ranges, self.grid)):
-            part = x.narrow(1, rows.first * self.size, rows.windows * rows.tokens)
-            part = part.unflatten(1, (rows.windows, rows.tokens))
-            part = part.narrow(3, columns.first * self.size, columns.windows * columns.tokens)
-            yield part.unflatten(3, (columns.windows, columns.tokens)).transpose(2, 3)
+        for (top, down, height), (left, across, width) in self._parts():
+            part = x.narrow(1, top * self.size, down * height).unflatten(1, (down, height))
+            part = part.narrow(3, left * self.size, across * width)
+            yield part.unflatten(3, (across, width)).transpose(2, 3)
 
     def shapes(self, windows: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """For each shape of windows how high and wide they are inside the images, and the windows:
         views (B, down, across, ...) of (B * windows, ...)."""
         images = windows.unflatten(0, (-1, *self.counts))
         first = 0
-        for rows, columns in itertools.product(*map(self._ranges, self.grid)):
+        for (top, down, height), (left, across, width) in self._parts():
             if self.by_shape:
-                own = windows.narrow(0, first, len(images) * rows.windows * columns.windows)
+                own = windows.narrow(0, first, len(images) * down * across)
                 first += len(own)
-                own = own.unflatten(0, (len(images), rows.windows, columns.windows))
+                own = own.unflatten(0, (len(images), down, across))
             else:
-                own = images.narrow(1, rows.first, rows.windows)
-                own = own.narrow(2, columns.first, columns.windows)
-            yield rows.tokens, columns.tokens, own
+                own = images.narrow(1, top, down).narrow(2, left, across)
+            yield height, width, own
 
     def pairs(self, windows: Tensor, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of the tokens inside, of windows and of images, for each shape of windows."""
@@ -109,20 +103,15 @@ class Windows(NamedTuple):
             if width < self.size:
                 yield own[..., :height, width:, :]
 
-    def _ranges(self, length: int) -> list["_Range"]:
-        """An axis as whole windows and the cut one."""
-        whole, rest = divmod(length, self.size)
-        ranges = _Range(0, whole, self.size), _Range(whole, 1, rest)
-        return [own for own in ranges if own.windows and own.tokens]
-
-
-class _Range(NamedTuple):
-    """Windows along an axis of which equally much is inside the images."""
-
-    first: int
-    windows: int
-    tokens: int
-    """Of each, inside."""
+    def _parts(self) -> Iterator[tuple[tuple[int, int, int], ...]]:
+        """Rows and columns of each shape of windows: the first, how many, and how many tokens of
+        each are inside. An axis has whole windows and the cut one."""
+        axes = []
+        for length in self.grid:
+            whole, rest = divmod(length, self.size)
+            parts = (0, whole, self.size), (whole, 1, rest)
+            axes.append([own for own in parts if own[1] and own[2]])
+        return itertools.product(*axes)
 
 
 def _cut(x: Tensor, windows: Windows, zeros: bool) -> Tensor:

@@ -14,19 +14,13 @@ what mode "center" folds. Only the preset `linear` can be annealed.
 
 from torch import Tensor, nn
 
-from naslora.adapter.io.wrappers import bare_paths
 from naslora.adapter.layer.cell import LinearCell
-from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers, bare_layers
 
 
 def spatial_share(epoch: int, epochs: int, anneal_epochs: int) -> float:
-    """t in an epoch. It falls over the first half of the last ``anneal_epochs``, then it is 0.
-
-    Args:
-        epoch: counted from 0.
-        epochs: of the whole training.
-        anneal_epochs: the number of last epochs that anneal; 0 for none.
-    """
+    """t in an epoch, counted from 0, of the training's ``epochs``. It falls over the first half of
+    the last ``anneal_epochs``, then it is 0."""
     into = epoch - (epochs - anneal_epochs) + 1
     falling = max(anneal_epochs // 2, 1)
     return min(max(1 - into / falling, 0.0), 1.0)
@@ -46,11 +40,11 @@ def annealed(model: nn.Module) -> dict[str, Tensor]:
     With these values, under their names in the model without wrappers, a cell computes at t = 1
     what it computes now. So a saved adapter holds them.
     """
-    paths, values = bare_paths(model), {}
-    for name, layer in adapter_layers(model):
+    values = {}
+    for name, layer in bare_layers(model).items():
         if layer.alpha is not None and isinstance(layer.cell, LinearCell):
             cell = layer.cell.tensors(layer.alpha)
             for field in ("alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5"):
                 leaf = field if field == "alpha" else f"cell.{field}"
-                values[f"{paths[name]}.{leaf}".lstrip(".")] = getattr(cell, field).detach()
+                values[f"{name}.{leaf}".lstrip(".")] = getattr(cell, field).detach()
     return values

@@ -15,7 +15,7 @@ y ~ G x + g by ridge regression, and s W_d G and s W_d g fold into the frozen we
   neighbour in another group.
 
 The images pass once through the unmerged model, then once for every layer, up to that layer. What
-lies before a layer's block is not computed again: see ``Finished``. So a layer costs about half a
+lies before a layer's block is not computed again: see ``Inputs``. So a layer costs about half a
 block. The only assumption on the model is that it calls its layers.
 """
 
@@ -25,7 +25,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -55,9 +54,8 @@ class Calibration(NamedTuple):
     """Feeds a batch; None calls ``model(batch)``."""
 
 
-@dataclass(frozen=True)
-class Fit:
-    """y ~ G x + g for one layer."""
+class Fit(NamedTuple):
+    """y ~ G x + g for one layer. The last three fields are those of a ``LayerError``."""
 
     linear_map: Tensor
     """(r, C_in) float64: G."""
@@ -74,11 +72,7 @@ class Fit:
 class Moments:
     """Sums of products of v = (x, y, 1) over tokens, in float64, for each of FOLDS groups.
 
-    Args:
-        tokens: how many will be added in all.
-        c_in: size of x.
-        rank: size of y.
-        device: where the sums are kept.
+    ``tokens`` is how many will be added in all. x has size ``c_in``, y ``rank``.
 
     Attributes:
         sums: (FOLDS, C_in + r + 1, C_in + r + 1).
@@ -104,16 +98,10 @@ class Moments:
 
 
 def fit(moments: Moments, prior: Tensor, decoder: Tensor, bias: bool) -> Fit:
-    """Ridge regression of y on x, towards a prior, with the penalty chosen by cross-validation.
+    """Ridge regression of y on x on all tokens, with the penalty chosen by cross-validation.
 
-    Args:
-        moments: sums over all tokens.
-        prior: (r, C_in) the map to which the penalty pulls.
-        decoder: (C_out, r) W_d, in whose outputs errors are measured.
-        bias: whether there is an offset g.
-
-    Returns:
-        The fit on all tokens with the penalty whose held-out error is least.
+    The penalty pulls to ``prior``, (r, C_in). Its held-out error is least, measured in the outputs
+    of ``decoder``, (C_out, r) W_d. Without ``bias`` the offset g is zero.
     """
     rank, c_in = prior.shape
     metric = decoder.double().T @ decoder.double()
@@ -188,15 +176,14 @@ def calibrate(
             finite.
     """
     names = {layer: name for name, layer in layers.items()}
-    targets: dict[NASLoRALinear, dict[int, Tensor]] = {}
+    targets: dict[NASLoRALinear, dict[int, Tensor]] = {layer: {} for layer in names}
     calls: Counter[nn.Module] = Counter()  # in the order of the first calls
 
     def keep_target(batch: int, layer: NASLoRALinear, x: Tensor) -> None:
-        y = layer.mixed(x).reshape(-1, layer.rank)
-        targets.setdefault(layer, {}).setdefault(batch, y)
+        targets[layer].setdefault(batch, layer.mixed(x).reshape(-1, layer.rank))
 
     with ExitStack() as stack:
-        for module in {*_units(model, names), *layers.values()}:
+        for module in {*_units(model, names), *names}:
             hook = module.register_forward_pre_hook(lambda called, _: calls.update([called]))
             stack.enter_context(hook)
         feed(model, batches, keep_target, layers)
@@ -205,15 +192,15 @@ def calibrate(
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(replace_module, model, name, layer)
-        finished = Finished(model, batches)
-        stack.callback(finished.stop)
-        last = None
+        inputs = Inputs(model, batches)
+        stack.callback(inputs.compute_all)
+        before = None
         for called, count in calls.items():
-            if len(fits) == len(targets):
+            if len(fits) == len(layers):
                 break
             if isinstance(called, NASLoRALinear):
                 name = names[called]
-                moments = _moments(model, name, called, targets[called], batches, finished)
+                moments = inputs.moments(name, called, targets[called])
                 # Without centre taps the penalty pulls to what needs no fit.
                 paper = isinstance(called.cell, PaperCell)
                 prior = called.bypass() if paper else called.pointwise()
@@ -221,9 +208,9 @@ def calibrate(
                 merged[name] = called.folded(own.linear_map, own.offset)
                 replace_module(model, name, merged[name])
             elif count == len(batches.batches):
-                if last is not None:
-                    finished.add(last)
-                last = called
+                if before is not None:
+                    inputs.keep(before)
+                before = called
     return fits, merged
 
 
@@ -238,78 +225,70 @@ def _units(module: nn.Module, layers: Container[nn.Module]) -> Iterator[nn.Modul
             yield from [child] if name.isdigit() and not blocks else inner
 
 
-class Finished:
-    """Modules in front of the layer that is fitted, which give again what they gave before.
+class Inputs:
+    """The inputs of the layers in turn, without computing again what lies before a layer's block.
 
-    The outputs of the last one are kept. Those before give NaN, which needs no memory: where the
-    model has connections around the last one, NaN is what reaches the layer.
+    Modules that are finished give again what they gave before. The outputs of the last one are
+    kept. Those before give NaN, which needs no memory: where the model has connections around the
+    last one, NaN is what reaches the layer, and from then on all modules compute again.
     """
 
     def __init__(self, model: nn.Module, batches: Calibration) -> None:
         self.model, self.batches = model, batches
-        self.active = True
+        self._keeps = True
+        self._kept: list[Any] = []
         self._forwards: dict[nn.Module, Any] = {}
-        self._last: tuple[nn.Module, list[Tensor]] | None = None
 
-    def stop(self) -> None:
-        """Lets all modules compute again."""
-        for module, forward in self._forwards.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-        self._forwards, self._last, self.active = {}, None, False
+    def moments(self, name: str, layer: NASLoRALinear, targets: Mapping[int, Tensor]) -> Moments:
+        """The sums over a layer's inputs and its targets, (tokens, r) for each batch.
 
-    def add(self, module: nn.Module) -> None:
-        """Adds the module that the model calls next, once a batch."""
+        Raises:
+            UserError: a value is not finite.
+        """
+        tokens = sum(len(y) for y in targets.values())
+        moments = Moments(tokens, layer.in_features, layer.rank, layer.base.weight.device)
+
+        def add(batch: int, layer: NASLoRALinear, x: Tensor) -> None:
+            moments.add(x.reshape(-1, layer.in_features), targets[batch])
+            raise _Reached
+
+        feed(self.model, self.batches, add, {name: layer})
+        if moments.sums.isfinite().all():
+            return moments
+        if self._keeps:
+            self.compute_all()
+            return self.moments(name, layer, targets)
+        raise UserError(
+            f"layer {name} meets values that are not finite on the calibration images; look for "
+            "bad images, or merge in float32"
+        )
+
+    def keep(self, module: nn.Module) -> None:
+        """Keeps the outputs of the module that the model calls next, once a batch."""
         outputs: list[Any] = []
+        calls = itertools.count()
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             outputs.append(output)
             raise _Reached
 
-        if not self.active:
+        if not self._keeps:
             return
         with module.register_forward_hook(keep):
             feed(self.model, self.batches, lambda *_: None, {})
-        if not all(isinstance(output, Tensor) for output in outputs):
-            return
-        if self._last is not None:
-            before, old = self._last
-            self._replay(before, [own.new_full((), math.nan).expand_as(own) for own in old])
-        self._last = module, outputs
-        self._forwards[module] = vars(module).get("forward")
-        self._replay(module, outputs)
+        if all(isinstance(output, Tensor) for output in outputs):
+            self._kept[:] = [own.new_full((), math.nan).expand_as(own) for own in self._kept]
+            self._kept, self._forwards[module] = outputs, vars(module).get("forward")
+            # Models add to what they get in place.
+            module.forward = lambda *_, **__: outputs[next(calls) % len(outputs)].clone()
 
-    def _replay(self, module: nn.Module, outputs: list[Tensor]) -> None:
-        again = itertools.cycle(outputs)
-        module.forward = lambda *_, **__: next(again).clone()  # models add to it in place
-
-
-def _moments(
-    model: nn.Module,
-    name: str,
-    layer: NASLoRALinear,
-    targets: dict[int, Tensor],
-    batches: Calibration,
-    finished: Finished,
-) -> Moments:
-    tokens = sum(len(y) for y in targets.values())
-    moments = Moments(tokens, layer.in_features, layer.rank, layer.base.weight.device)
-
-    def add(batch: int, layer: NASLoRALinear, x: Tensor) -> None:
-        moments.add(x.reshape(-1, layer.in_features), targets[batch])
-        raise _Reached
-
-    feed(model, batches, add, {name: layer})
-    if moments.sums.isfinite().all():
-        return moments
-    if finished.active:
-        finished.stop()
-        return _moments(model, name, layer, targets, batches, finished)
-    raise UserError(
-        f"layer {name} meets values that are not finite on the calibration images; look for bad "
-        "images, or merge in float32"
-    )
+    def compute_all(self) -> None:
+        """Lets all modules compute, from now on."""
+        for module, forward in self._forwards.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+        self._forwards, self._kept, self._keeps = {}, [], False
 
 
 class _Reached(Exception):
@@ -325,25 +304,17 @@ def feed(
     """Feeds the batches in evaluation mode and passes each input of a layer to ``observe``.
 
     ``observe`` is called with the batch's index, the layer and its input, before the layer
-    computes. The modules' modes are restored at the end.
+    computes. It must not call the layer, only its ``forward``. The modules' modes are restored at
+    the end.
 
     Raises:
         UserError: a batch does not fit the model, or no batch reaches some layer.
     """
-    busy = False  # `observe` calls layers itself; these calls are not observed
-    index = 0
-    reached = set()
+    index, reached = 0, set()
 
     def hook(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal busy
-        if busy:
-            return
-        busy = True
         reached.add(layer)
-        try:
-            observe(index, layer, inputs[0])
-        finally:
-            busy = False
+        observe(index, layer, inputs[0])
 
     modes = {module: module.training for module in model.modules()}
     handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]

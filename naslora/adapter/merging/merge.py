@@ -84,7 +84,7 @@ def merge(
     model = unwrap(model)
     present = applied(model)
     folding = CELLS if present is None else present.method.require_merge()
-    layers = folding.layers(model)
+    layers = dict(folding.layers(model))
     if any(merged_modules(model)):
         if not can_unmerge(model):
             raise UserError("there is nothing to merge: the model was merged before it was loaded")
@@ -102,7 +102,7 @@ def merge(
         )
     batches = calibration_batches(calibration, forward)
     fits: dict[str, Fit] = {}
-    if mode == "calibrated" and folding.fits:
+    if mode == "calibrated" and folding == CELLS:
         if batches is None:
             raise UserError("mode 'calibrated' needs images: give them as calibration=batches")
         fits, merged = calibrate(model, layers, batches)
@@ -121,10 +121,6 @@ def merge(
 
 
 # ---- The layers of ``inject`` --------------------------------------------------------------------
-
-
-def _cells(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(adapter_layers(model))
 
 
 def _fold(layer: NASLoRALinear, mode: MergeMode) -> nn.Module:
@@ -152,7 +148,7 @@ def _modes(config: NASLoRAConfig) -> list[MergeMode]:
     return [mode for mode in MODES if mode != "center" or config.preset != "paper"]
 
 
-CELLS = Folding(_cells, _fold, _update, _modes, fits=True)
+CELLS = Folding(adapter_layers, _fold, _update, _modes)
 
 
 # ---- Errors --------------------------------------------------------------------------------------
@@ -160,15 +156,15 @@ CELLS = Folding(_cells, _fold, _update, _modes, fits=True)
 
 def _warning(fits: Mapping[str, Fit]) -> str | None:
     """The warning about fits on fewer tokens than inputs; None if there are none."""
-    scarce = {name: fit for name, fit in fits.items() if fit.tokens < fit.linear_map.shape[1]}
+    seen = [(fit.tokens, fit.linear_map.shape[1], name) for name, fit in fits.items()]
+    scarce = [(tokens, inputs, name) for tokens, inputs, name in seen if tokens < inputs]
     if not scarce:
         return None
-    name = min(scarce, key=lambda name: scarce[name].tokens / scarce[name].linear_map.shape[1])
+    tokens, inputs, name = min(scarce, key=lambda one: one[0] / one[1])
     return (
         f"{len(scarce)} layers were fitted on fewer tokens than they have inputs, so they stay "
-        f"close to 'center'; {name} saw {scarce[name].tokens:,}, and has "
-        f"{scarce[name].linear_map.shape[1]:,}: give more images, as calibration or with naslora "
-        "merge --images"
+        f"close to 'center'; {name} saw {tokens:,}, and has {inputs:,}: give more images, as "
+        "calibration or with naslora merge --images"
     )
 
 
@@ -185,7 +181,7 @@ def _errors(
     squares: dict[nn.Module, list[float]] = {}  # of the difference, the update and the output
 
     def compare(batch: int, layer: Any, x: Tensor) -> None:
-        h = layer(x)
+        h = layer.forward(x)  # without the hook that calls this
         sums = squares.setdefault(layer, [0.0, 0.0, 0.0])
         for i, part in enumerate((twins[layer](x) - h, folding.update(layer, x, h), h)):
             sums[i] += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
@@ -211,7 +207,5 @@ def _errors(
         # The error of an adapter whose update is zero (lora_B = 0) is zero.
         of_update = (difference / update) ** 0.5 if update else 0.0
         of_output = (difference / output) ** 0.5 if output else 0.0
-        fit = fits.get(name)
-        fitted = (fit.tokens, fit.regularisation, fit.held_out_error) if fit else (None, None, None)
-        errors.append(LayerError(name, of_update, of_output, *fitted))
+        errors.append(LayerError(name, of_update, of_output, *fits.get(name, ())[2:]))
     return errors

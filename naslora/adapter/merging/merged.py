@@ -80,13 +80,11 @@ class MergedNASLoRALinear(AdaptedLinear):
 
 
 class MergedFrom:
-    """The layer that a merged module replaces, for ``unmerge``.
+    """The layer that a merged module replaces, for ``unmerge``. None if it is unknown, because the
+    merged model was read from files.
 
     It is no module, so the layer is no part of the merged model's state dict or parameters. It is
     pickled as None: a pickle holds the merged model alone.
-
-    Args:
-        layer: the layer; None if it is unknown, because the merged model was read from files.
     """
 
     def __init__(self, layer: nn.Module | None) -> None:
@@ -145,12 +143,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, Tensor]) -> None:
-    """Puts into an unadapted model the modules that a merged state dict belongs to, in place.
+    """Puts into the original model, in place, the modules of the merged layers of these names.
 
-    Args:
-        model: the original model. Its tensors are not filled.
-        layers: the merged layers' names.
-        tensors: the merged model's state dict.
+    ``tensors`` is the merged model's state dict. The model's tensors are not filled with it.
 
     Raises:
         KeyError: a tensor is missing.
@@ -159,12 +154,10 @@ def restore_merged(model: nn.Module, layers: Iterable[str], tensors: dict[str, T
     for name in layers:
         layer, prefix = cast(nn.Linear, model.get_submodule(name)), f"{name}."
         stored = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        if "lora_A" in stored:  # otherwise it merged into a plain nn.Linear
-            merged = _restored(layer, stored)
-            replace_module(model, name, merged)
-            mark_merged(merged, None)
-        else:
-            mark_merged(layer, None)
+        # Without lora_A it merged into a plain nn.Linear.
+        merged = _restored(layer, stored) if "lora_A" in stored else layer
+        replace_module(model, name, merged)
+        mark_merged(merged, None)
 
 
 def _restored(base: nn.Linear, stored: dict[str, Tensor]) -> MergedNASLoRALinear:
