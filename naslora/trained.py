@@ -34,7 +34,6 @@ from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
 from naslora.sam.checkpoint import find_model
 from naslora.sam.export import KEY, Description, check_new, export, read_description
-from naslora.sam.families import side_of
 from naslora.sam.hub import PREFIX, download
 from naslora.sam.prompt_graphs import export_prompts
 from naslora.sam.promptable import AnySam, PromptableSam
@@ -114,30 +113,37 @@ def load_predictor(path: Path, image_size: int | None = None) -> tuple[SamPredic
             raise UserError(f"{path} {SEMANTIC}")
         predictor = build_predictor(model)
     else:
-        name, checkpoint, data = str(path), None, DataConfig()
-        if path.exists() or shipped_file(name) is None:
+        named = {"name": str(path), "checkpoint": NONE, "image_size": image_size}
+        config, checkpoint = RunConfig.from_dict({"task": "promptable", "model": named}), None
+        if path.exists() or shipped_file(str(path)) is None:
             with reading(path):
-                name, image_size, data = _described(path, image_size)
-            checkpoint = path
-        own = ModelConfig(name, NONE, image_size or side_of(name))
-        config = resolve(RunConfig(task="promptable", data=data, model=own))
-        predictor = build_predictor(name, config.model.image_size, checkpoint)
+                config, checkpoint = _described(path, config), path
+        config = resolve(config)
+        predictor = build_predictor(config.model.name, config.model.image_size, checkpoint)
     predictor.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return predictor, config
 
 
-def _described(path: Path, image_size: int | None) -> tuple[str, int | None, DataConfig]:
-    """The model, the image size and the data that a file with weights was made for."""
+def _described(path: Path, config: RunConfig) -> RunConfig:
+    """The configuration with the model, and if it says them image size and data, of a file."""
     text = read_metadata(path).get(KEY) if path.suffix == ".safetensors" else None
     if text is None:
         name = find_model(path)
         if name is None:
             raise UserError("it is no checkpoint of SAM that is known")
-        return name, image_size, DataConfig()
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
     held = read_description(text)
     if held.task == "semantic":
         raise UserError(f"{path} {SEMANTIC}")
-    return held.model, held.image_size, DataConfig(intensity=held.intensity)
+    return config_of(held)
+
+
+def config_of(held: Description) -> RunConfig:
+    """The configuration of an exported model, resolved; it says no more than the file."""
+    names = vars(held).keys() & DataConfig.__annotations__.keys()
+    data = DataConfig(**{name: getattr(held, name) for name in names})
+    model = ModelConfig(held.model, NONE, held.image_size)
+    return resolve(RunConfig(task=held.task, data=data, model=model))
 
 
 # ---- Evaluating ----------------------------------------------------------------------------------
