@@ -5,8 +5,10 @@ it, so that help and short commands import none of them.
 """
 
 import contextlib
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -51,32 +53,20 @@ TRUST = tyro.conf.arg(help="Load a .pt2 file, although it can run any code on th
 RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model.")
 
 
-RESUMABLE = ("demo", "train", "compare", "ablate", "predict")
-"""Commands with --resume."""
-
-
 def main() -> None:
     """Runs a command, as ``guarded``."""
-    guarded(_run, RESUMABLE)
+    commands = _commands().items()
+    guarded(_run, [name for name, own in commands if "resume" in inspect.signature(own).parameters])
+
+
+def _commands() -> dict[str, Callable[..., None]]:
+    """The public functions of this file, but ``main``, by their names."""
+    own = [f for f in globals().values() if inspect.isfunction(f) and f.__module__ == __name__]
+    return {f.__name__: f for f in own if not f.__name__.startswith(("_", "main"))}
 
 
 def _run(arguments: list[str]) -> None:
-    commands = (
-        demo,
-        train,
-        compare,
-        ablate,
-        evaluate,
-        analyse,
-        annotate,
-        predict,
-        merge,
-        export,
-        benchmark,
-        models,
-        info,
-    )
-    named = {command.__name__: command for command in commands}
+    named = _commands()
     name = arguments[0] if arguments else "--help"
     if name in named:
         command = parse(named[name], arguments[1:])
