@@ -34,13 +34,7 @@ def annotate(
 ) -> None:
     """Serves the page until the process is interrupted.
 
-    Args:
-        path: as in ``load_predictor``.
-        inputs: image files, or folders of images.
-        output: the folder of the data set, as ``LabelledSet``.
-        port: of the loopback address.
-        search: how objects are found where the user asks for all.
-        show: whether to open the page in the user's browser.
+    Arguments are the options of ``naslora annotate``; ``show`` opens the user's browser.
 
     Raises:
         UserError: NiceGUI is missing, the port is in use, there are no images; as

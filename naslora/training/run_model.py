@@ -93,10 +93,8 @@ def count_parameters(model: AnySam) -> ParameterCounts:
 def keep_embeddings(encoder: nn.Module, cache: Cache, how: str) -> None:
     """Makes an encoder read the maps of an image that it has seen before, in any run.
 
-    Args:
-        encoder: a frozen encoder of ``build_image_encoder``; it is changed in place.
-        cache: where the maps are kept.
-        how: the weights and all else but the image that the maps depend on.
+    The frozen encoder is changed in place. ``how`` names the weights, and all else but the image
+    that the maps depend on.
     """
     forward: Any = encoder.forward
 
