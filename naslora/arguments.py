@@ -17,8 +17,7 @@ import tyro
 
 from naslora.errors import UserError
 from naslora.settings import COMMON, Settings
-from naslora.training.recipe import load_recipe
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import RunConfig, load_recipe
 
 
 def parse(command: Callable[..., None], arguments: list[str]) -> Callable[[], None]:

@@ -55,18 +55,18 @@ RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model."
 
 def main() -> None:
     """Runs a command, as ``guarded``."""
-    commands = _commands().items()
-    guarded(_run, [name for name, own in commands if "resume" in inspect.signature(own).parameters])
+    known = commands().items()
+    guarded(_run, [name for name, own in known if "resume" in inspect.signature(own).parameters])
 
 
-def _commands() -> dict[str, Callable[..., None]]:
-    """The public functions of this file, but ``main``, by their names."""
+def commands() -> dict[str, Callable[..., None]]:
+    """The functions of this file that are commands, by their names."""
     own = [f for f in globals().values() if inspect.isfunction(f) and f.__module__ == __name__]
-    return {f.__name__: f for f in own if not f.__name__.startswith(("_", "main"))}
+    return {f.__name__: f for f in own if f not in (main, commands, _run)}
 
 
 def _run(arguments: list[str]) -> None:
-    named = _commands()
+    named = commands()
     name = arguments[0] if arguments else "--help"
     if name in named:
         command = parse(named[name], arguments[1:])
@@ -103,7 +103,7 @@ def demo(
         random: Start from random weights, not from those in the package.
     """
     from naslora.report.run_report import print_summary
-    from naslora.training.demo import run_demo
+    from naslora.training.run import run_demo
 
     print_summary(run_demo(output, epochs, seed, resume, random), output)
 
