@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from naslora.files import write_text
 from naslora.sam.instance_config import InstanceConfig
 from naslora.trained import load_predictor, split_of, with_data
 from naslora.training.progress import with_progress
+from naslora.training.run_config import varied
 from naslora.training.run_data import check_with_progress, make_dataset
 
 COCO_FILE = "instances.json"
@@ -168,13 +169,12 @@ def evaluate_instances(
     """
     finder = InstanceFinder(path, search)
     run = with_data(finder.config, data)
-    run = replace(run, prompts=replace(run.prompts, objects=objects or run.prompts.objects))
+    run = varied(run, "prompts", objects=objects or run.prompts.objects)
     samples = split_of(run, split)
     check_with_progress(samples, run)
     # With this resolution images and masks are read at their own size.
-    dataset = make_dataset(
-        replace(run, data=replace(run.data, resolution="tiles", cache=None)), samples, "tested"
-    )
+    whole = varied(run, "data", resolution="tiles", cache=None)
+    dataset = make_dataset(whole, samples, "tested")
 
     def pairs() -> Iterator[tuple[list[Instance], np.ndarray]]:
         for sample in with_progress(samples, "finding objects"):

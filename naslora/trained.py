@@ -45,7 +45,7 @@ from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.clicks import score_run
 from naslora.training.resolve import read_config, resolve
-from naslora.training.run_config import DataConfig, ModelConfig, Resolution, RunConfig, mirror_axes
+from naslora.training.run_config import DataConfig, Resolution, RunConfig, mirror_axes, varied
 from naslora.training.run_data import calibration, check_splits, find_splits, make_dataset
 from naslora.training.run_model import build_frozen_model, build_run_model
 
@@ -84,8 +84,7 @@ def load_model(path: Path) -> tuple[AnySam, RunConfig]:
             load_adapter(model, adapter)
     if not merged and not (path / METRICS_JSON).exists():
         warn(f"{path} is not finished: this is its model so far; train --resume continues it")
-    data = dataclasses.replace(config.data, cache=None)  # a path that stands in a file
-    return model.eval(), dataclasses.replace(config, data=data)
+    return model.eval(), varied(config, "data", cache=None)  # a path that stands in a file
 
 
 def load_predictor(path: Path, image_size: int | None = None) -> tuple[SamPredictor, RunConfig]:
@@ -131,7 +130,7 @@ def _described(path: Path, config: RunConfig) -> RunConfig:
         name = find_model(path)
         if name is None:
             raise UserError("it is no checkpoint of SAM that is known")
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
+        return varied(config, "model", name=name)
     held = read_description(text)
     if held.task == "semantic":
         raise UserError(f"{path} {SEMANTIC}")
@@ -141,9 +140,9 @@ def _described(path: Path, config: RunConfig) -> RunConfig:
 def config_of(held: Description) -> RunConfig:
     """The configuration of an exported model, resolved; it says no more than the file."""
     names = vars(held).keys() & DataConfig.__annotations__.keys()
-    data = DataConfig(**{name: getattr(held, name) for name in names})
-    model = ModelConfig(held.model, NONE, held.image_size)
-    return resolve(RunConfig(task=held.task, data=data, model=model))
+    data = {name: getattr(held, name) for name in names}
+    model = {"name": held.model, "checkpoint": NONE, "image_size": held.image_size}
+    return resolve(RunConfig.from_dict({"task": held.task, "data": data, "model": model}))
 
 
 # ---- Evaluating ----------------------------------------------------------------------------------
@@ -168,13 +167,9 @@ def evaluate_run(
     """
     model, config = load_model(path)
     config = with_data(config, data)
-    own = config.data
-    changed = dataclasses.replace(
-        own,
-        resolution=resolution or own.resolution,
-        metrics=own.metrics if metrics is None else tuple(metrics),
-    )
-    config = resolve(dataclasses.replace(config, data=changed))
+    own = config.data.metrics if metrics is None else tuple(metrics)
+    resolution = resolution or config.data.resolution
+    config = resolve(varied(config, "data", resolution=resolution, metrics=own))
     if flips and config.task == "promptable":
         raise UserError(f"{path} is scored by clicks, which are not mirrored; drop --flips")
     samples = split_of(config, split)
@@ -190,8 +185,7 @@ def with_data(config: RunConfig, root: Path | None) -> RunConfig:
     """A configuration with another CSV folder; None keeps its own data."""
     if root is None:
         return config
-    data = dataclasses.replace(config.data, root=root, dataset="csv", split=None, group=GROUP)
-    return dataclasses.replace(config, data=data)
+    return varied(config, "data", root=root, dataset="csv", split=None, group=GROUP)
 
 
 def split_of(config: RunConfig, split: str) -> list[Sample]:

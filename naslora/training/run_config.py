@@ -7,7 +7,7 @@ overrides.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -302,6 +302,11 @@ class RunConfig(Settings):
             adapter = METHODS[method].config.from_dict(values.get("adapter", {}))
             values = {**values, "adapter": adapter}
         return super().from_dict(values)
+
+
+def varied(config: RunConfig, part: str, **fields: Any) -> RunConfig:
+    """The configuration with other values of fields of a part, such as ``data``."""
+    return replace(config, **{part: replace(getattr(config, part), **fields)})
 
 
 def mirror_axes(config: RunConfig) -> list[list[int]]:
