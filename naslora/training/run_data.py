@@ -47,7 +47,7 @@ def prepare_data(
 
     The main process reads for all, as ``check_splits``.
 
-    ``record`` is the file in which a run that is resumed recorded its data; None for a new run.
+    ``record`` is the file in which a run that is resumed has recorded its data; it may not exist.
 
     Returns:
         The data set of each split, and what the files hold: nothing but in the main process.
