@@ -54,27 +54,29 @@ class LabelledSet:
 
     def __init__(self, root: Path) -> None:
         splits = read_csv(root) if (root / "train.csv").is_file() else {}
-        found = [sample for samples in splits.values() for sample in samples]
         self.root = root
-        self._masks = {one.image.resolve(): Path(str(one.mask)) for one in found}
-        self._splits = {one.image.resolve(): one.origin.partition(".")[0] for one in found}
+        self._rows = {  # the mask and the split of each image
+            sample.image.resolve(): (Path(str(sample.mask)), split)
+            for split, samples in splits.items()
+            for sample in samples
+        }
 
     def __contains__(self, image: Path) -> bool:
-        return image.resolve() in self._masks
+        return image.resolve() in self._rows
 
     def counts(self) -> Counter[str]:
         """The number of images of each split."""
-        return Counter(self._splits.values())
+        return Counter(split for _, split in self._rows.values())
 
     def read(self, image: Path) -> np.ndarray | None:
         """The (H, W) uint16 numbers of an image's objects; None if it is not labelled.
 
         Errors as in ``read_numbers``.
         """
-        mask = self._masks.get(image.resolve())
-        if mask is None:
+        if image not in self:
             return None
-        return numbered(read_numbers(Sample(image, mask, str(self.root)))[0]).astype(np.uint16)
+        sample = Sample(image, self._rows[image.resolve()][0], str(self.root))
+        return numbered(read_numbers(sample)[0]).astype(np.uint16)
 
     def save(self, image: Path, labels: np.ndarray) -> None:
         """Writes the (H, W) numbers of an image's objects. A new image gets a split.
@@ -83,15 +85,16 @@ class LabelledSet:
             UserError: a file cannot be written.
         """
         key, folder, name = image.resolve(), self.root / "masks", image.stem
-        if key not in self._masks:
-            while folder / f"{name}.png" in self._masks.values():  # an image of another folder
+        if key not in self._rows:
+            used = {mask for mask, _ in self._rows.values()}
+            while folder / f"{name}.png" in used:  # by an image of another folder
                 name += "_"
-            self._splits[key] = ORDER[len(self._masks) % len(ORDER)]
-            self._masks[key] = folder / f"{name}.png"
-        with replaced_file(self._masks[key]) as temporary:
+            self._rows[key] = folder / f"{name}.png", ORDER[len(self._rows) % len(ORDER)]
+        target, split = self._rows[key]
+        with replaced_file(target) as temporary:
             Image.fromarray(labels).save(temporary, "PNG")
-        table, split = io.StringIO(), self._splits[key]
-        rows = [(i, mask) for i, mask in self._masks.items() if self._splits[i] == split]
+        table = io.StringIO()
+        rows = [(i, mask) for i, (mask, own) in self._rows.items() if own == split]
         csv.writer(table, lineterminator="\n").writerows(
             [("image", "label"), *(tuple(self._from_root(path) for path in row) for row in rows)]
         )

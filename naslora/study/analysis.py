@@ -48,6 +48,7 @@ from naslora.report.run_report import page_title
 from naslora.report.tables import Table, number
 from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, REPORT, Epoch, OperationHistory
 from naslora.sam.encoders import transformer_blocks
+from naslora.sam.export import check_new
 from naslora.sam.promptable import PROMPTS
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.sam.shipped import NONE
@@ -57,7 +58,6 @@ from naslora.study.operation_losses import write_operation_losses
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
 from naslora.training.resolve import read_config
-from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset, shown_of
 from naslora.training.run_model import build_run_model
@@ -95,7 +95,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100) -> None:
     histories = [_read_history(run, config) for run in runs]
     searched = searches(config.method, config.adapter)
     mixtures = [_read_mixture(run) for run in runs if searched]
-    check_output(config, output, resume=False)
+    check_new(output)
     samples = find_splits(config)["test"]
     order = np.random.default_rng(0).permutation(len(samples))
     drawn = [samples[i] for i in sorted(order[:images])]

@@ -195,8 +195,6 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
                 f"{', '.join(names)}); resume with the same one"
             )
         return
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; choose another --output")
     # The demo keeps its data inside the run's folder.
     root = config.data.root
     own_data = "data" if root and root.resolve() == (output / "data").resolve() else None
