@@ -69,10 +69,8 @@ class LabelledSet:
         return Counter(split for _, split in self._rows.values())
 
     def read(self, image: Path) -> np.ndarray | None:
-        """The (H, W) uint16 numbers of an image's objects; None if it is not labelled.
-
-        Errors as in ``read_numbers``.
-        """
+        """The (H, W) uint16 numbers of an image's objects; None if it is not labelled. Errors as in
+        ``read_numbers``."""
         if image not in self:
             return None
         sample = Sample(image, self._rows[image.resolve()][0], str(self.root))
@@ -80,10 +78,7 @@ class LabelledSet:
 
     def save(self, image: Path, labels: np.ndarray) -> None:
         """Writes the (H, W) numbers of an image's objects. A new image gets a split.
-
-        Raises:
-            UserError: a file cannot be written.
-        """
+        Errors as in ``replaced_file``."""
         key, folder, name = image.resolve(), self.root / "masks", image.stem
         if key not in self._rows:
             used = {mask for mask, _ in self._rows.values()}
@@ -135,11 +130,8 @@ class Labelling:
         self.finder, self.labelled = finder, labelled
 
     def open(self, image: Path) -> None:
-        """Opens an image, with its objects if it is labelled.
-
-        Raises:
-            UserError: the image or its mask cannot be read, or they differ in size.
-        """
+        """Opens an image, with its objects if it is labelled. Raises a ``UserError`` if one of them
+        cannot be read, or they differ in size."""
         sample = Sample(image, None, "input")
         pixels = open_picture(sample, scaling_of(self.finder.config)).rows()
         labels = self.labelled.read(image)
@@ -202,10 +194,8 @@ class Labelling:
         self.changed = True
 
     def save(self) -> None:
-        """Saves the objects, with the one that is being made, numbered from 1 on.
-
-        Errors as in ``LabelledSet.save``.
-        """
+        """Saves the objects, with the one that is being made, numbered from 1 on. Errors as in
+        ``LabelledSet.save``."""
         self.keep()
         self.labels = numbered(self.labels).astype(np.uint16)
         smallest = np.min_scalar_type(self.labels.max())  # uint8 or uint16
@@ -357,10 +347,8 @@ class Page:
         )
 
     def move(self, by: int) -> None:
-        """Opens another image, and saves this one if it has changed.
-
-        Errors as in ``Labelling.save`` and ``Labelling.open``.
-        """
+        """Opens another image, and saves this one if it has changed. Errors as in ``save`` and
+        ``open`` of ``Labelling``."""
         if self.labelling.changed:
             self.labelling.save()
         index = (self.index + by) % len(self.images)

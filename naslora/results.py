@@ -254,11 +254,7 @@ def kept_epoch(history: list[Epoch], keep: Keep) -> Epoch:
 
 
 def adapter_folder(run: Path) -> Path:
-    """The folder of the adapter that a run keeps.
-
-    Raises:
-        UserError: no epoch of the run was finished.
-    """
+    """The folder of the adapter that a run keeps; a ``UserError`` before its first epoch ends."""
     if (run / ADAPTER).is_dir():
         return run / ADAPTER
     raise UserError(f"{run} has no trained model yet: {run / ADAPTER} does not exist")

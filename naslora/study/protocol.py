@@ -150,12 +150,9 @@ def _images_csv(images: Images) -> str:
 
 
 def check_protocol(protocol: Mapping[str, Any], output: Path) -> None:
-    """Checks that the comparison in ``output``, if there is one, has this protocol.
+    """Refuses another protocol than that of the comparison in ``output``, if there is one.
 
     One that neither tunes nor draws folds may get other methods and seeds.
-
-    Raises:
-        UserError: it has another; the message names what differs.
     """
     if not (output / PROTOCOL).is_file():
         return

@@ -81,11 +81,7 @@ _KINDS: dict[Tracker, _Kind] = {
 
 
 def check_trackers(names: Iterable[Tracker]) -> None:
-    """Refuses a tracker that is unknown or not installed.
-
-    Raises:
-        UserError: the message says what to install.
-    """
+    """Refuses a tracker that is unknown or not installed, and says what to install."""
     for name in names:
         kind = _KINDS[checked("tracker", name, Tracker)]
         if find_spec(kind.package.replace("-", "_")) is None:
@@ -135,11 +131,7 @@ def tracked(
 
 
 def log(accelerator: Accelerator, values: dict[str, float], epoch: int) -> None:
-    """Logs numbers of an epoch, in the main process.
-
-    Raises:
-        UserError: a tracker cannot log them.
-    """
+    """Logs numbers of an epoch, in the main process. A ``UserError`` says which tracker cannot."""
     for tracker in accelerator.trackers:
         with _one_line(tracker.name, "cannot log; --resume continues the run"):
             tracker.log(values, step=epoch)
