@@ -261,11 +261,7 @@ def adapter_folder(run: Path) -> Path:
 
 
 def read_history(run: Path) -> list[Epoch]:
-    """Reads history.csv of a finished run, and verifies the checksum that metrics.json holds.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """Reads history.csv of a finished run, and verifies the checksum that metrics.json holds."""
     history = read_rows(run / HISTORY, Epoch)
     stored = read_record(run / METRICS_JSON, RunResult).history_sha256
     if stored is not None and stored != file_checksum(run / HISTORY):

@@ -78,11 +78,8 @@ Statistics = Mapping[str, list[BlockStatistics]]
 def analyse(runs: Sequence[Path], output: Path, images: int = 100) -> None:
     """Analyses a trained run, and the convergence over the seeds of several runs.
 
-    Args:
-        runs: folders of runs of one configuration with different seeds. The first run's encoder is
-            analysed.
-        output: must be new or empty.
-        images: how many test images the encoders are measured on, at most.
+    Arguments as the options of ``naslora analyse``. The runs have one configuration and different
+    seeds; the first run's encoder is analysed.
 
     Raises:
         UserError: as ``load_model``; the runs differ in more than their seed; ``output`` is not
