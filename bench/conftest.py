@@ -10,6 +10,7 @@ import torch
 from bench import attention, cases, models, suite
 from bench.kinds import KINDS
 from bench.models import Setting
+from naslora.allocator import keep_freed_memory
 from naslora.methods import METHODS
 from naslora.sam.vits import VITS, ViT
 
@@ -31,6 +32,13 @@ def pytest_addoption(parser):
     group.addoption("--compiled", default="", help="which to time through torch.compile, too")
     group.addoption("--targets", default="", help="what else the methods adapt, e.g. mlp,all")
     group.addoption("--rounds", type=int, default=5, help="measurements of each candidate")
+    group.addoption("--keep-memory", action="store_true", help="as the commands of naslora do")
+
+
+def pytest_configure(config):
+    """Lets all candidates keep the memory that they free, if asked to."""
+    if config.getoption("keep_memory"):
+        keep_freed_memory()
 
 
 def _runs_once(config):
