@@ -53,7 +53,7 @@ class InstanceFinder:
 
     def __init__(self, path: Path, search: InstanceConfig) -> None:
         self.predictor, self.config = load_predictor(path, search.image_size)
-        self._least, self._found = search.min_area, list[tuple[Picture, list[Instance]]]()
+        self._least, self._found = search.min_area, list[tuple[dict[str, int], list[Instance]]]()
         self._generator = SamAutomaticMaskGenerator(
             self.predictor.model,
             points_per_side=search.points_per_side,
@@ -84,7 +84,7 @@ class InstanceFinder:
     def labels(self, picture: Picture) -> np.ndarray:
         """Finds the objects of an image, and keeps them for ``write``. Returns a label image."""
         found = self.find(picture.rows())
-        self._found.append((picture, found))
+        self._found.append(({"height": picture.height, "width": picture.width}, found))
         return label_image(found, (picture.height, picture.width))
 
     def write(self, path: Path, names: Sequence[str]) -> None:
@@ -93,8 +93,7 @@ class InstanceFinder:
         Masks are run lengths, also where they overlap, each with its score.
         """
         images, annotations = [], list[dict[str, Any]]()
-        for number, (name, (picture, found)) in enumerate(zip(names, self._found, strict=True), 1):
-            size = {"height": picture.height, "width": picture.width}
+        for number, (name, (size, found)) in enumerate(zip(names, self._found, strict=True), 1):
             images.append({"id": number, "file_name": name, **size})
             for runs, score in found:
                 ids = {"id": len(annotations) + 1, "image_id": number, "category_id": 1}
