@@ -134,7 +134,8 @@ def _described(path: Path, config: RunConfig) -> RunConfig:
     held = read_description(text)
     if held.task == "semantic":
         raise UserError(f"{path} {SEMANTIC}")
-    return config_of(held)
+    config = varied(config, "model", name=held.model, image_size=held.image_size)
+    return varied(config, "data", intensity=held.intensity)
 
 
 def config_of(held: Description) -> RunConfig:
