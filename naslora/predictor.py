@@ -23,9 +23,11 @@ from naslora.sam.precision import DTYPES, cast_frozen
 from naslora.sam.promptable import PROMPTS, AnySam
 from naslora.sam.runtimes import ClassMap, load_class_map
 from naslora.sam.segmentation import labels_of
-from naslora.trained import config_of, load_model
+from naslora.sam.shipped import NONE
+from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
-from naslora.training.run_config import RunConfig, mirror_axes
+from naslora.training.resolve import resolve
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, mirror_axes
 from naslora.training.run_data import tiles_of
 
 
@@ -159,7 +161,10 @@ def _load_class_map(
             raise UserError(f"--precision is for runs and merged models, and {path} has its own")
         class_map, held = load_class_map(path, trust)
         with reading(path):
-            return class_map, config_of(held), None
+            names = vars(held).keys() & DataConfig.__annotations__.keys()
+            data = DataConfig(**{name: getattr(held, name) for name in names})
+            own = ModelConfig(held.model, NONE, held.image_size)
+            return class_map, resolve(RunConfig(data=data, model=own)), None
     model, config = load_model(path)
     if config.task == "promptable":
         raise UserError(f"{path} {PROMPTS}")

@@ -45,7 +45,7 @@ from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.clicks import score_run
 from naslora.training.resolve import read_config, resolve
-from naslora.training.run_config import DataConfig, Resolution, RunConfig, mirror_axes, varied
+from naslora.training.run_config import Resolution, RunConfig, mirror_axes, varied
 from naslora.training.run_data import calibration, check_splits, find_splits, make_dataset
 from naslora.training.run_model import build_frozen_model, build_run_model
 
@@ -136,14 +136,6 @@ def _described(path: Path, config: RunConfig) -> RunConfig:
         raise UserError(f"{path} {SEMANTIC}")
     config = varied(config, "model", name=held.model, image_size=held.image_size)
     return varied(config, "data", intensity=held.intensity)
-
-
-def config_of(held: Description) -> RunConfig:
-    """The configuration of an exported model, resolved; it says no more than the file."""
-    names = vars(held).keys() & DataConfig.__annotations__.keys()
-    data = {name: getattr(held, name) for name in names}
-    model = {"name": held.model, "checkpoint": NONE, "image_size": held.image_size}
-    return resolve(RunConfig.from_dict({"task": held.task, "data": data, "model": model}))
 
 
 # ---- Evaluating ----------------------------------------------------------------------------------

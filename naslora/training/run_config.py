@@ -32,7 +32,7 @@ Resolution = Literal["network", "original", "tiles"]
 Schedule = Literal["linear", "cosine", "constant"]
 Pixels = Annotated[int, msgspec.Meta(ge=SMALLEST, le=LARGEST)]
 Part = Annotated[float, msgspec.Meta(ge=0, le=0.5)]
-FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 if TYPE_CHECKING:
     DatasetName = str
     MetricName = str
@@ -339,7 +339,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, [*"+-012345678
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes of the package, those of data sets, sorted."""
-    return sorted(f.stem for f in FOLDER.glob("*.yaml") if not f.stem.startswith("_"))
+    return sorted(f.stem for f in RECIPES.glob("*.yaml") if not f.stem.startswith("_"))
 
 
 def load_recipe(name: str | None, method: str | None = None) -> RunConfig:
@@ -354,7 +354,7 @@ def load_recipe(name: str | None, method: str | None = None) -> RunConfig:
     """
     if name is None:
         return RunConfig.from_dict({} if method is None else {"method": method})
-    path = FOLDER / f"{name}.yaml" if name in shipped_recipes() else Path(name)
+    path = RECIPES / f"{name}.yaml" if name in shipped_recipes() else Path(name)
     if not path.is_file():
         raise UserError(
             f"there is no recipe {name!r}; give one of {', '.join(shipped_recipes())}, or the path "
