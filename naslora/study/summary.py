@@ -26,6 +26,11 @@ def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float
     return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None
 
 
+def mean_text(mean: float | None, spread: float | None, form: str = ".3f") -> str:
+    """``mean ± spread`` for a table; the spread has three decimals."""
+    return number(mean, form) + ("" if spread is None else f" ± {spread:.3f}")
+
+
 class Column(NamedTuple):
     """A number of a run, and how tables show it."""
 
@@ -36,13 +41,12 @@ class Column(NamedTuple):
     """Makes one number of those of several runs; None for a score, which is averaged."""
 
     def cell(self, row: Mapping[str, Any], name: str) -> str:
-        """The text, or ``mean ± spread``, of the column ``name`` of table.csv; ``MISSING`` without.
-        The spread has three decimals."""
-        value, spread = row.get(name), row.get(f"{name}_spread")
+        """The number, or the text, of the column ``name`` of table.csv; ``MISSING`` without."""
+        value = row.get(name)
         if isinstance(value, str):
             return value
-        mean = number(None if value is None else self.scale * value, self.form)
-        return mean if spread is None else f"{mean} ± {spread:.3f}"
+        scaled = None if value is None else self.scale * value
+        return mean_text(scaled, row.get(f"{name}_spread"), self.form)
 
 
 COLUMNS = {
